@@ -1,0 +1,1 @@
+"""What every service of the distributor node shares: domain, ports, adapters, observability, settings."""

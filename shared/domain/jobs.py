@@ -1,0 +1,136 @@
+"""Jobs (the messages that ask for one fetch) and what the end of a job means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shared.domain.errors import InvalidInput, InvalidJob
+from shared.domain.objects import ContentHash, MediaObject, ObjectId
+
+JOB_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FetchJob:
+    """Ask for one object to be fetched. It carries all a worker needs, so that no worker depends on the catalog.
+
+    `attempt` counts from 1; `request_id` is that of the HTTP request behind it; `published_at` is POSIX seconds.
+    `low_priority` jobs (warming) wait behind those that a client waits for.
+    """
+
+    media_object: MediaObject
+    request_id: str
+    published_at: float
+    attempt: int = 1
+    low_priority: bool = False
+
+    @property
+    def object_id(self) -> ObjectId:
+        return self.media_object.object_id
+
+
+def encode_job(job: FetchJob) -> bytes:
+    """The message body, UTF-8 JSON. Attempt and request id travel in headers, not here."""
+    wanted = job.media_object
+    return json.dumps(
+        {
+            "version": JOB_VERSION,
+            "object_id": wanted.object_id,
+            "size": wanted.size,
+            "hash": str(wanted.content_hash) if wanted.content_hash else None,
+            "media_type": wanted.media_type,
+            "validator": wanted.validator,
+            "sources": list(wanted.sources),
+            "published_at": job.published_at,
+            "low_priority": job.low_priority,
+        }
+    ).encode()
+
+
+def decode_job(body: bytes, *, attempt: int, request_id: str) -> FetchJob:
+    """Read a message body; raise InvalidJob, with the reason, for anything that `encode_job` could not have made."""
+    try:
+        fields = json.loads(body)
+        if not isinstance(fields, dict):
+            raise InvalidJob("not a JSON object")
+        if fields.get("version") != JOB_VERSION:
+            raise InvalidJob(f"unknown job version {str(fields.get('version'))[:20]}")
+        return FetchJob(
+            media_object=_decode_object(fields),
+            request_id=request_id,
+            published_at=float(_typed(fields, "published_at", (int, float))),
+            attempt=attempt,
+            low_priority=bool(fields.get("low_priority", False)),
+        )
+    except InvalidJob:
+        raise
+    except InvalidInput as error:
+        raise InvalidJob(str(error)) from error
+    except (ValueError, OverflowError, RecursionError) as error:
+        raise InvalidJob(f"not readable as JSON: {type(error).__name__}") from error
+
+
+def _decode_object(fields: Mapping[str, Any]) -> MediaObject:
+    size = _typed(fields, "size", (int,))
+    content_hash = _typed(fields, "hash", (str, type(None)))
+    sources: Sequence[object] = _typed(fields, "sources", (list,))
+    if not all(isinstance(url, str) and url.startswith(("http://", "https://")) for url in sources):
+        raise InvalidJob("sources: want http(s) URLs")
+    return MediaObject(
+        object_id=ObjectId.parse(_typed(fields, "object_id", (str,))),
+        size=size,
+        content_hash=ContentHash.parse(content_hash) if content_hash is not None else None,
+        media_type=_typed(fields, "media_type", (str, type(None))),
+        sources=tuple(str(url) for url in sources),
+        validator=_typed(fields, "validator", (str, type(None))),
+    )
+
+
+def _typed(fields: Mapping[str, Any], name: str, types: tuple[type, ...]) -> Any:
+    value = fields.get(name)
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise InvalidJob(f"{name}: missing or of the wrong type")
+    return value
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The object is cached, or nothing was to do: acknowledge."""
+
+    detail: str = "fetched"
+
+
+@dataclass(frozen=True, slots=True)
+class TryLater:
+    """It may work later (no space, all sources failing): delay queue, until the attempts are used up."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hopeless:
+    """It will not work however often it is tried: dead-letter with the reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HandBack:
+    """The worker is shutting down: give the job back unchanged."""
+
+
+JobOutcome = Done | TryLater | Hopeless | HandBack
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPlan:
+    """Delays in seconds before the second, third, … attempt; one more attempt than there are delays."""
+
+    delays: tuple[float, ...] = (5.0, 30.0, 120.0, 600.0)
+
+    def next_delay(self, attempt: int) -> float | None:
+        """Seconds to wait after the given attempt (from 1) failed; None when the attempts are used up."""
+        return self.delays[attempt - 1] if 0 < attempt <= len(self.delays) else None

@@ -1,0 +1,28 @@
+"""The catalog: which objects exist, how large they are, who holds them, whose duty they are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from shared.domain.objects import Duty, MediaObject, ObjectId
+
+
+class Catalog(Protocol):
+    """One instance per process; `open` before use, `close` at the end. Every verb may raise CatalogUnavailable,
+    within a bounded time."""
+
+    async def open(self) -> None:
+        """Get ready; ConfigurationError if the catalog's settings can never work (a manifest that is no manifest)."""
+
+    async def close(self) -> None: ...
+
+    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+        """What is known of one object, whoever's duty it is; None: it does not exist."""
+
+    def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
+        """All objects of a duty, in batches. Raises CatalogUnavailable in the middle rather than end early: a list that
+        ends without error is whole. A catalog that cannot list (an origin) raises it at once."""
+
+    async def bucket_ids(self) -> Sequence[str]:
+        """All buckets the catalog knows, for a node whose duty is everything; empty if it has no buckets."""
