@@ -1,0 +1,272 @@
+"""All settings of all services, with their defaults and the rules between them."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared.domain.objects import Duty, parse_bucket_id
+from shared.domain.space import Watermarks, footprint
+from shared.settings.sizes import Size, format_size
+
+Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Section(BaseModel):
+    """A group of settings. Unknown names are refused: a misspelt setting must not be silently ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class PublicApi(Section):
+    """The HTTP server that clients talk to."""
+
+    host: str = "0.0.0.0"
+    """Address to listen on."""
+    port: Port = 3334
+    """Port to listen on; 0 takes any free one."""
+    workers: int = Field(default=1, ge=1, le=64)
+    """Processes that share the port. One a core is plenty."""
+    first_byte_wait: Seconds = 3.0
+    """Seconds a missed request waits for its fetch to give a first byte before it is proxied to a source."""
+    send_stall_limit: Seconds = 120.0
+    """Seconds a client may take nothing of its answer (a paused player) before it is disconnected."""
+    keep_alive_timeout: Seconds = 75.0
+    """Seconds an idle connection is kept open."""
+    request_timeout: Seconds = 20.0
+    """Seconds a client has to send the head of its request."""
+    follow_growing_files: bool = True
+    """Serve objects from their partial file while they are fetched. Turn off where the volume is NFS shared by
+    several hosts: pending requests are then proxied."""
+    far_range_distance: Size = Field(default=4 * 1024**2)
+    """A range of a pending object that starts more than this beyond what is on disk is proxied."""
+    max_proxied: int = Field(default=200, ge=1)
+    """Answers proxied at once by one process; beyond that requests get 503 with Retry-After."""
+
+
+class StateStoreSettings(Section):
+    """Redis, or memory:// in standalone mode."""
+
+    url: SecretStr = SecretStr("memory://")
+    """`redis://[user:password@]host:port/db`, `rediss://…`, `unix://…`, or `memory://`."""
+    prefix: str = Field(default="distributor:", max_length=64)
+    """What every key begins with; nodes that share a Redis need different ones."""
+    operation_timeout: Seconds = 1.0
+    """Seconds after which a call is given up."""
+
+
+class JobQueueSettings(Section):
+    """RabbitMQ, or memory:// in standalone mode."""
+
+    url: SecretStr = SecretStr("memory://")
+    """`amqp://[user:password@]host:port/vhost`, `amqps://…`, or `memory://`."""
+    prefix: str = Field(default="distributor", max_length=64)
+    """What every queue's name begins with."""
+    publish_timeout: Seconds = 2.0
+    """Seconds to wait for the broker's confirmation of a job."""
+    retry_delays: tuple[Seconds, ...] = (5.0, 30.0, 120.0, 600.0)
+    """Seconds before the second, third, … attempt; one more attempt than there are delays."""
+    consumer_timeout: Seconds = 24 * 3600.0
+    """Seconds a job may take before the broker believes its worker to be dead."""
+
+
+class CatalogSettings(Section):
+    """Where the node learns which objects exist."""
+
+    kind: Literal["manifest", "origin"] = "manifest"
+    """`manifest`: a YAML or JSON file. `origin`: any HTTP server."""
+    manifest: Path | None = None
+    """The manifest file."""
+    origin: str | None = None
+    """URL template of the origin, with `{id}`."""
+    timeout: Seconds = 2.5
+    """Seconds to wait for one answer of the catalog."""
+    max_in_flight: int = Field(default=16, ge=1)
+    """Questions under way at once, per process."""
+    positive_ttl: Seconds = 3600.0
+    """Seconds an object's description is believed."""
+    negative_ttl: Seconds = 60.0
+    """Seconds `does not exist` is believed."""
+
+
+class FetchSettings(Section):
+    """How workers download."""
+
+    concurrency: int = Field(default=8, ge=1, le=256)
+    """Objects that one worker process downloads at once."""
+    connect_timeout: Seconds = 3.0
+    """Seconds to reach a source."""
+    first_byte_timeout: Seconds = 5.0
+    """Seconds a source has to begin its answer."""
+    stall_timeout: Seconds = 10.0
+    """Seconds without enough bytes after which the next source is asked."""
+    minimum_rate: Size = Field(default=8 * 1024)
+    """Bytes a second, over the stall timeout, below which a source counts as stalled."""
+    space_wait: Seconds = 10.0
+    """Seconds to wait for the evictor to make room before the job is delayed."""
+    lease: Seconds = 15.0
+    """Seconds without a sign of life after which a worker counts as dead."""
+    lease_renewal: Seconds = 4.0
+    """Seconds between a worker's signs of life."""
+    failure_memory: Seconds = 60.0
+    """Seconds a given-up object is not tried again."""
+
+
+class StorageSettings(Section):
+    """The volume and its limit."""
+
+    path: Path = Path("data")
+    """Directory that all services share."""
+    limit: Size = Field(default=20 * 1024**3, gt=0)
+    """Bytes on the volume, partial downloads and promises included, are never more than this."""
+    max_cached_item: Size | None = None
+    """Objects larger than this are proxied, never cached; default: what fits below the low watermark."""
+    high_watermark: float = Field(default=0.95, gt=0, le=1)
+    """Share of the limit above which the evictor starts."""
+    low_watermark: float = Field(default=0.90, gt=0, le=1)
+    """Share of the limit down to which it evicts."""
+
+    @property
+    def watermarks(self) -> Watermarks:
+        return Watermarks(low=int(self.limit * self.low_watermark), high=int(self.limit * self.high_watermark))
+
+    @property
+    def largest_cached_size(self) -> int:
+        """Size in bytes of the largest object that is ever fetched (negative: none is)."""
+        fits = self.limit - (footprint(0))
+        return fits if self.max_cached_item is None else min(fits, self.max_cached_item)
+
+
+class EvictorSettings(Section):
+    """Eviction and reconciliation."""
+
+    policy: Literal["lru-sp"] = "lru-sp"
+    """How victims are chosen."""
+    min_idle: float = Field(default=5.0, ge=0, le=24 * 3600)
+    """Seconds since its last access before an object may be evicted."""
+    leadership: Seconds = 10.0
+    """Seconds after which a silent leader is replaced by a standby."""
+    leadership_renewal: Seconds = 3.0
+    """Seconds between a leader's signs of life."""
+    interval: Seconds = 1.0
+    """Seconds between looks at the usage when nobody asks."""
+    reconcile_interval: Seconds = 3600.0
+    """Seconds between comparisons of volume and index."""
+    duty_interval: Seconds = 6 * 3600.0
+    """Seconds between looks at the catalog's whole list for objects no longer ours."""
+    partial_keep: Seconds = 3600.0
+    """Seconds an abandoned partial file is kept for a resumption."""
+    scrub_rate: Size = Field(default=4 * 1024**2)
+    """Bytes a second that the scrub reads; 0 turns it off."""
+
+
+class MetricsSettings(Section):
+    """Where fetcher and evictor answer /metrics, /healthz and /readyz (the API does so on its own port)."""
+
+    host: str = "0.0.0.0"
+    """Address to listen on."""
+    port: Port = 9464
+    """Port to listen on; 0 takes any free one."""
+    multiprocess_dir: Path | None = None
+    """Directory for the counters of several API workers; default: a new temporary directory."""
+
+
+class LogSettings(Section):
+    """Logs."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe events that are logged."""
+    format: Literal["json", "console"] = "json"
+    """`console` is for people."""
+
+
+class Settings(BaseSettings):
+    """All settings. Each can be set in the file, or in the environment as DISTRIBUTOR_ and its path, such as
+    DISTRIBUTOR_STORAGE__LIMIT=500G."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DISTRIBUTOR_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+    )
+
+    id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=128)
+    """The node's name in /status; default: the host's name."""
+    buckets: frozenset[str] | None = None
+    """Buckets to serve. Neither buckets nor worker_id: everything the catalog knows."""
+    worker_id: int | None = Field(default=None, ge=0)
+    """Serve all buckets that this worker operates."""
+    environment: str = "production"
+    """Shown as nodeEnv in /status."""
+    shutdown_deadline: Seconds = 30.0
+    """Seconds that answers and downloads under way get at a stop."""
+    public_api: PublicApi = PublicApi()
+    state_store: StateStoreSettings = StateStoreSettings()
+    job_queue: JobQueueSettings = JobQueueSettings()
+    catalog: CatalogSettings = CatalogSettings()
+    fetch: FetchSettings = FetchSettings()
+    storage: StorageSettings = StorageSettings()
+    evictor: EvictorSettings = EvictorSettings()
+    metrics: MetricsSettings = MetricsSettings()
+    log: LogSettings = LogSettings()
+
+    @field_validator("buckets")
+    @classmethod
+    def _check_buckets(cls, buckets: frozenset[str] | None) -> frozenset[str] | None:
+        return None if buckets is None else frozenset(parse_bucket_id(bucket) for bucket in buckets)
+
+    @property
+    def duty(self) -> Duty:
+        return Duty(bucket_ids=self.buckets, worker_id=self.worker_id)
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        wrong: list[str] = []
+        if self.fetch.lease_renewal * 2 > self.fetch.lease:
+            wrong.append(
+                f"fetch.lease ({self.fetch.lease:g} s) must be at least twice fetch.lease_renewal"
+                f" ({self.fetch.lease_renewal:g} s): one lost renewal must not cost the lease"
+            )
+        if self.evictor.leadership_renewal * 2 > self.evictor.leadership:
+            wrong.append("evictor.leadership must be at least twice evictor.leadership_renewal")
+        if self.storage.low_watermark > self.storage.high_watermark:
+            wrong.append("storage.low_watermark is above storage.high_watermark: eviction could never end")
+        if self.storage.max_cached_item is not None and self.storage.max_cached_item > self.storage.limit:
+            wrong.append(
+                f"storage.max_cached_item ({format_size(self.storage.max_cached_item)}) is above storage.limit"
+                f" ({format_size(self.storage.limit)})"
+            )
+        if self.buckets is not None and self.worker_id is not None:
+            wrong.append("buckets and worker_id exclude each other: name the buckets, or the worker")
+        wrong.extend(self._check_catalog())
+        wrong.extend(self._check_urls())
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+    def _check_catalog(self) -> list[str]:
+        if self.catalog.kind == "manifest" and self.catalog.manifest is None:
+            return ["catalog.manifest is missing: name the manifest file (or choose another catalog.kind)"]
+        if self.catalog.kind == "origin":
+            origin = self.catalog.origin or ""
+            if not origin.startswith(("http://", "https://")) or "{id}" not in origin:
+                return ["catalog.origin must be an http(s) URL with {id} in it"]
+        return []
+
+    def _check_urls(self) -> list[str]:
+        wrong = []
+        state, queue = self.state_store.url.get_secret_value(), self.job_queue.url.get_secret_value()
+        if not state.startswith(("redis://", "rediss://", "unix://", "memory://")):
+            wrong.append("state_store.url must begin with redis://, rediss://, unix:// or memory://")
+        if not queue.startswith(("amqp://", "amqps://", "memory://")):
+            wrong.append("job_queue.url must begin with amqp://, amqps:// or memory://")
+        if state.startswith("memory://") != queue.startswith("memory://"):
+            wrong.append("state_store.url and job_queue.url are memory:// both (standalone mode) or neither")
+        return wrong

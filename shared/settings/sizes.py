@@ -1,0 +1,35 @@
+"""Sizes as people write them: 500G, 1.5 TiB, 64MB, 1024."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from pydantic import BeforeValidator, PlainSerializer
+
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]?)(i?b?)\s*\Z", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
+
+
+def parse_size(value: object) -> int:
+    """Bytes. Units are powers of 1024, as the network's operators are used to (`500G` is 500 GiB); raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise ValueError("want a size such as 500G, 64M or a number of bytes")
+    if isinstance(value, int):
+        return value
+    match = _SIZE.match(value)
+    if match is None:
+        raise ValueError(f"{value!r} is no size: want a number and a unit, such as 500G, 64M or 1024")
+    number, unit, _ = match.groups()
+    return int(float(number) * 1024 ** _POWERS[unit.lower()])
+
+
+def format_size(size: int) -> str:
+    """The shortest exact text that `parse_size` reads back."""
+    for unit, power in reversed(_POWERS.items()):
+        if power and size and size % 1024**power == 0:
+            return f"{size // 1024**power}{unit.upper()}"
+    return str(size)
+
+
+Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(format_size, return_type=str)]
