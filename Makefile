@@ -1,0 +1,113 @@
+# Everything that can be done here, for people and for CI. `make` lists it.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+ENVIRONMENT := .venv
+BIN := $(ENVIRONMENT)/bin
+export PATH := $(PATH):/usr/sbin:/usr/lib/rabbitmq/bin
+
+SOURCES := services shared tests $(wildcard benchmarks)
+PYTEST := $(BIN)/python -m pytest
+ARGS ?=
+COMPOSE ?= docker compose
+LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+## environment
+
+$(ENVIRONMENT)/.runtime: requirements/runtime.txt pyproject.toml
+	@deploy/environment/install.sh $(ENVIRONMENT) requirements/runtime.txt
+	@touch $@
+
+$(ENVIRONMENT)/.development: requirements/development.txt requirements/runtime.txt pyproject.toml
+	@deploy/environment/install.sh $(ENVIRONMENT) requirements/development.txt
+	@touch $(ENVIRONMENT)/.runtime $@
+
+.PHONY: setup
+setup: $(ENVIRONMENT)/.development ## install everything into .venv (nothing to do when it is up to date)
+
+.PHONY: servers
+servers: ## find redis-server and rabbitmq-server, or install them (for the tests)
+	@deploy/servers/find-or-install.sh
+
+.PHONY: lock
+lock: setup ## make the pins in requirements/ anew from pyproject.toml
+	@$(LOCK) --upgrade pyproject.toml --output-file requirements/runtime.txt
+	@$(LOCK) --upgrade --extra development --constraints requirements/runtime.txt pyproject.toml --output-file requirements/development.txt
+
+## running
+
+.PHONY: run
+run: $(ENVIRONMENT)/.runtime ## a node on this machine with demo objects; Ctrl-C stops it
+	@$(BIN)/python deploy/environment/foreground.py $(BIN)/python -m services.standalone.demo_run $(ARGS)
+
+.env: .env.example
+	@deploy/environment/make-passwords.sh .env.example .env
+
+.PHONY: up
+up: .env ## the whole stack with docker compose (ARGS="--profile demo" and the like go before `up`)
+	@$(COMPOSE) $(ARGS) up --detach --build --wait
+
+.PHONY: down
+down: .env ## stop the stack; volumes and their objects stay
+	@$(COMPOSE) --profile '*' down
+
+.PHONY: logs
+logs: .env ## follow the stack's logs
+	@$(COMPOSE) logs --follow --tail 100
+
+## checking
+
+.PHONY: check
+check: setup ## format, lint, types, layers, generated documents
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/distributor config reference | diff -u docs/configuration.md - || { echo "docs/configuration.md is out of date: make reference" >&2; exit 1; }
+
+.PHONY: format
+format: setup ## put the code into its format, and repair what ruff can
+	@$(BIN)/ruff check --fix-only $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+.PHONY: reference
+reference: setup ## write docs/configuration.md from the settings
+	@$(BIN)/distributor config reference > docs/configuration.md.new
+	@mv docs/configuration.md.new docs/configuration.md
+
+.PHONY: test
+test: setup servers ## all tests but those of Docker and fire, against real Redis and RabbitMQ
+	@$(PYTEST) -m "not docker and not fire" $(ARGS)
+
+.PHONY: test-unit
+test-unit: setup ## the quick tests: unit and contract
+	@$(PYTEST) -m "not docker and not fire" tests/unit $(wildcard tests/contract) $(ARGS)
+
+.PHONY: test-docker
+test-docker: setup .env ## the stack for real: build, up, scale, use, break, down
+	@$(PYTEST) -m docker --timeout 900 $(ARGS)
+
+.PHONY: test-fire
+test-fire: setup servers ## kill, cut, fill and corrupt things, and look at what clients see
+	@$(PYTEST) -m fire --timeout 900 $(ARGS)
+
+.PHONY: soak
+soak: setup servers ## traffic and faults for a long time (SOAK_SECONDS, default 600)
+	@$(BIN)/python -m benchmarks.soak --seconds $${SOAK_SECONDS:-600} $(ARGS)
+
+.PHONY: bench
+bench: setup servers ## measure hits, misses and fetches
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: clean
+clean: ## remove what was built here (.venv and caches; not the demo's cached objects)
+	@rm -rf $(ENVIRONMENT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis
+	@find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

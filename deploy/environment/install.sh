@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# install.sh ENVIRONMENT REQUIREMENTS: make the virtual environment if there is none, install the pins, then this package.
+set -euo pipefail
+
+environment=$1
+requirements=$2
+
+fail() {
+    printf '%s\n' "$@" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer is needed, and none was found (looked for python3, python3.13, python3.12, python3.11)." \
+        "On Debian 12 or newer: apt-get install python3 python3-venv. Or name one: make PYTHON=/path/to/python3.12 ..."
+}
+
+install_venv_package() {
+    local as_root=()
+    if [ "$(id -u)" != 0 ]; then
+        sudo -n true 2>/dev/null || return 1
+        as_root=(sudo -n)
+    fi
+    command -v apt-get >/dev/null || return 1
+    echo "python3-venv is missing; installing it with apt-get ..." >&2
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get update -qq || true
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install -qq --yes --no-install-recommends python3-venv ca-certificates >/dev/null
+}
+
+python=$(find_python)
+if ! "$environment/bin/python" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    rm -rf "$environment"
+    if ! "$python" -c 'import ensurepip' 2>/dev/null; then
+        install_venv_package || fail \
+            "This Python cannot make a virtual environment: on Debian, install the package python3-venv:" \
+            "    sudo apt-get install python3-venv"
+    fi
+    echo "making $environment with $("$python" --version) ..." >&2
+    "$python" -m venv "$environment"
+fi
+
+echo "installing $requirements ..." >&2
+"$environment/bin/python" -m pip install --quiet --disable-pip-version-check --requirement "$requirements"
+"$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --editable .
