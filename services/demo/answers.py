@@ -1,0 +1,139 @@
+"""What a well-behaved storage node (Colossus, API v1) answers: pure decisions, no I/O."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+
+from services.demo.objects import MODIFIED_AT, BytesContent, Content, DemoObject
+from services.demo.wire import Request
+
+API_BASE = "/api/v1"
+VERSION = {"version": "3.10.2", "userAgent": "demo-storage-node"}
+_RANGE = re.compile(r"bytes=\s*([0-9]*)-([0-9]*)\s*")
+_NOTHING = BytesContent(b"")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A status, headers without Content-Length, and `length` bytes of `content` from `offset`."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...] = ()
+    content: Content = _NOTHING
+    offset: int = 0
+    length: int = 0
+
+
+def json_answer(status: int, document: object) -> Answer:
+    """An answer of one JSON document."""
+    body = json.dumps(document).encode()
+    return Answer(status, (("Content-Type", "application/json"),), BytesContent(body), 0, len(body))
+
+
+def error_answer(status: int, kind: str, message: str) -> Answer:
+    """An error as the storage node words it: JSON with `type` and `message`."""
+    return json_answer(status, {"type": kind, "message": message})
+
+
+def endpoint_of(request: Request) -> tuple[str | None, str | None]:
+    """The endpoint ("files", "version" or None) and, for files, the id as it stands in the path."""
+    if request.path == f"{API_BASE}/version":
+        return "version", None
+    prefix = f"{API_BASE}/files/"
+    if request.path.startswith(prefix):
+        return "files", request.path[len(prefix) :]
+    return None, None
+
+
+def answer_request(request: Request, objects: Mapping[str, DemoObject]) -> Answer:
+    """The right answer to a request of the storage node's API."""
+    endpoint, object_id = endpoint_of(request)
+    if endpoint is None:
+        return error_answer(404, "not_found", "no such path")
+    if request.method not in ("GET", "HEAD"):
+        return error_answer(405, "method_not_allowed", "only GET and HEAD are served")
+    if endpoint == "version":
+        return json_answer(200, VERSION)
+    if object_id is None or re.fullmatch(r"[0-9]+", object_id, re.ASCII) is None:
+        return error_answer(400, "bad_request", "the object id must be made of digits")
+    item = objects.get(object_id)
+    if item is None:
+        return Answer(404)
+    return _file_answer(request, item)
+
+
+def _file_answer(request: Request, item: DemoObject) -> Answer:
+    if request.method == "HEAD":
+        return Answer(200, (("Content-Type", item.media_type),), item.content, 0, item.size)
+    validators = (
+        ("Accept-Ranges", "bytes"),
+        ("Cache-Control", "public, max-age=0"),
+        ("Last-Modified", item.last_modified),
+        ("ETag", item.etag),
+    )
+    if _precondition_failed(request, item):
+        return error_answer(500, "unknown_error", "PreconditionFailedError: Precondition Failed")
+    if _not_modified(request, item):
+        return Answer(304, validators)
+    headers = (*validators, ("Content-Type", item.media_type))
+    match = _RANGE.fullmatch(request.headers.get("range", ""))
+    if match is None or not any(match.groups()) or not _range_is_fresh(request, item):
+        return Answer(200, headers, item.content, 0, item.size)
+    window = _window(match[1], match[2], item.size)
+    if window is None:
+        return error_answer(500, "unknown_error", "RangeNotSatisfiableError: Range Not Satisfiable")
+    start, end = window
+    content_range = ("Content-Range", f"bytes {start}-{end - 1}/{item.size}")
+    return Answer(206, (*headers, content_range), item.content, start, end - start)
+
+
+def _window(first: str, last: str, size: int) -> tuple[int, int] | None:
+    """One byte range as half-open [start, end); None if it cannot be satisfied (RFC 9110 section 14.1.2)."""
+    if first == "":
+        start, end = max(0, size - int(last)), size
+    else:
+        start, end = int(first), min(size, int(last) + 1) if last else size
+    return (start, end) if start < end else None
+
+
+def _weak(etag: str) -> str:
+    return etag.strip().removeprefix("W/")
+
+
+def _lists(field: str, etag: str) -> bool:
+    return field.strip() == "*" or any(_weak(item) == _weak(etag) for item in field.split(","))
+
+
+def _older(date: str, limit: int) -> bool:
+    """Whether an HTTP date lies before a time; a date that cannot be read does not."""
+    try:
+        return parsedate_to_datetime(date).timestamp() < limit
+    except ValueError:
+        return False
+
+
+def _precondition_failed(request: Request, item: DemoObject) -> bool:
+    if (wanted := request.headers.get("if-match")) is not None:
+        return not _lists(wanted, item.etag)
+    return _older(request.headers.get("if-unmodified-since", ""), MODIFIED_AT)
+
+
+def _not_modified(request: Request, item: DemoObject) -> bool:
+    if (known := request.headers.get("if-none-match")) is not None:
+        return _lists(known, item.etag)
+    since = request.headers.get("if-modified-since")
+    return since is not None and not _older(since, MODIFIED_AT)
+
+
+def _range_is_fresh(request: Request, item: DemoObject) -> bool:
+    """If-Range compared weakly, as storage nodes do; RFC 9110 section 13.1.5 asks for strong."""
+    condition = request.headers.get("if-range")
+    if condition is None:
+        return True
+    if '"' in condition:
+        return _weak(condition) == _weak(item.etag)
+    return not _older(condition, MODIFIED_AT)

@@ -1,0 +1,178 @@
+"""How a storage node misbehaves: rules that match requests, and what is done to the ones they match.
+
+Every value is immutable and checked when it is made, from Python and from JSON alike; ValueError says
+what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+HeaderOverrides = tuple[tuple[str, str | None], ...]
+_LIMITS = {"bytes_per_second": 1, "drip_bytes_per_second": 1, "nth": 1, "first": 1, "status": 100}
+_MAY_BE_NEGATIVE = frozenset({"content_length_delta", "body_delta"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behaviour:
+    """What to do to one answer; the default is to behave. Times in seconds, sizes and positions in bytes.
+
+    Positions called "after" count body bytes of this answer; `flip_…` positions count from the start of the
+    object, so that a ranged answer is wrong at the same place as a whole one.
+    """
+
+    latency_before_headers: float = 0.0
+    latency_before_body: float = 0.0
+    bytes_per_second: int | None = None  # smooth: a piece every 20 ms, or byte by byte when it is very slow
+    drip_bytes_per_second: int | None = (
+        None  # as above, but full speed (or bytes_per_second) up to drip_after
+    )
+    drip_after: int = 0
+    cut_after: int | None = None  # send so many body bytes, then end the connection
+    cut_by_reset: bool = (
+        False  # end it with a TCP reset (the peer may lose what it has not read), not an orderly close
+    )
+    flip_byte_at: int | None = None  # one wrong byte
+    flip_bytes_from: int | None = None  # every byte wrong from here on
+    content_length_delta: int = 0  # promise so many bytes more or fewer than is right
+    body_delta: int = (
+        0  # send so many bytes more (zeros) or fewer than is right; with both equal the lie is consistent
+    )
+    endless_body: bool = False  # zeros after the object, for ever, without Content-Length
+    hang_before_headers: bool = False  # say nothing until the client leaves
+    hang_after: int | None = None  # send so many body bytes, then nothing until the client leaves
+    status: int | None = None  # answer with this status and a short JSON body
+    redirect_to: str | None = None  # answer 302 (or `status`) with this Location
+    gzip: bool = False  # Content-Encoding: gzip, whatever the client accepts
+    omit_content_length: bool = False  # the body ends with the connection, RFC 9112 section 6.3 case 8
+    ignore_range: bool = False  # answer 200 with the whole object
+    close_reused_connection: bool = (
+        False  # close without an answer if the connection has served a request before
+    )
+    headers: HeaderOverrides = ()  # set a header of the answer, or drop it (None)
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.redirect_to is not None and self.status is not None and not 300 <= self.status < 400:
+            raise ValueError(f"redirect_to needs a status of 3xx, got {self.status}")
+        if self.status is not None and self.status > 599:
+            raise ValueError(f"status must be at most 599, got {self.status}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """Which requests a rule is for; what is left out matches all.
+
+    `nth`, `first` and `after` count the requests that fit everything else here, from 1: exactly the n-th,
+    the first n, all but the first n.
+    """
+
+    object_id: str | None = None
+    method: str | None = None
+    endpoint: str | None = None  # "files" or "version"
+    ranged: bool | None = None  # with or without a Range header
+    nth: int | None = None
+    first: int | None = None
+    after: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.endpoint not in (None, "files", "version"):
+            raise ValueError(f"endpoint must be files or version, got {self.endpoint!r}")
+        if self.method not in (None, "GET", "HEAD"):
+            raise ValueError(f"method must be GET or HEAD, got {self.method!r}")
+
+    def fits(self, method: str, endpoint: str, object_id: str | None, ranged: bool) -> bool:
+        """Whether a request is one that this rule counts."""
+        return (
+            self.object_id in (None, object_id)
+            and self.method in (None, method)
+            and self.endpoint in (None, endpoint)
+            and self.ranged in (None, ranged)
+        )
+
+    def chooses(self, count: int) -> bool:
+        """Whether the `count`-th request that fits is one to act on."""
+        return (
+            (self.nth is None or count == self.nth)
+            and (self.first is None or count <= self.first)
+            and (self.after is None or count > self.after)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A behaviour for the requests that match."""
+
+    behaviour: Behaviour
+    match: Match = field(default_factory=Match)
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form; what has its default value is left out."""
+        return {"match": _to_json(self.match), "behaviour": _to_json(self.behaviour)}
+
+    @classmethod
+    def from_json(cls, document: object) -> Rule:
+        """Read `{"match": {…}, "behaviour": {…}}`; `seen` is ignored. Raises ValueError."""
+        if not isinstance(document, Mapping) or "behaviour" not in document:
+            raise ValueError('a rule is an object {"match": {…}, "behaviour": {…}}')
+        if unknown := set(document) - {"match", "behaviour", "seen"}:
+            raise ValueError(f"a rule has no {', '.join(sorted(map(str, unknown)))}")
+        behaviour = Behaviour(**_arguments(Behaviour, document["behaviour"]))
+        return cls(behaviour, Match(**_arguments(Match, document.get("match", {}))))
+
+
+def _arguments(kind: type[Behaviour] | type[Match], document: object) -> dict[str, Any]:
+    label = kind.__name__.lower()
+    if not isinstance(document, Mapping):
+        raise ValueError(f"{label} must be an object")
+    if unknown := set(document) - {item.name for item in fields(kind)}:
+        raise ValueError(f"{label} has no {', '.join(sorted(map(str, unknown)))}")
+    arguments = dict(document)
+    if "headers" in arguments:
+        if not isinstance(arguments["headers"], Mapping):
+            raise ValueError("headers must be an object of name and text or null")
+        arguments["headers"] = tuple(arguments["headers"].items())
+    return arguments
+
+
+def _to_json(value: Behaviour | Match) -> dict[str, Any]:
+    told = {}
+    for item in fields(value):
+        if (current := getattr(value, item.name)) != item.default:
+            told[item.name] = dict(current) if item.name == "headers" else current
+    return told
+
+
+def _check(value: Behaviour | Match) -> None:
+    """Check each field's type against its annotation, and numbers against their least value."""
+    for name, hint in get_type_hints(type(value)).items():
+        current = getattr(value, name)
+        if name == "headers":
+            _check_headers(current)
+            continue
+        allowed = get_args(hint) or (hint,)
+        numeric = isinstance(current, int) and not isinstance(current, bool)
+        if type(current) not in allowed and not (float in allowed and numeric):
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+            raise ValueError(f"{name} must be {names}, got {current!r}")
+        if (
+            isinstance(current, int | float)
+            and name not in _MAY_BE_NEGATIVE
+            and not current >= _LIMITS.get(name, 0)
+        ):
+            raise ValueError(f"{name} must be at least {_LIMITS.get(name, 0)}, got {current}")
+
+
+def _check_headers(headers: object) -> None:
+    if not isinstance(headers, tuple):
+        raise ValueError("headers must be a tuple of (name, value) pairs")
+    for pair in headers:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and pair[0]):
+            raise ValueError(f"a header is a pair (name, value), got {pair!r}")
+        if pair[1] is not None and not isinstance(pair[1], str):
+            raise ValueError(f"the value of header {pair[0]} must be text or null, got {pair[1]!r}")
+        if any(character in text for text in pair if text for character in "\r\n"):
+            raise ValueError(f"header {pair[0]!r} holds a line break")

@@ -1,0 +1,152 @@
+"""What a demo storage node holds: objects from memory, from files, or generated."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from email.utils import formatdate
+from pathlib import Path
+from typing import Protocol
+
+from services.demo.generated import GeneratedContent
+
+MEDIA_TYPES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".webp": "image/webp",
+    ".svg": "image/svg+xml",
+    ".mp4": "video/mp4",
+    ".webm": "video/webm",
+    ".ogg": "audio/ogg",
+    ".vtt": "text/vtt",
+}
+# One fixed time for all: the validators of a source must not depend on when the files were checked out.
+MODIFIED_AT = 1_700_000_000
+MIB = 1024 * 1024
+
+_MEDIA_NAME = re.compile(r"(?P<id>[0-9]+)-(?P<stem>[A-Za-z0-9_-]+)(?P<suffix>\.[a-z0-9]+)")
+
+
+class Content(Protocol):
+    """Random access to the bytes of one object."""
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes [offset, offset + length), cut at the end of the content."""
+
+
+@dataclass(frozen=True, slots=True)
+class BytesContent:
+    """Content held in memory."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return len(self.data)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes [offset, offset + length), cut at the end of the content."""
+        return self.data[offset : offset + length]
+
+
+@dataclass(frozen=True, slots=True)
+class FileContent:
+    """Content of a file that does not change while it is served."""
+
+    path: Path
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes [offset, offset + length), cut at the end of the content. Raises OSError."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return os.pread(descriptor, max(0, min(length, self.size - offset)), offset)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class DemoObject:
+    """One object of the demo, with all that its manifest entry says.
+
+    `held` is false for an object that the catalog lists but nobody has uploaded yet.
+    """
+
+    object_id: str
+    content: Content
+    media_type: str = "application/octet-stream"
+    name: str = ""
+    bucket: str = "0:1"
+    held: bool = True
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return self.content.size
+
+    @property
+    def etag(self) -> str:
+        """The weak validator of the storage node: made of size and time, not of the bytes."""
+        return f'W/"{self.size:x}-{MODIFIED_AT:x}"'
+
+    @property
+    def last_modified(self) -> str:
+        """The time of the last change as an HTTP date (RFC 9110 section 5.6.7)."""
+        return formatdate(MODIFIED_AT, usegmt=True)
+
+
+def bytes_object(object_id: str, data: bytes, media_type: str = "application/octet-stream") -> DemoObject:
+    """An object held in memory."""
+    return DemoObject(object_id, BytesContent(data), media_type)
+
+
+def generated_object(object_id: str, size: int, seed: int | None = None) -> DemoObject:
+    """An object of `size` computed bytes; the seed is the id's number unless given."""
+    return DemoObject(object_id, GeneratedContent(int(object_id) if seed is None else seed, size))
+
+
+def media_objects(directory: Path) -> list[DemoObject]:
+    """The files of a directory named `<object id>-<name>.<extension>`, in order of their ids.
+
+    Raises ValueError for two files with one id and for an extension whose media type is not known.
+    """
+    found: dict[str, DemoObject] = {}
+    for path in directory.iterdir():
+        match = _MEDIA_NAME.fullmatch(path.name)
+        if match is None:
+            continue
+        object_id = match["id"]
+        if object_id in found:
+            raise ValueError(f"{path}: object id {object_id} is used twice in {directory}")
+        if match["suffix"] not in MEDIA_TYPES:
+            raise ValueError(f"{path}: no media type known for {match['suffix']}")
+        content = FileContent(path, path.stat().st_size)
+        found[object_id] = DemoObject(object_id, content, MEDIA_TYPES[match["suffix"]], match["stem"])
+    return sorted(found.values(), key=lambda item: int(item.object_id))
+
+
+def extra_objects() -> list[DemoObject]:
+    """Generated objects of the demo: two large ones, one not ours, one not uploaded yet."""
+    return [
+        DemoObject("64", GeneratedContent(64, 64 * MIB), name="64 MiB generated"),
+        DemoObject("1024", GeneratedContent(1024, 1024 * MIB), name="1 GiB generated"),
+        DemoObject("900", GeneratedContent(900, 65_536), name="In a bucket of another node", bucket="9:9"),
+        DemoObject("901", GeneratedContent(901, 65_536), name="Announced, not uploaded yet", held=False),
+    ]
+
+
+def demo_objects(directory: Path) -> list[DemoObject]:
+    """All that the demo's manifest lists: the media of the directory and the generated objects."""
+    return media_objects(directory) + extra_objects()
+
+
+def held_by_node(objects: Iterable[DemoObject]) -> dict[str, DemoObject]:
+    """The objects that a storage node has, by id."""
+    return {item.object_id: item for item in objects if item.held}
