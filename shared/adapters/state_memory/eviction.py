@@ -1,0 +1,147 @@
+"""The leader's verbs: eviction, reconciliation, policy."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from itertools import islice
+
+from shared.adapters.state_memory.fetching import MemoryFetching
+from shared.adapters.state_memory.tables import FetchRow
+from shared.domain.objects import ObjectId
+from shared.domain.space import footprint
+from shared.ports.state_store import (
+    Access,
+    Fetch,
+    FetchPhase,
+    IndexEntry,
+    Lease,
+    PolicyState,
+    Term,
+    Topic,
+)
+
+_ENTRIES_AT_ONCE = 1000
+
+
+class MemoryEviction(MemoryFetching):
+    """See the port for each verb."""
+
+    async def lead(self, holder: str, seconds: float) -> Term | None:
+        tables, now = self._tables, self._tables.clock()
+        if tables.term is None or tables.term_ends <= now:
+            tables.term = Term(holder, tables.next_serial())
+        elif tables.term.holder != holder:
+            return None
+        tables.term_ends = now + seconds
+        return tables.term
+
+    async def resign(self, term: Term) -> None:
+        if self._tables.in_office(term):
+            self._tables.term = None
+
+    async def space_wanted(self) -> int:
+        tables, now = self._tables, self._tables.clock()
+        tables.wishes = {known: wish for known, wish in tables.wishes.items() if wish[1] > now}
+        return sum(wanted for wanted, _ in tables.wishes.values())
+
+    async def begin_eviction(self, term: Term, object_id: ObjectId, min_idle: float) -> bool:
+        tables = self._tables
+        entry = tables.objects.get(object_id)
+        if not tables.in_office(term) or entry is None or entry.evicting:
+            return False
+        if tables.clock() - entry.last_access < min_idle:
+            return False
+        # A new generation, so that nobody who saw the object before can forget it while its file may still be open
+        tables.objects[object_id] = replace(entry, evicting=True, generation=tables.next_serial())
+        return True
+
+    async def finish_eviction(self, term: Term, object_id: ObjectId) -> int:
+        entry = self._tables.objects.get(object_id)
+        if not self._tables.in_office(term) or entry is None or not entry.evicting:
+            return 0
+        self._tables.drop_object(entry)
+        return footprint(entry.size)
+
+    async def cancel_eviction(self, term: Term, object_id: ObjectId) -> None:
+        entry = self._tables.objects.get(object_id)
+        if self._tables.in_office(term) and entry and entry.evicting:
+            self._tables.objects[object_id] = replace(entry, evicting=False)
+
+    async def adopt(self, term: Term, entry: IndexEntry) -> bool:
+        tables, object_id = self._tables, entry.object_id
+        if not tables.in_office(term) or object_id in tables.objects:
+            return False
+        if tables.phase(tables.rows.get(object_id)) is FetchPhase.FETCHING:
+            return False
+        tables.put_object(entry)
+        tables.drop_fetch(object_id)
+        tables.announce(Topic.FETCH_CHANGED, object_id)
+        return True
+
+    async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
+        tables, now = self._tables, self._tables.clock()
+        row = tables.rows.get(object_id)
+        if not tables.in_office(term) or (row and row.reserved):
+            return False
+        if row and tables.phase(row):
+            tables.rows[object_id] = replace(row, reserved=True, size=size)
+        else:
+            tables.rows[object_id] = FetchRow(FetchPhase.PARKED, True, size, 0, now, now, "")
+        tables.reserved += footprint(size)
+        return True
+
+    async def seize(self, term: Term, object_id: ObjectId) -> Lease | None:
+        tables, now = self._tables, self._tables.clock()
+        row = tables.rows.get(object_id)
+        if not tables.in_office(term) or row is None or tables.phase(row) is not FetchPhase.PARKED:
+            return None
+        lease = Lease(object_id, tables.next_serial(), row.size, term.holder)
+        ends = now + tables.times.lease_seconds
+        tables.rows[object_id] = FetchRow(
+            FetchPhase.FETCHING, True, row.size, lease.token, ends, now, term.holder
+        )
+        return lease
+
+    async def set_accounted(self, term: Term) -> None:
+        if self._tables.in_office(term):
+            self._tables.accounted = True
+
+    async def entries(self) -> AsyncIterator[Sequence[IndexEntry]]:
+        known = list(self._tables.objects)
+        for start in range(0, len(known), _ENTRIES_AT_ONCE):
+            found = (
+                self._tables.objects.get(object_id) for object_id in known[start : start + _ENTRIES_AT_ONCE]
+            )
+            yield [entry for entry in found if entry]
+
+    async def fetches(self) -> Sequence[Fetch]:
+        tables = self._tables
+        for object_id in [known for known, row in tables.rows.items() if tables.phase(row) is None]:
+            del tables.rows[object_id]
+        return [fetch for object_id in tables.rows if (fetch := tables.fetch(object_id))]
+
+    async def read_accesses(self, position: str, at_most: int) -> tuple[str, Sequence[Access]]:
+        after = int(position or 0)
+        accesses: list[Access] = []
+        for serial, batch in islice((kept for kept in self._tables.accesses if kept[0] > after), at_most):
+            accesses.extend(batch)
+            position = str(serial)
+        return position, accesses
+
+    async def load_policy_state(self) -> PolicyState:
+        return self._tables.policy
+
+    async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
+        tables = self._tables
+        if not tables.in_office(term):
+            return
+        for entry in entries:
+            known = tables.objects.get(entry.object_id)
+            if known:
+                tables.objects[entry.object_id] = replace(
+                    known, frequency=entry.frequency, last_access=entry.last_access, priority=entry.priority
+                )
+        tables.policy = state
+        while tables.accesses and tables.accesses[0][0] < int(state.position or 0):
+            tables.accesses.popleft()

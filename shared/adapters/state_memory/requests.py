@@ -1,0 +1,77 @@
+"""The verbs of requests: look, claim, count accesses, announce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from shared.adapters.state_memory.tables import FetchRow, Tables
+from shared.domain.objects import ObjectId
+from shared.domain.space import Usage
+from shared.ports.state_store import Access, Announcement, Claim, FetchPhase, Standing, Topic
+
+
+class MemoryRequests:
+    """See the port for each verb."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+
+    async def find(self, object_id: ObjectId) -> Standing:
+        return self._tables.standing(object_id)
+
+    async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
+        tables = self._tables
+        standing = tables.standing(object_id)
+        parked = standing.fetch is not None and standing.fetch.phase is FetchPhase.PARKED
+        if standing.failure or (standing.fetch and not parked):
+            return Claim(won=False, standing=standing)
+        now = tables.clock()
+        tables.rows[object_id] = FetchRow(
+            phase=FetchPhase.CLAIMED,
+            reserved=parked,
+            size=tables.rows[object_id].size if parked else 0,
+            token=0,
+            ends=now + tables.times.claim_seconds,
+            since=now,
+            worker=claimant,
+        )
+        return Claim(won=True, standing=Standing(fetch=None, failure=None))
+
+    async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
+        tables = self._tables
+        row = tables.rows.get(object_id)
+        if row and tables.phase(row) is FetchPhase.CLAIMED and row.worker == claimant:
+            now = tables.clock()
+            ends = now + tables.times.queued_seconds
+            tables.rows[object_id] = replace(row, phase=FetchPhase.QUEUED, ends=ends, since=now)
+
+    async def withdraw(self, object_id: ObjectId, claimant: str) -> None:
+        tables = self._tables
+        row = tables.rows.get(object_id)
+        pending = (FetchPhase.CLAIMED, FetchPhase.QUEUED)
+        if row and tables.phase(row) in pending and row.worker == claimant:
+            if row.reserved:
+                tables.park(object_id, row)
+            else:
+                tables.drop_fetch(object_id)
+            tables.announce(Topic.FETCH_CHANGED, object_id)
+
+    async def usage(self) -> Usage:
+        tables = self._tables
+        leases = sum(tables.phase(row) is FetchPhase.FETCHING for row in tables.rows.values())
+        return Usage(
+            limit=tables.limit,
+            used=tables.used,
+            reserved=tables.reserved,
+            objects=len(tables.objects),
+            fetches=leases,
+            accounted=tables.accounted,
+        )
+
+    async def record_accesses(self, accesses: Sequence[Access]) -> None:
+        if accesses:
+            self._tables.accesses.append((self._tables.next_serial(), tuple(accesses)))
+
+    async def announce(self, announcement: Announcement) -> None:
+        self._tables.announce(announcement.topic, announcement.object_id)

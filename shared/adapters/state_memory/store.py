@@ -1,0 +1,38 @@
+"""The state store port in one process's memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from shared.adapters.announcement_queue import AnnouncementQueue
+from shared.adapters.state_memory.eviction import MemoryEviction
+from shared.adapters.state_memory.tables import Tables
+from shared.adapters.state_times import StateTimes
+from shared.ports.state_store import Announcement, Topic
+
+
+class MemoryStateStore(MemoryEviction):
+    """`limit`: of the volume, in bytes; `clock`: POSIX seconds. All tasks of the process share one instance."""
+
+    def __init__(self, limit: int, times: StateTimes, clock: Callable[[], float]) -> None:
+        super().__init__(Tables(limit, times, clock))
+
+    async def open(self) -> None:
+        """Nothing to get ready."""
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+    async def ping(self) -> None:
+        """Always there."""
+
+    @asynccontextmanager
+    async def listen(self) -> AsyncIterator[AsyncIterator[Announcement]]:
+        queue = AnnouncementQueue()
+        queue.put(Announcement(Topic.SETTINGS_CHANGED))
+        self._tables.listeners.add(queue)
+        try:
+            yield queue
+        finally:
+            self._tables.listeners.discard(queue)

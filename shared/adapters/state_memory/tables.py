@@ -1,0 +1,135 @@
+"""What the store holds, and the arithmetic that all verbs share. Verbs never await, so each one is atomic."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from shared.adapters.announcement_queue import AnnouncementQueue
+from shared.adapters.state_times import ACCESS_BATCHES_KEPT, StateTimes
+from shared.domain.objects import ObjectId
+from shared.domain.space import footprint
+from shared.ports.state_store import (
+    Access,
+    Announcement,
+    Failure,
+    Fetch,
+    FetchPhase,
+    IndexEntry,
+    Lease,
+    PolicyState,
+    Standing,
+    Term,
+    Topic,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchRow:
+    """A fetch as written; `ends` and `since` on the store's clock. `reserved`: `footprint(size)` bytes are, whatever
+    the phase."""
+
+    phase: FetchPhase
+    reserved: bool
+    size: int
+    token: int
+    ends: float
+    since: float
+    worker: str
+    source: str | None = None
+
+
+@dataclass(slots=True)
+class Tables:
+    """All state. `clock`: POSIX seconds."""
+
+    limit: int
+    times: StateTimes
+    clock: Callable[[], float]
+    objects: dict[ObjectId, IndexEntry] = field(default_factory=dict)
+    rows: dict[ObjectId, FetchRow] = field(default_factory=dict)
+    failures: dict[ObjectId, tuple[str, float]] = field(default_factory=dict)
+    wishes: dict[ObjectId, tuple[int, float]] = field(default_factory=dict)
+    accesses: deque[tuple[int, Sequence[Access]]] = field(
+        default_factory=lambda: deque(maxlen=ACCESS_BATCHES_KEPT)
+    )
+    policy: PolicyState = field(default_factory=PolicyState)
+    used: int = 0
+    reserved: int = 0
+    serial: int = 0
+    accounted: bool = False
+    term: Term | None = None
+    term_ends: float = 0.0
+    listeners: set[AnnouncementQueue] = field(default_factory=set)
+
+    def next_serial(self) -> int:
+        self.serial += 1
+        return self.serial
+
+    def announce(self, topic: Topic, object_id: str = "") -> None:
+        for listener in self.listeners:
+            listener.put(Announcement(topic, object_id))
+
+    def in_office(self, term: Term) -> bool:
+        return self.term == term and self.clock() < self.term_ends
+
+    def phase(self, row: FetchRow | None) -> FetchPhase | None:
+        """What a row amounts to now: None when it has run out and left nothing."""
+        if row is None or row.phase is FetchPhase.PARKED or row.ends > self.clock():
+            return row.phase if row else None
+        return FetchPhase.PARKED if row.reserved else None
+
+    def leased(self, lease: Lease) -> FetchRow | None:
+        """A lease that has run out is still its holder's as long as nobody has taken the object over."""
+        row = self.rows.get(lease.object_id)
+        if (
+            row
+            and row.phase is FetchPhase.FETCHING
+            and (row.token, row.worker) == (lease.token, lease.worker)
+        ):
+            return row
+        return None
+
+    def park(self, object_id: ObjectId, row: FetchRow) -> None:
+        now = self.clock()
+        self.rows[object_id] = replace(row, phase=FetchPhase.PARKED, ends=now, since=now)
+
+    def drop_fetch(self, object_id: ObjectId) -> None:
+        """End a fetch and give its reservation back."""
+        row = self.rows.pop(object_id, None)
+        if row and row.reserved:
+            self.reserved -= footprint(row.size)
+
+    def put_object(self, entry: IndexEntry) -> None:
+        """A new entry of a new generation."""
+        self.objects[entry.object_id] = replace(entry, evicting=False, generation=self.next_serial())
+        self.used += footprint(entry.size)
+
+    def drop_object(self, entry: IndexEntry) -> None:
+        del self.objects[entry.object_id]
+        self.used -= footprint(entry.size)
+        self.announce(Topic.SPACE_FREED, entry.object_id)
+
+    def fetch(self, object_id: ObjectId) -> Fetch | None:
+        row = self.rows.get(object_id)
+        phase = self.phase(row)
+        if row is None or phase is None:
+            return None
+        now = self.clock()
+        parked = phase is FetchPhase.PARKED
+        since = row.ends if parked and row.phase is not phase else row.since
+        return Fetch(
+            object_id=object_id,
+            phase=phase,
+            size=row.size,
+            worker=row.worker,
+            source=row.source,
+            lease_left=0.0 if parked else row.ends - now,
+            age=max(0.0, now - since),
+        )
+
+    def standing(self, object_id: ObjectId) -> Standing:
+        reason, ends = self.failures.get(object_id, ("", 0.0))
+        left = ends - self.clock()
+        return Standing(self.fetch(object_id), Failure(reason, left) if left > 0 else None)

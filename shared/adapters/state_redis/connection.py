@@ -1,0 +1,106 @@
+"""One bounded way to the server: every command and script passes here, every library error is translated here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from redis import asyncio as aioredis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from shared.adapters.state_redis.gate import Gate
+from shared.adapters.state_redis.keys import Keys
+from shared.adapters.state_redis.lua import Script, load_scripts
+from shared.domain.errors import ConfigurationError, StateStoreUnavailable
+from shared.domain.objects import ObjectId
+from shared.domain.space import RECORD_BYTES
+
+CONNECTIONS = 32
+
+
+def make_client(url: str, connect_timeout: float, connections: int = CONNECTIONS) -> aioredis.Redis:
+    """A client that connects when first used.
+
+    No retries: the library's default of ten would outlast every time limit, and repeating a verb whose reply was lost
+    could do it twice. No socket timeout: whoever calls sets one deadline around the whole operation; on cancellation
+    the library closes the connection, so that a late reply never reaches the next caller.
+    """
+    try:
+        pool = aioredis.ConnectionPool.from_url(
+            url,
+            max_connections=connections,
+            protocol=2,
+            retry=Retry(NoBackoff(), 0),
+            socket_timeout=None,
+            socket_connect_timeout=connect_timeout,
+            socket_keepalive=True,
+        )
+    except ValueError as error:
+        raise ConfigurationError(f"state store: not a usable Redis URL: {error}") from error
+    return aioredis.Redis.from_pool(pool)
+
+
+class RedisConnection:
+    """Runs commands and scripts within `timeout` seconds each, waiting for a free connection included."""
+
+    def __init__(self, url: str, prefix: str, timeout: float) -> None:
+        self.url = url
+        self.keys = Keys(prefix)
+        self.timeout = timeout
+        self._client = make_client(url, timeout)
+        self._free = asyncio.Semaphore(CONNECTIONS)
+        self._gate = Gate()
+        self._scripts: dict[str, Script] = {}
+
+    def open(self) -> None:
+        self._scripts = load_scripts()
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def run(self, script: str, object_id: ObjectId | str, *arguments: str | int | float) -> Any:
+        """Run one script from the scripts folder; `arguments` are its ARGV from the fourth on."""
+        keys = self.keys.all_for(object_id)
+        given = (len(keys), *keys, self.keys.channel, RECORD_BYTES, object_id, *arguments)
+        body = self._scripts[script]
+        async with self._bounded():
+            try:
+                return await self._execute("EVALSHA", body.digest, *given)
+            except NoScriptError:
+                return await self._execute("EVAL", body.text, *given)
+
+    async def command(self, *arguments: str | bytes | int | float) -> Any:
+        """Run one plain command."""
+        async with self._bounded():
+            return await self._execute(*arguments)
+
+    async def _execute(self, *arguments: str | bytes | int | float) -> Any:
+        return await self._client.execute_command(*arguments)  # type: ignore[no-untyped-call]
+
+    @asynccontextmanager
+    async def _bounded(self) -> AsyncIterator[None]:
+        """The one boundary: gate, time limit, a free connection, translation of errors."""
+        probe = self._gate.enter()
+        try:
+            async with asyncio.timeout(self.timeout), self._free:
+                yield
+            self._gate.open()
+        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+            self._gate.close(error)
+            raise StateStoreUnavailable(f"state store did not answer: {_described(error)}") from error
+        except RedisError as error:
+            # The server is there, but refuses: out of memory, read-only replica, failing disk
+            self._gate.open()
+            raise StateStoreUnavailable(f"state store refused: {_described(error)}") from error
+        finally:
+            self._gate.leave(probe)
+
+
+def _described(error: BaseException) -> str:
+    return f"{type(error).__name__} {error}".strip()

@@ -1,0 +1,97 @@
+"""The leader's verbs: eviction, reconciliation, policy."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+
+from shared.adapters.state_redis.fetching import RedisFetching
+from shared.adapters.state_redis.records import read_accesses, read_entry, read_fetch
+from shared.adapters.state_redis.requests import milliseconds
+from shared.domain.objects import ObjectId
+from shared.ports.state_store import Access, Fetch, IndexEntry, Lease, PolicyState, Term
+
+_ENTRIES_AT_ONCE = 1000
+
+
+class RedisEviction(RedisFetching):
+    """See the port for each verb."""
+
+    async def lead(self, holder: str, seconds: float) -> Term | None:
+        token = await self._connection.run("lead", "", holder, milliseconds(seconds))
+        return Term(holder, token) if token else None
+
+    async def resign(self, term: Term) -> None:
+        await self._run_in_office("resign", term)
+
+    async def space_wanted(self) -> int:
+        return int(await self._connection.run("space_wanted", ""))
+
+    async def begin_eviction(self, term: Term, object_id: ObjectId, min_idle: float) -> bool:
+        return bool(await self._run_in_office("begin_eviction", term, object_id, min_idle))
+
+    async def finish_eviction(self, term: Term, object_id: ObjectId) -> int:
+        freed = await self._run_in_office("finish_eviction", term, object_id)
+        return freed if isinstance(freed, int) else 0
+
+    async def cancel_eviction(self, term: Term, object_id: ObjectId) -> None:
+        await self._run_in_office("cancel_eviction", term, object_id)
+
+    async def adopt(self, term: Term, entry: IndexEntry) -> bool:
+        figures = (entry.size, entry.frequency, entry.last_access, entry.priority)
+        return bool(await self._run_in_office("adopt", term, entry.object_id, *figures))
+
+    async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
+        return bool(await self._run_in_office("adopt_partial", term, object_id, size))
+
+    async def seize(self, term: Term, object_id: ObjectId) -> Lease | None:
+        duration = milliseconds(self._times.lease_seconds)
+        reply = await self._run_in_office("seize", term, object_id, term.holder, duration)
+        if not isinstance(reply, list):
+            return None
+        token, size = reply
+        return Lease(object_id, token, size, term.holder)
+
+    async def set_accounted(self, term: Term) -> None:
+        await self._run_in_office("set_accounted", term)
+
+    async def entries(self) -> AsyncIterator[Sequence[IndexEntry]]:
+        cursor = 0
+        while True:
+            scan = ("HSCAN", self._connection.keys.objects, cursor, "COUNT", _ENTRIES_AT_ONCE)
+            cursor, found = await self._connection.command(*scan)
+            if found:
+                yield [read_entry(object_id, packed) for object_id, packed in found.items()]
+            if cursor == 0:
+                return
+
+    async def fetches(self) -> Sequence[Fetch]:
+        found = await self._connection.run("fetches", "")
+        return [read_fetch(ObjectId(object_id.decode()), shown) for object_id, shown in found]
+
+    async def read_accesses(self, position: str, at_most: int) -> tuple[str, Sequence[Access]]:
+        after = f"({position}" if position else "-"
+        log = self._connection.keys.accesses
+        batches = await self._connection.command("XRANGE", log, after, "+", "COUNT", at_most)
+        accesses: list[Access] = []
+        for batch_id, fields in batches:
+            accesses.extend(read_accesses(fields[b"batch"]))
+            position = batch_id.decode()
+        return position, accesses
+
+    async def load_policy_state(self) -> PolicyState:
+        found = await self._connection.command("HMGET", self._connection.keys.policy, "inflation", "position")
+        inflation, position = found
+        return PolicyState(float(inflation or 0), (position or b"").decode())
+
+    async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
+        figures: list[str | int | float] = []
+        for entry in entries:
+            figures += (entry.object_id, entry.frequency, entry.last_access, entry.priority)
+        await self._run_in_office("save_policy", term, "", state.inflation, state.position, *figures)
+
+    async def _run_in_office(
+        self, script: str, term: Term, object_id: ObjectId | str = "", *arguments: str | int | float
+    ) -> object:
+        office = f"{term.token} {term.holder}"
+        reply: object = await self._connection.run(script, object_id, office, *arguments)
+        return reply

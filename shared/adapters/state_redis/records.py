@@ -1,0 +1,74 @@
+"""Between the store's replies and the port's values."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from shared.domain.objects import ObjectId
+from shared.ports.state_store import (
+    Access,
+    Announcement,
+    Failure,
+    Fetch,
+    FetchPhase,
+    IndexEntry,
+    Standing,
+    Topic,
+)
+
+_OBJECT = struct.Struct("<BQIddQ")
+"""State, size, frequency, last access, priority, generation: 37 bytes, written by records.lua."""
+
+_EVICTING = 1
+
+
+def read_entry(object_id: bytes, packed: bytes) -> IndexEntry:
+    state, size, frequency, last_access, priority, generation = _OBJECT.unpack(packed)
+    return IndexEntry(
+        ObjectId(object_id.decode()), size, frequency, last_access, priority, state == _EVICTING, generation
+    )
+
+
+def read_fetch(object_id: ObjectId, shown: Sequence[Any]) -> Fetch:
+    phase, size, worker, source, left, age = shown
+    return Fetch(
+        object_id=object_id,
+        phase=FetchPhase(phase.decode()),
+        size=size,
+        worker=worker.decode(),
+        source=source.decode() or None,
+        lease_left=left / 1000,
+        age=age / 1000,
+    )
+
+
+def read_standing(object_id: ObjectId, reply: Sequence[Any]) -> Standing:
+    shown, reason, left = reply
+    return Standing(
+        fetch=read_fetch(object_id, shown) if shown else None,
+        failure=Failure(reason.decode(), max(0, left) / 1000) if reason is not None else None,
+    )
+
+
+def pack_accesses(accesses: Sequence[Access]) -> bytes:
+    return json.dumps([(access.object_id, access.views, access.last_at) for access in accesses]).encode()
+
+
+def read_accesses(packed: bytes) -> list[Access]:
+    return [Access(ObjectId(object_id), views, last_at) for object_id, views, last_at in json.loads(packed)]
+
+
+def pack_announcement(announcement: Announcement) -> str:
+    return f"{announcement.topic} {announcement.object_id}"
+
+
+def read_announcement(message: bytes) -> Announcement | None:
+    """None for a topic that this version does not know (nodes are not all updated at once)."""
+    topic, _, object_id = message.decode(errors="replace").partition(" ")
+    try:
+        return Announcement(Topic(topic), object_id)
+    except ValueError:
+        return None

@@ -1,0 +1,1 @@
+"""One Lua script per verb; `records.lua` is put before each of them."""

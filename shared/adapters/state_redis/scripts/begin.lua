@@ -1,0 +1,24 @@
+-- ARGV: size, worker, lease in milliseconds, limit. Returns the name of the answer and its figures.
+local size, worker, limit = tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[7])
+local object = read_object(object_id)
+if object and object.state == EVICTING then return {'held', 0} end
+if object then return {'stored', object.generation} end
+local fetch = read_fetch()
+if fetch and fetch.standing == 'fetching' then return {'held', fetch.ends - now} end
+if footprint(size) > limit then return {'never_fits'} end
+
+local counted = redis.call('HMGET', usage, 'used', 'reserved', 'accounted')
+if counted[3] ~= run_id() then return {'not_accounted'} end
+local resumed = fetch ~= nil and fetch.reserved
+local more = footprint(size) - (resumed and footprint(fetch.size) or 0)
+local missing = tonumber(counted[1] or '0') + tonumber(counted[2] or '0') + more - limit
+if more > 0 and missing > 0 then return {'no_space', missing} end
+
+local token = next_serial()
+add('reserved', more)
+write_fetch({phase = 'fetching', reserved = true, size = size, token = token, ends = now + tonumber(ARGV[6]),
+             since = now, worker = worker, source = ''})
+redis.call('DEL', failure)
+redis.call('HDEL', wishes, object_id)
+announce('fetch_changed')
+return {'granted', token, resumed and 1 or 0}

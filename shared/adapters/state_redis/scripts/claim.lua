@@ -1,0 +1,9 @@
+-- ARGV: claimant, milliseconds. Returns 1, or what is in the way.
+local fetch = read_fetch()
+if (fetch and fetch.standing and fetch.standing ~= 'parked') or redis.call('EXISTS', failure) == 1 then
+  return standing(fetch)
+end
+local parked = fetch and fetch.standing == 'parked'
+write_fetch({phase = 'claimed', reserved = parked or false, size = parked and fetch.size or 0, token = 0,
+             ends = now + tonumber(ARGV[5]), since = now, worker = ARGV[4], source = ''})
+return 1

@@ -1,0 +1,1 @@
+return standing(read_fetch())

@@ -1,0 +1,12 @@
+-- ARGV: holder, milliseconds. Returns the term's token, or 0 while another leads. The key holds "token holder".
+local holder, milliseconds = ARGV[4], ARGV[5]
+local term = redis.call('GET', leader)
+if term then
+  local token, leading = string.match(term, '^(%d+) (.*)$')
+  if leading ~= holder then return 0 end
+  redis.call('PEXPIRE', leader, milliseconds)
+  return tonumber(token)
+end
+local token = next_serial()
+redis.call('SET', leader, string.format('%.0f ', token) .. holder, 'PX', milliseconds)
+return token

@@ -1,0 +1,6 @@
+-- ARGV: token, worker
+local fetch = read_leased(ARGV[4], ARGV[5])
+if fetch then
+  park(fetch)
+  announce('fetch_changed')
+end

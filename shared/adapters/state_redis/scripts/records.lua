@@ -1,0 +1,88 @@
+-- Put before every other script: keys, the server's clock in milliseconds, and how records are read and written.
+-- KEYS: see keys.py. ARGV[1]: announcement channel; ARGV[2]: bytes counted for an object's record; ARGV[3]: object id.
+local objects, fetches, usage, wishes, leader, policy, accesses, failure = unpack(KEYS)
+local channel, record_bytes, object_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local clock = redis.call('TIME')
+local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
+
+-- state, size, frequency, last access (POSIX seconds), priority, generation; the same layout as in records.py
+local OBJECT = '<BI8I4ddI8'
+local STORED, EVICTING = 0, 1
+
+local function footprint(size) return size + record_bytes end
+
+-- Lua would write large numbers in scientific notation, which Redis does not count with
+local function add(field, bytes) redis.call('HINCRBY', usage, field, string.format('%.0f', bytes)) end
+
+-- Rises with every call, also over a lost store, whose counters begin anew: old tokens are never granted again
+local function next_serial()
+  local serial = math.max(tonumber(redis.call('HGET', usage, 'serial') or '0') + 1, now)
+  redis.call('HSET', usage, 'serial', string.format('%.0f', serial))
+  return serial
+end
+
+local function run_id() return string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') end
+
+local function announce(topic) redis.call('PUBLISH', channel, topic .. ' ' .. object_id) end
+
+local function read_object(id)
+  local packed = redis.call('HGET', objects, id)
+  if not packed then return nil end
+  local state, size, frequency, last_access, priority, generation = struct.unpack(OBJECT, packed)
+  return {state = state, size = size, frequency = frequency, last_access = last_access, priority = priority,
+          generation = generation}
+end
+
+local function write_object(id, object)
+  redis.call('HSET', objects, id, struct.pack(OBJECT, object.state, object.size,
+    math.min(math.max(object.frequency, 0), 4294967295), object.last_access, object.priority, object.generation))
+end
+
+-- `phase` is what was written, `standing` what it amounts to now: nil when it has run out and left nothing
+local function unpack_fetch(packed)
+  local phase, reserved, size, token, ends, since, worker, source = unpack(cmsgpack.unpack(packed))
+  local fetch = {phase = phase, reserved = reserved, size = size, token = token, ends = ends, since = since,
+                 worker = worker, source = source, standing = phase}
+  if phase ~= 'parked' and ends <= now then
+    fetch.standing = reserved and 'parked' or nil
+    fetch.since = ends
+  end
+  return fetch
+end
+
+local function read_fetch()
+  local packed = redis.call('HGET', fetches, object_id)
+  return packed and unpack_fetch(packed) or nil
+end
+
+local function write_fetch(fetch)
+  redis.call('HSET', fetches, object_id, cmsgpack.pack({fetch.phase, fetch.reserved, fetch.size, fetch.token,
+    fetch.ends, fetch.since, fetch.worker, fetch.source}))
+end
+
+-- A lease that has run out is still its holder's as long as nobody has taken the object over
+local function read_leased(token, worker)
+  local fetch = read_fetch()
+  if fetch and fetch.phase == 'fetching' and fetch.token == tonumber(token) and fetch.worker == worker then
+    return fetch
+  end
+end
+
+-- What Python makes a Fetch of: phase, size, worker, source, milliseconds left, milliseconds in this phase
+local function shown(fetch)
+  local left = fetch.standing == 'parked' and 0 or fetch.ends - now
+  return {fetch.standing, fetch.size, fetch.worker, fetch.source, left, math.max(0, now - fetch.since)}
+end
+
+-- What Python makes a Standing of: the fetch or false, the failure's reason or false, milliseconds it is remembered
+local function standing(fetch)
+  local reason = redis.call('GET', failure)
+  return {fetch and fetch.standing and shown(fetch) or false, reason, reason and redis.call('PTTL', failure) or 0}
+end
+
+local function park(fetch)
+  fetch.phase, fetch.ends, fetch.since = 'parked', now, now
+  write_fetch(fetch)
+end
+
+local function in_office(term) return redis.call('GET', leader) == term end

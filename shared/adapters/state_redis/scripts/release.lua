@@ -1,0 +1,8 @@
+-- ARGV: token, worker
+local fetch = read_leased(ARGV[4], ARGV[5])
+if fetch then
+  redis.call('HDEL', fetches, object_id)
+  add('reserved', -footprint(fetch.size))
+  announce('fetch_changed')
+  announce('space_freed')
+end

@@ -1,0 +1,2 @@
+-- ARGV: term
+if in_office(ARGV[4]) then redis.call('DEL', leader) end

@@ -1,0 +1,12 @@
+-- ARGV: term, inflation, position, then per entry: object id, frequency, last access, priority
+if not in_office(ARGV[4]) then return end
+for index = 7, #ARGV, 4 do
+  local object = read_object(ARGV[index])
+  if object then
+    object.frequency, object.last_access, object.priority =
+      tonumber(ARGV[index + 1]), tonumber(ARGV[index + 2]), tonumber(ARGV[index + 3])
+    write_object(ARGV[index], object)
+  end
+end
+redis.call('HSET', policy, 'inflation', ARGV[5], 'position', ARGV[6])
+if ARGV[6] ~= '' then redis.call('XTRIM', accesses, 'MINID', ARGV[6]) end

@@ -1,0 +1,6 @@
+local wanted, all = 0, redis.call('HGETALL', wishes)
+for index = 1, #all, 2 do
+  local bytes, ends = struct.unpack('<I8I8', all[index + 1])
+  if ends > now then wanted = wanted + bytes else redis.call('HDEL', wishes, all[index]) end
+end
+return wanted

@@ -1,0 +1,6 @@
+-- ARGV: claimant
+local fetch = read_fetch()
+if fetch and (fetch.standing == 'claimed' or fetch.standing == 'queued') and fetch.worker == ARGV[4] then
+  if fetch.reserved then park(fetch) else redis.call('HDEL', fetches, object_id) end
+  announce('fetch_changed')
+end

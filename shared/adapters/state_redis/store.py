@@ -1,0 +1,31 @@
+"""The state store port on Redis."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+
+from shared.adapters.state_redis.connection import RedisConnection
+from shared.adapters.state_redis.eviction import RedisEviction
+from shared.adapters.state_redis.listener import listen
+from shared.adapters.state_times import StateTimes
+from shared.ports.state_store import Announcement
+
+
+class RedisStateStore(RedisEviction):
+    """`url`: redis://, rediss:// or unix://; `prefix`: before all keys; `limit`: of the volume, in bytes."""
+
+    def __init__(self, url: str, prefix: str, limit: int, times: StateTimes) -> None:
+        super().__init__(RedisConnection(url, prefix, times.operation_timeout), limit, times)
+
+    async def open(self) -> None:
+        self._connection.open()
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    async def ping(self) -> None:
+        await self._connection.command("PING")
+
+    def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Announcement]]:
+        return listen(self._connection.url, self._connection.keys.channel, self._times.operation_timeout)

@@ -1,0 +1,22 @@
+"""How long things last in the state store, for both of its adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ACCESS_BATCHES_KEPT = 10_000
+"""Bound of the access log: when nobody reads it, the oldest batches are dropped (recency is lost, nothing else)."""
+
+ANNOUNCEMENTS_KEPT = 1_000
+"""Bound of what one listener may lag behind before it loses the oldest announcements."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateTimes:
+    """Seconds. `claim`: to publish a job; `queued`: for a worker to begin it; `lease`: between two renewals;
+    `operation_timeout`: that any one verb may take before StateStoreUnavailable."""
+
+    claim_seconds: float = 10.0
+    queued_seconds: float = 60.0
+    lease_seconds: float = 15.0
+    operation_timeout: float = 1.0
