@@ -1,0 +1,183 @@
+"""Partial downloads: one writer, many followers, in any number of processes."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from dataclasses import dataclass
+
+from shared.adapters.volume.layout import (
+    INCOMING,
+    INCOMING_RECORD_SUFFIX,
+    OBJECTS,
+    PART_SUFFIX,
+    RECORDS,
+    Directories,
+    fan,
+    translated,
+)
+from shared.adapters.volume.records import encode_record, remove_quietly, write_small_file
+from shared.domain.errors import VolumeError
+from shared.domain.objects import ObjectId, StoredRecord
+
+_UNVERIFIED_MODE, _VERIFIED_MODE = 0o640, 0o644
+_OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class PartialHeld(VolumeError):
+    """Another process, stopped or slow but alive, still has the partial file open for writing."""
+
+
+class PartialFile:
+    """The partial file of one object, open for writing; the exclusive lock on it is ours. Made by Volume.receive."""
+
+    def __init__(self, directories: Directories, record: StoredRecord) -> None:
+        self._directories = directories
+        self._incoming = directories.descriptor(INCOMING)
+        self.record = record
+        self._name = record.object_id + PART_SUFFIX
+        self._descriptor = -1
+
+    def open(self) -> None:
+        """Create or take over the file and note what it will be. PartialHeld if another writer is alive."""
+        with translated(f"open the partial file of {self.record.object_id}"):
+            self._descriptor = self._open_locked(os.O_CREAT)
+            try:
+                # Before the first byte: whoever finds the partial file must be able to tell how large it may grow.
+                write_small_file(
+                    self.record.object_id + INCOMING_RECORD_SUFFIX, encode_record(self.record), self._incoming
+                )
+            except OSError:
+                self.close()
+                raise
+
+    def _open_locked(self, create: int) -> int:
+        while True:
+            descriptor = os.open(self._name, _OPEN | create, _UNVERIFIED_MODE, dir_fd=self._incoming)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _same_file(descriptor, self._name, self._incoming):
+                    os.fchmod(descriptor, _UNVERIFIED_MODE)
+                    return descriptor
+            except BlockingIOError:
+                os.close(descriptor)
+                raise PartialHeld(f"the partial file of {self.record.object_id} is held by another writer") from None
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # replaced between opening and locking: take the new one
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk now."""
+        return os.fstat(self._descriptor).st_size
+
+    def read(self, offset: int, length: int) -> bytes:
+        with translated(f"read the partial file of {self.record.object_id}"):
+            return os.pread(self._descriptor, length, offset)
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """All of `data` at `offset`; VolumeFull if the device is full."""
+        with translated(f"write the partial file of {self.record.object_id}"):
+            view = memoryview(data)
+            while view:
+                written = os.pwrite(self._descriptor, view, offset)
+                offset += written
+                view = view[written:]
+
+    def cut(self, size: int) -> None:
+        """Shorten to `size` bytes: what lies beyond was never right."""
+        with translated(f"cut the partial file of {self.record.object_id}"):
+            os.ftruncate(self._descriptor, size)
+
+    def start_over(self) -> None:
+        """Begin again with an empty file that is another file: followers of the old one see that it is gone.
+
+        The old one is emptied, so that its bytes are free although followers may have it open.
+        """
+        with translated(f"start the partial file of {self.record.object_id} over"):
+            remove_quietly(self._name, self._incoming)
+            os.ftruncate(self._descriptor, 0)
+            old, self._descriptor = self._descriptor, self._open_locked(os.O_CREAT | os.O_EXCL)
+            os.close(old)
+
+    def mark_verified(self) -> None:
+        """Let followers send the last bytes: the hash (or size) has passed."""
+        with translated(f"mark the partial file of {self.record.object_id}"):
+            os.fchmod(self._descriptor, _VERIFIED_MODE)
+
+    def publish(self, record: StoredRecord) -> None:
+        """Make it a complete object: sync, write its record, one rename, sync the directories. Blocks for the disk."""
+        object_id, number = record.object_id, fan(record.object_id)
+        with translated(f"publish {object_id}"):
+            os.fsync(self._descriptor)
+            write_small_file(object_id, encode_record(record), self._directories.descriptor(f"{RECORDS}/{number}"))
+            self._directories.sync(f"{RECORDS}/{number}")
+            objects = self._directories.descriptor(f"{OBJECTS}/{number}")
+            os.rename(self._name, object_id, src_dir_fd=self._incoming, dst_dir_fd=objects)
+            self._directories.sync(f"{OBJECTS}/{number}")
+            remove_quietly(object_id + INCOMING_RECORD_SUFFIX, self._incoming)
+
+    def discard(self) -> None:
+        """Remove the partial file and close it; its bytes are free when this returns."""
+        with translated(f"discard the partial file of {self.record.object_id}"):
+            remove_quietly(self._name, self._incoming)
+            os.ftruncate(self._descriptor, 0)
+            remove_quietly(self.record.object_id + INCOMING_RECORD_SUFFIX, self._incoming)
+        self.close()
+
+    def close(self) -> None:
+        """Close it and give the lock back; what is on disk stays."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _same_file(descriptor: int, name: str, directory: int) -> bool:
+    try:
+        there = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    here = os.fstat(descriptor)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class PartialState:
+    """`size`: bytes that can be read; `verified`: all of it is right; `gone`: it was discarded or started over."""
+
+    size: int
+    verified: bool
+    gone: bool
+
+
+class PartialReader:
+    """A partial file opened by a follower. It stays readable when the object becomes complete (same file)."""
+
+    def __init__(self, object_id: ObjectId, descriptor: int) -> None:
+        self.object_id = object_id
+        self._descriptor = descriptor
+        self._held = False
+
+    def state(self) -> PartialState:
+        seen = os.fstat(self._descriptor)
+        verified = bool(seen.st_mode & stat.S_IROTH)
+        return PartialState(size=seen.st_size, verified=verified, gone=seen.st_nlink == 0 and not verified)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return os.pread(self._descriptor, length, offset)
+
+    def hold(self) -> None:
+        """Once verified: keep the object from being removed, as soon as the writer has let go of it."""
+        if not self._held:
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return
+            self._held = True
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

@@ -1,0 +1,49 @@
+"""Complete objects, opened for sending."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from dataclasses import dataclass, field
+
+from shared.domain.objects import StoredRecord
+
+
+@dataclass(slots=True)
+class OpenObject:
+    """An open complete object and its record. `close` it; `hold` it when sending takes longer than a moment.
+
+    One open object may serve several sends at once: holds are counted, the shared lock is on while there is one.
+    """
+
+    record: StoredRecord
+    descriptor: int
+    _holds: int = field(default=0)
+
+    def hold(self) -> bool:
+        """Keep the object from being removed until `let_go`. False: it is being removed at this moment."""
+        if self._holds == 0:
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return False
+            if os.fstat(self.descriptor).st_nlink == 0:
+                fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+                return False
+        self._holds += 1
+        return True
+
+    def let_go(self) -> None:
+        self._holds -= 1
+        if self._holds == 0:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes; fewer only at the end of the file. OSError if the disk fails."""
+        return os.pread(self.descriptor, length, offset)
+
+    def close(self) -> None:
+        """Close the descriptor, and with it every hold."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1

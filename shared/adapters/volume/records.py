@@ -1,0 +1,90 @@
+"""Records of objects on the volume: small JSON files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from shared.domain.errors import InvalidInput
+from shared.domain.objects import ContentHash, ObjectId, StoredRecord
+from shared.domain.space import RECORD_BYTES
+
+RECORD_VERSION = 1
+_NEW_SUFFIX = ",new"  # a comma is in no object id
+
+
+def encode_record(record: StoredRecord) -> bytes:
+    """UTF-8 JSON of at most RECORD_BYTES; InvalidInput if it would be longer."""
+    body = json.dumps(
+        {
+            "version": RECORD_VERSION,
+            "object_id": record.object_id,
+            "size": record.size,
+            "etag": record.etag,
+            "hash": str(record.content_hash) if record.content_hash else None,
+            "media_type": record.media_type,
+            "stored_at": record.stored_at,
+        },
+        separators=(",", ":"),
+    ).encode()
+    if len(body) > RECORD_BYTES:
+        raise InvalidInput(f"record of {record.object_id} is longer than {RECORD_BYTES} bytes")
+    return body
+
+
+def decode_record(body: bytes) -> StoredRecord:
+    """InvalidInput for anything that `encode_record` could not have made."""
+    try:
+        fields: Any = json.loads(body)
+        if not isinstance(fields, dict) or fields.get("version") != RECORD_VERSION:
+            raise InvalidInput("not a record of this version")
+        size, stored_at = fields["size"], fields["stored_at"]
+        texts = (fields["object_id"], fields["etag"], fields["media_type"])
+        if not (type(size) is int and size >= 0 and type(stored_at) is int):
+            raise InvalidInput("record with numbers of the wrong type")
+        if not all(isinstance(text, str) and text.isprintable() for text in texts):
+            raise InvalidInput("record with texts of the wrong type")
+        return StoredRecord(
+            object_id=ObjectId.parse(fields["object_id"]),
+            size=size,
+            etag=fields["etag"],
+            content_hash=ContentHash.parse(fields["hash"]) if fields["hash"] is not None else None,
+            media_type=fields["media_type"],
+            stored_at=stored_at,
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InvalidInput(f"unreadable record: {type(error).__name__}") from error
+
+
+def read_small_file(name: str, directory: int) -> bytes | None:
+    """At most RECORD_BYTES of a regular file; None if there is none. OSError otherwise (a link, for one)."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    except FileNotFoundError:
+        return None
+    try:
+        return os.pread(descriptor, RECORD_BYTES + 1, 0)
+    finally:
+        os.close(descriptor)
+
+
+def write_small_file(name: str, body: bytes, directory: int, *, mode: int = 0o644) -> None:
+    """Replace a file in one step: written and synced beside it, then renamed."""
+    new = name + _NEW_SUFFIX
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(new, flags, mode, dir_fd=directory)
+    try:
+        os.write(descriptor, body)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def remove_quietly(name: str, directory: int) -> None:
+    """Unlink; a file that is gone already is fine."""
+    try:
+        os.unlink(name, dir_fd=directory)
+    except FileNotFoundError:
+        return

@@ -1,0 +1,94 @@
+"""Removing complete objects without pulling them from under anybody who sends them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from enum import StrEnum
+
+from shared.adapters.volume.layout import LEAVING, OBJECTS, RECORDS, Directories, fan, translated
+from shared.adapters.volume.records import remove_quietly
+from shared.domain.objects import ObjectId
+
+
+class RemovalState(StrEnum):
+    """READY: locked, nobody sends it. IN_USE: somebody does. ABSENT: no file there."""
+
+    READY = "ready"
+    IN_USE = "in_use"
+    ABSENT = "absent"
+
+
+class Removal:
+    """The intent to remove one object: `begin` takes the lock, then `unlink`, then `close` (or only `close`).
+
+    The lock is held from before the state store is told until after the file is gone: a process that is stopped in
+    between keeps others from storing a new file under the name, which it would remove when it goes on.
+    """
+
+    def __init__(self, directories: Directories, object_id: ObjectId) -> None:
+        self._directories = directories
+        self._object_id = object_id
+        self._descriptor = -1
+        self._place = ""
+
+    def begin(self) -> RemovalState:
+        """Look in `leaving/` first (an earlier removal found it in use), then in `objects/`."""
+        with translated(f"lock {self._object_id} for removal"):
+            for place in (LEAVING, f"{OBJECTS}/{fan(self._object_id)}"):
+                state = self._lock(place)
+                if state is not RemovalState.ABSENT:
+                    return state
+        return RemovalState.ABSENT
+
+    def _lock(self, place: str) -> RemovalState:
+        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor = os.open(self._object_id, flags, dir_fd=self._directories.descriptor(place))
+        except FileNotFoundError:
+            return RemovalState.ABSENT
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            linked = os.fstat(descriptor).st_nlink > 0
+        except BlockingIOError:
+            os.close(descriptor)
+            return RemovalState.IN_USE
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if not linked:
+            os.close(descriptor)
+            return RemovalState.ABSENT
+        self._descriptor, self._place = descriptor, place
+        return RemovalState.READY
+
+    def unlink(self) -> None:
+        """Remove the locked file and its record; the bytes are free when this returns."""
+        with translated(f"remove {self._object_id}"):
+            remove_quietly(self._object_id, self._directories.descriptor(self._place))
+            if self._place != LEAVING:
+                number = fan(self._object_id)
+                remove_quietly(self._object_id, self._directories.descriptor(f"{RECORDS}/{number}"))
+            # A descriptor that another process keeps open for a moment must not keep the bytes.
+            if os.fstat(self._descriptor).st_nlink == 0:
+                os.ftruncate(self._descriptor, 0)
+
+    def set_aside(self) -> None:
+        """Take an object that is being sent out of sight: new requests miss it, its bytes still count.
+
+        Call again `begin` and `unlink` later, until nobody sends it any more.
+        """
+        number = fan(self._object_id)
+        with translated(f"set {self._object_id} aside"):
+            os.rename(
+                self._object_id,
+                self._object_id,
+                src_dir_fd=self._directories.descriptor(f"{OBJECTS}/{number}"),
+                dst_dir_fd=self._directories.descriptor(LEAVING),
+            )
+            remove_quietly(self._object_id, self._directories.descriptor(f"{RECORDS}/{number}"))
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

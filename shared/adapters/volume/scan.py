@@ -1,0 +1,122 @@
+"""What lies on the volume: for reconciliation, and for measuring."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shared.adapters.volume.layout import (
+    FANS,
+    INCOMING,
+    INCOMING_RECORD_SUFFIX,
+    LEAVING,
+    OBJECTS,
+    PART_SUFFIX,
+    RECORDS,
+    Directories,
+    fan,
+)
+from shared.domain.errors import InvalidInput
+from shared.domain.objects import ObjectId
+
+
+@dataclass(frozen=True, slots=True)
+class FoundObject:
+    """A file under `objects/` (or `leaving/`): its id, bytes, and time of its last change (POSIX seconds)."""
+
+    object_id: ObjectId
+    size: int
+    changed_at: float
+    leaving: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPartial:
+    """A partial file and how long ago (POSIX seconds) it grew."""
+
+    object_id: ObjectId
+    size: int
+    changed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """Something that no service of the node put there: a link, a directory, a name that is no object's."""
+
+    path: str
+
+
+def scan_objects(directories: Directories) -> Iterator[FoundObject | Foreign]:
+    """All complete objects, and those in `leaving/`. OSError if the volume cannot be read."""
+    for place in (LEAVING, *(f"{OBJECTS}/{number}" for number in FANS)):
+        for name, seen in _files(directories, place):
+            object_id = _object_id(name)
+            if seen is None or object_id is None or (place != LEAVING and place[-2:] != fan(object_id)):
+                yield Foreign(f"{place}/{name}")
+            else:
+                yield FoundObject(object_id, seen.st_size, seen.st_mtime, leaving=place == LEAVING)
+
+
+def scan_partials(directories: Directories) -> Iterator[FoundPartial | Foreign]:
+    """All partial files."""
+    for name, seen in _files(directories, INCOMING):
+        if seen is not None and name.endswith((INCOMING_RECORD_SUFFIX, INCOMING_RECORD_SUFFIX + ",new")):
+            continue
+        object_id = _object_id(name.removesuffix(PART_SUFFIX)) if name.endswith(PART_SUFFIX) else None
+        if seen is None or object_id is None:
+            yield Foreign(f"{INCOMING}/{name}")
+        else:
+            yield FoundPartial(object_id, seen.st_size, seen.st_mtime)
+
+
+def scan_orphan_records(directories: Directories, older_than: float) -> Iterator[tuple[str, str]]:
+    """(directory, name) of records last changed before `older_than` (POSIX seconds) whose object or partial file is
+    not there; unfinished writes of records too."""
+    for number in FANS:
+        objects = directories.descriptor(f"{OBJECTS}/{number}")
+        for name, seen in _files(directories, f"{RECORDS}/{number}"):
+            if seen is not None and seen.st_mtime < older_than and not _exists(name, objects):
+                yield f"{RECORDS}/{number}", name
+    incoming = directories.descriptor(INCOMING)
+    for name, seen in _files(directories, INCOMING):
+        if seen is None or seen.st_mtime >= older_than or name.endswith(PART_SUFFIX):
+            continue
+        part = name.removesuffix(INCOMING_RECORD_SUFFIX) + PART_SUFFIX
+        if name.endswith(",new") or (name.endswith(INCOMING_RECORD_SUFFIX) and not _exists(part, incoming)):
+            yield INCOMING, name
+
+
+def measure(directories: Directories) -> int:
+    """Bytes of everything on the volume, as file sizes."""
+    total = 0
+    for place in (INCOMING, LEAVING, *(f"{kind}/{number}" for kind in (OBJECTS, RECORDS) for number in FANS)):
+        total += sum(seen.st_size for _, seen in _files(directories, place) if seen is not None)
+    return total
+
+
+def _files(directories: Directories, place: str) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Names and, for regular files, their state; files that vanish meanwhile are passed over."""
+    with os.scandir(directories.descriptor(place)) as entries:
+        for entry in entries:
+            try:
+                seen = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            yield entry.name, seen if stat.S_ISREG(seen.st_mode) else None
+
+
+def _object_id(name: str) -> ObjectId | None:
+    try:
+        return ObjectId.parse(name)
+    except InvalidInput:
+        return None
+
+
+def _exists(name: str, directory: int) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True

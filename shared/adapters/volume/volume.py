@@ -1,0 +1,204 @@
+"""The door of the volume."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+from shared.adapters.volume import scan
+from shared.adapters.volume.layout import (
+    INCOMING,
+    INCOMING_RECORD_SUFFIX,
+    OBJECTS,
+    PART_SUFFIX,
+    RECORDS,
+    Directories,
+    fan,
+    translated,
+)
+from shared.adapters.volume.partial import PartialFile, PartialReader
+from shared.adapters.volume.reader import OpenObject
+from shared.adapters.volume.records import (
+    decode_record,
+    encode_record,
+    read_small_file,
+    remove_quietly,
+    write_small_file,
+)
+from shared.adapters.volume.removal import Removal
+from shared.domain.errors import InvalidInput, VolumeError
+from shared.domain.objects import ObjectId, StoredRecord
+
+_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOATIME
+_OPEN_ANYBODYS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Volume:
+    """The directory that the services share; see the package's text for what lies where.
+
+    Safe to use from several threads. `prepare` before writing; reading needs nothing (and works on a read-only mount).
+    """
+
+    def __init__(self, root: Path, record_cache: int = 100_000) -> None:
+        self.root = root
+        self._directories = Directories(root)
+        self._records: OrderedDict[str, tuple[tuple[int, int, int], StoredRecord]] = OrderedDict()
+        self._record_cache = record_cache
+
+    def prepare(self) -> None:
+        """Create the directories; VolumeError (with the reason) if the volume cannot be written."""
+        self._directories.create()
+        probe = f".write-probe-{os.getpid()}"
+        with translated(f"write to the volume {self.root}"):
+            os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._directories.root()))
+            os.unlink(probe, dir_fd=self._directories.root())
+
+    def check(self) -> None:
+        """Notice a volume that was replaced or unmounted; VolumeError if there is none."""
+        if not self._directories.revalidate():
+            raise VolumeError(f"the volume {self.root} is not there")
+
+    def close(self) -> None:
+        self._directories.close()
+
+    # Reading
+
+    def open_object(self, object_id: ObjectId) -> OpenObject | None:
+        """The complete object, or None: not there, or not what its record says (cut short, a link, no record).
+
+        VolumeError if the disk fails. Whoever sees None asks for a fetch, and the worker puts it right.
+        """
+        directory = f"{OBJECTS}/{fan(object_id)}"
+        try:
+            folder = self._directories.descriptor(directory)
+            try:
+                descriptor = os.open(object_id, _OPEN, dir_fd=folder)
+            except PermissionError:  # O_NOATIME is for the owner only
+                descriptor = os.open(object_id, _OPEN_ANYBODYS, dir_fd=folder)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+                return None
+            raise VolumeError(f"open {object_id}: {error.strerror}") from error
+        try:
+            record = self._record_of(object_id, os.fstat(descriptor))
+        except BaseException:
+            os.close(descriptor)
+            raise
+        if record is None:
+            os.close(descriptor)
+            return None
+        return OpenObject(record, descriptor)
+
+    def _record_of(self, object_id: ObjectId, seen: os.stat_result) -> StoredRecord | None:
+        if not stat.S_ISREG(seen.st_mode) or seen.st_nlink == 0:
+            return None
+        identity = (seen.st_ino, seen.st_size, seen.st_mtime_ns)
+        known = self._records.get(object_id)
+        if known is not None and known[0] == identity:
+            return known[1]
+        record = self.read_record(object_id)
+        if record is None or record.size != seen.st_size:
+            return None
+        self._records[object_id] = (identity, record)
+        if len(self._records) > self._record_cache:
+            self._records.popitem(last=False)
+        return record
+
+    def read_record(self, object_id: ObjectId) -> StoredRecord | None:
+        """The record of an object; None if there is none or it cannot be read as one."""
+        with translated(f"read the record of {object_id}"):
+            try:
+                body = read_small_file(object_id, self._directories.descriptor(f"{RECORDS}/{fan(object_id)}"))
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+                    return None
+                raise
+        return _readable(body, object_id)
+
+    def open_partial(self, object_id: ObjectId) -> PartialReader | None:
+        """The partial file of an object being fetched, for following; None if there is none."""
+        try:
+            incoming = self._directories.descriptor(INCOMING)
+            descriptor = os.open(object_id + PART_SUFFIX, _OPEN_ANYBODYS, dir_fd=incoming)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
+                return None
+            raise VolumeError(f"open the partial file of {object_id}: {error.strerror}") from error
+        return PartialReader(object_id, descriptor)
+
+    # Writing
+
+    def receive(self, expected: StoredRecord) -> PartialFile:
+        """Open (create, or take over) the partial file of an object. PartialHeld if another writer has it open."""
+        partial = PartialFile(self._directories, expected)
+        partial.open()
+        return partial
+
+    def write_record(self, record: StoredRecord) -> None:
+        """Write the record of a complete object that lost its own (or came without one)."""
+        with translated(f"write the record of {record.object_id}"):
+            folder = self._directories.descriptor(f"{RECORDS}/{fan(record.object_id)}")
+            write_small_file(record.object_id, encode_record(record), folder)
+
+    def open_raw(self, object_id: ObjectId) -> int | None:
+        """A descriptor of the file under `objects/`, whatever its record says, for re-hashing; the caller closes it."""
+        with translated(f"open {object_id}"):
+            try:
+                folder = self._directories.descriptor(f"{OBJECTS}/{fan(object_id)}")
+                return os.open(object_id, _OPEN_ANYBODYS, dir_fd=folder)
+            except FileNotFoundError:
+                return None
+
+    # Removing
+
+    def removal(self, object_id: ObjectId) -> Removal:
+        """The intent to remove a complete object; see Removal."""
+        return Removal(self._directories, object_id)
+
+    def remove_orphan_records(self, older_than_seconds: float) -> int:
+        """Remove records that belong to nothing for that long; how many."""
+        with translated("sweep records"):
+            oldest = time.time() - older_than_seconds
+            orphans = list(scan.scan_orphan_records(self._directories, oldest))
+            for place, name in orphans:
+                remove_quietly(name, self._directories.descriptor(place))
+        return len(orphans)
+
+    # Looking
+
+    def scan_objects(self) -> Iterator[scan.FoundObject | scan.Foreign]:
+        """Everything under `objects/` and `leaving/`."""
+        with translated("scan the objects"):
+            yield from scan.scan_objects(self._directories)
+
+    def scan_partials(self) -> Iterator[scan.FoundPartial | scan.Foreign]:
+        """Everything under `incoming/` but the records there."""
+        with translated("scan the partial files"):
+            yield from scan.scan_partials(self._directories)
+
+    def expected_of(self, object_id: ObjectId) -> StoredRecord | None:
+        """What a partial file will be, as its writer noted; None if there is no readable note."""
+        with translated(f"read the note of {object_id}"):
+            name = object_id + INCOMING_RECORD_SUFFIX
+            body = read_small_file(name, self._directories.descriptor(INCOMING))
+        return _readable(body, object_id)
+
+    def measure(self) -> int:
+        """Bytes of all files on the volume now."""
+        with translated("measure the volume"):
+            return scan.measure(self._directories)
+
+
+def _readable(body: bytes | None, object_id: ObjectId) -> StoredRecord | None:
+    if body is None:
+        return None
+    try:
+        record = decode_record(body)
+    except InvalidInput:
+        return None
+    return record if record.object_id == object_id else None
