@@ -1,0 +1,107 @@
+"""Logs: one event a line, with its fields; structlog and the standard library's loggers come out alike.
+
+Fields of every line: `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, whatever is bound to the context (such as
+`request_id`, by `structlog.contextvars.bind_contextvars`), and, for errors, `exception` with the traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Mapping, MutableMapping
+from typing import Any, Literal, TextIO
+
+import structlog
+from structlog.types import Processor
+
+_CREDENTIALS_IN_URL = re.compile(r"(?P<scheme>\b[a-z][a-z0-9+.-]{1,20}://)[^/\s@'\"]+@", re.IGNORECASE)
+_BEARER = re.compile(r"(?P<word>\bbearer\s+)[A-Za-z0-9._~+/=-]+", re.IGNORECASE)
+_SECRET_FIELD = re.compile(r"(password|passwd|secret|authorization|cookie|api_?key)", re.IGNORECASE)
+REDACTED = "***"
+
+# Levels of libraries below which their lines say nothing to an operator (httpx logs every request at INFO).
+_LIBRARY_LEVELS: Mapping[str, int] = {
+    "aio_pika": logging.WARNING,
+    "aiormq": logging.WARNING,
+    "asyncio": logging.WARNING,
+    "httpcore": logging.WARNING,
+    "httpx": logging.WARNING,
+    "sanic.access": logging.WARNING,
+}
+
+
+def configure_logging(
+    level: Literal["debug", "info", "warning", "error"] = "info",
+    form: Literal["json", "console"] = "json",
+    stream: TextIO | None = None,
+) -> None:
+    """Send all logs of this process to `stream` (default: stderr). Call it once in each process, before the first line.
+
+    Sanic has to be told to leave logging alone (`configure_logging=False`).
+    """
+    stream = sys.stderr if stream is None else stream
+    threshold = getattr(logging, level.upper())
+    common: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.StackInfoRenderer(),
+    ]
+    structlog.configure(
+        processors=[*common, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(threshold),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=False,  # a logger at module level must follow a later configuration
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*common, structlog.stdlib.ExtraAdder()],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                redact_secrets,
+                *_renderers(form, colors=stream.isatty()),
+            ],
+        )
+    )
+    _take_over_standard_library(handler, threshold)
+
+
+def redact_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Take credentials out of URLs and bearer tokens out of texts, and blank fields that are named for a secret."""
+    for name, value in event.items():
+        if _SECRET_FIELD.search(name):
+            event[name] = REDACTED
+        elif isinstance(value, str):
+            event[name] = redact_text(value)
+        elif isinstance(value, BaseException):
+            event[name] = redact_text(f"{type(value).__name__}: {value}")
+    return event
+
+
+def redact_text(text: str) -> str:
+    """`text` without the user and password of URLs, and without bearer tokens."""
+    text = _CREDENTIALS_IN_URL.sub(rf"\g<scheme>{REDACTED}@", text)
+    return _BEARER.sub(rf"\g<word>{REDACTED}", text)
+
+
+def _renderers(form: Literal["json", "console"], *, colors: bool) -> list[Processor]:
+    if form == "console":
+        return [structlog.dev.ConsoleRenderer(colors=colors)]
+    return [structlog.processors.JSONRenderer(default=str)]
+
+
+def _take_over_standard_library(handler: logging.Handler, threshold: int) -> None:
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(threshold)
+    for name in ("sanic.root", "sanic.error", "sanic.access", "sanic.server", "sanic.websockets"):
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+    for name, least in _LIBRARY_LEVELS.items():
+        logging.getLogger(name).setLevel(max(least, threshold))
+    logging.captureWarnings(True)

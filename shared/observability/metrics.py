@@ -1,0 +1,198 @@
+"""Every metric of the node, and how they are shown.
+
+Names begin with `distributor_` and end in their unit. Labels have few values: never an object id; a source is its
+host and port (`source_label`). A `ReportedGauge` shows up once its process has set it, so that a fetcher does not
+claim a storage limit of 0.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Literal
+from urllib.parse import urlsplit
+
+from prometheus_client import (
+    CONTENT_TYPE_PLAIN_0_0_4,
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from shared.observability.multiprocess import VARIABLE
+
+# A `_created` gauge beside each series doubles the page and tells us nothing.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+MAX_SOURCES = 200
+_QUICK = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
+_LONG = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600)
+
+
+class ReportedGauge:
+    """A gauge without labels that is not exported before it is first set. In multiprocess mode the last setter wins."""
+
+    def __init__(self, name: str, documentation: str) -> None:
+        self._name, self._documentation = name, documentation
+        self._gauge: Gauge | None = None
+
+    def set(self, value: float) -> None:
+        """Set, and from now on export, the gauge."""
+        if self._gauge is None:
+            self._gauge = Gauge(self._name, self._documentation, multiprocess_mode="mostrecent")
+        self._gauge.set(value)
+
+
+# Requests (API)
+REQUESTS = Counter(
+    "distributor_requests_total",
+    "HTTP requests by method, status and cache result (hit, pending, miss, none).",
+    ["method", "status", "cache"],
+)
+REQUESTS_IN_PROGRESS = Gauge(
+    "distributor_requests_in_progress", "HTTP requests being answered.", multiprocess_mode="livesum"
+)
+PROXIED_IN_PROGRESS = Gauge(
+    "distributor_proxied_in_progress", "Answers being proxied from a source.", multiprocess_mode="livesum"
+)
+SENT_BYTES = Counter(
+    "distributor_sent_bytes_total",
+    "Bytes of objects sent to clients, by source: local, external.",
+    ["source"],
+)
+TIME_TO_FIRST_BYTE = Histogram(
+    "distributor_time_to_first_byte_seconds",
+    "From the head of a GET to the first byte of its body, by cache result.",
+    ["cache"],
+    buckets=_QUICK,
+)
+CUT_ANSWERS = Counter(
+    "distributor_cut_answers_total", "Answers that ended before their last byte, by reason.", ["reason"]
+)
+LOST_ACCESSES = Counter(
+    "distributor_lost_accesses_total",
+    "Accesses that could not be handed to the state store and were dropped.",
+)
+
+# Phases of one GET (API and fetcher)
+PHASE = Histogram(
+    "distributor_phase_seconds",
+    "Time taken by the phases of a miss: catalog, claim, publish, queue_wait, source_first_byte, download.",
+    ["phase"],
+    buckets=_LONG,
+)
+CATALOG_LOOKUPS = Counter(
+    "distributor_catalog_lookups_total",
+    "Questions to the catalog by result: found, unknown, unavailable, cached, stale.",
+    ["result"],
+)
+STATE_STORE_ERRORS = Counter(
+    "distributor_state_store_errors_total",
+    "Calls of the state store that failed, by operation.",
+    ["operation"],
+)
+JOB_QUEUE_ERRORS = Counter(
+    "distributor_job_queue_errors_total", "Calls of the job queue that failed, by operation.", ["operation"]
+)
+
+# Space (API and evictor)
+STORAGE_USED = ReportedGauge(
+    "distributor_storage_used_bytes", "Bytes that complete objects take on the volume."
+)
+STORAGE_RESERVED = ReportedGauge(
+    "distributor_storage_reserved_bytes", "Bytes promised to fetches under way or parked."
+)
+STORAGE_LIMIT = ReportedGauge("distributor_storage_limit_bytes", "The storage limit.")
+STORAGE_OBJECTS = ReportedGauge("distributor_storage_objects", "Complete objects on the volume.")
+QUEUE_JOBS = Gauge(
+    "distributor_queue_jobs",
+    "Jobs on the queue by state: ready, delayed, dead.",
+    ["state"],
+    multiprocess_mode="mostrecent",
+)
+
+# Fetches (fetcher; the source's figures also from the API's proxy)
+FETCHES = Counter("distributor_fetches_total", "Jobs that ended, by outcome.", ["outcome"])
+DOWNLOADS_IN_PROGRESS = Gauge(
+    "distributor_downloads_in_progress", "Objects being downloaded.", multiprocess_mode="livesum"
+)
+SOURCE_LATENCY = Histogram(
+    "distributor_source_latency_seconds",
+    "From the request to a source to the head of its answer, by source.",
+    ["source"],
+    buckets=_QUICK,
+)
+SOURCE_FAILURES = Counter(
+    "distributor_source_failures_total",
+    "Failures of sources by source and reason: unreachable, too_slow, refused, wrong.",
+    ["source", "reason"],
+)
+SOURCE_BYTES = Counter(
+    "distributor_source_bytes_total", "Bytes received from sources, by source.", ["source"]
+)
+
+# Eviction, reconciliation, scrub (evictor)
+EVICTIONS = Counter("distributor_evictions_total", "Objects removed from the volume, by reason.", ["reason"])
+EVICTED_BYTES = Counter(
+    "distributor_evicted_bytes_total", "Bytes removed from the volume, by reason.", ["reason"]
+)
+LONGEST_IDLE_EVICTED = ReportedGauge(
+    "distributor_longest_idle_evicted_seconds", "Longest idle age among the objects of the last eviction."
+)
+RECONCILED = Counter(
+    "distributor_reconciled_total",
+    "What reconciliation found and repaired, by result: adopted, adopted_partial, dropped_record, removed_partial, …",
+    ["result"],
+)
+RECONCILE_TIME = Histogram(
+    "distributor_reconcile_seconds", "Time taken by one reconciliation.", buckets=_LONG
+)
+SCRUBBED_OBJECTS = Counter(
+    "distributor_scrubbed_objects_total", "Objects re-hashed on disk, by result: sound, rotten.", ["result"]
+)
+SCRUBBED_BYTES = Counter("distributor_scrubbed_bytes_total", "Bytes re-hashed on disk.")
+LEADER = ReportedGauge("distributor_evictor_leader", "1 in the evictor that leads, 0 in a standby.")
+
+BUILD = Gauge(
+    "distributor_build_info",
+    "Always 1; the labels say what is running.",
+    ["version", "python", "service"],
+    multiprocess_mode="max",
+)
+
+_sources_seen: set[str] = set()
+
+
+def source_label(url: str) -> str:
+    """Host and port of a source's URL. After MAX_SOURCES different ones: `other`."""
+    parts = urlsplit(url)
+    label = parts.netloc.rpartition("@")[2].lower() or "unknown"
+    if label not in _sources_seen:
+        if len(_sources_seen) >= MAX_SOURCES:
+            return "other"
+        _sources_seen.add(label)
+    return label
+
+
+def method_label(method: str) -> str:
+    """The method, or `other`: clients can invent methods."""
+    return method if method in {"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"} else "other"
+
+
+def describe_build(version: str, service: Literal["api", "fetcher", "evictor", "standalone"]) -> None:
+    """Export what is running."""
+    BUILD.labels(version=version, python=platform.python_version(), service=service).set(1)
+
+
+def render_metrics() -> tuple[bytes, str]:
+    """All metrics as text, and its media type. In multiprocess mode: of all processes that share the directory."""
+    if VARIABLE not in os.environ:
+        return generate_latest(REGISTRY), CONTENT_TYPE_PLAIN_0_0_4
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4

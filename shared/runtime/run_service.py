@@ -1,0 +1,127 @@
+"""One way to run a service: loop, signals, resources, deadline, exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import uvloop
+
+from shared.domain.errors import ConfigurationError
+from shared.observability.logging import configure_logging
+from shared.settings.model import LogSettings
+
+CLEAN, FAILED, MISCONFIGURED = 0, 1, 2
+_CLEANUP_GRACE = 5.0
+
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceScope:
+    """What a service's main gets. `stop_requested` is set by the first SIGTERM or SIGINT (or by the service itself);
+    `resources` are closed in reverse order after main has ended, within the deadline."""
+
+    stop_requested: asyncio.Event
+    resources: AsyncExitStack
+
+
+ServiceMain = Callable[[ServiceScope], Awaitable[None]]
+"""Opens what it needs, works until `stop_requested` is set, then ends its work in good order and returns."""
+
+
+def run_service(main: ServiceMain, *, name: str, shutdown_deadline: float, log: LogSettings) -> int:
+    """Run `main` on uvloop until it returns; the exit code: 0 after a clean end, 1 after an error or a missed
+    deadline, 2 after a ConfigurationError.
+
+    First SIGTERM or SIGINT: `stop_requested` is set; main and the closing of its resources have `shutdown_deadline`
+    seconds, then they are cancelled. Second signal: the process ends at once. A loop that no longer runs is
+    ended from outside, `shutdown_deadline` + 5 s after the first signal.
+    """
+    configure_logging(log.level, log.format)
+    run = _Run(main, name, shutdown_deadline)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(run.run())
+    finally:
+        run.end_watch()
+
+
+class _Run:
+    def __init__(self, main: ServiceMain, name: str, shutdown_deadline: float) -> None:
+        self._main, self._name, self._shutdown_deadline = main, name, shutdown_deadline
+        self._signals = 0
+        self._watchdog: threading.Timer | None = None
+
+    async def run(self) -> int:
+        scope = ServiceScope(asyncio.Event(), AsyncExitStack())
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(_log_loop_error)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal, number, scope.stop_requested)
+        logger.info("service_started", service=self._name, process=os.getpid())
+        work = asyncio.create_task(self._work(scope), name=f"{self._name}-main")
+        stop = asyncio.create_task(scope.stop_requested.wait(), name=f"{self._name}-stop")
+        try:
+            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                await asyncio.wait({work}, timeout=self._shutdown_deadline)
+            return await self._conclude(work)
+        finally:
+            stop.cancel()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+
+    def end_watch(self) -> None:
+        """The loop has ended by itself: nobody needs to end it from outside."""
+        if self._watchdog is not None:
+            self._watchdog.cancel()
+
+    async def _work(self, scope: ServiceScope) -> None:
+        async with scope.resources:
+            await self._main(scope)
+
+    async def _conclude(self, work: asyncio.Task[None]) -> int:
+        if not work.done():
+            logger.error("shutdown_deadline_missed", service=self._name, seconds=self._shutdown_deadline)
+            work.cancel()
+            await asyncio.wait({work}, timeout=_CLEANUP_GRACE)
+            return FAILED
+        if work.cancelled():
+            logger.error("service_cancelled", service=self._name)
+            return FAILED
+        error = work.exception()
+        if isinstance(error, ConfigurationError):
+            logger.error("settings_refused", service=self._name, reason=str(error))
+            return MISCONFIGURED
+        if error is not None:
+            logger.error("service_failed", service=self._name, exc_info=error)
+            return FAILED
+        logger.info("service_stopped", service=self._name)
+        return CLEAN
+
+    def _on_signal(self, number: signal.Signals, stop_requested: asyncio.Event) -> None:
+        self._signals += 1
+        if self._signals > 1:
+            logger.warning("stopped_at_once", service=self._name, signal=number.name)
+            os._exit(128 + number)
+        logger.info(
+            "stop_requested", service=self._name, signal=number.name, deadline=self._shutdown_deadline
+        )
+        stop_requested.set()
+        self._watchdog = threading.Timer(self._shutdown_deadline + _CLEANUP_GRACE, os._exit, (FAILED,))
+        self._watchdog.daemon = True
+        self._watchdog.start()
+
+
+def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    logger.error(
+        "unhandled_loop_error", message=context.get("message", ""), exc_info=context.get("exception")
+    )
