@@ -1,0 +1,325 @@
+"""The volume: what lies on it is complete or clearly partial, and nobody's file is pulled from under him."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+from blake3 import blake3
+
+from shared.adapters.volume import (
+    Foreign,
+    FoundObject,
+    FoundPartial,
+    OpenObject,
+    PartialHeld,
+    RemovalState,
+    Volume,
+)
+from shared.domain.errors import VolumeError
+from shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
+
+BODY = bytes(range(256)) * 1000
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Iterator[Volume]:
+    made = Volume(tmp_path / "volume")
+    made.prepare()
+    yield made
+    made.close()
+
+
+def record_of(name: str, body: bytes = BODY) -> StoredRecord:
+    object_id = ObjectId.parse(name)
+    content_hash = ContentHash("blake3", blake3(body).digest())
+    etag = entity_tag(object_id, len(body), content_hash, None)
+    return StoredRecord(object_id, len(body), etag, content_hash, "image/png", 1_700_000_000)
+
+
+def store(volume: Volume, name: str, body: bytes = BODY) -> StoredRecord:
+    record = record_of(name, body)
+    partial = volume.receive(record)
+    partial.write(0, body)
+    partial.mark_verified()
+    partial.publish(record)
+    partial.close()
+    return record
+
+
+def opened(volume: Volume, name: str) -> OpenObject:
+    found = volume.open_object(ObjectId(name))
+    assert found is not None
+    return found
+
+
+def path_of(volume: Volume, name: str) -> Path:
+    (found,) = (volume.root / "objects").glob(f"*/{name}")
+    return found
+
+
+def test_a_published_object_is_read_back_with_its_record(volume: Volume) -> None:
+    record = store(volume, "1")
+    found = opened(volume, "1")
+    assert found.record == record
+    assert found.read(0, len(BODY) + 1) == BODY
+    found.close()
+
+
+def test_publishing_leaves_nothing_in_incoming(volume: Volume) -> None:
+    store(volume, "1")
+    assert list((volume.root / "incoming").iterdir()) == []
+
+
+def test_a_partial_file_is_no_object(volume: Volume) -> None:
+    partial = volume.receive(record_of("1"))
+    partial.write(0, BODY)
+    assert volume.open_object(ObjectId("1")) is None
+    partial.close()
+
+
+def test_a_partial_file_survives_its_writer_and_is_resumed(volume: Volume) -> None:
+    partial = volume.receive(record_of("1"))
+    partial.write(0, BODY[:1000])
+    partial.close()
+    again = volume.receive(record_of("1"))
+    assert again.size == 1000
+    assert again.read(0, 5000) == BODY[:1000]
+    again.close()
+
+
+def test_only_one_writer_at_a_time(volume: Volume) -> None:
+    partial = volume.receive(record_of("1"))
+    with pytest.raises(PartialHeld):
+        volume.receive(record_of("1"))
+    partial.close()
+    volume.receive(record_of("1")).close()
+
+
+def write_and_hang(root: Path, signals: Connection) -> None:
+    held = Volume(root).receive(record_of("1"))
+    held.write(0, BODY[:77])
+    signals.send(True)
+    signals.recv()
+
+
+def test_a_killed_writer_frees_its_lock(volume: Volume) -> None:
+    spawning = multiprocessing.get_context("spawn")
+    ours, theirs = spawning.Pipe()
+    process = spawning.Process(target=write_and_hang, args=(volume.root, theirs))
+    process.start()
+    assert ours.poll(20)
+    with pytest.raises(PartialHeld):
+        volume.receive(record_of("1"))
+    process.kill()
+    process.join(10)
+    again = volume.receive(record_of("1"))
+    assert again.size == 77
+    again.close()
+
+
+
+def test_a_follower_sees_growth_then_verification_then_keeps_reading(volume: Volume) -> None:
+    partial = volume.receive(record_of("1"))
+    partial.write(0, BODY[:1000])
+    reader = volume.open_partial(ObjectId("1"))
+    assert reader is not None
+    assert (reader.state().size, reader.state().verified, reader.state().gone) == (1000, False, False)
+    partial.write(1000, BODY[1000:])
+    partial.mark_verified()
+    assert (reader.state().size, reader.state().verified) == (len(BODY), True)
+    partial.publish(record_of("1"))
+    partial.close()
+    assert reader.read(0, len(BODY)) == BODY
+    assert not reader.state().gone
+    reader.close()
+
+
+@pytest.mark.parametrize("ending", ["start_over", "discard"])
+def test_a_follower_sees_that_its_file_is_gone_and_its_bytes_are_free(volume: Volume, ending: str) -> None:
+    partial = volume.receive(record_of("1"))
+    partial.write(0, BODY[:1000])
+    reader = volume.open_partial(ObjectId("1"))
+    assert reader is not None
+    getattr(partial, ending)()
+    assert reader.state().gone
+    assert reader.read(0, 1000) == b""
+    reader.close()
+    partial.close()
+
+
+def test_resuming_a_verified_partial_takes_the_mark_away(volume: Volume) -> None:
+    partial = volume.receive(record_of("1"))
+    partial.write(0, BODY)
+    partial.mark_verified()
+    partial.close()
+    again = volume.receive(record_of("1"))
+    reader = volume.open_partial(ObjectId("1"))
+    assert reader is not None
+    assert not reader.state().verified
+    reader.close()
+    again.close()
+
+
+def test_what_a_partial_will_be_is_known_before_its_first_byte(volume: Volume) -> None:
+    partial = volume.receive(record_of("1"))
+    assert volume.expected_of(ObjectId("1")) == record_of("1")
+    partial.discard()
+    assert volume.expected_of(ObjectId("1")) is None
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 10)
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"x")
+
+
+def replace_by_link(path: Path) -> None:
+    outside = path.parent.parent.parent / "outside"
+    outside.write_bytes(BODY)
+    path.unlink()
+    path.symlink_to(outside)
+
+
+def replace_by_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize("harm", [truncate, grow, replace_by_link, replace_by_directory, Path.unlink])
+def test_what_is_not_what_its_record_says_is_no_hit(volume: Volume, harm: Callable[[Path], None]) -> None:
+    store(volume, "1")
+    opened(volume, "1").close()  # the record is in the cache now
+    harm(path_of(volume, "1"))
+    assert volume.open_object(ObjectId("1")) is None
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"version":1}', b"\xff\xfe", b"x" * 5000])
+def test_an_object_with_a_broken_record_is_no_hit(volume: Volume, body: bytes) -> None:
+    store(volume, "1")
+    (record,) = (volume.root / "records").glob("*/1")
+    record.write_bytes(body)
+    assert volume.open_object(ObjectId("1")) is None
+
+
+def test_a_fan_directory_replaced_by_a_link_leads_nowhere(volume: Volume, tmp_path: Path) -> None:
+    store(volume, "1")
+    folder = path_of(volume, "1").parent
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    fresh = Volume(volume.root)
+    assert fresh.open_object(ObjectId("1")) is None
+    fresh.close()
+
+
+def test_an_object_that_is_being_sent_is_not_removed(volume: Volume) -> None:
+    store(volume, "1")
+    sending = opened(volume, "1")
+    assert sending.hold()
+    removal = volume.removal(ObjectId("1"))
+    assert removal.begin() is RemovalState.IN_USE
+    sending.let_go()
+    assert removal.begin() is RemovalState.READY
+    removal.unlink()
+    removal.close()
+    sending.close()
+    assert volume.removal(ObjectId("1")).begin() is RemovalState.ABSENT
+    assert volume.measure() == 0
+
+
+def test_sending_does_not_begin_while_an_object_is_being_removed(volume: Volume) -> None:
+    store(volume, "1")
+    opened_before = opened(volume, "1")
+    removal = volume.removal(ObjectId("1"))
+    assert removal.begin() is RemovalState.READY
+    assert not opened_before.hold()
+    removal.unlink()
+    removal.close()
+    assert not opened_before.hold()
+    opened_before.close()
+
+
+def test_two_sends_of_one_open_object_both_keep_it(volume: Volume) -> None:
+    store(volume, "1")
+    sending = opened(volume, "1")
+    assert sending.hold()
+    assert sending.hold()
+    sending.let_go()
+    assert volume.removal(ObjectId("1")).begin() is RemovalState.IN_USE
+    sending.close()
+
+
+def test_set_aside_hides_an_object_and_lets_its_readers_finish(volume: Volume) -> None:
+    store(volume, "1")
+    sending = opened(volume, "1")
+    assert sending.hold()
+    removal = volume.removal(ObjectId("1"))
+    removal.set_aside()
+    assert volume.open_object(ObjectId("1")) is None
+    assert volume.measure() == len(BODY)
+    assert removal.begin() is RemovalState.IN_USE
+    assert sending.read(0, len(BODY)) == BODY
+    sending.close()
+    assert removal.begin() is RemovalState.READY
+    removal.unlink()
+    removal.close()
+    assert volume.measure() == 0
+
+
+def test_scans_find_all_and_call_foreign_what_is_foreign(volume: Volume) -> None:
+    store(volume, "1")
+    store(volume, "2", b"")
+    volume.receive(record_of("3")).close()
+    (volume.root / "objects" / "00" / "..strange").write_bytes(b"x")
+    (volume.root / "incoming" / "link.part").symlink_to("/etc/passwd")
+    objects = list(volume.scan_objects())
+    found = {(item.object_id, item.size) for item in objects if isinstance(item, FoundObject)}
+    assert found == {("1", len(BODY)), ("2", 0)}
+    assert [item for item in objects if isinstance(item, Foreign)] == [Foreign("objects/00/..strange")]
+    partials = list(volume.scan_partials())
+    assert [item.object_id for item in partials if isinstance(item, FoundPartial)] == ["3"]
+    assert [item for item in partials if isinstance(item, Foreign)] == [Foreign("incoming/link.part")]
+
+
+def test_orphan_records_are_swept_when_old(volume: Volume) -> None:
+    store(volume, "1")
+    path_of(volume, "1").unlink()
+    store(volume, "2")
+    assert volume.remove_orphan_records(older_than_seconds=3600) == 0
+    assert volume.remove_orphan_records(older_than_seconds=-5) == 1
+    assert volume.read_record(ObjectId("1")) is None
+    assert volume.read_record(ObjectId("2")) is not None
+
+
+def test_a_volume_that_is_gone_or_replaced_is_noticed(volume: Volume, tmp_path: Path) -> None:
+    store(volume, "1")
+    volume.check()
+    volume.root.rename(tmp_path / "moved")
+    with pytest.raises(VolumeError):
+        volume.check()
+    volume.prepare()
+    volume.check()
+    assert volume.open_object(ObjectId("1")) is None
+
+
+def test_an_unwritable_volume_is_refused_with_the_reason(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    with pytest.raises(VolumeError, match="prepare the volume"):
+        Volume(blocked / "volume").prepare()
+
+
+def test_ids_that_look_like_our_own_suffixes_do_not_collide(volume: Volume) -> None:
+    for name in ("a", "a.part", "a.json"):
+        store(volume, name, name.encode())
+    for name in ("a", "a.part", "a.json"):
+        found = opened(volume, name)
+        assert found.read(0, 100) == name.encode()
+        found.close()
