@@ -1,0 +1,115 @@
+"""A state store to test, whichever adapter it is, and a way to let time pass for it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from redis import asyncio as aioredis
+
+from shared.adapters.state_memory import MemoryStateStore
+from shared.adapters.state_redis import RedisStateStore
+from shared.adapters.state_times import StateTimes
+from shared.domain.objects import ObjectId
+from shared.domain.space import Usage
+from shared.ports.state_store import Granted, Lease, StateStore, Term
+
+LIMIT = 1_000_000
+LONG = StateTimes(operation_timeout=5.0)
+BRIEF = StateTimes(claim_seconds=0.15, queued_seconds=0.15, lease_seconds=0.15, operation_timeout=5.0)
+
+
+class FakeClock:
+    """POSIX time that stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = time.time()
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class World:
+    """`store` and `other` are two processes' doors to one state."""
+
+    store: StateStore
+    other: StateStore
+    let_pass: Callable[[float], Awaitable[None]]
+    dump: Callable[[], Awaitable[object]]
+    times: StateTimes
+    term: Term = field(default_factory=lambda: Term("", 0))
+
+    async def until(self, condition: Callable[[], Awaitable[bool]]) -> None:
+        """Let time pass until the condition holds; fails after about five seconds."""
+        for _ in range(100):
+            if await condition():
+                return
+            await self.let_pass(0.05)
+        raise AssertionError("it never came to pass")
+
+    async def reconciled(self) -> Term:
+        """As after an evictor's first pass over an empty volume."""
+        term = await self.store.lead("evictor-1", 600)
+        assert term is not None
+        await self.store.set_accounted(term)
+        self.term = term
+        return term
+
+    async def begun(self, object_id: ObjectId, size: int, worker: str = "worker-1") -> Lease:
+        granted = await self.store.begin(object_id, size, worker)
+        assert isinstance(granted, Granted)
+        return granted.lease
+
+    async def stored(self, object_id: ObjectId, size: int) -> None:
+        assert await self.store.commit(await self.begun(object_id, size), time.time())
+
+    async def taken(self) -> tuple[int, int]:
+        """Bytes used and reserved."""
+        usage: Usage = await self.store.usage()
+        return usage.used, usage.reserved
+
+    async def generation(self, object_id: ObjectId) -> int:
+        return (await self.entry_generations())[object_id]
+
+    async def entry_generations(self) -> dict[ObjectId, int]:
+        return {entry.object_id: entry.generation async for batch in self.store.entries() for entry in batch}
+
+
+@asynccontextmanager
+async def memory_world(times: StateTimes, limit: int = LIMIT) -> AsyncIterator[World]:
+    clock = FakeClock()
+    store = MemoryStateStore(limit, times, clock)
+
+    async def let_pass(seconds: float) -> None:
+        clock.now += seconds
+        await asyncio.sleep(0)
+
+    async def dump() -> object:
+        return repr(store._tables)
+
+    await store.open()
+    yield World(store, store, let_pass, dump, times)
+    await store.close()
+
+
+@asynccontextmanager
+async def redis_world(url: str, prefix: str, times: StateTimes, limit: int = LIMIT) -> AsyncIterator[World]:
+    stores = [RedisStateStore(url, prefix, limit, times) for _ in range(2)]
+    client = aioredis.Redis.from_url(url, protocol=2)
+
+    async def dump() -> object:
+        keys = sorted([key async for key in client.scan_iter(f"{prefix}*")])
+        return {key: await client.dump(key) for key in keys}
+
+    for store in stores:
+        await store.open()
+    try:
+        yield World(stores[0], stores[1], asyncio.sleep, dump, times)
+    finally:
+        for store in stores:
+            await store.close()
+        await client.aclose()

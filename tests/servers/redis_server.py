@@ -1,0 +1,112 @@
+"""A private redis-server on a free port, that tests may stop, kill, freeze and start again."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Self
+
+_START_SECONDS = 10.0
+
+
+class RedisServer:
+    """Runs until `stop`; what it wrote to `folder` survives a restart, as on a real server."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self._folder = folder
+        self._options = options
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = free_port()
+
+    @staticmethod
+    def is_installed() -> bool:
+        return shutil.which("redis-server") is not None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> Self:
+        """Returns when the server answers; also after `stop` or `kill`, on the same port."""
+        command = [
+            "redis-server",
+            "--port",
+            str(self.port),
+            "--bind",
+            "127.0.0.1",
+            "--dir",
+            str(self._folder),
+        ]
+        command += ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec", *self._options]
+        with (self._folder / "redis.log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+        deadline = time.monotonic() + _START_SECONDS
+        while not self._answers():
+            if time.monotonic() > deadline or self._process.poll() is not None:
+                raise RuntimeError(
+                    f"redis-server did not start: {(self._folder / 'redis.log').read_text()[-2000:]}"
+                )
+            time.sleep(0.02)
+        return self
+
+    def stop(self) -> None:
+        """An orderly stop: everything is on disk."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """As by the kernel or a power cut: no last words."""
+        self._end(signal.SIGKILL)
+
+    def freeze(self) -> None:
+        """Connections stay open, nothing answers."""
+        self._running().send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._running().send_signal(signal.SIGCONT)
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+
+    async def command(self, *words: str) -> str:
+        """Ask the server on a connection of its own; words without spaces only. Returns the raw reply."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        try:
+            writer.write((" ".join(words) + "\r\n").encode())
+            return (await reader.readline()).decode().strip()
+        finally:
+            writer.close()
+            await writer.wait_closed()
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise RuntimeError("redis-server is not running")
+        return self._process
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(signal.SIGCONT)
+            self._process.send_signal(how)
+            self._process.wait(timeout=10)
+            self._process = None
+
+    def _answers(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(64).startswith(b"+PONG")
+        except OSError:
+            return False
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
