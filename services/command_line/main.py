@@ -1,0 +1,114 @@
+"""`distributor`: run a service, look at the settings.
+
+Each command imports its service itself, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shared.domain.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from shared.settings import Settings
+
+MISCONFIGURED = 2
+
+app = typer.Typer(
+    name="distributor",
+    help="A distributor node: serves media objects from a bounded cache, filled on demand from storage nodes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="YAML file with settings; the environment overrides what it says."
+    ),
+]
+
+
+@app.command()
+def standalone(config: ConfigFile = None) -> None:
+    """Run the whole node in one process, without Redis and RabbitMQ."""
+    settings = _load(config)
+    from services.standalone.wiring import run
+
+    sys.exit(run(settings))
+
+
+@app.command()
+def api(config: ConfigFile = None) -> None:
+    """Run the HTTP server that clients talk to."""
+    settings = _load(config)
+    from services.api.wiring import run
+
+    sys.exit(run(settings))
+
+
+@app.command()
+def fetcher(config: ConfigFile = None) -> None:
+    """Run a worker that downloads objects."""
+    settings = _load(config)
+    from services.fetcher.wiring import run
+
+    sys.exit(run(settings))
+
+
+@app.command()
+def evictor(config: ConfigFile = None) -> None:
+    """Run the evictor, which keeps the volume below its limit; a second one stands by."""
+    settings = _load(config)
+    from services.evictor.wiring import run
+
+    sys.exit(run(settings))
+
+
+@config_app.command("check")
+def check(config: ConfigFile = None) -> None:
+    """Say whether the settings can work; exit code 2 and a reason if they cannot."""
+    _load(config)
+    print("The settings are in order.")
+
+
+@config_app.command("show")
+def show(config: ConfigFile = None) -> None:
+    """Print the settings in force as YAML, secrets redacted."""
+    from services.command_line.show import show_settings
+
+    print(show_settings(_load(config)), end="")
+
+
+@config_app.command("reference")
+def reference() -> None:
+    """Print all settings, their environment variables, defaults and meanings as Markdown."""
+    from services.command_line.reference import render_reference
+
+    print(render_reference(), end="")
+
+
+def _load(config: Path | None) -> Settings:
+    from shared.settings import load_settings
+
+    return load_settings(config)
+
+
+def main() -> None:
+    """Entry point of the console command."""
+    try:
+        app()
+    except ConfigurationError as error:
+        print(f"distributor: these settings cannot work:\n{error}", file=sys.stderr)
+        sys.exit(MISCONFIGURED)
+
+
+if __name__ == "__main__":
+    main()
