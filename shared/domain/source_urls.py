@@ -1,0 +1,33 @@
+"""URLs that objects are read from."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit
+
+from shared.domain.errors import InvalidInput
+
+# RFC 3986 section 2: a URL is printable ASCII without these; anything else must be percent-encoded.
+_URL_TEXT = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)
+_MAX_LENGTH = 2048
+
+
+def parse_source_url(text: str) -> str:
+    """Check an absolute http(s) URL with a host, without credentials or fragment; raise InvalidInput otherwise.
+
+    Credentials are refused because the URL is shown in logs, and because a client would send them.
+    """
+    if len(text) > _MAX_LENGTH or not _URL_TEXT.fullmatch(text):
+        raise InvalidInput("malformed URL: too long, or it has characters that must be percent-encoded")
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError as error:
+        raise InvalidInput(f"malformed URL: {error}") from error
+    if parts.scheme not in ("http", "https") or not host or port == 0:
+        raise InvalidInput("malformed URL: want http:// or https:// and a host")
+    if "@" in parts.netloc:
+        raise InvalidInput("malformed URL: it must not carry credentials")
+    if "#" in text:
+        raise InvalidInput("malformed URL: it must not have a fragment")
+    return text
