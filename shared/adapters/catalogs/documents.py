@@ -1,0 +1,139 @@
+"""Reads YAML and JSON documents strictly, and fast: 10^5 objects in seconds.
+
+The ordinary YAML loaders take five times as long as the parser below them, guess types (an unquoted `0:1` becomes a
+number), take the last of two equal keys, and forget the lines. Values here are mappings, lists, text, integers,
+booleans and null, and each mapping knows its line.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import yaml
+
+from shared.domain.errors import InvalidInput
+
+_LOADER: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,18})", re.ASCII)
+_WORDS = {"true": True, "True": True, "false": False, "False": False, "null": None, "~": None, "": None}
+_MAX_DEPTH = 20
+
+
+class LocatedMapping(dict[str, Any]):
+    """A mapping and the line it begins at, counted from 1; 0 if unknown (JSON)."""
+
+    line: int = 0
+
+
+def read_json(text: str) -> Any:
+    """Raise InvalidInput with the line for what is no JSON, or has two equal keys."""
+    try:
+        return json.loads(text, object_pairs_hook=_unique_keys)
+    except json.JSONDecodeError as error:
+        raise InvalidInput(f"line {error.lineno}: no JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"no JSON: {error}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> LocatedMapping:
+    mapping = LocatedMapping(pairs)
+    if len(mapping) != len(pairs):
+        raise InvalidInput(
+            "two equal keys in one mapping: " + ", ".join(sorted(key for key, _ in pairs))[:200]
+        )
+    return mapping
+
+
+def read_yaml(text: str) -> Any:
+    """Raise InvalidInput with the line for what is no single YAML document, has two equal keys, tags or aliases."""
+    builder = _Builder()
+    try:
+        for event in yaml.parse(text, Loader=_LOADER):
+            builder.take(event)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise InvalidInput(f"line {line}: no YAML: {error.problem}") from error
+    except yaml.YAMLError as error:
+        raise InvalidInput(f"no YAML: {error}") from error
+    return builder.document()
+
+
+class _Builder:
+    """Puts the parser's events together."""
+
+    def __init__(self) -> None:
+        self._documents: list[Any] = []
+        self._open: list[LocatedMapping | list[Any]] = []
+        self._keys: list[str | None] = []
+
+    def document(self) -> Any:
+        if len(self._documents) != 1:
+            raise InvalidInput(f"want one document, found {len(self._documents)}")
+        return self._documents[0]
+
+    def take(self, event: yaml.Event) -> None:
+        if isinstance(event, yaml.ScalarEvent):
+            self._refuse_tag(event)
+            self._scalar(event)
+        elif isinstance(event, yaml.MappingStartEvent):
+            self._refuse_tag(event)
+            mapping = LocatedMapping()
+            mapping.line = _line(event)
+            self._begin(mapping, event)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            self._refuse_tag(event)
+            self._begin([], event)
+        elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
+            self._keys.pop()
+            self._put(self._open.pop(), event)
+        elif isinstance(event, yaml.AliasEvent):
+            raise InvalidInput(f"line {_line(event)}: aliases are not supported")
+
+    def _begin(self, collection: LocatedMapping | list[Any], event: yaml.Event) -> None:
+        if self._awaits_key():
+            raise InvalidInput(f"line {_line(event)}: a key must be text")
+        if len(self._open) >= _MAX_DEPTH:
+            raise InvalidInput(f"line {_line(event)}: nested too deeply")
+        self._open.append(collection)
+        self._keys.append(None)
+
+    def _scalar(self, event: yaml.ScalarEvent) -> None:
+        if not self._awaits_key():
+            self._put(_plain(event.value) if event.implicit[0] else event.value, event)
+            return
+        if event.value in self._open[-1]:
+            raise InvalidInput(f"line {_line(event)}: {event.value[:40]!r} twice in one mapping")
+        self._keys[-1] = event.value
+
+    def _put(self, value: Any, event: yaml.Event) -> None:
+        if not self._open:
+            self._documents.append(value)
+            return
+        collection = self._open[-1]
+        if isinstance(collection, list):
+            collection.append(value)
+            return
+        key = self._keys[-1]
+        if key is None:
+            raise InvalidInput(f"line {_line(event)}: a key must be text")
+        collection[key] = value
+        self._keys[-1] = None
+
+    def _awaits_key(self) -> bool:
+        return bool(self._open) and isinstance(self._open[-1], LocatedMapping) and self._keys[-1] is None
+
+    def _refuse_tag(self, event: Any) -> None:
+        if event.tag is not None:
+            raise InvalidInput(f"line {_line(event)}: tags are not supported")
+
+
+def _plain(text: str) -> str | int | bool | None:
+    if text in _WORDS:
+        return _WORDS[text]
+    return int(text) if _INTEGER.fullmatch(text) else text
+
+
+def _line(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark is not None else 0
