@@ -1,0 +1,98 @@
+"""A source's body, handed out no further and no longer than its headers and the catalog allow."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+
+import httpx
+
+from shared.adapters.sources.checks import BodyPlan
+from shared.adapters.sources.connections import translated
+from shared.adapters.sources.pace import Pace
+from shared.domain.errors import SourceTooSlow, SourceUnreachable, SourceWrong
+
+# Seconds for a body of unstated length to end after its last expected byte; then the bytes are taken as they are.
+_END_PATIENCE = 1.0
+
+
+class CheckedBody:
+    """Reads one answer. `received` counts bytes off the wire, passed over ones included."""
+
+    def __init__(
+        self, answer: httpx.Response, plan: BodyPlan, pace: Pace, clock: Callable[[], float]
+    ) -> None:
+        """`clock` in seconds; `pace` learns only of the time spent waiting for the source."""
+        self._raw = _raw_chunks(answer)
+        self._plan = plan
+        self._pace = pace
+        self._clock = clock
+        self.received = 0
+
+    async def chunks(self) -> AsyncGenerator[bytes]:
+        """Exactly the planned bytes, or SourceUnreachable (cut), SourceWrong (too many), SourceTooSlow."""
+        try:
+            async for chunk in self._wanted():
+                yield chunk
+        finally:
+            await self._raw.aclose()
+
+    async def _wanted(self) -> AsyncGenerator[bytes]:
+        skip, length = self._plan.skip, self._plan.length
+        given = 0
+        if length == 0 and self._plan.to_the_end:
+            await self._expect_end(length)
+        while length is None or given < length:
+            chunk = await self._next(self._pace.patience)
+            if chunk is None:
+                if length is not None:
+                    raise SourceUnreachable(f"cut after {given} of {length} bytes")
+                return
+            if skip:
+                passed = min(skip, len(chunk))
+                skip -= passed
+                chunk = chunk[passed:]
+            if length is not None and len(chunk) > length - given:
+                if self._plan.to_the_end:
+                    raise SourceWrong(f"more than the {length} bytes promised")
+                chunk = chunk[: length - given]
+            given += len(chunk)
+            if length is not None and given == length and self._plan.to_the_end:
+                await self._expect_end(length)
+            if chunk:
+                yield chunk
+
+    async def _expect_end(self, length: int) -> None:
+        """Before the last chunk is handed out, so that a body that goes on is never taken for a complete one."""
+        try:
+            surplus = await self._next(_END_PATIENCE)
+        except (SourceTooSlow, SourceUnreachable):
+            return  # all bytes are here; how the connection ends is no matter
+        if surplus is not None:
+            raise SourceWrong(f"more than the {length} bytes promised")
+
+    async def _next(self, patience: float) -> bytes | None:
+        """The next bytes off the wire; None at the end of the body."""
+        if patience <= 0:
+            raise SourceTooSlow(f"fewer bytes than the minimum rate asks for, after {self.received}")
+        started = self._clock()
+        try:
+            with translated():
+                async with asyncio.timeout(patience):
+                    chunk = await anext(self._raw, None)
+        except TimeoutError as error:
+            self._pace.record(self._clock() - started, 0)
+            raise SourceTooSlow(f"stalled after {self.received} bytes") from error
+        received = len(chunk) if chunk is not None else 0
+        self._pace.record(self._clock() - started, received)
+        self.received += received
+        return chunk
+
+
+async def _raw_chunks(answer: httpx.Response) -> AsyncGenerator[bytes]:
+    """The body as it is on the wire, without the layers that decode and count."""
+    stream = answer.stream
+    if not isinstance(stream, httpx.AsyncByteStream):
+        raise SourceUnreachable("the answer has no body to read")
+    async for chunk in stream:
+        yield chunk

@@ -1,0 +1,133 @@
+"""The one place that knows the HTTP library: connections to sources, their reuse, and its errors put into ours."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import httpcore
+import httpx
+
+from shared.adapters.sources.limits import SourceLimits
+from shared.domain.errors import SourceError, SourceTooSlow, SourceUnreachable
+
+# Colossus closes idle connections after 5 s (Node's default).
+_KEEP_ALIVE = 4.0
+# The library's 64 KiB cost a third of the throughput on a fast link; the event loop reads 256 KiB at once anyway.
+_READ_BYTES = 256 * 1024
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turn the library's exceptions into SourceErrors, the cause chained."""
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise SourceTooSlow(_described(error)) from error
+    except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError) as error:
+        raise SourceUnreachable(_described(error)) from error
+
+
+class Connections:
+    """Connections to all sources; `open` before use.
+
+    The library's own pool has no bound here: a request that is cancelled while that pool is contended can take its
+    place with it for good. The bound is a semaphore of ours, so there is nothing to lose, and no pool to replace.
+    """
+
+    def __init__(self, limits: SourceLimits) -> None:
+        self._limits = limits
+        self._places = asyncio.Semaphore(limits.max_connections)
+        self._reusing: httpx.AsyncHTTPTransport | None = None
+        self._fresh: httpx.AsyncHTTPTransport | None = None
+
+    async def open(self) -> None:
+        # The setting is the library's, for the whole process; nothing smaller offers it.
+        httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = _READ_BYTES
+        context = await asyncio.to_thread(httpx.create_ssl_context)  # reads the certificates
+        self._reusing = _transport(context, max_idle=self._limits.max_connections)
+        self._fresh = _transport(context, max_idle=0)
+
+    async def close(self) -> None:
+        """Ends every connection; answers still being read fail."""
+        for transport in (self._reusing, self._fresh):
+            if transport is not None:
+                await transport.aclose()
+        self._reusing = self._fresh = None
+
+    @asynccontextmanager
+    async def request(self, url: str, headers: dict[str, str]) -> AsyncIterator[httpx.Response]:
+        """GET; gives the answer once its headers are there, redirects and all, and closes it at the end."""
+        async with self._place():
+            answer = await self._send(url, headers)
+            try:
+                yield answer
+            finally:
+                await answer.aclose()
+
+    @asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._limits.first_byte_timeout):
+                await self._places.acquire()
+        except TimeoutError as error:
+            raise SourceError(f"all {self._limits.max_connections} connections are in use") from error
+        try:
+            yield
+        finally:
+            self._places.release()
+
+    async def _send(self, url: str, headers: dict[str, str]) -> httpx.Response:
+        if self._reusing is None or self._fresh is None:
+            raise SourceUnreachable("the source client is not open")
+        connected = _Connected()
+        try:
+            return await self._send_on(self._reusing, url, headers, connected)
+        except SourceUnreachable:
+            # A source may close an idle connection just as we use it: that says nothing of the source.
+            if connected.attempted:
+                raise
+        return await self._send_on(self._fresh, url, headers, connected)
+
+    async def _send_on(
+        self, transport: httpx.AsyncHTTPTransport, url: str, headers: dict[str, str], connected: _Connected
+    ) -> httpx.Response:
+        # Per step: connect, TLS, each read. The bound over all keeps headers from dripping in for ever.
+        steps = {"connect": self._limits.connect_timeout, "read": self._limits.first_byte_timeout}
+        extensions: dict[str, Any] = {
+            "timeout": steps | {"write": self._limits.first_byte_timeout, "pool": None},
+            "trace": connected.trace,
+        }
+        try:
+            with translated():
+                request = httpx.Request("GET", url, headers=headers, extensions=extensions)
+                async with asyncio.timeout(self._limits.connect_timeout + self._limits.first_byte_timeout):
+                    return await transport.handle_async_request(request)
+        except TimeoutError as error:
+            raise SourceTooSlow("no answer in time") from error
+
+
+class _Connected:
+    """Learns whether a request needed a new connection."""
+
+    def __init__(self) -> None:
+        self.attempted = False
+
+    async def trace(self, event: str, _: dict[str, Any]) -> None:
+        if event == "connection.connect_tcp.started":
+            self.attempted = True
+
+
+def _transport(context: ssl.SSLContext, max_idle: int) -> httpx.AsyncHTTPTransport:
+    """A transport, not a client: no cookies, no redirects, no proxy or .netrc credentials from the environment."""
+    limits = httpx.Limits(
+        max_connections=None, max_keepalive_connections=max_idle, keepalive_expiry=_KEEP_ALIVE
+    )
+    return httpx.AsyncHTTPTransport(verify=context, limits=limits, trust_env=False)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
