@@ -1,0 +1,40 @@
+"""What the handlers of the API work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from services.api.accesses import AccessCounter
+from services.api.wakeups import FetchWakeups
+from shared.adapters.volume import Volume
+from shared.domain.objects import Duty
+from shared.ports.catalog import Catalog
+from shared.ports.job_queue import JobQueue
+from shared.ports.state_store import StateStore
+from shared.settings.model import Settings
+
+if TYPE_CHECKING:
+    from shared.adapters.sources.relay import Relay
+
+
+@dataclass(slots=True)
+class DutyHolder:
+    """The node's duty as it is now: an operator may change it while the node runs."""
+
+    current: Duty
+
+
+@dataclass(frozen=True, slots=True)
+class ApiContext:
+    """Built once in each process by the wiring; everything in it is open when a handler sees it."""
+
+    settings: Settings
+    volume: Volume
+    state: StateStore
+    queue: JobQueue
+    catalog: Catalog
+    relay: Relay
+    accesses: AccessCounter
+    duty: DutyHolder
+    wakeups: FetchWakeups

@@ -1,0 +1,32 @@
+"""Errors as clients see them: the one place where anything raised becomes a status and a JSON body."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class ErrorAnswer(Exception):
+    """Ends a request with an error answer. `message` and `kind` are for the client; `headers` go beside the usual ones.
+
+    To be raised before the first byte of an answer is sent; after that, raise CutAnswer.
+    """
+
+    def __init__(
+        self, status: int, message: str, kind: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+        self.headers = dict(headers or {})
+
+
+class CutAnswer(Exception):
+    """An answer that has begun cannot be ended rightly: the connection is cut, so that the client knows.
+
+    `reason` is a short word for logs and metrics, such as `source_failed`, `verification_failed`, `object_gone`.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason

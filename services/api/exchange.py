@@ -1,0 +1,67 @@
+"""One request and its answer, as the log and the metrics tell of it."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from dataclasses import dataclass, field
+
+import structlog
+from sanic import Request
+
+from shared.observability.metrics import REQUESTS, method_label
+
+_MAX_REQUEST_ID = 128
+_REQUEST_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._:/+=@-")
+
+logger = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Exchange:
+    """Filled in while a request is answered. `started`: monotonic seconds; `sent`: bytes of the body handed to the
+    connection (None: the whole body of an answer that was not streamed); `cut`: why the answer ended early."""
+
+    request_id: str
+    method: str
+    path: str = "unmatched"
+    object_id: str | None = None
+    started: float = field(default_factory=time.perf_counter)
+    sent: int | None = None
+    cut: str | None = None
+
+
+def exchange_of(request: Request) -> Exchange:
+    """The exchange of a request; begun here if the request was refused before it got anywhere."""
+    known: Exchange | None = getattr(request.ctx, "exchange", None)
+    if known is None:
+        known = Exchange(choose_request_id(request.headers.get("x-request-id")), request.method)
+        request.ctx.exchange = known
+    return known
+
+
+def choose_request_id(offered: str | None) -> str:
+    """The client's request id if it is short and plain (it ends up in headers and logs), else a new one."""
+    if offered and len(offered) <= _MAX_REQUEST_ID and _REQUEST_ID_CHARACTERS.issuperset(offered):
+        return offered
+    return secrets.token_hex(16)
+
+
+def record_exchange(
+    exchange: Exchange, status: int, *, cache: str | None, source: str | None, sent: int
+) -> None:
+    """Count and log one answered request. `cache`: hit, pending, miss; `source`: local, external; None: neither."""
+    REQUESTS.labels(method=method_label(exchange.method), status=str(status), cache=cache or "none").inc()
+    logger.info(
+        "request_answered",
+        request_id=exchange.request_id,
+        method=exchange.method[:16],
+        path=exchange.path,
+        object_id=exchange.object_id,
+        status=status,
+        bytes=sent,
+        duration_ms=round((time.perf_counter() - exchange.started) * 1000, 3),
+        x_cache=cache,
+        source=source,
+        cut=exchange.cut,
+    )

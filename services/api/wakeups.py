@@ -1,0 +1,64 @@
+"""Waking the requests that wait for a fetch."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from shared.domain.errors import StateStoreUnavailable
+from shared.domain.objects import ObjectId
+from shared.ports.state_store import Announcement, StateStore, Topic
+
+_PAUSE_AFTER_LOSS = 1.0
+
+logger = structlog.get_logger()
+
+
+class FetchWakeups:
+    """One listener for the whole process; `run` is its task. A wake-up may be lost, so whoever waits also looks."""
+
+    def __init__(self, state: StateStore) -> None:
+        self._state = state
+        self._waiting: dict[ObjectId, set[asyncio.Event]] = {}
+
+    async def wait(self, object_id: ObjectId, timeout: float) -> None:
+        """Return when something has changed about the fetch of this object, or after `timeout` seconds."""
+        changed = asyncio.Event()
+        self._waiting.setdefault(object_id, set()).add(changed)
+        try:
+            async with asyncio.timeout(timeout):
+                await changed.wait()
+        except TimeoutError:
+            return
+        finally:
+            others = self._waiting[object_id]
+            others.discard(changed)
+            if not others:
+                del self._waiting[object_id]
+
+    @property
+    def waiting(self) -> int:
+        """How many objects are waited for."""
+        return len(self._waiting)
+
+    async def run(self) -> None:
+        """Listen until cancelled. While the store is down nobody is woken, and all waiters time out."""
+        while True:
+            try:
+                async with self._state.listen() as announcements:
+                    async for announcement in announcements:
+                        self._wake(announcement)
+            except StateStoreUnavailable as error:
+                logger.warning("wakeups_lost", reason=str(error))
+            await asyncio.sleep(_PAUSE_AFTER_LOSS)
+
+    def _wake(self, announcement: Announcement) -> None:
+        if announcement.topic is Topic.FETCH_CHANGED:
+            for changed in self._waiting.get(ObjectId(announcement.object_id), ()):
+                changed.set()
+        elif announcement.topic is Topic.SETTINGS_CHANGED:
+            # Said after every reconnect: announcements may have been missed meanwhile.
+            for waiters in self._waiting.values():
+                for changed in waiters:
+                    changed.set()
