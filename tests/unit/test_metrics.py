@@ -1,0 +1,109 @@
+"""Metrics: what is exported, under which names, in one process and over several."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prometheus_client import REGISTRY
+from prometheus_client.metrics_core import Metric
+
+from shared.observability import metrics
+
+UNITS = ("_seconds", "_bytes", "_total", "_info", "_objects", "_jobs", "_in_progress", "_leader")
+
+
+def ours() -> list[Metric]:
+    return [family for family in REGISTRY.collect() if family.name.startswith("distributor_")]
+
+
+def test_every_name_ends_in_its_unit() -> None:
+    for family in ours():
+        name = family.name + ("_total" if family.type == "counter" else "")
+        assert name.endswith(UNITS), name
+
+
+def test_no_object_id_is_a_label() -> None:
+    labels = {label for family in ours() for sample in family.samples for label in sample.labels}
+    assert not labels & {"object_id", "id", "path", "url", "request_id"}
+
+
+def test_a_gauge_that_nobody_set_is_not_exported() -> None:
+    gauge = metrics.ReportedGauge("distributor_test_reported_bytes", "A test's.")
+    assert b"distributor_test_reported_bytes" not in metrics.render_metrics()[0]
+    gauge.set(3)
+    gauge.set(4)
+    assert b"distributor_test_reported_bytes 4.0" in metrics.render_metrics()[0]
+
+
+def test_a_source_is_its_host_and_port_without_credentials() -> None:
+    assert metrics.source_label("https://user:secret@Source.Example:8443/api/v1/") == "source.example:8443"
+    assert metrics.source_label("nonsense") == "unknown"
+
+
+def test_sources_beyond_the_bound_share_one_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "_sources_seen", set())
+    labels = {
+        metrics.source_label(f"http://s{number}.example/") for number in range(metrics.MAX_SOURCES + 50)
+    }
+    assert len(labels) == metrics.MAX_SOURCES + 1
+    assert "other" in labels
+
+
+def test_invented_methods_share_one_label() -> None:
+    assert metrics.method_label("GET") == "GET"
+    assert metrics.method_label("BREW-17") == "other"
+
+
+WORKER = """
+from shared.observability import metrics
+metrics.REQUESTS.labels("GET", "200", "hit").inc(3)
+metrics.REQUESTS_IN_PROGRESS.inc(2)
+metrics.STORAGE_USED.set({used})
+"""
+STARTER = """
+import subprocess, sys
+from pathlib import Path
+from shared.observability.multiprocess import forget_process, prepare_multiprocess
+directory = Path(sys.argv[1])
+prepare_multiprocess(directory)
+assert not (directory / "counter_1.db").exists(), "wiped"
+workers = []
+for used in (10, 20):
+    worker = subprocess.Popen([sys.executable, "-c", {worker!r}.replace("{{used}}", str(used))])
+    assert worker.wait() == 0
+    workers.append(worker.pid)
+forget_process(workers[0])
+from shared.observability.metrics import render_metrics
+body, media_type = render_metrics()
+assert media_type.startswith("text/plain"), media_type
+print(body.decode())
+"""
+
+
+def test_several_processes_add_up(tmp_path: Path) -> None:
+    (tmp_path / "counter_1.db").write_bytes(b"left behind")
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", STARTER.format(worker=WORKER), str(tmp_path)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert 'distributor_requests_total{cache="hit",method="GET",status="200"} 6.0' in done.stdout
+    assert "distributor_requests_in_progress 2.0" in done.stdout
+    assert "distributor_storage_used_bytes 20.0" in done.stdout
+
+
+def test_multiprocess_mode_cannot_come_too_late() -> None:
+    script = (
+        "import prometheus_client\n"
+        "from shared.observability.multiprocess import prepare_multiprocess\n"
+        "prepare_multiprocess(None)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=30
+    )
+    assert "must be prepared before" in done.stderr

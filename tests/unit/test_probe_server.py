@@ -1,0 +1,100 @@
+"""The probe server answers health, readiness and metrics, and bounds what strangers can do to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import httpx
+import pytest
+
+from shared.observability import probe_server
+from shared.observability.probe_server import ProbeServer
+
+
+class Service:
+    """What the server asks: the problems that keep the service from working."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.error: Exception | None = None
+
+    async def readiness(self) -> Sequence[str]:
+        if self.error is not None:
+            raise self.error
+        return self.problems
+
+
+@pytest.fixture
+def service() -> Service:
+    return Service()
+
+
+@pytest.fixture
+async def server(service: Service) -> AsyncIterator[ProbeServer]:
+    async with ProbeServer("127.0.0.1", 0, service.readiness) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(server: ProbeServer) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}") as client:
+        yield client
+
+
+async def test_metrics(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert "distributor_downloads_in_progress" in answer.text
+
+
+async def test_health(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/healthz?verbose")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+
+
+async def test_readiness(client: httpx.AsyncClient, service: Service) -> None:
+    answer = await client.get("/readyz")
+    assert (answer.status_code, answer.json()["problems"]) == (200, [])
+    service.problems = ["job queue out of reach"]
+    answer = await client.get("/readyz")
+    assert (answer.status_code, answer.json()["problems"]) == (503, ["job queue out of reach"])
+    service.error = OSError("surprise")
+    answer = await client.get("/readyz")
+    assert (answer.status_code, answer.json()["problems"]) == (
+        503,
+        ["readiness could not be found out: OSError"],
+    )
+
+
+async def test_other_paths_and_methods(client: httpx.AsyncClient) -> None:
+    assert (await client.get("/")).status_code == 404
+    assert (await client.post("/healthz")).status_code == 405
+    head = await client.head("/healthz")
+    assert (head.status_code, head.content) == (200, b"")
+
+
+async def test_a_request_head_is_bounded(client: httpx.AsyncClient) -> None:
+    answer = await client.get("/healthz", headers={"x-long": "a" * 20_000})
+    assert answer.status_code == 431
+
+
+async def test_a_silent_client_is_let_go(server: ProbeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe_server, "_TIME_LIMIT", 0.05)
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    async with asyncio.timeout(5):
+        assert await reader.read() == b""
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_closing_does_not_wait_for_clients(service: Service) -> None:
+    async with asyncio.timeout(2):
+        async with ProbeServer("127.0.0.1", 0, service.readiness) as server:
+            reader, silent = await asyncio.open_connection("127.0.0.1", server.port)
+            silent.write(b"GET /healthz HT")
+            await silent.drain()
+        with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+            await reader.readexactly(1)
+    silent.close()

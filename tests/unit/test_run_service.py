@@ -1,0 +1,113 @@
+"""A service starts, stops on the first signal, ends at once on the second, and never outlives its deadline."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+SCRIPT = """
+import asyncio, sys, time
+from shared.domain.errors import ConfigurationError
+from shared.runtime import ServiceScope, run_service
+from shared.settings.model import LogSettings
+
+async def main(scope):
+    scope.resources.push_async_callback(closing)
+    print("open", flush=True)
+{body}
+
+async def closing():
+    print("closed", flush=True)
+
+sys.exit(run_service(main, name="sample", shutdown_deadline=0.3, log=LogSettings()))
+"""
+
+
+@contextmanager
+def service(body: str) -> Iterator[subprocess.Popen[bytes]]:
+    script = SCRIPT.format(body="\n".join("    " + line for line in body.splitlines()))
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"open\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def end(process: subprocess.Popen[bytes]) -> tuple[int, str, list[dict[str, Any]]]:
+    """Exit code, what was printed, what was logged."""
+    printed, logged = process.communicate(timeout=20)
+    return process.returncode, printed.decode(), [json.loads(line) for line in logged.splitlines()]
+
+
+def test_the_first_signal_ends_the_service_in_good_order() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with service("await scope.stop_requested.wait()\nprint('drained', flush=True)") as process:
+            process.send_signal(number)
+            code, printed, log = end(process)
+        assert (code, printed) == (0, "drained\nclosed\n")
+        assert [line["event"] for line in log] == ["service_started", "stop_requested", "service_stopped"]
+
+
+def test_main_may_return_by_itself() -> None:
+    with service("return") as process:
+        code, printed, _ = end(process)
+    assert (code, printed) == (0, "closed\n")
+
+
+def test_an_error_is_logged_and_resources_are_closed() -> None:
+    with service("raise OSError('torn')") as process:
+        code, printed, log = end(process)
+    assert (code, printed) == (1, "closed\n")
+    assert log[-1]["event"] == "service_failed"
+    assert "OSError: torn" in log[-1]["exception"]
+
+
+def test_refused_settings_are_a_message_and_exit_code_2() -> None:
+    with service("raise ConfigurationError('storage.path: not writable')") as process:
+        code, _, log = end(process)
+    assert code == 2
+    assert log[-1]["reason"] == "storage.path: not writable"
+    assert "exception" not in log[-1]
+
+
+def test_who_misses_the_deadline_is_cancelled() -> None:
+    with service("await asyncio.Event().wait()") as process:
+        process.send_signal(signal.SIGTERM)
+        code, printed, log = end(process)
+    assert (code, printed) == (1, "closed\n")
+    assert log[-1]["event"] == "shutdown_deadline_missed"
+
+
+def test_the_second_signal_ends_it_at_once() -> None:
+    body = "await scope.stop_requested.wait()\nprint('stopping', flush=True)\nawait asyncio.Event().wait()"
+    with service(body) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"stopping\n"
+        process.send_signal(signal.SIGINT)
+        code, printed, _ = end(process)
+    assert (code, printed) == (128 + signal.SIGINT, "")
+
+
+def test_a_loop_that_hangs_is_ended_from_outside() -> None:
+    body = (
+        "sys.modules['shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
+        "await scope.stop_requested.wait()\n"
+        "time.sleep(60)"
+    )
+    started = time.monotonic()
+    with service(body) as process:
+        process.send_signal(signal.SIGTERM)
+        code, _, _ = end(process)
+    assert code == 1
+    assert time.monotonic() - started < 15
