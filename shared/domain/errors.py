@@ -15,11 +15,13 @@ Callers ask two questions of an error: is it worth trying again, and whose fault
         ├── SourceUnreachable     source   again   no connection, broken connection, TLS trouble
         ├── SourceTooSlow         source   again   no headers, no bytes, or too few of them, in time
         ├── SourceRefused         source   again   an answer that is no success (403, 404, 500, a redirect, …)
-        └── SourceWrong           source   again   an answer that contradicts what the catalog says (size, hash, encoding)
+        ├── SourceWrong           source   again   an answer that contradicts the catalog (size, hash, encoding)
+        └── AllSourcesFailed      source   again   every source of an object failed; carries the error of each
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 
@@ -125,3 +127,19 @@ class SourceWrong(SourceError):
     """The source's answer contradicts what the catalog says of the object."""
 
     reason = "wrong"
+
+
+class AllSourcesFailed(SourceError):
+    """Every source of an object failed, or none is known. `errors`: the last error of each, by URL."""
+
+    reason = "all_failed"
+
+    def __init__(self, errors: Mapping[str, SourceError]) -> None:
+        told = [f"{type(error).__name__}: {error}" for error in errors.values()]
+        super().__init__("; ".join(told) if told else "no source is known")
+        self.errors = dict(errors)
+
+    @property
+    def too_slow(self) -> bool:
+        """True if slowness is all that was wrong."""
+        return bool(self.errors) and all(isinstance(error, SourceTooSlow) for error in self.errors.values())
