@@ -39,7 +39,7 @@ class JobQueue(Protocol):
         """Return if the broker can be reached; else raise JobQueueUnavailable."""
 
     async def publish(self, job: FetchJob) -> None:
-        """Hand over one job; returns when the broker has confirmed it. JobQueueUnavailable within the publish time limit."""
+        """Hand over one job; returns when the broker has confirmed it, or raises JobQueueUnavailable in bounded time."""
 
     async def consume(
         self,
@@ -50,7 +50,7 @@ class JobQueue(Protocol):
         """Handle up to `concurrency` jobs at once, until cancelled. Survives broker restarts and cancelled consumers.
 
         On cancellation no further job is taken; running handlers are cancelled, expected to return HandBack in answer
-        to the cancellation or to raise it (same effect), and waited for; their messages are back in the queue after that.
+        to the cancellation or to raise it (same effect), and waited for; their messages are back in the queue then.
         """
 
     async def depth(self) -> QueueDepth: ...

@@ -270,7 +270,7 @@ class StateStore(Protocol):
         object ends with it (reservation given back). False: known already, or a live lease is at work."""
 
     async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
-        """Account for a partial file that no fetch knows: PARKED, `footprint(size)` reserved, whatever the limit says."""
+        """Account for a partial file that no fetch knows: PARKED, `footprint(size)` reserved, whatever the limit."""
 
     async def seize(self, term: Term, object_id: ObjectId) -> Lease | None:
         """Take the lease of a PARKED or run-out fetch, to remove its partial file and `release` it."""
@@ -279,7 +279,7 @@ class StateStore(Protocol):
         """The index stands for the volume as of now, until this store restarts or is emptied."""
 
     def entries(self) -> AsyncIterator[Sequence[IndexEntry]]:
-        """All complete objects in batches, in no order; objects that come or go meanwhile may be missed or seen twice."""
+        """All complete objects in batches, in no order; those that come or go meanwhile may be missed or seen twice."""
 
     async def fetches(self) -> Sequence[Fetch]:
         """All fetches under way or parked."""

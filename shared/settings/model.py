@@ -133,7 +133,9 @@ class StorageSettings(Section):
 
     @property
     def watermarks(self) -> Watermarks:
-        return Watermarks(low=int(self.limit * self.low_watermark), high=int(self.limit * self.high_watermark))
+        return Watermarks(
+            low=int(self.limit * self.low_watermark), high=int(self.limit * self.high_watermark)
+        )
 
     @property
     def largest_cached_size(self) -> int:

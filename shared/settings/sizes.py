@@ -12,7 +12,7 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 
 
 def parse_size(value: object) -> int:
-    """Bytes. Units are powers of 1024, as the network's operators are used to (`500G` is 500 GiB); raises ValueError."""
+    """Bytes. Units are powers of 1024, as the network's operators know them (`500G` is 500 GiB). Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError("want a size such as 500G, 64M or a number of bytes")
     if isinstance(value, int):

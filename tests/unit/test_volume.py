@@ -122,7 +122,6 @@ def test_a_killed_writer_frees_its_lock(volume: Volume) -> None:
     again.close()
 
 
-
 def test_a_follower_sees_growth_then_verification_then_keeps_reading(volume: Volume) -> None:
     partial = volume.receive(record_of("1"))
     partial.write(0, BODY[:1000])

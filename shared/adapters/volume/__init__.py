@@ -18,7 +18,7 @@ All calls block (briefly, but for fsync, scans and hashing): in an event loop, r
 from shared.adapters.volume.partial import PartialFile, PartialHeld, PartialReader, PartialState
 from shared.adapters.volume.reader import OpenObject
 from shared.adapters.volume.removal import Removal, RemovalState
-from shared.adapters.volume.scan import FoundObject, FoundPartial, Foreign
+from shared.adapters.volume.scan import Foreign, FoundObject, FoundPartial
 from shared.adapters.volume.volume import Volume
 
 __all__ = [

@@ -79,7 +79,7 @@ class Directories:
         """
         self._close_retired()
         try:
-            now = os.stat(self._root)
+            now = self._root.stat()
             held = os.fstat(self.root())
             stale = (now.st_dev, now.st_ino) != (held.st_dev, held.st_ino)
             if not stale:

@@ -62,7 +62,9 @@ class PartialFile:
                     return descriptor
             except BlockingIOError:
                 os.close(descriptor)
-                raise PartialHeld(f"the partial file of {self.record.object_id} is held by another writer") from None
+                raise PartialHeld(
+                    f"the partial file of {self.record.object_id} is held by another writer"
+                ) from None
             except BaseException:
                 os.close(descriptor)
                 raise
@@ -112,7 +114,9 @@ class PartialFile:
         object_id, number = record.object_id, fan(record.object_id)
         with translated(f"publish {object_id}"):
             os.fsync(self._descriptor)
-            write_small_file(object_id, encode_record(record), self._directories.descriptor(f"{RECORDS}/{number}"))
+            write_small_file(
+                object_id, encode_record(record), self._directories.descriptor(f"{RECORDS}/{number}")
+            )
             self._directories.sync(f"{RECORDS}/{number}")
             objects = self._directories.descriptor(f"{OBJECTS}/{number}")
             os.rename(self._name, object_id, src_dir_fd=self._incoming, dst_dir_fd=objects)
@@ -159,6 +163,11 @@ class PartialReader:
         self.object_id = object_id
         self._descriptor = descriptor
         self._held = False
+
+    @property
+    def descriptor(self) -> int:
+        """For reading only; stays ours."""
+        return self._descriptor
 
     def state(self) -> PartialState:
         seen = os.fstat(self._descriptor)

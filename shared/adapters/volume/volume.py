@@ -55,7 +55,11 @@ class Volume:
         self._directories.create()
         probe = f".write-probe-{os.getpid()}"
         with translated(f"write to the volume {self.root}"):
-            os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._directories.root()))
+            os.close(
+                os.open(
+                    probe, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._directories.root()
+                )
+            )
             os.unlink(probe, dir_fd=self._directories.root())
 
     def check(self) -> None:

@@ -1,0 +1,40 @@
+"""A whole node for each test: own volume, own key prefix, own queues; two storage nodes to fetch from."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from services.demo.objects import DemoObject
+from services.demo.storage_node import StorageNode
+from tests.end_to_end.stack import Stack
+
+
+@dataclass(slots=True)
+class World:
+    """The node and the storage nodes it fetches from; `first` comes first in the catalog."""
+
+    stack: Stack
+    first: StorageNode
+    second: StorageNode
+
+    def publish(self, objects: Sequence[DemoObject], *, both: bool = False) -> None:
+        """Put objects on the first storage node (or on both) and in the catalog."""
+        nodes = (self.first, self.second) if both else (self.first,)
+        for node in nodes:
+            node.objects.update({item.object_id: item for item in objects})
+        self.stack.write_manifest(objects, [f"{node.api_url}/files/" for node in nodes])
+
+
+@pytest.fixture
+async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[World]:
+    stack = Stack(tmp_path, redis_url, amqp_url, f"e2e-{uuid.uuid4().hex[:8]}")
+    async with StorageNode([]).run() as first, StorageNode([]).run() as second:
+        try:
+            yield World(stack, first, second)
+        finally:
+            stack.kill_all()

@@ -1,0 +1,199 @@
+"""The whole node as real processes on real servers, to be used, killed and looked into."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from services.demo.manifest import content_hash
+from services.demo.objects import DemoObject
+from tests.end_to_end.client import Answer, get
+from tests.servers.redis_server import free_port
+
+START_SECONDS = 30.0
+
+
+@dataclass(slots=True)
+class ServiceProcess:
+    """One `distributor …` process; its log is in `log`."""
+
+    name: str
+    arguments: Sequence[str]
+    environment: Mapping[str, str]
+    log: Path
+    health_url: str
+    process: subprocess.Popen[bytes] | None = field(default=None)
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "services.command_line", *self.arguments],
+                env={**os.environ, **self.environment},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    async def healthy(self) -> None:
+        """Return when /readyz answers 200."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            assert self.process is not None
+            if self.process.poll() is not None:
+                raise AssertionError(f"{self.name} ended: {self.tail()}")
+            try:
+                if (await get(f"{self.health_url}/readyz", timeout=2)).status == 200:
+                    return
+            except (OSError, TimeoutError):
+                pass
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{self.name} is not ready: {self.tail()}")
+            await asyncio.sleep(0.05)
+
+    def send(self, number: signal.Signals) -> None:
+        """To the process alone."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """`kill -9`, its children too."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(10)
+
+    async def stop(self, timeout: float = 30.0) -> int:
+        """SIGTERM; the exit code."""
+        assert self.process is not None
+        self.send(signal.SIGTERM)
+        return await asyncio.to_thread(self.process.wait, timeout)
+
+    def tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
+
+
+class Stack:
+    """API, fetchers and evictor around one volume, one Redis, one RabbitMQ and one manifest."""
+
+    def __init__(self, folder: Path, redis_url: str, amqp_url: str, prefix: str) -> None:
+        self.folder = folder
+        self.volume = folder / "volume"
+        self.manifest = folder / "manifest.json"
+        self.port = free_port()
+        self.processes: list[ServiceProcess] = []
+        self.environment: dict[str, str] = {
+            "DISTRIBUTOR_STATE_STORE__URL": redis_url,
+            "DISTRIBUTOR_STATE_STORE__PREFIX": prefix + ":",
+            "DISTRIBUTOR_JOB_QUEUE__URL": amqp_url,
+            "DISTRIBUTOR_JOB_QUEUE__PREFIX": prefix,
+            "DISTRIBUTOR_CATALOG__MANIFEST": str(self.manifest),
+            "DISTRIBUTOR_STORAGE__PATH": str(self.volume),
+            "DISTRIBUTOR_STORAGE__LIMIT": "1G",
+            "DISTRIBUTOR_PUBLIC_API__HOST": "127.0.0.1",
+            "DISTRIBUTOR_PUBLIC_API__PORT": str(self.port),
+            "DISTRIBUTOR_METRICS__HOST": "127.0.0.1",
+        }
+
+    def url(self, object_id: str) -> str:
+        return f"http://127.0.0.1:{self.port}/api/v1/assets/{object_id}"
+
+    def write_manifest(self, objects: Iterable[DemoObject], sources: Sequence[str]) -> None:
+        """`sources` are the base URLs of storage nodes, up to and including `/files/`."""
+        write_manifest(self.manifest, objects, sources)
+
+    def add(self, kind: str, **settings: str) -> ServiceProcess:
+        """Start one more process: `api`, `fetcher`, `evictor` or `standalone`."""
+        metrics_port = free_port()
+        health = self.port if kind in ("api", "standalone") else metrics_port
+        name = f"{kind}-{len(self.processes)}"
+        process = ServiceProcess(
+            name=name,
+            arguments=[kind],
+            environment={**self.environment, "DISTRIBUTOR_METRICS__PORT": str(metrics_port), **settings},
+            log=self.folder / f"{name}.log",
+            health_url=f"http://127.0.0.1:{health}",
+        )
+        process.start()
+        self.processes.append(process)
+        return process
+
+    async def up(self, *, fetchers: int = 1, workers: int = 1) -> None:
+        """Start one of each, and wait until all are ready."""
+        self.add("evictor")
+        for _ in range(fetchers):
+            self.add("fetcher")
+        self.add("api", DISTRIBUTOR_PUBLIC_API__WORKERS=str(workers))
+        await self.ready()
+
+    async def ready(self) -> None:
+        await asyncio.gather(*(process.healthy() for process in self.processes if process.process))
+
+    def of(self, kind: str) -> list[ServiceProcess]:
+        return [process for process in self.processes if process.name.startswith(kind)]
+
+    def kill_all(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+    async def status(self) -> Any:
+        return (await get(f"http://127.0.0.1:{self.port}/api/v1/status")).json()
+
+    async def until_hit(self, object_id: str, timeout: float = 30.0) -> Answer:
+        """Ask by HEAD until the object is cached."""
+        deadline = time.monotonic() + timeout
+        while True:
+            answer = await get(self.url(object_id), method="HEAD")
+            if answer.headers.get("x-cache") == "hit":
+                return answer
+            assert time.monotonic() < deadline, f"{object_id} is not cached: {answer}"
+            await asyncio.sleep(0.05)
+
+    def bytes_on_volume(self) -> int:
+        """The sum of all file sizes below the volume, whatever they are."""
+        total = 0
+        for folder, _, names in os.walk(self.volume):
+            for name in names:
+                try:
+                    total += Path(folder, name).lstat().st_size
+                except FileNotFoundError:
+                    continue
+        return total
+
+    async def until_on_volume(self, size: int, timeout: float = 30.0) -> None:
+        """Return when the volume holds at least `size` bytes."""
+        async with asyncio.timeout(timeout):
+            while self.bytes_on_volume() < size:
+                await asyncio.sleep(0.02)
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"== {process.name}\n{process.log.read_text(errors='replace')}" for process in self.processes
+        )
+
+
+def write_manifest(path: Path, objects: Iterable[DemoObject], sources: Sequence[str]) -> None:
+    """A manifest of these objects, each held by all sources, in this order."""
+    entries = [
+        {
+            "id": item.object_id,
+            "size": item.size,
+            "hash": content_hash(item.content),
+            "media_type": item.media_type,
+            "bucket": item.bucket,
+            "accepted": item.held,
+        }
+        for item in objects
+    ]
+    draft = path.with_suffix(".new")
+    draft.write_text(json.dumps({"version": 1, "base_urls": list(sources), "objects": entries}))
+    draft.replace(path)
