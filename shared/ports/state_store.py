@@ -211,7 +211,8 @@ class StateStore(Protocol):
         """Publishing failed: drop the claim, if it is still CLAIMED or QUEUED by this claimant (a reservation stays,
         PARKED)."""
 
-    async def usage(self) -> Usage: ...
+    async def usage(self) -> Usage:
+        """`fetches` counts the live leases."""
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
         """Hand over one batch, as one entry of the (bounded) access log."""
@@ -227,8 +228,9 @@ class StateStore(Protocol):
         """Prolong the lease and say which source is in use. False: the lease is lost; stop writing at once."""
 
     async def commit(self, lease: Lease, stored_at: float) -> bool:
-        """Reserved becomes used, the entry is in the index (one view, last access now). False: the lease was lost
-        (nothing is changed; the file is adopted by the next worker or by reconciliation)."""
+        """Reserved becomes used, the entry is in the index (one view; last access is `stored_at`, POSIX seconds, but
+        not later than the store's now). False: the lease was lost (nothing is changed; the file is adopted by the
+        next worker or by reconciliation). A lease that ran out but was taken by nobody can still be committed."""
 
     async def park(self, lease: Lease) -> None:
         """Give the lease back, keep the reservation: a partial file stays on the volume."""
@@ -256,7 +258,8 @@ class StateStore(Protocol):
 
     async def begin_eviction(self, term: Term, object_id: ObjectId, min_idle: float) -> bool:
         """Mark a complete object as being evicted; it still counts as used. Refused: unknown, already evicting,
-        or accessed (as far as the index knows) less than `min_idle` seconds ago."""
+        or accessed (as far as the index knows) less than `min_idle` seconds ago. The generation changes, so that who
+        saw the object before cannot `forget` it while its file may still be open."""
 
     async def finish_eviction(self, term: Term, object_id: ObjectId) -> int:
         """The file is gone: drop the entry, give its bytes back (returned; 0 if it was not being evicted).
@@ -266,8 +269,8 @@ class StateStore(Protocol):
         """Back to stored: the file could not be removed now."""
 
     async def adopt(self, term: Term, entry: IndexEntry) -> bool:
-        """Take a complete file of the volume into the index, whatever the limit says. A PARKED or run-out fetch of the
-        object ends with it (reservation given back). False: known already, or a live lease is at work."""
+        """Take a complete file of the volume into the index, whatever the limit says. Any fetch of the object without
+        a live lease ends with it (reservation given back). False: known already, or a live lease is at work."""
 
     async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
         """Account for a partial file that no fetch knows: PARKED, `footprint(size)` reserved, whatever the limit."""

@@ -19,7 +19,7 @@ from shared.ports.state_store import Granted, Lease, StateStore, Term
 
 LIMIT = 1_000_000
 LONG = StateTimes(operation_timeout=5.0)
-BRIEF = StateTimes(claim_seconds=0.15, queued_seconds=0.15, lease_seconds=0.15, operation_timeout=5.0)
+BRIEF = StateTimes(claim_seconds=0.3, queued_seconds=0.3, lease_seconds=0.3, operation_timeout=5.0)
 
 
 class FakeClock:

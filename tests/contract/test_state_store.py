@@ -86,7 +86,7 @@ class TestFind:
     async def test_leaves_a_claim_that_ran_out_as_it_is(self, brief: World) -> None:
         await brief.store.claim(ONE, "api-1")
         before = await brief.dump()
-        await brief.let_pass(0.2)
+        await brief.let_pass(0.35)
         assert await phase_of(brief, ONE) is None
         assert await brief.dump() == before
 
@@ -317,7 +317,7 @@ class TestLease:
     async def test_renewed_lives_on_and_names_its_source(self, brief: World) -> None:
         await brief.reconciled()
         lease = await brief.begun(ONE, 100)
-        for _ in range(6):
+        for _ in range(8):
             assert await brief.store.renew(lease, "http://source-1/files/1")
             await brief.let_pass(0.05)
         assert await brief.store.renew(lease)

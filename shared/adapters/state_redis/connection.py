@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import structlog
 from redis import asyncio as aioredis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -22,6 +23,8 @@ from shared.domain.objects import ObjectId
 from shared.domain.space import RECORD_BYTES
 
 CONNECTIONS = 32
+
+_log = structlog.get_logger()
 
 
 def make_client(url: str, connect_timeout: float, connections: int = CONNECTIONS) -> aioredis.Redis:
@@ -39,7 +42,6 @@ def make_client(url: str, connect_timeout: float, connections: int = CONNECTIONS
             retry=Retry(NoBackoff(), 0),
             socket_timeout=None,
             socket_connect_timeout=connect_timeout,
-            socket_keepalive=True,
         )
     except ValueError as error:
         raise ConfigurationError(f"state store: not a usable Redis URL: {error}") from error
@@ -62,7 +64,11 @@ class RedisConnection:
         self._scripts = load_scripts()
 
     async def close(self) -> None:
-        await self._client.aclose()
+        try:
+            await self._client.aclose()
+        except (RedisError, OSError) as error:
+            # Only the farewell failed: the sockets are closed all the same
+            _log.debug("state_store_close_failed", reason=_described(error))
 
     async def run(self, script: str, object_id: ObjectId | str, *arguments: str | int | float) -> Any:
         """Run one script from the scripts folder; `arguments` are its ARGV from the fourth on."""
@@ -92,7 +98,8 @@ class RedisConnection:
                 yield
             self._gate.open()
         except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-            self._gate.close(error)
+            if self._gate.close(error):
+                await self._drop_idle()
             raise StateStoreUnavailable(f"state store did not answer: {_described(error)}") from error
         except RedisError as error:
             # The server is there, but refuses: out of memory, read-only replica, failing disk
@@ -100,6 +107,12 @@ class RedisConnection:
             raise StateStoreUnavailable(f"state store refused: {_described(error)}") from error
         finally:
             self._gate.leave(probe)
+
+    async def _drop_idle(self) -> None:
+        """What one connection met may await the others: those that a failover or a router left half-open would
+        otherwise fail one after the other."""
+        with suppress(RedisError, OSError):
+            await self._client.connection_pool.disconnect(inuse_connections=False)
 
 
 def _described(error: BaseException) -> str:

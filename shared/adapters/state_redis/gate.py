@@ -12,7 +12,8 @@ PAUSE_SECONDS = 0.5
 class Gate:
     """Closed for a moment after each failure to reach the server; then one verb at a time goes through to try."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause: float = PAUSE_SECONDS) -> None:
+        self._pause = pause
         self._cause: BaseException | None = None
         self._closed_until = 0.0
         self._probing = False
@@ -35,7 +36,9 @@ class Gate:
         """The server answered."""
         self._cause = None
 
-    def close(self, cause: BaseException) -> None:
-        """The server did not answer."""
+    def close(self, cause: BaseException) -> bool:
+        """The server did not answer. True if it did before."""
+        was_open = self._cause is None
         self._cause = cause
-        self._closed_until = time.monotonic() + PAUSE_SECONDS
+        self._closed_until = time.monotonic() + self._pause
+        return was_open

@@ -1,0 +1,279 @@
+"""Redis stopped, frozen, killed, emptied, full: verbs end in time, and the store comes back by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from shared.adapters.state_redis import RedisStateStore
+from shared.adapters.state_times import StateTimes
+from shared.domain.errors import ConfigurationError, StateStoreUnavailable
+from shared.domain.objects import ObjectId
+from shared.ports.state_store import (
+    Access,
+    AlreadyStored,
+    Announcement,
+    Granted,
+    IndexEntry,
+    Lease,
+    NotAccounted,
+    PolicyState,
+    Term,
+    Topic,
+)
+from tests.servers.redis_server import RedisServer
+from tests.servers.tcp_relay import TcpRelay
+
+LIMIT = 1_000_000
+TIMES = StateTimes(operation_timeout=0.4)
+ONE, TWO = ObjectId("1"), ObjectId("2")
+_LEASE = Lease(ONE, 1, 100, "worker-1")
+_TERM = Term("evictor-1", 1)
+
+VERBS: dict[str, Callable[[RedisStateStore], Awaitable[Any]]] = {
+    "ping": lambda store: store.ping(),
+    "find": lambda store: store.find(ONE),
+    "claim": lambda store: store.claim(ONE, "api-1"),
+    "mark_queued": lambda store: store.mark_queued(ONE, "api-1"),
+    "withdraw": lambda store: store.withdraw(ONE, "api-1"),
+    "usage": lambda store: store.usage(),
+    "record_accesses": lambda store: store.record_accesses([Access(ONE, 1, 1.0)]),
+    "begin": lambda store: store.begin(ONE, 100, "worker-1"),
+    "renew": lambda store: store.renew(_LEASE),
+    "commit": lambda store: store.commit(_LEASE, 1.0),
+    "park": lambda store: store.park(_LEASE),
+    "release": lambda store: store.release(_LEASE),
+    "record_failure": lambda store: store.record_failure(ONE, "refused", 1),
+    "want_space": lambda store: store.want_space(ONE, 100, 1),
+    "forget": lambda store: store.forget(ONE, 1),
+    "lead": lambda store: store.lead("evictor-1", 1),
+    "resign": lambda store: store.resign(_TERM),
+    "space_wanted": lambda store: store.space_wanted(),
+    "begin_eviction": lambda store: store.begin_eviction(_TERM, ONE, 0),
+    "finish_eviction": lambda store: store.finish_eviction(_TERM, ONE),
+    "cancel_eviction": lambda store: store.cancel_eviction(_TERM, ONE),
+    "adopt": lambda store: store.adopt(_TERM, IndexEntry(ONE, 1, 1, 1.0)),
+    "adopt_partial": lambda store: store.adopt_partial(_TERM, ONE, 1),
+    "seize": lambda store: store.seize(_TERM, ONE),
+    "set_accounted": lambda store: store.set_accounted(_TERM),
+    "entries": lambda store: anext(aiter(store.entries())),
+    "fetches": lambda store: store.fetches(),
+    "read_accesses": lambda store: store.read_accesses("", 1),
+    "load_policy_state": lambda store: store.load_policy_state(),
+    "save_policy": lambda store: store.save_policy(_TERM, [], PolicyState()),
+}
+
+
+@pytest.fixture
+async def store(own_redis: RedisServer, redis_prefix: str) -> AsyncIterator[RedisStateStore]:
+    made = RedisStateStore(own_redis.url, redis_prefix, LIMIT, TIMES)
+    await made.open()
+    yield made
+    await made.close()
+
+
+async def until_it_answers(store: RedisStateStore) -> None:
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                return await store.ping()
+            except StateStoreUnavailable:
+                await asyncio.sleep(0.05)
+
+
+async def reconciled(store: RedisStateStore) -> Term:
+    term = await store.lead("evictor-1", 600)
+    assert term is not None
+    await store.set_accounted(term)
+    return term
+
+
+async def fails_within(seconds: float, *verbs: Awaitable[Any]) -> None:
+    started = time.monotonic()
+    results = await asyncio.gather(*verbs, return_exceptions=True)
+    assert time.monotonic() - started < seconds
+    for result in results:
+        assert isinstance(result, StateStoreUnavailable)
+        assert result.__cause__ is not None
+
+
+async def test_every_verb_says_that_a_stopped_server_is_unavailable(
+    store: RedisStateStore, own_redis: RedisServer
+) -> None:
+    await store.ping()
+    own_redis.stop()
+    await fails_within(1.0, *(verb(store) for verb in VERBS.values()))
+    await store.announce(Announcement(Topic.SPACE_FREED))
+
+
+async def test_a_thousand_verbs_on_a_frozen_server_fail_in_time_and_the_next_at_once(
+    store: RedisStateStore, own_redis: RedisServer
+) -> None:
+    await store.ping()
+    own_redis.freeze()
+    await fails_within(1.5, *(store.find(ObjectId(str(number))) for number in range(1000)))
+    await fails_within(0.2, *(store.find(ObjectId(str(number))) for number in range(100)))
+    own_redis.thaw()
+    await until_it_answers(store)
+    assert (await store.find(ONE)).fetch is None
+
+
+async def test_opening_needs_no_server(own_redis: RedisServer, redis_prefix: str) -> None:
+    own_redis.stop()
+    store = RedisStateStore(own_redis.url, redis_prefix, LIMIT, TIMES)
+    await store.open()
+    await fails_within(0.5, store.ping())
+    own_redis.start()
+    await until_it_answers(store)
+    await store.close()
+
+
+def test_a_url_that_can_never_work_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigurationError):
+        RedisStateStore("http://127.0.0.1", "", LIMIT, TIMES)
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+async def test_after_a_restart_nothing_is_granted_before_reconciliation(
+    store: RedisStateStore, own_redis: RedisServer, how: str
+) -> None:
+    await reconciled(store)
+    granted = await store.begin(ONE, 100, "worker-1")
+    assert isinstance(granted, Granted)
+    assert await store.commit(granted.lease, time.time())
+    await asyncio.sleep(1.1 if how == "kill" else 0)  # appendfsync everysec
+    getattr(own_redis, how)()
+    own_redis.start()
+    await until_it_answers(store)
+    usage = await store.usage()
+    assert (usage.accounted, usage.objects) == (False, 1)
+    assert await store.begin(TWO, 100, "worker-1") == NotAccounted()
+    assert isinstance(await store.begin(ONE, 100, "worker-1"), AlreadyStored)
+    await reconciled(store)
+    assert isinstance(await store.begin(TWO, 100, "worker-1"), Granted)
+
+
+async def test_an_emptied_store_grants_nothing_and_no_old_token_holds(
+    store: RedisStateStore, own_redis: RedisServer
+) -> None:
+    old_term = await reconciled(store)
+    granted = await store.begin(ONE, 100, "worker-1")
+    assert isinstance(granted, Granted)
+    assert await own_redis.command("FLUSHALL") == "+OK"
+    assert await store.begin(ONE, 100, "worker-1") == NotAccounted()
+    assert not await store.commit(granted.lease, time.time())
+    new_term = await reconciled(store)
+    assert new_term.token > old_term.token
+    again = await store.begin(ONE, 100, "worker-1")
+    assert isinstance(again, Granted)
+    assert again.lease.token > granted.lease.token
+    assert not await store.renew(granted.lease)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "cure"),
+    [
+        ("CONFIG SET maxmemory 1", "CONFIG SET maxmemory 0"),
+        ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE"),
+        ("CONFIG SET min-replicas-to-write 1", "CONFIG SET min-replicas-to-write 0"),
+    ],
+)
+async def test_a_server_that_refuses_writes_is_unavailable_for_them(
+    store: RedisStateStore, own_redis: RedisServer, trouble: str, cure: str
+) -> None:
+    await reconciled(store)
+    assert await own_redis.command(*trouble.split()) == "+OK"
+    await fails_within(
+        1.0,
+        store.claim(ONE, "api-1"),
+        store.begin(ONE, 100, "worker-1"),
+        store.record_failure(ONE, "refused", 60),
+        store.record_accesses([Access(ONE, 1, 1.0)]),
+    )
+    assert await own_redis.command(*cure.split()) == "+OK"
+    usage = await store.usage()
+    assert (usage.used, usage.reserved, usage.fetches) == (0, 0, 0)
+    assert (await store.claim(ONE, "api-1")).won
+
+
+async def test_a_cancelled_verb_leaves_no_reply_to_the_next(
+    own_redis: RedisServer, redis_prefix: str
+) -> None:
+    store = RedisStateStore(own_redis.url, redis_prefix, LIMIT, StateTimes(operation_timeout=5.0))
+    await store.open()
+    names = [ObjectId(f"object-{number}") for number in range(40)]
+    for name in names:
+        await store.record_failure(name, f"reason of {name}", 60)
+
+    async def right_answer(name: ObjectId) -> bool:
+        failure = (await store.find(name)).failure
+        return failure is not None and failure.reason == f"reason of {name}"
+
+    for _ in range(5):
+        own_redis.freeze()
+        asked = [asyncio.create_task(store.find(name)) for name in names[:20]]
+        await asyncio.sleep(0.02)  # until the commands are on their way
+        for task in asked:
+            task.cancel()
+        await asyncio.wait(asked)
+        assert all(task.cancelled() for task in asked)
+        own_redis.thaw()
+        assert all(await asyncio.gather(*(right_answer(name) for name in reversed(names))))
+    await store.close()
+
+
+async def test_connections_that_died_silently_cost_one_time_limit_not_one_each(
+    own_redis: RedisServer, redis_prefix: str
+) -> None:
+    async with TcpRelay(own_redis.port).running() as relay:
+        store = RedisStateStore(f"redis://127.0.0.1:{relay.port}", redis_prefix, LIMIT, TIMES)
+        await store.open()
+        await asyncio.gather(*(store.find(ObjectId(str(number))) for number in range(20)))
+        assert relay.connections > 10
+        relay.swallow()
+        await fails_within(0.8, store.find(ONE))
+        async with asyncio.timeout(1.5):
+            await until_it_answers(store)
+        await store.close()
+
+
+async def test_a_listener_comes_back_and_says_so(store: RedisStateStore, own_redis: RedisServer) -> None:
+    async with asyncio.timeout(15), store.listen() as heard:
+        assert await anext(heard) == Announcement(Topic.SETTINGS_CHANGED)
+        own_redis.restart()
+        assert await anext(heard) == Announcement(Topic.SETTINGS_CHANGED)
+        await until_it_answers(store)
+        await store.announce(Announcement(Topic.FETCH_CHANGED, "1"))
+        assert await anext(heard) == Announcement(Topic.FETCH_CHANGED, "1")
+
+
+async def test_a_listener_begun_without_a_server_hears_it_when_it_comes(
+    store: RedisStateStore, own_redis: RedisServer
+) -> None:
+    own_redis.stop()
+    async with asyncio.timeout(15), store.listen() as heard:
+        own_redis.start()
+        assert await anext(heard) == Announcement(Topic.SETTINGS_CHANGED)
+
+
+async def test_a_listener_notices_a_connection_that_is_only_half_there(
+    store: RedisStateStore, own_redis: RedisServer
+) -> None:
+    async with asyncio.timeout(20), store.listen() as heard:
+        await anext(heard)
+        own_redis.freeze()
+        await asyncio.sleep(5.5)  # two unanswered pings
+        own_redis.thaw()
+        assert await anext(heard) == Announcement(Topic.SETTINGS_CHANGED)
+
+
+async def test_a_silent_but_healthy_listener_stays(store: RedisStateStore) -> None:
+    async with asyncio.timeout(20), store.listen() as heard:
+        await anext(heard)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(5.0):
+                await anext(heard)
