@@ -1,0 +1,32 @@
+# One image for all services; the command chooses which.
+
+FROM python:3.12-slim AS build
+WORKDIR /build
+RUN python3 -m venv /opt/distributor
+COPY requirements/runtime.txt requirements/runtime.txt
+RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --only-binary :all: --requirement requirements/runtime.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY shared shared
+COPY services services
+# The root file system is read-only at run time, so the byte code is made here; pip is of no use there.
+RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --no-deps . \
+    && /opt/distributor/bin/pip uninstall --quiet --yes pip \
+    && python3 -m compileall -q /opt/distributor/lib
+
+FROM python:3.12-slim
+RUN groupadd --gid 10001 distributor \
+    && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin distributor \
+    && install --directory --owner 10001 --group 10001 --mode 0750 /var/lib/distributor
+COPY --from=build /opt/distributor /opt/distributor
+ENV PATH=/opt/distributor/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    DISTRIBUTOR_STORAGE__PATH=/var/lib/distributor \
+    HEALTH_URL=http://127.0.0.1:3334/healthz
+USER 10001:10001
+WORKDIR /
+EXPOSE 3334 9464
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+    CMD ["python3", "-c", "import os, urllib.request; urllib.request.urlopen(os.environ['HEALTH_URL'], timeout=4)"]
+ENTRYPOINT ["distributor"]
+CMD ["api"]

@@ -1,0 +1,158 @@
+"""docker-compose.yml as text: hardened, scalable, without default secrets, portable."""
+
+from __future__ import annotations
+
+import re
+import stat
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docker-compose.yml").read_text()
+FILE: dict[str, Any] = yaml.safe_load(TEXT)
+SERVICES: dict[str, dict[str, Any]] = FILE["services"]
+NODE = ("api", "fetcher", "evictor")
+VOLUME = "/var/lib/distributor"
+UID = "10001:10001"
+
+
+def mounts(service: str) -> dict[str, dict[str, Any]]:
+    return {mount["target"]: mount for mount in SERVICES[service]["volumes"]}
+
+
+def test_the_services() -> None:
+    assert set(SERVICES) >= {*NODE, "rabbitmq", "redis", "prometheus", "demo"}
+    assert SERVICES["demo"]["profiles"] == ["demo"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_hardened(name: str) -> None:
+    service = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["restart"] == "unless-stopped"
+    assert service["ulimits"]["nofile"]["hard"] <= 20_000
+    assert "max-size" in service["logging"]["options"]
+    assert service["mem_limit"].startswith("${")
+    assert "stop_grace_period" in service
+    assert "privileged" not in service
+    assert service.get("user", "nobody") not in {"root", "0", "0:0"}
+
+
+def test_our_containers_share_one_user_which_is_the_image_s() -> None:
+    assert {SERVICES[name]["user"] for name in (*NODE, "demo")} == {UID}
+    assert f"USER {UID}" in (ROOT / "Dockerfile").read_text()
+
+
+def test_the_volume_is_shared_and_read_only_for_the_api() -> None:
+    assert {mounts(name)[VOLUME]["source"] for name in NODE} == {"media"}
+    assert mounts("api")[VOLUME]["read_only"] is True
+    assert not any(mounts(name)[VOLUME].get("read_only") for name in ("fetcher", "evictor"))
+
+
+def test_fetchers_can_be_scaled() -> None:
+    assert "ports" not in SERVICES["fetcher"]
+    assert not any(
+        "container_name" in service or "hostname" in service for service in map(SERVICES.get, NODE) if service
+    )
+
+
+def test_services_wait_for_healthy_servers() -> None:
+    for name in NODE:
+        conditions = {what: how["condition"] for what, how in SERVICES[name]["depends_on"].items()}
+        assert conditions == {"redis": "service_healthy", "rabbitmq": "service_healthy"}
+    for name in ("redis", "rabbitmq", "prometheus"):
+        assert SERVICES[name]["healthcheck"]["test"]
+
+
+def test_no_name_that_means_two_addresses() -> None:
+    checks = [str(service.get("healthcheck", "")) for service in SERVICES.values()]
+    assert not any("localhost" in text for text in (*checks, (ROOT / "Dockerfile").read_text()))
+
+
+def test_redis_keeps_what_it_is_told() -> None:
+    assert "--appendonly yes" in SERVICES["redis"]["command"][-1]
+    assert mounts("redis")["/data"]["source"] == "redis"
+
+
+def test_stores_are_on_an_internal_network_without_published_ports() -> None:
+    assert FILE["networks"]["inside"]["internal"] is True
+    for name in ("redis", "rabbitmq"):
+        assert SERVICES[name]["networks"] == ["inside"]
+        assert "ports" not in SERVICES[name]
+
+
+def test_the_name_fetcher_gives_prometheus_one_address_a_worker() -> None:
+    shared = set(SERVICES["prometheus"]["networks"]) & set(SERVICES["fetcher"]["networks"])
+    assert shared == {"inside"}
+
+
+def test_secrets_have_no_default() -> None:
+    secrets = re.findall(r"\$\{([A-Z_]*PASSWORD[A-Z_]*)([^}]*)\}", TEXT)
+    assert secrets
+    assert all(rest.startswith(":?") for _, rest in secrets)
+
+
+def test_every_variable_is_documented_and_has_its_default_there() -> None:
+    example = (ROOT / ".env.example").read_text()
+    for name, default in re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", TEXT):
+        if not name.startswith(
+            ("COMPOSE_", "RABBITMQ_USER", "IMAGE_", "LOG_MAX", "DEMO_", "PROMETHEUS_MEMORY")
+        ):
+            assert f"#{name}={default}\n" in example, name
+
+
+def test_bind_mounts_and_build_files_exist() -> None:
+    for name in SERVICES:
+        for mount in mounts(name).values():
+            if mount["type"] == "bind":
+                source = re.sub(r"\$\{[A-Z_]+:-([^}]*)\}", r"\1", mount["source"])
+                assert (ROOT / source).exists(), source
+
+
+def test_images_are_tagged_and_the_dockerfile_needs_no_frontend() -> None:
+    for service in SERVICES.values():
+        assert re.search(r":[A-Za-z0-9$]", service["image"])
+        assert "@sha256" not in service["image"]
+        assert not service["image"].endswith(":latest")
+        assert "pull_policy" not in service
+    assert "# syntax=" not in (ROOT / "Dockerfile").read_text()
+
+
+def test_the_demo_s_manifests_differ_in_their_urls_alone() -> None:
+    demo = ROOT / "deploy" / "demo"
+    here, composed = (
+        yaml.safe_load((demo / name).read_text()) for name in ("manifest.yaml", "manifest.compose.yaml")
+    )
+    assert composed.pop("base_urls") == ["http://demo:3390/api/v1/files/"]
+    here.pop("base_urls")
+    assert here == composed
+
+
+def test_prometheus_finds_every_service() -> None:
+    config = yaml.safe_load((ROOT / "deploy" / "prometheus" / "prometheus.yml").read_text())
+    by_dns = {
+        name: discovery["port"]
+        for job in config["scrape_configs"]
+        for discovery in job.get("dns_sd_configs", [])
+        for name in discovery["names"]
+    }
+    assert by_dns == {"api": 3334, "fetcher": 9464, "evictor": 9464}
+    assert "rabbitmq:15692" in str(config["scrape_configs"])
+
+
+def test_passwords_are_made_once(tmp_path: Path) -> None:
+    made = tmp_path / ".env"
+    command = [ROOT / "deploy" / "environment" / "make-passwords.sh", ROOT / ".env.example", made]
+    subprocess.run(command, check=True, capture_output=True)
+    first = made.read_text()
+    passwords = re.findall(r"^[A-Z]+_PASSWORD=([0-9a-f]{48})$", first, re.MULTILINE)
+    assert len(set(passwords)) == 2
+    assert stat.S_IMODE(made.stat().st_mode) == 0o600
+    subprocess.run(command, check=True, capture_output=True)
+    assert made.read_text() == first
