@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 
 class TcpRelay:
@@ -13,6 +13,7 @@ class TcpRelay:
     def __init__(self, target_port: int) -> None:
         self._target_port = target_port
         self._generation = 0
+        self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self.connections = 0
         self.port = 0
@@ -28,29 +29,30 @@ class TcpRelay:
             yield self
         finally:
             server.close()
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for writer in self._writers:
+                writer.close()
+            await asyncio.gather(*self._tasks)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        self.connections += 1
         far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target_port)
+        ends = {writer, far_writer}
+        self._writers |= ends
         try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(self._pass(reader, far_writer))
-                group.create_task(self._pass(far_reader, writer))
+            await asyncio.gather(self._pass(reader, far_writer), self._pass(far_reader, writer))
         finally:
-            self._tasks.discard(task)
-            far_writer.close()
-            writer.close()
+            for end in ends:
+                end.close()
+            self._writers -= ends
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         generation = self._generation
-        while data := await reader.read(65536):
-            if generation == self._generation:
-                writer.write(data)
-                await writer.drain()
+        with suppress(ConnectionError):
+            while data := await reader.read(65536):
+                if generation == self._generation:
+                    writer.write(data)
+                    await writer.drain()
         writer.close()
