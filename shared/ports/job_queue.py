@@ -39,7 +39,7 @@ class JobQueue(Protocol):
         """Return if the broker can be reached; else raise JobQueueUnavailable."""
 
     async def publish(self, job: FetchJob) -> None:
-        """Hand over one job; returns when the broker has confirmed it, or raises JobQueueUnavailable in bounded time."""
+        """Hand over one job; returns once the broker has confirmed it. Else JobQueueUnavailable, in bounded time."""
 
     async def consume(
         self,
