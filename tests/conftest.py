@@ -1,1 +1,1 @@
-pytest_plugins = ["tests.servers.redis_fixture"]
+pytest_plugins = ["tests.servers.redis_fixture", "tests.servers.rabbitmq_fixture"]

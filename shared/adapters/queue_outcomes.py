@@ -1,0 +1,86 @@
+"""What a handler's outcome does to its job: the same decision for every job queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+import structlog
+
+from shared.domain.jobs import Done, FetchJob, HandBack, JobOutcome, RetryPlan, TryLater
+from shared.ports.job_queue import JobHandler
+
+log = structlog.get_logger()
+
+OnGivenUp = Callable[[FetchJob, str], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Acknowledge: nothing is left to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Publish `job` (its attempt counted up) to be ready after `delay` seconds, then acknowledge."""
+
+    job: FetchJob
+    delay: float
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """Remember the failure, dead-letter with the reason, then acknowledge."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PutBack:
+    """Back to the queue, unchanged."""
+
+
+Ending = Finish | Retry | GiveUp | PutBack
+
+
+def decide_ending(job: FetchJob, outcome: JobOutcome, plan: RetryPlan) -> Ending:
+    """The table of the port, as a function."""
+    if isinstance(outcome, Done):
+        return Finish()
+    if isinstance(outcome, HandBack):
+        return PutBack()
+    if isinstance(outcome, TryLater):
+        delay = plan.next_delay(job.attempt)
+        if delay is not None:
+            return Retry(replace(job, attempt=job.attempt + 1), delay)
+    return GiveUp(outcome.reason)
+
+
+async def handle(handler: JobHandler, job: FetchJob, is_stopping: Callable[[], bool]) -> JobOutcome:
+    """Run the handler; what it raises becomes an outcome.
+
+    While the consumer stops, an exception is most likely the cancellation's own doing and must not cost an attempt.
+    """
+    try:
+        return await handler(job)
+    except asyncio.CancelledError:
+        return HandBack() if is_stopping() else TryLater("CancelledError")
+    except (
+        Exception
+    ) as error:  # the handler's code is not ours: whatever it raises, the job must end as something
+        log.exception(
+            "job_handler_raised", object_id=job.object_id, request_id=job.request_id, attempt=job.attempt
+        )
+        return HandBack() if is_stopping() else TryLater(type(error).__name__)
+
+
+async def remember_failure(on_given_up: OnGivenUp, job: FetchJob, reason: str) -> None:
+    """Tell the owner that the job is given up. Where that fails, the dead letter is written all the same: a failure
+    forgotten costs one more attempt later, a job held back for it would block the queue."""
+    try:
+        await on_given_up(job, reason)
+    except Exception:  # the callback's code is not ours
+        log.exception(
+            "failure_not_remembered", object_id=job.object_id, request_id=job.request_id, reason=reason
+        )

@@ -1,0 +1,102 @@
+"""Publishing with confirms, on a connection of its own: a blocked publisher must not stop acknowledgements."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+from aio_pika import Message
+from aio_pika.exceptions import PublishError
+
+from shared.adapters.queue_rabbitmq.connection import BROKER_ERRORS, Backoff, Session, open_session
+from shared.adapters.queue_rabbitmq.topology import Topology
+from shared.domain.errors import ConfigurationError, JobQueueUnavailable
+
+log = structlog.get_logger()
+
+
+class Publisher:
+    """Keeps one session open in the background, from `open` to `close`.
+
+    While the broker is known to be away or to refuse messages, `publish` fails at once instead of waiting: a client is
+    behind most jobs. Otherwise every call ends within `timeout` seconds.
+    """
+
+    def __init__(self, url: str, topology: Topology, timeout: float) -> None:
+        self._url = url
+        self._topology = topology
+        self._timeout = timeout
+        self._session: Session | None = None
+        self._failure: str | None = None
+        self._settled = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def open(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._stay_connected(), name="job-publisher")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        self._settle(None, "the job queue is closed")
+
+    async def publish(self, queue: str, message: Message) -> None:
+        """Return when the broker has taken responsibility for the message; else raise JobQueueUnavailable."""
+        session: Session | None = None
+        try:
+            async with asyncio.timeout(self._timeout):
+                session = await self._connected()
+                await self._publish(session, queue, message)
+        except TimeoutError as error:
+            if session is not None and not await session.is_blocked():
+                session.lose("a message was not confirmed in time")
+            raise JobQueueUnavailable(f"the broker did not confirm within {self._timeout} s") from error
+        except BROKER_ERRORS as error:
+            raise JobQueueUnavailable(f"the broker did not take the message: {error!r}") from error
+        except ConfigurationError as error:
+            raise JobQueueUnavailable(str(error)) from error
+
+    async def _connected(self) -> Session:
+        await self._settled.wait()
+        if self._session is None:
+            raise JobQueueUnavailable(self._failure or "no connection to the broker")
+        if await self._session.is_blocked():
+            raise JobQueueUnavailable("the broker takes no messages now: memory or disk alarm")
+        return self._session
+
+    async def _publish(self, session: Session, queue: str, message: Message) -> None:
+        exchange = session.channel.default_exchange
+        try:
+            await exchange.publish(message, routing_key=queue, mandatory=True)
+        except PublishError:
+            log.warning("queue_was_gone", queue=queue)
+            await self._topology.declare(session.channel)
+            await exchange.publish(message, routing_key=queue, mandatory=True)
+
+    async def _stay_connected(self) -> None:
+        backoff = Backoff()
+        while True:
+            try:
+                async with open_session(self._url, "distributor publisher", confirms=True) as session:
+                    await self._topology.declare(session.channel)
+                    self._settle(session, None)
+                    backoff.reset()
+                    await session.lost.wait()
+                    self._unsettle()
+                    log.warning("publisher_connection_lost", why=session.why)
+            except Exception as error:  # noqa: BLE001  whatever it is, publishers must learn of it and the loop go on
+                reason = str(error) if isinstance(error, ConfigurationError) else f"no broker: {error!r}"
+                if reason != self._failure:
+                    log.error("publisher_cannot_connect", reason=reason)
+                self._settle(None, reason)
+            await backoff.wait()
+
+    def _settle(self, session: Session | None, failure: str | None) -> None:
+        self._session, self._failure = session, failure
+        self._settled.set()
+
+    def _unsettle(self) -> None:
+        self._session = None
+        self._settled.clear()

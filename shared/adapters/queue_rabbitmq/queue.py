@@ -1,0 +1,59 @@
+"""The port's verbs, put together."""
+
+from __future__ import annotations
+
+from shared.adapters.queue_outcomes import OnGivenUp
+from shared.adapters.queue_rabbitmq.connection import CONNECT_SECONDS
+from shared.adapters.queue_rabbitmq.consumer import Consumer
+from shared.adapters.queue_rabbitmq.deliveries import Settlement
+from shared.adapters.queue_rabbitmq.inspector import Inspector
+from shared.adapters.queue_rabbitmq.messages import to_message
+from shared.adapters.queue_rabbitmq.publisher import Publisher
+from shared.adapters.queue_rabbitmq.topology import Topology
+from shared.domain.jobs import FetchJob, RetryPlan
+from shared.ports.job_queue import JobHandler, QueueDepth
+
+
+class RabbitJobQueue:
+    """A JobQueue on RabbitMQ, with one connection each for publishing, consuming and looking.
+
+    `name_prefix` begins every queue's name. `publish_timeout` in seconds. `consumer_timeout_ms`: longer than the
+    longest download; obeyed by brokers from 3.12 on, see Topology. After a consumer timeout the broker delivers the
+    job again; a handler that still runs in this process is not started a second time.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name_prefix: str,
+        retry_plan: RetryPlan,
+        publish_timeout: float,
+        consumer_timeout_ms: int | None = None,
+    ) -> None:
+        self._url = url
+        self._topology = Topology(name_prefix, retry_plan, consumer_timeout_ms)
+        self._publisher = Publisher(url, self._topology, publish_timeout)
+        self._inspector = Inspector(url, CONNECT_SECONDS)
+
+    async def open(self) -> None:
+        self._publisher.open()
+
+    async def close(self) -> None:
+        await self._publisher.close()
+        await self._inspector.close()
+
+    async def ping(self) -> None:
+        await self._inspector.count(())
+
+    async def publish(self, job: FetchJob) -> None:
+        await self._publisher.publish(self._topology.work, to_message(job))
+
+    async def consume(self, handler: JobHandler, concurrency: int, on_given_up: OnGivenUp) -> None:
+        """ConfigurationError if a queue exists on the broker with other arguments."""
+        settlement = Settlement(self._publisher, self._topology, on_given_up)
+        await Consumer(self._url, self._topology, settlement, handler, concurrency).run()
+
+    async def depth(self) -> QueueDepth:
+        topology = self._topology
+        ready, dead, *delayed = await self._inspector.count((topology.work, topology.dead, *topology.delays))
+        return QueueDepth(ready=ready, delayed=sum(delayed), dead=dead)

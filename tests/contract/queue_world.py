@@ -1,0 +1,86 @@
+"""What the job queues' tests have in common: jobs, and a consumer that notes what it sees."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from shared.domain.jobs import Done, FetchJob, JobOutcome
+from shared.domain.objects import ContentHash, MediaObject, ObjectId
+from shared.ports.job_queue import JobQueue
+
+Handler = Callable[[FetchJob], Awaitable[JobOutcome]]
+
+
+def make_job(object_id: str = "1", *, request_id: str = "request-1", low_priority: bool = False) -> FetchJob:
+    wanted = MediaObject(
+        object_id=ObjectId.parse(object_id),
+        size=1234,
+        content_hash=ContentHash("sha256", b"7" * 32),
+        media_type="video/mp4",
+        sources=(f"https://one.example/files/{object_id}",),
+    )
+    return FetchJob(wanted, request_id=request_id, published_at=1.5, low_priority=low_priority)
+
+
+@dataclass
+class Witness:
+    """Jobs in the order in which handlers got them, the ended ones, and those given up with the reason."""
+
+    begun: list[FetchJob] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    given_up: list[tuple[FetchJob, str]] = field(default_factory=list)
+    changed: asyncio.Condition = field(default_factory=asyncio.Condition)
+
+    async def note(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def until(self, condition: Callable[[], bool], seconds: float = 10.0) -> None:
+        async with asyncio.timeout(seconds), self.changed:
+            await self.changed.wait_for(condition)
+
+    async def on_given_up(self, job: FetchJob, reason: str) -> None:
+        self.given_up.append((job, reason))
+        await self.note()
+
+
+async def done(_: FetchJob) -> JobOutcome:
+    return Done()
+
+
+@asynccontextmanager
+async def consuming(queue: JobQueue, handler: Handler = done, concurrency: int = 2) -> AsyncGenerator[Witness]:
+    """Consume for the length of the block; an error of `consume` is the test's."""
+    witness = Witness()
+
+    async def witnessed(job: FetchJob) -> JobOutcome:
+        witness.begun.append(job)
+        await witness.note()
+        try:
+            return await handler(job)
+        finally:
+            witness.ended.append(job.object_id)
+            await witness.note()
+
+    task = asyncio.create_task(queue.consume(witnessed, concurrency, witness.on_given_up))
+    try:
+        yield witness
+    finally:
+        task.cancel()
+        try:
+            await task
+        except asyncio.CancelledError:
+            pass
+
+
+async def until_depth(queue: JobQueue, *, ready: int = 0, delayed: int = 0, dead: int = 0) -> None:
+    """The broker counts with a short delay of its own, and says nothing when a count changes."""
+    async with asyncio.timeout(10):
+        while True:
+            depth = await queue.depth()
+            if (depth.ready, depth.delayed, depth.dead) == (ready, delayed, dead):
+                return
+            await asyncio.sleep(0.02)
