@@ -10,7 +10,7 @@ ENVIRONMENT := .venv
 BIN := $(ENVIRONMENT)/bin
 export PATH := $(PATH):/usr/sbin:/usr/lib/rabbitmq/bin
 
-SOURCES := services shared tests $(wildcard benchmarks)
+SOURCES := services shared tests deploy $(wildcard benchmarks)
 PYTEST := $(BIN)/python -m pytest
 ARGS ?=
 COMPOSE ?= docker compose
@@ -69,7 +69,7 @@ logs: .env ## follow the stack's logs
 check: setup ## format, lint, types, layers, generated documents
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/ruff check $(SOURCES)
-	@$(BIN)/mypy
+	@$(BIN)/mypy $(SOURCES)
 	@$(BIN)/lint-imports
 	@$(BIN)/distributor config reference | diff -u docs/configuration.md - || { echo "docs/configuration.md is out of date: make reference" >&2; exit 1; }
 

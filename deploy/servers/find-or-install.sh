@@ -3,7 +3,7 @@
 # The tests start private instances of their own. Exit code 1 when a server is missing and cannot be installed.
 set -euo pipefail
 
-PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:/usr/lib/rabbitmq/bin"
+PATH="$PATH:${SERVER_DIRECTORIES:-/usr/local/sbin:/usr/sbin:/sbin:/usr/lib/rabbitmq/bin}"
 declare -A package_of=([redis-server]=redis-server [rabbitmq-server]=rabbitmq-server)
 
 missing_packages() {
