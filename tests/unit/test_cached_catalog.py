@@ -1,0 +1,215 @@
+"""The cache in front of a slow catalog."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+
+import pytest
+
+from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from shared.domain.errors import CatalogUnavailable
+from shared.domain.objects import Duty, MediaObject, ObjectId
+
+ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
+LIMITS = CacheLimits(
+    positive_ttl=100, negative_ttl=10, max_in_flight=2, wait=0.05, max_entries=3, outage_pause=5
+)
+
+
+class ScriptedCatalog:
+    """A far catalog: `held` keeps questions waiting, `down` makes them fail."""
+
+    def __init__(self) -> None:
+        self.known = {ONE: MediaObject(ONE, 1), TWO: MediaObject(TWO, 2)}
+        self.asked: list[ObjectId] = []
+        self.under_way = 0
+        self.most_under_way = 0
+        self.down = False
+        self.closed = False
+        self.answering = asyncio.Event()
+        self.answering.set()
+        self.question_came = asyncio.Event()
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None:
+        self.closed = True
+
+    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+        self.asked.append(object_id)
+        self.under_way += 1
+        self.most_under_way = max(self.most_under_way, self.under_way)
+        self.question_came.set()
+        try:
+            await self.answering.wait()
+        finally:
+            self.under_way -= 1
+        if self.down:
+            raise CatalogUnavailable("down")
+        return self.known.get(object_id)
+
+    async def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
+        yield tuple(item for item in self.known.values() if duty.covers(item))
+
+    async def bucket_ids(self) -> Sequence[str]:
+        return ("0:1",)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def inner() -> ScriptedCatalog:
+    return ScriptedCatalog()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+async def catalog(inner: ScriptedCatalog, clock: Clock) -> AsyncIterator[CachedCatalog]:
+    catalog = CachedCatalog(inner, LIMITS, clock)
+    await catalog.open()
+    yield catalog
+    await catalog.close()
+    assert inner.closed
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_answers_are_believed_for_their_time(
+    catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock
+) -> None:
+    for now, questions in [(0, 1), (99, 1), (100, 2)]:
+        clock.now = now
+        assert await catalog.look_up(ONE) == MediaObject(ONE, 1)
+        assert inner.asked.count(ONE) == questions
+    for now, questions in [(200, 1), (209, 1), (210, 2)]:
+        clock.now = now
+        assert await catalog.look_up(THREE) is None
+        assert inner.asked.count(THREE) == questions
+
+
+async def test_one_question_for_all_who_ask_at_once(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
+    inner.answering.clear()
+    async with asyncio.TaskGroup() as askers:
+        tasks = [askers.create_task(catalog.look_up(ONE)) for _ in range(50)]
+        await inner.question_came.wait()
+        inner.answering.set()
+    assert {task.result() for task in tasks} == {MediaObject(ONE, 1)}
+    assert inner.asked == [ONE]
+
+
+async def test_an_asker_who_leaves_takes_nothing_from_the_others(
+    catalog: CachedCatalog, inner: ScriptedCatalog
+) -> None:
+    inner.answering.clear()
+    first, second = asyncio.create_task(catalog.look_up(ONE)), asyncio.create_task(catalog.look_up(ONE))
+    await inner.question_came.wait()
+    first.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await first
+    inner.answering.set()
+    assert await second == MediaObject(ONE, 1)
+    assert inner.asked == [ONE]
+
+
+async def test_a_question_outlives_its_askers_and_is_kept(
+    catalog: CachedCatalog, inner: ScriptedCatalog
+) -> None:
+    inner.answering.clear()
+    asker = asyncio.create_task(catalog.look_up(ONE))
+    await inner.question_came.wait()
+    asker.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asker
+    inner.answering.set()
+    assert await catalog.look_up(ONE) == MediaObject(ONE, 1)
+    assert inner.asked == [ONE]
+
+
+async def test_a_question_without_askers_may_fail_quietly(
+    catalog: CachedCatalog, inner: ScriptedCatalog
+) -> None:
+    inner.answering.clear()
+    inner.down = True
+    asker = asyncio.create_task(catalog.look_up(ONE))
+    await inner.question_came.wait()
+    asker.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asker
+    inner.answering.set()
+    with pytest.raises(CatalogUnavailable):
+        await catalog.look_up(ONE)
+
+
+async def test_closing_ends_the_questions_under_way(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
+    inner.answering.clear()
+    asker = asyncio.create_task(catalog.look_up(ONE))
+    await inner.question_came.wait()
+    await catalog.close()
+    with pytest.raises(CatalogUnavailable):
+        await asker
+
+
+async def test_questions_wait_for_their_turn_but_not_for_ever(
+    catalog: CachedCatalog, inner: ScriptedCatalog
+) -> None:
+    inner.answering.clear()
+    waiting = [asyncio.create_task(catalog.look_up(ObjectId(str(number)))) for number in range(1, 6)]
+    outcomes = asyncio.gather(*waiting, return_exceptions=True)
+    await asyncio.wait(waiting[2:])
+    inner.answering.set()
+    found = await outcomes
+    assert found[:2] == [MediaObject(ONE, 1), MediaObject(TWO, 2)]
+    assert all(isinstance(outcome, CatalogUnavailable) for outcome in found[2:])
+    assert inner.most_under_way == 2
+    assert await catalog.look_up(THREE) is None
+
+
+async def test_the_last_good_answer_is_given_while_the_catalog_is_down(
+    catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock
+) -> None:
+    await catalog.look_up(ONE)
+    await catalog.look_up(THREE)
+    inner.down = True
+    clock.now = 1_000_000
+    assert await catalog.look_up(ONE) == MediaObject(ONE, 1)
+    assert await catalog.look_up(THREE) is None
+    with pytest.raises(CatalogUnavailable):
+        await catalog.look_up(TWO)
+
+
+async def test_an_outage_is_waited_for_once_in_a_while_only(
+    catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock
+) -> None:
+    await catalog.look_up(ONE)
+    inner.down = True
+    for now, questions in [(200, 2), (204, 2), (205, 3)]:
+        clock.now = now
+        assert await catalog.look_up(ONE) == MediaObject(ONE, 1)
+        assert len(inner.asked) == questions
+    inner.down = False
+    clock.now = 211
+    inner.known[ONE] = replace(inner.known[ONE], size=7)
+    assert await catalog.look_up(ONE) == MediaObject(ONE, 7)
+
+
+async def test_the_least_recently_asked_is_dropped(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
+    for object_id in (ONE, TWO, THREE, ONE, ObjectId("4")):
+        await catalog.look_up(object_id)
+    await catalog.look_up(ONE)
+    await catalog.look_up(TWO)
+    assert inner.asked == [ONE, TWO, THREE, "4", TWO]
+
+
+async def test_lists_and_buckets_are_the_inner_catalogs(catalog: CachedCatalog) -> None:
+    assert await catalog.bucket_ids() == ("0:1",)
+    assert [len(batch) async for batch in catalog.list_objects(Duty())] == [2]

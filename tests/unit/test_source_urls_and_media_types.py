@@ -1,0 +1,59 @@
+"""Only clean URLs and media types get in, so that only clean ones ever get out."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.domain.errors import InvalidInput
+from shared.domain.media_types import media_type_or_none, parse_media_type
+from shared.domain.source_urls import parse_source_url
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:3390/files/1", "https://a.example", "http://[::1]:80/a?b=c&d=%20"]
+)
+def test_usable_urls(url: str) -> None:
+    assert parse_source_url(url) == url
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "", "a", "/files/1", "ftp://a/b", "file:///etc/passwd", "http://", "http:///a", "http://a:99999/", "http://a:0/",
+        "http://user@a/", "http://user:secret@a/", "http://a/b c", "http://a/\r\nX: y", "http://a/#b", "http://ä/",
+        "http://[::1/", "http://a/" + "b" * 3000, "HTTP ://a", 'http://a/"',
+    ],
+)  # fmt: skip
+def test_unusable_urls(url: str) -> None:
+    with pytest.raises(InvalidInput):
+        parse_source_url(url)
+
+
+@pytest.mark.parametrize(
+    "text", ["image/png", "text/vtt; charset=utf-8", 'video/mp4;codecs="avc1, mp4a"', "a/b;", "image/svg+xml"]
+)
+def test_media_types(text: str) -> None:
+    assert parse_media_type(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "image", "image/", "/png", "image/png/x", "image/png\r\nX: y", "image/png; a", "ä/b", "a b/c", "a/b, c/d",
+     "image/" + "a" * 300, "text/html\x00"],
+)  # fmt: skip
+def test_what_is_no_media_type(text: str) -> None:
+    with pytest.raises(InvalidInput):
+        parse_media_type(text)
+    assert media_type_or_none(text) is None
+
+
+@given(st.text())
+def test_no_text_breaks_the_parsers(text: str) -> None:
+    found = media_type_or_none(text)
+    assert found is None or found.isprintable() or "\t" in found
+    with suppress(InvalidInput):
+        assert parse_source_url(text).isprintable()
