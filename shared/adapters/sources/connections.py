@@ -25,8 +25,6 @@ def translated() -> Iterator[None]:
     """Turn the library's exceptions into SourceErrors, the cause chained."""
     try:
         yield
-    except httpx.TimeoutException as error:
-        raise SourceTooSlow(_described(error)) from error
     except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError) as error:
         raise SourceUnreachable(_described(error)) from error
 
@@ -83,42 +81,57 @@ class Connections:
     async def _send(self, url: str, headers: dict[str, str]) -> httpx.Response:
         if self._reusing is None or self._fresh is None:
             raise SourceUnreachable("the source client is not open")
-        connected = _Connected()
         try:
-            return await self._send_on(self._reusing, url, headers, connected)
-        except SourceUnreachable:
+            return await self._send_on(self._reusing, url, headers)
+        except _ReusedConnectionFailed:
             # A source may close an idle connection just as we use it: that says nothing of the source.
-            if connected.attempted:
-                raise
-        return await self._send_on(self._fresh, url, headers, connected)
+            return await self._send_on(self._fresh, url, headers)
 
     async def _send_on(
-        self, transport: httpx.AsyncHTTPTransport, url: str, headers: dict[str, str], connected: _Connected
+        self, transport: httpx.AsyncHTTPTransport, url: str, headers: dict[str, str]
     ) -> httpx.Response:
-        # Per step: connect, TLS, each read. The bound over all keeps headers from dripping in for ever.
-        steps = {"connect": self._limits.connect_timeout, "read": self._limits.first_byte_timeout}
-        extensions: dict[str, Any] = {
-            "timeout": steps | {"write": self._limits.first_byte_timeout, "pool": None},
-            "trace": connected.trace,
-        }
+        # The library's limit for reading is one for each read: headers could drip in for ever, and it would hold for
+        # the body too. Ours is for all of the headers. Connecting is left to the library, for TCP and TLS each: it
+        # loses the socket of a handshake that is cancelled from outside, so our bound for that is only a last resort.
+        progress = _Progress(self._limits.first_byte_timeout)
+        connect = self._limits.connect_timeout
+        extensions: dict[str, Any] = {"timeout": {"connect": connect}, "trace": progress.trace}
         try:
             with translated():
                 request = httpx.Request("GET", url, headers=headers, extensions=extensions)
-                async with asyncio.timeout(self._limits.connect_timeout + self._limits.first_byte_timeout):
+                async with asyncio.timeout(2 * connect + 1.0) as progress.deadline:
                     return await transport.handle_async_request(request)
         except TimeoutError as error:
-            raise SourceTooSlow("no answer in time") from error
+            if progress.sending:
+                raise SourceTooSlow("no answer in time") from error
+            raise SourceUnreachable("no connection in time") from error
+        except SourceUnreachable as error:
+            if progress.sending and not progress.connecting:
+                raise _ReusedConnectionFailed(str(error)) from error
+            raise
 
 
-class _Connected:
-    """Learns whether a request needed a new connection."""
+class _ReusedConnectionFailed(SourceUnreachable):
+    """A request failed before its answer, on a connection that had served others."""
 
-    def __init__(self) -> None:
-        self.attempted = False
+
+class _Progress:
+    """How far a request has come, and with it the time until which it may go on."""
+
+    def __init__(self, first_byte_timeout: float) -> None:
+        """`first_byte_timeout`: seconds from the sending of the request to the end of the answer's headers."""
+        self.connecting = False
+        self.sending = False
+        self.deadline: asyncio.Timeout | None = None
+        self._first_byte_timeout = first_byte_timeout
 
     async def trace(self, event: str, _: dict[str, Any]) -> None:
+        """Called by the library at each step."""
         if event == "connection.connect_tcp.started":
-            self.attempted = True
+            self.connecting = True
+        elif event == "http11.send_request_headers.started" and self.deadline is not None:
+            self.sending = True
+            self.deadline.reschedule(asyncio.get_running_loop().time() + self._first_byte_timeout)
 
 
 def _transport(context: ssl.SSLContext, max_idle: int) -> httpx.AsyncHTTPTransport:

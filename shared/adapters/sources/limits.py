@@ -11,6 +11,7 @@ from shared.domain.errors import ConfigurationError
 class SourceLimits:
     """Times in seconds of waiting for the source, `minimum_rate` in bytes a second.
 
+    `connect_timeout` is for TCP and again for TLS, `first_byte_timeout` from the request to the end of the headers.
     A source that gives fewer than `minimum_rate * stall_timeout` bytes within any `stall_timeout` is too slow.
     """
 
