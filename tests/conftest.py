@@ -1,1 +1,5 @@
-pytest_plugins = ["tests.servers.redis_fixture", "tests.servers.rabbitmq_fixture"]
+pytest_plugins = [
+    "tests.contract.state_fixture",
+    "tests.servers.redis_fixture",
+    "tests.servers.rabbitmq_fixture",
+]

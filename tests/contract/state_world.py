@@ -15,9 +15,10 @@ from shared.adapters.state_redis import RedisStateStore
 from shared.adapters.state_times import StateTimes
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
-from shared.ports.state_store import Granted, Lease, StateStore, Term
+from shared.ports.state_store import FetchPhase, Granted, Lease, StateStore, Term
 
 LIMIT = 1_000_000
+ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 LONG = StateTimes(operation_timeout=5.0)
 BRIEF = StateTimes(claim_seconds=0.3, queued_seconds=0.3, lease_seconds=0.3, operation_timeout=5.0)
 
@@ -50,6 +51,16 @@ class World:
                 return
             await self.let_pass(0.05)
         raise AssertionError("it never came to pass")
+
+    async def phase(self, object_id: ObjectId) -> FetchPhase | None:
+        fetch = (await self.store.find(object_id)).fetch
+        return fetch.phase if fetch else None
+
+    async def until_phase(self, object_id: ObjectId, phase: FetchPhase | None) -> None:
+        async def there() -> bool:
+            return await self.phase(object_id) is phase
+
+        await self.until(there)
 
     async def reconciled(self) -> Term:
         """As after an evictor's first pass over an empty volume."""
