@@ -22,15 +22,16 @@ class FetchWakeups:
         self._state = state
         self._waiting: dict[ObjectId, set[asyncio.Event]] = {}
 
-    async def wait(self, object_id: ObjectId, timeout: float) -> None:
-        """Return when something has changed about the fetch of this object, or after `timeout` seconds."""
+    async def wait(self, object_id: ObjectId, timeout: float) -> bool:
+        """Wait for a change of this object's fetch; False if `timeout` seconds have passed without one."""
         changed = asyncio.Event()
         self._waiting.setdefault(object_id, set()).add(changed)
         try:
             async with asyncio.timeout(timeout):
                 await changed.wait()
+            return True
         except TimeoutError:
-            return
+            return False
         finally:
             others = self._waiting[object_id]
             others.discard(changed)

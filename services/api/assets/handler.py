@@ -1,0 +1,83 @@
+"""GET and HEAD of one object: the door of the asset path."""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import closing
+
+import structlog
+from sanic import HTTPResponse, Request
+
+from services.api.assets.decision import Asked
+from services.api.assets.growing import GrowingAnswerer
+from services.api.assets.proxy import Proxy
+from services.api.assets.sender import ObjectSender
+from services.api.assets.starter import FetchStarter
+from services.api.assets.uncached import UncachedAnswerer
+from services.api.context import ApiContext
+from services.api.errors import ErrorAnswer
+from services.api.exchange import exchange_of
+from shared.domain.conditionals import Conditions
+from shared.domain.errors import InvalidInput, VolumeError
+from shared.domain.objects import ObjectId
+
+logger = structlog.get_logger()
+
+
+class AssetHandler:
+    """One for each process. `close` it after the last request: jobs may still be on their way to the queue."""
+
+    def __init__(self, context: ApiContext) -> None:
+        self._volume = context.volume
+        self._sender = ObjectSender(context.accesses)
+        self._starter = FetchStarter(context.state, context.queue, f"{socket.gethostname()}:{os.getpid()}")
+        proxy = Proxy(context.relay, context.settings.public_api.max_proxied)
+        growing = GrowingAnswerer(context, self._sender, proxy)
+        self._uncached = UncachedAnswerer(context, self._sender, self._starter, growing)
+
+    async def handle(self, request: Request, object_id: str) -> HTTPResponse | None:
+        """The answer, or None if it was streamed. `object_id` is what the path said, percent-decoded once.
+
+        A cached object is answered from the volume alone. ErrorAnswer for every other end than content.
+        """
+        try:
+            wanted = ObjectId.parse(object_id)
+        except InvalidInput as error:
+            raise ErrorAnswer(400, "Malformed object id", "malformed_id") from error
+        exchange_of(request).object_id = wanted
+        asked = _asked(request)
+        degraded = False
+        try:
+            found = self._volume.open_object(wanted)
+            if found is not None:
+                with closing(found):
+                    return await self._sender.answer(request, asked, found)
+        except VolumeError as error:
+            logger.error("volume_failed", object_id=wanted, reason=str(error))
+            degraded = True
+        return await self._uncached.answer(request, asked, wanted, degraded=degraded)
+
+    async def close(self) -> None:
+        """See that no claim is left without its job."""
+        await self._starter.close()
+
+
+def _asked(request: Request) -> Asked:
+    return Asked(
+        head=request.method == "HEAD",
+        conditions=Conditions(
+            if_match=_header(request, "if-match"),
+            if_unmodified_since=_header(request, "if-unmodified-since"),
+            if_none_match=_header(request, "if-none-match"),
+            if_modified_since=_header(request, "if-modified-since"),
+        ),
+        range_header=_header(request, "range"),
+        if_range=_header(request, "if-range"),
+    )
+
+
+def _header(request: Request, name: str) -> str | None:
+    """All lines of a header joined (RFC 9110 section 5.3); None if there is none."""
+    values = request.headers.getall(name, None)
+    return None if values is None else ", ".join(values)

@@ -1,0 +1,101 @@
+"""Status and headers of asset answers, by the contract's table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from email.utils import formatdate
+
+from sanic import HTTPResponse
+
+from services.api.assets.decision import Description, Refusal, Span
+from services.api.errors import ErrorAnswer
+from services.api.headers import (
+    ASSET,
+    ASSET_CONTENT,
+    CacheResult,
+    DataSource,
+    cache_control,
+    cache_status,
+)
+from shared.domain.ranges import Unsatisfiable
+
+UNKNOWN_MEDIA_TYPE = "application/octet-stream"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the cache stands to one request: its result, whether the object will be kept, and whether somebody else's
+    request began its fetch."""
+
+    result: CacheResult
+    stored: bool = True
+
+    @property
+    def status_text(self) -> str:
+        return cache_status(
+            self.result,
+            stored=self.stored,
+            collapsed=self.result == "pending",
+            forwarded="uri-miss" if self.stored else "bypass",
+        )
+
+
+HIT = Standing("hit")
+PENDING = Standing("pending")
+MISS = Standing("miss")
+BYPASS = Standing("miss", stored=False)
+
+
+def _validators(described: Description, standing: Standing) -> dict[str, str]:
+    headers = {
+        "X-Cache": standing.result,
+        "Cache-Control": cache_control(standing.result),
+        "Cache-Status": standing.status_text,
+        "ETag": described.etag,
+    }
+    if described.last_modified is not None:
+        headers["Last-Modified"] = formatdate(described.last_modified, usegmt=True)
+    return headers
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Status line and headers of an answer with content, and what the metrics need to know of it."""
+
+    status: int
+    headers: dict[str, str]
+    result: CacheResult
+    source: DataSource | None
+
+
+def content_head(
+    described: Description,
+    standing: Standing,
+    span: Span,
+    source: DataSource | None,
+    media_type: str | None = None,
+) -> Head:
+    """Of a 200 or 206. `source` is None for HEAD; `media_type` is the source's word, for want of the catalog's."""
+    headers = {
+        **ASSET_CONTENT,
+        **_validators(described, standing),
+        "Content-Type": described.media_type or media_type or UNKNOWN_MEDIA_TYPE,
+    }
+    if source is not None:
+        headers["X-Data-Source"] = source
+    if span.length is not None:
+        headers["Content-Length"] = str(span.length)
+    if span.partial:
+        headers["Content-Range"] = span.content_range
+    return Head(206 if span.partial else 200, headers, standing.result, source)
+
+
+def refuse(refusal: Refusal | Unsatisfiable, described: Description, standing: Standing) -> HTTPResponse:
+    """The 304; what is an error is raised as one."""
+    if refusal is Refusal.NOT_MODIFIED:
+        return HTTPResponse(status=304, headers={**ASSET, **_validators(described, standing)})
+    extra = {"X-Cache": standing.result}
+    if isinstance(refusal, Unsatisfiable):
+        extra["Content-Range"] = refusal.content_range
+        raise ErrorAnswer(416, "Range not satisfiable", "range_not_satisfiable", extra)
+    raise ErrorAnswer(412, "Precondition failed", "precondition_failed", extra)

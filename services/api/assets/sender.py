@@ -1,0 +1,87 @@
+"""Hits: complete objects, sent from the volume."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+import structlog
+from sanic import HTTPResponse, Request
+
+from services.api.accesses import AccessCounter
+from services.api.assets.answer import PIECE_BYTES, AnswerStream, answer_head
+from services.api.assets.decision import Asked, Description, Span, select
+from services.api.assets.heads import HIT, Standing, content_head, refuse
+from services.api.assets.reading import read_piece
+from services.api.assets.timing import note_first_byte
+from services.api.errors import CutAnswer
+from shared.adapters.volume import OpenObject
+from shared.domain.errors import VolumeError
+from shared.observability.metrics import SENT_BYTES
+
+ACCESS_RENEWAL = 5.0
+"""Seconds between the notes that a long send goes on."""
+
+logger = structlog.get_logger()
+
+
+class ObjectSender:
+    """Answers from complete objects. The caller closes the object."""
+
+    def __init__(self, accesses: AccessCounter) -> None:
+        self._accesses = accesses
+
+    async def answer(self, request: Request, asked: Asked, found: OpenObject) -> HTTPResponse | None:
+        """The answer, or None if it was streamed; VolumeError if nothing could be read. A HEAD leaves no trace."""
+        described = Description.of_record(found.record, complete=True)
+        span = select(asked, described)
+        if not isinstance(span, Span):
+            return refuse(span, described, HIT)
+        if asked.head:
+            return await answer_head(request, content_head(described, HIT, span, None))
+        return await self.send(request, found, described, span, HIT)
+
+    async def send(
+        self, request: Request, found: OpenObject, described: Description, span: Span, standing: Standing
+    ) -> HTTPResponse | None:
+        """Send a span, whatever the cache result was when the request came. VolumeError: nothing was sent."""
+        head = content_head(described, standing, span, "local")
+        length = span.length or 0
+        # Before anything is said to the client: a disk that fails now costs no answer.
+        piece = await self._read(found, span.first, min(PIECE_BYTES, length))
+        self._accesses.note_request(described.object_id)
+        if len(piece) == length:
+            note_first_byte(request, standing.result)
+            SENT_BYTES.labels(source="local").inc(length)
+            return HTTPResponse(piece.obj, status=head.status, headers=head.headers)
+        found.hold()
+        answer = AnswerStream(request)
+        await answer.begin(head, piece)
+        await self._send_rest(answer, found, span.first, length)
+        await answer.finish()
+        return None
+
+    async def _send_rest(self, answer: AnswerStream, found: OpenObject, first: int, length: int) -> None:
+        renewed = monotonic()
+        while answer.sent < length:
+            if monotonic() - renewed >= ACCESS_RENEWAL:
+                renewed = monotonic()
+                self._accesses.note_sending(found.record.object_id)
+            try:
+                piece = await self._read(found, first + answer.sent, min(PIECE_BYTES, length - answer.sent))
+            except VolumeError as error:
+                raise CutAnswer("object_unreadable") from error
+            await answer.send(piece, "local")
+
+    async def _read(self, found: OpenObject, offset: int, length: int) -> memoryview:
+        """Exactly these bytes; VolumeError if the disk fails, or the file was cut short behind our back (what is
+        missing is never made up)."""
+        object_id = found.record.object_id
+        try:
+            piece = await read_piece(found.descriptor, offset, length)
+        except OSError as error:
+            logger.error("object_unreadable", object_id=object_id, reason=error.strerror)
+            raise VolumeError(f"read {object_id}: {error.strerror}") from error
+        if len(piece) < length:
+            logger.error("object_cut_short", object_id=object_id, size=found.record.size)
+            raise VolumeError(f"{object_id} was cut short")
+        return piece

@@ -1,0 +1,93 @@
+"""Starting fetches: claim, publish, mark. Once begun it is carried through, whatever becomes of the client."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import structlog
+
+from services.api.assets.timing import phase
+from shared.domain.errors import JobQueueUnavailable, StateStoreUnavailable
+from shared.domain.jobs import FetchJob
+from shared.domain.objects import MediaObject
+from shared.observability.metrics import JOB_QUEUE_ERRORS, STATE_STORE_ERRORS
+from shared.ports.job_queue import JobQueue
+from shared.ports.state_store import Claim, StateStore
+
+logger = structlog.get_logger()
+
+
+class Start:
+    """One attempt to start a fetch: whether the claim was won, and later whether the job could be published."""
+
+    def __init__(self) -> None:
+        self.claim: asyncio.Future[Claim | None] = asyncio.get_running_loop().create_future()
+        self.unpublished = asyncio.Event()
+
+
+class FetchStarter:
+    """Owns the tasks that start fetches, so that a client that leaves never leaves a claim without a job."""
+
+    def __init__(self, state: StateStore, queue: JobQueue, claimant: str) -> None:
+        """`claimant` names this process in claims."""
+        self._state = state
+        self._queue = queue
+        self._claimant = claimant
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, media_object: MediaObject, request_id: str) -> tuple[Claim | None, Start]:
+        """Claim the object and, if won, publish its job in the background; None: the state store is out of reach."""
+        start = Start()
+        task = asyncio.create_task(self._carry_through(media_object, request_id, start))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(start.claim), start
+
+    async def close(self) -> None:
+        """Wait for the jobs that are being published; the queue's time limit bounds that."""
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _carry_through(self, media_object: MediaObject, request_id: str, start: Start) -> None:
+        object_id = media_object.object_id
+        try:
+            try:
+                with phase("claim"):
+                    claim = await self._state.claim(object_id, self._claimant)
+            except StateStoreUnavailable as error:
+                self._note_state_error("claim", request_id, error)
+                return
+            start.claim.set_result(claim)
+            if claim.won:
+                await self._publish(FetchJob(media_object, request_id, time.time()), start)
+        finally:
+            if not start.claim.done():
+                start.claim.set_result(None)
+
+    async def _publish(self, job: FetchJob, start: Start) -> None:
+        published = False
+        try:
+            with phase("publish"):
+                await self._queue.publish(job)
+            published = True
+        except JobQueueUnavailable as error:
+            JOB_QUEUE_ERRORS.labels(operation="publish").inc()
+            logger.warning(
+                "job_not_published", object_id=job.object_id, request_id=job.request_id, reason=str(error)
+            )
+        finally:
+            if not published:
+                start.unpublished.set()
+        verb = self._state.mark_queued if published else self._state.withdraw
+        try:
+            await verb(job.object_id, self._claimant)
+        except StateStoreUnavailable as error:
+            # The claim runs out by itself; meanwhile requests are pending, and proxied after the first-byte wait.
+            self._note_state_error(verb.__name__, job.request_id, error)
+
+    def _note_state_error(self, operation: str, request_id: str, error: StateStoreUnavailable) -> None:
+        STATE_STORE_ERRORS.labels(operation=operation).inc()
+        logger.warning(
+            "state_store_unavailable", operation=operation, request_id=request_id, reason=str(error)
+        )

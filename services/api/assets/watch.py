@@ -1,0 +1,62 @@
+"""Waiting for an object that is being fetched: wake-ups, polls, and the question whether the fetch still goes on."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from services.api.assets.decision import may_resume
+from services.api.wakeups import FetchWakeups
+from shared.domain.errors import StateStoreUnavailable
+from shared.domain.objects import ObjectId
+from shared.observability.metrics import STATE_STORE_ERRORS
+from shared.ports.state_store import StateStore
+
+SHORTEST_POLL, LONGEST_POLL = 0.005, 0.025
+LOOK_INTERVAL = 2.0
+"""Seconds between questions to the state store while nothing moves."""
+
+
+class FetchWatch:
+    """Paces one request that waits for bytes. Its polls are short while bytes arrive, longer while they do not."""
+
+    def __init__(self, object_id: ObjectId, state: StateStore, wakeups: FetchWakeups) -> None:
+        self._object_id = object_id
+        self._state = state
+        self._wakeups = wakeups
+        self._interval = SHORTEST_POLL
+        self._seen_size = -1
+        self._last_progress = self._last_look = monotonic()
+        self._ended = False
+
+    @property
+    def idle(self) -> float:
+        """Seconds since the file last grew."""
+        return monotonic() - self._last_progress
+
+    async def pause(self, size: int, at_most: float = LONGEST_POLL) -> None:
+        """Wait for a moment, or until something changes about the fetch. `size`: bytes on disk now."""
+        if size != self._seen_size:
+            self._seen_size, self._interval, self._last_progress = size, SHORTEST_POLL, monotonic()
+        else:
+            self._interval = min(self._interval * 1.5, LONGEST_POLL)
+        if await self._wakeups.wait(self._object_id, max(0.001, min(self._interval, at_most))):
+            self._last_look = 0.0
+
+    async def is_over(self) -> bool:
+        """True once the state store has said, twice in a row, that nobody fetches the object any more.
+
+        Twice: between the rename of a complete file and the commit, or a worker's end and the next one's beginning,
+        one look can mislead. A store that does not answer says nothing.
+        """
+        if self.idle < LONGEST_POLL or monotonic() - self._last_look < LOOK_INTERVAL:
+            return False
+        self._last_look = monotonic()
+        try:
+            standing = await self._state.find(self._object_id)
+        except StateStoreUnavailable:
+            STATE_STORE_ERRORS.labels(operation="find").inc()
+            return False
+        if standing.failure is not None:
+            return True
+        over, self._ended = self._ended, not may_resume(standing)
+        return over and self._ended
