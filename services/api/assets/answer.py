@@ -26,7 +26,7 @@ async def answer_head(request: Request, head: Head) -> HTTPResponse | None:
     await request.respond(response)
     await response.send(b"", end_stream=False)
     connection = cast("Http", request.stream)
-    connection.response_func = None
+    connection.response_func = None  # type: ignore[assignment]
     connection.stage = Stage.IDLE
     return None
 

@@ -94,7 +94,7 @@ def refuse(refusal: Refusal | Unsatisfiable, described: Description, standing: S
     """The 304; what is an error is raised as one."""
     if refusal is Refusal.NOT_MODIFIED:
         return HTTPResponse(status=304, headers={**ASSET, **_validators(described, standing)})
-    extra = {"X-Cache": standing.result}
+    extra: dict[str, str] = {"X-Cache": standing.result}
     if isinstance(refusal, Unsatisfiable):
         extra["Content-Range"] = refusal.content_range
         raise ErrorAnswer(416, "Range not satisfiable", "range_not_satisfiable", extra)
