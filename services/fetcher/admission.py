@@ -1,0 +1,140 @@
+"""From a job to a lease: is the object there already, is there room, is somebody else at it?"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+
+import structlog
+
+from services.fetcher.disk import DiskThreads
+from services.fetcher.patience import Patience
+from shared.adapters.volume import Removal, RemovalState, Volume
+from shared.domain.errors import StateStoreUnavailable
+from shared.domain.jobs import Done, Hopeless, JobOutcome, TryLater
+from shared.domain.objects import MediaObject, ObjectId, StoredRecord
+from shared.ports.state_store import AlreadyStored, Announcement, Granted, Lease, NoSpace, StateStore, Topic
+
+_LOOK_EVERY = 0.5  # seconds; announcements may be lost
+
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The lease, and the monotonic time before it was asked for."""
+
+    lease: Lease
+    asked_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionRules:
+    """`largest_size` in bytes; `space_wait` and `lease` in seconds."""
+
+    largest_size: int
+    space_wait: float
+    lease: float
+
+
+class Admission:
+    """Decides with the state store and the volume; waits for a bounded time only."""
+
+    def __init__(
+        self, state: StateStore, volume: Volume, disk: DiskThreads, rules: AdmissionRules, worker: str
+    ) -> None:
+        self._state = state
+        self._volume = volume
+        self._disk = disk
+        self._rules = rules
+        self._worker = worker
+
+    async def admit(self, media_object: MediaObject) -> Admitted | JobOutcome:
+        """The lease, or what becomes of the job without. VolumeError and StateStoreUnavailable pass through."""
+        size = media_object.size
+        if size is None:
+            return Hopeless("the size is not known")
+        if size > self._rules.largest_size:
+            return Hopeless(f"{size} bytes are more than is ever cached")
+        return await self._admit(media_object.object_id, size)
+
+    async def _admit(self, object_id: ObjectId, size: int) -> Admitted | JobOutcome:
+        patience = Patience(self._rules.space_wait, self._rules.lease)
+        wished = cleared = False
+        async with AsyncExitStack() as stack:
+            news: AsyncIterator[Announcement] | None = None
+            while True:
+                record = await self._disk.run(self._stored, object_id)
+                if record is not None:
+                    return await self._make_known(record)
+                asked_at = time.monotonic()
+                begun = await self._state.begin(object_id, size, self._worker)
+                if isinstance(begun, Granted):
+                    return Admitted(begun.lease, asked_at)
+                if isinstance(begun, AlreadyStored) and not cleared:
+                    cleared = True
+                    if not await self._clear_away(object_id, begun.generation):
+                        return TryLater("what is stored is not right, and in use")
+                    continue
+                if (outcome := patience.decide(begun, asked_at)) is not None:
+                    return outcome
+                if isinstance(begun, NoSpace) and not wished:
+                    wished = True
+                    await self._state.want_space(object_id, size, self._rules.space_wait)
+                if news is None:
+                    news = await stack.enter_async_context(self._state.listen())
+                await _pause(news, object_id)
+
+    def _stored(self, object_id: ObjectId) -> StoredRecord | None:
+        """The record of the complete object, if the volume has it. Blocks."""
+        found = self._volume.open_object(object_id)
+        if found is None:
+            return None
+        found.close()
+        return found.record
+
+    async def _make_known(self, record: StoredRecord) -> JobOutcome:
+        """The object is there. If the index does not know it (a worker died before it could say so), say so now; where
+        that cannot be done, reconciliation does it later."""
+        try:
+            begun = await self._state.begin(record.object_id, record.size, self._worker)
+            if isinstance(begun, Granted):
+                await self._state.commit(begun.lease, record.stored_at)
+        except StateStoreUnavailable as error:
+            logger.info("left_to_reconciliation", reason=str(error))
+        return Done("already cached")
+
+    async def _clear_away(self, object_id: ObjectId, generation: int) -> bool:
+        """The index believes in an object that the volume does not have, or has cut short. False: it is in use."""
+        removal = self._volume.removal(object_id)
+        try:
+            if not await self._disk.run(self._remove, object_id, removal):
+                return False
+            # Under the lock still: nobody can have put a right file there since.
+            await self._state.forget(object_id, generation)
+        finally:
+            removal.close()
+        logger.warning("wrong_file_removed", object_id=object_id)
+        return True
+
+    def _remove(self, object_id: ObjectId, removal: Removal) -> bool:
+        """Blocks."""
+        match removal.begin():
+            case RemovalState.IN_USE:
+                return False
+            case RemovalState.READY if self._stored(object_id) is None:
+                removal.unlink()
+        return True
+
+
+async def _pause(news: AsyncIterator[Announcement], object_id: ObjectId) -> None:
+    """Until something may have changed for this object."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LOOK_EVERY):
+            async for announcement in news:
+                freed = announcement.topic is Topic.SPACE_FREED
+                if freed or announcement == Announcement(Topic.FETCH_CHANGED, object_id):
+                    return

@@ -1,0 +1,39 @@
+"""Threads for what blocks: writing, hashing, syncing. The fetcher's own, so that nobody else's work queues behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+class DiskThreads:
+    """`count` threads, started when first used; `close` waits for what they do."""
+
+    def __init__(self, count: int) -> None:
+        self._executor = ThreadPoolExecutor(count, thread_name_prefix="disk")
+
+    async def run(
+        self, call: Callable[Arguments, Result], *arguments: Arguments.args, **options: Arguments.kwargs
+    ) -> Result:
+        """The call's result. A cancellation is raised only after the call has ended: no file is ever closed, and no
+        reservation given back, under a write that still runs."""
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(self._executor, lambda: call(*arguments, **options))
+        cancelled: asyncio.CancelledError | None = None
+        while not work.done():
+            try:
+                await asyncio.wait({work})
+            except asyncio.CancelledError as error:
+                cancelled = error
+        if cancelled is not None:
+            work.exception()  # retrieved: the cancellation is what counts now
+            raise cancelled
+        return work.result()
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._executor.shutdown)

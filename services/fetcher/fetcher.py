@@ -1,0 +1,79 @@
+"""The fetcher as a task: in a process of its own, or beside API and evictor in standalone mode."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Sequence
+
+import structlog
+
+from services.fetcher.admission import Admission, AdmissionRules
+from services.fetcher.disk import DiskThreads
+from services.fetcher.download import Tools
+from services.fetcher.lease_keeper import LeaseTimes
+from services.fetcher.obituary import Obituary
+from services.fetcher.retrieval import Retrieval
+from services.fetcher.worker import Worker
+from shared.adapters.sources.relay import Relay
+from shared.adapters.volume import Volume
+from shared.domain.errors import JobQueueUnavailable, StateStoreUnavailable, VolumeError
+from shared.ports.job_queue import JobQueue
+from shared.ports.state_store import StateStore
+from shared.settings.model import Settings
+
+_SPARE_THREADS = 2  # for looking at the volume while every download writes
+
+logger = structlog.get_logger()
+
+
+class Fetcher:
+    """Everything given is open, or will be before `serve`, and is closed by whoever gave it."""
+
+    def __init__(
+        self, settings: Settings, state: StateStore, queue: JobQueue, volume: Volume, relay: Relay
+    ) -> None:
+        fetch = settings.fetch
+        self._state = state
+        self._queue = queue
+        self._volume = volume
+        self._concurrency = fetch.concurrency
+        self._consuming = False
+        self._disk = DiskThreads(fetch.concurrency + _SPARE_THREADS)
+        self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        rules = AdmissionRules(settings.storage.largest_cached_size, fetch.space_wait, fetch.lease)
+        times = LeaseTimes(fetch.lease, fetch.lease_renewal)
+        self._worker = Worker(
+            Admission(state, volume, self._disk, rules, self.name),
+            Retrieval(Tools(state, relay, self._disk), volume, times),
+        )
+        self._obituary = Obituary(state, volume, self._disk, self.name, fetch.failure_memory)
+
+    async def serve(self) -> None:
+        """Handle jobs until cancelled; then every job under way is given back, with its partial file kept."""
+        await self._disk.run(self._volume.prepare)
+        self._consuming = True
+        try:
+            logger.info("fetcher_serves", worker=self.name, concurrency=self._concurrency)
+            await self._queue.consume(self._worker.handle, self._concurrency, self._obituary.write)
+        finally:
+            self._consuming = False
+            await self._disk.close()
+
+    async def problems(self) -> Sequence[str]:
+        """What keeps it from working, in words; nothing: it is ready."""
+        found = [] if self._consuming else ["no jobs are taken"]
+        try:
+            await self._state.ping()
+        except StateStoreUnavailable as error:
+            found.append(f"state store: {error}")
+        try:
+            await self._queue.ping()
+        except JobQueueUnavailable as error:
+            found.append(f"job queue: {error}")
+        try:
+            await self._disk.run(self._volume.check)
+        except VolumeError as error:
+            found.append(f"volume: {error}")
+        return found

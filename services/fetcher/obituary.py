@@ -1,0 +1,56 @@
+"""What is done when a job is given up."""
+
+from __future__ import annotations
+
+import structlog
+from structlog.contextvars import bound_contextvars
+
+from services.fetcher.disk import DiskThreads
+from shared.adapters.volume import Volume
+from shared.domain.errors import StateStoreUnavailable, VolumeError
+from shared.domain.jobs import FetchJob
+from shared.domain.objects import ObjectId
+from shared.ports.state_store import FetchPhase, Granted, StateStore
+
+logger = structlog.get_logger()
+
+
+class Obituary:
+    """Frees what the attempts held, and has the failure remembered."""
+
+    def __init__(
+        self, state: StateStore, volume: Volume, disk: DiskThreads, worker: str, failure_memory: float
+    ) -> None:
+        """`failure_memory`: seconds that the failure is remembered."""
+        self._state = state
+        self._volume = volume
+        self._disk = disk
+        self._worker = worker
+        self._failure_memory = failure_memory
+
+    async def write(self, job: FetchJob, reason: str) -> None:
+        """The job queue's callback: free the space that the attempts held, and remember the failure."""
+        with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
+            logger.warning("fetch_given_up", reason=reason, attempts=job.attempt)
+            try:
+                # In this order: a grant forgets the failure.
+                await self._remove_partial(job.object_id)
+                await self._state.record_failure(job.object_id, reason, self._failure_memory)
+            except (StateStoreUnavailable, VolumeError) as error:
+                logger.warning("given_up_incompletely", reason=str(error))
+
+    async def _remove_partial(self, object_id: ObjectId) -> None:
+        fetch = (await self._state.find(object_id)).fetch
+        noted = await self._disk.run(self._volume.expected_of, object_id)
+        if fetch is None or fetch.phase is not FetchPhase.PARKED or noted is None:
+            return
+        begun = await self._state.begin(object_id, fetch.size, self._worker)
+        if not isinstance(begun, Granted):
+            return
+        try:
+            partial = await self._disk.run(self._volume.receive, noted)
+            await self._disk.run(partial.discard)
+        except VolumeError:
+            await self._state.park(begun.lease)
+            raise
+        await self._state.release(begun.lease)

@@ -1,0 +1,167 @@
+"""One fetch under a lease: partial file, download, verification, publication, and the end of the lease."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import replace
+
+import structlog
+
+from services.fetcher.download import Download, Tools, WrongBytesEverywhere
+from services.fetcher.lease_keeper import LeaseKeeper, LeaseLost, LeaseTimes
+from services.fetcher.media_types import HEAD_BYTES, UNKNOWN, settle_media_type
+from shared.adapters.volume import PartialFile, Volume
+from shared.domain.errors import AllSourcesFailed, StateStoreUnavailable, VolumeError, VolumeFull
+from shared.domain.jobs import Done, JobOutcome, TryLater
+from shared.domain.media_types import media_type_or_none
+from shared.domain.objects import MediaObject, StoredRecord
+from shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE
+from shared.ports.state_store import Lease
+
+_NOBODY_KNOWS = '"nobody-knows"'
+_WISH_SECONDS = 60.0
+
+logger = structlog.get_logger()
+
+
+class Retrieval:
+    """Fetches what a lease was granted for. However it ends, the reservation covers what is on the volume."""
+
+    def __init__(self, tools: Tools, volume: Volume, times: LeaseTimes) -> None:
+        self._tools = tools
+        self._volume = volume
+        self._times = times
+
+    async def run(self, media_object: MediaObject, lease: Lease, asked_at: float) -> JobOutcome:
+        """`asked_at`: monotonic time before the lease was asked for. Cancelled: what came is kept, the lease given
+        back."""
+        fetch = _Fetch(self._tools, self._volume, media_object, lease)
+        keeper = LeaseKeeper(self._tools.state, lease, self._times, asked_at)
+        with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
+            try:
+                async with keeper.kept():
+                    stored_at = await fetch.store(keeper)
+                return await self._commit(lease, stored_at)
+            except LeaseLost as lost:
+                return TryLater(str(lost))
+            except WrongBytesEverywhere as error:
+                await fetch.drop()
+                return TryLater(str(error))
+            except AllSourcesFailed as error:
+                await fetch.leave()
+                return TryLater(f"all sources failed: {str(error)[:500]}")
+            except VolumeFull as error:
+                await fetch.drop()
+                await self._tools.state.want_space(lease.object_id, lease.size, _WISH_SECONDS)
+                return TryLater(f"volume full: {error}")
+            except (VolumeError, StateStoreUnavailable) as error:
+                await fetch.leave()
+                return TryLater(str(error))
+            except asyncio.CancelledError:
+                await fetch.leave()
+                raise
+            finally:
+                fetch.close()
+
+    async def _commit(self, lease: Lease, stored_at: int) -> JobOutcome:
+        """Without a word from the state store the file is there all the same: the next attempt, or reconciliation,
+        makes it known."""
+        try:
+            committed = await self._tools.state.commit(lease, stored_at)
+        except StateStoreUnavailable as error:
+            return TryLater(f"stored, but not committed: {error}")
+        return Done("fetched" if committed else "fetched, to be adopted")
+
+
+class _Fetch:
+    """The partial file of one fetch, from opening to its end."""
+
+    def __init__(self, tools: Tools, volume: Volume, media_object: MediaObject, lease: Lease) -> None:
+        self._tools = tools
+        self._volume = volume
+        self._object = media_object
+        self._lease = lease
+        self._partial: PartialFile | None = None
+
+    async def store(self, keeper: LeaseKeeper) -> int:
+        """From the first byte to the rename; the time of storing (POSIX seconds)."""
+        partial = await self._tools.disk.run(self._open)
+        # An index that was rebuilt from the volume a moment ago may not know this file; before it grows, it must.
+        await keeper.renew()
+        download = Download(self._tools, self._object, partial, keeper)
+        await download.announce()
+        await download.fill()
+        head = await self._tools.disk.run(partial.read, 0, HEAD_BYTES)
+        media_type = settle_media_type(self._object.media_type, head)
+        record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
+        await self._tools.disk.run(partial.publish, record)
+        return record.stored_at
+
+    def _open(self) -> PartialFile:
+        """The partial file, empty unless it is the beginning of this very content. Blocks."""
+        expected = self._expected()
+        noted = self._volume.expected_of(self._object.object_id)
+        if noted is None or not _same_content(noted, expected):
+            # Emptied under the old note first: were the new one written beside the old bytes, a crash would join them.
+            self._partial = self._volume.receive(noted or replace(expected, etag=_NOBODY_KNOWS))
+            if self._partial.size:
+                self._partial.start_over()
+            self._partial.close()
+        self._partial = self._volume.receive(expected)
+        if self._partial.size > expected.size:
+            self._partial.start_over()
+        return self._partial
+
+    def _expected(self) -> StoredRecord:
+        wanted = self._object
+        return StoredRecord(
+            object_id=wanted.object_id,
+            size=self._lease.size,
+            etag=wanted.etag,
+            content_hash=wanted.content_hash,
+            media_type=media_type_or_none(wanted.media_type) or UNKNOWN,
+            stored_at=int(time.time()),
+        )
+
+    async def leave(self) -> None:
+        """Keep what came for whoever goes on, and give the lease back; nothing came: as `drop`."""
+        if self._partial is not None and not self._partial.size:
+            await self.drop()
+            return
+        self.close()
+        await self._give_back(keep=True)
+
+    async def drop(self) -> None:
+        """Remove the partial file, then give lease and reservation back; if it cannot be removed, it stays reserved."""
+        if self._partial is None:
+            await self._give_back(keep=True)  # not opened: who knows what lies there
+            return
+        try:
+            await self._tools.disk.run(self._partial.discard)
+        except VolumeError as error:
+            logger.warning("partial_file_stays", reason=str(error))
+            self.close()
+            await self._give_back(keep=True)
+        else:
+            self._partial = None
+            await self._give_back(keep=False)
+
+    async def _give_back(self, *, keep: bool) -> None:
+        state = self._tools.state
+        try:
+            await (state.park(self._lease) if keep else state.release(self._lease))
+        except StateStoreUnavailable as error:
+            logger.warning("lease_not_given_back", reason=str(error))  # it runs out by itself
+
+    def close(self) -> None:
+        """Close the file if it is open: the lock on it goes with that."""
+        if self._partial is not None:
+            self._partial.close()
+            self._partial = None
+
+
+def _same_content(noted: StoredRecord, expected: StoredRecord) -> bool:
+    return (noted.size, noted.etag, noted.content_hash) == (
+        expected.size, expected.etag, expected.content_hash,
+    )  # fmt: skip

@@ -1,0 +1,65 @@
+"""`run`: the fetcher as a process."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import version
+
+from services.fetcher.fetcher import Fetcher
+from shared.domain.errors import ConfigurationError
+from shared.observability.metrics import describe_build
+from shared.observability.probe_server import ProbeServer
+from shared.runtime.adapters import (
+    MEMORY,
+    build_job_queue,
+    build_relay,
+    build_source_client,
+    build_state_store,
+    build_volume,
+)
+from shared.runtime.run_service import ServiceScope, run_service
+from shared.settings.model import Settings
+
+
+def run(settings: Settings) -> int:
+    """Work until a signal; the exit code."""
+
+    async def main(scope: ServiceScope) -> None:
+        await run_fetcher(scope, settings)
+
+    return run_service(main, name="fetcher", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
+
+
+async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
+    """The main of a fetcher process. Should it end by itself, the process ends, for its supervisor to start it anew."""
+    if settings.job_queue.url.get_secret_value().startswith(MEMORY):
+        raise ConfigurationError(
+            "a fetcher of its own needs state_store.url and job_queue.url of real servers"
+        )
+    describe_build(version("distributor-node"), "fetcher")
+    resources = scope.resources
+    volume = build_volume(settings)
+    resources.callback(volume.close)
+    state, queue = build_state_store(settings), build_job_queue(settings)
+    client = build_source_client(settings, max_connections=settings.fetch.concurrency)
+    for opened in (state, queue, client):
+        resources.push_async_callback(opened.close)
+        await opened.open()
+    fetcher = Fetcher(settings, state, queue, volume, build_relay(client))
+    await resources.enter_async_context(
+        ProbeServer(settings.metrics.host, settings.metrics.port, fetcher.problems)
+    )
+    await _serve_until(scope.stop_requested, fetcher)
+
+
+async def _serve_until(stop_requested: asyncio.Event, fetcher: Fetcher) -> None:
+    serving = asyncio.create_task(fetcher.serve(), name="fetcher-serve")
+    stop = asyncio.create_task(stop_requested.wait(), name="fetcher-stop")
+    try:
+        await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.cancel()
+        serving.cancel()
+        await asyncio.wait({serving, stop})
+    if not serving.cancelled():
+        serving.result()
