@@ -23,7 +23,7 @@ REDACTED = "***"
 # Levels of libraries below which their lines say nothing to an operator (httpx logs every request at INFO).
 _LIBRARY_LEVELS: Mapping[str, int] = {
     "aio_pika": logging.WARNING,
-    "aiormq": logging.WARNING,
+    "aiormq": logging.CRITICAL,  # it repeats, with tracebacks, what the job queue logs once
     "asyncio": logging.WARNING,
     "httpcore": logging.WARNING,
     "httpx": logging.WARNING,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
 from shared.domain.jobs import Done, FetchJob, JobOutcome
@@ -52,7 +52,9 @@ async def done(_: FetchJob) -> JobOutcome:
 
 
 @asynccontextmanager
-async def consuming(queue: JobQueue, handler: Handler = done, concurrency: int = 2) -> AsyncGenerator[Witness]:
+async def consuming(
+    queue: JobQueue, handler: Handler = done, concurrency: int = 2
+) -> AsyncGenerator[Witness]:
     """Consume for the length of the block; an error of `consume` is the test's."""
     witness = Witness()
 
@@ -70,10 +72,8 @@ async def consuming(queue: JobQueue, handler: Handler = done, concurrency: int =
         yield witness
     finally:
         task.cancel()
-        try:
+        with suppress(asyncio.CancelledError):
             await task
-        except asyncio.CancelledError:
-            pass
 
 
 async def until_depth(queue: JobQueue, *, ready: int = 0, delayed: int = 0, dead: int = 0) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import structlog
 from aio_pika.abc import AbstractIncomingMessage
 
-from shared.adapters.queue_outcomes import decide_ending, handle
+from shared.adapters.queue_outcomes import Ending, decide_ending, handle
 from shared.adapters.queue_rabbitmq.connection import (
     BROKER_ERRORS,
     CLOSE_SECONDS,
@@ -20,11 +20,15 @@ from shared.adapters.queue_rabbitmq.deliveries import Custody, Delivery, Settlem
 from shared.adapters.queue_rabbitmq.messages import to_job
 from shared.adapters.queue_rabbitmq.topology import Topology
 from shared.domain.errors import InvalidJob
+from shared.domain.jobs import FetchJob
 from shared.ports.job_queue import JobHandler
 
 log = structlog.get_logger()
 
 _DECLARE_SECONDS = 10.0
+
+# Endings of jobs whose delivery was lost, kept until the broker delivers them again (to this process or another).
+_MOST_OWED = 1000
 
 
 class Consumer:
@@ -40,20 +44,25 @@ class Consumer:
         self._concurrency = concurrency
         self._slots = asyncio.Semaphore(concurrency)
         self._custody: dict[str, Custody] = {}
+        self._owed: dict[str, Ending] = {}
         self._tasks: dict[asyncio.Task[None], Custody] = {}
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
         """Raise ConfigurationError if a queue exists with other arguments."""
         backoff = Backoff()
+        reported = ""
         try:
             while True:
                 try:
                     await self._serve_one_session(backoff)
+                    reported = ""
                 except BROKER_ERRORS as error:
                     if self._broken.done():
                         raise
-                    log.warning("consumer_cannot_connect", error=repr(error))
+                    if repr(error) != reported:
+                        reported = repr(error)
+                        log.error("consumer_cannot_connect", reason=reported)
                 await backoff.wait()
         finally:
             await self._stop_handlers()
@@ -125,18 +134,27 @@ class Consumer:
         except InvalidJob as error:
             await self._settlement.bury(custody, f"no job: {error}")
             return
+        owed = self._owed.pop(custody.delivery.key, None)
+        if owed is not None:
+            await self._settle(custody, job, owed)
+            return
         try:
             async with self._slots:
                 if custody.is_live and not self._settlement.stopping.is_set():
                     custody.stage = Stage.HANDLING
                     outcome = await handle(self._handler, job, self._settlement.stopping.is_set)
-                    await self._settlement.settle(
-                        custody, job, decide_ending(job, outcome, self._topology.plan)
-                    )
+                    await self._settle(custody, job, decide_ending(job, outcome, self._topology.plan))
         except asyncio.CancelledError:
             log.debug("job_not_begun", object_id=job.object_id)
         if custody.stage is not Stage.OVER:
             await custody.put_back()
+
+    async def _settle(self, custody: Custody, job: FetchJob, ending: Ending) -> None:
+        owed = await self._settlement.settle(custody, job, ending)
+        if owed is not None:
+            self._owed[custody.delivery.key] = owed
+            while len(self._owed) > _MOST_OWED:
+                del self._owed[next(iter(self._owed))]
 
     async def _cancel(self, session: Session, tag: str) -> None:
         """Have the broker send no more; what came meanwhile is put back."""

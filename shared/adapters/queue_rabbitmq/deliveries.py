@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from enum import Enum
-from typing import Any
+from functools import partial
 
 import structlog
 from aio_pika import Message
@@ -40,20 +40,23 @@ class Delivery:
         """True while it can be acknowledged."""
         return not self._session.lost.is_set()
 
-    async def acknowledge(self) -> None:
-        """The broker may forget the message. Best effort: an answer that gets lost means another delivery."""
-        await self._answer(self.message.ack())
+    async def acknowledge(self) -> bool:
+        """The broker may forget the message. False: that did not reach it."""
+        return await self._answer(self.message.ack)
 
-    async def put_back(self) -> None:
+    async def put_back(self) -> bool:
         """The broker may deliver the message anew, to anybody, at once."""
-        await self._answer(self.message.nack(requeue=True))
+        return await self._answer(partial(self.message.nack, requeue=True))
 
-    async def _answer(self, answer: Coroutine[Any, Any, None]) -> None:
-        try:
-            await answer
-        except BROKER_ERRORS as error:
-            self._session.lose(f"answer not sent: {error!r}")
-            log.warning("delivery_lost", message_id=self.key, error=repr(error))
+    async def _answer(self, answer: Callable[[], Awaitable[None]]) -> bool:
+        if self.is_live:
+            try:
+                await answer()
+                return True
+            except BROKER_ERRORS as error:
+                self._session.lose(f"answer not sent: {error!r}")
+        log.warning("delivery_lost", message_id=self.key)
+        return False
 
 
 class Stage(Enum):
@@ -81,18 +84,13 @@ class Custody:
         """True while an answer would reach the broker."""
         return self.delivery.is_live
 
-    async def acknowledge(self) -> None:
-        await self._end(self.delivery.acknowledge)
+    async def acknowledge(self) -> bool:
+        self.stage = Stage.OVER
+        return await self.delivery.acknowledge()
 
     async def put_back(self) -> None:
-        await self._end(self.delivery.put_back)
-
-    async def _end(self, answer: Callable[[], Awaitable[None]]) -> None:
         self.stage = Stage.OVER
-        if self.is_live:
-            await answer()
-        else:
-            log.warning("delivery_lost", message_id=self.delivery.key)
+        await self.delivery.put_back()
 
 
 class Settlement:
@@ -108,27 +106,30 @@ class Settlement:
         self._on_given_up = on_given_up
         self.stopping = asyncio.Event()
 
-    async def settle(self, custody: Custody, job: FetchJob, ending: Ending) -> None:
-        """A job whose delivery is lost comes again: then its ending is left to that run."""
+    async def settle(self, custody: Custody, job: FetchJob, ending: Ending) -> Ending | None:
+        """Returns what is still owed if the delivery got lost on the way: to be settled with the next one."""
         custody.stage = Stage.SETTLING
-        match ending if custody.is_live else PutBack():
+        match ending:
             case Finish():
-                await custody.acknowledge()
+                return None if await custody.acknowledge() else ending
             case PutBack():
                 await custody.put_back()
+                return None
             case Retry(again, delay):
-                await self._replace(custody, self._topology.delay(delay), to_message(again))
+                return await self._replace(custody, self._topology.delay(delay), to_message(again), ending)
             case GiveUp(reason):
-                await remember_failure(self._on_given_up, job, reason)
-                await self.bury(custody, reason)
+                if custody.is_live:
+                    await remember_failure(self._on_given_up, job, reason)
+                return await self.bury(custody, reason)
 
-    async def bury(self, custody: Custody, reason: str) -> None:
+    async def bury(self, custody: Custody, reason: str) -> Ending | None:
         """Dead-letter the message as it came."""
         custody.stage = Stage.SETTLING
         log.warning("job_given_up", message_id=custody.delivery.key, reason=reason)
-        await self._replace(custody, self._topology.dead, to_dead_letter(custody.delivery.message, reason))
+        letter = to_dead_letter(custody.delivery.message, reason)
+        return await self._replace(custody, self._topology.dead, letter, GiveUp(reason))
 
-    async def _replace(self, custody: Custody, queue: str, message: Message) -> None:
+    async def _replace(self, custody: Custody, queue: str, message: Message, ending: Ending) -> Ending | None:
         backoff = Backoff(first=0.5, cap=5.0)
         while custody.is_live:
             try:
@@ -136,12 +137,13 @@ class Settlement:
             except JobQueueUnavailable as error:
                 log.warning("job_cannot_be_passed_on", queue=queue, error=str(error))
                 if self.stopping.is_set():
-                    break
+                    await custody.put_back()
+                    return None
                 await self._pause(backoff)
             else:
-                await custody.acknowledge()
-                return
-        await custody.put_back()
+                return None if await custody.acknowledge() else Finish()
+        custody.stage = Stage.OVER
+        return ending
 
     async def _pause(self, backoff: Backoff) -> None:
         try:

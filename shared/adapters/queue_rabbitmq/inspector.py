@@ -22,7 +22,7 @@ class Inspector:
         self._owned = AsyncExitStack()
 
     async def count(self, queues: tuple[str, ...]) -> list[int]:
-        """Messages ready in each queue; 0 for one that does not exist. Asking for none finds out if a broker answers."""
+        """Messages ready in each; 0 for one that does not exist. Asking for none finds out if a broker is there."""
         try:
             async with asyncio.timeout(self._timeout), self._lock:
                 try:

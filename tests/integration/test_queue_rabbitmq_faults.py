@@ -1,0 +1,175 @@
+"""The job queue while its broker is stopped, killed, frozen, blocked or cuts connections."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+import pytest
+
+from shared.adapters.queue_rabbitmq import RabbitJobQueue
+from shared.domain.errors import JobQueueUnavailable
+from shared.domain.jobs import Done, FetchJob, JobOutcome, RetryPlan, TryLater
+from tests.contract.queue_world import consuming, make_job, until_depth
+from tests.servers.rabbitmq_server import RabbitServer
+
+pytestmark = pytest.mark.servers
+
+_PUBLISH_SECONDS = 2.0
+
+
+@pytest.fixture
+async def queue(own_rabbitmq: RabbitServer, retry_plan: RetryPlan) -> AsyncIterator[RabbitJobQueue]:
+    made = RabbitJobQueue(own_rabbitmq.url, f"test-{uuid.uuid4().hex[:12]}", retry_plan, _PUBLISH_SECONDS)
+    await made.open()
+    yield made
+    await made.close()
+
+
+async def _publish_until_taken(queue: RabbitJobQueue, job: FetchJob, seconds: float) -> None:
+    async with asyncio.timeout(seconds):
+        while True:
+            try:
+                await queue.publish(job)
+            except JobQueueUnavailable:
+                await asyncio.sleep(0.1)
+            else:
+                return
+
+
+async def test_a_job_that_outlasts_the_consumer_timeout_runs_once_and_ends(queue: RabbitJobQueue) -> None:
+    """The broker gives up waiting after 2 s and delivers again, to a process that is still at it."""
+
+    async def slow(_: FetchJob) -> JobOutcome:
+        await asyncio.sleep(4.5)
+        return Done()
+
+    await queue.publish(make_job())
+    async with consuming(queue, slow, concurrency=3) as witness:
+        await witness.until(lambda: len(witness.ended) == 1)
+        await queue.publish(make_job("next"))
+        await until_depth(queue)
+        assert [job.object_id for job in witness.begun] == ["1", "next"]
+
+
+async def test_killed_connections_come_back_and_a_running_job_runs_once(
+    queue: RabbitJobQueue, own_rabbitmq: RabbitServer
+) -> None:
+    go_on = asyncio.Event()
+
+    async def until_told(_: FetchJob) -> JobOutcome:
+        await go_on.wait()
+        return Done()
+
+    await queue.publish(make_job("1"))
+    async with consuming(queue, until_told) as witness:
+        await witness.until(lambda: len(witness.begun) == 1)
+        await asyncio.to_thread(own_rabbitmq.close_all_connections)
+        await _publish_until_taken(queue, make_job("2"), 10)
+        await witness.until(lambda: len(witness.begun) == 2)
+        go_on.set()
+        await witness.until(lambda: len(witness.ended) == 2)
+        await until_depth(queue)
+    await until_depth(queue)
+    assert sorted(job.object_id for job in witness.begun) == ["1", "2"]
+
+
+async def test_a_memory_alarm_stops_publishing_in_time_and_acknowledging_not_at_all(
+    queue: RabbitJobQueue, own_rabbitmq: RabbitServer
+) -> None:
+    async def last_is_late(job: FetchJob) -> JobOutcome:
+        return TryLater("no_space") if job.object_id == "late" and job.attempt == 1 else Done()
+
+    for name in ("1", "2", "late"):
+        await queue.publish(make_job(name))
+    await asyncio.to_thread(own_rabbitmq.raise_memory_alarm)
+    try:
+        for _ in range(3):
+            started = time.monotonic()
+            with pytest.raises(JobQueueUnavailable):
+                await queue.publish(make_job("refused"))
+            assert time.monotonic() - started < _PUBLISH_SECONDS + 0.5
+        async with consuming(queue, last_is_late) as witness:
+            await witness.until(lambda: len(witness.ended) == 3)
+            await until_depth(queue)
+            await queue.ping()
+            await asyncio.to_thread(own_rabbitmq.clear_memory_alarm)
+            await witness.until(
+                lambda: [job.attempt for job in witness.begun if job.object_id == "late"] == [1, 2]
+            )
+    finally:
+        await asyncio.to_thread(own_rabbitmq.clear_memory_alarm)
+    # Of the refused only the first had reached the broker's socket; it is published late, which is safe.
+    assert sum(job.object_id == "refused" for job in witness.begun) <= 1
+
+
+async def test_jobs_survive_a_killed_broker_and_consumption_resumes_when_it_is_back(
+    queue: RabbitJobQueue, own_rabbitmq: RabbitServer
+) -> None:
+    """Also: down at the start, publishing fails at once; what begins while it is down works when it comes up."""
+    blocked = asyncio.Event()
+
+    async def first_waits(job: FetchJob) -> JobOutcome:
+        if job.object_id == "0":
+            await blocked.wait()
+        return Done()
+
+    for number in range(5):
+        await queue.publish(make_job(str(number)))
+    async with consuming(queue, first_waits, concurrency=1) as witness:
+        await witness.until(lambda: len(witness.begun) == 1)
+        await asyncio.to_thread(own_rabbitmq.kill)
+        latecomer = RabbitJobQueue(own_rabbitmq.url, "test-latecomer", RetryPlan(()), _PUBLISH_SECONDS)
+        await latecomer.open()
+        started = time.monotonic()
+        with pytest.raises(JobQueueUnavailable):
+            await latecomer.publish(make_job())
+        assert time.monotonic() - started < _PUBLISH_SECONDS + 0.5
+        with pytest.raises(JobQueueUnavailable):
+            await latecomer.ping()
+        async with consuming(latecomer) as late_witness:
+            await asyncio.to_thread(own_rabbitmq.start)
+            back = time.monotonic()
+            await _publish_until_taken(latecomer, make_job("late"), 5)
+            await late_witness.until(lambda: late_witness.ended == ["late"], seconds=5)
+            blocked.set()
+            await witness.until(lambda: len(witness.ended) == 5, seconds=5)
+            assert time.monotonic() - back < 5
+        await latecomer.close()
+    await until_depth(queue)
+    assert [job.object_id for job in witness.begun] == ["0", "1", "2", "3", "4"]
+
+
+async def test_stopping_while_the_broker_is_down_is_quick(own_rabbitmq: RabbitServer) -> None:
+    queue = RabbitJobQueue("amqp://guest:guest@127.0.0.1:1/", "test-nowhere", RetryPlan(()), _PUBLISH_SECONDS)
+    await queue.open()
+    started = time.monotonic()
+    async with consuming(queue):
+        with pytest.raises(JobQueueUnavailable):
+            await queue.publish(make_job())
+    await queue.close()
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.fire
+@pytest.mark.slow
+async def test_a_frozen_broker_is_noticed_by_the_missing_heartbeat(
+    queue: RabbitJobQueue, own_rabbitmq: RabbitServer
+) -> None:
+    async with consuming(queue) as witness:
+        await queue.publish(make_job("1"))
+        await witness.until(lambda: witness.ended == ["1"])
+        own_rabbitmq.freeze()
+        try:
+            for _ in range(3):
+                started = time.monotonic()
+                with pytest.raises(JobQueueUnavailable):
+                    await queue.publish(make_job("lost"))
+                assert time.monotonic() - started < _PUBLISH_SECONDS + 0.5
+            await asyncio.sleep(25)
+        finally:
+            own_rabbitmq.thaw()
+        await _publish_until_taken(queue, make_job("2"), 10)
+        await witness.until(lambda: "2" in witness.ended)
