@@ -1,0 +1,226 @@
+"""An API process on a real port, with storage nodes that do as they are told and fetches that a test drives by hand."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from services.api.context import ApiContext
+from services.api.service import make_context, serve_api
+from services.demo.generated import GeneratedContent
+from services.demo.objects import bytes_object
+from services.demo.storage_node import StorageNode
+from shared.adapters.queue_memory import MemoryJobQueue
+from shared.adapters.sources.client import SourceClient
+from shared.adapters.sources.health import HealthBook
+from shared.adapters.sources.limits import SourceLimits
+from shared.adapters.sources.relay import Relay
+from shared.adapters.state_memory import MemoryStateStore
+from shared.adapters.state_redis import RedisStateStore
+from shared.adapters.state_times import StateTimes
+from shared.adapters.volume import PartialFile, Volume
+from shared.domain.errors import CatalogUnavailable
+from shared.domain.jobs import RetryPlan
+from shared.domain.objects import ContentHash, Duty, MediaObject, ObjectId, StoredRecord
+from shared.ports.state_store import Granted, Lease, StateStore
+from shared.settings.model import Settings
+from tests.end_to_end.client import Answer, get
+
+KIB, MIB = 1024, 1024 * 1024
+LIMIT = 64 * MIB
+STORED_AT = 1_700_000_000
+
+
+def content(object_id: str, size: int) -> bytes:
+    return GeneratedContent(int(object_id), size).read(0, size)
+
+
+class ListedCatalog:
+    """The far end of the catalog port: what the test lists, as late as it says, or nothing at all."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, MediaObject] = {}
+        self.down = False
+        self.delay = 0.0
+        self.asked = 0
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+        self.asked += 1
+        await asyncio.sleep(self.delay)
+        if self.down:
+            raise CatalogUnavailable("down")
+        return self.objects.get(object_id)
+
+    async def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
+        yield list(self.objects.values())
+
+    async def bucket_ids(self) -> Sequence[str]:
+        return ()
+
+
+@dataclass
+class HandFetch:
+    """A fetch at a test's pace: the verbs of a worker, one by one."""
+
+    state: StateStore
+    lease: Lease
+    partial: PartialFile
+    data: bytes
+    written: int = 0
+
+    def write_to(self, end: int) -> None:
+        self.partial.write(self.written, self.data[self.written : end])
+        self.written = end
+
+    def verify(self) -> None:
+        self.partial.mark_verified()
+
+    async def complete(self) -> None:
+        self.write_to(len(self.data))
+        self.verify()
+        self.partial.publish(self.partial.record)
+        self.partial.close()
+        assert await self.state.commit(self.lease, time.time())
+
+
+@dataclass
+class AssetsWorld:
+    """`node` and `second` hold what `add` gave them; both are sources of it, in this order."""
+
+    context: ApiContext
+    catalog: ListedCatalog
+    node: StorageNode
+    second: StorageNode
+    queue: MemoryJobQueue
+    port: int = 0
+    data: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def volume(self) -> Volume:
+        return self.context.volume
+
+    def add(self, object_id: str, size: int, **changes: Any) -> bytes:
+        """An object that the catalog and both nodes know."""
+        data = self.data[object_id] = content(object_id, size)
+        for node in (self.node, self.second):
+            node.objects[object_id] = bytes_object(object_id, data, "video/mp4")
+        fields: dict[str, Any] = {
+            "size": size,
+            "content_hash": ContentHash("blake3", _digest(data)),
+            "media_type": "image/png",
+            "sources": (self.node.object_url(object_id), self.second.object_url(object_id)),
+        }
+        self.catalog.objects[object_id] = MediaObject(ObjectId(object_id), **(fields | changes))
+        return data
+
+    def record(self, object_id: str) -> StoredRecord:
+        known = self.catalog.objects[object_id]
+        return StoredRecord(
+            known.object_id, len(self.data[object_id]), known.etag, known.content_hash,
+            known.media_type or "image/png", STORED_AT,
+        )  # fmt: skip
+
+    def store(self, object_id: str) -> Path:
+        """Put a complete object on the volume; where it lies."""
+        partial = self.volume.receive(self.record(object_id))
+        partial.write(0, self.data[object_id])
+        partial.mark_verified()
+        partial.publish(self.record(object_id))
+        partial.close()
+        return next((self.volume.root / "objects").glob(f"*/{object_id}"))
+
+    async def begin(self, object_id: str, written: int = 0) -> HandFetch:
+        """A worker has taken the job and written so many bytes."""
+        record = self.record(object_id)
+        granted = await self.context.state.begin(record.object_id, record.size, "worker-1")
+        assert isinstance(granted, Granted)
+        fetch = HandFetch(
+            self.context.state, granted.lease, self.volume.receive(record), self.data[object_id]
+        )
+        fetch.write_to(written)
+        return fetch
+
+    async def get(
+        self, object_id: str, headers: Mapping[str, str] | None = None, *, method: str = "GET"
+    ) -> Answer:
+        url = f"http://127.0.0.1:{self.port}/api/v1/assets/{object_id}"
+        return await get(url, headers, method=method, timeout=20)
+
+    async def jobs(self) -> int:
+        return (await self.queue.depth()).ready
+
+    def open_files(self) -> int:
+        """Files of the volume (objects and partial files) that this process has open."""
+        root, found = str(self.volume.root), 0
+        for descriptor in os.listdir("/proc/self/fd"):
+            try:
+                path = os.readlink(f"/proc/self/fd/{descriptor}").removesuffix(" (deleted)")
+            except OSError:
+                continue
+            found += path.startswith(root) and not os.path.isdir(path)  # noqa: PTH112
+        return found
+
+
+@asynccontextmanager
+async def assets_world(
+    root: Path, *, state_down: bool = False, queue_down: bool = False, **public_api: Any
+) -> AsyncIterator[AssetsWorld]:
+    """A running API. `state_down`: its Redis is not there; `queue_down`: its queue takes no job."""
+    settings = Settings(
+        catalog={"manifest": root / "unused.yaml"},  # type: ignore[arg-type]
+        storage={"path": root / "volume", "limit": LIMIT},  # type: ignore[arg-type]
+        public_api={"host": "127.0.0.1", "port": 0, "first_byte_wait": 0.5} | public_api,  # type: ignore[arg-type]
+        fetch={"lease": 1.0, "lease_renewal": 0.3},  # type: ignore[arg-type]
+        shutdown_deadline=4.0,
+    )
+    times = StateTimes(operation_timeout=0.3)
+    state: StateStore = MemoryStateStore(LIMIT, times, time.time)
+    if state_down:
+        state = RedisStateStore(f"unix://{root}/no-redis.sock", "test:", LIMIT, times)
+    queue, catalog, volume = MemoryJobQueue(RetryPlan()), ListedCatalog(), Volume(settings.storage.path)
+    volume.prepare()
+    async with AsyncExitStack() as stack:
+        stack.callback(volume.close)
+        nodes = [await stack.enter_async_context(StorageNode([]).run()) for _ in range(2)]
+        limits = SourceLimits(connect_timeout=1, first_byte_timeout=1, stall_timeout=1, minimum_rate=1)
+        client = await stack.enter_async_context(SourceClient(limits))
+        await state.open()
+        stack.push_async_callback(state.close)
+        if not queue_down:
+            await queue.open()
+            stack.push_async_callback(queue.close)
+        if not state_down:
+            term = await state.lead("evictor", 600)
+            assert term is not None
+            await state.set_accounted(term)
+        context = make_context(settings, volume, state, queue, catalog, Relay(client, HealthBook()))
+        world = AssetsWorld(context, catalog, nodes[0], nodes[1], queue)
+        stop, listening = asyncio.Event(), asyncio.Event()
+
+        def on_listening(port: int) -> None:
+            world.port = port
+            listening.set()
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(serve_api(context, stop, on_listening=on_listening))
+            try:
+                await asyncio.wait_for(listening.wait(), 5)
+                yield world
+            finally:
+                stop.set()
+
+
+def _digest(data: bytes) -> bytes:
+    hasher = ContentHash("blake3", bytes(32)).hasher()
+    hasher.update(data)
+    return hasher.digest()

@@ -1,0 +1,220 @@
+"""Complete objects: answered from the volume alone, byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.client import read_answer
+from tests.integration.assets_world import KIB, MIB, STORED_AT, AssetsWorld, assets_world
+
+SMALL, LARGE = 10_000, 3 * MIB + 17
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[AssetsWorld]:
+    async with assets_world(tmp_path) as running:
+        for object_id, size in (("1", SMALL), ("2", LARGE)):
+            running.add(object_id, size)
+            running.store(object_id)
+        yield running
+
+
+@pytest.mark.parametrize("object_id", ["1", "2"])
+async def test_a_hit_is_the_object_with_the_contracts_headers(world: AssetsWorld, object_id: str) -> None:
+    answer = await world.get(object_id)
+    assert (answer.status, answer.body, answer.complete) == (200, world.data[object_id], True)
+    expected = {
+        "x-cache": "hit",
+        "x-data-source": "local",
+        "cache-control": "public, max-age=31536000, immutable",
+        "content-type": "image/png",
+        "content-length": str(len(world.data[object_id])),
+        "etag": world.catalog.objects[object_id].etag,
+        "last-modified": formatdate(STORED_AT, usegmt=True),
+        "accept-ranges": "bytes",
+        "content-disposition": "inline",
+        "access-control-allow-origin": "*",
+        "timing-allow-origin": "*",
+        "x-content-type-options": "nosniff",
+        "cache-status": "distributor; hit",
+    }
+    assert {name: answer.headers.get(name) for name in expected} == expected
+    assert "transfer-encoding" not in answer.headers
+
+
+async def test_a_hit_asks_nobody(tmp_path: Path) -> None:
+    async with assets_world(tmp_path, state_down=True, queue_down=True) as world:
+        data = world.add("1", LARGE)
+        world.store("1")
+        world.catalog.down = True
+        await world.node.drop_connections()
+        answer = await world.get("1")
+        assert (answer.status, answer.body) == (200, data)
+        assert world.catalog.asked == 0
+
+
+@pytest.mark.parametrize(
+    ("header", "first", "last"),
+    [
+        ("bytes=0-0", 0, 0),
+        ("bytes=5-104", 5, 104),
+        ("bytes=100-", 100, LARGE - 1),
+        ("bytes=-70000", LARGE - 70_000, LARGE - 1),
+        ("bytes=-99999999", 0, LARGE - 1),
+        (f"bytes=1000-{LARGE + 5}", 1000, LARGE - 1),
+    ],
+)
+async def test_ranges(world: AssetsWorld, header: str, first: int, last: int) -> None:
+    answer = await world.get("2", {"Range": header})
+    assert answer.status == 206
+    assert answer.headers["content-range"] == f"bytes {first}-{last}/{LARGE}"
+    assert answer.headers["content-length"] == str(last - first + 1)
+    assert answer.body == world.data["2"][first : last + 1]
+
+
+@pytest.mark.parametrize("header", ["bytes=100-50", "bytes=a-b", "lines=0-1", "bytes=0-1,5-6", "bytes="])
+async def test_ranges_that_are_ignored(world: AssetsWorld, header: str) -> None:
+    answer = await world.get("1", {"Range": header})
+    assert (answer.status, answer.body) == (200, world.data["1"])
+
+
+async def test_an_unsatisfiable_range(world: AssetsWorld) -> None:
+    answer = await world.get("1", {"Range": f"bytes={SMALL}-"})
+    assert answer.status == 416
+    assert answer.headers["content-range"] == f"bytes */{SMALL}"
+    assert answer.headers["cache-control"] == "no-store"
+    assert set(answer.json()) == {"type", "message"}
+
+
+async def test_conditions(world: AssetsWorld) -> None:
+    etag, date = world.catalog.objects["1"].etag, formatdate(STORED_AT, usegmt=True)
+    for headers, status in (
+        ({"If-None-Match": etag}, 304),
+        ({"If-None-Match": f'"other", W/{etag}'}, 304),
+        ({"If-None-Match": '"other"'}, 200),
+        ({"If-Modified-Since": date}, 304),
+        ({"If-Match": '"other"'}, 412),
+        ({"If-Match": "*"}, 200),
+        ({"If-Unmodified-Since": formatdate(STORED_AT - 9, usegmt=True)}, 412),
+        ({"Range": "bytes=0-1", "If-Range": etag}, 206),
+        ({"Range": "bytes=0-1", "If-Range": f"W/{etag}"}, 200),
+        ({"Range": "bytes=0-1", "If-Range": date}, 206),
+        ({"Range": "bytes=0-1", "If-Range": '"other"'}, 200),
+        ({"Range": "bytes=99999-", "If-None-Match": etag}, 304),
+    ):
+        answer = await world.get("1", headers)
+        assert (headers, answer.status) == (headers, status)
+        if status == 304:
+            assert "content-length" not in answer.headers
+            assert "content-type" not in answer.headers
+            assert answer.headers["etag"] == etag
+
+
+async def test_no_stray_bytes_on_a_connection_that_is_kept(world: AssetsWorld) -> None:
+    """HEAD, 304, 416, 412, ranges, small and large bodies, one after the other on one connection."""
+    etag = world.catalog.objects["1"].etag
+    steps = [
+        ("HEAD", "1", "", 200, b""),
+        ("GET", "1", "", 200, world.data["1"]),
+        ("GET", "1", f"If-None-Match: {etag}\r\n", 304, b""),
+        ("HEAD", "2", f"If-None-Match: {etag}\r\n", 200, b""),
+        ("GET", "2", "Range: bytes=1000000-2000000\r\n", 206, world.data["2"][1_000_000:2_000_001]),
+        ("HEAD", "2", "Range: bytes=1-2\r\n", 200, b""),
+        ("GET", "2", "", 200, world.data["2"]),
+        ("HEAD", "1", 'If-Match: "x"\r\n', 412, b""),
+        ("GET", "1", "Range: bytes=-1\r\n", 206, world.data["1"][-1:]),
+    ]
+    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    async with asyncio.timeout(10):
+        for method, object_id, extra, status, body in steps:
+            writer.write(f"{method} /api/v1/assets/{object_id} HTTP/1.1\r\nHost: a\r\n{extra}\r\n".encode())
+            answer = await read_answer(reader, time.monotonic(), head_only=method == "HEAD")
+            assert (method, extra, answer.status) == (method, extra, status)
+            assert answer.body == body
+            assert answer.complete
+        writer.write(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        assert (await read_answer(reader, time.monotonic())).status == 200
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_file_cut_short_is_not_a_hit(world: AssetsWorld) -> None:
+    path = world.store("2")
+    with path.open("r+b") as file:
+        file.truncate(LARGE - 1)
+    answer = await world.get("2")
+    assert (answer.status, answer.body) == (200, world.data["2"])
+    assert answer.headers["x-cache"] == "miss"
+    assert await world.jobs() == 1
+
+
+async def test_a_file_cut_short_while_it_is_sent_is_never_padded(tmp_path: Path) -> None:
+    async with assets_world(tmp_path) as world:
+        world.add("5", 40 * MIB)
+        path = world.store("5")
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=64 * KIB)
+        writer.write(b"GET /api/v1/assets/5 HTTP/1.1\r\nHost: a\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        with path.open("r+b") as file:
+            file.truncate(20 * MIB)
+        async with asyncio.timeout(10):
+            answer = b"".join([piece async for piece in _pieces(reader)])
+        assert len(answer) < 40 * MIB
+        assert world.data["5"].startswith(answer)
+        writer.close()
+
+
+async def test_head_leaves_no_trace(world: AssetsWorld) -> None:
+    answer = await world.get("1", method="HEAD")
+    assert (answer.status, answer.headers["content-length"]) == (200, str(SMALL))
+    assert "x-data-source" not in answer.headers
+    await world.context.accesses.hand_over()
+    assert (await world.context.state.read_accesses("", 10))[1] == []
+    await world.get("1")
+    await world.context.accesses.hand_over()
+    counted = (await world.context.state.read_accesses("", 10))[1]
+    assert [(access.object_id, access.views) for access in counted] == [("1", 1)]
+
+
+async def test_a_client_that_leaves_leaves_nothing_open(tmp_path: Path) -> None:
+    async with assets_world(tmp_path) as world:
+        world.add("5", 40 * MIB)
+        world.store("5")
+        before = world.open_files()
+        for _ in range(5):
+            reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=64 * KIB)
+            writer.write(b"GET /api/v1/assets/5 HTTP/1.1\r\nHost: a\r\n\r\n")
+            await reader.readuntil(b"\r\n\r\n")
+            assert world.open_files() > before
+            writer.transport.abort()
+        async with asyncio.timeout(5):
+            while world.open_files() > before:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_paused_client_is_waited_for_until_the_stall_limit(tmp_path: Path) -> None:
+    async with assets_world(tmp_path, send_stall_limit=2.0) as world:
+        data = world.add("5", 40 * MIB)
+        world.store("5")
+        patient = asyncio.open_connection("127.0.0.1", world.port, limit=64 * KIB)
+        reader, writer = await patient
+        writer.write(b"GET /api/v1/assets/5 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        await reader.readuntil(b"\r\n\r\n")
+        received = bytearray()
+        for _ in range(3):
+            await asyncio.sleep(1.2)
+            received += await reader.readexactly(4 * MIB)
+        received += await reader.read(-1)
+        assert received == data
+        writer.close()
+
+
+async def _pieces(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    while piece := await reader.read(MIB):
+        yield piece

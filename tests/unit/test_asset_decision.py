@@ -1,0 +1,141 @@
+"""What to answer, before anything is read or sent."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.api.assets.decision import (
+    HOLD_BACK,
+    Asked,
+    Description,
+    Refusal,
+    Span,
+    fits,
+    is_far,
+    live_fetch,
+    may_resume,
+    select,
+    sendable_end,
+)
+from services.api.assets.hold_back import VerifiedPassage
+from shared.domain.conditionals import Conditions
+from shared.domain.objects import ContentHash, ObjectId
+from shared.domain.ranges import Unsatisfiable
+from shared.ports.state_store import Failure, Fetch, FetchPhase, Standing
+
+SIZE = 1_000_000
+ETAG = '"abc"'
+NOTHING = Conditions()
+
+
+def described(size: int | None = SIZE, last_modified: int | None = None) -> Description:
+    return Description(ObjectId("1"), size, ETAG, None, "image/png", last_modified)
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (Asked(False, NOTHING), Span(0, SIZE - 1, SIZE)),
+        (Asked(True, NOTHING), Span(0, SIZE - 1, SIZE)),
+        (Asked(False, NOTHING, "bytes=5-9"), Span(5, 9, SIZE, partial=True)),
+        (Asked(True, NOTHING, "bytes=5-9"), Span(0, SIZE - 1, SIZE)),
+        (Asked(True, NOTHING, "bytes=1000000-"), Span(0, SIZE - 1, SIZE)),
+        (Asked(False, NOTHING, "bytes=9-5"), Span(0, SIZE - 1, SIZE)),
+        (Asked(False, NOTHING, "bytes=1000000-"), Unsatisfiable(SIZE)),
+        (Asked(False, NOTHING, "bytes=5-9", ETAG), Span(5, 9, SIZE, partial=True)),
+        (Asked(False, NOTHING, "bytes=5-9", '"other"'), Span(0, SIZE - 1, SIZE)),
+        (Asked(False, NOTHING, "bytes=1000000-", '"other"'), Span(0, SIZE - 1, SIZE)),
+        (Asked(False, Conditions(if_none_match=ETAG), "bytes=1000000-"), Refusal.NOT_MODIFIED),
+        (Asked(True, Conditions(if_none_match="*")), Refusal.NOT_MODIFIED),
+        (Asked(False, Conditions(if_match='"x"'), "bytes=1000000-"), Refusal.PRECONDITION_FAILED),
+        # Nobody knows when a fetch that has not ended ended: dates decide nothing.
+        (
+            Asked(False, Conditions(if_modified_since="Tue, 14 Nov 2023 22:13:20 GMT")),
+            Span(0, SIZE - 1, SIZE),
+        ),
+    ],
+)
+def test_select(asked: Asked, expected: Span | Unsatisfiable | Refusal) -> None:
+    assert select(asked, described()) == expected
+
+
+def test_a_range_of_an_object_of_unknown_size_is_ignored() -> None:
+    assert select(Asked(False, NOTHING, "bytes=5-9"), described(None)) == Span(0, None, None)
+
+
+def test_an_empty_object_is_whole_and_has_no_bytes() -> None:
+    span = select(Asked(False, NOTHING), described(0))
+    assert isinstance(span, Span)
+    assert (span.length, span.whole, span.reaches_end) == (0, True, True)
+
+
+@pytest.mark.parametrize(
+    ("span", "on_disk", "verified", "end"),
+    [
+        (Span(0, SIZE - 1, SIZE), 0, False, 0),
+        (Span(0, SIZE - 1, SIZE), 70_000, False, 70_000),
+        (Span(0, SIZE - 1, SIZE), SIZE, False, SIZE - HOLD_BACK),
+        (Span(0, SIZE - 1, SIZE), SIZE, True, SIZE),
+        (Span(500, SIZE - 1, SIZE, True), SIZE, False, SIZE - HOLD_BACK),
+        (Span(SIZE - 10, SIZE - 1, SIZE, True), SIZE, False, SIZE - HOLD_BACK),
+        (Span(500, 900, SIZE, True), SIZE, False, 901),
+        (Span(500, 900, SIZE, True), 600, False, 600),
+        (Span(SIZE - 10, SIZE - 2, SIZE, True), SIZE, False, SIZE - 1),
+        (Span(0, 99, 100), 100, False, 0),
+        (Span(0, 99, 100), 100, True, 100),
+    ],
+)
+def test_what_may_be_sent_of_a_growing_file(span: Span, on_disk: int, verified: bool, end: int) -> None:
+    assert sendable_end(span, on_disk, verified=verified) == end
+
+
+@pytest.mark.parametrize(
+    ("first", "on_disk", "far"), [(0, 0, False), (4096, 0, False), (4097, 0, True), (9000, 5000, False)]
+)
+def test_far_ranges(first: int, on_disk: int, far: bool) -> None:
+    assert is_far(first, on_disk, 4096) is far
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [(None, False), (0, True), (SIZE, True), (SIZE + 1, False), (-1, True)]
+)
+def test_what_is_fetched(size: int | None, expected: bool) -> None:
+    assert fits(size, SIZE) is expected
+
+
+@pytest.mark.parametrize(
+    ("phase", "live"),
+    [
+        (FetchPhase.CLAIMED, True),
+        (FetchPhase.QUEUED, True),
+        (FetchPhase.FETCHING, True),
+        (FetchPhase.PARKED, False),
+        (None, False),
+    ],
+)
+def test_live_fetches(phase: FetchPhase | None, live: bool) -> None:
+    fetch = Fetch(ObjectId("1"), phase, 1, "w", None, 1.0, 1.0) if phase else None
+    assert (live_fetch(Standing(fetch, None)) is not None) is live
+    assert may_resume(Standing(fetch, None)) is (phase is not None)
+    assert not may_resume(Standing(fetch, Failure("hopeless", 1.0)))
+
+
+@given(st.lists(st.binary(max_size=90)), st.integers(0, 100))
+def test_a_verified_passage_keeps_the_end_back(pieces: list[bytes], keep: int) -> None:
+    data = b"".join(pieces)
+    hasher = ContentHash("sha256", bytes(32)).hasher()
+    hasher.update(data)
+    passage = VerifiedPassage(ContentHash("sha256", hasher.digest()), keep)
+    passed = b"".join(bytes(part) for piece in pieces for part in passage.push(piece))
+    assert passed == data[: max(0, len(data) - keep)]
+    assert passage.verify()
+    assert passed + b"".join(bytes(part) for part in passage.rest()) == data
+
+
+def test_a_verified_passage_refuses_other_bytes() -> None:
+    passage = VerifiedPassage(ContentHash("blake3", bytes(32)))
+    passage.skip(b"sent before")
+    passage.push(b"wrong")
+    assert not passage.verify()
