@@ -33,11 +33,10 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionRules:
-    """`largest_size` in bytes; `space_wait` and `lease` in seconds."""
+    """`largest_size` in bytes; `space_wait` in seconds."""
 
     largest_size: int
     space_wait: float
-    lease: float
 
 
 class Admission:
@@ -62,7 +61,7 @@ class Admission:
         return await self._admit(media_object.object_id, size)
 
     async def _admit(self, object_id: ObjectId, size: int) -> Admitted | JobOutcome:
-        patience = Patience(self._rules.space_wait, self._rules.lease)
+        patience = Patience(self._rules.space_wait)
         wished = cleared = False
         async with AsyncExitStack() as stack:
             news: AsyncIterator[Announcement] | None = None

@@ -42,7 +42,7 @@ class Fetcher:
         self._consuming = False
         self._disk = DiskThreads(fetch.concurrency + _SPARE_THREADS)
         self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        rules = AdmissionRules(settings.storage.largest_cached_size, fetch.space_wait, fetch.lease)
+        rules = AdmissionRules(settings.storage.largest_cached_size, fetch.space_wait)
         times = LeaseTimes(fetch.lease, fetch.lease_renewal)
         self._worker = Worker(
             Admission(state, volume, self._disk, rules, self.name),
@@ -63,7 +63,9 @@ class Fetcher:
 
     async def problems(self) -> Sequence[str]:
         """What keeps it from working, in words; nothing: it is ready."""
-        found = [] if self._consuming else ["no jobs are taken"]
+        if not self._consuming:
+            return ["no jobs are taken"]
+        found = []
         try:
             await self._state.ping()
         except StateStoreUnavailable as error:

@@ -12,16 +12,12 @@ Refusal = AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotAccounted
 _RENEWED_BY = 0.5
 """Seconds by which a lease must end later than it was first seen to, for its holder to count as alive."""
 
-_AFTER_LEASE = 1.0
-
 
 @dataclass(slots=True)
 class Patience:
-    """Of one job. `space_wait` and `lease`: seconds, from the settings; times given to it are of any clock that does
-    not go backwards."""
+    """Of one job. `space_wait`: seconds, from the settings; times given to it are of any clock that never goes back."""
 
     space_wait: float
-    lease: float
     _begun: dict[type, float] = field(default_factory=dict)
     _lease_ends: float | None = None
 
@@ -44,7 +40,7 @@ class Patience:
 
     def _held(self, now: float, seconds_left: float, waited: float) -> JobOutcome | None:
         """A holder that gives signs of life has a job of its own. One that died leaves this very job, redelivered, as
-        the only one: it must not end before the dead worker's lease does."""
+        the only one: it must not end before the dead worker's lease does. Either shows within the time of one lease."""
         if seconds_left <= 0:
             return TryLater("being evicted") if waited >= self.space_wait else None
         ends = now + seconds_left
@@ -52,4 +48,4 @@ class Patience:
             self._lease_ends = ends
         elif ends > self._lease_ends + _RENEWED_BY:
             return Done("fetched elsewhere")
-        return TryLater("held elsewhere") if waited >= self.lease + _AFTER_LEASE else None
+        return None

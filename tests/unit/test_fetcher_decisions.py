@@ -1,0 +1,131 @@
+"""The fetcher's pure decisions: waiting, rounds of sources, lots, media types."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.fetcher.flushing import LARGEST_LOT, lot_size
+from services.fetcher.media_types import settle_media_type
+from services.fetcher.patience import Patience
+from services.fetcher.source_rounds import Rounds, rounds_after_wrong_bytes
+from services.fetcher.worker import outcome_label
+from shared.domain.jobs import Done, HandBack, Hopeless, JobOutcome, TryLater
+from shared.ports.state_store import AlreadyStored, HeldElsewhere, NeverFits, NoSpace, NotAccounted
+
+JPEG = b"\xff\xd8\xff\xe0" + bytes(100)
+MP4 = b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom" + bytes(100)
+WEBM = b"\x1a\x45\xdf\xa3\x9fB\x86\x81\x01B\xf7\x81\x01B\xf2\x81\x04B\xf3\x81\x08B\x82\x84webm" + bytes(100)
+OGG = b"OggS" + bytes(100)
+ZIP = b"PK\x03\x04" + bytes(100)
+MP3 = b"ID3\x03" + bytes(100)
+
+
+@pytest.mark.parametrize(
+    ("stated", "head", "settled"),
+    [
+        (None, JPEG, "image/jpeg"),
+        ("video/mp4", JPEG, "image/jpeg"),
+        (None, MP4, "video/mp4"),
+        ("audio/mp4", MP4, "audio/mp4"),
+        ("video/mp4; codecs=avc1", MP4, "video/mp4; codecs=avc1"),
+        (None, WEBM, "video/webm"),
+        ("audio/webm", WEBM, "audio/webm"),
+        ("video/ogg", OGG, "video/ogg"),
+        ("application/epub+zip", ZIP, "application/epub+zip"),
+        (None, ZIP, "application/octet-stream"),
+        ("audio/mpeg", MP3, "audio/mpeg"),
+        ("image/svg+xml", b'<svg xmlns="http://www.w3.org/2000/svg">' + b" " * 100, "image/svg+xml"),
+        ("text/vtt", b"WEBVTT\n\n00:00.000 --> 00:01.000\nGIF89a" + b"\n" * 100, "text/vtt"),
+        ("text/vtt", b"GIF89a says the first line\n" * 10, "text/vtt"),
+        ("text/vtt", b"\xef\xbb\xbfWEBVTT\n" + "Grüße\n".encode() * 20, "text/vtt"),
+        (None, b"<html><script>alert(1)</script>" * 5, "application/octet-stream"),
+        ("no type at all", b"plain" * 50, "application/octet-stream"),
+        (None, b"", "application/octet-stream"),
+        ("image/png", b"", "image/png"),
+    ],
+)
+def test_media_types(stated: str | None, head: bytes, settled: str) -> None:
+    assert settle_media_type(stated, head) == settled
+
+
+@given(st.none() | st.text(max_size=30), st.binary(max_size=300))
+def test_any_bytes_have_a_media_type(stated: str | None, head: bytes) -> None:
+    settled = settle_media_type(stated, head)
+    assert "/" in settled
+    assert settled.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("rounds", "givers", "resumed", "left"),
+    [
+        ((("a", "b"),), {"a"}, False, (("b",),)),
+        ((("a",),), {"a"}, False, ()),
+        ((("a", "b", "c"),), {"a", "b"}, False, (("c",), ("a",), ("b",))),
+        ((("a", "b"),), {"a", "b"}, False, (("a",), ("b",))),
+        ((("a",), ("b",)), {"a"}, False, (("b",),)),
+        ((("a", "b"),), {"a"}, True, (("a", "b"),)),
+        (((),), set(), False, ()),
+    ],
+)
+def test_rounds(rounds: Rounds, givers: set[str], resumed: bool, left: Rounds) -> None:
+    assert rounds_after_wrong_bytes(rounds, givers, resumed=resumed) == left
+
+
+@given(st.lists(st.sampled_from("abcdef"), unique=True, max_size=6), st.data())
+def test_rounds_come_to_an_end(sources: list[str], data: st.DataObject) -> None:
+    """However the wrong bytes are shared out."""
+    rounds: Rounds = (tuple(sources),)
+    turns = 0
+    while rounds:
+        turns += 1
+        assert turns <= 2 * len(sources) + 1
+        givers = data.draw(st.sets(st.sampled_from(rounds[0]), min_size=1)) if rounds[0] else set()
+        rounds = rounds_after_wrong_bytes(rounds, givers, resumed=False)
+
+
+@given(st.integers(0, 10**12))
+def test_lots_grow_and_are_bounded(received: int) -> None:
+    assert 1 <= lot_size(received) <= LARGEST_LOT
+    assert lot_size(received) <= lot_size(received + 1)
+
+
+def test_patience_with_what_never_changes() -> None:
+    patience = Patience(space_wait=10)
+    assert patience.decide(NeverFits(), 0) == Hopeless("larger than the storage limit")
+    assert isinstance(patience.decide(AlreadyStored(1), 0), TryLater)
+
+
+@pytest.mark.parametrize("refusal", [NoSpace(5), NotAccounted(), HeldElsewhere(0.0)])
+def test_patience_for_space(refusal: NoSpace | NotAccounted | HeldElsewhere) -> None:
+    patience = Patience(space_wait=10)
+    assert patience.decide(refusal, 100.0) is None
+    assert patience.decide(refusal, 109.9) is None
+    assert isinstance(patience.decide(refusal, 110.0), TryLater)
+
+
+def test_patience_with_a_living_holder_ends_at_its_next_sign_of_life() -> None:
+    patience = Patience(space_wait=10)
+    assert patience.decide(HeldElsewhere(12.0), 100.0) is None
+    assert patience.decide(HeldElsewhere(10.0), 102.0) is None
+    assert patience.decide(HeldElsewhere(14.9), 104.0) == Done("fetched elsewhere")
+
+
+def test_patience_with_a_dead_holder_lasts_as_long_as_its_lease() -> None:
+    patience = Patience(space_wait=10)
+    for second in range(15):
+        assert patience.decide(HeldElsewhere(15.0 - second), 100.0 + second) is None
+    assert patience.decide(HeldElsewhere(0.1), 115.1) is None
+
+
+def test_outcomes_have_few_labels() -> None:
+    outcomes: list[JobOutcome] = [
+        Done("already cached"),
+        TryLater("anything"),
+        Hopeless("anything"),
+        HandBack(),
+    ]
+    assert [outcome_label(outcome) for outcome in outcomes] == [
+        "already_cached", "try_later", "hopeless", "handed_back",
+    ]  # fmt: skip
