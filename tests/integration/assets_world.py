@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,18 +103,19 @@ class AssetsWorld:
     queue: MemoryJobQueue
     port: int = 0
     data: dict[str, bytes] = field(default_factory=dict)
+    writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
     @property
     def volume(self) -> Volume:
         return self.context.volume
 
-    def add(self, object_id: str, size: int, **changes: Any) -> bytes:
-        """An object that the catalog and both nodes know."""
-        data = self.data[object_id] = content(object_id, size)
+    def add(self, object_id: str, length: int, **changes: Any) -> bytes:
+        """An object that the catalog and both nodes know; `changes` are what the catalog says otherwise."""
+        data = self.data[object_id] = content(object_id, length)
         for node in (self.node, self.second):
             node.objects[object_id] = bytes_object(object_id, data, "video/mp4")
         fields: dict[str, Any] = {
-            "size": size,
+            "size": length,
             "content_hash": ContentHash("blake3", _digest(data)),
             "media_type": "image/png",
             "sources": (self.node.object_url(object_id), self.second.object_url(object_id)),
@@ -156,18 +156,36 @@ class AssetsWorld:
         url = f"http://127.0.0.1:{self.port}/api/v1/assets/{object_id}"
         return await get(url, headers, method=method, timeout=20)
 
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A raw connection; it ends with the world at the latest."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=64 * KIB)
+        self.writers.append(writer)
+        return reader, writer
+
+    async def until(self, condition: Callable[[AssetsWorld], bool | Awaitable[bool]]) -> None:
+        """Wait until a condition holds that nobody announces; fails after five seconds."""
+        async with asyncio.timeout(5):
+            while True:
+                found = condition(self)
+                if found if isinstance(found, bool) else await found:
+                    return
+                await asyncio.sleep(0.01)
+
+    async def has_job(self) -> bool:
+        return await self.jobs() > 0
+
     async def jobs(self) -> int:
         return (await self.queue.depth()).ready
 
     def open_files(self) -> int:
         """Files of the volume (objects and partial files) that this process has open."""
         root, found = str(self.volume.root), 0
-        for descriptor in os.listdir("/proc/self/fd"):
+        for descriptor in Path("/proc/self/fd").iterdir():
             try:
-                path = os.readlink(f"/proc/self/fd/{descriptor}").removesuffix(" (deleted)")
+                path = descriptor.readlink()
             except OSError:
                 continue
-            found += path.startswith(root) and not os.path.isdir(path)  # noqa: PTH112
+            found += str(path).startswith(root) and not path.is_dir()
         return found
 
 
@@ -177,10 +195,10 @@ async def assets_world(
 ) -> AsyncIterator[AssetsWorld]:
     """A running API. `state_down`: its Redis is not there; `queue_down`: its queue takes no job."""
     settings = Settings(
-        catalog={"manifest": root / "unused.yaml"},  # type: ignore[arg-type]
-        storage={"path": root / "volume", "limit": LIMIT},  # type: ignore[arg-type]
-        public_api={"host": "127.0.0.1", "port": 0, "first_byte_wait": 0.5} | public_api,  # type: ignore[arg-type]
-        fetch={"lease": 1.0, "lease_renewal": 0.3},  # type: ignore[arg-type]
+        catalog={"manifest": root / "unused.yaml"},
+        storage={"path": root / "volume", "limit": LIMIT},
+        public_api={"host": "127.0.0.1", "port": 0, "first_byte_wait": 0.5} | public_api,
+        fetch={"lease": 1.0, "lease_renewal": 0.3},
         shutdown_deadline=4.0,
     )
     times = StateTimes(operation_timeout=0.3)
@@ -217,6 +235,8 @@ async def assets_world(
                 await asyncio.wait_for(listening.wait(), 5)
                 yield world
             finally:
+                for writer in world.writers:
+                    writer.transport.abort()
                 stop.set()
 
 

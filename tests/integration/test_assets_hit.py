@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.client import read_answer
-from tests.integration.assets_world import KIB, MIB, STORED_AT, AssetsWorld, assets_world
+from tests.integration.assets_world import MIB, STORED_AT, AssetsWorld, assets_world
 
 SMALL, LARGE = 10_000, 3 * MIB + 17
 
@@ -130,7 +130,7 @@ async def test_no_stray_bytes_on_a_connection_that_is_kept(world: AssetsWorld) -
         ("HEAD", "1", 'If-Match: "x"\r\n', 412, b""),
         ("GET", "1", "Range: bytes=-1\r\n", 206, world.data["1"][-1:]),
     ]
-    reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+    reader, writer = await world.connect()
     async with asyncio.timeout(10):
         for method, object_id, extra, status, body in steps:
             writer.write(f"{method} /api/v1/assets/{object_id} HTTP/1.1\r\nHost: a\r\n{extra}\r\n".encode())
@@ -141,7 +141,6 @@ async def test_no_stray_bytes_on_a_connection_that_is_kept(world: AssetsWorld) -
         writer.write(b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         assert (await read_answer(reader, time.monotonic())).status == 200
         assert await reader.read() == b""
-    writer.close()
 
 
 async def test_a_file_cut_short_is_not_a_hit(world: AssetsWorld) -> None:
@@ -158,7 +157,7 @@ async def test_a_file_cut_short_while_it_is_sent_is_never_padded(tmp_path: Path)
     async with assets_world(tmp_path) as world:
         world.add("5", 40 * MIB)
         path = world.store("5")
-        reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=64 * KIB)
+        reader, writer = await world.connect()
         writer.write(b"GET /api/v1/assets/5 HTTP/1.1\r\nHost: a\r\n\r\n")
         await reader.readuntil(b"\r\n\r\n")
         with path.open("r+b") as file:
@@ -167,7 +166,6 @@ async def test_a_file_cut_short_while_it_is_sent_is_never_padded(tmp_path: Path)
             answer = b"".join([piece async for piece in _pieces(reader)])
         assert len(answer) < 40 * MIB
         assert world.data["5"].startswith(answer)
-        writer.close()
 
 
 async def test_head_leaves_no_trace(world: AssetsWorld) -> None:
@@ -188,22 +186,19 @@ async def test_a_client_that_leaves_leaves_nothing_open(tmp_path: Path) -> None:
         world.store("5")
         before = world.open_files()
         for _ in range(5):
-            reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=64 * KIB)
+            reader, writer = await world.connect()
             writer.write(b"GET /api/v1/assets/5 HTTP/1.1\r\nHost: a\r\n\r\n")
             await reader.readuntil(b"\r\n\r\n")
             assert world.open_files() > before
             writer.transport.abort()
-        async with asyncio.timeout(5):
-            while world.open_files() > before:
-                await asyncio.sleep(0.01)
+        await world.until(lambda seen: seen.open_files() <= before)
 
 
 async def test_a_paused_client_is_waited_for_until_the_stall_limit(tmp_path: Path) -> None:
     async with assets_world(tmp_path, send_stall_limit=2.0) as world:
         data = world.add("5", 40 * MIB)
         world.store("5")
-        patient = asyncio.open_connection("127.0.0.1", world.port, limit=64 * KIB)
-        reader, writer = await patient
+        reader, writer = await world.connect()
         writer.write(b"GET /api/v1/assets/5 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         await reader.readuntil(b"\r\n\r\n")
         received = bytearray()
@@ -212,7 +207,6 @@ async def test_a_paused_client_is_waited_for_until_the_stall_limit(tmp_path: Pat
             received += await reader.readexactly(4 * MIB)
         received += await reader.read(-1)
         assert received == data
-        writer.close()
 
 
 async def _pieces(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:

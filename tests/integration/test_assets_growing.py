@@ -1,0 +1,259 @@
+"""Objects that are being fetched: followed from the growing file, and never completed before they are verified."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from services.api.assets.decision import HOLD_BACK
+from services.demo.knobs import Behaviour
+from tests.end_to_end.client import Answer, read_answer
+from tests.integration.assets_world import KIB, MIB, AssetsWorld, assets_world
+
+SIZE = 2 * MIB + 33
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[AssetsWorld]:
+    async with assets_world(tmp_path, first_byte_wait=3.0, far_range_distance=256 * KIB) as running:
+        running.add("1", SIZE)
+        yield running
+
+
+class Client:
+    """One GET whose body is read as the test likes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader, self.writer = reader, writer
+        self.head = b""
+
+    async def read_head(self) -> bytes:
+        self.head = await self.reader.readuntil(b"\r\n\r\n")
+        return self.head
+
+    async def take(self, length: int) -> bytes:
+        async with asyncio.timeout(5):
+            return await self.reader.readexactly(length)
+
+    async def rest(self) -> bytes:
+        """Everything until the connection ends."""
+        async with asyncio.timeout(10):
+            return await self.reader.read(-1)
+
+    async def silent(self, seconds: float = 0.2) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                return not await self.reader.read(1)
+        except TimeoutError:
+            return True
+
+
+async def ask(world: AssetsWorld, object_id: str, extra: str = "") -> Client:
+    client = Client(*await world.connect())
+    head = f"GET /api/v1/assets/{object_id} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n{extra}\r\n"
+    client.writer.write(head.encode())
+    return client
+
+
+async def test_a_pending_object_is_followed_to_its_end(world: AssetsWorld) -> None:
+    fetch = await world.begin("1", written=100_000)
+    client = await ask(world, "1")
+    head = (await client.read_head()).decode().lower()
+    for line in (
+        "x-cache: pending",
+        "x-data-source: local",
+        "cache-control: max-age=180, must-revalidate",
+        f"content-length: {SIZE}",
+        "content-type: image/png",
+        f"etag: {world.catalog.objects['1'].etag.lower()}",
+        "cache-status: distributor; fwd=uri-miss; stored; collapsed",
+    ):
+        assert line in head
+    assert "last-modified" not in head
+    body = await client.take(100_000)
+    for end in (200_000, 900_000, SIZE):
+        fetch.write_to(end)
+        body += await client.take(min(end, SIZE - HOLD_BACK) - len(body))
+    await fetch.complete()
+    body += await client.rest()
+    assert body == world.data["1"]
+    assert world.catalog.asked == 0
+    assert (await world.get("1")).headers["x-cache"] == "hit"
+
+
+async def test_the_end_is_held_back_until_the_object_is_verified(world: AssetsWorld) -> None:
+    fetch = await world.begin("1", written=SIZE)
+    client = await ask(world, "1")
+    await client.read_head()
+    body = await client.take(SIZE - HOLD_BACK)
+    assert await client.silent()
+    fetch.verify()
+    assert body + await client.rest() == world.data["1"]
+    await fetch.complete()
+
+
+async def test_a_small_object_says_nothing_before_it_is_verified(world: AssetsWorld) -> None:
+    data = world.add("2", 1000)
+    fetch = await world.begin("2", written=1000)
+    client = await ask(world, "2")
+    assert await client.silent()
+    await fetch.complete()
+    answer = await read_answer(client.reader, time.monotonic())
+    assert (answer.status, answer.body, answer.headers["x-data-source"]) == (200, data, "local")
+
+
+async def test_a_discarded_file_cuts_the_answer(world: AssetsWorld) -> None:
+    fetch = await world.begin("1", written=SIZE)
+    client = await ask(world, "1")
+    await client.read_head()
+    body = await client.take(1000)
+    fetch.partial.start_over()
+    body += await client.rest()
+    assert len(body) <= SIZE - HOLD_BACK
+    fetch.partial.discard()
+
+
+async def test_a_file_that_starts_over_before_anything_was_sent_goes_unnoticed(world: AssetsWorld) -> None:
+    data = world.add("2", 50_000)
+    fetch = await world.begin("2", written=50_000)
+    client = await ask(world, "2")
+    assert await client.silent()
+    fetch.partial.start_over()
+    fetch.written = 0
+    await asyncio.sleep(0.05)
+    await fetch.complete()
+    answer = await read_answer(client.reader, time.monotonic())
+    assert (answer.body, answer.headers["x-cache"]) == (data, "pending")
+
+
+async def test_an_inner_range_is_followed_and_exact(world: AssetsWorld) -> None:
+    fetch = await world.begin("1", written=100_000)
+    client = await ask(world, "1", "Range: bytes=90000-150000\r\n")
+    await client.read_head()
+    assert f"Content-Range: bytes 90000-150000/{SIZE}".lower() in client.head.decode().lower()
+    body = await client.take(10_000)
+    fetch.write_to(400_000)
+    body += await client.rest()
+    assert body == world.data["1"][90_000:150_001]
+    await fetch.complete()
+
+
+async def test_a_near_range_waits_and_a_far_one_is_proxied_at_once(world: AssetsWorld) -> None:
+    fetch = await world.begin("1", written=100_000)
+    near = asyncio.create_task(world.get("1", {"Range": "bytes=200000-200099"}))
+    far = await world.get("1", {"Range": "bytes=-5000"})
+    assert (far.status, far.headers["x-data-source"], far.headers["x-cache"]) == (206, "external", "pending")
+    assert far.body == world.data["1"][-5000:]
+    assert far.headers["content-range"] == f"bytes {SIZE - 5000}-{SIZE - 1}/{SIZE}"
+    assert not near.done()
+    fetch.write_to(300_000)
+    answer = await near
+    assert (answer.status, answer.headers["x-data-source"]) == (206, "local")
+    assert answer.body == world.data["1"][200_000:200_100]
+    await fetch.complete()
+
+
+async def test_a_dead_fetch_is_finished_from_a_source_in_the_same_answer(world: AssetsWorld) -> None:
+    fetch = await world.begin("1", written=700_000)
+    client = await ask(world, "1")
+    await client.read_head()
+    body = await client.take(700_000)
+    fetch.partial.close()
+    await world.context.state.record_failure(fetch.lease.object_id, "given up", 60)
+    body += await client.rest()
+    assert body == world.data["1"]
+    assert [record.range for record in world.node.requests] == [f"bytes=700000-{SIZE - 1}"]
+
+
+async def test_a_dead_fetch_with_wrong_bytes_on_disk_never_completes(world: AssetsWorld) -> None:
+    fetch = await world.begin("1", written=0)
+    fetch.data = b"?" + world.data["1"][1:]
+    fetch.write_to(700_000)
+    client = await ask(world, "1")
+    await client.read_head()
+    body = await client.take(700_000)
+    fetch.partial.close()
+    await world.context.state.record_failure(fetch.lease.object_id, "given up", 60)
+    body += await client.rest()
+    assert len(body) < SIZE
+
+
+async def test_another_worker_resumes_and_followers_notice_nothing(world: AssetsWorld) -> None:
+    fetch = await world.begin("1", written=700_000)
+    client = await ask(world, "1")
+    await client.read_head()
+    body = await client.take(700_000)
+    fetch.partial.close()
+    await world.context.state.park(fetch.lease)
+    await asyncio.sleep(0.3)
+    resumed = await world.begin("1", written=0)
+    resumed.written = 700_000
+    await resumed.complete()
+    assert body + await client.rest() == world.data["1"]
+    assert len(world.node.requests) == 0
+
+
+async def test_a_miss_publishes_one_job_and_follows(world: AssetsWorld) -> None:
+    world.catalog.delay = 0.2
+    clients = [asyncio.create_task(world.get("1")) for _ in range(50)]
+    await world.until(AssetsWorld.has_job)
+    fetch = await world.begin("1", written=SIZE // 2)
+    await fetch.complete()
+    answers: list[Answer] = await asyncio.gather(*clients)
+    assert await world.jobs() == 1
+    assert {answer.body for answer in answers} == {world.data["1"]}
+    assert sorted(answer.headers["x-cache"] for answer in answers).count("miss") == 1
+    assert {answer.headers["x-data-source"] for answer in answers} == {"local"}
+
+
+async def test_a_client_that_leaves_ends_no_fetch_and_leaves_no_file_open(world: AssetsWorld) -> None:
+    client = await ask(world, "1")
+    await world.until(AssetsWorld.has_job)
+    client.writer.transport.abort()
+    fetch = await world.begin("1", written=500_000)
+    before = world.open_files()
+    second = await ask(world, "1")
+    await second.read_head()
+    assert world.open_files() == before + 1
+    second.writer.transport.abort()
+    await world.until(lambda seen: seen.open_files() <= before)
+    await fetch.complete()
+    assert (await world.get("1")).body == world.data["1"]
+
+
+async def test_head_of_a_pending_object(world: AssetsWorld) -> None:
+    fetch = await world.begin("1", written=10)
+    answer = await world.get("1", method="HEAD")
+    assert (answer.status, answer.headers["x-cache"], answer.headers["content-length"]) == (
+        200,
+        "pending",
+        str(SIZE),
+    )
+    await fetch.complete()
+
+
+async def test_without_following_a_pending_object_is_proxied(tmp_path: Path) -> None:
+    async with assets_world(tmp_path, follow_growing_files=False) as world:
+        data = world.add("1", SIZE)
+        fetch = await world.begin("1", written=SIZE)
+        answer = await world.get("1")
+        assert (answer.body, answer.headers["x-cache"], answer.headers["x-data-source"]) == (
+            data,
+            "pending",
+            "external",
+        )
+        await fetch.complete()
+
+
+async def test_the_source_of_the_fetch_is_asked_first(world: AssetsWorld) -> None:
+    fetch = await world.begin("1", written=10)
+    await world.context.state.renew(fetch.lease, world.second.object_url("1"))
+    world.node.knobs.add(Behaviour(status=500))
+    answer = await world.get("1", {"Range": "bytes=-10"})
+    assert answer.body == world.data["1"][-10:]
+    assert (len(world.node.requests), len(world.second.requests)) == (0, 1)
+    await fetch.complete()
