@@ -29,6 +29,7 @@ class Exchange:
     started: float = field(default_factory=time.perf_counter)
     sent: int | None = None
     cut: str | None = None
+    recorded: bool = False
 
 
 def exchange_of(request: Request) -> Exchange:

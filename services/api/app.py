@@ -1,0 +1,117 @@
+"""The routes of the public API."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any, Protocol
+
+from sanic import HTTPResponse, Request
+
+from services.api.application import ApiApplication, make_application
+from services.api.context import ApiContext
+from services.api.exchange import exchange_of
+from services.api.headers import CROSS_ORIGIN, PREFLIGHT
+from services.api.probes import Probes
+from services.api.request import parse_object_id
+from services.api.status import NodeDescription, UsageMeter
+
+_READ = ("GET", "HEAD")
+_NO_STORE = {"Cache-Control": "no-store"}
+
+
+class AssetResponder(Protocol):
+    """Answers GET and HEAD of one object; None when it has sent the answer itself."""
+
+    async def handle(self, request: Request[Any, Any], object_id: str) -> HTTPResponse | None: ...
+
+
+def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
+    """The whole public API. Nothing is opened here; give it to a PublicServer."""
+    application = make_application(context.settings.public_api)
+    usage = UsageMeter(context)
+    _add_assets(application, assets)
+    _add_description(application, NodeDescription(context, usage))
+    _add_probes(application, Probes(context, usage))
+    application.ctx.usage = usage
+    return application
+
+
+def _add_assets(application: ApiApplication, assets: AssetResponder) -> None:
+    path = "/api/v1/assets/<object_id>"
+
+    async def read(request: Request[Any, Any], object_id: str) -> HTTPResponse | None:
+        exchange = exchange_of(request)
+        exchange.path = path
+        wanted = parse_object_id(object_id)
+        exchange.object_id = wanted
+        return await assets.handle(request, wanted)
+
+    async def preflight(request: Request[Any, Any], object_id: str) -> HTTPResponse:
+        # The same for every id: a preflight asks what may be asked, not what is there.
+        exchange_of(request).path = path
+        return HTTPResponse(status=204, headers=dict(PREFLIGHT))
+
+    application.add_route(read, path, methods=_READ, name="asset", ignore_body=False)
+    application.add_route(preflight, path, methods=("OPTIONS",), name="asset_preflight")
+
+
+def _add_description(application: ApiApplication, description: NodeDescription) -> None:
+    document = files("services.api").joinpath("openapi.json").read_bytes()
+
+    async def status(_request: Request[Any, Any]) -> HTTPResponse:
+        return _json(await description.status())
+
+    async def buckets(_request: Request[Any, Any]) -> HTTPResponse:
+        return _json(await description.buckets())
+
+    async def openapi(_request: Request[Any, Any]) -> HTTPResponse:
+        headers = {**CROSS_ORIGIN, "Cache-Control": "max-age=3600"}
+        return HTTPResponse(document, 200, headers, "application/json")
+
+    _add(application, "/api/v1/status", status)
+    _add(application, "/api/v1/buckets", buckets)
+    _add(application, "/api/v1/openapi.json", openapi)
+
+
+def _add_probes(application: ApiApplication, probes: Probes) -> None:
+    async def healthz(_request: Request[Any, Any]) -> HTTPResponse:
+        return _json({"status": "ok"})
+
+    async def readyz(_request: Request[Any, Any]) -> HTTPResponse:
+        found = await probes.readiness()
+        body = {
+            "status": "not ready" if found.problems else "ready",
+            "problems": found.problems,
+            "degraded": found.degraded,
+        }
+        return _json(body, 503 if found.problems else 200)
+
+    async def metrics(_request: Request[Any, Any]) -> HTTPResponse:
+        body, media_type = await probes.metrics()
+        return HTTPResponse(body, 200, dict(_NO_STORE), media_type)
+
+    _add(application, "/healthz", healthz)
+    _add(application, "/readyz", readyz)
+    _add(application, "/metrics", metrics)
+
+
+def _add(application: ApiApplication, path: str, handler: Any) -> None:
+    name = path.rpartition("/")[2].partition(".")[0]
+
+    async def read(request: Request[Any, Any]) -> HTTPResponse:
+        exchange_of(request).path = path
+        answer: HTTPResponse = await handler(request)
+        return answer
+
+    async def options(request: Request[Any, Any]) -> HTTPResponse:
+        exchange_of(request).path = path
+        return HTTPResponse(status=204, headers=dict(PREFLIGHT))
+
+    application.add_route(read, path, methods=_READ, name=name)
+    application.add_route(options, path, methods=("OPTIONS",), name=f"{name}_options")
+
+
+def _json(body: Mapping[str, Any], status: int = 200) -> HTTPResponse:
+    return HTTPResponse(json.dumps(body), status, {**CROSS_ORIGIN, **_NO_STORE}, "application/json")

@@ -1,0 +1,128 @@
+"""The Sanic application: raw-path routing, one record for each request, no noise."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import count
+from typing import Any
+
+import structlog
+from sanic import Request, Sanic
+from sanic.config import Config
+from sanic.exceptions import MethodNotAllowed, NotFound
+from sanic.http import Http, Stage
+from sanic.models.handler_types import RouteHandler
+from sanic.router import Router
+from sanic_routing.route import Route
+
+from services.api.error_rendering import JsonErrorHandler
+from services.api.errors import CutAnswer
+from services.api.exchange import exchange_of
+from services.api.protocol import ApiHttp
+from services.api.request import ASSETS, ApiRequest, malformation_of
+from shared.observability.metrics import CUT_ANSWERS, REQUESTS_IN_PROGRESS
+from shared.settings.model import PublicApi
+
+MAX_HEAD_BYTES = 16_384
+MAX_BODY_BYTES = 64 * 1024
+"""Of a request. No request of this API means anything by its body; small ones are read and ignored."""
+_ASSET_ROUTE = "/api/v1/assets/<object_id:str>"
+
+_numbers = count(1)
+logger = structlog.get_logger()
+
+
+class RawPathRouter(Router):
+    """Finds routes by the raw path, exactly. Everything below the assets goes to their handler."""
+
+    def get(  # type: ignore[override]
+        self, path: str, method: str, host: str | None
+    ) -> tuple[Route, RouteHandler, dict[str, Any]]:
+        """Route, handler and its arguments; NotFound or MethodNotAllowed."""
+        asset = path.startswith(ASSETS)
+        group = self._by_path().get(_ASSET_ROUTE if asset else path)
+        if group is None:
+            raise NotFound("")
+        route = group.get(method)
+        if route is None:
+            raise MethodNotAllowed("", method, tuple(group))
+        return route, route.handler, {"object_id": path[len(ASSETS) :]} if asset else {}
+
+    def _by_path(self) -> dict[str, dict[str, Route]]:
+        known: dict[str, dict[str, Route]] | None = getattr(self.ctx, "by_path", None)
+        if known is None or not self.finalized:
+            known = {}
+            for route in self.routes:
+                known.setdefault(f"/{route.path}", {}).update(dict.fromkeys(route.methods, route))
+            self.ctx.by_path = known
+        return known
+
+
+class ApiApplication(Sanic):  # type: ignore[type-arg]
+    """Sanic, with each request counted, logged and ended in one place."""
+
+    async def handle_request(self, request: Request[Any, Any]) -> None:
+        exchange = exchange_of(request)
+        structlog.contextvars.bind_contextvars(request_id=exchange.request_id)
+        REQUESTS_IN_PROGRESS.inc()
+        try:
+            malformed = malformation_of(request)
+            if malformed is not None:
+                await self.handle_exception(request, malformed)
+            else:
+                await super().handle_request(request)
+        except asyncio.CancelledError:
+            if exchange.cut is None and request.conn_info is not None and request.conn_info.lost:
+                exchange.cut = "client_left"
+                CUT_ANSWERS.labels(reason="client_left").inc()
+            raise
+        finally:
+            REQUESTS_IN_PROGRESS.dec()
+            # With no response yet it was cancelled: the connection's own error answer is recorded then.
+            if isinstance(request.stream, ApiHttp) and request.stream.response is not None:
+                request.stream.record()
+
+    async def handle_exception(
+        self, request: Request[Any, Any], exception: BaseException, run_middleware: bool = True
+    ) -> None:
+        """Answer an exception; cut the connection if the answer has begun already."""
+        http = request.stream
+        if isinstance(http, ApiHttp) and http.stage is not Stage.HANDLER:
+            reason = exception.reason if isinstance(exception, CutAnswer) else "unexpected_error"
+            if not isinstance(exception, CutAnswer) and http.stage is not Stage.FAILED:
+                logger.error("answer_failed", exc_info=exception)
+            http.cut(reason)
+            return
+        await super().handle_exception(request, exception, run_middleware=False)
+
+
+def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApplication:
+    """An application without routes. Close it with `forget_application`; several can live in one process."""
+    config = Config(env_prefix=None)  # our settings are the only ones: no SANIC_… from the environment
+    config.update(
+        ACCESS_LOG=False,
+        AUTO_EXTEND=False,
+        GRACEFUL_TCP_CLOSE_TIMEOUT=public_api.send_stall_limit,
+        KEEP_ALIVE_TIMEOUT=public_api.keep_alive_timeout,
+        LOG_EXTRA=False,
+        MOTD=False,
+        REQUEST_MAX_HEADER_SIZE=MAX_HEAD_BYTES,
+        REQUEST_MAX_SIZE=MAX_BODY_BYTES,
+        REQUEST_TIMEOUT=public_api.request_timeout,
+        RESPONSE_TIMEOUT=public_api.send_stall_limit,
+        # Rewrites Sanic's own classes, once in a process: it cannot read its own output a second time.
+        TOUCHUP=not getattr(Http, "__touched__", False),
+    )
+    return ApiApplication(
+        f"{name}-{next(_numbers)}",
+        config=config,
+        router=RawPathRouter(),
+        error_handler=JsonErrorHandler(),
+        request_class=ApiRequest,
+        configure_logging=False,
+    )
+
+
+def forget_application(application: ApiApplication) -> None:
+    """Take the application out of Sanic's registry, which would keep it for ever."""
+    Sanic.unregister_app(application)

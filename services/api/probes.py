@@ -1,0 +1,82 @@
+"""For those who run the node: /healthz, /readyz, /metrics.
+
+Ready means: the volume is there. A node without its state store, job queue or catalog still serves hits, and most
+misses by proxy; to take it out of service would lose what it can do. What is missing is said in `degraded`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+
+from services.api.context import ApiContext
+from services.api.status import UsageMeter
+from shared.domain.errors import DistributorError, VolumeError
+from shared.observability.metrics import (
+    STORAGE_LIMIT,
+    STORAGE_OBJECTS,
+    STORAGE_RESERVED,
+    STORAGE_USED,
+    render_metrics,
+)
+
+_PROBE_TIMEOUT = 2.0
+
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """`problems`: what keeps the node from working at all; `degraded`: what it works without, in words."""
+
+    problems: tuple[str, ...]
+    degraded: tuple[str, ...]
+
+
+class Probes:
+    """Looks at everything the node stands on, within two seconds."""
+
+    def __init__(self, context: ApiContext, usage: UsageMeter) -> None:
+        self._context = context
+        self._usage = usage
+
+    async def readiness(self) -> Readiness:
+        """What is missing."""
+        context = self._context
+        volume, *others = await asyncio.gather(
+            self._missing("volume", self._check_volume),
+            self._missing("state store", context.state.ping),
+            self._missing("job queue", context.queue.ping),
+            self._missing("catalog", context.catalog.bucket_ids),
+        )
+        return Readiness(
+            problems=(volume,) if volume else (), degraded=tuple(missing for missing in others if missing)
+        )
+
+    async def _check_volume(self) -> None:
+        await asyncio.to_thread(self._context.volume.check)
+
+    async def _missing(self, name: str, probe: Callable[[], Awaitable[object]]) -> str | None:
+        try:
+            async with asyncio.timeout(_PROBE_TIMEOUT):
+                await probe()
+        except TimeoutError:
+            return f"{name}: no answer"
+        except VolumeError as error:
+            return str(error)
+        except DistributorError as error:
+            logger.info("port_degraded", port=name, reason=str(error))
+            return f"{name}: out of reach"
+        return None
+
+    async def metrics(self) -> tuple[bytes, str]:
+        """The metrics of this process (of all workers in multiprocess mode), and their media type."""
+        usage = await self._usage.read()
+        STORAGE_USED.set(usage.used)
+        STORAGE_RESERVED.set(usage.reserved)
+        STORAGE_LIMIT.set(usage.limit)
+        STORAGE_OBJECTS.set(usage.objects)
+        return await asyncio.to_thread(render_metrics)

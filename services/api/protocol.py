@@ -1,0 +1,174 @@
+"""Sanic's HTTP/1.1 protocol with our own ideas of time, ends and records."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import struct
+import termios
+from time import monotonic
+from typing import Any
+
+from sanic import Request
+from sanic.exceptions import RequestTimeout, ServiceUnavailable
+from sanic.http import Http, Stage
+from sanic.response import BaseHTTPResponse
+from sanic.server import HttpProtocol
+
+from services.api.exchange import exchange_of, record_exchange
+from shared.observability.metrics import CUT_ANSWERS
+
+ANSWER_LIMIT = 60.0
+"""Seconds until an answer has begun, at most: a backstop, handlers have shorter limits of their own."""
+CLIENT_LEFT = 499
+"""Status in log and metrics of a request whose client left before the answer began."""
+_LONGEST_TICK = 5.0
+
+
+class ApiHttp(Http):
+    """One connection's requests and answers: adds the request id, and keeps the record of each exchange."""
+
+    def respond(self, response: BaseHTTPResponse) -> BaseHTTPResponse:
+        response = super().respond(response)
+        request: Request[Any, Any] | None = self.request
+        if request is not None:
+            response.headers["X-Request-ID"] = exchange_of(request).request_id
+        return response
+
+    async def error_response(self, exception: BaseException) -> None:
+        """Answer an exception, unless nobody is there to read the answer."""
+        transport = self.protocol.transport
+        if transport is None or transport.is_closing():
+            self.keep_alive = False
+            self.stage = Stage.FAILED
+            if self.request is not None:
+                exchange_of(self.request).cut = exchange_of(self.request).cut or "client_left"
+        else:
+            await super().error_response(exception)  # type: ignore[arg-type]
+        self.record()
+
+    def cut(self, reason: str) -> None:
+        """End the connection in the middle of an answer, so that the client notices."""
+        self.keep_alive = False
+        self.stage = Stage.FAILED
+        self.response_func: Any = None  # what Sanic still wants to send goes nowhere
+        if self.request is not None:
+            exchange_of(self.request).cut = reason
+        CUT_ANSWERS.labels(reason=reason).inc()
+        if self.protocol.transport is not None:
+            self.protocol.transport.abort()
+
+    def record(self) -> None:
+        """Count and log the exchange, once."""
+        request: Request[Any, Any] | None = self.request
+        response: BaseHTTPResponse | None = self.response
+        if request is None:
+            return
+        exchange = exchange_of(request)
+        if exchange.recorded:
+            return
+        exchange.recorded = True
+        headers: Any = response.headers if response is not None else {}
+        sent = exchange.sent
+        if sent is None:
+            body = getattr(response, "body", None)
+            sent = 0 if self.head_only or not body else len(body)
+        record_exchange(
+            exchange,
+            response.status if response is not None else CLIENT_LEFT,
+            cache=headers.get("X-Cache"),
+            source=headers.get("X-Data-Source"),
+            sent=sent,
+        )
+
+
+class PublicProtocol(HttpProtocol):
+    """Time limits: a whole head within `request_timeout` however it drips; an answer that the client does not take
+    within `response_timeout`; an idle connection `keep_alive_timeout`. All in seconds, seen within a quarter more.
+
+    Sanic counts from the last call of `send`, which cuts a paused player and lets a dripping head live for ever.
+    """
+
+    HTTP_CLASS = ApiHttp
+    __slots__ = ("_since", "_tick", "_watched")
+    __slots__ = ("_since", "_tick", "_watched")  # without, Sanic's metaclass leaves no room for any
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        self._watched: tuple[object, ...] = ()
+        self._since = 0.0
+        self._tick = min(
+            _LONGEST_TICK, self.keep_alive_timeout / 4, self.request_timeout / 4, self.response_timeout / 4
+        )
+
+    def check_timeouts(self) -> None:
+        """Runs itself, from the first request's wait until the connection ends."""
+        self._callback_check_timeouts = None
+        http = self._http
+        if self._task is None or http is None or self.transport is None:
+            return
+        now = monotonic()
+        unsent = self._unsent()
+        watched = (http.stage, self.state["requests_count"], unsent)
+        if watched != self._watched:
+            self._watched, self._since = watched, now
+        if not self._end_if_overdue(http, now - self._since, now - self._time, unsent):
+            self._callback_check_timeouts = self.loop.call_later(max(0.02, self._tick), self.check_timeouts)
+
+    def _end_if_overdue(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
+        """`unchanged`: seconds in this stage without progress; `silent`: since the last byte either way."""
+        if unsent:
+            if unchanged > self.response_timeout:
+                http.cut("client_stalled")
+                return True
+        elif http.stage is Stage.IDLE:
+            if silent > self.keep_alive_timeout:
+                return self._cancel()
+        elif http.stage is Stage.REQUEST or (http.stage is Stage.HANDLER and http.request_body):
+            if unchanged > self.request_timeout:
+                http.exception = RequestTimeout("")
+                return self._cancel()
+        elif http.stage is Stage.HANDLER and unchanged > ANSWER_LIMIT:
+            http.exception = ServiceUnavailable("")
+            return self._cancel()
+        return False
+
+    def _cancel(self) -> bool:
+        if self._task is not None:
+            self._task.cancel()
+        return True
+
+    def _unsent(self) -> int:
+        """Bytes that the client has not taken yet, those in the kernel included."""
+        if self.transport is None or self.transport.is_closing():
+            return 0
+        waiting: int = self.transport.get_write_buffer_size()
+        connection = self.transport.get_extra_info("socket")
+        if connection is None:
+            return waiting
+        try:
+            queued = fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, struct.pack("i", 0))
+        except OSError:
+            return waiting
+        return waiting + int(struct.unpack("i", queued)[0])
+
+    @property
+    def task(self) -> asyncio.Task[None] | None:
+        """What runs this connection."""
+        return self._task
+
+    def end_soon(self) -> None:
+        """Close once the answer under way, if there is one, has ended."""
+        http = self._http
+        if http is None or (http.stage is Stage.IDLE and not self.recv_buffer):
+            self.close()
+        else:
+            http.keep_alive = False
+
+    def end_now(self) -> None:
+        """Cut the answer under way."""
+        http = self._http
+        if http is not None:
+            http.cut("shutdown")
+        elif self.transport is not None:
+            self.transport.abort()

@@ -1,0 +1,113 @@
+"""The public port: opens, serves, drains, and can be opened again while the process lives."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import structlog
+from sanic.server import serve
+
+from services.api.application import ApiApplication
+from services.api.listening import Address, bind
+from services.api.protocol import PublicProtocol
+
+BACKLOG = 1024
+_ABORT_GRACE = 1.0
+
+logger = structlog.get_logger()
+
+
+class PublicServer:
+    """Serves one application in the running loop."""
+
+    def __init__(
+        self, application: ApiApplication, address: Address, protocol: type[PublicProtocol] = PublicProtocol
+    ) -> None:
+        self._application = application
+        self._address = address
+        self._protocol = protocol
+        self._connections = Connections()
+        self._server: Any = None
+
+    @property
+    def port(self) -> int:
+        """The port in use, once it has been open."""
+        return self._address.port
+
+    @property
+    def is_open(self) -> bool:
+        return self._server is not None
+
+    async def open(self) -> None:
+        """Listen; ConfigurationError if the port is taken. A port chosen by the system stays the same."""
+        if self._server is not None:
+            return
+        bound = bind(self._address)
+        self._address = Address(self._address.host, bound.getsockname()[1], self._address.shared)
+        # Not Sanic.create_server: it would set up logs and signals, and warn people at their terminals.
+        server = serve(
+            None,
+            None,
+            self._application,
+            sock=bound,
+            loop=asyncio.get_running_loop(),
+            protocol=self._protocol,
+            connections=self._connections,
+            backlog=BACKLOG,
+            register_sys_signals=False,
+            run_async=True,
+        )
+        if not self._application.state.is_started:
+            await server.startup()
+            await server.before_start()
+            self._server = await server
+            await server.after_start()
+        else:
+            self._server = await server
+        logger.info("listening", host=self._address.host, port=self.port)
+
+    async def close(self, drain_seconds: float) -> None:
+        """Stop accepting, close idle connections, let answers end within `drain_seconds`, then cut the rest."""
+        if self._server is None:
+            return
+        server, self._server = self._server, None
+        server.server.close()
+        tasks = {connection.task for connection in self._connections if connection.task is not None}
+        for connection in tuple(self._connections):
+            connection.end_soon()
+        if not await self._connections.emptied(drain_seconds):
+            logger.warning("answers_cut_at_stop", connections=len(self._connections))
+            for connection in tuple(self._connections):
+                connection.end_now()
+            await self._connections.emptied(_ABORT_GRACE)
+        if tasks:
+            await asyncio.wait(tasks, timeout=_ABORT_GRACE)
+        logger.info("stopped_listening", port=self.port)
+
+
+class Connections(set[PublicProtocol]):
+    """The open connections; they add and discard themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def add(self, connection: PublicProtocol, /) -> None:
+        super().add(connection)
+        self._empty.clear()
+
+    def discard(self, connection: object, /) -> None:
+        super().discard(connection)
+        if not self:
+            self._empty.set()
+
+    async def emptied(self, seconds: float) -> bool:
+        """True as soon as no connection is left; False after so many seconds."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._empty.wait()
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,114 @@
+"""One API process: its adapters, its application, its port."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import structlog
+
+from services.api.accesses import AccessCounter
+from services.api.app import build_app
+from services.api.application import forget_application
+from services.api.assets.handler import AssetHandler
+from services.api.context import ApiContext, DutyHolder
+from services.api.listening import Address
+from services.api.server import PublicServer
+from services.api.version import VERSION
+from services.api.wakeups import FetchWakeups
+from shared.adapters.sources.relay import Relay
+from shared.adapters.volume import Volume
+from shared.domain.errors import VolumeError
+from shared.observability.metrics import describe_build
+from shared.ports.catalog import Catalog
+from shared.ports.job_queue import JobQueue
+from shared.ports.state_store import StateStore
+from shared.runtime.adapters import (
+    build_catalog,
+    build_job_queue,
+    build_relay,
+    build_source_client,
+    build_state_store,
+    build_volume,
+)
+from shared.runtime.run_service import ServiceScope
+from shared.settings.model import Settings
+
+_CLOSING_SECONDS = 3.0
+
+logger = structlog.get_logger()
+
+
+def make_context(
+    settings: Settings, volume: Volume, state: StateStore, queue: JobQueue, catalog: Catalog, relay: Relay
+) -> ApiContext:
+    """Put together what the handlers need; the ports are open, or will be before the first request."""
+    return ApiContext(
+        settings=settings,
+        volume=volume,
+        state=state,
+        queue=queue,
+        catalog=catalog,
+        relay=relay,
+        accesses=AccessCounter(state),
+        duty=DutyHolder(settings.duty),
+        wakeups=FetchWakeups(state),
+    )
+
+
+async def run_api(scope: ServiceScope, settings: Settings, *, shared_port: bool = False) -> None:
+    """The main of an API process. `shared_port`: other processes listen on the same port."""
+    resources = scope.resources
+    volume = build_volume(settings)
+    resources.callback(volume.close)
+    try:
+        await asyncio.to_thread(volume.prepare)
+    except VolumeError as error:
+        # Fetchers and evictor need to write; this service needs to read.
+        logger.warning("volume_not_writable", reason=str(error))
+    state, queue, catalog = build_state_store(settings), build_job_queue(settings), build_catalog(settings)
+    for port in (catalog, state, queue):
+        await port.open()
+        resources.push_async_callback(port.close)
+    client = await resources.enter_async_context(
+        build_source_client(settings, max_connections=settings.public_api.max_proxied)
+    )
+    describe_build(VERSION, "api")
+    context = make_context(settings, volume, state, queue, catalog, build_relay(client))
+    await serve_api(context, scope.stop_requested, shared_port=shared_port)
+
+
+async def serve_api(
+    context: ApiContext,
+    stop_requested: asyncio.Event,
+    *,
+    shared_port: bool = False,
+    on_listening: Callable[[int], None] | None = None,
+) -> None:
+    """Serve until `stop_requested`, then let answers end within the shutdown deadline (less what closing takes).
+
+    `on_listening` is called with the port. ConfigurationError if the port cannot be had.
+    """
+    settings = context.settings
+    application = build_app(context, AssetHandler(context))
+    address = Address(settings.public_api.host, settings.public_api.port, shared_port)
+    server = PublicServer(application, address)
+    drain = max(settings.shutdown_deadline - _CLOSING_SECONDS, settings.shutdown_deadline / 2)
+    try:
+        await server.open()
+        if on_listening is not None:
+            on_listening(server.port)
+        async with asyncio.TaskGroup() as background:
+            tasks = (
+                background.create_task(context.accesses.run(), name="hand-over-accesses"),
+                background.create_task(context.wakeups.run(), name="fetch-wakeups"),
+            )
+            await stop_requested.wait()
+            await server.close(drain)
+            for task in tasks:
+                task.cancel()
+        await context.accesses.hand_over()
+    finally:
+        await server.close(0)
+        await application.ctx.usage.close()
+        forget_application(application)

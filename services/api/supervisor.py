@@ -1,0 +1,141 @@
+"""Several API processes on one port: starts them, replaces those that die, ends them together.
+
+Each worker is a fresh interpreter (`python -m services.api.worker`), in a session of its own, so that a Ctrl-C reaches
+the supervisor alone. It reads its settings from its standard input; the end of that pipe tells it that the supervisor
+is gone, however that died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from pathlib import Path
+from typing import Any
+
+import structlog
+from pydantic import SecretStr
+
+from services.api.listening import Address, bind
+from services.api.wiring import MISCONFIGURED, run_checked
+from shared.domain.errors import ConfigurationError
+from shared.observability.multiprocess import forget_process, prepare_multiprocess
+from shared.runtime.run_service import ServiceScope
+from shared.settings.model import Settings
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+_SETTLED_AFTER = 30.0
+_MARGIN = 5.0
+
+logger = structlog.get_logger()
+
+
+def run_supervisor(settings: Settings) -> int:
+    """Run `public_api.workers` workers until a signal; 0 if all of them ended in good order."""
+    prepare_multiprocess(settings.metrics.multiprocess_dir)
+
+    async def main(scope: ServiceScope) -> None:
+        await supervise(scope.stop_requested, settings)
+
+    return run_checked(main, "api-supervisor", settings.shutdown_deadline + _MARGIN, settings)
+
+
+async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
+    """Keep the workers running. ConfigurationError if the port is taken, or a worker says its settings cannot work."""
+    address = Address(settings.public_api.host, settings.public_api.port)
+    # Without SO_REUSEPORT first: with it, a foreign process of the same user could share the port unnoticed.
+    probe = bind(address)
+    port = probe.getsockname()[1]
+    probe.close()
+    # Bound but not listening: keeps the port ours while no worker has it, and gets no connections.
+    with bind(Address(address.host, port, shared=True)):
+        workers = [Worker(number, settings, port) for number in range(1, settings.public_api.workers + 1)]
+        logger.info("workers_starting", workers=len(workers), port=port)
+        tasks = [
+            asyncio.create_task(worker.keep_running(stop_requested), name=f"api-worker-{worker.number}")
+            for worker in workers
+        ]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+
+class Worker:
+    """One worker, and its successors."""
+
+    def __init__(self, number: int, settings: Settings, port: int) -> None:
+        self.number = number
+        self._handover = worker_settings(settings, port)
+        self._deadline = settings.shutdown_deadline
+        self._pause = _FIRST_PAUSE
+
+    async def keep_running(self, stop_requested: asyncio.Event) -> None:
+        """Until stop is requested; RuntimeError if the worker then does not end in good order."""
+        stop = asyncio.create_task(stop_requested.wait(), name=f"api-worker-{self.number}-stop")
+        try:
+            while not stop.done():
+                started = time.monotonic()
+                process = await self._start()
+                try:
+                    await self._run(process, stop)
+                finally:
+                    if process.returncode is None:
+                        process.kill()
+                        await process.wait()
+                    forget_process(process.pid)
+                if not stop.done():
+                    await self._recover(process, time.monotonic() - started, stop)
+        finally:
+            stop.cancel()
+
+    async def _start(self) -> Process:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "services.api.worker", stdin=PIPE, start_new_session=True
+        )
+        if process.stdin is None:
+            raise RuntimeError("a worker without a standard input")
+        process.stdin.write(self._handover)
+        logger.info("worker_started", worker=self.number, process=process.pid)
+        return process
+
+    async def _run(self, process: Process, stop: asyncio.Task[bool]) -> None:
+        ended = asyncio.create_task(process.wait(), name=f"api-worker-{self.number}-process")
+        await asyncio.wait({ended, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            return
+        process.send_signal(signal.SIGTERM)
+        await asyncio.wait({ended}, timeout=self._deadline + _MARGIN / 2)
+        if not ended.done():
+            process.kill()
+        if await ended != 0:
+            raise RuntimeError(f"worker {self.number} ended with {process.returncode}")
+
+    async def _recover(self, process: Process, lived: float, stop: asyncio.Task[bool]) -> None:
+        if process.returncode == MISCONFIGURED:
+            raise ConfigurationError(f"worker {self.number} cannot start with these settings")
+        self._pause = _FIRST_PAUSE if lived > _SETTLED_AFTER else min(self._pause * 2, _LONGEST_PAUSE)
+        logger.error("worker_died", worker=self.number, code=process.returncode, pause=self._pause)
+        await asyncio.wait({stop}, timeout=self._pause)
+
+
+def worker_settings(settings: Settings, port: int) -> bytes:
+    """One line of JSON, secrets in clear: it goes through a pipe, never through arguments or the environment."""
+    fields = settings.model_dump()
+    fields["public_api"]["port"] = port
+    return json.dumps(fields, default=_plain).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, frozenset):
+        return sorted(value)
+    raise TypeError(f"a setting of type {type(value).__name__} cannot be handed to a worker")

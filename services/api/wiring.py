@@ -1,0 +1,57 @@
+"""`run`: the API as one process, or as several that share the port.
+
+Imports are late here: the process that starts the workers must choose multiprocess metrics before anything imports
+prometheus_client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from shared.domain.errors import ConfigurationError
+from shared.runtime.run_service import ServiceScope, run_service
+from shared.settings.model import Settings
+
+MISCONFIGURED = 2
+"""Exit code when settings that looked right cannot work: a taken port, a manifest that is none. Do not restart."""
+
+logger = structlog.get_logger()
+
+
+def run(settings: Settings) -> int:
+    """Serve until a signal; the exit code."""
+    if settings.public_api.workers > 1:
+        from services.api.supervisor import run_supervisor  # noqa: PLC0415
+
+        return run_supervisor(settings)
+    return run_worker(settings, shared_port=False)
+
+
+def run_worker(settings: Settings, *, shared_port: bool) -> int:
+    """Serve in this process."""
+    from services.api.service import run_api  # noqa: PLC0415
+
+    async def main(scope: ServiceScope) -> None:
+        await run_api(scope, settings, shared_port=shared_port)
+
+    return run_checked(main, "api", settings.shutdown_deadline, settings)
+
+
+def run_checked(
+    main: Callable[[ServiceScope], Awaitable[None]], name: str, shutdown_deadline: float, settings: Settings
+) -> int:
+    """`run_service`, with an exit code (and a log line without traceback) for a ConfigurationError."""
+    misconfigured = False
+
+    async def checked(scope: ServiceScope) -> None:
+        nonlocal misconfigured
+        try:
+            await main(scope)
+        except ConfigurationError as error:
+            misconfigured = True
+            logger.error("misconfigured", service=name, reason=str(error))
+
+    code = run_service(checked, name=name, shutdown_deadline=shutdown_deadline, log=settings.log)
+    return MISCONFIGURED if misconfigured else code

@@ -1,0 +1,100 @@
+"""Settings into adapters, the same way in every service. Nothing is opened here."""
+
+from __future__ import annotations
+
+import time
+
+from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from shared.adapters.catalogs.manifest import ManifestCatalog
+from shared.adapters.catalogs.origin import OriginCatalog
+from shared.adapters.queue_memory import MemoryJobQueue
+from shared.adapters.queue_rabbitmq import RabbitJobQueue
+from shared.adapters.sources.client import SourceClient
+from shared.adapters.sources.health import HealthBook
+from shared.adapters.sources.limits import SourceLimits
+from shared.adapters.sources.observation import SourceObservation
+from shared.adapters.sources.relay import Relay
+from shared.adapters.state_memory import MemoryStateStore
+from shared.adapters.state_redis import RedisStateStore
+from shared.adapters.state_times import StateTimes
+from shared.adapters.volume import Volume
+from shared.domain.errors import ConfigurationError
+from shared.domain.jobs import RetryPlan
+from shared.observability.metrics import SOURCE_BYTES, SOURCE_FAILURES, SOURCE_LATENCY, source_label
+from shared.ports.catalog import Catalog
+from shared.ports.job_queue import JobQueue
+from shared.ports.state_store import StateStore
+from shared.settings.model import Settings
+
+MEMORY = "memory://"
+
+
+def build_volume(settings: Settings) -> Volume:
+    return Volume(settings.storage.path)
+
+
+def build_state_store(settings: Settings) -> StateStore:
+    """All tasks of a process share one: in memory, two would know nothing of each other."""
+    store = settings.state_store
+    times = StateTimes(lease_seconds=settings.fetch.lease, operation_timeout=store.operation_timeout)
+    url = store.url.get_secret_value()
+    if url.startswith(MEMORY):
+        return MemoryStateStore(settings.storage.limit, times, time.time)
+    return RedisStateStore(url, store.prefix, settings.storage.limit, times)
+
+
+def build_job_queue(settings: Settings) -> JobQueue:
+    """As with the state store: one in each process."""
+    queue = settings.job_queue
+    plan = RetryPlan(queue.retry_delays)
+    url = queue.url.get_secret_value()
+    if url.startswith(MEMORY):
+        return MemoryJobQueue(plan)
+    return RabbitJobQueue(url, queue.prefix, plan, queue.publish_timeout, int(queue.consumer_timeout * 1000))
+
+
+def build_catalog(settings: Settings) -> Catalog:
+    """A manifest is in memory and seen at once when it changes; what is asked over the network is cached."""
+    catalog = settings.catalog
+    if catalog.kind == "manifest":
+        if catalog.manifest is None:
+            raise ConfigurationError("catalog.manifest is missing")
+        return ManifestCatalog(catalog.manifest)
+    if catalog.origin is None:
+        raise ConfigurationError("catalog.origin is missing")
+    limits = CacheLimits(
+        positive_ttl=catalog.positive_ttl,
+        negative_ttl=catalog.negative_ttl,
+        max_in_flight=catalog.max_in_flight,
+        wait=catalog.timeout,
+    )
+    return CachedCatalog(OriginCatalog(catalog.origin, catalog.timeout), limits)
+
+
+def build_source_client(settings: Settings, max_connections: int) -> SourceClient:
+    """One for each purpose: downloads, proxying."""
+    fetch = settings.fetch
+    limits = SourceLimits(
+        connect_timeout=fetch.connect_timeout,
+        first_byte_timeout=fetch.first_byte_timeout,
+        stall_timeout=fetch.stall_timeout,
+        minimum_rate=fetch.minimum_rate,
+        max_connections=max_connections,
+    )
+    return SourceClient(limits, count_observation)
+
+
+def build_relay(client: SourceClient) -> Relay:
+    """Reads through `client`, which is opened and closed by whoever built it."""
+    return Relay(client, HealthBook())
+
+
+def count_observation(observation: SourceObservation) -> None:
+    """One request to a source, in the metrics."""
+    source = source_label(f"//{observation.source}")
+    if observation.first_byte is not None:
+        SOURCE_LATENCY.labels(source=source).observe(observation.first_byte)
+    if observation.received:
+        SOURCE_BYTES.labels(source=source).inc(observation.received)
+    if observation.failure is not None:
+        SOURCE_FAILURES.labels(source=source, reason=observation.failure).inc()
