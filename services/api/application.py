@@ -8,9 +8,11 @@ from typing import Any
 
 import structlog
 from sanic import Request, Sanic
+from sanic.application.state import ApplicationServerInfo
 from sanic.config import Config
 from sanic.exceptions import MethodNotAllowed, NotFound
 from sanic.http import Http, Stage
+from sanic.http.constants import HTTP
 from sanic.models.handler_types import RouteHandler
 from sanic.router import Router
 from sanic_routing.route import Route
@@ -19,11 +21,10 @@ from services.api.error_rendering import JsonErrorHandler
 from services.api.errors import CutAnswer
 from services.api.exchange import exchange_of
 from services.api.protocol import ApiHttp
-from services.api.request import ASSETS, ApiRequest, malformation_of
+from services.api.request import ASSETS, MAX_HEAD_BYTES, ApiRequest, malformation_of
 from shared.observability.metrics import CUT_ANSWERS, REQUESTS_IN_PROGRESS
 from shared.settings.model import PublicApi
 
-MAX_HEAD_BYTES = 16_384
 MAX_BODY_BYTES = 64 * 1024
 """Of a request. No request of this API means anything by its body; small ones are read and ignored."""
 _ASSET_ROUTE = "/api/v1/assets/<object_id:str>"
@@ -113,7 +114,7 @@ def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApp
         # Rewrites Sanic's own classes, once in a process: it cannot read its own output a second time.
         TOUCHUP=not getattr(Http, "__touched__", False),
     )
-    return ApiApplication(
+    application = ApiApplication(
         f"{name}-{next(_numbers)}",
         config=config,
         router=RawPathRouter(),
@@ -121,6 +122,9 @@ def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApp
         request_class=ApiRequest,
         configure_logging=False,
     )
+    # Tells Sanic that HTTP/1.1 is all there is; otherwise every answer carries an empty Alt-Svc.
+    application.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
+    return application
 
 
 def forget_application(application: ApiApplication) -> None:

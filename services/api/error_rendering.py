@@ -21,7 +21,7 @@ from sanic.handlers import ErrorHandler
 
 from services.api.errors import ErrorAnswer
 from services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIGIN
-from services.api.request import ASSETS
+from services.api.request import ASSETS, MAX_HEAD_BYTES
 from shared.domain.errors import CatalogUnavailable, InvalidInput, StateStoreUnavailable
 
 _RETRY_SECONDS = "5"
@@ -93,7 +93,7 @@ def _too_large(request: Request[Any, Any]) -> ErrorAnswer:
     if request.method != UNREADABLE:
         return ErrorAnswer(413, "Request body too large", "body_too_large")
     received = getattr(request.stream, "recv_buffer", b"")
-    if b"\r\n" not in received:
+    if b"\r\n" not in received[:MAX_HEAD_BYTES]:
         return ErrorAnswer(414, "Request target too long", "target_too_long")
     return ErrorAnswer(431, "Request header fields too large", "head_too_large")
 

@@ -90,7 +90,6 @@ class PublicProtocol(HttpProtocol):
     """
 
     HTTP_CLASS = ApiHttp
-    __slots__ = ("_since", "_tick", "_watched")
     __slots__ = ("_since", "_tick", "_watched")  # without, Sanic's metaclass leaves no room for any
 
     def __init__(self, **named: Any) -> None:

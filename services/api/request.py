@@ -14,6 +14,8 @@ from shared.domain.errors import InvalidInput
 from shared.domain.objects import ObjectId
 
 ASSETS = "/api/v1/assets/"
+MAX_HEAD_BYTES = 16_384
+"""Of a request; Sanic allows no more."""
 
 _ABSOLUTE_FORM = re.compile(rb"[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#]*")
 # RFC 9112 sections 2.2 and 5: no control characters, no bare CR or LF, no white space in or around a field's name

@@ -90,7 +90,8 @@ async def serve_api(
     `on_listening` is called with the port. ConfigurationError if the port cannot be had.
     """
     settings = context.settings
-    application = build_app(context, AssetHandler(context))
+    assets = AssetHandler(context)
+    application = build_app(context, assets)
     address = Address(settings.public_api.host, settings.public_api.port, shared_port)
     server = PublicServer(application, address)
     drain = max(settings.shutdown_deadline - _CLOSING_SECONDS, settings.shutdown_deadline / 2)
@@ -110,5 +111,6 @@ async def serve_api(
         await context.accesses.hand_over()
     finally:
         await server.close(0)
+        await assets.close()
         await application.ctx.usage.close()
         forget_application(application)
