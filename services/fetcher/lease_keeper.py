@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import structlog
 
 from shared.domain.errors import StateStoreUnavailable
 from shared.ports.state_store import Lease, StateStore
+
+_TRY_AGAIN = 1.0  # seconds after a sign of life that did not get through
 
 logger = structlog.get_logger()
 
@@ -111,8 +113,11 @@ class LeaseKeeper:
 
     async def _keep(self) -> None:
         """Ends only by cancellation or LeaseLost."""
+        seconds = self._times.renewal
         while True:
+            await self._pause(seconds)
             self._due.clear()
+            seconds = self._times.renewal
             try:
                 await self.renew()
             except StateStoreUnavailable as error:
@@ -120,13 +125,10 @@ class LeaseKeeper:
                     self._lost = True
                     raise LeaseLost(f"no sign of life could be given for {self.lease.object_id}") from error
                 logger.warning("lease_not_renewed", object_id=self.lease.object_id, reason=str(error))
-            await self._pause()
+                seconds = min(_TRY_AGAIN, self._times.renewal)
 
-    async def _pause(self) -> None:
-        """Until the next renewal, the end of the lease, or a change of source."""
-        seconds = min(self._times.renewal, max(0.0, self._ends - self._clock()))
-        try:
-            async with asyncio.timeout(seconds):
+    async def _pause(self, seconds: float) -> None:
+        """No longer than the lease lasts, and not beyond a change of source."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(seconds, max(0.0, self._ends - self._clock()))):
                 await self._due.wait()
-        except TimeoutError:
-            return

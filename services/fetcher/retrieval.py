@@ -107,7 +107,7 @@ class _Fetch:
             self._partial = self._volume.receive(noted or replace(expected, etag=_NOBODY_KNOWS))
             if self._partial.size:
                 self._partial.start_over()
-            self._partial.close()
+            self.close()
         self._partial = self._volume.receive(expected)
         if self._partial.size > expected.size:
             self._partial.start_over()

@@ -97,9 +97,9 @@ class World:
         )
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 5.0) -> None:
     """Return when it holds; for what has no event to wait for, such as a file system."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(seconds):
         while not await condition():  # noqa: ASYNC110 - there is none
             await asyncio.sleep(0.005)
 

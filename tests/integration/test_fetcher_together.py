@@ -187,6 +187,24 @@ async def test_a_consumer_that_stops_parks_what_it_does(world: World) -> None:
     assert fetch.phase is FetchPhase.PARKED
 
 
+@pytest.mark.parametrize("steps", [*range(0, 60, 3), *range(60, 400, 20)])
+async def test_stopped_at_any_moment_it_leaves_what_another_can_go_on_from(world: World, steps: int) -> None:
+    """`steps` turns of the loop after the beginning."""
+    running = start(world)
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait({running})
+    usage = await world.state.usage()
+    on_volume = world.partial_size() or 0
+    assert usage.used + usage.reserved >= on_volume, "no byte that is not accounted for"
+    assert usage.fetches == 0, "no lease that nobody keeps"
+    assert await start(world) in (Done("fetched"), Done("already cached"))
+    assert world.stored() == DATA
+    usage = await world.state.usage()
+    assert (usage.used, usage.reserved) == (footprint(SIZE), 0)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"

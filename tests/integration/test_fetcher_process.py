@@ -1,0 +1,133 @@
+"""The fetcher as a process, on real Redis and RabbitMQ: it works, stops in good order, and may be killed."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from services.demo.generated import GeneratedContent
+from services.demo.knobs import Behaviour, Match
+from services.demo.objects import bytes_object
+from services.demo.storage_node import StorageNode
+from shared.adapters.queue_rabbitmq import RabbitJobQueue
+from shared.adapters.state_redis import RedisStateStore
+from shared.adapters.state_times import StateTimes
+from shared.adapters.volume import Volume
+from shared.domain.jobs import FetchJob, RetryPlan
+from shared.domain.objects import MediaObject, ObjectId
+from shared.domain.space import footprint
+from shared.ports.state_store import FetchPhase
+from tests.end_to_end.stack import ServiceProcess, Stack
+from tests.integration.fetcher_world import hash_of, until
+
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(120)]
+
+OBJECT_ID = ObjectId.parse("7")
+SIZE = 4 * 1024 * 1024
+DATA = GeneratedContent(7, SIZE).read(0, SIZE)
+SLOW = Behaviour(bytes_per_second=1024 * 1024)
+
+
+@dataclass(slots=True)
+class World:
+    stack: Stack
+    node: StorageNode
+    state: RedisStateStore
+    queue: RabbitJobQueue
+    volume: Volume
+
+    async def start(self) -> ServiceProcess:
+        fetcher = self.stack.add(
+            "fetcher", DISTRIBUTOR_FETCH__LEASE="2", DISTRIBUTOR_FETCH__LEASE_RENEWAL="0.5"
+        )
+        await fetcher.healthy()
+        return fetcher
+
+    async def publish(self) -> None:
+        wanted = MediaObject(
+            OBJECT_ID, SIZE, hash_of(DATA), "video/mp4", sources=(self.node.object_url(OBJECT_ID),)
+        )
+        await self.queue.publish(FetchJob(wanted, "r-1", time.time()))
+
+    async def until_partial(self, size: int) -> None:
+        async def grown() -> bool:
+            reader = self.volume.open_partial(OBJECT_ID)
+            if reader is None:
+                return False
+            grown = reader.state().size
+            reader.close()
+            return grown >= size
+
+        await until(grown, seconds=20)
+
+    async def assert_stored(self) -> None:
+        async def stored() -> bool:
+            return (await self.state.usage()).objects == 1
+
+        await until(stored, seconds=20)
+        found = self.volume.open_object(OBJECT_ID)
+        assert found is not None
+        assert found.read(0, SIZE + 1) == DATA
+        assert found.record.media_type == "video/mp4"
+        found.close()
+        usage = await self.state.usage()
+        assert (usage.used, usage.reserved, usage.fetches) == (footprint(SIZE), 0, 0)
+
+
+@pytest.fixture
+async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[World]:
+    prefix = f"fetcher-{uuid.uuid4().hex[:8]}"
+    async with AsyncExitStack() as stack:
+        node = await stack.enter_async_context(StorageNode([bytes_object(OBJECT_ID, DATA)]).run())
+        services = Stack(tmp_path, redis_url, amqp_url, prefix)
+        services.write_manifest([], [])
+        stack.callback(services.kill_all)
+        volume = Volume(services.volume)
+        stack.callback(volume.close)
+        state = RedisStateStore(redis_url, f"{prefix}:", 1024**3, StateTimes(lease_seconds=2.0))
+        queue = RabbitJobQueue(amqp_url, prefix, RetryPlan((5.0, 30.0, 120.0, 600.0)), 5.0, 24 * 3600 * 1000)
+        for opened in (state, queue):
+            stack.push_async_callback(opened.close)
+            await opened.open()
+        term = await state.lead("test", 3600)
+        assert term is not None
+        await state.set_accounted(term)
+        yield World(services, node, state, queue, volume)
+
+
+async def test_a_job_becomes_an_object(world: World) -> None:
+    fetcher = await world.start()
+    await world.publish()
+    await world.assert_stored()
+    assert await fetcher.stop() == 0
+
+
+async def test_a_stopped_fetcher_hands_its_job_to_another(world: World) -> None:
+    world.node.knobs.add(SLOW, Match(first=1))
+    fetcher = await world.start()
+    await world.publish()
+    await world.until_partial(500_000)
+    assert await fetcher.stop() == 0
+    fetch = (await world.state.find(OBJECT_ID)).fetch
+    assert fetch is not None
+    assert fetch.phase is FetchPhase.PARKED
+    await world.start()
+    await world.assert_stored()
+    assert world.node.requests[1].range is not None
+
+
+async def test_a_killed_fetcher_leaves_a_job_that_another_goes_on_with(world: World) -> None:
+    world.node.knobs.add(SLOW, Match(first=1))
+    fetcher = await world.start()
+    await world.publish()
+    await world.until_partial(500_000)
+    fetcher.kill()
+    await world.start()
+    await world.assert_stored()
+    assert world.node.requests[1].range is not None
