@@ -7,7 +7,9 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
+from services.api.assets.decision import HOLD_BACK
 from services.demo.knobs import Behaviour, Match
 from shared.domain.objects import DistributionBucket, Duty, ObjectId
 from shared.ports.state_store import FetchPhase
@@ -109,6 +111,34 @@ async def test_wrong_bytes_never_make_a_complete_answer(world: AssetsWorld) -> N
     answer = await world.get("1")
     assert answer.status == 200
     assert not answer.complete
+    labels = {"source": world.node.url.removeprefix("http://"), "reason": "wrong"}
+    assert REGISTRY.get_sample_value("distributor_source_failures_total", labels) == 1
+
+
+async def test_all_but_the_end_flows_while_the_source_still_sends(world: AssetsWorld) -> None:
+    world.node.knobs.add(Behaviour(hang_after=SIZE - 1000), Match(first=1))
+    reader, writer = await world.connect()
+    writer.write(b"GET /api/v1/assets/1 HTTP/1.1\r\nHost: a\r\n\r\n")
+    await reader.readuntil(b"\r\n\r\n")
+    body = await reader.readexactly(SIZE - HOLD_BACK)
+    assert not world.node.requests[0].finished
+    # The same source again, at the same byte, after it was found too slow.
+    body += await reader.readexactly(HOLD_BACK)
+    assert body == world.data["1"]
+
+
+async def test_a_volume_that_fails_costs_no_answer(world: AssetsWorld) -> None:
+    path = world.store("1")
+    record = world.volume.root / "records" / path.parent.name / "1"
+    record.unlink()
+    record.mkdir()
+    answer = await world.get("1")
+    assert (answer.body, answer.headers["x-cache"], answer.headers["x-data-source"]) == (
+        world.data["1"],
+        "miss",
+        "external",
+    )
+    assert await world.jobs() == 0
 
 
 async def test_wrong_bytes_of_a_small_object_come_right_from_another_source(world: AssetsWorld) -> None:

@@ -122,20 +122,25 @@ def test_live_fetches(phase: FetchPhase | None, live: bool) -> None:
     assert not may_resume(Standing(fetch, Failure("hopeless", 1.0)))
 
 
-@given(st.lists(st.binary(max_size=90)), st.integers(0, 100))
-def test_a_verified_passage_keeps_the_end_back(pieces: list[bytes], keep: int) -> None:
+@given(st.lists(st.binary(max_size=90)), st.integers(0, 100), st.booleans())
+def test_a_verified_passage_keeps_the_end_back(pieces: list[bytes], keep: int, size_known: bool) -> None:
     data = b"".join(pieces)
     hasher = ContentHash("sha256", bytes(32)).hasher()
     hasher.update(data)
-    passage = VerifiedPassage(ContentHash("sha256", hasher.digest()), keep)
-    passed = b"".join(bytes(part) for piece in pieces for part in passage.push(piece))
+    passage = VerifiedPassage(ContentHash("sha256", hasher.digest()), len(data) if size_known else None, keep)
+    passed, given_in = b"", b""
+    for piece in pieces:
+        given_in += piece
+        passed += b"".join(bytes(part) for part in passage.push(piece))
+        if size_known:
+            assert passed == given_in[: max(0, len(data) - keep)]
     assert passed == data[: max(0, len(data) - keep)]
     assert passage.verify()
     assert passed + b"".join(bytes(part) for part in passage.rest()) == data
 
 
 def test_a_verified_passage_refuses_other_bytes() -> None:
-    passage = VerifiedPassage(ContentHash("blake3", bytes(32)))
+    passage = VerifiedPassage(ContentHash("blake3", bytes(32)), None)
     passage.skip(b"sent before")
     passage.push(b"wrong")
     assert not passage.verify()

@@ -115,12 +115,19 @@ class GrowingAnswerer:
 
     async def _passing(self, wanted: Wanted, answer: AnswerStream) -> Passing:
         try:
-            known = wanted.known or await look_up(self._context, wanted.described.object_id)
+            known = wanted.known or await self._look_up_same(wanted.described)
         except ErrorAnswer as error:
             if answer.begun:
                 raise CutAnswer("source_unknown") from error
             raise
         return Passing(answer, known, wanted.described, wanted.span, wanted.standing, wanted.source)
+
+    async def _look_up_same(self, described: Description) -> MediaObject:
+        """The catalog's word on what the volume has described. ErrorAnswer 503 if that is something else by now."""
+        known = await look_up(self._context, described.object_id)
+        if (known.size, known.etag) != (described.size, described.etag):
+            raise ErrorAnswer(503, "The object has just changed", "unavailable", {"Retry-After": "1"})
+        return known
 
     def _follower(self, wanted: Wanted) -> Follower:
         context, object_id = self._context, wanted.described.object_id

@@ -30,12 +30,13 @@ class Standing:
     result: CacheResult
     stored: bool = True
 
-    @property
-    def status_text(self) -> str:
+    def cache_status(self, source: DataSource | None) -> str:
+        """The value of the Cache-Status header; what is proxied is neither kept nor shared."""
+        shared = source != "external"
         return cache_status(
             self.result,
-            stored=self.stored,
-            collapsed=self.result == "pending",
+            stored=self.stored and shared,
+            collapsed=self.result == "pending" and shared,
             forwarded="uri-miss" if self.stored else "bypass",
         )
 
@@ -46,11 +47,13 @@ MISS = Standing("miss")
 BYPASS = Standing("miss", stored=False)
 
 
-def _validators(described: Description, standing: Standing) -> dict[str, str]:
+def _validators(
+    described: Description, standing: Standing, source: DataSource | None = None
+) -> dict[str, str]:
     headers = {
         "X-Cache": standing.result,
         "Cache-Control": cache_control(standing.result),
-        "Cache-Status": standing.status_text,
+        "Cache-Status": standing.cache_status(source),
         "ETag": described.etag,
     }
     if described.last_modified is not None:
@@ -78,7 +81,7 @@ def content_head(
     """Of a 200 or 206. `source` is None for HEAD; `media_type` is the source's word, for want of the catalog's."""
     headers = {
         **ASSET_CONTENT,
-        **_validators(described, standing),
+        **_validators(described, standing, source),
         "Content-Type": described.media_type or media_type or UNKNOWN_MEDIA_TYPE,
     }
     if source is not None:

@@ -9,33 +9,30 @@ from shared.domain.objects import ContentHash
 
 
 class VerifiedPassage:
-    """Hashes all bytes of an object as they pass, and keeps the last HOLD_BACK of them until the hash is known."""
+    """Hashes all bytes of an object as they pass, and keeps the object's last ones until the hash is known."""
 
-    def __init__(self, content_hash: ContentHash, kept_bytes: int = HOLD_BACK) -> None:
+    def __init__(self, content_hash: ContentHash, size: int | None, keep: int = HOLD_BACK) -> None:
+        """`size` of the object in bytes; while nobody knows it, any byte may be among the last `keep`."""
         self._expected = content_hash.digest
         self._hasher = content_hash.hasher()
-        self._keep = kept_bytes
+        self._size = size
+        self._keep = keep
         self._kept: deque[memoryview] = deque()
-        self._kept_bytes = 0
+        self._received = self._released = 0
 
-    def skip(self, data: bytes | memoryview) -> None:
+    def skip(self, data: bytes) -> None:
         """Take bytes into account that the client has got already."""
         self._hasher.update(data)
+        self._received += len(data)
+        self._released += len(data)
 
     def push(self, data: bytes) -> list[memoryview]:
         """Take the next bytes; return those that may go now."""
         self._hasher.update(data)
+        self._received += len(data)
         self._kept.append(memoryview(data))
-        self._kept_bytes += len(data)
-        freed: list[memoryview] = []
-        while self._kept_bytes > self._keep:
-            piece, surplus = self._kept.popleft(), self._kept_bytes - self._keep
-            if len(piece) > surplus:
-                self._kept.appendleft(piece[surplus:])
-                piece = piece[:surplus]
-            freed.append(piece)
-            self._kept_bytes -= len(piece)
-        return freed
+        end = (self._received if self._size is None else self._size) - self._keep
+        return self._release(min(end, self._received) - self._released)
 
     def verify(self) -> bool:
         """True if all bytes so far are the object; then `rest` may go."""
@@ -43,5 +40,16 @@ class VerifiedPassage:
 
     def rest(self) -> list[memoryview]:
         """What was kept."""
-        kept, self._kept, self._kept_bytes = list(self._kept), deque(), 0
-        return kept
+        return self._release(self._received - self._released)
+
+    def _release(self, length: int) -> list[memoryview]:
+        freed: list[memoryview] = []
+        while length > 0:
+            piece = self._kept.popleft()
+            if len(piece) > length:
+                self._kept.appendleft(piece[length:])
+                piece = piece[:length]
+            freed.append(piece)
+            length -= len(piece)
+            self._released += len(piece)
+        return freed

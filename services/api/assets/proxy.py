@@ -96,7 +96,7 @@ class Proxy:
             position = span.first + passing.answer.sent
             passage = None
             if span.reaches_end and known.content_hash is not None:
-                passage = VerifiedPassage(known.content_hash)
+                passage = VerifiedPassage(known.content_hash, known.size)
                 await asyncio.to_thread(_hash_file, reader, position, passage)
                 if reader.state().gone:
                     raise CutAnswer("object_gone")
@@ -155,7 +155,9 @@ class Proxy:
 
 def _passage(known: MediaObject, span: Span) -> VerifiedPassage | None:
     """A range cannot be verified by itself: it is passed on, marked short-lived."""
-    return VerifiedPassage(known.content_hash) if known.content_hash is not None and span.whole else None
+    if known.content_hash is None or not span.whole:
+        return None
+    return VerifiedPassage(known.content_hash, known.size)
 
 
 def _hash_file(reader: PartialReader, end: int, passage: VerifiedPassage) -> None:
