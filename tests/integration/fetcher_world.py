@@ -119,13 +119,14 @@ async def fetcher_world(
     space_wait: float = 0.3,
     limit: int = LIMIT,
     accounted: bool = True,
+    state_kind: type[MemoryStateStore] = MemoryStateStore,
 ) -> AsyncIterator[World]:
     """One storage node for each of `contents`, which is what it holds as object 7."""
     async with AsyncExitStack() as stack:
         volume = Volume(folder)
         volume.prepare()
         stack.callback(volume.close)
-        state = MemoryStateStore(limit, StateTimes(lease_seconds=lease), time.time)
+        state = state_kind(limit, StateTimes(lease_seconds=lease), time.time)
         term = await state.lead("evictor", 3600)
         assert term is not None
         if accounted:
