@@ -141,6 +141,9 @@ EVICTIONS = Counter("distributor_evictions_total", "Objects removed from the vol
 EVICTED_BYTES = Counter(
     "distributor_evicted_bytes_total", "Bytes removed from the volume, by reason.", ["reason"]
 )
+EVICTION_STUCK = Counter(
+    "distributor_eviction_stuck_total", "Looks of the evictor at which space had to be freed and nothing could go."
+)
 LONGEST_IDLE_EVICTED = ReportedGauge(
     "distributor_longest_idle_evicted_seconds", "Longest idle age among the objects of the last eviction."
 )
@@ -156,6 +159,9 @@ SCRUBBED_OBJECTS = Counter(
     "distributor_scrubbed_objects_total", "Objects re-hashed on disk, by result: sound, rotten.", ["result"]
 )
 SCRUBBED_BYTES = Counter("distributor_scrubbed_bytes_total", "Bytes re-hashed on disk.")
+FOREIGN_FILES = ReportedGauge(
+    "distributor_foreign_files", "Files and links on the volume that are none of the node's; they are left alone."
+)
 LEADER = ReportedGauge("distributor_evictor_leader", "1 in the evictor that leads, 0 in a standby.")
 
 BUILD = Gauge(

@@ -88,6 +88,19 @@ def scan_orphan_records(directories: Directories, older_than: float) -> Iterator
             yield INCOMING, name
 
 
+def scan_unrecorded(directories: Directories) -> Iterator[FoundObject]:
+    """Complete objects without a record file. A record is written before its object appears, so none is missed that
+    is being stored at this moment."""
+    for number in FANS:
+        objects = list(_files(directories, f"{OBJECTS}/{number}"))
+        with os.scandir(directories.descriptor(f"{RECORDS}/{number}")) as entries:
+            recorded = {entry.name for entry in entries}
+        for name, seen in objects:
+            object_id = _object_id(name)
+            if seen is not None and object_id is not None and name not in recorded and number == fan(name):
+                yield FoundObject(object_id, seen.st_size, seen.st_mtime)
+
+
 def measure(directories: Directories) -> int:
     """Bytes of everything on the volume, as file sizes."""
     total = 0

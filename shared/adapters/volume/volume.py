@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from shared.adapters.volume import scan
@@ -35,6 +36,7 @@ from shared.domain.errors import InvalidInput, VolumeError
 from shared.domain.objects import ObjectId, StoredRecord
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOATIME
+_ALONE = ".standalone"
 _OPEN_ANYBODYS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -61,6 +63,21 @@ class Volume:
                 )
             )
             os.unlink(probe, dir_fd=self._directories.root())
+
+    def reserve_for_one_process(self) -> Callable[[], None]:
+        """Keep other standalone nodes off: their accounts in memory would know nothing of each other's bytes.
+
+        Returns what gives it back; it is given back too when the process dies. VolumeError if it is taken.
+        """
+        with translated(f"lock the volume {self.root}"):
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(_ALONE, flags, 0o600, dir_fd=self._directories.root())
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise VolumeError(f"the volume {self.root} is in use by another standalone node") from error
+        return lambda: os.close(descriptor)
 
     def check(self) -> None:
         """Notice a volume that was replaced or unmounted; VolumeError if there is none."""
@@ -158,6 +175,16 @@ class Volume:
             except FileNotFoundError:
                 return None
 
+    def stored_size(self, object_id: ObjectId) -> int | None:
+        """Bytes of the file under `objects/`, whatever its record says; None: no file there (a link is none)."""
+        with translated(f"look for {object_id}"):
+            folder = self._directories.descriptor(f"{OBJECTS}/{fan(object_id)}")
+            try:
+                seen = os.stat(object_id, dir_fd=folder, follow_symlinks=False)
+            except FileNotFoundError:
+                return None
+        return seen.st_size if stat.S_ISREG(seen.st_mode) else None
+
     # Removing
 
     def removal(self, object_id: ObjectId) -> Removal:
@@ -184,6 +211,11 @@ class Volume:
         """Everything under `incoming/` but the records there."""
         with translated("scan the partial files"):
             yield from scan.scan_partials(self._directories)
+
+    def scan_unrecorded(self) -> Iterator[scan.FoundObject]:
+        """Complete objects that have no record file (so that they are never a hit)."""
+        with translated("scan for objects without a record"):
+            yield from scan.scan_unrecorded(self._directories)
 
     def expected_of(self, object_id: ObjectId) -> StoredRecord | None:
         """What a partial file will be, as its writer noted; None if there is no readable note."""

@@ -1,0 +1,109 @@
+"""Taking files of the volume that the store does not know into the index. The disk is the truth."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import structlog
+
+from services.evictor.file_calls import file_call
+from services.evictor.index import EvictionIndex
+from services.evictor.partial_files import discard_partial_file, expected_bytes, partial_file_exists
+from shared.adapters.volume import PartialHeld, Volume
+from shared.domain.eviction import PolicyEntry
+from shared.domain.objects import ObjectId
+from shared.observability.metrics import RECONCILED
+from shared.ports.state_store import IndexEntry, StateStore, Term
+
+NEVER = 0.0  # POSIX time of the last access of an object that nobody can ask for any more
+
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """`size` of the complete file; `sound`: it has a record that fits, or none at all (the catalog may know more)."""
+
+    size: int
+    sound: bool
+    partial_beside: bool
+
+
+class Adoption:
+    """A file without a record is adopted too: its bytes count, it may be evicted, yet it is no hit until repaired."""
+
+    def __init__(self, state: StateStore, volume: Volume, index: EvictionIndex) -> None:
+        self._state, self._volume, self._index = state, volume, index
+
+    async def adopt(self, term: Term, object_id: ObjectId, changed_at: float) -> bool | None:
+        """True: adopted. False: adopted, but what its record says is not what is there. None: not adopted, since the
+        store knows it, a live fetch will tell the store, or it is gone."""
+        seen = await file_call(_look, self._volume, object_id)
+        if seen is None:
+            return None
+        if seen.partial_beside:
+            await self._remove_partial(term, object_id)
+        known = self._index.remembered(object_id)
+        entry = PolicyEntry(
+            object_id,
+            seen.size,
+            known.frequency if known else 1,
+            min(known.last_access if known else changed_at, time.time()),
+            known.priority if known else 0.0,
+        )
+        if not await self._state.adopt(term, _as_index_entry(entry)):
+            return None
+        self._index.add(entry)
+        RECONCILED.labels("adopted").inc()
+        logger.debug("object_adopted", object_id=object_id, bytes=seen.size)
+        if await file_call(partial_file_exists, self._volume, object_id):
+            await self.adopt_partial(term, object_id, 0)
+        return seen.sound
+
+    async def adopt_leaving(self, term: Term, object_id: ObjectId, size: int) -> bool:
+        """Count a file that is out of sight, and mark it as being evicted. False: the store knows the object."""
+        if not await self._state.adopt(term, IndexEntry(object_id, size, 1, NEVER)):
+            return False
+        await self._state.begin_eviction(term, object_id, 0.0)
+        self._index.left_behind(object_id)
+        RECONCILED.labels("adopted_leaving").inc()
+        return True
+
+    async def adopt_partial(self, term: Term, object_id: ObjectId, at_least: int) -> None:
+        """Reserve what a partial file may take, if no fetch has done so; nothing if it is gone meanwhile."""
+        size = await file_call(_size_to_reserve, self._volume, object_id, at_least)
+        if size is not None and await self._state.adopt_partial(term, object_id, size):
+            RECONCILED.labels("adopted_partial").inc()
+            logger.info("partial_adopted", object_id=object_id, bytes=size)
+
+    async def _remove_partial(self, term: Term, object_id: ObjectId) -> None:
+        """The object is complete: a partial file beside it, whose fetch is over, must not be counted as one with it."""
+        lease = await self._state.seize(term, object_id)
+        if lease is None:
+            return
+        try:
+            await file_call(discard_partial_file, self._volume, object_id, lease.size)
+        except PartialHeld:
+            logger.info("partial_still_held", object_id=object_id)
+        finally:
+            await self._state.park(lease)
+
+
+def _look(volume: Volume, object_id: ObjectId) -> _Seen | None:
+    size = volume.stored_size(object_id)
+    if size is None:
+        return None
+    record = volume.read_record(object_id)
+    sound = record is None or record.size == size
+    return _Seen(size, sound, partial_file_exists(volume, object_id))
+
+
+def _size_to_reserve(volume: Volume, object_id: ObjectId, at_least: int) -> int | None:
+    if not partial_file_exists(volume, object_id):
+        return None
+    return expected_bytes(volume, object_id, at_least)
+
+
+def _as_index_entry(entry: PolicyEntry) -> IndexEntry:
+    return IndexEntry(entry.object_id, entry.size, entry.frequency, entry.last_access, entry.priority)

@@ -1,0 +1,119 @@
+"""Keeping the volume below its high watermark, and making room when a worker asks."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from services.evictor.index import EvictionIndex
+from services.evictor.partials import Partials
+from services.evictor.removals import Outcome, Removals
+from shared.domain.eviction import PolicyEntry
+from shared.domain.objects import ObjectId
+from shared.domain.space import Usage, Watermarks
+from shared.observability.metrics import EVICTION_STUCK, LONGEST_IDLE_EVICTED
+from shared.ports.state_store import StateStore, Term
+
+AT_ONCE = 8
+_BATCH = 64
+_SPARED_SECONDS = 2.0
+_FAILED_SECONDS = 60.0
+
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class EvictionRules:
+    """`min_idle`: seconds since its last access before an object may go."""
+
+    watermarks: Watermarks
+    min_idle: float
+
+
+class Eviction:
+    """One pass after the other, by the leader's loop. `clock`: POSIX seconds."""
+
+    def __init__(
+        self,
+        state: StateStore,
+        index: EvictionIndex,
+        removals: Removals,
+        partials: Partials,
+        rules: EvictionRules,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._state, self._index, self._removals, self._partials = state, index, removals, partials
+        self._rules, self._clock = rules, clock
+        self._spared_until: dict[ObjectId, float] = {}
+        self.stuck = False
+
+    async def make_room(self, term: Term, usage: Usage) -> None:
+        """Evict what has to go now, as `usage` says; usage is looked at again after each batch."""
+        longest_idle = 0.0
+        while True:
+            wanted = await self._state.space_wanted()
+            needed = self._rules.watermarks.to_evict(usage, wanted)
+            if needed <= 0:
+                self._note_stuck(0)
+                break
+            await self._index.refresh()
+            victims = self._choose(needed)
+            if not victims:
+                short = needed - await self._partials.make_room(term, max(0, wanted - usage.free))
+                self._note_stuck(short)
+                break
+            longest_idle = max(longest_idle, await self._evict(term, victims))
+            usage = await self._state.usage()
+        if longest_idle:
+            LONGEST_IDLE_EVICTED.set(longest_idle)
+
+    def _choose(self, needed: int) -> Sequence[PolicyEntry]:
+        now = self._clock()
+        self._spared_until = {
+            object_id: until for object_id, until in self._spared_until.items() if until > now
+        }
+        return self._index.policy.victims(
+            needed,
+            now,
+            min_idle=self._rules.min_idle,
+            spared=self._spared_until.keys(),
+            at_most=_BATCH,
+        )
+
+    async def _evict(self, term: Term, victims: Sequence[PolicyEntry]) -> float:
+        """Evict some victims, a few at once; the longest idle age (seconds) among those gone."""
+        longest_idle = 0.0
+        for start in range(0, len(victims), AT_ONCE):
+            few = victims[start : start + AT_ONCE]
+            # Each is brought to its end before an error of one (the store is away) ends the pass
+            ages = await asyncio.gather(
+                *(self._evict_one(term, entry) for entry in few), return_exceptions=True
+            )
+            for age in ages:
+                if isinstance(age, BaseException):
+                    raise age
+                longest_idle = max(longest_idle, age)
+        return longest_idle
+
+    async def _evict_one(self, term: Term, entry: PolicyEntry) -> float:
+        outcome = await self._removals.evict(term, entry.object_id, self._rules.min_idle, "space")
+        now = self._clock()
+        if outcome is Outcome.GONE:
+            return now - entry.last_access
+        if outcome is not Outcome.LEAVING:
+            patience = _FAILED_SECONDS if outcome is Outcome.FAILED else _SPARED_SECONDS
+            self._spared_until[entry.object_id] = now + patience
+        return 0.0
+
+    def _note_stuck(self, short: int) -> None:
+        """Say once, not every second, that nothing can go."""
+        stuck = short > 0
+        if stuck and not self.stuck:
+            logger.warning("nothing_to_evict", missing_bytes=short, objects=len(self._index.policy))
+        if stuck:
+            EVICTION_STUCK.inc()
+        self.stuck = stuck

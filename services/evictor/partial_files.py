@@ -1,0 +1,39 @@
+"""What the evictor does to partial files: look, and remove under the writer's lock. All calls block."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from shared.adapters.volume import FoundPartial, Volume
+from shared.domain.objects import ObjectId, StoredRecord
+
+
+def scan_partial_files(volume: Volume) -> tuple[Mapping[ObjectId, FoundPartial], list[str]]:
+    """All partial files by object, and the paths of what is none of ours."""
+    found: dict[ObjectId, FoundPartial] = {}
+    foreign: list[str] = []
+    for seen in volume.scan_partials():
+        if isinstance(seen, FoundPartial):
+            found[seen.object_id] = seen
+        else:
+            foreign.append(seen.path)
+    return found, foreign
+
+
+def partial_file_exists(volume: Volume, object_id: ObjectId) -> bool:
+    reader = volume.open_partial(object_id)
+    if reader is None:
+        return False
+    reader.close()
+    return True
+
+
+def expected_bytes(volume: Volume, object_id: ObjectId, at_least: int) -> int:
+    """How large a partial file may grow, as its writer noted; `at_least` if that is more, or there is no note."""
+    noted = volume.expected_of(object_id)
+    return at_least if noted is None else max(at_least, noted.size)
+
+
+def discard_partial_file(volume: Volume, object_id: ObjectId, size: int) -> None:
+    """Remove a partial file and its note. PartialHeld if its writer is alive."""
+    volume.receive(StoredRecord(object_id, size, '""', None, "application/octet-stream", 0)).discard()

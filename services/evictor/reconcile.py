@@ -1,0 +1,155 @@
+"""Volume against state store: the disk is the truth, and when both agree the store may promise space again."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import structlog
+
+from services.evictor.adoption import Adoption
+from services.evictor.file_calls import file_call, next_chunk
+from services.evictor.index import EvictionIndex
+from services.evictor.known_ids import KnownIds
+from services.evictor.partials import Partials
+from services.evictor.removals import Removals
+from shared.adapters.volume import Foreign, FoundObject, Volume
+from shared.domain.errors import VolumeError
+from shared.observability.metrics import FOREIGN_FILES, RECONCILE_TIME, RECONCILED
+from shared.ports.state_store import IndexEntry, StateStore, Term
+
+_SCANNED_AT_ONCE = 1000
+_ADOPTED_AT_ONCE = 16
+_ORPHAN_RECORD_SECONDS = 600.0
+
+logger = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class Findings:
+    """What one reconciliation found. `unsettled`: objects that could not be looked at; they keep the index from
+    standing for the volume."""
+
+    objects: int = 0
+    adopted: int = 0
+    dropped: int = 0
+    unsettled: int = 0
+    foreign: list[str] = field(default_factory=list)
+    foreign_count: int = 0
+
+    def add_foreign(self, path: str) -> None:
+        self.foreign_count += 1
+        if len(self.foreign) < 5:
+            self.foreign.append(path)
+
+
+class Reconciliation:
+    """`run` may be repeated at any time, beside live workers and evictions."""
+
+    def __init__(
+        self,
+        state: StateStore,
+        volume: Volume,
+        index: EvictionIndex,
+        removals: Removals,
+        adoption: Adoption,
+        partials: Partials,
+    ) -> None:
+        self._state, self._volume, self._index = state, volume, index
+        self._removals, self._adoption, self._partials = removals, adoption, partials
+
+    async def run(self, term: Term) -> bool:
+        """True if the index stands for the volume now. VolumeError if the volume cannot be read."""
+        begun, findings = time.monotonic(), Findings()
+        await file_call(self._volume.check)
+        known = await self._index.resync()
+        await self._removals.complete_all(term, len(self._index.evicting))
+        # Partial files before objects: what is published meanwhile moves from those to these, and is not missed
+        await self._partials.sweep(term)
+        await self._adopt_unknown(term, known, findings)
+        await self._check_entries(term, findings)
+        # Those of workers that had begun just before the store was lost
+        findings.foreign_count += await self._partials.sweep(term)
+        if not findings.unsettled:
+            await self._state.set_accounted(term)
+            self._index.forget_former()
+        orphans = await file_call(self._volume.remove_orphan_records, _ORPHAN_RECORD_SECONDS)
+        RECONCILED.labels("orphan_record").inc(orphans)
+        self._report(findings, time.monotonic() - begun)
+        return not findings.unsettled
+
+    async def _adopt_unknown(self, term: Term, known: KnownIds, findings: Findings) -> None:
+        scan = self._volume.scan_objects()
+        while chunk := await next_chunk(scan, _SCANNED_AT_ONCE):
+            unknown: list[FoundObject] = []
+            for found in chunk:
+                if isinstance(found, Foreign):
+                    findings.add_foreign(found.path)
+                elif found.object_id not in known or (
+                    found.leaving and found.object_id not in self._index.evicting
+                ):
+                    unknown.append(found)
+            findings.objects += len(chunk)
+            for start in range(0, len(unknown), _ADOPTED_AT_ONCE):
+                await self._adopt_few(term, unknown[start : start + _ADOPTED_AT_ONCE], findings)
+
+    async def _adopt_few(self, term: Term, few: Sequence[FoundObject], findings: Findings) -> None:
+        adoptions = (self._adopt(term, found) for found in few)
+        for found, result in zip(few, await asyncio.gather(*adoptions, return_exceptions=True), strict=True):
+            if isinstance(result, VolumeError):
+                findings.unsettled += 1
+                logger.error("object_not_looked_at", object_id=found.object_id, reason=str(result))
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                findings.adopted += result
+
+    async def _adopt(self, term: Term, found: FoundObject) -> bool:
+        object_id = found.object_id
+        if found.leaving:
+            if not await self._adoption.adopt_leaving(term, object_id, found.size):
+                return False
+            await self._removals.complete(term, object_id)
+            return True
+        sound = await self._adoption.adopt(term, object_id, found.changed_at)
+        if sound is False:
+            # Adopted all the same, so that nobody can store a good file under the name while this one is removed
+            logger.warning("object_damaged", object_id=object_id, bytes=found.size)
+            await self._removals.purge(term, object_id, "damaged")
+        return sound is not None
+
+    async def _check_entries(self, term: Term, findings: Findings) -> None:
+        """Entries without their file are dropped: the entry is older than the look, and goes only if it is still the
+        same one. Files of another size than their entry are damaged."""
+        async for batch in self._state.entries():
+            sizes = await file_call(self._sizes, batch)
+            for entry, size in zip(batch, sizes, strict=True):
+                if entry.evicting or size == entry.size:
+                    continue
+                if size is not None:
+                    logger.warning("object_damaged", object_id=entry.object_id, bytes=size)
+                    await self._removals.purge(term, entry.object_id, "damaged")
+                elif await self._state.forget(entry.object_id, entry.generation):
+                    self._index.removed(entry.object_id)
+                    findings.dropped += 1
+                    RECONCILED.labels("dropped_record").inc()
+                    logger.info("entry_without_file", object_id=entry.object_id)
+
+    def _sizes(self, entries: Sequence[IndexEntry]) -> list[int | None]:
+        return [self._volume.stored_size(entry.object_id) for entry in entries]
+
+    def _report(self, findings: Findings, seconds: float) -> None:
+        RECONCILE_TIME.observe(seconds)
+        FOREIGN_FILES.set(findings.foreign_count)
+        if findings.foreign_count:
+            logger.warning("foreign_files", count=findings.foreign_count, examples=findings.foreign)
+        logger.info(
+            "reconciled",
+            objects=findings.objects,
+            adopted=findings.adopted,
+            dropped=findings.dropped,
+            unsettled=findings.unsettled,
+            seconds=round(seconds, 3),
+        )

@@ -1,0 +1,86 @@
+"""The slow re-hash of what lies on disk: rotten objects leave the cache before anybody is given them again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Iterator
+
+import structlog
+
+from services.evictor.file_calls import file_call, next_chunk
+from services.evictor.hashing import hash_file
+from services.evictor.removals import Removals
+from shared.adapters.volume import Foreign, FoundObject, Volume
+from shared.domain.errors import VolumeError
+from shared.domain.objects import StoredRecord
+from shared.observability.metrics import SCRUBBED_BYTES, SCRUBBED_OBJECTS
+from shared.ports.state_store import Term
+
+_SCANNED_AT_ONCE = 100
+_LEAST_SECONDS_AN_OBJECT = 0.002
+_ROUND_PAUSE = 60.0
+
+logger = structlog.get_logger()
+
+
+class Scrub:
+    """`rate`: bytes a second; 0 turns it off. Where it stands is kept in memory: a new process begins anew."""
+
+    def __init__(
+        self, volume: Volume, removals: Removals, rate: int, round_pause: float = _ROUND_PAUSE
+    ) -> None:
+        self._volume, self._removals = volume, removals
+        self._rate, self._round_pause = rate, round_pause
+        self._scan: Iterator[FoundObject | Foreign] | None = None
+
+    async def step(self, term: Term) -> float:
+        """Look at the next few objects; seconds until the next step."""
+        if self._scan is None:
+            self._scan = self._volume.scan_objects()
+        try:
+            chunk = await next_chunk(self._scan, _SCANNED_AT_ONCE)
+        except BaseException:
+            self._scan = None  # a scan that failed does not go on
+            raise
+        if not chunk:
+            self._scan = None
+            return self._round_pause
+        for found in chunk:
+            if isinstance(found, FoundObject) and not found.leaving:
+                await self._look_at(term, found)
+                await asyncio.sleep(_LEAST_SECONDS_AN_OBJECT)
+        return 0.0
+
+    async def _look_at(self, term: Term, found: FoundObject) -> None:
+        descriptor = self._volume.open_raw(found.object_id)
+        if descriptor is None:
+            return
+        try:
+            record = await file_call(self._volume.read_record, found.object_id)
+            if record is None:
+                return  # never a hit; repair deals with it
+            fault = await self._fault_of(descriptor, record)
+            # Evicted or replaced while it was read: what was seen says nothing of what is there now
+            current = os.fstat(descriptor).st_nlink > 0
+        finally:
+            os.close(descriptor)
+        if fault is None:
+            SCRUBBED_OBJECTS.labels("sound").inc()
+        elif current and await file_call(self._volume.read_record, found.object_id) == record:
+            SCRUBBED_OBJECTS.labels("rotten").inc()
+            logger.error("object_rotten", object_id=found.object_id, reason=fault, bytes=found.size)
+            await self._removals.purge(term, found.object_id, "rotten")
+
+    async def _fault_of(self, descriptor: int, record: StoredRecord) -> str | None:
+        size = os.fstat(descriptor).st_size
+        if size != record.size:
+            return f"{size} bytes instead of {record.size}"
+        if record.content_hash is None:
+            return None
+        try:
+            seen = await hash_file(descriptor, record.content_hash, self._rate)
+        except VolumeError as error:
+            return f"cannot be read: {error}"
+        SCRUBBED_BYTES.inc(size)
+        return None if seen == record.content_hash else f"its hash is {seen}"

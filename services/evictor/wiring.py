@@ -1,0 +1,56 @@
+"""`run`: the evictor as a process."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import version
+
+from services.evictor.evictor import Evictor
+from shared.domain.errors import ConfigurationError
+from shared.observability.metrics import describe_build
+from shared.observability.probe_server import ProbeServer
+from shared.runtime.adapters import MEMORY, build_catalog, build_state_store, build_volume
+from shared.runtime.run_service import ServiceScope, run_service
+from shared.settings.model import Settings
+
+
+def run(settings: Settings) -> int:
+    """Work until a signal; the exit code."""
+
+    async def main(scope: ServiceScope) -> None:
+        await run_evictor(scope, settings)
+
+    return run_service(main, name="evictor", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
+
+
+async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
+    """The main of an evictor process. Should it end by itself, so does the process; its supervisor starts it anew."""
+    if settings.state_store.url.get_secret_value().startswith(MEMORY):
+        raise ConfigurationError("an evictor of its own needs the state_store.url of a real server")
+    describe_build(version("distributor-node"), "evictor")
+    resources = scope.resources
+    volume = build_volume(settings)
+    resources.callback(volume.close)
+    await asyncio.to_thread(volume.prepare)
+    state, catalog = build_state_store(settings), build_catalog(settings)
+    for opened in (state, catalog):
+        resources.push_async_callback(opened.close)
+        await opened.open()
+    evictor = Evictor(settings, state, volume, catalog)
+    await resources.enter_async_context(
+        ProbeServer(settings.metrics.host, settings.metrics.port, evictor.problems)
+    )
+    await _serve_until(scope.stop_requested, evictor)
+
+
+async def _serve_until(stop_requested: asyncio.Event, evictor: Evictor) -> None:
+    serving = asyncio.create_task(evictor.serve(), name="evictor-serve")
+    stop = asyncio.create_task(stop_requested.wait(), name="evictor-stop")
+    try:
+        await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.cancel()
+        serving.cancel()
+        await asyncio.wait({serving, stop})
+    if not serving.cancelled():
+        serving.result()
