@@ -159,19 +159,27 @@ async def test_closing_ends_the_questions_under_way(catalog: CachedCatalog, inne
         await asker
 
 
-async def test_questions_wait_for_their_turn_but_not_for_ever(
+async def test_an_asker_waits_for_turn_and_answer_but_not_for_ever(
     catalog: CachedCatalog, inner: ScriptedCatalog
 ) -> None:
     inner.answering.clear()
-    waiting = [asyncio.create_task(catalog.look_up(ObjectId(str(number)))) for number in range(1, 6)]
-    outcomes = asyncio.gather(*waiting, return_exceptions=True)
-    await asyncio.wait(waiting[2:])
-    inner.answering.set()
-    found = await outcomes
-    assert found[:2] == [MediaObject(ONE, 1), MediaObject(TWO, 2)]
-    assert all(isinstance(outcome, CatalogUnavailable) for outcome in found[2:])
+    waiting = [catalog.look_up(ObjectId(str(number))) for number in range(1, 6)]
+    async with asyncio.timeout(1):
+        found = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(outcome, CatalogUnavailable) for outcome in found)
     assert inner.most_under_way == 2
+    inner.answering.set()
     assert await catalog.look_up(THREE) is None
+    assert await catalog.look_up(ONE) == MediaObject(ONE, 1)
+
+
+async def test_a_turn_that_comes_free_is_taken(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
+    inner.answering.clear()
+    waiting = [asyncio.create_task(catalog.look_up(object_id)) for object_id in (ONE, TWO, THREE)]
+    await inner.question_came.wait()
+    inner.answering.set()
+    assert await asyncio.gather(*waiting) == [MediaObject(ONE, 1), MediaObject(TWO, 2), None]
+    assert inner.most_under_way == 2
 
 
 async def test_the_last_good_answer_is_given_while_the_catalog_is_down(

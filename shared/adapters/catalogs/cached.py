@@ -10,17 +10,21 @@ from dataclasses import dataclass
 
 import structlog
 
+from shared.adapters.catalogs.shared_answers import Inquiry, SharedAnswers, SharedTimes
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import Duty, MediaObject, ObjectId
+from shared.observability.metrics import CATALOG_LOOKUPS
 from shared.ports.catalog import Catalog
+from shared.ports.catalog_memory import CatalogMemory
 
 _log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class CacheLimits:
-    """Times in seconds. `wait`: for one's turn when `max_in_flight` questions are under way. `outage_pause`: after a
-    failed question, stale answers are given at once for so long, instead of after another time-out each."""
+    """Times in seconds. `wait`: for an answer in all, the wait for one's turn while `max_in_flight` questions are under
+    way included. `outage_pause`: after a failed question, stale answers are given at once for so long, instead of after
+    another time-out each."""
 
     positive_ttl: float
     negative_ttl: float
@@ -28,6 +32,7 @@ class CacheLimits:
     wait: float
     max_entries: int = 100_000
     outage_pause: float = 5.0
+    buckets_ttl: float = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +43,29 @@ class _Kept:
 
 class CachedCatalog:
     """Wraps any catalog. Answers older than their time to live are asked anew, yet kept for outages until the bounded
-    cache (least recently asked first) drops them. A `does not exist` is kept likewise."""
+    cache (least recently asked first) drops them. A `does not exist` is kept likewise. With a memory, the processes
+    that share it ask once for all, and one that has just started knows what the others have learnt."""
 
     def __init__(
-        self, inner: Catalog, limits: CacheLimits, clock: Callable[[], float] = time.monotonic
+        self,
+        inner: Catalog,
+        limits: CacheLimits,
+        clock: Callable[[], float] = time.monotonic,
+        memory: CatalogMemory | None = None,
     ) -> None:
-        """`clock` in seconds; `open` and `close` are passed on to the inner catalog."""
+        """`clock` in seconds; `open` and `close` are passed on to the inner catalog and the memory."""
         self._inner = inner
         self._limits = limits
         self._clock = clock
+        self._shared = SharedAnswers(memory, SharedTimes(question=limits.wait + 0.5))
+        self._buckets: tuple[Sequence[str], float] | None = None
         self._kept: OrderedDict[ObjectId, _Kept] = OrderedDict()
         self._questions: dict[ObjectId, asyncio.Task[MediaObject | None]] = {}
         self._turns = asyncio.Semaphore(limits.max_in_flight)
         self._down_until = float("-inf")
 
     async def open(self) -> None:
+        await self._shared.open()
         await self._inner.open()
 
     async def close(self) -> None:
@@ -62,6 +75,7 @@ class CachedCatalog:
             question.cancel()
         await asyncio.gather(*questions, return_exceptions=True)
         await self._inner.close()
+        await self._shared.close()
 
     async def look_up(self, object_id: ObjectId) -> MediaObject | None:
         kept = self._kept.get(object_id)
@@ -69,13 +83,16 @@ class CachedCatalog:
             self._kept.move_to_end(object_id)
             now = self._clock()
             if now < kept.fresh_until or now < self._down_until:
+                CATALOG_LOOKUPS.labels(result="cached" if now < kept.fresh_until else "stale").inc()
                 return kept.answer
         try:
             return await self._shared_question(object_id)
         except CatalogUnavailable as error:
             kept = self._kept.get(object_id)
             if kept is None:
+                CATALOG_LOOKUPS.labels(result="unavailable").inc()
                 raise
+            CATALOG_LOOKUPS.labels(result="stale").inc()
             _log.warning("catalog_answer_stale", object_id=object_id, reason=str(error))
             return kept.answer
 
@@ -83,7 +100,13 @@ class CachedCatalog:
         return self._inner.list_objects(duty)
 
     async def bucket_ids(self) -> Sequence[str]:
-        return await self._inner.bucket_ids()
+        """Readiness probes ask for this every few seconds: a good answer is kept for a while."""
+        now = self._clock()
+        if self._buckets is not None and now < self._buckets[1]:
+            return self._buckets[0]
+        buckets = await self._inner.bucket_ids()
+        self._buckets = (buckets, now + self._limits.buckets_ttl)
+        return buckets
 
     async def _shared_question(self, object_id: ObjectId) -> MediaObject | None:
         question = self._questions.get(object_id)
@@ -101,33 +124,55 @@ class CachedCatalog:
             raise
 
     async def _ask(self, object_id: ObjectId) -> MediaObject | None:
-        try:
-            await self._take_turn()
-            try:
-                answer = await self._inner.look_up(object_id)
-            except CatalogUnavailable:
-                self._down_until = self._clock() + self._limits.outage_pause
-                raise
-            finally:
-                self._turns.release()
-            self._keep(object_id, answer)
-            return answer
-        finally:
-            del self._questions[object_id]
-
-    async def _take_turn(self) -> None:
+        inquiry = Inquiry(self._shared, object_id)
         try:
             async with asyncio.timeout(self._limits.wait):
-                await self._turns.acquire()
+                return await self._find_out(object_id, inquiry)
         except TimeoutError as error:
-            raise CatalogUnavailable(
-                f"{self._limits.max_in_flight} questions to the catalog were under way for {self._limits.wait:g} s"
-            ) from error
+            self._keep_stale(object_id, inquiry)
+            raise CatalogUnavailable(f"the catalog gave no answer in {self._limits.wait:g} s") from error
+        except CatalogUnavailable:
+            self._keep_stale(object_id, inquiry)
+            raise
+        finally:
+            del self._questions[object_id]
+            if inquiry.asking:
+                await self._shared.give_up(object_id)
 
-    def _keep(self, object_id: ObjectId, answer: MediaObject | None) -> None:
+    async def _find_out(self, object_id: ObjectId, inquiry: Inquiry) -> MediaObject | None:
+        """From the shared memory, or else from the inner catalog."""
+        if self._clock() < self._down_until:
+            inquiry.remembered = await self._shared.recall(object_id)
+            if inquiry.remembered is not None:
+                raise CatalogUnavailable("the catalog was down a moment ago")
+        remembered = await inquiry.settle()
+        if remembered is not None:
+            CATALOG_LOOKUPS.labels(result="cached").inc()
+            self._keep(object_id, remembered.answer, remembered.fresh_left)
+            return remembered.answer
+        async with self._turns:
+            try:
+                answer = await self._inner.look_up(object_id)
+            except (CatalogUnavailable, asyncio.CancelledError):
+                # Cancelled: the time was up, or the catalog is being closed, when nobody asks any more.
+                self._down_until = self._clock() + self._limits.outage_pause
+                raise
+        CATALOG_LOOKUPS.labels(result="unknown" if answer is None else "found").inc()
+        limits = self._limits
         self._down_until = float("-inf")
-        lifetime = self._limits.negative_ttl if answer is None else self._limits.positive_ttl
-        self._kept[object_id] = _Kept(answer, self._clock() + lifetime)
+        self._keep(object_id, answer, limits.negative_ttl if answer is None else limits.positive_ttl)
+        await self._shared.remember(object_id, answer, limits.positive_ttl, limits.negative_ttl)
+        inquiry.asking = False
+        return answer
+
+    def _keep_stale(self, object_id: ObjectId, inquiry: Inquiry) -> None:
+        """What the other processes knew is better than nothing, for this outage."""
+        if inquiry.remembered is not None and object_id not in self._kept:
+            self._keep(object_id, inquiry.remembered.answer, inquiry.remembered.fresh_left)
+
+    def _keep(self, object_id: ObjectId, answer: MediaObject | None, lifetime: float) -> None:
+        longest = self._limits.negative_ttl if answer is None else self._limits.positive_ttl
+        self._kept[object_id] = _Kept(answer, self._clock() + min(lifetime, longest))
         self._kept.move_to_end(object_id)
         while len(self._kept) > self._limits.max_entries:
             self._kept.popitem(last=False)

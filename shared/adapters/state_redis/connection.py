@@ -72,7 +72,16 @@ class RedisConnection:
 
     async def run(self, script: str, object_id: ObjectId | str, *arguments: str | int | float) -> Any:
         """Run one script from the scripts folder; `arguments` are its ARGV from the fourth on."""
-        keys = self.keys.all_for(object_id)
+        return await self.run_on(script, self.keys.all_for(object_id), object_id, *arguments)
+
+    async def run_on(
+        self,
+        script: str,
+        keys: tuple[str, ...],
+        object_id: ObjectId | str,
+        *arguments: str | bytes | int | float,
+    ) -> Any:
+        """As `run`, with keys of the caller's own."""
         given = (len(keys), *keys, self.keys.channel, RECORD_BYTES, object_id, *arguments)
         body = self._scripts[script]
         async with self._bounded():

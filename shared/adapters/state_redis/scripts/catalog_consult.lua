@@ -1,0 +1,11 @@
+-- KEYS: answer, asking. ARGV: asker, milliseconds. Returns as catalog_recall, and 1 if the asker must ask
+local kept = redis.call('GET', KEYS[1])
+local described, left = false, 0
+if kept then
+  local fresh_until
+  fresh_until, described = string.match(kept, '^(%d+) (.*)$')
+  left = tonumber(fresh_until) - now
+  if left > 0 then return {described, left, 0} end
+end
+local won = redis.call('SET', KEYS[2], ARGV[4], 'NX', 'PX', ARGV[5])
+return {described, left, won and 1 or 0}

@@ -1,0 +1,5 @@
+-- KEYS: answer, asking. Returns the description (or nothing) and for how many milliseconds it is still believed
+local kept = redis.call('GET', KEYS[1])
+if not kept then return {false, 0} end
+local fresh_until, described = string.match(kept, '^(%d+) (.*)$')
+return {described, tonumber(fresh_until) - now}
