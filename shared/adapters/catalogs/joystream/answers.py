@@ -1,0 +1,153 @@
+"""The squid's answers into our values: everything may be null, nothing is believed unchecked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import structlog
+
+from shared.adapters.catalogs.joystream.endpoints import api_base
+from shared.domain.errors import CatalogUnavailable, InvalidInput
+from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId, parse_bucket_id
+
+_log = structlog.get_logger()
+_SIZE = re.compile(r"[0-9]{1,19}", re.ASCII)
+_MAX_SIZE = 2**63 - 1
+_MAX_SOURCES = 100
+_MAX_VALIDATOR = 256
+_ACTIVE_STORAGE = "StorageBucketOperatorStatusActive"
+# A subtitle's type is what its uploader wrote; as text/html it would be a page of the node's own origin.
+_SUBTITLE_TYPES = frozenset(
+    {
+        "text/plain", "text/vtt", "text/srt", "text/x-srt", "text/x-subrip", "text/ttml", "text/x-ssa", "text/x-ass",
+        "text/x-sami", "text/x-microdvd",
+    }
+)  # fmt: skip
+
+
+def read_object(object_id: ObjectId, found: Any, *, refuse_private: bool) -> MediaObject:
+    """What the squid says of one object; `found` is not null. CatalogUnavailable if it is another object's word."""
+    if not isinstance(found, dict) or str(found.get("id")) != object_id:
+        raise CatalogUnavailable("the squid answered for another object")
+    bag = _mapping(found.get("storageBag"))
+    return _described(
+        object_id,
+        found,
+        buckets=tuple(_distribution_buckets(bag)),
+        accepted=found.get("isAccepted") is True,
+        sources=_sources(object_id, bag, refuse_private=refuse_private),
+    )
+
+
+def read_listed(found: Any, buckets: tuple[DistributionBucket, ...]) -> MediaObject:
+    """An object of a list: no sources, and accepted for all the list says. CatalogUnavailable if it has no id."""
+    try:
+        object_id = ObjectId.parse(str(_mapping(found).get("id")))
+    except InvalidInput as error:
+        raise CatalogUnavailable("the squid lists an object without a usable id") from error
+    return _described(object_id, found, buckets=buckets, accepted=True, sources=())
+
+
+def _described(
+    object_id: ObjectId,
+    found: dict[str, Any],
+    *,
+    buckets: tuple[DistributionBucket, ...],
+    accepted: bool,
+    sources: tuple[str, ...],
+) -> MediaObject:
+    content_hash, validator = _hash(object_id, found.get("ipfsHash"))
+    return MediaObject(
+        object_id=object_id,
+        size=_size(object_id, found.get("size")),
+        content_hash=content_hash,
+        media_type=_media_type(found.get("type")),
+        buckets=buckets,
+        accepted=accepted,
+        sources=sources,
+        validator=validator,
+    )
+
+
+def _size(object_id: ObjectId, stated: Any) -> int | None:
+    """None if the squid does not say: such an object is proxied, never fetched."""
+    text = str(stated) if isinstance(stated, int) and not isinstance(stated, bool) else stated
+    if isinstance(text, str) and _SIZE.fullmatch(text) and int(text) <= _MAX_SIZE:
+        return int(text)
+    _log.warning("catalog_size_unusable", object_id=object_id, size=str(stated)[:40])
+    return None
+
+
+def _hash(object_id: ObjectId, stated: Any) -> tuple[ContentHash | None, str | None]:
+    """The hash, or else its text as the validator: an object under a hash we cannot compute is served with its size as
+    the only check, and its ETag still changes with the text."""
+    try:
+        if isinstance(stated, str):
+            return ContentHash.parse(stated), None
+    except InvalidInput:
+        pass
+    _log.warning("catalog_hash_unusable", object_id=object_id, hash=str(stated)[:100])
+    return None, stated[:_MAX_VALIDATOR] if isinstance(stated, str) and stated else None
+
+
+def _media_type(kind: Any) -> str | None:
+    stated = _mapping(_mapping(kind).get("subtitle")).get("mimeType")
+    if not isinstance(stated, str):
+        return None
+    essence = stated.partition(";")[0].strip().lower()
+    return essence if essence in _SUBTITLE_TYPES else None
+
+
+def _distribution_buckets(bag: dict[str, Any]) -> Iterator[DistributionBucket]:
+    for entry in _sequence(bag.get("distributionBuckets")):
+        bucket = _mapping(_mapping(entry).get("distributionBucket"))
+        bucket_id = bucket_id_or_none(bucket.get("id"))
+        if bucket_id is not None:
+            yield DistributionBucket(bucket_id, frozenset(_active_workers(bucket)))
+
+
+def bucket_id_or_none(stated: Any) -> str | None:
+    try:
+        return parse_bucket_id(str(stated))
+    except InvalidInput:
+        return None
+
+
+def _active_workers(bucket: dict[str, Any]) -> Iterator[int]:
+    for operator in map(_mapping, _sequence(bucket.get("operators"))):
+        worker_id = operator.get("workerId")
+        if operator.get("status") == "ACTIVE" and isinstance(worker_id, int):
+            yield worker_id
+
+
+def _sources(object_id: ObjectId, bag: dict[str, Any], *, refuse_private: bool) -> tuple[str, ...]:
+    urls: dict[str, None] = {}
+    for entry in _sequence(bag.get("storageBuckets")):
+        bucket = _mapping(_mapping(entry).get("storageBucket"))
+        if _mapping(bucket.get("operatorStatus")).get("__typename") == _ACTIVE_STORAGE:
+            base = base_or_none(bucket, refuse_private=refuse_private)
+            if base is not None:
+                urls[f"{base}files/{object_id}"] = None
+    return tuple(urls)[:_MAX_SOURCES]
+
+
+def base_or_none(bucket: dict[str, Any], *, refuse_private: bool) -> str | None:
+    """The API's base of a storage bucket's node; None without an endpoint, or with one that must not be asked."""
+    endpoint = _mapping(bucket.get("operatorMetadata")).get("nodeEndpoint")
+    if not isinstance(endpoint, str) or not endpoint:
+        return None
+    try:
+        return api_base(endpoint, refuse_private=refuse_private)
+    except InvalidInput as error:
+        _log.info("storage_endpoint_refused", bucket=str(bucket.get("id"))[:40], reason=str(error))
+        return None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _sequence(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,173 @@
+"""The GraphQL endpoint: one question in, its data out, within time and size, whatever the server does."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import structlog
+
+from shared.adapters.catalogs.joystream.questions import DIALECTS, Dialect, Question
+from shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
+from shared.domain.source_urls import parse_source_url
+
+_KEEP_ALIVE = 4.0  # seconds; below the 5 s after which Node closes an idle connection
+_LARGE = 256 * 1024  # bytes of JSON that are read in a thread: the loop must not stand still
+_TOLD = 200
+
+_log = structlog.get_logger()
+
+
+class AnswerTooLarge(CatalogUnavailable):
+    """More bytes than the question may cost; asking for less may help."""
+
+
+class QuestionRefused(CatalogUnavailable):
+    """The server does not know a field, argument or type of the question."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """Seconds and bytes."""
+
+    timeout: float
+    max_bytes: int
+
+
+class GraphqlEndpoint:
+    """Asks in the dialect that the server understood last; another one when it refuses that."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._client: httpx.AsyncClient | None = None
+        self._dialect: Dialect = DIALECTS[0]
+
+    async def open(self) -> None:
+        """ConfigurationError for what is no http(s) URL."""
+        try:
+            parse_source_url(self._url)
+        except InvalidInput as error:
+            raise ConfigurationError(f"catalog.squid: {error}") from error
+        # No bound on connections: who asks is bounded, and a contended pool of httpx can lose a place to a cancelled
+        # request. No redirects, no proxy or .netrc credentials from the environment.
+        context = await asyncio.to_thread(httpx.create_ssl_context)
+        self._client = httpx.AsyncClient(
+            verify=context,
+            headers={"Accept": "application/json", "User-Agent": "distributor-node"},
+            limits=httpx.Limits(
+                max_connections=None, max_keepalive_connections=16, keepalive_expiry=_KEEP_ALIVE
+            ),
+            follow_redirects=False,
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        if self._client is not None:
+            await self._client.aclose()
+            self._client = None
+
+    async def ask(
+        self, question: Question, variables: Mapping[str, Any], timeout: float, max_bytes: int
+    ) -> dict[str, Any]:
+        """The answer's `data`. `timeout` in seconds for all of it; CatalogUnavailable for everything else."""
+        try:
+            async with asyncio.timeout(timeout):
+                return await self._ask_in_dialects(question, variables, _Bounds(timeout, max_bytes))
+        except TimeoutError as error:
+            raise CatalogUnavailable(f"the squid gave no answer in {timeout:g} s") from error
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            raise CatalogUnavailable(f"the squid cannot be asked: {_described(error)}") from error
+
+    async def _ask_in_dialects(
+        self, question: Question, variables: Mapping[str, Any], bounds: _Bounds
+    ) -> dict[str, Any]:
+        spoken = self._dialect
+        tried: set[str] = set()
+        refusal = QuestionRefused("no dialect is known")
+        for dialect in (spoken, *DIALECTS):
+            text = question.worded(dialect)
+            if text in tried:
+                continue
+            tried.add(text)
+            try:
+                data = await self._ask(question.operation, text, variables, bounds)
+            except QuestionRefused as error:
+                refusal = error
+                continue
+            if dialect is not spoken and self._dialect is not dialect:
+                _log.info("squid_dialect_changed", dialect=dialect.name, was=spoken.name)
+                self._dialect = dialect
+            return data
+        raise refusal
+
+    async def _ask(
+        self, operation: str, text: str, variables: Mapping[str, Any], bounds: _Bounds
+    ) -> dict[str, Any]:
+        body = {"operationName": operation, "query": text, "variables": dict(variables)}
+        try:
+            status, raw = await self._post(body, bounds)
+        except httpx.RemoteProtocolError:
+            # The server may close an idle connection just as it is used: asked once more, questions change nothing.
+            status, raw = await self._post(body, bounds)
+        document = await _read(raw, status)
+        return data_of(document, status)
+
+    async def _post(self, body: Mapping[str, Any], bounds: _Bounds) -> tuple[int, bytes]:
+        if self._client is None:
+            raise CatalogUnavailable("the joystream catalog is not open")
+        received = bytearray()
+        # Ours ends a little before the caller's time limit: the library loses a socket whose handshake is cancelled.
+        limits = httpx.Timeout(bounds.timeout, connect=0.9 * bounds.timeout)
+        async with self._client.stream("POST", self._url, json=body, timeout=limits) as answer:
+            async for chunk in answer.aiter_bytes(64 * 1024):  # decoded: what counts is what fills the memory
+                received += chunk
+                if len(received) > bounds.max_bytes:
+                    raise AnswerTooLarge(f"the squid's answer is larger than {bounds.max_bytes} bytes")
+            return answer.status_code, bytes(received)
+
+
+async def _read(raw: bytes, status: int) -> Any:
+    try:
+        return await asyncio.to_thread(json.loads, raw) if len(raw) > _LARGE else json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CatalogUnavailable(f"the squid answered {status} with what is no JSON") from error
+
+
+def data_of(document: Any, status: int) -> dict[str, Any]:
+    """The `data` of an answer without errors: half an answer is none. Raises QuestionRefused, CatalogUnavailable."""
+    if not isinstance(document, dict):
+        raise CatalogUnavailable(f"the squid answered {status} with what is no GraphQL answer")
+    errors = document.get("errors")
+    if errors:
+        listed = errors if isinstance(errors, list) else [errors]
+        told = "; ".join(_message(error) for error in listed[:3])
+        if document.get("data") is None and any(_is_refusal(error) for error in listed):
+            raise QuestionRefused(f"the squid does not know the question: {told}")
+        raise CatalogUnavailable(f"the squid answered with errors: {told}")
+    data = document.get("data")
+    if status != 200 or not isinstance(data, dict):
+        raise CatalogUnavailable(f"the squid answered {status} without data")
+    return data
+
+
+def _message(error: Any) -> str:
+    message = error.get("message") if isinstance(error, dict) else error
+    return str(message)[:_TOLD]
+
+
+def _is_refusal(error: Any) -> bool:
+    """As Apollo marks it, or in the words that the GraphQL libraries share."""
+    extensions = error.get("extensions") if isinstance(error, dict) else None
+    if isinstance(extensions, dict) and extensions.get("code") == "GRAPHQL_VALIDATION_FAILED":
+        return True
+    return _message(error).startswith(
+        ("Cannot query field", "Unknown argument", "Unknown type", 'Variable "$', "Field ", "Unknown field")
+    )
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__} {error}".strip()[:_TOLD]
