@@ -136,7 +136,8 @@ async def test_wrong_bytes_from_the_first_source_never_arrive_as_complete(world:
         and 'reason="wrong"' in line
     ]
     assert len(counted) == 1
-    assert float(counted[0].split()[-1]) == 2
+    # Once caught, it is asked after the other for a while: the second object need not come from it at all.
+    assert float(counted[0].split()[-1]) in {1, 2}
 
 
 async def test_small_wrong_objects_are_answered_right_at_the_first_request(world: World) -> None:
