@@ -44,7 +44,7 @@ def manifest_text(objects: Iterable[DemoObject], base_url: str) -> str:
         "objects:",
     ]
     for item in objects:
-        lines += [f'  - id: "{item.object_id}"', f"    size: {item.size}", f'    hash: "{_known_hash(item)}"']
+        lines += [f'  - id: "{item.object_id}"', f"    size: {item.size}", f'    hash: "{known_hash(item)}"']
         lines += [f"    media_type: {item.media_type}", f'    bucket: "{item.bucket}"']
         if not item.held:
             lines.append("    accepted: false")
@@ -52,7 +52,8 @@ def manifest_text(objects: Iterable[DemoObject], base_url: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _known_hash(item: DemoObject) -> str:
+def known_hash(item: DemoObject) -> str:
+    """The hash of an object, computed unless it is in the table."""
     seed = getattr(item.content, "seed", None)
     known = None if seed is None else GENERATED_HASHES.get((seed, item.size))
     return known or content_hash(item.content)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 
 from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
 from shared.adapters.catalogs.manifest import ManifestCatalog
 from shared.adapters.catalogs.origin import OriginCatalog
 from shared.adapters.queue_memory import MemoryJobQueue
@@ -16,12 +18,14 @@ from shared.adapters.sources.observation import SourceObservation
 from shared.adapters.sources.relay import Relay
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_redis import RedisStateStore
+from shared.adapters.state_redis.catalog_memory import RedisCatalogMemory
 from shared.adapters.state_times import StateTimes
 from shared.adapters.volume import Volume
 from shared.domain.errors import ConfigurationError
 from shared.domain.jobs import RetryPlan
 from shared.observability.metrics import SOURCE_BYTES, SOURCE_FAILURES, SOURCE_LATENCY, source_label
 from shared.ports.catalog import Catalog
+from shared.ports.catalog_memory import CatalogMemory
 from shared.ports.job_queue import JobQueue
 from shared.ports.state_store import StateStore
 from shared.settings.model import Settings
@@ -60,15 +64,47 @@ def build_catalog(settings: Settings) -> Catalog:
         if catalog.manifest is None:
             raise ConfigurationError("catalog.manifest is missing")
         return ManifestCatalog(catalog.manifest)
-    if catalog.origin is None:
-        raise ConfigurationError("catalog.origin is missing")
     limits = CacheLimits(
         positive_ttl=catalog.positive_ttl,
         negative_ttl=catalog.negative_ttl,
         max_in_flight=catalog.max_in_flight,
         wait=catalog.timeout,
     )
+    if catalog.kind == "joystream":
+        return CachedCatalog(build_joystream(settings), limits, memory=_build_catalog_memory(settings))
+    if catalog.origin is None:
+        raise ConfigurationError("catalog.origin is missing")
     return CachedCatalog(OriginCatalog(catalog.origin, catalog.timeout), limits)
+
+
+def build_joystream(settings: Settings) -> JoystreamCatalog:
+    """Without a cache: for the list of storage nodes and the squid's own state. To be opened and closed by its user."""
+    catalog = settings.catalog
+    limits = SquidLimits(
+        timeout=catalog.timeout,
+        list_timeout=catalog.list_timeout,
+        list_batch=catalog.list_batch,
+        list_pause=catalog.list_pause,
+    )
+    return JoystreamCatalog(catalog.squid, limits, refuse_private=catalog.refuse_private_sources)
+
+
+def build_chain_head(settings: Settings) -> ChainHead | None:
+    """None: no chain is configured."""
+    chain = settings.catalog.chain
+    return None if chain is None else ChainHead(chain, settings.catalog.timeout)
+
+
+def _build_catalog_memory(settings: Settings) -> CatalogMemory | None:
+    """None in one process, whose cache has nobody to share with."""
+    store = settings.state_store
+    url = store.url.get_secret_value()
+    if url.startswith(MEMORY):
+        return None
+    # Named after the squid, and after what decides which sources an answer holds: no answer outlives a change of those.
+    identity = f"{settings.catalog.squid} {settings.catalog.refuse_private_sources}"
+    name = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return RedisCatalogMemory(url, store.prefix, store.operation_timeout, name)
 
 
 def build_source_client(settings: Settings, max_connections: int) -> SourceClient:

@@ -78,14 +78,27 @@ class JobQueueSettings(Section):
 class CatalogSettings(Section):
     """Where the node learns which objects exist."""
 
-    kind: Literal["manifest", "origin"] = "manifest"
-    """`manifest`: a YAML or JSON file. `origin`: any HTTP server."""
+    kind: Literal["manifest", "origin", "joystream"] = "manifest"
+    """`manifest`: a YAML or JSON file. `origin`: any HTTP server. `joystream`: the network's Storage-Squid."""
     manifest: Path | None = None
     """The manifest file."""
     origin: str | None = None
     """URL template of the origin, with `{id}`."""
+    squid: str = "http://localhost:4352/graphql"
+    """The Storage-Squid's GraphQL endpoint, for `joystream`."""
+    chain: str | None = None
+    """A node of the chain, `ws(s)://` or `http(s)://`, for chainHead in /status; `joystream` only."""
+    refuse_private_sources: bool = False
+    """Leave out storage nodes at addresses that are not public. Recommended for a node on the Joystream network, where
+    anybody's endpoint is in the catalog; off by default, since storage nodes of one's own may be at such addresses."""
+    list_batch: int = Field(default=100, ge=1, le=10_000)
+    """Bags in one question for the whole list, for `joystream`."""
+    list_pause: float = Field(default=1.0, ge=0, le=3600)
+    """Seconds between two such questions: one huge answer has taken the squid down before."""
+    list_timeout: Seconds = 60.0
+    """Seconds to wait for the answer to one of them."""
     timeout: Seconds = 2.5
-    """Seconds to wait for one answer of the catalog."""
+    """Seconds that a look-up may take in all; a request that needs it is told 503 then."""
     max_in_flight: int = Field(default=16, ge=1)
     """Questions under way at once, per process."""
     positive_ttl: Seconds = 3600.0
@@ -260,7 +273,14 @@ class Settings(BaseSettings):
             origin = self.catalog.origin or ""
             if not origin.startswith(("http://", "https://")) or "{id}" not in origin:
                 return ["catalog.origin must be an http(s) URL with {id} in it"]
-        return []
+        wrong = []
+        if self.catalog.kind == "joystream" and not self.catalog.squid.startswith(("http://", "https://")):
+            wrong.append("catalog.squid must begin with http:// or https://")
+        if self.catalog.chain is not None and not self.catalog.chain.startswith(
+            ("ws://", "wss://", "http://", "https://")
+        ):
+            wrong.append("catalog.chain must begin with ws://, wss://, http:// or https://")
+        return wrong
 
     def _check_urls(self) -> list[str]:
         wrong = []
