@@ -27,7 +27,7 @@ from shared.settings.model import PublicApi
 
 MAX_BODY_BYTES = 64 * 1024
 """Of a request. No request of this API means anything by its body; small ones are read and ignored."""
-_ASSET_ROUTE = "/api/v1/assets/<object_id:str>"
+_ASSET_ROUTE = "/api/v1/assets/<object_id>"
 
 _numbers = count(1)
 logger = structlog.get_logger()
@@ -54,9 +54,14 @@ class RawPathRouter(Router):
         if known is None or not self.finalized:
             known = {}
             for route in self.routes:
-                known.setdefault(f"/{route.path}", {}).update(dict.fromkeys(route.methods, route))
+                known.setdefault(public_path(route), {}).update(dict.fromkeys(route.methods, route))
             self.ctx.by_path = known
         return known
+
+
+def public_path(route: Route) -> str:
+    """The path as it was registered: Sanic adds the types of its arguments."""
+    return f"/{route.path}".replace(":str>", ">")
 
 
 class ApiApplication(Sanic):  # type: ignore[type-arg]
@@ -69,6 +74,8 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
         try:
             malformed = malformation_of(request)
             if malformed is not None:
+                if isinstance(request.stream, ApiHttp):
+                    request.stream.keep_alive = False  # nobody knows where the next request would begin
                 await self.handle_exception(request, malformed)
             else:
                 await super().handle_request(request)

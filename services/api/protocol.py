@@ -45,6 +45,8 @@ class ApiHttp(Http):
                 exchange_of(self.request).cut = exchange_of(self.request).cut or "client_left"
         else:
             await super().error_response(exception)  # type: ignore[arg-type]
+            if isinstance(exception, RequestTimeout):
+                self.request_body = None  # the rest of it is not waited for
         self.record()
 
     def cut(self, reason: str) -> None:

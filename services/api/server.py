@@ -39,6 +39,10 @@ class PublicServer:
     def is_open(self) -> bool:
         return self._server is not None
 
+    async def disconnected(self, seconds: float) -> bool:
+        """Wait until no client is connected; False after so many seconds."""
+        return await self._connections.emptied(seconds)
+
     async def open(self) -> None:
         """Listen; ConfigurationError if the port is taken. A port chosen by the system stays the same."""
         if self._server is not None:

@@ -1,0 +1,227 @@
+"""The frame of the API on a real port: odd requests, methods, time limits, ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.domain.errors import StateStoreUnavailable
+from tests.servers.api_fixture import StandIn, running_api
+
+ERROR_HEADERS = (b"Cache-Control: no-store", b"Access-Control-Allow-Origin: *", b"application/json")
+
+
+def split(answer: bytes) -> tuple[int, bytes, bytes]:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return int(head.split()[1]), head, body
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        "..%2f..%2fetc",
+        "%00",
+        "%2e%2e",
+        "../../etc/passwd",
+        "/",
+        "",
+        "5/",
+        "9" * 10_000,
+        "%c0%af",
+        "%ff",
+        "%zz",
+        "5#a",
+        "a%2525",
+    ],
+)
+async def test_malformed_ids_are_answered_alike(tmp_path: Path, odd: str) -> None:
+    async with running_api(tmp_path, StandIn()) as api:
+        status, head, body = split(await api.get(f"/api/v1/assets/{odd}"))
+        head_status, _, head_body = split(await api.get(f"/api/v1/assets/{odd}", "HEAD"))
+    assert (status, head_status, head_body) == (400, 400, b"")
+    assert json.loads(body) == {"type": "malformed_id", "message": "Malformed object id"}
+    assert all(part in head for part in (*ERROR_HEADERS, b"X-Content-Type-Options: nosniff"))
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_raw_bytes_in_the_path_are_refused(tmp_path: Path, method: str) -> None:
+    async with running_api(tmp_path, StandIn()) as api:
+        status, head, body = split(
+            await api.ask(f"{method} /api/v1/assets/é HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        )
+    assert status == 400
+    assert b"Content-Security-Policy" in head
+    assert bool(body) == (method == "GET")
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "expected"),
+    [
+        (b"NONSENSE\r\n\r\n", 400),
+        (b"GET /healthz HTTP/7\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: a\r\nContent-Length : 3\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: a\r\nA: b\x00c\r\nConnection: close\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n", 400),
+        (b"GET /healthz HTTP/1.1\r\nHost: a\r\nContent-Length: 900000\r\n\r\n", 413),
+        (b"GET /healthz HTTP/1.1\r\nHost: a\r\nExpect: tea\r\nContent-Length: 1\r\n\r\nx", 417),
+        (b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
+        (b"GET / HTTP/1.1\r\nHost: a\r\nB: " + b"a" * 20_000 + b"\r\n\r\n", 431),
+        (b"GET /nothing HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", 404),
+        (b"GET http://a/healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", 200),
+        (b"GET //api/v1/assets/5 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", 404),
+        (b"GET nothing HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", 404),
+    ],
+)
+async def test_odd_requests(
+    tmp_path: Path, request_bytes: bytes, expected: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with running_api(tmp_path, StandIn()) as api:
+        status, head, body = split(await api.ask(request_bytes))
+        assert status == expected
+        if status != 200:
+            assert all(part in head for part in ERROR_HEADERS)
+            assert set(json.loads(body)) == {"type", "message"}
+        assert split(await api.get("/healthz"))[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+async def test_methods(tmp_path: Path) -> None:
+    async with running_api(tmp_path, StandIn()) as api:
+        for path in ("/api/v1/assets/5", "/api/v1/status", "/metrics"):
+            status, head, _ = split(await api.get(path, "POST"))
+            assert (status, b"Allow: GET, HEAD, OPTIONS" in head) == (405, True)
+            status, head, body = split(await api.get(path, "OPTIONS"))
+            assert (status, body) == (204, b"")
+            assert b"Access-Control-Allow-Headers: Range" in head
+            assert split(await api.get(path, "HEAD"))[::2] == (200, b"")
+
+
+async def test_request_id(tmp_path: Path) -> None:
+    async with running_api(tmp_path, StandIn()) as api:
+        assert b"X-Request-ID: abc-1\r\n" in await api.get("/healthz", more="X-Request-ID: abc-1\r\n")
+        assert b"evil" not in await api.get("/healthz", more="X-Request-ID: evil value\r\n")
+
+
+async def test_small_body_of_a_get_is_ignored(tmp_path: Path) -> None:
+    first = b"GET /healthz HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
+    async with running_api(tmp_path, StandIn()) as api:
+        answer = await api.ask(first + b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+    assert answer.count(b"200 OK") == 2
+
+
+async def test_unexpected_error_shows_nothing_of_itself(tmp_path: Path) -> None:
+    async with running_api(tmp_path, StandIn()) as api:
+        status, _, body = split(await api.get("/api/v1/assets/broken"))
+        assert (status, json.loads(body)["type"]) == (500, "internal_error")
+        status, _, body = split(await api.get("/api/v1/assets/broken-midway"))
+    assert status == 200
+    assert 0 < len(body) < 1_000_000
+    assert b"secret" not in body
+
+
+@pytest.mark.parametrize(
+    "partial", [b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"]
+)
+async def test_request_that_never_arrives(tmp_path: Path, partial: bytes) -> None:
+    async with running_api(tmp_path, StandIn(), public_api={"request_timeout": 0.2}) as api:
+        status, head, _ = split(await api.ask(partial))
+    assert status == 408
+    assert b"connection: close" in head
+
+
+async def test_dripping_head_is_given_up(tmp_path: Path) -> None:
+    async with running_api(tmp_path, StandIn(), public_api={"request_timeout": 0.3}) as api:
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.server.port)
+        answer = asyncio.create_task(reader.read())
+        async with asyncio.timeout(3):
+            while not answer.done():
+                writer.write(b"G")
+                await asyncio.wait({answer}, timeout=0.05)
+        writer.close()
+    assert b" 408 " in answer.result()
+
+
+async def test_idle_connection_is_closed(tmp_path: Path) -> None:
+    async with running_api(tmp_path, StandIn(), public_api={"keep_alive_timeout": 0.2}) as api:
+        answer = await api.ask(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
+    assert b"200 OK" in answer
+
+
+async def test_paused_client_is_kept_until_the_stall_limit(tmp_path: Path) -> None:
+    loop = asyncio.get_running_loop()
+    limits = {"send_stall_limit": 1.0, "keep_alive_timeout": 0.2, "request_timeout": 0.2}
+    async with running_api(tmp_path, StandIn(), public_api=limits) as api:
+        with socket.create_connection(("127.0.0.1", api.server.port)) as client:
+            client.sendall(b"GET /api/v1/assets/endless HTTP/1.1\r\nHost: a\r\n\r\n")
+            started = loop.time()
+            assert await loop.run_in_executor(None, client.recv, 10)
+            assert await api.server.disconnected(5)
+            assert 0.9 <= loop.time() - started < 3
+
+
+async def test_close_lets_answers_end_and_opens_again(tmp_path: Path) -> None:
+    stand_in = StandIn()
+    async with running_api(tmp_path, stand_in) as api:
+        idle_reader, idle_writer = await asyncio.open_connection("127.0.0.1", api.server.port)
+        asked = asyncio.create_task(api.ask(b"GET /api/v1/assets/waiting HTTP/1.1\r\nHost: a\r\n\r\n"))
+        await stand_in.entered.wait()
+        closing = asyncio.create_task(api.server.close(5))
+        assert await idle_reader.read() == b""
+        idle_writer.close()
+        with pytest.raises(OSError):
+            await api.ask(b"")
+        stand_in.go_on.set()
+        await closing
+        assert (await asked).endswith(b"hello")
+        port = api.server.port
+        await api.server.open()
+        assert api.server.port == port
+        assert split(await api.get("/healthz"))[0] == 200
+
+
+async def test_close_cuts_what_does_not_end(tmp_path: Path) -> None:
+    stand_in = StandIn()
+    async with running_api(tmp_path, stand_in) as api:
+        asked = asyncio.create_task(api.ask(b"GET /api/v1/assets/waiting HTTP/1.1\r\nHost: a\r\n\r\n"))
+        await stand_in.entered.wait()
+        await api.server.close(0.1)
+        await asyncio.wait({asked})
+        assert asked.exception() is not None or asked.result() == b""
+
+
+async def test_status_and_buckets(tmp_path: Path) -> None:
+    async with running_api(tmp_path, StandIn(), worker_id=4) as api:
+        fields = json.loads(split(await api.get("/api/v1/status"))[2])
+        assert json.loads(split(await api.get("/api/v1/buckets"))[2]) == {"allByWorkerId": 4}
+    assert (fields["id"], fields["workerId"], fields["objectsInCache"]) == ("test-node", 4, 0)
+    assert set(fields["queryNodeStatus"]) == {"url", "chainHead", "blocksProcessed", "packageVersion"}
+    async with running_api(tmp_path, StandIn()) as api:
+        assert json.loads(split(await api.get("/api/v1/buckets"))[2]) == {"bucketIds": ["0:1"]}
+        assert "workerId" not in json.loads(split(await api.get("/api/v1/status"))[2])
+
+
+async def test_status_without_the_state_store(tmp_path: Path) -> None:
+    async with running_api(tmp_path, StandIn()) as api:
+        state: Any = api.context.state
+        state.usage = state.ping = _unavailable  # the far end is gone
+        assert split(await api.get("/api/v1/status"))[0] == 200
+        ready = json.loads(split(await api.get("/readyz"))[2])
+    assert ready == {"status": "ready", "problems": [], "degraded": ["state store: out of reach"]}
+
+
+async def _unavailable() -> None:
+    raise StateStoreUnavailable("gone")
+
+
+async def test_not_ready_without_the_volume(tmp_path: Path) -> None:
+    async with running_api(tmp_path, StandIn()) as api:
+        (tmp_path / "volume").rename(tmp_path / "elsewhere")
+        status, _, body = split(await api.get("/readyz"))
+    assert (status, json.loads(body)["status"]) == (503, "not ready")

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from services.api.accesses import VIEW_WINDOW, AccessCounter
+from services.api.wakeups import FetchWakeups
+from shared.adapters.state_memory import MemoryStateStore
+from shared.adapters.state_times import StateTimes
+from shared.domain.errors import StateStoreUnavailable
+from shared.domain.objects import ObjectId
+from shared.ports.state_store import Access, Announcement, Topic
+
+ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
+
+
+class FlakyStore(MemoryStateStore):
+    """A store that can be away."""
+
+    down = False
+
+    async def record_accesses(self, accesses: Sequence[Access]) -> None:
+        if self.down:
+            raise StateStoreUnavailable("away")
+        await super().record_accesses(accesses)
+
+
+def make_store() -> FlakyStore:
+    return FlakyStore(1000, StateTimes(), time.time)
+
+
+async def recorded(store: FlakyStore) -> Sequence[Access]:
+    return (await store.read_accesses("", 100))[1]
+
+
+async def test_ranges_of_one_player_are_one_view() -> None:
+    store, now = make_store(), 1000.0
+    counter = AccessCounter(store, lambda: now)
+    for _ in range(30):
+        counter.note_request(ONE)
+        now += 5
+    counter.note_sending(ONE)
+    await counter.hand_over()
+    assert list(await recorded(store)) == [Access(ONE, 1, now)]
+    now += VIEW_WINDOW
+    counter.note_request(ONE)
+    await counter.hand_over()
+    assert (await recorded(store))[-1] == Access(ONE, 1, now)
+
+
+async def test_store_down_keeps_the_latest() -> None:
+    store = make_store()
+    store.down = True
+    counter = AccessCounter(store, lambda: 5.0, max_waiting=2)
+    for object_id in (ONE, TWO):
+        counter.note_request(object_id)
+    await counter.hand_over()
+    counter.note_request(THREE)
+    await counter.hand_over()
+    store.down = False
+    await counter.hand_over()
+    assert [access.object_id for access in await recorded(store)] == [TWO, THREE]
+
+
+async def test_waiters_are_woken_by_their_object_alone() -> None:
+    store = make_store()
+    wakeups = FetchWakeups(store)
+    listener = asyncio.create_task(wakeups.run())
+    try:
+        async with asyncio.timeout(5):
+            # The listener greets with a wake-up for everybody.
+            await wakeups.wait(TWO, 5)
+            woken = asyncio.create_task(wakeups.wait(ONE, 5))
+            other = asyncio.create_task(wakeups.wait(TWO, 5))
+            await asyncio.sleep(0)
+            await store.announce(Announcement(Topic.FETCH_CHANGED, ONE))
+            await woken
+        assert not other.done()
+        other.cancel()
+        await asyncio.wait({other})
+        await wakeups.wait(THREE, 0.01)
+        assert wakeups.waiting == 0
+    finally:
+        listener.cancel()
+        await asyncio.wait({listener})
