@@ -83,6 +83,8 @@ class Follower:
         renewed = monotonic()
         while (position := span.first + answer.sent) < end:
             state = reader.state()
+            # A client that took long to take the last piece must not make the fetch look dead.
+            self._watch.note(state.size)
             if state.gone or state.size < position:
                 return FollowEnd.TORN
             if state.verified:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from time import monotonic
 
 from services.api.assets.decision import may_resume
@@ -11,7 +12,8 @@ from shared.domain.objects import ObjectId
 from shared.observability.metrics import STATE_STORE_ERRORS
 from shared.ports.state_store import StateStore
 
-SHORTEST_POLL, LONGEST_POLL = 0.005, 0.025
+SHORTEST_POLL, LONGEST_POLL, LONGEST_IDLE_POLL = 0.005, 0.025, 0.1
+"""Seconds; the last where nothing has moved for a while and many may be waiting. Wake-ups come in between."""
 LOOK_INTERVAL = 2.0
 """Seconds between questions to the state store while nothing moves."""
 
@@ -33,14 +35,20 @@ class FetchWatch:
         """Seconds since the file last grew."""
         return monotonic() - self._last_progress
 
-    async def pause(self, size: int, at_most: float = LONGEST_POLL) -> None:
-        """Wait for a moment, or until something changes about the fetch. `size`: bytes on disk now."""
+    def note(self, size: int) -> None:
+        """So many bytes are on disk now."""
         if size != self._seen_size:
             self._seen_size, self._interval, self._last_progress = size, SHORTEST_POLL, monotonic()
-        else:
-            self._interval = min(self._interval * 1.5, LONGEST_POLL)
-        if await self._wakeups.wait(self._object_id, max(0.001, min(self._interval, at_most))):
-            self._last_look = 0.0
+            self._ended = False
+
+    async def pause(self, size: int, at_most: float = LONGEST_IDLE_POLL) -> None:
+        """Wait for a moment, or until something changes about the fetch. `size`: bytes on disk now."""
+        self.note(size)
+        wait = max(0.001, min(self._interval, at_most))
+        longest = min(LONGEST_IDLE_POLL, max(LONGEST_POLL, self.idle / 20))
+        self._interval = min(self._interval * 1.5, longest)
+        if await self._wakeups.wait(self._object_id, wait):
+            self._last_look = -inf
 
     async def is_over(self) -> bool:
         """True once the state store has said, twice in a row, that nobody fetches the object any more.

@@ -1,0 +1,70 @@
+"""When a request that waits for bytes stops hoping for them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+
+import pytest
+
+from services.api.assets.watch import FetchWatch
+from services.api.wakeups import FetchWakeups
+from shared.adapters.state_memory import MemoryStateStore
+from shared.adapters.state_times import StateTimes
+from shared.domain.objects import ObjectId
+from shared.ports.state_store import Announcement, Topic
+
+OBJECT_ID = ObjectId("1")
+
+
+@pytest.fixture
+def state() -> MemoryStateStore:
+    return MemoryStateStore(1_000_000, StateTimes(), time.time)
+
+
+@pytest.fixture
+async def watch(state: MemoryStateStore) -> AsyncIterator[FetchWatch]:
+    wakeups = FetchWakeups(state)
+    listening = asyncio.create_task(wakeups.run())
+    await asyncio.sleep(0)
+    yield FetchWatch(OBJECT_ID, state, wakeups)
+    listening.cancel()
+    with suppress(asyncio.CancelledError):
+        await listening
+
+
+async def look(watch: FetchWatch, state: MemoryStateStore) -> bool:
+    """Let the watch ask the store now: something was announced, and nothing has grown for a moment."""
+    asyncio.get_running_loop().call_later(
+        0.03, lambda: asyncio.ensure_future(state.announce(Announcement(Topic.FETCH_CHANGED, OBJECT_ID)))
+    )
+    for _ in range(8):
+        await watch.pause(100)
+    return await watch.is_over()
+
+
+async def test_a_live_fetch_is_not_over(watch: FetchWatch, state: MemoryStateStore) -> None:
+    await state.claim(OBJECT_ID, "api-1")
+    assert not await look(watch, state)
+    assert not await look(watch, state)
+
+
+async def test_a_fetch_that_nobody_knows_is_over_at_the_second_look(
+    watch: FetchWatch, state: MemoryStateStore
+) -> None:
+    assert not await look(watch, state)
+    assert await look(watch, state)
+
+
+async def test_growth_brings_hope_back(watch: FetchWatch, state: MemoryStateStore) -> None:
+    assert not await look(watch, state)
+    watch.note(50)
+    assert watch.idle < 0.02
+    assert not await look(watch, state)
+
+
+async def test_a_failure_is_the_end_at_once(watch: FetchWatch, state: MemoryStateStore) -> None:
+    await state.record_failure(OBJECT_ID, "hopeless", 60)
+    assert await look(watch, state)

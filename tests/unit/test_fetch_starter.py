@@ -1,0 +1,86 @@
+"""Claim, publish, mark: carried through, whatever becomes of the client that asked."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from services.api.assets.starter import FetchStarter
+from shared.adapters.queue_memory import MemoryJobQueue
+from shared.adapters.state_memory import MemoryStateStore
+from shared.adapters.state_times import StateTimes
+from shared.domain.jobs import FetchJob, RetryPlan
+from shared.domain.objects import MediaObject, ObjectId
+from shared.ports.state_store import Claim, FetchPhase
+
+WANTED = MediaObject(ObjectId("1"), 10)
+
+
+class SlowStore(MemoryStateStore):
+    """Takes a moment, as one over a network does."""
+
+    async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
+        claim = await super().claim(object_id, claimant)
+        await asyncio.sleep(0.02)
+        return claim
+
+
+class SlowQueue(MemoryJobQueue):
+    async def publish(self, job: FetchJob) -> None:
+        await asyncio.sleep(0.02)
+        await super().publish(job)
+
+
+@pytest.fixture
+def state() -> SlowStore:
+    return SlowStore(1000, StateTimes(), time.time)
+
+
+@pytest.fixture
+async def queue() -> SlowQueue:
+    queue = SlowQueue(RetryPlan())
+    await queue.open()
+    return queue
+
+
+async def phase(state: SlowStore) -> FetchPhase | None:
+    fetch = (await state.find(WANTED.object_id)).fetch
+    return fetch.phase if fetch else None
+
+
+@pytest.mark.parametrize("leaves_after", [0.0, 0.01, 0.03])
+async def test_a_client_that_leaves_leaves_no_claim_without_its_job(
+    state: SlowStore, queue: SlowQueue, leaves_after: float
+) -> None:
+    starter = FetchStarter(state, queue, "api-1")
+    asking = asyncio.create_task(starter.start(WANTED, "r-1"))
+    await asyncio.sleep(leaves_after)
+    asking.cancel()
+    await asyncio.wait({asking})
+    await starter.close()
+    # Cancelled before it began, nothing was claimed either.
+    begun = await phase(state) is not None
+    assert (await queue.depth()).ready == int(begun)
+    assert await phase(state) in (FetchPhase.QUEUED, None)
+    assert begun or leaves_after == 0.0
+
+
+async def test_one_of_many_wins(state: SlowStore, queue: SlowQueue) -> None:
+    starter = FetchStarter(state, queue, "api-1")
+    answers = await asyncio.gather(*(starter.start(WANTED, f"r-{number}") for number in range(20)))
+    await starter.close()
+    assert [claim.won for claim, _ in answers if claim is not None].count(True) == 1
+    assert (await queue.depth()).ready == 1
+
+
+async def test_what_cannot_be_published_is_withdrawn(state: SlowStore, queue: SlowQueue) -> None:
+    await queue.close()
+    starter = FetchStarter(state, queue, "api-1")
+    claim, start = await starter.start(WANTED, "r-1")
+    assert claim is not None
+    assert claim.won
+    await asyncio.wait_for(start.unpublished.wait(), 1)
+    await starter.close()
+    assert await phase(state) is None
