@@ -1,0 +1,103 @@
+"""One process, no servers: it keeps what it cached, however it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from services.demo.knobs import Behaviour, Match
+from services.demo.objects import MIB, generated_object
+from services.demo.storage_node import StorageNode
+from tests.end_to_end.client import get
+from tests.end_to_end.conftest import World
+from tests.end_to_end.stack import Stack
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+async def alone(tmp_path: Path) -> AsyncIterator[World]:
+    """A stack without Redis and RabbitMQ; tests add the one process themselves."""
+    stack = Stack(tmp_path, "memory://", "memory://", "alone")
+    async with StorageNode([]).run() as first, StorageNode([]).run() as second:
+        try:
+            yield World(stack, first, second)
+        finally:
+            stack.kill_all()
+
+
+async def test_what_was_cached_is_a_hit_after_a_clean_stop(alone: World) -> None:
+    item = generated_object("1", 2 * MIB)
+    alone.publish([item])
+    node = alone.stack.add("standalone")
+    await node.healthy()
+    assert (await get(alone.stack.url("1"))).headers["x-cache"] == "miss"
+    await alone.stack.until_hit("1")
+    assert await node.stop() == 0
+    again = alone.stack.add("standalone")
+    await again.healthy()
+    answer = await get(alone.stack.url("1"))
+    assert (answer.headers["x-cache"], answer.body) == ("hit", item.content.read(0, item.size))
+    assert len(alone.first.requests.of("1", "GET")) == 1
+
+
+async def test_nothing_is_lost_by_kill_minus_nine(alone: World) -> None:
+    cached, interrupted = generated_object("1", 2 * MIB), generated_object("2", 8 * MIB)
+    alone.publish([cached, interrupted])
+    alone.first.knobs.add(Behaviour(bytes_per_second=4 * MIB), Match(object_id="2", first=1))
+    node = alone.stack.add("standalone")
+    await node.healthy()
+    await get(alone.stack.url("1"))
+    await alone.stack.until_hit("1")
+    following = asyncio.create_task(get(alone.stack.url("2")))
+    await alone.stack.until_on_volume(5 * MIB)
+    node.kill()
+    assert not (await following).complete
+    again = alone.stack.add("standalone")
+    await again.healthy()
+    assert (await get(alone.stack.url("1"))).headers["x-cache"] == "hit"
+    answer = await get(alone.stack.url("2"))
+    assert answer.body == interrupted.content.read(0, interrupted.size)
+    await alone.stack.until_hit("2")
+    assert any(record.range for record in alone.first.requests.of("2", "GET")[1:]), (
+        "the partial file was resumed"
+    )
+
+
+async def test_ctrl_c_is_a_clean_stop(alone: World) -> None:
+    alone.publish([generated_object("1", 1000)])
+    node = alone.stack.add("standalone")
+    await node.healthy()
+    node.send(signal.SIGINT)
+    assert node.process is not None
+    assert await asyncio.to_thread(node.process.wait, 20) == 0
+    assert "Traceback" not in node.tail()
+
+
+async def test_a_second_node_on_the_same_volume_is_refused(alone: World) -> None:
+    alone.publish([generated_object("1", 1000)])
+    await alone.stack.add("standalone").healthy()
+    second = alone.stack.add("standalone", DISTRIBUTOR_PUBLIC_API__PORT="0")
+    assert second.process is not None
+    assert await asyncio.to_thread(second.process.wait, 20) == 2
+    assert "in use by another standalone node" in second.tail()
+
+
+async def test_fifty_first_requests_make_one_fetch_when_the_catalog_is_slow(alone: World) -> None:
+    item = generated_object("1", 1 * MIB)
+    alone.first.objects["1"] = item
+    alone.first.knobs.add(Behaviour(latency_before_headers=0.2), Match(method="HEAD"))
+    node = alone.stack.add(
+        "standalone",
+        DISTRIBUTOR_CATALOG__KIND="origin",
+        DISTRIBUTOR_CATALOG__ORIGIN=alone.first.object_url("{id}"),
+    )
+    await node.healthy()
+    answers = await asyncio.gather(*(get(alone.stack.url("1")) for _ in range(50)))
+    assert {answer.body for answer in answers} == {item.content.read(0, item.size)}
+    assert len(alone.first.requests.of("1", "GET")) == 1
+    assert len(alone.first.requests.of("1", "HEAD")) == 1
