@@ -1,0 +1,109 @@
+"""`make bench`: the node beside nginx (and varnish, where it is installed), on the same objects, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+
+from benchmarks import load, nginx
+from benchmarks.machine import describe
+from benchmarks.report import Report, write_results
+from benchmarks.run import CASE_NAMES, Options, Run
+from tests.servers.rabbitmq_server import MISSING as RABBITMQ_MISSING
+from tests.servers.rabbitmq_server import RabbitServer
+
+RESULTS = Path(__file__).parent / "results"
+_NEEDED_GIB = 30
+_MISSING = 3
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench ARGS=…", description=__doc__)
+    parser.add_argument(
+        "--case", action="append", choices=CASE_NAMES, metavar="NAME",
+        help=f"measure this case (may be given again); default: all of {', '.join(CASE_NAMES)}",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=None, help="rounds of each case (default 7)")
+    parser.add_argument(
+        "--seconds", type=float, default=None, help="seconds of load on each contender (default 5)"
+    )
+    parser.add_argument("--samples", type=int, default=None, help="samples of each miss (default 41)")
+    parser.add_argument("--quick", action="store_true", help="a look in a minute or two: few, small, short")
+    parser.add_argument("--no-pin", action="store_true", help="let the kernel place servers and load")
+    parser.add_argument(
+        "--check-harness", action="store_true", help="nginx static plays our part: its ratio must be 1"
+    )
+    parser.add_argument("--folder", type=Path, help="where the run's files lie (default: a temporary one)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
+    return parser.parse_args(arguments)
+
+
+def options_of(given: argparse.Namespace) -> Options:
+    quick = given.quick
+    return Options(
+        cases=given.case or CASE_NAMES,
+        rounds=given.rounds or (2 if quick else 7),
+        seconds=given.seconds or (1 if quick else 5),
+        samples=given.samples or (5 if quick else 41),
+        quick=quick,
+        pinned=not given.no_pin,
+        check_harness=given.check_harness,
+    )
+
+
+def missing_programs() -> list[str]:
+    """What to install, a line each."""
+    found = []
+    for program in (nginx.program, load.program):
+        try:
+            program()
+        except RuntimeError as error:
+            found.append(str(error))
+    needed = {"redis-server": "redis-server", "curl": "curl", "setpriv": "util-linux"}
+    found += [
+        f"{name} not found: apt-get install {package}"
+        for name, package in needed.items()
+        if not shutil.which(name)
+    ]
+    return found if RabbitServer.is_installed() else [*found, RABBITMQ_MISSING]
+
+
+def say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}" if "\n" not in text else f"\n{text}\n", flush=True)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)  # through all `finally`s: nothing stays behind
+
+
+def main() -> None:
+    given = parse()
+    missing = missing_programs()
+    if missing:
+        print("\n".join(missing), file=sys.stderr)
+        sys.exit(_MISSING)
+    signal.signal(signal.SIGTERM, _end)
+    with tempfile.TemporaryDirectory(prefix="benchmark-", dir=given.folder) as place:
+        folder = Path(place)
+        free = shutil.disk_usage(folder).free / 2**30
+        if free < _NEEDED_GIB and not given.quick:
+            say(
+                f"only {free:.0f} GiB free in {folder}: a whole run needs {_NEEDED_GIB} (--folder, or --quick)"
+            )
+        report = Report(describe(folder))
+        try:
+            Run(options_of(given), report, say).run(folder)
+        finally:
+            if report.cases:
+                for path in write_results(report, given.results, "bench"):
+                    say(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

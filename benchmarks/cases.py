@@ -1,0 +1,102 @@
+"""What is asked of all contenders once they hold the objects."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from benchmarks.dataset import KIB, Group
+from benchmarks.figures import Case
+from benchmarks.load import Ask
+from benchmarks.peers import OURS
+
+RANGE_BYTES = 64 * KIB
+_RANGES = 4000
+_CONDITIONAL_OBJECTS = 100
+
+
+class How(StrEnum):
+    """Which requests are made of the group's objects."""
+
+    RANDOM = "random"
+    ONE = "one"
+    RANGE = "range"
+    NOT_MODIFIED = "not_modified"
+    HEAD = "head"
+    COLD = "cold"
+
+
+@dataclass(frozen=True, slots=True)
+class HitCase:
+    """Requests for cached objects of one group, over `connections` kept-alive connections.
+
+    `workers`: one and two workers side by side, the load on all CPUs; without it servers and load have a CPU each.
+    """
+
+    name: str
+    title: str
+    group: str
+    how: How = How.RANDOM
+    connections: int = 64
+    workers: bool = False
+    headline: str = "requests_per_second"
+
+    @property
+    def case(self) -> Case:
+        subject = f"{OURS}, 2 workers" if self.workers else OURS
+        return Case(self.name, self.title, self.headline, subject)
+
+
+HIT_CASES = (
+    HitCase("hit-4k", "random 4 KiB objects", "4k"),
+    HitCase("hit-64k", "random 64 KiB objects", "64k"),
+    HitCase("hit-1m", "random 1 MiB objects", "1m"),
+    HitCase(
+        "hit-64m", "64 MiB objects, 8 connections", "64m", connections=8, headline="megabytes_per_second"
+    ),
+    HitCase("hot-64k", "one hot 64 KiB object", "64k", How.ONE),
+    HitCase("range-1g", "64 KiB ranges in a 1 GiB object", "1g", How.RANGE),
+    HitCase("not-modified", "304 for 64 KiB objects", "64k", How.NOT_MODIFIED),
+    HitCase("head", "HEAD of 64 KiB objects", "64k", How.HEAD),
+    HitCase("connections-1000", "64 KiB objects, 1,000 connections", "64k", connections=1000),
+    HitCase("cold-64k", "64 KiB objects once each, none in memory", "64k", How.COLD, connections=16),
+    HitCase(
+        "cold-64m",
+        "64 MiB objects once each, none in memory",
+        "64m",
+        How.COLD,
+        8,
+        headline="megabytes_per_second",
+    ),
+    HitCase("two-workers", "64 KiB objects, two workers against one, all CPUs", "64k", workers=True),
+)
+
+
+def asks_for(case: HitCase, group: Group, base_path: str, tags: dict[str, str]) -> list[Ask]:
+    """What wrk draws from. `tags`: entity tags by id, as the contender gives them."""
+    chance = random.Random(1)
+    match case.how:
+        case How.ONE:
+            return [Ask(base_path + group.ids[0])]
+        case How.RANGE:
+            starts = [chance.randrange(group.size - RANGE_BYTES) for _ in range(_RANGES)]
+            path = base_path + group.ids[0]
+            return [Ask(path, ("Range", f"bytes={start}-{start + RANGE_BYTES - 1}")) for start in starts]
+        case How.NOT_MODIFIED:
+            return [Ask(base_path + object_id, ("If-None-Match", tag)) for object_id, tag in tags.items()]
+        case _:
+            return [Ask(base_path + object_id) for object_id in group.ids]
+
+
+def conditional_ids(group: Group) -> Sequence[str]:
+    """The objects whose entity tags are asked for first, for 304 answers."""
+    return group.ids[:_CONDITIONAL_OBJECTS]
+
+
+def least_body(case: HitCase, group: Group) -> int:
+    """Bytes that each answer must have: fewer, and the contender did not do what was asked."""
+    if case.how in (How.NOT_MODIFIED, How.HEAD):
+        return 0
+    return RANGE_BYTES if case.how is How.RANGE else group.size

@@ -1,0 +1,72 @@
+"""Where the figures come from: the machine, and the versions of all that took part."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+_ADMIN_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
+_PROGRAMS = {
+    "nginx": ("nginx", "-v"),
+    "wrk": ("wrk", "-v"),
+    "varnish": ("varnishd", "-V"),
+    "redis": ("redis-server", "--version"),
+    "curl": ("curl", "--version"),
+}
+_PACKAGES = ("sanic", "uvloop", "redis", "aio-pika", "httpx", "blake3")
+
+
+def describe(folder: Path) -> dict[str, str]:
+    """`folder` is where the volumes of the run lie."""
+    facts = {
+        "CPU": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} available",
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
+        "kernel": platform.release(),
+        "system": _system(),
+        "file system": _file_system(folder),
+        "load before the run": f"{os.getloadavg()[0]:.2f}",
+        "python": platform.python_version(),
+    }
+    facts |= {name: found for name, command in _PROGRAMS.items() if (found := _program_version(*command))}
+    return facts | {name: version(name) for name in _PACKAGES}
+
+
+def _program_version(name: str, option: str) -> str | None:
+    found = shutil.which(name) or shutil.which(name, path=_ADMIN_PATH)
+    if found is None:
+        return None
+    done = subprocess.run([found, option], capture_output=True, text=True, timeout=10, check=False)
+    return parse_version(done.stdout + done.stderr)
+
+
+def parse_version(text: str) -> str:
+    """The first thing with a dot between numbers."""
+    seen = re.search(r"\d+\.\d+(\.\d+)?", text)
+    return seen[0] if seen else "?"
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except OSError:
+        return platform.system()
+
+
+def _file_system(folder: Path) -> str:
+    done = subprocess.run(
+        ["findmnt", "--noheadings", "--output", "FSTYPE", "--target", str(folder)],
+        capture_output=True, text=True, timeout=10, check=False,
+    )  # fmt: skip
+    return done.stdout.strip() or "?"

@@ -1,0 +1,109 @@
+"""What is not cached yet: the first byte and the last, and a crowd that wants one object."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import uvloop
+
+from benchmarks.client import ask_head, fetch_once, run_all
+from benchmarks.dataset import Group
+from benchmarks.figures import Case, Measurement, percentile
+from benchmarks.origin import Origin
+from benchmarks.peers import CACHE, OURS, Peer
+
+DIRECT = "the source itself"
+_HIT_SECONDS = 120.0
+_CROWD = 50
+
+MISS_CASES = {
+    "miss-64k": Case("miss-64k", "a miss of 64 KiB", "first_byte_ms", OURS, higher_is_better=False),
+    "miss-64m": Case("miss-64m", "a miss of 64 MiB", "total_ms", OURS, higher_is_better=False),
+    "crowd": Case(
+        "crowd",
+        f"{_CROWD} clients for one new object of 1 MiB",
+        "last_client_ms",
+        OURS,
+        higher_is_better=False,
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Objects that nobody has asked for yet, each handed out once."""
+
+    ids: Iterator[str]
+
+    @classmethod
+    def of(cls, group: Group) -> Fresh:
+        return cls(iter(group.ids))
+
+    def take(self) -> str:
+        """RuntimeError if there are too few for so many rounds."""
+        found = next(self.ids, None)
+        if found is None:
+            raise RuntimeError("too few new objects for so many rounds")
+        return found
+
+
+def measure_misses(
+    case: Case, fresh: Fresh, peers: Sequence[Peer], origin: Origin, samples: int
+) -> Iterator[Measurement]:
+    """One new object for each contender in each round, one after the other."""
+    urls = [(DIRECT, origin.files_url), *((peer.name, peer.url) for peer in peers)]
+    for number in range(samples):
+        turn = number % len(urls)
+        for name, url in (*urls[turn:], *urls[:turn]):
+            object_id = fresh.take()
+            os.sync()  # nobody waits for what the one before has written
+            timing = fetch_once(url + object_id)
+            figures = {"first_byte_ms": timing.first_byte * 1e3, "total_ms": timing.total * 1e3}
+            yield Measurement(case.name, name, number, figures)
+            if name == OURS:
+                wait_for_hit(url + object_id)
+
+
+def measure_crowd(fresh: Fresh, peers: Sequence[Peer], origin: Origin, rounds: int) -> Iterator[Measurement]:
+    """Many clients at once; `source_requests` are the GETs that reached the source."""
+    for number in range(rounds):
+        for peer in peers:
+            url = peer.url + fresh.take()
+            _requests_seen(origin, forget=True)
+            tally = uvloop.run(run_all(url, [urlsplit(url).path] * _CROWD, _CROWD))
+            figures = {
+                "median_client_ms": percentile(tally.latencies, 0.5) * 1e3,
+                "last_client_ms": max(tally.latencies) * 1e3,
+                "source_requests": float(_requests_seen(origin)),
+                "errors": float(tally.errors),
+            }
+            yield Measurement("crowd", peer.name, number, figures)
+            if peer.name == OURS:
+                wait_for_hit(url)
+
+
+def _requests_seen(origin: Origin, *, forget: bool = False) -> int:
+    request = urllib.request.Request(origin.log_url, method="DELETE" if forget else "GET")
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return sum(1 for seen in json.load(answer)["requests"] if seen["method"] == "GET")
+
+
+def wait_for_hit(url: str) -> float:
+    """Ask by HEAD until the object is on disk; seconds waited. RuntimeError if that takes too long."""
+    began = time.perf_counter()
+    while ask_head(url).headers.get("x-cache") != "hit":
+        if time.perf_counter() - began > _HIT_SECONDS:
+            raise RuntimeError(f"{url} did not become a hit")
+        time.sleep(0.01)
+    return time.perf_counter() - began
+
+
+def only_comparable(peers: Sequence[Peer]) -> list[Peer]:
+    """Those that can have a miss, of one worker: ours and nginx `proxy_cache`."""
+    return [peer for peer in peers if peer.name in (OURS, CACHE)]

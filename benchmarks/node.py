@@ -1,0 +1,116 @@
+"""Our node as real processes around one volume, one Redis and one RabbitMQ."""
+
+from __future__ import annotations
+
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import ExitStack
+from pathlib import Path
+
+from benchmarks.processes import OwnProcess
+from tests.servers.rabbitmq_server import RabbitServer
+from tests.servers.redis_server import free_port
+
+_READY_SECONDS = 60.0
+
+
+class Node:
+    """Starts services on demand; all of them are stopped by `close`."""
+
+    def __init__(self, folder: Path, manifest: Path, **settings: str) -> None:
+        self.folder = folder
+        self.volume = folder / "volume"
+        self.redis_port = free_port()
+        self._resources = ExitStack()
+        self._names: dict[str, int] = {}
+        self._environment = {
+            "DISTRIBUTOR_STATE_STORE__URL": f"redis://127.0.0.1:{self.redis_port}/0",
+            "DISTRIBUTOR_CATALOG__MANIFEST": str(manifest),
+            "DISTRIBUTOR_STORAGE__PATH": str(self.volume),
+            "DISTRIBUTOR_STORAGE__LIMIT": "60G",
+            "DISTRIBUTOR_PUBLIC_API__HOST": "127.0.0.1",
+            "DISTRIBUTOR_METRICS__HOST": "127.0.0.1",
+            "DISTRIBUTOR_EVICTOR__SCRUB_RATE": "0",
+            **settings,
+        }
+
+    @property
+    def redis_url(self) -> str:
+        return self._environment["DISTRIBUTOR_STATE_STORE__URL"]
+
+    def start_servers(self) -> None:
+        """Redis (as shipped: append-only, synced each second) and RabbitMQ."""
+        place = self.folder / "redis"
+        place.mkdir()
+        redis = ["redis-server", "--port", str(self.redis_port), "--bind", "127.0.0.1", "--dir", str(place)]
+        redis += ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec"]
+        self._run(OwnProcess("redis", redis, self.folder)).wait_listening(self.redis_port)
+        place = self.folder / "rabbitmq"
+        place.mkdir()
+        rabbitmq = self._resources.enter_context(RabbitServer(place))
+        self._environment["DISTRIBUTOR_JOB_QUEUE__URL"] = rabbitmq.url
+
+    def start(self, kind: str, **settings: str) -> RunningService:
+        """`api`, `fetcher` or `evictor`, with settings of its own; returns when it is ready."""
+        service = self.launch(kind, **settings)
+        service.wait_ready()
+        return service
+
+    def launch(self, kind: str, **settings: str) -> RunningService:
+        """As `start`, without waiting."""
+        number = self._names[kind] = self._names.get(kind, 0) + 1
+        port = free_port()
+        environment = {
+            **self._environment,
+            "DISTRIBUTOR_PUBLIC_API__PORT": str(port),
+            "DISTRIBUTOR_METRICS__PORT": str(port),
+            **settings,
+        }
+        command = [sys.executable, "-m", "services.command_line", kind]
+        process = OwnProcess(f"{kind}-{number}", command, self.folder, environment)
+        return RunningService(self._run(process), port)
+
+    def _run(self, process: OwnProcess) -> OwnProcess:
+        self._resources.callback(process.stop)
+        return process.start()
+
+    def close(self) -> None:
+        self._resources.close()
+
+
+class RunningService:
+    """One service and the port on which it answers /readyz."""
+
+    def __init__(self, process: OwnProcess, port: int) -> None:
+        self.process = process
+        self.port = port
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def assets_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/api/v1/assets/"
+
+    @property
+    def status_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/api/v1/status"
+
+    def wait_ready(self, seconds: float = _READY_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.is_ready():
+            self.process.check(deadline)
+            time.sleep(0.02)
+
+    def is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=2) as answer:
+                return bool(answer.status == 200)
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def stop(self) -> None:
+        self.process.stop()

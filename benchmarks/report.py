@@ -1,0 +1,118 @@
+"""The figures as Markdown, as JSON, and as a picture."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from benchmarks.chart import bar_chart
+from benchmarks.figures import Case, Measurement, contenders, medians, ratio
+
+_HEADINGS = {
+    "requests_per_second": "requests/s",
+    "megabytes_per_second": "MB/s",
+    "p50_ms": "p50 ms",
+    "p99_ms": "p99 ms",
+    "cpu_us_per_request": "CPU µs/request",
+    "rss_mb": "RSS MB",
+    "first_byte_ms": "first byte ms",
+    "total_ms": "total ms",
+    "median_client_ms": "median client ms",
+    "last_client_ms": "last client ms",
+    "source_requests": "requests at source",
+    "cpu_s_per_gb": "CPU s/GB",
+}
+
+
+@dataclass(slots=True)
+class Report:
+    """All that one run has seen; may be shown at any time."""
+
+    facts: Mapping[str, str]
+    cases: list[Case] = field(default_factory=list)
+    measurements: list[Measurement] = field(default_factory=list)
+
+    def add(self, case: Case, measured: Iterable[Measurement]) -> None:
+        self.cases.append(case)
+        self.measurements.extend(measured)
+
+    def of(self, case: Case) -> list[Measurement]:
+        return [each for each in self.measurements if each.case == case.name]
+
+    def to_markdown(self) -> str:
+        facts = [f"- {name}: {value}" for name, value in self.facts.items()]
+        parts = ["\n".join(facts), *(case_table(case, self.of(case)) for case in self.cases)]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def to_json(self) -> str:
+        document = {
+            "facts": self.facts,
+            "cases": [asdict(case) for case in self.cases],
+            "measurements": [asdict(each) for each in self.measurements],
+        }
+        return json.dumps(document, indent=1, ensure_ascii=False)
+
+    def to_svg(self) -> str:
+        """How the subject stands to every other contender, case by case."""
+        rows = []
+        for case in self.cases:
+            found = [(other, ratio(self.of(case), case, other)) for other in contenders(self.of(case))]
+            bars = [
+                (other, seen.median) for other, seen in found if seen is not None and other != case.subject
+            ]
+            better = "higher is better" if case.higher_is_better else "lower is better"
+            rows.append((f"{case.title}: {heading(case.headline)}, {better}", bars))
+        return bar_chart("Ours ÷ others", rows)
+
+
+def case_table(case: Case, measured: Sequence[Measurement]) -> str:
+    """One case as a Markdown table: a row for each contender, medians of all rounds."""
+    if not measured:
+        return ""
+    names = list(dict.fromkeys(name for each in measured for name in each.figures))
+    shown = [name for name in names if name != "errors" or any(each.figures.get(name) for each in measured)]
+    rounds = len({each.round for each in measured})
+    compared = f"{case.subject} ÷ this, {heading(case.headline)}"
+    lines = [f"**{case.name}**: {case.title} (medians of {rounds} rounds)", ""]
+    lines.append("| | " + " | ".join([*map(heading, shown), compared]) + " |")
+    lines.append("|---" * (len(shown) + 2) + "|")
+    for contender in contenders(measured):
+        figures = medians(measured, contender)
+        cells = [number(figures[name]) if name in figures else "" for name in shown]
+        lines.append(
+            f"| {contender} | " + " | ".join([*cells, _ratio_cell(case, measured, contender)]) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _ratio_cell(case: Case, measured: Sequence[Measurement], contender: str) -> str:
+    seen = ratio(measured, case, contender)
+    if contender == case.subject or seen is None:
+        return ""
+    return f"{seen.median:.2f} ({seen.least:.2f}–{seen.greatest:.2f})"
+
+
+def heading(name: str) -> str:
+    return _HEADINGS.get(name, name.replace("_", " "))
+
+
+def number(value: float) -> str:
+    """Three digits that count, thousands with commas."""
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def write_results(report: Report, folder: Path, name: str) -> list[Path]:
+    """`<name>-<time>.md`, `.json`, `.svg`; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    written = []
+    for suffix, text in (("md", report.to_markdown()), ("json", report.to_json()), ("svg", report.to_svg())):
+        path = folder / f"{stem}.{suffix}"
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written

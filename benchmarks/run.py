@@ -1,0 +1,169 @@
+"""One whole run: everything started, every chosen case measured, everything stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.accounting import pin
+from benchmarks.cases import HIT_CASES, HitCase
+from benchmarks.dataset import Group, fill_volume, groups, write_manifest
+from benchmarks.figures import Case, Measurement
+from benchmarks.hits import Conditions, measure_case, warm
+from benchmarks.misses import MISS_CASES, Fresh, measure_crowd, measure_misses, only_comparable
+from benchmarks.node import Node
+from benchmarks.origin import Origin
+from benchmarks.peers import CACHE, OURS, NginxCache, NginxStatic, Ours, Peer, Varnish, varnish_program
+from benchmarks.report import Report, case_table
+from benchmarks.throughput import FETCH_CASES, FetchBench
+
+CASE_NAMES = (*(case.name for case in HIT_CASES), *MISS_CASES, *FETCH_CASES)
+_NEW_GROUPS = {
+    "miss-64k": "new-64k",
+    "miss-64m": "new-64m",
+    "crowd": "new-1m",
+    "fetch": "new-1g",
+    "fetch-three": "new-1g",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to measure and how long: `seconds` and `rounds` for each contender, `samples` of each miss.
+
+    `check_harness`: nginx static plays our part in the hit cases; ours ÷ nginx static must then be near 1.
+    """
+
+    cases: Sequence[str]
+    rounds: int
+    seconds: float
+    samples: int
+    quick: bool
+    pinned: bool
+    check_harness: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What all contenders stand on: the source, our node (its API is a contender), a folder on disk."""
+
+    folder: Path
+    origin: Origin
+    node: Node
+
+
+class Run:
+    """The contenders of one run. `say` is told what happens."""
+
+    def __init__(self, options: Options, report: Report, say: Callable[[str], None]) -> None:
+        self._options, self._report, self._say = options, report, say
+        self._groups = groups(options.quick)
+        self._hits = [case for case in HIT_CASES if case.name in options.cases]
+        self._fresh = {
+            name: Fresh.of(self._groups[name])
+            for name in dict.fromkeys(_NEW_GROUPS[name] for name in options.cases if name in _NEW_GROUPS)
+        }
+        self._held = [self._groups[name] for name in dict.fromkeys(case.group for case in self._hits)]
+
+    def run(self, folder: Path) -> None:
+        """Measure in this (empty) folder; whatever happens, nothing is left running."""
+        with ExitStack() as resources:
+            ground = self._start_ground(folder, resources)
+            peers = self._peers(ground)
+            self._start(peers, self._held, resources)
+            for case in self._hits:
+                if not case.workers:
+                    self._measure_hits(case, peers)
+            self._measure_pairs(ground)
+            for peer in peers:
+                pin(peer.pids, frozenset(os.sched_getaffinity(0)))
+            self._measure_misses(ground, only_comparable(peers))
+            self._measure_fetches(ground, peers[0])
+
+    def _start_ground(self, folder: Path, resources: ExitStack) -> Ground:
+        chosen = [*self._held, *(self._groups[name] for name in self._fresh)]
+        origin = Origin(folder, chosen)
+        resources.callback(origin.stop)
+        origin.start()
+        self._say("laying out objects")
+        write_manifest(folder / "manifest.json", chosen, origin.files_url)
+        node = Node(folder, folder / "manifest.json")
+        resources.callback(node.close)
+        fill_volume(node.volume, self._held)
+        if not self._options.check_harness:
+            self._say("starting Redis, RabbitMQ and evictor")
+            node.start_servers()
+            node.start("evictor")
+        return Ground(folder, origin, node)
+
+    def _peers(self, ground: Ground) -> list[Peer]:
+        """Ours comes first."""
+        ours: Peer = Ours(ground.node)
+        if self._options.check_harness:
+            ours = NginxStatic(ground.folder, ground.node.volume, self._held, OURS)
+        peers = [ours, NginxCache(ground.folder, ground.origin)]
+        if self._held:
+            peers.append(NginxStatic(ground.folder, ground.node.volume, self._held))
+            if varnish_program() is not None:
+                peers.append(Varnish(ground.folder, ground.origin))
+        return peers
+
+    def _start(self, peers: Iterable[Peer], held: Sequence[Group], resources: ExitStack) -> None:
+        for peer in peers:
+            self._say(f"starting {peer.name}")
+            resources.callback(peer.stop)
+            peer.start()
+            warm(peer, held)
+        os.sync()
+
+    def _measure_hits(self, case: HitCase, peers: Sequence[Peer]) -> None:
+        cpus = sorted(os.sched_getaffinity(0))
+        apart = self._options.pinned and len(cpus) > 1 and not case.workers
+        conditions = Conditions(
+            seconds=self._options.seconds,
+            rounds=self._options.rounds,
+            server_cpus=frozenset(cpus[:1]) if apart else None,
+            load_cpus=frozenset(cpus[1:]) if apart else None,
+        )
+        self._record(case.case, measure_case(case, self._groups[case.group], peers, conditions))
+
+    def _measure_pairs(self, ground: Ground) -> None:
+        """One and two workers of ours and of nginx, none of them pinned."""
+        for case in self._hits:
+            if case.workers and not self._options.check_harness:
+                pairs: list[Peer] = [
+                    Ours(ground.node, 1, OURS),
+                    Ours(ground.node, 2, f"{OURS}, 2 workers"),
+                    NginxCache(ground.folder / "pairs", ground.origin, 1, CACHE),
+                    NginxCache(ground.folder / "pairs", ground.origin, 2, f"{CACHE}, 2 workers"),
+                ]
+                with ExitStack() as resources:
+                    self._start(pairs, [self._groups[case.group]], resources)
+                    self._measure_hits(case, pairs)
+
+    def _measure_misses(self, ground: Ground, peers: Sequence[Peer]) -> None:
+        chosen = [case for name, case in MISS_CASES.items() if name in self._options.cases]
+        if not chosen:
+            return
+        fetcher = ground.node.start("fetcher")
+        for case in chosen:
+            fresh = self._fresh[_NEW_GROUPS[case.name]]
+            if case.name == "crowd":
+                self._record(case, measure_crowd(fresh, peers, ground.origin, self._options.rounds))
+            else:
+                self._record(case, measure_misses(case, fresh, peers, ground.origin, self._options.samples))
+        fetcher.stop()
+
+    def _measure_fetches(self, ground: Ground, ours: Peer) -> None:
+        for case in (case for name, case in FETCH_CASES.items() if name in self._options.cases):
+            group = _NEW_GROUPS[case.name]
+            bench = FetchBench(ground.node, ours, ground.origin, self._groups[group].size, ground.folder)
+            self._record(case, bench.measure(case, self._fresh[group], self._options.rounds))
+
+    def _record(self, case: Case, measured: Iterable[Measurement]) -> None:
+        self._say(f"measuring {case.name}: {case.title}")
+        self._report.add(case, measured)
+        self._say(case_table(case, self._report.of(case)))
