@@ -165,7 +165,7 @@ def _is_refusal(error: Any) -> bool:
     if isinstance(extensions, dict) and extensions.get("code") == "GRAPHQL_VALIDATION_FAILED":
         return True
     return _message(error).startswith(
-        ("Cannot query field", "Unknown argument", "Unknown type", 'Variable "$', "Field ", "Unknown field")
+        ("Cannot query field", "Unknown argument", "Unknown type", "Variable ", "Field ", "Unknown field")
     )
 
 

@@ -1,0 +1,5 @@
+"""`python -m services.demo.squid`."""
+
+from services.demo.squid.cli import main
+
+main()

@@ -1,0 +1,149 @@
+"""Answers to questions, over one world and under the knobs: values for the GraphQL library, computed when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+from services.demo.manifest import known_hash
+from services.demo.objects import DemoObject
+from services.demo.squid.knobs import SquidKnobs
+from services.demo.squid.world import Bag, StorageBucket, World
+
+_ACTIVE = "StorageBucketOperatorStatusActive"
+_INVITED = "StorageBucketOperatorStatusInvited"
+VERSION = "1.8.0-demo"
+
+
+class Root:
+    """The fields of Query, each called by the library with its arguments."""
+
+    def __init__(self, world: World, knobs: SquidKnobs, height: int) -> None:
+        self._world = world
+        self._knobs = knobs
+        self._height = height
+        self.squidVersion = {"version": VERSION}
+
+    @property
+    def squidStatus(self) -> dict[str, int] | None:  # noqa: N802
+        return None if "squidStatus" in self._knobs.nulls else {"height": self._height}
+
+    def storageDataObjectById(self, _info: Any, id: str) -> dict[str, Any] | None:  # noqa: A002, N802
+        bag = self._world.bag_of(id)
+        if bag is None or id in self._knobs.missing_objects:
+            return None
+        return next(self._object(item, bag) for item in bag.objects if item.object_id == id)
+
+    def storageDataObjectByUniqueInput(self, _info: Any, where: dict[str, str]) -> dict[str, Any] | None:  # noqa: N802
+        return self.storageDataObjectById(_info, where["id"])
+
+    def distributionBuckets(  # noqa: N802
+        self, _info: Any, where: dict[str, Any] | None = None, limit: int | None = None
+    ) -> list[dict[str, Any]]:
+        found = [self._distribution_bucket(bucket_id) for bucket_id in self._world.workers]
+        ids = (where or {}).get("id_in")
+        some = (where or {}).get("operators_some")
+        if ids is not None:
+            found = [bucket for bucket in found if bucket["id"] in ids]
+        if some is not None:
+            found = [
+                bucket for bucket in found if any(_fits(operator, some) for operator in bucket["operators"])
+            ]
+        found = [bucket for bucket in found if bucket["id"] not in self._knobs.missing_buckets]
+        return self._listed(found, limit)
+
+    def storageBags(  # noqa: N802
+        self, _info: Any, where: dict[str, Any] | None = None, limit: int | None = None
+    ) -> list[dict[str, Any]]:
+        ids = (where or {}).get("id_in")
+        missing = self._knobs.missing_bags
+        bags = self._world.bags.values()
+        found = [
+            self._bag(bag) for bag in bags if bag.bag_id not in missing and (ids is None or bag.bag_id in ids)
+        ]
+        return self._listed(found, limit)
+
+    def storageBuckets(  # noqa: N802
+        self, _info: Any, where: dict[str, Any] | None = None, limit: int | None = None
+    ) -> list[dict[str, Any]]:
+        kind = (where or {}).get("operatorStatus", {}).get("isTypeOf_eq")
+        found = [self._storage_bucket(bucket) for bucket in self._world.storage]
+        if kind is not None:
+            found = [bucket for bucket in found if bucket["operatorStatus"]["__typename"] == kind]
+        return self._listed(found, limit)
+
+    def _listed(self, found: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+        return [] if self._knobs.empty_lists else found[:limit]
+
+    def _object(self, item: DemoObject, bag: Bag) -> dict[str, Any]:
+        return {
+            "id": item.object_id,
+            "size": str(item.size),
+            "ipfsHash": lambda _info: _hash_of(item),
+            "isAccepted": item.held,
+            "type": self._unless_null("type", _type_of(item)),
+            "storageBag": lambda _info: self._bag(bag),
+        }
+
+    def _bag(self, bag: Bag) -> dict[str, Any]:
+        missing = self._knobs.missing_objects
+        return {
+            "id": bag.bag_id,
+            "objects": lambda _info: [
+                self._object(item, bag) for item in bag.objects if item.object_id not in missing
+            ],
+            "storageBuckets": lambda _info: [
+                {"storageBucket": self._storage_bucket(bucket)} for bucket in self._world.storage
+            ],
+            "distributionBuckets": lambda _info: [
+                {"distributionBucket": self._distribution_bucket(bag.bucket_id)}
+            ],
+        }
+
+    def _distribution_bucket(self, bucket_id: str) -> dict[str, Any]:
+        world = self._world
+        operators = [
+            *_operators(bucket_id, world.workers[bucket_id], "ACTIVE"),
+            *_operators(bucket_id, world.invited[bucket_id], "INVITED"),
+        ]
+        return {
+            "id": bucket_id,
+            "operators": operators,
+            "bags": lambda _info: [{"bag": self._bag(bag)} for bag in world.bags_of(bucket_id)],
+        }
+
+    def _storage_bucket(self, bucket: StorageBucket) -> dict[str, Any]:
+        endpoint = self._unless_null("nodeEndpoint", bucket.endpoint)
+        metadata = {"id": bucket.bucket_id, "nodeEndpoint": endpoint}
+        return {
+            "id": bucket.bucket_id,
+            "operatorMetadata": self._unless_null("operatorMetadata", metadata),
+            "operatorStatus": {"__typename": _ACTIVE if bucket.active else _INVITED, "workerId": 1},
+        }
+
+    def _unless_null(self, field: str, value: Any) -> Any:
+        return None if field in self._knobs.nulls else value
+
+
+@lru_cache(maxsize=1024)
+def _hash_of(item: DemoObject) -> str:
+    return known_hash(item)
+
+
+def _type_of(item: DemoObject) -> dict[str, Any]:
+    if item.media_type.startswith("text/"):
+        subtitle = {"id": item.object_id, "mimeType": item.media_type}
+        return {"__typename": "DataObjectTypeVideoSubtitle", "subtitle": subtitle}
+    return {"__typename": "DataObjectTypeVideoMedia"}
+
+
+def _operators(bucket_id: str, workers: Iterable[int], status: str) -> list[dict[str, Any]]:
+    return [{"id": f"{bucket_id}-{worker}", "workerId": worker, "status": status} for worker in workers]
+
+
+def _fits(operator: dict[str, Any], some: dict[str, Any]) -> bool:
+    return some.get("workerId_eq") in (None, operator["workerId"]) and some.get("status_eq") in (
+        None,
+        operator["status"],
+    )

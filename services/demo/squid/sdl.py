@@ -1,0 +1,95 @@
+"""The schema of a Storage-Squid, as far as distributor nodes ask it, in each generation of servers."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from graphql import GraphQLSchema, build_schema
+
+_BY_ID = "storageDataObjectById(id: String!): StorageDataObject"
+_BY_UNIQUE = "storageDataObjectByUniqueInput(where: StorageDataObjectWhereUniqueInput!): StorageDataObject"
+_DEPRECATED = f'{_BY_UNIQUE} @deprecated(reason: "use storageDataObjectById")'
+
+# Each generation: its queries for one object, and its type of ids in inputs.
+GENERATIONS = {
+    "current": (f"{_BY_ID}\n  {_DEPRECATED}", "String"),
+    "without_deprecated": (_BY_ID, "String"),
+    "deprecated_only": (_BY_UNIQUE, "String"),
+    "oldest": (_BY_UNIQUE, "ID"),
+}
+
+_SDL = """
+type Query {
+  %(one_object)s
+  distributionBuckets(where: DistributionBucketWhereInput, limit: Int): [DistributionBucket!]!
+  storageBags(where: StorageBagWhereInput, limit: Int): [StorageBag!]!
+  storageBuckets(where: StorageBucketWhereInput, limit: Int): [StorageBucket!]!
+  squidStatus: SquidStatus
+  squidVersion: SquidVersion!
+}
+
+input StorageDataObjectWhereUniqueInput { id: %(id)s! }
+input StorageBagWhereInput { id_in: [%(id)s!] }
+input DistributionBucketWhereInput { id_in: [%(id)s!], operators_some: DistributionBucketOperatorWhereInput }
+input DistributionBucketOperatorWhereInput {
+  workerId_eq: Int
+  status_eq: DistributionBucketOperatorStatus
+}
+input StorageBucketWhereInput { id_in: [%(id)s!], operatorStatus: StorageBucketOperatorStatusWhereInput }
+input StorageBucketOperatorStatusWhereInput { isTypeOf_eq: String }
+
+scalar BigInt
+
+type StorageDataObject {
+  id: ID!
+  size: BigInt!
+  ipfsHash: String!
+  isAccepted: Boolean!
+  type: DataObjectType
+  storageBag: StorageBag!
+}
+union DataObjectType = DataObjectTypeVideoMedia | DataObjectTypeVideoSubtitle | DataObjectTypeUnknown
+type DataObjectTypeVideoMedia { isTypeOf: String }
+type DataObjectTypeVideoSubtitle { subtitle: VideoSubtitle }
+type DataObjectTypeUnknown { isTypeOf: String }
+type VideoSubtitle { id: ID!, mimeType: String! }
+
+type StorageBag {
+  id: ID!
+  objects: [StorageDataObject!]!
+  storageBuckets: [StorageBucketBag!]!
+  distributionBuckets: [DistributionBucketBag!]!
+}
+type StorageBucketBag { bag: StorageBag!, storageBucket: StorageBucket! }
+type DistributionBucketBag { bag: StorageBag!, distributionBucket: DistributionBucket! }
+
+type StorageBucket {
+  id: ID!
+  operatorMetadata: StorageBucketOperatorMetadata
+  operatorStatus: StorageBucketOperatorStatus!
+}
+type StorageBucketOperatorMetadata { id: ID!, nodeEndpoint: String }
+union StorageBucketOperatorStatus =
+  StorageBucketOperatorStatusActive | StorageBucketOperatorStatusInvited | StorageBucketOperatorStatusMissing
+type StorageBucketOperatorStatusActive { workerId: Int! }
+type StorageBucketOperatorStatusInvited { workerId: Int! }
+type StorageBucketOperatorStatusMissing { isTypeOf: String }
+
+type DistributionBucket {
+  id: ID!
+  operators: [DistributionBucketOperator!]!
+  bags: [DistributionBucketBag!]!
+}
+type DistributionBucketOperator { id: ID!, workerId: Int!, status: DistributionBucketOperatorStatus! }
+enum DistributionBucketOperatorStatus { ACTIVE INVITED }
+
+type SquidStatus { height: Int }
+type SquidVersion { version: String! }
+"""
+
+
+@cache
+def schema_of(generation: str) -> GraphQLSchema:
+    """The schema of one of GENERATIONS."""
+    one_object, id_type = GENERATIONS[generation]
+    return build_schema(_SDL % {"one_object": one_object, "id": id_type})

@@ -1,0 +1,77 @@
+"""What the squid knows: the demo's objects in bags, and who promised to store and to distribute those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from services.demo.objects import DemoObject
+
+
+@dataclass(frozen=True, slots=True)
+class StorageBucket:
+    """A bucket of storage nodes; `endpoint` as its operator published it, None if never."""
+
+    bucket_id: str
+    endpoint: str | None
+    active: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Bag:
+    """Objects that are stored and distributed together, in one distribution bucket."""
+
+    bag_id: str
+    bucket_id: str
+    objects: tuple[DemoObject, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """All storage buckets hold all bags. `workers`: by distribution bucket, the workers who operate it actively;
+    `invited`: those who do not yet."""
+
+    bags: Mapping[str, Bag]
+    storage: tuple[StorageBucket, ...]
+    workers: Mapping[str, tuple[int, ...]]
+    invited: Mapping[str, tuple[int, ...]]
+
+    def bag_of(self, object_id: str) -> Bag | None:
+        for bag in self.bags.values():
+            if any(item.object_id == object_id for item in bag.objects):
+                return bag
+        return None
+
+    def bags_of(self, bucket_id: str) -> list[Bag]:
+        return [bag for bag in self.bags.values() if bag.bucket_id == bucket_id]
+
+
+def make_world(
+    objects: Iterable[DemoObject],
+    nodes: Sequence[str | StorageBucket],
+    buckets: Iterable[str] = (),
+    workers: Mapping[int, Sequence[str]] | None = None,
+    bags_per_bucket: int = 1,
+) -> World:
+    """`nodes`: endpoints (without `api/v1`), or whole buckets; `buckets`: beside those of the objects; `workers`: the
+    distribution buckets that each worker operates. A bag is named `dynamic:channel:`, the bucket's
+    number and its own."""
+    in_buckets: dict[str, list[DemoObject]] = {bucket_id: [] for bucket_id in buckets}
+    for item in objects:
+        in_buckets.setdefault(item.bucket, []).append(item)
+    bags: dict[str, Bag] = {}
+    for bucket_id, held in in_buckets.items():
+        for number in range(bags_per_bucket):
+            bag_id = f"dynamic:channel:{bucket_id.replace(':', '0')}{number}"
+            bags[bag_id] = Bag(bag_id, bucket_id, tuple(held[number::bags_per_bucket]))
+    operated = {
+        bucket_id: tuple(worker for worker, operated in (workers or {}).items() if bucket_id in operated)
+        for bucket_id in in_buckets
+    }
+    storage = tuple(
+        node if isinstance(node, StorageBucket) else StorageBucket(str(number), node)
+        for number, node in enumerate(nodes)
+    )
+    # Somebody is always invited: nodes must not mistake that for a promise.
+    invited = dict.fromkeys(in_buckets, (990,))
+    return World(bags, storage, operated, invited)
