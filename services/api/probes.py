@@ -16,6 +16,12 @@ from services.api.context import ApiContext
 from services.api.status import UsageMeter
 from shared.domain.errors import DistributorError, VolumeError
 from shared.observability.metrics import (
+    QUEUE_JOBS,
+    STATE_STORE_CLIENTS,
+    STATE_STORE_COMMANDS,
+    STATE_STORE_MEMORY,
+    STATE_STORE_MEMORY_LIMIT,
+    STATE_STORE_SAVING,
     STORAGE_LIMIT,
     STORAGE_OBJECTS,
     STORAGE_RESERVED,
@@ -74,9 +80,30 @@ class Probes:
 
     async def metrics(self) -> tuple[bytes, str]:
         """The metrics of this process (of all workers in multiprocess mode), and their media type."""
+        await asyncio.gather(
+            self._show_usage(),
+            self._missing("state store", self._show_state_store),
+            self._missing("job queue", self._show_queue),
+        )
+        return await asyncio.to_thread(render_metrics)
+
+    async def _show_usage(self) -> None:
         usage = await self._usage.read()
         STORAGE_USED.set(usage.used)
         STORAGE_RESERVED.set(usage.reserved)
         STORAGE_LIMIT.set(usage.limit)
         STORAGE_OBJECTS.set(usage.objects)
-        return await asyncio.to_thread(render_metrics)
+
+    async def _show_state_store(self) -> None:
+        figures = await self._context.state.server_figures()
+        if figures is not None:
+            STATE_STORE_MEMORY.set(figures.memory)
+            STATE_STORE_MEMORY_LIMIT.set(figures.memory_limit)
+            STATE_STORE_CLIENTS.set(figures.clients)
+            STATE_STORE_COMMANDS.set(figures.commands)
+            STATE_STORE_SAVING.set(figures.saving)
+
+    async def _show_queue(self) -> None:
+        depth = await self._context.queue.depth()
+        for state, jobs in (("ready", depth.ready), ("delayed", depth.delayed), ("dead", depth.dead)):
+            QUEUE_JOBS.labels(state=state).set(jobs)

@@ -100,6 +100,21 @@ JOB_QUEUE_ERRORS = Counter(
     "distributor_job_queue_errors_total", "Calls of the job queue that failed, by operation.", ["operation"]
 )
 
+# Redis itself, as its INFO says (API)
+STATE_STORE_MEMORY = ReportedGauge(
+    "distributor_state_store_server_memory_bytes", "Memory that Redis uses for its data."
+)
+STATE_STORE_MEMORY_LIMIT = ReportedGauge(
+    "distributor_state_store_server_memory_limit_bytes", "Memory that Redis may use; 0: no limit of its own."
+)
+STATE_STORE_CLIENTS = ReportedGauge("distributor_state_store_server_clients", "Connections to Redis.")
+STATE_STORE_COMMANDS = ReportedGauge(
+    "distributor_state_store_server_commands", "Commands that Redis has processed since it started."
+)
+STATE_STORE_SAVING = ReportedGauge(
+    "distributor_state_store_server_saving", "1 while what Redis writes to its disk succeeds."
+)
+
 # Space (API and evictor)
 STORAGE_USED = ReportedGauge(
     "distributor_storage_used_bytes", "Bytes that complete objects take on the volume."

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
+from shared.ports.server_figures import ServerFigures
 
 
 class FetchPhase(StrEnum):
@@ -193,6 +194,9 @@ class StateStore(Protocol):
 
     async def ping(self) -> None:
         """Return if the store answers."""
+
+    async def server_figures(self) -> ServerFigures | None:
+        """For those who watch it; None where there is no server."""
 
     # Requests
 

@@ -118,3 +118,18 @@ class TestAnnouncements:
             while await anext(heard) != last:
                 received += 1
             assert received < 1500
+
+
+class TestServerFigures:
+    async def test_are_there_where_there_is_a_server(self, world: World) -> None:
+        before = await world.store.server_figures()
+        await world.store.usage()
+        after = await world.store.server_figures()
+        if before is None or after is None:
+            assert before is after
+            return
+        assert after.memory > 100_000
+        assert after.memory_limit == 0
+        assert after.clients >= 1
+        assert after.commands > before.commands
+        assert after.saving

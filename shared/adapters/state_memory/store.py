@@ -27,6 +27,9 @@ class MemoryStateStore(MemoryEviction):
     async def ping(self) -> None:
         """Always there."""
 
+    async def server_figures(self) -> None:
+        """No server, no figures."""
+
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[AsyncIterator[Announcement]]:
         queue = AnnouncementQueue()

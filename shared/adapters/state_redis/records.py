@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shared.domain.objects import ObjectId
+from shared.ports.server_figures import ServerFigures
 from shared.ports.state_store import (
     Access,
     Announcement,
@@ -72,3 +73,14 @@ def read_announcement(message: bytes) -> Announcement | None:
         return Announcement(Topic(topic), object_id)
     except ValueError:
         return None
+
+
+def read_server_figures(info: Mapping[str, Any]) -> ServerFigures:
+    """`info`: the reply to INFO, parsed. Servers that are told to keep nothing on disk count as saving."""
+    return ServerFigures(
+        memory=int(info["used_memory"]),
+        memory_limit=int(info["maxmemory"]),
+        clients=int(info["connected_clients"]),
+        commands=int(info["total_commands_processed"]),
+        saving=info["rdb_last_bgsave_status"] == "ok" and info["aof_last_write_status"] == "ok",
+    )

@@ -8,7 +8,9 @@ from contextlib import AbstractAsyncContextManager
 from shared.adapters.state_redis.connection import RedisConnection
 from shared.adapters.state_redis.eviction import RedisEviction
 from shared.adapters.state_redis.listener import listen
+from shared.adapters.state_redis.records import read_server_figures
 from shared.adapters.state_times import StateTimes
+from shared.ports.server_figures import ServerFigures
 from shared.ports.state_store import Announcement
 
 
@@ -26,6 +28,9 @@ class RedisStateStore(RedisEviction):
 
     async def ping(self) -> None:
         await self._connection.command("PING")
+
+    async def server_figures(self) -> ServerFigures:
+        return read_server_figures(await self._connection.command("INFO"))
 
     def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Announcement]]:
         return listen(self._connection.url, self._connection.keys.channel, self._times.operation_timeout)

@@ -1,0 +1,17 @@
+"""How the state store's own server is doing: for those who watch the node, not for the node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFigures:
+    """`memory` in use and its limit in bytes (0: no limit); `clients`: connections; `commands`: processed since it
+    started; `saving`: what it last wrote to its disk was written."""
+
+    memory: int
+    memory_limit: int
+    clients: int
+    commands: int
+    saving: bool

@@ -1,0 +1,158 @@
+"""Prometheus' rules and Grafana's dashboard against the metrics that the code declares."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import Counter, Gauge, Histogram
+
+from shared.observability import metrics
+
+ROOT = Path(__file__).parents[2]
+PROMETHEUS = ROOT / "deploy" / "prometheus"
+DASHBOARDS = sorted((ROOT / "deploy" / "grafana" / "dashboards").glob("*.json"))
+RULES: list[dict[str, Any]] = [
+    rule
+    for path in sorted((PROMETHEUS / "rules").glob("*.yml"))
+    for group in yaml.safe_load(path.read_text())["groups"]
+    for rule in group["rules"]
+]
+RECORDED = {rule["record"] for rule in RULES if "record" in rule}
+# Of others: Prometheus itself and RabbitMQ's own plugin. That they exist is seen in the tests with containers.
+OF_OTHERS = {
+    "up",
+    "rabbitmq_alarms_free_disk_space_watermark",
+    "rabbitmq_alarms_memory_used_watermark",
+    "rabbitmq_process_resident_memory_bytes",
+    "rabbitmq_queue_messages_ready",
+}
+# What Prometheus adds to every series of a target.
+OF_TARGETS = {"job", "instance", "le"}
+
+
+def panels() -> list[dict[str, Any]]:
+    boards = [json.loads(path.read_text()) for path in DASHBOARDS]
+    return [panel for board in boards for panel in board["panels"] if panel["type"] != "row"]
+
+
+def queries() -> list[str]:
+    asked = [target["expr"] for panel in panels() for target in panel["targets"]]
+    return asked + [rule["expr"] for rule in RULES]
+
+
+def declared() -> dict[str, set[str]]:
+    """Names of series as they are exported, each with its labels."""
+    found: dict[str, set[str]] = {}
+    for metric in vars(metrics).values():
+        name = getattr(metric, "_name", None)
+        if isinstance(metric, metrics.ReportedGauge):
+            found[str(name)] = set()
+        elif isinstance(metric, Histogram):
+            found |= {f"{name}{part}": set(metric._labelnames) for part in ("_bucket", "_sum", "_count")}
+        elif isinstance(metric, Counter):
+            found[f"{name}_total"] = set(metric._labelnames)
+        elif isinstance(metric, Gauge):
+            found[str(name)] = set(metric._labelnames)
+    return found
+
+
+def names_in(query: str) -> set[str]:
+    """Metric names: words that are followed by neither a bracket nor an operator of labels, outside of quotes."""
+    bare = re.sub(r'"[^"]*"', '""', query)
+    bare = re.sub(r"\b(by|on|without|ignoring)\s*\([^)]*\)", " ", bare)
+    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", " ", bare)
+    words = re.findall(r"[a-zA-Z_:][a-zA-Z0-9_:]*(?!\s*\(|[a-zA-Z0-9_:])", bare)
+    return {word for word in words if word not in {"and", "or", "unless", "offset", "h", "d", "m", "s"}}
+
+
+def labels_in(query: str) -> set[str]:
+    bare = re.sub(r'"[^"]*"', '""', query)
+    grouped = re.findall(r"\b(?:by|on|without|ignoring)\s*\(([^)]*)\)", bare)
+    return {label.strip() for group in grouped for label in group.split(",") if label.strip()}
+
+
+def test_the_reader_of_queries() -> None:
+    query = 'sum by (le, a) (rate(x_total{b="c (d)"}[5m])) / on () y:z or vector(0) > 0.5 and z offset 1h'
+    assert names_in(query) == {"x_total", "y:z", "z"}
+    assert labels_in(query) == {"le", "a"}
+
+
+@pytest.mark.parametrize("query", queries())
+def test_every_metric_asked_for_is_declared(query: str) -> None:
+    known = declared()
+    assert names_in(query)
+    assert names_in(query) <= set(known) | RECORDED | OF_OTHERS
+
+
+@pytest.mark.parametrize("query", queries())
+def test_every_label_asked_for_is_declared(query: str) -> None:
+    known = declared()
+    for name, selector in re.findall(r"([a-zA-Z_:][a-zA-Z0-9_:]*)\{([^}]*)\}", query):
+        labels = set(re.findall(r"([a-z_]+)\s*(?:=~|!~|!=|=)", re.sub(r'"[^"]*"', '""', selector)))
+        assert labels <= known.get(name, set()) | OF_TARGETS, name
+    in_groups = labels_in(query) - OF_TARGETS
+    used = [known.get(name, {"source"} if name in RECORDED else set()) for name in names_in(query)]
+    assert all(any(label in labels for labels in used) for label in in_groups)
+
+
+def test_the_dashboard_shows_what_operators_ask() -> None:
+    titles = " / ".join(panel["title"].lower() for panel in panels())
+    for wanted in (
+        "hit ratio, objects",
+        "hit ratio, bytes",
+        "traffic by source",
+        "time to first byte",
+        "fetch queue",
+        "downloads in progress",
+        "usage against limit",
+        "evictions",
+        "longest idle age",
+        "latency of sources",
+        "answers by status",
+    ):
+        assert wanted in titles
+
+
+def test_panels_have_ids_and_places_of_their_own() -> None:
+    board = json.loads(DASHBOARDS[0].read_text())
+    ids = [panel["id"] for panel in board["panels"]]
+    places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]]
+    assert len(set(ids)) == len(ids)
+    assert len(set(places)) == len(places)
+
+
+def test_every_alert_says_how_urgent_it_is_and_is_tested() -> None:
+    tested = yaml.safe_load((PROMETHEUS / "tests" / "alerts.yml").read_text())["tests"]
+    fired = {
+        case["alertname"] for test in tested for case in test.get("alert_rule_test", []) if case["exp_alerts"]
+    }
+    alerts = [rule for rule in RULES if "alert" in rule]
+    assert {rule["alert"] for rule in alerts} == fired
+    assert all(rule["labels"]["severity"] in {"page", "ticket"} for rule in alerts)
+    assert all(rule["annotations"]["summary"] for rule in alerts)
+
+
+def test_grafana_asks_the_prometheus_of_the_stack() -> None:
+    provisioning = ROOT / "deploy" / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    asked = {target["datasource"]["uid"] for panel in panels() for target in panel["targets"]}
+    assert asked == {source["uid"]}
+
+
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="no promtool here; the tests with containers run it"
+)
+def test_promtool_agrees() -> None:
+    for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", "tests/alerts.yml"]):
+        done = subprocess.run(
+            ["promtool", *arguments], cwd=PROMETHEUS, check=False, capture_output=True, text=True, timeout=30
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
