@@ -29,7 +29,7 @@ _SUBTITLE_TYPES = frozenset(
 
 def read_object(object_id: ObjectId, found: Any, *, refuse_private: bool) -> MediaObject:
     """What the squid says of one object; `found` is not null. CatalogUnavailable if it is another object's word."""
-    if not isinstance(found, dict) or str(found.get("id")) != object_id:
+    if not isinstance(found, dict) or found.get("id") != object_id:
         raise CatalogUnavailable("the squid answered for another object")
     bag = _mapping(found.get("storageBag"))
     return _described(
@@ -43,8 +43,9 @@ def read_object(object_id: ObjectId, found: Any, *, refuse_private: bool) -> Med
 
 def read_listed(found: Any, buckets: tuple[DistributionBucket, ...]) -> MediaObject:
     """An object of a list: no sources, and accepted for all the list says. CatalogUnavailable if it has no id."""
+    stated = _mapping(found).get("id")
     try:
-        object_id = ObjectId.parse(str(_mapping(found).get("id")))
+        object_id = ObjectId.parse(stated if isinstance(stated, str) else "")
     except InvalidInput as error:
         raise CatalogUnavailable("the squid lists an object without a usable id") from error
     return _described(object_id, found, buckets=buckets, accepted=True, sources=())

@@ -74,10 +74,10 @@ def _bag_ids(data: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for bucket in listed:
         bucket_id = bucket_id_or_none(bucket.get("id")) if isinstance(bucket, dict) else None
         try:
-            bag_ids = [str(entry["bag"]["id"]) for entry in bucket["bags"]]
+            bag_ids = [entry["bag"]["id"] for entry in bucket["bags"]]
         except (KeyError, TypeError) as error:
             raise CatalogUnavailable("the squid's list of bags is broken") from error
-        if bucket_id is None:
+        if bucket_id is None or not all(isinstance(bag_id, str) for bag_id in bag_ids):
             raise CatalogUnavailable("the squid's list of buckets is broken")
         yield bucket_id, bag_ids
 
