@@ -10,7 +10,7 @@ import structlog
 from services.evictor.file_calls import file_call
 from services.evictor.index import EvictionIndex
 from services.evictor.partial_files import discard_partial_file, expected_bytes, partial_file_exists
-from shared.adapters.volume import PartialHeld, Volume
+from shared.adapters.volume import FoundObject, PartialHeld, Volume
 from shared.domain.eviction import PolicyEntry
 from shared.domain.objects import ObjectId
 from shared.observability.metrics import RECONCILED
@@ -23,9 +23,9 @@ logger = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """`size` of the complete file; `sound`: it has a record that fits, or none at all (the catalog may know more)."""
+    """The complete file; `sound`: it has a record that fits, or none at all (the catalog may know more)."""
 
-    size: int
+    found: FoundObject
     sound: bool
     partial_beside: bool
 
@@ -36,7 +36,7 @@ class Adoption:
     def __init__(self, state: StateStore, volume: Volume, index: EvictionIndex) -> None:
         self._state, self._volume, self._index = state, volume, index
 
-    async def adopt(self, term: Term, object_id: ObjectId, changed_at: float) -> bool | None:
+    async def adopt(self, term: Term, object_id: ObjectId) -> bool | None:
         """True: adopted. False: adopted, but what its record says is not what is there. None: not adopted, since the
         store knows it, a live fetch will tell the store, or it is gone."""
         seen = await file_call(_look, self._volume, object_id)
@@ -47,16 +47,16 @@ class Adoption:
         known = self._index.remembered(object_id)
         entry = PolicyEntry(
             object_id,
-            seen.size,
+            seen.found.size,
             known.frequency if known else 1,
-            min(known.last_access if known else changed_at, time.time()),
+            min(known.last_access if known else seen.found.changed_at, time.time()),
             known.priority if known else 0.0,
         )
         if not await self._state.adopt(term, _as_index_entry(entry)):
             return None
         self._index.add(entry)
         RECONCILED.labels("adopted").inc()
-        logger.debug("object_adopted", object_id=object_id, bytes=seen.size)
+        logger.debug("object_adopted", object_id=object_id, bytes=seen.found.size)
         if await file_call(partial_file_exists, self._volume, object_id):
             await self.adopt_partial(term, object_id, 0)
         return seen.sound
@@ -91,12 +91,12 @@ class Adoption:
 
 
 def _look(volume: Volume, object_id: ObjectId) -> _Seen | None:
-    size = volume.stored_size(object_id)
-    if size is None:
+    found = volume.find_object(object_id)
+    if found is None:
         return None
     record = volume.read_record(object_id)
-    sound = record is None or record.size == size
-    return _Seen(size, sound, partial_file_exists(volume, object_id))
+    sound = record is None or record.size == found.size
+    return _Seen(found, sound, partial_file_exists(volume, object_id))
 
 
 def _size_to_reserve(volume: Volume, object_id: ObjectId, at_least: int) -> int | None:

@@ -15,8 +15,6 @@ from shared.observability.metrics import RECONCILED
 from shared.ports.catalog import Catalog
 from shared.ports.state_store import Term
 
-_BREATHE_EVERY = 1000
-
 logger = structlog.get_logger()
 
 

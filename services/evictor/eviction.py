@@ -53,10 +53,12 @@ class Eviction:
 
     async def make_room(self, term: Term, usage: Usage) -> None:
         """Evict what has to go now, as `usage` says; usage is looked at again after each batch."""
-        longest_idle = 0.0
+        longest_idle, marks = 0.0, self._rules.watermarks
+        if usage.used + usage.reserved > marks.high:
+            marks = Watermarks(low=marks.low, high=marks.low)  # once begun, all the way down
         while True:
             wanted = await self._state.space_wanted()
-            needed = self._rules.watermarks.to_evict(usage, wanted)
+            needed = marks.to_evict(usage, wanted)
             if needed <= 0:
                 self._note_stuck(0)
                 break

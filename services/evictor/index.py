@@ -11,11 +11,9 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable
 
-import structlog
-
 from services.evictor.file_calls import file_call
 from services.evictor.known_ids import KnownIds
-from shared.adapters.volume import Volume
+from shared.adapters.volume import FoundObject, Volume
 from shared.domain.eviction import EvictionPolicy, PolicyEntry
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import Access, IndexEntry, PolicyState, StateStore, Term
@@ -23,9 +21,6 @@ from shared.ports.state_store import Access, IndexEntry, PolicyState, StateStore
 _BATCHES_AT_ONCE = 200
 _SAVED_AT_ONCE = 2000
 _NOTICED_MOST = 10_000
-_BREATHE_EVERY = 1000
-
-logger = structlog.get_logger()
 
 
 class EvictionIndex:
@@ -47,7 +42,7 @@ class EvictionIndex:
         self._dirty: set[ObjectId] = set()
         self._noticed: set[ObjectId] = set()
         # What happens to single objects while everything is being loaded, to be done again afterwards.
-        self._meanwhile: list[PolicyEntry | ObjectId] = []
+        self._meanwhile: list[PolicyEntry | ObjectId] | None = None
         self._loading = asyncio.Lock()
 
     async def take_over(self) -> None:
@@ -71,23 +66,25 @@ class EvictionIndex:
             return await self._load(self.policy.inflation, self._as_known)
 
     async def _load(self, inflation: float, figures: Callable[[IndexEntry], PolicyEntry]) -> KnownIds:
-        known, entries, evicting = KnownIds(), list[PolicyEntry](), dict[ObjectId, None]()
-        self._meanwhile.clear()
-        async for batch in self._state.entries():
-            known.update(entry.object_id for entry in batch)
-            evicting.update((entry.object_id, None) for entry in batch if entry.evicting)
-            entries.extend(figures(entry) for entry in batch if not entry.evicting)
-            await asyncio.sleep(0)
-        policy = self._make_policy()
-        await file_call(policy.restore, entries, inflation)
+        meanwhile = self._meanwhile = []
+        try:
+            known, entries, evicting = KnownIds(), list[PolicyEntry](), dict[ObjectId, None]()
+            async for batch in self._state.entries():
+                known.update(entry.object_id for entry in batch)
+                evicting.update((entry.object_id, None) for entry in batch if entry.evicting)
+                entries.extend(figures(entry) for entry in batch if not entry.evicting)
+                await asyncio.sleep(0)
+            policy = self._make_policy()
+            await file_call(policy.restore, entries, inflation)
+        finally:
+            self._meanwhile = None
         self.policy, self.evicting = policy, evicting
-        for change in self._meanwhile:
+        for change in meanwhile:
             if isinstance(change, PolicyEntry):
                 self.policy.add(change)
             else:
                 self.policy.remove(change)
                 self.evicting.pop(change, None)
-        self._meanwhile.clear()
         return known
 
     def _as_known(self, entry: IndexEntry) -> PolicyEntry:
@@ -124,19 +121,22 @@ class EvictionIndex:
         self.evicting[object_id] = None
 
     def _note_meanwhile(self, change: PolicyEntry | ObjectId) -> None:
-        if self._loading.locked():
+        if self._meanwhile is not None:
             self._meanwhile.append(change)
 
     async def refresh(self) -> None:
-        """Apply new accesses, take in objects that have become complete."""
+        """Take in objects that have become complete, and apply new accesses."""
+        await self._take_in_noticed()
         await self._apply_accesses()
+
+    async def _take_in_noticed(self) -> None:
         noticed = [object_id for object_id in self._noticed if object_id not in self.policy]
         self._noticed.clear()
         if noticed:
             now = self._clock()
-            for object_id, size in await file_call(self._sizes, noticed):
-                if object_id not in self.policy and object_id not in self.evicting:
-                    self.add(PolicyEntry(object_id, size, 1, now))
+            for found in await file_call(self._find, noticed):
+                if found.object_id not in self.policy and found.object_id not in self.evicting:
+                    self.add(PolicyEntry(found.object_id, found.size, 1, min(found.changed_at, now)))
 
     async def _apply_accesses(self) -> None:
         async with self._loading:
@@ -144,8 +144,11 @@ class EvictionIndex:
                 position, accesses = await self._state.read_accesses(self._position, _BATCHES_AT_ONCE)
                 if position == self._position:
                     return
-                self._position = position
+                for access in accesses:
+                    self.notice(access.object_id)
+                await self._take_in_noticed()
                 self._apply(accesses)
+                self._position = position
                 await asyncio.sleep(0)
 
     def _apply(self, accesses: Iterable[Access]) -> None:
@@ -156,12 +159,10 @@ class EvictionIndex:
                 # A client's or another host's clock that is ahead must not make an object untouchable.
                 self.policy.access(access.object_id, access.views, min(access.last_at, now))
                 self._dirty.add(access.object_id)
-            else:
-                self.notice(access.object_id)
 
-    def _sizes(self, object_ids: list[ObjectId]) -> list[tuple[ObjectId, int]]:
-        seen = ((object_id, self._volume.stored_size(object_id)) for object_id in object_ids)
-        return [(object_id, size) for object_id, size in seen if size is not None]
+    def _find(self, object_ids: list[ObjectId]) -> list[FoundObject]:
+        seen = (self._volume.find_object(object_id) for object_id in object_ids)
+        return [found for found in seen if found is not None]
 
     async def save(self, term: Term) -> None:
         """Write what has changed. The position goes with the last batch: what was written before it may be counted

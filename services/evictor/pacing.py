@@ -9,7 +9,7 @@ import structlog
 
 from shared.domain.errors import DistributorError
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 3.0
 _LOGGED_EVERY = 20
 
 logger = structlog.get_logger()

@@ -13,7 +13,7 @@ import structlog
 from services.evictor.adoption import Adoption
 from services.evictor.file_calls import file_call
 from services.evictor.partial_files import discard_partial_file, scan_partial_files
-from shared.adapters.volume import FoundPartial, PartialHeld, Volume
+from shared.adapters.volume import FoundObject, FoundPartial, PartialHeld, Volume
 from shared.domain.errors import VolumeError
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
@@ -74,8 +74,8 @@ class Partials:
 
         Bytes freed; 0 if a worker has it again, or still writes although its lease is over, or has made it an object.
         """
-        stored = await file_call(self._volume.stored_size, object_id)
-        if await self._adoption.adopt(term, object_id, time.time()) is not None:
+        stored = await file_call(self._volume.find_object, object_id)
+        if await self._adoption.adopt(term, object_id) is not None:
             return 0  # the worker got as far as the complete file, and died before it could tell
         lease = await self._state.seize(term, object_id)
         if lease is None:
@@ -97,11 +97,11 @@ class Partials:
         return footprint(lease.size)
 
 
-def _remove(volume: Volume, lease: Lease, stored: int | None) -> bool:
-    """Remove the partial file. False if its writer, whose lease was over, has made it a complete object since the size
-    of that (`stored`) was looked at: then the reservation is what accounts for it."""
+def _remove(volume: Volume, lease: Lease, stored: FoundObject | None) -> bool:
+    """Remove the partial file. False if its writer, whose lease was over, has made it a complete object since
+    `stored` was looked at: then the reservation is what accounts for it."""
     discard_partial_file(volume, lease.object_id, lease.size)
-    return volume.stored_size(lease.object_id) == stored
+    return volume.find_object(lease.object_id) == stored
 
 
 def _age(fetch: Fetch) -> float:

@@ -113,7 +113,7 @@ class Reconciliation:
                 return False
             await self._removals.complete(term, object_id)
             return True
-        sound = await self._adoption.adopt(term, object_id, found.changed_at)
+        sound = await self._adoption.adopt(term, object_id)
         if sound is False:
             # Adopted all the same, so that nobody can store a good file under the name while this one is removed
             logger.warning("object_damaged", object_id=object_id, bytes=found.size)
@@ -138,7 +138,8 @@ class Reconciliation:
                     logger.info("entry_without_file", object_id=entry.object_id)
 
     def _sizes(self, entries: Sequence[IndexEntry]) -> list[int | None]:
-        return [self._volume.stored_size(entry.object_id) for entry in entries]
+        found = (self._volume.find_object(entry.object_id) for entry in entries)
+        return [None if seen is None else seen.size for seen in found]
 
     def _report(self, findings: Findings, seconds: float) -> None:
         RECONCILE_TIME.observe(seconds)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ class Directories:
         self._root = root
         self._open: dict[str, int] = {}
         self._retired: list[int] = []
+        self._revalidating = threading.Lock()
 
     def create(self) -> None:
         """Make all directories; VolumeError if the volume cannot be written."""
@@ -77,17 +79,25 @@ class Directories:
 
         Forgotten ones are closed at the next call only: another thread may be about to use one.
         """
+        with self._revalidating:
+            return self._revalidate()
+
+    def _revalidate(self) -> bool:
         self._close_retired()
         try:
             now = self._root.stat()
             held = os.fstat(self.root())
             stale = (now.st_dev, now.st_ino) != (held.st_dev, held.st_ino)
             if not stale:
-                for path in [path for path in self._open if path and "/" not in path]:
+                for path in [path for path in list(self._open) if path and "/" not in path]:
                     below = os.stat(path, dir_fd=self.root(), follow_symlinks=False)
                     kept = os.fstat(self._open[path])
                     stale = stale or (below.st_dev, below.st_ino) != (kept.st_dev, kept.st_ino)
-                stale = stale or any(os.fstat(descriptor).st_nlink == 0 for descriptor in self._open.values())
+                stale = stale or any(
+                    # A copy: other threads open directories meanwhile
+                    os.fstat(descriptor).st_nlink == 0
+                    for descriptor in list(self._open.values())
+                )
         except OSError:
             self._retire()
             return False

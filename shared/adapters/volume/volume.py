@@ -175,15 +175,17 @@ class Volume:
             except FileNotFoundError:
                 return None
 
-    def stored_size(self, object_id: ObjectId) -> int | None:
-        """Bytes of the file under `objects/`, whatever its record says; None: no file there (a link is none)."""
+    def find_object(self, object_id: ObjectId) -> scan.FoundObject | None:
+        """The file under `objects/`, whatever its record says; None: no file there (a link is none)."""
         with translated(f"look for {object_id}"):
             folder = self._directories.descriptor(f"{OBJECTS}/{fan(object_id)}")
             try:
                 seen = os.stat(object_id, dir_fd=folder, follow_symlinks=False)
             except FileNotFoundError:
                 return None
-        return seen.st_size if stat.S_ISREG(seen.st_mode) else None
+        if not stat.S_ISREG(seen.st_mode):
+            return None
+        return scan.FoundObject(object_id, seen.st_size, seen.st_mtime)
 
     # Removing
 

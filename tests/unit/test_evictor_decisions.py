@@ -1,0 +1,137 @@
+"""The evictor's pure decisions, and its small tools."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.evictor.duty import why_implausible
+from services.evictor.file_calls import file_call
+from services.evictor.known_ids import KnownIds
+from services.evictor.pacing import LONGEST_PAUSE, backoff, repeat
+from services.evictor.repair import Verdict, judge_size
+from shared.domain.errors import ConfigurationError, StateStoreUnavailable
+from shared.domain.objects import MediaObject, ObjectId
+from shared.domain.space import Usage, Watermarks
+
+bytes_ = st.integers(0, 10**15)
+
+
+@given(bytes_, bytes_, bytes_, bytes_)
+def test_what_is_evicted_makes_the_room_that_is_needed(
+    used: int, reserved: int, wanted: int, limit: int
+) -> None:
+    usage = Usage(limit=limit, used=used, reserved=reserved, objects=1, fetches=0, accounted=True)
+    marks = Watermarks(low=limit // 2, high=limit * 9 // 10)
+    evicted = marks.to_evict(usage, wanted)
+    left = used + reserved - evicted
+    assert evicted >= 0
+    assert left <= marks.high
+    assert limit - left >= wanted or wanted <= 0 or evicted == wanted - usage.free
+    if used + reserved <= marks.high and wanted <= usage.free:
+        assert evicted == 0
+
+
+@pytest.mark.parametrize(
+    ("held", "listed", "to_drop", "believed"),
+    [
+        (0, 0, 0, True),
+        (10, 0, 10, False),
+        (10, 10, 0, True),
+        (10, 100, 5, True),
+        (10, 100, 6, False),
+        (1, 1, 1, False),
+        (3, 2, 1, True),
+    ],
+)
+def test_implausible_lists(held: int, listed: int, to_drop: int, believed: bool) -> None:
+    assert (why_implausible(held, listed, to_drop) is None) is believed
+
+
+def test_what_the_size_tells_of_a_file_without_a_record() -> None:
+    one = ObjectId("one")
+    assert judge_size(None, 5) is Verdict.UNKNOWN
+    assert judge_size(MediaObject(one, None), 5) is Verdict.UNKNOWN
+    assert judge_size(MediaObject(one, 5), 5) is Verdict.CONFIRMED
+    assert judge_size(MediaObject(one, 6), 5) is Verdict.WRONG
+
+
+def test_known_ids_know_what_was_added() -> None:
+    known = KnownIds()
+    assert ObjectId("0") not in known
+    known.update(ObjectId(f"{number}") for number in range(1000))
+    assert all(ObjectId(f"{number}") in known for number in range(1000))
+    known.update([ObjectId("late")])
+    assert ObjectId("late") in known
+    assert "never" not in known
+    assert len(known) == 1001
+
+
+def test_pauses_grow_and_are_bounded() -> None:
+    pauses = [backoff(failures) for failures in range(1, 40)]
+    assert pauses == sorted(pauses)
+    assert pauses[0] < 0.5
+    assert pauses[-1] == LONGEST_PAUSE
+
+
+async def test_work_goes_on_after_an_error_worth_retrying() -> None:
+    seen: list[Exception] = []
+    calls = 0
+
+    async def step() -> float | None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise StateStoreUnavailable("away")
+        return 0.0 if calls < 4 else None
+
+    await repeat("test", step, on_error=seen.append)
+    assert calls == 4
+    assert [type(error) for error in seen] == [StateStoreUnavailable]
+
+
+async def test_a_fault_of_ours_is_not_swallowed() -> None:
+    async def step() -> float:
+        raise ConfigurationError("wrong")
+
+    with pytest.raises(ConfigurationError):
+        await repeat("test", step)
+
+
+async def test_a_wake_up_shortens_the_pause() -> None:
+    wake, calls = asyncio.Event(), 0
+
+    async def step() -> float | None:
+        nonlocal calls
+        calls += 1
+        return 60.0 if calls == 1 else None
+
+    working = asyncio.create_task(repeat("test", step, wake))
+    await asyncio.sleep(0)
+    wake.set()
+    async with asyncio.timeout(5):
+        await working
+    assert calls == 2
+
+
+async def test_a_cancelled_file_call_is_waited_for() -> None:
+    begun, ended = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        time.sleep(0.2)
+        ended.set()
+
+    call = asyncio.create_task(file_call(slow))
+    await asyncio.to_thread(begun.wait)
+    call.cancel()
+    await asyncio.sleep(0.01)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert ended.is_set()
