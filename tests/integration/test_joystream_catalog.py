@@ -1,0 +1,299 @@
+"""The joystream catalog against a real squid that misbehaves in every way it knows."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from services.demo.manifest import known_hash
+from services.demo.objects import BytesContent, DemoObject, bytes_object
+from services.demo.squid import SquidKnobs, StorageBucket, TestSquid
+from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits, SquidStatus
+from shared.domain.errors import CatalogUnavailable, ConfigurationError
+from shared.domain.objects import DistributionBucket, Duty, MediaObject, ObjectId
+
+OBJECTS = [
+    bytes_object("1", b"a" * 1000, "image/png"),
+    bytes_object("2", b"b" * 2000, "text/vtt"),
+    DemoObject("3", BytesContent(b"c"), held=False),
+    DemoObject("4", BytesContent(b"d"), "text/html"),
+    DemoObject("900", BytesContent(b"e"), bucket="9:9"),
+]
+NODES: list[str | StorageBucket] = [
+    "https://one.example/",
+    "https://two.example/storage",
+    StorageBucket("2", "https://three.example", active=False),
+    StorageBucket("3", None),
+    StorageBucket("4", "http://127.0.0.1:8080"),
+    StorageBucket("5", "https://user:secret@four.example/"),
+]
+ONE, TWO, NOBODY = ObjectId("1"), ObjectId("2"), ObjectId("404")
+QUICK = SquidLimits(timeout=0.3, list_timeout=0.3, list_batch=1, list_pause=0.0)
+OURS, WORKER = Duty(frozenset({"0:1"})), Duty(worker_id=7)
+
+
+@pytest.fixture
+async def squid() -> AsyncIterator[TestSquid]:
+    squid = TestSquid(OBJECTS, NODES, workers={7: ["0:1"], 8: ["9:9"]}, bags_per_bucket=3)
+    async with squid.run():
+        yield squid
+
+
+@asynccontextmanager
+async def opened(
+    squid: TestSquid, limits: SquidLimits = QUICK, *, refuse_private: bool = True
+) -> AsyncIterator[JoystreamCatalog]:
+    catalog = JoystreamCatalog(squid.url, limits, refuse_private=refuse_private)
+    await catalog.open()
+    try:
+        yield catalog
+    finally:
+        await catalog.close()
+
+
+@pytest.fixture
+async def catalog(squid: TestSquid) -> AsyncIterator[JoystreamCatalog]:
+    async with opened(squid) as catalog:
+        yield catalog
+
+
+async def listed(catalog: JoystreamCatalog, duty: Duty) -> list[str]:
+    return sorted(item.object_id for batch in [b async for b in catalog.list_objects(duty)] for item in batch)
+
+
+async def test_an_object_is_described_in_full(catalog: JoystreamCatalog) -> None:
+    found = await catalog.look_up(TWO)
+    assert found is not None
+    assert (found.size, found.media_type, found.accepted) == (2000, "text/vtt", True)
+    assert str(found.content_hash) == known_hash(OBJECTS[1])
+    assert found.sources == (
+        "https://one.example/api/v1/files/2",
+        "https://two.example/storage/api/v1/files/2",
+    )
+    assert found.buckets == (DistributionBucket("0:1", frozenset({7})),)
+    assert OURS.covers(found)
+    assert WORKER.covers(found)
+    assert not Duty(worker_id=990).covers(found)  # invited, no more
+    assert not Duty(frozenset({"9:9"})).covers(found)
+
+
+async def test_private_sources_are_kept_unless_refused(squid: TestSquid) -> None:
+    async with opened(squid, refuse_private=False) as catalog:
+        found = await catalog.look_up(ONE)
+    assert found is not None
+    assert found.sources[2:] == ("http://127.0.0.1:8080/api/v1/files/1",)
+
+
+async def test_unknown_not_uploaded_and_odd_objects(catalog: JoystreamCatalog) -> None:
+    assert await catalog.look_up(NOBODY) is None
+    announced, page = await catalog.look_up(ObjectId("3")), await catalog.look_up(ObjectId("4"))
+    assert announced is not None
+    assert page is not None
+    assert not announced.accepted
+    assert page.media_type is None
+
+
+async def test_nulls_are_tolerated(squid: TestSquid, catalog: JoystreamCatalog) -> None:
+    for nulls in (("operatorMetadata",), ("nodeEndpoint",), ("type", "operatorMetadata", "nodeEndpoint")):
+        squid.knobs = SquidKnobs(nulls=nulls)
+        found = await catalog.look_up(TWO)
+        assert found is not None
+        assert found.sources == ()
+        assert await catalog.active_storage_endpoints() == ()
+    squid.knobs = SquidKnobs(nulls=("squidStatus",))
+    assert await catalog.squid_status() == SquidStatus(height=None, version="1.8.0-demo")
+
+
+async def test_the_network_and_the_squid_itself(squid: TestSquid, catalog: JoystreamCatalog) -> None:
+    endpoints = await catalog.active_storage_endpoints()
+    assert [endpoint.api_url for endpoint in endpoints] == [
+        "https://one.example/api/v1/",
+        "https://two.example/storage/api/v1/",
+    ]
+    assert await catalog.squid_status() == SquidStatus(squid.height, "1.8.0-demo")
+    assert await catalog.bucket_ids() == ("0:1", "9:9")
+
+
+FAULTS = {
+    "hanging": SquidKnobs(hang=True),
+    "slow": SquidKnobs(latency=5),
+    "errors": SquidKnobs(errors=True),
+    "errors beside data": SquidKnobs(errors_beside_data=True),
+    "500": SquidKnobs(status=500),
+    "429": SquidKnobs(status=429),
+    "redirect": SquidKnobs(redirect_to="http://127.0.0.1:1/"),
+    "garbage": SquidKnobs(garbage=True),
+    "huge": SquidKnobs(huge=20 * 1024 * 1024),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_every_fault_is_unavailability_in_time(
+    squid: TestSquid, catalog: JoystreamCatalog, fault: str
+) -> None:
+    squid.knobs = FAULTS[fault]
+    started = time.monotonic()
+    for object_id in (ONE, NOBODY):
+        with pytest.raises(CatalogUnavailable):
+            await catalog.look_up(object_id)
+    for ask in (catalog.bucket_ids, catalog.active_storage_endpoints, catalog.squid_status):
+        with pytest.raises(CatalogUnavailable):
+            await ask()
+    with pytest.raises(CatalogUnavailable):
+        await listed(catalog, OURS)
+    assert time.monotonic() - started < 6
+    squid.knobs = SquidKnobs()
+    assert await catalog.look_up(NOBODY) is None
+    assert await listed(catalog, OURS) == ["1", "2", "3", "4"]
+
+
+async def test_an_outage_is_unavailability_and_is_survived(
+    squid: TestSquid, catalog: JoystreamCatalog
+) -> None:
+    assert await catalog.look_up(ONE) is not None
+    await squid.go_away()
+    with pytest.raises(CatalogUnavailable):
+        await catalog.look_up(ONE)
+    await squid.come_back()
+    assert await catalog.look_up(ONE) is not None
+
+
+async def test_a_squid_that_is_down_at_the_start_is_no_reason_to_fail(squid: TestSquid) -> None:
+    await squid.go_away()
+    async with opened(squid) as catalog:
+        await squid.come_back()
+        assert await catalog.look_up(ONE) is not None
+
+
+async def test_a_url_that_is_none_is_a_wrong_setting() -> None:
+    with pytest.raises(ConfigurationError):
+        await JoystreamCatalog("http://user:secret@squid.example/", QUICK, refuse_private=True).open()
+
+
+@pytest.mark.parametrize("duty", [OURS, WORKER], ids=["buckets", "worker"])
+async def test_the_list_of_what_is_ours(squid: TestSquid, catalog: JoystreamCatalog, duty: Duty) -> None:
+    batches = [batch async for batch in catalog.list_objects(duty)]
+    objects = [item for batch in batches for item in batch]
+    assert sorted(item.object_id for item in objects) == ["1", "2", "3", "4"]
+    assert len(batches) == 3
+    assert all(duty.covers(item) for item in objects)
+    assert {item.media_type for item in objects} == {None, "text/vtt"}
+    questions = [record for record in squid.questions if record.operation == "ObjectsOfBags"]
+    assert [record.variables["n"] for record in questions] == [1, 1, 1]
+
+
+async def test_the_list_of_everything(catalog: JoystreamCatalog) -> None:
+    assert await listed(catalog, Duty()) == ["1", "2", "3", "4", "900"]
+
+
+async def test_a_worker_without_buckets_has_nothing(catalog: JoystreamCatalog) -> None:
+    assert await listed(catalog, Duty(worker_id=12345)) == []
+
+
+async def test_a_list_pauses_between_batches(squid: TestSquid) -> None:
+    async with opened(squid, SquidLimits(list_batch=2, list_pause=0.2)) as catalog:
+        assert len(await listed(catalog, OURS)) == 4
+    times = [record.started_at for record in squid.questions if record.operation == "ObjectsOfBags"]
+    assert len(times) == 2
+    assert times[1] - times[0] >= 0.2
+
+
+PARTIAL = {
+    "a bag is missing": SquidKnobs(missing_bags=("dynamic:channel:0012",)),
+    "a bucket is missing": SquidKnobs(missing_buckets=("0:1",)),
+    "lists are empty": SquidKnobs(empty_lists=True),
+    "the second batch fails": SquidKnobs(errors=True, operations=("ObjectsOfBags",), spare=1),
+    "the last batch hangs": SquidKnobs(hang=True, operations=("ObjectsOfBags",), spare=2),
+}
+
+
+@pytest.mark.parametrize("fault", PARTIAL)
+async def test_a_list_that_is_not_whole_never_ends_well(
+    squid: TestSquid, catalog: JoystreamCatalog, fault: str
+) -> None:
+    squid.knobs = PARTIAL[fault]
+    with pytest.raises(CatalogUnavailable):
+        await listed(catalog, OURS)
+
+
+async def test_a_batch_too_large_is_asked_for_in_halves(squid: TestSquid) -> None:
+    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_answer=450)) as catalog:
+        assert await listed(catalog, OURS) == ["1", "2", "3", "4"]
+    sizes = [record.variables["n"] for record in squid.questions if record.operation == "ObjectsOfBags"]
+    assert sizes[0] == 3
+    assert sizes[1:] != []
+    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_answer=150)) as catalog:
+        with pytest.raises(CatalogUnavailable):
+            await listed(catalog, OURS)
+
+
+@pytest.mark.parametrize("schema", ["oldest", "deprecated_only", "without_deprecated", "current"])
+async def test_each_generation_of_servers_is_understood(
+    squid: TestSquid, catalog: JoystreamCatalog, schema: str
+) -> None:
+    squid.knobs = SquidKnobs(schema=schema)
+    found = await catalog.look_up(TWO)
+    assert found is not None
+    assert found.size == 2000
+    assert await catalog.look_up(NOBODY) is None
+    for duty in (OURS, WORKER):
+        assert await listed(catalog, duty) == ["1", "2", "3", "4"]
+    assert len(await catalog.active_storage_endpoints()) == 2
+
+
+async def test_the_switch_is_remembered_and_undone(squid: TestSquid, catalog: JoystreamCatalog) -> None:
+    async def refused(schema: str) -> int:
+        squid.knobs = SquidKnobs(schema=schema)
+        squid.questions.clear()
+        assert await catalog.look_up(ONE) is not None
+        return sum(record.refused for record in squid.questions)
+
+    assert await refused("current") == 0
+    assert await refused("deprecated_only") > 0
+    assert await refused("deprecated_only") == 0
+    assert await refused("without_deprecated") > 0
+    assert await refused("without_deprecated") == 0
+
+
+async def test_two_hundred_unknown_ids_at_a_hanging_squid(squid: TestSquid) -> None:
+    squid.knobs = SquidKnobs(hang=True)
+    inner = JoystreamCatalog(squid.url, SquidLimits(timeout=1.5), refuse_private=True)
+    limits = CacheLimits(positive_ttl=60, negative_ttl=60, max_in_flight=8, wait=1.5)
+    catalog = CachedCatalog(inner, limits)
+    await catalog.open()
+    ids = [ObjectId(str(1000 + number)) for number in range(200)]
+    started = time.monotonic()
+    outcomes = await asyncio.gather(
+        *(catalog.look_up(object_id) for object_id in [*ids, *ids]), return_exceptions=True
+    )
+    assert time.monotonic() - started < 3
+    assert all(isinstance(outcome, CatalogUnavailable) for outcome in outcomes)
+    assert squid.questions.most_under_way <= 8
+    assert max(squid.questions.asked_for(object_id) for object_id in ids) == 1
+    await squid.questions.wait_for(lambda questions: questions.under_way == 0)
+    squid.knobs = SquidKnobs()
+    assert await catalog.look_up(ids[0]) is None
+    await catalog.close()
+
+
+async def test_a_known_object_is_known_while_the_squid_hangs(squid: TestSquid) -> None:
+    now = 0.0
+    inner = JoystreamCatalog(squid.url, QUICK, refuse_private=True)
+    limits = CacheLimits(positive_ttl=60, negative_ttl=60, max_in_flight=8, wait=0.5)
+    catalog = CachedCatalog(inner, limits, lambda: now)
+    await catalog.open()
+    known = await catalog.look_up(ONE)
+    assert isinstance(known, MediaObject)
+    now = 1000.0
+    for fault in (SquidKnobs(hang=True), SquidKnobs(status=503), SquidKnobs(errors=True)):
+        squid.knobs = fault
+        assert await catalog.look_up(ONE) == known
+        now += 1000
+    await squid.go_away()
+    assert await catalog.look_up(ONE) == known
+    await catalog.close()

@@ -1,0 +1,101 @@
+"""The chain's head, over HTTP and over a websocket, from nodes that answer and nodes that do not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+from websockets.asyncio.server import ServerConnection, serve
+
+from services.demo.squid import TestChain, TestSquid
+from shared.adapters.catalogs.joystream import ChainHead
+from shared.domain.errors import CatalogUnavailable, ConfigurationError
+
+
+@pytest.fixture
+async def chain() -> AsyncIterator[TestChain]:
+    async with TestChain(head=4711).run() as chain:
+        yield chain
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def test_over_a_websocket(chain: TestChain) -> None:
+    head = ChainHead(chain.url, timeout=2)
+    await head.open()
+    assert await head.head() == 4711
+    await head.close()
+
+
+async def test_over_http() -> None:
+    async with TestSquid([]).run() as squid:
+        assert await ChainHead(squid.chain_url, timeout=2).head() == squid.height + 2
+
+
+async def test_it_is_asked_once_in_a_while_only(chain: TestChain) -> None:
+    clock = Clock()
+    head = ChainHead(chain.url, timeout=2, kept=10, clock=clock)
+    assert set(await asyncio.gather(*(head.head() for _ in range(20)))) == {4711}
+    chain.head = 4712
+    for now, number, calls in [(9.9, 4711, 1), (10, 4712, 2)]:
+        clock.now = now
+        assert (await head.head(), chain.calls) == (number, calls)
+
+
+async def test_a_silent_node_is_waited_for_once(chain: TestChain) -> None:
+    clock = Clock()
+    head = ChainHead(chain.url, timeout=0.2, clock=clock)
+    chain.hang = True
+    started = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(CatalogUnavailable):
+            await head.head()
+    assert time.monotonic() - started < 1.5
+    assert chain.calls == 1
+    chain.hang = False
+    clock.now = 2.0
+    assert await head.head() == 4711
+
+
+@pytest.mark.parametrize("scheme", ["http", "ws"])
+async def test_a_node_that_is_away(scheme: str) -> None:
+    with pytest.raises(CatalogUnavailable):
+        await ChainHead(f"{scheme}://127.0.0.1:1", timeout=2).head()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "no JSON",
+        "[]",
+        '{"id": 1, "result": null}',
+        '{"id": 1, "error": {"code": -32601}}',
+        '{"id": 1, "result": {"number": "0xzz"}}',
+        '{"id": 1, "result": {"number": 5}}',
+        '{"id": 2, "result": {"number": "0x5"}}',
+        "x" * 300_000,
+    ],
+)
+async def test_nonsense_is_no_head(message: str) -> None:
+    async def talk(connection: ServerConnection) -> None:
+        await connection.recv()
+        for _ in range(20):
+            await connection.send(message)
+
+    async with serve(talk, "127.0.0.1", 0) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        with pytest.raises(CatalogUnavailable):
+            await ChainHead(f"ws://127.0.0.1:{port}", timeout=2).head()
+
+
+@pytest.mark.parametrize("url", ["", "ftp://node.example", "ws://", "node.example:9944"])
+async def test_what_is_no_url_is_a_wrong_setting(url: str) -> None:
+    with pytest.raises(ConfigurationError):
+        await ChainHead(url, timeout=1).open()
