@@ -16,6 +16,7 @@ from services.evictor.file_calls import file_call, next_chunk
 from services.evictor.hashing import hash_file
 from services.evictor.removals import Removals
 from shared.adapters.volume import FoundObject, Volume
+from shared.domain.media_sniffing import HEAD_BYTES, settle_media_type
 from shared.domain.objects import MediaObject, StoredRecord
 from shared.observability.metrics import RECONCILED
 from shared.ports.catalog import Catalog
@@ -23,7 +24,6 @@ from shared.ports.state_store import Term
 
 _AT_ONCE = 100
 _QUESTIONS_MOST = 1000  # of one run: the rest waits for the next
-_UNKNOWN_TYPE = "application/octet-stream"
 
 logger = structlog.get_logger()
 
@@ -68,10 +68,11 @@ class Repair:
             return Verdict.CONFIRMED  # gone meanwhile
         try:
             verdict = await self._judge(known, descriptor)
+            head = os.pread(descriptor, HEAD_BYTES, 0)
         finally:
             os.close(descriptor)
         if verdict is Verdict.CONFIRMED and known is not None:
-            await file_call(self._write_record, known, found)
+            await file_call(self._write_record, known, found, head)
             logger.info("object_repaired", object_id=found.object_id)
         elif verdict is Verdict.WRONG:
             logger.warning("object_wrong", object_id=found.object_id, bytes=found.size)
@@ -86,7 +87,7 @@ class Repair:
             return Verdict.CONFIRMED if seen == known.content_hash else Verdict.WRONG
         return verdict
 
-    def _write_record(self, known: MediaObject, found: FoundObject) -> None:
+    def _write_record(self, known: MediaObject, found: FoundObject, head: bytes) -> None:
         if self._volume.read_record(found.object_id) is None:
             self._volume.write_record(
                 StoredRecord(
@@ -94,7 +95,7 @@ class Repair:
                     size=found.size,
                     etag=known.etag,
                     content_hash=known.content_hash,
-                    media_type=known.media_type or _UNKNOWN_TYPE,
+                    media_type=settle_media_type(known.media_type, head),
                     stored_at=int(min(found.changed_at, time.time())),
                 )
             )

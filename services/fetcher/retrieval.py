@@ -10,10 +10,10 @@ import structlog
 
 from services.fetcher.download import Download, Tools, WrongBytesEverywhere
 from services.fetcher.lease_keeper import LeaseKeeper, LeaseLost, LeaseTimes
-from services.fetcher.media_types import HEAD_BYTES, UNKNOWN, settle_media_type
 from shared.adapters.volume import PartialFile, Volume
 from shared.domain.errors import AllSourcesFailed, StateStoreUnavailable, VolumeError, VolumeFull
 from shared.domain.jobs import Done, JobOutcome, TryLater
+from shared.domain.media_sniffing import HEAD_BYTES, UNKNOWN, settle_media_type
 from shared.domain.media_types import media_type_or_none
 from shared.domain.objects import MediaObject, StoredRecord
 from shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.fetcher.flushing import LARGEST_LOT, lot_size
-from services.fetcher.media_types import settle_media_type
 from services.fetcher.patience import Patience
 from services.fetcher.source_rounds import Rounds, rounds_after_wrong_bytes
 from services.fetcher.worker import outcome_label
 from shared.domain.jobs import Done, HandBack, Hopeless, JobOutcome, TryLater
+from shared.domain.media_sniffing import settle_media_type
 from shared.ports.state_store import AlreadyStored, HeldElsewhere, NeverFits, NoSpace, NotAccounted
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(100)
