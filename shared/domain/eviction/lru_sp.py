@@ -1,7 +1,8 @@
 """LRU-SP: size-adjusted, popularity-aware LRU, with the figures that the existing node uses.
 
-Objects stand in 24 groups by `ceil(log2(sizeKB / popularity))`, within a group in the order of their last access. The
-victim is the oldest of one group: the one that costs most, by idle minutes (rounded up) × sizeKB / popularity.
+Objects stand in 24 groups by `ceil(log2(sizeKB / popularity))`, within a group in the order of their last access (then
+of their ids). The victim is the oldest of one group: the one that costs most to keep, cost = idle minutes (rounded up)
+× sizeKB / popularity; of equal ones that of the later group.
 Source: Kai Cheng, Yahiko Kambayashi, "LRU-SP: a size-adjusted and popularity-aware LRU replacement algorithm for web
 caching", COMPSAC 2000.
 """
@@ -10,11 +11,14 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import OrderedDict
+from array import array
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import replace
+from contextlib import ExitStack, closing
 
+from shared.domain.eviction.lazy_heap import LazyHeap
+from shared.domain.eviction.packed_policy import PackedPolicy
 from shared.domain.eviction.policy import PolicyEntry
+from shared.domain.eviction.records import PackedRecords
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 
@@ -29,8 +33,8 @@ def size_in_kilobytes(size: int) -> int:
 
 def group_of(size: int, frequency: int) -> int:
     """`ceil(log2(sizeKB / popularity))`, clamped to 0–23; in integers, so that powers of two fall where they belong."""
-    at_least = -(-size_in_kilobytes(size) // frequency)
-    return min(max(at_least - 1, 0).bit_length(), GROUPS - 1)
+    at_least = -(-size // 1024 // frequency)  # a ceiling of a ceiling is one ceiling
+    return min((at_least - 1).bit_length(), GROUPS - 1) if at_least else 0
 
 
 def cost_of(entry: PolicyEntry, now: float) -> float:
@@ -39,44 +43,43 @@ def cost_of(entry: PolicyEntry, now: float) -> float:
     return minutes * size_in_kilobytes(entry.size) / entry.frequency
 
 
-class LruSp:
+class LruSp(PackedPolicy):
     """See the module's text; an EvictionPolicy."""
 
     inflation = 0.0
 
     def __init__(self) -> None:
-        self._groups: list[OrderedDict[ObjectId, PolicyEntry]] = [OrderedDict() for _ in range(GROUPS)]
-        self._group_of: dict[ObjectId, int] = {}
+        self._clear()
 
-    def __len__(self) -> int:
-        return len(self._group_of)
-
-    def __contains__(self, object_id: object) -> bool:
-        return object_id in self._group_of
-
-    def get(self, object_id: ObjectId) -> PolicyEntry | None:
-        group = self._group_of.get(object_id)
-        return None if group is None else self._groups[group][object_id]
+    def _clear(self) -> None:
+        self._records = PackedRecords(with_priorities=False)
+        self._groups = [LazyHeap(self._records) for _ in range(GROUPS)]
+        self._group_of = array("B")
 
     def add(self, entry: PolicyEntry) -> None:
-        """To the end of its group."""
         self.remove(entry.object_id)
-        entry = replace(entry, frequency=max(1, entry.frequency))
-        group = self._group_of[entry.object_id] = group_of(entry.size, entry.frequency)
-        self._groups[group][entry.object_id] = entry
+        slot = self._insert(entry)
+        self._groups[self._group_of[slot]].push(slot)
 
     def access(self, object_id: ObjectId, views: int, now: float) -> None:
-        """To the end of its group, which may be another one now."""
-        known = self.get(object_id)
-        if known is not None:
-            latest = max(known.last_access, now)
-            self.add(replace(known, frequency=known.frequency + views, last_access=latest))
+        """Among the last of its group, which may be another one now."""
+        records = self._records
+        slot = records.slots.get(object_id)
+        if slot is None:
+            return
+        frequency = records.count_access(slot, views, now)
+        group, former = group_of(records.sizes[slot], frequency), self._group_of[slot]
+        if group != former:
+            self._groups[former].remove(slot)
+            self._group_of[slot] = group
+            self._groups[group].push(slot)
 
     def remove(self, object_id: ObjectId, *, evicted: bool = False) -> None:
         """Gone; this policy does not age by its victims."""
-        group = self._group_of.pop(object_id, None)
-        if group is not None:
-            del self._groups[group][object_id]
+        slot = self._records.slots.get(object_id)
+        if slot is not None:
+            self._groups[self._group_of[slot]].remove(slot)
+            self._records.discard(slot)
 
     def victims(
         self,
@@ -88,40 +91,49 @@ class LruSp:
         at_most: int = 1000,
     ) -> list[PolicyEntry]:
         """Always the dearest among the oldest of each group; of equal ones that of the later group."""
-        latest = now - min_idle
-        queues = [_idle(group, latest, spared) for group in self._groups]
         oldest: list[tuple[float, int, PolicyEntry]] = []
-        for number in range(GROUPS):
-            _push_next(oldest, number, queues[number], now)
         chosen: list[PolicyEntry] = []
-        while oldest and wanted > 0 and len(chosen) < at_most:
-            _, negative_number, entry = heapq.heappop(oldest)
-            chosen.append(entry)
-            wanted -= footprint(entry.size)
-            _push_next(oldest, -negative_number, queues[-negative_number], now)
+        with ExitStack() as stack:
+            queues: list[Iterator[PolicyEntry]] = []
+            for number, group in enumerate(self._groups):
+                slots = stack.enter_context(closing(group.ascending()))
+                queues.append(self._idle(slots, now - min_idle, spared))
+                _push_next(oldest, number, queues[number], now)
+            while oldest and wanted > 0 and len(chosen) < at_most:
+                _, negative_number, entry = heapq.heappop(oldest)
+                chosen.append(entry)
+                wanted -= footprint(entry.size)
+                _push_next(oldest, -negative_number, queues[-negative_number], now)
         return chosen
 
-    def dump(self) -> Iterator[PolicyEntry]:
-        for group in self._groups:
-            yield from group.values()
-
     def restore(self, entries: Iterable[PolicyEntry], inflation: float) -> None:
-        """Entries of the same last access keep the order in which they come."""
-        self._groups = [OrderedDict() for _ in range(GROUPS)]
-        self._group_of = {}
-        for entry in sorted(entries, key=_last_access):
-            self.add(entry)
+        """Takes one entry at a time: a generator saves the memory of a list. Of entries with one id the last counts."""
+        self._clear()
+        for entry in entries:
+            self._insert(entry)
+        slots: list[list[int]] = [[] for _ in range(GROUPS)]
+        for slot in self._records.slots.values():
+            slots[self._group_of[slot]].append(slot)
+        for group, its_slots in zip(self._groups, slots, strict=True):
+            group.push_all(its_slots)
 
+    def _insert(self, entry: PolicyEntry) -> int:
+        slot = self._records.insert(entry)
+        if slot == len(self._group_of):
+            self._group_of.append(0)
+        self._group_of[slot] = group_of(entry.size, self._records.frequencies[slot])
+        return slot
 
-def _idle(
-    group: OrderedDict[ObjectId, PolicyEntry], latest: float, spared: Collection[ObjectId]
-) -> Iterator[PolicyEntry]:
-    """A group from its oldest on, up to the first that was accessed after `latest`: those behind it are as fresh."""
-    for entry in group.values():
-        if entry.last_access > latest:
-            return
-        if entry.object_id not in spared:
-            yield entry
+    def _idle(
+        self, slots: Iterator[int], latest: float, spared: Collection[ObjectId]
+    ) -> Iterator[PolicyEntry]:
+        """A group from its oldest on, up to the first accessed after `latest`: those behind it are as fresh."""
+        records = self._records
+        for slot in slots:
+            if records.last_accesses[slot] > latest:
+                return
+            if records.ids[slot] not in spared:
+                yield records.entry(slot)
 
 
 def _push_next(
@@ -131,7 +143,3 @@ def _push_next(
     entry = next(queue, None)
     if entry is not None:
         heapq.heappush(oldest, (-cost_of(entry, now), -number, entry))
-
-
-def _last_access(entry: PolicyEntry) -> float:
-    return entry.last_access

@@ -1,0 +1,23 @@
+"""Policies by the names that settings give them."""
+
+from __future__ import annotations
+
+from shared.domain.errors import ConfigurationError
+from shared.domain.eviction.gdsf import DEFAULT_MISS_COST, Gdsf
+from shared.domain.eviction.lru import Lru
+from shared.domain.eviction.lru_sp import LruSp
+from shared.domain.eviction.policy import EvictionPolicy
+
+POLICY_NAMES = ("gdsf", "lru-sp", "lru")
+
+
+def make_policy(name: str, miss_cost: int = DEFAULT_MISS_COST) -> EvictionPolicy:
+    """A fresh policy. `miss_cost` (c0, bytes) concerns gdsf alone. Raises ConfigurationError for an unknown name."""
+    match name:
+        case "gdsf":
+            return Gdsf(miss_cost)
+        case "lru-sp":
+            return LruSp()
+        case "lru":
+            return Lru()
+    raise ConfigurationError(f"no eviction policy {name!r}: there are {', '.join(POLICY_NAMES)}")

@@ -1,0 +1,124 @@
+"""A binary heap of slots that is told of rising keys only when it has to know.
+
+The key of a slot is (priority, last access, id). While a slot stands in the heap its key may rise but never fall, so
+the key under which it was pushed is a lower bound: whoever looks for the least one re-keys the stale ones he meets.
+A hit costs the heap nothing; the order is exact all the same.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections.abc import Generator, Iterable
+
+from shared.domain.eviction.records import PackedRecords
+
+
+class LazyHeap:
+    """Several heaps can share one set of records, as long as a slot stands in one of them only."""
+
+    def __init__(self, records: PackedRecords) -> None:
+        self._records = records
+        self._heap = array("I")
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def push(self, slot: int) -> None:
+        self._heap.append(slot)
+        self._note_key(slot)
+        self._rise(len(self._heap) - 1, 0)
+
+    def push_all(self, slots: Iterable[int]) -> None:
+        """Into an empty heap, in linear time."""
+        self._heap.extend(slots)
+        for place, slot in enumerate(self._heap):
+            self._records.places[slot] = place
+            self._note_key(slot)
+        for place in range(len(self._heap) // 2 - 1, -1, -1):
+            self._sink(place, place)
+
+    def remove(self, slot: int) -> None:
+        """Take out a slot that stands in this heap."""
+        place = self._records.places[slot]
+        last = self._heap.pop()
+        if last != slot:
+            self._heap[place] = last
+            self._sink(place, 0)
+
+    def ascending(self) -> Generator[int, None, None]:
+        """Slots from the least key on. Close the iterator before anything is changed; that re-keys what was stale."""
+        heap, records = self._heap, self._records
+        priorities, times, ids = records.priorities, records.last_accesses, records.ids
+        stale: list[int] = []
+        frontier = [self._pushed(0)] if heap else []
+        try:
+            while frontier:
+                priority, time, _, slot, place = heapq.heappop(frontier)
+                if place >= 0:
+                    for child in (2 * place + 1, 2 * place + 2):
+                        if child < len(heap):
+                            heapq.heappush(frontier, self._pushed(child))
+                    if priorities[slot] != priority or times[slot] != time:
+                        stale.append(place)
+                        heapq.heappush(frontier, (priorities[slot], times[slot], ids[slot], slot, -1))
+                        continue
+                yield slot
+        finally:
+            self._rekey(stale)
+
+    def _pushed(self, place: int) -> tuple[float, float, str, int, int]:
+        records, slot = self._records, self._heap[place]
+        return records.pushed_priorities[slot], records.pushed_times[slot], records.ids[slot], slot, place
+
+    def _rekey(self, places: list[int]) -> None:
+        # From the bottom up, since what sinks moves only what stands below it.
+        for place in sorted(places, reverse=True):
+            self._note_key(self._heap[place])
+            self._sink(place, place)
+
+    def _note_key(self, slot: int) -> None:
+        records = self._records
+        records.pushed_priorities[slot] = records.priorities[slot]
+        records.pushed_times[slot] = records.last_accesses[slot]
+
+    def _sink(self, place: int, top: int) -> None:
+        """Let the slot at `place` down to a leaf, then up to where it belongs, no higher than `top`: most of them come
+        from the bottom, so this takes fewer comparisons than stopping on the way (as in Python's heapq)."""
+        heap, places, ids = self._heap, self._records.places, self._records.ids
+        keys, times = self._records.pushed_priorities, self._records.pushed_times
+        slot, length = heap[place], len(heap)
+        child = 2 * place + 1
+        while child < length:
+            least = heap[child]
+            if child + 1 < length:
+                other = heap[child + 1]
+                left, right = keys[least], keys[other]
+                if right < left or (
+                    right == left and (times[other], ids[other]) < (times[least], ids[least])
+                ):
+                    least = other
+                    child += 1
+            heap[place] = least
+            places[least] = place
+            place = child
+            child = 2 * place + 1
+        heap[place] = slot
+        self._rise(place, top)
+
+    def _rise(self, place: int, top: int) -> None:
+        heap, places, ids = self._heap, self._records.places, self._records.ids
+        keys, times = self._records.pushed_priorities, self._records.pushed_times
+        slot = heap[place]
+        key = keys[slot]
+        while place > top:
+            parent = (place - 1) >> 1
+            other = heap[parent]
+            above = keys[other]
+            if above < key or (above == key and (times[other], ids[other]) < (times[slot], ids[slot])):
+                break
+            heap[place] = other
+            places[other] = place
+            place = parent
+        heap[place] = slot
+        places[slot] = place

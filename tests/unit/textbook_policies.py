@@ -1,0 +1,85 @@
+"""Eviction policies as a textbook has them: every choice by looking at every object. What ours must equal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
+
+from shared.domain.eviction import PolicyEntry
+from shared.domain.objects import ObjectId
+from shared.domain.space import footprint
+
+
+@dataclass
+class Textbook:
+    """`next_victim(candidates, now)` names the first to go of a non-empty list."""
+
+    entries: dict[ObjectId, PolicyEntry] = field(default_factory=dict)
+    inflation: float = 0.0
+
+    def worth(self, entry: PolicyEntry) -> float:
+        return 0.0
+
+    def next_victim(self, candidates: list[PolicyEntry], now: float) -> PolicyEntry:
+        return min(candidates, key=lambda entry: (entry.priority, entry.last_access, entry.object_id))
+
+    def add(self, entry: PolicyEntry) -> None:
+        self.entries[entry.object_id] = replace(entry, priority=self.inflation + self.worth(entry))
+
+    def access(self, object_id: ObjectId, views: int, now: float) -> None:
+        if object_id in self.entries:
+            old = self.entries[object_id]
+            new = replace(old, frequency=old.frequency + views, last_access=max(old.last_access, now))
+            priority = max(old.priority, self.inflation + self.worth(new))
+            self.entries[object_id] = replace(new, priority=priority)
+
+    def remove(self, object_id: ObjectId, *, evicted: bool) -> None:
+        gone = self.entries.pop(object_id, None)
+        if gone is not None and evicted:
+            self.inflation = max(self.inflation, gone.priority)
+
+    def victims(
+        self, wanted: int, now: float, min_idle: float, spared: Collection[ObjectId], at_most: int
+    ) -> list[ObjectId]:
+        left = [
+            entry
+            for entry in self.entries.values()
+            if entry.last_access <= now - min_idle and entry.object_id not in spared
+        ]
+        chosen: list[ObjectId] = []
+        while left and wanted > 0 and len(chosen) < at_most:
+            victim = self.next_victim(left, now)
+            left.remove(victim)
+            chosen.append(victim.object_id)
+            wanted -= footprint(victim.size)
+        return chosen
+
+
+class TextbookLru(Textbook):
+    """Priorities are 0 for all."""
+
+
+@dataclass
+class TextbookGdsf(Textbook):
+    miss_cost: int = 0
+
+    def worth(self, entry: PolicyEntry) -> float:
+        return entry.frequency * (self.miss_cost + max(1, entry.size)) / max(1, entry.size)
+
+
+class TextbookLruSp(Textbook):
+    def next_victim(self, candidates: list[PolicyEntry], now: float) -> PolicyEntry:
+        oldest: dict[int, PolicyEntry] = {}
+        for entry in sorted(candidates, key=lambda entry: (entry.last_access, entry.object_id)):
+            oldest.setdefault(self.group(entry), entry)
+        dearest = max(oldest, key=lambda group: (self.cost(oldest[group], now), group))
+        return oldest[dearest]
+
+    def group(self, entry: PolicyEntry) -> int:
+        kilobytes = math.ceil(entry.size / 1024)
+        return min(max(math.ceil(math.log2(kilobytes / entry.frequency)), 0), 23) if kilobytes else 0
+
+    def cost(self, entry: PolicyEntry, now: float) -> float:
+        minutes = math.ceil(max(0.0, now - entry.last_access) / 60)
+        return minutes * math.ceil(entry.size / 1024) / entry.frequency
