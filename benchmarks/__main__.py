@@ -78,8 +78,9 @@ def say(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}" if "\n" not in text else f"\n{text}\n", flush=True)
 
 
-def _end(number: int, _: FrameType | None) -> None:
-    sys.exit(128 + number)  # through all `finally`s: nothing stays behind
+def end_in_order(number: int, _: FrameType | None) -> None:
+    """For SIGTERM: through all `finally`s, so that nothing stays behind."""
+    sys.exit(128 + number)
 
 
 def main() -> None:
@@ -88,7 +89,7 @@ def main() -> None:
     if missing:
         print("\n".join(missing), file=sys.stderr)
         sys.exit(_MISSING)
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end_in_order)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=given.folder) as place:
         folder = Path(place)
         free = shutil.disk_usage(folder).free / 2**30

@@ -75,8 +75,12 @@ class OwnProcess:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(_STOP_SECONDS)
 
+    def log_text(self) -> str:
+        """All that it has written so far."""
+        return self._log.read_text(errors="replace")
+
     def tail(self) -> str:
-        return self._log.read_text(errors="replace")[-3000:]
+        return self.log_text()[-3000:]
 
 
 def _listens(port: int) -> bool:

@@ -58,7 +58,7 @@ class Report:
     def to_svg(self) -> str:
         """How the subject stands to every other contender, case by case."""
         rows = []
-        for case in self.cases:
+        for case in (case for case in self.cases if case.headline):
             found = [(other, ratio(self.of(case), case, other)) for other in contenders(self.of(case))]
             bars = [
                 (other, seen.median) for other, seen in found if seen is not None and other != case.subject
@@ -75,16 +75,22 @@ def case_table(case: Case, measured: Sequence[Measurement]) -> str:
     names = list(dict.fromkeys(name for each in measured for name in each.figures))
     shown = [name for name in names if name != "errors" or any(each.figures.get(name) for each in measured)]
     rounds = len({each.round for each in measured})
-    compared = f"{case.subject} ÷ this, {heading(case.headline)}"
-    lines = [f"**{case.name}**: {case.title} (medians of {rounds} rounds)", ""]
-    lines.append("| | " + " | ".join([*map(heading, shown), compared]) + " |")
-    lines.append("|---" * (len(shown) + 2) + "|")
+    compared = f"{case.subject} ÷ this, {heading(case.headline)}" if case.headline else ""
+    lines = [
+        f"**{case.name}**: {case.title} (medians of {rounds} rounds)"
+        if rounds > 1
+        else f"**{case.name}**: {case.title}",
+        "",
+    ]
+    columns = [*map(heading, shown), *([compared] if compared else [])]
+    lines.append("| | " + " | ".join(columns) + " |")
+    lines.append("|---" * (len(columns) + 1) + "|")
     for contender in contenders(measured):
         figures = medians(measured, contender)
         cells = [number(figures[name]) if name in figures else "" for name in shown]
-        lines.append(
-            f"| {contender} | " + " | ".join([*cells, _ratio_cell(case, measured, contender)]) + " |"
-        )
+        if compared:
+            cells.append(_ratio_cell(case, measured, contender))
+        lines.append(f"| {contender} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
