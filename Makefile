@@ -104,8 +104,12 @@ soak: setup servers ## traffic and faults for a long time (SOAK_SECONDS, default
 	@$(BIN)/python -m benchmarks.soak --seconds $${SOAK_SECONDS:-600} $(ARGS)
 
 .PHONY: bench
-bench: setup servers ## measure hits, misses and fetches
+bench: setup servers ## measure hits, misses and fetches beside nginx
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: bench-scale
+bench-scale: setup servers ## measure what 10^4 to 10^6 objects cost
+	@$(BIN)/python -m benchmarks.scale $(ARGS)
 
 .PHONY: clean
 clean: ## remove what was built here (.venv and caches; not the demo's cached objects)

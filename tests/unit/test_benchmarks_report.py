@@ -1,0 +1,114 @@
+"""What benchmarks make of their figures: medians, ratios within rounds, tables, pictures, requests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+
+from benchmarks.__main__ import options_of, parse
+from benchmarks.cases import HIT_CASES, RANGE_BYTES, How, asks_for
+from benchmarks.chart import bar_chart
+from benchmarks.dataset import Group, fill_volume, groups, hash_of, record_of
+from benchmarks.figures import Case, Measurement, medians, percentile, ratio
+from benchmarks.report import Report, case_table, number, write_results
+from benchmarks.run import CASE_NAMES
+from shared.adapters.volume import Volume
+from shared.domain.objects import ObjectId
+
+CASE = Case("hit", "a hit", "requests_per_second", "ours")
+
+
+def measured(contender: str, *figures: float) -> list[Measurement]:
+    return [
+        Measurement("hit", contender, index, {"requests_per_second": value})
+        for index, value in enumerate(figures)
+    ]
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    both = measured("ours", 10, 40, 90) + measured("nginx", 10, 20, 30)
+    seen = ratio(both, CASE, "nginx")
+    assert seen is not None
+    assert (seen.median, seen.least, seen.greatest) == (2.0, 1.0, 3.0)
+    assert medians(both, "ours") == {"requests_per_second": 40}
+
+
+def test_no_round_together_no_ratio() -> None:
+    assert ratio(measured("ours", 1), CASE, "nginx") is None
+
+
+@pytest.mark.parametrize(("share", "expected"), [(0.0, 1), (0.5, 50), (0.99, 99), (1.0, 100)])
+def test_percentiles_are_values_that_were_seen(share: float, expected: int) -> None:
+    assert percentile(list(range(100, 0, -1)), share) == expected
+
+
+@pytest.mark.parametrize(("value", "text"), [(1234567.0, "1,234,567"), (12.345, "12.3"), (0.61234, "0.612")])
+def test_three_digits_count(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_a_table_has_a_row_for_each_contender() -> None:
+    lines = case_table(CASE, measured("ours", 200, 400) + measured("nginx", 100, 100)).splitlines()
+    assert lines[2:] == [
+        "| | requests/s | ours ÷ this, requests/s |",
+        "|---|---|---|",
+        "| ours | 300 |  |",
+        "| nginx | 100 | 3.00 (2.00–4.00) |",
+    ]
+
+
+def test_results_are_written_in_three_forms(tmp_path: Path) -> None:
+    report = Report({"CPU": "one & only"})
+    report.add(CASE, measured("ours", 2) + measured("nginx <static>", 1))
+    files = {path.suffix: path.read_text() for path in write_results(report, tmp_path / "new", "bench")}
+    assert "| ours | 2 |" in files[".md"]
+    assert json.loads(files[".json"])["measurements"][1]["figures"] == {"requests_per_second": 1}
+    ET.fromstring(files[".svg"])
+
+
+def test_bars_are_cut_but_their_numbers_are_not() -> None:
+    picture = bar_chart("t", [("case", [("a", 0.5), ("b", 50.0)])])
+    widths = [
+        float(each.attrib["width"])
+        for each in ET.fromstring(picture).iter("{http://www.w3.org/2000/svg}rect")
+    ]
+    assert widths[2] < widths[0]
+    assert ">50.00<" in picture
+
+
+def test_ranges_lie_within_the_object() -> None:
+    case = next(each for each in HIT_CASES if each.how is How.RANGE)
+    group = groups(quick=True)[case.group]
+    for ask in asks_for(case, group, "/assets/", {}):
+        first, _, last = ask.header[1].removeprefix("bytes=").partition("-")
+        assert int(last) - int(first) + 1 == RANGE_BYTES
+        assert int(last) < group.size
+
+
+def test_cases_are_chosen_by_name() -> None:
+    assert options_of(parse(["--case", "hit-64k", "--rounds", "3"])).cases == ["hit-64k"]
+    assert options_of(parse([])).cases == CASE_NAMES
+    with pytest.raises(SystemExit):
+        parse(["--case", "no-such"])
+
+
+def test_a_filled_volume_is_one_that_fetches_have_filled(tmp_path: Path) -> None:
+    group = Group("some", 70_000, 3, 100)
+    fill_volume(tmp_path / "volume", [group])
+    volume = Volume(tmp_path / "volume")
+    item = group.object("101")
+    opened = volume.open_object(ObjectId("101"))
+    assert opened is not None
+    assert opened.record.content_hash == record_of(item).content_hash
+    assert str(opened.record.content_hash) == hash_of(item)
+    opened.close()
+    assert [found for found in volume.scan_objects() if not hasattr(found, "object_id")] == []
+    volume.close()
+
+
+def test_groups_survive_the_command_line() -> None:
+    for group in groups(quick=False).values():
+        assert Group.from_text(group.to_text()) == group
