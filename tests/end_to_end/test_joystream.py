@@ -1,0 +1,167 @@
+"""A node on the joystream catalog, in bucket and in worker mode: the scenarios of any node, and a squid in trouble."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from services.demo.objects import MIB, DemoObject, generated_object
+from services.demo.squid import SquidKnobs, TestChain, TestSquid
+from services.demo.squid.world import make_world
+from services.demo.storage_node import StorageNode
+from tests.end_to_end.client import get
+from tests.end_to_end.conftest import World
+from tests.end_to_end.stack import Stack
+from tests.end_to_end.test_one_get import (
+    assert_whole,
+    test_a_killed_fetcher_is_followed_by_another_that_resumes,
+    test_a_miss_then_a_hit,
+    test_fifty_first_requests_make_one_download,
+    test_ranges_of_a_pending_object_near_and_far,
+    test_small_wrong_objects_are_answered_right_at_the_first_request,
+    test_wrong_bytes_from_the_first_source_never_arrive_as_complete,
+)
+
+# The scenarios of the manifest's node, collected here once more for the fixture below.
+__all__ = [
+    "test_a_killed_fetcher_is_followed_by_another_that_resumes",
+    "test_a_miss_then_a_hit",
+    "test_fifty_first_requests_make_one_download",
+    "test_ranges_of_a_pending_object_near_and_far",
+    "test_small_wrong_objects_are_answered_right_at_the_first_request",
+    "test_wrong_bytes_from_the_first_source_never_arrive_as_complete",
+]
+
+pytestmark = pytest.mark.timeout(180)
+
+WORKER = 7
+MAX_IN_FLIGHT = 16
+DUTIES = {
+    "buckets": {"DISTRIBUTOR_BUCKETS": '["0:1"]'},
+    "worker": {"DISTRIBUTOR_WORKER_ID": str(WORKER)},
+}
+
+
+@dataclass(slots=True)
+class JoystreamWorld(World):
+    """As any other, with a squid for a catalog."""
+
+    squid: TestSquid
+
+    def publish(self, objects: Sequence[DemoObject], *, both: bool = False) -> None:
+        nodes = (self.first, self.second) if both else (self.first,)
+        for node in nodes:
+            node.objects.update({item.object_id: item for item in objects if item.held})
+        endpoints = [nodes[0].url + "/", *(node.url for node in nodes[1:])]
+        self.squid.world = make_world(objects, endpoints, workers={WORKER: ["0:1"], 8: ["9:9"]})
+
+
+@pytest.fixture(params=list(DUTIES))
+async def world(
+    request: pytest.FixtureRequest, tmp_path: Path, redis_url: str, amqp_url: str
+) -> AsyncIterator[JoystreamWorld]:
+    stack = Stack(tmp_path, redis_url, amqp_url, f"e2e-{uuid.uuid4().hex[:8]}")
+    async with (
+        StorageNode([]).run() as first,
+        StorageNode([]).run() as second,
+        TestSquid([]).run() as squid,
+        TestChain().run() as chain,
+    ):
+        stack.environment |= DUTIES[request.param]
+        stack.environment |= {
+            "DISTRIBUTOR_CATALOG__KIND": "joystream",
+            "DISTRIBUTOR_CATALOG__SQUID": squid.url,
+            "DISTRIBUTOR_CATALOG__CHAIN": chain.url,
+            "DISTRIBUTOR_CATALOG__MAX_IN_FLIGHT": str(MAX_IN_FLIGHT),
+        }
+        try:
+            yield JoystreamWorld(stack, first, second, squid)
+        finally:
+            stack.kill_all()
+
+
+async def test_what_is_not_served(world: JoystreamWorld) -> None:
+    ours, theirs = (
+        generated_object("1", 1000),
+        DemoObject("900", generated_object("900", 10).content, bucket="9:9"),
+    )
+    announced = DemoObject("901", generated_object("901", 10).content, held=False)
+    world.publish([ours, theirs, announced])
+    await world.stack.up()
+    for object_id, status, message in [
+        ("404", 404, "Data object does not exist"),
+        ("900", 421, "Data object not served by this node"),
+        ("901", 404, "Data object has not been uploaded yet"),
+    ]:
+        answer = await get(world.stack.url(object_id))
+        assert (answer.status, answer.json()["message"]) == (status, message)
+        assert (await get(world.stack.url(object_id), method="HEAD")).status == status
+    assert_whole(await get(world.stack.url("1")), ours)
+
+
+async def test_a_thousand_heads_are_one_call(world: JoystreamWorld) -> None:
+    world.publish([generated_object("1", 1000)])
+    await world.stack.up(workers=2)
+    world.squid.questions.clear()
+    world.squid.knobs = SquidKnobs(latency=0.2)
+    turns = asyncio.Semaphore(50)
+
+    async def head() -> int:
+        async with turns:
+            return (await get(world.stack.url("1"), method="HEAD")).status
+
+    assert set(await asyncio.gather(*(head() for _ in range(1000)))) == {200}
+    assert world.squid.questions.asked_for("1") == 1
+
+
+async def test_a_hanging_squid(world: JoystreamWorld) -> None:
+    cached, known = generated_object("1", MIB), generated_object("2", MIB)
+    world.publish([cached, known])
+    await world.stack.up()
+    assert_whole(await get(world.stack.url("1")), cached)
+    await world.stack.until_hit("1")
+    assert (await get(world.stack.url("2"), method="HEAD")).status == 200
+    world.squid.knobs = SquidKnobs(hang=True)
+    world.squid.questions.clear()
+    ids = [str(1000 + number) for number in range(200)]
+    began = time.monotonic()
+    asking = asyncio.gather(*(get(world.stack.url(object_id)) for object_id in ids))
+    await world.squid.questions.wait_for(lambda questions: questions.under_way > 0)
+    hit = await get(world.stack.url("1"))
+    assert hit.headers["x-cache"] == "hit"
+    assert hit.took < 1
+    assert_whole(await get(world.stack.url("2")), known)
+    answers = await asking
+    assert {answer.status for answer in answers} == {503}
+    assert all("retry-after" in answer.headers for answer in answers)
+    assert max(answer.took for answer in answers) < 3
+    assert time.monotonic() - began < 6
+    assert world.squid.questions.most_under_way <= MAX_IN_FLIGHT
+    assert max(world.squid.questions.asked_for(object_id) for object_id in ids) <= 1
+    world.squid.knobs = SquidKnobs()
+    assert (await get(world.stack.url(ids[0]))).status == 404
+
+
+async def test_a_node_that_starts_without_a_squid_serves_what_it_has(world: JoystreamWorld) -> None:
+    cached, known = generated_object("1", MIB), generated_object("2", MIB)
+    world.publish([cached, known])
+    await world.stack.up()
+    assert_whole(await get(world.stack.url("1")), cached)
+    await world.stack.until_hit("1")
+    assert (await get(world.stack.url("2"), method="HEAD")).status == 200
+    (api,) = world.stack.of("api")
+    assert await api.stop() == 0
+    await world.squid.go_away()
+    api.start()
+    await api.healthy()
+    assert (await get(world.stack.url("1"))).headers["x-cache"] == "hit"
+    assert_whole(await get(world.stack.url("2")), known)
+    unknown = await get(world.stack.url("3"))
+    assert (unknown.status, unknown.json()["type"]) == (503, "catalog_unavailable")
+    await world.squid.come_back()
