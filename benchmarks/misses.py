@@ -56,16 +56,18 @@ class Fresh:
 def measure_misses(
     case: Case, fresh: Fresh, peers: Sequence[Peer], origin: Origin, samples: int
 ) -> Iterator[Measurement]:
-    """One new object for each contender in each round, one after the other."""
+    """One new object for each contender in each round, one after the other. A first round, in which our processes make
+    their connections, does not count."""
     urls = [(DIRECT, origin.files_url), *((peer.name, peer.url) for peer in peers)]
-    for number in range(samples):
+    for number in range(-1, samples):
         turn = number % len(urls)
         for name, url in (*urls[turn:], *urls[:turn]):
             object_id = fresh.take()
             os.sync()  # nobody waits for what the one before has written
             timing = fetch_once(url + object_id)
             figures = {"first_byte_ms": timing.first_byte * 1e3, "total_ms": timing.total * 1e3}
-            yield Measurement(case.name, name, number, figures)
+            if number >= 0:
+                yield Measurement(case.name, name, number, figures)
             if name == OURS:
                 wait_for_hit(url + object_id)
 
