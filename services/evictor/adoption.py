@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -11,6 +12,7 @@ from services.evictor.file_calls import file_call
 from services.evictor.index import EvictionIndex
 from services.evictor.partial_files import discard_partial_file, expected_bytes, partial_file_exists
 from shared.adapters.volume import FoundObject, PartialHeld, Volume
+from shared.domain.errors import VolumeError
 from shared.domain.eviction import PolicyEntry
 from shared.domain.objects import ObjectId
 from shared.observability.metrics import RECONCILED
@@ -22,7 +24,7 @@ logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class SeenFile:
     """The complete file; `sound`: it has a record that fits, or none at all (the catalog may know more)."""
 
     found: FoundObject
@@ -40,14 +42,21 @@ class Adoption:
         """True: adopted. False: adopted, but what its record says is not what is there. None: not adopted, since the
         store knows it, a live fetch will tell the store, or it is gone."""
         seen = await file_call(_look, self._volume, object_id)
-        if seen is None:
-            return None
+        return None if seen is None else await self.take_in(term, seen)
+
+    async def look_at(self, object_ids: Sequence[ObjectId]) -> Sequence[SeenFile | VolumeError | None]:
+        """Many files in one go, for `take_in`; None: gone."""
+        return await file_call(_look_at_all, self._volume, object_ids)
+
+    async def take_in(self, term: Term, seen: SeenFile) -> bool | None:
+        """As `adopt`, of a file that was looked at a moment ago."""
+        object_id, size = seen.found.object_id, seen.found.size
         if seen.partial_beside:
             await self._remove_partial(term, object_id)
         known = self._index.remembered(object_id)
         entry = PolicyEntry(
             object_id,
-            seen.found.size,
+            size,
             known.frequency if known else 1,
             min(known.last_access if known else seen.found.changed_at, time.time()),
             known.priority if known else 0.0,
@@ -56,8 +65,8 @@ class Adoption:
             return None
         self._index.add(entry)
         RECONCILED.labels("adopted").inc()
-        logger.debug("object_adopted", object_id=object_id, bytes=seen.found.size)
-        if await file_call(partial_file_exists, self._volume, object_id):
+        logger.debug("object_adopted", object_id=object_id, bytes=size)
+        if seen.partial_beside:
             await self.adopt_partial(term, object_id, 0)
         return seen.sound
 
@@ -90,13 +99,23 @@ class Adoption:
             await self._state.park(lease)
 
 
-def _look(volume: Volume, object_id: ObjectId) -> _Seen | None:
+def _look(volume: Volume, object_id: ObjectId) -> SeenFile | None:
     found = volume.find_object(object_id)
     if found is None:
         return None
     record = volume.read_record(object_id)
     sound = record is None or record.size == found.size
-    return _Seen(found, sound, partial_file_exists(volume, object_id))
+    return SeenFile(found, sound, partial_file_exists(volume, object_id))
+
+
+def _look_at_all(volume: Volume, object_ids: Sequence[ObjectId]) -> Sequence[SeenFile | VolumeError | None]:
+    seen: list[SeenFile | VolumeError | None] = []
+    for object_id in object_ids:
+        try:
+            seen.append(_look(volume, object_id))
+        except VolumeError as error:
+            seen.append(error)
+    return seen
 
 
 def _size_to_reserve(volume: Volume, object_id: ObjectId, at_least: int) -> int | None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
 
-from services.evictor.adoption import Adoption
+from services.evictor.adoption import Adoption, SeenFile
 from services.evictor.file_calls import file_call, next_chunk
 from services.evictor.index import EvictionIndex
 from services.evictor.known_ids import KnownIds
@@ -17,10 +17,11 @@ from services.evictor.partials import Partials
 from services.evictor.removals import Removals
 from shared.adapters.volume import Foreign, FoundObject, Volume
 from shared.domain.errors import VolumeError
+from shared.domain.objects import ObjectId
 from shared.observability.metrics import FOREIGN_FILES, RECONCILE_TIME, RECONCILED
 from shared.ports.state_store import IndexEntry, StateStore, Term
 
-_SCANNED_AT_ONCE = 1000
+_SCANNED_AT_ONCE = 500
 _ADOPTED_AT_ONCE = 16
 _ORPHAN_RECORD_SECONDS = 600.0
 
@@ -80,43 +81,66 @@ class Reconciliation:
         self._report(findings, time.monotonic() - begun)
         return not findings.unsettled
 
+    async def look_again(self, term: Term, object_ids: Sequence[ObjectId]) -> None:
+        """Objects whose bytes were given back: a file that is still there (an entry was dropped because its file was
+        damaged, and the fetch that was to replace it failed) must count again."""
+        findings = Findings()
+        looks = await self._adoption.look_at(object_ids)
+        for object_id, seen in zip(object_ids, looks, strict=True):
+            if seen is None:
+                self._index.removed(object_id)
+            else:
+                await self._count([object_id], [self._adopt(term, object_id, seen)], findings)
+
     async def _adopt_unknown(self, term: Term, known: KnownIds, findings: Findings) -> None:
         scan = self._volume.scan_objects()
         while chunk := await next_chunk(scan, _SCANNED_AT_ONCE):
-            unknown: list[FoundObject] = []
+            unknown: list[ObjectId] = []
             for found in chunk:
                 if isinstance(found, Foreign):
                     findings.add_foreign(found.path)
-                elif found.object_id not in known or (
-                    found.leaving and found.object_id not in self._index.evicting
-                ):
-                    unknown.append(found)
+                elif found.leaving:
+                    await self._settle_leaving(term, found, findings)
+                elif found.object_id not in known:
+                    unknown.append(found.object_id)
             findings.objects += len(chunk)
+            looks = await self._adoption.look_at(unknown) if unknown else ()
             for start in range(0, len(unknown), _ADOPTED_AT_ONCE):
-                await self._adopt_few(term, unknown[start : start + _ADOPTED_AT_ONCE], findings)
+                few = slice(start, start + _ADOPTED_AT_ONCE)
+                adoptions = [
+                    self._adopt(term, object_id, seen)
+                    for object_id, seen in zip(unknown[few], looks[few], strict=True)
+                ]
+                await self._count(unknown[few], adoptions, findings)
 
-    async def _adopt_few(self, term: Term, few: Sequence[FoundObject], findings: Findings) -> None:
-        adoptions = (self._adopt(term, found) for found in few)
-        for found, result in zip(few, await asyncio.gather(*adoptions, return_exceptions=True), strict=True):
+    async def _settle_leaving(self, term: Term, found: FoundObject, findings: Findings) -> None:
+        if found.object_id in self._index.evicting:
+            return
+        if await self._adoption.adopt_leaving(term, found.object_id, found.size):
+            findings.adopted += 1
+            await self._removals.complete(term, found.object_id)
+
+    async def _count(
+        self, object_ids: Sequence[ObjectId], adoptions: Sequence[Awaitable[bool]], findings: Findings
+    ) -> None:
+        """Wait for all, so that none goes on alone when one fails."""
+        results = await asyncio.gather(*adoptions, return_exceptions=True)
+        for object_id, result in zip(object_ids, results, strict=True):
             if isinstance(result, VolumeError):
                 findings.unsettled += 1
-                logger.error("object_not_looked_at", object_id=found.object_id, reason=str(result))
+                logger.error("object_not_looked_at", object_id=object_id, reason=str(result))
             elif isinstance(result, BaseException):
                 raise result
             else:
                 findings.adopted += result
 
-    async def _adopt(self, term: Term, found: FoundObject) -> bool:
-        object_id = found.object_id
-        if found.leaving:
-            if not await self._adoption.adopt_leaving(term, object_id, found.size):
-                return False
-            await self._removals.complete(term, object_id)
-            return True
-        sound = await self._adoption.adopt(term, object_id)
+    async def _adopt(self, term: Term, object_id: ObjectId, seen: SeenFile | VolumeError | None) -> bool:
+        if isinstance(seen, VolumeError):
+            raise seen
+        sound = None if seen is None else await self._adoption.take_in(term, seen)
         if sound is False:
             # Adopted all the same, so that nobody can store a good file under the name while this one is removed
-            logger.warning("object_damaged", object_id=object_id, bytes=found.size)
+            logger.warning("object_damaged", object_id=object_id)
             await self._removals.purge(term, object_id, "damaged")
         return sound is not None
 

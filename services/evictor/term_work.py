@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from services.evictor.removals import Removals
 from services.evictor.repair import Repair
 from services.evictor.scrub import Scrub
 from shared.domain.errors import CatalogUnavailable, DistributorError, StateStoreUnavailable
+from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
 from shared.ports.state_store import StateStore, Term, Topic
 from shared.settings.model import EvictorSettings
 
 REFRESH_SECONDS, SAVE_SECONDS, SWEEP_SECONDS = 1.0, 5.0, 10.0
 _COMPLETED_AT_ONCE = 100
+_FREED_MOST = 10_000  # objects to look at again in one sweep; reconciliation sees to what goes beyond
 _RESYNC_SECONDS = 5.0  # least time between two comparisons of all entries because of a doubt
 _CATALOG_SECONDS = 60.0  # between attempts while the catalog is out of reach
 _LONGEST_UNSETTLED = 60.0  # seconds between attempts to bring volume and store together
@@ -63,10 +66,11 @@ class TermWork:
         self._confirm = confirm
         self._look, self._reconcile_now, self._repair_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._taken_over = asyncio.Event()
+        self._freed: set[ObjectId] = set()
         self._settled = False
         self._unsettled_runs = 0
         self._in_doubt = False
-        self._resynced_at = self._saved_at = time.monotonic()
+        self._resynced_at, self._saved_at = -math.inf, time.monotonic()
 
     async def run(self) -> None:
         """Never returns; errors that are not worth retrying pass through, as an ExceptionGroup."""
@@ -110,11 +114,17 @@ class TermWork:
                     async for announcement in announcements:
                         if announcement.topic is Topic.SPACE_WANTED:
                             self._look.set()
+                        elif announcement.topic is Topic.SPACE_FREED:
+                            self._note_freed(announcement.object_id)
                         elif announcement.topic is Topic.FETCH_CHANGED:
                             self._tools.index.notice(announcement.object_id)
             except StateStoreUnavailable as error:
                 logger.warning("announcements_not_heard", reason=str(error))
             await asyncio.sleep(REFRESH_SECONDS)
+
+    def _note_freed(self, object_id: str) -> None:
+        if object_id and len(self._freed) < _FREED_MOST:
+            self._freed.add(ObjectId(object_id))
 
     async def _take_over(self) -> None:
         await self._tools.index.take_over()
@@ -161,8 +171,10 @@ class TermWork:
         return min(_LONGEST_UNSETTLED, 2.0 ** min(self._unsettled_runs, 10))
 
     async def _sweep(self) -> float:
-        await asyncio.sleep(SWEEP_SECONDS)
+        await asyncio.sleep(min(SWEEP_SECONDS, self._settings.partial_keep))
         await self._tools.partials.sweep(self._term)
+        freed, self._freed = self._freed, set()
+        await self._tools.reconciliation.look_again(self._term, list(freed))
         usage = await self._state.usage()
         # Announcements get lost; a few objects under way make no difference
         if self._miscounted(usage) > usage.objects // 100:

@@ -1,0 +1,92 @@
+"""Probing the storage nodes, once for the whole deployment, and showing in which order they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from shared.adapters.sources.prober import SourceProber
+from shared.adapters.sources.sharing import SourceSharing
+from shared.domain.errors import CatalogUnavailable
+from shared.domain.objects import source_name
+from shared.domain.source_order import rank
+from shared.observability.metrics import show_sources
+from shared.ports.catalog import Catalog
+
+_MOST_PROBED = 500
+_LISTED_SECONDS = 600.0  # the network's list of storage nodes changes in days
+_SHOWN_SECONDS = 2.0
+_LOGGED = 20
+
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class WatchTimes:
+    """Seconds. `probe_interval`: between two probes of one source."""
+
+    probe_interval: float
+    listed: float = _LISTED_SECONDS
+
+
+class SourceWatch:
+    """The leader's work. `open` before use, `close` at the end; `catalog` and `sharing` are opened by others."""
+
+    def __init__(
+        self, catalog: Catalog, sharing: SourceSharing, prober: SourceProber, times: WatchTimes
+    ) -> None:
+        self._catalog, self._sharing, self._prober, self._times = catalog, sharing, prober, times
+        self._bases: Sequence[str] = ()
+        self._list_at = self._probe_at = float("-inf")
+        self._shown: tuple[str, ...] = ()
+
+    async def open(self) -> None:
+        await self._prober.open()
+
+    async def close(self) -> None:
+        await self._prober.close()
+        self.hide()
+
+    def hide(self) -> None:
+        """Another one leads: the order is shown there."""
+        self._shown = ()
+        show_sources(())
+
+    async def step(self) -> float:
+        """Probe if it is time to, and show the order as all processes see it; seconds until the next step."""
+        now = self._sharing.book.clock()
+        if now >= self._probe_at:
+            self._probe_at = now + self._times.probe_interval
+            await self._renew_list(now)
+            await self._prober.probe_all(self._bases)
+        await self._sharing.exchange()
+        self._show()
+        return min(_SHOWN_SECONDS, self._times.probe_interval)
+
+    async def _renew_list(self, now: float) -> None:
+        """When the catalog is out of reach the last list stays good."""
+        if now < self._list_at:
+            return
+        try:
+            bases = await self._catalog.source_bases()
+        except CatalogUnavailable as error:
+            logger.warning("sources_not_listed", reason=str(error), kept=len(self._bases))
+            return
+        self._bases = bases[:_MOST_PROBED]
+        self._list_at = now + self._times.listed
+
+    def _show(self) -> None:
+        book, now = self._sharing.book, self._sharing.book.clock()
+        listed = [source_name(base) for base in self._bases]
+        names = dict.fromkeys((*listed, *sorted(book.names())))
+        health = {name: book.health_of(name) for name in names}
+        ordered = tuple(sorted(names, key=lambda name: rank(health[name], now)))
+        show_sources(
+            (name, health[name].mean_first_byte, max(0.0, health[name].penalty_ends - now))
+            for name in ordered
+        )
+        if ordered != self._shown:
+            self._shown = ordered
+            logger.info("source_order_changed", sources=ordered[:_LOGGED], count=len(ordered))
