@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import socket
 import sys
+from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -19,7 +21,8 @@ from shared.runtime.run_service import MISCONFIGURED, ServiceScope, run_service
 from shared.settings import Settings, load_settings
 
 HOST = "127.0.0.1"
-FIRST_PUBLIC_PORT, FIRST_SOURCE_PORT = 3334, 3390
+FIRST_PUBLIC_PORT, FIRST_SOURCE_PORT, FIRST_SQUID_PORT = 3334, 3390, 4352
+WORKER = 7
 _PORTS_TRIED = 200
 
 
@@ -27,12 +30,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Run until Ctrl-C; the exit code."""
     options = _parser().parse_args(arguments)
     folder: Path = options.data
-    manifest = folder / "manifest.yaml"
+    squid_port = 0
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         source_port = free_port_from(FIRST_SOURCE_PORT)
         objects = demo_objects(DEMO_DIRECTORY / "media")
-        write_manifest(manifest, objects, f"http://{HOST}:{source_port}/api/v1/files/")
-        settings = demo_settings(folder, manifest, free_port_from(options.port))
+        if options.catalog == "joystream":
+            squid_port = free_port_from(FIRST_SQUID_PORT)
+            squid = f"http://{HOST}:{squid_port}"
+            catalog = {"kind": "joystream", "squid": f"{squid}/graphql", "chain": f"{squid}/chain"}
+        else:
+            manifest = folder / "manifest.yaml"
+            write_manifest(manifest, objects, f"http://{HOST}:{source_port}/api/v1/files/")
+            catalog = {"kind": "manifest", "manifest": str(manifest)}
+        settings = demo_settings(folder, catalog, free_port_from(options.port))
     except ConfigurationError as error:
         print(f"The demo cannot start:\n{error}", file=sys.stderr)
         return MISCONFIGURED
@@ -42,6 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
         site = Site(DEMO_DIRECTORY / "page" / "index.html", node_url, tuple(objects))
         source = StorageNode(objects, site=site)
         await scope.resources.enter_async_context(source.run(HOST, source_port))
+        if squid_port:
+            await run_squid(scope.resources, objects, source.url, squid_port)
         await run_standalone(
             scope, settings, lambda port: print(greeting(port, source_port, objects), flush=True)
         )
@@ -52,14 +65,25 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def demo_settings(folder: Path, manifest: Path, port: int) -> Settings:
+async def run_squid(resources: AsyncExitStack, objects: list[DemoObject], endpoint: str, port: int) -> None:
+    """A squid that knows the demo's objects; ConfigurationError if its GraphQL library is not installed."""
+    try:
+        from services.demo.squid import TestSquid  # noqa: PLC0415
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"the demo's squid needs {error.name}: `make setup` installs it") from error
+    squid = TestSquid(objects, [endpoint], workers={WORKER: ["0:1"]}, bags_per_bucket=2)
+    await resources.enter_async_context(squid.run(HOST, port))
+    print(f"A squid to ask, and to disturb by PUT /knobs: {squid.url}")
+
+
+def demo_settings(folder: Path, catalog: dict[str, Any], port: int) -> Settings:
     """Settings of the demo, as a file to look at; the environment wins, so that any of them can be tried out."""
     fields = {
         "id": "demo",
         "environment": "demo",
         "buckets": ["0:1"],
         "public_api": {"host": HOST, "port": port},
-        "catalog": {"kind": "manifest", "manifest": str(manifest)},
+        "catalog": catalog,
         "storage": {"path": str(folder / "volume"), "limit": "4G"},
         "shutdown_deadline": 10,
         "log": {"level": "warning", "format": "console"},
@@ -112,6 +136,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make run", description="A standalone node with demo objects.")
     parser.add_argument(
         "--port", type=int, default=FIRST_PUBLIC_PORT, help="public port, or the next free one"
+    )
+    parser.add_argument(
+        "--catalog",
+        choices=["manifest", "joystream"],
+        default="manifest",
+        help="joystream: with a small Storage-Squid beside it, as on the network",
     )
     parser.add_argument(
         "--data", type=Path, default=DEMO_DIRECTORY.parents[1] / "var" / "demo", help="where the cache lives"
