@@ -22,6 +22,7 @@ from typing import Protocol
 
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
+from shared.ports.order_book import OrderBook
 from shared.ports.server_figures import ServerFigures
 
 
@@ -174,6 +175,7 @@ class Topic(StrEnum):
     SPACE_WANTED = "space_wanted"
     SPACE_FREED = "space_freed"
     SETTINGS_CHANGED = "settings_changed"
+    PURGE_WANTED = "purge_wanted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +186,10 @@ class Announcement:
     object_id: str = ""
 
 
-class StateStore(Protocol):
-    """See the module's text. One instance per process; `open` before use, `close` at the end."""
+class StateStore(OrderBook, Protocol):
+    """See the module's text; orders and what comes with them are in `order_book`.
+
+    One instance per process; `open` before use, `close` at the end."""
 
     async def open(self) -> None:
         """Connect in the background; never fails because the store is down (verbs then raise)."""
@@ -260,8 +264,10 @@ class StateStore(Protocol):
     async def space_wanted(self) -> int:
         """Bytes (footprints) asked for by `want_space` and not yet granted or run out."""
 
-    async def begin_eviction(self, term: Term, object_id: ObjectId, min_idle: float) -> bool:
-        """Mark a complete object as being evicted; it still counts as used. Refused: unknown, already evicting,
+    async def begin_eviction(
+        self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
+    ) -> bool:
+        """Mark a complete object as being evicted; it still counts as used. Refused: unknown, already evicting, pinned,
         or accessed (as far as the index knows) less than `min_idle` seconds ago. The generation changes, so that who
         saw the object before cannot `forget` it while its file may still be open."""
 

@@ -45,10 +45,14 @@ class MemoryEviction(MemoryFetching):
         tables.wishes = {known: wish for known, wish in tables.wishes.items() if wish[1] > now}
         return sum(wanted for wanted, _ in tables.wishes.values())
 
-    async def begin_eviction(self, term: Term, object_id: ObjectId, min_idle: float) -> bool:
+    async def begin_eviction(
+        self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
+    ) -> bool:
         tables = self._tables
         entry = tables.objects.get(object_id)
         if not tables.in_office(term) or entry is None or entry.evicting:
+            return False
+        if object_id in tables.pins and not even_pinned:
             return False
         if tables.clock() - entry.last_access < min_idle:
             return False

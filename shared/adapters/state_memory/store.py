@@ -6,13 +6,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from shared.adapters.announcement_queue import AnnouncementQueue
-from shared.adapters.state_memory.eviction import MemoryEviction
+from shared.adapters.state_memory.orders import MemoryOrders
 from shared.adapters.state_memory.tables import Tables
 from shared.adapters.state_times import StateTimes
 from shared.ports.state_store import Announcement, Topic
 
 
-class MemoryStateStore(MemoryEviction):
+class MemoryStateStore(MemoryOrders):
     """`limit`: of the volume, in bytes; `clock`: POSIX seconds. All tasks of the process share one instance."""
 
     def __init__(self, limit: int, times: StateTimes, clock: Callable[[], float]) -> None:

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 from shared.adapters.announcement_queue import AnnouncementQueue
 from shared.adapters.state_times import ACCESS_BATCHES_KEPT, StateTimes
 from shared.domain.objects import ObjectId
+from shared.domain.orders import Orders
 from shared.domain.space import footprint
+from shared.domain.warming import Warming
 from shared.ports.state_store import (
     Access,
     Announcement,
@@ -61,6 +63,12 @@ class Tables:
     accounted: bool = False
     term: Term | None = None
     term_ends: float = 0.0
+    orders: Orders | None = None
+    pins: set[ObjectId] = field(default_factory=set)
+    purges: dict[ObjectId, int] = field(default_factory=dict)
+    warming: Warming | None = None
+    warmer: tuple[str, float] | None = None
+    tickets: dict[str, float] = field(default_factory=dict)
     listeners: set[AnnouncementQueue] = field(default_factory=set)
 
     def next_serial(self) -> int:

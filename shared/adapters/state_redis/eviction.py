@@ -26,8 +26,11 @@ class RedisEviction(RedisFetching):
     async def space_wanted(self) -> int:
         return int(await self._connection.run("space_wanted", ""))
 
-    async def begin_eviction(self, term: Term, object_id: ObjectId, min_idle: float) -> bool:
-        return bool(await self._run_in_office("begin_eviction", term, object_id, min_idle))
+    async def begin_eviction(
+        self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
+    ) -> bool:
+        arguments = (min_idle, int(even_pinned))
+        return bool(await self._run_in_office("begin_eviction", term, object_id, *arguments))
 
     async def finish_eviction(self, term: Term, object_id: ObjectId) -> int:
         freed = await self._run_in_office("finish_eviction", term, object_id)

@@ -16,6 +16,11 @@ class Keys:
     policy    HASH    inflation, position
     accesses  STREAM  batches of accesses, bounded
     failure:… STRING  reason, one per object, runs out
+    orders    HASH    version, orders (JSON), what the operator has ordered
+    pins      SET     objects that are never evicted to make room
+    purges    HASH    object id → serial of the wish
+    warming   HASH    serial, warming (JSON), holder and until when (POSIX milliseconds)
+    ticket:…  STRING  used once, runs out
     """
 
     prefix: str
@@ -32,6 +37,10 @@ class Keys:
             self.policy,
             self.accesses,
             f"{prefix}failure:{object_id}",
+            self.orders,
+            self.pins,
+            self.purges,
+            self.warming,
         )
 
     @property
@@ -45,6 +54,25 @@ class Keys:
     @property
     def accesses(self) -> str:
         return f"{self.prefix}accesses"
+
+    @property
+    def orders(self) -> str:
+        return f"{self.prefix}orders"
+
+    @property
+    def pins(self) -> str:
+        return f"{self.prefix}pins"
+
+    @property
+    def purges(self) -> str:
+        return f"{self.prefix}purges"
+
+    @property
+    def warming(self) -> str:
+        return f"{self.prefix}warming"
+
+    def ticket(self, name: str) -> str:
+        return f"{self.prefix}ticket:{name}"
 
     @property
     def channel(self) -> str:

@@ -6,15 +6,15 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 
 from shared.adapters.state_redis.connection import RedisConnection
-from shared.adapters.state_redis.eviction import RedisEviction
 from shared.adapters.state_redis.listener import listen
+from shared.adapters.state_redis.orders import RedisOrders
 from shared.adapters.state_redis.records import read_server_figures
 from shared.adapters.state_times import StateTimes
 from shared.ports.server_figures import ServerFigures
 from shared.ports.state_store import Announcement
 
 
-class RedisStateStore(RedisEviction):
+class RedisStateStore(RedisOrders):
     """`url`: redis://, rediss:// or unix://; `prefix`: before all keys; `limit`: of the volume, in bytes."""
 
     def __init__(self, url: str, prefix: str, limit: int, times: StateTimes) -> None:

@@ -1,6 +1,6 @@
 -- Put before every other script: keys, the server's clock in milliseconds, and how records are read and written.
 -- KEYS: see keys.py. ARGV[1]: announcement channel; ARGV[2]: bytes counted for an object's record; ARGV[3]: object id.
-local objects, fetches, usage, wishes, leader, policy, accesses, failure = unpack(KEYS)
+local objects, fetches, usage, wishes, leader, policy, accesses, failure, orders, pins, purges, warming = unpack(KEYS)
 local channel, record_bytes, object_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -86,3 +86,10 @@ local function park(fetch)
 end
 
 local function in_office(term) return redis.call('GET', leader) == term end
+
+local function write_orders(text)
+  local version = string.format('%.0f', next_serial())
+  redis.call('HSET', orders, 'version', version, 'orders', text)
+  announce('settings_changed')
+  return tonumber(version)
+end

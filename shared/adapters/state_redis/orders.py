@@ -1,0 +1,88 @@
+"""The operator's part: orders, pins, purges, warming, tickets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from shared.adapters.state_redis.eviction import RedisEviction
+from shared.adapters.state_redis.requests import milliseconds
+from shared.domain.errors import InvalidInput, StateStoreUnavailable
+from shared.domain.objects import ObjectId
+from shared.domain.orders import KeptOrders, Orders, decode_orders, encode_orders
+from shared.domain.warming import Warming, WarmingScope, decode_warming, encode_warming
+from shared.ports.order_book import PurgeWish
+from shared.ports.state_store import Term
+
+
+class RedisOrders(RedisEviction):
+    """See the port for each verb."""
+
+    async def orders(self) -> Orders | None:
+        keys = self._connection.keys
+        version, text = await self._connection.command("HMGET", keys.orders, "version", "orders")
+        if version is None or text is None:
+            return None
+        try:
+            return decode_orders(text, int(version))
+        except InvalidInput as error:
+            raise StateStoreUnavailable(str(error)) from error
+
+    async def change_orders(self, expected_version: int, orders: Orders) -> Orders | None:
+        version = await self._connection.run("change_orders", "", expected_version, encode_orders(orders))
+        return replace(orders, version=version) if version else None
+
+    async def restore_orders(self, kept: KeptOrders) -> bool:
+        arguments = (encode_orders(kept.orders), *kept.pinned)
+        return bool(await self._connection.run("restore_orders", "", *arguments))
+
+    async def pinned(self) -> frozenset[ObjectId]:
+        found = await self._connection.command("SMEMBERS", self._connection.keys.pins)
+        return frozenset(ObjectId(object_id.decode()) for object_id in found)
+
+    async def change_pins(self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()) -> int:
+        first = encode_orders(Orders())
+        return int(await self._connection.run("change_pins", "", first, len(pin), *pin, *unpin))
+
+    async def want_purges(self, object_ids: Sequence[ObjectId]) -> None:
+        await self._connection.run("want_purges", "", *object_ids)
+
+    async def purges_wanted(self, at_most: int) -> Sequence[PurgeWish]:
+        keys = self._connection.keys
+        # Unlike HSCAN it says how many at most; wishes that cannot be fulfilled now do not stand in the others' way.
+        found = await self._connection.command("HRANDFIELD", keys.purges, at_most, "WITHVALUES")
+        pairs = zip(found[::2], found[1::2], strict=True)
+        return [PurgeWish(ObjectId(object_id.decode()), int(serial)) for object_id, serial in pairs]
+
+    async def end_purge(self, term: Term, wish: PurgeWish) -> None:
+        await self._run_in_office("end_purge", term, wish.object_id, wish.serial)
+
+    async def order_warming(self, scope: WarmingScope) -> Warming | None:
+        ordered = Warming(0, scope)
+        serial = await self._connection.run("order_warming", "", encode_warming(ordered))
+        return replace(ordered, serial=serial) if serial else None
+
+    async def warming(self) -> Warming | None:
+        keys = self._connection.keys
+        serial, text = await self._connection.command("HMGET", keys.warming, "serial", "warming")
+        return None if serial is None else _read_warming(text, int(serial))
+
+    async def tend_warming(
+        self, holder: str, seconds: float, progress: Warming | None = None
+    ) -> Warming | None:
+        told: tuple[int, str, str] = (0, "", "")
+        if progress is not None:
+            told = (progress.serial, progress.state, encode_warming(progress))
+        reply = await self._connection.run("tend_warming", "", holder, milliseconds(seconds), *told)
+        return None if reply is None else _read_warming(reply[1], int(reply[0]))
+
+    async def use_ticket(self, ticket: str, seconds: float) -> bool:
+        key = self._connection.keys.ticket(ticket)
+        return bool(await self._connection.command("SET", key, 1, "NX", "PX", milliseconds(seconds)))
+
+
+def _read_warming(text: bytes, serial: int) -> Warming:
+    try:
+        return decode_warming(text, serial)
+    except InvalidInput as error:
+        raise StateStoreUnavailable(str(error)) from error

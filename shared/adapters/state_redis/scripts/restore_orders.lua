@@ -1,0 +1,5 @@
+-- ARGV: orders, then the pinned objects
+if redis.call('EXISTS', orders) == 1 then return 0 end
+for index = 5, #ARGV do redis.call('SADD', pins, ARGV[index]) end
+write_orders(ARGV[4])
+return 1

@@ -1,0 +1,62 @@
+-- KEYS: sources, corrupted. ARGV: milliseconds a silent source is kept, most sources, most corrupted copies, answers
+-- that make a mean, number of reports; per report: source, failures, milliseconds since the last, 1 if failures before
+-- are forgiven, 1 if it was reached, milliseconds since it was not reached (or -1), first bytes (seconds, commas between);
+-- then per corrupted copy: "object source", milliseconds. Returns sources, each as in a report without the flags, and
+-- corrupted copies.
+local keep, most_sources, most_corrupted, mean_of = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local reports, next_argument = tonumber(ARGV[8]), 9
+
+-- failures, failed at, not reached at (0: it was), heard of at, first bytes
+local function read_source(packed)
+  if not packed then return 0, 0, 0, 0, '' end
+  local failures, failed_at, unreached_at, heard_at, first_bytes = string.match(packed, '^(%d+) (%d+) (%d+) (%d+) (.*)$')
+  return tonumber(failures), tonumber(failed_at), tonumber(unreached_at), tonumber(heard_at), first_bytes
+end
+
+local function last_ones(first_bytes)
+  local all = {}
+  for text in string.gmatch(first_bytes, '[^,]+') do all[#all + 1] = text end
+  return table.concat(all, ',', math.max(1, #all - mean_of + 1))
+end
+
+for report = 1, reports do
+  local source, new_failures, since_failure, forgiven, reached, since_unreached, new_first_bytes =
+    unpack(ARGV, next_argument, next_argument + 6)
+  next_argument = next_argument + 7
+  local packed = redis.call('HGET', KEYS[1], source)
+  if packed or redis.call('HLEN', KEYS[1]) < most_sources then
+    local failures, failed_at, unreached_at, _, first_bytes = read_source(packed)
+    if forgiven == '1' then failures = 0 end
+    if tonumber(new_failures) > 0 then
+      failures, failed_at = math.min(failures + tonumber(new_failures), 1000000), now - tonumber(since_failure)
+    end
+    if tonumber(since_unreached) >= 0 then
+      unreached_at = now - tonumber(since_unreached)
+    elseif reached == '1' then
+      unreached_at = 0
+    end
+    redis.call('HSET', KEYS[1], source, string.format('%.0f %.0f %.0f %.0f %s', failures, failed_at, unreached_at, now,
+      last_ones(first_bytes .. ',' .. new_first_bytes)))
+  end
+end
+
+for index = next_argument, #ARGV, 2 do
+  redis.call('ZADD', KEYS[2], now + tonumber(ARGV[index + 1]), ARGV[index])
+end
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
+redis.call('ZREMRANGEBYRANK', KEYS[2], 0, -1 - most_corrupted)
+
+local known, all = {}, redis.call('HGETALL', KEYS[1])
+for index = 1, #all, 2 do
+  local failures, failed_at, unreached_at, heard_at, first_bytes = read_source(all[index + 1])
+  if heard_at < now - keep then
+    redis.call('HDEL', KEYS[1], all[index])
+  else
+    known[#known + 1] = {all[index], failures, now - failed_at, unreached_at == 0 and -1 or now - unreached_at, first_bytes}
+  end
+end
+local copies, marked = {}, redis.call('ZRANGE', KEYS[2], 0, -1, 'WITHSCORES')
+for index = 1, #marked, 2 do
+  copies[#copies + 1] = {marked[index], tonumber(marked[index + 1]) - now}
+end
+return {known, copies}

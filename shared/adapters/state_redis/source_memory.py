@@ -1,0 +1,81 @@
+"""The source memory on Redis: one hash and one sorted set, whatever the number of objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from shared.adapters.state_redis.connection import RedisConnection
+from shared.adapters.state_redis.requests import milliseconds
+from shared.domain.objects import ObjectId
+from shared.domain.source_order import MEAN_OF, SourceHealth, SourceNews
+from shared.ports.source_memory import MOST_CORRUPTED, MOST_SOURCES, CorruptedCopy, SharedSources
+
+_KEPT_MILLISECONDS = 24 * 3600 * 1000
+
+
+class RedisSourceMemory:
+    """See the port.
+
+    sources    HASH  host:port → failures, times (POSIX milliseconds), first bytes; see the script
+    corrupted  ZSET  "object host:port" by the POSIX milliseconds until which it is remembered
+    """
+
+    def __init__(self, url: str, prefix: str, timeout: float) -> None:
+        """`prefix` is the state store's, `timeout` in seconds."""
+        self._connection = RedisConnection(url, prefix, timeout)
+        self._keys = (f"{prefix}sources", f"{prefix}corrupted")
+
+    async def open(self) -> None:
+        self._connection.open()
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    async def exchange(
+        self, news: Mapping[str, SourceNews], corrupted: Sequence[CorruptedCopy], now: float
+    ) -> SharedSources:
+        given: list[str | int] = [_KEPT_MILLISECONDS, MOST_SOURCES, MOST_CORRUPTED, MEAN_OF, len(news)]
+        for name, latest in news.items():
+            given += _report(name, latest, now)
+        for copy in corrupted:
+            given += (f"{copy.object_id} {copy.source}", milliseconds(copy.seconds_left))
+        known, copies = await self._connection.run_on("sources_exchange", self._keys, "", *given)
+        return SharedSources(
+            {source[0].decode(): _read_health(source, now) for source in known},
+            [_read_copy(text, left) for text, left in copies],
+        )
+
+
+def _report(name: str, news: SourceNews, now: float) -> tuple[str | int, ...]:
+    seen = news.seen
+    unreachable_at = seen.unreachable_at
+    return (
+        name,
+        seen.failures,
+        _age(seen.last_failure_at, now),
+        int(news.forgiven),
+        int(news.reached),
+        -1 if unreachable_at is None else _age(unreachable_at, now),
+        ",".join(f"{seconds:.6f}" for seconds in seen.first_bytes),
+    )
+
+
+def _age(moment: float, now: float) -> int:
+    """Milliseconds."""
+    return max(0, round((now - moment) * 1000))
+
+
+def _read_health(source: Sequence[Any], now: float) -> SourceHealth:
+    _, failures, since_failure, since_unreached, first_bytes = source
+    return SourceHealth(
+        failures=failures,
+        last_failure_at=now - since_failure / 1000,
+        first_bytes=tuple(float(text) for text in first_bytes.decode().split(",") if text),
+        unreachable_at=None if since_unreached < 0 else now - since_unreached / 1000,
+    )
+
+
+def _read_copy(text: bytes, milliseconds_left: int) -> CorruptedCopy:
+    object_id, _, source = text.decode().partition(" ")
+    return CorruptedCopy(ObjectId(object_id), source, milliseconds_left / 1000)

@@ -1,0 +1,62 @@
+"""Warming: fetching objects before anybody asks for them. What is to be warmed, and how far it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+from shared.domain.errors import InvalidInput
+from shared.domain.objects import ObjectId, parse_bucket_id
+
+WarmingState = Literal["waiting", "listing", "fetching", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class WarmingScope:
+    """What to warm: these objects, or all that is ours in one bucket, or (neither) everything that is ours."""
+
+    object_ids: tuple[ObjectId, ...] | None = None
+    bucket_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Warming:
+    """One warming. `serial` tells it from others; `total` grows while the catalog is listed; `skipped`: cached already,
+    not ours, or without room; `failed`: asked for, and not there in time."""
+
+    serial: int
+    scope: WarmingScope
+    state: WarmingState = "waiting"
+    total: int = 0
+    done: int = 0
+    skipped: int = 0
+    failed: int = 0
+
+    @property
+    def is_over(self) -> bool:
+        return self.state == "finished"
+
+
+def encode_warming(warming: Warming) -> str:
+    """JSON, without the serial: that is the store's."""
+    said = asdict(warming)
+    del said["serial"]
+    return json.dumps(said)
+
+
+def decode_warming(text: str | bytes, serial: int) -> Warming:
+    """Read what `encode_warming` wrote; InvalidInput for anything else."""
+    try:
+        said = json.loads(text)
+        ids, bucket = said["scope"]["object_ids"], said["scope"]["bucket_id"]
+        scope = WarmingScope(
+            None if ids is None else tuple(ObjectId.parse(object_id) for object_id in ids),
+            None if bucket is None else parse_bucket_id(bucket),
+        )
+        if said["state"] not in get_args(WarmingState):
+            raise InvalidInput("unreadable warming: unknown state")
+        figures = {name: int(said[name]) for name in ("total", "done", "skipped", "failed")}
+        return Warming(serial, scope, said["state"], **figures)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InvalidInput(f"unreadable warming: {type(error).__name__}") from error

@@ -1,0 +1,72 @@
+"""The operator's part of the state store: orders that all processes follow, and work that one of them carries out.
+
+orders   what holds now (stopped, draining, duty, pins); changed by compare-and-set, announced as SETTINGS_CHANGED
+purges   objects that must go; the leading evictor carries them out
+warming  at most one at a time; one API process at a time carries it out, by a lease
+tickets  what may be used once
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from shared.domain.objects import ObjectId
+from shared.domain.orders import KeptOrders, Orders
+from shared.domain.warming import Warming, WarmingScope
+
+if TYPE_CHECKING:
+    from shared.ports.state_store import Term
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeWish:
+    """An object that must go. `serial` tells a wish from a later one for the same object."""
+
+    object_id: ObjectId
+    serial: int
+
+
+class OrderBook(Protocol):
+    """Part of every state store; the same promises: atomic, bounded, StateStoreUnavailable."""
+
+    async def orders(self) -> Orders | None:
+        """What is ordered; None: nothing ever was, or the store has been emptied."""
+
+    async def change_orders(self, expected_version: int, orders: Orders) -> Orders | None:
+        """Replace the orders of that version (0: there are none); as they stand now, with their new version. None:
+        somebody else was quicker. Announces SETTINGS_CHANGED."""
+
+    async def restore_orders(self, kept: KeptOrders) -> bool:
+        """Take over a copy, pins included, if the store has no orders at all; True if it had none."""
+
+    async def pinned(self) -> frozenset[ObjectId]:
+        """Objects that are never evicted to make room."""
+
+    async def change_pins(self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()) -> int:
+        """How many of them were not as asked for. The orders get a new version if there were any."""
+
+    async def want_purges(self, object_ids: Sequence[ObjectId]) -> None:
+        """Ask the evictor to remove objects. Announces PURGE_WANTED."""
+
+    async def purges_wanted(self, at_most: int) -> Sequence[PurgeWish]:
+        """Some of the wishes, in no order."""
+
+    async def end_purge(self, term: Term, wish: PurgeWish) -> None:
+        """The wish is fulfilled; a later one for the same object stays."""
+
+    async def order_warming(self, scope: WarmingScope) -> Warming | None:
+        """Begin a new warming in place of a finished one; None while one is not finished."""
+
+    async def warming(self) -> Warming | None:
+        """The latest one; None: there was none."""
+
+    async def tend_warming(
+        self, holder: str, seconds: float, progress: Warming | None = None
+    ) -> Warming | None:
+        """Take or keep the lease on the warming that is not finished, and write its progress if it is the same one.
+        None: there is none, or another process tends it."""
+
+    async def use_ticket(self, ticket: str, seconds: float) -> bool:
+        """True the first time within so many seconds that anybody uses it."""
