@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.domain.objects import Duty, parse_bucket_id
 from shared.domain.space import Watermarks, footprint
+from shared.settings.section import Port, Seconds, Section
 from shared.settings.sizes import Size, format_size
-
-Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-
-
-class Section(BaseModel):
-    """A group of settings. Unknown names are refused: a misspelt setting must not be silently ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class PublicApi(Section):
@@ -104,7 +96,22 @@ class CatalogSettings(Section):
     positive_ttl: Seconds = 3600.0
     """Seconds an object's description is believed."""
     negative_ttl: Seconds = 60.0
-    """Seconds `does not exist` is believed."""
+    """Seconds `does not exist` and `not accepted yet` are believed."""
+
+
+class SourceSettings(Section):
+    """In which order the storage nodes are asked."""
+
+    probe_interval: Seconds = 60.0
+    """Seconds between two probes (`/version`) of each active storage node, by the evictor that leads."""
+    probes_at_once: int = Field(default=10, ge=1, le=100)
+    """Probes under way at once."""
+    probe_timeout: Seconds = 3.0
+    """Seconds a storage node has to accept a probe's connection, and again to answer it."""
+    share_interval: Seconds = 2.0
+    """Seconds between two exchanges of what the processes have seen of the sources."""
+    corrupted_memory: Seconds = 600.0
+    """Seconds a source that gave wrong bytes for an object is not asked for that object."""
 
 
 class FetchSettings(Section):
@@ -143,6 +150,11 @@ class StorageSettings(Section):
     """Share of the limit above which the evictor starts."""
     low_watermark: float = Field(default=0.90, gt=0, le=1)
     """Share of the limit down to which it evicts."""
+    import_assets: Path | None = None
+    """Directory of an existing node's objects, one file per object id, to be taken over at the start without
+    downloading; may be storage.path itself. See docs/moving-over.md."""
+    import_cache_state: Path | None = None
+    """That node's `cache.json` (or the directory it lies in): when and how often its objects were asked for."""
 
     @property
     def watermarks(self) -> Watermarks:
@@ -226,6 +238,7 @@ class Settings(BaseSettings):
     state_store: StateStoreSettings = StateStoreSettings()
     job_queue: JobQueueSettings = JobQueueSettings()
     catalog: CatalogSettings = CatalogSettings()
+    sources: SourceSettings = SourceSettings()
     fetch: FetchSettings = FetchSettings()
     storage: StorageSettings = StorageSettings()
     evictor: EvictorSettings = EvictorSettings()

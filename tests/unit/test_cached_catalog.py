@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,8 @@ from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import Duty, MediaObject, ObjectId
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
+FIRST = MediaObject(ONE, 1, sources=("https://one.example/1",))
+SECOND = MediaObject(TWO, 2, sources=("https://one.example/2",))
 LIMITS = CacheLimits(
     positive_ttl=100, negative_ttl=10, max_in_flight=2, wait=0.05, max_entries=3, outage_pause=5
 )
@@ -22,7 +25,7 @@ class ScriptedCatalog:
     """A far catalog: `held` keeps questions waiting, `down` makes them fail."""
 
     def __init__(self) -> None:
-        self.known = {ONE: MediaObject(ONE, 1), TWO: MediaObject(TWO, 2)}
+        self.known = {ONE: FIRST, TWO: SECOND}
         self.asked: list[ObjectId] = []
         self.under_way = 0
         self.most_under_way = 0
@@ -55,6 +58,9 @@ class ScriptedCatalog:
 
     async def bucket_ids(self) -> Sequence[str]:
         return ("0:1",)
+
+    async def source_bases(self) -> Sequence[str]:
+        return ()
 
 
 class Clock:
@@ -89,12 +95,42 @@ async def test_answers_are_believed_for_their_time(
 ) -> None:
     for now, questions in [(0, 1), (99, 1), (100, 2)]:
         clock.now = now
-        assert await catalog.look_up(ONE) == MediaObject(ONE, 1)
+        assert await catalog.look_up(ONE) == FIRST
         assert inner.asked.count(ONE) == questions
     for now, questions in [(200, 1), (209, 1), (210, 2)]:
         clock.now = now
         assert await catalog.look_up(THREE) is None
         assert inner.asked.count(THREE) == questions
+
+
+@pytest.mark.parametrize("changed", [{"accepted": False}, {"sources": ()}], ids=["not accepted", "no source"])
+async def test_what_cannot_be_had_yet_is_asked_again_soon(
+    catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock, changed: dict[str, Any]
+) -> None:
+    inner.known[ONE] = replace(FIRST, **changed)
+    assert await catalog.look_up(ONE) == inner.known[ONE]
+    inner.known[ONE] = FIRST
+    clock.now = LIMITS.negative_ttl
+    assert await catalog.look_up(ONE) == FIRST
+
+
+async def test_a_slow_catalog_is_not_waited_for_where_the_object_is_known(
+    inner: ScriptedCatalog, clock: Clock
+) -> None:
+    catalog = CachedCatalog(inner, replace(LIMITS, wait=5, stale_wait=0.02), clock)
+    assert await catalog.look_up(ONE) == FIRST
+    assert await catalog.look_up(THREE) is None
+    clock.now = 1000
+    inner.answering.clear()
+    inner.known = {ONE: replace(FIRST, size=7), THREE: MediaObject(THREE, 3)}
+    assert await catalog.look_up(ONE) == FIRST
+    appeared = asyncio.create_task(catalog.look_up(THREE))
+    await asyncio.sleep(0.05)
+    inner.answering.set()
+    assert await appeared == MediaObject(THREE, 3)
+    assert await catalog.look_up(ONE) == replace(FIRST, size=7)
+    assert inner.asked.count(ONE) == 2
+    await catalog.close()
 
 
 async def test_one_question_for_all_who_ask_at_once(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
@@ -103,7 +139,7 @@ async def test_one_question_for_all_who_ask_at_once(catalog: CachedCatalog, inne
         tasks = [askers.create_task(catalog.look_up(ONE)) for _ in range(50)]
         await inner.question_came.wait()
         inner.answering.set()
-    assert {task.result() for task in tasks} == {MediaObject(ONE, 1)}
+    assert {task.result() for task in tasks} == {FIRST}
     assert inner.asked == [ONE]
 
 
@@ -117,7 +153,7 @@ async def test_an_asker_who_leaves_takes_nothing_from_the_others(
     with pytest.raises(asyncio.CancelledError):
         await first
     inner.answering.set()
-    assert await second == MediaObject(ONE, 1)
+    assert await second == FIRST
     assert inner.asked == [ONE]
 
 
@@ -131,7 +167,7 @@ async def test_a_question_outlives_its_askers_and_is_kept(
     with pytest.raises(asyncio.CancelledError):
         await asker
     inner.answering.set()
-    assert await catalog.look_up(ONE) == MediaObject(ONE, 1)
+    assert await catalog.look_up(ONE) == FIRST
     assert inner.asked == [ONE]
 
 
@@ -170,7 +206,7 @@ async def test_an_asker_waits_for_turn_and_answer_but_not_for_ever(
     assert inner.most_under_way == 2
     inner.answering.set()
     assert await catalog.look_up(THREE) is None
-    assert await catalog.look_up(ONE) == MediaObject(ONE, 1)
+    assert await catalog.look_up(ONE) == FIRST
 
 
 async def test_a_turn_that_comes_free_is_taken(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
@@ -178,7 +214,7 @@ async def test_a_turn_that_comes_free_is_taken(catalog: CachedCatalog, inner: Sc
     waiting = [asyncio.create_task(catalog.look_up(object_id)) for object_id in (ONE, TWO, THREE)]
     await inner.question_came.wait()
     inner.answering.set()
-    assert await asyncio.gather(*waiting) == [MediaObject(ONE, 1), MediaObject(TWO, 2), None]
+    assert await asyncio.gather(*waiting) == [FIRST, SECOND, None]
     assert inner.most_under_way == 2
 
 
@@ -189,7 +225,7 @@ async def test_the_last_good_answer_is_given_while_the_catalog_is_down(
     await catalog.look_up(THREE)
     inner.down = True
     clock.now = 1_000_000
-    assert await catalog.look_up(ONE) == MediaObject(ONE, 1)
+    assert await catalog.look_up(ONE) == FIRST
     assert await catalog.look_up(THREE) is None
     with pytest.raises(CatalogUnavailable):
         await catalog.look_up(TWO)
@@ -202,12 +238,12 @@ async def test_an_outage_is_waited_for_once_in_a_while_only(
     inner.down = True
     for now, questions in [(200, 2), (204, 2), (205, 3)]:
         clock.now = now
-        assert await catalog.look_up(ONE) == MediaObject(ONE, 1)
+        assert await catalog.look_up(ONE) == FIRST
         assert len(inner.asked) == questions
     inner.down = False
     clock.now = 211
     inner.known[ONE] = replace(inner.known[ONE], size=7)
-    assert await catalog.look_up(ONE) == MediaObject(ONE, 7)
+    assert await catalog.look_up(ONE) == replace(FIRST, size=7)
 
 
 async def test_the_least_recently_asked_is_dropped(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:

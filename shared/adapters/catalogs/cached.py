@@ -23,8 +23,9 @@ _log = structlog.get_logger()
 @dataclass(frozen=True, slots=True)
 class CacheLimits:
     """Times in seconds. `wait`: for an answer in all, the wait for one's turn while `max_in_flight` questions are under
-    way included. `outage_pause`: after a failed question, stale answers are given at once for so long, instead of after
-    another time-out each."""
+    way included. `negative_ttl`: also for objects that cannot be had yet, not being accepted or without a source.
+    `outage_pause`: after a failed question, stale answers are given at once for so long, instead of after another
+    time-out each. `stale_wait`: how long a slow catalog is waited for where an object is known from before."""
 
     positive_ttl: float
     negative_ttl: float
@@ -32,6 +33,7 @@ class CacheLimits:
     wait: float
     max_entries: int = 100_000
     outage_pause: float = 5.0
+    stale_wait: float = 0.5
     buckets_ttl: float = 30.0
 
 
@@ -85,15 +87,18 @@ class CachedCatalog:
             if now < kept.fresh_until or now < self._down_until:
                 CATALOG_LOOKUPS.labels(result="cached" if now < kept.fresh_until else "stale").inc()
                 return kept.answer
+        known = kept is not None and _can_be_had(kept.answer)
         try:
-            return await self._shared_question(object_id)
-        except CatalogUnavailable as error:
+            # The question goes on when an asker who knows the object leaves it; its answer is for the next one.
+            async with asyncio.timeout(self._limits.stale_wait if known else None):
+                return await self._shared_question(object_id)
+        except (CatalogUnavailable, TimeoutError) as error:
             kept = self._kept.get(object_id)
             if kept is None:
                 CATALOG_LOOKUPS.labels(result="unavailable").inc()
                 raise
             CATALOG_LOOKUPS.labels(result="stale").inc()
-            _log.warning("catalog_answer_stale", object_id=object_id, reason=str(error))
+            _log.warning("catalog_answer_stale", object_id=object_id, reason=str(error) or "slow")
             return kept.answer
 
     def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
@@ -107,6 +112,9 @@ class CachedCatalog:
         buckets = await self._inner.bucket_ids()
         self._buckets = (buckets, now + self._limits.buckets_ttl)
         return buckets
+
+    async def source_bases(self) -> Sequence[str]:
+        return await self._inner.source_bases()
 
     async def _shared_question(self, object_id: ObjectId) -> MediaObject | None:
         question = self._questions.get(object_id)
@@ -158,10 +166,10 @@ class CachedCatalog:
                 self._down_until = self._clock() + self._limits.outage_pause
                 raise
         CATALOG_LOOKUPS.labels(result="unknown" if answer is None else "found").inc()
-        limits = self._limits
         self._down_until = float("-inf")
-        self._keep(object_id, answer, limits.negative_ttl if answer is None else limits.positive_ttl)
-        await self._shared.remember(object_id, answer, limits.positive_ttl, limits.negative_ttl)
+        lifetime = self._limits.positive_ttl if _can_be_had(answer) else self._limits.negative_ttl
+        self._keep(object_id, answer, lifetime)
+        await self._shared.remember(object_id, answer, lifetime)
         inquiry.asking = False
         return answer
 
@@ -171,8 +179,11 @@ class CachedCatalog:
             self._keep(object_id, inquiry.remembered.answer, inquiry.remembered.fresh_left)
 
     def _keep(self, object_id: ObjectId, answer: MediaObject | None, lifetime: float) -> None:
-        longest = self._limits.negative_ttl if answer is None else self._limits.positive_ttl
-        self._kept[object_id] = _Kept(answer, self._clock() + min(lifetime, longest))
+        self._kept[object_id] = _Kept(answer, self._clock() + lifetime)
         self._kept.move_to_end(object_id)
         while len(self._kept) > self._limits.max_entries:
             self._kept.popitem(last=False)
+
+
+def _can_be_had(answer: MediaObject | None) -> bool:
+    return answer is not None and answer.accepted and bool(answer.sources)

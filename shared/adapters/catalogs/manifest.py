@@ -15,6 +15,7 @@ from shared.adapters.catalogs.documents import read_json, read_yaml
 from shared.adapters.catalogs.manifest_format import Manifest, parse_manifest
 from shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
 from shared.domain.objects import Duty, MediaObject, ObjectId
+from shared.domain.source_urls import api_base_of, distinct_hosts
 
 _log = structlog.get_logger()
 _BATCH = 1000
@@ -66,6 +67,10 @@ class ManifestCatalog:
     async def bucket_ids(self) -> Sequence[str]:
         return (await self._current()).bucket_ids
 
+    async def source_bases(self) -> Sequence[str]:
+        manifest = await self._current()
+        return await asyncio.to_thread(_bases, manifest)
+
     async def _current(self) -> Manifest:
         await self._refresh()
         if self._manifest is None:
@@ -93,6 +98,12 @@ class ManifestCatalog:
             _log.error("manifest_refused", path=str(self._path), reason=_reason(error))
         finally:
             self._reload = None
+
+
+def _bases(manifest: Manifest) -> Sequence[str]:
+    return distinct_hosts(
+        api_base_of(url, wanted.object_id) for wanted in manifest.objects.values() for url in wanted.sources
+    )
 
 
 def _read(path: Path) -> tuple[_Signature, Manifest]:

@@ -71,6 +71,9 @@ class OriginCatalog:
     async def bucket_ids(self) -> Sequence[str]:
         return ()
 
+    async def source_bases(self) -> Sequence[str]:
+        return ()
+
     def _url_of(self, object_id: ObjectId) -> str:
         return self._template.replace(_PLACEHOLDER, quote(object_id, safe=""))
 

@@ -67,18 +67,13 @@ class SharedAnswers:
         self._note(None)
         return consultation
 
-    async def remember(
-        self, object_id: ObjectId, answer: MediaObject | None, positive_ttl: float, negative_ttl: float
-    ) -> None:
-        """Tell the others; best effort."""
+    async def remember(self, object_id: ObjectId, answer: MediaObject | None, fresh: float) -> None:
+        """Tell the others; best effort. `fresh`: seconds the answer is believed."""
         if self._memory is None:
             return
-        if answer is None:
-            fresh, keep = negative_ttl, max(negative_ttl, self._times.negative_keep)
-        else:
-            fresh, keep = positive_ttl, max(positive_ttl, self._times.positive_keep)
+        keep = self._times.negative_keep if answer is None else self._times.positive_keep
         try:
-            await self._memory.remember(object_id, answer, fresh, keep)
+            await self._memory.remember(object_id, answer, fresh, max(fresh, keep))
         except StateStoreUnavailable as error:
             self._note(error)
 

@@ -18,6 +18,7 @@ from shared.adapters.catalogs.joystream.network import (
 from shared.adapters.catalogs.joystream.questions import ACTIVE_STORAGE, ALL_BUCKETS, ONE_OBJECT, STATUS
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import Duty, MediaObject, ObjectId
+from shared.domain.source_urls import distinct_hosts
 
 
 class JoystreamCatalog:
@@ -63,6 +64,9 @@ class JoystreamCatalog:
         limits = self._limits
         data = await self._endpoint.ask(ACTIVE_STORAGE, {}, limits.list_timeout, limits.max_list_answer)
         return read_endpoints(data, refuse_private=self._refuse_private)
+
+    async def source_bases(self) -> Sequence[str]:
+        return distinct_hosts(endpoint.api_url for endpoint in await self.active_storage_endpoints())
 
     async def squid_status(self) -> SquidStatus:
         limits = self._limits
