@@ -28,6 +28,7 @@ from shared.runtime.adapters import (
     build_job_queue,
     build_relay,
     build_source_client,
+    build_source_sharing,
     build_state_store,
     build_volume,
 )
@@ -70,11 +71,12 @@ async def run_api(scope: ServiceScope, settings: Settings, *, shared_port: bool 
     for port in (catalog, state, queue):
         await port.open()
         resources.push_async_callback(port.close)
+    sharing = await resources.enter_async_context(build_source_sharing(settings))
     client = await resources.enter_async_context(
         build_source_client(settings, max_connections=settings.public_api.max_proxied)
     )
     describe_build(VERSION, "api")
-    context = make_context(settings, volume, state, queue, catalog, build_relay(client))
+    context = make_context(settings, volume, state, queue, catalog, build_relay(client, sharing.book))
     await serve_api(context, scope.stop_requested, shared_port=shared_port)
 
 

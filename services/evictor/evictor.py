@@ -19,6 +19,7 @@ from services.evictor.reconcile import Reconciliation
 from services.evictor.removals import Outcome, Removals
 from services.evictor.repair import Repair
 from services.evictor.scrub import Scrub
+from services.evictor.source_watch import SourceWatch
 from services.evictor.term_work import TermWork, Tools
 from shared.adapters.volume import Volume
 from shared.domain.errors import StateStoreUnavailable, VolumeError
@@ -34,9 +35,17 @@ class Evictor:
     """`serve` until cancelled. `state`, `volume` and `catalog` are opened, prepared and closed by whoever made them;
     in standalone mode they are shared with the API and the fetcher."""
 
-    def __init__(self, settings: Settings, state: StateStore, volume: Volume, catalog: Catalog) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        state: StateStore,
+        volume: Volume,
+        catalog: Catalog,
+        sources: SourceWatch | None = None,
+    ) -> None:
+        """`sources`: to be watched while this evictor leads."""
         self._settings, self._state, self._volume = settings.evictor, state, volume
-        self._tools = _make_tools(settings, state, volume, catalog)
+        self._tools = _make_tools(settings, state, volume, catalog, sources)
         self._leadership = Leadership(
             state,
             holder=f"{settings.id}-{os.getpid()}-{uuid.uuid4().hex[:8]}",
@@ -80,7 +89,9 @@ class Evictor:
         return self._settings.interval
 
 
-def _make_tools(settings: Settings, state: StateStore, volume: Volume, catalog: Catalog) -> Tools:
+def _make_tools(
+    settings: Settings, state: StateStore, volume: Volume, catalog: Catalog, sources: SourceWatch | None
+) -> Tools:
     index = EvictionIndex(state, volume, POLICIES[settings.evictor.policy])
     removals = Removals(state, volume, index)
     adoption = Adoption(state, volume, index)
@@ -96,4 +107,5 @@ def _make_tools(settings: Settings, state: StateStore, volume: Volume, catalog: 
         repair=Repair(volume, catalog, removals),
         duty=DutyCheck(catalog, index, removals, settings.duty, can_list),
         scrub=Scrub(volume, removals, settings.evictor.scrub_rate),
+        sources=sources,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import structlog
 
@@ -48,6 +49,13 @@ class SourceWatch:
     async def close(self) -> None:
         await self._prober.close()
         self.hide()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     def hide(self) -> None:
         """Another one leads: the order is shown there."""

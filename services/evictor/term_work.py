@@ -19,6 +19,7 @@ from services.evictor.reconcile import Reconciliation
 from services.evictor.removals import Removals
 from services.evictor.repair import Repair
 from services.evictor.scrub import Scrub
+from services.evictor.source_watch import SourceWatch
 from shared.domain.errors import CatalogUnavailable, DistributorError, StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
@@ -49,6 +50,7 @@ class Tools:
     repair: Repair
     duty: DutyCheck
     scrub: Scrub
+    sources: SourceWatch | None
 
 
 class TermWork:
@@ -97,6 +99,8 @@ class TermWork:
         ]
         if self._settings.scrub_rate:
             works.append(("scrub", self._scrub, None))
+        if self._tools.sources is not None:
+            works.append(("watch sources", self._tools.sources.step, None))
         return works
 
     async def _repeat(self, name: str, step: Step, wake: asyncio.Event | None = None) -> None:
@@ -201,6 +205,8 @@ class TermWork:
 
     async def _last_words(self) -> None:
         """What has been learned since the last save; refused by the store if the term is over."""
+        if self._tools.sources is not None:
+            self._tools.sources.hide()
         if not self._taken_over.is_set():
             return
         try:

@@ -6,10 +6,20 @@ import asyncio
 from importlib.metadata import version
 
 from services.evictor.evictor import Evictor
+from services.evictor.source_watch import SourceWatch, WatchTimes
+from shared.adapters.sources.sharing import SourceSharing
 from shared.domain.errors import ConfigurationError
 from shared.observability.metrics import describe_build
 from shared.observability.probe_server import ProbeServer
-from shared.runtime.adapters import MEMORY, build_catalog, build_state_store, build_volume
+from shared.ports.catalog import Catalog
+from shared.runtime.adapters import (
+    MEMORY,
+    build_catalog,
+    build_source_prober,
+    build_source_sharing,
+    build_state_store,
+    build_volume,
+)
 from shared.runtime.run_service import ServiceScope, run_service
 from shared.settings.model import Settings
 
@@ -36,11 +46,19 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
     for opened in (state, catalog):
         resources.push_async_callback(opened.close)
         await opened.open()
-    evictor = Evictor(settings, state, volume, catalog)
+    sharing = await resources.enter_async_context(build_source_sharing(settings))
+    watch = await resources.enter_async_context(build_source_watch(settings, catalog, sharing))
+    evictor = Evictor(settings, state, volume, catalog, watch)
     await resources.enter_async_context(
         ProbeServer(settings.metrics.host, settings.metrics.port, evictor.problems)
     )
     await _serve_until(scope.stop_requested, evictor)
+
+
+def build_source_watch(settings: Settings, catalog: Catalog, sharing: SourceSharing) -> SourceWatch:
+    """To be opened and closed by its user; `sharing` is open."""
+    prober = build_source_prober(settings, sharing.book)
+    return SourceWatch(catalog, sharing, prober, WatchTimes(settings.sources.probe_interval))
 
 
 async def _serve_until(stop_requested: asyncio.Event, evictor: Evictor) -> None:

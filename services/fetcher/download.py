@@ -121,4 +121,5 @@ class Download:
         for url in givers:
             SOURCE_FAILURES.labels(source_label(url), SourceWrong.reason).inc()
         if len(givers) == 1 and not resumed:
-            self._tools.relay.blame(*givers)
+            (giver,) = givers
+            self._tools.relay.blame(giver, self._object.object_id)

@@ -14,6 +14,7 @@ from shared.runtime.adapters import (
     build_job_queue,
     build_relay,
     build_source_client,
+    build_source_sharing,
     build_state_store,
     build_volume,
 )
@@ -42,10 +43,11 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
     resources.callback(volume.close)
     state, queue = build_state_store(settings), build_job_queue(settings)
     client = build_source_client(settings, max_connections=settings.fetch.concurrency)
-    for opened in (state, queue, client):
+    sharing = build_source_sharing(settings)
+    for opened in (state, queue, sharing, client):
         resources.push_async_callback(opened.close)
         await opened.open()
-    fetcher = Fetcher(settings, state, queue, volume, build_relay(client))
+    fetcher = Fetcher(settings, state, queue, volume, build_relay(client, sharing.book))
     await resources.enter_async_context(
         ProbeServer(settings.metrics.host, settings.metrics.port, fetcher.problems)
     )

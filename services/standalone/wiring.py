@@ -11,6 +11,7 @@ import structlog
 from services.api.service import make_context, serve_api
 from services.api.version import VERSION
 from services.evictor.evictor import Evictor
+from services.evictor.wiring import build_source_watch
 from services.fetcher.fetcher import Fetcher
 from shared.domain.errors import ConfigurationError, VolumeError
 from shared.observability.metrics import describe_build
@@ -20,6 +21,7 @@ from shared.runtime.adapters import (
     build_job_queue,
     build_relay,
     build_source_client,
+    build_source_sharing,
     build_state_store,
     build_volume,
 )
@@ -62,6 +64,8 @@ async def run_standalone(
     for port in (catalog, state, queue):
         resources.push_async_callback(port.close)
         await port.open()
+    sharing = await resources.enter_async_context(build_source_sharing(settings))
+    watch = await resources.enter_async_context(build_source_watch(settings, catalog, sharing))
     downloads = await resources.enter_async_context(
         build_source_client(settings, max_connections=settings.fetch.concurrency)
     )
@@ -69,9 +73,9 @@ async def run_standalone(
         build_source_client(settings, max_connections=settings.public_api.max_proxied)
     )
     describe_build(VERSION, "standalone")
-    fetcher = Fetcher(settings, state, queue, volume, build_relay(downloads))
-    evictor = Evictor(settings, state, volume, catalog)
-    context = make_context(settings, volume, state, queue, catalog, build_relay(proxying))
+    fetcher = Fetcher(settings, state, queue, volume, build_relay(downloads, sharing.book))
+    evictor = Evictor(settings, state, volume, catalog, watch)
+    context = make_context(settings, volume, state, queue, catalog, build_relay(proxying, sharing.book))
     async with asyncio.TaskGroup() as services:
         background = [
             services.create_task(evictor.serve(), name="evictor"),

@@ -1,4 +1,4 @@
-"""The order in which an object's sources are asked: the catalog's, with the failing and the slow ones behind."""
+"""The order in which an object's sources are asked: the quick ones first, the failing ones behind."""
 
 from __future__ import annotations
 
@@ -8,37 +8,90 @@ from dataclasses import dataclass
 
 from shared.domain.objects import source_name
 
+MEAN_OF = 10
+"""Answers whose times to the first byte make a source's mean."""
+
 _FIRST_PENALTY = 2.0
 _LONGEST_PENALTY = 300.0
-_QUICK_ENOUGH = 0.25
+# Seconds that a failed probe is believed: longer than until the next one, shorter than for ever when nobody probes.
+_UNREACHED_PENALTY = 300.0
+_QUICKEST = 0.01
+_NOT_KNOWN = 0.25
 
 
 @dataclass(frozen=True, slots=True)
 class SourceHealth:
-    """What a process has seen of one source. `failures`: in a row, none since the last success; `last_failure_at`: on
-    the clock that `now` is of; `mean_first_byte`: seconds from request to first byte, None before the first answer."""
+    """What has been seen of one source. `failures`: of downloads, in a row, none since the last success;
+    `last_failure_at`: on the clock that `now` is of; `first_bytes`: seconds from request to first byte of the last
+    MEAN_OF answers, newest last; `unreachable_at`: when the last probe failed, None if it did not."""
 
     failures: int = 0
     last_failure_at: float = 0.0
-    mean_first_byte: float | None = None
+    first_bytes: tuple[float, ...] = ()
+    unreachable_at: float | None = None
+
+    @property
+    def mean_first_byte(self) -> float | None:
+        """Seconds; None before the first answer."""
+        return sum(self.first_bytes) / len(self.first_bytes) if self.first_bytes else None
 
     @property
     def penalty_ends(self) -> float:
-        """Until when the source goes behind the others: 2 s after one failure, twice that after each further one."""
+        """Until when the source goes behind the others: 2 s after one failure, twice that after each further one; after
+        a failed probe until a good one, or a good download."""
+        ends = -math.inf if self.unreachable_at is None else self.unreachable_at + _UNREACHED_PENALTY
         if self.failures == 0:
-            return -math.inf
+            return ends
         # Bounded exponent: a source may fail for years.
-        return self.last_failure_at + min(
-            _FIRST_PENALTY * 2.0 ** min(self.failures - 1, 32), _LONGEST_PENALTY
-        )
+        penalty = min(_FIRST_PENALTY * 2.0 ** min(self.failures - 1, 32), _LONGEST_PENALTY)
+        return max(ends, self.last_failure_at + penalty)
 
     @property
     def slowness(self) -> int:
-        """0 for up to 250 ms to the first byte (or not known), 1 up to twice that, and so on: coarse, so that chance
-        does not undo the catalog's order."""
-        if self.mean_first_byte is None or self.mean_first_byte <= _QUICK_ENOUGH:
-            return 0
-        return math.ceil(math.log2(self.mean_first_byte / _QUICK_ENOUGH))
+        """0 for up to 10 ms to the first byte, 1 up to twice that, and so on: coarse, so that chance does not undo the
+        catalog's order. A source of which nothing is known counts as neither quick nor slow."""
+        mean = _NOT_KNOWN if self.mean_first_byte is None else self.mean_first_byte
+        return math.ceil(math.log2(mean / _QUICKEST)) if mean > _QUICKEST else 0
+
+
+_NOTHING_SEEN = SourceHealth()
+
+
+@dataclass(frozen=True, slots=True)
+class SourceNews:
+    """What one process has seen of a source lately, to be put after what was known before. `seen`: that alone;
+    `forgiven`: a download succeeded, failures before it count no more; `reached`: a probe, or a download, did."""
+
+    seen: SourceHealth = _NOTHING_SEEN
+    forgiven: bool = False
+    reached: bool = False
+
+    def after(self, before: SourceHealth) -> SourceHealth:
+        """The health as it is with this news."""
+        seen = self.seen
+        unreachable_at = seen.unreachable_at
+        if unreachable_at is None and not self.reached:
+            unreachable_at = before.unreachable_at
+        failures = seen.failures + (0 if self.forgiven else before.failures)
+        last_failure_at = seen.last_failure_at if seen.failures else before.last_failure_at
+        return SourceHealth(
+            failures=failures,
+            last_failure_at=last_failure_at if failures else 0.0,
+            first_bytes=(before.first_bytes + seen.first_bytes)[-MEAN_OF:],
+            unreachable_at=unreachable_at,
+        )
+
+    def then(self, newer: SourceNews) -> SourceNews:
+        """Both, as one."""
+        return SourceNews(
+            newer.after(self.seen), self.forgiven or newer.forgiven, self.reached or newer.reached
+        )
+
+
+def rank(health: SourceHealth, now: float) -> tuple[float, int]:
+    """The smaller, the earlier it is asked."""
+    ends = health.penalty_ends
+    return ends if ends > now else -math.inf, health.slowness
 
 
 def order(sources: Sequence[str], health: Mapping[str, SourceHealth], now: float) -> tuple[str, ...]:
@@ -46,11 +99,8 @@ def order(sources: Sequence[str], health: Mapping[str, SourceHealth], now: float
 
     Under a penalty a source is still there, at the end: when all others fail it is asked all the same.
     """
-    unknown = SourceHealth()
 
-    def rank(url: str) -> tuple[float, int]:
-        seen = health.get(source_name(url), unknown)
-        penalty = seen.penalty_ends if seen.penalty_ends > now else -math.inf
-        return penalty, seen.slowness
+    def rank_of(url: str) -> tuple[float, int]:
+        return rank(health.get(source_name(url), _NOTHING_SEEN), now)
 
-    return tuple(sorted(dict.fromkeys(sources), key=rank))
+    return tuple(sorted(dict.fromkeys(sources), key=rank_of))

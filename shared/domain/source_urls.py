@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from urllib.parse import urlsplit
 
 from shared.domain.errors import InvalidInput
+from shared.domain.objects import source_name
 
 # RFC 3986 section 2: a URL is printable ASCII without these; anything else must be percent-encoded.
 _URL_TEXT = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)
@@ -31,3 +33,21 @@ def parse_source_url(text: str) -> str:
     if "#" in text:
         raise InvalidInput("malformed URL: it must not have a fragment")
     return text
+
+
+def api_base_of(url: str, object_id: str) -> str:
+    """The base, `/` at its end, of the storage node API that an object's URL belongs to (`BASE/files/ID`); for any
+    other URL the root of its host."""
+    base = url.removesuffix(f"files/{object_id}")
+    if base != url and base.endswith("/"):
+        return base
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}/"
+
+
+def distinct_hosts(bases: Iterable[str]) -> Sequence[str]:
+    """The first base URL of each host and port, in their order."""
+    by_host: dict[str, str] = {}
+    for base in bases:
+        by_host.setdefault(source_name(base), base)
+    return tuple(by_host.values())

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable
+from itertools import islice
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -150,6 +152,22 @@ SOURCE_FAILURES = Counter(
 SOURCE_BYTES = Counter(
     "distributor_source_bytes_total", "Bytes received from sources, by source.", ["source"]
 )
+SOURCE_PROBES = Counter(
+    "distributor_source_probes_total", "Probes of storage nodes by result: answered, failed.", ["result"]
+)
+SOURCE_PLACE = Gauge(
+    "distributor_source_place", "Place in the order in which sources are asked; 1 is the first.", ["source"]
+)
+SOURCE_FIRST_BYTE = Gauge(
+    "distributor_source_first_byte_seconds",
+    "Mean time to the first byte of a source's last ten answers.",
+    ["source"],
+)
+SOURCE_PENALTY = Gauge(
+    "distributor_source_penalty_seconds",
+    "Seconds for which a failing source still goes behind the others.",
+    ["source"],
+)
 
 # Eviction, reconciliation, scrub (evictor)
 EVICTIONS = Counter("distributor_evictions_total", "Objects removed from the volume, by reason.", ["reason"])
@@ -157,7 +175,8 @@ EVICTED_BYTES = Counter(
     "distributor_evicted_bytes_total", "Bytes removed from the volume, by reason.", ["reason"]
 )
 EVICTION_STUCK = Counter(
-    "distributor_eviction_stuck_total", "Looks of the evictor at which space had to be freed and nothing could go."
+    "distributor_eviction_stuck_total",
+    "Looks of the evictor at which space had to be freed and nothing could go.",
 )
 LONGEST_IDLE_EVICTED = ReportedGauge(
     "distributor_longest_idle_evicted_seconds", "Longest idle age among the objects of the last eviction."
@@ -175,7 +194,8 @@ SCRUBBED_OBJECTS = Counter(
 )
 SCRUBBED_BYTES = Counter("distributor_scrubbed_bytes_total", "Bytes re-hashed on disk.")
 FOREIGN_FILES = ReportedGauge(
-    "distributor_foreign_files", "Files and links on the volume that are none of the node's; they are left alone."
+    "distributor_foreign_files",
+    "Files and links on the volume that are none of the node's; they are left alone.",
 )
 LEADER = ReportedGauge("distributor_evictor_leader", "1 in the evictor that leads, 0 in a standby.")
 
@@ -198,6 +218,18 @@ def source_label(url: str) -> str:
             return "other"
         _sources_seen.add(label)
     return label
+
+
+def show_sources(ordered: Iterable[tuple[str, float | None, float]]) -> None:
+    """The order of the sources, in the process that knows it: `host:port`, mean seconds to the first byte (None: not
+    known), seconds of penalty left; the best first. Those that were shown before and are not any more go."""
+    for gauge in (SOURCE_PLACE, SOURCE_FIRST_BYTE, SOURCE_PENALTY):
+        gauge.clear()
+    for place, (name, first_byte, penalty) in enumerate(islice(ordered, MAX_SOURCES), start=1):
+        SOURCE_PLACE.labels(source=name).set(place)
+        SOURCE_PENALTY.labels(source=name).set(penalty)
+        if first_byte is not None:
+            SOURCE_FIRST_BYTE.labels(source=name).set(first_byte)
 
 
 def method_label(method: str) -> str:

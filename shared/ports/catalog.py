@@ -26,3 +26,7 @@ class Catalog(Protocol):
 
     async def bucket_ids(self) -> Sequence[str]:
         """All buckets the catalog knows, for a node whose duty is everything; empty if it has no buckets."""
+
+    async def source_bases(self) -> Sequence[str]:
+        """Base URLs, `/` at their end, of the storage nodes that may be asked for objects, each host once; empty where
+        there are none to choose from."""

@@ -15,10 +15,13 @@ from shared.adapters.sources.client import SourceClient
 from shared.adapters.sources.health import HealthBook
 from shared.adapters.sources.limits import SourceLimits
 from shared.adapters.sources.observation import SourceObservation
+from shared.adapters.sources.prober import SourceProber
 from shared.adapters.sources.relay import Relay
+from shared.adapters.sources.sharing import SourceSharing
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_redis import RedisStateStore
 from shared.adapters.state_redis.catalog_memory import RedisCatalogMemory
+from shared.adapters.state_redis.source_memory import RedisSourceMemory
 from shared.adapters.state_times import StateTimes
 from shared.adapters.volume import Volume
 from shared.domain.errors import ConfigurationError
@@ -27,6 +30,7 @@ from shared.observability.metrics import SOURCE_BYTES, SOURCE_FAILURES, SOURCE_L
 from shared.ports.catalog import Catalog
 from shared.ports.catalog_memory import CatalogMemory
 from shared.ports.job_queue import JobQueue
+from shared.ports.source_memory import SourceMemory
 from shared.ports.state_store import StateStore
 from shared.settings.model import Settings
 
@@ -120,9 +124,27 @@ def build_source_client(settings: Settings, max_connections: int) -> SourceClien
     return SourceClient(limits, count_observation)
 
 
-def build_relay(client: SourceClient) -> Relay:
+def build_source_sharing(settings: Settings) -> SourceSharing:
+    """One in each process, with the book that all its relays go by. To be opened and closed by its user."""
+    book = HealthBook(corrupted_memory=settings.sources.corrupted_memory)
+    return SourceSharing(book, _build_source_memory(settings), settings.sources.share_interval)
+
+
+def _build_source_memory(settings: Settings) -> SourceMemory | None:
+    """None in one process, whose book has nobody to share with."""
+    store = settings.state_store
+    url = store.url.get_secret_value()
+    return None if url.startswith(MEMORY) else RedisSourceMemory(url, store.prefix, store.operation_timeout)
+
+
+def build_source_prober(settings: Settings, book: HealthBook) -> SourceProber:
+    """To be opened and closed by its user."""
+    return SourceProber(book, settings.sources.probe_timeout, settings.sources.probes_at_once)
+
+
+def build_relay(client: SourceClient, book: HealthBook) -> Relay:
     """Reads through `client`, which is opened and closed by whoever built it."""
-    return Relay(client, HealthBook())
+    return Relay(client, book)
 
 
 def count_observation(observation: SourceObservation) -> None:

@@ -66,6 +66,9 @@ class ListedCatalog:
     async def bucket_ids(self) -> Sequence[str]:
         return ()
 
+    async def source_bases(self) -> Sequence[str]:
+        return ()
+
 
 @dataclass
 class HandFetch:

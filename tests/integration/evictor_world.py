@@ -65,6 +65,9 @@ class ListedCatalog:
     async def bucket_ids(self) -> Sequence[str]:
         return ()
 
+    async def source_bases(self) -> Sequence[str]:
+        return ()
+
     def _fail_if_down(self) -> None:
         if self.down:
             raise CatalogUnavailable("down")

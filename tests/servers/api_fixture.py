@@ -18,6 +18,7 @@ from services.api.context import ApiContext
 from services.api.listening import Address
 from services.api.server import PublicServer
 from services.api.service import make_context
+from shared.adapters.sources.health import HealthBook
 from shared.runtime.adapters import (
     build_catalog,
     build_job_queue,
@@ -95,7 +96,7 @@ async def running_api(
     for port in ports:
         await port.open()
     async with build_source_client(settings, 10) as client:
-        context = make_context(settings, volume, *ports, build_relay(client))
+        context = make_context(settings, volume, *ports, build_relay(client, HealthBook()))
         application = build_app(context, assets or AssetHandler(context))
         server = PublicServer(application, Address("127.0.0.1", 0))
         await server.open()

@@ -12,7 +12,20 @@ from prometheus_client.metrics_core import Metric
 
 from shared.observability import metrics
 
-UNITS = ("_seconds", "_bytes", "_total", "_info", "_objects", "_jobs", "_saving", "_clients", "_commands", "_in_progress", "_leader")
+UNITS = (
+    "_seconds",
+    "_bytes",
+    "_total",
+    "_place",
+    "_info",
+    "_objects",
+    "_jobs",
+    "_saving",
+    "_clients",
+    "_commands",
+    "_in_progress",
+    "_leader",
+)
 
 
 def ours() -> list[Metric]:

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.adapters.sources.health import HealthBook
-from shared.domain.source_order import SourceHealth, order
+from shared.domain.objects import ObjectId
+from shared.domain.source_order import SourceHealth, SourceNews, order
 
 A, B, C = "http://a/1", "http://b:81/1", "https://c/1"
 
@@ -38,9 +39,9 @@ def test_among_failed_ones_the_first_to_recover_comes_first() -> None:
 
 def test_much_slower_sources_go_behind_but_before_failed_ones() -> None:
     health = {
-        "a": SourceHealth(mean_first_byte=2.0),
+        "a": SourceHealth(first_bytes=(2.0,)),
         "b:81": SourceHealth(1, 100.0),
-        "c": SourceHealth(mean_first_byte=0.2),
+        "c": SourceHealth(first_bytes=(0.2,)),
     }
     assert order([A, B, C], health, now=100.0) == (C, A, B)
 
@@ -53,7 +54,8 @@ def test_much_slower_sources_go_behind_but_before_failed_ones() -> None:
             SourceHealth,
             st.integers(0, 10**9),
             st.floats(0, 1e9),
-            st.none() | st.floats(0, 1e6),
+            st.lists(st.floats(0, 1e6), max_size=10).map(tuple),
+            st.none() | st.floats(0, 1e9),
         ),
     ),
     st.floats(0, 1e9),
@@ -63,6 +65,77 @@ def test_no_source_is_lost_or_invented(
 ) -> None:
     ordered = order(sources, health, now)
     assert sorted(ordered) == sorted(set(sources))
+
+
+def test_of_quick_ones_the_quickest_comes_first() -> None:
+    health = {
+        "a": SourceHealth(first_bytes=(0.2,)),
+        "b:81": SourceHealth(first_bytes=(0.05,)),
+        "c": SourceHealth(first_bytes=(0.012, 0.008)),
+    }
+    assert order([A, B, C], health, now=0.0) == (C, B, A)
+
+
+def test_a_slowdown_is_seen_in_two_answers() -> None:
+    slowing = SourceHealth(first_bytes=(0.01,) * 10)
+    steady = SourceHealth(first_bytes=(0.02,) * 10)
+    for _ in range(2):
+        slowing = SourceNews(SourceHealth(first_bytes=(0.2,))).after(slowing)
+    assert order([A, B], {"a": slowing, "b:81": steady}, now=0.0) == (B, A)
+
+
+def test_a_source_that_was_not_reached_goes_behind_until_it_is() -> None:
+    unreached = SourceNews(SourceHealth(unreachable_at=100.0)).after(SourceHealth(first_bytes=(0.001,)))
+    assert order([A, B], {"a": unreached}, now=160.0) == (B, A)
+    reached = SourceNews(SourceHealth(first_bytes=(0.001,)), reached=True).after(unreached)
+    assert order([A, B], {"a": reached}, now=160.0) == (A, B)
+
+
+NEWS = st.builds(
+    SourceNews,
+    st.builds(
+        SourceHealth,
+        st.integers(0, 3),
+        st.floats(0, 100),
+        st.lists(st.floats(0, 1), max_size=12).map(tuple),
+        st.none() | st.floats(0, 100),
+    ),
+    st.booleans(),
+    st.booleans(),
+)
+
+
+@given(NEWS, NEWS, NEWS)
+def test_news_in_batches_say_the_same_as_one_by_one(
+    first: SourceNews, second: SourceNews, third: SourceNews
+) -> None:
+    one_by_one = third.after(second.after(first.after(SourceHealth())))
+    assert first.then(second).then(third).after(SourceHealth()) == one_by_one
+    assert first.then(second.then(third)).after(SourceHealth()) == one_by_one
+
+
+def test_a_corrupted_copy_is_passed_over_for_its_object_alone() -> None:
+    now = 10.0
+    book = HealthBook(clock=lambda: now, corrupted_memory=60.0)
+    book.record_corrupted(ObjectId("1"), A)
+    assert book.best_first([A, B], ObjectId("1")) == (B,)
+    assert book.best_first([A, B], ObjectId("2")) == (A, B)
+    now = 70.0
+    assert book.best_first([A, B], ObjectId("1")) == (A, B)
+
+
+def test_what_was_not_handed_over_is_kept_in_its_order() -> None:
+    book = HealthBook(clock=lambda: 0.0)
+    book.record_first_byte(A, 0.1)
+    book.record_failure(A)
+    news, _ = book.take_news()
+    assert list(news) == ["a"]
+    book.record_success(A)
+    assert book.health_of("a") == SourceHealth(first_bytes=(0.1,)), "nothing is forgotten meanwhile"
+    book.put_back()
+    assert book.health_of("a") == SourceHealth(first_bytes=(0.1,))
+    news, _ = book.take_news()
+    assert news["a"].after(SourceHealth(failures=3)) == SourceHealth(first_bytes=(0.1,))
 
 
 def test_the_book_forgives_after_a_success() -> None:

@@ -127,9 +127,11 @@ class Proxy:
         return True
 
     def _blame(self, passing: Passing) -> None:
+        # Of several nobody knows who lied
+        corrupted = passing.known.object_id if len(passing.used) == 1 else None
         for url in passing.used:
             SOURCE_FAILURES.labels(source=source_label(url), reason="wrong").inc()
-            self._relay.blame(url)
+            self._relay.blame(url, corrupted)
         logger.warning(
             "proxied_bytes_wrong",
             object_id=passing.known.object_id,

@@ -21,7 +21,7 @@ from shared.domain.errors import (
     SourceUnreachable,
     SourceWrong,
 )
-from shared.domain.objects import MediaObject, source_name
+from shared.domain.objects import MediaObject, ObjectId, source_name
 from shared.domain.ranges import ByteRange
 
 OnSource = Callable[[str, SourceAnswer], None]
@@ -64,10 +64,10 @@ class Relay:
 
         Raises AllSourcesFailed when no source is left to ask; what was handed out until then is what the sources said.
         Where neither the catalog nor the first answer knows the size, nothing is switched after the first byte: what
-        another source holds could be something else.
+        another source holds could be something else. A source that gave wrong bytes for this object is passed over.
         """
         span = _Span(media_object.size, first, last)
-        turns = _Turns(self._health.best_first(sources))
+        turns = _Turns(self._health.best_first(sources, media_object.object_id))
         while not span.complete and (url := turns.take()) is not None:
             began_at = span.position
             try:
@@ -84,9 +84,12 @@ class Relay:
         if not span.complete:
             raise AllSourcesFailed(turns.errors)
 
-    def blame(self, url: str) -> None:
-        """The source's bytes turned out to be wrong: others are asked before it for a while."""
+    def blame(self, url: str, object_id: ObjectId | None) -> None:
+        """The source's bytes turned out to be wrong: others are asked before it for a while, and it is not asked for
+        `object_id` again (None: another source may be the one that lied)."""
         self._health.record_failure(url)
+        if object_id is not None:
+            self._health.record_corrupted(object_id, url)
 
     async def _from_one(self, url: str, span: _Span, on_source: OnSource | None) -> AsyncGenerator[Piece]:
         asked_at = self._clock()

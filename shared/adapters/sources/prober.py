@@ -1,0 +1,63 @@
+"""Cheap questions to storage nodes (`/version`), to know how quick they are before anything is fetched from them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+import structlog
+
+from shared.adapters.sources.connections import Connections
+from shared.adapters.sources.health import HealthBook
+from shared.adapters.sources.limits import SourceLimits
+from shared.domain.errors import SourceError
+from shared.domain.objects import source_name
+from shared.observability.metrics import SOURCE_PROBES
+
+_HEADERS = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "distributor-node"}
+
+logger = structlog.get_logger()
+
+
+class SourceProber:
+    """`open` before use, `close` at the end. Any answer that is no server error counts, with the time to its head:
+    a source that is no storage node may know no `/version`."""
+
+    def __init__(self, book: HealthBook, timeout: float, at_once: int) -> None:
+        """`timeout`: seconds to connect, and again to answer; `at_once`: probes under way."""
+        self._book = book
+        self._turns = asyncio.Semaphore(at_once)
+        limits = SourceLimits(connect_timeout=timeout, first_byte_timeout=timeout, max_connections=at_once)
+        self._connections = Connections(limits)
+
+    async def open(self) -> None:
+        await self._connections.open()
+
+    async def close(self) -> None:
+        await self._connections.close()
+
+    async def probe_all(self, bases: Iterable[str]) -> None:
+        """Each base URL (with `/` at its end) once; returns when all have answered or had their time."""
+        async with asyncio.TaskGroup() as probes:
+            for base in bases:
+                probes.create_task(self._probe(base), name="probe-source")
+
+    async def _probe(self, base: str) -> None:
+        async with self._turns:
+            asked_at = self._book.clock()
+            try:
+                async with self._connections.request(f"{base}version", _HEADERS) as answer:
+                    status = answer.status_code
+            except SourceError as error:
+                self._failed(base, error.reason)
+                return
+            if status >= 500:
+                self._failed(base, f"answered {status}")
+                return
+            self._book.record_probe(base, self._book.clock() - asked_at)
+            SOURCE_PROBES.labels(result="answered").inc()
+
+    def _failed(self, base: str, reason: str) -> None:
+        self._book.record_probe(base, None)
+        SOURCE_PROBES.labels(result="failed").inc()
+        logger.info("source_probe_failed", source=source_name(base), reason=reason)
