@@ -36,6 +36,10 @@ class DutyCheck:
         self._catalog, self._index, self._removals = catalog, index, removals
         self._duty, self._can_list = duty, can_list
 
+    def change(self, duty: Duty) -> None:
+        """An operator has ordered another duty."""
+        self._duty = duty
+
     async def run(self, term: Term) -> None:
         """Purge what is no longer ours, unless the catalog fails or its list is implausible."""
         if not self._can_list or not len(self._index.policy):

@@ -49,6 +49,7 @@ class Eviction:
         self._state, self._index, self._removals, self._partials = state, index, removals, partials
         self._rules, self._clock = rules, clock
         self._spared_until: dict[ObjectId, float] = {}
+        self.pinned: frozenset[ObjectId] = frozenset()
         self.stuck = False
 
     async def make_room(self, term: Term, usage: Usage) -> None:
@@ -82,7 +83,7 @@ class Eviction:
             needed,
             now,
             min_idle=self._rules.min_idle,
-            spared=self._spared_until.keys(),
+            spared=self._spared_until.keys() | self.pinned,
             at_most=_BATCH,
         )
 

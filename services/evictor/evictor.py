@@ -13,6 +13,7 @@ from services.evictor.eviction import Eviction, EvictionRules
 from services.evictor.file_calls import file_call
 from services.evictor.index import EvictionIndex
 from services.evictor.leadership import Leadership
+from services.evictor.order_keeping import OrderKeeper, PurgeWork
 from services.evictor.pacing import repeat
 from services.evictor.partials import Partials
 from services.evictor.reconcile import Reconciliation
@@ -28,6 +29,7 @@ from shared.domain.objects import ObjectId
 from shared.observability.metrics import STORAGE_LIMIT, STORAGE_OBJECTS, STORAGE_RESERVED, STORAGE_USED
 from shared.ports.catalog import Catalog
 from shared.ports.state_store import StateStore, Term
+from shared.runtime.orders import OrdersFollower
 from shared.settings.model import Settings
 
 
@@ -107,5 +109,7 @@ def _make_tools(
         repair=Repair(volume, catalog, removals),
         duty=DutyCheck(catalog, index, removals, settings.duty, can_list),
         scrub=Scrub(volume, removals, settings.evictor.scrub_rate),
+        orders=OrderKeeper(state, volume.root, OrdersFollower(state, volume.root, settings.duty)),
+        purges=PurgeWork(state, volume, removals, partials),
         sources=sources,
     )

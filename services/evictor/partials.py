@@ -55,6 +55,10 @@ class Partials:
             freed += await self._end(term, fetch.object_id, "space_wanted")
         return freed
 
+    async def discard(self, term: Term, object_id: ObjectId) -> None:
+        """Give up one parked fetch, if it is one."""
+        await self._end(term, object_id, "purged")
+
     async def _settle(self, term: Term, partial: FoundPartial, fetch: Fetch | None) -> None:
         if fetch is not None and fetch.phase is FetchPhase.FETCHING:
             return

@@ -42,8 +42,10 @@ class Removals:
         self._state, self._volume, self._index = state, volume, index
         self._reasons: dict[ObjectId, str] = {}
 
-    async def evict(self, term: Term, object_id: ObjectId, min_idle: float, reason: str) -> Outcome:
-        """Remove a complete object unless it is in use or was read less than `min_idle` seconds ago."""
+    async def evict(
+        self, term: Term, object_id: ObjectId, min_idle: float, reason: str, *, even_pinned: bool = False
+    ) -> Outcome:
+        """Remove a complete object unless it is in use, pinned, or was read less than `min_idle` seconds ago."""
         removal = self._volume.removal(object_id)
         try:
             found = await self._begin(object_id, removal)
@@ -53,7 +55,8 @@ class Removals:
                 return Outcome.IN_USE
             # Without a file there is nothing to be careful with
             least_idle = min_idle if found is RemovalState.READY else ANY_IDLE
-            if not await self._state.begin_eviction(term, object_id, least_idle):
+            even_pinned = even_pinned or found is not RemovalState.READY
+            if not await self._state.begin_eviction(term, object_id, least_idle, even_pinned=even_pinned):
                 return Outcome.REFUSED
             self._reasons[object_id] = reason
             return await self._finish(term, object_id, removal, found)
@@ -61,12 +64,12 @@ class Removals:
             removal.close()
 
     async def purge(self, term: Term, object_id: ObjectId, reason: str) -> Outcome:
-        """The object must go although it may be in use: from now on requests miss it, readers finish undisturbed, and
-        its bytes count until they have (see `complete`)."""
-        outcome = await self.evict(term, object_id, ANY_IDLE, reason)
+        """The object must go although it may be in use or pinned: from now on requests miss it, readers finish
+        undisturbed, and its bytes count until they have (see `complete`)."""
+        outcome = await self.evict(term, object_id, ANY_IDLE, reason, even_pinned=True)
         if outcome is not Outcome.IN_USE:
             return outcome
-        if not await self._state.begin_eviction(term, object_id, ANY_IDLE):
+        if not await self._state.begin_eviction(term, object_id, ANY_IDLE, even_pinned=True):
             return Outcome.REFUSED
         self._reasons[object_id] = reason
         self._index.left_behind(object_id)

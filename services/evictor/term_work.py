@@ -13,6 +13,7 @@ import structlog
 from services.evictor.duty import DutyCheck
 from services.evictor.eviction import Eviction
 from services.evictor.index import EvictionIndex
+from services.evictor.order_keeping import OrderKeeper, PurgeWork
 from services.evictor.pacing import repeat
 from services.evictor.partials import Partials
 from services.evictor.reconcile import Reconciliation
@@ -24,6 +25,7 @@ from shared.domain.errors import CatalogUnavailable, DistributorError, StateStor
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
 from shared.ports.state_store import StateStore, Term, Topic
+from shared.runtime.orders import POLL_SECONDS
 from shared.settings.model import EvictorSettings
 
 REFRESH_SECONDS, SAVE_SECONDS, SWEEP_SECONDS = 1.0, 5.0, 10.0
@@ -50,6 +52,8 @@ class Tools:
     repair: Repair
     duty: DutyCheck
     scrub: Scrub
+    orders: OrderKeeper
+    purges: PurgeWork
     sources: SourceWatch | None
 
 
@@ -68,6 +72,7 @@ class TermWork:
         self._confirm = confirm
         self._look, self._reconcile_now, self._repair_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._taken_over = asyncio.Event()
+        self._orders_changed, self._purge_now = asyncio.Event(), asyncio.Event()
         self._freed: set[ObjectId] = set()
         self._settled = False
         self._unsettled_runs = 0
@@ -96,6 +101,8 @@ class TermWork:
             ("sweep", self._sweep, None),
             ("repair", self._repair, self._repair_now),
             ("check duty", self._check_duty, None),
+            ("keep orders", self._keep_orders, self._orders_changed),
+            ("purge", self._purge, self._purge_now),
         ]
         if self._settings.scrub_rate:
             works.append(("scrub", self._scrub, None))
@@ -118,6 +125,10 @@ class TermWork:
                     async for announcement in announcements:
                         if announcement.topic is Topic.SPACE_WANTED:
                             self._look.set()
+                        elif announcement.topic is Topic.SETTINGS_CHANGED:
+                            self._orders_changed.set()
+                        elif announcement.topic is Topic.PURGE_WANTED:
+                            self._purge_now.set()
                         elif announcement.topic is Topic.SPACE_FREED:
                             self._note_freed(announcement.object_id)
                         elif announcement.topic is Topic.FETCH_CHANGED:
@@ -132,6 +143,7 @@ class TermWork:
 
     async def _take_over(self) -> None:
         await self._tools.index.take_over()
+        await self._restore_orders()
         self._taken_over.set()
 
     async def _make_room(self) -> float:
@@ -166,6 +178,7 @@ class TermWork:
         return REFRESH_SECONDS
 
     async def _reconcile(self) -> float:
+        await self._restore_orders()
         self._settled = await self._tools.reconciliation.run(self._term)
         if self._settled:
             self._unsettled_runs = 0
@@ -199,6 +212,23 @@ class TermWork:
             return REFRESH_SECONDS
         await self._tools.duty.run(self._term)
         return self._settings.duty_interval
+
+    async def _restore_orders(self) -> None:
+        """An emptied store has lost pins and duty too; nothing is evicted before it is reconciled."""
+        await self._tools.orders.restore()
+        self._obey_orders()
+
+    async def _keep_orders(self) -> float:
+        await self._tools.orders.keep()
+        self._obey_orders()
+        return POLL_SECONDS
+
+    def _obey_orders(self) -> None:
+        self._tools.eviction.pinned = self._tools.orders.pinned
+        self._tools.duty.change(self._tools.orders.follower.duty)
+
+    async def _purge(self) -> float:
+        return await self._tools.purges.step(self._term)
 
     async def _scrub(self) -> float:
         return await self._tools.scrub.step(self._term)

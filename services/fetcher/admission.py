@@ -16,6 +16,7 @@ from shared.adapters.volume import Removal, RemovalState, Volume
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.jobs import Done, Hopeless, JobOutcome, TryLater
 from shared.domain.objects import MediaObject, ObjectId, StoredRecord
+from shared.domain.space import footprint
 from shared.ports.state_store import AlreadyStored, Announcement, Granted, Lease, NoSpace, StateStore, Topic
 
 _LOOK_EVERY = 0.5  # seconds; announcements may be lost
@@ -33,10 +34,12 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionRules:
-    """`largest_size` in bytes; `space_wait` in seconds."""
+    """`largest_size` in bytes; `space_wait` in seconds; `warm_below`: bytes used and reserved up to which objects that
+    nobody has asked for are fetched (None: as any other)."""
 
     largest_size: int
     space_wait: float
+    warm_below: int | None = None
 
 
 class Admission:
@@ -51,16 +54,21 @@ class Admission:
         self._rules = rules
         self._worker = worker
 
-    async def admit(self, media_object: MediaObject) -> Admitted | JobOutcome:
-        """The lease, or what becomes of the job without. VolumeError and StateStoreUnavailable pass through."""
+    async def admit(self, media_object: MediaObject, *, warming: bool = False) -> Admitted | JobOutcome:
+        """The lease, or what becomes of the job without. VolumeError and StateStoreUnavailable pass through.
+
+        `warming`: nobody waits for the object, so nothing is evicted for it.
+        """
         size = media_object.size
         if size is None:
             return Hopeless("the size is not known")
         if size > self._rules.largest_size:
             return Hopeless(f"{size} bytes are more than is ever cached")
-        return await self._admit(media_object.object_id, size)
+        if warming and not await self._has_room_to_warm(size):
+            return await self._leave_cold(media_object.object_id)
+        return await self._admit(media_object.object_id, size, warming=warming)
 
-    async def _admit(self, object_id: ObjectId, size: int) -> Admitted | JobOutcome:
+    async def _admit(self, object_id: ObjectId, size: int, *, warming: bool) -> Admitted | JobOutcome:
         patience = Patience(self._rules.space_wait)
         wished = cleared = False
         async with AsyncExitStack() as stack:
@@ -78,6 +86,8 @@ class Admission:
                     if not await self._clear_away(object_id, begun.generation):
                         return TryLater("what is stored is not right, and in use")
                     continue
+                if warming and isinstance(begun, NoSpace):
+                    return await self._leave_cold(object_id)
                 if (outcome := patience.decide(begun, asked_at)) is not None:
                     return outcome
                 if isinstance(begun, NoSpace) and not wished:
@@ -86,6 +96,20 @@ class Admission:
                 if news is None:
                     news = await stack.enter_async_context(self._state.listen())
                 await _pause(news, object_id)
+
+    async def _has_room_to_warm(self, size: int) -> bool:
+        limit = self._rules.warm_below
+        if limit is None:
+            return True
+        usage = await self._state.usage()
+        return usage.used + usage.reserved + footprint(size) <= limit
+
+    async def _leave_cold(self, object_id: ObjectId) -> JobOutcome:
+        """The claim ends too: the next client's request asks for the fetch anew, with all that belongs to it."""
+        fetch = (await self._state.find(object_id)).fetch
+        if fetch is not None:
+            await self._state.withdraw(object_id, fetch.worker)
+        return Done("no room to warm")
 
     def _stored(self, object_id: ObjectId) -> StoredRecord | None:
         """The record of the complete object, if the volume has it. Blocks."""

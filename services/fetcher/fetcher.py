@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import uuid
@@ -19,8 +20,11 @@ from services.fetcher.worker import Worker
 from shared.adapters.sources.relay import Relay
 from shared.adapters.volume import Volume
 from shared.domain.errors import JobQueueUnavailable, StateStoreUnavailable, VolumeError
+from shared.domain.jobs import FetchJob, HandBack, JobOutcome
+from shared.domain.orders import Orders
 from shared.ports.job_queue import JobQueue
 from shared.ports.state_store import StateStore
+from shared.runtime.orders import OrdersFollower
 from shared.settings.model import Settings
 
 _SPARE_THREADS = 2  # for looking at the volume while every download writes
@@ -42,24 +46,38 @@ class Fetcher:
         self._consuming = False
         self._disk = DiskThreads(fetch.concurrency + _SPARE_THREADS)
         self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        rules = AdmissionRules(settings.storage.largest_cached_size, fetch.space_wait)
+        storage = settings.storage
+        rules = AdmissionRules(storage.largest_cached_size, fetch.space_wait, storage.watermarks.low)
         times = LeaseTimes(fetch.lease, fetch.lease_renewal)
         self._worker = Worker(
             Admission(state, volume, self._disk, rules, self.name),
             Retrieval(Tools(state, relay, self._disk), volume, times),
         )
+        self._orders = OrdersFollower(state, volume.root, settings.duty)
         self._obituary = Obituary(state, volume, self._disk, self.name, fetch.failure_memory)
 
     async def serve(self) -> None:
         """Handle jobs until cancelled; then every job under way is given back, with its partial file kept."""
         await self._disk.run(self._volume.prepare)
+        await self._orders.load()
+        following = asyncio.create_task(self._orders.run(), name="fetcher-orders")
         self._consuming = True
         try:
             logger.info("fetcher_serves", worker=self.name, concurrency=self._concurrency)
-            await self._queue.consume(self._worker.handle, self._concurrency, self._obituary.write)
+            await self._queue.consume(self._handle, self._concurrency, self._obituary.write)
         finally:
             self._consuming = False
+            following.cancel()
+            await asyncio.wait({following})
             await self._disk.close()
+
+    async def _handle(self, job: FetchJob) -> JobOutcome:
+        """While the node drains, jobs are held: nobody else is to take them either. Fetches under way go on."""
+        try:
+            await self._orders.until(_not_draining)
+        except asyncio.CancelledError:
+            return HandBack()
+        return await self._worker.handle(job)
 
     async def problems(self) -> Sequence[str]:
         """What keeps it from working, in words; nothing: it is ready."""
@@ -79,3 +97,7 @@ class Fetcher:
         except VolumeError as error:
             found.append(f"volume: {error}")
         return found
+
+
+def _not_draining(orders: Orders) -> bool:
+    return not orders.draining

@@ -47,7 +47,7 @@ class Worker:
 
     async def _fetch(self, job: FetchJob) -> JobOutcome:
         try:
-            admitted = await self._admission.admit(job.media_object)
+            admitted = await self._admission.admit(job.media_object, warming=job.low_priority)
             if not isinstance(admitted, Admitted):
                 return admitted
             return await self._retrieval.run(job.media_object, admitted.lease, admitted.asked_at)

@@ -164,8 +164,10 @@ class FlakyStore(MemoryStateStore):
 
     lost_answers = 0
 
-    async def begin_eviction(self, term: Term, object_id: ObjectId, min_idle: float) -> bool:
-        granted = await super().begin_eviction(term, object_id, min_idle)
+    async def begin_eviction(
+        self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
+    ) -> bool:
+        granted = await super().begin_eviction(term, object_id, min_idle, even_pinned=even_pinned)
         if self.lost_answers:
             self.lost_answers -= 1
             raise StateStoreUnavailable("the answer was lost")

@@ -1,0 +1,95 @@
+"""What the leader does for the operator: keeps a copy of the orders on the volume, and removes what must go."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import structlog
+
+from services.evictor.file_calls import file_call
+from services.evictor.partials import Partials
+from services.evictor.removals import Outcome, Removals
+from shared.adapters.volume import Volume
+from shared.adapters.volume.orders_file import read_orders, write_orders
+from shared.domain.objects import ObjectId
+from shared.domain.orders import KeptOrders, Orders
+from shared.ports.order_book import PurgeWish
+from shared.ports.state_store import FetchPhase, StateStore, Term
+from shared.runtime.orders import OrdersFollower
+
+_PURGES_AT_ONCE = 64
+_PURGE_PAUSE, _PURGE_AGAIN = (
+    5.0,
+    0.5,
+)  # seconds between looks; the latter while wishes cannot be fulfilled yet
+
+logger = structlog.get_logger()
+
+
+class OrderKeeper:
+    """The state store is where orders change; the copy is for a store that has lost them, or has no disk at all."""
+
+    def __init__(self, state: StateStore, root: Path, follower: OrdersFollower) -> None:
+        self._state, self._root, self.follower = state, root, follower
+        self._kept: Orders | None = None
+        self.pinned: frozenset[ObjectId] = frozenset()
+
+    async def restore(self) -> None:
+        """Before anything may be evicted: the store has the orders and pins again, and we know them."""
+        await self.follower.refresh()
+        self.pinned = await self._state.pinned()
+
+    async def keep(self) -> None:
+        """Write the copy if it is not that of the store's orders."""
+        orders = await self.follower.refresh()
+        if orders == self._kept or orders.version == 0:
+            return
+        self.pinned = pinned = await self._state.pinned()
+        if self._kept is None:
+            written = await file_call(read_orders, self._root)
+            if written == KeptOrders(orders, pinned):
+                self._kept = orders
+                return
+        await file_call(write_orders, self._root, KeptOrders(orders, pinned))
+        self._kept = orders
+        logger.info("orders_kept", version=orders.version, pinned=len(pinned))
+
+
+class PurgeWork:
+    """Purges what the operator wants gone, pinned or not. What is being fetched goes when its fetch has ended: after
+    a purge no copy is left that was begun before it."""
+
+    def __init__(self, state: StateStore, volume: Volume, removals: Removals, partials: Partials) -> None:
+        self._state, self._volume, self._removals, self._partials = state, volume, removals, partials
+
+    async def step(self, term: Term) -> float:
+        """Fulfil some wishes; seconds until the next look."""
+        if not (await self._state.usage()).accounted:
+            return _PURGE_AGAIN  # the index does not know yet what is there
+        wishes = await self._state.purges_wanted(_PURGES_AT_ONCE)
+        if not wishes:
+            return _PURGE_PAUSE
+        ended = 0
+        for wish in wishes:
+            if await self._purge(term, wish):
+                await self._state.end_purge(term, wish)
+                ended += 1
+            await asyncio.sleep(0)
+        logger.info("purges_carried_out", ended=ended, left_for_later=len(wishes) - ended)
+        return 0.0 if ended == len(wishes) else _PURGE_AGAIN
+
+    async def _purge(self, term: Term, wish: PurgeWish) -> bool:
+        """True when nothing is left that was there when the wish was made."""
+        object_id = wish.object_id
+        fetch = (await self._state.find(object_id)).fetch
+        if fetch is not None and fetch.phase is FetchPhase.PARKED:
+            await self._partials.discard(term, object_id)
+            fetch = (await self._state.find(object_id)).fetch
+        if fetch is not None and fetch.size:
+            return False  # bytes of it are there, or on their way
+        outcome = await self._removals.purge(term, object_id, "purged")
+        if outcome in (Outcome.GONE, Outcome.LEAVING):
+            return True
+        # Refused: the store does not know the object. A file that is there all the same is about to be adopted.
+        return outcome is Outcome.REFUSED and await file_call(self._volume.find_object, object_id) is None
