@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 import structlog
 from sanic.server import serve
 
 from services.api.application import ApiApplication
+from services.api.farewell import sent_to_the_end
 from services.api.listening import Address, bind
 from services.api.protocol import PublicProtocol
 
@@ -75,6 +77,7 @@ class PublicServer:
         """Stop accepting, close idle connections, let answers end within `drain_seconds`, then cut the rest."""
         if self._server is None:
             return
+        deadline = time.monotonic() + drain_seconds
         server, self._server = self._server, None
         server.server.close()
         tasks = {connection.task for connection in self._connections if connection.task is not None}
@@ -87,6 +90,8 @@ class PublicServer:
             await self._connections.emptied(_ABORT_GRACE)
         if tasks:
             await asyncio.wait(tasks, timeout=_ABORT_GRACE)
+        if not await sent_to_the_end(self.port, max(0.0, deadline - time.monotonic())):
+            logger.warning("answers_unsent_at_stop", port=self.port)
         logger.info("stopped_listening", port=self.port)
 
 

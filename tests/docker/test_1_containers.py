@@ -1,0 +1,112 @@
+"""What runs, as whom, and what is inside. (The files here run in the order of their names, on one stack.)"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.docker.compose import NODE, ROOT, run
+from tests.docker.world import World
+
+pytestmark = pytest.mark.docker
+
+
+def test_all_are_healthy_and_fetchers_are_three(world: World) -> None:
+    containers = world.stack.containers()
+    services = [container["Config"]["Labels"]["com.docker.compose.service"] for container in containers]
+    assert sorted(services) == sorted(
+        [
+            "api",
+            "demo",
+            "edge",
+            "evictor",
+            "fetcher",
+            "fetcher",
+            "fetcher",
+            "grafana",
+            "prometheus",
+            "rabbitmq",
+            "redis",
+        ]
+    )
+    assert {container["State"]["Health"]["Status"] for container in containers} == {"healthy"}
+    assert {container["RestartCount"] for container in containers} == {0}
+
+
+def test_no_container_is_root_or_can_write_to_its_image(world: World) -> None:
+    for container in world.stack.containers():
+        name, host = container["Name"], container["HostConfig"]
+        assert host["ReadonlyRootfs"] is True, name
+        assert host["CapDrop"] == ["ALL"], name
+        assert host["Privileged"] is False, name
+        assert "no-new-privileges:true" in host["SecurityOpt"], name
+        assert host["LogConfig"]["Config"]["max-size"], name
+        assert host["Memory"] > 0, name
+        assert (
+            world.stack.exec(container["Config"]["Labels"]["com.docker.compose.service"], "id", "-u").strip()
+            != "0"
+        ), name
+
+
+@pytest.mark.parametrize("service", NODE)
+def test_our_containers_seen_from_inside(world: World, service: str) -> None:
+    script = (
+        "id -u; for place in / /opt/distributor /etc /usr/local; do"
+        " touch $place/written 2>/dev/null && echo wrote $place; done; grep CapEff /proc/1/status; ulimit -n; exit 0"
+    )
+    user, capabilities, files = world.stack.exec(service, "sh", "-c", script).splitlines()
+    assert (user, capabilities.split()[1], files) == ("10001", "0" * 16, "20000")
+    if service == "api":
+        reached = world.stack.exec(service, "sh", "-c", "touch /var/lib/distributor/written 2>&1; exit 0")
+        assert "Read-only file system" in reached
+
+
+def test_the_image_is_lean_and_as_large_as_the_readme_says(world: World) -> None:
+    image = f"distributor-node:{world.stack.project}"
+    found = world.stack.exec(
+        "api", "sh", "-c", "for tool in gcc cc g++ make git pip pip3; do command -v $tool; done; exit 0"
+    )
+    # The base image may bring a pip of its own; ours has none.
+    assert not set(found.split()) - {"/usr/local/bin/pip", "/usr/local/bin/pip3"}
+    history = run("docker", "history", "--no-trunc", "--format", "{{.Size}} {{.CreatedBy}}", image).stdout
+    ours = [line for line in history.splitlines() if "/opt/distributor" in line and line[0] != "0"]
+    megabytes = [float(re.match(r"([0-9.]+)MB", line)[1]) for line in ours]  # type: ignore[index]
+    stated = re.search(r"adds (\d+) MB to `python:3\.12-slim`", (ROOT / "README.md").read_text())
+    assert stated is not None
+    assert len(megabytes) == 1
+    assert abs(megabytes[0] - int(stated[1])) < 8
+
+
+def test_the_configuration_holds_no_secret_of_its_own(world: World) -> None:
+    env_file = world.stack.folder / "without-passwords"
+    env_file.write_text("")
+    refused = run("docker", "compose", "--env-file", str(env_file), "config")
+    assert refused.returncode != 0
+    assert "PASSWORD is missing a value" in refused.stderr
+    shown = world.stack.compose("config")
+    passwords = {world.stack.settings[name] for name in ("REDIS_PASSWORD", "RABBITMQ_PASSWORD")}
+    for line in shown.splitlines():
+        if re.search(r"password|secret|token", line, re.IGNORECASE) and "GF_" not in line:
+            assert any(password in line for password in passwords) or "$$REDIS_PASSWORD" in line, line
+
+
+def test_redis_and_rabbitmq_are_reached_from_inside_alone(world: World) -> None:
+    for container in world.stack.containers():
+        service = container["Config"]["Labels"]["com.docker.compose.service"]
+        published = {port for port, bound in container["NetworkSettings"]["Ports"].items() if bound}
+        if service in {"redis", "rabbitmq", "fetcher", "evictor"}:
+            assert not published, service
+        else:
+            addresses = {
+                bound["HostIp"] for port in published for bound in container["NetworkSettings"]["Ports"][port]
+            }
+            assert addresses == {"127.0.0.1"}, service
+
+
+def test_logs_are_json_and_hold_no_password(world: World) -> None:
+    logs = world.stack.compose("logs", "--no-color", "--no-log-prefix", *NODE)
+    lines = [line for line in logs.splitlines() if line.strip()]
+    assert lines
+    assert all(line.startswith("{") for line in lines), next(line for line in lines if line[0] != "{")
+    assert not any(world.stack.settings[name] in logs for name in ("REDIS_PASSWORD", "RABBITMQ_PASSWORD"))

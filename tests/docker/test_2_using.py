@@ -1,0 +1,46 @@
+"""What clients see through the published port, and how fetchers share the work."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from tests.docker.compose import samples
+from tests.docker.world import World
+from tests.end_to_end.client import get
+
+pytestmark = pytest.mark.docker
+
+JOBS = [str(number) for number in range(100, 130)]
+
+
+async def test_a_miss_then_a_hit(world: World) -> None:
+    first = await get(world.stack.url("5"))
+    assert world.right(first, "5")
+    assert (first.headers["x-cache"], first.headers["content-type"]) == ("miss", "video/mp4")
+    await world.until_hit("5")
+    second = await get(world.stack.url("5"))
+    assert world.right(second, "5")
+    assert (second.headers["x-cache"], second.headers["x-data-source"]) == ("hit", "local")
+    assert second.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert len(world.requests_for("5")) == 1
+    part = await get(world.stack.url("5"), {"Range": "bytes=1000-1999"})
+    assert (part.status, part.body) == (206, world.body_of("5")[1000:2000])
+
+
+def fetches(world: World, index: int) -> float:
+    """Jobs that one fetcher has ended well."""
+    return sum(samples(world.stack.metrics("fetcher", index), "distributor_fetches_total").values())
+
+
+async def test_three_fetchers_share_thirty_jobs(world: World) -> None:
+    before = [fetches(world, index) for index in (1, 2, 3)]
+    world.slow_down(1024**2)  # half a second for each object
+    answers = await asyncio.gather(*(get(world.stack.url(object_id)) for object_id in JOBS))
+    assert all(world.right(answer, object_id) for answer, object_id in zip(answers, JOBS, strict=True))
+    for object_id in JOBS:
+        await world.until_hit(object_id)
+    done = [fetches(world, index) - before[index - 1] for index in (1, 2, 3)]
+    assert sum(done) == len(JOBS)
+    assert all(part >= 3 for part in done), done

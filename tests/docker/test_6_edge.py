@@ -1,0 +1,156 @@
+"""nginx in front: what it lets through, what it keeps, and that nobody can tell the difference."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import ssl
+
+import pytest
+
+from tests.docker.conftest import CONNECTIONS_PER_ADDRESS
+from tests.docker.world import GROWING, World
+from tests.end_to_end.client import Answer, get
+
+pytestmark = pytest.mark.docker
+
+MIB = 1024**2
+# Of the connection, the moment and the request; everything else must be the same.
+OF_ITS_OWN = {"date", "server", "connection", "keep-alive", "x-request-id", "transfer-encoding"}
+
+
+def told(answer: Answer) -> dict[str, str]:
+    return {name: value for name, value in answer.headers.items() if name not in OF_ITS_OWN}
+
+
+async def test_the_prefix_is_stripped_and_only_the_api_is_there(world: World) -> None:
+    assert (await get(world.stack.edge_url("/api/v1/status"))).json()["id"] == "distributor-node"
+    outside = world.stack.edge_url("").removesuffix(world.stack.settings["EDGE_PREFIX"])
+    prefix = world.stack.settings["EDGE_PREFIX"]
+    for path in (
+        "/api/v1/status",
+        "/metrics",
+        f"{prefix}/metrics",
+        f"{prefix}/healthz",
+        f"{prefix}/readyz",
+        f"{prefix}/api/v1/../../metrics",
+        f"{prefix}/api/v1/..%2f..%2fmetrics",
+        "/_objects/00/1",
+        f"{prefix}/_objects/00/1",
+    ):
+        answer = await get(outside + path)
+        assert answer.status == 404, path
+        assert answer.headers["content-type"] == "application/json", path
+        assert b"distributor_" not in answer.body
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Range": "bytes=0-"},
+        {"Range": "bytes=1000-1999"},
+        {"Range": "bytes=-500"},
+        {"Range": "bytes=5000000-"},
+        {"Range": "bytes=0-0,5-6"},
+        {"Range": "bytes=7-3"},
+        {"Range": "octets=1-2"},
+        {"Range": "bytes=0-99999999999"},
+        {"If-None-Match": "ETAG"},
+        {"If-None-Match": '"other"'},
+        {"If-None-Match": "*"},
+        {"If-Match": "ETAG"},
+        {"If-Match": '"other"'},
+        {"If-Modified-Since": "LAST-MODIFIED"},
+        {"If-Modified-Since": "Thu, 01 Jan 1970 00:00:00 GMT"},
+        {"If-Unmodified-Since": "Thu, 01 Jan 1970 00:00:00 GMT"},
+        {"Range": "bytes=1000-1999", "If-Range": "ETAG"},
+        {"Range": "bytes=1000-1999", "If-Range": '"other"'},
+        {"Range": "bytes=1000-1999", "If-Range": "LAST-MODIFIED"},
+        {"Accept-Encoding": "gzip, br"},
+        {"Origin": "https://player.example"},
+    ],
+    ids=lambda headers: " ".join(f"{name}: {value}" for name, value in headers.items()) or "plain",
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_a_hit_through_the_edge_is_the_same(world: World, method: str, headers: dict[str, str]) -> None:
+    await world.cached(["5"])
+    known = (await get(world.stack.url("5"), method="HEAD")).headers
+    filled = {
+        name: value.replace("ETAG", known["etag"]).replace("LAST-MODIFIED", known["last-modified"])
+        for name, value in headers.items()
+    }
+    direct = await get(world.stack.url("5"), filled, method=method)
+    through = await get(world.stack.edge_url("/api/v1/assets/5"), filled, method=method)
+    assert (through.status, through.complete) == (direct.status, direct.complete)
+    assert through.body == direct.body
+    assert told(through) == told(direct)
+
+
+@pytest.mark.parametrize("object_id", ["900", "901", "nothing", "no%20id", "5/6"])
+async def test_errors_through_the_edge_are_the_same(world: World, object_id: str) -> None:
+    direct = await get(world.stack.url(object_id))
+    through = await get(world.stack.edge_url(f"/api/v1/assets/{object_id}"))
+    assert (through.status, through.body) == (direct.status, direct.body)
+    assert told(through) == told(direct)
+
+
+async def test_a_growing_file_is_streamed_as_it_grows(world: World) -> None:
+    world.slow_down(2 * MIB, GROWING)
+    assert await world.cache_result(GROWING) == "miss"
+    answer = await get(world.stack.edge_url(f"/api/v1/assets/{GROWING}"), timeout=90)
+    assert world.right(answer, GROWING)
+    assert answer.headers["x-cache"] == "miss"
+    assert answer.took > 10
+    assert answer.first_byte_after < 3
+    halfway = next(at for at, received in _sums(answer) if received > len(answer.body) / 2)
+    assert 0.3 < halfway / answer.took < 0.7
+
+
+def _sums(answer: Answer) -> list[tuple[float, int]]:
+    received, sums = 0, []
+    for at, size in answer.pieces:
+        received += size
+        sums.append((at, received))
+    return sums
+
+
+async def test_one_address_gets_so_many_answers_at_once(world: World) -> None:
+    await world.cached(["64"])
+    url = world.stack.edge_url("/api/v1/assets/64")
+    host, _, path = url.removeprefix("http://").partition("/")
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def begin() -> bytes:
+            reader, writer = await asyncio.open_connection(*host.split(":"), limit=64 * 1024)
+            stack.callback(writer.transport.abort)
+            writer.write(f"GET /{path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            return (await reader.readuntil(b"\r\n")).split()[1]
+
+        statuses = [await begin() for _ in range(CONNECTIONS_PER_ADDRESS + 6)]
+        assert statuses.count(b"200") == CONNECTIONS_PER_ADDRESS
+        refused = await get(url)
+        assert refused.status == 429
+        assert refused.json()["type"] == "too_many_connections"
+        assert refused.headers["cache-control"] == "no-store"
+    await world.until_answered(url, 206, {"Range": "bytes=0-9"})
+
+
+async def test_tls(world: World) -> None:
+    await world.cached(["5"])
+
+    def ask() -> tuple[int, str | None, bytes]:
+        context = ssl.create_default_context(
+            cafile=world.stack.settings["EDGE_TLS_DIRECTORY"] + "/certificate.pem"
+        )
+        context.check_hostname = False  # the certificate is for an address
+        connection = http.client.HTTPSConnection(
+            "127.0.0.1", world.stack.ports["EDGE_TLS_PORT"], context=context, timeout=20
+        )
+        with contextlib.closing(connection):
+            connection.request("GET", world.stack.settings["EDGE_PREFIX"] + "/api/v1/assets/5")
+            answer = connection.getresponse()
+            return answer.status, answer.getheader("X-Cache"), answer.read()
+
+    assert await asyncio.to_thread(ask) == (200, "hit", world.body_of("5"))
