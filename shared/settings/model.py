@@ -89,7 +89,7 @@ class CatalogSettings(Section):
     """Seconds between two such questions: one huge answer has taken the squid down before."""
     list_timeout: Seconds = 60.0
     """Seconds to wait for the answer to one of them."""
-    timeout: Seconds = 2.5
+    timeout: Seconds = 2.0
     """Seconds that a look-up may take in all; a request that needs it is told 503 then."""
     max_in_flight: int = Field(default=16, ge=1)
     """Questions under way at once, per process."""
