@@ -1,0 +1,164 @@
+"""In which order real processes ask the storage nodes, and how soon that changes."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from services.demo.knobs import Behaviour, Match
+from services.demo.objects import DemoObject, generated_object
+from services.demo.storage_node import StorageNode
+from tests.end_to_end.client import get
+from tests.end_to_end.stack import Stack
+from tests.end_to_end.test_one_get import assert_whole
+
+pytestmark = pytest.mark.timeout(180)
+
+PROBE_SECONDS = 1.0
+SHARE_SECONDS = 0.2
+SIZE = 50_000
+
+
+@dataclass(slots=True)
+class World:
+    """Three storage nodes hold every object; the catalog names the slowest first."""
+
+    stack: Stack
+    slow: StorageNode
+    middling: StorageNode
+    quick: StorageNode
+    objects: list[DemoObject] = field(default_factory=list)
+
+    @property
+    def nodes(self) -> Sequence[StorageNode]:
+        return (self.slow, self.middling, self.quick)
+
+    def publish(self) -> None:
+        self.objects = [generated_object(str(number), SIZE) for number in range(1, 20)]
+        for node in self.nodes:
+            node.objects.update({item.object_id: item for item in self.objects})
+        self.stack.write_manifest(self.objects, [f"{node.api_url}/files/" for node in self.nodes])
+
+    async def fetch(self, number: int) -> StorageNode:
+        """Have one object fetched; the node that was asked first."""
+        item = self.objects[number - 1]
+        assert_whole(await get(self.stack.url(item.object_id)), item)
+        await self.stack.until_hit(item.object_id)
+        asked = [(node.requests.of(item.object_id)[0].started_at, node) for node in self.nodes
+                 if node.requests.of(item.object_id)]  # fmt: skip
+        return min(asked, key=lambda pair: pair[0])[1]
+
+    async def order(self) -> list[int]:
+        """Ports of the storage nodes, the first to be asked first, as the evictor's metrics say."""
+        text = (await get(f"{self.stack.of('evictor')[0].health_url}/metrics")).body.decode()
+        found = re.findall(r'distributor_source_place\{source="127\.0\.0\.1:(\d+)"\} (\S+)', text)
+        return [int(port) for port, _ in sorted(found, key=lambda pair: float(pair[1]))]
+
+    async def until_order(self, *nodes: StorageNode, seconds: float) -> float:
+        """Return when the metrics show these first; how long it took."""
+        began, wanted = time.monotonic(), [node.port for node in nodes]
+        while (await self.order())[: len(wanted)] != wanted:
+            assert time.monotonic() - began < seconds, (await self.order(), wanted, self.stack.logs())
+            await asyncio.sleep(0.05)
+        return time.monotonic() - began
+
+
+@pytest.fixture
+async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[World]:
+    stack = Stack(tmp_path, redis_url, amqp_url, f"e2e-{uuid.uuid4().hex[:8]}")
+    stack.environment["DISTRIBUTOR_SOURCES__PROBE_INTERVAL"] = str(PROBE_SECONDS)
+    stack.environment["DISTRIBUTOR_SOURCES__SHARE_INTERVAL"] = str(SHARE_SECONDS)
+    async with AsyncExitStack() as running:
+        nodes = [await running.enter_async_context(StorageNode([]).run()) for _ in range(3)]
+        made = World(stack, *nodes)
+        made.slow.knobs.add(Behaviour(latency_before_headers=0.3))
+        made.middling.knobs.add(Behaviour(latency_before_headers=0.1))
+        made.publish()
+        try:
+            yield made
+        finally:
+            stack.kill_all()
+
+
+async def test_the_fastest_is_used_first_until_it_slows_down(world: World) -> None:
+    await world.stack.up()
+    await world.until_order(world.quick, world.middling, world.slow, seconds=10)
+    await asyncio.sleep(2 * SHARE_SECONDS)  # the fetcher hears of it at its next exchange
+    assert await world.fetch(1) is world.quick
+    world.quick.knobs.add(Behaviour(latency_before_headers=1.5))
+    await world.until_order(world.middling, seconds=2 * PROBE_SECONDS + 2 * 1.5 + 1)
+    await asyncio.sleep(2 * SHARE_SECONDS)
+    assert await world.fetch(2) is world.middling
+    log = world.stack.of("evictor")[0].log.read_text()
+    assert '"source_order_changed"' in log
+
+
+async def test_one_failed_download_changes_the_order_for_all(world: World) -> None:
+    stack = world.stack
+    stack.environment["DISTRIBUTOR_SOURCES__PROBE_INTERVAL"] = "3600"
+    await stack.up(fetchers=2)
+    await world.until_order(world.quick, seconds=10)
+    await asyncio.sleep(2 * SHARE_SECONDS)
+    world.quick.knobs.add(Behaviour(status=500), Match(endpoint="files"))
+    assert await world.fetch(1) is world.quick, "it was the first to be asked, and failed"
+    await asyncio.sleep(2 * SHARE_SECONDS)
+    assert await world.fetch(2) is world.middling, "by whichever worker"
+
+
+async def test_a_storage_node_that_is_down_goes_behind_at_the_next_probe(world: World) -> None:
+    await world.stack.up()
+    await world.until_order(world.quick, seconds=10)
+    world.quick.knobs.add(Behaviour(status=503), Match(endpoint="version"))
+    await world.until_order(world.middling, world.slow, world.quick, seconds=2 * PROBE_SECONDS + 2)
+    world.quick.knobs.clear()
+    await world.until_order(world.quick, seconds=2 * PROBE_SECONDS + 2)
+
+
+async def test_a_corrupted_copy_is_not_asked_for_again(world: World) -> None:
+    """The object is dropped behind the node's back; its refetch does not ask the source that lied."""
+    stack = world.stack
+    await stack.up()
+    await world.until_order(world.quick, seconds=10)
+    await asyncio.sleep(2 * SHARE_SECONDS)
+    item = world.objects[0]
+    world.quick.knobs.add(Behaviour(flip_byte_at=10), Match(object_id=item.object_id))
+    assert await world.fetch(1) is world.quick
+    assert world.quick.requests.of(item.object_id)
+    await asyncio.sleep(2 * SHARE_SECONDS)
+    (kept,) = (path for path in (stack.volume / "objects").rglob(item.object_id))
+    kept.unlink()
+    for node in world.nodes:
+        node.requests.clear()
+    assert await world.fetch(1) is not world.quick
+    assert not world.quick.requests.of(item.object_id)
+
+
+async def test_without_the_state_store_each_process_goes_by_what_it_sees(world: World) -> None:
+    """Standalone is the plainest such process: no state store outside it."""
+    stack = world.stack
+    stack.environment |= {
+        "DISTRIBUTOR_STATE_STORE__URL": "memory://",
+        "DISTRIBUTOR_JOB_QUEUE__URL": "memory://",
+    }
+    process = stack.add("standalone")
+    await process.healthy()
+
+    async def probed() -> bool:
+        return all(
+            any(record.path.endswith("/version") and record.finished for record in node.requests)
+            for node in world.nodes
+        )
+
+    async with asyncio.timeout(10):
+        while not await probed():  # noqa: ASYNC110 - seen by other processes' requests
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(0.2)
+    assert await world.fetch(1) is world.quick
