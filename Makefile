@@ -61,7 +61,7 @@ down: .env ## stop the stack; volumes and their objects stay
 
 .PHONY: logs
 logs: .env ## follow the stack's logs
-	@$(COMPOSE) logs --follow --tail 100
+	@$(COMPOSE) --profile '*' logs --follow --tail 100
 
 ## checking
 
@@ -92,7 +92,7 @@ test-unit: setup ## the quick tests: unit and contract
 	@$(PYTEST) -m "not docker and not fire" tests/unit $(wildcard tests/contract) $(ARGS)
 
 .PHONY: test-docker
-test-docker: setup .env ## the stack for real: build, up, scale, use, break, down
+test-docker: setup ## the stack for real: build, up, scale, use, break, down
 	@$(PYTEST) -m docker --timeout 900 $(ARGS)
 
 .PHONY: test-fire
