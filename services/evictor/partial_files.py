@@ -36,4 +36,6 @@ def expected_bytes(volume: Volume, object_id: ObjectId, at_least: int) -> int:
 
 def discard_partial_file(volume: Volume, object_id: ObjectId, size: int) -> None:
     """Remove a partial file and its note. PartialHeld if its writer is alive."""
-    volume.receive(StoredRecord(object_id, size, '""', None, "application/octet-stream", 0)).discard()
+    volume.receive(
+        StoredRecord(object_id, size, '""', None, "application/octet-stream", 0), noted=False
+    ).discard()

@@ -19,7 +19,6 @@ from shared.domain.objects import MediaObject, StoredRecord
 from shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE
 from shared.ports.state_store import Lease
 
-_NOBODY_KNOWS = '"nobody-knows"'
 _WISH_SECONDS = 60.0
 
 logger = structlog.get_logger()
@@ -104,7 +103,7 @@ class _Fetch:
         noted = self._volume.expected_of(self._object.object_id)
         if noted is None or not _same_content(noted, expected):
             # Emptied under the old note first: were the new one written beside the old bytes, a crash would join them.
-            self._partial = self._volume.receive(noted or replace(expected, etag=_NOBODY_KNOWS))
+            self._partial = self._volume.receive(expected, noted=False)
             if self._partial.size:
                 self._partial.start_over()
             self.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -169,6 +170,16 @@ def test_what_a_partial_will_be_is_known_before_its_first_byte(volume: Volume) -
     assert volume.expected_of(ObjectId("1")) == record_of("1")
     partial.discard()
     assert volume.expected_of(ObjectId("1")) is None
+
+
+def test_who_only_clears_up_changes_no_note(volume: Volume) -> None:
+    volume.receive(record_of("1")).close()
+    stranger = replace(record_of("1"), etag='"another"')
+    held = volume.receive(stranger, noted=False)
+    assert volume.expected_of(ObjectId("1")) == record_of("1")
+    held.close()
+    volume.receive(replace(stranger, object_id=ObjectId("2")), noted=False).close()
+    assert volume.expected_of(ObjectId("2")) is None
 
 
 def truncate(path: Path) -> None:

@@ -39,10 +39,12 @@ class PartialFile:
         self._name = record.object_id + PART_SUFFIX
         self._descriptor = -1
 
-    def open(self) -> None:
-        """Create or take over the file and note what it will be. PartialHeld if another writer is alive."""
+    def open(self, *, noted: bool) -> None:
+        """Create or take over the file and, if `noted`, note what it will be. PartialHeld if another writer is alive."""
         with translated(f"open the partial file of {self.record.object_id}"):
             self._descriptor = self._open_locked(os.O_CREAT)
+            if not noted:
+                return
             try:
                 # Before the first byte: whoever finds the partial file must be able to tell how large it may grow.
                 write_small_file(

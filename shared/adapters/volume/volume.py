@@ -154,10 +154,13 @@ class Volume:
 
     # Writing
 
-    def receive(self, expected: StoredRecord) -> PartialFile:
-        """Open (create, or take over) the partial file of an object. PartialHeld if another writer has it open."""
+    def receive(self, expected: StoredRecord, *, noted: bool = True) -> PartialFile:
+        """Open (create, or take over) the partial file of an object. PartialHeld if another writer has it open.
+
+        Not `noted`: the note of what it will be stays as it is (requests for a pending object are answered by it).
+        """
         partial = PartialFile(self._directories, expected)
-        partial.open()
+        partial.open(noted=noted)
         return partial
 
     def write_record(self, record: StoredRecord) -> None:
