@@ -39,6 +39,9 @@ class PublicApi(Section):
     """A range of a pending object that starts more than this beyond what is on disk is proxied."""
     max_proxied: int = Field(default=200, ge=1)
     """Answers proxied at once by one process; beyond that requests get 503 with Retry-After."""
+    accel_redirect_prefix: str = Field(default="", pattern=r"^(/[A-Za-z0-9_-]+)*$")
+    """Path of the internal location through which nginx in front sees the volume's objects, such as /_objects: hits
+    are then handed to it by X-Accel-Redirect. Empty: the API sends every byte itself."""
 
 
 class StateStoreSettings(Section):

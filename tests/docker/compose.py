@@ -96,6 +96,12 @@ class ComposeStack:
         """`path` below the edge's prefix."""
         return f"http://127.0.0.1:{self.ports['EDGE_PORT']}{self.settings['EDGE_PREFIX']}{path}"
 
+    def log_of(self, service: str) -> str:
+        """What the service's containers wrote, as they wrote it."""
+        ids = self.compose("ps", "--quiet", "--all", service).split()
+        written = [run("docker", "logs", one) for one in ids]
+        return "".join(one.stdout + one.stderr for one in written)
+
     def logs(self) -> str:
         return self.compose("logs", "--no-color", "--tail", "60", check=False)
 

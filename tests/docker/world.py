@@ -120,7 +120,7 @@ class Traffic:
     asked: int = 0
     failures: list[str] = field(default_factory=list)
     slowest: float = 0.0
-    refused: list[float] = field(default_factory=list)
+    refused: int = 0
     _over: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -132,17 +132,12 @@ class Traffic:
         self._over.set()
         await asyncio.gather(*self._tasks)
 
-    @property
-    def gap(self) -> float:
-        """Seconds between the first and the last refusal."""
-        return max(self.refused) - min(self.refused) if self.refused else 0.0
-
     async def _client(self) -> None:
         while not self._over.is_set():
             began = time.monotonic()
             answer = await self._ask()
             if answer is None and self.retry_after is not None:
-                self.refused.append(began)
+                self.refused += 1
                 await asyncio.sleep(self.retry_after)
                 answer = await self._ask()
             elif answer is not None:

@@ -11,6 +11,7 @@ from sanic import HTTPResponse, Request
 
 from services.api.assets.decision import Asked
 from services.api.assets.growing import GrowingAnswerer
+from services.api.assets.hand_over import HandOver
 from services.api.assets.proxy import Proxy
 from services.api.assets.sender import ObjectSender
 from services.api.assets.starter import FetchStarter
@@ -30,7 +31,9 @@ class AssetHandler:
 
     def __init__(self, context: ApiContext) -> None:
         self._volume = context.volume
-        self._sender = ObjectSender(context.accesses)
+        self._sender = ObjectSender(
+            context.accesses, HandOver(context.settings.public_api.accel_redirect_prefix)
+        )
         self._starter = FetchStarter(context.state, context.queue, f"{socket.gethostname()}:{os.getpid()}")
         proxy = Proxy(context.relay, context.settings.public_api.max_proxied)
         growing = GrowingAnswerer(context, self._sender, proxy)

@@ -10,10 +10,12 @@ from sanic import HTTPResponse, Request
 from services.api.accesses import AccessCounter
 from services.api.assets.answer import PIECE_BYTES, AnswerStream, answer_head
 from services.api.assets.decision import Asked, Description, Span, select
+from services.api.assets.hand_over import OFFER, HandOver
 from services.api.assets.heads import HIT, Standing, content_head, refuse
 from services.api.assets.reading import read_piece
 from services.api.assets.timing import note_first_byte
 from services.api.errors import CutAnswer
+from services.api.exchange import exchange_of
 from shared.adapters.volume import OpenObject
 from shared.domain.errors import VolumeError
 from shared.observability.metrics import SENT_BYTES
@@ -27,8 +29,9 @@ logger = structlog.get_logger()
 class ObjectSender:
     """Answers from complete objects. The caller closes the object."""
 
-    def __init__(self, accesses: AccessCounter) -> None:
+    def __init__(self, accesses: AccessCounter, hand_over: HandOver) -> None:
         self._accesses = accesses
+        self._hand_over = hand_over
 
     async def answer(self, request: Request, asked: Asked, found: OpenObject) -> HTTPResponse | None:
         """The answer, or None if it was streamed; VolumeError if nothing could be read. A HEAD leaves no trace."""
@@ -38,7 +41,19 @@ class ObjectSender:
             return refuse(span, described, HIT)
         if asked.head:
             return await answer_head(request, content_head(described, HIT, span, None))
+        if self._hand_over.suits(asked, span, request.headers.get(OFFER)):
+            return self._handed_over(request, described, span)
         return await self.send(request, found, described, span, HIT)
+
+    def _handed_over(self, request: Request, described: Description, span: Span) -> HTTPResponse:
+        """Counted as if we had sent it."""
+        head, length = content_head(described, HIT, span, "local"), span.length or 0
+        self._accesses.note_request(described.object_id)
+        note_first_byte(request, head.result)
+        exchange_of(request).sent = length
+        SENT_BYTES.labels(source="local").inc(length)
+        headers = self._hand_over.headers(described.object_id, head.headers)
+        return HTTPResponse(status=head.status, headers=headers)
 
     async def send(
         self, request: Request, found: OpenObject, described: Description, span: Span, standing: Standing

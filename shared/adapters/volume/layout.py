@@ -25,6 +25,11 @@ def fan(object_id: str) -> str:
     return FANS[zlib.crc32(object_id.encode()) & 0xFF]
 
 
+def object_place(object_id: str) -> str:
+    """Where a complete object lies, below `objects/`. Nothing in it needs quoting in a URL."""
+    return f"{fan(object_id)}/{object_id}"
+
+
 @contextmanager
 def translated(action: str) -> Iterator[None]:
     """Turn operating system errors into the volume's own, with what was being done."""

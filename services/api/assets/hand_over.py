@@ -1,0 +1,48 @@
+"""Hits whose bytes a web server in front sends by itself, from the shared volume (nginx's X-Accel-Redirect).
+
+The answer says where the file lies, and carries the headers as always; nginx adds the body. It judges ranges by itself,
+and would judge preconditions by its own idea of the file's validators: only requests without preconditions are handed
+over, and a range only if it is one that both read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from services.api.assets.decision import Asked, Span
+from services.api.assets.heads import CONTENT_LENGTH
+from shared.adapters.volume.layout import object_place
+from shared.domain.conditionals import Conditions
+from shared.domain.objects import ObjectId
+
+OFFER, KIND = "x-sendfile-type", "X-Accel-Redirect"
+"""What the web server in front adds to a request that it can take over; no other is handed over, since its client would
+be left without a body."""
+
+_NO_CONDITIONS = Conditions()
+# nginx states these of what it sends.
+_OF_THE_BODY = frozenset({CONTENT_LENGTH, "Content-Range"})
+
+
+class HandOver:
+    """`prefix`: of the internal location through which the web server in front sees the volume; "": nothing is
+    handed over."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix.rstrip("/")
+
+    def suits(self, asked: Asked, span: Span, offer: str | None) -> bool:
+        """Whether the bytes of this answer may be sent by whoever made this `offer` (the header's value)."""
+        return (
+            bool(self._prefix)
+            and offer == KIND
+            and not asked.head
+            and asked.conditions == _NO_CONDITIONS
+            and asked.if_range is None
+            and (asked.range_header is None or span.partial)
+        )
+
+    def headers(self, object_id: ObjectId, headers: Mapping[str, str]) -> dict[str, str]:
+        """The headers of an answer without its body, with the place of the body."""
+        kept = {name: value for name, value in headers.items() if name not in _OF_THE_BODY}
+        return {**kept, KIND: f"{self._prefix}/{object_place(object_id)}"}
