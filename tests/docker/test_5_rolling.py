@@ -49,7 +49,7 @@ async def test_a_changed_setting_costs_no_request(world: World) -> None:
         await asyncio.to_thread(world.stack.up)
         await asyncio.sleep(1)
     NOTES.append(
-        f"edge: {edge.asked} requests, slowest {edge.slowest:.1f} s; direct: {direct.asked}, {direct.refused} asked twice"
+        f"edge: {edge.asked} requests, slowest {edge.slowest:.1f} s; direct: {direct.asked}, {direct.refused} twice"
     )
     assert replaced(world) != before
     assert edge.failures == []
