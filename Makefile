@@ -111,6 +111,11 @@ bench: setup servers ## measure hits, misses and fetches beside nginx
 bench-scale: setup servers ## measure what 10^4 to 10^6 objects cost
 	@$(BIN)/python -m benchmarks.scale $(ARGS)
 
+.PHONY: bench-policies
+bench-policies: setup ## try the eviction policies on made-up traces, and measure them with 10^6 objects
+	@$(BIN)/python -m benchmarks.policies $(ARGS)
+	@$(BIN)/python -m benchmarks.policy_scale
+
 .PHONY: clean
 clean: ## remove what was built here (.venv and caches; not the demo's cached objects)
 	@rm -rf $(ENVIRONMENT) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .schemathesis

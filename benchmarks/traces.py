@@ -1,0 +1,181 @@
+"""Traces of media views, made up: the parameters and their defaults are plausible for a video site's distributor.
+
+A page shows dozens of thumbnails and some images (covers, avatars) for every video that is watched, so most views are
+of small objects, and nearly all bytes are of videos. Within each kind popularity is Zipf-like.
+`python -m benchmarks.traces` writes a trace as CSV (`time,id,size,sent`) for `distributor replay`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import sys
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, count
+from random import Random
+from statistics import NormalDist
+
+from shared.domain.eviction.simulator import Request
+from shared.domain.objects import ObjectId
+
+KB, MB, GB = 10**3, 10**6, 10**9
+START = 1_700_000_000.0
+DAY = 86_400.0
+GOLDEN_RATIO = (5**0.5 - 1) / 2
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`share` of all views. Sizes are log-normal: `median` bytes, `sigma` of the logarithm, cut at least and most.
+
+    Popularity is Zipf-like among as many objects that there are `views_per_object` views for each; `strays` is the
+    share of views that go to objects nobody else views (old uploads, crawlers).
+    """
+
+    name: str
+    share: float
+    median: int
+    sigma: float
+    least: int
+    most: int
+    views_per_object: float
+    strays: float
+
+    def sizes(self, random: Random) -> Iterator[int]:
+        """From the most popular object on: evenly spread over the distribution whatever the seed, the first one near
+        the median, so that a few objects at the top do not make one seed's trace another world than the next one's."""
+        logarithm = NormalDist(math.log(self.median), self.sigma)
+        low, high = logarithm.cdf(math.log(self.least)), logarithm.cdf(math.log(self.most))
+        for number in count():
+            spread = (0.5 + number * GOLDEN_RATIO + random.uniform(-0.02, 0.02)) % 1.0
+            yield round(math.exp(logarithm.inv_cdf(low + (high - low) * spread)))
+
+
+KINDS = (
+    Kind("thumbnail", 0.80, 45 * KB, 0.4, 20 * KB, 400 * KB, 15.0, 0.04),
+    Kind("image", 0.17, 500 * KB, 1.0, 20 * KB, 16 * MB, 15.0, 0.04),
+    Kind("video", 0.03, 60 * MB, 1.1, 2 * MB, 2 * GB, 4.0, 0.08),
+)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How people view.
+
+    `zipf`: the popularity of rank r is r^-zipf. With the kinds above, 40 to 50 % of the objects seen at all are seen
+    once. `fresh`: share of views that fall into the days after an object was published, `fresh_days` in the mean; the
+    others come at any time.
+    `watched`: mean share of a video that is watched; players ask for `range_bytes` at a time, as fast as `bitrate`
+    (bytes a second) needs it.
+    """
+
+    views: int = 1_000_000
+    days: float = 14.0
+    zipf: float = 0.9
+    fresh: float = 0.15
+    fresh_days: float = 1.0
+    kinds: tuple[Kind, ...] = KINDS
+    seed: int = 1
+    watched: float = 0.6
+    range_bytes: int = 4 * MB
+    bitrate: int = 500 * KB
+
+
+class Trace:
+    """Views in the order of time: `times[i]` (POSIX seconds) and `objects[i]`, an index of `ids` and `sizes`."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self.parameters = parameters
+        self.ids: list[ObjectId] = []
+        self.sizes: list[int] = []
+        self.is_video = bytearray()
+        random = Random(parameters.seed)
+        viewed = [pair for kind in parameters.kinds for pair in self._draw(kind, random)]
+        viewed.sort()
+        self.times = array("d", [at for at, _ in viewed])
+        self.objects = array("I", [number for _, number in viewed])
+
+    def _draw(self, kind: Kind, random: Random) -> Iterator[tuple[float, int]]:
+        """All views of one kind: when, and of which object."""
+        parameters = self.parameters
+        views = round(parameters.views * kind.share)
+        strays = round(views * kind.strays)
+        ranked = max(1, round((views - strays) / kind.views_per_object))
+        first = len(self.ids)
+        sizes = kind.sizes(random)
+        for number in range(first, first + ranked + strays):
+            self.ids.append(ObjectId(str(1_000_000 + number)))
+            self.sizes.append(next(sizes))
+            self.is_video.append(kind.name == "video")
+        weights = list(accumulate(rank**-parameters.zipf for rank in range(1, ranked + 1)))
+        drawn = random.choices(range(first, first + ranked), cum_weights=weights, k=views - strays)
+        published = [random.random() for _ in range(ranked)]
+        duration = parameters.days * DAY
+        for number in [*drawn, *range(first + ranked, first + ranked + strays)]:
+            part = random.random()
+            if number < first + ranked and random.random() < parameters.fresh:
+                age = random.expovariate(parameters.days / parameters.fresh_days)
+                part = (published[number - first] + age) % 1.0
+            yield START + part * duration, number
+
+    def views(self) -> Iterator[Request]:
+        """One request for each view, for the whole object."""
+        ids, sizes = self.ids, self.sizes
+        for at, number in zip(self.times, self.objects, strict=True):
+            yield Request(at, ids[number], sizes[number], sizes[number])
+
+    def requests(self) -> Iterator[Request]:
+        """As clients ask: a video by ranges over minutes, until the viewer leaves. In the order of time."""
+        random = Random(self.parameters.seed + 1)
+        asked: list[Request] = []
+        for at, number in zip(self.times, self.objects, strict=True):
+            if self.is_video[number]:
+                asked.extend(self._session(at, number, random))
+            else:
+                asked.append(Request(at, self.ids[number], self.sizes[number], self.sizes[number]))
+        asked.sort()
+        return iter(asked)
+
+    def _session(self, at: float, number: int, random: Random) -> Iterator[Request]:
+        parameters, size = self.parameters, self.sizes[number]
+        shape = parameters.watched / (1 - parameters.watched)
+        left = max(1, int(size * random.betavariate(shape, 1.0)))
+        while left > 0:
+            sent = min(left, parameters.range_bytes)
+            yield Request(at, self.ids[number], size, sent)
+            left -= sent
+            at += sent / parameters.bitrate
+
+    @property
+    def footprint(self) -> int:
+        """Bytes of all objects that are viewed at all."""
+        return sum(self.sizes[number] for number in set(self.objects))
+
+    @property
+    def seen_once(self) -> float:
+        """Share of the objects viewed at all that are viewed once."""
+        counts = [0] * len(self.ids)
+        for number in self.objects:
+            counts[number] += 1
+        return counts.count(1) / (len(counts) - counts.count(0))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--views", type=int, default=Parameters.views)
+    parser.add_argument("--days", type=float, default=Parameters.days)
+    parser.add_argument("--seed", type=int, default=Parameters.seed)
+    parser.add_argument("--ranges", action="store_true", help="videos by range requests")
+    arguments = parser.parse_args()
+    trace = Trace(Parameters(views=arguments.views, days=arguments.days, seed=arguments.seed))
+    writer = csv.writer(sys.stdout)
+    writer.writerow(["time", "id", "size", "sent"])
+    for request in trace.requests() if arguments.ranges else trace.views():
+        writer.writerow([f"{request.at:.3f}", request.object_id, request.size, request.sent])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""`distributor replay`: its options, and what they mean to the replay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.domain.errors import ConfigurationError
+from shared.domain.eviction import POLICY_NAMES
+
+_SIZES = ["1%", "5%", "10%", "25%"]
+_POLICIES = list(POLICY_NAMES)
+_MISS_COSTS = ["64M"]
+_SECOND_VIEWS = ["8M"]
+
+Logs = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="LOG…",
+        help="Access logs: ours (JSON lines), Caddy's JSON, common or combined, CSV; gzip too.",
+    ),
+]
+Sizes = Annotated[
+    list[str],
+    typer.Option("--size", help="Cache size to try, such as 500G, or 5% of all objects seen; repeatable."),
+]
+Policies = Annotated[
+    list[str], typer.Option("--policy", help=f"Policy to try ({', '.join(POLICY_NAMES)}); repeatable.")
+]
+MissCosts = Annotated[
+    list[str],
+    typer.Option("--miss-cost", help="c0 of gdsf to try: bytes that one miss less is worth; repeatable."),
+]
+SecondViews = Annotated[
+    list[str],
+    typer.Option(
+        "--second-view-above", help="Cache objects above this size on their second view; repeatable; 'off'."
+    ),
+]
+SizesFile = Annotated[
+    Path | None, typer.Option("--sizes", metavar="MANIFEST", help="Manifest with the sizes of the objects.")
+]
+Sample = Annotated[float, typer.Option("--sample", help="Share of the objects to look at, such as 0.1.")]
+Picture = Annotated[
+    Path | None, typer.Option("--picture", metavar="FILE.svg", help="Write the picture here.")
+]
+
+
+def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the command
+    logs: Logs,
+    size: Sizes = _SIZES,
+    policy: Policies = _POLICIES,
+    miss_cost: MissCosts = _MISS_COSTS,
+    second_view_above: SecondViews = _SECOND_VIEWS,
+    sizes: SizesFile = None,
+    sample: Sample = 1.0,
+    picture: Picture = None,
+) -> None:
+    """Try policies, cache sizes and settings on one's own access logs."""
+    from rich.console import Console
+
+    from services.replay.run import ReplayRequest
+    from services.replay.run import replay as run_replay
+    from services.replay.scenarios import settings_to_try
+
+    unknown = set(policy) - set(POLICY_NAMES)
+    if unknown:
+        raise ConfigurationError(f"policy: there is no {', '.join(sorted(unknown))}")
+    thresholds = [] if second_view_above == ["off"] else _sizes("second-view-above", second_view_above)
+    settings = settings_to_try(policy, _sizes("miss-cost", miss_cost), thresholds)
+    print(
+        run_replay(ReplayRequest(logs, size, settings, sizes, sample, picture), Console(stderr=True)), end=""
+    )
+
+
+def _sizes(option: str, texts: list[str]) -> list[int]:
+    from shared.settings.sizes import parse_size
+
+    try:
+        return [parse_size(text) for text in texts]
+    except ValueError as error:
+        raise ConfigurationError(f"{option}: {error}") from error

@@ -1,0 +1,100 @@
+"""What is tried on a recording: policies × settings × cache sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from shared.domain.errors import ConfigurationError
+from shared.domain.eviction import EvictionPolicy, make_policy
+from shared.domain.eviction.admission import SecondViewAdmission
+from shared.domain.eviction.simulator import Outcome, Request, Rules, Simulation
+from shared.settings.sizes import format_size, parse_size
+
+_PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A policy with its figures. `miss_cost` (c0) and `second_view_above` in bytes; None: does not apply, or is off."""
+
+    policy: str
+    miss_cost: int | None = None
+    second_view_above: int | None = None
+
+    @property
+    def name(self) -> str:
+        cost = "" if self.miss_cost is None else f" c0={format_size(self.miss_cost)}"
+        above = self.second_view_above
+        return f"{self.policy}{cost}" + ("" if above is None else f", second view above {format_size(above)}")
+
+    def make_policy(self) -> EvictionPolicy:
+        return (
+            make_policy(self.policy) if self.miss_cost is None else make_policy(self.policy, self.miss_cost)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """`limit`: bytes, of the real cache; `label`: as it was asked for."""
+
+    limit: int
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one setting did with one cache size."""
+
+    setting: Setting
+    size: CacheSize
+    outcome: Outcome
+
+
+def settings_to_try(
+    policies: Iterable[str], miss_costs: Sequence[int], second_view_above: Sequence[int]
+) -> list[Setting]:
+    """Each policy without admission; gdsf with each c0; and the first c0 with each admission threshold."""
+    settings: list[Setting] = []
+    for policy in dict.fromkeys(policies):
+        costs: Sequence[int | None] = miss_costs if policy == "gdsf" else [None]
+        settings += [Setting(policy, cost) for cost in costs]
+        settings += [Setting(policy, costs[0], above) for above in second_view_above if policy == "gdsf"]
+    return settings
+
+
+def parse_cache_sizes(texts: Iterable[str], footprint: int) -> list[CacheSize]:
+    """`500G`, or `5%` of what all objects together would take. Ascending. Raises ConfigurationError."""
+    sizes = []
+    for text in texts:
+        percent = _PERCENT.match(text.strip())
+        try:
+            limit = parse_size(text) if percent is None else int(footprint * float(percent[1]) / 100)
+        except ValueError as error:
+            raise ConfigurationError(f"cache size: {error}, or 5%") from error
+        if limit <= 0:
+            raise ConfigurationError(f"cache size {text!r} leaves no room for any object")
+        sizes.append(CacheSize(limit, text.strip()))
+    return sorted(sizes, key=lambda size: size.limit)
+
+
+def try_setting(
+    requests: Iterable[Request],
+    setting: Setting,
+    limit: int,
+    tick: Callable[[int], None],
+    every: int = 20_000,
+) -> Outcome:
+    """`limit`: bytes of the simulated cache. `tick` is told the requests done since it was last told."""
+    above = setting.second_view_above
+    admission = None if above is None else SecondViewAdmission(above)
+    simulation = Simulation(setting.make_policy(), Rules.of(limit), admission)
+    seen = 0
+    for request in requests:
+        simulation.see(request)
+        seen += 1
+        if seen % every == 0:
+            tick(every)
+    tick(seen % every)
+    return simulation.outcome

@@ -1,0 +1,53 @@
+"""Which objects are cached at all: large ones only on their second view. Half of all objects are never viewed again."""
+
+from __future__ import annotations
+
+from shared.domain.objects import ObjectId
+from shared.domain.views import VIEW_WINDOW
+
+
+class SecondViewAdmission:
+    """Remembers first views, for `window` seconds and of at most `most` objects (about 130 bytes each).
+
+    Two generations take turns: when the newer one is full or as old as the window, the older one is forgotten as a
+    whole. At least the last `most / 2` first views within the window are therefore known.
+    """
+
+    def __init__(
+        self,
+        above: int,
+        window: float = 7 * 24 * 3600.0,
+        view_window: float = VIEW_WINDOW,
+        most: int = 200_000,
+    ) -> None:
+        """`above`: objects of more bytes need a second view. `view_window`: seconds that one view lasts."""
+        self._above = above
+        self._window = window
+        self._view_window = view_window
+        self._most_in_one = max(1, most // 2)
+        self._newer: dict[str, float] = {}
+        self._older: dict[str, float] = {}
+        self._turned_at = float("-inf")
+
+    def __len__(self) -> int:
+        return len(self._newer) + len(self._older)
+
+    def admits(self, object_id: ObjectId, size: int, now: float, *, pressure: bool) -> bool:
+        """Should a missing object of `size` bytes be fetched for a request at `now` (seconds), or only be proxied?
+
+        `pressure`: something else would have to go for it. With room left everything is admitted; first views are
+        remembered all the same. Requests of one and the same view are no second view.
+        """
+        if size <= self._above:
+            return True
+        first = self._newer.get(object_id, self._older.get(object_id))
+        if first is None or not 0 <= now - first <= self._window:
+            self._remember(object_id, now)
+            return not pressure
+        return not pressure or now - first >= self._view_window
+
+    def _remember(self, object_id: ObjectId, now: float) -> None:
+        if len(self._newer) >= self._most_in_one or not 0 <= now - self._turned_at <= self._window:
+            self._older, self._newer = self._newer, {}
+            self._turned_at = now
+        self._newer[str(object_id)] = now

@@ -1,0 +1,143 @@
+"""What a cache of a given size would have done with a sequence of requests, under one policy. No I/O, no clock.
+
+It decides as the node does: requests for one object within five minutes are one view, what was just accessed is not
+evicted, the evictor starts above a high watermark and goes down to a low one, an object that does not fit is proxied.
+It differs in time: a fetch takes none, unless the request itself says that it joined one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from shared.domain.eviction.admission import SecondViewAdmission
+from shared.domain.eviction.policy import EvictionPolicy, PolicyEntry
+from shared.domain.objects import ObjectId
+from shared.domain.space import Watermarks, footprint
+from shared.domain.views import ViewCoalescer
+
+MIN_IDLE = 120.0
+"""Seconds: a player's pauses between two ranges are shorter."""
+_LONGEST_FETCH = 600.0
+
+
+class Request(NamedTuple):
+    """`at`: POSIX seconds. `size`: bytes of the whole object; `sent`: bytes of this answer. `joined`: it is known to
+    have come while the object was being fetched (the log says pending), so it was no hit however fast the node is."""
+
+    at: float
+    object_id: ObjectId
+    size: int
+    sent: int
+    joined: bool = False
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Counts, and bytes. `proxied`: misses that were not cached; `evicted`: objects."""
+
+    requests: int = 0
+    hits: int = 0
+    proxied: int = 0
+    evicted: int = 0
+    bytes_sent: int = 0
+    bytes_hit: int = 0
+    bytes_from_sources: int = 0
+    bytes_written: int = 0
+
+    @property
+    def object_hit_ratio(self) -> float:
+        """Share of requests that were hits."""
+        return self.hits / max(1, self.requests)
+
+    @property
+    def byte_hit_ratio(self) -> float:
+        """Share of the bytes sent that belonged to hits."""
+        return self.bytes_hit / max(1, self.bytes_sent)
+
+    @property
+    def source_ratio(self) -> float:
+        """Bytes from sources per byte sent: above 1 where whole objects are fetched for a few of their bytes."""
+        return self.bytes_from_sources / max(1, self.bytes_sent)
+
+    @property
+    def write_ratio(self) -> float:
+        """Bytes written to the volume per byte sent."""
+        return self.bytes_written / max(1, self.bytes_sent)
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The cache's bounds: bytes of the limit, where eviction starts and ends, and who is left alone (seconds)."""
+
+    limit: int
+    watermarks: Watermarks
+    min_idle: float = MIN_IDLE
+
+    @classmethod
+    def of(cls, limit: int, low: float = 0.90, high: float = 0.95) -> Rules:
+        """With watermarks as shares of the limit."""
+        return cls(limit, Watermarks(low=int(limit * low), high=int(limit * high)))
+
+
+class Simulation:
+    """One cache; `see` it one request after the other, in the order of their times."""
+
+    def __init__(
+        self, policy: EvictionPolicy, rules: Rules, admission: SecondViewAdmission | None = None
+    ) -> None:
+        self.outcome = Outcome()
+        self._policy = policy
+        self._rules = rules
+        self._admission = admission
+        self._views = ViewCoalescer()
+        self._used = 0
+        self._fetched_at: dict[ObjectId, float] = {}
+
+    def see(self, request: Request) -> bool:
+        """True for a hit."""
+        at, object_id, _, sent, joined = request
+        outcome = self.outcome
+        outcome.requests += 1
+        outcome.bytes_sent += sent
+        begins_view = self._views.begins_view(object_id, at)
+        if object_id not in self._policy:
+            self._miss(request)
+            return False
+        self._policy.access(object_id, int(begins_view), at)
+        if joined and at - self._fetched_at[object_id] < _LONGEST_FETCH:
+            return False  # its bytes came with the fetch, which counted them
+        outcome.hits += 1
+        outcome.bytes_hit += sent
+        return True
+
+    def _miss(self, request: Request) -> None:
+        at, object_id, size, sent, _ = request
+        outcome = self.outcome
+        if not self._admitted(object_id, size, at) or not self._make_room(footprint(size), at):
+            outcome.proxied += 1
+            outcome.bytes_from_sources += sent
+            return
+        self._policy.add(PolicyEntry(object_id, size, 1, at))
+        self._fetched_at[object_id] = at
+        self._used += footprint(size)
+        outcome.bytes_from_sources += size
+        outcome.bytes_written += size
+
+    def _admitted(self, object_id: ObjectId, size: int, at: float) -> bool:
+        if footprint(size) > self._rules.limit:
+            return False
+        pressure = self._used + footprint(size) > self._rules.watermarks.low
+        return self._admission is None or self._admission.admits(object_id, size, at, pressure=pressure)
+
+    def _make_room(self, needed: int, now: float) -> bool:
+        """Room for `needed` bytes, and below the watermarks if that can be."""
+        taken, rules = self._used + needed, self._rules
+        if taken > rules.watermarks.high:
+            wanted = taken - min(rules.watermarks.low, rules.limit)
+            for victim in self._policy.victims(wanted, now, min_idle=rules.min_idle):
+                self._policy.remove(victim.object_id, evicted=True)
+                del self._fetched_at[victim.object_id]
+                self._used -= footprint(victim.size)
+                self.outcome.evicted += 1
+        return self._used + needed <= rules.limit

@@ -1,0 +1,30 @@
+"""What counts as one view: all requests for one object within a few minutes. A player asks for dozens of ranges."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from shared.domain.objects import ObjectId
+
+VIEW_WINDOW = 300.0
+"""Seconds from a view's first request in which all further ones for the object belong to it."""
+
+
+class ViewCoalescer:
+    """Remembers the running view of at most `most` objects, those whose views began last."""
+
+    def __init__(self, window: float = VIEW_WINDOW, most: int = 50_000) -> None:
+        self._window = window
+        self._most = most
+        self._began: OrderedDict[ObjectId, float] = OrderedDict()
+
+    def begins_view(self, object_id: ObjectId, now: float) -> bool:
+        """True if a request at `now` (seconds) is the first of a view. A clock that was set back begins a new one."""
+        began = self._began.get(object_id)
+        if began is not None and 0 <= now - began < self._window:
+            return False
+        self._began[object_id] = now
+        self._began.move_to_end(object_id)
+        if len(self._began) > self._most:
+            self._began.popitem(last=False)
+        return True

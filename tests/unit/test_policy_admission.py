@@ -1,0 +1,144 @@
+"""Second-view admission, views of several requests, and what the simulator makes of them."""
+
+from __future__ import annotations
+
+from shared.domain.eviction import Gdsf, Lru, PolicyEntry
+from shared.domain.eviction.admission import SecondViewAdmission
+from shared.domain.eviction.simulator import Request, Rules, Simulation
+from shared.domain.objects import ObjectId
+from shared.domain.space import footprint
+from shared.domain.views import ViewCoalescer
+
+MIB = 1024**2
+VIDEO, OTHER = ObjectId("video"), ObjectId("other")
+NOW = 1_700_000_000.0
+
+
+def test_requests_within_five_minutes_are_one_view() -> None:
+    views = ViewCoalescer()
+    assert [views.begins_view(VIDEO, NOW + at) for at in (0, 10, 299, 300, 301, 599, 600)] == [
+        True, False, False, True, False, False, True,
+    ]  # fmt: skip
+    assert views.begins_view(OTHER, NOW)
+
+
+def test_a_clock_set_back_begins_a_view() -> None:
+    views = ViewCoalescer()
+    assert views.begins_view(VIDEO, NOW)
+    assert views.begins_view(VIDEO, NOW - 1)
+
+
+def test_the_views_that_began_first_are_forgotten_first() -> None:
+    views = ViewCoalescer(most=2)
+    for name in ("a", "b", "c"):
+        views.begins_view(ObjectId(name), NOW)
+    assert not views.begins_view(ObjectId("c"), NOW + 1)
+    assert not views.begins_view(ObjectId("b"), NOW + 1)
+    assert views.begins_view(ObjectId("a"), NOW + 1)
+
+
+def test_large_objects_are_admitted_on_their_second_view() -> None:
+    admission = SecondViewAdmission(8 * MIB, window=3600)
+    assert not admission.admits(VIDEO, 9 * MIB, NOW, pressure=True)
+    assert not admission.admits(VIDEO, 9 * MIB, NOW + 60, pressure=True), "the same view"
+    assert admission.admits(VIDEO, 9 * MIB, NOW + 400, pressure=True)
+    assert admission.admits(OTHER, 8 * MIB, NOW, pressure=True), "small ones at once"
+
+
+def test_a_first_view_is_forgotten_after_the_window() -> None:
+    admission = SecondViewAdmission(0, window=3600)
+    assert not admission.admits(VIDEO, 1, NOW, pressure=True)
+    assert not admission.admits(VIDEO, 1, NOW + 3601, pressure=True), "a first view anew"
+    assert admission.admits(VIDEO, 1, NOW + 7201, pressure=True)
+
+
+def test_without_pressure_everything_is_admitted_and_first_views_are_remembered() -> None:
+    admission = SecondViewAdmission(0)
+    assert admission.admits(VIDEO, 1, NOW, pressure=False)
+    assert admission.admits(VIDEO, 1, NOW + 500, pressure=True)
+
+
+def test_memory_of_first_views_is_bounded_and_keeps_the_latest() -> None:
+    admission = SecondViewAdmission(0, most=100)
+    for number in range(1000):
+        admission.admits(ObjectId(str(number)), 1, NOW + number / 1000, pressure=True)
+        assert len(admission) <= 100
+    for number in range(950, 1000):
+        assert admission.admits(ObjectId(str(number)), 1, NOW + 400, pressure=True)
+
+
+def simulation(limit: int, *, admission: SecondViewAdmission | None = None) -> Simulation:
+    return Simulation(Lru(), Rules.of(limit, 1.0, 1.0), admission)
+
+
+def view(at: float, name: str, size: int, sent: int | None = None, *, joined: bool = False) -> Request:
+    return Request(NOW + at, ObjectId(name), size, size if sent is None else sent, joined)
+
+
+def test_what_a_simulation_counts() -> None:
+    trial = simulation(10 * MIB)
+    seen = [
+        trial.see(view(0, "a", 4 * MIB, MIB)),
+        trial.see(view(1, "a", 4 * MIB, MIB)),
+        trial.see(view(2, "b", 4 * MIB)),
+        trial.see(view(300, "c", 4 * MIB)),
+        trial.see(view(301, "b", 4 * MIB)),
+        trial.see(view(302, "huge", 11 * MIB, 100)),
+    ]
+    assert seen == [False, True, False, False, True, False]
+    outcome = trial.outcome
+    assert (outcome.requests, outcome.hits, outcome.evicted, outcome.proxied) == (6, 2, 1, 1)
+    assert outcome.bytes_sent == 14 * MIB + 100
+    assert outcome.bytes_hit == 5 * MIB
+    assert outcome.bytes_from_sources == 12 * MIB + 100
+    assert outcome.bytes_written == 12 * MIB
+    assert outcome.object_hit_ratio == 2 / 6
+
+
+def test_what_was_just_accessed_is_not_evicted_but_the_newcomer_proxied() -> None:
+    trial = simulation(5 * MIB)
+    trial.see(view(0, "a", 4 * MIB))
+    assert not trial.see(view(60, "b", 4 * MIB))
+    assert trial.see(view(61, "a", 4 * MIB))
+    assert trial.outcome.proxied == 1
+
+
+def test_who_joined_a_fetch_had_no_hit() -> None:
+    trial = simulation(5 * MIB)
+    trial.see(view(0, "a", MIB))
+    assert not trial.see(view(1, "a", MIB, joined=True))
+    assert trial.see(view(2, "a", MIB))
+    assert trial.see(view(2000, "a", MIB, joined=True)), "that fetch would be none of this cache's"
+    assert trial.outcome.bytes_from_sources == MIB
+
+
+def test_admission_counts_only_when_the_cache_is_full() -> None:
+    trial = simulation(5 * MIB, admission=SecondViewAdmission(0))
+    for at, name in ((0, "a"), (1, "b"), (2000, "c"), (2001, "c"), (2400, "c")):
+        trial.see(view(at, name, 2 * MIB))
+    assert trial.outcome.proxied == 2
+    assert trial.outcome.evicted == 1
+
+
+def test_gdsf_keeps_thumbnails_where_lru_loses_them() -> None:
+    limit = footprint(100 * MIB)
+    ratios = {}
+    for name, policy in (("gdsf", Gdsf()), ("lru", Lru())):
+        trial = Simulation(policy, Rules.of(limit, 1.0, 1.0))
+        for number in range(200):
+            at = number * 1000.0
+            trial.see(view(at, f"thumbnail-{number % 10}", 20_000))
+            trial.see(view(at + 500, f"video-{number}", 60 * MIB))
+        ratios[name] = trial.outcome.object_hit_ratio
+    assert ratios["gdsf"] > 0.4
+    assert ratios["lru"] < 0.1
+
+
+def test_a_view_counts_once_however_many_ranges_it_takes() -> None:
+    policy = Gdsf()
+    trial = Simulation(policy, Rules.of(100 * MIB))
+    for number in range(20):
+        trial.see(view(number * 10, "video", 40 * MIB, MIB))
+    entry = policy.get(VIDEO)
+    assert isinstance(entry, PolicyEntry)
+    assert entry.frequency == 1

@@ -1,0 +1,235 @@
+"""`distributor replay`: lines of logs, sizes, samples, and the whole command."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from contextlib import suppress
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from benchmarks.traces import Parameters, Trace
+from services.command_line.main import app
+from services.replay.log_lines import LogLine, Unreadable, parse_line
+from services.replay.reading import read_logs, read_sizes
+from services.replay.recording import Recording
+from services.replay.report import recommend
+from services.replay.scenarios import (
+    CacheSize,
+    Result,
+    Setting,
+    parse_cache_sizes,
+    settings_to_try,
+    try_setting,
+)
+from shared.domain.errors import ConfigurationError
+from shared.domain.eviction.simulator import Outcome
+from shared.domain.objects import ObjectId
+
+AT = 1_764_000_000.0
+OURS = {
+    "event": "request_answered", "timestamp": "2025-11-24T16:00:02.500000Z", "level": "info", "method": "GET",
+    "path": "/api/v1/assets/<id>", "object_id": "42", "status": 200, "bytes": 1000, "duration_ms": 2500.0,
+    "x_cache": "hit", "source": "local", "cut": None,
+}  # fmt: skip
+CADDY = {
+    "level": "info", "ts": AT + 0.5, "logger": "http.log.access", "status": 206, "size": 100, "duration": 0.5,
+    "request": {"method": "GET", "uri": "/distributor/api/v1/assets/42?x=1", "headers": {"Range": ["bytes=0-99"]}},
+    "resp_headers": {"Content-Range": ["bytes 0-99/5000"], "X-Cache": ["miss"]},
+}  # fmt: skip
+COMBINED = (
+    '1.2.3.4 - - [24/Nov/2025:16:00:00 +0000] "GET /api/v1/assets/42 HTTP/1.1" 200 1000 "-" "Mozilla/5.0 [x]"'
+)
+
+
+def ours(**changes: object) -> str:
+    return json.dumps({**OURS, **changes})
+
+
+@pytest.mark.parametrize(
+    ("line", "meaning"),
+    [
+        (ours(), LogLine(AT, ObjectId("42"), 1000, whole=True, cache="hit")),
+        (ours(status=206, bytes=7), LogLine(AT, ObjectId("42"), 7, cache="hit")),
+        (ours(cut="client_gone"), LogLine(AT, ObjectId("42"), 1000, cache="hit")),
+        (ours(size=9999), LogLine(AT, ObjectId("42"), 1000, size=9999, whole=True, cache="hit")),
+        (json.dumps(CADDY), LogLine(AT, ObjectId("42"), 100, size=5000, cache="miss")),
+        (COMBINED, LogLine(AT, ObjectId("42"), 1000, whole=True)),
+        (COMBINED.replace("16:00:00 +0000", "18:00:00 +0200"), LogLine(AT, ObjectId("42"), 1000, whole=True)),
+        (COMBINED.replace(" 200 1000", " 206 17"), LogLine(AT, ObjectId("42"), 17)),
+        (COMBINED.replace(" 200 1000", " 304 -"), LogLine(AT, ObjectId("42"), 0)),
+        (f"{AT},42,1000", LogLine(AT, ObjectId("42"), 1000, size=1000)),
+        (f"{AT},42,1000,10", LogLine(AT, ObjectId("42"), 10, size=1000)),
+        ("2025-11-24T16:00:00Z, 42, 1000", LogLine(AT, ObjectId("42"), 1000, size=1000)),
+    ],
+)
+def test_lines_of_every_format(line: str, meaning: LogLine) -> None:
+    assert parse_line(line + "\n") == meaning
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "time,id,size",
+        ours(method="HEAD"),
+        ours(status=404),
+        ours(object_id=None, path="/api/v1/status"),
+        json.dumps({"event": "job_done", "level": "info"}),
+        COMBINED.replace("GET", "HEAD"),
+        COMBINED.replace("/api/v1/assets/42", "/metrics"),
+        COMBINED.replace("/assets/42", "/assets/..%2f42"),
+    ],
+)
+def test_lines_about_something_else(line: str) -> None:
+    assert parse_line(line) is None
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["hello", "{", "{}x", '{"ts": 1, "request": 5}', "a,b,c", f"{AT},42,-1", "nan,42,1", ours(bytes="x")],
+)
+def test_unreadable_lines(line: str) -> None:
+    with pytest.raises(Unreadable):
+        parse_line(line)
+
+
+@given(st.text())
+def test_no_line_is_too_strange(line: str) -> None:
+    with suppress(Unreadable):
+        parse_line(line)
+
+
+def test_sizes_come_from_the_best_word_there_is() -> None:
+    recording = Recording({"manifest": 7})
+    for line in (
+        LogLine(3.0, ObjectId("named"), 10, size=500),
+        LogLine(2.0, ObjectId("whole"), 300, whole=True),
+        LogLine(1.0, ObjectId("whole"), 100),
+        LogLine(4.0, ObjectId("part"), 100),
+        LogLine(5.0, ObjectId("part"), 50),
+        LogLine(6.0, ObjectId("manifest"), 3),
+    ):
+        recording.add(line)
+    assert [(request.object_id, request.size, request.sent) for request in recording.requests()] == [
+        ("whole", 300, 100), ("whole", 300, 300), ("named", 500, 10), ("part", 100, 100), ("part", 100, 50),
+        ("manifest", 7, 3),
+    ]  # fmt: skip
+    assert recording.guessed_sizes == 1
+    assert recording.logged_hit_ratio is None
+
+
+def test_files_plain_and_gzip_torn_and_sampled(tmp_path: Path) -> None:
+    lines = [f"{AT + number},object-{number % 500},1000" for number in range(2000)] + [
+        "rubbish",
+        "time,id,size",
+    ]
+    plain, packed = tmp_path / "a.log", tmp_path / "b.log.gz"
+    plain.write_text("\n".join(lines), encoding="utf-8")
+    packed.write_bytes(gzip.compress("\n".join(lines).encode()))
+    told: list[int] = []
+    recording = Recording()
+    counts = read_logs([plain, packed], recording, 1.0, told.append)
+    assert (counts.counted, counts.other, counts.unreadable) == (4000, 2, 2)
+    assert sum(told) == plain.stat().st_size + packed.stat().st_size
+    sampled = Recording()
+    read_logs([plain], sampled, 0.2, told.append)
+    assert 60 < sampled.objects < 140
+    assert len(sampled) == sampled.objects * 4, "all requests for an object, or none"
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        read_logs([packed], Recording(), 1.0, told.append)
+
+
+def test_sizes_of_a_manifest(tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.yaml"
+    manifest.write_text('version: 1\nobjects:\n  - {id: "42", size: 77}\n', encoding="utf-8")
+    assert read_sizes(manifest) == {"42": 77}
+    manifest.write_text("- 1", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match="no manifest"):
+        read_sizes(manifest)
+
+
+def test_cache_sizes_and_settings() -> None:
+    assert [size.limit for size in parse_cache_sizes(["2G", "5%", "1%"], 10_000)] == [100, 500, 2 * 1024**3]
+    with pytest.raises(ConfigurationError):
+        parse_cache_sizes(["much"], 10_000)
+    names = [setting.name for setting in settings_to_try(["lru", "gdsf"], [2**20, 2**26], [2**23])]
+    assert names == ["lru", "gdsf c0=1M", "gdsf c0=64M", "gdsf c0=1M, second view above 8M"]
+
+
+def test_the_recommendation_prefers_fewer_bytes_from_sources_among_equals() -> None:
+    def result(name: str, hits: int, from_sources: int) -> Result:
+        outcome = Outcome(
+            1000, hits, bytes_sent=1000, bytes_hit=1000 - from_sources, bytes_from_sources=from_sources
+        )
+        return Result(Setting(name), CacheSize(2**30, "1G"), outcome)
+
+    sentence = recommend([result("lru", 500, 600), result("lru-sp", 900, 620), result("gdsf", 895, 500)])
+    assert sentence.startswith("With 1G choose gdsf: 89.5% of requests")
+    assert "(0.62 under lru-sp)" in sentence
+
+
+def test_the_trace_is_what_its_parameters_say() -> None:
+    trace = Trace(Parameters(views=60_000))
+    assert 0.38 < trace.seen_once < 0.52
+    assert list(trace.times) == sorted(trace.times)
+    views, requests = list(trace.views()), list(trace.requests())
+    assert len(views) == 60_000
+    assert len(requests) > len(views)
+    assert all(0 < request.sent <= request.size for request in requests)
+    assert requests == sorted(requests)
+    same = Trace(Parameters(views=60_000))
+    assert list(same.objects) == list(trace.objects)
+
+
+def test_a_sample_tells_nearly_the_same_as_everything() -> None:
+    trace = Trace(Parameters(views=40_000))
+    whole, sampled = Recording(), Recording()
+    for request in trace.views():
+        line = LogLine(request.at, request.object_id, request.sent, size=request.size)
+        whole.add(line)
+        if int(request.object_id) % 2:
+            sampled.add(line)
+    limit = whole.footprint // 20
+    setting = Setting("gdsf", 2**26)
+    everything = try_setting(whole.requests(), setting, limit, lambda _: None)
+    half = try_setting(sampled.requests(), setting, limit // 2, lambda _: None)
+    assert half.object_hit_ratio == pytest.approx(everything.object_hit_ratio, abs=0.03)
+
+
+def test_the_whole_command(tmp_path: Path) -> None:
+    log, picture = tmp_path / "access.json", tmp_path / "replay.svg"
+    lines = [
+        ours(
+            object_id=str(number % 30),
+            bytes=1000 * (1 + number % 30),
+            x_cache="hit" if number > 30 else "miss",
+        )
+        for number in range(300)
+    ]
+    log.write_text("\n".join(lines), encoding="utf-8")
+    done = CliRunner().invoke(
+        app, ["replay", str(log), "--size", "200%", "--size", "1M", "--picture", str(picture)]
+    )
+    assert done.exit_code == 0, done.output
+    assert "300 requests for 30 objects" in done.output
+    assert "The log itself says: 89.7% of requests were hits." in done.output
+    assert "| 1M | gdsf c0=64M | 0.900 |" in done.output
+    assert done.output.splitlines()[-1].startswith("With 200%") or done.output.splitlines()[-1].startswith(
+        "With 1M"
+    )
+    assert ET.parse(picture).getroot().tag.endswith("svg")
+
+
+def test_logs_without_objects_are_refused(tmp_path: Path) -> None:
+    log = tmp_path / "empty.log"
+    log.write_text("nothing here\n", encoding="utf-8")
+    done = CliRunner().invoke(app, ["replay", str(log)])
+    assert isinstance(done.exception, ConfigurationError)
+    assert "1 unreadable" in str(done.exception)
