@@ -1,0 +1,29 @@
+"""A node under fire for each test, on servers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.fire.world import FireWorld, fire_world
+from tests.servers.rabbitmq_server import RabbitServer
+from tests.servers.redis_server import RedisServer
+
+
+@pytest.fixture(scope="session")
+def fire_rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitServer]:
+    """A broker that these tests may stop, freeze and kill; they leave it running, and well."""
+    if not RabbitServer.is_installed():
+        pytest.exit("these tests need rabbitmq-server", returncode=4)
+    with RabbitServer(tmp_path_factory.mktemp("fire-rabbitmq")) as server:
+        yield server
+
+
+@pytest.fixture
+async def fire(
+    tmp_path: Path, own_redis: RedisServer, fire_rabbitmq: RabbitServer
+) -> AsyncIterator[FireWorld]:
+    async with fire_world(tmp_path, own_redis, fire_rabbitmq) as world:
+        yield world
