@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from services.api.assets.decision import Asked, Span
-from services.api.assets.heads import CONTENT_LENGTH
 from shared.adapters.volume.layout import object_place
 from shared.domain.conditionals import Conditions
 from shared.domain.objects import ObjectId
@@ -21,7 +20,7 @@ be left without a body."""
 
 _NO_CONDITIONS = Conditions()
 # nginx states these of what it sends.
-_OF_THE_BODY = frozenset({CONTENT_LENGTH, "Content-Range"})
+_OF_THE_BODY = frozenset({"content-length", "content-range"})
 
 
 class HandOver:
@@ -44,5 +43,5 @@ class HandOver:
 
     def headers(self, object_id: ObjectId, headers: Mapping[str, str]) -> dict[str, str]:
         """The headers of an answer without its body, with the place of the body."""
-        kept = {name: value for name, value in headers.items() if name not in _OF_THE_BODY}
+        kept = {name: value for name, value in headers.items() if name.lower() not in _OF_THE_BODY}
         return {**kept, KIND: f"{self._prefix}/{object_place(object_id)}"}
