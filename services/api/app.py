@@ -34,6 +34,7 @@ def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
     _add_assets(application, assets)
     _add_description(application, NodeDescription(context, usage))
     _add_probes(application, Probes(context, usage))
+    application.ctx.fast_lane = None
     application.ctx.usage = usage
     return application
 
@@ -89,6 +90,8 @@ def _add_probes(application: ApiApplication, probes: Probes) -> None:
         return _json(body, 503 if found.problems else 200)
 
     async def metrics(_request: Request[Any, Any]) -> HTTPResponse:
+        if application.ctx.fast_lane is not None:
+            application.ctx.fast_lane.tally.flush()
         body, media_type = await probes.metrics()
         return HTTPResponse(body, 200, dict(_NO_STORE), media_type)
 

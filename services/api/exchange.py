@@ -12,6 +12,7 @@ from sanic import Request
 from shared.observability.metrics import REQUESTS, method_label
 
 _MAX_REQUEST_ID = 128
+_CLIENT_ERROR = 400
 _REQUEST_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._:/+=@-")
 
 logger = structlog.get_logger()
@@ -20,7 +21,8 @@ logger = structlog.get_logger()
 @dataclass(slots=True)
 class Exchange:
     """Filled in while a request is answered. `started`: monotonic seconds; `sent`: bytes of the body handed to the
-    connection (None: the whole body of an answer that was not streamed); `cut`: why the answer ended early."""
+    connection (None: the whole body of an answer that was not streamed); `cut`: why the answer ended early;
+    `logs_hits`: whether a hit is worth a line in the log."""
 
     request_id: str
     method: str
@@ -30,22 +32,28 @@ class Exchange:
     sent: int | None = None
     cut: str | None = None
     recorded: bool = False
+    logs_hits: bool = False
 
 
 def exchange_of(request: Request) -> Exchange:
     """The exchange of a request; begun here if the request was refused before it got anywhere."""
     known: Exchange | None = getattr(request.ctx, "exchange", None)
     if known is None:
-        known = Exchange(choose_request_id(request.headers.get("x-request-id")), request.method)
+        offered = request.headers.get("x-request-id")
+        logs_hits = getattr(request.app.ctx, "logs_hits", False)
+        known = Exchange(choose_request_id(offered), request.method, logs_hits=logs_hits)
         request.ctx.exchange = known
     return known
 
 
 def choose_request_id(offered: str | None) -> str:
     """The client's request id if it is short and plain (it ends up in headers and logs), else a new one."""
-    if offered and len(offered) <= _MAX_REQUEST_ID and _REQUEST_ID_CHARACTERS.issuperset(offered):
-        return offered
-    return secrets.token_hex(16)
+    return offered if offered and is_request_id(offered) else secrets.token_hex(16)
+
+
+def is_request_id(offered: str) -> bool:
+    """True for a request id that may end up in headers and logs."""
+    return 0 < len(offered) <= _MAX_REQUEST_ID and _REQUEST_ID_CHARACTERS.issuperset(offered)
 
 
 def record_exchange(
@@ -53,6 +61,14 @@ def record_exchange(
 ) -> None:
     """Count and log one answered request. `cache`: hit, pending, miss; `source`: local, external; None: neither."""
     REQUESTS.labels(method=method_label(exchange.method), status=str(status), cache=cache or "none").inc()
+    if cache != "hit" or exchange.logs_hits or exchange.cut is not None or status >= _CLIENT_ERROR:
+        log_exchange(exchange, status, cache=cache, source=source, sent=sent)
+
+
+def log_exchange(
+    exchange: Exchange, status: int, *, cache: str | None, source: str | None, sent: int
+) -> None:
+    """The event in the log alone."""
     logger.info(
         "request_answered",
         request_id=exchange.request_id,

@@ -57,6 +57,8 @@ class ApiHttp(Http):
         if self.request is not None:
             exchange_of(self.request).cut = reason
         CUT_ANSWERS.labels(reason=reason).inc()
+        if isinstance(self.protocol, PublicProtocol):
+            self.protocol.note_cut(reason)
         if self.protocol.transport is not None:
             self.protocol.transport.abort()
 
@@ -92,10 +94,17 @@ class PublicProtocol(HttpProtocol):
     """
 
     HTTP_CLASS = ApiHttp
-    __slots__ = ("_since", "_tick", "_watched")  # without, Sanic's metaclass leaves no room for any
+    __slots__ = (
+        "_cut_reason",
+        "_since",
+        "_tick",
+        "_watched",
+    )  # without, Sanic's metaclass leaves no room for any
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
+        self._http = None  # until Sanic's task has begun; the client or a stop may be quicker
+        self._cut_reason: str | None = None
         self._watched: tuple[object, ...] = ()
         self._since = 0.0
         self._tick = min(
@@ -110,11 +119,29 @@ class PublicProtocol(HttpProtocol):
             return
         now = monotonic()
         unsent = self._unsent()
-        watched = (http.stage, self.state["requests_count"], unsent)
+        watched = (http.stage, self._progress(), unsent)
         if watched != self._watched:
             self._watched, self._since = watched, now
         if not self._end_if_overdue(http, now - self._since, now - self._time, unsent):
             self._callback_check_timeouts = self.loop.call_later(max(0.02, self._tick), self.check_timeouts)
+
+    def _progress(self) -> object:
+        """Changes when this connection gets on, beside stage and unsent bytes."""
+        return self.state["requests_count"]
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)  # type: ignore[no-untyped-call]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)  # type: ignore[no-untyped-call]
+
+    def abort(self) -> None:
+        """End the connection at once."""
+        super().abort()  # type: ignore[no-untyped-call]
+
+    def note_cut(self, reason: str) -> None:
+        """The answer under way is being cut."""
+        self._cut_reason = reason
 
     def _end_if_overdue(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
         """`unchanged`: seconds in this stage without progress; `silent`: since the last byte either way."""

@@ -12,6 +12,8 @@ from services.api.app import build_app
 from services.api.application import forget_application
 from services.api.assets.handler import AssetHandler
 from services.api.context import ApiContext, DutyHolder
+from services.api.fast_lane.building import build_fast_lane
+from services.api.fast_lane.protocol import FastLaneProtocol
 from services.api.listening import Address
 from services.api.server import PublicServer
 from services.api.version import VERSION
@@ -94,18 +96,22 @@ async def serve_api(
     settings = context.settings
     assets = AssetHandler(context)
     application = build_app(context, assets)
+    application.ctx.logs_hits = settings.log.hits
+    lane = application.ctx.fast_lane = build_fast_lane(context)
     address = Address(settings.public_api.host, settings.public_api.port, shared_port)
-    server = PublicServer(application, address)
+    server = PublicServer(application, address, FastLaneProtocol)
     drain = max(settings.shutdown_deadline - _CLOSING_SECONDS, settings.shutdown_deadline / 2)
     try:
         await server.open()
         if on_listening is not None:
             on_listening(server.port)
         async with asyncio.TaskGroup() as background:
-            tasks = (
+            tasks = [
                 background.create_task(context.accesses.run(), name="hand-over-accesses"),
                 background.create_task(context.wakeups.run(), name="fetch-wakeups"),
-            )
+            ]
+            if lane is not None:
+                tasks.append(background.create_task(lane.objects.run(), name="hot-objects"))
             await stop_requested.wait()
             await server.close(drain)
             for task in tasks:
@@ -113,6 +119,8 @@ async def serve_api(
         await context.accesses.hand_over()
     finally:
         await server.close(0)
+        if lane is not None:
+            await lane.close()
         await assets.close()
         await application.ctx.usage.close()
         forget_application(application)

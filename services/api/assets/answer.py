@@ -8,7 +8,7 @@ from typing import cast
 from sanic import HTTPResponse, Request
 from sanic.http import Http, Stage
 
-from services.api.assets.heads import Head
+from services.api.assets.heads import CONTENT_LENGTH, Head
 from services.api.assets.timing import note_first_byte
 from services.api.exchange import exchange_of
 from services.api.headers import DataSource
@@ -20,7 +20,7 @@ PIECE_BYTES = 256 * 1024
 async def answer_head(request: Request, head: Head) -> HTTPResponse | None:
     """Answer a HEAD with 200. Without a known length the GET would be chunked, and so this says."""
     response = HTTPResponse(status=head.status, headers=head.headers)
-    if "Content-Length" in head.headers or request.stream is None:
+    if CONTENT_LENGTH in head.headers or request.stream is None:
         return response
     # Left alone, Sanic would state a length of 0; told to stream, it cannot end a HEAD by itself.
     await request.respond(response)

@@ -20,6 +20,8 @@ from services.api.headers import (
 from shared.domain.ranges import Unsatisfiable
 
 UNKNOWN_MEDIA_TYPE = "application/octet-stream"
+CONTENT_LENGTH = "content-length"
+"""As Sanic spells it: it would rename the header where it sends a body in one piece, and only there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +89,21 @@ def content_head(
     if source is not None:
         headers["X-Data-Source"] = source
     if span.length is not None:
-        headers["Content-Length"] = str(span.length)
+        headers[CONTENT_LENGTH] = str(span.length)
     if span.partial:
         headers["Content-Range"] = span.content_range
     return Head(206 if span.partial else 200, headers, standing.result, source)
 
 
+def not_modified_headers(described: Description, standing: Standing) -> dict[str, str]:
+    """Of a 304."""
+    return {**ASSET, **_validators(described, standing)}
+
+
 def refuse(refusal: Refusal | Unsatisfiable, described: Description, standing: Standing) -> HTTPResponse:
     """The 304; what is an error is raised as one."""
     if refusal is Refusal.NOT_MODIFIED:
-        return HTTPResponse(status=304, headers={**ASSET, **_validators(described, standing)})
+        return HTTPResponse(status=304, headers=not_modified_headers(described, standing))
     extra: dict[str, str] = {"X-Cache": standing.result}
     if isinstance(refusal, Unsatisfiable):
         extra["Content-Range"] = refusal.content_range

@@ -6,6 +6,8 @@ import asyncio
 import errno
 import os
 
+_PROBED = 64 * 1024
+_PROBE = (bytearray(1),)
 _NO_QUICK_WAY = (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -20,6 +22,28 @@ async def read_piece(descriptor: int, offset: int, length: int) -> memoryview:
     if got < length:
         got += await asyncio.to_thread(_read_rest, descriptor, view[got:], offset + got)
     return view[:got]
+
+
+def read_cached(descriptor: int, offset: int, length: int) -> bytes:
+    """As much from `offset` as lies in the page cache, at most `length` bytes. OSError if the disk fails."""
+    buffer = bytearray(length)
+    return bytes(memoryview(buffer)[: _read_cached(descriptor, memoryview(buffer), offset)])
+
+
+def is_cached(descriptor: int, offset: int, length: int) -> bool:
+    """Whether these bytes seem to lie in the page cache: looks at one byte in each _PROBED, and at the last.
+
+    The kernel reads ahead in larger steps and drops in larger steps, so that a hole in between is rare, and costs
+    one read from disk.
+    """
+    last = offset + length - 1
+    try:
+        for position in (*range(offset, last, _PROBED), last):
+            if os.preadv(descriptor, _PROBE, position, os.RWF_NOWAIT) == 0:
+                return False
+    except OSError:
+        return False
+    return True
 
 
 def _read_cached(descriptor: int, view: memoryview, offset: int) -> int:

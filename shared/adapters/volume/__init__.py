@@ -16,12 +16,13 @@ All calls block (briefly, but for fsync, scans and hashing): in an event loop, r
 """
 
 from shared.adapters.volume.partial import PartialFile, PartialHeld, PartialReader, PartialState
-from shared.adapters.volume.reader import OpenObject
+from shared.adapters.volume.reader import FileIdentity, OpenObject
 from shared.adapters.volume.removal import Removal, RemovalState
 from shared.adapters.volume.scan import Foreign, FoundObject, FoundPartial
 from shared.adapters.volume.volume import Volume
 
 __all__ = [
+    "FileIdentity",
     "Foreign",
     "FoundObject",
     "FoundPartial",

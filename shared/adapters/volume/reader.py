@@ -8,6 +8,13 @@ from dataclasses import dataclass, field
 
 from shared.domain.objects import StoredRecord
 
+FileIdentity = tuple[int, int, int, int]
+"""Device, inode, size, time of the last change of content: another file under the same name differs in one of them."""
+
+
+def identity_of(seen: os.stat_result) -> FileIdentity:
+    return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
+
 
 @dataclass(slots=True)
 class OpenObject:
@@ -37,6 +44,10 @@ class OpenObject:
         self._holds -= 1
         if self._holds == 0:
             fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+
+    def identity(self) -> FileIdentity:
+        """Of the file that is open, whatever lies under its name now."""
+        return identity_of(os.fstat(self.descriptor))
 
     def read(self, offset: int, length: int) -> bytes:
         """Up to `length` bytes; fewer only at the end of the file. OSError if the disk fails."""

@@ -23,7 +23,7 @@ from shared.adapters.volume.layout import (
     translated,
 )
 from shared.adapters.volume.partial import PartialFile, PartialReader
-from shared.adapters.volume.reader import OpenObject
+from shared.adapters.volume.reader import FileIdentity, OpenObject, identity_of
 from shared.adapters.volume.records import (
     decode_record,
     encode_record,
@@ -129,6 +129,14 @@ class Volume:
         if len(self._records) > self._record_cache:
             self._records.popitem(last=False)
         return record
+
+    def identity_of(self, object_id: ObjectId) -> FileIdentity | None:
+        """Which file lies under `objects/` as this object now; None: none, or nobody can tell."""
+        try:
+            folder = self._directories.descriptor(f"{OBJECTS}/{fan(object_id)}")
+            return identity_of(os.stat(object_id, dir_fd=folder, follow_symlinks=False))
+        except OSError:
+            return None
 
     def read_record(self, object_id: ObjectId) -> StoredRecord | None:
         """The record of an object; None if there is none or it cannot be read as one."""

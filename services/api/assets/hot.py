@@ -1,0 +1,224 @@
+"""Objects that are asked for right now: open, described, with their heads ready-made; the smallest ones in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from time import monotonic
+
+from services.api.assets.decision import Description
+from services.api.assets.reading import read_cached
+from services.api.assets.ready_heads import ReadyHeads
+from shared.adapters.volume import FileIdentity, OpenObject, Volume
+from shared.domain.errors import InvalidInput, VolumeError
+from shared.domain.objects import ObjectId
+
+BELIEVED_SECONDS = 0.2
+"""How long an object is answered without another look at its name on the volume."""
+IDLE_SECONDS = 1.0
+"""How long an object that nobody asks for is kept open."""
+LARGEST_IN_MEMORY = 16 * 1024
+"""Bytes. Larger objects go from the page cache to the socket without a copy, which is quicker than from our memory."""
+MOST_OPEN = 2048
+_ENTRY_BYTES = 5 * 1024
+"""What a body in memory takes beside itself, heads above all."""
+_SEEN_ONCE = 20_000
+_MEMORY_LOOK = 10.0
+_SWEPT_AT_ONCE = 200
+
+
+@dataclass(slots=True, eq=False)
+class HotObject:
+    """One object. `found` is None where `body` is in memory. Times are monotonic seconds: `believed_until` its name
+    must be looked at again, `used_at` it was last asked for, `counted_at` its access was last counted. `sends` go
+    on at this moment."""
+
+    object_id: ObjectId
+    described: Description
+    heads: ReadyHeads
+    identity: FileIdentity
+    found: OpenObject | None
+    body: bytes | None = None
+    size: int = 0
+    believed_until: float = 0.0
+    used_at: float = 0.0
+    counted_at: float = -10.0
+    sends: int = 0
+    dropped: bool = False
+
+    @contextmanager
+    def being_sent(self) -> Iterator[None]:
+        """Within, the file stays open."""
+        self.sends += 1
+        try:
+            yield
+        finally:
+            self.sends -= 1
+            if self.dropped and not self.sends:
+                self.close()
+
+    def close(self) -> None:
+        if self.found is not None:
+            self.found.close()
+
+
+@dataclass(slots=True)
+class _Memory:
+    """Bytes held by bodies, and how many may be."""
+
+    limit: int
+    used: int = 0
+    seen: dict[bytes, None] = field(default_factory=dict)
+
+    def wants(self, key: bytes) -> bool:
+        """True from the second time on."""
+        if key in self.seen:
+            return True
+        if len(self.seen) >= _SEEN_ONCE:
+            self.seen.clear()
+        self.seen[key] = None
+        return False
+
+
+class HotObjects:
+    """By id, as bytes. `run` is the task that lets go of what nobody asks for.
+
+    While an object is open here the shared lock on it is held, so that it is not emptied under an answer: whoever
+    wants it gone sets it aside, it is missed here within BELIEVED_SECONDS, and closed. Bodies in memory need no
+    lock.
+    """
+
+    def __init__(
+        self, volume: Volume, memory: int, most_open: int = MOST_OPEN, clock: Callable[[], float] = monotonic
+    ) -> None:
+        """`memory`: bytes that bodies may take."""
+        self._volume = volume
+        self._memory = _Memory(memory)
+        self._most_open = most_open
+        self._clock = clock
+        self._open: OrderedDict[bytes, HotObject] = OrderedDict()
+        self._in_memory: OrderedDict[bytes, HotObject] = OrderedDict()
+
+    def get(self, key: bytes, now: float) -> HotObject | None:
+        """The object, if it is cached and lies where it should; None: somebody else must find out more."""
+        hot = self._in_memory.get(key) or self._open.get(key)
+        if hot is None:
+            return self._add(key, now)
+        if now >= hot.believed_until:
+            if not self._believe(key, hot, now):
+                return self._add(key, now)
+            hot = self._in_memory.get(key) or hot
+        hot.used_at = now
+        return hot
+
+    def drop(self, key: bytes) -> None:
+        """Forget the object: what is sent of it is sent to its end."""
+        kept = self._in_memory.pop(key, None)
+        if kept is not None and kept.body is not None:
+            self._memory.used -= len(kept.body) + _ENTRY_BYTES
+        hot = self._open.pop(key, None)
+        if hot is not None:
+            hot.dropped = True
+            if not hot.sends:
+                hot.close()
+
+    def _believe(self, key: bytes, hot: HotObject, now: float) -> bool:
+        if self._volume.identity_of(hot.object_id) != hot.identity:
+            self.drop(key)
+            return False
+        hot.believed_until = now + BELIEVED_SECONDS
+        (self._open if hot.body is None else self._in_memory).move_to_end(key)
+        if hot.body is None and hot.size <= LARGEST_IN_MEMORY and self._memory.wants(key):
+            self._take_into_memory(key, hot)
+        return True
+
+    def _add(self, key: bytes, now: float) -> HotObject | None:
+        try:
+            object_id = ObjectId.parse(key.decode("ascii"))
+            found = self._volume.open_object(object_id)
+        except (InvalidInput, UnicodeDecodeError, VolumeError):
+            return None
+        if found is None:
+            return None
+        hot = self._describe(object_id, found)
+        if hot is None or not found.hold():
+            found.close()
+            return None
+        hot.believed_until, hot.used_at = now + BELIEVED_SECONDS, now
+        self._open[key] = hot
+        if hot.size <= LARGEST_IN_MEMORY and self._memory.wants(key):
+            self._take_into_memory(key, hot)
+        while len(self._open) > self._most_open:
+            self.drop(next(iter(self._open)))
+        return self._in_memory.get(key) or hot
+
+    def _describe(self, object_id: ObjectId, found: OpenObject) -> HotObject | None:
+        """None for what Sanic's lane answers better: nothing at all, or headers that cannot be sent as they are."""
+        described = Description.of_record(found.record, complete=True)
+        try:
+            if not found.record.size:
+                return None
+            heads = ReadyHeads.of(described)
+            return HotObject(object_id, described, heads, found.identity(), found, size=found.record.size)
+        except (ValueError, OSError):
+            return None
+
+    def _take_into_memory(self, key: bytes, hot: HotObject) -> None:
+        """If all of it is in the page cache, and there is room."""
+        if hot.found is None or hot.size + _ENTRY_BYTES > self._memory.limit:
+            return
+        try:
+            body = read_cached(hot.found.descriptor, 0, hot.size)
+        except OSError:
+            return
+        if len(body) != hot.size:
+            return
+        del self._open[key]
+        if hot.sends:
+            hot.dropped = True
+        else:
+            hot.close()
+        self._in_memory[key] = HotObject(
+            hot.object_id, hot.described, hot.heads, hot.identity, None, bytes(body), hot.size,
+            hot.believed_until, hot.used_at, hot.counted_at,
+        )  # fmt: skip
+        self._memory.used += hot.size + _ENTRY_BYTES
+        while self._memory.used > self._memory.limit:
+            self.drop(next(iter(self._in_memory)))
+
+    async def run(self) -> None:
+        """Until cancelled: close what is idle, and forget bodies of objects that are gone."""
+        while True:
+            await asyncio.sleep(IDLE_SECONDS / 4)
+            await self.sweep()
+
+    async def sweep(self) -> None:
+        """Look at everything once, a little at a time."""
+        for table in (self._open, self._in_memory):
+            keys = list(table)
+            for start in range(0, len(keys), _SWEPT_AT_ONCE):
+                now = self._clock()
+                for key in islice(keys, start, start + _SWEPT_AT_ONCE):
+                    self._sweep_one(key, table.get(key), now)
+                await asyncio.sleep(0)
+
+    def _sweep_one(self, key: bytes, hot: HotObject | None, now: float) -> None:
+        if hot is None or hot.sends:
+            return
+        if hot.body is None and now - hot.used_at > IDLE_SECONDS:
+            self.drop(key)
+        elif hot.body is not None and now - hot.believed_until > _MEMORY_LOOK:
+            # In no hurry: it takes no space on the volume, and is looked at before it is answered
+            if self._volume.identity_of(hot.object_id) == hot.identity:
+                hot.believed_until = now
+            else:
+                self.drop(key)
+
+    def close(self) -> None:
+        """Close all; sends that go on keep their files."""
+        for key in (*self._open, *self._in_memory):
+            self.drop(key)

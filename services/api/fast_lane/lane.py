@@ -1,0 +1,123 @@
+"""From a simple request to its answer: what is shared by all connections of one process."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from dataclasses import dataclass
+from time import perf_counter
+
+from services.api.accesses import AccessCounter
+from services.api.assets.decision import Asked, Refusal, Span, select
+from services.api.assets.hot import HotObject, HotObjects
+from services.api.assets.ready_heads import KEPT_ALIVE
+from services.api.exchange import Exchange, log_exchange
+from services.api.fast_lane.request_heads import HeadReader, SimpleRequest
+from services.api.fast_lane.tally import Tally
+
+_COUNTED_EVERY = 0.5
+"""Seconds in which further accesses of one object are not counted again: the views are the same, the last access
+hardly older."""
+_IDS_AT_ONCE = 128
+_ID_DIGITS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyAnswer:
+    """What to send: the head, and `length` bytes of the object from `first`; none (`length` 0) for a head alone."""
+
+    request: SimpleRequest
+    hot: HotObject
+    request_id: bytes
+    status: int
+    head: bytes
+    first: int
+    length: int
+    started: float
+
+
+class FastLane:
+    """`logs_hits`: whether each answer is an event in the log."""
+
+    def __init__(self, objects: HotObjects, accesses: AccessCounter, *, logs_hits: bool) -> None:
+        self.objects = objects
+        self.accesses = accesses
+        self.tally = Tally()
+        self._reader = HeadReader()
+        self._logs_hits = logs_hits
+        self._ids = b""
+        self._next_id = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def prepare(self, data: bytes, now: float) -> ReadyAnswer | None:
+        """The answer to what a connection has received; None: Sanic has to answer. `now` in monotonic seconds."""
+        started = perf_counter()
+        request = self._reader.read(data)
+        if request is None:
+            return None
+        hot = self.objects.get(request.object_id, now)
+        if hot is None:
+            return None
+        if request.fields.plain and request.range_header is None:
+            status, first, length = 200, 0, 0 if request.head else hot.size
+            head = hot.heads.head if request.head else hot.heads.whole
+        else:
+            span = _select(request, hot)
+            if isinstance(span, Span):
+                first, length = span.first, 0 if request.head else span.length or 0
+                status, head = _head_of(span, request, hot)
+            elif span is Refusal.NOT_MODIFIED:
+                status, head, first, length = 304, hot.heads.not_modified, 0, 0
+            else:
+                return None
+        if length and now - hot.counted_at >= _COUNTED_EVERY:
+            hot.counted_at = now
+            self.accesses.note_request(hot.object_id)
+        request_id = request.fields.request_id or self._new_id()
+        return ReadyAnswer(
+            request, hot, request_id, status, head + request_id + KEPT_ALIVE, first, length, started
+        )
+
+    def record(self, ready: ReadyAnswer, sent: int, cut: str | None = None) -> None:
+        """Count the answer (its bytes and its beginning are counted where they are sent), and log it."""
+        method = "HEAD" if ready.request.head else "GET"
+        self.tally.answered(method, ready.status)
+        if self._logs_hits or cut is not None:
+            exchange = Exchange(
+                ready.request_id.decode(), method, "/api/v1/assets/<object_id>", ready.hot.object_id,
+                ready.started, cut=cut,
+            )  # fmt: skip
+            source = "local" if ready.length else None
+            log_exchange(exchange, ready.status, cache="hit", source=source, sent=sent)
+
+    def _new_id(self) -> bytes:
+        """Like `choose_request_id`, with a call of the system for many at once."""
+        start = self._next_id
+        if start >= len(self._ids):
+            self._ids, start = secrets.token_hex(_IDS_AT_ONCE * _ID_DIGITS // 2).encode(), 0
+        self._next_id = start + _ID_DIGITS
+        return self._ids[start : start + _ID_DIGITS]
+
+    def own(self, task: asyncio.Task[None]) -> None:
+        """Keep a task that sends a body, so that `close` waits for it."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """After the last connection: hand over what was counted, close all objects."""
+        if self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.tally.flush()
+        self.objects.close()
+
+
+def _select(request: SimpleRequest, hot: HotObject) -> object:
+    fields = request.fields
+    asked = Asked(request.head, fields.conditions, request.range_header, fields.if_range)
+    return select(asked, hot.described)
+
+
+def _head_of(span: Span, request: SimpleRequest, hot: HotObject) -> tuple[int, bytes]:
+    if span.partial and span.last is not None:
+        return 206, hot.heads.of_range(span.first, span.last, hot.size)
+    return 200, hot.heads.head if request.head else hot.heads.whole

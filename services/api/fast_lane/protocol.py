@@ -1,0 +1,219 @@
+"""The connection that looks at what arrives before Sanic does."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable, Coroutine
+from functools import partial
+from time import monotonic, perf_counter
+from typing import Any
+
+from sanic.http import Stage
+
+from services.api.fast_lane.body_sender import BodySender, Connection, FileShort
+from services.api.fast_lane.lane import FastLane, ReadyAnswer
+from services.api.protocol import ApiHttp, PublicProtocol
+from shared.observability.metrics import CUT_ANSWERS, REQUESTS_IN_PROGRESS
+
+_MOST_KEPT = 64 * 1024
+"""Bytes a client may send ahead while it is sent a long body; then it is not read from."""
+
+Sending = Callable[[], Coroutine[Any, Any, None]]
+
+
+class FastLaneProtocol(PublicProtocol):
+    """Answers simple requests for cached objects itself, and hands everything else to Sanic unchanged.
+
+    It writes only while Sanic waits for a request's first byte and nothing written before is on its way; what
+    arrives while a long body is sent is kept until that has ended. Time limits are those of PublicProtocol, which
+    sees every byte.
+    """
+
+    __slots__ = ("_ends_soon", "_kept", "_lane", "_sender", "_sending", "_socket")
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        self._lane: FastLane | None = getattr(self.app.ctx, "fast_lane", None)
+        self._socket: socket.socket | None = None
+        self._sending: asyncio.Task[None] | None = None
+        self._sender: BodySender | None = None
+        self._kept = bytearray()
+        self._ends_soon = False
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        if self._lane is not None and connection is not None:
+            # Another name for the transport's own socket, never closed here: it offers what transports do not.
+            self._socket = socket.socket(fileno=connection.fileno())
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._socket is not None:
+            self._socket.detach()
+            self._socket = None
+        if self._sending is not None:
+            self._sending.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._sending is not None:
+            self._keep(data)
+        elif not self._is_ours() or not self._answer(data):
+            super().data_received(data)
+
+    def _is_ours(self) -> bool:
+        """Whether nothing is under way on this connection."""
+        http = self._http
+        if self._socket is None or self.transport is None or self.recv_buffer:
+            return False
+        if http is not None and not (
+            http.stage is Stage.IDLE and getattr(http, "request", None) is None and http.keep_alive
+        ):
+            return False
+        return not self.transport.is_closing() and self.transport.get_write_buffer_size() == 0
+
+    def _answer(self, data: bytes) -> bool:
+        lane = self._lane
+        now = monotonic()
+        ready = lane.prepare(data, now) if lane is not None else None
+        if lane is None or ready is None or self.transport is None or self._socket is None:
+            return False
+        self._time = now
+        body, length = ready.hot.body, ready.length
+        if not length:
+            self.transport.write(ready.head)
+        elif body is not None:
+            first = ready.first
+            piece = body if length == len(body) else body[first : first + length]
+            self.transport.write(ready.head + piece)
+        else:
+            self._send_file(lane, ready, self._socket, data)
+            return True
+        if length:
+            lane.tally.body_begun(perf_counter() - ready.started)
+            lane.tally.body_sent(length)
+        lane.record(ready, length)
+        return True
+
+    def _send_file(self, lane: FastLane, ready: ReadyAnswer, connection: socket.socket, data: bytes) -> None:
+        """The head and as much of the file as the socket takes now; the rest in a task."""
+        sender = BodySender(ready.hot, ready.first, ready.length, lane.accesses)
+        if not sender.is_near():
+            self._send_later(lane, ready, partial(sender.send_from_disk, self._far_end(), ready.head), sender, data)
+            return
+        head = ready.head
+        try:
+            head = head[connection.send(head, socket.MSG_MORE) :]
+            if not head:
+                sender.send_now(connection.fileno())
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.abort()  # the client has left
+            return
+        lane.tally.body_begun(perf_counter() - ready.started)
+        if sender.sent == ready.length:
+            lane.tally.body_sent(ready.length)
+            lane.record(ready, ready.length)
+        else:
+            self._send_later(lane, ready, partial(sender.send, self._far_end(), head), sender, b"")
+
+    def _far_end(self) -> Connection:
+        if self.transport is None or self._socket is None:
+            raise ConnectionResetError(errno.ECONNRESET, "the client has left")
+        return Connection(self.transport, self._can_write, self._socket.fileno())
+
+    def _send_later(
+        self,
+        lane: FastLane,
+        ready: ReadyAnswer,
+        sending: Sending,
+        sender: BodySender,
+        data: bytes,
+    ) -> None:
+        """`data` goes to Sanic if nothing could be sent."""
+        self._sender = sender
+        self._sending = asyncio.create_task(
+            self._finish(lane, ready, sending, sender, data), name="asset-body"
+        )
+        lane.own(self._sending)
+
+    async def _finish(
+        self,
+        lane: FastLane,
+        ready: ReadyAnswer,
+        sending: Sending,
+        sender: BodySender,
+        data: bytes,
+    ) -> None:
+        cut: str | None = None
+        unread = b""
+        REQUESTS_IN_PROGRESS.inc()
+        try:
+            with ready.hot.being_sent():
+                await sending()
+        except FileShort:
+            if data and not sender.begun:
+                unread = data  # nothing has been said to the client: Sanic's lane finds out what is wrong
+            else:
+                cut = "object_unreadable"
+                self._cut(cut)
+        except (asyncio.CancelledError, OSError):
+            cut = self._why_ended()
+        finally:
+            REQUESTS_IN_PROGRESS.dec()
+            lane.tally.body_sent(sender.sent)
+            self._sending = self._sender = None
+            self._time = monotonic()
+        if not unread:
+            lane.record(ready, sender.sent, cut)
+        self._go_on(unread)
+
+    def _why_ended(self) -> str:
+        """Of an answer whose connection is gone: our own reason, or the client left."""
+        reason: str | None = self._cut_reason
+        if reason is None:
+            reason = "client_left"
+            CUT_ANSWERS.labels(reason=reason).inc()
+        return reason
+
+    def _cut(self, reason: str) -> None:
+        if self._http is not None:
+            self._http.cut(reason)
+        else:
+            self.abort()
+
+    def _keep(self, data: bytes) -> None:
+        self._kept += data
+        if len(self._kept) > _MOST_KEPT and self.transport is not None:
+            self.transport.pause_reading()
+
+    def _go_on(self, unread: bytes) -> None:
+        """What came during a long answer is next."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        kept, self._kept = unread + bytes(self._kept), bytearray()
+        if unread:
+            super().data_received(kept)
+        elif self._ends_soon:
+            self.close()
+            return
+        elif kept:
+            self.data_received(kept)
+        transport.resume_reading()
+
+    def _progress(self) -> object:
+        return super()._progress(), self._sender.sent if self._sender is not None else 0
+
+    def _end_if_overdue(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
+        # While a body is sent the connection is not idle, whatever Sanic believes
+        return super()._end_if_overdue(http, unchanged, 0.0 if self._sending is not None else silent, unsent)
+
+    def end_soon(self) -> None:
+        if self._sending is not None:
+            self._ends_soon = True
+        else:
+            super().end_soon()

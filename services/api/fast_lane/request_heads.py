@@ -1,0 +1,132 @@
+"""The heads of simple requests, read strictly. What is not simple is none of ours: Sanic answers it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from services.api.exchange import is_request_id
+from shared.domain.conditionals import Conditions
+
+_GET, _HEAD, _VERSION = b"GET /api/v1/assets/", b"HEAD /api/v1/assets/", b" HTTP/1.1"
+_END = b"\r\n\r\n"
+_LONGEST_HEAD = 4096
+# RFC 9110 section 5: token, colon, a value of visible ASCII. Empty values, other bytes and folded lines are for Sanic.
+_FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t]*[\x21-\x7e][\t\x20-\x7e]*\r\n)+")
+_RANGE = re.compile(rb"\r\n[Rr]ange: (bytes=[0-9]{1,15}-[0-9]{0,15})(?=\r\n)")
+_RANGE_MARK = b"ange: bytes="
+
+_CONDITIONS = {
+    b"if-match": "if_match",
+    b"if-unmodified-since": "if_unmodified_since",
+    b"if-none-match": "if_none_match",
+    b"if-modified-since": "if_modified_since",
+}
+_WANTED = {*_CONDITIONS, b"range", b"if-range", b"x-request-id", b"host", b"connection"}
+_REFUSED = {
+    b"content-length",
+    b"transfer-encoding",
+    b"expect",
+    b"upgrade",
+    b"te",
+    b"trailer",
+    b"http2-settings",
+    b"x-sendfile-type",  # may be handed over
+}
+
+_MOST_REMEMBERED = 2048
+_LONGEST_REMEMBERED = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """What the header fields ask for. `plain`: nothing beyond the object, so that only `request_id` matters (of the
+    client's choice, None: it has none that we take)."""
+
+    conditions: Conditions
+    range_header: str | None
+    if_range: str | None
+    request_id: bytes | None
+    plain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SimpleRequest:
+    """A GET or HEAD (`head`) of one object. `object_id` is not checked yet; `range_header` may be beside `fields`."""
+
+    head: bool
+    object_id: bytes
+    fields: Fields
+    range_header: str | None
+
+
+class HeadReader:
+    """Reads heads. Clients send the same fields again and again, so the last ones are remembered (a few megabytes
+    at most)."""
+
+    def __init__(self) -> None:
+        self._remembered: dict[bytes, Fields] = {}
+
+    def read(self, data: bytes) -> SimpleRequest | None:
+        """The request if `data` is exactly the whole head of a simple one."""
+        if data.startswith(_GET):
+            head, start = False, len(_GET)
+        elif data.startswith(_HEAD):
+            head, start = True, len(_HEAD)
+        else:
+            return None
+        line_end = data.find(b"\r\n")
+        path_end = line_end - len(_VERSION)
+        if path_end <= start or data[path_end:line_end] != _VERSION or not data.endswith(_END):
+            return None
+        block = data[line_end + 2 : -2]
+        range_header = None
+        if _RANGE_MARK in block:
+            # Players ask for another range each time: without it their fields are the same
+            found = _RANGE.search(data, line_end)
+            if found is not None:
+                block = data[line_end + 2 : found.start() + 2] + data[found.end() + 2 : -2]
+                range_header = found[1].decode()
+        fields = self._remembered.get(block)
+        if fields is None:
+            fields = self._read_fields(block)
+            if fields is None:
+                return None
+        if range_header is not None and fields.range_header is not None:
+            return None
+        return SimpleRequest(head, data[start:path_end], fields, range_header or fields.range_header)
+
+    def _read_fields(self, block: bytes) -> Fields | None:
+        fields = read_fields(block)
+        if fields is not None and fields.request_id is None and len(block) <= _LONGEST_REMEMBERED:
+            if len(self._remembered) >= _MOST_REMEMBERED:
+                self._remembered.clear()
+            self._remembered[block] = fields
+        return fields
+
+
+def read_fields(block: bytes) -> Fields | None:
+    """The fields of a head without its first line, each with its CRLF; None if there is anything unusual among
+    them."""
+    if len(block) > _LONGEST_HEAD or _FIELDS.fullmatch(block) is None:
+        return None
+    found: dict[bytes, str] = {}
+    for line in block[:-2].split(b"\r\n"):
+        name, _, value = line.partition(b":")
+        name = name.lower()
+        if name in _REFUSED or name in found:
+            return None
+        if name in _WANTED:
+            found[name] = value.lstrip(b" \t").decode("ascii")
+    if b"host" not in found or found.pop(b"connection", "keep-alive").lower() != "keep-alive":
+        return None
+    del found[b"host"]
+    offered = found.pop(b"x-request-id", None)
+    request_id = offered.encode() if offered is not None and is_request_id(offered) else None
+    return Fields(
+        Conditions(**{field: found.get(name) for name, field in _CONDITIONS.items()}),
+        found.get(b"range"),
+        found.get(b"if-range"),
+        request_id,
+        plain=not found,
+    )

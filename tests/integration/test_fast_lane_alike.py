@@ -1,0 +1,190 @@
+"""Both lanes answer alike: thousands of generated requests, whole or in pieces, go to a node with and to one
+without the fast lane."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import uvloop
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.api.fast_lane.lane import FastLane
+from tests.integration.assets_world import KIB, STORED_AT, assets_world
+
+SIZES = {"1": 10, "2": 10_000, "3": 64 * KIB, "4": 700 * KIB, "5": 1, "6": 0}
+_REQUEST_ID = re.compile(rb"X-Request-ID: [0-9a-f]{32}\r\n")
+_LAST = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+_QUIET = 1.0
+_PATH = "/api/v1/assets/"
+
+
+@dataclass
+class Lanes:
+    ports: tuple[int, int]
+    etags: dict[str, str]
+    prepared: Callable[[], int]
+
+    def ask(self, pieces: list[bytes]) -> tuple[bytes, bytes]:
+        """What a node with and one without the fast lane answer; request ids of their own choice left out.
+
+        A server that closes a connection on which more arrives resets it, and the network then forgets what the
+        client has not read yet: only what both clients got can be compared.
+        """
+        (fast, fast_reset), (slow, slow_reset) = (_ask(port, pieces) for port in self.ports)
+        if fast_reset or slow_reset:
+            length = min(len(fast), len(slow))
+            fast, slow = fast[:length], slow[:length]
+        return _REQUEST_ID.sub(b"X-Request-ID: -\r\n", fast), _REQUEST_ID.sub(b"X-Request-ID: -\r\n", slow)
+
+
+def _ask(port: int, pieces: list[bytes]) -> tuple[bytes, bool]:
+    """Send the pieces, each by itself, then a last request that ends the connection. True: it was reset."""
+    received = bytearray()
+    with socket.create_connection(("127.0.0.1", port), timeout=_QUIET) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            for number, piece in enumerate((*pieces, _LAST)):
+                if number:
+                    time.sleep(0.002)
+                connection.sendall(piece)
+            while data := connection.recv(1 << 20):
+                received += data
+        except TimeoutError:
+            return bytes(received), False  # the server waits for more: on both lanes, or the answers differ
+        except ConnectionError:
+            return bytes(received), True
+    return bytes(received), False
+
+
+@pytest.fixture(scope="module")
+def lanes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lanes]:
+    found: list[Lanes] = []
+    ready, stop = threading.Event(), asyncio.Event()
+    loop = uvloop.new_event_loop()
+
+    async def serve(root: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            prepared = 0
+            prepare = FastLane.prepare
+
+            def counting(lane: FastLane, data: bytes, now: float) -> object:
+                nonlocal prepared
+                answer = prepare(lane, data, now)
+                prepared += answer is not None
+                return answer
+
+            patch.setattr(FastLane, "prepare", counting)
+            (root / "a").mkdir()
+            (root / "b").mkdir()
+            async with assets_world(root / "a") as fast, assets_world(root / "b", fast_lane=False) as slow:
+                for world in (fast, slow):
+                    for object_id, size in SIZES.items():
+                        world.add(object_id, size)
+                        world.store(object_id)
+                etags = {object_id: known.etag for object_id, known in fast.catalog.objects.items()}
+                found.append(Lanes((fast.port, slow.port), etags, lambda: prepared))
+                ready.set()
+                await stop.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(tmp_path_factory.mktemp("lanes")),))
+    thread.start()
+    assert ready.wait(20)
+    yield found[0]
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(20)
+    loop.close()
+
+
+_IDS = st.sampled_from(
+    ["1", "2", "404", "", "..", "%31", "1%20", "1?x=1", "1#", "x" * 200, "1 ", "é", "2/3", "//2"]
+)
+_NUMBERS = st.one_of(st.integers(0, 80_000).map(str), st.sampled_from(["", "9" * 18, "-1", "x", "00001"]))
+_RANGES = st.one_of(
+    st.builds("bytes={}-{}".format, _NUMBERS, _NUMBERS),
+    st.sampled_from(
+        ["bytes=0-0,5-6", "Bytes=1-2", "bytes=", "bytes = 1-2", "lines=1-2", "bytes=1-2 ", "bytes=-5"]
+    ),
+)
+_DATES = st.sampled_from([STORED_AT - 5, STORED_AT, STORED_AT + 5]).map(
+    lambda at: time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(at))
+)
+_TAGS = st.sampled_from(["{etag}", "W/{etag}", '"other"', '"other", {etag}', "*", "broken", '"', ""])
+_NAMED = st.one_of(
+    st.tuples(st.sampled_from(["Range", "range", "RANGE"]), _RANGES),
+    st.tuples(st.sampled_from(["If-None-Match", "if-match", "If-Range"]), _TAGS),
+    st.tuples(st.sampled_from(["If-Modified-Since", "If-Unmodified-Since", "If-Range"]), _DATES),
+    st.tuples(st.just("X-Request-ID"), st.sampled_from(["abc-1", "a b", "", "x" * 129, "id:7"])),
+    st.tuples(st.sampled_from(["Accept", "User-Agent", "Cookie"]), st.text("abc;=/*, \t", max_size=20)),
+)  # fmt: skip
+_ODD = st.one_of(
+    st.tuples(st.just("Connection"), st.sampled_from(["keep-alive", "Keep-Alive", "close", "upgrade", "keep-alive "])),
+    st.tuples(st.sampled_from(["Host", "host"]), st.sampled_from(["b", ""])),
+    st.sampled_from(
+        [
+            ("Expect", "100-continue"), ("Upgrade", "h2c"), ("Content-Length", "0"), ("Transfer-Encoding", "chunked"),
+            ("TE", "trailers"), (" Folded", "x"), ("No Colon", "x"), ("Null", "a\0b"), ("Bare", "a\rb"), ("Latin", "é"),
+            ("Name ", "x"), ("", "x"), ("Tab", "\tx\t"),
+        ]
+    ),
+)  # fmt: skip
+
+
+@st.composite
+def simple_requests(draw: st.DrawFn) -> bytes:
+    """For a cached object, with any ranges and conditions. `{etag}` stands for an object's entity tag."""
+    method, object_id = draw(st.sampled_from(["GET", "GET", "HEAD"])), draw(st.sampled_from([*SIZES]))
+    fields = draw(st.lists(_NAMED, max_size=3))
+    fields.insert(draw(st.integers(0, len(fields))), ("Host", "a"))
+    lines = [f"{method} {_PATH}{object_id} HTTP/1.1", *(f"{name}: {value}" for name, value in fields)]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+@st.composite
+def odd_requests(draw: st.DrawFn) -> bytes:
+    """Anything may be wrong with them."""
+    method = draw(st.sampled_from(["GET", "HEAD", "get", "POST", "OPTIONS"]))
+    version = draw(st.sampled_from(["HTTP/1.1", "HTTP/1.1", "HTTP/1.0", "HTTP/2.0", "http/1.1"]))
+    path = draw(
+        st.sampled_from([_PATH, _PATH, "/api/v1/Assets/", "http://a/api/v1/assets/", "/api//v1/assets/"])
+    )
+    fields = [("Host", "a")] * draw(st.sampled_from([1, 1, 1, 0, 2]))
+    fields += draw(st.lists(st.one_of(_NAMED, _ODD), max_size=4))
+    colon = draw(st.sampled_from([": ", ": ", ":", ":  ", " : "]))
+    end = draw(st.sampled_from(["\r\n", "\r\n", "\r\n", "\n"]))
+    lines = [f"{method} {path}{draw(_IDS)} {version}", *(f"{name}{colon}{value}" for name, value in fields)]
+    return (end.join(lines) + end + end).encode()
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[bytes]:
+    """One to three requests, sent one by one, or all together, or cut anywhere."""
+    parts = draw(
+        st.lists(st.one_of(simple_requests(), simple_requests(), odd_requests()), min_size=1, max_size=3)
+    )
+    if draw(st.booleans()):
+        return parts
+    whole = b"".join(parts)
+    cuts = sorted(draw(st.sets(st.integers(1, len(whole) - 1), max_size=3)))
+    return [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+
+
+@pytest.mark.timeout(300)
+@settings(max_examples=2000, deadline=None, suppress_health_check=[*HealthCheck])
+@given(conversation=conversations(), object_id=st.sampled_from([*SIZES]))
+def test_both_lanes_answer_alike(lanes: Lanes, conversation: list[bytes], object_id: str) -> None:
+    tag = lanes.etags[object_id].encode()
+    fast, slow = lanes.ask([piece.replace(b"{etag}", tag) for piece in conversation])
+    assert fast == slow
+
+
+def test_the_fast_lane_was_used(lanes: Lanes) -> None:
+    assert lanes.prepared() > 300
