@@ -20,7 +20,7 @@ be left without a body."""
 
 _NO_CONDITIONS = Conditions()
 # nginx states these of what it sends.
-_OF_THE_BODY = frozenset({"content-length", "content-range"})
+_OF_THE_BODY = frozenset({"content-length", "content-range", "accept-ranges"})
 
 
 class HandOver:
