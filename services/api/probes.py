@@ -1,12 +1,14 @@
 """For those who run the node: /healthz, /readyz, /metrics.
 
-Ready means: the volume is there. A node without its state store, job queue or catalog still serves hits, and most
-misses by proxy; to take it out of service would lose what it can do. What is missing is said in `degraded`.
+Ready means: the volume is there, and no other node's objects are being taken into it. A node without its state store,
+job queue or catalog still serves hits, and most misses by proxy; to take it out of service would lose what it can do.
+What is missing is said in `degraded`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -14,6 +16,7 @@ import structlog
 
 from services.api.context import ApiContext
 from services.api.status import UsageMeter
+from shared.adapters.volume.intake import Intake
 from shared.domain.errors import DistributorError, VolumeError
 from shared.observability.metrics import (
     QUEUE_JOBS,
@@ -30,6 +33,7 @@ from shared.observability.metrics import (
 )
 
 _PROBE_TIMEOUT = 2.0
+_TAKEOVER_SECONDS = 600.0
 
 logger = structlog.get_logger()
 
@@ -48,6 +52,8 @@ class Probes:
     def __init__(self, context: ApiContext, usage: UsageMeter) -> None:
         self._context = context
         self._usage = usage
+        self._started = time.monotonic()
+        self._taken_over = context.settings.storage.import_assets is None
 
     async def readiness(self) -> Readiness:
         """What is missing."""
@@ -58,9 +64,23 @@ class Probes:
             self._missing("job queue", context.queue.ping),
             self._missing("catalog", context.catalog.bucket_ids),
         )
+        takeover = await asyncio.to_thread(self._missing_takeover)
         return Readiness(
-            problems=(volume,) if volume else (), degraded=tuple(missing for missing in others if missing)
+            problems=tuple(problem for problem in (volume, takeover) if problem),
+            degraded=tuple(missing for missing in others if missing),
         )
+
+    def _missing_takeover(self) -> str | None:
+        """While the evictor takes an existing node's objects over, requests for them would be misses: worth waiting
+        for, but not for ever."""
+        if self._taken_over or time.monotonic() - self._started > _TAKEOVER_SECONDS:
+            return None
+        assets = self._context.settings.storage.import_assets
+        if assets is not None:
+            intake = Intake(self._context.volume.root, assets)
+            self._taken_over = intake.is_done()
+            intake.close()
+        return None if self._taken_over else "the existing node's objects are being taken over"
 
     async def _check_volume(self) -> None:
         await asyncio.to_thread(self._context.volume.check)

@@ -74,6 +74,27 @@ def evictor(config: ConfigFile = None) -> None:
     sys.exit(run(settings))
 
 
+@app.command("import-config")
+def import_config(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="Configuration of the network's existing node, YAML or JSON."),
+    ],
+) -> None:
+    """Print an existing node's configuration as ours; what has no equal is named on standard error.
+
+    Its environment variables (JOYSTREAM_DISTRIBUTOR__…) count as they do there. See docs/moving-over.md.
+    """
+    import os
+
+    from services.migration.command import import_configuration
+
+    text, remarks = import_configuration(file, os.environ)
+    print(text, end="")
+    for remark in remarks:
+        print(remark, file=sys.stderr)
+
+
 @config_app.command("check")
 def check(config: ConfigFile = None) -> None:
     """Say whether the settings can work; exit code 2 and a reason if they cannot."""

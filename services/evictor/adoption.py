@@ -11,6 +11,7 @@ import structlog
 from services.evictor.file_calls import file_call
 from services.evictor.index import EvictionIndex
 from services.evictor.partial_files import discard_partial_file, expected_bytes, partial_file_exists
+from services.evictor.takeover import Takeover
 from shared.adapters.volume import FoundObject, PartialHeld, Volume
 from shared.domain.errors import VolumeError
 from shared.domain.eviction import PolicyEntry
@@ -35,8 +36,12 @@ class SeenFile:
 class Adoption:
     """A file without a record is adopted too: its bytes count, it may be evicted, yet it is no hit until repaired."""
 
-    def __init__(self, state: StateStore, volume: Volume, index: EvictionIndex) -> None:
+    def __init__(
+        self, state: StateStore, volume: Volume, index: EvictionIndex, takeover: Takeover | None = None
+    ) -> None:
+        """`takeover`: it may know how an object was used before it came here."""
         self._state, self._volume, self._index = state, volume, index
+        self._takeover = takeover
 
     async def adopt(self, term: Term, object_id: ObjectId) -> bool | None:
         """True: adopted. False: adopted, but what its record says is not what is there. None: not adopted, since the
@@ -53,7 +58,7 @@ class Adoption:
         object_id, size = seen.found.object_id, seen.found.size
         if seen.partial_beside:
             await self._remove_partial(term, object_id)
-        known = self._index.remembered(object_id)
+        known = self._index.remembered(object_id) or self._former_figures(seen.found)
         entry = PolicyEntry(
             object_id,
             size,
@@ -69,6 +74,9 @@ class Adoption:
         if seen.partial_beside:
             await self.adopt_partial(term, object_id, 0)
         return seen.sound
+
+    def _former_figures(self, found: FoundObject) -> PolicyEntry | None:
+        return None if self._takeover is None else self._takeover.figures_of(found)
 
     async def adopt_leaving(self, term: Term, object_id: ObjectId, size: int) -> bool:
         """Count a file that is out of sight, and mark it as being evicted. False: the store knows the object."""

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Sequence
 
 from services.evictor.adoption import Adoption
+from services.evictor.copying import Copying
 from services.evictor.duty import DutyCheck
 from services.evictor.eviction import Eviction, EvictionRules
 from services.evictor.file_calls import file_call
@@ -21,8 +22,10 @@ from services.evictor.removals import Outcome, Removals
 from services.evictor.repair import Repair
 from services.evictor.scrub import Scrub
 from services.evictor.source_watch import SourceWatch
+from services.evictor.takeover import Takeover
 from services.evictor.term_work import TermWork, Tools
 from shared.adapters.volume import Volume
+from shared.adapters.volume.intake import Intake
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.eviction import POLICIES
 from shared.domain.objects import ObjectId
@@ -96,7 +99,8 @@ def _make_tools(
 ) -> Tools:
     index = EvictionIndex(state, volume, POLICIES[settings.evictor.policy])
     removals = Removals(state, volume, index)
-    adoption = Adoption(state, volume, index)
+    takeover, copying = _make_takeover(settings, state, volume, catalog)
+    adoption = Adoption(state, volume, index, takeover)
     partials = Partials(state, volume, adoption, settings.evictor.partial_keep)
     rules = EvictionRules(settings.storage.watermarks, settings.evictor.min_idle)
     can_list = settings.catalog.kind != "origin"
@@ -106,10 +110,23 @@ def _make_tools(
         partials=partials,
         eviction=Eviction(state, index, removals, partials, rules),
         reconciliation=Reconciliation(state, volume, index, removals, adoption, partials),
-        repair=Repair(volume, catalog, removals),
+        repair=Repair(volume, catalog, removals, settings.duty if can_list else None, takeover),
         duty=DutyCheck(catalog, index, removals, settings.duty, can_list),
         scrub=Scrub(volume, removals, settings.evictor.scrub_rate),
         orders=OrderKeeper(state, volume.root, OrdersFollower(state, volume.root, settings.duty)),
         purges=PurgeWork(state, volume, removals, partials),
         sources=sources,
+        takeover=takeover,
+        copying=copying,
     )
+
+
+def _make_takeover(
+    settings: Settings, state: StateStore, volume: Volume, catalog: Catalog
+) -> tuple[Takeover, Copying] | tuple[None, None]:
+    storage = settings.storage
+    if storage.import_assets is None:
+        return None, None
+    intake = Intake(storage.path, storage.import_assets)
+    takeover = Takeover(intake, storage.import_cache_state)
+    return takeover, Copying(state, volume, catalog, intake, takeover)

@@ -6,6 +6,7 @@ goes. What it does not know stays: it counts, takes its turn in eviction like an
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from enum import StrEnum
@@ -15,14 +16,17 @@ import structlog
 from services.evictor.file_calls import file_call, next_chunk
 from services.evictor.hashing import hash_file
 from services.evictor.removals import Removals
+from services.evictor.takeover import Takeover
 from shared.adapters.volume import FoundObject, Volume
-from shared.domain.media_sniffing import HEAD_BYTES, settle_media_type
-from shared.domain.objects import MediaObject, StoredRecord
+from shared.domain.found_objects import record_for
+from shared.domain.media_sniffing import HEAD_BYTES
+from shared.domain.objects import Duty, MediaObject, ObjectId
 from shared.observability.metrics import RECONCILED
 from shared.ports.catalog import Catalog
 from shared.ports.state_store import Term
 
 _AT_ONCE = 100
+_LISTED_AT_ONCE = 16
 _QUESTIONS_MOST = 1000  # of one run: the rest waits for the next
 
 logger = structlog.get_logger()
@@ -46,23 +50,57 @@ def judge_size(known: MediaObject | None, size: int) -> Verdict:
 class Repair:
     """One run after each reconciliation."""
 
-    def __init__(self, volume: Volume, catalog: Catalog, removals: Removals) -> None:
+    def __init__(
+        self,
+        volume: Volume,
+        catalog: Catalog,
+        removals: Removals,
+        duty: Duty | None,
+        takeover: Takeover | None = None,
+    ) -> None:
+        """`takeover`: objects without a record came from another node. Many of them, so the catalog's whole list of
+        `duty` is asked for first (None: it has none), and their size decides; the scrub looks at their hash."""
         self._volume, self._catalog, self._removals = volume, catalog, removals
+        self._duty, self._takeover = duty, takeover
 
     async def run(self, term: Term) -> None:
         """CatalogUnavailable in the middle leaves the rest for the next time."""
+        if self._takeover is not None:
+            await self._settle_listed(term)
+        await self._settle_one_by_one(term)
+
+    async def _settle_listed(self, term: Term) -> None:
+        waiting = await file_call(self._all_unrecorded)
+        if not waiting or self._duty is None:
+            return
+        async for batch in self._catalog.list_objects(self._duty):
+            listed = [(waiting.pop(known.object_id), known) for known in batch if known.object_id in waiting]
+            for start in range(0, len(listed), _LISTED_AT_ONCE):
+                few = listed[start : start + _LISTED_AT_ONCE]
+                settling = (self._settle(term, found, known) for found, known in few)
+                # Each is brought to its end before an error of one is passed on
+                for verdict in await asyncio.gather(*settling, return_exceptions=True):
+                    if isinstance(verdict, BaseException):
+                        raise verdict
+            if not waiting:
+                return
+
+    def _all_unrecorded(self) -> dict[ObjectId, FoundObject]:
+        return {found.object_id: found for found in self._volume.scan_unrecorded()}
+
+    async def _settle_one_by_one(self, term: Term) -> None:
         scan = self._volume.scan_unrecorded()
         questions, unknown = 0, 0
         while (chunk := await next_chunk(scan, _AT_ONCE)) and questions < _QUESTIONS_MOST:
             for found in chunk:
-                verdict = await self._settle(term, found)
+                known = await self._catalog.look_up(found.object_id)
+                verdict = await self._settle(term, found, known)
                 unknown += verdict is Verdict.UNKNOWN
             questions += len(chunk)
         if unknown:
             logger.warning("objects_without_record", count=unknown, reason="the catalog does not know them")
 
-    async def _settle(self, term: Term, found: FoundObject) -> Verdict:
-        known = await self._catalog.look_up(found.object_id)
+    async def _settle(self, term: Term, found: FoundObject, known: MediaObject | None) -> Verdict:
         descriptor = self._volume.open_raw(found.object_id)
         if descriptor is None:
             return Verdict.CONFIRMED  # gone meanwhile
@@ -82,20 +120,15 @@ class Repair:
 
     async def _judge(self, known: MediaObject | None, descriptor: int) -> Verdict:
         verdict = judge_size(known, os.fstat(descriptor).st_size)
-        if verdict is Verdict.CONFIRMED and known is not None and known.content_hash is not None:
+        if self._takeover is not None or known is None or known.content_hash is None:
+            return verdict
+        if verdict is Verdict.CONFIRMED:
             seen = await hash_file(descriptor, known.content_hash, rate=0)
             return Verdict.CONFIRMED if seen == known.content_hash else Verdict.WRONG
         return verdict
 
     def _write_record(self, known: MediaObject, found: FoundObject, head: bytes) -> None:
         if self._volume.read_record(found.object_id) is None:
-            self._volume.write_record(
-                StoredRecord(
-                    object_id=found.object_id,
-                    size=found.size,
-                    etag=known.etag,
-                    content_hash=known.content_hash,
-                    media_type=settle_media_type(known.media_type, head),
-                    stored_at=int(min(found.changed_at, time.time())),
-                )
-            )
+            stated = None if self._takeover is None else self._takeover.media_type_of(found.object_id)
+            stored_at = min(found.changed_at, time.time())
+            self._volume.write_record(record_for(known, found.size, head, stored_at, stated))

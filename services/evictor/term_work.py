@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from services.evictor.copying import Copying
 from services.evictor.duty import DutyCheck
 from services.evictor.eviction import Eviction
 from services.evictor.index import EvictionIndex
@@ -21,6 +22,7 @@ from services.evictor.removals import Removals
 from services.evictor.repair import Repair
 from services.evictor.scrub import Scrub
 from services.evictor.source_watch import SourceWatch
+from services.evictor.takeover import Takeover
 from shared.domain.errors import CatalogUnavailable, DistributorError, StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
@@ -55,6 +57,8 @@ class Tools:
     orders: OrderKeeper
     purges: PurgeWork
     sources: SourceWatch | None
+    takeover: Takeover | None
+    copying: Copying | None
 
 
 class TermWork:
@@ -106,6 +110,8 @@ class TermWork:
         ]
         if self._settings.scrub_rate:
             works.append(("scrub", self._scrub, None))
+        if self._tools.copying is not None:
+            works.append(("copy assets", self._copy, None))
         if self._tools.sources is not None:
             works.append(("watch sources", self._tools.sources.step, None))
         return works
@@ -179,6 +185,8 @@ class TermWork:
 
     async def _reconcile(self) -> float:
         await self._restore_orders()
+        if self._tools.takeover is not None:
+            await self._tools.takeover.move_in()
         self._settled = await self._tools.reconciliation.run(self._term)
         if self._settled:
             self._unsettled_runs = 0
@@ -202,10 +210,17 @@ class TermWork:
         try:
             if self._settled:
                 await self._tools.repair.run(self._term)
+                if self._tools.takeover is not None:
+                    await self._tools.takeover.finish()
         except CatalogUnavailable as error:
             logger.warning("repair_put_off", reason=str(error))
             return _CATALOG_SECONDS
         return self._settings.reconcile_interval
+
+    async def _copy(self) -> float | None:
+        if self._tools.copying is None:
+            return None
+        return await self._tools.copying.run() if self._settled else REFRESH_SECONDS
 
     async def _check_duty(self) -> float:
         if not self._settled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
@@ -13,12 +14,15 @@ import structlog
 from services.fetcher.disk import DiskThreads
 from services.fetcher.patience import Patience
 from shared.adapters.volume import Removal, RemovalState, Volume
-from shared.domain.errors import StateStoreUnavailable
+from shared.domain.errors import StateStoreUnavailable, VolumeError
+from shared.domain.found_objects import record_for
 from shared.domain.jobs import Done, Hopeless, JobOutcome, TryLater
-from shared.domain.objects import MediaObject, ObjectId, StoredRecord
+from shared.domain.media_sniffing import HEAD_BYTES
+from shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
 from shared.domain.space import footprint
 from shared.ports.state_store import AlreadyStored, Announcement, Granted, Lease, NoSpace, StateStore, Topic
 
+_HASHED_AT_ONCE = 1024 * 1024
 _LOOK_EVERY = 0.5  # seconds; announcements may be lost
 
 logger = structlog.get_logger()
@@ -66,9 +70,10 @@ class Admission:
             return Hopeless(f"{size} bytes are more than is ever cached")
         if warming and not await self._has_room_to_warm(size):
             return await self._leave_cold(media_object.object_id)
-        return await self._admit(media_object.object_id, size, warming=warming)
+        return await self._admit(media_object, size, warming=warming)
 
-    async def _admit(self, object_id: ObjectId, size: int, *, warming: bool) -> Admitted | JobOutcome:
+    async def _admit(self, media_object: MediaObject, size: int, *, warming: bool) -> Admitted | JobOutcome:
+        object_id = media_object.object_id
         patience = Patience(self._rules.space_wait)
         wished = cleared = False
         async with AsyncExitStack() as stack:
@@ -83,6 +88,9 @@ class Admission:
                     return Admitted(begun.lease, asked_at)
                 if isinstance(begun, AlreadyStored) and not cleared:
                     cleared = True
+                    if await self._disk.run(self._restore, media_object):
+                        logger.info("record_restored", object_id=object_id)
+                        return Done("already cached")
                     if not await self._clear_away(object_id, begun.generation):
                         return TryLater("what is stored is not right, and in use")
                     continue
@@ -119,6 +127,27 @@ class Admission:
         found.close()
         return found.record
 
+    def _restore(self, wanted: MediaObject) -> bool:
+        """A file without its record (lost, or not written yet when the file came from another node) gets one, if it is
+        what the catalog says. Blocks, for as long as it takes to read the file."""
+        found = self._volume.find_object(wanted.object_id)
+        if found is None or found.size != wanted.size or self._volume.read_record(wanted.object_id):
+            return False
+        descriptor = self._volume.open_raw(wanted.object_id)
+        if descriptor is None:
+            return False
+        try:
+            if (
+                wanted.content_hash is not None
+                and _hash_of(descriptor, wanted.content_hash) != wanted.content_hash
+            ):
+                return False
+            head = os.pread(descriptor, HEAD_BYTES, 0)
+        finally:
+            os.close(descriptor)
+        self._volume.write_record(record_for(wanted, found.size, head, min(found.changed_at, time.time())))
+        return True
+
     async def _make_known(self, record: StoredRecord) -> JobOutcome:
         """The object is there. If the index does not know it (a worker died before it could say so), say so now; where
         that cannot be done, reconciliation does it later."""
@@ -151,6 +180,18 @@ class Admission:
             case RemovalState.READY if self._stored(object_id) is None:
                 removal.unlink()
         return True
+
+
+def _hash_of(descriptor: int, expected: ContentHash) -> ContentHash:
+    """The hash, of `expected`'s algorithm, of a whole file. VolumeError if the disk cannot read it. Blocks."""
+    hasher, offset = expected.hasher(), 0
+    try:
+        while data := os.pread(descriptor, _HASHED_AT_ONCE, offset):
+            hasher.update(data)
+            offset += len(data)
+    except OSError as error:
+        raise VolumeError(f"read at {offset}: {error.strerror}") from error
+    return ContentHash(expected.algorithm, hasher.digest())
 
 
 async def _pause(news: AsyncIterator[Announcement], object_id: ObjectId) -> None:

@@ -39,6 +39,27 @@ def load_settings(file: Path | None = None, overrides: Mapping[str, Any] | None 
         raise ConfigurationError("\n".join(_explain(error))) from None
 
 
+def check_settings(fields: Mapping[str, Any]) -> None:
+    """Raise ConfigurationError unless these would do as a settings file, whatever the environment says here."""
+
+    class _Alone(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (init_settings,)
+
+    try:
+        _Alone(**dict(fields))
+    except ValidationError as error:
+        raise ConfigurationError("\n".join(_explain(error))) from None
+
+
 class _FileSource(PydanticBaseSettingsSource):
     """The settings file, already parsed, as the weakest source above the defaults."""
 

@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from shared.domain.errors import InvalidInput
 from shared.domain.objects import Duty, parse_bucket_id
 from shared.domain.space import Watermarks, footprint
 from shared.settings.section import Port, Seconds, Section
@@ -258,7 +259,10 @@ class Settings(BaseSettings):
     @field_validator("buckets")
     @classmethod
     def _check_buckets(cls, buckets: frozenset[str] | None) -> frozenset[str] | None:
-        return None if buckets is None else frozenset(parse_bucket_id(bucket) for bucket in buckets)
+        try:
+            return None if buckets is None else frozenset(parse_bucket_id(bucket) for bucket in buckets)
+        except InvalidInput as error:
+            raise ValueError(str(error)) from error
 
     @property
     def duty(self) -> Duty:

@@ -89,6 +89,7 @@ class Stack:
         self.folder = folder
         self.volume = folder / "volume"
         self.manifest = folder / "manifest.json"
+        self.config: Path | None = None
         self.port = free_port()
         self.processes: list[ServiceProcess] = []
         self.environment: dict[str, str] = {
@@ -118,7 +119,7 @@ class Stack:
         name = f"{kind}-{len(self.processes)}"
         process = ServiceProcess(
             name=name,
-            arguments=[kind],
+            arguments=[kind, *(["--config", str(self.config)] if self.config else [])],
             environment={**self.environment, "DISTRIBUTOR_METRICS__PORT": str(metrics_port), **settings},
             log=self.folder / f"{name}.log",
             health_url=f"http://127.0.0.1:{health}",

@@ -77,8 +77,8 @@ async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[
     stack.environment["DISTRIBUTOR_SOURCES__PROBE_INTERVAL"] = str(PROBE_SECONDS)
     stack.environment["DISTRIBUTOR_SOURCES__SHARE_INTERVAL"] = str(SHARE_SECONDS)
     async with AsyncExitStack() as running:
-        nodes = [await running.enter_async_context(StorageNode([]).run()) for _ in range(3)]
-        made = World(stack, *nodes)
+        slow, middling, quick = [await running.enter_async_context(StorageNode([]).run()) for _ in range(3)]
+        made = World(stack, slow, middling, quick)
         made.slow.knobs.add(Behaviour(latency_before_headers=0.3))
         made.middling.knobs.add(Behaviour(latency_before_headers=0.1))
         made.publish()

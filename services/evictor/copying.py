@@ -1,0 +1,151 @@
+"""Copying the objects of an existing node from another file system, one after the other, within the storage limit.
+
+Each is fetched as from a source: under a lease, with its bytes reserved, verified, published by one rename. The most
+used come first, and nothing is evicted for them: what finds no room is left where it is.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import structlog
+
+from services.evictor.file_calls import file_call
+from services.evictor.takeover import Takeover
+from shared.adapters.volume import PartialFile, PartialHeld, Volume
+from shared.adapters.volume.intake import Intake, WaitingFile
+from shared.domain.errors import VolumeError
+from shared.domain.found_objects import record_for
+from shared.domain.media_sniffing import HEAD_BYTES
+from shared.domain.objects import MediaObject, StoredRecord
+from shared.observability.metrics import RECONCILED
+from shared.ports.catalog import Catalog
+from shared.ports.state_store import Access, AlreadyStored, Granted, Lease, NeverFits, NoSpace, StateStore
+
+_CHUNK = 4 * 1024**2
+_RENEWAL_SECONDS = 2.0
+_AGAIN_SECONDS = 600.0
+_WORKER = "takeover"
+
+logger = structlog.get_logger()
+
+
+class Copying:
+    """`run` when the takeover found files elsewhere; may be repeated, and killed."""
+
+    def __init__(
+        self, state: StateStore, volume: Volume, catalog: Catalog, intake: Intake, takeover: Takeover
+    ) -> None:
+        self._state, self._volume, self._catalog = state, volume, catalog
+        self._intake, self._takeover = intake, takeover
+
+    async def run(self) -> float | None:
+        """Seconds until it is worth trying again; None: nothing is left. CatalogUnavailable, StateStoreUnavailable and
+        VolumeError end it in the middle."""
+        if not self._takeover.elsewhere:
+            return None
+        waiting = await file_call(self._most_used_first)
+        copied = 0
+        for one in waiting:
+            known = await self._catalog.look_up(one.object_id)
+            if known is None or known.size != one.size:
+                RECONCILED.labels("not_copied").inc()
+                logger.warning("asset_left", object_id=one.object_id, bytes=one.size, known=known is not None)
+                continue
+            begun = await self._state.begin(one.object_id, one.size, _WORKER)
+            if isinstance(begun, NoSpace):
+                logger.info("assets_left_for_lack_of_space", copied=copied, left=len(waiting) - copied)
+                return _AGAIN_SECONDS
+            if isinstance(begun, Granted):
+                copied += await self._copy(known, one, begun.lease)
+            elif isinstance(begun, AlreadyStored):
+                await file_call(self._intake.remove, one.object_id)
+            elif not isinstance(begun, NeverFits):
+                return _RENEWAL_SECONDS  # not accounted yet, or a fetch of this very object is under way
+        logger.info("assets_copied", copied=copied, left=len(waiting) - copied)
+        return None
+
+    def _most_used_first(self) -> Sequence[WaitingFile]:
+        return sorted(self._intake.waiting(), key=self._takeover.views_of, reverse=True)
+
+    async def _copy(self, known: MediaObject, one: WaitingFile, lease: Lease) -> bool:
+        """Whether it is ours now. Its source goes only after that."""
+        source = self._intake.assets / one.object_id
+        views, last_at = self._takeover.views_of(one)
+        try:
+            head = await file_call(_head, source)
+            record = record_for(
+                known, one.size, head, time.time(), self._takeover.media_type_of(one.object_id)
+            )
+            partial = await file_call(self._volume.receive, record)
+        except (PartialHeld, OSError) as error:
+            await self._state.park(lease)
+            logger.warning("asset_not_copied", object_id=one.object_id, reason=str(error))
+            return False
+        try:
+            right = await self._fill(partial, source, record, lease)
+            if right:
+                await file_call(partial.publish, record)
+                await self._state.commit(lease, last_at)
+        except (VolumeError, OSError) as error:
+            right = False
+            logger.warning("asset_not_copied", object_id=one.object_id, reason=str(error))
+        finally:
+            partial.close()
+        if not right:
+            await self._give_up(record, lease)
+            return False
+        if views > 1:
+            await self._state.record_accesses([Access(one.object_id, views - 1, last_at)])
+        await file_call(self._intake.remove, one.object_id)
+        RECONCILED.labels("copied").inc()
+        return True
+
+    async def _fill(self, partial: PartialFile, source: Path, record: StoredRecord, lease: Lease) -> bool:
+        """Whether all of it came, and is what the catalog says. OSError if the source cannot be read."""
+        if partial.size:
+            await file_call(partial.start_over)
+        hasher = record.content_hash.hasher() if record.content_hash is not None else None
+        offset, renewed_at = 0, time.monotonic()
+        descriptor = await file_call(os.open, source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            while data := await file_call(os.pread, descriptor, _CHUNK, offset):
+                if offset + len(data) > record.size:
+                    return False
+                await file_call(partial.write, offset, data)
+                if hasher is not None:
+                    await file_call(hasher.update, data)
+                offset += len(data)
+                if time.monotonic() - renewed_at > _RENEWAL_SECONDS:
+                    if not await self._state.renew(lease):
+                        return False
+                    renewed_at = time.monotonic()
+        finally:
+            os.close(descriptor)
+        if offset != record.size:
+            return False
+        if hasher is not None and record.content_hash is not None:
+            return hasher.digest() == record.content_hash.digest
+        return True
+
+    async def _give_up(self, record: StoredRecord, lease: Lease) -> None:
+        """What is wrong is fetched anew when somebody asks for it; the source stays where it is."""
+        logger.warning("asset_wrong", object_id=record.object_id, bytes=record.size)
+        RECONCILED.labels("not_copied").inc()
+        if await self._state.renew(lease):
+            try:
+                partial = await file_call(self._volume.receive, record)
+                await file_call(partial.discard)
+            except VolumeError as error:
+                logger.warning("partial_file_stays", object_id=record.object_id, reason=str(error))
+                await self._state.park(lease)
+                return
+            await self._state.release(lease)
+
+
+def _head(source: Path) -> bytes:
+    with source.open("rb") as file:
+        return file.read(HEAD_BYTES)

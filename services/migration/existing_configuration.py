@@ -1,0 +1,65 @@
+"""The existing node's configuration as it would read it: a YAML or JSON file, with the environment on top."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shared.domain.errors import ConfigurationError
+
+PREFIX = "JOYSTREAM_DISTRIBUTOR__"
+OFF = "off"
+
+
+def read_existing(file: Path, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Names and values, nested. ConfigurationError if the file cannot be read as that.
+
+    A variable such as JOYSTREAM_DISTRIBUTOR__LIMITS__MAX_CACHED_ITEM_SIZE overrides `limits.maxCachedItemSize`. Its
+    value is JSON, or plain text where it is none; `off` takes the setting out.
+    """
+    try:
+        document = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file} cannot be read: {error}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigurationError(f"{file} is neither YAML nor JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigurationError(f"{file}: want names and values at the top level")
+    for name in sorted(environment):
+        if name.startswith(PREFIX):
+            path = [_camel_case(part) for part in name.removeprefix(PREFIX).split("__")]
+            _override(document, path, environment[name], name)
+    return document
+
+
+def _override(document: dict[str, Any], path: list[str], text: str, variable: str) -> None:
+    if not all(path):
+        raise ConfigurationError(f"{variable} names no setting")
+    section = document
+    for part in path[:-1]:
+        below = section.get(part)
+        if not isinstance(below, dict):
+            if text == OFF:
+                return
+            below = section[part] = {}
+        section = below
+    if text == OFF:
+        section.pop(path[-1], None)
+    else:
+        section[path[-1]] = _value(text)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _camel_case(part: str) -> str:
+    first, *others = part.lower().split("_")
+    return first + "".join(word.capitalize() for word in others)

@@ -1,0 +1,232 @@
+"""An existing node's directories and configuration, and ours started on them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.demo.objects import DemoObject, generated_object
+from services.demo.squid import TestSquid
+from services.demo.squid.world import make_world
+from services.demo.storage_node import StorageNode
+from tests.end_to_end.client import get
+from tests.end_to_end.stack import Stack
+from tests.end_to_end.test_one_get import assert_whole, body_of
+
+pytestmark = pytest.mark.timeout(180)
+
+COUNT = 200
+SIZE = 20_000
+HOUR_MS = 3_600_000
+
+
+@dataclass(slots=True)
+class World:
+    """An existing node that was stopped: `data` holds its objects, `state` its cache.json."""
+
+    folder: Path
+    stack: Stack
+    node: StorageNode
+    squid: TestSquid
+    objects: list[DemoObject] = field(default_factory=list)
+
+    @property
+    def data(self) -> Path:
+        return self.folder / "data"
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "state"
+
+    def leave_behind(self, count: int = COUNT) -> None:
+        """As the existing node leaves its directories."""
+        self.objects = [generated_object(str(number), SIZE + number) for number in range(1, count + 1)]
+        for folder in (self.data, self.state):
+            folder.mkdir()
+        for item in self.objects:
+            (self.data / item.object_id).write_bytes(body_of(item))
+        now = int(time.time() * 1000)
+        groups: list[list[Any]] = [[] for _ in range(24)]
+        for number, item in enumerate(self.objects, start=1):
+            told = {
+                "sizeKB": SIZE // 1024,
+                "popularity": number,
+                "lastAccessTime": now - 2 * HOUR_MS + number,
+            }
+            groups[number % 24].append([item.object_id, told])
+        types = [[item.object_id, "image/x-made-up"] for item in self.objects]
+        (self.state / "cache.json").write_text(
+            json.dumps({"lruCacheGroups": groups, "mimeTypeByObjectId": types})
+        )
+        self.node.objects.update({item.object_id: item for item in self.objects})
+        self.squid.world = make_world(self.objects, [self.node.url], workers={7: ["0:1"]})
+
+    def import_config(self, limit: str = "1G") -> None:
+        """Run the command on the existing node's configuration; the stack's processes get what it printed."""
+        config = self.folder / "config.yml"
+        config.write_text(
+            json.dumps(
+                {
+                    "id": "moved-over",
+                    "endpoints": {"storageSquid": self.squid.url},
+                    "directories": {"assets": "./data", "cacheState": "./state"},
+                    "limits": {"storage": limit, "pendingDownloadTimeoutSec": 3600},
+                    "intervals": {"saveCacheState": 60},
+                    "publicApi": {"port": self.stack.port},
+                    "buckets": ["0:1"],
+                }
+            )
+        )
+        command = [sys.executable, "-m", "services.command_line", "import-config", str(config)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert "limits.pendingDownloadTimeoutSec has no equal" in done.stderr
+        ours = self.folder / "ours.yaml"
+        ours.write_text(done.stdout)
+        check = [sys.executable, "-m", "services.command_line", "config", "check", "--config", str(ours)]
+        subprocess.run(check, capture_output=True, check=True)
+        self.stack.config = ours
+        self.stack.volume = self.data
+        for name in ("CATALOG__MANIFEST", "STORAGE__PATH", "STORAGE__LIMIT", "PUBLIC_API__PORT"):
+            del self.stack.environment[f"DISTRIBUTOR_{name}"]
+
+    def asked_for_objects(self) -> Sequence[str]:
+        return [record.path for record in self.node.requests if "/files/" in record.path]
+
+    def flat_files(self) -> list[str]:
+        return [path.name for path in self.data.iterdir() if path.is_file() and path.name.isdigit()]
+
+    def objects_in_volume(self) -> set[str]:
+        return {path.name for path in (self.data / "objects").rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[World]:
+    stack = Stack(tmp_path, redis_url, amqp_url, f"e2e-{uuid.uuid4().hex[:8]}")
+    async with StorageNode([]).run() as node, TestSquid([]).run() as squid:
+        try:
+            yield World(tmp_path, stack, node, squid)
+        finally:
+            stack.kill_all()
+
+
+async def assert_all_hits(world: World) -> None:
+    for item in world.objects:
+        answer = await get(world.stack.url(item.object_id))
+        assert answer.headers.get("x-cache") == "hit", (item.object_id, answer.headers, world.stack.logs())
+        assert_whole(answer, item)
+    assert not world.asked_for_objects(), "nothing was downloaded"
+
+
+async def test_every_object_is_a_hit_and_nothing_was_downloaded(world: World) -> None:
+    world.leave_behind()
+    world.import_config()
+    await world.stack.up()
+    await assert_all_hits(world)
+    assert not world.flat_files(), "moved, not copied"
+    status = await world.stack.status()
+    assert (status["id"], status["objectsInCache"]) == ("moved-over", COUNT)
+    answer = await get(world.stack.url("1"), method="HEAD")
+    assert answer.headers["content-type"] == "image/x-made-up", "what the existing node found it to be"
+
+
+async def test_standalone_takes_over_as_well(world: World) -> None:
+    world.leave_behind()
+    world.import_config()
+    for name in ("STATE_STORE__URL", "JOB_QUEUE__URL"):
+        del world.stack.environment[f"DISTRIBUTOR_{name}"]
+    process = world.stack.add("standalone")
+    await process.healthy()
+    await assert_all_hits(world)
+    await process.stop()
+    process.start()
+    await process.healthy()
+    await assert_all_hits(world)
+
+
+async def test_eviction_honours_the_imported_popularity(world: World) -> None:
+    """The limit holds half of what was left behind: the least popular go."""
+    world.leave_behind()
+    world.import_config(limit=str(COUNT // 2 * (SIZE + 100 + 1024)))
+    await world.stack.up()
+    deadline = time.monotonic() + 30
+    while len(world.objects_in_volume()) > COUNT // 2:
+        assert time.monotonic() < deadline, world.stack.logs()
+        await asyncio.sleep(0.1)
+    kept = {int(name) for name in world.objects_in_volume()}
+    assert kept == set(range(COUNT - len(kept) + 1, COUNT + 1)), "the most popular ones are left"
+    assert len(kept) > COUNT // 4
+
+
+@pytest.mark.parametrize("state", ["torn", "missing"])
+async def test_without_a_usable_cache_state_only_recency_is_lost(world: World, state: str) -> None:
+    world.leave_behind(20)
+    file = world.state / "cache.json"
+    if state == "torn":
+        file.write_bytes(file.read_bytes()[:500])
+    else:
+        file.unlink()
+    world.import_config()
+    await world.stack.up()
+    await assert_all_hits(world)
+    assert '"cache_state_unusable"' in world.stack.logs()
+
+
+async def test_killed_in_the_middle_it_goes_on_at_the_next_start(world: World) -> None:
+    world.leave_behind()
+    world.import_config()
+    evictor = world.stack.add("evictor")
+    async with asyncio.timeout(30):
+        while not (world.data / "objects").exists() or len(world.objects_in_volume()) < 5:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    evictor.kill()
+    world.stack.processes.clear()
+    await world.stack.up()
+    await assert_all_hits(world)
+    assert not world.flat_files()
+
+
+async def test_files_of_the_wrong_size_are_not_served(world: World) -> None:
+    world.leave_behind(10)
+    (world.data / "3").write_bytes(b"cut short")
+    (world.data / "notes.txt").write_text("somebody's")
+    world.import_config()
+    await world.stack.up()
+    wrong = world.objects[2]
+    answer = await get(world.stack.url("3"))
+    assert_whole(answer, wrong)
+    assert answer.headers["x-cache"] != "hit"
+    assert (world.data / "notes.txt").exists()
+    for item in world.objects[3:]:
+        assert (await get(world.stack.url(item.object_id))).headers["x-cache"] == "hit"
+
+
+async def test_a_squid_that_is_down_at_first_costs_no_object(world: World) -> None:
+    world.leave_behind(20)
+    world.import_config()
+    await world.squid.go_away()
+    evictor = world.stack.add("evictor")
+    async with asyncio.timeout(30):
+        while '"repair_put_off"' not in evictor.log.read_text():  # noqa: ASYNC110 - another process's log
+            await asyncio.sleep(0.05)
+    assert len(world.objects_in_volume()) == 20
+    await world.squid.come_back()
+    # A request in between is answered from what is there: the fetcher verifies it, and downloads nothing
+    fetcher, api = world.stack.add("fetcher"), world.stack.add("api")
+    await fetcher.healthy()
+    async with asyncio.timeout(20):
+        while '"listening"' not in api.log.read_text():  # noqa: ASYNC110 - it is not ready before the takeover is
+            await asyncio.sleep(0.05)
+        while (await get(world.stack.url("5"))).headers.get("x-cache") != "hit":
+            await asyncio.sleep(0.2)
+    assert not re.search(r'"outcome": ?"fetched"', world.stack.logs())

@@ -1,0 +1,182 @@
+"""The existing node's configuration, as its operators have it, in our words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from services.migration.command import import_configuration
+from shared.domain.errors import ConfigurationError
+from shared.settings import load_settings
+
+FULL = """
+id: distributor-7
+endpoints:
+  storageSquid: https://squid.example/graphql
+  joystreamNodeWs: wss://rpc.example:9944
+directories:
+  assets: ./local/data
+  cacheState: ./local/cache
+logs:
+  file:
+    level: debug
+    path: ./local/logs
+    maxFiles: 30
+  console:
+    level: verbose
+  elastic:
+    level: info
+    endpoint: http://localhost:9200
+limits:
+  storage: 500G
+  maxConcurrentStorageNodeDownloads: 100
+  maxConcurrentOutboundConnections: 300
+  outboundRequestsTimeoutMs: 5000
+  pendingDownloadTimeoutSec: 3600
+  maxCachedItemSize: 1G
+  queryNodeCacheTTL: 60
+  dataObjectSourceByObjectIdTTL: 60
+intervals:
+  saveCacheState: 60
+  checkStorageNodeResponseTimes: 90
+  cacheCleanup: 60
+publicApi:
+  port: 3334
+operatorApi:
+  port: 3335
+  hmacSecret: this-is-not-so-secret
+buckets:
+  - "0:1"
+  - "0:2"
+workerId: 3
+"""
+
+
+def converted(folder: Path, text: str, **environment: str) -> tuple[dict[str, Any], list[str]]:
+    file = folder / "config.yml"
+    file.write_text(text)
+    printed, remarks = import_configuration(file, {"HOME": "/", **environment})
+    (folder / "ours.yaml").write_text(printed)
+    return yaml.safe_load(printed), remarks
+
+
+def test_every_setting_has_its_place(tmp_path: Path) -> None:
+    settings, remarks = converted(tmp_path, FULL)
+    assert settings == {
+        "id": "distributor-7",
+        "buckets": ["0:1", "0:2"],
+        "public_api": {"port": 3334, "max_proxied": 300},
+        "operator_api": {"port": 3335, "secret": "this-is-not-so-secret"},
+        "catalog": {
+            "kind": "joystream",
+            "squid": "https://squid.example/graphql",
+            "chain": "wss://rpc.example:9944",
+            "positive_ttl": 60,
+        },
+        "sources": {"probe_interval": 90},
+        "fetch": {"concurrency": 100, "first_byte_timeout": 5.0},
+        "storage": {
+            "path": str(tmp_path / "local/data"),
+            "import_assets": str(tmp_path / "local/data"),
+            "import_cache_state": str(tmp_path / "local/cache/cache.json"),
+            "limit": "500G",
+            "max_cached_item": "1G",
+        },
+        "evictor": {"duty_interval": 3600},
+        "log": {"level": "debug"},
+    }
+    named = {remark.partition(" ")[0] for remark in remarks}
+    assert named >= {
+        "limits.pendingDownloadTimeoutSec",
+        "limits.dataObjectSourceByObjectIdTTL",
+        "intervals.saveCacheState",
+        "intervals.cacheCleanup",
+        "logs.file",
+        "logs.elastic",
+        "workerId",
+        "operatorApi.hmacSecret",
+    }
+
+
+def test_what_is_printed_is_accepted(tmp_path: Path) -> None:
+    converted(tmp_path, FULL)
+    settings = load_settings(tmp_path / "ours.yaml")
+    assert settings.storage.limit == 500 * 1024**3
+    assert settings.catalog.kind == "joystream"
+
+
+def test_json_is_read_as_well(tmp_path: Path) -> None:
+    settings, _ = converted(tmp_path, json.dumps(yaml.safe_load(FULL)))
+    assert settings["storage"]["limit"] == "500G"
+
+
+def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
+    settings, remarks = converted(
+        tmp_path,
+        FULL,
+        JOYSTREAM_DISTRIBUTOR__LIMITS__STORAGE="200G",
+        JOYSTREAM_DISTRIBUTOR__LIMITS__MAX_CONCURRENT_STORAGE_NODE_DOWNLOADS="7",
+        JOYSTREAM_DISTRIBUTOR__BUCKETS='["3:4"]',
+        JOYSTREAM_DISTRIBUTOR__PUBLIC_API__PORT="3399",
+        JOYSTREAM_DISTRIBUTOR__ID="named-by-the-environment",
+        JOYSTREAM_DISTRIBUTOR__OPERATOR_API="off",
+        JOYSTREAM_DISTRIBUTOR__LOGS__FILE="off",
+        JOYSTREAM_DISTRIBUTOR__ENDPOINTS__STORAGE_SQUID="http://squid:4352/graphql",
+    )
+    assert settings["storage"]["limit"] == "200G"
+    assert settings["fetch"]["concurrency"] == 7
+    assert settings["buckets"] == ["3:4"]
+    assert settings["public_api"]["port"] == 3399
+    assert settings["id"] == "named-by-the-environment"
+    assert settings["catalog"]["squid"] == "http://squid:4352/graphql"
+    assert "operator_api" not in settings
+    assert not any(remark.startswith("logs.file") for remark in remarks)
+
+
+def test_worker_mode(tmp_path: Path) -> None:
+    settings, _ = converted(tmp_path, "id: a\nworkerId: 3\n")
+    assert settings == {"catalog": {"kind": "joystream"}, "id": "a", "worker_id": 3}
+
+
+def test_what_is_not_known_is_named(tmp_path: Path) -> None:
+    _, remarks = converted(tmp_path, "id: a\nworkerId: 3\nlimits: {newThing: {deep: 1}}\n")
+    assert remarks == ["limits.newThing.deep is not known, and has no equal"]
+
+
+def test_without_a_duty_that_is_said(tmp_path: Path) -> None:
+    _, remarks = converted(tmp_path, "id: a\n")
+    assert any(remark.startswith("workerId is missing") for remark in remarks)
+
+
+def test_a_short_secret_is_left_out(tmp_path: Path) -> None:
+    settings, remarks = converted(
+        tmp_path, "id: a\nworkerId: 3\noperatorApi: {port: 3335, hmacSecret: short}\n"
+    )
+    assert "secret" not in settings["operator_api"]
+    assert any("at least 16 characters" in remark for remark in remarks)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("limits: {storage: lots}", "limits.storage: 'lots' is no size"),
+        ("limits: {maxConcurrentStorageNodeDownloads: many}", "limits.maxConcurrentStorageNodeDownloads"),
+        ("buckets: 5", "buckets: want a list"),
+        ("buckets: ['a:b']", "malformed bucket id"),
+        ("logs: {console: {level: loud}}", "no such level"),
+        ("- a\n- b", "names and values"),
+        ("a: [", "neither YAML nor JSON"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(ConfigurationError, match=told.replace("(", r"\(")):
+        converted(tmp_path, text)
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        import_configuration(tmp_path / "nothing.yml", {})
