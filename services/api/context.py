@@ -12,6 +12,7 @@ from shared.domain.objects import Duty
 from shared.ports.catalog import Catalog
 from shared.ports.job_queue import JobQueue
 from shared.ports.state_store import StateStore
+from shared.runtime.orders import OrdersFollower
 from shared.settings.model import Settings
 
 if TYPE_CHECKING:
@@ -38,3 +39,4 @@ class ApiContext:
     accesses: AccessCounter
     duty: DutyHolder
     wakeups: FetchWakeups
+    orders: OrdersFollower

@@ -10,11 +10,13 @@ from shared.domain.errors import ConfigurationError
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen. Port 0: any free one. `shared`: several processes listen on it (SO_REUSEPORT)."""
+    """Where to listen. Port 0: any free one. `shared`: several processes listen on it (SO_REUSEPORT).
+    `setting`: where the address comes from, for messages."""
 
     host: str
     port: int
     shared: bool = False
+    setting: str = "public_api"
 
 
 def bind(address: Address) -> socket.socket:
@@ -26,7 +28,7 @@ def bind(address: Address) -> socket.socket:
         family, kind, protocol, _, place = found[0]
         bound = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigurationError(f"public_api.host {address.host!r}: {error.strerror or error}") from error
+        raise ConfigurationError(f"{address.setting}.host {address.host!r}: {error.strerror or error}") from error
     try:
         bound.setblocking(False)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -36,5 +38,7 @@ def bind(address: Address) -> socket.socket:
     except OSError as error:
         bound.close()
         where = f"{address.host}:{address.port}"
-        raise ConfigurationError(f"public_api.port: cannot listen on {where}: {error.strerror}") from error
+        raise ConfigurationError(
+            f"{address.setting}.port: cannot listen on {where}: {error.strerror}"
+        ) from error
     return bound

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import structlog
@@ -50,7 +52,7 @@ class PublicServer:
         if self._server is not None:
             return
         bound = bind(self._address)
-        self._address = Address(self._address.host, bound.getsockname()[1], self._address.shared)
+        self._address = replace(self._address, port=bound.getsockname()[1])
         # Not Sanic.create_server: it would set up logs and signals, and warn people at their terminals.
         server = serve(
             None,
@@ -74,20 +76,25 @@ class PublicServer:
         logger.info("listening", host=self._address.host, port=self.port)
 
     async def close(self, drain_seconds: float) -> None:
-        """Stop accepting, close idle connections, let answers end within `drain_seconds`, then cut the rest."""
+        """Stop accepting, close idle connections, let answers end within `drain_seconds`, then cut the rest.
+
+        Meanwhile the port can be opened again: connections made since are left alone.
+        """
         if self._server is None:
             return
         deadline = time.monotonic() + drain_seconds
         server, self._server = self._server, None
         server.server.close()
-        tasks = {connection.task for connection in self._connections if connection.task is not None}
-        for connection in tuple(self._connections):
+        leaving = set(self._connections)
+        tasks = {connection.task for connection in leaving if connection.task is not None}
+        for connection in leaving:
             connection.end_soon()
-        if not await self._connections.emptied(drain_seconds):
-            logger.warning("answers_cut_at_stop", connections=len(self._connections))
-            for connection in tuple(self._connections):
+        if not await self._connections.gone(leaving, drain_seconds):
+            left = leaving & self._connections
+            logger.warning("answers_cut_at_stop", connections=len(left))
+            for connection in left:
                 connection.end_now()
-            await self._connections.emptied(_ABORT_GRACE)
+            await self._connections.gone(left, _ABORT_GRACE)
         if tasks:
             await asyncio.wait(tasks, timeout=_ABORT_GRACE)
         if not await sent_to_the_end(self.port, max(0.0, deadline - time.monotonic())):
@@ -100,23 +107,24 @@ class Connections(set[PublicProtocol]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._empty = asyncio.Event()
-        self._empty.set()
-
-    def add(self, connection: PublicProtocol, /) -> None:
-        super().add(connection)
-        self._empty.clear()
+        self._one_left = asyncio.Event()
 
     def discard(self, connection: object, /) -> None:
         super().discard(connection)
-        if not self:
-            self._empty.set()
+        self._one_left.set()
 
     async def emptied(self, seconds: float) -> bool:
         """True as soon as no connection is left; False after so many seconds."""
+        return await self.gone(self, seconds)
+
+    async def gone(self, leaving: Collection[PublicProtocol], seconds: float) -> bool:
+        """True as soon as none of these is left; False after so many seconds."""
         try:
             async with asyncio.timeout(seconds):
-                await self._empty.wait()
+                while not self.isdisjoint(leaving):
+                    if self._one_left.is_set():
+                        self._one_left = asyncio.Event()
+                    await self._one_left.wait()
         except TimeoutError:
             return False
         return True

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
+import uuid
 from collections.abc import Callable
 
 import structlog
@@ -15,6 +18,8 @@ from services.api.context import ApiContext, DutyHolder
 from services.api.fast_lane.building import build_fast_lane
 from services.api.fast_lane.protocol import FastLaneProtocol
 from services.api.listening import Address
+from services.api.obedience import Obedience
+from services.api.operator.service import operator_api
 from services.api.server import PublicServer
 from services.api.version import VERSION
 from services.api.wakeups import FetchWakeups
@@ -34,6 +39,7 @@ from shared.runtime.adapters import (
     build_state_store,
     build_volume,
 )
+from shared.runtime.orders import OrdersFollower
 from shared.runtime.run_service import ServiceScope
 from shared.settings.model import Settings
 
@@ -46,6 +52,7 @@ def make_context(
     settings: Settings, volume: Volume, state: StateStore, queue: JobQueue, catalog: Catalog, relay: Relay
 ) -> ApiContext:
     """Put together what the handlers need; the ports are open, or will be before the first request."""
+    orders = OrdersFollower(state, volume.root, settings.duty)
     return ApiContext(
         settings=settings,
         volume=volume,
@@ -55,12 +62,14 @@ def make_context(
         relay=relay,
         accesses=AccessCounter(state),
         duty=DutyHolder(settings.duty),
-        wakeups=FetchWakeups(state),
+        wakeups=FetchWakeups(state, orders.wake),
+        orders=orders,
     )
 
 
-async def run_api(scope: ServiceScope, settings: Settings, *, shared_port: bool = False) -> None:
-    """The main of an API process. `shared_port`: other processes listen on the same port."""
+async def run_api(scope: ServiceScope, settings: Settings, *, shared_port: bool = False) -> bool:
+    """The main of an API process. `shared_port`: other processes listen on the same port. True: it ended because an
+    operator has ordered the node to shut down."""
     resources = scope.resources
     volume = build_volume(settings)
     resources.callback(volume.close)
@@ -80,6 +89,7 @@ async def run_api(scope: ServiceScope, settings: Settings, *, shared_port: bool 
     describe_build(VERSION, "api")
     context = make_context(settings, volume, state, queue, catalog, build_relay(client, sharing.book))
     await serve_api(context, scope.stop_requested, shared_port=shared_port)
+    return context.orders.shutting_down
 
 
 async def serve_api(
@@ -91,7 +101,8 @@ async def serve_api(
 ) -> None:
     """Serve until `stop_requested`, then let answers end within the shutdown deadline (less what closing takes).
 
-    `on_listening` is called with the port. ConfigurationError if the port cannot be had.
+    `on_listening` is called with the port, unless an operator has stopped the public API. ConfigurationError if the
+    port cannot be had.
     """
     settings = context.settings
     assets = AssetHandler(context)
@@ -101,19 +112,28 @@ async def serve_api(
     address = Address(settings.public_api.host, settings.public_api.port, shared_port)
     server = PublicServer(application, address, FastLaneProtocol)
     drain = max(settings.shutdown_deadline - _CLOSING_SECONDS, settings.shutdown_deadline / 2)
+    obedience = Obedience(context, server, drain)
+    name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     try:
-        await server.open()
-        if on_listening is not None:
+        await obedience.begin()
+        if on_listening is not None and server.is_open:
             on_listening(server.port)
-        async with asyncio.TaskGroup() as background:
+        async with (
+            operator_api(context, name, shared_port=shared_port),
+            asyncio.TaskGroup() as background,
+        ):
+            obeying = background.create_task(obedience.run(stop_requested), name="obedience")
             tasks = [
+                background.create_task(context.orders.run(), name="follow-orders"),
                 background.create_task(context.accesses.run(), name="hand-over-accesses"),
                 background.create_task(context.wakeups.run(), name="fetch-wakeups"),
             ]
             if lane is not None:
                 tasks.append(background.create_task(lane.objects.run(), name="hot-objects"))
             await stop_requested.wait()
-            await server.close(drain)
+            obeying.cancel()
+            await asyncio.wait({obeying})
+            await obedience.end()
             for task in tasks:
                 task.cancel()
         await context.accesses.hand_over()

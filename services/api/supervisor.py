@@ -10,9 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ import structlog
 from pydantic import SecretStr
 
 from services.api.listening import Address, bind
-from services.api.wiring import MISCONFIGURED, run_checked
+from services.api.wiring import MISCONFIGURED, SHUTDOWN_ORDERED, run_checked
 from shared.domain.errors import ConfigurationError
 from shared.observability.multiprocess import forget_process, prepare_multiprocess
 from shared.runtime.run_service import ServiceScope
@@ -45,14 +48,17 @@ def run_supervisor(settings: Settings) -> int:
 
 async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
     """Keep the workers running. ConfigurationError if the port is taken, or a worker says its settings cannot work."""
-    address = Address(settings.public_api.host, settings.public_api.port)
-    # Without SO_REUSEPORT first: with it, a foreign process of the same user could share the port unnoticed.
-    probe = bind(address)
-    port = probe.getsockname()[1]
-    probe.close()
-    # Bound but not listening: keeps the port ours while no worker has it, and gets no connections.
-    with bind(Address(address.host, port, shared=True)):
-        workers = [Worker(number, settings, port) for number in range(1, settings.public_api.workers + 1)]
+    with ExitStack() as ports:
+        public, operator = settings.public_api, settings.operator_api
+        port = ports.enter_context(_keep(Address(public.host, public.port))).getsockname()[1]
+        operator_port = operator.port
+        if operator.secret is not None:
+            address = Address(operator.host, operator.port, setting="operator_api")
+            operator_port = ports.enter_context(_keep(address)).getsockname()[1]
+        handover = worker_settings(settings, port, operator_port)
+        workers = [
+            Worker(number, handover, settings.shutdown_deadline) for number in range(1, public.workers + 1)
+        ]
         logger.info("workers_starting", workers=len(workers), port=port)
         tasks = [
             asyncio.create_task(worker.keep_running(stop_requested), name=f"api-worker-{worker.number}")
@@ -66,13 +72,22 @@ async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
             await asyncio.wait(tasks)
 
 
-class Worker:
-    """One worker, and its successors."""
+def _keep(address: Address) -> socket.socket:
+    """Bound but not listening: keeps the port ours while no worker has it, and gets no connections."""
+    # Without SO_REUSEPORT first: with it, a foreign process of the same user could share the port unnoticed.
+    probe = bind(address)
+    port = probe.getsockname()[1]
+    probe.close()
+    return bind(replace(address, port=port, shared=True))
 
-    def __init__(self, number: int, settings: Settings, port: int) -> None:
+
+class Worker:
+    """One worker, and its successors. `handover`: its settings; `deadline`: seconds that it may take to end."""
+
+    def __init__(self, number: int, handover: bytes, deadline: float) -> None:
         self.number = number
-        self._handover = worker_settings(settings, port)
-        self._deadline = settings.shutdown_deadline
+        self._handover = handover
+        self._deadline = deadline
         self._pause = _FIRST_PAUSE
 
     async def keep_running(self, stop_requested: asyncio.Event) -> None:
@@ -89,6 +104,9 @@ class Worker:
                         process.kill()
                         await process.wait()
                     forget_process(process.pid)
+                if process.returncode == SHUTDOWN_ORDERED:
+                    stop_requested.set()
+                    return
                 if not stop.done():
                     await self._recover(process, time.monotonic() - started, stop)
         finally:
@@ -113,7 +131,7 @@ class Worker:
         await asyncio.wait({ended}, timeout=self._deadline + _MARGIN / 2)
         if not ended.done():
             process.kill()
-        if await ended != 0:
+        if await ended not in (0, SHUTDOWN_ORDERED):
             raise RuntimeError(f"worker {self.number} ended with {process.returncode}")
 
     async def _recover(self, process: Process, lived: float, stop: asyncio.Task[bool]) -> None:
@@ -124,10 +142,11 @@ class Worker:
         await asyncio.wait({stop}, timeout=self._pause)
 
 
-def worker_settings(settings: Settings, port: int) -> bytes:
+def worker_settings(settings: Settings, port: int, operator_port: int) -> bytes:
     """One line of JSON, secrets in clear: it goes through a pipe, never through arguments or the environment."""
     fields = settings.model_dump()
     fields["public_api"]["port"] = port
+    fields["operator_api"]["port"] = operator_port
     return json.dumps(fields, default=_plain).encode() + b"\n"
 
 

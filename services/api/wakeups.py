@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import structlog
 
@@ -16,10 +17,13 @@ logger = structlog.get_logger()
 
 
 class FetchWakeups:
-    """One listener for the whole process; `run` is its task. A wake-up may be lost, so whoever waits also looks."""
+    """One listener for the whole process; `run` is its task. A wake-up may be lost, so whoever waits also looks.
 
-    def __init__(self, state: StateStore) -> None:
+    `on_settings` is called when orders may have changed."""
+
+    def __init__(self, state: StateStore, on_settings: Callable[[], None] | None = None) -> None:
         self._state = state
+        self._on_settings = on_settings
         self._waiting: dict[ObjectId, set[asyncio.Event]] = {}
 
     async def wait(self, object_id: ObjectId, timeout: float) -> bool:
@@ -59,6 +63,8 @@ class FetchWakeups:
             for changed in self._waiting.get(ObjectId(announcement.object_id), ()):
                 changed.set()
         elif announcement.topic is Topic.SETTINGS_CHANGED:
+            if self._on_settings is not None:
+                self._on_settings()
             # Said after every reconnect: announcements may have been missed meanwhile.
             for waiters in self._waiting.values():
                 for changed in waiters:

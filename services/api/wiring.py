@@ -17,6 +17,10 @@ from shared.settings.model import Settings
 MISCONFIGURED = 2
 """Exit code when settings that looked right cannot work: a taken port, a manifest that is none. Do not restart."""
 
+SHUTDOWN_ORDERED = 3
+"""Exit code of a worker that ended because an operator has ordered the whole node to; the supervisor then ends too,
+with code 0."""
+
 logger = structlog.get_logger()
 
 
@@ -30,13 +34,17 @@ def run(settings: Settings) -> int:
 
 
 def run_worker(settings: Settings, *, shared_port: bool) -> int:
-    """Serve in this process."""
+    """Serve in this process. `shared_port`: as one of the supervisor's workers."""
     from services.api.service import run_api  # noqa: PLC0415
 
-    async def main(scope: ServiceScope) -> None:
-        await run_api(scope, settings, shared_port=shared_port)
+    ordered = False
 
-    return run_checked(main, "api", settings.shutdown_deadline, settings)
+    async def main(scope: ServiceScope) -> None:
+        nonlocal ordered
+        ordered = await run_api(scope, settings, shared_port=shared_port)
+
+    code = run_checked(main, "api", settings.shutdown_deadline, settings)
+    return SHUTDOWN_ORDERED if code == 0 and ordered and shared_port else code
 
 
 def run_checked(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from services.command_line.operator import app as operator_app
 from services.command_line.replay import replay
 from shared.domain.errors import ConfigurationError
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(operator_app, name="operator")
 app.command()(replay)
 
 ConfigFile = Annotated[

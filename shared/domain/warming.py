@@ -23,7 +23,8 @@ class WarmingScope:
 @dataclass(frozen=True, slots=True)
 class Warming:
     """One warming. `serial` tells it from others; `total` grows while the catalog is listed; `skipped`: cached already,
-    not ours, or without room; `failed`: asked for, and not there in time."""
+    not ours, or without room; `failed`: asked for, and not there in time; `reason`: why it ended early, or
+    cannot go on, in words."""
 
     serial: int
     scope: WarmingScope
@@ -32,6 +33,7 @@ class Warming:
     done: int = 0
     skipped: int = 0
     failed: int = 0
+    reason: str = ""
 
     @property
     def is_over(self) -> bool:
@@ -57,6 +59,6 @@ def decode_warming(text: str | bytes, serial: int) -> Warming:
         if said["state"] not in get_args(WarmingState):
             raise InvalidInput("unreadable warming: unknown state")
         figures = {name: int(said[name]) for name in ("total", "done", "skipped", "failed")}
-        return Warming(serial, scope, said["state"], **figures)
+        return Warming(serial, scope, said["state"], **figures, reason=str(said.get("reason", "")))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InvalidInput(f"unreadable warming: {type(error).__name__}") from error

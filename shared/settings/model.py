@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from shared.domain.errors import InvalidInput
 from shared.domain.objects import Duty, parse_bucket_id
 from shared.domain.space import Watermarks, footprint
+from shared.settings.operator_api import OperatorApi
 from shared.settings.section import Port, Seconds, Section
 from shared.settings.sizes import Size, format_size
 
@@ -43,12 +44,12 @@ class PublicApi(Section):
     accel_redirect_prefix: str = Field(default="", pattern=r"^(/[A-Za-z0-9_-]+)*$")
     """Path of the internal location through which nginx in front sees the volume's objects, such as /_objects: hits
     are then handed to it by X-Accel-Redirect. Empty: the API sends every byte itself."""
-
-
     fast_lane: bool = True
     """Answer simple requests for cached objects without the web framework: the same answers, several times as fast."""
     memory_cache: Size = Field(default=64 * 1024**2)
     """Bytes of memory for small objects (up to 16 KiB) that are asked for again and again, for each worker; 0: none."""
+
+
 class StateStoreSettings(Section):
     """Redis, or memory:// in standalone mode."""
 
@@ -218,11 +219,11 @@ class LogSettings(Section):
     """Least severe events that are logged."""
     format: Literal["json", "console"] = "json"
     """`console` is for people."""
-
-
     hits: bool = False
     """A line for each hit too. Off, hits are counted in the metrics alone; misses, errors and cut answers have their
     line in any case."""
+
+
 class Settings(BaseSettings):
     """All settings. Each can be set in the file, or in the environment as DISTRIBUTOR_ and its path, such as
     DISTRIBUTOR_STORAGE__LIMIT=500G."""
@@ -246,6 +247,7 @@ class Settings(BaseSettings):
     shutdown_deadline: Seconds = 30.0
     """Seconds that answers and downloads under way get at a stop."""
     public_api: PublicApi = PublicApi()
+    operator_api: OperatorApi = OperatorApi()
     state_store: StateStoreSettings = StateStoreSettings()
     job_queue: JobQueueSettings = JobQueueSettings()
     catalog: CatalogSettings = CatalogSettings()

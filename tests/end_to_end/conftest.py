@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from redis import asyncio as aioredis
 
 from services.demo.objects import DemoObject
 from services.demo.storage_node import StorageNode
@@ -21,6 +22,15 @@ class World:
     stack: Stack
     first: StorageNode
     second: StorageNode
+
+    async def empty_state_store(self) -> None:
+        """What belongs to this node is gone from Redis, as after a loss of its disk."""
+        environment = self.stack.environment
+        client = aioredis.Redis.from_url(environment["DISTRIBUTOR_STATE_STORE__URL"], protocol=2)
+        prefix = environment["DISTRIBUTOR_STATE_STORE__PREFIX"]
+        keys = [key async for key in client.scan_iter(f"{prefix}*")]
+        await client.delete(*keys)
+        await client.aclose()
 
     def publish(self, objects: Sequence[DemoObject], *, both: bool = False) -> None:
         """Put objects on the first storage node (or on both) and in the catalog."""

@@ -21,7 +21,7 @@ from shared.adapters.volume import OpenObject
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.objects import MediaObject, ObjectId
 from shared.observability.metrics import STATE_STORE_ERRORS
-from shared.ports.state_store import Fetch, Standing
+from shared.ports.state_store import Fetch, FetchPhase, Standing
 
 logger = structlog.get_logger()
 
@@ -43,7 +43,8 @@ class UncachedAnswerer:
         """`degraded`: the volume has failed for this object, so it is proxied whatever the state store says."""
         found = None if degraded else await self._find(object_id)
         fetch = live_fetch(found) if found is not None else None
-        if fetch is not None:
+        draining = self._context.orders.current.draining
+        if fetch is not None and (fetch.phase is FetchPhase.FETCHING or not draining):
             return await self._pending(request, asked, object_id, fetch)
         known = await look_up(self._context, object_id)
         described = Description.of_object(known)
@@ -54,7 +55,7 @@ class UncachedAnswerer:
             return await answer_head(request, content_head(described, MISS, span, None))
         wanted = Wanted(request, described, span, BYPASS, known)
         largest = self._context.settings.storage.largest_cached_size
-        if found is None or found.failure is not None or not fits(known.size, largest):
+        if found is None or found.failure is not None or draining or not fits(known.size, largest):
             await self._growing.proxied(wanted)
             return None
         return await self._missed(asked, wanted, known)

@@ -1,0 +1,67 @@
+"""How one API process follows the operator's orders: its duty, its public port, its end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from services.api.context import ApiContext
+from services.api.server import PublicServer
+from shared.domain.errors import ConfigurationError
+
+_RETRY_SECONDS = 0.5
+
+logger = structlog.get_logger()
+
+
+class Obedience:
+    """`drain`: seconds that answers under way get when the public port is closed."""
+
+    def __init__(self, context: ApiContext, server: PublicServer, drain: float) -> None:
+        self._context, self._server, self._drain = context, server, drain
+        self._closings: set[asyncio.Task[None]] = set()
+
+    async def begin(self) -> None:
+        """Know the orders, and open the port unless they say otherwise; ConfigurationError if it cannot be had."""
+        await self._context.orders.load()
+        self._take_duty()
+        if not self._context.orders.current.stopped:
+            await self._server.open()
+
+    async def run(self, stop_requested: asyncio.Event) -> None:
+        """Until cancelled. An order to shut down sets `stop_requested`."""
+        orders = self._context.orders
+        while True:
+            self._take_duty()
+            if orders.shutting_down and not stop_requested.is_set():
+                logger.info("stop_ordered")
+                stop_requested.set()
+            stopped = orders.current.stopped
+            if stopped and self._server.is_open:
+                # Answers under way go on; the port may be opened again meanwhile.
+                closing = asyncio.create_task(self._server.close(self._drain), name="close-public-port")
+                self._closings.add(closing)
+                closing.add_done_callback(self._closings.discard)
+            elif not stopped and not self._server.is_open and not await self._open():
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            seen = orders.current
+            await orders.until(lambda now, seen=seen: now != seen)  # type: ignore[misc]
+
+    async def end(self) -> None:
+        """After `run`: close the port, and wait for what closes already."""
+        await self._server.close(self._drain)
+        if self._closings:
+            await asyncio.wait(self._closings)
+
+    async def _open(self) -> bool:
+        try:
+            await self._server.open()
+        except ConfigurationError as error:
+            logger.error("port_not_opened", reason=str(error))
+            return False
+        return True
+
+    def _take_duty(self) -> None:
+        self._context.duty.current = self._context.orders.duty

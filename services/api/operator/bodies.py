@@ -1,0 +1,117 @@
+"""What the bodies of operators' requests say. ErrorAnswer 400 for all that means nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from services.api.errors import ErrorAnswer
+from shared.domain.errors import InvalidInput
+from shared.domain.objects import ObjectId, parse_bucket_id
+from shared.domain.warming import WarmingScope
+
+MOST_IDS = 1000
+LARGEST_WORKER_ID = 2**63 - 1
+
+
+def read_nothing(body: Any) -> None:
+    """A command without arguments."""
+    _fields(body, set())
+
+
+def read_worker(body: Any) -> int:
+    """`{"workerId": n}`."""
+    worker_id = _fields(body, {"workerId"}).get("workerId")
+    if (
+        not isinstance(worker_id, int)
+        or isinstance(worker_id, bool)
+        or not 0 <= worker_id <= LARGEST_WORKER_ID
+    ):
+        raise _malformed("workerId: want a whole number, 0 or more")
+    return worker_id
+
+
+def read_buckets(body: Any) -> frozenset[str] | None:
+    """`{"buckets": ["0:1", …]}`; None if there are no `buckets`: all of the worker."""
+    buckets = _fields(body, {"buckets"}).get("buckets")
+    if buckets is None:
+        return None
+    if not isinstance(buckets, list) or not buckets or not all(isinstance(bucket, str) for bucket in buckets):
+        raise _malformed("buckets: want a list of bucket ids, or none at all for those of the worker")
+    try:
+        return frozenset(parse_bucket_id(bucket) for bucket in buckets)
+    except InvalidInput as error:
+        raise _malformed(str(error)) from error
+
+
+def read_ids(body: Any) -> tuple[ObjectId, ...]:
+    """`{"ids": [...]}`."""
+    return _ids(_fields(body, {"ids"}).get("ids"))
+
+
+def read_purge(body: Any) -> tuple[ObjectId, ...] | None:
+    """`{"ids": [...]}`, or `{"all": true}`: None."""
+    fields = _exactly_one(_fields(body, {"ids", "all"}))
+    return None if "all" in fields else _ids(fields["ids"])
+
+
+def read_scope(body: Any) -> WarmingScope:
+    """`{"ids": [...]}`, `{"bucket": "0:1"}` or `{"all": true}`."""
+    fields = _exactly_one(_fields(body, {"ids", "bucket", "all"}))
+    if "ids" in fields:
+        return WarmingScope(object_ids=_ids(fields["ids"]))
+    if "all" in fields:
+        return WarmingScope()
+    try:
+        return WarmingScope(bucket_id=parse_bucket_id(str(fields["bucket"])))
+    except InvalidInput as error:
+        raise _malformed(str(error)) from error
+
+
+def read_switch(body: Any) -> bool:
+    """`{"on": true}` or `{"on": false}`."""
+    switch = _fields(body, {"on"}).get("on")
+    if not isinstance(switch, bool):
+        raise _malformed("on: want true or false")
+    return switch
+
+
+def read_page(query: Mapping[str, str]) -> tuple[int, str]:
+    """`limit` (1 to 1000, default 100) and `after` (an object id, or nothing) of a listing."""
+    limit, after = query.get("limit", "100"), query.get("after", "")
+    if set(query) - {"limit", "after"} or not limit.isdecimal() or not 1 <= int(limit[:5]) <= MOST_IDS:
+        raise _malformed(f"want limit (1 to {MOST_IDS}) and after, if anything")
+    if after:
+        try:
+            ObjectId.parse(after)
+        except InvalidInput as error:
+            raise _malformed(str(error)) from error
+    return int(limit), after
+
+
+def _fields(body: Any, allowed: set[str]) -> dict[str, Any]:
+    if not isinstance(body, dict) or set(body) - allowed:
+        names = ", ".join(sorted(allowed)) or "nothing"
+        raise _malformed(f"want a JSON object with {names} in it")
+    return body
+
+
+def _exactly_one(fields: dict[str, Any]) -> dict[str, Any]:
+    if len(fields) != 1 or fields.get("all", True) is not True:
+        raise _malformed("say one thing: all (true), or which")
+    return fields
+
+
+def _ids(found: Any) -> tuple[ObjectId, ...]:
+    if not isinstance(found, list) or not 0 < len(found) <= MOST_IDS:
+        raise _malformed(f"ids: want a list of 1 to {MOST_IDS} object ids")
+    if not all(isinstance(object_id, str) for object_id in found):
+        raise _malformed("ids: want texts")
+    try:
+        return tuple(dict.fromkeys(ObjectId.parse(object_id) for object_id in found))
+    except InvalidInput as error:
+        raise _malformed(str(error)) from error
+
+
+def _malformed(message: str) -> ErrorAnswer:
+    return ErrorAnswer(400, message, "malformed_request")

@@ -1,0 +1,228 @@
+"""Warming: asking for fetches that nobody waits for, a few at a time, as long as there is room.
+
+One API process at a time does it, by a lease in the state store; should it die, another begins the same warming anew
+(what was fetched meanwhile is then skipped). Nothing is evicted for it: the plan ends at the low watermark, and so do
+the fetchers for jobs of low priority.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import structlog
+
+from services.api.context import ApiContext
+from shared.domain.errors import CatalogUnavailable, JobQueueUnavailable, StateStoreUnavailable, VolumeError
+from shared.domain.jobs import FetchJob
+from shared.domain.objects import Duty, MediaObject, ObjectId
+from shared.domain.orders import Orders
+from shared.domain.space import footprint
+from shared.domain.warming import Warming, WarmingScope
+from shared.ports.state_store import FetchPhase, Standing
+
+LEASE_SECONDS, REPORT_SECONDS = 10.0, 0.5
+AT_ONCE = 8
+PATIENCE = 20.0
+"""Seconds without a live fetch after which an object is given up."""
+_LISTING_ATTEMPTS, _LISTING_PAUSE = 3, 5.0
+_LIVE = (FetchPhase.CLAIMED, FetchPhase.QUEUED, FetchPhase.FETCHING)
+
+logger = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class _Course:
+    """How far the warming of this process is."""
+
+    now: Warming
+    planned: deque[MediaObject] = field(default_factory=deque)
+
+    def count(self, **more: int) -> None:
+        self.now = replace(
+            self.now, **{name: getattr(self.now, name) + number for name, number in more.items()}
+        )
+
+
+class Warmer:
+    """`run` is a task of every API process. `holder`: unique to it; `patience`: see PATIENCE."""
+
+    def __init__(self, context: ApiContext, holder: str, patience: float = PATIENCE) -> None:
+        self._context, self._holder, self._patience = context, holder, patience
+        self._wanted = asyncio.Event()
+
+    def wake(self) -> None:
+        """A warming was ordered here: no need to wait for the next look."""
+        self._wanted.set()
+
+    async def run(self) -> None:
+        """Look for a warming to carry out, until cancelled."""
+        while True:
+            try:
+                warming = await self._context.state.tend_warming(self._holder, LEASE_SECONDS)
+                if warming is not None:
+                    await self._carry_out(warming)
+            except StateStoreUnavailable as error:
+                logger.debug("warming_not_looked_for", reason=str(error))
+            try:
+                async with asyncio.timeout(2 * REPORT_SECONDS):
+                    await self._wanted.wait()
+            except TimeoutError:
+                pass
+            self._wanted.clear()
+
+    async def _carry_out(self, warming: Warming) -> None:
+        """To its end, or until the lease is lost."""
+        begun = Warming(warming.serial, warming.scope, "listing")
+        course = _Course(begun)
+        logger.info("warming_begun", serial=warming.serial)
+        work = asyncio.create_task(self._work(course), name="warming")
+        try:
+            while True:
+                await asyncio.wait({work}, timeout=REPORT_SECONDS)
+                if work.done():
+                    work.result()
+                try:
+                    kept = await self._context.state.tend_warming(self._holder, LEASE_SECONDS, course.now)
+                except StateStoreUnavailable as error:
+                    logger.warning("warming_not_reported", reason=str(error))
+                    continue
+                if kept is None or kept.serial != warming.serial:
+                    logger.warning("warming_lost", serial=warming.serial)
+                    return
+                if kept.is_over:
+                    logger.info("warming_ended", done=kept.done, skipped=kept.skipped, failed=kept.failed)
+                    return
+        finally:
+            work.cancel()
+            await asyncio.wait({work})
+
+    async def _work(self, course: _Course) -> None:
+        for attempt in range(1, _LISTING_ATTEMPTS + 1):
+            try:
+                await self._plan(course)
+                break
+            except (CatalogUnavailable, StateStoreUnavailable) as error:
+                course.planned.clear()
+                course.now = Warming(course.now.serial, course.now.scope, "listing", reason=str(error)[:200])
+                if attempt == _LISTING_ATTEMPTS:
+                    course.now = replace(course.now, state="finished")
+                    return
+                await asyncio.sleep(_LISTING_PAUSE)
+        course.now = replace(course.now, state="fetching", reason="")
+        async with asyncio.TaskGroup() as group:
+            for number in range(AT_ONCE):
+                group.create_task(self._fetch_planned(course), name=f"warming-{number}")
+        course.now = replace(course.now, state="finished")
+
+    async def _plan(self, course: _Course) -> None:
+        """Which objects are to be fetched; the others are skipped right away, those without room too."""
+        settings, usage = self._context.settings, await self._context.state.usage()
+        room = settings.storage.watermarks.low - usage.used - usage.reserved
+        largest = settings.storage.largest_cached_size
+        async for batch in self._listed(course.now.scope):
+            for known in batch:
+                course.count(total=1)
+                size = known.size if known is not None and known.accepted else None
+                if (
+                    known is None
+                    or size is None
+                    or size > largest
+                    or footprint(size) > room
+                    or not self._context.duty.current.covers(known)
+                    or await self._is_cached(known.object_id)
+                ):
+                    course.count(skipped=1)
+                    continue
+                room -= footprint(size)
+                course.planned.append(known)
+
+    async def _listed(self, scope: WarmingScope) -> AsyncIterator[Sequence[MediaObject | None]]:
+        catalog = self._context.catalog
+        if scope.object_ids is not None:
+            for object_id in scope.object_ids:
+                yield [await catalog.look_up(object_id)]
+            return
+        duty = self._context.duty.current
+        if scope.bucket_id is not None:
+            duty = Duty(bucket_ids=frozenset({scope.bucket_id}))
+        async for batch in catalog.list_objects(duty):
+            yield batch
+
+    async def _fetch_planned(self, course: _Course) -> None:
+        while course.planned:
+            await self._context.orders.until(_not_draining)
+            if not course.planned:
+                return
+            known = course.planned.popleft()
+            try:
+                outcome = await self._fetch(known, f"warming-{course.now.serial}")
+            except (StateStoreUnavailable, JobQueueUnavailable) as error:
+                logger.info("not_warmed", object_id=known.object_id, reason=str(error))
+                outcome = "failed"
+                await asyncio.sleep(REPORT_SECONDS)
+            course.count(**{outcome: 1})
+
+    async def _fetch(self, known: MediaObject, request_id: str) -> str:
+        """`done`, `skipped` or `failed`."""
+        state, object_id = self._context.state, known.object_id
+        if await self._is_cached(object_id):
+            return "skipped"
+        claim = await state.claim(object_id, self._holder)
+        if claim.won:
+            job = FetchJob(known, request_id, time.time(), low_priority=True)
+            try:
+                await self._context.queue.publish(job)
+            except JobQueueUnavailable:
+                await state.withdraw(object_id, self._holder)
+                raise
+            await state.mark_queued(object_id, self._holder)
+        elif claim.standing.failure is not None:
+            return "failed"
+        return await self._until_over(known)
+
+    async def _until_over(self, known: MediaObject) -> str:
+        alive_at = time.monotonic()
+        while True:
+            await self._context.wakeups.wait(known.object_id, REPORT_SECONDS)
+            standing = await self._context.state.find(known.object_id)
+            if _is_live(standing):
+                alive_at = time.monotonic()
+            elif await self._is_cached(known.object_id):
+                return "done"
+            elif standing.failure is not None:
+                return "failed"
+            elif not await self._has_room(known):
+                return "skipped"
+            elif time.monotonic() - alive_at > self._patience:
+                return "failed"
+
+    async def _has_room(self, known: MediaObject) -> bool:
+        usage = await self._context.state.usage()
+        needed = usage.used + usage.reserved + footprint(known.size or 0)
+        return needed <= self._context.settings.storage.watermarks.low
+
+    async def _is_cached(self, object_id: ObjectId) -> bool:
+        return await asyncio.to_thread(self._look, object_id)
+
+    def _look(self, object_id: ObjectId) -> bool:
+        """Whether a request would be a hit. Blocks."""
+        try:
+            found = self._context.volume.open_object(object_id)
+        except VolumeError:
+            return False
+        if found is None:
+            return False
+        found.close()
+        return True
+
+
+def _is_live(standing: Standing) -> bool:
+    return standing.fetch is not None and standing.fetch.phase in _LIVE
+
+
+def _not_draining(orders: Orders) -> bool:
+    return not orders.draining

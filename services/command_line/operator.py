@@ -1,0 +1,289 @@
+"""`distributor operator …`: orders to a running node."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from services.command_line.operator_client import OperatorClient
+
+_IDS_AT_ONCE = 200
+"""The token carries the body too, and a request's head has a limit of 16 KiB."""
+_LONGEST_BODY = 6000
+_LOOK_SECONDS = 0.5
+
+app = typer.Typer(
+    help="Give orders to a running node, through its operator API.\n\n"
+    "The secret is taken from DISTRIBUTOR_OPERATOR_API__SECRET, from --secret-file, or from the settings file that"
+    " --config names; never from the command line, which others can see.",
+    no_args_is_help=True,
+)
+
+Ids = Annotated[
+    list[str] | None, typer.Argument(metavar="ID…", help="Object ids; `-` reads them from standard input.")
+]
+All = Annotated[bool, typer.Option("--all", help="Everything.")]
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    url: Annotated[
+        str | None,
+        typer.Option(help="Its operator API. [default: http://127.0.0.1:3335, or as in the settings]"),
+    ] = None,
+    secret_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="File with the secret in it, and nothing else.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The node's settings file, for its secret and its port."),
+    ] = None,
+) -> None:
+    """Where to send orders, and how to sign them."""
+    context.obj = lambda: _client(url, secret_file, config)
+
+
+def _client(url: str | None, secret_file: Path | None, config: Path | None) -> OperatorClient:
+    import os
+
+    from services.command_line.operator_client import OperatorClient
+
+    secret, known_url = os.environ.get("DISTRIBUTOR_OPERATOR_API__SECRET", ""), "http://127.0.0.1:3335"
+    if config is not None:
+        from shared.settings import load_settings
+
+        settings = load_settings(config).operator_api
+        secret = settings.secret.get_secret_value() if settings.secret is not None else secret
+        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
+        known_url = f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
+    if secret_file is not None:
+        try:
+            secret = secret_file.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise typer.BadParameter(f"{secret_file} cannot be read: {error.strerror}") from error
+    if not secret:
+        raise typer.BadParameter(
+            "no secret: set DISTRIBUTOR_OPERATOR_API__SECRET, or name --secret-file or --config"
+        )
+    return OperatorClient(url or known_url, secret)
+
+
+@app.command("stop-api")
+def stop_api(context: typer.Context) -> None:
+    """Close the public port in every process."""
+    _tell(context, lambda client: client.order("stop-api"))
+
+
+@app.command("start-api")
+def start_api(context: typer.Context) -> None:
+    """Open the public port again."""
+    _tell(context, lambda client: client.order("start-api"))
+
+
+@app.command()
+def shutdown(context: typer.Context) -> None:
+    """End every API process, with exit code 0."""
+    _tell(context, lambda client: client.order("shutdown"))
+
+
+@app.command("set-worker")
+def set_worker(context: typer.Context, worker_id: Annotated[int, typer.Argument(min=0)]) -> None:
+    """Serve as this worker."""
+    _tell(context, lambda client: client.order("set-worker", {"workerId": worker_id}))
+
+
+@app.command("set-buckets")
+def set_buckets(
+    context: typer.Context,
+    buckets: Annotated[list[str] | None, typer.Argument(metavar="BUCKET…", help="Such as 0:1 0:2.")] = None,
+    all_of_worker: Annotated[bool, typer.Option("--all", help="All buckets of the worker.")] = False,
+) -> None:
+    """Serve these buckets, or all of the worker."""
+    if bool(buckets) == all_of_worker:
+        raise typer.BadParameter("name the buckets, or say --all")
+    _tell(context, lambda client: client.order("set-buckets", {"buckets": buckets} if buckets else {}))
+
+
+@app.command()
+def drain(
+    context: typer.Context,
+    on: Annotated[bool, typer.Option("--on/--off", help="Begin, or end.")] = True,
+) -> None:
+    """Serve what is cached, take no new fetches."""
+    _tell(context, lambda client: client.order("drain", {"on": on}))
+
+
+@app.command()
+def purge(context: typer.Context, ids: Ids = None, all_objects: All = False) -> None:
+    """Remove objects, pinned ones too; who is being sent one still gets all of it."""
+    if all_objects and not ids:
+        _tell(context, lambda client: client.order("purge", {"all": True}))
+    else:
+        _for_ids(context, "purge", ids, all_objects)
+
+
+@app.command()
+def pin(context: typer.Context, ids: Ids = None) -> None:
+    """Never evict these objects."""
+    _for_ids(context, "pin", ids)
+
+
+@app.command()
+def unpin(context: typer.Context, ids: Ids = None) -> None:
+    """Let these objects be evicted again."""
+    _for_ids(context, "unpin", ids)
+
+
+@app.command()
+def warm(
+    context: typer.Context,
+    ids: Ids = None,
+    bucket: Annotated[str | None, typer.Option(help="All of one bucket, such as 0:1.")] = None,
+    all_objects: All = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show the progress until the end.")] = True,
+) -> None:
+    """Fetch objects that nobody has asked for, as long as there is room; Ctrl-C ends the watching alone."""
+    scopes: list[dict[str, Any]] = []
+    if [bool(ids), bucket is not None, all_objects].count(True) != 1:
+        raise typer.BadParameter("name the objects, or --bucket, or --all")
+    if ids:
+        scopes = [{"ids": batch} for batch in _batches(ids)]
+        if len(scopes) > 1 and not wait:
+            raise typer.BadParameter("too many ids for one order: without --no-wait they are warmed in turn")
+    else:
+        scopes = [{"all": True} if bucket is None else {"bucket": bucket}]
+
+    def carry_out(client: OperatorClient) -> dict[str, Any]:
+        progress: dict[str, Any] = {}
+        for scope in scopes:
+            progress = client.order("warm", scope)
+            if wait:
+                progress = _watch(client)
+        return progress
+
+    _tell(context, carry_out)
+
+
+@app.command("warming")
+def warming(context: typer.Context) -> None:
+    """Show how far the latest warming is, until its end."""
+    _tell(context, _watch)
+
+
+@app.command()
+def cache(
+    context: typer.Context,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Objects asked for at once.")] = 1000,
+    after: Annotated[str, typer.Option(help="Begin behind this object id.")] = "",
+) -> None:
+    """List the cached objects, as one JSON object a line, in the order of their ids."""
+
+    def list_all(client: OperatorClient) -> None:
+        behind: str | None = after
+        while behind is not None:
+            page = client.look("cache", limit=limit, **({"after": behind} if behind else {}))
+            for entry in page["objects"]:
+                print(json.dumps(entry))
+            behind = page["next"]
+
+    _tell(context, list_all)
+
+
+@app.command()
+def downloads(context: typer.Context) -> None:
+    """List the fetches under way, as one JSON object a line."""
+
+    def list_all(client: OperatorClient) -> None:
+        for entry in client.look("downloads")["downloads"]:
+            print(json.dumps(entry))
+
+    _tell(context, list_all)
+
+
+@app.command()
+def orders(context: typer.Context) -> None:
+    """Show the orders in force."""
+    _tell(context, lambda client: client.look("orders"))
+
+
+def _for_ids(context: typer.Context, name: str, ids: Sequence[str] | None, all_objects: bool = False) -> None:
+    if not ids or all_objects:
+        raise typer.BadParameter("name the objects" + (", or say --all alone" if name == "purge" else ""))
+
+    def carry_out(client: OperatorClient) -> dict[str, Any]:
+        answer: dict[str, Any] = {}
+        for batch in _batches(ids):
+            told = client.order(name, {"ids": batch})
+            for key in told.keys() & {"changed", "purging"}:
+                told[key] += answer.get(key, 0)
+            answer = told
+        return answer
+
+    _tell(context, carry_out)
+
+
+def _batches(ids: Sequence[str]) -> Iterator[list[str]]:
+    """As many at once as one request can carry."""
+    found = (line.strip() for line in sys.stdin) if list(ids) == ["-"] else iter(ids)
+    named = filter(None, found)
+    while batch := list(islice(named, _IDS_AT_ONCE)):
+        while batch:
+            few: list[str] = []
+            while batch and len(json.dumps([*few, batch[0]])) <= _LONGEST_BODY:
+                few.append(batch.pop(0))
+            if not few:
+                raise typer.BadParameter("an object id has at most 128 characters")
+            yield few
+
+
+def _watch(client: OperatorClient) -> dict[str, Any]:
+    """A bar until the warming is over; its last word."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[told]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("waiting", total=None, told="")
+        while True:
+            found = client.look("warm")
+            bar.update(
+                task,
+                description=found["state"],
+                total=found["total"] or None,
+                completed=found["done"] + found["skipped"] + found["failed"],
+                told=f"{found['done']} done, {found['skipped']} skipped, {found['failed']} failed",
+            )
+            if found["state"] in ("finished", "none"):
+                return found
+            time.sleep(_LOOK_SECONDS)
+
+
+def _tell(context: typer.Context, ask: Callable[[OperatorClient], dict[str, Any] | None]) -> None:
+    """Carry out, print the answer; exit code 1 and a line in words if the node refuses."""
+    client = context.obj()
+    from services.command_line.operator_client import OperatorError
+
+    try:
+        answer = ask(client)
+    except OperatorError as error:
+        print(f"distributor: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    if answer is not None:
+        print(json.dumps(answer))

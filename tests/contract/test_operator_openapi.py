@@ -1,0 +1,97 @@
+"""The operator API's document and its server say the same."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from services.api.application import forget_application, public_path
+from services.api.operator.app import Gatekeeper, build_operator_app
+from services.api.operator.desk import OperatorDesk
+from services.api.operator.service import operator_api
+from services.api.operator.views import OperatorViews
+from services.api.operator.warming import Warmer
+from tests.servers.api_fixture import StandIn, running_api
+from tests.servers.operator_token import SECRET, sign
+
+DOCUMENT: dict[str, Any] = json.loads(files("services.api.operator").joinpath("openapi.json").read_text())
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+]
+
+
+async def test_every_route_is_described_and_every_description_is_a_route(tmp_path: Path) -> None:
+    async with running_api(tmp_path, StandIn()) as api:
+        context = api.context
+        application = build_operator_app(
+            context.settings.public_api,
+            Gatekeeper(context.state, SECRET),
+            OperatorDesk(context.state, context.orders),
+            OperatorViews(context.state, context.volume),
+            Warmer(context, "here"),
+        )
+        routes = {
+            (public_path(route), method.lower())
+            for route in application.router.routes
+            for method in route.methods
+        }
+        forget_application(application)
+    described = {(path, method) for path, item in DOCUMENT["paths"].items() for method in item}
+    assert routes == described
+
+
+async def test_server_keeps_to_the_document(tmp_path: Path) -> None:
+    operator = {"port": 0, "secret": SECRET}
+    async with (
+        running_api(tmp_path, StandIn(), operator_api=operator) as api,
+        operator_api(api.context, "here", shared_port=False) as port,
+    ):
+        term = await api.context.state.lead("evictor", 60)
+        assert term is not None
+        await api.context.state.set_accounted(term)
+        await asyncio.to_thread(explore, f"http://127.0.0.1:{port}")
+
+
+def explore(url: str) -> None:
+    schema: Any = schemathesis.openapi.from_dict(DOCUMENT)
+    found = [result.ok() for result in schema.get_all_operations()]
+    # An order to shut down makes everything else a conflict.
+    for operation in sorted(found, key=lambda operation: "shutdown" in operation.path):
+        explore_operation(operation, url)
+
+
+def explore_operation(operation: Any, url: str) -> None:
+    @given(case=operation.as_strategy())
+    @settings(
+        max_examples=10,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    def keeps_to_it(case: Any) -> None:
+        prepared = requests.Request(**case.as_transport_kwargs(base_url=url)).prepare()
+        body = json.loads(prepared.body) if isinstance(prepared.body, bytes) else {}
+        for headers in ({"Authorization": f"bearer {sign(str(prepared.path_url), body)}"}, {}):
+            answer = case.call(base_url=url, headers=headers)
+            case.validate_response(answer, checks=CHECKS)
+            if not headers and "openapi" not in operation.path:
+                assert answer.status_code == 401
+
+    keeps_to_it()

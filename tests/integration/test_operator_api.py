@@ -1,0 +1,163 @@
+"""The operator API over the memory store: who is let in, what is ordered, what is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.api.operator.service import operator_api
+from shared.adapters.state_redis import RedisStateStore
+from shared.adapters.state_times import StateTimes
+from shared.adapters.volume.orders_file import NAME, read_orders, write_orders
+from shared.domain.objects import Duty, ObjectId
+from shared.domain.orders import KeptOrders, Orders, decode_kept, encode_kept
+from shared.runtime.orders import OrdersFollower
+from tests.end_to_end.client import Answer, exchange
+from tests.end_to_end.operator_client import OperatorClient
+from tests.servers.api_fixture import RunningApi, StandIn, running_api
+from tests.servers.operator_token import SECRET, sign
+
+PINNED = KeptOrders(Orders(version=3, stopped=True, shutdowns=2), frozenset({ObjectId("1")}))
+
+
+@asynccontextmanager
+async def operated(tmp_path: Path) -> AsyncIterator[tuple[RunningApi, OperatorClient]]:
+    settings = {"port": 0, "secret": SECRET}
+    async with (
+        running_api(tmp_path, StandIn(), operator_api=settings) as api,
+        operator_api(api.context, "here", shared_port=False) as port,
+    ):
+        assert port is not None
+        await api.context.orders.load()
+        yield api, OperatorClient(port)
+
+
+async def raw(port: int, request: bytes) -> Answer:
+    async with asyncio.timeout(10):
+        return await exchange("127.0.0.1", port, request)
+
+
+async def test_all_refusals_look_the_same(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (_, operator):
+        used = sign("/api/v1/orders")
+        assert (await operator.ask("GET", "orders", token=used)).status == 200
+        tokens = ["", "x", used, sign("/api/v1/orders", iat=1), sign("/api/v1/orders", {"a": 1})]
+        answers = [await operator.ask("GET", "orders", token=token) for token in tokens]
+        seen = {(answer.status, answer.body, answer.headers["www-authenticate"]) for answer in answers}
+        assert len(seen) == 1
+        [(status, body, _)] = seen
+        assert status == 401
+        assert json.loads(body) == {"type": "not_authorised", "message": "Not authorised"}
+        assert "access-control-allow-origin" not in answers[0].headers
+
+
+async def test_a_request_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (_, operator):
+        answer = await operator.ask("POST", "purge", {"ids": ["1" * 128] * 200})
+        assert answer.status in (413, 431)
+        head = b"POST /api/v1/purge HTTP/1.1\r\nHost: n\r\nContent-Length: 1000000\r\n\r\n"
+        assert (await raw(operator.port, head)).status == 413
+
+
+async def test_without_the_state_store_nothing_is_ordered(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (api, operator):
+        down = RedisStateStore(
+            f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimes(operation_timeout=0.3)
+        )
+        api.context.orders._book = down
+        answer = await operator.ask("POST", "stop-api")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+        await down.close()
+
+
+async def test_everything_is_a_conflict_once_the_node_shuts_down(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (_, operator):
+        assert (await operator.order("shutdown"))["shuttingDown"]
+        bodies: dict[str, Any] = {
+            "shutdown": None,
+            "stop-api": None,
+            "start-api": None,
+            "set-worker": {"workerId": 1},
+            "set-buckets": {},
+            "drain": {"on": True},
+            "pin": {"ids": ["1"]},
+            "unpin": {"ids": ["1"]},
+            "purge": {"ids": ["1"]},
+            "warm": {"all": True},
+        }
+        answers = {path: await operator.ask("POST", path, body) for path, body in bodies.items()}
+        assert {path: answer.status for path, answer in answers.items()} == dict.fromkeys(bodies, 409)
+        assert {answer.json()["type"] for answer in answers.values()} == {"shutting_down"}
+
+
+async def test_two_orders_at_once_both_count(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (_, operator):
+        await asyncio.gather(
+            operator.order("set-worker", {"workerId": 7}),
+            operator.order("drain", {"on": True}),
+            operator.order("stop-api"),
+        )
+        orders = await operator.look("orders")
+        assert (orders["workerId"], orders["draining"], orders["stopped"]) == (7, True, True)
+
+
+async def test_the_file_on_the_volume_is_what_an_empty_store_begins_with(tmp_path: Path) -> None:
+    root = tmp_path / "volume"
+    root.mkdir()
+    write_orders(root, PINNED)
+    async with operated(tmp_path) as (api, operator):
+        assert api.context.orders.current.stopped
+        assert not api.context.orders.shutting_down
+        assert await api.context.state.pinned() == {ObjectId("1")}
+        assert (await operator.ask("POST", "stop-api")).status == 409
+        await operator.order("start-api")
+        assert await api.context.state.pinned() == {ObjectId("1")}
+
+
+async def test_a_follower_obeys_the_file_while_the_store_is_away(tmp_path: Path) -> None:
+    write_orders(tmp_path, PINNED)
+    down = RedisStateStore(f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimes(operation_timeout=0.3))
+    follower = OrdersFollower(down, tmp_path, Duty())
+    await follower.load()
+    assert follower.current == PINNED.orders
+    assert not follower.shutting_down
+    await down.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"version": 1}',
+        b"[" * 100_000,
+        b"\xff",
+        b'{"version":1,"orders":{"stopped":"yes"},"pinned":[]}',
+    ],
+)
+def test_a_broken_file_is_no_file(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / NAME).write_bytes(text)
+    assert read_orders(tmp_path) is None
+
+
+def test_the_file_is_replaced_in_one_step_and_reads_back(tmp_path: Path) -> None:
+    write_orders(tmp_path, KeptOrders(Orders(version=1)))
+    duty = Orders(version=9, buckets_ordered=True, buckets=frozenset({"0:1", "0:2"}), worker_ordered=True)
+    write_orders(tmp_path, KeptOrders(duty, frozenset({ObjectId("b"), ObjectId("a")})))
+    assert read_orders(tmp_path) == KeptOrders(duty, frozenset({ObjectId("b"), ObjectId("a")}))
+    assert [file.name for file in tmp_path.iterdir()] == [NAME]
+    assert decode_kept(encode_kept(PINNED)) == PINNED
+
+
+def test_what_is_not_ordered_is_as_configured() -> None:
+    configured = Duty(bucket_ids=frozenset({"1:1"}), worker_id=3)
+    assert Orders().duty(configured) == configured
+    assert Orders(worker_ordered=True, worker_id=7).duty(configured) == Duty(frozenset({"1:1"}), 7)
+    assert Orders(buckets_ordered=True).duty(configured) == Duty(None, 3)
