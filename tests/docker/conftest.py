@@ -14,7 +14,7 @@ from services.demo.generated import GeneratedContent
 from services.demo.manifest import manifest_text
 from services.demo.objects import demo_objects
 from tests.docker.compose import ROOT, ComposeStack
-from tests.docker.world import GROWING, KILLED, LARGE_OBJECTS, LARGE_SIZE, NOTES, OBJECT_SIZE, World
+from tests.docker.world import ENDLESS, GROWING, KILLED, LARGE_OBJECTS, LARGE_SIZE, NOTES, OBJECT_SIZE, World
 
 PREFIX = "/distributor"
 CONNECTIONS_PER_ADDRESS = 24
@@ -74,7 +74,7 @@ def _demo_directory(target: Path) -> Path:
     """The demo's own media, sixty small objects and three large ones more; readable by the containers' user."""
     shutil.copytree(ROOT / "deploy" / "demo", target)
     sizes = {str(number): OBJECT_SIZE for number in range(100, 160)} | dict.fromkeys(
-        (*LARGE_OBJECTS, KILLED, GROWING), LARGE_SIZE
+        (*LARGE_OBJECTS, KILLED, GROWING, ENDLESS), LARGE_SIZE
     )
     for object_id, size in sizes.items():
         content = GeneratedContent(int(object_id), size).read(0, size)

@@ -11,7 +11,7 @@ from tests.end_to_end.client import get
 
 pytestmark = pytest.mark.docker
 
-RETRY_AFTER = 15.0
+RETRY_AFTER = 20.0
 """Seconds; longer than one API container takes to be replaced."""
 
 

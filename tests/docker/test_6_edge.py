@@ -10,18 +10,13 @@ import ssl
 import pytest
 
 from tests.docker.conftest import CONNECTIONS_PER_ADDRESS
-from tests.docker.world import GROWING, World
+from tests.docker.edge import NAMES, REQUESTS, assert_same, told
+from tests.docker.world import ENDLESS, GROWING, World
 from tests.end_to_end.client import Answer, get
 
 pytestmark = pytest.mark.docker
 
 MIB = 1024**2
-# Of the connection, the moment and the request; everything else must be the same.
-OF_ITS_OWN = {"date", "server", "connection", "keep-alive", "x-request-id", "transfer-encoding"}
-
-
-def told(answer: Answer) -> dict[str, str]:
-    return {name: value for name, value in answer.headers.items() if name not in OF_ITS_OWN}
 
 
 async def test_the_prefix_is_stripped_and_only_the_api_is_there(world: World) -> None:
@@ -45,47 +40,10 @@ async def test_the_prefix_is_stripped_and_only_the_api_is_there(world: World) ->
         assert b"distributor_" not in answer.body
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {},
-        {"Range": "bytes=0-"},
-        {"Range": "bytes=1000-1999"},
-        {"Range": "bytes=-500"},
-        {"Range": "bytes=5000000-"},
-        {"Range": "bytes=0-0,5-6"},
-        {"Range": "bytes=7-3"},
-        {"Range": "octets=1-2"},
-        {"Range": "bytes=0-99999999999"},
-        {"If-None-Match": "ETAG"},
-        {"If-None-Match": '"other"'},
-        {"If-None-Match": "*"},
-        {"If-Match": "ETAG"},
-        {"If-Match": '"other"'},
-        {"If-Modified-Since": "LAST-MODIFIED"},
-        {"If-Modified-Since": "Thu, 01 Jan 1970 00:00:00 GMT"},
-        {"If-Unmodified-Since": "Thu, 01 Jan 1970 00:00:00 GMT"},
-        {"Range": "bytes=1000-1999", "If-Range": "ETAG"},
-        {"Range": "bytes=1000-1999", "If-Range": '"other"'},
-        {"Range": "bytes=1000-1999", "If-Range": "LAST-MODIFIED"},
-        {"Accept-Encoding": "gzip, br"},
-        {"Origin": "https://player.example"},
-    ],
-    ids=lambda headers: " ".join(f"{name}: {value}" for name, value in headers.items()) or "plain",
-)
+@pytest.mark.parametrize("headers", REQUESTS, ids=NAMES)
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_a_hit_through_the_edge_is_the_same(world: World, method: str, headers: dict[str, str]) -> None:
-    await world.cached(["5"])
-    known = (await get(world.stack.url("5"), method="HEAD")).headers
-    filled = {
-        name: value.replace("ETAG", known["etag"]).replace("LAST-MODIFIED", known["last-modified"])
-        for name, value in headers.items()
-    }
-    direct = await get(world.stack.url("5"), filled, method=method)
-    through = await get(world.stack.edge_url("/api/v1/assets/5"), filled, method=method)
-    assert (through.status, through.complete) == (direct.status, direct.complete)
-    assert through.body == direct.body
-    assert told(through) == told(direct)
+    await assert_same(world, method, headers)
 
 
 @pytest.mark.parametrize("object_id", ["901", "nothing", "no%20id", "5/6"])
@@ -117,8 +75,8 @@ def _sums(answer: Answer) -> list[tuple[float, int]]:
 
 
 async def test_one_address_gets_so_many_answers_at_once(world: World) -> None:
-    await world.cached(["64"])
-    url = world.stack.edge_url("/api/v1/assets/64")
+    world.slow_down(200_000, ENDLESS)
+    url = world.stack.edge_url(f"/api/v1/assets/{ENDLESS}")
     host, _, path = url.removeprefix("http://").partition("/")
     async with contextlib.AsyncExitStack() as stack:
 

@@ -22,7 +22,7 @@ NOTES: list[str] = []
 """What was measured; shown at the end of the run."""
 LARGE_OBJECTS, LARGE_SIZE = ("200", "201", "202"), 40 * 1024**2
 """Together with the demo's own more than the volume may hold."""
-KILLED, GROWING = "210", "211"
+KILLED, GROWING, ENDLESS = "210", "211", "212"
 """Objects of LARGE_SIZE that nobody has asked for when the test begins that needs it so."""
 
 
