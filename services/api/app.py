@@ -14,6 +14,7 @@ from services.api.context import ApiContext
 from services.api.exchange import exchange_of
 from services.api.headers import CROSS_ORIGIN, PREFLIGHT
 from services.api.probes import Probes
+from services.api.query_node import make_query_node
 from services.api.request import parse_object_id
 from services.api.status import NodeDescription, UsageMeter
 
@@ -32,10 +33,11 @@ def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
     application = make_application(context.settings.public_api)
     usage = UsageMeter(context)
     _add_assets(application, assets)
-    _add_description(application, NodeDescription(context, usage))
+    description = NodeDescription(context, usage, make_query_node(context.settings))
+    _add_description(application, description)
     _add_probes(application, Probes(context, usage))
     application.ctx.fast_lane = None
-    application.ctx.usage = usage
+    application.ctx.usage, application.ctx.description = usage, description
     return application
 
 

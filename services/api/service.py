@@ -143,4 +143,5 @@ async def serve_api(
             await lane.close()
         await assets.close()
         await application.ctx.usage.close()
+        await application.ctx.description.close()
         forget_application(application)

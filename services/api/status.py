@@ -12,6 +12,7 @@ import structlog
 
 from services.api.context import ApiContext
 from services.api.errors import ErrorAnswer
+from services.api.query_node import QueryNode, QueryNodeStatus, shown_url
 from services.api.version import VERSION
 from shared.adapters.volume import FoundObject, Volume
 from shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
@@ -84,9 +85,11 @@ def _count(volume: Volume) -> tuple[int, int]:
 class NodeDescription:
     """The bodies of /status and /buckets."""
 
-    def __init__(self, context: ApiContext, usage: UsageMeter) -> None:
+    def __init__(self, context: ApiContext, usage: UsageMeter, query_node: QueryNode | None) -> None:
+        """`query_node`: of the catalog, if it is a squid."""
         self._context = context
         self._usage = usage
+        self._query_node = query_node
         self._started = time.monotonic()
         self._last_buckets: list[str] | None = None
 
@@ -103,17 +106,27 @@ class NodeDescription:
             "downloadsInProgress": usage.fetches,
             "version": VERSION,
             "nodeEnv": settings.environment,
-            "queryNodeStatus": {
-                "url": _catalog_url(settings.catalog),
-                "chainHead": 0,
-                "blocksProcessed": 0,
-                "packageVersion": "",
-            },
+            "queryNodeStatus": await self._query_node_status(),
         }
         worker_id = self._context.duty.current.worker_id
         if worker_id is not None:
             fields["workerId"] = worker_id
         return fields
+
+    async def _query_node_status(self) -> dict[str, Any]:
+        """Field by field: who is silent costs nothing but its own fields."""
+        found = QueryNodeStatus() if self._query_node is None else await self._query_node.read()
+        return {
+            "url": _catalog_url(self._context.settings.catalog),
+            "chainHead": found.chain_head,
+            "blocksProcessed": found.blocks_processed,
+            "packageVersion": found.version,
+        }
+
+    async def close(self) -> None:
+        """End what is asked in the background."""
+        if self._query_node is not None:
+            await self._query_node.close()
 
     async def buckets(self) -> dict[str, Any]:
         """The duty: its buckets, or all of one worker, or (no duty set) all that the catalog knows."""
@@ -137,7 +150,10 @@ def _bucket_order(bucket_id: str) -> tuple[int, int]:
 
 
 def _catalog_url(catalog: CatalogSettings) -> str:
-    """Where the catalog is asked: the origin's scheme and host, without credentials; a file has no URL to show."""
+    """Where the catalog is asked: the squid, or the origin's scheme and host, without credentials; a file has no URL to
+    show."""
+    if catalog.kind == "joystream":
+        return shown_url(catalog.squid)
     if catalog.kind != "origin" or not catalog.origin:
         return ""
     parts = urlsplit(catalog.origin)
