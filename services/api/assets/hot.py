@@ -11,7 +11,7 @@ from itertools import islice
 from time import monotonic
 
 from services.api.assets.decision import Description
-from services.api.assets.reading import read_cached
+from services.api.assets.reading import is_cached, read_cached
 from services.api.assets.ready_heads import ReadyHeads
 from shared.adapters.volume import FileIdentity, OpenObject, Volume
 from shared.domain.errors import InvalidInput, VolumeError
@@ -28,14 +28,15 @@ _ENTRY_BYTES = 5 * 1024
 """What a body in memory takes beside itself, heads above all."""
 _SEEN_ONCE = 20_000
 _MEMORY_LOOK = 10.0
+_NEAR_AS_A_WHOLE = 1024 * 1024
 _SWEPT_AT_ONCE = 200
 
 
 @dataclass(slots=True, eq=False)
 class HotObject:
     """One object. `found` is None where `body` is in memory. Times are monotonic seconds: `believed_until` its name
-    must be looked at again, `used_at` it was last asked for, `counted_at` its access was last counted. `sends` go
-    on at this moment."""
+    must be looked at again, `used_at` it was last asked for, `counted_at` its access was last counted, `near_until`
+    it counts as lying in the page cache. `sends` go on at this moment."""
 
     object_id: ObjectId
     described: Description
@@ -47,8 +48,26 @@ class HotObject:
     believed_until: float = 0.0
     used_at: float = 0.0
     counted_at: float = -10.0
+    near_until: float = 0.0
     sends: int = 0
     dropped: bool = False
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file; -1 where there is none."""
+        return self.found.descriptor if self.found is not None else -1
+
+    def is_near(self, first: int, length: int, now: float) -> bool:
+        """Whether these bytes lie in the page cache, so that sending them holds nobody up. Of small objects that is
+        found out once in a while for all of them."""
+        if now < self.near_until:
+            return True
+        if self.size > _NEAR_AS_A_WHOLE:
+            return is_cached(self.descriptor, first, min(length, _NEAR_AS_A_WHOLE))
+        if not is_cached(self.descriptor, 0, self.size):
+            return False
+        self.near_until = now + BELIEVED_SECONDS
+        return True
 
     @contextmanager
     def being_sent(self) -> Iterator[None]:

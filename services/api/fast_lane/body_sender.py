@@ -7,7 +7,7 @@ import asyncio
 import errno
 import os
 from dataclasses import dataclass
-from time import monotonic
+from time import monotonic, perf_counter
 
 import structlog
 
@@ -16,7 +16,8 @@ from services.api.assets.hot import HotObject
 from services.api.assets.reading import is_cached, read_piece
 from services.api.assets.sender import ACCESS_RENEWAL
 
-_AT_ONCE = 1024 * 1024
+AT_ONCE = 1024 * 1024
+"""Bytes handed to the socket before other connections have their turn."""
 _READ_AHEAD = 4 * 1024 * 1024
 _COLD_PIECE = 512 * 1024
 _BUFFERED_PIECE = 32 * 1024
@@ -39,9 +40,11 @@ class Connection:
 
 
 class BodySender:
-    """One body. `sent`: bytes of it that have left; `begun`: the client has been told something."""
+    """One body. `sent`: bytes of it that have left; `begun`: the client has been told something, `began_at` when."""
 
-    def __init__(self, hot: HotObject, first: int, length: int, accesses: AccessCounter) -> None:
+    def __init__(
+        self, hot: HotObject, first: int, length: int, accesses: AccessCounter, sent: int = 0
+    ) -> None:
         if hot.found is None:
             raise ValueError("an object in memory is written at once")
         self._hot = hot
@@ -51,17 +54,9 @@ class BodySender:
         self._accesses = accesses
         self._renewed = monotonic()
         self._cached_until = 0
-        self.sent = 0
-        self.begun = False
-
-    def is_near(self) -> bool:
-        """Whether the beginning lies in memory, so that sending it holds nobody up."""
-        return self._look_ahead(self._first, self._length)
-
-    def send_now(self, socket: int) -> None:
-        """As much as the socket takes at once; only where `is_near`. OSError if the client has left."""
-        self.sent = os.sendfile(socket, self._file, self._first, min(self._length, _AT_ONCE))
-        self.begun = True
+        self.sent = sent
+        self.begun = sent > 0
+        self.began_at = perf_counter()
 
     async def send_from_disk(self, connection: Connection, head: bytes) -> None:
         """As `send`; the beginning is read before the head is sent, so that a failing disk costs no answer:
@@ -72,7 +67,8 @@ class BodySender:
 
     async def send(self, connection: Connection, head: bytes = b"") -> None:
         """Everything that has not been sent. FileShort; ConnectionError once the client has left."""
-        self.begun = True
+        if not self.begun:
+            self.begun, self.began_at = True, perf_counter()
         transport = connection.transport
         transport.set_write_buffer_limits(high=0)
         try:
@@ -110,7 +106,7 @@ class BodySender:
 
     def _look_ahead(self, position: int, left: int) -> bool:
         """False if what comes next has to be read from the disk; then more of it is on its way into memory."""
-        window = min(left, _AT_ONCE)
+        window = min(left, AT_ONCE)
         if is_cached(self._file, position, window):
             self._cached_until = position + window
             return True

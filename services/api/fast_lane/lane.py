@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from dataclasses import dataclass
 from time import perf_counter
+from typing import NamedTuple
 
 from services.api.accesses import AccessCounter
 from services.api.assets.decision import Asked, Refusal, Span, select
@@ -14,6 +14,7 @@ from services.api.assets.ready_heads import KEPT_ALIVE
 from services.api.exchange import Exchange, log_exchange
 from services.api.fast_lane.request_heads import HeadReader, SimpleRequest
 from services.api.fast_lane.tally import Tally
+from shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
 
 _COUNTED_EVERY = 0.5
 """Seconds in which further accesses of one object are not counted again: the views are the same, the last access
@@ -22,8 +23,7 @@ _IDS_AT_ONCE = 128
 _ID_DIGITS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class ReadyAnswer:
+class ReadyAnswer(NamedTuple):
     """What to send: the head, and `length` bytes of the object from `first`; none (`length` 0) for a head alone."""
 
     request: SimpleRequest
@@ -58,35 +58,42 @@ class FastLane:
         hot = self.objects.get(request.object_id, now)
         if hot is None:
             return None
-        if request.fields.plain and request.range_header is None:
-            status, first, length = 200, 0, 0 if request.head else hot.size
-            head = hot.heads.head if request.head else hot.heads.whole
-        else:
+        fields, heads, size = request.fields, hot.heads, hot.size
+        status, first, length = 200, 0, 0 if request.head else size
+        head = heads.head if request.head else heads.whole
+        if request.range_header is not None or not fields.plain:
             span = _select(request, hot)
             if isinstance(span, Span):
                 first, length = span.first, 0 if request.head else span.length or 0
-                status, head = _head_of(span, request, hot)
+                if span.partial:
+                    status, head = 206, heads.of_range(first, first + length - 1, size)
+            elif isinstance(span, ByteRange):
+                first, length = span.first, span.length
+                status, head = 206, heads.of_range(first, span.last, size)
             elif span is Refusal.NOT_MODIFIED:
-                status, head, first, length = 304, hot.heads.not_modified, 0, 0
+                status, head, length = 304, heads.not_modified, 0
             else:
                 return None
         if length and now - hot.counted_at >= _COUNTED_EVERY:
             hot.counted_at = now
             self.accesses.note_request(hot.object_id)
-        request_id = request.fields.request_id or self._new_id()
+        request_id = fields.request_id or self._new_id()
         return ReadyAnswer(
             request, hot, request_id, status, head + request_id + KEPT_ALIVE, first, length, started
         )
 
-    def record(self, ready: ReadyAnswer, sent: int, cut: str | None = None) -> None:
-        """Count the answer (its bytes and its beginning are counted where they are sent), and log it."""
-        method = "HEAD" if ready.request.head else "GET"
-        self.tally.answered(method, ready.status)
+    def record(self, ready: ReadyAnswer, sent: int, seconds: float, cut: str | None = None) -> None:
+        """Count the answer, and log it if that is wanted. `sent` bytes of a body that began after `seconds`."""
+        self.tally.add(ready.request.head, ready.status, sent, seconds)
         if self._logs_hits or cut is not None:
             exchange = Exchange(
-                ready.request_id.decode(), method, "/api/v1/assets/<object_id>", ready.hot.object_id,
-                ready.started, cut=cut,
-            )  # fmt: skip
+                ready.request_id.decode(),
+                "HEAD" if ready.request.head else "GET",
+                "/api/v1/assets/<object_id>",
+                ready.hot.object_id,
+                ready.started,
+                cut=cut,
+            )
             source = "local" if ready.length else None
             log_exchange(exchange, ready.status, cache="hit", source=source, sent=sent)
 
@@ -111,13 +118,10 @@ class FastLane:
         self.objects.close()
 
 
-def _select(request: SimpleRequest, hot: HotObject) -> object:
+def _select(request: SimpleRequest, hot: HotObject) -> Span | ByteRange | Unsatisfiable | Refusal:
     fields = request.fields
+    if fields.plain and not request.head:
+        found = parse_range(request.range_header, hot.size)  # what `select` comes to without conditions
+        return Span(0, hot.size - 1, hot.size) if found is None else found
     asked = Asked(request.head, fields.conditions, request.range_header, fields.if_range)
     return select(asked, hot.described)
-
-
-def _head_of(span: Span, request: SimpleRequest, hot: HotObject) -> tuple[int, bytes]:
-    if span.partial and span.last is not None:
-        return 206, hot.heads.of_range(span.first, span.last, hot.size)
-    return 200, hot.heads.head if request.head else hot.heads.whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 
 from sanic.http import Stage
 
-from services.api.fast_lane.body_sender import BodySender, Connection, FileShort
+from services.api.fast_lane.body_sender import AT_ONCE, BodySender, Connection, FileShort
 from services.api.fast_lane.lane import FastLane, ReadyAnswer
 from services.api.protocol import ApiHttp, PublicProtocol
 from shared.observability.metrics import CUT_ANSWERS, REQUESTS_IN_PROGRESS
@@ -65,59 +66,54 @@ class FastLaneProtocol(PublicProtocol):
 
     def _is_ours(self) -> bool:
         """Whether nothing is under way on this connection."""
-        http = self._http
-        if self._socket is None or self.transport is None or self.recv_buffer:
+        http, transport = self._http, self.transport
+        if self._socket is None or transport is None or self.recv_buffer:
             return False
         if http is not None and not (
             http.stage is Stage.IDLE and getattr(http, "request", None) is None and http.keep_alive
         ):
             return False
-        return not self.transport.is_closing() and self.transport.get_write_buffer_size() == 0
+        return not transport.is_closing() and not transport.get_write_buffer_size()
 
     def _answer(self, data: bytes) -> bool:
-        lane = self._lane
+        lane, transport = self._lane, self.transport
         now = monotonic()
         ready = lane.prepare(data, now) if lane is not None else None
-        if lane is None or ready is None or self.transport is None or self._socket is None:
+        if lane is None or ready is None or transport is None or self._socket is None:
             return False
         self._time = now
-        body, length = ready.hot.body, ready.length
+        body, first, length = ready.hot.body, ready.first, ready.length
         if not length:
-            self.transport.write(ready.head)
+            transport.write(ready.head)
         elif body is not None:
-            first = ready.first
-            piece = body if length == len(body) else body[first : first + length]
-            self.transport.write(ready.head + piece)
+            transport.write(ready.head + (body if length == len(body) else body[first : first + length]))
         else:
             self._send_file(lane, ready, self._socket, data)
             return True
-        if length:
-            lane.tally.body_begun(perf_counter() - ready.started)
-            lane.tally.body_sent(length)
-        lane.record(ready, length)
+        lane.record(ready, length, perf_counter() - ready.started)
         return True
 
     def _send_file(self, lane: FastLane, ready: ReadyAnswer, connection: socket.socket, data: bytes) -> None:
         """The head and as much of the file as the socket takes now; the rest in a task."""
-        sender = BodySender(ready.hot, ready.first, ready.length, lane.accesses)
-        if not sender.is_near():
-            self._send_later(lane, ready, partial(sender.send_from_disk, self._far_end(), ready.head), sender, data)
+        hot, head, length, sent = ready.hot, ready.head, ready.length, 0
+        if not hot.is_near(ready.first, length, self._time):
+            sender = BodySender(hot, ready.first, length, lane.accesses)
+            send = partial(sender.send_from_disk, self._far_end(), head)
+            self._send_later(lane, ready, send, sender, data)
             return
-        head = ready.head
         try:
             head = head[connection.send(head, socket.MSG_MORE) :]
             if not head:
-                sender.send_now(connection.fileno())
+                sent = os.sendfile(connection.fileno(), hot.descriptor, ready.first, min(length, AT_ONCE))
         except BlockingIOError:
             pass
         except OSError:
             self.abort()  # the client has left
             return
-        lane.tally.body_begun(perf_counter() - ready.started)
-        if sender.sent == ready.length:
-            lane.tally.body_sent(ready.length)
-            lane.record(ready, ready.length)
+        if sent == length:
+            lane.record(ready, length, perf_counter() - ready.started)
         else:
+            sender = BodySender(hot, ready.first, length, lane.accesses, sent)
             self._send_later(lane, ready, partial(sender.send, self._far_end(), head), sender, b"")
 
     def _far_end(self) -> Connection:
@@ -164,11 +160,10 @@ class FastLaneProtocol(PublicProtocol):
             cut = self._why_ended()
         finally:
             REQUESTS_IN_PROGRESS.dec()
-            lane.tally.body_sent(sender.sent)
             self._sending = self._sender = None
             self._time = monotonic()
         if not unread:
-            lane.record(ready, sender.sent, cut)
+            lane.record(ready, sender.sent, sender.began_at - ready.started, cut)
         self._go_on(unread)
 
     def _why_ended(self) -> str:

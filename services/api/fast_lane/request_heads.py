@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from services.api.exchange import is_request_id
 from shared.domain.conditionals import Conditions
@@ -50,8 +51,7 @@ class Fields:
     plain: bool
 
 
-@dataclass(frozen=True, slots=True)
-class SimpleRequest:
+class SimpleRequest(NamedTuple):
     """A GET or HEAD (`head`) of one object. `object_id` is not checked yet; `range_header` may be beside `fields`."""
 
     head: bool

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_left
-from collections import Counter
 
 from shared.observability.metrics import REQUESTS, SENT_BYTES, TIME_TO_FIRST_BYTE
 from shared.observability.observations import add_observations, bounds_of
@@ -17,7 +16,7 @@ class Tally:
     time."""
 
     def __init__(self) -> None:
-        self._requests: Counter[tuple[str, int]] = Counter()
+        self._requests: dict[tuple[bool, int], int] = {}
         self._sent = 0
         self._first_bytes = TIME_TO_FIRST_BYTE.labels(cache="hit")
         self._bounds = bounds_of(self._first_bytes)
@@ -25,27 +24,25 @@ class Tally:
         self._seconds = 0.0
         self._due = False
 
-    def answered(self, method: str, status: int) -> None:
-        """One more answer."""
-        self._requests[method, status] += 1
+    def add(self, head: bool, status: int, sent: int, seconds: float) -> None:
+        """One more answer, to HEAD or GET; `sent` bytes of a body, the first of them `seconds` after the request
+        came."""
+        key = (head, status)
+        self._requests[key] = self._requests.get(key, 0) + 1
+        if sent:
+            self._sent += sent
+            self._counts[bisect_left(self._bounds, seconds)] += 1
+            self._seconds += seconds
         if not self._due:
             self._due = True
             asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self.flush)
 
-    def body_begun(self, seconds: float) -> None:
-        """The first bytes of a body left so long after its request came."""
-        self._counts[bisect_left(self._bounds, seconds)] += 1
-        self._seconds += seconds
-
-    def body_sent(self, length: int) -> None:
-        """So many bytes of a body have left."""
-        self._sent += length
-
     def flush(self) -> None:
         """Hand everything over now."""
         self._due = False
-        requests, self._requests = self._requests, Counter()
-        for (method, status), count in requests.items():
+        requests, self._requests = self._requests, {}
+        for (head, status), count in requests.items():
+            method = "HEAD" if head else "GET"
             REQUESTS.labels(method=method, status=str(status), cache="hit").inc(count)
         if self._sent:
             SENT_BYTES.labels(source="local").inc(self._sent)
