@@ -156,3 +156,26 @@ def test_passwords_are_made_once(tmp_path: Path) -> None:
     assert stat.S_IMODE(made.stat().st_mode) == 0o600
     subprocess.run(command, check=True, capture_output=True)
     assert made.read_text() == first
+
+
+def test_the_edge_reads_the_volume_as_the_node_s_user_and_cannot_write_it() -> None:
+    assert SERVICES["edge"]["user"] == UID
+    assert mounts("edge")[VOLUME] == mounts("api")[VOLUME]
+    assert "inside" not in SERVICES["edge"]["networks"]
+
+
+def test_the_edge_is_given_every_variable_of_its_template() -> None:
+    template = (ROOT / "deploy" / "edge" / "templates" / "distributor.conf.template").read_text()
+    asked = set(re.findall(r"\$\{([A-Z_]+)\}", template))
+    given = {name for name in SERVICES["edge"]["environment"] if name.startswith("EDGE_")}
+    assert asked == given
+
+
+def test_what_watches_is_seen_on_this_machine_alone() -> None:
+    for name in ("prometheus", "grafana", "demo"):
+        assert all(port.startswith("127.0.0.1:") for port in SERVICES[name]["ports"]), name
+
+
+def test_redis_refuses_before_it_is_killed() -> None:
+    defaults = dict(re.findall(r"\$\{(REDIS_M[A-Z_]+):-(\d+)", TEXT))
+    assert int(defaults["REDIS_MAX_DATA"]) < int(defaults["REDIS_MEMORY"])
