@@ -22,6 +22,7 @@ from typing import Protocol
 
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
+from shared.ports.leader_book import LeaderBook
 from shared.ports.order_book import OrderBook
 from shared.ports.server_figures import ServerFigures
 
@@ -135,11 +136,16 @@ class Access:
     last_at: float
 
 
+ACCESS_GRAIN = 1 / 2**16
+"""Seconds: stores need not tell apart times of access that are closer than this."""
+
+
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
     """What the index holds of a complete object: all that any eviction policy needs.
 
-    `size` in bytes; `frequency` in views; `last_access` POSIX seconds; `priority` is the policy's own figure.
+    `size` in bytes; `frequency` in views; `last_access` POSIX seconds, kept to `ACCESS_GRAIN`; `priority` is the
+    policy's own figure, kept as it is.
     """
 
     object_id: ObjectId
@@ -186,8 +192,9 @@ class Announcement:
     object_id: str = ""
 
 
-class StateStore(OrderBook, Protocol):
-    """See the module's text; orders and what comes with them are in `order_book`.
+class StateStore(OrderBook, LeaderBook, Protocol):
+    """See the module's text; orders and what comes with them are in `order_book`, the leading evictor's verbs in
+    `leader_book`.
 
     One instance per process; `open` before use, `close` at the end."""
 
@@ -253,58 +260,6 @@ class StateStore(OrderBook, Protocol):
 
     async def forget(self, object_id: ObjectId, generation: int) -> bool:
         """Drop the entry of this generation: its file is gone from the volume or was never right. True if dropped."""
-
-    # Eviction and reconciliation (the leader's verbs; each returns or does nothing if `term` is over)
-
-    async def lead(self, holder: str, seconds: float) -> Term | None:
-        """Become or stay leader for `seconds`; None while another leads."""
-
-    async def resign(self, term: Term) -> None: ...
-
-    async def space_wanted(self) -> int:
-        """Bytes (footprints) asked for by `want_space` and not yet granted or run out."""
-
-    async def begin_eviction(
-        self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
-    ) -> bool:
-        """Mark a complete object as being evicted; it still counts as used. Refused: unknown, already evicting, pinned,
-        or accessed (as far as the index knows) less than `min_idle` seconds ago. The generation changes, so that who
-        saw the object before cannot `forget` it while its file may still be open."""
-
-    async def finish_eviction(self, term: Term, object_id: ObjectId) -> int:
-        """The file is gone: drop the entry, give its bytes back (returned; 0 if it was not being evicted).
-        Announces SPACE_FREED."""
-
-    async def cancel_eviction(self, term: Term, object_id: ObjectId) -> None:
-        """Back to stored: the file could not be removed now."""
-
-    async def adopt(self, term: Term, entry: IndexEntry) -> bool:
-        """Take a complete file of the volume into the index, whatever the limit says. Any fetch of the object without
-        a live lease ends with it (reservation given back). False: known already, or a live lease is at work."""
-
-    async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
-        """Account for a partial file that no fetch knows: PARKED, `footprint(size)` reserved, whatever the limit."""
-
-    async def seize(self, term: Term, object_id: ObjectId) -> Lease | None:
-        """Take the lease of a PARKED or run-out fetch, to remove its partial file and `release` it."""
-
-    async def set_accounted(self, term: Term) -> None:
-        """The index stands for the volume as of now, until this store restarts or is emptied."""
-
-    def entries(self) -> AsyncIterator[Sequence[IndexEntry]]:
-        """All complete objects in batches, in no order; those that come or go meanwhile may be missed or seen twice."""
-
-    async def fetches(self) -> Sequence[Fetch]:
-        """All fetches under way or parked."""
-
-    async def read_accesses(self, position: str, at_most: int) -> tuple[str, Sequence[Access]]:
-        """Batches of the access log after `position`, flattened, and the new position; returns at once."""
-
-    async def load_policy_state(self) -> PolicyState: ...
-
-    async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
-        """Write changed figures of existing entries (frequency, last_access, priority) and the policy's state, in one
-        step; entries that are gone meanwhile are passed over. The access log before `state.position` is dropped."""
 
     # Wake-ups
 

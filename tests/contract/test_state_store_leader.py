@@ -9,6 +9,7 @@ from dataclasses import replace
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import (
+    ACCESS_GRAIN,
     AlreadyStored,
     FetchPhase,
     Granted,
@@ -194,3 +195,52 @@ class TestPolicy:
             assert (entry.size, entry.frequency, entry.last_access, entry.priority) == (100, 3, 1234.25, 0.1)
         assert kept[TWO].evicting
         assert await world.store.finish_eviction(term, TWO) == footprint(100)
+
+
+class TestManyAtOnce:
+    async def test_are_adopted_as_one_by_one(self, world: World) -> None:
+        term = await world.reconciled()
+        await world.stored(ONE, 100)
+        await world.store.park(await world.begun(TWO, 70))
+        entries = [IndexEntry(known, 300, 1, 1.0, 0.5) for known in (ONE, TWO, THREE, THREE)]
+        assert list(await world.store.adopt_many(term, entries)) == [False, True, True, False]
+        assert await world.taken() == (footprint(100) + 2 * footprint(300), 0)
+        generations = await world.entry_generations()
+        assert len(set(generations.values())) == 3
+        assert list(await world.store.adopt_many(term, [])) == []
+
+    async def test_are_evicted_as_one_by_one(self, world: World) -> None:
+        term = await world.reconciled()
+        four, five = ObjectId("4"), ObjectId("5")
+        for object_id, idle in ((ONE, 30), (TWO, 30), (THREE, 1)):
+            await world.store.adopt(term, IndexEntry(object_id, 100, 1, time.time() - idle))
+        await world.store.change_pins([TWO])
+        before = await world.entry_generations()
+        asked = [ONE, TWO, THREE, four, ONE]
+        assert list(await world.store.begin_evictions(term, asked, 20)) == [True, False, False, False, False]
+        assert (await world.entry_generations())[ONE] > before[ONE]
+        finished = await world.store.finish_evictions(term, [ONE, TWO, five])
+        assert list(finished) == [footprint(100), 0, 0]
+        assert await world.taken() == (2 * footprint(100), 0)
+        assert list(await world.store.begin_evictions(term, [], 0)) == []
+        assert list(await world.store.finish_evictions(term, [])) == []
+
+    async def test_of_an_old_term_are_left_alone(self, world: World) -> None:
+        old = await world.reconciled()
+        await world.stored(ONE, 100)
+        await world.store.resign(old)
+        before = await world.dump()
+        assert list(await world.store.adopt_many(old, [IndexEntry(TWO, 1, 1, 1.0)])) == [False]
+        assert list(await world.store.begin_evictions(old, [ONE], 0)) == [False]
+        assert list(await world.store.finish_evictions(old, [ONE])) == [0]
+        assert await world.dump() == before
+
+
+class TestFigures:
+    async def test_are_kept_as_they_are(self, world: World) -> None:
+        term = await world.reconciled()
+        entry = IndexEntry(ONE, 2**41 + 1, 2**31 - 1, 1_795_492_317.123456, 123456789.12345679)
+        await world.store.adopt(term, entry)
+        [[kept]] = [batch async for batch in world.store.entries()]
+        assert (kept.size, kept.frequency, kept.priority) == (entry.size, entry.frequency, entry.priority)
+        assert 0 <= entry.last_access - kept.last_access <= ACCESS_GRAIN

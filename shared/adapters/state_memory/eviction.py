@@ -67,6 +67,14 @@ class MemoryEviction(MemoryFetching):
         self._tables.drop_object(entry)
         return footprint(entry.size)
 
+    async def begin_evictions(
+        self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
+    ) -> Sequence[bool]:
+        return [await self.begin_eviction(term, object_id, min_idle) for object_id in object_ids]
+
+    async def finish_evictions(self, term: Term, object_ids: Sequence[ObjectId]) -> Sequence[int]:
+        return [await self.finish_eviction(term, object_id) for object_id in object_ids]
+
     async def cancel_eviction(self, term: Term, object_id: ObjectId) -> None:
         entry = self._tables.objects.get(object_id)
         if self._tables.in_office(term) and entry and entry.evicting:
@@ -79,9 +87,13 @@ class MemoryEviction(MemoryFetching):
         if tables.phase(tables.rows.get(object_id)) is FetchPhase.FETCHING:
             return False
         tables.put_object(entry)
-        tables.drop_fetch(object_id)
-        tables.announce(Topic.FETCH_CHANGED, object_id)
+        if object_id in tables.rows:
+            tables.drop_fetch(object_id)
+            tables.announce(Topic.FETCH_CHANGED, object_id)
         return True
+
+    async def adopt_many(self, term: Term, entries: Sequence[IndexEntry]) -> Sequence[bool]:
+        return [await self.adopt(term, entry) for entry in entries]
 
     async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
         tables, now = self._tables, self._tables.clock()

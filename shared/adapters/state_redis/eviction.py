@@ -29,19 +29,34 @@ class RedisEviction(RedisFetching):
     async def begin_eviction(
         self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
     ) -> bool:
-        arguments = (min_idle, int(even_pinned))
-        return bool(await self._run_in_office("begin_eviction", term, object_id, *arguments))
+        arguments = (min_idle, int(even_pinned), object_id)
+        return (await self._ask_in_office("begin_eviction", term, *arguments)) == [1]
 
     async def finish_eviction(self, term: Term, object_id: ObjectId) -> int:
-        freed = await self._run_in_office("finish_eviction", term, object_id)
-        return freed if isinstance(freed, int) else 0
+        [freed] = await self._ask_in_office("finish_eviction", term, object_id)
+        return freed
+
+    async def begin_evictions(
+        self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
+    ) -> Sequence[bool]:
+        begun = await self._ask_in_office("begin_eviction", term, min_idle, 0, *object_ids)
+        return [answer == 1 for answer in begun]
+
+    async def finish_evictions(self, term: Term, object_ids: Sequence[ObjectId]) -> Sequence[int]:
+        return await self._ask_in_office("finish_eviction", term, *object_ids)
 
     async def cancel_eviction(self, term: Term, object_id: ObjectId) -> None:
         await self._run_in_office("cancel_eviction", term, object_id)
 
     async def adopt(self, term: Term, entry: IndexEntry) -> bool:
-        figures = (entry.size, entry.frequency, entry.last_access, entry.priority)
-        return bool(await self._run_in_office("adopt", term, entry.object_id, *figures))
+        [adopted] = await self.adopt_many(term, [entry])
+        return adopted
+
+    async def adopt_many(self, term: Term, entries: Sequence[IndexEntry]) -> Sequence[bool]:
+        figures: list[str | int | float] = []
+        for entry in entries:
+            figures += (entry.object_id, entry.size, entry.frequency, entry.last_access, entry.priority)
+        return [answer == 1 for answer in await self._ask_in_office("adopt", term, *figures)]
 
     async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
         return bool(await self._run_in_office("adopt_partial", term, object_id, size))
@@ -98,3 +113,8 @@ class RedisEviction(RedisFetching):
         office = f"{term.token} {term.holder}"
         reply: object = await self._connection.run(script, object_id, office, *arguments)
         return reply
+
+    async def _ask_in_office(self, script: str, term: Term, *arguments: str | int | float) -> list[int]:
+        """A script about many objects: one number for each."""
+        reply = await self._run_in_office(script, term, "", *arguments)
+        return reply if isinstance(reply, list) else []

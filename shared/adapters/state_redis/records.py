@@ -10,6 +10,7 @@ from typing import Any
 from shared.domain.objects import ObjectId
 from shared.ports.server_figures import ServerFigures
 from shared.ports.state_store import (
+    ACCESS_GRAIN,
     Access,
     Announcement,
     Failure,
@@ -20,16 +21,23 @@ from shared.ports.state_store import (
     Topic,
 )
 
-_OBJECT = struct.Struct("<BQIddQ")
-"""State, size, frequency, last access, priority, generation: 37 bytes, written by records.lua."""
-
-_EVICTING = 1
+_OBJECT = struct.Struct("<IIHIHdIH")
+"""Views × 2 + state, size, last access, priority, generation: 30 bytes, written by records.lua. Whole numbers of six
+bytes are read as four and two."""
 
 
 def read_entry(object_id: bytes, packed: bytes) -> IndexEntry:
-    state, size, frequency, last_access, priority, generation = _OBJECT.unpack(packed)
+    counted, size, more_size, accessed, more_accessed, priority, generation, more_generation = _OBJECT.unpack(
+        packed
+    )
     return IndexEntry(
-        ObjectId(object_id.decode()), size, frequency, last_access, priority, state == _EVICTING, generation
+        object_id=ObjectId(object_id.decode()),
+        size=size | more_size << 32,
+        frequency=counted >> 1,
+        last_access=(accessed | more_accessed << 32) * ACCESS_GRAIN,
+        priority=priority,
+        evicting=bool(counted & 1),
+        generation=generation | more_generation << 32,
     )
 
 

@@ -1,14 +1,27 @@
--- ARGV: term, size, frequency, last access, priority
-local fetch = read_fetch()
-if not in_office(ARGV[4]) or redis.call('HEXISTS', objects, object_id) == 1 then return 0 end
-if fetch and fetch.standing == 'fetching' then return 0 end
-local size, generation = tonumber(ARGV[5]), next_serial()
-write_object(object_id, {state = STORED, size = size, frequency = tonumber(ARGV[6]), last_access = tonumber(ARGV[7]),
-                         priority = tonumber(ARGV[8]), generation = generation})
-add('used', footprint(size))
-if fetch then
-  redis.call('HDEL', fetches, object_id)
-  if fetch.reserved then add('reserved', -footprint(fetch.size)) end
+-- ARGV: term, then per entry: object id, size, frequency, last access, priority. Returns 1 or 0 for each.
+local answers, count = {}, (#ARGV - 4) / 5
+if not in_office(ARGV[4]) then
+  for number = 1, count do answers[number] = 0 end
+  return answers
 end
-announce('fetch_changed')
-return 1
+local used, reserved, generation = 0, 0, next_serials(count)
+for number = 1, count do
+  local first = 5 * number
+  local id, size, fetch = ARGV[first], tonumber(ARGV[first + 1]), read_fetch(ARGV[first])
+  answers[number] = 0
+  if redis.call('HEXISTS', objects, id) == 0 and not (fetch and fetch.standing == 'fetching') then
+    write_object(id, {state = STORED, size = size, frequency = tonumber(ARGV[first + 2]),
+                      last_access = tonumber(ARGV[first + 3]), priority = tonumber(ARGV[first + 4]),
+                      generation = generation + number - 1})
+    used = used + footprint(size)
+    if fetch then
+      redis.call('HDEL', fetches, id)
+      if fetch.reserved then reserved = reserved + footprint(fetch.size) end
+      announce('fetch_changed', id)
+    end
+    answers[number] = 1
+  end
+end
+add('used', used)
+if reserved > 0 then add('reserved', -reserved) end
+return answers

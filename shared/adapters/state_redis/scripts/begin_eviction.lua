@@ -1,9 +1,16 @@
--- ARGV: term, least idle time in seconds, 1 for pinned ones too. The generation changes, so that nobody who saw the object before can forget
--- it while its file may still be open for readers.
-local object = read_object(object_id)
-if not in_office(ARGV[4]) or not object or object.state == EVICTING then return 0 end
-if ARGV[6] ~= '1' and redis.call('SISMEMBER', pins, object_id) == 1 then return 0 end
-if now / 1000 - object.last_access < tonumber(ARGV[5]) then return 0 end
-object.state, object.generation = EVICTING, next_serial()
-write_object(object_id, object)
-return 1
+-- ARGV: term, least idle time in seconds, 1 for pinned ones too, object ids. Returns 1 or 0 for each. The generation
+-- changes, so that nobody who saw the object before can forget it while its file may still be open for readers.
+local answers, count, leading = {}, #ARGV - 6, in_office(ARGV[4])
+local generation = leading and count > 0 and next_serials(count)
+for number = 1, count do
+  local id = ARGV[6 + number]
+  local object = leading and read_object(id)
+  answers[number] = 0
+  if object and object.state ~= EVICTING and (ARGV[6] == '1' or redis.call('SISMEMBER', pins, id) == 0)
+    and now / 1000 - object.last_access >= tonumber(ARGV[5]) then
+    object.state, object.generation = EVICTING, generation + number - 1
+    write_object(id, object)
+    answers[number] = 1
+  end
+end
+return answers

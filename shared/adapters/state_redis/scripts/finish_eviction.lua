@@ -1,7 +1,16 @@
--- ARGV: term. Returns the bytes given back.
-local object = read_object(object_id)
-if not in_office(ARGV[4]) or not object or object.state ~= EVICTING then return 0 end
-redis.call('HDEL', objects, object_id)
-add('used', -footprint(object.size))
-announce('space_freed')
-return footprint(object.size)
+-- ARGV: term, object ids. Returns the bytes given back for each.
+local answers, freed, leading = {}, 0, in_office(ARGV[4])
+for index = 5, #ARGV do
+  local id = ARGV[index]
+  local object = leading and read_object(id)
+  local bytes = 0
+  if object and object.state == EVICTING then
+    redis.call('HDEL', objects, id)
+    bytes = footprint(object.size)
+    announce('space_freed', id)
+  end
+  freed = freed + bytes
+  answers[#answers + 1] = bytes
+end
+if freed > 0 then add('used', -freed) end
+return answers

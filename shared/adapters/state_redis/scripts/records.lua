@@ -5,9 +5,11 @@ local channel, record_bytes, object_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
--- state, size, frequency, last access (POSIX seconds), priority, generation; the same layout as in records.py
-local OBJECT = '<BI8I4ddI8'
+-- views × 2 + state, size, last access (units of 2^-16 POSIX seconds), priority, generation; the layout of records.py.
+-- 30 bytes: one more, and the server takes 16 more for each object
+local OBJECT = '<I4I6I6dI6'
 local STORED, EVICTING = 0, 1
+local GRAIN, MOST_VIEWS, MOST_BYTES = 65536, 2147483647, 281474976710655
 
 local function footprint(size) return size + record_bytes end
 
@@ -15,27 +17,32 @@ local function footprint(size) return size + record_bytes end
 local function add(field, bytes) redis.call('HINCRBY', usage, field, string.format('%.0f', bytes)) end
 
 -- Rises with every call, also over a lost store, whose counters begin anew: old tokens are never granted again
-local function next_serial()
-  local serial = math.max(tonumber(redis.call('HGET', usage, 'serial') or '0') + 1, now)
-  redis.call('HSET', usage, 'serial', string.format('%.0f', serial))
-  return serial
+local function next_serials(count)
+  local first = math.max(tonumber(redis.call('HGET', usage, 'serial') or '0') + 1, now)
+  redis.call('HSET', usage, 'serial', string.format('%.0f', first + count - 1))
+  return first
 end
+
+local function next_serial() return next_serials(1) end
 
 local function run_id() return string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') end
 
-local function announce(topic) redis.call('PUBLISH', channel, topic .. ' ' .. object_id) end
+local function announce(topic, id) redis.call('PUBLISH', channel, topic .. ' ' .. (id or object_id)) end
 
 local function read_object(id)
   local packed = redis.call('HGET', objects, id)
   if not packed then return nil end
-  local state, size, frequency, last_access, priority, generation = struct.unpack(OBJECT, packed)
-  return {state = state, size = size, frequency = frequency, last_access = last_access, priority = priority,
-          generation = generation}
+  local views_and_state, size, accessed, priority, generation = struct.unpack(OBJECT, packed)
+  local state = views_and_state % 2
+  return {state = state, size = size, frequency = (views_and_state - state) / 2, last_access = accessed / GRAIN,
+          priority = priority, generation = generation}
 end
 
 local function write_object(id, object)
-  redis.call('HSET', objects, id, struct.pack(OBJECT, object.state, object.size,
-    math.min(math.max(object.frequency, 0), 4294967295), object.last_access, object.priority, object.generation))
+  local views = math.min(math.max(object.frequency, 0), MOST_VIEWS)
+  local accessed = math.min(math.max(math.floor(object.last_access * GRAIN), 0), MOST_BYTES)
+  redis.call('HSET', objects, id, struct.pack(OBJECT, views * 2 + object.state, object.size, accessed, object.priority,
+    object.generation))
 end
 
 -- `phase` is what was written, `standing` what it amounts to now: nil when it has run out and left nothing
@@ -50,8 +57,8 @@ local function unpack_fetch(packed)
   return fetch
 end
 
-local function read_fetch()
-  local packed = redis.call('HGET', fetches, object_id)
+local function read_fetch(id)
+  local packed = redis.call('HGET', fetches, id or object_id)
   return packed and unpack_fetch(packed) or nil
 end
 
