@@ -86,10 +86,12 @@ class _Fetch:
     async def store(self, keeper: LeaseKeeper) -> int:
         """From the first byte to the rename; the time of storing (POSIX seconds)."""
         partial = await self._tools.disk.run(self._open)
-        # An index that was rebuilt from the volume a moment ago may not know this file; before it grows, it must.
-        await keeper.renew()
+        # An index that was rebuilt from the volume a moment ago may not know this file; before it grows, it must. The
+        # source can be asked meanwhile.
+        keeper.prove()
         download = Download(self._tools, self._object, partial, keeper)
-        await download.announce()
+        if partial.size:
+            await download.announce()  # what lies there can be sent
         await download.fill()
         head = await self._tools.disk.run(partial.read, 0, HEAD_BYTES)
         media_type = settle_media_type(self._object.media_type, head)
@@ -110,6 +112,7 @@ class _Fetch:
         self._partial = self._volume.receive(expected)
         if self._partial.size > expected.size:
             self._partial.start_over()
+        self._partial.require_room()
         return self._partial
 
     def _expected(self) -> StoredRecord:

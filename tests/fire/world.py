@@ -139,17 +139,17 @@ async def fire_world(folder: Path, redis: RedisServer, rabbit: RabbitServer) -> 
     async with AsyncExitStack() as opened:
         enter = opened.enter_async_context
         first, second = await enter(StorageNode([]).run()), await enter(StorageNode([]).run())
-        relays = [
+        to_redis, to_rabbit, to_first, to_second = [
             await enter(TcpRelay(port).running())
             for port in (redis.port, rabbit.port, first.port, second.port)
         ]
         prefix = f"fire-{uuid.uuid4().hex[:8]}"
         stack = Stack(
             folder,
-            f"redis://127.0.0.1:{relays[0].port}/0",
-            f"amqp://guest:guest@127.0.0.1:{relays[1].port}/",
+            f"redis://127.0.0.1:{to_redis.port}/0",
+            f"amqp://guest:guest@127.0.0.1:{to_rabbit.port}/",
             prefix,
         )
         stack.environment |= SETTINGS
         opened.callback(stack.kill_all)
-        yield FireWorld(stack, first, second, redis, rabbit, *relays, prefix)
+        yield FireWorld(stack, first, second, redis, rabbit, to_redis, to_rabbit, to_first, to_second, prefix)

@@ -21,7 +21,8 @@ from shared.adapters.volume import (
     RemovalState,
     Volume,
 )
-from shared.domain.errors import VolumeError
+from shared.adapters.volume.layout import fan
+from shared.domain.errors import VolumeError, VolumeFull
 from shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
 
 BODY = bytes(range(256)) * 1000
@@ -180,6 +181,31 @@ def test_who_only_clears_up_changes_no_note(volume: Volume) -> None:
     held.close()
     volume.receive(replace(stranger, object_id=ObjectId("2")), noted=False).close()
     assert volume.expected_of(ObjectId("2")) is None
+
+
+def test_a_link_under_an_objects_name_is_nothing_to_remove_and_gives_way(
+    volume: Volume, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"kept")
+    place = tmp_path / "volume" / "objects" / fan(ObjectId("1")) / "1"
+    place.symlink_to(outside)
+    removal = volume.removal(ObjectId("1"))
+    assert removal.begin() is RemovalState.ABSENT
+    removal.close()
+    partial = volume.receive(record_of("1"))
+    partial.write(0, BODY)
+    partial.publish(record_of("1"))
+    partial.close()
+    assert not place.is_symlink()
+    assert outside.read_bytes() == b"kept"
+
+
+def test_too_little_room_is_found_out_before_the_first_byte(volume: Volume) -> None:
+    partial = volume.receive(replace(record_of("1"), size=1 << 60))
+    with pytest.raises(VolumeFull):
+        partial.require_room()
+    partial.discard()
 
 
 def truncate(path: Path) -> None:

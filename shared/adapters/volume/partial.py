@@ -18,7 +18,7 @@ from shared.adapters.volume.layout import (
     translated,
 )
 from shared.adapters.volume.records import encode_record, remove_quietly, write_small_file
-from shared.domain.errors import VolumeError
+from shared.domain.errors import VolumeError, VolumeFull
 from shared.domain.objects import ObjectId, StoredRecord
 
 _UNVERIFIED_MODE, _VERIFIED_MODE = 0o640, 0o644
@@ -40,16 +40,17 @@ class PartialFile:
         self._descriptor = -1
 
     def open(self, *, noted: bool) -> None:
-        """Create or take over the file and, if `noted`, note what it will be. PartialHeld if another writer is alive."""
+        """Create or take over the file; if `noted`, note what it will be. PartialHeld if another writer is alive."""
         with translated(f"open the partial file of {self.record.object_id}"):
             self._descriptor = self._open_locked(os.O_CREAT)
             if not noted:
                 return
             try:
                 # Before the first byte: whoever finds the partial file must be able to tell how large it may grow.
-                write_small_file(
-                    self.record.object_id + INCOMING_RECORD_SUFFIX, encode_record(self.record), self._incoming
-                )
+                # Not synced, since a client waits: after a power cut a note that is gone or torn is none, and what
+                # lies there is then not resumed.
+                name = self.record.object_id + INCOMING_RECORD_SUFFIX
+                write_small_file(name, encode_record(self.record), self._incoming, durable=False)
             except OSError:
                 self.close()
                 raise
@@ -76,6 +77,14 @@ class PartialFile:
     def size(self) -> int:
         """Bytes on disk now."""
         return os.fstat(self._descriptor).st_size
+
+    def require_room(self) -> None:
+        """VolumeFull if the device has no room for the rest: found out now, it tears no answer that has begun."""
+        with translated(f"ask for room for {self.record.object_id}"):
+            device = os.fstatvfs(self._descriptor)
+        missing = self.record.size - self.size - device.f_bavail * device.f_frsize
+        if missing > 0:
+            raise VolumeFull(f"{missing} bytes too few are free for {self.record.object_id}")
 
     def read(self, offset: int, length: int) -> bytes:
         with translated(f"read the partial file of {self.record.object_id}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from enum import StrEnum
@@ -45,8 +46,11 @@ class Removal:
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             descriptor = os.open(self._object_id, flags, dir_fd=self._directories.descriptor(place))
-        except FileNotFoundError:
-            return RemovalState.ABSENT
+        except OSError as error:
+            # A link is none of ours, and leads nowhere: the next object of this name takes its place
+            if error.errno in (errno.ENOENT, errno.ELOOP):
+                return RemovalState.ABSENT
+            raise
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             linked = os.fstat(descriptor).st_nlink > 0
