@@ -35,30 +35,40 @@ class DutyCheck:
     ) -> None:
         self._catalog, self._index, self._removals = catalog, index, removals
         self._duty, self._can_list = duty, can_list
+        self._told = self._changed = False
 
-    def change(self, duty: Duty) -> None:
-        """An operator has ordered another duty."""
-        self._duty = duty
+    def change(self, duty: Duty) -> bool:
+        """The duty as operators have ordered it. True if that is another one than a moment ago: the next list, to be
+        asked for soon, may well drop most of what we hold. The orders found at the start are no such change."""
+        changed = self._told and duty != self._duty
+        self._changed = self._changed or changed
+        self._duty, self._told = duty, True
+        return changed
 
     async def run(self, term: Term) -> None:
         """Purge what is no longer ours, unless the catalog fails or its list is implausible."""
         if not self._can_list or not len(self._index.policy):
             return
         # Only what was there before the list was asked for: what came later may be newer than the list
-        held_before = await self._held()
+        held_before, duty = await self._held(), self._duty
         try:
-            listed = await self._listed()
+            listed = await self._listed(duty)
         except CatalogUnavailable as error:
             logger.warning("duty_not_checked", reason=str(error))
             RECONCILED.labels("duty_unavailable").inc()
             return
+        if duty != self._duty:
+            return  # changed while the list was read: the next one counts
         held = await self._held()
         strangers = [object_id for object_id in held if object_id not in listed]
-        reason = why_implausible(len(held), len(listed), len(strangers))
+        expected = self._changed and len(listed) > 0
+        reason = None if expected else why_implausible(len(held), len(listed), len(strangers))
         if reason is not None:
             logger.error("duty_list_refused", reason=reason, held=len(held), listed=len(listed))
             RECONCILED.labels("duty_refused").inc()
             return
+        self._changed = False
+        RECONCILED.labels("duty_checked").inc()
         older = KnownIds()
         older.update(held_before)
         for object_id in strangers:
@@ -66,9 +76,9 @@ class DutyCheck:
                 logger.info("object_not_ours", object_id=object_id)
                 await self._removals.purge(term, object_id, "not_ours")
 
-    async def _listed(self) -> KnownIds:
+    async def _listed(self, duty: Duty) -> KnownIds:
         listed = KnownIds()
-        async for batch in self._catalog.list_objects(self._duty):
+        async for batch in self._catalog.list_objects(duty):
             listed.update(found.object_id for found in batch)
             await asyncio.sleep(0)
         return listed

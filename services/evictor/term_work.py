@@ -75,7 +75,7 @@ class TermWork:
         self._term, self._state, self._tools, self._settings = term, state, tools, settings
         self._confirm = confirm
         self._look, self._reconcile_now, self._repair_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._taken_over = asyncio.Event()
+        self._taken_over, self._duty_now = asyncio.Event(), asyncio.Event()
         self._orders_changed, self._purge_now = asyncio.Event(), asyncio.Event()
         self._freed: set[ObjectId] = set()
         self._settled = False
@@ -104,7 +104,7 @@ class TermWork:
             ("reconcile", self._reconcile, self._reconcile_now),
             ("sweep", self._sweep, None),
             ("repair", self._repair, self._repair_now),
-            ("check duty", self._check_duty, None),
+            ("check duty", self._check_duty, self._duty_now),
             ("keep orders", self._keep_orders, self._orders_changed),
             ("purge", self._purge, self._purge_now),
         ]
@@ -240,7 +240,8 @@ class TermWork:
 
     def _obey_orders(self) -> None:
         self._tools.eviction.pinned = self._tools.orders.pinned
-        self._tools.duty.change(self._tools.orders.follower.duty)
+        if self._tools.duty.change(self._tools.orders.follower.duty):
+            self._duty_now.set()
 
     async def _purge(self) -> float:
         return await self._tools.purges.step(self._term)

@@ -1,0 +1,76 @@
+"""An operator gives the node other buckets: what is no longer ours leaves, although it is nearly all there is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from services.evictor.duty import DutyCheck
+from services.evictor.index import EvictionIndex
+from services.evictor.removals import Removals
+from shared.adapters.state_memory import MemoryStateStore
+from shared.adapters.state_times import StateTimes
+from shared.adapters.volume import Volume
+from shared.domain.eviction import POLICIES, PolicyEntry
+from shared.domain.objects import DistributionBucket, Duty, MediaObject, ObjectId
+from shared.ports.state_store import IndexEntry, Term
+from tests.integration.evictor_world import ListedCatalog
+
+OLD, NEW = Duty(frozenset({"0:1"})), Duty(frozenset({"0:2"}))
+
+
+@dataclass
+class World:
+    duty: DutyCheck
+    index: EvictionIndex
+    catalog: ListedCatalog
+    term: Term
+
+    def held(self) -> int:
+        return len(self.index.policy)
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    """Eight objects of the old bucket are held; the catalog knows two of the new one as well."""
+    state, volume = MemoryStateStore(10**6, StateTimes(lease_seconds=10), time.time), Volume(tmp_path)
+    volume.prepare()
+    index, catalog = EvictionIndex(state, volume, POLICIES["lru-sp"]), ListedCatalog()
+    removals = Removals(state, volume, index)
+    term = await state.lead("one", 3600)
+    assert term is not None
+    for number in range(10):
+        object_id = ObjectId(f"{number}")
+        bucket = "0:1" if number < 8 else "0:2"
+        catalog.objects[object_id] = MediaObject(object_id, 10, buckets=(DistributionBucket(bucket),))
+        if number < 8:
+            await state.adopt(term, IndexEntry(object_id, 10, 1, 0.0))
+            index.add(PolicyEntry(object_id, 10, 1, 0.0))
+    yield World(DutyCheck(catalog, index, removals, OLD, can_list=True), index, catalog, term)
+    volume.close()
+
+
+async def test_other_buckets_by_order(world: World) -> None:
+    assert not world.duty.change(OLD)
+    await world.duty.run(world.term)
+    assert world.held() == 8
+    assert world.duty.change(NEW)
+    await world.duty.run(world.term)
+    assert world.held() == 0
+
+
+async def test_an_empty_list_is_not_believed_after_an_order_either(world: World) -> None:
+    world.duty.change(OLD)
+    world.duty.change(Duty(frozenset({"0:3"})))
+    await world.duty.run(world.term)
+    assert world.held() == 8
+
+
+async def test_the_orders_found_at_the_start_are_no_change(world: World) -> None:
+    assert not world.duty.change(NEW)
+    await world.duty.run(world.term)
+    assert world.held() == 8, "nearly all would go: it may be the catalog's fault"

@@ -1,0 +1,103 @@
+"""Files of a flat directory, taken into the volume without copying, whatever stands in the way."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from shared.adapters.volume import Volume
+from shared.adapters.volume.intake import Intake, Taken
+from shared.adapters.volume.layout import fan
+from shared.domain.errors import VolumeError
+from shared.domain.objects import ObjectId
+
+ONE = ObjectId("1")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "volume"
+    volume = Volume(root)
+    volume.prepare()
+    volume.close()
+    return root
+
+
+def place(root: Path, object_id: str) -> Path:
+    return root / "objects" / fan(object_id) / object_id
+
+
+def test_a_file_is_moved_and_stays_the_same_file(root: Path) -> None:
+    (root / "1").write_bytes(b"one")
+    inode = (root / "1").stat().st_ino
+    intake = Intake(root, root)
+    assert [(found.object_id, found.size) for found in intake.waiting()] == [("1", 3)]
+    assert intake.take_in(ONE) is Taken.MOVED
+    assert place(root, "1").stat().st_ino == inode
+    assert place(root, "1").stat().st_nlink == 1
+    assert not list(intake.waiting())
+    assert intake.take_in(ONE) is Taken.GONE
+    intake.close()
+
+
+def test_what_is_there_already_stays(root: Path) -> None:
+    place(root, "1").write_bytes(b"ours")
+    (root / "1").write_bytes(b"theirs")
+    assert Intake(root, root).take_in(ONE) is Taken.THERE
+    assert place(root, "1").read_bytes() == b"ours"
+    assert not (root / "1").exists()
+
+
+def test_killed_between_the_two_names(root: Path) -> None:
+    (root / "1").write_bytes(b"one")
+    os.link(root / "1", place(root, "1"))
+    assert Intake(root, root).take_in(ONE) is Taken.THERE
+    assert place(root, "1").read_bytes() == b"one"
+    assert place(root, "1").stat().st_nlink == 1
+
+
+def test_only_files_named_like_the_networks_objects(root: Path, tmp_path: Path) -> None:
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    for name in ("12", "cache.json", "12.part", "a", ".13", "1" * 30):
+        (assets / name).write_bytes(b"x")
+    (assets / "14").mkdir()
+    (assets / "15").symlink_to(assets / "12")
+    assert [found.object_id for found in Intake(root, assets).waiting()] == ["12"]
+
+
+def test_another_file_system_has_to_be_copied(root: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == root.stat().st_dev:
+        pytest.skip("there is no second file system")
+    assets = memory / f"distributor-intake-{os.getpid()}"
+    assets.mkdir()
+    try:
+        (assets / "1").write_bytes(b"one")
+        intake = Intake(root, assets)
+        assert intake.take_in(ONE) is Taken.ELSEWHERE
+        assert (assets / "1").exists()
+        intake.remove(ONE)
+        assert not (assets / "1").exists()
+    finally:
+        for left in assets.iterdir():
+            left.unlink()
+        assets.rmdir()
+
+
+def test_a_missing_directory_is_said(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(VolumeError, match="read the assets"):
+        list(Intake(root, tmp_path / "nothing").waiting())
+
+
+def test_the_mark_is_seen_by_all(root: Path) -> None:
+    intake, other = Intake(root, root), Intake(root, root)
+    assert not other.is_done()
+    intake.mark(done=True)
+    intake.mark(done=True)
+    assert other.is_done()
+    intake.mark(done=False)
+    intake.mark(done=False)
+    assert not other.is_done()
