@@ -51,6 +51,7 @@ class LeaseKeeper:
         self._lost = False
         self._source: str | None = None
         self._due = asyncio.Event()
+        self._proof: asyncio.Task[None] | None = None
 
     @property
     def holds(self) -> bool:
@@ -58,7 +59,13 @@ class LeaseKeeper:
         return not self._lost and self._clock() < self._ends
 
     async def confirm(self) -> None:
-        """Before a write: LeaseLost unless the lease holds. After a long stop of the process the store is asked."""
+        """Before a write: LeaseLost unless the lease holds. After a long stop of the process the store is asked.
+
+        A proof that was asked for is waited for; StateStoreUnavailable if it failed for that.
+        """
+        if self._proof is not None:
+            proof, self._proof = self._proof, None
+            await proof
         if self.holds:
             return
         if self._lost:
@@ -67,6 +74,10 @@ class LeaseKeeper:
             await self.renew()
         except StateStoreUnavailable as error:
             raise LeaseLost(f"the lease of {self.lease.object_id} has run out") from error
+
+    def prove(self) -> None:
+        """Within `kept`: give a sign of life now; the next `confirm` waits for it."""
+        self._proof = asyncio.create_task(self.renew(), name=f"lease-proof-{self.lease.object_id}")
 
     def use_source(self, url: str) -> None:
         """Say which source is in use, soon: far ranges are proxied from it."""
@@ -107,9 +118,16 @@ class LeaseKeeper:
         finally:
             keeping.cancel()
             await asyncio.wait({keeping})
+            await self._forget_proof()
             lost = None if keeping.cancelled() else keeping.exception()
         if lost is not None:
             raise lost
+
+    async def _forget_proof(self) -> None:
+        proof, self._proof = self._proof, None
+        if proof is not None:
+            proof.cancel()
+            await asyncio.gather(proof, return_exceptions=True)
 
     async def _keep(self) -> None:
         """Ends only by cancellation or LeaseLost."""

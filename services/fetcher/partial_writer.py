@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 from services.fetcher.disk import DiskThreads
 from services.fetcher.flushing import LONGEST_WAIT, MOST_WAITING, lot_size
@@ -18,7 +19,7 @@ _WORTH_A_CALL = 64 * 1024  # bytes; smaller pieces are joined, larger ones not c
 class PartialWriter:
     """One write is under way while the next lot is received; memory is bounded by a lot or two.
 
-    `on_first_bytes` is called once, when the first bytes are on disk.
+    `on_first_bytes` is called once, when the first bytes are on disk and more are to come; it must not fail.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class PartialWriter:
         hasher: Hasher | None,
         keeper: LeaseKeeper,
         disk: DiskThreads,
-        on_first_bytes: Callable[[], Awaitable[None]],
+        on_first_bytes: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
         self._partial = partial
         self._hasher = hasher
@@ -38,6 +39,7 @@ class PartialWriter:
         self._waiting_bytes = 0
         self._received = 0
         self._ended = False
+        self._telling: asyncio.Task[None] | None = None
         self._some, self._enough, self._room = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
     @asynccontextmanager
@@ -53,7 +55,11 @@ class PartialWriter:
             self._ended = True
             self._some.set()
             self._enough.set()
-            await _settled(writer)
+            try:
+                await _settled(writer)
+            finally:
+                if self._telling is not None:
+                    await _settled(self._telling)
             failure = writer.exception()
         if failure is not None:
             raise failure
@@ -83,9 +89,10 @@ class PartialWriter:
             await self._keeper.confirm()
             await self._disk.run(self._write, offset, lot, length)
             offset += length
-            if first:
-                first = False
-                await self._on_first_bytes()
+            if first and not (self._ended and not self._waiting):
+                # Its reply is not waited for here; and where all bytes are there, the next word is that they are right.
+                self._telling = asyncio.create_task(self._on_first_bytes(), name="first-bytes")
+            first = False
 
     async def _next_lot(self) -> bool:
         """True when there is a lot worth writing; False when there is nothing left and nothing will come."""

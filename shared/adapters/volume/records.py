@@ -69,14 +69,17 @@ def read_small_file(name: str, directory: int) -> bytes | None:
         os.close(descriptor)
 
 
-def write_small_file(name: str, body: bytes, directory: int, *, mode: int = 0o644) -> None:
-    """Replace a file in one step: written and synced beside it, then renamed."""
+def write_small_file(
+    name: str, body: bytes, directory: int, *, mode: int = 0o644, durable: bool = True
+) -> None:
+    """Replace a file in one step: written beside it, synced if it has to outlive a power cut, then renamed."""
     new = name + _NEW_SUFFIX
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(new, flags, mode, dir_fd=directory)
     try:
         os.write(descriptor, body)
-        os.fsync(descriptor)
+        if durable:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
     os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
