@@ -118,8 +118,6 @@ def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApp
         REQUEST_MAX_SIZE=MAX_BODY_BYTES,
         REQUEST_TIMEOUT=public_api.request_timeout,
         RESPONSE_TIMEOUT=public_api.send_stall_limit,
-        # Rewrites Sanic's own classes, once in a process: it cannot read its own output a second time.
-        TOUCHUP=not getattr(Http, "__touched__", False),
     )
     application = ApiApplication(
         f"{name}-{next(_numbers)}",
@@ -132,6 +130,12 @@ def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApp
     # Tells Sanic that HTTP/1.1 is all there is; otherwise every answer carries an empty Alt-Svc.
     application.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
     return application
+
+
+def prepare_start(application: ApiApplication) -> None:
+    """To be called right before an application is started, of which there may be several in one process."""
+    # Sanic rewrites its own classes then, and cannot read its own output a second time.
+    application.config.TOUCHUP = not getattr(Http, "__touched__", False)
 
 
 def forget_application(application: ApiApplication) -> None:

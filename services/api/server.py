@@ -11,7 +11,7 @@ from typing import Any
 import structlog
 from sanic.server import serve
 
-from services.api.application import ApiApplication
+from services.api.application import ApiApplication, prepare_start
 from services.api.farewell import sent_to_the_end
 from services.api.listening import Address, bind
 from services.api.protocol import PublicProtocol
@@ -67,6 +67,7 @@ class PublicServer:
             run_async=True,
         )
         if not self._application.state.is_started:
+            prepare_start(self._application)
             await server.startup()
             await server.before_start()
             self._server = await server

@@ -131,7 +131,8 @@ class Worker:
         await asyncio.wait({ended}, timeout=self._deadline + _MARGIN / 2)
         if not ended.done():
             process.kill()
-        if await ended not in (0, SHUTDOWN_ORDERED):
+        # Ended by the signal itself: it had not begun to serve.
+        if await ended not in (0, SHUTDOWN_ORDERED, -signal.SIGTERM):
             raise RuntimeError(f"worker {self.number} ended with {process.returncode}")
 
     async def _recover(self, process: Process, lived: float, stop: asyncio.Task[bool]) -> None:

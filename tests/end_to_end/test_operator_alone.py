@@ -1,0 +1,159 @@
+"""An operator with the console command, at a standalone node: no servers, so the volume keeps the orders."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from services.demo.objects import MIB, generated_object
+from services.demo.storage_node import StorageNode
+from tests.end_to_end.client import get
+from tests.end_to_end.conftest import World
+from tests.end_to_end.operator_client import OperatorClient, refuses_connections, until
+from tests.end_to_end.stack import ServiceProcess, Stack
+from tests.servers.operator_token import SECRET
+from tests.servers.redis_server import free_port
+
+pytestmark = pytest.mark.timeout(120)
+
+
+@pytest.fixture
+async def alone(tmp_path: Path) -> AsyncIterator[tuple[World, OperatorClient]]:
+    stack = Stack(tmp_path, "memory://", "memory://", "alone")
+    operator = OperatorClient(free_port())
+    stack.environment.update(operator.environment)
+    async with StorageNode([]).run() as first:
+        try:
+            yield World(stack, first, first), operator
+        finally:
+            stack.kill_all()
+
+
+async def command(
+    operator: OperatorClient, *arguments: str, stdin: str = "", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`distributor operator …`, with the secret in its environment unless that says otherwise."""
+    given = {"DISTRIBUTOR_OPERATOR_API__SECRET": SECRET, **environment}
+    url = f"http://127.0.0.1:{operator.port}"
+    return await asyncio.to_thread(
+        subprocess.run,
+        [sys.executable, "-m", "services.command_line", "operator", "--url", url, *arguments],
+        env={**os.environ, **given},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+async def ordered(operator: OperatorClient, *arguments: str) -> Any:
+    done = await command(operator, *arguments)
+    assert done.returncode == 0, done
+    return json.loads(done.stdout)
+
+
+async def kept(world: World, says: Sequence[str]) -> None:
+    """Until the copy on the volume says all of this."""
+
+    async def written() -> bool:
+        file = world.stack.volume / "operator.json"
+        return file.exists() and all(text in file.read_text() for text in says)
+
+    await until(written)
+
+
+async def again(node: ServiceProcess) -> None:
+    node.kill()
+    node.start()
+    await node.healthy()
+
+
+async def test_orders_outlive_kill_minus_nine(alone: tuple[World, OperatorClient]) -> None:
+    world, operator = alone
+    world.publish([generated_object("1", 1000)])
+    node = world.stack.add("standalone")
+    await node.healthy()
+    assert (await ordered(operator, "set-buckets", "5:5", "6:6"))["buckets"] == ["5:5", "6:6"]
+    assert (await ordered(operator, "set-worker", "7"))["workerId"] == 7
+    assert (await ordered(operator, "pin", "1", "2"))["pinned"] == 2
+    await kept(world, ['"worker_id": 7', '"2"'])
+    await again(node)
+    assert (await get(world.stack.url("1"), method="HEAD")).status == 421
+    assert (await ordered(operator, "orders"))["workerId"] == 7
+    assert (await ordered(operator, "unpin", "1"))["pinned"] == 1
+    await ordered(operator, "stop-api")
+    await until(lambda: refuses_connections(world.stack.port))
+    await kept(world, ['"stopped": true'])
+    node.kill()
+    node.start()
+
+    async def answers() -> bool:
+        return (await command(operator, "orders")).returncode == 0
+
+    await until(answers, 30)
+    assert await refuses_connections(world.stack.port)
+    await ordered(operator, "start-api")
+    await node.healthy()
+    assert (await command(operator, "start-api")).stderr == ("distributor: 409 The public API runs already\n")
+    assert (await ordered(operator, "shutdown"))["shuttingDown"]
+    assert node.process is not None
+    assert await asyncio.to_thread(node.process.wait, 20) == 0
+
+
+async def test_warm_with_a_progress_bar_then_list_and_purge(alone: tuple[World, OperatorClient]) -> None:
+    world, operator = alone
+    items = [generated_object(str(number), MIB) for number in range(1, 6)]
+    world.publish(items)
+    await world.stack.add("standalone").healthy()
+    done = await command(operator, "warm", "--all")
+    assert done.returncode == 0, done
+    assert "5 done" in done.stderr
+    assert json.loads(done.stdout)["state"] == "finished"
+    listing = await command(operator, "cache", "--limit", "2")
+    entries = [json.loads(line) for line in listing.stdout.splitlines()]
+    assert [entry["id"] for entry in entries] == ["1", "2", "3", "4", "5"]
+    assert {entry["size"] for entry in entries} == {MIB}
+    done = await command(operator, "purge", "-", stdin="1\n2\n\n")
+    assert json.loads(done.stdout) == {"purging": 2}
+
+    async def purged() -> bool:
+        return len((await command(operator, "cache")).stdout.splitlines()) == 3
+
+    await until(purged)
+    assert (await ordered(operator, "warm", "1", "3", "--no-wait"))["state"] == "waiting"
+    done = await command(operator, "warming")
+    assert json.loads(done.stdout) | {"reason": ""} == {
+        "state": "finished", "total": 2, "done": 1, "skipped": 1, "failed": 0, "reason": "",
+    }  # fmt: skip
+    assert (await ordered(operator, "purge", "--all"))["purging"] == 4
+    assert (await ordered(operator, "drain"))["draining"]
+    assert not (await ordered(operator, "drain", "--off"))["draining"]
+    assert (await command(operator, "downloads")).stdout == ""
+
+
+async def test_what_goes_wrong_is_said_in_words(alone: tuple[World, OperatorClient], tmp_path: Path) -> None:
+    world, operator = alone
+    world.publish([generated_object("1", 1000)])
+    nobody = await command(operator, "orders")
+    assert (nobody.returncode, nobody.stdout) == (1, "")
+    assert "cannot be asked" in nobody.stderr
+    await world.stack.add("standalone").healthy()
+    wrong = await command(operator, "orders", DISTRIBUTOR_OPERATOR_API__SECRET="x" * 32)
+    assert (wrong.returncode, wrong.stderr) == (1, "distributor: 401 Not authorised\n")
+    none = await command(operator, "orders", DISTRIBUTOR_OPERATOR_API__SECRET="")
+    assert none.returncode == 2
+    assert "no secret" in none.stderr
+    file = tmp_path / "secret"
+    file.write_text(SECRET + "\n")
+    right = await command(operator, "--secret-file", str(file), "orders", DISTRIBUTOR_OPERATOR_API__SECRET="")
+    assert right.returncode == 0
+    assert SECRET not in world.stack.logs()
