@@ -1,0 +1,120 @@
+"""An existing node's objects on another file system: copied, verified, the most used first, within the limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from services.evictor.copying import Copying
+from services.evictor.takeover import Takeover
+from shared.adapters.state_memory import MemoryStateStore
+from shared.adapters.state_times import StateTimes
+from shared.adapters.volume import Volume
+from shared.adapters.volume.intake import Intake
+from shared.domain.objects import ObjectId
+from shared.domain.space import footprint
+from tests.integration.evictor_world import SIZE, ListedCatalog, body_of, media_object
+
+MEMORY = Path("/dev/shm")
+NAMES = ("1", "2", "3", "4")
+
+
+@dataclass
+class World:
+    assets: Path
+    state: MemoryStateStore
+    volume: Volume
+    catalog: ListedCatalog
+    takeover: Takeover
+    copying: Copying
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in self.assets.iterdir() if path.name.isdigit())
+
+    def is_hit(self, name: str) -> bool:
+        found = self.volume.open_object(ObjectId(name))
+        if found is None:
+            return False
+        data = found.read(0, SIZE + 1)
+        found.close()
+        return data == body_of(name)
+
+    async def accesses(self) -> dict[str, int]:
+        _, accesses = await self.state.read_accesses("", 100)
+        return {access.object_id: access.views for access in accesses}
+
+
+@pytest.fixture
+async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[World]:
+    """Room for as many objects as the test's parameter says."""
+    if not MEMORY.is_dir() or MEMORY.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system")
+    limit = getattr(request, "param", 10) * footprint(SIZE)
+    assets = MEMORY / f"distributor-copying-{os.getpid()}"
+    assets.mkdir()
+    catalog, now = ListedCatalog(), int(time.time() * 1000)
+    for name in NAMES:
+        (assets / name).write_bytes(body_of(name))
+        catalog.objects[ObjectId(name)] = media_object(name, body_of(name))
+    told = [[name, {"sizeKB": 20, "popularity": int(name), "lastAccessTime": now}] for name in NAMES]
+    (assets / "cache.json").write_text(json.dumps({"lruCacheGroups": [told]}))
+    volume = Volume(tmp_path / "volume")
+    volume.prepare()
+    state = MemoryStateStore(limit, StateTimes(lease_seconds=10), time.time)
+    term = await state.lead("one", 3600)
+    assert term is not None
+    await state.set_accounted(term)
+    intake = Intake(volume.root, assets)
+    takeover = Takeover(intake, assets)
+    copying = Copying(state, volume, catalog, intake, takeover)
+    yield World(assets, state, volume, catalog, takeover, copying)
+    shutil.rmtree(assets)
+    volume.close()
+
+
+async def test_all_are_copied_verified_and_counted(world: World) -> None:
+    await world.takeover.move_in()
+    assert world.takeover.elsewhere
+    assert await world.copying.run() is None
+    assert all(world.is_hit(name) for name in NAMES)
+    assert world.left() == []
+    usage = await world.state.usage()
+    assert (usage.used, usage.reserved) == (len(NAMES) * footprint(SIZE), 0)
+    assert await world.accesses() == {"2": 1, "3": 2, "4": 3}, "one view each came with the object"
+
+
+@pytest.mark.parametrize("world", [2], indirect=True)
+async def test_what_finds_no_room_stays_where_it_is(world: World) -> None:
+    await world.takeover.move_in()
+    assert await world.copying.run() is not None, "worth trying again"
+    assert world.left() == ["1", "2"], "the most used came first"
+    usage = await world.state.usage()
+    assert usage.used + usage.reserved <= usage.limit
+
+
+async def test_rotten_and_unknown_ones_are_left(world: World) -> None:
+    (world.assets / "2").write_bytes(body_of("2")[:-1] + b"!")
+    (world.assets / "3").write_bytes(b"cut short")
+    del world.catalog.objects[ObjectId("4")]
+    await world.takeover.move_in()
+    await world.copying.run()
+    assert world.is_hit("1")
+    assert world.left() == ["2", "3", "4"]
+    usage = await world.state.usage()
+    assert (usage.objects, usage.reserved) == (1, 0)
+
+
+async def test_a_second_run_copies_nothing_twice(world: World) -> None:
+    await world.takeover.move_in()
+    await world.copying.run()
+    (world.assets / "1").write_bytes(body_of("1"))
+    assert await world.copying.run() is None
+    assert world.left() == []
+    assert (await world.state.usage()).objects == len(NAMES)
