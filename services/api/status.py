@@ -17,7 +17,7 @@ from services.api.version import VERSION
 from shared.adapters.volume import FoundObject, Volume
 from shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
 from shared.domain.space import RECORD_BYTES, Usage, footprint
-from shared.settings.model import CatalogSettings
+from shared.settings.network import CatalogSettings
 
 USAGE_KEPT = 1.0
 MEASUREMENT_KEPT = 30.0

@@ -11,7 +11,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.domain.errors import InvalidInput
 from shared.domain.objects import Duty, parse_bucket_id
-from shared.domain.space import Watermarks, footprint
+from shared.domain.eviction import DEFAULT_MISS_COST
+from shared.domain.space import Watermarks, footprint, watermarks_for
+from shared.settings.network import CatalogSettings, SourceSettings
 from shared.settings.operator_api import OperatorApi
 from shared.settings.section import Port, Seconds, Section
 from shared.settings.sizes import Size, format_size
@@ -76,53 +78,6 @@ class JobQueueSettings(Section):
     """Seconds a job may take before the broker believes its worker to be dead."""
 
 
-class CatalogSettings(Section):
-    """Where the node learns which objects exist."""
-
-    kind: Literal["manifest", "origin", "joystream"] = "manifest"
-    """`manifest`: a YAML or JSON file. `origin`: any HTTP server. `joystream`: the network's Storage-Squid."""
-    manifest: Path | None = None
-    """The manifest file."""
-    origin: str | None = None
-    """URL template of the origin, with `{id}`."""
-    squid: str = "http://localhost:4352/graphql"
-    """The Storage-Squid's GraphQL endpoint, for `joystream`."""
-    chain: str | None = None
-    """A node of the chain, `ws(s)://` or `http(s)://`, for chainHead in /status; `joystream` only."""
-    refuse_private_sources: bool = False
-    """Leave out storage nodes at addresses that are not public. Recommended for a node on the Joystream network, where
-    anybody's endpoint is in the catalog; off by default, since storage nodes of one's own may be at such addresses."""
-    list_batch: int = Field(default=100, ge=1, le=10_000)
-    """Bags in one question for the whole list, for `joystream`."""
-    list_pause: float = Field(default=1.0, ge=0, le=3600)
-    """Seconds between two such questions: one huge answer has taken the squid down before."""
-    list_timeout: Seconds = 60.0
-    """Seconds to wait for the answer to one of them."""
-    timeout: Seconds = 2.0
-    """Seconds that a look-up may take in all; a request that needs it is told 503 then."""
-    max_in_flight: int = Field(default=16, ge=1)
-    """Questions under way at once, per process."""
-    positive_ttl: Seconds = 3600.0
-    """Seconds an object's description is believed."""
-    negative_ttl: Seconds = 60.0
-    """Seconds `does not exist` and `not accepted yet` are believed."""
-
-
-class SourceSettings(Section):
-    """In which order the storage nodes are asked."""
-
-    probe_interval: Seconds = 60.0
-    """Seconds between two probes (`/version`) of each active storage node, by the evictor that leads."""
-    probes_at_once: int = Field(default=10, ge=1, le=100)
-    """Probes under way at once."""
-    probe_timeout: Seconds = 3.0
-    """Seconds a storage node has to accept a probe's connection, and again to answer it."""
-    share_interval: Seconds = 2.0
-    """Seconds between two exchanges of what the processes have seen of the sources."""
-    corrupted_memory: Seconds = 600.0
-    """Seconds a source that gave wrong bytes for an object is not asked for that object."""
-
-
 class FetchSettings(Section):
     """How workers download."""
 
@@ -154,11 +109,12 @@ class StorageSettings(Section):
     limit: Size = Field(default=20 * 1024**3, gt=0)
     """Bytes on the volume, partial downloads and promises included, are never more than this."""
     max_cached_item: Size | None = None
-    """Objects larger than this are proxied, never cached; default: what fits below the low watermark."""
-    high_watermark: float = Field(default=0.95, gt=0, le=1)
-    """Share of the limit above which the evictor starts."""
-    low_watermark: float = Field(default=0.90, gt=0, le=1)
-    """Share of the limit down to which it evicts."""
+    """Objects larger than this are proxied, never cached; default: what fits below the limit."""
+    high_watermark: float | None = Field(default=None, gt=0, le=1)
+    """Share of the limit above which the evictor starts; default: leaves room for the largest cached item or 512 MiB,
+    whichever is more, but at least 2 % and at most 10 % of the limit."""
+    low_watermark: float | None = Field(default=None, gt=0, le=1)
+    """Share of the limit down to which it evicts; default: half of that room below the high watermark."""
     import_assets: Path | None = None
     """Directory of an existing node's objects, one file per object id, to be taken over at the start without
     downloading; may be storage.path itself. See docs/moving-over.md."""
@@ -167,9 +123,7 @@ class StorageSettings(Section):
 
     @property
     def watermarks(self) -> Watermarks:
-        return Watermarks(
-            low=int(self.limit * self.low_watermark), high=int(self.limit * self.high_watermark)
-        )
+        return watermarks_for(self.limit, self.max_cached_item, self.high_watermark, self.low_watermark)
 
     @property
     def largest_cached_size(self) -> int:
@@ -181,10 +135,13 @@ class StorageSettings(Section):
 class EvictorSettings(Section):
     """Eviction and reconciliation."""
 
-    policy: Literal["lru-sp"] = "lru-sp"
-    """How victims are chosen."""
-    min_idle: float = Field(default=5.0, ge=0, le=24 * 3600)
-    """Seconds since its last access before an object may be evicted."""
+    policy: Literal["gdsf", "lru-sp", "lru"] = "gdsf"
+    """How victims are chosen: `gdsf` weighs views against size, `lru-sp` is what the network's existing node does, `lru`
+    goes by the last access alone. May be changed at a restart; see docs/eviction.md."""
+    cost_per_miss: Size = Field(default=DEFAULT_MISS_COST)
+    """For `gdsf`: what a miss costs besides its bytes, in bytes. More keeps many small objects, less keeps large ones."""
+    min_idle: float = Field(default=120.0, ge=0, le=24 * 3600)
+    """Seconds since its last access (or since it was fetched) before an object may be evicted to make room."""
     leadership: Seconds = 10.0
     """Seconds after which a silent leader is replaced by a standby."""
     leadership_renewal: Seconds = 3.0
@@ -199,6 +156,15 @@ class EvictorSettings(Section):
     """Seconds an abandoned partial file is kept for a resumption."""
     scrub_rate: Size = Field(default=4 * 1024**2)
     """Bytes a second that the scrub reads; 0 turns it off."""
+
+
+class AdmissionSettings(Section):
+    """Which objects are cached at all. Counts only while the cache is under pressure."""
+
+    above_size: Size | None = None
+    """Objects of more bytes are fetched on their second view only; the first one is proxied. Default: all are fetched."""
+    window: Seconds = 7 * 24 * 3600.0
+    """Seconds in which the second view has to follow the first."""
 
 
 class MetricsSettings(Section):
@@ -255,6 +221,7 @@ class Settings(BaseSettings):
     fetch: FetchSettings = FetchSettings()
     storage: StorageSettings = StorageSettings()
     evictor: EvictorSettings = EvictorSettings()
+    admission: AdmissionSettings = AdmissionSettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
 
@@ -280,7 +247,7 @@ class Settings(BaseSettings):
             )
         if self.evictor.leadership_renewal * 2 > self.evictor.leadership:
             wrong.append("evictor.leadership must be at least twice evictor.leadership_renewal")
-        if self.storage.low_watermark > self.storage.high_watermark:
+        if self.storage.watermarks.low > self.storage.watermarks.high:
             wrong.append("storage.low_watermark is above storage.high_watermark: eviction could never end")
         if self.storage.max_cached_item is not None and self.storage.max_cached_item > self.storage.limit:
             wrong.append(
