@@ -82,7 +82,7 @@ async def test_one_address_gets_so_many_answers_at_once(world: World) -> None:
 
         async def begin() -> bytes:
             reader, writer = await asyncio.open_connection(*host.split(":"), limit=64 * 1024)
-            stack.callback(writer.transport.abort)
+            stack.callback(_end, writer)
             writer.write(f"GET /{path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
             return (await reader.readuntil(b"\r\n")).split()[1]
 
@@ -93,6 +93,10 @@ async def test_one_address_gets_so_many_answers_at_once(world: World) -> None:
         assert refused.json()["type"] == "too_many_connections"
         assert refused.headers["cache-control"] == "no-store"
     await world.until_answered(url, 206, {"Range": "bytes=0-9"})
+
+
+def _end(writer: asyncio.StreamWriter) -> None:
+    writer.transport.abort()
 
 
 async def test_tls(world: World) -> None:

@@ -19,8 +19,9 @@ OFFER, KIND = "x-sendfile-type", "X-Accel-Redirect"
 be left without a body."""
 
 _NO_CONDITIONS = Conditions()
-# nginx states these of what it sends.
-_OF_THE_BODY = frozenset({"content-length", "content-range", "accept-ranges"})
+# nginx states these of what it sends; Accept-Ranges of whole objects alone, and of those twice if we say it too.
+_OF_THE_BODY = frozenset({"content-length", "content-range"})
+_OF_THE_WHOLE = _OF_THE_BODY | {"accept-ranges"}
 
 
 class HandOver:
@@ -41,7 +42,8 @@ class HandOver:
             and (asked.range_header is None or span.partial)
         )
 
-    def headers(self, object_id: ObjectId, headers: Mapping[str, str]) -> dict[str, str]:
+    def headers(self, object_id: ObjectId, span: Span, headers: Mapping[str, str]) -> dict[str, str]:
         """The headers of an answer without its body, with the place of the body."""
-        kept = {name: value for name, value in headers.items() if name.lower() not in _OF_THE_BODY}
+        left_to_nginx = _OF_THE_BODY if span.partial else _OF_THE_WHOLE
+        kept = {name: value for name, value in headers.items() if name.lower() not in left_to_nginx}
         return {**kept, KIND: f"{self._prefix}/{object_place(object_id)}"}

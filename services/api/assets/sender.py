@@ -52,7 +52,7 @@ class ObjectSender:
         note_first_byte(request, head.result)
         exchange_of(request).sent = length
         SENT_BYTES.labels(source="local").inc(length)
-        headers = self._hand_over.headers(described.object_id, head.headers)
+        headers = self._hand_over.headers(described.object_id, span, head.headers)
         return HTTPResponse(status=head.status, headers=headers)
 
     async def send(
