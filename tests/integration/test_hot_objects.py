@@ -1,0 +1,155 @@
+"""What is kept open or in memory of hot objects never outlives the object, and never keeps its space."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from services.api.assets.hot import BELIEVED_SECONDS, IDLE_SECONDS, LARGEST_IN_MEMORY, HotObjects
+from shared.adapters.volume import RemovalState, Volume
+from shared.domain.objects import ObjectId, StoredRecord
+
+SMALL, LARGE = 1000, LARGEST_IN_MEMORY + 1
+LATER = BELIEVED_SECONDS + 0.01
+
+
+class World:
+    """A volume, what is hot of it, and a clock of our own."""
+
+    def __init__(self, root: Path, memory: int = 1024**2, most_open: int = 10) -> None:
+        self.volume = Volume(root)
+        self.volume.prepare()
+        self.now = 100.0
+        self.hot = HotObjects(self.volume, memory, most_open, lambda: self.now)
+
+    def store(self, object_id: str, data: bytes) -> None:
+        record = StoredRecord(ObjectId(object_id), len(data), f'"{data[:3].hex()}"', None, "image/png", 1)
+        partial = self.volume.receive(record)
+        partial.write(0, data)
+        partial.publish(record)
+        partial.close()
+
+    def bytes_of(self, object_id: str) -> bytes | None:
+        found = self.hot.get(object_id.encode(), self.now)
+        if found is None:
+            return None
+        return found.body if found.body is not None else os.pread(found.descriptor, found.size + 1, 0)
+
+    def remove(self, object_id: str) -> RemovalState:
+        removal = self.volume.removal(ObjectId(object_id))
+        try:
+            state = removal.begin()
+            if state is RemovalState.READY:
+                removal.unlink()
+            return state
+        finally:
+            removal.close()
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path / "volume")
+    yield made
+    made.hot.close()
+    made.volume.close()
+
+
+async def test_what_is_hot_is_in_use_and_free_once_nobody_asks(world: World) -> None:
+    world.store("1", b"a" * LARGE)
+    assert world.bytes_of("1") == b"a" * LARGE
+    assert world.remove("1") is RemovalState.IN_USE
+    world.now += IDLE_SECONDS + 0.01
+    await world.hot.sweep()
+    assert world.remove("1") is RemovalState.READY
+    assert world.volume.measure() == 0
+    assert world.bytes_of("1") is None
+
+
+async def test_what_is_set_aside_is_missed_and_let_go(world: World) -> None:
+    world.store("1", b"a" * LARGE)
+    assert world.bytes_of("1") is not None
+    world.volume.removal(ObjectId("1")).set_aside()
+    world.now += LATER
+    assert world.bytes_of("1") is None
+    assert world.remove("1") is RemovalState.READY
+    assert world.volume.measure() == 0
+
+
+async def test_what_is_sent_stays_open_until_it_has_been_sent(world: World) -> None:
+    world.store("1", b"a" * LARGE)
+    hot = world.hot.get(b"1", world.now)
+    assert hot is not None
+    with hot.being_sent():
+        world.volume.removal(ObjectId("1")).set_aside()
+        world.now += IDLE_SECONDS + LATER
+        assert world.bytes_of("1") is None
+        await world.hot.sweep()
+        assert os.pread(hot.descriptor, LARGE, 0) == b"a" * LARGE
+        assert world.remove("1") is RemovalState.IN_USE
+    assert world.remove("1") is RemovalState.READY
+
+
+async def test_a_body_in_memory_takes_no_lock_and_goes_with_its_object(world: World) -> None:
+    world.store("1", b"a" * SMALL)
+    assert world.bytes_of("1") == b"a" * SMALL
+    world.now += LATER
+    hot = world.hot.get(b"1", world.now)
+    assert hot is not None
+    assert hot.body == b"a" * SMALL
+    assert world.remove("1") is RemovalState.READY
+    assert world.volume.measure() == 0
+    world.now += LATER
+    assert world.bytes_of("1") is None
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+async def test_another_file_under_the_name_is_served_whole(world: World, size: int) -> None:
+    world.store("1", b"a" * size)
+    for _ in range(3):
+        assert world.bytes_of("1") == b"a" * size
+        world.now += LATER
+    path = next((world.volume.root / "objects").glob("*/1"))
+    path.rename(path.with_name("old"))
+    world.store("1", b"b" * size)
+    hot = world.hot.get(b"1", world.now)
+    assert hot is not None
+    assert hot.described.etag == f'"{b"bbb".hex()}"'
+    assert world.bytes_of("1") == b"b" * size
+
+
+async def test_a_file_cut_short_is_no_longer_hot(world: World) -> None:
+    world.store("1", b"a" * LARGE)
+    assert world.bytes_of("1") is not None
+    os.truncate(next((world.volume.root / "objects").glob("*/1")), 5)
+    world.now += LATER
+    assert world.bytes_of("1") is None
+
+
+async def test_open_files_and_memory_are_bounded(tmp_path: Path) -> None:
+    world = World(tmp_path / "volume", memory=20 * 1024, most_open=3)
+    for number in range(20):
+        world.store(str(number), bytes([number]) * SMALL)
+        world.store(str(100 + number), bytes([number]) * LARGE)
+    for _ in range(3):
+        for number in range(20):
+            assert world.bytes_of(str(number)) == bytes([number]) * SMALL
+            assert world.bytes_of(str(100 + number)) == bytes([number]) * LARGE
+        world.now += LATER
+    root = str(world.volume.root)
+    paths = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
+    assert sum(path.startswith(root) and Path(path).is_file() for path in paths) <= 3
+    world.hot.close()
+    world.volume.close()
+
+
+@pytest.mark.parametrize("key", [b"", b"..", b"a/b", b"\xff", b"7"])
+async def test_what_is_not_there_is_not_hot(world: World, key: bytes) -> None:
+    assert world.hot.get(key, world.now) is None
+
+
+async def test_an_empty_object_is_left_to_the_framework(world: World) -> None:
+    world.store("1", b"")
+    assert world.bytes_of("1") is None

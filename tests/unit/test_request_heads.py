@@ -1,0 +1,103 @@
+"""What the fast lane takes for a simple request, and what it leaves to the framework."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.api.fast_lane.request_heads import HeadReader
+from shared.domain.conditionals import Conditions
+
+_LINE = b"GET /api/v1/assets/7 HTTP/1.1\r\n"
+
+
+def head(*fields: bytes, line: bytes = _LINE) -> bytes:
+    return line + b"".join(field + b"\r\n" for field in fields) + b"\r\n"
+
+
+def test_a_plain_request() -> None:
+    reader = HeadReader()
+    for _ in range(2):
+        request = reader.read(head(b"Host: a", b"Accept: */*", b"Connection: Keep-Alive"))
+        assert request is not None
+        assert (request.head, request.object_id, request.range_header) == (False, b"7", None)
+        assert request.fields.plain
+
+
+def test_ranges_conditions_and_the_request_id_are_read() -> None:
+    fields = (b"range: bytes=-5", b"Host:a", b'If-None-Match:  "x"', b"if-range: y ", b"X-Request-ID: id-1")
+    request = HeadReader().read(head(*fields, line=b"HEAD /api/v1/assets/a.b HTTP/1.1\r\n"))
+    assert request is not None
+    assert (request.head, request.object_id, request.range_header) == (True, b"a.b", "bytes=-5")
+    assert request.fields.conditions == Conditions(if_none_match='"x"')
+    assert (request.fields.if_range, request.fields.request_id) == ("y ", b"id-1")
+    assert not request.fields.plain
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_another_range_leaves_the_remembered_fields_alone(place: int) -> None:
+    reader = HeadReader()
+    others = [b"Host: a", b"Accept: b"]
+    for wanted in (b"bytes=0-5", b"bytes=6-", None):
+        fields = others[:place] + ([b"Range: " + wanted] if wanted else []) + others[place:]
+        request = reader.read(head(*fields))
+        assert request is not None
+        assert request.range_header == (wanted.decode() if wanted else None)
+
+
+def test_an_offered_request_id_that_is_none_is_not_taken() -> None:
+    request = HeadReader().read(head(b"Host: a", b"X-Request-ID: a b"))
+    assert request is not None
+    assert request.fields.request_id is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        _LINE,
+        head(),
+        head(b"Accept: a"),
+        head(b"Host: a")[:-1],
+        head(b"Host: a") * 2,
+        head(b"Host: a") + b"x",
+        head(b"Host: a", b"Host: b"),
+        head(b"Host: a", b"Range: bytes=0-1", b"Range: bytes=2-3"),
+        head(b"Host: a", b"Range: bytes=0-1", b"range: bytes=-3"),
+        head(b"Host: a", b"Range: bytes=0-1\r"),
+        head(b"Host: a", b"Range: bytes=0-1\rX: y"),
+        head(b"Host: a", b"If-Match: x", b"if-match: y"),
+        head(b"Host: a", b"Connection: close"),
+        head(b"Host: a", b"Connection: keep-alive, upgrade"),
+        head(b"Host: a", b"Content-Length: 0"),
+        head(b"Host: a", b"Transfer-Encoding: chunked"),
+        head(b"Host: a", b"Expect: 100-continue"),
+        head(b"Host: a", b"Upgrade: h2c"),
+        head(b"Host: a", b"X-Sendfile-Type: X-Accel-Redirect"),
+        head(b"Host: a", b"Accept:"),
+        head(b"Host: a", b"Accept : b"),
+        head(b"Host: a", b" folded"),
+        head(b"Host: a", b"Accept: \x00"),
+        head(b"Host: a", b"Accept: \xc3\xa9"),
+        head(b"Host: a", b"No colon"),
+        head(b"Host: a", b"Accept: b\nC: d"),
+        head(b"Host: " + b"a" * 5000),
+        head(b"Host: a", line=b"POST /api/v1/assets/7 HTTP/1.1\r\n"),
+        head(b"Host: a", line=b"get /api/v1/assets/7 HTTP/1.1\r\n"),
+        head(b"Host: a", line=b"GET /api/v1/assets/7 HTTP/1.0\r\n"),
+        head(b"Host: a", line=b"GET /api/v1/assets/ HTTP/1.1\r\n"),
+        head(b"Host: a", line=b"GET /api/v1/status HTTP/1.1\r\n"),
+        head(b"Host: a", line=b"GET /api/v1/assets/7 HTTP/1.1\n"),
+        head(b"Host: a", line=b"GET http://a/api/v1/assets/7 HTTP/1.1\r\n"),
+    ],
+)
+def test_what_is_not_simple_is_left_to_the_framework(data: bytes) -> None:
+    assert HeadReader().read(data) is None
+
+
+@given(data=st.binary(max_size=200), at=st.integers(0, 80))
+def test_nothing_breaks_the_reader(data: bytes, at: int) -> None:
+    good = head(b"Host: a", b"Range: bytes=0-1", b"Accept: b")
+    HeadReader().read(good[:at] + data + good[at:])
+    HeadReader().read(data)
