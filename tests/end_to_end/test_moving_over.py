@@ -136,6 +136,10 @@ async def test_every_object_is_a_hit_and_nothing_was_downloaded(world: World) ->
     assert not world.flat_files(), "moved, not copied"
     status = await world.stack.status()
     assert (status["id"], status["objectsInCache"]) == ("moved-over", COUNT)
+    query_node = status["queryNodeStatus"]
+    assert query_node["url"] == world.squid.url
+    assert query_node["blocksProcessed"] > 0
+    assert query_node["packageVersion"]
     answer = await get(world.stack.url("1"), method="HEAD")
     assert answer.headers["content-type"] == "image/x-made-up", "what the existing node found it to be"
 
