@@ -28,7 +28,9 @@ def bind(address: Address) -> socket.socket:
         family, kind, protocol, _, place = found[0]
         bound = socket.socket(family, kind, protocol)
     except OSError as error:
-        raise ConfigurationError(f"{address.setting}.host {address.host!r}: {error.strerror or error}") from error
+        raise ConfigurationError(
+            f"{address.setting}.host {address.host!r}: {error.strerror or error}"
+        ) from error
     try:
         bound.setblocking(False)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

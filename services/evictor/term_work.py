@@ -234,8 +234,10 @@ class TermWork:
         self._obey_orders()
 
     async def _keep_orders(self) -> float:
-        await self._tools.orders.keep()
-        self._obey_orders()
+        try:
+            await self._tools.orders.keep()
+        finally:
+            self._obey_orders()  # whether or not the copy could be written
         return POLL_SECONDS
 
     def _obey_orders(self) -> None:

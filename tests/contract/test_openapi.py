@@ -42,7 +42,8 @@ async def test_every_route_is_described_and_every_description_is_a_route(tmp_pat
 
 async def test_asset_statuses_are_declared(tmp_path: Path) -> None:
     paths = (await served(tmp_path))["paths"]["/api/v1/assets/{objectId}"]
-    sources = "".join(file.read_text() for file in sorted(Path("services/api").rglob("*.py")))
+    files = [file for file in sorted(Path("services/api").rglob("*.py")) if "operator" not in file.parts]
+    sources = "".join(file.read_text() for file in files)
     raised = set(re.findall(r"ErrorAnswer\(\s*(\d{3})", sources)) - {"405"}
     assert {"200", "206", "304", "500"} | raised <= set(paths["get"]["responses"])
     assert {"200", "304", "404", "421", "500"} <= set(paths["head"]["responses"])
