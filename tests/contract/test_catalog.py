@@ -127,3 +127,11 @@ async def test_a_list_is_of_the_duty_asked_for(kind: str, catalog: Catalog) -> N
 async def test_the_buckets_are_known(kind: str, catalog: Catalog) -> None:
     buckets = await catalog.bucket_ids()
     assert list(buckets) == ([] if kind in CANNOT_LIST else ["0:1"])
+
+
+async def test_the_bases_of_storage_nodes_are_known(kind: str, catalog: Catalog) -> None:
+    known = await catalog.look_up(ObjectId("1"))
+    assert known is not None
+    (url,) = known.sources
+    expected = [] if kind in CANNOT_LIST else [url.removesuffix("files/1")]
+    assert list(await catalog.source_bases()) == expected

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shared.domain.errors import InvalidInput
 from shared.domain.media_types import media_type_or_none, parse_media_type
-from shared.domain.source_urls import parse_source_url
+from shared.domain.source_urls import api_base_of, distinct_hosts, parse_source_url
 
 
 @pytest.mark.parametrize(
@@ -57,3 +57,21 @@ def test_no_text_breaks_the_parsers(text: str) -> None:
     assert found is None or found.isprintable() or "\t" in found
     with suppress(InvalidInput):
         assert parse_source_url(text).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("url", "base"),
+    [
+        ("https://a.example/api/v1/files/7", "https://a.example/api/v1/"),
+        ("https://a.example/files/7", "https://a.example/"),
+        ("https://a.example:81/media/7.mp4?x=1", "https://a.example:81/"),
+        ("https://a.example/myfiles/7", "https://a.example/"),
+    ],
+)
+def test_the_base_of_a_sources_api(url: str, base: str) -> None:
+    assert api_base_of(url, "7") == base
+
+
+def test_each_host_once() -> None:
+    bases = ["https://a/x/", "https://b/", "https://a/y/", "https://a:81/"]
+    assert distinct_hosts(bases) == ("https://a/x/", "https://b/", "https://a:81/")
