@@ -15,7 +15,7 @@ from services.api.assets.reading import is_cached, read_cached
 from services.api.assets.ready_heads import ReadyHeads
 from shared.adapters.volume import FileIdentity, OpenObject, Volume
 from shared.domain.errors import InvalidInput, VolumeError
-from shared.domain.objects import ObjectId
+from shared.domain.objects import ObjectId, StoredRecord
 
 BELIEVED_SECONDS = 0.2
 """How long an object is answered without another look at its name on the volume."""
@@ -28,6 +28,8 @@ _ENTRY_BYTES = 5 * 1024
 """What a body in memory takes beside itself, heads above all."""
 _SEEN_ONCE = 20_000
 _MEMORY_LOOK = 10.0
+_MOST_HEADS = 4000
+"""Ready-made heads that are kept when their objects are not (some 3 KiB each)."""
 _NEAR_AS_A_WHOLE = 1024 * 1024
 _SWEPT_AT_ONCE = 200
 
@@ -121,6 +123,7 @@ class HotObjects:
         self._clock = clock
         self._open: OrderedDict[bytes, HotObject] = OrderedDict()
         self._in_memory: OrderedDict[bytes, HotObject] = OrderedDict()
+        self._heads: OrderedDict[StoredRecord, tuple[Description, ReadyHeads]] = OrderedDict()
 
     def get(self, key: bytes, now: float) -> HotObject | None:
         """The object, if it is cached and lies where it should; None: somebody else must find out more."""
@@ -177,12 +180,17 @@ class HotObjects:
 
     def _describe(self, object_id: ObjectId, found: OpenObject) -> HotObject | None:
         """None for what Sanic's lane answers better: nothing at all, or headers that cannot be sent as they are."""
-        described = Description.of_record(found.record, complete=True)
+        record = found.record
         try:
-            if not found.record.size:
+            if not record.size:
                 return None
-            heads = ReadyHeads.of(described)
-            return HotObject(object_id, described, heads, found.identity(), found, size=found.record.size)
+            if record not in self._heads:
+                described = Description.of_record(record, complete=True)
+                self._heads[record] = (described, ReadyHeads.of(described))
+                if len(self._heads) > _MOST_HEADS:
+                    self._heads.popitem(last=False)
+            described, heads = self._heads[record]
+            return HotObject(object_id, described, heads, found.identity(), found, size=record.size)
         except (ValueError, OSError):
             return None
 

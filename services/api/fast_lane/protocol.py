@@ -48,7 +48,9 @@ class FastLaneProtocol(PublicProtocol):
         connection = transport.get_extra_info("socket")
         if self._lane is not None and connection is not None:
             # Another name for the transport's own socket, never closed here: it offers what transports do not.
-            self._socket = socket.socket(fileno=connection.fileno())
+            self._socket = socket.socket(
+                connection.family, socket.SOCK_STREAM, connection.proto, fileno=connection.fileno()
+            )
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._socket is not None:
@@ -108,7 +110,8 @@ class FastLaneProtocol(PublicProtocol):
         except BlockingIOError:
             pass
         except OSError:
-            self.abort()  # the client has left
+            lane.record(ready, 0, 0.0, self._why_ended())
+            self.abort()
             return
         if sent == length:
             lane.record(ready, length, perf_counter() - ready.started)
