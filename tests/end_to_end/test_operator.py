@@ -215,7 +215,7 @@ async def test_an_emptied_state_store_gets_the_orders_back(world: World) -> None
     await world.empty_state_store()
 
     async def restored() -> bool:
-        return (await operator.order("unpin", {"ids": ["9"]}))["pinned"] == 1
+        return bool((await operator.order("unpin", {"ids": ["9"]}))["pinned"] == 1)
 
     assert (await operator.look("orders"))["buckets"] == ["0:1", "5:5"]
     assert await until(restored) < 2
