@@ -11,6 +11,8 @@ import pytest
 
 from services.api.assets.decision import HOLD_BACK
 from services.demo.knobs import Behaviour
+from shared.adapters.volume import RemovalState
+from shared.domain.objects import ObjectId
 from tests.end_to_end.client import Answer, read_answer
 from tests.integration.assets_world import KIB, MIB, AssetsWorld, assets_world
 
@@ -83,6 +85,25 @@ async def test_a_pending_object_is_followed_to_its_end(world: AssetsWorld) -> No
     assert body == world.data["1"]
     assert world.catalog.asked == 0
     assert (await world.get("1")).headers["x-cache"] == "hit"
+
+
+async def test_what_a_paused_client_follows_cannot_be_removed_once_it_is_complete(tmp_path: Path) -> None:
+    async with assets_world(tmp_path) as world:
+        data = world.add("9", 24 * MIB)
+        fetch = await world.begin("9", written=20 * MIB)
+        client = await ask(world, "9")
+        await client.read_head()
+        body = await client.take(100_000)  # and no more: the connection fills up
+        await fetch.complete()
+
+        def is_held(world: AssetsWorld) -> bool:
+            removal = world.volume.removal(ObjectId("9"))
+            state = removal.begin()
+            removal.close()
+            return state is RemovalState.IN_USE
+
+        await world.until(is_held)
+        assert body + await client.rest() == data
 
 
 async def test_the_end_is_held_back_until_the_object_is_verified(world: AssetsWorld) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from shared.adapters.volume import RemovalState
+from shared.domain.objects import ObjectId
 from tests.end_to_end.client import read_answer
 from tests.integration.assets_world import MIB, STORED_AT, AssetsWorld, assets_world
 
@@ -207,6 +209,18 @@ async def test_a_paused_client_is_waited_for_until_the_stall_limit(tmp_path: Pat
             received += await reader.readexactly(4 * MIB)
         received += await reader.read(-1)
         assert received == data
+
+
+async def test_an_object_that_is_being_removed_is_not_begun(world: AssetsWorld) -> None:
+    removal = world.volume.removal(ObjectId("2"))
+    assert removal.begin() is RemovalState.READY
+    try:
+        answer = await world.get("2")
+    finally:
+        removal.close()
+    assert (answer.status, answer.complete, answer.body) == (200, True, world.data["2"])
+    assert answer.headers["x-data-source"] == "external"
+    assert (await world.get("2")).headers["x-cache"] == "hit"
 
 
 async def _pieces(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import closing
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
 from enum import Enum, auto
 from time import monotonic
 
@@ -15,6 +16,9 @@ from services.api.assets.reading import read_piece
 from services.api.assets.sender import ACCESS_RENEWAL
 from services.api.assets.watch import FetchWatch
 from shared.adapters.volume import OpenObject, PartialReader, Volume
+
+HOLD_INTERVAL = 0.5
+"""Seconds between attempts to keep an object from being removed; less than anybody's evictor.min_idle."""
 
 
 class FollowEnd(Enum):
@@ -78,6 +82,10 @@ class Follower:
 
     async def follow(self, answer: AnswerStream, reader: PartialReader, standing: Standing) -> FollowEnd:
         """Send from the file until the span is sent or the file fails us. Nothing is sent beyond what may be."""
+        async with _held_once_verified(reader):
+            return await self._follow(answer, reader, standing)
+
+    async def _follow(self, answer: AnswerStream, reader: PartialReader, standing: Standing) -> FollowEnd:
         span, object_id = self._span, self._described.object_id
         end = span.first + (span.length or 0)
         renewed = monotonic()
@@ -146,3 +154,19 @@ class Follower:
             return found
         found.close()
         return None
+
+
+@asynccontextmanager
+async def _held_once_verified(reader: PartialReader) -> AsyncIterator[None]:
+    """A client that takes nothing for a while must not find the object, complete meanwhile, evicted."""
+
+    async def hold() -> None:
+        while not (reader.state().verified and reader.hold()):  # noqa: ASYNC110 - files have no events
+            await asyncio.sleep(HOLD_INTERVAL)
+
+    holding = asyncio.create_task(hold())
+    try:
+        yield
+    finally:
+        holding.cancel()
+        await asyncio.wait({holding})

@@ -61,6 +61,9 @@ class ObjectSender:
         """Send a span, whatever the cache result was when the request came. VolumeError: nothing was sent."""
         head = content_head(described, standing, span, "local")
         length = span.length or 0
+        if length > PIECE_BYTES and not found.hold():
+            # Its bytes may go at any moment: an answer that begins with them might never end
+            raise VolumeError(f"{described.object_id} is being removed")
         # Before anything is said to the client: a disk that fails now costs no answer.
         piece = await self._read(found, span.first, min(PIECE_BYTES, length))
         self._accesses.note_request(described.object_id)
@@ -68,7 +71,6 @@ class ObjectSender:
             note_first_byte(request, standing.result)
             SENT_BYTES.labels(source="local").inc(length)
             return HTTPResponse(piece.obj, status=head.status, headers=head.headers)
-        found.hold()
         answer = AnswerStream(request)
         await answer.begin(head, piece)
         await self._send_rest(answer, found, span.first, length)

@@ -106,7 +106,12 @@ class UncachedAnswerer:
         complete = self._complete(known.object_id)
         if complete is not None:
             with closing(complete):
-                return await self._sender.answer(wanted.request, asked, complete)
+                try:
+                    return await self._sender.answer(wanted.request, asked, complete)
+                except VolumeError as error:
+                    logger.warning("volume_failed", object_id=known.object_id, reason=str(error))
+            await self._growing.proxied(wanted)
+            return None
         claim, start = await self._starter.start(known, exchange_of(wanted.request).request_id)
         if claim is None or (not claim.won and claim.standing.failure is not None):
             await self._growing.proxied(wanted)

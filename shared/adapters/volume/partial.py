@@ -188,14 +188,15 @@ class PartialReader:
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._descriptor, length, offset)
 
-    def hold(self) -> None:
-        """Once verified: keep the object from being removed, as soon as the writer has let go of it."""
+    def hold(self) -> bool:
+        """Once verified: keep the object from being removed, as soon as the writer has let go of it. True: it is."""
         if not self._held:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
-                return
+                return False
             self._held = True
+        return True
 
     def close(self) -> None:
         if self._descriptor >= 0:

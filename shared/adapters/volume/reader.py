@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from shared.domain.objects import StoredRecord
@@ -28,12 +29,18 @@ class OpenObject:
     _holds: int = field(default=0)
 
     def hold(self) -> bool:
-        """Keep the object from being removed until `let_go`. False: it is being removed at this moment."""
+        """Keep the object from being removed until `let_go`. False: it is being removed at this moment.
+
+        On a file system without locks True: there nothing can be locked for removal either.
+        """
         if self._holds == 0:
             try:
                 fcntl.flock(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 return False
+            except OSError:
+                self._holds += 1
+                return True
             if os.fstat(self.descriptor).st_nlink == 0:
                 fcntl.flock(self.descriptor, fcntl.LOCK_UN)
                 return False
@@ -43,7 +50,8 @@ class OpenObject:
     def let_go(self) -> None:
         self._holds -= 1
         if self._holds == 0:
-            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            with suppress(OSError):
+                fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 
     def identity(self) -> FileIdentity:
         """Of the file that is open, whatever lies under its name now."""
