@@ -47,33 +47,52 @@ class Adoption:
         """True: adopted. False: adopted, but what its record says is not what is there. None: not adopted, since the
         store knows it, a live fetch will tell the store, or it is gone."""
         seen = await file_call(_look, self._volume, object_id)
-        return None if seen is None else await self.take_in(term, seen)
+        if seen is None:
+            return None
+        [outcome] = await self.take_in(term, [seen])
+        if isinstance(outcome, VolumeError):
+            raise outcome
+        return outcome
 
     async def look_at(self, object_ids: Sequence[ObjectId]) -> Sequence[SeenFile | VolumeError | None]:
         """Many files in one go, for `take_in`; None: gone."""
         return await file_call(_look_at_all, self._volume, object_ids)
 
-    async def take_in(self, term: Term, seen: SeenFile) -> bool | None:
-        """As `adopt`, of a file that was looked at a moment ago."""
-        object_id, size = seen.found.object_id, seen.found.size
+    async def take_in(self, term: Term, seen: Sequence[SeenFile]) -> Sequence[bool | VolumeError | None]:
+        """As `adopt`, of some hundred files at most that were looked at a moment ago."""
+        faults = {}
+        for one in seen:
+            if one.partial_beside:
+                try:
+                    await self._remove_partial(term, one.found.object_id)
+                except VolumeError as error:
+                    faults[one.found.object_id] = error
+        ready = [one for one in seen if one.found.object_id not in faults]
+        entries = self._index.priced([self._entry_of(one.found) for one in ready])
+        adopted = await self._state.adopt_many(term, [_as_index_entry(entry) for entry in entries])
+        outcomes: dict[ObjectId, bool | VolumeError | None] = {**faults}
+        for one, entry, taken in zip(ready, entries, adopted, strict=True):
+            outcomes[entry.object_id] = one.sound if taken else None
+            if taken:
+                await self._taken(term, one, entry)
+        RECONCILED.labels("adopted").inc(sum(adopted))
+        return [outcomes[one.found.object_id] for one in seen]
+
+    async def _taken(self, term: Term, seen: SeenFile, entry: PolicyEntry) -> None:
+        self._index.add(entry)
+        logger.debug("object_adopted", object_id=entry.object_id, bytes=entry.size)
         if seen.partial_beside:
-            await self._remove_partial(term, object_id)
-        known = self._index.remembered(object_id) or self._former_figures(seen.found)
-        entry = PolicyEntry(
-            object_id,
-            size,
+            await self.adopt_partial(term, entry.object_id, 0)
+
+    def _entry_of(self, found: FoundObject) -> PolicyEntry:
+        known = self._index.remembered(found.object_id) or self._former_figures(found)
+        return PolicyEntry(
+            found.object_id,
+            found.size,
             known.frequency if known else 1,
-            min(known.last_access if known else seen.found.changed_at, time.time()),
+            min(known.last_access if known else found.changed_at, time.time()),
             known.priority if known else 0.0,
         )
-        if not await self._state.adopt(term, _as_index_entry(entry)):
-            return None
-        self._index.add(entry)
-        RECONCILED.labels("adopted").inc()
-        logger.debug("object_adopted", object_id=object_id, bytes=size)
-        if seen.partial_beside:
-            await self.adopt_partial(term, object_id, 0)
-        return seen.sound
 
     def _former_figures(self, found: FoundObject) -> PolicyEntry | None:
         return None if self._takeover is None else self._takeover.figures_of(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,10 @@ from services.evictor.removals import Outcome, Removals
 from shared.domain.eviction import PolicyEntry
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage, Watermarks
-from shared.observability.metrics import EVICTION_STUCK, LONGEST_IDLE_EVICTED
+from shared.observability.metrics import EVICTION_STUCK, LONGEST_IDLE_EVICTED, VICTIM_IDLE, VICTIM_SIZE
 from shared.ports.state_store import StateStore, Term
 
-AT_ONCE = 8
-_BATCH = 64
+_BATCH = 128
 _SPARED_SECONDS = 2.0
 _FAILED_SECONDS = 60.0
 
@@ -88,29 +86,20 @@ class Eviction:
         )
 
     async def _evict(self, term: Term, victims: Sequence[PolicyEntry]) -> float:
-        """Evict some victims, a few at once; the longest idle age (seconds) among those gone."""
-        longest_idle = 0.0
-        for start in range(0, len(victims), AT_ONCE):
-            few = victims[start : start + AT_ONCE]
-            # Each is brought to its end before an error of one (the store is away) ends the pass
-            ages = await asyncio.gather(
-                *(self._evict_one(term, entry) for entry in few), return_exceptions=True
-            )
-            for age in ages:
-                if isinstance(age, BaseException):
-                    raise age
-                longest_idle = max(longest_idle, age)
+        """Evict some victims together; the longest idle age (seconds) among those gone."""
+        object_ids = [entry.object_id for entry in victims]
+        outcomes = await self._removals.make_room(term, object_ids, self._rules.min_idle)
+        now, longest_idle = self._clock(), 0.0
+        for entry, outcome in zip(victims, outcomes, strict=True):
+            if outcome is Outcome.GONE:
+                idle = now - entry.last_access
+                longest_idle = max(longest_idle, idle)
+                VICTIM_IDLE.observe(idle)
+                VICTIM_SIZE.observe(entry.size)
+            elif outcome is not Outcome.LEAVING:
+                patience = _FAILED_SECONDS if outcome is Outcome.FAILED else _SPARED_SECONDS
+                self._spared_until[entry.object_id] = now + patience
         return longest_idle
-
-    async def _evict_one(self, term: Term, entry: PolicyEntry) -> float:
-        outcome = await self._removals.evict(term, entry.object_id, self._rules.min_idle, "space")
-        now = self._clock()
-        if outcome is Outcome.GONE:
-            return now - entry.last_access
-        if outcome is not Outcome.LEAVING:
-            patience = _FAILED_SECONDS if outcome is Outcome.FAILED else _SPARED_SECONDS
-            self._spared_until[entry.object_id] = now + patience
-        return 0.0
 
     def _note_stuck(self, short: int) -> None:
         """Say once, not every second, that nothing can go."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 import uuid
 from collections.abc import Sequence
+from functools import partial
 
 from services.evictor.adoption import Adoption
 from services.evictor.copying import Copying
@@ -27,7 +28,7 @@ from services.evictor.term_work import TermWork, Tools
 from shared.adapters.volume import Volume
 from shared.adapters.volume.intake import Intake
 from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.eviction import POLICIES
+from shared.domain.eviction import make_policy
 from shared.domain.objects import ObjectId
 from shared.observability.metrics import STORAGE_LIMIT, STORAGE_OBJECTS, STORAGE_RESERVED, STORAGE_USED
 from shared.ports.catalog import Catalog
@@ -97,7 +98,8 @@ class Evictor:
 def _make_tools(
     settings: Settings, state: StateStore, volume: Volume, catalog: Catalog, sources: SourceWatch | None
 ) -> Tools:
-    index = EvictionIndex(state, volume, POLICIES[settings.evictor.policy])
+    policy = partial(make_policy, settings.evictor.policy, settings.evictor.cost_per_miss)
+    index = EvictionIndex(state, volume, policy)
     removals = Removals(state, volume, index)
     takeover, copying = _make_takeover(settings, state, volume, catalog)
     adoption = Adoption(state, volume, index, takeover)

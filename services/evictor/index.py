@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from services.evictor.file_calls import file_call
 from services.evictor.known_ids import KnownIds
+from services.evictor.recent_victims import RecentVictims
 from shared.adapters.volume import FoundObject, Volume
 from shared.domain.eviction import EvictionPolicy, PolicyEntry
 from shared.domain.objects import ObjectId
-from shared.ports.state_store import Access, IndexEntry, PolicyState, StateStore, Term
+from shared.domain.views import ViewCoalescer
+from shared.ports.state_store import ACCESS_GRAIN, Access, IndexEntry, PolicyState, StateStore, Term
 
 _BATCHES_AT_ONCE = 200
-_SAVED_AT_ONCE = 2000
+_SAVED_AT_ONCE = 1000
 _NOTICED_MOST = 10_000
+_COMPARED_AT_ONCE = 1000
 
 
 class EvictionIndex:
@@ -41,18 +44,21 @@ class EvictionIndex:
         self._position = self._saved_position = ""
         self._dirty: set[ObjectId] = set()
         self._noticed: set[ObjectId] = set()
-        # What happens to single objects while everything is being loaded, to be done again afterwards.
-        self._meanwhile: list[PolicyEntry | ObjectId] | None = None
+        self._views = ViewCoalescer()
+        self.victims = RecentVictims(clock)
+        # Objects that came or went while all entries are being read: what is read of them may be older than that
+        self._touched: set[ObjectId] | None = None
         self._loading = asyncio.Lock()
 
     async def take_over(self) -> None:
         """Load figures and position as the last leader saved them, at the start of a term."""
         async with self._loading:
             state = await self._state.load_policy_state()
-            former = self.policy
-            await self._load(state.inflation, _as_stored)
-            if len(former):
-                self._former = former
+            if len(self.policy):
+                self._former = self.policy
+            self.policy = self._make_policy()
+            self.policy.restore((), state.inflation)
+            await self._compare()
             self._position = self._saved_position = state.position
             self._dirty.clear()
         await self._apply_accesses()
@@ -63,32 +69,34 @@ class EvictionIndex:
         `evicting` then names the objects whose removal has begun and not finished.
         """
         async with self._loading:
-            return await self._load(self.policy.inflation, self._as_known)
+            return await self._compare()
 
-    async def _load(self, inflation: float, figures: Callable[[IndexEntry], PolicyEntry]) -> KnownIds:
-        meanwhile = self._meanwhile = []
+    async def _compare(self) -> KnownIds:
+        """Make the policy hold what the store does. In place: a second policy would take as much memory again."""
+        known, held, evicting = KnownIds(), self.policy.ids(), dict[ObjectId, None]()
+        touched = self._touched = set()
         try:
-            known, entries, evicting = KnownIds(), list[PolicyEntry](), dict[ObjectId, None]()
             async for batch in self._state.entries():
                 known.update(entry.object_id for entry in batch)
-                evicting.update((entry.object_id, None) for entry in batch if entry.evicting)
-                entries.extend(figures(entry) for entry in batch if not entry.evicting)
+                for entry in batch:
+                    if entry.object_id in touched:
+                        continue
+                    if entry.evicting:
+                        evicting[entry.object_id] = None
+                        self.policy.remove(entry.object_id)
+                    elif entry.object_id not in self.policy:
+                        self.policy.add(_as_stored(entry))
                 await asyncio.sleep(0)
-            policy = self._make_policy()
-            await file_call(policy.restore, entries, inflation)
+            for start in range(0, len(held), _COMPARED_AT_ONCE):
+                for object_id in held[start : start + _COMPARED_AT_ONCE]:
+                    if object_id not in known and object_id not in touched:
+                        self.policy.remove(object_id)
+                await asyncio.sleep(0)
         finally:
-            self._meanwhile = None
-        self.policy, self.evicting = policy, evicting
-        for change in meanwhile:
-            if isinstance(change, PolicyEntry):
-                self.policy.add(change)
-            else:
-                self.policy.remove(change)
-                self.evicting.pop(change, None)
+            self._touched = None
+        left = {object_id: None for object_id in self.evicting if object_id in touched}
+        self.evicting = {object_id: None for object_id in evicting if object_id not in touched} | left
         return known
-
-    def _as_known(self, entry: IndexEntry) -> PolicyEntry:
-        return self.policy.get(entry.object_id) or _as_stored(entry)
 
     def remembered(self, object_id: ObjectId) -> PolicyEntry | None:
         """What is known of an object that the store has lost: from before the take-over."""
@@ -104,13 +112,19 @@ class EvictionIndex:
             self._noticed.add(ObjectId(object_id))
 
     def add(self, entry: PolicyEntry) -> None:
-        """A complete object that the store knows."""
-        self._note_meanwhile(entry)
+        """A complete object that the store knows, with these figures."""
+        self._touch(entry.object_id)
         self.policy.add(entry)
+
+    def priced(self, entries: Sequence[PolicyEntry]) -> Sequence[PolicyEntry]:
+        """As they would stand in the policy, were they added now: the store is to know the same priorities."""
+        scale = self._make_policy()
+        scale.restore(entries, self.policy.inflation)
+        return [scale.get(entry.object_id) or entry for entry in entries]
 
     def removed(self, object_id: ObjectId, *, evicted: bool = False) -> None:
         """The object is no longer in the store."""
-        self._note_meanwhile(object_id)
+        self._touch(object_id)
         self.policy.remove(object_id, evicted=evicted)
         self.evicting.pop(object_id, None)
         self._dirty.discard(object_id)
@@ -120,9 +134,9 @@ class EvictionIndex:
         self.removed(object_id)
         self.evicting[object_id] = None
 
-    def _note_meanwhile(self, change: PolicyEntry | ObjectId) -> None:
-        if self._meanwhile is not None:
-            self._meanwhile.append(change)
+    def _touch(self, object_id: ObjectId) -> None:
+        if self._touched is not None:
+            self._touched.add(object_id)
 
     async def refresh(self) -> None:
         """Take in objects that have become complete, and apply new accesses."""
@@ -136,7 +150,11 @@ class EvictionIndex:
             now = self._clock()
             for found in await file_call(self._find, noticed):
                 if found.object_id not in self.policy and found.object_id not in self.evicting:
-                    self.add(PolicyEntry(found.object_id, found.size, 1, min(found.changed_at, now)))
+                    self.add(
+                        PolicyEntry(found.object_id, found.size, 1, _grained(min(found.changed_at, now)))
+                    )
+                    self._dirty.add(found.object_id)  # the store knows no priority yet
+                    self.victims.came_back(found.object_id)
 
     async def _apply_accesses(self) -> None:
         async with self._loading:
@@ -157,8 +175,15 @@ class EvictionIndex:
         for access in sorted(accesses, key=_last_at):
             if access.object_id in self.policy:
                 # A client's or another host's clock that is ahead must not make an object untouchable.
-                self.policy.access(access.object_id, access.views, min(access.last_at, now))
+                at = _grained(min(access.last_at, now))
+                self.policy.access(access.object_id, self._further_views(access, at), at)
                 self._dirty.add(access.object_id)
+
+    def _further_views(self, access: Access, at: float) -> int:
+        """Each API process counts one view where it sees several requests; this makes one of theirs too."""
+        if access.views == 1 and not self._views.begins_view(access.object_id, at):
+            return 0
+        return access.views
 
     def _find(self, object_ids: list[ObjectId]) -> list[FoundObject]:
         seen = (self._volume.find_object(object_id) for object_id in object_ids)
@@ -198,6 +223,11 @@ def _as_stored(entry: IndexEntry) -> PolicyEntry:
     return PolicyEntry(
         entry.object_id, entry.size, max(1, entry.frequency), entry.last_access, entry.priority
     )
+
+
+def _grained(seconds: float) -> float:
+    """As precise as the store keeps it: who is restarted sees the same order."""
+    return seconds // ACCESS_GRAIN * ACCESS_GRAIN
 
 
 def _last_at(access: Access) -> float:

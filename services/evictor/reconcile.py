@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -22,7 +21,6 @@ from shared.observability.metrics import FOREIGN_FILES, RECONCILE_TIME, RECONCIL
 from shared.ports.state_store import IndexEntry, StateStore, Term
 
 _SCANNED_AT_ONCE = 500
-_ADOPTED_AT_ONCE = 16
 _ORPHAN_RECORD_SECONDS = 600.0
 
 logger = structlog.get_logger()
@@ -44,6 +42,10 @@ class Findings:
         self.foreign_count += 1
         if len(self.foreign) < 5:
             self.foreign.append(path)
+
+    def add_unsettled(self, object_id: ObjectId, error: VolumeError) -> None:
+        self.unsettled += 1
+        logger.error("object_not_looked_at", object_id=object_id, reason=str(error))
 
 
 class Reconciliation:
@@ -85,12 +87,13 @@ class Reconciliation:
         """Objects whose bytes were given back: a file that is still there (an entry was dropped because its file was
         damaged, and the fetch that was to replace it failed) must count again."""
         findings = Findings()
-        looks = await self._adoption.look_at(object_ids)
-        for object_id, seen in zip(object_ids, looks, strict=True):
-            if seen is None:
-                self._index.removed(object_id)
-            else:
-                await self._count([object_id], [self._adopt(term, object_id, seen)], findings)
+        for start in range(0, len(object_ids), _SCANNED_AT_ONCE):
+            few = object_ids[start : start + _SCANNED_AT_ONCE]
+            looks = await self._adoption.look_at(few)
+            for object_id, seen in zip(few, looks, strict=True):
+                if seen is None:
+                    self._index.removed(object_id)
+            await self._take_in(term, few, looks, findings)
 
     async def _adopt_unknown(self, term: Term, known: KnownIds, findings: Findings) -> None:
         scan = self._volume.scan_objects()
@@ -104,14 +107,8 @@ class Reconciliation:
                 elif found.object_id not in known:
                     unknown.append(found.object_id)
             findings.objects += len(chunk)
-            looks = await self._adoption.look_at(unknown) if unknown else ()
-            for start in range(0, len(unknown), _ADOPTED_AT_ONCE):
-                few = slice(start, start + _ADOPTED_AT_ONCE)
-                adoptions = [
-                    self._adopt(term, object_id, seen)
-                    for object_id, seen in zip(unknown[few], looks[few], strict=True)
-                ]
-                await self._count(unknown[few], adoptions, findings)
+            if unknown:
+                await self._take_in(term, unknown, await self._adoption.look_at(unknown), findings)
 
     async def _settle_leaving(self, term: Term, found: FoundObject, findings: Findings) -> None:
         if found.object_id in self._index.evicting:
@@ -120,29 +117,28 @@ class Reconciliation:
             findings.adopted += 1
             await self._removals.complete(term, found.object_id)
 
-    async def _count(
-        self, object_ids: Sequence[ObjectId], adoptions: Sequence[Awaitable[bool]], findings: Findings
+    async def _take_in(
+        self,
+        term: Term,
+        object_ids: Sequence[ObjectId],
+        looks: Sequence[SeenFile | VolumeError | None],
+        findings: Findings,
     ) -> None:
-        """Wait for all, so that none goes on alone when one fails."""
-        results = await asyncio.gather(*adoptions, return_exceptions=True)
-        for object_id, result in zip(object_ids, results, strict=True):
-            if isinstance(result, VolumeError):
-                findings.unsettled += 1
-                logger.error("object_not_looked_at", object_id=object_id, reason=str(result))
-            elif isinstance(result, BaseException):
-                raise result
-            else:
-                findings.adopted += result
-
-    async def _adopt(self, term: Term, object_id: ObjectId, seen: SeenFile | VolumeError | None) -> bool:
-        if isinstance(seen, VolumeError):
-            raise seen
-        sound = None if seen is None else await self._adoption.take_in(term, seen)
-        if sound is False:
-            # Adopted all the same, so that nobody can store a good file under the name while this one is removed
-            logger.warning("object_damaged", object_id=object_id)
-            await self._removals.purge(term, object_id, "damaged")
-        return sound is not None
+        for object_id, look in zip(object_ids, looks, strict=True):
+            if isinstance(look, VolumeError):
+                findings.add_unsettled(object_id, look)
+        seen = [look for look in looks if isinstance(look, SeenFile)]
+        outcomes = await self._adoption.take_in(term, seen)
+        for one, outcome in zip(seen, outcomes, strict=True):
+            object_id = one.found.object_id
+            if isinstance(outcome, VolumeError):
+                findings.add_unsettled(object_id, outcome)
+                continue
+            findings.adopted += outcome is not None
+            if outcome is False:
+                # Adopted all the same, so that nobody can store a good file under the name while this one is removed
+                logger.warning("object_damaged", object_id=object_id)
+                await self._removals.purge(term, object_id, "damaged")
 
     async def _check_entries(self, term: Term, findings: Findings) -> None:
         """Entries without their file are dropped: the entry is older than the look, and goes only if it is still the

@@ -6,6 +6,7 @@ stopped in between keeps the name from being used again, and its successor finds
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 
 import structlog
@@ -63,6 +64,63 @@ class Removals:
         finally:
             removal.close()
 
+    async def make_room(
+        self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
+    ) -> Sequence[Outcome]:
+        """`evict` each for space: a hundred or so, in few steps. For each of them their order is that of `evict`, and
+        an error of the store leaves none half done that `complete` would not bring to its end."""
+        removals = [self._volume.removal(object_id) for object_id in object_ids]
+        try:
+            found = await file_call(_begin_all, removals)
+            outcomes = {
+                object_id: Outcome.IN_USE if state is RemovalState.IN_USE else Outcome.FAILED
+                for object_id, state in zip(object_ids, found, strict=True)
+                if state is not RemovalState.READY and state is not RemovalState.ABSENT
+            }
+            ready = {
+                object_id: removal
+                for object_id, removal, state in zip(object_ids, removals, found, strict=True)
+                if state is RemovalState.READY
+            }
+            outcomes |= await self._evict_locked(term, ready, min_idle)
+        finally:
+            for removal in removals:
+                removal.close()
+        for object_id in object_ids:
+            if object_id not in outcomes:  # no file there: nothing to be careful with
+                outcomes[object_id] = await self.evict(term, object_id, min_idle, "space")
+        return [outcomes[object_id] for object_id in object_ids]
+
+    async def _evict_locked(
+        self, term: Term, ready: Mapping[ObjectId, Removal], min_idle: float
+    ) -> dict[ObjectId, Outcome]:
+        object_ids = list(ready)
+        begun = await self._state.begin_evictions(term, object_ids, min_idle)
+        outcomes = dict.fromkeys(object_ids, Outcome.REFUSED)
+        leaving = [object_id for object_id, granted in zip(object_ids, begun, strict=True) if granted]
+        self._reasons.update(dict.fromkeys(leaving, "space"))
+        results = await file_call(_unlink_each, self._volume, {one: ready[one] for one in leaving})
+        gone = []
+        for object_id in leaving:
+            result = results[object_id]
+            if isinstance(result, VolumeError):
+                await self._cancel(term, object_id, result)
+                outcomes[object_id] = Outcome.FAILED
+            elif result:
+                self._index.left_behind(object_id)
+                outcomes[object_id] = Outcome.LEAVING
+            else:
+                gone.append(object_id)
+                outcomes[object_id] = Outcome.GONE
+        for object_id, freed in zip(gone, await self._state.finish_evictions(term, gone), strict=True):
+            self._reasons.pop(object_id, None)
+            self._note_gone(object_id, "space", freed)
+        return outcomes
+
+    async def _cancel(self, term: Term, object_id: ObjectId, error: VolumeError) -> None:
+        await self._state.cancel_eviction(term, object_id)
+        logger.error("object_not_removed", object_id=object_id, reason=str(error))
+
     async def purge(self, term: Term, object_id: ObjectId, reason: str) -> Outcome:
         """The object must go although it may be in use or pinned: from now on requests miss it, readers finish
         undisturbed, and its bytes count until they have (see `complete`)."""
@@ -109,20 +167,25 @@ class Removals:
         try:
             still_there = await file_call(_unlink_all, self._volume, object_id, removal, found)
         except VolumeError as error:
-            await self._state.cancel_eviction(term, object_id)
-            logger.error("object_not_removed", object_id=object_id, reason=str(error))
+            await self._cancel(term, object_id, error)
             return Outcome.FAILED
         if still_there:
             self._index.left_behind(object_id)
             return Outcome.LEAVING
         reason = self._reasons.pop(object_id, "unfinished")
         freed = await self._state.finish_eviction(term, object_id)
-        self._index.removed(object_id, evicted=reason == "space")
+        self._note_gone(object_id, reason, freed)
+        return Outcome.GONE
+
+    def _note_gone(self, object_id: ObjectId, reason: str, freed: int) -> None:
+        for_space = reason == "space"
+        self._index.removed(object_id, evicted=for_space)
+        if for_space and freed:
+            self._index.victims.gone(object_id)
         if freed:
             EVICTIONS.labels(reason).inc()
             EVICTED_BYTES.labels(reason).inc(freed)
             logger.debug("object_removed", object_id=object_id, reason=reason, bytes=freed)
-        return Outcome.GONE
 
     async def complete_all(self, term: Term, at_most: int) -> int:
         """Try to finish removals that have begun; how many are left."""
@@ -132,6 +195,28 @@ class Removals:
             if outcome is Outcome.LEAVING:
                 self._index.evicting[object_id] = None  # to the end: the next look begins with others
         return len(self._index.evicting)
+
+
+def _begin_all(removals: Sequence[Removal]) -> Sequence[RemovalState | VolumeError]:
+    found: list[RemovalState | VolumeError] = []
+    for removal in removals:
+        try:
+            found.append(removal.begin())
+        except VolumeError as error:
+            logger.error("object_not_removed", reason=str(error))
+            found.append(error)
+    return found
+
+
+def _unlink_each(volume: Volume, ready: Mapping[ObjectId, Removal]) -> Mapping[ObjectId, bool | VolumeError]:
+    """`_unlink_all` of each, or what went wrong."""
+    results: dict[ObjectId, bool | VolumeError] = {}
+    for object_id, removal in ready.items():
+        try:
+            results[object_id] = _unlink_all(volume, object_id, removal, RemovalState.READY)
+        except VolumeError as error:
+            results[object_id] = error
+    return results
 
 
 def _unlink_all(volume: Volume, object_id: ObjectId, removal: Removal, found: RemovalState) -> bool:

@@ -44,3 +44,24 @@ class Watermarks:
         for_marks = taken - self.low if taken > self.high else 0
         for_wanted = max(0, wanted - usage.free)
         return max(0, for_marks, for_wanted)
+
+
+_TYPICAL_ROOM = 8 * 64 * 1024**2
+"""Eight objects of 64 MiB under way at once: what fetchers reserve while the evictor is looking elsewhere."""
+
+
+def watermarks_for(
+    limit: int, largest: int | None = None, high_share: float | None = None, low_share: float | None = None
+) -> Watermarks:
+    """Watermarks by their shares of the limit; where there is none, derived from the limit and the `largest` object
+    that is cached (bytes; None: any that fits).
+
+    Above the high mark there is room for `largest`, so that no worker waits for it, but at least 2 % and at most 10 %
+    of the limit; the low mark is half of that room below the high one. A mark that is given moves the other along.
+    """
+    room = min(max(largest or 0, _TYPICAL_ROOM, limit // 50), limit // 10)
+    high = limit - room if high_share is None else int(limit * high_share)
+    low = max(0, high - room // 2) if low_share is None else int(limit * low_share)
+    if high_share is None:
+        high = max(high, low)
+    return Watermarks(low=low, high=high)

@@ -181,6 +181,20 @@ EVICTION_STUCK = Counter(
 LONGEST_IDLE_EVICTED = ReportedGauge(
     "distributor_longest_idle_evicted_seconds", "Longest idle age among the objects of the last eviction."
 )
+VICTIM_IDLE = Histogram(
+    "distributor_victim_idle_seconds",
+    "Time since the last access of the objects that were evicted to make room.",
+    buckets=(60, 120, 300, 900, 3600, 4 * 3600, 86400, 3 * 86400, 7 * 86400, 30 * 86400),
+)
+VICTIM_SIZE = Histogram(
+    "distributor_victim_size_bytes",
+    "Size of the objects that were evicted to make room.",
+    buckets=tuple(4.0**power for power in range(6, 17)),
+)
+REFETCHED = Counter(
+    "distributor_refetched_total",
+    "Objects fetched again within an hour after they were evicted to make room.",
+)
 RECONCILED = Counter(
     "distributor_reconciled_total",
     "What reconciliation found and repaired, by result: adopted, adopted_partial, dropped_record, removed_partial, …",

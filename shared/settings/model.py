@@ -10,8 +10,8 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.domain.errors import InvalidInput
-from shared.domain.objects import Duty, parse_bucket_id
 from shared.domain.eviction import DEFAULT_MISS_COST
+from shared.domain.objects import Duty, parse_bucket_id
 from shared.domain.space import Watermarks, footprint, watermarks_for
 from shared.settings.network import CatalogSettings, SourceSettings
 from shared.settings.operator_api import OperatorApi
@@ -136,10 +136,10 @@ class EvictorSettings(Section):
     """Eviction and reconciliation."""
 
     policy: Literal["gdsf", "lru-sp", "lru"] = "gdsf"
-    """How victims are chosen: `gdsf` weighs views against size, `lru-sp` is what the network's existing node does, `lru`
-    goes by the last access alone. May be changed at a restart; see docs/eviction.md."""
+    """How victims are chosen: `gdsf` weighs views against size, `lru-sp` is what the network's existing node does,
+    `lru` goes by the last access alone. May be changed at a restart; see docs/eviction.md."""
     cost_per_miss: Size = Field(default=DEFAULT_MISS_COST)
-    """For `gdsf`: what a miss costs besides its bytes, in bytes. More keeps many small objects, less keeps large ones."""
+    """For `gdsf`: what a miss costs besides its bytes, in bytes. More keeps small objects, less keeps large ones."""
     min_idle: float = Field(default=120.0, ge=0, le=24 * 3600)
     """Seconds since its last access (or since it was fetched) before an object may be evicted to make room."""
     leadership: Seconds = 10.0
@@ -162,7 +162,7 @@ class AdmissionSettings(Section):
     """Which objects are cached at all. Counts only while the cache is under pressure."""
 
     above_size: Size | None = None
-    """Objects of more bytes are fetched on their second view only; the first one is proxied. Default: all are fetched."""
+    """Objects of more bytes are fetched on their second view only; the first is proxied. Default: none."""
     window: Seconds = 7 * 24 * 3600.0
     """Seconds in which the second view has to follow the first."""
 

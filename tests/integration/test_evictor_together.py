@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -160,14 +160,14 @@ async def test_without_a_term_nothing_is_removed(world: EvictorWorld) -> None:
 
 
 class FlakyStore(MemoryStateStore):
-    """Whose answers get lost: `finish_eviction` works, and its caller does not learn of it."""
+    """Whose answers get lost: `begin_evictions` works, and its caller does not learn of it."""
 
     lost_answers = 0
 
-    async def begin_eviction(
-        self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
-    ) -> bool:
-        granted = await super().begin_eviction(term, object_id, min_idle, even_pinned=even_pinned)
+    async def begin_evictions(
+        self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
+    ) -> Sequence[bool]:
+        granted = await super().begin_evictions(term, object_ids, min_idle)
         if self.lost_answers:
             self.lost_answers -= 1
             raise StateStoreUnavailable("the answer was lost")

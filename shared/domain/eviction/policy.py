@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -60,6 +60,9 @@ class EvictionPolicy(Protocol):
         Passed over: objects accessed less than `min_idle` seconds ago, and those `spared` (in use at this moment).
         At most `at_most` victims; fewer bytes than wanted when nobody else can go.
         """
+
+    def ids(self) -> Sequence[ObjectId]:
+        """All ids as of now, in any order."""
 
     def dump(self) -> Iterator[PolicyEntry]:
         """All entries, in any order. Nothing may be changed meanwhile."""

@@ -1,0 +1,55 @@
+"""Watermarks that nobody has set, and the memory of recent victims."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.evictor.recent_victims import SOON, RecentVictims
+from shared.domain.objects import ObjectId
+from shared.domain.space import watermarks_for
+
+GIB, MIB = 1024**3, 1024**2
+
+
+@pytest.mark.parametrize(
+    ("limit", "largest", "high_room", "low_room"),
+    [
+        (20 * GIB, None, 512 * MIB, 768 * MIB),
+        (100 * MIB, None, 10 * MIB, 15 * MIB),
+        (500 * GIB, None, 10 * GIB, 15 * GIB),
+        (500 * GIB, 2 * GIB, 10 * GIB, 15 * GIB),
+        (50 * GIB, 2 * GIB, 2 * GIB, 3 * GIB),
+        (10 * GIB, 5 * GIB, GIB, GIB + GIB // 2),
+    ],
+)
+def test_room_by_default(limit: int, largest: int | None, high_room: int, low_room: int) -> None:
+    marks = watermarks_for(limit, largest)
+    assert (limit - marks.high, limit - marks.low) == (high_room, low_room)
+
+
+def test_a_mark_that_is_given_is_kept_and_moves_the_other() -> None:
+    assert watermarks_for(1000, None, 0.95, 0.9) == watermarks_for(1000, 5, 0.95, 0.9)
+    assert watermarks_for(1000, None, 0.5).low == 450
+    assert watermarks_for(1000, None, None, 0.97).high == 970
+    assert watermarks_for(1000, None, 0.01).low == 0
+
+
+@given(st.integers(1, 10**15), st.none() | st.integers(0, 10**15), st.none() | st.floats(0.01, 1))
+def test_marks_are_in_order_and_below_the_limit(limit: int, largest: int | None, share: float | None) -> None:
+    for marks in (watermarks_for(limit, largest, share), watermarks_for(limit, largest, None, share)):
+        assert 0 <= marks.low <= marks.high <= limit
+
+
+def test_who_comes_back_soon_is_noticed_once() -> None:
+    now = 1000.0
+    victims = RecentVictims(lambda: now, most=2)
+    one, two, three = (ObjectId(name) for name in ("1", "2", "3"))
+    for victim in (one, two, three):
+        victims.gone(victim)
+    assert not victims.came_back(one)  # forgotten: there were too many
+    assert victims.came_back(two)
+    assert not victims.came_back(two)
+    now += SOON + 1
+    assert not victims.came_back(three)
