@@ -27,11 +27,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     demo = _demo_directory(folder / "demo")
     manifest = folder / "manifest.yaml"
     manifest.write_text(manifest_text(demo_objects(demo / "media"), "http://demo:3390/api/v1/files/"))
+    settings = folder / "settings.env"
+    # On a busy machine a fetch may begin late; what is looked at here are answers that follow it.
+    settings.write_text("DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT=10\n")
     stack = ComposeStack(
         folder,
         {
             "STORAGE_LIMIT": "200M",
             "FETCH_CONCURRENCY": "2",
+            "SETTINGS_FILE": str(settings),
             "MANIFEST_FILE": str(manifest),
             "DEMO_DIRECTORY": str(demo),
             "EDGE_PREFIX": PREFIX,

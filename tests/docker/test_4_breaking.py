@@ -15,6 +15,13 @@ pytestmark = pytest.mark.docker
 MIB = 1024**2
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_all(world: World) -> None:
+    """From here on nothing has to be evicted: what was cached stays a hit."""
+    world.stack.settings["STORAGE_LIMIT"] = "2G"
+    world.stack.up()
+
+
 async def test_a_killed_fetcher_s_download_is_resumed(world: World) -> None:
     world.slow_down(4 * MIB, KILLED)
     before = len(world.requests_for(KILLED))
