@@ -8,7 +8,7 @@ from importlib.metadata import version
 from services.evictor.evictor import Evictor
 from services.evictor.source_watch import SourceWatch, WatchTimes
 from shared.adapters.sources.sharing import SourceSharing
-from shared.domain.errors import ConfigurationError
+from shared.domain.errors import ConfigurationError, VolumeError
 from shared.observability.metrics import describe_build
 from shared.observability.probe_server import ProbeServer
 from shared.ports.catalog import Catalog
@@ -41,7 +41,10 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
     resources = scope.resources
     volume = build_volume(settings)
     resources.callback(volume.close)
-    await asyncio.to_thread(volume.prepare)
+    try:
+        await asyncio.to_thread(volume.prepare)
+    except VolumeError as error:
+        raise ConfigurationError(f"storage.path: {error}") from error
     state, catalog = build_state_store(settings), build_catalog(settings)
     for opened in (state, catalog):
         resources.push_async_callback(opened.close)

@@ -19,7 +19,12 @@ from services.fetcher.retrieval import Retrieval
 from services.fetcher.worker import Worker
 from shared.adapters.sources.relay import Relay
 from shared.adapters.volume import Volume
-from shared.domain.errors import JobQueueUnavailable, StateStoreUnavailable, VolumeError
+from shared.domain.errors import (
+    ConfigurationError,
+    JobQueueUnavailable,
+    StateStoreUnavailable,
+    VolumeError,
+)
 from shared.domain.jobs import FetchJob, HandBack, JobOutcome
 from shared.domain.orders import Orders
 from shared.ports.job_queue import JobQueue
@@ -57,8 +62,14 @@ class Fetcher:
         self._obituary = Obituary(state, volume, self._disk, self.name, fetch.failure_memory)
 
     async def serve(self) -> None:
-        """Handle jobs until cancelled; then every job under way is given back, with its partial file kept."""
-        await self._disk.run(self._volume.prepare)
+        """Handle jobs until cancelled; then every job under way is given back, with its partial file kept.
+
+        ConfigurationError if the volume cannot be written.
+        """
+        try:
+            await self._disk.run(self._volume.prepare)
+        except VolumeError as error:
+            raise ConfigurationError(f"storage.path: {error}") from error
         await self._orders.load()
         following = asyncio.create_task(self._orders.run(), name="fetcher-orders")
         self._consuming = True
