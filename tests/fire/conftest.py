@@ -27,3 +27,12 @@ async def fire(
 ) -> AsyncIterator[FireWorld]:
     async with fire_world(tmp_path, own_redis, fire_rabbitmq) as world:
         yield world
+
+
+@pytest.fixture
+def faketime_library() -> str:
+    """Debian's libfaketime: a clock of one's own for processes, changed while they run."""
+    found = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
+    if not found:
+        pytest.skip("needs libfaketime: apt-get install faketime")
+    return str(found[0])

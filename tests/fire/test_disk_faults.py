@@ -86,15 +86,30 @@ async def test_a_volume_that_becomes_read_only(fire: FireWorld, small_volume: Pa
 
 @pytest.mark.fire
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("kind", ["api", "fetcher", "evictor"])
+@pytest.mark.parametrize("kind", ["fetcher", "evictor"])
 async def test_no_volume_at_the_start_is_refused(fire: FireWorld, kind: str) -> None:
     fire.stack.volume.write_text("not a directory")
     fire.publish(OBJECTS)
     process = fire.stack.add(kind)
     assert process.process is not None
     assert await asyncio.to_thread(process.process.wait, 30) == 2
-    assert "storage.path" in process.tail() or "volume" in process.tail()
+    assert "storage.path" in process.tail()
     assert "Traceback" not in process.tail()
+
+
+@pytest.mark.fire
+@pytest.mark.timeout(60)
+async def test_an_api_without_a_volume_proxies(fire: FireWorld) -> None:
+    fire.stack.volume.write_text("not a directory")
+    fire.publish(OBJECTS)
+    api = fire.stack.add("api")
+    async with asyncio.timeout(30):
+        while "listening" not in api.tail():  # noqa: ASYNC110 - another process
+            await asyncio.sleep(0.1)
+    answers = await ask_all(fire, OBJECTS[:4])
+    assert {answer.headers["x-data-source"] for answer in answers} == {"external"}
+    assert list(events(api, "volume_not_writable"))
+    check_logs(fire)
 
 
 @pytest.mark.fire

@@ -1,0 +1,196 @@
+"""Poison on the queue, two evictors, lost leadership, clocks that jump: nothing is done twice, nothing is torn."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+
+import aio_pika
+import pytest
+
+from services.demo.objects import MIB, generated_object
+from tests.end_to_end.client import get
+from tests.fire.asking import ask_right, cache_all, events, fetched
+from tests.fire.figures import note
+from tests.fire.inspection import settled
+from tests.fire.world import FireWorld, frozen, mixed_objects
+
+POISON = {
+    "not_json": b"\x00\xff{{{",
+    "unknown_version": b'{"version": 99, "object_id": "1"}',
+    "id_with_dots": json.dumps(
+        {"version": 1, "object": {"object_id": "../../etc/passwd", "size": 5}}
+    ).encode(),
+    "list": b"[]",
+    "empty": b"",
+}
+
+
+@pytest.mark.timeout(120)
+async def test_poison_is_dead_lettered_and_the_consumer_goes_on(fire: FireWorld) -> None:
+    objects = mixed_objects(7)
+    await fire.up(objects, 100 * MIB)
+    async with await aio_pika.connect(fire.rabbit.url) as connection, connection.channel() as channel:
+        for body in POISON.values():
+            message = aio_pika.Message(body, delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
+            await channel.default_exchange.publish(message, f"{fire.prefix}.jobs")
+        dead = await channel.get_queue(f"{fire.prefix}.dead")
+        for _ in POISON:
+            async with asyncio.timeout(20):
+                while (letter := await dead.get(fail=False)) is None:  # noqa: ASYNC110 - the broker
+                    await asyncio.sleep(0.05)
+            assert any("reason" in name and str(value) for name, value in letter.headers.items()), (
+                letter.headers
+            )
+            await letter.ack()
+    await cache_all(fire, objects)
+    assert not (fire.stack.volume.parent / "etc").exists()
+    await settled(fire, objects)
+    note("poison_jobs", requests=len(POISON), failed=0)
+
+
+@pytest.mark.fire
+@pytest.mark.timeout(240)
+async def test_two_evictors_and_a_leader_that_loses_its_lock_in_mid_eviction(fire: FireWorld) -> None:
+    """The leader is stopped for longer than its term again and again, and goes on where it was."""
+    objects = mixed_objects(56)
+    crew = await fire.up(objects, 14 * MIB)
+    fire.stack.add("evictor")
+    await fire.stack.ready()
+    watch = fire.watch()
+    async with watch.watching(), crew.at_work(8):
+        for number in range(6):
+            await asyncio.sleep(2)
+            with frozen(fire.stack.of("evictor")[number % 2]):
+                await asyncio.sleep(4)
+    crew.check()
+    assert watch.highest <= 14 * MIB
+    terms = sum(len(list(events(process, "leadership_taken"))) for process in fire.stack.of("evictor"))
+    assert terms > 2
+    note(
+        "two_evictors",
+        crew,
+        terms=terms,
+        most_bytes=watch.highest,
+        at_rest_after=await settled(fire, objects),
+    )
+
+
+@pytest.mark.fire
+@pytest.mark.timeout(240)
+async def test_what_is_being_read_is_not_evicted(fire: FireWorld) -> None:
+    """Slow readers of hits and of growing files, while everything else is evicted around them."""
+    slow = [generated_object(str(number), 4 * MIB) for number in range(9001, 9003)]
+    others = mixed_objects(56)
+    crew = await fire.up([*slow, *others], 14 * MIB)
+    crew.objects = others
+    await cache_all(fire, slow[:1])
+
+    async def read_slowly(object_id: str) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", fire.stack.port, limit=64 * 1024)
+        writer.write(
+            f"GET /api/v1/assets/{object_id} HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n".encode()
+        )
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert b" 200 " in head
+        body = bytearray()
+        while piece := await reader.read(64 * 1024):
+            body += piece
+            await asyncio.sleep(0.3)
+        writer.close()
+        return bytes(body)
+
+    watch = fire.watch()
+    async with watch.watching(), crew.at_work(6):
+        bodies = await asyncio.gather(*(read_slowly(item.object_id) for item in slow))
+    crew.check()
+    for item, body in zip(slow, bodies, strict=True):
+        assert body == item.content.read(0, item.size)
+    assert watch.highest <= 14 * MIB
+    note(
+        "evicting_while_read",
+        crew,
+        most_bytes=watch.highest,
+        at_rest_after=await settled(fire, [*slow, *others]),
+    )
+
+
+@pytest.mark.fire
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("jump", [3600, -3600])
+async def test_the_clock_jumps_by_an_hour(fire: FireWorld, jump: int, faketime_library: str) -> None:
+    """For every process of the node and for Redis, under load."""
+    objects = mixed_objects(28)
+    place = fire.stack.folder / "clock"
+    place.write_text("+0")
+    clock = {
+        "LD_PRELOAD": faketime_library,
+        "FAKETIME_TIMESTAMP_FILE": str(place),
+        "FAKETIME_CACHE_DURATION": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+    }
+    fire.stack.environment |= clock
+    await asyncio.to_thread(fire.redis.stop)
+    fire.redis.environment |= clock
+    await asyncio.to_thread(fire.redis.start)
+    crew = await fire.up(objects, 400 * MIB, fetchers=2)
+    async with crew.at_work(4):
+        await asyncio.sleep(4)
+        before = int((await fire.redis.command_lines("TIME"))[0])
+        place.write_text(f"{jump:+d}")
+        async with asyncio.timeout(10):
+            while abs(int((await fire.redis.command_lines("TIME"))[0]) - before) < 3000:  # noqa: ASYNC110
+                await asyncio.sleep(0.2)
+        await asyncio.sleep(6)
+        place.write_text("+0")
+        await asyncio.sleep(4)
+    crew.check()
+    await cache_all(fire, objects)
+    downloads = fetched(fire)
+    assert max(downloads.values()) == 1, (
+        f"a lease granted twice, or objects evicted: {downloads.most_common(5)}"
+    )
+    assert not [event for process in fire.stack.of("evictor") for event in events(process, "object_evicted")]
+    note(f"clock_{jump:+d}s", crew, evicted=0, at_rest_after=await settled(fire, objects))
+
+
+@pytest.mark.fire
+@pytest.mark.timeout(180)
+async def test_a_stop_of_everything_under_load(fire: FireWorld) -> None:
+    """SIGTERM to all at once: answers under way end whole, downloads are kept and gone on from, exit code 0."""
+    objects = mixed_objects(28)
+    large = generated_object("9001", 24 * MIB)
+    crew = await fire.up([*objects, large], 400 * MIB)
+    crew.objects = objects
+    await cache_all(fire, objects)
+    hit = generated_object("9001", 24 * MIB)
+
+    async def slow_download() -> bool:
+        return (await get(fire.stack.url(hit.object_id), timeout=90)).complete
+
+    fire.to_first.bytes_per_second = fire.to_second.bytes_per_second = 4 * MIB
+    async with crew.at_work(4):
+        following = asyncio.create_task(slow_download())
+        await fire.stack.until_on_volume(sum(item.size for item in objects) + 4 * MIB)
+        began = time.monotonic()
+        with crew.fault(grace=1):
+            codes = await asyncio.gather(*(process.stop(60) for process in fire.stack.processes))
+            took = time.monotonic() - began
+            kept = [path.stat().st_size for path in (fire.stack.volume / "incoming").glob("*.part")]
+            fire.to_first.heal()
+            fire.to_second.heal()
+            for process in fire.stack.processes:
+                process.start()
+            await fire.stack.ready()
+    assert codes == [0, 0, 0]
+    assert not [failure for failure in crew.failures if "cut" in failure.what], "answers under way end whole"
+    crew.check()
+    assert await following, "an answer that follows a download ends whole, too"
+    assert kept, "the download is kept"
+    await ask_right(fire, large)
+    await cache_all(fire, [large])
+    asked = [record.range for node in (fire.first, fire.second) for record in node.requests.of("9001", "GET")]
+    assert any(text and not text.startswith("bytes=0-") for text in asked), asked
+    note("sigterm", crew, stopped_after=took, at_rest_after=await settled(fire, [*objects, large]))
