@@ -96,12 +96,12 @@ test-docker: setup ## the stack for real: build, up, scale, use, break, down
 	@$(PYTEST) -m docker --timeout 900 $(ARGS)
 
 .PHONY: test-fire
-test-fire: setup servers ## kill, cut, fill and corrupt things, and look at what clients see
-	@$(PYTEST) -m fire --timeout 900 $(ARGS)
+test-fire: setup servers ## kill, cut, fill and corrupt things, and look at what clients see (FIRE_SEED, FIRE_KILLS)
+	@$(PYTEST) tests/fire --timeout 900 $(ARGS)
 
 .PHONY: soak
-soak: setup servers ## traffic and faults for a long time (SOAK_SECONDS, default 600)
-	@$(BIN)/python -m benchmarks.soak --seconds $${SOAK_SECONDS:-600} $(ARGS)
+soak: setup servers ## traffic with random kills and cuts, 10 minutes (ARGS="--minutes 60 --seed 7")
+	@$(BIN)/python -m tests.fire.soak $(ARGS)
 
 .PHONY: bench
 bench: setup servers ## measure hits, misses and fetches beside nginx
