@@ -20,6 +20,7 @@ from shared.observability.metrics import CUT_ANSWERS, REQUESTS_IN_PROGRESS
 
 _MOST_KEPT = 64 * 1024
 """Bytes a client may send ahead while it is sent a long body; then it is not read from."""
+_PAGE = 4096
 
 Sending = Callable[[], Coroutine[Any, Any, None]]
 
@@ -104,7 +105,10 @@ class FastLaneProtocol(PublicProtocol):
             self._send_later(lane, ready, send, sender, data)
             return
         try:
-            head = head[connection.send(head, socket.MSG_MORE) :]
+            # One segment fewer; but a range that begins within a page takes one page more than a segment holds, and
+            # the kernel then works twice as long as without.
+            together = 0 if ready.first % _PAGE else socket.MSG_MORE
+            head = head[connection.send(head, together) :]
             if not head:
                 sent = os.sendfile(connection.fileno(), hot.descriptor, ready.first, min(length, AT_ONCE))
         except BlockingIOError:
