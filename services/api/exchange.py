@@ -21,8 +21,8 @@ logger = structlog.get_logger()
 @dataclass(slots=True)
 class Exchange:
     """Filled in while a request is answered. `started`: monotonic seconds; `sent`: bytes of the body handed to the
-    connection (None: the whole body of an answer that was not streamed); `cut`: why the answer ended early;
-    `logs_hits`: whether a hit is worth a line in the log."""
+    connection (None: the whole body of an answer that was not streamed); `size`: bytes of the whole object, where it is
+    known; `cut`: why the answer ended early; `logs_hits`: whether a hit is worth a line in the log."""
 
     request_id: str
     method: str
@@ -30,6 +30,7 @@ class Exchange:
     object_id: str | None = None
     started: float = field(default_factory=time.perf_counter)
     sent: int | None = None
+    size: int | None = None
     cut: str | None = None
     recorded: bool = False
     logs_hits: bool = False
@@ -77,6 +78,7 @@ def log_exchange(
         object_id=exchange.object_id,
         status=status,
         bytes=sent,
+        size=exchange.size,
         duration_ms=round((time.perf_counter() - exchange.started) * 1000, 3),
         x_cache=cache,
         source=source,

@@ -194,7 +194,12 @@ class AssetsWorld:
 
 @asynccontextmanager
 async def assets_world(
-    root: Path, *, state_down: bool = False, queue_down: bool = False, **public_api: Any
+    root: Path,
+    *,
+    state_down: bool = False,
+    queue_down: bool = False,
+    log_hits: bool = False,
+    **public_api: Any,
 ) -> AsyncIterator[AssetsWorld]:
     """A running API. `state_down`: its Redis is not there; `queue_down`: its queue takes no job."""
     settings = Settings(
@@ -203,6 +208,7 @@ async def assets_world(
         public_api={"host": "127.0.0.1", "port": 0, "first_byte_wait": 0.5} | public_api,
         fetch={"lease": 1.0, "lease_renewal": 0.3},
         shutdown_deadline=4.0,
+        log={"hits": log_hits},
     )
     times = StateTimes(operation_timeout=0.3)
     state: StateStore = MemoryStateStore(LIMIT, times, time.time)

@@ -48,6 +48,10 @@ class AnswerStream:
         """True once headers have left."""
         return self._response is not None
 
+    def note_size(self, size: int) -> None:
+        """The object turned out to have so many bytes."""
+        exchange_of(self._request).size = size
+
     async def begin(self, head: Head, piece: bytes | memoryview) -> None:
         """Send the head and the first piece. The head has the body's length, unless nobody knows it."""
         note_first_byte(self._request, head.result)

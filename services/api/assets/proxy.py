@@ -49,6 +49,7 @@ class Passing:
             self.media_type = told.media_type
             if self.span.last is None and told.total is not None:
                 self.span = replace(self.span, last=told.total - 1, size=told.total)
+                self.answer.note_size(told.total)
 
     async def emit(self, pieces: Iterable[bytes | memoryview]) -> None:
         for piece in pieces:

@@ -36,6 +36,7 @@ class ObjectSender:
     async def answer(self, request: Request, asked: Asked, found: OpenObject) -> HTTPResponse | None:
         """The answer, or None if it was streamed; VolumeError if nothing could be read. A HEAD leaves no trace."""
         described = Description.of_record(found.record, complete=True)
+        exchange_of(request).size = described.size
         span = select(asked, described)
         if not isinstance(span, Span):
             return refuse(span, described, HIT)

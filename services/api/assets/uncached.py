@@ -48,6 +48,7 @@ class UncachedAnswerer:
             return await self._pending(request, asked, object_id, fetch)
         known = await look_up(self._context, object_id)
         described = Description.of_object(known)
+        exchange_of(request).size = described.size
         span = select(asked, described)
         if not isinstance(span, Span):
             return refuse(span, described, MISS)
@@ -78,6 +79,7 @@ class UncachedAnswerer:
         if described is None:
             known = await look_up(self._context, object_id)
             described = Description.of_object(known)
+        exchange_of(request).size = described.size
         span = select(asked, described)
         if not isinstance(span, Span):
             return refuse(span, described, PENDING)

@@ -92,6 +92,7 @@ class FastLane:
                 "/api/v1/assets/<object_id>",
                 ready.hot.object_id,
                 ready.started,
+                size=ready.hot.size,
                 cut=cut,
             )
             source = "local" if ready.length else None

@@ -1,0 +1,75 @@
+"""The log's line for an answer: the same from both lanes, with the object's size whatever part of it was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from services.replay.log_lines import parse_line
+from tests.integration.assets_world import KIB, assets_world
+
+SIZE = 40 * KIB
+_OF_THE_MOMENT = {"request_id", "duration_ms"}
+ASKED: tuple[tuple[str, Mapping[str, str]], ...] = (
+    ("GET", {}),
+    ("GET", {"Range": "bytes=100-299"}),
+    ("HEAD", {}),
+)
+
+
+async def lines_of(root: Path, *, fast_lane: bool) -> list[Mapping[str, Any]]:
+    """What is logged of some hits, a 304 and a miss that is proxied."""
+    async with assets_world(root, log_hits=True, fast_lane=fast_lane) as world:
+        for object_id in ("1", "2"):
+            world.add(object_id, SIZE)
+        world.store("1")
+        with capture_logs() as logs:
+            for method, headers in ASKED:
+                etag = (await world.get("1", headers, method=method)).headers["etag"]
+            await world.get("1", {"If-None-Match": etag})
+            await world.get("2", {"Range": "bytes=0-9"})
+            await world.until(lambda _: len(_answers(logs)) == len(ASKED) + 2)
+    return _answers(logs)
+
+
+def _answers(logs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [line for line in logs if line["event"] == "request_answered"]
+
+
+@pytest.fixture
+async def by_lane(tmp_path: Path) -> Mapping[bool, list[Mapping[str, Any]]]:
+    return {fast: await lines_of(tmp_path / str(fast), fast_lane=fast) for fast in (True, False)}
+
+
+async def test_both_lanes_log_alike_and_name_the_size(
+    by_lane: Mapping[bool, list[Mapping[str, Any]]],
+) -> None:
+    lasting = [
+        [{name: value for name, value in line.items() if name not in _OF_THE_MOMENT} for line in lines]
+        for lines in by_lane.values()
+    ]
+    assert lasting[0] == lasting[1]
+    seen = [(line["status"], line["bytes"], line["size"], line["x_cache"]) for line in by_lane[True]]
+    assert seen == [
+        (200, SIZE, SIZE, "hit"),
+        (206, 200, SIZE, "hit"),
+        (200, 0, SIZE, "hit"),
+        (304, 0, SIZE, "hit"),
+        (206, 10, SIZE, "miss"),
+    ]
+
+
+async def test_a_replay_learns_the_size_from_any_part(
+    by_lane: Mapping[bool, list[Mapping[str, Any]]],
+) -> None:
+    read = [
+        parse_line(json.dumps({**line, "timestamp": "2025-11-24T16:00:02.500000Z"})) for line in by_lane[True]
+    ]
+    assert [(line.sent, line.size) for line in read if line is not None] == [
+        (SIZE, SIZE), (200, SIZE), (0, SIZE), (10, SIZE),
+    ]  # fmt: skip
