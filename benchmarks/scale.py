@@ -137,7 +137,9 @@ class Scale:
     def _evict(self) -> float:
         """Under a limit that the volume fills: from the high watermark down to the low one."""
         limit = str(self._limit)
-        evictor = self._node.launch("evictor", DISTRIBUTOR_STORAGE__LIMIT=limit)
+        evictor = self._node.launch(
+            "evictor", DISTRIBUTOR_STORAGE__LIMIT=limit, DISTRIBUTOR_EVICTOR__MIN_IDLE="0"
+        )
         try:
             watch = EvictionWatch(self._node.redis_url, self._limit)
             return asyncio.run(watch.rate_until_below(0.9 * self._limit, _RECONCILE_SECONDS))

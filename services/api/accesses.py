@@ -12,14 +12,12 @@ import structlog
 
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
+from shared.domain.views import ViewCoalescer
 from shared.observability.metrics import LOST_ACCESSES, STATE_STORE_ERRORS
 from shared.ports.state_store import Access, StateStore
 
-VIEW_WINDOW = 300.0
-"""Seconds in which all requests for one object are one view: a player asks for dozens of ranges."""
 HAND_OVER_INTERVAL = 1.0
 MAX_WAITING = 10_000
-MAX_REMEMBERED = 50_000
 
 logger = structlog.get_logger()
 
@@ -44,21 +42,13 @@ class AccessCounter:
         self._clock = clock
         self._max_waiting = max_waiting
         self._waiting: OrderedDict[ObjectId, _Waiting] = OrderedDict()
-        # When the view that is running for an object was counted; in that order.
-        self._views: OrderedDict[ObjectId, float] = OrderedDict()
+        self._views = ViewCoalescer()
         self._down = False
 
     def note_request(self, object_id: ObjectId) -> None:
         """A client was (or is being) sent this object, or a part of it."""
         now = self._clock()
-        counted_at = self._views.get(object_id)
-        new_view = counted_at is None or not 0 <= now - counted_at < VIEW_WINDOW
-        if new_view:
-            self._views[object_id] = now
-            self._views.move_to_end(object_id)
-            if len(self._views) > MAX_REMEMBERED:
-                self._views.popitem(last=False)
-        self._note(object_id, int(new_view), now)
+        self._note(object_id, int(self._views.begins_view(object_id, now)), now)
 
     def note_sending(self, object_id: ObjectId) -> None:
         """A long send of this object goes on: its last access is now (no further view)."""

@@ -12,6 +12,7 @@ from services.fetcher.flushing import LONGEST_WAIT, MOST_WAITING, lot_size
 from services.fetcher.lease_keeper import LeaseKeeper
 from shared.adapters.volume import PartialFile
 from shared.domain.objects import Hasher
+from shared.observability.metrics import WRITTEN_BYTES
 
 _WORTH_A_CALL = 64 * 1024  # bytes; smaller pieces are joined, larger ones not copied
 
@@ -88,6 +89,7 @@ class PartialWriter:
             self._room.set()
             await self._keeper.confirm()
             await self._disk.run(self._write, offset, lot, length)
+            WRITTEN_BYTES.inc(length)
             offset += length
             if first and not (self._ended and not self._waiting):
                 # Its reply is not waited for here; and where all bytes are there, the next word is that they are right.

@@ -76,6 +76,10 @@ TIME_TO_FIRST_BYTE = Histogram(
 CUT_ANSWERS = Counter(
     "distributor_cut_answers_total", "Answers that ended before their last byte, by reason.", ["reason"]
 )
+NOT_ADMITTED = Counter(
+    "distributor_not_admitted_total",
+    "Missed objects that were only proxied because it was their first view (admission.above_size).",
+)
 LOST_ACCESSES = Counter(
     "distributor_lost_accesses_total",
     "Accesses that could not be handed to the state store and were dropped.",
@@ -151,6 +155,9 @@ SOURCE_FAILURES = Counter(
 )
 SOURCE_BYTES = Counter(
     "distributor_source_bytes_total", "Bytes received from sources, by source.", ["source"]
+)
+WRITTEN_BYTES = Counter(
+    "distributor_written_bytes_total", "Bytes of objects written to the volume, unfinished ones included."
 )
 SOURCE_PROBES = Counter(
     "distributor_source_probes_total", "Probes of storage nodes by result: answered, failed.", ["result"]

@@ -4,12 +4,13 @@ import asyncio
 import time
 from collections.abc import Sequence
 
-from services.api.accesses import VIEW_WINDOW, AccessCounter
+from services.api.accesses import AccessCounter
 from services.api.wakeups import FetchWakeups
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_times import StateTimes
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
+from shared.domain.views import VIEW_WINDOW
 from shared.ports.state_store import Access, Announcement, Topic
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")

@@ -13,6 +13,7 @@ from services.api.assets.decision import Asked
 from services.api.assets.growing import GrowingAnswerer
 from services.api.assets.hand_over import HandOver
 from services.api.assets.proxy import Proxy
+from services.api.assets.second_views import SecondViews
 from services.api.assets.sender import ObjectSender
 from services.api.assets.starter import FetchStarter
 from services.api.assets.uncached import UncachedAnswerer
@@ -37,7 +38,8 @@ class AssetHandler:
         self._starter = FetchStarter(context.state, context.queue, f"{socket.gethostname()}:{os.getpid()}")
         proxy = Proxy(context.relay, context.settings.public_api.max_proxied)
         growing = GrowingAnswerer(context, self._sender, proxy)
-        self._uncached = UncachedAnswerer(context, self._sender, self._starter, growing)
+        admission = SecondViews(context.settings, context.state)
+        self._uncached = UncachedAnswerer(context, self._sender, self._starter, growing, admission)
 
     async def handle(self, request: Request, object_id: str) -> HTTPResponse | None:
         """The answer, or None if it was streamed. `object_id` is what the path said, percent-decoded once.

@@ -13,6 +13,7 @@ from services.api.assets.decision import Asked, Description, Span, fits, live_fe
 from services.api.assets.growing import GrowingAnswerer, Wanted
 from services.api.assets.heads import BYPASS, MISS, PENDING, content_head, refuse
 from services.api.assets.lookup import look_up
+from services.api.assets.second_views import SecondViews
 from services.api.assets.sender import ObjectSender
 from services.api.assets.starter import FetchStarter
 from services.api.context import ApiContext
@@ -30,12 +31,18 @@ class UncachedAnswerer:
     """Answers for objects that were not complete on the volume when the request came."""
 
     def __init__(
-        self, context: ApiContext, sender: ObjectSender, starter: FetchStarter, growing: GrowingAnswerer
+        self,
+        context: ApiContext,
+        sender: ObjectSender,
+        starter: FetchStarter,
+        growing: GrowingAnswerer,
+        admission: SecondViews,
     ) -> None:
         self._context = context
         self._sender = sender
         self._starter = starter
         self._growing = growing
+        self._admission = admission
 
     async def answer(
         self, request: Request, asked: Asked, object_id: ObjectId, *, degraded: bool
@@ -57,6 +64,9 @@ class UncachedAnswerer:
         wanted = Wanted(request, described, span, BYPASS, known)
         largest = self._context.settings.storage.largest_cached_size
         if found is None or found.failure is not None or draining or not fits(known.size, largest):
+            await self._growing.proxied(wanted)
+            return None
+        if not await self._admission.admits(object_id, known.size):
             await self._growing.proxied(wanted)
             return None
         return await self._missed(asked, wanted, known)

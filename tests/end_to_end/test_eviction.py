@@ -1,0 +1,237 @@
+"""What is evicted, and in which order, with real processes on real servers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from services.demo.objects import MIB, generated_object
+from shared.adapters.state_redis import RedisStateStore
+from shared.adapters.state_times import StateTimes
+from shared.adapters.volume import Volume
+from shared.domain.objects import ObjectId, StoredRecord, entity_tag
+from shared.domain.space import footprint
+from shared.ports.state_store import Access, Granted, IndexEntry
+from tests.end_to_end.client import get
+from tests.end_to_end.conftest import World
+from tests.end_to_end.stack import ServiceProcess, Stack
+
+pytestmark = pytest.mark.timeout(180)
+
+LIMIT = 10 * MIB
+AN_HOUR_AGO = 3600.0
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not await condition():  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.05)
+
+
+async def test_a_video_being_watched_outlives_a_flood_of_thumbnails(world: World) -> None:
+    """Two minutes of peace are two seconds here. To the policy the video is the least of all objects."""
+    video = generated_object("1", 12 * MIB)
+    thumbnails = [generated_object(str(number), MIB // 2) for number in range(2, 150)]
+    world.publish([video, *thumbnails])
+    world.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"] = "40M"
+    world.stack.environment["DISTRIBUTOR_EVICTOR__MIN_IDLE"] = "4"
+    await world.stack.up()
+    await get(world.stack.url("1"))
+    await world.stack.until_hit("1")
+    over, ranges = asyncio.Event(), 0
+
+    async def watch() -> None:
+        nonlocal ranges
+        while not over.is_set():
+            first = ranges * MIB % (11 * MIB)
+            answer = await get(world.stack.url("1"), {"Range": f"bytes={first}-{first + MIB - 1}"})
+            assert (answer.status, answer.headers["x-cache"], len(answer.body)) == (206, "hit", MIB)
+            ranges += 1
+            await asyncio.sleep(0.5)
+
+    async def flood() -> None:
+        for thumbnail in thumbnails:
+            assert (await get(world.stack.url(thumbnail.object_id))).complete
+            await asyncio.sleep(0.1)
+        over.set()
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(watch())
+        group.create_task(flood())
+    assert ranges > 10
+
+    async def evicted() -> bool:
+        return (await get(world.stack.url("2"), method="HEAD")).headers["x-cache"] == "miss"
+
+    assert await evicted()
+    assert (await get(world.stack.url("1"), method="HEAD")).headers["x-cache"] == "hit"
+
+
+@dataclass
+class Node:
+    """An evictor process over a volume and a state store that the test fills as fetchers and API would."""
+
+    stack: Stack
+    volume: Volume
+    state: RedisStateStore
+    evictor: ServiceProcess
+
+    async def store(self, sizes: Mapping[str, int], base: float) -> None:
+        """Objects fetched a second after each other, from `base` (POSIX seconds) on."""
+        for place, (name, size) in enumerate(sizes.items()):
+            object_id, stored_at = ObjectId(name), base + place
+            begun = await self.state.begin(object_id, size, "worker")
+            assert isinstance(begun, Granted)
+            tag = entity_tag(object_id, size, None, "test")
+            record = StoredRecord(object_id, size, tag, None, "image/png", int(stored_at))
+            partial = self.volume.receive(record)
+            partial.write(0, bytes(size))
+            partial.mark_verified()
+            partial.publish(record)
+            partial.close()
+            (path,) = self.stack.volume.glob(f"objects/*/{name}")
+            os.utime(path, (stored_at, stored_at))
+            assert await self.state.commit(begun.lease, stored_at)
+
+    async def entries(self) -> dict[str, IndexEntry]:
+        return {str(entry.object_id): entry async for batch in self.state.entries() for entry in batch}
+
+    async def until_saved(self, views: Mapping[str, int]) -> None:
+        """The evictor has written down what it knows; `views` of some objects, storing them included."""
+
+        async def saved() -> bool:
+            entries = await self.entries()
+            counted = all(entries[name].frequency == count for name, count in views.items())
+            return counted and all(entry.priority for entry in entries.values())
+
+        await until(saved)
+
+    async def make_room(self, wanted: int) -> list[str]:
+        """Ask for so many free bytes, as a worker does; what went for it, in this order."""
+        known = len(self.removed())
+        await self.state.want_space(ObjectId("wanted"), wanted - footprint(0), 60.0)
+
+        async def there() -> bool:
+            return (await self.state.usage()).free >= wanted
+
+        await until(there)
+        await self.state.want_space(ObjectId("wanted"), 0, 0.001)
+        return self.removed()[known:]
+
+    def removed(self) -> list[str]:
+        """All that has been evicted, in this order."""
+        lines = [line for line in self.stack.logs().splitlines() if '"object_removed"' in line]
+        return [json.loads(line)["object_id"] for line in lines]
+
+    async def again(self, **settings: str) -> None:
+        """`kill -9` the evictor, and start another one."""
+        self.evictor.kill()
+        await self.begin(**settings)
+
+    async def begin(self, **settings: str) -> None:
+        self.evictor = self.stack.add("evictor", **settings)
+        await self.evictor.healthy()
+
+        async def at_work() -> bool:
+            return '"reconciled"' in self.evictor.tail()
+
+        await until(at_work)
+
+
+@asynccontextmanager
+async def a_node(folder: Path, redis_url: str, **settings: str) -> AsyncIterator[Node]:
+    folder.mkdir()
+    prefix = f"e2e-{uuid.uuid4().hex[:8]}"
+    stack = Stack(folder, redis_url, "amqp://127.0.0.1:9", prefix)
+    stack.write_manifest([], [])
+    stack.environment |= {
+        "DISTRIBUTOR_STORAGE__LIMIT": str(LIMIT),
+        "DISTRIBUTOR_STORAGE__HIGH_WATERMARK": "1",
+        "DISTRIBUTOR_EVICTOR__LEADERSHIP": "2",
+        "DISTRIBUTOR_EVICTOR__LEADERSHIP_RENEWAL": "0.5",
+        "DISTRIBUTOR_EVICTOR__DUTY_INTERVAL": "9999",
+        "DISTRIBUTOR_LOG__LEVEL": "debug",
+        **settings,
+    }
+    state = RedisStateStore(redis_url, prefix + ":", LIMIT, StateTimes(operation_timeout=5.0))
+    await state.open()
+    volume = Volume(stack.volume)
+    volume.prepare()
+    node = Node(stack, volume, state, ServiceProcess("none", (), {}, folder / "none.log", ""))
+    try:
+        await node.begin()
+        yield node
+    finally:
+        stack.kill_all()
+        await state.close()
+        volume.close()
+
+
+async def test_an_evictor_killed_and_restarted_evicts_in_the_same_order(
+    tmp_path: Path, redis_url: str
+) -> None:
+    chance, base = random.Random(7), time.time() - 2 * AN_HOUR_AGO
+    sizes = [chance.randint(10_000, 300_000) for _ in range(60)]
+    early = {f"early{number}": size for number, size in enumerate(sizes[:40])}
+    late = {f"late{number}": size for number, size in enumerate(sizes[40:])}
+    watched = {name: chance.randint(2, 9) for name in [*early, *late] if chance.random() < 0.4}
+    first_round = footprint(0) + LIMIT - sum(map(footprint, early.values())) // 2
+
+    async def live(node: Node, *, restarted: bool) -> list[str]:
+        await node.store(early, base)
+        await node.until_saved(dict.fromkeys(early, 1))
+        gone = await node.make_room(first_round)
+        await node.store(late, base + 600)
+        views = {name: count for name, count in watched.items() if name not in gone}
+        accesses = [Access(ObjectId(name), count - 1, base + 1200) for name, count in views.items()]
+        await node.state.record_accesses(accesses)
+        await node.until_saved(views)
+        if restarted:
+            await node.again()
+        return [*gone, *await node.make_room(LIMIT - 500_000)]
+
+    async with a_node(tmp_path / "one", redis_url) as one, a_node(tmp_path / "two", redis_url) as two:
+        steady, restarted = await asyncio.gather(live(one, restarted=False), live(two, restarted=True))
+    assert len(steady) > 25
+    assert restarted == steady
+    assert steady != sorted(steady, key=[*early, *late].index)
+
+
+async def test_another_policy_after_a_restart_keeps_the_cache(tmp_path: Path, redis_url: str) -> None:
+    large = {f"large{number}": MIB for number in range(4)}
+    small = {f"small{number}": 20_000 for number in range(20)}
+    async with a_node(tmp_path / "node", redis_url, DISTRIBUTOR_EVICTOR__POLICY="lru") as node:
+        await node.store(small, time.time() - 2 * AN_HOUR_AGO)
+        await node.store(large, time.time() - AN_HOUR_AGO)
+        await node.state.record_accesses([Access(ObjectId("small3"), 4, time.time() - AN_HOUR_AGO)])
+
+        async def counted() -> bool:
+            return (await node.entries())["small3"].frequency == 5
+
+        await until(counted)
+        assert await node.make_room(LIMIT - 4 * footprint(MIB) - 18 * footprint(20_000)) == [
+            "small0", "small1",
+        ]  # fmt: skip
+        kept = await node.entries()
+        node.evictor.send(signal.SIGTERM)
+        await asyncio.to_thread(node.evictor.process.wait, 30)  # type: ignore[union-attr]
+        await node.begin(DISTRIBUTOR_EVICTOR__POLICY="gdsf")
+        after = await node.entries()
+        assert {name: (entry.size, entry.frequency, entry.last_access) for name, entry in after.items()} == {
+            name: (entry.size, entry.frequency, entry.last_access) for name, entry in kept.items()
+        }
+        assert await node.make_room(LIMIT - 2 * footprint(MIB) - 18 * footprint(20_000)) == [
+            "large0", "large1",
+        ]  # fmt: skip
+        assert len(list(node.stack.volume.glob("objects/*/*"))) == 20
