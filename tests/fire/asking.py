@@ -53,13 +53,20 @@ async def cache_all(fire: FireWorld, items: Sequence[DemoObject], timeout: float
     return time.monotonic() - began
 
 
-async def asked_until_whole(fire: FireWorld, item: DemoObject) -> int:
-    """GETs until one is whole; each must be right, or cut short of its end. How many were cut."""
-    for cuts in range(4):
+async def asked_until_whole(fire: FireWorld, item: DemoObject, patience: float = 0.0) -> int:
+    """GETs until one is whole; each must be right, or cut short of its end (or, for `patience` seconds, a 502 or 504:
+    failures are remembered for a moment). How many were cut."""
+    deadline = time.monotonic() + patience
+    cuts = 0
+    while cuts < 4:
         answer = await get(fire.stack.url(item.object_id), timeout=60)
+        if answer.status in (502, 504) and time.monotonic() < deadline:
+            await asyncio.sleep(0.5)
+            continue
         if answer.complete:
             assert is_right(answer, item), (item.object_id, answer.status, answer.body[:200])
             return cuts
+        cuts += 1
     raise AssertionError(f"{item.object_id}: cut each time")
 
 

@@ -25,9 +25,14 @@ SMALL = [generated_object(str(number), 40_000) for number in range(1, 5)]
 LARGE = [generated_object(str(number), 24 * MIB) for number in range(11, 15)]
 
 
+KEPT_OPEN = 40
+"""Descriptors the API may keep of its own accord: hot objects, idle connections to sources, Redis and RabbitMQ."""
+
+
 @asynccontextmanager
 async def nothing_is_left(fire: FireWorld, name: str, *, slack: int = 64 * MIB) -> AsyncIterator[None]:
-    """Others keep their latency meanwhile; memory and descriptors of the API return to where they were."""
+    """Others are served meanwhile; descriptors of the API return to where they were, memory to within `slack` (what an
+    allocator keeps for the next time)."""
     await fire.up([*SMALL, *LARGE], 400 * MIB)
     await cache_all(fire, SMALL)
     await cache_all(fire, LARGE[:1])
@@ -41,7 +46,7 @@ async def nothing_is_left(fire: FireWorld, name: str, *, slack: int = 64 * MIB) 
         yield
         await asyncio.sleep(1)
     async with asyncio.timeout(30):
-        while open_descriptors(api.pid) > descriptors + 10:  # noqa: ASYNC110 - another process
+        while open_descriptors(api.pid) > descriptors + KEPT_OPEN:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.2)
     async with asking_hits(urls, SMALL) as after:
         await asyncio.sleep(4)
@@ -99,7 +104,7 @@ async def test_five_hundred_that_read_a_byte_a_second(fire: FireWorld) -> None:
                 await asyncio.sleep(1)
         writer.transport.abort()
 
-    async with nothing_is_left(fire, "slow_500", slack=128 * MIB):
+    async with nothing_is_left(fire, "slow_500", slack=256 * MIB):
         over = asyncio.Event()
         dawdlers = [asyncio.create_task(dawdle(number, over)) for number in range(500)]
         await asyncio.sleep(10)

@@ -120,7 +120,8 @@ async def test_what_is_being_read_is_not_evicted(fire: FireWorld) -> None:
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("jump", [3600, -3600])
 async def test_the_clock_jumps_by_an_hour(fire: FireWorld, jump: int, faketime_library: str) -> None:
-    """For every process of the node and for Redis, under load."""
+    """For every process of the node, under load. (Redis, whose clock times leases, cannot be given a clock of its own:
+    its allocator and libfaketime do not agree. The store's clock jumps in test_model.)"""
     objects = mixed_objects(28)
     place = fire.stack.folder / "clock"
     place.write_text("+0")
@@ -132,17 +133,10 @@ async def test_the_clock_jumps_by_an_hour(fire: FireWorld, jump: int, faketime_l
         "DONT_FAKE_MONOTONIC": "1",
     }
     fire.stack.environment |= clock
-    await asyncio.to_thread(fire.redis.stop)
-    fire.redis.environment |= clock
-    await asyncio.to_thread(fire.redis.start)
     crew = await fire.up(objects, 400 * MIB, fetchers=2)
     async with crew.at_work(4):
         await asyncio.sleep(4)
-        before = int((await fire.redis.command_lines("TIME"))[0])
         place.write_text(f"{jump:+d}")
-        async with asyncio.timeout(10):
-            while abs(int((await fire.redis.command_lines("TIME"))[0]) - before) < 3000:  # noqa: ASYNC110
-                await asyncio.sleep(0.2)
         await asyncio.sleep(6)
         place.write_text("+0")
         await asyncio.sleep(4)

@@ -10,7 +10,7 @@ import pytest
 from services.demo.knobs import Behaviour
 from services.demo.objects import MIB, DemoObject, generated_object
 from tests.end_to_end.client import get
-from tests.fire.asking import ask_right, asked_until_whole
+from tests.fire.asking import ask_right, asked_until_whole, is_right
 from tests.fire.figures import note
 from tests.fire.inspection import settled
 from tests.fire.world import FireWorld
@@ -55,7 +55,7 @@ async def another_takes_over(fire: FireWorld, name: str) -> None:
         await ask_right(fire, item)
     took = time.monotonic() - began
     await fire.stack.until_hit("1")
-    if name in ("cuts", "resets", "hangs_mid_body", "drips"):
+    if name in ("cuts", "hangs_mid_body", "drips"):
         ranges = [record.range for record in fire.second.requests.of("1", "GET")]
         assert any(text and text.startswith("bytes=") and text != "bytes=0-" for text in ranges), ranges
     await settled(fire, [item])
@@ -93,7 +93,10 @@ async def test_where_all_sources_fail_the_client_is_told(fire: FireWorld, name: 
     began = time.monotonic()
     answer = await get(fire.stack.url("1"), timeout=60)
     took = time.monotonic() - began
-    assert not (answer.status == 200 and answer.complete)
+    if answer.status == 200 and answer.complete:
+        # A mebibyte from each, one after the other, are the whole of it
+        assert name in ("hangs_mid_body", "cuts", "resets", "drips")
+        assert is_right(answer, item)
     if answer.status != 200:
         assert answer.status in (502, 504), (answer.status, answer.body)
         assert answer.headers["content-type"] == "application/json"
@@ -101,7 +104,7 @@ async def test_where_all_sources_fail_the_client_is_told(fire: FireWorld, name: 
         assert answer.json()["message"]
     for node in (fire.first, fire.second):
         node.knobs.clear()
-    cuts = await asked_until_whole(fire, item)
+    cuts = await asked_until_whole(fire, item, patience=20)
     await settled(fire, [item])
     note(f"all_sources_{name}", status=answer.status, told_after=took, cut_afterwards=cuts, failed=0)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import shutil
 import signal
@@ -24,7 +23,6 @@ class RedisServer:
         self._folder = folder
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
-        self.environment = dict(os.environ)
         self.port = free_port()
 
     @staticmethod
@@ -48,7 +46,7 @@ class RedisServer:
         ]
         command += ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec", *self._options]
         with (self._folder / "redis.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log)
         deadline = time.monotonic() + _START_SECONDS
         while not self._answers():
             if time.monotonic() > deadline or self._process.poll() is not None:
@@ -83,18 +81,6 @@ class RedisServer:
         try:
             writer.write((" ".join(words) + "\r\n").encode())
             return (await reader.readline()).decode().strip()
-        finally:
-            writer.close()
-            await writer.wait_closed()
-
-    async def command_lines(self, *words: str) -> list[str]:
-        """As `command`, of a reply that is a list of strings."""
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
-        try:
-            writer.write((" ".join(words) + "\r\n").encode())
-            count = int((await reader.readline())[1:])
-            lines = [await reader.readline() for _ in range(2 * count)]
-            return [line.decode().strip() for line in lines[1::2]]
         finally:
             writer.close()
             await writer.wait_closed()
