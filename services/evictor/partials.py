@@ -20,6 +20,9 @@ from shared.domain.space import footprint
 from shared.observability.metrics import RECONCILED
 from shared.ports.state_store import Fetch, FetchPhase, Lease, StateStore, Term
 
+_RESUMED_WITHIN = 8.0
+"""Seconds; less than a worker waits for space, so that its wish is still in force then."""
+
 logger = structlog.get_logger()
 
 
@@ -44,10 +47,18 @@ class Partials:
         return len(foreign)
 
     async def make_room(self, term: Term, wanted: int) -> int:
-        """Give up parked fetches, longest parked first, until `wanted` bytes are free; bytes freed."""
+        """Give up parked fetches, longest parked first, until `wanted` bytes are free; bytes freed.
+
+        Those parked a moment ago stay: their jobs are on the way to another worker, and clients may be following them.
+        """
         if wanted <= 0:
             return 0
-        parked = [fetch for fetch in await self._state.fetches() if fetch.phase is FetchPhase.PARKED]
+        least_age = min(_RESUMED_WITHIN, self._keep)
+        parked = [
+            fetch
+            for fetch in await self._state.fetches()
+            if fetch.phase is FetchPhase.PARKED and fetch.age >= least_age
+        ]
         freed = 0
         for fetch in sorted(parked, key=_age, reverse=True):
             if freed >= wanted:

@@ -119,12 +119,14 @@ async def test_a_parked_fetch_is_given_up_when_nothing_else_can_go(world: Evicto
         lease = await world.begun("half", LIMIT - 5000)
         world.leave_partial("half", 1000, LIMIT - 5000)
         await world.state.park(lease)
-        await world.state.want_space(ObjectId("new"), SIZE, 10.0)
+        await world.state.want_space(ObjectId("new"), SIZE, 30.0)
+        await asyncio.sleep(1)
+        assert await world.fetch_of("half") is not None, "another worker may be about to go on with it"
 
         async def granted() -> bool:
             return isinstance(await world.state.begin(ObjectId("new"), SIZE, "worker-1"), Granted)
 
-        await eventually(granted)
+        await eventually(granted, 25)
         assert await world.fetch_of("half") is None
         assert world.volume.open_partial(ObjectId("half")) is None
 
