@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shared.domain.errors import ConfigurationError
 from shared.domain.eviction import POLICY_NAMES
+
+if TYPE_CHECKING:
+    from services.replay.run import OwnNode
 
 _SIZES = ["1%", "5%", "10%", "25%"]
 _POLICIES = list(POLICY_NAMES)
@@ -42,6 +45,14 @@ SecondViews = Annotated[
 SizesFile = Annotated[
     Path | None, typer.Option("--sizes", metavar="MANIFEST", help="Manifest with the sizes of the objects.")
 ]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="The node's settings (the environment overrides them): try it as it is too, and take its rules for all.",
+    ),
+]
 Sample = Annotated[float, typer.Option("--sample", help="Share of the objects to look at, such as 0.1.")]
 Picture = Annotated[
     Path | None, typer.Option("--picture", metavar="FILE.svg", help="Write the picture here.")
@@ -57,6 +68,7 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
     sizes: SizesFile = None,
     sample: Sample = 1.0,
     picture: Picture = None,
+    config: ConfigFile = None,
 ) -> None:
     """Try policies, cache sizes and settings on one's own access logs."""
     from rich.console import Console
@@ -70,9 +82,27 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
         raise ConfigurationError(f"policy: there is no {', '.join(sorted(unknown))}")
     thresholds = [] if second_view_above == ["off"] else _sizes("second-view-above", second_view_above)
     settings = settings_to_try(policy, _sizes("miss-cost", miss_cost), thresholds)
-    print(
-        run_replay(ReplayRequest(logs, size, settings, sizes, sample, picture), Console(stderr=True)), end=""
+    own = _own_node(config) if config is not None else None
+    asked = ReplayRequest(logs, size, settings, sizes, sample, picture, own)
+    print(run_replay(asked, Console(stderr=True)), end="")
+
+
+def _own_node(config: Path) -> OwnNode:
+    from services.replay.run import OwnNode
+    from services.replay.scenarios import NodeRules, Setting
+    from shared.settings import load_settings
+
+    settings = load_settings(config)
+    storage, evictor, admission = settings.storage, settings.evictor, settings.admission
+    rules = NodeRules(
+        evictor.min_idle,
+        storage.max_cached_item,
+        storage.high_watermark,
+        storage.low_watermark,
+        admission.window,
     )
+    cost = evictor.cost_per_miss if evictor.policy == "gdsf" else None
+    return OwnNode(Setting(evictor.policy, cost, admission.above_size), storage.limit, rules)
 
 
 def _sizes(option: str, texts: list[str]) -> list[int]:

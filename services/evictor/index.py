@@ -154,6 +154,8 @@ class EvictionIndex:
                         PolicyEntry(found.object_id, found.size, 1, _grained(min(found.changed_at, now)))
                     )
                     self._dirty.add(found.object_id)  # the store knows no priority yet
+                    # It came for a view, which is its first: the player's further ranges are no second one
+                    self._views.begins_view(found.object_id, found.changed_at)
                     self.victims.came_back(found.object_id)
 
     async def _apply_accesses(self) -> None:

@@ -41,7 +41,7 @@ class LogLine:
 
     `at`: POSIX seconds of the request, where the log gives its duration, else of the answer; `sent`: bytes of the body;
     `size`: bytes of the object, if the line says so; `whole`: `sent` is all of it, as far as the log knows;
-    `cache`: hit, pending or miss, if it was logged.
+    `cache`: hit, pending or miss, if it was logged; `not_modified`: the answer was a 304.
     """
 
     at: float
@@ -50,6 +50,7 @@ class LogLine:
     size: int | None = None
     whole: bool = False
     cache: str | None = None
+    not_modified: bool = False
 
 
 def parse_line(line: str) -> LogLine | None:
@@ -84,6 +85,7 @@ def _from_json(fields: Mapping[str, Any]) -> LogLine | None:
         size=None if size is None else int(size),
         whole=status == 200 and not fields.get("cut"),
         cache=fields.get("x_cache"),
+        not_modified=status == 304,
     )
 
 
@@ -107,6 +109,7 @@ def _from_caddy(fields: Mapping[str, Any]) -> LogLine | None:
         size=size,
         whole=status == 200,
         cache=headers.get("x-cache"),
+        not_modified=status == 304,
     )
 
 
@@ -116,7 +119,7 @@ def _from_common(fields: re.Match[str]) -> LogLine | None:
         return None
     at = datetime.strptime(fields["time"], "%d/%b/%Y:%H:%M:%S %z").timestamp()
     sent = 0 if fields["bytes"] == "-" else int(fields["bytes"])
-    return LogLine(at, object_id, sent, whole=status == 200)
+    return LogLine(at, object_id, sent, whole=status == 200, not_modified=status == 304)
 
 
 def _from_csv(line: str) -> LogLine | None:

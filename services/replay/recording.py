@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from services.replay.log_lines import LogLine
@@ -10,8 +12,11 @@ from shared.domain.eviction.simulator import Request
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 
-_PENDING, _HIT, _OTHER, _NOT_LOGGED = range(4)
-_CACHE_CODES: Mapping[str | None, int] = {"pending": _PENDING, "hit": _HIT, "miss": _OTHER, None: _NOT_LOGGED}
+_PENDING, _HIT, _MISS, _NOT_LOGGED = range(4)
+_CACHE_CODES: Mapping[str | None, int] = {"pending": _PENDING, "hit": _HIT, None: _NOT_LOGGED}
+_NOT_MODIFIED = 4
+"""Added to the code of a 304."""
+_MISSED_304 = _MISS + _NOT_MODIFIED
 
 
 class Recording:
@@ -54,7 +59,7 @@ class Recording:
         self._at.append(line.at)
         self._object.append(number)
         self._sent.append(line.sent)
-        self._cache.append(_CACHE_CODES.get(line.cache, _OTHER))
+        self._cache.append(_CACHE_CODES.get(line.cache, _MISS) + _NOT_MODIFIED * line.not_modified)
 
     def sizes(self) -> array[int]:
         """Bytes of each object."""
@@ -85,12 +90,42 @@ class Recording:
     @property
     def logged_hit_ratio(self) -> float | None:
         """Share of requests that the log itself calls hits, None where it does not say."""
-        logged = len(self._cache) - self._cache.count(_NOT_LOGGED)
-        return self._cache.count(_HIT) / logged if logged else None
+        counted = Counter(code % _NOT_MODIFIED for code in self._cache)
+        logged = len(self._cache) - counted[_NOT_LOGGED]
+        return counted[_HIT] / logged if logged else None
 
     def requests(self) -> Iterator[Request]:
-        sizes, ids = self.sizes(), self._ids
+        sizes, ids, fetches = self.sizes(), self._ids, _Fetches(len(self._ids))
         for place in sorted(range(len(self._at)), key=self._at.__getitem__):
-            number = self._object[place]
-            joined = self._cache[place] == _PENDING
-            yield Request(self._at[place], ids[number], sizes[number], self._sent[place], joined)
+            number, at = self._object[place], self._at[place]
+            code = self._cache[place]
+            not_modified = code >= _NOT_MODIFIED
+            joined = fetches.joined(number, at, code % _NOT_MODIFIED) if code != _MISSED_304 else None
+            yield Request(at, ids[number], sizes[number], self._sent[place], joined, not_modified)
+
+
+class _Fetches:
+    """Which requests waited for one fetch, by what the log calls them: after the last hit all pending ones joined the
+    first of them or the miss before. Of requests that come together the one that began the fetch need not be first."""
+
+    def __init__(self, objects: int) -> None:
+        self._began = array("d", [-math.inf]) * objects
+        self._missed = bytearray(objects)
+
+    def joined(self, number: int, at: float, cache: int) -> float | None:
+        """When the fetch began that a request waited for; None if it waited for none, or began one."""
+        if cache in (_HIT, _NOT_LOGGED):
+            self._began[number] = -math.inf
+            self._missed[number] = False
+            return None
+        began = self._began[number]
+        if cache == _MISS:
+            swapped = began > -math.inf and not self._missed[number]
+            self._missed[number] = True
+            if swapped:
+                return began
+            self._began[number] = at
+            return None
+        if began == -math.inf:
+            began = self._began[number] = at
+        return began

@@ -47,6 +47,16 @@ def size_label(result: Result) -> str:
     )
 
 
+def describe_own(own: Result) -> str:
+    """One sentence, to be held against what the log itself and the node's metrics say."""
+    outcome = own.outcome
+    return (
+        f"As configured ({own.setting.name}, {size_label(own)}): {outcome.object_hit_ratio:.1%} of requests and"
+        f" {outcome.byte_hit_ratio:.1%} of bytes are hits, and the sources give {outcome.source_ratio:.3f} bytes for"
+        f" each byte served."
+    )
+
+
 def recommend(results: Sequence[Result]) -> str:
     """One sentence. Of the settings within a point of the best object hit ratio that with the least bytes from sources,
     and of those within a point of it that which writes least; at the largest cache tried, since that was affordable."""

@@ -12,14 +12,32 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from services.replay.chart import render_chart
 from services.replay.reading import LinesRead, read_logs, read_sizes
 from services.replay.recording import Recording
-from services.replay.report import recommend, render_table
-from services.replay.scenarios import Result, Setting, parse_cache_sizes, try_setting
+from services.replay.report import describe_own, recommend, render_table
+from services.replay.scenarios import (
+    CacheSize,
+    NodeRules,
+    Result,
+    Setting,
+    parse_cache_sizes,
+    try_setting,
+)
 from shared.domain.errors import ConfigurationError
+from shared.settings.sizes import format_size
+
+
+@dataclass(frozen=True, slots=True)
+class OwnNode:
+    """The node as its settings make it."""
+
+    setting: Setting
+    limit: int
+    rules: NodeRules
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayRequest:
-    """What the operator asked for. `sample`: share of the objects, above 0 and at most 1."""
+    """What the operator asked for. `sample`: share of the objects, above 0 and at most 1; `own`: to be tried beside the
+    others, who get its rules."""
 
     logs: Sequence[Path]
     cache_sizes: Sequence[str]
@@ -27,6 +45,7 @@ class ReplayRequest:
     sizes_file: Path | None = None
     sample: float = 1.0
     picture: Path | None = None
+    own: OwnNode | None = None
 
 
 def replay(asked: ReplayRequest, progress_to: Console) -> str:
@@ -41,12 +60,13 @@ def replay(asked: ReplayRequest, progress_to: Console) -> str:
             raise ConfigurationError(
                 f"no answers with objects in these logs ({counts.other} other lines, {counts.unreadable} unreadable)"
             )
-        results = _try_all(asked, recording, progress)
+        own, results = _try_all(asked, recording, progress)
     if asked.picture is not None:
         asked.picture.write_text(
             render_chart(results, f"Replay of {len(recording)} requests"), encoding="utf-8"
         )
-    return "\n".join([*_about(recording, counts), "", render_table(results), "", recommend(results), ""])
+    about = [*_about(recording, counts), *([describe_own(own)] if own is not None else [])]
+    return "\n".join([*about, "", render_table(results), "", recommend(results), ""])
 
 
 def _read(asked: ReplayRequest, recording: Recording, progress: Progress) -> LinesRead:
@@ -58,19 +78,28 @@ def _read(asked: ReplayRequest, recording: Recording, progress: Progress) -> Lin
     return read_logs(asked.logs, recording, asked.sample, lambda read: progress.advance(task, read))
 
 
-def _try_all(asked: ReplayRequest, recording: Recording, progress: Progress) -> list[Result]:
+def _try_all(
+    asked: ReplayRequest, recording: Recording, progress: Progress
+) -> tuple[Result | None, list[Result]]:
+    """What the own node makes of it, if its settings are known; and each setting at each size."""
     sizes = parse_cache_sizes(asked.cache_sizes, int(recording.footprint / asked.sample))
-    task = progress.add_task("trying", total=len(recording) * len(sizes) * len(asked.settings))
+    own, rules = asked.own, asked.own.rules if asked.own is not None else NodeRules()
+    trials = [(size, setting) for size in sizes for setting in asked.settings]
+    if own is not None:
+        trials.insert(0, (CacheSize(own.limit, format_size(own.limit)), own.setting))
+    task = progress.add_task("trying", total=len(recording) * len(trials))
     results = []
-    for size in sizes:
-        for setting in asked.settings:
-            progress.update(task, description=f"{size.label}, {setting.name}")
-            limit = max(1, int(size.limit * asked.sample))
-            outcome = try_setting(
-                recording.requests(), setting, limit, lambda done: progress.advance(task, done)
-            )
-            results.append(Result(setting, size, outcome))
-    return results
+    for size, setting in trials:
+        progress.update(task, description=f"{size.label}, {setting.name}")
+        outcome = try_setting(
+            recording.requests(),
+            setting,
+            rules.at(size.limit, asked.sample),
+            lambda done: progress.advance(task, done),
+            rules.admission_window,
+        )
+        results.append(Result(setting, size, outcome))
+    return (None, results) if own is None else (results[0], results[1:])
 
 
 def _about(recording: Recording, counts: LinesRead) -> list[str]:

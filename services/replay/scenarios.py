@@ -9,10 +9,31 @@ from dataclasses import dataclass
 from shared.domain.errors import ConfigurationError
 from shared.domain.eviction import EvictionPolicy, make_policy
 from shared.domain.eviction.admission import SecondViewAdmission
-from shared.domain.eviction.simulator import Outcome, Request, Rules, Simulation
+from shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, Simulation
+from shared.domain.space import Watermarks, watermarks_for
 from shared.settings.sizes import format_size, parse_size
 
+_TOLD_EVERY = 20_000
+_WINDOW = 7 * 24 * 3600.0
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRules:
+    """What a node does whatever its policy and limit: see `storage`, `evictor` and `admission` in its settings.
+    Seconds, bytes, shares of the limit; None: derived as the node derives it."""
+
+    min_idle: float = MIN_IDLE
+    largest: int | None = None
+    high_watermark: float | None = None
+    low_watermark: float | None = None
+    admission_window: float = _WINDOW
+
+    def at(self, limit: int, sample: float = 1.0) -> Rules:
+        """For a cache of `limit` bytes, of which a sample of the objects has its share."""
+        marks = watermarks_for(limit, self.largest, self.high_watermark, self.low_watermark)
+        scaled = Watermarks(low=int(marks.low * sample), high=int(marks.high * sample))
+        return Rules(max(1, int(limit * sample)), scaled, self.min_idle, self.largest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +103,19 @@ def parse_cache_sizes(texts: Iterable[str], footprint: int) -> list[CacheSize]:
 def try_setting(
     requests: Iterable[Request],
     setting: Setting,
-    limit: int,
+    rules: Rules,
     tick: Callable[[int], None],
-    every: int = 20_000,
+    admission_window: float = _WINDOW,
 ) -> Outcome:
-    """`limit`: bytes of the simulated cache. `tick` is told the requests done since it was last told."""
+    """`tick` is told the requests done since it was last told."""
     above = setting.second_view_above
-    admission = None if above is None else SecondViewAdmission(above)
-    simulation = Simulation(setting.make_policy(), Rules.of(limit), admission)
+    admission = None if above is None else SecondViewAdmission(above, admission_window)
+    simulation = Simulation(setting.make_policy(), rules, admission)
     seen = 0
     for request in requests:
         simulation.see(request)
         seen += 1
-        if seen % every == 0:
-            tick(every)
-    tick(seen % every)
+        if seen % _TOLD_EVERY == 0:
+            tick(_TOLD_EVERY)
+    tick(seen % _TOLD_EVERY)
     return simulation.outcome

@@ -19,9 +19,10 @@ class ViewCoalescer:
         self._began: OrderedDict[ObjectId, float] = OrderedDict()
 
     def begins_view(self, object_id: ObjectId, now: float) -> bool:
-        """True if a request at `now` (seconds) is the first of a view. A clock that was set back begins a new one."""
+        """True if a request at `now` (seconds) is the first of a view. One that is reported late, or by a clock
+        somewhat behind, belongs to the view that is running; a clock set back by a window or more begins a new one."""
         began = self._began.get(object_id)
-        if began is not None and 0 <= now - began < self._window:
+        if began is not None and -self._window < now - began < self._window:
             return False
         self._began[object_id] = now
         self._began.move_to_end(object_id)

@@ -22,10 +22,11 @@ def test_requests_within_five_minutes_are_one_view() -> None:
     assert views.begins_view(OTHER, NOW)
 
 
-def test_a_clock_set_back_begins_a_view() -> None:
+def test_a_clock_set_back_far_begins_a_view_and_what_is_reported_late_does_not() -> None:
     views = ViewCoalescer()
     assert views.begins_view(VIDEO, NOW)
-    assert views.begins_view(VIDEO, NOW - 1)
+    assert not views.begins_view(VIDEO, NOW - 1)
+    assert views.begins_view(VIDEO, NOW - 300)
 
 
 def test_the_views_that_began_first_are_forgotten_first() -> None:
@@ -71,8 +72,9 @@ def simulation(limit: int, *, admission: SecondViewAdmission | None = None) -> S
     return Simulation(Lru(), Rules.of(limit, 1.0, 1.0), admission)
 
 
-def view(at: float, name: str, size: int, sent: int | None = None, *, joined: bool = False) -> Request:
-    return Request(NOW + at, ObjectId(name), size, size if sent is None else sent, joined)
+def view(at: float, name: str, size: int, sent: int | None = None, *, joined: float | None = None) -> Request:
+    began = None if joined is None else NOW + joined
+    return Request(NOW + at, ObjectId(name), size, size if sent is None else sent, began)
 
 
 def test_what_a_simulation_counts() -> None:
@@ -106,10 +108,22 @@ def test_what_was_just_accessed_is_not_evicted_but_the_newcomer_proxied() -> Non
 def test_who_joined_a_fetch_had_no_hit() -> None:
     trial = simulation(5 * MIB)
     trial.see(view(0, "a", MIB))
-    assert not trial.see(view(1, "a", MIB, joined=True))
+    assert not trial.see(view(1, "a", MIB, joined=0))
     assert trial.see(view(2, "a", MIB))
-    assert trial.see(view(2000, "a", MIB, joined=True)), "that fetch would be none of this cache's"
+    assert trial.see(view(5, "a", MIB, joined=4)), "that fetch would be none of this cache's"
     assert trial.outcome.bytes_from_sources == MIB
+
+
+def test_a_304_is_no_view_and_fetches_nothing() -> None:
+    policy = Gdsf()
+    trial = Simulation(policy, Rules.of(50 * MIB))
+    unchanged = Request(NOW, VIDEO, MIB, 0, not_modified=True)
+    assert not trial.see(unchanged)
+    assert VIDEO not in policy
+    assert not trial.see(view(1, "video", MIB))
+    assert trial.see(unchanged._replace(at=NOW + 1000))
+    assert policy.get(VIDEO) == PolicyEntry(VIDEO, MIB, 1, NOW + 1, 65.0)
+    assert (trial.outcome.requests, trial.outcome.hits, trial.outcome.bytes_from_sources) == (3, 1, MIB)
 
 
 def test_admission_counts_only_when_the_cache_is_full() -> None:

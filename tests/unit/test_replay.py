@@ -28,7 +28,7 @@ from services.replay.scenarios import (
     try_setting,
 )
 from shared.domain.errors import ConfigurationError
-from shared.domain.eviction.simulator import Outcome
+from shared.domain.eviction.simulator import Outcome, Rules
 from shared.domain.objects import ObjectId
 
 AT = 1_764_000_000.0
@@ -62,7 +62,7 @@ def ours(**changes: object) -> str:
         (COMBINED, LogLine(AT, ObjectId("42"), 1000, whole=True)),
         (COMBINED.replace("16:00:00 +0000", "18:00:00 +0200"), LogLine(AT, ObjectId("42"), 1000, whole=True)),
         (COMBINED.replace(" 200 1000", " 206 17"), LogLine(AT, ObjectId("42"), 17)),
-        (COMBINED.replace(" 200 1000", " 304 -"), LogLine(AT, ObjectId("42"), 0)),
+        (COMBINED.replace(" 200 1000", " 304 -"), LogLine(AT, ObjectId("42"), 0, not_modified=True)),
         (f"{AT},42,1000", LogLine(AT, ObjectId("42"), 1000, size=1000)),
         (f"{AT},42,1000,10", LogLine(AT, ObjectId("42"), 10, size=1000)),
         ("2025-11-24T16:00:00Z, 42, 1000", LogLine(AT, ObjectId("42"), 1000, size=1000)),
@@ -198,8 +198,8 @@ def test_a_sample_tells_nearly_the_same_as_everything() -> None:
             sampled.add(line)
     limit = whole.footprint // 20
     setting = Setting("gdsf", 2**26)
-    everything = try_setting(whole.requests(), setting, limit, lambda _: None)
-    half = try_setting(sampled.requests(), setting, limit // 2, lambda _: None)
+    everything = try_setting(whole.requests(), setting, Rules.of(limit), lambda _: None)
+    half = try_setting(sampled.requests(), setting, Rules.of(limit // 2), lambda _: None)
     assert half.object_hit_ratio == pytest.approx(everything.object_hit_ratio, abs=0.03)
 
 

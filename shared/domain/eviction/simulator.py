@@ -2,7 +2,8 @@
 
 It decides as the node does: requests for one object within five minutes are one view, what was just accessed is not
 evicted, the evictor starts above a high watermark and goes down to a low one, an object that does not fit is proxied.
-It differs in time: a fetch takes none, unless the request itself says that it joined one.
+It differs in time: a fetch takes none, unless the request itself says that it joined one, and the evictor looks at
+once.
 """
 
 from __future__ import annotations
@@ -13,23 +14,27 @@ from typing import NamedTuple
 from shared.domain.eviction.admission import SecondViewAdmission
 from shared.domain.eviction.policy import EvictionPolicy, PolicyEntry
 from shared.domain.objects import ObjectId
-from shared.domain.space import Watermarks, footprint
+from shared.domain.space import Watermarks, footprint, watermarks_for
 from shared.domain.views import ViewCoalescer
 
 MIN_IDLE = 120.0
 """Seconds: a player's pauses between two ranges are shorter."""
-_LONGEST_FETCH = 600.0
 
 
 class Request(NamedTuple):
-    """`at`: POSIX seconds. `size`: bytes of the whole object; `sent`: bytes of this answer. `joined`: it is known to
-    have come while the object was being fetched (the log says pending), so it was no hit however fast the node is."""
+    """`at`: POSIX seconds. `size`: bytes of the whole object; `sent`: bytes of this answer.
+
+    `joined`: it is known to have come while the object was being fetched (the log says pending), so it was no hit
+    however fast the node is; POSIX seconds of the request that began that fetch. `not_modified`: it was answered with
+    304, which counts as a request, but neither as a view nor as a reason to fetch.
+    """
 
     at: float
     object_id: ObjectId
     size: int
     sent: int
-    joined: bool = False
+    joined: float | None = None
+    not_modified: bool = False
 
 
 @dataclass(slots=True)
@@ -68,16 +73,18 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The cache's bounds: bytes of the limit, where eviction starts and ends, and who is left alone (seconds)."""
+    """The cache's bounds: bytes of the limit, where eviction starts and ends, who is left alone (seconds since the last
+    access), and the largest object that is cached (bytes; None: any that fits)."""
 
     limit: int
     watermarks: Watermarks
     min_idle: float = MIN_IDLE
+    largest: int | None = None
 
     @classmethod
-    def of(cls, limit: int, low: float = 0.90, high: float = 0.95) -> Rules:
-        """With watermarks as shares of the limit."""
-        return cls(limit, Watermarks(low=int(limit * low), high=int(limit * high)))
+    def of(cls, limit: int, low: float | None = None, high: float | None = None) -> Rules:
+        """With watermarks as shares of the limit, or as the node derives them."""
+        return cls(limit, watermarks_for(limit, None, high, low))
 
 
 class Simulation:
@@ -96,23 +103,25 @@ class Simulation:
 
     def see(self, request: Request) -> bool:
         """True for a hit."""
-        at, object_id, _, sent, joined = request
+        at, object_id, _, sent, joined, not_modified = request
         outcome = self.outcome
         outcome.requests += 1
         outcome.bytes_sent += sent
-        begins_view = self._views.begins_view(object_id, at)
-        if object_id not in self._policy:
-            self._miss(request)
-            return False
-        self._policy.access(object_id, int(begins_view), at)
-        if joined and at - self._fetched_at[object_id] < _LONGEST_FETCH:
-            return False  # its bytes came with the fetch, which counted them
+        held = object_id in self._policy
+        if not not_modified:
+            begins_view = self._views.begins_view(object_id, at)
+            if held:
+                self._policy.access(object_id, int(begins_view), at)
+            else:
+                self._miss(request)
+        if not held or (joined is not None and self._fetched_at[object_id] >= joined):
+            return False  # if it joined, its bytes came with the fetch, which counted them
         outcome.hits += 1
         outcome.bytes_hit += sent
         return True
 
     def _miss(self, request: Request) -> None:
-        at, object_id, size, sent, _ = request
+        at, object_id, size, sent, *_ = request
         outcome = self.outcome
         if not self._admitted(object_id, size, at) or not self._make_room(footprint(size), at):
             outcome.proxied += 1
@@ -125,9 +134,10 @@ class Simulation:
         outcome.bytes_written += size
 
     def _admitted(self, object_id: ObjectId, size: int, at: float) -> bool:
-        if footprint(size) > self._rules.limit:
+        rules = self._rules
+        if footprint(size) > rules.limit or (rules.largest is not None and size > rules.largest):
             return False
-        pressure = self._used + footprint(size) > self._rules.watermarks.low
+        pressure = self._used + footprint(size) > rules.watermarks.low
         return self._admission is None or self._admission.admits(object_id, size, at, pressure=pressure)
 
     def _make_room(self, needed: int, now: float) -> bool:
