@@ -139,7 +139,8 @@ def objects_on(volume: Path, ids: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.fire
+@pytest.mark.timeout(180)
 async def test_files_deleted_cut_swapped_and_corrupted_behind_our_back(
     fire: FireWorld, tmp_path: Path
 ) -> None:

@@ -103,7 +103,8 @@ async def through(fire: FireWorld, fault: Fault, seconds: float) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.fire
+@pytest.mark.timeout(300)
 async def test_the_queue_is_deleted_and_its_consumer_cancelled(fire: FireWorld) -> None:
     await through(fire, queue_deleted, 0)
 
@@ -115,8 +116,7 @@ async def test_the_broker_restarts(fire: FireWorld, fault: Fault) -> None:
     await through(fire, fault, 0)
 
 
-@pytest.mark.fire
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(180)
 async def test_its_connections_are_closed(fire: FireWorld) -> None:
     await through(fire, connections_closed, 0)
 

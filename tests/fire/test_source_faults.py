@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 
 import pytest
 
-from services.demo.knobs import Behaviour
+from services.demo.knobs import Behaviour, Match
 from services.demo.objects import MIB, DemoObject, generated_object
 from tests.end_to_end.client import get
 from tests.fire.asking import ask_right, asked_until_whole, is_right
@@ -43,10 +44,18 @@ def one_of_each() -> dict[str, DemoObject]:
     return {name: generated_object(str(number + 1), SIZE) for number, name in enumerate(FAULTS)}
 
 
+async def up_with_first_asked_first(fire: FireWorld, items: Sequence[DemoObject]) -> None:
+    """Sources are asked in the order of how quickly they answer probes."""
+    fire.second.knobs.add(Behaviour(latency_before_headers=0.5), Match(endpoint="version"))
+    await fire.up(items, 100 * MIB)
+    await fire.second.requests.wait_for(lambda log: any("version" in record.path for record in log), 15)
+    await asyncio.sleep(3)  # until it is probed, and what was seen is shared
+
+
 async def another_takes_over(fire: FireWorld, name: str) -> None:
     item = generated_object("1", SIZE)
-    await fire.up([item], 100 * MIB)
-    fire.first.knobs.add(FAULTS[name])
+    await up_with_first_asked_first(fire, [item])
+    fire.first.knobs.add(FAULTS[name], Match(endpoint="files"))
     began = time.monotonic()
     if name in LIES:
         cuts = await asked_until_whole(fire, item)
@@ -55,6 +64,7 @@ async def another_takes_over(fire: FireWorld, name: str) -> None:
         await ask_right(fire, item)
     took = time.monotonic() - began
     await fire.stack.until_hit("1")
+    assert fire.first.requests.of("1", "GET"), "the fault was never met"
     if name in ("cuts", "hangs_mid_body", "drips"):
         ranges = [record.range for record in fire.second.requests.of("1", "GET")]
         assert any(text and text.startswith("bytes=") and text != "bytes=0-" for text in ranges), ranges
@@ -73,10 +83,10 @@ async def test_another_source_takes_over(fire: FireWorld, name: str) -> None:
 async def test_another_takes_over_from_sources_of_many_kinds(fire: FireWorld) -> None:
     """The quick form: one node, one object for each fault."""
     items = {name: item for name, item in one_of_each().items() if name in QUICK}
-    await fire.up(list(items.values()), 100 * MIB)
+    await up_with_first_asked_first(fire, list(items.values()))
     for name, item in items.items():
         fire.first.knobs.clear()
-        fire.first.knobs.add(FAULTS[name])
+        fire.first.knobs.add(FAULTS[name], Match(endpoint="files"))
         await (asked_until_whole(fire, item) if name in LIES else ask_right(fire, item))
         await fire.stack.until_hit(item.object_id)
     await settled(fire, list(items.values()))
@@ -114,7 +124,8 @@ async def test_where_all_sources_fail_the_client_is_told(fire: FireWorld, name: 
 @pytest.mark.parametrize("how", ["tls_error", "refused", "black_hole"])
 async def test_a_source_that_cannot_be_talked_to(fire: FireWorld, how: str) -> None:
     item = generated_object("1", SIZE)
-    await fire.up([item], 100 * MIB)
+    await up_with_first_asked_first(fire, [item])
+    connections = fire.to_first.connections
     if how == "tls_error":
         bases = [f"https://127.0.0.1:{fire.first.port}/api/v1/files/", f"{fire.second.api_url}/files/"]
         fire.stack.write_manifest([item], bases)
@@ -126,4 +137,5 @@ async def test_a_source_that_cannot_be_talked_to(fire: FireWorld, how: str) -> N
     took = time.monotonic() - began
     await fire.stack.until_hit("1")
     await settled(fire, [item])
+    assert how == "tls_error" or fire.to_first.connections > connections, "the fault was never met"
     note(f"source_{how}", requests=1, whole_after=took, failed=0)
