@@ -72,7 +72,7 @@ class Reconciliation:
         # Partial files before objects: what is published meanwhile moves from those to these, and is not missed
         await self._partials.sweep(term)
         await self._adopt_unknown(term, known, findings)
-        await self._check_entries(term, findings)
+        await self._check_entries(term, known, findings)
         # Those of workers that had begun just before the store was lost
         findings.foreign_count += await self._partials.sweep(term)
         if not findings.unsettled:
@@ -140,12 +140,16 @@ class Reconciliation:
                 logger.warning("object_damaged", object_id=object_id)
                 await self._removals.purge(term, object_id, "damaged")
 
-    async def _check_entries(self, term: Term, findings: Findings) -> None:
+    async def _check_entries(self, term: Term, known: KnownIds, findings: Findings) -> None:
         """Entries without their file are dropped: the entry is older than the look, and goes only if it is still the
-        same one. Files of another size than their entry are damaged."""
+        same one. Files of another size than their entry are damaged. Only what the store knew before the scan is
+        looked at: what came since was seen on the volume when it was adopted or published."""
+        if not len(known):
+            return
         async for batch in self._state.entries():
-            sizes = await file_call(self._sizes, batch)
-            for entry, size in zip(batch, sizes, strict=True):
+            older = [entry for entry in batch if entry.object_id in known]
+            sizes = await file_call(self._sizes, older)
+            for entry, size in zip(older, sizes, strict=True):
                 if entry.evicting or size == entry.size:
                     continue
                 if size is not None:
