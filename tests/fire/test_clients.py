@@ -26,7 +26,7 @@ LARGE = [generated_object(str(number), 24 * MIB) for number in range(11, 15)]
 
 
 KEPT_OPEN = 40
-"""Descriptors the API may keep of its own accord: hot objects, idle connections to sources, Redis and RabbitMQ."""
+"""Descriptors by which the API may stand above where it was, such as hot objects and idle connections to sources."""
 
 
 @asynccontextmanager
