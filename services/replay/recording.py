@@ -17,6 +17,8 @@ _CACHE_CODES: Mapping[str | None, int] = {"pending": _PENDING, "hit": _HIT, None
 _NOT_MODIFIED = 4
 """Added to the code of a 304."""
 _MISSED_304 = _MISS + _NOT_MODIFIED
+_TOGETHER = 1.0
+"""Seconds: no object is fetched, evicted and fetched again within less."""
 
 
 class Recording:
@@ -105,27 +107,26 @@ class Recording:
 
 
 class _Fetches:
-    """Which requests waited for one fetch, by what the log calls them: after the last hit all pending ones joined the
-    first of them or the miss before. Of requests that come together the one that began the fetch need not be first."""
+    """Which requests waited for one fetch, by what the log calls them: pending ones joined the fetch that the miss
+    before began. Of requests that come together the one that began the fetch need not be the first."""
 
     def __init__(self, objects: int) -> None:
-        self._began = array("d", [-math.inf]) * objects
-        self._missed = bytearray(objects)
+        never = array("d", [-math.inf]) * objects
+        self._began, self._pending_since, self._pending_last = never, never[:], never[:]
 
     def joined(self, number: int, at: float, cache: int) -> float | None:
         """When the fetch began that a request waited for; None if it waited for none, or began one."""
         if cache in (_HIT, _NOT_LOGGED):
-            self._began[number] = -math.inf
-            self._missed[number] = False
+            self._began[number] = self._pending_last[number] = -math.inf
             return None
-        began = self._began[number]
+        together = at - self._pending_last[number] < _TOGETHER
         if cache == _MISS:
-            swapped = began > -math.inf and not self._missed[number]
-            self._missed[number] = True
-            if swapped:
-                return began
+            self._pending_last[number] = -math.inf
+            self._began[number] = self._pending_since[number] if together else at
+            return self._began[number] if together else None
+        if not together:
+            self._pending_since[number] = at
+        self._pending_last[number] = at
+        if self._began[number] == -math.inf:
             self._began[number] = at
-            return None
-        if began == -math.inf:
-            began = self._began[number] = at
-        return began
+        return self._began[number]

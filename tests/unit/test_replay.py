@@ -124,6 +124,50 @@ def test_sizes_come_from_the_best_word_there_is() -> None:
     assert recording.logged_hit_ratio is None
 
 
+def test_who_waited_for_which_fetch() -> None:
+    recording = Recording()
+    told = (
+        (0.0, "miss"), (1.0, "pending"), (2.0, "hit"),
+        (100.0, "pending"), (100.1, "miss"), (100.2, "pending"),  # they came together, and the second began the fetch
+        (500.0, "miss"), (500.5, "pending"), (501.0, "pending"),
+    )  # fmt: skip
+    for at, cache in told:
+        recording.add(LogLine(at, ObjectId("1"), 10, size=10, cache=cache))
+    assert [request.joined for request in recording.requests()] == [
+        None, 0.0, None, 100.0, 100.0, 100.0, None, 500.0, 500.0,
+    ]  # fmt: skip
+    assert recording.logged_hit_ratio == 1 / 9
+
+
+def test_a_missed_304_began_no_fetch() -> None:
+    recording = Recording()
+    for at, cache, unchanged in ((0.0, "miss", False), (5.0, "miss", True), (6.0, "pending", False)):
+        recording.add(LogLine(at, ObjectId("1"), 0, size=10, cache=cache, not_modified=unchanged))
+    assert [(request.joined, request.not_modified) for request in recording.requests()] == [
+        (None, False), (None, True), (0.0, False),
+    ]  # fmt: skip
+
+
+def test_the_nodes_own_settings_are_tried_beside_the_others(tmp_path: Path) -> None:
+    log, config = tmp_path / "access.json", tmp_path / "node.yaml"
+    log.write_text(
+        "\n".join(f"{AT + number},{number % 7},1000000" for number in range(700)), encoding="utf-8"
+    )
+    config.write_text(
+        "storage: {path: data, limit: 5M, max_cached_item: 500K}\nevictor: {policy: lru, min_idle: 1}\n"
+        "catalog: {manifest: objects.yaml}\n",
+        encoding="utf-8",
+    )
+    options = ["--config", str(config), "--size", "1G", "--policy", "lru-sp"]
+    done = CliRunner().invoke(app, ["replay", str(log), *options])
+    assert done.exit_code == 0, done.output
+    assert "As configured (lru, 5M): 0.0% of requests and 0.0% of bytes are hits" in done.output
+    assert "| 1G | lru-sp | 0.000 |" in done.output, "nor does a larger cache take what is too large"
+    config.write_text(config.read_text().replace(", max_cached_item: 500K", ""))
+    done = CliRunner().invoke(app, ["replay", str(log), *options])
+    assert "| 1G | lru-sp | 0.990 |" in done.output
+
+
 def test_files_plain_and_gzip_torn_and_sampled(tmp_path: Path) -> None:
     lines = [f"{AT + number},object-{number % 500},1000" for number in range(2000)] + [
         "rubbish",
