@@ -21,6 +21,7 @@ from shared.runtime.adapters import (
     build_volume,
 )
 from shared.runtime.run_service import ServiceScope, run_service
+from shared.runtime.serving import serve_until
 from shared.settings.model import Settings
 
 
@@ -55,23 +56,10 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
     await resources.enter_async_context(
         ProbeServer(settings.metrics.host, settings.metrics.port, evictor.problems)
     )
-    await _serve_until(scope.stop_requested, evictor)
+    await serve_until(scope.stop_requested, evictor.serve(), "evictor")
 
 
 def build_source_watch(settings: Settings, catalog: Catalog, sharing: SourceSharing) -> SourceWatch:
     """To be opened and closed by its user; `sharing` is open."""
     prober = build_source_prober(settings, sharing.book)
     return SourceWatch(catalog, sharing, prober, WatchTimes(settings.sources.probe_interval))
-
-
-async def _serve_until(stop_requested: asyncio.Event, evictor: Evictor) -> None:
-    serving = asyncio.create_task(evictor.serve(), name="evictor-serve")
-    stop = asyncio.create_task(stop_requested.wait(), name="evictor-stop")
-    try:
-        await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        stop.cancel()
-        serving.cancel()
-        await asyncio.wait({serving, stop})
-    if not serving.cancelled():
-        serving.result()

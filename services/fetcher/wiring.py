@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from importlib.metadata import version
 
 from services.fetcher.fetcher import Fetcher
@@ -19,6 +18,7 @@ from shared.runtime.adapters import (
     build_volume,
 )
 from shared.runtime.run_service import ServiceScope, run_service
+from shared.runtime.serving import serve_until
 from shared.settings.model import Settings
 
 
@@ -51,17 +51,4 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
     await resources.enter_async_context(
         ProbeServer(settings.metrics.host, settings.metrics.port, fetcher.problems)
     )
-    await _serve_until(scope.stop_requested, fetcher)
-
-
-async def _serve_until(stop_requested: asyncio.Event, fetcher: Fetcher) -> None:
-    serving = asyncio.create_task(fetcher.serve(), name="fetcher-serve")
-    stop = asyncio.create_task(stop_requested.wait(), name="fetcher-stop")
-    try:
-        await asyncio.wait({serving, stop}, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        stop.cancel()
-        serving.cancel()
-        await asyncio.wait({serving, stop})
-    if not serving.cancelled():
-        serving.result()
+    await serve_until(scope.stop_requested, fetcher.serve(), "fetcher")

@@ -57,7 +57,9 @@ class Textbook:
         return best
 
 
-sizes = st.one_of(st.integers(0, 5000), st.integers(1, 2**34), st.sampled_from([1024 * 2**n for n in range(26)]))
+sizes = st.one_of(
+    st.integers(0, 5000), st.integers(1, 2**34), st.sampled_from([1024 * 2**n for n in range(26)])
+)
 steps = st.lists(
     st.tuples(
         st.sampled_from(["add", "access", "access", "remove", "evict", "wait"]),
