@@ -19,7 +19,7 @@ from tests.servers.rabbitmq_server import MISSING as RABBITMQ_MISSING
 from tests.servers.rabbitmq_server import RabbitServer
 
 RESULTS = Path(__file__).parent / "results"
-_NEEDED_GIB = 30
+_NEEDED_GIB = 15
 _MISSING = 3
 
 
@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=None, help="rounds of each case (default 7)")
     parser.add_argument(
-        "--seconds", type=float, default=None, help="seconds of load on each contender (default 5)"
+        "--seconds", type=float, default=None, help="seconds of load on each contender (default 3)"
     )
     parser.add_argument("--samples", type=int, default=None, help="samples of each miss (default 41)")
     parser.add_argument("--quick", action="store_true", help="a look in a minute or two: few, small, short")
@@ -49,7 +49,7 @@ def options_of(given: argparse.Namespace) -> Options:
     return Options(
         cases=given.case or CASE_NAMES,
         rounds=given.rounds or (2 if quick else 7),
-        seconds=given.seconds or (1 if quick else 5),
+        seconds=given.seconds or (1 if quick else 3),
         samples=given.samples or (5 if quick else 41),
         quick=quick,
         pinned=not given.no_pin,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -52,8 +52,9 @@ class Group:
         return cls(name, int(size), int(count), int(first))
 
 
-def groups(quick: bool) -> dict[str, Group]:
-    """By name. Those called `new-…` are in the catalog and at the source, but on no volume at first."""
+def groups(quick: bool, new: Mapping[str, int]) -> dict[str, Group]:
+    """By name. Those called `new-…` are in the catalog and at the source, but on no volume at first; `new`: how many of
+    each."""
     share = 10 if quick else 1
     large = 4 if quick else 1
     return {
@@ -64,10 +65,10 @@ def groups(quick: bool) -> dict[str, Group]:
             Group("1m", MIB, 200 // share, 30_000_000),
             Group("64m", 64 * MIB, 8 // large, 40_000_000),
             Group("1g", GIB // large, 1, 50_000_000),
-            Group("new-64k", 64 * KIB, 2000, 60_000_000),
-            Group("new-1m", MIB, 100, 70_000_000),
-            Group("new-64m", 64 * MIB, 200, 80_000_000),
-            Group("new-1g", GIB // large, 50, 90_000_000),
+            Group("new-64k", 64 * KIB, new.get("new-64k", 0), 600_000_000),
+            Group("new-1m", MIB, new.get("new-1m", 0), 700_000_000),
+            Group("new-64m", 64 * MIB, new.get("new-64m", 0), 800_000_000),
+            Group("new-1g", GIB // large, new.get("new-1g", 0), 900_000_000),
         )
     }
 

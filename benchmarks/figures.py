@@ -6,6 +6,9 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,12 @@ def percentile(values: Sequence[float], share: float) -> float:
     if not values:
         return 0.0
     return sorted(values)[max(0, math.ceil(len(values) * share) - 1)]
+
+
+def turned(items: Sequence[Item], number: int) -> Sequence[Item]:
+    """Another one is first in each round."""
+    turn = number % len(items)
+    return [*items[turn:], *items[:turn]]
 
 
 def contenders(measurements: Iterable[Measurement]) -> list[str]:

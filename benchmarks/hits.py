@@ -17,7 +17,7 @@ from benchmarks.accounting import Cost, cost_of, pin
 from benchmarks.cases import HitCase, How, asks_for, conditional_ids, least_body
 from benchmarks.client import Tally, ask_head, run_all
 from benchmarks.dataset import Group
-from benchmarks.figures import Measurement, percentile
+from benchmarks.figures import Measurement, percentile, turned
 from benchmarks.load import Load, LoadResult, run_wrk
 from benchmarks.peers import Peer
 
@@ -55,8 +55,7 @@ def measure_case(
     """Every peer once in each round; who is first changes from round to round."""
     tags = {peer.name: _tags(peer, group) if case.how is How.NOT_MODIFIED else {} for peer in peers}
     for number in range(conditions.rounds):
-        turn = number % len(peers)
-        for peer in (*peers[turn:], *peers[:turn]):
+        for peer in turned(peers, number):
             if not case.workers:
                 pin(peer.pids, conditions.server_cpus)
             figures = _measure(case, group, peer, conditions, tags[peer.name], number)

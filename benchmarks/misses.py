@@ -14,13 +14,17 @@ import uvloop
 
 from benchmarks.client import ask_head, fetch_once, run_all
 from benchmarks.dataset import Group
-from benchmarks.figures import Case, Measurement, percentile
+from benchmarks.figures import Case, Measurement, percentile, turned
+from benchmarks.node import Node
 from benchmarks.origin import Origin
 from benchmarks.peers import CACHE, OURS, Peer
 
 DIRECT = "the source itself"
 _HIT_SECONDS = 120.0
 _CROWD = 50
+NEW_EACH_SAMPLE = 3
+"""Objects: one for the source itself, one for ours, one for nginx."""
+NEW_EACH_CROWD = 2
 
 MISS_CASES = {
     "miss-64k": Case("miss-64k", "a miss of 64 KiB", "first_byte_ms", OURS, higher_is_better=False),
@@ -53,41 +57,51 @@ class Fresh:
         return found
 
 
-def measure_misses(
-    case: Case, fresh: Fresh, peers: Sequence[Peer], origin: Origin, samples: int
-) -> Iterator[Measurement]:
-    """One new object for each contender in each round, one after the other. A first round, in which our processes make
-    their connections, does not count."""
-    urls = [(DIRECT, origin.files_url), *((peer.name, peer.url) for peer in peers)]
-    for number in range(-1, samples):
-        turn = number % len(urls)
-        for name, url in (*urls[turn:], *urls[:turn]):
-            object_id = fresh.take()
-            os.sync()  # nobody waits for what the one before has written
-            timing = fetch_once(url + object_id)
-            figures = {"first_byte_ms": timing.first_byte * 1e3, "total_ms": timing.total * 1e3}
-            if number >= 0:
-                yield Measurement(case.name, name, number, figures)
-            if name == OURS:
-                wait_for_hit(url + object_id)
+@dataclass(frozen=True, slots=True)
+class MissBench:
+    """Who has the misses, and of which source. What ours has stored is purged once it is measured: the disk does not
+    fill up."""
 
+    node: Node
+    origin: Origin
+    peers: Sequence[Peer]
 
-def measure_crowd(fresh: Fresh, peers: Sequence[Peer], origin: Origin, rounds: int) -> Iterator[Measurement]:
-    """Many clients at once; `source_requests` are the GETs that reached the source."""
-    for number in range(rounds):
-        for peer in peers:
-            url = peer.url + fresh.take()
-            _requests_seen(origin, forget=True)
-            tally = uvloop.run(run_all(url, [urlsplit(url).path] * _CROWD, _CROWD))
-            figures = {
-                "median_client_ms": percentile(tally.latencies, 0.5) * 1e3,
-                "last_client_ms": max(tally.latencies) * 1e3,
-                "source_requests": float(_requests_seen(origin)),
-                "errors": float(tally.errors),
-            }
-            yield Measurement("crowd", peer.name, number, figures)
-            if peer.name == OURS:
-                wait_for_hit(url)
+    def misses(self, case: Case, fresh: Fresh, samples: int) -> Iterator[Measurement]:
+        """One new object for each contender in each round, one after the other. A first round, in which our processes
+        make their connections, does not count."""
+        urls = [(DIRECT, self.origin.files_url), *((peer.name, peer.url) for peer in self.peers)]
+        for number in range(-1, samples):
+            for name, url in turned(urls, number):
+                object_id = fresh.take()
+                os.sync()  # nobody waits for what the one before has written
+                timing = fetch_once(url + object_id)
+                figures = {"first_byte_ms": timing.first_byte * 1e3, "total_ms": timing.total * 1e3}
+                if number >= 0:
+                    yield Measurement(case.name, name, number, figures)
+                self._forget(name, url, object_id)
+
+    def crowds(self, case: Case, fresh: Fresh, rounds: int) -> Iterator[Measurement]:
+        """Many clients at once; `source_requests` are the GETs that reached the source."""
+        for number in range(rounds):
+            for peer in turned(self.peers, number):
+                object_id = fresh.take()
+                url = peer.url + object_id
+                os.sync()
+                _requests_seen(self.origin, forget=True)
+                tally = uvloop.run(run_all(url, [urlsplit(url).path] * _CROWD, _CROWD))
+                figures = {
+                    "median_client_ms": percentile(tally.latencies, 0.5) * 1e3,
+                    "last_client_ms": max(tally.latencies, default=0.0) * 1e3,
+                    "source_requests": float(_requests_seen(self.origin)),
+                    "errors": float(tally.errors),
+                }
+                yield Measurement(case.name, peer.name, number, figures)
+                self._forget(peer.name, peer.url, object_id)
+
+    def _forget(self, name: str, url: str, object_id: str) -> None:
+        if name == OURS:
+            wait_for_hit(url + object_id)
+            self.node.purge([object_id])
 
 
 def _requests_seen(origin: Origin, *, forget: bool = False) -> int:

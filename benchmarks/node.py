@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from benchmarks.dataset import file_on_volume
 from benchmarks.processes import OwnProcess
+from shared.adapters.state_redis import RedisStateStore
+from shared.adapters.state_times import StateTimes
+from shared.domain.objects import ObjectId
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import free_port
 
 _READY_SECONDS = 60.0
+_PURGE_SECONDS = 60.0
+_KEY_PREFIX = "distributor:"
 
 
 class Node:
@@ -71,6 +79,23 @@ class Node:
         command = [sys.executable, "-m", "services.command_line", kind]
         process = OwnProcess(f"{kind}-{number}", command, self.folder, environment)
         return RunningService(self._run(process), port)
+
+    def purge(self, object_ids: Sequence[str]) -> None:
+        """Have the evictor remove these; returns when their files are gone. RuntimeError if that takes too long."""
+        asyncio.run(self._want_purges([ObjectId.parse(object_id) for object_id in object_ids]))
+        deadline = time.monotonic() + _PURGE_SECONDS
+        while any(file_on_volume(self.volume, object_id).exists() for object_id in object_ids):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{', '.join(object_ids)} not purged in time")
+            time.sleep(0.01)
+
+    async def _want_purges(self, object_ids: Sequence[ObjectId]) -> None:
+        state = RedisStateStore(self.redis_url, _KEY_PREFIX, 1, StateTimes())
+        await state.open()
+        try:
+            await state.want_purges(object_ids)
+        finally:
+            await state.close()
 
     def _run(self, process: OwnProcess) -> OwnProcess:
         self._resources.callback(process.stop)

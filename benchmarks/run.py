@@ -13,12 +13,19 @@ from benchmarks.cases import HIT_CASES, HitCase
 from benchmarks.dataset import Group, fill_volume, groups, write_manifest
 from benchmarks.figures import Case, Measurement
 from benchmarks.hits import Conditions, measure_case, warm
-from benchmarks.misses import MISS_CASES, Fresh, measure_crowd, measure_misses, only_comparable
+from benchmarks.misses import (
+    MISS_CASES,
+    NEW_EACH_CROWD,
+    NEW_EACH_SAMPLE,
+    Fresh,
+    MissBench,
+    only_comparable,
+)
 from benchmarks.node import Node
 from benchmarks.origin import Origin
 from benchmarks.peers import CACHE, OURS, NginxCache, NginxStatic, Ours, Peer, Varnish, varnish_program
 from benchmarks.report import Report, case_table
-from benchmarks.throughput import FETCH_CASES, FetchBench
+from benchmarks.throughput import FETCH_CASES, FetchBench, new_each_round
 
 CASE_NAMES = (*(case.name for case in HIT_CASES), *MISS_CASES, *FETCH_CASES)
 _NEW_GROUPS = {
@@ -28,6 +35,7 @@ _NEW_GROUPS = {
     "fetch": "new-1g",
     "fetch-three": "new-1g",
 }
+_MOST_FETCH_ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,24 @@ class Options:
     pinned: bool
     check_harness: bool
 
+    @property
+    def fetch_rounds(self) -> int:
+        """Fewer: one takes a minute and writes some gigabytes."""
+        return min(self.rounds, _MOST_FETCH_ROUNDS)
+
+    def new_objects(self) -> dict[str, int]:
+        """How many of each `new-…` group the chosen cases take."""
+        taken = {
+            "miss-64k": NEW_EACH_SAMPLE * (self.samples + 1),
+            "miss-64m": NEW_EACH_SAMPLE * (self.samples + 1),
+            "crowd": NEW_EACH_CROWD * self.rounds,
+            **{name: new_each_round(name) * self.fetch_rounds for name in FETCH_CASES},
+        }
+        needed = dict.fromkeys(_NEW_GROUPS.values(), 0)
+        for case, group in _NEW_GROUPS.items():
+            needed[group] += taken[case] if case in self.cases else 0
+        return needed
+
 
 @dataclass(frozen=True, slots=True)
 class Ground:
@@ -60,7 +86,7 @@ class Run:
 
     def __init__(self, options: Options, report: Report, say: Callable[[str], None]) -> None:
         self._options, self._report, self._say = options, report, say
-        self._groups = groups(options.quick)
+        self._groups = groups(options.quick, options.new_objects())
         self._hits = [case for case in HIT_CASES if case.name in options.cases]
         self._fresh = {
             name: Fresh.of(self._groups[name])
@@ -149,19 +175,20 @@ class Run:
         if not chosen:
             return
         fetcher = ground.node.start("fetcher")
+        bench = MissBench(ground.node, ground.origin, peers)
         for case in chosen:
             fresh = self._fresh[_NEW_GROUPS[case.name]]
             if case.name == "crowd":
-                self._record(case, measure_crowd(fresh, peers, ground.origin, self._options.rounds))
+                self._record(case, bench.crowds(case, fresh, self._options.rounds))
             else:
-                self._record(case, measure_misses(case, fresh, peers, ground.origin, self._options.samples))
+                self._record(case, bench.misses(case, fresh, self._options.samples))
         fetcher.stop()
 
     def _measure_fetches(self, ground: Ground, ours: Peer) -> None:
         for case in (case for name, case in FETCH_CASES.items() if name in self._options.cases):
             group = _NEW_GROUPS[case.name]
             bench = FetchBench(ground.node, ours, ground.origin, self._groups[group].size, ground.folder)
-            self._record(case, bench.measure(case, self._fresh[group], self._options.rounds))
+            self._record(case, bench.measure(case, self._fresh[group], self._options.fetch_rounds))
 
     def _record(self, case: Case, measured: Iterable[Measurement]) -> None:
         self._say(f"measuring {case.name}: {case.title}")

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks.accounting import cost_of
 from benchmarks.client import fetch_once
-from benchmarks.figures import Case, Measurement
+from benchmarks.figures import Case, Measurement, turned
 from benchmarks.misses import Fresh, wait_for_hit
 from benchmarks.node import Node
 from benchmarks.origin import Origin
@@ -29,8 +30,32 @@ FETCH_CASES = {
 }
 
 
+class Contender(NamedTuple):
+    """`fetchers` of ours, or none and `curl`; each contender takes so many new objects at once."""
+
+    name: str
+    fetchers: int
+    objects: int
+
+
+CONTENDERS = {
+    "fetch": (Contender(CURL, 0, 1), Contender(CURL_SYNCED, 0, 1), Contender(ONE_FETCHER, 1, 1)),
+    "fetch-three": (
+        Contender(ONE_FETCHER, 1, 1),
+        Contender(THREE_FETCHERS, 3, 3),
+        Contender(THREE_CURLS, 0, 3),
+    ),
+}
+
+
+def new_each_round(case: str) -> int:
+    """Objects that one round of this case takes."""
+    return sum(contender.objects for contender in CONTENDERS[case])
+
+
 class FetchBench:
-    """Large objects, from asking for one byte until HEAD says hit: downloaded, hashed, synced, renamed, committed."""
+    """Large objects, from asking for one byte until HEAD says hit: downloaded, hashed, synced, renamed, committed. They
+    are removed once measured: the disk holds three at most."""
 
     def __init__(self, node: Node, api: Peer, origin: Origin, size: int, folder: Path) -> None:
         self._node, self._api, self._origin = node, api, origin
@@ -38,12 +63,8 @@ class FetchBench:
         self._folder = folder
 
     def measure(self, case: Case, fresh: Fresh, rounds: int) -> Iterator[Measurement]:
-        if case.name == "fetch":
-            contenders = ((CURL, 0, 1), (CURL_SYNCED, 0, 1), (ONE_FETCHER, 1, 1))
-        else:
-            contenders = ((ONE_FETCHER, 1, 1), (THREE_FETCHERS, 3, 3), (THREE_CURLS, 0, 3))
         for number in range(rounds):
-            for name, fetchers, objects in contenders:
+            for name, fetchers, objects in turned(CONTENDERS[case.name], number):
                 ids = [fresh.take() for _ in range(objects)]
                 os.sync()
                 figures = self._ours(fetchers, ids) if fetchers else self._curl(ids, sync=name != CURL)
@@ -61,6 +82,7 @@ class FetchBench:
         finally:
             for fetcher in started:
                 fetcher.stop()
+        self._node.purge(ids)
         figures = self._figures(seconds, len(ids))
         cpu = after.cpu_seconds - before.cpu_seconds
         return {

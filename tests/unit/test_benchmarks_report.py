@@ -12,7 +12,7 @@ from benchmarks.__main__ import options_of, parse
 from benchmarks.cases import HIT_CASES, RANGE_BYTES, How, asks_for
 from benchmarks.chart import bar_chart
 from benchmarks.dataset import Group, fill_volume, groups, hash_of, record_of
-from benchmarks.figures import Case, Measurement, medians, percentile, ratio
+from benchmarks.figures import Case, Measurement, medians, percentile, ratio, turned
 from benchmarks.report import Report, case_table, number, write_results
 from benchmarks.run import CASE_NAMES
 from shared.adapters.volume import Volume
@@ -81,7 +81,7 @@ def test_bars_are_cut_but_their_numbers_are_not() -> None:
 
 def test_ranges_lie_within_the_object() -> None:
     case = next(each for each in HIT_CASES if each.how is How.RANGE)
-    group = groups(quick=True)[case.group]
+    group = groups(quick=True, new={})[case.group]
     for ask in asks_for(case, group, "/assets/", {}):
         first, _, last = ask.header[1].removeprefix("bytes=").partition("-")
         assert int(last) - int(first) + 1 == RANGE_BYTES
@@ -93,6 +93,29 @@ def test_cases_are_chosen_by_name() -> None:
     assert options_of(parse([])).cases == CASE_NAMES
     with pytest.raises(SystemExit):
         parse(["--case", "no-such"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["--rounds", "9", "--samples", "3"], ["--quick"]])
+def test_there_are_new_objects_for_all_that_ask_for_them(arguments: list[str]) -> None:
+    options = options_of(parse(arguments))
+    new = options.new_objects()
+    assert new["new-64m"] == new["new-64k"] == 3 * (options.samples + 1)
+    assert new["new-1m"] == 2 * options.rounds
+    assert new["new-1g"] == (3 + 7) * options.fetch_rounds
+    held = groups(options.quick, new)
+    assert {name: held[name].count for name in new} == new
+    ids = [object_id for group in held.values() for object_id in group.ids]
+    assert len(set(ids)) == len(ids)
+
+
+def test_only_what_chosen_cases_need_is_new() -> None:
+    assert options_of(parse(["--case", "fetch", "--rounds", "2"])).new_objects() == {
+        "new-64k": 0, "new-64m": 0, "new-1m": 0, "new-1g": 6,
+    }  # fmt: skip
+
+
+def test_each_contender_is_first_in_turn() -> None:
+    assert [turned("abc", number)[0] for number in range(-1, 4)] == ["c", "a", "b", "c", "a"]
 
 
 def test_a_filled_volume_is_one_that_fetches_have_filled(tmp_path: Path) -> None:
@@ -110,5 +133,5 @@ def test_a_filled_volume_is_one_that_fetches_have_filled(tmp_path: Path) -> None
 
 
 def test_groups_survive_the_command_line() -> None:
-    for group in groups(quick=False).values():
+    for group in groups(quick=False, new={"new-1g": 50}).values():
         assert Group.from_text(group.to_text()) == group
