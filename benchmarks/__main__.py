@@ -14,13 +14,14 @@ from types import FrameType
 from benchmarks import load, nginx
 from benchmarks.machine import describe
 from benchmarks.report import Report, write_results
-from benchmarks.run import CASE_NAMES, Options, Run
+from benchmarks.run import CASE_NAMES, HARNESS_CASES, Options, Run
 from tests.servers.rabbitmq_server import MISSING as RABBITMQ_MISSING
 from tests.servers.rabbitmq_server import RabbitServer
 
 RESULTS = Path(__file__).parent / "results"
 _NEEDED_GIB = 15
 _MISSING = 3
+_FAILED = 1
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,13 +42,16 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--folder", type=Path, help="where the run's files lie (default: a temporary one)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
-    return parser.parse_args(arguments)
+    given = parser.parse_args(arguments)
+    if given.check_harness and not set(given.case or ()).issubset(HARNESS_CASES):
+        parser.error(f"--check-harness: nginx cannot play our part but in {', '.join(HARNESS_CASES)}")
+    return given
 
 
 def options_of(given: argparse.Namespace) -> Options:
     quick = given.quick
     return Options(
-        cases=given.case or CASE_NAMES,
+        cases=given.case or (HARNESS_CASES if given.check_harness else CASE_NAMES),
         rounds=given.rounds or (2 if quick else 7),
         seconds=given.seconds or (1 if quick else 3),
         samples=given.samples or (5 if quick else 41),
@@ -97,13 +101,19 @@ def main() -> None:
             say(
                 f"only {free:.0f} GiB free in {folder}: a whole run needs {_NEEDED_GIB} (--folder, or --quick)"
             )
-        report = Report(describe(folder))
+        report = Report(describe(folder), goals_apply=not given.check_harness)
         try:
             Run(options_of(given), report, say).run(folder)
         finally:
             if report.cases:
+                if goals := report.goal_table():
+                    say(goals)
                 for path in write_results(report, given.results, "bench"):
                     say(f"written: {path}")
+        for case, failure in report.failures.items():
+            say(f"FAILED: {case}: {failure}")
+        if report.failures:
+            sys.exit(_FAILED)
 
 
 if __name__ == "__main__":

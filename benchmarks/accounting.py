@@ -75,6 +75,18 @@ def cost_of(roots: Iterable[int]) -> Cost:
     return Cost(sum(each.cpu_seconds for each in members), sum(each.rss_bytes for each in members))
 
 
+def peak_rss_of(roots: Iterable[int]) -> int:
+    """The most bytes that each of these and their living descendants ever had resident (VmHWM), added up."""
+    return sum(_peak_rss(each.pid) for each in families(roots))
+
+
+def _peak_rss(pid: int) -> int:
+    for line in (PROC / str(pid) / "status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0  # a zombie has none
+
+
 def pin(roots: Iterable[int], cpus: frozenset[int] | None) -> None:
     """Keep all threads of these processes and their descendants on these CPUs; None leaves them free."""
     if cpus is None:

@@ -67,16 +67,21 @@ def medians(measurements: Sequence[Measurement], contender: str) -> dict[str, fl
 
 
 def ratio(measurements: Sequence[Measurement], case: Case, contender: str) -> Ratio | None:
-    """None if the two were in no round together."""
-    subject = _by_round(measurements, case, case.subject)
-    other = _by_round(measurements, case, contender)
-    found = [subject[number] / other[number] for number in subject if other.get(number)]
+    """Of the case's headline. None if the two were in no round together."""
+    return ratio_of(measurements, case.headline, case.subject, contender)
+
+
+def ratio_of(measurements: Sequence[Measurement], figure: str, subject: str, other: str) -> Ratio | None:
+    """Of one figure of one case, round by round. None if the two were in no round together."""
+    ours, theirs = figure_of(measurements, figure, subject), figure_of(measurements, figure, other)
+    found = [ours[number] / theirs[number] for number in ours if theirs.get(number)]
     return Ratio(statistics.median(found), min(found), max(found)) if found else None
 
 
-def _by_round(measurements: Iterable[Measurement], case: Case, contender: str) -> dict[int, float]:
+def figure_of(measurements: Iterable[Measurement], figure: str, contender: str) -> dict[int, float]:
+    """By round."""
     return {
-        each.round: each.figures[case.headline]
+        each.round: each.figures[figure]
         for each in measurements
-        if each.contender == contender and case.headline in each.figures
+        if each.contender == contender and figure in each.figures
     }

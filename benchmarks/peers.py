@@ -150,7 +150,8 @@ class Varnish:
         self._folder = folder / "varnish"
         self._folder.mkdir()
         self._rules = self._folder / "rules.vcl"
-        command = [varnish_program() or "varnishd", "-F", "-n", str(self._folder / "work")]
+        # No jail: for root's varnish it would be another user, who may not look into this run's folder.
+        command = [varnish_program() or "varnishd", "-j", "none", "-F", "-n", str(self._folder / "work")]
         command += ["-a", f"127.0.0.1:{self._port}", "-f", str(self._rules), "-s", "malloc,3G"]
         self._process = OwnProcess("varnish", [*command, "-p", "listen_depth=4096"], folder)
 

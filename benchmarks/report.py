@@ -7,10 +7,13 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from subprocess import SubprocessError
 
 from benchmarks.chart import bar_chart
 from benchmarks.figures import Case, Measurement, contenders, medians, ratio
+from benchmarks.goals import Verdict, verdicts
 
+_NO_FIGURES = (RuntimeError, OSError, SubprocessError)
 _HEADINGS = {
     "requests_per_second": "requests/s",
     "megabytes_per_second": "MB/s",
@@ -29,29 +32,67 @@ _HEADINGS = {
 
 @dataclass(slots=True)
 class Report:
-    """All that one run has seen; may be shown at any time."""
+    """All that one run has seen; may be shown at any time. `failures`: by the names of the cases whose figures do not
+    count, what went wrong. `goals_apply`: it is our node that was measured."""
 
     facts: Mapping[str, str]
     cases: list[Case] = field(default_factory=list)
     measurements: list[Measurement] = field(default_factory=list)
+    failures: dict[str, str] = field(default_factory=dict)
+    goals_apply: bool = True
 
     def add(self, case: Case, measured: Iterable[Measurement]) -> None:
+        """An error of a contender, answered or not, fails the case; so does a measurement that could not be made."""
         self.cases.append(case)
-        self.measurements.extend(measured)
+        try:
+            self.measurements.extend(measured)
+        except _NO_FIGURES as error:
+            self.failures[case.name] = f"{type(error).__name__}: {error}"
+        self.note_errors(case)
+
+    def note_errors(self, case: Case) -> None:
+        """Look at the errors that were counted."""
+        for contender in contenders(self.of(case)):
+            of_contender = (each for each in self.of(case) if each.contender == contender)
+            if errors := sum(each.figures.get("errors", 0) for each in of_contender):
+                self.failures.setdefault(case.name, f"{contender}: {errors:.0f} errors")
 
     def of(self, case: Case) -> list[Measurement]:
         return [each for each in self.measurements if each.case == case.name]
 
     def to_markdown(self) -> str:
         facts = [f"- {name}: {value}" for name, value in self.facts.items()]
-        parts = ["\n".join(facts), *(case_table(case, self.of(case)) for case in self.cases)]
+        parts = ["\n".join(facts), *map(self.table, self.cases), self.goal_table()]
         return "\n\n".join(part for part in parts if part) + "\n"
+
+    def table(self, case: Case) -> str:
+        """Of one case; what went wrong in it first."""
+        failure = self.failures.get(case.name)
+        warning = f"**FAILED, does not count: {case.name}: {failure}**" if failure else ""
+        return "\n\n".join(part for part in (warning, case_table(case, self.of(case))) if part)
+
+    def verdicts(self) -> list[Verdict]:
+        if not self.goals_apply:
+            return []
+        return verdicts(self.measurements, {case.name for case in self.cases}, self.failures)
+
+    def goal_table(self) -> str:
+        """All goals of the cases of this run, as Markdown."""
+        rows = [
+            f"| {each.goal.title} | {heading(each.goal.figure)} | {each.goal.wanted} |"
+            f" {'' if each.value is None else number(each.value)} | {each.text} |"
+            for each in self.verdicts()
+        ]
+        head = ["**goals**", "", "| | figure | goal | seen | |", "|---|---|---|---|---|"]
+        return "\n".join([*head, *rows]) if rows else ""
 
     def to_json(self) -> str:
         document = {
             "facts": self.facts,
             "cases": [asdict(case) for case in self.cases],
             "measurements": [asdict(each) for each in self.measurements],
+            "failures": self.failures,
+            "goals": [{**asdict(each.goal), "seen": each.value, "met": each.met} for each in self.verdicts()],
         }
         return json.dumps(document, indent=1, ensure_ascii=False)
 

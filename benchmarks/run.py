@@ -24,9 +24,11 @@ from benchmarks.misses import (
 from benchmarks.node import Node
 from benchmarks.origin import Origin
 from benchmarks.peers import CACHE, OURS, NginxCache, NginxStatic, Ours, Peer, Varnish, varnish_program
-from benchmarks.report import Report, case_table
+from benchmarks.report import Report
 from benchmarks.throughput import FETCH_CASES, FetchBench, new_each_round
 
+HARNESS_CASES = tuple(case.name for case in HIT_CASES if not case.workers)
+"""Those in which nginx can play our part."""
 CASE_NAMES = (*(case.name for case in HIT_CASES), *MISS_CASES, *FETCH_CASES)
 _NEW_GROUPS = {
     "miss-64k": "new-64k",
@@ -193,4 +195,4 @@ class Run:
     def _record(self, case: Case, measured: Iterable[Measurement]) -> None:
         self._say(f"measuring {case.name}: {case.title}")
         self._report.add(case, measured)
-        self._say(case_table(case, self._report.of(case)))
+        self._say(self._report.table(case))

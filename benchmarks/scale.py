@@ -19,13 +19,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.__main__ import RESULTS, end_in_order, missing_programs, say
-from benchmarks.accounting import cost_of
+from benchmarks.accounting import cost_of, peak_rss_of
 from benchmarks.dataset import KIB, lay_down
 from benchmarks.figures import Case, Measurement, percentile
 from benchmarks.load import Ask, Load, run_wrk
 from benchmarks.machine import describe
 from benchmarks.node import Node, RunningService
-from benchmarks.report import Report, case_table, write_results
+from benchmarks.report import Report, write_results
 from benchmarks.store_verbs import EvictionWatch, StoreVerbs, redis_memory
 from shared.adapters.volume import Volume
 from shared.adapters.volume.layout import fan
@@ -36,6 +36,7 @@ SIZE = 4 * KIB
 _RECONCILE_SECONDS = 1200.0
 _ASKED = 20_000
 _STATUS_SECONDS = 5.0
+_HIT_SECONDS = 5.0
 _FIRST_ID = 1_000_000_000
 
 STORE = Case("scale-store", "the state store's verbs", "", "")
@@ -94,7 +95,8 @@ class Scale:
         store = asyncio.run(StoreVerbs(self._node.redis_url, self._limit * 4).measure())
         store["redis_bytes_per_object"] = (held - empty) / self._count
         self._tell("evicting a tenth")
-        evictor["evictions_per_second"] = self._evict()
+        evictor |= self._evict()
+        evictor["rss_peak_mb"] = max(value for name, value in evictor.items() if name.endswith("rss_peak_mb"))
         return {STORE.name: store, EVICTOR.name: evictor, API.name: api}
 
     def _reconcile(self) -> dict[str, float]:
@@ -103,12 +105,14 @@ class Scale:
         evictor = self._node.launch("evictor")
         seconds = self._until_reconciled(evictor, began + _RECONCILE_SECONDS)
         total, cost = time.monotonic() - began, cost_of([evictor.pid])
+        peak = peak_rss_of([evictor.pid]) / 1e6
         evictor.stop()
         return {
             "reconcile_s": seconds,
             "start_to_reconciled_s": total,
             "cpu_s": cost.cpu_seconds,
             "rss_mb": cost.rss_bytes / 1e6,
+            "rss_peak_mb": peak,
         }
 
     def _until_reconciled(self, evictor: RunningService, deadline: float) -> float:
@@ -120,21 +124,34 @@ class Scale:
             time.sleep(0.2)
 
     def _api(self) -> dict[str, float]:
+        """In quiet, then while an evictor starts and reconciles what the store knows."""
         began = time.monotonic()
         api = self._node.start("api")
-        ready = time.monotonic() - began
-        figures = {"start_s": ready, **_status_times(api.status_url)}
+        figures = {"start_s": time.monotonic() - began, **_status_times(api.status_url)}
         step = max(1, self._count // _ASKED)
         asks = [Ask(f"/api/v1/assets/{_FIRST_ID + number}") for number in range(0, self._count, step)]
         run_wrk(api.assets_url, asks, Load(16, 2))
-        result = run_wrk(api.assets_url, asks, Load(16, 5, seed=2))
-        figures |= {"hit_p50_ms": result.p50, "hit_p99_ms": result.p99}
-        figures |= {"requests_per_second": result.requests_per_second, "errors": result.errors}
-        figures["rss_mb"] = cost_of([api.pid]).rss_bytes / 1e6
+        result = run_wrk(api.assets_url, asks, Load(16, _HIT_SECONDS, seed=2))
+        figures |= {"requests_per_second": result.requests_per_second}
+        quiet = run_wrk(api.assets_url, asks, Load(1, _HIT_SECONDS, seed=3))
+        evictor = self._node.launch("evictor")
+        busy = run_wrk(api.assets_url, asks, Load(1, _HIT_SECONDS, seed=3))
+        figures |= {"status_reconciling_p50_ms": _status_times(api.status_url)["status_p50_ms"]}
+        self._until_reconciled(evictor, time.monotonic() + _RECONCILE_SECONDS)
+        evictor.stop()
+        figures |= {
+            "hit_p50_ms": quiet.p50,
+            "hit_p99_ms": quiet.p99,
+            "hit_reconciling_p50_ms": busy.p50,
+            "hit_reconciling_p99_ms": busy.p99,
+            "hit_reconciling_ratio": busy.p50 / quiet.p50,
+            "errors": result.errors + quiet.errors + busy.errors,
+            "rss_mb": cost_of([api.pid]).rss_bytes / 1e6,
+        }
         api.stop()
         return figures
 
-    def _evict(self) -> float:
+    def _evict(self) -> dict[str, float]:
         """Under a limit that the volume fills: from the high watermark down to the low one."""
         limit = str(self._limit)
         evictor = self._node.launch(
@@ -142,7 +159,11 @@ class Scale:
         )
         try:
             watch = EvictionWatch(self._node.redis_url, self._limit)
-            return asyncio.run(watch.rate_until_below(0.9 * self._limit, _RECONCILE_SECONDS))
+            rate = asyncio.run(watch.rate_until_below(0.9 * self._limit, _RECONCILE_SECONDS))
+            return {
+                "evictions_per_second": rate,
+                "evicting_rss_peak_mb": peak_rss_of([evictor.pid]) / 1e6,
+            }
         finally:
             evictor.stop()
 
@@ -186,8 +207,11 @@ def main() -> None:
                 shutil.rmtree(folder)
             for name, figures in found.items():
                 report.measurements.append(Measurement(name, f"{count:,} objects", 0, figures))
-            say("\n\n".join(case_table(case, report.of(case)) for case in report.cases))
+            for case in report.cases:
+                report.note_errors(case)
+            say("\n\n".join(map(report.table, report.cases)))
     finally:
+        say(report.goal_table())
         for path in write_results(report, given.results, "scale"):
             say(f"written: {path}")
 

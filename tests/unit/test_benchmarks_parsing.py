@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from benchmarks.accounting import ProcessStat, cost_of, family, parse_stat
+from benchmarks.accounting import ProcessStat, cost_of, family, parse_stat, peak_rss_of
 from benchmarks.client import parse_head
 from benchmarks.load import parse_result
 from benchmarks.machine import parse_version
@@ -49,6 +49,15 @@ def test_this_process_costs_something() -> None:
     cost = cost_of([os.getpid()])
     assert cost.cpu_seconds > 0
     assert cost.rss_bytes > 1e6
+
+
+def test_memory_that_was_given_back_counts_in_the_peak() -> None:
+    size = 64 * 2**20
+    block = b"x" * size
+    held = cost_of([os.getpid()]).rss_bytes
+    del block
+    assert held > size
+    assert peak_rss_of([os.getpid()]) >= held
 
 
 def test_heads_are_read_without_case() -> None:
