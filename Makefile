@@ -112,7 +112,7 @@ bench-scale: setup servers ## measure what 10^4 to 10^6 objects cost
 	@$(BIN)/python -m benchmarks.scale $(ARGS)
 
 .PHONY: bench-policies
-bench-policies: setup ## try the eviction policies on made-up traces, and measure them with 10^6 objects
+bench-policies: setup servers ## try the eviction policies on made-up traces, and measure them with 10^6 objects
 	@$(BIN)/python -m benchmarks.policies $(ARGS)
 	@$(BIN)/python -m benchmarks.policy_scale
 
