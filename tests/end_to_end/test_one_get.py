@@ -97,7 +97,7 @@ async def test_ranges_of_a_pending_object_near_and_far(world: World) -> None:
 async def test_a_killed_fetcher_is_followed_by_another_that_resumes(world: World) -> None:
     item = generated_object("1", 16 * MIB)
     world.publish([item])
-    world.first.knobs.add(Behaviour(bytes_per_second=4 * MIB), Match(first=1))
+    world.first.knobs.add(Behaviour(bytes_per_second=4 * MIB), Match(endpoint="files", first=1))
     world.stack.environment["DISTRIBUTOR_FETCH__LEASE"] = "3"
     world.stack.environment["DISTRIBUTOR_FETCH__LEASE_RENEWAL"] = "1"
     await world.stack.up()
@@ -118,6 +118,8 @@ async def test_wrong_bytes_from_the_first_source_never_arrive_as_complete(world:
     items = [generated_object(str(number), size) for number, size in ((1, 40_000), (2, 5 * MIB))]
     world.publish(items, both=True)
     world.first.knobs.add(Behaviour(flip_byte_at=30_000))
+    # The one that is right seems slow, so that the other is asked first, however long its first probe took.
+    world.second.knobs.add(Behaviour(latency_before_headers=1.0), Match(endpoint="version"))
     await world.stack.up()
     for item in items:
         answer = await get(world.stack.url(item.object_id))

@@ -19,6 +19,7 @@ UNITS = (
     "_place",
     "_info",
     "_objects",
+    "_files",
     "_jobs",
     "_saving",
     "_clients",
