@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from services.demo.squid.world import make_world
 from services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import World
+from tests.end_to_end.operator_client import OperatorClient, until
 from tests.end_to_end.stack import Stack
 from tests.end_to_end.test_one_get import (
     assert_whole,
@@ -27,6 +29,7 @@ from tests.end_to_end.test_one_get import (
     test_small_wrong_objects_are_answered_right_at_the_first_request,
     test_wrong_bytes_from_the_first_source_never_arrive_as_complete,
 )
+from tests.servers.redis_server import free_port
 
 # The scenarios of the manifest's node, collected here once more for the fixture below.
 __all__ = [
@@ -53,6 +56,7 @@ class JoystreamWorld(World):
     """As any other, with a squid for a catalog."""
 
     squid: TestSquid
+    chain: TestChain
 
     def publish(self, objects: Sequence[DemoObject], *, both: bool = False) -> None:
         nodes = (self.first, self.second) if both else (self.first,)
@@ -81,7 +85,7 @@ async def world(
             "DISTRIBUTOR_CATALOG__MAX_IN_FLIGHT": str(MAX_IN_FLIGHT),
         }
         try:
-            yield JoystreamWorld(stack, first, second, squid)
+            yield JoystreamWorld(stack, first, second, squid, chain)
         finally:
             stack.kill_all()
 
@@ -165,3 +169,42 @@ async def test_a_node_that_starts_without_a_squid_serves_what_it_has(world: Joys
     unknown = await get(world.stack.url("3"))
     assert (unknown.status, unknown.json()["type"]) == (503, "catalog_unavailable")
     await world.squid.come_back()
+
+
+@pytest.mark.parametrize("scope", [{"all": True}, {"bucket": "0:1"}], ids=["all", "bucket"])
+async def test_warming_fetches_what_is_ours(world: JoystreamWorld, scope: dict[str, Any]) -> None:
+    items = [generated_object(str(number), 10_000) for number in range(1, 6)]
+    theirs = DemoObject("900", generated_object("900", 10).content, bucket="9:9")
+    announced = DemoObject("901", generated_object("901", 10).content, held=False)
+    world.publish([*items, theirs, announced])
+    operator = OperatorClient(free_port())
+    world.stack.environment |= operator.environment
+    await world.stack.up()
+    await operator.order("warm", scope)
+
+    async def over() -> bool:
+        return bool((await operator.look("warm"))["state"] == "finished")
+
+    await until(over, 60)
+    # The list says that it holds what is not accepted yet; the look-up knows better.
+    assert {**(await operator.look("warm")), "reason": ""} == {
+        "state": "finished", "total": 6, "done": 5, "skipped": 1, "failed": 0, "reason": "",
+    }  # fmt: skip
+    for item in items:
+        assert (await get(world.stack.url(item.object_id), method="HEAD")).headers["x-cache"] == "hit"
+    # A bucket that is not ours is asked about, and left alone.
+    await operator.order("warm", {"bucket": "9:9"})
+    await until(over, 60)
+    warmed = await operator.look("warm")
+    assert (warmed["total"], warmed["skipped"]) == (1, 1)
+
+
+async def test_status_shows_squid_and_chain(world: JoystreamWorld) -> None:
+    world.publish([])
+    await world.stack.up()
+
+    async def told() -> bool:
+        found = (await world.stack.status())["queryNodeStatus"]
+        return bool(found["chainHead"] == world.chain.head and found["blocksProcessed"])
+
+    await until(told)

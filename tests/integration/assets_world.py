@@ -199,9 +199,11 @@ async def assets_world(
     state_down: bool = False,
     queue_down: bool = False,
     log_hits: bool = False,
+    store: StateStore | None = None,
     **public_api: Any,
 ) -> AsyncIterator[AssetsWorld]:
-    """A running API. `state_down`: its Redis is not there; `queue_down`: its queue takes no job."""
+    """A running API. `state_down`: its Redis is not there; `queue_down`: its queue takes no job; `store`: another one
+    than usual."""
     settings = Settings(
         catalog={"manifest": root / "unused.yaml"},
         storage={"path": root / "volume", "limit": LIMIT},
@@ -211,7 +213,7 @@ async def assets_world(
         log={"hits": log_hits},
     )
     times = StateTimes(operation_timeout=0.3)
-    state: StateStore = MemoryStateStore(LIMIT, times, time.time)
+    state: StateStore = store or MemoryStateStore(LIMIT, times, time.time)
     if state_down:
         state = RedisStateStore(f"unix://{root}/no-redis.sock", "test:", LIMIT, times)
     queue, catalog, volume = MemoryJobQueue(RetryPlan()), ListedCatalog(), Volume(settings.storage.path)

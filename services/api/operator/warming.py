@@ -89,6 +89,9 @@ class Warmer:
                     kept = await self._context.state.tend_warming(self._holder, LEASE_SECONDS, course.now)
                 except StateStoreUnavailable as error:
                     logger.warning("warming_not_reported", reason=str(error))
+                    await asyncio.sleep(
+                        REPORT_SECONDS
+                    )  # the work may be done, and then nothing else waits here
                     continue
                 if kept is None or kept.serial != warming.serial:
                     logger.warning("warming_lost", serial=warming.serial)
@@ -119,7 +122,8 @@ class Warmer:
         course.now = replace(course.now, state="finished")
 
     async def _plan(self, course: _Course) -> None:
-        """Which objects are to be fetched; the others are skipped right away, those without room too."""
+        """Which objects may be fetched; the others are skipped right away, those without room too. A list may know
+        neither sources nor duty: those are looked at when an object's turn comes."""
         settings, usage = self._context.settings, await self._context.state.usage()
         room = settings.storage.watermarks.low - usage.used - usage.reserved
         largest = settings.storage.largest_cached_size
@@ -132,7 +136,6 @@ class Warmer:
                     or size is None
                     or size > largest
                     or footprint(size) > room
-                    or not self._context.duty.current.covers(known)
                     or await self._is_cached(known.object_id)
                 ):
                     course.count(skipped=1)
@@ -157,19 +160,33 @@ class Warmer:
             await self._context.orders.until(_not_draining)
             if not course.planned:
                 return
-            known = course.planned.popleft()
-            try:
-                outcome = await self._fetch(known, f"warming-{course.now.serial}")
-            except (StateStoreUnavailable, JobQueueUnavailable) as error:
-                logger.info("not_warmed", object_id=known.object_id, reason=str(error))
-                outcome = "failed"
+            listed = course.planned.popleft()
+            while (outcome := await self._outcome(listed, course)) is None:
                 await asyncio.sleep(REPORT_SECONDS)
             course.count(**{outcome: 1})
 
-    async def _fetch(self, known: MediaObject, request_id: str) -> str:
+    async def _outcome(self, listed: MediaObject, course: _Course) -> str | None:
+        """`done`, `skipped` or `failed`; None: not now, state store or job queue are away."""
+        try:
+            outcome = await self._fetch(listed.object_id, f"warming-{course.now.serial}")
+        except (StateStoreUnavailable, JobQueueUnavailable) as error:
+            if not course.now.reason:
+                logger.warning("warming_waits", reason=str(error))
+            course.now = replace(course.now, reason=str(error)[:200])
+            return None
+        except CatalogUnavailable as error:
+            logger.info("not_warmed", object_id=listed.object_id, reason=str(error))
+            return "failed"
+        course.now = replace(course.now, reason="")
+        return outcome
+
+    async def _fetch(self, object_id: ObjectId, request_id: str) -> str:
         """`done`, `skipped` or `failed`."""
-        state, object_id = self._context.state, known.object_id
+        state = self._context.state
         if await self._is_cached(object_id):
+            return "skipped"
+        known = await self._known(object_id)
+        if known is None or not known.accepted or not self._context.duty.current.covers(known):
             return "skipped"
         claim = await state.claim(object_id, self._holder)
         if claim.won:
@@ -183,6 +200,15 @@ class Warmer:
         elif claim.standing.failure is not None:
             return "failed"
         return await self._until_over(known)
+
+    async def _known(self, object_id: ObjectId) -> MediaObject | None:
+        """The catalog's whole word on one object; a catalog that is down for a moment is asked again."""
+        for _ in range(_LISTING_ATTEMPTS - 1):
+            try:
+                return await self._context.catalog.look_up(object_id)
+            except CatalogUnavailable:
+                await asyncio.sleep(_LISTING_PAUSE)
+        return await self._context.catalog.look_up(object_id)
 
     async def _until_over(self, known: MediaObject) -> str:
         alive_at = time.monotonic()
