@@ -33,6 +33,9 @@ class Obedience:
         """Until cancelled. An order to shut down sets `stop_requested`."""
         orders = self._context.orders
         while True:
+            seen = (
+                orders.current
+            )  # before anything is waited for: what is ordered meanwhile is looked at next
             self._take_duty()
             if orders.shutting_down and not stop_requested.is_set():
                 logger.info("stop_ordered")
@@ -46,7 +49,6 @@ class Obedience:
             elif not stopped and not self._server.is_open and not await self._open():
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            seen = orders.current
             await orders.until(lambda now, seen=seen: now != seen)  # type: ignore[misc]
 
     async def end(self) -> None:

@@ -19,7 +19,7 @@ from services.evictor.order_keeping import OrderKeeper, PurgeWork
 from services.evictor.pacing import repeat
 from services.evictor.partials import Partials
 from services.evictor.reconcile import Reconciliation
-from services.evictor.removals import Outcome, Removals
+from services.evictor.removals import Removals
 from services.evictor.repair import Repair
 from services.evictor.scrub import Scrub
 from services.evictor.source_watch import SourceWatch
@@ -29,7 +29,6 @@ from shared.adapters.volume import Volume
 from shared.adapters.volume.intake import Intake
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.eviction import make_policy
-from shared.domain.objects import ObjectId
 from shared.observability.metrics import STORAGE_LIMIT, STORAGE_OBJECTS, STORAGE_RESERVED, STORAGE_USED
 from shared.ports.catalog import Catalog
 from shared.ports.state_store import StateStore, Term
@@ -64,10 +63,6 @@ class Evictor:
         async with asyncio.TaskGroup() as group:
             group.create_task(repeat("report usage", self._report_usage), name="evictor-usage")
             group.create_task(self._leadership.serve(self._lead), name="evictor-leadership")
-
-    async def purge(self, term: Term, object_id: ObjectId, reason: str) -> Outcome:
-        """Remove one object although it may be in use; see Removals."""
-        return await self._tools.removals.purge(term, object_id, reason)
 
     async def problems(self) -> Sequence[str]:
         """What keeps this evictor from working, in words. A standby is as healthy as the leader."""
@@ -106,16 +101,17 @@ def _make_tools(
     partials = Partials(state, volume, adoption, settings.evictor.partial_keep)
     rules = EvictionRules(settings.storage.watermarks, settings.evictor.min_idle)
     can_list = settings.catalog.kind != "origin"
+    follower = OrdersFollower(state, volume.root, settings.duty)
     return Tools(
         index=index,
         removals=removals,
         partials=partials,
         eviction=Eviction(state, index, removals, partials, rules),
         reconciliation=Reconciliation(state, volume, index, removals, adoption, partials),
-        repair=Repair(volume, catalog, removals, settings.duty if can_list else None, takeover),
-        duty=DutyCheck(catalog, index, removals, settings.duty, can_list),
+        repair=Repair(volume, catalog, removals, (lambda: follower.duty) if can_list else None, takeover),
+        duty=DutyCheck(catalog, index, removals, settings.duty, can_list, volume.root),
         scrub=Scrub(volume, removals, settings.evictor.scrub_rate),
-        orders=OrderKeeper(state, volume.root, OrdersFollower(state, volume.root, settings.duty)),
+        orders=OrderKeeper(state, volume.root, follower),
         purges=PurgeWork(state, volume, removals, partials),
         sources=sources,
         takeover=takeover,

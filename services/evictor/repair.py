@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import Callable
 from enum import StrEnum
 
 import structlog
 
 from services.evictor.file_calls import file_call, next_chunk
 from services.evictor.hashing import hash_file
+from services.evictor.known_ids import KnownIds
 from services.evictor.removals import Removals
 from services.evictor.takeover import Takeover
 from shared.adapters.volume import FoundObject, Volume
@@ -27,7 +29,6 @@ from shared.ports.state_store import Term
 
 _AT_ONCE = 100
 _LISTED_AT_ONCE = 16
-_QUESTIONS_MOST = 1000  # of one run: the rest waits for the next
 
 logger = structlog.get_logger()
 
@@ -48,20 +49,24 @@ def judge_size(known: MediaObject | None, size: int) -> Verdict:
 
 
 class Repair:
-    """One run after each reconciliation."""
+    """One run after each reconciliation. `questions_most`: of one run, about; the rest waits for the next."""
+
+    questions_most = 1000
 
     def __init__(
         self,
         volume: Volume,
         catalog: Catalog,
         removals: Removals,
-        duty: Duty | None,
+        duty: Callable[[], Duty] | None,
         takeover: Takeover | None = None,
     ) -> None:
         """`takeover`: objects without a record came from another node. Many of them, so the catalog's whole list of
-        `duty` is asked for first (None: it has none), and their size decides; the scrub looks at their hash."""
+        `duty`, as it is then, is asked for first (None: it has none), and their size decides; the scrub looks at
+        their hash."""
         self._volume, self._catalog, self._removals = volume, catalog, removals
         self._duty, self._takeover = duty, takeover
+        self._asked = KnownIds()  # in vain, since the last round of all of them
 
     async def run(self, term: Term) -> None:
         """CatalogUnavailable in the middle leaves the rest for the next time."""
@@ -73,7 +78,7 @@ class Repair:
         waiting = await file_call(self._all_unrecorded)
         if not waiting or self._duty is None:
             return
-        async for batch in self._catalog.list_objects(self._duty):
+        async for batch in self._catalog.list_objects(self._duty()):
             listed = [(waiting.pop(known.object_id), known) for known in batch if known.object_id in waiting]
             for start in range(0, len(listed), _LISTED_AT_ONCE):
                 few = listed[start : start + _LISTED_AT_ONCE]
@@ -89,16 +94,25 @@ class Repair:
         return {found.object_id: found for found in self._volume.scan_unrecorded()}
 
     async def _settle_one_by_one(self, term: Term) -> None:
+        """Some of them in each run: those that were asked about in vain give way to the others until all had a turn."""
         scan = self._volume.scan_unrecorded()
-        questions, unknown = 0, 0
-        while (chunk := await next_chunk(scan, _AT_ONCE)) and questions < _QUESTIONS_MOST:
+        questions, unknown = 0, list[ObjectId]()
+        while (chunk := await next_chunk(scan, _AT_ONCE)) and questions < self.questions_most:
             for found in chunk:
+                if found.object_id in self._asked:
+                    continue
+                questions += 1
                 known = await self._catalog.look_up(found.object_id)
-                verdict = await self._settle(term, found, known)
-                unknown += verdict is Verdict.UNKNOWN
-            questions += len(chunk)
+                if await self._settle(term, found, known) is Verdict.UNKNOWN:
+                    unknown.append(found.object_id)
+        if chunk:
+            self._asked.update(unknown)
+        else:
+            self._asked = KnownIds()
         if unknown:
-            logger.warning("objects_without_record", count=unknown, reason="the catalog does not know them")
+            logger.warning(
+                "objects_without_record", count=len(unknown), reason="the catalog does not know them"
+            )
 
     async def _settle(self, term: Term, found: FoundObject, known: MediaObject | None) -> Verdict:
         descriptor = self._volume.open_raw(found.object_id)

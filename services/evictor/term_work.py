@@ -34,6 +34,7 @@ REFRESH_SECONDS, SAVE_SECONDS, SWEEP_SECONDS = 1.0, 5.0, 10.0
 _COMPLETED_AT_ONCE = 100
 _FREED_MOST = 10_000  # objects to look at again in one sweep; reconciliation sees to what goes beyond
 _RESYNC_SECONDS = 5.0  # least time between two comparisons of all entries because of a doubt
+_LIST_AGAIN = 600.0  # seconds until the whole list, which is dear, is asked for again after a failure
 _CATALOG_SECONDS = 60.0  # between attempts while the catalog is out of reach
 _LONGEST_UNSETTLED = 60.0  # seconds between attempts to bring volume and store together
 
@@ -225,8 +226,8 @@ class TermWork:
     async def _check_duty(self) -> float:
         if not self._settled:
             return REFRESH_SECONDS
-        await self._tools.duty.run(self._term)
-        return self._settings.duty_interval
+        done = await self._tools.duty.run(self._term)
+        return self._settings.duty_interval if done else min(_LIST_AGAIN, self._settings.duty_interval)
 
     async def _restore_orders(self) -> None:
         """An emptied store has lost pins and duty too; nothing is evicted before it is reconciled."""

@@ -59,8 +59,6 @@ def translate(document: dict[str, Any], folder: Path) -> Translation:
             made.remarks[name] = f"has no equal: {reason}"
         else:
             made.remarks[name] = "is not known, and has no equal"
-    if "buckets" in made.settings and made.settings.pop("worker_id", None) is not None:
-        made.remarks["workerId"] = "left out: buckets are named, and only one of the two can decide"
     if "buckets" not in made.settings and "worker_id" not in made.settings:
         made.remarks["workerId"] = "is missing, and so are buckets: everything the squid knows will be served"
     _fit_cached_item(made)

@@ -9,7 +9,7 @@ from typing import Any
 from shared.domain.errors import InvalidInput
 from shared.domain.objects import Duty, ObjectId, parse_bucket_id
 
-_LARGEST_WORKER_ID = 2**63 - 1
+LARGEST_WORKER_ID = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +30,12 @@ class Orders:
     shutdowns: int = 0
 
     def duty(self, configured: Duty) -> Duty:
-        """The duty in force: what was ordered, else what is configured."""
-        return Duty(
-            bucket_ids=self.buckets if self.buckets_ordered else configured.bucket_ids,
-            worker_id=self.worker_id if self.worker_ordered else configured.worker_id,
-        )
+        """The duty in force: what was ordered, else what is configured. All of a worker whom nobody has named is no
+        duty: then the buckets are as configured."""
+        worker_id = self.worker_id if self.worker_ordered else configured.worker_id
+        if not self.buckets_ordered or (self.buckets is None and worker_id is None):
+            return Duty(configured.bucket_ids, worker_id)
+        return Duty(self.buckets, worker_id)
 
 
 def encode_orders(orders: Orders) -> str:
@@ -59,7 +60,7 @@ def decode_orders(text: str | bytes, version: int) -> Orders:
     flags = (orders.stopped, orders.draining, orders.worker_ordered, orders.buckets_ordered)
     numbers = (orders.shutdowns, 0 if orders.worker_id is None else orders.worker_id)
     if not all(type(flag) is bool for flag in flags) or not all(
-        type(number) is int and 0 <= number <= _LARGEST_WORKER_ID for number in numbers
+        type(number) is int and 0 <= number <= LARGEST_WORKER_ID for number in numbers
     ):
         raise InvalidInput("unreadable orders: a field of the wrong type")
     return orders

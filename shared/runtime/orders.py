@@ -26,7 +26,7 @@ class OrdersFollower:
 
     def __init__(self, book: OrderBook, root: Path, configured: Duty) -> None:
         """`root`: of the volume; `configured`: the duty of the settings."""
-        self._book, self._root, self._configured = book, root, configured
+        self._book, self._root, self.configured = book, root, configured
         self._changed, self._wanted = asyncio.Event(), asyncio.Event()
         self._shutdowns_seen: int | None = None
         self._available = True
@@ -34,7 +34,7 @@ class OrdersFollower:
 
     @property
     def duty(self) -> Duty:
-        return self.current.duty(self._configured)
+        return self.current.duty(self.configured)
 
     @property
     def shutting_down(self) -> bool:
@@ -76,10 +76,6 @@ class OrdersFollower:
     def wake(self) -> None:
         """Something may have changed: look now."""
         self._wanted.set()
-
-    async def changed(self) -> None:
-        """Wait for the next change."""
-        await self._changed.wait()
 
     async def until(self, holds: Callable[[Orders], bool]) -> None:
         """Wait until the orders are such."""

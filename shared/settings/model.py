@@ -207,7 +207,7 @@ class Settings(BaseSettings):
     buckets: frozenset[str] | None = None
     """Buckets to serve. Neither buckets nor worker_id: everything the catalog knows."""
     worker_id: int | None = Field(default=None, ge=0)
-    """Serve all buckets that this worker operates."""
+    """Serve all buckets that this worker operates, unless buckets are named."""
     environment: str = "production"
     """Shown as nodeEnv in /status."""
     shutdown_deadline: Seconds = 30.0
@@ -254,8 +254,6 @@ class Settings(BaseSettings):
                 f"storage.max_cached_item ({format_size(self.storage.max_cached_item)}) is above storage.limit"
                 f" ({format_size(self.storage.limit)})"
             )
-        if self.buckets is not None and self.worker_id is not None:
-            wrong.append("buckets and worker_id exclude each other: name the buckets, or the worker")
         wrong.extend(self._check_catalog())
         wrong.extend(self._check_urls())
         if wrong:

@@ -44,10 +44,12 @@ def media_object(name: str, body: bytes) -> MediaObject:
 
 
 class ListedCatalog:
-    """A catalog of what the test says; `down` makes it fail."""
+    """A catalog of what the test says; `down` makes it fail, `left_out` are missing from its lists alone."""
 
     def __init__(self) -> None:
         self.objects: dict[ObjectId, MediaObject] = {}
+        self.left_out: set[ObjectId] = set()
+        self.asked: list[ObjectId] = []
         self.down = False
 
     async def open(self) -> None: ...
@@ -56,11 +58,13 @@ class ListedCatalog:
 
     async def look_up(self, object_id: ObjectId) -> MediaObject | None:
         self._fail_if_down()
+        self.asked.append(object_id)
         return self.objects.get(object_id)
 
     async def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
         self._fail_if_down()
-        yield [known for known in self.objects.values() if duty.covers(known)]
+        listed = [known for known in self.objects.values() if known.object_id not in self.left_out]
+        yield [known for known in listed if duty.covers(known)]
 
     async def bucket_ids(self) -> Sequence[str]:
         return ()

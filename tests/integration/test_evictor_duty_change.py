@@ -29,6 +29,12 @@ class World:
     index: EvictionIndex
     catalog: ListedCatalog
     term: Term
+    removals: Removals
+    root: Path
+
+    def restarted(self, duty: Duty) -> DutyCheck:
+        """The check of another process, configured so."""
+        return DutyCheck(self.catalog, self.index, self.removals, duty, True, self.root)
 
     def held(self) -> int:
         return len(self.index.policy)
@@ -50,7 +56,8 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         if number < 8:
             await state.adopt(term, IndexEntry(object_id, 10, 1, 0.0))
             index.add(PolicyEntry(object_id, 10, 1, 0.0))
-    yield World(DutyCheck(catalog, index, removals, OLD, can_list=True), index, catalog, term)
+    duty = DutyCheck(catalog, index, removals, OLD, can_list=True, root=tmp_path)
+    yield World(duty, index, catalog, term, removals, tmp_path)
     volume.close()
 
 
@@ -68,6 +75,60 @@ async def test_an_empty_list_is_not_believed_after_an_order_either(world: World)
     world.duty.change(Duty(frozenset({"0:3"})))
     await world.duty.run(world.term)
     assert world.held() == 8
+
+
+async def test_other_buckets_in_the_settings_and_a_restart(world: World) -> None:
+    assert await world.duty.run(world.term)
+    assert world.held() == 8
+    assert await world.restarted(NEW).run(world.term)
+    assert world.held() == 0
+
+
+async def test_an_order_before_the_check_of_another_leader_is_not_forgotten(world: World) -> None:
+    await world.duty.run(world.term)
+    world.duty.change(OLD)
+    assert world.duty.change(NEW)
+    leader = world.restarted(OLD)
+    assert not leader.change(NEW)
+    await leader.run(world.term)
+    assert world.held() == 0
+
+
+async def test_a_worker_named_beside_the_buckets_changes_nothing(world: World) -> None:
+    world.duty.change(OLD)
+    await world.duty.run(world.term)
+    assert not world.duty.change(Duty(OLD.bucket_ids, 7))
+    world.catalog.left_out = {ObjectId(f"{number}") for number in range(7)}
+    await world.duty.run(world.term)
+    assert world.held() == 8
+
+
+async def test_what_a_list_leaves_out_stays_if_the_catalog_says_it_is_ours(world: World) -> None:
+    world.catalog.left_out = {ObjectId("0"), ObjectId("1"), ObjectId("2")}
+    del world.catalog.objects[ObjectId("0")]
+    assert await world.duty.run(world.term)
+    assert world.held() == 7, "what does not exist any more goes"
+
+
+async def test_a_catalog_that_fails_while_it_is_asked_leaves_the_rest(world: World) -> None:
+    await world.duty.run(world.term)
+    world.duty.change(OLD)
+    world.duty.change(NEW)
+
+    class Failing(ListedCatalog):
+        async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+            self.down = len(self.asked) == 3
+            return await super().look_up(object_id)
+
+    failing = Failing()
+    failing.objects = world.catalog.objects
+    world.catalog = failing
+    check = world.restarted(NEW)
+    assert not await check.run(world.term)
+    assert world.held() == 5
+    failing.asked, failing.down = [ObjectId("x")] * 4, False
+    assert await check.run(world.term)
+    assert world.held() == 0
 
 
 async def test_the_orders_found_at_the_start_are_no_change(world: World) -> None:

@@ -132,16 +132,14 @@ async def test_a_parked_fetch_is_given_up_when_nothing_else_can_go(world: Evicto
 
 
 async def test_a_purged_object_is_out_of_sight_at_once_and_counts_until_read(world: EvictorWorld) -> None:
-    async with world.evictor() as evictor:
+    async with world.evictor():
         await eventually(world.accounted)
         await world.store("one", "two", age=600)
         sent = world.volume.open_object(ObjectId("one"))
         assert sent is not None
         assert sent.hold()
-        term = await world.state.lead(evictor._leadership._holder, 2.0)
-        assert term is not None
-        await evictor.purge(term, ObjectId("one"), "operator")
-        assert world.volume.open_object(ObjectId("one")) is None
+        await world.state.want_purges([ObjectId("one")])
+        await eventually(lambda: world.volume.open_object(ObjectId("one")) is None)
         await asyncio.sleep(0.3)
         assert await world.used() == 2 * footprint(SIZE)
         assert sent.read(0, SIZE) == body_of("one")

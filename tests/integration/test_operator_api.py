@@ -6,18 +6,22 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from services.api.operator.desk import MOST_PINS
 from services.api.operator.service import operator_api
 from shared.adapters.state_redis import RedisStateStore
 from shared.adapters.state_times import StateTimes
 from shared.adapters.volume.orders_file import NAME, read_orders, write_orders
 from shared.domain.objects import Duty, ObjectId
 from shared.domain.orders import KeptOrders, Orders, decode_kept, encode_kept
+from shared.domain.warming import WarmingScope
 from shared.runtime.orders import OrdersFollower
+from shared.settings.model import Settings
 from tests.end_to_end.client import Answer, exchange
 from tests.end_to_end.operator_client import OperatorClient
 from tests.servers.api_fixture import RunningApi, StandIn, running_api
@@ -27,10 +31,10 @@ PINNED = KeptOrders(Orders(version=3, stopped=True, shutdowns=2), frozenset({Obj
 
 
 @asynccontextmanager
-async def operated(tmp_path: Path) -> AsyncIterator[tuple[RunningApi, OperatorClient]]:
+async def operated(tmp_path: Path, **changes: Any) -> AsyncIterator[tuple[RunningApi, OperatorClient]]:
     settings = {"port": 0, "secret": SECRET}
     async with (
-        running_api(tmp_path, StandIn(), operator_api=settings) as api,
+        running_api(tmp_path, StandIn(), operator_api=settings, **changes) as api,
         operator_api(api.context, "here", shared_port=False) as port,
     ):
         assert port is not None
@@ -157,7 +161,64 @@ def test_the_file_is_replaced_in_one_step_and_reads_back(tmp_path: Path) -> None
 
 
 def test_what_is_not_ordered_is_as_configured() -> None:
-    configured = Duty(bucket_ids=frozenset({"1:1"}), worker_id=3)
-    assert Orders().duty(configured) == configured
+    configured = Settings(
+        buckets=["1:1"], worker_id=3, catalog={"kind": "joystream"}, storage={"path": "unused"}
+    ).duty
+    assert Orders().duty(configured) == configured == Duty(frozenset({"1:1"}), 3)
     assert Orders(worker_ordered=True, worker_id=7).duty(configured) == Duty(frozenset({"1:1"}), 7)
     assert Orders(buckets_ordered=True).duty(configured) == Duty(None, 3)
+
+
+def test_all_of_a_worker_whom_nobody_has_named_is_not_everything() -> None:
+    configured = Duty(frozenset({"1:1"}))
+    ordered = Orders(buckets_ordered=True)
+    assert ordered.duty(configured) == configured
+    assert replace(ordered, worker_ordered=True, worker_id=7).duty(configured) == Duty(None, 7)
+    assert ordered.duty(Duty()) == Duty()
+
+
+async def test_back_to_all_of_the_worker_needs_a_worker(tmp_path: Path) -> None:
+    async with operated(tmp_path, buckets=["0:1"]) as (_, operator):
+        answer = await operator.ask("POST", "set-buckets", {})
+        assert (answer.status, answer.json()["type"]) == (409, "no_worker")
+        assert (await operator.look("orders"))["buckets"] == ["0:1"]
+        await operator.order("set-worker", {"workerId": 7})
+        assert (await operator.order("set-buckets", {}))["buckets"] is None
+
+
+async def test_a_node_set_up_for_everything_goes_back_to_that(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (_, operator):
+        await operator.order("set-buckets", {"buckets": ["5:5"]})
+        assert (await operator.order("set-buckets", {}))["buckets"] is None
+
+
+async def test_with_buckets_and_worker_the_buckets_decide_until_they_are_taken_back(tmp_path: Path) -> None:
+    async with operated(tmp_path, buckets=["0:1"], worker_id=3) as (_, operator):
+        shown = await operator.look("orders")
+        assert (shown["workerId"], shown["buckets"]) == (3, ["0:1"])
+        shown = await operator.order("set-buckets", {})
+        assert (shown["workerId"], shown["buckets"]) == (3, None)
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=1001", "limit=000010000000", "limit=%D9%A1", "limit="])
+async def test_a_page_has_a_thousand_entries_at_most(tmp_path: Path, query: str) -> None:
+    async with operated(tmp_path) as (_, operator):
+        assert (await operator.ask("GET", f"cache?{query}")).status == 400
+
+
+async def test_one_warming_at_a_time(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (api, operator):
+        state = api.context.state
+        assert await state.order_warming(WarmingScope()) is not None
+        assert await state.tend_warming("another process", 60) is not None
+        answer = await operator.ask("POST", "warm", {"all": True})
+        assert (answer.status, answer.json()["type"]) == (409, "already_warming")
+
+
+async def test_pins_are_bounded(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (api, operator):
+        await api.context.state.change_pins(pin=[ObjectId(f"{number}") for number in range(MOST_PINS)])
+        assert (await operator.ask("POST", "pin", {"ids": ["7"]})).status == 200
+        answer = await operator.ask("POST", "pin", {"ids": ["7", "one-more"]})
+        assert (answer.status, answer.json()["type"]) == (400, "too_many_pins")
+        assert len(await api.context.state.pinned()) == MOST_PINS

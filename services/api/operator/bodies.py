@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from services.api.errors import ErrorAnswer
 from shared.domain.errors import InvalidInput
 from shared.domain.objects import ObjectId, parse_bucket_id
+from shared.domain.orders import LARGEST_WORKER_ID
 from shared.domain.warming import WarmingScope
 
 MOST_IDS = 1000
-LARGEST_WORKER_ID = 2**63 - 1
+_LIMIT = re.compile(r"[0-9]{1,4}", re.ASCII)
 
 
 def read_nothing(body: Any) -> None:
@@ -79,7 +81,7 @@ def read_switch(body: Any) -> bool:
 def read_page(query: Mapping[str, str]) -> tuple[int, str]:
     """`limit` (1 to 1000, default 100) and `after` (an object id, or nothing) of a listing."""
     limit, after = query.get("limit", "100"), query.get("after", "")
-    if set(query) - {"limit", "after"} or not limit.isdecimal() or not 1 <= int(limit[:5]) <= MOST_IDS:
+    if set(query) - {"limit", "after"} or not _LIMIT.fullmatch(limit) or not 1 <= int(limit) <= MOST_IDS:
         raise _malformed(f"want limit (1 to {MOST_IDS}) and after, if anything")
     if after:
         try:

@@ -24,7 +24,7 @@ logger = structlog.get_logger()
 
 
 class OperatorDesk:
-    """ErrorAnswer 409 for what is the case already, and for everything once the node shuts down."""
+    """ErrorAnswer 409 for what is the case already or cannot be, and for everything once the node shuts down."""
 
     def __init__(self, state: StateStore, orders: OrdersFollower) -> None:
         self._state, self._orders = state, orders
@@ -47,9 +47,17 @@ class OperatorDesk:
         )
 
     async def set_buckets(self, buckets: frozenset[str] | None) -> dict[str, Any]:
-        return await self._change(
-            "set buckets", lambda orders: replace(orders, buckets_ordered=True, buckets=buckets)
-        )
+        """None: back to all of the worker, or to everything, if that is what the node is set up for."""
+
+        def ordered(orders: Orders) -> Orders:
+            changed = replace(orders, buckets_ordered=True, buckets=buckets)
+            if buckets is None and changed.duty(self._orders.configured).bucket_ids is not None:
+                raise ErrorAnswer(
+                    409, "No worker is known whose buckets to serve: set-worker first", "no_worker"
+                )
+            return changed
+
+        return await self._change("set buckets", ordered)
 
     async def drain(self, on: bool) -> dict[str, Any]:
         return await self._change("drain", lambda orders: replace(orders, draining=on))

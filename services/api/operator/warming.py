@@ -162,17 +162,18 @@ class Warmer:
                 return
             listed = course.planned.popleft()
             while (outcome := await self._outcome(listed, course)) is None:
-                await asyncio.sleep(REPORT_SECONDS)
+                pass
             course.count(**{outcome: 1})
 
     async def _outcome(self, listed: MediaObject, course: _Course) -> str | None:
-        """`done`, `skipped` or `failed`; None: not now, state store or job queue are away."""
+        """`done`, `skipped` or `failed`; None, after a pause: state store or job queue are away."""
         try:
             outcome = await self._fetch(listed.object_id, f"warming-{course.now.serial}")
         except (StateStoreUnavailable, JobQueueUnavailable) as error:
             if not course.now.reason:
                 logger.warning("warming_waits", reason=str(error))
             course.now = replace(course.now, reason=str(error)[:200])
+            await asyncio.sleep(REPORT_SECONDS)
             return None
         except CatalogUnavailable as error:
             logger.info("not_warmed", object_id=listed.object_id, reason=str(error))

@@ -1,0 +1,38 @@
+"""Small files at the volume's root that are replaced as a whole: what must outlive an emptied state store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shared.adapters.volume.layout import translated
+
+_LARGEST = 16 * 1024 * 1024
+
+
+def read_small(root: Path, name: str) -> bytes | None:
+    """Blocks. None: there is none. VolumeError: disk trouble."""
+    with translated(f"read {name}"):
+        try:
+            descriptor = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read(_LARGEST)
+
+
+def write_small(root: Path, name: str, text: str) -> None:
+    """Blocks. In one step: written and synced beside the old one, then renamed. VolumeError if that fails."""
+    draft = root / f"{name},new"
+    with translated(f"write {name}"):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(draft, flags, 0o644), "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(root / name)
+        directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
