@@ -14,7 +14,8 @@ from shared.settings.load import check_settings
 _HEAD = """\
 # Written by `distributor import-config` from {file}.
 # One process: distributor standalone --config THIS_FILE. For separate services add state_store.url (redis://…) and
-# job_queue.url (amqp://…). Everything that can be set: docs/configuration.md.
+# job_queue.url (amqp://…). Storage nodes at private addresses are not asked: where yours are at such, change
+# catalog.refuse_private_sources. Everything that can be set: docs/configuration.md.
 """
 
 

@@ -9,24 +9,26 @@ from typing import Any
 
 import yaml
 
+from services.migration.yaml_core import read_yaml
 from shared.domain.errors import ConfigurationError
 
 PREFIX = "JOYSTREAM_DISTRIBUTOR__"
 OFF = "off"
+_TEXTS = frozenset(
+    {
+        "id", "endpoints.storageSquid", "endpoints.queryNode", "endpoints.joystreamNodeWs", "directories.assets",
+        "directories.cacheState", "operatorApi.hmacSecret", "logs.console.level",
+    }
+)  # fmt: skip
 
 
 def read_existing(file: Path, environment: Mapping[str, str]) -> dict[str, Any]:
     """Names and values, nested. ConfigurationError if the file cannot be read as that.
 
     A variable such as JOYSTREAM_DISTRIBUTOR__LIMITS__MAX_CACHED_ITEM_SIZE overrides `limits.maxCachedItemSize`. Its
-    value is JSON, or plain text where it is none; `off` takes the setting out.
+    value is JSON, or plain text where it is none, or where the setting is a text; `off` takes the setting out.
     """
-    try:
-        document = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{file} cannot be read: {error}") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigurationError(f"{file} is neither YAML nor JSON: {error}") from error
+    document = _document(file)
     if not isinstance(document, dict):
         raise ConfigurationError(f"{file}: want names and values at the top level")
     for name in sorted(environment):
@@ -34,6 +36,23 @@ def read_existing(file: Path, environment: Mapping[str, str]) -> dict[str, Any]:
             path = [_camel_case(part) for part in name.removeprefix(PREFIX).split("__")]
             _override(document, path, environment[name], name)
     return document
+
+
+def _document(file: Path) -> Any:
+    """JSON first: what is JSON need not be YAML, which knows no tabs."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file} cannot be read: {error}") from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if file.suffix == ".json":
+            raise ConfigurationError(f"{file} is no JSON: {error}") from error
+    try:
+        return read_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{file} is neither YAML nor JSON: {error}") from error
 
 
 def _override(document: dict[str, Any], path: list[str], text: str, variable: str) -> None:
@@ -50,7 +69,7 @@ def _override(document: dict[str, Any], path: list[str], text: str, variable: st
     if text == OFF:
         section.pop(path[-1], None)
     else:
-        section[path[-1]] = _value(text)
+        section[path[-1]] = text if ".".join(path) in _TEXTS else _value(text)
 
 
 def _value(text: str) -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 
 from shared.adapters.existing_node import FILE_NAME
 from shared.domain.errors import ConfigurationError
+from shared.settings.operator_api import LEAST_SECRET
 from shared.settings.sizes import format_size, parse_size
 
 _LEAST_DUTY_SECONDS = 3600
-_LEAST_SECRET = 16
 _LEVELS = {
     "error": "error", "warn": "warning", "info": "info", "http": "info", "verbose": "debug", "debug": "debug",
     "silly": "debug",
@@ -48,6 +48,7 @@ def translate(document: dict[str, Any], folder: Path) -> Translation:
     existing node could not have used either."""
     made = Translation()
     made.put("catalog.kind", "joystream")
+    made.put("catalog.refuse_private_sources", True)
     for name, value in _leaves(document, ""):
         translator = _TRANSLATORS.get(name)
         if translator is not None:
@@ -174,9 +175,9 @@ def _level(made: Translation, value: Any, _: Path) -> None:
 
 def _secret(made: Translation, value: Any, _: Path) -> None:
     secret = _text(value)
-    if len(secret) < _LEAST_SECRET:
+    if len(secret) < LEAST_SECRET:
         made.remarks["operatorApi.hmacSecret"] = (
-            f"left out, and the operator API with it: want at least {_LEAST_SECRET} characters"
+            f"left out, and the operator API with it: want at least {LEAST_SECRET} characters"
         )
         return
     made.put("operator_api.secret", secret)

@@ -6,6 +6,9 @@ from pydantic import Field, SecretStr
 
 from shared.settings.section import Port, Section
 
+LEAST_SECRET = 16
+"""Characters."""
+
 
 class OperatorApi(Section):
     """The HTTP server that operators talk to. Off unless a secret is set."""
@@ -14,5 +17,5 @@ class OperatorApi(Section):
     """Address to listen on. Requests are authorised, but not encrypted."""
     port: Port = 3335
     """Port to listen on; 0 takes any free one."""
-    secret: SecretStr | None = Field(default=None, min_length=16)
+    secret: SecretStr | None = Field(default=None, min_length=LEAST_SECRET)
     """What operators sign their requests with, at least 16 characters."""

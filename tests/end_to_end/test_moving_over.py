@@ -85,6 +85,7 @@ class World:
                     "intervals": {"saveCacheState": 60},
                     "publicApi": {"port": self.stack.port},
                     "buckets": ["0:1"],
+                    "workerId": 7,
                 }
             )
         )
@@ -93,6 +94,8 @@ class World:
         assert "limits.pendingDownloadTimeoutSec has no equal" in done.stderr
         ours = self.folder / "ours.yaml"
         ours.write_text(done.stdout)
+        assert "refuse_private_sources: true" in done.stdout
+        self.stack.environment["DISTRIBUTOR_CATALOG__REFUSE_PRIVATE_SOURCES"] = "false"  # all is local here
         check = [sys.executable, "-m", "services.command_line", "config", "check", "--config", str(ours)]
         subprocess.run(check, capture_output=True, check=True)
         self.stack.config = ours

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from services.migration.command import import_configuration
+from services.migration.yaml_core import read_yaml
 from shared.domain.errors import ConfigurationError
+from shared.domain.objects import Duty
 from shared.settings import load_settings
 
 FULL = """
@@ -69,10 +71,12 @@ def test_every_setting_has_its_place(tmp_path: Path) -> None:
     assert settings == {
         "id": "distributor-7",
         "buckets": ["0:1", "0:2"],
+        "worker_id": 3,
         "public_api": {"port": 3334, "max_proxied": 300},
         "operator_api": {"port": 3335, "secret": "this-is-not-so-secret"},
         "catalog": {
             "kind": "joystream",
+            "refuse_private_sources": True,
             "squid": "https://squid.example/graphql",
             "chain": "wss://rpc.example:9944",
             "positive_ttl": 60,
@@ -97,7 +101,6 @@ def test_every_setting_has_its_place(tmp_path: Path) -> None:
         "intervals.cacheCleanup",
         "logs.file",
         "logs.elastic",
-        "workerId",
         "operatorApi.hmacSecret",
     }
 
@@ -107,6 +110,44 @@ def test_what_is_printed_is_accepted(tmp_path: Path) -> None:
     settings = load_settings(tmp_path / "ours.yaml")
     assert settings.storage.limit == 500 * 1024**3
     assert settings.catalog.kind == "joystream"
+    assert settings.duty == Duty(frozenset({"0:1", "0:2"}), 3)
+
+
+def test_plain_words_mean_what_they_mean_there(tmp_path: Path) -> None:
+    settings, _ = converted(
+        tmp_path, "id: 010\nbuckets:\n  - 1:0\n  - 0:10\nworkerId: 3\nlogs: {console: {level: off}}\n"
+    )
+    assert settings["buckets"] == ["1:0", "0:10"]
+    assert settings["id"] == "10"
+    assert "log" not in settings
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("12", 12), ("-0o17", "-0o17"), ("0o17", 15), ("0x1F", 31), ("1e3", 1000.0), (".5", 0.5), ("1_000", "1_000"),
+        ("190:20:30", "190:20:30"), ("no", "no"), ("On", "On"), ("True", True), ("~", None), ("", None),
+        ("2026-11-27", "2026-11-27"), ("'5'", "5"), ("0b1", "0b1"), ("<<", "<<"),
+    ],
+)  # fmt: skip
+def test_the_core_schema(text: str, value: object) -> None:
+    assert read_yaml(f"a: {text}") == {"a": value}
+
+
+def test_aliases_and_tags_are_read_and_objects_are_not_made() -> None:
+    assert read_yaml("a: &x {b: 1}\nc: *x\nd: !!str 5") == {"a": {"b": 1}, "c": {"b": 1}, "d": "5"}
+    with pytest.raises(yaml.YAMLError):
+        read_yaml("a: !!python/object/apply:os.system [true]")
+
+
+def test_json_with_tabs_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{\n\t"id": "a",\n\t"workerId": 3\n}\n')
+    printed, _ = import_configuration(file, {})
+    assert yaml.safe_load(printed)["worker_id"] == 3
+    file.write_text('{"id": "a",}')
+    with pytest.raises(ConfigurationError, match="no JSON"):
+        import_configuration(file, {})
 
 
 def test_json_is_read_as_well(tmp_path: Path) -> None:
@@ -134,12 +175,18 @@ def test_the_environment_overrides_the_file(tmp_path: Path) -> None:
     assert settings["id"] == "named-by-the-environment"
     assert settings["catalog"]["squid"] == "http://squid:4352/graphql"
     assert "operator_api" not in settings
+    secret = '"12345678901234567"'
+    for given in (secret, secret.strip('"')):
+        settings, _ = converted(tmp_path, FULL, JOYSTREAM_DISTRIBUTOR__OPERATOR_API__HMAC_SECRET=given)
+        assert settings["operator_api"]["secret"] == given, "a text is no JSON"
     assert not any(remark.startswith("logs.file") for remark in remarks)
 
 
 def test_worker_mode(tmp_path: Path) -> None:
     settings, _ = converted(tmp_path, "id: a\nworkerId: 3\n")
-    assert settings == {"catalog": {"kind": "joystream"}, "id": "a", "worker_id": 3}
+    assert settings == {
+        "catalog": {"kind": "joystream", "refuse_private_sources": True}, "id": "a", "worker_id": 3,
+    }  # fmt: skip
 
 
 def test_what_is_not_known_is_named(tmp_path: Path) -> None:
