@@ -120,6 +120,7 @@ def build_source_client(settings: Settings, max_connections: int) -> SourceClien
         stall_timeout=fetch.stall_timeout,
         minimum_rate=fetch.minimum_rate,
         max_connections=max_connections,
+        refuse_private=settings.catalog.refuse_private_sources,
     )
     return SourceClient(limits, count_observation)
 
@@ -139,7 +140,8 @@ def _build_source_memory(settings: Settings) -> SourceMemory | None:
 
 def build_source_prober(settings: Settings, book: HealthBook) -> SourceProber:
     """To be opened and closed by its user."""
-    return SourceProber(book, settings.sources.probe_timeout, settings.sources.probes_at_once)
+    sources, refuse = settings.sources, settings.catalog.refuse_private_sources
+    return SourceProber(book, sources.probe_timeout, sources.probes_at_once, refuse_private=refuse)
 
 
 def build_relay(client: SourceClient, book: HealthBook) -> Relay:

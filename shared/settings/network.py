@@ -24,8 +24,9 @@ class CatalogSettings(Section):
     chain: str | None = None
     """A node of the chain, `ws(s)://` or `http(s)://`, for chainHead in /status; `joystream` only."""
     refuse_private_sources: bool = False
-    """Leave out storage nodes at addresses that are not public. Recommended for a node on the Joystream network, where
-    anybody's endpoint is in the catalog; off by default, since storage nodes of one's own may be at such addresses."""
+    """Ask no storage node at an address that is not public, whatever its name says. Recommended for a node on the
+    Joystream network, where anybody's endpoint is in the catalog; off by default, since storage nodes of one's own may
+    be at such addresses."""
     list_batch: int = Field(default=100, ge=1, le=10_000)
     """Bags in one question for the whole list, for `joystream`."""
     list_pause: float = Field(default=1.0, ge=0, le=3600)

@@ -452,3 +452,12 @@ async def test_closing_ends_what_is_being_read(node: StorageNode) -> None:
         with pytest.raises(SourceError):
             async for _ in answer.chunks:
                 pass
+
+
+async def test_a_name_that_resolves_to_a_private_address_is_not_asked(node: StorageNode) -> None:
+    """Names are not judged here: `localhost` stands for any that somebody's resolver sends inwards."""
+    async with SourceClient(replace(LIMITS, refuse_private=True)) as client:
+        for host in ("localhost", "127.0.0.1"):
+            with pytest.raises(SourceUnreachable, match="private address"):
+                await read(client, f"http://{host}:{node.port}/api/v1/files/1")
+    assert len(node.requests) == 0

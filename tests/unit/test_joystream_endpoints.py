@@ -52,9 +52,10 @@ def test_what_is_never_asked(endpoint: str) -> None:
 
 
 PRIVATE = [
-    "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
-    "255.255.255.255", "127.1", "0x7f000001", "2130706433", "017700000001", "0x7f.1", "[::1]", "[::]", "[fe80::1]",
-    "[fc00::1]", "[::ffff:127.0.0.1]", "[::ffff:a00:1]", "[2002:7f00:1::]", "[ff02::1]", "localhost", "LOCALHOST",
+    "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0",
+    "224.0.0.1", "255.255.255.255", "127.1", "0x7f000001", "2130706433", "017700000001", "0x7f.1", "[::1]",
+    "[::]", "[fe80::1]", "[fec0::1]", "[::127.0.0.1]", "[64:ff9b::a00:1]", "[64:ff9b:1::1]", "[fc00::1]",
+    "[::ffff:127.0.0.1]", "[::ffff:a00:1]", "[2002:7f00:1::]", "[ff02::1]", "localhost", "LOCALHOST",
     "localhost.", "a.localhost", "redis", "printer.local", "metadata.google.internal", "nas.lan",
 ]  # fmt: skip
 
@@ -67,7 +68,16 @@ def test_private_hosts_are_refused_on_request(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["8.8.8.8", "storage.example.org", "2606:4700::1111", "1e100.net", "134744072"]
+    "host",
+    [
+        "8.8.8.8",
+        "storage.example.org",
+        "2606:4700::1111",
+        "64:ff9b::808:808",
+        "::ffff:8.8.8.8",
+        "1e100.net",
+        "134744072",
+    ],
 )
 def test_public_hosts_are_not(host: str) -> None:
     assert not is_private(host)

@@ -12,6 +12,7 @@ import httpcore
 import httpx
 
 from shared.adapters.sources.limits import SourceLimits
+from shared.adapters.sources.public_network import PublicNetwork
 from shared.domain.errors import SourceError, SourceTooSlow, SourceUnreachable
 
 # Colossus closes idle connections after 5 s (Node's default).
@@ -39,15 +40,16 @@ class Connections:
     def __init__(self, limits: SourceLimits) -> None:
         self._limits = limits
         self._places = asyncio.Semaphore(limits.max_connections)
-        self._reusing: httpx.AsyncHTTPTransport | None = None
-        self._fresh: httpx.AsyncHTTPTransport | None = None
+        self._reusing: _Transport | None = None
+        self._fresh: _Transport | None = None
 
     async def open(self) -> None:
         # The setting is the library's, for the whole process; nothing smaller offers it.
         httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = _READ_BYTES
         context = await asyncio.to_thread(httpx.create_ssl_context)  # reads the certificates
-        self._reusing = _transport(context, max_idle=self._limits.max_connections)
-        self._fresh = _transport(context, max_idle=0)
+        network = PublicNetwork() if self._limits.refuse_private else None
+        self._reusing = _Transport(context, self._limits.max_connections, network)
+        self._fresh = _Transport(context, 0, network)
 
     async def close(self) -> None:
         """Ends every connection; answers still being read fail."""
@@ -87,9 +89,7 @@ class Connections:
             # A source may close an idle connection just as we use it: that says nothing of the source.
             return await self._send_on(self._fresh, url, headers)
 
-    async def _send_on(
-        self, transport: httpx.AsyncHTTPTransport, url: str, headers: dict[str, str]
-    ) -> httpx.Response:
+    async def _send_on(self, transport: _Transport, url: str, headers: dict[str, str]) -> httpx.Response:
         # The library's limit for reading is one for each read: headers could drip in for ever, and it would hold for
         # the body too. Ours is for all of the headers. Connecting is left to the library, for TCP and TLS each: it
         # loses the socket of a handshake that is cancelled from outside, so our bound for that is only a last resort.
@@ -134,12 +134,22 @@ class _Progress:
             self.deadline.reschedule(asyncio.get_running_loop().time() + self._first_byte_timeout)
 
 
-def _transport(context: ssl.SSLContext, max_idle: int) -> httpx.AsyncHTTPTransport:
+class _Transport(httpx.AsyncHTTPTransport):
     """A transport, not a client: no cookies, no redirects, no proxy or .netrc credentials from the environment."""
-    limits = httpx.Limits(
-        max_connections=None, max_keepalive_connections=max_idle, keepalive_expiry=_KEEP_ALIVE
-    )
-    return httpx.AsyncHTTPTransport(verify=context, limits=limits, trust_env=False)
+
+    def __init__(
+        self, context: ssl.SSLContext, max_idle: int, network: httpcore.AsyncNetworkBackend | None
+    ) -> None:
+        """`network`: None for the library's own."""
+        super().__init__(verify=context, trust_env=False)
+        # The library has no door for the network of its pool, so the pool, which is empty yet, is put in its place.
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=context,
+            max_connections=None,
+            max_keepalive_connections=max_idle,
+            keepalive_expiry=_KEEP_ALIVE,
+            network_backend=network,
+        )
 
 
 def _described(error: Exception) -> str:

@@ -13,6 +13,7 @@ class SourceLimits:
 
     `connect_timeout` is for TCP and again for TLS, `first_byte_timeout` from the request to the end of the headers.
     A source that gives fewer than `minimum_rate * stall_timeout` bytes within any `stall_timeout` is too slow.
+    `refuse_private`: one at an address that is not public counts as unreachable.
     """
 
     connect_timeout: float = 3.0
@@ -20,6 +21,7 @@ class SourceLimits:
     stall_timeout: float = 10.0
     minimum_rate: int = 8 * 1024
     max_connections: int = 200
+    refuse_private: bool = False
 
     @property
     def minimum_bytes(self) -> int:

@@ -23,11 +23,19 @@ class SourceProber:
     """`open` before use, `close` at the end. Any answer that is no server error counts, with the time to its head:
     a source that is no storage node may know no `/version`."""
 
-    def __init__(self, book: HealthBook, timeout: float, at_once: int) -> None:
-        """`timeout`: seconds to connect, and again to answer; `at_once`: probes under way."""
+    def __init__(
+        self, book: HealthBook, timeout: float, at_once: int, *, refuse_private: bool = False
+    ) -> None:
+        """`timeout`: seconds to connect, and again to answer; `at_once`: probes under way; `refuse_private`: sources at
+        addresses that are not public count as unreachable."""
         self._book = book
         self._turns = asyncio.Semaphore(at_once)
-        limits = SourceLimits(connect_timeout=timeout, first_byte_timeout=timeout, max_connections=at_once)
+        limits = SourceLimits(
+            connect_timeout=timeout,
+            first_byte_timeout=timeout,
+            max_connections=at_once,
+            refuse_private=refuse_private,
+        )
         self._connections = Connections(limits)
 
     async def open(self) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import ipaddress
 import socket
 from urllib.parse import urlsplit
 
+from shared.domain.addresses import is_public
 from shared.domain.errors import InvalidInput
 from shared.domain.source_urls import parse_source_url
 
@@ -17,8 +17,8 @@ def api_base(endpoint: str, *, refuse_private: bool) -> str:
     """The base of a storage node's API, with `/` at its end; InvalidInput for an endpoint that must not be asked.
 
     Only http and https, no credentials, query or fragment. With `refuse_private`, neither addresses that are not
-    public (however they are written) nor names that only a local network knows. A public name that resolves to a
-    private address is not found out here: names are resolved when a source is connected to.
+    public (however they are written) nor names that only a local network knows. What a public name resolves to is
+    looked at when a source is connected to.
     """
     if len(endpoint) > _MAX_LENGTH:
         raise InvalidInput("endpoint too long")
@@ -35,11 +35,9 @@ def is_private(host: str) -> bool:
     """True for an address that is not public, and for names that are resolved by the local network alone."""
     name = host.rstrip(".").lower()
     try:
-        address = ipaddress.ip_address(name.partition("%")[0])
+        return not is_public(name)
     except ValueError:
         return _is_private_name(name)
-    mapped = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
-    return not (mapped or address).is_global or address.is_multicast
 
 
 def _is_private_name(name: str) -> bool:
@@ -48,4 +46,4 @@ def _is_private_name(name: str) -> bool:
         packed = socket.inet_aton(name)
     except OSError:
         return "." not in name or name.endswith(_PRIVATE_NAMES)
-    return not ipaddress.IPv4Address(packed).is_global
+    return not is_public(socket.inet_ntoa(packed))
