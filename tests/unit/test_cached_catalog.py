@@ -31,6 +31,7 @@ class ScriptedCatalog:
         self.most_under_way = 0
         self.down = False
         self.closed = False
+        self.bucket_questions = 0
         self.answering = asyncio.Event()
         self.answering.set()
         self.question_came = asyncio.Event()
@@ -57,6 +58,11 @@ class ScriptedCatalog:
         yield tuple(item for item in self.known.values() if duty.covers(item))
 
     async def bucket_ids(self) -> Sequence[str]:
+        self.bucket_questions += 1
+        self.question_came.set()
+        await self.answering.wait()
+        if self.down:
+            raise CatalogUnavailable("down")
         return ("0:1",)
 
     async def source_bases(self) -> Sequence[str]:
@@ -257,3 +263,45 @@ async def test_the_least_recently_asked_is_dropped(catalog: CachedCatalog, inner
 async def test_lists_and_buckets_are_the_inner_catalogs(catalog: CachedCatalog) -> None:
     assert await catalog.bucket_ids() == ("0:1",)
     assert [len(batch) async for batch in catalog.list_objects(Duty())] == [2]
+
+
+async def test_however_many_ask_for_the_buckets_the_catalog_is_asked_once(
+    catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock
+) -> None:
+    inner.answering.clear()
+    asking = [asyncio.create_task(catalog.bucket_ids()) for _ in range(50)]
+    await inner.question_came.wait()
+    asking.pop().cancel()
+    inner.answering.set()
+    assert set(await asyncio.gather(*asking)) == {("0:1",)}
+    assert inner.bucket_questions == 1
+    clock.now = LIMITS.buckets_ttl
+    await catalog.bucket_ids()
+    assert inner.bucket_questions == 2
+
+
+@pytest.mark.parametrize("hanging", [True, False])
+async def test_a_failure_to_list_buckets_is_remembered_for_a_while(
+    catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock, hanging: bool
+) -> None:
+    inner.down = True
+    if hanging:
+        inner.answering.clear()
+    for _ in range(3):
+        with pytest.raises(CatalogUnavailable):
+            await catalog.bucket_ids()
+    assert inner.bucket_questions == 1
+    inner.down = False
+    inner.answering.set()
+    clock.now = LIMITS.outage_pause
+    assert await catalog.bucket_ids() == ("0:1",)
+
+
+async def test_the_end_of_the_catalog_ends_the_question_about_buckets(inner: ScriptedCatalog) -> None:
+    catalog = CachedCatalog(inner, replace(LIMITS, wait=60))
+    inner.answering.clear()
+    asking = asyncio.create_task(catalog.bucket_ids())
+    await inner.question_came.wait()
+    await catalog.close()
+    with pytest.raises(CatalogUnavailable, match="being closed"):
+        await asking

@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import structlog
 
@@ -16,6 +17,8 @@ from shared.domain.objects import Duty, MediaObject, ObjectId
 from shared.observability.metrics import CATALOG_LOOKUPS
 from shared.ports.catalog import Catalog
 from shared.ports.catalog_memory import CatalogMemory
+
+_Answer = TypeVar("_Answer")
 
 _log = structlog.get_logger()
 
@@ -60,7 +63,8 @@ class CachedCatalog:
         self._limits = limits
         self._clock = clock
         self._shared = SharedAnswers(memory, SharedTimes(question=limits.wait + 0.5))
-        self._buckets: tuple[Sequence[str], float] | None = None
+        self._buckets: tuple[Sequence[str] | CatalogUnavailable, float] | None = None
+        self._buckets_question: asyncio.Task[Sequence[str]] | None = None
         self._kept: OrderedDict[ObjectId, _Kept] = OrderedDict()
         self._questions: dict[ObjectId, asyncio.Task[MediaObject | None]] = {}
         self._turns = asyncio.Semaphore(limits.max_in_flight)
@@ -72,7 +76,9 @@ class CachedCatalog:
 
     async def close(self) -> None:
         """Ends the questions under way (their askers get CatalogUnavailable), then closes the inner catalog."""
-        questions = list(self._questions.values())
+        questions: list[asyncio.Task[Any]] = list(self._questions.values())
+        if self._buckets_question is not None:
+            questions.append(self._buckets_question)
         for question in questions:
             question.cancel()
         await asyncio.gather(*questions, return_exceptions=True)
@@ -105,13 +111,35 @@ class CachedCatalog:
         return self._inner.list_objects(duty)
 
     async def bucket_ids(self) -> Sequence[str]:
-        """Readiness probes ask for this every few seconds: a good answer is kept for a while."""
-        now = self._clock()
-        if self._buckets is not None and now < self._buckets[1]:
+        """Anybody may ask for this, by /readyz and /buckets: one question at a time, its answer or failure kept."""
+        if self._buckets is not None and self._clock() < self._buckets[1]:
+            if isinstance(self._buckets[0], CatalogUnavailable):
+                raise CatalogUnavailable(str(self._buckets[0]))
             return self._buckets[0]
-        buckets = await self._inner.bucket_ids()
-        self._buckets = (buckets, now + self._limits.buckets_ttl)
-        return buckets
+        if self._buckets_question is None:
+            self._buckets_question = asyncio.create_task(
+                self._ask_buckets(), name="catalog question of buckets"
+            )
+        return await _answer_of(self._buckets_question)
+
+    async def _ask_buckets(self) -> Sequence[str]:
+        try:
+            async with asyncio.timeout(self._limits.wait):
+                buckets = await self._inner.bucket_ids()
+        except TimeoutError as error:
+            raise self._without_buckets(f"no list of buckets in {self._limits.wait:g} s") from error
+        except CatalogUnavailable as error:
+            raise self._without_buckets(str(error)) from error
+        else:
+            self._buckets = (buckets, self._clock() + self._limits.buckets_ttl)
+            return buckets
+        finally:
+            self._buckets_question = None
+
+    def _without_buckets(self, reason: str) -> CatalogUnavailable:
+        failure = CatalogUnavailable(reason)
+        self._buckets = (failure, self._clock() + self._limits.outage_pause)
+        return failure
 
     async def source_bases(self) -> Sequence[str]:
         return await self._inner.source_bases()
@@ -121,15 +149,7 @@ class CachedCatalog:
         if question is None:
             question = asyncio.create_task(self._ask(object_id), name=f"catalog question {object_id}")
             self._questions[object_id] = question
-        # Shielded: the question goes on without the asker who leaves, even the last one. It is bounded by the inner
-        # catalog's time-out, its answer is kept for whoever asks next, and `close` ends it.
-        try:
-            return await asyncio.shield(question)
-        except asyncio.CancelledError:
-            asker = asyncio.current_task()
-            if question.cancelled() and not (asker is not None and asker.cancelling()):
-                raise CatalogUnavailable("the catalog is being closed") from None
-            raise
+        return await _answer_of(question)
 
     async def _ask(self, object_id: ObjectId) -> MediaObject | None:
         inquiry = Inquiry(self._shared, object_id)
@@ -183,6 +203,18 @@ class CachedCatalog:
         self._kept.move_to_end(object_id)
         while len(self._kept) > self._limits.max_entries:
             self._kept.popitem(last=False)
+
+
+async def _answer_of(question: asyncio.Task[_Answer]) -> _Answer:
+    """Shielded: a question goes on without the asker who leaves, even the last one. It is bounded in time, its answer
+    is kept for whoever asks next, and `close` ends it."""
+    try:
+        return await asyncio.shield(question)
+    except asyncio.CancelledError:
+        asker = asyncio.current_task()
+        if question.cancelled() and not (asker is not None and asker.cancelling()):
+            raise CatalogUnavailable("the catalog is being closed") from None
+        raise
 
 
 def _can_be_had(answer: MediaObject | None) -> bool:
