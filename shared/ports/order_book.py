@@ -68,5 +68,6 @@ class OrderBook(Protocol):
         """Take or keep the lease on the warming that is not finished, and write its progress if it is the same one.
         None: there is none, or another process tends it."""
 
-    async def use_ticket(self, ticket: str, seconds: float) -> bool:
-        """True the first time within so many seconds that anybody uses it."""
+    async def use_ticket(self, ticket: str, issued: float, seconds: float) -> bool:
+        """True the first time within so many seconds that anybody uses it. `issued`: POSIX time; a store that forgets
+        at its end says False to tickets from before its beginning (to the second), which may have been used then."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 
 from shared.domain.objects import ObjectId
@@ -179,14 +180,14 @@ class TestWarming:
 
 class TestTickets:
     async def test_can_be_used_once_by_anybody(self, world: World) -> None:
-        uses = [store.use_ticket("a", 60) for store in (world.store, world.other) * 5]
+        uses = [store.use_ticket("a", time.time(), 60) for store in (world.store, world.other) * 5]
         assert sum(await asyncio.gather(*uses)) == 1
-        assert await world.store.use_ticket("b", 60)
+        assert await world.store.use_ticket("b", time.time(), 60)
 
     async def test_are_forgotten_after_a_while(self, world: World) -> None:
-        assert await world.store.use_ticket("a", 0.2)
+        assert await world.store.use_ticket("a", time.time(), 0.2)
 
         async def forgotten() -> bool:
-            return await world.other.use_ticket("a", 60)
+            return await world.other.use_ticket("a", time.time(), 60)
 
         await world.until(forgotten)

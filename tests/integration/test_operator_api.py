@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -59,6 +60,13 @@ async def test_all_refusals_look_the_same(tmp_path: Path) -> None:
         assert status == 401
         assert json.loads(body) == {"type": "not_authorised", "message": "Not authorised"}
         assert "access-control-allow-origin" not in answers[0].headers
+
+
+async def test_a_store_in_memory_takes_no_token_from_before_its_beginning(tmp_path: Path) -> None:
+    """It may have been used then, and nobody remembers."""
+    async with operated(tmp_path) as (_, operator):
+        earlier = sign("/api/v1/orders", iat=int(time.time()) - 60)
+        assert (await operator.ask("GET", "orders", token=earlier)).status == 401
 
 
 async def test_a_request_that_is_too_large_is_refused(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ VERBS: dict[str, Callable[[RedisStateStore], Awaitable[Any]]] = {
     "order_warming": lambda store: store.order_warming(WarmingScope()),
     "warming": lambda store: store.warming(),
     "tend_warming": lambda store: store.tend_warming("api-1", 1),
-    "use_ticket": lambda store: store.use_ticket("once", 1),
+    "use_ticket": lambda store: store.use_ticket("once", 0.0, 1),
 }
 
 

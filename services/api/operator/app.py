@@ -57,8 +57,8 @@ class Gatekeeper:
         )
         try:
             authorised = authorise(asked, self._secret, self._clock())
-            if not await self._state.use_ticket(authorised.ticket, REMEMBERED):
-                raise Refused("used before")
+            if not await self._state.use_ticket(authorised.ticket, authorised.issued, REMEMBERED):
+                raise Refused("used before, or issued before the state store began")
         except Refused as error:
             logger.warning("operator_refused", reason=str(error), path=request.path[:200])
             challenge = {"WWW-Authenticate": "Bearer"}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ OLDEST, SKEW = 300.0, 10.0
 REMEMBERED = OLDEST + 2 * SKEW
 """Seconds that a used token is remembered: longer than it could be used again."""
 _LONGEST_TOKEN = 16_384
+_LATEST = 2.0**53  # no whole number of any length, no infinity, no NaN
 
 
 class Refused(Exception):
@@ -30,10 +30,11 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Authorised:
-    """The request's body as JSON, and what identifies its token."""
+    """The request's body as JSON, what identifies its token, and when that was issued (POSIX seconds)."""
 
     body: Any
     ticket: str
+    issued: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def authorise(asked: Asked, secret: str, now: float) -> Authorised:
     the caller to find out, by the ticket."""
     token = _token_of(asked.authorization)
     claims = _claims_of(token, secret)
-    _check_age(claims.get("iat"), now)
+    issued = _time_of_issue(claims.get("iat"), now)
     url = claims.get("reqUrl")
     if not isinstance(url, str) or not hmac.compare_digest(_bytes(url), _bytes(asked.url)):
         raise Refused("signed for another URL")
@@ -62,7 +63,7 @@ def authorise(asked: Asked, secret: str, now: float) -> Authorised:
     if not same:
         raise Refused("signed for another body")
     # Not the signature: the last character of its base64 has spare bits. The rest is what was signed.
-    return Authorised(body, hashlib.sha256(token.rpartition(".")[0].encode()).hexdigest())
+    return Authorised(body, hashlib.sha256(token.rpartition(".")[0].encode()).hexdigest(), issued)
 
 
 def same_json(one: Any, other: Any) -> bool:
@@ -100,13 +101,14 @@ def _claims_of(token: str, secret: str) -> dict[str, Any]:
         raise Refused(f"no valid token: {type(error).__name__}") from error
 
 
-def _check_age(issued: Any, now: float) -> None:
-    if isinstance(issued, bool) or not isinstance(issued, int | float) or not math.isfinite(issued):
+def _time_of_issue(issued: Any, now: float) -> float:
+    if isinstance(issued, bool) or not isinstance(issued, int | float) or not abs(issued) < _LATEST:
         raise Refused("no time of issue")
     if issued > now + SKEW:
         raise Refused("issued in the future")
     if issued < now - OLDEST:
         raise Refused("too old")
+    return issued
 
 
 def _bytes(text: str) -> bytes:

@@ -83,8 +83,10 @@ class MemoryOrders(MemoryEviction):
             tables.warming = warming = progress
         return warming
 
-    async def use_ticket(self, ticket: str, seconds: float) -> bool:
+    async def use_ticket(self, ticket: str, issued: float, seconds: float) -> bool:
         tables, now = self._tables, self._tables.clock()
+        if issued < int(tables.begun):
+            return False
         for gone in [known for known, ends in tables.tickets.items() if ends <= now]:
             del tables.tickets[gone]
         if ticket in tables.tickets:

@@ -69,7 +69,11 @@ class Tables:
     warming: Warming | None = None
     warmer: tuple[str, float] | None = None
     tickets: dict[str, float] = field(default_factory=dict)
+    begun: float = field(init=False)
     listeners: set[AnnouncementQueue] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.begun = self.clock()
 
     def next_serial(self) -> int:
         self.serial += 1

@@ -76,7 +76,7 @@ class RedisOrders(RedisEviction):
         reply = await self._connection.run("tend_warming", "", holder, milliseconds(seconds), *told)
         return None if reply is None else _read_warming(reply[1], int(reply[0]))
 
-    async def use_ticket(self, ticket: str, seconds: float) -> bool:
+    async def use_ticket(self, ticket: str, issued: float, seconds: float) -> bool:
         key = self._connection.keys.ticket(ticket)
         return bool(await self._connection.command("SET", key, 1, "NX", "PX", milliseconds(seconds)))
 
