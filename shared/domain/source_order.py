@@ -11,6 +11,7 @@ from shared.domain.objects import source_name
 MEAN_OF = 10
 """Answers whose times to the first byte make a source's mean."""
 
+_LATELY = 2
 _FIRST_PENALTY = 2.0
 _LONGEST_PENALTY = 300.0
 # Seconds that a failed probe is believed: longer than until the next one, shorter than for ever when nobody probes.
@@ -33,7 +34,14 @@ class SourceHealth:
     @property
     def mean_first_byte(self) -> float | None:
         """Seconds; None before the first answer."""
-        return sum(self.first_bytes) / len(self.first_bytes) if self.first_bytes else None
+        return _mean(self.first_bytes)
+
+    @property
+    def expected_first_byte(self) -> float:
+        """Seconds to reckon with: the mean, or that of the last two answers where it is worse. A source that slows down
+        is found out after two probes, not when most of ten are slow; a quick answer or two forgive nothing."""
+        means = _mean(self.first_bytes), _mean(self.first_bytes[-_LATELY:])
+        return max((mean for mean in means if mean is not None), default=_NOT_KNOWN)
 
     @property
     def penalty_ends(self) -> float:
@@ -50,8 +58,12 @@ class SourceHealth:
     def slowness(self) -> int:
         """0 for up to 10 ms to the first byte, 1 up to twice that, and so on: coarse, so that chance does not undo the
         catalog's order. A source of which nothing is known counts as neither quick nor slow."""
-        mean = _NOT_KNOWN if self.mean_first_byte is None else self.mean_first_byte
-        return math.ceil(math.log2(mean / _QUICKEST)) if mean > _QUICKEST else 0
+        expected = self.expected_first_byte
+        return math.ceil(math.log2(expected / _QUICKEST)) if expected > _QUICKEST else 0
+
+
+def _mean(seconds: Sequence[float]) -> float | None:
+    return sum(seconds) / len(seconds) if seconds else None
 
 
 _NOTHING_SEEN = SourceHealth()

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from shared.adapters.sources.health import HealthBook
 from shared.domain.objects import ObjectId
 from shared.domain.source_order import SourceHealth, SourceNews, order
+from shared.ports.source_memory import SharedSources
 
 A, B, C = "http://a/1", "http://b:81/1", "https://c/1"
 
@@ -84,6 +85,22 @@ def test_a_slowdown_is_seen_in_two_answers() -> None:
     assert order([A, B], {"a": slowing, "b:81": steady}, now=0.0) == (B, A)
 
 
+def test_a_modest_slowdown_is_seen_in_two_answers_too() -> None:
+    slowing, steady = SourceHealth(first_bytes=(0.01,) * 10), SourceHealth(first_bytes=(0.05,) * 10)
+    for _ in range(2):
+        assert order([A, B], {"a": slowing, "b:81": steady}, now=0.0) == (A, B)
+        slowing = SourceNews(SourceHealth(first_bytes=(0.1,))).after(slowing)
+    assert order([A, B], {"a": slowing, "b:81": steady}, now=0.0) == (B, A)
+
+
+def test_two_quick_answers_do_not_make_up_for_eight_slow_ones() -> None:
+    health = {
+        "a": SourceHealth(first_bytes=(0.2,) * 8 + (0.01,) * 2),
+        "b:81": SourceHealth(first_bytes=(0.05,) * 10),
+    }
+    assert order([A, B], health, now=0.0) == (B, A)
+
+
 def test_a_source_that_was_not_reached_goes_behind_until_it_is() -> None:
     unreached = SourceNews(SourceHealth(unreachable_at=100.0)).after(SourceHealth(first_bytes=(0.001,)))
     assert order([A, B], {"a": unreached}, now=160.0) == (B, A)
@@ -136,6 +153,21 @@ def test_what_was_not_handed_over_is_kept_in_its_order() -> None:
     assert book.health_of("a") == SourceHealth(first_bytes=(0.1,))
     news, _ = book.take_news()
     assert news["a"].after(SourceHealth(failures=3)) == SourceHealth(first_bytes=(0.1,))
+
+
+def test_a_corrupted_copy_met_during_an_exchange_is_handed_over_next_time() -> None:
+    book = HealthBook(clock=lambda: 0.0)
+    book.record_corrupted(ObjectId("1"), A)
+    _, taken = book.take_news()
+    assert [copy.object_id for copy in taken] == ["1"]
+    book.record_corrupted(ObjectId("2"), A)
+    book.learn(SharedSources({}, ()))
+    _, taken = book.take_news()
+    assert [copy.object_id for copy in taken] == ["2"]
+    book.put_back()
+    book.record_corrupted(ObjectId("3"), A)
+    _, taken = book.take_news()
+    assert [copy.object_id for copy in taken] == ["2", "3"]
 
 
 def test_the_book_forgives_after_a_success() -> None:

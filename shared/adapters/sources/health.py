@@ -32,6 +32,7 @@ class HealthBook:
         # When to forget them; those met here, and those of all processes
         self._corrupted: OrderedDict[_Copy, float] = OrderedDict()
         self._corrupted_shared: Mapping[_Copy, float] = {}
+        self._corrupted_handed: list[_Copy] = []
         self._corrupted_news: list[_Copy] = []
 
     def best_first(self, sources: Sequence[str], object_id: ObjectId | None = None) -> tuple[str, ...]:
@@ -86,8 +87,9 @@ class HealthBook:
     def take_news(self) -> tuple[Mapping[str, SourceNews], Sequence[CorruptedCopy]]:
         """What to hand over; to be followed by `learn` or `put_back`."""
         self._handed, self._news = self._news, OrderedDict()
+        self._corrupted_handed, self._corrupted_news = self._corrupted_news, []
         now = self.clock()
-        left = {copy: self._corrupted.get(copy, now) - now for copy in self._corrupted_news}
+        left = {copy: self._corrupted.get(copy, now) - now for copy in self._corrupted_handed}
         return self._handed, [
             CorruptedCopy(ObjectId(object_id), name, seconds)
             for (object_id, name), seconds in left.items()
@@ -101,12 +103,14 @@ class HealthBook:
         self._corrupted_shared = {
             (copy.object_id, copy.source): now + copy.seconds_left for copy in shared.corrupted
         }
-        self._corrupted_news = []
+        self._corrupted_handed = []
 
     def put_back(self) -> None:
         """What was taken could not be handed over: it is kept for the next time."""
         newer, self._news = self._news, OrderedDict(self._handed)
         self._handed = {}
+        self._corrupted_news = (self._corrupted_handed + self._corrupted_news)[:_CORRUPTED_KEPT]
+        self._corrupted_handed = []
         for name, news in newer.items():
             self._put(name, news)
 
