@@ -35,6 +35,15 @@ def parse_source_url(text: str) -> str:
     return text
 
 
+def names_host(text: str, *schemes: str) -> bool:
+    """Whether it is a URL of one of these schemes, with a host (and a port that can be one, if any)."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def api_base_of(url: str, object_id: str) -> str:
     """The base, `/` at its end, of the storage node API that an object's URL belongs to (`BASE/files/ID`); for any
     other URL the root of its host."""

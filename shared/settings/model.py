@@ -12,6 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from shared.domain.errors import InvalidInput
 from shared.domain.eviction import DEFAULT_MISS_COST
 from shared.domain.objects import Duty, parse_bucket_id
+from shared.domain.source_urls import names_host
 from shared.domain.space import Watermarks, footprint, watermarks_for
 from shared.settings.network import CatalogSettings, SourceSettings
 from shared.settings.operator_api import OperatorApi
@@ -270,10 +271,10 @@ class Settings(BaseSettings):
         wrong = []
         if self.catalog.kind == "joystream" and not self.catalog.squid.startswith(("http://", "https://")):
             wrong.append("catalog.squid must begin with http:// or https://")
-        if self.catalog.chain is not None and not self.catalog.chain.startswith(
-            ("ws://", "wss://", "http://", "https://")
+        if self.catalog.chain is not None and not names_host(
+            self.catalog.chain, "ws", "wss", "http", "https"
         ):
-            wrong.append("catalog.chain must begin with ws://, wss://, http:// or https://")
+            wrong.append("catalog.chain must begin with ws://, wss://, http:// or https://, and name a host")
         return wrong
 
     def _check_urls(self) -> list[str]:

@@ -7,11 +7,13 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
+from pydantic import ValidationError
 from websockets.asyncio.server import ServerConnection, serve
 
 from services.demo.squid import TestChain, TestSquid
 from shared.adapters.catalogs.joystream import ChainHead
-from shared.domain.errors import CatalogUnavailable, ConfigurationError
+from shared.domain.errors import CatalogUnavailable
+from shared.settings.model import Settings
 
 
 @pytest.fixture
@@ -29,9 +31,7 @@ class Clock:
 
 async def test_over_a_websocket(chain: TestChain) -> None:
     head = ChainHead(chain.url, timeout=2)
-    await head.open()
     assert await head.head() == 4711
-    await head.close()
 
 
 async def test_over_http() -> None:
@@ -95,7 +95,15 @@ async def test_nonsense_is_no_head(message: str) -> None:
             await ChainHead(f"ws://127.0.0.1:{port}", timeout=2).head()
 
 
-@pytest.mark.parametrize("url", ["", "ftp://node.example", "ws://", "node.example:9944"])
-async def test_what_is_no_url_is_a_wrong_setting(url: str) -> None:
-    with pytest.raises(ConfigurationError):
-        await ChainHead(url, timeout=1).open()
+@pytest.mark.parametrize(
+    "url",
+    ["", "ftp://node.example", "ws://", "node.example:9944", "http://[::1", "http://node.example:99999"],
+)
+def test_what_is_no_url_is_a_wrong_setting(url: str) -> None:
+    with pytest.raises(ValidationError, match=r"catalog\.chain"):
+        Settings(catalog={"kind": "joystream", "chain": url})
+
+
+async def test_a_url_that_the_library_cannot_use_is_no_answer() -> None:
+    with pytest.raises(CatalogUnavailable, match="cannot be asked"):
+        await ChainHead("http://node\x7f.example", timeout=1).head()

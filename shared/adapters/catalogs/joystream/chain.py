@@ -8,13 +8,12 @@ import re
 import time
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 
-from shared.domain.errors import CatalogUnavailable, ConfigurationError
+from shared.domain.errors import CatalogUnavailable
 
 _ASK = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "chain_getHeader", "params": []})
 _NUMBER = re.compile(r"0x[0-9a-fA-F]{1,16}", re.ASCII)
@@ -24,7 +23,8 @@ _RETRY_AFTER = 2.0
 
 
 class ChainHead:
-    """The number of the newest block, asked at most once each `kept` seconds."""
+    """The number of the newest block, asked at most once each `kept` seconds. A connection is made for each question,
+    and closed after it."""
 
     def __init__(
         self, url: str, timeout: float, kept: float = 10.0, clock: Callable[[], float] = time.monotonic
@@ -37,15 +37,6 @@ class ChainHead:
         self._turn = asyncio.Lock()
         self._head: int | None = None
         self._ask_again_at = float("-inf")
-
-    async def open(self) -> None:
-        """ConfigurationError if the URL is none. Connections are made for each question, and closed after it."""
-        parts = urlsplit(self._url)
-        if parts.scheme not in ("http", "https", "ws", "wss") or not parts.hostname:
-            raise ConfigurationError("catalog.chain: want http://, https://, ws:// or wss:// and a host")
-
-    async def close(self) -> None:
-        """Nothing is kept open."""
 
     async def head(self) -> int:
         """CatalogUnavailable if the chain's node gives no answer in time; asked again after 2 s at the earliest."""
@@ -70,7 +61,7 @@ class ChainHead:
             return int(number, 16)
         except TimeoutError as error:
             raise CatalogUnavailable(f"the chain's node gave no answer in {self._timeout:g} s") from error
-        except (httpx.HTTPError, WebSocketException, OSError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, WebSocketException, OSError) as error:
             raise CatalogUnavailable(f"the chain's node cannot be asked: {type(error).__name__}") from error
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CatalogUnavailable("the chain's node answered with what is no header") from error
