@@ -1,0 +1,48 @@
+"""How an API process follows orders that come while it is carrying out the one before."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from services.api.app import build_app
+from services.api.application import forget_application
+from services.api.listening import Address
+from services.api.obedience import Obedience
+from services.api.server import PublicServer
+from shared.domain.orders import Orders
+from tests.servers.api_fixture import StandIn, running_api
+
+
+class SlowServer(PublicServer):
+    """Opens when it is let."""
+
+    def __init__(self, *given: object) -> None:
+        super().__init__(*given)  # type: ignore[arg-type]
+        self.opening, self.may_open, self.closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def open(self) -> None:
+        self.opening.set()
+        await self.may_open.wait()
+        await super().open()
+
+    async def close(self, drain: float) -> None:
+        await super().close(drain)
+        self.closed.set()
+
+
+async def test_a_stop_that_comes_while_the_port_is_being_opened_is_obeyed(tmp_path: Path) -> None:
+    async with running_api(tmp_path, StandIn()) as api:
+        orders, application = api.context.orders, build_app(api.context, StandIn())
+        server = SlowServer(application, Address("127.0.0.1", 0))
+        obeying = asyncio.create_task(Obedience(api.context, server, 0).run(asyncio.Event()))
+        async with asyncio.timeout(10):
+            await server.opening.wait()
+            orders._take(Orders(version=1, stopped=True))
+            server.may_open.set()
+            await server.closed.wait()
+        assert not server.is_open
+        obeying.cancel()
+        await asyncio.wait({obeying})
+        await application.ctx.usage.close()
+        forget_application(application)
