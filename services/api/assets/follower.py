@@ -48,6 +48,7 @@ class Follower:
         self._described = described
         self._span = span
         self._patience = patience
+        self._media_type: str | None = None
 
     async def wait_for_first_byte(
         self, deadline: float, abandoned: asyncio.Event
@@ -118,7 +119,8 @@ class Follower:
         if answer.begun:
             await answer.send(piece, "local")
             return
-        await answer.begin(content_head(self._described, standing, self._span, "local"), piece)
+        head = content_head(self._described, standing, self._span, "local", self._media_type)
+        await answer.begin(head, piece)
 
     async def _read(self, reader: PartialReader, offset: int, length: int) -> memoryview:
         """Empty if the file was emptied between looking and reading, or the disk fails."""
@@ -142,11 +144,18 @@ class Follower:
         return reader
 
     def _is_what_we_described(self, *, verified: bool) -> bool:
-        """False if the file is going to be something else than the headers would say (the catalog has changed)."""
-        expected = self._volume.expected_of(self._described.object_id)
+        """False if the file is going to be something else than the headers would say (the catalog has changed).
+
+        The note tells the source's media type too, from before the first byte.
+        """
+        object_id = self._described.object_id
+        expected = self._volume.expected_of(object_id)
         if expected is None:
             # The note goes away once the file is complete, and with it the difference: the file is verified.
+            stored = self._volume.read_record(object_id) if verified else None
+            self._media_type = stored.media_type if stored is not None else None
             return verified
+        self._media_type = expected.media_type
         return (expected.size, expected.etag) == (self._described.size, self._described.etag)
 
     def _if_same(self, found: OpenObject) -> OpenObject | None:

@@ -88,7 +88,7 @@ class GrowingAnswerer:
                 return False, None
             with closing(found):
                 if isinstance(found, OpenObject):
-                    described = wanted.described
+                    described = replace(wanted.described, media_type=found.record.media_type)
                     return True, await self._sender.send(
                         wanted.request, found, described, span, wanted.standing
                     )
