@@ -240,6 +240,11 @@ async def test_a_dead_fetch_with_wrong_bytes_on_disk_never_completes(world: Asse
     await world.context.state.record_failure(fetch.lease.object_id, "given up", 60)
     body += await client.rest()
     assert len(body) < SIZE
+    # The wrong bytes were none of the source's: it is asked again, and gives the right ones.
+    await world.context.state.release(fetch.lease)
+    world.node.requests.clear()
+    assert (await world.get("1")).body == world.data["1"]
+    assert (len(world.node.requests), len(world.second.requests)) == (1, 0)
 
 
 async def test_another_worker_resumes_and_followers_notice_nothing(world: AssetsWorld) -> None:

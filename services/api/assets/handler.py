@@ -36,7 +36,7 @@ class AssetHandler:
             context.accesses, HandOver(context.settings.public_api.accel_redirect_prefix)
         )
         self._starter = FetchStarter(context.state, context.queue, f"{socket.gethostname()}:{os.getpid()}")
-        proxy = Proxy(context.relay, context.settings.public_api.max_proxied)
+        proxy = Proxy(context.relay, context.settings.public_api)
         growing = GrowingAnswerer(context, self._sender, proxy)
         admission = SecondViews(context.settings, context.state)
         self._uncached = UncachedAnswerer(context, self._sender, self._starter, growing, admission)
