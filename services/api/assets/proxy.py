@@ -11,9 +11,9 @@ import structlog
 
 from services.api.assets.answer import AnswerStream
 from services.api.assets.decision import Description, Span
-from services.api.assets.heads import Standing, content_head
+from services.api.assets.heads import CacheOutcome, content_head
 from services.api.assets.hold_back import VerifiedPassage
-from services.api.errors import CutAnswer, ErrorAnswer
+from services.api.errors import RETRY_LATER, CutAnswer, ErrorAnswer
 from shared.adapters.sources import SourceAnswer
 from shared.adapters.sources.checks import MAX_SKIP
 from shared.adapters.sources.relay import Relay
@@ -24,7 +24,6 @@ from shared.observability.metrics import PROXIED_IN_PROGRESS, SOURCE_FAILURES, s
 from shared.settings.model import PublicApi
 
 _HASHED_AT_ONCE = 1024 * 1024
-_RETRY_SECONDS = "5"
 
 logger = structlog.get_logger()
 
@@ -40,7 +39,7 @@ class Passing:
     known: MediaObject
     described: Description
     span: Span
-    standing: Standing
+    outcome: CacheOutcome
     preferred: str | None = None
     used: set[str] = field(default_factory=set)
     media_type: str | None = None
@@ -69,7 +68,7 @@ class Passing:
     async def _begin(self, piece: bytes | memoryview) -> None:
         if self.deadline is not None:
             self.deadline.reschedule(None)  # from here on the client's pace counts
-        head = content_head(self.described, self.standing, self.span, "external", self.media_type)
+        head = content_head(self.described, self.outcome, self.span, "external", self.media_type)
         await self.answer.begin(head, piece)
 
 
@@ -179,9 +178,7 @@ class Proxy:
         if self._free <= 0:
             if begun:
                 raise CutAnswer("too_many_proxied")
-            raise ErrorAnswer(
-                503, "Too many answers are being proxied", "unavailable", {"Retry-After": _RETRY_SECONDS}
-            )
+            raise ErrorAnswer(503, "Too many answers are being proxied", "unavailable", RETRY_LATER)
         self._free -= 1
         PROXIED_IN_PROGRESS.inc()
         try:
