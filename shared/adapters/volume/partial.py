@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from shared.adapters.volume.layout import (
@@ -141,6 +142,9 @@ class PartialFile:
             self._directories.sync(f"{RECORDS}/{number}")
             objects = self._directories.descriptor(f"{OBJECTS}/{number}")
             os.rename(self._name, object_id, src_dir_fd=self._incoming, dst_dir_fd=objects)
+            # It is an object now, and senders may hold it while the disk is waited for; removers still may not.
+            with suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             self._directories.sync(f"{OBJECTS}/{number}")
             remove_quietly(self._note_name, self._incoming)
 
