@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -18,6 +19,8 @@ from shared.ports.state_store import Access, StateStore
 
 HAND_OVER_INTERVAL = 1.0
 MAX_WAITING = 10_000
+LAST_HAND_OVER = 1.0
+"""Seconds; a part of what is left of the shutdown deadline for closing."""
 
 logger = structlog.get_logger()
 
@@ -73,7 +76,10 @@ class AccessCounter:
             await self.hand_over()
 
     async def hand_over(self) -> None:
-        """Hand over what has been counted; what the store does not take is kept for the next time."""
+        """Hand over what has been counted; what the store does not take is kept for the next time.
+
+        So it is when cancelled, though the store may have it by then: counted twice is better than not at all.
+        """
         if not self._waiting:
             return
         batch, self._waiting = self._waiting, OrderedDict()
@@ -87,9 +93,22 @@ class AccessCounter:
                 logger.warning("accesses_not_handed_over", reason=str(error))
             self._put_back(accesses)
             return
+        except asyncio.CancelledError:
+            self._put_back(accesses)
+            raise
         if self._down:
             self._down = False
             logger.info("accesses_handed_over_again", objects=len(accesses))
+
+    async def close(self, patience: float = LAST_HAND_OVER) -> None:
+        """Hand over for the last time, within `patience` seconds; what is left then is lost."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                await self.hand_over()
+        if self._waiting:
+            LOST_ACCESSES.inc(len(self._waiting))
+            logger.warning("accesses_lost", objects=len(self._waiting))
+            self._waiting.clear()
 
     def _put_back(self, accesses: Sequence[Access]) -> None:
         newer, self._waiting = self._waiting, OrderedDict()

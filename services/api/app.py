@@ -17,6 +17,7 @@ from services.api.probes import Probes
 from services.api.query_node import make_query_node
 from services.api.request import parse_object_id
 from services.api.status import NodeDescription, UsageMeter
+from shared.domain.objects import ObjectId
 
 _READ = ("GET", "HEAD")
 _NO_STORE = {"Cache-Control": "no-store"}
@@ -25,7 +26,7 @@ _NO_STORE = {"Cache-Control": "no-store"}
 class AssetResponder(Protocol):
     """Answers GET and HEAD of one object; None when it has sent the answer itself."""
 
-    async def handle(self, request: Request[Any, Any], object_id: str) -> HTTPResponse | None: ...
+    async def handle(self, request: Request[Any, Any], object_id: ObjectId) -> HTTPResponse | None: ...
 
 
 def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:

@@ -1,4 +1,4 @@
-"""Whatever was raised, as an answer: status, JSON body, headers. HTTP statuses of errors are chosen here alone."""
+"""Whatever was raised, as an answer: JSON body and headers, and the status where the error does not bring its own."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from sanic.exceptions import (
 )
 from sanic.handlers import ErrorHandler
 
-from services.api.errors import ErrorAnswer
+from services.api.errors import RETRY_LATER, ErrorAnswer
 from services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIGIN
 from services.api.request import ASSETS, MAX_HEAD_BYTES
 from shared.domain.errors import CatalogUnavailable, InvalidInput, StateStoreUnavailable
 
-_RETRY_SECONDS = "5"
 UNREADABLE = "NONE"
 """Sanic's method of a request whose head could not be read."""
 
@@ -99,7 +98,7 @@ def _too_large(request: Request[Any, Any]) -> ErrorAnswer:
 
 
 def _unavailable(message: str) -> ErrorAnswer:
-    return ErrorAnswer(503, message, "unavailable", {"Retry-After": _RETRY_SECONDS})
+    return ErrorAnswer(503, message, "unavailable", RETRY_LATER)
 
 
 def _internal() -> ErrorAnswer:

@@ -1,8 +1,11 @@
-"""Errors as clients see them: the one place where anything raised becomes a status and a JSON body."""
+"""What a handler raises to end a request otherwise than with content; `error_rendering` makes the answer of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+
+RETRY_LATER: Mapping[str, str] = {"Retry-After": "5"}
+"""Headers of a 503 that may be over in a moment (seconds)."""
 
 
 class ErrorAnswer(Exception):

@@ -56,6 +56,8 @@ CACHE_PENDING = "max-age=180, must-revalidate"
 CACHE_ERROR = "no-store"
 
 CACHE_STATUS_HIT = "distributor; hit"
+CACHE_STATUS_OWN = "distributor"
+"""On what was answered without content and without asking a source."""
 
 
 def cache_control(result: CacheResult) -> str:

@@ -136,7 +136,7 @@ async def serve_api(
             await obedience.end()
             for task in tasks:
                 task.cancel()
-        await context.accesses.hand_over()
+        await context.accesses.close()
     finally:
         await server.close(0)
         if lane is not None:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import structlog
 
 from services.api.context import ApiContext
-from services.api.errors import ErrorAnswer
+from services.api.errors import RETRY_LATER, ErrorAnswer
 from services.api.query_node import QueryNode, QueryNodeStatus, shown_url
 from services.api.version import VERSION
 from shared.adapters.volume import FoundObject, Volume
@@ -139,8 +139,7 @@ class NodeDescription:
             self._last_buckets = sorted(await self._context.catalog.bucket_ids(), key=_bucket_order)
         except CatalogUnavailable as error:
             if self._last_buckets is None:
-                headers = {"Retry-After": "5"}
-                raise ErrorAnswer(503, "The catalog is out of reach", "unavailable", headers) from error
+                raise ErrorAnswer(503, "The catalog is out of reach", "unavailable", RETRY_LATER) from error
         return {"bucketIds": self._last_buckets}
 
 

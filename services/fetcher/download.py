@@ -17,6 +17,7 @@ from shared.adapters.sources.answer import SourceAnswer
 from shared.adapters.sources.relay import Relay
 from shared.adapters.volume import PartialFile
 from shared.domain.errors import AllSourcesFailed, SourceWrong, VolumeError
+from shared.domain.media_types import media_type_or_none
 from shared.domain.objects import Hasher, MediaObject, source_name
 from shared.observability.metrics import PHASE, SOURCE_FAILURES, source_label
 from shared.ports.state_store import Announcement, StateStore, Topic
@@ -113,8 +114,13 @@ class Download:
             raise VolumeError(f"the partial file of {self._object.object_id} gives fewer bytes than it has")
         hasher.update(data)
 
-    def _on_source(self, url: str, _: SourceAnswer) -> None:
+    def _on_source(self, url: str, told: SourceAnswer) -> None:
         self._keeper.use_source(url)
+        if told.media_type is None or media_type_or_none(self._object.media_type) is not None:
+            return
+        # Followers are told a type with their first byte: once there are bytes it stays what it is.
+        if self._partial.record.media_type is None or not self._partial.size:
+            self._partial.learn_media_type(told.media_type)
 
     def _blame(self, givers: set[str], *, resumed: bool) -> None:
         logger.warning("wrong_bytes", sources=sorted(source_name(url) for url in givers), resumed=resumed)

@@ -13,7 +13,7 @@ from services.fetcher.lease_keeper import LeaseKeeper, LeaseLost, LeaseTimes
 from shared.adapters.volume import PartialFile, Volume
 from shared.domain.errors import AllSourcesFailed, StateStoreUnavailable, VolumeError, VolumeFull
 from shared.domain.jobs import Done, JobOutcome, TryLater
-from shared.domain.media_sniffing import HEAD_BYTES, UNKNOWN, settle_media_type
+from shared.domain.media_sniffing import HEAD_BYTES, settle_media_type
 from shared.domain.media_types import media_type_or_none
 from shared.domain.objects import MediaObject, StoredRecord
 from shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE
@@ -109,6 +109,8 @@ class _Fetch:
             if self._partial.size:
                 self._partial.start_over()
             self.close()
+        elif expected.media_type is None:
+            expected = replace(expected, media_type=noted.media_type)
         self._partial = self._volume.receive(expected)
         if self._partial.size > expected.size:
             self._partial.start_over()
@@ -122,7 +124,7 @@ class _Fetch:
             size=self._lease.size,
             etag=wanted.etag,
             content_hash=wanted.content_hash,
-            media_type=media_type_or_none(wanted.media_type) or UNKNOWN,
+            media_type=media_type_or_none(wanted.media_type),
             stored_at=int(time.time()),
         )
 

@@ -102,9 +102,13 @@ class SourceError(DistributorError):
 
 
 class SourceUnreachable(SourceError):
-    """No connection, or one that broke."""
+    """No connection, or one that broke. `waited`: all the time that there is for a connection went by."""
 
     reason = "unreachable"
+
+    def __init__(self, message: str, *, waited: bool = False) -> None:
+        super().__init__(message)
+        self.waited = waited
 
 
 class SourceTooSlow(SourceError):

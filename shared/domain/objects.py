@@ -167,12 +167,13 @@ class Duty:
 class StoredRecord:
     """What is kept beside an object's bytes on the volume: enough to answer for it with nothing else at hand.
 
-    `stored_at` is the POSIX time (whole seconds) of the fetch; `etag` has its quotes.
+    `stored_at` is the POSIX time (whole seconds) of the fetch; `etag` has its quotes. `media_type` is None only beside
+    a partial file, while neither the catalog nor a source has told it.
     """
 
     object_id: ObjectId
     size: int
     etag: str
     content_hash: ContentHash | None
-    media_type: str
+    media_type: str | None
     stored_at: int

@@ -60,7 +60,7 @@ def parse_range(header: str | None, size: int) -> ByteRange | Unsatisfiable | No
     if header is None or len(header) > _MAX_HEADER:
         return None
     unit, equals, ranges = header.partition("=")
-    if not equals or unit.strip(" \t").lower() != "bytes":
+    if not equals or unit.lower() != "bytes":
         return None
     # Empty list elements are passed over (RFC 9110 section 5.6.1.2).
     specs = [spec for spec in (part.strip(" \t") for part in ranges.split(",")) if spec]

@@ -31,6 +31,8 @@ class PublicApi(Section):
     """Processes that share the port. One a core is plenty."""
     first_byte_wait: Seconds = 3.0
     """Seconds a missed request waits for its fetch to give a first byte before it is proxied to a source."""
+    proxied_first_byte_wait: Seconds = 10.0
+    """Seconds that all sources together have to begin a proxied answer; then 504. Players give up after 20."""
     send_stall_limit: Seconds = 120.0
     """Seconds a client may take nothing of its answer (a paused player) before it is disconnected."""
     keep_alive_timeout: Seconds = 75.0

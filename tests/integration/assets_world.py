@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,11 @@ class HandFetch:
     def verify(self) -> None:
         self.partial.mark_verified()
 
-    async def complete(self) -> None:
+    async def complete(self, media_type: str = "image/png") -> None:
+        """`media_type`: what the first bytes have shown."""
         self.write_to(len(self.data))
         self.verify()
-        self.partial.publish(self.partial.record)
+        self.partial.publish(replace(self.partial.record, media_type=media_type))
         self.partial.close()
         assert await self.state.commit(self.lease, time.time())
 
@@ -144,7 +145,7 @@ class AssetsWorld:
 
     async def begin(self, object_id: str, written: int = 0) -> HandFetch:
         """A worker has taken the job and written so many bytes."""
-        record = self.record(object_id)
+        record = replace(self.record(object_id), media_type=self.catalog.objects[object_id].media_type)
         granted = await self.context.state.begin(record.object_id, record.size, "worker-1")
         assert isinstance(granted, Granted)
         fetch = HandFetch(

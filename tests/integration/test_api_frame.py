@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from services.api.version import VERSION
 from shared.domain.errors import StateStoreUnavailable
 from tests.servers.api_fixture import StandIn, running_api
 
@@ -89,7 +90,23 @@ async def test_odd_requests(
             assert all(part in head for part in ERROR_HEADERS)
             assert set(json.loads(body)) == {"type", "message"}
         assert split(await api.get("/healthz"))[0] == 200
-    assert "Traceback" not in capfd.readouterr().err
+    assert_nothing_failed(capfd)
+
+
+def assert_nothing_failed(capfd: pytest.CaptureFixture[str]) -> None:
+    """Logs that nobody has configured go to standard output; Sanic's own, and Python's, to the other."""
+    for written in capfd.readouterr():
+        assert "Traceback" not in written
+        assert "request_failed" not in written
+
+
+async def test_the_log_of_an_unexpected_error_is_seen(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with running_api(tmp_path, StandIn()) as api:
+        assert split(await api.get("/api/v1/assets/broken"))[0] == 500
+    with pytest.raises(AssertionError):
+        assert_nothing_failed(capfd)
 
 
 async def test_methods(tmp_path: Path) -> None:
@@ -201,6 +218,7 @@ async def test_status_and_buckets(tmp_path: Path) -> None:
         fields = json.loads(split(await api.get("/api/v1/status"))[2])
         assert json.loads(split(await api.get("/api/v1/buckets"))[2]) == {"allByWorkerId": 4}
     assert (fields["id"], fields["workerId"], fields["objectsInCache"]) == ("test-node", 4, 0)
+    assert (fields["version"], fields["nodeEnv"]) == (VERSION, "production")
     assert set(fields["queryNodeStatus"]) == {"url", "chainHead", "blocksProcessed", "packageVersion"}
     async with running_api(tmp_path, StandIn()) as api:
         assert json.loads(split(await api.get("/api/v1/buckets"))[2]) == {"bucketIds": ["0:1"]}

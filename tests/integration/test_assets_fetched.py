@@ -61,6 +61,14 @@ async def test_many_first_requests_make_one_download_and_stream(world: AssetsWor
     assert (await world.get("1")).headers["x-cache"] == "hit"
 
 
+async def test_the_first_viewers_of_an_object_without_a_type_are_told_its_sources(world: AssetsWorld) -> None:
+    world.add("2", SIZE, media_type=None)
+    world.node.knobs.add(Behaviour(bytes_per_second=RATE))
+    answers = await asyncio.gather(*(world.get("2") for _ in range(3)))
+    assert {answer.headers["x-data-source"] for answer in answers} == {"local"}
+    assert {answer.headers["content-type"] for answer in answers} == {"video/mp4"}
+
+
 async def test_a_source_that_dies_goes_unnoticed(world: AssetsWorld) -> None:
     world.node.knobs.add(Behaviour(cut_after=700_000, bytes_per_second=RATE))
     answer = await world.get("1")

@@ -87,6 +87,45 @@ async def test_a_pending_object_is_followed_to_its_end(world: AssetsWorld) -> No
     assert (await world.get("1")).headers["x-cache"] == "hit"
 
 
+async def test_without_a_catalogs_type_the_sources_is_told_as_soon_as_there_are_bytes(
+    world: AssetsWorld,
+) -> None:
+    data = world.add("2", SIZE, media_type=None)
+    missed = asyncio.create_task(world.get("2"))
+    await world.until(AssetsWorld.has_job)
+    fetch = await world.begin("2")
+    before = world.open_files()
+    pending = asyncio.create_task(world.get("2"))
+    await world.until(lambda seen: seen.open_files() >= before + 2)  # both wait for its first byte
+    fetch.partial.learn_media_type("video/webm")
+    fetch.write_to(SIZE // 2)
+    inner = await world.get("2", {"Range": "bytes=0-99"})
+    head = await world.get("2", method="HEAD")
+    await fetch.complete()
+    answers = [await missed, await pending, inner, head]
+    assert [answer.headers["content-type"] for answer in answers] == ["video/webm"] * 4
+    assert [answer.headers["x-cache"] for answer in answers] == ["miss", "pending", "pending", "pending"]
+    assert (answers[0].body, answers[1].body) == (data, data)
+    assert (await world.get("2")).headers["content-type"] == "image/png"
+
+
+async def test_a_far_range_of_a_fetch_without_a_type_has_its_sources(world: AssetsWorld) -> None:
+    world.add("2", SIZE, media_type=None)
+    fetch = await world.begin("2", written=10)
+    far = await world.get("2", {"Range": "bytes=-10"})
+    assert (far.headers["x-data-source"], far.headers["content-type"]) == ("external", "video/mp4")
+    await fetch.complete()
+
+
+async def test_an_object_that_became_complete_meanwhile_has_its_stored_type(world: AssetsWorld) -> None:
+    world.add("2", SIZE, media_type=None)
+    missed = asyncio.create_task(world.get("2"))
+    await world.until(AssetsWorld.has_job)
+    await (await world.begin("2")).complete("image/webp")
+    answer = await missed
+    assert (answer.headers["x-cache"], answer.headers["content-type"]) == ("miss", "image/webp")
+
+
 async def test_what_a_paused_client_follows_cannot_be_removed_once_it_is_complete(tmp_path: Path) -> None:
     async with assets_world(tmp_path) as world:
         data = world.add("9", 24 * MIB)
@@ -201,6 +240,11 @@ async def test_a_dead_fetch_with_wrong_bytes_on_disk_never_completes(world: Asse
     await world.context.state.record_failure(fetch.lease.object_id, "given up", 60)
     body += await client.rest()
     assert len(body) < SIZE
+    # The wrong bytes were none of the source's: it is asked again, and gives the right ones.
+    await world.context.state.release(fetch.lease)
+    world.node.requests.clear()
+    assert (await world.get("1")).body == world.data["1"]
+    assert (len(world.node.requests), len(world.second.requests)) == (1, 0)
 
 
 async def test_another_worker_resumes_and_followers_notice_nothing(world: AssetsWorld) -> None:

@@ -150,6 +150,36 @@ async def test_wrong_bytes_of_a_small_object_come_right_from_another_source(worl
     assert (await world.get("2")).status == 502
 
 
+async def test_a_range_that_reaches_the_end_is_verified_unless_it_begins_far_on(tmp_path: Path) -> None:
+    async with assets_world(tmp_path, state_down=True, far_range_distance=300_000) as world:
+        data = world.add("1", SIZE)
+        answer = await world.get("1", {"Range": "bytes=100-"})
+        assert (answer.status, answer.body, answer.complete) == (206, data[100:], True)
+        assert answer.headers["content-range"] == f"bytes 100-{SIZE - 1}/{SIZE}"
+        assert answer.headers["content-length"] == str(SIZE - 100)
+        for node in (world.node, world.second):
+            node.knobs.add(Behaviour(flip_byte_at=10))
+            node.requests.clear()
+        assert (await world.get("1", {"Range": "bytes=100-199"})).body == data[100:200]
+        assert (await world.get("1", {"Range": "bytes=300001-"})).body == data[300_001:]
+        asked = [record.range for record in world.node.requests]
+        assert asked == ["bytes=100-199", f"bytes=300001-{SIZE - 1}"]
+        answer = await world.get("1", {"Range": "bytes=300000-"})
+        assert (answer.status, answer.complete) == (206, False)
+        assert len(answer.body) <= SIZE - 300_000 - HOLD_BACK
+
+
+async def test_wrong_bytes_of_a_small_range_to_the_end_come_right_from_another_source(
+    world: AssetsWorld,
+) -> None:
+    data = world.add("2", 5000)
+    world.node.knobs.add(Behaviour(flip_byte_at=4000))
+    answer = await world.get("2", {"Range": "bytes=-2000"})
+    assert (answer.status, answer.body) == (206, data[-2000:])
+    world.second.knobs.add(Behaviour(flip_byte_at=11))
+    assert (await world.get("2", {"Range": "bytes=-2000"})).status == 502
+
+
 async def test_the_source_is_replaced_at_the_same_byte(world: AssetsWorld) -> None:
     world.node.knobs.add(Behaviour(cut_after=300_000))
     answer = await world.get("1")
@@ -167,6 +197,27 @@ async def test_sources_that_fail_or_hang(world: AssetsWorld) -> None:
         assert answer.headers["content-type"] == "application/json"
         assert answer.headers["cache-control"] == "no-store"
         assert answer.json()["message"]
+
+
+@pytest.mark.parametrize("trouble", [Behaviour(hang_before_headers=True), Behaviour(hang_after=100)], ids=str)
+async def test_all_sources_together_have_one_time_limit_for_the_first_byte(
+    tmp_path: Path, trouble: Behaviour
+) -> None:
+    async with assets_world(tmp_path, first_byte_wait=0.05, proxied_first_byte_wait=0.3) as world:
+        world.add("1", 5000)
+        for node in (world.node, world.second):
+            node.knobs.add(trouble)
+        answer = await world.get("1")
+        assert (answer.status, answer.json()["type"]) == (504, "sources_too_slow")
+        assert (len(world.node.requests), len(world.second.requests)) == (1, 0)
+
+
+async def test_a_proxied_answer_that_has_begun_may_take_longer(tmp_path: Path) -> None:
+    async with assets_world(tmp_path, first_byte_wait=0.05, proxied_first_byte_wait=0.3) as world:
+        data = world.add("1", SIZE)
+        world.node.knobs.add(Behaviour(bytes_per_second=SIZE))
+        answer = await world.get("1")
+        assert (answer.status, answer.body) == (200, data)
 
 
 async def test_too_many_proxied_answers(tmp_path: Path) -> None:

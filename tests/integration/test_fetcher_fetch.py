@@ -10,6 +10,7 @@ import pytest
 
 from services.demo.generated import GeneratedContent
 from services.demo.knobs import Behaviour, Match
+from services.demo.objects import bytes_object
 from shared.domain.jobs import Done, HandBack, TryLater
 from shared.domain.objects import MediaObject
 from shared.domain.space import footprint
@@ -63,6 +64,42 @@ async def test_the_media_type_is_seen_in_the_bytes(tmp_path: Path) -> None:
         assert record is not None
         assert record.media_type == "image/png"
         assert record.etag == world.wanted(PNG).etag
+
+
+async def test_a_type_that_the_catalog_does_not_know_is_noted_before_the_first_byte(tmp_path: Path) -> None:
+    held = [bytes_object(OBJECT_ID, DATA, told) for told in ("video/webm", "video/x-other")]
+    async with fetcher_world(tmp_path, held) as world:
+        world.nodes[0].knobs.add(Behaviour(cut_after=700_000))
+        world.nodes[1].knobs.add(Behaviour(bytes_per_second=2_000_000), Match(first=1))
+        running = asyncio.create_task(world.worker().handle(world.job(world.wanted(DATA))))
+        await world.until_partial(1)
+        assert noted_type(world) == "video/webm"
+        await world.until_partial(800_000)
+        running.cancel()
+        await running
+        world.nodes[0].knobs.add(Behaviour(status=500))
+        running = asyncio.create_task(world.worker().handle(world.job(world.wanted(DATA))))
+        await world.nodes[1].requests.wait_for(lambda log: len(log) == 2)
+        assert noted_type(world) == "video/webm"
+        assert await running == Done("fetched")
+        record = world.volume.read_record(OBJECT_ID)
+        assert record is not None
+        assert record.media_type == "application/octet-stream"
+
+
+async def test_the_catalogs_type_is_noted_whatever_the_source_says(tmp_path: Path) -> None:
+    async with fetcher_world(tmp_path, [bytes_object(OBJECT_ID, DATA, "video/webm")]) as world:
+        world.nodes[0].knobs.add(Behaviour(bytes_per_second=4_000_000))
+        running = asyncio.create_task(world.worker().handle(world.job(world.wanted(DATA, "video/mp4"))))
+        await world.until_partial(1)
+        assert noted_type(world) == "video/mp4"
+        assert await running == Done("fetched")
+
+
+def noted_type(world: World) -> str | None:
+    noted = world.volume.expected_of(OBJECT_ID)
+    assert noted is not None
+    return noted.media_type
 
 
 async def test_what_is_cached_already_is_not_fetched_again(world: World) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from services.demo.objects import bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.sources import SourceClient, SourceLimits
 from shared.adapters.sources.health import HealthBook
+from shared.adapters.sources.observation import SourceObservation
 from shared.adapters.sources.relay import Relay
 from shared.domain.errors import (
     AllSourcesFailed,
@@ -158,6 +160,23 @@ async def test_all_too_slow_says_so(world: World) -> None:
     assert caught.value.too_slow
     assert {type(error) for error in caught.value.errors.values()} == {SourceTooSlow}
     assert [len(node.requests) for node in world.nodes] == [1, 1, 1]
+
+
+async def test_a_source_that_takes_no_connection_in_time_costs_that_time_once(world: World) -> None:
+    seen: list[SourceObservation] = []
+    limits = SourceLimits(connect_timeout=0.2)
+    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for waiting in (first, second):  # they fill the queue of connections not accepted
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+        async with SourceClient(limits, seen.append) as client:
+            stranded = World(world.nodes, Relay(client, HealthBook()))
+            with pytest.raises(AllSourcesFailed) as caught:
+                await stranded.read(sources=[f"http://127.0.0.1:{deaf.getsockname()[1]}/7", GONE])
+    assert [type(error) for error in caught.value.errors.values()] == [SourceUnreachable] * 2
+    assert [observed.source == "127.0.0.1:1" for observed in seen] == [False, True, True]
 
 
 async def test_no_sources_at_all(world: World) -> None:

@@ -3,6 +3,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
 
 from services.api.accesses import AccessCounter
 from services.api.wakeups import FetchWakeups
@@ -19,9 +23,16 @@ ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 class FlakyStore(MemoryStateStore):
     """A store that can be away."""
 
-    down = False
+    down = hangs = False
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.asked = asyncio.Event()
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
+        self.asked.set()
+        if self.hangs:
+            await asyncio.Event().wait()
         if self.down:
             raise StateStoreUnavailable("away")
         await super().record_accesses(accesses)
@@ -62,6 +73,38 @@ async def test_store_down_keeps_the_latest() -> None:
     store.down = False
     await counter.hand_over()
     assert [access.object_id for access in await recorded(store)] == [TWO, THREE]
+
+
+async def test_a_hand_over_that_is_cancelled_loses_nothing() -> None:
+    store = make_store()
+    store.hangs = True
+    counter = AccessCounter(store, lambda: 5.0)
+    counter.note_request(ONE)
+    running = asyncio.create_task(counter.run(interval=0))
+    await store.asked.wait()
+    counter.note_request(TWO)
+    running.cancel()
+    await asyncio.wait({running})
+    assert running.cancelled()
+    store.hangs = False
+    await counter.close()
+    assert [(access.object_id, access.views) for access in await recorded(store)] == [(ONE, 1), (TWO, 1)]
+
+
+@pytest.mark.parametrize("trouble", ["down", "hangs"])
+async def test_what_cannot_be_handed_over_at_the_end_is_counted_as_lost(trouble: str) -> None:
+    store = make_store()
+    setattr(store, trouble, True)
+    counter = AccessCounter(store, lambda: 5.0)
+    for object_id in (ONE, TWO, ONE):
+        counter.note_request(object_id)
+    before = lost()
+    await counter.close(patience=0.05)
+    assert lost() - before == 2
+
+
+def lost() -> float:
+    return REGISTRY.get_sample_value("distributor_lost_accesses_total") or 0.0
 
 
 async def test_waiters_are_woken_by_their_object_alone() -> None:

@@ -137,8 +137,28 @@ def test_a_verified_passage_keeps_the_end_back(pieces: list[bytes], keep: int, s
     assert passed + b"".join(bytes(part) for part in passage.rest()) == data
 
 
+@given(
+    st.lists(st.binary(max_size=50), max_size=8),
+    st.integers(0, 60),
+    st.integers(0, 200),
+)
+def test_a_verified_passage_from_a_later_byte_hands_out_nothing_before_it(
+    pieces: list[bytes], keep: int, first: int
+) -> None:
+    data = b"".join(pieces)
+    hasher = ContentHash("sha256", bytes(32)).hasher()
+    hasher.update(data)
+    passage = VerifiedPassage(ContentHash("sha256", hasher.digest()), len(data), keep, first)
+    passed = b"".join(bytes(part) for piece in pieces for part in passage.push(piece))
+    assert passed == data[first : max(0, len(data) - keep)]
+    assert passage.verify()
+    assert not passage.resumed
+    assert passed + b"".join(bytes(part) for part in passage.rest()) == data[first:]
+
+
 def test_a_verified_passage_refuses_other_bytes() -> None:
     passage = VerifiedPassage(ContentHash("blake3", bytes(32)), None)
     passage.skip(b"sent before")
     passage.push(b"wrong")
     assert not passage.verify()
+    assert passage.resumed

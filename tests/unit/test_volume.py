@@ -173,6 +173,31 @@ def test_what_a_partial_will_be_is_known_before_its_first_byte(volume: Volume) -
     assert volume.expected_of(ObjectId("1")) is None
 
 
+def test_a_published_object_can_be_held_and_not_removed_while_its_writer_still_has_it(volume: Volume) -> None:
+    partial = volume.receive(record_of("1"))
+    partial.write(0, BODY)
+    partial.publish(record_of("1"))
+    removal = volume.removal(ObjectId("1"))
+    assert removal.begin() is RemovalState.IN_USE
+    removal.close()
+    found = volume.open_object(ObjectId("1"))
+    assert found is not None
+    assert found.hold()
+    found.close()
+    partial.close()
+
+
+def test_a_media_type_that_the_source_tells_is_noted_with_the_next_bytes(volume: Volume) -> None:
+    untold = replace(record_of("1"), media_type=None)
+    partial = volume.receive(untold)
+    assert volume.expected_of(ObjectId("1")) == untold
+    for told in ("application/vnd.a-long-name; charset=utf-8", "text/vtt"):
+        partial.learn_media_type(told)
+        partial.write(0, b"some")
+        assert volume.expected_of(ObjectId("1")) == replace(untold, media_type=told)
+    partial.close()
+
+
 def test_who_only_clears_up_changes_no_note(volume: Volume) -> None:
     volume.receive(record_of("1")).close()
     stranger = replace(record_of("1"), etag='"another"')

@@ -78,10 +78,10 @@ class Span:
 
     @property
     def content_range(self) -> str:
-        """The value of the Content-Range header of a 206."""
-        return ByteRange(self.first, self.last if self.last is not None else self.first).content_range(
-            self.size or 0
-        )
+        """The value of the Content-Range header of a 206. ValueError while nobody knows the size."""
+        if self.last is None or self.size is None:
+            raise ValueError("a part of an object of unknown size")
+        return ByteRange(self.first, self.last).content_range(self.size)
 
 
 class Refusal(Enum):

@@ -11,7 +11,7 @@ from time import monotonic
 from services.api.accesses import AccessCounter
 from services.api.assets.answer import PIECE_BYTES, AnswerStream
 from services.api.assets.decision import Description, Span, sendable_end
-from services.api.assets.heads import Standing, content_head
+from services.api.assets.heads import CacheOutcome, content_head
 from services.api.assets.reading import read_piece
 from services.api.assets.sender import ACCESS_RENEWAL
 from services.api.assets.watch import FetchWatch
@@ -48,6 +48,7 @@ class Follower:
         self._described = described
         self._span = span
         self._patience = patience
+        self._media_type: str | None = None
 
     async def wait_for_first_byte(
         self, deadline: float, abandoned: asyncio.Event
@@ -80,12 +81,12 @@ class Follower:
             if reader is not None and not given:
                 reader.close()
 
-    async def follow(self, answer: AnswerStream, reader: PartialReader, standing: Standing) -> FollowEnd:
+    async def follow(self, answer: AnswerStream, reader: PartialReader, outcome: CacheOutcome) -> FollowEnd:
         """Send from the file until the span is sent or the file fails us. Nothing is sent beyond what may be."""
         async with _held_once_verified(reader):
-            return await self._follow(answer, reader, standing)
+            return await self._follow(answer, reader, outcome)
 
-    async def _follow(self, answer: AnswerStream, reader: PartialReader, standing: Standing) -> FollowEnd:
+    async def _follow(self, answer: AnswerStream, reader: PartialReader, outcome: CacheOutcome) -> FollowEnd:
         span, object_id = self._span, self._described.object_id
         end = span.first + (span.length or 0)
         renewed = monotonic()
@@ -106,7 +107,7 @@ class Follower:
             piece = await self._read(reader, position, min(PIECE_BYTES, sendable - position))
             if not piece:
                 return FollowEnd.TORN
-            await self._send(answer, piece, standing)
+            await self._send(answer, piece, outcome)
             if monotonic() - renewed >= ACCESS_RENEWAL:
                 renewed = monotonic()
                 self._accesses.note_sending(object_id)
@@ -114,11 +115,12 @@ class Follower:
         await answer.finish()
         return FollowEnd.DONE
 
-    async def _send(self, answer: AnswerStream, piece: memoryview, standing: Standing) -> None:
+    async def _send(self, answer: AnswerStream, piece: memoryview, outcome: CacheOutcome) -> None:
         if answer.begun:
             await answer.send(piece, "local")
             return
-        await answer.begin(content_head(self._described, standing, self._span, "local"), piece)
+        head = content_head(self._described, outcome, self._span, "local", self._media_type)
+        await answer.begin(head, piece)
 
     async def _read(self, reader: PartialReader, offset: int, length: int) -> memoryview:
         """Empty if the file was emptied between looking and reading, or the disk fails."""
@@ -142,11 +144,18 @@ class Follower:
         return reader
 
     def _is_what_we_described(self, *, verified: bool) -> bool:
-        """False if the file is going to be something else than the headers would say (the catalog has changed)."""
-        expected = self._volume.expected_of(self._described.object_id)
+        """False if the file is going to be something else than the headers would say (the catalog has changed).
+
+        The note tells the source's media type too, from before the first byte.
+        """
+        object_id = self._described.object_id
+        expected = self._volume.expected_of(object_id)
         if expected is None:
             # The note goes away once the file is complete, and with it the difference: the file is verified.
+            stored = self._volume.read_record(object_id) if verified else None
+            self._media_type = stored.media_type if stored is not None else None
             return verified
+        self._media_type = expected.media_type
         return (expected.size, expected.etag) == (self._described.size, self._described.etag)
 
     def _if_same(self, found: OpenObject) -> OpenObject | None:

@@ -13,7 +13,7 @@ from sanic import HTTPResponse, Request
 from services.api.assets.answer import AnswerStream
 from services.api.assets.decision import Description, Span, is_far
 from services.api.assets.follower import FollowEnd, Follower
-from services.api.assets.heads import BYPASS, Standing, content_head
+from services.api.assets.heads import BYPASS, CacheOutcome, content_head
 from services.api.assets.lookup import look_up
 from services.api.assets.proxy import Passing, Proxy
 from services.api.assets.sender import ObjectSender
@@ -38,7 +38,7 @@ class Wanted:
     request: Request
     described: Description
     span: Span
-    standing: Standing
+    outcome: CacheOutcome
     known: MediaObject | None = None
     source: str | None = None
 
@@ -54,7 +54,7 @@ class GrowingAnswerer:
     async def answer(self, wanted: Wanted, abandoned: asyncio.Event | None = None) -> HTTPResponse | None:
         """Answer while the object is fetched; `abandoned` is set when its job could not be published."""
         if wanted.span.length == 0:
-            head = content_head(wanted.described, wanted.standing, wanted.span, "local")
+            head = content_head(wanted.described, wanted.outcome, wanted.span, "local")
             return HTTPResponse(b"", status=head.status, headers=head.headers)
         given_up = abandoned or asyncio.Event()
         try:
@@ -64,7 +64,7 @@ class GrowingAnswerer:
             answered, response = False, None
         if answered:
             return response
-        await self.proxied(replace(wanted, standing=BYPASS) if given_up.is_set() else wanted)
+        await self.proxied(replace(wanted, outcome=BYPASS) if given_up.is_set() else wanted)
         return None
 
     async def proxied(self, wanted: Wanted, answer: AnswerStream | None = None) -> None:
@@ -88,9 +88,9 @@ class GrowingAnswerer:
                 return False, None
             with closing(found):
                 if isinstance(found, OpenObject):
-                    described = wanted.described
+                    described = replace(wanted.described, media_type=found.record.media_type)
                     return True, await self._sender.send(
-                        wanted.request, found, described, span, wanted.standing
+                        wanted.request, found, described, span, wanted.outcome
                     )
                 if await self._follow(wanted, follower, found):
                     return True, None
@@ -98,7 +98,7 @@ class GrowingAnswerer:
     async def _follow(self, wanted: Wanted, follower: Follower, reader: PartialReader) -> bool:
         """False: nothing was sent, and the file is not what it was; there may be a new one."""
         answer = AnswerStream(wanted.request)
-        end = await follower.follow(answer, reader, wanted.standing)
+        end = await follower.follow(answer, reader, wanted.outcome)
         if end is FollowEnd.TORN:
             if answer.begun:
                 raise CutAnswer("object_gone")
@@ -120,7 +120,7 @@ class GrowingAnswerer:
             if answer.begun:
                 raise CutAnswer("source_unknown") from error
             raise
-        return Passing(answer, known, wanted.described, wanted.span, wanted.standing, wanted.source)
+        return Passing(answer, known, wanted.described, wanted.span, wanted.outcome, wanted.source)
 
     async def _look_up_same(self, described: Description) -> MediaObject:
         """The catalog's word on what the volume has described. ErrorAnswer 503 if that is something else by now."""

@@ -18,10 +18,8 @@ from services.api.assets.sender import ObjectSender
 from services.api.assets.starter import FetchStarter
 from services.api.assets.uncached import UncachedAnswerer
 from services.api.context import ApiContext
-from services.api.errors import ErrorAnswer
-from services.api.exchange import exchange_of
 from shared.domain.conditionals import Conditions
-from shared.domain.errors import InvalidInput, VolumeError
+from shared.domain.errors import VolumeError
 from shared.domain.objects import ObjectId
 
 logger = structlog.get_logger()
@@ -36,32 +34,27 @@ class AssetHandler:
             context.accesses, HandOver(context.settings.public_api.accel_redirect_prefix)
         )
         self._starter = FetchStarter(context.state, context.queue, f"{socket.gethostname()}:{os.getpid()}")
-        proxy = Proxy(context.relay, context.settings.public_api.max_proxied)
+        proxy = Proxy(context.relay, context.settings.public_api)
         growing = GrowingAnswerer(context, self._sender, proxy)
         admission = SecondViews(context.settings, context.state)
         self._uncached = UncachedAnswerer(context, self._sender, self._starter, growing, admission)
 
-    async def handle(self, request: Request, object_id: str) -> HTTPResponse | None:
-        """The answer, or None if it was streamed. `object_id` is what the path said, percent-decoded once.
+    async def handle(self, request: Request, object_id: ObjectId) -> HTTPResponse | None:
+        """The answer, or None if it was streamed.
 
         A cached object is answered from the volume alone. ErrorAnswer for every other end than content.
         """
-        try:
-            wanted = ObjectId.parse(object_id)
-        except InvalidInput as error:
-            raise ErrorAnswer(400, "Malformed object id", "malformed_id") from error
-        exchange_of(request).object_id = wanted
         asked = _asked(request)
         degraded = False
         try:
-            found = self._volume.open_object(wanted)
+            found = self._volume.open_object(object_id)
             if found is not None:
                 with closing(found):
                     return await self._sender.answer(request, asked, found)
         except VolumeError as error:
-            logger.error("volume_failed", object_id=wanted, reason=str(error))
+            logger.error("volume_failed", object_id=object_id, reason=str(error))
             degraded = True
-        return await self._uncached.answer(request, asked, wanted, degraded=degraded)
+        return await self._uncached.answer(request, asked, object_id, degraded=degraded)
 
     async def close(self) -> None:
         """See that no claim is left without its job."""

@@ -12,6 +12,7 @@ from services.api.errors import ErrorAnswer
 from services.api.headers import (
     ASSET,
     ASSET_CONTENT,
+    CACHE_STATUS_OWN,
     CacheResult,
     DataSource,
     cache_control,
@@ -25,15 +26,20 @@ CONTENT_LENGTH = "content-length"
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """How the cache stands to one request: its result, whether the object will be kept, and whether somebody else's
-    request began its fetch."""
+class CacheOutcome:
+    """What the cache has for one request. `result`: as X-Cache says it; `stored`: what is not there will be kept, since
+    a fetch goes on or is asked for."""
 
     result: CacheResult
     stored: bool = True
 
     def cache_status(self, source: DataSource | None) -> str:
-        """The value of the Cache-Status header; what is proxied is neither kept nor shared."""
+        """The value of the Cache-Status header (RFC 9211); what is proxied is neither kept nor shared.
+
+        `source` is None for an answer without content (HEAD, 304): unless it is a hit, nothing was forwarded for it.
+        """
+        if source is None and self.result != "hit":
+            return CACHE_STATUS_OWN
         shared = source != "external"
         return cache_status(
             self.result,
@@ -43,19 +49,19 @@ class Standing:
         )
 
 
-HIT = Standing("hit")
-PENDING = Standing("pending")
-MISS = Standing("miss")
-BYPASS = Standing("miss", stored=False)
+HIT = CacheOutcome("hit")
+PENDING = CacheOutcome("pending")
+MISS = CacheOutcome("miss")
+BYPASS = CacheOutcome("miss", stored=False)
 
 
 def _validators(
-    described: Description, standing: Standing, source: DataSource | None = None
+    described: Description, outcome: CacheOutcome, source: DataSource | None = None
 ) -> dict[str, str]:
     headers = {
-        "X-Cache": standing.result,
-        "Cache-Control": cache_control(standing.result),
-        "Cache-Status": standing.cache_status(source),
+        "X-Cache": outcome.result,
+        "Cache-Control": cache_control(outcome.result),
+        "Cache-Status": outcome.cache_status(source),
         "ETag": described.etag,
     }
     if described.last_modified is not None:
@@ -75,7 +81,7 @@ class Head:
 
 def content_head(
     described: Description,
-    standing: Standing,
+    outcome: CacheOutcome,
     span: Span,
     source: DataSource | None,
     media_type: str | None = None,
@@ -83,7 +89,7 @@ def content_head(
     """Of a 200 or 206. `source` is None for HEAD; `media_type` is the source's word, for want of the catalog's."""
     headers = {
         **ASSET_CONTENT,
-        **_validators(described, standing, source),
+        **_validators(described, outcome, source),
         "Content-Type": described.media_type or media_type or UNKNOWN_MEDIA_TYPE,
     }
     if source is not None:
@@ -92,19 +98,19 @@ def content_head(
         headers[CONTENT_LENGTH] = str(span.length)
     if span.partial:
         headers["Content-Range"] = span.content_range
-    return Head(206 if span.partial else 200, headers, standing.result, source)
+    return Head(206 if span.partial else 200, headers, outcome.result, source)
 
 
-def not_modified_headers(described: Description, standing: Standing) -> dict[str, str]:
+def not_modified_headers(described: Description, outcome: CacheOutcome) -> dict[str, str]:
     """Of a 304."""
-    return {**ASSET, **_validators(described, standing)}
+    return {**ASSET, **_validators(described, outcome)}
 
 
-def refuse(refusal: Refusal | Unsatisfiable, described: Description, standing: Standing) -> HTTPResponse:
+def refuse(refusal: Refusal | Unsatisfiable, described: Description, outcome: CacheOutcome) -> HTTPResponse:
     """The 304; what is an error is raised as one."""
     if refusal is Refusal.NOT_MODIFIED:
-        return HTTPResponse(status=304, headers=not_modified_headers(described, standing))
-    extra: dict[str, str] = {"X-Cache": standing.result}
+        return HTTPResponse(status=304, headers=not_modified_headers(described, outcome))
+    extra: dict[str, str] = {"X-Cache": outcome.result}
     if isinstance(refusal, Unsatisfiable):
         extra["Content-Range"] = refusal.content_range
         raise ErrorAnswer(416, "Range not satisfiable", "range_not_satisfiable", extra)

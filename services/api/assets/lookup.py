@@ -6,11 +6,9 @@ import structlog
 
 from services.api.assets.timing import phase
 from services.api.context import ApiContext
-from services.api.errors import ErrorAnswer
+from services.api.errors import RETRY_LATER, ErrorAnswer
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import MediaObject, ObjectId
-
-_RETRY_SECONDS = "5"
 
 logger = structlog.get_logger()
 
@@ -26,7 +24,7 @@ async def look_up(context: ApiContext, object_id: ObjectId) -> MediaObject:
             503,
             "The catalog is out of reach, and the object is not cached",
             "catalog_unavailable",
-            {"Retry-After": _RETRY_SECONDS},
+            RETRY_LATER,
         ) from error
     if known is None:
         raise ErrorAnswer(404, "Data object does not exist", "does_not_exist")

@@ -11,18 +11,19 @@ import structlog
 
 from services.api.assets.answer import AnswerStream
 from services.api.assets.decision import Description, Span
-from services.api.assets.heads import Standing, content_head
+from services.api.assets.heads import CacheOutcome, content_head
 from services.api.assets.hold_back import VerifiedPassage
-from services.api.errors import CutAnswer, ErrorAnswer
+from services.api.errors import RETRY_LATER, CutAnswer, ErrorAnswer
 from shared.adapters.sources import SourceAnswer
+from shared.adapters.sources.checks import MAX_SKIP
 from shared.adapters.sources.relay import Relay
 from shared.adapters.volume import PartialReader
-from shared.domain.errors import AllSourcesFailed
+from shared.domain.errors import AllSourcesFailed, VolumeError
 from shared.domain.objects import MediaObject, source_name
 from shared.observability.metrics import PROXIED_IN_PROGRESS, SOURCE_FAILURES, source_label
+from shared.settings.model import PublicApi
 
 _HASHED_AT_ONCE = 1024 * 1024
-_RETRY_SECONDS = "5"
 
 logger = structlog.get_logger()
 
@@ -31,17 +32,18 @@ logger = structlog.get_logger()
 class Passing:
     """What is being sent to one client. `preferred`: the source to ask first, the one that the object's fetch uses.
 
-    `used`: the sources whose bytes passed; `media_type`: the first one's word.
+    `used`: the sources whose bytes passed; `media_type`: the first one's word; `deadline`: of the first byte.
     """
 
     answer: AnswerStream
     known: MediaObject
     described: Description
     span: Span
-    standing: Standing
+    outcome: CacheOutcome
     preferred: str | None = None
     used: set[str] = field(default_factory=set)
     media_type: str | None = None
+    deadline: asyncio.Timeout | None = None
 
     def learn(self, url: str, told: SourceAnswer) -> None:
         """A source has begun to answer: it may know what the catalog does not."""
@@ -64,28 +66,54 @@ class Passing:
         await self.answer.finish()
 
     async def _begin(self, piece: bytes | memoryview) -> None:
-        head = content_head(self.described, self.standing, self.span, "external", self.media_type)
+        if self.deadline is not None:
+            self.deadline.reschedule(None)  # from here on the client's pace counts
+        head = content_head(self.described, self.outcome, self.span, "external", self.media_type)
         await self.answer.begin(head, piece)
 
 
 class Proxy:
     """One for each process: it bounds how many answers are proxied at once."""
 
-    def __init__(self, relay: Relay, max_proxied: int) -> None:
+    def __init__(self, relay: Relay, settings: PublicApi) -> None:
         self._relay = relay
-        self._free = max_proxied
+        self._free = settings.max_proxied
+        self._first_byte_wait = settings.proxied_first_byte_wait
+        self._farthest = min(settings.far_range_distance, MAX_SKIP)
 
     async def answer(self, passing: Passing) -> None:
-        """Answer from a source. ErrorAnswer while nothing has been sent: 502, 504, or 503 if too many are proxied."""
+        """Answer from a source. ErrorAnswer while nothing has been sent: 502, 504, or 503 if too many are proxied.
+
+        All sources together have `proxied_first_byte_wait` for the first byte: a client that waits longer gives up.
+        """
         with self._place(begun=False):
-            known, span = passing.known, passing.span
-            sources = sorted(known.sources, key=lambda url: url != passing.preferred)
-            while not await self._attempt(passing, sources, _passage(known, span), span.first):
-                # Nothing has been sent yet: another source may hold the right bytes.
-                sources = [url for url in sources if url not in passing.used]
-                if not sources:
-                    raise ErrorAnswer(502, "Every source holds wrong bytes", "sources_failed")
-                passing.used = set()
+            try:
+                async with asyncio.timeout(self._first_byte_wait) as passing.deadline:
+                    await self._answer_rightly(passing)
+            except TimeoutError as error:
+                if passing.deadline is None or not passing.deadline.expired():
+                    raise
+                raise _too_slow() from error
+
+    async def _answer_rightly(self, passing: Passing) -> None:
+        sources = sorted(passing.known.sources, key=lambda url: url != passing.preferred)
+        while True:
+            passage = self._passage(passing.known, passing.span)
+            first = passing.span.first if passage is None else 0
+            if await self._attempt(passing, sources, passage, first):
+                return
+            # Nothing has been sent yet: another source may hold the right bytes.
+            sources = [url for url in sources if url not in passing.used]
+            if not sources:
+                raise ErrorAnswer(502, "Every source holds wrong bytes", "sources_failed")
+            passing.used = set()
+
+    def _passage(self, known: MediaObject, span: Span) -> VerifiedPassage | None:
+        """What reaches the object's end is verified from its first byte, unless that is far: such a range, and an inner
+        one, is passed on as it is, marked short-lived."""
+        if known.content_hash is None or not span.reaches_end or span.first > self._farthest:
+            return None
+        return VerifiedPassage(known.content_hash, known.size, first=span.first)
 
     async def go_on(self, passing: Passing, reader: PartialReader) -> None:
         """Send what is missing of an answer whose growing file has stopped growing; CutAnswer if that fails.
@@ -98,7 +126,10 @@ class Proxy:
             passage = None
             if span.reaches_end and known.content_hash is not None:
                 passage = VerifiedPassage(known.content_hash, known.size)
-                await asyncio.to_thread(_hash_file, reader, position, passage)
+                try:
+                    await asyncio.to_thread(_hash_file, reader, position, passage)
+                except (OSError, VolumeError) as error:
+                    raise CutAnswer("object_unreadable") from error
                 if reader.state().gone:
                     raise CutAnswer("object_gone")
             await self._attempt(passing, known.sources, passage, position)
@@ -119,7 +150,7 @@ class Proxy:
             raise _failed(error, passing.answer) from error
         if passage is not None:
             if not passage.verify():
-                self._blame(passing)
+                self._note_wrong(passing, resumed=passage.resumed)
                 if passing.answer.begun:
                     raise CutAnswer("verification_failed")
                 return False
@@ -127,26 +158,27 @@ class Proxy:
         await passing.finish()
         return True
 
-    def _blame(self, passing: Passing) -> None:
+    def _note_wrong(self, passing: Passing, *, resumed: bool) -> None:
+        logger.warning(
+            "proxied_bytes_wrong",
+            object_id=passing.known.object_id,
+            sources=sorted(source_name(url) for url in passing.used),
+            resumed=resumed,
+        )
+        if resumed:
+            return  # the wrong bytes may be those that came from elsewhere
         # Of several nobody knows who lied
         corrupted = passing.known.object_id if len(passing.used) == 1 else None
         for url in passing.used:
             SOURCE_FAILURES.labels(source=source_label(url), reason="wrong").inc()
             self._relay.blame(url, corrupted)
-        logger.warning(
-            "proxied_bytes_wrong",
-            object_id=passing.known.object_id,
-            sources=sorted(source_name(url) for url in passing.used),
-        )
 
     @contextmanager
     def _place(self, *, begun: bool) -> Iterator[None]:
         if self._free <= 0:
             if begun:
                 raise CutAnswer("too_many_proxied")
-            raise ErrorAnswer(
-                503, "Too many answers are being proxied", "unavailable", {"Retry-After": _RETRY_SECONDS}
-            )
+            raise ErrorAnswer(503, "Too many answers are being proxied", "unavailable", RETRY_LATER)
         self._free -= 1
         PROXIED_IN_PROGRESS.inc()
         try:
@@ -156,20 +188,13 @@ class Proxy:
             PROXIED_IN_PROGRESS.dec()
 
 
-def _passage(known: MediaObject, span: Span) -> VerifiedPassage | None:
-    """A range cannot be verified by itself: it is passed on, marked short-lived."""
-    if known.content_hash is None or not span.whole:
-        return None
-    return VerifiedPassage(known.content_hash, known.size)
-
-
 def _hash_file(reader: PartialReader, end: int, passage: VerifiedPassage) -> None:
-    """Take the first `end` bytes on disk into account. A short read makes the verification fail, as it should."""
+    """Take the first `end` bytes on disk into account. OSError, or VolumeError if there are fewer."""
     position = 0
     while position < end:
         data = reader.read(position, min(_HASHED_AT_ONCE, end - position))
         if not data:
-            return
+            raise VolumeError(f"the partial file of {reader.object_id} was cut short")
         passage.skip(data)
         position += len(data)
 
@@ -178,5 +203,9 @@ def _failed(error: AllSourcesFailed, answer: AnswerStream) -> ErrorAnswer | CutA
     if answer.begun:
         return CutAnswer("source_failed")
     if error.too_slow:
-        return ErrorAnswer(504, "Every source is too slow", "sources_too_slow")
+        return _too_slow()
     return ErrorAnswer(502, "No source could give the object", "sources_failed")
+
+
+def _too_slow() -> ErrorAnswer:
+    return ErrorAnswer(504, "Every source is too slow", "sources_too_slow")

@@ -11,7 +11,7 @@ from services.api.accesses import AccessCounter
 from services.api.assets.answer import PIECE_BYTES, AnswerStream, answer_head
 from services.api.assets.decision import Asked, Description, Span, select
 from services.api.assets.hand_over import OFFER, HandOver
-from services.api.assets.heads import HIT, Standing, content_head, refuse
+from services.api.assets.heads import HIT, CacheOutcome, content_head, refuse
 from services.api.assets.reading import read_piece
 from services.api.assets.timing import note_first_byte
 from services.api.errors import CutAnswer
@@ -57,10 +57,10 @@ class ObjectSender:
         return HTTPResponse(status=head.status, headers=headers)
 
     async def send(
-        self, request: Request, found: OpenObject, described: Description, span: Span, standing: Standing
+        self, request: Request, found: OpenObject, described: Description, span: Span, outcome: CacheOutcome
     ) -> HTTPResponse | None:
         """Send a span, whatever the cache result was when the request came. VolumeError: nothing was sent."""
-        head = content_head(described, standing, span, "local")
+        head = content_head(described, outcome, span, "local")
         length = span.length or 0
         if length > PIECE_BYTES and not found.hold():
             # Its bytes may go at any moment: an answer that begins with them might never end
@@ -69,7 +69,7 @@ class ObjectSender:
         piece = await self._read(found, span.first, min(PIECE_BYTES, length))
         self._accesses.note_request(described.object_id)
         if len(piece) == length:
-            note_first_byte(request, standing.result)
+            note_first_byte(request, outcome.result)
             SENT_BYTES.labels(source="local").inc(length)
             return HTTPResponse(piece.obj, status=head.status, headers=head.headers)
         answer = AnswerStream(request)

@@ -129,7 +129,7 @@ class UncachedAnswerer:
             await self._growing.proxied(wanted)
             return None
         if claim.won:
-            return await self._growing.answer(replace(wanted, standing=MISS), start.unpublished)
+            return await self._growing.answer(replace(wanted, outcome=MISS), start.unpublished)
         fetch = claim.standing.fetch
         source = fetch.source if fetch is not None else None
-        return await self._growing.answer(replace(wanted, standing=PENDING, source=source))
+        return await self._growing.answer(replace(wanted, outcome=PENDING, source=source))

@@ -27,7 +27,8 @@ def translated() -> Iterator[None]:
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError) as error:
-        raise SourceUnreachable(_described(error)) from error
+        waited = isinstance(error, httpx.ConnectTimeout)
+        raise SourceUnreachable(_described(error), waited=waited) from error
 
 
 class Connections:
@@ -104,7 +105,7 @@ class Connections:
         except TimeoutError as error:
             if progress.sending:
                 raise SourceTooSlow("no answer in time") from error
-            raise SourceUnreachable("no connection in time") from error
+            raise SourceUnreachable("no connection in time", waited=True) from error
         except SourceUnreachable as error:
             if progress.sending and not progress.connecting:
                 raise _ReusedConnectionFailed(str(error)) from error

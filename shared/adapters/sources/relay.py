@@ -161,10 +161,12 @@ class _Turns:
 
 
 def _may_do_better(error: SourceError, *, gave_bytes: bool) -> bool:
-    """A source that had begun well, was not reached, or says that it is its own fault (5xx), is worth a second turn;
-    one that was too slow to begin would only cost the same time again."""
+    """A source that had begun well, could not be reached, or says that it is its own fault (5xx), is worth a second
+    turn; one that was too slow to begin, or to take a connection, would only cost the same time again."""
     if isinstance(error, SourceTooSlow):
         return gave_bytes
     if isinstance(error, SourceRefused):
         return error.status >= 500
-    return isinstance(error, SourceUnreachable) or not isinstance(error, SourceWrong)
+    if isinstance(error, SourceUnreachable):
+        return not error.waited
+    return not isinstance(error, SourceWrong)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 from shared.adapters.volume.layout import (
     INCOMING,
@@ -17,7 +18,7 @@ from shared.adapters.volume.layout import (
     fan,
     translated,
 )
-from shared.adapters.volume.records import encode_record, remove_quietly, write_small_file
+from shared.adapters.volume.records import encode_record, remove_quietly, rewrite_small_file, write_small_file
 from shared.domain.errors import VolumeError, VolumeFull
 from shared.domain.objects import ObjectId, StoredRecord
 
@@ -37,7 +38,9 @@ class PartialFile:
         self._incoming = directories.descriptor(INCOMING)
         self.record = record
         self._name = record.object_id + PART_SUFFIX
+        self._note_name = record.object_id + INCOMING_RECORD_SUFFIX
         self._descriptor = -1
+        self._note_is_old = False
 
     def open(self, *, noted: bool) -> None:
         """Create or take over the file; if `noted`, note what it will be. PartialHeld if another writer is alive."""
@@ -49,8 +52,7 @@ class PartialFile:
                 # Before the first byte: whoever finds the partial file must be able to tell how large it may grow.
                 # Not synced, since a client waits: after a power cut a note that is gone or torn is none, and what
                 # lies there is then not resumed.
-                name = self.record.object_id + INCOMING_RECORD_SUFFIX
-                write_small_file(name, encode_record(self.record), self._incoming, durable=False)
+                write_small_file(self._note_name, encode_record(self.record), self._incoming, durable=False)
             except OSError:
                 self.close()
                 raise
@@ -90,9 +92,18 @@ class PartialFile:
         with translated(f"read the partial file of {self.record.object_id}"):
             return os.pread(self._descriptor, length, offset)
 
+    def learn_media_type(self, media_type: str) -> None:
+        """What the source says that the object is; noted with the next write, before its bytes."""
+        if media_type != self.record.media_type:
+            self.record = replace(self.record, media_type=media_type)
+            self._note_is_old = True
+
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """All of `data` at `offset`; VolumeFull if the device is full."""
         with translated(f"write the partial file of {self.record.object_id}"):
+            if self._note_is_old:
+                rewrite_small_file(self._note_name, encode_record(self.record), self._incoming)
+                self._note_is_old = False
             view = memoryview(data)
             while view:
                 written = os.pwrite(self._descriptor, view, offset)
@@ -131,15 +142,18 @@ class PartialFile:
             self._directories.sync(f"{RECORDS}/{number}")
             objects = self._directories.descriptor(f"{OBJECTS}/{number}")
             os.rename(self._name, object_id, src_dir_fd=self._incoming, dst_dir_fd=objects)
+            # It is an object now, and senders may hold it while the disk is waited for; removers still may not.
+            with suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             self._directories.sync(f"{OBJECTS}/{number}")
-            remove_quietly(object_id + INCOMING_RECORD_SUFFIX, self._incoming)
+            remove_quietly(self._note_name, self._incoming)
 
     def discard(self) -> None:
         """Remove the partial file and close it; its bytes are free when this returns."""
         with translated(f"discard the partial file of {self.record.object_id}"):
             remove_quietly(self._name, self._incoming)
             os.ftruncate(self._descriptor, 0)
-            remove_quietly(self.record.object_id + INCOMING_RECORD_SUFFIX, self._incoming)
+            remove_quietly(self._note_name, self._incoming)
         self.close()
 
     def close(self) -> None:

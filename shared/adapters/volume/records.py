@@ -40,7 +40,8 @@ def decode_record(body: bytes) -> StoredRecord:
         if not isinstance(fields, dict) or fields.get("version") != RECORD_VERSION:
             raise InvalidInput("not a record of this version")
         size, stored_at = fields["size"], fields["stored_at"]
-        texts = (fields["object_id"], fields["etag"], fields["media_type"])
+        media_type = fields["media_type"]
+        texts = (fields["object_id"], fields["etag"], "" if media_type is None else media_type)
         if not (type(size) is int and size >= 0 and type(stored_at) is int):
             raise InvalidInput("record with numbers of the wrong type")
         if not all(isinstance(text, str) and text.isprintable() for text in texts):
@@ -50,7 +51,7 @@ def decode_record(body: bytes) -> StoredRecord:
             size=size,
             etag=fields["etag"],
             content_hash=ContentHash.parse(fields["hash"]) if fields["hash"] is not None else None,
-            media_type=fields["media_type"],
+            media_type=media_type,
             stored_at=stored_at,
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -83,6 +84,17 @@ def write_small_file(
     finally:
         os.close(descriptor)
     os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def rewrite_small_file(name: str, body: bytes, directory: int) -> None:
+    """Replace the content of a file where it lies, which costs a tenth of a replacement in one step. Whoever reads
+    meanwhile may see a part of it: only for what is of no use torn, and read again then."""
+    descriptor = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    try:
+        os.pwrite(descriptor, body, 0)
+        os.ftruncate(descriptor, len(body))
+    finally:
+        os.close(descriptor)
 
 
 def remove_quietly(name: str, directory: int) -> None:

@@ -1,0 +1,180 @@
+"""The headers of asset answers that clients in the field rely on, case by case."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+
+from services.demo.knobs import Behaviour
+from shared.domain.objects import DistributionBucket, Duty
+from tests.end_to_end.client import Answer
+from tests.integration.assets_world import STORED_AT, AssetsWorld, assets_world
+
+SIZE = 5000
+STORED, PENDING, MISSING = "1", "2", "3"
+FOR_EVER, FOR_NOW = "public, max-age=31536000, immutable", "max-age=180, must-revalidate"
+ALWAYS = {
+    "access-control-allow-origin": "*",
+    "timing-allow-origin": "*",
+    "cross-origin-resource-policy": "cross-origin",
+    "x-content-type-options": "nosniff",
+}
+CONTENT = {"accept-ranges": "bytes", "content-disposition": "inline", "content-type": "image/png"}
+EXPOSED = {"X-Cache", "X-Data-Source", "ETag", "Content-Length", "Content-Range", "Accept-Ranges"}
+ERROR = {"content-type": "application/json", "cache-control": "no-store"}
+NO_CONTENT_HERE = ("content-type", "content-range", "accept-ranges", "content-disposition")
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[AssetsWorld]:
+    async with assets_world(tmp_path, first_byte_wait=0.1, proxied_first_byte_wait=0.3) as running:
+        for object_id in (STORED, PENDING, MISSING):
+            running.add(object_id, SIZE)
+        running.store(STORED)
+        yield running
+
+
+def assert_says(answer: Answer, status: int, said: Mapping[str, str], *unsaid: str) -> None:
+    """Exactly these values, none of the headers `unsaid`, and what every asset answer has."""
+    expected = {**ALWAYS, **said}
+    assert (answer.status, {name: answer.headers.get(name) for name in expected}) == (status, expected)
+    assert [name for name in unsaid if name in answer.headers] == []
+    assert {name.strip() for name in answer.headers["access-control-expose-headers"].split(",")} >= EXPOSED
+    assert_keeps_scripts_out(answer.headers["content-security-policy"])
+    assert answer.headers["x-request-id"]
+
+
+def assert_keeps_scripts_out(policy: str) -> None:
+    """An HTML or SVG object runs nothing; images, audio and video on their own still play."""
+    directives = {name: values for name, *values in (part.split() for part in policy.split(";"))}
+    assert directives["sandbox"] == []
+    assert directives["default-src"] == ["'none'"]
+    assert not {"script-src", "script-src-elem", "object-src", "frame-src"} & set(directives)
+    for name in ("img-src", "media-src"):
+        assert "'self'" in directives[name]
+
+
+def content(
+    world: AssetsWorld, object_id: str, cache: str, source: str | None, cache_status: str
+) -> dict[str, str]:
+    told = {"x-data-source": source} if source is not None else {}
+    return {
+        **CONTENT,
+        **told,
+        "x-cache": cache,
+        "cache-control": FOR_EVER if cache == "hit" else FOR_NOW,
+        "cache-status": cache_status,
+        "etag": world.catalog.objects[object_id].etag,
+        "content-length": str(SIZE),
+    }
+
+
+def part(said: Mapping[str, str], first: int, last: int) -> dict[str, str]:
+    length = str(last - first + 1)
+    return {**said, "content-length": length, "content-range": f"bytes {first}-{last}/{SIZE}"}
+
+
+async def test_a_hit(world: AssetsWorld) -> None:
+    dated = {"last-modified": formatdate(STORED_AT, usegmt=True)}
+    said = content(world, STORED, "hit", "local", "distributor; hit") | dated
+    assert_says(await world.get(STORED), 200, said, "content-range")
+    assert_says(await world.get(STORED, {"Range": "bytes=5-9"}), 206, part(said, 5, 9))
+    said.pop("x-data-source")
+    assert_says(await world.get(STORED, method="HEAD"), 200, said, "x-data-source", "content-range")
+    kept = {
+        name: said[name] for name in ("x-cache", "cache-control", "cache-status", "etag", "last-modified")
+    }
+    for method in ("GET", "HEAD"):
+        answer = await world.get(STORED, {"If-None-Match": said["etag"]}, method=method)
+        assert_says(answer, 304, kept, "x-data-source", "content-length", *NO_CONTENT_HERE)
+
+
+async def test_what_is_followed_while_it_is_fetched(world: AssetsWorld) -> None:
+    missed = asyncio.create_task(world.get(MISSING))
+    await world.until(AssetsWorld.has_job)
+    fetch = await world.begin(MISSING, written=SIZE)
+    fetch.verify()
+    pending = await world.get(MISSING)
+    inner = await world.get(MISSING, {"Range": "bytes=5-9"})
+    head = await world.get(MISSING, method="HEAD")
+    current = await world.get(MISSING, {"If-None-Match": "*"})
+    said = content(world, MISSING, "miss", "local", "distributor; fwd=uri-miss; stored")
+    assert_says(await missed, 200, said, "content-range", "last-modified")
+    said = content(world, MISSING, "pending", "local", "distributor; fwd=uri-miss; stored; collapsed")
+    assert_says(pending, 200, said, "content-range", "last-modified")
+    assert_says(inner, 206, part(said, 5, 9), "last-modified")
+    assert_says(head, 200, content(world, MISSING, "pending", None, "distributor"), "x-data-source")
+    kept = {name: said[name] for name in ("x-cache", "cache-control", "etag")} | {
+        "cache-status": "distributor"
+    }
+    assert_says(current, 304, kept, "x-data-source", "content-length", *NO_CONTENT_HERE)
+    await fetch.complete()
+
+
+async def test_what_is_proxied(world: AssetsWorld) -> None:
+    said = content(world, MISSING, "miss", None, "distributor")
+    assert_says(await world.get(MISSING, method="HEAD"), 200, said, "x-data-source", "last-modified")
+    answer = await world.get(MISSING, {"If-None-Match": said["etag"]})
+    kept = {name: said[name] for name in ("x-cache", "cache-control", "cache-status", "etag")}
+    assert_says(answer, 304, kept, "x-data-source", "content-length", *NO_CONTENT_HERE)
+    assert await world.jobs() == 0
+    said = content(world, MISSING, "miss", "external", "distributor; fwd=uri-miss")
+    assert_says(await world.get(MISSING), 200, said, "content-range", "last-modified")
+    said = content(world, MISSING, "pending", "external", "distributor; fwd=uri-miss")
+    assert_says(await world.get(MISSING), 200, said, "content-range", "last-modified")
+    assert_says(
+        await world.get(MISSING, {"Range": "bytes=5-"}), 206, part(said, 5, SIZE - 1), "last-modified"
+    )
+
+
+async def test_what_is_not_kept(world: AssetsWorld) -> None:
+    world.add(PENDING, SIZE, size=None)
+    said = content(world, PENDING, "miss", "external", "distributor; fwd=bypass")
+    assert_says(await world.get(PENDING), 200, said, "content-range", "last-modified")
+
+
+async def test_errors(world: AssetsWorld) -> None:
+    for node in (world.node, world.second):
+        node.knobs.add(Behaviour(status=500))
+    world.add("4", SIZE, buckets=(DistributionBucket("9:9"),))
+    refused = {**ERROR, "x-cache": "hit"}
+    unsaid = (
+        "etag",
+        "last-modified",
+        "x-data-source",
+        "cache-status",
+        "accept-ranges",
+        "content-disposition",
+    )
+    answer = await world.get(STORED, {"Range": f"bytes={SIZE}-"})
+    assert_says(answer, 416, {**refused, "content-range": f"bytes */{SIZE}"}, *unsaid)
+    answer = await world.get(STORED, {"If-Match": '"other"'})
+    assert_says(answer, 412, refused, "content-range", *unsaid)
+    assert_says(await world.get(MISSING), 502, ERROR, "x-cache", *unsaid)
+    for object_id, status in (("999", 404), ("%20", 400)):
+        for method in ("GET", "HEAD"):
+            assert_says(await world.get(object_id, method=method), status, ERROR, "x-cache", *unsaid)
+    world.context.duty.current = Duty(bucket_ids=frozenset({"0:1"}))
+    assert_says(await world.get("4"), 421, ERROR, "x-cache", *unsaid)
+    world.catalog.down = True
+    assert_says(await world.get("5"), 503, {**ERROR, "retry-after": "5"}, "x-cache", *unsaid)
+
+
+async def test_a_source_that_is_too_slow(world: AssetsWorld) -> None:
+    for node in (world.node, world.second):
+        node.knobs.add(Behaviour(hang_before_headers=True))
+    assert_says(await world.get(MISSING), 504, ERROR, "x-cache", "etag")
+
+
+@pytest.mark.parametrize("object_id", [STORED, "999", "%20"])
+async def test_a_preflight(world: AssetsWorld, object_id: str) -> None:
+    asked = {"Origin": "https://player.example", "Access-Control-Request-Method": "GET"}
+    answer = await world.get(object_id, asked, method="OPTIONS")
+    assert_says(answer, 204, {"access-control-allow-methods": "GET, HEAD, OPTIONS"}, "content-type")
+    allowed = {name.strip() for name in answer.headers["access-control-allow-headers"].split(",")}
+    assert {"Range", "If-Range", "If-None-Match", "If-Modified-Since"} <= allowed
+    assert int(answer.headers["access-control-max-age"]) > 0
