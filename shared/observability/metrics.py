@@ -99,11 +99,11 @@ CATALOG_LOOKUPS = Counter(
 )
 STATE_STORE_ERRORS = Counter(
     "distributor_state_store_errors_total",
-    "Calls of the state store that failed, by operation.",
+    "Calls of Redis that failed, by script or command.",
     ["operation"],
 )
 JOB_QUEUE_ERRORS = Counter(
-    "distributor_job_queue_errors_total", "Calls of the job queue that failed, by operation.", ["operation"]
+    "distributor_job_queue_errors_total", "Calls of RabbitMQ that failed: publish, consume.", ["operation"]
 )
 
 # Redis itself, as its INFO says (API)
