@@ -1,4 +1,4 @@
-"""What CI runs, with Docker's tests where there is an engine: told by stand-ins for make, docker and the image builder."""
+"""What CI runs: Docker's tests too where there is an engine. make, docker and the image builder are stand-ins here."""
 
 from __future__ import annotations
 

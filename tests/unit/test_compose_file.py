@@ -214,7 +214,9 @@ def test_the_edge_s_workers_fit_into_its_memory() -> None:
     assert "worker_processes" not in configuration
     assert SERVICES["edge"]["command"][-1] == "daemon off; worker_processes ${EDGE_WORKERS:-2};"
     (connections,) = re.findall(r"worker_connections (\d+);", configuration)
-    assert int(DEFAULTS["EDGE_WORKERS"]) * int(connections) / 2 * 120 / 1024 < size_of(DEFAULTS["EDGE_MEMORY"])
+    assert int(DEFAULTS["EDGE_WORKERS"]) * int(connections) / 2 * 120 / 1024 < size_of(
+        DEFAULTS["EDGE_MEMORY"]
+    )
 
 
 def test_hits_are_handed_over_by_the_prefix_that_the_api_is_told() -> None:
