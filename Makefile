@@ -79,9 +79,11 @@ format: setup ## put the code into its format, and repair what ruff can
 	@$(BIN)/ruff format $(SOURCES)
 
 .PHONY: reference
-reference: setup ## write docs/configuration.md from the settings
+reference: setup ## write docs/configuration.md from the settings, and Kubernetes' alert rules from Prometheus' own
 	@$(BIN)/distributor config reference > docs/configuration.md.new
 	@mv docs/configuration.md.new docs/configuration.md
+	@$(BIN)/python deploy/prometheus/kubernetes_rule.py > deploy/kubernetes/monitoring/rules.yaml.new
+	@mv deploy/kubernetes/monitoring/rules.yaml.new deploy/kubernetes/monitoring/rules.yaml
 
 .PHONY: test
 test: setup servers ## all tests but those of Docker and fire, against real Redis and RabbitMQ

@@ -14,7 +14,7 @@ import structlog
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.views import ViewCoalescer
-from shared.observability.metrics import LOST_ACCESSES, STATE_STORE_ERRORS
+from shared.observability.metrics import LOST_ACCESSES
 from shared.ports.state_store import Access, StateStore
 
 HAND_OVER_INTERVAL = 1.0
@@ -87,7 +87,6 @@ class AccessCounter:
         try:
             await self._state.record_accesses(accesses)
         except StateStoreUnavailable as error:
-            STATE_STORE_ERRORS.labels(operation="record_accesses").inc()
             if not self._down:
                 self._down = True
                 logger.warning("accesses_not_handed_over", reason=str(error))

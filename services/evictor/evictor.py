@@ -29,7 +29,13 @@ from shared.adapters.volume import Volume
 from shared.adapters.volume.intake import Intake
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.eviction import make_policy
-from shared.observability.metrics import STORAGE_LIMIT, STORAGE_OBJECTS, STORAGE_RESERVED, STORAGE_USED
+from shared.observability.metrics import (
+    STORAGE_HIGH_WATERMARK,
+    STORAGE_LIMIT,
+    STORAGE_OBJECTS,
+    STORAGE_RESERVED,
+    STORAGE_USED,
+)
 from shared.ports.catalog import Catalog
 from shared.ports.state_store import StateStore, Term
 from shared.runtime.orders import OrdersFollower
@@ -50,6 +56,7 @@ class Evictor:
     ) -> None:
         """`sources`: to be watched while this evictor leads."""
         self._settings, self._state, self._volume = settings.evictor, state, volume
+        self._high_watermark = settings.storage.watermarks.high
         self._tools = _make_tools(settings, state, volume, catalog, sources)
         self._leadership = Leadership(
             state,
@@ -84,6 +91,7 @@ class Evictor:
         """Standbys report too: the gauges of one that led before must not stand still."""
         usage = await self._state.usage()
         STORAGE_LIMIT.set(usage.limit)
+        STORAGE_HIGH_WATERMARK.set(self._high_watermark)
         STORAGE_USED.set(usage.used)
         STORAGE_RESERVED.set(usage.reserved)
         STORAGE_OBJECTS.set(usage.objects)

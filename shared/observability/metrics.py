@@ -99,11 +99,11 @@ CATALOG_LOOKUPS = Counter(
 )
 STATE_STORE_ERRORS = Counter(
     "distributor_state_store_errors_total",
-    "Calls of the state store that failed, by operation.",
+    "Calls of Redis that failed, by script or command.",
     ["operation"],
 )
 JOB_QUEUE_ERRORS = Counter(
-    "distributor_job_queue_errors_total", "Calls of the job queue that failed, by operation.", ["operation"]
+    "distributor_job_queue_errors_total", "Calls of RabbitMQ that failed: publish, consume.", ["operation"]
 )
 
 # Redis itself, as its INFO says (API)
@@ -129,6 +129,9 @@ STORAGE_RESERVED = ReportedGauge(
     "distributor_storage_reserved_bytes", "Bytes promised to fetches under way or parked."
 )
 STORAGE_LIMIT = ReportedGauge("distributor_storage_limit_bytes", "The storage limit.")
+STORAGE_HIGH_WATERMARK = ReportedGauge(
+    "distributor_storage_high_watermark_bytes", "Above this, used and reserved, the evictor makes room."
+)
 STORAGE_OBJECTS = ReportedGauge("distributor_storage_objects", "Complete objects on the volume.")
 QUEUE_JOBS = Gauge(
     "distributor_queue_jobs",
@@ -141,6 +144,9 @@ QUEUE_JOBS = Gauge(
 FETCHES = Counter("distributor_fetches_total", "Jobs that ended, by outcome.", ["outcome"])
 DOWNLOADS_IN_PROGRESS = Gauge(
     "distributor_downloads_in_progress", "Objects being downloaded.", multiprocess_mode="livesum"
+)
+SOURCE_REQUESTS = Counter(
+    "distributor_source_requests_total", "Requests to sources that ended, well or not, by source.", ["source"]
 )
 SOURCE_LATENCY = Histogram(
     "distributor_source_latency_seconds",
@@ -227,6 +233,19 @@ BUILD = Gauge(
     multiprocess_mode="max",
 )
 
+# Series that are there, at 0, from the start: of one that is born at 1, Prometheus never sees the first.
+_FROM_THE_START: dict[str, dict[Counter, tuple[str, ...]]] = {
+    "api": {
+        CATALOG_LOOKUPS: ("found", "unknown", "unavailable", "cached", "stale"),
+        CUT_ANSWERS: ("client_left", "client_stalled", "source_failed"),
+    },
+    "evictor": {
+        EVICTIONS: ("space",),
+        RECONCILED: ("adopted", "dropped_record"),
+        SCRUBBED_OBJECTS: ("sound", "rotten"),
+    },
+}
+
 _sources_seen: set[str] = set()
 
 
@@ -259,7 +278,11 @@ def method_label(method: str) -> str:
 
 
 def describe_build(version: str, service: Literal["api", "fetcher", "evictor", "standalone"]) -> None:
-    """Export what is running."""
+    """Export what is running, with the counters that matter most before they first count."""
+    for one in _FROM_THE_START if service == "standalone" else (service,):
+        for counter, values in _FROM_THE_START.get(one, {}).items():
+            for value in values:
+                counter.labels(value)
     BUILD.labels(version=version, python=platform.python_version(), service=service).set(1)
 
 

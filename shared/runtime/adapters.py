@@ -26,7 +26,13 @@ from shared.adapters.state_times import StateTimes
 from shared.adapters.volume import Volume
 from shared.domain.errors import ConfigurationError
 from shared.domain.jobs import RetryPlan
-from shared.observability.metrics import SOURCE_BYTES, SOURCE_FAILURES, SOURCE_LATENCY, source_label
+from shared.observability.metrics import (
+    SOURCE_BYTES,
+    SOURCE_FAILURES,
+    SOURCE_LATENCY,
+    SOURCE_REQUESTS,
+    source_label,
+)
 from shared.ports.catalog import Catalog
 from shared.ports.catalog_memory import CatalogMemory
 from shared.ports.job_queue import JobQueue
@@ -152,6 +158,7 @@ def build_relay(client: SourceClient, book: HealthBook) -> Relay:
 def count_observation(observation: SourceObservation) -> None:
     """One request to a source, in the metrics."""
     source = source_label(f"//{observation.source}")
+    SOURCE_REQUESTS.labels(source=source).inc()
     if observation.first_byte is not None:
         SOURCE_LATENCY.labels(source=source).observe(observation.first_byte)
     if observation.received:

@@ -41,6 +41,7 @@ class ComposeStack:
             "RABBITMQ_PASSWORD": secrets.token_hex(12),
             "API_ADDRESS": "127.0.0.1",
             "EDGE_ADDRESS": "127.0.0.1",
+            "FETCHERS": "2",  # --scale wins
             "IMAGE_TAG": self.project,
             **{name: str(port) for name, port in self.ports.items()},
             **settings,
@@ -58,9 +59,33 @@ class ComposeStack:
             raise AssertionError(f"docker compose {' '.join(arguments)}\n{done.stdout}\n{done.stderr}")
         return done.stdout
 
+    def build(self) -> None:
+        """The image, which takes as long as packages take to arrive."""
+        self.compose("build", "--quiet", "api", timeout=900)
+
     def up(self, *arguments: str) -> None:
         """Up with three fetchers, and wait until all are healthy."""
-        self.compose("up", "--detach", "--wait", "--wait-timeout", "240", "--scale", "fetcher=3", *arguments)
+        self.compose(
+            "up",
+            "--detach",
+            "--wait",
+            "--wait-timeout",
+            "240",
+            "--scale",
+            "fetcher=3",
+            *arguments,
+            timeout=420,
+        )
+
+    def until_healthy(self, service: str, timeout: float = 120) -> None:
+        """Wait until Docker says so of each of the service's containers."""
+
+        def healthy() -> bool:
+            ids = self.compose("ps", "--quiet", service).split()
+            said = run("docker", "inspect", "--format", "{{.State.Health.Status}}", *ids).stdout.split()
+            return bool(said) and set(said) == {"healthy"}
+
+        until(healthy, f"{service} is healthy", timeout=timeout)
 
     def down(self) -> None:
         """Containers and networks go, volumes stay."""

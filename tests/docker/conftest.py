@@ -28,8 +28,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     manifest = folder / "manifest.yaml"
     manifest.write_text(manifest_text(demo_objects(demo / "media"), "http://demo:3390/api/v1/files/"))
     settings = folder / "settings.env"
-    # On a busy machine a fetch may begin late; what is looked at here are answers that follow it.
-    settings.write_text("DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT=10\n")
+    # On a busy machine a fetch may begin late; what is looked at here are answers that follow it. Nobody waits until an
+    # object has been idle for long enough to be evicted.
+    settings.write_text("DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT=10\nDISTRIBUTOR_EVICTOR__MIN_IDLE=2\n")
     stack = ComposeStack(
         folder,
         {
@@ -46,13 +47,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     world = World(stack, {item.object_id: item for item in demo_objects(demo / "media")})
     finished = False
     try:
+        stack.build()
         stack.up("--build")
         yield world
         finished = True
     finally:
-        if world.failed or not finished:
-            sys.stderr.write(stack.logs())
-        stack.remove()
+        try:
+            if world.failed or not finished:
+                sys.stderr.write(stack.logs())
+        finally:
+            stack.remove()
 
 
 @pytest.fixture(autouse=True)

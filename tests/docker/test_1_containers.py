@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+from typing import Any
 
 import pytest
 
 from tests.docker.compose import NODE, ROOT, run
-from tests.docker.world import World
+from tests.docker.world import NOTES, World
+
+OF_THE_TESTS = {"DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT", "DISTRIBUTOR_EVICTOR__MIN_IDLE"}
+"""Settings from a file as SETTINGS_FILE names it."""
 
 pytestmark = pytest.mark.docker
 
@@ -76,6 +81,59 @@ def test_the_image_is_lean_and_as_large_as_the_readme_says(world: World) -> None
     assert stated is not None
     assert len(megabytes) == 1
     assert abs(megabytes[0] - int(stated[1])) < 8
+    whole, base = (
+        int(run("docker", "image", "inspect", "--format", "{{.Size}}", name).stdout) / 1e6
+        for name in (image, "python:3.12-slim")
+    )
+    NOTES.append(f"image: {whole:.0f} MB, {base:.0f} MB of them the base")
+    assert whole - base < int(stated[1]) + 8
+    in_all = re.search(r"(\d+) MB in all with the official one's (\d+)", (ROOT / "README.md").read_text())
+    assert in_all is not None
+    assert int(in_all[1]) - int(in_all[2]) == int(stated[1])
+
+
+def test_redis_keeps_a_log_and_no_snapshots(world: World) -> None:
+    asked = (
+        'REDISCLI_AUTH="$REDIS_PASSWORD" redis-cli -h 127.0.0.1 config get save appendonly maxmemory-policy'
+    )
+    said = world.stack.exec("redis", "sh", "-c", asked).split("\n")
+    settings = dict(zip(said[::2], said[1::2], strict=False))
+    assert settings == {"save": "", "appendonly": "yes", "maxmemory-policy": "noeviction"}
+
+
+def test_what_is_tested_is_what_is_shipped(world: World) -> None:
+    """The stack as these tests run it, beside `docker compose --profile demo` with nothing but passwords set."""
+    env_file = world.stack.folder / "shipped"
+    example = (ROOT / ".env.example").read_text()
+    env_file.write_text(example.replace("_PASSWORD=\n", "_PASSWORD=abc\n"))
+    command = (
+        "docker",
+        "compose",
+        "--env-file",
+        str(env_file),
+        "--profile",
+        "demo",
+        "config",
+        "--format",
+        "json",
+    )
+    shipped = json.loads(run(*command).stdout)["services"]
+    tested = json.loads(world.stack.compose("config", "--format", "json"))["services"]
+    assert set(shipped) == {"api", "fetcher", "evictor", "redis", "rabbitmq", "prometheus", "demo"}
+    for name, service in shipped.items():
+        assert _of_the_file(service) == _of_the_file(tested[name]), name
+
+
+def _of_the_file(service: dict[str, Any]) -> dict[str, Any]:
+    """All that an operator's variables do not set."""
+    kept = {
+        field: value
+        for field, value in service.items()
+        if field not in {"image", "scale", "ports", "command"}
+    }
+    kept["environment"] = sorted(service.get("environment", {}).keys() - OF_THE_TESTS)
+    kept["volumes"] = [volume["target"] for volume in service.get("volumes", [])]
+    return kept
 
 
 def test_the_configuration_holds_no_secret_of_its_own(world: World) -> None:

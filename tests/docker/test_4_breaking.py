@@ -62,6 +62,7 @@ async def test_a_server_is_restarted_during_traffic(world: World, service: str, 
             answers[object_id] = await get(world.stack.url(object_id), timeout=60)
             await asyncio.sleep(0.7)
         await restarting
+        await asyncio.to_thread(world.stack.until_healthy, service)
         back = time.monotonic()
         last = misses[-1]
         answers[last] = await get(world.stack.url(last), timeout=60)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import re
+import time
 
 import pytest
 
+from tests.docker.compose import ROOT
 from tests.docker.world import NOTES, Traffic, World
 from tests.end_to_end.client import get
 
 pytestmark = pytest.mark.docker
 
-RETRY_AFTER = 45.0
-"""Seconds; longer than one API container takes to be replaced, on a busy machine too."""
+RETRY_AFTER = float(re.findall(r"[Ww]hoever asks again after (\d+) s", (ROOT / "README.md").read_text())[0])
+"""Seconds; what the README tells clients without an edge to wait."""
+MIB = 1024**2
 
 
 def replaced(world: World) -> str:
@@ -36,25 +40,51 @@ def own_address(world: World) -> str:
 
 
 async def test_a_changed_setting_costs_no_request(world: World) -> None:
-    """With the edge in front nobody notices; without it, whoever finds nobody there and asks once more is answered."""
+    """With the edge in front nobody notices. Without it whoever is refused and asks once more is answered; and refused
+    is all that anybody is: the container itself, asked without Docker's forwarder, drops nothing that it took."""
     await world.cached(["1"])
     before = replaced(world)
     world.stack.settings["LOG_LEVEL"] = "debug"
     body = world.body_of("1")
     async with (
         Traffic(world.stack.edge_url("/api/v1/assets/1"), body) as edge,
-        Traffic(world.stack.url("1"), body, retry_after=RETRY_AFTER) as direct,
+        Traffic(world.stack.url("1"), body, retry_after=RETRY_AFTER, forwarded=True) as direct,
+        Traffic(world.stack.url("1"), body, clients=1, forwarded=True) as watch,
+        Traffic(f"http://{own_address(world)}/api/v1/assets/1", body, until_refused=True) as inside,
     ):
         await asyncio.sleep(1)
         await asyncio.to_thread(world.stack.up)
         await asyncio.sleep(1)
     NOTES.append(
-        f"edge: {edge.asked} requests, slowest {edge.slowest:.1f} s; direct: {direct.asked}, {direct.refused} twice"
+        f"API replaced: edge: {edge.asked} requests, slowest {edge.slowest:.1f} s; "
+        f"without it nobody there for {watch.longest_gap:.1f} s, {direct.refused} of {direct.asked} asked twice"
     )
     assert replaced(world) != before
     assert edge.failures == []
     assert direct.failures == []
+    assert direct.refused > 0
+    assert inside.failures == []
+    assert inside.asked > 0
+    assert watch.longest_gap < RETRY_AFTER
     assert edge.asked > 200
+
+
+async def test_the_edge_waits_for_as_long_as_a_stop_may_take(world: World) -> None:
+    """A client that reads slowly keeps the container that leaves for all of the shutdown deadline."""
+    await world.cached(["1", "64"])
+    address = own_address(world)
+    reading = asyncio.create_task(_slowly(f"http://{address}/api/v1/assets/64", 64 * MIB, seconds=90))
+    world.stack.settings["LOG_LEVEL"] = "warning"
+    async with Traffic(world.stack.edge_url("/api/v1/assets/1"), world.body_of("1")) as edge:
+        await asyncio.sleep(1)
+        began = time.monotonic()
+        await asyncio.to_thread(world.stack.up)
+        took = time.monotonic() - began
+    reading.cancel()
+    await asyncio.gather(reading, return_exceptions=True)
+    NOTES.append(f"API replaced in {took:.1f} s past a slow client: the edge's slowest {edge.slowest:.1f} s")
+    assert took > 30
+    assert edge.failures == []
 
 
 async def test_answers_under_way_end_well(world: World) -> None:
@@ -74,8 +104,8 @@ async def test_answers_under_way_end_well(world: World) -> None:
     assert await asyncio.gather(*slow) == [True, True]
 
 
-async def _slowly(url: str, size: int) -> bool:
-    """A client that takes about eight seconds for a whole answer."""
+async def _slowly(url: str, size: int, seconds: float = 8) -> bool:
+    """A client that takes about so many seconds for a whole answer."""
     answer = await get(url, {"Range": "bytes=0-0"})
     assert answer.status == 206
     host, _, path = url.removeprefix("http://").partition("/")
@@ -87,7 +117,7 @@ async def _slowly(url: str, size: int) -> bool:
         received = 0
         while piece := await reader.read(1024**2):
             received += len(piece)
-            await asyncio.sleep(8 * len(piece) / size)
+            await asyncio.sleep(seconds * len(piece) / size)
         return received == size
     finally:
         writer.transport.abort()

@@ -16,12 +16,14 @@ from tests.end_to_end.client import get
 
 pytestmark = pytest.mark.docker
 
+PREFIX = "/_volume/of-objects"
+"""Any will do."""
 OFFER = {"X-Sendfile-Type": "X-Accel-Redirect"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _handing_over(world: World) -> None:
-    world.stack.settings["ACCEL_REDIRECT_PREFIX"] = "/_objects"
+    world.stack.settings["ACCEL_REDIRECT_PREFIX"] = PREFIX
     world.stack.up()
 
 
@@ -35,7 +37,7 @@ async def test_the_edge_sends_it_and_the_api_counts_it(world: World) -> None:
     await world.cached(["64"])
     offered = await get(world.stack.url("64"), OFFER)
     assert (offered.status, offered.body) == (200, b"")
-    assert offered.headers["x-accel-redirect"].startswith("/_objects/")
+    assert offered.headers["x-accel-redirect"].startswith(f"{PREFIX}/")
     before = _sent(world)
     began = time.monotonic()
     answer = await get(world.stack.edge_url("/api/v1/assets/64"))

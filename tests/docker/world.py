@@ -110,17 +110,24 @@ def fetch_json(url: str) -> Any:
 class Traffic:
     """Clients that ask for one URL again and again while something happens to the stack.
 
-    `retry_after`: seconds after which a client that found nobody there asks once more; None: it does not.
+    `retry_after`: seconds after which a client that was refused asks once more; None: it does not. `until_refused`: a
+    client that is refused has seen all it wanted. `forwarded`: the URL is a published port, at which Docker's forwarder
+    accepts, and closes at once, what the container itself would refuse; elsewhere that is a request dropped.
     """
 
     url: str
     body: bytes
     clients: int = 4
     retry_after: float | None = None
+    until_refused: bool = False
+    forwarded: bool = False
     asked: int = 0
     failures: list[str] = field(default_factory=list)
     slowest: float = 0.0
     refused: int = 0
+    longest_gap: float = 0.0
+    """Seconds between two answers: how long nobody was there."""
+    _answered_at: float = field(default_factory=time.monotonic)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -136,23 +143,33 @@ class Traffic:
         while not self._over.is_set():
             began = time.monotonic()
             answer = await self._ask()
-            if answer is None and self.retry_after is not None:
-                self.refused += 1
-                await asyncio.sleep(self.retry_after)
-                answer = await self._ask()
-            elif answer is not None:
-                self.slowest = max(self.slowest, time.monotonic() - began)
-            self.asked += 1
             if answer is None:
-                self.failures.append("nobody there")
-            elif answer.status != 200 or not answer.complete or answer.body != self.body:
-                self.failures.append(f"{answer.status}, complete: {answer.complete}")
+                self.refused += 1
+                if self.until_refused:
+                    return
+                if self.retry_after is not None:
+                    await asyncio.sleep(self.retry_after)
+                    answer = await self._ask()
+            else:
+                self.slowest = max(self.slowest, time.monotonic() - began)
+            self._note(answer)
             await asyncio.sleep(0.02)
 
+    def _note(self, answer: Answer | None) -> None:
+        self.asked += 1
+        if answer is None:
+            self.failures.append("refused")
+        elif answer.status != 200 or not answer.complete or answer.body != self.body:
+            self.failures.append(f"{answer.status}, complete: {answer.complete}")
+
     async def _ask(self) -> Answer | None:
-        """None: refused, or closed before a byte of an answer (which is how Docker's port forwarder refuses)."""
+        """None: refused."""
         try:
-            answer = await get(self.url, timeout=60)
-        except ConnectionError:
+            answer = await get(self.url, timeout=90)
+        except OSError:
             return None
-        return None if answer.status == 0 else answer
+        if answer.status == 0 and self.forwarded:
+            return None
+        now = time.monotonic()
+        self.longest_gap, self._answered_at = max(self.longest_gap, now - self._answered_at), now
+        return answer

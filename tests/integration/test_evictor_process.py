@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from shared.domain.space import watermarks_for
 from tests.integration.evictor_world import LIMIT, EvictorWorld, eventually, evictor_world
 from tests.servers.redis_server import free_port
 
@@ -88,6 +89,7 @@ async def test_one_leads_one_stands_by_and_takes_over_from_a_killed_one(
         await world.store(*[f"o{number}" for number in range(4)], age=600)
         _, metrics = await asyncio.to_thread(ask, ports[standby], "/metrics")
         assert f"distributor_storage_limit_bytes {float(LIMIT)}" in metrics
+        assert f"distributor_storage_high_watermark_bytes {float(watermarks_for(LIMIT).high)}" in metrics
         processes[standby].send_signal(signal.SIGTERM)
         assert await processes[standby].wait() == 0
         # It has resigned: nobody needs to wait for its term to run out

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 
 import pytest
+from prometheus_client import REGISTRY
 
 from shared.adapters.queue_rabbitmq import RabbitJobQueue
 from shared.domain.errors import JobQueueUnavailable
@@ -140,6 +141,23 @@ async def test_jobs_survive_a_killed_broker_and_consumption_resumes_when_it_is_b
         await latecomer.close()
     await until_depth(queue)
     assert [job.object_id for job in witness.begun] == ["0", "1", "2", "3", "4"]
+
+
+def failed_calls(operation: str) -> float:
+    return REGISTRY.get_sample_value("distributor_job_queue_errors_total", {"operation": operation}) or 0.0
+
+
+async def test_without_a_broker_publishers_and_consumers_count_what_fails() -> None:
+    queue = RabbitJobQueue("amqp://guest:guest@127.0.0.1:1/", "test-nowhere", RetryPlan(()), _PUBLISH_SECONDS)
+    await queue.open()
+    published, consumed = failed_calls("publish"), failed_calls("consume")
+    async with consuming(queue), asyncio.timeout(10):
+        with pytest.raises(JobQueueUnavailable):
+            await queue.publish(make_job())
+        assert failed_calls("publish") == published + 1
+        while failed_calls("consume") == consumed:  # noqa: ASYNC110  a counter tells nobody
+            await asyncio.sleep(0.02)
+    await queue.close()
 
 
 async def test_stopping_while_the_broker_is_down_is_quick(own_rabbitmq: RabbitServer) -> None:

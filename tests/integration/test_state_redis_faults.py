@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from shared.adapters.state_redis import RedisStateStore
 from shared.adapters.state_times import StateTimes
@@ -123,6 +124,26 @@ async def test_every_verb_says_that_a_stopped_server_is_unavailable(
     own_redis.stop()
     await fails_within(1.0, *(verb(store) for verb in VERBS.values()))
     await store.announce(Announcement(Topic.SPACE_FREED))
+
+
+def failed_calls(operation: str) -> float:
+    return REGISTRY.get_sample_value("distributor_state_store_errors_total", {"operation": operation}) or 0.0
+
+
+async def test_what_fails_is_counted_whoever_asked(store: RedisStateStore, own_redis: RedisServer) -> None:
+    await store.ping()
+    own_redis.stop()
+    before = {name: failed_calls(name) for name in ("find", "begin", "renew", "commit", "xadd", "ping")}
+    verbs = (
+        store.find(ONE),
+        store.begin(ONE, 1, "worker-1"),
+        store.renew(_LEASE),
+        store.commit(_LEASE, 1),
+        store.record_accesses([Access(ONE, 1, 1.0)]),
+        store.ping(),
+    )
+    await fails_within(1.0, *verbs)
+    assert {name: failed_calls(name) - count for name, count in before.items()} == dict.fromkeys(before, 1.0)
 
 
 async def test_a_thousand_verbs_on_a_frozen_server_fail_in_time_and_the_next_at_once(

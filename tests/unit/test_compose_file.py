@@ -18,6 +18,9 @@ SERVICES: dict[str, dict[str, Any]] = FILE["services"]
 NODE = ("api", "fetcher", "evictor")
 VOLUME = "/var/lib/distributor"
 UID = "10001:10001"
+# By the first place in the file where each stands.
+DEFAULTS = dict(reversed(re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", TEXT)))
+EDGE_TEMPLATE = (ROOT / "deploy" / "edge" / "templates" / "distributor.conf.template").read_text()
 
 
 def mounts(service: str) -> dict[str, dict[str, Any]]:
@@ -56,6 +59,8 @@ def test_the_volume_is_shared_and_read_only_for_the_api() -> None:
 
 
 def test_fetchers_can_be_scaled() -> None:
+    # By a variable, so that the next `up` does not undo it.
+    assert SERVICES["fetcher"]["scale"] == "${FETCHERS:-1}"
     assert "ports" not in SERVICES["fetcher"]
     assert not any(
         "container_name" in service or "hostname" in service for service in map(SERVICES.get, NODE) if service
@@ -100,7 +105,7 @@ def test_secrets_have_no_default() -> None:
 
 def test_every_variable_is_documented_and_has_its_default_there() -> None:
     example = (ROOT / ".env.example").read_text()
-    for name, default in re.findall(r"\$\{([A-Z_]+):-([^}]*)\}", TEXT):
+    for name, default in DEFAULTS.items():
         if not name.startswith(
             ("COMPOSE_", "RABBITMQ_USER", "IMAGE_", "LOG_MAX", "DEMO_", "PROMETHEUS_MEMORY")
         ):
@@ -165,8 +170,7 @@ def test_the_edge_reads_the_volume_as_the_node_s_user_and_cannot_write_it() -> N
 
 
 def test_the_edge_is_given_every_variable_of_its_template() -> None:
-    template = (ROOT / "deploy" / "edge" / "templates" / "distributor.conf.template").read_text()
-    asked = set(re.findall(r"\$\{([A-Z_]+)\}", template))
+    asked = set(re.findall(r"\$\{([A-Z_]+)\}", EDGE_TEMPLATE))
     given = {name for name in SERVICES["edge"]["environment"] if name.startswith("EDGE_")}
     assert asked == given
 
@@ -177,5 +181,60 @@ def test_what_watches_is_seen_on_this_machine_alone() -> None:
 
 
 def test_redis_refuses_before_it_is_killed() -> None:
-    defaults = dict(re.findall(r"\$\{(REDIS_M[A-Z_]+):-(\d+)", TEXT))
-    assert int(defaults["REDIS_MAX_DATA"]) < int(defaults["REDIS_MEMORY"])
+    """While it rewrites its log, what is written meanwhile is in memory twice; maxmemory does not count that."""
+    data, memory = (size_of(DEFAULTS[name]) for name in ("REDIS_MAX_DATA", "REDIS_MEMORY"))
+    assert 2 * data < memory
+    assert '--save ""' in SERVICES["redis"]["command"][-1]
+
+
+def size_of(text: str) -> int:
+    return int(text.rstrip("mgb")) * (1024 if text.endswith("g") else 1)
+
+
+def test_a_service_ends_itself_before_it_is_killed() -> None:
+    """After the deadline it takes up to five seconds to cancel what is left (shared/runtime/run_service.py)."""
+    grace, deadline = int(DEFAULTS["STOP_GRACE_PERIOD"].rstrip("s")), int(DEFAULTS["SHUTDOWN_DEADLINE"])
+    assert grace > deadline + 5
+    assert {SERVICES[name]["stop_grace_period"] for name in (*NODE, "edge")} == {
+        f"${{STOP_GRACE_PERIOD:-{grace}s}}"
+    }
+
+
+def test_the_edge_waits_longer_than_a_replacement_of_the_api_can_take() -> None:
+    start = 30  # seconds, on a busy machine
+    grace = int(DEFAULTS["STOP_GRACE_PERIOD"].rstrip("s"))
+    attempts = EDGE_TEMPLATE.count("server unix:/tmp/attempt.sock")
+    (timeout,) = re.findall(r"proxy_next_upstream_timeout (\d+)s;\n\s+proxy_set_header", EDGE_TEMPLATE)
+    assert "rate=1r/s" in EDGE_TEMPLATE
+    assert int(timeout) >= attempts >= grace + start
+
+
+def test_the_edge_s_workers_fit_into_its_memory() -> None:
+    configuration = (ROOT / "deploy" / "edge" / "nginx.conf").read_text()
+    assert "worker_processes" not in configuration
+    assert SERVICES["edge"]["command"][-1] == "daemon off; worker_processes ${EDGE_WORKERS:-2};"
+    (connections,) = re.findall(r"worker_connections (\d+);", configuration)
+    assert int(DEFAULTS["EDGE_WORKERS"]) * int(connections) / 2 * 120 / 1024 < size_of(
+        DEFAULTS["EDGE_MEMORY"]
+    )
+
+
+def test_hits_are_handed_over_by_the_prefix_that_the_api_is_told() -> None:
+    prefix = SERVICES["api"]["environment"]["DISTRIBUTOR_PUBLIC_API__ACCEL_REDIRECT_PREFIX"]
+    assert prefix == "${ACCEL_REDIRECT_PREFIX:-}"
+    assert SERVICES["edge"]["environment"]["EDGE_OBJECTS_PREFIX"] == "${ACCEL_REDIRECT_PREFIX:-/_objects}"
+    assert "location ${EDGE_OBJECTS_PREFIX}/ {" in EDGE_TEMPLATE
+
+
+def test_settings_that_the_file_of_settings_cannot_change_are_named() -> None:
+    example = (ROOT / ".env.example").read_text()
+    named = set(re.findall(r"DISTRIBUTOR_[A-Z_]+", example[example.index("have no effect there") :]))
+    assert named == {
+        name for one in NODE for name in SERVICES[one]["environment"] if name.startswith("DISTRIBUTOR_")
+    }
+
+
+def test_every_file_of_rabbitmq_s_is_used() -> None:
+    folder = ROOT / "deploy" / "rabbitmq"
+    mounted = {mount["source"] for mount in mounts("rabbitmq").values()}
+    assert {f"./deploy/rabbitmq/{path.name}" for path in folder.iterdir()} <= mounted

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,57 @@ from shared.settings.model import Settings
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
 VERSION = "1.31"  # of Kubernetes; what is written for it holds in later ones
-CUSTOM = {"ScaledObject", "TriggerAuthentication", "ServiceMonitor", "PodMonitor"}
+# Resources of the two operators: what their specifications say of the fields that are used here. A type, or the fields
+# below; [one] is a list of such; a "?" at the end of a name: it may be left out.
+_LABELS = {"matchLabels": dict, "matchExpressions?": [{"key": str, "operator": str, "values": [str]}]}
+_ENDPOINTS = [{"port": str, "path": str, "interval": str, "scrapeTimeout": str}]
+_RULE = {"alert?": str, "record?": str, "expr": str, "for?": str, "labels?": dict, "annotations?": dict}
+CUSTOM: dict[str, tuple[str, Any]] = {
+    "ScaledObject": (
+        "keda.sh/v1alpha1",
+        {
+            "scaleTargetRef": {"apiVersion": str, "kind": str, "name": str},
+            "minReplicaCount": int,
+            "maxReplicaCount": int,
+            "pollingInterval": int,
+            "cooldownPeriod": int,
+            "advanced": {
+                "horizontalPodAutoscalerConfig": {
+                    "behavior": {
+                        "scaleDown": {
+                            "stabilizationWindowSeconds": int,
+                            "policies": [{"type": str, "value": int, "periodSeconds": int}],
+                        }
+                    }
+                }
+            },
+            "triggers": [
+                {
+                    "type": str,
+                    # All of them text: KEDA reads "16", not 16.
+                    "metadata": {"protocol": str, "queueName": str, "mode": str, "value": str},
+                    "authenticationRef": {"name": str},
+                }
+            ],
+        },
+    ),
+    "TriggerAuthentication": (
+        "keda.sh/v1alpha1",
+        {"secretTargetRef": [{"parameter": str, "name": str, "key": str}]},
+    ),
+    "ServiceMonitor": (
+        "monitoring.coreos.com/v1",
+        {"jobLabel": str, "selector": _LABELS, "endpoints": _ENDPOINTS},
+    ),
+    "PodMonitor": (
+        "monitoring.coreos.com/v1",
+        {"jobLabel": str, "selector": _LABELS, "podMetricsEndpoints": _ENDPOINTS},
+    ),
+    "PrometheusRule": (
+        "monitoring.coreos.com/v1",
+        {"groups": [{"name": str, "rules": [_RULE]}]},
+    ),
+}
 COMPONENTS = ("api", "fetcher", "evictor")
 SECRET = "distributor-servers"
 
@@ -57,9 +109,78 @@ def setting(name: str) -> str:
 @pytest.mark.parametrize("one", RESOURCES, ids=lambda one: f"{one['kind']}-{one['metadata']['name']}")
 def test_fits_its_schema(one: dict[str, Any]) -> None:
     if one["kind"] in CUSTOM:
+        version, specification = CUSTOM[one["kind"]]
         assert set(one) == {"apiVersion", "kind", "metadata", "spec"}
+        assert one["apiVersion"] == version
+        assert not list(misfits(one["spec"], specification))
     else:
         kubernetes_validate.validate(one, VERSION, strict=True)
+
+
+def misfits(found: Any, wanted: Any, path: str = "spec") -> Iterator[str]:
+    """Where a value is not as specified; see CUSTOM."""
+    if isinstance(wanted, type):
+        if type(found) is not wanted:
+            yield f"{path} is {found!r}"
+    elif isinstance(wanted, list):
+        if not isinstance(found, list) or not found:
+            yield f"{path} is no list, or empty"
+            return
+        for number, one in enumerate(found):
+            yield from misfits(one, wanted[0], f"{path}[{number}]")
+    elif not isinstance(found, dict):
+        yield f"{path} is {found!r}"
+    else:
+        fields = {name.rstrip("?"): value for name, value in wanted.items()}
+        needed = {name for name in wanted if not name.endswith("?")}
+        yield from (f"{path}.{name} is unknown" for name in found.keys() - fields.keys())
+        yield from (f"{path}.{name} is missing" for name in needed - found.keys())
+        for name in found.keys() & fields.keys():
+            yield from misfits(found[name], fields[name], f"{path}.{name}")
+
+
+def test_what_does_not_fit_is_seen() -> None:
+    _, specification = CUSTOM["ServiceMonitor"]
+    good = named("ServiceMonitor", "distributor-api")["spec"]
+    endpoint = {**good["endpoints"][0], "prot": "http"}
+    assert list(misfits({**good, "endpoints": [endpoint]}, specification)) == [
+        "spec.endpoints[0].prot is unknown"
+    ]
+    assert list(misfits({**good, "jobLabel": 1}, specification)) == ["spec.jobLabel is 1"]
+    assert list(misfits({**good, "endpoints": []}, specification)) == ["spec.endpoints is no list, or empty"]
+
+
+def test_durations_and_modes_are_ones_that_the_operators_know() -> None:
+    api = named("ServiceMonitor", "distributor-api")["spec"]["endpoints"]
+    workers = named("PodMonitor", "distributor-workers")["spec"]["podMetricsEndpoints"]
+    for endpoint in (*api, *workers):
+        assert re.fullmatch(r"[0-9]+s", endpoint["interval"])
+        assert int(endpoint["scrapeTimeout"][:-1]) <= int(endpoint["interval"][:-1])
+    scaler = named("ScaledObject", "distributor-fetcher")["spec"]
+    (trigger,) = scaler["triggers"]
+    assert trigger["type"] == "rabbitmq"
+    assert trigger["metadata"]["mode"] in {"QueueLength", "MessageRate"}
+    assert trigger["metadata"]["protocol"] in {"amqp", "http", "auto"}
+    assert int(trigger["metadata"]["value"]) == 2 * int(setting("DISTRIBUTOR_FETCH__CONCURRENCY"))
+    assert scaler["minReplicaCount"] < scaler["maxReplicaCount"]
+
+
+def test_alerts_are_the_ones_that_promtool_tests() -> None:
+    written = (FOLDER / "monitoring" / "rules.yaml").read_text()
+    made = subprocess.run(
+        [sys.executable, ROOT / "deploy" / "prometheus" / "kubernetes_rule.py"],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert written == made.stdout, "make reference"
+    groups = named("PrometheusRule", "distributor-node")["spec"]["groups"]
+    rules = ROOT / "deploy" / "prometheus" / "rules"
+    tested = [
+        group for path in sorted(rules.glob("*.yml")) for group in yaml.safe_load(path.read_text())["groups"]
+    ]
+    assert groups == tested
 
 
 def test_all_files_are_named_by_a_kustomization() -> None:

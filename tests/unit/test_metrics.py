@@ -10,7 +10,9 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.metrics_core import Metric
 
+from shared.adapters.sources.observation import SourceObservation
 from shared.observability import metrics
+from shared.runtime.adapters import count_observation
 
 UNITS = (
     "_seconds",
@@ -72,7 +74,9 @@ def test_invented_methods_share_one_label() -> None:
 
 
 WORKER = """
+from shared.adapters.sources.observation import SourceObservation
 from shared.observability import metrics
+from shared.runtime.adapters import count_observation
 metrics.REQUESTS.labels("GET", "200", "hit").inc(3)
 metrics.REQUESTS_IN_PROGRESS.inc(2)
 metrics.STORAGE_USED.set({used})
@@ -121,3 +125,26 @@ def test_multiprocess_mode_cannot_come_too_late() -> None:
         [sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=30
     )
     assert "must be prepared before" in done.stderr
+
+
+def test_what_alerts_count_is_there_before_it_counts() -> None:
+    script = (
+        "from shared.observability.metrics import describe_build, render_metrics\n"
+        "describe_build('1', 'evictor')\n"
+        "print(render_metrics()[0].decode())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script], check=True, capture_output=True, text=True, timeout=30
+    )
+    assert 'distributor_scrubbed_objects_total{result="rotten"} 0.0' in done.stdout
+    assert "distributor_cut_answers_total{" not in done.stdout
+
+
+def test_a_source_that_begins_well_and_fails_is_one_request_and_one_failure() -> None:
+    count_observation(SourceObservation("cutting:80", 0.1, 0.2, 10, "unreachable"))
+    count_observation(SourceObservation("cutting:80", None, 3.0, 0, "unreachable"))
+    count_observation(SourceObservation("cutting:80", 0.1, 0.2, 10, None))
+    labels = {"source": "cutting:80"}
+    assert REGISTRY.get_sample_value("distributor_source_requests_total", labels) == 3
+    failures = {**labels, "reason": "unreachable"}
+    assert REGISTRY.get_sample_value("distributor_source_failures_total", failures) == 2

@@ -11,7 +11,6 @@ from services.api.assets.timing import phase
 from shared.domain.errors import JobQueueUnavailable, StateStoreUnavailable
 from shared.domain.jobs import FetchJob
 from shared.domain.objects import MediaObject
-from shared.observability.metrics import JOB_QUEUE_ERRORS, STATE_STORE_ERRORS
 from shared.ports.job_queue import JobQueue
 from shared.ports.state_store import Claim, StateStore
 
@@ -72,7 +71,6 @@ class FetchStarter:
                 await self._queue.publish(job)
             published = True
         except JobQueueUnavailable as error:
-            JOB_QUEUE_ERRORS.labels(operation="publish").inc()
             logger.warning(
                 "job_not_published", object_id=job.object_id, request_id=job.request_id, reason=str(error)
             )
@@ -87,7 +85,6 @@ class FetchStarter:
             self._note_state_error(verb.__name__, job.request_id, error)
 
     def _note_state_error(self, operation: str, request_id: str, error: StateStoreUnavailable) -> None:
-        STATE_STORE_ERRORS.labels(operation=operation).inc()
         logger.warning(
             "state_store_unavailable", operation=operation, request_id=request_id, reason=str(error)
         )

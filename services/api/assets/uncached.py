@@ -21,7 +21,6 @@ from services.api.exchange import exchange_of
 from shared.adapters.volume import OpenObject
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.objects import MediaObject, ObjectId
-from shared.observability.metrics import STATE_STORE_ERRORS
 from shared.ports.state_store import Fetch, FetchPhase, Standing
 
 logger = structlog.get_logger()
@@ -75,7 +74,6 @@ class UncachedAnswerer:
         try:
             return await self._context.state.find(object_id)
         except StateStoreUnavailable as error:
-            STATE_STORE_ERRORS.labels(operation="find").inc()
             logger.warning(
                 "state_store_unavailable", operation="find", object_id=object_id, reason=str(error)
             )

@@ -9,7 +9,6 @@ from services.api.assets.decision import may_resume
 from services.api.wakeups import FetchWakeups
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
-from shared.observability.metrics import STATE_STORE_ERRORS
 from shared.ports.state_store import StateStore
 
 SHORTEST_POLL, LONGEST_POLL, LONGEST_IDLE_POLL = 0.005, 0.025, 0.1
@@ -62,7 +61,6 @@ class FetchWatch:
         try:
             standing = await self._state.find(self._object_id)
         except StateStoreUnavailable:
-            STATE_STORE_ERRORS.labels(operation="find").inc()
             return False
         if standing.failure is not None:
             return True

@@ -21,6 +21,7 @@ from shared.adapters.queue_rabbitmq.messages import to_job
 from shared.adapters.queue_rabbitmq.topology import Topology
 from shared.domain.errors import InvalidJob
 from shared.domain.jobs import FetchJob
+from shared.observability.metrics import JOB_QUEUE_ERRORS
 from shared.ports.job_queue import JobHandler
 
 log = structlog.get_logger()
@@ -60,6 +61,7 @@ class Consumer:
                 except BROKER_ERRORS as error:
                     if self._broken.done():
                         raise
+                    JOB_QUEUE_ERRORS.labels(operation="consume").inc()
                     if repr(error) != reported:
                         reported = repr(error)
                         log.error("consumer_cannot_connect", reason=reported)

@@ -11,6 +11,7 @@ from aio_pika.exceptions import PublishError
 from shared.adapters.queue_rabbitmq.connection import BROKER_ERRORS, Backoff, Session, open_session
 from shared.adapters.queue_rabbitmq.topology import Topology
 from shared.domain.errors import ConfigurationError, JobQueueUnavailable
+from shared.observability.metrics import JOB_QUEUE_ERRORS
 
 log = structlog.get_logger()
 
@@ -44,6 +45,13 @@ class Publisher:
 
     async def publish(self, queue: str, message: Message) -> None:
         """Return when the broker has taken responsibility for the message; else raise JobQueueUnavailable."""
+        try:
+            await self._publish_in_time(queue, message)
+        except JobQueueUnavailable:
+            JOB_QUEUE_ERRORS.labels(operation="publish").inc()
+            raise
+
+    async def _publish_in_time(self, queue: str, message: Message) -> None:
         session: Session | None = None
         try:
             async with asyncio.timeout(self._timeout):

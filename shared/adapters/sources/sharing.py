@@ -9,7 +9,6 @@ import structlog
 
 from shared.adapters.sources.health import HealthBook
 from shared.domain.errors import StateStoreUnavailable
-from shared.observability.metrics import STATE_STORE_ERRORS
 from shared.ports.source_memory import SourceMemory
 
 logger = structlog.get_logger()
@@ -70,7 +69,6 @@ class SourceSharing:
                 self._down = False
 
     def _note_down(self, reason: str) -> None:
-        STATE_STORE_ERRORS.labels(operation="exchange_sources").inc()
         if not self._down:
             self._down = True
             logger.warning("sources_not_shared", reason=reason)

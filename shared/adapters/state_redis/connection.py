@@ -1,4 +1,5 @@
-"""One bounded way to the server: every command and script passes here, every library error is translated here."""
+"""One bounded way to the server: every command and script passes here, every library error is translated and counted
+here."""
 
 from __future__ import annotations
 
@@ -21,6 +22,7 @@ from shared.adapters.state_redis.lua import Script, load_scripts
 from shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import RECORD_BYTES
+from shared.observability.metrics import STATE_STORE_ERRORS
 
 CONNECTIONS = 32
 
@@ -84,7 +86,7 @@ class RedisConnection:
         """As `run`, with keys of the caller's own."""
         given = (len(keys), *keys, self.keys.channel, RECORD_BYTES, object_id, *arguments)
         body = self._scripts[script]
-        async with self._bounded():
+        async with self._bounded(script):
             try:
                 return await self._execute("EVALSHA", body.digest, *given)
             except NoScriptError:
@@ -92,30 +94,34 @@ class RedisConnection:
 
     async def command(self, *arguments: str | bytes | int | float) -> Any:
         """Run one plain command."""
-        async with self._bounded():
+        async with self._bounded(str(arguments[0]).lower()):
             return await self._execute(*arguments)
 
     async def _execute(self, *arguments: str | bytes | int | float) -> Any:
         return await self._client.execute_command(*arguments)  # type: ignore[no-untyped-call]
 
     @asynccontextmanager
-    async def _bounded(self) -> AsyncIterator[None]:
-        """The one boundary: gate, time limit, a free connection, translation of errors."""
-        probe = self._gate.enter()
+    async def _bounded(self, operation: str) -> AsyncIterator[None]:
+        """The one boundary: gate, time limit, a free connection, translation of errors, and their count."""
         try:
-            async with asyncio.timeout(self.timeout), self._free:
-                yield
-            self._gate.open()
-        except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-            if self._gate.close(error):
-                await self._drop_idle()
-            raise StateStoreUnavailable(f"state store did not answer: {_described(error)}") from error
-        except RedisError as error:
-            # The server is there, but refuses: out of memory, read-only replica, failing disk
-            self._gate.open()
-            raise StateStoreUnavailable(f"state store refused: {_described(error)}") from error
-        finally:
-            self._gate.leave(probe)
+            probe = self._gate.enter()
+            try:
+                async with asyncio.timeout(self.timeout), self._free:
+                    yield
+                self._gate.open()
+            except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+                if self._gate.close(error):
+                    await self._drop_idle()
+                raise StateStoreUnavailable(f"state store did not answer: {_described(error)}") from error
+            except RedisError as error:
+                # The server is there, but refuses: out of memory, read-only replica, failing disk
+                self._gate.open()
+                raise StateStoreUnavailable(f"state store refused: {_described(error)}") from error
+            finally:
+                self._gate.leave(probe)
+        except StateStoreUnavailable:
+            STATE_STORE_ERRORS.labels(operation=operation).inc()
+            raise
 
     async def _drop_idle(self) -> None:
         """What one connection met may await the others: those that a failover or a router left half-open would
