@@ -82,13 +82,14 @@ async def test_what_is_sent_stays_open_until_it_has_been_sent(world: World) -> N
     world.store("1", b"a" * LARGE)
     hot = world.hot.get(b"1", world.now)
     assert hot is not None
-    with hot.being_sent():
-        world.volume.removal(ObjectId("1")).set_aside()
-        world.now += IDLE_SECONDS + LATER
-        assert world.bytes_of("1") is None
-        await world.hot.sweep()
-        assert os.pread(hot.descriptor, LARGE, 0) == b"a" * LARGE
-        assert world.remove("1") is RemovalState.IN_USE
+    hot.begin_send()
+    world.volume.removal(ObjectId("1")).set_aside()
+    world.now += IDLE_SECONDS + LATER
+    assert world.bytes_of("1") is None
+    await world.hot.sweep()
+    assert os.pread(hot.descriptor, LARGE, 0) == b"a" * LARGE
+    assert world.remove("1") is RemovalState.IN_USE
+    hot.end_send()
     assert world.remove("1") is RemovalState.READY
 
 

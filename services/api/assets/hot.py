@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import islice
 from time import monotonic
@@ -71,16 +70,15 @@ class HotObject:
         self.near_until = now + BELIEVED_SECONDS
         return True
 
-    @contextmanager
-    def being_sent(self) -> Iterator[None]:
-        """Within, the file stays open."""
+    def begin_send(self) -> None:
+        """Until `end_send` the file stays open. Call it before anybody else may have a turn: a descriptor that was
+        closed meanwhile may be another object's by then."""
         self.sends += 1
-        try:
-            yield
-        finally:
-            self.sends -= 1
-            if self.dropped and not self.sends:
-                self.close()
+
+    def end_send(self) -> None:
+        self.sends -= 1
+        if self.dropped and not self.sends:
+            self.close()
 
     def close(self) -> None:
         if self.found is not None:
