@@ -74,9 +74,17 @@ class FastLane:
                 status, head, length = 304, heads.not_modified, 0
             else:
                 return None
-        if length and now - hot.counted_at >= _COUNTED_EVERY:
-            hot.counted_at = now
-            self.accesses.note_request(hot.object_id)
+        if length:
+            # Bytes alone hold an object and renew its access; HEAD and 304 leave no trace
+            if now >= hot.taken_until:
+                taken = self.objects.take(request.object_id, hot)
+                if taken is None:
+                    return None
+                hot = taken
+            hot.used_at = now
+            if now - hot.counted_at >= _COUNTED_EVERY:
+                hot.counted_at = now
+                self.accesses.note_request(hot.object_id)
         request_id = fields.request_id or self._new_id()
         return ReadyAnswer(
             request, hot, request_id, status, head + request_id + KEPT_ALIVE, first, length, started
