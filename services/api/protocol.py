@@ -16,6 +16,7 @@ from sanic.response import BaseHTTPResponse
 from sanic.server import HttpProtocol
 
 from services.api.exchange import exchange_of, record_exchange
+from services.api.headers import date_now
 from shared.observability.metrics import CUT_ANSWERS
 
 ANSWER_LIMIT = 60.0
@@ -35,11 +36,15 @@ class ApiHttp(Http):
         request: Request[Any, Any] | None = self.request
         if request is not None:
             response.headers["X-Request-ID"] = exchange_of(request).request_id
+        response.headers["Date"] = date_now()
         return response
 
     async def error_response(self, exception: BaseException) -> None:
         """Answer an exception, unless nobody is there to read the answer."""
         transport = self.protocol.transport
+        if self.head_only is None:
+            # The head could not be read to its end: Sanic would not know that no body may follow
+            self.head_only = self.recv_buffer.startswith(b"HEAD ")
         if transport is None or transport.is_closing():
             self.keep_alive = False
             self.stage = Stage.FAILED

@@ -8,7 +8,9 @@ import errno
 import os
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from prometheus_client import REGISTRY
 
 from services.api.fast_lane import building
 from shared.adapters.volume import RemovalState
+from shared.domain.http_dates import parse_http_date
 from shared.domain.objects import ObjectId
 from tests.integration.assets_world import KIB, MIB, AssetsWorld, assets_world
 
@@ -229,6 +232,24 @@ async def test_what_is_not_in_memory_is_read_and_sent(world: AssetsWorld, disk: 
     assert disk.reads > LARGE // MIB
 
 
+async def test_what_is_not_in_memory_does_not_wait_for_other_threads(
+    world: AssetsWorld, disk: ColdDisk
+) -> None:
+    """Those of the loop hash and scan for seconds."""
+    hashed = threading.Event()
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    hashing = loop.run_in_executor(None, hashed.wait)
+    try:
+        reader, writer = await world.connect()
+        writer.write(ask("2"))
+        assert (await read_answer(reader))[1] == world.data["2"]
+        assert disk.reads
+    finally:
+        hashed.set()
+        await hashing
+
+
 async def test_a_disk_that_fails_at_once_costs_no_answer(world: AssetsWorld, disk: ColdDisk) -> None:
     """The framework's lane finds a source; what was sent ahead is answered after that."""
     disk.failing = 2
@@ -294,6 +315,20 @@ async def test_what_is_being_sent_is_in_use(world: AssetsWorld) -> None:
     await world.until(lambda running: running.open_files() == 0)
     assert removal.begin() is RemovalState.READY
     removal.close()
+
+
+async def test_answers_bear_the_date_of_their_second(world: AssetsWorld) -> None:
+    reader, writer = await world.connect()
+    seen: set[int] = set()
+    while len(seen) < 3:
+        before = int(time.time())
+        writer.write(ask("1"))
+        head, _ = await read_answer(reader)
+        date = parse_http_date(head.split(b"\r\nDate: ")[1].split(b"\r\n")[0].decode())
+        assert date is not None
+        assert before <= date <= time.time()
+        seen.add(date)
+        await asyncio.sleep(0.05)
 
 
 async def test_answers_and_accesses_are_counted(world: AssetsWorld) -> None:
