@@ -141,7 +141,7 @@ class Crew:
         host, _, port = address.partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
-            writer.write(f"GET /{path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n".encode())
+            writer.write(f"GET /{path} HTTP/1.1\r\nHost: node\r\n\r\n".encode())
             async with asyncio.timeout(REQUEST_SECONDS):
                 while after > 0 and (piece := await reader.read(min(65536, after))):
                     after -= len(piece)
