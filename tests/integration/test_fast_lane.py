@@ -9,9 +9,11 @@ import os
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,19 +95,93 @@ async def test_requests_sent_ahead_are_answered_after_a_long_body(world: AssetsW
     assert (await read_answer(reader))[1] == world.data["1"]
 
 
-async def test_a_client_that_takes_little_is_not_buffered_for(world: AssetsWorld) -> None:
-    readers = []
-    for _ in range(3):
+@pytest.mark.parametrize("cold", [False, True])
+async def test_a_client_that_takes_little_is_not_buffered_for(
+    world: AssetsWorld, request: pytest.FixtureRequest, cold: bool
+) -> None:
+    """The process holds a piece of the body for each at most, and others are served meanwhile."""
+    if cold:
+        request.getfixturevalue("disk")
+    first_reader, first_writer = await world.connect()
+    first_writer.write(ask("1"))
+    assert (await read_answer(first_reader))[1] == world.data["1"]
+    tracemalloc.start()
+    try:
+        clients = [_idle_client(world.port) for _ in range(5)]
+        for client in clients:
+            await asyncio.get_running_loop().sock_sendall(client, ask("2"))
+        await world.until(lambda _: _in_progress() >= len(clients))
+        first_writer.write(ask("1"))
+        assert (await read_answer(first_reader))[1] == world.data["1"]
+        assert tracemalloc.get_traced_memory()[1] < len(clients) * 2 * MIB
+    finally:
+        tracemalloc.stop()
+    for client in clients:
+        reader, writer = await asyncio.open_connection(sock=client)
+        world.writers.append(writer)
+        assert (await read_answer(reader))[1] == world.data["2"]
+
+
+def _idle_client(port: int) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port))
+    client.setblocking(False)
+    return client
+
+
+def _in_progress() -> float:
+    return counted("distributor_requests_in_progress")
+
+
+async def test_an_idle_connection_is_closed_after_fast_answers(tmp_path: Path) -> None:
+    """Neither while a client asks in time, nor while a body is sent, however long that takes."""
+    async with assets_world(tmp_path, keep_alive_timeout=0.6) as world:
+        for object_id, size in (("1", 10 * KIB), ("2", LARGE)):
+            world.add(object_id, size)
+            world.store(object_id)
         reader, writer = await world.connect()
+        for _ in range(4):
+            writer.write(ask("1"))
+            assert (await read_answer(reader))[1] == world.data["1"]
+            await asyncio.sleep(0.25)
         writer.write(ask("2"))
         await reader.readuntil(b"\r\n\r\n")
-        readers.append(reader)
-    await asyncio.sleep(0.2)
-    reader, writer = await world.connect()  # others are served meanwhile
-    writer.write(ask("1"))
-    assert (await read_answer(reader))[1] == world.data["1"]
-    for reader in readers:
+        await asyncio.sleep(1.5)
         assert await reader.readexactly(LARGE) == world.data["2"]
+        writer.write(ask("1"))
+        assert (await read_answer(reader))[1] == world.data["1"]
+        began = time.monotonic()
+        assert await reader.read() == b""
+        assert time.monotonic() - began > 0.5
+
+
+async def test_a_client_that_takes_nothing_is_cut_at_the_stall_limit(tmp_path: Path) -> None:
+    async with assets_world(tmp_path, send_stall_limit=1.0, keep_alive_timeout=0.5) as world:
+        world.add("2", LARGE)
+        world.store("2")
+        before = counted("distributor_cut_answers_total", reason="client_stalled")
+        with _idle_client(world.port) as client:
+            began = time.monotonic()
+            await asyncio.get_running_loop().sock_sendall(client, ask("2"))
+            await world.until(
+                lambda _: counted("distributor_cut_answers_total", reason="client_stalled") == before + 1
+            )
+            assert time.monotonic() - began >= 0.9
+            await world.until(lambda running: running.open_files() == 0)
+
+
+async def test_a_stopped_api_lets_a_long_body_end(world: AssetsWorld) -> None:
+    """As `stop-api` does it: the process goes on."""
+    reader, writer = await world.connect()
+    writer.write(ask("2"))
+    await reader.readuntil(b"\r\n\r\n")
+    state, orders = world.context.state, world.context.orders
+    assert await state.change_orders(orders.current.version, replace(orders.current, stopped=True))
+    async with asyncio.timeout(5):
+        await orders.until(lambda now: now.stopped)
+    writer.write(ask("1"))
+    assert await reader.readexactly(LARGE) == world.data["2"]
+    with contextlib.suppress(ConnectionError):
+        assert await reader.read() == b""
 
 
 async def test_a_stop_lets_a_long_body_end(tmp_path: Path) -> None:
