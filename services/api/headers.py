@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from email.utils import formatdate
+from functools import lru_cache
 from typing import Literal
 
 CacheResult = Literal["hit", "pending", "miss"]
@@ -78,6 +81,16 @@ def cache_status(
     if collapsed:
         parts.append("collapsed")
     return "; ".join(parts)
+
+
+def date_now() -> str:
+    """The value of Date (RFC 9110 section 6.6.1) of an answer that is made now; made once a second."""
+    return _date(int(time.time()))
+
+
+@lru_cache(maxsize=1)
+def _date(second: int) -> str:
+    return formatdate(second, usegmt=True)
 
 
 def as_block(headers: Mapping[str, str]) -> bytes:

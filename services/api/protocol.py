@@ -16,6 +16,7 @@ from sanic.response import BaseHTTPResponse
 from sanic.server import HttpProtocol
 
 from services.api.exchange import exchange_of, record_exchange
+from services.api.headers import date_now
 from shared.observability.metrics import CUT_ANSWERS
 
 ANSWER_LIMIT = 60.0
@@ -30,14 +31,20 @@ class ApiHttp(Http):
 
     def respond(self, response: BaseHTTPResponse) -> BaseHTTPResponse:
         response = super().respond(response)
+        if getattr(self.protocol, "ends_soon", False):
+            self.keep_alive = False
         request: Request[Any, Any] | None = self.request
         if request is not None:
             response.headers["X-Request-ID"] = exchange_of(request).request_id
+        response.headers["Date"] = date_now()
         return response
 
     async def error_response(self, exception: BaseException) -> None:
         """Answer an exception, unless nobody is there to read the answer."""
         transport = self.protocol.transport
+        if self.head_only is None:
+            # The head could not be read to its end: Sanic would not know that no body may follow
+            self.head_only = self.recv_buffer.startswith(b"HEAD ")
         if transport is None or transport.is_closing():
             self.keep_alive = False
             self.stage = Stage.FAILED
@@ -99,6 +106,7 @@ class PublicProtocol(HttpProtocol):
         "_since",
         "_tick",
         "_watched",
+        "ends_soon",
     )  # without, Sanic's metaclass leaves no room for any
 
     def __init__(self, **named: Any) -> None:
@@ -107,6 +115,7 @@ class PublicProtocol(HttpProtocol):
         self._cut_reason: str | None = None
         self._watched: tuple[object, ...] = ()
         self._since = 0.0
+        self.ends_soon = False
         self._tick = min(
             _LONGEST_TICK, self.keep_alive_timeout / 4, self.request_timeout / 4, self.response_timeout / 4
         )
@@ -142,6 +151,15 @@ class PublicProtocol(HttpProtocol):
     def note_cut(self, reason: str) -> None:
         """The answer under way is being cut."""
         self._cut_reason = reason
+
+    def cut(self, reason: str) -> None:
+        """End the connection in the middle of an answer, so that the client notices."""
+        if self._http is not None:
+            self._http.cut(reason)
+            return
+        self.note_cut(reason)
+        CUT_ANSWERS.labels(reason=reason).inc()
+        self.abort()
 
     def _end_if_overdue(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
         """`unchanged`: seconds in this stage without progress; `silent`: since the last byte either way."""
@@ -187,6 +205,7 @@ class PublicProtocol(HttpProtocol):
 
     def end_soon(self) -> None:
         """Close once the answer under way, if there is one, has ended."""
+        self.ends_soon = True  # when the answer begins: Sanic forgets it with each head that it reads
         http = self._http
         if http is None or (http.stage is Stage.IDLE and not self.recv_buffer):
             self.close()

@@ -35,9 +35,12 @@ async def get(
     timeout: float = 60.0,
     keep_body: bool = True,
 ) -> Answer:
-    """One request on a connection of its own. A cut connection is not an error: see `complete`."""
+    """One request on a connection of its own. A cut connection is not an error: see `complete`.
+
+    It is not said that the connection will be closed: hits then come down the fast lane, as players get them.
+    """
     host, port, path = _split(url)
-    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}:{port}", "Connection: close"]
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}:{port}"]
     lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
     request = ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
     async with asyncio.timeout(timeout):

@@ -136,15 +136,20 @@ class Crew:
                 self._judge(item, kind, answer, (first, end), began)
 
     async def _leave(self, url: str, after: int) -> None:
-        """Read so many bytes, then go without a word."""
+        """Read so many bytes of the body, or all of it if it is shorter, then go without a word."""
         address, _, path = url.removeprefix("http://").partition("/")
         host, _, port = address.partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
-            writer.write(f"GET /{path} HTTP/1.1\r\nHost: node\r\nConnection: close\r\n\r\n".encode())
+            writer.write(f"GET /{path} HTTP/1.1\r\nHost: node\r\n\r\n".encode())
             async with asyncio.timeout(REQUEST_SECONDS):
+                head = await reader.readuntil(b"\r\n\r\n")
+                _, _, length = head.lower().partition(b"\r\ncontent-length: ")
+                after = min(after, int(length.split(b"\r\n")[0] or 0))
                 while after > 0 and (piece := await reader.read(min(65536, after))):
                     after -= len(piece)
+        except asyncio.IncompleteReadError as error:
+            raise ConnectionResetError("cut within the head") from error
         finally:
             writer.transport.abort()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from services.api.version import VERSION
 from shared.domain.errors import StateStoreUnavailable
+from shared.domain.http_dates import parse_http_date
 from tests.servers.api_fixture import StandIn, running_api
 
 ERROR_HEADERS = (b"Cache-Control: no-store", b"Access-Control-Allow-Origin: *", b"application/json")
@@ -107,6 +109,40 @@ async def test_the_log_of_an_unexpected_error_is_seen(
         assert split(await api.get("/api/v1/assets/broken"))[0] == 500
     with pytest.raises(AssertionError):
         assert_nothing_failed(capfd)
+
+
+@pytest.mark.parametrize(
+    ("rest", "expected"),
+    [
+        (b"/" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: a\r\n\r\n", 414),
+        (b"/ HTTP/1.1\r\nHost: a\r\nB: " + b"a" * 20_000 + b"\r\n\r\n", 431),
+        (b"/healthz HTTP/7\r\n\r\n", 400),
+    ],
+)
+async def test_a_head_request_that_cannot_be_read_gets_no_body(
+    tmp_path: Path, rest: bytes, expected: int
+) -> None:
+    async with running_api(tmp_path, StandIn()) as api:
+        status, _, body = split(await api.ask(b"HEAD " + rest))
+    assert (status, body) == (expected, b"")
+
+
+async def test_every_answer_is_dated(tmp_path: Path) -> None:
+    """RFC 9110 section 6.6.1."""
+    began = int(time.time())
+    asked = [
+        ("GET", "/api/v1/status"),
+        ("HEAD", "/healthz"),
+        ("OPTIONS", "/api/v1/assets/5"),
+        ("GET", "/nothing"),
+    ]
+    async with running_api(tmp_path, StandIn()) as api:
+        answers = [await api.get(path, method) for method, path in [*asked, ("GET", "/api/v1/assets/5")]]
+        answers.append(await api.ask(b"NONSENSE\r\n\r\n"))
+    for answer in answers:
+        dates = [line[6:].decode() for line in split(answer)[1].split(b"\r\n") if line.startswith(b"Date: ")]
+        assert len(dates) == 1
+        assert began <= (parse_http_date(dates[0]) or 0) <= time.time()
 
 
 async def test_methods(tmp_path: Path) -> None:

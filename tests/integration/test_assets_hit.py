@@ -12,15 +12,15 @@ import pytest
 
 from shared.adapters.volume import RemovalState
 from shared.domain.objects import ObjectId
-from tests.end_to_end.client import read_answer
+from tests.end_to_end.client import Answer, read_answer
 from tests.integration.assets_world import MIB, STORED_AT, AssetsWorld, assets_world
 
 SMALL, LARGE = 10_000, 3 * MIB + 17
 
 
-@pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[AssetsWorld]:
-    async with assets_world(tmp_path) as running:
+@pytest.fixture(params=[True, False], ids=["fast lane", "framework"])
+async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[AssetsWorld]:
+    async with assets_world(tmp_path, fast_lane=request.param) as running:
         for object_id, size in (("1", SMALL), ("2", LARGE)):
             running.add(object_id, size)
             running.store(object_id)
@@ -170,16 +170,34 @@ async def test_a_file_cut_short_while_it_is_sent_is_never_padded(tmp_path: Path)
         assert world.data["5"].startswith(answer)
 
 
-async def test_head_leaves_no_trace(world: AssetsWorld) -> None:
-    answer = await world.get("1", method="HEAD")
-    assert (answer.status, answer.headers["content-length"]) == (200, str(SMALL))
-    assert "x-data-source" not in answer.headers
+@pytest.mark.parametrize("object_id", ["1", "2"])
+async def test_what_sends_no_bytes_leaves_no_trace(world: AssetsWorld, object_id: str) -> None:
+    """HEAD and 304: no access is counted, and the object is not in use, nor kept in use."""
+    etag = world.catalog.objects[object_id].etag
+    reader, writer = await world.connect()
+
+    async def ask(method: str, more: str = "") -> Answer:
+        writer.write(f"{method} /api/v1/assets/{object_id} HTTP/1.1\r\nHost: a\r\n{more}\r\n".encode())
+        return await read_answer(reader, time.monotonic(), head_only=method == "HEAD")
+
+    async def ask_for_nothing() -> None:
+        answer = await ask("HEAD")
+        assert (answer.status, answer.headers["content-length"]) == (200, str(len(world.data[object_id])))
+        assert "x-data-source" not in answer.headers
+        assert (await ask("GET", f"If-None-Match: {etag}\r\n")).status == 304
+
+    await ask_for_nothing()
+    assert _is_free(world, object_id)
     await world.context.accesses.hand_over()
     assert (await world.context.state.read_accesses("", 10))[1] == []
-    await world.get("1")
+    assert (await ask("GET")).body == world.data[object_id]
+    async with asyncio.timeout(5):
+        while not _is_free(world, object_id):
+            await ask_for_nothing()
+            await asyncio.sleep(0.1)
     await world.context.accesses.hand_over()
     counted = (await world.context.state.read_accesses("", 10))[1]
-    assert [(access.object_id, access.views) for access in counted] == [("1", 1)]
+    assert [(access.object_id, access.views) for access in counted] == [(object_id, 1)]
 
 
 async def test_a_client_that_leaves_leaves_nothing_open(tmp_path: Path) -> None:
@@ -221,6 +239,14 @@ async def test_an_object_that_is_being_removed_is_not_begun(world: AssetsWorld) 
     assert (answer.status, answer.complete, answer.body) == (200, True, world.data["2"])
     assert answer.headers["x-data-source"] == "external"
     assert (await world.get("2")).headers["x-cache"] == "hit"
+
+
+def _is_free(world: AssetsWorld, object_id: str) -> bool:
+    removal = world.volume.removal(ObjectId(object_id))
+    try:
+        return removal.begin() is RemovalState.READY
+    finally:
+        removal.close()
 
 
 async def _pieces(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import os
+import socket
+import threading
+import time
+import tracemalloc
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
 
+from services.api.fast_lane import building
 from shared.adapters.volume import RemovalState
+from shared.domain.http_dates import parse_http_date
 from shared.domain.objects import ObjectId
 from tests.integration.assets_world import KIB, MIB, AssetsWorld, assets_world
 
@@ -25,6 +36,34 @@ async def world(tmp_path: Path) -> AsyncIterator[AssetsWorld]:
             running.add(object_id, size)
             running.store(object_id)
         yield running
+
+
+class ColdDisk:
+    """The system's word for it that nothing lies in the page cache; reads wait for `free`, and the next `failing` of
+    them fail."""
+
+    def __init__(self) -> None:
+        self.free = threading.Event()
+        self.free.set()
+        self.failing = self.reads = 0
+        self._preadv = os.preadv
+
+    def preadv(self, descriptor: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        self.reads += 1
+        self.free.wait(10)
+        if self.failing:
+            self.failing -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self._preadv(descriptor, buffers, offset)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> ColdDisk:
+    cold = ColdDisk()
+    monkeypatch.setattr(os, "preadv", cold.preadv)
+    return cold
 
 
 def ask(object_id: str, more: str = "") -> bytes:
@@ -56,19 +95,93 @@ async def test_requests_sent_ahead_are_answered_after_a_long_body(world: AssetsW
     assert (await read_answer(reader))[1] == world.data["1"]
 
 
-async def test_a_client_that_takes_little_is_not_buffered_for(world: AssetsWorld) -> None:
-    readers = []
-    for _ in range(3):
+@pytest.mark.parametrize("cold", [False, True])
+async def test_a_client_that_takes_little_is_not_buffered_for(
+    world: AssetsWorld, request: pytest.FixtureRequest, cold: bool
+) -> None:
+    """The process holds a piece of the body for each at most, and others are served meanwhile."""
+    if cold:
+        request.getfixturevalue("disk")
+    first_reader, first_writer = await world.connect()
+    first_writer.write(ask("1"))
+    assert (await read_answer(first_reader))[1] == world.data["1"]
+    tracemalloc.start()
+    try:
+        clients = [_idle_client(world.port) for _ in range(5)]
+        for client in clients:
+            await asyncio.get_running_loop().sock_sendall(client, ask("2"))
+        await world.until(lambda _: _in_progress() >= len(clients))
+        first_writer.write(ask("1"))
+        assert (await read_answer(first_reader))[1] == world.data["1"]
+        assert tracemalloc.get_traced_memory()[1] < len(clients) * 2 * MIB
+    finally:
+        tracemalloc.stop()
+    for client in clients:
+        reader, writer = await asyncio.open_connection(sock=client)
+        world.writers.append(writer)
+        assert (await read_answer(reader))[1] == world.data["2"]
+
+
+def _idle_client(port: int) -> socket.socket:
+    client = socket.create_connection(("127.0.0.1", port))
+    client.setblocking(False)
+    return client
+
+
+def _in_progress() -> float:
+    return counted("distributor_requests_in_progress")
+
+
+async def test_an_idle_connection_is_closed_after_fast_answers(tmp_path: Path) -> None:
+    """Neither while a client asks in time, nor while a body is sent, however long that takes."""
+    async with assets_world(tmp_path, keep_alive_timeout=0.6) as world:
+        for object_id, size in (("1", 10 * KIB), ("2", LARGE)):
+            world.add(object_id, size)
+            world.store(object_id)
         reader, writer = await world.connect()
+        for _ in range(4):
+            writer.write(ask("1"))
+            assert (await read_answer(reader))[1] == world.data["1"]
+            await asyncio.sleep(0.25)
         writer.write(ask("2"))
         await reader.readuntil(b"\r\n\r\n")
-        readers.append(reader)
-    await asyncio.sleep(0.2)
-    reader, writer = await world.connect()  # others are served meanwhile
-    writer.write(ask("1"))
-    assert (await read_answer(reader))[1] == world.data["1"]
-    for reader in readers:
+        await asyncio.sleep(1.5)
         assert await reader.readexactly(LARGE) == world.data["2"]
+        writer.write(ask("1"))
+        assert (await read_answer(reader))[1] == world.data["1"]
+        began = time.monotonic()
+        assert await reader.read() == b""
+        assert time.monotonic() - began > 0.5
+
+
+async def test_a_client_that_takes_nothing_is_cut_at_the_stall_limit(tmp_path: Path) -> None:
+    async with assets_world(tmp_path, send_stall_limit=1.0, keep_alive_timeout=0.5) as world:
+        world.add("2", LARGE)
+        world.store("2")
+        before = counted("distributor_cut_answers_total", reason="client_stalled")
+        with _idle_client(world.port) as client:
+            began = time.monotonic()
+            await asyncio.get_running_loop().sock_sendall(client, ask("2"))
+            await world.until(
+                lambda _: counted("distributor_cut_answers_total", reason="client_stalled") == before + 1
+            )
+            assert time.monotonic() - began >= 0.9
+            await world.until(lambda running: running.open_files() == 0)
+
+
+async def test_a_stopped_api_lets_a_long_body_end(world: AssetsWorld) -> None:
+    """As `stop-api` does it: the process goes on."""
+    reader, writer = await world.connect()
+    writer.write(ask("2"))
+    await reader.readuntil(b"\r\n\r\n")
+    state, orders = world.context.state, world.context.orders
+    assert await state.change_orders(orders.current.version, replace(orders.current, stopped=True))
+    async with asyncio.timeout(5):
+        await orders.until(lambda now: now.stopped)
+    writer.write(ask("1"))
+    assert await reader.readexactly(LARGE) == world.data["2"]
+    with contextlib.suppress(ConnectionError):
+        assert await reader.read() == b""
 
 
 async def test_a_stop_lets_a_long_body_end(tmp_path: Path) -> None:
@@ -111,6 +224,161 @@ async def test_a_file_cut_short_while_it_is_sent_ends_the_connection(world: Asse
     assert counted("distributor_cut_answers_total", reason="object_unreadable") == before + 1
 
 
+async def test_a_failing_disk_ends_the_connection_and_answers_nothing_more(
+    world: AssetsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither what had been sent ahead, nor the rest of the body from elsewhere."""
+    sendfile, calls = os.sendfile, 0
+
+    def failing(*arguments: int) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sendfile(*arguments)
+
+    before = [
+        counted("distributor_cut_answers_total", reason=why) for why in ("object_unreadable", "client_left")
+    ]
+    monkeypatch.setattr(os, "sendfile", failing)
+    reader, writer = await world.connect()
+    writer.write(ask("2"))
+    await reader.readuntil(b"\r\n\r\n")
+    writer.write(ask("1"))
+    received = bytearray()
+    with contextlib.suppress(ConnectionError):
+        while piece := await reader.read(MIB):
+            received += piece
+    assert len(received) < LARGE
+    assert world.data["2"].startswith(received)
+    after = [
+        counted("distributor_cut_answers_total", reason=why) for why in ("object_unreadable", "client_left")
+    ]
+    assert after == [before[0] + 1, before[1]]
+
+
+async def test_an_unexpected_error_ends_the_connection(
+    world: AssetsWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: int) -> None:
+        raise RuntimeError("secret details")
+
+    before = counted("distributor_cut_answers_total", reason="unexpected_error")
+    monkeypatch.setattr(world.context.accesses, "note_sending", failing)
+    monkeypatch.setattr("services.api.fast_lane.body_sender.ACCESS_RENEWAL", 0.0)
+    reader, writer = await world.connect()
+    writer.write(ask("2"))
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await read_answer(reader)
+    assert counted("distributor_cut_answers_total", reason="unexpected_error") == before + 1
+
+
+async def test_each_gets_its_own_object_while_others_push_it_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All requests arrive at once, so that each of them closes the object of the one before, whose descriptor the
+    next one gets."""
+    monkeypatch.setattr(building, "MOST_OPEN", 1)
+    async with assets_world(tmp_path) as world:
+        ids = [str(number) for number in range(1, 7)]
+        for object_id in ids:
+            world.add(object_id, 3 * MIB)
+            world.store(object_id)
+        connections = [await world.connect() for _ in ids]
+        for object_id, (_, writer) in zip(ids, connections, strict=True):
+            connected: socket.socket = writer.get_extra_info("socket")
+            os.write(connected.fileno(), ask(object_id))
+        answers = await asyncio.gather(*(read_answer(reader) for reader, _ in connections))
+        assert [body == world.data[object_id] for object_id, (_, body) in zip(ids, answers, strict=True)] == [
+            True for _ in ids
+        ]
+        await world.until(lambda running: running.open_files() <= 1)
+
+
+async def test_what_is_not_in_memory_is_read_and_sent(world: AssetsWorld, disk: ColdDisk) -> None:
+    reader, writer = await world.connect()
+    for object_id, more, first, end in (
+        ("2", "", 0, LARGE),
+        ("2", "Range: bytes=1000001-3000000\r\n", 1_000_001, 3_000_001),
+        ("1", "", 0, 10 * KIB),
+    ):
+        writer.write(ask(object_id, more) + ask("1"))
+        assert (await read_answer(reader))[1] == world.data[object_id][first:end]
+        assert (await read_answer(reader))[1] == world.data["1"]
+    assert disk.reads > LARGE // MIB
+
+
+async def test_what_is_not_in_memory_does_not_wait_for_other_threads(
+    world: AssetsWorld, disk: ColdDisk
+) -> None:
+    """Those of the loop hash and scan for seconds."""
+    hashed = threading.Event()
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    hashing = loop.run_in_executor(None, hashed.wait)
+    try:
+        reader, writer = await world.connect()
+        writer.write(ask("2"))
+        assert (await read_answer(reader))[1] == world.data["2"]
+        assert disk.reads
+    finally:
+        hashed.set()
+        await hashing
+
+
+async def test_a_disk_that_fails_at_once_costs_no_answer(world: AssetsWorld, disk: ColdDisk) -> None:
+    """The framework's lane finds a source; what was sent ahead is answered after that."""
+    disk.failing = 2
+    reader, writer = await world.connect()
+    writer.write(ask("2"))
+    await world.until(lambda _: disk.reads > 0)
+    writer.write(ask("1"))
+    head, body = await read_answer(reader)
+    assert b"X-Data-Source: external" in head
+    assert body == world.data["2"]
+    head, body = await read_answer(reader)
+    assert b"X-Cache: hit" in head
+    assert body == world.data["1"]
+
+
+async def test_a_disk_that_fails_midway_ends_the_connection(world: AssetsWorld, disk: ColdDisk) -> None:
+    before = counted("distributor_cut_answers_total", reason="object_unreadable")
+    reader, writer = await world.connect()
+    writer.write(ask("2"))
+    await reader.readuntil(b"\r\n\r\n")
+    disk.failing = 1
+    writer.write(ask("1"))
+    with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
+        await reader.readexactly(LARGE)
+    assert counted("distributor_cut_answers_total", reason="object_unreadable") == before + 1
+
+
+async def test_what_is_left_to_the_framework_at_a_stop_is_the_last_answer(
+    tmp_path: Path, disk: ColdDisk
+) -> None:
+    async with AsyncExitStack() as stack:
+        world = await stack.enter_async_context(assets_world(tmp_path))
+        data = world.add("2", LARGE)
+        world.store("2")
+        disk.failing = 1
+        disk.free.clear()
+        reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=64 * KIB)
+        writer.write(ask("2"))
+        await world.until(lambda _: disk.reads > 0)
+        closing = asyncio.create_task(stack.aclose())
+        with contextlib.suppress(ConnectionError):
+            while True:
+                _, refused = await asyncio.open_connection("127.0.0.1", world.port)
+                refused.close()
+        disk.free.set()
+        head, body = await read_answer(reader)
+        assert b"connection: close" in head
+        assert body == data
+        assert await reader.read() == b""
+        await closing
+        writer.close()
+
+
 async def test_what_is_being_sent_is_in_use(world: AssetsWorld) -> None:
     reader, writer = await world.connect()
     writer.write(ask("2"))
@@ -123,6 +391,20 @@ async def test_what_is_being_sent_is_in_use(world: AssetsWorld) -> None:
     await world.until(lambda running: running.open_files() == 0)
     assert removal.begin() is RemovalState.READY
     removal.close()
+
+
+async def test_answers_bear_the_date_of_their_second(world: AssetsWorld) -> None:
+    reader, writer = await world.connect()
+    seen: set[int] = set()
+    while len(seen) < 3:
+        before = int(time.time())
+        writer.write(ask("1"))
+        head, _ = await read_answer(reader)
+        date = parse_http_date(head.split(b"\r\nDate: ")[1].split(b"\r\n")[0].decode())
+        assert date is not None
+        assert before <= date <= time.time()
+        seen.add(date)
+        await asyncio.sleep(0.05)
 
 
 async def test_answers_and_accesses_are_counted(world: AssetsWorld) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.api.assets.hot import BELIEVED_SECONDS, IDLE_SECONDS, LARGEST_IN_MEMORY, HotObjects
+from services.api.assets.hot import BELIEVED_SECONDS, IDLE_SECONDS, LARGEST_IN_MEMORY, HotObject, HotObjects
 from shared.adapters.volume import RemovalState, Volume
 from shared.domain.objects import ObjectId, StoredRecord
 
@@ -32,10 +32,17 @@ class World:
         partial.publish(record)
         partial.close()
 
-    def bytes_of(self, object_id: str) -> bytes | None:
+    def take(self, object_id: str) -> HotObject | None:
         found = self.hot.get(object_id.encode(), self.now)
+        if found is None or self.now < found.taken_until:
+            return found
+        return self.hot.take(object_id.encode(), found)
+
+    def bytes_of(self, object_id: str) -> bytes | None:
+        found = self.take(object_id)
         if found is None:
             return None
+        found.used_at = self.now
         return found.body if found.body is not None else os.pread(found.descriptor, found.size + 1, 0)
 
     def remove(self, object_id: str) -> RemovalState:
@@ -68,6 +75,55 @@ async def test_what_is_hot_is_in_use_and_free_once_nobody_asks(world: World) -> 
     assert world.bytes_of("1") is None
 
 
+async def test_what_is_only_looked_at_is_not_in_use(world: World) -> None:
+    """As by HEAD, however often; nor does that prolong a use."""
+    for size, object_id in ((SMALL, "1"), (LARGE, "2")):
+        world.store(object_id, b"a" * size)
+        for _ in range(3):
+            assert world.hot.get(object_id.encode(), world.now) is not None
+            world.now += LATER
+        assert world.remove(object_id) is RemovalState.READY
+    world.store("3", b"a" * LARGE)
+    assert world.bytes_of("3") is not None
+    assert world.remove("3") is RemovalState.IN_USE
+    for _ in range(int(IDLE_SECONDS / LATER) + 1):
+        world.now += LATER
+        assert world.hot.get(b"3", world.now) is not None
+        await world.hot.sweep()
+    assert world.remove("3") is RemovalState.READY
+    assert world.volume.measure() == 0
+
+
+async def test_what_is_being_removed_is_not_taken(world: World) -> None:
+    world.store("1", b"a" * LARGE)
+    assert world.hot.get(b"1", world.now) is not None
+    removal = world.volume.removal(ObjectId("1"))
+    assert removal.begin() is RemovalState.READY
+    assert world.take("1") is None
+    removal.unlink()
+    removal.close()
+    assert world.take("1") is None
+
+
+async def test_bodies_of_objects_that_are_gone_are_forgotten(world: World) -> None:
+    for object_id in ("1", "2"):
+        world.store(object_id, b"a" * SMALL)
+        for _ in range(2):
+            world.now += LATER
+            assert world.bytes_of(object_id) is not None
+    await world.hot.sweep()
+    assert world.remove("1") is RemovalState.READY
+    world.now += 11
+    await world.hot.sweep()
+    world.store("1", b"b" * SMALL)
+    hot = world.hot.get(b"1", world.now)
+    assert hot is not None
+    assert hot.body is None
+    hot = world.hot.get(b"2", world.now)
+    assert hot is not None
+    assert hot.body == b"a" * SMALL
+
+
 async def test_what_is_set_aside_is_missed_and_let_go(world: World) -> None:
     world.store("1", b"a" * LARGE)
     assert world.bytes_of("1") is not None
@@ -80,15 +136,16 @@ async def test_what_is_set_aside_is_missed_and_let_go(world: World) -> None:
 
 async def test_what_is_sent_stays_open_until_it_has_been_sent(world: World) -> None:
     world.store("1", b"a" * LARGE)
-    hot = world.hot.get(b"1", world.now)
+    hot = world.take("1")
     assert hot is not None
-    with hot.being_sent():
-        world.volume.removal(ObjectId("1")).set_aside()
-        world.now += IDLE_SECONDS + LATER
-        assert world.bytes_of("1") is None
-        await world.hot.sweep()
-        assert os.pread(hot.descriptor, LARGE, 0) == b"a" * LARGE
-        assert world.remove("1") is RemovalState.IN_USE
+    hot.begin_send()
+    world.volume.removal(ObjectId("1")).set_aside()
+    world.now += IDLE_SECONDS + LATER
+    assert world.bytes_of("1") is None
+    await world.hot.sweep()
+    assert os.pread(hot.descriptor, LARGE, 0) == b"a" * LARGE
+    assert world.remove("1") is RemovalState.IN_USE
+    hot.end_send()
     assert world.remove("1") is RemovalState.READY
 
 
@@ -96,7 +153,7 @@ async def test_a_body_in_memory_takes_no_lock_and_goes_with_its_object(world: Wo
     world.store("1", b"a" * SMALL)
     assert world.bytes_of("1") == b"a" * SMALL
     world.now += LATER
-    hot = world.hot.get(b"1", world.now)
+    hot = world.take("1")
     assert hot is not None
     assert hot.body == b"a" * SMALL
     assert world.remove("1") is RemovalState.READY

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from time import monotonic
 
 from services.api.assets.decision import Description
@@ -37,8 +35,9 @@ _SWEPT_AT_ONCE = 200
 @dataclass(slots=True, eq=False)
 class HotObject:
     """One object. `found` is None where `body` is in memory. Times are monotonic seconds: `believed_until` its name
-    must be looked at again, `used_at` it was last asked for, `counted_at` its access was last counted, `near_until`
-    it counts as lying in the page cache. `sends` go on at this moment."""
+    must be looked at again, `taken_until` its bytes may be sent without another `HotObjects.take`, `used_at` some were
+    last sent (or it was opened), `counted_at` its access was last counted, `near_until` it counts as lying in the page
+    cache. `sends` go on at this moment."""
 
     object_id: ObjectId
     described: Description
@@ -48,10 +47,12 @@ class HotObject:
     body: bytes | None = None
     size: int = 0
     believed_until: float = 0.0
+    taken_until: float = 0.0
     used_at: float = 0.0
     counted_at: float = -10.0
     near_until: float = 0.0
     sends: int = 0
+    held: bool = False
     dropped: bool = False
 
     @property
@@ -71,16 +72,21 @@ class HotObject:
         self.near_until = now + BELIEVED_SECONDS
         return True
 
-    @contextmanager
-    def being_sent(self) -> Iterator[None]:
-        """Within, the file stays open."""
+    def hold(self) -> bool:
+        """Keep the file from being emptied until it is closed. False: it is being removed."""
+        if not self.held and self.found is not None:
+            self.held = self.found.hold()
+        return self.held
+
+    def begin_send(self) -> None:
+        """Until `end_send` the file stays open. Call it before anybody else may have a turn: a descriptor that was
+        closed meanwhile may be another object's by then."""
         self.sends += 1
-        try:
-            yield
-        finally:
-            self.sends -= 1
-            if self.dropped and not self.sends:
-                self.close()
+
+    def end_send(self) -> None:
+        self.sends -= 1
+        if self.dropped and not self.sends:
+            self.close()
 
     def close(self) -> None:
         if self.found is not None:
@@ -108,9 +114,9 @@ class _Memory:
 class HotObjects:
     """By id, as bytes. `run` is the task that lets go of what nobody asks for.
 
-    While an object is open here the shared lock on it is held, so that it is not emptied under an answer: whoever
-    wants it gone sets it aside, it is missed here within BELIEVED_SECONDS, and closed. Bodies in memory need no
-    lock.
+    From the first `take` on, while an object is open here, the shared lock on it is held, so that it is not emptied
+    under an answer: whoever wants it gone sets it aside, it is missed here within BELIEVED_SECONDS, and closed. Bodies
+    in memory need no lock. What sends no bytes, a HEAD or a 304, takes no object: it holds nothing, and renews nothing.
     """
 
     def __init__(
@@ -124,17 +130,29 @@ class HotObjects:
         self._open: OrderedDict[bytes, HotObject] = OrderedDict()
         self._in_memory: OrderedDict[bytes, HotObject] = OrderedDict()
         self._heads: OrderedDict[StoredRecord, tuple[Description, ReadyHeads]] = OrderedDict()
+        self._memory_look = 0.0
 
     def get(self, key: bytes, now: float) -> HotObject | None:
-        """The object, if it is cached and lies where it should; None: somebody else must find out more."""
+        """The object, if it is cached and lies where it should; None: somebody else must find out more. Bytes of it
+        are for those who `take` it."""
         hot = self._in_memory.get(key) or self._open.get(key)
-        if hot is None:
+        if hot is None or (now >= hot.believed_until and not self._believe(key, hot, now)):
             return self._add(key, now)
-        if now >= hot.believed_until:
-            if not self._believe(key, hot, now):
-                return self._add(key, now)
-            hot = self._in_memory.get(key) or hot
-        hot.used_at = now
+        return hot
+
+    def take(self, key: bytes, hot: HotObject) -> HotObject | None:
+        """To be called before bytes are sent, unless `taken_until` is still to come: the object, which stays as it is
+        from now on, and may be in memory now; None: it is being removed."""
+        if hot.body is not None:
+            self._in_memory.move_to_end(key)
+        else:
+            if not hot.hold():
+                self.drop(key)
+                return None
+            self._open.move_to_end(key)
+            if hot.size <= LARGEST_IN_MEMORY and self._memory.wants(key):
+                hot = self._take_into_memory(key, hot)
+        hot.taken_until = hot.believed_until
         return hot
 
     def drop(self, key: bytes) -> None:
@@ -153,9 +171,6 @@ class HotObjects:
             self.drop(key)
             return False
         hot.believed_until = now + BELIEVED_SECONDS
-        (self._open if hot.body is None else self._in_memory).move_to_end(key)
-        if hot.body is None and hot.size <= LARGEST_IN_MEMORY and self._memory.wants(key):
-            self._take_into_memory(key, hot)
         return True
 
     def _add(self, key: bytes, now: float) -> HotObject | None:
@@ -167,16 +182,14 @@ class HotObjects:
         if found is None:
             return None
         hot = self._describe(object_id, found)
-        if hot is None or not found.hold():
+        if hot is None:
             found.close()
             return None
         hot.believed_until, hot.used_at = now + BELIEVED_SECONDS, now
         self._open[key] = hot
-        if hot.size <= LARGEST_IN_MEMORY and self._memory.wants(key):
-            self._take_into_memory(key, hot)
         while len(self._open) > self._most_open:
             self.drop(next(iter(self._open)))
-        return self._in_memory.get(key) or hot
+        return hot
 
     def _describe(self, object_id: ObjectId, found: OpenObject) -> HotObject | None:
         """None for what Sanic's lane answers better: nothing at all, or headers that cannot be sent as they are."""
@@ -194,28 +207,23 @@ class HotObjects:
         except (ValueError, OSError):
             return None
 
-    def _take_into_memory(self, key: bytes, hot: HotObject) -> None:
-        """If all of it is in the page cache, and there is room."""
+    def _take_into_memory(self, key: bytes, hot: HotObject) -> HotObject:
+        """The object in memory, if all of it is in the page cache, and there is room; else as it was."""
         if hot.found is None or hot.size + _ENTRY_BYTES > self._memory.limit:
-            return
+            return hot
         try:
             body = read_cached(hot.found.descriptor, 0, hot.size)
         except OSError:
-            return
+            return hot
         if len(body) != hot.size:
-            return
-        del self._open[key]
-        if hot.sends:
-            hot.dropped = True
-        else:
-            hot.close()
-        self._in_memory[key] = HotObject(
-            hot.object_id, hot.described, hot.heads, hot.identity, None, bytes(body), hot.size,
-            hot.believed_until, hot.used_at, hot.counted_at,
-        )  # fmt: skip
+            return hot
+        self.drop(key)
+        kept = replace(hot, found=None, body=body, sends=0, held=False, dropped=False)
+        self._in_memory[key] = kept
         self._memory.used += hot.size + _ENTRY_BYTES
         while self._memory.used > self._memory.limit:
             self.drop(next(iter(self._in_memory)))
+        return kept
 
     async def run(self) -> None:
         """Until cancelled: close what is idle, and forget bodies of objects that are gone."""
@@ -224,26 +232,32 @@ class HotObjects:
             await self.sweep()
 
     async def sweep(self) -> None:
-        """Look at everything once, a little at a time."""
-        for table in (self._open, self._in_memory):
-            keys = list(table)
-            for start in range(0, len(keys), _SWEPT_AT_ONCE):
-                now = self._clock()
-                for key in islice(keys, start, start + _SWEPT_AT_ONCE):
-                    self._sweep_one(key, table.get(key), now)
-                await asyncio.sleep(0)
+        """Look at everything that may be due, a little at a time."""
+        await self._sweep(self._open, self._let_go_if_idle)
+        if self._clock() >= self._memory_look:
+            # In no hurry: these take no space on the volume, and are looked at before they are answered
+            self._memory_look = self._clock() + _MEMORY_LOOK
+            await self._sweep(self._in_memory, self._forget_if_gone)
 
-    def _sweep_one(self, key: bytes, hot: HotObject | None, now: float) -> None:
-        if hot is None or hot.sends:
-            return
-        if hot.body is None and now - hot.used_at > IDLE_SECONDS:
+    async def _sweep(
+        self, table: OrderedDict[bytes, HotObject], look: Callable[[bytes, HotObject, float], None]
+    ) -> None:
+        keys = list(table)
+        for start in range(0, len(keys), _SWEPT_AT_ONCE):
+            now = self._clock()
+            for key in keys[start : start + _SWEPT_AT_ONCE]:
+                hot = table.get(key)
+                if hot is not None:
+                    look(key, hot, now)
+            await asyncio.sleep(0)
+
+    def _let_go_if_idle(self, key: bytes, hot: HotObject, now: float) -> None:
+        if not hot.sends and now - hot.used_at > IDLE_SECONDS:
             self.drop(key)
-        elif hot.body is not None and now - hot.believed_until > _MEMORY_LOOK:
-            # In no hurry: it takes no space on the volume, and is looked at before it is answered
-            if self._volume.identity_of(hot.object_id) == hot.identity:
-                hot.believed_until = now
-            else:
-                self.drop(key)
+
+    def _forget_if_gone(self, key: bytes, hot: HotObject, now: float) -> None:
+        if now >= hot.believed_until and self._volume.identity_of(hot.object_id) != hot.identity:
+            self.drop(key)
 
     def close(self) -> None:
         """Close all; sends that go on keep their files."""

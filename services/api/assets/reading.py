@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 _PROBED = 64 * 1024
 _PROBE = (bytearray(1),)
+_COLD_READERS = ThreadPoolExecutor(max_workers=16, thread_name_prefix="cold-read")
+"""Not the loop's own threads: those hash and scan for seconds, and a hit would wait for them. None is started before it
+is needed."""
 _NO_QUICK_WAY = (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -20,7 +24,8 @@ async def read_piece(descriptor: int, offset: int, length: int) -> memoryview:
     view = memoryview(buffer)
     got = _read_cached(descriptor, view, offset)
     if got < length:
-        got += await asyncio.to_thread(_read_rest, descriptor, view[got:], offset + got)
+        loop = asyncio.get_running_loop()
+        got += await loop.run_in_executor(_COLD_READERS, _read_rest, descriptor, view[got:], offset + got)
     return view[:got]
 
 

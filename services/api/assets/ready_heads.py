@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from services.api.assets.decision import Description, Span
 from services.api.assets.heads import CONTENT_LENGTH, HIT, content_head, not_modified_headers
-from services.api.headers import as_block
+from services.api.headers import as_block, date_now
 
 _STATUS_LINES = {
     200: b"HTTP/1.1 200 OK\r\n",
@@ -19,13 +19,11 @@ _STATUS_LINES = {
     304: b"HTTP/1.1 304 Not Modified\r\n",
 }
 _REQUEST_ID = b"X-Request-ID: "
-KEPT_ALIVE = b"\r\nconnection: keep-alive\r\n\r\n"
-"""What follows the request id at the end of each head."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadyHeads:
-    """Each ends where the request id has to follow, and then KEPT_ALIVE. `whole`: a 200 with all bytes; `head`: the
+    """Each ends where the request id has to follow, and then `end_of_head`. `whole`: a 200 with all bytes; `head`: the
     same in answer to HEAD; `not_modified`: a 304; `part`: a 206 up to its length."""
 
     whole: bytes
@@ -57,6 +55,11 @@ class ReadyHeads:
             last,
             size,
         )
+
+
+def end_of_head() -> bytes:
+    """What follows the request id on a connection that is kept; good for this second."""
+    return f"\r\nDate: {date_now()}\r\nconnection: keep-alive\r\n\r\n".encode()
 
 
 def _block(status: int, headers: Mapping[str, str]) -> bytes:

@@ -16,6 +16,7 @@ from services.api.assets.hot import HotObject
 from services.api.assets.reading import is_cached, read_piece
 from services.api.assets.sender import ACCESS_RENEWAL
 
+_OF_THE_NETWORK = (errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH)
 AT_ONCE = 1024 * 1024
 """Bytes handed to the socket before other connections have their turn."""
 _READ_AHEAD = 4 * 1024 * 1024
@@ -30,6 +31,26 @@ class FileShort(Exception):
     """The file gives fewer bytes than the object has, or none at all: the disk fails, or it was cut short."""
 
 
+def send_file(hot: HotObject, descriptor: int, first: int, length: int) -> int:
+    """Hand bytes of the file to the socket `descriptor`; how many it took, 0 if it is full. FileShort;
+    ConnectionError if the client has left."""
+    try:
+        sent = os.sendfile(descriptor, hot.descriptor, first, length)
+    except BlockingIOError:
+        return 0
+    except OSError as error:
+        if isinstance(error, ConnectionError):
+            raise
+        if isinstance(error, TimeoutError) or error.errno in _OF_THE_NETWORK:
+            raise ConnectionResetError(error.errno, error.strerror) from error
+        logger.error("object_unreadable", object_id=hot.object_id, reason=error.strerror)
+        raise FileShort(hot.object_id) from error
+    if not sent:
+        logger.error("object_cut_short", object_id=hot.object_id, size=hot.size)
+        raise FileShort(hot.object_id)
+    return sent
+
+
 @dataclass(slots=True)
 class Connection:
     """The far end: `transport` buffers and tells when it is empty (`writable`), `descriptor` is its socket."""
@@ -40,7 +61,8 @@ class Connection:
 
 
 class BodySender:
-    """One body. `sent`: bytes of it that have left; `begun`: the client has been told something, `began_at` when."""
+    """One body, of an object whose send has begun (`HotObject.begin_send`). `sent`: bytes of it that have left;
+    `begun`: the client has been told something, `began_at` when."""
 
     def __init__(
         self, hot: HotObject, first: int, length: int, accesses: AccessCounter, sent: int = 0
@@ -90,13 +112,7 @@ class BodySender:
             await self._write_piece(connection, min(_COLD_PIECE, left))
             return
         wanted = min(left, self._cached_until - position)
-        try:
-            sent = os.sendfile(connection.descriptor, self._file, position, wanted)
-        except BlockingIOError:
-            sent = 0
-        else:
-            if not sent:
-                raise FileShort(self._hot.object_id)
+        sent = send_file(self._hot, connection.descriptor, position, wanted)
         self.sent += sent
         if sent < wanted:
             await self._write_piece(connection, min(_BUFFERED_PIECE, left - sent))

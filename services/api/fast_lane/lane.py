@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from time import perf_counter
+from time import perf_counter, time
 from typing import NamedTuple
 
 from services.api.accesses import AccessCounter
 from services.api.assets.decision import Asked, Refusal, Span, select
 from services.api.assets.hot import HotObject, HotObjects
-from services.api.assets.ready_heads import KEPT_ALIVE
+from services.api.assets.ready_heads import end_of_head
 from services.api.exchange import Exchange, log_exchange
 from services.api.fast_lane.request_heads import HeadReader, SimpleRequest
 from services.api.fast_lane.tally import Tally
@@ -45,6 +45,8 @@ class FastLane:
         self.tally = Tally()
         self._reader = HeadReader()
         self._logs_hits = logs_hits
+        self._end = b""
+        self._end_until = 0.0
         self._ids = b""
         self._next_id = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -74,12 +76,23 @@ class FastLane:
                 status, head, length = 304, heads.not_modified, 0
             else:
                 return None
-        if length and now - hot.counted_at >= _COUNTED_EVERY:
-            hot.counted_at = now
-            self.accesses.note_request(hot.object_id)
+        if length:
+            # Bytes alone hold an object and renew its access; HEAD and 304 leave no trace
+            if now >= hot.taken_until:
+                taken = self.objects.take(request.object_id, hot)
+                if taken is None:
+                    return None
+                hot = taken
+            hot.used_at = now
+            if now - hot.counted_at >= _COUNTED_EVERY:
+                hot.counted_at = now
+                self.accesses.note_request(hot.object_id)
         request_id = fields.request_id or self._new_id()
+        if now >= self._end_until:
+            self._end_until = now + 1.0 - time() % 1.0
+            self._end = end_of_head()
         return ReadyAnswer(
-            request, hot, request_id, status, head + request_id + KEPT_ALIVE, first, length, started
+            request, hot, request_id, status, head + request_id + self._end, first, length, started
         )
 
     def record(self, ready: ReadyAnswer, sent: int, seconds: float, cut: str | None = None) -> None:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import socket
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
+from dataclasses import dataclass
 from functools import partial
 from time import monotonic, perf_counter
 from typing import Any
 
+import structlog
 from sanic.http import Stage
 
-from services.api.fast_lane.body_sender import AT_ONCE, BodySender, Connection, FileShort
+from services.api.fast_lane.body_sender import AT_ONCE, BodySender, Connection, FileShort, send_file
 from services.api.fast_lane.lane import FastLane, ReadyAnswer
 from services.api.protocol import ApiHttp, PublicProtocol
 from shared.observability.metrics import CUT_ANSWERS, REQUESTS_IN_PROGRESS
@@ -22,7 +23,18 @@ _MOST_KEPT = 64 * 1024
 """Bytes a client may send ahead while it is sent a long body; then it is not read from."""
 _PAGE = 4096
 
-Sending = Callable[[], Coroutine[Any, Any, None]]
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    """A body that is sent in a task. `request`: what the client asked, for Sanic's lane if nothing could be sent; empty
+    once something was said."""
+
+    lane: FastLane
+    ready: ReadyAnswer
+    sender: BodySender
+    request: bytes = b""
 
 
 class FastLaneProtocol(PublicProtocol):
@@ -33,16 +45,15 @@ class FastLaneProtocol(PublicProtocol):
     sees every byte.
     """
 
-    __slots__ = ("_ends_soon", "_kept", "_lane", "_sender", "_sending", "_socket")
+    __slots__ = ("_kept", "_lane", "_sending", "_socket", "_task_sending")
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
         self._lane: FastLane | None = getattr(self.app.ctx, "fast_lane", None)
         self._socket: socket.socket | None = None
-        self._sending: asyncio.Task[None] | None = None
-        self._sender: BodySender | None = None
+        self._sending: _Sending | None = None
+        self._task_sending: asyncio.Task[None] | None = None
         self._kept = bytearray()
-        self._ends_soon = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -57,8 +68,8 @@ class FastLaneProtocol(PublicProtocol):
         if self._socket is not None:
             self._socket.detach()
             self._socket = None
-        if self._sending is not None:
-            self._sending.cancel()
+        if self._task_sending is not None:
+            self._task_sending.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -101,8 +112,9 @@ class FastLaneProtocol(PublicProtocol):
         hot, head, length, sent = ready.hot, ready.head, ready.length, 0
         if not hot.is_near(ready.first, length, self._time):
             sender = BodySender(hot, ready.first, length, lane.accesses)
-            send = partial(sender.send_from_disk, self._far_end(), head)
-            self._send_later(lane, ready, send, sender, data)
+            self._send_later(
+                _Sending(lane, ready, sender, data), sender.send_from_disk(self._far_end(), head)
+            )
             return
         try:
             # One segment fewer; but a range that begins within a page takes one page more than a segment holds, and
@@ -110,82 +122,64 @@ class FastLaneProtocol(PublicProtocol):
             together = 0 if ready.first % _PAGE else socket.MSG_MORE
             head = head[connection.send(head, together) :]
             if not head:
-                sent = os.sendfile(connection.fileno(), hot.descriptor, ready.first, min(length, AT_ONCE))
+                sent = send_file(hot, connection.fileno(), ready.first, min(length, AT_ONCE))
         except BlockingIOError:
             pass
-        except OSError:
-            lane.record(ready, 0, 0.0, self._why_ended())
-            self.abort()
+        except (OSError, FileShort) as error:
+            lane.record(ready, 0, 0.0, self._end(error))
             return
         if sent == length:
             lane.record(ready, length, perf_counter() - ready.started)
         else:
             sender = BodySender(hot, ready.first, length, lane.accesses, sent)
-            self._send_later(lane, ready, partial(sender.send, self._far_end(), head), sender, b"")
+            self._send_later(_Sending(lane, ready, sender), sender.send(self._far_end(), head))
 
     def _far_end(self) -> Connection:
         if self.transport is None or self._socket is None:
             raise ConnectionResetError(errno.ECONNRESET, "the client has left")
         return Connection(self.transport, self._can_write, self._socket.fileno())
 
-    def _send_later(
-        self,
-        lane: FastLane,
-        ready: ReadyAnswer,
-        sending: Sending,
-        sender: BodySender,
-        data: bytes,
-    ) -> None:
-        """`data` goes to Sanic if nothing could be sent."""
-        self._sender = sender
-        self._sending = asyncio.create_task(
-            self._finish(lane, ready, sending, sender, data), name="asset-body"
-        )
-        lane.own(self._sending)
-
-    async def _finish(
-        self,
-        lane: FastLane,
-        ready: ReadyAnswer,
-        sending: Sending,
-        sender: BodySender,
-        data: bytes,
-    ) -> None:
-        cut: str | None = None
-        unread = b""
+    def _send_later(self, sending: _Sending, work: Coroutine[Any, Any, None]) -> None:
+        # Here, not in the task: until that has its first turn, other connections could have the file closed
+        sending.ready.hot.begin_send()
         REQUESTS_IN_PROGRESS.inc()
-        try:
-            with ready.hot.being_sent():
-                await sending()
-        except FileShort:
-            if data and not sender.begun:
-                unread = data  # nothing has been said to the client: Sanic's lane finds out what is wrong
-            else:
-                cut = "object_unreadable"
-                self._cut(cut)
-        except (asyncio.CancelledError, OSError):
-            cut = self._why_ended()
-        finally:
-            REQUESTS_IN_PROGRESS.dec()
-            self._sending = self._sender = None
-            self._time = monotonic()
-        if not unread:
-            lane.record(ready, sender.sent, sender.began_at - ready.started, cut)
-        self._go_on(unread)
+        self._sending = sending
+        self._task_sending = task = asyncio.create_task(work, name="asset-body")
+        task.add_done_callback(partial(self._sent, sending))
+        sending.lane.own(task)
 
-    def _why_ended(self) -> str:
-        """Of an answer whose connection is gone: our own reason, or the client left."""
-        reason: str | None = self._cut_reason
-        if reason is None:
-            reason = "client_left"
-            CUT_ANSWERS.labels(reason=reason).inc()
-        return reason
+    def _sent(self, sending: _Sending, task: asyncio.Task[None]) -> None:
+        """The body has ended, well or not; called for a task that was cancelled before it began, too."""
+        sending.ready.hot.end_send()
+        REQUESTS_IN_PROGRESS.dec()
+        self._sending = self._task_sending = None
+        self._time = monotonic()
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        sender = sending.sender
+        if isinstance(error, FileShort) and sending.request and not sender.begun:
+            # Nothing has been said to the client: Sanic's lane finds out what is wrong
+            self._go_on(sending.request)
+            return
+        cut = self._end(error) if error is not None else None
+        sending.lane.record(sending.ready, sender.sent, sender.began_at - sending.ready.started, cut)
+        if cut is None:
+            self._go_on(b"")
 
-    def _cut(self, reason: str) -> None:
-        if self._http is not None:
-            self._http.cut(reason)
-        else:
+    def _end(self, error: BaseException) -> str:
+        """End the connection in the middle of an answer; the reason why."""
+        if isinstance(error, asyncio.CancelledError | OSError):
+            reason: str | None = self._cut_reason
+            if reason is None:
+                reason = "client_left"
+                CUT_ANSWERS.labels(reason=reason).inc()
             self.abort()
+            return reason
+        reason = "object_unreadable"
+        if not isinstance(error, FileShort):
+            reason = "unexpected_error"
+            logger.error("answer_failed", exc_info=error)
+        self.cut(reason)
+        return reason
 
     def _keep(self, data: bytes) -> None:
         self._kept += data
@@ -200,7 +194,7 @@ class FastLaneProtocol(PublicProtocol):
         kept, self._kept = unread + bytes(self._kept), bytearray()
         if unread:
             super().data_received(kept)
-        elif self._ends_soon:
+        elif self.ends_soon:
             self.close()
             return
         elif kept:
@@ -208,7 +202,7 @@ class FastLaneProtocol(PublicProtocol):
         transport.resume_reading()
 
     def _progress(self) -> object:
-        return super()._progress(), self._sender.sent if self._sender is not None else 0
+        return super()._progress(), self._sending.sender.sent if self._sending is not None else 0
 
     def _end_if_overdue(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
         # While a body is sent the connection is not idle, whatever Sanic believes
@@ -216,6 +210,6 @@ class FastLaneProtocol(PublicProtocol):
 
     def end_soon(self) -> None:
         if self._sending is not None:
-            self._ends_soon = True
+            self.ends_soon = True
         else:
             super().end_soon()
