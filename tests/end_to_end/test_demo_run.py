@@ -31,6 +31,7 @@ def test_a_demo_node_answers_as_it_says(tmp_path: Path, catalog: str) -> None:
         url = said[-1].split()[-1]
         with urlopen(url, timeout=20) as answer:
             assert (answer.status, answer.headers["X-Cache"]) == (200, "miss")
+            assert answer.headers["Content-Type"].startswith("image/")
             assert len(answer.read()) == int(answer.headers["Content-Length"])
         assert any("A squid to ask" in line for line in said) == (catalog == "joystream")
         demo.send_signal(signal.SIGINT)
