@@ -14,6 +14,7 @@ from services.evictor.index import EvictionIndex
 from services.evictor.known_ids import KnownIds
 from services.evictor.partials import Partials
 from services.evictor.removals import Removals
+from services.evictor.usage_check import UsageCheck
 from shared.adapters.volume import Foreign, FoundObject, Volume
 from shared.domain.errors import VolumeError
 from shared.domain.objects import ObjectId
@@ -62,10 +63,12 @@ class Reconciliation:
     ) -> None:
         self._state, self._volume, self._index = state, volume, index
         self._removals, self._adoption, self._partials = removals, adoption, partials
+        self._usage = UsageCheck(state)
 
     async def run(self, term: Term) -> bool:
         """True if the index stands for the volume now. VolumeError if the volume cannot be read."""
         begun, findings = time.monotonic(), Findings()
+        await self._usage.look_at_server()
         await file_call(self._volume.check)
         known = await self._index.resync()
         await self._removals.complete_all(term, len(self._index.evicting))
@@ -75,6 +78,7 @@ class Reconciliation:
         await self._check_entries(term, known, findings)
         # Those of workers that had begun just before the store was lost
         findings.foreign_count += await self._partials.sweep(term)
+        await self._usage.run(term)
         if not findings.unsettled:
             await self._state.set_accounted(term)
             self._index.forget_former()

@@ -161,7 +161,7 @@ class TermWork:
         if usage.accounted:
             await self._tools.eviction.make_room(self._term, usage)
             self._in_doubt = self._in_doubt or (self._tools.eviction.stuck and self._miscounted(usage) > 0)
-        elif self._settled:
+        if self._settled and not (usage.accounted and _is_possible(usage)):
             self._settled = False
             logger.warning("state_store_lost", used=usage.used, objects=usage.objects)
             self._confirm()
@@ -262,3 +262,8 @@ class TermWork:
             await self._tools.index.save(self._term)
         except StateStoreUnavailable as error:
             logger.info("index_not_saved", reason=str(error))
+
+
+def _is_possible(usage: Usage) -> bool:
+    """False if the store has lost all entries and kept their sum: there is nothing left to evict by then."""
+    return usage.objects > 0 or usage.used == 0

@@ -17,7 +17,8 @@ def footprint(size: int) -> int:
 class Usage:
     """Space in bytes. `used`: complete objects (those being evicted too). `reserved`: promised to fetches, partial
     files included. `used + reserved <= limit`, always. `accounted` is False while the index does not stand for what is
-    on the volume (an empty or restarted state store, before the evictor has reconciled): no bytes can be reserved."""
+    on the volume (an empty or restarted state store, before the evictor has reconciled): no bytes can be reserved.
+    `turnover`: all that has ever been added to `used` and taken from it, so that two looks tell how much moved."""
 
     limit: int
     used: int
@@ -25,6 +26,7 @@ class Usage:
     objects: int
     fetches: int
     accounted: bool
+    turnover: int = 0
 
     @property
     def free(self) -> int:

@@ -120,6 +120,10 @@ STATE_STORE_COMMANDS = ReportedGauge(
 STATE_STORE_SAVING = ReportedGauge(
     "distributor_state_store_server_saving", "1 while what Redis writes to its disk succeeds."
 )
+STATE_STORE_EVICTS = ReportedGauge(
+    "distributor_state_store_server_evicts_info",
+    "1 if Redis may drop keys when its memory is full: its maxmemory-policy is not noeviction, as it must be.",
+)
 
 # Space (API and evictor)
 STORAGE_USED = ReportedGauge(

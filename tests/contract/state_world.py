@@ -35,13 +35,15 @@ class FakeClock:
 
 @dataclass
 class World:
-    """`store` and `other` are two processes' doors to one state."""
+    """`store` and `other` are two processes' doors to one state. `lose` drops one part of it: "usage", "objects" or
+    "fetches"."""
 
     store: StateStore
     other: StateStore
     let_pass: Callable[[float], Awaitable[None]]
     dump: Callable[[], Awaitable[object]]
     times: StateTimes
+    lose: Callable[[str], Awaitable[None]]
     term: Term = field(default_factory=lambda: Term("", 0))
 
     async def until(self, condition: Callable[[], Awaitable[bool]]) -> None:
@@ -102,8 +104,15 @@ async def memory_world(times: StateTimes, limit: int = LIMIT) -> AsyncIterator[W
     async def dump() -> object:
         return repr(store._tables)
 
+    async def lose(part: str) -> None:
+        tables = store._tables
+        if part == "usage":
+            tables.used, tables.reserved, tables.turnover, tables.accounted = 0, 0, 0, False
+        else:
+            (tables.objects if part == "objects" else tables.rows).clear()
+
     await store.open()
-    yield World(store, store, let_pass, dump, times)
+    yield World(store, store, let_pass, dump, times, lose)
     await store.close()
 
 
@@ -116,10 +125,13 @@ async def redis_world(url: str, prefix: str, times: StateTimes, limit: int = LIM
         keys = sorted([key async for key in client.scan_iter(f"{prefix}*")])
         return {key: await client.dump(key) for key in keys}
 
+    async def lose(part: str) -> None:
+        await client.delete(f"{prefix}{part}")
+
     for store in stores:
         await store.open()
     try:
-        yield World(stores[0], stores[1], asyncio.sleep, dump, times)
+        yield World(stores[0], stores[1], asyncio.sleep, dump, times, lose)
     finally:
         for store in stores:
             await store.close()

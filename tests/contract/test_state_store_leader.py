@@ -67,6 +67,9 @@ class TestLeadership:
         assert not await world.store.adopt(old, IndexEntry(ObjectId("4"), 1, 1, 1.0))
         assert not await world.store.adopt_partial(old, ObjectId("5"), 1)
         assert await world.store.seize(old, THREE) is None
+        await world.lose("fetches")
+        before = await world.dump()
+        assert await world.store.recount(old) == 0
         await world.store.set_accounted(old)
         await world.store.save_policy(old, [IndexEntry(ONE, 100, 9, 9.0)], PolicyState(9.0, ""))
         await world.store.resign(old)
@@ -102,6 +105,64 @@ class TestEviction:
         await world.store.adopt(term, IndexEntry(ONE, 100, 1, time.time() - 30))
         assert not await world.store.begin_eviction(term, ONE, 60)
         assert await world.store.begin_eviction(term, ONE, 20)
+
+
+class TestRecount:
+    async def test_finds_nothing_wrong_with_what_the_verbs_have_counted(self, world: World) -> None:
+        term = await world.reconciled()
+        await world.stored(ONE, 100)
+        await world.stored(TWO, 200)
+        await world.begun(THREE, 300)
+        await world.store.begin_eviction(term, TWO, 0)
+        await world.store.claim(ObjectId("4"), "api-1")
+        before = await world.dump()
+        assert await world.store.recount(term) == 0
+        assert await world.dump() == before
+
+    async def test_puts_lost_sums_right(self, world: World) -> None:
+        term = await world.reconciled()
+        await world.stored(ONE, 100)
+        await world.store.park(await world.begun(TWO, 200))
+        await world.lose("usage")
+        assert await world.taken() == (0, 0)
+        assert await world.store.recount(term, entries=False) == footprint(200)
+        assert await world.taken() == (0, footprint(200))
+        assert await world.store.recount(term) == footprint(100)
+        assert await world.taken() == (footprint(100), footprint(200))
+
+    async def test_takes_away_what_belongs_to_nothing(self, world: World) -> None:
+        term = await world.reconciled()
+        await world.stored(ONE, 100)
+        await world.begun(TWO, 200)
+        await world.lose("objects")
+        await world.lose("fetches")
+        assert await world.store.recount(term) == footprint(100) + footprint(200)
+        assert await world.taken() == (0, 0)
+
+    async def test_over_many_entries_while_they_come_and_go(self, world: World) -> None:
+        term = await world.reconciled()
+        for first in range(0, 3000, 500):
+            await world.store.adopt_many(
+                term, [IndexEntry(ObjectId(f"o{number}"), 1, 1, 1.0) for number in range(first, first + 500)]
+            )
+        await world.lose("usage")
+
+        async def come_and_go() -> None:
+            for number in range(100):
+                await world.store.adopt(term, IndexEntry(ObjectId(f"new{number}"), 7, 1, 1.0))
+                await world.other.begin_eviction(term, ObjectId(f"o{number}"), 0)
+                await world.other.finish_eviction(term, ObjectId(f"o{number}"))
+
+        await asyncio.gather(come_and_go(), *(world.store.recount(term) for _ in range(20)))
+        assert await world.taken() == (2900 * footprint(1) + 100 * footprint(7), 0)
+
+    async def test_turnover_tells_what_moved(self, world: World) -> None:
+        term = await world.reconciled()
+        before = (await world.store.usage()).turnover
+        await world.stored(ONE, 100)
+        await world.store.begin_eviction(term, ONE, 0)
+        await world.store.finish_eviction(term, ONE)
+        assert (await world.store.usage()).turnover - before == 2 * footprint(100)
 
 
 class TestAdoption:

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
@@ -307,3 +309,44 @@ async def test_a_redis_that_restarts_empty_is_filled_again(
 
         await eventually(filled, 20.0)
         assert await world.used() <= LIMIT
+
+
+@pytest.mark.servers
+@pytest.mark.parametrize("lost", ["usage", "objects", "fetches"])
+async def test_sums_are_those_of_the_volume_whichever_key_is_lost(
+    tmp_path: Path, redis_url: str, redis_prefix: str, lost: str
+) -> None:
+    async with evictor_world(tmp_path, (redis_url, redis_prefix)) as world:
+        async with world.evictor():
+            await eventually(world.accounted)
+            await world.store("one", "two")
+            await world.state.park(await world.begun("three"))
+            world.leave_partial("three", 100)
+            async with Redis.from_url(redis_url) as client:
+                await client.delete(f"{redis_prefix}{lost}")
+
+            async def right() -> bool:
+                usage = await world.state.usage()
+                return usage.accounted and (usage.objects, usage.used, usage.reserved) == (
+                    2,
+                    2 * footprint(SIZE),
+                    footprint(SIZE),
+                )
+
+            if lost != "fetches":  # noticed by itself within a look of the evictor's
+                await eventually(right)
+        async with world.evictor():
+            await eventually(right)
+
+
+@pytest.mark.servers
+async def test_a_server_that_may_drop_keys_is_told_of(redis_server: RedisServer, tmp_path: Path) -> None:
+    assert await redis_server.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru") == "+OK"
+    try:
+        async with evictor_world(tmp_path, (redis_server.url, "policy:")) as world:
+            with capture_logs() as logs:
+                async with world.evictor():
+                    await eventually(world.accounted)
+        assert "state_store_evicts" in [line["event"] for line in logs]
+    finally:
+        assert await redis_server.command("CONFIG", "SET", "maxmemory-policy", "noeviction") == "+OK"

@@ -119,6 +119,16 @@ class MemoryEviction(MemoryFetching):
         )
         return lease
 
+    async def recount(self, term: Term, *, entries: bool = True) -> int:
+        tables = self._tables
+        if not tables.in_office(term):
+            return 0
+        before = (tables.used, tables.reserved)
+        if entries:
+            tables.used = sum(footprint(entry.size) for entry in tables.objects.values())
+        tables.reserved = sum(footprint(row.size) for row in tables.rows.values() if row.reserved)
+        return abs(before[0] - tables.used) + abs(before[1] - tables.reserved)
+
     async def set_accounted(self, term: Term) -> None:
         if self._tables.in_office(term):
             self._tables.accounted = True

@@ -67,6 +67,7 @@ class MemoryRequests:
             objects=len(tables.objects),
             fetches=leases,
             accounted=tables.accounted,
+            turnover=tables.turnover,
         )
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:

@@ -59,6 +59,7 @@ class Tables:
     policy: PolicyState = field(default_factory=PolicyState)
     used: int = 0
     reserved: int = 0
+    turnover: int = 0
     serial: int = 0
     accounted: bool = False
     term: Term | None = None
@@ -116,12 +117,16 @@ class Tables:
     def put_object(self, entry: IndexEntry) -> None:
         """A new entry of a new generation."""
         self.objects[entry.object_id] = replace(entry, evicting=False, generation=self.next_serial())
-        self.used += footprint(entry.size)
+        self._add_used(footprint(entry.size))
 
     def drop_object(self, entry: IndexEntry) -> None:
         del self.objects[entry.object_id]
-        self.used -= footprint(entry.size)
+        self._add_used(-footprint(entry.size))
         self.announce(Topic.SPACE_FREED, entry.object_id)
+
+    def _add_used(self, more: int) -> None:
+        self.used += more
+        self.turnover += abs(more)
 
     def fetch(self, object_id: ObjectId) -> Fetch | None:
         row = self.rows.get(object_id)

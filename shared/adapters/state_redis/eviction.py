@@ -69,6 +69,9 @@ class RedisEviction(RedisFetching):
         token, size = reply
         return Lease(object_id, token, size, term.holder)
 
+    async def recount(self, term: Term, *, entries: bool = True) -> int:
+        return int(str(await self._run_in_office("recount", term, "", int(entries))))
+
     async def set_accounted(self, term: Term) -> None:
         await self._run_in_office("set_accounted", term)
 

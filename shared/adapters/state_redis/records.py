@@ -91,4 +91,5 @@ def read_server_figures(info: Mapping[str, Any]) -> ServerFigures:
         clients=int(info["connected_clients"]),
         commands=int(info["total_commands_processed"]),
         saving=info["rdb_last_bgsave_status"] == "ok" and info["aof_last_write_status"] == "ok",
+        eviction=str(info["maxmemory_policy"]),
     )

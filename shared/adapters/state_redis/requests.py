@@ -48,8 +48,9 @@ class RedisRequests:
         await self._connection.run("withdraw", object_id, claimant)
 
     async def usage(self) -> Usage:
-        used, reserved, objects, fetches, accounted = await self._connection.run("usage", "")
-        return Usage(self._limit, used, reserved, objects, fetches, bool(accounted))
+        reply = await self._connection.run("usage", "")
+        used, reserved, objects, fetches, accounted, turnover = reply
+        return Usage(self._limit, used, reserved, objects, fetches, bool(accounted), turnover)
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
         if accesses:

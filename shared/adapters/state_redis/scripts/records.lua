@@ -14,7 +14,10 @@ local GRAIN, MOST_VIEWS, MOST_BYTES = 65536, 2147483647, 281474976710655
 local function footprint(size) return size + record_bytes end
 
 -- Lua would write large numbers in scientific notation, which Redis does not count with
-local function add(field, bytes) redis.call('HINCRBY', usage, field, string.format('%.0f', bytes)) end
+local function add(field, bytes)
+  redis.call('HINCRBY', usage, field, string.format('%.0f', bytes))
+  if field == 'used' then redis.call('HINCRBY', usage, 'turnover', string.format('%.0f', math.abs(bytes))) end
+end
 
 -- Rises with every call, also over a lost store, whose counters begin anew: old tokens are never granted again
 local function next_serials(count)
