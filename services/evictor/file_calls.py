@@ -7,28 +7,17 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import ParamSpec, TypeVar
 
+from shared.runtime.threads import result_of
+
 Given = ParamSpec("Given")
 Result = TypeVar("Result")
 
 
-async def file_call(function: Callable[Given, Result], *args: Given.args, **kwargs: Given.kwargs) -> Result:
-    """Run in a thread. When cancelled, wait for its end before giving in: whoever cleans up finds files at rest."""
-    call = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
-    try:
-        return await asyncio.shield(call)
-    except asyncio.CancelledError:
-        while not call.done():
-            await _settled(call)
-        if not call.cancelled():
-            call.exception()  # seen; the cancellation is what the caller gets
-        raise
+async def file_call(call: Callable[Given, Result], /, *given: Given.args, **named: Given.kwargs) -> Result:
+    """Run in a thread. When cancelled, wait for its end before giving in: whoever cleans up finds files at rest.
 
-
-async def _settled(call: asyncio.Future[Result]) -> None:
-    try:
-        await asyncio.wait({call})
-    except asyncio.CancelledError:
-        return  # a second cancellation changes nothing: the thread cannot be stopped
+    What the call returns is lost then: one that opens something leaves it where the caller can find it."""
+    return await result_of(asyncio.ensure_future(asyncio.to_thread(call, *given, **named)))
 
 
 async def next_chunk(found: Iterable[Result], at_most: int) -> list[Result]:

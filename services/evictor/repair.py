@@ -15,17 +15,18 @@ from enum import StrEnum
 import structlog
 
 from services.evictor.file_calls import file_call, next_chunk
-from services.evictor.hashing import hash_file
 from services.evictor.known_ids import KnownIds
 from services.evictor.removals import Removals
 from services.evictor.takeover import Takeover
 from shared.adapters.volume import FoundObject, Volume
+from shared.domain.errors import VolumeError
 from shared.domain.found_objects import record_for
 from shared.domain.media_sniffing import HEAD_BYTES
 from shared.domain.objects import Duty, MediaObject, ObjectId
 from shared.observability.metrics import RECONCILED
 from shared.ports.catalog import Catalog
 from shared.ports.state_store import Term
+from shared.runtime.hashing import hash_file
 
 _AT_ONCE = 100
 _LISTED_AT_ONCE = 16
@@ -34,11 +35,19 @@ logger = structlog.get_logger()
 
 
 class Verdict(StrEnum):
-    """CONFIRMED: as the catalog says; WRONG: not what it says; UNKNOWN: it does not say enough to tell."""
+    """CONFIRMED: as the catalog says; WRONG: not what it says; UNKNOWN: it does not say enough to tell. UNREADABLE: the
+    disk does not give it, so nobody can tell."""
 
     CONFIRMED = "repaired"
     WRONG = "wrong"
     UNKNOWN = "unknown"
+    UNREADABLE = "unreadable"
+
+
+_LEFT = {
+    Verdict.UNKNOWN: "the catalog does not know them",
+    Verdict.UNREADABLE: "the disk cannot read them",
+}
 
 
 def judge_size(known: MediaObject | None, size: int) -> Verdict:
@@ -96,31 +105,40 @@ class Repair:
     async def _settle_one_by_one(self, term: Term) -> None:
         """Some of them in each run: those that were asked about in vain give way to the others until all had a turn."""
         scan = self._volume.scan_unrecorded()
-        questions, unknown = 0, list[ObjectId]()
+        questions, left = 0, {verdict: list[ObjectId]() for verdict in _LEFT}
         while (chunk := await next_chunk(scan, _AT_ONCE)) and questions < self.questions_most:
             for found in chunk:
                 if found.object_id in self._asked:
                     continue
                 questions += 1
                 known = await self._catalog.look_up(found.object_id)
-                if await self._settle(term, found, known) is Verdict.UNKNOWN:
-                    unknown.append(found.object_id)
-        if chunk:
-            self._asked.update(unknown)
-        else:
+                verdict = await self._settle(term, found, known)
+                if verdict in left:
+                    left[verdict].append(found.object_id)
+        for verdict, object_ids in left.items():
+            if object_ids:
+                logger.warning("objects_without_record", count=len(object_ids), reason=_LEFT[verdict])
+            self._asked.update(object_ids)
+        if not chunk:
             self._asked = KnownIds()
-        if unknown:
-            logger.warning(
-                "objects_without_record", count=len(unknown), reason="the catalog does not know them"
-            )
 
     async def _settle(self, term: Term, found: FoundObject, known: MediaObject | None) -> Verdict:
+        """What came of it. A file that the disk does not give holds up no other: it is looked at in the next run."""
+        try:
+            verdict = await self._settle_readable(term, found, known)
+        except VolumeError as error:
+            logger.error("object_not_looked_at", object_id=found.object_id, reason=str(error))
+            verdict = Verdict.UNREADABLE
+        RECONCILED.labels(str(verdict)).inc()
+        return verdict
+
+    async def _settle_readable(self, term: Term, found: FoundObject, known: MediaObject | None) -> Verdict:
         descriptor = self._volume.open_raw(found.object_id)
         if descriptor is None:
             return Verdict.CONFIRMED  # gone meanwhile
         try:
             verdict = await self._judge(known, descriptor)
-            head = os.pread(descriptor, HEAD_BYTES, 0)
+            head = await file_call(_head_of, descriptor)
         finally:
             os.close(descriptor)
         if verdict is Verdict.CONFIRMED and known is not None:
@@ -129,7 +147,6 @@ class Repair:
         elif verdict is Verdict.WRONG:
             logger.warning("object_wrong", object_id=found.object_id, bytes=found.size)
             await self._removals.purge(term, found.object_id, "wrong")
-        RECONCILED.labels(str(verdict)).inc()
         return verdict
 
     async def _judge(self, known: MediaObject | None, descriptor: int) -> Verdict:
@@ -137,7 +154,7 @@ class Repair:
         if self._takeover is not None or known is None or known.content_hash is None:
             return verdict
         if verdict is Verdict.CONFIRMED:
-            seen = await hash_file(descriptor, known.content_hash, rate=0)
+            seen = await hash_file(file_call, descriptor, known.content_hash)
             return Verdict.CONFIRMED if seen == known.content_hash else Verdict.WRONG
         return verdict
 
@@ -146,3 +163,10 @@ class Repair:
             stated = None if self._takeover is None else self._takeover.media_type_of(found.object_id)
             stored_at = min(found.changed_at, time.time())
             self._volume.write_record(record_for(known, found.size, head, stored_at, stated))
+
+
+def _head_of(descriptor: int) -> bytes:
+    try:
+        return os.pread(descriptor, HEAD_BYTES, 0)
+    except OSError as error:
+        raise VolumeError(f"read its beginning: {error.strerror}") from error

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 import structlog
 
 from services.evictor.file_calls import file_call, next_chunk
-from services.evictor.hashing import hash_file
 from services.evictor.removals import Removals
 from shared.adapters.volume import Foreign, FoundObject, Volume
 from shared.domain.errors import VolumeError
 from shared.domain.objects import StoredRecord
 from shared.observability.metrics import SCRUBBED_BYTES, SCRUBBED_OBJECTS
 from shared.ports.state_store import Term
+from shared.runtime.hashing import hash_file
 
 _SCANNED_AT_ONCE = 100
 _LEAST_SECONDS_AN_OBJECT = 0.002
@@ -79,7 +79,7 @@ class Scrub:
         if record.content_hash is None:
             return None
         try:
-            seen = await hash_file(descriptor, record.content_hash, self._rate)
+            seen = await hash_file(file_call, descriptor, record.content_hash, self._rate)
         except VolumeError as error:
             return f"cannot be read: {error}"
         SCRUBBED_BYTES.inc(size)

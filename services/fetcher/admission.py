@@ -21,8 +21,8 @@ from shared.domain.media_sniffing import HEAD_BYTES
 from shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
 from shared.domain.space import footprint
 from shared.ports.state_store import AlreadyStored, Announcement, Granted, Lease, NoSpace, StateStore, Topic
+from shared.runtime.hashing import hash_file
 
-_HASHED_AT_ONCE = 1024 * 1024
 _LOOK_EVERY = 0.5  # seconds; announcements may be lost
 
 logger = structlog.get_logger()
@@ -44,6 +44,16 @@ class AdmissionRules:
     largest_size: int
     space_wait: float
     warm_below: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnrecordedFile:
+    """A complete file that has no record, open; `head`: its first bytes."""
+
+    descriptor: int
+    size: int
+    changed_at: float
+    head: bytes
 
 
 class Admission:
@@ -88,7 +98,7 @@ class Admission:
                     return Admitted(begun.lease, asked_at)
                 if isinstance(begun, AlreadyStored) and not cleared:
                     cleared = True
-                    if await self._disk.run(self._restore, media_object):
+                    if await self._restore(media_object):
                         logger.info("record_restored", object_id=object_id)
                         return Done("already cached")
                     if not await self._clear_away(object_id, begun.generation):
@@ -127,26 +137,24 @@ class Admission:
         found.close()
         return found.record
 
-    def _restore(self, wanted: MediaObject) -> bool:
+    async def _restore(self, wanted: MediaObject) -> bool:
         """A file without its record (lost, or not written yet when the file came from another node) gets one, if it is
-        what the catalog says. Blocks, for as long as it takes to read the file."""
-        found = self._volume.find_object(wanted.object_id)
-        if found is None or found.size != wanted.size or self._volume.read_record(wanted.object_id):
-            return False
-        descriptor = self._volume.open_raw(wanted.object_id)
-        if descriptor is None:
-            return False
+        what the catalog says."""
+        opened: list[UnrecordedFile] = []
         try:
-            if (
-                wanted.content_hash is not None
-                and _hash_of(descriptor, wanted.content_hash) != wanted.content_hash
-            ):
-                return False
-            head = os.pread(descriptor, HEAD_BYTES, 0)
+            await self._disk.run(_open_unrecorded, self._volume, wanted, opened)
+            for file in opened:
+                if not await self._is_right(file.descriptor, wanted.content_hash):
+                    return False
+                record = record_for(wanted, file.size, file.head, min(file.changed_at, time.time()))
+                await self._disk.run(self._volume.write_record, record)
+            return bool(opened)
         finally:
-            os.close(descriptor)
-        self._volume.write_record(record_for(wanted, found.size, head, min(found.changed_at, time.time())))
-        return True
+            for file in opened:
+                os.close(file.descriptor)
+
+    async def _is_right(self, descriptor: int, expected: ContentHash | None) -> bool:
+        return expected is None or await hash_file(self._disk.run, descriptor, expected) == expected
 
     async def _make_known(self, record: StoredRecord) -> JobOutcome:
         """The object is there. If the index does not know it (a worker died before it could say so), say so now; where
@@ -182,16 +190,20 @@ class Admission:
         return True
 
 
-def _hash_of(descriptor: int, expected: ContentHash) -> ContentHash:
-    """The hash, of `expected`'s algorithm, of a whole file. VolumeError if the disk cannot read it. Blocks."""
-    hasher, offset = expected.hasher(), 0
+def _open_unrecorded(volume: Volume, wanted: MediaObject, opened: list[UnrecordedFile]) -> None:
+    """Blocks."""
+    found = volume.find_object(wanted.object_id)
+    if found is None or found.size != wanted.size or volume.read_record(wanted.object_id):
+        return
+    descriptor = volume.open_raw(wanted.object_id)
+    if descriptor is None:
+        return
     try:
-        while data := os.pread(descriptor, _HASHED_AT_ONCE, offset):
-            hasher.update(data)
-            offset += len(data)
+        head = os.pread(descriptor, HEAD_BYTES, 0)
     except OSError as error:
-        raise VolumeError(f"read at {offset}: {error.strerror}") from error
-    return ContentHash(expected.algorithm, hasher.digest())
+        os.close(descriptor)
+        raise VolumeError(f"read {wanted.object_id}: {error.strerror}") from error
+    opened.append(UnrecordedFile(descriptor, found.size, found.changed_at, head))
 
 
 async def _pause(news: AsyncIterator[Announcement], object_id: ObjectId) -> None:

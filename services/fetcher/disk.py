@@ -7,6 +7,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from shared.runtime.threads import result_of
+
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
@@ -18,22 +20,13 @@ class DiskThreads:
         self._executor = ThreadPoolExecutor(count, thread_name_prefix="disk")
 
     async def run(
-        self, call: Callable[Arguments, Result], *arguments: Arguments.args, **options: Arguments.kwargs
+        self, call: Callable[Arguments, Result], /, *arguments: Arguments.args, **options: Arguments.kwargs
     ) -> Result:
         """The call's result. A cancellation is raised only after the call has ended: no file is ever closed, and no
-        reservation given back, under a write that still runs."""
+        reservation given back, under a write that still runs. What the call returns is lost then: one that opens
+        something leaves it where the caller can find it."""
         loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(self._executor, lambda: call(*arguments, **options))
-        cancelled: asyncio.CancelledError | None = None
-        while not work.done():
-            try:
-                await asyncio.wait({work})
-            except asyncio.CancelledError as error:
-                cancelled = error
-        if cancelled is not None:
-            work.exception()  # retrieved: the cancellation is what counts now
-            raise cancelled
-        return work.result()
+        return await result_of(loop.run_in_executor(self._executor, lambda: call(*arguments, **options)))
 
     async def close(self) -> None:
         await asyncio.to_thread(self._executor.shutdown)

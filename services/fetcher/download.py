@@ -21,6 +21,7 @@ from shared.domain.media_types import media_type_or_none
 from shared.domain.objects import Hasher, MediaObject, source_name
 from shared.observability.metrics import PHASE, SOURCE_FAILURES, source_label
 from shared.ports.state_store import Announcement, StateStore, Topic
+from shared.runtime.hashing import hash_through
 
 _REHASH_BYTES = 4 * 1024 * 1024
 
@@ -102,17 +103,14 @@ class Download:
         return hasher is None or wanted is None or hasher.digest() == wanted.digest
 
     async def _rehash(self, hasher: Hasher | None, size: int) -> None:
-        """The bytes that lie there from before; in slices, so that a stop need not wait for all of them."""
-        if hasher is None:
+        """The bytes that lie there from before."""
+        if hasher is None or not size:
             return
-        for offset in range(0, size, _REHASH_BYTES):
-            await self._tools.disk.run(self._rehash_slice, hasher, offset, min(_REHASH_BYTES, size - offset))
-
-    def _rehash_slice(self, hasher: Hasher, offset: int, length: int) -> None:
-        data = self._partial.read(offset, length)
-        if len(data) != length:
+        if (
+            await hash_through(self._tools.disk.run, self._partial.read, hasher, at_once=_REHASH_BYTES)
+            != size
+        ):
             raise VolumeError(f"the partial file of {self._object.object_id} gives fewer bytes than it has")
-        hasher.update(data)
 
     def _on_source(self, url: str, told: SourceAnswer) -> None:
         self._keeper.use_source(url)

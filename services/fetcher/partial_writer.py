@@ -13,6 +13,7 @@ from services.fetcher.lease_keeper import LeaseKeeper
 from shared.adapters.volume import PartialFile
 from shared.domain.objects import Hasher
 from shared.observability.metrics import WRITTEN_BYTES
+from shared.runtime.threads import ended
 
 _WORTH_A_CALL = 64 * 1024  # bytes; smaller pieces are joined, larger ones not copied
 
@@ -57,10 +58,10 @@ class PartialWriter:
             self._some.set()
             self._enough.set()
             try:
-                await _settled(writer)
+                await ended(writer)
             finally:
                 if self._telling is not None:
-                    await _settled(self._telling)
+                    await ended(self._telling)
             failure = writer.exception()
         if failure is not None:
             raise failure
@@ -116,15 +117,3 @@ class PartialWriter:
             offset += len(data)
             if self._hasher is not None:
                 self._hasher.update(data)
-
-
-async def _settled(task: asyncio.Task[None]) -> None:
-    """Wait for the task's end through any number of cancellations, which are raised after it."""
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
-            cancelled = error
-    if cancelled is not None:
-        raise cancelled

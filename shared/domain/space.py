@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 RECORD_BYTES = 1024
 """Counted for each object's record on the volume; the volume refuses to write a longer one."""
@@ -26,7 +26,7 @@ class Usage:
     objects: int
     fetches: int
     accounted: bool
-    turnover: int = 0
+    turnover: int = field(default=0, compare=False)
 
     @property
     def free(self) -> int:

@@ -7,12 +7,14 @@ import fcntl
 import os
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
+from shared.adapters.volume import Volume
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
@@ -309,6 +311,42 @@ async def test_a_redis_that_restarts_empty_is_filled_again(
 
         await eventually(filled, 20.0)
         assert await world.used() <= LIMIT
+
+
+class BadSector(Volume):
+    """A volume with one file that can be opened and not be read."""
+
+    unreadable = ObjectId("bad")
+
+    def open_raw(self, object_id: ObjectId) -> int | None:
+        descriptor = super().open_raw(object_id)
+        if descriptor is None or object_id != self.unreadable:
+            return descriptor
+        os.close(descriptor)
+        [path] = self.root.glob(f"objects/*/{object_id}")
+        return os.open(path, os.O_WRONLY)
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+async def test_one_file_that_cannot_be_read_holds_up_no_other(tmp_path: Path, hashed: bool) -> None:
+    async with evictor_world(tmp_path) as world:
+        world.volume = BadSector(world.root)
+        names = ["bad", *(f"o{number}" for number in range(4))]
+        for name in names:
+            world.put_file(name)
+            world.record_path_of(name).unlink()
+            known = media_object(name, body_of(name))
+            world.catalog.objects[known.object_id] = known if hashed else replace(known, content_hash=None)
+        with capture_logs() as logs:
+            async with world.evictor():
+                await eventually(lambda: all(world.volume.read_record(ObjectId(n)) for n in names[1:]))
+                await eventually(
+                    lambda: (
+                        ("objects_without_record", 1) in [(line["event"], line.get("count")) for line in logs]
+                    )
+                )
+        assert world.has("bad")
+        world.volume.close()
 
 
 @pytest.mark.servers
