@@ -111,6 +111,7 @@ def _make_tools(
     can_list = settings.catalog.kind != "origin"
     follower = OrdersFollower(state, volume.root, settings.duty)
     return Tools(
+        volume=volume,
         index=index,
         removals=removals,
         partials=partials,

@@ -13,6 +13,7 @@ import structlog
 from services.evictor.copying import Copying
 from services.evictor.duty import DutyCheck
 from services.evictor.eviction import Eviction
+from services.evictor.file_calls import file_call
 from services.evictor.index import EvictionIndex
 from services.evictor.order_keeping import OrderKeeper, PurgeWork
 from services.evictor.pacing import repeat
@@ -23,6 +24,7 @@ from services.evictor.repair import Repair
 from services.evictor.scrub import Scrub
 from services.evictor.source_watch import SourceWatch
 from services.evictor.takeover import Takeover
+from shared.adapters.volume import Volume
 from shared.domain.errors import CatalogUnavailable, DistributorError, StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
@@ -47,6 +49,7 @@ logger = structlog.get_logger()
 class Tools:
     """All that the work is done with; outlives terms."""
 
+    volume: Volume
     index: EvictionIndex
     removals: Removals
     partials: Partials
@@ -159,7 +162,8 @@ class TermWork:
         await self._tools.removals.complete_all(self._term, _COMPLETED_AT_ONCE)
         usage = await self._state.usage()
         if usage.accounted:
-            await self._tools.eviction.make_room(self._term, usage)
+            device_free = await file_call(self._tools.volume.free_bytes)
+            await self._tools.eviction.make_room(self._term, usage, device_free)
             self._in_doubt = self._in_doubt or (self._tools.eviction.stuck and self._miscounted(usage) > 0)
         if self._settled and not (usage.accounted and _is_possible(usage)):
             self._settled = False

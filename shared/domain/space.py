@@ -40,12 +40,17 @@ class Watermarks:
     low: int
     high: int
 
-    def to_evict(self, usage: Usage, wanted: int) -> int:
+    def to_evict(self, usage: Usage, wanted: int, device_free: int) -> int:
         """Bytes to evict now: down to the low mark if above the high one, and in any case room for what is wanted."""
         taken = usage.used + usage.reserved
         for_marks = taken - self.low if taken > self.high else 0
-        for_wanted = max(0, wanted - usage.free)
-        return max(0, for_marks, for_wanted)
+        return max(0, for_marks, missing_for(usage, wanted, device_free))
+
+
+def missing_for(usage: Usage, wanted: int, device_free: int) -> int:
+    """Bytes that have to go before what is wanted fits, below the limit and on the device: its free bytes may be fewer
+    than the limit says."""
+    return max(0, wanted - min(usage.free, device_free))
 
 
 _TYPICAL_ROOM = 8 * 64 * 1024**2

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
+from shared.adapters.volume import Volume
+from shared.domain.errors import VolumeFull
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import Access, Granted
-from tests.integration.evictor_world import LIMIT, SIZE, EvictorWorld, body_of, eventually, evictor_world
+from tests.integration.evictor_world import (
+    LIMIT,
+    SIZE,
+    EvictorWorld,
+    body_of,
+    eventually,
+    evictor_world,
+    record_of,
+)
 
 HIGH, LOW = 0.9 * LIMIT, 0.5 * LIMIT
 
@@ -76,6 +87,62 @@ async def test_space_is_made_at_once_when_a_worker_asks(world: EvictorWorld) -> 
         assert time.monotonic() - asked < 2.0
         assert not world.has("o0")
         assert world.has("o7")
+
+
+@pytest.fixture
+def small_device(tmp_path: Path) -> Iterator[Path]:
+    """Where the volume will be lies a file system of 160 KiB: some objects fewer than the limit allows."""
+    root = tmp_path / "volume"
+    root.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(root)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("file systems can be mounted by root alone here")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(root)], check=True)
+
+
+async def test_room_is_made_on_a_device_smaller_than_the_limit(small_device: Path) -> None:
+    async with evictor_world(small_device) as world, world.evictor(interval=30.0):
+        await eventually(world.accounted)
+        await world.store(*[f"o{number}" for number in range(6)], age=3600)
+        lease = await world.begun("new")
+        partial = world.volume.receive(record_of("new", body_of("new")))
+        with pytest.raises(VolumeFull):
+            partial.require_room()
+        partial.discard()
+        await world.state.release(lease)
+        await world.state.want_space(ObjectId("new"), SIZE, 60.0)
+        await eventually(lambda: world.volume.free_bytes() >= footprint(SIZE))
+        partial = world.volume.receive(record_of("new", body_of("new")))
+        partial.require_room()
+        partial.close()
+        assert len(await world.entries()) == 5, "no more than was asked for"
+
+
+class SlowDevice(Volume):
+    """A device that never gives back what was removed."""
+
+    def free_bytes(self) -> int:
+        return SIZE
+
+
+async def test_a_device_that_gives_nothing_back_costs_no_more_than_was_asked_for(tmp_path: Path) -> None:
+    async with evictor_world(tmp_path) as world:
+        world.volume = SlowDevice(world.root)
+        async with world.evictor(interval=30.0):
+            await eventually(world.accounted)
+            await world.store(*[f"o{number}" for number in range(6)], age=3600)
+            await world.state.want_space(ObjectId("new"), 2 * SIZE, 60.0)
+
+            async def made() -> bool:
+                return len(await world.entries()) < 6
+
+            await eventually(made)
+            await asyncio.sleep(0.3)
+            assert len(await world.entries()) == 5
+        world.volume.close()
 
 
 async def test_what_is_being_sent_is_skipped_and_its_reader_finishes(world: EvictorWorld) -> None:

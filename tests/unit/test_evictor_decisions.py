@@ -22,18 +22,19 @@ from shared.domain.space import Usage, Watermarks
 bytes_ = st.integers(0, 10**15)
 
 
-@given(bytes_, bytes_, bytes_, bytes_)
+@given(bytes_, bytes_, bytes_, bytes_, bytes_)
 def test_what_is_evicted_makes_the_room_that_is_needed(
-    used: int, reserved: int, wanted: int, limit: int
+    used: int, reserved: int, wanted: int, limit: int, device_free: int
 ) -> None:
     usage = Usage(limit=limit, used=used, reserved=reserved, objects=1, fetches=0, accounted=True)
     marks = Watermarks(low=limit // 2, high=limit * 9 // 10)
-    evicted = marks.to_evict(usage, wanted)
+    evicted = marks.to_evict(usage, wanted, device_free)
     left = used + reserved - evicted
     assert evicted >= 0
     assert left <= marks.high
-    assert limit - left >= wanted or wanted <= 0 or evicted == wanted - usage.free
-    if used + reserved <= marks.high and wanted <= usage.free:
+    assert limit - left >= wanted
+    assert device_free + evicted >= wanted
+    if used + reserved <= marks.high and wanted <= min(usage.free, device_free):
         assert evicted == 0
 
 

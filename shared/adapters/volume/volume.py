@@ -84,6 +84,12 @@ class Volume:
         if not self._directories.revalidate():
             raise VolumeError(f"the volume {self.root} is not there")
 
+    def free_bytes(self) -> int:
+        """Bytes that the device behind the volume still takes, whatever the storage limit says."""
+        with translated(f"ask for free bytes on {self.root}"):
+            device = os.fstatvfs(self._directories.root())
+        return device.f_bavail * device.f_frsize
+
     def close(self) -> None:
         self._directories.close()
 
