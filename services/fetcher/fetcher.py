@@ -15,6 +15,7 @@ from services.fetcher.disk import DiskThreads
 from services.fetcher.download import Tools
 from services.fetcher.lease_keeper import LeaseTimes
 from services.fetcher.obituary import Obituary
+from services.fetcher.postponement import Postponement
 from services.fetcher.retrieval import Retrieval
 from services.fetcher.worker import Worker
 from shared.adapters.sources.relay import Relay
@@ -25,7 +26,7 @@ from shared.domain.errors import (
     StateStoreUnavailable,
     VolumeError,
 )
-from shared.domain.jobs import FetchJob, HandBack, JobOutcome
+from shared.domain.jobs import FetchJob, HandBack, JobOutcome, RetryPlan
 from shared.domain.orders import Orders
 from shared.ports.job_queue import JobQueue
 from shared.ports.state_store import StateStore
@@ -57,6 +58,7 @@ class Fetcher:
         self._worker = Worker(
             Admission(state, volume, self._disk, rules, self.name),
             Retrieval(Tools(state, relay, self._disk), volume, times),
+            Postponement(state, RetryPlan(settings.job_queue.retry_delays), fetch.failure_memory),
         )
         self._orders = OrdersFollower(state, volume.root, settings.duty)
         self._obituary = Obituary(state, volume, self._disk, self.name, fetch.failure_memory)

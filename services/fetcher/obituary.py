@@ -33,9 +33,9 @@ class Obituary:
         with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
             logger.warning("fetch_given_up", reason=reason, attempts=job.attempt)
             try:
-                # In this order: a grant forgets the failure.
-                await self._remove_partial(job.object_id)
+                # In this order: who sees the fetch end must see why.
                 await self._state.record_failure(job.object_id, reason, self._failure_memory)
+                await self._remove_partial(job.object_id)
             except (StateStoreUnavailable, VolumeError) as error:
                 logger.warning("given_up_incompletely", reason=str(error))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import structlog
@@ -11,7 +12,14 @@ import structlog
 from services.fetcher.download import Download, Tools, WrongBytesEverywhere
 from services.fetcher.lease_keeper import LeaseKeeper, LeaseLost, LeaseTimes
 from shared.adapters.volume import PartialFile, Volume
-from shared.domain.errors import AllSourcesFailed, StateStoreUnavailable, VolumeError, VolumeFull
+from shared.domain.errors import (
+    AllSourcesFailed,
+    DistributorError,
+    SourceError,
+    StateStoreUnavailable,
+    VolumeError,
+    VolumeFull,
+)
 from shared.domain.jobs import Done, JobOutcome, TryLater
 from shared.domain.media_sniffing import HEAD_BYTES, settle_media_type
 from shared.domain.media_types import media_type_or_none
@@ -20,6 +28,9 @@ from shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE
 from shared.ports.state_store import Lease
 
 _WISH_SECONDS = 60.0
+
+NoteFailure = Callable[[str], Awaitable[None]]
+"""Told why an attempt has failed; never fails itself."""
 
 logger = structlog.get_logger()
 
@@ -32,7 +43,9 @@ class Retrieval:
         self._volume = volume
         self._times = times
 
-    async def run(self, media_object: MediaObject, lease: Lease, asked_at: float) -> JobOutcome:
+    async def run(
+        self, media_object: MediaObject, lease: Lease, asked_at: float, note_failure: NoteFailure
+    ) -> JobOutcome:
         """`asked_at`: monotonic time before the lease was asked for. Cancelled: what came is kept, the lease given
         back."""
         fetch = _Fetch(self._tools, self._volume, media_object, lease)
@@ -43,25 +56,27 @@ class Retrieval:
                     stored_at = await fetch.store(keeper)
                 return await self._commit(lease, stored_at)
             except LeaseLost as lost:
+                await note_failure(str(lost))
                 return TryLater(str(lost))
-            except WrongBytesEverywhere as error:
-                await fetch.drop()
-                return TryLater(str(error))
-            except AllSourcesFailed as error:
-                await fetch.leave()
-                return TryLater(f"all sources failed: {str(error)[:500]}")
-            except VolumeFull as error:
-                await fetch.drop()
-                await self._tools.state.want_space(lease.object_id, lease.size, _WISH_SECONDS)
-                return TryLater(f"volume full: {error}")
-            except (VolumeError, StateStoreUnavailable) as error:
-                await fetch.leave()
-                return TryLater(str(error))
+            except (SourceError, VolumeError, StateStoreUnavailable) as error:
+                reason = _told(error)
+                await note_failure(reason)  # before the lease is given back: who waits for that asks at once
+                await self._give_up(fetch, lease, error)
+                return TryLater(reason)
             except asyncio.CancelledError:
                 await fetch.leave()
                 raise
             finally:
                 fetch.close()
+
+    async def _give_up(self, fetch: _Fetch, lease: Lease, error: DistributorError) -> None:
+        """What came is kept where another attempt can go on from it."""
+        if not isinstance(error, WrongBytesEverywhere | VolumeFull):
+            await fetch.leave()
+            return
+        await fetch.drop()
+        if isinstance(error, VolumeFull):
+            await self._tools.state.want_space(lease.object_id, lease.size, _WISH_SECONDS)
 
     async def _commit(self, lease: Lease, stored_at: int) -> JobOutcome:
         """Without a word from the state store the file is there all the same: the next attempt, or reconciliation,
@@ -169,3 +184,12 @@ def _same_content(noted: StoredRecord, expected: StoredRecord) -> bool:
     return (noted.size, noted.etag, noted.content_hash) == (
         expected.size, expected.etag, expected.content_hash,
     )  # fmt: skip
+
+
+def _told(error: DistributorError) -> str:
+    match error:
+        case AllSourcesFailed():
+            return f"all sources failed: {str(error)[:500]}"
+        case VolumeFull():
+            return f"volume full: {error}"
+    return str(error)

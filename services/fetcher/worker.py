@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 
 import structlog
 from structlog.contextvars import bound_contextvars
 
 from services.fetcher.admission import Admission, Admitted
+from services.fetcher.postponement import Postponement
 from services.fetcher.retrieval import Retrieval
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.jobs import Done, FetchJob, HandBack, Hopeless, JobOutcome, TryLater
@@ -20,9 +22,10 @@ logger = structlog.get_logger()
 class Worker:
     """Handles any number of jobs at once. Safe to run twice, and to lose half way."""
 
-    def __init__(self, admission: Admission, retrieval: Retrieval) -> None:
+    def __init__(self, admission: Admission, retrieval: Retrieval, postponement: Postponement) -> None:
         self._admission = admission
         self._retrieval = retrieval
+        self._postponement = postponement
 
     async def handle(self, job: FetchJob) -> JobOutcome:
         """The job queue's handler. A cancellation is answered with HandBack, with everything left in good order."""
@@ -46,13 +49,18 @@ class Worker:
             return outcome
 
     async def _fetch(self, job: FetchJob) -> JobOutcome:
+        outcome: JobOutcome
         try:
             admitted = await self._admission.admit(job.media_object, warming=job.low_priority)
-            if not isinstance(admitted, Admitted):
-                return admitted
-            return await self._retrieval.run(job.media_object, admitted.lease, admitted.asked_at)
+            if isinstance(admitted, Admitted):
+                note = partial(self._postponement.note, job)
+                return await self._retrieval.run(job.media_object, admitted.lease, admitted.asked_at, note)
+            outcome = admitted
         except (StateStoreUnavailable, VolumeError) as error:
-            return TryLater(str(error))
+            outcome = TryLater(str(error))
+        if isinstance(outcome, TryLater):
+            await self._postponement.note(job, outcome.reason)
+        return outcome
 
 
 def outcome_label(outcome: JobOutcome) -> str:

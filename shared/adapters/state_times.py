@@ -10,13 +10,15 @@ ACCESS_BATCHES_KEPT = 10_000
 ANNOUNCEMENTS_KEPT = 1_000
 """Bound of what one listener may lag behind before it loses the oldest announcements."""
 
+CLAIM_SECONDS, QUEUED_SECONDS = 10.0, 60.0
+
 
 @dataclass(frozen=True, slots=True)
 class StateTimes:
     """Seconds. `claim`: to publish a job; `queued`: for a worker to begin it; `lease`: between two renewals;
     `operation_timeout`: that any one verb may take before StateStoreUnavailable."""
 
-    claim_seconds: float = 10.0
-    queued_seconds: float = 60.0
+    claim_seconds: float = CLAIM_SECONDS
+    queued_seconds: float = QUEUED_SECONDS
     lease_seconds: float = 15.0
     operation_timeout: float = 1.0

@@ -53,7 +53,8 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A remembered failure: until `seconds_left` have passed nobody claims the object; requests are proxied or told."""
+    """A remembered failure: until `seconds_left` have passed nobody claims the object; requests are proxied or told.
+    Its job may be waiting for another attempt meanwhile; while one is under way, there is no failure."""
 
     reason: str
     seconds_left: float
@@ -237,15 +238,17 @@ class StateStore(OrderBook, LeaderBook, Protocol):
     async def begin(self, object_id: ObjectId, size: int, worker: str) -> Begun:
         """Take the lease and reserve `footprint(size)` in one step. Over a PARKED fetch or a run-out lease the existing
         reservation is taken over (adjusted to `size`, if that differs and fits). Never grants what would make
-        used + reserved pass the limit. Granting forgets what was recorded by `want_space` and `record_failure`."""
+        used + reserved pass the limit. Granting forgets what was recorded by `want_space`; a failure stays, out of
+        sight while the fetch is live, since another attempt may fail, too."""
 
     async def renew(self, lease: Lease, source: str | None = None) -> bool:
         """Prolong the lease and say which source is in use. False: the lease is lost; stop writing at once."""
 
     async def commit(self, lease: Lease, stored_at: float) -> bool:
         """Reserved becomes used, the entry is in the index (one view; last access is `stored_at`, POSIX seconds, but
-        not later than the store's now). False: the lease was lost (nothing is changed; the file is adopted by the
-        next worker or by reconciliation). A lease that ran out but was taken by nobody can still be committed."""
+        not later than the store's now), a failure is forgotten. False: the lease was lost (nothing is changed; the
+        file is adopted by the next worker or by reconciliation). A lease that ran out but was taken by nobody can
+        still be committed."""
 
     async def park(self, lease: Lease) -> None:
         """Give the lease back, keep the reservation: a partial file stays on the volume."""
@@ -253,7 +256,8 @@ class StateStore(OrderBook, LeaderBook, Protocol):
     async def release(self, lease: Lease) -> None:
         """Give lease and reservation back: no file is left. Only after the partial file is gone."""
 
-    async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None: ...
+    async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
+        """Keep everybody from claiming the object for so long, counted anew with each call. Announces FETCH_CHANGED."""
 
     async def want_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
         """Ask the evictor for room for one object; the wish runs out after `seconds`. Announces SPACE_WANTED."""

@@ -90,13 +90,50 @@ class TestBegin:
 
         await asyncio.gather(*(fetch(number, size) for number, size in enumerate(sizes)))
 
-    async def test_granted_forgets_failure_and_wish(self, world: World) -> None:
+    async def test_granted_forgets_the_wish(self, world: World) -> None:
         await world.reconciled()
-        await world.store.record_failure(ONE, "refused", 60)
         await world.store.want_space(ONE, 100, 60)
         await world.begun(ONE, 100)
-        assert (await world.store.find(ONE)).failure is None
         assert await world.store.space_wanted() == 0
+
+    @pytest.mark.parametrize("kept", [True, False])
+    async def test_a_failure_is_out_of_sight_while_another_attempt_lives(
+        self, world: World, kept: bool
+    ) -> None:
+        await world.reconciled()
+        await world.store.claim(ONE, "api-1")
+        await world.store.record_failure(ONE, "refused", 60)
+        lease = await world.begun(ONE, 100)
+        assert (await world.store.find(ONE)).failure is None
+        claim = await world.store.claim(ONE, "api-2")
+        assert (claim.won, claim.standing.failure) == (False, None)
+        await (world.store.park if kept else world.store.release)(lease)
+        claim = await world.store.claim(ONE, "api-2")
+        assert not claim.won
+        assert claim.standing.failure is not None
+        assert claim.standing.failure.reason == "refused"
+
+    async def test_only_success_forgets_a_failure(self, world: World) -> None:
+        term = await world.reconciled()
+        await world.store.record_failure(ONE, "refused", 60)
+        await world.stored(ONE, 100)
+        await world.store.begin_eviction(term, ONE, 0)
+        await world.store.finish_eviction(term, ONE)
+        assert (await world.store.find(ONE)).failure is None
+        assert (await world.store.claim(ONE, "api-1")).won
+
+    async def test_a_failure_keeps_a_parked_fetch_from_being_claimed_until_it_runs_out(
+        self, world: World
+    ) -> None:
+        await world.reconciled()
+        await world.store.park(await world.begun(ONE, 100))
+        await world.store.record_failure(ONE, "refused", 0.1)
+        assert not (await world.store.claim(ONE, "api-1")).won
+
+        async def won() -> bool:
+            return (await world.store.claim(ONE, "api-1")).won
+
+        await world.until(won)
 
     @pytest.mark.parametrize("size", [40, 100, 200])
     async def test_over_a_parked_fetch_adjusts_its_reservation(self, world: World, size: int) -> None:

@@ -16,6 +16,7 @@ from services.fetcher.disk import DiskThreads
 from services.fetcher.download import Tools
 from services.fetcher.lease_keeper import LeaseTimes
 from services.fetcher.obituary import Obituary
+from services.fetcher.postponement import Postponement
 from services.fetcher.retrieval import Retrieval
 from services.fetcher.worker import Worker
 from shared.adapters.sources import SourceClient, SourceLimits
@@ -24,12 +25,13 @@ from shared.adapters.sources.relay import Relay
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_times import StateTimes
 from shared.adapters.volume import Volume
-from shared.domain.jobs import FetchJob
+from shared.domain.jobs import FetchJob, RetryPlan
 from shared.domain.objects import ContentHash, MediaObject, ObjectId
 from shared.ports.state_store import Term
 
 LIMITS = SourceLimits(connect_timeout=2, first_byte_timeout=0.5, stall_timeout=0.5, minimum_rate=1)
 OBJECT_ID = ObjectId.parse("7")
+RETRIES = RetryPlan((5.0, 30.0))
 LIMIT = 64 * 1024 * 1024
 
 
@@ -58,6 +60,7 @@ class World:
         return Worker(
             Admission(self.state, self.volume, self.disk, rules, name),
             Retrieval(Tools(self.state, self.relay, self.disk), self.volume, self.times),
+            Postponement(self.state, RETRIES, failure_memory=60.0),
         )
 
     def obituary(self) -> Obituary:

@@ -15,9 +15,11 @@ from services.fetcher.disk import DiskThreads
 from services.fetcher.download import Tools
 from services.fetcher.lease_keeper import LeaseTimes
 from services.fetcher.obituary import Obituary
+from services.fetcher.postponement import Postponement
 from services.fetcher.retrieval import Retrieval
 from services.fetcher.worker import Worker
 from tests.integration.assets_world import LIMIT, MIB, AssetsWorld, assets_world
+from tests.integration.fetcher_world import RETRIES
 
 SIZE = 2 * MIB + 11
 RATE = 4 * MIB
@@ -38,6 +40,7 @@ async def fetching(world: AssetsWorld) -> AsyncIterator[None]:
     worker = Worker(
         Admission(state, volume, disk, rules, "worker-1"),
         Retrieval(Tools(state, world.context.relay, disk), volume, LeaseTimes(lease=15.0, renewal=4.0)),
+        Postponement(state, RETRIES, failure_memory=60.0),
     )
     obituary = Obituary(state, volume, disk, "worker-1", failure_memory=60.0)
     consuming = asyncio.create_task(world.queue.consume(worker.handle, 4, obituary.write))

@@ -224,6 +224,7 @@ async def test_a_dead_fetch_is_finished_from_a_source_in_the_same_answer(world: 
     body = await client.take(700_000)
     fetch.partial.close()
     await world.context.state.record_failure(fetch.lease.object_id, "given up", 60)
+    await world.context.state.park(fetch.lease)
     body += await client.rest()
     assert body == world.data["1"]
     assert [record.range for record in world.node.requests] == [f"bytes=700000-{SIZE - 1}"]
@@ -238,6 +239,7 @@ async def test_a_dead_fetch_with_wrong_bytes_on_disk_never_completes(world: Asse
     body = await client.take(700_000)
     fetch.partial.close()
     await world.context.state.record_failure(fetch.lease.object_id, "given up", 60)
+    await world.context.state.park(fetch.lease)
     body += await client.rest()
     assert len(body) < SIZE
     # The wrong bytes were none of the source's: it is asked again, and gives the right ones.

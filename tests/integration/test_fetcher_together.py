@@ -16,7 +16,7 @@ from shared.adapters.queue_memory import MemoryJobQueue
 from shared.domain.jobs import Done, Hopeless, JobOutcome, RetryPlan, TryLater
 from shared.domain.objects import MediaObject, ObjectId, StoredRecord
 from shared.domain.space import footprint
-from shared.ports.state_store import FetchPhase, Granted, IndexEntry
+from shared.ports.state_store import FetchPhase, Granted, IndexEntry, Topic
 from tests.integration.fetcher_world import LIMIT, OBJECT_ID, World, fetcher_world, until
 
 SIZE = 3 * 1024 * 1024 + 17
@@ -170,6 +170,37 @@ async def test_a_job_given_up_frees_its_space_and_is_remembered(world: World) ->
     assert standing.failure.reason.startswith("all sources failed")
     assert world.partial_size() is None
     assert (await world.state.usage()).reserved == 0
+
+
+@pytest.mark.parametrize("trouble", ["sources", "bytes", "space", "disk"])
+async def test_a_failed_attempt_makes_way_for_nobody_but_its_own_job(tmp_path: Path, trouble: str) -> None:
+    """Whoever looks at the moment in which the lease is given back must not start the fetch anew."""
+    content = b"?" + DATA[1:] if trouble == "bytes" else DATA
+    async with fetcher_world(tmp_path, [content], space_wait=0.1, limit=2 * SIZE) as world:
+        held = None
+        if trouble == "sources":
+            world.nodes[0].knobs.add(Behaviour(cut_after=400_000))
+        elif trouble == "space":
+            await world.state.begin(ObjectId("8"), SIZE, "other")
+        elif trouble == "disk":
+            held = world.volume.receive(StoredRecord(OBJECT_ID, SIZE, '"x"', None, "video/mp4", 0))
+        await world.state.claim(OBJECT_ID, "api-1")
+        await world.state.mark_queued(OBJECT_ID, "api-1")
+        async with world.state.listen() as news:
+            running = start(world)
+            claims = []
+            async for announcement in news:
+                if announcement.topic is Topic.FETCH_CHANGED:
+                    claims.append(await world.state.claim(OBJECT_ID, "api-2"))
+                if claims and claims[-1].standing.failure is not None:
+                    break
+            assert isinstance(await running, TryLater)
+        assert not any(claim.won for claim in claims)
+        claim = await world.state.claim(OBJECT_ID, "api-2")
+        assert claim.standing.failure is not None, "while its job waits in the delay queue"
+        assert 60 < claim.standing.failure.seconds_left <= 65, "and if that is lost, for a while longer"
+        if held is not None:
+            held.close()
 
 
 async def test_a_consumer_that_stops_parks_what_it_does(world: World) -> None:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from services.fetcher.admission import Admission, AdmissionRules
 from services.fetcher.download import Tools
+from services.fetcher.postponement import Postponement
 from services.fetcher.retrieval import Retrieval
 from services.fetcher.worker import Worker
 from shared.domain.jobs import Done, FetchJob
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import FetchPhase, Granted
-from tests.integration.fetcher_world import OBJECT_ID, World, fetcher_world
+from tests.integration.fetcher_world import OBJECT_ID, RETRIES, World, fetcher_world
 
 DATA = b"warm" * 5000
 LIMIT = 10 * footprint(len(DATA))
@@ -24,6 +25,7 @@ def worker(world: World, warm_below: int) -> Worker:
     return Worker(
         Admission(world.state, world.volume, world.disk, rules, "worker-1"),
         Retrieval(Tools(world.state, world.relay, world.disk), world.volume, world.times),
+        Postponement(world.state, RETRIES, failure_memory=60.0),
     )
 
 

@@ -46,7 +46,6 @@ class MemoryFetching(MemoryRequests):
         ends = now + tables.times.lease_seconds
         tables.rows[object_id] = FetchRow(FetchPhase.FETCHING, True, size, lease.token, ends, now, worker)
         tables.reserved += more
-        tables.failures.pop(object_id, None)
         tables.wishes.pop(object_id, None)
         tables.announce(Topic.FETCH_CHANGED, object_id)
         return Granted(lease, resumed)
@@ -74,6 +73,7 @@ class MemoryFetching(MemoryRequests):
         last_access = min(stored_at, tables.clock())
         tables.put_object(IndexEntry(lease.object_id, row.size, frequency=1, last_access=last_access))
         tables.drop_fetch(lease.object_id)
+        tables.failures.pop(lease.object_id, None)
         tables.announce(Topic.FETCH_CHANGED, lease.object_id)
         return True
 

@@ -147,6 +147,9 @@ class Tables:
         )
 
     def standing(self, object_id: ObjectId) -> Standing:
+        fetch = self.fetch(object_id)
         reason, ends = self.failures.get(object_id, ("", 0.0))
         left = ends - self.clock()
-        return Standing(self.fetch(object_id), Failure(reason, left) if left > 0 else None)
+        # While somebody tries again, nothing has failed
+        failed = left > 0 and not (fetch and fetch.phase is FetchPhase.FETCHING)
+        return Standing(fetch, Failure(reason, left) if failed else None)

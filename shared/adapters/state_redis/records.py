@@ -58,7 +58,7 @@ def read_standing(object_id: ObjectId, reply: Sequence[Any]) -> Standing:
     shown, reason, left = reply
     return Standing(
         fetch=read_fetch(object_id, shown) if shown else None,
-        failure=Failure(reason.decode(), max(0, left) / 1000) if reason is not None else None,
+        failure=Failure(reason.decode(), max(0, left) / 1000) if reason else None,
     )
 
 

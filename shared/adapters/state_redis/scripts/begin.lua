@@ -18,7 +18,6 @@ local token = next_serial()
 add('reserved', more)
 write_fetch({phase = 'fetching', reserved = true, size = size, token = token, ends = now + tonumber(ARGV[6]),
              since = now, worker = worker, source = ''})
-redis.call('DEL', failure)
 redis.call('HDEL', wishes, object_id)
 announce('fetch_changed')
 return {'granted', token, resumed and 1 or 0}

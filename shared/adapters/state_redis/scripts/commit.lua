@@ -7,5 +7,6 @@ write_object(object_id, {state = STORED, size = fetch.size, frequency = 1,
 add('used', footprint(fetch.size))
 add('reserved', -footprint(fetch.size))
 redis.call('HDEL', fetches, object_id)
+redis.call('DEL', failure)
 announce('fetch_changed')
 return 1

@@ -84,9 +84,10 @@ local function shown(fetch)
   return {fetch.standing, fetch.size, fetch.worker, fetch.source, left, math.max(0, now - fetch.since)}
 end
 
--- What Python makes a Standing of: the fetch or false, the failure's reason or false, milliseconds it is remembered
+-- What Python makes a Standing of: the fetch or false, the failure's reason or false, milliseconds it is remembered.
+-- While somebody tries again, nothing has failed
 local function standing(fetch)
-  local reason = redis.call('GET', failure)
+  local reason = not (fetch and fetch.standing == 'fetching') and redis.call('GET', failure)
   return {fetch and fetch.standing and shown(fetch) or false, reason, reason and redis.call('PTTL', failure) or 0}
 end
 
