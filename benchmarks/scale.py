@@ -155,7 +155,7 @@ class Scale:
         """Under a limit that the volume fills: from the high watermark down to the low one."""
         limit = str(self._limit)
         evictor = self._node.launch(
-            "evictor", DISTRIBUTOR_STORAGE__LIMIT=limit, DISTRIBUTOR_EVICTOR__MIN_IDLE="0"
+            "evictor", DISTRIBUTOR_STORAGE__LIMIT=limit, DISTRIBUTOR_EVICTOR__MIN_IDLE="1"
         )
         try:
             watch = EvictionWatch(self._node.redis_url, self._limit)

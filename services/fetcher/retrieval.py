@@ -53,8 +53,8 @@ class Retrieval:
         with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
             try:
                 async with keeper.kept():
-                    stored_at = await fetch.store(keeper)
-                return await self._commit(lease, stored_at)
+                    await fetch.store(keeper)
+                return await self._commit(lease)
             except LeaseLost as lost:
                 await note_failure(str(lost))
                 return TryLater(str(lost))
@@ -78,11 +78,11 @@ class Retrieval:
         if isinstance(error, VolumeFull):
             await self._tools.state.want_space(lease.object_id, lease.size, _WISH_SECONDS)
 
-    async def _commit(self, lease: Lease, stored_at: int) -> JobOutcome:
+    async def _commit(self, lease: Lease) -> JobOutcome:
         """Without a word from the state store the file is there all the same: the next attempt, or reconciliation,
         makes it known."""
         try:
-            committed = await self._tools.state.commit(lease, stored_at)
+            committed = await self._tools.state.commit(lease, time.time())
         except StateStoreUnavailable as error:
             return TryLater(f"stored, but not committed: {error}")
         return Done("fetched" if committed else "fetched, to be adopted")
@@ -98,8 +98,8 @@ class _Fetch:
         self._lease = lease
         self._partial: PartialFile | None = None
 
-    async def store(self, keeper: LeaseKeeper) -> int:
-        """From the first byte to the rename; the time of storing (POSIX seconds)."""
+    async def store(self, keeper: LeaseKeeper) -> None:
+        """From the first byte to the rename."""
         partial = await self._tools.disk.run(self._open)
         # An index that was rebuilt from the volume a moment ago may not know this file; before it grows, it must. The
         # source can be asked meanwhile.
@@ -112,7 +112,6 @@ class _Fetch:
         media_type = settle_media_type(self._object.media_type, head)
         record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
         await self._tools.disk.run(partial.publish, record)
-        return record.stored_at
 
     def _open(self) -> PartialFile:
         """The partial file, empty unless it is the beginning of this very content. Blocks."""

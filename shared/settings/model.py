@@ -143,7 +143,7 @@ class EvictorSettings(Section):
     `lru` goes by the last access alone. May be changed at a restart; see docs/eviction.md."""
     cost_per_miss: Size = Field(default=DEFAULT_MISS_COST)
     """For `gdsf`: what a miss costs besides its bytes, in bytes. More keeps small objects, less keeps large ones."""
-    min_idle: float = Field(default=120.0, ge=0, le=24 * 3600)
+    min_idle: float = Field(default=120.0, ge=1, le=24 * 3600)
     """Seconds since its last access (or since it was fetched) before an object may be evicted to make room."""
     leadership: Seconds = 10.0
     """Seconds after which a silent leader is replaced by a standby."""

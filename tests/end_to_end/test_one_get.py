@@ -160,7 +160,7 @@ async def never_passes_the_limit(world: World, seconds: float, least_asked: int)
     world.publish(items)
     limit = 100 * MIB
     world.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"] = str(limit)
-    world.stack.environment["DISTRIBUTOR_EVICTOR__MIN_IDLE"] = "0.2"
+    world.stack.environment["DISTRIBUTOR_EVICTOR__MIN_IDLE"] = "1"
     await world.stack.up(fetchers=2)
     expected = {item.object_id: hashlib.sha256(body_of(item)).digest() for item in items}
     until = time.monotonic() + seconds

@@ -298,7 +298,7 @@ async def test_warm_fetches_what_is_ours_within_space_and_evicts_nothing(world: 
 async def test_pinned_objects_are_not_evicted(world: World) -> None:
     items = [generated_object(str(number), 1 * MIB) for number in range(1, 15)]
     world.publish(items)
-    operator = await started(world, DISTRIBUTOR_STORAGE__LIMIT="8M", DISTRIBUTOR_EVICTOR__MIN_IDLE="0")
+    operator = await started(world, DISTRIBUTOR_STORAGE__LIMIT="8M", DISTRIBUTOR_EVICTOR__MIN_IDLE="1")
     for name in ("1", "2"):
         await get(world.stack.url(name))
         await world.stack.until_hit(name)

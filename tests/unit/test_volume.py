@@ -307,6 +307,33 @@ def test_sending_does_not_begin_while_an_object_is_being_removed(volume: Volume)
     opened_before.close()
 
 
+def test_who_reads_without_a_lock_finishes_what_is_removed_meanwhile(volume: Volume) -> None:
+    store(volume, "1")
+    descriptor = os.open(path_of(volume, "1"), os.O_RDONLY)
+    removal = volume.removal(ObjectId("1"))
+    assert removal.begin() is RemovalState.READY
+    removal.unlink()
+    removal.close()
+    assert os.pread(descriptor, len(BODY), 0) == BODY
+    os.close(descriptor)
+
+
+def test_a_follower_holds_what_is_verified_before_the_writer_lets_go(volume: Volume) -> None:
+    partial = volume.receive(record_of("1"))
+    partial.write(0, BODY)
+    reader = volume.open_partial(ObjectId("1"))
+    assert reader is not None
+    assert not reader.hold(), "not verified: the writer alone has it"
+    partial.mark_verified()
+    with pytest.raises(PartialHeld):
+        volume.receive(record_of("1"))
+    assert reader.hold()
+    partial.publish(record_of("1"))
+    partial.close()
+    assert volume.removal(ObjectId("1")).begin() is RemovalState.IN_USE
+    reader.close()
+
+
 def test_two_sends_of_one_open_object_both_keep_it(volume: Volume) -> None:
     store(volume, "1")
     sending = opened(volume, "1")

@@ -18,7 +18,8 @@ from services.api.assets.watch import FetchWatch
 from shared.adapters.volume import OpenObject, PartialReader, Volume
 
 HOLD_INTERVAL = 0.5
-"""Seconds between attempts to keep an object from being removed; less than anybody's evictor.min_idle."""
+"""Seconds between attempts to keep an object from being removed, if no word of the worker comes before; less than
+anybody's evictor.min_idle."""
 
 
 class FollowEnd(Enum):
@@ -83,7 +84,7 @@ class Follower:
 
     async def follow(self, answer: AnswerStream, reader: PartialReader, outcome: CacheOutcome) -> FollowEnd:
         """Send from the file until the span is sent or the file fails us. Nothing is sent beyond what may be."""
-        async with _held_once_verified(reader):
+        async with self._held_once_verified(reader):
             return await self._follow(answer, reader, outcome)
 
     async def _follow(self, answer: AnswerStream, reader: PartialReader, outcome: CacheOutcome) -> FollowEnd:
@@ -164,18 +165,18 @@ class Follower:
         found.close()
         return None
 
+    @asynccontextmanager
+    async def _held_once_verified(self, reader: PartialReader) -> AsyncIterator[None]:
+        """A client that takes nothing for a while must not find the object, complete meanwhile, evicted: it is held as
+        soon as the worker says that it is right, before the worker's own lock goes."""
 
-@asynccontextmanager
-async def _held_once_verified(reader: PartialReader) -> AsyncIterator[None]:
-    """A client that takes nothing for a while must not find the object, complete meanwhile, evicted."""
+        async def hold() -> None:
+            while not (reader.state().verified and reader.hold()):
+                await self._watch.woken(HOLD_INTERVAL)
 
-    async def hold() -> None:
-        while not (reader.state().verified and reader.hold()):  # noqa: ASYNC110 - files have no events
-            await asyncio.sleep(HOLD_INTERVAL)
-
-    holding = asyncio.create_task(hold())
-    try:
-        yield
-    finally:
-        holding.cancel()
-        await asyncio.wait({holding})
+        holding = asyncio.create_task(hold())
+        try:
+            yield
+        finally:
+            holding.cancel()
+            await asyncio.wait({holding})

@@ -49,6 +49,10 @@ class FetchWatch:
         if await self._wakeups.wait(self._object_id, wait):
             self._last_look = -inf
 
+    async def woken(self, seconds: float) -> None:
+        """Wait for word of the fetch, at most so long."""
+        await self._wakeups.wait(self._object_id, seconds)
+
     async def is_over(self) -> bool:
         """True once the state store has said, twice in a row, that nobody fetches the object any more.
 

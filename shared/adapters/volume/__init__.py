@@ -7,8 +7,9 @@
     leaving/<id>           an object that was removed while somebody was sending it
 
 Three facts live in the file system itself, so that they hold across processes and die with them:
-  - whoever writes a partial file holds an exclusive flock on it; whoever sends an object for longer than a moment
-    holds a shared one; whoever removes a file needs the exclusive one first. Locks of a killed process are gone.
+  - whoever writes a partial file holds an exclusive flock on it, which becomes a shared one with verification; whoever
+    sends an object for longer than a moment holds a shared one; whoever removes a file needs the exclusive one first.
+    Locks of a killed process are gone.
   - a partial file that has passed verification is readable by others (mode bit o+r); followers look for it.
   - a file with no name left (st_nlink 0) is on its way out: nobody begins to send it.
 

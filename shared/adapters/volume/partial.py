@@ -110,11 +110,6 @@ class PartialFile:
                 offset += written
                 view = view[written:]
 
-    def cut(self, size: int) -> None:
-        """Shorten to `size` bytes: what lies beyond was never right."""
-        with translated(f"cut the partial file of {self.record.object_id}"):
-            os.ftruncate(self._descriptor, size)
-
     def start_over(self) -> None:
         """Begin again with an empty file that is another file: followers of the old one see that it is gone.
 
@@ -127,8 +122,16 @@ class PartialFile:
             os.close(old)
 
     def mark_verified(self) -> None:
-        """Let followers send the last bytes: the hash (or size) has passed."""
+        """Let followers send the last bytes: the hash (or size) has passed.
+
+        Nothing is written any more, so the exclusive lock becomes a shared one, which keeps other writers and removals
+        off all the same, and which followers can share from now on: once this writer lets go, theirs is there.
+        """
         with translated(f"mark the partial file of {self.record.object_id}"):
+            try:
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:  # the kernel lets go of the one before it takes the other
+                raise PartialHeld(f"another took the partial file of {self.record.object_id}") from None
             os.fchmod(self._descriptor, _VERIFIED_MODE)
 
     def publish(self, record: StoredRecord) -> None:
@@ -203,7 +206,8 @@ class PartialReader:
         return os.pread(self._descriptor, length, offset)
 
     def hold(self) -> bool:
-        """Once verified: keep the object from being removed, as soon as the writer has let go of it. True: it is."""
+        """Once verified: keep the object from being removed. True: it is kept. Before that the writer's lock is in the
+        way."""
         if not self._held:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -67,15 +67,14 @@ class Removal:
         return RemovalState.READY
 
     def unlink(self) -> None:
-        """Remove the locked file and its record; the bytes are free when this returns."""
+        """Remove the locked file and its record. Its bytes are free once nobody has it open: whoever sends it holds a
+        lock, so that nobody does but for a moment. Readers without one (a server in front of ours) finish undisturbed.
+        """
         with translated(f"remove {self._object_id}"):
             remove_quietly(self._object_id, self._directories.descriptor(self._place))
             if self._place != LEAVING:
                 number = fan(self._object_id)
                 remove_quietly(self._object_id, self._directories.descriptor(f"{RECORDS}/{number}"))
-            # A descriptor that another process keeps open for a moment must not keep the bytes.
-            if os.fstat(self._descriptor).st_nlink == 0:
-                os.ftruncate(self._descriptor, 0)
 
     def set_aside(self) -> None:
         """Take an object that is being sent out of sight: new requests miss it, its bytes still count.
