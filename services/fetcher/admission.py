@@ -38,11 +38,12 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class AdmissionRules:
-    """`largest_size` in bytes; `space_wait` in seconds; `warm_below`: bytes used and reserved up to which objects that
-    nobody has asked for are fetched (None: as any other)."""
+    """`largest_size` in bytes; `space_wait` and `lease` in seconds; `warm_below`: bytes used and reserved up to which
+    objects that nobody has asked for are fetched (None: as any other)."""
 
     largest_size: int
     space_wait: float
+    lease: float
     warm_below: int | None = None
 
 
@@ -84,7 +85,7 @@ class Admission:
 
     async def _admit(self, media_object: MediaObject, size: int, *, warming: bool) -> Admitted | JobOutcome:
         object_id = media_object.object_id
-        patience = Patience(self._rules.space_wait)
+        patience = Patience(self._rules.space_wait, self._rules.lease)
         wished = cleared = False
         async with AsyncExitStack() as stack:
             news: AsyncIterator[Announcement] | None = None

@@ -53,7 +53,9 @@ class Fetcher:
         self._disk = DiskThreads(fetch.concurrency + _SPARE_THREADS)
         self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         storage = settings.storage
-        rules = AdmissionRules(storage.largest_cached_size, fetch.space_wait, storage.watermarks.low)
+        rules = AdmissionRules(
+            storage.largest_cached_size, fetch.space_wait, fetch.lease, storage.watermarks.low
+        )
         times = LeaseTimes(fetch.lease, fetch.lease_renewal)
         self._worker = Worker(
             Admission(state, volume, self._disk, rules, self.name),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shared.domain.jobs import Done, Hopeless, JobOutcome, TryLater
+from shared.domain.jobs import Hopeless, JobOutcome, LookAgain, TryLater
 from shared.ports.state_store import AlreadyStored, HeldElsewhere, NeverFits, NoSpace, NotAccounted
 
 Refusal = AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotAccounted
@@ -15,9 +15,11 @@ _RENEWED_BY = 0.5
 
 @dataclass(slots=True)
 class Patience:
-    """Of one job. `space_wait`: seconds, from the settings; times given to it are of any clock that never goes back."""
+    """Of one job. `space_wait` and `lease`: seconds, from the settings; times given to it are of any clock that never
+    goes back."""
 
     space_wait: float
+    lease: float
     _begun: dict[type, float] = field(default_factory=dict)
     _lease_ends: float | None = None
 
@@ -39,13 +41,15 @@ class Patience:
                 return self._held(now, seconds_left, waited)
 
     def _held(self, now: float, seconds_left: float, waited: float) -> JobOutcome | None:
-        """A holder that gives signs of life has a job of its own. One that died leaves this very job, redelivered, as
-        the only one: it must not end before the dead worker's lease does. Either shows within the time of one lease."""
+        """A holder that died leaves this very job, redelivered, as the only one: it must not end before the dead
+        worker's lease does. So it may be with one that gives signs of life, if its delivery was lost with its
+        connection. Either shows within the time of one lease; a lease that neither ends nor is renewed is one whose
+        end a clock that was put back has moved away."""
         if seconds_left <= 0:
             return TryLater("being evicted") if waited >= self.space_wait else None
         ends = now + seconds_left
         if self._lease_ends is None:
             self._lease_ends = ends
         elif ends > self._lease_ends + _RENEWED_BY:
-            return Done("fetched elsewhere")
-        return None
+            return LookAgain("fetched elsewhere")
+        return TryLater("held by a lease that does not end") if waited >= 2 * self.lease else None

@@ -13,7 +13,7 @@ from services.fetcher.admission import Admission, Admitted
 from services.fetcher.postponement import Postponement
 from services.fetcher.retrieval import Retrieval
 from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.jobs import Done, FetchJob, HandBack, Hopeless, JobOutcome, TryLater
+from shared.domain.jobs import Done, FetchJob, HandBack, Hopeless, JobOutcome, LookAgain, TryLater
 from shared.observability.metrics import FETCHES, PHASE
 
 logger = structlog.get_logger()
@@ -70,6 +70,8 @@ def outcome_label(outcome: JobOutcome) -> str:
             return detail.replace(",", "").replace(" ", "_")
         case TryLater():
             return "try_later"
+        case LookAgain():
+            return "fetched_elsewhere"
         case Hopeless():
             return "hopeless"
         case HandBack():

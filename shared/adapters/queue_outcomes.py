@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from shared.domain.jobs import Done, FetchJob, HandBack, JobOutcome, RetryPlan, TryLater
+from shared.domain.jobs import Done, FetchJob, HandBack, JobOutcome, LookAgain, RetryPlan, TryLater
 from shared.ports.job_queue import JobHandler
 
 log = structlog.get_logger()
@@ -23,7 +23,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """Publish `job` (its attempt counted up) to be ready after `delay` seconds, then acknowledge."""
+    """Publish `job` (as its next attempt, or the same one) to be ready after `delay` seconds, then acknowledge."""
 
     job: FetchJob
     delay: float
@@ -50,6 +50,8 @@ def decide_ending(job: FetchJob, outcome: JobOutcome, plan: RetryPlan) -> Ending
         return Finish()
     if isinstance(outcome, HandBack):
         return PutBack()
+    if isinstance(outcome, LookAgain):
+        return Retry(job, plan.delays[0]) if plan.delays else Finish()
     if isinstance(outcome, TryLater):
         delay = plan.next_delay(job.attempt)
         if delay is not None:

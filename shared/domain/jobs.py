@@ -111,6 +111,13 @@ class TryLater:
 
 
 @dataclass(frozen=True, slots=True)
+class LookAgain:
+    """Another worker is at it, and may yet fail with no message of its own: look again later, which is no attempt."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Hopeless:
     """It will not work however often it is tried: dead-letter with the reason."""
 
@@ -122,7 +129,7 @@ class HandBack:
     """The worker is shutting down: give the job back unchanged."""
 
 
-JobOutcome = Done | TryLater | Hopeless | HandBack
+JobOutcome = Done | TryLater | LookAgain | Hopeless | HandBack
 
 
 @dataclass(frozen=True, slots=True)

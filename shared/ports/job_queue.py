@@ -24,8 +24,9 @@ class JobQueue(Protocol):
     """One instance per process; `open` before use, `close` at the end.
 
     What the handler's outcome does: Done → ack. TryLater → the delay queue of the job's attempt, confirmed, then ack;
-    attempts used up → as Hopeless. Hopeless → dead letter with the reason, confirmed, then ack. HandBack → back to the
-    queue. A handler that raises: as TryLater with the exception's name (and the traceback in the log).
+    attempts used up → as Hopeless. LookAgain → the first delay queue, as the same attempt, confirmed, then ack.
+    Hopeless → dead letter with the reason, confirmed, then ack. HandBack → back to the queue. A handler that raises: as
+    TryLater with the exception's name (and the traceback in the log).
     When a job ends as a dead letter, `on_given_up(job, reason)` is awaited first, so that the failure is remembered.
     A message that is no job is dead-lettered with the reason, and consumption goes on.
     """

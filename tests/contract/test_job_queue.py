@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from itertools import pairwise
 
 import pytest
 
 from shared.adapters.queue_memory import MemoryJobQueue
 from shared.adapters.queue_rabbitmq import RabbitJobQueue
 from shared.domain.errors import JobQueueUnavailable
-from shared.domain.jobs import Done, FetchJob, HandBack, Hopeless, JobOutcome, RetryPlan, TryLater
+from shared.domain.jobs import Done, FetchJob, HandBack, Hopeless, JobOutcome, LookAgain, RetryPlan, TryLater
 from shared.ports.job_queue import JobQueue
 from tests.contract.queue_world import consuming, make_job, until_depth
 
@@ -86,6 +87,22 @@ async def test_try_later_comes_again_after_the_delay_of_its_attempt(queue: JobQu
     assert [(job.attempt, job.request_id) for job in witness.begun] == [(1, "r"), (2, "r"), (3, "r")]
     assert times[1] - times[0] >= 0.095
     assert times[2] - times[1] >= 0.295
+    assert witness.given_up == []
+    await until_depth(queue)
+
+
+async def test_look_again_comes_again_after_the_first_delay_and_is_no_attempt(queue: JobQueue) -> None:
+    times: list[float] = []
+
+    async def fifth_time(_: FetchJob) -> JobOutcome:
+        times.append(time.monotonic())
+        return Done() if len(times) == 5 else LookAgain("fetched elsewhere")
+
+    await queue.publish(make_job(request_id="r"))
+    async with consuming(queue, fifth_time) as witness:
+        await witness.until(lambda: len(witness.ended) == 5)
+    assert {(job.attempt, job.request_id) for job in witness.begun} == {(1, "r")}
+    assert min(later - sooner for sooner, later in pairwise(times)) >= 0.095
     assert witness.given_up == []
     await until_depth(queue)
 

@@ -56,7 +56,7 @@ class World:
     def worker(self) -> Worker:
         name = f"worker-{len(self.names)}"
         self.names.append(name)
-        rules = AdmissionRules(LIMIT // 2, self.space_wait)
+        rules = AdmissionRules(LIMIT // 2, self.space_wait, self.times.lease)
         return Worker(
             Admission(self.state, self.volume, self.disk, rules, name),
             Retrieval(Tools(self.state, self.relay, self.disk), self.volume, self.times),

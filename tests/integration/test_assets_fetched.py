@@ -36,7 +36,7 @@ async def world(tmp_path: Path) -> AsyncIterator[AssetsWorld]:
 async def fetching(world: AssetsWorld) -> AsyncIterator[None]:
     """A worker takes the jobs that the API publishes."""
     state, volume, disk = world.context.state, world.volume, DiskThreads(4)
-    rules = AdmissionRules(LIMIT // 2, space_wait=0.3)
+    rules = AdmissionRules(LIMIT // 2, space_wait=0.3, lease=15.0)
     worker = Worker(
         Admission(state, volume, disk, rules, "worker-1"),
         Retrieval(Tools(state, world.context.relay, disk), volume, LeaseTimes(lease=15.0, renewal=4.0)),

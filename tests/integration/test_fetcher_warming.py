@@ -21,7 +21,7 @@ LIMIT = 10 * footprint(len(DATA))
 
 
 def worker(world: World, warm_below: int) -> Worker:
-    rules = AdmissionRules(LIMIT, 0.3, warm_below)
+    rules = AdmissionRules(LIMIT, 0.3, 15.0, warm_below)
     return Worker(
         Admission(world.state, world.volume, world.disk, rules, "worker-1"),
         Retrieval(Tools(world.state, world.relay, world.disk), world.volume, world.times),

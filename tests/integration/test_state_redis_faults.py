@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from redis.asyncio import Redis
 
 from shared.adapters.state_redis import RedisStateStore
 from shared.adapters.state_times import StateTimes
@@ -22,6 +23,7 @@ from shared.ports.state_store import (
     AlreadyStored,
     Announcement,
     Granted,
+    HeldElsewhere,
     IndexEntry,
     Lease,
     NotAccounted,
@@ -314,3 +316,38 @@ async def test_a_silent_but_healthy_listener_stays(store: RedisStateStore) -> No
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(5.0):
                 await anext(heard)
+
+
+PUT_BACK = """
+local all = redis.call('HGETALL', KEYS[1])
+for index = 1, #all, 2 do
+  local row = cmsgpack.unpack(all[index + 1])
+  row[5], row[6] = row[5] + ARGV[1], row[6] + ARGV[1]
+  redis.call('HSET', KEYS[1], all[index], cmsgpack.pack(row))
+end
+redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[2]) + ARGV[1])
+"""
+"""What a clock that is put back by ARGV[1] milliseconds leaves behind: times that lie so much further away."""
+
+
+async def test_a_clock_put_back_prolongs_no_lease_and_no_term(
+    own_redis: RedisServer, redis_prefix: str
+) -> None:
+    times = StateTimes(lease_seconds=0.3, claim_seconds=0.3, operation_timeout=5.0)
+    store = RedisStateStore(own_redis.url, redis_prefix, LIMIT, times)
+    await store.open()
+    await reconciled(store)
+    assert isinstance(await store.begin(ONE, 100, "a worker that dies"), Granted)
+    assert (await store.claim(ObjectId("2"), "an api that dies")).won
+    async with Redis.from_url(own_redis.url) as client:
+        await client.eval(PUT_BACK, 2, f"{redis_prefix}fetches", f"{redis_prefix}leader", 3_600_000)
+    held = await store.begin(ONE, 100, "worker-2")
+    assert isinstance(held, HeldElsewhere)
+    assert held.seconds_left <= 0.3
+    assert not (await store.claim(ObjectId("2"), "api-2")).won
+    assert await store.lead("a standby", 0.3) is None
+    await asyncio.sleep(0.35)
+    assert isinstance(await store.begin(ONE, 100, "worker-2"), Granted)
+    assert (await store.claim(ObjectId("2"), "api-2")).won
+    assert await store.lead("a standby", 0.3) is not None
+    await store.close()

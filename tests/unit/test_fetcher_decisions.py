@@ -10,7 +10,7 @@ from services.fetcher.flushing import LARGEST_LOT, lot_size
 from services.fetcher.patience import Patience
 from services.fetcher.source_rounds import Rounds, rounds_after_wrong_bytes
 from services.fetcher.worker import outcome_label
-from shared.domain.jobs import Done, HandBack, Hopeless, JobOutcome, TryLater
+from shared.domain.jobs import Done, HandBack, Hopeless, JobOutcome, LookAgain, TryLater
 from shared.domain.media_sniffing import settle_media_type
 from shared.ports.state_store import AlreadyStored, HeldElsewhere, NeverFits, NoSpace, NotAccounted
 
@@ -92,40 +92,48 @@ def test_lots_grow_and_are_bounded(received: int) -> None:
 
 
 def test_patience_with_what_never_changes() -> None:
-    patience = Patience(space_wait=10)
+    patience = Patience(space_wait=10, lease=15)
     assert patience.decide(NeverFits(), 0) == Hopeless("larger than the storage limit")
     assert isinstance(patience.decide(AlreadyStored(1), 0), TryLater)
 
 
 @pytest.mark.parametrize("refusal", [NoSpace(5), NotAccounted(), HeldElsewhere(0.0)])
 def test_patience_for_space(refusal: NoSpace | NotAccounted | HeldElsewhere) -> None:
-    patience = Patience(space_wait=10)
+    patience = Patience(space_wait=10, lease=15)
     assert patience.decide(refusal, 100.0) is None
     assert patience.decide(refusal, 109.9) is None
     assert isinstance(patience.decide(refusal, 110.0), TryLater)
 
 
 def test_patience_with_a_living_holder_ends_at_its_next_sign_of_life() -> None:
-    patience = Patience(space_wait=10)
+    patience = Patience(space_wait=10, lease=15)
     assert patience.decide(HeldElsewhere(12.0), 100.0) is None
     assert patience.decide(HeldElsewhere(10.0), 102.0) is None
-    assert patience.decide(HeldElsewhere(14.9), 104.0) == Done("fetched elsewhere")
+    assert patience.decide(HeldElsewhere(14.9), 104.0) == LookAgain("fetched elsewhere")
 
 
 def test_patience_with_a_dead_holder_lasts_as_long_as_its_lease() -> None:
-    patience = Patience(space_wait=10)
+    patience = Patience(space_wait=10, lease=15)
     for second in range(15):
         assert patience.decide(HeldElsewhere(15.0 - second), 100.0 + second) is None
     assert patience.decide(HeldElsewhere(0.1), 115.1) is None
+
+
+def test_patience_with_a_lease_that_a_clock_has_moved_away_ends_after_two_leases() -> None:
+    patience = Patience(space_wait=10, lease=15)
+    for second in range(30):
+        assert patience.decide(HeldElsewhere(3615.0 - second), 100.0 + second) is None
+    assert isinstance(patience.decide(HeldElsewhere(3585.0), 130.0), TryLater)
 
 
 def test_outcomes_have_few_labels() -> None:
     outcomes: list[JobOutcome] = [
         Done("already cached"),
         TryLater("anything"),
+        LookAgain("anything"),
         Hopeless("anything"),
         HandBack(),
     ]
     assert [outcome_label(outcome) for outcome in outcomes] == [
-        "already_cached", "try_later", "hopeless", "handed_back",
+        "already_cached", "try_later", "fetched_elsewhere", "hopeless", "handed_back",
     ]  # fmt: skip

@@ -3,7 +3,11 @@ local holder, milliseconds = ARGV[4], ARGV[5]
 local term = redis.call('GET', leader)
 if term then
   local token, leading = string.match(term, '^(%d+) (.*)$')
-  if leading ~= holder then return 0 end
+  if leading ~= holder then
+    -- A clock that was put back has moved the end of a term away
+    if redis.call('PTTL', leader) > tonumber(milliseconds) then redis.call('PEXPIRE', leader, milliseconds) end
+    return 0
+  end
   redis.call('PEXPIRE', leader, milliseconds)
   return tonumber(token)
 end

@@ -48,11 +48,13 @@ local function write_object(id, object)
     object.generation))
 end
 
--- `phase` is what was written, `standing` what it amounts to now: nil when it has run out and left nothing
+-- `phase` is what was written, `standing` what it amounts to now: nil when it has run out and left nothing. `lasts`: for
+-- how long it was written; one that ends later than that from now was written before the clock was put back
 local function unpack_fetch(packed)
-  local phase, reserved, size, token, ends, since, worker, source = unpack(cmsgpack.unpack(packed))
+  local phase, reserved, size, token, ends, since, worker, source, lasts = unpack(cmsgpack.unpack(packed))
   local fetch = {phase = phase, reserved = reserved, size = size, token = token, ends = ends, since = since,
-                 worker = worker, source = source, standing = phase}
+                 worker = worker, source = source, lasts = lasts, standing = phase}
+  if lasts and ends > now + lasts then fetch.ends, fetch.outdated = now + lasts, true end
   if phase ~= 'parked' and ends <= now then
     fetch.standing = reserved and 'parked' or nil
     fetch.since = ends
@@ -60,14 +62,16 @@ local function unpack_fetch(packed)
   return fetch
 end
 
-local function read_fetch(id)
-  local packed = redis.call('HGET', fetches, id or object_id)
-  return packed and unpack_fetch(packed) or nil
+local function write_fetch(fetch, id)
+  redis.call('HSET', fetches, id or object_id, cmsgpack.pack({fetch.phase, fetch.reserved, fetch.size, fetch.token,
+    fetch.ends, fetch.since, fetch.worker, fetch.source, math.max(0, fetch.lasts or fetch.ends - now)}))
 end
 
-local function write_fetch(fetch)
-  redis.call('HSET', fetches, object_id, cmsgpack.pack({fetch.phase, fetch.reserved, fetch.size, fetch.token,
-    fetch.ends, fetch.since, fetch.worker, fetch.source}))
+local function read_fetch(id)
+  local packed = redis.call('HGET', fetches, id or object_id)
+  local fetch = packed and unpack_fetch(packed) or nil
+  if fetch and fetch.outdated then write_fetch(fetch, id) end
+  return fetch
 end
 
 -- A lease that has run out is still its holder's as long as nobody has taken the object over
@@ -92,7 +96,7 @@ local function standing(fetch)
 end
 
 local function park(fetch)
-  fetch.phase, fetch.ends, fetch.since = 'parked', now, now
+  fetch.phase, fetch.ends, fetch.since, fetch.lasts = 'parked', now, now, 0
   write_fetch(fetch)
 end
 

@@ -4,7 +4,7 @@ if not fetch then return 0 end
 local other = ARGV[7] ~= '' and ARGV[7] ~= fetch.source
 if other then fetch.source = ARGV[7] end
 if fetch.standing == 'parked' then fetch.since = now end
-fetch.ends = now + tonumber(ARGV[6])
+fetch.ends, fetch.lasts = now + tonumber(ARGV[6]), tonumber(ARGV[6])
 write_fetch(fetch)
 if other then announce('fetch_changed') end
 return 1
