@@ -14,8 +14,9 @@ from pathlib import Path
 import structlog
 
 from services.evictor.file_calls import file_call
+from services.evictor.partial_files import discard_partial_file
 from services.evictor.takeover import Takeover
-from shared.adapters.volume import PartialFile, PartialHeld, Volume
+from shared.adapters.volume import PartialFile, Volume
 from shared.adapters.volume.intake import Intake, WaitingFile
 from shared.domain.errors import VolumeError
 from shared.domain.found_objects import record_for
@@ -73,36 +74,50 @@ class Copying:
 
     async def _copy(self, known: MediaObject, one: WaitingFile, lease: Lease) -> bool:
         """Whether it is ours now. Its source goes only after that."""
-        source = self._intake.assets / one.object_id
         views, last_at = self._takeover.views_of(one)
-        try:
-            head = await file_call(_head, source)
-            record = record_for(
-                known, one.size, head, time.time(), self._takeover.media_type_of(one.object_id)
-            )
-            partial = await file_call(self._volume.receive, record)
-        except (PartialHeld, OSError) as error:
-            await self._state.park(lease)
-            logger.warning("asset_not_copied", object_id=one.object_id, reason=str(error))
+        if not await file_call(_is_complete, self._volume, known) and not await self._store(
+            known, one, lease
+        ):
             return False
-        try:
-            right = await self._fill(partial, source, record, lease)
-            if right:
-                await file_call(partial.publish, record)
-                await self._state.commit(lease, last_at)
-        except (VolumeError, OSError) as error:
-            right = False
-            logger.warning("asset_not_copied", object_id=one.object_id, reason=str(error))
-        finally:
-            partial.close()
-        if not right:
-            await self._give_up(record, lease)
-            return False
+        await self._make_known(lease, last_at)
         if views > 1:
             await self._state.record_accesses([Access(one.object_id, views - 1, last_at)])
         await file_call(self._intake.remove, one.object_id)
         RECONCILED.labels("copied").inc()
         return True
+
+    async def _make_known(self, lease: Lease, last_at: float) -> None:
+        """StateStoreUnavailable leaves it to the next attempt, which finds the complete file."""
+        if await self._state.commit(lease, last_at):
+            return
+        begun = await self._state.begin(lease.object_id, lease.size, _WORKER)
+        known = isinstance(begun, Granted) and await self._state.commit(begun.lease, last_at)
+        if not known and not isinstance(begun, AlreadyStored):
+            logger.warning("asset_left_to_reconciliation", object_id=lease.object_id)
+
+    async def _store(self, known: MediaObject, one: WaitingFile, lease: Lease) -> bool:
+        """Whether it is a complete object now. If not, the lease is given back."""
+        source, opened = self._intake.assets / one.object_id, list[PartialFile]()
+        record, right = None, False
+        try:
+            head = await file_call(_head, source)
+            media_type = self._takeover.media_type_of(one.object_id)
+            record = record_for(known, one.size, head, time.time(), media_type)
+            await file_call(_receive, self._volume, record, opened)
+            right = await self._fill(opened[0], source, record, lease)
+            if right:
+                await file_call(opened[0].publish, record)
+        except (VolumeError, OSError) as error:
+            right = False
+            logger.warning("asset_not_copied", object_id=one.object_id, reason=str(error))
+        finally:
+            for partial in opened:
+                partial.close()
+        if not right and record is not None and opened:
+            await self._give_up(record, lease)
+        elif not right:
+            await self._state.park(lease)
+        return right
 
     async def _fill(self, partial: PartialFile, source: Path, record: StoredRecord, lease: Lease) -> bool:
         """Whether all of it came, and is what the catalog says. OSError if the source cannot be read."""
@@ -137,8 +152,7 @@ class Copying:
         RECONCILED.labels("not_copied").inc()
         if await self._state.renew(lease):
             try:
-                partial = await file_call(self._volume.receive, record)
-                await file_call(partial.discard)
+                await file_call(discard_partial_file, self._volume, record.object_id, record.size)
             except VolumeError as error:
                 logger.warning("partial_file_stays", object_id=record.object_id, reason=str(error))
                 await self._state.park(lease)
@@ -149,3 +163,17 @@ class Copying:
 def _head(source: Path) -> bytes:
     with source.open("rb") as file:
         return file.read(HEAD_BYTES)
+
+
+def _receive(volume: Volume, record: StoredRecord, opened: list[PartialFile]) -> None:
+    """Left in `opened`, where whoever is cancelled meanwhile finds it and closes it."""
+    opened.append(volume.receive(record))
+
+
+def _is_complete(volume: Volume, known: MediaObject) -> bool:
+    """It was published already, and nobody could be told: the store was out of reach at that moment."""
+    found = volume.open_object(known.object_id)
+    if found is None:
+        return False
+    found.close()
+    return found.record.size == known.size and found.record.content_hash == known.content_hash

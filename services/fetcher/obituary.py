@@ -9,7 +9,7 @@ from services.fetcher.disk import DiskThreads
 from shared.adapters.volume import Volume
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.jobs import FetchJob
-from shared.domain.objects import ObjectId
+from shared.domain.objects import ObjectId, StoredRecord
 from shared.ports.state_store import FetchPhase, Granted, StateStore
 
 logger = structlog.get_logger()
@@ -48,9 +48,13 @@ class Obituary:
         if not isinstance(begun, Granted):
             return
         try:
-            partial = await self._disk.run(self._volume.receive, noted)
-            await self._disk.run(partial.discard)
+            await self._disk.run(_discard, self._volume, noted)
         except VolumeError:
             await self._state.park(begun.lease)
             raise
         await self._state.release(begun.lease)
+
+
+def _discard(volume: Volume, noted: StoredRecord) -> None:
+    """In one call: whoever is cancelled meanwhile leaves no open file behind. Blocks."""
+    volume.receive(noted, noted=False).discard()

@@ -159,7 +159,7 @@ class _Fetch:
             await self._tools.disk.run(self._partial.discard)
         except VolumeError as error:
             logger.warning("partial_file_stays", reason=str(error))
-            self.close()
+            self._partial = None
             await self._give_back(keep=True)
         else:
             self._partial = None

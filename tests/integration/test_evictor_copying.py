@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,18 +18,32 @@ from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_times import StateTimes
 from shared.adapters.volume import Volume
 from shared.adapters.volume.intake import Intake
+from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
+from shared.ports.state_store import Lease
 from tests.integration.evictor_world import SIZE, ListedCatalog, body_of, media_object
 
 MEMORY = Path("/dev/shm")
 NAMES = ("1", "2", "3", "4")
 
 
+class Silent(MemoryStateStore):
+    """Out of reach for the next `commits` of them."""
+
+    commits = 0
+
+    async def commit(self, lease: Lease, stored_at: float) -> bool:
+        if self.commits:
+            self.commits -= 1
+            raise StateStoreUnavailable("silent")
+        return await super().commit(lease, stored_at)
+
+
 @dataclass
 class World:
     assets: Path
-    state: MemoryStateStore
+    state: Silent
     volume: Volume
     catalog: ListedCatalog
     takeover: Takeover
@@ -67,7 +81,7 @@ async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
     (assets / "cache.json").write_text(json.dumps({"lruCacheGroups": [told]}))
     volume = Volume(tmp_path / "volume")
     volume.prepare()
-    state = MemoryStateStore(limit, StateTimes(lease_seconds=10), time.time)
+    state = Silent(limit, StateTimes(lease_seconds=10), time.time)
     term = await state.lead("one", 3600)
     assert term is not None
     await state.set_accounted(term)
@@ -118,3 +132,20 @@ async def test_a_second_run_copies_nothing_twice(world: World) -> None:
     assert await world.copying.run() is None
     assert world.left() == []
     assert (await world.state.usage()).objects == len(NAMES)
+
+
+async def test_what_was_stored_and_not_told_is_not_copied_beside_itself(world: World) -> None:
+    await world.takeover.move_in()
+    world.state.commits = 1
+    with pytest.raises(StateStoreUnavailable):
+        await world.copying.run()
+    assert world.is_hit("4"), "the most used comes first"
+    assert world.left() == list(NAMES)
+    (world.assets / "4").write_bytes(b"?" * SIZE)  # to be seen if it were read again
+    rows = world.state._tables.rows
+    rows[ObjectId("4")] = replace(rows[ObjectId("4")], ends=0.0)  # its lease has run out
+    assert await world.copying.run() is None
+    assert world.left() == []
+    assert all(world.is_hit(name) for name in NAMES)
+    usage = await world.state.usage()
+    assert (usage.used, usage.reserved) == (4 * footprint(SIZE), 0)

@@ -153,6 +153,18 @@ def test_a_follower_sees_that_its_file_is_gone_and_its_bytes_are_free(volume: Vo
     partial.close()
 
 
+def test_a_discard_that_fails_gives_the_lock_back(volume: Volume) -> None:
+    partial = volume.receive(record_of("1"))
+    (volume.root / "incoming" / "1.part").unlink()
+    (volume.root / "incoming" / "1.part").mkdir()
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(VolumeError):
+        partial.discard()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before - 1
+    (volume.root / "incoming" / "1.part").rmdir()
+    volume.receive(record_of("1")).close()
+
+
 def test_resuming_a_verified_partial_takes_the_mark_away(volume: Volume) -> None:
     partial = volume.receive(record_of("1"))
     partial.write(0, BODY)

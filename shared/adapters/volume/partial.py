@@ -152,12 +152,15 @@ class PartialFile:
             remove_quietly(self._note_name, self._incoming)
 
     def discard(self) -> None:
-        """Remove the partial file and close it; its bytes are free when this returns."""
-        with translated(f"discard the partial file of {self.record.object_id}"):
-            remove_quietly(self._name, self._incoming)
-            os.ftruncate(self._descriptor, 0)
-            remove_quietly(self._note_name, self._incoming)
-        self.close()
+        """Remove the partial file and close it; its bytes are free when this returns. Closed, its lock given back, also
+        when it cannot be removed."""
+        try:
+            with translated(f"discard the partial file of {self.record.object_id}"):
+                remove_quietly(self._name, self._incoming)
+                os.ftruncate(self._descriptor, 0)
+                remove_quietly(self._note_name, self._incoming)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Close it and give the lock back; what is on disk stays."""
