@@ -41,6 +41,7 @@ from shared.runtime.adapters import (
 )
 from shared.runtime.orders import OrdersFollower
 from shared.runtime.run_service import ServiceScope
+from shared.runtime.volume_watch import watch_volume
 from shared.settings.model import Settings
 
 _CLOSING_SECONDS = 3.0
@@ -127,6 +128,7 @@ async def serve_api(
                 background.create_task(context.orders.run(), name="follow-orders"),
                 background.create_task(context.accesses.run(), name="hand-over-accesses"),
                 background.create_task(context.wakeups.run(), name="fetch-wakeups"),
+                background.create_task(watch_volume(context.volume), name="watch-volume"),
             ]
             if lane is not None:
                 tasks.append(background.create_task(lane.objects.run(), name="hot-objects"))

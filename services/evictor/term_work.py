@@ -83,6 +83,7 @@ class TermWork:
         self._orders_changed, self._purge_now = asyncio.Event(), asyncio.Event()
         self._freed: set[ObjectId] = set()
         self._settled = False
+        self._replacements = tools.volume.replacements
         self._unsettled_runs = 0
         self._in_doubt = False
         self._resynced_at, self._saved_at = -math.inf, time.monotonic()
@@ -156,7 +157,18 @@ class TermWork:
         await self._restore_orders()
         self._taken_over.set()
 
+    async def _look_at_volume(self) -> None:
+        """VolumeError while there is none. Another one than before: nothing that the store knows is worth anything."""
+        volume = self._tools.volume
+        await file_call(volume.check)
+        if volume.replacements != self._replacements:
+            self._replacements = volume.replacements
+            self._settled = False
+            logger.warning("volume_replaced", volume=str(volume.root))
+            self._reconcile_now.set()
+
     async def _make_room(self) -> float:
+        await self._look_at_volume()
         if self._in_doubt and time.monotonic() - self._resynced_at > _RESYNC_SECONDS:
             await self._resync()
         await self._tools.removals.complete_all(self._term, _COMPLETED_AT_ONCE)

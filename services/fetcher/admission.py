@@ -79,6 +79,7 @@ class Admission:
             return Hopeless("the size is not known")
         if size > self._rules.largest_size:
             return Hopeless(f"{size} bytes are more than is ever cached")
+        await self._disk.run(self._volume.check)
         if warming and not await self._has_room_to_warm(size):
             return await self._leave_cold(media_object.object_id)
         return await self._admit(media_object, size, warming=warming)

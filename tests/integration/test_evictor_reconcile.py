@@ -272,6 +272,30 @@ async def test_recency_survives_a_restart(world: EvictorWorld) -> None:
     assert (await world.entries())["one"].frequency == 42
 
 
+async def test_a_volume_that_is_replaced_is_counted_anew(world: EvictorWorld, tmp_path: Path) -> None:
+    async with world.evictor():
+        await eventually(world.accounted)
+        await world.store("one", "two")
+        other = Volume(tmp_path / "other")
+        other.prepare()
+        world.root.rename(tmp_path / "former")
+        other.root.rename(world.root)
+        other.close()
+
+        async def empty() -> bool:
+            return await world.entries() == {} and await world.used() == 0
+
+        await eventually(empty)
+        world.root.rename(tmp_path / "other")
+        (tmp_path / "former").rename(world.root)
+
+        async def back() -> bool:
+            return sorted(await world.entries()) == ["one", "two"]
+
+        await eventually(back)
+        await eventually(world.true_to_the_volume)
+
+
 @pytest.mark.servers
 async def test_an_emptied_redis_is_noticed_and_filled_again(
     tmp_path: Path, own_redis: RedisServer, redis_prefix: str

@@ -13,6 +13,7 @@ import pytest
 from services.demo.generated import GeneratedContent
 from services.demo.knobs import Behaviour, Match
 from shared.adapters.queue_memory import MemoryJobQueue
+from shared.adapters.volume import Volume
 from shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, RetryPlan, TryLater
 from shared.domain.objects import MediaObject, ObjectId, StoredRecord
 from shared.domain.space import footprint
@@ -26,7 +27,7 @@ SLOW = Behaviour(bytes_per_second=2_000_000)
 
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with fetcher_world(tmp_path, [DATA], lease=1.0) as ready:
+    async with fetcher_world(tmp_path / "volume", [DATA], lease=1.0) as ready:
         yield ready
 
 
@@ -278,3 +279,20 @@ async def test_a_full_disk_is_an_outcome(small_disk: Path) -> None:
         assert world.partial_size() is None
         assert (await world.state.usage()).reserved == 0
         assert await world.state.space_wanted() == footprint(SIZE)
+
+
+async def test_a_volume_that_goes_is_refused_and_another_in_its_place_is_used(
+    world: World, tmp_path: Path
+) -> None:
+    root = world.volume.root
+    assert await start(world) == Done("fetched")
+    root.rename(tmp_path / "former")
+    root.mkdir()
+    outcome = await start(world)
+    assert isinstance(outcome, TryLater)
+    assert "not there" in outcome.reason
+    assert list(root.iterdir()) == []
+    Volume(root).prepare()
+    assert await start(world) == Done("fetched")
+    assert world.stored() == DATA
+    assert len(list(root.glob("objects/*/*"))) == 1

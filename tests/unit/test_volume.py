@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from structlog.testing import capture_logs
 
 from shared.adapters.volume import (
     Foreign,
@@ -24,6 +26,7 @@ from shared.adapters.volume import (
 from shared.adapters.volume.layout import fan
 from shared.domain.errors import VolumeError, VolumeFull
 from shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
+from shared.runtime.volume_watch import watch_volume
 
 BODY = bytes(range(256)) * 1000
 
@@ -160,7 +163,7 @@ def test_a_discard_that_fails_gives_the_lock_back(volume: Volume) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     with pytest.raises(VolumeError):
         partial.discard()
-    assert len(list(Path("/proc/self/fd").iterdir())) == before - 1
+    assert len(list(Path("/proc/self/fd").iterdir())) == before - 2, "the file and its directory"
     (volume.root / "incoming" / "1.part").rmdir()
     volume.receive(record_of("1")).close()
 
@@ -404,8 +407,51 @@ def test_a_volume_that_is_gone_or_replaced_is_noticed(volume: Volume, tmp_path: 
     volume.root.rename(tmp_path / "moved")
     with pytest.raises(VolumeError):
         volume.check()
+    replacements = volume.replacements
+    volume.root.mkdir()
+    with pytest.raises(VolumeError):  # the bare mount point of a volume that has gone
+        volume.check()
+    with pytest.raises(VolumeError):
+        volume.receive(record_of("2"))
+    volume.root.rmdir()
+    (tmp_path / "moved").rename(volume.root)
+    volume.check()
+    opened(volume, "1").close()
+    (volume.root / "objects").rename(tmp_path / "former")
     volume.prepare()
     volume.check()
+    assert volume.open_object(ObjectId("1")) is None
+    assert volume.replacements > replacements
+
+
+def test_a_download_under_way_keeps_to_the_volume_it_began_on(volume: Volume, tmp_path: Path) -> None:
+    partial = volume.receive(record_of("1"))
+    volume.root.rename(tmp_path / "former")
+    volume.prepare()
+    for _ in range(3):
+        volume.check()
+    volume.close()
+    partial.write(0, BODY)
+    partial.start_over()
+    assert (tmp_path / "former" / "incoming" / "1.part").exists()
+    partial.discard()
+    assert list((tmp_path / "former" / "incoming").iterdir()) == []
+
+
+async def test_who_watches_sees_the_volume_that_is_there_now(volume: Volume, tmp_path: Path) -> None:
+    store(volume, "1")
+    opened(volume, "1").close()
+    with capture_logs() as logs:
+        watching = asyncio.create_task(watch_volume(volume, seconds=0.01))
+        volume.root.rename(tmp_path / "former")
+        async with asyncio.timeout(10):
+            while not logs:  # noqa: ASYNC110 - a log has no events
+                await asyncio.sleep(0.01)
+            Volume(volume.root).prepare()
+            while len(logs) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        watching.cancel()
+    assert [line["event"] for line in logs] == ["volume_gone", "volume_replaced"]
     assert volume.open_object(ObjectId("1")) is None
 
 

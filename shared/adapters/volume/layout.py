@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,11 +15,13 @@ from pathlib import Path
 from shared.domain.errors import VolumeError, VolumeFull
 
 OBJECTS, RECORDS, INCOMING, LEAVING = "objects", "records", "incoming", "leaving"
+PARTS = (OBJECTS, RECORDS, INCOMING, LEAVING)
 FANS = tuple(f"{number:02x}" for number in range(256))
 PART_SUFFIX, INCOMING_RECORD_SUFFIX = ".part", ".json"
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 DIRECTORY_MODE = 0o755
+_RETIRED_SECONDS = 60.0
 
 
 def fan(object_id: str) -> str:
@@ -44,20 +48,22 @@ class Directories:
     """Open directories of the volume, by their path below its root.
 
     They are opened once without following links, so that a directory replaced by a link leads nowhere; `revalidate`
-    notices when the volume itself has been replaced or unmounted.
+    notices when the volume itself has been replaced or unmounted: `replacements` counts how often it has.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._open: dict[str, int] = {}
-        self._retired: list[int] = []
+        self._retired: list[tuple[float, int]] = []
+        self._was_whole = False
+        self.replacements = 0
         self._revalidating = threading.Lock()
 
     def create(self) -> None:
         """Make all directories; VolumeError if the volume cannot be written."""
         with translated(f"prepare the volume {self._root}"):
             self._root.mkdir(parents=True, exist_ok=True)
-            for name in (OBJECTS, RECORDS, INCOMING, LEAVING):
+            for name in PARTS:
                 (self._root / name).mkdir(mode=DIRECTORY_MODE, exist_ok=True)
             for name in (OBJECTS, RECORDS):
                 for number in FANS:
@@ -82,47 +88,60 @@ class Directories:
     def revalidate(self) -> bool:
         """Forget descriptors of directories that are no longer what their path leads to; False: no volume there.
 
-        Forgotten ones are closed at the next call only: another thread may be about to use one.
+        Forgotten ones are closed a while later only: another thread may be about to use one.
         """
         with self._revalidating:
-            return self._revalidate()
+            self._close_retired(time.monotonic() - _RETIRED_SECONDS)
+            try:
+                stale = self._is_stale()
+            except OSError:
+                self._retire()
+                return False
+            if stale:
+                self._retire()
+            return True
 
-    def _revalidate(self) -> bool:
-        self._close_retired()
-        try:
-            now = self._root.stat()
-            held = os.fstat(self.root())
-            stale = (now.st_dev, now.st_ino) != (held.st_dev, held.st_ino)
-            if not stale:
-                for path in [path for path in list(self._open) if path and "/" not in path]:
-                    below = os.stat(path, dir_fd=self.root(), follow_symlinks=False)
-                    kept = os.fstat(self._open[path])
-                    stale = stale or (below.st_dev, below.st_ino) != (kept.st_dev, kept.st_ino)
-                stale = stale or any(
-                    # A copy: other threads open directories meanwhile
-                    os.fstat(descriptor).st_nlink == 0
-                    for descriptor in list(self._open.values())
-                )
-        except OSError:
-            self._retire()
-            return False
-        if stale:
-            self._retire()
-        return True
+    def _is_stale(self) -> bool:
+        """OSError if there is no volume: no root, or none of the directories in it that were there before (the bare
+        mount point of a volume that has gone)."""
+        stale = not _is_same(self._root.stat(), os.fstat(self.root()))
+        for name in PARTS:
+            try:
+                below = (self._root / name).lstat()
+            except FileNotFoundError:
+                if self._was_whole:
+                    raise
+                return stale
+            kept = self._open.get(name)
+            stale = stale or (kept is not None and not _is_same(below, os.fstat(kept)))
+        self._was_whole = True
+        # A copy: other threads open directories meanwhile
+        return stale or any(os.fstat(descriptor).st_nlink == 0 for descriptor in list(self._open.values()))
 
     def _retire(self) -> None:
         retired, self._open = self._open, {}
-        self._retired.extend(retired.values())
+        self.replacements += bool(retired)
+        now = time.monotonic()
+        self._retired.extend((now, descriptor) for descriptor in retired.values())
 
-    def _close_retired(self) -> None:
-        while self._retired:
-            os.close(self._retired.pop())
+    def _close_retired(self, before: float) -> None:
+        kept = []
+        for retired_at, descriptor in self._retired:
+            if retired_at <= before:
+                os.close(descriptor)
+            else:
+                kept.append((retired_at, descriptor))
+        self._retired = kept
 
     def close(self) -> None:
         """Close all; they open again when needed."""
         self._retire()
-        self._close_retired()
+        self._close_retired(math.inf)
 
     def sync(self, path: str) -> None:
         """Make the directory's own entries durable."""
         os.fsync(self.descriptor(path))
+
+
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)

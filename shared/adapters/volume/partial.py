@@ -35,7 +35,7 @@ class PartialFile:
 
     def __init__(self, directories: Directories, record: StoredRecord) -> None:
         self._directories = directories
-        self._incoming = directories.descriptor(INCOMING)
+        self._incoming = -1
         self.record = record
         self._name = record.object_id + PART_SUFFIX
         self._note_name = record.object_id + INCOMING_RECORD_SUFFIX
@@ -45,15 +45,17 @@ class PartialFile:
     def open(self, *, noted: bool) -> None:
         """Create or take over the file; if `noted`, note what it will be. PartialHeld if another writer is alive."""
         with translated(f"open the partial file of {self.record.object_id}"):
-            self._descriptor = self._open_locked(os.O_CREAT)
-            if not noted:
-                return
+            # Our own: the volume may be replaced, and its directories forgotten, before the end of a long download
+            self._incoming = os.dup(self._directories.descriptor(INCOMING))
             try:
+                self._descriptor = self._open_locked(os.O_CREAT)
+                if not noted:
+                    return
                 # Before the first byte: whoever finds the partial file must be able to tell how large it may grow.
                 # Not synced, since a client waits: after a power cut a note that is gone or torn is none, and what
                 # lies there is then not resumed.
                 write_small_file(self._note_name, encode_record(self.record), self._incoming, durable=False)
-            except OSError:
+            except BaseException:
                 self.close()
                 raise
 
@@ -164,9 +166,10 @@ class PartialFile:
 
     def close(self) -> None:
         """Close it and give the lock back; what is on disk stays."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        for descriptor in (self._descriptor, self._incoming):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._descriptor = self._incoming = -1
 
 
 def _same_file(descriptor: int, name: str, directory: int) -> bool:

@@ -1,0 +1,31 @@
+"""A volume that is replaced or unmounted while a service runs is noticed, and its return."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from shared.adapters.volume import Volume
+from shared.domain.errors import VolumeError
+
+WATCH_SECONDS = 2.0
+
+logger = structlog.get_logger()
+
+
+async def watch_volume(volume: Volume, seconds: float = WATCH_SECONDS) -> None:
+    """Look again and again, until cancelled: what is read or written from then on is the volume that is there now."""
+    there, replacements = True, volume.replacements
+    while True:
+        try:
+            await asyncio.to_thread(volume.check)
+        except VolumeError as error:
+            if there:
+                logger.error("volume_gone", reason=str(error))
+            there = False
+        else:
+            if not there or volume.replacements != replacements:
+                logger.warning("volume_replaced", volume=str(volume.root))
+            there, replacements = True, volume.replacements
+        await asyncio.sleep(seconds)
