@@ -134,6 +134,11 @@ class EvictionIndex:
         self.removed(object_id)
         self.evicting[object_id] = None
 
+    def stays(self, object_id: ObjectId) -> None:
+        """The object's removal was called off: it is a complete object as before."""
+        self.evicting.pop(object_id, None)
+        self.notice(object_id)
+
     def _touch(self, object_id: ObjectId) -> None:
         if self._touched is not None:
             self._touched.add(object_id)

@@ -119,6 +119,7 @@ class Removals:
 
     async def _cancel(self, term: Term, object_id: ObjectId, error: VolumeError) -> None:
         await self._state.cancel_eviction(term, object_id)
+        self._index.stays(object_id)
         logger.error("object_not_removed", object_id=object_id, reason=str(error))
 
     async def purge(self, term: Term, object_id: ObjectId, reason: str) -> Outcome:
@@ -191,8 +192,10 @@ class Removals:
         """Try to finish removals that have begun; how many are left."""
         for object_id in list(self._index.evicting)[:at_most]:
             outcome = await self.complete(term, object_id)
+            # One whose removal failed and was called off is not evicting any more
+            begun = object_id in self._index.evicting
             self._index.evicting.pop(object_id, None)
-            if outcome is Outcome.LEAVING:
+            if outcome is Outcome.LEAVING or (outcome is Outcome.FAILED and begun):
                 self._index.evicting[object_id] = None  # to the end: the next look begins with others
         return len(self._index.evicting)
 

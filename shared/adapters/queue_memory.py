@@ -69,7 +69,8 @@ class MemoryJobQueue:
             for worker in workers:
                 worker.cancel()
             ended = await asyncio.gather(*workers, return_exceptions=True)
-        raise next(error for error in ended if error is not None)
+        # The others were cancelled for the one that failed
+        raise next(error for error in ended if error and not isinstance(error, asyncio.CancelledError))
 
     async def depth(self) -> QueueDepth:
         return QueueDepth(

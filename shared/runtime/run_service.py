@@ -42,8 +42,9 @@ def run_service(main: ServiceMain, *, name: str, shutdown_deadline: float, log: 
     deadline, 2 after a ConfigurationError.
 
     First SIGTERM or SIGINT: `stop_requested` is set; main and the closing of its resources have `shutdown_deadline`
-    seconds, then they are cancelled. Second signal: the process ends at once. A loop that no longer runs is
-    ended from outside, `shutdown_deadline` + 5 s after the first signal.
+    seconds, then they are cancelled. Second signal: the process ends at once. A loop that no longer runs, or a thread
+    that does not end, is ended from outside, `shutdown_deadline` + 5 s after the first signal, or after main has asked
+    for the stop, returned or failed.
     """
     configure_logging(log.level, log.format)
     run = _Run(main, name, shutdown_deadline)
@@ -71,6 +72,7 @@ class _Run:
         stop = asyncio.create_task(scope.stop_requested.wait(), name=f"{self._name}-stop")
         try:
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            self._watch()
             if not work.done():
                 await asyncio.wait({work}, timeout=self._shutdown_deadline)
             return await self._conclude(work)
@@ -86,7 +88,10 @@ class _Run:
 
     async def _work(self, scope: ServiceScope) -> None:
         async with scope.resources:
-            await self._main(scope)
+            try:
+                await self._main(scope)
+            finally:
+                self._watch()  # resources may take as long to close as a stop may, and no longer
 
     async def _conclude(self, work: asyncio.Task[None]) -> int:
         if not work.done():
@@ -116,9 +121,14 @@ class _Run:
             "stop_requested", service=self._name, signal=number.name, deadline=self._shutdown_deadline
         )
         stop_requested.set()
-        self._watchdog = threading.Timer(self._shutdown_deadline + _CLEANUP_GRACE, os._exit, (FAILED,))
-        self._watchdog.daemon = True
-        self._watchdog.start()
+        self._watch()
+
+    def _watch(self) -> None:
+        """From now on the end is bounded, whatever holds it up."""
+        if self._watchdog is None:
+            self._watchdog = threading.Timer(self._shutdown_deadline + _CLEANUP_GRACE, os._exit, (FAILED,))
+            self._watchdog.daemon = True
+            self._watchdog.start()
 
 
 def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

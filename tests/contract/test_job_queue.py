@@ -249,3 +249,25 @@ async def test_ping_and_closing(queue: JobQueue) -> None:
     await queue.close()
     with pytest.raises(JobQueueUnavailable):
         await queue.publish(make_job())
+
+
+async def test_what_breaks_a_consumer_is_told_not_what_it_did_to_the_others(memory: JobQueue) -> None:
+    idle = asyncio.Event()
+
+    class Broken(BaseException):
+        """No handler's error, which would end in another attempt."""
+
+    async def handler(job: FetchJob) -> JobOutcome:
+        if job.object_id == "2":
+            await idle.wait()
+            await asyncio.sleep(0)
+            raise Broken
+        idle.set()
+        return Done()
+
+    async def told(_: FetchJob, __: str) -> None: ...
+
+    await memory.publish(make_job("1"))
+    await memory.publish(make_job("2"))
+    with pytest.raises(Broken):
+        await memory.consume(handler, 2, told)

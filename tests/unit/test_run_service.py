@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 SCRIPT = """
 import asyncio, sys, time
 from shared.domain.errors import ConfigurationError
@@ -111,3 +113,15 @@ def test_a_loop_that_hangs_is_ended_from_outside() -> None:
         code, _, _ = end(process)
     assert code == 1
     assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("ending", ["return", "raise OSError('torn')", "scope.stop_requested.set()"])
+def test_a_thread_that_hangs_outlives_no_end_of_any_kind(ending: str) -> None:
+    body = (
+        "sys.modules['shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
+        "asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)\n"
+        f"{ending}"
+    )
+    with service(body) as process:
+        code, _, _ = end(process)
+    assert code == 1

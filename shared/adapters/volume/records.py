@@ -78,7 +78,9 @@ def write_small_file(
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(new, flags, mode, dir_fd=directory)
     try:
-        os.write(descriptor, body)
+        left = memoryview(body)
+        while left:  # a device that is nearly full takes a part and says so, before it refuses the rest
+            left = left[os.write(descriptor, left) :]
         if durable:
             os.fsync(descriptor)
     finally:
