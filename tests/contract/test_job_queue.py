@@ -252,16 +252,18 @@ async def test_ping_and_closing(queue: JobQueue) -> None:
 
 
 async def test_what_breaks_a_consumer_is_told_not_what_it_did_to_the_others(memory: JobQueue) -> None:
-    idle = asyncio.Event()
+    begun, idle = asyncio.Event(), asyncio.Event()
 
     class Broken(BaseException):
         """No handler's error, which would end in another attempt."""
 
     async def handler(job: FetchJob) -> JobOutcome:
         if job.object_id == "2":
+            begun.set()
             await idle.wait()
             await asyncio.sleep(0)
             raise Broken
+        await begun.wait()
         idle.set()
         return Done()
 
