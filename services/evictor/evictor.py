@@ -106,7 +106,7 @@ def _make_tools(
     removals = Removals(state, volume, index)
     takeover, copying = _make_takeover(settings, state, volume, catalog)
     adoption = Adoption(state, volume, index, takeover)
-    partials = Partials(state, volume, adoption, settings.evictor.partial_keep)
+    partials = Partials(state, volume, adoption, settings.evictor.partial_keep, settings.fetch.space_wait)
     rules = EvictionRules(settings.storage.watermarks, settings.evictor.min_idle)
     can_list = settings.catalog.kind != "origin"
     follower = OrdersFollower(state, volume.root, settings.duty)

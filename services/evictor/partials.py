@@ -20,17 +20,21 @@ from shared.domain.space import footprint
 from shared.observability.metrics import RECONCILED
 from shared.ports.state_store import Fetch, FetchPhase, Lease, StateStore, Term
 
-_RESUMED_WITHIN = 8.0
-"""Seconds; less than a worker waits for space, so that its wish is still in force then."""
+_RESUMED_SHARE = 0.8
+"""Of the time that a worker waits for space, so that its wish is still in force then."""
 
 logger = structlog.get_logger()
 
 
 class Partials:
-    """`keep`: seconds that an abandoned partial file waits for its resumption."""
+    """`keep`: seconds that an abandoned partial file waits for its resumption; `space_wait`: that a worker waits for
+    the room that it has asked for."""
 
-    def __init__(self, state: StateStore, volume: Volume, adoption: Adoption, keep: float) -> None:
+    def __init__(
+        self, state: StateStore, volume: Volume, adoption: Adoption, keep: float, space_wait: float
+    ) -> None:
         self._state, self._volume, self._adoption, self._keep = state, volume, adoption, keep
+        self._resumed_within = _RESUMED_SHARE * space_wait
 
     async def sweep(self, term: Term) -> int:
         """Account for unknown partial files, remove hopeless and old ones, end fetches that left nothing.
@@ -53,7 +57,7 @@ class Partials:
         """
         if wanted <= 0:
             return 0
-        least_age = min(_RESUMED_WITHIN, self._keep)
+        least_age = min(self._resumed_within, self._keep)
         parked = [
             fetch
             for fetch in await self._state.fetches()

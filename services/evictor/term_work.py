@@ -130,23 +130,18 @@ class TermWork:
             self._in_doubt = True
 
     async def _listen(self) -> None:
-        while True:
-            try:
-                async with self._state.listen() as announcements:
-                    async for announcement in announcements:
-                        if announcement.topic is Topic.SPACE_WANTED:
-                            self._look.set()
-                        elif announcement.topic is Topic.SETTINGS_CHANGED:
-                            self._orders_changed.set()
-                        elif announcement.topic is Topic.PURGE_WANTED:
-                            self._purge_now.set()
-                        elif announcement.topic is Topic.SPACE_FREED:
-                            self._note_freed(announcement.object_id)
-                        elif announcement.topic is Topic.FETCH_CHANGED:
-                            self._tools.index.notice(announcement.object_id)
-            except StateStoreUnavailable as error:
-                logger.warning("announcements_not_heard", reason=str(error))
-            await asyncio.sleep(REFRESH_SECONDS)
+        async with self._state.listen() as announcements:
+            async for announcement in announcements:
+                if announcement.topic is Topic.SPACE_WANTED:
+                    self._look.set()
+                elif announcement.topic is Topic.SETTINGS_CHANGED:
+                    self._orders_changed.set()
+                elif announcement.topic is Topic.PURGE_WANTED:
+                    self._purge_now.set()
+                elif announcement.topic is Topic.SPACE_FREED:
+                    self._note_freed(announcement.object_id)
+                elif announcement.topic is Topic.FETCH_CHANGED:
+                    self._tools.index.notice(announcement.object_id)
 
     def _note_freed(self, object_id: str) -> None:
         if object_id and len(self._freed) < _FREED_MOST:

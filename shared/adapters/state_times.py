@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shared.domain.jobs import CLAIM_SECONDS
+
 ACCESS_BATCHES_KEPT = 10_000
 """Bound of the access log: when nobody reads it, the oldest batches are dropped (recency is lost, nothing else)."""
 
 ANNOUNCEMENTS_KEPT = 1_000
 """Bound of what one listener may lag behind before it loses the oldest announcements."""
 
-CLAIM_SECONDS, QUEUED_SECONDS = 10.0, 60.0
+QUEUED_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)

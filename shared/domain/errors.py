@@ -1,53 +1,41 @@
 """The error tree.
 
-Callers ask two questions of an error: is it worth trying again, and whose fault is it?
+Callers ask of an error whether it is worth trying again; whose fault it is, its kind says.
 
     DistributorError
     ├── InvalidInput              client   final   a value that breaks a rule (id, hash, range, job, record)
     │   └── InvalidJob            client   final   a message on the job queue that is no job
     ├── ConfigurationError        operator final   settings that cannot work; raised at start only
     ├── CatalogUnavailable        catalog  again   the catalog gave no usable answer in time
+    │   ├── AnswerTooLarge        catalog  again   an answer of more bytes than are read (its Joystream adapter)
+    │   └── QuestionRefused       catalog  again   errors instead of an answer (its Joystream adapter)
     ├── StateStoreUnavailable     state    again   the state store gave no answer in time
     ├── JobQueueUnavailable       queue    again   the broker did not confirm a message in time
     ├── VolumeError               volume   again   the volume refused an operation
-    │   └── VolumeFull            volume   again   no space left on the device (ENOSPC, EDQUOT)
+    │   ├── VolumeFull            volume   again   no space left on the device (ENOSPC, EDQUOT)
+    │   └── PartialHeld           volume   again   another writer has the partial file open (shared.adapters.volume)
     └── SourceError               source   again   one source failed to give one object
         ├── SourceUnreachable     source   again   no connection, broken connection, TLS trouble
         ├── SourceTooSlow         source   again   no headers, no bytes, or too few of them, in time
         ├── SourceRefused         source   again   an answer that is no success (403, 404, 500, a redirect, …)
         ├── SourceWrong           source   again   an answer that contradicts the catalog (size, hash, encoding)
+        │   └── WrongBytesEverywhere  source   again   no source gave the right bytes (services.fetcher)
         └── AllSourcesFailed      source   again   every source of an object failed; carries the error of each
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import StrEnum
-
-
-class Fault(StrEnum):
-    """Whose fault an error is."""
-
-    CLIENT = "client"
-    OPERATOR = "operator"
-    CATALOG = "catalog"
-    STATE_STORE = "state_store"
-    JOB_QUEUE = "job_queue"
-    VOLUME = "volume"
-    SOURCE = "source"
 
 
 class DistributorError(Exception):
     """Base of all errors that the node raises on purpose."""
 
     worth_retrying: bool = False
-    fault: Fault = Fault.OPERATOR
 
 
 class InvalidInput(DistributorError):
     """A value from outside breaks a rule; the message says which."""
-
-    fault = Fault.CLIENT
 
 
 class InvalidJob(InvalidInput):
@@ -57,35 +45,29 @@ class InvalidJob(InvalidInput):
 class ConfigurationError(DistributorError):
     """Settings that cannot work; the message names the setting and the reason."""
 
-    fault = Fault.OPERATOR
-
 
 class CatalogUnavailable(DistributorError):
     """The catalog gave no usable answer in time."""
 
     worth_retrying = True
-    fault = Fault.CATALOG
 
 
 class StateStoreUnavailable(DistributorError):
     """The state store gave no answer in time."""
 
     worth_retrying = True
-    fault = Fault.STATE_STORE
 
 
 class JobQueueUnavailable(DistributorError):
     """The job queue did not take a message in time."""
 
     worth_retrying = True
-    fault = Fault.JOB_QUEUE
 
 
 class VolumeError(DistributorError):
     """The volume refused an operation."""
 
     worth_retrying = True
-    fault = Fault.VOLUME
 
 
 class VolumeFull(VolumeError):
@@ -96,7 +78,6 @@ class SourceError(DistributorError):
     """One source failed to give one object; another source may do better."""
 
     worth_retrying = True
-    fault = Fault.SOURCE
 
     reason: str = "failed"
 

@@ -12,6 +12,9 @@ from shared.domain.objects import ContentHash, MediaObject, ObjectId
 
 JOB_VERSION = 1
 
+CLAIM_SECONDS = 10.0
+"""How long whoever wants a fetch has to publish its job, before another may."""
+
 
 @dataclass(frozen=True, slots=True)
 class FetchJob:

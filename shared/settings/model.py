@@ -18,6 +18,7 @@ from shared.settings.network import CatalogSettings, SourceSettings
 from shared.settings.operator_api import OperatorApi
 from shared.settings.section import Port, Seconds, Section
 from shared.settings.sizes import Size, format_size
+from shared.settings.timeouts import wrong_timeouts
 
 
 class PublicApi(Section):
@@ -248,6 +249,7 @@ class Settings(BaseSettings):
                 f"fetch.lease ({self.fetch.lease:g} s) must be at least twice fetch.lease_renewal"
                 f" ({self.fetch.lease_renewal:g} s): one lost renewal must not cost the lease"
             )
+        wrong.extend(self._wrong_timeouts())
         if self.evictor.leadership_renewal * 2 > self.evictor.leadership:
             wrong.append("evictor.leadership must be at least twice evictor.leadership_renewal")
         if self.storage.watermarks.low > self.storage.watermarks.high:
@@ -262,6 +264,10 @@ class Settings(BaseSettings):
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    def _wrong_timeouts(self) -> list[str]:
+        kept_alive = {"fetch.lease": self.fetch.lease, "evictor.leadership": self.evictor.leadership}
+        return wrong_timeouts(self.state_store.operation_timeout, self.job_queue.publish_timeout, kept_alive)
 
     def _check_catalog(self) -> list[str]:
         if self.catalog.kind == "manifest" and self.catalog.manifest is None:

@@ -76,7 +76,7 @@ class Node(RuleBasedStateMachine):
         self.index = EvictionIndex(self.state, self.volume, partial(make_policy, "lru-sp"), lambda: self.now)
         self.removals = Removals(self.state, self.volume, self.index)
         adoption = Adoption(self.state, self.volume, self.index)
-        partials = Partials(self.state, self.volume, adoption, keep=3600)
+        partials = Partials(self.state, self.volume, adoption, keep=3600, space_wait=10)
         self.partials = partials
         self.reconciliation = Reconciliation(
             self.state, self.volume, self.index, self.removals, adoption, partials

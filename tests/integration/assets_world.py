@@ -210,6 +210,7 @@ async def assets_world(
         storage={"path": root / "volume", "limit": LIMIT},
         public_api={"host": "127.0.0.1", "port": 0, "first_byte_wait": 0.5} | public_api,
         fetch={"lease": 1.0, "lease_renewal": 0.3},
+        state_store={"operation_timeout": 0.3},
         shutdown_deadline=4.0,
         log={"hits": log_hits},
     )

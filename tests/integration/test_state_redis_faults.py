@@ -17,6 +17,7 @@ from shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.orders import KeptOrders, Orders
 from shared.domain.warming import WarmingScope
+from shared.observability.metrics import STATE_STORE_ERRORS
 from shared.ports.order_book import PurgeWish
 from shared.ports.state_store import (
     Access,
@@ -316,6 +317,19 @@ async def test_a_silent_but_healthy_listener_stays(store: RedisStateStore) -> No
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(5.0):
                 await anext(heard)
+
+
+@pytest.mark.parametrize("verb", ["begin", "commit", "lead"])
+async def test_calls_of_every_service_that_fail_are_counted(
+    store: RedisStateStore, own_redis: RedisServer, verb: str
+) -> None:
+    counted = STATE_STORE_ERRORS.labels(operation=verb)._value
+    before = counted.get()
+    own_redis.kill()
+    for attempt in (1, 2):  # the second is refused without asking
+        with pytest.raises(StateStoreUnavailable):
+            await VERBS[verb](store)
+        assert counted.get() == before + attempt
 
 
 PUT_BACK = """

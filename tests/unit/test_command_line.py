@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 
 from services.command_line.main import app
 from services.command_line.reference import render_reference
+from shared.domain.errors import ConfigurationError
 from shared.settings import Settings, load_settings
+from shared.settings.load import check_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,3 +107,20 @@ def test_a_documented_variable_is_obeyed(settings_file: Path, monkeypatch: pytes
     monkeypatch.setenv("DISTRIBUTOR_PUBLIC_API__PORT", "4000")
     settings: Settings = load_settings(settings_file)
     assert settings.public_api.port == 4000
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "told"),
+    [
+        ("state_store", "operation_timeout", 10, "must be less than evictor.leadership (10 s)"),
+        ("state_store", "operation_timeout", 15, "must be less than fetch.lease (15 s)"),
+        ("job_queue", "publish_timeout", 10, "job_queue.publish_timeout (10 s) must be less than 10 s"),
+        ("evictor", "min_idle", 0.5, "greater than or equal to 1"),
+    ],
+)
+def test_time_limits_that_defeat_each_other_are_refused(
+    section: str, name: str, value: float, told: str
+) -> None:
+    fields = {section: {name: value}, "catalog": {"kind": "manifest", "manifest": "m.yaml"}}
+    with pytest.raises(ConfigurationError, match=re.escape(told)):
+        check_settings(fields)

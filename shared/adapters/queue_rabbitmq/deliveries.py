@@ -19,6 +19,7 @@ from shared.adapters.queue_rabbitmq.publisher import Publisher
 from shared.adapters.queue_rabbitmq.topology import Topology
 from shared.domain.errors import JobQueueUnavailable
 from shared.domain.jobs import FetchJob
+from shared.observability.metrics import JOB_QUEUE_ERRORS
 
 log = structlog.get_logger()
 
@@ -55,6 +56,7 @@ class Delivery:
                 return True
             except BROKER_ERRORS as error:
                 self._session.lose(f"answer not sent: {error!r}")
+        JOB_QUEUE_ERRORS.labels(operation="answer").inc()
         log.warning("delivery_lost", message_id=self.key)
         return False
 
@@ -135,6 +137,7 @@ class Settlement:
             try:
                 await self._publisher.publish(queue, message)
             except JobQueueUnavailable as error:
+                JOB_QUEUE_ERRORS.labels(operation="pass_on").inc()
                 log.warning("job_cannot_be_passed_on", queue=queue, error=str(error))
                 if self.stopping.is_set():
                     await custody.put_back()
