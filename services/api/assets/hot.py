@@ -73,7 +73,7 @@ class HotObject:
         return True
 
     def hold(self) -> bool:
-        """Keep the file from being emptied until it is closed. False: it is being removed."""
+        """Keep the object from being removed until it is closed. False: it is being removed."""
         if not self.held and self.found is not None:
             self.held = self.found.hold()
         return self.held
@@ -114,9 +114,9 @@ class _Memory:
 class HotObjects:
     """By id, as bytes. `run` is the task that lets go of what nobody asks for.
 
-    From the first `take` on, while an object is open here, the shared lock on it is held, so that it is not emptied
-    under an answer: whoever wants it gone sets it aside, it is missed here within BELIEVED_SECONDS, and closed. Bodies
-    in memory need no lock. What sends no bytes, a HEAD or a 304, takes no object: it holds nothing, and renews nothing.
+    From the first `take` on, while an object is open here, the shared lock on it is held, so that its bytes count until
+    they are sent: whoever wants it gone sets it aside, it is missed here within BELIEVED_SECONDS, and closed. Bodies in
+    memory need no lock. What sends no bytes, a HEAD or a 304, takes no object: it holds nothing, and renews nothing.
     """
 
     def __init__(
