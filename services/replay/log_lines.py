@@ -29,6 +29,8 @@ _COMMON = re.compile(
 )
 _ASSET = re.compile(r"/assets/(?P<id>[^/?#]+)(?:[?#]|\Z)")
 _CONTENT_STATUSES = frozenset({200, 206, 304})
+_MOST_BYTES = 2**63 - 1
+"""More than any disk has; a recording's columns hold no more."""
 
 
 class Unreadable(Exception):
@@ -59,14 +61,26 @@ def parse_line(line: str) -> LogLine | None:
     if not line:
         return None
     try:
-        if line.startswith("{"):
-            return _from_json(json.loads(line))
-        common = _COMMON.match(line)
-        return _from_csv(line) if common is None else _from_common(common)
+        parsed = _from_text(line)
     except InvalidInput:
         return None  # whoever asked for that was told 400
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise Unreadable(line[:80]) from error
+    if parsed is not None and not (is_size(parsed.sent) and (parsed.size is None or is_size(parsed.size))):
+        raise Unreadable(line[:80])
+    return parsed
+
+
+def is_size(count: int) -> bool:
+    """Bytes that an object or an answer can have."""
+    return 0 <= count <= _MOST_BYTES
+
+
+def _from_text(line: str) -> LogLine | None:
+    if line.startswith("{"):
+        return _from_json(json.loads(line))
+    common = _COMMON.match(line)
+    return _from_csv(line) if common is None else _from_common(common)
 
 
 def _from_json(fields: Mapping[str, Any]) -> LogLine | None:
@@ -127,8 +141,6 @@ def _from_csv(line: str) -> LogLine | None:
     if (time, object_id) == ("time", "id"):
         return None
     whole = int(size)
-    if whole < 0:
-        raise ValueError("negative size")
     return LogLine(_seconds(time), ObjectId.parse(object_id), int(more[0]) if more else whole, size=whole)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import IO
 
 import yaml
 
-from services.replay.log_lines import Unreadable, parse_line
+from services.replay.log_lines import Unreadable, is_size, parse_line
 from services.replay.recording import Recording
 from shared.domain.errors import ConfigurationError
 from shared.domain.objects import ObjectId
@@ -81,7 +82,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], Iterator[bytes]]]:
             packed = raw.peek(2)[:2] == b"\x1f\x8b"
             text: IO[bytes] = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if packed else raw
             yield raw, iter(lambda: text.readline(_LONGEST_LINE), b"")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from error
 
 
@@ -89,10 +90,13 @@ def read_sizes(path: Path) -> dict[str, int]:
     """Sizes in bytes by id, from a manifest (YAML or JSON). Raises ConfigurationError."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {
+        sizes = {
             str(item["id"]): int(item["size"]) for item in document["objects"] if item.get("size") is not None
         }
+        if any(not is_size(size) for size in sizes.values()):
+            raise ValueError("a size that no object can have")
+        return sizes
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from error
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
         raise ConfigurationError(f"{path}: no manifest: want a list `objects` with id and size") from error

@@ -52,6 +52,8 @@ def replay(asked: ReplayRequest, progress_to: Console) -> str:
     """The report. Writes the picture, if asked. Raises ConfigurationError."""
     if not 0 < asked.sample <= 1:
         raise ConfigurationError("sample: want a share of the objects, above 0 and at most 1")
+    if asked.picture is not None:
+        _check_picture(asked.picture)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=progress_to, transient=True) as progress:
         recording = Recording(read_sizes(asked.sizes_file) if asked.sizes_file else None)
@@ -67,6 +69,14 @@ def replay(asked: ReplayRequest, progress_to: Console) -> str:
         )
     about = [*_about(recording, counts), *([describe_own(own)] if own is not None else [])]
     return "\n".join([*about, "", render_table(results), "", recommend(results), ""])
+
+
+def _check_picture(path: Path) -> None:
+    """Before all the work, not after it."""
+    if path.suffix.lower() != ".svg":
+        raise ConfigurationError(f"picture: {path} would be an SVG picture: want a name that ends in .svg")
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"picture: there is no folder {path.parent}")
 
 
 def _read(asked: ReplayRequest, recording: Recording, progress: Progress) -> LinesRead:

@@ -15,7 +15,7 @@ from services.evictor.removals import Removals
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_times import StateTimes
 from shared.adapters.volume import Volume
-from shared.domain.eviction import POLICIES, PolicyEntry
+from shared.domain.eviction import LruSp, PolicyEntry
 from shared.domain.objects import DistributionBucket, Duty, MediaObject, ObjectId
 from shared.ports.state_store import IndexEntry, Term
 from tests.integration.evictor_world import ListedCatalog
@@ -45,7 +45,7 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     """Eight objects of the old bucket are held; the catalog knows two of the new one as well."""
     state, volume = MemoryStateStore(10**6, StateTimes(lease_seconds=10), time.time), Volume(tmp_path)
     volume.prepare()
-    index, catalog = EvictionIndex(state, volume, POLICIES["lru-sp"]), ListedCatalog()
+    index, catalog = EvictionIndex(state, volume, LruSp), ListedCatalog()
     removals = Removals(state, volume, index)
     term = await state.lead("one", 3600)
     assert term is not None

@@ -105,6 +105,16 @@ def test_what_was_just_accessed_is_not_evicted_but_the_newcomer_proxied() -> Non
     assert trial.outcome.proxied == 1
 
 
+def test_room_for_a_large_object_is_made_of_thousands_of_small_ones() -> None:
+    """More than a policy names at once."""
+    trial = simulation(footprint(1000) * 3000)
+    for number in range(3000):
+        trial.see(view(number / 1000, f"small-{number}", 1000))
+    assert not trial.see(view(1000, "large", footprint(1000) * 2500))
+    assert (trial.outcome.evicted, trial.outcome.proxied) == (2501, 0)
+    assert trial.see(view(1001, "large", footprint(1000) * 2500))
+
+
 def test_who_joined_a_fetch_had_no_hit() -> None:
     trial = simulation(5 * MIB)
     trial.see(view(0, "a", MIB))

@@ -26,8 +26,11 @@ POLICIES: dict[str, tuple[Callable[[], EvictionPolicy], Callable[[], Textbook]]]
 
 # Few ids, sizes and times: ties, replaced entries and late reports are what goes wrong.
 ids = st.integers(0, 24).map(lambda number: ObjectId(f"object-{number}"))
-sizes = st.sampled_from([0, 1, 1023, 1024, 1025, 20_000, 2 * MIB, 80 * MIB, 2**31, 2**45])
-steps = st.sampled_from([0.0, 0.0, 0.25, 1.0, 30.0, 61.0, 3600.0])
+sizes = st.one_of(
+    st.sampled_from([0, 1, 1023, 1024, 1025, 20_000, 2 * MIB, 80 * MIB, 2**31, 2**45]),
+    st.sampled_from([1024 * 2**power for power in range(26)]),  # where the groups of lru-sp begin
+)
+steps = st.sampled_from([0.0, 0.0, 0.25, 1.0, 30.0, 60.0, 61.0, 120.0, 3600.0, 86_400.0])
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,20 @@ def test_lines_about_something_else(line: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["hello", "{", "{}x", '{"ts": 1, "request": 5}', "a,b,c", f"{AT},42,-1", "nan,42,1", ours(bytes="x")],
+    [
+        *(
+            "hello",
+            "{",
+            "{}x",
+            '{"ts": 1, "request": 5}',
+            "a,b,c",
+            f"{AT},42,-1",
+            "nan,42,1",
+            ours(bytes="x"),
+        ),
+        *(f"{AT},42,{2**63}", f"{AT},42,10,-1", f"{AT},42,10,{2**63}", f"{AT},42,{'9' * 30}"),
+        *(ours(size=2**63), ours(size=-1), ours(bytes=-1), COMBINED.replace(" 200 1000", f" 206 {2**64}")),
+    ],
 )
 def test_unreadable_lines(line: str) -> None:
     with pytest.raises(Unreadable):
@@ -103,6 +116,39 @@ def test_unreadable_lines(line: str) -> None:
 def test_no_line_is_too_strange(line: str) -> None:
     with suppress(Unreadable):
         parse_line(line)
+
+
+@given(st.integers(), st.integers(), st.sampled_from([f"{AT},42,%d,%d", ours(size=-2, bytes=-3)]))
+def test_whatever_was_read_can_be_recorded(size: int, sent: int, shape: str) -> None:
+    recording = Recording()
+    line = shape % (size, sent) if "%" in shape else shape.replace("-2", str(size)).replace("-3", str(sent))
+    with suppress(Unreadable):
+        parsed = parse_line(line)
+        assert parsed is not None
+        recording.add(parsed)
+    assert all(request.size >= 0 and request.sent >= 0 for request in recording.requests())
+
+
+def test_a_size_too_large_for_any_disk_is_one_unreadable_line(tmp_path: Path) -> None:
+    log = tmp_path / "access.csv"
+    log.write_text(f"{AT},1,1000\n{AT + 1},2,{2**63}\n{AT + 2},3,1000,-5\n{AT + 3},1,1000\n")
+    done = CliRunner().invoke(app, ["replay", str(log), "--size", "1M"])
+    assert done.exit_code == 0, done.output
+    assert "2 requests for 1 objects" in done.output
+    assert "2 unreadable" in done.output
+
+
+@pytest.mark.parametrize("damage", ["cut", "overwritten"])
+def test_a_damaged_gzip_file_is_named(tmp_path: Path, damage: str) -> None:
+    packed = bytearray(gzip.compress(("\n".join(f"{AT},{n},{n * 7919}" for n in range(5000))).encode()))
+    if damage == "cut":
+        del packed[len(packed) // 2 :]
+    else:
+        packed[len(packed) // 2 : len(packed) // 2 + 200] = b"\xff" * 200
+    log = tmp_path / "access.gz"
+    log.write_bytes(packed)
+    with pytest.raises(ConfigurationError, match=r"access\.gz: cannot be read"):
+        read_logs([log], Recording(), 1.0, lambda _: None)
 
 
 def test_sizes_come_from_the_best_word_there_is() -> None:
@@ -240,7 +286,7 @@ def test_a_sample_tells_nearly_the_same_as_everything() -> None:
         whole.add(line)
         if int(request.object_id) % 2:
             sampled.add(line)
-    limit = whole.footprint // 20
+    limit = whole.footprint // 10  # less is a single video
     setting = Setting("gdsf", 2**26)
     everything = try_setting(whole.requests(), setting, Rules.of(limit), lambda _: None)
     half = try_setting(sampled.requests(), setting, Rules.of(limit // 2), lambda _: None)
@@ -269,6 +315,21 @@ def test_the_whole_command(tmp_path: Path) -> None:
         "With 1M"
     )
     assert ET.parse(picture).getroot().tag.endswith("svg")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("replay.png", r"ends in \.svg"), ("no/replay.svg", "no folder")]
+)
+def test_a_picture_that_could_not_be_drawn_is_refused_before_all_the_work(
+    tmp_path: Path, name: str, reason: str
+) -> None:
+    log = tmp_path / "access.csv"
+    log.write_text(f"{AT},1,1000\n")
+    done = CliRunner().invoke(app, ["replay", str(log), "--picture", str(tmp_path / name)])
+    assert isinstance(done.exception, ConfigurationError)
+    with pytest.raises(ConfigurationError, match=reason):
+        raise done.exception
+    assert list(tmp_path.iterdir()) == [log]
 
 
 def test_logs_without_objects_are_refused(tmp_path: Path) -> None:

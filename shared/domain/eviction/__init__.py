@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 from shared.domain.eviction.choice import POLICY_NAMES, make_policy
 from shared.domain.eviction.gdsf import DEFAULT_MISS_COST, Gdsf
 from shared.domain.eviction.lru import Lru
 from shared.domain.eviction.lru_sp import LruSp
 from shared.domain.eviction.policy import EvictionPolicy, PolicyEntry
 
-POLICIES: Mapping[str, Callable[[], EvictionPolicy]] = {"gdsf": Gdsf, "lru-sp": LruSp, "lru": Lru}
-"""By name, with their default figures."""
-
 __all__ = [
     "DEFAULT_MISS_COST",
-    "POLICIES",
     "POLICY_NAMES",
     "EvictionPolicy",
     "Gdsf",

@@ -142,12 +142,19 @@ class Simulation:
 
     def _make_room(self, needed: int, now: float) -> bool:
         """Room for `needed` bytes, and below the watermarks if that can be."""
-        taken, rules = self._used + needed, self._rules
-        if taken > rules.watermarks.high:
-            wanted = taken - min(rules.watermarks.low, rules.limit)
-            for victim in self._policy.victims(wanted, now, min_idle=rules.min_idle):
-                self._policy.remove(victim.object_id, evicted=True)
-                del self._fetched_at[victim.object_id]
-                self._used -= footprint(victim.size)
-                self.outcome.evicted += 1
+        rules = self._rules
+        if self._used + needed > rules.watermarks.high:
+            goal = min(rules.watermarks.low, rules.limit) - needed
+            while self._used > goal and self._evict(self._used - goal, now):
+                pass
         return self._used + needed <= rules.limit
+
+    def _evict(self, wanted: int, now: float) -> bool:
+        """A batch of victims, of `wanted` bytes at most; False: nobody can go."""
+        victims = self._policy.victims(wanted, now, min_idle=self._rules.min_idle)
+        for victim in victims:
+            self._policy.remove(victim.object_id, evicted=True)
+            del self._fetched_at[victim.object_id]
+            self._used -= footprint(victim.size)
+            self.outcome.evicted += 1
+        return bool(victims)
