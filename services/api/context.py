@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,7 +30,8 @@ class DutyHolder:
 
 @dataclass(frozen=True, slots=True)
 class ApiContext:
-    """Built once in each process by the wiring; everything in it is open when a handler sees it."""
+    """Built once in each process by the wiring; everything in it is open when a handler sees it. `clock`: POSIX
+    seconds, by which views are told apart."""
 
     settings: Settings
     volume: Volume
@@ -40,3 +43,4 @@ class ApiContext:
     duty: DutyHolder
     wakeups: FetchWakeups
     orders: OrdersFollower
+    clock: Callable[[], float] = time.time

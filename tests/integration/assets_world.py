@@ -201,16 +201,19 @@ async def assets_world(
     queue_down: bool = False,
     log_hits: bool = False,
     store: StateStore | None = None,
+    admission: Mapping[str, Any] | None = None,
+    clock: Callable[[], float] = time.time,
     **public_api: Any,
 ) -> AsyncIterator[AssetsWorld]:
     """A running API. `state_down`: its Redis is not there; `queue_down`: its queue takes no job; `store`: another one
-    than usual."""
+    than usual; `clock`: of views."""
     settings = Settings(
         catalog={"manifest": root / "unused.yaml"},
         storage={"path": root / "volume", "limit": LIMIT},
         public_api={"host": "127.0.0.1", "port": 0, "first_byte_wait": 0.5} | public_api,
         fetch={"lease": 1.0, "lease_renewal": 0.3},
         state_store={"operation_timeout": 0.3},
+        admission=admission or {},
         shutdown_deadline=4.0,
         log={"hits": log_hits},
     )
@@ -235,6 +238,7 @@ async def assets_world(
             assert term is not None
             await state.set_accounted(term)
         context = make_context(settings, volume, state, queue, catalog, Relay(client, HealthBook()))
+        context = replace(context, clock=clock)
         world = AssetsWorld(context, catalog, nodes[0], nodes[1], queue)
         stop, listening = asyncio.Event(), asyncio.Event()
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from shared.adapters.volume import Volume
 from shared.domain.errors import VolumeFull
@@ -233,3 +234,37 @@ async def test_an_object_whose_file_cannot_be_removed_does_not_stop_the_others(w
 
         await eventually(down)
         assert path.is_symlink()
+
+
+def sample(name: str) -> float:
+    return REGISTRY.get_sample_value(f"distributor_{name}") or 0.0
+
+
+async def test_victims_are_measured_and_noticed_when_they_come_back(world: EvictorWorld) -> None:
+    names = (
+        "victim_idle_seconds_count",
+        "victim_size_bytes_count",
+        "victim_size_bytes_sum",
+        "refetched_total",
+    )
+    before, idle = {name: sample(name) for name in names}, sample("victim_idle_seconds_sum")
+    async with world.evictor():
+        await eventually(world.accounted)
+        await world.store(*[f"o{number}" for number in range(9)], age=3600)
+        await world.store("o9", age=1)
+
+        async def down() -> bool:
+            return await world.used() <= LOW
+
+        await eventually(down)  # o0 to o4 are gone
+        await eventually(lambda: sample("victim_size_bytes_count") == before["victim_size_bytes_count"] + 5)
+        assert {name: sample(name) - before[name] for name in names} == {
+            "victim_idle_seconds_count": 5,
+            "victim_size_bytes_count": 5,
+            "victim_size_bytes_sum": 5 * SIZE,
+            "refetched_total": 0,
+        }
+        expected = sum(3600 - 60 * number for number in range(5))
+        assert sample("victim_idle_seconds_sum") - idle == pytest.approx(expected, abs=60)
+        await world.store("o0")
+        await eventually(lambda: sample("refetched_total") == before["refetched_total"] + 1)

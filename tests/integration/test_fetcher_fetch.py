@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from prometheus_client import REGISTRY
 
 from services.demo.generated import GeneratedContent
 from services.demo.knobs import Behaviour, Match
@@ -41,8 +42,10 @@ async def assert_stored(world: World, data: bytes = DATA) -> None:
 
 
 async def test_an_object_is_fetched_verified_and_committed(world: World) -> None:
+    written = REGISTRY.get_sample_value("distributor_written_bytes_total") or 0.0
     assert await fetch(world) == Done("fetched")
     await assert_stored(world)
+    assert REGISTRY.get_sample_value("distributor_written_bytes_total") == written + SIZE
 
 
 @pytest.mark.parametrize("data", [b"", b"x"])

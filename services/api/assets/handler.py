@@ -36,7 +36,7 @@ class AssetHandler:
         self._starter = FetchStarter(context.state, context.queue, f"{socket.gethostname()}:{os.getpid()}")
         proxy = Proxy(context.relay, context.settings.public_api)
         growing = GrowingAnswerer(context, self._sender, proxy)
-        admission = SecondViews(context.settings, context.state)
+        admission = SecondViews(context.settings, context.state, context.clock)
         self._uncached = UncachedAnswerer(context, self._sender, self._starter, growing, admission)
 
     async def handle(self, request: Request, object_id: ObjectId) -> HTTPResponse | None:

@@ -1,0 +1,132 @@
+"""What a leader knew and had not written down, or only half, when it was killed."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from services.evictor.index import EvictionIndex
+from shared.adapters.state_memory import MemoryStateStore
+from shared.adapters.state_times import StateTimes
+from shared.adapters.volume import Volume
+from shared.domain.errors import StateStoreUnavailable
+from shared.domain.eviction import make_policy
+from shared.domain.objects import ObjectId
+from shared.ports.state_store import Access, IndexEntry, PolicyState, Term
+
+COUNT, AT_ONCE = 2500, 1000
+NOW = time.time()
+IDS = [ObjectId(f"object-{number}") for number in range(COUNT)]
+BY_ACCESS = Random(1).sample(IDS, COUNT)
+
+
+class FailingStore(MemoryStateStore):
+    """Away after `batches` more of records."""
+
+    batches = COUNT
+
+    async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
+        if self.batches == 0:
+            raise StateStoreUnavailable("away")
+        self.batches -= 1
+        await super().save_policy(term, entries, state)
+
+
+@pytest.fixture
+async def state() -> AsyncIterator[FailingStore]:
+    """It knows all objects, stored an hour ago."""
+    store = FailingStore(2**40, StateTimes(), time.time)
+    await store.open()
+    term = await store.lead("test", 600)
+    assert term is not None
+    await store.adopt_many(term, [IndexEntry(object_id, 1000, 1, NOW - 3600) for object_id in IDS])
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+def volume(tmp_path: Path) -> Volume:
+    volume = Volume(tmp_path)
+    volume.prepare()
+    return volume
+
+
+async def term_of(state: FailingStore) -> Term:
+    term = await state.lead("test", 600)
+    assert term is not None
+    return term
+
+
+async def leader(state: FailingStore, volume: Volume, policy: str) -> EvictionIndex:
+    index = EvictionIndex(state, volume, lambda: make_policy(policy))
+    await index.take_over()
+    return index
+
+
+async def view_all(state: FailingStore) -> None:
+    """Two views of each, one object after the other."""
+    seen = [Access(object_id, 2, NOW - 1000 + place * 0.1) for place, object_id in enumerate(BY_ACCESS)]
+    await state.record_accesses(seen)
+
+
+def order(index: EvictionIndex) -> list[ObjectId]:
+    return [entry.object_id for entry in index.policy.victims(2**50, NOW, at_most=COUNT)]
+
+
+def views(index: EvictionIndex) -> Counter[int]:
+    return Counter(entry.frequency for entry in index.policy.dump())
+
+
+@pytest.mark.parametrize("policy", ["gdsf", "lru-sp", "lru"])
+async def test_what_was_applied_and_not_saved_is_applied_again(
+    state: FailingStore, volume: Volume, policy: str
+) -> None:
+    killed = await leader(state, volume, policy)
+    await killed.save(await term_of(state))
+    await view_all(state)
+    await killed.refresh()
+    assert order(killed) == BY_ACCESS
+    successor = await leader(state, volume, policy)
+    assert order(successor) == BY_ACCESS
+    assert list(successor.policy.dump()) == list(killed.policy.dump())
+
+
+async def test_after_a_crash_between_two_batches_nothing_is_lost_and_one_batch_counts_twice(
+    state: FailingStore, volume: Volume
+) -> None:
+    killed = await leader(state, volume, "lru")
+    await view_all(state)
+    await killed.refresh()
+    state.batches = 1
+    with pytest.raises(StateStoreUnavailable):
+        await killed.save(await term_of(state))
+    successor = await leader(state, volume, "lru")
+    assert views(killed) == {3: COUNT}
+    assert views(successor) == {5: AT_ONCE, 3: COUNT - AT_ONCE}
+    assert order(successor) == order(killed) == BY_ACCESS
+
+    state.batches = COUNT
+    await successor.save(await term_of(state))
+    third = await leader(state, volume, "lru")
+    assert (views(third), order(third)) == (views(successor), BY_ACCESS), "and from then on nothing twice"
+
+
+async def test_who_lives_on_after_a_save_that_failed_counts_nothing_twice(
+    state: FailingStore, volume: Volume
+) -> None:
+    index, term = await leader(state, volume, "gdsf"), await term_of(state)
+    await view_all(state)
+    await index.refresh()
+    state.batches = 1
+    with pytest.raises(StateStoreUnavailable):
+        await index.save(term)
+    state.batches = COUNT
+    await index.save(term)
+    successor = await leader(state, volume, "gdsf")
+    assert views(index) == views(successor) == {3: COUNT}
+    assert order(successor) == order(index)
