@@ -122,13 +122,15 @@ class EvictorWorld:
             with suppress(asyncio.CancelledError):
                 await serving
 
-    def put_file(self, name: str, body: bytes | None = None) -> StoredRecord:
-        """A complete file with its record; the store is not told."""
+    def put_file(self, name: str, body: bytes | None = None, changed_at: float | None = None) -> StoredRecord:
+        """A complete file with its record, as of `changed_at`; the store is not told."""
         body = body_of(name) if body is None else body
         record = record_of(name, body)
         partial = self.volume.receive(record)
         partial.write(0, body)
         partial.mark_verified()
+        if changed_at is not None:  # before it is there to be seen
+            os.utime(self.root / "incoming" / f"{name}.part", (changed_at, changed_at))
         partial.publish(record)
         partial.close()
         return record
@@ -147,8 +149,7 @@ class EvictorWorld:
         """Fetch objects as a worker does; last accessed `age` seconds ago, each a minute later than the one before."""
         for name in names:
             lease = await self.begun(name)
-            self.put_file(name)
-            os.utime(self.path_of(name), (time.time() - age,) * 2)
+            self.put_file(name, changed_at=time.time() - age)
             assert await self.state.commit(lease, time.time() - age)
             age = max(0.0, age - 60)
 
