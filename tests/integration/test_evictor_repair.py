@@ -12,7 +12,7 @@ from services.evictor.removals import Removals
 from services.evictor.repair import Repair
 from services.evictor.takeover import Takeover
 from shared.adapters.volume.intake import Intake
-from shared.domain.eviction import POLICIES
+from shared.domain.eviction import Lru
 from shared.domain.objects import DistributionBucket, Duty, MediaObject, ObjectId
 from tests.integration.evictor_world import EvictorWorld, body_of, evictor_world, media_object
 
@@ -24,7 +24,7 @@ async def world(tmp_path: Path) -> AsyncIterator[EvictorWorld]:
 
 
 def removals_of(world: EvictorWorld) -> Removals:
-    return Removals(world.state, world.volume, EvictionIndex(world.state, world.volume, POLICIES["lru"]))
+    return Removals(world.state, world.volume, EvictionIndex(world.state, world.volume, Lru))
 
 
 async def test_what_the_catalog_does_not_know_keeps_nothing_else_from_being_asked_about(
