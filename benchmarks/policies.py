@@ -14,9 +14,11 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+from benchmarks.other_policies import S3Fifo, Sieve
 from benchmarks.traces import Parameters, Trace
 from services.replay.chart import render_chart
 from services.replay.scenarios import CacheSize, Result, Setting
+from shared.domain.eviction import EvictionPolicy
 from shared.domain.eviction.admission import SecondViewAdmission
 from shared.domain.eviction.simulator import Outcome, Rules, Simulation
 
@@ -26,6 +28,8 @@ CLASSIC = 2**50
 """So large a c0 that misses alone count: GDSF as it was published."""
 SETTINGS = (
     Setting("lru"),
+    Setting("sieve"),
+    Setting("s3-fifo"),
     Setting("lru-sp"),
     Setting("gdsf", CLASSIC),
     Setting("gdsf", 64 * MIB),
@@ -33,6 +37,16 @@ SETTINGS = (
     Setting("gdsf", 0),
 )
 SHARES = (0.01, 0.05, 0.10, 0.25)
+
+
+def policy_of(setting: Setting, limit: int) -> EvictionPolicy:
+    """Ours, or one of the others that stand beside them."""
+    match setting.policy:
+        case "sieve":
+            return Sieve()
+        case "s3-fifo":
+            return S3Fifo(limit)
+    return setting.make_policy()
 
 
 def run_seed(parameters: Parameters, share: float, ranges: bool) -> tuple[str, list[Outcome]]:
@@ -43,7 +57,7 @@ def run_seed(parameters: Parameters, share: float, ranges: bool) -> tuple[str, l
     for setting in SETTINGS:
         above = setting.second_view_above
         admission = None if above is None else SecondViewAdmission(above)
-        simulation = Simulation(setting.make_policy(), Rules.of(limit, 0.99, 1.0), admission)
+        simulation = Simulation(policy_of(setting, limit), Rules.of(limit, 0.99, 1.0), admission)
         for request in trace.requests() if ranges else trace.views():
             simulation.see(request)
         outcomes.append(simulation.outcome)
