@@ -111,8 +111,9 @@ class Traffic:
     """Clients that ask for one URL again and again while something happens to the stack.
 
     `retry_after`: seconds after which a client that was refused asks once more; None: it does not. `until_refused`: a
-    client that is refused has seen all it wanted. `forwarded`: the URL is a published port, at which Docker's forwarder
-    accepts, and closes at once, what the container itself would refuse; elsewhere that is a request dropped.
+    client that is refused has seen all it wanted; what it finds dropped on the way is counted apart. `forwarded`: the
+    URL is a published port, at which Docker's forwarder accepts, and closes at once, what the container itself would
+    refuse; elsewhere that is a request dropped.
     """
 
     url: str
@@ -125,6 +126,8 @@ class Traffic:
     failures: list[str] = field(default_factory=list)
     slowest: float = 0.0
     refused: int = 0
+    dropped: int = 0
+    """Connections that were made, and closed before a byte of an answer."""
     longest_gap: float = 0.0
     """Seconds between two answers: how long nobody was there."""
     _answered_at: float = field(default_factory=time.monotonic)
@@ -159,6 +162,8 @@ class Traffic:
         self.asked += 1
         if answer is None:
             self.failures.append("refused")
+        elif answer.status == 0 and self.until_refused:
+            self.dropped += 1
         elif answer.status != 200 or not answer.complete or answer.body != self.body:
             self.failures.append(f"{answer.status}, complete: {answer.complete}")
 
