@@ -87,12 +87,12 @@ class MissBench:
                 object_id = fresh.take()
                 url = peer.url + object_id
                 os.sync()
-                _requests_seen(self.origin, forget=True)
+                forget_requests(self.origin)
                 tally = uvloop.run(run_all(url, [urlsplit(url).path] * _CROWD, _CROWD))
                 figures = {
                     "median_client_ms": percentile(tally.latencies, 0.5) * 1e3,
                     "last_client_ms": max(tally.latencies, default=0.0) * 1e3,
-                    "source_requests": float(_requests_seen(self.origin)),
+                    "source_requests": float(_requests_for(self.origin, object_id)),
                     "errors": float(tally.errors),
                 }
                 yield Measurement(case.name, peer.name, number, figures)
@@ -104,10 +104,15 @@ class MissBench:
             self.node.purge([object_id])
 
 
-def _requests_seen(origin: Origin, *, forget: bool = False) -> int:
-    request = urllib.request.Request(origin.log_url, method="DELETE" if forget else "GET")
-    with urllib.request.urlopen(request, timeout=10) as answer:
-        return sum(1 for seen in json.load(answer)["requests"] if seen["method"] == "GET")
+def forget_requests(origin: Origin) -> None:
+    """The source's log begins anew."""
+    urllib.request.urlopen(urllib.request.Request(origin.log_url, method="DELETE"), timeout=10).close()
+
+
+def _requests_for(origin: Origin, object_id: str) -> int:
+    with urllib.request.urlopen(origin.log_url, timeout=10) as answer:
+        seen = json.load(answer)["requests"]
+    return sum(1 for each in seen if each["method"] == "GET" and each["path"].endswith(f"/files/{object_id}"))
 
 
 def wait_for_hit(url: str) -> float:
