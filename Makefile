@@ -12,6 +12,10 @@ export PATH := $(PATH):/usr/sbin:/usr/lib/rabbitmq/bin
 
 SOURCES := services shared tests deploy $(wildcard benchmarks)
 PYTEST := $(BIN)/python -m pytest
+# Tests of one file stay together; one process more than CPUs, since most of them wait for something.
+SIDE_BY_SIDE ?= --numprocesses $(shell echo $$(($$(nproc) + 1))) --dist loadfile
+# pytest's exit code when ARGS names tests of which none are in this part
+NONE_CHOSEN := [ $$? = 5 ]
 ARGS ?=
 COMPOSE ?= docker compose
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links
@@ -87,11 +91,12 @@ reference: setup ## write docs/configuration.md from the settings, and Kubernete
 
 .PHONY: test
 test: setup servers ## all tests but those of Docker and fire, against real Redis and RabbitMQ
-	@$(PYTEST) -m "not docker and not fire" $(ARGS)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not docker and not fire and not alone" $(ARGS) || $(NONE_CHOSEN)
+	@$(PYTEST) -m "alone and not docker and not fire" $(ARGS) || $(NONE_CHOSEN)
 
 .PHONY: test-unit
 test-unit: setup ## the quick tests: unit and contract
-	@$(PYTEST) -m "not docker and not fire" tests/unit $(wildcard tests/contract) $(ARGS)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not docker and not fire" tests/unit tests/contract $(ARGS)
 
 .PHONY: test-docker
 test-docker: setup ## the stack for real: build, up, scale, use, break, down

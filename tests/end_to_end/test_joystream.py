@@ -124,6 +124,7 @@ async def test_a_thousand_heads_are_one_call(world: JoystreamWorld) -> None:
     assert world.squid.questions.asked_for("1") == 1
 
 
+@pytest.mark.alone
 async def test_a_hanging_squid(world: JoystreamWorld) -> None:
     cached, known = generated_object("1", MIB), generated_object("2", MIB)
     world.publish([cached, known])

@@ -56,6 +56,7 @@ async def test_fifty_first_requests_make_one_download(world: World) -> None:
     assert len(world.first.requests.of("1", "GET")) == 1
 
 
+@pytest.mark.alone
 async def test_the_first_byte_arrives_while_the_source_is_still_sending(world: World) -> None:
     item = generated_object("1", 8 * MIB)
     world.publish([item])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,16 @@ async def started(world: World, *, workers: int = 2, **settings: str) -> Operato
     world.stack.environment.update(operator.environment)
     world.stack.environment.update(settings)
     await world.stack.up(workers=workers)
-    await until(lambda: listens(operator))
+    await until(lambda: all_listen(operator, workers))
     return operator
 
 
-async def listens(operator: OperatorClient) -> bool:
-    with contextlib.suppress(OSError):
-        return (await operator.ask("GET", "orders")).status == 200
-    return False
+async def all_listen(operator: OperatorClient, workers: int) -> bool:
+    """Whether every worker takes orders: each has a socket of its own at the port (SO_REUSEPORT)."""
+    sockets = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [
+        local.endswith(f":{operator.port:04X}") and state == "0A" for _, local, _, state, *_ in sockets
+    ].count(True) == workers
 
 
 def worker_processes(world: World) -> list[int]:
@@ -51,6 +53,10 @@ def worker_processes(world: World) -> list[int]:
     assert api.process is not None
     children = Path(f"/proc/{api.process.pid}/task/{api.process.pid}/children").read_text()
     return [int(child) for child in children.split()]
+
+
+async def all_gone(processes: Iterable[int]) -> bool:
+    return not any(Path(f"/proc/{process}").exists() for process in processes)
 
 
 async def killed_and_started_again(world: World) -> None:
@@ -129,9 +135,11 @@ async def test_stop_closes_the_public_port_in_all_workers_and_start_opens_it_aga
     assert await reader.readexactly(item.size) == item.content.read(0, item.size)
     writer.close()
     # Killed workers come back, and stay closed.
-    for process in worker_processes(world):
+    killed = worker_processes(world)
+    for process in killed:
         os.kill(process, signal.SIGKILL)
-    await until(lambda: listens(operator))
+    await until(lambda: all_gone(killed))
+    await until(lambda: all_listen(operator, 2))
     assert await refuses_connections(port)
     await operator.order("start-api")
     assert await until(lambda: accepts_connections(port)) < 1.5
@@ -177,11 +185,7 @@ async def test_one_dead_worker_costs_nothing(world: World) -> None:
     operator = await started(world)
     victim = worker_processes(world)[0]
     os.kill(victim, signal.SIGKILL)
-
-    async def gone() -> bool:
-        return not Path(f"/proc/{victim}").exists()
-
-    await until(gone)
+    await until(lambda: all_gone([victim]))
     await operator.order("set-buckets", {"buckets": ["5:5"]})
     assert (await operator.look("orders"))["buckets"] == ["5:5"]
 

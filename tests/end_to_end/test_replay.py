@@ -22,7 +22,7 @@ from tests.end_to_end.client import get, read_answer
 from tests.end_to_end.conftest import World
 from tests.end_to_end.stack import Stack
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.alone]
 
 SECONDS = 24.0
 """Two weeks of the trace take so long here, and the node's own times are shortened likewise."""

@@ -108,6 +108,7 @@ async def through(fire: FireWorld, name: str, fault: Fault, seconds: float) -> N
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.alone
 async def test_redis_is_emptied(fire: FireWorld) -> None:
     await through(fire, "flushall", emptied, 3)
 

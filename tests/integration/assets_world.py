@@ -175,6 +175,9 @@ class AssetsWorld:
                     return
                 await asyncio.sleep(0.01)
 
+    async def is_hit(self, object_id: str) -> bool:
+        return (await self.get(object_id, method="HEAD")).headers.get("x-cache") == "hit"
+
     async def has_job(self) -> bool:
         return await self.jobs() > 0
 

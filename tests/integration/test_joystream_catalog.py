@@ -260,6 +260,7 @@ async def test_the_switch_is_remembered_and_undone(squid: TestSquid, catalog: Jo
     assert await refused("without_deprecated") == 0
 
 
+@pytest.mark.alone
 async def test_two_hundred_unknown_ids_at_a_hanging_squid(squid: TestSquid) -> None:
     squid.knobs = SquidKnobs(hang=True)
     inner = JoystreamCatalog(squid.url, SquidLimits(timeout=1.5), refuse_private=True)

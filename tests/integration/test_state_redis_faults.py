@@ -149,6 +149,7 @@ async def test_what_fails_is_counted_whoever_asked(store: RedisStateStore, own_r
     assert {name: failed_calls(name) - count for name, count in before.items()} == dict.fromkeys(before, 1.0)
 
 
+@pytest.mark.alone
 async def test_a_thousand_verbs_on_a_frozen_server_fail_in_time_and_the_next_at_once(
     store: RedisStateStore, own_redis: RedisServer
 ) -> None:

@@ -54,7 +54,7 @@ async def phase(state: SlowStore) -> FetchPhase | None:
 async def test_a_client_that_leaves_leaves_no_claim_without_its_job(
     state: SlowStore, queue: SlowQueue, leaves_after: float
 ) -> None:
-    starter = FetchStarter(state, queue, "api-1")
+    starter = FetchStarter(state, queue, "api-1", lambda _: False)
     asking = asyncio.create_task(starter.start(WANTED, "r-1"))
     await asyncio.sleep(leaves_after)
     asking.cancel()
@@ -68,16 +68,26 @@ async def test_a_client_that_leaves_leaves_no_claim_without_its_job(
 
 
 async def test_one_of_many_wins(state: SlowStore, queue: SlowQueue) -> None:
-    starter = FetchStarter(state, queue, "api-1")
+    starter = FetchStarter(state, queue, "api-1", lambda _: False)
     answers = await asyncio.gather(*(starter.start(WANTED, f"r-{number}") for number in range(20)))
     await starter.close()
     assert [claim.won for claim, _ in answers if claim is not None].count(True) == 1
     assert (await queue.depth()).ready == 1
 
 
+async def test_an_object_that_came_before_its_claim_needs_no_job(state: SlowStore, queue: SlowQueue) -> None:
+    starter = FetchStarter(state, queue, "api-1", lambda _: True)
+    claim, _ = await starter.start(WANTED, "r-1")
+    await starter.close()
+    assert claim is not None
+    assert (claim.won, claim.standing.fetch, claim.standing.failure) == (False, None, None)
+    assert (await queue.depth()).ready == 0
+    assert await phase(state) is None
+
+
 async def test_what_cannot_be_published_is_withdrawn(state: SlowStore, queue: SlowQueue) -> None:
     await queue.close()
-    starter = FetchStarter(state, queue, "api-1")
+    starter = FetchStarter(state, queue, "api-1", lambda _: False)
     claim, start = await starter.start(WANTED, "r-1")
     assert claim is not None
     assert claim.won

@@ -33,7 +33,8 @@ class AssetHandler:
         self._sender = ObjectSender(
             context.accesses, HandOver(context.settings.public_api.accel_redirect_prefix)
         )
-        self._starter = FetchStarter(context.state, context.queue, f"{socket.gethostname()}:{os.getpid()}")
+        claimant = f"{socket.gethostname()}:{os.getpid()}"
+        self._starter = FetchStarter(context.state, context.queue, claimant, self._is_complete)
         proxy = Proxy(context.relay, context.settings.public_api)
         growing = GrowingAnswerer(context, self._sender, proxy)
         admission = SecondViews(context.settings, context.state, context.clock)
@@ -55,6 +56,15 @@ class AssetHandler:
             logger.error("volume_failed", object_id=object_id, reason=str(error))
             degraded = True
         return await self._uncached.answer(request, asked, object_id, degraded=degraded)
+
+    def _is_complete(self, object_id: ObjectId) -> bool:
+        try:
+            found = self._volume.open_object(object_id)
+        except VolumeError:
+            return False
+        if found is not None:
+            found.close()
+        return found is not None
 
     async def close(self) -> None:
         """See that no claim is left without its job."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 
 import structlog
 
 from services.api.assets.timing import phase
 from shared.domain.errors import JobQueueUnavailable, StateStoreUnavailable
 from shared.domain.jobs import FetchJob
-from shared.domain.objects import MediaObject
+from shared.domain.objects import MediaObject, ObjectId
 from shared.ports.job_queue import JobQueue
-from shared.ports.state_store import Claim, StateStore
+from shared.ports.state_store import Claim, Standing, StateStore
 
 logger = structlog.get_logger()
 
@@ -28,9 +29,12 @@ class Start:
 class FetchStarter:
     """Owns the tasks that start fetches, so that a client that leaves never leaves a claim without a job."""
 
-    def __init__(self, state: StateStore, queue: JobQueue, claimant: str) -> None:
-        """`claimant` names this process in claims."""
+    def __init__(
+        self, state: StateStore, queue: JobQueue, claimant: str, is_complete: Callable[[ObjectId], bool]
+    ) -> None:
+        """`claimant` names this process in claims; `is_complete`: whether an object is on the volume."""
         self._state = state
+        self._is_complete = is_complete
         self._queue = queue
         self._claimant = claimant
         self._tasks: set[asyncio.Task[None]] = set()
@@ -57,6 +61,13 @@ class FetchStarter:
             except StateStoreUnavailable as error:
                 self._note_state_error("claim", request_id, error)
                 return
+            # Looked for on the volume, being fetched by another, there and committed, claimed here: such a claim is won
+            # for nothing. A fetch commits after its object is in place, so whoever looks once more now sees it.
+            if claim.won and self._is_complete(object_id):
+                claim = Claim(won=False, standing=Standing(None, None))
+                start.claim.set_result(claim)
+                await self._tell(self._state.withdraw, object_id, request_id)
+                return
             start.claim.set_result(claim)
             if claim.won:
                 await self._publish(FetchJob(media_object, request_id, time.time()), start)
@@ -78,11 +89,17 @@ class FetchStarter:
             if not published:
                 start.unpublished.set()
         verb = self._state.mark_queued if published else self._state.withdraw
+        await self._tell(verb, job.object_id, job.request_id)
+
+    async def _tell(
+        self, verb: Callable[[ObjectId, str], Awaitable[None]], object_id: ObjectId, request_id: str
+    ) -> None:
+        """The state store, what has become of the claim."""
         try:
-            await verb(job.object_id, self._claimant)
+            await verb(object_id, self._claimant)
         except StateStoreUnavailable as error:
             # The claim runs out by itself; meanwhile requests are pending, and proxied after the first-byte wait.
-            self._note_state_error(verb.__name__, job.request_id, error)
+            self._note_state_error(verb.__name__, request_id, error)
 
     def _note_state_error(self, operation: str, request_id: str, error: StateStoreUnavailable) -> None:
         logger.warning(
