@@ -12,8 +12,8 @@ export PATH := $(PATH):/usr/sbin:/usr/lib/rabbitmq/bin
 
 SOURCES := services shared tests deploy $(wildcard benchmarks)
 PYTEST := $(BIN)/python -m pytest
-# Tests of one file stay together; one process more than CPUs, since most of them wait for something.
-SIDE_BY_SIDE ?= --numprocesses $(shell echo $$(($$(nproc) + 1))) --dist loadfile
+# One process more than CPUs, since most tests wait for something.
+SIDE_BY_SIDE ?= --numprocesses $(shell echo $$(($$(nproc) + 1))) --dist worksteal
 # pytest's exit code when ARGS names tests of which none are in this part
 NONE_CHOSEN := [ $$? = 5 ]
 ARGS ?=

@@ -94,6 +94,8 @@ def main() -> None:
         print("\n".join(missing), file=sys.stderr)
         sys.exit(_MISSING)
     signal.signal(signal.SIGTERM, end_in_order)
+    if given.folder is not None:
+        given.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=given.folder) as place:
         folder = Path(place)
         free = shutil.disk_usage(folder).free / 2**30
