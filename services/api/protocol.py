@@ -24,6 +24,9 @@ ANSWER_LIMIT = 60.0
 CLIENT_LEFT = 499
 """Status in log and metrics of a request whose client left before the answer began."""
 _LONGEST_TICK = 5.0
+_FIRST_REQUEST_GRACE = 1.0
+"""Seconds at a stop in which the first request of a connection may still come: who has just connected has asked
+already, most likely, and would take a connection that is closed for a node that fails."""
 
 
 class ApiHttp(Http):
@@ -31,6 +34,8 @@ class ApiHttp(Http):
 
     def respond(self, response: BaseHTTPResponse) -> BaseHTTPResponse:
         response = super().respond(response)
+        if isinstance(self.protocol, PublicProtocol):
+            self.protocol.used = True
         if getattr(self.protocol, "ends_soon", False):
             self.keep_alive = False
         request: Request[Any, Any] | None = self.request
@@ -107,6 +112,7 @@ class PublicProtocol(HttpProtocol):
         "_tick",
         "_watched",
         "ends_soon",
+        "used",
     )  # without, Sanic's metaclass leaves no room for any
 
     def __init__(self, **named: Any) -> None:
@@ -116,6 +122,7 @@ class PublicProtocol(HttpProtocol):
         self._watched: tuple[object, ...] = ()
         self._since = 0.0
         self.ends_soon = False
+        self.used = False  # a request has been answered
         self._tick = min(
             _LONGEST_TICK, self.keep_alive_timeout / 4, self.request_timeout / 4, self.response_timeout / 4
         )
@@ -207,15 +214,26 @@ class PublicProtocol(HttpProtocol):
         """Close once the answer under way, if there is one, has ended."""
         self.ends_soon = True  # when the answer begins: Sanic forgets it with each head that it reads
         http = self._http
-        if http is None or (http.stage is Stage.IDLE and not self.recv_buffer):
+        if self._is_unused():
+            self.loop.call_later(_FIRST_REQUEST_GRACE, self._close_if_unused)
+        elif http is None or (http.stage is Stage.IDLE and not self.recv_buffer):
             self.close()
         else:
             http.keep_alive = False
 
+    def _is_unused(self) -> bool:
+        """Whether nothing has been asked on this connection."""
+        idle = self._http is None or self._http.stage is Stage.IDLE
+        return idle and not self.used and not self.recv_buffer
+
+    def _close_if_unused(self) -> None:
+        if self._is_unused():
+            self.close()
+
     def end_now(self) -> None:
         """Cut the answer under way."""
         http = self._http
-        if http is not None:
+        if http is not None and not self._is_unused():
             http.cut("shutdown")
         elif self.transport is not None:
             self.transport.abort()

@@ -106,6 +106,7 @@ class AssetsWorld:
     second: StorageNode
     queue: MemoryJobQueue
     port: int = 0
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
     data: dict[str, bytes] = field(default_factory=dict)
     writers: list[asyncio.StreamWriter] = field(default_factory=list)
 
@@ -243,21 +244,21 @@ async def assets_world(
         context = make_context(settings, volume, state, queue, catalog, Relay(client, HealthBook()))
         context = replace(context, clock=clock)
         world = AssetsWorld(context, catalog, nodes[0], nodes[1], queue)
-        stop, listening = asyncio.Event(), asyncio.Event()
+        listening = asyncio.Event()
 
         def on_listening(port: int) -> None:
             world.port = port
             listening.set()
 
         async with asyncio.TaskGroup() as group:
-            group.create_task(serve_api(context, stop, on_listening=on_listening))
+            group.create_task(serve_api(context, world.stop, on_listening=on_listening))
             try:
                 await asyncio.wait_for(listening.wait(), 5)
                 yield world
             finally:
                 for writer in world.writers:
                     writer.transport.abort()
-                stop.set()
+                world.stop.set()
 
 
 def _digest(data: bytes) -> bytes:

@@ -252,3 +252,23 @@ def _is_free(world: AssetsWorld, object_id: str) -> bool:
 async def _pieces(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     while piece := await reader.read(MIB):
         yield piece
+
+
+@pytest.mark.parametrize("fast_lane", [True, False])
+async def test_who_has_just_connected_is_answered_at_a_stop(tmp_path: Path, *, fast_lane: bool) -> None:
+    asks = b"GET /api/v1/assets/1 HTTP/1.1\r\nHost: a\r\n\r\n"
+    async with assets_world(tmp_path, fast_lane=fast_lane) as world:
+        world.add("1", 10_000)
+        world.store("1")
+        (silent, _), (reader, writer), (used, used_writer) = [await world.connect() for _ in range(3)]
+        used_writer.write(asks)
+        await used.readuntil(b"\r\n\r\n")
+        assert await used.readexactly(10_000) == world.data["1"]
+        world.stop.set()
+        assert await used.read() == b""
+        writer.write(asks)
+        answer = await reader.read()
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b"connection: close" in answer.lower()
+        assert answer.endswith(world.data["1"])
+        assert await silent.read() == b""

@@ -81,7 +81,7 @@ class FastLaneProtocol(PublicProtocol):
     def _is_ours(self) -> bool:
         """Whether nothing is under way on this connection."""
         http, transport = self._http, self.transport
-        if self._socket is None or transport is None or self.recv_buffer:
+        if self._socket is None or transport is None or self.recv_buffer or self.ends_soon:
             return False
         if http is not None and not (
             http.stage is Stage.IDLE and getattr(http, "request", None) is None and http.keep_alive
@@ -95,7 +95,7 @@ class FastLaneProtocol(PublicProtocol):
         ready = lane.prepare(data, now) if lane is not None else None
         if lane is None or ready is None or transport is None or self._socket is None:
             return False
-        self._time = now
+        self._time, self.used = now, True
         body, first, length = ready.hot.body, ready.first, ready.length
         if not length:
             transport.write(ready.head)
