@@ -44,7 +44,7 @@ MEMORY = "memory://"
 
 
 def build_volume(settings: Settings) -> Volume:
-    return Volume(settings.storage.path)
+    return Volume(settings.storage.path, handed_over=bool(settings.public_api.accel_redirect_prefix))
 
 
 def build_state_store(settings: Settings) -> StateStore:

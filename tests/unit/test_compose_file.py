@@ -220,7 +220,7 @@ def test_the_edge_s_workers_fit_into_its_memory() -> None:
 
 
 def test_hits_are_handed_over_by_the_prefix_that_the_api_is_told() -> None:
-    prefix = SERVICES["api"]["environment"]["DISTRIBUTOR_PUBLIC_API__ACCEL_REDIRECT_PREFIX"]
+    prefix = SERVICES["evictor"]["environment"]["DISTRIBUTOR_PUBLIC_API__ACCEL_REDIRECT_PREFIX"]
     assert prefix == "${ACCEL_REDIRECT_PREFIX:-}"
     assert SERVICES["edge"]["environment"]["EDGE_OBJECTS_PREFIX"] == "${ACCEL_REDIRECT_PREFIX:-/_objects}"
     assert "location ${EDGE_OBJECTS_PREFIX}/ {" in EDGE_TEMPLATE

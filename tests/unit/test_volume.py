@@ -322,15 +322,21 @@ def test_sending_does_not_begin_while_an_object_is_being_removed(volume: Volume)
     opened_before.close()
 
 
-def test_who_reads_without_a_lock_finishes_what_is_removed_meanwhile(volume: Volume) -> None:
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_an_open_file_keeps_its_bytes_only_where_a_server_in_front_may_send_them(
+    tmp_path: Path, *, handed_over: bool
+) -> None:
+    volume = Volume(tmp_path / "volume", handed_over=handed_over)
+    volume.prepare()
     store(volume, "1")
     descriptor = os.open(path_of(volume, "1"), os.O_RDONLY)
     removal = volume.removal(ObjectId("1"))
     assert removal.begin() is RemovalState.READY
     removal.unlink()
     removal.close()
-    assert os.pread(descriptor, len(BODY), 0) == BODY
+    assert os.pread(descriptor, len(BODY), 0) == (BODY if handed_over else b"")
     os.close(descriptor)
+    volume.close()
 
 
 def test_a_follower_holds_what_is_verified_before_the_writer_lets_go(volume: Volume) -> None:

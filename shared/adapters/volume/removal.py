@@ -27,7 +27,9 @@ class Removal:
     between keeps others from storing a new file under the name, which it would remove when it goes on.
     """
 
-    def __init__(self, directories: Directories, object_id: ObjectId) -> None:
+    def __init__(self, directories: Directories, object_id: ObjectId, *, empties: bool) -> None:
+        """`empties`: whether a file that is unlinked is cut to nothing, too."""
+        self._empties = empties
         self._directories = directories
         self._object_id = object_id
         self._descriptor = -1
@@ -67,14 +69,16 @@ class Removal:
         return RemovalState.READY
 
     def unlink(self) -> None:
-        """Remove the locked file and its record. Its bytes are free once nobody has it open: whoever sends it holds a
-        lock, so that nobody does but for a moment. Readers without one (a server in front of ours) finish undisturbed.
-        """
+        """Remove the locked file and its record; the bytes are free when this returns. Where it does not empty the file
+        they are once nobody has it open, and readers without a lock finish undisturbed."""
         with translated(f"remove {self._object_id}"):
             remove_quietly(self._object_id, self._directories.descriptor(self._place))
             if self._place != LEAVING:
                 number = fan(self._object_id)
                 remove_quietly(self._object_id, self._directories.descriptor(f"{RECORDS}/{number}"))
+            # Whoever sends it would hold a lock. An open file that nobody sends must not keep the bytes
+            if self._empties and os.fstat(self._descriptor).st_nlink == 0:
+                os.ftruncate(self._descriptor, 0)
 
     def set_aside(self) -> None:
         """Take an object that is being sent out of sight: new requests miss it, its bytes still count.

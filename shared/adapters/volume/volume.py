@@ -46,8 +46,11 @@ class Volume:
     Safe to use from several threads. `prepare` before writing; reading needs nothing (and works on a read-only mount).
     """
 
-    def __init__(self, root: Path, record_cache: int = 100_000) -> None:
+    def __init__(self, root: Path, record_cache: int = 100_000, *, handed_over: bool = False) -> None:
+        """`record_cache`: records kept in memory; `handed_over`: a server in front of ours sends objects, too, and holds
+        no lock on them."""
         self.root = root
+        self._handed_over = handed_over
         self._directories = Directories(root)
         self._records: OrderedDict[str, tuple[tuple[int, int, int], StoredRecord]] = OrderedDict()
         self._record_cache = record_cache
@@ -214,7 +217,7 @@ class Volume:
 
     def removal(self, object_id: ObjectId) -> Removal:
         """The intent to remove a complete object; see Removal."""
-        return Removal(self._directories, object_id)
+        return Removal(self._directories, object_id, empties=not self._handed_over)
 
     def remove_orphan_records(self, older_than_seconds: float) -> int:
         """Remove records that belong to nothing for that long; how many."""
