@@ -47,8 +47,8 @@ class Volume:
     """
 
     def __init__(self, root: Path, record_cache: int = 100_000, *, handed_over: bool = False) -> None:
-        """`record_cache`: records kept in memory; `handed_over`: a server in front of ours sends objects, too, and holds
-        no lock on them."""
+        """`record_cache`: records kept in memory; `handed_over`: a server in front of ours sends objects, too, and
+        holds no lock on them."""
         self.root = root
         self._handed_over = handed_over
         self._directories = Directories(root)
