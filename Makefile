@@ -16,6 +16,8 @@ PYTEST := $(BIN)/python -m pytest
 SIDE_BY_SIDE ?= --numprocesses $(shell echo $$(($$(nproc) + 1))) --dist worksteal
 # pytest's exit code when ARGS names tests of which none are in this part
 NONE_CHOSEN := [ $$? = 5 ]
+# What failed beside others has to pass by itself
+ONCE_MORE = $(PYTEST) --last-failed --last-failed-no-failures none -m "not docker and not fire and not alone" $(ARGS)
 ARGS ?=
 COMPOSE ?= docker compose
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links
@@ -91,7 +93,7 @@ reference: setup ## write docs/configuration.md from the settings, and Kubernete
 
 .PHONY: test
 test: setup servers ## all tests but those of Docker and fire, against real Redis and RabbitMQ
-	@$(PYTEST) $(SIDE_BY_SIDE) -m "not docker and not fire and not alone" $(ARGS) || $(NONE_CHOSEN)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not docker and not fire and not alone" $(ARGS) || $(NONE_CHOSEN) || $(ONCE_MORE)
 	@$(PYTEST) -m "alone and not docker and not fire" $(ARGS) || $(NONE_CHOSEN)
 
 .PHONY: test-unit

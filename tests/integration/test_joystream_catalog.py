@@ -17,6 +17,8 @@ from shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits, Sq
 from shared.domain.errors import CatalogUnavailable, ConfigurationError
 from shared.domain.objects import DistributionBucket, Duty, MediaObject, ObjectId
 
+pytestmark = pytest.mark.alone
+
 OBJECTS = [
     bytes_object("1", b"a" * 1000, "image/png"),
     bytes_object("2", b"b" * 2000, "text/vtt"),
@@ -260,7 +262,6 @@ async def test_the_switch_is_remembered_and_undone(squid: TestSquid, catalog: Jo
     assert await refused("without_deprecated") == 0
 
 
-@pytest.mark.alone
 async def test_two_hundred_unknown_ids_at_a_hanging_squid(squid: TestSquid) -> None:
     squid.knobs = SquidKnobs(hang=True)
     inner = JoystreamCatalog(squid.url, SquidLimits(timeout=1.5), refuse_private=True)
