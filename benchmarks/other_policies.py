@@ -8,6 +8,7 @@ eviction", SOSP 2023.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
@@ -21,7 +22,7 @@ _MOST_COUNTED = 3
 _WORTH_KEEPING = 2
 
 
-class _Queues:
+class _Queues(ABC):
     """What both share: the entries, and one victim at a time."""
 
     inflation = 0.0
@@ -44,8 +45,8 @@ class _Queues:
     def dump(self) -> Iterator[PolicyEntry]:
         return iter(self._entries.values())
 
-    def add(self, entry: PolicyEntry) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def add(self, entry: PolicyEntry) -> None: ...
 
     def restore(self, entries: Iterable[PolicyEntry], inflation: float) -> None:
         for entry in entries:
@@ -62,8 +63,8 @@ class _Queues:
     ) -> list[PolicyEntry]:
         return [self._next_victim()] if self._entries and wanted > 0 else []
 
-    def _next_victim(self) -> PolicyEntry:
-        raise NotImplementedError
+    @abstractmethod
+    def _next_victim(self) -> PolicyEntry: ...
 
 
 class Sieve(_Queues):
