@@ -169,19 +169,39 @@ async def test_a_client_that_takes_nothing_is_cut_at_the_stall_limit(tmp_path: P
             await world.until(lambda running: running.open_files() == 0)
 
 
-async def test_a_stopped_api_lets_a_long_body_end(world: AssetsWorld) -> None:
-    """As `stop-api` does it: the process goes on."""
+@pytest.mark.parametrize("fast_lane", [True, False])
+async def test_a_stopped_api_lets_a_long_body_end(tmp_path: Path, *, fast_lane: bool) -> None:
+    """As `stop-api` does it: the process goes on. The head of the answer had said that the connection stays."""
+    async with assets_world(tmp_path, fast_lane=fast_lane) as world:
+        for object_id, size in (("1", 10 * KIB), ("2", LARGE)):
+            world.add(object_id, size)
+            world.store(object_id)
+        reader, writer = await world.connect()
+        writer.write(ask("2"))
+        await reader.readuntil(b"\r\n\r\n")
+        state, orders = world.context.state, world.context.orders
+        assert await state.change_orders(orders.current.version, replace(orders.current, stopped=True))
+        async with asyncio.timeout(5):
+            await orders.until(lambda now: now.stopped)
+        assert await reader.readexactly(LARGE) == world.data["2"]
+        writer.write(ask("1"))
+        head, body = await read_answer(reader)
+        assert b"connection: close" in head
+        assert body == world.data["1"]
+        assert await reader.read() == b""
+
+
+async def test_a_stop_answers_what_was_asked_during_a_long_body(world: AssetsWorld) -> None:
     reader, writer = await world.connect()
     writer.write(ask("2"))
     await reader.readuntil(b"\r\n\r\n")
-    state, orders = world.context.state, world.context.orders
-    assert await state.change_orders(orders.current.version, replace(orders.current, stopped=True))
-    async with asyncio.timeout(5):
-        await orders.until(lambda now: now.stopped)
     writer.write(ask("1"))
+    world.stop.set()
     assert await reader.readexactly(LARGE) == world.data["2"]
-    with contextlib.suppress(ConnectionError):
-        assert await reader.read() == b""
+    head, body = await read_answer(reader)
+    assert b"connection: close" in head
+    assert body == world.data["1"]
+    assert await reader.read() == b""
 
 
 async def test_a_stop_lets_a_long_body_end(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ class FastLaneProtocol(PublicProtocol):
         ready = lane.prepare(data, now) if lane is not None else None
         if lane is None or ready is None or transport is None or self._socket is None:
             return False
-        self._time, self.used = now, True
+        self._time = now
         body, first, length = ready.hot.body, ready.first, ready.length
         if not length:
             transport.write(ready.head)
@@ -194,11 +194,10 @@ class FastLaneProtocol(PublicProtocol):
         kept, self._kept = unread + bytes(self._kept), bytearray()
         if unread:
             super().data_received(kept)
-        elif self.ends_soon:
-            self.close()
-            return
         elif kept:
             self.data_received(kept)
+        elif self.ends_soon:
+            self.await_last_request()
         transport.resume_reading()
 
     def _progress(self) -> object:
@@ -213,3 +212,6 @@ class FastLaneProtocol(PublicProtocol):
             self.ends_soon = True
         else:
             super().end_soon()
+
+    def _is_idle(self) -> bool:
+        return self._sending is None and super()._is_idle()
