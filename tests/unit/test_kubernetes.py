@@ -256,6 +256,14 @@ def test_the_limit_leaves_room_on_the_volume() -> None:
     assert int(limit[:-1]) < int(asked[:-2])
 
 
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_all_have_the_same_settings(component: str) -> None:
+    """What is set for the API, such as handing files over to a server in front, the evictor has to know too."""
+    only = container(component)
+    assert only["envFrom"] == [{"configMapRef": {"name": "distributor-settings"}}]
+    assert all("secretKeyRef" in one["valueFrom"] for one in only["env"])
+
+
 def test_settings_are_ones_that_the_node_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     for line in (FOLDER / "base" / "settings.env").read_text().splitlines():
         monkeypatch.setenv(*line.split("=", 1))
