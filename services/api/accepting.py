@@ -1,6 +1,6 @@
 """Taking connections from the kernel: all that wait, in one turn of the loop.
 
-The loop's own server takes a single one in each of its turns (libuv since 1.45), and each turn answers everybody who is
+The loop's own server takes a single one in each of its turns, and each turn answers everybody who is
 connected already. Where a thousand clients come at once the last of them would wait for a thousand turns: for seconds.
 """
 
