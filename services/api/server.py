@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
-from sanic.server import serve
 
+from services.api.accepting import accepting_server
 from services.api.application import ApiApplication, prepare_start
 from services.api.farewell import sent_to_the_end
 from services.api.last_arrivals import (
@@ -64,19 +64,7 @@ class PublicServer:
         bound = bind(self._address)
         self._address = replace(self._address, port=bound.getsockname()[1])
         connections = Connections()
-        # Not Sanic.create_server: it would set up logs and signals, and warn people at their terminals.
-        server = serve(
-            None,
-            None,
-            self._application,
-            sock=bound,
-            loop=asyncio.get_running_loop(),
-            protocol=self._protocol,
-            connections=connections,
-            backlog=BACKLOG,
-            register_sys_signals=False,
-            run_async=True,
-        )
+        server = accepting_server(self._application, bound, self._protocol, connections, BACKLOG)
         if not self._application.state.is_started:
             prepare_start(self._application)
             await server.startup()

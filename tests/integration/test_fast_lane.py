@@ -315,6 +315,27 @@ async def test_each_gets_its_own_object_while_others_push_it_out(
         await world.until(lambda running: running.open_files() <= 1)
 
 
+async def test_short_ranges_are_whole_however_little_the_sockets_take(world: AssetsWorld) -> None:
+    """They pass through one buffer of the process; what a socket does not take then must not come from there."""
+    clients = [_idle_client(world.port) for _ in range(3)]
+    length, asked = 64 * KIB, 100
+    for number in range(asked):
+        for place, client in enumerate(clients):
+            first = (number * len(clients) + place) * 4099 + 1
+            more = f"Range: bytes={first}-{first + length - 1}\r\n"
+            await asyncio.get_running_loop().sock_sendall(client, ask("2", more))
+            await asyncio.sleep(0.001)
+    await world.until(lambda _: _in_progress() >= len(clients))
+    for place, client in enumerate(clients):
+        reader, writer = await asyncio.open_connection(sock=client)
+        world.writers.append(writer)
+        for number in range(asked):
+            first = (number * len(clients) + place) * 4099 + 1
+            head, body = await read_answer(reader)
+            assert head.startswith(b"HTTP/1.1 206")
+            assert body == world.data["2"][first : first + length]
+
+
 async def test_what_is_not_in_memory_is_read_and_sent(world: AssetsWorld, disk: ColdDisk) -> None:
     reader, writer = await world.connect()
     for object_id, more, first, end in (
