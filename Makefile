@@ -14,10 +14,12 @@ SOURCES := services shared tests deploy $(wildcard benchmarks)
 PYTEST := $(BIN)/python -m pytest
 # One process more than CPUs, since most tests wait for something.
 SIDE_BY_SIDE ?= --numprocesses $(shell echo $$(($$(nproc) + 1))) --dist worksteal
-# pytest's exit code when ARGS names tests of which none are in this part
-NONE_CHOSEN := [ $$? = 5 ]
-# What failed beside others has to pass by itself
-ONCE_MORE = $(PYTEST) --last-failed --last-failed-no-failures none -m "not docker and not fire and not alone" $(ARGS)
+# $(call tests,which,options of the first go): what failed beside others, or while the machine was busy with something
+# else, has to pass by itself. 5: ARGS names tests of which none are in this part.
+define tests
+@code=0; $(PYTEST) $(2) $(1) || code=$$?; \
+case $$code in 0|5) ;; 1) echo "--- once more, what failed, by itself ---"; $(PYTEST) --last-failed --last-failed-no-failures none $(1) ;; *) exit $$code ;; esac
+endef
 ARGS ?=
 COMPOSE ?= docker compose
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links
@@ -93,8 +95,8 @@ reference: setup ## write docs/configuration.md from the settings, and Kubernete
 
 .PHONY: test
 test: setup servers ## all tests but those of Docker and fire, against real Redis and RabbitMQ
-	@$(PYTEST) $(SIDE_BY_SIDE) -m "not docker and not fire and not alone" $(ARGS) || $(NONE_CHOSEN) || $(ONCE_MORE)
-	@$(PYTEST) -m "alone and not docker and not fire" $(ARGS) || $(NONE_CHOSEN)
+	$(call tests,-m "not docker and not fire and not alone" $(ARGS),$(SIDE_BY_SIDE))
+	$(call tests,-m "alone and not docker and not fire" $(ARGS))
 
 .PHONY: test-unit
 test-unit: setup ## the quick tests: unit and contract
@@ -102,7 +104,7 @@ test-unit: setup ## the quick tests: unit and contract
 
 .PHONY: test-docker
 test-docker: setup ## the stack for real: build, up, scale, use, break, down
-	@$(PYTEST) -m docker --timeout 900 $(ARGS)
+	$(call tests,-m docker --timeout 900 $(ARGS))
 
 .PHONY: test-fire
 test-fire: setup servers ## kill, cut, fill and corrupt things, and look at what clients see (FIRE_SEED, FIRE_KILLS)

@@ -19,7 +19,7 @@ from sanic_routing.route import Route
 
 from services.api.error_rendering import JsonErrorHandler
 from services.api.errors import CutAnswer
-from services.api.exchange import exchange_of
+from services.api.exchange import begin_counts, exchange_of
 from services.api.protocol import ApiHttp
 from services.api.request import ASSETS, MAX_HEAD_BYTES, ApiRequest, malformation_of
 from shared.observability.metrics import CUT_ANSWERS, REQUESTS_IN_PROGRESS
@@ -106,6 +106,7 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
 
 def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApplication:
     """An application without routes. Close it with `forget_application`; several can live in one process."""
+    begin_counts()
     config = Config(env_prefix=None)  # our settings are the only ones: no SANIC_… from the environment
     config.update(
         ACCESS_LOG=False,

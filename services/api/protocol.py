@@ -24,18 +24,22 @@ ANSWER_LIMIT = 60.0
 CLIENT_LEFT = 499
 """Status in log and metrics of a request whose client left before the answer began."""
 _LONGEST_TICK = 5.0
-_FIRST_REQUEST_GRACE = 1.0
-"""Seconds at a stop in which the first request of a connection may still come: who has just connected has asked
-already, most likely, and would take a connection that is closed for a node that fails."""
+_LAST_REQUEST_GRACE = 1.0
+"""Seconds at a stop in which an idle connection may bring one more request, and is told with the answer that it ends.
+The request may be on its way: a client that finds the connection closed instead cannot know whether it was heard."""
 
 
 class ApiHttp(Http):
     """One connection's requests and answers: adds the request id, and keeps the record of each exchange."""
 
+    def init_for_request(self) -> None:
+        """Begin to wait for a request: at a stop not for long."""
+        super().init_for_request()  # type: ignore[no-untyped-call]
+        if isinstance(self.protocol, PublicProtocol) and self.protocol.ends_soon:
+            self.protocol.await_last_request()
+
     def respond(self, response: BaseHTTPResponse) -> BaseHTTPResponse:
         response = super().respond(response)
-        if isinstance(self.protocol, PublicProtocol):
-            self.protocol.used = True
         if getattr(self.protocol, "ends_soon", False):
             self.keep_alive = False
         request: Request[Any, Any] | None = self.request
@@ -112,7 +116,6 @@ class PublicProtocol(HttpProtocol):
         "_tick",
         "_watched",
         "ends_soon",
-        "used",
     )  # without, Sanic's metaclass leaves no room for any
 
     def __init__(self, **named: Any) -> None:
@@ -122,7 +125,6 @@ class PublicProtocol(HttpProtocol):
         self._watched: tuple[object, ...] = ()
         self._since = 0.0
         self.ends_soon = False
-        self.used = False  # a request has been answered
         self._tick = min(
             _LONGEST_TICK, self.keep_alive_timeout / 4, self.request_timeout / 4, self.response_timeout / 4
         )
@@ -211,29 +213,38 @@ class PublicProtocol(HttpProtocol):
         return self._task
 
     def end_soon(self) -> None:
-        """Close once the answer under way, if there is one, has ended."""
+        """Close once the answer under way has ended. If its head says that the connection stays, or if none is under
+        way, there may be one request more."""
         self.ends_soon = True  # when the answer begins: Sanic forgets it with each head that it reads
         http = self._http
-        if self._is_unused():
-            self.loop.call_later(_FIRST_REQUEST_GRACE, self._close_if_unused)
-        elif http is None or (http.stage is Stage.IDLE and not self.recv_buffer):
-            self.close()
-        else:
+        if self._is_idle():
+            self.await_last_request()
+        elif http is not None and http.stage is not Stage.RESPONSE:
             http.keep_alive = False
 
-    def _is_unused(self) -> bool:
-        """Whether nothing has been asked on this connection."""
-        idle = self._http is None or self._http.stage is Stage.IDLE
-        return idle and not self.used and not self.recv_buffer
+    def await_last_request(self) -> None:
+        """Close the connection unless it brings a request within a moment. Who still receives has not asked yet."""
+        self.loop.call_later(_LAST_REQUEST_GRACE, self._close_if_idle)
 
-    def _close_if_unused(self) -> None:
-        if self._is_unused():
+    def _is_idle(self) -> bool:
+        """Whether nothing is asked or answered."""
+        return (self._http is None or self._http.stage is Stage.IDLE) and not self.recv_buffer
+
+    def _close_if_idle(self) -> None:
+        if not self._is_idle():
+            return
+        if self._unsent():
+            self.await_last_request()
+        else:
             self.close()
 
-    def end_now(self) -> None:
-        """Cut the answer under way."""
-        http = self._http
-        if http is not None and not self._is_unused():
-            http.cut("shutdown")
-        elif self.transport is not None:
-            self.transport.abort()
+    def end_now(self) -> bool:
+        """Close at once; True if that cuts an answer."""
+        transport = self.transport
+        if transport is None:
+            return False
+        if self._is_idle() and not transport.get_write_buffer_size():
+            transport.abort()
+            return False
+        self.cut("shutdown")
+        return True

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
-from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import structlog
-from sanic.server import serve
 
+from services.api.accepting import accepting_server
 from services.api.application import ApiApplication, prepare_start
 from services.api.farewell import sent_to_the_end
+from services.api.last_arrivals import (
+    ARRIVAL_LIMIT,
+    QUIET_SECONDS,
+    QUIET_SECONDS_SHARED,
+    let_the_last_in,
+)
 from services.api.listening import Address, bind
 from services.api.protocol import PublicProtocol
 
 BACKLOG = 1024
 _ABORT_GRACE = 1.0
+_TAKEN_SECONDS = 0.01
+"""What the loop has accepted is among the connections a few of its turns later."""
 
 logger = structlog.get_logger()
 
@@ -31,8 +39,9 @@ class PublicServer:
         self._application = application
         self._address = address
         self._protocol = protocol
-        self._connections = Connections()
-        self._server: Any = None
+        self._listening: _Listening | None = None
+        self._port_free = asyncio.Event()
+        self._port_free.set()
 
     @property
     def port(self) -> int:
@@ -41,74 +50,108 @@ class PublicServer:
 
     @property
     def is_open(self) -> bool:
-        return self._server is not None
+        return self._listening is not None
 
     async def disconnected(self, seconds: float) -> bool:
-        """Wait until no client is connected; False after so many seconds."""
-        return await self._connections.emptied(seconds)
+        """Wait until no client of the open port is connected; False after so many seconds."""
+        return self._listening is None or await self._listening.connections.emptied(seconds)
 
     async def open(self) -> None:
         """Listen; ConfigurationError if the port is taken. A port chosen by the system stays the same."""
-        if self._server is not None:
+        await self._port_free.wait()
+        if self._listening is not None:
             return
         bound = bind(self._address)
         self._address = replace(self._address, port=bound.getsockname()[1])
-        # Not Sanic.create_server: it would set up logs and signals, and warn people at their terminals.
-        server = serve(
-            None,
-            None,
-            self._application,
-            sock=bound,
-            loop=asyncio.get_running_loop(),
-            protocol=self._protocol,
-            connections=self._connections,
-            backlog=BACKLOG,
-            register_sys_signals=False,
-            run_async=True,
-        )
+        connections = Connections()
+        server = accepting_server(self._application, bound, self._protocol, connections, BACKLOG)
         if not self._application.state.is_started:
             prepare_start(self._application)
             await server.startup()
             await server.before_start()
-            self._server = await server
+            self._listening = _Listening(bound, await server, connections)
             await server.after_start()
         else:
-            self._server = await server
+            self._listening = _Listening(bound, await server, connections)
         logger.info("listening", host=self._address.host, port=self.port)
 
     async def close(self, drain_seconds: float) -> None:
-        """Stop accepting, close idle connections, let answers end within `drain_seconds`, then cut the rest.
+        """Stop accepting, let answers end within `drain_seconds`, and cut the rest. Who was let in already is answered,
+        and who asks once more on an idle connection within a moment.
 
         Meanwhile the port can be opened again: connections made since are left alone.
         """
-        if self._server is None:
+        if self._listening is None:
             return
         deadline = time.monotonic() + drain_seconds
-        server, self._server = self._server, None
-        server.server.close()
-        leaving = set(self._connections)
-        tasks = {connection.task for connection in leaving if connection.task is not None}
-        for connection in leaving:
-            connection.end_soon()
-        if not await self._connections.gone(leaving, drain_seconds):
-            left = leaving & self._connections
-            logger.warning("answers_cut_at_stop", connections=len(left))
-            for connection in left:
-                connection.end_now()
-            await self._connections.gone(left, _ABORT_GRACE)
+        listening, self._listening = self._listening, None
+        connections = listening.connections
+        connections.end_soon()
+        tasks = connections.tasks()
+        await self._give_up_port(listening, drain_seconds)
+        tasks |= connections.tasks()
+        if not await connections.emptied(max(0.0, deadline - time.monotonic())):
+            cut = [connection.end_now() for connection in set(connections)].count(True)
+            if cut:
+                logger.warning("answers_cut_at_stop", connections=cut)
+            await connections.emptied(_ABORT_GRACE)
         if tasks:
             await asyncio.wait(tasks, timeout=_ABORT_GRACE)
         if not await sent_to_the_end(self.port, max(0.0, deadline - time.monotonic())):
             logger.warning("answers_unsent_at_stop", port=self.port)
         logger.info("stopped_listening", port=self.port)
 
+    async def _give_up_port(self, listening: _Listening, drain_seconds: float) -> None:
+        """Close the port when nobody is coming in any more."""
+        self._port_free.clear()
+        quiet = QUIET_SECONDS_SHARED if self._address.shared else QUIET_SECONDS
+        try:
+            await let_the_last_in(
+                listening.socket,
+                lambda: listening.connections.made,
+                min(ARRIVAL_LIMIT, drain_seconds),
+                quiet,
+            )
+        finally:
+            listening.server.server.close()
+            self._port_free.set()
+        await asyncio.sleep(_TAKEN_SECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Listening:
+    """One time that the port is open. `server`: Sanic's; `connections`: all that were made at `socket`."""
+
+    socket: socket.socket
+    server: Any
+    connections: Connections
+
 
 class Connections(set[PublicProtocol]):
-    """The open connections; they add and discard themselves."""
+    """The open connections of one listening socket; they add and discard themselves. `made`: how many, ever."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.made = 0
         self._one_left = asyncio.Event()
+        self._end_soon = False
+
+    def end_soon(self) -> None:
+        """End each as soon as its answer has ended, those that are still to come too."""
+        self._end_soon = True
+        for connection in self.copy():
+            connection.end_soon()
+
+    def tasks(self) -> set[asyncio.Task[None]]:
+        """What runs them."""
+        return {connection.task for connection in self if connection.task is not None}
+
+    def add(self, connection: PublicProtocol, /) -> None:
+        super().add(connection)
+        self.made += 1
+        if self._end_soon:
+            # Later, since Sanic adds a connection before it is whole
+            connection.loop.call_soon(connection.end_soon)
 
     def discard(self, connection: object, /) -> None:
         super().discard(connection)
@@ -116,13 +159,9 @@ class Connections(set[PublicProtocol]):
 
     async def emptied(self, seconds: float) -> bool:
         """True as soon as no connection is left; False after so many seconds."""
-        return await self.gone(self, seconds)
-
-    async def gone(self, leaving: Collection[PublicProtocol], seconds: float) -> bool:
-        """True as soon as none of these is left; False after so many seconds."""
         try:
             async with asyncio.timeout(seconds):
-                while not self.isdisjoint(leaving):
+                while self:
                     if self._one_left.is_set():
                         self._one_left = asyncio.Event()
                     await self._one_left.wait()

@@ -79,7 +79,6 @@ class Admission:
             return Hopeless("the size is not known")
         if size > self._rules.largest_size:
             return Hopeless(f"{size} bytes are more than is ever cached")
-        await self._disk.run(self._volume.check)
         if warming and not await self._has_room_to_warm(size):
             return await self._leave_cold(media_object.object_id)
         return await self._admit(media_object, size, warming=warming)
@@ -132,7 +131,8 @@ class Admission:
         return Done("no room to warm")
 
     def _stored(self, object_id: ObjectId) -> StoredRecord | None:
-        """The record of the complete object, if the volume has it. Blocks."""
+        """The record of the complete object, if the volume has it; VolumeError if there is no volume. Blocks."""
+        self._volume.check()
         found = self._volume.open_object(object_id)
         if found is None:
             return None

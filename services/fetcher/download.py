@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
@@ -70,7 +71,6 @@ class Download:
                 rounds = rounds[1:]
             else:
                 if right:
-                    await self._tools.disk.run(self._partial.mark_verified)
                     await self.announce()
                     return
                 self._blame(givers, resumed=resumed)
@@ -84,12 +84,13 @@ class Download:
         await self._tools.state.announce(Announcement(Topic.FETCH_CHANGED, self._object.object_id))
 
     async def _attempt(self, sources: Sequence[str], givers: set[str]) -> bool:
-        """Read to the end, adding to `givers` who gave bytes; whether the whole is right."""
+        """Read to the end, adding to `givers` who gave bytes; whether the whole is right, and marked so."""
         wanted = self._object.content_hash
         hasher = wanted.hasher() if wanted is not None else None
         offset = self._partial.size
         await self._rehash(hasher, offset)
-        writer = PartialWriter(self._partial, hasher, self._keeper, self._tools.disk, self.announce)
+        verify = partial(self._verify, hasher)
+        writer = PartialWriter(self._partial, hasher, self._keeper, self._tools.disk, self.announce, verify)
         began_at = time.monotonic()
         stream = self._tools.relay.stream(self._object, offset, None, sources, self._on_source)
         async with writer.writing(offset), aclosing(stream) as pieces:
@@ -100,7 +101,15 @@ class Download:
                 await writer.put(piece.data)
         if self._partial.size != self._object.size:
             return False
-        return hasher is None or wanted is None or hasher.digest() == wanted.digest
+        return await self._tools.disk.run(verify) if writer.verdict is None else writer.verdict
+
+    def _verify(self, hasher: Hasher | None) -> bool:
+        """Whether all the bytes, which are there, are the object's; then followers may have the last ones. Blocks."""
+        wanted = self._object.content_hash
+        if hasher is not None and wanted is not None and hasher.digest() != wanted.digest:
+            return False
+        self._partial.mark_verified()
+        return True
 
     async def _rehash(self, hasher: Hasher | None, size: int) -> None:
         """The bytes that lie there from before."""

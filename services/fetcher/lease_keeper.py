@@ -14,6 +14,7 @@ from shared.domain.errors import StateStoreUnavailable
 from shared.ports.state_store import Lease, StateStore
 
 _TRY_AGAIN = 1.0  # seconds after a sign of life that did not get through
+_SOON = 0.05  # seconds until a source is told: nobody needs it before, and the first bytes are on their way just then
 
 logger = structlog.get_logger()
 
@@ -134,6 +135,8 @@ class LeaseKeeper:
         seconds = self._times.renewal
         while True:
             await self._pause(seconds)
+            if self._due.is_set():
+                await asyncio.sleep(min(_SOON, max(0.0, self._ends - self._clock())))
             self._due.clear()
             seconds = self._times.renewal
             try:

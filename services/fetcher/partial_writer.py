@@ -21,7 +21,9 @@ _WORTH_A_CALL = 64 * 1024  # bytes; smaller pieces are joined, larger ones not c
 class PartialWriter:
     """One write is under way while the next lot is received; memory is bounded by a lot or two.
 
-    `on_first_bytes` is called once, when the first bytes are on disk and more are to come; it must not fail.
+    `on_first_bytes` is called once, when the first bytes are on disk and more are to come; it must not fail. `on_whole`
+    is called in the thread that has written the object's last byte, so that clients wait for one change of threads, not
+    for two; what it returns is the `verdict`, which is None if no byte was missing from the beginning.
     """
 
     def __init__(
@@ -31,12 +33,15 @@ class PartialWriter:
         keeper: LeaseKeeper,
         disk: DiskThreads,
         on_first_bytes: Callable[[], Coroutine[Any, Any, None]],
+        on_whole: Callable[[], bool],
     ) -> None:
         self._partial = partial
         self._hasher = hasher
         self._keeper = keeper
         self._disk = disk
         self._on_first_bytes = on_first_bytes
+        self._on_whole = on_whole
+        self.verdict: bool | None = None
         self._waiting: list[bytes] = []
         self._waiting_bytes = 0
         self._received = 0
@@ -92,8 +97,8 @@ class PartialWriter:
             await self._disk.run(self._write, offset, lot, length)
             WRITTEN_BYTES.inc(length)
             offset += length
-            if first and not (self._ended and not self._waiting):
-                # Its reply is not waited for here; and where all bytes are there, the next word is that they are right.
+            if first and self.verdict is None:
+                # Its reply is not waited for here; and where all bytes are there, the next word is the verdict's.
                 self._telling = asyncio.create_task(self._on_first_bytes(), name="first-bytes")
             first = False
 
@@ -117,3 +122,5 @@ class PartialWriter:
             offset += len(data)
             if self._hasher is not None:
                 self._hasher.update(data)
+        if offset == self._partial.record.size:
+            self.verdict = self._on_whole()

@@ -17,6 +17,7 @@ from shared.runtime.adapters import (
     build_state_store,
     build_volume,
 )
+from shared.runtime.memory import keep_freed_memory
 from shared.runtime.run_service import ServiceScope, run_service
 from shared.runtime.serving import serve_until
 from shared.settings.model import Settings
@@ -38,6 +39,7 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
             "a fetcher of its own needs state_store.url and job_queue.url of real servers"
         )
     describe_build(version("distributor-node"), "fetcher")
+    keep_freed_memory()
     resources = scope.resources
     volume = build_volume(settings)
     resources.callback(volume.close)

@@ -25,6 +25,7 @@ from shared.runtime.adapters import (
     build_state_store,
     build_volume,
 )
+from shared.runtime.memory import keep_freed_memory
 from shared.runtime.run_service import ServiceScope, run_service
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ async def run_standalone(
         build_source_client(settings, max_connections=settings.public_api.max_proxied)
     )
     describe_build(VERSION, "standalone")
+    keep_freed_memory()
     fetcher = Fetcher(settings, state, queue, volume, build_relay(downloads, sharing.book))
     evictor = Evictor(settings, state, volume, catalog, watch)
     context = make_context(settings, volume, state, queue, catalog, build_relay(proxying, sharing.book))

@@ -218,6 +218,16 @@ class TestAdoption:
         assert not await world.store.adopt_partial(term, ONE, 100)
         assert await world.taken() == (0, footprint(100))
 
+    async def test_of_a_partial_file_beside_the_whole_object_whose_fetch_ends(self, world: World) -> None:
+        """The new entry takes the place of the old one: the bytes are counted once."""
+        term = await world.reconciled()
+        assert await world.store.adopt(term, IndexEntry(ONE, 700, 1, 1.0))
+        assert await world.store.adopt_partial(term, ONE, 300)
+        lease = await world.store.seize(term, ONE)
+        assert lease is not None
+        assert await world.store.commit(lease, time.time())
+        assert await world.taken() == (footprint(300), 0)
+
     async def test_seized_can_be_released(self, world: World) -> None:
         term = await world.reconciled()
         assert await world.store.seize(term, ONE) is None

@@ -20,6 +20,8 @@ OBJECT_SIZE = 512 * 1024
 """Of each of the objects 100 to 159, in bytes."""
 NOTES: list[str] = []
 """What was measured; shown at the end of the run."""
+TIMED_OUT, _PATIENCE = -1, 90.0
+"""Stands for the status of an answer that did not come within so many seconds, or whose connection was not made."""
 LARGE_OBJECTS, LARGE_SIZE = ("200", "201", "202"), 40 * 1024**2
 """Together with the demo's own more than the volume may hold."""
 KILLED, GROWING, ENDLESS = "210", "211", "212"
@@ -111,9 +113,8 @@ class Traffic:
     """Clients that ask for one URL again and again while something happens to the stack.
 
     `retry_after`: seconds after which a client that was refused asks once more; None: it does not. `until_refused`: a
-    client that is refused has seen all it wanted; what it finds dropped on the way is counted apart. `forwarded`: the
-    URL is a published port, at which Docker's forwarder accepts, and closes at once, what the container itself would
-    refuse; elsewhere that is a request dropped.
+    client that is refused has seen all it wanted. `forwarded`: the URL is a published port, at which Docker's forwarder
+    accepts first, and closes without a byte what the container then refuses; elsewhere that is a request dropped.
     """
 
     url: str
@@ -126,8 +127,6 @@ class Traffic:
     failures: list[str] = field(default_factory=list)
     slowest: float = 0.0
     refused: int = 0
-    dropped: int = 0
-    """Connections that were made, and closed before a byte of an answer."""
     longest_gap: float = 0.0
     """Seconds between two answers: how long nobody was there."""
     _answered_at: float = field(default_factory=time.monotonic)
@@ -162,15 +161,15 @@ class Traffic:
         self.asked += 1
         if answer is None:
             self.failures.append("refused")
-        elif answer.status == 0 and self.until_refused:
-            self.dropped += 1
         elif answer.status != 200 or not answer.complete or answer.body != self.body:
             self.failures.append(f"{answer.status}, complete: {answer.complete}")
 
     async def _ask(self) -> Answer | None:
-        """None: refused."""
+        """None: refused; by the host, too, once the container with its address is gone."""
         try:
-            answer = await get(self.url, timeout=90)
+            answer = await get(self.url, timeout=_PATIENCE)
+        except TimeoutError:
+            return Answer(TIMED_OUT, {}, b"", complete=False, first_byte_after=0, took=_PATIENCE)
         except OSError:
             return None
         if answer.status == 0 and self.forwarded:

@@ -44,6 +44,16 @@ async def test_a_miss_then_a_hit(world: World) -> None:
     assert len(world.first.requests.of("1", "GET")) == 1
 
 
+async def test_counts_begin_at_nought(world: World) -> None:
+    """A count that begins at 1 has not grown, for Prometheus: the first requests would be missing."""
+    world.publish([])
+    await world.stack.up()
+    (api,) = world.stack.of("api")
+    metrics = (await get(f"{api.health_url}/metrics")).body.decode()
+    for cache in ("hit", "miss", "pending"):
+        assert f'distributor_requests_total{{cache="{cache}",method="GET",status="200"}} 0.0' in metrics
+
+
 async def test_fifty_first_requests_make_one_download(world: World) -> None:
     item = generated_object("1", 64 * MIB)
     world.publish([item])

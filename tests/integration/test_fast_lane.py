@@ -169,19 +169,39 @@ async def test_a_client_that_takes_nothing_is_cut_at_the_stall_limit(tmp_path: P
             await world.until(lambda running: running.open_files() == 0)
 
 
-async def test_a_stopped_api_lets_a_long_body_end(world: AssetsWorld) -> None:
-    """As `stop-api` does it: the process goes on."""
+@pytest.mark.parametrize("fast_lane", [True, False])
+async def test_a_stopped_api_lets_a_long_body_end(tmp_path: Path, *, fast_lane: bool) -> None:
+    """As `stop-api` does it: the process goes on. The head of the answer had said that the connection stays."""
+    async with assets_world(tmp_path, fast_lane=fast_lane) as world:
+        for object_id, size in (("1", 10 * KIB), ("2", LARGE)):
+            world.add(object_id, size)
+            world.store(object_id)
+        reader, writer = await world.connect()
+        writer.write(ask("2"))
+        await reader.readuntil(b"\r\n\r\n")
+        state, orders = world.context.state, world.context.orders
+        assert await state.change_orders(orders.current.version, replace(orders.current, stopped=True))
+        async with asyncio.timeout(5):
+            await orders.until(lambda now: now.stopped)
+        assert await reader.readexactly(LARGE) == world.data["2"]
+        writer.write(ask("1"))
+        head, body = await read_answer(reader)
+        assert b"connection: close" in head
+        assert body == world.data["1"]
+        assert await reader.read() == b""
+
+
+async def test_a_stop_answers_what_was_asked_during_a_long_body(world: AssetsWorld) -> None:
     reader, writer = await world.connect()
     writer.write(ask("2"))
     await reader.readuntil(b"\r\n\r\n")
-    state, orders = world.context.state, world.context.orders
-    assert await state.change_orders(orders.current.version, replace(orders.current, stopped=True))
-    async with asyncio.timeout(5):
-        await orders.until(lambda now: now.stopped)
     writer.write(ask("1"))
+    world.stop.set()
     assert await reader.readexactly(LARGE) == world.data["2"]
-    with contextlib.suppress(ConnectionError):
-        assert await reader.read() == b""
+    head, body = await read_answer(reader)
+    assert b"connection: close" in head
+    assert body == world.data["1"]
+    assert await reader.read() == b""
 
 
 async def test_a_stop_lets_a_long_body_end(tmp_path: Path) -> None:
@@ -293,6 +313,27 @@ async def test_each_gets_its_own_object_while_others_push_it_out(
             True for _ in ids
         ]
         await world.until(lambda running: running.open_files() <= 1)
+
+
+async def test_short_ranges_are_whole_however_little_the_sockets_take(world: AssetsWorld) -> None:
+    """They pass through one buffer of the process; what a socket does not take then must not come from there."""
+    clients = [_idle_client(world.port) for _ in range(3)]
+    length, asked = 64 * KIB, 100
+    for number in range(asked):
+        for place, client in enumerate(clients):
+            first = (number * len(clients) + place) * 4099 + 1
+            more = f"Range: bytes={first}-{first + length - 1}\r\n"
+            await asyncio.get_running_loop().sock_sendall(client, ask("2", more))
+            await asyncio.sleep(0.001)
+    await world.until(lambda _: _in_progress() >= len(clients))
+    for place, client in enumerate(clients):
+        reader, writer = await asyncio.open_connection(sock=client)
+        world.writers.append(writer)
+        for number in range(asked):
+            first = (number * len(clients) + place) * 4099 + 1
+            head, body = await read_answer(reader)
+            assert head.startswith(b"HTTP/1.1 206")
+            assert body == world.data["2"][first : first + length]
 
 
 async def test_what_is_not_in_memory_is_read_and_sent(world: AssetsWorld, disk: ColdDisk) -> None:

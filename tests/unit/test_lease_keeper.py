@@ -66,7 +66,7 @@ async def test_a_kept_lease_outlives_its_time() -> None:
         await keeper.confirm()
 
 
-async def test_a_source_is_told_at_once() -> None:
+async def test_a_source_is_told_soon() -> None:
     store = FarStore()
     keeper = await granted(store)
     async with keeper.kept():
@@ -76,6 +76,16 @@ async def test_a_source_is_told_at_once() -> None:
         fetch = (await store.find(OBJECT_ID)).fetch
         assert fetch is not None
         assert fetch.source == "http://a/7"
+
+
+async def test_a_source_that_has_given_all_at_once_is_not_told() -> None:
+    store = FarStore()
+    keeper = await granted(store)
+    async with keeper.kept():
+        keeper.use_source("http://a/7")
+        for _ in range(10):
+            await asyncio.sleep(0)
+    assert store.renewals == 0
 
 
 async def test_a_lost_lease_ends_the_body() -> None:

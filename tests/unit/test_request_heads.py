@@ -46,6 +46,28 @@ def test_another_range_leaves_the_remembered_fields_alone(place: int) -> None:
         assert request.range_header == (wanted.decode() if wanted else None)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "bounds"),
+    [
+        (b"bytes=0-5", (0, 5)),
+        (b"bytes=007-010", (7, 10)),
+        (b"bytes=9-3", (9, 3)),
+        (b"bytes=6-", None),
+        (b"bytes=-5", None),
+        (b"bytes=0-5,7-9", None),
+        (b"bytes=1234567890123456-1234567890123456", None),
+    ],
+)
+def test_the_numbers_of_the_commonest_range_are_at_hand(
+    wanted: bytes, bounds: tuple[int, int] | None
+) -> None:
+    reader = HeadReader()
+    for _ in range(2):
+        request = reader.read(head(b"Host: a", b"Range: " + wanted))
+        assert request is not None
+        assert (request.range_header, request.bounds) == (wanted.decode(), bounds)
+
+
 def test_an_offered_request_id_that_is_none_is_not_taken() -> None:
     request = HeadReader().read(head(b"Host: a", b"X-Request-ID: a b"))
     assert request is not None

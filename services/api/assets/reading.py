@@ -9,6 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 _PROBED = 64 * 1024
 _PROBE = (bytearray(1),)
+LONGEST_BORROWED = 4096
+_BORROWED = memoryview(bytearray(LONGEST_BORROWED))
+"""One for the process: the loop's thread alone uses it, and nothing is awaited meanwhile."""
 _COLD_READERS = ThreadPoolExecutor(max_workers=16, thread_name_prefix="cold-read")
 """Not the loop's own threads: those hash and scan for seconds, and a hit would wait for them. None is started before it
 is needed."""
@@ -33,6 +36,18 @@ def read_cached(descriptor: int, offset: int, length: int) -> bytes:
     """As much from `offset` as lies in the page cache, at most `length` bytes. OSError if the disk fails."""
     buffer = bytearray(length)
     return bytes(memoryview(buffer)[: _read_cached(descriptor, memoryview(buffer), offset)])
+
+
+def borrow_cached(descriptor: int, offset: int, length: int) -> memoryview | None:
+    """Exactly these bytes, at most LONGEST_BORROWED, if all of them lie in the page cache. They are good until the next
+    call: to be sent or copied at once."""
+    view = _BORROWED[:length]
+    if not length:
+        return view
+    try:
+        return view if os.preadv(descriptor, (view,), offset, os.RWF_NOWAIT) == length else None
+    except OSError:
+        return None  # not in memory, or the disk fails: whoever reads it in earnest finds out
 
 
 def is_cached(descriptor: int, offset: int, length: int) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 from sanic.http import Stage
 
+from services.api.assets.reading import borrow_cached
 from services.api.fast_lane.body_sender import AT_ONCE, BodySender, Connection, FileShort, send_file
 from services.api.fast_lane.lane import FastLane, ReadyAnswer
 from services.api.protocol import ApiHttp, PublicProtocol
@@ -95,7 +96,7 @@ class FastLaneProtocol(PublicProtocol):
         ready = lane.prepare(data, now) if lane is not None else None
         if lane is None or ready is None or transport is None or self._socket is None:
             return False
-        self._time, self.used = now, True
+        self._time = now
         body, first, length = ready.hot.body, ready.first, ready.length
         if not length:
             transport.write(ready.head)
@@ -116,13 +117,16 @@ class FastLaneProtocol(PublicProtocol):
                 _Sending(lane, ready, sender, data), sender.send_from_disk(self._far_end(), head)
             )
             return
+        # A body that begins within a page takes one page more than a segment holds, and the kernel then works half as
+        # long again: what lies before the next page goes with the head, and the file from there. Should it have left
+        # memory just now, all of it is sent as it lies.
+        edge = borrow_cached(hot.descriptor, ready.first, min(-ready.first % _PAGE, length))
+        together = socket.MSG_MORE if edge is not None and len(edge) < length else 0
         try:
-            # One segment fewer; but a range that begins within a page takes one page more than a segment holds, and
-            # the kernel then works twice as long as without.
-            together = 0 if ready.first % _PAGE else socket.MSG_MORE
-            head = head[connection.send(head, together) :]
-            if not head:
-                sent = send_file(hot, connection.fileno(), ready.first, min(length, AT_ONCE))
+            taken = connection.sendmsg((head, edge or b""), (), together)
+            head, sent = head[taken:], max(0, taken - len(head))
+            if not head and sent < length:
+                sent += send_file(hot, connection.fileno(), ready.first + sent, min(length - sent, AT_ONCE))
         except BlockingIOError:
             pass
         except (OSError, FileShort) as error:
@@ -194,11 +198,10 @@ class FastLaneProtocol(PublicProtocol):
         kept, self._kept = unread + bytes(self._kept), bytearray()
         if unread:
             super().data_received(kept)
-        elif self.ends_soon:
-            self.close()
-            return
         elif kept:
             self.data_received(kept)
+        elif self.ends_soon:
+            self.await_last_request()
         transport.resume_reading()
 
     def _progress(self) -> object:
@@ -213,3 +216,6 @@ class FastLaneProtocol(PublicProtocol):
             self.ends_soon = True
         else:
             super().end_soon()
+
+    def _is_idle(self) -> bool:
+        return self._sending is None and super()._is_idle()

@@ -14,7 +14,7 @@ _END = b"\r\n\r\n"
 _LONGEST_HEAD = 4096
 # RFC 9110 section 5: token, colon, a value of visible ASCII. Empty values, other bytes and folded lines are for Sanic.
 _FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t]*[\x21-\x7e][\t\x20-\x7e]*\r\n)+")
-_RANGE = re.compile(rb"\r\n[Rr]ange: (bytes=[0-9]{1,15}-[0-9]{0,15})(?=\r\n)")
+_RANGE = re.compile(rb"\r\n[Rr]ange: (bytes=([0-9]{1,15})-([0-9]{0,15}))(?=\r\n)")
 _RANGE_MARK = b"ange: bytes="
 
 _CONDITIONS = {
@@ -52,12 +52,14 @@ class Fields:
 
 
 class SimpleRequest(NamedTuple):
-    """A GET or HEAD (`head`) of one object. `object_id` is not checked yet; `range_header` may be beside `fields`."""
+    """A GET or HEAD (`head`) of one object. `object_id` is not checked yet; `range_header` may be beside `fields`;
+    `bounds`: both of its numbers, where it has just these, in whatever order."""
 
     head: bool
     object_id: bytes
     fields: Fields
     range_header: str | None
+    bounds: tuple[int, int] | None = None
 
 
 class HeadReader:
@@ -80,13 +82,14 @@ class HeadReader:
         if path_end <= start or data[path_end:line_end] != _VERSION or not data.endswith(_END):
             return None
         block = data[line_end + 2 : -2]
-        range_header = None
+        range_header = bounds = None
         if _RANGE_MARK in block:
             # Players ask for another range each time: without it their fields are the same
             found = _RANGE.search(data, line_end)
             if found is not None:
                 block = data[line_end + 2 : found.start() + 2] + data[found.end() + 2 : -2]
                 range_header = found[1].decode()
+                bounds = (int(found[2]), int(found[3])) if found[3] else None
         fields = self._remembered.get(block)
         if fields is None:
             fields = self._read_fields(block)
@@ -94,7 +97,7 @@ class HeadReader:
                 return None
         if range_header is not None and fields.range_header is not None:
             return None
-        return SimpleRequest(head, data[start:path_end], fields, range_header or fields.range_header)
+        return SimpleRequest(head, data[start:path_end], fields, range_header or fields.range_header, bounds)
 
     def _read_fields(self, block: bytes) -> Fields | None:
         fields = read_fields(block)

@@ -12,6 +12,7 @@ import httpcore
 import httpx
 
 from shared.adapters.sources.limits import SourceLimits
+from shared.adapters.sources.network import SourceNetwork
 from shared.adapters.sources.public_network import PublicNetwork
 from shared.domain.errors import SourceError, SourceTooSlow, SourceUnreachable
 
@@ -26,7 +27,7 @@ def translated() -> Iterator[None]:
     """Turn the library's exceptions into SourceErrors, the cause chained."""
     try:
         yield
-    except (httpx.HTTPError, httpx.InvalidURL, ssl.SSLError) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, httpcore.ReadError, ssl.SSLError) as error:
         waited = isinstance(error, httpx.ConnectTimeout)
         raise SourceUnreachable(_described(error), waited=waited) from error
 
@@ -48,7 +49,7 @@ class Connections:
         # The setting is the library's, for the whole process; nothing smaller offers it.
         httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = _READ_BYTES
         context = await asyncio.to_thread(httpx.create_ssl_context)  # reads the certificates
-        network = PublicNetwork() if self._limits.refuse_private else None
+        network = PublicNetwork() if self._limits.refuse_private else SourceNetwork()
         self._reusing = _Transport(context, self._limits.max_connections, network)
         self._fresh = _Transport(context, 0, network)
 
@@ -138,10 +139,7 @@ class _Progress:
 class _Transport(httpx.AsyncHTTPTransport):
     """A transport, not a client: no cookies, no redirects, no proxy or .netrc credentials from the environment."""
 
-    def __init__(
-        self, context: ssl.SSLContext, max_idle: int, network: httpcore.AsyncNetworkBackend | None
-    ) -> None:
-        """`network`: None for the library's own."""
+    def __init__(self, context: ssl.SSLContext, max_idle: int, network: SourceNetwork) -> None:
         super().__init__(verify=context, trust_env=False)
         # The library has no door for the network of its pool, so the pool, which is empty yet, is put in its place.
         self._pool = httpcore.AsyncConnectionPool(

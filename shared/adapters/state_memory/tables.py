@@ -115,9 +115,10 @@ class Tables:
             self.reserved -= footprint(row.size)
 
     def put_object(self, entry: IndexEntry) -> None:
-        """A new entry of a new generation."""
+        """A new entry of a new generation, in the place of the one that there was."""
+        replaced = self.objects.get(entry.object_id)
         self.objects[entry.object_id] = replace(entry, evicting=False, generation=self.next_serial())
-        self._add_used(footprint(entry.size))
+        self._add_used(footprint(entry.size) - (footprint(replaced.size) if replaced else 0))
 
     def drop_object(self, entry: IndexEntry) -> None:
         del self.objects[entry.object_id]

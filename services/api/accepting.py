@@ -1,0 +1,97 @@
+"""Taking connections from the kernel: all that wait, in one turn of the loop.
+
+The loop's own server takes a single one in each of its turns, and each turn answers everybody who is
+connected already. Where a thousand clients come at once the last of them would wait for a thousand turns: for seconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import structlog
+from sanic import Sanic
+from sanic.server import AsyncioServer, HttpProtocol
+
+_PAUSE = 0.5
+"""Seconds without taking anybody after the system had no descriptor or memory left for one more."""
+
+logger = structlog.get_logger()
+
+
+class Acceptor:
+    """Listens on a bound, non-blocking socket, which becomes its own, from its making until `close`."""
+
+    def __init__(
+        self, listener: socket.socket, make_protocol: Callable[[], asyncio.BaseProtocol], backlog: int
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._listener = listener
+        self._make_protocol = make_protocol
+        self._backlog = backlog
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._again: asyncio.TimerHandle | None = None
+        listener.listen(backlog)
+        self._take_part()
+
+    def close(self) -> None:
+        """Stop listening; connections that were taken live on."""
+        if self._again is not None:
+            self._again.cancel()
+        if self._listener.fileno() >= 0:
+            self._loop.remove_reader(self._listener.fileno())
+            self._listener.close()
+
+    def _take_part(self) -> None:
+        self._again = None
+        self._loop.add_reader(self._listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        """Everybody who waits; not more than the queue holds, so that others have their turn whoever comes."""
+        for _ in range(self._backlog):
+            try:
+                connection, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionError:
+                continue  # gone before it was taken
+            except OSError as error:
+                # It stays in the queue, and the socket readable: without a pause the loop would turn and turn
+                logger.error("connection_not_accepted", reason=error.strerror)
+                self._loop.remove_reader(self._listener.fileno())
+                self._again = self._loop.call_later(_PAUSE, self._take_part)
+                return
+            connection.setblocking(False)
+            task = self._loop.create_task(self._connect(connection))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._make_protocol, connection)
+        except OSError:
+            connection.close()  # the client has left already
+
+
+def accepting_server(
+    application: Sanic[Any, Any],
+    bound: socket.socket,
+    protocol: type[HttpProtocol],
+    connections: set[Any],
+    backlog: int,
+) -> Any:
+    """Sanic's server of the running loop (untyped); its `server` is an Acceptor once it has been awaited.
+
+    Not `sanic.server.serve`, which has the loop accept; nor Sanic.create_server, which would set up logs and signals,
+    and warn people at their terminals.
+    """
+    loop = asyncio.get_running_loop()
+    make_protocol = partial(protocol, loop=loop, connections=connections, app=application)
+
+    async def accept() -> Acceptor:
+        return Acceptor(bound, make_protocol, backlog)
+
+    return AsyncioServer(app=application, loop=loop, serve_coro=accept(), connections=connections)

@@ -1,0 +1,42 @@
+"""What the kernel tells of a port's connections (Linux: proc_net_tcp in the kernel's documentation)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+TABLES = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6"))
+
+
+class State(StrEnum):
+    """As the table has them (include/net/tcp_states.h); those that are asked for here."""
+
+    BEING_MADE = "03"  # SYN_RECV
+    FIN_WAIT1 = "04"
+    LAST_ACK = "09"
+    CLOSING = "0B"
+
+
+@dataclass(frozen=True, slots=True)
+class KernelConnection:
+    """`state`: two hexadecimal digits. `unsent`: bytes that the other end has not confirmed."""
+
+    state: str
+    unsent: int
+
+
+def connections_of(port: int, tables: Iterable[Path] = TABLES) -> Iterator[KernelConnection]:
+    """The connections with this local port; none where the kernel does not tell."""
+    row = re.compile(
+        rf"^ *\d+: [0-9A-F]+:{port:04X} [0-9A-F]+:[0-9A-F]+ ([0-9A-F]{{2}}) ([0-9A-F]+):", re.MULTILINE
+    )
+    for table in tables:
+        try:
+            text = table.read_text(encoding="ascii")
+        except OSError:
+            continue
+        for state, unsent in row.findall(text):
+            yield KernelConnection(state, int(unsent, 16))

@@ -1,0 +1,78 @@
+"""A TCP connection to the first of a host's addresses that takes one (RFC 8305)."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Iterable
+from itertools import chain, zip_longest
+from typing import Any
+
+_HEAD_START = 0.25
+"""Seconds that an address has for itself before the next one is tried beside it (RFC 8305 section 5)."""
+
+Address = tuple[int, Any]
+"""Family and address, as the socket module knows them."""
+
+
+async def dial(host: str, port: int) -> socket.socket:
+    """A connected, non-blocking socket. OSError if no address takes a connection; no bound in time of its own."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = alternating([(family, address) for family, _, _, _, address in found])
+    if not addresses:
+        raise OSError(f"no address of {host}")
+    if len(addresses) == 1:
+        return await _connected(addresses[0])
+    return await _first_connected(addresses)
+
+
+def alternating(addresses: Iterable[Address]) -> list[Address]:
+    """Each once, the families by turns, the first one's first (RFC 8305 section 4). Pure."""
+    by_family: dict[int, list[Address]] = {}
+    for address in dict.fromkeys(addresses):
+        by_family.setdefault(address[0], []).append(address)
+    turns = chain.from_iterable(zip_longest(*by_family.values()))
+    return [address for address in turns if address is not None]
+
+
+async def _first_connected(addresses: Iterable[Address]) -> socket.socket:
+    waiting, trying = deque(addresses), set[asyncio.Task[socket.socket]]()
+    failure: BaseException | None = None
+    try:
+        while waiting or trying:
+            if waiting:
+                trying.add(asyncio.create_task(_connected(waiting.popleft()), name="dial"))
+            head_start = _HEAD_START if waiting else None
+            await asyncio.wait(trying, timeout=head_start, return_when=asyncio.FIRST_COMPLETED)
+            for task in [task for task in trying if task.done()]:
+                trying.discard(task)
+                if task.exception() is None:
+                    return task.result()
+                failure = failure or task.exception()
+    finally:
+        await _forget(trying)
+    raise failure or OSError("no address")
+
+
+async def _forget(trying: set[asyncio.Task[socket.socket]]) -> None:
+    """Close what the others come to."""
+    for task in trying:
+        task.cancel()
+    for ended in await asyncio.gather(*trying, return_exceptions=True):
+        if isinstance(ended, socket.socket):
+            ended.close()
+
+
+async def _connected(address: Address) -> socket.socket:
+    family, where = address
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        made.setblocking(False)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await asyncio.get_running_loop().sock_connect(made, where)
+    except BaseException:
+        made.close()
+        raise
+    return made

@@ -1,0 +1,243 @@
+"""Connections to sources: how they are made, and bodies that are read past the HTTP library."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from services.demo.generated import GeneratedContent
+from services.demo.knobs import Behaviour
+from services.demo.objects import bytes_object
+from services.demo.storage_node import StorageNode
+from shared.adapters.sources import SourceClient, SourceLimits
+from shared.adapters.sources.dialling import alternating, dial
+from shared.domain.errors import SourceTooSlow, SourceUnreachable
+from shared.domain.ranges import ByteRange
+
+SIZE = 12_000_000
+LARGE = GeneratedContent(2, SIZE).read(0, SIZE)
+SMALL = b"\n\r\n\n".join([b"a text with blank lines"] * 40_000)
+LIMITS = SourceLimits(connect_timeout=2.0, first_byte_timeout=2.0, stall_timeout=0.5, minimum_rate=20_000)
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[StorageNode]:
+    async with StorageNode([bytes_object("1", LARGE), bytes_object("2", SMALL)]).run() as node:
+        yield node
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[SourceClient]:
+    async with SourceClient(LIMITS) as client:
+        yield client
+
+
+async def read(client: SourceClient, url: str, size: int, byte_range: ByteRange | None = None) -> bytes:
+    async with client.get(url, byte_range, size) as answer:
+        return b"".join([chunk async for chunk in answer.chunks])
+
+
+async def test_a_large_body_costs_its_connection_a_small_one_does_not(
+    node: StorageNode, client: SourceClient
+) -> None:
+    assert await read(client, node.object_url("2"), len(SMALL)) == SMALL
+    assert await read(client, node.object_url("1"), SIZE) == LARGE
+    assert await read(client, node.object_url("2"), len(SMALL)) == SMALL
+    assert [record.connection for record in node.requests] == [1, 1, 2]
+
+
+async def test_a_large_range(node: StorageNode, client: SourceClient) -> None:
+    wanted = ByteRange(1_000_001, SIZE - 1)
+    assert await read(client, node.object_url("1"), SIZE, wanted) == LARGE[1_000_001:]
+
+
+async def test_a_large_body_without_a_length_goes_through_the_library(
+    node: StorageNode, client: SourceClient
+) -> None:
+    node.knobs.add(Behaviour(omit_content_length=True))
+    assert await read(client, node.object_url("1"), SIZE) == LARGE
+
+
+async def test_a_large_body_that_is_cut(node: StorageNode, client: SourceClient) -> None:
+    node.knobs.add(Behaviour(cut_after=SIZE - 1))
+    with pytest.raises(SourceUnreachable):
+        await read(client, node.object_url("1"), SIZE)
+
+
+async def test_a_large_body_that_stalls(node: StorageNode, client: SourceClient) -> None:
+    node.knobs.add(Behaviour(hang_after=SIZE // 2))
+    with pytest.raises(SourceTooSlow):
+        await read(client, node.object_url("1"), SIZE)
+
+
+async def test_a_reader_that_pauses_makes_the_source_wait(node: StorageNode, client: SourceClient) -> None:
+    async with client.get(node.object_url("1"), None, SIZE) as answer:
+        received = len(await anext(aiter(answer.chunks)))
+        await asyncio.sleep(0.2)
+        assert node.requests[0].bytes_sent < SIZE  # the rest is not in our memory
+        async for chunk in answer.chunks:
+            received += len(chunk)
+    assert received == SIZE
+
+
+@asynccontextmanager
+async def answering(reply: bytes, context: ssl.SSLContext | None = None) -> AsyncIterator[int]:
+    """A server that gives each connection the same bytes in small pieces, and closes it; its port."""
+
+    serving: set[asyncio.Task[None] | None] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.add(asyncio.current_task())
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            for begin in range(min(200, len(reply))):
+                writer.write(reply[begin : begin + 1])
+                await writer.drain()
+            writer.write(reply[200:])
+            await writer.drain()
+        except (asyncio.IncompleteReadError, OSError):
+            return  # the client has left
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    async with server:
+        yield server.sockets[0].getsockname()[1]
+    await asyncio.gather(*filter(None, serving))
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n",
+        b"HTTP/1.1 200 OK\nContent-Length: %d\n\n",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n",
+    ],
+)
+async def test_the_body_begins_where_the_head_ends(client: SourceClient, head: bytes) -> None:
+    async with answering(head % SIZE + LARGE) as port:
+        assert await read(client, f"http://127.0.0.1:{port}/1", SIZE) == LARGE
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for `localhost`, and its key, in one file."""
+    made = tmp_path / "localhost.pem"
+    key = tmp_path / "key.pem"
+    command = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=localhost",
+    ]
+    command += ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(made)]
+    subprocess.run(command, check=True, capture_output=True)
+    made.write_bytes(made.read_bytes() + key.read_bytes())
+    return made
+
+
+def server_context(certificate: Path) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    return context
+
+
+@pytest.mark.parametrize("body", [LARGE, SMALL], ids=["large", "small"])
+async def test_tls(certificate: Path, monkeypatch: pytest.MonkeyPatch, body: bytes) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    async with SourceClient(LIMITS) as client, answering(reply, server_context(certificate)) as port:
+        assert await read(client, f"https://localhost:{port}/1", len(body)) == body
+        with pytest.raises(SourceUnreachable):  # the certificate is another host's
+            await read(client, f"https://127.0.0.1:{port}/1", len(body))
+
+
+async def test_a_certificate_that_nobody_vouches_for(client: SourceClient, certificate: Path) -> None:
+    async with answering(b"", server_context(certificate)) as port:
+        with pytest.raises(SourceUnreachable):
+            await read(client, f"https://localhost:{port}/1", 1)
+
+
+async def test_a_handshake_that_never_ends() -> None:
+    limits = SourceLimits(connect_timeout=0.3)
+    async with SourceClient(limits) as client, answering(b"") as port:
+        with pytest.raises(SourceUnreachable) as failed:
+            await read(client, f"https://127.0.0.1:{port}/1", 1)
+    assert failed.value.waited
+
+
+def test_families_take_turns() -> None:
+    four, six = socket.AF_INET, socket.AF_INET6
+    found = [(six, "a"), (six, "b"), (six, "a"), (six, "c"), (four, "d")]
+    assert alternating(found) == [(six, "a"), (four, "d"), (six, "b"), (six, "c")]
+    assert alternating([]) == []
+
+
+@asynccontextmanager
+async def full_server() -> AsyncIterator[tuple[str, int]]:
+    """The address of a server that answers no attempt to connect."""
+    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
+        deaf.bind(("127.0.0.1", 0))
+        deaf.listen(0)
+        for waiting in (first, second):  # they fill the queue of connections not accepted
+            waiting.setblocking(False)
+            waiting.connect_ex(deaf.getsockname())
+        yield deaf.getsockname()
+
+
+async def test_an_address_that_refuses_or_is_silent_does_not_keep_the_next_one_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as closed:
+        closed.bind(("127.0.0.2", 0))
+        async with full_server() as silent:
+            await check_dialling(monkeypatch, closed.getsockname(), silent, server.getsockname())
+
+
+async def check_dialling(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) -> None:
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 0, "", address) for address in addresses]
+
+    async def resolve(*_: object, **__: object) -> list[object]:
+        return list(found)
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+    async with asyncio.timeout(2):
+        with await dial("several.example", 80) as connected:
+            assert connected.getpeername() == addresses[-1]
+    del found[1:]
+    with pytest.raises(ConnectionRefusedError):
+        await dial("several.example", 80)
+
+
+def test_on_the_loop_of_the_services(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % SIZE + LARGE
+
+    async def main() -> None:
+        async with SourceClient(LIMITS) as client:
+            for context, scheme in ((None, "http"), (server_context(certificate), "https")):
+                async with answering(reply, context) as port:
+                    assert await read(client, f"{scheme}://localhost:{port}/1", SIZE) == LARGE
+                    await expect_refusal(client, port, scheme)
+
+    uvloop.run(main())
+
+
+async def expect_refusal(client: SourceClient, port: int, scheme: str) -> None:
+    if scheme == "https":
+        with pytest.raises(SourceUnreachable):  # the certificate is another host's
+            await read(client, f"https://127.0.0.1:{port}/1", SIZE)

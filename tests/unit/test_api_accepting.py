@@ -1,0 +1,100 @@
+"""How connections are taken from the kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from services.api import accepting
+from services.api.accepting import Acceptor
+from services.api.listening import Address, bind
+
+CROWD = 200
+
+
+class Greeter(asyncio.Protocol):
+    """Says hello, and is counted."""
+
+    made = 0
+
+    def connection_made(self, transport: Any) -> None:
+        Greeter.made += 1
+        self.nodelay = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        transport.write(b"hello %d" % bool(self.nodelay))
+
+
+class FullTable(socket.socket):
+    """A listening socket in a process that has no descriptor left, the first time."""
+
+    failures = 1
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if FullTable.failures:
+            FullTable.failures -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+@pytest.fixture
+async def listen() -> AsyncIterator[Callable[[socket.socket], Acceptor]]:
+    Greeter.made = 0
+    acceptors: list[Acceptor] = []
+
+    def start(listener: socket.socket) -> Acceptor:
+        acceptors.append(Acceptor(listener, Greeter, 1024))
+        return acceptors[-1]
+
+    yield start
+    for acceptor in acceptors:
+        acceptor.close()
+
+
+async def test_who_comes_at_once_is_taken_at_once(listen: Callable[[socket.socket], Acceptor]) -> None:
+    bound = bind(Address("127.0.0.1", 0))
+    bound.listen(1024)
+    clients = [socket.create_connection(bound.getsockname()) for _ in range(CROWD)]
+    listen(bound)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert Greeter.made == CROWD
+    for client in clients:
+        client.settimeout(5)
+        assert await asyncio.to_thread(client.recv, 100) == b"hello 1"
+        client.close()
+
+
+async def test_after_close_nobody_comes_in_and_who_is_in_stays(
+    listen: Callable[[socket.socket], Acceptor],
+) -> None:
+    bound = bind(Address("127.0.0.1", 0))
+    place = bound.getsockname()
+    acceptor = listen(bound)
+    reader, writer = await asyncio.open_connection(*place)
+    assert await reader.read(100) == b"hello 1"
+    acceptor.close()
+    acceptor.close()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*place)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(1), 0.1)
+    writer.close()
+
+
+async def test_without_descriptors_the_loop_rests_and_the_client_is_taken_later(
+    listen: Callable[[socket.socket], Acceptor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepting, "_PAUSE", 0.05)
+    monkeypatch.setattr(FullTable, "failures", 1)
+    bound = bind(Address("127.0.0.1", 0))
+    listener = FullTable(bound.family, bound.type, bound.proto, fileno=bound.detach())
+    listen(listener)
+    reader, writer = await asyncio.open_connection(*listener.getsockname())
+    assert await asyncio.wait_for(reader.read(100), 5) == b"hello 1"
+    assert FullTable.failures == 0
+    writer.close()
