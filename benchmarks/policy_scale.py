@@ -30,6 +30,7 @@ from shared.adapters.volume import Volume
 from shared.domain.eviction import POLICY_NAMES, EvictionPolicy, PolicyEntry, make_policy
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import IndexEntry
+from shared.runtime.memory import map_large_blocks
 from tests.servers.redis_server import RedisServer
 
 EPOCH = 1_700_000_000.0
@@ -64,6 +65,7 @@ def resident_bytes() -> int:
 
 def measure_memory(name: str, count: int) -> tuple[float, float]:
     """Bytes an object: allocated, and grown by."""
+    map_large_blocks()  # as the evictor does
     gc.collect()
     before = resident_bytes()
     policy = filled(name, count)
@@ -145,6 +147,7 @@ async def take_over(name: str, url: str, folder: Path, count: int) -> tuple[Evic
 
 
 def measure_take_over(name: str, count: int, url: str, folder: Path) -> tuple[float, ...]:
+    map_large_blocks()  # as the evictor does
     policy, rebuild, grown = asyncio.run(take_over(name, url, folder, count))
     ids, random = list(policy.ids()), Random(2)
     hit = measure_hit(policy, ids, random)

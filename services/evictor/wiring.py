@@ -20,6 +20,7 @@ from shared.runtime.adapters import (
     build_state_store,
     build_volume,
 )
+from shared.runtime.memory import map_large_blocks
 from shared.runtime.run_service import ServiceScope, run_service
 from shared.runtime.serving import serve_until
 from shared.settings.model import Settings
@@ -39,6 +40,7 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
     if settings.state_store.url.get_secret_value().startswith(MEMORY):
         raise ConfigurationError("an evictor of its own needs the state_store.url of a real server")
     describe_build(version("distributor-node"), "evictor")
+    map_large_blocks()
     resources = scope.resources
     volume = build_volume(settings)
     resources.callback(volume.close)
