@@ -67,6 +67,14 @@ async def a_black_hole(fire: FireWorld) -> AsyncIterator[None]:
     fire.to_rabbit.heal()
 
 
+async def three_under_way(fire: FireWorld) -> None:
+    """Whichever source each of them was begun at."""
+    logs = (fire.first.requests, fire.second.requests)
+    async with asyncio.timeout(20):
+        while sum(map(len, logs)) < 3:  # noqa: ASYNC110 - two logs, an event each
+            await asyncio.sleep(0.05)
+
+
 async def through(fire: FireWorld, fault: Fault, seconds: float) -> None:
     """Downloads under way and jobs waiting when it begins, misses while it lasts and after it."""
     fire.stack.environment["DISTRIBUTOR_FETCH__CONCURRENCY"] = "3"
@@ -74,7 +82,7 @@ async def through(fire: FireWorld, fault: Fault, seconds: float) -> None:
     for node in (fire.first, fire.second):
         node.knobs.add(Behaviour(bytes_per_second=MIB // 2))
     under_way = asyncio.create_task(ask_all(fire, UNDER_WAY, at_once=24))
-    await fire.first.requests.wait_for(lambda log: len(log) >= 3)
+    await three_under_way(fire)
     began = time.monotonic()
     broken = fault(fire)
     if isinstance(broken, AbstractAsyncContextManager):

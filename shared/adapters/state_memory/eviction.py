@@ -32,6 +32,7 @@ class MemoryEviction(MemoryFetching):
         if tables.term is None or tables.term_ends <= now:
             tables.term = Term(holder, tables.next_serial())
         elif tables.term.holder != holder:
+            tables.term_ends = min(tables.term_ends, now + seconds)  # the clock may have been put back
             return None
         tables.term_ends = now + seconds
         return tables.term
@@ -84,7 +85,7 @@ class MemoryEviction(MemoryFetching):
         tables, object_id = self._tables, entry.object_id
         if not tables.in_office(term) or object_id in tables.objects:
             return False
-        if tables.phase(tables.rows.get(object_id)) is FetchPhase.FETCHING:
+        if tables.phase(tables.row(object_id)) is FetchPhase.FETCHING:
             return False
         tables.put_object(entry)
         if object_id in tables.rows:
@@ -97,7 +98,7 @@ class MemoryEviction(MemoryFetching):
 
     async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
         tables, now = self._tables, self._tables.clock()
-        row = tables.rows.get(object_id)
+        row = tables.row(object_id)
         if not tables.in_office(term) or (row and row.reserved):
             return False
         if row and tables.phase(row):
@@ -109,13 +110,13 @@ class MemoryEviction(MemoryFetching):
 
     async def seize(self, term: Term, object_id: ObjectId) -> Lease | None:
         tables, now = self._tables, self._tables.clock()
-        row = tables.rows.get(object_id)
+        row = tables.row(object_id)
         if not tables.in_office(term) or row is None or tables.phase(row) is not FetchPhase.PARKED:
             return None
         lease = Lease(object_id, tables.next_serial(), row.size, term.holder)
-        ends = now + tables.times.lease_seconds
+        lasts = tables.times.lease_seconds
         tables.rows[object_id] = FetchRow(
-            FetchPhase.FETCHING, True, row.size, lease.token, ends, now, term.holder
+            FetchPhase.FETCHING, True, row.size, lease.token, now + lasts, now, term.holder, lasts=lasts
         )
         return lease
 
@@ -143,7 +144,7 @@ class MemoryEviction(MemoryFetching):
 
     async def fetches(self) -> Sequence[Fetch]:
         tables = self._tables
-        for object_id in [known for known, row in tables.rows.items() if tables.phase(row) is None]:
+        for object_id in [known for known in tables.rows if tables.phase(tables.row(known)) is None]:
             del tables.rows[object_id]
         return [fetch for object_id in tables.rows if (fetch := tables.fetch(object_id))]
 

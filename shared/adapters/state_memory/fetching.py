@@ -28,7 +28,7 @@ class MemoryFetching(MemoryRequests):
 
     async def begin(self, object_id: ObjectId, size: int, worker: str) -> Begun:
         tables = self._tables
-        entry, row, now = tables.objects.get(object_id), tables.rows.get(object_id), tables.clock()
+        entry, row, now = tables.objects.get(object_id), tables.row(object_id), tables.clock()
         if entry:
             return HeldElsewhere(seconds_left=0.0) if entry.evicting else AlreadyStored(entry.generation)
         if row and tables.phase(row) is FetchPhase.FETCHING:
@@ -43,8 +43,10 @@ class MemoryFetching(MemoryRequests):
         if more > 0 and missing > 0:
             return NoSpace(missing)
         lease = Lease(object_id, tables.next_serial(), size, worker)
-        ends = now + tables.times.lease_seconds
-        tables.rows[object_id] = FetchRow(FetchPhase.FETCHING, True, size, lease.token, ends, now, worker)
+        lasts = tables.times.lease_seconds
+        tables.rows[object_id] = FetchRow(
+            FetchPhase.FETCHING, True, size, lease.token, now + lasts, now, worker, lasts=lasts
+        )
         tables.reserved += more
         tables.wishes.pop(object_id, None)
         tables.announce(Topic.FETCH_CHANGED, object_id)
@@ -58,6 +60,7 @@ class MemoryFetching(MemoryRequests):
         tables.rows[lease.object_id] = replace(
             row,
             ends=now + tables.times.lease_seconds,
+            lasts=tables.times.lease_seconds,
             since=row.since if row.ends > now else now,
             source=source or row.source,
         )
@@ -91,9 +94,9 @@ class MemoryFetching(MemoryRequests):
 
     async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
         tables, now = self._tables, self._tables.clock()
-        for gone in [known for known, (_, ends) in tables.failures.items() if ends <= now]:
+        for gone in [known for known, (_, ends, _) in tables.failures.items() if ends <= now]:
             del tables.failures[gone]
-        tables.failures[object_id] = (reason, now + seconds)
+        tables.failures[object_id] = (reason, now + seconds, seconds)
         tables.announce(Topic.FETCH_CHANGED, object_id)
 
     async def want_space(self, object_id: ObjectId, size: int, seconds: float) -> None:

@@ -35,20 +35,22 @@ class MemoryRequests:
             ends=now + tables.times.claim_seconds,
             since=now,
             worker=claimant,
+            lasts=tables.times.claim_seconds,
         )
         return Claim(won=True, standing=Standing(fetch=None, failure=None))
 
     async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
         tables = self._tables
-        row = tables.rows.get(object_id)
+        row = tables.row(object_id)
         if row and tables.phase(row) is FetchPhase.CLAIMED and row.worker == claimant:
-            now = tables.clock()
-            ends = now + tables.times.queued_seconds
-            tables.rows[object_id] = replace(row, phase=FetchPhase.QUEUED, ends=ends, since=now)
+            now, lasts = tables.clock(), tables.times.queued_seconds
+            tables.rows[object_id] = replace(
+                row, phase=FetchPhase.QUEUED, ends=now + lasts, since=now, lasts=lasts
+            )
 
     async def withdraw(self, object_id: ObjectId, claimant: str) -> None:
         tables = self._tables
-        row = tables.rows.get(object_id)
+        row = tables.row(object_id)
         pending = (FetchPhase.CLAIMED, FetchPhase.QUEUED)
         if row and tables.phase(row) in pending and row.worker == claimant:
             if row.reserved:
@@ -59,7 +61,7 @@ class MemoryRequests:
 
     async def usage(self) -> Usage:
         tables = self._tables
-        leases = sum(tables.phase(row) is FetchPhase.FETCHING for row in tables.rows.values())
+        leases = sum(tables.phase(tables.row(known)) is FetchPhase.FETCHING for known in tables.rows)
         return Usage(
             limit=tables.limit,
             used=tables.used,

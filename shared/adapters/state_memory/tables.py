@@ -29,8 +29,8 @@ from shared.ports.state_store import (
 
 @dataclass(frozen=True, slots=True)
 class FetchRow:
-    """A fetch as written; `ends` and `since` on the store's clock. `reserved`: `footprint(size)` bytes are, whatever
-    the phase."""
+    """A fetch as written; `ends` and `since` on the store's clock, `lasts` the seconds for which it was written.
+    `reserved`: `footprint(size)` bytes are, whatever the phase."""
 
     phase: FetchPhase
     reserved: bool
@@ -40,6 +40,7 @@ class FetchRow:
     since: float
     worker: str
     source: str | None = None
+    lasts: float = 0.0
 
 
 @dataclass(slots=True)
@@ -51,7 +52,8 @@ class Tables:
     clock: Callable[[], float]
     objects: dict[ObjectId, IndexEntry] = field(default_factory=dict)
     rows: dict[ObjectId, FetchRow] = field(default_factory=dict)
-    failures: dict[ObjectId, tuple[str, float]] = field(default_factory=dict)
+    failures: dict[ObjectId, tuple[str, float, float]] = field(default_factory=dict)
+    """Reason, when it is forgotten, and the seconds from its recording to then."""
     wishes: dict[ObjectId, tuple[int, float]] = field(default_factory=dict)
     accesses: deque[tuple[int, Sequence[Access]]] = field(
         default_factory=lambda: deque(maxlen=ACCESS_BATCHES_KEPT)
@@ -87,6 +89,14 @@ class Tables:
     def in_office(self, term: Term) -> bool:
         return self.term == term and self.clock() < self.term_ends
 
+    def row(self, object_id: ObjectId) -> FetchRow | None:
+        """The fetch of an object. One that ends later than it was written for was written before the clock was put
+        back: it lasts no longer from now."""
+        row = self.rows.get(object_id)
+        if row and row.ends > (latest := self.clock() + row.lasts):
+            row = self.rows[object_id] = replace(row, ends=latest)
+        return row
+
     def phase(self, row: FetchRow | None) -> FetchPhase | None:
         """What a row amounts to now: None when it has run out and left nothing."""
         if row is None or row.phase is FetchPhase.PARKED or row.ends > self.clock():
@@ -95,7 +105,7 @@ class Tables:
 
     def leased(self, lease: Lease) -> FetchRow | None:
         """A lease that has run out is still its holder's as long as nobody has taken the object over."""
-        row = self.rows.get(lease.object_id)
+        row = self.row(lease.object_id)
         if (
             row
             and row.phase is FetchPhase.FETCHING
@@ -106,7 +116,7 @@ class Tables:
 
     def park(self, object_id: ObjectId, row: FetchRow) -> None:
         now = self.clock()
-        self.rows[object_id] = replace(row, phase=FetchPhase.PARKED, ends=now, since=now)
+        self.rows[object_id] = replace(row, phase=FetchPhase.PARKED, ends=now, since=now, lasts=0.0)
 
     def drop_fetch(self, object_id: ObjectId) -> None:
         """End a fetch and give its reservation back."""
@@ -130,7 +140,7 @@ class Tables:
         self.turnover += abs(more)
 
     def fetch(self, object_id: ObjectId) -> Fetch | None:
-        row = self.rows.get(object_id)
+        row = self.row(object_id)
         phase = self.phase(row)
         if row is None or phase is None:
             return None
@@ -149,8 +159,8 @@ class Tables:
 
     def standing(self, object_id: ObjectId) -> Standing:
         fetch = self.fetch(object_id)
-        reason, ends = self.failures.get(object_id, ("", 0.0))
-        left = ends - self.clock()
+        reason, ends, lasts = self.failures.get(object_id, ("", 0.0, 0.0))
+        left = min(ends - self.clock(), lasts)
         # While somebody tries again, nothing has failed
         failed = left > 0 and not (fetch and fetch.phase is FetchPhase.FETCHING)
         return Standing(fetch, Failure(reason, left) if failed else None)
