@@ -60,13 +60,13 @@ class HotObject:
         """Of the open file; -1 where there is none."""
         return self.found.descriptor if self.found is not None else -1
 
-    def is_near(self, first: int, length: int, now: float) -> bool:
-        """Whether these bytes lie in the page cache, so that sending them holds nobody up. Of small objects that is
-        found out once in a while for all of them."""
+    def is_near(self, first: int, length: int, now: float, *, first_is: bool = False) -> bool:
+        """Whether these bytes lie in the page cache, so that sending them holds nobody up; `first_is`: the first one is
+        known to. Of small objects that is found out once in a while for all of them."""
         if now < self.near_until:
             return True
         if self.size > _NEAR_AS_A_WHOLE:
-            return is_cached(self.descriptor, first, min(length, _NEAR_AS_A_WHOLE))
+            return is_cached(self.descriptor, first, min(length, _NEAR_AS_A_WHOLE), first_is=first_is)
         if not is_cached(self.descriptor, 0, self.size):
             return False
         self.near_until = now + BELIEVED_SECONDS

@@ -50,15 +50,16 @@ def borrow_cached(descriptor: int, offset: int, length: int) -> memoryview | Non
         return None  # not in memory, or the disk fails: whoever reads it in earnest finds out
 
 
-def is_cached(descriptor: int, offset: int, length: int) -> bool:
-    """Whether these bytes seem to lie in the page cache: looks at one byte in each _PROBED, and at the last.
+def is_cached(descriptor: int, offset: int, length: int, *, first_is: bool = False) -> bool:
+    """Whether these bytes seem to lie in the page cache: looks at one byte in each _PROBED, and at the last. The first
+    one is passed over if it is known to (`first_is`).
 
     The kernel reads ahead in larger steps and drops in larger steps, so that a hole in between is rare, and costs
     one read from disk.
     """
     last = offset + length - 1
     try:
-        for position in (*range(offset, last, _PROBED), last):
+        for position in (*range(offset + _PROBED if first_is else offset, last, _PROBED), last):
             if os.preadv(descriptor, _PROBE, position, os.RWF_NOWAIT) == 0:
                 return False
     except OSError:

@@ -111,19 +111,21 @@ class FastLaneProtocol(PublicProtocol):
     def _send_file(self, lane: FastLane, ready: ReadyAnswer, connection: socket.socket, data: bytes) -> None:
         """The head and as much of the file as the socket takes now; the rest in a task."""
         hot, head, length, sent = ready.hot, ready.head, ready.length, 0
-        if not hot.is_near(ready.first, length, self._time):
+        # A body that begins within a page takes one page more than a segment holds, and the kernel then works half as
+        # long again: what lies before the next page goes with the head, and the file from there. Should it have left
+        # memory just now, all of it is sent as it lies.
+        edge = borrow_cached(hot.descriptor, ready.first, min(-ready.first % _PAGE, length))
+        if not hot.is_near(ready.first, length, self._time, first_is=bool(edge)):
             sender = BodySender(hot, ready.first, length, lane.accesses)
             self._send_later(
                 _Sending(lane, ready, sender, data), sender.send_from_disk(self._far_end(), head)
             )
             return
-        # A body that begins within a page takes one page more than a segment holds, and the kernel then works half as
-        # long again: what lies before the next page goes with the head, and the file from there. Should it have left
-        # memory just now, all of it is sent as it lies.
-        edge = borrow_cached(hot.descriptor, ready.first, min(-ready.first % _PAGE, length))
         together = socket.MSG_MORE if edge is not None and len(edge) < length else 0
         try:
-            taken = connection.sendmsg((head, edge or b""), (), together)
+            taken = (
+                connection.sendmsg((head, edge), (), together) if edge else connection.send(head, together)
+            )
             head, sent = head[taken:], max(0, taken - len(head))
             if not head and sent < length:
                 sent += send_file(hot, connection.fileno(), ready.first + sent, min(length - sent, AT_ONCE))
