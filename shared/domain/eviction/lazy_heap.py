@@ -25,9 +25,11 @@ class LazyHeap:
         return len(self._heap)
 
     def push(self, slot: int) -> None:
-        self._heap.append(slot)
-        self._note_key(slot)
-        self._rise(len(self._heap) - 1, 0)
+        records, heap = self._records, self._heap
+        records.pushed_priorities[slot] = records.priorities[slot]
+        records.pushed_times[slot] = records.last_accesses[slot]
+        heap.append(slot)
+        self._rise(len(heap) - 1, 0)
 
     def push_all(self, slots: Iterable[int]) -> None:
         """Into an empty heap, in linear time."""
@@ -40,11 +42,15 @@ class LazyHeap:
 
     def remove(self, slot: int) -> None:
         """Take out a slot that stands in this heap."""
-        place = self._records.places[slot]
-        last = self._heap.pop()
-        if last != slot:
-            self._heap[place] = last
+        place, heap = self._records.places[slot], self._heap
+        last = heap.pop()
+        if last == slot:
+            return
+        heap[place] = last
+        if 2 * place + 1 < len(heap):
             self._sink(place, 0)
+        else:
+            self._rise(place, 0)
 
     def ascending(self) -> Generator[int, None, None]:
         """Slots from the least key on. Close the iterator before anything is changed; that re-keys what was stale."""
