@@ -108,8 +108,12 @@ class EvictionIndex:
 
     def notice(self, object_id: str) -> None:
         """Something happened to an object: it may be complete now."""
-        if object_id and object_id not in self.policy and len(self._noticed) < _NOTICED_MOST:
-            self._noticed.add(ObjectId(object_id))
+        known = ObjectId(object_id)
+        if known in self.policy:
+            # Seen on the volume before the store knew it, perhaps, and passed over when its figures were written
+            self._dirty.add(known)
+        elif object_id and len(self._noticed) < _NOTICED_MOST:
+            self._noticed.add(known)
 
     def add(self, entry: PolicyEntry) -> None:
         """A complete object that the store knows, with these figures."""

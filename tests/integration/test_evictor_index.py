@@ -17,7 +17,8 @@ from shared.adapters.volume import Volume
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.eviction import make_policy
 from shared.domain.objects import ObjectId
-from shared.ports.state_store import Access, IndexEntry, PolicyState, Term
+from shared.ports.state_store import Access, Granted, IndexEntry, PolicyState, Term
+from tests.integration.evictor_world import body_of, record_of
 
 COUNT, AT_ONCE = 2500, 1000
 NOW = time.time()
@@ -130,3 +131,29 @@ async def test_who_lives_on_after_a_save_that_failed_counts_nothing_twice(
     successor = await leader(state, volume, "gdsf")
     assert views(index) == views(successor) == {3: COUNT}
     assert order(successor) == order(index)
+
+
+async def test_figures_of_what_was_seen_before_the_store_knew_it_are_written_after_all(
+    state: FailingStore, volume: Volume
+) -> None:
+    index, term = await leader(state, volume, "gdsf"), await term_of(state)
+    await state.set_accounted(term)
+    new, body = ObjectId("new"), body_of("new")
+    begun = await state.begin(new, len(body), "worker")
+    assert isinstance(begun, Granted)
+    record = record_of("new", body)
+    partial = volume.receive(record)
+    partial.write(0, body)
+    partial.mark_verified()
+    partial.publish(record)
+    partial.close()
+    index.notice(new)
+    await index.refresh()
+    await index.save(term)
+    assert await state.commit(begun.lease, time.time())
+    index.notice(new)  # the commit is announced
+    await index.save(term)
+    [stored] = [entry async for batch in state.entries() for entry in batch if entry.object_id == new]
+    known = index.policy.get(new)
+    assert known is not None
+    assert stored.priority == known.priority > 0
