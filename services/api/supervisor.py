@@ -32,6 +32,8 @@ from shared.settings.model import Settings
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 _SETTLED_AFTER = 30.0
 _MARGIN = 5.0
+_LEFT_EVERY = 0.25
+"""Seconds between two looks at a port that a predecessor's workers are leaving."""
 
 logger = structlog.get_logger()
 
@@ -50,11 +52,14 @@ async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
     """Keep the workers running. ConfigurationError if the port is taken, or a worker says its settings cannot work."""
     with ExitStack() as ports:
         public, operator = settings.public_api, settings.operator_api
-        port = ports.enter_context(_keep(Address(public.host, public.port))).getsockname()[1]
+        patience = settings.shutdown_deadline + _MARGIN
+        kept = await keep_port(Address(public.host, public.port), patience, stop_requested)
+        port = ports.enter_context(kept).getsockname()[1]
         operator_port = operator.port
         if operator.secret is not None:
             address = Address(operator.host, operator.port, setting="operator_api")
-            operator_port = ports.enter_context(_keep(address)).getsockname()[1]
+            kept = await keep_port(address, patience, stop_requested)
+            operator_port = ports.enter_context(kept).getsockname()[1]
         handover = worker_settings(settings, port, operator_port)
         workers = [
             Worker(number, handover, settings.shutdown_deadline) for number in range(1, public.workers + 1)
@@ -72,13 +77,41 @@ async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
             await asyncio.wait(tasks)
 
 
-def _keep(address: Address) -> socket.socket:
-    """Bound but not listening: keeps the port ours while no worker has it, and gets no connections."""
-    # Without SO_REUSEPORT first: with it, a foreign process of the same user could share the port unnoticed.
-    probe = bind(address)
-    port = probe.getsockname()[1]
-    probe.close()
+async def keep_port(address: Address, patience: float, stop_requested: asyncio.Event) -> socket.socket:
+    """Bound but not listening: keeps the port ours while no worker has it, and gets no connections.
+
+    Workers of a supervisor that was killed a moment ago may be ending their answers still: they are waited for, so many
+    seconds. Anybody else who has the port is a ConfigurationError at once.
+    """
+    deadline, port, told = time.monotonic() + patience, None, False
+    while port is None:
+        try:
+            port = _port_alone(address)
+        except ConfigurationError:
+            if stop_requested.is_set() or time.monotonic() >= deadline or not _can_be_shared(address):
+                raise
+            if not told:
+                told = True
+                logger.warning("port_is_being_left", setting=f"{address.setting}.port", port=address.port)
+            await asyncio.sleep(_LEFT_EVERY)
     return bind(replace(address, port=port, shared=True))
+
+
+def _port_alone(address: Address) -> int:
+    """The port, if nobody has it. Without SO_REUSEPORT: with it, a foreign process of the same user could share it
+    unnoticed."""
+    with bind(address) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def _can_be_shared(address: Address) -> bool:
+    """Whether who has the port shares it with this user, as workers do."""
+    try:
+        bind(replace(address, shared=True)).close()
+    except ConfigurationError:
+        return False
+    return True
 
 
 class Worker:
