@@ -241,3 +241,25 @@ async def expect_refusal(client: SourceClient, port: int, scheme: str) -> None:
     if scheme == "https":
         with pytest.raises(SourceUnreachable):  # the certificate is another host's
             await read(client, f"https://127.0.0.1:{port}/1", SIZE)
+
+
+async def test_an_address_that_is_not_admitted_is_not_even_connected_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.create_server(("127.0.0.2", 0)) as inner, socket.create_server(("127.0.0.1", 0)) as outer:
+        found = [
+            (socket.AF_INET, socket.SOCK_STREAM, 0, "", server.getsockname()) for server in (inner, outer)
+        ]
+
+        async def resolve(*_: object, **__: object) -> list[object]:
+            return list(found)
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+        with await dial("several.example", 80, lambda address: address != "127.0.0.2") as connected:
+            assert connected.getpeername() == outer.getsockname()
+        del found[1:]
+        with pytest.raises(OSError, match="private address"):
+            await dial("several.example", 80, lambda address: address != "127.0.0.2")
+        inner.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            inner.accept()

@@ -13,7 +13,7 @@ import httpx
 
 from shared.adapters.sources.limits import SourceLimits
 from shared.adapters.sources.network import SourceNetwork
-from shared.adapters.sources.public_network import PublicNetwork
+from shared.domain.addresses import is_public
 from shared.domain.errors import SourceError, SourceTooSlow, SourceUnreachable
 
 # Colossus closes idle connections after 5 s (Node's default).
@@ -49,7 +49,7 @@ class Connections:
         # The setting is the library's, for the whole process; nothing smaller offers it.
         httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = _READ_BYTES
         context = await asyncio.to_thread(httpx.create_ssl_context)  # reads the certificates
-        network = PublicNetwork() if self._limits.refuse_private else SourceNetwork()
+        network = SourceNetwork(is_public if self._limits.refuse_private else None)
         self._reusing = _Transport(context, self._limits.max_connections, network)
         self._fresh = _Transport(context, 0, network)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain, zip_longest
 from typing import Any
 
@@ -16,11 +16,19 @@ Address = tuple[int, Any]
 """Family and address, as the socket module knows them."""
 
 
-async def dial(host: str, port: int) -> socket.socket:
-    """A connected, non-blocking socket. OSError if no address takes a connection; no bound in time of its own."""
+async def dial(host: str, port: int, admits: Callable[[str], bool] | None = None) -> socket.socket:
+    """A connected, non-blocking socket. OSError if no address takes a connection; no bound in time of its own.
+
+    `admits`: whether an address, as text, may be connected to at all; it is asked of what is connected to, so that a
+    resolver that says another thing the next moment changes nothing.
+    """
     loop = asyncio.get_running_loop()
     found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = alternating([(family, address) for family, _, _, _, address in found])
+    if admits is not None:
+        addresses = [address for address in addresses if admits(address[1][0])]
+        if not addresses:
+            raise OSError("at a private address")
     if not addresses:
         raise OSError(f"no address of {host}")
     if len(addresses) == 1:

@@ -8,7 +8,7 @@ import re
 import socket
 import ssl
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import httpcore
@@ -23,7 +23,10 @@ _HEAD_END = re.compile(rb"\n\r?\n")
 
 
 class SourceNetwork(httpcore.AsyncNetworkBackend):
-    """Makes the connections."""
+    """Makes the connections; to addresses that `admits` says yes to, if it is given."""
+
+    def __init__(self, admits: Callable[[str], bool] | None = None) -> None:
+        self._admits = admits
 
     async def connect_tcp(
         self,
@@ -37,7 +40,7 @@ class SourceNetwork(httpcore.AsyncNetworkBackend):
         are ever given here."""
         try:
             async with asyncio.timeout(timeout):
-                wire = await _attached(await dial(host, port))
+                wire = await _attached(await dial(host, port, self._admits))
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(str(error)) from error
         except OSError as error:
