@@ -23,13 +23,15 @@ logger = structlog.get_logger()
 
 
 class Acceptor:
-    """Listens on a bound, non-blocking socket, which becomes its own, from its making until `close`."""
+    """Listens on a bound, non-blocking socket, which becomes its own, from its making until `close`. `taken`: how many
+    connections, ever."""
 
     def __init__(
         self, listener: socket.socket, make_protocol: Callable[[], asyncio.BaseProtocol], backlog: int
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._listener = listener
+        self.listener = listener
+        self.taken = 0
         self._make_protocol = make_protocol
         self._backlog = backlog
         self._tasks: set[asyncio.Task[None]] = set()
@@ -41,19 +43,24 @@ class Acceptor:
         """Stop listening; connections that were taken live on."""
         if self._again is not None:
             self._again.cancel()
-        if self._listener.fileno() >= 0:
-            self._loop.remove_reader(self._listener.fileno())
-            self._listener.close()
+        if self.listener.fileno() >= 0:
+            self._loop.remove_reader(self.listener.fileno())
+            self.listener.close()
+
+    async def all_made(self) -> None:
+        """Return when those that were taken are the protocol's: a few turns of the loop later."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
     def _take_part(self) -> None:
         self._again = None
-        self._loop.add_reader(self._listener.fileno(), self._accept)
+        self._loop.add_reader(self.listener.fileno(), self._accept)
 
     def _accept(self) -> None:
         """Everybody who waits; not more than the queue holds, so that others have their turn whoever comes."""
         for _ in range(self._backlog):
             try:
-                connection, _ = self._listener.accept()
+                connection, _ = self.listener.accept()
             except (BlockingIOError, InterruptedError):
                 return
             except ConnectionError:
@@ -61,9 +68,10 @@ class Acceptor:
             except OSError as error:
                 # It stays in the queue, and the socket readable: without a pause the loop would turn and turn
                 logger.error("connection_not_accepted", reason=error.strerror)
-                self._loop.remove_reader(self._listener.fileno())
+                self._loop.remove_reader(self.listener.fileno())
                 self._again = self._loop.call_later(_PAUSE, self._take_part)
                 return
+            self.taken += 1
             connection.setblocking(False)
             task = self._loop.create_task(self._connect(connection))
             self._tasks.add(task)

@@ -27,40 +27,36 @@ QUIET_SECONDS, QUIET_SECONDS_SHARED = 0.02, 0.2
 kernel hands connections to each of them until the last has shut its door, which is at nearly the same time."""
 _FIRST_INTERVAL, _LONGEST_INTERVAL = 0.01, 0.1
 
-_SO_BINDTOIFINDEX = (
-    62  # asm-generic/socket.h, since Linux 5.0, without privilege since 5.7; Python does not name it
-)
+# asm-generic/socket.h, since Linux 5.0, without privilege since 5.7; Python does not name it
+_SO_BINDTOIFINDEX = 62
 _NO_DEVICE = 2**31 - 1  # the last number that the kernel could give to a device
 
 
 async def let_the_last_in(
     listener: socket.socket,
-    made: Callable[[], int],
+    taken: Callable[[], int],
     seconds: float,
     quiet_seconds: float = QUIET_SECONDS,
     tables: Iterable[Path] = TABLES,
 ) -> None:
     """Shut the door, and return when the loop, which accepts at `listener`, has taken everybody who was coming in, or
-    after so many seconds. To be closed right afterwards. `made`: how many connections the loop has made, ever.
+    after so many seconds. To be closed right afterwards. `taken`: how many connections the loop has taken, ever.
 
     Where the kernel does not know this, the wait is for those who are queued; who comes after that may be reset.
     """
     tables = tuple(tables)
     door_shut = _shut(listener)
-    deadline, interval = time.monotonic() + seconds, _FIRST_INTERVAL
-    quiet_since: float | None = None
-    made_before = made()
+    quiet_seconds = quiet_seconds if door_shut else 0.0
+    interval, taken_before = _FIRST_INTERVAL, taken()
+    quiet_since = began = time.monotonic()
     while True:
         coming = _has_queued(listener) or (door_shut and _has_half_made(listener, tables))
         now = time.monotonic()
-        if coming or (door_shut and made() != made_before):
-            quiet_since, made_before = None, made()
-        elif quiet_since is None:
-            # From here on: who was taken in the loop's latest turn has not been made yet
-            quiet_since = now
-        elif now - quiet_since >= (quiet_seconds if door_shut else 0):
+        if coming or taken() != taken_before:
+            quiet_since, taken_before = now, taken()
+        if not coming and now - quiet_since >= quiet_seconds:
             return
-        if now >= deadline:
+        if now - began >= seconds:
             return
         await asyncio.sleep(interval)
         interval = min(_LONGEST_INTERVAL, interval * 2) if coming else _FIRST_INTERVAL

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import structlog
 
-from services.api.accepting import accepting_server
+from services.api.accepting import Acceptor, accepting_server
 from services.api.application import ApiApplication, prepare_start
 from services.api.farewell import sent_to_the_end
 from services.api.last_arrivals import (
@@ -24,8 +22,6 @@ from services.api.protocol import PublicProtocol
 
 BACKLOG = 1024
 _ABORT_GRACE = 1.0
-_TAKEN_SECONDS = 0.01
-"""What the loop has accepted is among the connections a few of its turns later."""
 
 logger = structlog.get_logger()
 
@@ -69,10 +65,10 @@ class PublicServer:
             prepare_start(self._application)
             await server.startup()
             await server.before_start()
-            self._listening = _Listening(bound, await server, connections)
+            self._listening = _Listening((await server).server, connections)
             await server.after_start()
         else:
-            self._listening = _Listening(bound, await server, connections)
+            self._listening = _Listening((await server).server, connections)
         logger.info("listening", host=self._address.host, port=self.port)
 
     async def close(self, drain_seconds: float) -> None:
@@ -88,7 +84,7 @@ class PublicServer:
         connections = listening.connections
         connections.end_soon()
         tasks = connections.tasks()
-        await self._give_up_port(listening, drain_seconds)
+        await self._give_up_port(listening.acceptor, drain_seconds)
         tasks |= connections.tasks()
         if not await connections.emptied(max(0.0, deadline - time.monotonic())):
             cut = [connection.end_now() for connection in set(connections)].count(True)
@@ -101,38 +97,33 @@ class PublicServer:
             logger.warning("answers_unsent_at_stop", port=self.port)
         logger.info("stopped_listening", port=self.port)
 
-    async def _give_up_port(self, listening: _Listening, drain_seconds: float) -> None:
+    async def _give_up_port(self, acceptor: Acceptor, drain_seconds: float) -> None:
         """Close the port when nobody is coming in any more."""
         self._port_free.clear()
         quiet = QUIET_SECONDS_SHARED if self._address.shared else QUIET_SECONDS
         try:
             await let_the_last_in(
-                listening.socket,
-                lambda: listening.connections.made,
-                min(ARRIVAL_LIMIT, drain_seconds),
-                quiet,
+                acceptor.listener, lambda: acceptor.taken, min(ARRIVAL_LIMIT, drain_seconds), quiet
             )
         finally:
-            listening.server.server.close()
+            acceptor.close()
             self._port_free.set()
-        await asyncio.sleep(_TAKEN_SECONDS)
+        await acceptor.all_made()
 
 
 @dataclass(frozen=True, slots=True)
 class _Listening:
-    """One time that the port is open. `server`: Sanic's; `connections`: all that were made at `socket`."""
+    """One time that the port is open. `connections`: all that `acceptor` has taken."""
 
-    socket: socket.socket
-    server: Any
+    acceptor: Acceptor
     connections: Connections
 
 
 class Connections(set[PublicProtocol]):
-    """The open connections of one listening socket; they add and discard themselves. `made`: how many, ever."""
+    """The open connections of one listening socket; they add and discard themselves."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.made = 0
         self._one_left = asyncio.Event()
         self._end_soon = False
 
@@ -148,7 +139,6 @@ class Connections(set[PublicProtocol]):
 
     def add(self, connection: PublicProtocol, /) -> None:
         super().add(connection)
-        self.made += 1
         if self._end_soon:
             # Later, since Sanic adds a connection before it is whole
             connection.loop.call_soon(connection.end_soon)

@@ -262,10 +262,12 @@ async def test_who_asks_on_an_idle_connection_at_a_stop_is_answered(
     async with assets_world(tmp_path, fast_lane=fast_lane) as world:
         world.add("1", 10_000)
         world.store("1")
-        (silent, _), (reader, writer), (used, used_writer) = [await world.connect() for _ in range(3)]
-        used_writer.write(asks)
-        await used.readuntil(b"\r\n\r\n")
-        assert await used.readexactly(10_000) == world.data["1"]
+        (silent, _), (reader, writer), *both_used = [await world.connect() for _ in range(4)]
+        for used, used_writer in both_used:
+            used_writer.write(asks)
+            await used.readuntil(b"\r\n\r\n")
+            assert await used.readexactly(10_000) == world.data["1"]
+        (used, used_writer), (used_and_silent, _) = both_used
         began = time.monotonic()
         world.stop.set()
         await asyncio.sleep(0.2)  # the stop has begun: what is asked now may have been on its way
@@ -276,4 +278,5 @@ async def test_who_asks_on_an_idle_connection_at_a_stop_is_answered(
             assert b"connection: close" in answer.lower()
             assert answer.endswith(world.data["1"])
         assert await silent.read() == b""
+        assert await used_and_silent.read() == b""
         assert time.monotonic() - began < 5
