@@ -73,9 +73,6 @@ class FastLane:
                 first, length = span.first, 0 if request.head else span.length or 0
                 if span.partial:
                     status, head = 206, heads.of_range(first, first + length - 1, size)
-            elif isinstance(span, ByteRange):
-                first, length = span.first, span.length
-                status, head = 206, heads.of_range(first, span.last, size)
             elif span is Refusal.NOT_MODIFIED:
                 status, head, length = 304, heads.not_modified, 0
             else:
@@ -136,16 +133,16 @@ class FastLane:
         self.objects.close()
 
 
-def _select(
-    request: SimpleRequest, hot: HotObject
-) -> tuple[int, int] | Span | ByteRange | Unsatisfiable | Refusal:
-    """What `decision.select` says; first and last byte alone for the range that nearly everybody asks for."""
+def _select(request: SimpleRequest, hot: HotObject) -> tuple[int, int] | Span | Unsatisfiable | Refusal:
+    """What `decision.select` says; of a range without conditions its first and last byte."""
     fields = request.fields
     if fields.plain and not request.head:
         bounds = request.bounds
         if bounds is not None and bounds[0] <= bounds[1] < hot.size:
             return bounds
         found = parse_range(request.range_header, hot.size)  # what `select` comes to without conditions
+        if isinstance(found, ByteRange):
+            return found.first, found.last
         return Span(0, hot.size - 1, hot.size) if found is None else found
     asked = Asked(request.head, fields.conditions, request.range_header, fields.if_range)
     return select(asked, hot.described)
