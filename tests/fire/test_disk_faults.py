@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,24 +16,18 @@ from tests.fire.asking import ask_all, ask_right, asked_until_whole, cache_all, 
 from tests.fire.figures import note
 from tests.fire.inspection import check_logs, settled
 from tests.fire.world import FireWorld
+from tests.mounting import mount, small_file_system
 
 OBJECTS = [generated_object(str(number), MIB + number) for number in range(1, 41)]
-
-
-def mount(*words: str) -> None:
-    done = subprocess.run(["mount", *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"file systems can be mounted by root alone here: {done.stderr.strip()}")
 
 
 @pytest.fixture
 def small_volume(fire: FireWorld) -> Iterator[Path]:
     """The node's volume is a file system of 16 MiB."""
     fire.stack.volume.mkdir()
-    mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", str(fire.stack.volume))
-    yield fire.stack.volume
-    fire.stack.kill_all()
-    subprocess.run(["umount", "--lazy", str(fire.stack.volume)], check=True)
+    with small_file_system(fire.stack.volume, "16m"):
+        yield fire.stack.volume
+        fire.stack.kill_all()
 
 
 @pytest.mark.timeout(120)

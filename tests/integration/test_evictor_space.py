@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from tests.integration.evictor_world import (
     evictor_world,
     record_of,
 )
+from tests.mounting import small_file_system
 
 HIGH, LOW = 0.9 * LIMIT, 0.5 * LIMIT
 
@@ -95,13 +95,8 @@ def small_device(tmp_path: Path) -> Iterator[Path]:
     """Where the volume will be lies a file system of 160 KiB: some objects fewer than the limit allows."""
     root = tmp_path / "volume"
     root.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(root)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("file systems can be mounted by root alone here")
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", str(root)], check=True)
+    with small_file_system(root, "160k"):
+        yield tmp_path
 
 
 async def test_room_is_made_on_a_device_smaller_than_the_limit(small_device: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from shared.domain.objects import MediaObject, ObjectId, StoredRecord
 from shared.domain.space import footprint
 from shared.ports.state_store import FetchPhase, Granted, IndexEntry, Topic
 from tests.integration.fetcher_world import LIMIT, OBJECT_ID, World, fetcher_world, until
+from tests.mounting import small_file_system
 
 SIZE = 3 * 1024 * 1024 + 17
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)
@@ -262,13 +262,8 @@ async def test_stopped_at_any_moment_it_leaves_what_another_can_go_on_from(world
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("a small file system can be mounted by root alone")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    with small_file_system(folder, "2m"):
+        yield folder
 
 
 async def test_a_full_disk_is_an_outcome(small_disk: Path) -> None:
