@@ -107,7 +107,8 @@ test-docker: setup ## the stack for real: build, up, scale, use, break, down
 	$(call tests,-m docker --timeout 900 $(ARGS))
 
 .PHONY: test-fire
-test-fire: setup servers ## kill, cut, fill and corrupt things, and look at what clients see (FIRE_SEED, FIRE_KILLS)
+test-fire: setup ## kill, cut, fill and corrupt things, and look at what clients see (FIRE_SEED, FIRE_KILLS)
+	@deploy/servers/find-or-install.sh redis-server rabbitmq-server faketime
 	@$(PYTEST) tests/fire --timeout 900 $(ARGS)
 
 .PHONY: soak

@@ -1,19 +1,23 @@
 #!/usr/bin/env bash
-# Find redis-server and rabbitmq-server, or install their Debian packages without starting any service.
-# The tests start private instances of their own. Exit code 1 when a server is missing and cannot be installed.
+# find-or-install.sh [PROGRAM…]: find programs (redis-server and rabbitmq-server), or install the Debian packages of the
+# same names without starting any service. The tests start private instances of their own. Exit code 1 when a program is
+# missing and cannot be installed.
 set -euo pipefail
 
+if [ "$#" = 0 ]; then
+    set -- redis-server rabbitmq-server
+fi
+
 PATH="$PATH:${SERVER_DIRECTORIES:-/usr/local/sbin:/usr/sbin:/sbin:/usr/lib/rabbitmq/bin}"
-declare -A package_of=([redis-server]=redis-server [rabbitmq-server]=rabbitmq-server)
 
 missing_packages() {
-    local server
-    for server in redis-server rabbitmq-server; do
-        command -v "$server" >/dev/null || echo "${package_of[$server]}"
+    local program
+    for program in "$@"; do
+        command -v "$program" >/dev/null || echo "$program"
     done
 }
 
-mapfile -t packages < <(missing_packages)
+mapfile -t packages < <(missing_packages "$@")
 if [ "${#packages[@]}" = 0 ]; then
     exit 0
 fi
@@ -56,5 +60,5 @@ if ! install_packages 2>/dev/null; then
     "${as_root[@]}" apt-get update -qq
     install_packages || explain "apt-get could not install them"
 fi
-mapfile -t packages < <(missing_packages)
+mapfile -t packages < <(missing_packages "$@")
 [ "${#packages[@]}" = 0 ] || explain "they are not where they were expected after the installation"

@@ -34,5 +34,5 @@ def faketime_library() -> str:
     """Debian's libfaketime: a clock of one's own for processes, changed while they run."""
     found = sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))
     if not found:
-        pytest.skip("needs libfaketime: apt-get install faketime")
+        pytest.skip("needs libfaketime (Debian package faketime, which `make test-fire` installs)")
     return str(found[0])
