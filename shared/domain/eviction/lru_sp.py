@@ -34,8 +34,7 @@ def size_in_kilobytes(size: int) -> int:
 def group_of(size: int, frequency: int) -> int:
     """`ceil(log2(sizeKB / popularity))`, clamped to 0–23; in integers, so that powers of two fall where they belong."""
     at_least = -(-size // 1024 // frequency)  # a ceiling of a ceiling is one ceiling
-    group = (at_least - 1).bit_length() if at_least else 0
-    return group if group < GROUPS else GROUPS - 1
+    return min((at_least - 1).bit_length(), GROUPS - 1) if at_least else 0
 
 
 def cost_of(entry: PolicyEntry, now: float) -> float:
