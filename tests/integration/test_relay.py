@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from shared.domain.errors import (
     SourceWrong,
 )
 from shared.domain.objects import MediaObject, ObjectId
+from tests.servers.deaf_server import deaf_server
 
 SIZE = 100_000
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)
@@ -165,16 +165,11 @@ async def test_all_too_slow_says_so(world: World) -> None:
 async def test_a_source_that_takes_no_connection_in_time_costs_that_time_once(world: World) -> None:
     seen: list[SourceObservation] = []
     limits = SourceLimits(connect_timeout=0.2)
-    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        for waiting in (first, second):  # they fill the queue of connections not accepted
-            waiting.setblocking(False)
-            waiting.connect_ex(deaf.getsockname())
+    with deaf_server() as (_, port):
         async with SourceClient(limits, seen.append) as client:
             stranded = World(world.nodes, Relay(client, HealthBook()))
             with pytest.raises(AllSourcesFailed) as caught:
-                await stranded.read(sources=[f"http://127.0.0.1:{deaf.getsockname()[1]}/7", GONE])
+                await stranded.read(sources=[f"http://127.0.0.1:{port}/7", GONE])
     assert [type(error) for error in caught.value.errors.values()] == [SourceUnreachable] * 2
     assert [observed.source == "127.0.0.1:1" for observed in seen] == [False, True, True]
 

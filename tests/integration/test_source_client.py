@@ -24,6 +24,7 @@ from shared.domain.errors import (
     SourceWrong,
 )
 from shared.domain.ranges import ByteRange
+from tests.servers.deaf_server import deaf_server
 
 SIZE = 3_000_000
 DATA = GeneratedContent(1, SIZE).read(0, SIZE)
@@ -214,15 +215,10 @@ async def test_nobody_there(client: SourceClient, seen: list[SourceObservation])
 
 
 async def test_no_connection_in_time(client: SourceClient) -> None:
-    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        for waiting in (first, second):  # they fill the queue of connections not accepted
-            waiting.setblocking(False)
-            waiting.connect_ex(deaf.getsockname())
+    with deaf_server() as (_, port):
         async with asyncio.timeout(3):
             with pytest.raises(SourceUnreachable, match="ConnectTimeout"):
-                await read(client, f"http://127.0.0.1:{deaf.getsockname()[1]}/1")
+                await read(client, f"http://127.0.0.1:{port}/1")
 
 
 async def test_trouble_with_tls(node: StorageNode, client: SourceClient) -> None:

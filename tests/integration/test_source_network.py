@@ -21,6 +21,7 @@ from shared.adapters.sources import SourceClient, SourceLimits
 from shared.adapters.sources.dialling import alternating, dial
 from shared.domain.errors import SourceTooSlow, SourceUnreachable
 from shared.domain.ranges import ByteRange
+from tests.servers.deaf_server import deaf_server
 
 SIZE = 12_000_000
 LARGE = GeneratedContent(2, SIZE).read(0, SIZE)
@@ -187,24 +188,12 @@ def test_families_take_turns() -> None:
     assert alternating([]) == []
 
 
-@asynccontextmanager
-async def full_server() -> AsyncIterator[tuple[str, int]]:
-    """The address of a server that answers no attempt to connect."""
-    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
-        for waiting in (first, second):  # they fill the queue of connections not accepted
-            waiting.setblocking(False)
-            waiting.connect_ex(deaf.getsockname())
-        yield deaf.getsockname()
-
-
 async def test_an_address_that_refuses_or_is_silent_does_not_keep_the_next_one_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as closed:
         closed.bind(("127.0.0.2", 0))
-        async with full_server() as silent:
+        with deaf_server() as silent:
             await check_dialling(monkeypatch, closed.getsockname(), silent, server.getsockname())
 
 
