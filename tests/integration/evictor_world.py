@@ -113,7 +113,12 @@ class EvictorWorld:
     @asynccontextmanager
     async def evictor(self, **settings: Any) -> AsyncIterator[Evictor]:
         """An evictor at work until the end of the block; should it fail, so does the test."""
-        evictor = Evictor(self.settings(**settings), self.state, self.volume, self.catalog)
+        async with self.evictor_of(self.settings(**settings)) as evictor:
+            yield evictor
+
+    @asynccontextmanager
+    async def evictor_of(self, settings: Settings) -> AsyncIterator[Evictor]:
+        evictor = Evictor(settings, self.state, self.volume, self.catalog)
         serving = asyncio.create_task(evictor.serve())
         try:
             yield evictor

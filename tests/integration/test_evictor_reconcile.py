@@ -19,6 +19,7 @@ from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import Access, FetchPhase, NotAccounted
+from shared.settings.model import EvictorSettings
 from tests.integration.evictor_world import (
     LIMIT,
     SIZE,
@@ -314,6 +315,29 @@ async def test_an_emptied_redis_is_noticed_and_filled_again(
         assert await world.true_to_the_volume()
         # The leader remembered what the store had lost
         assert (await world.entries())["one"].frequency == 10
+
+
+@pytest.mark.servers
+async def test_an_emptied_redis_is_filled_with_every_file_while_the_scrub_reads(
+    tmp_path: Path, own_redis: RedisServer, redis_prefix: str
+) -> None:
+    async with evictor_world(tmp_path, (own_redis.url, redis_prefix)) as world:
+        names = [f"o{number}" for number in range(150)]
+        for name in names:
+            world.put_file(name, b"tiny")
+        defaults = EvictorSettings()
+        settings = world.settings().model_copy(update={"evictor": defaults})
+        standing = (
+            world.volume.scan_objects()
+        )  # a scan that stays in one directory, as a scrub does at a large file
+        async with world.evictor_of(settings):
+            await eventually(world.accounted, 20.0)
+            for _ in range(3):
+                next(standing)
+                await own_redis.command("FLUSHALL")
+                assert not await world.accounted()
+                await eventually(world.accounted, 20.0)
+                assert (await world.state.usage()).objects == len(names)
 
 
 @pytest.mark.servers

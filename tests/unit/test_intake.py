@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -48,6 +49,21 @@ def test_what_is_there_already_stays(root: Path) -> None:
     assert Intake(root, root).take_in(ONE) is Taken.THERE
     assert place(root, "1").read_bytes() == b"ours"
     assert not (root / "1").exists()
+
+
+def test_what_is_there_already_stays_where_links_cannot_be_made(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object, **__: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no links here")
+
+    place(root, "1").write_bytes(b"ours")
+    (root / "1").write_bytes(b"theirs")
+    intake = Intake(root, root)
+    monkeypatch.setattr(os, "link", no_links)
+    assert intake.take_in(ONE) is Taken.THERE
+    assert place(root, "1").read_bytes() == b"ours"
+    intake.close()
 
 
 def test_killed_between_the_two_names(root: Path) -> None:

@@ -397,6 +397,23 @@ def test_scans_find_all_and_call_foreign_what_is_foreign(volume: Volume) -> None
     assert [item for item in partials if isinstance(item, Foreign)] == [Foreign("incoming/link.part")]
 
 
+def test_two_scans_at_once_each_see_everything(volume: Volume) -> None:
+    names = {f"o{number}" for number in range(40)}
+    for name in names:
+        store(volume, name)
+        volume.receive(record_of(f"p{name}")).close()
+    standing = [volume.scan_objects(), volume.scan_partials()]
+    for scan in standing:
+        next(iter(scan))
+    assert {item.object_id for item in volume.scan_objects() if isinstance(item, FoundObject)} == names
+    assert {item.object_id for item in volume.scan_partials() if isinstance(item, FoundPartial)} == {
+        f"p{name}" for name in names
+    }
+    assert not list(volume.scan_unrecorded())
+    assert volume.remove_orphan_records(older_than_seconds=-5) == 0
+    assert [len(list(scan)) for scan in standing] == [39, 39]
+
+
 def test_orphan_records_are_swept_when_old(volume: Volume) -> None:
     store(volume, "1")
     path_of(volume, "1").unlink()

@@ -92,7 +92,7 @@ class Intake:
                 return Taken.ELSEWHERE
             if error.errno not in _NO_LINKS:
                 raise
-            if name in os.listdir(target):
+            if _exists(name, target):
                 return Taken.THERE
             os.rename(source, name, dst_dir_fd=target)
         return Taken.MOVED
@@ -127,3 +127,11 @@ class Intake:
                 write_small_file(DONE, b"", root)
             elif self.is_done():
                 os.unlink(DONE, dir_fd=root)
+
+
+def _exists(name: str, directory: int) -> bool:
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True

@@ -79,6 +79,20 @@ class Directories:
         opened = self._open[path] = os.open(name, _DIRECTORY, dir_fd=above)
         return opened
 
+    @contextmanager
+    def entries(self, path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
+        """Scan a directory such as `objects/3f`, independent of every other scan. OSError if it cannot be read.
+
+        The scan has a descriptor of its own: duplicates of one descriptor (os.scandir and os.listdir of a descriptor
+        make one) share the directory's read position, so two scans at once would each see a part of the names.
+        """
+        own = os.open(".", _DIRECTORY, dir_fd=self.descriptor(path))
+        try:
+            with os.scandir(own) as entries:
+                yield entries
+        finally:
+            os.close(own)
+
     def root(self) -> int:
         known = self._open.get("")
         if known is None:

@@ -93,7 +93,7 @@ def scan_unrecorded(directories: Directories) -> Iterator[FoundObject]:
     is being stored at this moment."""
     for number in FANS:
         objects = list(_files(directories, f"{OBJECTS}/{number}"))
-        with os.scandir(directories.descriptor(f"{RECORDS}/{number}")) as entries:
+        with directories.entries(f"{RECORDS}/{number}") as entries:
             recorded = {entry.name for entry in entries}
         for name, seen in objects:
             object_id = _object_id(name)
@@ -111,7 +111,7 @@ def measure(directories: Directories) -> int:
 
 def _files(directories: Directories, place: str) -> Iterator[tuple[str, os.stat_result | None]]:
     """Names and, for regular files, their state; files that vanish meanwhile are passed over."""
-    with os.scandir(directories.descriptor(place)) as entries:
+    with directories.entries(place) as entries:
         for entry in entries:
             try:
                 seen = entry.stat(follow_symlinks=False)
