@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import stat
 import subprocess
@@ -127,6 +128,34 @@ def test_images_are_tagged_and_the_dockerfile_needs_no_frontend() -> None:
         assert not service["image"].endswith(":latest")
         assert "pull_policy" not in service
     assert "# syntax=" not in (ROOT / "Dockerfile").read_text()
+
+
+def pinned_images() -> set[str]:
+    """Those that are pulled: of the compose file, and what ours is built from."""
+    pulled = {service["image"] for service in SERVICES.values() if "build" not in service}
+    return pulled | set(re.findall(r"^FROM (\S+:\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
+
+
+def test_images_are_pinned_to_a_minor_release_at_least() -> None:
+    """A floating major may jump to a release that does not open the volume of the one before."""
+    for image in pinned_images():
+        assert re.search(r":v?\d+\.\d+", image), image
+
+
+def test_the_pinned_images_are_listed_with_their_reasons() -> None:
+    rows = re.findall(r"^\| `([^`]+:[^`]+)` \|", (ROOT / "docs" / "upgrading.md").read_text(), re.MULTILINE)
+    assert set(rows) == pinned_images()
+
+
+def test_renovate_lets_the_pinned_versions_in() -> None:
+    """Its rules name images that are used, and the versions they allow include the ones of today."""
+    rules = json.loads((ROOT / "renovate.json").read_text())["packageRules"]
+    images = dict(image.split(":") for image in pinned_images() | {"distributor-node:local"})
+    for rule in rules:
+        for name in rule.get("matchPackageNames", []):
+            assert name in images, name
+            allowed = rule.get("allowedVersions", "/.*/").strip("/")
+            assert re.search(allowed, images[name]), name
 
 
 def test_the_demo_s_manifests_differ_in_their_urls_alone() -> None:
