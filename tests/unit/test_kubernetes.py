@@ -22,7 +22,8 @@ VERSION = "1.31"  # of Kubernetes; what is written for it holds in later ones
 # Resources of the two operators: what their specifications say of the fields that are used here. A type, or the fields
 # below; [one] is a list of such; a "?" at the end of a name: it may be left out.
 _LABELS = {"matchLabels": dict, "matchExpressions?": [{"key": str, "operator": str, "values": [str]}]}
-_ENDPOINTS = [{"port": str, "path": str, "interval": str, "scrapeTimeout": str}]
+_RELABELINGS = [{"action": str, "sourceLabels": [str], "targetLabel": str}]
+_ENDPOINTS = [{"port": str, "path": str, "interval": str, "scrapeTimeout": str, "relabelings": _RELABELINGS}]
 _RULE = {"alert?": str, "record?": str, "expr": str, "for?": str, "labels?": dict, "annotations?": dict}
 CUSTOM: dict[str, tuple[str, Any]] = {
     "ScaledObject": (
@@ -47,7 +48,13 @@ CUSTOM: dict[str, tuple[str, Any]] = {
                 {
                     "type": str,
                     # All of them text: KEDA reads "16", not 16.
-                    "metadata": {"protocol": str, "queueName": str, "mode": str, "value": str},
+                    "metadata": {
+                        "protocol": str,
+                        "queueName": str,
+                        "mode": str,
+                        "excludeUnacknowledged": str,
+                        "value": str,
+                    },
                     "authenticationRef": {"name": str},
                 }
             ],
@@ -159,9 +166,12 @@ def test_durations_and_modes_are_ones_that_the_operators_know() -> None:
     scaler = named("ScaledObject", "distributor-fetcher")["spec"]
     (trigger,) = scaler["triggers"]
     assert trigger["type"] == "rabbitmq"
-    assert trigger["metadata"]["mode"] in {"QueueLength", "MessageRate"}
-    assert trigger["metadata"]["protocol"] in {"amqp", "http", "auto"}
-    assert int(trigger["metadata"]["value"]) == 2 * int(setting("DISTRIBUTOR_FETCH__CONCURRENCY"))
+    # By AMQP a scaler would see the jobs that wait, and by more for each than a fetcher runs at once it would take one
+    # away from running downloads.
+    assert trigger["metadata"]["mode"] == "QueueLength"
+    assert trigger["metadata"]["protocol"] == "http"
+    assert trigger["metadata"]["excludeUnacknowledged"] == "false"
+    assert int(trigger["metadata"]["value"]) == int(setting("DISTRIBUTOR_FETCH__CONCURRENCY"))
     assert scaler["minReplicaCount"] < scaler["maxReplicaCount"]
 
 
@@ -317,7 +327,7 @@ def test_fetchers_are_scaled_by_the_queue_that_the_node_uses() -> None:
     assert scaler["minReplicaCount"] >= 1
     authentication = named("TriggerAuthentication", trigger["authenticationRef"]["name"])["spec"]
     assert authentication["secretTargetRef"] == [
-        {"parameter": "host", "name": SECRET, "key": "job-queue-url"}
+        {"parameter": "host", "name": SECRET, "key": "job-queue-management-url"}
     ]
 
 
@@ -327,6 +337,20 @@ def test_prometheus_finds_the_ports_and_names_the_jobs_as_the_rules_do() -> None
     assert api["jobLabel"] == workers["jobLabel"] == "app.kubernetes.io/component"
     assert [one["port"] for one in api["endpoints"]] == ["http"]
     assert [one["port"] for one in workers["podMetricsEndpoints"]] == ["metrics"]
+
+
+def test_metrics_bear_the_name_of_their_node() -> None:
+    """The alert rules look at nothing without the label `node`."""
+    api = named("ServiceMonitor", "distributor-api")["spec"]["endpoints"]
+    workers = named("PodMonitor", "distributor-workers")["spec"]["podMetricsEndpoints"]
+    wanted = {
+        "action": "replace",
+        "sourceLabels": ["__meta_kubernetes_pod_label_app_kubernetes_io_instance"],
+        "targetLabel": "node",
+    }
+    assert all(one["relabelings"] == [wanted] for one in (*api, *workers))
+    labels = yaml.safe_load((FOLDER / "base" / "kustomization.yaml").read_text())["labels"]
+    assert any("app.kubernetes.io/instance" in one["pairs"] and one["includeTemplates"] for one in labels)
 
 
 def test_only_the_api_is_open_to_all() -> None:
