@@ -14,7 +14,17 @@ from services.demo.generated import GeneratedContent
 from services.demo.manifest import manifest_text
 from services.demo.objects import demo_objects
 from tests.docker.compose import ROOT, ComposeStack
-from tests.docker.world import ENDLESS, GROWING, KILLED, LARGE_OBJECTS, LARGE_SIZE, NOTES, OBJECT_SIZE, World
+from tests.docker.world import (
+    ENDLESS,
+    GROWING,
+    KILLED,
+    LARGE_OBJECTS,
+    LARGE_SIZE,
+    NOTES,
+    OBJECT_SIZE,
+    RELOADED,
+    World,
+)
 
 PREFIX = "/distributor"
 CONNECTIONS_PER_ADDRESS = 24
@@ -42,6 +52,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             "EDGE_PREFIX": PREFIX,
             "EDGE_CONNECTIONS_PER_ADDRESS": str(CONNECTIONS_PER_ADDRESS),
             "EDGE_TLS_DIRECTORY": str(_certificate(folder / "tls")),
+            "EDGE_HSTS": "31536000",
+            "EDGE_HTTP3": "on",
         },
     )
     world = World(stack, {item.object_id: item for item in demo_objects(demo / "media")})
@@ -82,7 +94,7 @@ def _demo_directory(target: Path) -> Path:
     """The demo's own media, sixty small objects and three large ones more; readable by the containers' user."""
     shutil.copytree(ROOT / "deploy" / "demo", target)
     sizes = {str(number): OBJECT_SIZE for number in range(100, 160)} | dict.fromkeys(
-        (*LARGE_OBJECTS, KILLED, GROWING, ENDLESS), LARGE_SIZE
+        (*LARGE_OBJECTS, KILLED, GROWING, ENDLESS, RELOADED), LARGE_SIZE
     )
     for object_id, size in sizes.items():
         content = GeneratedContent(int(object_id), size).read(0, size)
@@ -102,7 +114,6 @@ def _certificate(target: Path) -> Path:
         ],
         cwd=target, check=True, capture_output=True,
     )  # fmt: skip
-    shutil.copy(ROOT / "deploy" / "edge" / "tls" / "listen.conf.example", target / "listen.conf")
     for path in (target, *target.iterdir()):
         path.chmod(0o755 if path.is_dir() else 0o644)
     return target

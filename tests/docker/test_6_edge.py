@@ -11,7 +11,7 @@ import pytest
 
 from tests.docker.conftest import CONNECTIONS_PER_ADDRESS
 from tests.docker.edge import NAMES, REQUESTS, assert_same, told
-from tests.docker.world import ENDLESS, GROWING, World
+from tests.docker.world import ENDLESS, GROWING, RELOADED, World
 from tests.end_to_end.client import Answer, get
 
 pytestmark = pytest.mark.docker
@@ -66,6 +66,17 @@ async def test_a_growing_file_is_streamed_as_it_grows(world: World) -> None:
     assert 0.3 < halfway / answer.took < 0.7
 
 
+async def test_a_reload_cuts_no_answer(world: World) -> None:
+    """As after each renewal of a certificate."""
+    world.slow_down(4 * MIB, RELOADED)
+    growing = asyncio.create_task(get(world.stack.edge_url(f"/api/v1/assets/{RELOADED}"), timeout=90))
+    await asyncio.sleep(2)
+    await asyncio.to_thread(world.stack.exec, "edge", "nginx", "-s", "reload")
+    assert (await get(world.stack.edge_url("/api/v1/status"))).status == 200
+    assert not growing.done()
+    assert world.right(await growing, RELOADED)
+
+
 def _sums(answer: Answer) -> list[tuple[float, int]]:
     received, sums = 0, []
     for at, size in answer.pieces:
@@ -102,7 +113,7 @@ def _end(writer: asyncio.StreamWriter) -> None:
 async def test_tls(world: World) -> None:
     await world.cached(["5"])
 
-    def ask() -> tuple[int, str | None, bytes]:
+    def ask() -> tuple[int, list[str | None], bytes]:
         context = ssl.create_default_context(
             cafile=world.stack.settings["EDGE_TLS_DIRECTORY"] + "/certificate.pem"
         )
@@ -113,6 +124,8 @@ async def test_tls(world: World) -> None:
         with contextlib.closing(connection):
             connection.request("GET", world.stack.settings["EDGE_PREFIX"] + "/api/v1/assets/5")
             answer = connection.getresponse()
-            return answer.status, answer.getheader("X-Cache"), answer.read()
+            names = ("X-Cache", "Strict-Transport-Security", "Alt-Svc")
+            return answer.status, [answer.getheader(name) for name in names], answer.read()
 
-    assert await asyncio.to_thread(ask) == (200, "hit", world.body_of("5"))
+    told = ["hit", "max-age=31536000", f'h3=":{world.stack.ports["EDGE_TLS_PORT"]}"; ma=86400']
+    assert await asyncio.to_thread(ask) == (200, told, world.body_of("5"))

@@ -24,7 +24,7 @@ TIMED_OUT, _PATIENCE = -1, 90.0
 """Stands for the status of an answer that did not come within so many seconds, or whose connection was not made."""
 LARGE_OBJECTS, LARGE_SIZE = ("200", "201", "202"), 40 * 1024**2
 """Together with the demo's own more than the volume may hold."""
-KILLED, GROWING, ENDLESS = "210", "211", "212"
+KILLED, GROWING, ENDLESS, RELOADED = "210", "211", "212", "213"
 """Objects of LARGE_SIZE that nobody has asked for when the test begins that needs it so."""
 
 

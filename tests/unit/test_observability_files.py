@@ -186,9 +186,10 @@ def test_grafana_asks_the_prometheus_of_the_stack() -> None:
 @pytest.mark.skipif(
     shutil.which("promtool") is None, reason="no promtool here; the tests with containers run it"
 )
+@pytest.mark.timeout(180)
 def test_promtool_agrees() -> None:
     for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", "tests/alerts.yml"]):
         done = subprocess.run(
-            ["promtool", *arguments], cwd=PROMETHEUS, check=False, capture_output=True, text=True, timeout=110
+            ["promtool", *arguments], cwd=PROMETHEUS, check=False, capture_output=True, text=True, timeout=150
         )
         assert done.returncode == 0, done.stdout + done.stderr
