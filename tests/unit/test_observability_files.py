@@ -26,12 +26,15 @@ RULES: list[dict[str, Any]] = [
 ]
 RECORDED = {rule["record"] for rule in RULES if "record" in rule}
 # Of others: Prometheus itself and RabbitMQ's own plugin. That they exist is seen in the tests with containers.
-OF_OTHERS = {
-    "up",
+OF_RABBITMQ = {
     "rabbitmq_alarms_free_disk_space_watermark",
     "rabbitmq_alarms_memory_used_watermark",
     "rabbitmq_process_resident_memory_bytes",
     "rabbitmq_queue_messages_ready",
+}
+OF_OTHERS = {
+    *OF_RABBITMQ,
+    "up",
     "process_open_fds",
     "process_max_fds",
     "process_start_time_seconds",
@@ -175,12 +178,35 @@ def test_every_target_of_the_stack_bears_its_node() -> None:
     assert named == {"api", "fetcher", "evictor", "rabbitmq"}
 
 
-def test_grafana_asks_the_prometheus_of_the_stack() -> None:
+def test_every_metric_is_on_a_panel() -> None:
+    shown = {name for panel in panels() for target in panel["targets"] for name in names_in(target["expr"])}
+    series = re.compile(r"_(bucket|sum|count)$")
+    assert {series.sub("", name) for name in declared()} <= {series.sub("", name) for name in shown}
+
+
+def test_every_panel_shows_the_node_that_was_chosen() -> None:
+    """Each selector names namespace and node; those of processes the instance too."""
+    for panel in panels():
+        for target in panel["targets"]:
+            bare = re.sub(r'"[^"]*"', '""', target["expr"])
+            selectors = re.findall(r"([a-z_:][a-z0-9_:]*)\{([^}]*)\}", bare)
+            assert {name for name, _ in selectors} == names_in(target["expr"]), target["expr"]
+            for name, labels in selectors:
+                wanted = {"namespace", "node"} | (
+                    {"instance"} if name not in RECORDED | OF_RABBITMQ else set()
+                )
+                assert wanted <= set(re.findall(r"([a-z_]+)\s*=", labels)), target["expr"]
+
+
+def test_grafana_asks_the_source_that_was_chosen_which_is_the_stack_s_at_first() -> None:
     provisioning = ROOT / "deploy" / "grafana" / "provisioning"
     (source,) = yaml.safe_load((provisioning / "datasources" / "prometheus.yml").read_text())["datasources"]
     assert source["url"] == "http://prometheus:9090"
+    variables = {one["name"]: one for one in json.loads(DASHBOARDS[0].read_text())["templating"]["list"]}
+    assert list(variables) == ["datasource", "namespace", "node", "instance"]
+    assert variables["datasource"]["current"]["value"] == source["uid"]
     asked = {target["datasource"]["uid"] for panel in panels() for target in panel["targets"]}
-    assert asked == {source["uid"]}
+    assert asked | {panel["datasource"]["uid"] for panel in panels()} == {"${datasource}"}
 
 
 @pytest.mark.skipif(
