@@ -25,8 +25,19 @@ EDGE_TEMPLATE = (ROOT / "deploy" / "edge" / "distributor.conf.template").read_te
 EDGE_START = (ROOT / "deploy" / "edge" / "start.sh").read_text()
 
 
+MEDIA = f"${{MEDIA_DIRECTORY:-media}}:{VOLUME}"
+"""In the short form, in which a name is a volume and a path is a directory of the machine."""
+
+
 def mounts(service: str) -> dict[str, dict[str, Any]]:
-    return {mount["target"]: mount for mount in SERVICES[service]["volumes"]}
+    return {mount["target"]: mount for mount in map(long_form, SERVICES[service]["volumes"])}
+
+
+def long_form(mount: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(mount, dict):
+        return mount
+    assert mount in {MEDIA, f"{MEDIA}:ro"}
+    return {"type": "media", "target": VOLUME, "read_only": mount.endswith(":ro")}
 
 
 def test_the_services() -> None:
@@ -55,9 +66,10 @@ def test_our_containers_share_one_user_which_is_the_image_s() -> None:
 
 
 def test_the_volume_is_shared_and_read_only_for_the_api() -> None:
-    assert {mounts(name)[VOLUME]["source"] for name in NODE} == {"media"}
+    assert {mounts(name)[VOLUME]["type"] for name in NODE} == {"media"}
     assert mounts("api")[VOLUME]["read_only"] is True
-    assert not any(mounts(name)[VOLUME].get("read_only") for name in ("fetcher", "evictor"))
+    assert not any(mounts(name)[VOLUME]["read_only"] for name in ("fetcher", "evictor"))
+    assert "media" in FILE["volumes"]
 
 
 def test_fetchers_can_be_scaled() -> None:
@@ -108,9 +120,7 @@ def test_secrets_have_no_default() -> None:
 def test_every_variable_is_documented_and_has_its_default_there() -> None:
     example = (ROOT / ".env.example").read_text()
     for name, default in DEFAULTS.items():
-        if not name.startswith(
-            ("COMPOSE_", "RABBITMQ_USER", "IMAGE_", "LOG_MAX", "DEMO_", "PROMETHEUS_MEMORY")
-        ):
+        if not name.startswith(("COMPOSE_", "RABBITMQ_USER", "IMAGE_", "LOG_MAX")):
             assert f"#{name}={default}\n" in example, name
 
 
