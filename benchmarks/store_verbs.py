@@ -58,14 +58,14 @@ class StoreVerbs:
                 raise RuntimeError(f"no lease: {begun}")
             leases.append(begun.lease)
 
-        async def hand_over(_: ObjectId) -> None:
+        async def record(_: ObjectId) -> None:
             await store.record_accesses([Access(object_id, 1, time.time()) for object_id in ids[:_BATCH]])
 
         figures = {
             "claim_per_second": await _rate(lambda each: store.claim(each, "benchmark"), ids),
             "begin_per_second": await _rate(begin, ids),
             "commit_per_second": await _rate(lambda lease: store.commit(lease, time.time()), leases),
-            "accesses_per_second": _BATCH * await _rate(hand_over, ids[:_BATCHES]),
+            "accesses_per_second": _BATCH * await _rate(record, ids[:_BATCHES]),
         }
 
         async def evict(object_id: ObjectId) -> None:

@@ -16,44 +16,44 @@ import structlog
 from sanic import Sanic
 from sanic.server import AsyncioServer, HttpProtocol
 
-_PAUSE = 0.5
+EMFILE_BACKOFF = 0.5
 """Seconds without taking anybody after the system had no descriptor or memory left for one more."""
 
 logger = structlog.get_logger()
 
 
-class Acceptor:
-    """Listens on a bound, non-blocking socket, which becomes its own, from its making until `close`. `taken`: how many
-    connections, ever."""
+class AcceptLoop:
+    """Listens on a bound, non-blocking socket, which becomes its own, from its making until `close`.
+    `accepted_count`: how many connections, ever."""
 
     def __init__(
         self, listener: socket.socket, make_protocol: Callable[[], asyncio.BaseProtocol], backlog: int
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.listener = listener
-        self.taken = 0
+        self.accepted_count = 0
         self._make_protocol = make_protocol
         self._backlog = backlog
         self._tasks: set[asyncio.Task[None]] = set()
-        self._again: asyncio.TimerHandle | None = None
+        self._resume_timer: asyncio.TimerHandle | None = None
         listener.listen(backlog)
-        self._take_part()
+        self._start()
 
     def close(self) -> None:
         """Stop listening; connections that were taken live on."""
-        if self._again is not None:
-            self._again.cancel()
+        if self._resume_timer is not None:
+            self._resume_timer.cancel()
         if self.listener.fileno() >= 0:
             self._loop.remove_reader(self.listener.fileno())
             self.listener.close()
 
-    async def all_made(self) -> None:
+    async def wait_connected(self) -> None:
         """Return when those that were taken are the protocol's: a few turns of the loop later."""
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _take_part(self) -> None:
-        self._again = None
+    def _start(self) -> None:
+        self._resume_timer = None
         self._loop.add_reader(self.listener.fileno(), self._accept)
 
     def _accept(self) -> None:
@@ -69,9 +69,9 @@ class Acceptor:
                 # It stays in the queue, and the socket readable: without a pause the loop would turn and turn
                 logger.error("connection_not_accepted", reason=error.strerror)
                 self._loop.remove_reader(self.listener.fileno())
-                self._again = self._loop.call_later(_PAUSE, self._take_part)
+                self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
                 return
-            self.taken += 1
+            self.accepted_count += 1
             connection.setblocking(False)
             task = self._loop.create_task(self._connect(connection))
             self._tasks.add(task)
@@ -84,14 +84,14 @@ class Acceptor:
             connection.close()  # the client has left already
 
 
-def accepting_server(
+def create_accepting_server(
     application: Sanic[Any, Any],
     bound: socket.socket,
     protocol: type[HttpProtocol],
     connections: set[Any],
     backlog: int,
 ) -> Any:
-    """Sanic's server of the running loop (untyped); its `server` is an Acceptor once it has been awaited.
+    """Sanic's server of the running loop (untyped); its `server` is an AcceptLoop once it has been awaited.
 
     Not `sanic.server.serve`, which has the loop accept; nor Sanic.create_server, which would set up logs and signals,
     and warn people at their terminals.
@@ -99,7 +99,7 @@ def accepting_server(
     loop = asyncio.get_running_loop()
     make_protocol = partial(protocol, loop=loop, connections=connections, app=application)
 
-    async def accept() -> Acceptor:
-        return Acceptor(bound, make_protocol, backlog)
+    async def accept() -> AcceptLoop:
+        return AcceptLoop(bound, make_protocol, backlog)
 
     return AsyncioServer(app=application, loop=loop, serve_coro=accept(), connections=connections)

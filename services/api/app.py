@@ -11,12 +11,12 @@ from sanic import HTTPResponse, Request
 
 from services.api.application import ApiApplication, make_application
 from services.api.context import ApiContext
-from services.api.exchange import exchange_of
+from services.api.exchange import request_record
 from services.api.headers import CROSS_ORIGIN, PREFLIGHT
-from services.api.probes import Probes
-from services.api.query_node import make_query_node
+from services.api.probes import HealthChecks
+from services.api.query_node import make_squid_status_poller
 from services.api.request import parse_object_id
-from services.api.status import NodeDescription, UsageMeter
+from services.api.status import StatusReporter, UsageReader
 from shared.domain.objects import ObjectId
 
 _READ = ("GET", "HEAD")
@@ -32,13 +32,13 @@ class AssetResponder(Protocol):
 def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
     """The whole public API. Nothing is opened here; give it to a PublicServer."""
     application = make_application(context.settings.public_api)
-    usage = UsageMeter(context)
+    usage = UsageReader(context)
     _add_assets(application, assets)
-    description = NodeDescription(context, usage, make_query_node(context.settings))
-    _add_description(application, description)
-    _add_probes(application, Probes(context, usage))
+    reporter = StatusReporter(context, usage, make_squid_status_poller(context.settings))
+    _add_status(application, reporter)
+    _add_health(application, HealthChecks(context, usage))
     application.ctx.fast_lane = None
-    application.ctx.usage, application.ctx.description = usage, description
+    application.ctx.usage, application.ctx.status_reporter = usage, reporter
     return application
 
 
@@ -46,29 +46,29 @@ def _add_assets(application: ApiApplication, assets: AssetResponder) -> None:
     path = "/api/v1/assets/<object_id>"
 
     async def read(request: Request[Any, Any], object_id: str) -> HTTPResponse | None:
-        exchange = exchange_of(request)
-        exchange.path = path
-        wanted = parse_object_id(object_id)
-        exchange.object_id = wanted
-        return await assets.handle(request, wanted)
+        record = request_record(request)
+        record.path = path
+        parsed_id = parse_object_id(object_id)
+        record.object_id = parsed_id
+        return await assets.handle(request, parsed_id)
 
     async def preflight(request: Request[Any, Any], object_id: str) -> HTTPResponse:
         # The same for every id: a preflight asks what may be asked, not what is there.
-        exchange_of(request).path = path
+        request_record(request).path = path
         return HTTPResponse(status=204, headers=dict(PREFLIGHT))
 
     application.add_route(read, path, methods=_READ, name="asset", ignore_body=False)
     application.add_route(preflight, path, methods=("OPTIONS",), name="asset_preflight")
 
 
-def _add_description(application: ApiApplication, description: NodeDescription) -> None:
+def _add_status(application: ApiApplication, reporter: StatusReporter) -> None:
     document = files("services.api").joinpath("openapi.json").read_bytes()
 
     async def status(_request: Request[Any, Any]) -> HTTPResponse:
-        return _json(await description.status())
+        return _json(await reporter.status())
 
     async def buckets(_request: Request[Any, Any]) -> HTTPResponse:
-        return _json(await description.buckets())
+        return _json(await reporter.buckets())
 
     async def openapi(_request: Request[Any, Any]) -> HTTPResponse:
         headers = {**CROSS_ORIGIN, "Cache-Control": "max-age=3600"}
@@ -79,23 +79,23 @@ def _add_description(application: ApiApplication, description: NodeDescription) 
     _add(application, "/api/v1/openapi.json", openapi)
 
 
-def _add_probes(application: ApiApplication, probes: Probes) -> None:
+def _add_health(application: ApiApplication, health: HealthChecks) -> None:
     async def healthz(_request: Request[Any, Any]) -> HTTPResponse:
         return _json({"status": "ok"})
 
     async def readyz(_request: Request[Any, Any]) -> HTTPResponse:
-        found = await probes.readiness()
+        readiness = await health.readiness()
         body = {
-            "status": "not ready" if found.problems else "ready",
-            "problems": found.problems,
-            "degraded": found.degraded,
+            "status": "not ready" if readiness.problems else "ready",
+            "problems": readiness.problems,
+            "degraded": readiness.degraded,
         }
-        return _json(body, 503 if found.problems else 200)
+        return _json(body, 503 if readiness.problems else 200)
 
     async def metrics(_request: Request[Any, Any]) -> HTTPResponse:
         if application.ctx.fast_lane is not None:
-            application.ctx.fast_lane.tally.flush()
-        body, media_type = await probes.metrics()
+            application.ctx.fast_lane.hit_metrics.flush()
+        body, media_type = await health.metrics()
         return HTTPResponse(body, 200, dict(_NO_STORE), media_type)
 
     _add(application, "/healthz", healthz)
@@ -107,12 +107,12 @@ def _add(application: ApiApplication, path: str, handler: Any) -> None:
     name = path.rpartition("/")[2].partition(".")[0]
 
     async def read(request: Request[Any, Any]) -> HTTPResponse:
-        exchange_of(request).path = path
-        answer: HTTPResponse = await handler(request)
-        return answer
+        request_record(request).path = path
+        response: HTTPResponse = await handler(request)
+        return response
 
     async def options(request: Request[Any, Any]) -> HTTPResponse:
-        exchange_of(request).path = path
+        request_record(request).path = path
         return HTTPResponse(status=204, headers=dict(PREFLIGHT))
 
     application.add_route(read, path, methods=_READ, name=name)

@@ -18,10 +18,10 @@ from sanic.router import Router
 from sanic_routing.route import Route
 
 from services.api.error_rendering import JsonErrorHandler
-from services.api.errors import CutAnswer
-from services.api.exchange import begin_counts, exchange_of
+from services.api.errors import AbortResponse
+from services.api.exchange import precreate_counters, request_record
 from services.api.protocol import ApiHttp
-from services.api.request import ASSETS, MAX_HEAD_BYTES, ApiRequest, malformation_of
+from services.api.request import ASSETS, MAX_HEAD_BYTES, ApiRequest, validate_head
 from shared.observability.metrics import CUT_ANSWERS, REQUESTS_IN_PROGRESS
 from shared.settings.model import PublicApi
 
@@ -68,11 +68,11 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
     """Sanic, with each request counted, logged and ended in one place."""
 
     async def handle_request(self, request: Request[Any, Any]) -> None:
-        exchange = exchange_of(request)
-        structlog.contextvars.bind_contextvars(request_id=exchange.request_id)
+        record = request_record(request)
+        structlog.contextvars.bind_contextvars(request_id=record.request_id)
         REQUESTS_IN_PROGRESS.inc()
         try:
-            malformed = malformation_of(request)
+            malformed = validate_head(request)
             if malformed is not None:
                 if isinstance(request.stream, ApiHttp):
                     request.stream.keep_alive = False  # nobody knows where the next request would begin
@@ -80,8 +80,8 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
             else:
                 await super().handle_request(request)
         except asyncio.CancelledError:
-            if exchange.cut is None and request.conn_info is not None and request.conn_info.lost:
-                exchange.cut = "client_left"
+            if record.abort_reason is None and request.conn_info is not None and request.conn_info.lost:
+                record.abort_reason = "client_left"
                 CUT_ANSWERS.labels(reason="client_left").inc()
             raise
         finally:
@@ -96,17 +96,17 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
         """Answer an exception; cut the connection if the answer has begun already."""
         http = request.stream
         if isinstance(http, ApiHttp) and http.stage is not Stage.HANDLER:
-            reason = exception.reason if isinstance(exception, CutAnswer) else "unexpected_error"
-            if not isinstance(exception, CutAnswer) and http.stage is not Stage.FAILED:
+            reason = exception.reason if isinstance(exception, AbortResponse) else "unexpected_error"
+            if not isinstance(exception, AbortResponse) and http.stage is not Stage.FAILED:
                 logger.error("answer_failed", exc_info=exception)
-            http.cut(reason)
+            http.abort_response(reason)
             return
         await super().handle_exception(request, exception, run_middleware=False)
 
 
 def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApplication:
-    """An application without routes. Close it with `forget_application`; several can live in one process."""
-    begin_counts()
+    """An application without routes. Close it with `unregister_application`; several can live in one process."""
+    precreate_counters()
     config = Config(env_prefix=None)  # our settings are the only ones: no SANIC_… from the environment
     config.update(
         ACCESS_LOG=False,
@@ -139,6 +139,6 @@ def prepare_start(application: ApiApplication) -> None:
     application.config.TOUCHUP = not getattr(Http, "__touched__", False)
 
 
-def forget_application(application: ApiApplication) -> None:
+def unregister_application(application: ApiApplication) -> None:
     """Take the application out of Sanic's registry, which would keep it for ever."""
     Sanic.unregister_app(application)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.api.accesses import AccessCounter
-from services.api.wakeups import FetchWakeups
+from services.api.wakeups import FetchEvents
 from shared.adapters.volume import Volume
 from shared.domain.objects import Duty
 from shared.ports.catalog import Catalog
 from shared.ports.job_queue import JobQueue
 from shared.ports.state_store import StateStore
-from shared.runtime.orders import OrdersFollower
+from shared.runtime.orders import OperatorStateWatcher
 from shared.settings.model import Settings
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True)
-class DutyHolder:
+class CurrentAssignment:
     """The node's duty as it is now: an operator may change it while the node runs."""
 
     current: Duty
@@ -40,7 +40,7 @@ class ApiContext:
     catalog: Catalog
     relay: Relay
     accesses: AccessCounter
-    duty: DutyHolder
-    wakeups: FetchWakeups
-    orders: OrdersFollower
+    duty: CurrentAssignment
+    fetch_events: FetchEvents
+    operator_state: OperatorStateWatcher
     clock: Callable[[], float] = time.time

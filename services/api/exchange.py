@@ -19,10 +19,10 @@ logger = structlog.get_logger()
 
 
 @dataclass(slots=True)
-class Exchange:
+class RequestRecord:
     """Filled in while a request is answered. `started`: monotonic seconds; `sent`: bytes of the body handed to the
     connection (None: the whole body of an answer that was not streamed); `size`: bytes of the whole object, where it is
-    known; `cut`: why the answer ended early; `logs_hits`: whether a hit is worth a line in the log."""
+    known; `abort_reason`: why the answer ended early; `logs_hits`: whether a hit is worth a line in the log."""
 
     request_id: str
     method: str
@@ -31,20 +31,20 @@ class Exchange:
     started: float = field(default_factory=time.perf_counter)
     sent: int | None = None
     size: int | None = None
-    cut: str | None = None
+    abort_reason: str | None = None
     recorded: bool = False
     logs_hits: bool = False
 
 
-def exchange_of(request: Request) -> Exchange:
-    """The exchange of a request; begun here if the request was refused before it got anywhere."""
-    known: Exchange | None = getattr(request.ctx, "exchange", None)
-    if known is None:
+def request_record(request: Request) -> RequestRecord:
+    """The record of a request; begun here if the request was refused before it got anywhere."""
+    record: RequestRecord | None = getattr(request.ctx, "record", None)
+    if record is None:
         offered = request.headers.get("x-request-id")
         logs_hits = getattr(request.app.ctx, "logs_hits", False)
-        known = Exchange(choose_request_id(offered), request.method, logs_hits=logs_hits)
-        request.ctx.exchange = known
-    return known
+        record = RequestRecord(choose_request_id(offered), request.method, logs_hits=logs_hits)
+        request.ctx.record = record
+    return record
 
 
 def choose_request_id(offered: str | None) -> str:
@@ -57,7 +57,7 @@ def is_request_id(offered: str) -> bool:
     return 0 < len(offered) <= _MAX_REQUEST_ID and _REQUEST_ID_CHARACTERS.issuperset(offered)
 
 
-def begin_counts() -> None:
+def precreate_counters() -> None:
     """Let the counts of objects handed out stand at 0 before the first: Prometheus sees growth between two looks only,
     and a count that begins at 1 has not grown."""
     for status in ("200", "206", "304"):
@@ -65,30 +65,30 @@ def begin_counts() -> None:
             REQUESTS.labels(method="GET", status=status, cache=cache)
 
 
-def record_exchange(
-    exchange: Exchange, status: int, *, cache: str | None, source: str | None, sent: int
+def count_and_log(
+    record: RequestRecord, status: int, *, cache: str | None, source: str | None, sent: int
 ) -> None:
     """Count and log one answered request. `cache`: hit, pending, miss; `source`: local, external; None: neither."""
-    REQUESTS.labels(method=method_label(exchange.method), status=str(status), cache=cache or "none").inc()
-    if cache != "hit" or exchange.logs_hits or exchange.cut is not None or status >= _CLIENT_ERROR:
-        log_exchange(exchange, status, cache=cache, source=source, sent=sent)
+    REQUESTS.labels(method=method_label(record.method), status=str(status), cache=cache or "none").inc()
+    if cache != "hit" or record.logs_hits or record.abort_reason is not None or status >= _CLIENT_ERROR:
+        log_request(record, status, cache=cache, source=source, sent=sent)
 
 
-def log_exchange(
-    exchange: Exchange, status: int, *, cache: str | None, source: str | None, sent: int
+def log_request(
+    record: RequestRecord, status: int, *, cache: str | None, source: str | None, sent: int
 ) -> None:
     """The event in the log alone."""
     logger.info(
         "request_answered",
-        request_id=exchange.request_id,
-        method=exchange.method[:16],
-        path=exchange.path,
-        object_id=exchange.object_id,
+        request_id=record.request_id,
+        method=record.method[:16],
+        path=record.path,
+        object_id=record.object_id,
         status=status,
         bytes=sent,
-        size=exchange.size,
-        duration_ms=round((time.perf_counter() - exchange.started) * 1000, 3),
+        size=record.size,
+        duration_ms=round((time.perf_counter() - record.started) * 1000, 3),
         x_cache=cache,
         source=source,
-        cut=exchange.cut,
+        cut=record.abort_reason,
     )

@@ -11,21 +11,28 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from services.api.kernel_table import TABLES, State, connections_of
+from services.api.kernel_table import PROC_NET_TCP, TcpState, tcp_connections
 
-_LOOK_INTERVAL = 0.1
-_CLOSED_BY_US = {State.FIN_WAIT1, State.LAST_ACK, State.CLOSING}  # and not yet confirmed by the client
+_POLL_INTERVAL = 0.1
+_CLOSING_STATES = {
+    TcpState.FIN_WAIT1,
+    TcpState.LAST_ACK,
+    TcpState.CLOSING,
+}  # and not yet confirmed by the client
 
 
-async def sent_to_the_end(port: int, seconds: float, tables: Iterable[Path] = TABLES) -> bool:
+async def wait_until_flushed(port: int, seconds: float, tables: Iterable[Path] = PROC_NET_TCP) -> bool:
     """Wait until the clients of `port` have confirmed all that was sent to them; False after so many seconds.
 
     True at once where the kernel does not tell.
     """
     tables = tuple(tables)
     deadline = time.monotonic() + seconds
-    while any(one.state in _CLOSED_BY_US and one.unsent for one in connections_of(port, tables)):
+    while any(
+        connection.state in _CLOSING_STATES and connection.unsent
+        for connection in tcp_connections(port, tables)
+    ):
         if time.monotonic() >= deadline:
             return False
-        await asyncio.sleep(_LOOK_INTERVAL)
+        await asyncio.sleep(_POLL_INTERVAL)
     return True

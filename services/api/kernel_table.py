@@ -8,27 +8,27 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-TABLES = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6"))
+PROC_NET_TCP = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6"))
 
 
-class State(StrEnum):
+class TcpState(StrEnum):
     """As the table has them (include/net/tcp_states.h); those that are asked for here."""
 
-    BEING_MADE = "03"  # SYN_RECV
+    SYN_RECV = "03"
     FIN_WAIT1 = "04"
     LAST_ACK = "09"
     CLOSING = "0B"
 
 
 @dataclass(frozen=True, slots=True)
-class KernelConnection:
+class TcpConnection:
     """`state`: two hexadecimal digits. `unsent`: bytes that the other end has not confirmed."""
 
     state: str
     unsent: int
 
 
-def connections_of(port: int, tables: Iterable[Path] = TABLES) -> Iterator[KernelConnection]:
+def tcp_connections(port: int, tables: Iterable[Path] = PROC_NET_TCP) -> Iterator[TcpConnection]:
     """The connections with this local port; none where the kernel does not tell."""
     row = re.compile(
         rf"^ *\d+: [0-9A-F]+:{port:04X} [0-9A-F]+:[0-9A-F]+ ([0-9A-F]{{2}}) ([0-9A-F]+):", re.MULTILINE
@@ -39,4 +39,4 @@ def connections_of(port: int, tables: Iterable[Path] = TABLES) -> Iterator[Kerne
         except OSError:
             continue
         for state, unsent in row.findall(text):
-            yield KernelConnection(state, int(unsent, 16))
+            yield TcpConnection(state, int(unsent, 16))

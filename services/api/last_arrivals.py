@@ -18,51 +18,52 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from services.api.kernel_table import TABLES, State, connections_of
+from services.api.kernel_table import PROC_NET_TCP, TcpState, tcp_connections
 
-ARRIVAL_LIMIT = 1.0
+DRAIN_TIMEOUT = 1.0
 """Seconds that a connection may take to be made, once the port is closing."""
-QUIET_SECONDS, QUIET_SECONDS_SHARED = 0.02, 0.2
+QUIET_PERIOD, QUIET_PERIOD_SHARED = 0.02, 0.2
 """How long nobody may have come in before the socket is closed. Longer if several processes listen at the port: the
 kernel hands connections to each of them until the last has shut its door, which is at nearly the same time."""
-_FIRST_INTERVAL, _LONGEST_INTERVAL = 0.01, 0.1
+_MIN_INTERVAL, _MAX_INTERVAL = 0.01, 0.1
 
 # asm-generic/socket.h, since Linux 5.0, without privilege since 5.7; Python does not name it
 _SO_BINDTOIFINDEX = 62
 _NO_DEVICE = 2**31 - 1  # the last number that the kernel could give to a device
 
 
-async def let_the_last_in(
+async def drain_accept_queue(
     listener: socket.socket,
-    taken: Callable[[], int],
+    accepted_count: Callable[[], int],
     seconds: float,
-    quiet_seconds: float = QUIET_SECONDS,
-    tables: Iterable[Path] = TABLES,
+    quiet_period: float = QUIET_PERIOD,
+    tables: Iterable[Path] = PROC_NET_TCP,
 ) -> None:
     """Shut the door, and return when the loop, which accepts at `listener`, has taken everybody who was coming in, or
-    after so many seconds. To be closed right afterwards. `taken`: how many connections the loop has taken, ever.
+    after so many seconds. To be closed right afterwards.
+    `accepted_count`: how many connections the loop has taken, ever.
 
     Where the kernel does not know this, the wait is for those who are queued; who comes after that may be reset.
     """
     tables = tuple(tables)
-    door_shut = _shut(listener)
-    quiet_seconds = quiet_seconds if door_shut else 0.0
-    interval, taken_before = _FIRST_INTERVAL, taken()
-    quiet_since = began = time.monotonic()
+    refusing = _refuse_new_syns(listener)
+    quiet_period = quiet_period if refusing else 0.0
+    interval, count_before = _MIN_INTERVAL, accepted_count()
+    quiet_since = started = time.monotonic()
     while True:
-        coming = _has_queued(listener) or (door_shut and _has_half_made(listener, tables))
+        pending = _has_backlog(listener) or (refusing and _has_syn_recv(listener, tables))
         now = time.monotonic()
-        if coming or taken() != taken_before:
-            quiet_since, taken_before = now, taken()
-        if not coming and now - quiet_since >= quiet_seconds:
+        if pending or accepted_count() != count_before:
+            quiet_since, count_before = now, accepted_count()
+        if not pending and now - quiet_since >= quiet_period:
             return
-        if now - began >= seconds:
+        if now - started >= seconds:
             return
         await asyncio.sleep(interval)
-        interval = min(_LONGEST_INTERVAL, interval * 2) if coming else _FIRST_INTERVAL
+        interval = min(_MAX_INTERVAL, interval * 2) if pending else _MIN_INTERVAL
 
 
-def _shut(listener: socket.socket) -> bool:
+def _refuse_new_syns(listener: socket.socket) -> bool:
     """False if that cannot be had here."""
     if sys.platform != "linux":
         return False
@@ -73,13 +74,13 @@ def _shut(listener: socket.socket) -> bool:
     return True
 
 
-def _has_queued(listener: socket.socket) -> bool:
+def _has_backlog(listener: socket.socket) -> bool:
     """Whether a connection is made that the loop has not taken."""
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     return bool(poll.poll(0))
 
 
-def _has_half_made(listener: socket.socket, tables: Iterable[Path]) -> bool:
+def _has_syn_recv(listener: socket.socket, tables: Iterable[Path]) -> bool:
     port = listener.getsockname()[1]
-    return any(one.state == State.BEING_MADE for one in connections_of(port, tables))
+    return any(connection.state == TcpState.SYN_RECV for connection in tcp_connections(port, tables))

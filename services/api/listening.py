@@ -9,7 +9,7 @@ from shared.domain.errors import ConfigurationError
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
+class ListenAddress:
     """Where to listen. Port 0: any free one. `shared`: several processes listen on it (SO_REUSEPORT).
     `setting`: where the address comes from, for messages."""
 
@@ -19,13 +19,13 @@ class Address:
     setting: str = "public_api"
 
 
-def bind(address: Address) -> socket.socket:
+def bind(address: ListenAddress) -> socket.socket:
     """A bound TCP socket that does not listen yet; ConfigurationError if the address cannot be had."""
     try:
         found = socket.getaddrinfo(
             address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        family, kind, protocol, _, place = found[0]
+        family, kind, protocol, _, sockaddr = found[0]
         bound = socket.socket(family, kind, protocol)
     except OSError as error:
         raise ConfigurationError(
@@ -36,7 +36,7 @@ def bind(address: Address) -> socket.socket:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if address.shared:
             bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        bound.bind(place)
+        bound.bind(sockaddr)
     except OSError as error:
         bound.close()
         where = f"{address.host}:{address.port}"

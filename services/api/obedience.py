@@ -15,47 +15,47 @@ _RETRY_SECONDS = 0.5
 logger = structlog.get_logger()
 
 
-class Obedience:
+class OperatorStateController:
     """`drain`: seconds that answers under way get when the public port is closed."""
 
     def __init__(self, context: ApiContext, server: PublicServer, drain: float) -> None:
         self._context, self._server, self._drain = context, server, drain
-        self._closings: set[asyncio.Task[None]] = set()
+        self._close_tasks: set[asyncio.Task[None]] = set()
 
-    async def begin(self) -> None:
+    async def start(self) -> None:
         """Know the orders, and open the port unless they say otherwise; ConfigurationError if it cannot be had."""
-        await self._context.orders.load()
-        self._take_duty()
-        if not self._context.orders.current.stopped:
+        await self._context.operator_state.load()
+        self._update_assignment()
+        if not self._context.operator_state.current.stopped:
             await self._server.open()
 
     async def run(self, stop_requested: asyncio.Event) -> None:
         """Until cancelled. An order to shut down sets `stop_requested`."""
-        orders = self._context.orders
+        operator_state = self._context.operator_state
         while True:
             seen = (
-                orders.current
+                operator_state.current
             )  # before anything is waited for: what is ordered meanwhile is looked at next
-            self._take_duty()
-            if orders.shutting_down and not stop_requested.is_set():
+            self._update_assignment()
+            if operator_state.shutting_down and not stop_requested.is_set():
                 logger.info("stop_ordered")
                 stop_requested.set()
-            stopped = orders.current.stopped
+            stopped = operator_state.current.stopped
             if stopped and self._server.is_open:
                 # Answers under way go on; the port may be opened again meanwhile.
                 closing = asyncio.create_task(self._server.close(self._drain), name="close-public-port")
-                self._closings.add(closing)
-                closing.add_done_callback(self._closings.discard)
+                self._close_tasks.add(closing)
+                closing.add_done_callback(self._close_tasks.discard)
             elif not stopped and not self._server.is_open and not await self._open():
                 await asyncio.sleep(_RETRY_SECONDS)
                 continue
-            await orders.until(lambda now, seen=seen: now != seen)  # type: ignore[misc]
+            await operator_state.wait_until(lambda now, seen=seen: now != seen)  # type: ignore[misc]
 
-    async def end(self) -> None:
+    async def stop(self) -> None:
         """After `run`: close the port, and wait for what closes already."""
         await self._server.close(self._drain)
-        if self._closings:
-            await asyncio.wait(self._closings)
+        if self._close_tasks:
+            await asyncio.wait(self._close_tasks)
 
     async def _open(self) -> bool:
         try:
@@ -65,5 +65,5 @@ class Obedience:
             return False
         return True
 
-    def _take_duty(self) -> None:
-        self._context.duty.current = self._context.orders.duty
+    def _update_assignment(self) -> None:
+        self._context.duty.current = self._context.operator_state.duty

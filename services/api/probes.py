@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import structlog
 
 from services.api.context import ApiContext
-from services.api.status import UsageMeter
+from services.api.status import UsageReader
 from shared.adapters.volume.intake import Intake
 from shared.domain.errors import DistributorError, VolumeError
 from shared.observability.metrics import (
@@ -32,8 +32,8 @@ from shared.observability.metrics import (
     render_metrics,
 )
 
-_PROBE_TIMEOUT = 2.0
-_TAKEOVER_SECONDS = 600.0
+_CHECK_TIMEOUT = 2.0
+IMPORT_READY_TIMEOUT = 600.0
 
 logger = structlog.get_logger()
 
@@ -46,49 +46,49 @@ class Readiness:
     degraded: tuple[str, ...]
 
 
-class Probes:
+class HealthChecks:
     """Looks at everything the node stands on, within two seconds."""
 
-    def __init__(self, context: ApiContext, usage: UsageMeter) -> None:
+    def __init__(self, context: ApiContext, usage: UsageReader) -> None:
         self._context = context
         self._usage = usage
         self._started = time.monotonic()
-        self._taken_over = context.settings.storage.import_assets is None
+        self._import_done = context.settings.storage.import_assets is None
 
     async def readiness(self) -> Readiness:
         """What is missing."""
         context = self._context
         volume, *others = await asyncio.gather(
-            self._missing("volume", self._check_volume),
-            self._missing("state store", context.state.ping),
-            self._missing("job queue", context.queue.ping),
-            self._missing("catalog", context.catalog.bucket_ids),
+            self._check("volume", self._check_volume),
+            self._check("state store", context.state.ping),
+            self._check("job queue", context.queue.ping),
+            self._check("catalog", context.catalog.bucket_ids),
         )
-        takeover = await asyncio.to_thread(self._missing_takeover)
+        unfinished_import = await asyncio.to_thread(self._check_import)
         return Readiness(
-            problems=tuple(problem for problem in (volume, takeover) if problem),
+            problems=tuple(problem for problem in (volume, unfinished_import) if problem),
             degraded=tuple(missing for missing in others if missing),
         )
 
-    def _missing_takeover(self) -> str | None:
+    def _check_import(self) -> str | None:
         """While the evictor takes an existing node's objects over, requests for them would be misses: worth waiting
         for, but not for ever."""
-        if self._taken_over or time.monotonic() - self._started > _TAKEOVER_SECONDS:
+        if self._import_done or time.monotonic() - self._started > IMPORT_READY_TIMEOUT:
             return None
         assets = self._context.settings.storage.import_assets
         if assets is not None:
             intake = Intake(self._context.volume.root, assets)
-            self._taken_over = intake.is_done()
+            self._import_done = intake.is_done()
             intake.close()
-        return None if self._taken_over else "the existing node's objects are being taken over"
+        return None if self._import_done else "the existing node's objects are being taken over"
 
     async def _check_volume(self) -> None:
         await asyncio.to_thread(self._context.volume.check)
 
-    async def _missing(self, name: str, probe: Callable[[], Awaitable[object]]) -> str | None:
+    async def _check(self, name: str, check: Callable[[], Awaitable[object]]) -> str | None:
         try:
-            async with asyncio.timeout(_PROBE_TIMEOUT):
-                await probe()
+            async with asyncio.timeout(_CHECK_TIMEOUT):
+                await check()
         except TimeoutError:
             return f"{name}: no answer"
         except VolumeError as error:
@@ -101,29 +101,29 @@ class Probes:
     async def metrics(self) -> tuple[bytes, str]:
         """The metrics of this process (of all workers in multiprocess mode), and their media type."""
         await asyncio.gather(
-            self._show_usage(),
-            self._missing("state store", self._show_state_store),
-            self._missing("job queue", self._show_queue),
+            self._update_usage(),
+            self._check("state store", self._update_state_store),
+            self._check("job queue", self._update_queue),
         )
         return await asyncio.to_thread(render_metrics)
 
-    async def _show_usage(self) -> None:
+    async def _update_usage(self) -> None:
         usage = await self._usage.read()
         STORAGE_USED.set(usage.used)
         STORAGE_RESERVED.set(usage.reserved)
         STORAGE_LIMIT.set(usage.limit)
         STORAGE_OBJECTS.set(usage.objects)
 
-    async def _show_state_store(self) -> None:
-        figures = await self._context.state.server_figures()
-        if figures is not None:
-            STATE_STORE_MEMORY.set(figures.memory)
-            STATE_STORE_MEMORY_LIMIT.set(figures.memory_limit)
-            STATE_STORE_CLIENTS.set(figures.clients)
-            STATE_STORE_COMMANDS.set(figures.commands)
-            STATE_STORE_SAVING.set(figures.saving)
+    async def _update_state_store(self) -> None:
+        stats = await self._context.state.server_figures()
+        if stats is not None:
+            STATE_STORE_MEMORY.set(stats.memory)
+            STATE_STORE_MEMORY_LIMIT.set(stats.memory_limit)
+            STATE_STORE_CLIENTS.set(stats.clients)
+            STATE_STORE_COMMANDS.set(stats.commands)
+            STATE_STORE_SAVING.set(stats.saving)
 
-    async def _show_queue(self) -> None:
+    async def _update_queue(self) -> None:
         depth = await self._context.queue.depth()
         for state, jobs in (("ready", depth.ready), ("delayed", depth.delayed), ("dead", depth.dead)):
             QUEUE_JOBS.labels(state=state).set(jobs)

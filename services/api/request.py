@@ -9,7 +9,7 @@ from urllib.parse import unquote_to_bytes
 from sanic import Request
 from sanic.exceptions import BadURL
 
-from services.api.errors import ErrorAnswer
+from services.api.errors import HttpError
 from shared.domain.errors import InvalidInput
 from shared.domain.objects import ObjectId
 
@@ -58,18 +58,18 @@ def _path_of(target: bytes) -> str:
 
 
 def parse_object_id(raw: str) -> ObjectId:
-    """The object id in a path, percent-decoded exactly once. ErrorAnswer 400 for all that cannot be one."""
+    """The object id in a path, percent-decoded exactly once. HttpError 400 for all that cannot be one."""
     try:
         text = unquote_to_bytes(raw.encode("latin-1")).decode("utf-8") if "%" in raw else raw
         return ObjectId.parse(text)
     except (InvalidInput, UnicodeDecodeError) as error:
-        raise ErrorAnswer(400, "Malformed object id", "malformed_id") from error
+        raise HttpError(400, "Malformed object id", "malformed_id") from error
 
 
-def malformation_of(request: Request[Any, Any]) -> ErrorAnswer | None:
+def validate_head(request: Request[Any, Any]) -> HttpError | None:
     """What HTTP forbids in a request's head and Sanic lets pass, as an answer 400; None if it is in order."""
     if _FORBIDDEN_IN_HEAD.search(request.head):
-        return ErrorAnswer(400, "Malformed request head", "malformed_request")
+        return HttpError(400, "Malformed request head", "malformed_request")
     if request.version == "1.1" and len(request.headers.getall("host", ())) != 1:
-        return ErrorAnswer(400, "Exactly one Host header is needed", "malformed_request")
+        return HttpError(400, "Exactly one Host header is needed", "malformed_request")
     return None

@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from services.api.accepting import Acceptor, accepting_server
+from services.api.accepting import AcceptLoop, create_accepting_server
 from services.api.application import ApiApplication, prepare_start
-from services.api.farewell import sent_to_the_end
+from services.api.farewell import wait_until_flushed
 from services.api.last_arrivals import (
-    ARRIVAL_LIMIT,
-    QUIET_SECONDS,
-    QUIET_SECONDS_SHARED,
-    let_the_last_in,
+    DRAIN_TIMEOUT,
+    QUIET_PERIOD,
+    QUIET_PERIOD_SHARED,
+    drain_accept_queue,
 )
-from services.api.listening import Address, bind
+from services.api.listening import ListenAddress, bind
 from services.api.protocol import PublicProtocol
 
 BACKLOG = 1024
@@ -30,7 +30,10 @@ class PublicServer:
     """Serves one application in the running loop."""
 
     def __init__(
-        self, application: ApiApplication, address: Address, protocol: type[PublicProtocol] = PublicProtocol
+        self,
+        application: ApiApplication,
+        address: ListenAddress,
+        protocol: type[PublicProtocol] = PublicProtocol,
     ) -> None:
         self._application = application
         self._address = address
@@ -48,9 +51,9 @@ class PublicServer:
     def is_open(self) -> bool:
         return self._listening is not None
 
-    async def disconnected(self, seconds: float) -> bool:
+    async def wait_disconnected(self, seconds: float) -> bool:
         """Wait until no client of the open port is connected; False after so many seconds."""
-        return self._listening is None or await self._listening.connections.emptied(seconds)
+        return self._listening is None or await self._listening.connections.wait_empty(seconds)
 
     async def open(self) -> None:
         """Listen; ConfigurationError if the port is taken. A port chosen by the system stays the same."""
@@ -60,7 +63,7 @@ class PublicServer:
         bound = bind(self._address)
         self._address = replace(self._address, port=bound.getsockname()[1])
         connections = Connections()
-        server = accepting_server(self._application, bound, self._protocol, connections, BACKLOG)
+        server = create_accepting_server(self._application, bound, self._protocol, connections, BACKLOG)
         if not self._application.state.is_started:
             prepare_start(self._application)
             await server.startup()
@@ -82,40 +85,43 @@ class PublicServer:
         deadline = time.monotonic() + drain_seconds
         listening, self._listening = self._listening, None
         connections = listening.connections
-        connections.end_soon()
+        connections.start_draining()
         tasks = connections.tasks()
-        await self._give_up_port(listening.acceptor, drain_seconds)
+        await self._release_port(listening.accept_loop, drain_seconds)
         tasks |= connections.tasks()
-        if not await connections.emptied(max(0.0, deadline - time.monotonic())):
-            cut = [connection.end_now() for connection in set(connections)].count(True)
-            if cut:
-                logger.warning("answers_cut_at_stop", connections=cut)
-            await connections.emptied(_ABORT_GRACE)
+        if not await connections.wait_empty(max(0.0, deadline - time.monotonic())):
+            aborted = [connection.close_now() for connection in set(connections)].count(True)
+            if aborted:
+                logger.warning("answers_cut_at_stop", connections=aborted)
+            await connections.wait_empty(_ABORT_GRACE)
         if tasks:
             await asyncio.wait(tasks, timeout=_ABORT_GRACE)
-        if not await sent_to_the_end(self.port, max(0.0, deadline - time.monotonic())):
+        if not await wait_until_flushed(self.port, max(0.0, deadline - time.monotonic())):
             logger.warning("answers_unsent_at_stop", port=self.port)
         logger.info("stopped_listening", port=self.port)
 
-    async def _give_up_port(self, acceptor: Acceptor, drain_seconds: float) -> None:
+    async def _release_port(self, accept_loop: AcceptLoop, drain_seconds: float) -> None:
         """Close the port when nobody is coming in any more."""
         self._port_free.clear()
-        quiet = QUIET_SECONDS_SHARED if self._address.shared else QUIET_SECONDS
+        quiet = QUIET_PERIOD_SHARED if self._address.shared else QUIET_PERIOD
         try:
-            await let_the_last_in(
-                acceptor.listener, lambda: acceptor.taken, min(ARRIVAL_LIMIT, drain_seconds), quiet
+            await drain_accept_queue(
+                accept_loop.listener,
+                lambda: accept_loop.accepted_count,
+                min(DRAIN_TIMEOUT, drain_seconds),
+                quiet,
             )
         finally:
-            acceptor.close()
+            accept_loop.close()
             self._port_free.set()
-        await acceptor.all_made()
+        await accept_loop.wait_connected()
 
 
 @dataclass(frozen=True, slots=True)
 class _Listening:
-    """One time that the port is open. `connections`: all that `acceptor` has taken."""
+    """One time that the port is open. `connections`: all that `accept_loop` has taken."""
 
-    acceptor: Acceptor
+    accept_loop: AcceptLoop
     connections: Connections
 
 
@@ -124,14 +130,14 @@ class Connections(set[PublicProtocol]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._one_left = asyncio.Event()
-        self._end_soon = False
+        self._connection_closed = asyncio.Event()
+        self._draining = False
 
-    def end_soon(self) -> None:
+    def start_draining(self) -> None:
         """End each as soon as its answer has ended, those that are still to come too."""
-        self._end_soon = True
+        self._draining = True
         for connection in self.copy():
-            connection.end_soon()
+            connection.start_draining()
 
     def tasks(self) -> set[asyncio.Task[None]]:
         """What runs them."""
@@ -139,22 +145,22 @@ class Connections(set[PublicProtocol]):
 
     def add(self, connection: PublicProtocol, /) -> None:
         super().add(connection)
-        if self._end_soon:
+        if self._draining:
             # Later, since Sanic adds a connection before it is whole
-            connection.loop.call_soon(connection.end_soon)
+            connection.loop.call_soon(connection.start_draining)
 
     def discard(self, connection: object, /) -> None:
         super().discard(connection)
-        self._one_left.set()
+        self._connection_closed.set()
 
-    async def emptied(self, seconds: float) -> bool:
+    async def wait_empty(self, seconds: float) -> bool:
         """True as soon as no connection is left; False after so many seconds."""
         try:
             async with asyncio.timeout(seconds):
                 while self:
-                    if self._one_left.is_set():
-                        self._one_left = asyncio.Event()
-                    await self._one_left.wait()
+                    if self._connection_closed.is_set():
+                        self._connection_closed = asyncio.Event()
+                    await self._connection_closed.wait()
         except TimeoutError:
             return False
         return True

@@ -12,17 +12,17 @@ import structlog
 
 from services.api.accesses import AccessCounter
 from services.api.app import build_app
-from services.api.application import forget_application
+from services.api.application import unregister_application
 from services.api.assets.handler import AssetHandler
-from services.api.context import ApiContext, DutyHolder
+from services.api.context import ApiContext, CurrentAssignment
 from services.api.fast_lane.building import build_fast_lane
 from services.api.fast_lane.protocol import FastLaneProtocol
-from services.api.listening import Address
-from services.api.obedience import Obedience
+from services.api.listening import ListenAddress
+from services.api.obedience import OperatorStateController
 from services.api.operator.service import operator_api
 from services.api.server import PublicServer
 from services.api.version import VERSION
-from services.api.wakeups import FetchWakeups
+from services.api.wakeups import FetchEvents
 from shared.adapters.sources.relay import Relay
 from shared.adapters.volume import Volume
 from shared.domain.errors import VolumeError
@@ -39,7 +39,7 @@ from shared.runtime.adapters import (
     build_state_store,
     build_volume,
 )
-from shared.runtime.orders import OrdersFollower
+from shared.runtime.orders import OperatorStateWatcher
 from shared.runtime.run_service import ServiceScope
 from shared.runtime.volume_watch import watch_volume
 from shared.settings.model import Settings
@@ -53,7 +53,7 @@ def make_context(
     settings: Settings, volume: Volume, state: StateStore, queue: JobQueue, catalog: Catalog, relay: Relay
 ) -> ApiContext:
     """Put together what the handlers need; the ports are open, or will be before the first request."""
-    orders = OrdersFollower(state, volume.root, settings.duty)
+    operator_state = OperatorStateWatcher(state, volume.root, settings.duty)
     return ApiContext(
         settings=settings,
         volume=volume,
@@ -62,9 +62,9 @@ def make_context(
         catalog=catalog,
         relay=relay,
         accesses=AccessCounter(state),
-        duty=DutyHolder(settings.duty),
-        wakeups=FetchWakeups(state, orders.wake),
-        orders=orders,
+        duty=CurrentAssignment(settings.duty),
+        fetch_events=FetchEvents(state, operator_state.wake),
+        operator_state=operator_state,
     )
 
 
@@ -90,7 +90,7 @@ async def run_api(scope: ServiceScope, settings: Settings, *, shared_port: bool 
     describe_build(VERSION, "api")
     context = make_context(settings, volume, state, queue, catalog, build_relay(client, sharing.book))
     await serve_api(context, scope.stop_requested, shared_port=shared_port)
-    return context.orders.shutting_down
+    return context.operator_state.shutting_down
 
 
 async def serve_api(
@@ -110,32 +110,32 @@ async def serve_api(
     application = build_app(context, assets)
     application.ctx.logs_hits = settings.log.hits
     lane = application.ctx.fast_lane = build_fast_lane(context)
-    address = Address(settings.public_api.host, settings.public_api.port, shared_port)
+    address = ListenAddress(settings.public_api.host, settings.public_api.port, shared_port)
     server = PublicServer(application, address, FastLaneProtocol)
     drain = max(settings.shutdown_deadline - _CLOSING_SECONDS, settings.shutdown_deadline / 2)
-    obedience = Obedience(context, server, drain)
+    controller = OperatorStateController(context, server, drain)
     name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     try:
-        await obedience.begin()
+        await controller.start()
         if on_listening is not None and server.is_open:
             on_listening(server.port)
         async with (
             operator_api(context, name, shared_port=shared_port),
             asyncio.TaskGroup() as background,
         ):
-            obeying = background.create_task(obedience.run(stop_requested), name="obedience")
+            controller_task = background.create_task(controller.run(stop_requested), name="operator-state")
             tasks = [
-                background.create_task(context.orders.run(), name="follow-orders"),
-                background.create_task(context.accesses.run(), name="hand-over-accesses"),
-                background.create_task(context.wakeups.run(), name="fetch-wakeups"),
+                background.create_task(context.operator_state.run(), name="watch-operator-state"),
+                background.create_task(context.accesses.run(), name="flush-accesses"),
+                background.create_task(context.fetch_events.run(), name="fetch-events"),
                 background.create_task(watch_volume(context.volume), name="watch-volume"),
             ]
             if lane is not None:
                 tasks.append(background.create_task(lane.objects.run(), name="hot-objects"))
             await stop_requested.wait()
-            obeying.cancel()
-            await asyncio.wait({obeying})
-            await obedience.end()
+            controller_task.cancel()
+            await asyncio.wait({controller_task})
+            await controller.stop()
             for task in tasks:
                 task.cancel()
         await context.accesses.close()
@@ -145,5 +145,5 @@ async def serve_api(
             await lane.close()
         await assets.close()
         await application.ctx.usage.close()
-        await application.ctx.description.close()
-        forget_application(application)
+        await application.ctx.status_reporter.close()
+        unregister_application(application)

@@ -11,22 +11,22 @@ from urllib.parse import urlsplit
 import structlog
 
 from services.api.context import ApiContext
-from services.api.errors import RETRY_LATER, ErrorAnswer
-from services.api.query_node import QueryNode, QueryNodeStatus, shown_url
+from services.api.errors import RETRY_LATER, HttpError
+from services.api.query_node import SquidAndChainStatus, SquidStatusPoller, url_without_credentials
 from services.api.version import VERSION
 from shared.adapters.volume import FoundObject, Volume
 from shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
 from shared.domain.space import RECORD_BYTES, Usage, footprint
 from shared.settings.network import CatalogSettings
 
-USAGE_KEPT = 1.0
-MEASUREMENT_KEPT = 30.0
-_MEASUREMENT_WAIT = 2.0
+USAGE_TTL = 1.0
+MEASUREMENT_TTL = 30.0
+_MEASUREMENT_TIMEOUT = 2.0
 
 logger = structlog.get_logger()
 
 
-class UsageMeter:
+class UsageReader:
     """The usage of the volume, whatever is down: the store's word, else its last one, else what the disk says."""
 
     def __init__(self, context: ApiContext, clock: Callable[[], float] = time.monotonic) -> None:
@@ -41,7 +41,7 @@ class UsageMeter:
     async def read(self) -> Usage:
         """Never fails; at most one question to the store a second."""
         now = self._clock()
-        if self._known is not None and now - self._known_at < USAGE_KEPT:
+        if self._known is not None and now - self._known_at < USAGE_TTL:
             return self._known
         try:
             usage = await self._context.state.usage()
@@ -52,11 +52,11 @@ class UsageMeter:
         return usage if usage.accounted or usage.objects else await self._measure()
 
     async def _measure(self) -> Usage:
-        stale = self._measured is None or self._clock() - self._measured_at >= MEASUREMENT_KEPT
+        stale = self._measured is None or self._clock() - self._measured_at >= MEASUREMENT_TTL
         if stale and self._measuring is None:
             self._measuring = asyncio.create_task(self._measure_once(), name="measure-volume")
         if self._measuring is not None:
-            await asyncio.wait({self._measuring}, timeout=_MEASUREMENT_WAIT)
+            await asyncio.wait({self._measuring}, timeout=_MEASUREMENT_TIMEOUT)
         limit = self._context.settings.storage.limit
         return self._measured or Usage(limit, used=0, reserved=0, objects=0, fetches=0, accounted=False)
 
@@ -74,7 +74,7 @@ class UsageMeter:
     async def close(self) -> None:
         """Wait for a measurement under way: its thread cannot be stopped."""
         if self._measuring is not None:
-            await asyncio.wait({self._measuring}, timeout=_MEASUREMENT_WAIT)
+            await asyncio.wait({self._measuring}, timeout=_MEASUREMENT_TIMEOUT)
 
 
 def _count(volume: Volume) -> tuple[int, int]:
@@ -82,14 +82,16 @@ def _count(volume: Volume) -> tuple[int, int]:
     return len(sizes), sum(sizes)
 
 
-class NodeDescription:
+class StatusReporter:
     """The bodies of /status and /buckets."""
 
-    def __init__(self, context: ApiContext, usage: UsageMeter, query_node: QueryNode | None) -> None:
-        """`query_node`: of the catalog, if it is a squid."""
+    def __init__(
+        self, context: ApiContext, usage: UsageReader, squid_status: SquidStatusPoller | None
+    ) -> None:
+        """`squid_status`: of the catalog, if it is a squid."""
         self._context = context
         self._usage = usage
-        self._query_node = query_node
+        self._squid_status = squid_status
         self._started = time.monotonic()
         self._last_buckets: list[str] | None = None
 
@@ -106,16 +108,16 @@ class NodeDescription:
             "downloadsInProgress": usage.fetches,
             "version": VERSION,
             "nodeEnv": settings.environment,
-            "queryNodeStatus": await self._query_node_status(),
+            "queryNodeStatus": await self._squid_status_fields(),
         }
         worker_id = self._context.duty.current.worker_id
         if worker_id is not None:
             fields["workerId"] = worker_id
         return fields
 
-    async def _query_node_status(self) -> dict[str, Any]:
+    async def _squid_status_fields(self) -> dict[str, Any]:
         """Field by field: who is silent costs nothing but its own fields."""
-        found = QueryNodeStatus() if self._query_node is None else await self._query_node.read()
+        found = SquidAndChainStatus() if self._squid_status is None else await self._squid_status.read()
         return {
             "url": _catalog_url(self._context.settings.catalog),
             "chainHead": found.chain_head,
@@ -125,8 +127,8 @@ class NodeDescription:
 
     async def close(self) -> None:
         """End what is asked in the background."""
-        if self._query_node is not None:
-            await self._query_node.close()
+        if self._squid_status is not None:
+            await self._squid_status.close()
 
     async def buckets(self) -> dict[str, Any]:
         """The duty: its buckets, or all of one worker, or (no duty set) all that the catalog knows."""
@@ -139,7 +141,7 @@ class NodeDescription:
             self._last_buckets = sorted(await self._context.catalog.bucket_ids(), key=_bucket_order)
         except CatalogUnavailable as error:
             if self._last_buckets is None:
-                raise ErrorAnswer(503, "The catalog is out of reach", "unavailable", RETRY_LATER) from error
+                raise HttpError(503, "The catalog is out of reach", "unavailable", RETRY_LATER) from error
         return {"bucketIds": self._last_buckets}
 
 
@@ -152,7 +154,7 @@ def _catalog_url(catalog: CatalogSettings) -> str:
     """Where the catalog is asked: the squid, or the origin's scheme and host, without credentials; a file has no URL to
     show."""
     if catalog.kind == "joystream":
-        return shown_url(catalog.squid)
+        return url_without_credentials(catalog.squid)
     if catalog.kind != "origin" or not catalog.origin:
         return ""
     parts = urlsplit(catalog.origin)

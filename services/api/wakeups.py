@@ -11,12 +11,12 @@ from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import Announcement, StateStore, Topic
 
-_PAUSE_AFTER_LOSS = 1.0
+_RECONNECT_DELAY = 1.0
 
 logger = structlog.get_logger()
 
 
-class FetchWakeups:
+class FetchEvents:
     """One listener for the whole process; `run` is its task. A wake-up may be lost, so whoever waits also looks.
 
     `on_settings` is called when orders may have changed."""
@@ -56,7 +56,7 @@ class FetchWakeups:
                         self._wake(announcement)
             except StateStoreUnavailable as error:
                 logger.warning("wakeups_lost", reason=str(error))
-            await asyncio.sleep(_PAUSE_AFTER_LOSS)
+            await asyncio.sleep(_RECONNECT_DELAY)
 
     def _wake(self, announcement: Announcement) -> None:
         if announcement.topic is Topic.FETCH_CHANGED:

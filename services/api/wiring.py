@@ -37,14 +37,14 @@ def run_worker(settings: Settings, *, shared_port: bool) -> int:
     """Serve in this process. `shared_port`: as one of the supervisor's workers."""
     from services.api.service import run_api  # noqa: PLC0415
 
-    ordered = False
+    operator_shutdown = False
 
     async def main(scope: ServiceScope) -> None:
-        nonlocal ordered
-        ordered = await run_api(scope, settings, shared_port=shared_port)
+        nonlocal operator_shutdown
+        operator_shutdown = await run_api(scope, settings, shared_port=shared_port)
 
     code = run_checked(main, "api", settings.shutdown_deadline, settings)
-    return SHUTDOWN_ORDERED if code == 0 and ordered and shared_port else code
+    return SHUTDOWN_ORDERED if code == 0 and operator_shutdown and shared_port else code
 
 
 def run_checked(

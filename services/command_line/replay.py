@@ -83,8 +83,8 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
     thresholds = [] if second_view_above == ["off"] else _sizes("second-view-above", second_view_above)
     settings = settings_to_try(policy, _sizes("miss-cost", miss_cost), thresholds)
     own = _own_node(config) if config is not None else None
-    asked = ReplayRequest(logs, size, settings, sizes, sample, picture, own)
-    print(run_replay(asked, Console(stderr=True)), end="")
+    request = ReplayRequest(logs, size, settings, sizes, sample, picture, own)
+    print(run_replay(request, Console(stderr=True)), end="")
 
 
 def _own_node(config: Path) -> OwnNode:

@@ -15,7 +15,7 @@ from services.evictor.eviction import Eviction, EvictionRules
 from services.evictor.file_calls import file_call
 from services.evictor.index import EvictionIndex
 from services.evictor.leadership import Leadership
-from services.evictor.order_keeping import OrderKeeper, PurgeWork
+from services.evictor.order_keeping import OperatorStateBackup, PurgeWork
 from services.evictor.pacing import repeat
 from services.evictor.partials import Partials
 from services.evictor.reconcile import Reconciliation
@@ -38,7 +38,7 @@ from shared.observability.metrics import (
 )
 from shared.ports.catalog import Catalog
 from shared.ports.state_store import StateStore, Term
-from shared.runtime.orders import OrdersFollower
+from shared.runtime.orders import OperatorStateWatcher
 from shared.settings.model import Settings
 
 
@@ -109,7 +109,7 @@ def _make_tools(
     partials = Partials(state, volume, adoption, settings.evictor.partial_keep, settings.fetch.space_wait)
     rules = EvictionRules(settings.storage.watermarks, settings.evictor.min_idle)
     can_list = settings.catalog.kind != "origin"
-    follower = OrdersFollower(state, volume.root, settings.duty)
+    watcher = OperatorStateWatcher(state, volume.root, settings.duty)
     return Tools(
         volume=volume,
         index=index,
@@ -117,10 +117,10 @@ def _make_tools(
         partials=partials,
         eviction=Eviction(state, index, removals, partials, rules),
         reconciliation=Reconciliation(state, volume, index, removals, adoption, partials),
-        repair=Repair(volume, catalog, removals, (lambda: follower.duty) if can_list else None, takeover),
+        repair=Repair(volume, catalog, removals, (lambda: watcher.duty) if can_list else None, takeover),
         duty=DutyCheck(catalog, index, removals, settings.duty, can_list, volume.root),
         scrub=Scrub(volume, removals, settings.evictor.scrub_rate),
-        orders=OrderKeeper(state, volume.root, follower),
+        operator_state=OperatorStateBackup(state, volume.root, watcher),
         purges=PurgeWork(state, volume, removals, partials),
         sources=sources,
         takeover=takeover,

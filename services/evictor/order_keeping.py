@@ -11,12 +11,12 @@ from services.evictor.file_calls import file_call
 from services.evictor.partials import Partials
 from services.evictor.removals import Outcome, Removals
 from shared.adapters.volume import Volume
-from shared.adapters.volume.orders_file import read_orders, write_orders
+from shared.adapters.volume.orders_file import read_operator_state, write_operator_state
 from shared.domain.objects import ObjectId
-from shared.domain.orders import KeptOrders, Orders
+from shared.domain.orders import OperatorState, OperatorStateSnapshot
 from shared.ports.order_book import PurgeWish
 from shared.ports.state_store import FetchPhase, StateStore, Term
-from shared.runtime.orders import OrdersFollower
+from shared.runtime.orders import OperatorStateWatcher
 
 _PURGES_AT_ONCE = 64
 _PURGE_PAUSE, _PURGE_AGAIN = (
@@ -27,33 +27,33 @@ _PURGE_PAUSE, _PURGE_AGAIN = (
 logger = structlog.get_logger()
 
 
-class OrderKeeper:
+class OperatorStateBackup:
     """The state store is where orders change; the copy is for a store that has lost them, or has no disk at all."""
 
-    def __init__(self, state: StateStore, root: Path, follower: OrdersFollower) -> None:
-        self._state, self._root, self.follower = state, root, follower
-        self._kept: Orders | None = None
+    def __init__(self, state: StateStore, root: Path, watcher: OperatorStateWatcher) -> None:
+        self._state, self._root, self.watcher = state, root, watcher
+        self._saved: OperatorState | None = None
         self.pinned: frozenset[ObjectId] = frozenset()
 
     async def restore(self) -> None:
         """Before anything may be evicted: the store has the orders and pins again, and we know them."""
-        await self.follower.refresh()
+        await self.watcher.refresh()
         self.pinned = await self._state.pinned()
 
-    async def keep(self) -> None:
+    async def save(self) -> None:
         """Write the copy if it is not that of the store's orders."""
-        orders = await self.follower.refresh()
-        if orders == self._kept or orders.version == 0:
+        state = await self.watcher.refresh()
+        if state == self._saved or state.version == 0:
             return
         self.pinned = pinned = await self._state.pinned()
-        if self._kept is None:
-            written = await file_call(read_orders, self._root)
-            if written == KeptOrders(orders, pinned):
-                self._kept = orders
+        if self._saved is None:
+            written = await file_call(read_operator_state, self._root)
+            if written == OperatorStateSnapshot(state, pinned):
+                self._saved = state
                 return
-        await file_call(write_orders, self._root, KeptOrders(orders, pinned))
-        self._kept = orders
-        logger.info("orders_kept", version=orders.version, pinned=len(pinned))
+        await file_call(write_operator_state, self._root, OperatorStateSnapshot(state, pinned))
+        self._saved = state
+        logger.info("orders_kept", version=state.version, pinned=len(pinned))
 
 
 class PurgeWork:

@@ -15,7 +15,7 @@ from services.evictor.duty import DutyCheck
 from services.evictor.eviction import Eviction
 from services.evictor.file_calls import file_call
 from services.evictor.index import EvictionIndex
-from services.evictor.order_keeping import OrderKeeper, PurgeWork
+from services.evictor.order_keeping import OperatorStateBackup, PurgeWork
 from services.evictor.pacing import repeat
 from services.evictor.partials import Partials
 from services.evictor.reconcile import Reconciliation
@@ -58,7 +58,7 @@ class Tools:
     repair: Repair
     duty: DutyCheck
     scrub: Scrub
-    orders: OrderKeeper
+    operator_state: OperatorStateBackup
     purges: PurgeWork
     sources: SourceWatch | None
     takeover: Takeover | None
@@ -80,7 +80,7 @@ class TermWork:
         self._confirm = confirm
         self._look, self._reconcile_now, self._repair_now = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._taken_over, self._duty_now = asyncio.Event(), asyncio.Event()
-        self._orders_changed, self._purge_now = asyncio.Event(), asyncio.Event()
+        self._operator_state_event, self._purge_now = asyncio.Event(), asyncio.Event()
         self._freed: set[ObjectId] = set()
         self._settled = False
         self._replacements = tools.volume.replacements
@@ -110,7 +110,7 @@ class TermWork:
             ("sweep", self._sweep, None),
             ("repair", self._repair, self._repair_now),
             ("check duty", self._check_duty, self._duty_now),
-            ("keep orders", self._keep_orders, self._orders_changed),
+            ("keep orders", self._back_up_operator_state, self._operator_state_event),
             ("purge", self._purge, self._purge_now),
         ]
         if self._settings.scrub_rate:
@@ -135,7 +135,7 @@ class TermWork:
                 if announcement.topic is Topic.SPACE_WANTED:
                     self._look.set()
                 elif announcement.topic is Topic.SETTINGS_CHANGED:
-                    self._orders_changed.set()
+                    self._operator_state_event.set()
                 elif announcement.topic is Topic.PURGE_WANTED:
                     self._purge_now.set()
                 elif announcement.topic is Topic.SPACE_FREED:
@@ -149,7 +149,7 @@ class TermWork:
 
     async def _take_over(self) -> None:
         await self._tools.index.take_over()
-        await self._restore_orders()
+        await self._restore_operator_state()
         self._taken_over.set()
 
     async def _look_at_volume(self) -> None:
@@ -196,7 +196,7 @@ class TermWork:
         return REFRESH_SECONDS
 
     async def _reconcile(self) -> float:
-        await self._restore_orders()
+        await self._restore_operator_state()
         if self._tools.takeover is not None:
             await self._tools.takeover.move_in()
         self._settled = await self._tools.reconciliation.run(self._term)
@@ -240,21 +240,21 @@ class TermWork:
         done = await self._tools.duty.run(self._term)
         return self._settings.duty_interval if done else min(_LIST_AGAIN, self._settings.duty_interval)
 
-    async def _restore_orders(self) -> None:
+    async def _restore_operator_state(self) -> None:
         """An emptied store has lost pins and duty too; nothing is evicted before it is reconciled."""
-        await self._tools.orders.restore()
+        await self._tools.operator_state.restore()
         self._obey_orders()
 
-    async def _keep_orders(self) -> float:
+    async def _back_up_operator_state(self) -> float:
         try:
-            await self._tools.orders.keep()
+            await self._tools.operator_state.save()
         finally:
             self._obey_orders()  # whether or not the copy could be written
         return POLL_SECONDS
 
     def _obey_orders(self) -> None:
-        self._tools.eviction.pinned = self._tools.orders.pinned
-        if self._tools.duty.change(self._tools.orders.follower.duty):
+        self._tools.eviction.pinned = self._tools.operator_state.pinned
+        if self._tools.duty.change(self._tools.operator_state.watcher.duty):
             self._duty_now.set()
 
     async def _purge(self) -> float:

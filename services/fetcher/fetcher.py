@@ -27,10 +27,10 @@ from shared.domain.errors import (
     VolumeError,
 )
 from shared.domain.jobs import FetchJob, HandBack, JobOutcome, RetryPlan
-from shared.domain.orders import Orders
+from shared.domain.orders import OperatorState
 from shared.ports.job_queue import JobQueue
 from shared.ports.state_store import StateStore
-from shared.runtime.orders import OrdersFollower
+from shared.runtime.orders import OperatorStateWatcher
 from shared.settings.model import Settings
 
 _SPARE_THREADS = 2  # for looking at the volume while every download writes
@@ -62,7 +62,7 @@ class Fetcher:
             Retrieval(Tools(state, relay, self._disk), volume, times),
             Postponement(state, RetryPlan(settings.job_queue.retry_delays), fetch.failure_memory),
         )
-        self._orders = OrdersFollower(state, volume.root, settings.duty)
+        self._operator_state = OperatorStateWatcher(state, volume.root, settings.duty)
         self._obituary = Obituary(state, volume, self._disk, self.name, fetch.failure_memory)
 
     async def serve(self) -> None:
@@ -74,8 +74,8 @@ class Fetcher:
             await self._disk.run(self._volume.prepare)
         except VolumeError as error:
             raise ConfigurationError(f"storage.path: {error}") from error
-        await self._orders.load()
-        following = asyncio.create_task(self._orders.run(), name="fetcher-orders")
+        await self._operator_state.load()
+        following = asyncio.create_task(self._operator_state.run(), name="fetcher-operator-state")
         self._consuming = True
         try:
             logger.info("fetcher_serves", worker=self.name, concurrency=self._concurrency)
@@ -89,7 +89,7 @@ class Fetcher:
     async def _handle(self, job: FetchJob) -> JobOutcome:
         """While the node drains, jobs are held: nobody else is to take them either. Fetches under way go on."""
         try:
-            await self._orders.until(_not_draining)
+            await self._operator_state.wait_until(_not_draining)
         except asyncio.CancelledError:
             return HandBack()
         return await self._worker.handle(job)
@@ -114,5 +114,5 @@ class Fetcher:
         return found
 
 
-def _not_draining(orders: Orders) -> bool:
-    return not orders.draining
+def _not_draining(state: OperatorState) -> bool:
+    return not state.draining

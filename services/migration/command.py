@@ -21,8 +21,8 @@ _HEAD = """\
 
 def import_configuration(file: Path, environment: Mapping[str, str]) -> tuple[str, list[str]]:
     """Our settings as YAML, and remarks for whoever runs this. ConfigurationError if they could not work."""
-    made = translate(read_existing(file, environment), file.resolve().parent)
-    check_settings(made.settings)
-    text = yaml.safe_dump(made.settings, sort_keys=False, allow_unicode=True)
-    remarks = [f"{name} {remark}" for name, remark in made.remarks.items()]
+    translation = translate(read_existing(file, environment), file.resolve().parent)
+    check_settings(translation.settings)
+    text = yaml.safe_dump(translation.settings, sort_keys=False, allow_unicode=True)
+    remarks = [f"{name} {remark}" for name, remark in translation.remarks.items()]
     return _HEAD.format(file=file.name) + text, remarks

@@ -60,12 +60,12 @@ def _override(document: dict[str, Any], path: list[str], text: str, variable: st
         raise ConfigurationError(f"{variable} names no setting")
     section = document
     for part in path[:-1]:
-        below = section.get(part)
-        if not isinstance(below, dict):
+        child = section.get(part)
+        if not isinstance(child, dict):
             if text == OFF:
                 return
-            below = section[part] = {}
-        section = below
+            child = section[part] = {}
+        section = child
     if text == OFF:
         section.pop(path[-1], None)
     else:

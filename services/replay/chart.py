@@ -32,10 +32,10 @@ def render_chart(results: Sequence[Result], title: str) -> str:
         f'<rect width="{2 * _WIDTH}" height="{height}" fill="#ffffff"/>',
         f'<text x="{_WIDTH}" y="24" text-anchor="middle" class="title">{escape(title)}</text>',
     ]
-    for number, (name, figure) in enumerate(_PANELS):
+    for number, (name, metric) in enumerate(_PANELS):
         x, y = (number % 2) * _WIDTH, 40 + (number // 2) * _HEIGHT
         parts.append(f'<g transform="translate({x},{y})">')
-        parts += _panel(name, figure, results, settings)
+        parts += _panel(name, metric, results, settings)
         parts.append("</g>")
     for number, setting in enumerate(settings):
         y = 40 + 2 * _HEIGHT + _LEGEND_LINE * (number + 1)
@@ -49,9 +49,9 @@ def _colour(number: int) -> str:
 
 
 def _panel(
-    name: str, figure: Callable[[Outcome], float], results: Sequence[Result], settings: Sequence[Setting]
+    name: str, metric: Callable[[Outcome], float], results: Sequence[Result], settings: Sequence[Setting]
 ) -> list[str]:
-    most = _round_up(max(figure(result.outcome) for result in results))
+    y_max = _round_up(max(metric(result.outcome) for result in results))
     limits = {result.size.limit: result.size.label for result in results}
     low, high = math.log(min(limits)), math.log(max(limits))
 
@@ -60,11 +60,11 @@ def _panel(
         return _LEFT + 10 + share * (_WIDTH - _LEFT - _RIGHT - 20)
 
     def y(value: float) -> float:
-        return _HEIGHT - _BOTTOM - value / most * (_HEIGHT - _TOP - _BOTTOM)
+        return _HEIGHT - _BOTTOM - value / y_max * (_HEIGHT - _TOP - _BOTTOM)
 
     parts = [f'<text x="{_LEFT}" y="{_TOP - 14}" font-weight="bold">{name}</text>']
     for step in range(5):
-        value = most * step / 4
+        value = y_max * step / 4
         parts.append(
             f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#dddddd"/>'
         )
@@ -74,7 +74,7 @@ def _panel(
             f'<text x="{x(limit):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{escape(label)}</text>'
         )
     for number, setting in enumerate(settings):
-        points = [(x(r.size.limit), y(figure(r.outcome))) for r in results if r.setting == setting]
+        points = [(x(r.size.limit), y(metric(r.outcome))) for r in results if r.setting == setting]
         line = " ".join(f"{across:.1f},{down:.1f}" for across, down in points)
         parts.append(
             f'<polyline points="{line}" fill="none" stroke="{_colour(number)}" stroke-width="2" stroke-opacity="0.8"/>'

@@ -29,7 +29,7 @@ _COMMON = re.compile(
 )
 _ASSET = re.compile(r"/assets/(?P<id>[^/?#]+)(?:[?#]|\Z)")
 _CONTENT_STATUSES = frozenset({200, 206, 304})
-_MOST_BYTES = 2**63 - 1
+_MAX_BYTES = 2**63 - 1
 """More than any disk has; a recording's columns hold no more."""
 
 
@@ -73,7 +73,7 @@ def parse_line(line: str) -> LogLine | None:
 
 def is_size(count: int) -> bool:
     """Bytes that an object or an answer can have."""
-    return 0 <= count <= _MOST_BYTES
+    return 0 <= count <= _MAX_BYTES
 
 
 def _from_text(line: str) -> LogLine | None:

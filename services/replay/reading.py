@@ -19,8 +19,8 @@ from services.replay.recording import Recording
 from shared.domain.errors import ConfigurationError
 from shared.domain.objects import ObjectId
 
-_LONGEST_LINE = 64 * 1024
-_REPORT_EVERY = 1000
+_MAX_LINE = 64 * 1024
+_REPORT_INTERVAL = 1000
 _SAMPLE_STEPS = 2**32
 
 
@@ -44,15 +44,15 @@ def read_logs(
         with _opened(path) as (raw, lines):
             before = 0
             for number, line in enumerate(lines):
-                if number % _REPORT_EVERY == 0:
+                if number % _REPORT_INTERVAL == 0:
                     progress(raw.tell() - before)
                     before = raw.tell()
-                _take(line, recording, sample, counts)
+                _add_line(line, recording, sample, counts)
             progress(raw.tell() - before)
     return counts
 
 
-def _take(line: bytes, recording: Recording, sample: float, counts: LinesRead) -> None:
+def _add_line(line: bytes, recording: Recording, sample: float, counts: LinesRead) -> None:
     try:
         parsed = parse_line(line.decode("utf-8", "replace"))
     except Unreadable:
@@ -81,7 +81,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], Iterator[bytes]]]:
         with path.open("rb") as raw:
             packed = raw.peek(2)[:2] == b"\x1f\x8b"
             text: IO[bytes] = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if packed else raw
-            yield raw, iter(lambda: text.readline(_LONGEST_LINE), b"")
+            yield raw, iter(lambda: text.readline(_MAX_LINE), b"")
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from error
 

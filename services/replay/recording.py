@@ -98,12 +98,12 @@ class Recording:
 
     def requests(self) -> Iterator[Request]:
         sizes, ids, fetches = self.sizes(), self._ids, _Fetches(len(self._ids))
-        for place in sorted(range(len(self._at)), key=self._at.__getitem__):
-            number, at = self._object[place], self._at[place]
-            code = self._cache[place]
+        for position in sorted(range(len(self._at)), key=self._at.__getitem__):
+            number, at = self._object[position], self._at[position]
+            code = self._cache[position]
             not_modified = code >= _NOT_MODIFIED
             joined = fetches.joined(number, at, code % _NOT_MODIFIED) if code != _MISSED_304 else None
-            yield Request(at, ids[number], sizes[number], self._sent[place], joined, not_modified)
+            yield Request(at, ids[number], sizes[number], self._sent[position], joined, not_modified)
 
 
 class _Fetches:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from services.replay.scenarios import Result
 from shared.settings.sizes import format_size
 
-NEARLY = 0.01
+TOLERANCE = 0.01
 """Hit ratios that differ by less are as good as equal."""
 _GIB = 1024**3
 _COLUMNS = (
@@ -26,14 +26,14 @@ def render_table(results: Sequence[Result]) -> str:
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---|---|" + "---:|" * (len(_COLUMNS) - 2)]
     for result in results:
         outcome = result.outcome
-        figures = (
+        ratios = (
             outcome.object_hit_ratio,
             outcome.byte_hit_ratio,
             outcome.source_ratio,
             outcome.write_ratio,
         )
         lines.append(
-            f"| {size_label(result)} | {result.setting.name} | {' | '.join(f'{figure:.3f}' for figure in figures)}"
+            f"| {size_label(result)} | {result.setting.name} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)}"
             f" | {outcome.bytes_written / _GIB:.1f} GiB | {outcome.evicted} |"
         )
     return "\n".join(lines)
@@ -65,9 +65,9 @@ def recommend(results: Sequence[Result]) -> str:
     limit = max(result.size.limit for result in results)
     at_size = [result for result in results if result.size.limit == limit]
     best_hits = max(result.outcome.object_hit_ratio for result in at_size)
-    good = [result for result in at_size if best_hits - result.outcome.object_hit_ratio <= NEARLY]
+    good = [result for result in at_size if best_hits - result.outcome.object_hit_ratio <= TOLERANCE]
     least = min(result.outcome.source_ratio for result in good)
-    good = [result for result in good if result.outcome.source_ratio - least <= NEARLY]
+    good = [result for result in good if result.outcome.source_ratio - least <= TOLERANCE]
     chosen = min(good, key=lambda result: (result.outcome.write_ratio, result.outcome.source_ratio))
     outcome = chosen.outcome
     return (
@@ -79,7 +79,7 @@ def recommend(results: Sequence[Result]) -> str:
 
 def _compared(chosen: Result, at_size: Sequence[Result]) -> str:
     worst = max(at_size, key=lambda result: result.outcome.source_ratio)
-    if worst.outcome.source_ratio - chosen.outcome.source_ratio <= NEARLY:
+    if worst.outcome.source_ratio - chosen.outcome.source_ratio <= TOLERANCE:
         return ""
     return f" ({worst.outcome.source_ratio:.2f} under {worst.setting.name})"
 
@@ -91,8 +91,8 @@ def _smaller(chosen: Result, results: Sequence[Result]) -> str:
         result
         for result in same
         if result.size.limit < chosen.size.limit
-        and chosen.outcome.byte_hit_ratio - result.outcome.byte_hit_ratio <= NEARLY
-        and chosen.outcome.object_hit_ratio - result.outcome.object_hit_ratio <= NEARLY
+        and chosen.outcome.byte_hit_ratio - result.outcome.byte_hit_ratio <= TOLERANCE
+        and chosen.outcome.object_hit_ratio - result.outcome.object_hit_ratio <= TOLERANCE
     ]
     if not enough:
         return ""

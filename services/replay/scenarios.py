@@ -13,7 +13,7 @@ from shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, 
 from shared.domain.space import Watermarks, watermarks_for
 from shared.settings.sizes import format_size, parse_size
 
-_TOLD_EVERY = 20_000
+_PROGRESS_INTERVAL = 20_000
 _WINDOW = 7 * 24 * 3600.0
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%\Z")
 
@@ -115,7 +115,7 @@ def try_setting(
     for request in requests:
         simulation.see(request)
         seen += 1
-        if seen % _TOLD_EVERY == 0:
-            tick(_TOLD_EVERY)
-    tick(seen % _TOLD_EVERY)
+        if seen % _PROGRESS_INTERVAL == 0:
+            tick(_PROGRESS_INTERVAL)
+    tick(seen % _PROGRESS_INTERVAL)
     return simulation.outcome

@@ -23,7 +23,7 @@ from shared.settings import Settings, load_settings
 HOST = "127.0.0.1"
 FIRST_PUBLIC_PORT, FIRST_SOURCE_PORT, FIRST_SQUID_PORT = 3334, 3390, 4352
 WORKER = 7
-_PORTS_TRIED = 200
+_MAX_PORTS_TRIED = 200
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,7 +95,7 @@ def demo_settings(folder: Path, catalog: dict[str, Any], port: int) -> Settings:
 
 def free_port_from(first: int) -> int:
     """The first port from `first` on that is free now."""
-    for port in range(first, first + _PORTS_TRIED):
+    for port in range(first, first + _MAX_PORTS_TRIED):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -103,7 +103,7 @@ def free_port_from(first: int) -> int:
             except OSError:
                 continue
             return port
-    raise ConfigurationError(f"no free port from {first} to {first + _PORTS_TRIED - 1}")
+    raise ConfigurationError(f"no free port from {first} to {first + _MAX_PORTS_TRIED - 1}")
 
 
 def greeting(port: int, source_port: int, objects: list[DemoObject]) -> str:

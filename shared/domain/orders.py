@@ -9,11 +9,11 @@ from typing import Any
 from shared.domain.errors import InvalidInput
 from shared.domain.objects import Duty, ObjectId, parse_bucket_id
 
-LARGEST_WORKER_ID = 2**63 - 1
+MAX_WORKER_ID = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Orders:
+class OperatorState:
     """`version` changes with every change and is given by the state store (0: nothing was ever ordered).
 
     `worker_id` and `buckets` are the operator's only if `worker_ordered` and `buckets_ordered`; `buckets` None: all of
@@ -38,57 +38,61 @@ class Orders:
         return Duty(self.buckets, worker_id)
 
 
-def encode_orders(orders: Orders) -> str:
+def encode_operator_state(state: OperatorState) -> str:
     """JSON, without the version: that is the store's."""
-    said: dict[str, Any] = {field.name: getattr(orders, field.name) for field in fields(Orders)}
-    del said["version"]
-    said["buckets"] = None if orders.buckets is None else sorted(orders.buckets)
-    return json.dumps(said)
+    document: dict[str, Any] = {field.name: getattr(state, field.name) for field in fields(OperatorState)}
+    del document["version"]
+    document["buckets"] = None if state.buckets is None else sorted(state.buckets)
+    return json.dumps(document)
 
 
-def decode_orders(text: str | bytes, version: int) -> Orders:
-    """Read what `encode_orders` wrote; InvalidInput for anything else. Fields of later versions are passed over."""
+def decode_operator_state(text: str | bytes, version: int) -> OperatorState:
+    """Read what `encode_operator_state` wrote; InvalidInput for anything else. Fields of later versions are ignored."""
     try:
-        said = json.loads(text)
-        known = {field.name: said[field.name] for field in fields(Orders) if field.name in said}
+        document = json.loads(text)
+        known = {
+            field.name: document[field.name] for field in fields(OperatorState) if field.name in document
+        }
         buckets = known.get("buckets")
-        orders = Orders(**{**known, "version": version})
+        state = OperatorState(**{**known, "version": version})
         if buckets is not None:
-            orders = replace(orders, buckets=frozenset(parse_bucket_id(bucket) for bucket in buckets))
+            state = replace(state, buckets=frozenset(parse_bucket_id(bucket) for bucket in buckets))
     except (ValueError, TypeError, RecursionError) as error:
-        raise InvalidInput(f"unreadable orders: {type(error).__name__}") from error
-    flags = (orders.stopped, orders.draining, orders.worker_ordered, orders.buckets_ordered)
-    numbers = (orders.shutdowns, 0 if orders.worker_id is None else orders.worker_id)
+        raise InvalidInput(f"unreadable operator state: {type(error).__name__}") from error
+    flags = (state.stopped, state.draining, state.worker_ordered, state.buckets_ordered)
+    numbers = (state.shutdowns, 0 if state.worker_id is None else state.worker_id)
     if not all(type(flag) is bool for flag in flags) or not all(
-        type(number) is int and 0 <= number <= LARGEST_WORKER_ID for number in numbers
+        type(number) is int and 0 <= number <= MAX_WORKER_ID for number in numbers
     ):
-        raise InvalidInput("unreadable orders: a field of the wrong type")
-    return orders
+        raise InvalidInput("unreadable operator state: a field of the wrong type")
+    return state
 
 
 @dataclass(frozen=True, slots=True)
-class KeptOrders:
+class OperatorStateSnapshot:
     """The copy on the volume: orders, and the pinned objects that belong to them."""
 
-    orders: Orders
+    state: OperatorState
     pinned: frozenset[ObjectId] = frozenset()
 
 
-def encode_kept(kept: KeptOrders) -> str:
+def encode_snapshot(snapshot: OperatorStateSnapshot) -> str:
     """The text of the file."""
     body = {
-        "version": kept.orders.version,
-        "orders": json.loads(encode_orders(kept.orders)),
-        "pinned": sorted(kept.pinned),
+        "version": snapshot.state.version,
+        "orders": json.loads(encode_operator_state(snapshot.state)),
+        "pinned": sorted(snapshot.pinned),
     }
     return json.dumps(body, indent=1) + "\n"
 
 
-def decode_kept(text: str | bytes) -> KeptOrders:
+def decode_snapshot(text: str | bytes) -> OperatorStateSnapshot:
     """Read the file; InvalidInput if it is none of ours."""
     try:
         body = json.loads(text)
         pinned = frozenset(ObjectId.parse(object_id) for object_id in body["pinned"])
-        return KeptOrders(decode_orders(json.dumps(body["orders"]), int(body["version"])), pinned)
+        return OperatorStateSnapshot(
+            decode_operator_state(json.dumps(body["orders"]), int(body["version"])), pinned
+        )
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InvalidInput(f"unreadable orders: {type(error).__name__}") from error
+        raise InvalidInput(f"unreadable operator state: {type(error).__name__}") from error

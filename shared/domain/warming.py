@@ -36,29 +36,29 @@ class Warming:
     reason: str = ""
 
     @property
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         return self.state == "finished"
 
 
 def encode_warming(warming: Warming) -> str:
     """JSON, without the serial: that is the store's."""
-    said = asdict(warming)
-    del said["serial"]
-    return json.dumps(said)
+    document = asdict(warming)
+    del document["serial"]
+    return json.dumps(document)
 
 
 def decode_warming(text: str | bytes, serial: int) -> Warming:
     """Read what `encode_warming` wrote; InvalidInput for anything else."""
     try:
-        said = json.loads(text)
-        ids, bucket = said["scope"]["object_ids"], said["scope"]["bucket_id"]
+        document = json.loads(text)
+        ids, bucket = document["scope"]["object_ids"], document["scope"]["bucket_id"]
         scope = WarmingScope(
             None if ids is None else tuple(ObjectId.parse(object_id) for object_id in ids),
             None if bucket is None else parse_bucket_id(bucket),
         )
-        if said["state"] not in get_args(WarmingState):
+        if document["state"] not in get_args(WarmingState):
             raise InvalidInput("unreadable warming: unknown state")
-        figures = {name: int(said[name]) for name in ("total", "done", "skipped", "failed")}
-        return Warming(serial, scope, said["state"], **figures, reason=str(said.get("reason", "")))
+        counts = {name: int(document[name]) for name in ("total", "done", "skipped", "failed")}
+        return Warming(serial, scope, document["state"], **counts, reason=str(document.get("reason", "")))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InvalidInput(f"unreadable warming: {type(error).__name__}") from error

@@ -3,7 +3,7 @@
 orders   what holds now (stopped, draining, duty, pins); changed by compare-and-set, announced as SETTINGS_CHANGED
 purges   objects that must go; the leading evictor carries them out
 warming  at most one at a time; one API process at a time carries it out, by a lease
-tickets  what may be used once
+tokens   what may be used once
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from shared.domain.objects import ObjectId
-from shared.domain.orders import KeptOrders, Orders
+from shared.domain.orders import OperatorState, OperatorStateSnapshot
 from shared.domain.warming import Warming, WarmingScope
 
 if TYPE_CHECKING:
@@ -28,17 +28,19 @@ class PurgeWish:
     serial: int
 
 
-class OrderBook(Protocol):
+class OperatorStore(Protocol):
     """Part of every state store; the same promises: atomic, bounded, StateStoreUnavailable."""
 
-    async def orders(self) -> Orders | None:
+    async def operator_state(self) -> OperatorState | None:
         """What is ordered; None: nothing ever was, or the store has been emptied."""
 
-    async def change_orders(self, expected_version: int, orders: Orders) -> Orders | None:
+    async def change_operator_state(
+        self, expected_version: int, state: OperatorState
+    ) -> OperatorState | None:
         """Replace the orders of that version (0: there are none); as they stand now, with their new version. None:
         somebody else was quicker. Announces SETTINGS_CHANGED."""
 
-    async def restore_orders(self, kept: KeptOrders) -> bool:
+    async def restore_operator_state(self, snapshot: OperatorStateSnapshot) -> bool:
         """Take over a copy, pins included, if the store has no orders at all; True if it had none."""
 
     async def pinned(self) -> frozenset[ObjectId]:
@@ -56,18 +58,18 @@ class OrderBook(Protocol):
     async def end_purge(self, term: Term, wish: PurgeWish) -> None:
         """The wish is fulfilled; a later one for the same object stays."""
 
-    async def order_warming(self, scope: WarmingScope) -> Warming | None:
+    async def start_warming(self, scope: WarmingScope) -> Warming | None:
         """Begin a new warming in place of a finished one; None while one is not finished."""
 
     async def warming(self) -> Warming | None:
         """The latest one; None: there was none."""
 
-    async def tend_warming(
+    async def lease_warming(
         self, holder: str, seconds: float, progress: Warming | None = None
     ) -> Warming | None:
         """Take or keep the lease on the warming that is not finished, and write its progress if it is the same one.
         None: there is none, or another process tends it."""
 
-    async def use_ticket(self, ticket: str, issued: float, seconds: float) -> bool:
+    async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
         """True the first time within so many seconds that anybody uses it. `issued`: POSIX time; a store that forgets
-        at its end says False to tickets from before its beginning (to the second), which may have been used then."""
+        at its end says False to tokens from before its beginning (to the second), which may have been used then."""

@@ -23,7 +23,7 @@ from typing import Protocol
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
 from shared.ports.leader_book import LeaderBook
-from shared.ports.order_book import OrderBook
+from shared.ports.order_book import OperatorStore
 from shared.ports.server_figures import ServerFigures
 
 
@@ -193,7 +193,7 @@ class Announcement:
     object_id: str = ""
 
 
-class StateStore(OrderBook, LeaderBook, Protocol):
+class StateStore(OperatorStore, LeaderBook, Protocol):
     """See the module's text; orders and what comes with them are in `order_book`, the leading evictor's verbs in
     `leader_book`.
 

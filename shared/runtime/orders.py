@@ -8,11 +8,11 @@ from pathlib import Path
 
 import structlog
 
-from shared.adapters.volume.orders_file import read_orders
+from shared.adapters.volume.orders_file import read_operator_state
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.objects import Duty
-from shared.domain.orders import Orders
-from shared.ports.order_book import OrderBook
+from shared.domain.orders import OperatorState
+from shared.ports.order_book import OperatorStore
 
 POLL_SECONDS = 0.5
 """Between two looks at the state store: an order is in force everywhere within a second, announced or not."""
@@ -20,17 +20,17 @@ POLL_SECONDS = 0.5
 logger = structlog.get_logger()
 
 
-class OrdersFollower:
+class OperatorStateWatcher:
     """`load` once, then `run` as a task. Without the state store the last orders known stay in force; a store that has
     lost them gets them back from the volume's copy."""
 
-    def __init__(self, book: OrderBook, root: Path, configured: Duty) -> None:
+    def __init__(self, store: OperatorStore, root: Path, configured: Duty) -> None:
         """`root`: of the volume; `configured`: the duty of the settings."""
-        self._book, self._root, self.configured = book, root, configured
-        self._changed, self._wanted = asyncio.Event(), asyncio.Event()
+        self._store, self._root, self.configured = store, root, configured
+        self._changed, self._woken = asyncio.Event(), asyncio.Event()
         self._shutdowns_seen: int | None = None
         self._available = True
-        self.current = Orders()
+        self.current = OperatorState()
 
     @property
     def duty(self) -> Duty:
@@ -43,21 +43,21 @@ class OrdersFollower:
 
     async def load(self) -> None:
         """Know the orders before anything is done, if anybody can tell them: the store, else the volume's copy."""
-        await self._look()
+        await self._poll()
         if self.current.version == 0:
-            kept = await self._kept()
-            if kept is not None:
-                self._take(kept)
+            snapshot = await self._read_snapshot()
+            if snapshot is not None:
+                self._set_current(snapshot)
 
-    async def refresh(self) -> Orders:
+    async def refresh(self) -> OperatorState:
         """The orders as the store has them now; StateStoreUnavailable."""
-        orders = await self._book.orders()
-        if orders is None:
-            orders = await self._restored()
-        if orders is not None:
+        state = await self._store.operator_state()
+        if state is None:
+            state = await self._restore_from_volume()
+        if state is not None:
             seen = self._shutdowns_seen
-            self._shutdowns_seen = orders.shutdowns if seen is None else min(seen, orders.shutdowns)
-            self._take(orders)
+            self._shutdowns_seen = state.shutdowns if seen is None else min(seen, state.shutdowns)
+            self._set_current(state)
         elif self._shutdowns_seen is None:
             self._shutdowns_seen = 0
         return self.current
@@ -65,33 +65,33 @@ class OrdersFollower:
     async def run(self) -> None:
         """Follow until cancelled."""
         while True:
-            await self._look()
+            await self._poll()
             try:
                 async with asyncio.timeout(POLL_SECONDS):
-                    await self._wanted.wait()
+                    await self._woken.wait()
             except TimeoutError:
                 pass
-            self._wanted.clear()
+            self._woken.clear()
 
     def wake(self) -> None:
         """Something may have changed: look now."""
-        self._wanted.set()
+        self._woken.set()
 
-    async def until(self, holds: Callable[[Orders], bool]) -> None:
+    async def wait_until(self, holds: Callable[[OperatorState], bool]) -> None:
         """Wait until the orders are such."""
         while not holds(self.current):
             await self._changed.wait()
 
-    def _take(self, orders: Orders) -> None:
-        if orders != self.current:
-            self.current = orders
+    def _set_current(self, state: OperatorState) -> None:
+        if state != self.current:
+            self.current = state
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
             logger.info(
-                "orders_changed", version=orders.version, stopped=orders.stopped, draining=orders.draining
+                "orders_changed", version=state.version, stopped=state.stopped, draining=state.draining
             )
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         try:
             await self.refresh()
         except StateStoreUnavailable as error:
@@ -103,23 +103,23 @@ class OrdersFollower:
             self._available = True
             logger.info("orders_followed_again")
 
-    async def _restored(self) -> Orders | None:
+    async def _restore_from_volume(self) -> OperatorState | None:
         """The store has no orders: give it those of the volume's copy, if there is one."""
         try:
-            kept = await asyncio.to_thread(read_orders, self._root)
+            snapshot = await asyncio.to_thread(read_operator_state, self._root)
         except VolumeError as error:
             logger.warning("orders_not_read", reason=str(error))
             return None
-        if kept is None:
+        if snapshot is None:
             return None
-        if await self._book.restore_orders(kept):
-            logger.info("orders_restored", version=kept.orders.version, pinned=len(kept.pinned))
-        return await self._book.orders()
+        if await self._store.restore_operator_state(snapshot):
+            logger.info("orders_restored", version=snapshot.state.version, pinned=len(snapshot.pinned))
+        return await self._store.operator_state()
 
-    async def _kept(self) -> Orders | None:
+    async def _read_snapshot(self) -> OperatorState | None:
         try:
-            kept = await asyncio.to_thread(read_orders, self._root)
+            snapshot = await asyncio.to_thread(read_operator_state, self._root)
         except VolumeError as error:
             logger.warning("orders_not_read", reason=str(error))
             return None
-        return None if kept is None else kept.orders
+        return None if snapshot is None else snapshot.state

@@ -16,16 +16,16 @@ logger = structlog.get_logger()
 
 async def watch_volume(volume: Volume, seconds: float = WATCH_SECONDS) -> None:
     """Look again and again, until cancelled: what is read or written from then on is the volume that is there now."""
-    there, replacements = True, volume.replacements
+    present, replacements = True, volume.replacements
     while True:
         try:
             await asyncio.to_thread(volume.check)
         except VolumeError as error:
-            if there:
+            if present:
                 logger.error("volume_gone", reason=str(error))
-            there = False
+            present = False
         else:
-            if not there or volume.replacements != replacements:
+            if not present or volume.replacements != replacements:
                 logger.warning("volume_replaced", volume=str(volume.root))
-            there, replacements = True, volume.replacements
+            present, replacements = True, volume.replacements
         await asyncio.sleep(seconds)

@@ -6,7 +6,7 @@ from pydantic import Field, SecretStr
 
 from shared.settings.section import Port, Section
 
-LEAST_SECRET = 16
+MIN_SECRET_LENGTH = 16
 """Characters."""
 
 
@@ -17,5 +17,5 @@ class OperatorApi(Section):
     """Address to listen on. Requests are authorised, but not encrypted."""
     port: Port = 3335
     """Port to listen on; 0 takes any free one."""
-    secret: SecretStr | None = Field(default=None, min_length=LEAST_SECRET)
+    secret: SecretStr | None = Field(default=None, min_length=MIN_SECRET_LENGTH)
     """What operators sign their requests with, at least 16 characters."""

@@ -11,7 +11,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
 from services.api.app import build_app
-from services.api.application import forget_application, public_path
+from services.api.application import public_path, unregister_application
 from tests.servers.api_fixture import StandIn, running_api
 
 
@@ -29,7 +29,7 @@ async def test_every_route_is_described_and_every_description_is_a_route(tmp_pat
             for route in application.router.routes
             for method in route.methods
         }
-        forget_application(application)
+        unregister_application(application)
     described = {
         (path, method)
         for path, item in document["paths"].items()

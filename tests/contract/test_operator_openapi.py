@@ -18,12 +18,12 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from services.api.application import forget_application, public_path
-from services.api.operator.app import Gatekeeper, build_operator_app
-from services.api.operator.desk import OperatorDesk
+from services.api.application import public_path, unregister_application
+from services.api.operator.app import TokenAuthenticator, build_operator_app
+from services.api.operator.desk import OperatorCommands
 from services.api.operator.service import operator_api
-from services.api.operator.views import OperatorViews
-from services.api.operator.warming import Warmer
+from services.api.operator.views import OperatorQueries
+from services.api.operator.warming import CacheWarmer
 from tests.servers.api_fixture import StandIn, running_api
 from tests.servers.operator_token import SECRET, sign
 
@@ -41,17 +41,17 @@ async def test_every_route_is_described_and_every_description_is_a_route(tmp_pat
         context = api.context
         application = build_operator_app(
             context.settings.public_api,
-            Gatekeeper(context.state, SECRET),
-            OperatorDesk(context.state, context.orders),
-            OperatorViews(context.state, context.volume),
-            Warmer(context, "here"),
+            TokenAuthenticator(context.state, SECRET),
+            OperatorCommands(context.state, context.operator_state),
+            OperatorQueries(context.state, context.volume),
+            CacheWarmer(context, "here"),
         )
         routes = {
             (public_path(route), method.lower())
             for route in application.router.routes
             for method in route.methods
         }
-        forget_application(application)
+        unregister_application(application)
     described = {(path, method) for path, item in DOCUMENT["paths"].items() for method in item}
     assert routes == described
 

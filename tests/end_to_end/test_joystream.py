@@ -181,22 +181,22 @@ async def test_warming_fetches_what_is_ours(world: JoystreamWorld, scope: dict[s
     operator = OperatorClient(free_port())
     world.stack.environment |= operator.environment
     await world.stack.up()
-    await operator.order("warm", scope)
+    await operator.command("warm", scope)
 
     async def over() -> bool:
-        return bool((await operator.look("warm"))["state"] == "finished")
+        return bool((await operator.query("warm"))["state"] == "finished")
 
     await until(over, 60)
     # The list says that it holds what is not accepted yet; the look-up knows better.
-    assert {**(await operator.look("warm")), "reason": ""} == {
+    assert {**(await operator.query("warm")), "reason": ""} == {
         "state": "finished", "total": 6, "done": 5, "skipped": 1, "failed": 0, "reason": "",
     }  # fmt: skip
     for item in items:
         assert (await get(world.stack.url(item.object_id), method="HEAD")).headers["x-cache"] == "hit"
     # A bucket that is not ours is asked about, and left alone.
-    await operator.order("warm", {"bucket": "9:9"})
+    await operator.command("warm", {"bucket": "9:9"})
     await until(over, 60)
-    warmed = await operator.look("warm")
+    warmed = await operator.query("warm")
     assert (warmed["total"], warmed["skipped"]) == (1, 1)
 
 

@@ -130,7 +130,7 @@ async def test_stop_closes_the_public_port_in_all_workers_and_start_opens_it_aga
     writer.write(b"GET /api/v1/assets/1 HTTP/1.1\r\nHost: n\r\nConnection: close\r\n\r\n")
     head = await reader.readuntil(b"\r\n\r\n")
     assert b" 200 " in head
-    await operator.order("stop-api")
+    await operator.command("stop-api")
     assert await until(lambda: refuses_connections(port)) < 1.5
     assert await reader.readexactly(item.size) == item.content.read(0, item.size)
     writer.close()
@@ -141,7 +141,7 @@ async def test_stop_closes_the_public_port_in_all_workers_and_start_opens_it_aga
     await until(lambda: all_gone(killed))
     await until(lambda: all_listen(operator, 2))
     assert await refuses_connections(port)
-    await operator.order("start-api")
+    await operator.command("start-api")
     assert await until(lambda: accepts_connections(port)) < 1.5
     assert (await get(world.stack.url("1"), method="HEAD")).headers["x-cache"] == "hit"
     assert len(world.first.requests.of("1", "GET")) == 1
@@ -155,10 +155,10 @@ async def test_the_duty_is_effective_in_every_process_and_outlives_them(world: W
     async def moved() -> bool:
         return await buckets_everywhere(world) == {'{"bucketIds": ["5:5"]}'}
 
-    await operator.order("set-buckets", {"buckets": ["5:5"]})
+    await operator.command("set-buckets", {"buckets": ["5:5"]})
     assert await until(moved) < 1.5
     assert (await get(world.stack.url("1"), method="HEAD")).status == 421
-    assert (await operator.order("set-worker", {"workerId": 7}))["workerId"] == 7
+    assert (await operator.command("set-worker", {"workerId": 7}))["workerId"] == 7
 
     async def known() -> bool:
         return all([(await world.stack.status()).get("workerId") == 7 for _ in range(10)])
@@ -172,7 +172,7 @@ async def test_the_duty_is_effective_in_every_process_and_outlives_them(world: W
     api.start()
     await api.healthy()
     assert await moved()
-    await operator.order("set-buckets", {})
+    await operator.command("set-buckets", {})
 
     async def by_worker() -> bool:
         return await buckets_everywhere(world) == {'{"allByWorkerId": 7}'}
@@ -186,15 +186,15 @@ async def test_one_dead_worker_costs_nothing(world: World) -> None:
     victim = worker_processes(world)[0]
     os.kill(victim, signal.SIGKILL)
     await until(lambda: all_gone([victim]))
-    await operator.order("set-buckets", {"buckets": ["5:5"]})
-    assert (await operator.look("orders"))["buckets"] == ["5:5"]
+    await operator.command("set-buckets", {"buckets": ["5:5"]})
+    assert (await operator.query("orders"))["buckets"] == ["5:5"]
 
 
 async def test_shutdown_ends_all_processes_with_code_0(world: World) -> None:
     world.publish([generated_object("1", 1000)])
     operator = await started(world)
     workers = worker_processes(world)
-    assert (await operator.order("shutdown"))["shuttingDown"]
+    assert (await operator.command("shutdown"))["shuttingDown"]
     [api] = world.stack.of("api")
     assert api.process is not None
     assert await asyncio.to_thread(api.process.wait, 20) == 0
@@ -202,14 +202,14 @@ async def test_shutdown_ends_all_processes_with_code_0(world: World) -> None:
     # It is no lasting order: started again, it serves.
     api.start()
     await api.healthy()
-    assert not (await operator.look("orders"))["shuttingDown"]
+    assert not (await operator.query("orders"))["shuttingDown"]
 
 
 async def test_an_emptied_state_store_gets_the_orders_back(world: World) -> None:
     world.publish([generated_object("1", 1000)])
     operator = await started(world)
-    await operator.order("set-buckets", {"buckets": ["0:1", "5:5"]})
-    await operator.order("pin", {"ids": ["1"]})
+    await operator.command("set-buckets", {"buckets": ["0:1", "5:5"]})
+    await operator.command("pin", {"ids": ["1"]})
 
     async def kept() -> bool:
         file = world.stack.volume / "operator.json"
@@ -219,9 +219,9 @@ async def test_an_emptied_state_store_gets_the_orders_back(world: World) -> None
     await world.empty_state_store()
 
     async def restored() -> bool:
-        return bool((await operator.order("unpin", {"ids": ["9"]}))["pinned"] == 1)
+        return bool((await operator.command("unpin", {"ids": ["9"]}))["pinned"] == 1)
 
-    assert (await operator.look("orders"))["buckets"] == ["0:1", "5:5"]
+    assert (await operator.query("orders"))["buckets"] == ["0:1", "5:5"]
     assert await until(restored) < 2
 
     async def back_everywhere() -> bool:
@@ -243,8 +243,8 @@ async def test_purge_lets_readers_finish_and_objects_be_fetched_again(world: Wor
     world.first.knobs.add(Behaviour(bytes_per_second=6 * MIB), Match(object_id="3"))
     following = asyncio.create_task(get(world.stack.url("3")))
     await world.stack.until_on_volume(18 * MIB)
-    await operator.order("pin", {"ids": ["2"]})
-    assert (await operator.order("purge", {"all": True}))["purging"] == 3
+    await operator.command("pin", {"ids": ["2"]})
+    assert (await operator.command("purge", {"all": True}))["purging"] == 3
 
     async def gone() -> bool:
         heads = [await get(world.stack.url(name), method="HEAD") for name in "12"]
@@ -257,7 +257,7 @@ async def test_purge_lets_readers_finish_and_objects_be_fetched_again(world: Wor
     assert (await following).body == slow.content.read(0, slow.size)
 
     async def emptied() -> bool:
-        return (await operator.look("cache"))["total"] == 0 and world.stack.bytes_on_volume() < MIB
+        return (await operator.query("cache"))["total"] == 0 and world.stack.bytes_on_volume() < MIB
 
     await until(emptied)
     world.first.knobs.clear()
@@ -272,29 +272,29 @@ async def test_warm_fetches_what_is_ours_within_space_and_evicts_nothing(world: 
     operator = await started(
         world, DISTRIBUTOR_STORAGE__LIMIT="10M", DISTRIBUTOR_BUCKETS='["0:1"]', workers=2
     )
-    assert (await operator.look("warm"))["state"] == "none"
+    assert (await operator.query("warm"))["state"] == "none"
     await get(world.stack.url("12"))
     await world.stack.until_hit("12")
-    await operator.order("warm", {"all": True})
+    await operator.command("warm", {"all": True})
     assert (await operator.ask("POST", "warm", {"all": True})).status in (409, 200)
 
     async def over() -> bool:
-        return bool((await operator.look("warm"))["state"] == "finished")
+        return bool((await operator.query("warm"))["state"] == "finished")
 
     await until(over, 60)
-    warming = await operator.look("warm")
+    warming = await operator.query("warm")
     # Low watermark 9 MiB, records included: 12 is there, seven more fit below it.
     assert (warming["total"], warming["failed"]) == (12, 0)
     assert 6 <= warming["done"] <= 8
     assert warming["done"] + warming["skipped"] == 12
-    cached = await operator.look("cache?limit=100")
+    cached = await operator.query("cache?limit=100")
     assert cached["total"] == warming["done"] + 1
     assert "12" in {entry["id"] for entry in cached["objects"]}
     assert "99" not in {entry["id"] for entry in cached["objects"]}
     assert "object_removed" not in world.stack.logs()
-    await operator.order("warm", {"ids": ["12", "nowhere", "99"]})
+    await operator.command("warm", {"ids": ["12", "nowhere", "99"]})
     await until(over)
-    assert {**(await operator.look("warm")), "reason": ""} == {
+    assert {**(await operator.query("warm")), "reason": ""} == {
         "state": "finished", "total": 3, "done": 0, "skipped": 3, "failed": 0, "reason": "",
     }  # fmt: skip
 
@@ -306,7 +306,7 @@ async def test_pinned_objects_are_not_evicted(world: World) -> None:
     for name in ("1", "2"):
         await get(world.stack.url(name))
         await world.stack.until_hit(name)
-    assert await operator.order("pin", {"ids": ["1", "14"]}) == {"changed": 2, "pinned": 2}
+    assert await operator.command("pin", {"ids": ["1", "14"]}) == {"changed": 2, "pinned": 2}
     await killed_and_started_again(world)
     for number in range(3, 14):
         await get(world.stack.url(str(number)))
@@ -317,16 +317,16 @@ async def test_pinned_objects_are_not_evicted(world: World) -> None:
 
     await until(made_room)
     assert (await get(world.stack.url("1"), method="HEAD")).headers["x-cache"] == "hit"
-    cached = await operator.look("cache?limit=3")
+    cached = await operator.query("cache?limit=3")
     assert cached["pinned"] == 1
     assert cached["pinnedBytes"] == MIB
     listed = [entry["id"] for entry in cached["objects"]]
     while cached["next"]:
-        cached = await operator.look(f"cache?limit=3&after={cached['next']}")
+        cached = await operator.query(f"cache?limit=3&after={cached['next']}")
         listed += [entry["id"] for entry in cached["objects"]]
     assert listed == sorted(set(listed))
     assert len(listed) == cached["total"]
-    assert await operator.order("unpin", {"ids": ["1", "5"]}) == {"changed": 1, "pinned": 1}
+    assert await operator.command("unpin", {"ids": ["1", "5"]}) == {"changed": 1, "pinned": 1}
 
 
 async def test_drained_the_node_serves_hits_and_takes_no_fetches(world: World) -> None:
@@ -334,15 +334,15 @@ async def test_drained_the_node_serves_hits_and_takes_no_fetches(world: World) -
     operator = await started(world)
     await get(world.stack.url("1"))
     await world.stack.until_hit("1")
-    assert (await operator.order("drain", {"on": True}))["draining"]
+    assert (await operator.command("drain", {"on": True}))["draining"]
     await asyncio.sleep(1.0)  # an order is in force everywhere within a second
     assert (await get(world.stack.url("1"))).headers["x-cache"] == "hit"
     for _ in range(5):
         answer = await get(world.stack.url("2"))
         assert (answer.status, answer.headers["x-data-source"]) == (200, "external")
-    assert (await operator.look("downloads")) == {"downloads": []}
+    assert (await operator.query("downloads")) == {"downloads": []}
     assert (await get(world.stack.url("2"), method="HEAD")).headers["x-cache"] == "miss"
-    await operator.order("drain", {"on": False})
+    await operator.command("drain", {"on": False})
     await asyncio.sleep(1.0)
     await get(world.stack.url("2"))
     await world.stack.until_hit("2")
@@ -356,11 +356,11 @@ async def test_downloads_are_shown(world: World) -> None:
     following = asyncio.create_task(get(world.stack.url("1")))
 
     async def growing() -> bool:
-        shown = (await operator.look("downloads"))["downloads"]
+        shown = (await operator.query("downloads"))["downloads"]
         return bool(shown) and 0 < shown[0]["bytes"] < item.size and shown[0]["source"] is not None
 
     await until(growing)
-    [shown] = (await operator.look("downloads"))["downloads"]
+    [shown] = (await operator.query("downloads"))["downloads"]
     assert (shown["id"], shown["phase"], shown["size"]) == ("1", "fetching", item.size)
     assert shown["source"] in world.first.api_url
     assert (await following).complete

@@ -215,7 +215,7 @@ async def test_paused_client_is_kept_until_the_stall_limit(tmp_path: Path) -> No
             client.sendall(b"GET /api/v1/assets/endless HTTP/1.1\r\nHost: a\r\n\r\n")
             started = loop.time()
             assert await loop.run_in_executor(None, client.recv, 10)
-            assert await api.server.disconnected(5)
+            assert await api.server.wait_disconnected(5)
             assert 0.9 <= loop.time() - started < 3
 
 

@@ -188,14 +188,14 @@ async def test_what_sends_no_bytes_leaves_no_trace(world: AssetsWorld, object_id
 
     await ask_for_nothing()
     assert _is_free(world, object_id)
-    await world.context.accesses.hand_over()
+    await world.context.accesses.flush()
     assert (await world.context.state.read_accesses("", 10))[1] == []
     assert (await ask("GET")).body == world.data[object_id]
     async with asyncio.timeout(5):
         while not _is_free(world, object_id):
             await ask_for_nothing()
             await asyncio.sleep(0.1)
-    await world.context.accesses.hand_over()
+    await world.context.accesses.flush()
     counted = (await world.context.state.read_accesses("", 10))[1]
     assert [(access.object_id, access.views) for access in counted] == [(object_id, 1)]
 

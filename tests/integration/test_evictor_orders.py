@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.volume.orders_file import read_orders, write_orders
+from shared.adapters.volume.orders_file import read_operator_state, write_operator_state
 from shared.domain.objects import ObjectId
-from shared.domain.orders import KeptOrders, Orders
+from shared.domain.orders import OperatorState, OperatorStateSnapshot
 from tests.integration.evictor_world import SIZE, EvictorWorld, body_of, eventually, evictor_world
 
 ONE, TWO, THREE = (ObjectId(name) for name in ("one", "two", "three"))
@@ -107,22 +107,22 @@ async def test_pinned_objects_stay_when_room_is_made(world: EvictorWorld) -> Non
 async def test_the_copy_on_the_volume_follows_the_orders(world: EvictorWorld) -> None:
     async with world.evictor():
         await eventually(world.accounted)
-        assert read_orders(world.root) is None
-        written = await world.state.change_orders(0, Orders(stopped=True))
+        assert read_operator_state(world.root) is None
+        written = await world.state.change_operator_state(0, OperatorState(stopped=True))
         assert written is not None
-        await eventually(lambda: read_orders(world.root) == KeptOrders(written))
+        await eventually(lambda: read_operator_state(world.root) == OperatorStateSnapshot(written))
         await world.state.change_pins(pin=[ONE])
 
         def pinned() -> bool:
-            kept = read_orders(world.root)
-            return kept is not None and kept.pinned == {ONE} and kept.orders.stopped
+            snapshot = read_operator_state(world.root)
+            return snapshot is not None and snapshot.pinned == {ONE} and snapshot.state.stopped
 
         await eventually(pinned)
 
 
 async def test_pins_are_back_before_anything_is_evicted(tmp_path: Path) -> None:
     async with evictor_world(tmp_path) as world:
-        write_orders(world.root, KeptOrders(Orders(version=4), frozenset({ONE})))
+        write_operator_state(world.root, OperatorStateSnapshot(OperatorState(version=4), frozenset({ONE})))
         for name in ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"):
             world.put_file(name)
         assert isinstance(world.state, MemoryStateStore)
@@ -140,7 +140,9 @@ async def test_pins_are_back_before_anything_is_evicted(tmp_path: Path) -> None:
 async def test_the_duty_ordered_is_the_one_that_is_checked(world: EvictorWorld) -> None:
     async with world.evictor() as evictor:
         await eventually(world.accounted)
-        await world.state.change_orders(0, Orders(buckets_ordered=True, buckets=frozenset({"5:5"})))
+        await world.state.change_operator_state(
+            0, OperatorState(buckets_ordered=True, buckets=frozenset({"5:5"}))
+        )
 
         def changed() -> bool:
             return evictor._tools.duty._duty.bucket_ids == frozenset({"5:5"})

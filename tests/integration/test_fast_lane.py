@@ -179,10 +179,12 @@ async def test_a_stopped_api_lets_a_long_body_end(tmp_path: Path, *, fast_lane: 
         reader, writer = await world.connect()
         writer.write(ask("2"))
         await reader.readuntil(b"\r\n\r\n")
-        state, orders = world.context.state, world.context.orders
-        assert await state.change_orders(orders.current.version, replace(orders.current, stopped=True))
+        state, operator_state = world.context.state, world.context.operator_state
+        assert await state.change_operator_state(
+            operator_state.current.version, replace(operator_state.current, stopped=True)
+        )
         async with asyncio.timeout(5):
-            await orders.until(lambda now: now.stopped)
+            await operator_state.wait_until(lambda now: now.stopped)
         assert await reader.readexactly(LARGE) == world.data["2"]
         writer.write(ask("1"))
         head, body = await read_answer(reader)
@@ -284,7 +286,7 @@ async def test_an_unexpected_error_ends_the_connection(
         raise RuntimeError("secret details")
 
     before = counted("distributor_cut_answers_total", reason="unexpected_error")
-    monkeypatch.setattr(world.context.accesses, "note_sending", failing)
+    monkeypatch.setattr(world.context.accesses, "touch", failing)
     monkeypatch.setattr("services.api.fast_lane.body_sender.ACCESS_RENEWAL", 0.0)
     reader, writer = await world.connect()
     writer.write(ask("2"))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from services.api.last_arrivals import let_the_last_in
+from services.api.last_arrivals import drain_accept_queue
 from tests.servers.api_fixture import StandIn, running_api
 
 ASK = b"GET /api/v1/assets/any HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -146,7 +146,7 @@ def test_who_comes_when_the_door_is_shut_is_refused_and_who_is_inside_stays(
     with socket.create_server((host, 0), family=family, dualstack_ipv6=host == "::") as listener:
         port = listener.getsockname()[1]
         with socket.create_connection((to, port)) as inside:
-            asyncio.run(let_the_last_in(listener, lambda: 0, 0.1))
+            asyncio.run(drain_accept_queue(listener, lambda: 0, 0.1))
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection((to, port))
             accepted, _ = listener.accept()
@@ -162,11 +162,11 @@ async def test_half_made_connections_are_waited_for(tmp_path: Path) -> None:
         port = listener.getsockname()[1]
         row = f"   1: 0100007F:{port:04X} 0100007F:D2E4 {{}} 00000000:00000000 01:00000064 00000000     0        0 0\n"
         table.write_text(TABLE_HEAD + row.format("03"))
-        waiting = asyncio.create_task(let_the_last_in(listener, lambda: 0, 10, tables=[table]))
+        waiting = asyncio.create_task(drain_accept_queue(listener, lambda: 0, 10, tables=[table]))
         assert not (await asyncio.wait({waiting}, timeout=0.3))[0]
         table.write_text(TABLE_HEAD + row.format("01"))
         async with asyncio.timeout(2):
             await waiting
         table.write_text(TABLE_HEAD + row.format("03"))
         async with asyncio.timeout(2):
-            await let_the_last_in(listener, lambda: 0, 0.2, tables=[table])
+            await drain_accept_queue(listener, lambda: 0, 0.2, tables=[table])

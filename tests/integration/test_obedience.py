@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 
 from services.api.app import build_app
-from services.api.application import forget_application
-from services.api.listening import Address
-from services.api.obedience import Obedience
+from services.api.application import unregister_application
+from services.api.listening import ListenAddress
+from services.api.obedience import OperatorStateController
 from services.api.server import PublicServer
-from shared.domain.orders import Orders
+from shared.domain.orders import OperatorState
 from tests.servers.api_fixture import StandIn, running_api
 
 
@@ -33,16 +33,18 @@ class SlowServer(PublicServer):
 
 async def test_a_stop_that_comes_while_the_port_is_being_opened_is_obeyed(tmp_path: Path) -> None:
     async with running_api(tmp_path, StandIn()) as api:
-        orders, application = api.context.orders, build_app(api.context, StandIn())
-        server = SlowServer(application, Address("127.0.0.1", 0))
-        obeying = asyncio.create_task(Obedience(api.context, server, 0).run(asyncio.Event()))
+        operator_state, application = api.context.operator_state, build_app(api.context, StandIn())
+        server = SlowServer(application, ListenAddress("127.0.0.1", 0))
+        controller_task = asyncio.create_task(
+            OperatorStateController(api.context, server, 0).run(asyncio.Event())
+        )
         async with asyncio.timeout(10):
             await server.opening.wait()
-            orders._take(Orders(version=1, stopped=True))
+            operator_state._set_current(OperatorState(version=1, stopped=True))
             server.may_open.set()
             await server.closed.wait()
         assert not server.is_open
-        obeying.cancel()
-        await asyncio.wait({obeying})
+        controller_task.cancel()
+        await asyncio.wait({controller_task})
         await application.ctx.usage.close()
-        forget_application(application)
+        unregister_application(application)

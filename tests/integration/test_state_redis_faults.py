@@ -15,7 +15,7 @@ from shared.adapters.state_redis import RedisStateStore
 from shared.adapters.state_times import StateTimes
 from shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from shared.domain.objects import ObjectId
-from shared.domain.orders import KeptOrders, Orders
+from shared.domain.orders import OperatorState, OperatorStateSnapshot
 from shared.domain.warming import WarmingScope
 from shared.observability.metrics import STATE_STORE_ERRORS
 from shared.ports.order_book import PurgeWish
@@ -72,18 +72,20 @@ VERBS: dict[str, Callable[[RedisStateStore], Awaitable[Any]]] = {
     "read_accesses": lambda store: store.read_accesses("", 1),
     "load_policy_state": lambda store: store.load_policy_state(),
     "save_policy": lambda store: store.save_policy(_TERM, [], PolicyState()),
-    "orders": lambda store: store.orders(),
-    "change_orders": lambda store: store.change_orders(0, Orders()),
-    "restore_orders": lambda store: store.restore_orders(KeptOrders(Orders())),
+    "operator_state": lambda store: store.operator_state(),
+    "change_operator_state": lambda store: store.change_operator_state(0, OperatorState()),
+    "restore_operator_state": lambda store: store.restore_operator_state(
+        OperatorStateSnapshot(OperatorState())
+    ),
     "pinned": lambda store: store.pinned(),
     "change_pins": lambda store: store.change_pins(pin=[ONE]),
     "want_purges": lambda store: store.want_purges([ONE]),
     "purges_wanted": lambda store: store.purges_wanted(1),
     "end_purge": lambda store: store.end_purge(_TERM, PurgeWish(ONE, 1)),
-    "order_warming": lambda store: store.order_warming(WarmingScope()),
+    "start_warming": lambda store: store.start_warming(WarmingScope()),
     "warming": lambda store: store.warming(),
-    "tend_warming": lambda store: store.tend_warming("api-1", 1),
-    "use_ticket": lambda store: store.use_ticket("once", 0.0, 1),
+    "lease_warming": lambda store: store.lease_warming("api-1", 1),
+    "consume_token_id": lambda store: store.consume_token_id("once", 0.0, 1),
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from services.api.operator.warming import REPORT_SECONDS, Warmer
+from services.api.operator.warming import REPORT_INTERVAL, CacheWarmer
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_times import StateTimes
 from shared.domain.errors import StateStoreUnavailable
@@ -33,20 +33,20 @@ class AwayStore(MemoryStateStore):
             raise StateStoreUnavailable("away")
         return await super().claim(object_id, claimant)
 
-    async def tend_warming(
+    async def lease_warming(
         self, holder: str, seconds: float, progress: Warming | None = None
     ) -> Warming | None:
         if progress is not None and self.reports:
             self.reports -= 1
             raise StateStoreUnavailable("away")
-        return await super().tend_warming(holder, seconds, progress)
+        return await super().lease_warming(holder, seconds, progress)
 
 
 @asynccontextmanager
 async def warming_world(root: Path, store: AwayStore) -> AsyncIterator[AssetsWorld]:
     """A warmer at work beside the API."""
     async with assets_world(root, store=store) as world:
-        warming = asyncio.create_task(Warmer(world.context, "here").run())
+        warming = asyncio.create_task(CacheWarmer(world.context, "here").run())
         try:
             yield world
         finally:
@@ -64,9 +64,9 @@ async def test_what_is_done_but_cannot_be_reported_is_reported_later_at_leisure(
     async with warming_world(tmp_path, store) as world:
         store.reports = 3
         began = time.monotonic()
-        assert await store.order_warming(ONE) is not None
+        assert await store.start_warming(ONE) is not None
         await world.until(lambda _: store.reports == 0)
-        assert time.monotonic() - began >= 2 * REPORT_SECONDS
+        assert time.monotonic() - began >= 2 * REPORT_INTERVAL
 
         async def finished(world: AssetsWorld) -> bool:
             return await state_of(world) == "finished"
@@ -79,7 +79,7 @@ async def test_without_the_state_store_nothing_counts_as_failed(tmp_path: Path) 
     async with warming_world(tmp_path, store) as world:
         world.add("1", 1000)
         store.claims = 2
-        assert await store.order_warming(ONE) is not None
+        assert await store.start_warming(ONE) is not None
 
         async def waits(_: AssetsWorld) -> bool:
             warming = await store.warming()

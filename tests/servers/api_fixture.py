@@ -12,10 +12,10 @@ from typing import Any
 from sanic import HTTPResponse, Request
 
 from services.api.app import AssetResponder, build_app
-from services.api.application import forget_application
+from services.api.application import unregister_application
 from services.api.assets.handler import AssetHandler
 from services.api.context import ApiContext
-from services.api.listening import Address
+from services.api.listening import ListenAddress
 from services.api.server import PublicServer
 from services.api.service import make_context
 from shared.adapters.sources.health import HealthBook
@@ -98,14 +98,14 @@ async def running_api(
     async with build_source_client(settings, 10) as client:
         context = make_context(settings, volume, *ports, build_relay(client, HealthBook()))
         application = build_app(context, assets or AssetHandler(context))
-        server = PublicServer(application, Address("127.0.0.1", 0))
+        server = PublicServer(application, ListenAddress("127.0.0.1", 0))
         await server.open()
         try:
             yield RunningApi(context, server)
         finally:
             await server.close(0)
             await application.ctx.usage.close()
-            forget_application(application)
+            unregister_application(application)
     for port in reversed(ports):
         await port.close()
     volume.close()

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from services.api import accepting
-from services.api.accepting import Acceptor
-from services.api.listening import Address, bind
+from services.api.accepting import AcceptLoop
+from services.api.listening import ListenAddress, bind
 
 CROWD = 200
 
@@ -42,21 +42,21 @@ class FullTable(socket.socket):
 
 
 @pytest.fixture
-async def listen() -> AsyncIterator[Callable[[socket.socket], Acceptor]]:
+async def listen() -> AsyncIterator[Callable[[socket.socket], AcceptLoop]]:
     Greeter.made = 0
-    acceptors: list[Acceptor] = []
+    accept_loops: list[AcceptLoop] = []
 
-    def start(listener: socket.socket) -> Acceptor:
-        acceptors.append(Acceptor(listener, Greeter, 1024))
-        return acceptors[-1]
+    def start(listener: socket.socket) -> AcceptLoop:
+        accept_loops.append(AcceptLoop(listener, Greeter, 1024))
+        return accept_loops[-1]
 
     yield start
-    for acceptor in acceptors:
-        acceptor.close()
+    for accept_loop in accept_loops:
+        accept_loop.close()
 
 
-async def test_who_comes_at_once_is_taken_at_once(listen: Callable[[socket.socket], Acceptor]) -> None:
-    bound = bind(Address("127.0.0.1", 0))
+async def test_who_comes_at_once_is_taken_at_once(listen: Callable[[socket.socket], AcceptLoop]) -> None:
+    bound = bind(ListenAddress("127.0.0.1", 0))
     bound.listen(1024)
     clients = [socket.create_connection(bound.getsockname()) for _ in range(CROWD)]
     listen(bound)
@@ -70,15 +70,15 @@ async def test_who_comes_at_once_is_taken_at_once(listen: Callable[[socket.socke
 
 
 async def test_after_close_nobody_comes_in_and_who_is_in_stays(
-    listen: Callable[[socket.socket], Acceptor],
+    listen: Callable[[socket.socket], AcceptLoop],
 ) -> None:
-    bound = bind(Address("127.0.0.1", 0))
+    bound = bind(ListenAddress("127.0.0.1", 0))
     place = bound.getsockname()
-    acceptor = listen(bound)
+    accept_loop = listen(bound)
     reader, writer = await asyncio.open_connection(*place)
     assert await reader.read(100) == b"hello 1"
-    acceptor.close()
-    acceptor.close()
+    accept_loop.close()
+    accept_loop.close()
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection(*place)
     with pytest.raises(TimeoutError):
@@ -87,11 +87,11 @@ async def test_after_close_nobody_comes_in_and_who_is_in_stays(
 
 
 async def test_without_descriptors_the_loop_rests_and_the_client_is_taken_later(
-    listen: Callable[[socket.socket], Acceptor], monkeypatch: pytest.MonkeyPatch
+    listen: Callable[[socket.socket], AcceptLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(accepting, "_PAUSE", 0.05)
+    monkeypatch.setattr(accepting, "EMFILE_BACKOFF", 0.05)
     monkeypatch.setattr(FullTable, "failures", 1)
-    bound = bind(Address("127.0.0.1", 0))
+    bound = bind(ListenAddress("127.0.0.1", 0))
     listener = FullTable(bound.family, bound.type, bound.proto, fileno=bound.detach())
     listen(listener)
     reader, writer = await asyncio.open_connection(*listener.getsockname())

@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from services.api.farewell import sent_to_the_end
+from services.api.farewell import wait_until_flushed
 
 
 def listening() -> socket.socket:
@@ -28,8 +28,8 @@ async def test_bytes_that_a_client_has_not_taken_are_waited_for() -> None:
                 sent += accepted.send(bytes(65536))
         except BlockingIOError:
             accepted.close()
-        assert not await sent_to_the_end(port, 0.3)
-        waiting = asyncio.create_task(sent_to_the_end(port, 10))
+        assert not await wait_until_flushed(port, 0.3)
+        waiting = asyncio.create_task(wait_until_flushed(port, 10))
 
         def take_all() -> int:
             with client:
@@ -49,11 +49,11 @@ async def test_open_connections_and_other_ports_are_not() -> None:
         with accepted:
             accepted.send(b"not taken")
             began = time.monotonic()
-            assert await sent_to_the_end(server.getsockname()[1], 5)
-            assert await sent_to_the_end(other.getsockname()[1], 5)
+            assert await wait_until_flushed(server.getsockname()[1], 5)
+            assert await wait_until_flushed(other.getsockname()[1], 5)
             assert time.monotonic() - began < 1
             assert client.recv(20) == b"not taken"
 
 
 async def test_where_the_kernel_does_not_tell_nobody_waits(tmp_path: Path) -> None:
-    assert await sent_to_the_end(80, 5, [tmp_path / "missing"])
+    assert await wait_until_flushed(80, 5, [tmp_path / "missing"])

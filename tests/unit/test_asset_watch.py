@@ -10,7 +10,7 @@ from contextlib import suppress
 import pytest
 
 from services.api.assets.watch import FetchWatch
-from services.api.wakeups import FetchWakeups
+from services.api.wakeups import FetchEvents
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_times import StateTimes
 from shared.domain.objects import ObjectId
@@ -26,10 +26,10 @@ def state() -> MemoryStateStore:
 
 @pytest.fixture
 async def watch(state: MemoryStateStore) -> AsyncIterator[FetchWatch]:
-    wakeups = FetchWakeups(state)
-    listening = asyncio.create_task(wakeups.run())
+    fetch_events = FetchEvents(state)
+    listening = asyncio.create_task(fetch_events.run())
     await asyncio.sleep(0)
-    yield FetchWatch(OBJECT_ID, state, wakeups)
+    yield FetchWatch(OBJECT_ID, state, fetch_events)
     listening.cancel()
     with suppress(asyncio.CancelledError):
         await listening

@@ -10,7 +10,7 @@ from sanic.http import Http, Stage
 
 from services.api.assets.heads import CONTENT_LENGTH, Head
 from services.api.assets.timing import note_first_byte
-from services.api.exchange import exchange_of
+from services.api.exchange import request_record
 from services.api.headers import DataSource
 from shared.observability.metrics import SENT_BYTES
 
@@ -33,7 +33,7 @@ async def answer_head(request: Request, head: Head) -> HTTPResponse | None:
 
 class AnswerStream:
     """One streamed answer. Headers leave together with the first piece of the body, so that until then everything can
-    still become a proper error; after that the only way out is to finish, or to raise CutAnswer.
+    still become a proper error; after that the only way out is to finish, or to raise AbortResponse.
 
     How long a client may take nothing is the connection's business, as is noticing that it has left.
     """
@@ -50,7 +50,7 @@ class AnswerStream:
 
     def note_size(self, size: int) -> None:
         """The object turned out to have so many bytes."""
-        exchange_of(self._request).size = size
+        request_record(self._request).size = size
 
     async def begin(self, head: Head, piece: bytes | memoryview) -> None:
         """Send the head and the first piece. The head has the body's length, unless nobody knows it."""
@@ -73,6 +73,6 @@ class AnswerStream:
     async def _write(self, response: HTTPResponse, piece: bytes | memoryview, source: DataSource) -> None:
         # Counted before: the connection may write its record as soon as the last byte is handed over.
         self.sent += len(piece)
-        exchange_of(self._request).sent = self.sent
+        request_record(self._request).sent = self.sent
         SENT_BYTES.labels(source=source).inc(len(piece))
         await response.send(piece)  # type: ignore[type-var]

@@ -111,8 +111,8 @@ class Follower:
             await self._send(answer, piece, outcome)
             if monotonic() - renewed >= ACCESS_RENEWAL:
                 renewed = monotonic()
-                self._accesses.note_sending(object_id)
-        self._accesses.note_sending(object_id)
+                self._accesses.touch(object_id)
+        self._accesses.touch(object_id)
         await answer.finish()
         return FollowEnd.DONE
 

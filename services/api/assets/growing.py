@@ -19,7 +19,7 @@ from services.api.assets.proxy import Passing, Proxy
 from services.api.assets.sender import ObjectSender
 from services.api.assets.watch import FetchWatch
 from services.api.context import ApiContext
-from services.api.errors import CutAnswer, ErrorAnswer
+from services.api.errors import AbortResponse, HttpError
 from shared.adapters.volume import OpenObject, PartialReader
 from shared.domain.errors import VolumeError
 from shared.domain.objects import MediaObject
@@ -101,7 +101,7 @@ class GrowingAnswerer:
         end = await follower.follow(answer, reader, wanted.outcome)
         if end is FollowEnd.TORN:
             if answer.begun:
-                raise CutAnswer("object_gone")
+                raise AbortResponse("object_gone")
             return False
         if end is FollowEnd.STOPPED:
             logger.warning(
@@ -116,21 +116,21 @@ class GrowingAnswerer:
     async def _passing(self, wanted: Wanted, answer: AnswerStream) -> Passing:
         try:
             known = wanted.known or await self._look_up_same(wanted.described)
-        except ErrorAnswer as error:
+        except HttpError as error:
             if answer.begun:
-                raise CutAnswer("source_unknown") from error
+                raise AbortResponse("source_unknown") from error
             raise
         return Passing(answer, known, wanted.described, wanted.span, wanted.outcome, wanted.source)
 
     async def _look_up_same(self, described: Description) -> MediaObject:
-        """The catalog's word on what the volume has described. ErrorAnswer 503 if that is something else by now."""
+        """The catalog's word on what the volume has described. HttpError 503 if that is something else by now."""
         known = await look_up(self._context, described.object_id)
         if (known.size, known.etag) != (described.size, described.etag):
-            raise ErrorAnswer(503, "The object has just changed", "unavailable", {"Retry-After": "1"})
+            raise HttpError(503, "The object has just changed", "unavailable", {"Retry-After": "1"})
         return known
 
     def _follower(self, wanted: Wanted) -> Follower:
         context, object_id = self._context, wanted.described.object_id
-        watch = FetchWatch(object_id, context.state, context.wakeups)
+        watch = FetchWatch(object_id, context.state, context.fetch_events)
         patience = context.settings.fetch.lease + _RESUME_GRACE
         return Follower(context.volume, context.accesses, watch, wanted.described, wanted.span, patience)

@@ -43,7 +43,7 @@ class AssetHandler:
     async def handle(self, request: Request, object_id: ObjectId) -> HTTPResponse | None:
         """The answer, or None if it was streamed.
 
-        A cached object is answered from the volume alone. ErrorAnswer for every other end than content.
+        A cached object is answered from the volume alone. HttpError for every other end than content.
         """
         asked = _asked(request)
         degraded = False

@@ -8,7 +8,7 @@ from email.utils import formatdate
 from sanic import HTTPResponse
 
 from services.api.assets.decision import Description, Refusal, Span
-from services.api.errors import ErrorAnswer
+from services.api.errors import HttpError
 from services.api.headers import (
     ASSET,
     ASSET_CONTENT,
@@ -113,5 +113,5 @@ def refuse(refusal: Refusal | Unsatisfiable, described: Description, outcome: Ca
     extra: dict[str, str] = {"X-Cache": outcome.result}
     if isinstance(refusal, Unsatisfiable):
         extra["Content-Range"] = refusal.content_range
-        raise ErrorAnswer(416, "Range not satisfiable", "range_not_satisfiable", extra)
-    raise ErrorAnswer(412, "Precondition failed", "precondition_failed", extra)
+        raise HttpError(416, "Range not satisfiable", "range_not_satisfiable", extra)
+    raise HttpError(412, "Precondition failed", "precondition_failed", extra)

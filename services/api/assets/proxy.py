@@ -13,7 +13,7 @@ from services.api.assets.answer import AnswerStream
 from services.api.assets.decision import Description, Span
 from services.api.assets.heads import CacheOutcome, content_head
 from services.api.assets.hold_back import VerifiedPassage
-from services.api.errors import RETRY_LATER, CutAnswer, ErrorAnswer
+from services.api.errors import RETRY_LATER, AbortResponse, HttpError
 from shared.adapters.sources import SourceAnswer
 from shared.adapters.sources.checks import MAX_SKIP
 from shared.adapters.sources.relay import Relay
@@ -82,7 +82,7 @@ class Proxy:
         self._farthest = min(settings.far_range_distance, MAX_SKIP)
 
     async def answer(self, passing: Passing) -> None:
-        """Answer from a source. ErrorAnswer while nothing has been sent: 502, 504, or 503 if too many are proxied.
+        """Answer from a source. HttpError while nothing has been sent: 502, 504, or 503 if too many are proxied.
 
         All sources together have `proxied_first_byte_wait` for the first byte: a client that waits longer gives up.
         """
@@ -105,7 +105,7 @@ class Proxy:
             # Nothing has been sent yet: another source may hold the right bytes.
             sources = [url for url in sources if url not in passing.used]
             if not sources:
-                raise ErrorAnswer(502, "Every source holds wrong bytes", "sources_failed")
+                raise HttpError(502, "Every source holds wrong bytes", "sources_failed")
             passing.used = set()
 
     def _passage(self, known: MediaObject, span: Span) -> VerifiedPassage | None:
@@ -116,7 +116,7 @@ class Proxy:
         return VerifiedPassage(known.content_hash, known.size, first=span.first)
 
     async def go_on(self, passing: Passing, reader: PartialReader) -> None:
-        """Send what is missing of an answer whose growing file has stopped growing; CutAnswer if that fails.
+        """Send what is missing of an answer whose growing file has stopped growing; AbortResponse if that fails.
 
         What completes an object must be verified: what lies on disk, and so what was sent, is hashed first.
         """
@@ -129,9 +129,9 @@ class Proxy:
                 try:
                     await asyncio.to_thread(_hash_file, reader, position, passage)
                 except (OSError, VolumeError) as error:
-                    raise CutAnswer("object_unreadable") from error
+                    raise AbortResponse("object_unreadable") from error
                 if reader.state().gone:
-                    raise CutAnswer("object_gone")
+                    raise AbortResponse("object_gone")
             await self._attempt(passing, known.sources, passage, position)
 
     async def _attempt(
@@ -152,7 +152,7 @@ class Proxy:
             if not passage.verify():
                 self._note_wrong(passing, resumed=passage.resumed)
                 if passing.answer.begun:
-                    raise CutAnswer("verification_failed")
+                    raise AbortResponse("verification_failed")
                 return False
             await passing.emit(passage.rest())
         await passing.finish()
@@ -177,8 +177,8 @@ class Proxy:
     def _place(self, *, begun: bool) -> Iterator[None]:
         if self._free <= 0:
             if begun:
-                raise CutAnswer("too_many_proxied")
-            raise ErrorAnswer(503, "Too many answers are being proxied", "unavailable", RETRY_LATER)
+                raise AbortResponse("too_many_proxied")
+            raise HttpError(503, "Too many answers are being proxied", "unavailable", RETRY_LATER)
         self._free -= 1
         PROXIED_IN_PROGRESS.inc()
         try:
@@ -199,13 +199,13 @@ def _hash_file(reader: PartialReader, end: int, passage: VerifiedPassage) -> Non
         position += len(data)
 
 
-def _failed(error: AllSourcesFailed, answer: AnswerStream) -> ErrorAnswer | CutAnswer:
+def _failed(error: AllSourcesFailed, answer: AnswerStream) -> HttpError | AbortResponse:
     if answer.begun:
-        return CutAnswer("source_failed")
+        return AbortResponse("source_failed")
     if error.too_slow:
         return _too_slow()
-    return ErrorAnswer(502, "No source could give the object", "sources_failed")
+    return HttpError(502, "No source could give the object", "sources_failed")
 
 
-def _too_slow() -> ErrorAnswer:
-    return ErrorAnswer(504, "Every source is too slow", "sources_too_slow")
+def _too_slow() -> HttpError:
+    return HttpError(504, "Every source is too slow", "sources_too_slow")

@@ -14,8 +14,8 @@ from services.api.assets.hand_over import OFFER, HandOver
 from services.api.assets.heads import HIT, CacheOutcome, content_head, refuse
 from services.api.assets.reading import read_piece
 from services.api.assets.timing import note_first_byte
-from services.api.errors import CutAnswer
-from services.api.exchange import exchange_of
+from services.api.errors import AbortResponse
+from services.api.exchange import request_record
 from shared.adapters.volume import OpenObject
 from shared.domain.errors import VolumeError
 from shared.observability.metrics import SENT_BYTES
@@ -36,7 +36,7 @@ class ObjectSender:
     async def answer(self, request: Request, asked: Asked, found: OpenObject) -> HTTPResponse | None:
         """The answer, or None if it was streamed; VolumeError if nothing could be read. A HEAD leaves no trace."""
         described = Description.of_record(found.record, complete=True)
-        exchange_of(request).size = described.size
+        request_record(request).size = described.size
         span = select(asked, described)
         if not isinstance(span, Span):
             return refuse(span, described, HIT)
@@ -49,9 +49,9 @@ class ObjectSender:
     def _handed_over(self, request: Request, described: Description, span: Span) -> HTTPResponse:
         """Counted as if we had sent it."""
         head, length = content_head(described, HIT, span, "local"), span.length or 0
-        self._accesses.note_request(described.object_id)
+        self._accesses.record_request(described.object_id)
         note_first_byte(request, head.result)
-        exchange_of(request).sent = length
+        request_record(request).sent = length
         SENT_BYTES.labels(source="local").inc(length)
         headers = self._hand_over.headers(described.object_id, span, head.headers)
         return HTTPResponse(status=head.status, headers=headers)
@@ -67,7 +67,7 @@ class ObjectSender:
             raise VolumeError(f"{described.object_id} is being removed")
         # Before anything is said to the client: a disk that fails now costs no answer.
         piece = await self._read(found, span.first, min(PIECE_BYTES, length))
-        self._accesses.note_request(described.object_id)
+        self._accesses.record_request(described.object_id)
         if len(piece) == length:
             note_first_byte(request, outcome.result)
             SENT_BYTES.labels(source="local").inc(length)
@@ -83,11 +83,11 @@ class ObjectSender:
         while answer.sent < length:
             if monotonic() - renewed >= ACCESS_RENEWAL:
                 renewed = monotonic()
-                self._accesses.note_sending(found.record.object_id)
+                self._accesses.touch(found.record.object_id)
             try:
                 piece = await self._read(found, first + answer.sent, min(PIECE_BYTES, length - answer.sent))
             except VolumeError as error:
-                raise CutAnswer("object_unreadable") from error
+                raise AbortResponse("object_unreadable") from error
             await answer.send(piece, "local")
 
     async def _read(self, found: OpenObject, offset: int, length: int) -> memoryview:

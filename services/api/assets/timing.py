@@ -8,14 +8,14 @@ from time import perf_counter
 
 from sanic import Request
 
-from services.api.exchange import exchange_of
+from services.api.exchange import request_record
 from services.api.headers import CacheResult
 from shared.observability.metrics import PHASE, TIME_TO_FIRST_BYTE
 
 
 def note_first_byte(request: Request, result: CacheResult) -> None:
     """The first byte of the body is about to leave."""
-    TIME_TO_FIRST_BYTE.labels(cache=result).observe(perf_counter() - exchange_of(request).started)
+    TIME_TO_FIRST_BYTE.labels(cache=result).observe(perf_counter() - request_record(request).started)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from services.api.assets.second_views import SecondViews
 from services.api.assets.sender import ObjectSender
 from services.api.assets.starter import FetchStarter
 from services.api.context import ApiContext
-from services.api.exchange import exchange_of
+from services.api.exchange import request_record
 from shared.adapters.volume import OpenObject
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.objects import MediaObject, ObjectId
@@ -49,12 +49,12 @@ class UncachedAnswerer:
         """`degraded`: the volume has failed for this object, so it is proxied whatever the state store says."""
         found = None if degraded else await self._find(object_id)
         fetch = live_fetch(found) if found is not None else None
-        draining = self._context.orders.current.draining
+        draining = self._context.operator_state.current.draining
         if fetch is not None and (fetch.phase is FetchPhase.FETCHING or not draining):
             return await self._pending(request, asked, object_id, fetch)
         known = await look_up(self._context, object_id)
         described = Description.of_object(known)
-        exchange_of(request).size = described.size
+        request_record(request).size = described.size
         span = select(asked, described)
         if not isinstance(span, Span):
             return refuse(span, described, MISS)
@@ -87,13 +87,13 @@ class UncachedAnswerer:
         if described is None:
             known = await look_up(self._context, object_id)
             described = Description.of_object(known)
-        exchange_of(request).size = described.size
+        request_record(request).size = described.size
         span = select(asked, described)
         if not isinstance(span, Span):
             return refuse(span, described, PENDING)
         if asked.head:
             return await answer_head(request, content_head(described, PENDING, span, None))
-        self._context.accesses.note_request(object_id)
+        self._context.accesses.record_request(object_id)
         return await self._growing.answer(Wanted(request, described, span, PENDING, known, fetch.source))
 
     def _expected(self, object_id: ObjectId) -> Description | None:
@@ -122,7 +122,7 @@ class UncachedAnswerer:
                     logger.warning("volume_failed", object_id=known.object_id, reason=str(error))
             await self._growing.proxied(wanted)
             return None
-        claim, start = await self._starter.start(known, exchange_of(wanted.request).request_id)
+        claim, start = await self._starter.start(known, request_record(wanted.request).request_id)
         if claim is None or (not claim.won and claim.standing.failure is not None):
             await self._growing.proxied(wanted)
             return None

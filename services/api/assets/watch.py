@@ -6,7 +6,7 @@ from math import inf
 from time import monotonic
 
 from services.api.assets.decision import may_resume
-from services.api.wakeups import FetchWakeups
+from services.api.wakeups import FetchEvents
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import StateStore
@@ -20,10 +20,10 @@ LOOK_INTERVAL = 2.0
 class FetchWatch:
     """Paces one request that waits for bytes. Its polls are short while bytes arrive, longer while they do not."""
 
-    def __init__(self, object_id: ObjectId, state: StateStore, wakeups: FetchWakeups) -> None:
+    def __init__(self, object_id: ObjectId, state: StateStore, fetch_events: FetchEvents) -> None:
         self._object_id = object_id
         self._state = state
-        self._wakeups = wakeups
+        self._fetch_events = fetch_events
         self._interval = SHORTEST_POLL
         self._seen_size = -1
         self._last_progress = self._last_look = monotonic()
@@ -46,12 +46,12 @@ class FetchWatch:
         wait = max(0.001, min(self._interval, at_most))
         longest = min(LONGEST_IDLE_POLL, max(LONGEST_POLL, self.idle / 20))
         self._interval = min(self._interval * 1.5, longest)
-        if await self._wakeups.wait(self._object_id, wait):
+        if await self._fetch_events.wait(self._object_id, wait):
             self._last_look = -inf
 
     async def woken(self, seconds: float) -> None:
         """Wait for word of the fetch, at most so long."""
-        await self._wakeups.wait(self._object_id, seconds)
+        await self._fetch_events.wait(self._object_id, seconds)
 
     async def is_over(self) -> bool:
         """True once the state store has said, twice in a row, that nobody fetches the object any more.

@@ -151,4 +151,4 @@ class BodySender:
     def _note_access(self) -> None:
         if monotonic() - self._renewed >= ACCESS_RENEWAL:
             self._renewed = monotonic()
-            self._accesses.note_sending(self._hot.object_id)
+            self._accesses.touch(self._hot.object_id)

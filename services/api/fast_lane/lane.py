@@ -11,9 +11,9 @@ from services.api.accesses import AccessCounter
 from services.api.assets.decision import Asked, Refusal, Span, select
 from services.api.assets.hot import HotObject, HotObjects
 from services.api.assets.ready_heads import end_of_head
-from services.api.exchange import Exchange, log_exchange
+from services.api.exchange import RequestRecord, log_request
 from services.api.fast_lane.request_heads import HeadReader, SimpleRequest
-from services.api.fast_lane.tally import Tally
+from services.api.fast_lane.tally import BufferedHitMetrics
 from shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
 
 _COUNTED_EVERY = 0.5
@@ -42,7 +42,7 @@ class FastLane:
     def __init__(self, objects: HotObjects, accesses: AccessCounter, *, logs_hits: bool) -> None:
         self.objects = objects
         self.accesses = accesses
-        self.tally = Tally()
+        self.hit_metrics = BufferedHitMetrics()
         self._reader = HeadReader()
         self._logs_hits = logs_hits
         self._end = b""
@@ -87,7 +87,7 @@ class FastLane:
             hot.used_at = now
             if now - hot.counted_at >= _COUNTED_EVERY:
                 hot.counted_at = now
-                self.accesses.note_request(hot.object_id)
+                self.accesses.record_request(hot.object_id)
         request_id = fields.request_id or self._new_id()
         if now >= self._end_until:
             self._end_until = now + 1.0 - time() % 1.0
@@ -96,21 +96,21 @@ class FastLane:
             request, hot, request_id, status, head + request_id + self._end, first, length, started
         )
 
-    def record(self, ready: ReadyAnswer, sent: int, seconds: float, cut: str | None = None) -> None:
+    def record(self, ready: ReadyAnswer, sent: int, seconds: float, abort_reason: str | None = None) -> None:
         """Count the answer, and log it if that is wanted. `sent` bytes of a body that began after `seconds`."""
-        self.tally.add(ready.request.head, ready.status, sent, seconds)
-        if self._logs_hits or cut is not None:
-            exchange = Exchange(
+        self.hit_metrics.add(ready.request.head, ready.status, sent, seconds)
+        if self._logs_hits or abort_reason is not None:
+            record = RequestRecord(
                 ready.request_id.decode(),
                 "HEAD" if ready.request.head else "GET",
                 "/api/v1/assets/<object_id>",
                 ready.hot.object_id,
                 ready.started,
                 size=ready.hot.size,
-                cut=cut,
+                abort_reason=abort_reason,
             )
             source = "local" if ready.length else None
-            log_exchange(exchange, ready.status, cache="hit", source=source, sent=sent)
+            log_request(record, ready.status, cache="hit", source=source, sent=sent)
 
     def _new_id(self) -> bytes:
         """Like `choose_request_id`, with a call of the system for many at once."""
@@ -129,7 +129,7 @@ class FastLane:
         """After the last connection: hand over what was counted, close all objects."""
         if self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.tally.flush()
+        self.hit_metrics.flush()
         self.objects.close()
 
 

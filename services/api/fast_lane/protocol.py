@@ -82,7 +82,7 @@ class FastLaneProtocol(PublicProtocol):
     def _is_ours(self) -> bool:
         """Whether nothing is under way on this connection."""
         http, transport = self._http, self.transport
-        if self._socket is None or transport is None or self.recv_buffer or self.ends_soon:
+        if self._socket is None or transport is None or self.recv_buffer or self.draining:
             return False
         if http is not None and not (
             http.stage is Stage.IDLE and getattr(http, "request", None) is None and http.keep_alive
@@ -166,15 +166,15 @@ class FastLaneProtocol(PublicProtocol):
             # Nothing has been said to the client: Sanic's lane finds out what is wrong
             self._go_on(sending.request)
             return
-        cut = self._end(error) if error is not None else None
-        sending.lane.record(sending.ready, sender.sent, sender.began_at - sending.ready.started, cut)
-        if cut is None:
+        abort_reason = self._end(error) if error is not None else None
+        sending.lane.record(sending.ready, sender.sent, sender.began_at - sending.ready.started, abort_reason)
+        if abort_reason is None:
             self._go_on(b"")
 
     def _end(self, error: BaseException) -> str:
         """End the connection in the middle of an answer; the reason why."""
         if isinstance(error, asyncio.CancelledError | OSError):
-            reason: str | None = self._cut_reason
+            reason: str | None = self._abort_reason
             if reason is None:
                 reason = "client_left"
                 CUT_ANSWERS.labels(reason=reason).inc()
@@ -184,7 +184,7 @@ class FastLaneProtocol(PublicProtocol):
         if not isinstance(error, FileShort):
             reason = "unexpected_error"
             logger.error("answer_failed", exc_info=error)
-        self.cut(reason)
+        self.abort_response(reason)
         return reason
 
     def _keep(self, data: bytes) -> None:
@@ -202,22 +202,24 @@ class FastLaneProtocol(PublicProtocol):
             super().data_received(kept)
         elif kept:
             self.data_received(kept)
-        elif self.ends_soon:
-            self.await_last_request()
+        elif self.draining:
+            self.allow_last_request()
         transport.resume_reading()
 
     def _progress(self) -> object:
         return super()._progress(), self._sending.sender.sent if self._sending is not None else 0
 
-    def _end_if_overdue(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
+    def _enforce_timeouts(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
         # While a body is sent the connection is not idle, whatever Sanic believes
-        return super()._end_if_overdue(http, unchanged, 0.0 if self._sending is not None else silent, unsent)
+        return super()._enforce_timeouts(
+            http, unchanged, 0.0 if self._sending is not None else silent, unsent
+        )
 
-    def end_soon(self) -> None:
+    def start_draining(self) -> None:
         if self._sending is not None:
-            self.ends_soon = True
+            self.draining = True
         else:
-            super().end_soon()
+            super().start_draining()
 
     def _is_idle(self) -> bool:
         return self._sending is None and super()._is_idle()

@@ -11,7 +11,7 @@ from shared.observability.observations import add_observations, bounds_of
 _FLUSH_SECONDS = 0.1
 
 
-class Tally:
+class BufferedHitMetrics:
     """Of one process. A Prometheus counter takes a lock, and in multiprocess mode a write to a mapped file, each
     time."""
 

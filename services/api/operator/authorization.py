@@ -16,29 +16,29 @@ from typing import Any
 import jwt
 
 ALGORITHM = "HS256"
-OLDEST, SKEW = 300.0, 10.0
+MAX_TOKEN_AGE, CLOCK_SKEW = 300.0, 10.0
 """Seconds since `iat` that a token may be used; seconds that the signer's clock may be ahead of ours."""
-REMEMBERED = OLDEST + 2 * SKEW
+REPLAY_WINDOW = MAX_TOKEN_AGE + 2 * CLOCK_SKEW
 """Seconds that a used token is remembered: longer than it could be used again."""
-_LONGEST_TOKEN = 16_384
-_LATEST = 2.0**53  # no whole number of any length, no infinity, no NaN
+_MAX_TOKEN_LENGTH = 16_384
+_MAX_TIMESTAMP = 2.0**53  # no whole number of any length, no infinity, no NaN
 
 
-class Refused(Exception):
+class AuthenticationError(Exception):
     """Not authorised; the message says why, for the log alone."""
 
 
 @dataclass(frozen=True, slots=True)
-class Authorised:
+class AuthenticatedRequest:
     """The request's body as JSON, what identifies its token, and when that was issued (POSIX seconds)."""
 
     body: Any
-    ticket: str
+    token_id: str
     issued: float
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SignedRequest:
     """A request as it came: all Authorization headers, the target's path and query, the body's bytes."""
 
     authorization: Sequence[str]
@@ -46,24 +46,24 @@ class Asked:
     body: bytes
 
 
-def authorise(asked: Asked, secret: str, now: float) -> Authorised:
-    """Refused unless the token is good for this very request at `now` (POSIX seconds). That it was used before is for
-    the caller to find out, by the ticket."""
-    token = _token_of(asked.authorization)
-    claims = _claims_of(token, secret)
-    issued = _time_of_issue(claims.get("iat"), now)
+def authenticate(signed: SignedRequest, secret: str, now: float) -> AuthenticatedRequest:
+    """AuthenticationError unless the token is good for this very request at `now` (POSIX seconds).
+    That it was used before is for the caller to find out, by the token's id."""
+    token = _bearer_token(signed.authorization)
+    claims = _decode_claims(token, secret)
+    issued = _issued_at(claims.get("iat"), now)
     url = claims.get("reqUrl")
-    if not isinstance(url, str) or not hmac.compare_digest(_bytes(url), _bytes(asked.url)):
-        raise Refused("signed for another URL")
+    if not isinstance(url, str) or not hmac.compare_digest(_bytes(url), _bytes(signed.url)):
+        raise AuthenticationError("signed for another URL")
     try:
-        body = json.loads(asked.body) if asked.body else {}
+        body = json.loads(signed.body) if signed.body else {}
         same = "reqBody" in claims and same_json(claims["reqBody"], body)
     except (ValueError, RecursionError) as error:
-        raise Refused("a body that is no JSON") from error
+        raise AuthenticationError("a body that is no JSON") from error
     if not same:
-        raise Refused("signed for another body")
+        raise AuthenticationError("signed for another body")
     # Not the signature: the last character of its base64 has spare bits. The rest is what was signed.
-    return Authorised(body, hashlib.sha256(token.rpartition(".")[0].encode()).hexdigest(), issued)
+    return AuthenticatedRequest(body, hashlib.sha256(token.rpartition(".")[0].encode()).hexdigest(), issued)
 
 
 def same_json(one: Any, other: Any) -> bool:
@@ -79,17 +79,17 @@ def same_json(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _token_of(headers: Sequence[str]) -> str:
+def _bearer_token(headers: Sequence[str]) -> str:
     if len(headers) != 1:
-        raise Refused("not exactly one Authorization header")
+        raise AuthenticationError("not exactly one Authorization header")
     scheme, _, token = headers[0].strip().partition(" ")
     token = token.strip()
-    if scheme.lower() != "bearer" or not token.isascii() or not 0 < len(token) <= _LONGEST_TOKEN:
-        raise Refused("no bearer token")
+    if scheme.lower() != "bearer" or not token.isascii() or not 0 < len(token) <= _MAX_TOKEN_LENGTH:
+        raise AuthenticationError("no bearer token")
     return token
 
 
-def _claims_of(token: str, secret: str) -> dict[str, Any]:
+def _decode_claims(token: str, secret: str) -> dict[str, Any]:
     try:
         return jwt.decode(
             token,
@@ -98,16 +98,16 @@ def _claims_of(token: str, secret: str) -> dict[str, Any]:
             options={"require": ["iat", "reqBody", "reqUrl"], "verify_iat": False},
         )
     except (jwt.PyJWTError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise Refused(f"no valid token: {type(error).__name__}") from error
+        raise AuthenticationError(f"no valid token: {type(error).__name__}") from error
 
 
-def _time_of_issue(issued: Any, now: float) -> float:
-    if isinstance(issued, bool) or not isinstance(issued, int | float) or not abs(issued) < _LATEST:
-        raise Refused("no time of issue")
-    if issued > now + SKEW:
-        raise Refused("issued in the future")
-    if issued < now - OLDEST:
-        raise Refused("too old")
+def _issued_at(issued: Any, now: float) -> float:
+    if isinstance(issued, bool) or not isinstance(issued, int | float) or not abs(issued) < _MAX_TIMESTAMP:
+        raise AuthenticationError("no time of issue")
+    if issued > now + CLOCK_SKEW:
+        raise AuthenticationError("issued in the future")
+    if issued < now - MAX_TOKEN_AGE:
+        raise AuthenticationError("too old")
     return issued
 
 

@@ -1,4 +1,4 @@
-"""What the bodies of operators' requests say. ErrorAnswer 400 for all that means nothing."""
+"""What the bodies of operators' requests say. HttpError 400 for all that means nothing."""
 
 from __future__ import annotations
 
@@ -6,34 +6,30 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from services.api.errors import ErrorAnswer
+from services.api.errors import HttpError
 from shared.domain.errors import InvalidInput
 from shared.domain.objects import ObjectId, parse_bucket_id
-from shared.domain.orders import LARGEST_WORKER_ID
+from shared.domain.orders import MAX_WORKER_ID
 from shared.domain.warming import WarmingScope
 
-MOST_IDS = 1000
+MAX_IDS = 1000
 _LIMIT = re.compile(r"[0-9]{1,4}", re.ASCII)
 
 
-def read_nothing(body: Any) -> None:
+def parse_empty(body: Any) -> None:
     """A command without arguments."""
     _fields(body, set())
 
 
-def read_worker(body: Any) -> int:
+def parse_worker(body: Any) -> int:
     """`{"workerId": n}`."""
     worker_id = _fields(body, {"workerId"}).get("workerId")
-    if (
-        not isinstance(worker_id, int)
-        or isinstance(worker_id, bool)
-        or not 0 <= worker_id <= LARGEST_WORKER_ID
-    ):
+    if not isinstance(worker_id, int) or isinstance(worker_id, bool) or not 0 <= worker_id <= MAX_WORKER_ID:
         raise _malformed("workerId: want a whole number, 0 or more")
     return worker_id
 
 
-def read_buckets(body: Any) -> frozenset[str] | None:
+def parse_buckets(body: Any) -> frozenset[str] | None:
     """`{"buckets": ["0:1", …]}`; None if there are no `buckets`: all of the worker."""
     buckets = _fields(body, {"buckets"}).get("buckets")
     if buckets is None:
@@ -46,18 +42,18 @@ def read_buckets(body: Any) -> frozenset[str] | None:
         raise _malformed(str(error)) from error
 
 
-def read_ids(body: Any) -> tuple[ObjectId, ...]:
+def parse_ids(body: Any) -> tuple[ObjectId, ...]:
     """`{"ids": [...]}`."""
     return _ids(_fields(body, {"ids"}).get("ids"))
 
 
-def read_purge(body: Any) -> tuple[ObjectId, ...] | None:
+def parse_purge(body: Any) -> tuple[ObjectId, ...] | None:
     """`{"ids": [...]}`, or `{"all": true}`: None."""
     fields = _exactly_one(_fields(body, {"ids", "all"}))
     return None if "all" in fields else _ids(fields["ids"])
 
 
-def read_scope(body: Any) -> WarmingScope:
+def parse_warming_scope(body: Any) -> WarmingScope:
     """`{"ids": [...]}`, `{"bucket": "0:1"}` or `{"all": true}`."""
     fields = _exactly_one(_fields(body, {"ids", "bucket", "all"}))
     if "ids" in fields:
@@ -70,7 +66,7 @@ def read_scope(body: Any) -> WarmingScope:
         raise _malformed(str(error)) from error
 
 
-def read_switch(body: Any) -> bool:
+def parse_toggle(body: Any) -> bool:
     """`{"on": true}` or `{"on": false}`."""
     switch = _fields(body, {"on"}).get("on")
     if not isinstance(switch, bool):
@@ -78,11 +74,11 @@ def read_switch(body: Any) -> bool:
     return switch
 
 
-def read_page(query: Mapping[str, str]) -> tuple[int, str]:
+def parse_page(query: Mapping[str, str]) -> tuple[int, str]:
     """`limit` (1 to 1000, default 100) and `after` (an object id, or nothing) of a listing."""
     limit, after = query.get("limit", "100"), query.get("after", "")
-    if set(query) - {"limit", "after"} or not _LIMIT.fullmatch(limit) or not 1 <= int(limit) <= MOST_IDS:
-        raise _malformed(f"want limit (1 to {MOST_IDS}) and after, if anything")
+    if set(query) - {"limit", "after"} or not _LIMIT.fullmatch(limit) or not 1 <= int(limit) <= MAX_IDS:
+        raise _malformed(f"want limit (1 to {MAX_IDS}) and after, if anything")
     if after:
         try:
             ObjectId.parse(after)
@@ -105,8 +101,8 @@ def _exactly_one(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ids(found: Any) -> tuple[ObjectId, ...]:
-    if not isinstance(found, list) or not 0 < len(found) <= MOST_IDS:
-        raise _malformed(f"ids: want a list of 1 to {MOST_IDS} object ids")
+    if not isinstance(found, list) or not 0 < len(found) <= MAX_IDS:
+        raise _malformed(f"ids: want a list of 1 to {MAX_IDS} object ids")
     if not all(isinstance(object_id, str) for object_id in found):
         raise _malformed("ids: want texts")
     try:
@@ -115,5 +111,5 @@ def _ids(found: Any) -> tuple[ObjectId, ...]:
         raise _malformed(str(error)) from error
 
 
-def _malformed(message: str) -> ErrorAnswer:
-    return ErrorAnswer(400, message, "malformed_request")
+def _malformed(message: str) -> HttpError:
+    return HttpError(400, message, "malformed_request")

@@ -6,13 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from services.api.application import forget_application
+from services.api.application import unregister_application
 from services.api.context import ApiContext
-from services.api.listening import Address
-from services.api.operator.app import Gatekeeper, build_operator_app
-from services.api.operator.desk import OperatorDesk
-from services.api.operator.views import OperatorViews
-from services.api.operator.warming import Warmer
+from services.api.listening import ListenAddress
+from services.api.operator.app import TokenAuthenticator, build_operator_app
+from services.api.operator.desk import OperatorCommands
+from services.api.operator.views import OperatorQueries
+from services.api.operator.warming import CacheWarmer
 from services.api.server import PublicServer
 
 _CLOSING_SECONDS = 1.0
@@ -26,12 +26,14 @@ async def operator_api(context: ApiContext, holder: str, *, shared_port: bool) -
     if settings.secret is None:
         yield None
         return
-    desk = OperatorDesk(context.state, context.orders)
-    warmer = Warmer(context, holder)
-    gatekeeper = Gatekeeper(context.state, settings.secret.get_secret_value())
-    views = OperatorViews(context.state, context.volume)
-    application = build_operator_app(context.settings.public_api, gatekeeper, desk, views, warmer)
-    server = PublicServer(application, Address(settings.host, settings.port, shared_port, "operator_api"))
+    commands = OperatorCommands(context.state, context.operator_state)
+    warmer = CacheWarmer(context, holder)
+    authenticator = TokenAuthenticator(context.state, settings.secret.get_secret_value())
+    queries = OperatorQueries(context.state, context.volume)
+    application = build_operator_app(context.settings.public_api, authenticator, commands, queries, warmer)
+    server = PublicServer(
+        application, ListenAddress(settings.host, settings.port, shared_port, "operator_api")
+    )
     await server.open()
     warming = asyncio.create_task(warmer.run(), name="warmer")
     try:
@@ -40,6 +42,6 @@ async def operator_api(context: ApiContext, holder: str, *, shared_port: bool) -
         warming.cancel()
         await asyncio.wait({warming})
         await server.close(_CLOSING_SECONDS)
-        forget_application(application)
+        unregister_application(application)
         if not warming.cancelled():
             warming.result()

@@ -14,7 +14,7 @@ from shared.domain.warming import Warming
 from shared.ports.state_store import Fetch, IndexEntry, StateStore
 
 
-class OperatorViews:
+class OperatorQueries:
     """Reads index and volume; one listing at a time, since each goes through the whole index."""
 
     def __init__(self, state: StateStore, volume: Volume) -> None:
@@ -38,7 +38,7 @@ class OperatorViews:
                 await asyncio.sleep(0)
         more, page = len(page) > limit, page[:limit]
         return {
-            "objects": [_shown_entry(entry, entry.object_id in pinned) for entry in page],
+            "objects": [_entry_as_json(entry, entry.object_id in pinned) for entry in page],
             "next": page[-1].object_id if more else None,
             "total": total,
             "bytes": total_bytes,
@@ -49,10 +49,10 @@ class OperatorViews:
     async def downloads(self) -> dict[str, Any]:
         """Everything that is claimed, queued, being fetched, or was left half way."""
         fetches = await self._state.fetches()
-        arrived = await asyncio.to_thread(self._arrived, [fetch.object_id for fetch in fetches])
-        return {"downloads": [_shown_fetch(fetch, arrived.get(fetch.object_id, 0)) for fetch in fetches]}
+        downloaded = await asyncio.to_thread(self._downloaded_bytes, [fetch.object_id for fetch in fetches])
+        return {"downloads": [_fetch_as_json(fetch, downloaded.get(fetch.object_id, 0)) for fetch in fetches]}
 
-    def _arrived(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, int]:
+    def _downloaded_bytes(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, int]:
         """Bytes on disk. Blocks."""
         sizes: dict[ObjectId, int] = {}
         for object_id in object_ids:
@@ -66,7 +66,7 @@ class OperatorViews:
         return sizes
 
 
-def shown_warming(warming: Warming | None) -> dict[str, Any]:
+def warming_as_json(warming: Warming | None) -> dict[str, Any]:
     """A warming and its progress; zeros if there never was one."""
     if warming is None:
         return {"state": "none", "total": 0, "done": 0, "skipped": 0, "failed": 0, "reason": ""}
@@ -80,7 +80,7 @@ def shown_warming(warming: Warming | None) -> dict[str, Any]:
     }
 
 
-def _shown_entry(entry: IndexEntry, pinned: bool) -> dict[str, Any]:
+def _entry_as_json(entry: IndexEntry, pinned: bool) -> dict[str, Any]:
     return {
         "id": entry.object_id,
         "size": entry.size,
@@ -91,11 +91,11 @@ def _shown_entry(entry: IndexEntry, pinned: bool) -> dict[str, Any]:
     }
 
 
-def _shown_fetch(fetch: Fetch, arrived: int) -> dict[str, Any]:
+def _fetch_as_json(fetch: Fetch, downloaded: int) -> dict[str, Any]:
     return {
         "id": fetch.object_id,
         "phase": fetch.phase.value,
-        "bytes": arrived,
+        "bytes": downloaded,
         "size": fetch.size,
         "source": None if fetch.source is None else source_name(fetch.source),
         "worker": fetch.worker,

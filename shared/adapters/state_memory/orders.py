@@ -1,4 +1,4 @@
-"""The operator's part: orders, pins, purges, warming, tickets."""
+"""The operator's part: orders, pins, purges, warming, tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import islice
 
 from shared.adapters.state_memory.eviction import MemoryEviction
 from shared.domain.objects import ObjectId
-from shared.domain.orders import KeptOrders, Orders
+from shared.domain.orders import OperatorState, OperatorStateSnapshot
 from shared.domain.warming import Warming, WarmingScope
 from shared.ports.order_book import PurgeWish
 from shared.ports.state_store import Term, Topic
@@ -17,20 +17,22 @@ from shared.ports.state_store import Term, Topic
 class MemoryOrders(MemoryEviction):
     """See the port for each verb."""
 
-    async def orders(self) -> Orders | None:
-        return self._tables.orders
+    async def operator_state(self) -> OperatorState | None:
+        return self._tables.operator_state
 
-    async def change_orders(self, expected_version: int, orders: Orders) -> Orders | None:
-        known = self._tables.orders
+    async def change_operator_state(
+        self, expected_version: int, state: OperatorState
+    ) -> OperatorState | None:
+        known = self._tables.operator_state
         if (known.version if known else 0) != expected_version:
             return None
-        return self._write_orders(orders)
+        return self._write_operator_state(state)
 
-    async def restore_orders(self, kept: KeptOrders) -> bool:
-        if self._tables.orders is not None:
+    async def restore_operator_state(self, snapshot: OperatorStateSnapshot) -> bool:
+        if self._tables.operator_state is not None:
             return False
-        self._tables.pins.update(kept.pinned)
-        self._write_orders(kept.orders)
+        self._tables.pins.update(snapshot.pinned)
+        self._write_operator_state(snapshot.state)
         return True
 
     async def pinned(self) -> frozenset[ObjectId]:
@@ -43,7 +45,7 @@ class MemoryOrders(MemoryEviction):
         tables.pins.difference_update(unpin)
         changed = sum(map(len, wrong))
         if changed:
-            self._write_orders(tables.orders or Orders())
+            self._write_operator_state(tables.operator_state or OperatorState())
         return changed
 
     async def want_purges(self, object_ids: Sequence[ObjectId]) -> None:
@@ -59,42 +61,46 @@ class MemoryOrders(MemoryEviction):
         if tables.in_office(term) and tables.purges.get(wish.object_id) == wish.serial:
             del tables.purges[wish.object_id]
 
-    async def order_warming(self, scope: WarmingScope) -> Warming | None:
+    async def start_warming(self, scope: WarmingScope) -> Warming | None:
         tables = self._tables
-        if tables.warming is not None and not tables.warming.is_over:
+        if tables.warming is not None and not tables.warming.is_finished:
             return None
-        tables.warming, tables.warmer = Warming(tables.next_serial(), scope), None
+        tables.warming, tables.warming_lease = Warming(tables.next_serial(), scope), None
         return tables.warming
 
     async def warming(self) -> Warming | None:
         return self._tables.warming
 
-    async def tend_warming(
+    async def lease_warming(
         self, holder: str, seconds: float, progress: Warming | None = None
     ) -> Warming | None:
         tables, now = self._tables, self._tables.clock()
         warming = tables.warming
-        if warming is None or warming.is_over:
+        if warming is None or warming.is_finished:
             return None
-        if tables.warmer is not None and tables.warmer[0] != holder and tables.warmer[1] > now:
+        if (
+            tables.warming_lease is not None
+            and tables.warming_lease[0] != holder
+            and tables.warming_lease[1] > now
+        ):
             return None
-        tables.warmer = (holder, now + seconds)
+        tables.warming_lease = (holder, now + seconds)
         if progress is not None and progress.serial == warming.serial:
             tables.warming = warming = progress
         return warming
 
-    async def use_ticket(self, ticket: str, issued: float, seconds: float) -> bool:
+    async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
         tables, now = self._tables, self._tables.clock()
         if issued < int(tables.begun):
             return False
-        for gone in [known for known, ends in tables.tickets.items() if ends <= now]:
-            del tables.tickets[gone]
-        if ticket in tables.tickets:
+        for expired in [known for known, ends in tables.token_ids.items() if ends <= now]:
+            del tables.token_ids[expired]
+        if token_id in tables.token_ids:
             return False
-        tables.tickets[ticket] = now + seconds
+        tables.token_ids[token_id] = now + seconds
         return True
 
-    def _write_orders(self, orders: Orders) -> Orders:
-        written = self._tables.orders = replace(orders, version=self._tables.next_serial())
+    def _write_operator_state(self, state: OperatorState) -> OperatorState:
+        written = self._tables.operator_state = replace(state, version=self._tables.next_serial())
         self._tables.announce(Topic.SETTINGS_CHANGED)
         return written

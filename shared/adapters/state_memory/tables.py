@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from shared.adapters.announcement_queue import AnnouncementQueue
 from shared.adapters.state_times import ACCESS_BATCHES_KEPT, StateTimes
 from shared.domain.objects import ObjectId
-from shared.domain.orders import Orders
+from shared.domain.orders import OperatorState
 from shared.domain.space import footprint
 from shared.domain.warming import Warming
 from shared.ports.state_store import (
@@ -66,12 +66,12 @@ class Tables:
     accounted: bool = False
     term: Term | None = None
     term_ends: float = 0.0
-    orders: Orders | None = None
+    operator_state: OperatorState | None = None
     pins: set[ObjectId] = field(default_factory=set)
     purges: dict[ObjectId, int] = field(default_factory=dict)
     warming: Warming | None = None
-    warmer: tuple[str, float] | None = None
-    tickets: dict[str, float] = field(default_factory=dict)
+    warming_lease: tuple[str, float] | None = None
+    token_ids: dict[str, float] = field(default_factory=dict)
     begun: float = field(init=False)
     listeners: set[AnnouncementQueue] = field(default_factory=set)
 

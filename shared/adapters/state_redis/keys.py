@@ -37,7 +37,7 @@ class Keys:
             self.policy,
             self.accesses,
             f"{prefix}failure:{object_id}",
-            self.orders,
+            self.operator_state,
             self.pins,
             self.purges,
             self.warming,
@@ -56,7 +56,7 @@ class Keys:
         return f"{self.prefix}accesses"
 
     @property
-    def orders(self) -> str:
+    def operator_state(self) -> str:
         return f"{self.prefix}orders"
 
     @property
@@ -71,7 +71,7 @@ class Keys:
     def warming(self) -> str:
         return f"{self.prefix}warming"
 
-    def ticket(self, name: str) -> str:
+    def token_id(self, name: str) -> str:
         return f"{self.prefix}ticket:{name}"
 
     @property

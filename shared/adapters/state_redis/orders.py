@@ -1,4 +1,4 @@
-"""The operator's part: orders, pins, purges, warming, tickets."""
+"""The operator's part: orders, pins, purges, warming, tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from shared.adapters.state_redis.eviction import RedisEviction
 from shared.adapters.state_redis.requests import milliseconds
 from shared.domain.errors import InvalidInput, StateStoreUnavailable
 from shared.domain.objects import ObjectId
-from shared.domain.orders import KeptOrders, Orders, decode_orders, encode_orders
+from shared.domain.orders import (
+    OperatorState,
+    OperatorStateSnapshot,
+    decode_operator_state,
+    encode_operator_state,
+)
 from shared.domain.warming import Warming, WarmingScope, decode_warming, encode_warming
 from shared.ports.order_book import PurgeWish
 from shared.ports.state_store import Term
@@ -18,22 +23,26 @@ from shared.ports.state_store import Term
 class RedisOrders(RedisEviction):
     """See the port for each verb."""
 
-    async def orders(self) -> Orders | None:
+    async def operator_state(self) -> OperatorState | None:
         keys = self._connection.keys
-        version, text = await self._connection.command("HMGET", keys.orders, "version", "orders")
+        version, text = await self._connection.command("HMGET", keys.operator_state, "version", "orders")
         if version is None or text is None:
             return None
         try:
-            return decode_orders(text, int(version))
+            return decode_operator_state(text, int(version))
         except InvalidInput as error:
             raise StateStoreUnavailable(str(error)) from error
 
-    async def change_orders(self, expected_version: int, orders: Orders) -> Orders | None:
-        version = await self._connection.run("change_orders", "", expected_version, encode_orders(orders))
-        return replace(orders, version=version) if version else None
+    async def change_operator_state(
+        self, expected_version: int, state: OperatorState
+    ) -> OperatorState | None:
+        version = await self._connection.run(
+            "change_orders", "", expected_version, encode_operator_state(state)
+        )
+        return replace(state, version=version) if version else None
 
-    async def restore_orders(self, kept: KeptOrders) -> bool:
-        arguments = (encode_orders(kept.orders), *kept.pinned)
+    async def restore_operator_state(self, snapshot: OperatorStateSnapshot) -> bool:
+        arguments = (encode_operator_state(snapshot.state), *snapshot.pinned)
         return bool(await self._connection.run("restore_orders", "", *arguments))
 
     async def pinned(self) -> frozenset[ObjectId]:
@@ -41,7 +50,7 @@ class RedisOrders(RedisEviction):
         return frozenset(ObjectId(object_id.decode()) for object_id in found)
 
     async def change_pins(self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()) -> int:
-        first = encode_orders(Orders())
+        first = encode_operator_state(OperatorState())
         return int(await self._connection.run("change_pins", "", first, len(pin), *pin, *unpin))
 
     async def want_purges(self, object_ids: Sequence[ObjectId]) -> None:
@@ -57,7 +66,7 @@ class RedisOrders(RedisEviction):
     async def end_purge(self, term: Term, wish: PurgeWish) -> None:
         await self._run_in_office("end_purge", term, wish.object_id, wish.serial)
 
-    async def order_warming(self, scope: WarmingScope) -> Warming | None:
+    async def start_warming(self, scope: WarmingScope) -> Warming | None:
         ordered = Warming(0, scope)
         serial = await self._connection.run("order_warming", "", encode_warming(ordered))
         return replace(ordered, serial=serial) if serial else None
@@ -67,17 +76,17 @@ class RedisOrders(RedisEviction):
         serial, text = await self._connection.command("HMGET", keys.warming, "serial", "warming")
         return None if serial is None else _read_warming(text, int(serial))
 
-    async def tend_warming(
+    async def lease_warming(
         self, holder: str, seconds: float, progress: Warming | None = None
     ) -> Warming | None:
-        told: tuple[int, str, str] = (0, "", "")
+        reported: tuple[int, str, str] = (0, "", "")
         if progress is not None:
-            told = (progress.serial, progress.state, encode_warming(progress))
-        reply = await self._connection.run("tend_warming", "", holder, milliseconds(seconds), *told)
+            reported = (progress.serial, progress.state, encode_warming(progress))
+        reply = await self._connection.run("tend_warming", "", holder, milliseconds(seconds), *reported)
         return None if reply is None else _read_warming(reply[1], int(reply[0]))
 
-    async def use_ticket(self, ticket: str, issued: float, seconds: float) -> bool:
-        key = self._connection.keys.ticket(ticket)
+    async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
+        key = self._connection.keys.token_id(token_id)
         return bool(await self._connection.command("SET", key, 1, "NX", "PX", milliseconds(seconds)))
 
 
