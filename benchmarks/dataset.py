@@ -14,7 +14,7 @@ from services.demo.generated import GeneratedContent
 from services.demo.manifest import content_hash
 from services.demo.objects import DemoObject
 from shared.adapters.volume import Volume
-from shared.adapters.volume.layout import OBJECTS, RECORDS, fan
+from shared.adapters.volume.layout import OBJECTS, RECORDS, shard
 from shared.adapters.volume.records import encode_record
 from shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
 
@@ -123,7 +123,7 @@ def fill_volume(root: Path, chosen: Iterable[Group]) -> None:
 
 def lay_down(root: Path, record: StoredRecord, pieces: Iterable[bytes]) -> None:
     """One complete object and its record; a hole of the right size if there are no pieces."""
-    number = fan(record.object_id)
+    number = shard(record.object_id)
     (root / RECORDS / number / record.object_id).write_bytes(encode_record(record))
     descriptor = os.open(
         root / OBJECTS / number / record.object_id, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644
@@ -137,7 +137,7 @@ def lay_down(root: Path, record: StoredRecord, pieces: Iterable[bytes]) -> None:
 
 
 def file_on_volume(root: Path, object_id: str) -> Path:
-    return root / OBJECTS / fan(object_id) / object_id
+    return root / OBJECTS / shard(object_id) / object_id
 
 
 def _pieces(item: DemoObject) -> Iterator[bytes]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.dataset import file_on_volume
 from benchmarks.processes import OwnProcess
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.domain.objects import ObjectId
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import free_port
@@ -90,7 +90,7 @@ class Node:
             time.sleep(0.01)
 
     async def _want_purges(self, object_ids: Sequence[ObjectId]) -> None:
-        state = RedisStateStore(self.redis_url, _KEY_PREFIX, 1, StateTimes())
+        state = RedisStateStore(self.redis_url, _KEY_PREFIX, 1, StateTimeouts())
         await state.open()
         try:
             await state.want_purges(object_ids)

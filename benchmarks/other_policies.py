@@ -16,7 +16,7 @@ from shared.domain.eviction import PolicyEntry
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 
-_NOBODY: frozenset[ObjectId] = frozenset()
+_NO_IDS: frozenset[ObjectId] = frozenset()
 _SMALL_SHARE = 0.1
 _MOST_COUNTED = 3
 _WORTH_KEEPING = 2
@@ -58,7 +58,7 @@ class _Queues(ABC):
         now: float,
         *,
         min_idle: float = 0.0,
-        spared: Collection[ObjectId] = _NOBODY,
+        spared: Collection[ObjectId] = _NO_IDS,
         at_most: int = 1000,
     ) -> list[PolicyEntry]:
         return [self._next_victim()] if self._entries and wanted > 0 else []

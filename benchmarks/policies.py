@@ -59,7 +59,7 @@ def run_seed(parameters: Parameters, share: float, ranges: bool) -> tuple[str, l
         admission = None if above is None else SecondViewAdmission(above)
         simulation = Simulation(policy_of(setting, limit), Rules.of(limit, 0.99, 1.0), admission)
         for request in trace.requests() if ranges else trace.views():
-            simulation.see(request)
+            simulation.process(request)
         outcomes.append(simulation.outcome)
     about = (
         f"Seed {parameters.seed}: {len(set(trace.objects))} objects seen, {trace.seen_once:.0%} of them once,"

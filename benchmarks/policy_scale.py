@@ -25,12 +25,12 @@ from random import Random
 from benchmarks.store_verbs import PREFIX, redis_memory
 from services.evictor.index import EvictionIndex
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.eviction import POLICY_NAMES, EvictionPolicy, PolicyEntry, make_policy
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import IndexEntry
-from shared.runtime.memory import map_large_blocks
+from shared.runtime.memory import mmap_large_blocks
 from tests.servers.redis_server import RedisServer
 
 EPOCH = 1_700_000_000.0
@@ -65,7 +65,7 @@ def resident_bytes() -> int:
 
 def measure_memory(name: str, count: int) -> tuple[float, float]:
     """Bytes an object: allocated, and grown by."""
-    map_large_blocks()  # as the evictor does
+    mmap_large_blocks()  # as the evictor does
     gc.collect()
     before = resident_bytes()
     policy = filled(name, count)
@@ -110,7 +110,7 @@ def measure_evict_and_add(policy: EvictionPolicy, count: int, random: Random, at
 async def fill_store(url: str, count: int) -> float:
     """Put all objects into the state store's index, as reconciliation does; bytes of Redis for each."""
     empty = await redis_memory(url)
-    state = RedisStateStore(url, PREFIX, 2**62, StateTimes(operation_timeout=60.0))
+    state = RedisStateStore(url, PREFIX, 2**62, StateTimeouts(operation_timeout=60.0))
     await state.open()
     try:
         term = await state.lead("benchmark", 3600)
@@ -129,7 +129,7 @@ async def take_over(name: str, url: str, folder: Path, count: int) -> tuple[Evic
     process grew by, the reader of the store included."""
     gc.collect()
     before = resident_bytes()
-    state = RedisStateStore(url, PREFIX, 2**62, StateTimes(operation_timeout=60.0))
+    state = RedisStateStore(url, PREFIX, 2**62, StateTimeouts(operation_timeout=60.0))
     volume = Volume(folder)
     await state.open()
     try:
@@ -147,7 +147,7 @@ async def take_over(name: str, url: str, folder: Path, count: int) -> tuple[Evic
 
 
 def measure_take_over(name: str, count: int, url: str, folder: Path) -> tuple[float, ...]:
-    map_large_blocks()  # as the evictor does
+    mmap_large_blocks()  # as the evictor does
     policy, rebuild, grown = asyncio.run(take_over(name, url, folder, count))
     ids, random = list(policy.ids()), Random(2)
     hit = measure_hit(policy, ids, random)

@@ -28,7 +28,7 @@ from benchmarks.node import Node, RunningService
 from benchmarks.report import Report, write_results
 from benchmarks.store_verbs import EvictionWatch, StoreVerbs, redis_memory
 from shared.adapters.volume import Volume
-from shared.adapters.volume.layout import fan
+from shared.adapters.volume.layout import shard
 from shared.domain.objects import ObjectId, StoredRecord, entity_tag
 from shared.domain.space import footprint
 
@@ -51,7 +51,7 @@ def lay_out(root: Path, count: int) -> None:
     volume.close()
     now = int(time.time())
     # Directory by directory, as file systems like it.
-    for object_id in sorted((ObjectId(_FIRST_ID + number) for number in range(count)), key=fan):
+    for object_id in sorted((ObjectId(_FIRST_ID + number) for number in range(count)), key=shard):
         tag = entity_tag(object_id, SIZE, None, "scale")
         lay_down(root, StoredRecord(object_id, SIZE, tag, None, "application/octet-stream", now), ())
 

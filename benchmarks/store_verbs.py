@@ -10,14 +10,14 @@ from typing import TypeVar
 from redis import asyncio as aioredis
 
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import Access, Granted, Lease, Term
 
 Item = TypeVar("Item")
 
 PREFIX = "distributor:"
-_TIMES = StateTimes(operation_timeout=10.0)
+_TIMES = StateTimeouts(operation_timeout=10.0)
 _OBJECTS = 5_000
 _AT_ONCE = 32
 _FIRST_ID = 9_000_000_000

@@ -18,7 +18,7 @@ from shared.runtime.orders import OperatorStateWatcher
 from shared.settings.model import Settings
 
 if TYPE_CHECKING:
-    from shared.adapters.sources.relay import Relay
+    from shared.adapters.sources.relay import FailoverReader
 
 
 @dataclass(slots=True)
@@ -38,7 +38,7 @@ class ApiContext:
     state: StateStore
     queue: JobQueue
     catalog: Catalog
-    relay: Relay
+    failover_reader: FailoverReader
     accesses: AccessCounter
     duty: CurrentAssignment
     fetch_events: FetchEvents

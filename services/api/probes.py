@@ -115,7 +115,7 @@ class HealthChecks:
         STORAGE_OBJECTS.set(usage.objects)
 
     async def _update_state_store(self) -> None:
-        stats = await self._context.state.server_figures()
+        stats = await self._context.state.server_stats()
         if stats is not None:
             STATE_STORE_MEMORY.set(stats.memory)
             STATE_STORE_MEMORY_LIMIT.set(stats.memory_limit)

@@ -23,7 +23,7 @@ from services.api.operator.service import operator_api
 from services.api.server import PublicServer
 from services.api.version import VERSION
 from services.api.wakeups import FetchEvents
-from shared.adapters.sources.relay import Relay
+from shared.adapters.sources.relay import FailoverReader
 from shared.adapters.volume import Volume
 from shared.domain.errors import VolumeError
 from shared.observability.metrics import describe_build
@@ -32,10 +32,10 @@ from shared.ports.job_queue import JobQueue
 from shared.ports.state_store import StateStore
 from shared.runtime.adapters import (
     build_catalog,
+    build_failover_reader,
     build_job_queue,
-    build_relay,
     build_source_client,
-    build_source_sharing,
+    build_source_stats_sync,
     build_state_store,
     build_volume,
 )
@@ -50,7 +50,12 @@ logger = structlog.get_logger()
 
 
 def make_context(
-    settings: Settings, volume: Volume, state: StateStore, queue: JobQueue, catalog: Catalog, relay: Relay
+    settings: Settings,
+    volume: Volume,
+    state: StateStore,
+    queue: JobQueue,
+    catalog: Catalog,
+    failover_reader: FailoverReader,
 ) -> ApiContext:
     """Put together what the handlers need; the ports are open, or will be before the first request."""
     operator_state = OperatorStateWatcher(state, volume.root, settings.duty)
@@ -60,7 +65,7 @@ def make_context(
         state=state,
         queue=queue,
         catalog=catalog,
-        relay=relay,
+        failover_reader=failover_reader,
         accesses=AccessCounter(state),
         duty=CurrentAssignment(settings.duty),
         fetch_events=FetchEvents(state, operator_state.wake),
@@ -83,12 +88,14 @@ async def run_api(scope: ServiceScope, settings: Settings, *, shared_port: bool 
     for port in (catalog, state, queue):
         await port.open()
         resources.push_async_callback(port.close)
-    sharing = await resources.enter_async_context(build_source_sharing(settings))
+    stats_sync = await resources.enter_async_context(build_source_stats_sync(settings))
     client = await resources.enter_async_context(
         build_source_client(settings, max_connections=settings.public_api.max_proxied)
     )
     describe_build(VERSION, "api")
-    context = make_context(settings, volume, state, queue, catalog, build_relay(client, sharing.book))
+    context = make_context(
+        settings, volume, state, queue, catalog, build_failover_reader(client, stats_sync.registry)
+    )
     await serve_api(context, scope.stop_requested, shared_port=shared_port)
     return context.operator_state.shutting_down
 

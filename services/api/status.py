@@ -49,7 +49,7 @@ class UsageReader:
             return self._known or await self._measure()
         self._known, self._known_at = usage, self._clock()
         # A store that was emptied counts nothing until the evictor has looked at the volume.
-        return usage if usage.accounted or usage.objects else await self._measure()
+        return usage if usage.reconciled or usage.objects else await self._measure()
 
     async def _measure(self) -> Usage:
         stale = self._measured is None or self._clock() - self._measured_at >= MEASUREMENT_TTL
@@ -58,13 +58,13 @@ class UsageReader:
         if self._measuring is not None:
             await asyncio.wait({self._measuring}, timeout=_MEASUREMENT_TIMEOUT)
         limit = self._context.settings.storage.limit
-        return self._measured or Usage(limit, used=0, reserved=0, objects=0, fetches=0, accounted=False)
+        return self._measured or Usage(limit, used=0, reserved=0, objects=0, fetches=0, reconciled=False)
 
     async def _measure_once(self) -> None:
         try:
             objects, used = await asyncio.to_thread(_count, self._context.volume)
             limit = self._context.settings.storage.limit
-            self._measured = Usage(limit, used, reserved=0, objects=objects, fetches=0, accounted=False)
+            self._measured = Usage(limit, used, reserved=0, objects=objects, fetches=0, reconciled=False)
         except VolumeError as error:
             logger.warning("volume_not_measured", reason=str(error))
         finally:

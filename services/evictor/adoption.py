@@ -115,7 +115,7 @@ class Adoption:
 
     async def _remove_partial(self, term: Term, object_id: ObjectId) -> None:
         """The object is complete: a partial file beside it, whose fetch is over, must not be counted as one with it."""
-        lease = await self._state.seize(term, object_id)
+        lease = await self._state.steal_lease(term, object_id)
         if lease is None:
             return
         try:

@@ -19,8 +19,8 @@ from services.evictor.takeover import Takeover
 from shared.adapters.volume import PartialFile, Volume
 from shared.adapters.volume.intake import Intake, WaitingFile
 from shared.domain.errors import VolumeError
-from shared.domain.found_objects import record_for
-from shared.domain.media_sniffing import HEAD_BYTES
+from shared.domain.found_objects import record_for_file
+from shared.domain.media_sniffing import SNIFF_BYTES
 from shared.domain.objects import MediaObject, StoredRecord
 from shared.observability.metrics import RECONCILED
 from shared.ports.catalog import Catalog
@@ -65,7 +65,7 @@ class Copying:
             elif isinstance(begun, AlreadyStored):
                 await file_call(self._intake.remove, one.object_id)
             elif not isinstance(begun, NeverFits):
-                return _RENEWAL_SECONDS  # not accounted yet, or a fetch of this very object is under way
+                return _RENEWAL_SECONDS  # not reconciled yet, or a fetch of this very object is under way
         logger.info("assets_copied", copied=copied, left=len(waiting) - copied)
         return None
 
@@ -102,7 +102,7 @@ class Copying:
         try:
             head = await file_call(_head, source)
             media_type = self._takeover.media_type_of(one.object_id)
-            record = record_for(known, one.size, head, time.time(), media_type)
+            record = record_for_file(known, one.size, head, time.time(), media_type)
             await file_call(_receive, self._volume, record, opened)
             right = await self._fill(opened[0], source, record, lease)
             if right:
@@ -122,7 +122,7 @@ class Copying:
     async def _fill(self, partial: PartialFile, source: Path, record: StoredRecord, lease: Lease) -> bool:
         """Whether all of it came, and is what the catalog says. OSError if the source cannot be read."""
         if partial.size:
-            await file_call(partial.start_over)
+            await file_call(partial.restart)
         hasher = record.content_hash.hasher() if record.content_hash is not None else None
         offset, renewed_at = 0, time.monotonic()
         descriptor = await file_call(os.open, source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -162,12 +162,12 @@ class Copying:
 
 def _head(source: Path) -> bytes:
     with source.open("rb") as file:
-        return file.read(HEAD_BYTES)
+        return file.read(SNIFF_BYTES)
 
 
 def _receive(volume: Volume, record: StoredRecord, opened: list[PartialFile]) -> None:
     """Left in `opened`, where whoever is cancelled meanwhile finds it and closes it."""
-    opened.append(volume.receive(record))
+    opened.append(volume.open_partial_for_writing(record))
 
 
 def _is_complete(volume: Volume, known: MediaObject) -> bool:

@@ -60,7 +60,7 @@ class Eviction:
         if usage.used + usage.reserved > marks.high:
             marks = Watermarks(low=marks.low, high=marks.low)  # once begun, all the way down
         while True:
-            wanted = await self._state.space_wanted()
+            wanted = await self._state.space_requested()
             needed = marks.to_evict(usage, wanted, device_free)
             if needed <= 0:
                 self._note_stuck(0)

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import ParamSpec, TypeVar
 
-from shared.runtime.threads import result_of
+from shared.runtime.threads import result_uncancellable
 
-Given = ParamSpec("Given")
+Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
-async def file_call(call: Callable[Given, Result], /, *given: Given.args, **named: Given.kwargs) -> Result:
+async def file_call(call: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs) -> Result:
     """Run in a thread. When cancelled, wait for its end before giving in: whoever cleans up finds files at rest.
 
     What the call returns is lost then: one that opens something leaves it where the caller can find it."""
-    return await result_of(asyncio.ensure_future(asyncio.to_thread(call, *given, **named)))
+    return await result_uncancellable(asyncio.ensure_future(asyncio.to_thread(call, *args, **kwargs)))
 
 
 async def next_chunk(found: Iterable[Result], at_most: int) -> list[Result]:

@@ -18,7 +18,7 @@ from shared.adapters.volume import FoundObject, Volume
 from shared.domain.eviction import EvictionPolicy, PolicyEntry
 from shared.domain.objects import ObjectId
 from shared.domain.views import ViewCoalescer
-from shared.ports.state_store import ACCESS_GRAIN, Access, IndexEntry, PolicyState, StateStore, Term
+from shared.ports.state_store import ACCESS_TIME_RESOLUTION, Access, IndexEntry, PolicyState, StateStore, Term
 
 _BATCHES_AT_ONCE = 200
 _SAVED_AT_ONCE = 1000
@@ -238,7 +238,7 @@ def _as_stored(entry: IndexEntry) -> PolicyEntry:
 
 def _grained(seconds: float) -> float:
     """As precise as the store keeps it: who is restarted sees the same order."""
-    return seconds // ACCESS_GRAIN * ACCESS_GRAIN
+    return seconds // ACCESS_TIME_RESOLUTION * ACCESS_TIME_RESOLUTION
 
 
 def _last_at(access: Access) -> float:

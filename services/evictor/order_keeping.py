@@ -65,7 +65,7 @@ class PurgeWork:
 
     async def step(self, term: Term) -> float:
         """Fulfil some wishes; seconds until the next look."""
-        if not (await self._state.usage()).accounted:
+        if not (await self._state.usage()).reconciled:
             return _PURGE_AGAIN  # the index does not know yet what is there
         wishes = await self._state.purges_wanted(_PURGES_AT_ONCE)
         if not wishes:

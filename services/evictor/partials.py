@@ -81,9 +81,9 @@ class Partials:
         if fetch is None or fetch.phase is not FetchPhase.PARKED:
             # A claim may or may not have a reservation: the store knows, and adds none twice
             await self._adoption.adopt_partial(term, object_id, partial.size)
-        noted = await file_call(self._volume.expected_of, object_id)
+        sidecar = await file_call(self._volume.partial_record, object_id)
         idle = time.time() - partial.changed_at
-        if noted is None or partial.size > noted.size:
+        if sidecar is None or partial.size > sidecar.size:
             await self._end(term, object_id, "unusable")
         elif max(idle, fetch.age if fetch else 0.0) > self._keep:
             await self._end(term, object_id, "abandoned")
@@ -96,7 +96,7 @@ class Partials:
         stored = await file_call(self._volume.find_object, object_id)
         if await self._adoption.adopt(term, object_id) is not None:
             return 0  # the worker got as far as the complete file, and died before it could tell
-        lease = await self._state.seize(term, object_id)
+        lease = await self._state.steal_lease(term, object_id)
         if lease is None:
             return 0
         try:

@@ -15,7 +15,7 @@ from services.evictor.known_ids import KnownIds
 from services.evictor.partials import Partials
 from services.evictor.removals import Removals
 from services.evictor.usage_check import UsageCheck
-from shared.adapters.volume import Foreign, FoundObject, Volume
+from shared.adapters.volume import FoundObject, UnknownFile, Volume
 from shared.domain.errors import VolumeError
 from shared.domain.objects import ObjectId
 from shared.observability.metrics import FOREIGN_FILES, RECONCILE_TIME, RECONCILED
@@ -80,7 +80,7 @@ class Reconciliation:
         findings.foreign_count += await self._partials.sweep(term)
         await self._usage.run(term)
         if not findings.unsettled:
-            await self._state.set_accounted(term)
+            await self._state.set_reconciled(term)
             self._index.forget_former()
         orphans = await file_call(self._volume.remove_orphan_records, _ORPHAN_RECORD_SECONDS)
         RECONCILED.labels("orphan_record").inc(orphans)
@@ -104,7 +104,7 @@ class Reconciliation:
         while chunk := await next_chunk(scan, _SCANNED_AT_ONCE):
             unknown: list[ObjectId] = []
             for found in chunk:
-                if isinstance(found, Foreign):
+                if isinstance(found, UnknownFile):
                     findings.add_foreign(found.path)
                 elif found.leaving:
                     await self._settle_leaving(term, found, findings)

@@ -20,8 +20,8 @@ from services.evictor.removals import Removals
 from services.evictor.takeover import Takeover
 from shared.adapters.volume import FoundObject, Volume
 from shared.domain.errors import VolumeError
-from shared.domain.found_objects import record_for
-from shared.domain.media_sniffing import HEAD_BYTES
+from shared.domain.found_objects import record_for_file
+from shared.domain.media_sniffing import SNIFF_BYTES
 from shared.domain.objects import Duty, MediaObject, ObjectId
 from shared.observability.metrics import RECONCILED
 from shared.ports.catalog import Catalog
@@ -162,11 +162,11 @@ class Repair:
         if self._volume.read_record(found.object_id) is None:
             stated = None if self._takeover is None else self._takeover.media_type_of(found.object_id)
             stored_at = min(found.changed_at, time.time())
-            self._volume.write_record(record_for(known, found.size, head, stored_at, stated))
+            self._volume.write_record(record_for_file(known, found.size, head, stored_at, stated))
 
 
 def _head_of(descriptor: int) -> bytes:
     try:
-        return os.pread(descriptor, HEAD_BYTES, 0)
+        return os.pread(descriptor, SNIFF_BYTES, 0)
     except OSError as error:
         raise VolumeError(f"read its beginning: {error.strerror}") from error

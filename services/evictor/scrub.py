@@ -10,7 +10,7 @@ import structlog
 
 from services.evictor.file_calls import file_call, next_chunk
 from services.evictor.removals import Removals
-from shared.adapters.volume import Foreign, FoundObject, Volume
+from shared.adapters.volume import FoundObject, UnknownFile, Volume
 from shared.domain.errors import VolumeError
 from shared.domain.objects import StoredRecord
 from shared.observability.metrics import SCRUBBED_BYTES, SCRUBBED_OBJECTS
@@ -32,7 +32,7 @@ class Scrub:
     ) -> None:
         self._volume, self._removals = volume, removals
         self._rate, self._round_pause = rate, round_pause
-        self._scan: Iterator[FoundObject | Foreign] | None = None
+        self._scan: Iterator[FoundObject | UnknownFile] | None = None
 
     async def step(self, term: Term) -> float:
         """Look at the next few objects; seconds until the next step."""

@@ -9,7 +9,7 @@ from typing import Self
 import structlog
 
 from shared.adapters.sources.prober import SourceProber
-from shared.adapters.sources.sharing import SourceSharing
+from shared.adapters.sources.sharing import SourceStatsSync
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import source_name
 from shared.domain.source_order import rank
@@ -33,12 +33,12 @@ class WatchTimes:
 
 
 class SourceWatch:
-    """The leader's work. `open` before use, `close` at the end; `catalog` and `sharing` are opened by others."""
+    """The leader's work. `open` before use, `close` at the end; `catalog` and `stats_sync` are opened by others."""
 
     def __init__(
-        self, catalog: Catalog, sharing: SourceSharing, prober: SourceProber, times: WatchTimes
+        self, catalog: Catalog, stats_sync: SourceStatsSync, prober: SourceProber, times: WatchTimes
     ) -> None:
-        self._catalog, self._sharing, self._prober, self._times = catalog, sharing, prober, times
+        self._catalog, self._stats_sync, self._prober, self._times = catalog, stats_sync, prober, times
         self._bases: Sequence[str] = ()
         self._list_at = self._probe_at = float("-inf")
         self._shown: tuple[str, ...] = ()
@@ -64,12 +64,12 @@ class SourceWatch:
 
     async def step(self) -> float:
         """Probe if it is time to, and show the order as all processes see it; seconds until the next step."""
-        now = self._sharing.book.clock()
+        now = self._stats_sync.registry.clock()
         if now >= self._probe_at:
             self._probe_at = now + self._times.probe_interval
             await self._renew_list(now)
             await self._prober.probe_all(self._bases)
-        await self._sharing.exchange()
+        await self._stats_sync.sync()
         self._show()
         return min(_SHOWN_SECONDS, self._times.probe_interval)
 
@@ -86,10 +86,10 @@ class SourceWatch:
         self._list_at = now + self._times.listed
 
     def _show(self) -> None:
-        book, now = self._sharing.book, self._sharing.book.clock()
+        registry, now = self._stats_sync.registry, self._stats_sync.registry.clock()
         listed = [source_name(base) for base in self._bases]
-        names = dict.fromkeys((*listed, *sorted(book.names())))
-        health = {name: book.health_of(name) for name in names}
+        names = dict.fromkeys((*listed, *sorted(registry.names())))
+        health = {name: registry.health_of(name) for name in names}
         ordered = tuple(sorted(names, key=lambda name: rank(health[name], now)))
         show_sources(
             (name, health[name].mean_first_byte, max(0.0, health[name].penalty_ends - now))

@@ -29,7 +29,7 @@ from shared.domain.errors import CatalogUnavailable, DistributorError, StateStor
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
 from shared.ports.state_store import StateStore, Term, Topic
-from shared.runtime.orders import POLL_SECONDS
+from shared.runtime.orders import POLL_INTERVAL
 from shared.settings.model import EvictorSettings
 
 REFRESH_SECONDS, SAVE_SECONDS, SWEEP_SECONDS = 1.0, 5.0, 10.0
@@ -132,7 +132,7 @@ class TermWork:
     async def _listen(self) -> None:
         async with self._state.listen() as announcements:
             async for announcement in announcements:
-                if announcement.topic is Topic.SPACE_WANTED:
+                if announcement.topic is Topic.SPACE_REQUESTED:
                     self._look.set()
                 elif announcement.topic is Topic.SETTINGS_CHANGED:
                     self._operator_state_event.set()
@@ -168,11 +168,11 @@ class TermWork:
             await self._resync()
         await self._tools.removals.complete_all(self._term, _COMPLETED_AT_ONCE)
         usage = await self._state.usage()
-        if usage.accounted:
+        if usage.reconciled:
             device_free = await file_call(self._tools.volume.free_bytes)
             await self._tools.eviction.make_room(self._term, usage, device_free)
             self._in_doubt = self._in_doubt or (self._tools.eviction.stuck and self._miscounted(usage) > 0)
-        if self._settled and not (usage.accounted and _is_possible(usage)):
+        if self._settled and not (usage.reconciled and _is_possible(usage)):
             self._settled = False
             logger.warning("state_store_lost", used=usage.used, objects=usage.objects)
             self._confirm()
@@ -250,7 +250,7 @@ class TermWork:
             await self._tools.operator_state.save()
         finally:
             self._obey_orders()  # whether or not the copy could be written
-        return POLL_SECONDS
+        return POLL_INTERVAL
 
     def _obey_orders(self) -> None:
         self._tools.eviction.pinned = self._tools.operator_state.pinned

@@ -39,15 +39,15 @@ class UsageCheck:
         async for batch in self._state.entries():
             counted += sum(footprint(entry.size) for entry in batch)
         after = await self._state.usage()
-        moved = after.turnover - before.turnover
+        moved = after.churn - before.churn
         return moved < 0 or abs(after.used - counted) > moved
 
     async def look_at_server(self) -> None:
         """Say so if the server drops keys when its memory is full: sums without their parts, parts without sums."""
-        figures = await self._state.server_figures()
-        if figures is None:
+        stats = await self._state.server_stats()
+        if stats is None:
             return
-        evicts = figures.eviction != KEEPS_ALL
+        evicts = stats.eviction != KEEPS_ALL
         STATE_STORE_EVICTS.set(evicts)
         if evicts:
-            logger.warning("state_store_evicts", maxmemory_policy=figures.eviction, wanted=KEEPS_ALL)
+            logger.warning("state_store_evicts", maxmemory_policy=stats.eviction, wanted=KEEPS_ALL)

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from services.evictor.evictor import Evictor
 from services.evictor.source_watch import SourceWatch, WatchTimes
-from shared.adapters.sources.sharing import SourceSharing
+from shared.adapters.sources.sharing import SourceStatsSync
 from shared.domain.errors import ConfigurationError, VolumeError
 from shared.observability.metrics import describe_build
 from shared.observability.probe_server import ProbeServer
@@ -16,13 +16,13 @@ from shared.runtime.adapters import (
     MEMORY,
     build_catalog,
     build_source_prober,
-    build_source_sharing,
+    build_source_stats_sync,
     build_state_store,
     build_volume,
 )
-from shared.runtime.memory import map_large_blocks
+from shared.runtime.memory import mmap_large_blocks
 from shared.runtime.run_service import ServiceScope, run_service
-from shared.runtime.serving import serve_until
+from shared.runtime.serving import run_until
 from shared.settings.model import Settings
 
 
@@ -40,7 +40,7 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
     if settings.state_store.url.get_secret_value().startswith(MEMORY):
         raise ConfigurationError("an evictor of its own needs the state_store.url of a real server")
     describe_build(version("distributor-node"), "evictor")
-    map_large_blocks()
+    mmap_large_blocks()
     resources = scope.resources
     volume = build_volume(settings)
     resources.callback(volume.close)
@@ -52,16 +52,16 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
     for opened in (state, catalog):
         resources.push_async_callback(opened.close)
         await opened.open()
-    sharing = await resources.enter_async_context(build_source_sharing(settings))
-    watch = await resources.enter_async_context(build_source_watch(settings, catalog, sharing))
+    stats_sync = await resources.enter_async_context(build_source_stats_sync(settings))
+    watch = await resources.enter_async_context(build_source_watch(settings, catalog, stats_sync))
     evictor = Evictor(settings, state, volume, catalog, watch)
     await resources.enter_async_context(
         ProbeServer(settings.metrics.host, settings.metrics.port, evictor.problems)
     )
-    await serve_until(scope.stop_requested, evictor.serve(), "evictor")
+    await run_until(scope.stop_requested, evictor.serve(), "evictor")
 
 
-def build_source_watch(settings: Settings, catalog: Catalog, sharing: SourceSharing) -> SourceWatch:
-    """To be opened and closed by its user; `sharing` is open."""
-    prober = build_source_prober(settings, sharing.book)
-    return SourceWatch(catalog, sharing, prober, WatchTimes(settings.sources.probe_interval))
+def build_source_watch(settings: Settings, catalog: Catalog, stats_sync: SourceStatsSync) -> SourceWatch:
+    """To be opened and closed by its user; `stats_sync` is open."""
+    prober = build_source_prober(settings, stats_sync.registry)
+    return SourceWatch(catalog, stats_sync, prober, WatchTimes(settings.sources.probe_interval))

@@ -15,9 +15,9 @@ from services.fetcher.disk import DiskThreads
 from services.fetcher.patience import Patience
 from shared.adapters.volume import Removal, RemovalState, Volume
 from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.found_objects import record_for
+from shared.domain.found_objects import record_for_file
 from shared.domain.jobs import Done, Hopeless, JobOutcome, TryLater
-from shared.domain.media_sniffing import HEAD_BYTES
+from shared.domain.media_sniffing import SNIFF_BYTES
 from shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
 from shared.domain.space import footprint
 from shared.ports.state_store import AlreadyStored, Announcement, Granted, Lease, NoSpace, StateStore, Topic
@@ -111,7 +111,7 @@ class Admission:
                     return outcome
                 if isinstance(begun, NoSpace) and not wished:
                     wished = True
-                    await self._state.want_space(object_id, size, self._rules.space_wait)
+                    await self._state.request_space(object_id, size, self._rules.space_wait)
                 if news is None:
                     news = await stack.enter_async_context(self._state.listen())
                 await _pause(news, object_id)
@@ -127,7 +127,7 @@ class Admission:
         """The claim ends too: the next client's request asks for the fetch anew, with all that belongs to it."""
         fetch = (await self._state.find(object_id)).fetch
         if fetch is not None:
-            await self._state.withdraw(object_id, fetch.worker)
+            await self._state.release_claim(object_id, fetch.worker)
         return Done("no room to warm")
 
     def _stored(self, object_id: ObjectId) -> StoredRecord | None:
@@ -148,7 +148,7 @@ class Admission:
             for file in opened:
                 if not await self._is_right(file.descriptor, wanted.content_hash):
                     return False
-                record = record_for(wanted, file.size, file.head, min(file.changed_at, time.time()))
+                record = record_for_file(wanted, file.size, file.head, min(file.changed_at, time.time()))
                 await self._disk.run(self._volume.write_record, record)
             return bool(opened)
         finally:
@@ -201,7 +201,7 @@ def _open_unrecorded(volume: Volume, wanted: MediaObject, opened: list[Unrecorde
     if descriptor is None:
         return
     try:
-        head = os.pread(descriptor, HEAD_BYTES, 0)
+        head = os.pread(descriptor, SNIFF_BYTES, 0)
     except OSError as error:
         os.close(descriptor)
         raise VolumeError(f"read {wanted.object_id}: {error.strerror}") from error

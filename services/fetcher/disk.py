@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from shared.runtime.threads import result_of
+from shared.runtime.threads import result_uncancellable
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -26,7 +26,9 @@ class DiskThreads:
         reservation given back, under a write that still runs. What the call returns is lost then: one that opens
         something leaves it where the caller can find it."""
         loop = asyncio.get_running_loop()
-        return await result_of(loop.run_in_executor(self._executor, lambda: call(*arguments, **options)))
+        return await result_uncancellable(
+            loop.run_in_executor(self._executor, lambda: call(*arguments, **options))
+        )
 
     async def close(self) -> None:
         await asyncio.to_thread(self._executor.shutdown)

@@ -14,8 +14,8 @@ from services.fetcher.disk import DiskThreads
 from services.fetcher.lease_keeper import LeaseKeeper
 from services.fetcher.partial_writer import PartialWriter
 from services.fetcher.source_rounds import Rounds, rounds_after_wrong_bytes
-from shared.adapters.sources.answer import SourceAnswer
-from shared.adapters.sources.relay import Relay
+from shared.adapters.sources.answer import SourceResponse
+from shared.adapters.sources.relay import FailoverReader
 from shared.adapters.volume import PartialFile
 from shared.domain.errors import AllSourcesFailed, SourceWrong, VolumeError
 from shared.domain.media_types import media_type_or_none
@@ -38,7 +38,7 @@ class Tools:
     """What every download works with."""
 
     state: StateStore
-    relay: Relay
+    failover_reader: FailoverReader
     disk: DiskThreads
 
 
@@ -75,7 +75,7 @@ class Download:
                     return
                 self._blame(givers, resumed=resumed)
                 rounds = rounds_after_wrong_bytes(rounds, givers, resumed=resumed)
-            await self._tools.disk.run(self._partial.start_over)
+            await self._tools.disk.run(self._partial.restart)
             await self.announce()
         raise WrongBytesEverywhere("all sources gave wrong bytes")
 
@@ -92,7 +92,7 @@ class Download:
         verify = partial(self._verify, hasher)
         writer = PartialWriter(self._partial, hasher, self._keeper, self._tools.disk, self.announce, verify)
         began_at = time.monotonic()
-        stream = self._tools.relay.stream(self._object, offset, None, sources, self._on_source)
+        stream = self._tools.failover_reader.stream(self._object, offset, None, sources, self._on_source)
         async with writer.writing(offset), aclosing(stream) as pieces:
             async for piece in pieces:
                 if not givers:
@@ -115,19 +115,16 @@ class Download:
         """The bytes that lie there from before."""
         if hasher is None or not size:
             return
-        if (
-            await hash_through(self._tools.disk.run, self._partial.read, hasher, at_once=_REHASH_BYTES)
-            != size
-        ):
+        if await hash_through(self._tools.disk.run, self._partial.read, hasher, chunk=_REHASH_BYTES) != size:
             raise VolumeError(f"the partial file of {self._object.object_id} gives fewer bytes than it has")
 
-    def _on_source(self, url: str, told: SourceAnswer) -> None:
+    def _on_source(self, url: str, response: SourceResponse) -> None:
         self._keeper.use_source(url)
-        if told.media_type is None or media_type_or_none(self._object.media_type) is not None:
+        if response.media_type is None or media_type_or_none(self._object.media_type) is not None:
             return
         # Followers are told a type with their first byte: once there are bytes it stays what it is.
         if self._partial.record.media_type is None or not self._partial.size:
-            self._partial.learn_media_type(told.media_type)
+            self._partial.set_media_type(response.media_type)
 
     def _blame(self, givers: set[str], *, resumed: bool) -> None:
         logger.warning("wrong_bytes", sources=sorted(source_name(url) for url in givers), resumed=resumed)
@@ -135,4 +132,4 @@ class Download:
             SOURCE_FAILURES.labels(source_label(url), SourceWrong.reason).inc()
         if len(givers) == 1 and not resumed:
             (giver,) = givers
-            self._tools.relay.blame(giver, self._object.object_id)
+            self._tools.failover_reader.report_corrupt(giver, self._object.object_id)

@@ -18,7 +18,7 @@ from services.fetcher.obituary import Obituary
 from services.fetcher.postponement import Postponement
 from services.fetcher.retrieval import Retrieval
 from services.fetcher.worker import Worker
-from shared.adapters.sources.relay import Relay
+from shared.adapters.sources.relay import FailoverReader
 from shared.adapters.volume import Volume
 from shared.domain.errors import (
     ConfigurationError,
@@ -42,7 +42,12 @@ class Fetcher:
     """Everything given is open, or will be before `serve`, and is closed by whoever gave it."""
 
     def __init__(
-        self, settings: Settings, state: StateStore, queue: JobQueue, volume: Volume, relay: Relay
+        self,
+        settings: Settings,
+        state: StateStore,
+        queue: JobQueue,
+        volume: Volume,
+        failover_reader: FailoverReader,
     ) -> None:
         fetch = settings.fetch
         self._state = state
@@ -59,7 +64,7 @@ class Fetcher:
         times = LeaseTimes(fetch.lease, fetch.lease_renewal)
         self._worker = Worker(
             Admission(state, volume, self._disk, rules, self.name),
-            Retrieval(Tools(state, relay, self._disk), volume, times),
+            Retrieval(Tools(state, failover_reader, self._disk), volume, times),
             Postponement(state, RetryPlan(settings.job_queue.retry_delays), fetch.failure_memory),
         )
         self._operator_state = OperatorStateWatcher(state, volume.root, settings.duty)

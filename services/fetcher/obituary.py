@@ -41,20 +41,20 @@ class Obituary:
 
     async def _remove_partial(self, object_id: ObjectId) -> None:
         fetch = (await self._state.find(object_id)).fetch
-        noted = await self._disk.run(self._volume.expected_of, object_id)
-        if fetch is None or fetch.phase is not FetchPhase.PARKED or noted is None:
+        sidecar = await self._disk.run(self._volume.partial_record, object_id)
+        if fetch is None or fetch.phase is not FetchPhase.PARKED or sidecar is None:
             return
         begun = await self._state.begin(object_id, fetch.size, self._worker)
         if not isinstance(begun, Granted):
             return
         try:
-            await self._disk.run(_discard, self._volume, noted)
+            await self._disk.run(_discard, self._volume, sidecar)
         except VolumeError:
             await self._state.park(begun.lease)
             raise
         await self._state.release(begun.lease)
 
 
-def _discard(volume: Volume, noted: StoredRecord) -> None:
+def _discard(volume: Volume, sidecar: StoredRecord) -> None:
     """In one call: whoever is cancelled meanwhile leaves no open file behind. Blocks."""
-    volume.receive(noted, noted=False).discard()
+    volume.open_partial_for_writing(sidecar, write_sidecar=False).discard()

@@ -13,7 +13,7 @@ from services.fetcher.lease_keeper import LeaseKeeper
 from shared.adapters.volume import PartialFile
 from shared.domain.objects import Hasher
 from shared.observability.metrics import WRITTEN_BYTES
-from shared.runtime.threads import ended
+from shared.runtime.threads import wait_uncancellable
 
 _WORTH_A_CALL = 64 * 1024  # bytes; smaller pieces are joined, larger ones not copied
 
@@ -63,10 +63,10 @@ class PartialWriter:
             self._some.set()
             self._enough.set()
             try:
-                await ended(writer)
+                await wait_uncancellable(writer)
             finally:
                 if self._telling is not None:
-                    await ended(self._telling)
+                    await wait_uncancellable(self._telling)
             failure = writer.exception()
         if failure is not None:
             raise failure

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from shared.domain.jobs import Hopeless, JobOutcome, LookAgain, TryLater
-from shared.ports.state_store import AlreadyStored, HeldElsewhere, NeverFits, NoSpace, NotAccounted
+from shared.ports.state_store import AlreadyStored, HeldElsewhere, NeverFits, NoSpace, NotReconciled
 
-Refusal = AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotAccounted
+Refusal = AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotReconciled
 
 _RENEWED_BY = 0.5
 """Seconds by which a lease must end later than it was first seen to, for its holder to count as alive."""
@@ -35,8 +35,8 @@ class Patience:
                 return (
                     TryLater(f"no space: {missing} bytes are missing") if waited >= self.space_wait else None
                 )
-            case NotAccounted():
-                return TryLater("the volume is not accounted for yet") if waited >= self.space_wait else None
+            case NotReconciled():
+                return TryLater("the volume is not reconciled yet") if waited >= self.space_wait else None
             case HeldElsewhere(seconds_left):
                 return self._held(now, seconds_left, waited)
 

@@ -21,7 +21,7 @@ from shared.domain.errors import (
     VolumeFull,
 )
 from shared.domain.jobs import Done, JobOutcome, TryLater
-from shared.domain.media_sniffing import HEAD_BYTES, settle_media_type
+from shared.domain.media_sniffing import SNIFF_BYTES, detect_media_type
 from shared.domain.media_types import media_type_or_none
 from shared.domain.objects import MediaObject, StoredRecord
 from shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE
@@ -76,7 +76,7 @@ class Retrieval:
             return
         await fetch.drop()
         if isinstance(error, VolumeFull):
-            await self._tools.state.want_space(lease.object_id, lease.size, _WISH_SECONDS)
+            await self._tools.state.request_space(lease.object_id, lease.size, _WISH_SECONDS)
 
     async def _commit(self, lease: Lease) -> JobOutcome:
         """Without a word from the state store the file is there all the same: the next attempt, or reconciliation,
@@ -108,27 +108,27 @@ class _Fetch:
         if partial.size:
             await download.announce()  # what lies there can be sent
         await download.fill()
-        head = await self._tools.disk.run(partial.read, 0, HEAD_BYTES)
-        media_type = settle_media_type(self._object.media_type, head)
+        head = await self._tools.disk.run(partial.read, 0, SNIFF_BYTES)
+        media_type = detect_media_type(self._object.media_type, head)
         record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
         await self._tools.disk.run(partial.publish, record)
 
     def _open(self) -> PartialFile:
         """The partial file, empty unless it is the beginning of this very content. Blocks."""
         expected = self._expected()
-        noted = self._volume.expected_of(self._object.object_id)
-        if noted is None or not _same_content(noted, expected):
-            # Emptied under the old note first: were the new one written beside the old bytes, a crash would join them.
-            self._partial = self._volume.receive(expected, noted=False)
+        sidecar = self._volume.partial_record(self._object.object_id)
+        if sidecar is None or not _same_content(sidecar, expected):
+            # Emptied under the old sidecar first: with the new one beside the old bytes, a crash would join them.
+            self._partial = self._volume.open_partial_for_writing(expected, write_sidecar=False)
             if self._partial.size:
-                self._partial.start_over()
+                self._partial.restart()
             self.close()
         elif expected.media_type is None:
-            expected = replace(expected, media_type=noted.media_type)
-        self._partial = self._volume.receive(expected)
+            expected = replace(expected, media_type=sidecar.media_type)
+        self._partial = self._volume.open_partial_for_writing(expected)
         if self._partial.size > expected.size:
-            self._partial.start_over()
-        self._partial.require_room()
+            self._partial.restart()
+        self._partial.check_free_space()
         return self._partial
 
     def _expected(self) -> StoredRecord:
@@ -179,8 +179,8 @@ class _Fetch:
             self._partial = None
 
 
-def _same_content(noted: StoredRecord, expected: StoredRecord) -> bool:
-    return (noted.size, noted.etag, noted.content_hash) == (
+def _same_content(sidecar: StoredRecord, expected: StoredRecord) -> bool:
+    return (sidecar.size, sidecar.etag, sidecar.content_hash) == (
         expected.size, expected.etag, expected.content_hash,
     )  # fmt: skip
 

@@ -10,16 +10,16 @@ from shared.observability.metrics import describe_build
 from shared.observability.probe_server import ProbeServer
 from shared.runtime.adapters import (
     MEMORY,
+    build_failover_reader,
     build_job_queue,
-    build_relay,
     build_source_client,
-    build_source_sharing,
+    build_source_stats_sync,
     build_state_store,
     build_volume,
 )
-from shared.runtime.memory import keep_freed_memory
+from shared.runtime.memory import retain_freed_memory
 from shared.runtime.run_service import ServiceScope, run_service
-from shared.runtime.serving import serve_until
+from shared.runtime.serving import run_until
 from shared.settings.model import Settings
 
 
@@ -39,18 +39,18 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
             "a fetcher of its own needs state_store.url and job_queue.url of real servers"
         )
     describe_build(version("distributor-node"), "fetcher")
-    keep_freed_memory()
+    retain_freed_memory()
     resources = scope.resources
     volume = build_volume(settings)
     resources.callback(volume.close)
     state, queue = build_state_store(settings), build_job_queue(settings)
     client = build_source_client(settings, max_connections=settings.fetch.concurrency)
-    sharing = build_source_sharing(settings)
-    for opened in (state, queue, sharing, client):
+    stats_sync = build_source_stats_sync(settings)
+    for opened in (state, queue, stats_sync, client):
         resources.push_async_callback(opened.close)
         await opened.open()
-    fetcher = Fetcher(settings, state, queue, volume, build_relay(client, sharing.book))
+    fetcher = Fetcher(settings, state, queue, volume, build_failover_reader(client, stats_sync.registry))
     await resources.enter_async_context(
         ProbeServer(settings.metrics.host, settings.metrics.port, fetcher.problems)
     )
-    await serve_until(scope.stop_requested, fetcher.serve(), "fetcher")
+    await run_until(scope.stop_requested, fetcher.serve(), "fetcher")

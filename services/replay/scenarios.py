@@ -113,7 +113,7 @@ def try_setting(
     simulation = Simulation(setting.make_policy(), rules, admission)
     seen = 0
     for request in requests:
-        simulation.see(request)
+        simulation.process(request)
         seen += 1
         if seen % _PROGRESS_INTERVAL == 0:
             tick(_PROGRESS_INTERVAL)

@@ -18,14 +18,14 @@ from shared.observability.metrics import describe_build
 from shared.runtime.adapters import (
     MEMORY,
     build_catalog,
+    build_failover_reader,
     build_job_queue,
-    build_relay,
     build_source_client,
-    build_source_sharing,
+    build_source_stats_sync,
     build_state_store,
     build_volume,
 )
-from shared.runtime.memory import keep_freed_memory
+from shared.runtime.memory import retain_freed_memory
 from shared.runtime.run_service import ServiceScope, run_service
 
 if TYPE_CHECKING:
@@ -58,15 +58,15 @@ async def run_standalone(
     resources.callback(volume.close)
     try:
         await asyncio.to_thread(volume.prepare)
-        resources.callback(volume.reserve_for_one_process())
+        resources.callback(volume.lock_standalone())
     except VolumeError as error:
         raise ConfigurationError(f"storage.path: {error}") from error
     state, queue, catalog = build_state_store(settings), build_job_queue(settings), build_catalog(settings)
     for port in (catalog, state, queue):
         resources.push_async_callback(port.close)
         await port.open()
-    sharing = await resources.enter_async_context(build_source_sharing(settings))
-    watch = await resources.enter_async_context(build_source_watch(settings, catalog, sharing))
+    stats_sync = await resources.enter_async_context(build_source_stats_sync(settings))
+    watch = await resources.enter_async_context(build_source_watch(settings, catalog, stats_sync))
     downloads = await resources.enter_async_context(
         build_source_client(settings, max_connections=settings.fetch.concurrency)
     )
@@ -74,10 +74,12 @@ async def run_standalone(
         build_source_client(settings, max_connections=settings.public_api.max_proxied)
     )
     describe_build(VERSION, "standalone")
-    keep_freed_memory()
-    fetcher = Fetcher(settings, state, queue, volume, build_relay(downloads, sharing.book))
+    retain_freed_memory()
+    fetcher = Fetcher(settings, state, queue, volume, build_failover_reader(downloads, stats_sync.registry))
     evictor = Evictor(settings, state, volume, catalog, watch)
-    context = make_context(settings, volume, state, queue, catalog, build_relay(proxying, sharing.book))
+    context = make_context(
+        settings, volume, state, queue, catalog, build_failover_reader(proxying, stats_sync.registry)
+    )
     async with asyncio.TaskGroup() as services:
         background = [
             services.create_task(evictor.serve(), name="evictor"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from shared.adapters.state_times import ANNOUNCEMENTS_KEPT
+from shared.adapters.state_times import MAX_ANNOUNCEMENTS
 from shared.ports.state_store import Announcement
 
 
@@ -13,7 +13,7 @@ class AnnouncementQueue:
     """Written by one adapter, read with `async for` by one listener; it never ends by itself."""
 
     def __init__(self) -> None:
-        self._waiting: deque[Announcement] = deque(maxlen=ANNOUNCEMENTS_KEPT)
+        self._waiting: deque[Announcement] = deque(maxlen=MAX_ANNOUNCEMENTS)
         self._arrived = asyncio.Event()
 
     def put(self, announcement: Announcement) -> None:

@@ -19,7 +19,7 @@ from shared.domain.media_types import media_type_or_none
 from shared.domain.objects import ObjectId
 
 FILE_NAME = "cache.json"
-_MOST_VIEWS = 2**31
+_MAX_VIEWS = 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +45,18 @@ def read_cache_state(path: Path) -> CacheState:
 
 def _views(document: Mapping[str, Any]) -> Iterator[tuple[ObjectId, tuple[int, float]]]:
     for group in _listed(document.get("lruCacheGroups")):
-        for object_id, told in _pairs(group):
-            if not isinstance(told, dict):
+        for object_id, stated in _pairs(group):
+            if not isinstance(stated, dict):
                 continue
-            popularity = _number(told.get("popularity"))
-            accessed = _number(told.get("lastAccessTime"))
+            popularity = _number(stated.get("popularity"))
+            accessed = _number(stated.get("lastAccessTime"))
             if popularity is not None and accessed is not None:
-                yield object_id, (int(min(max(popularity, 1), _MOST_VIEWS)), accessed / 1000)
+                yield object_id, (int(min(max(popularity, 1), _MAX_VIEWS)), accessed / 1000)
 
 
 def _media_types(document: Mapping[str, Any]) -> Iterator[tuple[ObjectId, str]]:
-    for object_id, told in _pairs(document.get("mimeTypeByObjectId")):
-        media_type = media_type_or_none(told) if isinstance(told, str) else None
+    for object_id, stated in _pairs(document.get("mimeTypeByObjectId")):
+        media_type = media_type_or_none(stated) if isinstance(stated, str) else None
         if media_type is not None:
             yield object_id, media_type
 

@@ -22,7 +22,7 @@ from shared.domain.errors import JobQueueUnavailable
 from shared.domain.jobs import FetchJob, RetryPlan
 from shared.ports.job_queue import JobHandler, QueueDepth
 
-_DEAD_LETTERS_KEPT = 1000
+_MAX_DEAD_LETTERS = 1000
 
 
 class MemoryJobQueue:
@@ -33,7 +33,7 @@ class MemoryJobQueue:
         self._capacity = capacity
         self._waiting: tuple[deque[FetchJob], deque[FetchJob]] = (deque(), deque())
         self._delayed: set[asyncio.TimerHandle] = set()
-        self._dead: deque[tuple[FetchJob, str]] = deque(maxlen=_DEAD_LETTERS_KEPT)
+        self._dead: deque[tuple[FetchJob, str]] = deque(maxlen=_MAX_DEAD_LETTERS)
         self._ready = asyncio.Semaphore(0)
         self._open = False
 
@@ -95,8 +95,8 @@ class MemoryJobQueue:
 
     async def _take(self) -> FetchJob:
         await self._ready.acquire()
-        urgent, patient = self._waiting
-        return (urgent or patient).popleft()
+        high, low = self._waiting
+        return (high or low).popleft()
 
     def _put(self, job: FetchJob) -> None:
         self._waiting[job.low_priority].append(job)

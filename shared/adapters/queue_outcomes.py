@@ -11,7 +11,7 @@ import structlog
 from shared.domain.jobs import Done, FetchJob, HandBack, JobOutcome, LookAgain, RetryPlan, TryLater
 from shared.ports.job_queue import JobHandler
 
-log = structlog.get_logger()
+logger = structlog.get_logger()
 
 OnGivenUp = Callable[[FetchJob, str], Awaitable[None]]
 
@@ -71,7 +71,7 @@ async def handle(handler: JobHandler, job: FetchJob, is_stopping: Callable[[], b
     except (
         Exception
     ) as error:  # the handler's code is not ours: whatever it raises, the job must end as something
-        log.exception(
+        logger.exception(
             "job_handler_raised", object_id=job.object_id, request_id=job.request_id, attempt=job.attempt
         )
         return HandBack() if is_stopping() else TryLater(type(error).__name__)
@@ -83,6 +83,6 @@ async def remember_failure(on_given_up: OnGivenUp, job: FetchJob, reason: str) -
     try:
         await on_given_up(job, reason)
     except Exception:  # the callback's code is not ours
-        log.exception(
+        logger.exception(
             "failure_not_remembered", object_id=job.object_id, request_id=job.request_id, reason=reason
         )

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from shared.domain.jobs import CLAIM_SECONDS
 
-ACCESS_BATCHES_KEPT = 10_000
+MAX_ACCESS_BATCHES = 10_000
 """Bound of the access log: when nobody reads it, the oldest batches are dropped (recency is lost, nothing else)."""
 
-ANNOUNCEMENTS_KEPT = 1_000
+MAX_ANNOUNCEMENTS = 1_000
 """Bound of what one listener may lag behind before it loses the oldest announcements."""
 
 QUEUED_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class StateTimes:
+class StateTimeouts:
     """Seconds. `claim`: to publish a job; `queued`: for a worker to begin it; `lease`: between two renewals;
     `operation_timeout`: that any one verb may take before StateStoreUnavailable."""
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 
-_TRANSLATED = IPv6Network(
-    "64:ff9b::/96"
-)  # RFC 6052: the last 32 bits are an IPv4 address, reached by a NAT64
+_NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address, reached by a NAT64
 # RFC 8215: such prefixes of a network's own. RFC 4291 section 2.5.5.1: IPv4 addresses once written as IPv6 ones.
-_NEVER = (IPv6Network("64:ff9b:1::/48"), IPv6Network("::/96"))
+_NON_PUBLIC = (IPv6Network("64:ff9b:1::/48"), IPv6Network("::/96"))
 
 
 def is_public(text: str) -> bool:
@@ -26,9 +24,9 @@ def _is_public(address: IPv4Address | IPv6Address) -> bool:
         )
     if isinstance(address, IPv4Address):
         return True
-    if address.is_site_local or any(address in network for network in _NEVER):
+    if address.is_site_local or any(address in network for network in _NON_PUBLIC):
         return False
     wrapped = address.sixtofour
-    if address in _TRANSLATED:
+    if address in _NAT64:
         wrapped = IPv4Address(address.packed[-4:])
     return wrapped is None or _is_public(wrapped)

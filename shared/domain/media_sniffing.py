@@ -6,15 +6,15 @@ import filetype
 
 from shared.domain.media_types import media_type_or_none
 
-HEAD_BYTES = 8192
+SNIFF_BYTES = 8192
 """How much of an object's beginning is looked at."""
 
-UNKNOWN = "application/octet-stream"
+DEFAULT_MEDIA_TYPE = "application/octet-stream"
 
 # What the first bytes say beyond doubt, and nothing that a browser runs. What is left out is either told from two or
 # three bytes that other files begin with too (MP3, AAC, BMP, icons), or is a container that says little of what is
 # within (ZIP is also EPUB and DOCX): there the catalog knows better.
-_SURE = frozenset({
+_CERTAIN = frozenset({
     "image/jpeg", "image/png", "image/apng", "image/gif", "image/webp", "image/avif", "image/heic", "image/tiff",
     "video/mp4", "video/x-m4v", "video/quicktime", "video/webm", "video/x-matroska", "video/x-msvideo", "video/3gpp",
     "audio/mp4", "audio/ogg", "audio/x-flac", "audio/x-wav", "application/pdf",
@@ -37,22 +37,22 @@ _FAMILIES = (
 _BINARY = frozenset({*range(0x09), 0x0B, *range(0x0E, 0x1B), *range(0x1C, 0x20)})
 
 
-def settle_media_type(stated: str | None, head: bytes) -> str:
-    """`stated`: the catalog's word, if it has one; `head`: the object's first HEAD_BYTES bytes, or all there are.
+def detect_media_type(stated: str | None, head: bytes) -> str:
+    """`stated`: the catalog's word, if it has one; `head`: the object's first SNIFF_BYTES bytes, or all there are.
 
     Text (SVG, subtitles, JSON) is never sniffed: any word may stand at its beginning.
     """
     catalogs = media_type_or_none(stated)
     seen = None if _BINARY.isdisjoint(head) else _sniffed(head)
     if seen is None or (catalogs is not None and _same_family(catalogs, seen)):
-        return catalogs or UNKNOWN
+        return catalogs or DEFAULT_MEDIA_TYPE
     return seen
 
 
 def _sniffed(head: bytes) -> str | None:
     # The library looks at single bytes at fixed places, and some of its matchers expect a few to be there.
     kind = filetype.guess(head) if len(head) >= 64 else None
-    return kind.mime if kind is not None and kind.mime in _SURE else None
+    return kind.mime if kind is not None and kind.mime in _CERTAIN else None
 
 
 def _same_family(catalogs: str, seen: str) -> bool:

@@ -11,11 +11,11 @@ VIEW_WINDOW = 300.0
 
 
 class ViewCoalescer:
-    """Remembers the running view of at most `most` objects, those whose views began last."""
+    """Remembers the running view of at most `max_entries` objects, those whose views began last."""
 
-    def __init__(self, window: float = VIEW_WINDOW, most: int = 50_000) -> None:
+    def __init__(self, window: float = VIEW_WINDOW, max_entries: int = 50_000) -> None:
         self._window = window
-        self._most = most
+        self._max_entries = max_entries
         self._began: OrderedDict[ObjectId, float] = OrderedDict()
 
     def begins_view(self, object_id: ObjectId, now: float) -> bool:
@@ -26,6 +26,6 @@ class ViewCoalescer:
             return False
         self._began[object_id] = now
         self._began.move_to_end(object_id)
-        if len(self._began) > self._most:
+        if len(self._began) > self._max_entries:
             self._began.popitem(last=False)
         return True

@@ -14,8 +14,8 @@ from shared.observability.metrics import render_metrics
 Readiness = Callable[[], Awaitable[Sequence[str]]]
 """Returns what keeps the service from working, in words; nothing: it is ready."""
 
-_HEAD_LIMIT = 8 * 1024
-_TIME_LIMIT = 5.0
+_MAX_HEAD = 8 * 1024
+_TIMEOUT = 5.0
 _MAX_CONNECTIONS = 64
 
 logger = structlog.get_logger()
@@ -38,7 +38,7 @@ class ProbeServer:
         return port
 
     async def __aenter__(self) -> ProbeServer:
-        self._server = await asyncio.start_server(self._serve, self._host, self._port, limit=_HEAD_LIMIT)
+        self._server = await asyncio.start_server(self._serve, self._host, self._port, limit=_MAX_HEAD)
         return self
 
     async def __aexit__(self, *_exception: object) -> None:
@@ -55,7 +55,7 @@ class ProbeServer:
             return
         self._connections.add(task)
         try:
-            async with asyncio.timeout(_TIME_LIMIT):
+            async with asyncio.timeout(_TIMEOUT):
                 head = await reader.readuntil(b"\r\n\r\n")
                 writer.write(await self._answer(head))
                 await writer.drain()

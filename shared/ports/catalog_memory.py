@@ -1,4 +1,4 @@
-"""The catalog memory: answers of a slow catalog, shared by all processes of the node, and who is asking for what."""
+"""The shared catalog cache: answers of a slow catalog, for all processes of the node, and who is asking for what."""
 
 from __future__ import annotations
 
@@ -9,42 +9,40 @@ from shared.domain.objects import MediaObject, ObjectId
 
 
 @dataclass(frozen=True, slots=True)
-class Remembered:
-    """An answer of the catalog (None: the object does not exist). `fresh_left`: seconds it is still believed; 0 or
+class CachedAnswer:
+    """An answer of the catalog (None: the object does not exist). `fresh_for`: seconds it is still believed; 0 or
     less: it is kept for outages only."""
 
     answer: MediaObject | None
-    fresh_left: float
+    fresh_for: float
 
 
 @dataclass(frozen=True, slots=True)
-class Consultation:
-    """What is remembered, and whether the consulting process is the one that must ask the catalog now."""
+class CacheLookup:
+    """What is cached, and whether the calling process holds the lock and must ask the catalog now."""
 
-    remembered: Remembered | None
-    must_ask: bool
+    cached: CachedAnswer | None
+    owns_lock: bool
 
 
-class CatalogMemory(Protocol):
+class SharedCatalogCache(Protocol):
     """One instance per process; `open` before use, `close` at the end. Every verb may raise StateStoreUnavailable,
-    within a bounded time. Ages are measured on the memory's own clock; callers hand over durations."""
+    within a bounded time. Ages are measured on the cache's own clock; callers hand over durations."""
 
     async def open(self) -> None:
-        """Connect in the background; never fails because the memory is down."""
+        """Connect in the background; never fails because the store is down."""
 
     async def close(self) -> None: ...
 
-    async def recall(self, object_id: ObjectId) -> Remembered | None:
+    async def get(self, object_id: ObjectId) -> CachedAnswer | None:
         """Look only."""
 
-    async def consult(self, object_id: ObjectId, asker: str, seconds: float) -> Consultation:
+    async def get_or_lock(self, object_id: ObjectId, owner: str, seconds: float) -> CacheLookup:
         """What is remembered; unless that is fresh, also take the right to ask, for `seconds`, if nobody has it. One
         step: whoever gets the right finds no fresh answer that came just before."""
 
-    async def remember(
-        self, object_id: ObjectId, answer: MediaObject | None, fresh: float, keep: float
-    ) -> None:
+    async def put(self, object_id: ObjectId, answer: MediaObject | None, fresh: float, keep: float) -> None:
         """Keep an answer: believed for `fresh` seconds, there for `keep`. Ends whoever's right to ask."""
 
-    async def give_up(self, object_id: ObjectId, asker: str) -> None:
-        """The catalog gave no answer: let another one ask, if the right is still this asker's."""
+    async def unlock(self, object_id: ObjectId, owner: str) -> None:
+        """The catalog gave no answer: let another one ask, if the right is still this owner's."""

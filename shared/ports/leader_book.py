@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shared.ports.state_store import Access, Fetch, IndexEntry, Lease, PolicyState, Term
 
 
-class LeaderBook(Protocol):
+class EvictorStore(Protocol):
     """Part of every state store; the same promises: atomic, bounded, StateStoreUnavailable."""
 
     async def lead(self, holder: str, seconds: float) -> Term | None:
@@ -23,8 +23,8 @@ class LeaderBook(Protocol):
 
     async def resign(self, term: Term) -> None: ...
 
-    async def space_wanted(self) -> int:
-        """Bytes (footprints) asked for by `want_space` and not yet granted or run out."""
+    async def space_requested(self) -> int:
+        """Bytes (footprints) asked for by `request_space` and not yet granted or run out."""
 
     async def begin_eviction(
         self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
@@ -59,7 +59,7 @@ class LeaderBook(Protocol):
     async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
         """Account for a partial file that no fetch knows: PARKED, `footprint(size)` reserved, whatever the limit."""
 
-    async def seize(self, term: Term, object_id: ObjectId) -> Lease | None:
+    async def steal_lease(self, term: Term, object_id: ObjectId) -> Lease | None:
         """Take the lease of a PARKED or run-out fetch, to remove its partial file and `release` it."""
 
     async def recount(self, term: Term, *, entries: bool = True) -> int:
@@ -67,7 +67,7 @@ class LeaderBook(Protocol):
         were wrong. Not `entries`: only `reserved`, which takes no time. Entries take one to two seconds a million, in
         which the store answers nobody: see whether `used` can be right first."""
 
-    async def set_accounted(self, term: Term) -> None:
+    async def set_reconciled(self, term: Term) -> None:
         """The index stands for the volume as of now, until this store restarts or is emptied."""
 
     def entries(self) -> AsyncIterator[Sequence[IndexEntry]]:
@@ -82,5 +82,5 @@ class LeaderBook(Protocol):
     async def load_policy_state(self) -> PolicyState: ...
 
     async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
-        """Write changed figures of existing entries (frequency, last_access, priority) and the policy's state, in one
+        """Write changed values of existing entries (frequency, last_access, priority) and the policy's state, in one
         step; entries that are gone meanwhile are passed over. The access log before `state.position` is dropped."""

@@ -1,4 +1,4 @@
-"""The source memory: how the storage nodes do, as all processes of the node have seen it."""
+"""The shared source stats: how the storage nodes do, as all processes of the node have seen it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from shared.domain.objects import ObjectId
-from shared.domain.source_order import SourceHealth, SourceNews
+from shared.domain.source_order import SourceHealth, SourceStatsDelta
 
-MOST_SOURCES = 1000
-"""Sources that a memory keeps; those beyond are known to the process that met them alone."""
-MOST_CORRUPTED = 2000
-"""Corrupted copies that a memory keeps; beyond, those that would be forgotten first are."""
+MAX_SOURCES = 1000
+"""Sources that are kept; those beyond are known to the process that met them alone."""
+MAX_CORRUPTED_COPIES = 2000
+"""Corrupted copies that are kept; beyond, those that would be forgotten first are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,17 +32,17 @@ class SharedSources:
     corrupted: Sequence[CorruptedCopy] = ()
 
 
-class SourceMemory(Protocol):
-    """One instance per process; `open` before use, `close` at the end. `exchange` may raise StateStoreUnavailable,
+class SharedSourceStats(Protocol):
+    """One instance per process; `open` before use, `close` at the end. `sync` may raise StateStoreUnavailable,
     within a bounded time. A source of which nothing was heard for a day is forgotten."""
 
     async def open(self) -> None:
-        """Connect in the background; never fails because the memory is down."""
+        """Connect in the background; never fails because the store is down."""
 
     async def close(self) -> None: ...
 
-    async def exchange(
-        self, news: Mapping[str, SourceNews], corrupted: Sequence[CorruptedCopy], now: float
+    async def sync(
+        self, deltas: Mapping[str, SourceStatsDelta], corrupted: Sequence[CorruptedCopy], now: float
     ) -> SharedSources:
         """Hand over what was seen since the last time, and learn what all have seen; one step. All times are on the
-        caller's clock, which says `now`. News whose answer was lost may be counted twice when handed over again."""
+        caller's clock, which says `now`. Deltas whose reply was lost may be counted twice when handed over again."""

@@ -22,9 +22,9 @@ from typing import Protocol
 
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
-from shared.ports.leader_book import LeaderBook
+from shared.ports.leader_book import EvictorStore
 from shared.ports.order_book import OperatorStore
-from shared.ports.server_figures import ServerFigures
+from shared.ports.server_figures import ServerStats
 
 
 class FetchPhase(StrEnum):
@@ -61,7 +61,7 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class ObjectStatus:
     """Where an object stands: being fetched, failed lately, both None when neither."""
 
     fetch: Fetch | None
@@ -70,10 +70,10 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Answer to a claim: won by the asker, or the standing that is in the way."""
+    """Answer to a claim: won by the asker, or the status that is in the way."""
 
     won: bool
-    standing: Standing
+    status: ObjectStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +121,11 @@ class NeverFits:
 
 
 @dataclass(frozen=True, slots=True)
-class NotAccounted:
+class NotReconciled:
     """The index does not stand for the volume yet (empty or restarted store): wait for the evictor to reconcile."""
 
 
-Begun = Granted | AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotAccounted
+BeginResult = Granted | AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotReconciled
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ class Access:
     last_at: float
 
 
-ACCESS_GRAIN = 1 / 2**16
+ACCESS_TIME_RESOLUTION = 1 / 2**16
 """Seconds: stores need not tell apart times of access that are closer than this."""
 
 
@@ -145,8 +145,8 @@ ACCESS_GRAIN = 1 / 2**16
 class IndexEntry:
     """What the index holds of a complete object: all that any eviction policy needs.
 
-    `size` in bytes; `frequency` in views; `last_access` POSIX seconds, kept to `ACCESS_GRAIN`; `priority` is the
-    policy's own figure, kept as it is.
+    `size` in bytes; `frequency` in views; `last_access` POSIX seconds, kept to `ACCESS_TIME_RESOLUTION`; `priority` is
+    the policy's own figure, kept as it is.
     """
 
     object_id: ObjectId
@@ -179,7 +179,7 @@ class Topic(StrEnum):
     """What an announcement is about."""
 
     FETCH_CHANGED = "fetch_changed"
-    SPACE_WANTED = "space_wanted"
+    SPACE_REQUESTED = "space_wanted"
     SPACE_FREED = "space_freed"
     SETTINGS_CHANGED = "settings_changed"
     PURGE_WANTED = "purge_wanted"
@@ -193,7 +193,7 @@ class Announcement:
     object_id: str = ""
 
 
-class StateStore(OperatorStore, LeaderBook, Protocol):
+class StateStore(OperatorStore, EvictorStore, Protocol):
     """See the module's text; orders and what comes with them are in `order_book`, the leading evictor's verbs in
     `leader_book`.
 
@@ -207,12 +207,12 @@ class StateStore(OperatorStore, LeaderBook, Protocol):
     async def ping(self) -> None:
         """Return if the store answers."""
 
-    async def server_figures(self) -> ServerFigures | None:
+    async def server_stats(self) -> ServerStats | None:
         """For those who watch it; None where there is no server."""
 
     # Requests
 
-    async def find(self, object_id: ObjectId) -> Standing:
+    async def find(self, object_id: ObjectId) -> ObjectStatus:
         """Look only: no side effects."""
 
     async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
@@ -223,7 +223,7 @@ class StateStore(OperatorStore, LeaderBook, Protocol):
         """The job is published: the claim becomes QUEUED for the (longer) queue time. No effect if no longer CLAIMED
         by this claimant (a worker may have begun already)."""
 
-    async def withdraw(self, object_id: ObjectId, claimant: str) -> None:
+    async def release_claim(self, object_id: ObjectId, claimant: str) -> None:
         """Publishing failed: drop the claim, if it is still CLAIMED or QUEUED by this claimant (a reservation stays,
         PARKED)."""
 
@@ -235,10 +235,10 @@ class StateStore(OperatorStore, LeaderBook, Protocol):
 
     # Fetching
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str) -> Begun:
+    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
         """Take the lease and reserve `footprint(size)` in one step. Over a PARKED fetch or a run-out lease the existing
         reservation is taken over (adjusted to `size`, if that differs and fits). Never grants what would make
-        used + reserved pass the limit. Granting forgets what was recorded by `want_space`; a failure stays, out of
+        used + reserved pass the limit. Granting forgets what was recorded by `request_space`; a failure stays, out of
         sight while the fetch is live, since another attempt may fail, too."""
 
     async def renew(self, lease: Lease, source: str | None = None) -> bool:
@@ -259,8 +259,8 @@ class StateStore(OperatorStore, LeaderBook, Protocol):
     async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
         """Keep everybody from claiming the object for so long, counted anew with each call. Announces FETCH_CHANGED."""
 
-    async def want_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
-        """Ask the evictor for room for one object; the wish runs out after `seconds`. Announces SPACE_WANTED."""
+    async def request_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
+        """Ask the evictor for room for one object; the request expires after `seconds`. Announces SPACE_REQUESTED."""
 
     async def forget(self, object_id: ObjectId, generation: int) -> bool:
         """Drop the entry of this generation: its file is gone from the volume or was never right. True if dropped."""

@@ -12,17 +12,17 @@ from shared.adapters.catalogs.origin import OriginCatalog
 from shared.adapters.queue_memory import MemoryJobQueue
 from shared.adapters.queue_rabbitmq import RabbitJobQueue
 from shared.adapters.sources.client import SourceClient
-from shared.adapters.sources.health import HealthBook
+from shared.adapters.sources.health import SourceHealthRegistry
 from shared.adapters.sources.limits import SourceLimits
 from shared.adapters.sources.observation import SourceObservation
 from shared.adapters.sources.prober import SourceProber
-from shared.adapters.sources.relay import Relay
-from shared.adapters.sources.sharing import SourceSharing
+from shared.adapters.sources.relay import FailoverReader
+from shared.adapters.sources.sharing import SourceStatsSync
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_redis.catalog_memory import RedisCatalogMemory
-from shared.adapters.state_redis.source_memory import RedisSourceMemory
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_redis.catalog_memory import RedisSharedCatalogCache
+from shared.adapters.state_redis.source_memory import RedisSharedSourceStats
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.errors import ConfigurationError
 from shared.domain.jobs import RetryPlan
@@ -34,9 +34,9 @@ from shared.observability.metrics import (
     source_label,
 )
 from shared.ports.catalog import Catalog
-from shared.ports.catalog_memory import CatalogMemory
+from shared.ports.catalog_memory import SharedCatalogCache
 from shared.ports.job_queue import JobQueue
-from shared.ports.source_memory import SourceMemory
+from shared.ports.source_memory import SharedSourceStats
 from shared.ports.state_store import StateStore
 from shared.settings.model import Settings
 
@@ -44,17 +44,17 @@ MEMORY = "memory://"
 
 
 def build_volume(settings: Settings) -> Volume:
-    return Volume(settings.storage.path, handed_over=bool(settings.public_api.accel_redirect_prefix))
+    return Volume(settings.storage.path, accel_redirect=bool(settings.public_api.accel_redirect_prefix))
 
 
 def build_state_store(settings: Settings) -> StateStore:
     """All tasks of a process share one: in memory, two would know nothing of each other."""
     store = settings.state_store
-    times = StateTimes(lease_seconds=settings.fetch.lease, operation_timeout=store.operation_timeout)
+    timeouts = StateTimeouts(lease_seconds=settings.fetch.lease, operation_timeout=store.operation_timeout)
     url = store.url.get_secret_value()
     if url.startswith(MEMORY):
-        return MemoryStateStore(settings.storage.limit, times, time.time)
-    return RedisStateStore(url, store.prefix, settings.storage.limit, times)
+        return MemoryStateStore(settings.storage.limit, timeouts, time.time)
+    return RedisStateStore(url, store.prefix, settings.storage.limit, timeouts)
 
 
 def build_job_queue(settings: Settings) -> JobQueue:
@@ -81,7 +81,9 @@ def build_catalog(settings: Settings) -> Catalog:
         wait=catalog.timeout,
     )
     if catalog.kind == "joystream":
-        return CachedCatalog(build_joystream(settings), limits, memory=_build_catalog_memory(settings))
+        return CachedCatalog(
+            build_joystream(settings), limits, shared_cache=_build_shared_catalog_cache(settings)
+        )
     if catalog.origin is None:
         raise ConfigurationError("catalog.origin is missing")
     return CachedCatalog(OriginCatalog(catalog.origin, catalog.timeout), limits)
@@ -105,7 +107,7 @@ def build_chain_head(settings: Settings) -> ChainHead | None:
     return None if chain is None else ChainHead(chain, settings.catalog.timeout)
 
 
-def _build_catalog_memory(settings: Settings) -> CatalogMemory | None:
+def _build_shared_catalog_cache(settings: Settings) -> SharedCatalogCache | None:
     """None in one process, whose cache has nobody to share with."""
     store = settings.state_store
     url = store.url.get_secret_value()
@@ -114,7 +116,7 @@ def _build_catalog_memory(settings: Settings) -> CatalogMemory | None:
     # Named after the squid, and after what decides which sources an answer holds: no answer outlives a change of those.
     identity = f"{settings.catalog.squid} {settings.catalog.refuse_private_sources}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:12]
-    return RedisCatalogMemory(url, store.prefix, store.operation_timeout, name)
+    return RedisSharedCatalogCache(url, store.prefix, store.operation_timeout, name)
 
 
 def build_source_client(settings: Settings, max_connections: int) -> SourceClient:
@@ -131,28 +133,30 @@ def build_source_client(settings: Settings, max_connections: int) -> SourceClien
     return SourceClient(limits, count_observation)
 
 
-def build_source_sharing(settings: Settings) -> SourceSharing:
-    """One in each process, with the book that all its relays go by. To be opened and closed by its user."""
-    book = HealthBook(corrupted_memory=settings.sources.corrupted_memory)
-    return SourceSharing(book, _build_source_memory(settings), settings.sources.share_interval)
+def build_source_stats_sync(settings: Settings) -> SourceStatsSync:
+    """One in each process, with the registry of all its failover readers. To be opened and closed by its user."""
+    registry = SourceHealthRegistry(corrupted_memory=settings.sources.corrupted_memory)
+    return SourceStatsSync(registry, _build_shared_source_stats(settings), settings.sources.share_interval)
 
 
-def _build_source_memory(settings: Settings) -> SourceMemory | None:
-    """None in one process, whose book has nobody to share with."""
+def _build_shared_source_stats(settings: Settings) -> SharedSourceStats | None:
+    """None in one process, whose registry has nobody to share with."""
     store = settings.state_store
     url = store.url.get_secret_value()
-    return None if url.startswith(MEMORY) else RedisSourceMemory(url, store.prefix, store.operation_timeout)
+    return (
+        None if url.startswith(MEMORY) else RedisSharedSourceStats(url, store.prefix, store.operation_timeout)
+    )
 
 
-def build_source_prober(settings: Settings, book: HealthBook) -> SourceProber:
+def build_source_prober(settings: Settings, registry: SourceHealthRegistry) -> SourceProber:
     """To be opened and closed by its user."""
     sources, refuse = settings.sources, settings.catalog.refuse_private_sources
-    return SourceProber(book, sources.probe_timeout, sources.probes_at_once, refuse_private=refuse)
+    return SourceProber(registry, sources.probe_timeout, sources.probes_at_once, refuse_private=refuse)
 
 
-def build_relay(client: SourceClient, book: HealthBook) -> Relay:
+def build_failover_reader(client: SourceClient, registry: SourceHealthRegistry) -> FailoverReader:
     """Reads through `client`, which is opened and closed by whoever built it."""
-    return Relay(client, book)
+    return FailoverReader(client, registry)
 
 
 def count_observation(observation: SourceObservation) -> None:

@@ -12,19 +12,19 @@ from shared.domain.errors import VolumeError
 from shared.domain.objects import ContentHash, Hasher
 from shared.runtime.threads import ThreadCall
 
-_SLICE = 1024 * 1024
+_CHUNK = 1024 * 1024
 
 Read = Callable[[int, int], bytes]
 """Bytes at an offset, up to a length; empty at the end. Blocks."""
 
 
 async def hash_through(
-    call: ThreadCall, read: Read, hasher: Hasher, rate: int = 0, at_once: int = _SLICE
+    call: ThreadCall, read: Read, hasher: Hasher, rate: int = 0, chunk: int = _CHUNK
 ) -> int:
     """Feed all that `read` gives, from its beginning, at `rate` bytes a second (0: as fast as it comes); how many
     bytes that were."""
     offset, begun = 0, time.monotonic()
-    length = min(at_once, max(rate, 4096)) if rate else at_once
+    length = min(chunk, max(rate, 4096)) if rate else chunk
     while fed := await call(_feed, read, hasher, offset, length):
         offset += fed
         if rate:

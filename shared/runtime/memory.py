@@ -16,7 +16,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MIB = 1024 * 1024
 
 
-def keep_freed_memory() -> bool:
+def retain_freed_memory() -> bool:
     """Have memory that was freed used again, instead of giving it back to the system at once: a process that moves
     gigabytes through pieces of some hundred KiB otherwise has each of their pages cleared and mapped anew, which cost a
     fetch a fifth of its CPU time. At most 32 MiB more are kept. For the whole process; False where that cannot be
@@ -24,7 +24,7 @@ def keep_freed_memory() -> bool:
     return _set_options({_MMAP_THRESHOLD: 4 * _MIB, _TRIM_THRESHOLD: 32 * _MIB})
 
 
-def map_large_blocks() -> bool:
+def mmap_large_blocks() -> bool:
     """Have every block of a MiB and more mapped by itself: it then grows without being copied, and goes back to the
     system when it is freed. The columns of a million objects otherwise leave holes behind as they grow, 27 bytes an
     object. For the whole process; False where that cannot be had."""

@@ -14,7 +14,7 @@ from shared.domain.objects import Duty
 from shared.domain.orders import OperatorState
 from shared.ports.order_book import OperatorStore
 
-POLL_SECONDS = 0.5
+POLL_INTERVAL = 0.5
 """Between two looks at the state store: an order is in force everywhere within a second, announced or not."""
 
 logger = structlog.get_logger()
@@ -67,7 +67,7 @@ class OperatorStateWatcher:
         while True:
             await self._poll()
             try:
-                async with asyncio.timeout(POLL_SECONDS):
+                async with asyncio.timeout(POLL_INTERVAL):
                     await self._woken.wait()
             except TimeoutError:
                 pass

@@ -52,7 +52,7 @@ def run_service(main: ServiceMain, *, name: str, shutdown_deadline: float, log: 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(run.run())
     finally:
-        run.end_watch()
+        run.cancel_watchdog()
 
 
 class _Run:
@@ -72,16 +72,16 @@ class _Run:
         stop = asyncio.create_task(scope.stop_requested.wait(), name=f"{self._name}-stop")
         try:
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
-            self._watch()
+            self._start_watchdog()
             if not work.done():
                 await asyncio.wait({work}, timeout=self._shutdown_deadline)
-            return await self._conclude(work)
+            return await self._finish(work)
         finally:
             stop.cancel()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
 
-    def end_watch(self) -> None:
+    def cancel_watchdog(self) -> None:
         """The loop has ended by itself: nobody needs to end it from outside."""
         if self._watchdog is not None:
             self._watchdog.cancel()
@@ -91,9 +91,9 @@ class _Run:
             try:
                 await self._main(scope)
             finally:
-                self._watch()  # resources may take as long to close as a stop may, and no longer
+                self._start_watchdog()  # resources may take as long to close as a stop may, and no longer
 
-    async def _conclude(self, work: asyncio.Task[None]) -> int:
+    async def _finish(self, work: asyncio.Task[None]) -> int:
         if not work.done():
             logger.error("shutdown_deadline_missed", service=self._name, seconds=self._shutdown_deadline)
             work.cancel()
@@ -121,9 +121,9 @@ class _Run:
             "stop_requested", service=self._name, signal=number.name, deadline=self._shutdown_deadline
         )
         stop_requested.set()
-        self._watch()
+        self._start_watchdog()
 
-    def _watch(self) -> None:
+    def _start_watchdog(self) -> None:
         """From now on the end is bounded, whatever holds it up."""
         if self._watchdog is None:
             self._watchdog = threading.Timer(self._shutdown_deadline + _CLEANUP_GRACE, os._exit, (FAILED,))

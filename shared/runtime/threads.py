@@ -6,19 +6,19 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-Given = ParamSpec("Given")
+Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
 class ThreadCall(Protocol):
-    """Runs a call that blocks in some thread, and waits for it as `result_of` does."""
+    """Runs a call that blocks in some thread, and waits for it as `result_uncancellable` does."""
 
     async def __call__(
-        self, call: Callable[Given, Result], /, *given: Given.args, **named: Given.kwargs
+        self, call: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
     ) -> Result: ...
 
 
-async def ended(work: asyncio.Future[Any]) -> None:
+async def wait_uncancellable(work: asyncio.Future[Any]) -> None:
     """Wait for its end through any number of cancellations; one is raised after it. What `work` raised is not."""
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
@@ -32,8 +32,8 @@ async def ended(work: asyncio.Future[Any]) -> None:
         raise cancelled
 
 
-async def result_of(work: asyncio.Future[Result]) -> Result:
+async def result_uncancellable(work: asyncio.Future[Result]) -> Result:
     """Its result. A cancellation is raised only after it has ended: no file is ever closed, and no reservation given
     back, under a call that still runs, and whoever cleans up finds files at rest."""
-    await ended(work)
+    await wait_uncancellable(work)
     return work.result()

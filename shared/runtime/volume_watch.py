@@ -9,12 +9,12 @@ import structlog
 from shared.adapters.volume import Volume
 from shared.domain.errors import VolumeError
 
-WATCH_SECONDS = 2.0
+WATCH_INTERVAL = 2.0
 
 logger = structlog.get_logger()
 
 
-async def watch_volume(volume: Volume, seconds: float = WATCH_SECONDS) -> None:
+async def watch_volume(volume: Volume, seconds: float = WATCH_INTERVAL) -> None:
     """Look again and again, until cancelled: what is read or written from then on is the volume that is there now."""
     present, replacements = True, volume.replacements
     while True:

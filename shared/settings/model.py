@@ -16,12 +16,12 @@ from shared.domain.source_urls import names_host
 from shared.domain.space import Watermarks, footprint, watermarks_for
 from shared.settings.network import CatalogSettings, SourceSettings
 from shared.settings.operator_api import OperatorApi
-from shared.settings.section import Port, Seconds, Section
+from shared.settings.section import Port, Seconds, SettingsGroup
 from shared.settings.sizes import Size, format_size
-from shared.settings.timeouts import wrong_timeouts
+from shared.settings.timeouts import check_timeouts
 
 
-class PublicApi(Section):
+class PublicApi(SettingsGroup):
     """The HTTP server that clients talk to."""
 
     host: str = "0.0.0.0"
@@ -56,7 +56,7 @@ class PublicApi(Section):
     """Bytes of memory for small objects (up to 16 KiB) that are asked for again and again, for each worker; 0: none."""
 
 
-class StateStoreSettings(Section):
+class StateStoreSettings(SettingsGroup):
     """Redis, or memory:// in standalone mode."""
 
     url: SecretStr = SecretStr("memory://")
@@ -67,7 +67,7 @@ class StateStoreSettings(Section):
     """Seconds after which a call is given up."""
 
 
-class JobQueueSettings(Section):
+class JobQueueSettings(SettingsGroup):
     """RabbitMQ, or memory:// in standalone mode."""
 
     url: SecretStr = SecretStr("memory://")
@@ -82,7 +82,7 @@ class JobQueueSettings(Section):
     """Seconds a job may take before the broker believes its worker to be dead."""
 
 
-class FetchSettings(Section):
+class FetchSettings(SettingsGroup):
     """How workers download."""
 
     concurrency: int = Field(default=8, ge=1, le=256)
@@ -105,7 +105,7 @@ class FetchSettings(Section):
     """Seconds a given-up object is not tried again."""
 
 
-class StorageSettings(Section):
+class StorageSettings(SettingsGroup):
     """The volume and its limit."""
 
     path: Path = Path("data")
@@ -136,7 +136,7 @@ class StorageSettings(Section):
         return fits if self.max_cached_item is None else min(fits, self.max_cached_item)
 
 
-class EvictorSettings(Section):
+class EvictorSettings(SettingsGroup):
     """Eviction and reconciliation."""
 
     policy: Literal["gdsf", "lru-sp", "lru"] = "gdsf"
@@ -162,7 +162,7 @@ class EvictorSettings(Section):
     """Bytes a second that the scrub reads; 0 turns it off."""
 
 
-class AdmissionSettings(Section):
+class AdmissionSettings(SettingsGroup):
     """Which objects are cached at all. Counts only while the cache is under pressure."""
 
     above_size: Size | None = None
@@ -171,7 +171,7 @@ class AdmissionSettings(Section):
     """Seconds in which the second view has to follow the first."""
 
 
-class MetricsSettings(Section):
+class MetricsSettings(SettingsGroup):
     """Where fetcher and evictor answer /metrics, /healthz and /readyz (the API does so on its own port)."""
 
     host: str = "0.0.0.0"
@@ -182,7 +182,7 @@ class MetricsSettings(Section):
     """Directory for the counters of several API workers; default: a new temporary directory."""
 
 
-class LogSettings(Section):
+class LogSettings(SettingsGroup):
     """Logs."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -249,7 +249,7 @@ class Settings(BaseSettings):
                 f"fetch.lease ({self.fetch.lease:g} s) must be at least twice fetch.lease_renewal"
                 f" ({self.fetch.lease_renewal:g} s): one lost renewal must not cost the lease"
             )
-        wrong.extend(self._wrong_timeouts())
+        wrong.extend(self._check_timeouts())
         if self.evictor.leadership_renewal * 2 > self.evictor.leadership:
             wrong.append("evictor.leadership must be at least twice evictor.leadership_renewal")
         if self.storage.watermarks.low > self.storage.watermarks.high:
@@ -265,9 +265,9 @@ class Settings(BaseSettings):
             raise ValueError("; ".join(wrong))
         return self
 
-    def _wrong_timeouts(self) -> list[str]:
+    def _check_timeouts(self) -> list[str]:
         kept_alive = {"fetch.lease": self.fetch.lease, "evictor.leadership": self.evictor.leadership}
-        return wrong_timeouts(self.state_store.operation_timeout, self.job_queue.publish_timeout, kept_alive)
+        return check_timeouts(self.state_store.operation_timeout, self.job_queue.publish_timeout, kept_alive)
 
     def _check_catalog(self) -> list[str]:
         if self.catalog.kind == "manifest" and self.catalog.manifest is None:

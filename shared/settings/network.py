@@ -7,10 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from shared.settings.section import Seconds, Section
+from shared.settings.section import Seconds, SettingsGroup
 
 
-class CatalogSettings(Section):
+class CatalogSettings(SettingsGroup):
     """Where the node learns which objects exist."""
 
     kind: Literal["manifest", "origin", "joystream"] = "manifest"
@@ -43,7 +43,7 @@ class CatalogSettings(Section):
     """Seconds `does not exist` and `not accepted yet` are believed."""
 
 
-class SourceSettings(Section):
+class SourceSettings(SettingsGroup):
     """In which order the storage nodes are asked."""
 
     probe_interval: Seconds = 60.0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field, SecretStr
 
-from shared.settings.section import Port, Section
+from shared.settings.section import Port, SettingsGroup
 
 MIN_SECRET_LENGTH = 16
 """Characters."""
 
 
-class OperatorApi(Section):
+class OperatorApi(SettingsGroup):
     """The HTTP server that operators talk to. Off unless a secret is set."""
 
     host: str = "127.0.0.1"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from shared.domain.jobs import CLAIM_SECONDS
 
 
-def wrong_timeouts(operation: float, publish: float, kept_alive: Mapping[str, float]) -> list[str]:
+def check_timeouts(operation: float, publish: float, kept_alive: Mapping[str, float]) -> list[str]:
     """What is wrong, in words. Seconds: of one call of the state store, of publishing one job, and, by the name of its
     setting, of what calls of the state store keep alive: a call that may take longer than that keeps nothing alive."""
     wrong = [

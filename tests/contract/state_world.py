@@ -12,15 +12,15 @@ from redis import asyncio as aioredis
 
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
 from shared.ports.state_store import FetchPhase, Granted, Lease, StateStore, Term
 
 LIMIT = 1_000_000
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
-LONG = StateTimes(operation_timeout=5.0)
-BRIEF = StateTimes(claim_seconds=0.3, queued_seconds=0.3, lease_seconds=0.3, operation_timeout=5.0)
+LONG = StateTimeouts(operation_timeout=5.0)
+BRIEF = StateTimeouts(claim_seconds=0.3, queued_seconds=0.3, lease_seconds=0.3, operation_timeout=5.0)
 
 
 class FakeClock:
@@ -42,7 +42,7 @@ class World:
     other: StateStore
     let_pass: Callable[[float], Awaitable[None]]
     dump: Callable[[], Awaitable[object]]
-    times: StateTimes
+    times: StateTimeouts
     lose: Callable[[str], Awaitable[None]]
     term: Term = field(default_factory=lambda: Term("", 0))
 
@@ -68,7 +68,7 @@ class World:
         """As after an evictor's first pass over an empty volume."""
         term = await self.store.lead("evictor-1", 600)
         assert term is not None
-        await self.store.set_accounted(term)
+        await self.store.set_reconciled(term)
         self.term = term
         return term
 
@@ -93,7 +93,7 @@ class World:
 
 
 @asynccontextmanager
-async def memory_world(times: StateTimes, limit: int = LIMIT) -> AsyncIterator[World]:
+async def memory_world(times: StateTimeouts, limit: int = LIMIT) -> AsyncIterator[World]:
     clock = FakeClock()
     store = MemoryStateStore(limit, times, clock)
 
@@ -107,7 +107,7 @@ async def memory_world(times: StateTimes, limit: int = LIMIT) -> AsyncIterator[W
     async def lose(part: str) -> None:
         tables = store._tables
         if part == "usage":
-            tables.used, tables.reserved, tables.turnover, tables.accounted = 0, 0, 0, False
+            tables.used, tables.reserved, tables.churn, tables.reconciled = 0, 0, 0, False
         else:
             (tables.objects if part == "objects" else tables.rows).clear()
 
@@ -117,7 +117,9 @@ async def memory_world(times: StateTimes, limit: int = LIMIT) -> AsyncIterator[W
 
 
 @asynccontextmanager
-async def redis_world(url: str, prefix: str, times: StateTimes, limit: int = LIMIT) -> AsyncIterator[World]:
+async def redis_world(
+    url: str, prefix: str, times: StateTimeouts, limit: int = LIMIT
+) -> AsyncIterator[World]:
     stores = [RedisStateStore(url, prefix, limit, times) for _ in range(2)]
     client = aioredis.Redis.from_url(url, protocol=2)
 

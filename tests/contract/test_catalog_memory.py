@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from shared.adapters.state_memory.catalog_memory import MemoryCatalogMemory
-from shared.adapters.state_redis.catalog_memory import RedisCatalogMemory
+from shared.adapters.state_memory.catalog_memory import MemorySharedCatalogCache
+from shared.adapters.state_redis.catalog_memory import RedisSharedCatalogCache
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
-from shared.ports.catalog_memory import CatalogMemory, Consultation
+from shared.ports.catalog_memory import CacheLookup, SharedCatalogCache
 from tests.contract.state_world import FakeClock
 
 ONE, TWO = ObjectId("1"), ObjectId("2")
@@ -32,8 +32,8 @@ FULL = MediaObject(
 class World:
     """`memory` and `other` are two processes' doors to one memory."""
 
-    memory: CatalogMemory
-    other: CatalogMemory
+    memory: SharedCatalogCache
+    other: SharedCatalogCache
     let_pass: Callable[[float], Awaitable[None]]
 
 
@@ -45,11 +45,11 @@ async def world(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncItera
         async def let_pass(seconds: float) -> None:
             clock.now += seconds
 
-        memory = MemoryCatalogMemory(clock)
+        memory = MemorySharedCatalogCache(clock)
         yield World(memory, memory, let_pass)
         return
     url = request.getfixturevalue("redis_url")
-    doors = [RedisCatalogMemory(url, redis_prefix, 5.0, "squid") for _ in range(2)]
+    doors = [RedisSharedCatalogCache(url, redis_prefix, 5.0, "squid") for _ in range(2)]
     for door in doors:
         await door.open()
     yield World(doors[0], doors[1], asyncio.sleep)
@@ -59,75 +59,75 @@ async def world(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncItera
 
 @pytest.mark.parametrize("answer", [FULL, MediaObject(ONE, None), None], ids=["full", "bare", "absent"])
 async def test_an_answer_is_recalled_as_it_was(world: World, answer: MediaObject | None) -> None:
-    assert await world.memory.recall(ONE) is None
-    await world.memory.remember(ONE, answer, 50, 100)
-    remembered = await world.other.recall(ONE)
-    assert remembered is not None
-    assert remembered.answer == answer
-    assert 0 < remembered.fresh_left <= 50
-    assert await world.other.recall(TWO) is None
+    assert await world.memory.get(ONE) is None
+    await world.memory.put(ONE, answer, 50, 100)
+    cached = await world.other.get(ONE)
+    assert cached is not None
+    assert cached.answer == answer
+    assert 0 < cached.fresh_for <= 50
+    assert await world.other.get(TWO) is None
 
 
 async def test_one_is_told_to_ask(world: World) -> None:
-    assert await world.memory.consult(ONE, "a", 50) == Consultation(None, must_ask=True)
-    assert await world.other.consult(ONE, "b", 50) == Consultation(None, must_ask=False)
-    assert (await world.other.consult(TWO, "b", 50)).must_ask
+    assert await world.memory.get_or_lock(ONE, "a", 50) == CacheLookup(None, owns_lock=True)
+    assert await world.other.get_or_lock(ONE, "b", 50) == CacheLookup(None, owns_lock=False)
+    assert (await world.other.get_or_lock(TWO, "b", 50)).owns_lock
 
 
 async def test_nobody_is_told_to_ask_what_is_fresh(world: World) -> None:
-    assert (await world.memory.consult(ONE, "a", 50)).must_ask
-    await world.memory.remember(ONE, FULL, 50, 100)
-    consultation = await world.other.consult(ONE, "b", 50)
-    assert not consultation.must_ask
-    assert consultation.remembered is not None
-    assert consultation.remembered.answer == FULL
+    assert (await world.memory.get_or_lock(ONE, "a", 50)).owns_lock
+    await world.memory.put(ONE, FULL, 50, 100)
+    lookup = await world.other.get_or_lock(ONE, "b", 50)
+    assert not lookup.owns_lock
+    assert lookup.cached is not None
+    assert lookup.cached.answer == FULL
 
 
 async def test_what_is_stale_is_told_and_asked_anew(world: World) -> None:
-    assert (await world.memory.consult(ONE, "a", 50)).must_ask
-    await world.memory.remember(ONE, FULL, 0.05, 100)
+    assert (await world.memory.get_or_lock(ONE, "a", 50)).owns_lock
+    await world.memory.put(ONE, FULL, 0.05, 100)
     await world.let_pass(0.1)
-    consultation = await world.other.consult(ONE, "b", 50)
-    assert consultation.must_ask
-    assert consultation.remembered is not None
-    assert consultation.remembered.answer == FULL
-    assert consultation.remembered.fresh_left <= 0
+    lookup = await world.other.get_or_lock(ONE, "b", 50)
+    assert lookup.owns_lock
+    assert lookup.cached is not None
+    assert lookup.cached.answer == FULL
+    assert lookup.cached.fresh_for <= 0
 
 
 async def test_answers_go_at_their_end(world: World) -> None:
-    await world.memory.remember(ONE, FULL, 0.05, 0.05)
+    await world.memory.put(ONE, FULL, 0.05, 0.05)
     await world.let_pass(0.1)
-    assert await world.other.recall(ONE) is None
+    assert await world.other.get(ONE) is None
 
 
 async def test_the_right_to_ask_is_given_up_by_its_holder_alone(world: World) -> None:
-    assert (await world.memory.consult(ONE, "a", 50)).must_ask
-    await world.other.give_up(ONE, "b")
-    assert not (await world.other.consult(ONE, "b", 50)).must_ask
-    await world.memory.give_up(ONE, "a")
-    assert (await world.other.consult(ONE, "b", 50)).must_ask
+    assert (await world.memory.get_or_lock(ONE, "a", 50)).owns_lock
+    await world.other.unlock(ONE, "b")
+    assert not (await world.other.get_or_lock(ONE, "b", 50)).owns_lock
+    await world.memory.unlock(ONE, "a")
+    assert (await world.other.get_or_lock(ONE, "b", 50)).owns_lock
 
 
 async def test_the_right_to_ask_runs_out(world: World) -> None:
-    assert (await world.memory.consult(ONE, "a", 0.05)).must_ask
+    assert (await world.memory.get_or_lock(ONE, "a", 0.05)).owns_lock
     await world.let_pass(0.1)
-    assert (await world.other.consult(ONE, "b", 50)).must_ask
+    assert (await world.other.get_or_lock(ONE, "b", 50)).owns_lock
 
 
 async def test_different_catalogs_share_nothing(redis_url: str, redis_prefix: str) -> None:
-    one, two = (RedisCatalogMemory(redis_url, redis_prefix, 5.0, name) for name in ("one", "two"))
+    one, two = (RedisSharedCatalogCache(redis_url, redis_prefix, 5.0, name) for name in ("one", "two"))
     await one.open()
     await two.open()
-    await one.remember(ONE, FULL, 50, 100)
-    assert await two.recall(ONE) is None
+    await one.put(ONE, FULL, 50, 100)
+    assert await two.get(ONE) is None
     await one.close()
     await two.close()
 
 
 async def test_a_memory_out_of_reach_says_so_in_time(redis_prefix: str) -> None:
-    memory = RedisCatalogMemory("redis://127.0.0.1:1/0", redis_prefix, 0.5, "squid")
+    memory = RedisSharedCatalogCache("redis://127.0.0.1:1/0", redis_prefix, 0.5, "squid")
     await memory.open()
     async with asyncio.timeout(2):
         with pytest.raises(StateStoreUnavailable):
-            await memory.consult(ONE, "a", 50)
+            await memory.get_or_lock(ONE, "a", 50)
     await memory.close()

@@ -64,7 +64,7 @@ async def test_server_keeps_to_the_document(tmp_path: Path) -> None:
     ):
         term = await api.context.state.lead("evictor", 60)
         assert term is not None
-        await api.context.state.set_accounted(term)
+        await api.context.state.set_reconciled(term)
         await asyncio.to_thread(explore, f"http://127.0.0.1:{port}")
 
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from shared.adapters.sources.health import HealthBook
-from shared.adapters.sources.sharing import SourceSharing
-from shared.adapters.state_memory.source_memory import MemorySourceMemory
-from shared.adapters.state_redis.source_memory import RedisSourceMemory
+from shared.adapters.sources.health import SourceHealthRegistry
+from shared.adapters.sources.sharing import SourceStatsSync
+from shared.adapters.state_memory.source_memory import MemorySharedSourceStats
+from shared.adapters.state_redis.source_memory import RedisSharedSourceStats
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
-from shared.domain.source_order import SourceHealth, SourceNews
-from shared.ports.source_memory import MOST_CORRUPTED, CorruptedCopy, SharedSources, SourceMemory
+from shared.domain.source_order import SourceHealth, SourceStatsDelta
+from shared.ports.source_memory import MAX_CORRUPTED_COPIES, CorruptedCopy, SharedSources, SharedSourceStats
 from tests.contract.state_world import FakeClock
 
 ONE, TWO = ObjectId("1"), ObjectId("2")
@@ -26,15 +26,15 @@ A, B = "one.example:81", "two.example"
 class World:
     """`memory` and `other` are two processes' doors to one memory."""
 
-    memory: SourceMemory
-    other: SourceMemory
+    memory: SharedSourceStats
+    other: SharedSourceStats
     let_pass: Callable[[float], Awaitable[None]]
 
-    async def tell(self, name: str, news: SourceNews, now: float = 100.0) -> None:
-        await self.memory.exchange({name: news}, [], now)
+    async def tell(self, name: str, delta: SourceStatsDelta, now: float = 100.0) -> None:
+        await self.memory.sync({name: delta}, [], now)
 
     async def learn(self, now: float = 0.0) -> SharedSources:
-        return await self.other.exchange({}, [], now)
+        return await self.other.sync({}, [], now)
 
 
 @pytest.fixture(params=["memory", "redis"])
@@ -45,11 +45,11 @@ async def world(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncItera
         async def let_pass(seconds: float) -> None:
             clock.now += seconds
 
-        memory = MemorySourceMemory(clock)
+        memory = MemorySharedSourceStats(clock)
         yield World(memory, memory, let_pass)
         return
     url = request.getfixturevalue("redis_url")
-    doors = [RedisSourceMemory(url, redis_prefix, 5.0) for _ in range(2)]
+    doors = [RedisSharedSourceStats(url, redis_prefix, 5.0) for _ in range(2)]
     for door in doors:
         await door.open()
     yield World(doors[0], doors[1], asyncio.sleep)
@@ -62,8 +62,8 @@ async def test_nothing_is_known_at_first(world: World) -> None:
 
 
 async def test_what_one_has_seen_the_other_knows(world: World) -> None:
-    await world.tell(A, SourceNews(SourceHealth(first_bytes=(0.25, 0.5))))
-    await world.tell(B, SourceNews(SourceHealth(failures=2, last_failure_at=97.0)))
+    await world.tell(A, SourceStatsDelta(SourceHealth(first_bytes=(0.25, 0.5))))
+    await world.tell(B, SourceStatsDelta(SourceHealth(failures=2, last_failure_at=97.0)))
     health = (await world.learn()).health
     assert health[A].first_bytes == (0.25, 0.5)
     assert (health[A].failures, health[A].unreachable_at) == (0, None)
@@ -71,46 +71,48 @@ async def test_what_one_has_seen_the_other_knows(world: World) -> None:
 
 
 async def test_the_teller_learns_it_in_the_same_step(world: World) -> None:
-    shared = await world.memory.exchange({A: SourceNews(SourceHealth(first_bytes=(0.5,)))}, [], 0.0)
+    shared = await world.memory.sync({A: SourceStatsDelta(SourceHealth(first_bytes=(0.5,)))}, [], 0.0)
     assert shared.health[A].first_bytes == (0.5,)
 
 
 async def test_times_are_on_the_clock_of_who_asks(world: World) -> None:
     seen = SourceHealth(failures=1, last_failure_at=97.0, unreachable_at=99.0)
-    await world.tell(A, SourceNews(seen), now=100.0)
+    await world.tell(A, SourceStatsDelta(seen), now=100.0)
     health = (await world.learn(now=5000.0)).health[A]
     assert health.last_failure_at == pytest.approx(4997.0, abs=0.5)
     assert health.unreachable_at == pytest.approx(4999.0, abs=0.5)
 
 
 async def test_the_last_ten_answers_make_the_mean(world: World) -> None:
-    await world.tell(A, SourceNews(SourceHealth(first_bytes=tuple(float(number) for number in range(8)))))
-    await world.tell(A, SourceNews(SourceHealth(first_bytes=(8.0, 9.0, 10.0, 11.0))))
+    await world.tell(
+        A, SourceStatsDelta(SourceHealth(first_bytes=tuple(float(number) for number in range(8))))
+    )
+    await world.tell(A, SourceStatsDelta(SourceHealth(first_bytes=(8.0, 9.0, 10.0, 11.0))))
     assert (await world.learn()).health[A].first_bytes == tuple(float(number) for number in range(2, 12))
 
 
 async def test_failures_add_up_until_a_success(world: World) -> None:
-    failed = SourceNews(SourceHealth(failures=2, last_failure_at=100.0))
+    failed = SourceStatsDelta(SourceHealth(failures=2, last_failure_at=100.0))
     await world.tell(A, failed)
     await world.tell(A, failed)
     assert (await world.learn()).health[A].failures == 4
-    await world.tell(A, SourceNews(SourceHealth(failures=1, last_failure_at=100.0), forgiven=True))
+    await world.tell(A, SourceStatsDelta(SourceHealth(failures=1, last_failure_at=100.0), succeeded=True))
     assert (await world.learn()).health[A].failures == 1
-    await world.tell(A, SourceNews(forgiven=True, reached=True))
+    await world.tell(A, SourceStatsDelta(succeeded=True, reached=True))
     assert (await world.learn()).health[A].failures == 0
 
 
 async def test_a_good_probe_ends_a_failed_one_and_no_more(world: World) -> None:
     seen = SourceHealth(failures=1, last_failure_at=99.0, unreachable_at=100.0)
-    await world.tell(A, SourceNews(seen))
+    await world.tell(A, SourceStatsDelta(seen))
     assert (await world.learn()).health[A].unreachable_at is not None
-    await world.tell(A, SourceNews(SourceHealth(first_bytes=(0.5,)), reached=True))
+    await world.tell(A, SourceStatsDelta(SourceHealth(first_bytes=(0.5,)), reached=True))
     health = (await world.learn()).health[A]
     assert (health.unreachable_at, health.failures) == (None, 1)
 
 
 async def test_corrupted_copies_are_told_until_they_are_forgotten(world: World) -> None:
-    await world.memory.exchange({}, [CorruptedCopy(ONE, A, 50), CorruptedCopy(TWO, B, 0.05)], 0.0)
+    await world.memory.sync({}, [CorruptedCopy(ONE, A, 50), CorruptedCopy(TWO, B, 0.05)], 0.0)
     await world.let_pass(0.1)
     (copy,) = (await world.learn()).corrupted
     assert (copy.object_id, copy.source) == (ONE, A)
@@ -118,33 +120,36 @@ async def test_corrupted_copies_are_told_until_they_are_forgotten(world: World) 
 
 
 async def test_corrupted_copies_are_bounded(world: World) -> None:
-    first = [CorruptedCopy(ObjectId(f"{number}"), A, 10 + number) for number in range(MOST_CORRUPTED)]
-    await world.memory.exchange({}, first, 0.0)
-    await world.memory.exchange({}, [CorruptedCopy(TWO, B, 10_000)], 0.0)
+    first = [CorruptedCopy(ObjectId(f"{number}"), A, 10 + number) for number in range(MAX_CORRUPTED_COPIES)]
+    await world.memory.sync({}, first, 0.0)
+    await world.memory.sync({}, [CorruptedCopy(TWO, B, 10_000)], 0.0)
     kept = {(copy.object_id, copy.source) for copy in (await world.learn()).corrupted}
-    assert len(kept) == MOST_CORRUPTED
+    assert len(kept) == MAX_CORRUPTED_COPIES
     assert (TWO, B) in kept
     assert (ObjectId("0"), A) not in kept
 
 
 async def test_two_processes_share_one_order(world: World) -> None:
-    books = [HealthBook(), HealthBook()]
-    sharings = [SourceSharing(books[0], world.memory, 3600), SourceSharing(books[1], world.other, 3600)]
+    registries = [SourceHealthRegistry(), SourceHealthRegistry()]
+    stats_syncs = [
+        SourceStatsSync(registries[0], world.memory, 3600),
+        SourceStatsSync(registries[1], world.other, 3600),
+    ]
     urls = ["http://one.example:81/1", "http://two.example/1"]
-    books[0].record_failure(urls[0])
-    books[0].record_corrupted(ONE, urls[1])
-    for sharing in sharings:
-        await sharing.exchange()
-    assert books[1].best_first(urls) == (urls[1], urls[0])
-    assert books[1].best_first(urls, ONE) == (urls[0],)
+    registries[0].record_failure(urls[0])
+    registries[0].record_corrupted(ONE, urls[1])
+    for stats_sync in stats_syncs:
+        await stats_sync.sync()
+    assert registries[1].best_first(urls) == (urls[1], urls[0])
+    assert registries[1].best_first(urls, ONE) == (urls[0],)
 
 
 async def test_a_memory_out_of_reach_costs_this_process_nothing_it_has_seen(redis_prefix: str) -> None:
-    memory = RedisSourceMemory("redis://127.0.0.1:1/0", redis_prefix, 0.5)
-    book = HealthBook()
-    async with asyncio.timeout(5), SourceSharing(book, memory, 3600) as sharing:
+    memory = RedisSharedSourceStats("redis://127.0.0.1:1/0", redis_prefix, 0.5)
+    registry = SourceHealthRegistry()
+    async with asyncio.timeout(5), SourceStatsSync(registry, memory, 3600) as stats_sync:
         with pytest.raises(StateStoreUnavailable):
-            await memory.exchange({}, [], 0.0)
-        book.record_failure("http://one.example:81/1")
-        await sharing.exchange()
-        assert book.health_of("one.example:81").failures == 1
+            await memory.sync({}, [], 0.0)
+        registry.record_failure("http://one.example:81/1")
+        await stats_sync.sync()
+        assert registry.health_of("one.example:81").failures == 1

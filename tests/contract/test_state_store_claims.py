@@ -17,9 +17,9 @@ from tests.contract.state_world import ONE, THREE, TWO, World
 
 class TestFind:
     async def test_knows_nothing_at_first(self, world: World) -> None:
-        standing = await world.store.find(ONE)
-        assert standing.fetch is None
-        assert standing.failure is None
+        object_status = await world.store.find(ONE)
+        assert object_status.fetch is None
+        assert object_status.failure is None
 
     async def test_has_no_side_effects(self, world: World) -> None:
         await world.reconciled()
@@ -60,7 +60,7 @@ class TestClaim:
         claims = await asyncio.gather(*(store.claim(ONE, f"api-{n}") for n, store in enumerate(stores)))
         assert sum(claim.won for claim in claims) == 1
         for claim in claims:
-            in_the_way = claim.standing.fetch
+            in_the_way = claim.status.fetch
             assert (in_the_way is None) == claim.won
             assert in_the_way is None or in_the_way.phase is FetchPhase.CLAIMED
 
@@ -68,9 +68,9 @@ class TestClaim:
         await world.store.record_failure(ONE, "every source failed: é", 60)
         claim = await world.store.claim(ONE, "api-1")
         assert not claim.won
-        assert claim.standing.failure is not None
-        assert claim.standing.failure.reason == "every source failed: é"
-        assert 50 < claim.standing.failure.seconds_left <= 60
+        assert claim.status.failure is not None
+        assert claim.status.failure.reason == "every source failed: é"
+        assert 50 < claim.status.failure.seconds_left <= 60
 
     async def test_failures_are_forgotten_in_time(self, world: World) -> None:
         await world.store.record_failure(ONE, "refused", 0.1)
@@ -92,14 +92,14 @@ class TestClaim:
         await world.store.mark_queued(ONE, "api-1")
         queued = await world.store.claim(ONE, "api-2")
         assert not queued.won
-        assert queued.standing.fetch is not None
-        assert queued.standing.fetch.phase is FetchPhase.QUEUED
-        assert 30 < queued.standing.fetch.lease_left <= 60
+        assert queued.status.fetch is not None
+        assert queued.status.fetch.phase is FetchPhase.QUEUED
+        assert 30 < queued.status.fetch.lease_left <= 60
         await world.begun(ONE, 100)
         fetching = await world.store.claim(ONE, "api-2")
         assert not fetching.won
-        assert fetching.standing.fetch is not None
-        assert fetching.standing.fetch.phase is FetchPhase.FETCHING
+        assert fetching.status.fetch is not None
+        assert fetching.status.fetch.phase is FetchPhase.FETCHING
 
     async def test_over_a_parked_fetch_keeps_its_reservation(self, world: World) -> None:
         await world.reconciled()
@@ -126,7 +126,7 @@ class TestMarkQueuedAndWithdraw:
         await world.store.claim(ONE, "api-1")
         await world.store.mark_queued(ONE, "api-2")
         assert await world.phase(ONE) is FetchPhase.CLAIMED
-        await world.store.withdraw(ONE, "api-2")
+        await world.store.release_claim(ONE, "api-2")
         assert await world.phase(ONE) is FetchPhase.CLAIMED
 
     async def test_a_worker_that_was_faster_is_not_disturbed(self, world: World) -> None:
@@ -134,7 +134,7 @@ class TestMarkQueuedAndWithdraw:
         await world.store.claim(ONE, "api-1")
         await world.begun(ONE, 100)
         await world.store.mark_queued(ONE, "api-1")
-        await world.store.withdraw(ONE, "api-1")
+        await world.store.release_claim(ONE, "api-1")
         assert await world.phase(ONE) is FetchPhase.FETCHING
 
     @pytest.mark.parametrize("queued", [False, True])
@@ -142,7 +142,7 @@ class TestMarkQueuedAndWithdraw:
         await world.store.claim(ONE, "api-1")
         if queued:
             await world.store.mark_queued(ONE, "api-1")
-        await world.store.withdraw(ONE, "api-1")
+        await world.store.release_claim(ONE, "api-1")
         assert await world.phase(ONE) is None
         assert (await world.store.claim(ONE, "api-2")).won
 
@@ -150,7 +150,7 @@ class TestMarkQueuedAndWithdraw:
         await world.reconciled()
         await world.store.park(await world.begun(ONE, 100))
         await world.store.claim(ONE, "api-1")
-        await world.store.withdraw(ONE, "api-1")
+        await world.store.release_claim(ONE, "api-1")
         assert await world.phase(ONE) is FetchPhase.PARKED
         assert await world.taken() == (0, footprint(100))
 

@@ -18,7 +18,7 @@ from shared.ports.state_store import (
     HeldElsewhere,
     NeverFits,
     NoSpace,
-    NotAccounted,
+    NotReconciled,
 )
 from tests.contract.state_world import LIMIT, ONE, TWO, World
 
@@ -34,10 +34,10 @@ class TestBegin:
         assert (await world.store.usage()).fetches == 1
 
     async def test_nothing_before_the_volume_is_accounted_for(self, world: World) -> None:
-        assert not (await world.store.usage()).accounted
-        assert await world.store.begin(ONE, 100, "worker-1") == NotAccounted()
+        assert not (await world.store.usage()).reconciled
+        assert await world.store.begin(ONE, 100, "worker-1") == NotReconciled()
         await world.reconciled()
-        assert (await world.store.usage()).accounted
+        assert (await world.store.usage()).reconciled
         assert isinstance(await world.store.begin(ONE, 100, "worker-1"), Granted)
 
     async def test_one_lease_per_object(self, world: World) -> None:
@@ -92,9 +92,9 @@ class TestBegin:
 
     async def test_granted_forgets_the_wish(self, world: World) -> None:
         await world.reconciled()
-        await world.store.want_space(ONE, 100, 60)
+        await world.store.request_space(ONE, 100, 60)
         await world.begun(ONE, 100)
-        assert await world.store.space_wanted() == 0
+        assert await world.store.space_requested() == 0
 
     @pytest.mark.parametrize("kept", [True, False])
     async def test_a_failure_is_out_of_sight_while_another_attempt_lives(
@@ -106,12 +106,12 @@ class TestBegin:
         lease = await world.begun(ONE, 100)
         assert (await world.store.find(ONE)).failure is None
         claim = await world.store.claim(ONE, "api-2")
-        assert (claim.won, claim.standing.failure) == (False, None)
+        assert (claim.won, claim.status.failure) == (False, None)
         await (world.store.park if kept else world.store.release)(lease)
         claim = await world.store.claim(ONE, "api-2")
         assert not claim.won
-        assert claim.standing.failure is not None
-        assert claim.standing.failure.reason == "refused"
+        assert claim.status.failure is not None
+        assert claim.status.failure.reason == "refused"
 
     async def test_only_success_forgets_a_failure(self, world: World) -> None:
         term = await world.reconciled()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import (
-    ACCESS_GRAIN,
+    ACCESS_TIME_RESOLUTION,
     AlreadyStored,
     FetchPhase,
     Granted,
@@ -66,11 +66,11 @@ class TestLeadership:
         await world.store.cancel_eviction(old, TWO)
         assert not await world.store.adopt(old, IndexEntry(ObjectId("4"), 1, 1, 1.0))
         assert not await world.store.adopt_partial(old, ObjectId("5"), 1)
-        assert await world.store.seize(old, THREE) is None
+        assert await world.store.steal_lease(old, THREE) is None
         await world.lose("fetches")
         before = await world.dump()
         assert await world.store.recount(old) == 0
-        await world.store.set_accounted(old)
+        await world.store.set_reconciled(old)
         await world.store.save_policy(old, [IndexEntry(ONE, 100, 9, 9.0)], PolicyState(9.0, ""))
         await world.store.resign(old)
         assert await world.dump() == before
@@ -158,11 +158,11 @@ class TestRecount:
 
     async def test_turnover_tells_what_moved(self, world: World) -> None:
         term = await world.reconciled()
-        before = (await world.store.usage()).turnover
+        before = (await world.store.usage()).churn
         await world.stored(ONE, 100)
         await world.store.begin_eviction(term, ONE, 0)
         await world.store.finish_eviction(term, ONE)
-        assert (await world.store.usage()).turnover - before == 2 * footprint(100)
+        assert (await world.store.usage()).churn - before == 2 * footprint(100)
 
 
 class TestAdoption:
@@ -223,18 +223,18 @@ class TestAdoption:
         term = await world.reconciled()
         assert await world.store.adopt(term, IndexEntry(ONE, 700, 1, 1.0))
         assert await world.store.adopt_partial(term, ONE, 300)
-        lease = await world.store.seize(term, ONE)
+        lease = await world.store.steal_lease(term, ONE)
         assert lease is not None
         assert await world.store.commit(lease, time.time())
         assert await world.taken() == (footprint(300), 0)
 
     async def test_seized_can_be_released(self, world: World) -> None:
         term = await world.reconciled()
-        assert await world.store.seize(term, ONE) is None
+        assert await world.store.steal_lease(term, ONE) is None
         worker = await world.begun(ONE, 100)
-        assert await world.store.seize(term, ONE) is None
+        assert await world.store.steal_lease(term, ONE) is None
         await world.store.park(worker)
-        lease = await world.store.seize(term, ONE)
+        lease = await world.store.steal_lease(term, ONE)
         assert lease is not None
         assert lease == Lease(ONE, lease.token, 100, term.holder)
         assert isinstance(await world.store.begin(ONE, 100, "worker-2"), HeldElsewhere)
@@ -245,7 +245,7 @@ class TestAdoption:
         term = await brief.reconciled()
         lost = await brief.begun(ONE, 100)
         await brief.until_phase(ONE, FetchPhase.PARKED)
-        assert await brief.store.seize(term, ONE)
+        assert await brief.store.steal_lease(term, ONE)
         assert not await brief.store.renew(lost)
 
 
@@ -258,8 +258,8 @@ class TestPolicy:
         await world.stored(ONE, 100)
         await world.stored(TWO, 100)
         await world.store.begin_eviction(term, TWO, 0)
-        figures = [IndexEntry(known, 5, 3, 1234.25, 0.1) for known in (ONE, TWO, THREE)]
-        await world.store.save_policy(term, figures, PolicyState(0.1, ""))
+        changed = [IndexEntry(known, 5, 3, 1234.25, 0.1) for known in (ONE, TWO, THREE)]
+        await world.store.save_policy(term, changed, PolicyState(0.1, ""))
         kept = {entry.object_id: entry async for batch in world.store.entries() for entry in batch}
         assert set(kept) == {ONE, TWO}
         for entry in kept.values():
@@ -307,11 +307,11 @@ class TestManyAtOnce:
         assert await world.dump() == before
 
 
-class TestFigures:
+class TestStoredValues:
     async def test_are_kept_as_they_are(self, world: World) -> None:
         term = await world.reconciled()
         entry = IndexEntry(ONE, 2**41 + 1, 2**31 - 1, 1_795_492_317.123456, 123456789.12345679)
         await world.store.adopt(term, entry)
         [[kept]] = [batch async for batch in world.store.entries()]
         assert (kept.size, kept.frequency, kept.priority) == (entry.size, entry.frequency, entry.priority)
-        assert 0 <= entry.last_access - kept.last_access <= ACCESS_GRAIN
+        assert 0 <= entry.last_access - kept.last_access <= ACCESS_TIME_RESOLUTION

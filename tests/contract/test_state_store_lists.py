@@ -20,17 +20,17 @@ from tests.contract.state_world import ONE, TWO, World
 
 class TestWishes:
     async def test_add_up_one_per_object(self, world: World) -> None:
-        await world.store.want_space(ONE, 100, 60)
-        await world.store.want_space(TWO, 200, 60)
-        await world.store.want_space(TWO, 300, 60)
-        assert await world.store.space_wanted() == footprint(100) + footprint(300)
+        await world.store.request_space(ONE, 100, 60)
+        await world.store.request_space(TWO, 200, 60)
+        await world.store.request_space(TWO, 300, 60)
+        assert await world.store.space_requested() == footprint(100) + footprint(300)
 
     async def test_run_out(self, world: World) -> None:
-        await world.store.want_space(ONE, 100, 0.1)
-        await world.store.want_space(TWO, 200, 60)
+        await world.store.request_space(ONE, 100, 0.1)
+        await world.store.request_space(TWO, 200, 60)
 
         async def only_the_second() -> bool:
-            return await world.store.space_wanted() == footprint(200)
+            return await world.store.space_requested() == footprint(200)
 
         await world.until(only_the_second)
 
@@ -97,8 +97,8 @@ class TestAnnouncements:
         term = await world.reconciled()
         async with asyncio.timeout(5), world.other.listen() as heard:
             await anext(heard)
-            await world.store.want_space(ONE, 100, 60)
-            assert await anext(heard) == Announcement(Topic.SPACE_WANTED, ONE)
+            await world.store.request_space(ONE, 100, 60)
+            assert await anext(heard) == Announcement(Topic.SPACE_REQUESTED, ONE)
             lease = await world.begun(ONE, 100)
             assert await anext(heard) == Announcement(Topic.FETCH_CHANGED, ONE)
             await world.store.renew(lease, "http://source-1/files/1")
@@ -120,11 +120,11 @@ class TestAnnouncements:
             assert received < 1500
 
 
-class TestServerFigures:
+class TestServerStats:
     async def test_are_there_where_there_is_a_server(self, world: World) -> None:
-        before = await world.store.server_figures()
+        before = await world.store.server_stats()
         await world.store.usage()
-        after = await world.store.server_figures()
+        after = await world.store.server_stats()
         if before is None or after is None:
             assert before is after
             return

@@ -80,7 +80,7 @@ class Together(RuleBasedStateMachine):
 
     @rule(object_id=_OBJECTS, name=_NAMES, queued=st.booleans())
     def mark_queued_or_withdraw(self, object_id: ObjectId, name: str, queued: bool) -> None:
-        self.both(lambda store, _: (store.mark_queued if queued else store.withdraw)(object_id, name))
+        self.both(lambda store, _: (store.mark_queued if queued else store.release_claim)(object_id, name))
 
     @rule(object_id=_OBJECTS, size=_SIZES, name=_NAMES)
     def begin(self, object_id: ObjectId, size: int, name: str) -> None:
@@ -109,8 +109,8 @@ class Together(RuleBasedStateMachine):
             del self.reserved[object_id]
 
     @rule(object_id=_OBJECTS)
-    def seize(self, object_id: ObjectId) -> None:
-        leases = self.both(lambda store, term: store.seize(term, object_id))
+    def steal_lease(self, object_id: ObjectId) -> None:
+        leases = self.both(lambda store, term: store.steal_lease(term, object_id))
         assert (leases[0] is None) == (leases[1] is None)
         if leases[0] is not None:
             self.leases[object_id] = leases

@@ -18,7 +18,7 @@ import pytest
 
 from services.demo.objects import MIB, generated_object
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.objects import ObjectId, StoredRecord, entity_tag
 from shared.domain.space import footprint
@@ -99,7 +99,7 @@ class Node:
             assert isinstance(begun, Granted)
             tag = entity_tag(object_id, size, None, "test")
             record = StoredRecord(object_id, size, tag, None, "image/png", int(stored_at))
-            partial = self.volume.receive(record)
+            partial = self.volume.open_partial_for_writing(record)
             partial.write(0, bytes(size))
             partial.mark_verified()
             # Before it is there to be seen: the evictor notices an object by its file, too
@@ -125,7 +125,7 @@ class Node:
     async def make_room(self, wanted: int) -> list[str]:
         """Ask for so many free bytes, as a worker does; what went for it, in this order."""
         known, before = len(self.removed()), set(await self.entries())
-        await self.state.want_space(ObjectId("wanted"), wanted - footprint(0), 60.0)
+        await self.state.request_space(ObjectId("wanted"), wanted - footprint(0), 60.0)
 
         async def there() -> bool:
             """And said so: the log comes after the bytes."""
@@ -134,7 +134,7 @@ class Node:
             return before - set(await self.entries()) <= set(self.removed()[known:])
 
         await until(there)
-        await self.state.want_space(ObjectId("wanted"), 0, 0.001)
+        await self.state.request_space(ObjectId("wanted"), 0, 0.001)
         return self.removed()[known:]
 
     def removed(self) -> list[str]:
@@ -173,7 +173,7 @@ async def a_node(folder: Path, redis_url: str, **settings: str) -> AsyncIterator
         "DISTRIBUTOR_LOG__LEVEL": "debug",
         **settings,
     }
-    state = RedisStateStore(redis_url, prefix + ":", LIMIT, StateTimes(operation_timeout=5.0))
+    state = RedisStateStore(redis_url, prefix + ":", LIMIT, StateTimeouts(operation_timeout=5.0))
     await state.open()
     volume = Volume(stack.volume)
     volume.prepare()

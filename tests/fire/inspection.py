@@ -41,7 +41,7 @@ async def _unrest(world: FireWorld) -> str | None:
     queues = await world.usage_of_queues()
     if any(queues.values()):
         return f"jobs left: {queues}"
-    if not usage.accounted:
+    if not usage.reconciled:
         return "the index does not stand for the volume"
     if fetches or usage.reserved or incoming:
         return f"fetches {fetches}, reserved {usage.reserved}, incoming {incoming}"

@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from services.demo.objects import DemoObject, bytes_object
 from shared.adapters.volume import Volume
-from shared.adapters.volume.layout import fan
+from shared.adapters.volume.layout import shard
 from shared.adapters.volume.records import encode_record
 from shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
 from tests.end_to_end.client import get
@@ -36,8 +36,8 @@ def fill(root: Path) -> None:
         content_hash = ContentHash("blake3", blake3(body).digest())
         etag = entity_tag(object_id, SIZE, content_hash, None)
         record = StoredRecord(object_id, SIZE, etag, content_hash, "text/plain", 1_700_000_000)
-        (root / "objects" / fan(object_id) / object_id).write_bytes(body)
-        (root / "records" / fan(object_id) / object_id).write_bytes(encode_record(record))
+        (root / "objects" / shard(object_id) / object_id).write_bytes(body)
+        (root / "records" / shard(object_id) / object_id).write_bytes(encode_record(record))
 
 
 @pytest.mark.fire
@@ -61,9 +61,9 @@ async def test_a_hundred_thousand_objects_are_served_before_the_index_is_rebuilt
         except (OSError, TimeoutError):
             await asyncio.sleep(0.02)
     async with fire.state() as state:
-        accounted_at_first_hit = (await state.usage()).accounted
-    assert not accounted_at_first_hit, "the hit came before the index stood for the volume"
-    await fire.until_accounted(timeout=300)
+        reconciled_at_first_hit = (await state.usage()).reconciled
+    assert not reconciled_at_first_hit, "the hit came before the index stood for the volume"
+    await fire.until_reconciled(timeout=300)
     rebuilt = time.monotonic() - began
     assert evictor.process is not None
     assert api.process is not None

@@ -22,7 +22,7 @@ from services.evictor.reconcile import Reconciliation
 from services.evictor.removals import Removals
 from shared.adapters.queue_memory import MemoryJobQueue
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import PartialHeld, Volume
 from shared.domain.eviction import make_policy
 from shared.domain.jobs import Done, FetchJob, HandBack, JobOutcome, RetryPlan, TryLater
@@ -31,7 +31,7 @@ from shared.ports.state_store import AlreadyStored, Granted, Lease, Term
 
 SIZES = {"1": 1000, "2": 5000, "3": 9000, "4": 2500}
 LIMIT = 24_000
-TIMES = StateTimes()
+TIMES = StateTimeouts()
 PLANS = ("finish", "die_in_mid_body", "die_before_commit", "park", "wrong_bytes")
 
 
@@ -153,7 +153,7 @@ class Node(RuleBasedStateMachine):
 
     async def _download(self, lease: Lease, plan: str, share: float) -> JobOutcome:
         object_id, body = lease.object_id, body_of(lease.object_id)
-        file = self.volume.receive(record_of(object_id))
+        file = self.volume.open_partial_for_writing(record_of(object_id))
         try:
             file.write(0, body[: int(len(body) * share)])
             if plan == "die_in_mid_body":
@@ -207,7 +207,7 @@ class Node(RuleBasedStateMachine):
     @invariant()
     def no_byte_is_unaccounted_for(self) -> None:
         usage = self.runner.run(self.state.usage())
-        if usage.accounted:
+        if usage.reconciled:
             assert usage.used + usage.reserved <= LIMIT
             assert self._bytes() <= usage.used + usage.reserved
         assert self._bytes() <= LIMIT
@@ -241,7 +241,7 @@ class Node(RuleBasedStateMachine):
                 await self.partials.discard(term, fetch.object_id)
             await self.reconciliation.run(term)
             usage = await self.state.usage()
-            assert usage.accounted
+            assert usage.reconciled
             assert usage.reserved == 0, await self.state.fetches()
             assert self._bytes() <= usage.used
 

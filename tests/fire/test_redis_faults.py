@@ -89,10 +89,10 @@ async def through(fire: FireWorld, name: str, fault: Fault, seconds: float) -> N
                 await asyncio.sleep(max(0.0, seconds - (time.monotonic() - began)))
             proxied = sum(answer.headers["x-data-source"] == "external" for answer in misses)
             assert proxied >= len(misses) * 0.8, "misses are proxied while it lasts"
-            recovery = await fire.until_accounted()
+            recovery = await fire.until_reconciled()
         else:
             await broken
-            recovery = await fire.until_accounted()
+            recovery = await fire.until_reconciled()
             proxied = 0
             misses = await ask_all(fire, DURING, 4)
             await asyncio.sleep(seconds)

@@ -15,7 +15,7 @@ from pathlib import Path
 from services.demo.objects import DemoObject, generated_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from tests.end_to_end.stack import ServiceProcess, Stack
 from tests.fire.crew import Crew
 from tests.fire.watchers import VolumeWatch, family
@@ -82,7 +82,7 @@ class FireWorld:
         self.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"] = str(limit)
         self.publish(objects)
         await self.stack.up(fetchers=fetchers, workers=workers)
-        await self.until_accounted()
+        await self.until_reconciled()
         return Crew(self.stack.url, objects)
 
     def only(self, kind: str) -> ServiceProcess:
@@ -97,18 +97,18 @@ class FireWorld:
     @asynccontextmanager
     async def state(self) -> AsyncIterator[RedisStateStore]:
         """The state store, past the relay."""
-        store = RedisStateStore(self.redis.url, f"{self.prefix}:", self.limit, StateTimes(lease_seconds=3))
+        store = RedisStateStore(self.redis.url, f"{self.prefix}:", self.limit, StateTimeouts(lease_seconds=3))
         await store.open()
         try:
             yield store
         finally:
             await store.close()
 
-    async def until_accounted(self, timeout: float = 60.0) -> float:
+    async def until_reconciled(self, timeout: float = 60.0) -> float:
         """Seconds until the index stood for the volume."""
         began = time.monotonic()
         async with self.state() as state, asyncio.timeout(timeout):
-            while not (await state.usage()).accounted:  # noqa: ASYNC110 - what another process does
+            while not (await state.usage()).reconciled:  # noqa: ASYNC110 - what another process does
                 await asyncio.sleep(0.02)
         return time.monotonic() - began
 

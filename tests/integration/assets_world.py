@@ -17,12 +17,12 @@ from services.demo.objects import bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.queue_memory import MemoryJobQueue
 from shared.adapters.sources.client import SourceClient
-from shared.adapters.sources.health import HealthBook
+from shared.adapters.sources.health import SourceHealthRegistry
 from shared.adapters.sources.limits import SourceLimits
-from shared.adapters.sources.relay import Relay
+from shared.adapters.sources.relay import FailoverReader
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import PartialFile, Volume
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.jobs import RetryPlan
@@ -137,7 +137,7 @@ class AssetsWorld:
 
     def store(self, object_id: str) -> Path:
         """Put a complete object on the volume; where it lies."""
-        partial = self.volume.receive(self.record(object_id))
+        partial = self.volume.open_partial_for_writing(self.record(object_id))
         partial.write(0, self.data[object_id])
         partial.mark_verified()
         partial.publish(self.record(object_id))
@@ -150,7 +150,10 @@ class AssetsWorld:
         granted = await self.context.state.begin(record.object_id, record.size, "worker-1")
         assert isinstance(granted, Granted)
         fetch = HandFetch(
-            self.context.state, granted.lease, self.volume.receive(record), self.data[object_id]
+            self.context.state,
+            granted.lease,
+            self.volume.open_partial_for_writing(record),
+            self.data[object_id],
         )
         fetch.write_to(written)
         return fetch
@@ -221,7 +224,7 @@ async def assets_world(
         shutdown_deadline=4.0,
         log={"hits": log_hits},
     )
-    times = StateTimes(operation_timeout=0.3)
+    times = StateTimeouts(operation_timeout=0.3)
     state: StateStore = store or MemoryStateStore(LIMIT, times, time.time)
     if state_down:
         state = RedisStateStore(f"unix://{root}/no-redis.sock", "test:", LIMIT, times)
@@ -240,8 +243,10 @@ async def assets_world(
         if not state_down:
             term = await state.lead("evictor", 600)
             assert term is not None
-            await state.set_accounted(term)
-        context = make_context(settings, volume, state, queue, catalog, Relay(client, HealthBook()))
+            await state.set_reconciled(term)
+        context = make_context(
+            settings, volume, state, queue, catalog, FailoverReader(client, SourceHealthRegistry())
+        )
         context = replace(context, clock=clock)
         world = AssetsWorld(context, catalog, nodes[0], nodes[1], queue)
         listening = asyncio.Event()

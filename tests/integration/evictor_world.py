@@ -16,7 +16,7 @@ from blake3 import blake3
 from services.evictor.evictor import Evictor
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import PartialFile, Volume
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import ContentHash, Duty, MediaObject, ObjectId, StoredRecord, entity_tag
@@ -131,7 +131,7 @@ class EvictorWorld:
         """A complete file with its record, as of `changed_at`; the store is not told."""
         body = body_of(name) if body is None else body
         record = record_of(name, body)
-        partial = self.volume.receive(record)
+        partial = self.volume.open_partial_for_writing(record)
         partial.write(0, body)
         partial.mark_verified()
         if changed_at is not None:  # before it is there to be seen
@@ -143,7 +143,7 @@ class EvictorWorld:
     def begin_partial(self, name: str, written: int, size: int = SIZE) -> PartialFile:
         """A partial file, still held by its writer; the store is not told."""
         body = body_of(name, size)
-        partial = self.volume.receive(record_of(name, body))
+        partial = self.volume.open_partial_for_writing(record_of(name, body))
         partial.write(0, body[:written])
         return partial
 
@@ -178,8 +178,8 @@ class EvictorWorld:
     def record_path_of(self, name: str) -> Path:
         return next(self.root.glob(f"records/*/{name}"))
 
-    async def accounted(self) -> bool:
-        return (await self.state.usage()).accounted
+    async def reconciled(self) -> bool:
+        return (await self.state.usage()).reconciled
 
     async def used(self) -> int:
         return (await self.state.usage()).used
@@ -193,7 +193,7 @@ class EvictorWorld:
     async def true_to_the_volume(self) -> bool:
         """The index stands for exactly what is on the volume."""
         usage = await self.state.usage()
-        return usage.accounted and self.volume.measure() <= usage.used + usage.reserved
+        return usage.reconciled and self.volume.measure() <= usage.used + usage.reserved
 
 
 async def eventually(condition: Callable[[], Awaitable[bool] | bool], seconds: float = 10.0) -> None:
@@ -210,7 +210,7 @@ async def eventually(condition: Callable[[], Awaitable[bool] | bool], seconds: f
 @asynccontextmanager
 async def evictor_world(folder: Path, redis: tuple[str, str] | None = None) -> AsyncIterator[EvictorWorld]:
     """Over the memory store, or over Redis at (url, prefix)."""
-    times = StateTimes(lease_seconds=0.5, operation_timeout=2.0)
+    times = StateTimeouts(lease_seconds=0.5, operation_timeout=2.0)
     state: StateStore = MemoryStateStore(LIMIT, times, time.time)
     if redis is not None:
         state = RedisStateStore(*redis, LIMIT, times)

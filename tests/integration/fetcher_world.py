@@ -20,10 +20,10 @@ from services.fetcher.postponement import Postponement
 from services.fetcher.retrieval import Retrieval
 from services.fetcher.worker import Worker
 from shared.adapters.sources import SourceClient, SourceLimits
-from shared.adapters.sources.health import HealthBook
-from shared.adapters.sources.relay import Relay
+from shared.adapters.sources.health import SourceHealthRegistry
+from shared.adapters.sources.relay import FailoverReader
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.jobs import FetchJob, RetryPlan
 from shared.domain.objects import ContentHash, MediaObject, ObjectId
@@ -42,7 +42,7 @@ class World:
     state: MemoryStateStore
     term: Term
     volume: Volume
-    relay: Relay
+    failover_reader: FailoverReader
     disk: DiskThreads
     nodes: Sequence[StorageNode]
     times: LeaseTimes
@@ -59,7 +59,7 @@ class World:
         rules = AdmissionRules(LIMIT // 2, self.space_wait, self.times.lease)
         return Worker(
             Admission(self.state, self.volume, self.disk, rules, name),
-            Retrieval(Tools(self.state, self.relay, self.disk), self.volume, self.times),
+            Retrieval(Tools(self.state, self.failover_reader, self.disk), self.volume, self.times),
             Postponement(self.state, RETRIES, failure_memory=60.0),
         )
 
@@ -121,7 +121,7 @@ async def fetcher_world(
     lease: float = 15.0,
     space_wait: float = 0.3,
     limit: int = LIMIT,
-    accounted: bool = True,
+    reconciled: bool = True,
     state_kind: type[MemoryStateStore] = MemoryStateStore,
 ) -> AsyncIterator[World]:
     """One storage node for each of `contents`, which is what it holds as object 7."""
@@ -129,11 +129,11 @@ async def fetcher_world(
         volume = Volume(folder)
         volume.prepare()
         stack.callback(volume.close)
-        state = state_kind(limit, StateTimes(lease_seconds=lease), time.time)
+        state = state_kind(limit, StateTimeouts(lease_seconds=lease), time.time)
         term = await state.lead("evictor", 3600)
         assert term is not None
-        if accounted:
-            await state.set_accounted(term)
+        if reconciled:
+            await state.set_reconciled(term)
         nodes = []
         for content in contents:
             held = bytes_object(OBJECT_ID, content) if isinstance(content, bytes) else content
@@ -142,4 +142,13 @@ async def fetcher_world(
         disk = DiskThreads(8)
         stack.push_async_callback(disk.close)
         times = LeaseTimes(lease, lease / 4)
-        yield World(state, term, volume, Relay(client, HealthBook()), disk, nodes, times, space_wait)
+        yield World(
+            state,
+            term,
+            volume,
+            FailoverReader(client, SourceHealthRegistry()),
+            disk,
+            nodes,
+            times,
+            space_wait,
+        )

@@ -39,7 +39,9 @@ async def fetching(world: AssetsWorld) -> AsyncIterator[None]:
     rules = AdmissionRules(LIMIT // 2, space_wait=0.3, lease=15.0)
     worker = Worker(
         Admission(state, volume, disk, rules, "worker-1"),
-        Retrieval(Tools(state, world.context.relay, disk), volume, LeaseTimes(lease=15.0, renewal=4.0)),
+        Retrieval(
+            Tools(state, world.context.failover_reader, disk), volume, LeaseTimes(lease=15.0, renewal=4.0)
+        ),
         Postponement(state, RETRIES, failure_memory=60.0),
     )
     obituary = Obituary(state, volume, disk, "worker-1", failure_memory=60.0)

@@ -97,7 +97,7 @@ async def test_without_a_catalogs_type_the_sources_is_told_as_soon_as_there_are_
     before = world.open_files()
     pending = asyncio.create_task(world.get("2"))
     await world.until(lambda seen: seen.open_files() >= before + 2)  # both wait for its first byte
-    fetch.partial.learn_media_type("video/webm")
+    fetch.partial.set_media_type("video/webm")
     fetch.write_to(SIZE // 2)
     inner = await world.get("2", {"Range": "bytes=0-99"})
     head = await world.get("2", method="HEAD")
@@ -171,7 +171,7 @@ async def test_a_discarded_file_cuts_the_answer(world: AssetsWorld) -> None:
     client = await ask(world, "1")
     await client.read_head()
     body = await client.take(1000)
-    fetch.partial.start_over()
+    fetch.partial.restart()
     body += await client.rest()
     assert len(body) <= SIZE - HOLD_BACK
     fetch.partial.discard()
@@ -182,7 +182,7 @@ async def test_a_file_that_starts_over_before_anything_was_sent_goes_unnoticed(w
     fetch = await world.begin("2", written=50_000)
     client = await ask(world, "2")
     assert await client.silent()
-    fetch.partial.start_over()
+    fetch.partial.restart()
     fetch.written = 0
     await asyncio.sleep(0.05)
     await fetch.complete()

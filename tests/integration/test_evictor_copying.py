@@ -15,7 +15,7 @@ import pytest
 from services.evictor.copying import Copying
 from services.evictor.takeover import Takeover
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.adapters.volume.intake import Intake
 from shared.domain.errors import StateStoreUnavailable
@@ -81,10 +81,10 @@ async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
     (assets / "cache.json").write_text(json.dumps({"lruCacheGroups": [told]}))
     volume = Volume(tmp_path / "volume")
     volume.prepare()
-    state = Silent(limit, StateTimes(lease_seconds=10), time.time)
+    state = Silent(limit, StateTimeouts(lease_seconds=10), time.time)
     term = await state.lead("one", 3600)
     assert term is not None
-    await state.set_accounted(term)
+    await state.set_reconciled(term)
     intake = Intake(volume.root, assets)
     takeover = Takeover(intake, assets)
     copying = Copying(state, volume, catalog, intake, takeover)

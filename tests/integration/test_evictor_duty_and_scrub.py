@@ -37,7 +37,7 @@ def list_objects(world: EvictorWorld, *names: str) -> None:
 async def test_objects_no_longer_ours_leave(world: EvictorWorld) -> None:
     list_objects(world, *NAMES)
     async with world.evictor(duty_interval=0.05):
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store(*NAMES)
         list_objects(world, "two", "three", "four", "others")
         await eventually(lambda: not world.has("one"))
@@ -54,7 +54,7 @@ async def test_an_implausible_list_drops_nothing(world: EvictorWorld, listed: tu
     list_objects(world, *NAMES)
     before = RECONCILED.labels("duty_refused")._value.get()
     async with world.evictor(duty_interval=0.05):
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store(*NAMES)
         list_objects(world, *listed)
         await eventually(lambda: RECONCILED.labels("duty_refused")._value.get() >= before + 3)
@@ -65,7 +65,7 @@ async def test_a_catalog_that_is_down_drops_nothing(world: EvictorWorld) -> None
     world.catalog.down = True
     before = RECONCILED.labels("duty_unavailable")._value.get()
     async with world.evictor(duty_interval=0.05):
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store(*NAMES)
         await eventually(lambda: RECONCILED.labels("duty_unavailable")._value.get() >= before + 2)
         assert sorted(await world.entries()) == sorted(NAMES)
@@ -97,7 +97,7 @@ async def test_scrub_keeps_to_its_rate_and_leaves_sound_objects(world: EvictorWo
     for name in NAMES:
         world.put_file(name)
     async with world.evictor(scrub_rate=2 * SIZE):
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await asyncio.sleep(1.2)
         assert 1 <= SCRUBBED_OBJECTS.labels("sound")._value.get() - sound <= 3
         assert len(await world.entries()) == 4

@@ -13,7 +13,7 @@ from services.evictor.duty import DutyCheck
 from services.evictor.index import EvictionIndex
 from services.evictor.removals import Removals
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.eviction import LruSp, PolicyEntry
 from shared.domain.objects import DistributionBucket, Duty, MediaObject, ObjectId
@@ -43,7 +43,7 @@ class World:
 @pytest.fixture
 async def world(tmp_path: Path) -> AsyncIterator[World]:
     """Eight objects of the old bucket are held; the catalog knows two of the new one as well."""
-    state, volume = MemoryStateStore(10**6, StateTimes(lease_seconds=10), time.time), Volume(tmp_path)
+    state, volume = MemoryStateStore(10**6, StateTimeouts(lease_seconds=10), time.time), Volume(tmp_path)
     volume.prepare()
     index, catalog = EvictionIndex(state, volume, LruSp), ListedCatalog()
     removals = Removals(state, volume, index)

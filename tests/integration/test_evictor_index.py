@@ -12,7 +12,7 @@ import pytest
 
 from services.evictor.index import EvictionIndex
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.eviction import make_policy
@@ -41,7 +41,7 @@ class FailingStore(MemoryStateStore):
 @pytest.fixture
 async def state() -> AsyncIterator[FailingStore]:
     """It knows all objects, stored an hour ago."""
-    store = FailingStore(2**40, StateTimes(), time.time)
+    store = FailingStore(2**40, StateTimeouts(), time.time)
     await store.open()
     term = await store.lead("test", 600)
     assert term is not None
@@ -137,12 +137,12 @@ async def test_figures_of_what_was_seen_before_the_store_knew_it_are_written_aft
     state: FailingStore, volume: Volume
 ) -> None:
     index, term = await leader(state, volume, "gdsf"), await term_of(state)
-    await state.set_accounted(term)
+    await state.set_reconciled(term)
     new, body = ObjectId("new"), body_of("new")
     begun = await state.begin(new, len(body), "worker")
     assert isinstance(begun, Granted)
     record = record_of("new", body)
-    partial = volume.receive(record)
+    partial = volume.open_partial_for_writing(record)
     partial.write(0, body)
     partial.mark_verified()
     partial.publish(record)

@@ -32,7 +32,7 @@ async def no_purges_left(world: EvictorWorld) -> bool:
 
 async def test_purged_objects_go_pinned_or_not(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("one", "two", "three")
         await world.state.change_pins(pin=[TWO])
         await world.state.want_purges([ONE, TWO, ObjectId("unknown")])
@@ -45,11 +45,11 @@ async def test_purged_objects_go_pinned_or_not(world: EvictorWorld) -> None:
 
 async def test_a_purged_object_that_is_being_sent_is_sent_to_its_end(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("one")
         reader = world.volume.open_object(ONE)
         assert reader is not None
-        assert reader.hold()
+        assert reader.lock_shared()
         await world.state.want_purges([ONE])
         await eventually(lambda: no_purges_left(world))
         assert world.volume.open_object(ONE) is None
@@ -65,7 +65,7 @@ async def test_a_purged_object_that_is_being_sent_is_sent_to_its_end(world: Evic
 
 async def test_a_purge_waits_for_the_fetch_under_way(world: EvictorWorld) -> None:
     async with world.evictor(partial_keep=60):
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         lease = await world.begun("one")
         await world.state.want_purges([ONE])
         assert await world.state.renew(lease)
@@ -79,7 +79,7 @@ async def test_a_purge_waits_for_the_fetch_under_way(world: EvictorWorld) -> Non
 
 async def test_a_purge_takes_what_was_left_half_way(world: EvictorWorld) -> None:
     async with world.evictor(partial_keep=3600):
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         lease = await world.begun("one")
         world.leave_partial("one", 1000)
         await world.state.park(lease)
@@ -92,7 +92,7 @@ async def test_a_purge_takes_what_was_left_half_way(world: EvictorWorld) -> None
 async def test_pinned_objects_stay_when_room_is_made(world: EvictorWorld) -> None:
     names = [f"object-{number}" for number in range(10)]
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.state.change_pins(pin=[ObjectId(names[0]), ObjectId(names[1])])
         await world.store(*names, age=3600)
 
@@ -106,7 +106,7 @@ async def test_pinned_objects_stay_when_room_is_made(world: EvictorWorld) -> Non
 
 async def test_the_copy_on_the_volume_follows_the_orders(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         assert read_operator_state(world.root) is None
         written = await world.state.change_operator_state(0, OperatorState(stopped=True))
         assert written is not None
@@ -127,7 +127,7 @@ async def test_pins_are_back_before_anything_is_evicted(tmp_path: Path) -> None:
             world.put_file(name)
         assert isinstance(world.state, MemoryStateStore)
         async with world.evictor():
-            await eventually(world.accounted)
+            await eventually(world.reconciled)
 
             async def below() -> bool:
                 return len(await world.entries()) <= 5
@@ -139,7 +139,7 @@ async def test_pins_are_back_before_anything_is_evicted(tmp_path: Path) -> None:
 
 async def test_the_duty_ordered_is_the_one_that_is_checked(world: EvictorWorld) -> None:
     async with world.evictor() as evictor:
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.state.change_operator_state(
             0, OperatorState(buckets_ordered=True, buckets=frozenset({"5:5"}))
         )

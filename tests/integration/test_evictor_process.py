@@ -79,7 +79,7 @@ async def test_one_leads_one_stands_by_and_takes_over_from_a_killed_one(
     try:
         for port in ports:
             await eventually(partial(ready, port), 20.0)
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         leader = 0 if await leads(ports[0]) else 1
         standby = 1 - leader
         assert not await leads(ports[standby])

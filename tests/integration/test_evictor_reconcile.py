@@ -18,7 +18,7 @@ from shared.adapters.volume import Volume
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
-from shared.ports.state_store import Access, FetchPhase, NotAccounted
+from shared.ports.state_store import Access, FetchPhase, NotReconciled
 from shared.settings.model import EvictorSettings
 from tests.integration.evictor_world import (
     LIMIT,
@@ -45,9 +45,9 @@ async def test_an_empty_store_is_rebuilt_from_the_volume_without_the_catalog(wor
     world.catalog.down = True
     for number in range(5):
         world.put_file(f"o{number}")
-    assert isinstance(await world.state.begin(ObjectId("new"), SIZE, "worker"), NotAccounted)
+    assert isinstance(await world.state.begin(ObjectId("new"), SIZE, "worker"), NotReconciled)
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         assert sorted(await world.entries()) == [f"o{number}" for number in range(5)]
         assert await world.used() == 5 * footprint(SIZE)
         assert await world.true_to_the_volume()
@@ -55,7 +55,7 @@ async def test_an_empty_store_is_rebuilt_from_the_volume_without_the_catalog(wor
 
 async def test_entries_without_a_file_are_dropped(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("one", "two")
     world.path_of("one").unlink()
     async with world.evictor():
@@ -69,7 +69,7 @@ async def test_entries_without_a_file_are_dropped(world: EvictorWorld) -> None:
 
 async def test_what_an_evictor_left_half_done_is_finished_by_the_next(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("before-unlink", "after-unlink", "stays")
     term = await world.term()
     for name in ("before-unlink", "after-unlink"):
@@ -93,7 +93,7 @@ async def test_objects_in_leaving_count_until_their_readers_have_finished(world:
     reader = os.open(world.root / "leaving" / "read", os.O_RDONLY)
     fcntl.flock(reader, fcntl.LOCK_SH)
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         assert await world.used() == footprint(SIZE)
         assert [path.name for path in (world.root / "leaving").iterdir()] == ["read"]
         os.close(reader)
@@ -110,7 +110,7 @@ async def test_partial_files_are_adopted_with_the_size_they_may_reach(world: Evi
     world.leave_partial("no-note", 1000)
     (world.root / "incoming" / "no-note.json").unlink()
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         half = await world.fetch_of("half")
         assert half is not None
         assert (half.phase, half.size) == (FetchPhase.PARKED, SIZE)
@@ -122,7 +122,7 @@ async def test_partial_files_are_adopted_with_the_size_they_may_reach(world: Evi
 async def test_a_partial_file_in_use_is_left_alone(world: EvictorWorld) -> None:
     partial = world.begin_partial("held", 1000)
     async with world.evictor(partial_keep=0.001):
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         assert partial.size == 1000
         usage = await world.state.usage()
         assert usage.reserved == footprint(SIZE)
@@ -131,7 +131,7 @@ async def test_a_partial_file_in_use_is_left_alone(world: EvictorWorld) -> None:
 
 async def test_abandoned_partial_files_and_fetches_without_one_go(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.state.park(await world.begun("never-written"))
         await world.state.park(await world.begun("abandoned"))
         world.leave_partial("abandoned", 1000)
@@ -147,7 +147,7 @@ async def test_abandoned_partial_files_and_fetches_without_one_go(world: Evictor
 
 async def test_a_fetch_that_ended_before_it_could_tell_is_adopted(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.begun("published")  # and then its worker dies
         world.put_file("published")
         await asyncio.sleep(0.6)  # its lease runs out
@@ -163,7 +163,7 @@ async def test_a_fetch_that_ended_before_it_could_tell_is_adopted(world: Evictor
 
 async def test_a_live_fetch_is_never_adopted_over(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         lease = await world.begun("live")
         world.put_file("live")
         async with world.evictor(reconcile_interval=0.01):
@@ -185,7 +185,7 @@ async def test_foreign_files_and_links_are_left_alone(world: EvictorWorld, tmp_p
     (folder / "folder").mkdir()
     (world.root / "incoming" / "notes.txt").write_bytes(b"mine")
     async with world.evictor(reconcile_interval=0.05):
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await asyncio.sleep(0.3)
         assert list(await world.entries()) == ["one"]
     assert outside.read_bytes() == b"precious"
@@ -201,7 +201,7 @@ async def test_files_without_a_record_are_repaired_removed_or_kept(world: Evicto
         world.record_path_of(name).unlink()
     world.catalog.down = True
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         assert await world.used() == 4 * footprint(SIZE)
         assert world.volume.open_object(ObjectId("good")) is None
     world.catalog.down = False
@@ -230,7 +230,7 @@ async def test_files_without_a_record_are_repaired_removed_or_kept(world: Evicto
 
 async def test_files_cut_short_behind_our_back_leave(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("cut", "whole")
     os.truncate(world.path_of("cut"), 5)
     world.put_file("cut-and-unknown")
@@ -247,7 +247,7 @@ async def test_files_cut_short_behind_our_back_leave(world: EvictorWorld) -> Non
 
 async def test_a_damaged_file_whose_entry_was_dropped_counts_until_it_is_gone(world: EvictorWorld) -> None:
     async with world.evictor(partial_keep=0.2):  # sweeps as often
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("cut", "whole")
         await asyncio.sleep(0.1)
         os.truncate(world.path_of("cut"), 5)
@@ -262,7 +262,7 @@ async def test_a_damaged_file_whose_entry_was_dropped_counts_until_it_is_gone(wo
 
 async def test_recency_survives_a_restart(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("one", "two", age=3600)
         await world.state.record_accesses([Access(ObjectId("one"), 41, time.time())])
         await asyncio.sleep(1.2)  # the log is read each second
@@ -275,7 +275,7 @@ async def test_recency_survives_a_restart(world: EvictorWorld) -> None:
 
 async def test_a_volume_that_is_replaced_is_counted_anew(world: EvictorWorld, tmp_path: Path) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("one", "two")
         other = Volume(tmp_path / "other")
         other.prepare()
@@ -302,14 +302,14 @@ async def test_an_emptied_redis_is_noticed_and_filled_again(
     tmp_path: Path, own_redis: RedisServer, redis_prefix: str
 ) -> None:
     async with evictor_world(tmp_path, (own_redis.url, redis_prefix)) as world, world.evictor(interval=1.0):
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("one", "two", "three")
         await world.state.record_accesses([Access(ObjectId("one"), 9, time.time())])
         await asyncio.sleep(1.2)
         await own_redis.command("FLUSHALL")
         emptied = time.monotonic()
-        assert not await world.accounted()
-        await eventually(world.accounted)
+        assert not await world.reconciled()
+        await eventually(world.reconciled)
         assert time.monotonic() - emptied < 2.5
         assert sorted(await world.entries()) == ["one", "three", "two"]
         assert await world.true_to_the_volume()
@@ -331,12 +331,12 @@ async def test_an_emptied_redis_is_filled_with_every_file_while_the_scrub_reads(
             world.volume.scan_objects()
         )  # a scan that stays in one directory, as a scrub does at a large file
         async with world.evictor_of(settings):
-            await eventually(world.accounted, 20.0)
+            await eventually(world.reconciled, 20.0)
             for _ in range(3):
                 next(standing)
                 await own_redis.command("FLUSHALL")
-                assert not await world.accounted()
-                await eventually(world.accounted, 20.0)
+                assert not await world.reconciled()
+                await eventually(world.reconciled, 20.0)
                 assert (await world.state.usage()).objects == len(names)
 
 
@@ -345,7 +345,7 @@ async def test_a_redis_that_restarts_empty_is_filled_again(
     tmp_path: Path, own_redis: RedisServer, redis_prefix: str
 ) -> None:
     async with evictor_world(tmp_path, (own_redis.url, redis_prefix)) as world, world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("one", "two", "three")
         own_redis.kill()
         await asyncio.sleep(1.0)
@@ -353,7 +353,7 @@ async def test_a_redis_that_restarts_empty_is_filled_again(
 
         async def filled() -> bool:
             try:
-                return await world.accounted() and len(await world.entries()) == 3
+                return await world.reconciled() and len(await world.entries()) == 3
             except StateStoreUnavailable:
                 return False
 
@@ -404,7 +404,7 @@ async def test_sums_are_those_of_the_volume_whichever_key_is_lost(
 ) -> None:
     async with evictor_world(tmp_path, (redis_url, redis_prefix)) as world:
         async with world.evictor():
-            await eventually(world.accounted)
+            await eventually(world.reconciled)
             await world.store("one", "two")
             await world.state.park(await world.begun("three"))
             world.leave_partial("three", 100)
@@ -413,7 +413,7 @@ async def test_sums_are_those_of_the_volume_whichever_key_is_lost(
 
             async def right() -> bool:
                 usage = await world.state.usage()
-                return usage.accounted and (usage.objects, usage.used, usage.reserved) == (
+                return usage.reconciled and (usage.objects, usage.used, usage.reserved) == (
                     2,
                     2 * footprint(SIZE),
                     footprint(SIZE),
@@ -432,7 +432,7 @@ async def test_a_server_that_may_drop_keys_is_told_of(redis_server: RedisServer,
         async with evictor_world(tmp_path, (redis_server.url, "policy:")) as world:
             with capture_logs() as logs:
                 async with world.evictor():
-                    await eventually(world.accounted)
+                    await eventually(world.reconciled)
         assert "state_store_evicts" in [line["event"] for line in logs]
     finally:
         assert await redis_server.command("CONFIG", "SET", "maxmemory-policy", "noeviction") == "+OK"

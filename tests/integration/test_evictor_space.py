@@ -41,7 +41,7 @@ async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
 async def test_nothing_goes_below_the_high_mark_and_down_to_the_low_one_above_it(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         names = [f"o{number}" for number in range(9)]
         await world.store(*names, age=3600)
         await asyncio.sleep(0.3)
@@ -59,7 +59,7 @@ async def test_nothing_goes_below_the_high_mark_and_down_to_the_low_one_above_it
 
 async def test_accesses_decide_who_stays(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store(*[f"o{number}" for number in range(9)], age=3600)
         await world.state.record_accesses([Access(ObjectId("o0"), 1, time.time())])
         await world.store("o9")
@@ -73,13 +73,13 @@ async def test_accesses_decide_who_stays(world: EvictorWorld) -> None:
 
 async def test_space_is_made_at_once_when_a_worker_asks(world: EvictorWorld) -> None:
     async with world.evictor(interval=30.0):
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store(*[f"o{number}" for number in range(8)], age=3600)
         large = ObjectId("large")
         wanted = 5 * SIZE
         assert not isinstance(await world.state.begin(large, wanted, "worker-1"), Granted)
         asked = time.monotonic()
-        await world.state.want_space(large, wanted, 10.0)
+        await world.state.request_space(large, wanted, 10.0)
 
         async def granted() -> bool:
             return isinstance(await world.state.begin(large, wanted, "worker-1"), Granted)
@@ -101,18 +101,18 @@ def small_device(tmp_path: Path) -> Iterator[Path]:
 
 async def test_room_is_made_on_a_device_smaller_than_the_limit(small_device: Path) -> None:
     async with evictor_world(small_device) as world, world.evictor(interval=30.0):
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store(*[f"o{number}" for number in range(6)], age=3600)
         lease = await world.begun("new")
-        partial = world.volume.receive(record_of("new", body_of("new")))
+        partial = world.volume.open_partial_for_writing(record_of("new", body_of("new")))
         with pytest.raises(VolumeFull):
-            partial.require_room()
+            partial.check_free_space()
         partial.discard()
         await world.state.release(lease)
-        await world.state.want_space(ObjectId("new"), SIZE, 60.0)
+        await world.state.request_space(ObjectId("new"), SIZE, 60.0)
         await eventually(lambda: world.volume.free_bytes() >= footprint(SIZE))
-        partial = world.volume.receive(record_of("new", body_of("new")))
-        partial.require_room()
+        partial = world.volume.open_partial_for_writing(record_of("new", body_of("new")))
+        partial.check_free_space()
         partial.close()
         assert len(await world.entries()) == 5, "no more than was asked for"
 
@@ -128,9 +128,9 @@ async def test_a_device_that_gives_nothing_back_costs_no_more_than_was_asked_for
     async with evictor_world(tmp_path) as world:
         world.volume = SlowDevice(world.root)
         async with world.evictor(interval=30.0):
-            await eventually(world.accounted)
+            await eventually(world.reconciled)
             await world.store(*[f"o{number}" for number in range(6)], age=3600)
-            await world.state.want_space(ObjectId("new"), 2 * SIZE, 60.0)
+            await world.state.request_space(ObjectId("new"), 2 * SIZE, 60.0)
 
             async def made() -> bool:
                 return len(await world.entries()) < 6
@@ -143,11 +143,11 @@ async def test_a_device_that_gives_nothing_back_costs_no_more_than_was_asked_for
 
 async def test_what_is_being_sent_is_skipped_and_its_reader_finishes(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store(*[f"o{number}" for number in range(9)], age=3600)
         sent = world.volume.open_object(ObjectId("o0"))
         assert sent is not None
-        assert sent.hold()
+        assert sent.lock_shared()
         await world.store("o9")
 
         async def down() -> bool:
@@ -156,7 +156,7 @@ async def test_what_is_being_sent_is_skipped_and_its_reader_finishes(world: Evic
         await eventually(down)
         assert "o0" in await world.entries()
         assert sent.read(0, SIZE) == body_of("o0")
-        sent.let_go()
+        sent.unlock()
         sent.close()
         # Skipped is not forgotten: it is the first to go after a moment
         for number in range(60):
@@ -170,7 +170,7 @@ async def test_what_is_being_sent_is_skipped_and_its_reader_finishes(world: Evic
 
 async def test_what_was_just_read_stays(world: EvictorWorld) -> None:
     async with world.evictor(min_idle=60.0):
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store(*[f"o{number}" for number in range(10)], age=0)
         await asyncio.sleep(0.5)
         assert len(await world.entries()) == 10
@@ -178,11 +178,11 @@ async def test_what_was_just_read_stays(world: EvictorWorld) -> None:
 
 async def test_a_parked_fetch_is_given_up_when_nothing_else_can_go(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         lease = await world.begun("half", LIMIT - 5000)
         world.leave_partial("half", 1000, LIMIT - 5000)
         await world.state.park(lease)
-        await world.state.want_space(ObjectId("new"), SIZE, 30.0)
+        await world.state.request_space(ObjectId("new"), SIZE, 30.0)
         await asyncio.sleep(1)
         assert await world.fetch_of("half") is not None, "another worker may be about to go on with it"
 
@@ -196,11 +196,11 @@ async def test_a_parked_fetch_is_given_up_when_nothing_else_can_go(world: Evicto
 
 async def test_a_purged_object_is_out_of_sight_at_once_and_counts_until_read(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("one", "two", age=600)
         sent = world.volume.open_object(ObjectId("one"))
         assert sent is not None
-        assert sent.hold()
+        assert sent.lock_shared()
         await world.state.want_purges([ObjectId("one")])
         await eventually(lambda: world.volume.open_object(ObjectId("one")) is None)
         await asyncio.sleep(0.3)
@@ -217,7 +217,7 @@ async def test_a_purged_object_is_out_of_sight_at_once_and_counts_until_read(wor
 
 async def test_an_object_whose_file_cannot_be_removed_does_not_stop_the_others(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store(*[f"o{number}" for number in range(9)], age=3600)
         path = world.path_of("o0")
         path.unlink()
@@ -244,7 +244,7 @@ async def test_victims_are_measured_and_noticed_when_they_come_back(world: Evict
     )
     before, idle = {name: sample(name) for name in names}, sample("victim_idle_seconds_sum")
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store(*[f"o{number}" for number in range(9)], age=3600)
         await world.store("o9", age=1)
 

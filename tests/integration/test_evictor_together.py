@@ -13,7 +13,7 @@ from services.evictor.index import EvictionIndex
 from services.evictor.leadership import Leadership
 from services.evictor.removals import Outcome, Removals
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import RemovalState
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.eviction import LruSp
@@ -120,7 +120,7 @@ async def test_the_work_of_a_failing_leader_ends_with_its_error(world: EvictorWo
 
 async def test_a_stopped_leader_that_goes_on_removes_nothing_that_came_after(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("one")
     old = await world.state.lead("old", 0.3)
     assert old is not None
@@ -129,7 +129,7 @@ async def test_a_stopped_leader_that_goes_on_removes_nothing_that_came_after(wor
     assert await world.state.begin_eviction(old, ONE, 0.0)
     await asyncio.sleep(0.4)  # stopped here, for longer than its term
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await asyncio.sleep(0.3)
         # The new leader waits for the lock, and meanwhile nobody can store a new file under the name
         assert (await world.entries())["one"].evicting
@@ -150,7 +150,7 @@ async def test_a_stopped_leader_that_goes_on_removes_nothing_that_came_after(wor
 
 async def test_without_a_term_nothing_is_removed(world: EvictorWorld) -> None:
     async with world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await world.store("one")
     removals = Removals(world.state, world.volume, EvictionIndex(world.state, world.volume, LruSp))
     stranger = Term("nobody", 1)
@@ -176,10 +176,10 @@ class FlakyStore(MemoryStateStore):
 
 async def test_a_removal_whose_answer_was_lost_is_finished_later(tmp_path: Path) -> None:
     async with evictor_world(tmp_path) as world:
-        store = FlakyStore(LIMIT, StateTimes(), time.time)
+        store = FlakyStore(LIMIT, StateTimeouts(), time.time)
         world.state = store
         async with world.evictor():
-            await eventually(world.accounted)
+            await eventually(world.reconciled)
             await world.store(*[f"o{number}" for number in range(9)], age=3600)
             store.lost_answers = 2
             await world.store("o9")
@@ -203,7 +203,7 @@ async def test_never_above_the_limit_while_workers_fill_and_two_evictors_compete
             try:
                 await world.store(name)
             except AssertionError:  # no space at this moment
-                await world.state.want_space(ObjectId(name), SIZE, 1.0)
+                await world.state.request_space(ObjectId(name), SIZE, 1.0)
                 await asyncio.sleep(0.02)
 
     async def measure() -> None:
@@ -214,7 +214,7 @@ async def test_never_above_the_limit_while_workers_fill_and_two_evictors_compete
             await asyncio.sleep(0.02)
 
     async with world.evictor(), world.evictor():
-        await eventually(world.accounted)
+        await eventually(world.reconciled)
         await asyncio.gather(measure(), *(fill(worker) for worker in range(3)))
         assert 0 < highest <= LIMIT
         await eventually(world.true_to_the_volume)

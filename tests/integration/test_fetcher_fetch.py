@@ -76,14 +76,14 @@ async def test_a_type_that_the_catalog_does_not_know_is_noted_before_the_first_b
         world.nodes[1].knobs.add(Behaviour(bytes_per_second=2_000_000), Match(first=1))
         running = asyncio.create_task(world.worker().handle(world.job(world.wanted(DATA))))
         await world.until_partial(1)
-        assert noted_type(world) == "video/webm"
+        assert sidecar_type(world) == "video/webm"
         await world.until_partial(800_000)
         running.cancel()
         await running
         world.nodes[0].knobs.add(Behaviour(status=500))
         running = asyncio.create_task(world.worker().handle(world.job(world.wanted(DATA))))
         await world.nodes[1].requests.wait_for(lambda log: len(log) == 2)
-        assert noted_type(world) == "video/webm"
+        assert sidecar_type(world) == "video/webm"
         assert await running == Done("fetched")
         record = world.volume.read_record(OBJECT_ID)
         assert record is not None
@@ -95,14 +95,14 @@ async def test_the_catalogs_type_is_noted_whatever_the_source_says(tmp_path: Pat
         world.nodes[0].knobs.add(Behaviour(bytes_per_second=4_000_000))
         running = asyncio.create_task(world.worker().handle(world.job(world.wanted(DATA, "video/mp4"))))
         await world.until_partial(1)
-        assert noted_type(world) == "video/mp4"
+        assert sidecar_type(world) == "video/mp4"
         assert await running == Done("fetched")
 
 
-def noted_type(world: World) -> str | None:
-    noted = world.volume.expected_of(OBJECT_ID)
-    assert noted is not None
-    return noted.media_type
+def sidecar_type(world: World) -> str | None:
+    sidecar = world.volume.partial_record(OBJECT_ID)
+    assert sidecar is not None
+    return sidecar.media_type
 
 
 async def test_what_is_cached_already_is_not_fetched_again(world: World) -> None:
@@ -177,9 +177,9 @@ async def test_what_came_before_all_failed_is_kept_and_gone_on_from(world: World
     outcome = await fetch(world)
     assert isinstance(outcome, TryLater)
     assert outcome.reason.startswith("all sources failed")
-    standing = await world.state.find(OBJECT_ID)
-    assert standing.fetch is not None
-    assert standing.fetch.phase is FetchPhase.PARKED
+    object_status = await world.state.find(OBJECT_ID)
+    assert object_status.fetch is not None
+    assert object_status.fetch.phase is FetchPhase.PARKED
     size = world.partial_size()
     assert size is not None
     assert size >= 700_000
@@ -198,9 +198,9 @@ async def test_a_stopped_fetch_is_handed_back_and_gone_on_from(world: World) -> 
     await world.until_partial(100_000)
     running.cancel()
     assert await running == HandBack()
-    standing = await world.state.find(OBJECT_ID)
-    assert standing.fetch is not None
-    assert standing.fetch.phase is FetchPhase.PARKED
+    object_status = await world.state.find(OBJECT_ID)
+    assert object_status.fetch is not None
+    assert object_status.fetch.phase is FetchPhase.PARKED
     size = world.partial_size()
     assert await fetch(world) == Done("fetched")
     await assert_stored(world)

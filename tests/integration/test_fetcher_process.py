@@ -17,7 +17,7 @@ from services.demo.objects import bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.queue_rabbitmq import RabbitJobQueue
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.jobs import FetchJob, RetryPlan
 from shared.domain.objects import MediaObject, ObjectId
@@ -90,14 +90,14 @@ async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[
         stack.callback(services.kill_all)
         volume = Volume(services.volume)
         stack.callback(volume.close)
-        state = RedisStateStore(redis_url, f"{prefix}:", 1024**3, StateTimes(lease_seconds=2.0))
+        state = RedisStateStore(redis_url, f"{prefix}:", 1024**3, StateTimeouts(lease_seconds=2.0))
         queue = RabbitJobQueue(amqp_url, prefix, RetryPlan((5.0, 30.0, 120.0, 600.0)), 5.0, 24 * 3600 * 1000)
         for opened in (state, queue):
             stack.push_async_callback(opened.close)
             await opened.open()
         term = await state.lead("test", 3600)
         assert term is not None
-        await state.set_accounted(term)
+        await state.set_reconciled(term)
         yield World(services, node, state, queue, volume)
 
 

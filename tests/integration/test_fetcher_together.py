@@ -91,7 +91,7 @@ async def test_a_lost_lease_ends_the_writing(world: World) -> None:
 
 async def test_a_writer_that_lives_keeps_others_from_its_file(world: World) -> None:
     wanted = world.wanted(DATA)
-    held = world.volume.receive(
+    held = world.volume.open_partial_for_writing(
         StoredRecord(OBJECT_ID, SIZE, wanted.etag, wanted.content_hash, "video/mp4", stored_at=0)
     )
     try:
@@ -112,13 +112,13 @@ async def test_no_space_is_asked_for_and_waited_for(tmp_path: Path) -> None:
         running = start(world)
 
         async def wished() -> bool:
-            return await world.state.space_wanted() == footprint(SIZE)
+            return await world.state.space_requested() == footprint(SIZE)
 
         await until(wished)
         await world.state.release(begun.lease)
         async with asyncio.timeout(2):
             assert await running == Done("fetched")
-        assert await world.state.space_wanted() == 0
+        assert await world.state.space_requested() == 0
 
 
 async def test_no_space_in_time_is_tried_later(tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ async def test_no_space_in_time_is_tried_later(tmp_path: Path) -> None:
 
 
 async def test_nothing_is_fetched_while_the_volume_is_not_accounted_for(tmp_path: Path) -> None:
-    async with fetcher_world(tmp_path, [DATA], space_wait=0.1, accounted=False) as world:
+    async with fetcher_world(tmp_path, [DATA], space_wait=0.1, reconciled=False) as world:
         assert isinstance(await start(world), TryLater)
         assert len(world.nodes[0].requests) == 0
 
@@ -186,10 +186,10 @@ async def test_a_job_given_up_frees_its_space_and_is_remembered(world: World) ->
     await until(given_up)
     consuming.cancel()
     await asyncio.wait({consuming})
-    standing = await world.state.find(OBJECT_ID)
-    assert standing.fetch is None
-    assert standing.failure is not None
-    assert standing.failure.reason.startswith("all sources failed")
+    object_status = await world.state.find(OBJECT_ID)
+    assert object_status.fetch is None
+    assert object_status.failure is not None
+    assert object_status.failure.reason.startswith("all sources failed")
     assert world.partial_size() is None
     assert (await world.state.usage()).reserved == 0
 
@@ -205,7 +205,9 @@ async def test_a_failed_attempt_makes_way_for_nobody_but_its_own_job(tmp_path: P
         elif trouble == "space":
             await world.state.begin(ObjectId("8"), SIZE, "other")
         elif trouble == "disk":
-            held = world.volume.receive(StoredRecord(OBJECT_ID, SIZE, '"x"', None, "video/mp4", 0))
+            held = world.volume.open_partial_for_writing(
+                StoredRecord(OBJECT_ID, SIZE, '"x"', None, "video/mp4", 0)
+            )
         await world.state.claim(OBJECT_ID, "api-1")
         await world.state.mark_queued(OBJECT_ID, "api-1")
         async with world.state.listen() as news:
@@ -214,13 +216,13 @@ async def test_a_failed_attempt_makes_way_for_nobody_but_its_own_job(tmp_path: P
             async for announcement in news:
                 if announcement.topic is Topic.FETCH_CHANGED:
                     claims.append(await world.state.claim(OBJECT_ID, "api-2"))
-                if claims and claims[-1].standing.failure is not None:
+                if claims and claims[-1].status.failure is not None:
                     break
             assert isinstance(await running, TryLater)
         assert not any(claim.won for claim in claims)
         claim = await world.state.claim(OBJECT_ID, "api-2")
-        assert claim.standing.failure is not None, "while its job waits in the delay queue"
-        assert 60 < claim.standing.failure.seconds_left <= 65, "and if that is lost, for a while longer"
+        assert claim.status.failure is not None, "while its job waits in the delay queue"
+        assert 60 < claim.status.failure.seconds_left <= 65, "and if that is lost, for a while longer"
         if held is not None:
             held.close()
 
@@ -273,7 +275,7 @@ async def test_a_full_disk_is_an_outcome(small_disk: Path) -> None:
         assert outcome.reason.startswith("volume full")
         assert world.partial_size() is None
         assert (await world.state.usage()).reserved == 0
-        assert await world.state.space_wanted() == footprint(SIZE)
+        assert await world.state.space_requested() == footprint(SIZE)
 
 
 async def test_a_volume_that_goes_is_refused_and_another_in_its_place_is_used(

@@ -24,7 +24,7 @@ def worker(world: World, warm_below: int) -> Worker:
     rules = AdmissionRules(LIMIT, 0.3, 15.0, warm_below)
     return Worker(
         Admission(world.state, world.volume, world.disk, rules, "worker-1"),
-        Retrieval(Tools(world.state, world.relay, world.disk), world.volume, world.times),
+        Retrieval(Tools(world.state, world.failover_reader, world.disk), world.volume, world.times),
         Postponement(world.state, RETRIES, failure_memory=60.0),
     )
 
@@ -51,7 +51,7 @@ async def test_above_the_mark_it_is_left_and_its_claim_ends(tmp_path: Path) -> N
         below = footprint(100) + footprint(len(DATA)) - 1
         assert await worker(world, below).handle(job(world)) == Done("no room to warm")
         assert (await world.state.find(OBJECT_ID)).fetch is None
-        assert await world.state.space_wanted() == 0
+        assert await world.state.space_requested() == 0
         # A job that a client waits for is fetched all the same.
         assert await worker(world, below).handle(replace(job(world), low_priority=False)) == Done("fetched")
 
@@ -60,7 +60,7 @@ async def test_without_space_nothing_is_evicted_for_it(tmp_path: Path) -> None:
     async with fetcher_world(tmp_path, [DATA], limit=LIMIT) as world:
         await occupied(world, LIMIT - footprint(0) - 100)
         assert await worker(world, 2 * LIMIT).handle(job(world)) == Done("no room to warm")
-        assert await world.state.space_wanted() == 0
+        assert await world.state.space_requested() == 0
 
 
 async def test_a_fetch_of_somebody_else_is_let_be(tmp_path: Path) -> None:

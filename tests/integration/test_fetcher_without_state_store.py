@@ -15,7 +15,7 @@ from shared.domain.errors import StateStoreUnavailable
 from shared.domain.jobs import Done, JobOutcome, TryLater
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
-from shared.ports.state_store import Begun, Lease
+from shared.ports.state_store import BeginResult, Lease
 from tests.integration.fetcher_world import World, fetcher_world
 
 SIZE = 2 * 1024 * 1024
@@ -31,7 +31,7 @@ class FarStore(MemoryStateStore):
         if not self.reachable:
             raise StateStoreUnavailable("out of reach")
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str) -> Begun:
+    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
         self._check()
         return await super().begin(object_id, size, worker)
 

@@ -27,7 +27,7 @@ class World:
 
     def store(self, object_id: str, data: bytes) -> None:
         record = StoredRecord(ObjectId(object_id), len(data), f'"{data[:3].hex()}"', None, "image/png", 1)
-        partial = self.volume.receive(record)
+        partial = self.volume.open_partial_for_writing(record)
         partial.write(0, data)
         partial.publish(record)
         partial.close()

@@ -41,7 +41,7 @@ async def test_over_http() -> None:
 
 async def test_it_is_asked_once_in_a_while_only(chain: TestChain) -> None:
     clock = Clock()
-    head = ChainHead(chain.url, timeout=2, kept=10, clock=clock)
+    head = ChainHead(chain.url, timeout=2, ttl=10, clock=clock)
     assert set(await asyncio.gather(*(head.head() for _ in range(20)))) == {4711}
     chain.head = 4712
     for now, number, calls in [(9.9, 4711, 1), (10, 4712, 2)]:

@@ -13,7 +13,7 @@ from services.demo.objects import bytes_object
 from services.demo.squid import SquidKnobs, TestSquid
 from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
 from shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
-from shared.adapters.state_redis.catalog_memory import RedisCatalogMemory
+from shared.adapters.state_redis.catalog_memory import RedisSharedCatalogCache
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import ObjectId
 from tests.servers.redis_server import RedisServer
@@ -43,7 +43,7 @@ async def processes(
         doors = []
         for _ in range(count):
             inner = JoystreamCatalog(squid.url, SquidLimits(timeout=2.0), refuse_private=True)
-            memory = RedisCatalogMemory(redis_url, prefix, 0.5, "squid")
+            memory = RedisSharedCatalogCache(redis_url, prefix, 0.5, "squid")
             door = CachedCatalog(inner, limits, clock, memory)
             await door.open()
             stack.push_async_callback(door.close)

@@ -16,7 +16,7 @@ import pytest
 from services.api.operator.desk import MAX_PINS
 from services.api.operator.service import operator_api
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume.orders_file import NAME, read_operator_state, write_operator_state
 from shared.domain.objects import Duty, ObjectId
 from shared.domain.orders import OperatorState, OperatorStateSnapshot, decode_snapshot, encode_snapshot
@@ -82,7 +82,7 @@ async def test_a_request_that_is_too_large_is_refused(tmp_path: Path) -> None:
 async def test_without_the_state_store_nothing_is_ordered(tmp_path: Path) -> None:
     async with operated(tmp_path) as (api, operator):
         down = RedisStateStore(
-            f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimes(operation_timeout=0.3)
+            f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimeouts(operation_timeout=0.3)
         )
         api.context.operator_state._store = down
         answer = await operator.ask("POST", "stop-api")
@@ -136,7 +136,9 @@ async def test_the_file_on_the_volume_is_what_an_empty_store_begins_with(tmp_pat
 
 async def test_a_follower_obeys_the_file_while_the_store_is_away(tmp_path: Path) -> None:
     write_operator_state(tmp_path, PINNED)
-    down = RedisStateStore(f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimes(operation_timeout=0.3))
+    down = RedisStateStore(
+        f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimeouts(operation_timeout=0.3)
+    )
     watcher = OperatorStateWatcher(down, tmp_path, Duty())
     await watcher.load()
     assert watcher.current == PINNED.state

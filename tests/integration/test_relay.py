@@ -1,4 +1,4 @@
-"""The relay gives exactly the object's bytes, whatever single sources do."""
+"""The failover reader gives exactly the object's bytes, whatever single sources do."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from services.demo.knobs import Behaviour, Match, Rule
 from services.demo.objects import bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.sources import SourceClient, SourceLimits
-from shared.adapters.sources.health import HealthBook
+from shared.adapters.sources.health import SourceHealthRegistry
 from shared.adapters.sources.observation import SourceObservation
-from shared.adapters.sources.relay import Relay
+from shared.adapters.sources.relay import FailoverReader
 from shared.domain.errors import (
     AllSourcesFailed,
     SourceRefused,
@@ -37,10 +37,10 @@ GONE = "http://127.0.0.1:1/api/v1/files/7"
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Three storage nodes that hold the object, and a relay that reads from them."""
+    """Three storage nodes that hold the object, and a failover reader that reads from them."""
 
     nodes: Sequence[StorageNode]
-    relay: Relay
+    failover_reader: FailoverReader
 
     @property
     def sources(self) -> list[str]:
@@ -59,7 +59,7 @@ class World:
         received, given = bytearray() if into is None else into, list[str]()
         wanted = MediaObject(ObjectId.parse("7"), size)
         chosen = self.sources if sources is None else sources
-        async with aclosing(self.relay.stream(wanted, first, last, chosen)) as pieces:
+        async with aclosing(self.failover_reader.stream(wanted, first, last, chosen)) as pieces:
             async for piece in pieces:
                 assert piece.offset == first + len(received)
                 received += piece.data
@@ -71,7 +71,7 @@ class World:
 async def build(stack: AsyncExitStack) -> World:
     nodes = [await stack.enter_async_context(StorageNode([bytes_object("7", DATA)]).run()) for _ in range(3)]
     client = await stack.enter_async_context(SourceClient(LIMITS))
-    return World(nodes, Relay(client, HealthBook()))
+    return World(nodes, FailoverReader(client, SourceHealthRegistry()))
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ async def test_a_source_that_takes_no_connection_in_time_costs_that_time_once(wo
     limits = SourceLimits(connect_timeout=0.2)
     with deaf_server() as (_, port):
         async with SourceClient(limits, seen.append) as client:
-            stranded = World(world.nodes, Relay(client, HealthBook()))
+            stranded = World(world.nodes, FailoverReader(client, SourceHealthRegistry()))
             with pytest.raises(AllSourcesFailed) as caught:
                 await stranded.read(sources=[f"http://127.0.0.1:{port}/7", GONE])
     assert [type(error) for error in caught.value.errors.values()] == [SourceUnreachable] * 2
@@ -206,7 +206,7 @@ async def test_on_source_tells_of_each_source_before_its_bytes(world: World) -> 
     world.nodes[0].knobs.add(Behaviour(cut_after=40_000))
     told: list[tuple[str, int]] = []
     wanted = MediaObject(ObjectId.parse("7"), SIZE)
-    stream = world.relay.stream(
+    stream = world.failover_reader.stream(
         wanted, 0, None, world.sources, lambda url, answer: told.append((url, answer.first))
     )
     async with aclosing(stream) as pieces:
@@ -219,7 +219,7 @@ async def test_on_source_tells_of_each_source_before_its_bytes(world: World) -> 
 async def test_leaving_early_closes_the_connection(world: World) -> None:
     world.nodes[0].knobs.add(Behaviour(bytes_per_second=50_000))
     wanted = MediaObject(ObjectId.parse("7"), SIZE)
-    async with aclosing(world.relay.stream(wanted, 0, None, world.sources)) as pieces:
+    async with aclosing(world.failover_reader.stream(wanted, 0, None, world.sources)) as pieces:
         await anext(pieces)
     await world.nodes[0].requests.wait_for(lambda log: log[0].aborted)
 

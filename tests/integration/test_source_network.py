@@ -18,7 +18,7 @@ from services.demo.knobs import Behaviour
 from services.demo.objects import bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.sources import SourceClient, SourceLimits
-from shared.adapters.sources.dialling import alternating, dial
+from shared.adapters.sources.dialling import connect, interleave
 from shared.domain.errors import SourceTooSlow, SourceUnreachable
 from shared.domain.ranges import ByteRange
 from tests.servers.deaf_server import deaf_server
@@ -178,14 +178,14 @@ async def test_a_handshake_that_never_ends() -> None:
     async with SourceClient(limits) as client, answering(b"") as port:
         with pytest.raises(SourceUnreachable) as failed:
             await read(client, f"https://127.0.0.1:{port}/1", 1)
-    assert failed.value.waited
+    assert failed.value.timed_out
 
 
 def test_families_take_turns() -> None:
     four, six = socket.AF_INET, socket.AF_INET6
     found = [(six, "a"), (six, "b"), (six, "a"), (six, "c"), (four, "d")]
-    assert alternating(found) == [(six, "a"), (four, "d"), (six, "b"), (six, "c")]
-    assert alternating([]) == []
+    assert interleave(found) == [(six, "a"), (four, "d"), (six, "b"), (six, "c")]
+    assert interleave([]) == []
 
 
 async def test_an_address_that_refuses_or_is_silent_does_not_keep_the_next_one_waiting(
@@ -205,11 +205,11 @@ async def check_dialling(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str,
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
     async with asyncio.timeout(2):
-        with await dial("several.example", 80) as connected:
+        with await connect("several.example", 80) as connected:
             assert connected.getpeername() == addresses[-1]
     del found[1:]
     with pytest.raises(ConnectionRefusedError):
-        await dial("several.example", 80)
+        await connect("several.example", 80)
 
 
 def test_on_the_loop_of_the_services(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,11 +244,11 @@ async def test_an_address_that_is_not_admitted_is_not_even_connected_to(
             return list(found)
 
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
-        with await dial("several.example", 80, lambda address: address != "127.0.0.2") as connected:
+        with await connect("several.example", 80, lambda address: address != "127.0.0.2") as connected:
             assert connected.getpeername() == outer.getsockname()
         del found[1:]
         with pytest.raises(OSError, match="private address"):
-            await dial("several.example", 80, lambda address: address != "127.0.0.2")
+            await connect("several.example", 80, lambda address: address != "127.0.0.2")
         inner.setblocking(False)
         with pytest.raises(BlockingIOError):
             inner.accept()

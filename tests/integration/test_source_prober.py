@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from shared.adapters.sources.health import HealthBook
+from shared.adapters.sources.health import SourceHealthRegistry
 from shared.adapters.sources.prober import SourceProber
 
 AT_ONCE = 10
@@ -47,10 +47,10 @@ async def node() -> AsyncIterator[CrowdedNode]:
 
 
 async def test_at_most_ten_probes_are_under_way(node: CrowdedNode) -> None:
-    book = HealthBook()
-    prober = SourceProber(book, timeout=5, at_once=AT_ONCE)
+    registry = SourceHealthRegistry()
+    prober = SourceProber(registry, timeout=5, concurrency=AT_ONCE)
     await prober.open()
     await prober.probe_all([f"http://127.0.0.1:{node.port}/{number}/" for number in range(45)])
     await prober.close()
     assert (node.answered, node.most_under_way) == (45, AT_ONCE)
-    assert len(book.health_of(f"127.0.0.1:{node.port}").first_bytes) == 10
+    assert len(registry.health_of(f"127.0.0.1:{node.port}").first_bytes) == 10

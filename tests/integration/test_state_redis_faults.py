@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.orders import OperatorState, OperatorStateSnapshot
@@ -27,7 +27,7 @@ from shared.ports.state_store import (
     HeldElsewhere,
     IndexEntry,
     Lease,
-    NotAccounted,
+    NotReconciled,
     PolicyState,
     Term,
     Topic,
@@ -36,7 +36,7 @@ from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_relay import TcpRelay
 
 LIMIT = 1_000_000
-TIMES = StateTimes(operation_timeout=0.4)
+TIMES = StateTimeouts(operation_timeout=0.4)
 ONE, TWO = ObjectId("1"), ObjectId("2")
 _LEASE = Lease(ONE, 1, 100, "worker-1")
 _TERM = Term("evictor-1", 1)
@@ -46,7 +46,7 @@ VERBS: dict[str, Callable[[RedisStateStore], Awaitable[Any]]] = {
     "find": lambda store: store.find(ONE),
     "claim": lambda store: store.claim(ONE, "api-1"),
     "mark_queued": lambda store: store.mark_queued(ONE, "api-1"),
-    "withdraw": lambda store: store.withdraw(ONE, "api-1"),
+    "release_claim": lambda store: store.release_claim(ONE, "api-1"),
     "usage": lambda store: store.usage(),
     "record_accesses": lambda store: store.record_accesses([Access(ONE, 1, 1.0)]),
     "begin": lambda store: store.begin(ONE, 100, "worker-1"),
@@ -55,18 +55,18 @@ VERBS: dict[str, Callable[[RedisStateStore], Awaitable[Any]]] = {
     "park": lambda store: store.park(_LEASE),
     "release": lambda store: store.release(_LEASE),
     "record_failure": lambda store: store.record_failure(ONE, "refused", 1),
-    "want_space": lambda store: store.want_space(ONE, 100, 1),
+    "request_space": lambda store: store.request_space(ONE, 100, 1),
     "forget": lambda store: store.forget(ONE, 1),
     "lead": lambda store: store.lead("evictor-1", 1),
     "resign": lambda store: store.resign(_TERM),
-    "space_wanted": lambda store: store.space_wanted(),
+    "space_requested": lambda store: store.space_requested(),
     "begin_eviction": lambda store: store.begin_eviction(_TERM, ONE, 0),
     "finish_eviction": lambda store: store.finish_eviction(_TERM, ONE),
     "cancel_eviction": lambda store: store.cancel_eviction(_TERM, ONE),
     "adopt": lambda store: store.adopt(_TERM, IndexEntry(ONE, 1, 1, 1.0)),
     "adopt_partial": lambda store: store.adopt_partial(_TERM, ONE, 1),
-    "seize": lambda store: store.seize(_TERM, ONE),
-    "set_accounted": lambda store: store.set_accounted(_TERM),
+    "steal_lease": lambda store: store.steal_lease(_TERM, ONE),
+    "set_reconciled": lambda store: store.set_reconciled(_TERM),
     "entries": lambda store: anext(aiter(store.entries())),
     "fetches": lambda store: store.fetches(),
     "read_accesses": lambda store: store.read_accesses("", 1),
@@ -109,7 +109,7 @@ async def until_it_answers(store: RedisStateStore) -> None:
 async def reconciled(store: RedisStateStore) -> Term:
     term = await store.lead("evictor-1", 600)
     assert term is not None
-    await store.set_accounted(term)
+    await store.set_reconciled(term)
     return term
 
 
@@ -192,8 +192,8 @@ async def test_after_a_restart_nothing_is_granted_before_reconciliation(
     own_redis.start()
     await until_it_answers(store)
     usage = await store.usage()
-    assert (usage.accounted, usage.objects) == (False, 1)
-    assert await store.begin(TWO, 100, "worker-1") == NotAccounted()
+    assert (usage.reconciled, usage.objects) == (False, 1)
+    assert await store.begin(TWO, 100, "worker-1") == NotReconciled()
     assert isinstance(await store.begin(ONE, 100, "worker-1"), AlreadyStored)
     await reconciled(store)
     assert isinstance(await store.begin(TWO, 100, "worker-1"), Granted)
@@ -206,7 +206,7 @@ async def test_an_emptied_store_grants_nothing_and_no_old_token_holds(
     granted = await store.begin(ONE, 100, "worker-1")
     assert isinstance(granted, Granted)
     assert await own_redis.command("FLUSHALL") == "+OK"
-    assert await store.begin(ONE, 100, "worker-1") == NotAccounted()
+    assert await store.begin(ONE, 100, "worker-1") == NotReconciled()
     assert not await store.commit(granted.lease, time.time())
     new_term = await reconciled(store)
     assert new_term.token > old_term.token
@@ -245,7 +245,7 @@ async def test_a_server_that_refuses_writes_is_unavailable_for_them(
 async def test_a_cancelled_verb_leaves_no_reply_to_the_next(
     own_redis: RedisServer, redis_prefix: str
 ) -> None:
-    store = RedisStateStore(own_redis.url, redis_prefix, LIMIT, StateTimes(operation_timeout=5.0))
+    store = RedisStateStore(own_redis.url, redis_prefix, LIMIT, StateTimeouts(operation_timeout=5.0))
     await store.open()
     names = [ObjectId(f"object-{number}") for number in range(40)]
     for name in names:
@@ -350,7 +350,7 @@ redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[2]) + ARGV[1])
 async def test_a_clock_put_back_prolongs_no_lease_and_no_term(
     own_redis: RedisServer, redis_prefix: str
 ) -> None:
-    times = StateTimes(lease_seconds=0.3, claim_seconds=0.3, operation_timeout=5.0)
+    times = StateTimeouts(lease_seconds=0.3, claim_seconds=0.3, operation_timeout=5.0)
     store = RedisStateStore(own_redis.url, redis_prefix, LIMIT, times)
     await store.open()
     await reconciled(store)

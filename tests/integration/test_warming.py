@@ -10,7 +10,7 @@ from pathlib import Path
 
 from services.api.operator.warming import REPORT_INTERVAL, CacheWarmer
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.warming import Warming, WarmingScope
@@ -24,7 +24,7 @@ class AwayStore(MemoryStateStore):
     """Gone when the next `claims` and the next `reports` come."""
 
     def __init__(self) -> None:
-        super().__init__(LIMIT, StateTimes(), time.time)
+        super().__init__(LIMIT, StateTimeouts(), time.time)
         self.claims = self.reports = 0
 
     async def claim(self, object_id: ObjectId, claimant: str) -> Claim:

@@ -18,11 +18,11 @@ from services.api.context import ApiContext
 from services.api.listening import ListenAddress
 from services.api.server import PublicServer
 from services.api.service import make_context
-from shared.adapters.sources.health import HealthBook
+from shared.adapters.sources.health import SourceHealthRegistry
 from shared.runtime.adapters import (
     build_catalog,
+    build_failover_reader,
     build_job_queue,
-    build_relay,
     build_source_client,
     build_state_store,
     build_volume,
@@ -96,7 +96,9 @@ async def running_api(
     for port in ports:
         await port.open()
     async with build_source_client(settings, 10) as client:
-        context = make_context(settings, volume, *ports, build_relay(client, HealthBook()))
+        context = make_context(
+            settings, volume, *ports, build_failover_reader(client, SourceHealthRegistry())
+        )
         application = build_app(context, assets or AssetHandler(context))
         server = PublicServer(application, ListenAddress("127.0.0.1", 0))
         await server.open()

@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 from services.api.accesses import AccessCounter
 from services.api.wakeups import FetchEvents
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.views import VIEW_WINDOW
@@ -39,7 +39,7 @@ class FlakyStore(MemoryStateStore):
 
 
 def make_store() -> FlakyStore:
-    return FlakyStore(1000, StateTimes(), time.time)
+    return FlakyStore(1000, StateTimeouts(), time.time)
 
 
 async def recorded(store: FlakyStore) -> Sequence[Access]:

@@ -23,7 +23,7 @@ from services.api.assets.hold_back import VerifiedPassage
 from shared.domain.conditionals import Conditions
 from shared.domain.objects import ContentHash, ObjectId
 from shared.domain.ranges import Unsatisfiable
-from shared.ports.state_store import Failure, Fetch, FetchPhase, Standing
+from shared.ports.state_store import Failure, Fetch, FetchPhase, ObjectStatus
 
 SIZE = 1_000_000
 ETAG = '"abc"'
@@ -115,9 +115,9 @@ def test_what_is_fetched(size: int | None, expected: bool) -> None:
 )
 def test_live_fetches(phase: FetchPhase | None, live: bool) -> None:
     fetch = Fetch(ObjectId("1"), phase, 1, "w", None, 1.0, 1.0) if phase else None
-    assert (live_fetch(Standing(fetch, None)) is not None) is live
-    assert may_resume(Standing(fetch, None)) is (phase is not None)
-    assert not may_resume(Standing(fetch, Failure("hopeless", 1.0)))
+    assert (live_fetch(ObjectStatus(fetch, None)) is not None) is live
+    assert may_resume(ObjectStatus(fetch, None)) is (phase is not None)
+    assert not may_resume(ObjectStatus(fetch, Failure("hopeless", 1.0)))
 
 
 @given(st.lists(st.binary(max_size=90)), st.integers(0, 100), st.booleans())

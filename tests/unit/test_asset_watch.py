@@ -12,7 +12,7 @@ import pytest
 from services.api.assets.watch import FetchWatch
 from services.api.wakeups import FetchEvents
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import Announcement, Topic
 
@@ -21,7 +21,7 @@ OBJECT_ID = ObjectId("1")
 
 @pytest.fixture
 def state() -> MemoryStateStore:
-    return MemoryStateStore(1_000_000, StateTimes(), time.time)
+    return MemoryStateStore(1_000_000, StateTimeouts(), time.time)
 
 
 @pytest.fixture

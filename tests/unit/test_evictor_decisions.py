@@ -26,7 +26,7 @@ bytes_ = st.integers(0, 10**15)
 def test_what_is_evicted_makes_the_room_that_is_needed(
     used: int, reserved: int, wanted: int, limit: int, device_free: int
 ) -> None:
-    usage = Usage(limit=limit, used=used, reserved=reserved, objects=1, fetches=0, accounted=True)
+    usage = Usage(limit=limit, used=used, reserved=reserved, objects=1, fetches=0, reconciled=True)
     marks = Watermarks(low=limit // 2, high=limit * 9 // 10)
     evicted = marks.to_evict(usage, wanted, device_free)
     left = used + reserved - evicted

@@ -10,7 +10,7 @@ import pytest
 from services.api.assets.starter import FetchStarter
 from shared.adapters.queue_memory import MemoryJobQueue
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.domain.jobs import FetchJob, RetryPlan
 from shared.domain.objects import MediaObject, ObjectId
 from shared.ports.state_store import Claim, FetchPhase
@@ -35,7 +35,7 @@ class SlowQueue(MemoryJobQueue):
 
 @pytest.fixture
 def state() -> SlowStore:
-    return SlowStore(1000, StateTimes(), time.time)
+    return SlowStore(1000, StateTimeouts(), time.time)
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ async def test_an_object_that_came_before_its_claim_needs_no_job(state: SlowStor
     claim, _ = await starter.start(WANTED, "r-1")
     await starter.close()
     assert claim is not None
-    assert (claim.won, claim.standing.fetch, claim.standing.failure) == (False, None, None)
+    assert (claim.won, claim.status.fetch, claim.status.failure) == (False, None, None)
     assert (await queue.depth()).ready == 0
     assert await phase(state) is None
 

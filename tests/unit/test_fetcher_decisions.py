@@ -11,8 +11,8 @@ from services.fetcher.patience import Patience
 from services.fetcher.source_rounds import Rounds, rounds_after_wrong_bytes
 from services.fetcher.worker import outcome_label
 from shared.domain.jobs import Done, HandBack, Hopeless, JobOutcome, LookAgain, TryLater
-from shared.domain.media_sniffing import settle_media_type
-from shared.ports.state_store import AlreadyStored, HeldElsewhere, NeverFits, NoSpace, NotAccounted
+from shared.domain.media_sniffing import detect_media_type
+from shared.ports.state_store import AlreadyStored, HeldElsewhere, NeverFits, NoSpace, NotReconciled
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(100)
 MP4 = b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom" + bytes(100)
@@ -47,12 +47,12 @@ MP3 = b"ID3\x03" + bytes(100)
     ],
 )
 def test_media_types(stated: str | None, head: bytes, settled: str) -> None:
-    assert settle_media_type(stated, head) == settled
+    assert detect_media_type(stated, head) == settled
 
 
 @given(st.none() | st.text(max_size=30), st.binary(max_size=300))
 def test_any_bytes_have_a_media_type(stated: str | None, head: bytes) -> None:
-    settled = settle_media_type(stated, head)
+    settled = detect_media_type(stated, head)
     assert "/" in settled
     assert settled.isprintable()
 
@@ -97,8 +97,8 @@ def test_patience_with_what_never_changes() -> None:
     assert isinstance(patience.decide(AlreadyStored(1), 0), TryLater)
 
 
-@pytest.mark.parametrize("refusal", [NoSpace(5), NotAccounted(), HeldElsewhere(0.0)])
-def test_patience_for_space(refusal: NoSpace | NotAccounted | HeldElsewhere) -> None:
+@pytest.mark.parametrize("refusal", [NoSpace(5), NotReconciled(), HeldElsewhere(0.0)])
+def test_patience_for_space(refusal: NoSpace | NotReconciled | HeldElsewhere) -> None:
     patience = Patience(space_wait=10, lease=15)
     assert patience.decide(refusal, 100.0) is None
     assert patience.decide(refusal, 109.9) is None

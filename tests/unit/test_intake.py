@@ -10,7 +10,7 @@ import pytest
 
 from shared.adapters.volume import Volume
 from shared.adapters.volume.intake import Intake, Taken
-from shared.adapters.volume.layout import fan
+from shared.adapters.volume.layout import shard
 from shared.domain.errors import VolumeError
 from shared.domain.objects import ObjectId
 
@@ -27,7 +27,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def place(root: Path, object_id: str) -> Path:
-    return root / "objects" / fan(object_id) / object_id
+    return root / "objects" / shard(object_id) / object_id
 
 
 def test_a_file_is_moved_and_stays_the_same_file(root: Path) -> None:

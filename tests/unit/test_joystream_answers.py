@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from shared.adapters.catalogs.joystream.answers import read_listed, read_object
-from shared.adapters.catalogs.joystream.endpoint import QuestionRefused, data_of
+from shared.adapters.catalogs.joystream.endpoint import QueryRejected, data_of
 from shared.adapters.catalogs.joystream.network import read_bucket_ids, read_endpoints, read_status
 from shared.adapters.catalogs.joystream.questions import DIALECTS, ONE_OBJECT
 from shared.domain.errors import CatalogUnavailable
@@ -201,7 +201,7 @@ def test_listed_objects() -> None:
 def test_answers_without_whole_data_are_none(document: Any) -> None:
     with pytest.raises(CatalogUnavailable) as raised:
         data_of(document, 200)
-    assert not isinstance(raised.value, QuestionRefused)
+    assert not isinstance(raised.value, QueryRejected)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_answers_without_whole_data_are_none(document: Any) -> None:
 )
 @pytest.mark.parametrize("status", [200, 400])
 def test_refusals_are_recognised(error: dict[str, Any], status: int) -> None:
-    with pytest.raises(QuestionRefused):
+    with pytest.raises(QueryRejected):
         data_of({"errors": [error]}, status)
 
 
@@ -225,7 +225,7 @@ def test_data_under_an_error_status_is_none() -> None:
 
 
 def test_questions_are_those_agreed_on() -> None:
-    texts = [ONE_OBJECT.worded(dialect) for dialect in DIALECTS]
+    texts = [ONE_OBJECT.render(dialect) for dialect in DIALECTS]
     assert "storageDataObjectById(id: $id)" in texts[0]
     assert "storageDataObjectByUniqueInput(where: {id: $id})" in texts[1]
     assert "$id: ID!" in texts[2]

@@ -9,7 +9,7 @@ import pytest
 
 from services.fetcher.lease_keeper import LeaseKeeper, LeaseLost, LeaseTimes
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import Granted, Lease
@@ -22,7 +22,7 @@ class FarStore(MemoryStateStore):
     """A state store that can be out of reach."""
 
     def __init__(self) -> None:
-        super().__init__(10**9, StateTimes(lease_seconds=TIMES.lease), time.time)
+        super().__init__(10**9, StateTimeouts(lease_seconds=TIMES.lease), time.time)
         self.reachable = True
         self.renewals = 0
         self.heard = asyncio.Event()
@@ -38,7 +38,7 @@ class FarStore(MemoryStateStore):
 async def granted(store: FarStore) -> LeaseKeeper:
     term = await store.lead("evictor", 60)
     assert term is not None
-    await store.set_accounted(term)
+    await store.set_reconciled(term)
     asked_at = time.monotonic()
     begun = await store.begin(OBJECT_ID, 10, "worker")
     assert isinstance(begun, Granted)

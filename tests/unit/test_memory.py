@@ -7,7 +7,7 @@ import sys
 
 _PAGES = """
 import resource
-from shared.runtime.memory import keep_freed_memory
+from shared.runtime.memory import retain_freed_memory
 
 def faults():
     begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -17,7 +17,7 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - begun
 
 before = faults()
-print(keep_freed_memory())
+print(retain_freed_memory())
 faults()
 print(faults() * 10 < before)
 """
@@ -31,12 +31,12 @@ def test_pieces_are_not_mapped_anew() -> None:
 _HOLES = """
 from array import array
 from pathlib import Path
-from shared.runtime.memory import map_large_blocks
+from shared.runtime.memory import mmap_large_blocks
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-print(map_large_blocks())
+print(mmap_large_blocks())
 bytes(30_000_000)  # freed at once: from then on glibc would take blocks of this size from the heap
 before = resident()
 columns = [array("d") for _ in range(7)]

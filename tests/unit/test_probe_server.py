@@ -81,7 +81,7 @@ async def test_a_request_head_is_bounded(client: httpx.AsyncClient) -> None:
 
 
 async def test_a_silent_client_is_let_go(server: ProbeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe_server, "_TIME_LIMIT", 0.05)
+    monkeypatch.setattr(probe_server, "_TIMEOUT", 0.05)
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     async with asyncio.timeout(5):
         assert await reader.read() == b""

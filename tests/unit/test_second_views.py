@@ -7,7 +7,7 @@ from typing import Any
 
 from services.api.assets.second_views import SecondViews
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
@@ -37,7 +37,7 @@ def settings(**admission: Any) -> Settings:
 
 
 async def filled(used: int) -> MemoryStateStore:
-    state = MemoryStateStore(LIMIT, StateTimes(), time.time)
+    state = MemoryStateStore(LIMIT, StateTimeouts(), time.time)
     term = await state.lead("test", 60)
     assert term is not None
     await state.adopt(term, IndexEntry(ObjectId("there"), used, 1, 1.0))
@@ -76,5 +76,5 @@ class AwayStore(MemoryStateStore):
 
 
 async def test_when_nobody_knows_the_usage_everything_is_admitted() -> None:
-    admission = SecondViews(settings(above_size=1000), AwayStore(LIMIT, StateTimes(), time.time))
+    admission = SecondViews(settings(above_size=1000), AwayStore(LIMIT, StateTimeouts(), time.time))
     assert await admission.admits(ONE, 1001)

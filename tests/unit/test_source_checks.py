@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters.sources.checks import MAX_SKIP, BodyPlan, plan_body
+from shared.adapters.sources.checks import MAX_SKIP, BodyPlan, validate_response
 from shared.adapters.sources.limits import SourceLimits
 from shared.domain.errors import ConfigurationError, SourceError, SourceRefused, SourceWrong
 from shared.domain.ranges import ByteRange
@@ -15,38 +15,40 @@ RANGE = ByteRange(10, 19)
 
 
 def test_the_whole_object() -> None:
-    assert plan_body(200, {"Content-Length": "100", "Content-Type": "image/png"}, None, 100) == BodyPlan(
-        200, 0, 100, 100, "image/png"
+    assert validate_response(
+        200, {"Content-Length": "100", "Content-Type": "image/png"}, None, 100
+    ) == BodyPlan(200, 0, 100, 100, "image/png")
+    assert validate_response(200, {"Content-Length": "100"}, None, None) == BodyPlan(200, 0, 100, 100, None)
+    assert validate_response(200, {}, None, 100) == BodyPlan(200, 0, 100, 100, None)
+    assert validate_response(200, {"Content-Type": "rubbish"}, None, None) == BodyPlan(
+        200, 0, None, None, None
     )
-    assert plan_body(200, {"Content-Length": "100"}, None, None) == BodyPlan(200, 0, 100, 100, None)
-    assert plan_body(200, {}, None, 100) == BodyPlan(200, 0, 100, 100, None)
-    assert plan_body(200, {"Content-Type": "rubbish"}, None, None) == BodyPlan(200, 0, None, None, None)
 
 
 def test_a_range() -> None:
     headers = {"Content-Range": "bytes 10-19/100", "Content-Length": "10"}
-    assert plan_body(206, headers, RANGE, 100) == BodyPlan(206, 10, 10, 100, None)
-    assert plan_body(206, headers, RANGE, None) == BodyPlan(206, 10, 10, 100, None)
-    assert plan_body(206, {"Content-Range": "bytes 10-19/*"}, RANGE, None) == BodyPlan(
+    assert validate_response(206, headers, RANGE, 100) == BodyPlan(206, 10, 10, 100, None)
+    assert validate_response(206, headers, RANGE, None) == BodyPlan(206, 10, 10, 100, None)
+    assert validate_response(206, {"Content-Range": "bytes 10-19/*"}, RANGE, None) == BodyPlan(
         206, 10, 10, None, None
     )
 
 
 def test_a_range_beyond_an_object_of_unknown_size_is_clamped() -> None:
     headers = {"Content-Range": "bytes 10-14/15", "Content-Length": "5"}
-    assert plan_body(206, headers, RANGE, None) == BodyPlan(206, 10, 5, 15, None)
+    assert validate_response(206, headers, RANGE, None) == BodyPlan(206, 10, 5, 15, None)
 
 
 def test_an_ignored_range_is_reached_by_skipping() -> None:
-    plan = plan_body(200, {"Content-Length": "100"}, RANGE, 100)
+    plan = validate_response(200, {"Content-Length": "100"}, RANGE, 100)
     assert plan == BodyPlan(206, 10, 10, 100, None, skip=10, to_the_end=False)
-    assert plan_body(200, {}, ByteRange(10, 99), 100).to_the_end
+    assert validate_response(200, {}, ByteRange(10, 99), 100).to_the_end
 
 
 @pytest.mark.parametrize("status", [204, 301, 304, 403, 404, 416, 500, 503])
 def test_no_success(status: int) -> None:
     with pytest.raises(SourceRefused) as caught:
-        plan_body(status, {}, None, 100)
+        validate_response(status, {}, None, 100)
     assert caught.value.status == status
 
 
@@ -77,7 +79,7 @@ def test_contradictions(
     status: int, headers: dict[str, str], byte_range: ByteRange | None, expected_size: int | None
 ) -> None:
     with pytest.raises(SourceWrong):
-        plan_body(status, headers, byte_range, expected_size)
+        validate_response(status, headers, byte_range, expected_size)
 
 
 _NAMES = st.sampled_from(["Content-Length", "Content-Range", "Content-Type", "Content-Encoding"])
@@ -89,7 +91,7 @@ def test_any_headers_give_a_plan_within_the_request_or_an_error(
     status: int, headers: dict[str, str], ranged: bool, expected_size: int | None
 ) -> None:
     try:
-        plan = plan_body(status, headers, RANGE if ranged else None, expected_size)
+        plan = validate_response(status, headers, RANGE if ranged else None, expected_size)
     except SourceError:
         return
     assert plan.status == (206 if ranged else 200)

@@ -6,74 +6,74 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters.sources.pace import Pace
+from shared.adapters.sources.pace import MinimumRate
 
 
 def test_the_first_bytes_may_take_a_window() -> None:
-    pace = Pace(10, 1000)
-    assert pace.patience == 10
-    pace.record(4, 0)
-    assert pace.patience == 6
+    minimum_rate = MinimumRate(10, 1000)
+    assert minimum_rate.time_left == 10
+    minimum_rate.record(4, 0)
+    assert minimum_rate.time_left == 6
 
 
 def test_silence_is_endured_for_a_window_after_the_last_bytes() -> None:
-    pace = Pace(10, 1000)
-    pace.record(7, 50_000)
-    assert pace.patience == 10
-    pace.record(3, 0)
-    assert pace.patience == 7
+    minimum_rate = MinimumRate(10, 1000)
+    minimum_rate.record(7, 50_000)
+    assert minimum_rate.time_left == 10
+    minimum_rate.record(3, 0)
+    assert minimum_rate.time_left == 7
 
 
 def test_a_drip_is_too_slow() -> None:
-    pace = Pace(10, 1000)
+    minimum_rate = MinimumRate(10, 1000)
     for _ in range(200):
-        pace.record(0.1, 5)
-        if pace.patience <= 0:
+        minimum_rate.record(0.1, 5)
+        if minimum_rate.time_left <= 0:
             break
-    assert 10 <= pace.waited <= 11
+    assert 10 <= minimum_rate.waited <= 11
 
 
 def test_just_enough_is_enough() -> None:
-    pace = Pace(10, 1000)
+    minimum_rate = MinimumRate(10, 1000)
     for _ in range(500):
-        pace.record(0.1, 11)
-        assert pace.patience > 0
+        minimum_rate.record(0.1, 11)
+        assert minimum_rate.time_left > 0
 
 
 def test_a_drip_after_a_burst_is_noticed_a_window_later() -> None:
-    pace = Pace(10, 1000)
-    pace.record(5, 10**9)
-    while pace.patience > 0:
-        pace.record(0.5, 10)
-    assert 15 <= pace.waited <= 16
+    minimum_rate = MinimumRate(10, 1000)
+    minimum_rate.record(5, 10**9)
+    while minimum_rate.time_left > 0:
+        minimum_rate.record(0.5, 10)
+    assert 15 <= minimum_rate.waited <= 16
 
 
 def test_one_byte_at_least_is_demanded() -> None:
-    pace = Pace(10, 0)
-    pace.record(10, 0)
-    assert pace.patience <= 0
+    minimum_rate = MinimumRate(10, 0)
+    minimum_rate.record(10, 0)
+    assert minimum_rate.time_left <= 0
 
 
 @given(st.lists(st.tuples(st.floats(0, 3), st.integers(0, 500))), st.integers(0, 1000))
 def test_patience_never_exceeds_the_window(arrivals: list[tuple[float, int]], minimum: int) -> None:
-    pace = Pace(10, minimum)
+    minimum_rate = MinimumRate(10, minimum)
     for waited, received in arrivals:
-        pace.record(waited, received)
-        assert pace.patience <= 10 + 1e-9
+        minimum_rate.record(waited, received)
+        assert minimum_rate.time_left <= 10 + 1e-9
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 3), st.integers(100, 500)), min_size=1))
 def test_whoever_gives_enough_in_every_window_is_never_too_slow(arrivals: list[tuple[float, int]]) -> None:
     # At most 3 s between arrivals of at least 100 bytes: at least 3 arrivals in any 10 s.
-    pace = Pace(10, 300)
+    minimum_rate = MinimumRate(10, 300)
     for waited, received in arrivals:
-        assert pace.patience >= min(waited, 3) - 1e-9
-        pace.record(waited, received)
+        assert minimum_rate.time_left >= min(waited, 3) - 1e-9
+        minimum_rate.record(waited, received)
 
 
 @pytest.mark.parametrize("chunks", [10_000])
 def test_many_arrivals_keep_few_slots(chunks: int) -> None:
-    pace = Pace(10, 1000)
+    minimum_rate = MinimumRate(10, 1000)
     for _ in range(chunks):
-        pace.record(0.01, 1_000_000)
-    assert len(pace._slots) <= 12
+        minimum_rate.record(0.01, 1_000_000)
+    assert len(minimum_rate._slots) <= 12

@@ -4,45 +4,45 @@ from __future__ import annotations
 
 import pytest
 
-from shared.adapters.state_redis.gate import Gate
+from shared.adapters.state_redis.gate import CircuitBreaker
 from shared.domain.errors import StateStoreUnavailable
 
 CAUSE = ConnectionRefusedError()
 
 
 def test_lets_everyone_through_while_the_server_answers() -> None:
-    gate = Gate()
-    assert [gate.enter() for _ in range(3)] == [False, False, False]
+    breaker = CircuitBreaker()
+    assert [breaker.before_call() for _ in range(3)] == [False, False, False]
 
 
 def test_names_the_cause_while_closed() -> None:
-    gate = Gate(pause=60)
-    assert gate.close(CAUSE)
+    breaker = CircuitBreaker(open_seconds=60)
+    assert breaker.on_failure(CAUSE)
     with pytest.raises(StateStoreUnavailable) as caught:
-        gate.enter()
+        breaker.before_call()
     assert caught.value.__cause__ is CAUSE
 
 
 def test_says_only_once_that_it_was_open_before() -> None:
-    gate = Gate()
-    assert [gate.close(CAUSE), gate.close(CAUSE)] == [True, False]
+    breaker = CircuitBreaker()
+    assert [breaker.on_failure(CAUSE), breaker.on_failure(CAUSE)] == [True, False]
 
 
 def test_lets_one_at_a_time_try_after_the_pause() -> None:
-    gate = Gate(pause=0)
-    gate.close(CAUSE)
-    probe = gate.enter()
+    breaker = CircuitBreaker(open_seconds=0)
+    breaker.on_failure(CAUSE)
+    probe = breaker.before_call()
     assert probe
     with pytest.raises(StateStoreUnavailable):
-        gate.enter()
-    gate.leave(probe)  # cancelled: it proved nothing
-    assert gate.enter()
+        breaker.before_call()
+    breaker.after_call(probe)  # cancelled: it proved nothing
+    assert breaker.before_call()
 
 
 def test_opens_when_the_probe_was_answered() -> None:
-    gate = Gate(pause=0)
-    gate.close(CAUSE)
-    probe = gate.enter()
-    gate.open()
-    gate.leave(probe)
-    assert [gate.enter(), gate.enter()] == [False, False]
+    breaker = CircuitBreaker(open_seconds=0)
+    breaker.on_failure(CAUSE)
+    probe = breaker.before_call()
+    breaker.on_success()
+    breaker.after_call(probe)
+    assert [breaker.before_call(), breaker.before_call()] == [False, False]

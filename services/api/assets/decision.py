@@ -8,7 +8,7 @@ from enum import Enum, auto
 from shared.domain.conditionals import Conditions, Verdict, evaluate, range_applies
 from shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
 from shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
-from shared.ports.state_store import Fetch, FetchPhase, Standing
+from shared.ports.state_store import Fetch, FetchPhase, ObjectStatus
 
 HOLD_BACK = 64 * 1024
 """Bytes at an object's end that nobody gets before all of it is verified."""
@@ -111,15 +111,15 @@ def select(asked: Asked, described: Description) -> Span | Unsatisfiable | Refus
     return Span(0, size - 1, size)
 
 
-def live_fetch(standing: Standing) -> Fetch | None:
+def live_fetch(object_status: ObjectStatus) -> Fetch | None:
     """The fetch that is under way, if there is one; a parked one is not."""
-    fetch = standing.fetch
+    fetch = object_status.fetch
     return fetch if fetch is not None and fetch.phase in _LIVE else None
 
 
-def may_resume(standing: Standing) -> bool:
+def may_resume(object_status: ObjectStatus) -> bool:
     """True while a follower can hope for more bytes: a fetch is live, or parked with its reservation."""
-    return standing.fetch is not None and standing.failure is None
+    return object_status.fetch is not None and object_status.failure is None
 
 
 def fits(size: int | None, largest_cached_size: int) -> bool:

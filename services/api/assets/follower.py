@@ -71,7 +71,7 @@ class Follower:
                     state = reader.state()
                     on_disk = state.size
                     ready = sendable_end(self._span, on_disk, verified=state.verified) > self._span.first
-                    if ready and not state.gone and self._is_what_we_described(verified=state.verified):
+                    if ready and not state.unlinked and self._is_what_we_described(verified=state.verified):
                         given = True
                         return reader
                 left = deadline - monotonic()
@@ -95,10 +95,10 @@ class Follower:
             state = reader.state()
             # A client that took long to take the last piece must not make the fetch look dead.
             self._watch.note(state.size)
-            if state.gone or state.size < position:
+            if state.unlinked or state.size < position:
                 return FollowEnd.TORN
             if state.verified:
-                reader.hold()
+                reader.lock_shared()
             sendable = sendable_end(span, state.size, verified=state.verified)
             if sendable <= position:
                 if self._watch.idle > self._patience or await self._watch.is_over():
@@ -139,7 +139,7 @@ class Follower:
             return reader.state().size
 
     def _still_there(self, reader: PartialReader | None) -> PartialReader | None:
-        if reader is not None and reader.state().gone:
+        if reader is not None and reader.state().unlinked:
             reader.close()
             return None
         return reader
@@ -147,12 +147,12 @@ class Follower:
     def _is_what_we_described(self, *, verified: bool) -> bool:
         """False if the file is going to be something else than the headers would say (the catalog has changed).
 
-        The note tells the source's media type too, from before the first byte.
+        The sidecar tells the source's media type too, from before the first byte.
         """
         object_id = self._described.object_id
-        expected = self._volume.expected_of(object_id)
+        expected = self._volume.partial_record(object_id)
         if expected is None:
-            # The note goes away once the file is complete, and with it the difference: the file is verified.
+            # The sidecar goes away once the file is complete, and with it the difference: the file is verified.
             stored = self._volume.read_record(object_id) if verified else None
             self._media_type = stored.media_type if stored is not None else None
             return verified
@@ -171,7 +171,7 @@ class Follower:
         soon as the worker says that it is right, before the worker's own lock goes."""
 
         async def hold() -> None:
-            while not (reader.state().verified and reader.hold()):
+            while not (reader.state().verified and reader.lock_shared()):
                 await self._watch.woken(HOLD_INTERVAL)
 
         holding = asyncio.create_task(hold())

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from services.api.assets.decision import Asked, Span
-from shared.adapters.volume.layout import object_place
+from shared.adapters.volume.layout import object_path
 from shared.domain.conditionals import Conditions
 from shared.domain.objects import ObjectId
 
@@ -46,4 +46,4 @@ class HandOver:
         """The headers of an answer without its body, with the place of the body."""
         left_to_nginx = _OF_THE_BODY if span.partial else _OF_THE_WHOLE
         kept = {name: value for name, value in headers.items() if name.lower() not in left_to_nginx}
-        return {**kept, KIND: f"{self._prefix}/{object_place(object_id)}"}
+        return {**kept, KIND: f"{self._prefix}/{object_path(object_id)}"}

@@ -35,7 +35,7 @@ class AssetHandler:
         )
         claimant = f"{socket.gethostname()}:{os.getpid()}"
         self._starter = FetchStarter(context.state, context.queue, claimant, self._is_complete)
-        proxy = Proxy(context.relay, context.settings.public_api)
+        proxy = Proxy(context.failover_reader, context.settings.public_api)
         growing = GrowingAnswerer(context, self._sender, proxy)
         admission = SecondViews(context.settings, context.state, context.clock)
         self._uncached = UncachedAnswerer(context, self._sender, self._starter, growing, admission)

@@ -72,10 +72,10 @@ class HotObject:
         self.near_until = now + BELIEVED_SECONDS
         return True
 
-    def hold(self) -> bool:
+    def lock_shared(self) -> bool:
         """Keep the object from being removed until it is closed. False: it is being removed."""
         if not self.held and self.found is not None:
-            self.held = self.found.hold()
+            self.held = self.found.lock_shared()
         return self.held
 
     def begin_send(self) -> None:
@@ -146,7 +146,7 @@ class HotObjects:
         if hot.body is not None:
             self._in_memory.move_to_end(key)
         else:
-            if not hot.hold():
+            if not hot.lock_shared():
                 self.drop(key)
                 return None
             self._open.move_to_end(key)

@@ -14,9 +14,9 @@ from services.api.assets.decision import Description, Span
 from services.api.assets.heads import CacheOutcome, content_head
 from services.api.assets.hold_back import VerifiedPassage
 from services.api.errors import RETRY_LATER, AbortResponse, HttpError
-from shared.adapters.sources import SourceAnswer
+from shared.adapters.sources import SourceResponse
 from shared.adapters.sources.checks import MAX_SKIP
-from shared.adapters.sources.relay import Relay
+from shared.adapters.sources.relay import FailoverReader
 from shared.adapters.volume import PartialReader
 from shared.domain.errors import AllSourcesFailed, VolumeError
 from shared.domain.objects import MediaObject, source_name
@@ -45,13 +45,13 @@ class Passing:
     media_type: str | None = None
     deadline: asyncio.Timeout | None = None
 
-    def learn(self, url: str, told: SourceAnswer) -> None:
+    def learn(self, url: str, response: SourceResponse) -> None:
         """A source has begun to answer: it may know what the catalog does not."""
         if not self.answer.begun:
-            self.media_type = told.media_type
-            if self.span.last is None and told.total is not None:
-                self.span = replace(self.span, last=told.total - 1, size=told.total)
-                self.answer.note_size(told.total)
+            self.media_type = response.media_type
+            if self.span.last is None and response.total is not None:
+                self.span = replace(self.span, last=response.total - 1, size=response.total)
+                self.answer.note_size(response.total)
 
     async def emit(self, pieces: Iterable[bytes | memoryview]) -> None:
         for piece in pieces:
@@ -75,8 +75,8 @@ class Passing:
 class Proxy:
     """One for each process: it bounds how many answers are proxied at once."""
 
-    def __init__(self, relay: Relay, settings: PublicApi) -> None:
-        self._relay = relay
+    def __init__(self, failover_reader: FailoverReader, settings: PublicApi) -> None:
+        self._failover_reader = failover_reader
         self._free = settings.max_proxied
         self._first_byte_wait = settings.proxied_first_byte_wait
         self._farthest = min(settings.far_range_distance, MAX_SKIP)
@@ -130,7 +130,7 @@ class Proxy:
                     await asyncio.to_thread(_hash_file, reader, position, passage)
                 except (OSError, VolumeError) as error:
                     raise AbortResponse("object_unreadable") from error
-                if reader.state().gone:
+                if reader.state().unlinked:
                     raise AbortResponse("object_gone")
             await self._attempt(passing, known.sources, passage, position)
 
@@ -141,7 +141,7 @@ class Proxy:
         last = passing.span.last
         try:
             async with aclosing(
-                self._relay.stream(passing.known, first, last, sources, passing.learn)
+                self._failover_reader.stream(passing.known, first, last, sources, passing.learn)
             ) as pieces:
                 async for piece in pieces:
                     passing.used.add(piece.source)
@@ -171,7 +171,7 @@ class Proxy:
         corrupted = passing.known.object_id if len(passing.used) == 1 else None
         for url in passing.used:
             SOURCE_FAILURES.labels(source=source_label(url), reason="wrong").inc()
-            self._relay.blame(url, corrupted)
+            self._failover_reader.report_corrupt(url, corrupted)
 
     @contextmanager
     def _place(self, *, begun: bool) -> Iterator[None]:

@@ -62,7 +62,7 @@ class ObjectSender:
         """Send a span, whatever the cache result was when the request came. VolumeError: nothing was sent."""
         head = content_head(described, outcome, span, "local")
         length = span.length or 0
-        if length > PIECE_BYTES and not found.hold():
+        if length > PIECE_BYTES and not found.lock_shared():
             # Its bytes may go at any moment: an answer that begins with them might never end
             raise VolumeError(f"{described.object_id} is being removed")
         # Before anything is said to the client: a disk that fails now costs no answer.

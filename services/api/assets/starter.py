@@ -13,7 +13,7 @@ from shared.domain.errors import JobQueueUnavailable, StateStoreUnavailable
 from shared.domain.jobs import FetchJob
 from shared.domain.objects import MediaObject, ObjectId
 from shared.ports.job_queue import JobQueue
-from shared.ports.state_store import Claim, Standing, StateStore
+from shared.ports.state_store import Claim, ObjectStatus, StateStore
 
 logger = structlog.get_logger()
 
@@ -64,9 +64,9 @@ class FetchStarter:
             # Looked for on the volume, being fetched by another, there and committed, claimed here: such a claim is won
             # for nothing. A fetch commits after its object is in place, so whoever looks once more now sees it.
             if claim.won and self._is_complete(object_id):
-                claim = Claim(won=False, standing=Standing(None, None))
+                claim = Claim(won=False, status=ObjectStatus(None, None))
                 start.claim.set_result(claim)
-                await self._tell(self._state.withdraw, object_id, request_id)
+                await self._tell(self._state.release_claim, object_id, request_id)
                 return
             start.claim.set_result(claim)
             if claim.won:
@@ -88,7 +88,7 @@ class FetchStarter:
         finally:
             if not published:
                 start.unpublished.set()
-        verb = self._state.mark_queued if published else self._state.withdraw
+        verb = self._state.mark_queued if published else self._state.release_claim
         await self._tell(verb, job.object_id, job.request_id)
 
     async def _tell(

@@ -21,7 +21,7 @@ from services.api.exchange import request_record
 from shared.adapters.volume import OpenObject
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.objects import MediaObject, ObjectId
-from shared.ports.state_store import Fetch, FetchPhase, Standing
+from shared.ports.state_store import Fetch, FetchPhase, ObjectStatus
 
 logger = structlog.get_logger()
 
@@ -70,7 +70,7 @@ class UncachedAnswerer:
             return None
         return await self._missed(asked, wanted, known)
 
-    async def _find(self, object_id: ObjectId) -> Standing | None:
+    async def _find(self, object_id: ObjectId) -> ObjectStatus | None:
         try:
             return await self._context.state.find(object_id)
         except StateStoreUnavailable as error:
@@ -98,7 +98,7 @@ class UncachedAnswerer:
 
     def _expected(self, object_id: ObjectId) -> Description | None:
         try:
-            record = self._context.volume.expected_of(object_id)
+            record = self._context.volume.partial_record(object_id)
         except VolumeError as error:
             logger.error("volume_failed", object_id=object_id, reason=str(error))
             return None
@@ -123,11 +123,11 @@ class UncachedAnswerer:
             await self._growing.proxied(wanted)
             return None
         claim, start = await self._starter.start(known, request_record(wanted.request).request_id)
-        if claim is None or (not claim.won and claim.standing.failure is not None):
+        if claim is None or (not claim.won and claim.status.failure is not None):
             await self._growing.proxied(wanted)
             return None
         if claim.won:
             return await self._growing.answer(replace(wanted, outcome=MISS), start.unpublished)
-        fetch = claim.standing.fetch
+        fetch = claim.status.fetch
         source = fetch.source if fetch is not None else None
         return await self._growing.answer(replace(wanted, outcome=PENDING, source=source))

@@ -63,10 +63,10 @@ class FetchWatch:
             return False
         self._last_look = monotonic()
         try:
-            standing = await self._state.find(self._object_id)
+            object_status = await self._state.find(self._object_id)
         except StateStoreUnavailable:
             return False
-        if standing.failure is not None:
+        if object_status.failure is not None:
             return True
-        over, self._ended = self._ended, not may_resume(standing)
+        over, self._ended = self._ended, not may_resume(object_status)
         return over and self._ended

@@ -97,7 +97,7 @@ class OperatorCommands:
         return await self._state.warming()
 
     async def _purge_all(self) -> int:
-        if not (await self._state.usage()).accounted:
+        if not (await self._state.usage()).reconciled:
             raise StateStoreUnavailable("the index does not stand for the volume yet")
         count, batch = 0, [fetch.object_id for fetch in await self._state.fetches() if fetch.size]
         async for entries in self._state.entries():

@@ -22,7 +22,7 @@ from shared.domain.objects import Duty, MediaObject, ObjectId
 from shared.domain.orders import OperatorState
 from shared.domain.space import footprint
 from shared.domain.warming import Warming, WarmingScope
-from shared.ports.state_store import FetchPhase, Standing
+from shared.ports.state_store import FetchPhase, ObjectStatus
 
 LEASE_SECONDS, REPORT_INTERVAL = 10.0, 0.5
 MAX_CONCURRENT_FETCHES = 8
@@ -201,10 +201,10 @@ class CacheWarmer:
             try:
                 await self._context.queue.publish(job)
             except JobQueueUnavailable:
-                await state.withdraw(object_id, self._holder)
+                await state.release_claim(object_id, self._holder)
                 raise
             await state.mark_queued(object_id, self._holder)
-        elif claim.standing.failure is not None:
+        elif claim.status.failure is not None:
             return "failed"
         return await self._wait_until_done(known)
 
@@ -221,12 +221,12 @@ class CacheWarmer:
         last_live_at = time.monotonic()
         while True:
             await self._context.fetch_events.wait(known.object_id, REPORT_INTERVAL)
-            standing = await self._context.state.find(known.object_id)
-            if _is_live(standing):
+            object_status = await self._context.state.find(known.object_id)
+            if _is_live(object_status):
                 last_live_at = time.monotonic()
             elif await self._is_cached(known.object_id):
                 return "done"
-            elif standing.failure is not None:
+            elif object_status.failure is not None:
                 return "failed"
             elif not await self._has_room(known):
                 return "skipped"
@@ -253,8 +253,8 @@ class CacheWarmer:
         return True
 
 
-def _is_live(standing: Standing) -> bool:
-    return standing.fetch is not None and standing.fetch.phase in _LIVE
+def _is_live(object_status: ObjectStatus) -> bool:
+    return object_status.fetch is not None and object_status.fetch.phase in _LIVE
 
 
 def _not_draining(state: OperatorState) -> bool:

@@ -17,9 +17,9 @@ from shared.domain.errors import CatalogUnavailable, ConfigurationError, Invalid
 from shared.domain.objects import Duty, MediaObject, ObjectId
 from shared.domain.source_urls import api_base_of, distinct_hosts
 
-_log = structlog.get_logger()
+logger = structlog.get_logger()
 _BATCH = 1000
-_RELOAD_PATIENCE = 0.2  # seconds a look-up waits for a changed file: enough for small ones to be seen at once
+_RELOAD_TIMEOUT = 0.2  # seconds a look-up waits for a changed file: enough for small ones to be seen at once
 
 _Signature = tuple[int, int, int]
 
@@ -48,7 +48,7 @@ class ManifestCatalog:
             raise ConfigurationError(f"catalog.manifest {self._path}: {_reason(error)}") from error
         self._manifest = manifest
         self._checked_at = self._clock()
-        _log.info("manifest_loaded", path=str(self._path), objects=len(manifest.objects))
+        logger.info("manifest_loaded", path=str(self._path), objects=len(manifest.objects))
 
     async def close(self) -> None:
         if self._reload is not None:
@@ -84,7 +84,7 @@ class ManifestCatalog:
             if _signature(self._path) != self._seen:
                 self._reload = asyncio.create_task(self._read_again(), name="manifest reload")
         if self._reload is not None:
-            await asyncio.wait({self._reload}, timeout=_RELOAD_PATIENCE)
+            await asyncio.wait({self._reload}, timeout=_RELOAD_TIMEOUT)
 
     async def _read_again(self) -> None:
         """Never raises: a broken file is logged once and costs nothing more until it changes again."""
@@ -92,10 +92,10 @@ class ManifestCatalog:
         try:
             self._seen, manifest = await asyncio.to_thread(_read, self._path)
             self._manifest = manifest
-            _log.info("manifest_reloaded", path=str(self._path), objects=len(manifest.objects))
+            logger.info("manifest_reloaded", path=str(self._path), objects=len(manifest.objects))
         except (OSError, InvalidInput) as error:
             self._seen = noticed
-            _log.error("manifest_refused", path=str(self._path), reason=_reason(error))
+            logger.error("manifest_refused", path=str(self._path), reason=_reason(error))
         finally:
             self._reload = None
 

@@ -10,111 +10,111 @@ import structlog
 
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import MediaObject, ObjectId
-from shared.ports.catalog_memory import CatalogMemory, Consultation, Remembered
+from shared.ports.catalog_memory import CachedAnswer, CacheLookup, SharedCatalogCache
 
-_log = structlog.get_logger()
-_FIRST_PAUSE = 0.02
-_LONGEST_PAUSE = 0.25
+logger = structlog.get_logger()
+_INITIAL_DELAY = 0.02
+_MAX_DELAY = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class SharedTimes:
-    """Seconds. `question`: after which a process that asks counts as dead; `positive_keep`, `negative_keep`: how long
-    answers are there for outages, whatever they are believed."""
+class SharedCatalogTtls:
+    """Seconds. `lock_ttl`: after which a process that asks counts as dead; `positive_retention`, `negative_retention`:
+    how long answers are there for outages, whatever they are believed."""
 
-    question: float
-    positive_keep: float = 7 * 24 * 3600.0
-    negative_keep: float = 600.0
+    lock_ttl: float
+    positive_retention: float = 7 * 24 * 3600.0
+    negative_retention: float = 600.0
 
 
-class SharedAnswers:
-    """A catalog memory that may be missing or down: then every process asks for itself."""
+class SharedCatalog:
+    """A shared catalog cache that may be missing or down: then every process asks for itself."""
 
-    def __init__(self, memory: CatalogMemory | None, times: SharedTimes) -> None:
-        self._memory = memory
-        self._times = times
-        self._asker = uuid.uuid4().hex
+    def __init__(self, shared_cache: SharedCatalogCache | None, ttls: SharedCatalogTtls) -> None:
+        self._cache = shared_cache
+        self._ttls = ttls
+        self._owner = uuid.uuid4().hex
         self._reachable = True
 
     async def open(self) -> None:
-        if self._memory is not None:
-            await self._memory.open()
+        if self._cache is not None:
+            await self._cache.open()
 
     async def close(self) -> None:
-        if self._memory is not None:
-            await self._memory.close()
+        if self._cache is not None:
+            await self._cache.close()
 
-    async def recall(self, object_id: ObjectId) -> Remembered | None:
-        """What is remembered, without asking anybody."""
-        if self._memory is None:
+    async def get(self, object_id: ObjectId) -> CachedAnswer | None:
+        """What is cached, without asking anybody."""
+        if self._cache is None:
             return None
         try:
-            remembered = await self._memory.recall(object_id)
+            cached = await self._cache.get(object_id)
         except StateStoreUnavailable as error:
-            self._note(error)
+            self._log_availability(error)
             return None
-        self._note(None)
-        return remembered
+        self._log_availability(None)
+        return cached
 
-    async def consult(self, object_id: ObjectId) -> Consultation:
-        if self._memory is None:
-            return Consultation(None, must_ask=True)
+    async def get_or_lock(self, object_id: ObjectId) -> CacheLookup:
+        if self._cache is None:
+            return CacheLookup(None, owns_lock=True)
         try:
-            consultation = await self._memory.consult(object_id, self._asker, self._times.question)
+            lookup = await self._cache.get_or_lock(object_id, self._owner, self._ttls.lock_ttl)
         except StateStoreUnavailable as error:
-            self._note(error)
-            return Consultation(None, must_ask=True)
-        self._note(None)
-        return consultation
+            self._log_availability(error)
+            return CacheLookup(None, owns_lock=True)
+        self._log_availability(None)
+        return lookup
 
-    async def remember(self, object_id: ObjectId, answer: MediaObject | None, fresh: float) -> None:
+    async def put(self, object_id: ObjectId, answer: MediaObject | None, fresh: float) -> None:
         """Tell the others; best effort. `fresh`: seconds the answer is believed."""
-        if self._memory is None:
+        if self._cache is None:
             return
-        keep = self._times.negative_keep if answer is None else self._times.positive_keep
+        keep = self._ttls.negative_retention if answer is None else self._ttls.positive_retention
         try:
-            await self._memory.remember(object_id, answer, fresh, max(fresh, keep))
+            await self._cache.put(object_id, answer, fresh, max(fresh, keep))
         except StateStoreUnavailable as error:
-            self._note(error)
+            self._log_availability(error)
 
-    async def give_up(self, object_id: ObjectId) -> None:
+    async def unlock(self, object_id: ObjectId) -> None:
         """Let another process ask; best effort, since the right runs out by itself."""
-        if self._memory is None:
+        if self._cache is None:
             return
         try:
-            await self._memory.give_up(object_id, self._asker)
+            await self._cache.unlock(object_id, self._owner)
         except StateStoreUnavailable as error:
-            self._note(error)
+            self._log_availability(error)
 
-    def _note(self, error: StateStoreUnavailable | None) -> None:
-        """Say once that the memory is lost, and once that it is back."""
+    def _log_availability(self, error: StateStoreUnavailable | None) -> None:
+        """Say once that the cache is lost, and once that it is back."""
         if error is not None and self._reachable:
-            _log.warning("catalog_memory_unreachable", reason=str(error))
+            logger.warning("catalog_memory_unreachable", reason=str(error))
         elif error is None and not self._reachable:
-            _log.info("catalog_memory_reachable")
+            logger.info("catalog_memory_reachable")
         self._reachable = error is None
 
 
-class Inquiry:
+class SingleFlight:
     """One process's question about one object: whether it must be asked, and what is known if it fails."""
 
-    def __init__(self, shared: SharedAnswers, object_id: ObjectId) -> None:
+    def __init__(self, shared: SharedCatalog, object_id: ObjectId) -> None:
         self._shared = shared
         self._object_id = object_id
-        self.remembered: Remembered | None = None
-        self.asking = False
+        self.cached: CachedAnswer | None = None
+        self.owns_lock = False
 
-    async def settle(self) -> Remembered | None:
+    async def resolve(self) -> CachedAnswer | None:
         """A fresh answer, waiting for the process that asks; None: it is for us to ask. Unbounded: the caller has a
         time limit around all of it."""
-        pause = _FIRST_PAUSE
+        delay = _INITIAL_DELAY
         while True:
-            consultation = await self._shared.consult(self._object_id)
-            self.remembered = consultation.remembered or self.remembered
-            if consultation.must_ask:
-                self.asking = True
+            lookup = await self._shared.get_or_lock(self._object_id)
+            self.cached = lookup.cached or self.cached
+            if lookup.owns_lock:
+                self.owns_lock = True
                 return None
-            if consultation.remembered is not None and consultation.remembered.fresh_left > 0:
-                return consultation.remembered
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            if lookup.cached is not None and lookup.cached.fresh_for > 0:
+                return lookup.cached
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _MAX_DELAY)

@@ -21,7 +21,7 @@ from shared.domain.errors import JobQueueUnavailable
 from shared.domain.jobs import FetchJob
 from shared.observability.metrics import JOB_QUEUE_ERRORS
 
-log = structlog.get_logger()
+logger = structlog.get_logger()
 
 
 class Delivery:
@@ -43,34 +43,34 @@ class Delivery:
 
     async def acknowledge(self) -> bool:
         """The broker may forget the message. False: that did not reach it."""
-        return await self._answer(self.message.ack)
+        return await self._respond(self.message.ack)
 
-    async def put_back(self) -> bool:
+    async def requeue(self) -> bool:
         """The broker may deliver the message anew, to anybody, at once."""
-        return await self._answer(partial(self.message.nack, requeue=True))
+        return await self._respond(partial(self.message.nack, requeue=True))
 
-    async def _answer(self, answer: Callable[[], Awaitable[None]]) -> bool:
+    async def _respond(self, answer: Callable[[], Awaitable[None]]) -> bool:
         if self.is_live:
             try:
                 await answer()
                 return True
             except BROKER_ERRORS as error:
-                self._session.lose(f"answer not sent: {error!r}")
+                self._session.mark_lost(f"answer not sent: {error!r}")
         JOB_QUEUE_ERRORS.labels(operation="answer").inc()
-        log.warning("delivery_lost", message_id=self.key)
+        logger.warning("delivery_lost", message_id=self.key)
         return False
 
 
 class Stage(Enum):
-    """How far a message in custody is. In the last stage its answer is on the way: a new delivery is another's."""
+    """How far a message in flight is. In the last stage its answer is on the way: a new delivery is another's."""
 
     WAITING = "waiting"
     HANDLING = "handling"
     SETTLING = "settling"
-    OVER = "over"
+    DONE = "over"
 
 
-class Custody:
+class InFlight:
     """A message from its first delivery to its answer.
 
     `delivery` is replaced when the broker delivers it again while the job still runs (after a consumer timeout or a
@@ -87,15 +87,15 @@ class Custody:
         return self.delivery.is_live
 
     async def acknowledge(self) -> bool:
-        self.stage = Stage.OVER
+        self.stage = Stage.DONE
         return await self.delivery.acknowledge()
 
-    async def put_back(self) -> None:
-        self.stage = Stage.OVER
-        await self.delivery.put_back()
+    async def requeue(self) -> None:
+        self.stage = Stage.DONE
+        await self.delivery.requeue()
 
 
-class Settlement:
+class Settler:
     """Does what a job's ending means, in the order that loses nothing: publish, confirmed, before the ack.
 
     While the broker takes no messages the job keeps its slot and its message: putting it back instead would have it
@@ -108,44 +108,46 @@ class Settlement:
         self._on_given_up = on_given_up
         self.stopping = asyncio.Event()
 
-    async def settle(self, custody: Custody, job: FetchJob, ending: Ending) -> Ending | None:
+    async def settle(self, in_flight: InFlight, job: FetchJob, ending: Ending) -> Ending | None:
         """Returns what is still owed if the delivery got lost on the way: to be settled with the next one."""
-        custody.stage = Stage.SETTLING
+        in_flight.stage = Stage.SETTLING
         match ending:
             case Finish():
-                return None if await custody.acknowledge() else ending
+                return None if await in_flight.acknowledge() else ending
             case PutBack():
-                await custody.put_back()
+                await in_flight.requeue()
                 return None
             case Retry(again, delay):
-                return await self._replace(custody, self._topology.delay(delay), to_message(again), ending)
+                return await self._replace(in_flight, self._topology.delay(delay), to_message(again), ending)
             case GiveUp(reason):
-                if custody.is_live:
+                if in_flight.is_live:
                     await remember_failure(self._on_given_up, job, reason)
-                return await self.bury(custody, reason)
+                return await self.dead_letter(in_flight, reason)
 
-    async def bury(self, custody: Custody, reason: str) -> Ending | None:
+    async def dead_letter(self, in_flight: InFlight, reason: str) -> Ending | None:
         """Dead-letter the message as it came."""
-        custody.stage = Stage.SETTLING
-        log.warning("job_given_up", message_id=custody.delivery.key, reason=reason)
-        letter = to_dead_letter(custody.delivery.message, reason)
-        return await self._replace(custody, self._topology.dead, letter, GiveUp(reason))
+        in_flight.stage = Stage.SETTLING
+        logger.warning("job_given_up", message_id=in_flight.delivery.key, reason=reason)
+        letter = to_dead_letter(in_flight.delivery.message, reason)
+        return await self._replace(in_flight, self._topology.dead, letter, GiveUp(reason))
 
-    async def _replace(self, custody: Custody, queue: str, message: Message, ending: Ending) -> Ending | None:
+    async def _replace(
+        self, in_flight: InFlight, queue: str, message: Message, ending: Ending
+    ) -> Ending | None:
         backoff = Backoff(first=0.5, cap=5.0)
-        while custody.is_live:
+        while in_flight.is_live:
             try:
                 await self._publisher.publish(queue, message)
             except JobQueueUnavailable as error:
                 JOB_QUEUE_ERRORS.labels(operation="pass_on").inc()
-                log.warning("job_cannot_be_passed_on", queue=queue, error=str(error))
+                logger.warning("job_cannot_be_passed_on", queue=queue, error=str(error))
                 if self.stopping.is_set():
-                    await custody.put_back()
+                    await in_flight.requeue()
                     return None
                 await self._pause(backoff)
             else:
-                return None if await custody.acknowledge() else Finish()
-        custody.stage = Stage.OVER
+                return None if await in_flight.acknowledge() else Finish()
+        in_flight.stage = Stage.DONE
         return ending
 
     async def _pause(self, backoff: Backoff) -> None:

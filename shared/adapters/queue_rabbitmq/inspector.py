@@ -11,7 +11,7 @@ from shared.adapters.queue_rabbitmq.connection import BROKER_ERRORS, Session, op
 from shared.domain.errors import JobQueueUnavailable
 
 
-class Inspector:
+class QueueStats:
     """Connects when first asked and stays connected; every question is answered or refused within `timeout` seconds."""
 
     def __init__(self, url: str, timeout: float) -> None:
@@ -19,7 +19,7 @@ class Inspector:
         self._timeout = timeout
         self._lock = asyncio.Lock()
         self._session: Session | None = None
-        self._owned = AsyncExitStack()
+        self._resources = AsyncExitStack()
 
     async def count(self, queues: tuple[str, ...]) -> list[int]:
         """Messages ready in each; 0 for one that does not exist. Asking for none finds out if a broker is there."""
@@ -37,19 +37,19 @@ class Inspector:
     async def close(self) -> None:
         async with self._lock:
             self._drop("closed")
-            await self._owned.aclose()
+            await self._resources.aclose()
 
     async def _connected(self) -> Session:
         if self._session is None or self._session.lost.is_set():
-            await self._owned.aclose()
-            self._session = await self._owned.enter_async_context(
+            await self._resources.aclose()
+            self._session = await self._resources.enter_async_context(
                 open_session(self._url, "distributor inspector", confirms=False)
             )
         return self._session
 
-    def _drop(self, why: str) -> None:
+    def _drop(self, reason: str) -> None:
         if self._session is not None:
-            self._session.lose(why)
+            self._session.mark_lost(reason)
 
 
 async def _count(session: Session, queue: str) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from shared.adapters.queue_outcomes import OnGivenUp
 from shared.adapters.queue_rabbitmq.connection import CONNECT_SECONDS
 from shared.adapters.queue_rabbitmq.consumer import Consumer
-from shared.adapters.queue_rabbitmq.deliveries import Settlement
-from shared.adapters.queue_rabbitmq.inspector import Inspector
+from shared.adapters.queue_rabbitmq.deliveries import Settler
+from shared.adapters.queue_rabbitmq.inspector import QueueStats
 from shared.adapters.queue_rabbitmq.messages import to_message
 from shared.adapters.queue_rabbitmq.publisher import Publisher
 from shared.adapters.queue_rabbitmq.topology import Topology
@@ -33,27 +33,27 @@ class RabbitJobQueue:
         self._url = url
         self._topology = Topology(name_prefix, retry_plan, consumer_timeout_ms)
         self._publisher = Publisher(url, self._topology, publish_timeout)
-        self._inspector = Inspector(url, CONNECT_SECONDS)
+        self._stats = QueueStats(url, CONNECT_SECONDS)
 
     async def open(self) -> None:
         self._publisher.open()
 
     async def close(self) -> None:
         await self._publisher.close()
-        await self._inspector.close()
+        await self._stats.close()
 
     async def ping(self) -> None:
-        await self._inspector.count(())
+        await self._stats.count(())
 
     async def publish(self, job: FetchJob) -> None:
         await self._publisher.publish(self._topology.work, to_message(job))
 
     async def consume(self, handler: JobHandler, concurrency: int, on_given_up: OnGivenUp) -> None:
         """ConfigurationError if a queue exists on the broker with other arguments."""
-        settlement = Settlement(self._publisher, self._topology, on_given_up)
-        await Consumer(self._url, self._topology, settlement, handler, concurrency).run()
+        settler = Settler(self._publisher, self._topology, on_given_up)
+        await Consumer(self._url, self._topology, settler, handler, concurrency).run()
 
     async def depth(self) -> QueueDepth:
         topology = self._topology
-        ready, dead, *delayed = await self._inspector.count((topology.work, topology.dead, *topology.delays))
+        ready, dead, *delayed = await self._stats.count((topology.work, topology.dead, *topology.delays))
         return QueueDepth(ready=ready, delayed=sum(delayed), dead=dead)

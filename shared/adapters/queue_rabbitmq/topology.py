@@ -23,9 +23,9 @@ from pamqp.common import Arguments
 from shared.domain.errors import ConfigurationError
 from shared.domain.jobs import RetryPlan
 
-URGENT, PATIENT = 1, 0
+HIGH, LOW = 1, 0
 
-_DEAD_LETTERS_KEPT = 10_000
+_MAX_DEAD_LETTERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Topology:
 
     def queues(self) -> dict[str, Arguments]:
         """Arguments by name."""
-        work: dict[str, int | str] = {"x-queue-type": "classic", "x-max-priority": URGENT}
+        work: dict[str, int | str] = {"x-queue-type": "classic", "x-max-priority": HIGH}
         if self.consumer_timeout_ms is not None:
             work["x-consumer-timeout"] = self.consumer_timeout_ms
         declared: dict[str, Arguments] = {self.work: {**work}}
@@ -70,7 +70,7 @@ class Topology:
                 "x-dead-letter-exchange": "",
                 "x-dead-letter-routing-key": self.work,
             }
-        declared[self.dead] = {"x-queue-type": "classic", "x-max-length": _DEAD_LETTERS_KEPT}
+        declared[self.dead] = {"x-queue-type": "classic", "x-max-length": _MAX_DEAD_LETTERS}
         return declared
 
     async def declare(self, channel: AbstractChannel) -> None:

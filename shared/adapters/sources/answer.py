@@ -8,7 +8,7 @@ from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
-class SourceAnswer:
+class SourceResponse:
     """Bytes `first` to `first + length - 1` of the object; `chunks` gives exactly these, once, or raises SourceError.
 
     `status` is 200 for the whole object and 206 for a range, whatever the source's own status was. `length` is None if

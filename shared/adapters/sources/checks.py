@@ -28,7 +28,7 @@ class BodyPlan:
     to_the_end: bool = True
 
 
-def plan_body(
+def validate_response(
     status: int, headers: Mapping[str, str], byte_range: ByteRange | None, expected_size: int | None
 ) -> BodyPlan:
     """Raise SourceRefused for an answer without the object, SourceWrong for one that contradicts the request or the

@@ -9,13 +9,13 @@ from typing import Self
 
 import httpx
 
-from shared.adapters.sources.answer import SourceAnswer
+from shared.adapters.sources.answer import SourceResponse
 from shared.adapters.sources.body import CheckedBody
-from shared.adapters.sources.checks import plan_body
+from shared.adapters.sources.checks import validate_response
 from shared.adapters.sources.connections import Connections
 from shared.adapters.sources.limits import SourceLimits
 from shared.adapters.sources.observation import Observer, SourceObservation, ignore
-from shared.adapters.sources.pace import Pace
+from shared.adapters.sources.pace import MinimumRate
 from shared.domain.errors import InvalidInput, SourceError, SourceUnreachable
 from shared.domain.objects import source_name
 from shared.domain.ranges import ByteRange
@@ -54,7 +54,7 @@ class SourceClient:
     @asynccontextmanager
     async def get(
         self, url: str, byte_range: ByteRange | None = None, expected_size: int | None = None
-    ) -> AsyncIterator[SourceAnswer]:
+    ) -> AsyncIterator[SourceResponse]:
         """Ask one source; never another one, never twice unless a reused connection turns out to be closed.
 
         `byte_range` must lie within `expected_size` (bytes, of the whole object) where that is known: InvalidInput
@@ -63,13 +63,13 @@ class SourceClient:
         """
         if byte_range is not None and expected_size is not None and byte_range.last >= expected_size:
             raise InvalidInput(f"the range {byte_range} is not within {expected_size} bytes")
-        attempt = _Attempt(Pace(self._limits.stall_timeout, self._limits.minimum_bytes))
+        attempt = _Attempt(MinimumRate(self._limits.stall_timeout, self._limits.minimum_bytes))
         try:
             async with self._answer(url, byte_range, attempt) as answer:
-                plan = plan_body(answer.status_code, answer.headers, byte_range, expected_size)
-                attempt.body = CheckedBody(answer, plan, attempt.pace, self._clock)
+                plan = validate_response(answer.status_code, answer.headers, byte_range, expected_size)
+                attempt.body = CheckedBody(answer, plan, attempt.minimum_rate, self._clock)
                 async with aclosing(attempt.body.chunks()) as chunks:
-                    yield SourceAnswer(
+                    yield SourceResponse(
                         plan.status, plan.first, plan.length, plan.total, plan.media_type, chunks
                     )
         except SourceError as error:
@@ -98,13 +98,13 @@ class SourceClient:
 class _Attempt:
     """What becomes of one request."""
 
-    def __init__(self, pace: Pace) -> None:
-        self.pace = pace
+    def __init__(self, minimum_rate: MinimumRate) -> None:
+        self.minimum_rate = minimum_rate
         self.body: CheckedBody | None = None
         self.first_byte: float | None = None
         self.failure: str | None = None
 
     def observation(self, source: str) -> SourceObservation:
         received = self.body.received if self.body is not None else 0
-        waited = (self.first_byte or 0.0) + self.pace.waited
+        waited = (self.first_byte or 0.0) + self.minimum_rate.waited
         return SourceObservation(source, self.first_byte, waited, received, self.failure)

@@ -23,13 +23,13 @@ _READ_BYTES = 256 * 1024
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def map_http_errors() -> Iterator[None]:
     """Turn the library's exceptions into SourceErrors, the cause chained."""
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL, httpcore.ReadError, ssl.SSLError) as error:
-        waited = isinstance(error, httpx.ConnectTimeout)
-        raise SourceUnreachable(_described(error), waited=waited) from error
+        timed_out = isinstance(error, httpx.ConnectTimeout)
+        raise SourceUnreachable(_describe(error), timed_out=timed_out) from error
 
 
 class Connections:
@@ -41,7 +41,7 @@ class Connections:
 
     def __init__(self, limits: SourceLimits) -> None:
         self._limits = limits
-        self._places = asyncio.Semaphore(limits.max_connections)
+        self._slots = asyncio.Semaphore(limits.max_connections)
         self._reusing: _Transport | None = None
         self._fresh: _Transport | None = None
 
@@ -63,7 +63,7 @@ class Connections:
     @asynccontextmanager
     async def request(self, url: str, headers: dict[str, str]) -> AsyncIterator[httpx.Response]:
         """GET; gives the answer once its headers are there, redirects and all, and closes it at the end."""
-        async with self._place():
+        async with self._slot():
             answer = await self._send(url, headers)
             try:
                 yield answer
@@ -71,16 +71,16 @@ class Connections:
                 await answer.aclose()
 
     @asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
+    async def _slot(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._limits.first_byte_timeout):
-                await self._places.acquire()
+                await self._slots.acquire()
         except TimeoutError as error:
             raise SourceError(f"all {self._limits.max_connections} connections are in use") from error
         try:
             yield
         finally:
-            self._places.release()
+            self._slots.release()
 
     async def _send(self, url: str, headers: dict[str, str]) -> httpx.Response:
         if self._reusing is None or self._fresh is None:
@@ -99,14 +99,14 @@ class Connections:
         connect = self._limits.connect_timeout
         extensions: dict[str, Any] = {"timeout": {"connect": connect}, "trace": progress.trace}
         try:
-            with translated():
+            with map_http_errors():
                 request = httpx.Request("GET", url, headers=headers, extensions=extensions)
                 async with asyncio.timeout(2 * connect + 1.0) as progress.deadline:
                     return await transport.handle_async_request(request)
         except TimeoutError as error:
             if progress.sending:
                 raise SourceTooSlow("no answer in time") from error
-            raise SourceUnreachable("no connection in time", waited=True) from error
+            raise SourceUnreachable("no connection in time", timed_out=True) from error
         except SourceUnreachable as error:
             if progress.sending and not progress.connecting:
                 raise _ReusedConnectionFailed(str(error)) from error
@@ -151,5 +151,5 @@ class _Transport(httpx.AsyncHTTPTransport):
         )
 
 
-def _described(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -15,7 +15,7 @@ class _Slot:
     received: int
 
 
-class Pace:
+class MinimumRate:
     """A sliding window of `window` seconds of waiting, in which at least `minimum` bytes must arrive.
 
     Its clock stands still while nobody waits for the source, so a reader that pauses costs the source nothing. Arrivals
@@ -46,7 +46,7 @@ class Pace:
             self._slots.append(_Slot(self.waited, self.waited, received))
 
     @property
-    def patience(self) -> float:
+    def time_left(self) -> float:
         """Seconds that may still be waited for the next bytes; 0 or less: too slow already."""
         left = self._sum
         for slot in self._slots:

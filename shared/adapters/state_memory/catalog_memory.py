@@ -1,4 +1,4 @@
-"""The catalog memory in one process: for several catalogs in it, and for tests."""
+"""The shared catalog cache in one process: for several catalogs in it, and for tests."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from shared.domain.objects import MediaObject, ObjectId
-from shared.ports.catalog_memory import Consultation, Remembered
+from shared.ports.catalog_memory import CachedAnswer, CacheLookup
 
-_MOST_ENTRIES = 100_000
+_MAX_ENTRIES = 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _Entry:
     answer: MediaObject | None
     fresh_until: float
     ends: float
 
 
-class MemoryCatalogMemory:
+class MemorySharedCatalogCache:
     """See the port. Verbs never await, so each one is atomic; the least recently used answers are dropped beyond
     100,000."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock` in seconds."""
         self._clock = clock
-        self._kept: OrderedDict[ObjectId, _Kept] = OrderedDict()
-        self._asking: dict[ObjectId, tuple[str, float]] = {}
+        self._entries: OrderedDict[ObjectId, _Entry] = OrderedDict()
+        self._locks: dict[ObjectId, tuple[str, float]] = {}
 
     async def open(self) -> None:
         """Nothing to get ready."""
@@ -36,39 +36,37 @@ class MemoryCatalogMemory:
     async def close(self) -> None:
         """Nothing to give back."""
 
-    async def recall(self, object_id: ObjectId) -> Remembered | None:
-        return self._recall(object_id)
+    async def get(self, object_id: ObjectId) -> CachedAnswer | None:
+        return self._get(object_id)
 
-    async def consult(self, object_id: ObjectId, asker: str, seconds: float) -> Consultation:
-        remembered = self._recall(object_id)
-        if remembered is not None and remembered.fresh_left > 0:
-            return Consultation(remembered, must_ask=False)
+    async def get_or_lock(self, object_id: ObjectId, owner: str, seconds: float) -> CacheLookup:
+        cached = self._get(object_id)
+        if cached is not None and cached.fresh_for > 0:
+            return CacheLookup(cached, owns_lock=False)
         now = self._clock()
-        _, ends = self._asking.get(object_id, ("", now))
+        _, ends = self._locks.get(object_id, ("", now))
         if ends > now:
-            return Consultation(remembered, must_ask=False)
-        self._asking[object_id] = (asker, now + seconds)
-        return Consultation(remembered, must_ask=True)
+            return CacheLookup(cached, owns_lock=False)
+        self._locks[object_id] = (owner, now + seconds)
+        return CacheLookup(cached, owns_lock=True)
 
-    async def remember(
-        self, object_id: ObjectId, answer: MediaObject | None, fresh: float, keep: float
-    ) -> None:
+    async def put(self, object_id: ObjectId, answer: MediaObject | None, fresh: float, keep: float) -> None:
         now = self._clock()
-        self._kept[object_id] = _Kept(answer, now + fresh, now + keep)
-        self._kept.move_to_end(object_id)
-        self._asking.pop(object_id, None)
-        while len(self._kept) > _MOST_ENTRIES:
-            self._kept.popitem(last=False)
+        self._entries[object_id] = _Entry(answer, now + fresh, now + keep)
+        self._entries.move_to_end(object_id)
+        self._locks.pop(object_id, None)
+        while len(self._entries) > _MAX_ENTRIES:
+            self._entries.popitem(last=False)
 
-    async def give_up(self, object_id: ObjectId, asker: str) -> None:
-        if self._asking.get(object_id, ("", 0.0))[0] == asker:
-            del self._asking[object_id]
+    async def unlock(self, object_id: ObjectId, owner: str) -> None:
+        if self._locks.get(object_id, ("", 0.0))[0] == owner:
+            del self._locks[object_id]
 
-    def _recall(self, object_id: ObjectId) -> Remembered | None:
+    def _get(self, object_id: ObjectId) -> CachedAnswer | None:
         now = self._clock()
-        kept = self._kept.get(object_id)
-        if kept is None or kept.ends <= now:
-            self._kept.pop(object_id, None)
+        entry = self._entries.get(object_id)
+        if entry is None or entry.ends <= now:
+            self._entries.pop(object_id, None)
             return None
-        self._kept.move_to_end(object_id)
-        return Remembered(kept.answer, kept.fresh_until - now)
+        self._entries.move_to_end(object_id)
+        return CachedAnswer(entry.answer, entry.fresh_until - now)

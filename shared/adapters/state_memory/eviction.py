@@ -21,7 +21,7 @@ from shared.ports.state_store import (
     Topic,
 )
 
-_ENTRIES_AT_ONCE = 1000
+_ENTRIES_BATCH = 1000
 
 
 class MemoryEviction(MemoryFetching):
@@ -38,20 +38,22 @@ class MemoryEviction(MemoryFetching):
         return tables.term
 
     async def resign(self, term: Term) -> None:
-        if self._tables.in_office(term):
+        if self._tables.is_leader(term):
             self._tables.term = None
 
-    async def space_wanted(self) -> int:
+    async def space_requested(self) -> int:
         tables, now = self._tables, self._tables.clock()
-        tables.wishes = {known: wish for known, wish in tables.wishes.items() if wish[1] > now}
-        return sum(wanted for wanted, _ in tables.wishes.values())
+        tables.space_requests = {
+            known: request for known, request in tables.space_requests.items() if request[1] > now
+        }
+        return sum(wanted for wanted, _ in tables.space_requests.values())
 
     async def begin_eviction(
         self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
     ) -> bool:
         tables = self._tables
         entry = tables.objects.get(object_id)
-        if not tables.in_office(term) or entry is None or entry.evicting:
+        if not tables.is_leader(term) or entry is None or entry.evicting:
             return False
         if object_id in tables.pins and not even_pinned:
             return False
@@ -63,7 +65,7 @@ class MemoryEviction(MemoryFetching):
 
     async def finish_eviction(self, term: Term, object_id: ObjectId) -> int:
         entry = self._tables.objects.get(object_id)
-        if not self._tables.in_office(term) or entry is None or not entry.evicting:
+        if not self._tables.is_leader(term) or entry is None or not entry.evicting:
             return 0
         self._tables.drop_object(entry)
         return footprint(entry.size)
@@ -78,12 +80,12 @@ class MemoryEviction(MemoryFetching):
 
     async def cancel_eviction(self, term: Term, object_id: ObjectId) -> None:
         entry = self._tables.objects.get(object_id)
-        if self._tables.in_office(term) and entry and entry.evicting:
+        if self._tables.is_leader(term) and entry and entry.evicting:
             self._tables.objects[object_id] = replace(entry, evicting=False)
 
     async def adopt(self, term: Term, entry: IndexEntry) -> bool:
         tables, object_id = self._tables, entry.object_id
-        if not tables.in_office(term) or object_id in tables.objects:
+        if not tables.is_leader(term) or object_id in tables.objects:
             return False
         if tables.phase(tables.row(object_id)) is FetchPhase.FETCHING:
             return False
@@ -99,7 +101,7 @@ class MemoryEviction(MemoryFetching):
     async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
         tables, now = self._tables, self._tables.clock()
         row = tables.row(object_id)
-        if not tables.in_office(term) or (row and row.reserved):
+        if not tables.is_leader(term) or (row and row.reserved):
             return False
         if row and tables.phase(row):
             tables.rows[object_id] = replace(row, reserved=True, size=size)
@@ -108,21 +110,28 @@ class MemoryEviction(MemoryFetching):
         tables.reserved += footprint(size)
         return True
 
-    async def seize(self, term: Term, object_id: ObjectId) -> Lease | None:
+    async def steal_lease(self, term: Term, object_id: ObjectId) -> Lease | None:
         tables, now = self._tables, self._tables.clock()
         row = tables.row(object_id)
-        if not tables.in_office(term) or row is None or tables.phase(row) is not FetchPhase.PARKED:
+        if not tables.is_leader(term) or row is None or tables.phase(row) is not FetchPhase.PARKED:
             return None
         lease = Lease(object_id, tables.next_serial(), row.size, term.holder)
-        lasts = tables.times.lease_seconds
+        duration = tables.timeouts.lease_seconds
         tables.rows[object_id] = FetchRow(
-            FetchPhase.FETCHING, True, row.size, lease.token, now + lasts, now, term.holder, lasts=lasts
+            FetchPhase.FETCHING,
+            True,
+            row.size,
+            lease.token,
+            now + duration,
+            now,
+            term.holder,
+            duration=duration,
         )
         return lease
 
     async def recount(self, term: Term, *, entries: bool = True) -> int:
         tables = self._tables
-        if not tables.in_office(term):
+        if not tables.is_leader(term):
             return 0
         before = (tables.used, tables.reserved)
         if entries:
@@ -130,15 +139,15 @@ class MemoryEviction(MemoryFetching):
         tables.reserved = sum(footprint(row.size) for row in tables.rows.values() if row.reserved)
         return abs(before[0] - tables.used) + abs(before[1] - tables.reserved)
 
-    async def set_accounted(self, term: Term) -> None:
-        if self._tables.in_office(term):
-            self._tables.accounted = True
+    async def set_reconciled(self, term: Term) -> None:
+        if self._tables.is_leader(term):
+            self._tables.reconciled = True
 
     async def entries(self) -> AsyncIterator[Sequence[IndexEntry]]:
         known = list(self._tables.objects)
-        for start in range(0, len(known), _ENTRIES_AT_ONCE):
+        for start in range(0, len(known), _ENTRIES_BATCH):
             found = (
-                self._tables.objects.get(object_id) for object_id in known[start : start + _ENTRIES_AT_ONCE]
+                self._tables.objects.get(object_id) for object_id in known[start : start + _ENTRIES_BATCH]
             )
             yield [entry for entry in found if entry]
 
@@ -161,7 +170,7 @@ class MemoryEviction(MemoryFetching):
 
     async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
         tables = self._tables
-        if not tables.in_office(term):
+        if not tables.is_leader(term):
             return
         for entry in entries:
             known = tables.objects.get(entry.object_id)

@@ -10,7 +10,7 @@ from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import (
     AlreadyStored,
-    Begun,
+    BeginResult,
     FetchPhase,
     Granted,
     HeldElsewhere,
@@ -18,7 +18,7 @@ from shared.ports.state_store import (
     Lease,
     NeverFits,
     NoSpace,
-    NotAccounted,
+    NotReconciled,
     Topic,
 )
 
@@ -26,7 +26,7 @@ from shared.ports.state_store import (
 class MemoryFetching(MemoryRequests):
     """See the port for each verb."""
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str) -> Begun:
+    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
         tables = self._tables
         entry, row, now = tables.objects.get(object_id), tables.row(object_id), tables.clock()
         if entry:
@@ -35,20 +35,20 @@ class MemoryFetching(MemoryRequests):
             return HeldElsewhere(seconds_left=row.ends - now)
         if footprint(size) > tables.limit:
             return NeverFits()
-        if not tables.accounted:
-            return NotAccounted()
+        if not tables.reconciled:
+            return NotReconciled()
         resumed = row is not None and row.reserved
         more = footprint(size) - (footprint(row.size) if row and resumed else 0)
         missing = tables.used + tables.reserved + more - tables.limit
         if more > 0 and missing > 0:
             return NoSpace(missing)
         lease = Lease(object_id, tables.next_serial(), size, worker)
-        lasts = tables.times.lease_seconds
+        duration = tables.timeouts.lease_seconds
         tables.rows[object_id] = FetchRow(
-            FetchPhase.FETCHING, True, size, lease.token, now + lasts, now, worker, lasts=lasts
+            FetchPhase.FETCHING, True, size, lease.token, now + duration, now, worker, duration=duration
         )
         tables.reserved += more
-        tables.wishes.pop(object_id, None)
+        tables.space_requests.pop(object_id, None)
         tables.announce(Topic.FETCH_CHANGED, object_id)
         return Granted(lease, resumed)
 
@@ -59,8 +59,8 @@ class MemoryFetching(MemoryRequests):
             return False
         tables.rows[lease.object_id] = replace(
             row,
-            ends=now + tables.times.lease_seconds,
-            lasts=tables.times.lease_seconds,
+            ends=now + tables.timeouts.lease_seconds,
+            duration=tables.timeouts.lease_seconds,
             since=row.since if row.ends > now else now,
             source=source or row.source,
         )
@@ -94,15 +94,15 @@ class MemoryFetching(MemoryRequests):
 
     async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
         tables, now = self._tables, self._tables.clock()
-        for gone in [known for known, (_, ends, _) in tables.failures.items() if ends <= now]:
-            del tables.failures[gone]
+        for expired in [known for known, (_, ends, _) in tables.failures.items() if ends <= now]:
+            del tables.failures[expired]
         tables.failures[object_id] = (reason, now + seconds, seconds)
         tables.announce(Topic.FETCH_CHANGED, object_id)
 
-    async def want_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
+    async def request_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
         tables = self._tables
-        tables.wishes[object_id] = (footprint(size), tables.clock() + seconds)
-        tables.announce(Topic.SPACE_WANTED, object_id)
+        tables.space_requests[object_id] = (footprint(size), tables.clock() + seconds)
+        tables.announce(Topic.SPACE_REQUESTED, object_id)
 
     async def forget(self, object_id: ObjectId, generation: int) -> bool:
         entry = self._tables.objects.get(object_id)

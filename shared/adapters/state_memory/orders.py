@@ -58,7 +58,7 @@ class MemoryOrders(MemoryEviction):
 
     async def end_purge(self, term: Term, wish: PurgeWish) -> None:
         tables = self._tables
-        if tables.in_office(term) and tables.purges.get(wish.object_id) == wish.serial:
+        if tables.is_leader(term) and tables.purges.get(wish.object_id) == wish.serial:
             del tables.purges[wish.object_id]
 
     async def start_warming(self, scope: WarmingScope) -> Warming | None:
@@ -91,7 +91,7 @@ class MemoryOrders(MemoryEviction):
 
     async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
         tables, now = self._tables, self._tables.clock()
-        if issued < int(tables.begun):
+        if issued < int(tables.started_at):
             return False
         for expired in [known for known, ends in tables.token_ids.items() if ends <= now]:
             del tables.token_ids[expired]

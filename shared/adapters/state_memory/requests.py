@@ -8,7 +8,7 @@ from dataclasses import replace
 from shared.adapters.state_memory.tables import FetchRow, Tables
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
-from shared.ports.state_store import Access, Announcement, Claim, FetchPhase, Standing, Topic
+from shared.ports.state_store import Access, Announcement, Claim, FetchPhase, ObjectStatus, Topic
 
 
 class MemoryRequests:
@@ -17,38 +17,38 @@ class MemoryRequests:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
 
-    async def find(self, object_id: ObjectId) -> Standing:
-        return self._tables.standing(object_id)
+    async def find(self, object_id: ObjectId) -> ObjectStatus:
+        return self._tables.object_status(object_id)
 
     async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
         tables = self._tables
-        standing = tables.standing(object_id)
-        parked = standing.fetch is not None and standing.fetch.phase is FetchPhase.PARKED
-        if standing.failure or (standing.fetch and not parked):
-            return Claim(won=False, standing=standing)
+        object_status = tables.object_status(object_id)
+        parked = object_status.fetch is not None and object_status.fetch.phase is FetchPhase.PARKED
+        if object_status.failure or (object_status.fetch and not parked):
+            return Claim(won=False, status=object_status)
         now = tables.clock()
         tables.rows[object_id] = FetchRow(
             phase=FetchPhase.CLAIMED,
             reserved=parked,
             size=tables.rows[object_id].size if parked else 0,
             token=0,
-            ends=now + tables.times.claim_seconds,
+            ends=now + tables.timeouts.claim_seconds,
             since=now,
             worker=claimant,
-            lasts=tables.times.claim_seconds,
+            duration=tables.timeouts.claim_seconds,
         )
-        return Claim(won=True, standing=Standing(fetch=None, failure=None))
+        return Claim(won=True, status=ObjectStatus(fetch=None, failure=None))
 
     async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
         tables = self._tables
         row = tables.row(object_id)
         if row and tables.phase(row) is FetchPhase.CLAIMED and row.worker == claimant:
-            now, lasts = tables.clock(), tables.times.queued_seconds
+            now, duration = tables.clock(), tables.timeouts.queued_seconds
             tables.rows[object_id] = replace(
-                row, phase=FetchPhase.QUEUED, ends=now + lasts, since=now, lasts=lasts
+                row, phase=FetchPhase.QUEUED, ends=now + duration, since=now, duration=duration
             )
 
-    async def withdraw(self, object_id: ObjectId, claimant: str) -> None:
+    async def release_claim(self, object_id: ObjectId, claimant: str) -> None:
         tables = self._tables
         row = tables.row(object_id)
         pending = (FetchPhase.CLAIMED, FetchPhase.QUEUED)
@@ -68,8 +68,8 @@ class MemoryRequests:
             reserved=tables.reserved,
             objects=len(tables.objects),
             fetches=leases,
-            accounted=tables.accounted,
-            turnover=tables.turnover,
+            reconciled=tables.reconciled,
+            churn=tables.churn,
         )
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:

@@ -8,15 +8,15 @@ from contextlib import asynccontextmanager
 from shared.adapters.announcement_queue import AnnouncementQueue
 from shared.adapters.state_memory.orders import MemoryOrders
 from shared.adapters.state_memory.tables import Tables
-from shared.adapters.state_times import StateTimes
+from shared.adapters.state_times import StateTimeouts
 from shared.ports.state_store import Announcement, Topic
 
 
 class MemoryStateStore(MemoryOrders):
     """`limit`: of the volume, in bytes; `clock`: POSIX seconds. All tasks of the process share one instance."""
 
-    def __init__(self, limit: int, times: StateTimes, clock: Callable[[], float]) -> None:
-        super().__init__(Tables(limit, times, clock))
+    def __init__(self, limit: int, timeouts: StateTimeouts, clock: Callable[[], float]) -> None:
+        super().__init__(Tables(limit, timeouts, clock))
 
     async def open(self) -> None:
         """Nothing to get ready."""
@@ -27,8 +27,8 @@ class MemoryStateStore(MemoryOrders):
     async def ping(self) -> None:
         """Always there."""
 
-    async def server_figures(self) -> None:
-        """No server, no figures."""
+    async def server_stats(self) -> None:
+        """No server, no stats."""
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[AsyncIterator[Announcement]]:

@@ -1,4 +1,4 @@
-"""The catalog memory on Redis: two keys an object, both run out by themselves."""
+"""The shared catalog cache on Redis: two keys an object, both run out by themselves."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from shared.adapters.state_redis.connection import RedisConnection
 from shared.adapters.state_redis.requests import milliseconds
 from shared.domain.errors import InvalidInput
 from shared.domain.objects import MediaObject, ObjectId
-from shared.ports.catalog_memory import Consultation, Remembered
+from shared.ports.catalog_memory import CachedAnswer, CacheLookup
 
-_log = structlog.get_logger()
+logger = structlog.get_logger()
 
 
-class RedisCatalogMemory:
+class RedisSharedCatalogCache:
     """See the port.
 
     catalog:NAME:answer:… STRING  "POSIX milliseconds until which it is believed" and a description, runs out
@@ -34,33 +34,31 @@ class RedisCatalogMemory:
     async def close(self) -> None:
         await self._connection.close()
 
-    async def recall(self, object_id: ObjectId) -> Remembered | None:
+    async def get(self, object_id: ObjectId) -> CachedAnswer | None:
         packed, left = await self._run("catalog_recall", object_id)
         return _read(object_id, packed, left)
 
-    async def consult(self, object_id: ObjectId, asker: str, seconds: float) -> Consultation:
-        packed, left, won = await self._run("catalog_consult", object_id, asker, milliseconds(seconds))
-        return Consultation(_read(object_id, packed, left), bool(won))
+    async def get_or_lock(self, object_id: ObjectId, owner: str, seconds: float) -> CacheLookup:
+        packed, left, won = await self._run("catalog_consult", object_id, owner, milliseconds(seconds))
+        return CacheLookup(_read(object_id, packed, left), bool(won))
 
-    async def remember(
-        self, object_id: ObjectId, answer: MediaObject | None, fresh: float, keep: float
-    ) -> None:
+    async def put(self, object_id: ObjectId, answer: MediaObject | None, fresh: float, keep: float) -> None:
         described = write_description(answer)
         await self._run("catalog_remember", object_id, described, milliseconds(fresh), milliseconds(keep))
 
-    async def give_up(self, object_id: ObjectId, asker: str) -> None:
-        await self._run("catalog_give_up", object_id, asker)
+    async def unlock(self, object_id: ObjectId, owner: str) -> None:
+        await self._run("catalog_give_up", object_id, owner)
 
     async def _run(self, script: str, object_id: ObjectId, *arguments: str | bytes | int) -> Any:
         keys = (f"{self._prefix}answer:{object_id}", f"{self._prefix}asking:{object_id}")
         return await self._connection.run_on(script, keys, object_id, *arguments)
 
 
-def _read(object_id: ObjectId, packed: bytes | None, milliseconds_left: int) -> Remembered | None:
+def _read(object_id: ObjectId, packed: bytes | None, milliseconds_left: int) -> CachedAnswer | None:
     if packed is None:
         return None
     try:
-        return Remembered(read_description(packed), milliseconds_left / 1000)
+        return CachedAnswer(read_description(packed), milliseconds_left / 1000)
     except InvalidInput as error:
-        _log.warning("catalog_memory_unreadable", object_id=object_id, reason=str(error))
+        logger.warning("catalog_memory_unreadable", object_id=object_id, reason=str(error))
         return None

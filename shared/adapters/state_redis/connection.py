@@ -16,7 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from shared.adapters.state_redis.gate import Gate
+from shared.adapters.state_redis.gate import CircuitBreaker
 from shared.adapters.state_redis.keys import Keys
 from shared.adapters.state_redis.lua import Script, load_scripts
 from shared.domain.errors import ConfigurationError, StateStoreUnavailable
@@ -24,12 +24,12 @@ from shared.domain.objects import ObjectId
 from shared.domain.space import RECORD_BYTES
 from shared.observability.metrics import STATE_STORE_ERRORS
 
-CONNECTIONS = 32
+MAX_CONNECTIONS = 32
 
-_log = structlog.get_logger()
+logger = structlog.get_logger()
 
 
-def make_client(url: str, connect_timeout: float, connections: int = CONNECTIONS) -> aioredis.Redis:
+def make_client(url: str, connect_timeout: float, connections: int = MAX_CONNECTIONS) -> aioredis.Redis:
     """A client that connects when first used.
 
     No retries: the library's default of ten would outlast every time limit, and repeating a verb whose reply was lost
@@ -58,8 +58,8 @@ class RedisConnection:
         self.keys = Keys(prefix)
         self.timeout = timeout
         self._client = make_client(url, timeout)
-        self._free = asyncio.Semaphore(CONNECTIONS)
-        self._gate = Gate()
+        self._free = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._breaker = CircuitBreaker()
         self._scripts: dict[str, Script] = {}
 
     def open(self) -> None:
@@ -70,7 +70,7 @@ class RedisConnection:
             await self._client.aclose()
         except (RedisError, OSError) as error:
             # Only the farewell failed: the sockets are closed all the same
-            _log.debug("state_store_close_failed", reason=_described(error))
+            logger.debug("state_store_close_failed", reason=_describe(error))
 
     async def run(self, script: str, object_id: ObjectId | str, *arguments: str | int | float) -> Any:
         """Run one script from the scripts folder; `arguments` are its ARGV from the fourth on."""
@@ -102,23 +102,23 @@ class RedisConnection:
 
     @asynccontextmanager
     async def _bounded(self, operation: str) -> AsyncIterator[None]:
-        """The one boundary: gate, time limit, a free connection, translation of errors, and their count."""
+        """The one boundary: breaker, time limit, a free connection, translation of errors, and their count."""
         try:
-            probe = self._gate.enter()
+            probe = self._breaker.before_call()
             try:
                 async with asyncio.timeout(self.timeout), self._free:
                     yield
-                self._gate.open()
+                self._breaker.on_success()
             except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-                if self._gate.close(error):
+                if self._breaker.on_failure(error):
                     await self._drop_idle()
-                raise StateStoreUnavailable(f"state store did not answer: {_described(error)}") from error
+                raise StateStoreUnavailable(f"state store did not answer: {_describe(error)}") from error
             except RedisError as error:
                 # The server is there, but refuses: out of memory, read-only replica, failing disk
-                self._gate.open()
-                raise StateStoreUnavailable(f"state store refused: {_described(error)}") from error
+                self._breaker.on_success()
+                raise StateStoreUnavailable(f"state store refused: {_describe(error)}") from error
             finally:
-                self._gate.leave(probe)
+                self._breaker.after_call(probe)
         except StateStoreUnavailable:
             STATE_STORE_ERRORS.labels(operation=operation).inc()
             raise
@@ -130,5 +130,5 @@ class RedisConnection:
             await self._client.connection_pool.disconnect(inuse_connections=False)
 
 
-def _described(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__} {error}".strip()

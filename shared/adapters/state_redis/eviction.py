@@ -10,7 +10,7 @@ from shared.adapters.state_redis.requests import milliseconds
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import Access, Fetch, IndexEntry, Lease, PolicyState, Term
 
-_ENTRIES_AT_ONCE = 1000
+_ENTRIES_BATCH = 1000
 
 
 class RedisEviction(RedisFetching):
@@ -21,64 +21,64 @@ class RedisEviction(RedisFetching):
         return Term(holder, token) if token else None
 
     async def resign(self, term: Term) -> None:
-        await self._run_in_office("resign", term)
+        await self._run_as_leader("resign", term)
 
-    async def space_wanted(self) -> int:
+    async def space_requested(self) -> int:
         return int(await self._connection.run("space_wanted", ""))
 
     async def begin_eviction(
         self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
     ) -> bool:
         arguments = (min_idle, int(even_pinned), object_id)
-        return (await self._ask_in_office("begin_eviction", term, *arguments)) == [1]
+        return (await self._query_as_leader("begin_eviction", term, *arguments)) == [1]
 
     async def finish_eviction(self, term: Term, object_id: ObjectId) -> int:
-        [freed] = await self._ask_in_office("finish_eviction", term, object_id)
+        [freed] = await self._query_as_leader("finish_eviction", term, object_id)
         return freed
 
     async def begin_evictions(
         self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
     ) -> Sequence[bool]:
-        begun = await self._ask_in_office("begin_eviction", term, min_idle, 0, *object_ids)
+        begun = await self._query_as_leader("begin_eviction", term, min_idle, 0, *object_ids)
         return [answer == 1 for answer in begun]
 
     async def finish_evictions(self, term: Term, object_ids: Sequence[ObjectId]) -> Sequence[int]:
-        return await self._ask_in_office("finish_eviction", term, *object_ids)
+        return await self._query_as_leader("finish_eviction", term, *object_ids)
 
     async def cancel_eviction(self, term: Term, object_id: ObjectId) -> None:
-        await self._run_in_office("cancel_eviction", term, object_id)
+        await self._run_as_leader("cancel_eviction", term, object_id)
 
     async def adopt(self, term: Term, entry: IndexEntry) -> bool:
         [adopted] = await self.adopt_many(term, [entry])
         return adopted
 
     async def adopt_many(self, term: Term, entries: Sequence[IndexEntry]) -> Sequence[bool]:
-        figures: list[str | int | float] = []
+        values: list[str | int | float] = []
         for entry in entries:
-            figures += (entry.object_id, entry.size, entry.frequency, entry.last_access, entry.priority)
-        return [answer == 1 for answer in await self._ask_in_office("adopt", term, *figures)]
+            values += (entry.object_id, entry.size, entry.frequency, entry.last_access, entry.priority)
+        return [answer == 1 for answer in await self._query_as_leader("adopt", term, *values)]
 
     async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
-        return bool(await self._run_in_office("adopt_partial", term, object_id, size))
+        return bool(await self._run_as_leader("adopt_partial", term, object_id, size))
 
-    async def seize(self, term: Term, object_id: ObjectId) -> Lease | None:
-        duration = milliseconds(self._times.lease_seconds)
-        reply = await self._run_in_office("seize", term, object_id, term.holder, duration)
+    async def steal_lease(self, term: Term, object_id: ObjectId) -> Lease | None:
+        duration = milliseconds(self._timeouts.lease_seconds)
+        reply = await self._run_as_leader("seize", term, object_id, term.holder, duration)
         if not isinstance(reply, list):
             return None
         token, size = reply
         return Lease(object_id, token, size, term.holder)
 
     async def recount(self, term: Term, *, entries: bool = True) -> int:
-        return int(str(await self._run_in_office("recount", term, "", int(entries))))
+        return int(str(await self._run_as_leader("recount", term, "", int(entries))))
 
-    async def set_accounted(self, term: Term) -> None:
-        await self._run_in_office("set_accounted", term)
+    async def set_reconciled(self, term: Term) -> None:
+        await self._run_as_leader("set_accounted", term)
 
     async def entries(self) -> AsyncIterator[Sequence[IndexEntry]]:
         cursor = 0
         while True:
-            scan = ("HSCAN", self._connection.keys.objects, cursor, "COUNT", _ENTRIES_AT_ONCE)
+            scan = ("HSCAN", self._connection.keys.objects, cursor, "COUNT", _ENTRIES_BATCH)
             cursor, found = await self._connection.command(*scan)
             if found:
                 yield [read_entry(object_id, packed) for object_id, packed in found.items()]
@@ -105,19 +105,19 @@ class RedisEviction(RedisFetching):
         return PolicyState(float(inflation or 0), (position or b"").decode())
 
     async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
-        figures: list[str | int | float] = []
+        values: list[str | int | float] = []
         for entry in entries:
-            figures += (entry.object_id, entry.frequency, entry.last_access, entry.priority)
-        await self._run_in_office("save_policy", term, "", state.inflation, state.position, *figures)
+            values += (entry.object_id, entry.frequency, entry.last_access, entry.priority)
+        await self._run_as_leader("save_policy", term, "", state.inflation, state.position, *values)
 
-    async def _run_in_office(
+    async def _run_as_leader(
         self, script: str, term: Term, object_id: ObjectId | str = "", *arguments: str | int | float
     ) -> object:
-        office = f"{term.token} {term.holder}"
-        reply: object = await self._connection.run(script, object_id, office, *arguments)
+        term_value = f"{term.token} {term.holder}"
+        reply: object = await self._connection.run(script, object_id, term_value, *arguments)
         return reply
 
-    async def _ask_in_office(self, script: str, term: Term, *arguments: str | int | float) -> list[int]:
+    async def _query_as_leader(self, script: str, term: Term, *arguments: str | int | float) -> list[int]:
         """A script about many objects: one number for each."""
-        reply = await self._run_in_office(script, term, "", *arguments)
+        reply = await self._run_as_leader(script, term, "", *arguments)
         return reply if isinstance(reply, list) else []

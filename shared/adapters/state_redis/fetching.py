@@ -6,38 +6,38 @@ from shared.adapters.state_redis.requests import RedisRequests, milliseconds
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import (
     AlreadyStored,
-    Begun,
+    BeginResult,
     Granted,
     HeldElsewhere,
     Lease,
     NeverFits,
     NoSpace,
-    NotAccounted,
+    NotReconciled,
 )
 
 
 class RedisFetching(RedisRequests):
     """See the port for each verb."""
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str) -> Begun:
-        lease = milliseconds(self._times.lease_seconds)
-        answer, *figures = await self._connection.run("begin", object_id, size, worker, lease, self._limit)
+    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
+        lease = milliseconds(self._timeouts.lease_seconds)
+        answer, *values = await self._connection.run("begin", object_id, size, worker, lease, self._limit)
         match answer:
             case b"granted":
-                return Granted(Lease(object_id, figures[0], size, worker), resumed=bool(figures[1]))
+                return Granted(Lease(object_id, values[0], size, worker), resumed=bool(values[1]))
             case b"stored":
-                return AlreadyStored(generation=figures[0])
+                return AlreadyStored(generation=values[0])
             case b"held":
-                return HeldElsewhere(seconds_left=figures[0] / 1000)
+                return HeldElsewhere(seconds_left=values[0] / 1000)
             case b"no_space":
-                return NoSpace(missing=figures[0])
+                return NoSpace(missing=values[0])
             case b"never_fits":
                 return NeverFits()
             case _:
-                return NotAccounted()
+                return NotReconciled()
 
     async def renew(self, lease: Lease, source: str | None = None) -> bool:
-        duration = milliseconds(self._times.lease_seconds)
+        duration = milliseconds(self._timeouts.lease_seconds)
         return bool(await self._run_leased("renew", lease, duration, source or ""))
 
     async def commit(self, lease: Lease, stored_at: float) -> bool:
@@ -52,7 +52,7 @@ class RedisFetching(RedisRequests):
     async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
         await self._connection.run("record_failure", object_id, reason, milliseconds(seconds))
 
-    async def want_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
+    async def request_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
         await self._connection.run("want_space", object_id, size, milliseconds(seconds))
 
     async def forget(self, object_id: ObjectId, generation: int) -> bool:

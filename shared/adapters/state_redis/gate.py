@@ -6,39 +6,39 @@ import time
 
 from shared.domain.errors import StateStoreUnavailable
 
-PAUSE_SECONDS = 0.5
+OPEN_SECONDS = 0.5
 
 
-class Gate:
-    """Closed for a moment after each failure to reach the server; then one verb at a time goes through to try."""
+class CircuitBreaker:
+    """Open for a moment after each failure to reach the server; then one verb at a time goes through to try."""
 
-    def __init__(self, pause: float = PAUSE_SECONDS) -> None:
-        self._pause = pause
+    def __init__(self, open_seconds: float = OPEN_SECONDS) -> None:
+        self._open_seconds = open_seconds
         self._cause: BaseException | None = None
-        self._closed_until = 0.0
+        self._open_until = 0.0
         self._probing = False
 
-    def enter(self) -> bool:
-        """True if the caller is the one that tries. Raises StateStoreUnavailable while closed."""
+    def before_call(self) -> bool:
+        """True if the caller is the one that tries. Raises StateStoreUnavailable while open."""
         if self._cause is None:
             return False
-        if self._probing or time.monotonic() < self._closed_until:
+        if self._probing or time.monotonic() < self._open_until:
             raise StateStoreUnavailable("state store out of reach a moment ago") from self._cause
         self._probing = True
         return True
 
-    def leave(self, probe: bool) -> None:
-        """Must follow each `enter` that returned, whatever the end; else nobody would try again."""
+    def after_call(self, probe: bool) -> None:
+        """Must follow each `before_call` that returned, whatever the end; else nobody would try again."""
         if probe:
             self._probing = False
 
-    def open(self) -> None:
+    def on_success(self) -> None:
         """The server answered."""
         self._cause = None
 
-    def close(self, cause: BaseException) -> bool:
+    def on_failure(self, cause: BaseException) -> bool:
         """The server did not answer. True if it did before."""
-        was_open = self._cause is None
+        was_closed = self._cause is None
         self._cause = cause
-        self._closed_until = time.monotonic() + self._pause
-        return was_open
+        self._open_until = time.monotonic() + self._open_seconds
+        return was_closed

@@ -64,7 +64,7 @@ class RedisOrders(RedisEviction):
         return [PurgeWish(ObjectId(object_id.decode()), int(serial)) for object_id, serial in pairs]
 
     async def end_purge(self, term: Term, wish: PurgeWish) -> None:
-        await self._run_in_office("end_purge", term, wish.object_id, wish.serial)
+        await self._run_as_leader("end_purge", term, wish.object_id, wish.serial)
 
     async def start_warming(self, scope: WarmingScope) -> Warming | None:
         ordered = Warming(0, scope)

@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shared.domain.objects import ObjectId
-from shared.ports.server_figures import ServerFigures
+from shared.ports.server_figures import ServerStats
 from shared.ports.state_store import (
-    ACCESS_GRAIN,
+    ACCESS_TIME_RESOLUTION,
     Access,
     Announcement,
     Failure,
     Fetch,
     FetchPhase,
     IndexEntry,
-    Standing,
+    ObjectStatus,
     Topic,
 )
 
@@ -34,7 +34,7 @@ def read_entry(object_id: bytes, packed: bytes) -> IndexEntry:
         object_id=ObjectId(object_id.decode()),
         size=size | more_size << 32,
         frequency=counted >> 1,
-        last_access=(accessed | more_accessed << 32) * ACCESS_GRAIN,
+        last_access=(accessed | more_accessed << 32) * ACCESS_TIME_RESOLUTION,
         priority=priority,
         evicting=bool(counted & 1),
         generation=generation | more_generation << 32,
@@ -54,9 +54,9 @@ def read_fetch(object_id: ObjectId, shown: Sequence[Any]) -> Fetch:
     )
 
 
-def read_standing(object_id: ObjectId, reply: Sequence[Any]) -> Standing:
+def read_object_status(object_id: ObjectId, reply: Sequence[Any]) -> ObjectStatus:
     shown, reason, left = reply
-    return Standing(
+    return ObjectStatus(
         fetch=read_fetch(object_id, shown) if shown else None,
         failure=Failure(reason.decode(), max(0, left) / 1000) if reason else None,
     )
@@ -83,9 +83,9 @@ def read_announcement(message: bytes) -> Announcement | None:
         return None
 
 
-def read_server_figures(info: Mapping[str, Any]) -> ServerFigures:
+def read_server_stats(info: Mapping[str, Any]) -> ServerStats:
     """`info`: the reply to INFO, parsed. Servers that are told to keep nothing on disk count as saving."""
-    return ServerFigures(
+    return ServerStats(
         memory=int(info["used_memory"]),
         memory_limit=int(info["maxmemory"]),
         clients=int(info["connected_clients"]),

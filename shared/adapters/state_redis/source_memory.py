@@ -1,4 +1,4 @@
-"""The source memory on Redis: one hash and one sorted set, whatever the number of objects."""
+"""The shared source stats on Redis: one hash and one sorted set, whatever the number of objects."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from shared.adapters.state_redis.connection import RedisConnection
 from shared.adapters.state_redis.requests import milliseconds
 from shared.domain.objects import ObjectId
-from shared.domain.source_order import MEAN_OF, SourceHealth, SourceNews
-from shared.ports.source_memory import MOST_CORRUPTED, MOST_SOURCES, CorruptedCopy, SharedSources
+from shared.domain.source_order import MEAN_SAMPLES, SourceHealth, SourceStatsDelta
+from shared.ports.source_memory import MAX_CORRUPTED_COPIES, MAX_SOURCES, CorruptedCopy, SharedSources
 
-_KEPT_MILLISECONDS = 24 * 3600 * 1000
+_RETENTION_MILLISECONDS = 24 * 3600 * 1000
 
 
-class RedisSourceMemory:
+class RedisSharedSourceStats:
     """See the port.
 
     sources    HASH  host:port → failures, times (POSIX milliseconds), first bytes; see the script
@@ -32,11 +32,17 @@ class RedisSourceMemory:
     async def close(self) -> None:
         await self._connection.close()
 
-    async def exchange(
-        self, news: Mapping[str, SourceNews], corrupted: Sequence[CorruptedCopy], now: float
+    async def sync(
+        self, deltas: Mapping[str, SourceStatsDelta], corrupted: Sequence[CorruptedCopy], now: float
     ) -> SharedSources:
-        given: list[str | int] = [_KEPT_MILLISECONDS, MOST_SOURCES, MOST_CORRUPTED, MEAN_OF, len(news)]
-        for name, latest in news.items():
+        given: list[str | int] = [
+            _RETENTION_MILLISECONDS,
+            MAX_SOURCES,
+            MAX_CORRUPTED_COPIES,
+            MEAN_SAMPLES,
+            len(deltas),
+        ]
+        for name, latest in deltas.items():
             given += _report(name, latest, now)
         for copy in corrupted:
             given += (f"{copy.object_id} {copy.source}", milliseconds(copy.seconds_left))
@@ -47,15 +53,15 @@ class RedisSourceMemory:
         )
 
 
-def _report(name: str, news: SourceNews, now: float) -> tuple[str | int, ...]:
-    seen = news.seen
+def _report(name: str, delta: SourceStatsDelta, now: float) -> tuple[str | int, ...]:
+    seen = delta.seen
     unreachable_at = seen.unreachable_at
     return (
         name,
         seen.failures,
         _age(seen.last_failure_at, now),
-        int(news.forgiven),
-        int(news.reached),
+        int(delta.succeeded),
+        int(delta.reached),
         -1 if unreachable_at is None else _age(unreachable_at, now),
         ",".join(f"{seconds:.6f}" for seconds in seen.first_bytes),
     )

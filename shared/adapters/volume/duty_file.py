@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from shared.adapters.volume.small_files import read_small, write_small
+from shared.adapters.volume.small_files import read_root_file, write_root_file
 from shared.domain.errors import InvalidInput
 from shared.domain.objects import Duty, parse_bucket_id
 
@@ -18,12 +18,12 @@ logger = structlog.get_logger()
 
 def read_checked_duty(root: Path) -> Duty | None:
     """Blocks. None: nobody has checked yet, or the file cannot be read. VolumeError: disk trouble."""
-    text = read_small(root, NAME)
+    text = read_root_file(root, NAME)
     if text is None:
         return None
     try:
-        said = json.loads(text)
-        buckets, worker_id = said["buckets"], said["workerId"]
+        document = json.loads(text)
+        buckets, worker_id = document["buckets"], document["workerId"]
         if worker_id is not None and type(worker_id) is not int:
             raise ValueError("a worker that is no number")
         return Duty(None if buckets is None else frozenset(map(parse_bucket_id, buckets)), worker_id)
@@ -35,4 +35,4 @@ def read_checked_duty(root: Path) -> Duty | None:
 def write_checked_duty(root: Path, duty: Duty) -> None:
     """Blocks; in one step. VolumeError if that fails."""
     buckets = None if duty.bucket_ids is None else sorted(duty.bucket_ids)
-    write_small(root, NAME, json.dumps({"buckets": buckets, "workerId": duty.worker_id}) + "\n")
+    write_root_file(root, NAME, json.dumps({"buckets": buckets, "workerId": duty.worker_id}) + "\n")

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from shared.adapters.volume.layout import OBJECTS, Directories, fan, translated
-from shared.adapters.volume.records import write_small_file
+from shared.adapters.volume.layout import OBJECTS, Directories, map_os_errors, shard
+from shared.adapters.volume.records import atomic_write
 from shared.domain.objects import ObjectId
 
 DONE = ".import-done"
@@ -20,8 +20,8 @@ DONE = ".import-done"
 
 # As the existing node names them; anything else in the directory is none of ours.
 _NAME = re.compile(r"[0-9]{1,20}\Z", re.ASCII)
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
-_KEPT_OUT = (errno.EROFS, errno.EACCES, errno.EPERM)
+_NO_HARD_LINK_ERRORS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
+_READ_ONLY_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class Taken(StrEnum):
@@ -57,7 +57,7 @@ class Intake:
 
     def waiting(self) -> Iterator[WaitingFile]:
         """All files to be taken in. VolumeError if the directory cannot be read."""
-        with translated(f"read the assets in {self.assets}"), os.scandir(self.assets) as entries:
+        with map_os_errors(f"read the assets in {self.assets}"), os.scandir(self.assets) as entries:
             for entry in entries:
                 if not _NAME.match(entry.name):
                     continue
@@ -71,8 +71,8 @@ class Intake:
     def take_in(self, object_id: ObjectId) -> Taken:
         """Move one file. It gets no record: whoever knows what it must be writes that."""
         source = self.assets / object_id
-        target = self._directories.descriptor(f"{OBJECTS}/{fan(object_id)}")
-        with translated(f"take in {object_id}"):
+        target = self._directories.descriptor(f"{OBJECTS}/{shard(object_id)}")
+        with map_os_errors(f"take in {object_id}"):
             try:
                 taken = self._link(source, object_id, target)
             except FileNotFoundError:
@@ -90,7 +90,7 @@ class Intake:
         except OSError as error:
             if error.errno == errno.EXDEV:
                 return Taken.ELSEWHERE
-            if error.errno not in _NO_LINKS:
+            if error.errno not in _NO_HARD_LINK_ERRORS:
                 raise
             if _exists(name, target):
                 return Taken.THERE
@@ -103,12 +103,12 @@ class Intake:
         except FileNotFoundError:
             return
         except OSError as error:
-            if error.errno not in _KEPT_OUT:
+            if error.errno not in _READ_ONLY_ERRORS:
                 raise  # a directory that cannot be written keeps its names; the object is here all the same
 
     def remove(self, object_id: ObjectId) -> None:
         """The file has been copied."""
-        with translated(f"remove the copied {object_id}"):
+        with map_os_errors(f"remove the copied {object_id}"):
             self._forget(self.assets / object_id)
 
     def is_done(self) -> bool:
@@ -121,10 +121,10 @@ class Intake:
 
     def mark(self, *, done: bool) -> None:
         """Note for all processes whether an import is under way."""
-        with translated("note the state of the import"):
+        with map_os_errors("note the state of the import"):
             root = self._directories.root()
             if done:
-                write_small_file(DONE, b"", root)
+                atomic_write(DONE, b"", root)
             elif self.is_done():
                 os.unlink(DONE, dir_fd=root)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import structlog
 
-from shared.adapters.volume.small_files import read_small, write_small
+from shared.adapters.volume.small_files import read_root_file, write_root_file
 from shared.domain.errors import InvalidInput
 from shared.domain.orders import OperatorStateSnapshot, decode_snapshot, encode_snapshot
 
@@ -17,7 +17,7 @@ logger = structlog.get_logger()
 
 def read_operator_state(root: Path) -> OperatorStateSnapshot | None:
     """Blocks. None: there is no copy, or none that can be read (which is logged). VolumeError: disk trouble."""
-    text = read_small(root, NAME)
+    text = read_root_file(root, NAME)
     try:
         return None if text is None else decode_snapshot(text)
     except InvalidInput as error:
@@ -27,4 +27,4 @@ def read_operator_state(root: Path) -> OperatorStateSnapshot | None:
 
 def write_operator_state(root: Path, snapshot: OperatorStateSnapshot) -> None:
     """Blocks; in one step. VolumeError if that fails."""
-    write_small(root, NAME, encode_snapshot(snapshot))
+    write_root_file(root, NAME, encode_snapshot(snapshot))

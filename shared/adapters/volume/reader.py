@@ -19,37 +19,37 @@ def identity_of(seen: os.stat_result) -> FileIdentity:
 
 @dataclass(slots=True)
 class OpenObject:
-    """An open complete object and its record. `close` it; `hold` it when sending takes longer than a moment.
+    """An open complete object and its record. `close` it; `lock_shared` it when sending takes longer than a moment.
 
     One open object may serve several sends at once: holds are counted, the shared lock is on while there is one.
     """
 
     record: StoredRecord
     descriptor: int
-    _holds: int = field(default=0)
+    _lock_count: int = field(default=0)
 
-    def hold(self) -> bool:
-        """Keep the object from being removed until `let_go`. False: it is being removed at this moment.
+    def lock_shared(self) -> bool:
+        """Keep the object from being removed until `unlock`. False: it is being removed at this moment.
 
         On a file system without locks True: there nothing can be locked for removal either.
         """
-        if self._holds == 0:
+        if self._lock_count == 0:
             try:
                 fcntl.flock(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
             except OSError:
-                self._holds += 1
+                self._lock_count += 1
                 return True
             if os.fstat(self.descriptor).st_nlink == 0:
                 fcntl.flock(self.descriptor, fcntl.LOCK_UN)
                 return False
-        self._holds += 1
+        self._lock_count += 1
         return True
 
-    def let_go(self) -> None:
-        self._holds -= 1
-        if self._holds == 0:
+    def unlock(self) -> None:
+        self._lock_count -= 1
+        if self._lock_count == 0:
             with suppress(OSError):
                 fcntl.flock(self.descriptor, fcntl.LOCK_UN)
 

@@ -58,7 +58,7 @@ def decode_record(body: bytes) -> StoredRecord:
         raise InvalidInput(f"unreadable record: {type(error).__name__}") from error
 
 
-def read_small_file(name: str, directory: int) -> bytes | None:
+def read_capped(name: str, directory: int) -> bytes | None:
     """At most RECORD_BYTES of a regular file; None if there is none. OSError otherwise (a link, for one)."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
@@ -70,9 +70,7 @@ def read_small_file(name: str, directory: int) -> bytes | None:
         os.close(descriptor)
 
 
-def write_small_file(
-    name: str, body: bytes, directory: int, *, mode: int = 0o644, durable: bool = True
-) -> None:
+def atomic_write(name: str, body: bytes, directory: int, *, mode: int = 0o644, durable: bool = True) -> None:
     """Replace a file in one step: written beside it, synced if it has to outlive a power cut, then renamed."""
     new = name + _NEW_SUFFIX
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -88,7 +86,7 @@ def write_small_file(
     os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
-def rewrite_small_file(name: str, body: bytes, directory: int) -> None:
+def overwrite(name: str, body: bytes, directory: int) -> None:
     """Replace the content of a file where it lies, which costs a tenth of a replacement in one step. Whoever reads
     meanwhile may see a part of it: only for what is of no use torn, and read again then."""
     descriptor = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
@@ -99,7 +97,7 @@ def rewrite_small_file(name: str, body: bytes, directory: int) -> None:
         os.close(descriptor)
 
 
-def remove_quietly(name: str, directory: int) -> None:
+def unlink_if_exists(name: str, directory: int) -> None:
     """Unlink; a file that is gone already is fine."""
     try:
         os.unlink(name, dir_fd=directory)

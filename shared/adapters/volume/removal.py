@@ -7,8 +7,8 @@ import fcntl
 import os
 from enum import StrEnum
 
-from shared.adapters.volume.layout import LEAVING, OBJECTS, RECORDS, Directories, fan, translated
-from shared.adapters.volume.records import remove_quietly
+from shared.adapters.volume.layout import LEAVING, OBJECTS, RECORDS, Directories, map_os_errors, shard
+from shared.adapters.volume.records import unlink_if_exists
 from shared.domain.objects import ObjectId
 
 
@@ -27,9 +27,9 @@ class Removal:
     between keeps others from storing a new file under the name, which it would remove when it goes on.
     """
 
-    def __init__(self, directories: Directories, object_id: ObjectId, *, empties: bool) -> None:
-        """`empties`: whether a file that is unlinked is cut to nothing, too."""
-        self._empties = empties
+    def __init__(self, directories: Directories, object_id: ObjectId, *, truncates: bool) -> None:
+        """`truncates`: whether a file that is unlinked is cut to nothing, too."""
+        self._truncates = truncates
         self._directories = directories
         self._object_id = object_id
         self._descriptor = -1
@@ -37,8 +37,8 @@ class Removal:
 
     def begin(self) -> RemovalState:
         """Look in `leaving/` first (an earlier removal found it in use), then in `objects/`."""
-        with translated(f"lock {self._object_id} for removal"):
-            for place in (LEAVING, f"{OBJECTS}/{fan(self._object_id)}"):
+        with map_os_errors(f"lock {self._object_id} for removal"):
+            for place in (LEAVING, f"{OBJECTS}/{shard(self._object_id)}"):
                 state = self._lock(place)
                 if state is not RemovalState.ABSENT:
                     return state
@@ -71,13 +71,13 @@ class Removal:
     def unlink(self) -> None:
         """Remove the locked file and its record; the bytes are free when this returns. Where it does not empty the file
         they are once nobody has it open, and readers without a lock finish undisturbed."""
-        with translated(f"remove {self._object_id}"):
-            remove_quietly(self._object_id, self._directories.descriptor(self._place))
+        with map_os_errors(f"remove {self._object_id}"):
+            unlink_if_exists(self._object_id, self._directories.descriptor(self._place))
             if self._place != LEAVING:
-                number = fan(self._object_id)
-                remove_quietly(self._object_id, self._directories.descriptor(f"{RECORDS}/{number}"))
+                number = shard(self._object_id)
+                unlink_if_exists(self._object_id, self._directories.descriptor(f"{RECORDS}/{number}"))
             # Whoever sends it would hold a lock. An open file that nobody sends must not keep the bytes
-            if self._empties and os.fstat(self._descriptor).st_nlink == 0:
+            if self._truncates and os.fstat(self._descriptor).st_nlink == 0:
                 os.ftruncate(self._descriptor, 0)
 
     def set_aside(self) -> None:
@@ -85,15 +85,15 @@ class Removal:
 
         Call again `begin` and `unlink` later, until nobody sends it any more.
         """
-        number = fan(self._object_id)
-        with translated(f"set {self._object_id} aside"):
+        number = shard(self._object_id)
+        with map_os_errors(f"set {self._object_id} aside"):
             os.rename(
                 self._object_id,
                 self._object_id,
                 src_dir_fd=self._directories.descriptor(f"{OBJECTS}/{number}"),
                 dst_dir_fd=self._directories.descriptor(LEAVING),
             )
-            remove_quietly(self._object_id, self._directories.descriptor(f"{RECORDS}/{number}"))
+            unlink_if_exists(self._object_id, self._directories.descriptor(f"{RECORDS}/{number}"))
 
     def close(self) -> None:
         if self._descriptor >= 0:

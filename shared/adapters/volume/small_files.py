@@ -5,26 +5,26 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from shared.adapters.volume.layout import translated
+from shared.adapters.volume.layout import map_os_errors
 
-_LARGEST = 16 * 1024 * 1024
+_MAX_BYTES = 16 * 1024 * 1024
 
 
-def read_small(root: Path, name: str) -> bytes | None:
+def read_root_file(root: Path, name: str) -> bytes | None:
     """Blocks. None: there is none. VolumeError: disk trouble."""
-    with translated(f"read {name}"):
+    with map_os_errors(f"read {name}"):
         try:
             descriptor = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         with os.fdopen(descriptor, "rb") as file:
-            return file.read(_LARGEST)
+            return file.read(_MAX_BYTES)
 
 
-def write_small(root: Path, name: str, text: str) -> None:
+def write_root_file(root: Path, name: str, text: str) -> None:
     """Blocks. In one step: written and synced beside the old one, then renamed. VolumeError if that fails."""
     draft = root / f"{name},new"
-    with translated(f"write {name}"):
+    with map_os_errors(f"write {name}"):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         with os.fdopen(os.open(draft, flags, 0o644), "wb") as file:
             file.write(text.encode())

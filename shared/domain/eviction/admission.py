@@ -7,10 +7,10 @@ from shared.domain.views import VIEW_WINDOW
 
 
 class SecondViewAdmission:
-    """Remembers first views, for `window` seconds and of at most `most` objects (about 130 bytes each).
+    """Remembers first views, for `window` seconds and of at most `max_entries` objects (about 130 bytes each).
 
     Two generations take turns: when the newer one is full or as old as the window, the older one is forgotten as a
-    whole. At least the last `most / 2` first views within the window are therefore known.
+    whole. At least the last `max_entries / 2` first views within the window are therefore known.
     """
 
     def __init__(
@@ -18,13 +18,13 @@ class SecondViewAdmission:
         above: int,
         window: float = 7 * 24 * 3600.0,
         view_window: float = VIEW_WINDOW,
-        most: int = 200_000,
+        max_entries: int = 200_000,
     ) -> None:
         """`above`: objects of more bytes need a second view. `view_window`: seconds that one view lasts."""
         self._above = above
         self._window = window
         self._view_window = view_window
-        self._most_in_one = max(1, most // 2)
+        self._max_per_generation = max(1, max_entries // 2)
         self._newer: dict[str, float] = {}
         self._older: dict[str, float] = {}
         self._turned_at = float("-inf")
@@ -47,7 +47,7 @@ class SecondViewAdmission:
         return not pressure or now - first >= self._view_window
 
     def _remember(self, object_id: ObjectId, now: float) -> None:
-        if len(self._newer) >= self._most_in_one or not 0 <= now - self._turned_at <= self._window:
+        if len(self._newer) >= self._max_per_generation or not 0 <= now - self._turned_at <= self._window:
             self._older, self._newer = self._newer, {}
             self._turned_at = now
         self._newer[str(object_id)] = now

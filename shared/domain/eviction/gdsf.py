@@ -24,7 +24,7 @@ from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 
 DEFAULT_MISS_COST = 64 * 1024**2
-_NOBODY: frozenset[ObjectId] = frozenset()
+_NO_IDS: frozenset[ObjectId] = frozenset()
 
 
 class Gdsf(PackedPolicy):
@@ -70,7 +70,7 @@ class Gdsf(PackedPolicy):
         now: float,
         *,
         min_idle: float = 0.0,
-        spared: Collection[ObjectId] = _NOBODY,
+        spared: Collection[ObjectId] = _NO_IDS,
         at_most: int = 1000,
     ) -> list[PolicyEntry]:
         """Least priorities first. Costs a few microseconds for each victim, and as much for each one passed over."""

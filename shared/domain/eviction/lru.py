@@ -16,7 +16,7 @@ from shared.domain.eviction.records import PackedRecords
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 
-_NOBODY: frozenset[ObjectId] = frozenset()
+_NO_IDS: frozenset[ObjectId] = frozenset()
 
 
 class Lru(PackedPolicy):
@@ -53,7 +53,7 @@ class Lru(PackedPolicy):
         now: float,
         *,
         min_idle: float = 0.0,
-        spared: Collection[ObjectId] = _NOBODY,
+        spared: Collection[ObjectId] = _NO_IDS,
         at_most: int = 1000,
     ) -> list[PolicyEntry]:
         """The least lately accessed first."""

@@ -23,7 +23,7 @@ from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 
 GROUPS = 24
-_NOBODY: frozenset[ObjectId] = frozenset()
+_NO_IDS: frozenset[ObjectId] = frozenset()
 
 
 def size_in_kilobytes(size: int) -> int:
@@ -87,7 +87,7 @@ class LruSp(PackedPolicy):
         now: float,
         *,
         min_idle: float = 0.0,
-        spared: Collection[ObjectId] = _NOBODY,
+        spared: Collection[ObjectId] = _NO_IDS,
         at_most: int = 1000,
     ) -> list[PolicyEntry]:
         """Always the dearest among the oldest of each group; of equal ones that of the later group."""

@@ -10,7 +10,7 @@ from array import array
 from shared.domain.eviction.policy import PolicyEntry
 from shared.domain.objects import ObjectId
 
-MOST_VIEWS = 2**32 - 1
+MAX_VIEWS = 2**32 - 1
 """Views are counted up to here."""
 
 
@@ -52,7 +52,7 @@ class PackedRecords:
             slot = self.slots[plain_id] = self._free_slot()
             self.ids[slot] = plain_id
         self.sizes[slot] = entry.size
-        self.frequencies[slot] = min(max(1, entry.frequency), MOST_VIEWS)
+        self.frequencies[slot] = min(max(1, entry.frequency), MAX_VIEWS)
         self.last_accesses[slot] = entry.last_access
         return slot
 
@@ -66,7 +66,7 @@ class PackedRecords:
 
     def count_access(self, slot: int, views: int, now: float) -> int:
         """The views of the object now. A late report never makes it older."""
-        frequency = min(self.frequencies[slot] + views, MOST_VIEWS)
+        frequency = min(self.frequencies[slot] + views, MAX_VIEWS)
         self.frequencies[slot] = frequency
         self.last_accesses[slot] = max(self.last_accesses[slot], now)
         return frequency

@@ -88,7 +88,7 @@ class Rules:
 
 
 class Simulation:
-    """One cache; `see` it one request after the other, in the order of their times."""
+    """One cache; `process` it one request after the other, in the order of their times."""
 
     def __init__(
         self, policy: EvictionPolicy, rules: Rules, admission: SecondViewAdmission | None = None
@@ -101,7 +101,7 @@ class Simulation:
         self._used = 0
         self._fetched_at: dict[ObjectId, float] = {}
 
-    def see(self, request: Request) -> bool:
+    def process(self, request: Request) -> bool:
         """True for a hit."""
         at, object_id, _, sent, joined, not_modified = request
         outcome = self.outcome

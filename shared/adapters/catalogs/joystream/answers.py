@@ -12,7 +12,7 @@ from shared.adapters.catalogs.joystream.endpoints import api_base
 from shared.domain.errors import CatalogUnavailable, InvalidInput
 from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId, parse_bucket_id
 
-_log = structlog.get_logger()
+logger = structlog.get_logger()
 _SIZE = re.compile(r"[0-9]{1,19}", re.ASCII)
 _MAX_SIZE = 2**63 - 1
 _MAX_SOURCES = 100
@@ -77,7 +77,7 @@ def _size(object_id: ObjectId, stated: Any) -> int | None:
     text = str(stated) if isinstance(stated, int) and not isinstance(stated, bool) else stated
     if isinstance(text, str) and _SIZE.fullmatch(text) and int(text) <= _MAX_SIZE:
         return int(text)
-    _log.warning("catalog_size_unusable", object_id=object_id, size=str(stated)[:40])
+    logger.warning("catalog_size_unusable", object_id=object_id, size=str(stated)[:40])
     return None
 
 
@@ -89,7 +89,7 @@ def _hash(object_id: ObjectId, stated: Any) -> tuple[ContentHash | None, str | N
             return ContentHash.parse(stated), None
     except InvalidInput:
         pass
-    _log.warning("catalog_hash_unusable", object_id=object_id, hash=str(stated)[:100])
+    logger.warning("catalog_hash_unusable", object_id=object_id, hash=str(stated)[:100])
     return None, stated[:_MAX_VALIDATOR] if isinstance(stated, str) and stated else None
 
 
@@ -142,7 +142,7 @@ def base_or_none(bucket: dict[str, Any], *, refuse_private: bool) -> str | None:
     try:
         return api_base(endpoint, refuse_private=refuse_private)
     except InvalidInput as error:
-        _log.info("storage_endpoint_refused", bucket=str(bucket.get("id"))[:40], reason=str(error))
+        logger.info("storage_endpoint_refused", bucket=str(bucket.get("id"))[:40], reason=str(error))
         return None
 
 

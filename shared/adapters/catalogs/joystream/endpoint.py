@@ -11,23 +11,23 @@ from typing import Any
 import httpx
 import structlog
 
-from shared.adapters.catalogs.joystream.questions import DIALECTS, Dialect, Question
+from shared.adapters.catalogs.joystream.questions import DIALECTS, Dialect, Query
 from shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
 from shared.domain.source_urls import parse_source_url
 
 _KEEP_ALIVE = 4.0  # seconds; below the 5 s after which Node closes an idle connection
-_LARGE = 256 * 1024  # bytes of JSON that are read in a thread: the loop must not stand still
-_TOLD = 200
+_PARSE_IN_THREAD = 256 * 1024  # bytes of JSON that are read in a thread: the loop must not stand still
+_MAX_MESSAGE = 200
 
-_log = structlog.get_logger()
+logger = structlog.get_logger()
 
 
-class AnswerTooLarge(CatalogUnavailable):
+class ResponseTooLarge(CatalogUnavailable):
     """More bytes than the question may cost; asking for less may help."""
 
 
-class QuestionRefused(CatalogUnavailable):
-    """The server does not know a field, argument or type of the question."""
+class QueryRejected(CatalogUnavailable):
+    """The server does not know a field, argument or type of the query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,35 +71,35 @@ class GraphqlEndpoint:
             self._client = None
 
     async def ask(
-        self, question: Question, variables: Mapping[str, Any], timeout: float, max_bytes: int
+        self, query: Query, variables: Mapping[str, Any], timeout: float, max_bytes: int
     ) -> dict[str, Any]:
         """The answer's `data`. `timeout` in seconds for all of it; CatalogUnavailable for everything else."""
         try:
             async with asyncio.timeout(timeout):
-                return await self._ask_in_dialects(question, variables, _Bounds(timeout, max_bytes))
+                return await self._ask_in_dialects(query, variables, _Bounds(timeout, max_bytes))
         except TimeoutError as error:
             raise CatalogUnavailable(f"the squid gave no answer in {timeout:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            raise CatalogUnavailable(f"the squid cannot be asked: {_described(error)}") from error
+            raise CatalogUnavailable(f"the squid cannot be asked: {_describe(error)}") from error
 
     async def _ask_in_dialects(
-        self, question: Question, variables: Mapping[str, Any], bounds: _Bounds
+        self, query: Query, variables: Mapping[str, Any], bounds: _Bounds
     ) -> dict[str, Any]:
         spoken = self._dialect
         tried: set[str] = set()
-        refusal = QuestionRefused("no dialect is known")
+        refusal = QueryRejected("no dialect is known")
         for dialect in (spoken, *DIALECTS):
-            text = question.worded(dialect)
+            text = query.render(dialect)
             if text in tried:
                 continue
             tried.add(text)
             try:
-                data = await self._ask(question.operation, text, variables, bounds)
-            except QuestionRefused as error:
+                data = await self._ask(query.operation, text, variables, bounds)
+            except QueryRejected as error:
                 refusal = error
                 continue
             if dialect is not spoken and self._dialect is not dialect:
-                _log.info("squid_dialect_changed", dialect=dialect.name, was=spoken.name)
+                logger.info("squid_dialect_changed", dialect=dialect.name, was=spoken.name)
                 self._dialect = dialect
             return data
         raise refusal
@@ -126,28 +126,28 @@ class GraphqlEndpoint:
             async for chunk in answer.aiter_bytes(64 * 1024):  # decoded: what counts is what fills the memory
                 received += chunk
                 if len(received) > bounds.max_bytes:
-                    raise AnswerTooLarge(f"the squid's answer is larger than {bounds.max_bytes} bytes")
+                    raise ResponseTooLarge(f"the squid's answer is larger than {bounds.max_bytes} bytes")
             return answer.status_code, bytes(received)
 
 
 async def _read(raw: bytes, status: int) -> Any:
     try:
-        return await asyncio.to_thread(json.loads, raw) if len(raw) > _LARGE else json.loads(raw)
+        return await asyncio.to_thread(json.loads, raw) if len(raw) > _PARSE_IN_THREAD else json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise CatalogUnavailable(f"the squid answered {status} with what is no JSON") from error
 
 
 def data_of(document: Any, status: int) -> dict[str, Any]:
-    """The `data` of an answer without errors: half an answer is none. Raises QuestionRefused, CatalogUnavailable."""
+    """The `data` of an answer without errors: half an answer is none. Raises QueryRejected, CatalogUnavailable."""
     if not isinstance(document, dict):
         raise CatalogUnavailable(f"the squid answered {status} with what is no GraphQL answer")
     errors = document.get("errors")
     if errors:
         listed = errors if isinstance(errors, list) else [errors]
-        told = "; ".join(_message(error) for error in listed[:3])
+        messages = "; ".join(_message(error) for error in listed[:3])
         if document.get("data") is None and any(_is_refusal(error) for error in listed):
-            raise QuestionRefused(f"the squid does not know the question: {told}")
-        raise CatalogUnavailable(f"the squid answered with errors: {told}")
+            raise QueryRejected(f"the squid does not know the question: {messages}")
+        raise CatalogUnavailable(f"the squid answered with errors: {messages}")
     data = document.get("data")
     if status != 200 or not isinstance(data, dict):
         raise CatalogUnavailable(f"the squid answered {status} without data")
@@ -156,7 +156,7 @@ def data_of(document: Any, status: int) -> dict[str, Any]:
 
 def _message(error: Any) -> str:
     message = error.get("message") if isinstance(error, dict) else error
-    return str(message)[:_TOLD]
+    return str(message)[:_MAX_MESSAGE]
 
 
 def _is_refusal(error: Any) -> bool:
@@ -169,5 +169,5 @@ def _is_refusal(error: Any) -> bool:
     )
 
 
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__} {error}".strip()[:_TOLD]
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__} {error}".strip()[:_MAX_MESSAGE]

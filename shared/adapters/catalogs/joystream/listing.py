@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from shared.adapters.catalogs.joystream.answers import bucket_id_or_none, read_listed
-from shared.adapters.catalogs.joystream.endpoint import AnswerTooLarge, GraphqlEndpoint
+from shared.adapters.catalogs.joystream.endpoint import GraphqlEndpoint, ResponseTooLarge
 from shared.adapters.catalogs.joystream.limits import SquidLimits
 from shared.adapters.catalogs.joystream.questions import (
     ALL_BAGS,
@@ -35,7 +35,7 @@ async def list_objects(
         batch = batches.popleft()
         try:
             objects = await _objects(endpoint, limits, batch, bags)
-        except AnswerTooLarge:
+        except ResponseTooLarge:
             if len(batch) == 1:
                 raise
             half = len(batch) // 2
@@ -49,13 +49,13 @@ async def _bags(
 ) -> dict[str, tuple[DistributionBucket, ...]]:
     """Each bag's id, and those of our buckets it is in."""
     variables: dict[str, Any] = {}
-    question, workers = ALL_BAGS, frozenset[int]()
+    query, workers = ALL_BAGS, frozenset[int]()
     if duty.bucket_ids is not None:
-        question, variables = BAGS_OF_BUCKETS, {"ids": sorted(duty.bucket_ids)}
+        query, variables = BAGS_OF_BUCKETS, {"ids": sorted(duty.bucket_ids)}
     elif duty.worker_id is not None:
-        question, variables = BAGS_OF_WORKER, {"w": duty.worker_id}
+        query, variables = BAGS_OF_WORKER, {"w": duty.worker_id}
         workers = frozenset({duty.worker_id})
-    data = await endpoint.ask(question, variables, limits.list_timeout, limits.max_list_answer)
+    data = await endpoint.ask(query, variables, limits.list_timeout, limits.max_list_answer)
     buckets = dict(_bag_ids(data))
     missing = (duty.bucket_ids or frozenset()) - buckets.keys()
     if missing:

@@ -44,10 +44,10 @@ def read_bucket_ids(data: dict[str, Any]) -> tuple[str, ...]:
 def read_status(data: dict[str, Any]) -> SquidStatus:
     status, version = data.get("squidStatus"), data.get("squidVersion")
     height = status.get("height") if isinstance(status, dict) else None
-    told = version.get("version") if isinstance(version, dict) else None
+    stated = version.get("version") if isinstance(version, dict) else None
     return SquidStatus(
         height=height if isinstance(height, int) and not isinstance(height, bool) else None,
-        version=told[:64] if isinstance(told, str) else None,
+        version=stated[:64] if isinstance(stated, str) else None,
     )
 
 

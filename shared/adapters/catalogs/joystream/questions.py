@@ -39,13 +39,13 @@ DIALECTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class Query:
     """`text` may hold `%(one_object)s`, `%(argument)s` and `%(id_type)s` of a dialect; `operation` is its name."""
 
     operation: str
     text: str
 
-    def worded(self, dialect: Dialect) -> str:
+    def render(self, dialect: Dialect) -> str:
         return self.text % {
             "one_object": dialect.one_object,
             "argument": dialect.argument,
@@ -53,32 +53,32 @@ class Question:
         }
 
 
-ONE_OBJECT = Question(
+ONE_OBJECT = Query(
     "DataObject",
     # The alias makes the answers of all servers alike.
     "query DataObject($id: %(id_type)s!) { object: %(one_object)s(%(argument)s) " + _OBJECT + " }",
 )
-BAGS_OF_BUCKETS = Question(
+BAGS_OF_BUCKETS = Query(
     "BagsOfBuckets",
     "query BagsOfBuckets($ids: [%(id_type)s!]) {"
     " distributionBuckets(where: {id_in: $ids}) { id bags { bag { id } } } }",
 )
-BAGS_OF_WORKER = Question(
+BAGS_OF_WORKER = Query(
     "BagsOfWorker",
     "query BagsOfWorker($w: Int!) {"
     " distributionBuckets(where: {operators_some: {workerId_eq: $w, status_eq: ACTIVE}}) { id bags { bag { id } } } }",
 )
-ALL_BAGS = Question("AllBags", "query AllBags { distributionBuckets { id bags { bag { id } } } }")
-ALL_BUCKETS = Question("AllBuckets", "query AllBuckets { distributionBuckets { id } }")
-OBJECTS_OF_BAGS = Question(
+ALL_BAGS = Query("AllBags", "query AllBags { distributionBuckets { id bags { bag { id } } } }")
+ALL_BUCKETS = Query("AllBuckets", "query AllBuckets { distributionBuckets { id } }")
+OBJECTS_OF_BAGS = Query(
     "ObjectsOfBags",
     "query ObjectsOfBags($ids: [%(id_type)s!], $n: Int!) {"
     " storageBags(where: {id_in: $ids}, limit: $n) { id objects { id size ipfsHash " + _TYPE + " } } }",
 )
-ACTIVE_STORAGE = Question(
+ACTIVE_STORAGE = Query(
     "ActiveStorage",
     "query ActiveStorage { storageBuckets("
     'where: {operatorStatus: {isTypeOf_eq: "StorageBucketOperatorStatusActive"}})'
     " { id operatorMetadata { nodeEndpoint } } }",
 )
-STATUS = Question("Status", "query Status { squidStatus { height } squidVersion { version } }")
+STATUS = Query("Status", "query Status { squidStatus { height } squidVersion { version } }")
