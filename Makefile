@@ -94,20 +94,20 @@ reference: setup ## write docs/configuration.md from the settings, and Kubernete
 	@mv deploy/kubernetes/monitoring/rules.yaml.new deploy/kubernetes/monitoring/rules.yaml
 
 .PHONY: test
-test: setup servers ## all tests but those of Docker and fire, against real Redis and RabbitMQ
-	$(call tests,-m "not docker and not fire and not alone" $(ARGS),$(SIDE_BY_SIDE))
-	$(call tests,-m "alone and not docker and not fire" $(ARGS))
+test: setup servers ## all tests but those of Docker and chaos, against real Redis and RabbitMQ
+	$(call tests,-m "not docker and not chaos and not alone" $(ARGS),$(SIDE_BY_SIDE))
+	$(call tests,-m "alone and not docker and not chaos" $(ARGS))
 
 .PHONY: test-unit
 test-unit: setup ## the quick tests: unit and contract
-	@$(PYTEST) $(SIDE_BY_SIDE) -m "not docker and not fire" tests/unit tests/contract $(ARGS)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not docker and not chaos" tests/unit tests/contract $(ARGS)
 
 .PHONY: test-docker
 test-docker: setup ## the stack for real: build, up, scale, use, break, down
 	$(call tests,-m docker --timeout 900 $(ARGS))
 
-.PHONY: test-fire
-test-fire: setup ## kill, cut, fill and corrupt things, and look at what clients see (FIRE_SEED, FIRE_KILLS)
+.PHONY: test-chaos
+test-chaos: setup ## kill, cut, fill and corrupt things, and look at what clients see (CHAOS_SEED, CHAOS_KILLS)
 	@deploy/servers/find-or-install.sh redis-server rabbitmq-server faketime
 	@$(PYTEST) tests/fire --timeout 900 $(ARGS)
 

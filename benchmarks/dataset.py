@@ -117,11 +117,11 @@ def fill_volume(root: Path, chosen: Iterable[Group]) -> None:
     volume.close()
     for group in chosen:
         for item in group.objects():
-            lay_down(root, record_of(item), _pieces(item))
+            write_object(root, record_of(item), _pieces(item))
     os.sync()
 
 
-def lay_down(root: Path, record: StoredRecord, pieces: Iterable[bytes]) -> None:
+def write_object(root: Path, record: StoredRecord, pieces: Iterable[bytes]) -> None:
     """One complete object and its record; a hole of the right size if there are no pieces."""
     number = shard(record.object_id)
     (root / RECORDS / number / record.object_id).write_bytes(encode_record(record))

@@ -18,8 +18,8 @@ from shared.domain.space import footprint
 
 _NO_IDS: frozenset[ObjectId] = frozenset()
 _SMALL_SHARE = 0.1
-_MOST_COUNTED = 3
-_WORTH_KEEPING = 2
+_MAX_COUNT = 3
+_MIN_COUNT = 2
 
 
 class _Queues(ABC):
@@ -146,7 +146,7 @@ class S3Fifo(_Queues):
 
     def access(self, object_id: ObjectId, views: int, now: float) -> None:
         if object_id in self._entries:
-            self._counts[object_id] = min(_MOST_COUNTED, self._counts[object_id] + 1)
+            self._counts[object_id] = min(_MAX_COUNT, self._counts[object_id] + 1)
 
     def remove(self, object_id: ObjectId, *, evicted: bool = False) -> None:
         entry = self._entries.pop(object_id, None)
@@ -167,7 +167,7 @@ class S3Fifo(_Queues):
         while True:
             if self._small and (self._small_bytes >= self._small_limit or not self._main):
                 object_id = next(iter(self._small))
-                if self._counts[object_id] < _WORTH_KEEPING:
+                if self._counts[object_id] < _MIN_COUNT:
                     return self._entries[object_id]
                 del self._small[object_id]
                 self._small_bytes -= footprint(self._entries[object_id].size)

@@ -35,7 +35,7 @@ from tests.servers.redis_server import RedisServer
 
 EPOCH = 1_700_000_000.0
 BATCHES, BATCH = 300, 100
-ADOPTED_AT_ONCE = 1000
+ADOPTION_BATCH = 1000
 
 
 def entries(count: int, first: int, random: Random, now: float) -> Iterator[PolicyEntry]:
@@ -117,7 +117,7 @@ async def fill_store(url: str, count: int) -> float:
         if term is None:
             raise RuntimeError("somebody else leads in this Redis")
         remaining = entries(count, 0, Random(2), EPOCH)
-        while batch := [as_index_entry(entry) for entry in islice(remaining, ADOPTED_AT_ONCE)]:
+        while batch := [as_index_entry(entry) for entry in islice(remaining, ADOPTION_BATCH)]:
             await state.adopt_many(term, batch)
     finally:
         await state.close()

@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 PREFIX = "distributor:"
 _TIMES = StateTimeouts(operation_timeout=10.0)
 _OBJECTS = 5_000
-_AT_ONCE = 32
+_CONCURRENCY = 32
 _FIRST_ID = 9_000_000_000
 _BATCH, _BATCHES = 1_000, 50
 _LEADER_SECONDS = 30.0
@@ -94,11 +94,11 @@ async def _rate(verb: Callable[[Item], Awaitable[object]], items: Sequence[Item]
             await verb(item)
 
     began = time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(_AT_ONCE)))
+    await asyncio.gather(*(work() for _ in range(_CONCURRENCY)))
     return len(items) / (time.perf_counter() - began)
 
 
-class EvictionWatch:
+class EvictionMonitor:
     """Looks at the usage while an evictor works."""
 
     def __init__(self, url: str, limit: int) -> None:

@@ -22,7 +22,7 @@ logger = structlog.get_logger()
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="services.demo.storage_node",
-        description="A storage node with the demo's objects and page; PUT /knobs makes it misbehave.",
+        description="A storage node with the demo's objects and page; PUT /faults makes it misbehave.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=3390, help="0 takes a free one (default: %(default)s)")

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from services.demo.knobs import Behaviour, Match, Rule
+from services.demo.knobs import Fault, Match, Rule
 
-_GOOD = Behaviour()
+_NO_FAULT = Fault()
 
 
-class KnobPanel:
-    """Holds the rules; the first one that chooses a request decides, and no rule means good behaviour."""
+class FaultRegistry:
+    """Holds the rules; the first one that chooses a request decides, and no rule means no fault."""
 
     def __init__(self) -> None:
         self._rules: list[Rule] = []
         self._counts: list[int] = []
 
-    def add(self, behaviour: Behaviour, match: Match | None = None) -> None:
+    def add(self, fault: Fault, match: Match | None = None) -> None:
         """Append a rule; without `match` it is for all requests."""
-        self._rules.append(Rule(behaviour, match or Match()))
+        self._rules.append(Rule(fault, match or Match()))
         self._counts.append(0)
 
     def replace(self, rules: Iterable[Rule]) -> None:
@@ -28,19 +28,19 @@ class KnobPanel:
         self._counts = [0] * len(self._rules)
 
     def clear(self) -> None:
-        """Behave well from now on; answers under way keep the behaviour they began with."""
+        """Behave well from now on; answers under way keep the fault they began with."""
         self.replace([])
 
-    def behaviour_for(self, method: str, endpoint: str, object_id: str | None, ranged: bool) -> Behaviour:
+    def fault_for(self, method: str, endpoint: str, object_id: str | None, ranged: bool) -> Fault:
         """Count the request with every rule it fits, and return what the first choosing rule says."""
-        decided: Behaviour | None = None
+        decided: Fault | None = None
         for index, rule in enumerate(self._rules):
-            if not rule.match.fits(method, endpoint, object_id, ranged):
+            if not rule.match.matches(method, endpoint, object_id, ranged):
                 continue
             self._counts[index] += 1
-            if decided is None and rule.match.chooses(self._counts[index]):
-                decided = rule.behaviour
-        return decided or _GOOD
+            if decided is None and rule.match.selects(self._counts[index]):
+                decided = rule.fault
+        return decided or _NO_FAULT
 
     def to_json(self) -> dict[str, Any]:
         """The rules as JSON, each with `seen`, the number of requests that fitted it."""
@@ -54,5 +54,5 @@ class KnobPanel:
             or set(document) != {"rules"}
             or not isinstance(document["rules"], list)
         ):
-            raise ValueError('knobs are an object {"rules": […]}')
+            raise ValueError('faults are an object {"rules": […]}')
         self.replace([Rule.from_json(rule) for rule in document["rules"]])

@@ -16,7 +16,7 @@ _MAY_BE_NEGATIVE = frozenset({"content_length_delta", "body_delta"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Behaviour:
+class Fault:
     """What to do to one answer; the default is to behave. Times in seconds, sizes and positions in bytes.
 
     Positions called "after" count body bytes of this answer; `flip_…` positions count from the start of the
@@ -84,7 +84,7 @@ class Match:
         if self.method not in (None, "GET", "HEAD"):
             raise ValueError(f"method must be GET or HEAD, got {self.method!r}")
 
-    def fits(self, method: str, endpoint: str, object_id: str | None, ranged: bool) -> bool:
+    def matches(self, method: str, endpoint: str, object_id: str | None, ranged: bool) -> bool:
         """Whether a request is one that this rule counts."""
         return (
             self.object_id in (None, object_id)
@@ -93,7 +93,7 @@ class Match:
             and self.ranged in (None, ranged)
         )
 
-    def chooses(self, count: int) -> bool:
+    def selects(self, count: int) -> bool:
         """Whether the `count`-th request that fits is one to act on."""
         return (
             (self.nth is None or count == self.nth)
@@ -104,27 +104,27 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A behaviour for the requests that match."""
+    """A fault for the requests that match."""
 
-    behaviour: Behaviour
+    fault: Fault
     match: Match = field(default_factory=Match)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON form; what has its default value is left out."""
-        return {"match": _to_json(self.match), "behaviour": _to_json(self.behaviour)}
+        return {"match": _to_json(self.match), "fault": _to_json(self.fault)}
 
     @classmethod
     def from_json(cls, document: object) -> Rule:
-        """Read `{"match": {…}, "behaviour": {…}}`; `seen` is ignored. Raises ValueError."""
-        if not isinstance(document, Mapping) or "behaviour" not in document:
-            raise ValueError('a rule is an object {"match": {…}, "behaviour": {…}}')
-        if unknown := set(document) - {"match", "behaviour", "seen"}:
+        """Read `{"match": {…}, "fault": {…}}`; `seen` is ignored. Raises ValueError."""
+        if not isinstance(document, Mapping) or "fault" not in document:
+            raise ValueError('a rule is an object {"match": {…}, "fault": {…}}')
+        if unknown := set(document) - {"match", "fault", "seen"}:
             raise ValueError(f"a rule has no {', '.join(sorted(map(str, unknown)))}")
-        behaviour = Behaviour(**_arguments(Behaviour, document["behaviour"]))
-        return cls(behaviour, Match(**_arguments(Match, document.get("match", {}))))
+        fault = Fault(**_arguments(Fault, document["fault"]))
+        return cls(fault, Match(**_arguments(Match, document.get("match", {}))))
 
 
-def _arguments(kind: type[Behaviour] | type[Match], document: object) -> dict[str, Any]:
+def _arguments(kind: type[Fault] | type[Match], document: object) -> dict[str, Any]:
     label = kind.__name__.lower()
     if not isinstance(document, Mapping):
         raise ValueError(f"{label} must be an object")
@@ -138,15 +138,15 @@ def _arguments(kind: type[Behaviour] | type[Match], document: object) -> dict[st
     return arguments
 
 
-def _to_json(value: Behaviour | Match) -> dict[str, Any]:
-    told = {}
+def _to_json(value: Fault | Match) -> dict[str, Any]:
+    values = {}
     for item in fields(value):
         if (current := getattr(value, item.name)) != item.default:
-            told[item.name] = dict(current) if item.name == "headers" else current
-    return told
+            values[item.name] = dict(current) if item.name == "headers" else current
+    return values
 
 
-def _check(value: Behaviour | Match) -> None:
+def _check(value: Fault | Match) -> None:
     """Check each field's type against its annotation, and numbers against their least value."""
     for name, hint in get_type_hints(type(value)).items():
         current = getattr(value, name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.evictor.file_calls import file_call
+from services.evictor.file_calls import run_blocking
 from services.evictor.index import EvictionIndex
 from services.evictor.partial_files import discard_partial_file, expected_bytes, partial_file_exists
 from services.evictor.takeover import Takeover
@@ -46,7 +46,7 @@ class Adoption:
     async def adopt(self, term: Term, object_id: ObjectId) -> bool | None:
         """True: adopted. False: adopted, but what its record says is not what is there. None: not adopted, since the
         store knows it, a live fetch will tell the store, or it is gone."""
-        seen = await file_call(_look, self._volume, object_id)
+        seen = await run_blocking(_look, self._volume, object_id)
         if seen is None:
             return None
         [outcome] = await self.take_in(term, [seen])
@@ -56,7 +56,7 @@ class Adoption:
 
     async def look_at(self, object_ids: Sequence[ObjectId]) -> Sequence[SeenFile | VolumeError | None]:
         """Many files in one go, for `take_in`; None: gone."""
-        return await file_call(_look_at_all, self._volume, object_ids)
+        return await run_blocking(_look_at_all, self._volume, object_ids)
 
     async def take_in(self, term: Term, seen: Sequence[SeenFile]) -> Sequence[bool | VolumeError | None]:
         """As `adopt`, of some hundred files at most that were looked at a moment ago."""
@@ -108,7 +108,7 @@ class Adoption:
 
     async def adopt_partial(self, term: Term, object_id: ObjectId, at_least: int) -> None:
         """Reserve what a partial file may take, if no fetch has done so; nothing if it is gone meanwhile."""
-        size = await file_call(_size_to_reserve, self._volume, object_id, at_least)
+        size = await run_blocking(_size_to_reserve, self._volume, object_id, at_least)
         if size is not None and await self._state.adopt_partial(term, object_id, size):
             RECONCILED.labels("adopted_partial").inc()
             logger.info("partial_adopted", object_id=object_id, bytes=size)
@@ -119,7 +119,7 @@ class Adoption:
         if lease is None:
             return
         try:
-            await file_call(discard_partial_file, self._volume, object_id, lease.size)
+            await run_blocking(discard_partial_file, self._volume, object_id, lease.size)
         except PartialHeld:
             logger.info("partial_still_held", object_id=object_id)
         finally:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from services.evictor.file_calls import file_call
+from services.evictor.file_calls import run_blocking
 from services.evictor.partial_files import discard_partial_file
 from services.evictor.takeover import Takeover
 from shared.adapters.volume import PartialFile, Volume
@@ -48,7 +48,7 @@ class Copying:
         VolumeError end it in the middle."""
         if not self._takeover.elsewhere:
             return None
-        waiting = await file_call(self._most_used_first)
+        waiting = await run_blocking(self._most_used_first)
         copied = 0
         for one in waiting:
             known = await self._catalog.look_up(one.object_id)
@@ -63,7 +63,7 @@ class Copying:
             if isinstance(begun, Granted):
                 copied += await self._copy(known, one, begun.lease)
             elif isinstance(begun, AlreadyStored):
-                await file_call(self._intake.remove, one.object_id)
+                await run_blocking(self._intake.remove, one.object_id)
             elif not isinstance(begun, NeverFits):
                 return _RENEWAL_SECONDS  # not reconciled yet, or a fetch of this very object is under way
         logger.info("assets_copied", copied=copied, left=len(waiting) - copied)
@@ -75,14 +75,14 @@ class Copying:
     async def _copy(self, known: MediaObject, one: WaitingFile, lease: Lease) -> bool:
         """Whether it is ours now. Its source goes only after that."""
         views, last_at = self._takeover.views_of(one)
-        if not await file_call(_is_complete, self._volume, known) and not await self._store(
+        if not await run_blocking(_is_complete, self._volume, known) and not await self._store(
             known, one, lease
         ):
             return False
         await self._make_known(lease, last_at)
         if views > 1:
             await self._state.record_accesses([Access(one.object_id, views - 1, last_at)])
-        await file_call(self._intake.remove, one.object_id)
+        await run_blocking(self._intake.remove, one.object_id)
         RECONCILED.labels("copied").inc()
         return True
 
@@ -100,13 +100,13 @@ class Copying:
         source, opened = self._intake.assets / one.object_id, list[PartialFile]()
         record, right = None, False
         try:
-            head = await file_call(_head, source)
+            head = await run_blocking(_head, source)
             media_type = self._takeover.media_type_of(one.object_id)
             record = record_for_file(known, one.size, head, time.time(), media_type)
-            await file_call(_receive, self._volume, record, opened)
+            await run_blocking(_receive, self._volume, record, opened)
             right = await self._fill(opened[0], source, record, lease)
             if right:
-                await file_call(opened[0].publish, record)
+                await run_blocking(opened[0].publish, record)
         except (VolumeError, OSError) as error:
             right = False
             logger.warning("asset_not_copied", object_id=one.object_id, reason=str(error))
@@ -122,17 +122,17 @@ class Copying:
     async def _fill(self, partial: PartialFile, source: Path, record: StoredRecord, lease: Lease) -> bool:
         """Whether all of it came, and is what the catalog says. OSError if the source cannot be read."""
         if partial.size:
-            await file_call(partial.restart)
+            await run_blocking(partial.restart)
         hasher = record.content_hash.hasher() if record.content_hash is not None else None
         offset, renewed_at = 0, time.monotonic()
-        descriptor = await file_call(os.open, source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = await run_blocking(os.open, source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            while data := await file_call(os.pread, descriptor, _CHUNK, offset):
+            while data := await run_blocking(os.pread, descriptor, _CHUNK, offset):
                 if offset + len(data) > record.size:
                     return False
-                await file_call(partial.write, offset, data)
+                await run_blocking(partial.write, offset, data)
                 if hasher is not None:
-                    await file_call(hasher.update, data)
+                    await run_blocking(hasher.update, data)
                 offset += len(data)
                 if time.monotonic() - renewed_at > _RENEWAL_SECONDS:
                     if not await self._state.renew(lease):
@@ -152,7 +152,7 @@ class Copying:
         RECONCILED.labels("not_copied").inc()
         if await self._state.renew(lease):
             try:
-                await file_call(discard_partial_file, self._volume, record.object_id, record.size)
+                await run_blocking(discard_partial_file, self._volume, record.object_id, record.size)
             except VolumeError as error:
                 logger.warning("partial_file_stays", object_id=record.object_id, reason=str(error))
                 await self._state.park(lease)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import structlog
 
-from services.evictor.file_calls import file_call
+from services.evictor.file_calls import run_blocking
 from services.evictor.index import EvictionIndex
 from services.evictor.known_ids import KnownIds
 from services.evictor.removals import Removals
@@ -74,8 +74,8 @@ class DutyCheck:
             logger.warning("duty_not_checked", reason=str(error))
             RECONCILED.labels("duty_unavailable").inc()
             return False
-        if await file_call(read_checked_duty, self._root) != duty:
-            await file_call(write_checked_duty, self._root, duty)
+        if await run_blocking(read_checked_duty, self._root) != duty:
+            await run_blocking(write_checked_duty, self._root, duty)
         return True
 
     async def _strangers(self, duty: Duty) -> Sequence[ObjectId] | None:
@@ -90,7 +90,7 @@ class DutyCheck:
             return None  # changed while the list was read: the next one counts
         held = await self._held()
         strangers = [object_id for object_id in held if object_id not in listed]
-        checked = await file_call(read_checked_duty, self._root)
+        checked = await run_blocking(read_checked_duty, self._root)
         expected = checked is not None and checked != duty and len(listed) > 0
         reason = None if expected else why_implausible(len(held), len(listed), len(strangers))
         if reason is not None:

@@ -12,7 +12,7 @@ from services.evictor.adoption import Adoption
 from services.evictor.copying import Copying
 from services.evictor.duty import DutyCheck
 from services.evictor.eviction import Eviction, EvictionRules
-from services.evictor.file_calls import file_call
+from services.evictor.file_calls import run_blocking
 from services.evictor.index import EvictionIndex
 from services.evictor.leadership import Leadership
 from services.evictor.order_keeping import OperatorStateBackup, PurgeWork
@@ -79,7 +79,7 @@ class Evictor:
         except StateStoreUnavailable as error:
             found.append(str(error))
         try:
-            await file_call(self._volume.check)
+            await run_blocking(self._volume.check)
         except VolumeError as error:
             found.append(str(error))
         return found

@@ -13,7 +13,9 @@ Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 
-async def file_call(call: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs) -> Result:
+async def run_blocking(
+    call: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
+) -> Result:
     """Run in a thread. When cancelled, wait for its end before giving in: whoever cleans up finds files at rest.
 
     What the call returns is lost then: one that opens something leaves it where the caller can find it."""
@@ -22,7 +24,7 @@ async def file_call(call: Callable[Params, Result], /, *args: Params.args, **kwa
 
 async def next_chunk(found: Iterable[Result], at_most: int) -> list[Result]:
     """Up to `at_most` more of a scan, read in a thread; empty at its end."""
-    return await file_call(_take, found, at_most)
+    return await run_blocking(_take, found, at_most)
 
 
 def _take(found: Iterable[Result], at_most: int) -> list[Result]:

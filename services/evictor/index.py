@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-from services.evictor.file_calls import file_call
+from services.evictor.file_calls import run_blocking
 from services.evictor.known_ids import KnownIds
 from services.evictor.recent_victims import RecentVictims
 from shared.adapters.volume import FoundObject, Volume
@@ -157,7 +157,7 @@ class EvictionIndex:
         self._noticed.clear()
         if noticed:
             now = self._clock()
-            for found in await file_call(self._find, noticed):
+            for found in await run_blocking(self._find, noticed):
                 if found.object_id not in self.policy and found.object_id not in self.evicting:
                     self.add(
                         PolicyEntry(found.object_id, found.size, 1, _grained(min(found.changed_at, now)))

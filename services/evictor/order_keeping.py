@@ -7,7 +7,7 @@ from pathlib import Path
 
 import structlog
 
-from services.evictor.file_calls import file_call
+from services.evictor.file_calls import run_blocking
 from services.evictor.partials import Partials
 from services.evictor.removals import Outcome, Removals
 from shared.adapters.volume import Volume
@@ -47,11 +47,11 @@ class OperatorStateBackup:
             return
         self.pinned = pinned = await self._state.pinned()
         if self._saved is None:
-            written = await file_call(read_operator_state, self._root)
+            written = await run_blocking(read_operator_state, self._root)
             if written == OperatorStateSnapshot(state, pinned):
                 self._saved = state
                 return
-        await file_call(write_operator_state, self._root, OperatorStateSnapshot(state, pinned))
+        await run_blocking(write_operator_state, self._root, OperatorStateSnapshot(state, pinned))
         self._saved = state
         logger.info("orders_kept", version=state.version, pinned=len(pinned))
 
@@ -92,4 +92,4 @@ class PurgeWork:
         if outcome in (Outcome.GONE, Outcome.LEAVING):
             return True
         # Refused: the store does not know the object. A file that is there all the same is about to be adopted.
-        return outcome is Outcome.REFUSED and await file_call(self._volume.find_object, object_id) is None
+        return outcome is Outcome.REFUSED and await run_blocking(self._volume.find_object, object_id) is None

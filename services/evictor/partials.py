@@ -11,7 +11,7 @@ import time
 import structlog
 
 from services.evictor.adoption import Adoption
-from services.evictor.file_calls import file_call
+from services.evictor.file_calls import run_blocking
 from services.evictor.partial_files import discard_partial_file, scan_partial_files
 from shared.adapters.volume import FoundObject, FoundPartial, PartialHeld, Volume
 from shared.domain.errors import VolumeError
@@ -41,7 +41,7 @@ class Partials:
 
         Returns how many things lie there that are none of ours.
         """
-        found, foreign = await file_call(scan_partial_files, self._volume)
+        found, foreign = await run_blocking(scan_partial_files, self._volume)
         fetches = {fetch.object_id: fetch for fetch in await self._state.fetches()}
         for partial in found.values():
             await self._settle(term, partial, fetches.get(partial.object_id))
@@ -81,7 +81,7 @@ class Partials:
         if fetch is None or fetch.phase is not FetchPhase.PARKED:
             # A claim may or may not have a reservation: the store knows, and adds none twice
             await self._adoption.adopt_partial(term, object_id, partial.size)
-        sidecar = await file_call(self._volume.partial_record, object_id)
+        sidecar = await run_blocking(self._volume.partial_record, object_id)
         idle = time.time() - partial.changed_at
         if sidecar is None or partial.size > sidecar.size:
             await self._end(term, object_id, "unusable")
@@ -93,14 +93,14 @@ class Partials:
 
         Bytes freed; 0 if a worker has it again, or still writes although its lease is over, or has made it an object.
         """
-        stored = await file_call(self._volume.find_object, object_id)
+        stored = await run_blocking(self._volume.find_object, object_id)
         if await self._adoption.adopt(term, object_id) is not None:
             return 0  # the worker got as far as the complete file, and died before it could tell
         lease = await self._state.steal_lease(term, object_id)
         if lease is None:
             return 0
         try:
-            removed = await file_call(_remove, self._volume, lease, stored)
+            removed = await run_blocking(_remove, self._volume, lease, stored)
         except PartialHeld:
             logger.info("partial_still_held", object_id=object_id)
             removed = False

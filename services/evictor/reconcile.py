@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import structlog
 
 from services.evictor.adoption import Adoption, SeenFile
-from services.evictor.file_calls import file_call, next_chunk
+from services.evictor.file_calls import next_chunk, run_blocking
 from services.evictor.index import EvictionIndex
 from services.evictor.known_ids import KnownIds
 from services.evictor.partials import Partials
@@ -69,7 +69,7 @@ class Reconciliation:
         """True if the index stands for the volume now. VolumeError if the volume cannot be read."""
         begun, findings = time.monotonic(), Findings()
         await self._usage.look_at_server()
-        await file_call(self._volume.check)
+        await run_blocking(self._volume.check)
         known = await self._index.resync()
         await self._removals.complete_all(term, len(self._index.evicting))
         # Partial files before objects: what is published meanwhile moves from those to these, and is not missed
@@ -82,7 +82,7 @@ class Reconciliation:
         if not findings.unsettled:
             await self._state.set_reconciled(term)
             self._index.forget_former()
-        orphans = await file_call(self._volume.remove_orphan_records, _ORPHAN_RECORD_SECONDS)
+        orphans = await run_blocking(self._volume.remove_orphan_records, _ORPHAN_RECORD_SECONDS)
         RECONCILED.labels("orphan_record").inc(orphans)
         self._report(findings, time.monotonic() - begun)
         return not findings.unsettled
@@ -152,7 +152,7 @@ class Reconciliation:
             return
         async for batch in self._state.entries():
             older = [entry for entry in batch if entry.object_id in known]
-            sizes = await file_call(self._sizes, older)
+            sizes = await run_blocking(self._sizes, older)
             for entry, size in zip(older, sizes, strict=True):
                 if entry.evicting or size == entry.size:
                     continue

@@ -11,7 +11,7 @@ from enum import StrEnum
 
 import structlog
 
-from services.evictor.file_calls import file_call
+from services.evictor.file_calls import run_blocking
 from services.evictor.index import EvictionIndex
 from shared.adapters.volume import Removal, RemovalState, Volume
 from shared.domain.errors import VolumeError
@@ -71,7 +71,7 @@ class Removals:
         an error of the store leaves none half done that `complete` would not bring to its end."""
         removals = [self._volume.removal(object_id) for object_id in object_ids]
         try:
-            found = await file_call(_begin_all, removals)
+            found = await run_blocking(_begin_all, removals)
             outcomes = {
                 object_id: Outcome.IN_USE if state is RemovalState.IN_USE else Outcome.FAILED
                 for object_id, state in zip(object_ids, found, strict=True)
@@ -99,7 +99,7 @@ class Removals:
         outcomes = dict.fromkeys(object_ids, Outcome.REFUSED)
         leaving = [object_id for object_id, granted in zip(object_ids, begun, strict=True) if granted]
         self._reasons.update(dict.fromkeys(leaving, "space"))
-        results = await file_call(_unlink_each, self._volume, {one: ready[one] for one in leaving})
+        results = await run_blocking(_unlink_each, self._volume, {one: ready[one] for one in leaving})
         gone = []
         for object_id in leaving:
             result = results[object_id]
@@ -133,7 +133,7 @@ class Removals:
         self._reasons[object_id] = reason
         self._index.left_behind(object_id)
         try:
-            await file_call(self._volume.removal(object_id).set_aside)
+            await run_blocking(self._volume.removal(object_id).set_aside)
         except VolumeError as error:
             # Its readers may have finished and another attempt may have removed it: `complete` finds out
             logger.warning("object_not_set_aside", object_id=object_id, reason=str(error))
@@ -156,7 +156,7 @@ class Removals:
     async def _begin(self, object_id: ObjectId, removal: Removal) -> RemovalState | None:
         """None if what stands under the name cannot be locked: a link that somebody put there, a failing disk."""
         try:
-            return await file_call(removal.begin)
+            return await run_blocking(removal.begin)
         except VolumeError as error:
             logger.error("object_not_removed", object_id=object_id, reason=str(error))
             return None
@@ -166,7 +166,7 @@ class Removals:
     ) -> Outcome:
         """The entry is evicting and `removal` has begun: unlink what is there under the name, then free the bytes."""
         try:
-            still_there = await file_call(_unlink_all, self._volume, object_id, removal, found)
+            still_there = await run_blocking(_unlink_all, self._volume, object_id, removal, found)
         except VolumeError as error:
             await self._cancel(term, object_id, error)
             return Outcome.FAILED

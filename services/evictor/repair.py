@@ -14,7 +14,7 @@ from enum import StrEnum
 
 import structlog
 
-from services.evictor.file_calls import file_call, next_chunk
+from services.evictor.file_calls import next_chunk, run_blocking
 from services.evictor.known_ids import KnownIds
 from services.evictor.removals import Removals
 from services.evictor.takeover import Takeover
@@ -84,7 +84,7 @@ class Repair:
         await self._settle_one_by_one(term)
 
     async def _settle_listed(self, term: Term) -> None:
-        waiting = await file_call(self._all_unrecorded)
+        waiting = await run_blocking(self._all_unrecorded)
         if not waiting or self._duty is None:
             return
         async for batch in self._catalog.list_objects(self._duty()):
@@ -138,11 +138,11 @@ class Repair:
             return Verdict.CONFIRMED  # gone meanwhile
         try:
             verdict = await self._judge(known, descriptor)
-            head = await file_call(_head_of, descriptor)
+            head = await run_blocking(_head_of, descriptor)
         finally:
             os.close(descriptor)
         if verdict is Verdict.CONFIRMED and known is not None:
-            await file_call(self._write_record, known, found, head)
+            await run_blocking(self._write_record, known, found, head)
             logger.info("object_repaired", object_id=found.object_id)
         elif verdict is Verdict.WRONG:
             logger.warning("object_wrong", object_id=found.object_id, bytes=found.size)
@@ -154,7 +154,7 @@ class Repair:
         if self._takeover is not None or known is None or known.content_hash is None:
             return verdict
         if verdict is Verdict.CONFIRMED:
-            seen = await hash_file(file_call, descriptor, known.content_hash)
+            seen = await hash_file(run_blocking, descriptor, known.content_hash)
             return Verdict.CONFIRMED if seen == known.content_hash else Verdict.WRONG
         return verdict
 

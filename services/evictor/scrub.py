@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import structlog
 
-from services.evictor.file_calls import file_call, next_chunk
+from services.evictor.file_calls import next_chunk, run_blocking
 from services.evictor.removals import Removals
 from shared.adapters.volume import FoundObject, UnknownFile, Volume
 from shared.domain.errors import VolumeError
@@ -57,7 +57,7 @@ class Scrub:
         if descriptor is None:
             return
         try:
-            record = await file_call(self._volume.read_record, found.object_id)
+            record = await run_blocking(self._volume.read_record, found.object_id)
             if record is None:
                 return  # never a hit; repair deals with it
             fault = await self._fault_of(descriptor, record)
@@ -67,7 +67,7 @@ class Scrub:
             os.close(descriptor)
         if fault is None:
             SCRUBBED_OBJECTS.labels("sound").inc()
-        elif current and await file_call(self._volume.read_record, found.object_id) == record:
+        elif current and await run_blocking(self._volume.read_record, found.object_id) == record:
             SCRUBBED_OBJECTS.labels("rotten").inc()
             logger.error("object_rotten", object_id=found.object_id, reason=fault, bytes=found.size)
             await self._removals.purge(term, found.object_id, "rotten")
@@ -79,7 +79,7 @@ class Scrub:
         if record.content_hash is None:
             return None
         try:
-            seen = await hash_file(file_call, descriptor, record.content_hash, self._rate)
+            seen = await hash_file(run_blocking, descriptor, record.content_hash, self._rate)
         except VolumeError as error:
             return f"cannot be read: {error}"
         SCRUBBED_BYTES.inc(size)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from services.evictor.file_calls import file_call, next_chunk
+from services.evictor.file_calls import next_chunk, run_blocking
 from shared.adapters.existing_node import CacheState, read_cache_state
 from shared.adapters.volume import FoundObject
 from shared.adapters.volume.intake import Intake, Taken, WaitingFile
@@ -43,7 +43,7 @@ class Takeover:
         """Move what can be moved. Safe to repeat, and to be killed in. A directory that cannot be read is no reason for
         the node not to work without it."""
         try:
-            waiting = await file_call(self._anything_waiting)
+            waiting = await run_blocking(self._anything_waiting)
         except VolumeError as error:
             logger.error("assets_unreadable", assets=str(self._intake.assets), reason=str(error))
             return
@@ -52,11 +52,11 @@ class Takeover:
             await self._move_all()
 
     async def _move_all(self) -> None:
-        await file_call(self._intake.mark, done=False)
+        await run_blocking(self._intake.mark, done=False)
         taken = Counter[Taken]()
         scan = self._intake.waiting()
         while chunk := await next_chunk(scan, _AT_ONCE):
-            taken.update(await file_call(self._take_in, chunk))
+            taken.update(await run_blocking(self._take_in, chunk))
             if taken[Taken.ELSEWHERE]:
                 break
         self.elsewhere = taken[Taken.ELSEWHERE] > 0
@@ -87,8 +87,8 @@ class Takeover:
         """All that was moved has been counted, and compared with the catalog."""
         if not self.elsewhere:
             self._state = CacheState()
-        if not await file_call(self._intake.is_done):
-            await file_call(self._intake.mark, done=True)
+        if not await run_blocking(self._intake.is_done):
+            await run_blocking(self._intake.mark, done=True)
             logger.info("takeover_done", assets=str(self._intake.assets))
 
     async def _read_state_once(self) -> None:
@@ -96,7 +96,7 @@ class Takeover:
             return
         self._read = True
         try:
-            self._state = await file_call(read_cache_state, self._cache_state)
+            self._state = await run_blocking(read_cache_state, self._cache_state)
         except (OSError, InvalidInput) as error:
             reason = f"{error.strerror}" if isinstance(error, OSError) else str(error)
             logger.warning("cache_state_unusable", path=str(self._cache_state), reason=reason)

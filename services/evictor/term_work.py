@@ -13,7 +13,7 @@ import structlog
 from services.evictor.copying import Copying
 from services.evictor.duty import DutyCheck
 from services.evictor.eviction import Eviction
-from services.evictor.file_calls import file_call
+from services.evictor.file_calls import run_blocking
 from services.evictor.index import EvictionIndex
 from services.evictor.order_keeping import OperatorStateBackup, PurgeWork
 from services.evictor.pacing import repeat
@@ -155,7 +155,7 @@ class TermWork:
     async def _look_at_volume(self) -> None:
         """VolumeError while there is none. Another one than before: nothing that the store knows is worth anything."""
         volume = self._tools.volume
-        await file_call(volume.check)
+        await run_blocking(volume.check)
         if volume.replacements != self._replacements:
             self._replacements = volume.replacements
             self._settled = False
@@ -169,7 +169,7 @@ class TermWork:
         await self._tools.removals.complete_all(self._term, _COMPLETED_AT_ONCE)
         usage = await self._state.usage()
         if usage.reconciled:
-            device_free = await file_call(self._tools.volume.free_bytes)
+            device_free = await run_blocking(self._tools.volume.free_bytes)
             await self._tools.eviction.make_room(self._term, usage, device_free)
             self._in_doubt = self._in_doubt or (self._tools.eviction.stuck and self._miscounted(usage) > 0)
         if self._settled and not (usage.reconciled and _is_possible(usage)):

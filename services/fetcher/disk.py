@@ -13,7 +13,7 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class DiskThreads:
+class BlockingPool:
     """`count` threads, started when first used; `close` waits for what they do."""
 
     def __init__(self, count: int) -> None:

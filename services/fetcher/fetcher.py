@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import structlog
 
 from services.fetcher.admission import Admission, AdmissionRules
-from services.fetcher.disk import DiskThreads
-from services.fetcher.download import Tools
+from services.fetcher.disk import BlockingPool
+from services.fetcher.download import FetchDeps
 from services.fetcher.lease_keeper import LeaseTimes
-from services.fetcher.obituary import Obituary
-from services.fetcher.postponement import Postponement
-from services.fetcher.retrieval import Retrieval
+from services.fetcher.obituary import DeadLetterHandler
+from services.fetcher.postponement import FailureRecorder
+from services.fetcher.retrieval import FetchRunner
 from services.fetcher.worker import Worker
 from shared.adapters.sources.relay import FailoverReader
 from shared.adapters.volume import Volume
@@ -55,7 +55,7 @@ class Fetcher:
         self._volume = volume
         self._concurrency = fetch.concurrency
         self._consuming = False
-        self._disk = DiskThreads(fetch.concurrency + _SPARE_THREADS)
+        self._disk = BlockingPool(fetch.concurrency + _SPARE_THREADS)
         self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         storage = settings.storage
         rules = AdmissionRules(
@@ -64,11 +64,13 @@ class Fetcher:
         times = LeaseTimes(fetch.lease, fetch.lease_renewal)
         self._worker = Worker(
             Admission(state, volume, self._disk, rules, self.name),
-            Retrieval(Tools(state, failover_reader, self._disk), volume, times),
-            Postponement(state, RetryPlan(settings.job_queue.retry_delays), fetch.failure_memory),
+            FetchRunner(FetchDeps(state, failover_reader, self._disk), volume, times),
+            FailureRecorder(state, RetryPlan(settings.job_queue.retry_delays), fetch.failure_memory),
         )
         self._operator_state = OperatorStateWatcher(state, volume.root, settings.duty)
-        self._obituary = Obituary(state, volume, self._disk, self.name, fetch.failure_memory)
+        self._dead_letter_handler = DeadLetterHandler(
+            state, volume, self._disk, self.name, fetch.failure_memory
+        )
 
     async def serve(self) -> None:
         """Handle jobs until cancelled; then every job under way is given back, with its partial file kept.
@@ -80,15 +82,15 @@ class Fetcher:
         except VolumeError as error:
             raise ConfigurationError(f"storage.path: {error}") from error
         await self._operator_state.load()
-        following = asyncio.create_task(self._operator_state.run(), name="fetcher-operator-state")
+        watching = asyncio.create_task(self._operator_state.run(), name="fetcher-operator-state")
         self._consuming = True
         try:
             logger.info("fetcher_serves", worker=self.name, concurrency=self._concurrency)
-            await self._queue.consume(self._handle, self._concurrency, self._obituary.write)
+            await self._queue.consume(self._handle, self._concurrency, self._dead_letter_handler.handle)
         finally:
             self._consuming = False
-            following.cancel()
-            await asyncio.wait({following})
+            watching.cancel()
+            await asyncio.wait({watching})
             await self._disk.close()
 
     async def _handle(self, job: FetchJob) -> JobOutcome:

@@ -1,20 +1,20 @@
-"""When received bytes are written: at once in the beginning, where a client waits for them, in larger lots later."""
+"""When received bytes are written: at once in the beginning, where a client waits for them, in larger batches later."""
 
 from __future__ import annotations
 
-LARGEST_LOT = 1024 * 1024
+MAX_BATCH = 1024 * 1024
 """Bytes after which a write is due in any case."""
 
-MOST_WAITING = 2 * LARGEST_LOT
+HIGH_WATER = 2 * MAX_BATCH
 """Bytes received and not yet written beyond which the source has to wait."""
 
-LONGEST_WAIT = 0.05
+MAX_LATENCY = 0.05
 """Seconds after which received bytes are written, however few: a follower of a slow source waits for them."""
 
-_FIRST_LOTS = 64 * 1024
+_UNBATCHED_BYTES = 64 * 1024
 
 
-def lot_size(received: int) -> int:
+def batch_size(received: int) -> int:
     """Bytes worth a write of their own, after `received` bytes of this stream: any for the first 64 KiB, then a quarter
     of what has come so far, so that followers are never far behind."""
-    return 1 if received < _FIRST_LOTS else min(received // 4, LARGEST_LOT)
+    return 1 if received < _UNBATCHED_BYTES else min(received // 4, MAX_BATCH)

@@ -13,8 +13,10 @@ import structlog
 from shared.domain.errors import StateStoreUnavailable
 from shared.ports.state_store import Lease, StateStore
 
-_TRY_AGAIN = 1.0  # seconds after a sign of life that did not get through
-_SOON = 0.05  # seconds until a source is told: nobody needs it before, and the first bytes are on their way just then
+_RETRY_INTERVAL = 1.0  # seconds after a renewal that did not get through
+_SOURCE_UPDATE_DELAY = (
+    0.05  # seconds until a new source is reported: the first bytes are on their way just then
+)
 
 logger = structlog.get_logger()
 
@@ -25,13 +27,13 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LeaseTimes:
-    """Seconds. `lease`: as the state store counts it; `renewal`: between two signs of life, at most half of that."""
+    """Seconds. `lease`: as the state store counts it; `renewal`: between two renewals, at most half of that."""
 
     lease: float
     renewal: float
 
 
-class LeaseKeeper:
+class LeaseRenewer:
     """`clock`: seconds, never backwards. The lease is counted from before it was last asked for, so that this side
     never believes in it for longer than the store does."""
 
@@ -40,34 +42,34 @@ class LeaseKeeper:
         state: StateStore,
         lease: Lease,
         times: LeaseTimes,
-        asked_at: float,
+        requested_at: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`asked_at`: the clock's time before the lease was asked for."""
+        """`requested_at`: the clock's time before the lease was asked for."""
         self._state = state
         self.lease = lease
         self._times = times
         self._clock = clock
-        self._ends = asked_at + times.lease
+        self._expires_at = requested_at + times.lease
         self._lost = False
         self._source: str | None = None
-        self._due = asyncio.Event()
-        self._proof: asyncio.Task[None] | None = None
+        self._source_changed = asyncio.Event()
+        self._renewal: asyncio.Task[None] | None = None
 
     @property
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether it is safe to write: also False after this process was stopped for longer than the lease."""
-        return not self._lost and self._clock() < self._ends
+        return not self._lost and self._clock() < self._expires_at
 
-    async def confirm(self) -> None:
+    async def ensure_valid(self) -> None:
         """Before a write: LeaseLost unless the lease holds. After a long stop of the process the store is asked.
 
-        A proof that was asked for is waited for; StateStoreUnavailable if it failed for that.
+        A renewal that was asked for is waited for; StateStoreUnavailable if it failed for that.
         """
-        if self._proof is not None:
-            proof, self._proof = self._proof, None
-            await proof
-        if self.holds:
+        if self._renewal is not None:
+            renewal, self._renewal = self._renewal, None
+            await renewal
+        if self.is_valid:
             return
         if self._lost:
             raise LeaseLost(f"the lease of {self.lease.object_id} is lost")
@@ -76,28 +78,28 @@ class LeaseKeeper:
         except StateStoreUnavailable as error:
             raise LeaseLost(f"the lease of {self.lease.object_id} has run out") from error
 
-    def prove(self) -> None:
-        """Within `kept`: give a sign of life now; the next `confirm` waits for it."""
-        self._proof = asyncio.create_task(self.renew(), name=f"lease-proof-{self.lease.object_id}")
+    def renew_soon(self) -> None:
+        """Within `running`: renew the lease now; the next `ensure_valid` waits for it."""
+        self._renewal = asyncio.create_task(self.renew(), name=f"lease-renewal-{self.lease.object_id}")
 
-    def use_source(self, url: str) -> None:
+    def set_source(self, url: str) -> None:
         """Say which source is in use, soon: far ranges are proxied from it."""
         if url != self._source:
             self._source = url
-            self._due.set()
+            self._source_changed.set()
 
     async def renew(self) -> None:
-        """One sign of life. LeaseLost if the lease is another's; StateStoreUnavailable if nobody knows."""
-        asked_at = self._clock()
+        """One renewal. LeaseLost if the lease is another's; StateStoreUnavailable if nobody knows."""
+        requested_at = self._clock()
         if not await self._state.renew(self.lease, self._source):
             self._lost = True
             raise LeaseLost(f"the lease of {self.lease.object_id} is lost")
-        self._ends = asked_at + self._times.lease
+        self._expires_at = requested_at + self._times.lease
 
     @asynccontextmanager
-    async def kept(self) -> AsyncIterator[None]:
+    async def running(self) -> AsyncIterator[None]:
         """Renew while the context lasts; when the lease is lost its body is cancelled, and LeaseLost comes out."""
-        keeping = asyncio.create_task(self._keep(), name=f"lease-{self.lease.object_id}")
+        renewing = asyncio.create_task(self._renew_periodically(), name=f"lease-{self.lease.object_id}")
         # A timeout without a time is a scope that can be ended from outside, and tells that from a cancellation.
         scope = asyncio.timeout(None)
         try:
@@ -108,7 +110,7 @@ class LeaseKeeper:
                     if running:
                         scope.reschedule(asyncio.get_running_loop().time())
 
-                keeping.add_done_callback(end_body)
+                renewing.add_done_callback(end_body)
                 try:
                     yield
                 finally:
@@ -117,39 +119,39 @@ class LeaseKeeper:
             if not scope.expired():
                 raise
         finally:
-            keeping.cancel()
-            await asyncio.wait({keeping})
-            await self._forget_proof()
-            lost = None if keeping.cancelled() else keeping.exception()
+            renewing.cancel()
+            await asyncio.wait({renewing})
+            await self._cancel_renewal()
+            lost = None if renewing.cancelled() else renewing.exception()
         if lost is not None:
             raise lost
 
-    async def _forget_proof(self) -> None:
-        proof, self._proof = self._proof, None
-        if proof is not None:
-            proof.cancel()
-            await asyncio.gather(proof, return_exceptions=True)
+    async def _cancel_renewal(self) -> None:
+        renewal, self._renewal = self._renewal, None
+        if renewal is not None:
+            renewal.cancel()
+            await asyncio.gather(renewal, return_exceptions=True)
 
-    async def _keep(self) -> None:
+    async def _renew_periodically(self) -> None:
         """Ends only by cancellation or LeaseLost."""
         seconds = self._times.renewal
         while True:
-            await self._pause(seconds)
-            if self._due.is_set():
-                await asyncio.sleep(min(_SOON, max(0.0, self._ends - self._clock())))
-            self._due.clear()
+            await self._wait(seconds)
+            if self._source_changed.is_set():
+                await asyncio.sleep(min(_SOURCE_UPDATE_DELAY, max(0.0, self._expires_at - self._clock())))
+            self._source_changed.clear()
             seconds = self._times.renewal
             try:
                 await self.renew()
             except StateStoreUnavailable as error:
-                if not self.holds:
+                if not self.is_valid:
                     self._lost = True
-                    raise LeaseLost(f"no sign of life could be given for {self.lease.object_id}") from error
+                    raise LeaseLost(f"the lease of {self.lease.object_id} could not be renewed") from error
                 logger.warning("lease_not_renewed", object_id=self.lease.object_id, reason=str(error))
-                seconds = min(_TRY_AGAIN, self._times.renewal)
+                seconds = min(_RETRY_INTERVAL, self._times.renewal)
 
-    async def _pause(self, seconds: float) -> None:
+    async def _wait(self, seconds: float) -> None:
         """No longer than the lease lasts, and not beyond a change of source."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(min(seconds, max(0.0, self._ends - self._clock()))):
-                await self._due.wait()
+            async with asyncio.timeout(min(seconds, max(0.0, self._expires_at - self._clock()))):
+                await self._source_changed.wait()

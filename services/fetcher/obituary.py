@@ -5,7 +5,7 @@ from __future__ import annotations
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from services.fetcher.disk import DiskThreads
+from services.fetcher.disk import BlockingPool
 from shared.adapters.volume import Volume
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.jobs import FetchJob
@@ -15,11 +15,11 @@ from shared.ports.state_store import FetchPhase, Granted, StateStore
 logger = structlog.get_logger()
 
 
-class Obituary:
+class DeadLetterHandler:
     """Frees what the attempts held, and has the failure remembered."""
 
     def __init__(
-        self, state: StateStore, volume: Volume, disk: DiskThreads, worker: str, failure_memory: float
+        self, state: StateStore, volume: Volume, disk: BlockingPool, worker: str, failure_memory: float
     ) -> None:
         """`failure_memory`: seconds that the failure is remembered."""
         self._state = state
@@ -28,7 +28,7 @@ class Obituary:
         self._worker = worker
         self._failure_memory = failure_memory
 
-    async def write(self, job: FetchJob, reason: str) -> None:
+    async def handle(self, job: FetchJob, reason: str) -> None:
         """The job queue's callback: free the space that the attempts held, and remember the failure."""
         with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
             logger.warning("fetch_given_up", reason=reason, attempts=job.attempt)
@@ -44,15 +44,15 @@ class Obituary:
         sidecar = await self._disk.run(self._volume.partial_record, object_id)
         if fetch is None or fetch.phase is not FetchPhase.PARKED or sidecar is None:
             return
-        begun = await self._state.begin(object_id, fetch.size, self._worker)
-        if not isinstance(begun, Granted):
+        result = await self._state.begin(object_id, fetch.size, self._worker)
+        if not isinstance(result, Granted):
             return
         try:
             await self._disk.run(_discard, self._volume, sidecar)
         except VolumeError:
-            await self._state.park(begun.lease)
+            await self._state.park(result.lease)
             raise
-        await self._state.release(begun.lease)
+        await self._state.release(result.lease)
 
 
 def _discard(volume: Volume, sidecar: StoredRecord) -> None:

@@ -12,7 +12,7 @@ from shared.ports.state_store import StateStore
 logger = structlog.get_logger()
 
 
-class Postponement:
+class FailureRecorder:
     """Without it every request for a failing object would publish a job of its own, each with all its attempts.
 
     `failure_memory`: seconds that the failure of a last attempt is remembered."""
@@ -20,7 +20,7 @@ class Postponement:
     def __init__(self, state: StateStore, plan: RetryPlan, failure_memory: float) -> None:
         self._state, self._plan, self._failure_memory = state, plan, failure_memory
 
-    async def note(self, job: FetchJob, reason: str) -> None:
+    async def record(self, job: FetchJob, reason: str) -> None:
         """One attempt has failed. To be told before the lease is given back: who waits for that asks at once.
 
         A job that comes back does so after its delay, and begins within the time that a new one is given; one that was

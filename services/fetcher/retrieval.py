@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import structlog
 
-from services.fetcher.download import Download, Tools, WrongBytesEverywhere
-from services.fetcher.lease_keeper import LeaseKeeper, LeaseLost, LeaseTimes
+from services.fetcher.download import AllSourcesCorrupt, Download, FetchDeps
+from services.fetcher.lease_keeper import LeaseLost, LeaseRenewer, LeaseTimes
 from shared.adapters.volume import PartialFile, Volume
 from shared.domain.errors import (
     AllSourcesFailed,
@@ -27,91 +27,92 @@ from shared.domain.objects import MediaObject, StoredRecord
 from shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE
 from shared.ports.state_store import Lease
 
-_WISH_SECONDS = 60.0
+_SPACE_REQUEST_TTL = 60.0
 
-NoteFailure = Callable[[str], Awaitable[None]]
+RecordFailure = Callable[[str], Awaitable[None]]
 """Told why an attempt has failed; never fails itself."""
 
 logger = structlog.get_logger()
 
 
-class Retrieval:
+class FetchRunner:
     """Fetches what a lease was granted for. However it ends, the reservation covers what is on the volume."""
 
-    def __init__(self, tools: Tools, volume: Volume, times: LeaseTimes) -> None:
-        self._tools = tools
+    def __init__(self, deps: FetchDeps, volume: Volume, times: LeaseTimes) -> None:
+        self._deps = deps
         self._volume = volume
         self._times = times
 
     async def run(
-        self, media_object: MediaObject, lease: Lease, asked_at: float, note_failure: NoteFailure
+        self, media_object: MediaObject, lease: Lease, requested_at: float, record_failure: RecordFailure
     ) -> JobOutcome:
-        """`asked_at`: monotonic time before the lease was asked for. Cancelled: what came is kept, the lease given
+        """`requested_at`: monotonic time before the lease was asked for. Cancelled: what came is kept, the lease given
         back."""
-        fetch = _Fetch(self._tools, self._volume, media_object, lease)
-        keeper = LeaseKeeper(self._tools.state, lease, self._times, asked_at)
+        fetch = _PartialFetch(self._deps, self._volume, media_object, lease)
+        renewer = LeaseRenewer(self._deps.state, lease, self._times, requested_at)
         with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
             try:
-                async with keeper.kept():
-                    await fetch.store(keeper)
+                async with renewer.running():
+                    await fetch.run(renewer)
                 return await self._commit(lease)
             except LeaseLost as lost:
-                await note_failure(str(lost))
+                await record_failure(str(lost))
                 return TryLater(str(lost))
             except (SourceError, VolumeError, StateStoreUnavailable) as error:
-                reason = _told(error)
-                await note_failure(reason)  # before the lease is given back: who waits for that asks at once
-                await self._give_up(fetch, lease, error)
+                reason = _describe(error)
+                # Before the lease is given back: who waits for that asks at once.
+                await record_failure(reason)
+                await self._abandon(fetch, lease, error)
                 return TryLater(reason)
             except asyncio.CancelledError:
-                await fetch.leave()
+                await fetch.suspend()
                 raise
             finally:
                 fetch.close()
 
-    async def _give_up(self, fetch: _Fetch, lease: Lease, error: DistributorError) -> None:
+    async def _abandon(self, fetch: _PartialFetch, lease: Lease, error: DistributorError) -> None:
         """What came is kept where another attempt can go on from it."""
-        if not isinstance(error, WrongBytesEverywhere | VolumeFull):
-            await fetch.leave()
+        if not isinstance(error, AllSourcesCorrupt | VolumeFull):
+            await fetch.suspend()
             return
-        await fetch.drop()
+        await fetch.discard()
         if isinstance(error, VolumeFull):
-            await self._tools.state.request_space(lease.object_id, lease.size, _WISH_SECONDS)
+            await self._deps.state.request_space(lease.object_id, lease.size, _SPACE_REQUEST_TTL)
 
     async def _commit(self, lease: Lease) -> JobOutcome:
         """Without a word from the state store the file is there all the same: the next attempt, or reconciliation,
         makes it known."""
         try:
-            committed = await self._tools.state.commit(lease, time.time())
+            committed = await self._deps.state.commit(lease, time.time())
         except StateStoreUnavailable as error:
             return TryLater(f"stored, but not committed: {error}")
         return Done("fetched" if committed else "fetched, to be adopted")
 
 
-class _Fetch:
+class _PartialFetch:
     """The partial file of one fetch, from opening to its end."""
 
-    def __init__(self, tools: Tools, volume: Volume, media_object: MediaObject, lease: Lease) -> None:
-        self._tools = tools
+    def __init__(self, deps: FetchDeps, volume: Volume, media_object: MediaObject, lease: Lease) -> None:
+        self._deps = deps
         self._volume = volume
         self._object = media_object
         self._lease = lease
         self._partial: PartialFile | None = None
 
-    async def store(self, keeper: LeaseKeeper) -> None:
+    async def run(self, renewer: LeaseRenewer) -> None:
         """From the first byte to the rename."""
-        partial = await self._tools.disk.run(self._open)
+        partial = await self._deps.disk.run(self._open)
         # An index that was rebuilt from the volume a moment ago may not know this file; before it grows, it must. The
         # source can be asked meanwhile.
-        keeper.prove()
-        download = Download(self._tools, self._object, partial, keeper)
+        renewer.renew_soon()
+        download = Download(self._deps, self._object, partial, renewer)
         if partial.size:
             await download.announce()  # what lies there can be sent
-        await download.fill()
-        head = await self._tools.disk.run(partial.read, 0, SNIFF_BYTES)
+        await download.run()
+        head = await self._deps.disk.run(partial.read, 0, SNIFF_BYTES)
         media_type = detect_media_type(self._object.media_type, head)
         record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
-        await self._tools.disk.run(partial.publish, record)
+        await self._deps.disk.run(partial.publish, record)
 
     def _open(self) -> PartialFile:
         """The partial file, empty unless it is the beginning of this very content. Blocks."""
@@ -142,31 +143,31 @@ class _Fetch:
             stored_at=int(time.time()),
         )
 
-    async def leave(self) -> None:
-        """Keep what came for whoever goes on, and give the lease back; nothing came: as `drop`."""
+    async def suspend(self) -> None:
+        """Keep what came for whoever goes on, and give the lease back; nothing came: as `discard`."""
         if self._partial is not None and not self._partial.size:
-            await self.drop()
+            await self.discard()
             return
         self.close()
-        await self._give_back(keep=True)
+        await self._return_lease(keep=True)
 
-    async def drop(self) -> None:
+    async def discard(self) -> None:
         """Remove the partial file, then give lease and reservation back; if it cannot be removed, it stays reserved."""
         if self._partial is None:
-            await self._give_back(keep=True)  # not opened: who knows what lies there
+            await self._return_lease(keep=True)  # not opened: who knows what lies there
             return
         try:
-            await self._tools.disk.run(self._partial.discard)
+            await self._deps.disk.run(self._partial.discard)
         except VolumeError as error:
             logger.warning("partial_file_stays", reason=str(error))
             self._partial = None
-            await self._give_back(keep=True)
+            await self._return_lease(keep=True)
         else:
             self._partial = None
-            await self._give_back(keep=False)
+            await self._return_lease(keep=False)
 
-    async def _give_back(self, *, keep: bool) -> None:
-        state = self._tools.state
+    async def _return_lease(self, *, keep: bool) -> None:
+        state = self._deps.state
         try:
             await (state.park(self._lease) if keep else state.release(self._lease))
         except StateStoreUnavailable as error:
@@ -185,7 +186,7 @@ def _same_content(sidecar: StoredRecord, expected: StoredRecord) -> bool:
     )  # fmt: skip
 
 
-def _told(error: DistributorError) -> str:
+def _describe(error: DistributorError) -> str:
     match error:
         case AllSourcesFailed():
             return f"all sources failed: {str(error)[:500]}"

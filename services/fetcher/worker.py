@@ -10,8 +10,8 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from services.fetcher.admission import Admission, Admitted
-from services.fetcher.postponement import Postponement
-from services.fetcher.retrieval import Retrieval
+from services.fetcher.postponement import FailureRecorder
+from services.fetcher.retrieval import FetchRunner
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.jobs import Done, FetchJob, HandBack, Hopeless, JobOutcome, LookAgain, TryLater
 from shared.observability.metrics import FETCHES, PHASE
@@ -22,10 +22,12 @@ logger = structlog.get_logger()
 class Worker:
     """Handles any number of jobs at once. Safe to run twice, and to lose half way."""
 
-    def __init__(self, admission: Admission, retrieval: Retrieval, postponement: Postponement) -> None:
+    def __init__(
+        self, admission: Admission, fetch_runner: FetchRunner, failure_recorder: FailureRecorder
+    ) -> None:
         self._admission = admission
-        self._retrieval = retrieval
-        self._postponement = postponement
+        self._fetch_runner = fetch_runner
+        self._failure_recorder = failure_recorder
 
     async def handle(self, job: FetchJob) -> JobOutcome:
         """The job queue's handler. A cancellation is answered with HandBack, with everything left in good order."""
@@ -53,13 +55,15 @@ class Worker:
         try:
             admitted = await self._admission.admit(job.media_object, warming=job.low_priority)
             if isinstance(admitted, Admitted):
-                note = partial(self._postponement.note, job)
-                return await self._retrieval.run(job.media_object, admitted.lease, admitted.asked_at, note)
+                record_failure = partial(self._failure_recorder.record, job)
+                return await self._fetch_runner.run(
+                    job.media_object, admitted.lease, admitted.requested_at, record_failure
+                )
             outcome = admitted
         except (StateStoreUnavailable, VolumeError) as error:
             outcome = TryLater(str(error))
         if isinstance(outcome, TryLater):
-            await self._postponement.note(job, outcome.reason)
+            await self._failure_recorder.record(job, outcome.reason)
         return outcome
 
 

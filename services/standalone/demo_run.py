@@ -73,7 +73,7 @@ async def run_squid(resources: AsyncExitStack, objects: list[DemoObject], endpoi
         raise ConfigurationError(f"the demo's squid needs {error.name}: `make setup` installs it") from error
     squid = TestSquid(objects, [endpoint], workers={WORKER: ["0:1"]}, bags_per_bucket=2)
     await resources.enter_async_context(squid.run(HOST, port))
-    print(f"A squid to ask, and to disturb by PUT /knobs: {squid.url}")
+    print(f"A squid to ask, and to disturb by PUT /faults: {squid.url}")
 
 
 def demo_settings(folder: Path, catalog: dict[str, Any], port: int) -> Settings:

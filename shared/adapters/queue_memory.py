@@ -11,7 +11,7 @@ from collections import deque
 from shared.adapters.queue_outcomes import (
     Finish,
     GiveUp,
-    OnGivenUp,
+    OnDeadLetter,
     PutBack,
     Retry,
     decide_ending,
@@ -56,10 +56,10 @@ class MemoryJobQueue:
             raise JobQueueUnavailable(f"the job queue is full: {self._capacity} jobs wait")
         self._put(job)
 
-    async def consume(self, handler: JobHandler, concurrency: int, on_given_up: OnGivenUp) -> None:
+    async def consume(self, handler: JobHandler, concurrency: int, on_dead_letter: OnDeadLetter) -> None:
         stopping = asyncio.Event()
         workers = [
-            asyncio.create_task(self._work(handler, on_given_up, stopping), name=f"job-worker-{number}")
+            asyncio.create_task(self._work(handler, on_dead_letter, stopping), name=f"job-worker-{number}")
             for number in range(concurrency)
         ]
         try:
@@ -77,7 +77,7 @@ class MemoryJobQueue:
             ready=sum(map(len, self._waiting)), delayed=len(self._delayed), dead=len(self._dead)
         )
 
-    async def _work(self, handler: JobHandler, on_given_up: OnGivenUp, stopping: asyncio.Event) -> None:
+    async def _work(self, handler: JobHandler, on_dead_letter: OnDeadLetter, stopping: asyncio.Event) -> None:
         while not stopping.is_set():
             job = await self._take()
             outcome = await handle(handler, job, stopping.is_set)
@@ -90,7 +90,7 @@ class MemoryJobQueue:
                 case Retry(again, delay):
                     self._publish_later(again, delay)
                 case GiveUp(reason):
-                    await remember_failure(on_given_up, job, reason)
+                    await remember_failure(on_dead_letter, job, reason)
                     self._dead.append((job, reason))
 
     async def _take(self) -> FetchJob:

@@ -13,7 +13,7 @@ from shared.ports.job_queue import JobHandler
 
 logger = structlog.get_logger()
 
-OnGivenUp = Callable[[FetchJob, str], Awaitable[None]]
+OnDeadLetter = Callable[[FetchJob, str], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,11 @@ async def handle(handler: JobHandler, job: FetchJob, is_stopping: Callable[[], b
         return HandBack() if is_stopping() else TryLater(type(error).__name__)
 
 
-async def remember_failure(on_given_up: OnGivenUp, job: FetchJob, reason: str) -> None:
+async def remember_failure(on_dead_letter: OnDeadLetter, job: FetchJob, reason: str) -> None:
     """Tell the owner that the job is given up. Where that fails, the dead letter is written all the same: a failure
     forgotten costs one more attempt later, a job held back for it would block the queue."""
     try:
-        await on_given_up(job, reason)
+        await on_dead_letter(job, reason)
     except Exception:  # the callback's code is not ours
         logger.exception(
             "failure_not_remembered", object_id=job.object_id, request_id=job.request_id, reason=reason

@@ -19,7 +19,7 @@ Callers ask of an error whether it is worth trying again; whose fault it is, its
         ├── SourceTooSlow         source   again   no headers, no bytes, or too few of them, in time
         ├── SourceRefused         source   again   an answer that is no success (403, 404, 500, a redirect, …)
         ├── SourceWrong           source   again   an answer that contradicts the catalog (size, hash, encoding)
-        │   └── WrongBytesEverywhere  source   again   no source gave the right bytes (services.fetcher)
+        │   └── AllSourcesCorrupt     source   again   no source gave the right bytes (services.fetcher)
         └── AllSourcesFailed      source   again   every source of an object failed; carries the error of each
 """
 

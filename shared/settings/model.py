@@ -98,9 +98,9 @@ class FetchSettings(SettingsGroup):
     space_wait: Seconds = 10.0
     """Seconds to wait for the evictor to make room before the job is delayed."""
     lease: Seconds = 15.0
-    """Seconds without a sign of life after which a worker counts as dead."""
+    """Seconds without a renewal after which a worker counts as dead."""
     lease_renewal: Seconds = 4.0
-    """Seconds between a worker's signs of life."""
+    """Seconds between a worker's renewals."""
     failure_memory: Seconds = 60.0
     """Seconds a given-up object is not tried again."""
 
@@ -149,7 +149,7 @@ class EvictorSettings(SettingsGroup):
     leadership: Seconds = 10.0
     """Seconds after which a silent leader is replaced by a standby."""
     leadership_renewal: Seconds = 3.0
-    """Seconds between a leader's signs of life."""
+    """Seconds between a leader's renewals."""
     interval: Seconds = 1.0
     """Seconds between looks at the usage when nobody asks."""
     reconcile_interval: Seconds = 3600.0

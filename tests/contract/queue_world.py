@@ -26,25 +26,25 @@ def make_job(object_id: str = "1", *, request_id: str = "request-1", low_priorit
 
 
 @dataclass
-class Witness:
+class ConsumerRecorder:
     """Jobs in the order in which handlers got them, the ended ones, and those given up with the reason."""
 
-    begun: list[FetchJob] = field(default_factory=list)
+    started: list[FetchJob] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
-    given_up: list[tuple[FetchJob, str]] = field(default_factory=list)
+    dead_lettered: list[tuple[FetchJob, str]] = field(default_factory=list)
     changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
-    async def note(self) -> None:
+    async def notify(self) -> None:
         async with self.changed:
             self.changed.notify_all()
 
-    async def until(self, condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    async def wait_for(self, condition: Callable[[], bool], seconds: float = 10.0) -> None:
         async with asyncio.timeout(seconds), self.changed:
             await self.changed.wait_for(condition)
 
-    async def on_given_up(self, job: FetchJob, reason: str) -> None:
-        self.given_up.append((job, reason))
-        await self.note()
+    async def on_dead_letter(self, job: FetchJob, reason: str) -> None:
+        self.dead_lettered.append((job, reason))
+        await self.notify()
 
 
 async def done(_: FetchJob) -> JobOutcome:
@@ -54,29 +54,29 @@ async def done(_: FetchJob) -> JobOutcome:
 @asynccontextmanager
 async def consuming(
     queue: JobQueue, handler: Handler = done, concurrency: int = 2
-) -> AsyncGenerator[Witness]:
+) -> AsyncGenerator[ConsumerRecorder]:
     """Consume for the length of the block; an error of `consume` is the test's."""
-    witness = Witness()
+    recorder = ConsumerRecorder()
 
-    async def witnessed(job: FetchJob) -> JobOutcome:
-        witness.begun.append(job)
-        await witness.note()
+    async def recording_handler(job: FetchJob) -> JobOutcome:
+        recorder.started.append(job)
+        await recorder.notify()
         try:
             return await handler(job)
         finally:
-            witness.ended.append(job.object_id)
-            await witness.note()
+            recorder.ended.append(job.object_id)
+            await recorder.notify()
 
-    task = asyncio.create_task(queue.consume(witnessed, concurrency, witness.on_given_up))
+    task = asyncio.create_task(queue.consume(recording_handler, concurrency, recorder.on_dead_letter))
     try:
-        yield witness
+        yield recorder
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
 
 
-async def until_depth(queue: JobQueue, *, ready: int = 0, delayed: int = 0, dead: int = 0) -> None:
+async def wait_for_depth(queue: JobQueue, *, ready: int = 0, delayed: int = 0, dead: int = 0) -> None:
     """The broker counts with a short delay of its own, and says nothing when a count changes."""
     async with asyncio.timeout(10):
         while True:

@@ -34,13 +34,13 @@ class FakeClock:
 
 
 @dataclass
-class World:
+class Harness:
     """`store` and `other` are two processes' doors to one state. `lose` drops one part of it: "usage", "objects" or
     "fetches"."""
 
     store: StateStore
     other: StateStore
-    let_pass: Callable[[float], Awaitable[None]]
+    advance_clock: Callable[[float], Awaitable[None]]
     dump: Callable[[], Awaitable[object]]
     times: StateTimeouts
     lose: Callable[[str], Awaitable[None]]
@@ -51,7 +51,7 @@ class World:
         for _ in range(100):
             if await condition():
                 return
-            await self.let_pass(0.05)
+            await self.advance_clock(0.05)
         raise AssertionError("it never came to pass")
 
     async def phase(self, object_id: ObjectId) -> FetchPhase | None:
@@ -72,15 +72,15 @@ class World:
         self.term = term
         return term
 
-    async def begun(self, object_id: ObjectId, size: int, worker: str = "worker-1") -> Lease:
+    async def begin_fetch(self, object_id: ObjectId, size: int, worker: str = "worker-1") -> Lease:
         granted = await self.store.begin(object_id, size, worker)
         assert isinstance(granted, Granted)
         return granted.lease
 
     async def stored(self, object_id: ObjectId, size: int) -> None:
-        assert await self.store.commit(await self.begun(object_id, size), time.time())
+        assert await self.store.commit(await self.begin_fetch(object_id, size), time.time())
 
-    async def taken(self) -> tuple[int, int]:
+    async def used_and_reserved(self) -> tuple[int, int]:
         """Bytes used and reserved."""
         usage: Usage = await self.store.usage()
         return usage.used, usage.reserved
@@ -93,11 +93,11 @@ class World:
 
 
 @asynccontextmanager
-async def memory_world(times: StateTimeouts, limit: int = LIMIT) -> AsyncIterator[World]:
+async def memory_harness(times: StateTimeouts, limit: int = LIMIT) -> AsyncIterator[Harness]:
     clock = FakeClock()
     store = MemoryStateStore(limit, times, clock)
 
-    async def let_pass(seconds: float) -> None:
+    async def advance_clock(seconds: float) -> None:
         clock.now += seconds
         await asyncio.sleep(0)
 
@@ -112,14 +112,14 @@ async def memory_world(times: StateTimeouts, limit: int = LIMIT) -> AsyncIterato
             (tables.objects if part == "objects" else tables.rows).clear()
 
     await store.open()
-    yield World(store, store, let_pass, dump, times, lose)
+    yield Harness(store, store, advance_clock, dump, times, lose)
     await store.close()
 
 
 @asynccontextmanager
-async def redis_world(
+async def redis_harness(
     url: str, prefix: str, times: StateTimeouts, limit: int = LIMIT
-) -> AsyncIterator[World]:
+) -> AsyncIterator[Harness]:
     stores = [RedisStateStore(url, prefix, limit, times) for _ in range(2)]
     client = aioredis.Redis.from_url(url, protocol=2)
 
@@ -133,7 +133,7 @@ async def redis_world(
     for store in stores:
         await store.open()
     try:
-        yield World(stores[0], stores[1], asyncio.sleep, dump, times, lose)
+        yield Harness(stores[0], stores[1], asyncio.sleep, dump, times, lose)
     finally:
         for store in stores:
             await store.close()

@@ -104,7 +104,7 @@ async def test_many_may_ask_at_once(catalog: Catalog) -> None:
     ]
 
 
-async def test_a_list_is_whole_or_an_error(kind: str, catalog: Catalog) -> None:
+async def test_a_list_is_complete_or_an_error(kind: str, catalog: Catalog) -> None:
     try:
         listed = [item async for batch in catalog.list_objects(Duty()) for item in batch]
     except CatalogUnavailable:
@@ -113,7 +113,7 @@ async def test_a_list_is_whole_or_an_error(kind: str, catalog: Catalog) -> None:
         assert sorted(item.object_id for item in listed) == ["1", "2", "3"]
 
 
-async def test_a_list_is_of_the_duty_asked_for(kind: str, catalog: Catalog) -> None:
+async def test_a_list_covers_the_requested_assignment(kind: str, catalog: Catalog) -> None:
     theirs, ours = (Duty(bucket_ids=frozenset({bucket})) for bucket in ("9:9", "0:1"))
     if kind in CANNOT_LIST:  # nor is it silent about it: an empty list would empty the cache
         for duty in (theirs, ours):

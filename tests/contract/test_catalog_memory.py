@@ -29,89 +29,89 @@ FULL = MediaObject(
 
 
 @dataclass
-class World:
+class Harness:
     """`memory` and `other` are two processes' doors to one memory."""
 
     memory: SharedCatalogCache
     other: SharedCatalogCache
-    let_pass: Callable[[float], Awaitable[None]]
+    advance_clock: Callable[[float], Awaitable[None]]
 
 
 @pytest.fixture(params=["memory", "redis"])
-async def world(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIterator[World]:
+async def harness(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIterator[Harness]:
     if request.param == "memory":
         clock = FakeClock()
 
-        async def let_pass(seconds: float) -> None:
+        async def advance_clock(seconds: float) -> None:
             clock.now += seconds
 
         memory = MemorySharedCatalogCache(clock)
-        yield World(memory, memory, let_pass)
+        yield Harness(memory, memory, advance_clock)
         return
     url = request.getfixturevalue("redis_url")
     doors = [RedisSharedCatalogCache(url, redis_prefix, 5.0, "squid") for _ in range(2)]
     for door in doors:
         await door.open()
-    yield World(doors[0], doors[1], asyncio.sleep)
+    yield Harness(doors[0], doors[1], asyncio.sleep)
     for door in doors:
         await door.close()
 
 
 @pytest.mark.parametrize("answer", [FULL, MediaObject(ONE, None), None], ids=["full", "bare", "absent"])
-async def test_an_answer_is_recalled_as_it_was(world: World, answer: MediaObject | None) -> None:
-    assert await world.memory.get(ONE) is None
-    await world.memory.put(ONE, answer, 50, 100)
-    cached = await world.other.get(ONE)
+async def test_a_cached_answer_is_returned_unchanged(harness: Harness, answer: MediaObject | None) -> None:
+    assert await harness.memory.get(ONE) is None
+    await harness.memory.put(ONE, answer, 50, 100)
+    cached = await harness.other.get(ONE)
     assert cached is not None
     assert cached.answer == answer
     assert 0 < cached.fresh_for <= 50
-    assert await world.other.get(TWO) is None
+    assert await harness.other.get(TWO) is None
 
 
-async def test_one_is_told_to_ask(world: World) -> None:
-    assert await world.memory.get_or_lock(ONE, "a", 50) == CacheLookup(None, owns_lock=True)
-    assert await world.other.get_or_lock(ONE, "b", 50) == CacheLookup(None, owns_lock=False)
-    assert (await world.other.get_or_lock(TWO, "b", 50)).owns_lock
+async def test_one_caller_gets_the_lock(harness: Harness) -> None:
+    assert await harness.memory.get_or_lock(ONE, "a", 50) == CacheLookup(None, owns_lock=True)
+    assert await harness.other.get_or_lock(ONE, "b", 50) == CacheLookup(None, owns_lock=False)
+    assert (await harness.other.get_or_lock(TWO, "b", 50)).owns_lock
 
 
-async def test_nobody_is_told_to_ask_what_is_fresh(world: World) -> None:
-    assert (await world.memory.get_or_lock(ONE, "a", 50)).owns_lock
-    await world.memory.put(ONE, FULL, 50, 100)
-    lookup = await world.other.get_or_lock(ONE, "b", 50)
+async def test_a_fresh_answer_is_not_looked_up_again(harness: Harness) -> None:
+    assert (await harness.memory.get_or_lock(ONE, "a", 50)).owns_lock
+    await harness.memory.put(ONE, FULL, 50, 100)
+    lookup = await harness.other.get_or_lock(ONE, "b", 50)
     assert not lookup.owns_lock
     assert lookup.cached is not None
     assert lookup.cached.answer == FULL
 
 
-async def test_what_is_stale_is_told_and_asked_anew(world: World) -> None:
-    assert (await world.memory.get_or_lock(ONE, "a", 50)).owns_lock
-    await world.memory.put(ONE, FULL, 0.05, 100)
-    await world.let_pass(0.1)
-    lookup = await world.other.get_or_lock(ONE, "b", 50)
+async def test_a_stale_answer_is_returned_and_looked_up_again(harness: Harness) -> None:
+    assert (await harness.memory.get_or_lock(ONE, "a", 50)).owns_lock
+    await harness.memory.put(ONE, FULL, 0.05, 100)
+    await harness.advance_clock(0.1)
+    lookup = await harness.other.get_or_lock(ONE, "b", 50)
     assert lookup.owns_lock
     assert lookup.cached is not None
     assert lookup.cached.answer == FULL
     assert lookup.cached.fresh_for <= 0
 
 
-async def test_answers_go_at_their_end(world: World) -> None:
-    await world.memory.put(ONE, FULL, 0.05, 0.05)
-    await world.let_pass(0.1)
-    assert await world.other.get(ONE) is None
+async def test_answers_expire(harness: Harness) -> None:
+    await harness.memory.put(ONE, FULL, 0.05, 0.05)
+    await harness.advance_clock(0.1)
+    assert await harness.other.get(ONE) is None
 
 
-async def test_the_right_to_ask_is_given_up_by_its_holder_alone(world: World) -> None:
-    assert (await world.memory.get_or_lock(ONE, "a", 50)).owns_lock
-    await world.other.unlock(ONE, "b")
-    assert not (await world.other.get_or_lock(ONE, "b", 50)).owns_lock
-    await world.memory.unlock(ONE, "a")
-    assert (await world.other.get_or_lock(ONE, "b", 50)).owns_lock
+async def test_the_lock_is_released_by_its_holder_only(harness: Harness) -> None:
+    assert (await harness.memory.get_or_lock(ONE, "a", 50)).owns_lock
+    await harness.other.unlock(ONE, "b")
+    assert not (await harness.other.get_or_lock(ONE, "b", 50)).owns_lock
+    await harness.memory.unlock(ONE, "a")
+    assert (await harness.other.get_or_lock(ONE, "b", 50)).owns_lock
 
 
-async def test_the_right_to_ask_runs_out(world: World) -> None:
-    assert (await world.memory.get_or_lock(ONE, "a", 0.05)).owns_lock
-    await world.let_pass(0.1)
-    assert (await world.other.get_or_lock(ONE, "b", 50)).owns_lock
+async def test_the_lock_expires(harness: Harness) -> None:
+    assert (await harness.memory.get_or_lock(ONE, "a", 0.05)).owns_lock
+    await harness.advance_clock(0.1)
+    assert (await harness.other.get_or_lock(ONE, "b", 50)).owns_lock
 
 
 async def test_different_catalogs_share_nothing(redis_url: str, redis_prefix: str) -> None:
@@ -124,7 +124,7 @@ async def test_different_catalogs_share_nothing(redis_url: str, redis_prefix: st
     await two.close()
 
 
-async def test_a_memory_out_of_reach_says_so_in_time(redis_prefix: str) -> None:
+async def test_an_unreachable_shared_cache_fails_in_time(redis_prefix: str) -> None:
     memory = RedisSharedCatalogCache("redis://127.0.0.1:1/0", redis_prefix, 0.5, "squid")
     await memory.open()
     async with asyncio.timeout(2):

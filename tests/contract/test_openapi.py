@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from services.api.app import build_app
 from services.api.application import public_path, unregister_application
-from tests.servers.api_fixture import StandIn, running_api
+from tests.servers.api_fixture import FakeAssets, running_api
 
 
 async def served(tmp_path: Path) -> Any:
@@ -22,8 +22,8 @@ async def served(tmp_path: Path) -> Any:
 
 async def test_every_route_is_described_and_every_description_is_a_route(tmp_path: Path) -> None:
     document = await served(tmp_path)
-    async with running_api(tmp_path, StandIn()) as api:
-        application = build_app(api.context, StandIn())
+    async with running_api(tmp_path, FakeAssets()) as api:
+        application = build_app(api.context, FakeAssets())
         routes = {
             (public_path(route).replace("<object_id>", "{objectId}"), method.lower())
             for route in application.router.routes

@@ -24,7 +24,7 @@ from services.api.operator.desk import OperatorCommands
 from services.api.operator.service import operator_api
 from services.api.operator.views import OperatorQueries
 from services.api.operator.warming import CacheWarmer
-from tests.servers.api_fixture import StandIn, running_api
+from tests.servers.api_fixture import FakeAssets, running_api
 from tests.servers.operator_token import SECRET, sign
 
 DOCUMENT: dict[str, Any] = json.loads(files("services.api.operator").joinpath("openapi.json").read_text())
@@ -37,7 +37,7 @@ CHECKS = [
 
 
 async def test_every_route_is_described_and_every_description_is_a_route(tmp_path: Path) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         context = api.context
         application = build_operator_app(
             context.settings.public_api,
@@ -59,7 +59,7 @@ async def test_every_route_is_described_and_every_description_is_a_route(tmp_pat
 async def test_server_keeps_to_the_document(tmp_path: Path) -> None:
     operator = {"port": 0, "secret": SECRET}
     async with (
-        running_api(tmp_path, StandIn(), operator_api=operator) as api,
+        running_api(tmp_path, FakeAssets(), operator_api=operator) as api,
         operator_api(api.context, "here", shared_port=False) as port,
     ):
         term = await api.context.state.lead("evictor", 60)

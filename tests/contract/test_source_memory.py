@@ -23,12 +23,12 @@ A, B = "one.example:81", "two.example"
 
 
 @dataclass
-class World:
+class Harness:
     """`memory` and `other` are two processes' doors to one memory."""
 
     memory: SharedSourceStats
     other: SharedSourceStats
-    let_pass: Callable[[float], Awaitable[None]]
+    advance_clock: Callable[[float], Awaitable[None]]
 
     async def tell(self, name: str, delta: SourceStatsDelta, now: float = 100.0) -> None:
         await self.memory.sync({name: delta}, [], now)
@@ -38,102 +38,102 @@ class World:
 
 
 @pytest.fixture(params=["memory", "redis"])
-async def world(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIterator[World]:
+async def harness(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIterator[Harness]:
     if request.param == "memory":
         clock = FakeClock()
 
-        async def let_pass(seconds: float) -> None:
+        async def advance_clock(seconds: float) -> None:
             clock.now += seconds
 
         memory = MemorySharedSourceStats(clock)
-        yield World(memory, memory, let_pass)
+        yield Harness(memory, memory, advance_clock)
         return
     url = request.getfixturevalue("redis_url")
     doors = [RedisSharedSourceStats(url, redis_prefix, 5.0) for _ in range(2)]
     for door in doors:
         await door.open()
-    yield World(doors[0], doors[1], asyncio.sleep)
+    yield Harness(doors[0], doors[1], asyncio.sleep)
     for door in doors:
         await door.close()
 
 
-async def test_nothing_is_known_at_first(world: World) -> None:
-    assert await world.learn() == SharedSources({}, [])
+async def test_nothing_is_known_at_first(harness: Harness) -> None:
+    assert await harness.learn() == SharedSources({}, [])
 
 
-async def test_what_one_has_seen_the_other_knows(world: World) -> None:
-    await world.tell(A, SourceStatsDelta(SourceHealth(first_bytes=(0.25, 0.5))))
-    await world.tell(B, SourceStatsDelta(SourceHealth(failures=2, last_failure_at=97.0)))
-    health = (await world.learn()).health
+async def test_observations_are_shared_between_processes(harness: Harness) -> None:
+    await harness.tell(A, SourceStatsDelta(SourceHealth(first_bytes=(0.25, 0.5))))
+    await harness.tell(B, SourceStatsDelta(SourceHealth(failures=2, last_failure_at=97.0)))
+    health = (await harness.learn()).health
     assert health[A].first_bytes == (0.25, 0.5)
     assert (health[A].failures, health[A].unreachable_at) == (0, None)
     assert health[B].failures == 2
 
 
-async def test_the_teller_learns_it_in_the_same_step(world: World) -> None:
-    shared = await world.memory.sync({A: SourceStatsDelta(SourceHealth(first_bytes=(0.5,)))}, [], 0.0)
+async def test_the_sender_receives_the_totals_in_the_same_call(harness: Harness) -> None:
+    shared = await harness.memory.sync({A: SourceStatsDelta(SourceHealth(first_bytes=(0.5,)))}, [], 0.0)
     assert shared.health[A].first_bytes == (0.5,)
 
 
-async def test_times_are_on_the_clock_of_who_asks(world: World) -> None:
+async def test_times_use_the_callers_clock(harness: Harness) -> None:
     seen = SourceHealth(failures=1, last_failure_at=97.0, unreachable_at=99.0)
-    await world.tell(A, SourceStatsDelta(seen), now=100.0)
-    health = (await world.learn(now=5000.0)).health[A]
+    await harness.tell(A, SourceStatsDelta(seen), now=100.0)
+    health = (await harness.learn(now=5000.0)).health[A]
     assert health.last_failure_at == pytest.approx(4997.0, abs=0.5)
     assert health.unreachable_at == pytest.approx(4999.0, abs=0.5)
 
 
-async def test_the_last_ten_answers_make_the_mean(world: World) -> None:
-    await world.tell(
+async def test_the_last_ten_answers_make_the_mean(harness: Harness) -> None:
+    await harness.tell(
         A, SourceStatsDelta(SourceHealth(first_bytes=tuple(float(number) for number in range(8))))
     )
-    await world.tell(A, SourceStatsDelta(SourceHealth(first_bytes=(8.0, 9.0, 10.0, 11.0))))
-    assert (await world.learn()).health[A].first_bytes == tuple(float(number) for number in range(2, 12))
+    await harness.tell(A, SourceStatsDelta(SourceHealth(first_bytes=(8.0, 9.0, 10.0, 11.0))))
+    assert (await harness.learn()).health[A].first_bytes == tuple(float(number) for number in range(2, 12))
 
 
-async def test_failures_add_up_until_a_success(world: World) -> None:
+async def test_failures_add_up_until_a_success(harness: Harness) -> None:
     failed = SourceStatsDelta(SourceHealth(failures=2, last_failure_at=100.0))
-    await world.tell(A, failed)
-    await world.tell(A, failed)
-    assert (await world.learn()).health[A].failures == 4
-    await world.tell(A, SourceStatsDelta(SourceHealth(failures=1, last_failure_at=100.0), succeeded=True))
-    assert (await world.learn()).health[A].failures == 1
-    await world.tell(A, SourceStatsDelta(succeeded=True, reached=True))
-    assert (await world.learn()).health[A].failures == 0
+    await harness.tell(A, failed)
+    await harness.tell(A, failed)
+    assert (await harness.learn()).health[A].failures == 4
+    await harness.tell(A, SourceStatsDelta(SourceHealth(failures=1, last_failure_at=100.0), succeeded=True))
+    assert (await harness.learn()).health[A].failures == 1
+    await harness.tell(A, SourceStatsDelta(succeeded=True, reached=True))
+    assert (await harness.learn()).health[A].failures == 0
 
 
-async def test_a_good_probe_ends_a_failed_one_and_no_more(world: World) -> None:
+async def test_a_good_probe_ends_a_failed_one_and_no_more(harness: Harness) -> None:
     seen = SourceHealth(failures=1, last_failure_at=99.0, unreachable_at=100.0)
-    await world.tell(A, SourceStatsDelta(seen))
-    assert (await world.learn()).health[A].unreachable_at is not None
-    await world.tell(A, SourceStatsDelta(SourceHealth(first_bytes=(0.5,)), reached=True))
-    health = (await world.learn()).health[A]
+    await harness.tell(A, SourceStatsDelta(seen))
+    assert (await harness.learn()).health[A].unreachable_at is not None
+    await harness.tell(A, SourceStatsDelta(SourceHealth(first_bytes=(0.5,)), reached=True))
+    health = (await harness.learn()).health[A]
     assert (health.unreachable_at, health.failures) == (None, 1)
 
 
-async def test_corrupted_copies_are_told_until_they_are_forgotten(world: World) -> None:
-    await world.memory.sync({}, [CorruptedCopy(ONE, A, 50), CorruptedCopy(TWO, B, 0.05)], 0.0)
-    await world.let_pass(0.1)
-    (copy,) = (await world.learn()).corrupted
+async def test_corrupt_copies_are_reported_until_they_expire(harness: Harness) -> None:
+    await harness.memory.sync({}, [CorruptedCopy(ONE, A, 50), CorruptedCopy(TWO, B, 0.05)], 0.0)
+    await harness.advance_clock(0.1)
+    (copy,) = (await harness.learn()).corrupted
     assert (copy.object_id, copy.source) == (ONE, A)
     assert 0 < copy.seconds_left < 50
 
 
-async def test_corrupted_copies_are_bounded(world: World) -> None:
+async def test_corrupted_copies_are_bounded(harness: Harness) -> None:
     first = [CorruptedCopy(ObjectId(f"{number}"), A, 10 + number) for number in range(MAX_CORRUPTED_COPIES)]
-    await world.memory.sync({}, first, 0.0)
-    await world.memory.sync({}, [CorruptedCopy(TWO, B, 10_000)], 0.0)
-    kept = {(copy.object_id, copy.source) for copy in (await world.learn()).corrupted}
+    await harness.memory.sync({}, first, 0.0)
+    await harness.memory.sync({}, [CorruptedCopy(TWO, B, 10_000)], 0.0)
+    kept = {(copy.object_id, copy.source) for copy in (await harness.learn()).corrupted}
     assert len(kept) == MAX_CORRUPTED_COPIES
     assert (TWO, B) in kept
     assert (ObjectId("0"), A) not in kept
 
 
-async def test_two_processes_share_one_order(world: World) -> None:
+async def test_two_processes_share_one_order(harness: Harness) -> None:
     registries = [SourceHealthRegistry(), SourceHealthRegistry()]
     stats_syncs = [
-        SourceStatsSync(registries[0], world.memory, 3600),
-        SourceStatsSync(registries[1], world.other, 3600),
+        SourceStatsSync(registries[0], harness.memory, 3600),
+        SourceStatsSync(registries[1], harness.other, 3600),
     ]
     urls = ["http://one.example:81/1", "http://two.example/1"]
     registries[0].record_failure(urls[0])
@@ -144,7 +144,7 @@ async def test_two_processes_share_one_order(world: World) -> None:
     assert registries[1].best_first(urls, ONE) == (urls[0],)
 
 
-async def test_a_memory_out_of_reach_costs_this_process_nothing_it_has_seen(redis_prefix: str) -> None:
+async def test_an_unreachable_shared_store_loses_no_local_statistics(redis_prefix: str) -> None:
     memory = RedisSharedSourceStats("redis://127.0.0.1:1/0", redis_prefix, 0.5)
     registry = SourceHealthRegistry()
     async with asyncio.timeout(5), SourceStatsSync(registry, memory, 3600) as stats_sync:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.docker.compose import samples
 from tests.docker.edge import NAMES, REQUESTS, assert_same
-from tests.docker.world import NOTES, World
+from tests.docker.world import NOTES, Harness
 from tests.end_to_end.client import get
 
 pytestmark = pytest.mark.docker
@@ -22,41 +22,43 @@ OFFER = {"X-Sendfile-Type": "X-Accel-Redirect"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _handing_over(world: World) -> None:
-    world.stack.settings["ACCEL_REDIRECT_PREFIX"] = PREFIX
-    world.stack.up()
+def _handing_over(harness: Harness) -> None:
+    harness.stack.settings["ACCEL_REDIRECT_PREFIX"] = PREFIX
+    harness.stack.up()
 
 
 @pytest.mark.parametrize("headers", REQUESTS, ids=NAMES)
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_a_handed_over_hit_is_the_same(world: World, method: str, headers: dict[str, str]) -> None:
-    await assert_same(world, method, headers)
+async def test_an_accel_redirect_hit_is_identical(
+    harness: Harness, method: str, headers: dict[str, str]
+) -> None:
+    await assert_same(harness, method, headers)
 
 
-async def test_the_edge_sends_it_and_the_api_counts_it(world: World) -> None:
-    await world.cached(["64"])
-    offered = await get(world.stack.url("64"), OFFER)
+async def test_the_edge_sends_it_and_the_api_counts_it(harness: Harness) -> None:
+    await harness.cached(["64"])
+    offered = await get(harness.stack.url("64"), OFFER)
     assert (offered.status, offered.body) == (200, b"")
     assert offered.headers["x-accel-redirect"].startswith(f"{PREFIX}/")
-    before = _sent(world)
+    before = _sent(harness)
     began = time.monotonic()
-    answer = await get(world.stack.edge_url("/api/v1/assets/64"))
+    answer = await get(harness.stack.edge_url("/api/v1/assets/64"))
     NOTES.append(f"64 MiB handed over to the edge and sent in {time.monotonic() - began:.2f} s")
-    assert world.right(answer, "64")
-    assert _sent(world) - before == len(answer.body)
+    assert harness.right(answer, "64")
+    assert _sent(harness) - before == len(answer.body)
 
 
-def _sent(world: World) -> float:
-    return samples(world.stack.metrics("api"), "distributor_sent_bytes_total")['{source="local"}']
+def _sent(harness: Harness) -> float:
+    return samples(harness.stack.metrics("api"), "distributor_sent_bytes_total")['{source="local"}']
 
 
-async def test_no_header_comes_twice_and_the_place_is_not_told(world: World) -> None:
-    await world.cached(["5"])
+async def test_no_header_comes_twice_and_the_internal_path_is_hidden(harness: Harness) -> None:
+    await harness.cached(["5"])
 
     def ask() -> list[str]:
-        connection = http.client.HTTPConnection("127.0.0.1", world.stack.ports["EDGE_PORT"], timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", harness.stack.ports["EDGE_PORT"], timeout=20)
         with contextlib.closing(connection):
-            connection.request("GET", world.stack.settings["EDGE_PREFIX"] + "/api/v1/assets/5")
+            connection.request("GET", harness.stack.settings["EDGE_PREFIX"] + "/api/v1/assets/5")
             return [name.lower() for name, _ in connection.getresponse().getheaders()]
 
     names = await asyncio.to_thread(ask)
@@ -64,9 +66,9 @@ async def test_no_header_comes_twice_and_the_place_is_not_told(world: World) -> 
     assert not [name for name in names if name.startswith("x-accel")]
 
 
-async def test_the_places_cannot_be_asked_for(world: World) -> None:
-    await world.cached(["5"])
-    place = (await get(world.stack.url("5"), OFFER)).headers["x-accel-redirect"]
-    base = world.stack.edge_url("").removesuffix(world.stack.settings["EDGE_PREFIX"])
-    for path in (place, f"{world.stack.settings['EDGE_PREFIX']}{place}", f"{place}/../../5"):
+async def test_the_internal_locations_cannot_be_requested(harness: Harness) -> None:
+    await harness.cached(["5"])
+    place = (await get(harness.stack.url("5"), OFFER)).headers["x-accel-redirect"]
+    base = harness.stack.edge_url("").removesuffix(harness.stack.settings["EDGE_PREFIX"])
+    for path in (place, f"{harness.stack.settings['EDGE_PREFIX']}{place}", f"{place}/../../5"):
         assert (await get(base + path)).status == 404, path

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.demo.knobs import Behaviour, Match, Rule
+from services.demo.knobs import Fault, Match, Rule
 from services.demo.objects import DemoObject
 from tests.docker.compose import ComposeStack
 from tests.end_to_end.client import Answer, get
@@ -20,7 +20,7 @@ OBJECT_SIZE = 512 * 1024
 """Of each of the objects 100 to 159, in bytes."""
 NOTES: list[str] = []
 """What was measured; shown at the end of the run."""
-TIMED_OUT, _PATIENCE = -1, 90.0
+TIMED_OUT, _TIMEOUT = -1, 90.0
 """Stands for the status of an answer that did not come within so many seconds, or whose connection was not made."""
 LARGE_OBJECTS, LARGE_SIZE = ("200", "201", "202"), 40 * 1024**2
 """Together with the demo's own more than the volume may hold."""
@@ -29,7 +29,7 @@ KILLED, GROWING, ENDLESS = "210", "211", "212"
 
 
 @dataclass(slots=True)
-class World:
+class Harness:
     """`objects` are those of the stack's storage node, by id."""
 
     stack: ComposeStack
@@ -43,13 +43,13 @@ class World:
     def behave(self, rules: Sequence[Rule]) -> None:
         """From now on the storage node follows these rules."""
         document = json.dumps({"rules": [rule.to_json() for rule in rules]}).encode()
-        request = urllib.request.Request(f"{self.source}/knobs", document, method="PUT")
+        request = urllib.request.Request(f"{self.source}/faults", document, method="PUT")
         with urllib.request.urlopen(request, timeout=10) as answer:
             assert answer.status == 200
 
     def slow_down(self, bytes_per_second: int, object_id: str | None = None) -> None:
         match = Match(object_id=object_id, method="GET", endpoint="files")
-        self.behave([Rule(Behaviour(bytes_per_second=bytes_per_second), match)])
+        self.behave([Rule(Fault(bytes_per_second=bytes_per_second), match)])
 
     def requests_for(self, object_id: str) -> list[dict[str, Any]]:
         """What the storage node was asked for one object, in order."""
@@ -167,9 +167,9 @@ class Traffic:
     async def _ask(self) -> Answer | None:
         """None: refused; by the host, too, once the container with its address is gone."""
         try:
-            answer = await get(self.url, timeout=_PATIENCE)
+            answer = await get(self.url, timeout=_TIMEOUT)
         except TimeoutError:
-            return Answer(TIMED_OUT, {}, b"", complete=False, first_byte_after=0, took=_PATIENCE)
+            return Answer(TIMED_OUT, {}, b"", complete=False, first_byte_after=0, took=_TIMEOUT)
         except OSError:
             return None
         if answer.status == 0 and self.forwarded:

@@ -24,7 +24,7 @@ from shared.domain.objects import ObjectId, StoredRecord, entity_tag
 from shared.domain.space import footprint
 from shared.ports.state_store import Access, Granted, IndexEntry
 from tests.end_to_end.client import get
-from tests.end_to_end.conftest import World
+from tests.end_to_end.conftest import Harness
 from tests.end_to_end.stack import ServiceProcess, Stack
 
 pytestmark = pytest.mark.timeout(180)
@@ -43,32 +43,32 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60.0)
 
 @pytest.mark.parametrize(("min_idle", "outlives"), [("8", True), ("1", False)])
 async def test_a_video_being_watched_outlives_a_flood_of_thumbnails(
-    world: World, min_idle: str, outlives: bool
+    harness: Harness, min_idle: str, outlives: bool
 ) -> None:
     """Two minutes of peace are eight seconds here. To the policy the video is the least of all objects; its player
     pauses so long between two ranges that no API process holds it any more, so nothing but its accesses keeps it:
     with a `min_idle` shorter than the pause it goes."""
     video = generated_object("1", 12 * MIB)
     thumbnails = [generated_object(str(number), MIB // 4) for number in range(2, 150)]
-    world.publish([video, *thumbnails])
-    world.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"] = "40M"
-    world.stack.environment["DISTRIBUTOR_EVICTOR__MIN_IDLE"] = min_idle
-    await world.stack.up()
-    await get(world.stack.url("1"))
-    await world.stack.until_hit("1")
+    harness.publish([video, *thumbnails])
+    harness.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"] = "40M"
+    harness.stack.environment["DISTRIBUTOR_EVICTOR__MIN_IDLE"] = min_idle
+    await harness.stack.up()
+    await get(harness.stack.url("1"))
+    await harness.stack.until_hit("1")
     over, seen = asyncio.Event(), list[str]()
 
     async def watch() -> None:
         while not over.is_set():
             first = len(seen) * MIB % (11 * MIB)
-            answer = await get(world.stack.url("1"), {"Range": f"bytes={first}-{first + MIB - 1}"})
+            answer = await get(harness.stack.url("1"), {"Range": f"bytes={first}-{first + MIB - 1}"})
             assert (answer.status, len(answer.body)) == (206, MIB)
             seen.append(answer.headers["x-cache"])
             await asyncio.sleep(PLAYERS_PAUSE)
 
     async def flood() -> None:
         for thumbnail in thumbnails:
-            assert (await get(world.stack.url(thumbnail.object_id))).complete
+            assert (await get(harness.stack.url(thumbnail.object_id))).complete
             await asyncio.sleep(0.15)
         over.set()
 
@@ -78,7 +78,7 @@ async def test_a_video_being_watched_outlives_a_flood_of_thumbnails(
     assert len(seen) > 5
     assert (set(seen) == {"hit"}) == outlives
     if outlives:
-        heads = [await get(world.stack.url(name), method="HEAD") for name in ("1", "2")]
+        heads = [await get(harness.stack.url(name), method="HEAD") for name in ("1", "2")]
         assert [head.headers["x-cache"] for head in heads] == ["hit", "miss"]
 
 

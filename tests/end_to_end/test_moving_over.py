@@ -18,7 +18,7 @@ import pytest
 
 from services.demo.objects import DemoObject, generated_object
 from services.demo.squid import TestSquid
-from services.demo.squid.world import make_world
+from services.demo.squid.world import make_squid_data
 from services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.stack import Stack
@@ -32,7 +32,7 @@ HOUR_MS = 3_600_000
 
 
 @dataclass(slots=True)
-class World:
+class Harness:
     """An existing node that was stopped: `data` holds its objects, `state` its cache.json."""
 
     folder: Path
@@ -70,7 +70,7 @@ class World:
             json.dumps({"lruCacheGroups": groups, "mimeTypeByObjectId": types})
         )
         self.node.objects.update({item.object_id: item for item in self.objects})
-        self.squid.world = make_world(self.objects, [self.node.url], workers={7: ["0:1"]})
+        self.squid.data = make_squid_data(self.objects, [self.node.url], workers={7: ["0:1"]})
 
     def import_config(self, limit: str = "1G") -> None:
         """Run the command on the existing node's configuration; the stack's processes get what it printed."""
@@ -114,126 +114,126 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[World]:
+async def harness(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[Harness]:
     stack = Stack(tmp_path, redis_url, amqp_url, f"e2e-{uuid.uuid4().hex[:8]}")
     async with StorageNode([]).run() as node, TestSquid([]).run() as squid:
         try:
-            yield World(tmp_path, stack, node, squid)
+            yield Harness(tmp_path, stack, node, squid)
         finally:
             stack.kill_all()
 
 
-async def assert_all_hits(world: World) -> None:
-    for item in world.objects:
-        answer = await get(world.stack.url(item.object_id))
-        assert answer.headers.get("x-cache") == "hit", (item.object_id, answer.headers, world.stack.logs())
+async def assert_all_hits(harness: Harness) -> None:
+    for item in harness.objects:
+        answer = await get(harness.stack.url(item.object_id))
+        assert answer.headers.get("x-cache") == "hit", (item.object_id, answer.headers, harness.stack.logs())
         assert_whole(answer, item)
-    assert not world.asked_for_objects(), "nothing was downloaded"
+    assert not harness.asked_for_objects(), "nothing was downloaded"
 
 
-async def test_every_object_is_a_hit_and_nothing_was_downloaded(world: World) -> None:
-    world.leave_behind()
-    world.import_config()
-    await world.stack.up()
-    await assert_all_hits(world)
-    assert not world.flat_files(), "moved, not copied"
-    status = await world.stack.status()
+async def test_every_object_is_a_hit_and_nothing_was_downloaded(harness: Harness) -> None:
+    harness.leave_behind()
+    harness.import_config()
+    await harness.stack.up()
+    await assert_all_hits(harness)
+    assert not harness.flat_files(), "moved, not copied"
+    status = await harness.stack.status()
     assert (status["id"], status["objectsInCache"]) == ("moved-over", COUNT)
     query_node = status["queryNodeStatus"]
-    assert query_node["url"] == world.squid.url
+    assert query_node["url"] == harness.squid.url
     assert query_node["blocksProcessed"] > 0
     assert query_node["packageVersion"]
-    answer = await get(world.stack.url("1"), method="HEAD")
+    answer = await get(harness.stack.url("1"), method="HEAD")
     assert answer.headers["content-type"] == "image/x-made-up", "what the existing node found it to be"
 
 
-async def test_standalone_takes_over_as_well(world: World) -> None:
-    world.leave_behind()
-    world.import_config()
+async def test_standalone_takes_over_as_well(harness: Harness) -> None:
+    harness.leave_behind()
+    harness.import_config()
     for name in ("STATE_STORE__URL", "JOB_QUEUE__URL"):
-        del world.stack.environment[f"DISTRIBUTOR_{name}"]
-    process = world.stack.add("standalone")
+        del harness.stack.environment[f"DISTRIBUTOR_{name}"]
+    process = harness.stack.add("standalone")
     await process.healthy()
-    await assert_all_hits(world)
+    await assert_all_hits(harness)
     await process.stop()
     process.start()
     await process.healthy()
-    await assert_all_hits(world)
+    await assert_all_hits(harness)
 
 
-async def test_eviction_honours_the_imported_popularity(world: World) -> None:
+async def test_eviction_honours_the_imported_popularity(harness: Harness) -> None:
     """The limit holds half of what was left behind: the least popular go."""
-    world.leave_behind()
-    world.import_config(limit=str(COUNT // 2 * (SIZE + 100 + 1024)))
-    await world.stack.up()
+    harness.leave_behind()
+    harness.import_config(limit=str(COUNT // 2 * (SIZE + 100 + 1024)))
+    await harness.stack.up()
     deadline = time.monotonic() + 30
-    while len(world.objects_in_volume()) > COUNT // 2:
-        assert time.monotonic() < deadline, world.stack.logs()
+    while len(harness.objects_in_volume()) > COUNT // 2:
+        assert time.monotonic() < deadline, harness.stack.logs()
         await asyncio.sleep(0.1)
-    kept = {int(name) for name in world.objects_in_volume()}
+    kept = {int(name) for name in harness.objects_in_volume()}
     assert kept == set(range(COUNT - len(kept) + 1, COUNT + 1)), "the most popular ones are left"
     assert len(kept) > COUNT // 4
 
 
 @pytest.mark.parametrize("state", ["torn", "missing"])
-async def test_without_a_usable_cache_state_only_recency_is_lost(world: World, state: str) -> None:
-    world.leave_behind(20)
-    file = world.state / "cache.json"
+async def test_without_a_usable_cache_state_only_recency_is_lost(harness: Harness, state: str) -> None:
+    harness.leave_behind(20)
+    file = harness.state / "cache.json"
     if state == "torn":
         file.write_bytes(file.read_bytes()[:500])
     else:
         file.unlink()
-    world.import_config()
-    await world.stack.up()
-    await assert_all_hits(world)
-    assert '"cache_state_unusable"' in world.stack.logs()
+    harness.import_config()
+    await harness.stack.up()
+    await assert_all_hits(harness)
+    assert '"cache_state_unusable"' in harness.stack.logs()
 
 
-async def test_killed_in_the_middle_it_goes_on_at_the_next_start(world: World) -> None:
-    world.leave_behind()
-    world.import_config()
-    evictor = world.stack.add("evictor")
+async def test_an_import_killed_midway_continues_at_the_next_start(harness: Harness) -> None:
+    harness.leave_behind()
+    harness.import_config()
+    evictor = harness.stack.add("evictor")
     async with asyncio.timeout(30):
-        while not (world.data / "objects").exists() or len(world.objects_in_volume()) < 5:  # noqa: ASYNC110
+        while not (harness.data / "objects").exists() or len(harness.objects_in_volume()) < 5:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
     evictor.kill()
-    world.stack.processes.clear()
-    await world.stack.up()
-    await assert_all_hits(world)
-    assert not world.flat_files()
+    harness.stack.processes.clear()
+    await harness.stack.up()
+    await assert_all_hits(harness)
+    assert not harness.flat_files()
 
 
-async def test_files_of_the_wrong_size_are_not_served(world: World) -> None:
-    world.leave_behind(10)
-    (world.data / "3").write_bytes(b"cut short")
-    (world.data / "notes.txt").write_text("somebody's")
-    world.import_config()
-    await world.stack.up()
-    wrong = world.objects[2]
-    answer = await get(world.stack.url("3"))
+async def test_files_of_the_wrong_size_are_not_served(harness: Harness) -> None:
+    harness.leave_behind(10)
+    (harness.data / "3").write_bytes(b"cut short")
+    (harness.data / "notes.txt").write_text("somebody's")
+    harness.import_config()
+    await harness.stack.up()
+    wrong = harness.objects[2]
+    answer = await get(harness.stack.url("3"))
     assert_whole(answer, wrong)
     assert answer.headers["x-cache"] != "hit"
-    assert (world.data / "notes.txt").exists()
-    for item in world.objects[3:]:
-        assert (await get(world.stack.url(item.object_id))).headers["x-cache"] == "hit"
+    assert (harness.data / "notes.txt").exists()
+    for item in harness.objects[3:]:
+        assert (await get(harness.stack.url(item.object_id))).headers["x-cache"] == "hit"
 
 
-async def test_a_squid_that_is_down_at_first_costs_no_object(world: World) -> None:
-    world.leave_behind(20)
-    world.import_config()
-    await world.squid.go_away()
-    evictor = world.stack.add("evictor")
+async def test_a_squid_that_is_down_at_first_costs_no_object(harness: Harness) -> None:
+    harness.leave_behind(20)
+    harness.import_config()
+    await harness.squid.start_outage()
+    evictor = harness.stack.add("evictor")
     async with asyncio.timeout(30):
         while '"repair_put_off"' not in evictor.log.read_text():  # noqa: ASYNC110 - another process's log
             await asyncio.sleep(0.05)
-    assert len(world.objects_in_volume()) == 20
-    await world.squid.come_back()
+    assert len(harness.objects_in_volume()) == 20
+    await harness.squid.end_outage()
     # A request in between is answered from what is there: the fetcher verifies it, and downloads nothing
-    fetcher, api = world.stack.add("fetcher"), world.stack.add("api")
+    fetcher, api = harness.stack.add("fetcher"), harness.stack.add("api")
     await fetcher.healthy()
     async with asyncio.timeout(20):
         while '"listening"' not in api.log.read_text():  # noqa: ASYNC110 - it is not ready before the takeover is
             await asyncio.sleep(0.05)
-        while (await get(world.stack.url("5"))).headers.get("x-cache") != "hit":  # noqa: ASYNC110 - as a client would
+        while (await get(harness.stack.url("5"))).headers.get("x-cache") != "hit":  # noqa: ASYNC110 - as a client would
             await asyncio.sleep(0.2)
-    assert not re.search(r'"outcome": ?"fetched"', world.stack.logs())
+    assert not re.search(r'"outcome": ?"fetched"', harness.stack.logs())

@@ -12,38 +12,38 @@ from typing import Any
 from services.demo.objects import DemoObject
 from tests.end_to_end.client import Answer, get
 from tests.end_to_end.stack import ServiceProcess
-from tests.fire.world import FireWorld
+from tests.fire.world import ChaosHarness
 
 
-def is_right(answer: Answer, item: DemoObject) -> bool:
+def is_correct(answer: Answer, item: DemoObject) -> bool:
     """A whole answer, with the right bytes."""
     return (answer.status, answer.complete) == (200, True) and answer.body == item.content.read(0, item.size)
 
 
-async def ask_right(fire: FireWorld, item: DemoObject, timeout: float = 60.0) -> Answer:
+async def get_correct(chaos: ChaosHarness, item: DemoObject, timeout: float = 60.0) -> Answer:
     """One GET that must end well."""
-    answer = await get(fire.stack.url(item.object_id), timeout=timeout)
-    assert is_right(answer, item), (item.object_id, answer.status, answer.complete, answer.body[:200])
+    answer = await get(chaos.stack.url(item.object_id), timeout=timeout)
+    assert is_correct(answer, item), (item.object_id, answer.status, answer.complete, answer.body[:200])
     return answer
 
 
-async def ask_all(fire: FireWorld, items: Sequence[DemoObject], at_once: int = 6) -> list[Answer]:
+async def get_all(chaos: ChaosHarness, items: Sequence[DemoObject], at_once: int = 6) -> list[Answer]:
     """One GET for each, a few at a time; all must end well."""
     free = asyncio.Semaphore(at_once)
 
     async def ask(item: DemoObject) -> Answer:
         async with free:
-            return await ask_right(fire, item)
+            return await get_correct(chaos, item)
 
     return await asyncio.gather(*(ask(item) for item in items))
 
 
-async def cache_all(fire: FireWorld, items: Sequence[DemoObject], timeout: float = 120.0) -> float:
+async def cache_all(chaos: ChaosHarness, items: Sequence[DemoObject], timeout: float = 120.0) -> float:
     """Ask until each is a hit; every answer on the way must be right. Seconds that took."""
     began = time.monotonic()
     left = list(items)
     while left:
-        answers = await ask_all(fire, left)
+        answers = await get_all(chaos, left)
         left = [
             item for item, answer in zip(left, answers, strict=True) if answer.headers["x-cache"] != "hit"
         ]
@@ -53,18 +53,18 @@ async def cache_all(fire: FireWorld, items: Sequence[DemoObject], timeout: float
     return time.monotonic() - began
 
 
-async def asked_until_whole(fire: FireWorld, item: DemoObject, patience: float = 0.0) -> int:
-    """GETs until one is whole; each must be right, or cut short of its end (or, for `patience` seconds, a 502 or 504:
-    failures are remembered for a moment). How many were cut."""
-    deadline = time.monotonic() + patience
+async def get_until_complete(chaos: ChaosHarness, item: DemoObject, retry_errors_for: float = 0.0) -> int:
+    """GETs until one is whole; each must be right, or cut short of its end (or, for `retry_errors_for` seconds, a 502
+    or 504: failures are remembered for a moment). How many were cut."""
+    deadline = time.monotonic() + retry_errors_for
     cuts = 0
     while cuts < 4:
-        answer = await get(fire.stack.url(item.object_id), timeout=60)
+        answer = await get(chaos.stack.url(item.object_id), timeout=60)
         if answer.status in (502, 504) and time.monotonic() < deadline:
             await asyncio.sleep(0.5)
             continue
         if answer.complete:
-            assert is_right(answer, item), (item.object_id, answer.status, answer.body[:200])
+            assert is_correct(answer, item), (item.object_id, answer.status, answer.body[:200])
             return cuts
         cuts += 1
     raise AssertionError(f"{item.object_id}: cut each time")
@@ -79,11 +79,11 @@ def events(process: ServiceProcess, name: str) -> Iterator[dict[str, Any]]:
                 yield event
 
 
-def fetched(fire: FireWorld) -> Counter[str]:
+def completed_downloads(chaos: ChaosHarness) -> Counter[str]:
     """How many complete downloads there were of each object."""
     return Counter(
         event["object_id"]
-        for process in fire.stack.of("fetcher")
+        for process in chaos.stack.of("fetcher")
         for event in events(process, "job_ended")
         if event["outcome"].startswith("fetched") and event["outcome"] != "fetched_elsewhere"
     )

@@ -7,17 +7,21 @@ import os
 import time
 from pathlib import Path
 
-from tests.fire.crew import Crew
+from tests.fire.crew import ClientPool
 
-_PLACE = Path(os.environ.get("FIRE_FIGURES", "build/fire/figures.jsonl"))
+_RESULTS_FILE = Path(os.environ.get("CHAOS_FIGURES", "build/chaos/figures.jsonl"))
 
 
-def note(test: str, crew: Crew | None = None, **figures: float | int | str) -> None:
+def record_result(test: str, clients: ClientPool | None = None, **figures: float | int | str) -> None:
     """Times in seconds, sizes in bytes."""
     line: dict[str, float | int | str] = {"test": test, "at": round(time.time())}
-    if crew is not None:
-        line |= {"requests": crew.asked.total(), "failed": len(crew.failures), "wrong": len(crew.wrong)}
+    if clients is not None:
+        line |= {
+            "requests": clients.requested.total(),
+            "failed": len(clients.failures),
+            "wrong": len(clients.wrong),
+        }
     line |= {name: round(value, 3) if isinstance(value, float) else value for name, value in figures.items()}
-    _PLACE.parent.mkdir(parents=True, exist_ok=True)
-    with _PLACE.open("a") as file:
+    _RESULTS_FILE.parent.mkdir(parents=True, exist_ok=True)
+    with _RESULTS_FILE.open("a") as file:
         file.write(json.dumps(line) + "\n")

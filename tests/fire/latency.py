@@ -17,10 +17,10 @@ SLICE_SECONDS = 1.0
 
 @dataclass(slots=True)
 class Hits:
-    """Latencies in seconds, by when they were asked (monotonic); `trouble`: what was no right hit."""
+    """Latencies in seconds, by when they were asked (monotonic); `errors`: what was no right hit."""
 
     samples: list[tuple[float, float]] = field(default_factory=list)
-    trouble: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
 
     @property
     def p99(self) -> float:
@@ -34,7 +34,7 @@ class Hits:
 
 
 @asynccontextmanager
-async def asking_hits(urls: Sequence[str], items: Sequence[DemoObject]) -> AsyncIterator[Hits]:
+async def measure_hits(urls: Sequence[str], items: Sequence[DemoObject]) -> AsyncIterator[Hits]:
     """Ask for cached objects one after the other, until the context ends. Each must be a right, whole hit."""
     hits, over = Hits(), asyncio.Event()
     bodies = [item.content.read(0, item.size) for item in items]
@@ -47,13 +47,13 @@ async def asking_hits(urls: Sequence[str], items: Sequence[DemoObject]) -> Async
             try:
                 answer = await get(urls[number], timeout=20)
             except (OSError, TimeoutError) as error:
-                hits.trouble.append(f"{urls[number]}: {error!r}")
+                hits.errors.append(f"{urls[number]}: {error!r}")
                 continue
             hits.samples.append((began, answer.took))
             if (answer.status, answer.headers.get("x-cache")) != (200, "hit") or answer.body != bodies[
                 number
             ]:
-                hits.trouble.append(f"{urls[number]}: {answer.status} {answer.headers.get('x-cache')}")
+                hits.errors.append(f"{urls[number]}: {answer.status} {answer.headers.get('x-cache')}")
             await asyncio.sleep(0.004)
 
     async with asyncio.TaskGroup() as group:
@@ -64,10 +64,10 @@ async def asking_hits(urls: Sequence[str], items: Sequence[DemoObject]) -> Async
             over.set()
 
 
-def kept_their_latency(calm: Sequence[Hits], disturbed: Hits) -> float:
+def assert_latency_unaffected(calm: Sequence[Hits], disturbed: Hits) -> float:
     """How much longer the slowest hundredth took than undisturbed; AssertionError if more than twice as long."""
     for hits in (*calm, disturbed):
-        assert not hits.trouble, hits.trouble[:5]
+        assert not hits.errors, hits.errors[:5]
     # Below a few milliseconds the scheduler of a busy machine is what is measured
     undisturbed = max(0.005, *(hits.p99 for hits in calm))
     ratio = disturbed.p99 / undisturbed

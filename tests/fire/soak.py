@@ -15,114 +15,115 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from services.demo.knobs import Behaviour, Match
+from services.demo.knobs import Fault, Match
 from services.demo.objects import MIB
-from tests.fire.crew import Crew
-from tests.fire.figures import note
-from tests.fire.inspection import check_logs, settled
-from tests.fire.world import FireWorld, fire_world, frozen, mixed_objects
+from tests.fire.crew import ClientPool
+from tests.fire.figures import record_result
+from tests.fire.inspection import check_logs, wait_until_settled
+from tests.fire.world import ChaosHarness, chaos_harness, frozen, mixed_objects
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import RedisServer
 
 LIMIT = 24 * MIB
 OBJECTS = mixed_objects(120)
 REPORT_SECONDS = 30.0
-Trouble = Callable[[FireWorld, random.Random], Awaitable[None]]
+Disruption = Callable[[ChaosHarness, random.Random], Awaitable[None]]
 
 
-async def kill(fire: FireWorld, chance: random.Random) -> None:
+async def kill(chaos: ChaosHarness, rng: random.Random) -> None:
     """One process, or all of them."""
-    victims = fire.stack.processes if chance.random() < 0.1 else [chance.choice(fire.stack.processes)]
+    victims = chaos.stack.processes if rng.random() < 0.1 else [rng.choice(chaos.stack.processes)]
     for process in victims:
         process.kill()
-    await asyncio.sleep(chance.uniform(0, 2))
+    await asyncio.sleep(rng.uniform(0, 2))
     for process in victims:
         process.start()
-    await fire.stack.ready()
+    await chaos.stack.ready()
 
 
-async def stop(fire: FireWorld, chance: random.Random) -> None:
+async def stop(chaos: ChaosHarness, rng: random.Random) -> None:
     """In good order."""
-    process = chance.choice(fire.stack.processes)
+    process = rng.choice(chaos.stack.processes)
     code = await process.stop(40)
     assert code == 0, f"{process.name} ended with {code}: {process.tail()}"
     process.start()
-    await fire.stack.ready()
+    await chaos.stack.ready()
 
 
-async def stand_still(fire: FireWorld, chance: random.Random) -> None:
-    with frozen(chance.choice([*fire.stack.of("fetcher"), *fire.stack.of("evictor")])):
-        await asyncio.sleep(chance.uniform(0.5, 6))
+async def freeze_process(chaos: ChaosHarness, rng: random.Random) -> None:
+    with frozen(rng.choice([*chaos.stack.of("fetcher"), *chaos.stack.of("evictor")])):
+        await asyncio.sleep(rng.uniform(0.5, 6))
 
 
-async def cut(fire: FireWorld, chance: random.Random) -> None:
-    relays = (fire.to_redis, fire.to_rabbit, fire.to_first, fire.to_second)
-    chance.choice(relays).cut()
+async def cut(chaos: ChaosHarness, rng: random.Random) -> None:
+    relays = (chaos.to_redis, chaos.to_rabbit, chaos.to_first, chaos.to_second)
+    rng.choice(relays).cut()
 
 
-async def bad_line(fire: FireWorld, chance: random.Random) -> None:
-    relay = chance.choice((fire.to_redis, fire.to_rabbit, fire.to_first))
-    match chance.randrange(4):
+async def degrade_connection(chaos: ChaosHarness, rng: random.Random) -> None:
+    relay = rng.choice((chaos.to_redis, chaos.to_rabbit, chaos.to_first))
+    match rng.randrange(4):
         case 0:
-            relay.deaf = True
+            relay.unresponsive = True
         case 1:
-            relay.losing_replies = True
+            relay.dropping_replies = True
         case 2:
             relay.refusing = True
             relay.cut()
         case _:
-            relay.delay = chance.uniform(0.1, 1.5)
-    await asyncio.sleep(chance.uniform(1, 8))
+            relay.delay = rng.uniform(0.1, 1.5)
+    await asyncio.sleep(rng.uniform(1, 8))
     relay.heal()
 
 
-async def hurt_redis(fire: FireWorld, chance: random.Random) -> None:
-    match chance.randrange(3):
+async def disrupt_redis(chaos: ChaosHarness, rng: random.Random) -> None:
+    match rng.randrange(3):
         case 0:
-            await fire.redis.command("FLUSHALL")
+            await chaos.redis.command("FLUSHALL")
         case 1:
-            await asyncio.to_thread(fire.redis.kill)
-            await asyncio.sleep(chance.uniform(0, 3))
-            await asyncio.to_thread(fire.redis.start)
+            await asyncio.to_thread(chaos.redis.kill)
+            await asyncio.sleep(rng.uniform(0, 3))
+            await asyncio.to_thread(chaos.redis.start)
         case _:
-            fire.redis.freeze()
-            await asyncio.sleep(chance.uniform(0.5, 5))
-            fire.redis.thaw()
+            chaos.redis.freeze()
+            await asyncio.sleep(rng.uniform(0.5, 5))
+            chaos.redis.thaw()
 
 
-async def hurt_rabbitmq(fire: FireWorld, chance: random.Random) -> None:
-    if chance.random() < 0.5:
-        await asyncio.to_thread(fire.rabbit.kill)
-        await asyncio.to_thread(fire.rabbit.start)
+async def disrupt_rabbitmq(chaos: ChaosHarness, rng: random.Random) -> None:
+    if rng.random() < 0.5:
+        await asyncio.to_thread(chaos.rabbit.kill)
+        await asyncio.to_thread(chaos.rabbit.start)
     else:
-        fire.rabbit.freeze()
-        await asyncio.sleep(chance.uniform(0.5, 8))
-        fire.rabbit.thaw()
+        chaos.rabbit.freeze()
+        await asyncio.sleep(rng.uniform(0.5, 8))
+        chaos.rabbit.thaw()
 
 
-async def spoil_source(fire: FireWorld, chance: random.Random) -> None:
+async def inject_source_fault(chaos: ChaosHarness, rng: random.Random) -> None:
     """The first of two: the other one has everything, and is good."""
     kinds = (
-        Behaviour(cut_after=chance.randrange(500_000)),
-        Behaviour(hang_after=chance.randrange(500_000)),
-        Behaviour(flip_byte_at=chance.randrange(1000)),
-        Behaviour(status=500),
-        Behaviour(hang_before_headers=True),
+        Fault(cut_after=rng.randrange(500_000)),
+        Fault(hang_after=rng.randrange(500_000)),
+        Fault(flip_byte_at=rng.randrange(1000)),
+        Fault(status=500),
+        Fault(hang_before_headers=True),
     )
-    fire.first.knobs.replace([])
-    fire.first.knobs.add(chance.choice(kinds), Match(endpoint="files"))
-    await asyncio.sleep(chance.uniform(1, 6))
-    fire.first.knobs.clear()
+    chaos.first.faults.replace([])
+    chaos.first.faults.add(rng.choice(kinds), Match(endpoint="files"))
+    await asyncio.sleep(rng.uniform(1, 6))
+    chaos.first.faults.clear()
 
 
-TROUBLES: dict[Trouble, int] = {
-    kill: 6, stop: 2, stand_still: 3, cut: 4, bad_line: 3, hurt_redis: 2, hurt_rabbitmq: 1, spoil_source: 3,
+DISRUPTIONS: dict[Disruption, int] = {
+    kill: 6, stop: 2, freeze_process: 3, cut: 4, degrade_connection: 3, disrupt_redis: 2, disrupt_rabbitmq: 1,
+    inject_source_fault: 3,
 }  # fmt: skip
 
 
 async def soak(seconds: float, seed: int) -> None:
     """AssertionError says what did not hold."""
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         for part in ("redis", "rabbitmq", "node"):
@@ -130,45 +131,45 @@ async def soak(seconds: float, seed: int) -> None:
         redis = RedisServer(folder / "redis").start()
         try:
             with RabbitServer(folder / "rabbitmq") as rabbit:
-                async with fire_world(folder / "node", redis, rabbit) as fire:
-                    await _soak(fire, chance, seconds, seed)
+                async with chaos_harness(folder / "node", redis, rabbit) as chaos:
+                    await _soak(chaos, rng, seconds, seed)
         finally:
             redis.kill()
 
 
-async def _soak(fire: FireWorld, chance: random.Random, seconds: float, seed: int) -> None:
-    crew = await fire.up(OBJECTS, LIMIT, fetchers=2)
-    fire.stack.add("evictor")
-    await fire.stack.ready()
-    crew.seed, crew.sources_lie, crew.pause = seed, True, 0.02
+async def _soak(chaos: ChaosHarness, rng: random.Random, seconds: float, seed: int) -> None:
+    clients = await chaos.up(OBJECTS, LIMIT, fetchers=2)
+    chaos.stack.add("evictor")
+    await chaos.stack.ready()
+    clients.seed, clients.sources_lie, clients.pause = seed, True, 0.02
     done: Counter[str] = Counter()
-    watch = fire.watch()
+    monitor = chaos.monitor_volume()
     until, report_at = time.monotonic() + seconds, time.monotonic() + REPORT_SECONDS
-    async with watch.watching(), crew.at_work(8):
+    async with monitor.running(), clients.running(8):
         while time.monotonic() < until:
-            await asyncio.sleep(chance.uniform(0, 2))
-            (trouble,) = chance.choices(list(TROUBLES), list(TROUBLES.values()))
-            done[trouble.__name__] += 1
-            with crew.fault(grace=8):
-                await trouble(fire, chance)
-            _check(fire, crew, watch.highest)
+            await asyncio.sleep(rng.uniform(0, 2))
+            (disruption,) = rng.choices(list(DISRUPTIONS), list(DISRUPTIONS.values()))
+            done[disruption.__name__] += 1
+            with clients.fault(grace=8):
+                await disruption(chaos, rng)
+            _check(chaos, clients, monitor.peak)
             if time.monotonic() > report_at:
                 report_at += REPORT_SECONDS
-                print(f"{until - time.monotonic():5.0f} s left; {crew.summary()}", flush=True)  # noqa: T201
+                print(f"{until - time.monotonic():5.0f} s left; {clients.summary()}", flush=True)  # noqa: T201
         await asyncio.sleep(10)
-    _check(fire, crew, watch.highest)
-    rest = await settled(fire, OBJECTS, timeout=180)
-    note("soak", crew, seed=seed, seconds=seconds, troubles=done.total(), at_rest_after=rest)
+    _check(chaos, clients, monitor.peak)
+    rest = await wait_until_settled(chaos, OBJECTS, timeout=180)
+    record_result("soak", clients, seed=seed, seconds=seconds, troubles=done.total(), at_rest_after=rest)
     print(  # noqa: T201
-        f"seed {seed}: {dict(done)}\n{crew.summary()}\nmost bytes on the volume {watch.highest} of {LIMIT}"
-        f" in {watch.samples} looks; at rest after {rest:.1f} s; all invariants hold"
+        f"seed {seed}: {dict(done)}\n{clients.summary()}\nmost bytes on the volume {monitor.peak} of {LIMIT}"
+        f" in {monitor.samples} looks; at rest after {rest:.1f} s; all invariants hold"
     )
 
 
-def _check(fire: FireWorld, crew: Crew, highest: int) -> None:
-    crew.check()
-    check_logs(fire)
-    assert highest <= LIMIT, f"{highest} bytes on the volume, {LIMIT} allowed"
+def _check(chaos: ChaosHarness, clients: ClientPool, peak: int) -> None:
+    clients.check()
+    check_logs(chaos)
+    assert peak <= LIMIT, f"{peak} bytes on the volume, {LIMIT} allowed"
 
 
 def main() -> None:

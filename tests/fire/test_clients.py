@@ -14,48 +14,48 @@ import pytest
 
 from services.demo.objects import MIB, generated_object
 from tests.end_to_end.client import read_answer
-from tests.fire.asking import ask_right, cache_all
-from tests.fire.figures import note
-from tests.fire.inspection import check_logs, settled
-from tests.fire.latency import asking_hits
+from tests.fire.asking import cache_all, get_correct
+from tests.fire.figures import record_result
+from tests.fire.inspection import check_logs, wait_until_settled
+from tests.fire.latency import measure_hits
 from tests.fire.watchers import open_descriptors, resident_bytes
-from tests.fire.world import FireWorld
+from tests.fire.world import ChaosHarness
 
 SMALL = [generated_object(str(number), 40_000) for number in range(1, 5)]
 LARGE = [generated_object(str(number), 24 * MIB) for number in range(11, 15)]
 
 
-KEPT_OPEN = 40
+DESCRIPTOR_SLACK = 40
 """Descriptors by which the API may stand above where it was, such as hot objects and idle connections to sources."""
 
 
 @asynccontextmanager
-async def nothing_is_left(fire: FireWorld, name: str, *, slack: int = 64 * MIB) -> AsyncIterator[None]:
+async def assert_no_leaks(chaos: ChaosHarness, name: str, *, slack: int = 64 * MIB) -> AsyncIterator[None]:
     """Others are served meanwhile; descriptors of the API return to where they were, memory to within `slack` (what an
     allocator keeps for the next time)."""
-    await fire.up([*SMALL, *LARGE], 400 * MIB)
-    await cache_all(fire, SMALL)
-    await cache_all(fire, LARGE[:1])
-    urls = [fire.stack.url(item.object_id) for item in SMALL]
-    api = fire.only("api").process
+    await chaos.up([*SMALL, *LARGE], 400 * MIB)
+    await cache_all(chaos, SMALL)
+    await cache_all(chaos, LARGE[:1])
+    urls = [chaos.stack.url(item.object_id) for item in SMALL]
+    api = chaos.only("api").process
     assert api is not None
-    async with asking_hits(urls, SMALL) as before:
+    async with measure_hits(urls, SMALL) as before:
         await asyncio.sleep(4)
     descriptors, memory = open_descriptors(api.pid), resident_bytes(api.pid)
-    async with asking_hits(urls, SMALL) as during:
+    async with measure_hits(urls, SMALL) as during:
         yield
         await asyncio.sleep(1)
     async with asyncio.timeout(30):
-        while open_descriptors(api.pid) > descriptors + KEPT_OPEN:  # noqa: ASYNC110 - another process
+        while open_descriptors(api.pid) > descriptors + DESCRIPTOR_SLACK:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.2)
-    async with asking_hits(urls, SMALL) as after:
+    async with measure_hits(urls, SMALL) as after:
         await asyncio.sleep(4)
     for hits in (before, during, after):
-        assert not hits.trouble, hits.trouble[:5]
+        assert not hits.errors, hits.errors[:5]
     left = resident_bytes(api.pid) - memory
     assert left < slack, f"{left} bytes more than before"
-    check_logs(fire)
-    note(
+    check_logs(chaos)
+    record_result(
         f"clients_{name}", hits=len(during.samples), hit_p99=during.p99, undisturbed_p99=before.p99, failed=0,
         memory_left=left, descriptors_left=open_descriptors(api.pid) - descriptors,
     )  # fmt: skip
@@ -70,41 +70,41 @@ def allow_descriptors(number: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
 
 
-async def connect(fire: FireWorld) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    return await asyncio.open_connection("127.0.0.1", fire.stack.port, limit=64 * 1024)
+async def connect(chaos: ChaosHarness) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    return await asyncio.open_connection("127.0.0.1", chaos.stack.port, limit=64 * 1024)
 
 
 def head_of(object_id: str, more: str = "") -> bytes:
     return f"GET /api/v1/assets/{object_id} HTTP/1.1\r\nHost: node\r\n{more}\r\n".encode()
 
 
-@pytest.mark.fire
+@pytest.mark.chaos
 @pytest.mark.timeout(300)
-async def test_a_thousand_that_leave_in_mid_body(fire: FireWorld) -> None:
-    chance = random.Random(1)
+async def test_a_thousand_clients_disconnect_mid_body(chaos: ChaosHarness) -> None:
+    rng = random.Random(1)
     free = asyncio.Semaphore(50)
 
     async def leave(number: int) -> None:
         async with free:
-            reader, writer = await connect(fire)
+            reader, writer = await connect(chaos)
             writer.write(head_of(LARGE[number % len(LARGE)].object_id))
-            await reader.read(chance.randrange(1, 500_000))
+            await reader.read(rng.randrange(1, 500_000))
             writer.transport.abort()
 
-    async with nothing_is_left(fire, "disconnect_1000"):
+    async with assert_no_leaks(chaos, "disconnect_1000"):
         await asyncio.gather(*(leave(number) for number in range(1000)))
-    await cache_all(fire, LARGE)  # the fetches have gone on
-    assert all(len(fire.first.requests.of(item.object_id, "GET")) <= 3 for item in LARGE)
-    await settled(fire, [*SMALL, *LARGE])
+    await cache_all(chaos, LARGE)  # the fetches have gone on
+    assert all(len(chaos.first.requests.of(item.object_id, "GET")) <= 3 for item in LARGE)
+    await wait_until_settled(chaos, [*SMALL, *LARGE])
 
 
-@pytest.mark.fire
+@pytest.mark.chaos
 @pytest.mark.timeout(300)
-async def test_five_hundred_that_read_a_byte_a_second(fire: FireWorld) -> None:
+async def test_five_hundred_clients_read_a_byte_a_second(chaos: ChaosHarness) -> None:
     """Of a cached object (250) and of one that is being fetched (250)."""
 
-    async def dawdle(number: int, over: asyncio.Event) -> None:
-        reader, writer = await connect(fire)
+    async def read_slowly(number: int, over: asyncio.Event) -> None:
+        reader, writer = await connect(chaos)
         writer.write(head_of(LARGE[number % 2].object_id))
         with contextlib.suppress(ConnectionError):
             await reader.readuntil(b"\r\n\r\n")
@@ -113,35 +113,35 @@ async def test_five_hundred_that_read_a_byte_a_second(fire: FireWorld) -> None:
                 await asyncio.sleep(1)
         writer.transport.abort()
 
-    async def rush() -> int:
+    async def run_slow_readers() -> int:
         """Bytes in memory afterwards."""
         over = asyncio.Event()
-        dawdlers = [asyncio.create_task(dawdle(number, over)) for number in range(500)]
+        slow_readers = [asyncio.create_task(read_slowly(number, over)) for number in range(500)]
         await asyncio.sleep(10)
-        await cache_all(fire, LARGE[1:2])
+        await cache_all(chaos, LARGE[1:2])
         over.set()
-        await asyncio.gather(*dawdlers)
+        await asyncio.gather(*slow_readers)
         await asyncio.sleep(1)
-        api = fire.only("api").process
+        api = chaos.only("api").process
         assert api is not None
         return resident_bytes(api.pid)
 
-    async with nothing_is_left(fire, "slow_500", slack=256 * MIB):
-        first, second = await rush(), await rush()
+    async with assert_no_leaks(chaos, "slow_500", slack=256 * MIB):
+        first, second = await run_slow_readers(), await run_slow_readers()
     # What the allocator keeps of one rush serves the next: none is lost.
     assert second - first < 16 * MIB, f"{second - first} bytes more after a second rush"
-    note("clients_slow_500_again", memory_left=second - first)
-    await settled(fire, [*SMALL, *LARGE])
+    record_result("clients_slow_500_again", memory_left=second - first)
+    await wait_until_settled(chaos, [*SMALL, *LARGE])
 
 
-@pytest.mark.fire
+@pytest.mark.chaos
 @pytest.mark.timeout(300)
-async def test_five_thousand_idle_keep_alive_connections(fire: FireWorld) -> None:
+async def test_five_thousand_idle_keep_alive_connections(chaos: ChaosHarness) -> None:
     allow_descriptors(11_000)
-    async with nothing_is_left(fire, "idle_5000", slack=128 * MIB):
+    async with assert_no_leaks(chaos, "idle_5000", slack=128 * MIB):
         held = []
         for _ in range(100):
-            held += await asyncio.gather(*(connect(fire) for _ in range(50)))
+            held += await asyncio.gather(*(connect(chaos) for _ in range(50)))
         for _, writer in held[::10]:
             writer.write(head_of("1"))
         answers = [await read_answer(reader, time.monotonic()) for reader, _ in held[::10]]
@@ -151,13 +151,13 @@ async def test_five_thousand_idle_keep_alive_connections(fire: FireWorld) -> Non
             writer.transport.abort()
 
 
-@pytest.mark.fire
+@pytest.mark.chaos
 @pytest.mark.timeout(120)
-async def test_slowloris(fire: FireWorld) -> None:
-    fire.stack.environment["DISTRIBUTOR_PUBLIC_API__REQUEST_TIMEOUT"] = "3"
+async def test_slowloris(chaos: ChaosHarness) -> None:
+    chaos.stack.environment["DISTRIBUTOR_PUBLIC_API__REQUEST_TIMEOUT"] = "3"
 
-    async def creep() -> float:
-        reader, writer = await connect(fire)
+    async def send_slowly() -> float:
+        reader, writer = await connect(chaos)
         began = time.monotonic()
         with contextlib.suppress(ConnectionError):
             for character in b"GET /api/v1/assets/1 HTTP/1.1\r\nX-Slow: aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa":
@@ -168,8 +168,8 @@ async def test_slowloris(fire: FireWorld) -> None:
         writer.transport.abort()
         return time.monotonic() - began
 
-    async with nothing_is_left(fire, "slowloris_200"):
-        lasted = await asyncio.gather(*(creep() for _ in range(200)))
+    async with assert_no_leaks(chaos, "slowloris_200"):
+        lasted = await asyncio.gather(*(send_slowly() for _ in range(200)))
         assert max(lasted) < 15
 
 
@@ -191,19 +191,19 @@ REFUSED = {
 
 
 @pytest.mark.timeout(120)
-async def test_malformed_and_oversized_requests_are_refused(fire: FireWorld) -> None:
-    await fire.up(SMALL, 100 * MIB)
-    await cache_all(fire, SMALL)
+async def test_malformed_and_oversized_requests_are_refused(chaos: ChaosHarness) -> None:
+    await chaos.up(SMALL, 100 * MIB)
+    await cache_all(chaos, SMALL)
     for name, (request, expected) in REFUSED.items():
-        reader, writer = await connect(fire)
+        reader, writer = await connect(chaos)
         writer.write(request)
         with contextlib.suppress(ConnectionError):
             async with asyncio.timeout(10):
                 answer = await read_answer(reader, time.monotonic())
             assert answer.status in expected, (name, answer.status)
         writer.transport.abort()
-        await ask_right(fire, SMALL[0])
-    reader, writer = await connect(fire)
+        await get_correct(chaos, SMALL[0])
+    reader, writer = await connect(chaos)
     writer.write(head_of("1", "Content-Length: 5\r\n") + b"hello" + head_of("2"))
     for item in SMALL[:2]:
         answer = await read_answer(reader, time.monotonic())
@@ -212,12 +212,12 @@ async def test_malformed_and_oversized_requests_are_refused(fire: FireWorld) -> 
             break
         assert answer.body == item.content.read(0, item.size)
     writer.transport.abort()
-    reader, writer = await connect(fire)
+    reader, writer = await connect(chaos)
     writer.write(b"".join(head_of(item.object_id) for item in SMALL) * 5)
     for _ in range(5):
         for item in SMALL:
             answer = await read_answer(reader, time.monotonic())
             assert (answer.status, answer.body) == (200, item.content.read(0, item.size))
     writer.transport.abort()
-    check_logs(fire)
-    note("clients_malformed", requests=len(REFUSED) + 22, failed=0)
+    check_logs(chaos)
+    record_result("clients_malformed", requests=len(REFUSED) + 22, failed=0)

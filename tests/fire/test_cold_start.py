@@ -16,9 +16,9 @@ from shared.adapters.volume.layout import shard
 from shared.adapters.volume.records import encode_record
 from shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
 from tests.end_to_end.client import get
-from tests.fire.figures import note
+from tests.fire.figures import record_result
 from tests.fire.watchers import resident_bytes
-from tests.fire.world import FireWorld
+from tests.fire.world import ChaosHarness
 
 COUNT = 100_000
 SIZE = 64
@@ -40,37 +40,37 @@ def fill(root: Path) -> None:
         (root / "records" / shard(object_id) / object_id).write_bytes(encode_record(record))
 
 
-@pytest.mark.fire
+@pytest.mark.chaos
 @pytest.mark.timeout(600)
-async def test_a_hundred_thousand_objects_are_served_before_the_index_is_rebuilt(fire: FireWorld) -> None:
-    await asyncio.to_thread(fill, fire.stack.volume)
+async def test_a_hundred_thousand_objects_are_served_before_the_index_is_rebuilt(chaos: ChaosHarness) -> None:
+    await asyncio.to_thread(fill, chaos.stack.volume)
     listed: list[DemoObject] = [bytes_object("900001", b"another")]
-    fire.limit = 10 << 30
-    fire.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"] = str(fire.limit)
-    fire.stack.manifest.write_text(json.dumps({"version": 1, "objects": [], "base_urls": []}))
-    fire.publish(listed)
+    chaos.limit = 10 << 30
+    chaos.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"] = str(chaos.limit)
+    chaos.stack.manifest.write_text(json.dumps({"version": 1, "objects": [], "base_urls": []}))
+    chaos.publish(listed)
     began = time.monotonic()
-    evictor, api = fire.stack.add("evictor"), fire.stack.add("api")
+    evictor, api = chaos.stack.add("evictor"), chaos.stack.add("api")
     first_hit = None
     while first_hit is None:
         try:
-            answer = await get(fire.stack.url("77777"), timeout=2)
+            answer = await get(chaos.stack.url("77777"), timeout=2)
             if answer.headers.get("x-cache") == "hit":
                 assert answer.body == body_of(77_777)
                 first_hit = time.monotonic() - began
         except (OSError, TimeoutError):
             await asyncio.sleep(0.02)
-    async with fire.state() as state:
+    async with chaos.state() as state:
         reconciled_at_first_hit = (await state.usage()).reconciled
     assert not reconciled_at_first_hit, "the hit came before the index stood for the volume"
-    await fire.until_reconciled(timeout=300)
+    await chaos.until_reconciled(timeout=300)
     rebuilt = time.monotonic() - began
     assert evictor.process is not None
     assert api.process is not None
-    async with fire.state() as state:
+    async with chaos.state() as state:
         usage = await state.usage()
     assert usage.objects == COUNT
-    note(
+    record_result(
         "cold_start_100000", first_hit_after=first_hit, index_rebuilt_after=rebuilt,
         evictor_bytes=resident_bytes(evictor.process.pid), api_bytes=resident_bytes(api.process.pid), failed=0,
     )  # fmt: skip

@@ -12,41 +12,43 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from services.demo.knobs import Behaviour
+from services.demo.knobs import Fault
 from services.demo.objects import MIB
-from tests.fire.crew import Crew
-from tests.fire.figures import note
-from tests.fire.inspection import settled
-from tests.fire.watchers import family
-from tests.fire.world import FireWorld, mixed_objects
+from tests.fire.crew import ClientPool
+from tests.fire.figures import record_result
+from tests.fire.inspection import wait_until_settled
+from tests.fire.watchers import process_tree
+from tests.fire.world import ChaosHarness, mixed_objects
 
 LIMIT = 14 * MIB
 OBJECTS = mixed_objects(56)
-SEED = int(os.environ.get("FIRE_SEED", "1"))
-KILLS = int(os.environ.get("FIRE_KILLS", "100"))
+SEED = int(os.environ.get("CHAOS_SEED", "1"))
+KILLS = int(os.environ.get("CHAOS_KILLS", "100"))
 
 
 @asynccontextmanager
-async def under_load(fire: FireWorld, *, fetchers: int = 1, workers: int = 1) -> AsyncIterator[Crew]:
+async def under_load(
+    chaos: ChaosHarness, *, fetchers: int = 1, workers: int = 1
+) -> AsyncIterator[ClientPool]:
     """Objects of twice the limit, sources slow enough for kills to meet downloads, a watch over the volume."""
-    for node in (fire.first, fire.second):
-        node.knobs.add(Behaviour(bytes_per_second=8 * MIB))
-    crew = await fire.up(OBJECTS, LIMIT, fetchers=fetchers, workers=workers)
-    crew.seed = SEED
-    watch = fire.watch()
-    async with watch.watching(), crew.at_work(10):
-        yield crew
-    assert watch.samples > 5
-    assert LIMIT // 3 < watch.highest <= LIMIT
+    for node in (chaos.first, chaos.second):
+        node.faults.add(Fault(bytes_per_second=8 * MIB))
+    clients = await chaos.up(OBJECTS, LIMIT, fetchers=fetchers, workers=workers)
+    clients.seed = SEED
+    monitor = chaos.monitor_volume()
+    async with monitor.running(), clients.running(10):
+        yield clients
+    assert monitor.samples > 5
+    assert LIMIT // 3 < monitor.peak <= LIMIT
 
 
-async def kill_again_and_again(fire: FireWorld, kind: str, kills: int) -> list[float]:
+async def kill_repeatedly(chaos: ChaosHarness, kind: str, kills: int) -> list[float]:
     """Kill, start at once, at random times of its new life, readiness or not; seconds from a kill to readiness."""
-    chance = random.Random(SEED)
-    process = fire.only(kind)
+    rng = random.Random(SEED)
+    process = chaos.only(kind)
     recoveries = []
     for number in range(kills):
-        await asyncio.sleep(chance.uniform(0, 1.5))
+        await asyncio.sleep(rng.uniform(0, 1.5))
         process.kill()
         killed = time.monotonic()
         process.start()
@@ -57,76 +59,76 @@ async def kill_again_and_again(fire: FireWorld, kind: str, kills: int) -> list[f
     return recoveries
 
 
-async def killed(fire: FireWorld, kind: str, kills: int) -> None:
-    async with under_load(fire) as crew:
+async def killed(chaos: ChaosHarness, kind: str, kills: int) -> None:
+    async with under_load(chaos) as clients:
         if kind == "api":
-            with crew.fault():
-                recoveries = await kill_again_and_again(fire, kind, kills)
+            with clients.fault():
+                recoveries = await kill_repeatedly(chaos, kind, kills)
         else:
-            recoveries = await kill_again_and_again(fire, kind, kills)
+            recoveries = await kill_repeatedly(chaos, kind, kills)
         await asyncio.sleep(1)
-    crew.check()
-    rest = await settled(fire, OBJECTS)
+    clients.check()
+    rest = await wait_until_settled(chaos, OBJECTS)
     recoveries.sort()
-    note(
-        f"kill_{kind}", crew, kills=kills, seed=SEED, ready_again_median=recoveries[len(recoveries) // 2],
+    record_result(
+        f"kill_{kind}", clients, kills=kills, seed=SEED, ready_again_median=recoveries[len(recoveries) // 2],
         ready_again_longest=recoveries[-1], at_rest_after=rest,
     )  # fmt: skip
 
 
 @pytest.mark.timeout(120)
-async def test_each_killed_in_turn_under_load(fire: FireWorld) -> None:
-    async with under_load(fire) as crew:
+async def test_each_killed_in_turn_under_load(chaos: ChaosHarness) -> None:
+    async with under_load(chaos) as clients:
         for kind in ("fetcher", "evictor"):
-            await kill_again_and_again(fire, kind, 1)
-        crew.check()
-        with crew.fault():
-            await kill_again_and_again(fire, "api", 1)
-    crew.check()
-    await settled(fire, OBJECTS)
+            await kill_repeatedly(chaos, kind, 1)
+        clients.check()
+        with clients.fault():
+            await kill_repeatedly(chaos, "api", 1)
+    clients.check()
+    await wait_until_settled(chaos, OBJECTS)
 
 
-@pytest.mark.fire
+@pytest.mark.chaos
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["api", "fetcher", "evictor"])
-async def test_killed_a_hundred_times_under_load(fire: FireWorld, kind: str) -> None:
-    await killed(fire, kind, KILLS)
+async def test_killed_a_hundred_times_under_load(chaos: ChaosHarness, kind: str) -> None:
+    await killed(chaos, kind, KILLS)
 
 
-@pytest.mark.fire
+@pytest.mark.chaos
 @pytest.mark.timeout(600)
-async def test_killed_api_workers_are_replaced_by_their_supervisor(fire: FireWorld) -> None:
-    async with under_load(fire, workers=2) as crew:
-        chance = random.Random(SEED)
-        supervisor = fire.only("api")
+async def test_killed_api_workers_are_replaced_by_their_supervisor(chaos: ChaosHarness) -> None:
+    async with under_load(chaos, workers=2) as clients:
+        rng = random.Random(SEED)
+        supervisor = chaos.only("api")
         assert supervisor.process is not None
-        with crew.fault():
+        with clients.fault():
             for _ in range(6):
-                workers = family(supervisor.process.pid)[1:]
-                os.kill(chance.choice(workers), signal.SIGKILL)
+                workers = process_tree(supervisor.process.pid)[1:]
+                os.kill(rng.choice(workers), signal.SIGKILL)
                 async with asyncio.timeout(30):
-                    while len(family(supervisor.process.pid)) < 3:  # noqa: ASYNC110 - another process
+                    while len(process_tree(supervisor.process.pid)) < 3:  # noqa: ASYNC110 - another process
                         await asyncio.sleep(0.05)
                 await supervisor.healthy()
-                await asyncio.sleep(chance.uniform(0, 1))
-    crew.check()
-    await settled(fire, OBJECTS)
+                await asyncio.sleep(rng.uniform(0, 1))
+    clients.check()
+    await wait_until_settled(chaos, OBJECTS)
 
 
-@pytest.mark.fire
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
-async def test_all_killed_at_once_again_and_again(fire: FireWorld) -> None:
+async def test_all_killed_together_repeatedly(chaos: ChaosHarness) -> None:
     """As by a power cut of the whole host but the servers."""
-    async with under_load(fire, fetchers=2) as crew:
-        chance = random.Random(SEED)
-        with crew.fault():
+    async with under_load(chaos, fetchers=2) as clients:
+        rng = random.Random(SEED)
+        with clients.fault():
             for _ in range(10):
-                await asyncio.sleep(chance.uniform(0.2, 3))
-                for process in fire.stack.processes:
+                await asyncio.sleep(rng.uniform(0.2, 3))
+                for process in chaos.stack.processes:
                     process.kill()
-                for process in fire.stack.processes:
+                for process in chaos.stack.processes:
                     process.start()
-                await fire.stack.ready()
+                await chaos.stack.ready()
         await asyncio.sleep(2)
-    crew.check()
-    note("kill_all", crew, kills=10, at_rest_after=await settled(fire, OBJECTS))
+    clients.check()
+    record_result("kill_all", clients, kills=10, at_rest_after=await wait_until_settled(chaos, OBJECTS))

@@ -64,7 +64,7 @@ class Node(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         try:
-            self._come_to_rest()
+            self._quiesce()
         finally:
             self.runner.run(self.queue.close())
             self.runner.close()
@@ -125,10 +125,10 @@ class Node(RuleBasedStateMachine):
             finally:
                 ended.set()
 
-        async def given_up(job: FetchJob, reason: str) -> None:
+        async def on_dead_letter(job: FetchJob, reason: str) -> None:
             await self.state.record_failure(job.object_id, reason, 1)
 
-        task = asyncio.create_task(self.queue.consume(handle, 1, given_up))
+        task = asyncio.create_task(self.queue.consume(handle, 1, on_dead_letter))
         await asyncio.wait({asyncio.ensure_future(ended.wait()), task}, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.sleep(0)
         task.cancel()
@@ -190,12 +190,12 @@ class Node(RuleBasedStateMachine):
         self.runner.run(reconcile())
 
     @rule()
-    def lose_the_store(self) -> None:
+    def lose_store(self) -> None:
         """FLUSHALL: claims, leases, counters and the index are gone."""
         self._new_store()
 
     @rule(seconds=st.sampled_from([1.0, 20.0, 100.0, 3600.0, -3600.0]))
-    def let_pass(self, seconds: float) -> None:
+    def advance_clock(self, seconds: float) -> None:
         """An hour either way: the store's clock is put right."""
         self.now += seconds
 
@@ -205,7 +205,7 @@ class Node(RuleBasedStateMachine):
             path.unlink()
 
     @invariant()
-    def no_byte_is_unaccounted_for(self) -> None:
+    def usage_is_within_limit(self) -> None:
         usage = self.runner.run(self.state.usage())
         if usage.reconciled:
             assert usage.used + usage.reserved <= LIMIT
@@ -213,7 +213,7 @@ class Node(RuleBasedStateMachine):
         assert self._bytes() <= LIMIT
 
     @invariant()
-    def every_object_is_whole(self) -> None:
+    def every_object_is_complete(self) -> None:
         for path in self.volume.root.glob("objects/*/*"):
             assert path.read_bytes() == body_of(path.name)
 
@@ -221,7 +221,7 @@ class Node(RuleBasedStateMachine):
         files = (*self.volume.root.glob("objects/*/*"), *self.volume.root.glob("incoming/*.part"))
         return sum(path.stat().st_size for path in files)
 
-    def _come_to_rest(self) -> None:
+    def _quiesce(self) -> None:
         """Time passes, the evictor looks, workers work: every job ends, and nothing is promised any more."""
 
         async def rest() -> None:
@@ -248,7 +248,7 @@ class Node(RuleBasedStateMachine):
         self.runner.run(rest())
 
 
-def try_it(examples: int, steps: int) -> None:
+def run_model(examples: int, steps: int) -> None:
     run_state_machine_as_test(
         Node,
         settings=settings(
@@ -262,11 +262,11 @@ def try_it(examples: int, steps: int) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_store_queue_and_volume_agree_whatever_happens() -> None:
-    try_it(8, 30)
+def test_store_queue_and_volume_stay_consistent() -> None:
+    run_model(8, 30)
 
 
-@pytest.mark.fire
+@pytest.mark.chaos
 @pytest.mark.timeout(900)
-def test_store_queue_and_volume_agree_for_longer() -> None:
-    try_it(100, 60)
+def test_store_queue_and_volume_stay_consistent_for_longer() -> None:
+    run_model(100, 60)

@@ -51,7 +51,7 @@ def _descriptors(process: int) -> Iterator[Path]:
         return
 
 
-def family(process: int) -> list[int]:
+def process_tree(process: int) -> list[int]:
     """The process and all its descendants."""
     found = [process]
     for parent in found:
@@ -74,33 +74,33 @@ def resident_bytes(process: int) -> int:
 
 
 @dataclass(slots=True)
-class VolumeWatch:
-    """`highest`: most bytes that were on the volume at one instant, files without a name included."""
+class VolumeMonitor:
+    """`peak`: most bytes that were on the volume at one instant, files without a name included."""
 
     volume: Path
     processes: list[int]
-    highest: int = 0
+    peak: int = 0
     samples: int = 0
 
-    def look(self) -> int:
+    def sample(self) -> int:
         """A true lower bound for the instant between two listings: what is in both existed then, and was at least as
         large as the smaller of both. (One listing alone would count an evicted file with the one that took its place.)
         """
         before = inodes_on_volume(self.volume) | unlinked_but_open(self.volume, self.processes)
         after = inodes_on_volume(self.volume) | unlinked_but_open(self.volume, self.processes)
         total = sum(min(size, after[inode]) for inode, size in before.items() if inode in after)
-        self.highest = max(self.highest, total)
+        self.peak = max(self.peak, total)
         self.samples += 1
         return total
 
     @asynccontextmanager
-    async def watching(self) -> AsyncIterator[None]:
+    async def running(self) -> AsyncIterator[None]:
         """Look all the time, in a thread."""
         over = threading.Event()
 
         def watch() -> None:
             while not over.wait(0.05):
-                self.look()
+                self.sample()
 
         task = asyncio.create_task(asyncio.to_thread(watch))
         try:

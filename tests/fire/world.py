@@ -17,8 +17,8 @@ from services.demo.storage_node import StorageNode
 from shared.adapters.state_redis import RedisStateStore
 from shared.adapters.state_times import StateTimeouts
 from tests.end_to_end.stack import ServiceProcess, Stack
-from tests.fire.crew import Crew
-from tests.fire.watchers import VolumeWatch, family
+from tests.fire.crew import ClientPool
+from tests.fire.watchers import VolumeMonitor, process_tree
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_relay import TcpRelay
@@ -52,7 +52,7 @@ def mixed_objects(count: int, seed: int = 0) -> list[DemoObject]:
 
 
 @dataclass(slots=True)
-class FireWorld:
+class ChaosHarness:
     """`objects` are published on both storage nodes."""
 
     stack: Stack
@@ -76,23 +76,23 @@ class FireWorld:
 
     async def up(
         self, objects: Sequence[DemoObject], limit: int, *, fetchers: int = 1, workers: int = 1
-    ) -> Crew:
-        """Publish, start one of each, and hand out a crew for them."""
+    ) -> ClientPool:
+        """Publish, start one of each, and hand out a pool of clients for them."""
         self.limit = limit
         self.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"] = str(limit)
         self.publish(objects)
         await self.stack.up(fetchers=fetchers, workers=workers)
         await self.until_reconciled()
-        return Crew(self.stack.url, objects)
+        return ClientPool(self.stack.url, objects)
 
     def only(self, kind: str) -> ServiceProcess:
         (found,) = self.stack.of(kind)
         return found
 
-    def watch(self) -> VolumeWatch:
+    def monitor_volume(self) -> VolumeMonitor:
         """Of the volume, with all processes that run now."""
         running = [process.process.pid for process in self.stack.processes if process.process]
-        return VolumeWatch(self.stack.volume, [pid for parent in running for pid in family(parent)])
+        return VolumeMonitor(self.stack.volume, [pid for parent in running for pid in process_tree(parent)])
 
     @asynccontextmanager
     async def state(self) -> AsyncIterator[RedisStateStore]:
@@ -112,7 +112,7 @@ class FireWorld:
                 await asyncio.sleep(0.02)
         return time.monotonic() - began
 
-    async def usage_of_queues(self) -> dict[str, int]:
+    async def queue_lengths(self) -> dict[str, int]:
         """Messages by queue, ours only, dead letters left out."""
         listed = await asyncio.to_thread(self.rabbit.list_queues)
         return {
@@ -134,7 +134,9 @@ def frozen(process: ServiceProcess) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def fire_world(folder: Path, redis: RedisServer, rabbit: RabbitServer) -> AsyncIterator[FireWorld]:
+async def chaos_harness(
+    folder: Path, redis: RedisServer, rabbit: RabbitServer
+) -> AsyncIterator[ChaosHarness]:
     """Nothing runs yet but the servers and the storage nodes."""
     async with AsyncExitStack() as opened:
         enter = opened.enter_async_context
@@ -143,7 +145,7 @@ async def fire_world(folder: Path, redis: RedisServer, rabbit: RabbitServer) -> 
             await enter(TcpRelay(port).running())
             for port in (redis.port, rabbit.port, first.port, second.port)
         ]
-        prefix = f"fire-{uuid.uuid4().hex[:8]}"
+        prefix = f"chaos-{uuid.uuid4().hex[:8]}"
         stack = Stack(
             folder,
             f"redis://127.0.0.1:{to_redis.port}/0",
@@ -152,4 +154,6 @@ async def fire_world(folder: Path, redis: RedisServer, rabbit: RabbitServer) -> 
         )
         stack.environment |= SETTINGS
         opened.callback(stack.kill_all)
-        yield FireWorld(stack, first, second, redis, rabbit, to_redis, to_rabbit, to_first, to_second, prefix)
+        yield ChaosHarness(
+            stack, first, second, redis, rabbit, to_redis, to_rabbit, to_first, to_second, prefix
+        )

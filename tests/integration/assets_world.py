@@ -71,7 +71,7 @@ class ListedCatalog:
 
 
 @dataclass
-class HandFetch:
+class ManualFetch:
     """A fetch at a test's pace: the verbs of a worker, one by one."""
 
     state: StateStore
@@ -97,7 +97,7 @@ class HandFetch:
 
 
 @dataclass
-class AssetsWorld:
+class AssetsHarness:
     """`node` and `second` hold what `add` gave them; both are sources of it, in this order."""
 
     context: ApiContext
@@ -144,12 +144,12 @@ class AssetsWorld:
         partial.close()
         return next((self.volume.root / "objects").glob(f"*/{object_id}"))
 
-    async def begin(self, object_id: str, written: int = 0) -> HandFetch:
+    async def begin(self, object_id: str, written: int = 0) -> ManualFetch:
         """A worker has taken the job and written so many bytes."""
         record = replace(self.record(object_id), media_type=self.catalog.objects[object_id].media_type)
         granted = await self.context.state.begin(record.object_id, record.size, "worker-1")
         assert isinstance(granted, Granted)
-        fetch = HandFetch(
+        fetch = ManualFetch(
             self.context.state,
             granted.lease,
             self.volume.open_partial_for_writing(record),
@@ -165,12 +165,12 @@ class AssetsWorld:
         return await get(url, headers, method=method, timeout=20)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A raw connection; it ends with the world at the latest."""
+        """A raw connection; it ends with the harness at the latest."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=64 * KIB)
         self.writers.append(writer)
         return reader, writer
 
-    async def until(self, condition: Callable[[AssetsWorld], bool | Awaitable[bool]]) -> None:
+    async def until(self, condition: Callable[[AssetsHarness], bool | Awaitable[bool]]) -> None:
         """Wait until a condition holds that nobody announces; fails after five seconds."""
         async with asyncio.timeout(5):
             while True:
@@ -201,7 +201,7 @@ class AssetsWorld:
 
 
 @asynccontextmanager
-async def assets_world(
+async def assets_harness(
     root: Path,
     *,
     state_down: bool = False,
@@ -211,7 +211,7 @@ async def assets_world(
     admission: Mapping[str, Any] | None = None,
     clock: Callable[[], float] = time.time,
     **public_api: Any,
-) -> AsyncIterator[AssetsWorld]:
+) -> AsyncIterator[AssetsHarness]:
     """A running API. `state_down`: its Redis is not there; `queue_down`: its queue takes no job; `store`: another one
     than usual; `clock`: of views."""
     settings = Settings(
@@ -248,22 +248,22 @@ async def assets_world(
             settings, volume, state, queue, catalog, FailoverReader(client, SourceHealthRegistry())
         )
         context = replace(context, clock=clock)
-        world = AssetsWorld(context, catalog, nodes[0], nodes[1], queue)
+        harness = AssetsHarness(context, catalog, nodes[0], nodes[1], queue)
         listening = asyncio.Event()
 
         def on_listening(port: int) -> None:
-            world.port = port
+            harness.port = port
             listening.set()
 
         async with asyncio.TaskGroup() as group:
-            group.create_task(serve_api(context, world.stop, on_listening=on_listening))
+            group.create_task(serve_api(context, harness.stop, on_listening=on_listening))
             try:
                 await asyncio.wait_for(listening.wait(), 5)
-                yield world
+                yield harness
             finally:
-                for writer in world.writers:
+                for writer in harness.writers:
                     writer.transport.abort()
-                world.stop.set()
+                harness.stop.set()
 
 
 def _digest(data: bytes) -> bytes:

@@ -78,7 +78,7 @@ class ListedCatalog:
 
 
 @dataclass
-class EvictorWorld:
+class EvictorHarness:
     """`state` and `volume` as the workers and the API see them."""
 
     state: StateStore
@@ -153,12 +153,12 @@ class EvictorWorld:
     async def store(self, *names: str, age: float = 0.0) -> None:
         """Fetch objects as a worker does; last accessed `age` seconds ago, each a minute later than the one before."""
         for name in names:
-            lease = await self.begun(name)
+            lease = await self.begin_fetch(name)
             self.put_file(name, changed_at=time.time() - age)
             assert await self.state.commit(lease, time.time() - age)
             age = max(0.0, age - 60)
 
-    async def begun(self, name: str, size: int = SIZE) -> Lease:
+    async def begin_fetch(self, name: str, size: int = SIZE) -> Lease:
         granted = await self.state.begin(ObjectId(name), size, "worker-1")
         assert isinstance(granted, Granted), granted
         return granted.lease
@@ -190,7 +190,7 @@ class EvictorWorld:
         assert term is not None
         return term
 
-    async def true_to_the_volume(self) -> bool:
+    async def matches_volume(self) -> bool:
         """The index stands for exactly what is on the volume."""
         usage = await self.state.usage()
         return usage.reconciled and self.volume.measure() <= usage.used + usage.reserved
@@ -208,7 +208,9 @@ async def eventually(condition: Callable[[], Awaitable[bool] | bool], seconds: f
 
 
 @asynccontextmanager
-async def evictor_world(folder: Path, redis: tuple[str, str] | None = None) -> AsyncIterator[EvictorWorld]:
+async def evictor_harness(
+    folder: Path, redis: tuple[str, str] | None = None
+) -> AsyncIterator[EvictorHarness]:
     """Over the memory store, or over Redis at (url, prefix)."""
     times = StateTimeouts(lease_seconds=0.5, operation_timeout=2.0)
     state: StateStore = MemoryStateStore(LIMIT, times, time.time)
@@ -218,7 +220,7 @@ async def evictor_world(folder: Path, redis: tuple[str, str] | None = None) -> A
     volume.prepare()
     await state.open()
     try:
-        yield EvictorWorld(state, volume, folder / "volume")
+        yield EvictorHarness(state, volume, folder / "volume")
     finally:
         await state.close()
         volume.close()

@@ -12,12 +12,12 @@ from pathlib import Path
 from services.demo.objects import DemoObject, bytes_object
 from services.demo.storage_node import StorageNode
 from services.fetcher.admission import Admission, AdmissionRules
-from services.fetcher.disk import DiskThreads
-from services.fetcher.download import Tools
+from services.fetcher.disk import BlockingPool
+from services.fetcher.download import FetchDeps
 from services.fetcher.lease_keeper import LeaseTimes
-from services.fetcher.obituary import Obituary
-from services.fetcher.postponement import Postponement
-from services.fetcher.retrieval import Retrieval
+from services.fetcher.obituary import DeadLetterHandler
+from services.fetcher.postponement import FailureRecorder
+from services.fetcher.retrieval import FetchRunner
 from services.fetcher.worker import Worker
 from shared.adapters.sources import SourceClient, SourceLimits
 from shared.adapters.sources.health import SourceHealthRegistry
@@ -36,14 +36,14 @@ LIMIT = 64 * 1024 * 1024
 
 
 @dataclass(slots=True)
-class World:
+class Harness:
     """`times`: of the lease; `workers` share state and volume, as processes would."""
 
     state: MemoryStateStore
     term: Term
     volume: Volume
     failover_reader: FailoverReader
-    disk: DiskThreads
+    disk: BlockingPool
     nodes: Sequence[StorageNode]
     times: LeaseTimes
     space_wait: float
@@ -59,12 +59,12 @@ class World:
         rules = AdmissionRules(LIMIT // 2, self.space_wait, self.times.lease)
         return Worker(
             Admission(self.state, self.volume, self.disk, rules, name),
-            Retrieval(Tools(self.state, self.failover_reader, self.disk), self.volume, self.times),
-            Postponement(self.state, RETRIES, failure_memory=60.0),
+            FetchRunner(FetchDeps(self.state, self.failover_reader, self.disk), self.volume, self.times),
+            FailureRecorder(self.state, RETRIES, failure_memory=60.0),
         )
 
-    def obituary(self) -> Obituary:
-        return Obituary(self.state, self.volume, self.disk, "worker-last", failure_memory=60.0)
+    def dead_letter_handler(self) -> DeadLetterHandler:
+        return DeadLetterHandler(self.state, self.volume, self.disk, "worker-last", failure_memory=60.0)
 
     def stored(self) -> bytes | None:
         """The complete object, if there is one."""
@@ -114,7 +114,7 @@ def hash_of(data: bytes) -> ContentHash:
 
 
 @asynccontextmanager
-async def fetcher_world(
+async def fetcher_harness(
     folder: Path,
     contents: Sequence[bytes | DemoObject],
     *,
@@ -123,7 +123,7 @@ async def fetcher_world(
     limit: int = LIMIT,
     reconciled: bool = True,
     state_kind: type[MemoryStateStore] = MemoryStateStore,
-) -> AsyncIterator[World]:
+) -> AsyncIterator[Harness]:
     """One storage node for each of `contents`, which is what it holds as object 7."""
     async with AsyncExitStack() as stack:
         volume = Volume(folder)
@@ -139,10 +139,10 @@ async def fetcher_world(
             held = bytes_object(OBJECT_ID, content) if isinstance(content, bytes) else content
             nodes.append(await stack.enter_async_context(StorageNode([held]).run()))
         client = await stack.enter_async_context(SourceClient(LIMITS))
-        disk = DiskThreads(8)
+        disk = BlockingPool(8)
         stack.push_async_callback(disk.close)
         times = LeaseTimes(lease, lease / 4)
-        yield World(
+        yield Harness(
             state,
             term,
             volume,

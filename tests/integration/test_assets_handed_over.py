@@ -9,15 +9,15 @@ from urllib.parse import unquote
 import pytest
 from prometheus_client import REGISTRY
 
-from tests.integration.assets_world import MIB, AssetsWorld, assets_world
+from tests.integration.assets_world import MIB, AssetsHarness, assets_harness
 
 OFFER = {"X-Sendfile-Type": "X-Accel-Redirect"}
 SIZE = 2 * MIB + 5
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[AssetsWorld]:
-    async with assets_world(tmp_path, accel_redirect_prefix="/_objects") as running:
+async def harness(tmp_path: Path) -> AsyncIterator[AssetsHarness]:
+    async with assets_harness(tmp_path, accel_redirect_prefix="/_objects") as running:
         running.add("1", SIZE)
         running.store("1")
         yield running
@@ -27,24 +27,24 @@ def sent_locally() -> float:
     return REGISTRY.get_sample_value("distributor_sent_bytes_total", {"source": "local"}) or 0.0
 
 
-async def test_an_offer_is_taken_with_all_headers_but_the_body_s(world: AssetsWorld) -> None:
-    plain = await world.get("1")
+async def test_an_accel_redirect_offer_is_used_with_all_headers_but_the_bodys(harness: AssetsHarness) -> None:
+    plain = await harness.get("1")
     counted = sent_locally()
-    handed = await world.get("1", OFFER)
+    handed = await harness.get("1", OFFER)
     assert (handed.status, handed.body, handed.headers["content-length"]) == (200, b"", "0")
     place = handed.headers["x-accel-redirect"]
     assert place.startswith("/_objects/")
-    file = world.volume.root / "objects" / unquote(place.removeprefix("/_objects/"))
-    assert file.read_bytes() == world.data["1"]
+    file = harness.volume.root / "objects" / unquote(place.removeprefix("/_objects/"))
+    assert file.read_bytes() == harness.data["1"]
     for name, value in plain.headers.items():
         if name not in {"content-length", "accept-ranges", "x-request-id", "connection"}:
             assert handed.headers[name] == value, name
     assert sent_locally() == counted + SIZE
 
 
-async def test_a_range_is_handed_over_as_what_it_is(world: AssetsWorld) -> None:
+async def test_a_range_is_accel_redirected_as_a_range(harness: AssetsHarness) -> None:
     counted = sent_locally()
-    handed = await world.get("1", {**OFFER, "Range": "bytes=1000-1999"})
+    handed = await harness.get("1", {**OFFER, "Range": "bytes=1000-1999"})
     assert (handed.status, handed.body) == (206, b"")
     assert "x-accel-redirect" in handed.headers
     assert "content-range" not in handed.headers
@@ -66,30 +66,30 @@ async def test_a_range_is_handed_over_as_what_it_is(world: AssetsWorld) -> None:
     ],
     ids=lambda headers: " ".join(headers) or "no offer",
 )
-async def test_what_nginx_might_read_otherwise_is_answered_here(
-    world: AssetsWorld, headers: dict[str, str]
+async def test_paths_nginx_might_interpret_differently_are_answered_here(
+    harness: AssetsHarness, headers: dict[str, str]
 ) -> None:
-    answer = await world.get("1", headers)
-    assert (answer.status, answer.body) == (200, world.data["1"])
+    answer = await harness.get("1", headers)
+    assert (answer.status, answer.body) == (200, harness.data["1"])
     assert "x-accel-redirect" not in answer.headers
 
 
-async def test_head_is_answered_here(world: AssetsWorld) -> None:
-    answer = await world.get("1", OFFER, method="HEAD")
+async def test_head_is_answered_here(harness: AssetsHarness) -> None:
+    answer = await harness.get("1", OFFER, method="HEAD")
     assert answer.headers["content-length"] == str(SIZE)
     assert "x-accel-redirect" not in answer.headers
 
 
-async def test_without_the_setting_an_offer_means_nothing(tmp_path: Path) -> None:
-    async with assets_world(tmp_path) as world:
-        world.add("1", SIZE)
-        world.store("1")
-        answer = await world.get("1", OFFER)
-    assert (answer.status, answer.body) == (200, world.data["1"])
+async def test_without_the_setting_an_offer_is_ignored(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path) as harness:
+        harness.add("1", SIZE)
+        harness.store("1")
+        answer = await harness.get("1", OFFER)
+    assert (answer.status, answer.body) == (200, harness.data["1"])
 
 
-async def test_what_is_not_cached_is_never_handed_over(world: AssetsWorld) -> None:
-    world.add("2", SIZE)
-    answer = await world.get("2", OFFER)
-    assert (answer.status, answer.body) == (200, world.data["2"])
+async def test_an_uncached_object_is_never_accel_redirected(harness: AssetsHarness) -> None:
+    harness.add("2", SIZE)
+    answer = await harness.get("2", OFFER)
+    assert (answer.status, answer.body) == (200, harness.data["2"])
     assert "x-accel-redirect" not in answer.headers

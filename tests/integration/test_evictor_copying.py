@@ -41,7 +41,7 @@ class Silent(MemoryStateStore):
 
 
 @dataclass
-class World:
+class Harness:
     assets: Path
     state: Silent
     volume: Volume
@@ -66,7 +66,7 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[World]:
+async def harness(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
     """Room for as many objects as the test's parameter says."""
     if not MEMORY.is_dir() or MEMORY.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is no second file system")
@@ -88,64 +88,64 @@ async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
     intake = Intake(volume.root, assets)
     takeover = Takeover(intake, assets)
     copying = Copying(state, volume, catalog, intake, takeover)
-    yield World(assets, state, volume, catalog, takeover, copying)
+    yield Harness(assets, state, volume, catalog, takeover, copying)
     shutil.rmtree(assets)
     volume.close()
 
 
-async def test_all_are_copied_verified_and_counted(world: World) -> None:
-    await world.takeover.move_in()
-    assert world.takeover.elsewhere
-    assert await world.copying.run() is None
-    assert all(world.is_hit(name) for name in NAMES)
-    assert world.left() == []
-    usage = await world.state.usage()
+async def test_all_are_copied_verified_and_counted(harness: Harness) -> None:
+    await harness.takeover.move_in()
+    assert harness.takeover.elsewhere
+    assert await harness.copying.run() is None
+    assert all(harness.is_hit(name) for name in NAMES)
+    assert harness.left() == []
+    usage = await harness.state.usage()
     assert (usage.used, usage.reserved) == (len(NAMES) * footprint(SIZE), 0)
-    assert await world.accesses() == {"2": 1, "3": 2, "4": 3}, "one view each came with the object"
+    assert await harness.accesses() == {"2": 1, "3": 2, "4": 3}, "one view each came with the object"
 
 
-@pytest.mark.parametrize("world", [2], indirect=True)
-async def test_what_finds_no_room_stays_where_it_is(world: World) -> None:
-    await world.takeover.move_in()
-    assert await world.copying.run() is not None, "worth trying again"
-    assert world.left() == ["1", "2"], "the most used came first"
-    usage = await world.state.usage()
+@pytest.mark.parametrize("harness", [2], indirect=True)
+async def test_an_object_that_finds_no_room_stays_where_it_is(harness: Harness) -> None:
+    await harness.takeover.move_in()
+    assert await harness.copying.run() is not None, "worth trying again"
+    assert harness.left() == ["1", "2"], "the most used came first"
+    usage = await harness.state.usage()
     assert usage.used + usage.reserved <= usage.limit
 
 
-async def test_rotten_and_unknown_ones_are_left(world: World) -> None:
-    (world.assets / "2").write_bytes(body_of("2")[:-1] + b"!")
-    (world.assets / "3").write_bytes(b"cut short")
-    del world.catalog.objects[ObjectId("4")]
-    await world.takeover.move_in()
-    await world.copying.run()
-    assert world.is_hit("1")
-    assert world.left() == ["2", "3", "4"]
-    usage = await world.state.usage()
+async def test_corrupt_and_unknown_ones_are_left(harness: Harness) -> None:
+    (harness.assets / "2").write_bytes(body_of("2")[:-1] + b"!")
+    (harness.assets / "3").write_bytes(b"cut short")
+    del harness.catalog.objects[ObjectId("4")]
+    await harness.takeover.move_in()
+    await harness.copying.run()
+    assert harness.is_hit("1")
+    assert harness.left() == ["2", "3", "4"]
+    usage = await harness.state.usage()
     assert (usage.objects, usage.reserved) == (1, 0)
 
 
-async def test_a_second_run_copies_nothing_twice(world: World) -> None:
-    await world.takeover.move_in()
-    await world.copying.run()
-    (world.assets / "1").write_bytes(body_of("1"))
-    assert await world.copying.run() is None
-    assert world.left() == []
-    assert (await world.state.usage()).objects == len(NAMES)
+async def test_a_second_run_copies_nothing_twice(harness: Harness) -> None:
+    await harness.takeover.move_in()
+    await harness.copying.run()
+    (harness.assets / "1").write_bytes(body_of("1"))
+    assert await harness.copying.run() is None
+    assert harness.left() == []
+    assert (await harness.state.usage()).objects == len(NAMES)
 
 
-async def test_what_was_stored_and_not_told_is_not_copied_beside_itself(world: World) -> None:
-    await world.takeover.move_in()
-    world.state.commits = 1
+async def test_an_object_stored_but_not_committed_is_not_copied_twice(harness: Harness) -> None:
+    await harness.takeover.move_in()
+    harness.state.commits = 1
     with pytest.raises(StateStoreUnavailable):
-        await world.copying.run()
-    assert world.is_hit("4"), "the most used comes first"
-    assert world.left() == list(NAMES)
-    (world.assets / "4").write_bytes(b"?" * SIZE)  # to be seen if it were read again
-    rows = world.state._tables.rows
+        await harness.copying.run()
+    assert harness.is_hit("4"), "the most used comes first"
+    assert harness.left() == list(NAMES)
+    (harness.assets / "4").write_bytes(b"?" * SIZE)  # to be seen if it were read again
+    rows = harness.state._tables.rows
     rows[ObjectId("4")] = replace(rows[ObjectId("4")], ends=0.0)  # its lease has run out
-    assert await world.copying.run() is None
-    assert world.left() == []
-    assert all(world.is_hit(name) for name in NAMES)
-    usage = await world.state.usage()
+    assert await harness.copying.run() is None
+    assert harness.left() == []
+    assert all(harness.is_hit(name) for name in NAMES)
+    usage = await harness.state.usage()
     assert (usage.used, usage.reserved) == (4 * footprint(SIZE), 0)

@@ -14,10 +14,10 @@ from shared.domain.space import footprint
 from shared.observability.metrics import EVICTIONS, RECONCILED, SCRUBBED_OBJECTS
 from tests.integration.evictor_world import (
     SIZE,
-    EvictorWorld,
+    EvictorHarness,
     body_of,
     eventually,
-    evictor_world,
+    evictor_harness,
     media_object,
 )
 
@@ -25,79 +25,79 @@ NAMES = ["one", "two", "three", "four"]
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[EvictorWorld]:
-    async with evictor_world(tmp_path) as made:
+async def harness(tmp_path: Path) -> AsyncIterator[EvictorHarness]:
+    async with evictor_harness(tmp_path) as made:
         yield made
 
 
-def list_objects(world: EvictorWorld, *names: str) -> None:
-    world.catalog.objects = {ObjectId(name): media_object(name, body_of(name)) for name in names}
+def list_objects(harness: EvictorHarness, *names: str) -> None:
+    harness.catalog.objects = {ObjectId(name): media_object(name, body_of(name)) for name in names}
 
 
-async def test_objects_no_longer_ours_leave(world: EvictorWorld) -> None:
-    list_objects(world, *NAMES)
-    async with world.evictor(duty_interval=0.05):
-        await eventually(world.reconciled)
-        await world.store(*NAMES)
-        list_objects(world, "two", "three", "four", "others")
-        await eventually(lambda: not world.has("one"))
+async def test_unassigned_objects_are_removed(harness: EvictorHarness) -> None:
+    list_objects(harness, *NAMES)
+    async with harness.evictor(duty_interval=0.05):
+        await eventually(harness.reconciled)
+        await harness.store(*NAMES)
+        list_objects(harness, "two", "three", "four", "others")
+        await eventually(lambda: not harness.has("one"))
 
         async def dropped() -> bool:
-            return sorted(await world.entries()) == ["four", "three", "two"]
+            return sorted(await harness.entries()) == ["four", "three", "two"]
 
         await eventually(dropped)
-        assert await world.used() == 3 * footprint(SIZE)
+        assert await harness.used() == 3 * footprint(SIZE)
 
 
 @pytest.mark.parametrize("listed", [(), ("one",), ("others", "more")])
-async def test_an_implausible_list_drops_nothing(world: EvictorWorld, listed: tuple[str, ...]) -> None:
-    list_objects(world, *NAMES)
+async def test_an_implausible_list_drops_nothing(harness: EvictorHarness, listed: tuple[str, ...]) -> None:
+    list_objects(harness, *NAMES)
     before = RECONCILED.labels("duty_refused")._value.get()
-    async with world.evictor(duty_interval=0.05):
-        await eventually(world.reconciled)
-        await world.store(*NAMES)
-        list_objects(world, *listed)
+    async with harness.evictor(duty_interval=0.05):
+        await eventually(harness.reconciled)
+        await harness.store(*NAMES)
+        list_objects(harness, *listed)
         await eventually(lambda: RECONCILED.labels("duty_refused")._value.get() >= before + 3)
-        assert sorted(await world.entries()) == sorted(NAMES)
+        assert sorted(await harness.entries()) == sorted(NAMES)
 
 
-async def test_a_catalog_that_is_down_drops_nothing(world: EvictorWorld) -> None:
-    world.catalog.down = True
+async def test_a_catalog_that_is_down_drops_nothing(harness: EvictorHarness) -> None:
+    harness.catalog.down = True
     before = RECONCILED.labels("duty_unavailable")._value.get()
-    async with world.evictor(duty_interval=0.05):
-        await eventually(world.reconciled)
-        await world.store(*NAMES)
+    async with harness.evictor(duty_interval=0.05):
+        await eventually(harness.reconciled)
+        await harness.store(*NAMES)
         await eventually(lambda: RECONCILED.labels("duty_unavailable")._value.get() >= before + 2)
-        assert sorted(await world.entries()) == sorted(NAMES)
+        assert sorted(await harness.entries()) == sorted(NAMES)
 
 
-async def test_scrub_finds_rot(world: EvictorWorld) -> None:
+async def test_scrub_finds_corruption(harness: EvictorHarness) -> None:
     rotten = EVICTIONS.labels("rotten")._value.get()
     for name in NAMES:
-        world.put_file(name)
-    path = world.path_of("two")
+        harness.put_file(name)
+    path = harness.path_of("two")
     seen = path.stat()
     body = bytearray(path.read_bytes())
     body[SIZE // 2] ^= 1
     path.write_bytes(body)
     os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
-    async with world.evictor(scrub_rate=100 * SIZE):
+    async with harness.evictor(scrub_rate=100 * SIZE):
 
         async def gone() -> bool:
-            return sorted(await world.entries()) == ["four", "one", "three"]
+            return sorted(await harness.entries()) == ["four", "one", "three"]
 
         await eventually(gone)
-        await eventually(world.true_to_the_volume)
-        assert not world.has("two")
+        await eventually(harness.matches_volume)
+        assert not harness.has("two")
     assert EVICTIONS.labels("rotten")._value.get() == rotten + 1
 
 
-async def test_scrub_keeps_to_its_rate_and_leaves_sound_objects(world: EvictorWorld) -> None:
+async def test_scrub_keeps_its_rate_and_leaves_intact_objects(harness: EvictorHarness) -> None:
     sound = SCRUBBED_OBJECTS.labels("sound")._value.get()
     for name in NAMES:
-        world.put_file(name)
-    async with world.evictor(scrub_rate=2 * SIZE):
-        await eventually(world.reconciled)
+        harness.put_file(name)
+    async with harness.evictor(scrub_rate=2 * SIZE):
+        await eventually(harness.reconciled)
         await asyncio.sleep(1.2)
         assert 1 <= SCRUBBED_OBJECTS.labels("sound")._value.get() - sound <= 3
-        assert len(await world.entries()) == 4
+        assert len(await harness.entries()) == 4

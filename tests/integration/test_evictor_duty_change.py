@@ -24,7 +24,7 @@ OLD, NEW = Duty(frozenset({"0:1"})), Duty(frozenset({"0:2"}))
 
 
 @dataclass
-class World:
+class Harness:
     duty: DutyCheck
     index: EvictionIndex
     catalog: ListedCatalog
@@ -41,7 +41,7 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
+async def harness(tmp_path: Path) -> AsyncIterator[Harness]:
     """Eight objects of the old bucket are held; the catalog knows two of the new one as well."""
     state, volume = MemoryStateStore(10**6, StateTimeouts(lease_seconds=10), time.time), Volume(tmp_path)
     volume.prepare()
@@ -57,63 +57,63 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
             await state.adopt(term, IndexEntry(object_id, 10, 1, 0.0))
             index.add(PolicyEntry(object_id, 10, 1, 0.0))
     duty = DutyCheck(catalog, index, removals, OLD, can_list=True, root=tmp_path)
-    yield World(duty, index, catalog, term, removals, tmp_path)
+    yield Harness(duty, index, catalog, term, removals, tmp_path)
     volume.close()
 
 
-async def test_other_buckets_by_order(world: World) -> None:
-    assert not world.duty.change(OLD)
-    await world.duty.run(world.term)
-    assert world.held() == 8
-    assert world.duty.change(NEW)
-    await world.duty.run(world.term)
-    assert world.held() == 0
+async def test_other_buckets_by_operator_change(harness: Harness) -> None:
+    assert not harness.duty.change(OLD)
+    await harness.duty.run(harness.term)
+    assert harness.held() == 8
+    assert harness.duty.change(NEW)
+    await harness.duty.run(harness.term)
+    assert harness.held() == 0
 
 
-async def test_an_empty_list_is_not_believed_after_an_order_either(world: World) -> None:
-    world.duty.change(OLD)
-    world.duty.change(Duty(frozenset({"0:3"})))
-    await world.duty.run(world.term)
-    assert world.held() == 8
+async def test_an_empty_list_is_implausible_after_an_operator_change_too(harness: Harness) -> None:
+    harness.duty.change(OLD)
+    harness.duty.change(Duty(frozenset({"0:3"})))
+    await harness.duty.run(harness.term)
+    assert harness.held() == 8
 
 
-async def test_other_buckets_in_the_settings_and_a_restart(world: World) -> None:
-    assert await world.duty.run(world.term)
-    assert world.held() == 8
-    assert await world.restarted(NEW).run(world.term)
-    assert world.held() == 0
+async def test_other_buckets_in_the_settings_and_a_restart(harness: Harness) -> None:
+    assert await harness.duty.run(harness.term)
+    assert harness.held() == 8
+    assert await harness.restarted(NEW).run(harness.term)
+    assert harness.held() == 0
 
 
-async def test_an_order_before_the_check_of_another_leader_is_not_forgotten(world: World) -> None:
-    await world.duty.run(world.term)
-    world.duty.change(OLD)
-    assert world.duty.change(NEW)
-    leader = world.restarted(OLD)
+async def test_a_change_before_another_leaders_check_is_not_lost(harness: Harness) -> None:
+    await harness.duty.run(harness.term)
+    harness.duty.change(OLD)
+    assert harness.duty.change(NEW)
+    leader = harness.restarted(OLD)
     assert not leader.change(NEW)
-    await leader.run(world.term)
-    assert world.held() == 0
+    await leader.run(harness.term)
+    assert harness.held() == 0
 
 
-async def test_a_worker_named_beside_the_buckets_changes_nothing(world: World) -> None:
-    world.duty.change(OLD)
-    await world.duty.run(world.term)
-    assert not world.duty.change(Duty(OLD.bucket_ids, 7))
-    world.catalog.left_out = {ObjectId(f"{number}") for number in range(7)}
-    await world.duty.run(world.term)
-    assert world.held() == 8
+async def test_a_worker_named_beside_the_buckets_changes_nothing(harness: Harness) -> None:
+    harness.duty.change(OLD)
+    await harness.duty.run(harness.term)
+    assert not harness.duty.change(Duty(OLD.bucket_ids, 7))
+    harness.catalog.left_out = {ObjectId(f"{number}") for number in range(7)}
+    await harness.duty.run(harness.term)
+    assert harness.held() == 8
 
 
-async def test_what_a_list_leaves_out_stays_if_the_catalog_says_it_is_ours(world: World) -> None:
-    world.catalog.left_out = {ObjectId("0"), ObjectId("1"), ObjectId("2")}
-    del world.catalog.objects[ObjectId("0")]
-    assert await world.duty.run(world.term)
-    assert world.held() == 7, "what does not exist any more goes"
+async def test_an_object_missing_from_the_list_stays_if_a_lookup_confirms_it(harness: Harness) -> None:
+    harness.catalog.left_out = {ObjectId("0"), ObjectId("1"), ObjectId("2")}
+    del harness.catalog.objects[ObjectId("0")]
+    assert await harness.duty.run(harness.term)
+    assert harness.held() == 7, "what does not exist any more goes"
 
 
-async def test_a_catalog_that_fails_while_it_is_asked_leaves_the_rest(world: World) -> None:
-    await world.duty.run(world.term)
-    world.duty.change(OLD)
-    world.duty.change(NEW)
+async def test_a_catalog_failing_midway_leaves_remaining_objects(harness: Harness) -> None:
+    await harness.duty.run(harness.term)
+    harness.duty.change(OLD)
+    harness.duty.change(NEW)
 
     class Failing(ListedCatalog):
         async def look_up(self, object_id: ObjectId) -> MediaObject | None:
@@ -121,17 +121,17 @@ async def test_a_catalog_that_fails_while_it_is_asked_leaves_the_rest(world: Wor
             return await super().look_up(object_id)
 
     failing = Failing()
-    failing.objects = world.catalog.objects
-    world.catalog = failing
-    check = world.restarted(NEW)
-    assert not await check.run(world.term)
-    assert world.held() == 5
+    failing.objects = harness.catalog.objects
+    harness.catalog = failing
+    check = harness.restarted(NEW)
+    assert not await check.run(harness.term)
+    assert harness.held() == 5
     failing.asked, failing.down = [ObjectId("x")] * 4, False
-    assert await check.run(world.term)
-    assert world.held() == 0
+    assert await check.run(harness.term)
+    assert harness.held() == 0
 
 
-async def test_the_orders_found_at_the_start_are_no_change(world: World) -> None:
-    assert not world.duty.change(NEW)
-    await world.duty.run(world.term)
-    assert world.held() == 8, "nearly all would go: it may be the catalog's fault"
+async def test_the_operator_state_found_at_the_start_is_no_change(harness: Harness) -> None:
+    assert not harness.duty.change(NEW)
+    await harness.duty.run(harness.term)
+    assert harness.held() == 8, "nearly all would go: it may be the catalog's fault"

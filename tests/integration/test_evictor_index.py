@@ -84,7 +84,7 @@ def views(index: EvictionIndex) -> Counter[int]:
 
 
 @pytest.mark.parametrize("policy", ["gdsf", "lru-sp", "lru"])
-async def test_what_was_applied_and_not_saved_is_applied_again(
+async def test_accesses_applied_but_not_saved_are_applied_again(
     state: FailingStore, volume: Volume, policy: str
 ) -> None:
     killed = await leader(state, volume, policy)
@@ -117,9 +117,7 @@ async def test_after_a_crash_between_two_batches_nothing_is_lost_and_one_batch_c
     assert (views(third), order(third)) == (views(successor), BY_ACCESS), "and from then on nothing twice"
 
 
-async def test_who_lives_on_after_a_save_that_failed_counts_nothing_twice(
-    state: FailingStore, volume: Volume
-) -> None:
+async def test_after_a_failed_save_nothing_is_counted_twice(state: FailingStore, volume: Volume) -> None:
     index, term = await leader(state, volume, "gdsf"), await term_of(state)
     await view_all(state)
     await index.refresh()
@@ -133,7 +131,7 @@ async def test_who_lives_on_after_a_save_that_failed_counts_nothing_twice(
     assert order(successor) == order(index)
 
 
-async def test_figures_of_what_was_seen_before_the_store_knew_it_are_written_after_all(
+async def test_policy_data_seen_before_the_store_had_the_entry_is_written_later(
     state: FailingStore, volume: Volume
 ) -> None:
     index, term = await leader(state, volume, "gdsf"), await term_of(state)

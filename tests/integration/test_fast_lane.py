@@ -24,14 +24,14 @@ from services.api.fast_lane import building
 from shared.adapters.volume import RemovalState
 from shared.domain.http_dates import parse_http_date
 from shared.domain.objects import ObjectId
-from tests.integration.assets_world import KIB, MIB, AssetsWorld, assets_world
+from tests.integration.assets_world import KIB, MIB, AssetsHarness, assets_harness
 
 LARGE = 12 * MIB + 5
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[AssetsWorld]:
-    async with assets_world(tmp_path) as running:
+async def harness(tmp_path: Path) -> AsyncIterator[AssetsHarness]:
+    async with assets_harness(tmp_path) as running:
         for object_id, size in (("1", 10 * KIB), ("2", LARGE)):
             running.add(object_id, size)
             running.store(object_id)
@@ -80,46 +80,46 @@ def counted(name: str, **labels: str) -> float:
     return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
-async def test_requests_sent_ahead_are_answered_after_a_long_body(world: AssetsWorld) -> None:
-    reader, writer = await world.connect()
+async def test_requests_sent_ahead_are_answered_after_a_long_body(harness: AssetsHarness) -> None:
+    reader, writer = await harness.connect()
     writer.write(ask("2"))
     await reader.readuntil(b"\r\n\r\n")
     for more in (ask("1") + ask("1", "Range: bytes=5-9\r\n"), b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"):
         writer.write(more)
         await asyncio.sleep(0.01)
-    assert await reader.readexactly(LARGE) == world.data["2"]
-    assert (await read_answer(reader))[1] == world.data["1"]
-    assert (await read_answer(reader))[1] == world.data["1"][5:10]
+    assert await reader.readexactly(LARGE) == harness.data["2"]
+    assert (await read_answer(reader))[1] == harness.data["1"]
+    assert (await read_answer(reader))[1] == harness.data["1"][5:10]
     assert b"ok" in (await read_answer(reader))[1]
     writer.write(ask("1"))
-    assert (await read_answer(reader))[1] == world.data["1"]
+    assert (await read_answer(reader))[1] == harness.data["1"]
 
 
 @pytest.mark.parametrize("cold", [False, True])
-async def test_a_client_that_takes_little_is_not_buffered_for(
-    world: AssetsWorld, request: pytest.FixtureRequest, cold: bool
+async def test_a_slow_client_is_not_buffered_for(
+    harness: AssetsHarness, request: pytest.FixtureRequest, cold: bool
 ) -> None:
     """The process holds a piece of the body for each at most, and others are served meanwhile."""
     if cold:
         request.getfixturevalue("disk")
-    first_reader, first_writer = await world.connect()
+    first_reader, first_writer = await harness.connect()
     first_writer.write(ask("1"))
-    assert (await read_answer(first_reader))[1] == world.data["1"]
+    assert (await read_answer(first_reader))[1] == harness.data["1"]
     tracemalloc.start()
     try:
-        clients = [_idle_client(world.port) for _ in range(5)]
+        clients = [_idle_client(harness.port) for _ in range(5)]
         for client in clients:
             await asyncio.get_running_loop().sock_sendall(client, ask("2"))
-        await world.until(lambda _: _in_progress() >= len(clients))
+        await harness.until(lambda _: _in_progress() >= len(clients))
         first_writer.write(ask("1"))
-        assert (await read_answer(first_reader))[1] == world.data["1"]
+        assert (await read_answer(first_reader))[1] == harness.data["1"]
         assert tracemalloc.get_traced_memory()[1] < len(clients) * 2 * MIB
     finally:
         tracemalloc.stop()
     for client in clients:
         reader, writer = await asyncio.open_connection(sock=client)
-        world.writers.append(writer)
-        assert (await read_answer(reader))[1] == world.data["2"]
+        harness.writers.append(writer)
+        assert (await read_answer(reader))[1] == harness.data["2"]
 
 
 def _idle_client(port: int) -> socket.socket:
@@ -134,84 +134,84 @@ def _in_progress() -> float:
 
 async def test_an_idle_connection_is_closed_after_fast_answers(tmp_path: Path) -> None:
     """Neither while a client asks in time, nor while a body is sent, however long that takes."""
-    async with assets_world(tmp_path, keep_alive_timeout=0.6) as world:
+    async with assets_harness(tmp_path, keep_alive_timeout=0.6) as harness:
         for object_id, size in (("1", 10 * KIB), ("2", LARGE)):
-            world.add(object_id, size)
-            world.store(object_id)
-        reader, writer = await world.connect()
+            harness.add(object_id, size)
+            harness.store(object_id)
+        reader, writer = await harness.connect()
         for _ in range(4):
             writer.write(ask("1"))
-            assert (await read_answer(reader))[1] == world.data["1"]
+            assert (await read_answer(reader))[1] == harness.data["1"]
             await asyncio.sleep(0.25)
         writer.write(ask("2"))
         await reader.readuntil(b"\r\n\r\n")
         await asyncio.sleep(1.5)
-        assert await reader.readexactly(LARGE) == world.data["2"]
+        assert await reader.readexactly(LARGE) == harness.data["2"]
         writer.write(ask("1"))
-        assert (await read_answer(reader))[1] == world.data["1"]
+        assert (await read_answer(reader))[1] == harness.data["1"]
         began = time.monotonic()
         assert await reader.read() == b""
         assert time.monotonic() - began > 0.5
 
 
-async def test_a_client_that_takes_nothing_is_cut_at_the_stall_limit(tmp_path: Path) -> None:
-    async with assets_world(tmp_path, send_stall_limit=1.0, keep_alive_timeout=0.5) as world:
-        world.add("2", LARGE)
-        world.store("2")
+async def test_a_stalled_client_is_disconnected_at_the_stall_limit(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path, send_stall_limit=1.0, keep_alive_timeout=0.5) as harness:
+        harness.add("2", LARGE)
+        harness.store("2")
         before = counted("distributor_cut_answers_total", reason="client_stalled")
-        with _idle_client(world.port) as client:
+        with _idle_client(harness.port) as client:
             began = time.monotonic()
             await asyncio.get_running_loop().sock_sendall(client, ask("2"))
-            await world.until(
+            await harness.until(
                 lambda _: counted("distributor_cut_answers_total", reason="client_stalled") == before + 1
             )
             assert time.monotonic() - began >= 0.9
-            await world.until(lambda running: running.open_files() == 0)
+            await harness.until(lambda running: running.open_files() == 0)
 
 
 @pytest.mark.parametrize("fast_lane", [True, False])
 async def test_a_stopped_api_lets_a_long_body_end(tmp_path: Path, *, fast_lane: bool) -> None:
     """As `stop-api` does it: the process goes on. The head of the answer had said that the connection stays."""
-    async with assets_world(tmp_path, fast_lane=fast_lane) as world:
+    async with assets_harness(tmp_path, fast_lane=fast_lane) as harness:
         for object_id, size in (("1", 10 * KIB), ("2", LARGE)):
-            world.add(object_id, size)
-            world.store(object_id)
-        reader, writer = await world.connect()
+            harness.add(object_id, size)
+            harness.store(object_id)
+        reader, writer = await harness.connect()
         writer.write(ask("2"))
         await reader.readuntil(b"\r\n\r\n")
-        state, operator_state = world.context.state, world.context.operator_state
+        state, operator_state = harness.context.state, harness.context.operator_state
         assert await state.change_operator_state(
             operator_state.current.version, replace(operator_state.current, stopped=True)
         )
         async with asyncio.timeout(5):
             await operator_state.wait_until(lambda now: now.stopped)
-        assert await reader.readexactly(LARGE) == world.data["2"]
+        assert await reader.readexactly(LARGE) == harness.data["2"]
         writer.write(ask("1"))
         head, body = await read_answer(reader)
         assert b"connection: close" in head
-        assert body == world.data["1"]
+        assert body == harness.data["1"]
         assert await reader.read() == b""
 
 
-async def test_a_stop_answers_what_was_asked_during_a_long_body(world: AssetsWorld) -> None:
-    reader, writer = await world.connect()
+async def test_a_stop_answers_requests_sent_during_a_long_body(harness: AssetsHarness) -> None:
+    reader, writer = await harness.connect()
     writer.write(ask("2"))
     await reader.readuntil(b"\r\n\r\n")
     writer.write(ask("1"))
-    world.stop.set()
-    assert await reader.readexactly(LARGE) == world.data["2"]
+    harness.stop.set()
+    assert await reader.readexactly(LARGE) == harness.data["2"]
     head, body = await read_answer(reader)
     assert b"connection: close" in head
-    assert body == world.data["1"]
+    assert body == harness.data["1"]
     assert await reader.read() == b""
 
 
 async def test_a_stop_lets_a_long_body_end(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
-        world = await stack.enter_async_context(assets_world(tmp_path))
-        data = world.add("2", LARGE)
-        world.store("2")
-        reader, writer = await asyncio.open_connection("127.0.0.1", world.port)
+        harness = await stack.enter_async_context(assets_harness(tmp_path))
+        data = harness.add("2", LARGE)
+        harness.store("2")
+        reader, writer = await asyncio.open_connection("127.0.0.1", harness.port)
         writer.write(ask("2"))
         head = await reader.readuntil(b"\r\n\r\n")
         assert b"200 OK" in head
@@ -225,29 +225,31 @@ async def test_a_stop_lets_a_long_body_end(tmp_path: Path) -> None:
         writer.close()
 
 
-async def test_a_client_that_leaves_is_noticed_and_lets_go(world: AssetsWorld) -> None:
+async def test_a_client_disconnect_is_noticed_and_releases_the_object(harness: AssetsHarness) -> None:
     before = counted("distributor_cut_answers_total", reason="client_left")
-    reader, writer = await world.connect()
+    reader, writer = await harness.connect()
     writer.write(ask("2"))
     await reader.readexactly(1000)
     writer.transport.abort()
-    await world.until(lambda _: counted("distributor_cut_answers_total", reason="client_left") == before + 1)
-    await world.until(lambda running: running.open_files() == 0)
+    await harness.until(
+        lambda _: counted("distributor_cut_answers_total", reason="client_left") == before + 1
+    )
+    await harness.until(lambda running: running.open_files() == 0)
 
 
-async def test_a_file_cut_short_while_it_is_sent_ends_the_connection(world: AssetsWorld) -> None:
+async def test_a_file_truncated_while_it_is_sent_closes_the_connection(harness: AssetsHarness) -> None:
     before = counted("distributor_cut_answers_total", reason="object_unreadable")
-    reader, writer = await world.connect()
+    reader, writer = await harness.connect()
     writer.write(ask("2"))
     await reader.readuntil(b"\r\n\r\n")
-    os.truncate(next((world.volume.root / "objects").glob("*/2")), MIB)
+    os.truncate(next((harness.volume.root / "objects").glob("*/2")), MIB)
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await reader.readexactly(LARGE)
     assert counted("distributor_cut_answers_total", reason="object_unreadable") == before + 1
 
 
-async def test_a_failing_disk_ends_the_connection_and_answers_nothing_more(
-    world: AssetsWorld, monkeypatch: pytest.MonkeyPatch
+async def test_a_failing_disk_closes_the_connection(
+    harness: AssetsHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither what had been sent ahead, nor the rest of the body from elsewhere."""
     sendfile, calls = os.sendfile, 0
@@ -263,7 +265,7 @@ async def test_a_failing_disk_ends_the_connection_and_answers_nothing_more(
         counted("distributor_cut_answers_total", reason=why) for why in ("object_unreadable", "client_left")
     ]
     monkeypatch.setattr(os, "sendfile", failing)
-    reader, writer = await world.connect()
+    reader, writer = await harness.connect()
     writer.write(ask("2"))
     await reader.readuntil(b"\r\n\r\n")
     writer.write(ask("1"))
@@ -272,7 +274,7 @@ async def test_a_failing_disk_ends_the_connection_and_answers_nothing_more(
         while piece := await reader.read(MIB):
             received += piece
     assert len(received) < LARGE
-    assert world.data["2"].startswith(received)
+    assert harness.data["2"].startswith(received)
     after = [
         counted("distributor_cut_answers_total", reason=why) for why in ("object_unreadable", "client_left")
     ]
@@ -280,46 +282,46 @@ async def test_a_failing_disk_ends_the_connection_and_answers_nothing_more(
 
 
 async def test_an_unexpected_error_ends_the_connection(
-    world: AssetsWorld, monkeypatch: pytest.MonkeyPatch
+    harness: AssetsHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: int) -> None:
         raise RuntimeError("secret details")
 
     before = counted("distributor_cut_answers_total", reason="unexpected_error")
-    monkeypatch.setattr(world.context.accesses, "touch", failing)
+    monkeypatch.setattr(harness.context.accesses, "touch", failing)
     monkeypatch.setattr("services.api.fast_lane.body_sender.ACCESS_RENEWAL", 0.0)
-    reader, writer = await world.connect()
+    reader, writer = await harness.connect()
     writer.write(ask("2"))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await read_answer(reader)
     assert counted("distributor_cut_answers_total", reason="unexpected_error") == before + 1
 
 
-async def test_each_gets_its_own_object_while_others_push_it_out(
+async def test_each_client_gets_its_object_while_others_evict_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All requests arrive at once, so that each of them closes the object of the one before, whose descriptor the
     next one gets."""
     monkeypatch.setattr(building, "MOST_OPEN", 1)
-    async with assets_world(tmp_path) as world:
+    async with assets_harness(tmp_path) as harness:
         ids = [str(number) for number in range(1, 7)]
         for object_id in ids:
-            world.add(object_id, 3 * MIB)
-            world.store(object_id)
-        connections = [await world.connect() for _ in ids]
+            harness.add(object_id, 3 * MIB)
+            harness.store(object_id)
+        connections = [await harness.connect() for _ in ids]
         for object_id, (_, writer) in zip(ids, connections, strict=True):
             connected: socket.socket = writer.get_extra_info("socket")
             os.write(connected.fileno(), ask(object_id))
         answers = await asyncio.gather(*(read_answer(reader) for reader, _ in connections))
-        assert [body == world.data[object_id] for object_id, (_, body) in zip(ids, answers, strict=True)] == [
-            True for _ in ids
-        ]
-        await world.until(lambda running: running.open_files() <= 1)
+        assert [
+            body == harness.data[object_id] for object_id, (_, body) in zip(ids, answers, strict=True)
+        ] == [True for _ in ids]
+        await harness.until(lambda running: running.open_files() <= 1)
 
 
-async def test_short_ranges_are_whole_however_little_the_sockets_take(world: AssetsWorld) -> None:
+async def test_short_ranges_are_whole_however_little_the_sockets_take(harness: AssetsHarness) -> None:
     """They pass through one buffer of the process; what a socket does not take then must not come from there."""
-    clients = [_idle_client(world.port) for _ in range(3)]
+    clients = [_idle_client(harness.port) for _ in range(3)]
     length, asked = 64 * KIB, 100
     for number in range(asked):
         for place, client in enumerate(clients):
@@ -327,66 +329,64 @@ async def test_short_ranges_are_whole_however_little_the_sockets_take(world: Ass
             more = f"Range: bytes={first}-{first + length - 1}\r\n"
             await asyncio.get_running_loop().sock_sendall(client, ask("2", more))
             await asyncio.sleep(0.001)
-    await world.until(lambda _: _in_progress() >= len(clients))
+    await harness.until(lambda _: _in_progress() >= len(clients))
     for place, client in enumerate(clients):
         reader, writer = await asyncio.open_connection(sock=client)
-        world.writers.append(writer)
+        harness.writers.append(writer)
         for number in range(asked):
             first = (number * len(clients) + place) * 4099 + 1
             head, body = await read_answer(reader)
             assert head.startswith(b"HTTP/1.1 206")
-            assert body == world.data["2"][first : first + length]
+            assert body == harness.data["2"][first : first + length]
 
 
-async def test_what_is_not_in_memory_is_read_and_sent(world: AssetsWorld, disk: ColdDisk) -> None:
-    reader, writer = await world.connect()
+async def test_a_cold_object_is_read_and_sent(harness: AssetsHarness, disk: ColdDisk) -> None:
+    reader, writer = await harness.connect()
     for object_id, more, first, end in (
         ("2", "", 0, LARGE),
         ("2", "Range: bytes=1000001-3000000\r\n", 1_000_001, 3_000_001),
         ("1", "", 0, 10 * KIB),
     ):
         writer.write(ask(object_id, more) + ask("1"))
-        assert (await read_answer(reader))[1] == world.data[object_id][first:end]
-        assert (await read_answer(reader))[1] == world.data["1"]
+        assert (await read_answer(reader))[1] == harness.data[object_id][first:end]
+        assert (await read_answer(reader))[1] == harness.data["1"]
     assert disk.reads > LARGE // MIB
 
 
-async def test_what_is_not_in_memory_does_not_wait_for_other_threads(
-    world: AssetsWorld, disk: ColdDisk
-) -> None:
+async def test_a_cold_read_does_not_wait_for_other_threads(harness: AssetsHarness, disk: ColdDisk) -> None:
     """Those of the loop hash and scan for seconds."""
     hashed = threading.Event()
     loop = asyncio.get_running_loop()
     loop.set_default_executor(ThreadPoolExecutor(1))
     hashing = loop.run_in_executor(None, hashed.wait)
     try:
-        reader, writer = await world.connect()
+        reader, writer = await harness.connect()
         writer.write(ask("2"))
-        assert (await read_answer(reader))[1] == world.data["2"]
+        assert (await read_answer(reader))[1] == harness.data["2"]
         assert disk.reads
     finally:
         hashed.set()
         await hashing
 
 
-async def test_a_disk_that_fails_at_once_costs_no_answer(world: AssetsWorld, disk: ColdDisk) -> None:
+async def test_a_disk_failure_at_the_start_costs_no_response(harness: AssetsHarness, disk: ColdDisk) -> None:
     """The framework's lane finds a source; what was sent ahead is answered after that."""
     disk.failing = 2
-    reader, writer = await world.connect()
+    reader, writer = await harness.connect()
     writer.write(ask("2"))
-    await world.until(lambda _: disk.reads > 0)
+    await harness.until(lambda _: disk.reads > 0)
     writer.write(ask("1"))
     head, body = await read_answer(reader)
     assert b"X-Data-Source: external" in head
-    assert body == world.data["2"]
+    assert body == harness.data["2"]
     head, body = await read_answer(reader)
     assert b"X-Cache: hit" in head
-    assert body == world.data["1"]
+    assert body == harness.data["1"]
 
 
-async def test_a_disk_that_fails_midway_ends_the_connection(world: AssetsWorld, disk: ColdDisk) -> None:
+async def test_a_disk_that_fails_midway_ends_the_connection(harness: AssetsHarness, disk: ColdDisk) -> None:
     before = counted("distributor_cut_answers_total", reason="object_unreadable")
-    reader, writer = await world.connect()
+    reader, writer = await harness.connect()
     writer.write(ask("2"))
     await reader.readuntil(b"\r\n\r\n")
     disk.failing = 1
@@ -396,22 +396,20 @@ async def test_a_disk_that_fails_midway_ends_the_connection(world: AssetsWorld, 
     assert counted("distributor_cut_answers_total", reason="object_unreadable") == before + 1
 
 
-async def test_what_is_left_to_the_framework_at_a_stop_is_the_last_answer(
-    tmp_path: Path, disk: ColdDisk
-) -> None:
+async def test_a_response_by_the_framework_at_a_stop_is_the_last(tmp_path: Path, disk: ColdDisk) -> None:
     async with AsyncExitStack() as stack:
-        world = await stack.enter_async_context(assets_world(tmp_path))
-        data = world.add("2", LARGE)
-        world.store("2")
+        harness = await stack.enter_async_context(assets_harness(tmp_path))
+        data = harness.add("2", LARGE)
+        harness.store("2")
         disk.failing = 1
         disk.free.clear()
-        reader, writer = await asyncio.open_connection("127.0.0.1", world.port, limit=64 * KIB)
+        reader, writer = await asyncio.open_connection("127.0.0.1", harness.port, limit=64 * KIB)
         writer.write(ask("2"))
-        await world.until(lambda _: disk.reads > 0)
+        await harness.until(lambda _: disk.reads > 0)
         closing = asyncio.create_task(stack.aclose())
         with contextlib.suppress(ConnectionError):
             while True:
-                _, refused = await asyncio.open_connection("127.0.0.1", world.port)
+                _, refused = await asyncio.open_connection("127.0.0.1", harness.port)
                 refused.close()
         disk.free.set()
         head, body = await read_answer(reader)
@@ -422,22 +420,22 @@ async def test_what_is_left_to_the_framework_at_a_stop_is_the_last_answer(
         writer.close()
 
 
-async def test_what_is_being_sent_is_in_use(world: AssetsWorld) -> None:
-    reader, writer = await world.connect()
+async def test_an_object_being_sent_is_in_use(harness: AssetsHarness) -> None:
+    reader, writer = await harness.connect()
     writer.write(ask("2"))
     await reader.readuntil(b"\r\n\r\n")
     await asyncio.sleep(1.6)  # longer than an idle object is kept open
-    removal = world.volume.removal(ObjectId("2"))
+    removal = harness.volume.removal(ObjectId("2"))
     assert removal.begin() is RemovalState.IN_USE
     removal.set_aside()
-    assert await reader.readexactly(LARGE) == world.data["2"]
-    await world.until(lambda running: running.open_files() == 0)
+    assert await reader.readexactly(LARGE) == harness.data["2"]
+    await harness.until(lambda running: running.open_files() == 0)
     assert removal.begin() is RemovalState.READY
     removal.close()
 
 
-async def test_answers_bear_the_date_of_their_second(world: AssetsWorld) -> None:
-    reader, writer = await world.connect()
+async def test_responses_carry_the_date_of_their_second(harness: AssetsHarness) -> None:
+    reader, writer = await harness.connect()
     seen: set[int] = set()
     while len(seen) < 3:
         before = int(time.time())
@@ -450,17 +448,17 @@ async def test_answers_bear_the_date_of_their_second(world: AssetsWorld) -> None
         await asyncio.sleep(0.05)
 
 
-async def test_answers_and_accesses_are_counted(world: AssetsWorld) -> None:
+async def test_answers_and_accesses_are_counted(harness: AssetsHarness) -> None:
     names = {"method": "GET", "status": "200", "cache": "hit"}
     before = (
         counted("distributor_requests_total", **names),
         counted("distributor_sent_bytes_total", source="local"),
         counted("distributor_time_to_first_byte_seconds_count", cache="hit"),
     )
-    reader, writer = await world.connect()
+    reader, writer = await harness.connect()
     for object_id in ("1", "2", "1"):
         writer.write(ask(object_id))
-        assert (await read_answer(reader))[1] == world.data[object_id]
-    await world.until(lambda _: counted("distributor_requests_total", **names) == before[0] + 3)
+        assert (await read_answer(reader))[1] == harness.data[object_id]
+    await harness.until(lambda _: counted("distributor_requests_total", **names) == before[0] + 3)
     assert counted("distributor_sent_bytes_total", source="local") == before[1] + LARGE + 20 * KIB
     assert counted("distributor_time_to_first_byte_seconds_count", cache="hit") == before[2] + 3

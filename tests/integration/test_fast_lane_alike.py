@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from services.api.fast_lane.lane import FastLane
-from tests.integration.assets_world import KIB, STORED_AT, assets_world
+from tests.integration.assets_world import KIB, STORED_AT, assets_harness
 
 SIZES = {"1": 10, "2": 10_000, "3": 64 * KIB, "4": 700 * KIB, "5": 1, "6": 0}
 _OF_THE_MOMENT = (
@@ -120,11 +120,14 @@ def running_lanes(root: Path) -> Iterator[Lanes]:
             patch.setattr(FastLane, "prepare", counting)
             (root / "a").mkdir()
             (root / "b").mkdir()
-            async with assets_world(root / "a") as fast, assets_world(root / "b", fast_lane=False) as slow:
-                for world in (fast, slow):
+            async with (
+                assets_harness(root / "a") as fast,
+                assets_harness(root / "b", fast_lane=False) as slow,
+            ):
+                for harness in (fast, slow):
                     for object_id, size in SIZES.items():
-                        world.add(object_id, size)
-                        world.store(object_id)
+                        harness.add(object_id, size)
+                        harness.store(object_id)
                 etags = {object_id: known.etag for object_id, known in fast.catalog.objects.items()}
                 found.append(Lanes((fast.port, slow.port), etags, lambda: prepared))
                 ready.set()
@@ -217,11 +220,11 @@ def conversations(draw: st.DrawFn) -> list[bytes]:
 @pytest.mark.timeout(300)
 @settings(max_examples=2000, deadline=None, suppress_health_check=[*HealthCheck])
 @given(conversation=conversations(), object_id=st.sampled_from([*SIZES]))
-def test_both_lanes_answer_alike(lanes: Lanes, conversation: list[bytes], object_id: str) -> None:
+def test_both_paths_respond_alike(lanes: Lanes, conversation: list[bytes], object_id: str) -> None:
     _compare(lanes, conversation, object_id)
 
 
-def test_the_fast_lane_is_used(lanes: Lanes) -> None:
+def test_the_fast_path_is_used(lanes: Lanes) -> None:
     """Else the test above compares nothing."""
 
     def ask(more: str) -> None:
@@ -237,7 +240,7 @@ def test_the_fast_lane_is_used(lanes: Lanes) -> None:
 @pytest.mark.timeout(300)
 @settings(max_examples=200, deadline=None, suppress_health_check=[*HealthCheck])
 @given(conversation=conversations(), object_id=st.sampled_from([*SIZES]))
-def test_both_lanes_answer_alike_from_a_cold_disk(
+def test_both_paths_respond_alike_from_a_cold_disk(
     cold_lanes: Lanes, conversation: list[bytes], object_id: str
 ) -> None:
     _compare(cold_lanes, conversation, object_id)

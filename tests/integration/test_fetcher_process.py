@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from services.demo.generated import GeneratedContent
-from services.demo.knobs import Behaviour, Match
+from services.demo.knobs import Fault, Match
 from services.demo.objects import bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.queue_rabbitmq import RabbitJobQueue
@@ -31,11 +31,11 @@ pytestmark = [pytest.mark.servers, pytest.mark.timeout(120)]
 OBJECT_ID = ObjectId.parse("7")
 SIZE = 4 * 1024 * 1024
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)
-SLOW = Behaviour(bytes_per_second=1024 * 1024)
+SLOW = Fault(bytes_per_second=1024 * 1024)
 
 
 @dataclass(slots=True)
-class World:
+class Harness:
     stack: Stack
     node: StorageNode
     state: RedisStateStore
@@ -81,7 +81,7 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[World]:
+async def harness(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[Harness]:
     prefix = f"fetcher-{uuid.uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
         node = await stack.enter_async_context(StorageNode([bytes_object(OBJECT_ID, DATA)]).run())
@@ -98,36 +98,36 @@ async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[
         term = await state.lead("test", 3600)
         assert term is not None
         await state.set_reconciled(term)
-        yield World(services, node, state, queue, volume)
+        yield Harness(services, node, state, queue, volume)
 
 
-async def test_a_job_becomes_an_object(world: World) -> None:
-    fetcher = await world.start()
-    await world.publish()
-    await world.assert_stored()
+async def test_a_job_becomes_an_object(harness: Harness) -> None:
+    fetcher = await harness.start()
+    await harness.publish()
+    await harness.assert_stored()
     assert await fetcher.stop() == 0
 
 
-async def test_a_stopped_fetcher_hands_its_job_to_another(world: World) -> None:
-    world.node.knobs.add(SLOW, Match(first=1))
-    fetcher = await world.start()
-    await world.publish()
-    await world.until_partial(500_000)
+async def test_a_stopped_fetchers_job_goes_to_another(harness: Harness) -> None:
+    harness.node.faults.add(SLOW, Match(first=1))
+    fetcher = await harness.start()
+    await harness.publish()
+    await harness.until_partial(500_000)
     assert await fetcher.stop() == 0
-    fetch = (await world.state.find(OBJECT_ID)).fetch
+    fetch = (await harness.state.find(OBJECT_ID)).fetch
     assert fetch is not None
     assert fetch.phase is FetchPhase.PARKED
-    await world.start()
-    await world.assert_stored()
-    assert world.node.requests[1].range is not None
+    await harness.start()
+    await harness.assert_stored()
+    assert harness.node.requests[1].range is not None
 
 
-async def test_a_killed_fetcher_leaves_a_job_that_another_goes_on_with(world: World) -> None:
-    world.node.knobs.add(SLOW, Match(first=1))
-    fetcher = await world.start()
-    await world.publish()
-    await world.until_partial(500_000)
+async def test_a_killed_fetchers_job_is_resumed_by_another(harness: Harness) -> None:
+    harness.node.faults.add(SLOW, Match(first=1))
+    fetcher = await harness.start()
+    await harness.publish()
+    await harness.until_partial(500_000)
     fetcher.kill()
-    await world.start()
-    await world.assert_stored()
-    assert world.node.requests[1].range is not None
+    await harness.start()
+    await harness.assert_stored()
+    assert harness.node.requests[1].range is not None

@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from services.api.last_arrivals import drain_accept_queue
-from tests.servers.api_fixture import StandIn, running_api
+from tests.servers.api_fixture import FakeAssets, running_api
 
 ASK = b"GET /api/v1/assets/any HTTP/1.1\r\nHost: a\r\n\r\n"
 TABLE_HEAD = (
@@ -60,11 +60,11 @@ def answer_on(client: socket.socket) -> str:
     return "answered" if received.startswith(b"HTTP/1.1 200 ") else "wrong"
 
 
-def test_whom_the_kernel_has_let_in_is_answered(runner: asyncio.Runner, tmp_path: Path) -> None:
+def test_connections_in_the_accept_queue_are_answered(runner: asyncio.Runner, tmp_path: Path) -> None:
     """At the moment of the stop the loop has seen none of them: it is not running."""
 
     async def stop() -> list[str]:
-        async with running_api(tmp_path, StandIn()) as api:
+        async with running_api(tmp_path, FakeAssets()) as api:
             clients = [socket.create_connection(("127.0.0.1", api.server.port)) for _ in range(200)]
             for client in clients:
                 client.sendall(ASK)
@@ -89,7 +89,7 @@ def test_every_client_is_answered_or_refused_while_the_port_closes_and_opens(
                 time.sleep(0.01)
 
     async def open_and_close() -> None:
-        async with running_api(tmp_path, StandIn()) as api:
+        async with running_api(tmp_path, FakeAssets()) as api:
             threads = [threading.Thread(target=client, args=(api.server.port,)) for _ in range(24)]
             for thread in threads:
                 thread.start()
@@ -109,23 +109,23 @@ def test_every_client_is_answered_or_refused_while_the_port_closes_and_opens(
     assert set(seen) == {"answered", "refused"}, seen
 
 
-def test_the_port_opens_again_at_once_when_a_stop_has_just_begun(
+def test_the_port_reopens_immediately_when_a_stop_has_just_begun(
     runner: asyncio.Runner, tmp_path: Path
 ) -> None:
     """While answers of before are still under way."""
-    stand_in = StandIn()
+    fake_assets = FakeAssets()
 
     async def reopen() -> bytes:
-        async with running_api(tmp_path, stand_in) as api:
+        async with running_api(tmp_path, fake_assets) as api:
             slow = asyncio.create_task(api.get("/api/v1/assets/waiting"))
-            await stand_in.entered.wait()
+            await fake_assets.entered.wait()
             closing = asyncio.create_task(api.server.close(10))
             await asyncio.sleep(0)
             assert not api.server.is_open
             await api.server.open()
             assert not closing.done()
             assert await asyncio.to_thread(ask_once, api.server.port) == "answered"
-            stand_in.go_on.set()
+            fake_assets.release.set()
             await closing
             return await slow
 
@@ -140,7 +140,7 @@ def test_the_port_opens_again_at_once_when_a_stop_has_just_begun(
         (socket.AF_INET6, "::", "127.0.0.1"),
     ],
 )
-def test_who_comes_when_the_door_is_shut_is_refused_and_who_is_inside_stays(
+def test_new_connections_are_refused_while_draining_and_open_ones_stay(
     family: socket.AddressFamily, host: str, to: str
 ) -> None:
     with socket.create_server((host, 0), family=family, dualstack_ipv6=host == "::") as listener:
@@ -155,7 +155,7 @@ def test_who_comes_when_the_door_is_shut_is_refused_and_who_is_inside_stays(
                 assert accepted.recv(100) == b"still heard"
 
 
-async def test_half_made_connections_are_waited_for(tmp_path: Path) -> None:
+async def test_half_open_connections_are_waited_for(tmp_path: Path) -> None:
     """The kernel's table is played: between two programs of one machine no connection is ever half made for long."""
     table = tmp_path / "tcp"
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -11,7 +11,7 @@ from services.api.listening import ListenAddress
 from services.api.obedience import OperatorStateController
 from services.api.server import PublicServer
 from shared.domain.orders import OperatorState
-from tests.servers.api_fixture import StandIn, running_api
+from tests.servers.api_fixture import FakeAssets, running_api
 
 
 class SlowServer(PublicServer):
@@ -31,9 +31,9 @@ class SlowServer(PublicServer):
         self.closed.set()
 
 
-async def test_a_stop_that_comes_while_the_port_is_being_opened_is_obeyed(tmp_path: Path) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
-        operator_state, application = api.context.operator_state, build_app(api.context, StandIn())
+async def test_a_stop_while_the_port_is_being_opened_takes_effect(tmp_path: Path) -> None:
+    async with running_api(tmp_path, FakeAssets()) as api:
+        operator_state, application = api.context.operator_state, build_app(api.context, FakeAssets())
         server = SlowServer(application, ListenAddress("127.0.0.1", 0))
         controller_task = asyncio.create_task(
             OperatorStateController(api.context, server, 0).run(asyncio.Event())

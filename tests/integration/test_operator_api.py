@@ -25,7 +25,7 @@ from shared.runtime.orders import OperatorStateWatcher
 from shared.settings.model import Settings
 from tests.end_to_end.client import Answer, exchange
 from tests.end_to_end.operator_client import OperatorClient
-from tests.servers.api_fixture import RunningApi, StandIn, running_api
+from tests.servers.api_fixture import FakeAssets, RunningApi, running_api
 from tests.servers.operator_token import SECRET, sign
 
 PINNED = OperatorStateSnapshot(
@@ -37,7 +37,7 @@ PINNED = OperatorStateSnapshot(
 async def operated(tmp_path: Path, **changes: Any) -> AsyncIterator[tuple[RunningApi, OperatorClient]]:
     settings = {"port": 0, "secret": SECRET}
     async with (
-        running_api(tmp_path, StandIn(), operator_api=settings, **changes) as api,
+        running_api(tmp_path, FakeAssets(), operator_api=settings, **changes) as api,
         operator_api(api.context, "here", shared_port=False) as port,
     ):
         assert port is not None
@@ -50,7 +50,7 @@ async def raw(port: int, request: bytes) -> Answer:
         return await exchange("127.0.0.1", port, request)
 
 
-async def test_all_refusals_look_the_same(tmp_path: Path) -> None:
+async def test_all_rejections_look_the_same(tmp_path: Path) -> None:
     async with operated(tmp_path) as (_, operator):
         used = sign("/api/v1/orders")
         assert (await operator.ask("GET", "orders", token=used)).status == 200
@@ -64,7 +64,7 @@ async def test_all_refusals_look_the_same(tmp_path: Path) -> None:
         assert "access-control-allow-origin" not in answers[0].headers
 
 
-async def test_a_store_in_memory_takes_no_token_from_before_its_beginning(tmp_path: Path) -> None:
+async def test_the_memory_store_rejects_tokens_from_before_its_start(tmp_path: Path) -> None:
     """It may have been used then, and nobody remembers."""
     async with operated(tmp_path) as (_, operator):
         earlier = sign("/api/v1/orders", iat=int(time.time()) - 60)
@@ -79,7 +79,7 @@ async def test_a_request_that_is_too_large_is_refused(tmp_path: Path) -> None:
         assert (await raw(operator.port, head)).status == 413
 
 
-async def test_without_the_state_store_nothing_is_ordered(tmp_path: Path) -> None:
+async def test_without_the_state_store_there_is_no_operator_state(tmp_path: Path) -> None:
     async with operated(tmp_path) as (api, operator):
         down = RedisStateStore(
             f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimeouts(operation_timeout=0.3)
@@ -134,7 +134,7 @@ async def test_the_file_on_the_volume_is_what_an_empty_store_begins_with(tmp_pat
         assert await api.context.state.pinned() == {ObjectId("1")}
 
 
-async def test_a_follower_obeys_the_file_while_the_store_is_away(tmp_path: Path) -> None:
+async def test_a_reader_follows_the_file_while_the_store_is_down(tmp_path: Path) -> None:
     write_operator_state(tmp_path, PINNED)
     down = RedisStateStore(
         f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimeouts(operation_timeout=0.3)
@@ -158,7 +158,7 @@ async def test_a_follower_obeys_the_file_while_the_store_is_away(tmp_path: Path)
         b'{"version":1,"orders":{"stopped":"yes"},"pinned":[]}',
     ],
 )
-def test_a_broken_file_is_no_file(tmp_path: Path, text: bytes) -> None:
+def test_a_broken_file_is_ignored(tmp_path: Path, text: bytes) -> None:
     (tmp_path / NAME).write_bytes(text)
     assert read_operator_state(tmp_path) is None
 
@@ -176,7 +176,7 @@ def test_the_file_is_replaced_in_one_step_and_reads_back(tmp_path: Path) -> None
     assert decode_snapshot(encode_snapshot(PINNED)) == PINNED
 
 
-def test_what_is_not_ordered_is_as_configured() -> None:
+def test_without_operator_state_the_settings_apply() -> None:
     configured = Settings(
         buckets=["1:1"], worker_id=3, catalog={"kind": "joystream"}, storage={"path": "unused"}
     ).duty
@@ -185,7 +185,7 @@ def test_what_is_not_ordered_is_as_configured() -> None:
     assert OperatorState(buckets_ordered=True).duty(configured) == Duty(None, 3)
 
 
-def test_all_of_a_worker_whom_nobody_has_named_is_not_everything() -> None:
+def test_all_buckets_of_an_unnamed_worker_are_not_everything() -> None:
     configured = Duty(frozenset({"1:1"}))
     ordered = OperatorState(buckets_ordered=True)
     assert ordered.duty(configured) == configured
@@ -202,13 +202,13 @@ async def test_back_to_all_of_the_worker_needs_a_worker(tmp_path: Path) -> None:
         assert (await operator.command("set-buckets", {}))["buckets"] is None
 
 
-async def test_a_node_set_up_for_everything_goes_back_to_that(tmp_path: Path) -> None:
+async def test_a_node_configured_for_everything_returns_to_that(tmp_path: Path) -> None:
     async with operated(tmp_path) as (_, operator):
         await operator.command("set-buckets", {"buckets": ["5:5"]})
         assert (await operator.command("set-buckets", {}))["buckets"] is None
 
 
-async def test_with_buckets_and_worker_the_buckets_decide_until_they_are_taken_back(tmp_path: Path) -> None:
+async def test_with_buckets_and_worker_the_buckets_decide_until_reset(tmp_path: Path) -> None:
     async with operated(tmp_path, buckets=["0:1"], worker_id=3) as (_, operator):
         shown = await operator.query("orders")
         assert (shown["workerId"], shown["buckets"]) == (3, ["0:1"])

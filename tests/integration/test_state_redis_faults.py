@@ -122,7 +122,7 @@ async def fails_within(seconds: float, *verbs: Awaitable[Any]) -> None:
         assert result.__cause__ is not None
 
 
-async def test_every_verb_says_that_a_stopped_server_is_unavailable(
+async def test_every_call_reports_a_stopped_server_as_unavailable(
     store: RedisStateStore, own_redis: RedisServer
 ) -> None:
     await store.ping()
@@ -135,7 +135,9 @@ def failed_calls(operation: str) -> float:
     return REGISTRY.get_sample_value("distributor_state_store_errors_total", {"operation": operation}) or 0.0
 
 
-async def test_what_fails_is_counted_whoever_asked(store: RedisStateStore, own_redis: RedisServer) -> None:
+async def test_failed_calls_are_counted_for_every_caller(
+    store: RedisStateStore, own_redis: RedisServer
+) -> None:
     await store.ping()
     own_redis.stop()
     before = {name: failed_calls(name) for name in ("find", "begin", "renew", "commit", "xadd", "ping")}
@@ -152,7 +154,7 @@ async def test_what_fails_is_counted_whoever_asked(store: RedisStateStore, own_r
 
 
 @pytest.mark.alone
-async def test_a_thousand_verbs_on_a_frozen_server_fail_in_time_and_the_next_at_once(
+async def test_a_thousand_calls_on_a_frozen_server_fail_in_time_and_the_next_immediately(
     store: RedisStateStore, own_redis: RedisServer
 ) -> None:
     await store.ping()
@@ -199,7 +201,7 @@ async def test_after_a_restart_nothing_is_granted_before_reconciliation(
     assert isinstance(await store.begin(TWO, 100, "worker-1"), Granted)
 
 
-async def test_an_emptied_store_grants_nothing_and_no_old_token_holds(
+async def test_an_emptied_store_grants_nothing_and_old_tokens_are_invalid(
     store: RedisStateStore, own_redis: RedisServer
 ) -> None:
     old_term = await reconciled(store)
@@ -242,7 +244,7 @@ async def test_a_server_that_refuses_writes_is_unavailable_for_them(
     assert (await store.claim(ONE, "api-1")).won
 
 
-async def test_a_cancelled_verb_leaves_no_reply_to_the_next(
+async def test_a_cancelled_call_leaves_no_reply_to_the_next(
     own_redis: RedisServer, redis_prefix: str
 ) -> None:
     store = RedisStateStore(own_redis.url, redis_prefix, LIMIT, StateTimeouts(operation_timeout=5.0))
@@ -284,7 +286,7 @@ async def test_connections_that_died_silently_cost_one_time_limit_not_one_each(
         await store.close()
 
 
-async def test_a_listener_comes_back_and_says_so(store: RedisStateStore, own_redis: RedisServer) -> None:
+async def test_a_listener_reconnects_and_announces_it(store: RedisStateStore, own_redis: RedisServer) -> None:
     async with asyncio.timeout(15), store.listen() as heard:
         assert await anext(heard) == Announcement(Topic.SETTINGS_CHANGED)
         own_redis.restart()
@@ -294,7 +296,7 @@ async def test_a_listener_comes_back_and_says_so(store: RedisStateStore, own_red
         assert await anext(heard) == Announcement(Topic.FETCH_CHANGED, "1")
 
 
-async def test_a_listener_begun_without_a_server_hears_it_when_it_comes(
+async def test_a_listener_started_without_a_server_connects_when_it_comes_up(
     store: RedisStateStore, own_redis: RedisServer
 ) -> None:
     own_redis.stop()
@@ -303,7 +305,7 @@ async def test_a_listener_begun_without_a_server_hears_it_when_it_comes(
         assert await anext(heard) == Announcement(Topic.SETTINGS_CHANGED)
 
 
-async def test_a_listener_notices_a_connection_that_is_only_half_there(
+async def test_a_listener_notices_a_half_open_connection(
     store: RedisStateStore, own_redis: RedisServer
 ) -> None:
     async with asyncio.timeout(20), store.listen() as heard:
@@ -314,7 +316,7 @@ async def test_a_listener_notices_a_connection_that_is_only_half_there(
         assert await anext(heard) == Announcement(Topic.SETTINGS_CHANGED)
 
 
-async def test_a_silent_but_healthy_listener_stays(store: RedisStateStore) -> None:
+async def test_a_silent_but_healthy_listener_stays_connected(store: RedisStateStore) -> None:
     async with asyncio.timeout(20), store.listen() as heard:
         await anext(heard)
         with pytest.raises(TimeoutError):
@@ -347,7 +349,7 @@ redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[2]) + ARGV[1])
 """What a clock that is put back by ARGV[1] milliseconds leaves behind: times that lie so much further away."""
 
 
-async def test_a_clock_put_back_prolongs_no_lease_and_no_term(
+async def test_a_clock_set_back_extends_no_lease_and_no_term(
     own_redis: RedisServer, redis_prefix: str
 ) -> None:
     times = StateTimeouts(lease_seconds=0.3, claim_seconds=0.3, operation_timeout=5.0)

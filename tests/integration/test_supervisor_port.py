@@ -15,7 +15,7 @@ from shared.domain.errors import ConfigurationError
 ANY = ListenAddress("127.0.0.1", 0)
 
 
-async def test_a_port_that_a_predecessor_is_leaving_is_waited_for() -> None:
+async def test_a_port_still_held_by_a_predecessor_is_waited_for() -> None:
     with bind(replace(ANY, shared=True)) as leaving:
         leaving.listen()
         address = replace(ANY, port=leaving.getsockname()[1])
@@ -26,7 +26,7 @@ async def test_a_port_that_a_predecessor_is_leaving_is_waited_for() -> None:
         assert reserved.getsockname()[1] == address.port
 
 
-async def test_it_is_not_waited_for_longer_than_that_nor_after_a_stop() -> None:
+async def test_the_wait_is_bounded_and_ends_at_a_stop() -> None:
     stopped = asyncio.Event()
     stopped.set()
     with bind(replace(ANY, shared=True)) as leaving:
@@ -38,7 +38,7 @@ async def test_it_is_not_waited_for_longer_than_that_nor_after_a_stop() -> None:
             await reserve_port(address, 600, stopped)
 
 
-async def test_a_port_that_somebody_else_has_is_refused_at_once() -> None:
+async def test_a_port_held_by_another_program_fails_immediately() -> None:
     with socket.socket() as foreign:
         foreign.bind(("127.0.0.1", 0))
         foreign.listen()

@@ -30,12 +30,12 @@ from shared.runtime.adapters import (
 from shared.settings.model import Settings
 
 
-class StandIn:
+class FakeAssets:
     """Answers by the object's name."""
 
     def __init__(self) -> None:
         self.entered = asyncio.Event()
-        self.go_on = asyncio.Event()
+        self.release = asyncio.Event()
 
     async def handle(self, request: Request[Any, Any], object_id: str) -> HTTPResponse | None:
         match object_id:
@@ -52,7 +52,7 @@ class StandIn:
                         raise RuntimeError("secret details")
             case "waiting":
                 self.entered.set()
-                await self.go_on.wait()
+                await self.release.wait()
         return HTTPResponse(b"hello", 200, {"X-Cache": "hit", "X-Data-Source": "local"}, "text/plain")
 
 

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def deaf_server() -> Iterator[tuple[str, int]]:
+def unresponsive_server() -> Iterator[tuple[str, int]]:
     """Its address."""
-    with socket.socket() as deaf, socket.socket() as first, socket.socket() as second:
-        deaf.bind(("127.0.0.1", 0))
-        deaf.listen(0)
+    with socket.socket() as listener, socket.socket() as first, socket.socket() as second:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
         for waiting in (first, second):  # they fill the queue of connections not accepted
             waiting.setblocking(False)
-            waiting.connect_ex(deaf.getsockname())
-        yield deaf.getsockname()
+            waiting.connect_ex(listener.getsockname())
+        yield listener.getsockname()

@@ -55,7 +55,9 @@ async def listen() -> AsyncIterator[Callable[[socket.socket], AcceptLoop]]:
         accept_loop.close()
 
 
-async def test_who_comes_at_once_is_taken_at_once(listen: Callable[[socket.socket], AcceptLoop]) -> None:
+async def test_simultaneous_clients_are_accepted_together(
+    listen: Callable[[socket.socket], AcceptLoop],
+) -> None:
     bound = bind(ListenAddress("127.0.0.1", 0))
     bound.listen(1024)
     clients = [socket.create_connection(bound.getsockname()) for _ in range(CROWD)]
@@ -69,7 +71,7 @@ async def test_who_comes_at_once_is_taken_at_once(listen: Callable[[socket.socke
         client.close()
 
 
-async def test_after_close_nobody_comes_in_and_who_is_in_stays(
+async def test_after_close_new_clients_are_refused_and_accepted_ones_stay(
     listen: Callable[[socket.socket], AcceptLoop],
 ) -> None:
     bound = bind(ListenAddress("127.0.0.1", 0))
@@ -86,7 +88,7 @@ async def test_after_close_nobody_comes_in_and_who_is_in_stays(
     writer.close()
 
 
-async def test_without_descriptors_the_loop_rests_and_the_client_is_taken_later(
+async def test_without_descriptors_the_loop_backs_off_and_the_client_is_accepted_later(
     listen: Callable[[socket.socket], AcceptLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(accepting, "EMFILE_BACKOFF", 0.05)

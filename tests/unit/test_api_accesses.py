@@ -75,7 +75,7 @@ async def test_store_down_keeps_the_latest() -> None:
     assert [access.object_id for access in await recorded(store)] == [TWO, THREE]
 
 
-async def test_a_hand_over_that_is_cancelled_loses_nothing() -> None:
+async def test_a_cancelled_flush_loses_nothing() -> None:
     store = make_store()
     store.hangs = True
     counter = AccessCounter(store, lambda: 5.0)
@@ -92,7 +92,7 @@ async def test_a_hand_over_that_is_cancelled_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize("trouble", ["down", "hangs"])
-async def test_what_cannot_be_handed_over_at_the_end_is_counted_as_lost(trouble: str) -> None:
+async def test_accesses_that_cannot_be_flushed_at_the_end_are_counted_as_dropped(trouble: str) -> None:
     store = make_store()
     setattr(store, trouble, True)
     counter = AccessCounter(store, lambda: 5.0)

@@ -16,7 +16,7 @@ def listening() -> socket.socket:
     return server
 
 
-async def test_bytes_that_a_client_has_not_taken_are_waited_for() -> None:
+async def test_unsent_bytes_are_waited_for() -> None:
     with listening() as server:
         port = server.getsockname()[1]
         client = socket.create_connection(("127.0.0.1", port))
@@ -55,5 +55,5 @@ async def test_open_connections_and_other_ports_are_not() -> None:
             assert client.recv(20) == b"not taken"
 
 
-async def test_where_the_kernel_does_not_tell_nobody_waits(tmp_path: Path) -> None:
+async def test_without_kernel_information_there_is_no_wait(tmp_path: Path) -> None:
     assert await wait_until_flushed(80, 5, [tmp_path / "missing"])

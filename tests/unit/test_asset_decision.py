@@ -87,7 +87,7 @@ def test_an_empty_object_is_whole_and_has_no_bytes() -> None:
         (Span(0, 99, 100), 100, True, 100),
     ],
 )
-def test_what_may_be_sent_of_a_growing_file(span: Span, on_disk: int, verified: bool, end: int) -> None:
+def test_sendable_bytes_of_a_growing_file(span: Span, on_disk: int, verified: bool, end: int) -> None:
     assert sendable_end(span, on_disk, verified=verified) == end
 
 
@@ -121,7 +121,7 @@ def test_live_fetches(phase: FetchPhase | None, live: bool) -> None:
 
 
 @given(st.lists(st.binary(max_size=90)), st.integers(0, 100), st.booleans())
-def test_a_verified_passage_keeps_the_end_back(pieces: list[bytes], keep: int, size_known: bool) -> None:
+def test_a_verifying_buffer_holds_back_the_end(pieces: list[bytes], keep: int, size_known: bool) -> None:
     data = b"".join(pieces)
     hasher = ContentHash("sha256", bytes(32)).hasher()
     hasher.update(data)
@@ -142,7 +142,7 @@ def test_a_verified_passage_keeps_the_end_back(pieces: list[bytes], keep: int, s
     st.integers(0, 60),
     st.integers(0, 200),
 )
-def test_a_verified_passage_from_a_later_byte_hands_out_nothing_before_it(
+def test_a_verifying_buffer_from_a_later_byte_returns_nothing_before_it(
     pieces: list[bytes], keep: int, first: int
 ) -> None:
     data = b"".join(pieces)
@@ -156,7 +156,7 @@ def test_a_verified_passage_from_a_later_byte_hands_out_nothing_before_it(
     assert passed + b"".join(bytes(part) for part in passage.rest()) == data[first:]
 
 
-def test_a_verified_passage_refuses_other_bytes() -> None:
+def test_a_verifying_buffer_rejects_other_bytes() -> None:
     passage = VerifiedPassage(ContentHash("blake3", bytes(32)), None)
     passage.skip(b"sent before")
     passage.push(b"wrong")

@@ -45,26 +45,26 @@ async def look(watch: FetchWatch, state: MemoryStateStore) -> bool:
     return await watch.is_over()
 
 
-async def test_a_live_fetch_is_not_over(watch: FetchWatch, state: MemoryStateStore) -> None:
+async def test_a_live_fetch_has_not_ended(watch: FetchWatch, state: MemoryStateStore) -> None:
     await state.claim(OBJECT_ID, "api-1")
     assert not await look(watch, state)
     assert not await look(watch, state)
 
 
-async def test_a_fetch_that_nobody_knows_is_over_at_the_second_look(
+async def test_an_unknown_fetch_has_ended_at_the_second_poll(
     watch: FetchWatch, state: MemoryStateStore
 ) -> None:
     assert not await look(watch, state)
     assert await look(watch, state)
 
 
-async def test_growth_brings_hope_back(watch: FetchWatch, state: MemoryStateStore) -> None:
+async def test_growth_revives_the_fetch(watch: FetchWatch, state: MemoryStateStore) -> None:
     assert not await look(watch, state)
     watch.note(50)
     assert watch.idle < 0.02
     assert not await look(watch, state)
 
 
-async def test_a_failure_is_the_end_at_once(watch: FetchWatch, state: MemoryStateStore) -> None:
+async def test_a_failure_ends_the_fetch_immediately(watch: FetchWatch, state: MemoryStateStore) -> None:
     await state.record_failure(OBJECT_ID, "hopeless", 60)
     assert await look(watch, state)

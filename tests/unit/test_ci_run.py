@@ -58,7 +58,7 @@ def test_a_machine_without_an_engine_passes_and_says_so(machine: Machine) -> Non
     assert "made test-docker" not in said
 
 
-def test_a_machine_where_none_can_be_started_passes_too(machine: Machine) -> None:
+def test_a_machine_where_no_engine_starts_passes(machine: Machine) -> None:
     machine.has_image_builder("exit 1")
     code, said = machine.run()
     assert code == 0

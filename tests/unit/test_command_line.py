@@ -103,7 +103,7 @@ def test_every_setting_has_a_meaning() -> None:
     assert not [row for row in rows if row.endswith("|  |")]
 
 
-def test_a_documented_variable_is_obeyed(settings_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_documented_variable_takes_effect(settings_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTRIBUTOR_PUBLIC_API__PORT", "4000")
     settings: Settings = load_settings(settings_file)
     assert settings.public_api.port == 4000

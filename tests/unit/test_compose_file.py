@@ -129,7 +129,7 @@ def test_images_are_tagged_and_the_dockerfile_needs_no_frontend() -> None:
     assert "# syntax=" not in (ROOT / "Dockerfile").read_text()
 
 
-def test_the_demo_s_manifests_differ_in_their_urls_alone() -> None:
+def test_the_demos_manifests_differ_only_in_their_urls() -> None:
     demo = ROOT / "deploy" / "demo"
     here, composed = (
         yaml.safe_load((demo / name).read_text()) for name in ("manifest.yaml", "manifest.compose.yaml")
@@ -163,7 +163,7 @@ def test_passwords_are_made_once(tmp_path: Path) -> None:
     assert made.read_text() == first
 
 
-def test_the_edge_reads_the_volume_as_the_node_s_user_and_cannot_write_it() -> None:
+def test_the_edge_reads_the_volume_as_the_nodes_user_and_cannot_write_it() -> None:
     assert SERVICES["edge"]["user"] == UID
     assert mounts("edge")[VOLUME] == mounts("api")[VOLUME]
     assert "inside" not in SERVICES["edge"]["networks"]
@@ -175,7 +175,7 @@ def test_the_edge_is_given_every_variable_of_its_template() -> None:
     assert asked == given
 
 
-def test_what_watches_is_seen_on_this_machine_alone() -> None:
+def test_monitoring_ports_are_local_only() -> None:
     for name in ("prometheus", "grafana", "demo"):
         assert all(port.startswith("127.0.0.1:") for port in SERVICES[name]["ports"]), name
 
@@ -191,7 +191,7 @@ def size_of(text: str) -> int:
     return int(text.rstrip("mgb")) * (1024 if text.endswith("g") else 1)
 
 
-def test_a_service_ends_itself_before_it_is_killed() -> None:
+def test_a_service_exits_before_it_is_killed() -> None:
     """After the deadline it takes up to five seconds to cancel what is left (shared/runtime/run_service.py)."""
     grace, deadline = int(DEFAULTS["STOP_GRACE_PERIOD"].rstrip("s")), int(DEFAULTS["SHUTDOWN_DEADLINE"])
     assert grace > deadline + 5
@@ -209,7 +209,7 @@ def test_the_edge_waits_longer_than_a_replacement_of_the_api_can_take() -> None:
     assert int(timeout) >= attempts >= grace + start
 
 
-def test_the_edge_s_workers_fit_into_its_memory() -> None:
+def test_the_edges_workers_fit_into_its_memory() -> None:
     configuration = (ROOT / "deploy" / "edge" / "nginx.conf").read_text()
     assert "worker_processes" not in configuration
     assert SERVICES["edge"]["command"][-1] == "daemon off; worker_processes ${EDGE_WORKERS:-2};"
@@ -219,7 +219,7 @@ def test_the_edge_s_workers_fit_into_its_memory() -> None:
     )
 
 
-def test_hits_are_handed_over_by_the_prefix_that_the_api_is_told() -> None:
+def test_hits_are_accel_redirected_with_the_configured_prefix() -> None:
     prefix = SERVICES["evictor"]["environment"]["DISTRIBUTOR_PUBLIC_API__ACCEL_REDIRECT_PREFIX"]
     assert prefix == "${ACCEL_REDIRECT_PREFIX:-}"
     assert SERVICES["edge"]["environment"]["EDGE_OBJECTS_PREFIX"] == "${ACCEL_REDIRECT_PREFIX:-/_objects}"

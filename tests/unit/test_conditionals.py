@@ -116,7 +116,7 @@ def test_the_three_formats_of_a_date(text: str) -> None:
         "784111777",
     ],
 )
-def test_what_is_no_date(text: str) -> None:
+def test_invalid_dates(text: str) -> None:
     assert parse_http_date(text) is None
 
 
@@ -152,7 +152,7 @@ _VALUES = st.none() | st.text() | st.sampled_from([ETAG, 'W/"abc"', "*", SAME, B
 
 
 @given(_VALUES, _VALUES, _VALUES, _VALUES, st.none() | st.integers(0, 2**40))
-def test_any_headers_give_a_verdict(
+def test_any_headers_are_accepted_or_rejected(
     match: str | None, unmodified: str | None, none_match: str | None, modified: str | None, date: int | None
 ) -> None:
     conditions = Conditions(match, unmodified, none_match, modified)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.evictor.duty import why_implausible
-from services.evictor.file_calls import file_call
+from services.evictor.file_calls import run_blocking
 from services.evictor.known_ids import KnownIds
 from services.evictor.pacing import LONGEST_PAUSE, backoff, repeat
 from services.evictor.repair import Verdict, judge_size
@@ -23,7 +23,7 @@ bytes_ = st.integers(0, 10**15)
 
 
 @given(bytes_, bytes_, bytes_, bytes_, bytes_)
-def test_what_is_evicted_makes_the_room_that_is_needed(
+def test_eviction_frees_the_requested_space(
     used: int, reserved: int, wanted: int, limit: int, device_free: int
 ) -> None:
     usage = Usage(limit=limit, used=used, reserved=reserved, objects=1, fetches=0, reconciled=True)
@@ -54,7 +54,7 @@ def test_implausible_lists(held: int, listed: int, to_drop: int, believed: bool)
     assert (why_implausible(held, listed, to_drop) is None) is believed
 
 
-def test_what_the_size_tells_of_a_file_without_a_record() -> None:
+def test_a_file_without_a_record_is_judged_by_its_size() -> None:
     one = ObjectId("one")
     assert judge_size(None, 5) is Verdict.UNKNOWN
     assert judge_size(MediaObject(one, None), 5) is Verdict.UNKNOWN
@@ -62,7 +62,7 @@ def test_what_the_size_tells_of_a_file_without_a_record() -> None:
     assert judge_size(MediaObject(one, 6), 5) is Verdict.WRONG
 
 
-def test_known_ids_know_what_was_added() -> None:
+def test_compact_set_contains_what_was_added() -> None:
     known = KnownIds()
     assert ObjectId("0") not in known
     known.update(ObjectId(f"{number}") for number in range(1000))
@@ -96,7 +96,7 @@ async def test_work_goes_on_after_an_error_worth_retrying() -> None:
     assert [type(error) for error in seen] == [StateStoreUnavailable]
 
 
-async def test_a_fault_of_ours_is_not_swallowed() -> None:
+async def test_an_internal_error_is_not_swallowed() -> None:
     async def step() -> float:
         raise ConfigurationError("wrong")
 
@@ -104,7 +104,7 @@ async def test_a_fault_of_ours_is_not_swallowed() -> None:
         await repeat("test", step)
 
 
-async def test_a_wake_up_shortens_the_pause() -> None:
+async def test_an_event_shortens_the_wait() -> None:
     wake, calls = asyncio.Event(), 0
 
     async def step() -> float | None:
@@ -128,7 +128,7 @@ async def test_a_cancelled_file_call_is_waited_for() -> None:
         time.sleep(0.2)
         ended.set()
 
-    call = asyncio.create_task(file_call(slow))
+    call = asyncio.create_task(run_blocking(slow))
     await asyncio.to_thread(begun.wait)
     call.cancel()
     await asyncio.sleep(0.01)

@@ -33,7 +33,7 @@ def test_views_times_and_types(tmp_path: Path) -> None:
     assert read_cache_state(tmp_path / "cache.json") == found
 
 
-def test_what_makes_no_sense_is_left_out(tmp_path: Path) -> None:
+def test_nonsensical_entries_are_left_out(tmp_path: Path) -> None:
     found = read(
         tmp_path,
         {
@@ -53,7 +53,7 @@ def test_what_makes_no_sense_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "body", [b"", b'{"lruCacheGroups": [[["1", {"size', b"[]", b"\xff\xfe", b"[" * 100_000]
 )
-def test_a_torn_file_is_refused_as_a_whole(tmp_path: Path, body: bytes) -> None:
+def test_a_torn_file_is_rejected_completely(tmp_path: Path, body: bytes) -> None:
     (tmp_path / "cache.json").write_bytes(body)
     with pytest.raises(InvalidInput):
         read_cache_state(tmp_path)

@@ -75,7 +75,7 @@ async def test_one_of_many_wins(state: SlowStore, queue: SlowQueue) -> None:
     assert (await queue.depth()).ready == 1
 
 
-async def test_an_object_that_came_before_its_claim_needs_no_job(state: SlowStore, queue: SlowQueue) -> None:
+async def test_an_object_stored_before_its_claim_needs_no_job(state: SlowStore, queue: SlowQueue) -> None:
     starter = FetchStarter(state, queue, "api-1", lambda _: True)
     claim, _ = await starter.start(WANTED, "r-1")
     await starter.close()
@@ -85,7 +85,7 @@ async def test_an_object_that_came_before_its_claim_needs_no_job(state: SlowStor
     assert await phase(state) is None
 
 
-async def test_what_cannot_be_published_is_withdrawn(state: SlowStore, queue: SlowQueue) -> None:
+async def test_a_claim_whose_job_cannot_be_published_is_released(state: SlowStore, queue: SlowQueue) -> None:
     await queue.close()
     starter = FetchStarter(state, queue, "api-1", lambda _: False)
     claim, start = await starter.start(WANTED, "r-1")

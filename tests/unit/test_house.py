@@ -84,7 +84,7 @@ def test_servers_that_are_there_are_found(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_machine_without_python_is_told_what_to_do(tmp_path: Path) -> None:
+def test_a_machine_without_python_gets_instructions(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             "/bin/bash",

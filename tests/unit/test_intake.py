@@ -43,7 +43,7 @@ def test_a_file_is_moved_and_stays_the_same_file(root: Path) -> None:
     intake.close()
 
 
-def test_what_is_there_already_stays(root: Path) -> None:
+def test_existing_objects_stay(root: Path) -> None:
     place(root, "1").write_bytes(b"ours")
     (root / "1").write_bytes(b"theirs")
     assert Intake(root, root).take_in(ONE) is Taken.THERE
@@ -51,7 +51,7 @@ def test_what_is_there_already_stays(root: Path) -> None:
     assert not (root / "1").exists()
 
 
-def test_what_is_there_already_stays_where_links_cannot_be_made(
+def test_existing_objects_stay_where_links_are_unsupported(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_links(*_: object, **__: object) -> None:
@@ -103,12 +103,12 @@ def test_another_file_system_has_to_be_copied(root: Path) -> None:
         assets.rmdir()
 
 
-def test_a_missing_directory_is_said(root: Path, tmp_path: Path) -> None:
+def test_a_missing_directory_is_reported(root: Path, tmp_path: Path) -> None:
     with pytest.raises(VolumeError, match="read the assets"):
         list(Intake(root, tmp_path / "nothing").waiting())
 
 
-def test_the_mark_is_seen_by_all(root: Path) -> None:
+def test_the_verified_mark_is_visible_to_all(root: Path) -> None:
     intake, other = Intake(root, root), Intake(root, root)
     assert not other.is_done()
     intake.mark(done=True)

@@ -86,7 +86,7 @@ def test_a_whole_answer() -> None:
         "nonsense",
     ],
 )
-def test_what_is_missing_in_a_bag_is_no_source_and_no_bucket(bag: Any) -> None:
+def test_an_object_missing_from_a_bag_has_no_source_and_no_bucket(bag: Any) -> None:
     found = read(storageBag=bag)
     assert (found.sources, found.buckets) == ((), ())
     assert (found.size, found.content_hash) == (1000, HASH)
@@ -198,7 +198,7 @@ def test_listed_objects() -> None:
         {"errors": [None]},
     ],
 )
-def test_answers_without_whole_data_are_none(document: Any) -> None:
+def test_answers_with_incomplete_data_are_rejected(document: Any) -> None:
     with pytest.raises(CatalogUnavailable) as raised:
         data_of(document, 200)
     assert not isinstance(raised.value, QueryRejected)
@@ -213,18 +213,18 @@ def test_answers_without_whole_data_are_none(document: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("status", [200, 400])
-def test_refusals_are_recognised(error: dict[str, Any], status: int) -> None:
+def test_rejections_are_recognised(error: dict[str, Any], status: int) -> None:
     with pytest.raises(QueryRejected):
         data_of({"errors": [error]}, status)
 
 
-def test_data_under_an_error_status_is_none() -> None:
+def test_data_under_an_error_status_is_ignored() -> None:
     with pytest.raises(CatalogUnavailable):
         data_of({"data": {"object": None}}, 502)
     assert data_of({"data": {"object": None}}, 200) == {"object": None}
 
 
-def test_questions_are_those_agreed_on() -> None:
+def test_queries_are_those_specified() -> None:
     texts = [ONE_OBJECT.render(dialect) for dialect in DIALECTS]
     assert "storageDataObjectById(id: $id)" in texts[0]
     assert "storageDataObjectByUniqueInput(where: {id: $id})" in texts[1]

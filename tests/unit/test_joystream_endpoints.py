@@ -46,7 +46,7 @@ def test_the_base_is_the_endpoint_and_api_v1(endpoint: str, base: str) -> None:
         "https://storage.example/" + "a" * 1024,
     ],
 )
-def test_what_is_never_asked(endpoint: str) -> None:
+def test_requests_that_are_never_sent(endpoint: str) -> None:
     with pytest.raises(InvalidInput):
         api_base(endpoint, refuse_private=False)
 

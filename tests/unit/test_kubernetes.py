@@ -139,7 +139,7 @@ def misfits(found: Any, wanted: Any, path: str = "spec") -> Iterator[str]:
             yield from misfits(found[name], fields[name], f"{path}.{name}")
 
 
-def test_what_does_not_fit_is_seen() -> None:
+def test_incompatible_entries_are_detected() -> None:
     _, specification = CUSTOM["ServiceMonitor"]
     good = named("ServiceMonitor", "distributor-api")["spec"]
     endpoint = {**good["endpoints"][0], "prot": "http"}
@@ -284,7 +284,7 @@ def test_secrets_are_referred_to_and_not_contained() -> None:
         }
 
 
-def test_disruptions_leave_somebody() -> None:
+def test_disruptions_leave_one_replica() -> None:
     budgets = {name: named("PodDisruptionBudget", f"distributor-{name}")["spec"] for name in COMPONENTS}
     assert budgets["api"]["minAvailable"] == budgets["evictor"]["minAvailable"] == 1
     assert budgets["fetcher"]["maxUnavailable"] == 1

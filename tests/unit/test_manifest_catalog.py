@@ -111,7 +111,7 @@ def test_json_is_read_too() -> None:
         ("a: 1\n---\nb: 2", "want one document, found 2"),
     ],
 )
-def test_what_is_wrong_is_named(text: str, reason: str) -> None:
+def test_errors_are_named(text: str, reason: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         parsed(text)
     assert reason in str(caught.value)
@@ -121,7 +121,7 @@ def test_what_is_wrong_is_named(text: str, reason: str) -> None:
     ("text", "reason"),
     [("{", "line 1: no JSON"), ('{"a": 1, "a": 2}', "two equal keys"), ("[" * 100_000, "no JSON")],
 )
-def test_what_is_wrong_in_json_is_named(text: str, reason: str) -> None:
+def test_errors_in_json_are_named(text: str, reason: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         read_json(text)
     assert reason in str(caught.value)
@@ -172,7 +172,7 @@ async def test_a_changed_file_is_noticed_and_a_broken_one_refused(path: Path) ->
     await catalog.close()
 
 
-async def test_the_file_is_looked_at_once_a_second(path: Path) -> None:
+async def test_the_file_is_checked_once_a_second(path: Path) -> None:
     now = 100.0
     catalog = ManifestCatalog(path, clock=lambda: now)
     await catalog.open()

@@ -127,7 +127,7 @@ def test_multiprocess_mode_cannot_come_too_late() -> None:
     assert "must be prepared before" in done.stderr
 
 
-def test_what_alerts_count_is_there_before_it_counts() -> None:
+def test_counters_used_by_alerts_are_precreated() -> None:
     script = (
         "from shared.observability.metrics import describe_build, render_metrics\n"
         "describe_build('1', 'evictor')\n"
@@ -140,7 +140,7 @@ def test_what_alerts_count_is_there_before_it_counts() -> None:
     assert "distributor_cut_answers_total{" not in done.stdout
 
 
-def test_a_source_that_begins_well_and_fails_is_one_request_and_one_failure() -> None:
+def test_a_source_failing_midway_is_one_request_and_one_failure() -> None:
     count_observation(SourceObservation("cutting:80", 0.1, 0.2, 10, "unreachable"))
     count_observation(SourceObservation("cutting:80", None, 3.0, 0, "unreachable"))
     count_observation(SourceObservation("cutting:80", 0.1, 0.2, 10, None))

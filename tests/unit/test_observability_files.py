@@ -78,7 +78,7 @@ def labels_in(query: str) -> set[str]:
     return {label.strip() for group in grouped for label in group.split(",") if label.strip()}
 
 
-def test_the_reader_of_queries() -> None:
+def test_parsing_of_query_strings() -> None:
     query = 'sum by (le, a) (rate(x_total{b="c (d)"}[5m])) / on () y:z or vector(0) > 0.5 and z offset 1h'
     assert names_in(query) == {"x_total", "y:z", "z"}
     assert labels_in(query) == {"le", "a"}
@@ -102,7 +102,7 @@ def test_every_label_asked_for_is_declared(query: str) -> None:
     assert all(any(label in labels for labels in used) for label in in_groups)
 
 
-def test_the_dashboard_shows_what_operators_ask() -> None:
+def test_the_dashboard_has_the_required_panels() -> None:
     titles = " / ".join(panel["title"].lower() for panel in panels())
     for wanted in (
         "hit ratio, objects",

@@ -46,12 +46,12 @@ def unsigned(algorithm: Any, signature: str = "") -> str:
 
 
 @pytest.mark.parametrize("scheme", ["bearer", "Bearer", "BEARER"])
-def test_the_right_token_is_let_in(scheme: str) -> None:
+def test_a_valid_token_is_accepted(scheme: str) -> None:
     assert ask(token(), scheme=scheme) == BODY
 
 
 @pytest.mark.parametrize("age", [-CLOCK_SKEW, 0, 1, MAX_TOKEN_AGE])
-def test_a_token_of_any_good_age_is_let_in(age: float) -> None:
+def test_a_token_of_any_valid_age_is_accepted(age: float) -> None:
     assert ask(token(iat=NOW - age)) == BODY
 
 
@@ -113,7 +113,7 @@ REFUSED: dict[str, Callable[[], str]] = {
 
 @pytest.mark.filterwarnings("ignore::jwt.InsecureKeyLengthWarning")
 @pytest.mark.parametrize("name", REFUSED)
-def test_all_others_are_refused(name: str) -> None:
+def test_all_other_tokens_are_rejected(name: str) -> None:
     with pytest.raises(AuthenticationError):
         ask(REFUSED[name]())
 
@@ -123,18 +123,18 @@ def test_all_others_are_refused(name: str) -> None:
     [[], ["bearer"], [token()], [f"Basic {token()}"], [f"bearer {token()}"] * 2],
     ids=["none", "bare", "no scheme", "basic", "twice"],
 )
-def test_the_header_must_be_right(headers: list[str]) -> None:
+def test_the_header_must_be_valid(headers: list[str]) -> None:
     with pytest.raises(AuthenticationError):
         authenticate(SignedRequest(headers, URL, json.dumps(BODY).encode()), SECRET, NOW)
 
 
 @pytest.mark.parametrize("body", [b"{", b"\xff", b"[" * 9000, b"nul"])
-def test_a_body_that_is_no_json_is_refused(body: bytes) -> None:
+def test_a_body_that_is_not_json_is_rejected(body: bytes) -> None:
     with pytest.raises(AuthenticationError):
         ask(token(), body=body)
 
 
-def test_the_same_token_has_the_same_ticket_however_it_is_written() -> None:
+def test_the_same_token_has_the_same_id_in_every_notation() -> None:
     good = token()
     signed = [SignedRequest([f"bearer {text}"], URL, json.dumps(BODY).encode()) for text in (good, good)]
     first, second = (authenticate(each, SECRET, NOW).token_id for each in signed)
@@ -170,7 +170,7 @@ def test_json_is_the_same_as_itself(value: Any) -> None:
     ("one", "other"),
     [(True, 1), (0, False), (None, False), ("1", 1), ([], {}), ([1], [1, 2]), ({"a": 1}, {})],
 )
-def test_json_of_another_kind_is_not_the_same(one: Any, other: Any) -> None:
+def test_json_of_another_type_is_different(one: Any, other: Any) -> None:
     assert not same_json(one, other)
     assert not same_json(other, one)
 

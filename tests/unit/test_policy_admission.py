@@ -22,14 +22,14 @@ def test_requests_within_five_minutes_are_one_view() -> None:
     assert views.begins_view(OTHER, NOW)
 
 
-def test_a_clock_set_back_far_begins_a_view_and_what_is_reported_late_does_not() -> None:
+def test_a_clock_set_far_back_starts_a_view_but_a_late_report_does_not() -> None:
     views = ViewCoalescer()
     assert views.begins_view(VIDEO, NOW)
     assert not views.begins_view(VIDEO, NOW - 1)
     assert views.begins_view(VIDEO, NOW - 300)
 
 
-def test_the_views_that_began_first_are_forgotten_first() -> None:
+def test_the_oldest_views_are_forgotten_first() -> None:
     views = ViewCoalescer(max_entries=2)
     for name in ("a", "b", "c"):
         views.begins_view(ObjectId(name), NOW)
@@ -38,7 +38,7 @@ def test_the_views_that_began_first_are_forgotten_first() -> None:
     assert views.begins_view(ObjectId("a"), NOW + 1)
 
 
-def test_large_objects_are_admitted_on_their_second_view() -> None:
+def test_large_objects_are_admitted_on_their_second_hit() -> None:
     admission = SecondViewAdmission(8 * MIB, window=3600)
     assert not admission.admits(VIDEO, 9 * MIB, NOW, pressure=True)
     assert not admission.admits(VIDEO, 9 * MIB, NOW + 60, pressure=True), "the same view"
@@ -59,7 +59,7 @@ def test_without_pressure_everything_is_admitted_and_first_views_are_remembered(
     assert admission.admits(VIDEO, 1, NOW + 500, pressure=True)
 
 
-def test_memory_of_first_views_is_bounded_and_keeps_the_latest() -> None:
+def test_remembered_first_views_are_bounded_and_the_latest_kept() -> None:
     admission = SecondViewAdmission(0, max_entries=100)
     for number in range(1000):
         admission.admits(ObjectId(str(number)), 1, NOW + number / 1000, pressure=True)
@@ -97,7 +97,7 @@ def test_what_a_simulation_counts() -> None:
     assert outcome.object_hit_ratio == 2 / 6
 
 
-def test_what_was_just_accessed_is_not_evicted_but_the_newcomer_proxied() -> None:
+def test_a_just_accessed_object_is_kept_and_the_new_one_proxied() -> None:
     trial = simulation(5 * MIB)
     trial.process(view(0, "a", 4 * MIB))
     assert not trial.process(view(60, "b", 4 * MIB))
@@ -105,7 +105,7 @@ def test_what_was_just_accessed_is_not_evicted_but_the_newcomer_proxied() -> Non
     assert trial.outcome.proxied == 1
 
 
-def test_room_for_a_large_object_is_made_of_thousands_of_small_ones() -> None:
+def test_a_large_object_evicts_thousands_of_small_ones() -> None:
     """More than a policy names at once."""
     trial = simulation(footprint(1000) * 3000)
     for number in range(3000):
@@ -115,7 +115,7 @@ def test_room_for_a_large_object_is_made_of_thousands_of_small_ones() -> None:
     assert trial.process(view(1001, "large", footprint(1000) * 2500))
 
 
-def test_who_joined_a_fetch_had_no_hit() -> None:
+def test_joining_a_fetch_is_no_hit() -> None:
     trial = simulation(5 * MIB)
     trial.process(view(0, "a", MIB))
     assert not trial.process(view(1, "a", MIB, joined=0))

@@ -91,7 +91,7 @@ def test_a_change_of_policy_keeps_every_object(former: str, latter: str) -> None
     assert sorted(order(new)) == ["thumbnail", "video"]
 
 
-def test_gdsf_brings_foreign_priorities_within_its_own_bounds() -> None:
+def test_gdsf_clamps_priorities_of_other_policies() -> None:
     policy = Gdsf(0)  # worth is the frequency
     entries = [
         PolicyEntry(ObjectId(name), KIB, 2, NOW, priority)

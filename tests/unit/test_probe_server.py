@@ -80,7 +80,7 @@ async def test_a_request_head_is_bounded(client: httpx.AsyncClient) -> None:
     assert answer.status_code == 431
 
 
-async def test_a_silent_client_is_let_go(server: ProbeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_client_is_disconnected(server: ProbeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe_server, "_TIMEOUT", 0.05)
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     async with asyncio.timeout(5):

@@ -12,7 +12,7 @@ from services.api.query_node import (
     SquidStatusPoller,
     url_without_credentials,
 )
-from services.demo.squid import SquidKnobs, TestChain, TestSquid
+from services.demo.squid import SquidFaults, TestChain, TestSquid
 from shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
 
 LIMITS = SquidLimits(timeout=0.5, list_timeout=0.5, list_batch=10, list_pause=0)
@@ -48,18 +48,18 @@ async def test_all_fields_then_each_by_itself() -> None:
         assert whole.chain_head == 777
         assert whole.blocks_processed > 0
         assert whole.version
-        squid.knobs = SquidKnobs(hang=True)
+        squid.faults = SquidFaults(hang=True)
         clock.ahead += STALE_AFTER - POLL_INTERVAL / 2
         assert await settled(poller) == whole, "believed for a while"
         clock.ahead += STALE_AFTER
         chain.head = 778
         assert await settled(poller) == SquidAndChainStatus(chain_head=778)
-        squid.knobs = SquidKnobs()
+        squid.faults = SquidFaults()
         chain.hang = True
         clock.ahead += STALE_AFTER + POLL_INTERVAL
         found = await settled(poller)
         assert (found.chain_head, found.version) == (0, whole.version)
-        squid.knobs = SquidKnobs(nulls=("squidStatus",))
+        squid.faults = SquidFaults(nulls=("squidStatus",))
         clock.ahead += STALE_AFTER + POLL_INTERVAL
         assert await settled(poller) == SquidAndChainStatus(version=whole.version)
         await poller.close()
@@ -68,19 +68,19 @@ async def test_all_fields_then_each_by_itself() -> None:
 async def test_never_slow_and_never_often() -> None:
     clock = Clock()
     async with TestSquid([]).run() as squid:
-        squid.knobs = SquidKnobs(hang=True)
+        squid.faults = SquidFaults(hang=True)
         poller = make_poller(squid.url, "http://127.0.0.1:1", clock)
         began = time.monotonic()
         answers = await asyncio.gather(*(poller.read() for _ in range(200)))
         assert time.monotonic() - began < 1.0
         assert set(answers) == {SquidAndChainStatus()}
-        assert len(list(squid.questions)) <= 1
+        assert len(list(squid.requests)) <= 1
         await poller.close()
 
 
 async def test_closed_while_it_asks() -> None:
     async with TestSquid([]).run() as squid:
-        squid.knobs = SquidKnobs(hang=True)
+        squid.faults = SquidFaults(hang=True)
         poller = make_poller(squid.url, None, Clock())
         await poller.read()
         await poller.close()

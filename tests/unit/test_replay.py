@@ -151,7 +151,7 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path, damage: str) -> None:
         read_logs([log], Recording(), 1.0, lambda _: None)
 
 
-def test_sizes_come_from_the_best_word_there_is() -> None:
+def test_sizes_come_from_the_most_reliable_field() -> None:
     recording = Recording({"manifest": 7})
     for line in (
         LogLine(3.0, ObjectId("named"), 10, size=500),
@@ -170,7 +170,7 @@ def test_sizes_come_from_the_best_word_there_is() -> None:
     assert recording.logged_hit_ratio is None
 
 
-def test_who_waited_for_which_fetch() -> None:
+def test_waiting_clients_per_fetch() -> None:
     recording = Recording()
     told = (
         (0.0, "miss"), (1.0, "pending"), (2.0, "hit"),
@@ -185,7 +185,7 @@ def test_who_waited_for_which_fetch() -> None:
     assert recording.logged_hit_ratio == 1 / 9
 
 
-def test_a_missed_304_began_no_fetch() -> None:
+def test_a_304_for_a_miss_starts_no_fetch() -> None:
     recording = Recording()
     for at, cache, unchanged in ((0.0, "miss", False), (5.0, "miss", True), (6.0, "pending", False)):
         recording.add(LogLine(at, ObjectId("1"), 0, size=10, cache=cache, not_modified=unchanged))
@@ -194,7 +194,7 @@ def test_a_missed_304_began_no_fetch() -> None:
     ]  # fmt: skip
 
 
-def test_the_nodes_own_settings_are_tried_beside_the_others(tmp_path: Path) -> None:
+def test_the_nodes_own_settings_are_simulated_too(tmp_path: Path) -> None:
     log, config = tmp_path / "access.json", tmp_path / "node.yaml"
     log.write_text(
         "\n".join(f"{AT + number},{number % 7},1000000" for number in range(700)), encoding="utf-8"
@@ -278,7 +278,7 @@ def test_the_trace_is_what_its_parameters_say() -> None:
     assert list(same.objects) == list(trace.objects)
 
 
-def test_a_sample_tells_nearly_the_same_as_everything() -> None:
+def test_a_sample_gives_nearly_the_same_as_everything() -> None:
     trace = Trace(Parameters(views=40_000))
     whole, sampled = Recording(), Recording()
     for request in trace.views():
@@ -320,7 +320,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"), [("replay.png", r"ends in \.svg"), ("no/replay.svg", "no folder")]
 )
-def test_a_picture_that_could_not_be_drawn_is_refused_before_all_the_work(
+def test_an_undrawable_chart_is_rejected_before_the_simulation(
     tmp_path: Path, name: str, reason: str
 ) -> None:
     log = tmp_path / "access.csv"

@@ -68,7 +68,7 @@ def test_the_numbers_of_the_commonest_range_are_at_hand(
         assert (request.range_header, request.bounds) == (wanted.decode(), bounds)
 
 
-def test_an_offered_request_id_that_is_none_is_not_taken() -> None:
+def test_an_invalid_offered_request_id_is_ignored() -> None:
     request = HeadReader().read(head(b"Host: a", b"X-Request-ID: a b"))
     assert request is not None
     assert request.fields.request_id is None
@@ -114,7 +114,7 @@ def test_an_offered_request_id_that_is_none_is_not_taken() -> None:
         head(b"Host: a", line=b"GET http://a/api/v1/assets/7 HTTP/1.1\r\n"),
     ],
 )
-def test_what_is_not_simple_is_left_to_the_framework(data: bytes) -> None:
+def test_complex_requests_are_left_to_the_framework(data: bytes) -> None:
     assert HeadReader().read(data) is None
 
 

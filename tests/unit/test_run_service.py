@@ -51,7 +51,7 @@ def end(process: subprocess.Popen[bytes]) -> tuple[int, str, list[dict[str, Any]
     return process.returncode, printed.decode(), [json.loads(line) for line in logged.splitlines()]
 
 
-def test_the_first_signal_ends_the_service_in_good_order() -> None:
+def test_the_first_signal_shuts_down_gracefully() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         with service("await scope.stop_requested.wait()\nprint('drained', flush=True)") as process:
             process.send_signal(number)
@@ -82,7 +82,7 @@ def test_refused_settings_are_a_message_and_exit_code_2() -> None:
     assert "exception" not in log[-1]
 
 
-def test_who_misses_the_deadline_is_cancelled() -> None:
+def test_a_task_past_the_deadline_is_cancelled() -> None:
     with service("await asyncio.Event().wait()") as process:
         process.send_signal(signal.SIGTERM)
         code, printed, log = end(process)
@@ -90,7 +90,7 @@ def test_who_misses_the_deadline_is_cancelled() -> None:
     assert log[-1]["event"] == "shutdown_deadline_missed"
 
 
-def test_the_second_signal_ends_it_at_once() -> None:
+def test_the_second_signal_kills_immediately() -> None:
     body = "await scope.stop_requested.wait()\nprint('stopping', flush=True)\nawait asyncio.Event().wait()"
     with service(body) as process:
         process.send_signal(signal.SIGINT)
@@ -101,7 +101,7 @@ def test_the_second_signal_ends_it_at_once() -> None:
     assert (code, printed) == (128 + signal.SIGINT, "")
 
 
-def test_a_loop_that_hangs_is_ended_from_outside() -> None:
+def test_a_hanging_loop_is_terminated_from_outside() -> None:
     body = (
         "sys.modules['shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
         "await scope.stop_requested.wait()\n"
@@ -116,7 +116,7 @@ def test_a_loop_that_hangs_is_ended_from_outside() -> None:
 
 
 @pytest.mark.parametrize("ending", ["return", "raise OSError('torn')", "scope.stop_requested.set()"])
-def test_a_thread_that_hangs_outlives_no_end_of_any_kind(ending: str) -> None:
+def test_a_hanging_thread_does_not_delay_any_shutdown(ending: str) -> None:
     body = (
         "sys.modules['shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
         "asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)\n"

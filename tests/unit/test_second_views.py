@@ -49,7 +49,7 @@ async def test_off_by_default() -> None:
     assert await admission.admits(ONE, 10**12)
 
 
-async def test_a_second_view_admits_under_pressure() -> None:
+async def test_a_second_hit_admits_under_pressure() -> None:
     clock = Clock()
     admission = SecondViews(settings(above_size=1000, window=3600), await filled(LIMIT), clock)
     assert await admission.admits(TWO, 1000)
@@ -70,11 +70,11 @@ async def test_with_room_left_everything_is_admitted() -> None:
     assert await admission.admits(ONE, 1001)
 
 
-class AwayStore(MemoryStateStore):
+class UnreachableStore(MemoryStateStore):
     async def usage(self) -> Usage:
         raise StateStoreUnavailable("away")
 
 
-async def test_when_nobody_knows_the_usage_everything_is_admitted() -> None:
-    admission = SecondViews(settings(above_size=1000), AwayStore(LIMIT, StateTimeouts(), time.time))
+async def test_with_unknown_usage_everything_is_admitted() -> None:
+    admission = SecondViews(settings(above_size=1000), UnreachableStore(LIMIT, StateTimeouts(), time.time))
     assert await admission.admits(ONE, 1001)

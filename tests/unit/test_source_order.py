@@ -38,7 +38,7 @@ def test_among_failed_ones_the_first_to_recover_comes_first() -> None:
     assert order([A, B, C], health, now=101.0) == (B, C, A)
 
 
-def test_much_slower_sources_go_behind_but_before_failed_ones() -> None:
+def test_much_slower_sources_rank_below_others_but_above_failed_ones() -> None:
     health = {
         "a": SourceHealth(first_bytes=(2.0,)),
         "b:81": SourceHealth(1, 100.0),
@@ -68,7 +68,7 @@ def test_no_source_is_lost_or_invented(
     assert sorted(ordered) == sorted(set(sources))
 
 
-def test_of_quick_ones_the_quickest_comes_first() -> None:
+def test_of_fast_sources_the_fastest_comes_first() -> None:
     health = {
         "a": SourceHealth(first_bytes=(0.2,)),
         "b:81": SourceHealth(first_bytes=(0.05,)),
@@ -101,7 +101,7 @@ def test_two_quick_answers_do_not_make_up_for_eight_slow_ones() -> None:
     assert order([A, B], health, now=0.0) == (B, A)
 
 
-def test_a_source_that_was_not_reached_goes_behind_until_it_is() -> None:
+def test_an_unreachable_source_ranks_last_until_it_recovers() -> None:
     unreached = SourceStatsDelta(SourceHealth(unreachable_at=100.0)).apply_to(
         SourceHealth(first_bytes=(0.001,))
     )
@@ -125,7 +125,7 @@ NEWS = st.builds(
 
 
 @given(NEWS, NEWS, NEWS)
-def test_news_in_batches_say_the_same_as_one_by_one(
+def test_batched_events_equal_single_ones(
     first: SourceStatsDelta, second: SourceStatsDelta, third: SourceStatsDelta
 ) -> None:
     one_by_one = third.apply_to(second.apply_to(first.apply_to(SourceHealth())))
@@ -133,7 +133,7 @@ def test_news_in_batches_say_the_same_as_one_by_one(
     assert first.followed_by(second.followed_by(third)).apply_to(SourceHealth()) == one_by_one
 
 
-def test_a_corrupted_copy_is_passed_over_for_its_object_alone() -> None:
+def test_a_corrupt_copy_is_skipped_for_its_object_only() -> None:
     now = 10.0
     registry = SourceHealthRegistry(clock=lambda: now, corrupted_memory=60.0)
     registry.record_corrupted(ObjectId("1"), A)
@@ -143,7 +143,7 @@ def test_a_corrupted_copy_is_passed_over_for_its_object_alone() -> None:
     assert registry.best_first([A, B], ObjectId("1")) == (A, B)
 
 
-def test_what_was_not_handed_over_is_kept_in_its_order() -> None:
+def test_unflushed_accesses_are_kept_in_order() -> None:
     registry = SourceHealthRegistry(clock=lambda: 0.0)
     registry.record_first_byte(A, 0.1)
     registry.record_failure(A)
@@ -157,7 +157,7 @@ def test_what_was_not_handed_over_is_kept_in_its_order() -> None:
     assert deltas["a"].apply_to(SourceHealth(failures=3)) == SourceHealth(first_bytes=(0.1,))
 
 
-def test_a_corrupted_copy_met_during_an_exchange_is_handed_over_next_time() -> None:
+def test_a_corrupt_copy_found_during_a_sync_is_sent_in_the_next_one() -> None:
     registry = SourceHealthRegistry(clock=lambda: 0.0)
     registry.record_corrupted(ObjectId("1"), A)
     _, taken = registry.take_delta()
@@ -172,7 +172,7 @@ def test_a_corrupted_copy_met_during_an_exchange_is_handed_over_next_time() -> N
     assert [copy.object_id for copy in taken] == ["2", "3"]
 
 
-def test_the_book_forgives_after_a_success() -> None:
+def test_the_registry_clears_penalties_after_a_success() -> None:
     now = 10.0
     registry = SourceHealthRegistry(clock=lambda: now)
     registry.record_failure(A)
@@ -181,7 +181,7 @@ def test_the_book_forgives_after_a_success() -> None:
     assert registry.best_first([A, B]) == (A, B)
 
 
-def test_the_book_takes_a_mean_of_first_bytes() -> None:
+def test_the_registry_averages_first_byte_times() -> None:
     registry = SourceHealthRegistry(clock=lambda: 0.0)
     registry.record_first_byte(B, 0.1)
     registry.record_first_byte(B, 0.5)

@@ -45,7 +45,7 @@ def test_media_types(text: str) -> None:
     ["", "image", "image/", "/png", "image/png/x", "image/png\r\nX: y", "image/png; a", "ä/b", "a b/c", "a/b, c/d",
      "image/" + "a" * 300, "text/html\x00"],
 )  # fmt: skip
-def test_what_is_no_media_type(text: str) -> None:
+def test_invalid_media_types(text: str) -> None:
     with pytest.raises(InvalidInput):
         parse_media_type(text)
     assert media_type_or_none(text) is None

@@ -11,7 +11,7 @@ ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 HOUR = 3600.0
 
 
-async def test_a_clock_put_back_prolongs_no_lease_no_failure_and_no_term() -> None:
+async def test_a_clock_set_back_extends_no_lease_no_failure_and_no_term() -> None:
     now = 1_700_000_000.0
     times = StateTimeouts(lease_seconds=15.0, claim_seconds=5.0)
     store = MemoryStateStore(1_000_000, times, lambda: now)

@@ -10,12 +10,12 @@ from shared.domain.errors import StateStoreUnavailable
 CAUSE = ConnectionRefusedError()
 
 
-def test_lets_everyone_through_while_the_server_answers() -> None:
+def test_allows_all_calls_while_the_server_answers() -> None:
     breaker = CircuitBreaker()
     assert [breaker.before_call() for _ in range(3)] == [False, False, False]
 
 
-def test_names_the_cause_while_closed() -> None:
+def test_reports_the_cause_while_open() -> None:
     breaker = CircuitBreaker(open_seconds=60)
     assert breaker.on_failure(CAUSE)
     with pytest.raises(StateStoreUnavailable) as caught:
@@ -23,12 +23,12 @@ def test_names_the_cause_while_closed() -> None:
     assert caught.value.__cause__ is CAUSE
 
 
-def test_says_only_once_that_it_was_open_before() -> None:
+def test_reports_only_once_that_it_was_closed_before() -> None:
     breaker = CircuitBreaker()
     assert [breaker.on_failure(CAUSE), breaker.on_failure(CAUSE)] == [True, False]
 
 
-def test_lets_one_at_a_time_try_after_the_pause() -> None:
+def test_allows_one_probe_at_a_time_after_the_pause() -> None:
     breaker = CircuitBreaker(open_seconds=0)
     breaker.on_failure(CAUSE)
     probe = breaker.before_call()
@@ -39,7 +39,7 @@ def test_lets_one_at_a_time_try_after_the_pause() -> None:
     assert breaker.before_call()
 
 
-def test_opens_when_the_probe_was_answered() -> None:
+def test_closes_when_the_probe_succeeds() -> None:
     breaker = CircuitBreaker(open_seconds=0)
     breaker.on_failure(CAUSE)
     probe = breaker.before_call()

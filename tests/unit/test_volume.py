@@ -112,7 +112,7 @@ def write_and_hang(root: Path, signals: Connection) -> None:
     signals.recv()
 
 
-def test_a_killed_writer_frees_its_lock(volume: Volume) -> None:
+def test_a_killed_writer_releases_its_lock(volume: Volume) -> None:
     spawning = multiprocessing.get_context("spawn")
     ours, theirs = spawning.Pipe()
     process = spawning.Process(target=write_and_hang, args=(volume.root, theirs))
@@ -127,7 +127,7 @@ def test_a_killed_writer_frees_its_lock(volume: Volume) -> None:
     again.close()
 
 
-def test_a_follower_sees_growth_then_verification_then_keeps_reading(volume: Volume) -> None:
+def test_a_reader_sees_growth_then_verification_then_keeps_reading(volume: Volume) -> None:
     partial = volume.open_partial_for_writing(record_of("1"))
     partial.write(0, BODY[:1000])
     reader = volume.open_partial(ObjectId("1"))
@@ -144,7 +144,7 @@ def test_a_follower_sees_growth_then_verification_then_keeps_reading(volume: Vol
 
 
 @pytest.mark.parametrize("ending", ["restart", "discard"])
-def test_a_follower_sees_that_its_file_is_gone_and_its_bytes_are_free(volume: Volume, ending: str) -> None:
+def test_a_reader_sees_that_its_file_is_removed_and_its_bytes_freed(volume: Volume, ending: str) -> None:
     partial = volume.open_partial_for_writing(record_of("1"))
     partial.write(0, BODY[:1000])
     reader = volume.open_partial(ObjectId("1"))
@@ -156,7 +156,7 @@ def test_a_follower_sees_that_its_file_is_gone_and_its_bytes_are_free(volume: Vo
     partial.close()
 
 
-def test_a_discard_that_fails_gives_the_lock_back(volume: Volume) -> None:
+def test_a_failed_discard_releases_the_lock(volume: Volume) -> None:
     partial = volume.open_partial_for_writing(record_of("1"))
     (volume.root / "incoming" / "1.part").unlink()
     (volume.root / "incoming" / "1.part").mkdir()
@@ -181,7 +181,7 @@ def test_resuming_a_verified_partial_takes_the_mark_away(volume: Volume) -> None
     again.close()
 
 
-def test_what_a_partial_will_be_is_known_before_its_first_byte(volume: Volume) -> None:
+def test_a_partials_record_is_known_before_its_first_byte(volume: Volume) -> None:
     partial = volume.open_partial_for_writing(record_of("1"))
     assert volume.partial_record(ObjectId("1")) == record_of("1")
     partial.discard()
@@ -202,7 +202,7 @@ def test_a_published_object_can_be_held_and_not_removed_while_its_writer_still_h
     partial.close()
 
 
-def test_a_media_type_that_the_source_tells_is_noted_with_the_next_bytes(volume: Volume) -> None:
+def test_a_media_type_from_the_source_is_recorded_with_the_next_bytes(volume: Volume) -> None:
     untold = replace(record_of("1"), media_type=None)
     partial = volume.open_partial_for_writing(untold)
     assert volume.partial_record(ObjectId("1")) == untold
@@ -213,7 +213,7 @@ def test_a_media_type_that_the_source_tells_is_noted_with_the_next_bytes(volume:
     partial.close()
 
 
-def test_who_only_clears_up_changes_no_note(volume: Volume) -> None:
+def test_cleanup_changes_no_sidecar(volume: Volume) -> None:
     volume.open_partial_for_writing(record_of("1")).close()
     stranger = replace(record_of("1"), etag='"another"')
     held = volume.open_partial_for_writing(stranger, write_sidecar=False)
@@ -223,7 +223,7 @@ def test_who_only_clears_up_changes_no_note(volume: Volume) -> None:
     assert volume.partial_record(ObjectId("2")) is None
 
 
-def test_a_link_under_an_objects_name_is_nothing_to_remove_and_gives_way(
+def test_a_link_under_an_objects_name_is_not_removable_and_is_replaced(
     volume: Volume, tmp_path: Path
 ) -> None:
     outside = tmp_path / "outside"
@@ -270,7 +270,7 @@ def replace_by_directory(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [truncate, grow, replace_by_link, replace_by_directory, Path.unlink])
-def test_what_is_not_what_its_record_says_is_no_hit(volume: Volume, harm: Callable[[Path], None]) -> None:
+def test_a_file_that_differs_from_its_record_is_no_hit(volume: Volume, harm: Callable[[Path], None]) -> None:
     store(volume, "1")
     opened(volume, "1").close()  # the record is in the cache now
     harm(path_of(volume, "1"))
@@ -285,7 +285,7 @@ def test_an_object_with_a_broken_record_is_no_hit(volume: Volume, body: bytes) -
     assert volume.open_object(ObjectId("1")) is None
 
 
-def test_a_fan_directory_replaced_by_a_link_leads_nowhere(volume: Volume, tmp_path: Path) -> None:
+def test_a_shard_directory_replaced_by_a_link_is_not_followed(volume: Volume, tmp_path: Path) -> None:
     store(volume, "1")
     folder = path_of(volume, "1").parent
     folder.rename(tmp_path / "elsewhere")
@@ -339,7 +339,7 @@ def test_an_open_file_keeps_its_bytes_only_where_a_server_in_front_may_send_them
     volume.close()
 
 
-def test_a_follower_holds_what_is_verified_before_the_writer_lets_go(volume: Volume) -> None:
+def test_a_reader_locks_the_verified_file_before_the_writer_unlocks_it(volume: Volume) -> None:
     partial = volume.open_partial_for_writing(record_of("1"))
     partial.write(0, BODY)
     reader = volume.open_partial(ObjectId("1"))
@@ -365,7 +365,7 @@ def test_two_sends_of_one_open_object_both_keep_it(volume: Volume) -> None:
     sending.close()
 
 
-def test_set_aside_hides_an_object_and_lets_its_readers_finish(volume: Volume) -> None:
+def test_rename_to_trash_hides_an_object_and_lets_its_readers_finish(volume: Volume) -> None:
     store(volume, "1")
     sending = opened(volume, "1")
     assert sending.lock_shared()
@@ -382,7 +382,7 @@ def test_set_aside_hides_an_object_and_lets_its_readers_finish(volume: Volume) -
     assert volume.measure() == 0
 
 
-def test_scans_find_all_and_call_foreign_what_is_foreign(volume: Volume) -> None:
+def test_scans_find_all_objects_and_report_unknown_files(volume: Volume) -> None:
     store(volume, "1")
     store(volume, "2", b"")
     volume.open_partial_for_writing(record_of("3")).close()
@@ -463,7 +463,7 @@ def test_a_download_under_way_keeps_to_the_volume_it_began_on(volume: Volume, tm
     assert list((tmp_path / "former" / "incoming").iterdir()) == []
 
 
-async def test_who_watches_sees_the_volume_that_is_there_now(volume: Volume, tmp_path: Path) -> None:
+async def test_volume_checks_see_the_current_volume(volume: Volume, tmp_path: Path) -> None:
     store(volume, "1")
     opened(volume, "1").close()
     with capture_logs() as logs:

@@ -23,7 +23,7 @@ logger = structlog.get_logger()
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="services.demo.squid",
-        description="A Storage-Squid with the demo's objects; PUT /knobs makes it misbehave.",
+        description="A Storage-Squid with the demo's objects; PUT /faults makes it misbehave.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=4352, help="0 takes a free one (default: %(default)s)")

@@ -12,7 +12,15 @@ import structlog
 from aio_pika import Message
 from aio_pika.abc import AbstractIncomingMessage
 
-from shared.adapters.queue_outcomes import Ending, Finish, GiveUp, OnGivenUp, PutBack, Retry, remember_failure
+from shared.adapters.queue_outcomes import (
+    Ending,
+    Finish,
+    GiveUp,
+    OnDeadLetter,
+    PutBack,
+    Retry,
+    remember_failure,
+)
 from shared.adapters.queue_rabbitmq.connection import BROKER_ERRORS, Backoff, Session
 from shared.adapters.queue_rabbitmq.messages import to_dead_letter, to_message
 from shared.adapters.queue_rabbitmq.publisher import Publisher
@@ -102,10 +110,10 @@ class Settler:
     delivered again at once, in circles. It ends early when the delivery is lost or the consumer stops.
     """
 
-    def __init__(self, publisher: Publisher, topology: Topology, on_given_up: OnGivenUp) -> None:
+    def __init__(self, publisher: Publisher, topology: Topology, on_dead_letter: OnDeadLetter) -> None:
         self._publisher = publisher
         self._topology = topology
-        self._on_given_up = on_given_up
+        self._on_dead_letter = on_dead_letter
         self.stopping = asyncio.Event()
 
     async def settle(self, in_flight: InFlight, job: FetchJob, ending: Ending) -> Ending | None:
@@ -121,7 +129,7 @@ class Settler:
                 return await self._replace(in_flight, self._topology.delay(delay), to_message(again), ending)
             case GiveUp(reason):
                 if in_flight.is_live:
-                    await remember_failure(self._on_given_up, job, reason)
+                    await remember_failure(self._on_dead_letter, job, reason)
                 return await self.dead_letter(in_flight, reason)
 
     async def dead_letter(self, in_flight: InFlight, reason: str) -> Ending | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared.adapters.queue_outcomes import OnGivenUp
+from shared.adapters.queue_outcomes import OnDeadLetter
 from shared.adapters.queue_rabbitmq.connection import CONNECT_SECONDS
 from shared.adapters.queue_rabbitmq.consumer import Consumer
 from shared.adapters.queue_rabbitmq.deliveries import Settler
@@ -48,9 +48,9 @@ class RabbitJobQueue:
     async def publish(self, job: FetchJob) -> None:
         await self._publisher.publish(self._topology.work, to_message(job))
 
-    async def consume(self, handler: JobHandler, concurrency: int, on_given_up: OnGivenUp) -> None:
+    async def consume(self, handler: JobHandler, concurrency: int, on_dead_letter: OnDeadLetter) -> None:
         """ConfigurationError if a queue exists on the broker with other arguments."""
-        settler = Settler(self._publisher, self._topology, on_given_up)
+        settler = Settler(self._publisher, self._topology, on_dead_letter)
         await Consumer(self._url, self._topology, settler, handler, concurrency).run()
 
     async def depth(self) -> QueueDepth:

@@ -18,7 +18,7 @@ from shared.adapters.state_redis.records import read_announcement
 from shared.ports.state_store import Announcement, Topic
 
 _PING_INTERVAL = 2.0
-"""Silence after which the server is asked for a sign of life; as long again without one ends the connection."""
+"""Silence after which the server is asked for a heartbeat; as long again without one ends the connection."""
 
 _INITIAL_DELAY, _MAX_DELAY = 0.1, 2.0
 
