@@ -93,7 +93,7 @@ class Node:
         state = RedisStateStore(self.redis_url, _KEY_PREFIX, 1, StateTimeouts())
         await state.open()
         try:
-            await state.want_purges(object_ids)
+            await state.request_purges(object_ids)
         finally:
             await state.close()
 

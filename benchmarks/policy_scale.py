@@ -135,7 +135,7 @@ async def take_over(name: str, url: str, folder: Path, count: int) -> tuple[Evic
     try:
         index = EvictionIndex(state, volume, lambda: make_policy(name))
         begun = time.perf_counter()
-        await index.take_over()
+        await index.load()
         seconds = time.perf_counter() - begun
         grown = resident_bytes() - before
     finally:

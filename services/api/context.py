@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from services.api.accesses import AccessCounter
 from services.api.wakeups import FetchEvents
 from shared.adapters.volume import Volume
-from shared.domain.objects import Duty
+from shared.domain.objects import Assignment
 from shared.ports.catalog import Catalog
 from shared.ports.job_queue import JobQueue
 from shared.ports.state_store import StateStore
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class CurrentAssignment:
-    """The node's duty as it is now: an operator may change it while the node runs."""
+    """The node's assignment as it is now: an operator may change it while the node runs."""
 
-    current: Duty
+    current: Assignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class ApiContext:
     catalog: Catalog
     failover_reader: FailoverReader
     accesses: AccessCounter
-    duty: CurrentAssignment
+    assignment: CurrentAssignment
     fetch_events: FetchEvents
     operator_state: OperatorStateWatcher
     clock: Callable[[], float] = time.time

@@ -1,4 +1,4 @@
-"""How one API process follows the operator's orders: its duty, its public port, its end."""
+"""How one API process follows the operator's orders: its assignment, its public port, its end."""
 
 from __future__ import annotations
 
@@ -66,4 +66,4 @@ class OperatorStateController:
         return True
 
     def _update_assignment(self) -> None:
-        self._context.duty.current = self._context.operator_state.duty
+        self._context.assignment.current = self._context.operator_state.assignment

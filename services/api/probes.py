@@ -16,7 +16,7 @@ import structlog
 
 from services.api.context import ApiContext
 from services.api.status import UsageReader
-from shared.adapters.volume.intake import Intake
+from shared.adapters.volume.intake import ImportSource
 from shared.domain.errors import DistributorError, VolumeError
 from shared.observability.metrics import (
     QUEUE_JOBS,
@@ -77,9 +77,9 @@ class HealthChecks:
             return None
         assets = self._context.settings.storage.import_assets
         if assets is not None:
-            intake = Intake(self._context.volume.root, assets)
-            self._import_done = intake.is_done()
-            intake.close()
+            import_source = ImportSource(self._context.volume.root, assets)
+            self._import_done = import_source.is_done()
+            import_source.close()
         return None if self._import_done else "the existing node's objects are being taken over"
 
     async def _check_volume(self) -> None:

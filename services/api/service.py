@@ -58,7 +58,7 @@ def make_context(
     failover_reader: FailoverReader,
 ) -> ApiContext:
     """Put together what the handlers need; the ports are open, or will be before the first request."""
-    operator_state = OperatorStateWatcher(state, volume.root, settings.duty)
+    operator_state = OperatorStateWatcher(state, volume.root, settings.assignment)
     return ApiContext(
         settings=settings,
         volume=volume,
@@ -67,7 +67,7 @@ def make_context(
         catalog=catalog,
         failover_reader=failover_reader,
         accesses=AccessCounter(state),
-        duty=CurrentAssignment(settings.duty),
+        assignment=CurrentAssignment(settings.assignment),
         fetch_events=FetchEvents(state, operator_state.wake),
         operator_state=operator_state,
     )

@@ -110,7 +110,7 @@ class StatusReporter:
             "nodeEnv": settings.environment,
             "queryNodeStatus": await self._squid_status_fields(),
         }
-        worker_id = self._context.duty.current.worker_id
+        worker_id = self._context.assignment.current.worker_id
         if worker_id is not None:
             fields["workerId"] = worker_id
         return fields
@@ -131,12 +131,12 @@ class StatusReporter:
             await self._squid_status.close()
 
     async def buckets(self) -> dict[str, Any]:
-        """The duty: its buckets, or all of one worker, or (no duty set) all that the catalog knows."""
-        duty = self._context.duty.current
-        if duty.bucket_ids is not None:
-            return {"bucketIds": sorted(duty.bucket_ids, key=_bucket_order)}
-        if duty.worker_id is not None:
-            return {"allByWorkerId": duty.worker_id}
+        """The assignment: its buckets, or all of one worker, or (no assignment set) all that the catalog knows."""
+        assignment = self._context.assignment.current
+        if assignment.bucket_ids is not None:
+            return {"bucketIds": sorted(assignment.bucket_ids, key=_bucket_order)}
+        if assignment.worker_id is not None:
+            return {"allByWorkerId": assignment.worker_id}
         try:
             self._last_buckets = sorted(await self._context.catalog.bucket_ids(), key=_bucket_order)
         except CatalogUnavailable as error:

@@ -11,7 +11,7 @@ import structlog
 from services.evictor.file_calls import run_blocking
 from services.evictor.index import EvictionIndex
 from services.evictor.partial_files import discard_partial_file, expected_bytes, partial_file_exists
-from services.evictor.takeover import Takeover
+from services.evictor.takeover import NodeImport
 from shared.adapters.volume import FoundObject, PartialHeld, Volume
 from shared.domain.errors import VolumeError
 from shared.domain.eviction import PolicyEntry
@@ -26,66 +26,66 @@ logger = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class SeenFile:
-    """The complete file; `sound`: it has a record that fits, or none at all (the catalog may know more)."""
+    """The complete file; `valid`: it has a record that fits, or none at all (the catalog may know more)."""
 
     found: FoundObject
-    sound: bool
-    partial_beside: bool
+    valid: bool
+    has_partial: bool
 
 
 class Adoption:
     """A file without a record is adopted too: its bytes count, it may be evicted, yet it is no hit until repaired."""
 
     def __init__(
-        self, state: StateStore, volume: Volume, index: EvictionIndex, takeover: Takeover | None = None
+        self, state: StateStore, volume: Volume, index: EvictionIndex, node_import: NodeImport | None = None
     ) -> None:
-        """`takeover`: it may know how an object was used before it came here."""
+        """`node_import`: it may know how an object was used before it came here."""
         self._state, self._volume, self._index = state, volume, index
-        self._takeover = takeover
+        self._node_import = node_import
 
     async def adopt(self, term: Term, object_id: ObjectId) -> bool | None:
         """True: adopted. False: adopted, but what its record says is not what is there. None: not adopted, since the
         store knows it, a live fetch will tell the store, or it is gone."""
-        seen = await run_blocking(_look, self._volume, object_id)
+        seen = await run_blocking(_inspect, self._volume, object_id)
         if seen is None:
             return None
-        [outcome] = await self.take_in(term, [seen])
+        [outcome] = await self.adopt_files(term, [seen])
         if isinstance(outcome, VolumeError):
             raise outcome
         return outcome
 
-    async def look_at(self, object_ids: Sequence[ObjectId]) -> Sequence[SeenFile | VolumeError | None]:
-        """Many files in one go, for `take_in`; None: gone."""
-        return await run_blocking(_look_at_all, self._volume, object_ids)
+    async def inspect(self, object_ids: Sequence[ObjectId]) -> Sequence[SeenFile | VolumeError | None]:
+        """Many files in one go, for `adopt_files`; None: gone."""
+        return await run_blocking(_inspect_all, self._volume, object_ids)
 
-    async def take_in(self, term: Term, seen: Sequence[SeenFile]) -> Sequence[bool | VolumeError | None]:
+    async def adopt_files(self, term: Term, seen: Sequence[SeenFile]) -> Sequence[bool | VolumeError | None]:
         """As `adopt`, of some hundred files at most that were looked at a moment ago."""
         faults = {}
         for one in seen:
-            if one.partial_beside:
+            if one.has_partial:
                 try:
                     await self._remove_partial(term, one.found.object_id)
                 except VolumeError as error:
                     faults[one.found.object_id] = error
         ready = [one for one in seen if one.found.object_id not in faults]
-        entries = self._index.priced([self._entry_of(one.found) for one in ready])
+        entries = self._index.with_priorities([self._entry_of(one.found) for one in ready])
         adopted = await self._state.adopt_many(term, [_as_index_entry(entry) for entry in entries])
         outcomes: dict[ObjectId, bool | VolumeError | None] = {**faults}
         for one, entry, taken in zip(ready, entries, adopted, strict=True):
-            outcomes[entry.object_id] = one.sound if taken else None
+            outcomes[entry.object_id] = one.valid if taken else None
             if taken:
-                await self._taken(term, one, entry)
+                await self._register(term, one, entry)
         RECONCILED.labels("adopted").inc(sum(adopted))
         return [outcomes[one.found.object_id] for one in seen]
 
-    async def _taken(self, term: Term, seen: SeenFile, entry: PolicyEntry) -> None:
+    async def _register(self, term: Term, seen: SeenFile, entry: PolicyEntry) -> None:
         self._index.add(entry)
         logger.debug("object_adopted", object_id=entry.object_id, bytes=entry.size)
-        if seen.partial_beside:
+        if seen.has_partial:
             await self.adopt_partial(term, entry.object_id, 0)
 
     def _entry_of(self, found: FoundObject) -> PolicyEntry:
-        known = self._index.remembered(found.object_id) or self._former_figures(found)
+        known = self._index.known_entry(found.object_id) or self._imported_usage(found)
         return PolicyEntry(
             found.object_id,
             found.size,
@@ -94,15 +94,15 @@ class Adoption:
             known.priority if known else 0.0,
         )
 
-    def _former_figures(self, found: FoundObject) -> PolicyEntry | None:
-        return None if self._takeover is None else self._takeover.figures_of(found)
+    def _imported_usage(self, found: FoundObject) -> PolicyEntry | None:
+        return None if self._node_import is None else self._node_import.usage_of(found)
 
-    async def adopt_leaving(self, term: Term, object_id: ObjectId, size: int) -> bool:
+    async def adopt_trashed(self, term: Term, object_id: ObjectId, size: int) -> bool:
         """Count a file that is out of sight, and mark it as being evicted. False: the store knows the object."""
         if not await self._state.adopt(term, IndexEntry(object_id, size, 1, NEVER)):
             return False
         await self._state.begin_eviction(term, object_id, 0.0)
-        self._index.left_behind(object_id)
+        self._index.mark_deferred(object_id)
         RECONCILED.labels("adopted_leaving").inc()
         return True
 
@@ -126,20 +126,20 @@ class Adoption:
             await self._state.park(lease)
 
 
-def _look(volume: Volume, object_id: ObjectId) -> SeenFile | None:
+def _inspect(volume: Volume, object_id: ObjectId) -> SeenFile | None:
     found = volume.find_object(object_id)
     if found is None:
         return None
     record = volume.read_record(object_id)
-    sound = record is None or record.size == found.size
-    return SeenFile(found, sound, partial_file_exists(volume, object_id))
+    valid = record is None or record.size == found.size
+    return SeenFile(found, valid, partial_file_exists(volume, object_id))
 
 
-def _look_at_all(volume: Volume, object_ids: Sequence[ObjectId]) -> Sequence[SeenFile | VolumeError | None]:
+def _inspect_all(volume: Volume, object_ids: Sequence[ObjectId]) -> Sequence[SeenFile | VolumeError | None]:
     seen: list[SeenFile | VolumeError | None] = []
     for object_id in object_ids:
         try:
-            seen.append(_look(volume, object_id))
+            seen.append(_inspect(volume, object_id))
         except VolumeError as error:
             seen.append(error)
     return seen

@@ -15,9 +15,9 @@ import structlog
 
 from services.evictor.file_calls import run_blocking
 from services.evictor.partial_files import discard_partial_file
-from services.evictor.takeover import Takeover
+from services.evictor.takeover import NodeImport
 from shared.adapters.volume import PartialFile, Volume
-from shared.adapters.volume.intake import Intake, WaitingFile
+from shared.adapters.volume.intake import ImportSource, PendingFile
 from shared.domain.errors import VolumeError
 from shared.domain.found_objects import record_for_file
 from shared.domain.media_sniffing import SNIFF_BYTES
@@ -26,31 +26,36 @@ from shared.observability.metrics import RECONCILED
 from shared.ports.catalog import Catalog
 from shared.ports.state_store import Access, AlreadyStored, Granted, Lease, NeverFits, NoSpace, StateStore
 
-_CHUNK = 4 * 1024**2
-_RENEWAL_SECONDS = 2.0
-_AGAIN_SECONDS = 600.0
+_COPY_CHUNK = 4 * 1024**2
+_LEASE_RENEW_INTERVAL = 2.0
+_NO_SPACE_RETRY_INTERVAL = 600.0
 _WORKER = "takeover"
 
 logger = structlog.get_logger()
 
 
-class Copying:
-    """`run` when the takeover found files elsewhere; may be repeated, and killed."""
+class ImportCopier:
+    """`run` when the import found files elsewhere; may be repeated, and killed."""
 
     def __init__(
-        self, state: StateStore, volume: Volume, catalog: Catalog, intake: Intake, takeover: Takeover
+        self,
+        state: StateStore,
+        volume: Volume,
+        catalog: Catalog,
+        import_source: ImportSource,
+        node_import: NodeImport,
     ) -> None:
         self._state, self._volume, self._catalog = state, volume, catalog
-        self._intake, self._takeover = intake, takeover
+        self._import_source, self._node_import = import_source, node_import
 
     async def run(self) -> float | None:
         """Seconds until it is worth trying again; None: nothing is left. CatalogUnavailable, StateStoreUnavailable and
         VolumeError end it in the middle."""
-        if not self._takeover.elsewhere:
+        if not self._node_import.needs_copy:
             return None
-        waiting = await run_blocking(self._most_used_first)
+        pending = await run_blocking(self._most_used_first)
         copied = 0
-        for one in waiting:
+        for one in pending:
             known = await self._catalog.look_up(one.object_id)
             if known is None or known.size != one.size:
                 RECONCILED.labels("not_copied").inc()
@@ -58,35 +63,37 @@ class Copying:
                 continue
             begun = await self._state.begin(one.object_id, one.size, _WORKER)
             if isinstance(begun, NoSpace):
-                logger.info("assets_left_for_lack_of_space", copied=copied, left=len(waiting) - copied)
-                return _AGAIN_SECONDS
+                logger.info("assets_left_for_lack_of_space", copied=copied, left=len(pending) - copied)
+                return _NO_SPACE_RETRY_INTERVAL
             if isinstance(begun, Granted):
                 copied += await self._copy(known, one, begun.lease)
             elif isinstance(begun, AlreadyStored):
-                await run_blocking(self._intake.remove, one.object_id)
+                await run_blocking(self._import_source.remove, one.object_id)
             elif not isinstance(begun, NeverFits):
-                return _RENEWAL_SECONDS  # not reconciled yet, or a fetch of this very object is under way
-        logger.info("assets_copied", copied=copied, left=len(waiting) - copied)
+                return (
+                    _LEASE_RENEW_INTERVAL  # not reconciled yet, or a fetch of this very object is under way
+                )
+        logger.info("assets_copied", copied=copied, left=len(pending) - copied)
         return None
 
-    def _most_used_first(self) -> Sequence[WaitingFile]:
-        return sorted(self._intake.waiting(), key=self._takeover.views_of, reverse=True)
+    def _most_used_first(self) -> Sequence[PendingFile]:
+        return sorted(self._import_source.pending(), key=self._node_import.views_of, reverse=True)
 
-    async def _copy(self, known: MediaObject, one: WaitingFile, lease: Lease) -> bool:
+    async def _copy(self, known: MediaObject, one: PendingFile, lease: Lease) -> bool:
         """Whether it is ours now. Its source goes only after that."""
-        views, last_at = self._takeover.views_of(one)
+        views, last_at = self._node_import.views_of(one)
         if not await run_blocking(_is_complete, self._volume, known) and not await self._store(
             known, one, lease
         ):
             return False
-        await self._make_known(lease, last_at)
+        await self._commit(lease, last_at)
         if views > 1:
             await self._state.record_accesses([Access(one.object_id, views - 1, last_at)])
-        await run_blocking(self._intake.remove, one.object_id)
+        await run_blocking(self._import_source.remove, one.object_id)
         RECONCILED.labels("copied").inc()
         return True
 
-    async def _make_known(self, lease: Lease, last_at: float) -> None:
+    async def _commit(self, lease: Lease, last_at: float) -> None:
         """StateStoreUnavailable leaves it to the next attempt, which finds the complete file."""
         if await self._state.commit(lease, last_at):
             return
@@ -95,31 +102,33 @@ class Copying:
         if not known and not isinstance(begun, AlreadyStored):
             logger.warning("asset_left_to_reconciliation", object_id=lease.object_id)
 
-    async def _store(self, known: MediaObject, one: WaitingFile, lease: Lease) -> bool:
+    async def _store(self, known: MediaObject, one: PendingFile, lease: Lease) -> bool:
         """Whether it is a complete object now. If not, the lease is given back."""
-        source, opened = self._intake.assets / one.object_id, list[PartialFile]()
-        record, right = None, False
+        source, opened = self._import_source.assets / one.object_id, list[PartialFile]()
+        record, matches = None, False
         try:
-            head = await run_blocking(_head, source)
-            media_type = self._takeover.media_type_of(one.object_id)
+            head = await run_blocking(_read_head, source)
+            media_type = self._node_import.media_type_of(one.object_id)
             record = record_for_file(known, one.size, head, time.time(), media_type)
-            await run_blocking(_receive, self._volume, record, opened)
-            right = await self._fill(opened[0], source, record, lease)
-            if right:
+            await run_blocking(_open_partial, self._volume, record, opened)
+            matches = await self._copy_bytes(opened[0], source, record, lease)
+            if matches:
                 await run_blocking(opened[0].publish, record)
         except (VolumeError, OSError) as error:
-            right = False
+            matches = False
             logger.warning("asset_not_copied", object_id=one.object_id, reason=str(error))
         finally:
             for partial in opened:
                 partial.close()
-        if not right and record is not None and opened:
-            await self._give_up(record, lease)
-        elif not right:
+        if not matches and record is not None and opened:
+            await self._discard_mismatch(record, lease)
+        elif not matches:
             await self._state.park(lease)
-        return right
+        return matches
 
-    async def _fill(self, partial: PartialFile, source: Path, record: StoredRecord, lease: Lease) -> bool:
+    async def _copy_bytes(
+        self, partial: PartialFile, source: Path, record: StoredRecord, lease: Lease
+    ) -> bool:
         """Whether all of it came, and is what the catalog says. OSError if the source cannot be read."""
         if partial.size:
             await run_blocking(partial.restart)
@@ -127,14 +136,14 @@ class Copying:
         offset, renewed_at = 0, time.monotonic()
         descriptor = await run_blocking(os.open, source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            while data := await run_blocking(os.pread, descriptor, _CHUNK, offset):
+            while data := await run_blocking(os.pread, descriptor, _COPY_CHUNK, offset):
                 if offset + len(data) > record.size:
                     return False
                 await run_blocking(partial.write, offset, data)
                 if hasher is not None:
                     await run_blocking(hasher.update, data)
                 offset += len(data)
-                if time.monotonic() - renewed_at > _RENEWAL_SECONDS:
+                if time.monotonic() - renewed_at > _LEASE_RENEW_INTERVAL:
                     if not await self._state.renew(lease):
                         return False
                     renewed_at = time.monotonic()
@@ -146,7 +155,7 @@ class Copying:
             return hasher.digest() == record.content_hash.digest
         return True
 
-    async def _give_up(self, record: StoredRecord, lease: Lease) -> None:
+    async def _discard_mismatch(self, record: StoredRecord, lease: Lease) -> None:
         """What is wrong is fetched anew when somebody asks for it; the source stays where it is."""
         logger.warning("asset_wrong", object_id=record.object_id, bytes=record.size)
         RECONCILED.labels("not_copied").inc()
@@ -160,12 +169,12 @@ class Copying:
             await self._state.release(lease)
 
 
-def _head(source: Path) -> bytes:
+def _read_head(source: Path) -> bytes:
     with source.open("rb") as file:
         return file.read(SNIFF_BYTES)
 
 
-def _receive(volume: Volume, record: StoredRecord, opened: list[PartialFile]) -> None:
+def _open_partial(volume: Volume, record: StoredRecord, opened: list[PartialFile]) -> None:
     """Left in `opened`, where whoever is cancelled meanwhile finds it and closes it."""
     opened.append(volume.open_partial_for_writing(record))
 

@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from shared.domain.objects import ObjectId
 
 
-class KnownIds:
+class CompactIdSet:
     """Ids as their 64-bit hashes (keyed anew in each process). Two ids in 10^6 share one with a chance of about 10^-7;
     then an object that should be looked at is taken for a known one, until the next process looks."""
 
     def __init__(self) -> None:
         self._hashes = array("q")
-        self._in_order = True
+        self._sorted = True
 
     def __len__(self) -> int:
         """Ids added; those added twice count twice."""
@@ -23,12 +23,12 @@ class KnownIds:
 
     def update(self, object_ids: Iterable[ObjectId]) -> None:
         self._hashes.extend(hash(object_id) for object_id in object_ids)
-        self._in_order = False
+        self._sorted = False
 
     def __contains__(self, object_id: object) -> bool:
-        if not self._in_order:
+        if not self._sorted:
             self._hashes = array("q", sorted(self._hashes))
-            self._in_order = True
-        wanted = hash(object_id)
-        place = bisect_left(self._hashes, wanted)
-        return place < len(self._hashes) and self._hashes[place] == wanted
+            self._sorted = True
+        target = hash(object_id)
+        index = bisect_left(self._hashes, target)
+        return index < len(self._hashes) and self._hashes[index] == target

@@ -13,34 +13,34 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from services.evictor.pacing import backoff, wait_for
+from services.evictor.pacing import backoff, wait_event
 from shared.domain.errors import StateStoreUnavailable
 from shared.observability.metrics import LEADER
 from shared.ports.state_store import StateStore, Term
 
-_SAFETY_SHARE = 0.1  # of the term; covers clocks that tick differently and a loop that is late
-_RETRY_SECONDS = 0.3  # between attempts to renew once one has failed
+_SAFETY_MARGIN = 0.1  # of the term; covers clocks that tick differently and a loop that is late
+_RETRY_INTERVAL = 0.3  # between attempts to renew once one has failed
 
-TermWork = Callable[[Term], Awaitable[None]]
+LeaderMain = Callable[[Term], Awaitable[None]]
 
 logger = structlog.get_logger()
 
 
-class Leadership:
+class LeaderElection:
     """`seconds`: length of a term; `renewal`: seconds between renewals; `holder`: unique to this process."""
 
     def __init__(self, state: StateStore, holder: str, seconds: float, renewal: float) -> None:
         self._state, self._holder = state, holder
         self._seconds, self._renewal = seconds, renewal
-        self._asked = asyncio.Event()
-        self._safe_until = 0.0
+        self._renew_requested = asyncio.Event()
+        self._valid_until = 0.0
 
-    def confirm(self) -> None:
+    def renew_now(self) -> None:
         """Renew now rather than in a while: something suggests that the store no longer knows our term."""
-        self._asked.set()
+        self._renew_requested.set()
 
-    async def serve(self, work: TermWork) -> None:
-        """For ever: become leader, run `work` for as long as the term lasts, start again. `work` is cancelled when the
+    async def serve(self, main: LeaderMain) -> None:
+        """For ever: become leader, run `main` for as long as the term lasts, start again. `main` is cancelled when the
         term is over, and its errors pass through. Cancelled itself, it resigns."""
         LEADER.set(0)
         while True:
@@ -48,7 +48,7 @@ class Leadership:
             logger.info("leadership_taken", holder=self._holder, token=term.token)
             LEADER.set(1)
             try:
-                await self._rule(term, work)
+                await self._run_term(term, main)
             finally:
                 LEADER.set(0)
 
@@ -67,44 +67,44 @@ class Leadership:
             await asyncio.sleep(self._renewal)
 
     async def _lead(self) -> Term | None:
-        asked_at = time.monotonic()
+        requested_at = time.monotonic()
         term = await self._state.lead(self._holder, self._seconds)
         if term is not None:
-            self._safe_until = asked_at + self._seconds * (1 - _SAFETY_SHARE)
+            self._valid_until = requested_at + self._seconds * (1 - _SAFETY_MARGIN)
         return term
 
-    async def _rule(self, term: Term, work: TermWork) -> None:
-        task = asyncio.ensure_future(work(term))
-        watch = asyncio.create_task(self._keep(term), name="leadership")
-        over = False
+    async def _run_term(self, term: Term, main: LeaderMain) -> None:
+        task = asyncio.ensure_future(main(term))
+        renewal_task = asyncio.create_task(self._renew_until_lost(term), name="leadership")
+        term_ended = False
         try:
-            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-            over = watch.done()
+            await asyncio.wait({task, renewal_task}, return_when=asyncio.FIRST_COMPLETED)
+            term_ended = renewal_task.done()
         finally:
-            for ended in (task, watch):
+            for ended in (task, renewal_task):
                 ended.cancel()
-            results = await asyncio.gather(task, watch, return_exceptions=True)
-            if not over:
+            results = await asyncio.gather(task, renewal_task, return_exceptions=True)
+            if not term_ended:
                 await self._resign(term)
         for result in results:
             if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
                 raise result
 
-    async def _keep(self, term: Term) -> None:
+    async def _renew_until_lost(self, term: Term) -> None:
         """Returns when the term is over."""
         pause = self._renewal
         while True:
-            left = self._safe_until - time.monotonic()
-            if left <= 0:
+            remaining = self._valid_until - time.monotonic()
+            if remaining <= 0:
                 logger.warning("leadership_run_out", holder=self._holder, token=term.token)
                 return
-            await wait_for(self._asked, min(pause, left))
+            await wait_event(self._renew_requested, min(pause, remaining))
             try:
-                async with asyncio.timeout(max(0.0, self._safe_until - time.monotonic())):
+                async with asyncio.timeout(max(0.0, self._valid_until - time.monotonic())):
                     renewed = await self._lead()
             except (StateStoreUnavailable, TimeoutError) as error:
                 logger.warning("leadership_not_renewed", holder=self._holder, reason=str(error))
-                pause = min(_RETRY_SECONDS, self._renewal)
+                pause = min(_RETRY_INTERVAL, self._renewal)
                 continue
             pause = self._renewal
             if renewed != term:

@@ -8,21 +8,21 @@ from pathlib import Path
 import structlog
 
 from services.evictor.file_calls import run_blocking
-from services.evictor.partials import Partials
-from services.evictor.removals import Outcome, Removals
+from services.evictor.partials import PartialReaper
+from services.evictor.removals import ObjectRemover, RemovalOutcome
 from shared.adapters.volume import Volume
 from shared.adapters.volume.orders_file import read_operator_state, write_operator_state
 from shared.domain.objects import ObjectId
 from shared.domain.orders import OperatorState, OperatorStateSnapshot
-from shared.ports.order_book import PurgeWish
+from shared.ports.order_book import PurgeRequest
 from shared.ports.state_store import FetchPhase, StateStore, Term
 from shared.runtime.orders import OperatorStateWatcher
 
-_PURGES_AT_ONCE = 64
-_PURGE_PAUSE, _PURGE_AGAIN = (
+_PURGE_BATCH = 64
+_PURGE_INTERVAL, _PURGE_RETRY_INTERVAL = (
     5.0,
     0.5,
-)  # seconds between looks; the latter while wishes cannot be fulfilled yet
+)  # seconds between looks; the latter while requests cannot be fulfilled yet
 
 logger = structlog.get_logger()
 
@@ -56,40 +56,45 @@ class OperatorStateBackup:
         logger.info("orders_kept", version=state.version, pinned=len(pinned))
 
 
-class PurgeWork:
+class Purger:
     """Purges what the operator wants gone, pinned or not. What is being fetched goes when its fetch has ended: after
     a purge no copy is left that was begun before it."""
 
-    def __init__(self, state: StateStore, volume: Volume, removals: Removals, partials: Partials) -> None:
-        self._state, self._volume, self._removals, self._partials = state, volume, removals, partials
+    def __init__(
+        self, state: StateStore, volume: Volume, remover: ObjectRemover, reaper: PartialReaper
+    ) -> None:
+        self._state, self._volume, self._remover, self._reaper = state, volume, remover, reaper
 
     async def step(self, term: Term) -> float:
-        """Fulfil some wishes; seconds until the next look."""
+        """Fulfil some requests; seconds until the next look."""
         if not (await self._state.usage()).reconciled:
-            return _PURGE_AGAIN  # the index does not know yet what is there
-        wishes = await self._state.purges_wanted(_PURGES_AT_ONCE)
-        if not wishes:
-            return _PURGE_PAUSE
-        ended = 0
-        for wish in wishes:
-            if await self._purge(term, wish):
-                await self._state.end_purge(term, wish)
-                ended += 1
+            return _PURGE_RETRY_INTERVAL  # the index does not know yet what is there
+        requests = await self._state.pending_purges(_PURGE_BATCH)
+        if not requests:
+            return _PURGE_INTERVAL
+        completed = 0
+        for request in requests:
+            if await self._purge(term, request):
+                await self._state.complete_purge(term, request)
+                completed += 1
             await asyncio.sleep(0)
-        logger.info("purges_carried_out", ended=ended, left_for_later=len(wishes) - ended)
-        return 0.0 if ended == len(wishes) else _PURGE_AGAIN
+        logger.info("purges_carried_out", ended=completed, left_for_later=len(requests) - completed)
+        return 0.0 if completed == len(requests) else _PURGE_RETRY_INTERVAL
 
-    async def _purge(self, term: Term, wish: PurgeWish) -> bool:
-        """True when nothing is left that was there when the wish was made."""
-        object_id = wish.object_id
+    async def _purge(self, term: Term, request: PurgeRequest) -> bool:
+        """True when nothing is left that was there when the request was made."""
+        object_id = request.object_id
         fetch = (await self._state.find(object_id)).fetch
         if fetch is not None and fetch.phase is FetchPhase.PARKED:
-            await self._partials.discard(term, object_id)
+            await self._reaper.discard(term, object_id)
             fetch = (await self._state.find(object_id)).fetch
         if fetch is not None and fetch.size:
             return False  # bytes of it are there, or on their way
-        outcome = await self._removals.purge(term, object_id, "purged")
-        if outcome in (Outcome.GONE, Outcome.LEAVING):
+        outcome = await self._remover.purge(term, object_id, "purged")
+        if outcome in (RemovalOutcome.REMOVED, RemovalOutcome.DEFERRED):
             return True
         # Refused: the store does not know the object. A file that is there all the same is about to be adopted.
-        return outcome is Outcome.REFUSED and await run_blocking(self._volume.find_object, object_id) is None
+        return (
+            outcome is RemovalOutcome.REFUSED
+            and await run_blocking(self._volume.find_object, object_id) is None
+        )

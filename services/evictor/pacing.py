@@ -9,13 +9,13 @@ import structlog
 
 from shared.domain.errors import DistributorError
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 3.0
-_LOGGED_EVERY = 20
+MIN_BACKOFF, MAX_BACKOFF = 0.25, 3.0
+_LOG_EVERY_NTH = 20
 
 logger = structlog.get_logger()
 
 
-async def wait_for(wake: asyncio.Event | None, seconds: float) -> None:
+async def wait_event(wake: asyncio.Event | None, seconds: float) -> None:
     """Until woken, at most `seconds`; the wake-up is used up."""
     if wake is None:
         await asyncio.sleep(seconds)
@@ -28,7 +28,7 @@ async def wait_for(wake: asyncio.Event | None, seconds: float) -> None:
     wake.clear()
 
 
-async def repeat(
+async def run_periodically(
     name: str,
     step: Callable[[], Awaitable[float | None]],
     wake: asyncio.Event | None = None,
@@ -37,7 +37,7 @@ async def repeat(
     """Do `step` until it returns None, else again after as many seconds as it returns (`wake` shortens them).
 
     An error worth retrying (state store, catalog or volume away) only makes the pauses longer, wake-ups or not, up to
-    LONGEST_PAUSE, and is told to `on_error`; any other is a fault of ours and passes through.
+    MAX_BACKOFF, and is told to `on_error`; any other is a fault of ours and passes through.
     """
     failures = 0
     while True:
@@ -49,7 +49,7 @@ async def repeat(
             failures += 1
             if on_error is not None:
                 on_error(error)
-            if failures % _LOGGED_EVERY == 1:
+            if failures % _LOG_EVERY_NTH == 1:
                 logger.warning("evictor_work_paused", work=name, failures=failures, reason=str(error))
             await asyncio.sleep(backoff(failures))
             continue
@@ -58,9 +58,9 @@ async def repeat(
             failures = 0
         if pause is None:
             return
-        await wait_for(wake, pause)
+        await wait_event(wake, pause)
 
 
 def backoff(failures: int) -> float:
     """Seconds to wait after so many failures in a row."""
-    return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(failures - 1, 16))
+    return min(MAX_BACKOFF, MIN_BACKOFF * 2.0 ** min(failures - 1, 16))

@@ -20,13 +20,13 @@ from shared.domain.space import footprint
 from shared.observability.metrics import RECONCILED
 from shared.ports.state_store import Fetch, FetchPhase, Lease, StateStore, Term
 
-_RESUMED_SHARE = 0.8
-"""Of the time that a worker waits for space, so that its wish is still in force then."""
+_RESUME_FRACTION = 0.8
+"""Of the time that a worker waits for space, so that its request is still in force then."""
 
 logger = structlog.get_logger()
 
 
-class Partials:
+class PartialReaper:
     """`keep`: seconds that an abandoned partial file waits for its resumption; `space_wait`: that a worker waits for
     the room that it has asked for."""
 
@@ -34,7 +34,7 @@ class Partials:
         self, state: StateStore, volume: Volume, adoption: Adoption, keep: float, space_wait: float
     ) -> None:
         self._state, self._volume, self._adoption, self._keep = state, volume, adoption, keep
-        self._resumed_within = _RESUMED_SHARE * space_wait
+        self._resume_grace = _RESUME_FRACTION * space_wait
 
     async def sweep(self, term: Term) -> int:
         """Account for unknown partial files, remove hopeless and old ones, end fetches that left nothing.
@@ -44,37 +44,37 @@ class Partials:
         found, foreign = await run_blocking(scan_partial_files, self._volume)
         fetches = {fetch.object_id: fetch for fetch in await self._state.fetches()}
         for partial in found.values():
-            await self._settle(term, partial, fetches.get(partial.object_id))
+            await self._reconcile_one(term, partial, fetches.get(partial.object_id))
         for fetch in fetches.values():
             if fetch.phase is FetchPhase.PARKED and fetch.object_id not in found:
-                await self._end(term, fetch.object_id, "left_no_file")
+                await self._reap(term, fetch.object_id, "left_no_file")
         return len(foreign)
 
-    async def make_room(self, term: Term, wanted: int) -> int:
+    async def free(self, term: Term, wanted: int) -> int:
         """Give up parked fetches, longest parked first, until `wanted` bytes are free; bytes freed.
 
         Those parked a moment ago stay: their jobs are on the way to another worker, and clients may be following them.
         """
         if wanted <= 0:
             return 0
-        least_age = min(self._resumed_within, self._keep)
+        min_age = min(self._resume_grace, self._keep)
         parked = [
             fetch
             for fetch in await self._state.fetches()
-            if fetch.phase is FetchPhase.PARKED and fetch.age >= least_age
+            if fetch.phase is FetchPhase.PARKED and fetch.age >= min_age
         ]
         freed = 0
         for fetch in sorted(parked, key=_age, reverse=True):
             if freed >= wanted:
                 break
-            freed += await self._end(term, fetch.object_id, "space_wanted")
+            freed += await self._reap(term, fetch.object_id, "space_wanted")
         return freed
 
     async def discard(self, term: Term, object_id: ObjectId) -> None:
         """Give up one parked fetch, if it is one."""
-        await self._end(term, object_id, "purged")
+        await self._reap(term, object_id, "purged")
 
-    async def _settle(self, term: Term, partial: FoundPartial, fetch: Fetch | None) -> None:
+    async def _reconcile_one(self, term: Term, partial: FoundPartial, fetch: Fetch | None) -> None:
         if fetch is not None and fetch.phase is FetchPhase.FETCHING:
             return
         object_id = partial.object_id
@@ -84,11 +84,11 @@ class Partials:
         sidecar = await run_blocking(self._volume.partial_record, object_id)
         idle = time.time() - partial.changed_at
         if sidecar is None or partial.size > sidecar.size:
-            await self._end(term, object_id, "unusable")
+            await self._reap(term, object_id, "unusable")
         elif max(idle, fetch.age if fetch else 0.0) > self._keep:
-            await self._end(term, object_id, "abandoned")
+            await self._reap(term, object_id, "abandoned")
 
-    async def _end(self, term: Term, object_id: ObjectId, reason: str) -> int:
+    async def _reap(self, term: Term, object_id: ObjectId, reason: str) -> int:
         """End a fetch that nobody works on: take its lease, remove what it left, give the reservation back.
 
         Bytes freed; 0 if a worker has it again, or still writes although its lease is over, or has made it an object.

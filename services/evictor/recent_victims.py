@@ -8,31 +8,31 @@ from collections.abc import Callable
 from shared.domain.objects import ObjectId
 from shared.observability.metrics import REFETCHED
 
-SOON = 3600.0
-_MOST = 50_000
+GHOST_TTL = 3600.0
+_MAX_GHOSTS = 50_000
 
 
-class RecentVictims:
-    """The last `most` objects evicted for space within SOON seconds, as hashes: about 100 bytes each.
+class GhostList:
+    """The last `max_size` objects evicted for space within GHOST_TTL seconds, as hashes: about 100 bytes each.
 
     `clock`: POSIX seconds."""
 
-    def __init__(self, clock: Callable[[], float], most: int = _MOST) -> None:
-        self._clock, self._most = clock, most
-        self._gone_at: OrderedDict[int, float] = OrderedDict()
+    def __init__(self, clock: Callable[[], float], max_size: int = _MAX_GHOSTS) -> None:
+        self._clock, self._max_size = clock, max_size
+        self._evicted_at: OrderedDict[int, float] = OrderedDict()
 
-    def gone(self, object_id: ObjectId) -> None:
+    def add(self, object_id: ObjectId) -> None:
         """Evicted now."""
-        number = hash(object_id)
-        self._gone_at[number] = self._clock()
-        self._gone_at.move_to_end(number)
-        if len(self._gone_at) > self._most:
-            self._gone_at.popitem(last=False)
+        key = hash(object_id)
+        self._evicted_at[key] = self._clock()
+        self._evicted_at.move_to_end(key)
+        if len(self._evicted_at) > self._max_size:
+            self._evicted_at.popitem(last=False)
 
-    def came_back(self, object_id: ObjectId) -> bool:
+    def hit(self, object_id: ObjectId) -> bool:
         """The object has been fetched; True, and counted, if that is soon after it was evicted."""
-        gone_at = self._gone_at.pop(hash(object_id), None)
-        again = gone_at is not None and 0 <= self._clock() - gone_at <= SOON
-        if again:
+        evicted_at = self._evicted_at.pop(hash(object_id), None)
+        refetched = evicted_at is not None and 0 <= self._clock() - evicted_at <= GHOST_TTL
+        if refetched:
             REFETCHED.inc()
-        return again
+        return refetched

@@ -11,9 +11,9 @@ import structlog
 from services.evictor.adoption import Adoption, SeenFile
 from services.evictor.file_calls import next_chunk, run_blocking
 from services.evictor.index import EvictionIndex
-from services.evictor.known_ids import KnownIds
-from services.evictor.partials import Partials
-from services.evictor.removals import Removals
+from services.evictor.known_ids import CompactIdSet
+from services.evictor.partials import PartialReaper
+from services.evictor.removals import ObjectRemover
 from services.evictor.usage_check import UsageCheck
 from shared.adapters.volume import FoundObject, UnknownFile, Volume
 from shared.domain.errors import VolumeError
@@ -21,21 +21,21 @@ from shared.domain.objects import ObjectId
 from shared.observability.metrics import FOREIGN_FILES, RECONCILE_TIME, RECONCILED
 from shared.ports.state_store import IndexEntry, StateStore, Term
 
-_SCANNED_AT_ONCE = 500
-_ORPHAN_RECORD_SECONDS = 600.0
+_SCAN_BATCH = 500
+_ORPHAN_RECORD_AGE = 600.0
 
 logger = structlog.get_logger()
 
 
 @dataclass(slots=True)
 class Findings:
-    """What one reconciliation found. `unsettled`: objects that could not be looked at; they keep the index from
+    """What one reconciliation found. `unreadable`: objects that could not be looked at; they keep the index from
     standing for the volume."""
 
     objects: int = 0
     adopted: int = 0
     dropped: int = 0
-    unsettled: int = 0
+    unreadable: int = 0
     foreign: list[str] = field(default_factory=list)
     foreign_count: int = 0
 
@@ -44,8 +44,8 @@ class Findings:
         if len(self.foreign) < 5:
             self.foreign.append(path)
 
-    def add_unsettled(self, object_id: ObjectId, error: VolumeError) -> None:
-        self.unsettled += 1
+    def add_unreadable(self, object_id: ObjectId, error: VolumeError) -> None:
+        self.unreadable += 1
         logger.error("object_not_looked_at", object_id=object_id, reason=str(error))
 
 
@@ -57,94 +57,94 @@ class Reconciliation:
         state: StateStore,
         volume: Volume,
         index: EvictionIndex,
-        removals: Removals,
+        remover: ObjectRemover,
         adoption: Adoption,
-        partials: Partials,
+        reaper: PartialReaper,
     ) -> None:
         self._state, self._volume, self._index = state, volume, index
-        self._removals, self._adoption, self._partials = removals, adoption, partials
+        self._remover, self._adoption, self._reaper = remover, adoption, reaper
         self._usage = UsageCheck(state)
 
     async def run(self, term: Term) -> bool:
         """True if the index stands for the volume now. VolumeError if the volume cannot be read."""
-        begun, findings = time.monotonic(), Findings()
-        await self._usage.look_at_server()
+        started_at, findings = time.monotonic(), Findings()
+        await self._usage.check_maxmemory_policy()
         await run_blocking(self._volume.check)
         known = await self._index.resync()
-        await self._removals.complete_all(term, len(self._index.evicting))
+        await self._remover.complete_all(term, len(self._index.evicting))
         # Partial files before objects: what is published meanwhile moves from those to these, and is not missed
-        await self._partials.sweep(term)
+        await self._reaper.sweep(term)
         await self._adopt_unknown(term, known, findings)
         await self._check_entries(term, known, findings)
         # Those of workers that had begun just before the store was lost
-        findings.foreign_count += await self._partials.sweep(term)
+        findings.foreign_count += await self._reaper.sweep(term)
         await self._usage.run(term)
-        if not findings.unsettled:
+        if not findings.unreadable:
             await self._state.set_reconciled(term)
-            self._index.forget_former()
-        orphans = await run_blocking(self._volume.remove_orphan_records, _ORPHAN_RECORD_SECONDS)
+            self._index.forget_previous()
+        orphans = await run_blocking(self._volume.remove_orphan_records, _ORPHAN_RECORD_AGE)
         RECONCILED.labels("orphan_record").inc(orphans)
-        self._report(findings, time.monotonic() - begun)
-        return not findings.unsettled
+        self._report(findings, time.monotonic() - started_at)
+        return not findings.unreadable
 
-    async def look_again(self, term: Term, object_ids: Sequence[ObjectId]) -> None:
+    async def recheck(self, term: Term, object_ids: Sequence[ObjectId]) -> None:
         """Objects whose bytes were given back: a file that is still there (an entry was dropped because its file was
         damaged, and the fetch that was to replace it failed) must count again."""
         findings = Findings()
-        for start in range(0, len(object_ids), _SCANNED_AT_ONCE):
-            few = object_ids[start : start + _SCANNED_AT_ONCE]
-            looks = await self._adoption.look_at(few)
-            for object_id, seen in zip(few, looks, strict=True):
+        for start in range(0, len(object_ids), _SCAN_BATCH):
+            batch = object_ids[start : start + _SCAN_BATCH]
+            inspections = await self._adoption.inspect(batch)
+            for object_id, seen in zip(batch, inspections, strict=True):
                 if seen is None:
                     self._index.removed(object_id)
-            await self._take_in(term, few, looks, findings)
+            await self._adopt_files(term, batch, inspections, findings)
 
-    async def _adopt_unknown(self, term: Term, known: KnownIds, findings: Findings) -> None:
+    async def _adopt_unknown(self, term: Term, known: CompactIdSet, findings: Findings) -> None:
         scan = self._volume.scan_objects()
-        while chunk := await next_chunk(scan, _SCANNED_AT_ONCE):
+        while chunk := await next_chunk(scan, _SCAN_BATCH):
             unknown: list[ObjectId] = []
             for found in chunk:
                 if isinstance(found, UnknownFile):
                     findings.add_foreign(found.path)
-                elif found.leaving:
-                    await self._settle_leaving(term, found, findings)
+                elif found.in_trash:
+                    await self._adopt_trashed(term, found, findings)
                 elif found.object_id not in known:
                     unknown.append(found.object_id)
             findings.objects += len(chunk)
             if unknown:
-                await self._take_in(term, unknown, await self._adoption.look_at(unknown), findings)
+                await self._adopt_files(term, unknown, await self._adoption.inspect(unknown), findings)
 
-    async def _settle_leaving(self, term: Term, found: FoundObject, findings: Findings) -> None:
+    async def _adopt_trashed(self, term: Term, found: FoundObject, findings: Findings) -> None:
         if found.object_id in self._index.evicting:
             return
-        if await self._adoption.adopt_leaving(term, found.object_id, found.size):
+        if await self._adoption.adopt_trashed(term, found.object_id, found.size):
             findings.adopted += 1
-            await self._removals.complete(term, found.object_id)
+            await self._remover.complete(term, found.object_id)
 
-    async def _take_in(
+    async def _adopt_files(
         self,
         term: Term,
         object_ids: Sequence[ObjectId],
-        looks: Sequence[SeenFile | VolumeError | None],
+        inspections: Sequence[SeenFile | VolumeError | None],
         findings: Findings,
     ) -> None:
-        for object_id, look in zip(object_ids, looks, strict=True):
-            if isinstance(look, VolumeError):
-                findings.add_unsettled(object_id, look)
-        seen = [look for look in looks if isinstance(look, SeenFile)]
-        outcomes = await self._adoption.take_in(term, seen)
+        for object_id, inspection in zip(object_ids, inspections, strict=True):
+            if isinstance(inspection, VolumeError):
+                findings.add_unreadable(object_id, inspection)
+        seen = [inspection for inspection in inspections if isinstance(inspection, SeenFile)]
+        outcomes = await self._adoption.adopt_files(term, seen)
         for one, outcome in zip(seen, outcomes, strict=True):
             object_id = one.found.object_id
             if isinstance(outcome, VolumeError):
-                findings.add_unsettled(object_id, outcome)
+                findings.add_unreadable(object_id, outcome)
                 continue
             findings.adopted += outcome is not None
             if outcome is False:
                 # Adopted all the same, so that nobody can store a good file under the name while this one is removed
                 logger.warning("object_damaged", object_id=object_id)
-                await self._removals.purge(term, object_id, "damaged")
+                await self._remover.purge(term, object_id, "damaged")
 
-    async def _check_entries(self, term: Term, known: KnownIds, findings: Findings) -> None:
+    async def _check_entries(self, term: Term, known: CompactIdSet, findings: Findings) -> None:
         """Entries without their file are dropped: the entry is older than the look, and goes only if it is still the
         same one. Files of another size than their entry are damaged. Only what the store knew before the scan is
         looked at: what came since was seen on the volume when it was adopted or published."""
@@ -158,7 +158,7 @@ class Reconciliation:
                     continue
                 if size is not None:
                     logger.warning("object_damaged", object_id=entry.object_id, bytes=size)
-                    await self._removals.purge(term, entry.object_id, "damaged")
+                    await self._remover.purge(term, entry.object_id, "damaged")
                 elif await self._state.forget(entry.object_id, entry.generation):
                     self._index.removed(entry.object_id)
                     findings.dropped += 1
@@ -179,6 +179,6 @@ class Reconciliation:
             objects=findings.objects,
             adopted=findings.adopted,
             dropped=findings.dropped,
-            unsettled=findings.unsettled,
+            unsettled=findings.unreadable,
             seconds=round(seconds, 3),
         )

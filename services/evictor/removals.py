@@ -25,18 +25,18 @@ ANY_IDLE = 0.0
 logger = structlog.get_logger()
 
 
-class Outcome(StrEnum):
-    """GONE: file, entry and bytes. IN_USE: somebody is sending it. REFUSED: the store does not let it go now.
-    FAILED: the volume could not remove it. LEAVING: out of sight, its bytes count until its readers have finished."""
+class RemovalOutcome(StrEnum):
+    """REMOVED: file, entry and bytes. IN_USE: somebody is sending it. REFUSED: the store does not let it go now.
+    FAILED: the volume could not remove it. DEFERRED: out of sight, its bytes count until its readers have finished."""
 
-    GONE = "gone"
+    REMOVED = "gone"
     IN_USE = "in_use"
     REFUSED = "refused"
     FAILED = "failed"
-    LEAVING = "leaving"
+    DEFERRED = "leaving"
 
 
-class Removals:
+class ObjectRemover:
     """Removes objects in the name of the leader. `reasons` keeps why an object that is still leaving has to go."""
 
     def __init__(self, state: StateStore, volume: Volume, index: EvictionIndex) -> None:
@@ -45,35 +45,35 @@ class Removals:
 
     async def evict(
         self, term: Term, object_id: ObjectId, min_idle: float, reason: str, *, even_pinned: bool = False
-    ) -> Outcome:
+    ) -> RemovalOutcome:
         """Remove a complete object unless it is in use, pinned, or was read less than `min_idle` seconds ago."""
         removal = self._volume.removal(object_id)
         try:
             found = await self._begin(object_id, removal)
             if found is None:
-                return Outcome.FAILED
+                return RemovalOutcome.FAILED
             if found is RemovalState.IN_USE:
-                return Outcome.IN_USE
+                return RemovalOutcome.IN_USE
             # Without a file there is nothing to be careful with
-            least_idle = min_idle if found is RemovalState.READY else ANY_IDLE
+            required_idle = min_idle if found is RemovalState.READY else ANY_IDLE
             even_pinned = even_pinned or found is not RemovalState.READY
-            if not await self._state.begin_eviction(term, object_id, least_idle, even_pinned=even_pinned):
-                return Outcome.REFUSED
+            if not await self._state.begin_eviction(term, object_id, required_idle, even_pinned=even_pinned):
+                return RemovalOutcome.REFUSED
             self._reasons[object_id] = reason
             return await self._finish(term, object_id, removal, found)
         finally:
             removal.close()
 
-    async def make_room(
+    async def evict_batch(
         self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
-    ) -> Sequence[Outcome]:
+    ) -> Sequence[RemovalOutcome]:
         """`evict` each for space: a hundred or so, in few steps. For each of them their order is that of `evict`, and
         an error of the store leaves none half done that `complete` would not bring to its end."""
         removals = [self._volume.removal(object_id) for object_id in object_ids]
         try:
             found = await run_blocking(_begin_all, removals)
             outcomes = {
-                object_id: Outcome.IN_USE if state is RemovalState.IN_USE else Outcome.FAILED
+                object_id: RemovalOutcome.IN_USE if state is RemovalState.IN_USE else RemovalOutcome.FAILED
                 for object_id, state in zip(object_ids, found, strict=True)
                 if state is not RemovalState.READY and state is not RemovalState.ABSENT
             }
@@ -93,62 +93,62 @@ class Removals:
 
     async def _evict_locked(
         self, term: Term, ready: Mapping[ObjectId, Removal], min_idle: float
-    ) -> dict[ObjectId, Outcome]:
+    ) -> dict[ObjectId, RemovalOutcome]:
         object_ids = list(ready)
         begun = await self._state.begin_evictions(term, object_ids, min_idle)
-        outcomes = dict.fromkeys(object_ids, Outcome.REFUSED)
-        leaving = [object_id for object_id, granted in zip(object_ids, begun, strict=True) if granted]
-        self._reasons.update(dict.fromkeys(leaving, "space"))
-        results = await run_blocking(_unlink_each, self._volume, {one: ready[one] for one in leaving})
-        gone = []
-        for object_id in leaving:
+        outcomes = dict.fromkeys(object_ids, RemovalOutcome.REFUSED)
+        evicting = [object_id for object_id, granted in zip(object_ids, begun, strict=True) if granted]
+        self._reasons.update(dict.fromkeys(evicting, "space"))
+        results = await run_blocking(_unlink_each, self._volume, {one: ready[one] for one in evicting})
+        removed = []
+        for object_id in evicting:
             result = results[object_id]
             if isinstance(result, VolumeError):
                 await self._cancel(term, object_id, result)
-                outcomes[object_id] = Outcome.FAILED
+                outcomes[object_id] = RemovalOutcome.FAILED
             elif result:
-                self._index.left_behind(object_id)
-                outcomes[object_id] = Outcome.LEAVING
+                self._index.mark_deferred(object_id)
+                outcomes[object_id] = RemovalOutcome.DEFERRED
             else:
-                gone.append(object_id)
-                outcomes[object_id] = Outcome.GONE
-        for object_id, freed in zip(gone, await self._state.finish_evictions(term, gone), strict=True):
+                removed.append(object_id)
+                outcomes[object_id] = RemovalOutcome.REMOVED
+        for object_id, freed in zip(removed, await self._state.finish_evictions(term, removed), strict=True):
             self._reasons.pop(object_id, None)
-            self._note_gone(object_id, "space", freed)
+            self._record_evicted(object_id, "space", freed)
         return outcomes
 
     async def _cancel(self, term: Term, object_id: ObjectId, error: VolumeError) -> None:
         await self._state.cancel_eviction(term, object_id)
-        self._index.stays(object_id)
+        self._index.mark_restored(object_id)
         logger.error("object_not_removed", object_id=object_id, reason=str(error))
 
-    async def purge(self, term: Term, object_id: ObjectId, reason: str) -> Outcome:
+    async def purge(self, term: Term, object_id: ObjectId, reason: str) -> RemovalOutcome:
         """The object must go although it may be in use or pinned: from now on requests miss it, readers finish
         undisturbed, and its bytes count until they have (see `complete`)."""
         outcome = await self.evict(term, object_id, ANY_IDLE, reason, even_pinned=True)
-        if outcome is not Outcome.IN_USE:
+        if outcome is not RemovalOutcome.IN_USE:
             return outcome
         if not await self._state.begin_eviction(term, object_id, ANY_IDLE, even_pinned=True):
-            return Outcome.REFUSED
+            return RemovalOutcome.REFUSED
         self._reasons[object_id] = reason
-        self._index.left_behind(object_id)
+        self._index.mark_deferred(object_id)
         try:
-            await run_blocking(self._volume.removal(object_id).set_aside)
+            await run_blocking(self._volume.removal(object_id).rename_to_trash)
         except VolumeError as error:
             # Its readers may have finished and another attempt may have removed it: `complete` finds out
             logger.warning("object_not_set_aside", object_id=object_id, reason=str(error))
         logger.info("object_leaving", object_id=object_id, reason=reason)
-        return Outcome.LEAVING
+        return RemovalOutcome.DEFERRED
 
-    async def complete(self, term: Term, object_id: ObjectId) -> Outcome:
-        """Finish a removal that has begun (the entry is evicting): now, or LEAVING while somebody reads the file."""
+    async def complete(self, term: Term, object_id: ObjectId) -> RemovalOutcome:
+        """Finish a removal that has begun (the entry is evicting): now, or DEFERRED while somebody reads the file."""
         removal = self._volume.removal(object_id)
         try:
             found = await self._begin(object_id, removal)
             if found is None:
-                return Outcome.FAILED
+                return RemovalOutcome.FAILED
             if found is RemovalState.IN_USE:
-                return Outcome.LEAVING
+                return RemovalOutcome.DEFERRED
             return await self._finish(term, object_id, removal, found)
         finally:
             removal.close()
@@ -163,26 +163,26 @@ class Removals:
 
     async def _finish(
         self, term: Term, object_id: ObjectId, removal: Removal, found: RemovalState
-    ) -> Outcome:
+    ) -> RemovalOutcome:
         """The entry is evicting and `removal` has begun: unlink what is there under the name, then free the bytes."""
         try:
             still_there = await run_blocking(_unlink_all, self._volume, object_id, removal, found)
         except VolumeError as error:
             await self._cancel(term, object_id, error)
-            return Outcome.FAILED
+            return RemovalOutcome.FAILED
         if still_there:
-            self._index.left_behind(object_id)
-            return Outcome.LEAVING
+            self._index.mark_deferred(object_id)
+            return RemovalOutcome.DEFERRED
         reason = self._reasons.pop(object_id, "unfinished")
         freed = await self._state.finish_eviction(term, object_id)
-        self._note_gone(object_id, reason, freed)
-        return Outcome.GONE
+        self._record_evicted(object_id, reason, freed)
+        return RemovalOutcome.REMOVED
 
-    def _note_gone(self, object_id: ObjectId, reason: str, freed: int) -> None:
+    def _record_evicted(self, object_id: ObjectId, reason: str, freed: int) -> None:
         for_space = reason == "space"
         self._index.removed(object_id, evicted=for_space)
         if for_space and freed:
-            self._index.victims.gone(object_id)
+            self._index.ghosts.add(object_id)
         if freed:
             EVICTIONS.labels(reason).inc()
             EVICTED_BYTES.labels(reason).inc(freed)
@@ -195,7 +195,7 @@ class Removals:
             # One whose removal failed and was called off is not evicting any more
             begun = object_id in self._index.evicting
             self._index.evicting.pop(object_id, None)
-            if outcome is Outcome.LEAVING or (outcome is Outcome.FAILED and begun):
+            if outcome is RemovalOutcome.DEFERRED or (outcome is RemovalOutcome.FAILED and begun):
                 self._index.evicting[object_id] = None  # to the end: the next look begins with others
         return len(self._index.evicting)
 

@@ -15,36 +15,36 @@ from enum import StrEnum
 import structlog
 
 from services.evictor.file_calls import next_chunk, run_blocking
-from services.evictor.known_ids import KnownIds
-from services.evictor.removals import Removals
-from services.evictor.takeover import Takeover
+from services.evictor.known_ids import CompactIdSet
+from services.evictor.removals import ObjectRemover
+from services.evictor.takeover import NodeImport
 from shared.adapters.volume import FoundObject, Volume
 from shared.domain.errors import VolumeError
 from shared.domain.found_objects import record_for_file
 from shared.domain.media_sniffing import SNIFF_BYTES
-from shared.domain.objects import Duty, MediaObject, ObjectId
+from shared.domain.objects import Assignment, MediaObject, ObjectId
 from shared.observability.metrics import RECONCILED
 from shared.ports.catalog import Catalog
 from shared.ports.state_store import Term
 from shared.runtime.hashing import hash_file
 
-_AT_ONCE = 100
-_LISTED_AT_ONCE = 16
+_REPAIR_BATCH = 100
+_MAX_CONCURRENT_REPAIRS = 16
 
 logger = structlog.get_logger()
 
 
 class Verdict(StrEnum):
-    """CONFIRMED: as the catalog says; WRONG: not what it says; UNKNOWN: it does not say enough to tell. UNREADABLE: the
-    disk does not give it, so nobody can tell."""
+    """CONFIRMED: as the catalog says; MISMATCH: not what it says; UNKNOWN: it does not say enough to tell.
+    UNREADABLE: the disk does not give it, so nobody can tell."""
 
     CONFIRMED = "repaired"
-    WRONG = "wrong"
+    MISMATCH = "wrong"
     UNKNOWN = "unknown"
     UNREADABLE = "unreadable"
 
 
-_LEFT = {
+_UNREPAIRED_REASONS = {
     Verdict.UNKNOWN: "the catalog does not know them",
     Verdict.UNREADABLE: "the disk cannot read them",
 }
@@ -54,85 +54,89 @@ def judge_size(known: MediaObject | None, size: int) -> Verdict:
     """What the size alone tells; CONFIRMED still wants the hash looked at, where there is one."""
     if known is None or known.size is None:
         return Verdict.UNKNOWN
-    return Verdict.CONFIRMED if known.size == size else Verdict.WRONG
+    return Verdict.CONFIRMED if known.size == size else Verdict.MISMATCH
 
 
 class Repair:
-    """One run after each reconciliation. `questions_most`: of one run, about; the rest waits for the next."""
+    """One run after each reconciliation. `max_lookups`: of one run, about; the rest waits for the next."""
 
-    questions_most = 1000
+    max_lookups = 1000
 
     def __init__(
         self,
         volume: Volume,
         catalog: Catalog,
-        removals: Removals,
-        duty: Callable[[], Duty] | None,
-        takeover: Takeover | None = None,
+        remover: ObjectRemover,
+        assignment: Callable[[], Assignment] | None,
+        node_import: NodeImport | None = None,
     ) -> None:
-        """`takeover`: objects without a record came from another node. Many of them, so the catalog's whole list of
-        `duty`, as it is then, is asked for first (None: it has none), and their size decides; the scrub looks at
+        """`node_import`: objects without a record came from another node. Many of them, so the catalog's whole list of
+        `assignment`, as it is then, is asked for first (None: it has none), and their size decides; the scrub looks at
         their hash."""
-        self._volume, self._catalog, self._removals = volume, catalog, removals
-        self._duty, self._takeover = duty, takeover
-        self._asked = KnownIds()  # in vain, since the last round of all of them
+        self._volume, self._catalog, self._remover = volume, catalog, remover
+        self._assignment, self._node_import = assignment, node_import
+        self._unresolved = CompactIdSet()  # in vain, since the last round of all of them
 
     async def run(self, term: Term) -> None:
         """CatalogUnavailable in the middle leaves the rest for the next time."""
-        if self._takeover is not None:
-            await self._settle_listed(term)
-        await self._settle_one_by_one(term)
+        if self._node_import is not None:
+            await self._repair_listed(term)
+        await self._repair_one_by_one(term)
 
-    async def _settle_listed(self, term: Term) -> None:
-        waiting = await run_blocking(self._all_unrecorded)
-        if not waiting or self._duty is None:
+    async def _repair_listed(self, term: Term) -> None:
+        unrecorded = await run_blocking(self._all_unrecorded)
+        if not unrecorded or self._assignment is None:
             return
-        async for batch in self._catalog.list_objects(self._duty()):
-            listed = [(waiting.pop(known.object_id), known) for known in batch if known.object_id in waiting]
-            for start in range(0, len(listed), _LISTED_AT_ONCE):
-                few = listed[start : start + _LISTED_AT_ONCE]
-                settling = (self._settle(term, found, known) for found, known in few)
+        async for batch in self._catalog.list_objects(self._assignment()):
+            listed = [
+                (unrecorded.pop(known.object_id), known) for known in batch if known.object_id in unrecorded
+            ]
+            for start in range(0, len(listed), _MAX_CONCURRENT_REPAIRS):
+                chunk = listed[start : start + _MAX_CONCURRENT_REPAIRS]
+                repairs = (self._repair_one(term, found, known) for found, known in chunk)
                 # Each is brought to its end before an error of one is passed on
-                for verdict in await asyncio.gather(*settling, return_exceptions=True):
+                for verdict in await asyncio.gather(*repairs, return_exceptions=True):
                     if isinstance(verdict, BaseException):
                         raise verdict
-            if not waiting:
+            if not unrecorded:
                 return
 
     def _all_unrecorded(self) -> dict[ObjectId, FoundObject]:
         return {found.object_id: found for found in self._volume.scan_unrecorded()}
 
-    async def _settle_one_by_one(self, term: Term) -> None:
+    async def _repair_one_by_one(self, term: Term) -> None:
         """Some of them in each run: those that were asked about in vain give way to the others until all had a turn."""
         scan = self._volume.scan_unrecorded()
-        questions, left = 0, {verdict: list[ObjectId]() for verdict in _LEFT}
-        while (chunk := await next_chunk(scan, _AT_ONCE)) and questions < self.questions_most:
+        lookups, left = 0, {verdict: list[ObjectId]() for verdict in _UNREPAIRED_REASONS}
+        while (chunk := await next_chunk(scan, _REPAIR_BATCH)) and lookups < self.max_lookups:
             for found in chunk:
-                if found.object_id in self._asked:
+                if found.object_id in self._unresolved:
                     continue
-                questions += 1
+                lookups += 1
                 known = await self._catalog.look_up(found.object_id)
-                verdict = await self._settle(term, found, known)
+                verdict = await self._repair_one(term, found, known)
                 if verdict in left:
                     left[verdict].append(found.object_id)
         for verdict, object_ids in left.items():
             if object_ids:
-                logger.warning("objects_without_record", count=len(object_ids), reason=_LEFT[verdict])
-            self._asked.update(object_ids)
+                logger.warning(
+                    "objects_without_record", count=len(object_ids), reason=_UNREPAIRED_REASONS[verdict]
+                )
+            self._unresolved.update(object_ids)
         if not chunk:
-            self._asked = KnownIds()
+            self._unresolved = CompactIdSet()
 
-    async def _settle(self, term: Term, found: FoundObject, known: MediaObject | None) -> Verdict:
+    async def _repair_one(self, term: Term, found: FoundObject, known: MediaObject | None) -> Verdict:
         """What came of it. A file that the disk does not give holds up no other: it is looked at in the next run."""
         try:
-            verdict = await self._settle_readable(term, found, known)
+            verdict = await self._repair_readable(term, found, known)
         except VolumeError as error:
             logger.error("object_not_looked_at", object_id=found.object_id, reason=str(error))
             verdict = Verdict.UNREADABLE
         RECONCILED.labels(str(verdict)).inc()
         return verdict
 
-    async def _settle_readable(self, term: Term, found: FoundObject, known: MediaObject | None) -> Verdict:
+    async def _repair_readable(self, term: Term, found: FoundObject, known: MediaObject | None) -> Verdict:
         descriptor = self._volume.open_raw(found.object_id)
         if descriptor is None:
             return Verdict.CONFIRMED  # gone meanwhile
@@ -144,25 +148,27 @@ class Repair:
         if verdict is Verdict.CONFIRMED and known is not None:
             await run_blocking(self._write_record, known, found, head)
             logger.info("object_repaired", object_id=found.object_id)
-        elif verdict is Verdict.WRONG:
+        elif verdict is Verdict.MISMATCH:
             logger.warning("object_wrong", object_id=found.object_id, bytes=found.size)
-            await self._removals.purge(term, found.object_id, "wrong")
+            await self._remover.purge(term, found.object_id, "wrong")
         return verdict
 
     async def _judge(self, known: MediaObject | None, descriptor: int) -> Verdict:
         verdict = judge_size(known, os.fstat(descriptor).st_size)
-        if self._takeover is not None or known is None or known.content_hash is None:
+        if self._node_import is not None or known is None or known.content_hash is None:
             return verdict
         if verdict is Verdict.CONFIRMED:
             seen = await hash_file(run_blocking, descriptor, known.content_hash)
-            return Verdict.CONFIRMED if seen == known.content_hash else Verdict.WRONG
+            return Verdict.CONFIRMED if seen == known.content_hash else Verdict.MISMATCH
         return verdict
 
     def _write_record(self, known: MediaObject, found: FoundObject, head: bytes) -> None:
         if self._volume.read_record(found.object_id) is None:
-            stated = None if self._takeover is None else self._takeover.media_type_of(found.object_id)
+            media_type = (
+                None if self._node_import is None else self._node_import.media_type_of(found.object_id)
+            )
             stored_at = min(found.changed_at, time.time())
-            self._volume.write_record(record_for_file(known, found.size, head, stored_at, stated))
+            self._volume.write_record(record_for_file(known, found.size, head, stored_at, media_type))
 
 
 def _head_of(descriptor: int) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import structlog
 
 from services.evictor.file_calls import next_chunk, run_blocking
-from services.evictor.removals import Removals
+from services.evictor.removals import ObjectRemover
 from shared.adapters.volume import FoundObject, UnknownFile, Volume
 from shared.domain.errors import VolumeError
 from shared.domain.objects import StoredRecord
@@ -17,8 +17,8 @@ from shared.observability.metrics import SCRUBBED_BYTES, SCRUBBED_OBJECTS
 from shared.ports.state_store import Term
 from shared.runtime.hashing import hash_file
 
-_SCANNED_AT_ONCE = 100
-_LEAST_SECONDS_AN_OBJECT = 0.002
+_SCRUB_BATCH = 100
+_MIN_SECONDS_PER_OBJECT = 0.002
 _ROUND_PAUSE = 60.0
 
 logger = structlog.get_logger()
@@ -28,9 +28,9 @@ class Scrub:
     """`rate`: bytes a second; 0 turns it off. Where it stands is kept in memory: a new process begins anew."""
 
     def __init__(
-        self, volume: Volume, removals: Removals, rate: int, round_pause: float = _ROUND_PAUSE
+        self, volume: Volume, remover: ObjectRemover, rate: int, round_pause: float = _ROUND_PAUSE
     ) -> None:
-        self._volume, self._removals = volume, removals
+        self._volume, self._remover = volume, remover
         self._rate, self._round_pause = rate, round_pause
         self._scan: Iterator[FoundObject | UnknownFile] | None = None
 
@@ -39,7 +39,7 @@ class Scrub:
         if self._scan is None:
             self._scan = self._volume.scan_objects()
         try:
-            chunk = await next_chunk(self._scan, _SCANNED_AT_ONCE)
+            chunk = await next_chunk(self._scan, _SCRUB_BATCH)
         except BaseException:
             self._scan = None  # a scan that failed does not go on
             raise
@@ -47,12 +47,12 @@ class Scrub:
             self._scan = None
             return self._round_pause
         for found in chunk:
-            if isinstance(found, FoundObject) and not found.leaving:
-                await self._look_at(term, found)
-                await asyncio.sleep(_LEAST_SECONDS_AN_OBJECT)
+            if isinstance(found, FoundObject) and not found.in_trash:
+                await self._verify(term, found)
+                await asyncio.sleep(_MIN_SECONDS_PER_OBJECT)
         return 0.0
 
-    async def _look_at(self, term: Term, found: FoundObject) -> None:
+    async def _verify(self, term: Term, found: FoundObject) -> None:
         descriptor = self._volume.open_raw(found.object_id)
         if descriptor is None:
             return
@@ -70,7 +70,7 @@ class Scrub:
         elif current and await run_blocking(self._volume.read_record, found.object_id) == record:
             SCRUBBED_OBJECTS.labels("rotten").inc()
             logger.error("object_rotten", object_id=found.object_id, reason=fault, bytes=found.size)
-            await self._removals.purge(term, found.object_id, "rotten")
+            await self._remover.purge(term, found.object_id, "rotten")
 
     async def _fault_of(self, descriptor: int, record: StoredRecord) -> str | None:
         size = os.fstat(descriptor).st_size

@@ -16,39 +16,39 @@ from shared.domain.source_order import rank
 from shared.observability.metrics import show_sources
 from shared.ports.catalog import Catalog
 
-_MOST_PROBED = 500
-_LISTED_SECONDS = 600.0  # the network's list of storage nodes changes in days
-_SHOWN_SECONDS = 2.0
-_LOGGED = 20
+_MAX_PROBED = 500
+_LIST_INTERVAL = 600.0  # the network's list of storage nodes changes in days
+_PUBLISH_INTERVAL = 2.0
+_MAX_LOGGED = 20
 
 logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class WatchTimes:
+class MonitorTimes:
     """Seconds. `probe_interval`: between two probes of one source."""
 
     probe_interval: float
-    listed: float = _LISTED_SECONDS
+    list_interval: float = _LIST_INTERVAL
 
 
-class SourceWatch:
+class SourceMonitor:
     """The leader's work. `open` before use, `close` at the end; `catalog` and `stats_sync` are opened by others."""
 
     def __init__(
-        self, catalog: Catalog, stats_sync: SourceStatsSync, prober: SourceProber, times: WatchTimes
+        self, catalog: Catalog, stats_sync: SourceStatsSync, prober: SourceProber, times: MonitorTimes
     ) -> None:
         self._catalog, self._stats_sync, self._prober, self._times = catalog, stats_sync, prober, times
         self._bases: Sequence[str] = ()
         self._list_at = self._probe_at = float("-inf")
-        self._shown: tuple[str, ...] = ()
+        self._published: tuple[str, ...] = ()
 
     async def open(self) -> None:
         await self._prober.open()
 
     async def close(self) -> None:
         await self._prober.close()
-        self.hide()
+        self.clear_gauges()
 
     async def __aenter__(self) -> Self:
         await self.open()
@@ -57,9 +57,9 @@ class SourceWatch:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
-    def hide(self) -> None:
+    def clear_gauges(self) -> None:
         """Another one leads: the order is shown there."""
-        self._shown = ()
+        self._published = ()
         show_sources(())
 
     async def step(self) -> float:
@@ -67,13 +67,13 @@ class SourceWatch:
         now = self._stats_sync.registry.clock()
         if now >= self._probe_at:
             self._probe_at = now + self._times.probe_interval
-            await self._renew_list(now)
+            await self._refresh_list(now)
             await self._prober.probe_all(self._bases)
         await self._stats_sync.sync()
-        self._show()
-        return min(_SHOWN_SECONDS, self._times.probe_interval)
+        self._publish_gauges()
+        return min(_PUBLISH_INTERVAL, self._times.probe_interval)
 
-    async def _renew_list(self, now: float) -> None:
+    async def _refresh_list(self, now: float) -> None:
         """When the catalog is out of reach the last list stays good."""
         if now < self._list_at:
             return
@@ -82,10 +82,10 @@ class SourceWatch:
         except CatalogUnavailable as error:
             logger.warning("sources_not_listed", reason=str(error), kept=len(self._bases))
             return
-        self._bases = bases[:_MOST_PROBED]
-        self._list_at = now + self._times.listed
+        self._bases = bases[:_MAX_PROBED]
+        self._list_at = now + self._times.list_interval
 
-    def _show(self) -> None:
+    def _publish_gauges(self) -> None:
         registry, now = self._stats_sync.registry, self._stats_sync.registry.clock()
         listed = [source_name(base) for base in self._bases]
         names = dict.fromkeys((*listed, *sorted(registry.names())))
@@ -95,6 +95,6 @@ class SourceWatch:
             (name, health[name].mean_first_byte, max(0.0, health[name].penalty_ends - now))
             for name in ordered
         )
-        if ordered != self._shown:
-            self._shown = ordered
-            logger.info("source_order_changed", sources=ordered[:_LOGGED], count=len(ordered))
+        if ordered != self._published:
+            self._published = ordered
+            logger.info("source_order_changed", sources=ordered[:_MAX_LOGGED], count=len(ordered))

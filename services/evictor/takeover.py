@@ -18,99 +18,99 @@ import structlog
 from services.evictor.file_calls import next_chunk, run_blocking
 from shared.adapters.existing_node import CacheState, read_cache_state
 from shared.adapters.volume import FoundObject
-from shared.adapters.volume.intake import Intake, Taken, WaitingFile
+from shared.adapters.volume.intake import ImportResult, ImportSource, PendingFile
 from shared.domain.errors import InvalidInput, VolumeError
 from shared.domain.eviction import PolicyEntry
 from shared.domain.objects import ObjectId
 from shared.observability.metrics import RECONCILED
 
-_AT_ONCE = 500
+_IMPORT_BATCH = 500
 
 logger = structlog.get_logger()
 
 
-class Takeover:
+class NodeImport:
     """`cache_state`: the old node's file, or the directory it lies in; None: recency is not to be had."""
 
-    def __init__(self, intake: Intake, cache_state: Path | None) -> None:
-        self._intake = intake
+    def __init__(self, import_source: ImportSource, cache_state: Path | None) -> None:
+        self._import_source = import_source
         self._cache_state = cache_state
         self._state = CacheState()
-        self._read = False
-        self.elsewhere = False
+        self._state_read = False
+        self.needs_copy = False
 
-    async def move_in(self) -> None:
+    async def link_files(self) -> None:
         """Move what can be moved. Safe to repeat, and to be killed in. A directory that cannot be read is no reason for
         the node not to work without it."""
         try:
-            waiting = await run_blocking(self._anything_waiting)
+            pending = await run_blocking(self._has_pending)
         except VolumeError as error:
-            logger.error("assets_unreadable", assets=str(self._intake.assets), reason=str(error))
+            logger.error("assets_unreadable", assets=str(self._import_source.assets), reason=str(error))
             return
         await self._read_state_once()
-        if waiting:
-            await self._move_all()
+        if pending:
+            await self._link_all()
 
-    async def _move_all(self) -> None:
-        await run_blocking(self._intake.mark, done=False)
-        taken = Counter[Taken]()
-        scan = self._intake.waiting()
-        while chunk := await next_chunk(scan, _AT_ONCE):
-            taken.update(await run_blocking(self._take_in, chunk))
-            if taken[Taken.ELSEWHERE]:
+    async def _link_all(self) -> None:
+        await run_blocking(self._import_source.mark, done=False)
+        results = Counter[ImportResult]()
+        scan = self._import_source.pending()
+        while chunk := await next_chunk(scan, _IMPORT_BATCH):
+            results.update(await run_blocking(self._import_batch, chunk))
+            if results[ImportResult.OTHER_DEVICE]:
                 break
-        self.elsewhere = taken[Taken.ELSEWHERE] > 0
-        RECONCILED.labels("taken_over").inc(taken[Taken.MOVED])
+        self.needs_copy = results[ImportResult.OTHER_DEVICE] > 0
+        RECONCILED.labels("taken_over").inc(results[ImportResult.MOVED])
         logger.info(
             "assets_taken_over",
-            assets=str(self._intake.assets),
-            moved=taken[Taken.MOVED],
-            there=taken[Taken.THERE],
-            failed=taken[Taken.FAILED],
-            to_copy=self.elsewhere,
+            assets=str(self._import_source.assets),
+            moved=results[ImportResult.MOVED],
+            there=results[ImportResult.EXISTS],
+            failed=results[ImportResult.FAILED],
+            to_copy=self.needs_copy,
         )
 
-    def figures_of(self, found: FoundObject) -> PolicyEntry | None:
+    def usage_of(self, found: FoundObject) -> PolicyEntry | None:
         """How the old node saw the use of an object that nobody here has seen used; None: it does not say."""
-        told = self._state.views.get(found.object_id)
-        return None if told is None else PolicyEntry(found.object_id, found.size, *told)
+        usage = self._state.views.get(found.object_id)
+        return None if usage is None else PolicyEntry(found.object_id, found.size, *usage)
 
     def media_type_of(self, object_id: ObjectId) -> str | None:
         """What the old node found it to be."""
         return self._state.media_types.get(object_id)
 
-    def views_of(self, waiting: WaitingFile) -> tuple[int, float]:
+    def views_of(self, pending: PendingFile) -> tuple[int, float]:
         """Views, and POSIX seconds of the last."""
-        return self._state.views.get(waiting.object_id, (1, waiting.changed_at))
+        return self._state.views.get(pending.object_id, (1, pending.changed_at))
 
     async def finish(self) -> None:
         """All that was moved has been counted, and compared with the catalog."""
-        if not self.elsewhere:
+        if not self.needs_copy:
             self._state = CacheState()
-        if not await run_blocking(self._intake.is_done):
-            await run_blocking(self._intake.mark, done=True)
-            logger.info("takeover_done", assets=str(self._intake.assets))
+        if not await run_blocking(self._import_source.is_done):
+            await run_blocking(self._import_source.mark, done=True)
+            logger.info("takeover_done", assets=str(self._import_source.assets))
 
     async def _read_state_once(self) -> None:
-        if self._cache_state is None or self._read:
+        if self._cache_state is None or self._state_read:
             return
-        self._read = True
+        self._state_read = True
         try:
             self._state = await run_blocking(read_cache_state, self._cache_state)
         except (OSError, InvalidInput) as error:
             reason = f"{error.strerror}" if isinstance(error, OSError) else str(error)
             logger.warning("cache_state_unusable", path=str(self._cache_state), reason=reason)
 
-    def _anything_waiting(self) -> bool:
-        self._intake.close()  # directories may have been replaced since the last time
-        return bool(list(islice(self._intake.waiting(), 1)))
+    def _has_pending(self) -> bool:
+        self._import_source.close()  # directories may have been replaced since the last time
+        return bool(list(islice(self._import_source.pending(), 1)))
 
-    def _take_in(self, waiting: Sequence[WaitingFile]) -> list[Taken]:
-        return [self._take_in_one(one.object_id) for one in waiting]
+    def _import_batch(self, pending: Sequence[PendingFile]) -> list[ImportResult]:
+        return [self._import_one(one.object_id) for one in pending]
 
-    def _take_in_one(self, object_id: ObjectId) -> Taken:
+    def _import_one(self, object_id: ObjectId) -> ImportResult:
         try:
-            return self._intake.take_in(object_id)
+            return self._import_source.import_file(object_id)
         except VolumeError as error:
             logger.error("asset_not_taken_over", object_id=object_id, reason=str(error))
-            return Taken.FAILED
+            return ImportResult.FAILED

@@ -8,10 +8,10 @@ from shared.domain.space import footprint
 from shared.observability.metrics import RECONCILED, STATE_STORE_EVICTS
 from shared.ports.state_store import StateStore, Term
 
-_COUNTED_AT_ONCE = 20_000
+_RECOUNT_THRESHOLD = 20_000
 """Entries that the store counts within some 20 ms: so many are counted without looking first."""
 
-KEEPS_ALL = "noeviction"
+NOEVICTION = "noeviction"
 
 logger = structlog.get_logger()
 
@@ -24,16 +24,16 @@ class UsageCheck:
 
     async def run(self, term: Term) -> None:
         """Used and reserved bytes are what entries and fetches add up to after this."""
-        wrong = await self._state.recount(term, entries=await self._may_be_wrong())
-        if wrong:
+        drift = await self._state.recount(term, entries=await self._may_be_wrong())
+        if drift:
             RECONCILED.labels("recounted").inc()
-            logger.warning("usage_recounted", wrong_bytes=wrong)
+            logger.warning("usage_recounted", wrong_bytes=drift)
 
     async def _may_be_wrong(self) -> bool:
         """Adds up all entries from here, while they come and go: what moved meanwhile may or may not be in the sum, so
         that only a difference beyond that tells of wrong figures. A smaller one is found in a quieter hour."""
         before = await self._state.usage()
-        if before.objects <= _COUNTED_AT_ONCE:
+        if before.objects <= _RECOUNT_THRESHOLD:
             return True
         counted = 0
         async for batch in self._state.entries():
@@ -42,12 +42,12 @@ class UsageCheck:
         moved = after.churn - before.churn
         return moved < 0 or abs(after.used - counted) > moved
 
-    async def look_at_server(self) -> None:
+    async def check_maxmemory_policy(self) -> None:
         """Say so if the server drops keys when its memory is full: sums without their parts, parts without sums."""
         stats = await self._state.server_stats()
         if stats is None:
             return
-        evicts = stats.eviction != KEEPS_ALL
+        evicts = stats.eviction != NOEVICTION
         STATE_STORE_EVICTS.set(evicts)
         if evicts:
-            logger.warning("state_store_evicts", maxmemory_policy=stats.eviction, wanted=KEEPS_ALL)
+            logger.warning("state_store_evicts", maxmemory_policy=stats.eviction, wanted=NOEVICTION)

@@ -6,7 +6,7 @@ import asyncio
 from importlib.metadata import version
 
 from services.evictor.evictor import Evictor
-from services.evictor.source_watch import SourceWatch, WatchTimes
+from services.evictor.source_watch import MonitorTimes, SourceMonitor
 from shared.adapters.sources.sharing import SourceStatsSync
 from shared.domain.errors import ConfigurationError, VolumeError
 from shared.observability.metrics import describe_build
@@ -53,15 +53,15 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
         resources.push_async_callback(opened.close)
         await opened.open()
     stats_sync = await resources.enter_async_context(build_source_stats_sync(settings))
-    watch = await resources.enter_async_context(build_source_watch(settings, catalog, stats_sync))
-    evictor = Evictor(settings, state, volume, catalog, watch)
+    monitor = await resources.enter_async_context(build_source_monitor(settings, catalog, stats_sync))
+    evictor = Evictor(settings, state, volume, catalog, monitor)
     await resources.enter_async_context(
         ProbeServer(settings.metrics.host, settings.metrics.port, evictor.problems)
     )
     await run_until(scope.stop_requested, evictor.serve(), "evictor")
 
 
-def build_source_watch(settings: Settings, catalog: Catalog, stats_sync: SourceStatsSync) -> SourceWatch:
+def build_source_monitor(settings: Settings, catalog: Catalog, stats_sync: SourceStatsSync) -> SourceMonitor:
     """To be opened and closed by its user; `stats_sync` is open."""
     prober = build_source_prober(settings, stats_sync.registry)
-    return SourceWatch(catalog, stats_sync, prober, WatchTimes(settings.sources.probe_interval))
+    return SourceMonitor(catalog, stats_sync, prober, MonitorTimes(settings.sources.probe_interval))

@@ -67,7 +67,7 @@ class Fetcher:
             FetchRunner(FetchDeps(state, failover_reader, self._disk), volume, times),
             FailureRecorder(state, RetryPlan(settings.job_queue.retry_delays), fetch.failure_memory),
         )
-        self._operator_state = OperatorStateWatcher(state, volume.root, settings.duty)
+        self._operator_state = OperatorStateWatcher(state, volume.root, settings.assignment)
         self._dead_letter_handler = DeadLetterHandler(
             state, volume, self._disk, self.name, fetch.failure_memory
         )

@@ -11,7 +11,7 @@ import structlog
 from services.api.service import make_context, serve_api
 from services.api.version import VERSION
 from services.evictor.evictor import Evictor
-from services.evictor.wiring import build_source_watch
+from services.evictor.wiring import build_source_monitor
 from services.fetcher.fetcher import Fetcher
 from shared.domain.errors import ConfigurationError, VolumeError
 from shared.observability.metrics import describe_build
@@ -66,7 +66,7 @@ async def run_standalone(
         resources.push_async_callback(port.close)
         await port.open()
     stats_sync = await resources.enter_async_context(build_source_stats_sync(settings))
-    watch = await resources.enter_async_context(build_source_watch(settings, catalog, stats_sync))
+    monitor = await resources.enter_async_context(build_source_monitor(settings, catalog, stats_sync))
     downloads = await resources.enter_async_context(
         build_source_client(settings, max_connections=settings.fetch.concurrency)
     )
@@ -76,7 +76,7 @@ async def run_standalone(
     describe_build(VERSION, "standalone")
     retain_freed_memory()
     fetcher = Fetcher(settings, state, queue, volume, build_failover_reader(downloads, stats_sync.registry))
-    evictor = Evictor(settings, state, volume, catalog, watch)
+    evictor = Evictor(settings, state, volume, catalog, monitor)
     context = make_context(
         settings, volume, state, queue, catalog, build_failover_reader(proxying, stats_sync.registry)
     )

@@ -44,7 +44,7 @@ def read_cache_state(path: Path) -> CacheState:
 
 
 def _views(document: Mapping[str, Any]) -> Iterator[tuple[ObjectId, tuple[int, float]]]:
-    for group in _listed(document.get("lruCacheGroups")):
+    for group in _as_list(document.get("lruCacheGroups")):
         for object_id, stated in _pairs(group):
             if not isinstance(stated, dict):
                 continue
@@ -61,8 +61,8 @@ def _media_types(document: Mapping[str, Any]) -> Iterator[tuple[ObjectId, str]]:
             yield object_id, media_type
 
 
-def _pairs(listed: object) -> Iterator[tuple[ObjectId, Any]]:
-    for pair in _listed(listed):
+def _pairs(value: object) -> Iterator[tuple[ObjectId, Any]]:
+    for pair in _as_list(value):
         if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
             continue
         try:
@@ -71,7 +71,7 @@ def _pairs(listed: object) -> Iterator[tuple[ObjectId, Any]]:
             continue
 
 
-def _listed(value: object) -> list[Any]:
+def _as_list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 

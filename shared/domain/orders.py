@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from shared.domain.errors import InvalidInput
-from shared.domain.objects import Duty, ObjectId, parse_bucket_id
+from shared.domain.objects import Assignment, ObjectId, parse_bucket_id
 
 MAX_WORKER_ID = 2**63 - 1
 
@@ -29,13 +29,13 @@ class OperatorState:
     buckets: frozenset[str] | None = None
     shutdowns: int = 0
 
-    def duty(self, configured: Duty) -> Duty:
-        """The duty in force: what was ordered, else what is configured. All of a worker whom nobody has named is no
-        duty: then the buckets are as configured."""
+    def assignment(self, configured: Assignment) -> Assignment:
+        """The assignment in force: what was ordered, else what is configured. All of a worker whom nobody has named is
+        no assignment: then the buckets are as configured."""
         worker_id = self.worker_id if self.worker_ordered else configured.worker_id
         if not self.buckets_ordered or (self.buckets is None and worker_id is None):
-            return Duty(configured.bucket_ids, worker_id)
-        return Duty(self.buckets, worker_id)
+            return Assignment(configured.bucket_ids, worker_id)
+        return Assignment(self.buckets, worker_id)
 
 
 def encode_operator_state(state: OperatorState) -> str:

@@ -1,6 +1,6 @@
 """The operator's part of the state store: orders that all processes follow, and work that one of them carries out.
 
-orders   what holds now (stopped, draining, duty, pins); changed by compare-and-set, announced as SETTINGS_CHANGED
+orders   what holds now (stopped, draining, assignment, pins); changed by compare-and-set, announced as SETTINGS_CHANGED
 purges   objects that must go; the leading evictor carries them out
 warming  at most one at a time; one API process at a time carries it out, by a lease
 tokens   what may be used once
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class PurgeWish:
-    """An object that must go. `serial` tells a wish from a later one for the same object."""
+class PurgeRequest:
+    """An object that must go. `serial` tells a request from a later one for the same object."""
 
     object_id: ObjectId
     serial: int
@@ -49,14 +49,14 @@ class OperatorStore(Protocol):
     async def change_pins(self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()) -> int:
         """How many of them were not as asked for. The orders get a new version if there were any."""
 
-    async def want_purges(self, object_ids: Sequence[ObjectId]) -> None:
-        """Ask the evictor to remove objects. Announces PURGE_WANTED."""
+    async def request_purges(self, object_ids: Sequence[ObjectId]) -> None:
+        """Ask the evictor to remove objects. Announces PURGE_REQUESTED."""
 
-    async def purges_wanted(self, at_most: int) -> Sequence[PurgeWish]:
-        """Some of the wishes, in no order."""
+    async def pending_purges(self, at_most: int) -> Sequence[PurgeRequest]:
+        """Some of the requests, in no order."""
 
-    async def end_purge(self, term: Term, wish: PurgeWish) -> None:
-        """The wish is fulfilled; a later one for the same object stays."""
+    async def complete_purge(self, term: Term, request: PurgeRequest) -> None:
+        """The request is fulfilled; a later one for the same object stays."""
 
     async def start_warming(self, scope: WarmingScope) -> Warming | None:
         """Begin a new warming in place of a finished one; None while one is not finished."""

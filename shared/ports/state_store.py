@@ -182,7 +182,7 @@ class Topic(StrEnum):
     SPACE_REQUESTED = "space_wanted"
     SPACE_FREED = "space_freed"
     SETTINGS_CHANGED = "settings_changed"
-    PURGE_WANTED = "purge_wanted"
+    PURGE_REQUESTED = "purge_wanted"
 
 
 @dataclass(frozen=True, slots=True)

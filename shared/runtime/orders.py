@@ -10,7 +10,7 @@ import structlog
 
 from shared.adapters.volume.orders_file import read_operator_state
 from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.objects import Duty
+from shared.domain.objects import Assignment
 from shared.domain.orders import OperatorState
 from shared.ports.order_book import OperatorStore
 
@@ -24,8 +24,8 @@ class OperatorStateWatcher:
     """`load` once, then `run` as a task. Without the state store the last orders known stay in force; a store that has
     lost them gets them back from the volume's copy."""
 
-    def __init__(self, store: OperatorStore, root: Path, configured: Duty) -> None:
-        """`root`: of the volume; `configured`: the duty of the settings."""
+    def __init__(self, store: OperatorStore, root: Path, configured: Assignment) -> None:
+        """`root`: of the volume; `configured`: the assignment of the settings."""
         self._store, self._root, self.configured = store, root, configured
         self._changed, self._woken = asyncio.Event(), asyncio.Event()
         self._shutdowns_seen: int | None = None
@@ -33,8 +33,8 @@ class OperatorStateWatcher:
         self.current = OperatorState()
 
     @property
-    def duty(self) -> Duty:
-        return self.current.duty(self.configured)
+    def assignment(self) -> Assignment:
+        return self.current.assignment(self.configured)
 
     @property
     def shutting_down(self) -> bool:

@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.domain.errors import InvalidInput
 from shared.domain.eviction import DEFAULT_MISS_COST
-from shared.domain.objects import Duty, parse_bucket_id
+from shared.domain.objects import Assignment, parse_bucket_id
 from shared.domain.source_urls import names_host
 from shared.domain.space import Watermarks, footprint, watermarks_for
 from shared.settings.network import CatalogSettings, SourceSettings
@@ -238,8 +238,8 @@ class Settings(BaseSettings):
             raise ValueError(str(error)) from error
 
     @property
-    def duty(self) -> Duty:
-        return Duty(bucket_ids=self.buckets, worker_id=self.worker_id)
+    def assignment(self) -> Assignment:
+        return Assignment(bucket_ids=self.buckets, worker_id=self.worker_id)
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from services.demo.knobs import Fault
-from shared.domain.objects import DistributionBucket, Duty
+from shared.domain.objects import Assignment, DistributionBucket
 from tests.end_to_end.client import Answer
 from tests.integration.assets_world import STORED_AT, AssetsHarness, assets_harness
 
@@ -158,7 +158,7 @@ async def test_errors(harness: AssetsHarness) -> None:
     for object_id, status in (("999", 404), ("%20", 400)):
         for method in ("GET", "HEAD"):
             assert_says(await harness.get(object_id, method=method), status, ERROR, "x-cache", *unsaid)
-    harness.context.duty.current = Duty(bucket_ids=frozenset({"0:1"}))
+    harness.context.assignment.current = Assignment(bucket_ids=frozenset({"0:1"}))
     assert_says(await harness.get("4"), 421, ERROR, "x-cache", *unsaid)
     harness.catalog.down = True
     assert_says(await harness.get("5"), 503, {**ERROR, "retry-after": "5"}, "x-cache", *unsaid)

@@ -18,7 +18,7 @@ from shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
 from shared.adapters.catalogs.manifest import ManifestCatalog
 from shared.adapters.catalogs.origin import OriginCatalog
 from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import Duty, ObjectId
+from shared.domain.objects import Assignment, ObjectId
 from shared.ports.catalog import Catalog
 
 OBJECTS: list[DemoObject] = [
@@ -106,7 +106,7 @@ async def test_many_may_ask_at_once(catalog: Catalog) -> None:
 
 async def test_a_list_is_complete_or_an_error(kind: str, catalog: Catalog) -> None:
     try:
-        listed = [item async for batch in catalog.list_objects(Duty()) for item in batch]
+        listed = [item async for batch in catalog.list_objects(Assignment()) for item in batch]
     except CatalogUnavailable:
         assert kind in CANNOT_LIST
     else:
@@ -114,11 +114,11 @@ async def test_a_list_is_complete_or_an_error(kind: str, catalog: Catalog) -> No
 
 
 async def test_a_list_covers_the_requested_assignment(kind: str, catalog: Catalog) -> None:
-    theirs, ours = (Duty(bucket_ids=frozenset({bucket})) for bucket in ("9:9", "0:1"))
+    theirs, ours = (Assignment(bucket_ids=frozenset({bucket})) for bucket in ("9:9", "0:1"))
     if kind in CANNOT_LIST:  # nor is it silent about it: an empty list would empty the cache
-        for duty in (theirs, ours):
+        for assignment in (theirs, ours):
             with pytest.raises(CatalogUnavailable):
-                _ = [batch async for batch in catalog.list_objects(duty)]
+                _ = [batch async for batch in catalog.list_objects(assignment)]
         return
     try:
         assert [batch async for batch in catalog.list_objects(theirs)] == []

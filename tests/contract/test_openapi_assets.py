@@ -19,7 +19,7 @@ from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from services.demo.knobs import Fault, Match
-from shared.domain.objects import DistributionBucket, Duty
+from shared.domain.objects import Assignment, DistributionBucket
 from tests.integration.assets_world import AssetsHarness, ManualFetch, assets_harness
 
 SIZE = 5000
@@ -70,7 +70,7 @@ async def described(tmp_path: Path) -> AsyncIterator[Described]:
             harness.add(object_id, SIZE, buckets=OURS)
         harness.add(FOREIGN, SIZE, buckets=(DistributionBucket("9:9"),))
         harness.add(NOT_UPLOADED, SIZE, buckets=OURS, accepted=False)
-        harness.context.duty.current = Duty(bucket_ids=frozenset({"0:1"}))
+        harness.context.assignment.current = Assignment(bucket_ids=frozenset({"0:1"}))
         harness.store(STORED)
         fetch = await harness.begin(PENDING, written=SIZE)
         fetch.verify()

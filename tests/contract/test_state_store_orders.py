@@ -10,7 +10,7 @@ from shared.domain.objects import ObjectId
 from shared.domain.orders import OperatorState, OperatorStateSnapshot
 from shared.domain.space import footprint
 from shared.domain.warming import WarmingScope
-from shared.ports.order_book import PurgeWish
+from shared.ports.order_book import PurgeRequest
 from shared.ports.state_store import Announcement, Topic
 from tests.contract.state_world import ONE, THREE, TWO, Harness
 
@@ -107,36 +107,36 @@ class TestPins:
 class TestPurges:
     async def test_are_pending_until_they_are_completed(self, harness: Harness) -> None:
         term = await harness.reconciled()
-        await harness.other.want_purges([ONE, TWO, THREE])
-        wishes = await harness.store.purges_wanted(10)
-        assert {wish.object_id for wish in wishes} == {ONE, TWO, THREE}
-        assert len(await harness.store.purges_wanted(2)) == 2
-        for wish in wishes:
-            await harness.store.end_purge(term, wish)
-        assert not await harness.store.purges_wanted(10)
+        await harness.other.request_purges([ONE, TWO, THREE])
+        requests = await harness.store.pending_purges(10)
+        assert {request.object_id for request in requests} == {ONE, TWO, THREE}
+        assert len(await harness.store.pending_purges(2)) == 2
+        for request in requests:
+            await harness.store.complete_purge(term, request)
+        assert not await harness.store.pending_purges(10)
 
     async def test_a_later_purge_request_stays(self, harness: Harness) -> None:
         term = await harness.reconciled()
-        await harness.store.want_purges([ONE])
-        [earlier] = await harness.store.purges_wanted(10)
-        await harness.store.want_purges([ONE])
-        await harness.store.end_purge(term, earlier)
-        [later] = await harness.store.purges_wanted(10)
+        await harness.store.request_purges([ONE])
+        [earlier] = await harness.store.pending_purges(10)
+        await harness.store.request_purges([ONE])
+        await harness.store.complete_purge(term, earlier)
+        [later] = await harness.store.pending_purges(10)
         assert later.serial > earlier.serial
 
     async def test_are_completed_by_the_leader_only(self, harness: Harness) -> None:
         term = await harness.reconciled()
-        await harness.store.want_purges([ONE])
-        [wish] = await harness.store.purges_wanted(10)
+        await harness.store.request_purges([ONE])
+        [request] = await harness.store.pending_purges(10)
         await harness.store.resign(term)
-        await harness.store.end_purge(term, wish)
-        assert await harness.store.purges_wanted(10) == [PurgeWish(ONE, wish.serial)]
+        await harness.store.complete_purge(term, request)
+        assert await harness.store.pending_purges(10) == [PurgeRequest(ONE, request.serial)]
 
     async def test_are_announced(self, harness: Harness) -> None:
         async with harness.other.listen() as news:
             await anext(news)
-            await harness.store.want_purges([ONE])
-            assert (await anext(news)).topic is Topic.PURGE_WANTED
+            await harness.store.request_purges([ONE])
+            assert (await anext(news)).topic is Topic.PURGE_REQUESTED
 
 
 class TestWarming:

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.timeout(180)
 
 WORKER = 7
 MAX_IN_FLIGHT = 16
-DUTIES = {
+ASSIGNMENTS = {
     "buckets": {"DISTRIBUTOR_BUCKETS": '["0:1"]'},
     "worker": {"DISTRIBUTOR_WORKER_ID": str(WORKER)},
 }
@@ -66,7 +66,7 @@ class JoystreamHarness(Harness):
         self.squid.data = make_squid_data(objects, endpoints, workers={WORKER: ["0:1"], 8: ["9:9"]})
 
 
-@pytest.fixture(params=list(DUTIES))
+@pytest.fixture(params=list(ASSIGNMENTS))
 async def harness(
     request: pytest.FixtureRequest, tmp_path: Path, redis_url: str, amqp_url: str
 ) -> AsyncIterator[JoystreamHarness]:
@@ -77,7 +77,7 @@ async def harness(
         TestSquid([]).run() as squid,
         TestChain().run() as chain,
     ):
-        stack.environment |= DUTIES[request.param]
+        stack.environment |= ASSIGNMENTS[request.param]
         stack.environment |= {
             "DISTRIBUTOR_CATALOG__KIND": "joystream",
             "DISTRIBUTOR_CATALOG__SQUID": squid.url,

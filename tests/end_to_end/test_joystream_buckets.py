@@ -1,4 +1,4 @@
-"""The scenarios of any node that have nothing to do with the duty's mode, on the joystream catalog by buckets."""
+"""The scenarios of any node that have nothing to do with the assignment's mode, on the joystream catalog by buckets."""
 
 from __future__ import annotations
 

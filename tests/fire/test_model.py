@@ -17,9 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 from services.evictor.adoption import Adoption
 from services.evictor.index import EvictionIndex
-from services.evictor.partials import Partials
+from services.evictor.partials import PartialReaper
 from services.evictor.reconcile import Reconciliation
-from services.evictor.removals import Removals
+from services.evictor.removals import ObjectRemover
 from shared.adapters.queue_memory import MemoryJobQueue
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_times import StateTimeouts
@@ -74,12 +74,12 @@ class Node(RuleBasedStateMachine):
     def _new_store(self) -> None:
         self.state = MemoryStateStore(LIMIT, TIMES, lambda: self.now)
         self.index = EvictionIndex(self.state, self.volume, partial(make_policy, "lru-sp"), lambda: self.now)
-        self.removals = Removals(self.state, self.volume, self.index)
+        self.remover = ObjectRemover(self.state, self.volume, self.index)
         adoption = Adoption(self.state, self.volume, self.index)
-        partials = Partials(self.state, self.volume, adoption, keep=3600, space_wait=10)
-        self.partials = partials
+        reaper = PartialReaper(self.state, self.volume, adoption, keep=3600, space_wait=10)
+        self.reaper = reaper
         self.reconciliation = Reconciliation(
-            self.state, self.volume, self.index, self.removals, adoption, partials
+            self.state, self.volume, self.index, self.remover, adoption, reaper
         )
         self.trusted = False
 
@@ -178,7 +178,7 @@ class Node(RuleBasedStateMachine):
     @rule(object_id=st.sampled_from(sorted(SIZES)))
     def evict(self, object_id: str) -> None:
         async def evict() -> None:
-            await self.removals.evict(await self._term(), ObjectId(object_id), 0.0, "room")
+            await self.remover.evict(await self._term(), ObjectId(object_id), 0.0, "room")
 
         self.runner.run(evict())
 
@@ -230,7 +230,7 @@ class Node(RuleBasedStateMachine):
                 term = await self._term()
                 await self.reconciliation.run(term)
                 for entry in list(self.index.policy.dump()):
-                    await self.removals.evict(term, entry.object_id, 0.0, "room")
+                    await self.remover.evict(term, entry.object_id, 0.0, "room")
                 if not await self._one_job("finish", 1.0) and not (await self.queue.depth()).delayed:
                     break
             depth = await self.queue.depth()
@@ -238,7 +238,7 @@ class Node(RuleBasedStateMachine):
             self.now += 100
             term = await self._term()
             for fetch in await self.state.fetches():
-                await self.partials.discard(term, fetch.object_id)
+                await self.reaper.discard(term, fetch.object_id)
             await self.reconciliation.run(term)
             usage = await self.state.usage()
             assert usage.reconciled

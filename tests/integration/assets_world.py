@@ -26,7 +26,7 @@ from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import PartialFile, Volume
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.jobs import RetryPlan
-from shared.domain.objects import ContentHash, Duty, MediaObject, ObjectId, StoredRecord
+from shared.domain.objects import Assignment, ContentHash, MediaObject, ObjectId, StoredRecord
 from shared.ports.state_store import Granted, Lease, StateStore
 from shared.settings.model import Settings
 from tests.end_to_end.client import Answer, get
@@ -60,7 +60,7 @@ class ListedCatalog:
             raise CatalogUnavailable("down")
         return self.objects.get(object_id)
 
-    async def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
+    async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         yield list(self.objects.values())
 
     async def bucket_ids(self) -> Sequence[str]:

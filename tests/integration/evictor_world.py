@@ -19,7 +19,7 @@ from shared.adapters.state_redis import RedisStateStore
 from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import PartialFile, Volume
 from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import ContentHash, Duty, MediaObject, ObjectId, StoredRecord, entity_tag
+from shared.domain.objects import Assignment, ContentHash, MediaObject, ObjectId, StoredRecord, entity_tag
 from shared.domain.space import footprint
 from shared.ports.state_store import Fetch, Granted, IndexEntry, Lease, StateStore, Term
 from shared.settings.model import Settings
@@ -61,10 +61,10 @@ class ListedCatalog:
         self.asked.append(object_id)
         return self.objects.get(object_id)
 
-    async def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
+    async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         self._fail_if_down()
         listed = [known for known in self.objects.values() if known.object_id not in self.left_out]
-        yield [known for known in listed if duty.covers(known)]
+        yield [known for known in listed if assignment.covers(known)]
 
     async def bucket_ids(self) -> Sequence[str]:
         return ()

@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 
 from services.api.assets.decision import HOLD_BACK
 from services.demo.knobs import Fault, Match
-from shared.domain.objects import DistributionBucket, Duty, ObjectId
+from shared.domain.objects import Assignment, DistributionBucket, ObjectId
 from shared.ports.state_store import FetchPhase
 from tests.integration.assets_world import LIMIT, MIB, AssetsHarness, assets_harness
 
@@ -274,7 +274,7 @@ async def test_without_a_catalog_the_unknown_is_refused_for_a_while(harness: Ass
 
 
 async def test_refusals(harness: AssetsHarness) -> None:
-    harness.context.duty.current = Duty(bucket_ids=frozenset({"0:1"}))
+    harness.context.assignment.current = Assignment(bucket_ids=frozenset({"0:1"}))
     ours = (DistributionBucket("0:1"),)
     harness.add("2", SIZE, buckets=(DistributionBucket("9:9"),))
     harness.add("3", SIZE, buckets=ours, accepted=False)

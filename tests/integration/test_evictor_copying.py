@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from services.evictor.copying import Copying
-from services.evictor.takeover import Takeover
+from services.evictor.copying import ImportCopier
+from services.evictor.takeover import NodeImport
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
-from shared.adapters.volume.intake import Intake
+from shared.adapters.volume.intake import ImportSource
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
@@ -46,8 +46,8 @@ class Harness:
     state: Silent
     volume: Volume
     catalog: ListedCatalog
-    takeover: Takeover
-    copying: Copying
+    node_import: NodeImport
+    copier: ImportCopier
 
     def left(self) -> list[str]:
         return sorted(path.name for path in self.assets.iterdir() if path.name.isdigit())
@@ -77,26 +77,26 @@ async def harness(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterat
     for name in NAMES:
         (assets / name).write_bytes(body_of(name))
         catalog.objects[ObjectId(name)] = media_object(name, body_of(name))
-    told = [[name, {"sizeKB": 20, "popularity": int(name), "lastAccessTime": now}] for name in NAMES]
-    (assets / "cache.json").write_text(json.dumps({"lruCacheGroups": [told]}))
+    recorded = [[name, {"sizeKB": 20, "popularity": int(name), "lastAccessTime": now}] for name in NAMES]
+    (assets / "cache.json").write_text(json.dumps({"lruCacheGroups": [recorded]}))
     volume = Volume(tmp_path / "volume")
     volume.prepare()
     state = Silent(limit, StateTimeouts(lease_seconds=10), time.time)
     term = await state.lead("one", 3600)
     assert term is not None
     await state.set_reconciled(term)
-    intake = Intake(volume.root, assets)
-    takeover = Takeover(intake, assets)
-    copying = Copying(state, volume, catalog, intake, takeover)
-    yield Harness(assets, state, volume, catalog, takeover, copying)
+    import_source = ImportSource(volume.root, assets)
+    node_import = NodeImport(import_source, assets)
+    copier = ImportCopier(state, volume, catalog, import_source, node_import)
+    yield Harness(assets, state, volume, catalog, node_import, copier)
     shutil.rmtree(assets)
     volume.close()
 
 
 async def test_all_are_copied_verified_and_counted(harness: Harness) -> None:
-    await harness.takeover.move_in()
-    assert harness.takeover.elsewhere
-    assert await harness.copying.run() is None
+    await harness.node_import.link_files()
+    assert harness.node_import.needs_copy
+    assert await harness.copier.run() is None
     assert all(harness.is_hit(name) for name in NAMES)
     assert harness.left() == []
     usage = await harness.state.usage()
@@ -106,8 +106,8 @@ async def test_all_are_copied_verified_and_counted(harness: Harness) -> None:
 
 @pytest.mark.parametrize("harness", [2], indirect=True)
 async def test_an_object_that_finds_no_room_stays_where_it_is(harness: Harness) -> None:
-    await harness.takeover.move_in()
-    assert await harness.copying.run() is not None, "worth trying again"
+    await harness.node_import.link_files()
+    assert await harness.copier.run() is not None, "worth trying again"
     assert harness.left() == ["1", "2"], "the most used came first"
     usage = await harness.state.usage()
     assert usage.used + usage.reserved <= usage.limit
@@ -117,8 +117,8 @@ async def test_corrupt_and_unknown_ones_are_left(harness: Harness) -> None:
     (harness.assets / "2").write_bytes(body_of("2")[:-1] + b"!")
     (harness.assets / "3").write_bytes(b"cut short")
     del harness.catalog.objects[ObjectId("4")]
-    await harness.takeover.move_in()
-    await harness.copying.run()
+    await harness.node_import.link_files()
+    await harness.copier.run()
     assert harness.is_hit("1")
     assert harness.left() == ["2", "3", "4"]
     usage = await harness.state.usage()
@@ -126,25 +126,25 @@ async def test_corrupt_and_unknown_ones_are_left(harness: Harness) -> None:
 
 
 async def test_a_second_run_copies_nothing_twice(harness: Harness) -> None:
-    await harness.takeover.move_in()
-    await harness.copying.run()
+    await harness.node_import.link_files()
+    await harness.copier.run()
     (harness.assets / "1").write_bytes(body_of("1"))
-    assert await harness.copying.run() is None
+    assert await harness.copier.run() is None
     assert harness.left() == []
     assert (await harness.state.usage()).objects == len(NAMES)
 
 
 async def test_an_object_stored_but_not_committed_is_not_copied_twice(harness: Harness) -> None:
-    await harness.takeover.move_in()
+    await harness.node_import.link_files()
     harness.state.commits = 1
     with pytest.raises(StateStoreUnavailable):
-        await harness.copying.run()
+        await harness.copier.run()
     assert harness.is_hit("4"), "the most used comes first"
     assert harness.left() == list(NAMES)
     (harness.assets / "4").write_bytes(b"?" * SIZE)  # to be seen if it were read again
     rows = harness.state._tables.rows
     rows[ObjectId("4")] = replace(rows[ObjectId("4")], ends=0.0)  # its lease has run out
-    assert await harness.copying.run() is None
+    assert await harness.copier.run() is None
     assert harness.left() == []
     assert all(harness.is_hit(name) for name in NAMES)
     usage = await harness.state.usage()

@@ -72,7 +72,7 @@ async def test_a_catalog_that_is_down_drops_nothing(harness: EvictorHarness) -> 
 
 
 async def test_scrub_finds_corruption(harness: EvictorHarness) -> None:
-    rotten = EVICTIONS.labels("rotten")._value.get()
+    corrupt = EVICTIONS.labels("rotten")._value.get()
     for name in NAMES:
         harness.put_file(name)
     path = harness.path_of("two")
@@ -89,15 +89,15 @@ async def test_scrub_finds_corruption(harness: EvictorHarness) -> None:
         await eventually(gone)
         await eventually(harness.matches_volume)
         assert not harness.has("two")
-    assert EVICTIONS.labels("rotten")._value.get() == rotten + 1
+    assert EVICTIONS.labels("rotten")._value.get() == corrupt + 1
 
 
 async def test_scrub_keeps_its_rate_and_leaves_intact_objects(harness: EvictorHarness) -> None:
-    sound = SCRUBBED_OBJECTS.labels("sound")._value.get()
+    ok = SCRUBBED_OBJECTS.labels("sound")._value.get()
     for name in NAMES:
         harness.put_file(name)
     async with harness.evictor(scrub_rate=2 * SIZE):
         await eventually(harness.reconciled)
         await asyncio.sleep(1.2)
-        assert 1 <= SCRUBBED_OBJECTS.labels("sound")._value.get() - sound <= 3
+        assert 1 <= SCRUBBED_OBJECTS.labels("sound")._value.get() - ok <= 3
         assert len(await harness.entries()) == 4

@@ -9,32 +9,32 @@ from pathlib import Path
 
 import pytest
 
-from services.evictor.duty import DutyCheck
+from services.evictor.duty import AssignmentCheck
 from services.evictor.index import EvictionIndex
-from services.evictor.removals import Removals
+from services.evictor.removals import ObjectRemover
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.eviction import LruSp, PolicyEntry
-from shared.domain.objects import DistributionBucket, Duty, MediaObject, ObjectId
+from shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
 from shared.ports.state_store import IndexEntry, Term
 from tests.integration.evictor_world import ListedCatalog
 
-OLD, NEW = Duty(frozenset({"0:1"})), Duty(frozenset({"0:2"}))
+OLD, NEW = Assignment(frozenset({"0:1"})), Assignment(frozenset({"0:2"}))
 
 
 @dataclass
 class Harness:
-    duty: DutyCheck
+    assignment: AssignmentCheck
     index: EvictionIndex
     catalog: ListedCatalog
     term: Term
-    removals: Removals
+    remover: ObjectRemover
     root: Path
 
-    def restarted(self, duty: Duty) -> DutyCheck:
+    def restarted(self, assignment: Assignment) -> AssignmentCheck:
         """The check of another process, configured so."""
-        return DutyCheck(self.catalog, self.index, self.removals, duty, True, self.root)
+        return AssignmentCheck(self.catalog, self.index, self.remover, assignment, True, self.root)
 
     def held(self) -> int:
         return len(self.index.policy)
@@ -46,7 +46,7 @@ async def harness(tmp_path: Path) -> AsyncIterator[Harness]:
     state, volume = MemoryStateStore(10**6, StateTimeouts(lease_seconds=10), time.time), Volume(tmp_path)
     volume.prepare()
     index, catalog = EvictionIndex(state, volume, LruSp), ListedCatalog()
-    removals = Removals(state, volume, index)
+    remover = ObjectRemover(state, volume, index)
     term = await state.lead("one", 3600)
     assert term is not None
     for number in range(10):
@@ -56,38 +56,38 @@ async def harness(tmp_path: Path) -> AsyncIterator[Harness]:
         if number < 8:
             await state.adopt(term, IndexEntry(object_id, 10, 1, 0.0))
             index.add(PolicyEntry(object_id, 10, 1, 0.0))
-    duty = DutyCheck(catalog, index, removals, OLD, can_list=True, root=tmp_path)
-    yield Harness(duty, index, catalog, term, removals, tmp_path)
+    assignment = AssignmentCheck(catalog, index, remover, OLD, can_list=True, root=tmp_path)
+    yield Harness(assignment, index, catalog, term, remover, tmp_path)
     volume.close()
 
 
 async def test_other_buckets_by_operator_change(harness: Harness) -> None:
-    assert not harness.duty.change(OLD)
-    await harness.duty.run(harness.term)
+    assert not harness.assignment.change(OLD)
+    await harness.assignment.run(harness.term)
     assert harness.held() == 8
-    assert harness.duty.change(NEW)
-    await harness.duty.run(harness.term)
+    assert harness.assignment.change(NEW)
+    await harness.assignment.run(harness.term)
     assert harness.held() == 0
 
 
 async def test_an_empty_list_is_implausible_after_an_operator_change_too(harness: Harness) -> None:
-    harness.duty.change(OLD)
-    harness.duty.change(Duty(frozenset({"0:3"})))
-    await harness.duty.run(harness.term)
+    harness.assignment.change(OLD)
+    harness.assignment.change(Assignment(frozenset({"0:3"})))
+    await harness.assignment.run(harness.term)
     assert harness.held() == 8
 
 
 async def test_other_buckets_in_the_settings_and_a_restart(harness: Harness) -> None:
-    assert await harness.duty.run(harness.term)
+    assert await harness.assignment.run(harness.term)
     assert harness.held() == 8
     assert await harness.restarted(NEW).run(harness.term)
     assert harness.held() == 0
 
 
 async def test_a_change_before_another_leaders_check_is_not_lost(harness: Harness) -> None:
-    await harness.duty.run(harness.term)
-    harness.duty.change(OLD)
-    assert harness.duty.change(NEW)
+    await harness.assignment.run(harness.term)
+    harness.assignment.change(OLD)
+    assert harness.assignment.change(NEW)
     leader = harness.restarted(OLD)
     assert not leader.change(NEW)
     await leader.run(harness.term)
@@ -95,25 +95,25 @@ async def test_a_change_before_another_leaders_check_is_not_lost(harness: Harnes
 
 
 async def test_a_worker_named_beside_the_buckets_changes_nothing(harness: Harness) -> None:
-    harness.duty.change(OLD)
-    await harness.duty.run(harness.term)
-    assert not harness.duty.change(Duty(OLD.bucket_ids, 7))
+    harness.assignment.change(OLD)
+    await harness.assignment.run(harness.term)
+    assert not harness.assignment.change(Assignment(OLD.bucket_ids, 7))
     harness.catalog.left_out = {ObjectId(f"{number}") for number in range(7)}
-    await harness.duty.run(harness.term)
+    await harness.assignment.run(harness.term)
     assert harness.held() == 8
 
 
 async def test_an_object_missing_from_the_list_stays_if_a_lookup_confirms_it(harness: Harness) -> None:
     harness.catalog.left_out = {ObjectId("0"), ObjectId("1"), ObjectId("2")}
     del harness.catalog.objects[ObjectId("0")]
-    assert await harness.duty.run(harness.term)
+    assert await harness.assignment.run(harness.term)
     assert harness.held() == 7, "what does not exist any more goes"
 
 
 async def test_a_catalog_failing_midway_leaves_remaining_objects(harness: Harness) -> None:
-    await harness.duty.run(harness.term)
-    harness.duty.change(OLD)
-    harness.duty.change(NEW)
+    await harness.assignment.run(harness.term)
+    harness.assignment.change(OLD)
+    harness.assignment.change(NEW)
 
     class Failing(ListedCatalog):
         async def look_up(self, object_id: ObjectId) -> MediaObject | None:
@@ -132,6 +132,6 @@ async def test_a_catalog_failing_midway_leaves_remaining_objects(harness: Harnes
 
 
 async def test_the_operator_state_found_at_the_start_is_no_change(harness: Harness) -> None:
-    assert not harness.duty.change(NEW)
-    await harness.duty.run(harness.term)
+    assert not harness.assignment.change(NEW)
+    await harness.assignment.run(harness.term)
     assert harness.held() == 8, "nearly all would go: it may be the catalog's fault"

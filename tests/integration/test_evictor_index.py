@@ -65,7 +65,7 @@ async def term_of(state: FailingStore) -> Term:
 
 async def leader(state: FailingStore, volume: Volume, policy: str) -> EvictionIndex:
     index = EvictionIndex(state, volume, lambda: make_policy(policy))
-    await index.take_over()
+    await index.load()
     return index
 
 
@@ -145,11 +145,11 @@ async def test_policy_data_seen_before_the_store_had_the_entry_is_written_later(
     partial.mark_verified()
     partial.publish(record)
     partial.close()
-    index.notice(new)
+    index.mark_changed(new)
     await index.refresh()
     await index.save(term)
     assert await state.commit(begun.lease, time.time())
-    index.notice(new)  # the commit is announced
+    index.mark_changed(new)  # the commit is announced
     await index.save(term)
     [stored] = [entry async for batch in state.entries() for entry in batch if entry.object_id == new]
     known = index.policy.get(new)

@@ -27,7 +27,7 @@ async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
 
 async def no_purges_left(harness: EvictorHarness) -> bool:
-    return not await harness.state.purges_wanted(10)
+    return not await harness.state.pending_purges(10)
 
 
 async def test_purged_objects_go_pinned_or_not(harness: EvictorHarness) -> None:
@@ -35,7 +35,7 @@ async def test_purged_objects_go_pinned_or_not(harness: EvictorHarness) -> None:
         await eventually(harness.reconciled)
         await harness.store("one", "two", "three")
         await harness.state.change_pins(pin=[TWO])
-        await harness.state.want_purges([ONE, TWO, ObjectId("unknown")])
+        await harness.state.request_purges([ONE, TWO, ObjectId("unknown")])
         await eventually(lambda: no_purges_left(harness))
         assert not harness.has("one")
         assert not harness.has("two")
@@ -50,7 +50,7 @@ async def test_a_purged_object_in_transfer_is_sent_completely(harness: EvictorHa
         reader = harness.volume.open_object(ONE)
         assert reader is not None
         assert reader.lock_shared()
-        await harness.state.want_purges([ONE])
+        await harness.state.request_purges([ONE])
         await eventually(lambda: no_purges_left(harness))
         assert harness.volume.open_object(ONE) is None
         assert reader.read(0, SIZE) == body_of("one")
@@ -67,7 +67,7 @@ async def test_a_purge_waits_for_the_fetch_under_way(harness: EvictorHarness) ->
     async with harness.evictor(partial_keep=60):
         await eventually(harness.reconciled)
         lease = await harness.begin_fetch("one")
-        await harness.state.want_purges([ONE])
+        await harness.state.request_purges([ONE])
         assert await harness.state.renew(lease)
         harness.put_file("one")
         assert not await no_purges_left(harness)
@@ -83,7 +83,7 @@ async def test_a_purge_finishes_a_half_done_removal(harness: EvictorHarness) -> 
         lease = await harness.begin_fetch("one")
         harness.leave_partial("one", 1000)
         await harness.state.park(lease)
-        await harness.state.want_purges([ONE])
+        await harness.state.request_purges([ONE])
         await eventually(lambda: no_purges_left(harness))
         assert await harness.fetch_of("one") is None
         assert harness.volume.open_partial(ONE) is None
@@ -145,6 +145,6 @@ async def test_the_operators_assignment_is_the_one_that_is_checked(harness: Evic
         )
 
         def changed() -> bool:
-            return evictor._tools.duty._duty.bucket_ids == frozenset({"5:5"})
+            return evictor._parts.assignment._assignment.bucket_ids == frozenset({"5:5"})
 
         await eventually(changed)

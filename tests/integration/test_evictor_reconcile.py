@@ -89,7 +89,7 @@ async def test_a_half_done_eviction_is_finished_by_the_next_leader(harness: Evic
 async def test_deferred_removals_count_until_their_readers_have_finished(harness: EvictorHarness) -> None:
     for name in ("free", "read"):
         harness.put_file(name)
-        harness.volume.removal(ObjectId(name)).set_aside()
+        harness.volume.removal(ObjectId(name)).rename_to_trash()
     reader = os.open(harness.root / "leaving" / "read", os.O_RDONLY)
     fcntl.flock(reader, fcntl.LOCK_SH)
     async with harness.evictor():

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from services.evictor.index import EvictionIndex
-from services.evictor.removals import Removals
+from services.evictor.removals import ObjectRemover
 from services.evictor.repair import Repair
-from services.evictor.takeover import Takeover
-from shared.adapters.volume.intake import Intake
+from services.evictor.takeover import NodeImport
+from shared.adapters.volume.intake import ImportSource
 from shared.domain.eviction import Lru
-from shared.domain.objects import DistributionBucket, Duty, MediaObject, ObjectId
+from shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
 from tests.integration.evictor_world import EvictorHarness, body_of, evictor_harness, media_object
 
 
@@ -23,8 +23,8 @@ async def harness(tmp_path: Path) -> AsyncIterator[EvictorHarness]:
         yield made
 
 
-def removals_of(harness: EvictorHarness) -> Removals:
-    return Removals(harness.state, harness.volume, EvictionIndex(harness.state, harness.volume, Lru))
+def remover_of(harness: EvictorHarness) -> ObjectRemover:
+    return ObjectRemover(harness.state, harness.volume, EvictionIndex(harness.state, harness.volume, Lru))
 
 
 async def test_an_object_unknown_to_the_catalog_does_not_block_others(
@@ -34,8 +34,8 @@ async def test_an_object_unknown_to_the_catalog_does_not_block_others(
     for name in names:
         harness.put_file(name, b"x" + name.encode())
         harness.record_path_of(name).unlink()
-    repair = Repair(harness.volume, harness.catalog, removals_of(harness), None)
-    repair.questions_most = 100
+    repair = Repair(harness.volume, harness.catalog, remover_of(harness), None)
+    repair.max_lookups = 100
     term = await harness.term()
     for _ in range(3):
         await repair.run(term)
@@ -53,10 +53,10 @@ async def test_the_list_of_an_import_is_that_of_the_current_assignment(
     harness.catalog.objects[ObjectId("one")] = MediaObject(
         known.object_id, known.size, known.content_hash, buckets=(DistributionBucket("0:2"),)
     )
-    duty = Duty(frozenset({"0:1"}))
-    takeover = Takeover(Intake(harness.root, tmp_path), None)
-    repair = Repair(harness.volume, harness.catalog, removals_of(harness), lambda: duty, takeover)
-    duty = Duty(frozenset({"0:2"}))
+    assignment = Assignment(frozenset({"0:1"}))
+    node_import = NodeImport(ImportSource(harness.root, tmp_path), None)
+    repair = Repair(harness.volume, harness.catalog, remover_of(harness), lambda: assignment, node_import)
+    assignment = Assignment(frozenset({"0:2"}))
     await repair.run(await harness.term())
     assert harness.volume.read_record(ObjectId("one")) is not None
     assert harness.catalog.asked == []

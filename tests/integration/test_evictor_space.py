@@ -203,7 +203,7 @@ async def test_a_purged_object_is_hidden_immediately_and_counts_until_read(harne
         sent = harness.volume.open_object(ObjectId("one"))
         assert sent is not None
         assert sent.lock_shared()
-        await harness.state.want_purges([ObjectId("one")])
+        await harness.state.request_purges([ObjectId("one")])
         await eventually(lambda: harness.volume.open_object(ObjectId("one")) is None)
         await asyncio.sleep(0.3)
         assert await harness.used() == 2 * footprint(SIZE)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from services.evictor.index import EvictionIndex
-from services.evictor.leadership import Leadership
-from services.evictor.removals import Outcome, Removals
+from services.evictor.leadership import LeaderElection
+from services.evictor.removals import ObjectRemover, RemovalOutcome
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import RemovalState
@@ -47,7 +47,7 @@ class Candidate:
     """A leadership and a record of the terms it had."""
 
     def __init__(self, harness: EvictorHarness, name: str) -> None:
-        self.leadership = Leadership(harness.state, name, LEADERSHIP, RENEWAL)
+        self.election = LeaderElection(harness.state, name, LEADERSHIP, RENEWAL)
         self.acting = asyncio.Event()
         self.terms: list[Term] = []
 
@@ -67,9 +67,9 @@ async def stop(task: asyncio.Task[None]) -> None:
 
 async def test_one_leads_and_the_other_takes_over_at_once_when_it_resigns(harness: EvictorHarness) -> None:
     first, second = Candidate(harness, "first"), Candidate(harness, "second")
-    leading = asyncio.create_task(first.leadership.serve(first.work))
+    leading = asyncio.create_task(first.election.serve(first.work))
     await eventually(first.acting.is_set)
-    standing_by = asyncio.create_task(second.leadership.serve(second.work))
+    standing_by = asyncio.create_task(second.election.serve(second.work))
     await asyncio.sleep(LEADERSHIP * 1.2)
     assert first.acting.is_set()
     assert not second.acting.is_set()
@@ -83,10 +83,10 @@ async def test_one_leads_and_the_other_takes_over_at_once_when_it_resigns(harnes
 
 async def test_a_leader_whose_term_the_store_lost_starts_a_new_one(harness: EvictorHarness) -> None:
     candidate = Candidate(harness, "first")
-    leading = asyncio.create_task(candidate.leadership.serve(candidate.work))
+    leading = asyncio.create_task(candidate.election.serve(candidate.work))
     await eventually(candidate.acting.is_set)
     await harness.state.resign(candidate.terms[0])
-    candidate.leadership.confirm()
+    candidate.election.renew_now()
     await eventually(lambda: len(candidate.terms) == 2)
     assert candidate.terms[1].token > candidate.terms[0].token
     await stop(leading)
@@ -98,7 +98,7 @@ async def test_a_leader_that_cannot_renew_stops_before_its_term_expires(
 ) -> None:
     async with evictor_harness(tmp_path, (own_redis.url, redis_prefix)) as harness:
         candidate = Candidate(harness, "first")
-        leading = asyncio.create_task(candidate.leadership.serve(candidate.work))
+        leading = asyncio.create_task(candidate.election.serve(candidate.work))
         await eventually(candidate.acting.is_set)
         frozen = time.monotonic()
         own_redis.freeze()
@@ -114,7 +114,7 @@ async def test_the_work_of_a_failing_leader_ends_with_its_error(harness: Evictor
         raise ValueError("a fault of ours")
 
     with pytest.raises(ValueError, match="a fault of ours"):
-        await Leadership(harness.state, "first", LEADERSHIP, RENEWAL).serve(work)
+        await LeaderElection(harness.state, "first", LEADERSHIP, RENEWAL).serve(work)
     assert await harness.state.lead("second", 1.0) is not None
 
 
@@ -152,10 +152,12 @@ async def test_without_a_term_nothing_is_removed(harness: EvictorHarness) -> Non
     async with harness.evictor():
         await eventually(harness.reconciled)
         await harness.store("one")
-    removals = Removals(harness.state, harness.volume, EvictionIndex(harness.state, harness.volume, LruSp))
+    remover = ObjectRemover(
+        harness.state, harness.volume, EvictionIndex(harness.state, harness.volume, LruSp)
+    )
     stranger = Term("nobody", 1)
-    assert await removals.evict(stranger, ONE, 0.0, "space") is Outcome.REFUSED
-    assert await removals.purge(stranger, ONE, "operator") is Outcome.REFUSED
+    assert await remover.evict(stranger, ONE, 0.0, "space") is RemovalOutcome.REFUSED
+    assert await remover.purge(stranger, ONE, "operator") is RemovalOutcome.REFUSED
     assert harness.has("one")
 
 

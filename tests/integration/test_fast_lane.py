@@ -427,7 +427,7 @@ async def test_an_object_being_sent_is_in_use(harness: AssetsHarness) -> None:
     await asyncio.sleep(1.6)  # longer than an idle object is kept open
     removal = harness.volume.removal(ObjectId("2"))
     assert removal.begin() is RemovalState.IN_USE
-    removal.set_aside()
+    removal.rename_to_trash()
     assert await reader.readexactly(LARGE) == harness.data["2"]
     await harness.until(lambda running: running.open_files() == 0)
     assert removal.begin() is RemovalState.READY

@@ -127,7 +127,7 @@ async def test_bodies_of_removed_objects_are_dropped(harness: Harness) -> None:
 async def test_an_object_renamed_to_trash_is_noticed_and_closed(harness: Harness) -> None:
     harness.store("1", b"a" * LARGE)
     assert harness.bytes_of("1") is not None
-    harness.volume.removal(ObjectId("1")).set_aside()
+    harness.volume.removal(ObjectId("1")).rename_to_trash()
     harness.now += LATER
     assert harness.bytes_of("1") is None
     assert harness.remove("1") is RemovalState.READY
@@ -139,7 +139,7 @@ async def test_a_file_being_sent_stays_open_until_it_is_sent(harness: Harness) -
     hot = harness.take("1")
     assert hot is not None
     hot.begin_send()
-    harness.volume.removal(ObjectId("1")).set_aside()
+    harness.volume.removal(ObjectId("1")).rename_to_trash()
     harness.now += IDLE_SECONDS + LATER
     assert harness.bytes_of("1") is None
     await harness.hot.sweep()

@@ -15,7 +15,7 @@ from services.demo.squid import SquidFaults, StorageBucket, TestSquid
 from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
 from shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits, SquidStatus
 from shared.domain.errors import CatalogUnavailable, ConfigurationError
-from shared.domain.objects import DistributionBucket, Duty, MediaObject, ObjectId
+from shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
 
 pytestmark = pytest.mark.alone
 
@@ -36,7 +36,7 @@ NODES: list[str | StorageBucket] = [
 ]
 ONE, TWO, NOBODY = ObjectId("1"), ObjectId("2"), ObjectId("404")
 QUICK = SquidLimits(timeout=0.3, list_timeout=0.3, list_batch=1, list_pause=0.0)
-OURS, WORKER = Duty(frozenset({"0:1"})), Duty(worker_id=7)
+OURS, WORKER = Assignment(frozenset({"0:1"})), Assignment(worker_id=7)
 
 
 @pytest.fixture
@@ -64,8 +64,10 @@ async def catalog(squid: TestSquid) -> AsyncIterator[JoystreamCatalog]:
         yield catalog
 
 
-async def listed(catalog: JoystreamCatalog, duty: Duty) -> list[str]:
-    return sorted(item.object_id for batch in [b async for b in catalog.list_objects(duty)] for item in batch)
+async def listed(catalog: JoystreamCatalog, assignment: Assignment) -> list[str]:
+    return sorted(
+        item.object_id for batch in [b async for b in catalog.list_objects(assignment)] for item in batch
+    )
 
 
 async def test_an_object_is_described_in_full(catalog: JoystreamCatalog) -> None:
@@ -80,8 +82,8 @@ async def test_an_object_is_described_in_full(catalog: JoystreamCatalog) -> None
     assert found.buckets == (DistributionBucket("0:1", frozenset({7})),)
     assert OURS.covers(found)
     assert WORKER.covers(found)
-    assert not Duty(worker_id=990).covers(found)  # invited, no more
-    assert not Duty(frozenset({"9:9"})).covers(found)
+    assert not Assignment(worker_id=990).covers(found)  # invited, no more
+    assert not Assignment(frozenset({"9:9"})).covers(found)
 
 
 async def test_private_sources_are_kept_unless_refused(squid: TestSquid) -> None:
@@ -177,24 +179,26 @@ async def test_an_invalid_url_is_a_configuration_error() -> None:
         await JoystreamCatalog("http://user:secret@squid.example/", QUICK, refuse_private=True).open()
 
 
-@pytest.mark.parametrize("duty", [OURS, WORKER], ids=["buckets", "worker"])
-async def test_the_list_of_the_assignment(squid: TestSquid, catalog: JoystreamCatalog, duty: Duty) -> None:
-    batches = [batch async for batch in catalog.list_objects(duty)]
+@pytest.mark.parametrize("assignment", [OURS, WORKER], ids=["buckets", "worker"])
+async def test_the_list_of_the_assignment(
+    squid: TestSquid, catalog: JoystreamCatalog, assignment: Assignment
+) -> None:
+    batches = [batch async for batch in catalog.list_objects(assignment)]
     objects = [item for batch in batches for item in batch]
     assert sorted(item.object_id for item in objects) == ["1", "2", "3", "4"]
     assert len(batches) == 3
-    assert all(duty.covers(item) for item in objects)
+    assert all(assignment.covers(item) for item in objects)
     assert {item.media_type for item in objects} == {None, "text/vtt"}
     questions = [record for record in squid.requests if record.operation == "ObjectsOfBags"]
     assert [record.variables["n"] for record in questions] == [1, 1, 1]
 
 
 async def test_the_list_of_everything(catalog: JoystreamCatalog) -> None:
-    assert await listed(catalog, Duty()) == ["1", "2", "3", "4", "900"]
+    assert await listed(catalog, Assignment()) == ["1", "2", "3", "4", "900"]
 
 
 async def test_a_worker_without_buckets_has_nothing(catalog: JoystreamCatalog) -> None:
-    assert await listed(catalog, Duty(worker_id=12345)) == []
+    assert await listed(catalog, Assignment(worker_id=12345)) == []
 
 
 async def test_a_list_pauses_between_batches(squid: TestSquid) -> None:
@@ -243,8 +247,8 @@ async def test_each_generation_of_servers_is_understood(
     assert found is not None
     assert found.size == 2000
     assert await catalog.look_up(NOBODY) is None
-    for duty in (OURS, WORKER):
-        assert await listed(catalog, duty) == ["1", "2", "3", "4"]
+    for assignment in (OURS, WORKER):
+        assert await listed(catalog, assignment) == ["1", "2", "3", "4"]
     assert len(await catalog.active_storage_endpoints()) == 2
 
 

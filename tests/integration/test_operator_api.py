@@ -18,7 +18,7 @@ from services.api.operator.service import operator_api
 from shared.adapters.state_redis import RedisStateStore
 from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume.orders_file import NAME, read_operator_state, write_operator_state
-from shared.domain.objects import Duty, ObjectId
+from shared.domain.objects import Assignment, ObjectId
 from shared.domain.orders import OperatorState, OperatorStateSnapshot, decode_snapshot, encode_snapshot
 from shared.domain.warming import WarmingScope
 from shared.runtime.orders import OperatorStateWatcher
@@ -139,7 +139,7 @@ async def test_a_reader_follows_the_file_while_the_store_is_down(tmp_path: Path)
     down = RedisStateStore(
         f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimeouts(operation_timeout=0.3)
     )
-    watcher = OperatorStateWatcher(down, tmp_path, Duty())
+    watcher = OperatorStateWatcher(down, tmp_path, Assignment())
     await watcher.load()
     assert watcher.current == PINNED.state
     assert not watcher.shutting_down
@@ -165,12 +165,14 @@ def test_a_broken_file_is_ignored(tmp_path: Path, text: bytes) -> None:
 
 def test_the_file_is_replaced_in_one_step_and_reads_back(tmp_path: Path) -> None:
     write_operator_state(tmp_path, OperatorStateSnapshot(OperatorState(version=1)))
-    duty = OperatorState(
+    assignment = OperatorState(
         version=9, buckets_ordered=True, buckets=frozenset({"0:1", "0:2"}), worker_ordered=True
     )
-    write_operator_state(tmp_path, OperatorStateSnapshot(duty, frozenset({ObjectId("b"), ObjectId("a")})))
+    write_operator_state(
+        tmp_path, OperatorStateSnapshot(assignment, frozenset({ObjectId("b"), ObjectId("a")}))
+    )
     assert read_operator_state(tmp_path) == OperatorStateSnapshot(
-        duty, frozenset({ObjectId("b"), ObjectId("a")})
+        assignment, frozenset({ObjectId("b"), ObjectId("a")})
     )
     assert [file.name for file in tmp_path.iterdir()] == [NAME]
     assert decode_snapshot(encode_snapshot(PINNED)) == PINNED
@@ -179,18 +181,20 @@ def test_the_file_is_replaced_in_one_step_and_reads_back(tmp_path: Path) -> None
 def test_without_operator_state_the_settings_apply() -> None:
     configured = Settings(
         buckets=["1:1"], worker_id=3, catalog={"kind": "joystream"}, storage={"path": "unused"}
-    ).duty
-    assert OperatorState().duty(configured) == configured == Duty(frozenset({"1:1"}), 3)
-    assert OperatorState(worker_ordered=True, worker_id=7).duty(configured) == Duty(frozenset({"1:1"}), 7)
-    assert OperatorState(buckets_ordered=True).duty(configured) == Duty(None, 3)
+    ).assignment
+    assert OperatorState().assignment(configured) == configured == Assignment(frozenset({"1:1"}), 3)
+    assert OperatorState(worker_ordered=True, worker_id=7).assignment(configured) == Assignment(
+        frozenset({"1:1"}), 7
+    )
+    assert OperatorState(buckets_ordered=True).assignment(configured) == Assignment(None, 3)
 
 
 def test_all_buckets_of_an_unnamed_worker_are_not_everything() -> None:
-    configured = Duty(frozenset({"1:1"}))
+    configured = Assignment(frozenset({"1:1"}))
     ordered = OperatorState(buckets_ordered=True)
-    assert ordered.duty(configured) == configured
-    assert replace(ordered, worker_ordered=True, worker_id=7).duty(configured) == Duty(None, 7)
-    assert ordered.duty(Duty()) == Duty()
+    assert ordered.assignment(configured) == configured
+    assert replace(ordered, worker_ordered=True, worker_id=7).assignment(configured) == Assignment(None, 7)
+    assert ordered.assignment(Assignment()) == Assignment()
 
 
 async def test_back_to_all_of_the_worker_needs_a_worker(tmp_path: Path) -> None:

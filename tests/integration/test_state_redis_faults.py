@@ -18,7 +18,7 @@ from shared.domain.objects import ObjectId
 from shared.domain.orders import OperatorState, OperatorStateSnapshot
 from shared.domain.warming import WarmingScope
 from shared.observability.metrics import STATE_STORE_ERRORS
-from shared.ports.order_book import PurgeWish
+from shared.ports.order_book import PurgeRequest
 from shared.ports.state_store import (
     Access,
     AlreadyStored,
@@ -79,9 +79,9 @@ VERBS: dict[str, Callable[[RedisStateStore], Awaitable[Any]]] = {
     ),
     "pinned": lambda store: store.pinned(),
     "change_pins": lambda store: store.change_pins(pin=[ONE]),
-    "want_purges": lambda store: store.want_purges([ONE]),
-    "purges_wanted": lambda store: store.purges_wanted(1),
-    "end_purge": lambda store: store.end_purge(_TERM, PurgeWish(ONE, 1)),
+    "request_purges": lambda store: store.request_purges([ONE]),
+    "pending_purges": lambda store: store.pending_purges(1),
+    "complete_purge": lambda store: store.complete_purge(_TERM, PurgeRequest(ONE, 1)),
     "start_warming": lambda store: store.start_warming(WarmingScope()),
     "warming": lambda store: store.warming(),
     "lease_warming": lambda store: store.lease_warming("api-1", 1),

@@ -11,7 +11,7 @@ import pytest
 
 from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
 from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import Duty, MediaObject, ObjectId
+from shared.domain.objects import Assignment, MediaObject, ObjectId
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 FIRST = MediaObject(ONE, 1, sources=("https://one.example/1",))
@@ -54,8 +54,8 @@ class ScriptedCatalog:
             raise CatalogUnavailable("down")
         return self.known.get(object_id)
 
-    async def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
-        yield tuple(item for item in self.known.values() if duty.covers(item))
+    async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
+        yield tuple(item for item in self.known.values() if assignment.covers(item))
 
     async def bucket_ids(self) -> Sequence[str]:
         self.bucket_questions += 1
@@ -262,7 +262,7 @@ async def test_the_least_recently_requested_is_dropped(
 
 async def test_lists_and_buckets_are_the_inner_catalogs(catalog: CachedCatalog) -> None:
     assert await catalog.bucket_ids() == ("0:1",)
-    assert [len(batch) async for batch in catalog.list_objects(Duty())] == [2]
+    assert [len(batch) async for batch in catalog.list_objects(Assignment())] == [2]
 
 
 async def test_many_bucket_requests_make_one_catalog_call(

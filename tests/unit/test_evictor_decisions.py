@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.evictor.duty import why_implausible
+from services.evictor.duty import implausible_reason
 from services.evictor.file_calls import run_blocking
-from services.evictor.known_ids import KnownIds
-from services.evictor.pacing import LONGEST_PAUSE, backoff, repeat
+from services.evictor.known_ids import CompactIdSet
+from services.evictor.pacing import MAX_BACKOFF, backoff, run_periodically
 from services.evictor.repair import Verdict, judge_size
 from shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from shared.domain.objects import MediaObject, ObjectId
@@ -51,7 +51,7 @@ def test_eviction_frees_the_requested_space(
     ],
 )
 def test_implausible_lists(held: int, listed: int, to_drop: int, believed: bool) -> None:
-    assert (why_implausible(held, listed, to_drop) is None) is believed
+    assert (implausible_reason(held, listed, to_drop) is None) is believed
 
 
 def test_a_file_without_a_record_is_judged_by_its_size() -> None:
@@ -59,11 +59,11 @@ def test_a_file_without_a_record_is_judged_by_its_size() -> None:
     assert judge_size(None, 5) is Verdict.UNKNOWN
     assert judge_size(MediaObject(one, None), 5) is Verdict.UNKNOWN
     assert judge_size(MediaObject(one, 5), 5) is Verdict.CONFIRMED
-    assert judge_size(MediaObject(one, 6), 5) is Verdict.WRONG
+    assert judge_size(MediaObject(one, 6), 5) is Verdict.MISMATCH
 
 
 def test_compact_set_contains_what_was_added() -> None:
-    known = KnownIds()
+    known = CompactIdSet()
     assert ObjectId("0") not in known
     known.update(ObjectId(f"{number}") for number in range(1000))
     assert all(ObjectId(f"{number}") in known for number in range(1000))
@@ -77,7 +77,7 @@ def test_pauses_grow_and_are_bounded() -> None:
     pauses = [backoff(failures) for failures in range(1, 40)]
     assert pauses == sorted(pauses)
     assert pauses[0] < 0.5
-    assert pauses[-1] == LONGEST_PAUSE
+    assert pauses[-1] == MAX_BACKOFF
 
 
 async def test_work_goes_on_after_an_error_worth_retrying() -> None:
@@ -91,7 +91,7 @@ async def test_work_goes_on_after_an_error_worth_retrying() -> None:
             raise StateStoreUnavailable("away")
         return 0.0 if calls < 4 else None
 
-    await repeat("test", step, on_error=seen.append)
+    await run_periodically("test", step, on_error=seen.append)
     assert calls == 4
     assert [type(error) for error in seen] == [StateStoreUnavailable]
 
@@ -101,7 +101,7 @@ async def test_an_internal_error_is_not_swallowed() -> None:
         raise ConfigurationError("wrong")
 
     with pytest.raises(ConfigurationError):
-        await repeat("test", step)
+        await run_periodically("test", step)
 
 
 async def test_an_event_shortens_the_wait() -> None:
@@ -112,7 +112,7 @@ async def test_an_event_shortens_the_wait() -> None:
         calls += 1
         return 60.0 if calls == 1 else None
 
-    working = asyncio.create_task(repeat("test", step, wake))
+    working = asyncio.create_task(run_periodically("test", step, wake))
     await asyncio.sleep(0)
     wake.set()
     async with asyncio.timeout(5):

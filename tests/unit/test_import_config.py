@@ -12,7 +12,7 @@ import yaml
 from services.migration.command import import_configuration
 from services.migration.yaml_core import read_yaml
 from shared.domain.errors import ConfigurationError
-from shared.domain.objects import Duty
+from shared.domain.objects import Assignment
 from shared.settings import load_settings
 
 FULL = """
@@ -110,7 +110,7 @@ def test_printed_settings_are_accepted(tmp_path: Path) -> None:
     settings = load_settings(tmp_path / "ours.yaml")
     assert settings.storage.limit == 500 * 1024**3
     assert settings.catalog.kind == "joystream"
-    assert settings.duty == Duty(frozenset({"0:1", "0:2"}), 3)
+    assert settings.assignment == Assignment(frozenset({"0:1", "0:2"}), 3)
 
 
 def test_plain_tokens_have_their_nginx_meaning(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from shared.adapters.volume import Volume
-from shared.adapters.volume.intake import Intake, Taken
+from shared.adapters.volume.intake import ImportResult, ImportSource
 from shared.adapters.volume.layout import shard
 from shared.domain.errors import VolumeError
 from shared.domain.objects import ObjectId
@@ -33,20 +33,20 @@ def place(root: Path, object_id: str) -> Path:
 def test_a_file_is_moved_and_stays_the_same_file(root: Path) -> None:
     (root / "1").write_bytes(b"one")
     inode = (root / "1").stat().st_ino
-    intake = Intake(root, root)
-    assert [(found.object_id, found.size) for found in intake.waiting()] == [("1", 3)]
-    assert intake.take_in(ONE) is Taken.MOVED
+    import_source = ImportSource(root, root)
+    assert [(found.object_id, found.size) for found in import_source.pending()] == [("1", 3)]
+    assert import_source.import_file(ONE) is ImportResult.MOVED
     assert place(root, "1").stat().st_ino == inode
     assert place(root, "1").stat().st_nlink == 1
-    assert not list(intake.waiting())
-    assert intake.take_in(ONE) is Taken.GONE
-    intake.close()
+    assert not list(import_source.pending())
+    assert import_source.import_file(ONE) is ImportResult.MISSING
+    import_source.close()
 
 
 def test_existing_objects_stay(root: Path) -> None:
     place(root, "1").write_bytes(b"ours")
     (root / "1").write_bytes(b"theirs")
-    assert Intake(root, root).take_in(ONE) is Taken.THERE
+    assert ImportSource(root, root).import_file(ONE) is ImportResult.EXISTS
     assert place(root, "1").read_bytes() == b"ours"
     assert not (root / "1").exists()
 
@@ -59,17 +59,17 @@ def test_existing_objects_stay_where_links_are_unsupported(
 
     place(root, "1").write_bytes(b"ours")
     (root / "1").write_bytes(b"theirs")
-    intake = Intake(root, root)
+    import_source = ImportSource(root, root)
     monkeypatch.setattr(os, "link", no_links)
-    assert intake.take_in(ONE) is Taken.THERE
+    assert import_source.import_file(ONE) is ImportResult.EXISTS
     assert place(root, "1").read_bytes() == b"ours"
-    intake.close()
+    import_source.close()
 
 
 def test_killed_between_the_two_names(root: Path) -> None:
     (root / "1").write_bytes(b"one")
     os.link(root / "1", place(root, "1"))
-    assert Intake(root, root).take_in(ONE) is Taken.THERE
+    assert ImportSource(root, root).import_file(ONE) is ImportResult.EXISTS
     assert place(root, "1").read_bytes() == b"one"
     assert place(root, "1").stat().st_nlink == 1
 
@@ -81,7 +81,7 @@ def test_only_files_named_like_the_networks_objects(root: Path, tmp_path: Path) 
         (assets / name).write_bytes(b"x")
     (assets / "14").mkdir()
     (assets / "15").symlink_to(assets / "12")
-    assert [found.object_id for found in Intake(root, assets).waiting()] == ["12"]
+    assert [found.object_id for found in ImportSource(root, assets).pending()] == ["12"]
 
 
 def test_another_file_system_has_to_be_copied(root: Path) -> None:
@@ -92,10 +92,10 @@ def test_another_file_system_has_to_be_copied(root: Path) -> None:
     assets.mkdir()
     try:
         (assets / "1").write_bytes(b"one")
-        intake = Intake(root, assets)
-        assert intake.take_in(ONE) is Taken.ELSEWHERE
+        import_source = ImportSource(root, assets)
+        assert import_source.import_file(ONE) is ImportResult.OTHER_DEVICE
         assert (assets / "1").exists()
-        intake.remove(ONE)
+        import_source.remove(ONE)
         assert not (assets / "1").exists()
     finally:
         for left in assets.iterdir():
@@ -105,15 +105,15 @@ def test_another_file_system_has_to_be_copied(root: Path) -> None:
 
 def test_a_missing_directory_is_reported(root: Path, tmp_path: Path) -> None:
     with pytest.raises(VolumeError, match="read the assets"):
-        list(Intake(root, tmp_path / "nothing").waiting())
+        list(ImportSource(root, tmp_path / "nothing").pending())
 
 
 def test_the_verified_mark_is_visible_to_all(root: Path) -> None:
-    intake, other = Intake(root, root), Intake(root, root)
+    import_source, other = ImportSource(root, root), ImportSource(root, root)
     assert not other.is_done()
-    intake.mark(done=True)
-    intake.mark(done=True)
+    import_source.mark(done=True)
+    import_source.mark(done=True)
     assert other.is_done()
-    intake.mark(done=False)
-    intake.mark(done=False)
+    import_source.mark(done=False)
+    import_source.mark(done=False)
     assert not other.is_done()

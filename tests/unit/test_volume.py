@@ -370,7 +370,7 @@ def test_rename_to_trash_hides_an_object_and_lets_its_readers_finish(volume: Vol
     sending = opened(volume, "1")
     assert sending.lock_shared()
     removal = volume.removal(ObjectId("1"))
-    removal.set_aside()
+    removal.rename_to_trash()
     assert volume.open_object(ObjectId("1")) is None
     assert volume.measure() == len(BODY)
     assert removal.begin() is RemovalState.IN_USE

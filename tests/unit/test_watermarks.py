@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.evictor.recent_victims import SOON, RecentVictims
+from services.evictor.recent_victims import GHOST_TTL, GhostList
 from shared.domain.objects import ObjectId
 from shared.domain.space import watermarks_for
 
@@ -46,12 +46,12 @@ def test_marks_are_in_order_and_below_the_limit(limit: int, largest: int | None,
 
 def test_a_ghost_hit_is_counted_once() -> None:
     now = 1000.0
-    victims = RecentVictims(lambda: now, most=2)
+    ghosts = GhostList(lambda: now, max_size=2)
     one, two, three = (ObjectId(name) for name in ("1", "2", "3"))
     for victim in (one, two, three):
-        victims.gone(victim)
-    assert not victims.came_back(one)  # forgotten: there were too many
-    assert victims.came_back(two)
-    assert not victims.came_back(two)
-    now += SOON + 1
-    assert not victims.came_back(three)
+        ghosts.add(victim)
+    assert not ghosts.hit(one)  # forgotten: there were too many
+    assert ghosts.hit(two)
+    assert not ghosts.hit(two)
+    now += GHOST_TTL + 1
+    assert not ghosts.hit(three)

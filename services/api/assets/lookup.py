@@ -28,7 +28,7 @@ async def look_up(context: ApiContext, object_id: ObjectId) -> MediaObject:
         ) from error
     if known is None:
         raise HttpError(404, "Data object does not exist", "does_not_exist")
-    if not context.duty.current.covers(known):
+    if not context.assignment.current.covers(known):
         raise HttpError(421, "Data object not served by this node", "not_served")
     if not known.accepted:
         raise HttpError(404, "Data object has not been uploaded yet", "not_uploaded")

@@ -51,7 +51,7 @@ class OperatorCommands:
 
         def ordered(state: OperatorState) -> OperatorState:
             changed = replace(state, buckets_ordered=True, buckets=buckets)
-            if buckets is None and changed.duty(self._operator_state.configured).bucket_ids is not None:
+            if buckets is None and changed.assignment(self._operator_state.configured).bucket_ids is not None:
                 raise HttpError(
                     409, "No worker is known whose buckets to serve: set-worker first", "no_worker"
                 )
@@ -77,7 +77,7 @@ class OperatorCommands:
         """None: everything that is cached or being fetched now."""
         await self._reject_if_shutting_down()
         if object_ids is not None:
-            await self._state.want_purges(object_ids)
+            await self._state.request_purges(object_ids)
             count = len(object_ids)
         else:
             count = await self._purge_all()
@@ -103,10 +103,10 @@ class OperatorCommands:
         async for entries in self._state.entries():
             batch += [entry.object_id for entry in entries]
             while len(batch) >= _PURGE_BATCH:
-                await self._state.want_purges(batch[:_PURGE_BATCH])
+                await self._state.request_purges(batch[:_PURGE_BATCH])
                 count, batch = count + _PURGE_BATCH, batch[_PURGE_BATCH:]
         if batch:
-            await self._state.want_purges(batch)
+            await self._state.request_purges(batch)
         return count + len(batch)
 
     async def _change_pins(
@@ -134,13 +134,13 @@ class OperatorCommands:
 
     def as_json(self) -> dict[str, Any]:
         """The orders in force."""
-        state, duty = self._operator_state.current, self._operator_state.duty
+        state, assignment = self._operator_state.current, self._operator_state.assignment
         return {
             "stopped": state.stopped,
             "draining": state.draining,
             "shuttingDown": self._operator_state.shutting_down,
-            "workerId": duty.worker_id,
-            "buckets": None if duty.bucket_ids is None else sorted(duty.bucket_ids),
+            "workerId": assignment.worker_id,
+            "buckets": None if assignment.bucket_ids is None else sorted(assignment.bucket_ids),
         }
 
 

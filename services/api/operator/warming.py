@@ -18,7 +18,7 @@ import structlog
 from services.api.context import ApiContext
 from shared.domain.errors import CatalogUnavailable, JobQueueUnavailable, StateStoreUnavailable, VolumeError
 from shared.domain.jobs import FetchJob
-from shared.domain.objects import Duty, MediaObject, ObjectId
+from shared.domain.objects import Assignment, MediaObject, ObjectId
 from shared.domain.orders import OperatorState
 from shared.domain.space import footprint
 from shared.domain.warming import Warming, WarmingScope
@@ -129,7 +129,7 @@ class CacheWarmer:
 
     async def _plan(self, progress: _Progress) -> None:
         """Which objects may be fetched; the others are skipped right away, those without room too. A list may know
-        neither sources nor duty: those are looked at when an object's turn comes."""
+        neither sources nor assignment: those are looked at when an object's turn comes."""
         settings, usage = self._context.settings, await self._context.state.usage()
         room = settings.storage.watermarks.low - usage.used - usage.reserved
         largest = settings.storage.largest_cached_size
@@ -155,10 +155,10 @@ class CacheWarmer:
             for object_id in scope.object_ids:
                 yield [await catalog.look_up(object_id)]
             return
-        duty = self._context.duty.current
+        assignment = self._context.assignment.current
         if scope.bucket_id is not None:
-            duty = Duty(bucket_ids=frozenset({scope.bucket_id}))
-        async for batch in catalog.list_objects(duty):
+            assignment = Assignment(bucket_ids=frozenset({scope.bucket_id}))
+        async for batch in catalog.list_objects(assignment):
             yield batch
 
     async def _fetch_planned(self, progress: _Progress) -> None:
@@ -193,7 +193,7 @@ class CacheWarmer:
         if await self._is_cached(object_id):
             return "skipped"
         known = await self._known(object_id)
-        if known is None or not known.accepted or not self._context.duty.current.covers(known):
+        if known is None or not known.accepted or not self._context.assignment.current.covers(known):
             return "skipped"
         claim = await state.claim(object_id, self._holder)
         if claim.won:

@@ -13,7 +13,7 @@ import structlog
 
 from shared.adapters.catalogs.shared_answers import SharedCatalog, SharedCatalogTtls, SingleFlight
 from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import Duty, MediaObject, ObjectId
+from shared.domain.objects import Assignment, MediaObject, ObjectId
 from shared.observability.metrics import CATALOG_LOOKUPS
 from shared.ports.catalog import Catalog
 from shared.ports.catalog_memory import SharedCatalogCache
@@ -107,8 +107,8 @@ class CachedCatalog:
             logger.warning("catalog_answer_stale", object_id=object_id, reason=str(error) or "slow")
             return entry.answer
 
-    def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
-        return self._inner.list_objects(duty)
+    def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
+        return self._inner.list_objects(assignment)
 
     async def bucket_ids(self) -> Sequence[str]:
         """Anybody may ask for this, by /readyz and /buckets: one question at a time, its answer or failure kept."""

@@ -14,7 +14,7 @@ import structlog
 from shared.adapters.catalogs.documents import read_json, read_yaml
 from shared.adapters.catalogs.manifest_format import Manifest, parse_manifest
 from shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
-from shared.domain.objects import Duty, MediaObject, ObjectId
+from shared.domain.objects import Assignment, MediaObject, ObjectId
 from shared.domain.source_urls import api_base_of, distinct_hosts
 
 logger = structlog.get_logger()
@@ -57,9 +57,9 @@ class ManifestCatalog:
     async def look_up(self, object_id: ObjectId) -> MediaObject | None:
         return (await self._current()).objects.get(object_id)
 
-    async def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
+    async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         manifest = await self._current()
-        ours = (wanted for wanted in manifest.objects.values() if duty.covers(wanted))
+        ours = (wanted for wanted in manifest.objects.values() if assignment.covers(wanted))
         while batch := tuple(islice(ours, _BATCH)):
             yield batch
             await asyncio.sleep(0)  # a list of 10^5 objects must not hold up the loop

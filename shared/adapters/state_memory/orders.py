@@ -10,7 +10,7 @@ from shared.adapters.state_memory.eviction import MemoryEviction
 from shared.domain.objects import ObjectId
 from shared.domain.orders import OperatorState, OperatorStateSnapshot
 from shared.domain.warming import Warming, WarmingScope
-from shared.ports.order_book import PurgeWish
+from shared.ports.order_book import PurgeRequest
 from shared.ports.state_store import Term, Topic
 
 
@@ -48,18 +48,18 @@ class MemoryOrders(MemoryEviction):
             self._write_operator_state(tables.operator_state or OperatorState())
         return changed
 
-    async def want_purges(self, object_ids: Sequence[ObjectId]) -> None:
+    async def request_purges(self, object_ids: Sequence[ObjectId]) -> None:
         serial = self._tables.next_serial()
         self._tables.purges.update(dict.fromkeys(object_ids, serial))
-        self._tables.announce(Topic.PURGE_WANTED)
+        self._tables.announce(Topic.PURGE_REQUESTED)
 
-    async def purges_wanted(self, at_most: int) -> Sequence[PurgeWish]:
-        return [PurgeWish(*wish) for wish in islice(self._tables.purges.items(), at_most)]
+    async def pending_purges(self, at_most: int) -> Sequence[PurgeRequest]:
+        return [PurgeRequest(*request) for request in islice(self._tables.purges.items(), at_most)]
 
-    async def end_purge(self, term: Term, wish: PurgeWish) -> None:
+    async def complete_purge(self, term: Term, request: PurgeRequest) -> None:
         tables = self._tables
-        if tables.is_leader(term) and tables.purges.get(wish.object_id) == wish.serial:
-            del tables.purges[wish.object_id]
+        if tables.is_leader(term) and tables.purges.get(request.object_id) == request.serial:
+            del tables.purges[request.object_id]
 
     async def start_warming(self, scope: WarmingScope) -> Warming | None:
         tables = self._tables

@@ -18,7 +18,7 @@ class Keys:
     failure:… STRING  reason, one per object, runs out
     orders    HASH    version, orders (JSON), what the operator has ordered
     pins      SET     objects that are never evicted to make room
-    purges    HASH    object id → serial of the wish
+    purges    HASH    object id → serial of the request
     warming   HASH    serial, warming (JSON), holder and until when (POSIX milliseconds)
     ticket:…  STRING  used once, runs out
     """

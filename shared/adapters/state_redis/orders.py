@@ -16,7 +16,7 @@ from shared.domain.orders import (
     encode_operator_state,
 )
 from shared.domain.warming import Warming, WarmingScope, decode_warming, encode_warming
-from shared.ports.order_book import PurgeWish
+from shared.ports.order_book import PurgeRequest
 from shared.ports.state_store import Term
 
 
@@ -53,18 +53,18 @@ class RedisOrders(RedisEviction):
         first = encode_operator_state(OperatorState())
         return int(await self._connection.run("change_pins", "", first, len(pin), *pin, *unpin))
 
-    async def want_purges(self, object_ids: Sequence[ObjectId]) -> None:
+    async def request_purges(self, object_ids: Sequence[ObjectId]) -> None:
         await self._connection.run("want_purges", "", *object_ids)
 
-    async def purges_wanted(self, at_most: int) -> Sequence[PurgeWish]:
+    async def pending_purges(self, at_most: int) -> Sequence[PurgeRequest]:
         keys = self._connection.keys
-        # Unlike HSCAN it says how many at most; wishes that cannot be fulfilled now do not stand in the others' way.
+        # Unlike HSCAN it says how many at most; requests that cannot be fulfilled now do not stand in the others' way.
         found = await self._connection.command("HRANDFIELD", keys.purges, at_most, "WITHVALUES")
         pairs = zip(found[::2], found[1::2], strict=True)
-        return [PurgeWish(ObjectId(object_id.decode()), int(serial)) for object_id, serial in pairs]
+        return [PurgeRequest(ObjectId(object_id.decode()), int(serial)) for object_id, serial in pairs]
 
-    async def end_purge(self, term: Term, wish: PurgeWish) -> None:
-        await self._run_as_leader("end_purge", term, wish.object_id, wish.serial)
+    async def complete_purge(self, term: Term, request: PurgeRequest) -> None:
+        await self._run_as_leader("end_purge", term, request.object_id, request.serial)
 
     async def start_warming(self, scope: WarmingScope) -> Warming | None:
         ordered = Warming(0, scope)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from shared.domain.errors import VolumeError, VolumeFull
 
-OBJECTS, RECORDS, INCOMING, LEAVING = "objects", "records", "incoming", "leaving"
-TOP_DIRECTORIES = (OBJECTS, RECORDS, INCOMING, LEAVING)
+OBJECTS, RECORDS, INCOMING, TRASH = "objects", "records", "incoming", "leaving"
+TOP_DIRECTORIES = (OBJECTS, RECORDS, INCOMING, TRASH)
 SHARDS = tuple(f"{number:02x}" for number in range(256))
 PART_SUFFIX, INCOMING_RECORD_SUFFIX = ".part", ".json"
 

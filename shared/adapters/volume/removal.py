@@ -7,7 +7,7 @@ import fcntl
 import os
 from enum import StrEnum
 
-from shared.adapters.volume.layout import LEAVING, OBJECTS, RECORDS, Directories, map_os_errors, shard
+from shared.adapters.volume.layout import OBJECTS, RECORDS, TRASH, Directories, map_os_errors, shard
 from shared.adapters.volume.records import unlink_if_exists
 from shared.domain.objects import ObjectId
 
@@ -38,7 +38,7 @@ class Removal:
     def begin(self) -> RemovalState:
         """Look in `leaving/` first (an earlier removal found it in use), then in `objects/`."""
         with map_os_errors(f"lock {self._object_id} for removal"):
-            for place in (LEAVING, f"{OBJECTS}/{shard(self._object_id)}"):
+            for place in (TRASH, f"{OBJECTS}/{shard(self._object_id)}"):
                 state = self._lock(place)
                 if state is not RemovalState.ABSENT:
                     return state
@@ -73,14 +73,14 @@ class Removal:
         they are once nobody has it open, and readers without a lock finish undisturbed."""
         with map_os_errors(f"remove {self._object_id}"):
             unlink_if_exists(self._object_id, self._directories.descriptor(self._place))
-            if self._place != LEAVING:
+            if self._place != TRASH:
                 number = shard(self._object_id)
                 unlink_if_exists(self._object_id, self._directories.descriptor(f"{RECORDS}/{number}"))
             # Whoever sends it would hold a lock. An open file that nobody sends must not keep the bytes
             if self._truncates and os.fstat(self._descriptor).st_nlink == 0:
                 os.ftruncate(self._descriptor, 0)
 
-    def set_aside(self) -> None:
+    def rename_to_trash(self) -> None:
         """Take an object that is being sent out of sight: new requests miss it, its bytes still count.
 
         Call again `begin` and `unlink` later, until nobody sends it any more.
@@ -91,7 +91,7 @@ class Removal:
                 self._object_id,
                 self._object_id,
                 src_dir_fd=self._directories.descriptor(f"{OBJECTS}/{number}"),
-                dst_dir_fd=self._directories.descriptor(LEAVING),
+                dst_dir_fd=self._directories.descriptor(TRASH),
             )
             unlink_if_exists(self._object_id, self._directories.descriptor(f"{RECORDS}/{number}"))
 

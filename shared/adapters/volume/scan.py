@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from shared.adapters.volume.layout import (
     INCOMING,
     INCOMING_RECORD_SUFFIX,
-    LEAVING,
     OBJECTS,
     PART_SUFFIX,
     RECORDS,
     SHARDS,
+    TRASH,
     Directories,
     shard,
 )
@@ -29,7 +29,7 @@ class FoundObject:
     object_id: ObjectId
     size: int
     changed_at: float
-    leaving: bool = False
+    in_trash: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +50,13 @@ class UnknownFile:
 
 def scan_objects(directories: Directories) -> Iterator[FoundObject | UnknownFile]:
     """All complete objects, and those in `leaving/`. OSError if the volume cannot be read."""
-    for place in (LEAVING, *(f"{OBJECTS}/{number}" for number in SHARDS)):
+    for place in (TRASH, *(f"{OBJECTS}/{number}" for number in SHARDS)):
         for name, seen in _files(directories, place):
             object_id = _object_id(name)
-            if seen is None or object_id is None or (place != LEAVING and place[-2:] != shard(object_id)):
+            if seen is None or object_id is None or (place != TRASH and place[-2:] != shard(object_id)):
                 yield UnknownFile(f"{place}/{name}")
             else:
-                yield FoundObject(object_id, seen.st_size, seen.st_mtime, leaving=place == LEAVING)
+                yield FoundObject(object_id, seen.st_size, seen.st_mtime, in_trash=place == TRASH)
 
 
 def scan_partials(directories: Directories) -> Iterator[FoundPartial | UnknownFile]:
@@ -106,7 +106,7 @@ def measure(directories: Directories) -> int:
     total = 0
     for place in (
         INCOMING,
-        LEAVING,
+        TRASH,
         *(f"{kind}/{number}" for kind in (OBJECTS, RECORDS) for number in SHARDS),
     ):
         total += sum(seen.st_size for _, seen in _files(directories, place) if seen is not None)

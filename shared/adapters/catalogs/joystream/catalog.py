@@ -17,7 +17,7 @@ from shared.adapters.catalogs.joystream.network import (
 )
 from shared.adapters.catalogs.joystream.questions import ACTIVE_STORAGE, ALL_BUCKETS, ONE_OBJECT, STATUS
 from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import Duty, MediaObject, ObjectId
+from shared.domain.objects import Assignment, MediaObject, ObjectId
 from shared.domain.source_urls import distinct_hosts
 
 
@@ -50,8 +50,8 @@ class JoystreamCatalog:
         found = data["object"]
         return None if found is None else read_object(object_id, found, refuse_private=self._refuse_private)
 
-    def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
-        return list_objects(self._endpoint, self._limits, duty)
+    def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
+        return list_objects(self._endpoint, self._limits, assignment)
 
     async def bucket_ids(self) -> Sequence[str]:
         limits = self._limits

@@ -17,14 +17,14 @@ from shared.adapters.catalogs.joystream.questions import (
     OBJECTS_OF_BAGS,
 )
 from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import DistributionBucket, Duty, MediaObject
+from shared.domain.objects import Assignment, DistributionBucket, MediaObject
 
 
 async def list_objects(
-    endpoint: GraphqlEndpoint, limits: SquidLimits, duty: Duty
+    endpoint: GraphqlEndpoint, limits: SquidLimits, assignment: Assignment
 ) -> AsyncIterator[Sequence[MediaObject]]:
     """CatalogUnavailable, in the middle if need be, when an answer fails or leaves out what was asked for."""
-    bags = await _bags(endpoint, limits, duty)
+    bags = await _bags(endpoint, limits, assignment)
     ids = list(bags)
     batches = deque(ids[start : start + limits.list_batch] for start in range(0, len(ids), limits.list_batch))
     first = True
@@ -45,19 +45,19 @@ async def list_objects(
 
 
 async def _bags(
-    endpoint: GraphqlEndpoint, limits: SquidLimits, duty: Duty
+    endpoint: GraphqlEndpoint, limits: SquidLimits, assignment: Assignment
 ) -> dict[str, tuple[DistributionBucket, ...]]:
     """Each bag's id, and those of our buckets it is in."""
     variables: dict[str, Any] = {}
     query, workers = ALL_BAGS, frozenset[int]()
-    if duty.bucket_ids is not None:
-        query, variables = BAGS_OF_BUCKETS, {"ids": sorted(duty.bucket_ids)}
-    elif duty.worker_id is not None:
-        query, variables = BAGS_OF_WORKER, {"w": duty.worker_id}
-        workers = frozenset({duty.worker_id})
+    if assignment.bucket_ids is not None:
+        query, variables = BAGS_OF_BUCKETS, {"ids": sorted(assignment.bucket_ids)}
+    elif assignment.worker_id is not None:
+        query, variables = BAGS_OF_WORKER, {"w": assignment.worker_id}
+        workers = frozenset({assignment.worker_id})
     data = await endpoint.ask(query, variables, limits.list_timeout, limits.max_list_answer)
     buckets = dict(_bag_ids(data))
-    missing = (duty.bucket_ids or frozenset()) - buckets.keys()
+    missing = (assignment.bucket_ids or frozenset()) - buckets.keys()
     if missing:
         raise CatalogUnavailable(f"the squid knows nothing of bucket {min(missing)}, which is ours")
     bags: dict[str, tuple[DistributionBucket, ...]] = {}
