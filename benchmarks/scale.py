@@ -118,7 +118,7 @@ class Scale:
     def _until_reconciled(self, evictor: RunningService, deadline: float) -> float:
         while True:
             for line in evictor.process.log_text().splitlines():
-                if '"reconciled"' in line:
+                if '"reconciliation_finished"' in line:
                     return float(json.loads(line)["seconds"])
             evictor.process.check(deadline)
             time.sleep(0.2)

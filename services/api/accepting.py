@@ -67,7 +67,7 @@ class AcceptLoop:
                 continue  # gone before it was taken
             except OSError as error:
                 # It stays in the queue, and the socket readable: without a pause the loop would turn and turn
-                logger.error("connection_not_accepted", reason=error.strerror)
+                logger.error("accept_failed", reason=error.strerror)
                 self._loop.remove_reader(self.listener.fileno())
                 self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
                 return

@@ -14,7 +14,7 @@ import structlog
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.views import ViewCoalescer
-from shared.observability.metrics import LOST_ACCESSES
+from shared.observability.metrics import DROPPED_ACCESSES
 from shared.ports.state_store import Access, StateStore
 
 FLUSH_INTERVAL = 1.0
@@ -63,7 +63,7 @@ class AccessCounter:
             self._pending[object_id] = _PendingAccess(views, now)
             if len(self._pending) > self._max_pending:
                 self._pending.popitem(last=False)
-                LOST_ACCESSES.inc()
+                DROPPED_ACCESSES.inc()
             return
         pending.views += views
         pending.last_at = max(pending.last_at, now)
@@ -89,7 +89,7 @@ class AccessCounter:
         except StateStoreUnavailable as error:
             if not self._down:
                 self._down = True
-                logger.warning("accesses_not_handed_over", reason=str(error))
+                logger.warning("access_flush_failed", reason=str(error))
             self._requeue(accesses)
             return
         except asyncio.CancelledError:
@@ -97,7 +97,7 @@ class AccessCounter:
             raise
         if self._down:
             self._down = False
-            logger.info("accesses_handed_over_again", objects=len(accesses))
+            logger.info("access_flush_recovered", objects=len(accesses))
 
     async def close(self, timeout: float = FINAL_FLUSH_TIMEOUT) -> None:
         """Hand over for the last time, within `timeout` seconds; what is left then is lost."""
@@ -105,8 +105,8 @@ class AccessCounter:
             async with asyncio.timeout(timeout):
                 await self.flush()
         if self._pending:
-            LOST_ACCESSES.inc(len(self._pending))
-            logger.warning("accesses_lost", objects=len(self._pending))
+            DROPPED_ACCESSES.inc(len(self._pending))
+            logger.warning("accesses_dropped", objects=len(self._pending))
             self._pending.clear()
 
     def _requeue(self, accesses: Sequence[Access]) -> None:

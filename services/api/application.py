@@ -22,7 +22,7 @@ from services.api.errors import AbortResponse
 from services.api.exchange import precreate_counters, request_record
 from services.api.protocol import ApiHttp
 from services.api.request import ASSETS, MAX_HEAD_BYTES, ApiRequest, validate_head
-from shared.observability.metrics import CUT_ANSWERS, REQUESTS_IN_PROGRESS
+from shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 from shared.settings.model import PublicApi
 
 MAX_BODY_BYTES = 64 * 1024
@@ -81,8 +81,8 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
                 await super().handle_request(request)
         except asyncio.CancelledError:
             if record.abort_reason is None and request.conn_info is not None and request.conn_info.lost:
-                record.abort_reason = "client_left"
-                CUT_ANSWERS.labels(reason="client_left").inc()
+                record.abort_reason = "client_disconnected"
+                ABORTED_RESPONSES.labels(reason="client_disconnected").inc()
             raise
         finally:
             REQUESTS_IN_PROGRESS.dec()
@@ -98,7 +98,7 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
         if isinstance(http, ApiHttp) and http.stage is not Stage.HANDLER:
             reason = exception.reason if isinstance(exception, AbortResponse) else "unexpected_error"
             if not isinstance(exception, AbortResponse) and http.stage is not Stage.FAILED:
-                logger.error("answer_failed", exc_info=exception)
+                logger.error("response_failed", exc_info=exception)
             http.abort_response(reason)
             return
         await super().handle_exception(request, exception, run_middleware=False)

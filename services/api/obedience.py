@@ -38,7 +38,7 @@ class OperatorStateController:
             )  # before anything is waited for: what is ordered meanwhile is looked at next
             self._update_assignment()
             if operator_state.shutting_down and not stop_requested.is_set():
-                logger.info("stop_ordered")
+                logger.info("shutdown_requested_by_operator")
                 stop_requested.set()
             stopped = operator_state.current.stopped
             if stopped and self._server.is_open:
@@ -61,7 +61,7 @@ class OperatorStateController:
         try:
             await self._server.open()
         except ConfigurationError as error:
-            logger.error("port_not_opened", reason=str(error))
+            logger.error("port_open_failed", reason=str(error))
             return False
         return True
 

@@ -94,7 +94,7 @@ class HealthChecks:
         except VolumeError as error:
             return str(error)
         except DistributorError as error:
-            logger.info("port_degraded", port=name, reason=str(error))
+            logger.info("dependency_unavailable", dependency=name, reason=str(error))
             return f"{name}: out of reach"
         return None
 

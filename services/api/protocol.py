@@ -17,7 +17,7 @@ from sanic.server import HttpProtocol
 
 from services.api.exchange import count_and_log, request_record
 from services.api.headers import date_now
-from shared.observability.metrics import CUT_ANSWERS
+from shared.observability.metrics import ABORTED_RESPONSES
 
 RESPONSE_START_TIMEOUT = 60.0
 """Seconds until an answer has begun, at most: a backstop, handlers have shorter limits of their own."""
@@ -59,7 +59,7 @@ class ApiHttp(Http):
             self.stage = Stage.FAILED
             if self.request is not None:
                 request_record(self.request).abort_reason = (
-                    request_record(self.request).abort_reason or "client_left"
+                    request_record(self.request).abort_reason or "client_disconnected"
                 )
         else:
             await super().error_response(exception)  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ class ApiHttp(Http):
         self.response_func: Any = None  # what Sanic still wants to send goes nowhere
         if self.request is not None:
             request_record(self.request).abort_reason = reason
-        CUT_ANSWERS.labels(reason=reason).inc()
+        ABORTED_RESPONSES.labels(reason=reason).inc()
         if isinstance(self.protocol, PublicProtocol):
             self.protocol.note_abort(reason)
         if self.protocol.transport is not None:
@@ -174,7 +174,7 @@ class PublicProtocol(HttpProtocol):
             self._http.abort_response(reason)
             return
         self.note_abort(reason)
-        CUT_ANSWERS.labels(reason=reason).inc()
+        ABORTED_RESPONSES.labels(reason=reason).inc()
         self.abort()
 
     def _enforce_timeouts(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:

@@ -118,7 +118,7 @@ class _Polled(Generic[_Value]):
     def fail(self, error: CatalogUnavailable) -> None:
         """Said once, until there is an answer again."""
         if not self._failed:
-            logger.warning("query_node_silent", question=self._name, reason=str(error))
+            logger.warning("squid_status_unavailable", query=self._name, reason=str(error))
         self._failed = True
 
     def value(self) -> _Value | None:

@@ -72,7 +72,7 @@ class PublicServer:
             await server.after_start()
         else:
             self._listening = _Listening((await server).server, connections)
-        logger.info("listening", host=self._address.host, port=self.port)
+        logger.info("server_listening", host=self._address.host, port=self.port)
 
     async def close(self, drain_seconds: float) -> None:
         """Stop accepting, let answers end within `drain_seconds`, and cut the rest. Who was let in already is answered,
@@ -92,13 +92,13 @@ class PublicServer:
         if not await connections.wait_empty(max(0.0, deadline - time.monotonic())):
             aborted = [connection.close_now() for connection in set(connections)].count(True)
             if aborted:
-                logger.warning("answers_cut_at_stop", connections=aborted)
+                logger.warning("responses_aborted_on_close", connections=aborted)
             await connections.wait_empty(_ABORT_GRACE)
         if tasks:
             await asyncio.wait(tasks, timeout=_ABORT_GRACE)
         if not await wait_until_flushed(self.port, max(0.0, deadline - time.monotonic())):
-            logger.warning("answers_unsent_at_stop", port=self.port)
-        logger.info("stopped_listening", port=self.port)
+            logger.warning("responses_unflushed_on_close", port=self.port)
+        logger.info("server_closed", port=self.port)
 
     async def _release_port(self, accept_loop: AcceptLoop, drain_seconds: float) -> None:
         """Close the port when nobody is coming in any more."""

@@ -66,7 +66,7 @@ class UsageReader:
             limit = self._context.settings.storage.limit
             self._measured = Usage(limit, used, reserved=0, objects=objects, fetches=0, reconciled=False)
         except VolumeError as error:
-            logger.warning("volume_not_measured", reason=str(error))
+            logger.warning("volume_measurement_failed", reason=str(error))
         finally:
             self._measured_at = self._clock()
             self._measuring = None

@@ -95,7 +95,7 @@ async def reserve_port(
                 raise
             if not logged:
                 logged = True
-                logger.warning("port_is_being_left", setting=f"{address.setting}.port", port=address.port)
+                logger.warning("waiting_for_port", setting=f"{address.setting}.port", port=address.port)
             await asyncio.sleep(PORT_RETRY_INTERVAL)
     return bind(replace(address, port=port, shared=True))
 

@@ -55,7 +55,7 @@ class FetchEvents:
                     async for announcement in announcements:
                         self._wake(announcement)
             except StateStoreUnavailable as error:
-                logger.warning("wakeups_lost", reason=str(error))
+                logger.warning("fetch_event_subscription_lost", reason=str(error))
             await asyncio.sleep(_RECONNECT_DELAY)
 
     def _wake(self, announcement: Announcement) -> None:

@@ -59,7 +59,7 @@ def run_checked(
             await main(scope)
         except ConfigurationError as error:
             misconfigured = True
-            logger.error("misconfigured", service=name, reason=str(error))
+            logger.error("settings_rejected", service=name, reason=str(error))
 
     code = run_service(checked, name=name, shutdown_deadline=shutdown_deadline, log=settings.log)
     return MISCONFIGURED if misconfigured else code

@@ -103,7 +103,7 @@ class Adoption:
             return False
         await self._state.begin_eviction(term, object_id, 0.0)
         self._index.mark_deferred(object_id)
-        RECONCILED.labels("adopted_leaving").inc()
+        RECONCILED.labels("adopted_evicting").inc()
         return True
 
     async def adopt_partial(self, term: Term, object_id: ObjectId, at_least: int) -> None:
@@ -121,7 +121,7 @@ class Adoption:
         try:
             await run_blocking(discard_partial_file, self._volume, object_id, lease.size)
         except PartialHeld:
-            logger.info("partial_still_held", object_id=object_id)
+            logger.info("partial_in_use", object_id=object_id)
         finally:
             await self._state.park(lease)
 

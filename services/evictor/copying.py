@@ -58,12 +58,14 @@ class ImportCopier:
         for one in pending:
             known = await self._catalog.look_up(one.object_id)
             if known is None or known.size != one.size:
-                RECONCILED.labels("not_copied").inc()
-                logger.warning("asset_left", object_id=one.object_id, bytes=one.size, known=known is not None)
+                RECONCILED.labels("import_rejected").inc()
+                logger.warning(
+                    "import_object_skipped", object_id=one.object_id, bytes=one.size, known=known is not None
+                )
                 continue
             begun = await self._state.begin(one.object_id, one.size, _WORKER)
             if isinstance(begun, NoSpace):
-                logger.info("assets_left_for_lack_of_space", copied=copied, left=len(pending) - copied)
+                logger.info("import_paused_no_space", copied=copied, left=len(pending) - copied)
                 return _NO_SPACE_RETRY_INTERVAL
             if isinstance(begun, Granted):
                 copied += await self._copy(known, one, begun.lease)
@@ -73,7 +75,7 @@ class ImportCopier:
                 return (
                     _LEASE_RENEW_INTERVAL  # not reconciled yet, or a fetch of this very object is under way
                 )
-        logger.info("assets_copied", copied=copied, left=len(pending) - copied)
+        logger.info("import_copy_finished", copied=copied, left=len(pending) - copied)
         return None
 
     def _most_used_first(self) -> Sequence[PendingFile]:
@@ -90,7 +92,7 @@ class ImportCopier:
         if views > 1:
             await self._state.record_accesses([Access(one.object_id, views - 1, last_at)])
         await run_blocking(self._import_source.remove, one.object_id)
-        RECONCILED.labels("copied").inc()
+        RECONCILED.labels("import_copied").inc()
         return True
 
     async def _commit(self, lease: Lease, last_at: float) -> None:
@@ -100,7 +102,7 @@ class ImportCopier:
         begun = await self._state.begin(lease.object_id, lease.size, _WORKER)
         known = isinstance(begun, Granted) and await self._state.commit(begun.lease, last_at)
         if not known and not isinstance(begun, AlreadyStored):
-            logger.warning("asset_left_to_reconciliation", object_id=lease.object_id)
+            logger.warning("import_reindex_deferred", object_id=lease.object_id)
 
     async def _store(self, known: MediaObject, one: PendingFile, lease: Lease) -> bool:
         """Whether it is a complete object now. If not, the lease is given back."""
@@ -116,7 +118,7 @@ class ImportCopier:
                 await run_blocking(opened[0].publish, record)
         except (VolumeError, OSError) as error:
             matches = False
-            logger.warning("asset_not_copied", object_id=one.object_id, reason=str(error))
+            logger.warning("import_copy_failed", object_id=one.object_id, reason=str(error))
         finally:
             for partial in opened:
                 partial.close()
@@ -157,13 +159,13 @@ class ImportCopier:
 
     async def _discard_mismatch(self, record: StoredRecord, lease: Lease) -> None:
         """What is wrong is fetched anew when somebody asks for it; the source stays where it is."""
-        logger.warning("asset_wrong", object_id=record.object_id, bytes=record.size)
-        RECONCILED.labels("not_copied").inc()
+        logger.warning("import_object_mismatch", object_id=record.object_id, bytes=record.size)
+        RECONCILED.labels("import_rejected").inc()
         if await self._state.renew(lease):
             try:
                 await run_blocking(discard_partial_file, self._volume, record.object_id, record.size)
             except VolumeError as error:
-                logger.warning("partial_file_stays", object_id=record.object_id, reason=str(error))
+                logger.warning("partial_removal_failed", object_id=record.object_id, reason=str(error))
                 await self._state.park(lease)
                 return
             await self._state.release(lease)

@@ -72,8 +72,8 @@ class AssignmentCheck:
             if unassigned is None or not await self._purge_unassigned(term, assignment, unassigned):
                 return True
         except CatalogUnavailable as error:
-            logger.warning("duty_not_checked", reason=str(error))
-            RECONCILED.labels("duty_unavailable").inc()
+            logger.warning("assignment_check_failed", reason=str(error))
+            RECONCILED.labels("assignment_unavailable").inc()
             return False
         if await run_blocking(read_checked_assignment, self._root) != assignment:
             await run_blocking(write_checked_assignment, self._root, assignment)
@@ -95,10 +95,10 @@ class AssignmentCheck:
         expected = checked is not None and checked != assignment and len(listed) > 0
         reason = None if expected else implausible_reason(len(held), len(listed), len(unassigned))
         if reason is not None:
-            logger.error("duty_list_refused", reason=reason, held=len(held), listed=len(listed))
-            RECONCILED.labels("duty_refused").inc()
+            logger.error("assignment_list_rejected", reason=reason, held=len(held), listed=len(listed))
+            RECONCILED.labels("assignment_rejected").inc()
             return None
-        RECONCILED.labels("duty_checked").inc()
+        RECONCILED.labels("assignment_checked").inc()
         return [object_id for object_id in unassigned if object_id in older]
 
     async def _purge_unassigned(
@@ -114,12 +114,12 @@ class AssignmentCheck:
             if known is not None and assignment.covers(known):
                 contradicted += 1
             else:
-                logger.info("object_not_ours", object_id=object_id)
-                await self._remover.purge(term, object_id, "not_ours")
+                logger.info("object_unassigned", object_id=object_id)
+                await self._remover.purge(term, object_id, "unassigned")
             await asyncio.sleep(_LOOKUP_PAUSE)
         if contradicted:
-            logger.error("duty_list_contradicted", objects=contradicted, unassigned=len(unassigned))
-            RECONCILED.labels("duty_contradicted").inc()
+            logger.error("assignment_list_contradicted", objects=contradicted, unassigned=len(unassigned))
+            RECONCILED.labels("assignment_contradicted").inc()
         return True
 
     async def _listed(self, assignment: Assignment) -> CompactIdSet:

@@ -14,7 +14,12 @@ from services.evictor.removals import ObjectRemover, RemovalOutcome
 from shared.domain.eviction import PolicyEntry
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage, Watermarks, footprint, missing_for
-from shared.observability.metrics import EVICTION_STUCK, LONGEST_IDLE_EVICTED, VICTIM_IDLE, VICTIM_SIZE
+from shared.observability.metrics import (
+    EVICTED_OBJECT_IDLE,
+    EVICTED_OBJECT_SIZE,
+    EVICTION_BLOCKED,
+    LAST_EVICTION_MAX_IDLE,
+)
 from shared.ports.state_store import StateStore, Term
 
 _EVICTION_BATCH = 128
@@ -75,7 +80,7 @@ class Eviction:
             max_idle, device_free = max(max_idle, idle), device_free + freed
             usage = await self._state.usage()
         if max_idle:
-            LONGEST_IDLE_EVICTED.set(max_idle)
+            LAST_EVICTION_MAX_IDLE.set(max_idle)
 
     def _select(self, needed: int) -> Sequence[PolicyEntry]:
         now = time.monotonic()
@@ -100,8 +105,8 @@ class Eviction:
                 idle = now - entry.last_access
                 max_idle = max(max_idle, idle)
                 freed += footprint(entry.size)
-                VICTIM_IDLE.observe(idle)
-                VICTIM_SIZE.observe(entry.size)
+                EVICTED_OBJECT_IDLE.observe(idle)
+                EVICTED_OBJECT_SIZE.observe(entry.size)
             elif outcome is not RemovalOutcome.DEFERRED:
                 cooldown = _FAILURE_COOLDOWN if outcome is RemovalOutcome.FAILED else _IN_USE_COOLDOWN
                 self._spared_until[entry.object_id] = time.monotonic() + cooldown
@@ -111,7 +116,7 @@ class Eviction:
         """Say once, not every second, that nothing can go."""
         blocked = shortfall > 0
         if blocked and not self.blocked:
-            logger.warning("nothing_to_evict", missing_bytes=shortfall, objects=len(self._index.policy))
+            logger.warning("eviction_blocked", missing_bytes=shortfall, objects=len(self._index.policy))
         if blocked:
-            EVICTION_STUCK.inc()
+            EVICTION_BLOCKED.inc()
         self.blocked = blocked

@@ -45,7 +45,7 @@ class LeaderElection:
         LEADER.set(0)
         while True:
             term = await self._acquire()
-            logger.info("leadership_taken", holder=self._holder, token=term.token)
+            logger.info("leadership_acquired", holder=self._holder, token=term.token)
             LEADER.set(1)
             try:
                 await self._run_term(term, main)
@@ -96,14 +96,14 @@ class LeaderElection:
         while True:
             remaining = self._valid_until - time.monotonic()
             if remaining <= 0:
-                logger.warning("leadership_run_out", holder=self._holder, token=term.token)
+                logger.warning("leadership_expired", holder=self._holder, token=term.token)
                 return
             await wait_event(self._renew_requested, min(pause, remaining))
             try:
                 async with asyncio.timeout(max(0.0, self._valid_until - time.monotonic())):
                     renewed = await self._lead()
             except (StateStoreUnavailable, TimeoutError) as error:
-                logger.warning("leadership_not_renewed", holder=self._holder, reason=str(error))
+                logger.warning("leadership_renewal_failed", holder=self._holder, reason=str(error))
                 pause = min(_RETRY_INTERVAL, self._renewal)
                 continue
             pause = self._renewal
@@ -115,4 +115,4 @@ class LeaderElection:
         try:
             await self._state.resign(term)
         except StateStoreUnavailable as error:
-            logger.info("leadership_left_to_run_out", holder=self._holder, reason=str(error))
+            logger.info("resign_failed", holder=self._holder, reason=str(error))

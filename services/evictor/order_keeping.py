@@ -53,7 +53,7 @@ class OperatorStateBackup:
                 return
         await run_blocking(write_operator_state, self._root, OperatorStateSnapshot(state, pinned))
         self._saved = state
-        logger.info("orders_kept", version=state.version, pinned=len(pinned))
+        logger.info("operator_state_backed_up", version=state.version, pinned=len(pinned))
 
 
 class Purger:
@@ -78,7 +78,7 @@ class Purger:
                 await self._state.complete_purge(term, request)
                 completed += 1
             await asyncio.sleep(0)
-        logger.info("purges_carried_out", ended=completed, left_for_later=len(requests) - completed)
+        logger.info("purges_completed", ended=completed, left_for_later=len(requests) - completed)
         return 0.0 if completed == len(requests) else _PURGE_RETRY_INTERVAL
 
     async def _purge(self, term: Term, request: PurgeRequest) -> bool:

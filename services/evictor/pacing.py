@@ -50,11 +50,11 @@ async def run_periodically(
             if on_error is not None:
                 on_error(error)
             if failures % _LOG_EVERY_NTH == 1:
-                logger.warning("evictor_work_paused", work=name, failures=failures, reason=str(error))
+                logger.warning("evictor_task_backing_off", task=name, failures=failures, reason=str(error))
             await asyncio.sleep(backoff(failures))
             continue
         if failures:
-            logger.info("evictor_work_goes_on", work=name, failures=failures)
+            logger.info("evictor_task_recovered", task=name, failures=failures)
             failures = 0
         if pause is None:
             return

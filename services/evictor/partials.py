@@ -102,10 +102,10 @@ class PartialReaper:
         try:
             removed = await run_blocking(_remove, self._volume, lease, stored)
         except PartialHeld:
-            logger.info("partial_still_held", object_id=object_id)
+            logger.info("partial_in_use", object_id=object_id)
             removed = False
         except VolumeError as error:
-            logger.error("partial_not_removed", object_id=object_id, reason=str(error))
+            logger.error("partial_removal_failed", object_id=object_id, reason=str(error))
             removed = False
         if not removed:
             await self._state.park(lease)

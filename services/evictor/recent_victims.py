@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from shared.domain.objects import ObjectId
-from shared.observability.metrics import REFETCHED
+from shared.observability.metrics import REFETCHED_AFTER_EVICTION
 
 GHOST_TTL = 3600.0
 _MAX_GHOSTS = 50_000
@@ -34,5 +34,5 @@ class GhostList:
         evicted_at = self._evicted_at.pop(hash(object_id), None)
         refetched = evicted_at is not None and 0 <= self._clock() - evicted_at <= GHOST_TTL
         if refetched:
-            REFETCHED.inc()
+            REFETCHED_AFTER_EVICTION.inc()
         return refetched

@@ -18,7 +18,7 @@ from services.evictor.usage_check import UsageCheck
 from shared.adapters.volume import FoundObject, UnknownFile, Volume
 from shared.domain.errors import VolumeError
 from shared.domain.objects import ObjectId
-from shared.observability.metrics import FOREIGN_FILES, RECONCILE_TIME, RECONCILED
+from shared.observability.metrics import RECONCILE_TIME, RECONCILED, UNKNOWN_FILES
 from shared.ports.state_store import IndexEntry, StateStore, Term
 
 _SCAN_BATCH = 500
@@ -46,7 +46,7 @@ class Findings:
 
     def add_unreadable(self, object_id: ObjectId, error: VolumeError) -> None:
         self.unreadable += 1
-        logger.error("object_not_looked_at", object_id=object_id, reason=str(error))
+        logger.error("object_unreadable", object_id=object_id, reason=str(error))
 
 
 class Reconciliation:
@@ -163,7 +163,7 @@ class Reconciliation:
                     self._index.removed(entry.object_id)
                     findings.dropped += 1
                     RECONCILED.labels("dropped_record").inc()
-                    logger.info("entry_without_file", object_id=entry.object_id)
+                    logger.info("index_entry_dropped", object_id=entry.object_id)
 
     def _sizes(self, entries: Sequence[IndexEntry]) -> list[int | None]:
         found = (self._volume.find_object(entry.object_id) for entry in entries)
@@ -171,11 +171,11 @@ class Reconciliation:
 
     def _report(self, findings: Findings, seconds: float) -> None:
         RECONCILE_TIME.observe(seconds)
-        FOREIGN_FILES.set(findings.foreign_count)
+        UNKNOWN_FILES.set(findings.foreign_count)
         if findings.foreign_count:
-            logger.warning("foreign_files", count=findings.foreign_count, examples=findings.foreign)
+            logger.warning("unknown_files_found", count=findings.foreign_count, examples=findings.foreign)
         logger.info(
-            "reconciled",
+            "reconciliation_finished",
             objects=findings.objects,
             adopted=findings.adopted,
             dropped=findings.dropped,

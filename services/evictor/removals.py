@@ -120,7 +120,7 @@ class ObjectRemover:
     async def _cancel(self, term: Term, object_id: ObjectId, error: VolumeError) -> None:
         await self._state.cancel_eviction(term, object_id)
         self._index.mark_restored(object_id)
-        logger.error("object_not_removed", object_id=object_id, reason=str(error))
+        logger.error("object_removal_failed", object_id=object_id, reason=str(error))
 
     async def purge(self, term: Term, object_id: ObjectId, reason: str) -> RemovalOutcome:
         """The object must go although it may be in use or pinned: from now on requests miss it, readers finish
@@ -136,8 +136,8 @@ class ObjectRemover:
             await run_blocking(self._volume.removal(object_id).rename_to_trash)
         except VolumeError as error:
             # Its readers may have finished and another attempt may have removed it: `complete` finds out
-            logger.warning("object_not_set_aside", object_id=object_id, reason=str(error))
-        logger.info("object_leaving", object_id=object_id, reason=reason)
+            logger.warning("object_rename_failed", object_id=object_id, reason=str(error))
+        logger.info("eviction_deferred", object_id=object_id, reason=reason)
         return RemovalOutcome.DEFERRED
 
     async def complete(self, term: Term, object_id: ObjectId) -> RemovalOutcome:
@@ -158,7 +158,7 @@ class ObjectRemover:
         try:
             return await run_blocking(removal.begin)
         except VolumeError as error:
-            logger.error("object_not_removed", object_id=object_id, reason=str(error))
+            logger.error("object_removal_failed", object_id=object_id, reason=str(error))
             return None
 
     async def _finish(
@@ -206,7 +206,7 @@ def _begin_all(removals: Sequence[Removal]) -> Sequence[RemovalState | VolumeErr
         try:
             found.append(removal.begin())
         except VolumeError as error:
-            logger.error("object_not_removed", reason=str(error))
+            logger.error("object_removal_failed", reason=str(error))
             found.append(error)
     return found
 

@@ -39,7 +39,7 @@ class Verdict(StrEnum):
     UNREADABLE: the disk does not give it, so nobody can tell."""
 
     CONFIRMED = "repaired"
-    MISMATCH = "wrong"
+    MISMATCH = "mismatch"
     UNKNOWN = "unknown"
     UNREADABLE = "unreadable"
 
@@ -120,7 +120,7 @@ class Repair:
         for verdict, object_ids in left.items():
             if object_ids:
                 logger.warning(
-                    "objects_without_record", count=len(object_ids), reason=_UNREPAIRED_REASONS[verdict]
+                    "objects_not_repaired", count=len(object_ids), reason=_UNREPAIRED_REASONS[verdict]
                 )
             self._unresolved.update(object_ids)
         if not chunk:
@@ -131,7 +131,7 @@ class Repair:
         try:
             verdict = await self._repair_readable(term, found, known)
         except VolumeError as error:
-            logger.error("object_not_looked_at", object_id=found.object_id, reason=str(error))
+            logger.error("object_unreadable", object_id=found.object_id, reason=str(error))
             verdict = Verdict.UNREADABLE
         RECONCILED.labels(str(verdict)).inc()
         return verdict
@@ -149,8 +149,8 @@ class Repair:
             await run_blocking(self._write_record, known, found, head)
             logger.info("object_repaired", object_id=found.object_id)
         elif verdict is Verdict.MISMATCH:
-            logger.warning("object_wrong", object_id=found.object_id, bytes=found.size)
-            await self._remover.purge(term, found.object_id, "wrong")
+            logger.warning("object_mismatch", object_id=found.object_id, bytes=found.size)
+            await self._remover.purge(term, found.object_id, "mismatch")
         return verdict
 
     async def _judge(self, known: MediaObject | None, descriptor: int) -> Verdict:

@@ -1,4 +1,4 @@
-"""The slow re-hash of what lies on disk: rotten objects leave the cache before anybody is given them again."""
+"""The slow re-hash of what lies on disk: corrupt objects leave the cache before anybody is given them again."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ class Scrub:
         finally:
             os.close(descriptor)
         if fault is None:
-            SCRUBBED_OBJECTS.labels("sound").inc()
+            SCRUBBED_OBJECTS.labels("ok").inc()
         elif current and await run_blocking(self._volume.read_record, found.object_id) == record:
-            SCRUBBED_OBJECTS.labels("rotten").inc()
-            logger.error("object_rotten", object_id=found.object_id, reason=fault, bytes=found.size)
-            await self._remover.purge(term, found.object_id, "rotten")
+            SCRUBBED_OBJECTS.labels("corrupt").inc()
+            logger.error("object_corrupt", object_id=found.object_id, reason=fault, bytes=found.size)
+            await self._remover.purge(term, found.object_id, "corrupt")
 
     async def _fault_of(self, descriptor: int, record: StoredRecord) -> str | None:
         size = os.fstat(descriptor).st_size

@@ -13,7 +13,7 @@ from shared.adapters.sources.sharing import SourceStatsSync
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import source_name
 from shared.domain.source_order import rank
-from shared.observability.metrics import show_sources
+from shared.observability.metrics import publish_source_ranks
 from shared.ports.catalog import Catalog
 
 _MAX_PROBED = 500
@@ -60,7 +60,7 @@ class SourceMonitor:
     def clear_gauges(self) -> None:
         """Another one leads: the order is shown there."""
         self._published = ()
-        show_sources(())
+        publish_source_ranks(())
 
     async def step(self) -> float:
         """Probe if it is time to, and show the order as all processes see it; seconds until the next step."""
@@ -80,7 +80,7 @@ class SourceMonitor:
         try:
             bases = await self._catalog.source_bases()
         except CatalogUnavailable as error:
-            logger.warning("sources_not_listed", reason=str(error), kept=len(self._bases))
+            logger.warning("source_listing_failed", reason=str(error), kept=len(self._bases))
             return
         self._bases = bases[:_MAX_PROBED]
         self._list_at = now + self._times.list_interval
@@ -91,7 +91,7 @@ class SourceMonitor:
         names = dict.fromkeys((*listed, *sorted(registry.names())))
         health = {name: registry.health_of(name) for name in names}
         ordered = tuple(sorted(names, key=lambda name: rank(health[name], now)))
-        show_sources(
+        publish_source_ranks(
             (name, health[name].mean_first_byte, max(0.0, health[name].penalty_ends - now))
             for name in ordered
         )

@@ -45,7 +45,9 @@ class NodeImport:
         try:
             pending = await run_blocking(self._has_pending)
         except VolumeError as error:
-            logger.error("assets_unreadable", assets=str(self._import_source.assets), reason=str(error))
+            logger.error(
+                "import_directory_unreadable", assets=str(self._import_source.assets), reason=str(error)
+            )
             return
         await self._read_state_once()
         if pending:
@@ -60,9 +62,9 @@ class NodeImport:
             if results[ImportResult.OTHER_DEVICE]:
                 break
         self.needs_copy = results[ImportResult.OTHER_DEVICE] > 0
-        RECONCILED.labels("taken_over").inc(results[ImportResult.MOVED])
+        RECONCILED.labels("imported").inc(results[ImportResult.MOVED])
         logger.info(
-            "assets_taken_over",
+            "import_files_moved",
             assets=str(self._import_source.assets),
             moved=results[ImportResult.MOVED],
             there=results[ImportResult.EXISTS],
@@ -89,7 +91,7 @@ class NodeImport:
             self._state = CacheState()
         if not await run_blocking(self._import_source.is_done):
             await run_blocking(self._import_source.mark, done=True)
-            logger.info("takeover_done", assets=str(self._import_source.assets))
+            logger.info("import_finished", assets=str(self._import_source.assets))
 
     async def _read_state_once(self) -> None:
         if self._cache_state is None or self._state_read:
@@ -112,5 +114,5 @@ class NodeImport:
         try:
             return self._import_source.import_file(object_id)
         except VolumeError as error:
-            logger.error("asset_not_taken_over", object_id=object_id, reason=str(error))
+            logger.error("import_move_failed", object_id=object_id, reason=str(error))
             return ImportResult.FAILED

@@ -182,7 +182,7 @@ class LeaderTasks:
             )
         if self._reconciled and not (usage.reconciled and _is_possible(usage)):
             self._reconciled = False
-            logger.warning("state_store_lost", used=usage.used, objects=usage.objects)
+            logger.warning("state_store_data_lost", used=usage.used, objects=usage.objects)
             self._renew_now()
             self._reconcile_event.set()
         return self._settings.interval
@@ -233,7 +233,7 @@ class LeaderTasks:
                 if self._parts.node_import is not None:
                     await self._parts.node_import.finish()
         except CatalogUnavailable as error:
-            logger.warning("repair_put_off", reason=str(error))
+            logger.warning("repair_deferred", reason=str(error))
             return _CATALOG_RETRY_INTERVAL
         return self._settings.reconcile_interval
 
@@ -280,7 +280,7 @@ class LeaderTasks:
         try:
             await self._parts.index.save(self._term)
         except StateStoreUnavailable as error:
-            logger.info("index_not_saved", reason=str(error))
+            logger.info("index_save_failed", reason=str(error))
 
 
 def _is_possible(usage: Usage) -> bool:

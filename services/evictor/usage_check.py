@@ -50,4 +50,4 @@ class UsageCheck:
         evicts = stats.eviction != NOEVICTION
         STATE_STORE_EVICTS.set(evicts)
         if evicts:
-            logger.warning("state_store_evicts", maxmemory_policy=stats.eviction, wanted=NOEVICTION)
+            logger.warning("state_store_eviction_enabled", maxmemory_policy=stats.eviction, wanted=NOEVICTION)

@@ -166,7 +166,7 @@ class Admission:
             if isinstance(result, Granted):
                 await self._state.commit(result.lease, record.stored_at)
         except StateStoreUnavailable as error:
-            logger.info("left_to_reconciliation", reason=str(error))
+            logger.info("reindex_deferred", reason=str(error))
         return Done("already cached")
 
     async def _remove_invalid(self, object_id: ObjectId, generation: int) -> bool:
@@ -179,7 +179,7 @@ class Admission:
             await self._state.forget(object_id, generation)
         finally:
             removal.close()
-        logger.warning("wrong_file_removed", object_id=object_id)
+        logger.warning("invalid_file_removed", object_id=object_id)
         return True
 
     def _remove(self, object_id: ObjectId, removal: Removal) -> bool:

@@ -128,7 +128,7 @@ class Download:
 
     def _report_corruption(self, contributors: set[str], *, resumed: bool) -> None:
         logger.warning(
-            "wrong_bytes", sources=sorted(source_name(url) for url in contributors), resumed=resumed
+            "fetched_bytes_corrupt", sources=sorted(source_name(url) for url in contributors), resumed=resumed
         )
         for url in contributors:
             SOURCE_FAILURES.labels(source_label(url), SourceWrong.reason).inc()

@@ -85,7 +85,7 @@ class Fetcher:
         watching = asyncio.create_task(self._operator_state.run(), name="fetcher-operator-state")
         self._consuming = True
         try:
-            logger.info("fetcher_serves", worker=self.name, concurrency=self._concurrency)
+            logger.info("fetcher_started", worker=self.name, concurrency=self._concurrency)
             await self._queue.consume(self._handle, self._concurrency, self._dead_letter_handler.handle)
         finally:
             self._consuming = False

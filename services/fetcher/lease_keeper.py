@@ -147,7 +147,7 @@ class LeaseRenewer:
                 if not self.is_valid:
                     self._lost = True
                     raise LeaseLost(f"the lease of {self.lease.object_id} could not be renewed") from error
-                logger.warning("lease_not_renewed", object_id=self.lease.object_id, reason=str(error))
+                logger.warning("lease_renewal_failed", object_id=self.lease.object_id, reason=str(error))
                 seconds = min(_RETRY_INTERVAL, self._times.renewal)
 
     async def _wait(self, seconds: float) -> None:

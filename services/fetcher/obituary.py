@@ -31,13 +31,13 @@ class DeadLetterHandler:
     async def handle(self, job: FetchJob, reason: str) -> None:
         """The job queue's callback: free the space that the attempts held, and remember the failure."""
         with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
-            logger.warning("fetch_given_up", reason=reason, attempts=job.attempt)
+            logger.warning("fetch_dead_lettered", reason=reason, attempts=job.attempt)
             try:
                 # In this order: who sees the fetch end must see why.
                 await self._state.record_failure(job.object_id, reason, self._failure_memory)
                 await self._remove_partial(job.object_id)
             except (StateStoreUnavailable, VolumeError) as error:
-                logger.warning("given_up_incompletely", reason=str(error))
+                logger.warning("dead_letter_cleanup_failed", reason=str(error))
 
     async def _remove_partial(self, object_id: ObjectId) -> None:
         fetch = (await self._state.find(object_id)).fetch

@@ -31,4 +31,4 @@ class FailureRecorder:
         try:
             await self._state.record_failure(job.object_id, reason, seconds)
         except StateStoreUnavailable as error:
-            logger.info("postponement_not_noted", reason=str(error))
+            logger.info("failure_not_recorded", reason=str(error))

@@ -159,7 +159,7 @@ class _PartialFetch:
         try:
             await self._deps.disk.run(self._partial.discard)
         except VolumeError as error:
-            logger.warning("partial_file_stays", reason=str(error))
+            logger.warning("partial_removal_failed", reason=str(error))
             self._partial = None
             await self._return_lease(keep=True)
         else:
@@ -171,7 +171,7 @@ class _PartialFetch:
         try:
             await (state.park(self._lease) if keep else state.release(self._lease))
         except StateStoreUnavailable as error:
-            logger.warning("lease_not_given_back", reason=str(error))  # it runs out by itself
+            logger.warning("lease_release_failed", reason=str(error))  # it runs out by itself
 
     def close(self) -> None:
         """Close the file if it is open: the lock on it goes with that."""

@@ -73,10 +73,10 @@ def outcome_label(outcome: JobOutcome) -> str:
         case Done(detail):
             return detail.replace(",", "").replace(" ", "_")
         case TryLater():
-            return "try_later"
+            return "retry"
         case LookAgain():
-            return "fetched_elsewhere"
+            return "requeue"
         case Hopeless():
-            return "hopeless"
+            return "dead_letter"
         case HandBack():
-            return "handed_back"
+            return "nack"

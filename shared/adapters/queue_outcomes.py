@@ -84,5 +84,5 @@ async def remember_failure(on_dead_letter: OnDeadLetter, job: FetchJob, reason: 
         await on_dead_letter(job, reason)
     except Exception:  # the callback's code is not ours
         logger.exception(
-            "failure_not_remembered", object_id=job.object_id, request_id=job.request_id, reason=reason
+            "dead_letter_callback_failed", object_id=job.object_id, request_id=job.request_id, reason=reason
         )

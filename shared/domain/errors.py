@@ -101,7 +101,7 @@ class SourceTooSlow(SourceError):
 class SourceRefused(SourceError):
     """The source answered, but not with the object."""
 
-    reason = "refused"
+    reason = "http_error"
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -111,7 +111,7 @@ class SourceRefused(SourceError):
 class SourceWrong(SourceError):
     """The source's answer contradicts what the catalog says of the object."""
 
-    reason = "wrong"
+    reason = "invalid_response"
 
 
 class AllSourcesFailed(SourceError):

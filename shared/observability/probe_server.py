@@ -62,7 +62,7 @@ class ProbeServer:
         except asyncio.LimitOverrunError:
             writer.write(_response(431, "text/plain", b"request head too large\n"))
         except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
-            logger.debug("probe_connection_ended", reason=type(error).__name__)
+            logger.debug("probe_connection_failed", reason=type(error).__name__)
         except asyncio.CancelledError:
             # Only `__aexit__` cancels; asyncio's own callback would report the cancellation as an error.
             writer.transport.abort()
@@ -95,7 +95,7 @@ class ProbeServer:
         try:
             return list(await self._readiness())
         except Exception as error:
-            logger.exception("readiness_failed")
+            logger.exception("readiness_check_failed")
             return [f"readiness could not be found out: {type(error).__name__}"]
 
 

@@ -88,7 +88,10 @@ class OperatorStateWatcher:
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
             logger.info(
-                "orders_changed", version=state.version, stopped=state.stopped, draining=state.draining
+                "operator_state_changed",
+                version=state.version,
+                stopped=state.stopped,
+                draining=state.draining,
             )
 
     async def _poll(self) -> None:
@@ -97,29 +100,31 @@ class OperatorStateWatcher:
         except StateStoreUnavailable as error:
             if self._available:
                 self._available = False
-                logger.warning("orders_not_followed", reason=str(error))
+                logger.warning("operator_state_unavailable", reason=str(error))
             return
         if not self._available:
             self._available = True
-            logger.info("orders_followed_again")
+            logger.info("operator_state_recovered")
 
     async def _restore_from_volume(self) -> OperatorState | None:
         """The store has no orders: give it those of the volume's copy, if there is one."""
         try:
             snapshot = await asyncio.to_thread(read_operator_state, self._root)
         except VolumeError as error:
-            logger.warning("orders_not_read", reason=str(error))
+            logger.warning("operator_state_backup_unreadable", reason=str(error))
             return None
         if snapshot is None:
             return None
         if await self._store.restore_operator_state(snapshot):
-            logger.info("orders_restored", version=snapshot.state.version, pinned=len(snapshot.pinned))
+            logger.info(
+                "operator_state_restored", version=snapshot.state.version, pinned=len(snapshot.pinned)
+            )
         return await self._store.operator_state()
 
     async def _read_snapshot(self) -> OperatorState | None:
         try:
             snapshot = await asyncio.to_thread(read_operator_state, self._root)
         except VolumeError as error:
-            logger.warning("orders_not_read", reason=str(error))
+            logger.warning("operator_state_backup_unreadable", reason=str(error))
             return None
         return None if snapshot is None else snapshot.state

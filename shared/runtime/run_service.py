@@ -95,7 +95,7 @@ class _Run:
 
     async def _finish(self, work: asyncio.Task[None]) -> int:
         if not work.done():
-            logger.error("shutdown_deadline_missed", service=self._name, seconds=self._shutdown_deadline)
+            logger.error("shutdown_deadline_exceeded", service=self._name, seconds=self._shutdown_deadline)
             work.cancel()
             await asyncio.wait({work}, timeout=_CLEANUP_GRACE)
             return FAILED
@@ -104,7 +104,7 @@ class _Run:
             return FAILED
         error = work.exception()
         if isinstance(error, ConfigurationError):
-            logger.error("settings_refused", service=self._name, reason=str(error))
+            logger.error("settings_rejected", service=self._name, reason=str(error))
             return MISCONFIGURED
         if error is not None:
             logger.error("service_failed", service=self._name, exc_info=error)
@@ -115,10 +115,10 @@ class _Run:
     def _on_signal(self, number: signal.Signals, stop_requested: asyncio.Event) -> None:
         self._signals += 1
         if self._signals > 1:
-            logger.warning("stopped_at_once", service=self._name, signal=number.name)
+            logger.warning("killed_by_second_signal", service=self._name, signal=number.name)
             os._exit(128 + number)
         logger.info(
-            "stop_requested", service=self._name, signal=number.name, deadline=self._shutdown_deadline
+            "shutdown_requested", service=self._name, signal=number.name, deadline=self._shutdown_deadline
         )
         stop_requested.set()
         self._start_watchdog()

@@ -22,7 +22,7 @@ async def watch_volume(volume: Volume, seconds: float = WATCH_INTERVAL) -> None:
             await asyncio.to_thread(volume.check)
         except VolumeError as error:
             if present:
-                logger.error("volume_gone", reason=str(error))
+                logger.error("volume_unavailable", reason=str(error))
             present = False
         else:
             if not present or volume.replacements != replacements:

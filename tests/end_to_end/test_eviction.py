@@ -152,7 +152,7 @@ class Node:
         await self.evictor.healthy()
 
         async def at_work() -> bool:
-            return '"reconciled"' in self.evictor.tail()
+            return '"reconciliation_finished"' in self.evictor.tail()
 
         await until(at_work)
 

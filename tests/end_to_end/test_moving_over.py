@@ -224,7 +224,7 @@ async def test_a_squid_that_is_down_at_first_costs_no_object(harness: Harness) -
     await harness.squid.start_outage()
     evictor = harness.stack.add("evictor")
     async with asyncio.timeout(30):
-        while '"repair_put_off"' not in evictor.log.read_text():  # noqa: ASYNC110 - another process's log
+        while '"repair_deferred"' not in evictor.log.read_text():  # noqa: ASYNC110 - another process's log
             await asyncio.sleep(0.05)
     assert len(harness.objects_in_volume()) == 20
     await harness.squid.end_outage()
@@ -232,7 +232,7 @@ async def test_a_squid_that_is_down_at_first_costs_no_object(harness: Harness) -
     fetcher, api = harness.stack.add("fetcher"), harness.stack.add("api")
     await fetcher.healthy()
     async with asyncio.timeout(20):
-        while '"listening"' not in api.log.read_text():  # noqa: ASYNC110 - it is not ready before the takeover is
+        while '"server_listening"' not in api.log.read_text():  # noqa: ASYNC110 - it is not ready before the takeover is
             await asyncio.sleep(0.05)
         while (await get(harness.stack.url("5"))).headers.get("x-cache") != "hit":  # noqa: ASYNC110 - as a client would
             await asyncio.sleep(0.2)

@@ -146,7 +146,7 @@ async def test_wrong_bytes_from_the_first_source_never_arrive_as_complete(harnes
         for line in metrics.splitlines()
         if f'source="127.0.0.1:{harness.first.port}"' in line
         and "failures" in line
-        and 'reason="wrong"' in line
+        and 'reason="invalid_response"' in line
     ]
     assert len(counted) == 1
     # Once caught, it is asked after the other for a while: the second object need not come from it at all.

@@ -59,7 +59,7 @@ class Harness:
     async def order(self) -> list[int]:
         """Ports of the storage nodes, the first to be asked first, as the evictor's metrics say."""
         text = (await get(f"{self.stack.of('evictor')[0].health_url}/metrics")).body.decode()
-        found = re.findall(r'distributor_source_place\{source="127\.0\.0\.1:(\d+)"\} (\S+)', text)
+        found = re.findall(r'distributor_source_rank\{source="127\.0\.0\.1:(\d+)"\} (\S+)', text)
         return [int(port) for port, _ in sorted(found, key=lambda pair: float(pair[1]))]
 
     async def until_order(self, *nodes: StorageNode, seconds: float) -> float:

@@ -85,7 +85,7 @@ def completed_downloads(chaos: ChaosHarness) -> Counter[str]:
         event["object_id"]
         for process in chaos.stack.of("fetcher")
         for event in events(process, "job_ended")
-        if event["outcome"].startswith("fetched") and event["outcome"] != "fetched_elsewhere"
+        if event["outcome"].startswith("fetched")
     )
 
 

@@ -47,7 +47,7 @@ async def test_a_full_disk_below_the_storage_limit(chaos: ChaosHarness, small_vo
     reasons = [event["reason"] or "" for event in events(chaos.only("fetcher"), "job_ended")]
     full = sum("volume full" in reason for reason in reasons)
     assert full, "the disk was never full"
-    assert await metric(chaos.only("fetcher"), "distributor_fetches_total", 'outcome="try_later"') >= full
+    assert await metric(chaos.only("fetcher"), "distributor_fetches_total", 'outcome="retry"') >= full
     hits = [await get(chaos.stack.url(item.object_id), method="HEAD") for item in OBJECTS[:22]]
     cached = sum(answer.headers["x-cache"] == "hit" for answer in hits)
     assert cached >= 3
@@ -98,7 +98,7 @@ async def test_an_api_without_a_volume_proxies(chaos: ChaosHarness) -> None:
     chaos.publish(OBJECTS)
     api = chaos.stack.add("api")
     async with asyncio.timeout(30):
-        while "listening" not in api.tail():  # noqa: ASYNC110 - another process
+        while "server_listening" not in api.tail():  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.1)
     answers = await get_all(chaos, OBJECTS[:4])
     assert {answer.headers["x-data-source"] for answer in answers} == {"external"}
@@ -143,7 +143,7 @@ async def test_files_deleted_truncated_swapped_and_corrupted_externally(
     secret.write_bytes(b"s" * OBJECTS[3].size)
     await chaos.up(OBJECTS[:6], 100 * MIB)
     await cache_all(chaos, OBJECTS[:6])
-    deleted, cut, grown, linked, rotten, _ = objects_on(chaos.stack.volume, [str(n) for n in range(1, 7)])
+    deleted, cut, grown, linked, corrupt, _ = objects_on(chaos.stack.volume, [str(n) for n in range(1, 7)])
     deleted.unlink()
     for path, size in ((cut, 1000), (grown, 3 * MIB)):
         path.chmod(0o644)
@@ -154,13 +154,13 @@ async def test_files_deleted_truncated_swapped_and_corrupted_externally(
     await asyncio.sleep(2 * BELIEVED_SECONDS)  # an object asked for just now is believed for so long
     answers = await get_all(chaos, OBJECTS[:4])
     assert all(answer.headers["x-cache"] != "hit" for answer in answers)
-    rotten.chmod(0o644)
-    with rotten.open("r+b") as file:
+    corrupt.chmod(0o644)
+    with corrupt.open("r+b") as file:
         file.seek(500_000)
         file.write(b"rot")
     began = time.monotonic()
     async with asyncio.timeout(60):
-        while not list(events(chaos.only("evictor"), "object_rotten")):  # noqa: ASYNC110 - another process
+        while not list(events(chaos.only("evictor"), "object_corrupt")):  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.1)
     found = time.monotonic() - began
     await cache_all(chaos, OBJECTS[:6])
@@ -194,9 +194,9 @@ async def test_unknown_files_and_links_are_left_alone_and_not_followed(
     evictor.start()
     await evictor.healthy()
     async with asyncio.timeout(30):
-        while not list(events(evictor, "foreign_files")):  # noqa: ASYNC110 - another process
+        while not list(events(evictor, "unknown_files_found")):  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.1)
-    assert await metric(evictor, "distributor_foreign_files") >= 3
+    assert await metric(evictor, "distributor_unknown_files") >= 3
     await get_correct(chaos, item)
     assert all(path.read_bytes() == b"mine" for path in strangers)
     assert (outside / "secret").read_bytes() == b"secret"

@@ -66,7 +66,7 @@ async def test_two_evictors_and_a_leader_that_loses_its_lock_in_mid_eviction(cha
                 await asyncio.sleep(4)
     clients.check()
     assert monitor.peak <= 14 * MIB
-    terms = sum(len(list(events(process, "leadership_taken"))) for process in chaos.stack.of("evictor"))
+    terms = sum(len(list(events(process, "leadership_acquired"))) for process in chaos.stack.of("evictor"))
     assert terms > 2
     record_result(
         "two_evictors",

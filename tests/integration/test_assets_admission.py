@@ -24,7 +24,7 @@ class Clock:
 
 
 def kept_out() -> float:
-    return REGISTRY.get_sample_value("distributor_not_admitted_total") or 0.0
+    return REGISTRY.get_sample_value("distributor_admission_rejected_total") or 0.0
 
 
 async def fill(harness: AssetsHarness) -> None:

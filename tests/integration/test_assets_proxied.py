@@ -113,7 +113,7 @@ async def test_corrupt_bytes_never_make_a_complete_response(harness: AssetsHarne
     answer = await harness.get("1")
     assert answer.status == 200
     assert not answer.complete
-    labels = {"source": harness.node.url.removeprefix("http://"), "reason": "wrong"}
+    labels = {"source": harness.node.url.removeprefix("http://"), "reason": "invalid_response"}
     assert REGISTRY.get_sample_value("distributor_source_failures_total", labels) == 1
 
 

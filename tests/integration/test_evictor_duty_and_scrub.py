@@ -52,27 +52,27 @@ async def test_unassigned_objects_are_removed(harness: EvictorHarness) -> None:
 @pytest.mark.parametrize("listed", [(), ("one",), ("others", "more")])
 async def test_an_implausible_list_drops_nothing(harness: EvictorHarness, listed: tuple[str, ...]) -> None:
     list_objects(harness, *NAMES)
-    before = RECONCILED.labels("duty_refused")._value.get()
+    before = RECONCILED.labels("assignment_rejected")._value.get()
     async with harness.evictor(duty_interval=0.05):
         await eventually(harness.reconciled)
         await harness.store(*NAMES)
         list_objects(harness, *listed)
-        await eventually(lambda: RECONCILED.labels("duty_refused")._value.get() >= before + 3)
+        await eventually(lambda: RECONCILED.labels("assignment_rejected")._value.get() >= before + 3)
         assert sorted(await harness.entries()) == sorted(NAMES)
 
 
 async def test_a_catalog_that_is_down_drops_nothing(harness: EvictorHarness) -> None:
     harness.catalog.down = True
-    before = RECONCILED.labels("duty_unavailable")._value.get()
+    before = RECONCILED.labels("assignment_unavailable")._value.get()
     async with harness.evictor(duty_interval=0.05):
         await eventually(harness.reconciled)
         await harness.store(*NAMES)
-        await eventually(lambda: RECONCILED.labels("duty_unavailable")._value.get() >= before + 2)
+        await eventually(lambda: RECONCILED.labels("assignment_unavailable")._value.get() >= before + 2)
         assert sorted(await harness.entries()) == sorted(NAMES)
 
 
 async def test_scrub_finds_corruption(harness: EvictorHarness) -> None:
-    corrupt = EVICTIONS.labels("rotten")._value.get()
+    corrupt = EVICTIONS.labels("corrupt")._value.get()
     for name in NAMES:
         harness.put_file(name)
     path = harness.path_of("two")
@@ -89,15 +89,15 @@ async def test_scrub_finds_corruption(harness: EvictorHarness) -> None:
         await eventually(gone)
         await eventually(harness.matches_volume)
         assert not harness.has("two")
-    assert EVICTIONS.labels("rotten")._value.get() == corrupt + 1
+    assert EVICTIONS.labels("corrupt")._value.get() == corrupt + 1
 
 
 async def test_scrub_keeps_its_rate_and_leaves_intact_objects(harness: EvictorHarness) -> None:
-    ok = SCRUBBED_OBJECTS.labels("sound")._value.get()
+    ok = SCRUBBED_OBJECTS.labels("ok")._value.get()
     for name in NAMES:
         harness.put_file(name)
     async with harness.evictor(scrub_rate=2 * SIZE):
         await eventually(harness.reconciled)
         await asyncio.sleep(1.2)
-        assert 1 <= SCRUBBED_OBJECTS.labels("sound")._value.get() - ok <= 3
+        assert 1 <= SCRUBBED_OBJECTS.labels("ok")._value.get() - ok <= 3
         assert len(await harness.entries()) == 4

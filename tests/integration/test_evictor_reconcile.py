@@ -396,7 +396,7 @@ async def test_an_unreadable_file_does_not_block_others(tmp_path: Path, hashed: 
                 await eventually(lambda: all(harness.volume.read_record(ObjectId(n)) for n in names[1:]))
                 await eventually(
                     lambda: (
-                        ("objects_without_record", 1) in [(line["event"], line.get("count")) for line in logs]
+                        ("objects_not_repaired", 1) in [(line["event"], line.get("count")) for line in logs]
                     )
                 )
         assert harness.has("bad")
@@ -439,6 +439,6 @@ async def test_a_server_that_may_drop_keys_is_reported(redis_server: RedisServer
             with capture_logs() as logs:
                 async with harness.evictor():
                     await eventually(harness.reconciled)
-        assert "state_store_evicts" in [line["event"] for line in logs]
+        assert "state_store_eviction_enabled" in [line["event"] for line in logs]
     finally:
         assert await redis_server.command("CONFIG", "SET", "maxmemory-policy", "noeviction") == "+OK"

@@ -241,12 +241,12 @@ def sample(name: str) -> float:
 
 async def test_evictions_are_measured_and_refetches_noticed(harness: EvictorHarness) -> None:
     names = (
-        "victim_idle_seconds_count",
-        "victim_size_bytes_count",
-        "victim_size_bytes_sum",
-        "refetched_total",
+        "evicted_object_idle_seconds_count",
+        "evicted_object_size_bytes_count",
+        "evicted_object_size_bytes_sum",
+        "refetched_after_eviction_total",
     )
-    before, idle = {name: sample(name) for name in names}, sample("victim_idle_seconds_sum")
+    before, idle = {name: sample(name) for name in names}, sample("evicted_object_idle_seconds_sum")
     async with harness.evictor():
         await eventually(harness.reconciled)
         await harness.store(*[f"o{number}" for number in range(9)], age=3600)
@@ -256,14 +256,18 @@ async def test_evictions_are_measured_and_refetches_noticed(harness: EvictorHarn
             return await harness.used() <= LOW
 
         await eventually(down)  # o0 to o4 are gone
-        await eventually(lambda: sample("victim_size_bytes_count") == before["victim_size_bytes_count"] + 5)
+        await eventually(
+            lambda: sample("evicted_object_size_bytes_count") == before["evicted_object_size_bytes_count"] + 5
+        )
         assert {name: sample(name) - before[name] for name in names} == {
-            "victim_idle_seconds_count": 5,
-            "victim_size_bytes_count": 5,
-            "victim_size_bytes_sum": 5 * SIZE,
-            "refetched_total": 0,
+            "evicted_object_idle_seconds_count": 5,
+            "evicted_object_size_bytes_count": 5,
+            "evicted_object_size_bytes_sum": 5 * SIZE,
+            "refetched_after_eviction_total": 0,
         }
         expected = sum(3600 - 60 * number for number in range(5))
-        assert sample("victim_idle_seconds_sum") - idle == pytest.approx(expected, abs=60)
+        assert sample("evicted_object_idle_seconds_sum") - idle == pytest.approx(expected, abs=60)
         await harness.store("o0")
-        await eventually(lambda: sample("refetched_total") == before["refetched_total"] + 1)
+        await eventually(
+            lambda: sample("refetched_after_eviction_total") == before["refetched_after_eviction_total"] + 1
+        )

@@ -158,12 +158,14 @@ async def test_a_stalled_client_is_disconnected_at_the_stall_limit(tmp_path: Pat
     async with assets_harness(tmp_path, send_stall_limit=1.0, keep_alive_timeout=0.5) as harness:
         harness.add("2", LARGE)
         harness.store("2")
-        before = counted("distributor_cut_answers_total", reason="client_stalled")
+        before = counted("distributor_aborted_responses_total", reason="client_stalled")
         with _idle_client(harness.port) as client:
             began = time.monotonic()
             await asyncio.get_running_loop().sock_sendall(client, ask("2"))
             await harness.until(
-                lambda _: counted("distributor_cut_answers_total", reason="client_stalled") == before + 1
+                lambda _: (
+                    counted("distributor_aborted_responses_total", reason="client_stalled") == before + 1
+                )
             )
             assert time.monotonic() - began >= 0.9
             await harness.until(lambda running: running.open_files() == 0)
@@ -226,26 +228,26 @@ async def test_a_stop_lets_a_long_body_end(tmp_path: Path) -> None:
 
 
 async def test_a_client_disconnect_is_noticed_and_releases_the_object(harness: AssetsHarness) -> None:
-    before = counted("distributor_cut_answers_total", reason="client_left")
+    before = counted("distributor_aborted_responses_total", reason="client_disconnected")
     reader, writer = await harness.connect()
     writer.write(ask("2"))
     await reader.readexactly(1000)
     writer.transport.abort()
     await harness.until(
-        lambda _: counted("distributor_cut_answers_total", reason="client_left") == before + 1
+        lambda _: counted("distributor_aborted_responses_total", reason="client_disconnected") == before + 1
     )
     await harness.until(lambda running: running.open_files() == 0)
 
 
 async def test_a_file_truncated_while_it_is_sent_closes_the_connection(harness: AssetsHarness) -> None:
-    before = counted("distributor_cut_answers_total", reason="object_unreadable")
+    before = counted("distributor_aborted_responses_total", reason="object_unreadable")
     reader, writer = await harness.connect()
     writer.write(ask("2"))
     await reader.readuntil(b"\r\n\r\n")
     os.truncate(next((harness.volume.root / "objects").glob("*/2")), MIB)
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await reader.readexactly(LARGE)
-    assert counted("distributor_cut_answers_total", reason="object_unreadable") == before + 1
+    assert counted("distributor_aborted_responses_total", reason="object_unreadable") == before + 1
 
 
 async def test_a_failing_disk_closes_the_connection(
@@ -262,7 +264,8 @@ async def test_a_failing_disk_closes_the_connection(
         return sendfile(*arguments)
 
     before = [
-        counted("distributor_cut_answers_total", reason=why) for why in ("object_unreadable", "client_left")
+        counted("distributor_aborted_responses_total", reason=why)
+        for why in ("object_unreadable", "client_disconnected")
     ]
     monkeypatch.setattr(os, "sendfile", failing)
     reader, writer = await harness.connect()
@@ -276,7 +279,8 @@ async def test_a_failing_disk_closes_the_connection(
     assert len(received) < LARGE
     assert harness.data["2"].startswith(received)
     after = [
-        counted("distributor_cut_answers_total", reason=why) for why in ("object_unreadable", "client_left")
+        counted("distributor_aborted_responses_total", reason=why)
+        for why in ("object_unreadable", "client_disconnected")
     ]
     assert after == [before[0] + 1, before[1]]
 
@@ -287,14 +291,14 @@ async def test_an_unexpected_error_ends_the_connection(
     def failing(*_: int) -> None:
         raise RuntimeError("secret details")
 
-    before = counted("distributor_cut_answers_total", reason="unexpected_error")
+    before = counted("distributor_aborted_responses_total", reason="unexpected_error")
     monkeypatch.setattr(harness.context.accesses, "touch", failing)
     monkeypatch.setattr("services.api.fast_lane.body_sender.ACCESS_RENEWAL", 0.0)
     reader, writer = await harness.connect()
     writer.write(ask("2"))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await read_answer(reader)
-    assert counted("distributor_cut_answers_total", reason="unexpected_error") == before + 1
+    assert counted("distributor_aborted_responses_total", reason="unexpected_error") == before + 1
 
 
 async def test_each_client_gets_its_object_while_others_evict_it(
@@ -385,7 +389,7 @@ async def test_a_disk_failure_at_the_start_costs_no_response(harness: AssetsHarn
 
 
 async def test_a_disk_that_fails_midway_ends_the_connection(harness: AssetsHarness, disk: ColdDisk) -> None:
-    before = counted("distributor_cut_answers_total", reason="object_unreadable")
+    before = counted("distributor_aborted_responses_total", reason="object_unreadable")
     reader, writer = await harness.connect()
     writer.write(ask("2"))
     await reader.readuntil(b"\r\n\r\n")
@@ -393,7 +397,7 @@ async def test_a_disk_that_fails_midway_ends_the_connection(harness: AssetsHarne
     writer.write(ask("1"))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
         await reader.readexactly(LARGE)
-    assert counted("distributor_cut_answers_total", reason="object_unreadable") == before + 1
+    assert counted("distributor_aborted_responses_total", reason="object_unreadable") == before + 1
 
 
 async def test_a_response_by_the_framework_at_a_stop_is_the_last(tmp_path: Path, disk: ColdDisk) -> None:

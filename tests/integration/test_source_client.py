@@ -140,7 +140,7 @@ async def test_refusals(
     with pytest.raises(SourceRefused) as caught:
         await read(client, node.object_url("1"))
     assert caught.value.status == status
-    assert seen[0].failure == "refused"
+    assert seen[0].failure == "http_error"
     assert len(node.requests) == 1
 
 
@@ -163,7 +163,7 @@ async def test_headers_that_contradict_give_no_byte(
     with pytest.raises(SourceWrong):
         await read_into(received, client, node.object_url("1"), RANGE)
     assert received == b""
-    assert seen[0].failure == "wrong"
+    assert seen[0].failure == "invalid_response"
 
 
 @pytest.mark.parametrize("fault", [Fault(endless_body=True), Fault(omit_content_length=True, body_delta=1)])

@@ -104,7 +104,7 @@ async def test_accesses_that_cannot_be_flushed_at_the_end_are_counted_as_dropped
 
 
 def lost() -> float:
-    return REGISTRY.get_sample_value("distributor_lost_accesses_total") or 0.0
+    return REGISTRY.get_sample_value("distributor_dropped_accesses_total") or 0.0
 
 
 async def test_waiters_are_woken_by_their_object_alone() -> None:

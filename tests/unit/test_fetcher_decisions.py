@@ -137,5 +137,5 @@ def test_outcomes_have_few_labels() -> None:
         HandBack(),
     ]
     assert [outcome_label(outcome) for outcome in outcomes] == [
-        "already_cached", "try_later", "fetched_elsewhere", "hopeless", "handed_back",
+        "already_cached", "retry", "requeue", "dead_letter", "nack",
     ]  # fmt: skip

@@ -165,7 +165,7 @@ async def test_a_changed_file_is_noticed_and_a_broken_one_refused(path: Path) ->
         path.unlink()
         assert await catalog.look_up(ObjectId("1")) == found
         assert await catalog.look_up(ObjectId("1")) == found
-    assert [(log["event"], log["log_level"]) for log in logs] == [("manifest_refused", "error")] * 2
+    assert [(log["event"], log["log_level"]) for log in logs] == [("manifest_rejected", "error")] * 2
     assert "line 5, object 2" in logs[0]["reason"]
     replace(path, HEAD + "  []\n")
     assert await catalog.look_up(ObjectId("1")) is None

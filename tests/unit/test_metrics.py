@@ -18,7 +18,7 @@ UNITS = (
     "_seconds",
     "_bytes",
     "_total",
-    "_place",
+    "_rank",
     "_info",
     "_objects",
     "_files",
@@ -136,8 +136,8 @@ def test_counters_used_by_alerts_are_precreated() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script], check=True, capture_output=True, text=True, timeout=30
     )
-    assert 'distributor_scrubbed_objects_total{result="rotten"} 0.0' in done.stdout
-    assert "distributor_cut_answers_total{" not in done.stdout
+    assert 'distributor_scrubbed_objects_total{result="corrupt"} 0.0' in done.stdout
+    assert "distributor_aborted_responses_total{" not in done.stdout
 
 
 def test_a_source_failing_midway_is_one_request_and_one_failure() -> None:

@@ -57,7 +57,7 @@ def test_the_first_signal_shuts_down_gracefully() -> None:
             process.send_signal(number)
             code, printed, log = end(process)
         assert (code, printed) == (0, "drained\nclosed\n")
-        assert [line["event"] for line in log] == ["service_started", "stop_requested", "service_stopped"]
+        assert [line["event"] for line in log] == ["service_started", "shutdown_requested", "service_stopped"]
 
 
 def test_main_may_return_by_itself() -> None:
@@ -87,7 +87,7 @@ def test_a_task_past_the_deadline_is_cancelled() -> None:
         process.send_signal(signal.SIGTERM)
         code, printed, log = end(process)
     assert (code, printed) == (1, "closed\n")
-    assert log[-1]["event"] == "shutdown_deadline_missed"
+    assert log[-1]["event"] == "shutdown_deadline_exceeded"
 
 
 def test_the_second_signal_kills_immediately() -> None:

@@ -476,7 +476,7 @@ async def test_volume_checks_see_the_current_volume(volume: Volume, tmp_path: Pa
             while len(logs) < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         watching.cancel()
-    assert [line["event"] for line in logs] == ["volume_gone", "volume_replaced"]
+    assert [line["event"] for line in logs] == ["volume_unavailable", "volume_replaced"]
     assert volume.open_object(ObjectId("1")) is None
 
 

@@ -60,7 +60,7 @@ class GrowingAnswerer:
         try:
             answered, response = await self._try_following(wanted, given_up)
         except VolumeError as error:
-            logger.error("volume_failed", object_id=wanted.described.object_id, reason=str(error))
+            logger.error("volume_read_failed", object_id=wanted.described.object_id, reason=str(error))
             answered, response = False, None
         if answered:
             return response
@@ -105,7 +105,7 @@ class GrowingAnswerer:
             return False
         if end is FollowEnd.STOPPED:
             logger.warning(
-                "fetch_stopped_while_followed", object_id=wanted.described.object_id, sent=answer.sent
+                "fetch_ended_while_streaming", object_id=wanted.described.object_id, sent=answer.sent
             )
             if answer.begun:
                 await self._proxy.go_on(await self._passing(wanted, answer), reader)

@@ -53,7 +53,7 @@ class AssetHandler:
                 with closing(found):
                     return await self._sender.answer(request, asked, found)
         except VolumeError as error:
-            logger.error("volume_failed", object_id=object_id, reason=str(error))
+            logger.error("volume_read_failed", object_id=object_id, reason=str(error))
             degraded = True
         return await self._uncached.answer(request, asked, object_id, degraded=degraded)
 

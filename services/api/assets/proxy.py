@@ -160,7 +160,7 @@ class Proxy:
 
     def _note_wrong(self, passing: Passing, *, resumed: bool) -> None:
         logger.warning(
-            "proxied_bytes_wrong",
+            "proxied_bytes_corrupt",
             object_id=passing.known.object_id,
             sources=sorted(source_name(url) for url in passing.used),
             resumed=resumed,
@@ -170,7 +170,7 @@ class Proxy:
         # Of several nobody knows who lied
         corrupted = passing.known.object_id if len(passing.used) == 1 else None
         for url in passing.used:
-            SOURCE_FAILURES.labels(source=source_label(url), reason="wrong").inc()
+            SOURCE_FAILURES.labels(source=source_label(url), reason="invalid_response").inc()
             self._failover_reader.report_corrupt(url, corrupted)
 
     @contextmanager

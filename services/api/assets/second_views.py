@@ -8,7 +8,7 @@ from collections.abc import Callable
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.eviction.admission import SecondViewAdmission
 from shared.domain.objects import ObjectId
-from shared.observability.metrics import NOT_ADMITTED
+from shared.observability.metrics import ADMISSION_REJECTED
 from shared.ports.state_store import StateStore
 from shared.settings.model import Settings
 
@@ -36,7 +36,7 @@ class SecondViews:
         now = self._clock()
         admitted = self._views.admits(object_id, size, now, pressure=await self._under_pressure(now))
         if not admitted:
-            NOT_ADMITTED.inc()
+            ADMISSION_REJECTED.inc()
         return admitted
 
     async def _under_pressure(self, now: float) -> bool:

@@ -100,6 +100,6 @@ class ObjectSender:
             logger.error("object_unreadable", object_id=object_id, reason=error.strerror)
             raise VolumeError(f"read {object_id}: {error.strerror}") from error
         if len(piece) < length:
-            logger.error("object_cut_short", object_id=object_id, size=found.record.size)
+            logger.error("object_truncated", object_id=object_id, size=found.record.size)
             raise VolumeError(f"{object_id} was cut short")
         return piece

@@ -83,7 +83,7 @@ class FetchStarter:
             published = True
         except JobQueueUnavailable as error:
             logger.warning(
-                "job_not_published", object_id=job.object_id, request_id=job.request_id, reason=str(error)
+                "job_publish_failed", object_id=job.object_id, request_id=job.request_id, reason=str(error)
             )
         finally:
             if not published:

@@ -100,7 +100,7 @@ class UncachedAnswerer:
         try:
             record = self._context.volume.partial_record(object_id)
         except VolumeError as error:
-            logger.error("volume_failed", object_id=object_id, reason=str(error))
+            logger.error("volume_read_failed", object_id=object_id, reason=str(error))
             return None
         return None if record is None else Description.of_record(record, complete=False)
 
@@ -119,7 +119,7 @@ class UncachedAnswerer:
                 try:
                     return await self._sender.answer(wanted.request, asked, complete)
                 except VolumeError as error:
-                    logger.warning("volume_failed", object_id=known.object_id, reason=str(error))
+                    logger.warning("volume_read_failed", object_id=known.object_id, reason=str(error))
             await self._growing.proxied(wanted)
             return None
         claim, start = await self._starter.start(known, request_record(wanted.request).request_id)

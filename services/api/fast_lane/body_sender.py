@@ -46,7 +46,7 @@ def send_file(hot: HotObject, descriptor: int, first: int, length: int) -> int:
         logger.error("object_unreadable", object_id=hot.object_id, reason=error.strerror)
         raise FileShort(hot.object_id) from error
     if not sent:
-        logger.error("object_cut_short", object_id=hot.object_id, size=hot.size)
+        logger.error("object_truncated", object_id=hot.object_id, size=hot.size)
         raise FileShort(hot.object_id)
     return sent
 
@@ -144,7 +144,7 @@ class BodySender:
             logger.error("object_unreadable", object_id=self._hot.object_id, reason=error.strerror)
             raise FileShort(self._hot.object_id) from error
         if len(piece) < length:
-            logger.error("object_cut_short", object_id=self._hot.object_id, size=self._hot.size)
+            logger.error("object_truncated", object_id=self._hot.object_id, size=self._hot.size)
             raise FileShort(self._hot.object_id)
         return piece
 

@@ -20,6 +20,6 @@ def raise_descriptor_limit() -> int:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except (OSError, ValueError) as error:
-        logger.warning("descriptor_limit_not_raised", limit=soft, reason=str(error))
+        logger.warning("fd_limit_raise_failed", limit=soft, reason=str(error))
         return soft
     return wanted

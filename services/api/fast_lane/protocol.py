@@ -18,7 +18,7 @@ from services.api.assets.reading import borrow_cached
 from services.api.fast_lane.body_sender import AT_ONCE, BodySender, Connection, FileShort, send_file
 from services.api.fast_lane.lane import FastLane, ReadyAnswer
 from services.api.protocol import ApiHttp, PublicProtocol
-from shared.observability.metrics import CUT_ANSWERS, REQUESTS_IN_PROGRESS
+from shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 
 _MOST_KEPT = 64 * 1024
 """Bytes a client may send ahead while it is sent a long body; then it is not read from."""
@@ -176,14 +176,14 @@ class FastLaneProtocol(PublicProtocol):
         if isinstance(error, asyncio.CancelledError | OSError):
             reason: str | None = self._abort_reason
             if reason is None:
-                reason = "client_left"
-                CUT_ANSWERS.labels(reason=reason).inc()
+                reason = "client_disconnected"
+                ABORTED_RESPONSES.labels(reason=reason).inc()
             self.abort()
             return reason
         reason = "object_unreadable"
         if not isinstance(error, FileShort):
             reason = "unexpected_error"
-            logger.error("answer_failed", exc_info=error)
+            logger.error("response_failed", exc_info=error)
         self.abort_response(reason)
         return reason
 

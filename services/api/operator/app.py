@@ -67,7 +67,7 @@ class TokenAuthenticator:
             ):
                 raise AuthenticationError("used before, or issued before the state store began")
         except AuthenticationError as error:
-            logger.warning("operator_refused", reason=str(error), path=request.path[:200])
+            logger.warning("operator_authentication_failed", reason=str(error), path=request.path[:200])
             challenge = {"WWW-Authenticate": "Bearer"}
             raise HttpError(401, "Not authorised", "not_authorised", challenge) from error
         return authenticated.body

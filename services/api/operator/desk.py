@@ -81,7 +81,7 @@ class OperatorCommands:
             count = len(object_ids)
         else:
             count = await self._purge_all()
-        logger.info("operator_order", order="purge", objects=count)
+        logger.info("operator_command_accepted", command="purge", objects=count)
         return {"purging": count}
 
     async def warm(self, scope: WarmingScope) -> Warming:
@@ -89,7 +89,7 @@ class OperatorCommands:
         ordered = await self._state.start_warming(scope)
         if ordered is None:
             raise HttpError(409, "Another warming is under way", "already_warming")
-        logger.info("operator_order", order="warm", serial=ordered.serial)
+        logger.info("operator_command_accepted", command="warm", serial=ordered.serial)
         return ordered
 
     async def warming(self) -> Warming | None:
@@ -113,7 +113,7 @@ class OperatorCommands:
         self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()
     ) -> dict[str, Any]:
         changed = await self._state.change_pins(pin, unpin)
-        logger.info("operator_order", order="pin" if pin else "unpin", changed=changed)
+        logger.info("operator_command_accepted", command="pin" if pin else "unpin", changed=changed)
         return {"changed": changed, "pinned": len(await self._state.pinned())}
 
     async def _reject_if_shutting_down(self) -> OperatorState:
@@ -127,7 +127,7 @@ class OperatorCommands:
         for _ in range(_ATTEMPTS):
             state = await self._reject_if_shutting_down()
             if await self._state.change_operator_state(state.version, change(state)) is not None:
-                logger.info("operator_order", order=name)
+                logger.info("operator_command_accepted", command=name)
                 await self._operator_state.refresh()
                 return self.as_json()
         raise StateStoreUnavailable("the orders are being changed by others all the time")

@@ -66,7 +66,7 @@ class CacheWarmer:
                 if warming is not None:
                     await self._execute(warming)
             except StateStoreUnavailable as error:
-                logger.debug("warming_not_looked_for", reason=str(error))
+                logger.debug("warming_poll_failed", reason=str(error))
             try:
                 async with asyncio.timeout(2 * REPORT_INTERVAL):
                     await self._woken.wait()
@@ -78,7 +78,7 @@ class CacheWarmer:
         """To its end, or until the lease is lost."""
         initial = Warming(warming.serial, warming.scope, "listing")
         progress = _Progress(initial)
-        logger.info("warming_begun", serial=warming.serial)
+        logger.info("warming_started", serial=warming.serial)
         work = asyncio.create_task(self._work(progress), name="warming")
         try:
             while True:
@@ -90,17 +90,17 @@ class CacheWarmer:
                         self._holder, LEASE_SECONDS, progress.now
                     )
                 except StateStoreUnavailable as error:
-                    logger.warning("warming_not_reported", reason=str(error))
+                    logger.warning("warming_report_failed", reason=str(error))
                     await asyncio.sleep(
                         REPORT_INTERVAL
                     )  # the work may be done, and then nothing else waits here
                     continue
                 if leased is None or leased.serial != warming.serial:
-                    logger.warning("warming_lost", serial=warming.serial)
+                    logger.warning("warming_lease_lost", serial=warming.serial)
                     return
                 if leased.is_finished:
                     logger.info(
-                        "warming_ended", done=leased.done, skipped=leased.skipped, failed=leased.failed
+                        "warming_finished", done=leased.done, skipped=leased.skipped, failed=leased.failed
                     )
                     return
         finally:
@@ -177,12 +177,12 @@ class CacheWarmer:
             outcome = await self._fetch(listed.object_id, f"warming-{progress.now.serial}")
         except (StateStoreUnavailable, JobQueueUnavailable) as error:
             if not progress.now.reason:
-                logger.warning("warming_waits", reason=str(error))
+                logger.warning("warming_paused", reason=str(error))
             progress.now = replace(progress.now, reason=str(error)[:200])
             await asyncio.sleep(REPORT_INTERVAL)
             return None
         except CatalogUnavailable as error:
-            logger.info("not_warmed", object_id=listed.object_id, reason=str(error))
+            logger.info("object_warming_failed", object_id=listed.object_id, reason=str(error))
             return "failed"
         progress.now = replace(progress.now, reason="")
         return outcome

@@ -104,7 +104,7 @@ class CachedCatalog:
                 CATALOG_LOOKUPS.labels(result="unavailable").inc()
                 raise
             CATALOG_LOOKUPS.labels(result="stale").inc()
-            logger.warning("catalog_answer_stale", object_id=object_id, reason=str(error) or "slow")
+            logger.warning("catalog_entry_served_stale", object_id=object_id, reason=str(error) or "slow")
             return entry.answer
 
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:

@@ -95,7 +95,7 @@ class ManifestCatalog:
             logger.info("manifest_reloaded", path=str(self._path), objects=len(manifest.objects))
         except (OSError, InvalidInput) as error:
             self._seen = noticed
-            logger.error("manifest_refused", path=str(self._path), reason=_reason(error))
+            logger.error("manifest_rejected", path=str(self._path), reason=_reason(error))
         finally:
             self._reload = None
 

@@ -89,9 +89,9 @@ class SharedCatalog:
     def _log_availability(self, error: StateStoreUnavailable | None) -> None:
         """Say once that the cache is lost, and once that it is back."""
         if error is not None and self._reachable:
-            logger.warning("catalog_memory_unreachable", reason=str(error))
+            logger.warning("catalog_cache_unavailable", reason=str(error))
         elif error is None and not self._reachable:
-            logger.info("catalog_memory_reachable")
+            logger.info("catalog_cache_recovered")
         self._reachable = error is None
 
 

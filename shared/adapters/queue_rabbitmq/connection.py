@@ -99,7 +99,7 @@ async def _close(connection: Connection) -> None:
         async with asyncio.timeout(CLOSE_SECONDS):
             await connection.close()
     except BROKER_ERRORS as error:
-        logger.info("broker_connection_not_closed_in_order", error=repr(error))
+        logger.info("broker_close_failed", error=repr(error))
 
 
 class Backoff:

@@ -64,7 +64,7 @@ class Consumer:
                     JOB_QUEUE_ERRORS.labels(operation="consume").inc()
                     if repr(error) != reported:
                         reported = repr(error)
-                        logger.error("consumer_cannot_connect", reason=reported)
+                        logger.error("consumer_connect_failed", reason=reported)
                 await backoff.wait()
         finally:
             await self._stop_handlers()
@@ -72,7 +72,7 @@ class Consumer:
     async def _serve_one_session(self, backoff: Backoff) -> None:
         async with open_session(self._url, "distributor consumer", confirms=False) as session:
             tag = await self._begin(session)
-            logger.info("consuming", queue=self._topology.work, concurrency=self._concurrency)
+            logger.info("consumer_started", queue=self._topology.work, concurrency=self._concurrency)
             backoff.reset()
             try:
                 await self._until_lost(session)
@@ -111,7 +111,7 @@ class Consumer:
         known = self._in_flight.get(delivery.key)
         is_known = known is not None and known.stage is not Stage.DONE
         if known is not None and is_known and not known.is_live:
-            logger.info("delivered_again_while_running", message_id=delivery.key)
+            logger.info("job_redelivered_while_running", message_id=delivery.key)
             known.delivery = delivery
             return
         in_flight = InFlight(delivery)
@@ -147,7 +147,7 @@ class Consumer:
                     outcome = await handle(self._handler, job, self._settler.stopping.is_set)
                     await self._settle(in_flight, job, decide_ending(job, outcome, self._topology.plan))
         except asyncio.CancelledError:
-            logger.debug("job_not_begun", object_id=job.object_id)
+            logger.debug("job_cancelled_before_start", object_id=job.object_id)
         if in_flight.stage is not Stage.DONE:
             await in_flight.requeue()
 

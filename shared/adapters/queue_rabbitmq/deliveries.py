@@ -64,7 +64,7 @@ class Delivery:
                 return True
             except BROKER_ERRORS as error:
                 self._session.mark_lost(f"answer not sent: {error!r}")
-        JOB_QUEUE_ERRORS.labels(operation="answer").inc()
+        JOB_QUEUE_ERRORS.labels(operation="ack").inc()
         logger.warning("delivery_lost", message_id=self.key)
         return False
 
@@ -135,7 +135,7 @@ class Settler:
     async def dead_letter(self, in_flight: InFlight, reason: str) -> Ending | None:
         """Dead-letter the message as it came."""
         in_flight.stage = Stage.SETTLING
-        logger.warning("job_given_up", message_id=in_flight.delivery.key, reason=reason)
+        logger.warning("job_dead_lettered", message_id=in_flight.delivery.key, reason=reason)
         letter = to_dead_letter(in_flight.delivery.message, reason)
         return await self._replace(in_flight, self._topology.dead, letter, GiveUp(reason))
 
@@ -147,8 +147,8 @@ class Settler:
             try:
                 await self._publisher.publish(queue, message)
             except JobQueueUnavailable as error:
-                JOB_QUEUE_ERRORS.labels(operation="pass_on").inc()
-                logger.warning("job_cannot_be_passed_on", queue=queue, error=str(error))
+                JOB_QUEUE_ERRORS.labels(operation="republish").inc()
+                logger.warning("republish_failed", queue=queue, error=str(error))
                 if self.stopping.is_set():
                     await in_flight.requeue()
                     return None

@@ -79,7 +79,7 @@ class Publisher:
         try:
             await exchange.publish(message, routing_key=queue, mandatory=True)
         except PublishError:
-            logger.warning("queue_was_gone", queue=queue)
+            logger.warning("queue_redeclared", queue=queue)
             await self._topology.declare(session.channel)
             await exchange.publish(message, routing_key=queue, mandatory=True)
 
@@ -97,7 +97,7 @@ class Publisher:
             except Exception as error:  # noqa: BLE001  whatever it is, publishers must learn of it and the loop go on
                 reason = str(error) if isinstance(error, ConfigurationError) else f"no broker: {error!r}"
                 if reason != self._failure:
-                    logger.error("publisher_cannot_connect", reason=reason)
+                    logger.error("publisher_connect_failed", reason=reason)
                 self._set_state(None, reason)
             await backoff.wait()
 

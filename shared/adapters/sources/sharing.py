@@ -73,7 +73,7 @@ class SourceStatsSync:
     def _note_down(self, reason: str) -> None:
         if not self._down:
             self._down = True
-            logger.warning("sources_not_shared", reason=reason)
+            logger.warning("source_stats_sync_failed", reason=reason)
 
     async def _run(self) -> None:
         while True:

@@ -60,5 +60,5 @@ def _read(object_id: ObjectId, packed: bytes | None, milliseconds_left: int) -> 
     try:
         return CachedAnswer(read_description(packed), milliseconds_left / 1000)
     except InvalidInput as error:
-        logger.warning("catalog_memory_unreadable", object_id=object_id, reason=str(error))
+        logger.warning("catalog_cache_entry_invalid", object_id=object_id, reason=str(error))
         return None

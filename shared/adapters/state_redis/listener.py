@@ -60,7 +60,7 @@ class _Listener:
                 if self.subscribed.is_set():
                     delay = _INITIAL_DELAY
                     self.subscribed.clear()
-                    logger.warning("state_store_announcements_lost", reason=f"{type(error).__name__} {error}")
+                    logger.warning("state_store_subscription_lost", reason=f"{type(error).__name__} {error}")
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
             delay = min(2 * delay, _MAX_DELAY)
 

@@ -63,4 +63,4 @@ class RedisRequests:
         try:
             await self._connection.command("PUBLISH", channel, pack_announcement(announcement))
         except StateStoreUnavailable as error:
-            logger.debug("announcement_lost", topic=announcement.topic, reason=str(error))
+            logger.debug("announcement_failed", topic=announcement.topic, reason=str(error))

@@ -29,7 +29,7 @@ def read_checked_assignment(root: Path) -> Assignment | None:
             raise ValueError("a worker that is no number")
         return Assignment(None if buckets is None else frozenset(map(parse_bucket_id, buckets)), worker_id)
     except (ValueError, TypeError, KeyError, RecursionError, InvalidInput) as error:
-        logger.error("duty_file_unreadable", file=NAME, reason=type(error).__name__)
+        logger.error("assignment_file_invalid", file=NAME, reason=type(error).__name__)
         return None
 
 

@@ -21,7 +21,7 @@ def read_operator_state(root: Path) -> OperatorStateSnapshot | None:
     try:
         return None if text is None else decode_snapshot(text)
     except InvalidInput as error:
-        logger.error("orders_file_unreadable", file=NAME, reason=str(error))
+        logger.error("operator_state_backup_invalid", file=NAME, reason=str(error))
         return None
 
 

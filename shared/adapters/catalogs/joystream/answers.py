@@ -142,7 +142,7 @@ def base_or_none(bucket: dict[str, Any], *, refuse_private: bool) -> str | None:
     try:
         return api_base(endpoint, refuse_private=refuse_private)
     except InvalidInput as error:
-        logger.info("storage_endpoint_refused", bucket=str(bucket.get("id"))[:40], reason=str(error))
+        logger.info("storage_endpoint_rejected", bucket=str(bucket.get("id"))[:40], reason=str(error))
         return None
 
 
