@@ -19,7 +19,7 @@ from benchmarks.traces import Parameters, Trace
 from services.replay.chart import render_chart
 from services.replay.scenarios import CacheSize, Result, Setting
 from shared.domain.eviction import EvictionPolicy
-from shared.domain.eviction.admission import SecondViewAdmission
+from shared.domain.eviction.admission import SecondHitAdmission
 from shared.domain.eviction.simulator import Outcome, Rules, Simulation
 
 RESULTS = Path(__file__).parent / "results"
@@ -56,7 +56,7 @@ def run_seed(parameters: Parameters, share: float, ranges: bool) -> tuple[str, l
     outcomes = []
     for setting in SETTINGS:
         above = setting.second_view_above
-        admission = None if above is None else SecondViewAdmission(above)
+        admission = None if above is None else SecondHitAdmission(above)
         simulation = Simulation(policy_of(setting, limit), Rules.of(limit, 0.99, 1.0), admission)
         for request in trace.requests() if ranges else trace.views():
             simulation.process(request)

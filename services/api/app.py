@@ -37,7 +37,7 @@ def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
     reporter = StatusReporter(context, usage, make_squid_status_poller(context.settings))
     _add_status(application, reporter)
     _add_health(application, HealthChecks(context, usage))
-    application.ctx.fast_lane = None
+    application.ctx.fast_path = None
     application.ctx.usage, application.ctx.status_reporter = usage, reporter
     return application
 
@@ -93,8 +93,8 @@ def _add_health(application: ApiApplication, health: HealthChecks) -> None:
         return _json(body, 503 if readiness.problems else 200)
 
     async def metrics(_request: Request[Any, Any]) -> HTTPResponse:
-        if application.ctx.fast_lane is not None:
-            application.ctx.fast_lane.hit_metrics.flush()
+        if application.ctx.fast_path is not None:
+            application.ctx.fast_path.hit_metrics.flush()
         body, media_type = await health.metrics()
         return HTTPResponse(body, 200, dict(_NO_STORE), media_type)
 

@@ -22,7 +22,7 @@ logger = structlog.get_logger()
 class RequestRecord:
     """Filled in while a request is answered. `started`: monotonic seconds; `sent`: bytes of the body handed to the
     connection (None: the whole body of an answer that was not streamed); `size`: bytes of the whole object, where it is
-    known; `abort_reason`: why the answer ended early; `logs_hits`: whether a hit is worth a line in the log."""
+    known; `abort_reason`: why the answer ended early; `log_hits`: whether a hit is worth a line in the log."""
 
     request_id: str
     method: str
@@ -33,7 +33,7 @@ class RequestRecord:
     size: int | None = None
     abort_reason: str | None = None
     recorded: bool = False
-    logs_hits: bool = False
+    log_hits: bool = False
 
 
 def request_record(request: Request) -> RequestRecord:
@@ -41,8 +41,8 @@ def request_record(request: Request) -> RequestRecord:
     record: RequestRecord | None = getattr(request.ctx, "record", None)
     if record is None:
         offered = request.headers.get("x-request-id")
-        logs_hits = getattr(request.app.ctx, "logs_hits", False)
-        record = RequestRecord(choose_request_id(offered), request.method, logs_hits=logs_hits)
+        log_hits = getattr(request.app.ctx, "log_hits", False)
+        record = RequestRecord(choose_request_id(offered), request.method, log_hits=log_hits)
         request.ctx.record = record
     return record
 
@@ -70,7 +70,7 @@ def count_and_log(
 ) -> None:
     """Count and log one answered request. `cache`: hit, pending, miss; `source`: local, external; None: neither."""
     REQUESTS.labels(method=method_label(record.method), status=str(status), cache=cache or "none").inc()
-    if cache != "hit" or record.logs_hits or record.abort_reason is not None or status >= _CLIENT_ERROR:
+    if cache != "hit" or record.log_hits or record.abort_reason is not None or status >= _CLIENT_ERROR:
         log_request(record, status, cache=cache, source=source, sent=sent)
 
 

@@ -15,8 +15,8 @@ from services.api.app import build_app
 from services.api.application import unregister_application
 from services.api.assets.handler import AssetHandler
 from services.api.context import ApiContext, CurrentAssignment
-from services.api.fast_lane.building import build_fast_lane
-from services.api.fast_lane.protocol import FastLaneProtocol
+from services.api.fast_lane.building import build_fast_path
+from services.api.fast_lane.protocol import FastPathProtocol
 from services.api.listening import ListenAddress
 from services.api.obedience import OperatorStateController
 from services.api.operator.service import operator_api
@@ -115,10 +115,10 @@ async def serve_api(
     settings = context.settings
     assets = AssetHandler(context)
     application = build_app(context, assets)
-    application.ctx.logs_hits = settings.log.hits
-    lane = application.ctx.fast_lane = build_fast_lane(context)
+    application.ctx.log_hits = settings.log.hits
+    fast_path = application.ctx.fast_path = build_fast_path(context)
     address = ListenAddress(settings.public_api.host, settings.public_api.port, shared_port)
-    server = PublicServer(application, address, FastLaneProtocol)
+    server = PublicServer(application, address, FastPathProtocol)
     drain = max(settings.shutdown_deadline - _CLOSING_SECONDS, settings.shutdown_deadline / 2)
     controller = OperatorStateController(context, server, drain)
     name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
@@ -137,8 +137,8 @@ async def serve_api(
                 background.create_task(context.fetch_events.run(), name="fetch-events"),
                 background.create_task(watch_volume(context.volume), name="watch-volume"),
             ]
-            if lane is not None:
-                tasks.append(background.create_task(lane.objects.run(), name="hot-objects"))
+            if fast_path is not None:
+                tasks.append(background.create_task(fast_path.objects.run(), name="object-cache"))
             await stop_requested.wait()
             controller_task.cancel()
             await asyncio.wait({controller_task})
@@ -148,8 +148,8 @@ async def serve_api(
         await context.accesses.close()
     finally:
         await server.close(0)
-        if lane is not None:
-            await lane.close()
+        if fast_path is not None:
+            await fast_path.close()
         await assets.close()
         await application.ctx.usage.close()
         await application.ctx.status_reporter.close()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from shared.domain.errors import ConfigurationError
 from shared.domain.eviction import EvictionPolicy, make_policy
-from shared.domain.eviction.admission import SecondViewAdmission
+from shared.domain.eviction.admission import SecondHitAdmission
 from shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, Simulation
 from shared.domain.space import Watermarks, watermarks_for
 from shared.settings.sizes import format_size, parse_size
@@ -109,7 +109,7 @@ def try_setting(
 ) -> Outcome:
     """`tick` is told the requests done since it was last told."""
     above = setting.second_view_above
-    admission = None if above is None else SecondViewAdmission(above, admission_window)
+    admission = None if above is None else SecondHitAdmission(above, admission_window)
     simulation = Simulation(setting.make_policy(), rules, admission)
     seen = 0
     for request in requests:

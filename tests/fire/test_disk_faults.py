@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.api.assets.hot import BELIEVED_SECONDS
+from services.api.assets.hot import REVALIDATE_SECONDS
 from services.demo.objects import MIB, DemoObject, generated_object
 from tests.end_to_end.client import get
 from tests.fire.asking import cache_all, events, get_all, get_correct, get_until_complete, metric
@@ -151,7 +151,7 @@ async def test_files_deleted_truncated_swapped_and_corrupted_externally(
             file.truncate(size)
     linked.unlink()
     linked.symlink_to(secret)
-    await asyncio.sleep(2 * BELIEVED_SECONDS)  # an object asked for just now is believed for so long
+    await asyncio.sleep(2 * REVALIDATE_SECONDS)  # an object asked for just now is believed for so long
     answers = await get_all(chaos, OBJECTS[:4])
     assert all(answer.headers["x-cache"] != "hit" for answer in answers)
     corrupt.chmod(0o644)

@@ -1,4 +1,4 @@
-"""The log's line for an answer: the same from both lanes, with the object's size whatever part of it was asked for."""
+"""The log's line for an answer: the same from both paths, with the object's size whatever part of it was asked for."""
 
 from __future__ import annotations
 

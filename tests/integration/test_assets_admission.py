@@ -1,4 +1,4 @@
-"""Second-view admission as clients meet it: what is kept out is answered all the same."""
+"""Second-hit admission as clients meet it: what is kept out is answered all the same."""
 
 from __future__ import annotations
 

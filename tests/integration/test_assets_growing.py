@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.api.assets.decision import HOLD_BACK
+from services.api.assets.decision import UNVERIFIED_TAIL_BYTES
 from services.demo.knobs import Fault
 from shared.adapters.volume import RemovalState
 from shared.domain.objects import ObjectId
@@ -79,7 +79,7 @@ async def test_a_pending_object_is_streamed_to_its_end(harness: AssetsHarness) -
     body = await client.take(100_000)
     for end in (200_000, 900_000, SIZE):
         fetch.write_to(end)
-        body += await client.take(min(end, SIZE - HOLD_BACK) - len(body))
+        body += await client.take(min(end, SIZE - UNVERIFIED_TAIL_BYTES) - len(body))
     await fetch.complete()
     body += await client.rest()
     assert body == harness.data["1"]
@@ -149,7 +149,7 @@ async def test_the_end_is_held_back_until_the_object_is_verified(harness: Assets
     fetch = await harness.begin("1", written=SIZE)
     client = await ask(harness, "1")
     await client.read_head()
-    body = await client.take(SIZE - HOLD_BACK)
+    body = await client.take(SIZE - UNVERIFIED_TAIL_BYTES)
     assert await client.silent()
     fetch.verify()
     assert body + await client.rest() == harness.data["1"]
@@ -173,7 +173,7 @@ async def test_a_discarded_file_aborts_the_response(harness: AssetsHarness) -> N
     body = await client.take(1000)
     fetch.partial.restart()
     body += await client.rest()
-    assert len(body) <= SIZE - HOLD_BACK
+    assert len(body) <= SIZE - UNVERIFIED_TAIL_BYTES
     fetch.partial.discard()
 
 

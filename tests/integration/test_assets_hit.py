@@ -18,7 +18,7 @@ from tests.integration.assets_world import MIB, STORED_AT, AssetsHarness, assets
 SMALL, LARGE = 10_000, 3 * MIB + 17
 
 
-@pytest.fixture(params=[True, False], ids=["fast lane", "framework"])
+@pytest.fixture(params=[True, False], ids=["fast path", "framework"])
 async def harness(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[AssetsHarness]:
     async with assets_harness(tmp_path, fast_lane=request.param) as running:
         for object_id, size in (("1", SMALL), ("2", LARGE)):

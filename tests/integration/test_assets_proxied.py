@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from services.api.assets.decision import HOLD_BACK
+from services.api.assets.decision import UNVERIFIED_TAIL_BYTES
 from services.demo.knobs import Fault, Match
 from shared.domain.objects import Assignment, DistributionBucket, ObjectId
 from shared.ports.state_store import FetchPhase
@@ -122,10 +122,10 @@ async def test_all_but_the_end_is_streamed_while_the_source_still_sends(harness:
     reader, writer = await harness.connect()
     writer.write(b"GET /api/v1/assets/1 HTTP/1.1\r\nHost: a\r\n\r\n")
     await reader.readuntil(b"\r\n\r\n")
-    body = await reader.readexactly(SIZE - HOLD_BACK)
+    body = await reader.readexactly(SIZE - UNVERIFIED_TAIL_BYTES)
     assert not harness.node.requests[0].finished
     # The same source again, at the same byte, after it was found too slow.
-    body += await reader.readexactly(HOLD_BACK)
+    body += await reader.readexactly(UNVERIFIED_TAIL_BYTES)
     assert body == harness.data["1"]
 
 
@@ -168,7 +168,7 @@ async def test_a_range_that_reaches_the_end_is_verified_unless_it_begins_far_on(
         assert asked == ["bytes=100-199", f"bytes=300001-{SIZE - 1}"]
         answer = await harness.get("1", {"Range": "bytes=300000-"})
         assert (answer.status, answer.complete) == (206, False)
-        assert len(answer.body) <= SIZE - 300_000 - HOLD_BACK
+        assert len(answer.body) <= SIZE - 300_000 - UNVERIFIED_TAIL_BYTES
 
 
 async def test_a_corrupt_small_range_to_the_end_is_served_correctly_from_another_source(

@@ -1,4 +1,4 @@
-"""Long bodies on the fast lane: what else arrives meanwhile, how they end, and what is counted."""
+"""Long bodies on the fast path: what else arrives meanwhile, how they end, and what is counted."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ async def test_an_unexpected_error_ends_the_connection(
 
     before = counted("distributor_aborted_responses_total", reason="unexpected_error")
     monkeypatch.setattr(harness.context.accesses, "touch", failing)
-    monkeypatch.setattr("services.api.fast_lane.body_sender.ACCESS_RENEWAL", 0.0)
+    monkeypatch.setattr("services.api.fast_lane.body_sender.ACCESS_RENEWAL_INTERVAL", 0.0)
     reader, writer = await harness.connect()
     writer.write(ask("2"))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
@@ -306,7 +306,7 @@ async def test_each_client_gets_its_object_while_others_evict_it(
 ) -> None:
     """All requests arrive at once, so that each of them closes the object of the one before, whose descriptor the
     next one gets."""
-    monkeypatch.setattr(building, "MOST_OPEN", 1)
+    monkeypatch.setattr(building, "MAX_OPEN_FILES", 1)
     async with assets_harness(tmp_path) as harness:
         ids = [str(number) for number in range(1, 7)]
         for object_id in ids:
@@ -374,7 +374,7 @@ async def test_a_cold_read_does_not_wait_for_other_threads(harness: AssetsHarnes
 
 
 async def test_a_disk_failure_at_the_start_costs_no_response(harness: AssetsHarness, disk: ColdDisk) -> None:
-    """The framework's lane finds a source; what was sent ahead is answered after that."""
+    """The framework's path finds a source; what was sent ahead is answered after that."""
     disk.failing = 2
     reader, writer = await harness.connect()
     writer.write(ask("2"))

@@ -1,5 +1,5 @@
-"""Both lanes answer alike: thousands of generated requests, whole or in pieces, go to a node with and to one
-without the fast lane."""
+"""Both paths answer alike: thousands of generated requests, whole or in pieces, go to a node with and to one
+without the fast path."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.api.fast_lane.lane import FastLane
+from services.api.fast_lane.lane import FastPath
 from tests.integration.assets_world import KIB, STORED_AT, assets_harness
 
 SIZES = {"1": 10, "2": 10_000, "3": 64 * KIB, "4": 700 * KIB, "5": 1, "6": 0}
@@ -35,13 +35,13 @@ _PATH = "/api/v1/assets/"
 
 
 @dataclass
-class Lanes:
+class NodePair:
     ports: tuple[int, int]
     etags: dict[str, str]
     prepared: Callable[[], int]
 
     def ask(self, pieces: list[bytes]) -> tuple[bytes, bytes]:
-        """What a node with and one without the fast lane answer; request ids of their own choice and dates left out.
+        """What a node with and one without the fast path answer; request ids of their own choice and dates left out.
 
         A server that closes a connection on which more arrives resets it, and the network then forgets what the
         client has not read yet: only what both clients got can be compared.
@@ -72,20 +72,20 @@ def _ask(port: int, pieces: list[bytes]) -> tuple[bytes, bool]:
             while data := connection.recv(1 << 20):
                 received += data
         except TimeoutError:
-            return bytes(received), False  # the server waits for more: on both lanes, or the answers differ
+            return bytes(received), False  # the server waits for more: on both paths, or the answers differ
         except ConnectionError:
             return bytes(received), True
     return bytes(received), False
 
 
 @pytest.fixture(scope="module")
-def lanes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lanes]:
-    with running_lanes(tmp_path_factory.mktemp("lanes")) as running:
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NodePair]:
+    with running_nodes(tmp_path_factory.mktemp("nodes")) as running:
         yield running
 
 
 @pytest.fixture
-def cold_lanes(tmp_path: Path) -> Iterator[Lanes]:
+def cold_nodes(tmp_path: Path) -> Iterator[NodePair]:
     """The kernel says of nothing that it lies in the page cache: all is read in threads."""
     preadv = os.preadv
 
@@ -96,28 +96,28 @@ def cold_lanes(tmp_path: Path) -> Iterator[Lanes]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "preadv", cold)
-        with running_lanes(tmp_path) as running:
+        with running_nodes(tmp_path) as running:
             yield running
 
 
 @contextmanager
-def running_lanes(root: Path) -> Iterator[Lanes]:
-    found: list[Lanes] = []
+def running_nodes(root: Path) -> Iterator[NodePair]:
+    found: list[NodePair] = []
     ready, stop = threading.Event(), asyncio.Event()
     loop = uvloop.new_event_loop()
 
     async def serve() -> None:
         with pytest.MonkeyPatch.context() as patch:
             prepared = 0
-            prepare = FastLane.prepare
+            prepare = FastPath.prepare
 
-            def counting(lane: FastLane, data: bytes, now: float) -> object:
+            def counting(fast_path: FastPath, data: bytes, now: float) -> object:
                 nonlocal prepared
-                answer = prepare(lane, data, now)
-                prepared += answer is not None
-                return answer
+                response = prepare(fast_path, data, now)
+                prepared += response is not None
+                return response
 
-            patch.setattr(FastLane, "prepare", counting)
+            patch.setattr(FastPath, "prepare", counting)
             (root / "a").mkdir()
             (root / "b").mkdir()
             async with (
@@ -129,7 +129,7 @@ def running_lanes(root: Path) -> Iterator[Lanes]:
                         harness.add(object_id, size)
                         harness.store(object_id)
                 etags = {object_id: known.etag for object_id, known in fast.catalog.objects.items()}
-                found.append(Lanes((fast.port, slow.port), etags, lambda: prepared))
+                found.append(NodePair((fast.port, slow.port), etags, lambda: prepared))
                 ready.set()
                 await stop.wait()
 
@@ -220,33 +220,33 @@ def conversations(draw: st.DrawFn) -> list[bytes]:
 @pytest.mark.timeout(300)
 @settings(max_examples=2000, deadline=None, suppress_health_check=[*HealthCheck])
 @given(conversation=conversations(), object_id=st.sampled_from([*SIZES]))
-def test_both_paths_respond_alike(lanes: Lanes, conversation: list[bytes], object_id: str) -> None:
-    _compare(lanes, conversation, object_id)
+def test_both_paths_respond_alike(nodes: NodePair, conversation: list[bytes], object_id: str) -> None:
+    _compare(nodes, conversation, object_id)
 
 
-def test_the_fast_path_is_used(lanes: Lanes) -> None:
+def test_the_fast_path_is_used(nodes: NodePair) -> None:
     """Else the test above compares nothing."""
 
     def ask(more: str) -> None:
-        lanes.ask([f"GET {_PATH}2 HTTP/1.1\r\nHost: a\r\n{more}\r\n".encode()])
+        nodes.ask([f"GET {_PATH}2 HTTP/1.1\r\nHost: a\r\n{more}\r\n".encode()])
 
     ask("")  # what nobody has asked for in a second is forgotten
-    before = lanes.prepared()
+    before = nodes.prepared()
     for more in ("", "Range: bytes=0-0\r\n", "If-None-Match: *\r\n"):
         ask(more)
-    assert lanes.prepared() == before + 3
+    assert nodes.prepared() == before + 3
 
 
 @pytest.mark.timeout(300)
 @settings(max_examples=200, deadline=None, suppress_health_check=[*HealthCheck])
 @given(conversation=conversations(), object_id=st.sampled_from([*SIZES]))
 def test_both_paths_respond_alike_from_a_cold_disk(
-    cold_lanes: Lanes, conversation: list[bytes], object_id: str
+    cold_nodes: NodePair, conversation: list[bytes], object_id: str
 ) -> None:
-    _compare(cold_lanes, conversation, object_id)
+    _compare(cold_nodes, conversation, object_id)
 
 
-def _compare(lanes: Lanes, conversation: list[bytes], object_id: str) -> None:
-    tag = lanes.etags[object_id].encode()
-    fast, slow = lanes.ask([piece.replace(b"{etag}", tag) for piece in conversation])
+def _compare(nodes: NodePair, conversation: list[bytes], object_id: str) -> None:
+    tag = nodes.etags[object_id].encode()
+    fast, slow = nodes.ask([piece.replace(b"{etag}", tag) for piece in conversation])
     assert fast == slow

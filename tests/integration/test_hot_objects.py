@@ -8,22 +8,28 @@ from pathlib import Path
 
 import pytest
 
-from services.api.assets.hot import BELIEVED_SECONDS, IDLE_SECONDS, LARGEST_IN_MEMORY, HotObject, HotObjects
+from services.api.assets.hot import (
+    IDLE_SECONDS,
+    MAX_IN_MEMORY,
+    REVALIDATE_SECONDS,
+    CachedObject,
+    OpenObjectCache,
+)
 from shared.adapters.volume import RemovalState, Volume
 from shared.domain.objects import ObjectId, StoredRecord
 
-SMALL, LARGE = 1000, LARGEST_IN_MEMORY + 1
-LATER = BELIEVED_SECONDS + 0.01
+SMALL, LARGE = 1000, MAX_IN_MEMORY + 1
+LATER = REVALIDATE_SECONDS + 0.01
 
 
 class Harness:
     """A volume, what is hot of it, and a clock of our own."""
 
-    def __init__(self, root: Path, memory: int = 1024**2, most_open: int = 10) -> None:
+    def __init__(self, root: Path, memory: int = 1024**2, max_open_files: int = 10) -> None:
         self.volume = Volume(root)
         self.volume.prepare()
         self.now = 100.0
-        self.hot = HotObjects(self.volume, memory, most_open, lambda: self.now)
+        self.cache = OpenObjectCache(self.volume, memory, max_open_files, lambda: self.now)
 
     def store(self, object_id: str, data: bytes) -> None:
         record = StoredRecord(ObjectId(object_id), len(data), f'"{data[:3].hex()}"', None, "image/png", 1)
@@ -32,14 +38,14 @@ class Harness:
         partial.publish(record)
         partial.close()
 
-    def take(self, object_id: str) -> HotObject | None:
-        found = self.hot.get(object_id.encode(), self.now)
-        if found is None or self.now < found.taken_until:
+    def acquire(self, object_id: str) -> CachedObject | None:
+        found = self.cache.get(object_id.encode(), self.now)
+        if found is None or self.now < found.acquired_until:
             return found
-        return self.hot.take(object_id.encode(), found)
+        return self.cache.acquire(object_id.encode(), found)
 
     def bytes_of(self, object_id: str) -> bytes | None:
-        found = self.take(object_id)
+        found = self.acquire(object_id)
         if found is None:
             return None
         found.used_at = self.now
@@ -60,7 +66,7 @@ class Harness:
 def harness(tmp_path: Path) -> Iterator[Harness]:
     made = Harness(tmp_path / "volume")
     yield made
-    made.hot.close()
+    made.cache.close()
     made.volume.close()
 
 
@@ -69,7 +75,7 @@ async def test_an_open_object_is_in_use_until_it_is_idle(harness: Harness) -> No
     assert harness.bytes_of("1") == b"a" * LARGE
     assert harness.remove("1") is RemovalState.IN_USE
     harness.now += IDLE_SECONDS + 0.01
-    await harness.hot.sweep()
+    await harness.cache.sweep()
     assert harness.remove("1") is RemovalState.READY
     assert harness.volume.measure() == 0
     assert harness.bytes_of("1") is None
@@ -80,7 +86,7 @@ async def test_an_object_only_looked_up_is_not_in_use(harness: Harness) -> None:
     for size, object_id in ((SMALL, "1"), (LARGE, "2")):
         harness.store(object_id, b"a" * size)
         for _ in range(3):
-            assert harness.hot.get(object_id.encode(), harness.now) is not None
+            assert harness.cache.get(object_id.encode(), harness.now) is not None
             harness.now += LATER
         assert harness.remove(object_id) is RemovalState.READY
     harness.store("3", b"a" * LARGE)
@@ -88,21 +94,21 @@ async def test_an_object_only_looked_up_is_not_in_use(harness: Harness) -> None:
     assert harness.remove("3") is RemovalState.IN_USE
     for _ in range(int(IDLE_SECONDS / LATER) + 1):
         harness.now += LATER
-        assert harness.hot.get(b"3", harness.now) is not None
-        await harness.hot.sweep()
+        assert harness.cache.get(b"3", harness.now) is not None
+        await harness.cache.sweep()
     assert harness.remove("3") is RemovalState.READY
     assert harness.volume.measure() == 0
 
 
 async def test_an_object_being_removed_is_not_acquired(harness: Harness) -> None:
     harness.store("1", b"a" * LARGE)
-    assert harness.hot.get(b"1", harness.now) is not None
+    assert harness.cache.get(b"1", harness.now) is not None
     removal = harness.volume.removal(ObjectId("1"))
     assert removal.begin() is RemovalState.READY
-    assert harness.take("1") is None
+    assert harness.acquire("1") is None
     removal.unlink()
     removal.close()
-    assert harness.take("1") is None
+    assert harness.acquire("1") is None
 
 
 async def test_bodies_of_removed_objects_are_dropped(harness: Harness) -> None:
@@ -111,17 +117,17 @@ async def test_bodies_of_removed_objects_are_dropped(harness: Harness) -> None:
         for _ in range(2):
             harness.now += LATER
             assert harness.bytes_of(object_id) is not None
-    await harness.hot.sweep()
+    await harness.cache.sweep()
     assert harness.remove("1") is RemovalState.READY
     harness.now += 11
-    await harness.hot.sweep()
+    await harness.cache.sweep()
     harness.store("1", b"b" * SMALL)
-    hot = harness.hot.get(b"1", harness.now)
-    assert hot is not None
-    assert hot.body is None
-    hot = harness.hot.get(b"2", harness.now)
-    assert hot is not None
-    assert hot.body == b"a" * SMALL
+    cached = harness.cache.get(b"1", harness.now)
+    assert cached is not None
+    assert cached.body is None
+    cached = harness.cache.get(b"2", harness.now)
+    assert cached is not None
+    assert cached.body == b"a" * SMALL
 
 
 async def test_an_object_renamed_to_trash_is_noticed_and_closed(harness: Harness) -> None:
@@ -136,16 +142,16 @@ async def test_an_object_renamed_to_trash_is_noticed_and_closed(harness: Harness
 
 async def test_a_file_being_sent_stays_open_until_it_is_sent(harness: Harness) -> None:
     harness.store("1", b"a" * LARGE)
-    hot = harness.take("1")
-    assert hot is not None
-    hot.begin_send()
+    cached = harness.acquire("1")
+    assert cached is not None
+    cached.begin_send()
     harness.volume.removal(ObjectId("1")).rename_to_trash()
     harness.now += IDLE_SECONDS + LATER
     assert harness.bytes_of("1") is None
-    await harness.hot.sweep()
-    assert os.pread(hot.descriptor, LARGE, 0) == b"a" * LARGE
+    await harness.cache.sweep()
+    assert os.pread(cached.descriptor, LARGE, 0) == b"a" * LARGE
     assert harness.remove("1") is RemovalState.IN_USE
-    hot.end_send()
+    cached.end_send()
     assert harness.remove("1") is RemovalState.READY
 
 
@@ -153,9 +159,9 @@ async def test_a_body_in_memory_takes_no_lock_and_is_dropped_with_its_object(har
     harness.store("1", b"a" * SMALL)
     assert harness.bytes_of("1") == b"a" * SMALL
     harness.now += LATER
-    hot = harness.take("1")
-    assert hot is not None
-    assert hot.body == b"a" * SMALL
+    cached = harness.acquire("1")
+    assert cached is not None
+    assert cached.body == b"a" * SMALL
     assert harness.remove("1") is RemovalState.READY
     assert harness.volume.measure() == 0
     harness.now += LATER
@@ -171,9 +177,9 @@ async def test_another_file_under_the_name_is_served_whole(harness: Harness, siz
     path = next((harness.volume.root / "objects").glob("*/1"))
     path.rename(path.with_name("old"))
     harness.store("1", b"b" * size)
-    hot = harness.hot.get(b"1", harness.now)
-    assert hot is not None
-    assert hot.described.etag == f'"{b"bbb".hex()}"'
+    cached = harness.cache.get(b"1", harness.now)
+    assert cached is not None
+    assert cached.representation.etag == f'"{b"bbb".hex()}"'
     assert harness.bytes_of("1") == b"b" * size
 
 
@@ -186,7 +192,7 @@ async def test_a_truncated_file_is_dropped_from_the_object_cache(harness: Harnes
 
 
 async def test_open_files_and_memory_are_bounded(tmp_path: Path) -> None:
-    harness = Harness(tmp_path / "volume", memory=20 * 1024, most_open=3)
+    harness = Harness(tmp_path / "volume", memory=20 * 1024, max_open_files=3)
     for number in range(20):
         harness.store(str(number), bytes([number]) * SMALL)
         harness.store(str(100 + number), bytes([number]) * LARGE)
@@ -198,13 +204,13 @@ async def test_open_files_and_memory_are_bounded(tmp_path: Path) -> None:
     root = str(harness.volume.root)
     paths = [str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.exists()]
     assert sum(path.startswith(root) and Path(path).is_file() for path in paths) <= 3
-    harness.hot.close()
+    harness.cache.close()
     harness.volume.close()
 
 
 @pytest.mark.parametrize("key", [b"", b"..", b"a/b", b"\xff", b"7"])
 async def test_a_missing_object_is_not_cached(harness: Harness, key: bytes) -> None:
-    assert harness.hot.get(key, harness.now) is None
+    assert harness.cache.get(key, harness.now) is None
 
 
 async def test_an_empty_object_is_left_to_the_framework(harness: Harness) -> None:

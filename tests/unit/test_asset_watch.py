@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from services.api.assets.watch import FetchWatch
+from services.api.assets.watch import FetchPoller
 from services.api.wakeups import FetchEvents
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_times import StateTimeouts
@@ -25,46 +25,46 @@ def state() -> MemoryStateStore:
 
 
 @pytest.fixture
-async def watch(state: MemoryStateStore) -> AsyncIterator[FetchWatch]:
+async def poller(state: MemoryStateStore) -> AsyncIterator[FetchPoller]:
     fetch_events = FetchEvents(state)
     listening = asyncio.create_task(fetch_events.run())
     await asyncio.sleep(0)
-    yield FetchWatch(OBJECT_ID, state, fetch_events)
+    yield FetchPoller(OBJECT_ID, state, fetch_events)
     listening.cancel()
     with suppress(asyncio.CancelledError):
         await listening
 
 
-async def look(watch: FetchWatch, state: MemoryStateStore) -> bool:
-    """Let the watch ask the store now: something was announced, and nothing has grown for a moment."""
+async def check(poller: FetchPoller, state: MemoryStateStore) -> bool:
+    """Let the poller ask the store now: something was announced, and nothing has grown for a moment."""
     asyncio.get_running_loop().call_later(
         0.03, lambda: asyncio.ensure_future(state.announce(Announcement(Topic.FETCH_CHANGED, OBJECT_ID)))
     )
     for _ in range(8):
-        await watch.pause(100)
-    return await watch.is_over()
+        await poller.wait(100)
+    return await poller.has_ended()
 
 
-async def test_a_live_fetch_has_not_ended(watch: FetchWatch, state: MemoryStateStore) -> None:
+async def test_a_live_fetch_has_not_ended(poller: FetchPoller, state: MemoryStateStore) -> None:
     await state.claim(OBJECT_ID, "api-1")
-    assert not await look(watch, state)
-    assert not await look(watch, state)
+    assert not await check(poller, state)
+    assert not await check(poller, state)
 
 
 async def test_an_unknown_fetch_has_ended_at_the_second_poll(
-    watch: FetchWatch, state: MemoryStateStore
+    poller: FetchPoller, state: MemoryStateStore
 ) -> None:
-    assert not await look(watch, state)
-    assert await look(watch, state)
+    assert not await check(poller, state)
+    assert await check(poller, state)
 
 
-async def test_growth_revives_the_fetch(watch: FetchWatch, state: MemoryStateStore) -> None:
-    assert not await look(watch, state)
-    watch.note(50)
-    assert watch.idle < 0.02
-    assert not await look(watch, state)
+async def test_growth_revives_the_fetch(poller: FetchPoller, state: MemoryStateStore) -> None:
+    assert not await check(poller, state)
+    poller.observe(50)
+    assert poller.idle < 0.02
+    assert not await check(poller, state)
 
 
-async def test_a_failure_ends_the_fetch_immediately(watch: FetchWatch, state: MemoryStateStore) -> None:
+async def test_a_failure_ends_the_fetch_immediately(poller: FetchPoller, state: MemoryStateStore) -> None:
     await state.record_failure(OBJECT_ID, "hopeless", 60)
-    assert await look(watch, state)
+    assert await check(poller, state)

@@ -1,9 +1,9 @@
-"""Second-view admission, views of several requests, and what the simulator makes of them."""
+"""Second-hit admission, views of several requests, and what the simulator makes of them."""
 
 from __future__ import annotations
 
 from shared.domain.eviction import Gdsf, Lru, PolicyEntry
-from shared.domain.eviction.admission import SecondViewAdmission
+from shared.domain.eviction.admission import SecondHitAdmission
 from shared.domain.eviction.simulator import Request, Rules, Simulation
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
@@ -39,7 +39,7 @@ def test_the_oldest_views_are_forgotten_first() -> None:
 
 
 def test_large_objects_are_admitted_on_their_second_hit() -> None:
-    admission = SecondViewAdmission(8 * MIB, window=3600)
+    admission = SecondHitAdmission(8 * MIB, window=3600)
     assert not admission.admits(VIDEO, 9 * MIB, NOW, pressure=True)
     assert not admission.admits(VIDEO, 9 * MIB, NOW + 60, pressure=True), "the same view"
     assert admission.admits(VIDEO, 9 * MIB, NOW + 400, pressure=True)
@@ -47,20 +47,20 @@ def test_large_objects_are_admitted_on_their_second_hit() -> None:
 
 
 def test_a_first_view_is_forgotten_after_the_window() -> None:
-    admission = SecondViewAdmission(0, window=3600)
+    admission = SecondHitAdmission(0, window=3600)
     assert not admission.admits(VIDEO, 1, NOW, pressure=True)
     assert not admission.admits(VIDEO, 1, NOW + 3601, pressure=True), "a first view anew"
     assert admission.admits(VIDEO, 1, NOW + 7201, pressure=True)
 
 
 def test_without_pressure_everything_is_admitted_and_first_views_are_remembered() -> None:
-    admission = SecondViewAdmission(0)
+    admission = SecondHitAdmission(0)
     assert admission.admits(VIDEO, 1, NOW, pressure=False)
     assert admission.admits(VIDEO, 1, NOW + 500, pressure=True)
 
 
 def test_remembered_first_views_are_bounded_and_the_latest_kept() -> None:
-    admission = SecondViewAdmission(0, max_entries=100)
+    admission = SecondHitAdmission(0, max_entries=100)
     for number in range(1000):
         admission.admits(ObjectId(str(number)), 1, NOW + number / 1000, pressure=True)
         assert len(admission) <= 100
@@ -68,7 +68,7 @@ def test_remembered_first_views_are_bounded_and_the_latest_kept() -> None:
         assert admission.admits(ObjectId(str(number)), 1, NOW + 400, pressure=True)
 
 
-def simulation(limit: int, *, admission: SecondViewAdmission | None = None) -> Simulation:
+def simulation(limit: int, *, admission: SecondHitAdmission | None = None) -> Simulation:
     return Simulation(Lru(), Rules.of(limit, 1.0, 1.0), admission)
 
 
@@ -137,7 +137,7 @@ def test_a_304_is_no_view_and_fetches_nothing() -> None:
 
 
 def test_admission_counts_only_when_the_cache_is_full() -> None:
-    trial = simulation(5 * MIB, admission=SecondViewAdmission(0))
+    trial = simulation(5 * MIB, admission=SecondHitAdmission(0))
     for at, name in ((0, "a"), (1, "b"), (2000, "c"), (2001, "c"), (2400, "c")):
         trial.process(view(at, name, 2 * MIB))
     assert trial.outcome.proxied == 2

@@ -1,4 +1,4 @@
-"""What the fast lane takes for a simple request, and what it leaves to the framework."""
+"""What the fast path takes for a simple request, and what it leaves to the framework."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.api.fast_lane.request_heads import HeadReader
+from services.api.fast_lane.request_heads import RequestParser
 from shared.domain.conditionals import Conditions
 
 _LINE = b"GET /api/v1/assets/7 HTTP/1.1\r\n"
@@ -16,32 +16,32 @@ def head(*fields: bytes, line: bytes = _LINE) -> bytes:
     return line + b"".join(field + b"\r\n" for field in fields) + b"\r\n"
 
 
-def test_a_plain_request() -> None:
-    reader = HeadReader()
+def test_an_unconditional_request() -> None:
+    parser = RequestParser()
     for _ in range(2):
-        request = reader.read(head(b"Host: a", b"Accept: */*", b"Connection: Keep-Alive"))
+        request = parser.parse(head(b"Host: a", b"Accept: */*", b"Connection: Keep-Alive"))
         assert request is not None
-        assert (request.head, request.object_id, request.range_header) == (False, b"7", None)
-        assert request.fields.plain
+        assert (request.is_head, request.object_id, request.range_header) == (False, b"7", None)
+        assert request.fields.unconditional
 
 
 def test_ranges_conditions_and_the_request_id_are_read() -> None:
     fields = (b"range: bytes=-5", b"Host:a", b'If-None-Match:  "x"', b"if-range: y ", b"X-Request-ID: id-1")
-    request = HeadReader().read(head(*fields, line=b"HEAD /api/v1/assets/a.b HTTP/1.1\r\n"))
+    request = RequestParser().parse(head(*fields, line=b"HEAD /api/v1/assets/a.b HTTP/1.1\r\n"))
     assert request is not None
-    assert (request.head, request.object_id, request.range_header) == (True, b"a.b", "bytes=-5")
+    assert (request.is_head, request.object_id, request.range_header) == (True, b"a.b", "bytes=-5")
     assert request.fields.conditions == Conditions(if_none_match='"x"')
     assert (request.fields.if_range, request.fields.request_id) == ("y ", b"id-1")
-    assert not request.fields.plain
+    assert not request.fields.unconditional
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_another_range_leaves_the_remembered_fields_alone(place: int) -> None:
-    reader = HeadReader()
+def test_another_range_leaves_the_cached_fields_alone(place: int) -> None:
+    parser = RequestParser()
     others = [b"Host: a", b"Accept: b"]
     for wanted in (b"bytes=0-5", b"bytes=6-", None):
         fields = others[:place] + ([b"Range: " + wanted] if wanted else []) + others[place:]
-        request = reader.read(head(*fields))
+        request = parser.parse(head(*fields))
         assert request is not None
         assert request.range_header == (wanted.decode() if wanted else None)
 
@@ -61,15 +61,15 @@ def test_another_range_leaves_the_remembered_fields_alone(place: int) -> None:
 def test_the_numbers_of_the_commonest_range_are_at_hand(
     wanted: bytes, bounds: tuple[int, int] | None
 ) -> None:
-    reader = HeadReader()
+    parser = RequestParser()
     for _ in range(2):
-        request = reader.read(head(b"Host: a", b"Range: " + wanted))
+        request = parser.parse(head(b"Host: a", b"Range: " + wanted))
         assert request is not None
         assert (request.range_header, request.bounds) == (wanted.decode(), bounds)
 
 
 def test_an_invalid_offered_request_id_is_ignored() -> None:
-    request = HeadReader().read(head(b"Host: a", b"X-Request-ID: a b"))
+    request = RequestParser().parse(head(b"Host: a", b"X-Request-ID: a b"))
     assert request is not None
     assert request.fields.request_id is None
 
@@ -115,11 +115,11 @@ def test_an_invalid_offered_request_id_is_ignored() -> None:
     ],
 )
 def test_complex_requests_are_left_to_the_framework(data: bytes) -> None:
-    assert HeadReader().read(data) is None
+    assert RequestParser().parse(data) is None
 
 
 @given(data=st.binary(max_size=200), at=st.integers(0, 80))
-def test_nothing_breaks_the_reader(data: bytes, at: int) -> None:
+def test_nothing_breaks_the_parser(data: bytes, at: int) -> None:
     good = head(b"Host: a", b"Range: bytes=0-1", b"Accept: b")
-    HeadReader().read(good[:at] + data + good[at:])
-    HeadReader().read(data)
+    RequestParser().parse(good[:at] + data + good[at:])
+    RequestParser().parse(data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from services.api.assets.second_views import SecondViews
+from services.api.assets.second_views import AdmissionControl
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_times import StateTimeouts
 from shared.domain.errors import StateStoreUnavailable
@@ -45,13 +45,13 @@ async def filled(used: int) -> MemoryStateStore:
 
 
 async def test_off_by_default() -> None:
-    admission = SecondViews(settings(), await filled(LIMIT))
+    admission = AdmissionControl(settings(), await filled(LIMIT))
     assert await admission.admits(ONE, 10**12)
 
 
 async def test_a_second_hit_admits_under_pressure() -> None:
     clock = Clock()
-    admission = SecondViews(settings(above_size=1000, window=3600), await filled(LIMIT), clock)
+    admission = AdmissionControl(settings(above_size=1000, window=3600), await filled(LIMIT), clock)
     assert await admission.admits(TWO, 1000)
     assert await admission.admits(TWO, None)
     assert not await admission.admits(ONE, 1001)
@@ -66,7 +66,7 @@ async def test_a_second_hit_admits_under_pressure() -> None:
 
 async def test_with_room_left_everything_is_admitted() -> None:
     clock = Clock()
-    admission = SecondViews(settings(above_size=1000), await filled(10_000), clock)
+    admission = AdmissionControl(settings(above_size=1000), await filled(10_000), clock)
     assert await admission.admits(ONE, 1001)
 
 
@@ -76,5 +76,7 @@ class UnreachableStore(MemoryStateStore):
 
 
 async def test_with_unknown_usage_everything_is_admitted() -> None:
-    admission = SecondViews(settings(above_size=1000), UnreachableStore(LIMIT, StateTimeouts(), time.time))
+    admission = AdmissionControl(
+        settings(above_size=1000), UnreachableStore(LIMIT, StateTimeouts(), time.time)
+    )
     assert await admission.admits(ONE, 1001)

@@ -9,14 +9,14 @@ from contextlib import closing
 import structlog
 from sanic import HTTPResponse, Request
 
-from services.api.assets.decision import Asked
-from services.api.assets.growing import GrowingAnswerer
-from services.api.assets.hand_over import HandOver
+from services.api.assets.decision import AssetRequest
+from services.api.assets.growing import PendingResponder
+from services.api.assets.hand_over import AccelRedirect
 from services.api.assets.proxy import Proxy
-from services.api.assets.second_views import SecondViews
-from services.api.assets.sender import ObjectSender
+from services.api.assets.second_views import AdmissionControl
+from services.api.assets.sender import HitResponder
 from services.api.assets.starter import FetchStarter
-from services.api.assets.uncached import UncachedAnswerer
+from services.api.assets.uncached import MissHandler
 from services.api.context import ApiContext
 from shared.domain.conditionals import Conditions
 from shared.domain.errors import VolumeError
@@ -30,50 +30,50 @@ class AssetHandler:
 
     def __init__(self, context: ApiContext) -> None:
         self._volume = context.volume
-        self._sender = ObjectSender(
-            context.accesses, HandOver(context.settings.public_api.accel_redirect_prefix)
+        self._hit_responder = HitResponder(
+            context.accesses, AccelRedirect(context.settings.public_api.accel_redirect_prefix)
         )
         claimant = f"{socket.gethostname()}:{os.getpid()}"
         self._starter = FetchStarter(context.state, context.queue, claimant, self._is_complete)
         proxy = Proxy(context.failover_reader, context.settings.public_api)
-        growing = GrowingAnswerer(context, self._sender, proxy)
-        admission = SecondViews(context.settings, context.state, context.clock)
-        self._uncached = UncachedAnswerer(context, self._sender, self._starter, growing, admission)
+        pending = PendingResponder(context, self._hit_responder, proxy)
+        admission = AdmissionControl(context.settings, context.state, context.clock)
+        self._miss_handler = MissHandler(context, self._hit_responder, self._starter, pending, admission)
 
     async def handle(self, request: Request, object_id: ObjectId) -> HTTPResponse | None:
         """The answer, or None if it was streamed.
 
         A cached object is answered from the volume alone. HttpError for every other end than content.
         """
-        asked = _asked(request)
+        asset_request = _asset_request(request)
         degraded = False
         try:
-            found = self._volume.open_object(object_id)
-            if found is not None:
-                with closing(found):
-                    return await self._sender.answer(request, asked, found)
+            file = self._volume.open_object(object_id)
+            if file is not None:
+                with closing(file):
+                    return await self._hit_responder.respond(request, asset_request, file)
         except VolumeError as error:
             logger.error("volume_read_failed", object_id=object_id, reason=str(error))
             degraded = True
-        return await self._uncached.answer(request, asked, object_id, degraded=degraded)
+        return await self._miss_handler.handle(request, asset_request, object_id, degraded=degraded)
 
     def _is_complete(self, object_id: ObjectId) -> bool:
         try:
-            found = self._volume.open_object(object_id)
+            file = self._volume.open_object(object_id)
         except VolumeError:
             return False
-        if found is not None:
-            found.close()
-        return found is not None
+        if file is not None:
+            file.close()
+        return file is not None
 
     async def close(self) -> None:
         """See that no claim is left without its job."""
         await self._starter.close()
 
 
-def _asked(request: Request) -> Asked:
-    return Asked(
-        head=request.method == "HEAD",
+def _asset_request(request: Request) -> AssetRequest:
+    return AssetRequest(
+        is_head=request.method == "HEAD",
         conditions=Conditions(
             if_match=_header(request, "if-match"),
             if_unmodified_since=_header(request, "if-unmodified-since"),

@@ -7,7 +7,7 @@ from email.utils import formatdate
 
 from sanic import HTTPResponse
 
-from services.api.assets.decision import Description, Refusal, Span
+from services.api.assets.decision import PreconditionResult, Representation, Span
 from services.api.errors import HttpError
 from services.api.headers import (
     ASSET,
@@ -56,21 +56,21 @@ BYPASS = CacheOutcome("miss", stored=False)
 
 
 def _validators(
-    described: Description, outcome: CacheOutcome, source: DataSource | None = None
+    representation: Representation, outcome: CacheOutcome, source: DataSource | None = None
 ) -> dict[str, str]:
     headers = {
         "X-Cache": outcome.result,
         "Cache-Control": cache_control(outcome.result),
         "Cache-Status": outcome.cache_status(source),
-        "ETag": described.etag,
+        "ETag": representation.etag,
     }
-    if described.last_modified is not None:
-        headers["Last-Modified"] = formatdate(described.last_modified, usegmt=True)
+    if representation.last_modified is not None:
+        headers["Last-Modified"] = formatdate(representation.last_modified, usegmt=True)
     return headers
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class ResponseHead:
     """Status line and headers of an answer with content, and what the metrics need to know of it."""
 
     status: int
@@ -80,17 +80,17 @@ class Head:
 
 
 def content_head(
-    described: Description,
+    representation: Representation,
     outcome: CacheOutcome,
     span: Span,
     source: DataSource | None,
     media_type: str | None = None,
-) -> Head:
+) -> ResponseHead:
     """Of a 200 or 206. `source` is None for HEAD; `media_type` is the source's word, for want of the catalog's."""
     headers = {
         **ASSET_CONTENT,
-        **_validators(described, outcome, source),
-        "Content-Type": described.media_type or media_type or UNKNOWN_MEDIA_TYPE,
+        **_validators(representation, outcome, source),
+        "Content-Type": representation.media_type or media_type or UNKNOWN_MEDIA_TYPE,
     }
     if source is not None:
         headers["X-Data-Source"] = source
@@ -98,20 +98,22 @@ def content_head(
         headers[CONTENT_LENGTH] = str(span.length)
     if span.partial:
         headers["Content-Range"] = span.content_range
-    return Head(206 if span.partial else 200, headers, outcome.result, source)
+    return ResponseHead(206 if span.partial else 200, headers, outcome.result, source)
 
 
-def not_modified_headers(described: Description, outcome: CacheOutcome) -> dict[str, str]:
+def not_modified_headers(representation: Representation, outcome: CacheOutcome) -> dict[str, str]:
     """Of a 304."""
-    return {**ASSET, **_validators(described, outcome)}
+    return {**ASSET, **_validators(representation, outcome)}
 
 
-def refuse(refusal: Refusal | Unsatisfiable, described: Description, outcome: CacheOutcome) -> HTTPResponse:
+def precondition_response(
+    result: PreconditionResult | Unsatisfiable, representation: Representation, outcome: CacheOutcome
+) -> HTTPResponse:
     """The 304; what is an error is raised as one."""
-    if refusal is Refusal.NOT_MODIFIED:
-        return HTTPResponse(status=304, headers=not_modified_headers(described, outcome))
+    if result is PreconditionResult.NOT_MODIFIED:
+        return HTTPResponse(status=304, headers=not_modified_headers(representation, outcome))
     extra: dict[str, str] = {"X-Cache": outcome.result}
-    if isinstance(refusal, Unsatisfiable):
-        extra["Content-Range"] = refusal.content_range
+    if isinstance(result, Unsatisfiable):
+        extra["Content-Range"] = result.content_range
         raise HttpError(416, "Range not satisfiable", "range_not_satisfiable", extra)
     raise HttpError(412, "Precondition failed", "precondition_failed", extra)

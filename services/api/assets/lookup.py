@@ -17,7 +17,7 @@ async def look_up(context: ApiContext, object_id: ObjectId) -> MediaObject:
     """An object that exists, is ours, and has been uploaded; HttpError 404, 421 or 503 for any other."""
     try:
         with phase("catalog"):
-            known = await context.catalog.look_up(object_id)
+            media_object = await context.catalog.look_up(object_id)
     except CatalogUnavailable as error:
         logger.warning("catalog_unavailable", object_id=object_id, reason=str(error))
         raise HttpError(
@@ -26,10 +26,10 @@ async def look_up(context: ApiContext, object_id: ObjectId) -> MediaObject:
             "catalog_unavailable",
             RETRY_LATER,
         ) from error
-    if known is None:
+    if media_object is None:
         raise HttpError(404, "Data object does not exist", "does_not_exist")
-    if not context.assignment.current.covers(known):
+    if not context.assignment.current.covers(media_object):
         raise HttpError(421, "Data object not served by this node", "not_served")
-    if not known.accepted:
+    if not media_object.accepted:
         raise HttpError(404, "Data object has not been uploaded yet", "not_uploaded")
-    return known
+    return media_object

@@ -7,18 +7,18 @@ import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 
-_PROBED = 64 * 1024
-_PROBE = (bytearray(1),)
-LONGEST_BORROWED = 4096
-_BORROWED = memoryview(bytearray(LONGEST_BORROWED))
+_PROBE_STRIDE = 64 * 1024
+_PROBE_BUFFER = (bytearray(1),)
+MAX_PEEK = 4096
+_PEEK_BUFFER = memoryview(bytearray(MAX_PEEK))
 """One for the process: the loop's thread alone uses it, and nothing is awaited meanwhile."""
-_COLD_READERS = ThreadPoolExecutor(max_workers=16, thread_name_prefix="cold-read")
+_COLD_READ_POOL = ThreadPoolExecutor(max_workers=16, thread_name_prefix="cold-read")
 """Not the loop's own threads: those hash and scan for seconds, and a hit would wait for them. None is started before it
 is needed."""
-_NO_QUICK_WAY = (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_NOWAIT_ERRNOS = (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
-async def read_piece(descriptor: int, offset: int, length: int) -> memoryview:
+async def read_chunk(descriptor: int, offset: int, length: int) -> memoryview:
     """`length` bytes at `offset`; fewer only at the end of the file. OSError if the disk fails.
 
     What lies in the page cache is read at once; what does not is read in a thread.
@@ -28,7 +28,7 @@ async def read_piece(descriptor: int, offset: int, length: int) -> memoryview:
     got = _read_cached(descriptor, view, offset)
     if got < length:
         loop = asyncio.get_running_loop()
-        got += await loop.run_in_executor(_COLD_READERS, _read_rest, descriptor, view[got:], offset + got)
+        got += await loop.run_in_executor(_COLD_READ_POOL, _read_rest, descriptor, view[got:], offset + got)
     return view[:got]
 
 
@@ -38,10 +38,10 @@ def read_cached(descriptor: int, offset: int, length: int) -> bytes:
     return bytes(memoryview(buffer)[: _read_cached(descriptor, memoryview(buffer), offset)])
 
 
-def borrow_cached(descriptor: int, offset: int, length: int) -> memoryview | None:
-    """Exactly these bytes, at most LONGEST_BORROWED, if all of them lie in the page cache. They are good until the next
+def peek_cached(descriptor: int, offset: int, length: int) -> memoryview | None:
+    """Exactly these bytes, at most MAX_PEEK, if all of them lie in the page cache. They are good until the next
     call: to be sent or copied at once."""
-    view = _BORROWED[:length]
+    view = _PEEK_BUFFER[:length]
     if not length:
         return view
     try:
@@ -50,17 +50,20 @@ def borrow_cached(descriptor: int, offset: int, length: int) -> memoryview | Non
         return None  # not in memory, or the disk fails: whoever reads it in earnest finds out
 
 
-def is_cached(descriptor: int, offset: int, length: int, *, first_is: bool = False) -> bool:
-    """Whether these bytes seem to lie in the page cache: looks at one byte in each _PROBED, and at the last. The first
-    one is passed over if it is known to (`first_is`).
+def is_cached(descriptor: int, offset: int, length: int, *, first_resident: bool = False) -> bool:
+    """Whether these bytes seem to lie in the page cache: looks at one byte in each _PROBE_STRIDE, and at the last. The
+    first one is passed over if it is known to (`first_resident`).
 
     The kernel reads ahead in larger steps and drops in larger steps, so that a hole in between is rare, and costs
     one read from disk.
     """
     last = offset + length - 1
     try:
-        for position in (*range(offset + _PROBED if first_is else offset, last, _PROBED), last):
-            if os.preadv(descriptor, _PROBE, position, os.RWF_NOWAIT) == 0:
+        for position in (
+            *range(offset + _PROBE_STRIDE if first_resident else offset, last, _PROBE_STRIDE),
+            last,
+        ):
+            if os.preadv(descriptor, _PROBE_BUFFER, position, os.RWF_NOWAIT) == 0:
                 return False
     except OSError:
         return False
@@ -71,7 +74,7 @@ def _read_cached(descriptor: int, view: memoryview, offset: int) -> int:
     try:
         return os.preadv(descriptor, [view], offset, os.RWF_NOWAIT)
     except OSError as error:
-        if error.errno in _NO_QUICK_WAY:
+        if error.errno in _NOWAIT_ERRNOS:
             return 0
         raise
 

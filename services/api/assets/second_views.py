@@ -6,35 +6,37 @@ import time
 from collections.abc import Callable
 
 from shared.domain.errors import StateStoreUnavailable
-from shared.domain.eviction.admission import SecondViewAdmission
+from shared.domain.eviction.admission import SecondHitAdmission
 from shared.domain.objects import ObjectId
 from shared.observability.metrics import ADMISSION_REJECTED
 from shared.ports.state_store import StateStore
 from shared.settings.model import Settings
 
-_USAGE_KEPT = 2.0
+_USAGE_TTL = 2.0
 
 
-class SecondViews:
+class AdmissionControl:
     """Off unless `admission.above_size` is set. Each process remembers the first views that it has seen itself: with
     several of them a second view may take a third. `clock`: POSIX seconds."""
 
     def __init__(self, settings: Settings, state: StateStore, clock: Callable[[], float] = time.time) -> None:
-        given = settings.admission
-        self._above = given.above_size
-        self._views = (
-            None if given.above_size is None else SecondViewAdmission(given.above_size, given.window)
+        admission = settings.admission
+        self._above = admission.above_size
+        self._policy = (
+            None
+            if admission.above_size is None
+            else SecondHitAdmission(admission.above_size, admission.window)
         )
         self._state, self._clock = state, clock
-        self._low = settings.storage.watermarks.low
-        self._pressure, self._looked_at = False, float("-inf")
+        self._low_watermark = settings.storage.watermarks.low
+        self._pressure, self._checked_at = False, float("-inf")
 
     async def admits(self, object_id: ObjectId, size: int | None) -> bool:
         """Fetch it, or only proxy it? Objects of unknown size are none of ours to judge."""
-        if self._views is None or self._above is None or size is None or size <= self._above:
+        if self._policy is None or self._above is None or size is None or size <= self._above:
             return True
         now = self._clock()
-        admitted = self._views.admits(object_id, size, now, pressure=await self._under_pressure(now))
+        admitted = self._policy.admits(object_id, size, now, pressure=await self._under_pressure(now))
         if not admitted:
             ADMISSION_REJECTED.inc()
         return admitted
@@ -42,11 +44,11 @@ class SecondViews:
     async def _under_pressure(self, now: float) -> bool:
         """More than the low watermark is taken: something else will have to go. When nobody can tell, nothing is
         kept out."""
-        if not 0 <= now - self._looked_at < _USAGE_KEPT:
+        if not 0 <= now - self._checked_at < _USAGE_TTL:
             try:
                 usage = await self._state.usage()
             except StateStoreUnavailable:
                 return False
-            self._pressure = usage.used + usage.reserved > self._low
-            self._looked_at = now
+            self._pressure = usage.used + usage.reserved > self._low_watermark
+            self._checked_at = now
         return self._pressure

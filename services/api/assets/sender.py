@@ -8,98 +8,111 @@ import structlog
 from sanic import HTTPResponse, Request
 
 from services.api.accesses import AccessCounter
-from services.api.assets.answer import PIECE_BYTES, AnswerStream, answer_head
-from services.api.assets.decision import Asked, Description, Span, select
-from services.api.assets.hand_over import OFFER, HandOver
-from services.api.assets.heads import HIT, CacheOutcome, content_head, refuse
-from services.api.assets.reading import read_piece
-from services.api.assets.timing import note_first_byte
+from services.api.assets.answer import CHUNK_BYTES, StreamingResponse, head_response
+from services.api.assets.decision import AssetRequest, Representation, Span, select_range
+from services.api.assets.hand_over import ACCEL_REQUEST_HEADER, AccelRedirect
+from services.api.assets.heads import HIT, CacheOutcome, content_head, precondition_response
+from services.api.assets.reading import read_chunk
+from services.api.assets.timing import observe_first_byte
 from services.api.errors import AbortResponse
 from services.api.exchange import request_record
 from shared.adapters.volume import OpenObject
 from shared.domain.errors import VolumeError
 from shared.observability.metrics import SENT_BYTES
 
-ACCESS_RENEWAL = 5.0
+ACCESS_RENEWAL_INTERVAL = 5.0
 """Seconds between the notes that a long send goes on."""
 
 logger = structlog.get_logger()
 
 
-class ObjectSender:
+class HitResponder:
     """Answers from complete objects. The caller closes the object."""
 
-    def __init__(self, accesses: AccessCounter, hand_over: HandOver) -> None:
+    def __init__(self, accesses: AccessCounter, accel_redirect: AccelRedirect) -> None:
         self._accesses = accesses
-        self._hand_over = hand_over
+        self._accel_redirect = accel_redirect
 
-    async def answer(self, request: Request, asked: Asked, found: OpenObject) -> HTTPResponse | None:
+    async def respond(
+        self, request: Request, asset_request: AssetRequest, file: OpenObject
+    ) -> HTTPResponse | None:
         """The answer, or None if it was streamed; VolumeError if nothing could be read. A HEAD leaves no trace."""
-        described = Description.of_record(found.record, complete=True)
-        request_record(request).size = described.size
-        span = select(asked, described)
+        representation = Representation.from_record(file.record, complete=True)
+        request_record(request).size = representation.size
+        span = select_range(asset_request, representation)
         if not isinstance(span, Span):
-            return refuse(span, described, HIT)
-        if asked.head:
-            return await answer_head(request, content_head(described, HIT, span, None))
-        if self._hand_over.suits(asked, span, request.headers.get(OFFER)):
-            return self._handed_over(request, described, span)
-        return await self.send(request, found, described, span, HIT)
+            return precondition_response(span, representation, HIT)
+        if asset_request.is_head:
+            return await head_response(request, content_head(representation, HIT, span, None))
+        if self._accel_redirect.applies(asset_request, span, request.headers.get(ACCEL_REQUEST_HEADER)):
+            return self._redirect_response(request, representation, span)
+        return await self.send(request, file, representation, span, HIT)
 
-    def _handed_over(self, request: Request, described: Description, span: Span) -> HTTPResponse:
+    def _redirect_response(
+        self, request: Request, representation: Representation, span: Span
+    ) -> HTTPResponse:
         """Counted as if we had sent it."""
-        head, length = content_head(described, HIT, span, "local"), span.length or 0
-        self._accesses.record_request(described.object_id)
-        note_first_byte(request, head.result)
+        head, length = content_head(representation, HIT, span, "local"), span.length or 0
+        self._accesses.record_request(representation.object_id)
+        observe_first_byte(request, head.result)
         request_record(request).sent = length
         SENT_BYTES.labels(source="local").inc(length)
-        headers = self._hand_over.headers(described.object_id, span, head.headers)
+        headers = self._accel_redirect.headers(representation.object_id, span, head.headers)
         return HTTPResponse(status=head.status, headers=headers)
 
     async def send(
-        self, request: Request, found: OpenObject, described: Description, span: Span, outcome: CacheOutcome
+        self,
+        request: Request,
+        file: OpenObject,
+        representation: Representation,
+        span: Span,
+        outcome: CacheOutcome,
     ) -> HTTPResponse | None:
         """Send a span, whatever the cache result was when the request came. VolumeError: nothing was sent."""
-        head = content_head(described, outcome, span, "local")
+        head = content_head(representation, outcome, span, "local")
         length = span.length or 0
-        if length > PIECE_BYTES and not found.lock_shared():
+        if length > CHUNK_BYTES and not file.lock_shared():
             # Its bytes may go at any moment: an answer that begins with them might never end
-            raise VolumeError(f"{described.object_id} is being removed")
+            raise VolumeError(f"{representation.object_id} is being removed")
         # Before anything is said to the client: a disk that fails now costs no answer.
-        piece = await self._read(found, span.first, min(PIECE_BYTES, length))
-        self._accesses.record_request(described.object_id)
-        if len(piece) == length:
-            note_first_byte(request, outcome.result)
+        chunk = await self._read(file, span.first, min(CHUNK_BYTES, length))
+        self._accesses.record_request(representation.object_id)
+        if len(chunk) == length:
+            observe_first_byte(request, outcome.result)
             SENT_BYTES.labels(source="local").inc(length)
-            return HTTPResponse(piece.obj, status=head.status, headers=head.headers)
-        answer = AnswerStream(request)
-        await answer.begin(head, piece)
-        await self._send_rest(answer, found, span.first, length)
-        await answer.finish()
+            return HTTPResponse(chunk.obj, status=head.status, headers=head.headers)
+        response = StreamingResponse(request)
+        await response.start(head, chunk)
+        await self._send_rest(response, file, span.first, length)
+        await response.finish()
         return None
 
-    async def _send_rest(self, answer: AnswerStream, found: OpenObject, first: int, length: int) -> None:
-        renewed = monotonic()
-        while answer.sent < length:
-            if monotonic() - renewed >= ACCESS_RENEWAL:
-                renewed = monotonic()
-                self._accesses.touch(found.record.object_id)
+    async def _send_rest(
+        self, response: StreamingResponse, file: OpenObject, first: int, length: int
+    ) -> None:
+        renewed_at = monotonic()
+        while response.sent < length:
+            if monotonic() - renewed_at >= ACCESS_RENEWAL_INTERVAL:
+                renewed_at = monotonic()
+                self._accesses.touch(file.record.object_id)
             try:
-                piece = await self._read(found, first + answer.sent, min(PIECE_BYTES, length - answer.sent))
+                chunk = await self._read(
+                    file, first + response.sent, min(CHUNK_BYTES, length - response.sent)
+                )
             except VolumeError as error:
                 raise AbortResponse("object_unreadable") from error
-            await answer.send(piece, "local")
+            await response.send(chunk, "local")
 
-    async def _read(self, found: OpenObject, offset: int, length: int) -> memoryview:
+    async def _read(self, file: OpenObject, offset: int, length: int) -> memoryview:
         """Exactly these bytes; VolumeError if the disk fails, or the file was cut short behind our back (what is
         missing is never made up)."""
-        object_id = found.record.object_id
+        object_id = file.record.object_id
         try:
-            piece = await read_piece(found.descriptor, offset, length)
+            chunk = await read_chunk(file.descriptor, offset, length)
         except OSError as error:
             logger.error("object_unreadable", object_id=object_id, reason=error.strerror)
             raise VolumeError(f"read {object_id}: {error.strerror}") from error
-        if len(piece) < length:
-            logger.error("object_truncated", object_id=object_id, size=found.record.size)
+        if len(chunk) < length:
+            logger.error("object_truncated", object_id=object_id, size=file.record.size)
             raise VolumeError(f"{object_id} was cut short")
-        return piece
+        return chunk

@@ -1,4 +1,5 @@
-"""Starting fetches: claim, publish, mark. Once begun it is carried through, whatever becomes of the client."""
+"""The singleflight that starts fetches: claim, publish, mark. Once begun it is carried through, whatever becomes of the
+client."""
 
 from __future__ import annotations
 
@@ -18,12 +19,12 @@ from shared.ports.state_store import Claim, ObjectStatus, StateStore
 logger = structlog.get_logger()
 
 
-class Start:
+class PendingStart:
     """One attempt to start a fetch: whether the claim was won, and later whether the job could be published."""
 
     def __init__(self) -> None:
         self.claim: asyncio.Future[Claim | None] = asyncio.get_running_loop().create_future()
-        self.unpublished = asyncio.Event()
+        self.publish_failed = asyncio.Event()
 
 
 class FetchStarter:
@@ -39,10 +40,10 @@ class FetchStarter:
         self._claimant = claimant
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self, media_object: MediaObject, request_id: str) -> tuple[Claim | None, Start]:
+    async def start(self, media_object: MediaObject, request_id: str) -> tuple[Claim | None, PendingStart]:
         """Claim the object and, if won, publish its job in the background; None: the state store is out of reach."""
-        start = Start()
-        task = asyncio.create_task(self._carry_through(media_object, request_id, start))
+        start = PendingStart()
+        task = asyncio.create_task(self._claim_and_publish(media_object, request_id, start))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(start.claim), start
@@ -52,21 +53,23 @@ class FetchStarter:
         if self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _carry_through(self, media_object: MediaObject, request_id: str, start: Start) -> None:
+    async def _claim_and_publish(
+        self, media_object: MediaObject, request_id: str, start: PendingStart
+    ) -> None:
         object_id = media_object.object_id
         try:
             try:
                 with phase("claim"):
                     claim = await self._state.claim(object_id, self._claimant)
             except StateStoreUnavailable as error:
-                self._note_state_error("claim", request_id, error)
+                self._log_state_error("claim", request_id, error)
                 return
             # Looked for on the volume, being fetched by another, there and committed, claimed here: such a claim is won
             # for nothing. A fetch commits after its object is in place, so whoever looks once more now sees it.
             if claim.won and self._is_complete(object_id):
                 claim = Claim(won=False, status=ObjectStatus(None, None))
                 start.claim.set_result(claim)
-                await self._tell(self._state.release_claim, object_id, request_id)
+                await self._update_claim(self._state.release_claim, object_id, request_id)
                 return
             start.claim.set_result(claim)
             if claim.won:
@@ -75,7 +78,7 @@ class FetchStarter:
             if not start.claim.done():
                 start.claim.set_result(None)
 
-    async def _publish(self, job: FetchJob, start: Start) -> None:
+    async def _publish(self, job: FetchJob, start: PendingStart) -> None:
         published = False
         try:
             with phase("publish"):
@@ -87,21 +90,21 @@ class FetchStarter:
             )
         finally:
             if not published:
-                start.unpublished.set()
-        verb = self._state.mark_queued if published else self._state.release_claim
-        await self._tell(verb, job.object_id, job.request_id)
+                start.publish_failed.set()
+        update = self._state.mark_queued if published else self._state.release_claim
+        await self._update_claim(update, job.object_id, job.request_id)
 
-    async def _tell(
-        self, verb: Callable[[ObjectId, str], Awaitable[None]], object_id: ObjectId, request_id: str
+    async def _update_claim(
+        self, update: Callable[[ObjectId, str], Awaitable[None]], object_id: ObjectId, request_id: str
     ) -> None:
         """The state store, what has become of the claim."""
         try:
-            await verb(object_id, self._claimant)
+            await update(object_id, self._claimant)
         except StateStoreUnavailable as error:
             # The claim runs out by itself; meanwhile requests are pending, and proxied after the first-byte wait.
-            self._note_state_error(verb.__name__, request_id, error)
+            self._log_state_error(update.__name__, request_id, error)
 
-    def _note_state_error(self, operation: str, request_id: str, error: StateStoreUnavailable) -> None:
+    def _log_state_error(self, operation: str, request_id: str, error: StateStoreUnavailable) -> None:
         logger.warning(
             "state_store_unavailable", operation=operation, request_id=request_id, reason=str(error)
         )

@@ -13,7 +13,7 @@ from services.api.headers import CacheResult
 from shared.observability.metrics import PHASE, TIME_TO_FIRST_BYTE
 
 
-def note_first_byte(request: Request, result: CacheResult) -> None:
+def observe_first_byte(request: Request, result: CacheResult) -> None:
     """The first byte of the body is about to leave."""
     TIME_TO_FIRST_BYTE.labels(cache=result).observe(perf_counter() - request_record(request).started)
 

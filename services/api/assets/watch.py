@@ -11,22 +11,22 @@ from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import StateStore
 
-SHORTEST_POLL, LONGEST_POLL, LONGEST_IDLE_POLL = 0.005, 0.025, 0.1
+MIN_POLL_INTERVAL, MAX_POLL_INTERVAL, MAX_IDLE_POLL_INTERVAL = 0.005, 0.025, 0.1
 """Seconds; the last where nothing has moved for a while and many may be waiting. Wake-ups come in between."""
-LOOK_INTERVAL = 2.0
+STATE_CHECK_INTERVAL = 2.0
 """Seconds between questions to the state store while nothing moves."""
 
 
-class FetchWatch:
+class FetchPoller:
     """Paces one request that waits for bytes. Its polls are short while bytes arrive, longer while they do not."""
 
     def __init__(self, object_id: ObjectId, state: StateStore, fetch_events: FetchEvents) -> None:
         self._object_id = object_id
         self._state = state
         self._fetch_events = fetch_events
-        self._interval = SHORTEST_POLL
-        self._seen_size = -1
-        self._last_progress = self._last_look = monotonic()
+        self._interval = MIN_POLL_INTERVAL
+        self._last_size = -1
+        self._last_progress = self._last_check = monotonic()
         self._ended = False
 
     @property
@@ -34,39 +34,39 @@ class FetchWatch:
         """Seconds since the file last grew."""
         return monotonic() - self._last_progress
 
-    def note(self, size: int) -> None:
+    def observe(self, size: int) -> None:
         """So many bytes are on disk now."""
-        if size != self._seen_size:
-            self._seen_size, self._interval, self._last_progress = size, SHORTEST_POLL, monotonic()
+        if size != self._last_size:
+            self._last_size, self._interval, self._last_progress = size, MIN_POLL_INTERVAL, monotonic()
             self._ended = False
 
-    async def pause(self, size: int, at_most: float = LONGEST_IDLE_POLL) -> None:
+    async def wait(self, size: int, max_seconds: float = MAX_IDLE_POLL_INTERVAL) -> None:
         """Wait for a moment, or until something changes about the fetch. `size`: bytes on disk now."""
-        self.note(size)
-        wait = max(0.001, min(self._interval, at_most))
-        longest = min(LONGEST_IDLE_POLL, max(LONGEST_POLL, self.idle / 20))
-        self._interval = min(self._interval * 1.5, longest)
-        if await self._fetch_events.wait(self._object_id, wait):
-            self._last_look = -inf
+        self.observe(size)
+        delay = max(0.001, min(self._interval, max_seconds))
+        max_interval = min(MAX_IDLE_POLL_INTERVAL, max(MAX_POLL_INTERVAL, self.idle / 20))
+        self._interval = min(self._interval * 1.5, max_interval)
+        if await self._fetch_events.wait(self._object_id, delay):
+            self._last_check = -inf
 
-    async def woken(self, seconds: float) -> None:
+    async def wait_for_event(self, seconds: float) -> None:
         """Wait for word of the fetch, at most so long."""
         await self._fetch_events.wait(self._object_id, seconds)
 
-    async def is_over(self) -> bool:
+    async def has_ended(self) -> bool:
         """True once the state store has said, twice in a row, that nobody fetches the object any more.
 
         Twice: between the rename of a complete file and the commit, or a worker's end and the next one's beginning,
         one look can mislead. A store that does not answer says nothing.
         """
-        if self.idle < LONGEST_POLL or monotonic() - self._last_look < LOOK_INTERVAL:
+        if self.idle < MAX_POLL_INTERVAL or monotonic() - self._last_check < STATE_CHECK_INTERVAL:
             return False
-        self._last_look = monotonic()
+        self._last_check = monotonic()
         try:
             object_status = await self._state.find(self._object_id)
         except StateStoreUnavailable:
             return False
         if object_status.failure is not None:
             return True
-        over, self._ended = self._ended, not may_resume(object_status)
-        return over and self._ended
+        ended_before, self._ended = self._ended, not may_resume(object_status)
+        return ended_before and self._ended

@@ -12,42 +12,42 @@ from time import monotonic, perf_counter
 import structlog
 
 from services.api.accesses import AccessCounter
-from services.api.assets.hot import HotObject
-from services.api.assets.reading import is_cached, read_piece
-from services.api.assets.sender import ACCESS_RENEWAL
+from services.api.assets.hot import CachedObject
+from services.api.assets.reading import is_cached, read_chunk
+from services.api.assets.sender import ACCESS_RENEWAL_INTERVAL
 
-_OF_THE_NETWORK = (errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH)
-AT_ONCE = 1024 * 1024
+_NETWORK_ERRNOS = (errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH)
+SENDFILE_CHUNK = 1024 * 1024
 """Bytes handed to the socket before other connections have their turn."""
-_READ_AHEAD = 4 * 1024 * 1024
-_COLD_PIECE = 512 * 1024
-_BUFFERED_PIECE = 32 * 1024
+_READAHEAD_BYTES = 4 * 1024 * 1024
+COLD_READ_CHUNK = 512 * 1024
+_BUFFERED_CHUNK = 32 * 1024
 """Bytes that wait in the connection's own buffer while the socket is full: it tells us when there is room again."""
 
 logger = structlog.get_logger()
 
 
-class FileShort(Exception):
+class TruncatedFile(Exception):
     """The file gives fewer bytes than the object has, or none at all: the disk fails, or it was cut short."""
 
 
-def send_file(hot: HotObject, descriptor: int, first: int, length: int) -> int:
-    """Hand bytes of the file to the socket `descriptor`; how many it took, 0 if it is full. FileShort;
+def send_file(cached: CachedObject, descriptor: int, first: int, length: int) -> int:
+    """Hand bytes of the file to the socket `descriptor`; how many it took, 0 if it is full. TruncatedFile;
     ConnectionError if the client has left."""
     try:
-        sent = os.sendfile(descriptor, hot.descriptor, first, length)
+        sent = os.sendfile(descriptor, cached.descriptor, first, length)
     except BlockingIOError:
         return 0
     except OSError as error:
         if isinstance(error, ConnectionError):
             raise
-        if isinstance(error, TimeoutError) or error.errno in _OF_THE_NETWORK:
+        if isinstance(error, TimeoutError) or error.errno in _NETWORK_ERRNOS:
             raise ConnectionResetError(error.errno, error.strerror) from error
-        logger.error("object_unreadable", object_id=hot.object_id, reason=error.strerror)
-        raise FileShort(hot.object_id) from error
+        logger.error("object_unreadable", object_id=cached.object_id, reason=error.strerror)
+        raise TruncatedFile(cached.object_id) from error
     if not sent:
-        logger.error("object_truncated", object_id=hot.object_id, size=hot.size)
-        raise FileShort(hot.object_id)
+        logger.error("object_truncated", object_id=cached.object_id, size=cached.size)
+        raise TruncatedFile(cached.object_id)
     return sent
 
 
@@ -60,37 +60,37 @@ class Connection:
     descriptor: int
 
 
-class BodySender:
-    """One body, of an object whose send has begun (`HotObject.begin_send`). `sent`: bytes of it that have left;
-    `begun`: the client has been told something, `began_at` when."""
+class FileSender:
+    """One body, of an object whose send has begun (`CachedObject.begin_send`). `sent`: bytes of it that have left;
+    `started`: the client has been told something, `started_at` when."""
 
     def __init__(
-        self, hot: HotObject, first: int, length: int, accesses: AccessCounter, sent: int = 0
+        self, cached: CachedObject, first: int, length: int, accesses: AccessCounter, sent: int = 0
     ) -> None:
-        if hot.found is None:
+        if cached.file is None:
             raise ValueError("an object in memory is written at once")
-        self._hot = hot
-        self._file = hot.found.descriptor
+        self._cached = cached
+        self._file = cached.file.descriptor
         self._first = first
         self._length = length
         self._accesses = accesses
-        self._renewed = monotonic()
+        self._renewed_at = monotonic()
         self._cached_until = 0
         self.sent = sent
-        self.begun = sent > 0
-        self.began_at = perf_counter()
+        self.started = sent > 0
+        self.started_at = perf_counter()
 
     async def send_from_disk(self, connection: Connection, head: bytes) -> None:
         """As `send`; the beginning is read before the head is sent, so that a failing disk costs no answer:
-        FileShort then with `begun` false."""
-        piece = bytes(await self._read(min(_COLD_PIECE, self._length)))
-        self.sent = len(piece)
-        await self.send(connection, head + piece)
+        TruncatedFile then with `started` false."""
+        chunk = bytes(await self._read(min(COLD_READ_CHUNK, self._length)))
+        self.sent = len(chunk)
+        await self.send(connection, head + chunk)
 
     async def send(self, connection: Connection, head: bytes = b"") -> None:
-        """Everything that has not been sent. FileShort; ConnectionError once the client has left."""
-        if not self.begun:
-            self.begun, self.began_at = True, perf_counter()
+        """Everything that has not been sent. TruncatedFile; ConnectionError once the client has left."""
+        if not self.started:
+            self.started, self.started_at = True, perf_counter()
         transport = connection.transport
         transport.set_write_buffer_limits(high=0)
         try:
@@ -99,56 +99,56 @@ class BodySender:
             while self.sent < self._length:
                 if transport.is_closing():
                     raise ConnectionResetError(errno.ECONNRESET, "the client has left")
-                await self._send_some(connection)
-                self._note_access()
+                await self._send_chunk(connection)
+                self._renew_access()
         finally:
             if not transport.is_closing():
                 transport.set_write_buffer_limits(high=64 * 1024, low=16 * 1024)
 
-    async def _send_some(self, connection: Connection) -> None:
-        left = self._length - self.sent
+    async def _send_chunk(self, connection: Connection) -> None:
+        remaining = self._length - self.sent
         position = self._first + self.sent
-        if position >= self._cached_until and not self._look_ahead(position, left):
-            await self._write_piece(connection, min(_COLD_PIECE, left))
+        if position >= self._cached_until and not self._readahead(position, remaining):
+            await self._write_chunk(connection, min(COLD_READ_CHUNK, remaining))
             return
-        wanted = min(left, self._cached_until - position)
-        sent = send_file(self._hot, connection.descriptor, position, wanted)
+        length = min(remaining, self._cached_until - position)
+        sent = send_file(self._cached, connection.descriptor, position, length)
         self.sent += sent
-        if sent < wanted:
-            await self._write_piece(connection, min(_BUFFERED_PIECE, left - sent))
+        if sent < length:
+            await self._write_chunk(connection, min(_BUFFERED_CHUNK, remaining - sent))
         else:
             # Where the client takes all at once nothing waits here, and others would
             await asyncio.sleep(0)
 
-    def _look_ahead(self, position: int, left: int) -> bool:
+    def _readahead(self, position: int, remaining: int) -> bool:
         """False if what comes next has to be read from the disk; then more of it is on its way into memory."""
-        window = min(left, AT_ONCE)
+        window = min(remaining, SENDFILE_CHUNK)
         if is_cached(self._file, position, window):
             self._cached_until = position + window
             return True
-        os.posix_fadvise(self._file, position, min(left, _READ_AHEAD), os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(self._file, position, min(remaining, _READAHEAD_BYTES), os.POSIX_FADV_WILLNEED)
         return False
 
-    async def _write_piece(self, connection: Connection, length: int) -> None:
+    async def _write_chunk(self, connection: Connection, length: int) -> None:
         await self._write(connection, await self._read(length))
         self.sent += length
 
-    async def _write(self, connection: Connection, piece: bytes | memoryview) -> None:
-        connection.transport.write(piece)
+    async def _write(self, connection: Connection, chunk: bytes | memoryview) -> None:
+        connection.transport.write(chunk)
         await connection.writable.wait()
 
     async def _read(self, length: int) -> memoryview:
         try:
-            piece = await read_piece(self._file, self._first + self.sent, length)
+            chunk = await read_chunk(self._file, self._first + self.sent, length)
         except OSError as error:
-            logger.error("object_unreadable", object_id=self._hot.object_id, reason=error.strerror)
-            raise FileShort(self._hot.object_id) from error
-        if len(piece) < length:
-            logger.error("object_truncated", object_id=self._hot.object_id, size=self._hot.size)
-            raise FileShort(self._hot.object_id)
-        return piece
+            logger.error("object_unreadable", object_id=self._cached.object_id, reason=error.strerror)
+            raise TruncatedFile(self._cached.object_id) from error
+        if len(chunk) < length:
+            logger.error("object_truncated", object_id=self._cached.object_id, size=self._cached.size)
+            raise TruncatedFile(self._cached.object_id)
+        return chunk
 
-    def _note_access(self) -> None:
-        if monotonic() - self._renewed >= ACCESS_RENEWAL:
-            self._renewed = monotonic()
-            self._accesses.touch(self._hot.object_id)
+    def _renew_access(self) -> None:
+        if monotonic() - self._renewed_at >= ACCESS_RENEWAL_INTERVAL:
+            self._renewed_at = monotonic()
+            self._accesses.touch(self._cached.object_id)

@@ -6,20 +6,20 @@ import resource
 
 import structlog
 
-_WANTED = 65_536
+_TARGET_FD_LIMIT = 65_536
 
 logger = structlog.get_logger()
 
 
-def raise_descriptor_limit() -> int:
+def raise_fd_limit() -> int:
     """Use what the system allows: the usual soft limit of 1024 is for programs that use select. The limit now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _WANTED if hard == resource.RLIM_INFINITY else min(hard, _WANTED)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return _WANTED
+    target = _TARGET_FD_LIMIT if hard == resource.RLIM_INFINITY else min(hard, _TARGET_FD_LIMIT)
+    if soft == resource.RLIM_INFINITY or soft >= target:
+        return _TARGET_FD_LIMIT
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
     except (OSError, ValueError) as error:
         logger.warning("fd_limit_raise_failed", limit=soft, reason=str(error))
         return soft
-    return wanted
+    return target

@@ -8,26 +8,26 @@ from time import perf_counter, time
 from typing import NamedTuple
 
 from services.api.accesses import AccessCounter
-from services.api.assets.decision import Asked, Refusal, Span, select
-from services.api.assets.hot import HotObject, HotObjects
+from services.api.assets.decision import AssetRequest, PreconditionResult, Span, select_range
+from services.api.assets.hot import CachedObject, OpenObjectCache
 from services.api.assets.ready_heads import end_of_head
 from services.api.exchange import RequestRecord, log_request
-from services.api.fast_lane.request_heads import HeadReader, SimpleRequest
+from services.api.fast_lane.request_heads import ParsedRequest, RequestParser
 from services.api.fast_lane.tally import BufferedHitMetrics
 from shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
 
-_COUNTED_EVERY = 0.5
+_ACCESS_COUNT_INTERVAL = 0.5
 """Seconds in which further accesses of one object are not counted again: the views are the same, the last access
 hardly older."""
-_IDS_AT_ONCE = 128
+_ID_BATCH = 128
 _ID_DIGITS = 32
 
 
-class ReadyAnswer(NamedTuple):
+class PreparedResponse(NamedTuple):
     """What to send: the head, and `length` bytes of the object from `first`; none (`length` 0) for a head alone."""
 
-    request: SimpleRequest
-    hot: HotObject
+    request: ParsedRequest
+    cached: CachedObject
     request_id: bytes
     status: int
     head: bytes
@@ -36,91 +36,93 @@ class ReadyAnswer(NamedTuple):
     started: float
 
 
-class FastLane:
-    """`logs_hits`: whether each answer is an event in the log."""
+class FastPath:
+    """`log_hits`: whether each answer is an event in the log."""
 
-    def __init__(self, objects: HotObjects, accesses: AccessCounter, *, logs_hits: bool) -> None:
+    def __init__(self, objects: OpenObjectCache, accesses: AccessCounter, *, log_hits: bool) -> None:
         self.objects = objects
         self.accesses = accesses
         self.hit_metrics = BufferedHitMetrics()
-        self._reader = HeadReader()
-        self._logs_hits = logs_hits
-        self._end = b""
-        self._end_until = 0.0
+        self._parser = RequestParser()
+        self._log_hits = log_hits
+        self._head_end = b""
+        self._head_end_until = 0.0
         self._ids = b""
         self._next_id = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def prepare(self, data: bytes, now: float) -> ReadyAnswer | None:
+    def prepare(self, data: bytes, now: float) -> PreparedResponse | None:
         """The answer to what a connection has received; None: Sanic has to answer. `now` in monotonic seconds."""
         started = perf_counter()
-        request = self._reader.read(data)
+        request = self._parser.parse(data)
         if request is None:
             return None
-        hot = self.objects.get(request.object_id, now)
-        if hot is None:
+        cached = self.objects.get(request.object_id, now)
+        if cached is None:
             return None
-        fields, heads, size = request.fields, hot.heads, hot.size
-        status, first, length = 200, 0, 0 if request.head else size
-        head = heads.head if request.head else heads.whole
-        if request.range_header is not None or not fields.plain:
-            span = _select(request, hot)
+        fields, headers, size = request.fields, cached.headers, cached.size
+        status, first, length = 200, 0, 0 if request.is_head else size
+        head = headers.head if request.is_head else headers.whole
+        if request.range_header is not None or not fields.unconditional:
+            span = _select_range(request, cached)
             if isinstance(span, tuple):
                 first, last = span
                 length = last - first + 1
-                status, head = 206, heads.of_range(first, last, size)
+                status, head = 206, headers.for_range(first, last, size)
             elif isinstance(span, Span):
-                first, length = span.first, 0 if request.head else span.length or 0
+                first, length = span.first, 0 if request.is_head else span.length or 0
                 if span.partial:
-                    status, head = 206, heads.of_range(first, first + length - 1, size)
-            elif span is Refusal.NOT_MODIFIED:
-                status, head, length = 304, heads.not_modified, 0
+                    status, head = 206, headers.for_range(first, first + length - 1, size)
+            elif span is PreconditionResult.NOT_MODIFIED:
+                status, head, length = 304, headers.not_modified, 0
             else:
                 return None
         if length:
             # Bytes alone hold an object and renew its access; HEAD and 304 leave no trace
-            if now >= hot.taken_until:
-                taken = self.objects.take(request.object_id, hot)
-                if taken is None:
+            if now >= cached.acquired_until:
+                acquired = self.objects.acquire(request.object_id, cached)
+                if acquired is None:
                     return None
-                hot = taken
-            hot.used_at = now
-            if now - hot.counted_at >= _COUNTED_EVERY:
-                hot.counted_at = now
-                self.accesses.record_request(hot.object_id)
+                cached = acquired
+            cached.used_at = now
+            if now - cached.counted_at >= _ACCESS_COUNT_INTERVAL:
+                cached.counted_at = now
+                self.accesses.record_request(cached.object_id)
         request_id = fields.request_id or self._new_id()
-        if now >= self._end_until:
-            self._end_until = now + 1.0 - time() % 1.0
-            self._end = end_of_head()
-        return ReadyAnswer(
-            request, hot, request_id, status, head + request_id + self._end, first, length, started
+        if now >= self._head_end_until:
+            self._head_end_until = now + 1.0 - time() % 1.0
+            self._head_end = end_of_head()
+        return PreparedResponse(
+            request, cached, request_id, status, head + request_id + self._head_end, first, length, started
         )
 
-    def record(self, ready: ReadyAnswer, sent: int, seconds: float, abort_reason: str | None = None) -> None:
+    def record(
+        self, prepared: PreparedResponse, sent: int, seconds: float, abort_reason: str | None = None
+    ) -> None:
         """Count the answer, and log it if that is wanted. `sent` bytes of a body that began after `seconds`."""
-        self.hit_metrics.add(ready.request.head, ready.status, sent, seconds)
-        if self._logs_hits or abort_reason is not None:
+        self.hit_metrics.add(prepared.request.is_head, prepared.status, sent, seconds)
+        if self._log_hits or abort_reason is not None:
             record = RequestRecord(
-                ready.request_id.decode(),
-                "HEAD" if ready.request.head else "GET",
+                prepared.request_id.decode(),
+                "HEAD" if prepared.request.is_head else "GET",
                 "/api/v1/assets/<object_id>",
-                ready.hot.object_id,
-                ready.started,
-                size=ready.hot.size,
+                prepared.cached.object_id,
+                prepared.started,
+                size=prepared.cached.size,
                 abort_reason=abort_reason,
             )
-            source = "local" if ready.length else None
-            log_request(record, ready.status, cache="hit", source=source, sent=sent)
+            source = "local" if prepared.length else None
+            log_request(record, prepared.status, cache="hit", source=source, sent=sent)
 
     def _new_id(self) -> bytes:
         """Like `choose_request_id`, with a call of the system for many at once."""
         start = self._next_id
         if start >= len(self._ids):
-            self._ids, start = secrets.token_hex(_IDS_AT_ONCE * _ID_DIGITS // 2).encode(), 0
+            self._ids, start = secrets.token_hex(_ID_BATCH * _ID_DIGITS // 2).encode(), 0
         self._next_id = start + _ID_DIGITS
         return self._ids[start : start + _ID_DIGITS]
 
-    def own(self, task: asyncio.Task[None]) -> None:
+    def track(self, task: asyncio.Task[None]) -> None:
         """Keep a task that sends a body, so that `close` waits for it."""
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -133,16 +135,19 @@ class FastLane:
         self.objects.close()
 
 
-def _select(request: SimpleRequest, hot: HotObject) -> tuple[int, int] | Span | Unsatisfiable | Refusal:
-    """What `decision.select` says; of a range without conditions its first and last byte."""
+def _select_range(
+    request: ParsedRequest, cached: CachedObject
+) -> tuple[int, int] | Span | Unsatisfiable | PreconditionResult:
+    """What `decision.select_range` says; of a range without conditions its first and last byte."""
     fields = request.fields
-    if fields.plain and not request.head:
+    if fields.unconditional and not request.is_head:
         bounds = request.bounds
-        if bounds is not None and bounds[0] <= bounds[1] < hot.size:
+        if bounds is not None and bounds[0] <= bounds[1] < cached.size:
             return bounds
-        found = parse_range(request.range_header, hot.size)  # what `select` comes to without conditions
+        # What `select_range` comes to without conditions
+        found = parse_range(request.range_header, cached.size)
         if isinstance(found, ByteRange):
             return found.first, found.last
-        return Span(0, hot.size - 1, hot.size) if found is None else found
-    asked = Asked(request.head, fields.conditions, request.range_header, fields.if_range)
-    return select(asked, hot.described)
+        return Span(0, cached.size - 1, cached.size) if found is None else found
+    asset_request = AssetRequest(request.is_head, fields.conditions, request.range_header, fields.if_range)
+    return select_range(asset_request, cached.representation)

@@ -14,31 +14,37 @@ from typing import Any
 import structlog
 from sanic.http import Stage
 
-from services.api.assets.reading import borrow_cached
-from services.api.fast_lane.body_sender import AT_ONCE, BodySender, Connection, FileShort, send_file
-from services.api.fast_lane.lane import FastLane, ReadyAnswer
+from services.api.assets.reading import peek_cached
+from services.api.fast_lane.body_sender import (
+    SENDFILE_CHUNK,
+    Connection,
+    FileSender,
+    TruncatedFile,
+    send_file,
+)
+from services.api.fast_lane.lane import FastPath, PreparedResponse
 from services.api.protocol import ApiHttp, PublicProtocol
 from shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 
-_MOST_KEPT = 64 * 1024
+_MAX_BUFFERED = 64 * 1024
 """Bytes a client may send ahead while it is sent a long body; then it is not read from."""
-_PAGE = 4096
+_PAGE_SIZE = 4096
 
 logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class _Sending:
-    """A body that is sent in a task. `request`: what the client asked, for Sanic's lane if nothing could be sent; empty
+class _Transfer:
+    """A body that is sent in a task. `request`: what the client asked, for Sanic's path if nothing could be sent; empty
     once something was said."""
 
-    lane: FastLane
-    ready: ReadyAnswer
-    sender: BodySender
+    fast_path: FastPath
+    prepared: PreparedResponse
+    sender: FileSender
     request: bytes = b""
 
 
-class FastLaneProtocol(PublicProtocol):
+class FastPathProtocol(PublicProtocol):
     """Answers simple requests for cached objects itself, and hands everything else to Sanic unchanged.
 
     It writes only while Sanic waits for a request's first byte and nothing written before is on its way; what
@@ -46,20 +52,20 @@ class FastLaneProtocol(PublicProtocol):
     sees every byte.
     """
 
-    __slots__ = ("_kept", "_lane", "_sending", "_socket", "_task_sending")
+    __slots__ = ("_buffered", "_fast_path", "_socket", "_transfer", "_transfer_task")
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
-        self._lane: FastLane | None = getattr(self.app.ctx, "fast_lane", None)
+        self._fast_path: FastPath | None = getattr(self.app.ctx, "fast_path", None)
         self._socket: socket.socket | None = None
-        self._sending: _Sending | None = None
-        self._task_sending: asyncio.Task[None] | None = None
-        self._kept = bytearray()
+        self._transfer: _Transfer | None = None
+        self._transfer_task: asyncio.Task[None] | None = None
+        self._buffered = bytearray()
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         connection = transport.get_extra_info("socket")
-        if self._lane is not None and connection is not None:
+        if self._fast_path is not None and connection is not None:
             # Another name for the transport's own socket, never closed here: it offers what transports do not.
             self._socket = socket.socket(
                 connection.family, socket.SOCK_STREAM, connection.proto, fileno=connection.fileno()
@@ -69,17 +75,17 @@ class FastLaneProtocol(PublicProtocol):
         if self._socket is not None:
             self._socket.detach()
             self._socket = None
-        if self._task_sending is not None:
-            self._task_sending.cancel()
+        if self._transfer_task is not None:
+            self._transfer_task.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._sending is not None:
-            self._keep(data)
-        elif not self._is_ours() or not self._answer(data):
+        if self._transfer is not None:
+            self._buffer(data)
+        elif not self._can_bypass() or not self._respond(data):
             super().data_received(data)
 
-    def _is_ours(self) -> bool:
+    def _can_bypass(self) -> bool:
         """Whether nothing is under way on this connection."""
         http, transport = self._http, self.transport
         if self._socket is None or transport is None or self.recv_buffer or self.draining:
@@ -90,88 +96,98 @@ class FastLaneProtocol(PublicProtocol):
             return False
         return not transport.is_closing() and not transport.get_write_buffer_size()
 
-    def _answer(self, data: bytes) -> bool:
-        lane, transport = self._lane, self.transport
+    def _respond(self, data: bytes) -> bool:
+        fast_path, transport = self._fast_path, self.transport
         now = monotonic()
-        ready = lane.prepare(data, now) if lane is not None else None
-        if lane is None or ready is None or transport is None or self._socket is None:
+        prepared = fast_path.prepare(data, now) if fast_path is not None else None
+        if fast_path is None or prepared is None or transport is None or self._socket is None:
             return False
         self._time = now
-        body, first, length = ready.hot.body, ready.first, ready.length
+        body, first, length = prepared.cached.body, prepared.first, prepared.length
         if not length:
-            transport.write(ready.head)
+            transport.write(prepared.head)
         elif body is not None:
-            transport.write(ready.head + (body if length == len(body) else body[first : first + length]))
+            transport.write(prepared.head + (body if length == len(body) else body[first : first + length]))
         else:
-            self._send_file(lane, ready, self._socket, data)
+            self._send_file(fast_path, prepared, self._socket, data)
             return True
-        lane.record(ready, length, perf_counter() - ready.started)
+        fast_path.record(prepared, length, perf_counter() - prepared.started)
         return True
 
-    def _send_file(self, lane: FastLane, ready: ReadyAnswer, connection: socket.socket, data: bytes) -> None:
+    def _send_file(
+        self, fast_path: FastPath, prepared: PreparedResponse, connection: socket.socket, data: bytes
+    ) -> None:
         """The head and as much of the file as the socket takes now; the rest in a task."""
-        hot, head, length, sent = ready.hot, ready.head, ready.length, 0
+        cached, head, length, sent = prepared.cached, prepared.head, prepared.length, 0
         # A body that begins within a page takes one page more than a segment holds, and the kernel then works half as
         # long again: what lies before the next page goes with the head, and the file from there. Should it have left
         # memory just now, all of it is sent as it lies.
-        edge = borrow_cached(hot.descriptor, ready.first, min(-ready.first % _PAGE, length))
-        if not hot.is_near(ready.first, length, self._time, first_is=bool(edge)):
-            sender = BodySender(hot, ready.first, length, lane.accesses)
-            self._send_later(
-                _Sending(lane, ready, sender, data), sender.send_from_disk(self._far_end(), head)
+        unaligned = peek_cached(cached.descriptor, prepared.first, min(-prepared.first % _PAGE_SIZE, length))
+        if not cached.is_resident(prepared.first, length, self._time, first_resident=bool(unaligned)):
+            sender = FileSender(cached, prepared.first, length, fast_path.accesses)
+            self._start_transfer(
+                _Transfer(fast_path, prepared, sender, data), sender.send_from_disk(self._connection(), head)
             )
             return
-        together = socket.MSG_MORE if edge is not None and len(edge) < length else 0
+        flags = socket.MSG_MORE if unaligned is not None and len(unaligned) < length else 0
         try:
-            taken = (
-                connection.sendmsg((head, edge), (), together) if edge else connection.send(head, together)
+            accepted = (
+                connection.sendmsg((head, unaligned), (), flags)
+                if unaligned
+                else connection.send(head, flags)
             )
-            head, sent = head[taken:], max(0, taken - len(head))
+            head, sent = head[accepted:], max(0, accepted - len(head))
             if not head and sent < length:
-                sent += send_file(hot, connection.fileno(), ready.first + sent, min(length - sent, AT_ONCE))
+                sent += send_file(
+                    cached, connection.fileno(), prepared.first + sent, min(length - sent, SENDFILE_CHUNK)
+                )
         except BlockingIOError:
             pass
-        except (OSError, FileShort) as error:
-            lane.record(ready, 0, 0.0, self._end(error))
+        except (OSError, TruncatedFile) as error:
+            fast_path.record(prepared, 0, 0.0, self._abort_on_error(error))
             return
         if sent == length:
-            lane.record(ready, length, perf_counter() - ready.started)
+            fast_path.record(prepared, length, perf_counter() - prepared.started)
         else:
-            sender = BodySender(hot, ready.first, length, lane.accesses, sent)
-            self._send_later(_Sending(lane, ready, sender), sender.send(self._far_end(), head))
+            sender = FileSender(cached, prepared.first, length, fast_path.accesses, sent)
+            self._start_transfer(
+                _Transfer(fast_path, prepared, sender), sender.send(self._connection(), head)
+            )
 
-    def _far_end(self) -> Connection:
+    def _connection(self) -> Connection:
         if self.transport is None or self._socket is None:
             raise ConnectionResetError(errno.ECONNRESET, "the client has left")
         return Connection(self.transport, self._can_write, self._socket.fileno())
 
-    def _send_later(self, sending: _Sending, work: Coroutine[Any, Any, None]) -> None:
+    def _start_transfer(self, transfer: _Transfer, work: Coroutine[Any, Any, None]) -> None:
         # Here, not in the task: until that has its first turn, other connections could have the file closed
-        sending.ready.hot.begin_send()
+        transfer.prepared.cached.begin_send()
         REQUESTS_IN_PROGRESS.inc()
-        self._sending = sending
-        self._task_sending = task = asyncio.create_task(work, name="asset-body")
-        task.add_done_callback(partial(self._sent, sending))
-        sending.lane.own(task)
+        self._transfer = transfer
+        self._transfer_task = task = asyncio.create_task(work, name="asset-body")
+        task.add_done_callback(partial(self._on_transfer_ended, transfer))
+        transfer.fast_path.track(task)
 
-    def _sent(self, sending: _Sending, task: asyncio.Task[None]) -> None:
+    def _on_transfer_ended(self, transfer: _Transfer, task: asyncio.Task[None]) -> None:
         """The body has ended, well or not; called for a task that was cancelled before it began, too."""
-        sending.ready.hot.end_send()
+        transfer.prepared.cached.end_send()
         REQUESTS_IN_PROGRESS.dec()
-        self._sending = self._task_sending = None
+        self._transfer = self._transfer_task = None
         self._time = monotonic()
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        sender = sending.sender
-        if isinstance(error, FileShort) and sending.request and not sender.begun:
-            # Nothing has been said to the client: Sanic's lane finds out what is wrong
-            self._go_on(sending.request)
+        sender = transfer.sender
+        if isinstance(error, TruncatedFile) and transfer.request and not sender.started:
+            # Nothing has been said to the client: Sanic's path finds out what is wrong
+            self._resume_reading(transfer.request)
             return
-        abort_reason = self._end(error) if error is not None else None
-        sending.lane.record(sending.ready, sender.sent, sender.began_at - sending.ready.started, abort_reason)
+        abort_reason = self._abort_on_error(error) if error is not None else None
+        transfer.fast_path.record(
+            transfer.prepared, sender.sent, sender.started_at - transfer.prepared.started, abort_reason
+        )
         if abort_reason is None:
-            self._go_on(b"")
+            self._resume_reading(b"")
 
-    def _end(self, error: BaseException) -> str:
+    def _abort_on_error(self, error: BaseException) -> str:
         """End the connection in the middle of an answer; the reason why."""
         if isinstance(error, asyncio.CancelledError | OSError):
             reason: str | None = self._abort_reason
@@ -181,45 +197,45 @@ class FastLaneProtocol(PublicProtocol):
             self.abort()
             return reason
         reason = "object_unreadable"
-        if not isinstance(error, FileShort):
+        if not isinstance(error, TruncatedFile):
             reason = "unexpected_error"
             logger.error("response_failed", exc_info=error)
         self.abort_response(reason)
         return reason
 
-    def _keep(self, data: bytes) -> None:
-        self._kept += data
-        if len(self._kept) > _MOST_KEPT and self.transport is not None:
+    def _buffer(self, data: bytes) -> None:
+        self._buffered += data
+        if len(self._buffered) > _MAX_BUFFERED and self.transport is not None:
             self.transport.pause_reading()
 
-    def _go_on(self, unread: bytes) -> None:
+    def _resume_reading(self, unread: bytes) -> None:
         """What came during a long answer is next."""
         transport = self.transport
         if transport is None or transport.is_closing():
             return
-        kept, self._kept = unread + bytes(self._kept), bytearray()
+        buffered, self._buffered = unread + bytes(self._buffered), bytearray()
         if unread:
-            super().data_received(kept)
-        elif kept:
-            self.data_received(kept)
+            super().data_received(buffered)
+        elif buffered:
+            self.data_received(buffered)
         elif self.draining:
             self.allow_last_request()
         transport.resume_reading()
 
     def _progress(self) -> object:
-        return super()._progress(), self._sending.sender.sent if self._sending is not None else 0
+        return super()._progress(), self._transfer.sender.sent if self._transfer is not None else 0
 
     def _enforce_timeouts(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
         # While a body is sent the connection is not idle, whatever Sanic believes
         return super()._enforce_timeouts(
-            http, unchanged, 0.0 if self._sending is not None else silent, unsent
+            http, unchanged, 0.0 if self._transfer is not None else silent, unsent
         )
 
     def start_draining(self) -> None:
-        if self._sending is not None:
+        if self._transfer is not None:
             self.draining = True
         else:
             super().start_draining()
 
     def _is_idle(self) -> bool:
-        return self._sending is None and super()._is_idle()
+        return self._transfer is None and super()._is_idle()

@@ -11,7 +11,7 @@ from shared.domain.conditionals import Conditions
 
 _GET, _HEAD, _VERSION = b"GET /api/v1/assets/", b"HEAD /api/v1/assets/", b" HTTP/1.1"
 _END = b"\r\n\r\n"
-_LONGEST_HEAD = 4096
+_MAX_HEAD_BYTES = 4096
 # RFC 9110 section 5: token, colon, a value of visible ASCII. Empty values, other bytes and folded lines are for Sanic.
 _FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t]*[\x21-\x7e][\t\x20-\x7e]*\r\n)+")
 _RANGE = re.compile(rb"\r\n[Rr]ange: (bytes=([0-9]{1,15})-([0-9]{0,15}))(?=\r\n)")
@@ -23,8 +23,8 @@ _CONDITIONS = {
     b"if-none-match": "if_none_match",
     b"if-modified-since": "if_modified_since",
 }
-_WANTED = {*_CONDITIONS, b"range", b"if-range", b"x-request-id", b"host", b"connection"}
-_REFUSED = {
+_SUPPORTED_FIELDS = {*_CONDITIONS, b"range", b"if-range", b"x-request-id", b"host", b"connection"}
+_UNSUPPORTED_FIELDS = {
     b"content-length",
     b"transfer-encoding",
     b"expect",
@@ -35,46 +35,46 @@ _REFUSED = {
     b"x-sendfile-type",  # may be handed over
 }
 
-_MOST_REMEMBERED = 2048
-_LONGEST_REMEMBERED = 1024
+PARSE_CACHE_SIZE = 2048
+_MAX_CACHED_BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What the header fields ask for. `plain`: nothing beyond the object, so that only `request_id` matters (of the
-    client's choice, None: it has none that we take)."""
+    """What the header fields ask for. `unconditional`: nothing beyond the object, so that only `request_id` matters (of
+    the client's choice, None: it has none that we take)."""
 
     conditions: Conditions
     range_header: str | None
     if_range: str | None
     request_id: bytes | None
-    plain: bool
+    unconditional: bool
 
 
-class SimpleRequest(NamedTuple):
-    """A GET or HEAD (`head`) of one object. `object_id` is not checked yet; `range_header` may be beside `fields`;
+class ParsedRequest(NamedTuple):
+    """A GET or HEAD (`is_head`) of one object. `object_id` is not checked yet; `range_header` may be beside `fields`;
     `bounds`: both of its numbers, where it has just these, in whatever order."""
 
-    head: bool
+    is_head: bool
     object_id: bytes
     fields: Fields
     range_header: str | None
     bounds: tuple[int, int] | None = None
 
 
-class HeadReader:
+class RequestParser:
     """Reads heads. Clients send the same fields again and again, so the last ones are remembered (a few megabytes
     at most)."""
 
     def __init__(self) -> None:
-        self._remembered: dict[bytes, Fields] = {}
+        self._cache: dict[bytes, Fields] = {}
 
-    def read(self, data: bytes) -> SimpleRequest | None:
+    def parse(self, data: bytes) -> ParsedRequest | None:
         """The request if `data` is exactly the whole head of a simple one."""
         if data.startswith(_GET):
-            head, start = False, len(_GET)
+            is_head, start = False, len(_GET)
         elif data.startswith(_HEAD):
-            head, start = True, len(_HEAD)
+            is_head, start = True, len(_HEAD)
         else:
             return None
         line_end = data.find(b"\r\n")
@@ -90,36 +90,38 @@ class HeadReader:
                 block = data[line_end + 2 : found.start() + 2] + data[found.end() + 2 : -2]
                 range_header = found[1].decode()
                 bounds = (int(found[2]), int(found[3])) if found[3] else None
-        fields = self._remembered.get(block)
+        fields = self._cache.get(block)
         if fields is None:
-            fields = self._read_fields(block)
+            fields = self._parse_fields(block)
             if fields is None:
                 return None
         if range_header is not None and fields.range_header is not None:
             return None
-        return SimpleRequest(head, data[start:path_end], fields, range_header or fields.range_header, bounds)
+        return ParsedRequest(
+            is_head, data[start:path_end], fields, range_header or fields.range_header, bounds
+        )
 
-    def _read_fields(self, block: bytes) -> Fields | None:
-        fields = read_fields(block)
-        if fields is not None and fields.request_id is None and len(block) <= _LONGEST_REMEMBERED:
-            if len(self._remembered) >= _MOST_REMEMBERED:
-                self._remembered.clear()
-            self._remembered[block] = fields
+    def _parse_fields(self, block: bytes) -> Fields | None:
+        fields = parse_fields(block)
+        if fields is not None and fields.request_id is None and len(block) <= _MAX_CACHED_BLOCK:
+            if len(self._cache) >= PARSE_CACHE_SIZE:
+                self._cache.clear()
+            self._cache[block] = fields
         return fields
 
 
-def read_fields(block: bytes) -> Fields | None:
+def parse_fields(block: bytes) -> Fields | None:
     """The fields of a head without its first line, each with its CRLF; None if there is anything unusual among
     them."""
-    if len(block) > _LONGEST_HEAD or _FIELDS.fullmatch(block) is None:
+    if len(block) > _MAX_HEAD_BYTES or _FIELDS.fullmatch(block) is None:
         return None
     found: dict[bytes, str] = {}
     for line in block[:-2].split(b"\r\n"):
         name, _, value = line.partition(b":")
         name = name.lower()
-        if name in _REFUSED or name in found:
+        if name in _UNSUPPORTED_FIELDS or name in found:
             return None
-        if name in _WANTED:
+        if name in _SUPPORTED_FIELDS:
             found[name] = value.lstrip(b" \t").decode("ascii")
     if b"host" not in found or found.pop(b"connection", "keep-alive").lower() != "keep-alive":
         return None
@@ -131,5 +133,5 @@ def read_fields(block: bytes) -> Fields | None:
         found.get(b"range"),
         found.get(b"if-range"),
         request_id,
-        plain=not found,
+        unconditional=not found,
     )

@@ -1,4 +1,4 @@
-"""What the fast lane has answered, counted in plain numbers and handed to the metrics a few times a second."""
+"""What the fast path has answered, counted in plain numbers and handed to the metrics a few times a second."""
 
 from __future__ import annotations
 

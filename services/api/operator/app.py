@@ -83,7 +83,7 @@ def build_operator_app(
     """`public_api`: the limits of connections are the same. Nothing is opened here."""
     application = make_application(public_api, name="operator")
     application.error_handler = OperatorErrorHandler()
-    application.ctx.fast_lane = None
+    application.ctx.fast_path = None
 
     async def set_worker(body: Any) -> dict[str, Any]:
         return await commands.set_worker(bodies.parse_worker(body))

@@ -6,7 +6,7 @@ from shared.domain.objects import ObjectId
 from shared.domain.views import VIEW_WINDOW
 
 
-class SecondViewAdmission:
+class SecondHitAdmission:
     """Remembers first views, for `window` seconds and of at most `max_entries` objects (about 130 bytes each).
 
     Two generations take turns: when the newer one is full or as old as the window, the older one is forgotten as a
@@ -27,7 +27,7 @@ class SecondViewAdmission:
         self._max_per_generation = max(1, max_entries // 2)
         self._newer: dict[str, float] = {}
         self._older: dict[str, float] = {}
-        self._turned_at = float("-inf")
+        self._rotated_at = float("-inf")
 
     def __len__(self) -> int:
         return len(self._newer) + len(self._older)
@@ -47,7 +47,7 @@ class SecondViewAdmission:
         return not pressure or now - first >= self._view_window
 
     def _remember(self, object_id: ObjectId, now: float) -> None:
-        if len(self._newer) >= self._max_per_generation or not 0 <= now - self._turned_at <= self._window:
+        if len(self._newer) >= self._max_per_generation or not 0 <= now - self._rotated_at <= self._window:
             self._older, self._newer = self._newer, {}
-            self._turned_at = now
+            self._rotated_at = now
         self._newer[str(object_id)] = now

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from shared.domain.eviction.admission import SecondViewAdmission
+from shared.domain.eviction.admission import SecondHitAdmission
 from shared.domain.eviction.policy import EvictionPolicy, PolicyEntry
 from shared.domain.objects import ObjectId
 from shared.domain.space import Watermarks, footprint, watermarks_for
@@ -91,7 +91,7 @@ class Simulation:
     """One cache; `process` it one request after the other, in the order of their times."""
 
     def __init__(
-        self, policy: EvictionPolicy, rules: Rules, admission: SecondViewAdmission | None = None
+        self, policy: EvictionPolicy, rules: Rules, admission: SecondHitAdmission | None = None
     ) -> None:
         self.outcome = Outcome()
         self._policy = policy
