@@ -13,8 +13,8 @@ from pathlib import Path
 
 from benchmarks.dataset import file_on_volume
 from benchmarks.processes import OwnProcess
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.domain.objects import ObjectId
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import free_port

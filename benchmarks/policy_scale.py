@@ -24,8 +24,8 @@ from random import Random
 
 from benchmarks.store_verbs import PREFIX, redis_memory
 from services.evictor.index import EvictionIndex
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.eviction import POLICY_NAMES, EvictionPolicy, PolicyEntry, make_policy
 from shared.domain.objects import ObjectId

@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from redis import asyncio as aioredis
 
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import Access, Granted, Lease, Term
 

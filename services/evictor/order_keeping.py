@@ -14,8 +14,7 @@ from shared.adapters.volume import Volume
 from shared.adapters.volume.orders_file import read_operator_state, write_operator_state
 from shared.domain.objects import ObjectId
 from shared.domain.orders import OperatorState, OperatorStateSnapshot
-from shared.ports.order_book import PurgeRequest
-from shared.ports.state_store import FetchPhase, StateStore, Term
+from shared.ports.state_store import FetchPhase, PurgeRequest, StateStore, Term
 from shared.runtime.orders import OperatorStateWatcher
 
 _PURGE_BATCH = 64

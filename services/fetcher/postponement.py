@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import structlog
 
-from shared.adapters.state_times import QUEUED_SECONDS
+from shared.adapters.state_common import QUEUED_SECONDS
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.jobs import FetchJob, RetryPlan
 from shared.ports.state_store import StateStore

@@ -18,11 +18,10 @@ from shared.adapters.sources.observation import SourceObservation
 from shared.adapters.sources.prober import SourceProber
 from shared.adapters.sources.relay import FailoverReader
 from shared.adapters.sources.sharing import SourceStatsSync
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_redis.catalog_memory import RedisSharedCatalogCache
-from shared.adapters.state_redis.source_memory import RedisSharedSourceStats
-from shared.adapters.state_times import StateTimeouts
+from shared.adapters.state_redis.caches import RedisSharedCatalogCache, RedisSharedSourceStats
 from shared.adapters.volume import Volume
 from shared.domain.errors import ConfigurationError
 from shared.domain.jobs import RetryPlan
@@ -33,8 +32,7 @@ from shared.observability.metrics import (
     SOURCE_REQUESTS,
     source_label,
 )
-from shared.ports.catalog import Catalog
-from shared.ports.catalog_memory import SharedCatalogCache
+from shared.ports.catalog import Catalog, SharedCatalogCache
 from shared.ports.job_queue import JobQueue
 from shared.ports.source_memory import SharedSourceStats
 from shared.ports.state_store import StateStore

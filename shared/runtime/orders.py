@@ -12,7 +12,7 @@ from shared.adapters.volume.orders_file import read_operator_state
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.objects import Assignment
 from shared.domain.orders import OperatorState
-from shared.ports.order_book import OperatorStore
+from shared.ports.state_store import OperatorStore
 
 POLL_INTERVAL = 0.5
 """Between two looks at the state store: an order is in force everywhere within a second, announced or not."""

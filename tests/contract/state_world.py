@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from redis import asyncio as aioredis
 
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
 from shared.ports.state_store import FetchPhase, Granted, Lease, StateStore, Term

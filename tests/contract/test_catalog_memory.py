@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from shared.adapters.state_memory.catalog_memory import MemorySharedCatalogCache
-from shared.adapters.state_redis.catalog_memory import RedisSharedCatalogCache
+from shared.adapters.state_memory.caches import MemorySharedCatalogCache
+from shared.adapters.state_redis.caches import RedisSharedCatalogCache
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
-from shared.ports.catalog_memory import CacheLookup, SharedCatalogCache
+from shared.ports.catalog import CacheLookup, SharedCatalogCache
 from tests.contract.state_world import FakeClock
 
 ONE, TWO = ObjectId("1"), ObjectId("2")

@@ -10,8 +10,8 @@ import pytest
 
 from shared.adapters.sources.health import SourceHealthRegistry
 from shared.adapters.sources.sharing import SourceStatsSync
-from shared.adapters.state_memory.source_memory import MemorySharedSourceStats
-from shared.adapters.state_redis.source_memory import RedisSharedSourceStats
+from shared.adapters.state_memory.caches import MemorySharedSourceStats
+from shared.adapters.state_redis.caches import RedisSharedSourceStats
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.source_order import SourceHealth, SourceStatsDelta

@@ -10,8 +10,7 @@ from shared.domain.objects import ObjectId
 from shared.domain.orders import OperatorState, OperatorStateSnapshot
 from shared.domain.space import footprint
 from shared.domain.warming import WarmingScope
-from shared.ports.order_book import PurgeRequest
-from shared.ports.state_store import Announcement, Topic
+from shared.ports.state_store import Announcement, PurgeRequest, Topic
 from tests.contract.state_world import ONE, THREE, TWO, Harness
 
 STOPPED = OperatorState(

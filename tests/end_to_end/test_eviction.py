@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from services.demo.objects import MIB, generated_object
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.objects import ObjectId, StoredRecord, entity_tag
 from shared.domain.space import footprint

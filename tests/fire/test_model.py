@@ -21,8 +21,8 @@ from services.evictor.partials import PartialReaper
 from services.evictor.reconcile import Reconciliation
 from services.evictor.removals import ObjectRemover
 from shared.adapters.queue_memory import MemoryJobQueue
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import PartialHeld, Volume
 from shared.domain.eviction import make_policy
 from shared.domain.jobs import Done, FetchJob, HandBack, JobOutcome, RetryPlan, TryLater

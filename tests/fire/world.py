@@ -14,8 +14,8 @@ from pathlib import Path
 
 from services.demo.objects import DemoObject, generated_object
 from services.demo.storage_node import StorageNode
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimeouts
 from tests.end_to_end.stack import ServiceProcess, Stack
 from tests.fire.crew import ClientPool
 from tests.fire.watchers import VolumeMonitor, process_tree

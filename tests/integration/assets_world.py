@@ -20,9 +20,9 @@ from shared.adapters.sources.client import SourceClient
 from shared.adapters.sources.health import SourceHealthRegistry
 from shared.adapters.sources.limits import SourceLimits
 from shared.adapters.sources.relay import FailoverReader
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import PartialFile, Volume
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.jobs import RetryPlan

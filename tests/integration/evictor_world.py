@@ -14,9 +14,9 @@ from typing import Any
 from blake3 import blake3
 
 from services.evictor.evictor import Evictor
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import PartialFile, Volume
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import Assignment, ContentHash, MediaObject, ObjectId, StoredRecord, entity_tag

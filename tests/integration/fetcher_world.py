@@ -22,8 +22,8 @@ from services.fetcher.worker import Worker
 from shared.adapters.sources import SourceClient, SourceLimits
 from shared.adapters.sources.health import SourceHealthRegistry
 from shared.adapters.sources.relay import FailoverReader
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.jobs import FetchJob, RetryPlan
 from shared.domain.objects import ContentHash, MediaObject, ObjectId

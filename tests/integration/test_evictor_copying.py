@@ -14,8 +14,8 @@ import pytest
 
 from services.evictor.copying import ImportCopier
 from services.evictor.takeover import NodeImport
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.adapters.volume.intake import ImportSource
 from shared.domain.errors import StateStoreUnavailable

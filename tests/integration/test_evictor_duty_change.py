@@ -12,8 +12,8 @@ import pytest
 from services.evictor.duty import AssignmentCheck
 from services.evictor.index import EvictionIndex
 from services.evictor.removals import ObjectRemover
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.eviction import LruSp, PolicyEntry
 from shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId

@@ -11,8 +11,8 @@ from random import Random
 import pytest
 
 from services.evictor.index import EvictionIndex
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.eviction import make_policy

@@ -12,8 +12,8 @@ import pytest
 from services.evictor.index import EvictionIndex
 from services.evictor.leadership import LeaderElection
 from services.evictor.removals import ObjectRemover, RemovalOutcome
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import RemovalState
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.eviction import LruSp

@@ -16,8 +16,8 @@ from services.demo.knobs import Fault, Match
 from services.demo.objects import bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.queue_rabbitmq import RabbitJobQueue
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume import Volume
 from shared.domain.jobs import FetchJob, RetryPlan
 from shared.domain.objects import MediaObject, ObjectId

@@ -13,7 +13,7 @@ from services.demo.objects import bytes_object
 from services.demo.squid import SquidFaults, TestSquid
 from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
 from shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
-from shared.adapters.state_redis.catalog_memory import RedisSharedCatalogCache
+from shared.adapters.state_redis.caches import RedisSharedCatalogCache
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import ObjectId
 from tests.servers.redis_server import RedisServer

@@ -15,8 +15,8 @@ import pytest
 
 from services.api.operator.desk import MAX_PINS
 from services.api.operator.service import operator_api
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.adapters.volume.orders_file import NAME, read_operator_state, write_operator_state
 from shared.domain.objects import Assignment, ObjectId
 from shared.domain.orders import OperatorState, OperatorStateSnapshot, decode_snapshot, encode_snapshot

@@ -11,14 +11,13 @@ import pytest
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.orders import OperatorState, OperatorStateSnapshot
 from shared.domain.warming import WarmingScope
 from shared.observability.metrics import STATE_STORE_ERRORS
-from shared.ports.order_book import PurgeRequest
 from shared.ports.state_store import (
     Access,
     AlreadyStored,
@@ -29,6 +28,7 @@ from shared.ports.state_store import (
     Lease,
     NotReconciled,
     PolicyState,
+    PurgeRequest,
     Term,
     Topic,
 )

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from services.api.operator.warming import REPORT_INTERVAL, CacheWarmer
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.warming import Warming, WarmingScope

@@ -10,8 +10,8 @@ from prometheus_client import REGISTRY
 
 from services.api.accesses import AccessCounter
 from services.api.wakeups import FetchEvents
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.views import VIEW_WINDOW

@@ -11,8 +11,8 @@ import pytest
 
 from services.api.assets.watch import FetchPoller
 from services.api.wakeups import FetchEvents
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import Announcement, Topic
 

@@ -9,8 +9,8 @@ import pytest
 
 from services.api.assets.starter import FetchStarter
 from shared.adapters.queue_memory import MemoryJobQueue
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.domain.jobs import FetchJob, RetryPlan
 from shared.domain.objects import MediaObject, ObjectId
 from shared.ports.state_store import Claim, FetchPhase

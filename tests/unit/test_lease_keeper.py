@@ -8,8 +8,8 @@ import time
 import pytest
 
 from services.fetcher.lease_keeper import LeaseLost, LeaseRenewer, LeaseTimes
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import Granted, Lease

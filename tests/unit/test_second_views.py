@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 from services.api.assets.second_views import AdmissionControl
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimeouts
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import FetchPhase, Granted, HeldElsewhere
 

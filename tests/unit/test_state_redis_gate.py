@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shared.adapters.state_redis.gate import CircuitBreaker
+from shared.adapters.state_redis.connection import CircuitBreaker
 from shared.domain.errors import StateStoreUnavailable
 
 CAUSE = ConnectionRefusedError()

@@ -15,8 +15,7 @@ from shared.adapters.catalogs.shared_answers import SharedCatalog, SharedCatalog
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import Assignment, MediaObject, ObjectId
 from shared.observability.metrics import CATALOG_LOOKUPS
-from shared.ports.catalog import Catalog
-from shared.ports.catalog_memory import SharedCatalogCache
+from shared.ports.catalog import Catalog, SharedCatalogCache
 
 _Answer = TypeVar("_Answer")
 

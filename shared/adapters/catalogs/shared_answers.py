@@ -10,7 +10,7 @@ import structlog
 
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import MediaObject, ObjectId
-from shared.ports.catalog_memory import CachedAnswer, CacheLookup, SharedCatalogCache
+from shared.ports.catalog import CachedAnswer, CacheLookup, SharedCatalogCache
 
 logger = structlog.get_logger()
 _INITIAL_DELAY = 0.02

@@ -6,8 +6,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from shared.adapters.announcement_queue import AnnouncementQueue
-from shared.adapters.state_times import MAX_ACCESS_BATCHES, StateTimeouts
+from shared.adapters.state_common import MAX_ACCESS_BATCHES, AnnouncementQueue, StateTimeouts
 from shared.domain.objects import ObjectId
 from shared.domain.orders import OperatorState
 from shared.domain.space import footprint

@@ -1,11 +1,14 @@
-"""One bounded way to the server: every command and script passes here, every library error is translated and counted
-here."""
+"""While the server cannot be reached, most verbs fail at once: a thousand misses must not wait a second each."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import structlog
@@ -16,13 +19,78 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from shared.adapters.state_redis.gate import CircuitBreaker
-from shared.adapters.state_redis.keys import Keys
-from shared.adapters.state_redis.lua import Script, load_scripts
+from shared.adapters.state_redis.records import Keys
 from shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import RECORD_BYTES
 from shared.observability.metrics import STATE_STORE_ERRORS
+
+OPEN_SECONDS = 0.5
+
+
+class CircuitBreaker:
+    """Open for a moment after each failure to reach the server; then one verb at a time goes through to try."""
+
+    def __init__(self, open_seconds: float = OPEN_SECONDS) -> None:
+        self._open_seconds = open_seconds
+        self._cause: BaseException | None = None
+        self._open_until = 0.0
+        self._probing = False
+
+    def before_call(self) -> bool:
+        """True if the caller is the one that tries. Raises StateStoreUnavailable while open."""
+        if self._cause is None:
+            return False
+        if self._probing or time.monotonic() < self._open_until:
+            raise StateStoreUnavailable("state store out of reach a moment ago") from self._cause
+        self._probing = True
+        return True
+
+    def after_call(self, probe: bool) -> None:
+        """Must follow each `before_call` that returned, whatever the end; else nobody would try again."""
+        if probe:
+            self._probing = False
+
+    def on_success(self) -> None:
+        """The server answered."""
+        self._cause = None
+
+    def on_failure(self, cause: BaseException) -> bool:
+        """The server did not answer. True if it did before."""
+        was_closed = self._cause is None
+        self._cause = cause
+        self._open_until = time.monotonic() + self._open_seconds
+        return was_closed
+
+
+# The Lua scripts, read from the package.
+
+_PRELUDE = "records.lua"
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A whole script and the digest by which the server knows it."""
+
+    text: str
+    digest: str
+
+
+def load_scripts() -> dict[str, Script]:
+    """All scripts by file name, without the suffix."""
+    folder = resources.files("shared.adapters.state_redis.scripts")
+    prelude = (folder / _PRELUDE).read_text()
+    scripts: dict[str, Script] = {}
+    for file in folder.iterdir():
+        if file.name.endswith(".lua") and file.name != _PRELUDE:
+            text = f"{prelude}\n{file.read_text()}"
+            digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+            scripts[file.name.removesuffix(".lua")] = Script(text, digest)
+    return scripts
+
+
+# One bounded way to the server: every command and script passes here, every library error is translated and counted
+# here.
 
 MAX_CONNECTIONS = 32
 

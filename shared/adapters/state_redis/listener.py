@@ -12,7 +12,7 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from shared.adapters.announcement_queue import AnnouncementQueue
+from shared.adapters.state_common import AnnouncementQueue
 from shared.adapters.state_redis.connection import make_client
 from shared.adapters.state_redis.records import read_announcement
 from shared.ports.state_store import Announcement, Topic

@@ -1,12 +1,63 @@
-"""The catalog's word on one object as bytes, for the memory that processes share."""
+"""How long things last in the state store, for both of its adapters."""
 
 from __future__ import annotations
 
+import asyncio
 import json
+from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 from shared.domain.errors import InvalidInput
+from shared.domain.jobs import CLAIM_SECONDS
 from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
+from shared.ports.state_store import Announcement
+
+MAX_ACCESS_BATCHES = 10_000
+"""Bound of the access log: when nobody reads it, the oldest batches are dropped (recency is lost, nothing else)."""
+
+MAX_ANNOUNCEMENTS = 1_000
+"""Bound of what one listener may lag behind before it loses the oldest announcements."""
+
+QUEUED_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class StateTimeouts:
+    """Seconds. `claim`: to publish a job; `queued`: for a worker to begin it; `lease`: between two renewals;
+    `operation_timeout`: that any one verb may take before StateStoreUnavailable."""
+
+    claim_seconds: float = CLAIM_SECONDS
+    queued_seconds: float = QUEUED_SECONDS
+    lease_seconds: float = 15.0
+    operation_timeout: float = 1.0
+
+
+# A listener's bounded queue of announcements: the oldest are dropped when the reader lags.
+
+
+class AnnouncementQueue:
+    """Written by one adapter, read with `async for` by one listener; it never ends by itself."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Announcement] = deque(maxlen=MAX_ANNOUNCEMENTS)
+        self._arrived = asyncio.Event()
+
+    def put(self, announcement: Announcement) -> None:
+        self._waiting.append(announcement)
+        self._arrived.set()
+
+    def __aiter__(self) -> AnnouncementQueue:
+        return self
+
+    async def __anext__(self) -> Announcement:
+        while not self._waiting:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._waiting.popleft()
+
+
+# The catalog's word on one object as bytes, for the memory that processes share.
 
 _VERSION = 1
 
