@@ -62,7 +62,7 @@ def api(config: ConfigFile = None) -> None:
 def fetcher(config: ConfigFile = None) -> None:
     """Run a worker that downloads objects."""
     settings = _load(config)
-    from services.fetcher.wiring import run
+    from services.fetcher.main import run
 
     sys.exit(run(settings))
 

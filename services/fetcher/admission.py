@@ -1,4 +1,4 @@
-"""From a job to a lease: is the object there already, is there room, is somebody else at it?"""
+"""How long a job waits when it cannot begin at once, and what becomes of it then. Pure."""
 
 from __future__ import annotations
 
@@ -7,21 +7,81 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
 from services.fetcher.disk import BlockingPool
-from services.fetcher.patience import AdmissionWait
 from shared.adapters.volume import Removal, RemovalState, Volume
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.found_objects import record_for_file
-from shared.domain.jobs import Done, Hopeless, JobOutcome, TryLater
+from shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, TryLater
 from shared.domain.media_sniffing import SNIFF_BYTES
 from shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
 from shared.domain.space import footprint
-from shared.ports.state_store import AlreadyStored, Announcement, Granted, Lease, NoSpace, StateStore, Topic
+from shared.ports.state_store import (
+    AlreadyStored,
+    Announcement,
+    Granted,
+    HeldElsewhere,
+    Lease,
+    NeverFits,
+    NoSpace,
+    NotReconciled,
+    StateStore,
+    Topic,
+)
 from shared.runtime.hashing import hash_file
+
+Denied = AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotReconciled
+
+_MIN_RENEWAL = 0.5
+"""Seconds by which a lease must end later than it was first seen to, for its holder to count as alive."""
+
+
+@dataclass(slots=True)
+class AdmissionWait:
+    """Of one job. `space_wait` and `lease`: seconds, from the settings; times given to it are of any clock that never
+    goes back."""
+
+    space_wait: float
+    lease: float
+    _first_seen: dict[type, float] = field(default_factory=dict)
+    _lease_expires_at: float | None = None
+
+    def decide(self, denied: Denied, now: float) -> JobOutcome | None:
+        """The job's outcome; None: wait a little and ask again."""
+        waited = now - self._first_seen.setdefault(type(denied), now)
+        match denied:
+            case NeverFits():
+                return Hopeless("larger than the storage limit")
+            case AlreadyStored():
+                return TryLater("the index and the volume contradict each other")
+            case NoSpace(missing):
+                return (
+                    TryLater(f"no space: {missing} bytes are missing") if waited >= self.space_wait else None
+                )
+            case NotReconciled():
+                return TryLater("the volume is not reconciled yet") if waited >= self.space_wait else None
+            case HeldElsewhere(seconds_left):
+                return self._decide_held(now, seconds_left, waited)
+
+    def _decide_held(self, now: float, seconds_left: float, waited: float) -> JobOutcome | None:
+        """A holder that died leaves this very job, redelivered, as the only one: it must not end before the dead
+        worker's lease does. So it may be with one that renews its lease, if its delivery was lost with its
+        connection. Either shows within the time of one lease; a lease that neither ends nor is renewed is one whose
+        end a clock that was put back has moved away."""
+        if seconds_left <= 0:
+            return TryLater("being evicted") if waited >= self.space_wait else None
+        expires_at = now + seconds_left
+        if self._lease_expires_at is None:
+            self._lease_expires_at = expires_at
+        elif expires_at > self._lease_expires_at + _MIN_RENEWAL:
+            return LookAgain("fetched elsewhere")
+        return TryLater("held by a lease that does not end") if waited >= 2 * self.lease else None
+
+
+# From a job to a lease: is the object there already, is there room, is somebody else at it?
 
 _POLL_INTERVAL = 0.5  # seconds; announcements may be lost
 

@@ -1,32 +1,211 @@
-"""Fills the partial file of one object with bytes that are verified in the end."""
+"""One fetch under a lease: partial file, download, verification, publication, and the end of the lease."""
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import structlog
 
 from services.fetcher.disk import BlockingPool
-from services.fetcher.lease_keeper import LeaseRenewer
+from services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
 from services.fetcher.partial_writer import PartialWriter
-from services.fetcher.source_rounds import SourceGroups, groups_after_corruption
 from shared.adapters.sources.answer import SourceResponse
 from shared.adapters.sources.relay import FailoverReader
-from shared.adapters.volume import PartialFile
-from shared.domain.errors import AllSourcesFailed, SourceWrong, VolumeError
+from shared.adapters.volume import PartialFile, Volume
+from shared.domain.errors import (
+    AllSourcesFailed,
+    DistributorError,
+    SourceError,
+    SourceWrong,
+    StateStoreUnavailable,
+    VolumeError,
+    VolumeFull,
+)
+from shared.domain.jobs import Done, JobOutcome, TryLater
+from shared.domain.media_sniffing import SNIFF_BYTES, detect_media_type
 from shared.domain.media_types import media_type_or_none
-from shared.domain.objects import Hasher, MediaObject, source_name
-from shared.observability.metrics import PHASE, SOURCE_FAILURES, source_label
-from shared.ports.state_store import Announcement, StateStore, Topic
+from shared.domain.objects import Hasher, MediaObject, StoredRecord, source_name
+from shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE, SOURCE_FAILURES, source_label
+from shared.ports.state_store import Announcement, Lease, StateStore, Topic
 from shared.runtime.hashing import hash_through
 
-_REHASH_BYTES = 4 * 1024 * 1024
+_SPACE_REQUEST_TTL = 60.0
+
+RecordFailure = Callable[[str], Awaitable[None]]
+"""Told why an attempt has failed; never fails itself."""
 
 logger = structlog.get_logger()
+
+
+class FetchRunner:
+    """Fetches what a lease was granted for. However it ends, the reservation covers what is on the volume."""
+
+    def __init__(self, deps: FetchDeps, volume: Volume, times: LeaseTimes) -> None:
+        self._deps = deps
+        self._volume = volume
+        self._times = times
+
+    async def run(
+        self, media_object: MediaObject, lease: Lease, requested_at: float, record_failure: RecordFailure
+    ) -> JobOutcome:
+        """`requested_at`: monotonic time before the lease was asked for. Cancelled: what came is kept, the lease given
+        back."""
+        fetch = _PartialFetch(self._deps, self._volume, media_object, lease)
+        renewer = LeaseRenewer(self._deps.state, lease, self._times, requested_at)
+        with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
+            try:
+                async with renewer.running():
+                    await fetch.run(renewer)
+                return await self._commit(lease)
+            except LeaseLost as lost:
+                await record_failure(str(lost))
+                return TryLater(str(lost))
+            except (SourceError, VolumeError, StateStoreUnavailable) as error:
+                reason = _describe(error)
+                # Before the lease is given back: who waits for that asks at once.
+                await record_failure(reason)
+                await self._abandon(fetch, lease, error)
+                return TryLater(reason)
+            except asyncio.CancelledError:
+                await fetch.suspend()
+                raise
+            finally:
+                fetch.close()
+
+    async def _abandon(self, fetch: _PartialFetch, lease: Lease, error: DistributorError) -> None:
+        """What came is kept where another attempt can go on from it."""
+        if not isinstance(error, AllSourcesCorrupt | VolumeFull):
+            await fetch.suspend()
+            return
+        await fetch.discard()
+        if isinstance(error, VolumeFull):
+            await self._deps.state.request_space(lease.object_id, lease.size, _SPACE_REQUEST_TTL)
+
+    async def _commit(self, lease: Lease) -> JobOutcome:
+        """Without a word from the state store the file is there all the same: the next attempt, or reconciliation,
+        makes it known."""
+        try:
+            committed = await self._deps.state.commit(lease, time.time())
+        except StateStoreUnavailable as error:
+            return TryLater(f"stored, but not committed: {error}")
+        return Done("fetched" if committed else "fetched, to be adopted")
+
+
+class _PartialFetch:
+    """The partial file of one fetch, from opening to its end."""
+
+    def __init__(self, deps: FetchDeps, volume: Volume, media_object: MediaObject, lease: Lease) -> None:
+        self._deps = deps
+        self._volume = volume
+        self._object = media_object
+        self._lease = lease
+        self._partial: PartialFile | None = None
+
+    async def run(self, renewer: LeaseRenewer) -> None:
+        """From the first byte to the rename."""
+        partial = await self._deps.disk.run(self._open)
+        # An index that was rebuilt from the volume a moment ago may not know this file; before it grows, it must. The
+        # source can be asked meanwhile.
+        renewer.renew_soon()
+        download = Download(self._deps, self._object, partial, renewer)
+        if partial.size:
+            await download.announce()  # what lies there can be sent
+        await download.run()
+        head = await self._deps.disk.run(partial.read, 0, SNIFF_BYTES)
+        media_type = detect_media_type(self._object.media_type, head)
+        record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
+        await self._deps.disk.run(partial.publish, record)
+
+    def _open(self) -> PartialFile:
+        """The partial file, empty unless it is the beginning of this very content. Blocks."""
+        expected = self._expected()
+        sidecar = self._volume.partial_record(self._object.object_id)
+        if sidecar is None or not _same_content(sidecar, expected):
+            # Emptied under the old sidecar first: with the new one beside the old bytes, a crash would join them.
+            self._partial = self._volume.open_partial_for_writing(expected, write_sidecar=False)
+            if self._partial.size:
+                self._partial.restart()
+            self.close()
+        elif expected.media_type is None:
+            expected = replace(expected, media_type=sidecar.media_type)
+        self._partial = self._volume.open_partial_for_writing(expected)
+        if self._partial.size > expected.size:
+            self._partial.restart()
+        self._partial.check_free_space()
+        return self._partial
+
+    def _expected(self) -> StoredRecord:
+        wanted = self._object
+        return StoredRecord(
+            object_id=wanted.object_id,
+            size=self._lease.size,
+            etag=wanted.etag,
+            content_hash=wanted.content_hash,
+            media_type=media_type_or_none(wanted.media_type),
+            stored_at=int(time.time()),
+        )
+
+    async def suspend(self) -> None:
+        """Keep what came for whoever goes on, and give the lease back; nothing came: as `discard`."""
+        if self._partial is not None and not self._partial.size:
+            await self.discard()
+            return
+        self.close()
+        await self._return_lease(keep=True)
+
+    async def discard(self) -> None:
+        """Remove the partial file, then give lease and reservation back; if it cannot be removed, it stays reserved."""
+        if self._partial is None:
+            await self._return_lease(keep=True)  # not opened: who knows what lies there
+            return
+        try:
+            await self._deps.disk.run(self._partial.discard)
+        except VolumeError as error:
+            logger.warning("partial_removal_failed", reason=str(error))
+            self._partial = None
+            await self._return_lease(keep=True)
+        else:
+            self._partial = None
+            await self._return_lease(keep=False)
+
+    async def _return_lease(self, *, keep: bool) -> None:
+        state = self._deps.state
+        try:
+            await (state.park(self._lease) if keep else state.release(self._lease))
+        except StateStoreUnavailable as error:
+            logger.warning("lease_release_failed", reason=str(error))  # it runs out by itself
+
+    def close(self) -> None:
+        """Close the file if it is open: the lock on it goes with that."""
+        if self._partial is not None:
+            self._partial.close()
+            self._partial = None
+
+
+def _same_content(sidecar: StoredRecord, expected: StoredRecord) -> bool:
+    return (sidecar.size, sidecar.etag, sidecar.content_hash) == (
+        expected.size, expected.etag, expected.content_hash,
+    )  # fmt: skip
+
+
+def _describe(error: DistributorError) -> str:
+    match error:
+        case AllSourcesFailed():
+            return f"all sources failed: {str(error)[:500]}"
+        case VolumeFull():
+            return f"volume full: {error}"
+    return str(error)
+
+
+# Fills the partial file of one object with bytes that are verified in the end.
+
+_REHASH_BYTES = 4 * 1024 * 1024
 
 
 class AllSourcesCorrupt(SourceWrong):
@@ -135,3 +314,26 @@ class Download:
         if len(contributors) == 1 and not resumed:
             (contributor,) = contributors
             self._deps.failover_reader.report_corrupt(contributor, self._object.object_id)
+
+
+# Which sources to read from again after the bytes of some turned out to be wrong. Pure.
+
+SourceGroups = tuple[tuple[str, ...], ...]
+"""Groups of source URLs; each group is one attempt at the whole object, in which its sources may follow each other."""
+
+
+def groups_after_corruption(
+    groups: SourceGroups, contributors: AbstractSet[str], *, resumed: bool
+) -> SourceGroups:
+    """What is left to try after the first of `groups` ended in wrong bytes that came from `contributors`.
+
+    Bytes that lay on the volume before (`resumed`) may have been the wrong ones: then all get another chance. A single
+    contributor is out. Of several nobody knows who lied: first the others together, then each of them alone.
+    """
+    tried, *later = groups
+    if resumed:
+        return groups
+    others = tuple(url for url in tried if url not in contributors)
+    first = (others,) if others else ()
+    suspects = tuple((url,) for url in tried if url in contributors) if len(contributors) > 1 else ()
+    return (*first, *later, *suspects)

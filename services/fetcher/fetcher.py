@@ -5,31 +5,28 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import time
 import uuid
 from collections.abc import Sequence
+from functools import partial
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
-from services.fetcher.admission import Admission, AdmissionRules
+from services.fetcher.admission import Admission, AdmissionRules, Admitted
 from services.fetcher.disk import BlockingPool
-from services.fetcher.download import FetchDeps
-from services.fetcher.lease_keeper import LeaseTimes
-from services.fetcher.obituary import DeadLetterHandler
-from services.fetcher.postponement import FailureRecorder
-from services.fetcher.retrieval import FetchRunner
-from services.fetcher.worker import Worker
+from services.fetcher.download import FetchDeps, FetchRunner
+from services.fetcher.lease import LeaseTimes
 from shared.adapters.sources.relay import FailoverReader
+from shared.adapters.state_common import QUEUED_SECONDS
 from shared.adapters.volume import Volume
-from shared.domain.errors import (
-    ConfigurationError,
-    JobQueueUnavailable,
-    StateStoreUnavailable,
-    VolumeError,
-)
-from shared.domain.jobs import FetchJob, HandBack, JobOutcome, RetryPlan
+from shared.domain.errors import ConfigurationError, JobQueueUnavailable, StateStoreUnavailable, VolumeError
+from shared.domain.jobs import Done, FetchJob, HandBack, Hopeless, JobOutcome, LookAgain, RetryPlan, TryLater
+from shared.domain.objects import ObjectId, StoredRecord
 from shared.domain.orders import OperatorState
+from shared.observability.metrics import FETCHES, PHASE
 from shared.ports.job_queue import JobQueue
-from shared.ports.state_store import StateStore
+from shared.ports.state_store import FetchPhase, Granted, StateStore
 from shared.runtime.orders import OperatorStateWatcher
 from shared.settings.model import Settings
 
@@ -123,3 +120,142 @@ class Fetcher:
 
 def _not_draining(state: OperatorState) -> bool:
     return not state.draining
+
+
+# One job, from its arrival to its outcome.
+
+
+class Worker:
+    """Handles any number of jobs at once. Safe to run twice, and to lose half way."""
+
+    def __init__(
+        self, admission: Admission, fetch_runner: FetchRunner, failure_recorder: FailureRecorder
+    ) -> None:
+        self._admission = admission
+        self._fetch_runner = fetch_runner
+        self._failure_recorder = failure_recorder
+
+    async def handle(self, job: FetchJob) -> JobOutcome:
+        """The job queue's handler. A cancellation is answered with HandBack, with everything left in good order."""
+        with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
+            if job.attempt == 1:
+                PHASE.labels("queue_wait").observe(max(0.0, time.time() - job.published_at))
+            began_at = time.monotonic()
+            try:
+                outcome = await self._fetch(job)
+            except asyncio.CancelledError:
+                outcome = HandBack()
+            FETCHES.labels(outcome_label(outcome)).inc()
+            logger.info(
+                "job_ended",
+                outcome=outcome_label(outcome),
+                reason=getattr(outcome, "reason", None),
+                attempt=job.attempt,
+                size=job.media_object.size,
+                seconds=round(time.monotonic() - began_at, 3),
+            )
+            return outcome
+
+    async def _fetch(self, job: FetchJob) -> JobOutcome:
+        outcome: JobOutcome
+        try:
+            admitted = await self._admission.admit(job.media_object, warming=job.low_priority)
+            if isinstance(admitted, Admitted):
+                record_failure = partial(self._failure_recorder.record, job)
+                return await self._fetch_runner.run(
+                    job.media_object, admitted.lease, admitted.requested_at, record_failure
+                )
+            outcome = admitted
+        except (StateStoreUnavailable, VolumeError) as error:
+            outcome = TryLater(str(error))
+        if isinstance(outcome, TryLater):
+            await self._failure_recorder.record(job, outcome.reason)
+        return outcome
+
+
+def outcome_label(outcome: JobOutcome) -> str:
+    """One of a few words, for metrics."""
+    match outcome:
+        case Done(detail):
+            return detail.replace(",", "").replace(" ", "_")
+        case TryLater():
+            return "retry"
+        case LookAgain():
+            return "requeue"
+        case Hopeless():
+            return "dead_letter"
+        case HandBack():
+            return "nack"
+
+
+# Between two attempts of a job nobody starts the fetch anew: the job waits, its object counts as failed.
+
+
+class FailureRecorder:
+    """Without it every request for a failing object would publish a job of its own, each with all its attempts.
+
+    `failure_memory`: seconds that the failure of a last attempt is remembered."""
+
+    def __init__(self, state: StateStore, plan: RetryPlan, failure_memory: float) -> None:
+        self._state, self._plan, self._failure_memory = state, plan, failure_memory
+
+    async def record(self, job: FetchJob, reason: str) -> None:
+        """One attempt has failed. To be told before the lease is given back: who waits for that asks at once.
+
+        A job that comes back does so after its delay, and begins within the time that a new one is given; one that was
+        lost keeps nobody from claiming the object after that.
+        """
+        delay = self._plan.next_delay(job.attempt)
+        seconds = self._failure_memory if delay is None else delay + QUEUED_SECONDS
+        try:
+            await self._state.record_failure(job.object_id, reason, seconds)
+        except StateStoreUnavailable as error:
+            logger.info("failure_not_recorded", reason=str(error))
+
+
+# What is done when a job is given up.
+
+
+class DeadLetterHandler:
+    """Frees what the attempts held, and has the failure remembered."""
+
+    def __init__(
+        self, state: StateStore, volume: Volume, disk: BlockingPool, worker: str, failure_memory: float
+    ) -> None:
+        """`failure_memory`: seconds that the failure is remembered."""
+        self._state = state
+        self._volume = volume
+        self._disk = disk
+        self._worker = worker
+        self._failure_memory = failure_memory
+
+    async def handle(self, job: FetchJob, reason: str) -> None:
+        """The job queue's callback: free the space that the attempts held, and remember the failure."""
+        with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
+            logger.warning("fetch_dead_lettered", reason=reason, attempts=job.attempt)
+            try:
+                # In this order: who sees the fetch end must see why.
+                await self._state.record_failure(job.object_id, reason, self._failure_memory)
+                await self._remove_partial(job.object_id)
+            except (StateStoreUnavailable, VolumeError) as error:
+                logger.warning("dead_letter_cleanup_failed", reason=str(error))
+
+    async def _remove_partial(self, object_id: ObjectId) -> None:
+        fetch = (await self._state.find(object_id)).fetch
+        sidecar = await self._disk.run(self._volume.partial_record, object_id)
+        if fetch is None or fetch.phase is not FetchPhase.PARKED or sidecar is None:
+            return
+        result = await self._state.begin(object_id, fetch.size, self._worker)
+        if not isinstance(result, Granted):
+            return
+        try:
+            await self._disk.run(_discard, self._volume, sidecar)
+        except VolumeError:
+            await self._state.park(result.lease)
+            raise
+        await self._state.release(result.lease)
+
+
+def _discard(volume: Volume, sidecar: StoredRecord) -> None:
+    """In one call: whoever is cancelled meanwhile leaves no open file behind. Blocks."""
+    volume.open_partial_for_writing(sidecar, write_sidecar=False).discard()

@@ -13,12 +13,9 @@ from services.demo.objects import DemoObject, bytes_object
 from services.demo.storage_node import StorageNode
 from services.fetcher.admission import Admission, AdmissionRules
 from services.fetcher.disk import BlockingPool
-from services.fetcher.download import FetchDeps
-from services.fetcher.lease_keeper import LeaseTimes
-from services.fetcher.obituary import DeadLetterHandler
-from services.fetcher.postponement import FailureRecorder
-from services.fetcher.retrieval import FetchRunner
-from services.fetcher.worker import Worker
+from services.fetcher.download import FetchDeps, FetchRunner
+from services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
+from services.fetcher.lease import LeaseTimes
 from shared.adapters.sources import SourceClient, SourceLimits
 from shared.adapters.sources.health import SourceHealthRegistry
 from shared.adapters.sources.relay import FailoverReader

@@ -12,12 +12,9 @@ import pytest
 from services.demo.knobs import Fault, Match
 from services.fetcher.admission import Admission, AdmissionRules
 from services.fetcher.disk import BlockingPool
-from services.fetcher.download import FetchDeps
-from services.fetcher.lease_keeper import LeaseTimes
-from services.fetcher.obituary import DeadLetterHandler
-from services.fetcher.postponement import FailureRecorder
-from services.fetcher.retrieval import FetchRunner
-from services.fetcher.worker import Worker
+from services.fetcher.download import FetchDeps, FetchRunner
+from services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
+from services.fetcher.lease import LeaseTimes
 from tests.integration.assets_world import LIMIT, MIB, AssetsHarness, assets_harness
 from tests.integration.fetcher_world import RETRIES
 

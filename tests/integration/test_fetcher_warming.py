@@ -6,10 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from services.fetcher.admission import Admission, AdmissionRules
-from services.fetcher.download import FetchDeps
-from services.fetcher.postponement import FailureRecorder
-from services.fetcher.retrieval import FetchRunner
-from services.fetcher.worker import Worker
+from services.fetcher.download import FetchDeps, FetchRunner
+from services.fetcher.fetcher import FailureRecorder, Worker
 from shared.domain.jobs import Done, FetchJob
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.fetcher.flushing import MAX_BATCH, batch_size
-from services.fetcher.patience import AdmissionWait
-from services.fetcher.source_rounds import SourceGroups, groups_after_corruption
-from services.fetcher.worker import outcome_label
+from services.fetcher.admission import AdmissionWait
+from services.fetcher.download import SourceGroups, groups_after_corruption
+from services.fetcher.fetcher import outcome_label
+from services.fetcher.partial_writer import MAX_BATCH, batch_size
 from shared.domain.jobs import Done, HandBack, Hopeless, JobOutcome, LookAgain, TryLater
 from shared.domain.media_sniffing import detect_media_type
 from shared.ports.state_store import AlreadyStored, HeldElsewhere, NeverFits, NoSpace, NotReconciled

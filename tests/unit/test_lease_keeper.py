@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from services.fetcher.lease_keeper import LeaseLost, LeaseRenewer, LeaseTimes
+from services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.domain.errors import StateStoreUnavailable
