@@ -71,7 +71,7 @@ def fetcher(config: ConfigFile = None) -> None:
 def evictor(config: ConfigFile = None) -> None:
     """Run the evictor, which keeps the volume below its limit; a second one stands by."""
     settings = _load(config)
-    from services.evictor.wiring import run
+    from services.evictor.main import run
 
     sys.exit(run(settings))
 

@@ -8,23 +8,18 @@ import uuid
 from collections.abc import Sequence
 from functools import partial
 
-from services.evictor.adoption import Adoption
-from services.evictor.copying import ImportCopier
-from services.evictor.duty import AssignmentCheck
-from services.evictor.eviction import Eviction, EvictionRules
+from services.evictor.adoption import Adoption, PartialReaper
+from services.evictor.assignment import AssignmentCheck
+from services.evictor.eviction import Eviction, EvictionRules, ObjectRemover
 from services.evictor.file_calls import run_blocking
 from services.evictor.index import EvictionIndex
-from services.evictor.leadership import LeaderElection
-from services.evictor.order_keeping import OperatorStateBackup, Purger
-from services.evictor.pacing import run_periodically
-from services.evictor.partials import PartialReaper
+from services.evictor.integrity import Repair, Scrub
+from services.evictor.leader_election import LeaderElection, run_periodically
+from services.evictor.leader_tasks import EvictorParts, LeaderTasks
+from services.evictor.node_import import ImportCopier, NodeImport
+from services.evictor.operator_state import OperatorStateBackup, Purger
 from services.evictor.reconcile import Reconciliation
-from services.evictor.removals import ObjectRemover
-from services.evictor.repair import Repair
-from services.evictor.scrub import Scrub
-from services.evictor.source_watch import SourceMonitor
-from services.evictor.takeover import NodeImport
-from services.evictor.term_work import EvictorParts, LeaderTasks
+from services.evictor.source_probes import SourceMonitor
 from shared.adapters.volume import Volume
 from shared.adapters.volume.intake import ImportSource
 from shared.domain.errors import StateStoreUnavailable, VolumeError

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
+from bisect import bisect_left
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
 from services.evictor.file_calls import run_blocking
-from services.evictor.known_ids import CompactIdSet
-from services.evictor.recent_victims import GhostList
 from shared.adapters.volume import FoundObject, Volume
 from shared.domain.eviction import EvictionPolicy, PolicyEntry
 from shared.domain.objects import ObjectId
 from shared.domain.views import ViewCoalescer
+from shared.observability.metrics import REFETCHED_AFTER_EVICTION
 from shared.ports.state_store import ACCESS_TIME_RESOLUTION, Access, IndexEntry, PolicyState, StateStore, Term
 
 _READ_BATCHES = 200
@@ -243,3 +245,63 @@ def _quantize(seconds: float) -> float:
 
 def _last_at(access: Access) -> float:
     return access.last_at
+
+
+# Objects that were fetched again soon after they had gone: the measure of victims badly chosen.
+
+GHOST_TTL = 3600.0
+_MAX_GHOSTS = 50_000
+
+
+class GhostList:
+    """The last `max_size` objects evicted for space within GHOST_TTL seconds, as hashes: about 100 bytes each.
+
+    `clock`: POSIX seconds."""
+
+    def __init__(self, clock: Callable[[], float], max_size: int = _MAX_GHOSTS) -> None:
+        self._clock, self._max_size = clock, max_size
+        self._evicted_at: OrderedDict[int, float] = OrderedDict()
+
+    def add(self, object_id: ObjectId) -> None:
+        """Evicted now."""
+        key = hash(object_id)
+        self._evicted_at[key] = self._clock()
+        self._evicted_at.move_to_end(key)
+        if len(self._evicted_at) > self._max_size:
+            self._evicted_at.popitem(last=False)
+
+    def hit(self, object_id: ObjectId) -> bool:
+        """The object has been fetched; True, and counted, if that is soon after it was evicted."""
+        evicted_at = self._evicted_at.pop(hash(object_id), None)
+        refetched = evicted_at is not None and 0 <= self._clock() - evicted_at <= GHOST_TTL
+        if refetched:
+            REFETCHED_AFTER_EVICTION.inc()
+        return refetched
+
+
+# A set of object ids in eight bytes each: what 10^6 objects are compared with must not cost as much as they do.
+
+
+class CompactIdSet:
+    """Ids as their 64-bit hashes (keyed anew in each process). Two ids in 10^6 share one with a chance of about 10^-7;
+    then an object that should be looked at is taken for a known one, until the next process looks."""
+
+    def __init__(self) -> None:
+        self._hashes = array("q")
+        self._sorted = True
+
+    def __len__(self) -> int:
+        """Ids added; those added twice count twice."""
+        return len(self._hashes)
+
+    def update(self, object_ids: Iterable[ObjectId]) -> None:
+        self._hashes.extend(hash(object_id) for object_id in object_ids)
+        self._sorted = False
+
+    def __contains__(self, object_id: object) -> bool:
+        if not self._sorted:
+            self._hashes = array("q", sorted(self._hashes))
+            self._sorted = True
+        target = hash(object_id)
+        index = bisect_left(self._hashes, target)
+        return index < len(self._hashes) and self._hashes[index] == target

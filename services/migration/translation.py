@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.adapters.existing_node import FILE_NAME
+from services.evictor.node_import import FILE_NAME
 from shared.domain.errors import ConfigurationError
 from shared.settings.operator_api import MIN_SECRET_LENGTH
 from shared.settings.sizes import format_size, parse_size

@@ -11,7 +11,7 @@ import structlog
 from services.api.service import make_context, serve_api
 from services.api.version import VERSION
 from services.evictor.evictor import Evictor
-from services.evictor.wiring import build_source_monitor
+from services.evictor.main import build_source_monitor
 from services.fetcher.fetcher import Fetcher
 from shared.domain.errors import ConfigurationError, VolumeError
 from shared.observability.metrics import describe_build

@@ -15,11 +15,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from services.evictor.adoption import Adoption
+from services.evictor.adoption import Adoption, PartialReaper
+from services.evictor.eviction import ObjectRemover
 from services.evictor.index import EvictionIndex
-from services.evictor.partials import PartialReaper
 from services.evictor.reconcile import Reconciliation
-from services.evictor.removals import ObjectRemover
 from shared.adapters.queue_memory import MemoryJobQueue
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore

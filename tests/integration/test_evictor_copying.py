@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from services.evictor.copying import ImportCopier
-from services.evictor.takeover import NodeImport
+from services.evictor.node_import import ImportCopier, NodeImport
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.volume import Volume

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from services.evictor.duty import AssignmentCheck
+from services.evictor.assignment import AssignmentCheck
+from services.evictor.eviction import ObjectRemover
 from services.evictor.index import EvictionIndex
-from services.evictor.removals import ObjectRemover
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.volume import Volume

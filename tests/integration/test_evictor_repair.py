@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from services.evictor.eviction import ObjectRemover
 from services.evictor.index import EvictionIndex
-from services.evictor.removals import ObjectRemover
-from services.evictor.repair import Repair
-from services.evictor.takeover import NodeImport
+from services.evictor.integrity import Repair
+from services.evictor.node_import import NodeImport
 from shared.adapters.volume.intake import ImportSource
 from shared.domain.eviction import Lru
 from shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId

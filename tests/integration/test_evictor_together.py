@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from services.evictor.eviction import ObjectRemover, RemovalOutcome
 from services.evictor.index import EvictionIndex
-from services.evictor.leadership import LeaderElection
-from services.evictor.removals import ObjectRemover, RemovalOutcome
+from services.evictor.leader_election import LeaderElection
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.volume import RemovalState

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.evictor.duty import implausible_reason
+from services.evictor.assignment import implausible_reason
 from services.evictor.file_calls import run_blocking
-from services.evictor.known_ids import CompactIdSet
-from services.evictor.pacing import MAX_BACKOFF, backoff, run_periodically
-from services.evictor.repair import Verdict, judge_size
+from services.evictor.index import CompactIdSet
+from services.evictor.integrity import Verdict, judge_size
+from services.evictor.leader_election import MAX_BACKOFF, backoff, run_periodically
 from shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from shared.domain.objects import MediaObject, ObjectId
 from shared.domain.space import Usage, Watermarks

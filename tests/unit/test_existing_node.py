@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters.existing_node import CacheState, read_cache_state
+from services.evictor.node_import import CacheState, read_cache_state
 from shared.domain.errors import InvalidInput
 
 GOOD = {"sizeKB": 20, "popularity": 3, "lastAccessTime": 1_700_000_000_500}

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.evictor.recent_victims import GHOST_TTL, GhostList
+from services.evictor.index import GHOST_TTL, GhostList
 from shared.domain.objects import ObjectId
 from shared.domain.space import watermarks_for
 

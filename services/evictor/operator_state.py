@@ -7,9 +7,9 @@ from pathlib import Path
 
 import structlog
 
+from services.evictor.adoption import PartialReaper
+from services.evictor.eviction import ObjectRemover, RemovalOutcome
 from services.evictor.file_calls import run_blocking
-from services.evictor.partials import PartialReaper
-from services.evictor.removals import ObjectRemover, RemovalOutcome
 from shared.adapters.volume import Volume
 from shared.adapters.volume.orders_file import read_operator_state, write_operator_state
 from shared.domain.objects import ObjectId

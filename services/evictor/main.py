@@ -6,7 +6,7 @@ import asyncio
 from importlib.metadata import version
 
 from services.evictor.evictor import Evictor
-from services.evictor.source_watch import MonitorTimes, SourceMonitor
+from services.evictor.source_probes import MonitorTimes, SourceMonitor
 from shared.adapters.sources.sharing import SourceStatsSync
 from shared.domain.errors import ConfigurationError, VolumeError
 from shared.observability.metrics import describe_build

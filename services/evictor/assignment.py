@@ -7,18 +7,18 @@ word of a list alone: asked for that object, the catalog must not say that it is
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import structlog
 
+from services.evictor.eviction import ObjectRemover
 from services.evictor.file_calls import run_blocking
-from services.evictor.index import EvictionIndex
-from services.evictor.known_ids import CompactIdSet
-from services.evictor.removals import ObjectRemover
-from shared.adapters.volume.duty_file import read_checked_assignment, write_checked_assignment
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import Assignment, ObjectId
+from services.evictor.index import CompactIdSet, EvictionIndex
+from shared.adapters.volume.small_files import read_root_file, write_root_file
+from shared.domain.errors import CatalogUnavailable, InvalidInput
+from shared.domain.objects import Assignment, ObjectId, parse_bucket_id
 from shared.observability.metrics import RECONCILED
 from shared.ports.catalog import Catalog
 from shared.ports.state_store import Term
@@ -131,3 +131,31 @@ class AssignmentCheck:
 
     async def _held(self) -> list[ObjectId]:
         return [entry.object_id for entry in self._index.policy.dump()]
+
+
+# The assignment that what lies on the volume was last checked against:
+# another one now may well make most of it strange.
+
+NAME = "duty.json"
+
+
+def read_checked_assignment(root: Path) -> Assignment | None:
+    """Blocks. None: nobody has checked yet, or the file cannot be read. VolumeError: disk trouble."""
+    text = read_root_file(root, NAME)
+    if text is None:
+        return None
+    try:
+        document = json.loads(text)
+        buckets, worker_id = document["buckets"], document["workerId"]
+        if worker_id is not None and type(worker_id) is not int:
+            raise ValueError("a worker that is no number")
+        return Assignment(None if buckets is None else frozenset(map(parse_bucket_id, buckets)), worker_id)
+    except (ValueError, TypeError, KeyError, RecursionError, InvalidInput) as error:
+        logger.error("assignment_file_invalid", file=NAME, reason=type(error).__name__)
+        return None
+
+
+def write_checked_assignment(root: Path, assignment: Assignment) -> None:
+    """Blocks; in one step. VolumeError if that fails."""
+    buckets = None if assignment.bucket_ids is None else sorted(assignment.bucket_ids)
+    write_root_file(root, NAME, json.dumps({"buckets": buckets, "workerId": assignment.worker_id}) + "\n")

@@ -10,20 +10,17 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.evictor.copying import ImportCopier
-from services.evictor.duty import AssignmentCheck
-from services.evictor.eviction import Eviction
+from services.evictor.adoption import PartialReaper
+from services.evictor.assignment import AssignmentCheck
+from services.evictor.eviction import Eviction, ObjectRemover
 from services.evictor.file_calls import run_blocking
 from services.evictor.index import EvictionIndex
-from services.evictor.order_keeping import OperatorStateBackup, Purger
-from services.evictor.pacing import run_periodically
-from services.evictor.partials import PartialReaper
+from services.evictor.integrity import Repair, Scrub
+from services.evictor.leader_election import run_periodically
+from services.evictor.node_import import ImportCopier, NodeImport
+from services.evictor.operator_state import OperatorStateBackup, Purger
 from services.evictor.reconcile import Reconciliation
-from services.evictor.removals import ObjectRemover
-from services.evictor.repair import Repair
-from services.evictor.scrub import Scrub
-from services.evictor.source_watch import SourceMonitor
-from services.evictor.takeover import NodeImport
+from services.evictor.source_probes import SourceMonitor
 from shared.adapters.volume import Volume
 from shared.domain.errors import CatalogUnavailable, DistributorError, StateStoreUnavailable
 from shared.domain.objects import ObjectId
