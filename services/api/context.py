@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from services.api.accesses import AccessCounter
-from services.api.wakeups import FetchEvents
+from services.api.fetch_events import FetchEvents
 from shared.adapters.volume import Volume
 from shared.domain.objects import Assignment
 from shared.ports.catalog import Catalog

@@ -15,8 +15,8 @@ from sanic.http import Http, Stage
 from sanic.response import BaseHTTPResponse
 from sanic.server import HttpProtocol
 
-from services.api.exchange import count_and_log, request_record
 from services.api.headers import date_now
+from services.api.request_log import count_and_log, request_record
 from shared.observability.metrics import ABORTED_RESPONSES
 
 RESPONSE_START_TIMEOUT = 60.0

@@ -11,21 +11,19 @@ from collections.abc import Callable
 import structlog
 
 from services.api.accesses import AccessCounter
-from services.api.app import build_app
-from services.api.application import unregister_application
 from services.api.assets.handler import AssetHandler
 from services.api.context import ApiContext, CurrentAssignment
-from services.api.fast_lane.building import build_fast_path
-from services.api.fast_lane.protocol import FastPathProtocol
-from services.api.listening import ListenAddress
-from services.api.obedience import OperatorStateController
-from services.api.operator.service import operator_api
-from services.api.server import PublicServer
-from services.api.version import VERSION
-from services.api.wakeups import FetchEvents
+from services.api.fast_path.handler import build_fast_path
+from services.api.fast_path.protocol import FastPathProtocol
+from services.api.fetch_events import FetchEvents
+from services.api.operator.app import operator_api
+from services.api.routes import build_app
+from services.api.sanic_app import unregister_application
+from services.api.server import ListenAddress, PublicServer
+from services.api.status import VERSION
 from shared.adapters.sources.relay import FailoverReader
 from shared.adapters.volume import Volume
-from shared.domain.errors import VolumeError
+from shared.domain.errors import ConfigurationError, VolumeError
 from shared.observability.metrics import describe_build
 from shared.ports.catalog import Catalog
 from shared.ports.job_queue import JobQueue
@@ -41,7 +39,6 @@ from shared.runtime.adapters import (
 )
 from shared.runtime.orders import OperatorStateWatcher
 from shared.runtime.run_service import ServiceScope
-from shared.runtime.volume_watch import watch_volume
 from shared.settings.model import Settings
 
 _CLOSING_SECONDS = 3.0
@@ -154,3 +151,84 @@ async def serve_api(
         await application.ctx.usage.close()
         await application.ctx.status_reporter.close()
         unregister_application(application)
+
+
+# How one API process follows the operator's orders: its assignment, its public port, its end.
+
+_RETRY_SECONDS = 0.5
+
+
+class OperatorStateController:
+    """`drain`: seconds that answers under way get when the public port is closed."""
+
+    def __init__(self, context: ApiContext, server: PublicServer, drain: float) -> None:
+        self._context, self._server, self._drain = context, server, drain
+        self._close_tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Know the orders, and open the port unless they say otherwise; ConfigurationError if it cannot be had."""
+        await self._context.operator_state.load()
+        self._update_assignment()
+        if not self._context.operator_state.current.stopped:
+            await self._server.open()
+
+    async def run(self, stop_requested: asyncio.Event) -> None:
+        """Until cancelled. An order to shut down sets `stop_requested`."""
+        operator_state = self._context.operator_state
+        while True:
+            seen = (
+                operator_state.current
+            )  # before anything is waited for: what is ordered meanwhile is looked at next
+            self._update_assignment()
+            if operator_state.shutting_down and not stop_requested.is_set():
+                logger.info("shutdown_requested_by_operator")
+                stop_requested.set()
+            stopped = operator_state.current.stopped
+            if stopped and self._server.is_open:
+                # Answers under way go on; the port may be opened again meanwhile.
+                closing = asyncio.create_task(self._server.close(self._drain), name="close-public-port")
+                self._close_tasks.add(closing)
+                closing.add_done_callback(self._close_tasks.discard)
+            elif not stopped and not self._server.is_open and not await self._open():
+                await asyncio.sleep(_RETRY_SECONDS)
+                continue
+            await operator_state.wait_until(lambda now, seen=seen: now != seen)  # type: ignore[misc]
+
+    async def stop(self) -> None:
+        """After `run`: close the port, and wait for what closes already."""
+        await self._server.close(self._drain)
+        if self._close_tasks:
+            await asyncio.wait(self._close_tasks)
+
+    async def _open(self) -> bool:
+        try:
+            await self._server.open()
+        except ConfigurationError as error:
+            logger.error("port_open_failed", reason=str(error))
+            return False
+        return True
+
+    def _update_assignment(self) -> None:
+        self._context.assignment.current = self._context.operator_state.assignment
+
+
+# A volume that is replaced or unmounted while a service runs is noticed, and its return.
+
+WATCH_INTERVAL = 2.0
+
+
+async def watch_volume(volume: Volume, seconds: float = WATCH_INTERVAL) -> None:
+    """Look again and again, until cancelled: what is read or written from then on is the volume that is there now."""
+    present, replacements = True, volume.replacements
+    while True:
+        try:
+            await asyncio.to_thread(volume.check)
+        except VolumeError as error:
+            if present:
+                logger.error("volume_unavailable", reason=str(error))
+            present = False
+        else:
+            if not present or volume.replacements != replacements:
+                logger.warning("volume_replaced", volume=str(volume.root))
+            present, replacements = True, volume.replacements
+        await asyncio.sleep(seconds)

@@ -22,8 +22,8 @@ from typing import Any
 import structlog
 from pydantic import SecretStr
 
-from services.api.listening import ListenAddress, bind
-from services.api.wiring import MISCONFIGURED, SHUTDOWN_ORDERED, run_checked
+from services.api.main import MISCONFIGURED, SHUTDOWN_ORDERED, run_checked
+from services.api.server import ListenAddress, bind
 from shared.domain.errors import ConfigurationError
 from shared.observability.multiprocess import forget_process, prepare_multiprocess
 from shared.runtime.run_service import ServiceScope

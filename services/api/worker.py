@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 
-from services.api.wiring import run_worker
+from services.api.main import run_worker
 from shared.settings.model import Settings
 
 

@@ -53,7 +53,7 @@ def standalone(config: ConfigFile = None) -> None:
 def api(config: ConfigFile = None) -> None:
     """Run the HTTP server that clients talk to."""
     settings = _load(config)
-    from services.api.wiring import run
+    from services.api.main import run
 
     sys.exit(run(settings))
 

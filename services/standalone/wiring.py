@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from services.api.service import make_context, serve_api
-from services.api.version import VERSION
+from services.api.status import VERSION
 from services.evictor.evictor import Evictor
 from services.evictor.main import build_source_monitor
 from services.fetcher.fetcher import Fetcher

@@ -18,12 +18,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from services.api.application import public_path, unregister_application
-from services.api.operator.app import TokenAuthenticator, build_operator_app
-from services.api.operator.desk import OperatorCommands
-from services.api.operator.service import operator_api
-from services.api.operator.views import OperatorQueries
+from services.api.operator.app import TokenAuthenticator, build_operator_app, operator_api
+from services.api.operator.commands import OperatorCommands, OperatorQueries
 from services.api.operator.warming import CacheWarmer
+from services.api.sanic_app import public_path, unregister_application
 from tests.servers.api_fixture import FakeAssets, running_api
 from tests.servers.operator_token import SECRET, sign
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.api.assets.hot import REVALIDATE_SECONDS
+from services.api.fast_path.object_cache import REVALIDATE_SECONDS
 from services.demo.objects import MIB, DemoObject, generated_object
 from tests.end_to_end.client import get
 from tests.fire.asking import cache_all, events, get_all, get_correct, get_until_complete, metric

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from services.api.version import VERSION
+from services.api.status import VERSION
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.http_dates import parse_http_date
 from tests.servers.api_fixture import FakeAssets, running_api

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from services.api.fast_lane import building
+import services.api.fast_path.handler as building
 from shared.adapters.volume import RemovalState
 from shared.domain.http_dates import parse_http_date
 from shared.domain.objects import ObjectId
@@ -293,7 +293,7 @@ async def test_an_unexpected_error_ends_the_connection(
 
     before = counted("distributor_aborted_responses_total", reason="unexpected_error")
     monkeypatch.setattr(harness.context.accesses, "touch", failing)
-    monkeypatch.setattr("services.api.fast_lane.body_sender.ACCESS_RENEWAL_INTERVAL", 0.0)
+    monkeypatch.setattr("services.api.fast_path.protocol.ACCESS_RENEWAL_INTERVAL", 0.0)
     reader, writer = await harness.connect()
     writer.write(ask("2"))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from services.api.assets.hot import (
+from services.api.fast_path.object_cache import (
     IDLE_SECONDS,
     MAX_IN_MEMORY,
     REVALIDATE_SECONDS,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from services.api.app import build_app
-from services.api.application import unregister_application
-from services.api.listening import ListenAddress
-from services.api.obedience import OperatorStateController
-from services.api.server import PublicServer
+from services.api.routes import build_app
+from services.api.sanic_app import unregister_application
+from services.api.server import ListenAddress, PublicServer
+from services.api.service import OperatorStateController
 from shared.domain.orders import OperatorState
 from tests.servers.api_fixture import FakeAssets, running_api
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from services.api.operator.desk import MAX_PINS
-from services.api.operator.service import operator_api
+from services.api.operator.app import operator_api
+from services.api.operator.commands import MAX_PINS
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_redis import RedisStateStore
 from shared.adapters.volume.orders_file import NAME, read_operator_state, write_operator_state

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from services.api.listening import ListenAddress, bind
+from services.api.server import ListenAddress, bind
 from services.api.supervisor import reserve_port
 from shared.domain.errors import ConfigurationError
 

@@ -11,12 +11,11 @@ from typing import Any
 
 from sanic import HTTPResponse, Request
 
-from services.api.app import AssetResponder, build_app
-from services.api.application import unregister_application
 from services.api.assets.handler import AssetHandler
 from services.api.context import ApiContext
-from services.api.listening import ListenAddress
-from services.api.server import PublicServer
+from services.api.routes import AssetResponder, build_app
+from services.api.sanic_app import unregister_application
+from services.api.server import ListenAddress, PublicServer
 from services.api.service import make_context
 from shared.adapters.sources.health import SourceHealthRegistry
 from shared.runtime.adapters import (

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from services.api import accepting
-from services.api.accepting import AcceptLoop
-from services.api.listening import ListenAddress, bind
+import services.api.server as accepting
+from services.api.server import AcceptLoop, ListenAddress, bind
 
 CROWD = 200
 

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from services.api.accesses import AccessCounter
-from services.api.wakeups import FetchEvents
+from services.api.fetch_events import FetchEvents
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.domain.errors import StateStoreUnavailable

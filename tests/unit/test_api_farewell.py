@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from services.api.farewell import wait_until_flushed
+from services.api.graceful_shutdown import wait_until_flushed
 
 
 def listening() -> socket.socket:

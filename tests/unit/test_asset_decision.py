@@ -19,7 +19,7 @@ from services.api.assets.decision import (
     select_range,
     sendable_end,
 )
-from services.api.assets.hold_back import VerifyingBuffer
+from services.api.assets.proxy import VerifyingBuffer
 from shared.domain.conditionals import Conditions
 from shared.domain.objects import ContentHash, ObjectId
 from shared.domain.ranges import Unsatisfiable

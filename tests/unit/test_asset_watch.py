@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from services.api.assets.watch import FetchPoller
-from services.api.wakeups import FetchEvents
+from services.api.assets.pending import FetchPoller
+from services.api.fetch_events import FetchEvents
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.domain.objects import ObjectId

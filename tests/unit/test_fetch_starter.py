@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from services.api.assets.starter import FetchStarter
+from services.api.assets.fetch_start import FetchStarter
 from shared.adapters.queue_memory import MemoryJobQueue
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore

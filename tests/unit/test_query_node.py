@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from services.api.query_node import (
+from services.api.status import (
     POLL_INTERVAL,
     STALE_AFTER,
     SquidAndChainStatus,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from services.api.assets.second_views import AdmissionControl
+from services.api.assets.handler import AdmissionControl
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.domain.errors import StateStoreUnavailable

@@ -14,6 +14,7 @@ import pytest
 from blake3 import blake3
 from structlog.testing import capture_logs
 
+from services.api.service import watch_volume
 from shared.adapters.volume import (
     FoundObject,
     FoundPartial,
@@ -26,7 +27,6 @@ from shared.adapters.volume import (
 from shared.adapters.volume.layout import shard
 from shared.domain.errors import VolumeError, VolumeFull
 from shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
-from shared.runtime.volume_watch import watch_volume
 
 BODY = bytes(range(256)) * 1000
 

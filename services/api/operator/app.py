@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 
 import structlog
 from sanic import HTTPResponse, Request
 
-from services.api.application import ApiApplication, make_application
-from services.api.error_rendering import JsonErrorHandler, as_http_error
+import services.api.operator.schemas as bodies
+from services.api.context import ApiContext
 from services.api.errors import HttpError
-from services.api.exchange import request_record
-from services.api.operator import bodies
-from services.api.operator.authorization import (
-    REPLAY_WINDOW,
-    AuthenticationError,
-    SignedRequest,
-    authenticate,
-)
-from services.api.operator.desk import OperatorCommands
-from services.api.operator.views import OperatorQueries, warming_as_json
+from services.api.operator.auth import REPLAY_WINDOW, AuthenticationError, SignedRequest, authenticate
+from services.api.operator.commands import OperatorCommands, OperatorQueries, warming_as_json
 from services.api.operator.warming import CacheWarmer
+from services.api.request_log import request_record
+from services.api.sanic_app import (
+    ApiApplication,
+    JsonErrorHandler,
+    as_http_error,
+    make_application,
+    unregister_application,
+)
+from services.api.server import ListenAddress, PublicServer
 from shared.ports.state_store import StateStore
 from shared.settings.model import PublicApi
 
@@ -178,3 +181,37 @@ def _without_arguments(command: Callable[[], Awaitable[dict[str, Any]]]) -> Comm
 
 def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> HTTPResponse:
     return HTTPResponse(json.dumps(body), status, {**_NO_STORE, **(headers or {})}, "application/json")
+
+
+# The operator API at work in one API process.
+
+_CLOSING_SECONDS = 1.0
+
+
+@asynccontextmanager
+async def operator_api(context: ApiContext, holder: str, *, shared_port: bool) -> AsyncIterator[int | None]:
+    """Listens inside the block; its port, None if it is off. `holder` names this process; `shared_port`: other
+    processes listen on the same port, and any of them can answer. ConfigurationError if the port cannot be had."""
+    settings = context.settings.operator_api
+    if settings.secret is None:
+        yield None
+        return
+    commands = OperatorCommands(context.state, context.operator_state)
+    warmer = CacheWarmer(context, holder)
+    authenticator = TokenAuthenticator(context.state, settings.secret.get_secret_value())
+    queries = OperatorQueries(context.state, context.volume)
+    application = build_operator_app(context.settings.public_api, authenticator, commands, queries, warmer)
+    server = PublicServer(
+        application, ListenAddress(settings.host, settings.port, shared_port, "operator_api")
+    )
+    await server.open()
+    warming = asyncio.create_task(warmer.run(), name="warmer")
+    try:
+        yield server.port
+    finally:
+        warming.cancel()
+        await asyncio.wait({warming})
+        await server.close(_CLOSING_SECONDS)
+        unregister_application(application)
+        if not warming.cancelled():
+            warming.result()

@@ -9,14 +9,12 @@ from typing import Any, Protocol
 
 from sanic import HTTPResponse, Request
 
-from services.api.application import ApiApplication, make_application
 from services.api.context import ApiContext
-from services.api.exchange import request_record
 from services.api.headers import CROSS_ORIGIN, PREFLIGHT
-from services.api.probes import HealthChecks
-from services.api.query_node import make_squid_status_poller
-from services.api.request import parse_object_id
-from services.api.status import StatusReporter, UsageReader
+from services.api.health import HealthChecks
+from services.api.request_log import request_record
+from services.api.sanic_app import ApiApplication, make_application, parse_object_id
+from services.api.status import StatusReporter, UsageReader, make_squid_status_poller
 from shared.domain.objects import ObjectId
 
 _READ = ("GET", "HEAD")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import secrets
 from time import perf_counter, time
 from typing import NamedTuple
 
+import structlog
+
 from services.api.accesses import AccessCounter
 from services.api.assets.decision import AssetRequest, PreconditionResult, Span, select_range
-from services.api.assets.hot import CachedObject, OpenObjectCache
-from services.api.assets.ready_heads import end_of_head
-from services.api.exchange import RequestRecord, log_request
-from services.api.fast_lane.request_heads import ParsedRequest, RequestParser
-from services.api.fast_lane.tally import BufferedHitMetrics
+from services.api.assets.headers import end_of_head
+from services.api.context import ApiContext
+from services.api.fast_path.object_cache import MAX_OPEN_FILES, CachedObject, OpenObjectCache
+from services.api.fast_path.request_parser import ParsedRequest, RequestParser
+from services.api.request_log import BufferedHitMetrics, RequestRecord, log_request
 from shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
 
 _ACCESS_COUNT_INTERVAL = 0.5
@@ -151,3 +154,39 @@ def _select_range(
         return Span(0, cached.size - 1, cached.size) if found is None else found
     asset_request = AssetRequest(request.is_head, fields.conditions, request.range_header, fields.if_range)
     return select_range(asset_request, cached.representation)
+
+
+# Putting the fast path together.
+
+_FD_SHARE = 4
+
+
+def build_fast_path(context: ApiContext) -> FastPath | None:
+    """None where it is turned off. Run its objects' `run`, and `close` it after the last connection."""
+    settings = context.settings
+    if not settings.public_api.fast_lane:
+        return None
+    max_open_files = min(MAX_OPEN_FILES, raise_fd_limit() // _FD_SHARE)
+    objects = OpenObjectCache(context.volume, settings.public_api.memory_cache, max_open_files)
+    return FastPath(objects, context.accesses, log_hits=settings.log.hits)
+
+
+# How many files and connections this process may have open.
+
+_TARGET_FD_LIMIT = 65_536
+
+logger = structlog.get_logger()
+
+
+def raise_fd_limit() -> int:
+    """Use what the system allows: the usual soft limit of 1024 is for programs that use select. The limit now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    target = _TARGET_FD_LIMIT if hard == resource.RLIM_INFINITY else min(hard, _TARGET_FD_LIMIT)
+    if soft == resource.RLIM_INFINITY or soft >= target:
+        return _TARGET_FD_LIMIT
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+    except (OSError, ValueError) as error:
+        logger.warning("fd_limit_raise_failed", limit=soft, reason=str(error))
+        return soft
+    return target

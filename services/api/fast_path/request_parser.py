@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from services.api.exchange import is_request_id
+from services.api.request_log import is_request_id
 from shared.domain.conditionals import Conditions
 
 _GET, _HEAD, _VERSION = b"GET /api/v1/assets/", b"HEAD /api/v1/assets/", b" HTTP/1.1"

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 
 from services.api.assets.decision import Representation
-from services.api.assets.reading import is_cached, read_cached
-from services.api.assets.ready_heads import PrebuiltHeaders
+from services.api.assets.headers import PrebuiltHeaders
+from services.api.assets.page_cache import is_cached, read_cached
 from shared.adapters.volume import FileIdentity, OpenObject, Volume
 from shared.domain.errors import InvalidInput, VolumeError
 from shared.domain.objects import ObjectId, StoredRecord
