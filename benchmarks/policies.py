@@ -18,8 +18,8 @@ from benchmarks.other_policies import S3Fifo, Sieve
 from benchmarks.traces import Parameters, Trace
 from services.replay.chart import render_chart
 from services.replay.scenarios import CacheSize, Result, Setting
+from shared.domain.admission import SecondHitAdmission
 from shared.domain.eviction import EvictionPolicy
-from shared.domain.eviction.admission import SecondHitAdmission
 from shared.domain.eviction.simulator import Outcome, Rules, Simulation
 
 RESULTS = Path(__file__).parent / "results"

@@ -30,7 +30,7 @@ from shared.adapters.volume import Volume
 from shared.domain.eviction import POLICY_NAMES, EvictionPolicy, PolicyEntry, make_policy
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import IndexEntry
-from shared.runtime.memory import mmap_large_blocks
+from shared.runtime.malloc import mmap_large_blocks
 from tests.servers.redis_server import RedisServer
 
 EPOCH = 1_700_000_000.0

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import structlog
 
+from shared.domain.admission import ViewCoalescer
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
-from shared.domain.views import ViewCoalescer
 from shared.observability.metrics import DROPPED_ACCESSES
 from shared.ports.state_store import Access, StateStore
 

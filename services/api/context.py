@@ -14,11 +14,11 @@ from shared.domain.objects import Assignment
 from shared.ports.catalog import Catalog
 from shared.ports.job_queue import JobQueue
 from shared.ports.state_store import StateStore
-from shared.runtime.orders import OperatorStateWatcher
+from shared.runtime.operator_state import OperatorStateWatcher
 from shared.settings.model import Settings
 
 if TYPE_CHECKING:
-    from shared.adapters.sources.relay import FailoverReader
+    from shared.adapters.sources.failover import FailoverReader
 
 
 @dataclass(slots=True)

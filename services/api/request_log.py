@@ -15,8 +15,15 @@ import structlog
 from sanic import Request
 
 from services.api.headers import CacheResult
-from shared.observability.metrics import PHASE, REQUESTS, SENT_BYTES, TIME_TO_FIRST_BYTE, method_label
-from shared.observability.observations import add_observations, bounds_of
+from shared.observability.metrics import (
+    PHASE,
+    REQUESTS,
+    SENT_BYTES,
+    TIME_TO_FIRST_BYTE,
+    add_observations,
+    bounds_of,
+    method_label,
+)
 
 _MAX_REQUEST_ID = 128
 _CLIENT_ERROR = 400

@@ -21,14 +21,14 @@ from services.api.routes import build_app
 from services.api.sanic_app import unregister_application
 from services.api.server import ListenAddress, PublicServer
 from services.api.status import VERSION
-from shared.adapters.sources.relay import FailoverReader
+from shared.adapters.sources.failover import FailoverReader
 from shared.adapters.volume import Volume
 from shared.domain.errors import ConfigurationError, VolumeError
 from shared.observability.metrics import describe_build
 from shared.ports.catalog import Catalog
 from shared.ports.job_queue import JobQueue
 from shared.ports.state_store import StateStore
-from shared.runtime.adapters import (
+from shared.runtime.factories import (
     build_catalog,
     build_failover_reader,
     build_job_queue,
@@ -37,7 +37,7 @@ from shared.runtime.adapters import (
     build_state_store,
     build_volume,
 )
-from shared.runtime.orders import OperatorStateWatcher
+from shared.runtime.operator_state import OperatorStateWatcher
 from shared.runtime.run_service import ServiceScope
 from shared.settings.model import Settings
 

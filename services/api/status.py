@@ -18,9 +18,8 @@ from shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog
 from shared.adapters.volume import FoundObject, Volume
 from shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
 from shared.domain.space import RECORD_BYTES, Usage, footprint
-from shared.runtime.adapters import build_chain_head, build_joystream
-from shared.settings.model import Settings
-from shared.settings.network import CatalogSettings
+from shared.runtime.factories import build_chain_head, build_joystream
+from shared.settings.model import CatalogSettings, Settings
 
 USAGE_TTL = 1.0
 MEASUREMENT_TTL = 30.0

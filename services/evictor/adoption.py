@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.evictor.file_calls import run_blocking
 from services.evictor.index import EvictionIndex
 from services.evictor.node_import import NodeImport
 from services.evictor.partial_files import (
@@ -24,6 +23,7 @@ from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.observability.metrics import RECONCILED
 from shared.ports.state_store import Fetch, FetchPhase, IndexEntry, Lease, StateStore, Term
+from shared.runtime.threads import run_blocking
 
 NEVER = 0.0  # POSIX time of the last access of an object that nobody can ask for any more
 

@@ -10,7 +10,6 @@ from enum import StrEnum
 import structlog
 
 from services.evictor.adoption import PartialReaper
-from services.evictor.file_calls import run_blocking
 from services.evictor.index import EvictionIndex
 from shared.adapters.volume import Removal, RemovalState, Volume
 from shared.domain.errors import VolumeError
@@ -26,6 +25,7 @@ from shared.observability.metrics import (
     LAST_EVICTION_MAX_IDLE,
 )
 from shared.ports.state_store import StateStore, Term
+from shared.runtime.threads import run_blocking
 
 _EVICTION_BATCH = 128
 _IN_USE_COOLDOWN = 2.0

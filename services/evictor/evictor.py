@@ -11,7 +11,6 @@ from functools import partial
 from services.evictor.adoption import Adoption, PartialReaper
 from services.evictor.assignment import AssignmentCheck
 from services.evictor.eviction import Eviction, EvictionRules, ObjectRemover
-from services.evictor.file_calls import run_blocking
 from services.evictor.index import EvictionIndex
 from services.evictor.integrity import Repair, Scrub
 from services.evictor.leader_election import LeaderElection, run_periodically
@@ -33,7 +32,8 @@ from shared.observability.metrics import (
 )
 from shared.ports.catalog import Catalog
 from shared.ports.state_store import StateStore, Term
-from shared.runtime.orders import OperatorStateWatcher
+from shared.runtime.operator_state import OperatorStateWatcher
+from shared.runtime.threads import run_blocking
 from shared.settings.model import Settings
 
 

@@ -14,13 +14,13 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-from services.evictor.file_calls import run_blocking
 from shared.adapters.volume import FoundObject, Volume
+from shared.domain.admission import ViewCoalescer
 from shared.domain.eviction import EvictionPolicy, PolicyEntry
 from shared.domain.objects import ObjectId
-from shared.domain.views import ViewCoalescer
 from shared.observability.metrics import REFETCHED_AFTER_EVICTION
 from shared.ports.state_store import ACCESS_TIME_RESOLUTION, Access, IndexEntry, PolicyState, StateStore, Term
+from shared.runtime.threads import run_blocking
 
 _READ_BATCHES = 200
 _SAVE_BATCH = 1000

@@ -15,18 +15,17 @@ from enum import StrEnum
 import structlog
 
 from services.evictor.eviction import ObjectRemover
-from services.evictor.file_calls import next_chunk, run_blocking
 from services.evictor.index import CompactIdSet
 from services.evictor.node_import import NodeImport
 from shared.adapters.volume import FoundObject, UnknownFile, Volume
 from shared.domain.errors import VolumeError
 from shared.domain.found_objects import record_for_file
-from shared.domain.media_sniffing import SNIFF_BYTES
+from shared.domain.media_types import SNIFF_BYTES
 from shared.domain.objects import Assignment, MediaObject, ObjectId, StoredRecord
 from shared.observability.metrics import RECONCILED, SCRUBBED_BYTES, SCRUBBED_OBJECTS
 from shared.ports.catalog import Catalog
 from shared.ports.state_store import Term
-from shared.runtime.hashing import hash_file
+from shared.runtime.threads import hash_file, next_chunk, run_blocking
 
 _REPAIR_BATCH = 100
 _MAX_CONCURRENT_REPAIRS = 16

@@ -13,7 +13,6 @@ import structlog
 from services.evictor.adoption import PartialReaper
 from services.evictor.assignment import AssignmentCheck
 from services.evictor.eviction import Eviction, ObjectRemover
-from services.evictor.file_calls import run_blocking
 from services.evictor.index import EvictionIndex
 from services.evictor.integrity import Repair, Scrub
 from services.evictor.leader_election import run_periodically
@@ -26,7 +25,8 @@ from shared.domain.errors import CatalogUnavailable, DistributorError, StateStor
 from shared.domain.objects import ObjectId
 from shared.domain.space import Usage
 from shared.ports.state_store import StateStore, Term, Topic
-from shared.runtime.orders import POLL_INTERVAL
+from shared.runtime.operator_state import POLL_INTERVAL
+from shared.runtime.threads import run_blocking
 from shared.settings.model import EvictorSettings
 
 REFRESH_INTERVAL, SAVE_INTERVAL, SWEEP_INTERVAL = 1.0, 5.0, 10.0

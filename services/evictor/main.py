@@ -7,12 +7,12 @@ from importlib.metadata import version
 
 from services.evictor.evictor import Evictor
 from services.evictor.source_probes import MonitorTimes, SourceMonitor
-from shared.adapters.sources.sharing import SourceStatsSync
+from shared.adapters.sources.health import SourceStatsSync
 from shared.domain.errors import ConfigurationError, VolumeError
 from shared.observability.metrics import describe_build
 from shared.observability.probe_server import ProbeServer
 from shared.ports.catalog import Catalog
-from shared.runtime.adapters import (
+from shared.runtime.factories import (
     MEMORY,
     build_catalog,
     build_source_prober,
@@ -20,9 +20,8 @@ from shared.runtime.adapters import (
     build_state_store,
     build_volume,
 )
-from shared.runtime.memory import mmap_large_blocks
-from shared.runtime.run_service import ServiceScope, run_service
-from shared.runtime.serving import run_until
+from shared.runtime.malloc import mmap_large_blocks
+from shared.runtime.run_service import ServiceScope, run_service, run_until
 from shared.settings.model import Settings
 
 

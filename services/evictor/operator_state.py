@@ -9,13 +9,13 @@ import structlog
 
 from services.evictor.adoption import PartialReaper
 from services.evictor.eviction import ObjectRemover, RemovalOutcome
-from services.evictor.file_calls import run_blocking
 from shared.adapters.volume import Volume
-from shared.adapters.volume.orders_file import read_operator_state, write_operator_state
+from shared.adapters.volume.operator_state_file import read_operator_state, write_operator_state
 from shared.domain.objects import ObjectId
-from shared.domain.orders import OperatorState, OperatorStateSnapshot
+from shared.domain.operator_state import OperatorState, OperatorStateSnapshot
 from shared.ports.state_store import FetchPhase, PurgeRequest, StateStore, Term
-from shared.runtime.orders import OperatorStateWatcher
+from shared.runtime.operator_state import OperatorStateWatcher
+from shared.runtime.threads import run_blocking
 
 _PURGE_BATCH = 64
 _PURGE_INTERVAL, _PURGE_RETRY_INTERVAL = (

@@ -10,7 +10,6 @@ import structlog
 
 from services.evictor.adoption import Adoption, PartialReaper, SeenFile
 from services.evictor.eviction import ObjectRemover
-from services.evictor.file_calls import next_chunk, run_blocking
 from services.evictor.index import CompactIdSet, EvictionIndex
 from shared.adapters.volume import FoundObject, UnknownFile, Volume
 from shared.domain.errors import VolumeError
@@ -18,6 +17,7 @@ from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.observability.metrics import RECONCILE_TIME, RECONCILED, STATE_STORE_EVICTS, UNKNOWN_FILES
 from shared.ports.state_store import IndexEntry, StateStore, Term
+from shared.runtime.threads import next_chunk, run_blocking
 
 _SCAN_BATCH = 500
 _ORPHAN_RECORD_AGE = 600.0

@@ -8,8 +8,8 @@ from typing import Self
 
 import structlog
 
+from shared.adapters.sources.health import SourceStatsSync
 from shared.adapters.sources.prober import SourceProber
-from shared.adapters.sources.sharing import SourceStatsSync
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import source_name
 from shared.domain.source_order import rank

@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from services.fetcher.disk import BlockingPool
 from shared.adapters.volume import Removal, RemovalState, Volume
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.found_objects import record_for_file
 from shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, TryLater
-from shared.domain.media_sniffing import SNIFF_BYTES
+from shared.domain.media_types import SNIFF_BYTES
 from shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
 from shared.domain.space import footprint
 from shared.ports.state_store import (
@@ -31,7 +30,7 @@ from shared.ports.state_store import (
     StateStore,
     Topic,
 )
-from shared.runtime.hashing import hash_file
+from shared.runtime.threads import BlockingPool, hash_file
 
 Denied = AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotReconciled
 

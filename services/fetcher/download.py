@@ -12,11 +12,10 @@ from functools import partial
 
 import structlog
 
-from services.fetcher.disk import BlockingPool
 from services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
 from services.fetcher.partial_writer import PartialWriter
-from shared.adapters.sources.answer import SourceResponse
-from shared.adapters.sources.relay import FailoverReader
+from shared.adapters.sources.client import SourceResponse
+from shared.adapters.sources.failover import FailoverReader
 from shared.adapters.volume import PartialFile, Volume
 from shared.domain.errors import (
     AllSourcesFailed,
@@ -28,12 +27,11 @@ from shared.domain.errors import (
     VolumeFull,
 )
 from shared.domain.jobs import Done, JobOutcome, TryLater
-from shared.domain.media_sniffing import SNIFF_BYTES, detect_media_type
-from shared.domain.media_types import media_type_or_none
+from shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
 from shared.domain.objects import Hasher, MediaObject, StoredRecord, source_name
 from shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE, SOURCE_FAILURES, source_label
 from shared.ports.state_store import Announcement, Lease, StateStore, Topic
-from shared.runtime.hashing import hash_through
+from shared.runtime.threads import BlockingPool, hash_through
 
 _SPACE_REQUEST_TTL = 60.0
 

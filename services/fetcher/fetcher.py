@@ -14,20 +14,20 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from services.fetcher.admission import Admission, AdmissionRules, Admitted
-from services.fetcher.disk import BlockingPool
 from services.fetcher.download import FetchDeps, FetchRunner
 from services.fetcher.lease import LeaseTimes
-from shared.adapters.sources.relay import FailoverReader
+from shared.adapters.sources.failover import FailoverReader
 from shared.adapters.state_common import QUEUED_SECONDS
 from shared.adapters.volume import Volume
 from shared.domain.errors import ConfigurationError, JobQueueUnavailable, StateStoreUnavailable, VolumeError
 from shared.domain.jobs import Done, FetchJob, HandBack, Hopeless, JobOutcome, LookAgain, RetryPlan, TryLater
 from shared.domain.objects import ObjectId, StoredRecord
-from shared.domain.orders import OperatorState
+from shared.domain.operator_state import OperatorState
 from shared.observability.metrics import FETCHES, PHASE
 from shared.ports.job_queue import JobQueue
 from shared.ports.state_store import FetchPhase, Granted, StateStore
-from shared.runtime.orders import OperatorStateWatcher
+from shared.runtime.operator_state import OperatorStateWatcher
+from shared.runtime.threads import BlockingPool
 from shared.settings.model import Settings
 
 _SPARE_THREADS = 2  # for looking at the volume while every download writes

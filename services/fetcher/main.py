@@ -8,7 +8,7 @@ from services.fetcher.fetcher import Fetcher
 from shared.domain.errors import ConfigurationError
 from shared.observability.metrics import describe_build
 from shared.observability.probe_server import ProbeServer
-from shared.runtime.adapters import (
+from shared.runtime.factories import (
     MEMORY,
     build_failover_reader,
     build_job_queue,
@@ -17,9 +17,8 @@ from shared.runtime.adapters import (
     build_state_store,
     build_volume,
 )
-from shared.runtime.memory import retain_freed_memory
-from shared.runtime.run_service import ServiceScope, run_service
-from shared.runtime.serving import run_until
+from shared.runtime.malloc import retain_freed_memory
+from shared.runtime.run_service import ServiceScope, run_service, run_until
 from shared.settings.model import Settings
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from services.evictor.node_import import FILE_NAME
 from shared.domain.errors import ConfigurationError
-from shared.settings.operator_api import MIN_SECRET_LENGTH
+from shared.settings.model import MIN_SECRET_LENGTH
 from shared.settings.sizes import format_size, parse_size
 
 _MIN_ASSIGNMENT_INTERVAL = 3600

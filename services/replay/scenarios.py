@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from shared.domain.admission import SecondHitAdmission
 from shared.domain.errors import ConfigurationError
 from shared.domain.eviction import EvictionPolicy, make_policy
-from shared.domain.eviction.admission import SecondHitAdmission
 from shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, Simulation
 from shared.domain.space import Watermarks, watermarks_for
 from shared.settings.sizes import format_size, parse_size

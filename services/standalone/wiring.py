@@ -15,7 +15,7 @@ from services.evictor.main import build_source_monitor
 from services.fetcher.fetcher import Fetcher
 from shared.domain.errors import ConfigurationError, VolumeError
 from shared.observability.metrics import describe_build
-from shared.runtime.adapters import (
+from shared.runtime.factories import (
     MEMORY,
     build_catalog,
     build_failover_reader,
@@ -25,7 +25,7 @@ from shared.runtime.adapters import (
     build_state_store,
     build_volume,
 )
-from shared.runtime.memory import retain_freed_memory
+from shared.runtime.malloc import retain_freed_memory
 from shared.runtime.run_service import ServiceScope, run_service
 
 if TYPE_CHECKING:

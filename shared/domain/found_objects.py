@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from shared.domain.media_sniffing import detect_media_type
+from shared.domain.media_types import detect_media_type
 from shared.domain.objects import MediaObject, StoredRecord
 
 

@@ -9,9 +9,8 @@ from enum import StrEnum
 from typing import Protocol
 
 from shared.domain.objects import ObjectId
-from shared.domain.orders import OperatorState, OperatorStateSnapshot
+from shared.domain.operator_state import OperatorState, OperatorStateSnapshot, Warming, WarmingScope
 from shared.domain.space import Usage
-from shared.domain.warming import Warming, WarmingScope
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -135,3 +135,20 @@ def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -
     logger.error(
         "unhandled_loop_error", message=context.get("message", ""), exc_info=context.get("exception")
     )
+
+
+# A service that serves until it is told to stop.
+
+
+async def run_until(stop_requested: asyncio.Event, serving: Coroutine[Any, Any, None], name: str) -> None:
+    """Run `serving` until `stop_requested`, then cancel it and wait for its end. Raises what it raised by itself."""
+    task = asyncio.create_task(serving, name=f"{name}-serve")
+    stop = asyncio.create_task(stop_requested.wait(), name=f"{name}-stop")
+    try:
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.cancel()
+        task.cancel()
+        await asyncio.wait({task, stop})
+    if not task.cancelled():
+        task.result()

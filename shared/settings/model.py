@@ -1,24 +1,121 @@
-"""All settings of all services, with their defaults and the rules between them."""
+"""What every group of settings is made of."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared.domain.errors import InvalidInput
 from shared.domain.eviction import DEFAULT_MISS_COST
+from shared.domain.jobs import CLAIM_SECONDS
 from shared.domain.objects import Assignment, parse_bucket_id
-from shared.domain.source_urls import names_host
 from shared.domain.space import Watermarks, footprint, watermarks_for
-from shared.settings.network import CatalogSettings, SourceSettings
-from shared.settings.operator_api import OperatorApi
-from shared.settings.section import Port, Seconds, SettingsGroup
+from shared.domain.urls import names_host
 from shared.settings.sizes import Size, format_size
-from shared.settings.timeouts import check_timeouts
+
+Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class SettingsGroup(BaseModel):
+    """A group of settings. Unknown names are refused: a misspelt setting must not be silently ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+# Time limits that only make sense together.
+
+
+def check_timeouts(operation: float, publish: float, kept_alive: Mapping[str, float]) -> list[str]:
+    """What is wrong, in words. Seconds: of one call of the state store, of publishing one job, and, by the name of its
+    setting, of what calls of the state store keep alive: a call that may take longer than that keeps nothing alive."""
+    wrong = [
+        f"state_store.operation_timeout ({operation:g} s) must be less than {name} ({seconds:g} s)"
+        for name, seconds in kept_alive.items()
+        if operation >= seconds
+    ]
+    if publish >= CLAIM_SECONDS:
+        wrong.append(
+            f"job_queue.publish_timeout ({publish:g} s) must be less than {CLAIM_SECONDS:g} s, after which another"
+            " request may publish the job"
+        )
+    return wrong
+
+
+# Settings of what the node learns from others: the catalog, and the storage nodes it fetches from.
+
+
+class CatalogSettings(SettingsGroup):
+    """Where the node learns which objects exist."""
+
+    kind: Literal["manifest", "origin", "joystream"] = "manifest"
+    """`manifest`: a YAML or JSON file. `origin`: any HTTP server. `joystream`: the network's Storage-Squid."""
+    manifest: Path | None = None
+    """The manifest file."""
+    origin: str | None = None
+    """URL template of the origin, with `{id}`."""
+    squid: str = "http://localhost:4352/graphql"
+    """The Storage-Squid's GraphQL endpoint, for `joystream`."""
+    chain: str | None = None
+    """A node of the chain, `ws(s)://` or `http(s)://`, for chainHead in /status; `joystream` only."""
+    refuse_private_sources: bool = False
+    """Ask no storage node at an address that is not public, whatever its name says. Recommended for a node on the
+    Joystream network, where anybody's endpoint is in the catalog; off by default, since storage nodes of one's own may
+    be at such addresses."""
+    list_batch: int = Field(default=100, ge=1, le=10_000)
+    """Bags in one question for the whole list, for `joystream`."""
+    list_pause: float = Field(default=1.0, ge=0, le=3600)
+    """Seconds between two such questions: one huge answer has taken the squid down before."""
+    list_timeout: Seconds = 60.0
+    """Seconds to wait for the answer to one of them."""
+    timeout: Seconds = 2.0
+    """Seconds that a look-up may take in all; a request that needs it is told 503 then."""
+    max_in_flight: int = Field(default=16, ge=1)
+    """Questions under way at once, per process."""
+    positive_ttl: Seconds = 3600.0
+    """Seconds an object's description is believed."""
+    negative_ttl: Seconds = 60.0
+    """Seconds `does not exist` and `not accepted yet` are believed."""
+
+
+class SourceSettings(SettingsGroup):
+    """In which order the storage nodes are asked."""
+
+    probe_interval: Seconds = 60.0
+    """Seconds between two probes (`/version`) of each active storage node, by the evictor that leads."""
+    probes_at_once: int = Field(default=10, ge=1, le=100)
+    """Probes under way at once."""
+    probe_timeout: Seconds = 3.0
+    """Seconds a storage node has to accept a probe's connection, and again to answer it."""
+    share_interval: Seconds = 2.0
+    """Seconds between two exchanges of what the processes have seen of the sources."""
+    corrupted_memory: Seconds = 600.0
+    """Seconds a source that gave wrong bytes for an object is not asked for that object."""
+
+
+# Settings of the operator API.
+
+MIN_SECRET_LENGTH = 16
+"""Characters."""
+
+
+class OperatorApi(SettingsGroup):
+    """The HTTP server that operators talk to. Off unless a secret is set."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Requests are authorised, but not encrypted."""
+    port: Port = 3335
+    """Port to listen on; 0 takes any free one."""
+    secret: SecretStr | None = Field(default=None, min_length=MIN_SECRET_LENGTH)
+    """What operators sign their requests with, at least 16 characters."""
+
+
+# All settings of all services, with their defaults and the rules between them.
 
 
 class PublicApi(SettingsGroup):

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 
 import pytest
 
-from shared.adapters.sources.health import SourceHealthRegistry
-from shared.adapters.sources.sharing import SourceStatsSync
+from shared.adapters.sources.health import SourceHealthRegistry, SourceStatsSync
 from shared.adapters.state_memory.caches import MemorySharedSourceStats
 from shared.adapters.state_redis.caches import RedisSharedSourceStats
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.source_order import SourceHealth, SourceStatsDelta
-from shared.ports.source_memory import MAX_CORRUPTED_COPIES, CorruptedCopy, SharedSources, SharedSourceStats
+from shared.ports.source_stats import MAX_CORRUPTED_COPIES, CorruptedCopy, SharedSources, SharedSourceStats
 from tests.contract.state_world import FakeClock
 
 ONE, TWO = ObjectId("1"), ObjectId("2")

@@ -7,9 +7,8 @@ import time
 from dataclasses import replace
 
 from shared.domain.objects import ObjectId
-from shared.domain.orders import OperatorState, OperatorStateSnapshot
+from shared.domain.operator_state import OperatorState, OperatorStateSnapshot, WarmingScope
 from shared.domain.space import footprint
-from shared.domain.warming import WarmingScope
 from shared.ports.state_store import Announcement, PurgeRequest, Topic
 from tests.contract.state_world import ONE, THREE, TWO, Harness
 

@@ -17,9 +17,9 @@ from services.demo.objects import bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.queue_memory import MemoryJobQueue
 from shared.adapters.sources.client import SourceClient
+from shared.adapters.sources.connections import SourceLimits
+from shared.adapters.sources.failover import FailoverReader
 from shared.adapters.sources.health import SourceHealthRegistry
-from shared.adapters.sources.limits import SourceLimits
-from shared.adapters.sources.relay import FailoverReader
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_redis import RedisStateStore

@@ -12,19 +12,19 @@ from pathlib import Path
 from services.demo.objects import DemoObject, bytes_object
 from services.demo.storage_node import StorageNode
 from services.fetcher.admission import Admission, AdmissionRules
-from services.fetcher.disk import BlockingPool
 from services.fetcher.download import FetchDeps, FetchRunner
 from services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
 from services.fetcher.lease import LeaseTimes
 from shared.adapters.sources import SourceClient, SourceLimits
+from shared.adapters.sources.failover import FailoverReader
 from shared.adapters.sources.health import SourceHealthRegistry
-from shared.adapters.sources.relay import FailoverReader
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.volume import Volume
 from shared.domain.jobs import FetchJob, RetryPlan
 from shared.domain.objects import ContentHash, MediaObject, ObjectId
 from shared.ports.state_store import Term
+from shared.runtime.threads import BlockingPool
 
 LIMITS = SourceLimits(connect_timeout=2, first_byte_timeout=0.5, stall_timeout=0.5, minimum_rate=1)
 OBJECT_ID = ObjectId.parse("7")

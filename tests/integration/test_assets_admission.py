@@ -7,8 +7,8 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY
 
+from shared.domain.admission import VIEW_WINDOW
 from shared.domain.objects import ObjectId
-from shared.domain.views import VIEW_WINDOW
 from shared.ports.state_store import IndexEntry
 from tests.integration.assets_world import LIMIT, MIB, AssetsHarness, assets_harness
 

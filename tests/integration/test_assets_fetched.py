@@ -11,10 +11,10 @@ import pytest
 
 from services.demo.knobs import Fault, Match
 from services.fetcher.admission import Admission, AdmissionRules
-from services.fetcher.disk import BlockingPool
 from services.fetcher.download import FetchDeps, FetchRunner
 from services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
 from services.fetcher.lease import LeaseTimes
+from shared.runtime.threads import BlockingPool
 from tests.integration.assets_world import LIMIT, MIB, AssetsHarness, assets_harness
 from tests.integration.fetcher_world import RETRIES
 

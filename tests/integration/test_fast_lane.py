@@ -22,7 +22,7 @@ from prometheus_client import REGISTRY
 
 import services.api.fast_path.handler as building
 from shared.adapters.volume import RemovalState
-from shared.domain.http_dates import parse_http_date
+from shared.domain.conditionals import parse_http_date
 from shared.domain.objects import ObjectId
 from tests.integration.assets_world import KIB, MIB, AssetsHarness, assets_harness
 

@@ -9,7 +9,7 @@ from services.api.routes import build_app
 from services.api.sanic_app import unregister_application
 from services.api.server import ListenAddress, PublicServer
 from services.api.service import OperatorStateController
-from shared.domain.orders import OperatorState
+from shared.domain.operator_state import OperatorState
 from tests.servers.api_fixture import FakeAssets, running_api
 
 

@@ -17,11 +17,16 @@ from services.api.operator.app import operator_api
 from services.api.operator.commands import MAX_PINS
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.volume.orders_file import NAME, read_operator_state, write_operator_state
+from shared.adapters.volume.operator_state_file import NAME, read_operator_state, write_operator_state
 from shared.domain.objects import Assignment, ObjectId
-from shared.domain.orders import OperatorState, OperatorStateSnapshot, decode_snapshot, encode_snapshot
-from shared.domain.warming import WarmingScope
-from shared.runtime.orders import OperatorStateWatcher
+from shared.domain.operator_state import (
+    OperatorState,
+    OperatorStateSnapshot,
+    WarmingScope,
+    decode_snapshot,
+    encode_snapshot,
+)
+from shared.runtime.operator_state import OperatorStateWatcher
 from shared.settings.model import Settings
 from tests.end_to_end.client import Answer, exchange
 from tests.end_to_end.operator_client import OperatorClient

@@ -16,9 +16,9 @@ from services.demo.knobs import Fault, Match, Rule
 from services.demo.objects import bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.sources import SourceClient, SourceLimits
+from shared.adapters.sources.client import SourceObservation
+from shared.adapters.sources.failover import FailoverReader
 from shared.adapters.sources.health import SourceHealthRegistry
-from shared.adapters.sources.observation import SourceObservation
-from shared.adapters.sources.relay import FailoverReader
 from shared.domain.errors import (
     AllSourcesFailed,
     SourceRefused,

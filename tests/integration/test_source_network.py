@@ -18,7 +18,7 @@ from services.demo.knobs import Fault
 from services.demo.objects import bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.sources import SourceClient, SourceLimits
-from shared.adapters.sources.dialling import connect, interleave
+from shared.adapters.sources.network import connect, interleave
 from shared.domain.errors import SourceTooSlow, SourceUnreachable
 from shared.domain.ranges import ByteRange
 from tests.servers.deaf_server import unresponsive_server

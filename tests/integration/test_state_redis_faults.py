@@ -15,8 +15,7 @@ from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_redis import RedisStateStore
 from shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from shared.domain.objects import ObjectId
-from shared.domain.orders import OperatorState, OperatorStateSnapshot
-from shared.domain.warming import WarmingScope
+from shared.domain.operator_state import OperatorState, OperatorStateSnapshot, WarmingScope
 from shared.observability.metrics import STATE_STORE_ERRORS
 from shared.ports.state_store import (
     Access,

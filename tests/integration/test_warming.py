@@ -13,7 +13,7 @@ from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
-from shared.domain.warming import Warming, WarmingScope
+from shared.domain.operator_state import Warming, WarmingScope
 from shared.ports.state_store import Claim
 from tests.integration.assets_world import LIMIT, AssetsHarness, assets_harness
 

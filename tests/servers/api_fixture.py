@@ -18,7 +18,7 @@ from services.api.sanic_app import unregister_application
 from services.api.server import ListenAddress, PublicServer
 from services.api.service import make_context
 from shared.adapters.sources.health import SourceHealthRegistry
-from shared.runtime.adapters import (
+from shared.runtime.factories import (
     build_catalog,
     build_failover_reader,
     build_job_queue,

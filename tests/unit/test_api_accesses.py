@@ -12,9 +12,9 @@ from services.api.accesses import AccessCounter
 from services.api.fetch_events import FetchEvents
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
+from shared.domain.admission import VIEW_WINDOW
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
-from shared.domain.views import VIEW_WINDOW
 from shared.ports.state_store import Access, Announcement, Topic
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")

@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.domain.conditionals import Conditions, Verdict, evaluate, parse_entity_tags, range_applies
-from shared.domain.http_dates import parse_http_date
+from shared.domain.conditionals import (
+    Conditions,
+    Verdict,
+    evaluate,
+    parse_entity_tags,
+    parse_http_date,
+    range_applies,
+)
 
 ETAG = '"abc"'
 MODIFIED = int(datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC).timestamp())

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.evictor.assignment import implausible_reason
-from services.evictor.file_calls import run_blocking
 from services.evictor.index import CompactIdSet
 from services.evictor.integrity import Verdict, judge_size
 from services.evictor.leader_election import MAX_BACKOFF, backoff, run_periodically
 from shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from shared.domain.objects import MediaObject, ObjectId
 from shared.domain.space import Usage, Watermarks
+from shared.runtime.threads import run_blocking
 
 bytes_ = st.integers(0, 10**15)
 

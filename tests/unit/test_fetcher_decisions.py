@@ -11,7 +11,7 @@ from services.fetcher.download import SourceGroups, groups_after_corruption
 from services.fetcher.fetcher import outcome_label
 from services.fetcher.partial_writer import MAX_BATCH, batch_size
 from shared.domain.jobs import Done, HandBack, Hopeless, JobOutcome, LookAgain, TryLater
-from shared.domain.media_sniffing import detect_media_type
+from shared.domain.media_types import detect_media_type
 from shared.ports.state_store import AlreadyStored, HeldElsewhere, NeverFits, NoSpace, NotReconciled
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(100)

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 
-from shared.adapters.catalogs.joystream.answers import read_listed, read_object
-from shared.adapters.catalogs.joystream.endpoint import QueryRejected, data_of
-from shared.adapters.catalogs.joystream.network import read_bucket_ids, read_endpoints, read_status
-from shared.adapters.catalogs.joystream.questions import DIALECTS, ONE_OBJECT
+from shared.adapters.catalogs.joystream.answers import (
+    read_bucket_ids,
+    read_endpoints,
+    read_listed,
+    read_object,
+    read_status,
+)
+from shared.adapters.catalogs.joystream.endpoint import DIALECTS, ONE_OBJECT, QueryRejected, data_of
 from shared.domain.errors import CatalogUnavailable
 from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
 

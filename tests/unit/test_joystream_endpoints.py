@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from shared.adapters.catalogs.joystream.endpoints import api_base, is_private
+from shared.adapters.catalogs.joystream.answers import api_base, is_private
 from shared.domain.errors import InvalidInput
 
 

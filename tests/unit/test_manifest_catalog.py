@@ -11,8 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from shared.adapters.catalogs.documents import read_json, read_yaml
-from shared.adapters.catalogs.manifest import ManifestCatalog
-from shared.adapters.catalogs.manifest_format import Manifest, parse_manifest
+from shared.adapters.catalogs.manifest import Manifest, ManifestCatalog, parse_manifest
 from shared.domain.errors import ConfigurationError, InvalidInput
 from shared.domain.objects import ContentHash, DistributionBucket, ObjectId
 

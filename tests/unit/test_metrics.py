@@ -10,9 +10,9 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.metrics_core import Metric
 
-from shared.adapters.sources.observation import SourceObservation
+from shared.adapters.sources.client import SourceObservation
 from shared.observability import metrics
-from shared.runtime.adapters import count_observation
+from shared.runtime.factories import count_observation
 
 UNITS = (
     "_seconds",
@@ -74,9 +74,9 @@ def test_invented_methods_share_one_label() -> None:
 
 
 WORKER = """
-from shared.adapters.sources.observation import SourceObservation
+from shared.adapters.sources.client import SourceObservation
 from shared.observability import metrics
-from shared.runtime.adapters import count_observation
+from shared.runtime.factories import count_observation
 metrics.REQUESTS.labels("GET", "200", "hit").inc(3)
 metrics.REQUESTS_IN_PROGRESS.inc(2)
 metrics.STORAGE_USED.set({used})

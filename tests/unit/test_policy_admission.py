@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from shared.domain.admission import SecondHitAdmission, ViewCoalescer
 from shared.domain.eviction import Gdsf, Lru, PolicyEntry
-from shared.domain.eviction.admission import SecondHitAdmission
 from shared.domain.eviction.simulator import Request, Rules, Simulation
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
-from shared.domain.views import ViewCoalescer
 
 MIB = 1024**2
 VIDEO, OTHER = ObjectId("video"), ObjectId("other")

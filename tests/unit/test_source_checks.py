@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters.sources.checks import MAX_SKIP, BodyPlan, validate_response
-from shared.adapters.sources.limits import SourceLimits
+from shared.adapters.sources.connections import SourceLimits
+from shared.adapters.sources.validation import MAX_SKIP, BodyPlan, validate_response
 from shared.domain.errors import ConfigurationError, SourceError, SourceRefused, SourceWrong
 from shared.domain.ranges import ByteRange
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from shared.adapters.sources.health import SourceHealthRegistry
 from shared.domain.objects import ObjectId
 from shared.domain.source_order import SourceHealth, SourceStatsDelta, order
-from shared.ports.source_memory import SharedSources
+from shared.ports.source_stats import SharedSources
 
 A, B, C = "http://a/1", "http://b:81/1", "https://c/1"
 

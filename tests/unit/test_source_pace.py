@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters.sources.pace import MinimumRate
+from shared.adapters.sources.client import MinimumRate
 
 
 def test_the_first_bytes_may_take_a_window() -> None:

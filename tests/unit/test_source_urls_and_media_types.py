@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shared.domain.errors import InvalidInput
 from shared.domain.media_types import media_type_or_none, parse_media_type
-from shared.domain.source_urls import api_base_of, distinct_hosts, parse_source_url
+from shared.domain.urls import api_base_of, distinct_hosts, parse_source_url
 
 
 @pytest.mark.parametrize(

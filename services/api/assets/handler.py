@@ -28,9 +28,9 @@ from services.api.assets.response import AccelRedirect, HitResponder, head_respo
 from services.api.context import ApiContext
 from services.api.request_log import request_record
 from shared.adapters.volume import OpenObject
+from shared.domain.admission import SecondHitAdmission
 from shared.domain.conditionals import Conditions
 from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.eviction.admission import SecondHitAdmission
 from shared.domain.objects import MediaObject, ObjectId
 from shared.observability.metrics import ADMISSION_REJECTED
 from shared.ports.state_store import Fetch, FetchPhase, ObjectStatus, StateStore

@@ -15,8 +15,8 @@ from services.api.assets.headers import CacheOutcome, content_head
 from services.api.assets.response import StreamingResponse
 from services.api.errors import RETRY_LATER, AbortResponse, HttpError
 from shared.adapters.sources import SourceResponse
-from shared.adapters.sources.checks import MAX_SKIP
-from shared.adapters.sources.relay import FailoverReader
+from shared.adapters.sources.failover import FailoverReader
+from shared.adapters.sources.validation import MAX_SKIP
 from shared.adapters.volume import PartialReader
 from shared.domain.errors import AllSourcesFailed, VolumeError
 from shared.domain.objects import ContentHash, MediaObject, source_name

@@ -14,10 +14,9 @@ from services.api.errors import HttpError
 from shared.adapters.volume import Volume
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.objects import ObjectId, source_name
-from shared.domain.orders import OperatorState
-from shared.domain.warming import Warming, WarmingScope
+from shared.domain.operator_state import OperatorState, Warming, WarmingScope
 from shared.ports.state_store import Fetch, IndexEntry, StateStore
-from shared.runtime.orders import OperatorStateWatcher
+from shared.runtime.operator_state import OperatorStateWatcher
 
 MAX_PINS = 10_000
 _ATTEMPTS = 10

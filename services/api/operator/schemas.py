@@ -9,8 +9,7 @@ from typing import Any
 from services.api.errors import HttpError
 from shared.domain.errors import InvalidInput
 from shared.domain.objects import ObjectId, parse_bucket_id
-from shared.domain.orders import MAX_WORKER_ID
-from shared.domain.warming import WarmingScope
+from shared.domain.operator_state import MAX_WORKER_ID, WarmingScope
 
 MAX_IDS = 1000
 _LIMIT = re.compile(r"[0-9]{1,4}", re.ASCII)

@@ -19,9 +19,8 @@ from services.api.context import ApiContext
 from shared.domain.errors import CatalogUnavailable, JobQueueUnavailable, StateStoreUnavailable, VolumeError
 from shared.domain.jobs import FetchJob
 from shared.domain.objects import Assignment, MediaObject, ObjectId
-from shared.domain.orders import OperatorState
+from shared.domain.operator_state import OperatorState, Warming, WarmingScope
 from shared.domain.space import footprint
-from shared.domain.warming import Warming, WarmingScope
 from shared.ports.state_store import FetchPhase, ObjectStatus
 
 LEASE_SECONDS, REPORT_INTERVAL = 10.0, 0.5

@@ -12,7 +12,7 @@ from shared.domain.errors import CatalogUnavailable, ConfigurationError, Invalid
 from shared.domain.media_types import media_type_or_none
 from shared.domain.objects import Assignment, MediaObject, ObjectId
 from shared.domain.ranges import ByteRange, parse_content_range
-from shared.domain.source_urls import parse_source_url
+from shared.domain.urls import parse_source_url
 
 _PLACEHOLDER = "{id}"
 _MAX_REDIRECTS = 3

@@ -7,9 +7,8 @@ from collections.abc import Iterable
 
 import structlog
 
-from shared.adapters.sources.connections import Connections
+from shared.adapters.sources.connections import Connections, SourceLimits
 from shared.adapters.sources.health import SourceHealthRegistry
-from shared.adapters.sources.limits import SourceLimits
 from shared.domain.errors import SourceError
 from shared.domain.objects import source_name
 from shared.observability.metrics import SOURCE_PROBES

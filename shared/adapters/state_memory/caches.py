@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from shared.domain.objects import MediaObject, ObjectId
 from shared.domain.source_order import SourceHealth, SourceStatsDelta
 from shared.ports.catalog import CachedAnswer, CacheLookup
-from shared.ports.source_memory import MAX_CORRUPTED_COPIES, MAX_SOURCES, CorruptedCopy, SharedSources
+from shared.ports.source_stats import MAX_CORRUPTED_COPIES, MAX_SOURCES, CorruptedCopy, SharedSources
 
 _MAX_ENTRIES = 100_000
 

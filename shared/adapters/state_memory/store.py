@@ -10,9 +10,8 @@ from itertools import islice
 from shared.adapters.state_common import AnnouncementQueue, StateTimeouts
 from shared.adapters.state_memory.tables import FetchRow, Tables
 from shared.domain.objects import ObjectId
-from shared.domain.orders import OperatorState, OperatorStateSnapshot
+from shared.domain.operator_state import OperatorState, OperatorStateSnapshot, Warming, WarmingScope
 from shared.domain.space import Usage, footprint
-from shared.domain.warming import Warming, WarmingScope
 from shared.ports.state_store import (
     Access,
     AlreadyStored,

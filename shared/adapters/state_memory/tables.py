@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from shared.adapters.state_common import MAX_ACCESS_BATCHES, AnnouncementQueue, StateTimeouts
 from shared.domain.objects import ObjectId
-from shared.domain.orders import OperatorState
+from shared.domain.operator_state import OperatorState, Warming
 from shared.domain.space import footprint
-from shared.domain.warming import Warming
 from shared.ports.state_store import (
     Access,
     Announcement,

@@ -14,7 +14,7 @@ from shared.domain.errors import InvalidInput
 from shared.domain.objects import MediaObject, ObjectId
 from shared.domain.source_order import MEAN_SAMPLES, SourceHealth, SourceStatsDelta
 from shared.ports.catalog import CachedAnswer, CacheLookup
-from shared.ports.source_memory import MAX_CORRUPTED_COPIES, MAX_SOURCES, CorruptedCopy, SharedSources
+from shared.ports.source_stats import MAX_CORRUPTED_COPIES, MAX_SOURCES, CorruptedCopy, SharedSources
 
 logger = structlog.get_logger()
 

@@ -22,14 +22,17 @@ from shared.adapters.state_redis.records import (
 )
 from shared.domain.errors import InvalidInput, StateStoreUnavailable
 from shared.domain.objects import ObjectId
-from shared.domain.orders import (
+from shared.domain.operator_state import (
     OperatorState,
     OperatorStateSnapshot,
+    Warming,
+    WarmingScope,
     decode_operator_state,
+    decode_warming,
     encode_operator_state,
+    encode_warming,
 )
 from shared.domain.space import Usage
-from shared.domain.warming import Warming, WarmingScope, decode_warming, encode_warming
 from shared.ports.state_store import (
     Access,
     AlreadyStored,

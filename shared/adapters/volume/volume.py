@@ -22,8 +22,8 @@ from shared.adapters.volume.layout import (
     map_os_errors,
     shard,
 )
+from shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, identity_of
 from shared.adapters.volume.partial import PartialFile, PartialReader
-from shared.adapters.volume.reader import FileIdentity, OpenObject, identity_of
 from shared.adapters.volume.records import (
     atomic_write,
     decode_record,
@@ -31,7 +31,6 @@ from shared.adapters.volume.records import (
     read_capped,
     unlink_if_exists,
 )
-from shared.adapters.volume.removal import Removal
 from shared.domain.errors import InvalidInput, VolumeError
 from shared.domain.objects import ObjectId, StoredRecord
 

@@ -16,9 +16,8 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, closing
 
 from shared.domain.eviction.lazy_heap import LazyHeap
-from shared.domain.eviction.packed_policy import PackedPolicy
+from shared.domain.eviction.packed import PackedPolicy, PackedRecords
 from shared.domain.eviction.policy import PolicyEntry
-from shared.domain.eviction.records import PackedRecords
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 

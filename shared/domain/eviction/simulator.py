@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from shared.domain.eviction.admission import SecondHitAdmission
+from shared.domain.admission import SecondHitAdmission, ViewCoalescer
 from shared.domain.eviction.policy import EvictionPolicy, PolicyEntry
 from shared.domain.objects import ObjectId
 from shared.domain.space import Watermarks, footprint, watermarks_for
-from shared.domain.views import ViewCoalescer
 
 MIN_IDLE = 120.0
 """Seconds: a player's pauses between two ranges are shorter."""

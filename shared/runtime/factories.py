@@ -11,13 +11,11 @@ from shared.adapters.catalogs.manifest import ManifestCatalog
 from shared.adapters.catalogs.origin import OriginCatalog
 from shared.adapters.queue_memory import MemoryJobQueue
 from shared.adapters.queue_rabbitmq import RabbitJobQueue
-from shared.adapters.sources.client import SourceClient
-from shared.adapters.sources.health import SourceHealthRegistry
-from shared.adapters.sources.limits import SourceLimits
-from shared.adapters.sources.observation import SourceObservation
+from shared.adapters.sources.client import SourceClient, SourceObservation
+from shared.adapters.sources.connections import SourceLimits
+from shared.adapters.sources.failover import FailoverReader
+from shared.adapters.sources.health import SourceHealthRegistry, SourceStatsSync
 from shared.adapters.sources.prober import SourceProber
-from shared.adapters.sources.relay import FailoverReader
-from shared.adapters.sources.sharing import SourceStatsSync
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_memory import MemoryStateStore
 from shared.adapters.state_redis import RedisStateStore
@@ -34,7 +32,7 @@ from shared.observability.metrics import (
 )
 from shared.ports.catalog import Catalog, SharedCatalogCache
 from shared.ports.job_queue import JobQueue
-from shared.ports.source_memory import SharedSourceStats
+from shared.ports.source_stats import SharedSourceStats
 from shared.ports.state_store import StateStore
 from shared.settings.model import Settings
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from shared.adapters.sources.answer import SourceResponse
-from shared.adapters.sources.client import SourceClient
+from shared.adapters.sources.client import SourceClient, SourceResponse
 from shared.adapters.sources.health import SourceHealthRegistry
 from shared.domain.errors import (
     AllSourcesFailed,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import structlog
 
-from shared.adapters.volume.orders_file import read_operator_state
+from shared.adapters.volume.operator_state_file import read_operator_state
 from shared.domain.errors import StateStoreUnavailable, VolumeError
 from shared.domain.objects import Assignment
-from shared.domain.orders import OperatorState
+from shared.domain.operator_state import OperatorState
 from shared.ports.state_store import OperatorStore
 
 POLL_INTERVAL = 0.5

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import structlog
 
-from shared.adapters.volume.small_files import read_root_file, write_root_file
+from shared.adapters.volume.records import read_root_file, write_root_file
 from shared.domain.errors import InvalidInput
-from shared.domain.orders import OperatorStateSnapshot, decode_snapshot, encode_snapshot
+from shared.domain.operator_state import OperatorStateSnapshot, decode_snapshot, encode_snapshot
 
 NAME = "operator.json"
 
