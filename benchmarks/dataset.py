@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from services.demo.generated import GeneratedContent
 from services.demo.manifest import content_hash
-from services.demo.objects import DemoObject
+from services.demo.objects import DemoObject, GeneratedContent
 from shared.adapters.volume import Volume
 from shared.adapters.volume.layout import OBJECTS, RECORDS, shard
 from shared.adapters.volume.records import encode_record

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.other_policies import S3Fifo, Sieve
 from benchmarks.traces import Parameters, Trace
-from services.replay.chart import render_chart
+from services.replay.report import render_chart
 from services.replay.scenarios import CacheSize, Result, Setting
 from shared.domain.admission import SecondHitAdmission
 from shared.domain.eviction import EvictionPolicy

@@ -44,7 +44,7 @@ ConfigFile = Annotated[
 def standalone(config: ConfigFile = None) -> None:
     """Run the whole node in one process, without Redis and RabbitMQ."""
     settings = _load(config)
-    from services.standalone.wiring import run
+    from services.standalone.main import run
 
     sys.exit(run(settings))
 
@@ -89,7 +89,7 @@ def import_config(
     """
     import os
 
-    from services.migration.command import import_configuration
+    from services.migration.import_config import import_configuration
 
     text, remarks = import_configuration(file, os.environ)
     print(text, end="")
@@ -107,7 +107,7 @@ def check(config: ConfigFile = None) -> None:
 @config_app.command("show")
 def show(config: ConfigFile = None) -> None:
     """Print the settings in force as YAML, secrets redacted."""
-    from services.command_line.show import show_settings
+    from services.command_line.config import show_settings
 
     print(show_settings(_load(config)), end="")
 
@@ -115,7 +115,7 @@ def show(config: ConfigFile = None) -> None:
 @config_app.command("reference")
 def reference() -> None:
     """Print all settings, their environment variables, defaults and meanings as Markdown."""
-    from services.command_line.reference import render_reference
+    from services.command_line.config import render_reference
 
     print(render_reference(), end="")
 

@@ -11,10 +11,9 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from services.demo.control import Site
 from services.demo.manifest import DEMO_DIRECTORY, write_manifest
 from services.demo.objects import demo_objects
-from services.demo.storage_node import StorageNode
+from services.demo.storage_node import Site, StorageNode
 
 logger = structlog.get_logger()
 

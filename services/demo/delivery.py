@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable
 
 from services.demo.answers import Response
-from services.demo.knobs import Fault
+from services.demo.faults import Fault, body_chunk, corrupted, render_head
 from services.demo.request_log import RequestRecord
-from services.demo.spoiling import body_chunk, corrupted, render_head
 from services.demo.wire import HttpConnection
 
 CHUNK_BYTES = 256 * 1024

@@ -9,10 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from services.replay.chart import render_chart
-from services.replay.reading import LinesRead, read_logs, read_sizes
-from services.replay.recording import Recording
-from services.replay.report import describe_own, recommend, render_table
+from services.replay.access_logs import LinesRead, Recording, read_logs, read_sizes
+from services.replay.report import describe_own, recommend, render_chart, render_table
 from services.replay.scenarios import (
     CacheSize,
     NodeRules,

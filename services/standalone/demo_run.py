@@ -11,11 +11,10 @@ from typing import Any
 
 import yaml
 
-from services.demo.control import Site
 from services.demo.manifest import DEMO_DIRECTORY, write_manifest
 from services.demo.objects import DemoObject, demo_objects
-from services.demo.storage_node import StorageNode
-from services.standalone.wiring import run_standalone
+from services.demo.storage_node import Site, StorageNode
+from services.standalone.main import run_standalone
 from shared.domain.errors import ConfigurationError
 from shared.runtime.run_service import MISCONFIGURED, ServiceScope, run_service
 from shared.settings import Settings, load_settings

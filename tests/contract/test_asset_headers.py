@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.knobs import Fault
+from services.demo.faults import Fault
 from shared.domain.objects import Assignment, DistributionBucket
 from tests.end_to_end.client import Answer
 from tests.integration.assets_world import STORED_AT, AssetsHarness, assets_harness

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from services.demo.knobs import Fault, Match
+from services.demo.faults import Fault, Match
 from shared.domain.objects import Assignment, DistributionBucket
 from tests.integration.assets_world import AssetsHarness, ManualFetch, assets_harness
 

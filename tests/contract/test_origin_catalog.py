@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.demo.knobs import Fault, Match
+from services.demo.faults import Fault, Match
 from services.demo.objects import bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.catalogs.origin import OriginCatalog

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.generated import GeneratedContent
 from services.demo.manifest import manifest_text
-from services.demo.objects import demo_objects
+from services.demo.objects import GeneratedContent, demo_objects
 from tests.docker.compose import ROOT, ComposeStack
 from tests.docker.world import (
     ENDLESS,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from services.demo.knobs import Fault, Match, Rule
+from services.demo.faults import Fault, Match, Rule
 from tests.docker.compose import ROOT, until
 from tests.docker.world import LARGE_OBJECTS, Harness, fetch_json
 from tests.end_to_end.client import get

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from services.demo.knobs import Fault, Match
+from services.demo.faults import Fault, Match
 from services.demo.objects import MIB, generated_object
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.knobs import Fault, Match
+from services.demo.faults import Fault, Match
 from services.demo.objects import MIB, generated_object
 from services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from services.demo.knobs import Fault, Match
+from services.demo.faults import Fault, Match
 from services.demo.objects import MIB
 from tests.fire.crew import ClientPool
 from tests.fire.figures import record_result

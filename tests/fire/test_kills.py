@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from services.demo.knobs import Fault
+from services.demo.faults import Fault
 from services.demo.objects import MIB
 from tests.fire.crew import ClientPool
 from tests.fire.figures import record_result

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.knobs import Fault, Match
+from services.demo.faults import Fault, Match
 from services.demo.objects import MIB, generated_object
 from tests.fire.asking import cache_all, completed_downloads, events, get_all, get_correct
 from tests.fire.figures import record_result

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from services.demo.knobs import Fault, Match
+from services.demo.faults import Fault, Match
 from services.demo.objects import MIB, DemoObject, generated_object
 from tests.end_to_end.client import get
 from tests.fire.asking import get_correct, get_until_complete, is_correct

@@ -12,8 +12,7 @@ from typing import Any
 
 from services.api.context import ApiContext
 from services.api.service import make_context, serve_api
-from services.demo.generated import GeneratedContent
-from services.demo.objects import bytes_object
+from services.demo.objects import GeneratedContent, bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.queue_memory import MemoryJobQueue
 from shared.adapters.sources.client import SourceClient

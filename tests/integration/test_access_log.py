@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from services.replay.log_lines import parse_line
+from services.replay.access_logs import parse_line
 from tests.integration.assets_world import KIB, assets_harness
 
 SIZE = 40 * KIB

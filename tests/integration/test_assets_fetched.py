@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.knobs import Fault, Match
+from services.demo.faults import Fault, Match
 from services.fetcher.admission import Admission, AdmissionRules
 from services.fetcher.download import FetchDeps, FetchRunner
 from services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker

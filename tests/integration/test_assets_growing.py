@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from services.api.assets.decision import UNVERIFIED_TAIL_BYTES
-from services.demo.knobs import Fault
+from services.demo.faults import Fault
 from shared.adapters.volume import RemovalState
 from shared.domain.objects import ObjectId
 from tests.end_to_end.client import Answer, read_answer

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from services.api.assets.decision import UNVERIFIED_TAIL_BYTES
-from services.demo.knobs import Fault, Match
+from services.demo.faults import Fault, Match
 from shared.domain.objects import Assignment, DistributionBucket, ObjectId
 from shared.ports.state_store import FetchPhase
 from tests.integration.assets_world import LIMIT, MIB, AssetsHarness, assets_harness

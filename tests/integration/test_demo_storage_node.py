@@ -10,12 +10,10 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from services.demo.control import Site
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Fault, Match
+from services.demo.faults import Fault, Match
 from services.demo.manifest import DEMO_DIRECTORY
-from services.demo.objects import bytes_object, demo_objects, generated_object
-from services.demo.storage_node import StorageNode
+from services.demo.objects import GeneratedContent, bytes_object, demo_objects, generated_object
+from services.demo.storage_node import Site, StorageNode
 
 DATA = GeneratedContent(7, 100_000).read(0, 100_000)
 

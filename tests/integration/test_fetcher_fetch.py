@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Fault, Match
-from services.demo.objects import bytes_object
+from services.demo.faults import Fault, Match
+from services.demo.objects import GeneratedContent, bytes_object
 from shared.domain.jobs import Done, HandBack, TryLater
 from shared.domain.objects import MediaObject
 from shared.domain.space import footprint

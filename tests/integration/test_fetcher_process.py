@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Fault, Match
-from services.demo.objects import bytes_object
+from services.demo.faults import Fault, Match
+from services.demo.objects import GeneratedContent, bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.queue_rabbitmq import RabbitJobQueue
 from shared.adapters.state_common import StateTimeouts

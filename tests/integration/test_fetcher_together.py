@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Fault, Match
+from services.demo.faults import Fault, Match
+from services.demo.objects import GeneratedContent
 from shared.adapters.queue_memory import MemoryJobQueue
 from shared.adapters.volume import Volume
 from shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, RetryPlan, TryLater

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Fault, Match
+from services.demo.faults import Fault, Match
+from services.demo.objects import GeneratedContent
 from shared.adapters.state_memory import MemoryStateStore
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.jobs import Done, JobOutcome, TryLater

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Fault, Match, Rule
-from services.demo.objects import bytes_object
+from services.demo.faults import Fault, Match, Rule
+from services.demo.objects import GeneratedContent, bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.sources import SourceClient, SourceLimits
 from shared.adapters.sources.client import SourceObservation

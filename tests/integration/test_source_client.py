@@ -10,9 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Fault, Match
-from services.demo.objects import bytes_object
+from services.demo.faults import Fault, Match
+from services.demo.objects import GeneratedContent, bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.sources import SourceClient, SourceLimits, SourceObservation
 from shared.domain.errors import (

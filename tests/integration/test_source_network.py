@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Fault
-from services.demo.objects import bytes_object
+from services.demo.faults import Fault
+from services.demo.objects import GeneratedContent, bytes_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.sources import SourceClient, SourceLimits
 from shared.adapters.sources.network import connect, interleave

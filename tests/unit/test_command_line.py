@@ -11,8 +11,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from services.command_line.config import render_reference
 from services.command_line.main import app
-from services.command_line.reference import render_reference
 from shared.domain.errors import ConfigurationError
 from shared.settings import Settings, load_settings
 from shared.settings.load import check_settings

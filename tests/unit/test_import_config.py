@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from services.migration.command import import_configuration
-from services.migration.yaml_core import read_yaml
+from services.migration.import_config import import_configuration, read_yaml
 from shared.domain.errors import ConfigurationError
 from shared.domain.objects import Assignment
 from shared.settings import load_settings

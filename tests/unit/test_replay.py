@@ -15,9 +15,7 @@ from typer.testing import CliRunner
 
 from benchmarks.traces import Parameters, Trace
 from services.command_line.main import app
-from services.replay.log_lines import LogLine, Unreadable, parse_line
-from services.replay.reading import read_logs, read_sizes
-from services.replay.recording import Recording
+from services.replay.access_logs import LogLine, Recording, Unreadable, parse_line, read_logs, read_sizes
 from services.replay.report import recommend
 from services.replay.scenarios import (
     CacheSize,

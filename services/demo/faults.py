@@ -6,9 +6,15 @@ what is wrong.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gzip
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from email.utils import formatdate
+from http import HTTPStatus
 from typing import Any, get_args, get_type_hints
+
+from services.demo.answers import Response, error_response
+from services.demo.objects import BytesContent
 
 HeaderOverrides = tuple[tuple[str, str | None], ...]
 _LIMITS = {"bytes_per_second": 1, "drip_bytes_per_second": 1, "nth": 1, "first": 1, "status": 100}
@@ -176,3 +182,110 @@ def _check_headers(headers: object) -> None:
             raise ValueError(f"the value of header {pair[0]} must be text or null, got {pair[1]!r}")
         if any(character in text for text in pair if text for character in "\r\n"):
             raise ValueError(f"header {pair[0]!r} holds a line break")
+
+
+# The rules in force on one storage node, with the count of requests each has seen.
+
+_NO_FAULT = Fault()
+
+
+class FaultRegistry:
+    """Holds the rules; the first one that chooses a request decides, and no rule means no fault."""
+
+    def __init__(self) -> None:
+        self._rules: list[Rule] = []
+        self._counts: list[int] = []
+
+    def add(self, fault: Fault, match: Match | None = None) -> None:
+        """Append a rule; without `match` it is for all requests."""
+        self._rules.append(Rule(fault, match or Match()))
+        self._counts.append(0)
+
+    def replace(self, rules: Iterable[Rule]) -> None:
+        """Put these rules in force, with their counts at zero."""
+        self._rules = list(rules)
+        self._counts = [0] * len(self._rules)
+
+    def clear(self) -> None:
+        """Behave well from now on; answers under way keep the fault they began with."""
+        self.replace([])
+
+    def fault_for(self, method: str, endpoint: str, object_id: str | None, ranged: bool) -> Fault:
+        """Count the request with every rule it fits, and return what the first choosing rule says."""
+        decided: Fault | None = None
+        for index, rule in enumerate(self._rules):
+            if not rule.match.matches(method, endpoint, object_id, ranged):
+                continue
+            self._counts[index] += 1
+            if decided is None and rule.match.selects(self._counts[index]):
+                decided = rule.fault
+        return decided or _NO_FAULT
+
+    def to_json(self) -> dict[str, Any]:
+        """The rules as JSON, each with `seen`, the number of requests that fitted it."""
+        counted = zip(self._rules, self._counts, strict=True)
+        return {"rules": [rule.to_json() | {"seen": seen} for rule, seen in counted]}
+
+    def replace_from_json(self, document: object) -> None:
+        """Put the rules of `{"rules": […]}` in force; ValueError, and no change, if one is wrong."""
+        if (
+            not isinstance(document, dict)
+            or set(document) != {"rules"}
+            or not isinstance(document["rules"], list)
+        ):
+            raise ValueError('faults are an object {"rules": […]}')
+        self.replace([Rule.from_json(rule) for rule in document["rules"]])
+
+
+# Makes a right answer wrong: its status, its headers, its bytes, as the faults say. No I/O.
+
+_WRONG = bytes(value ^ 0xFF for value in range(256))
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+
+
+def corrupted(response: Response, fault: Fault) -> Response:
+    """The answer after the faults that change what it says; the bytes are changed by `body_chunk`."""
+    if fault.redirect_to is not None:
+        return Response(fault.status or 302, (("Location", fault.redirect_to),))
+    if fault.status is not None:
+        return error_response(fault.status, "scripted", "the demo storage node was told to fail")
+    if fault.ignore_range and response.status == 206:
+        kept = tuple(pair for pair in response.headers if pair[0] != "Content-Range")
+        response = Response(200, kept, response.content, 0, response.content.size)
+    if fault.gzip and response.length:
+        packed = gzip.compress(
+            response.content.read(response.offset, response.length), compresslevel=1, mtime=0
+        )
+        headers = (*response.headers, ("Content-Encoding", "gzip"))
+        response = Response(response.status, headers, BytesContent(packed), 0, len(packed))
+    return response
+
+
+def render_head(response: Response, fault: Fault, keep_alive: bool) -> bytes:
+    """The status line and headers, ready to send."""
+    headers = {"Date": formatdate(usegmt=True), **dict(response.headers)}
+    delimited = not (fault.omit_content_length or fault.endless_body)
+    if delimited and response.status not in (204, 304):
+        headers["Content-Length"] = str(max(0, response.length + fault.content_length_delta))
+    headers["Connection"] = "keep-alive" if keep_alive else "close"
+    for name, value in fault.headers:
+        for known in [known for known in headers if known.lower() == name.lower()]:
+            del headers[known]
+        if value is not None:
+            headers[name] = value
+    lines = [f"HTTP/1.1 {response.status} {_PHRASES.get(response.status, 'Unknown')}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
+
+
+def body_chunk(response: Response, fault: Fault, position: int, size: int) -> bytes:
+    """Bytes of the body, right or wrong; zeros beyond its right end."""
+    right = min(size, max(0, response.length - position))
+    start = response.offset + position
+    piece = response.content.read(start, right) if right else b""
+    if fault.flip_bytes_from is not None and start + len(piece) > fault.flip_bytes_from:
+        good = max(0, fault.flip_bytes_from - start)
+        piece = piece[:good] + piece[good:].translate(_WRONG)
+    if fault.flip_byte_at is not None and 0 <= (at := fault.flip_byte_at - start) < len(piece):
+        piece = piece[:at] + bytes([piece[at] ^ 0xFF]) + piece[at + 1 :]
+    return piece + bytes(size - len(piece)) if len(piece) < size else piece

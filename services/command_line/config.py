@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from inspect import cleandoc
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from shared.observability.logging import redact_text
 from shared.settings import Settings
 from shared.settings.sizes import format_size
 
@@ -84,3 +86,12 @@ def _default(field: FieldInfo) -> str:
 
 def _one_line(text: str | None) -> str:
     return " ".join(cleandoc(text or "").split())
+
+
+# The settings in force, as a file that could be given to --config, without their secrets.
+
+
+def show_settings(settings: Settings) -> str:
+    """YAML. A secret that is set shows as `**********`, credentials in a URL as `***`."""
+    fields = settings.model_dump(mode="json", exclude_none=True)
+    return redact_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))
