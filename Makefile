@@ -113,7 +113,7 @@ test-chaos: setup ## kill, cut, fill and corrupt things, and look at what client
 
 .PHONY: soak
 soak: setup servers ## traffic with random kills and cuts, 10 minutes (ARGS="--minutes 60 --seed 7")
-	@$(BIN)/python -m tests.fire.soak $(ARGS)
+	@$(BIN)/python -m tests.chaos.soak $(ARGS)
 
 .PHONY: bench
 bench: setup servers ## measure hits, misses and fetches beside nginx

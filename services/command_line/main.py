@@ -85,7 +85,7 @@ def import_config(
 ) -> None:
     """Print an existing node's configuration as ours; what has no equal is named on standard error.
 
-    Its environment variables (JOYSTREAM_DISTRIBUTOR__…) count as they do there. See docs/moving-over.md.
+    Its environment variables (JOYSTREAM_DISTRIBUTOR__…) count as they do there. See docs/migration.md.
     """
     import os
 

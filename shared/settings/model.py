@@ -218,7 +218,7 @@ class StorageSettings(SettingsGroup):
     """Share of the limit down to which it evicts; default: half of that room below the high watermark."""
     import_assets: Path | None = None
     """Directory of an existing node's objects, one file per object id, to be taken over at the start without
-    downloading; may be storage.path itself. See docs/moving-over.md."""
+    downloading; may be storage.path itself. See docs/migration.md."""
     import_cache_state: Path | None = None
     """That node's `cache.json` (or the directory it lies in): when and how often its objects were asked for."""
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.contract.state_world import BRIEF, LONG, Harness, memory_harness, redis_harness
+from tests.contract.state_harness import BRIEF, LONG, Harness, memory_harness, redis_harness
 
 
 @pytest.fixture(params=["memory", "redis"])

@@ -12,7 +12,7 @@ import pytest
 from services.demo.faults import Fault
 from shared.domain.objects import Assignment, DistributionBucket
 from tests.end_to_end.client import Answer
-from tests.integration.assets_world import STORED_AT, AssetsHarness, assets_harness
+from tests.integration.assets_harness import STORED_AT, AssetsHarness, assets_harness
 
 SIZE = 5000
 STORED, PENDING, MISSING = "1", "2", "3"

@@ -14,7 +14,7 @@ from shared.adapters.queue_rabbitmq import RabbitJobQueue
 from shared.domain.errors import JobQueueUnavailable
 from shared.domain.jobs import Done, FetchJob, HandBack, Hopeless, JobOutcome, LookAgain, RetryPlan, TryLater
 from shared.ports.job_queue import JobQueue
-from tests.contract.queue_world import consuming, make_job, wait_for_depth
+from tests.contract.queue_harness import consuming, make_job, wait_for_depth
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from services.demo.faults import Fault, Match
 from shared.domain.objects import Assignment, DistributionBucket
-from tests.integration.assets_world import AssetsHarness, ManualFetch, assets_harness
+from tests.integration.assets_harness import AssetsHarness, ManualFetch, assets_harness
 
 SIZE = 5000
 STORED, PENDING, MISSING, UNKNOWN, FOREIGN, NOT_UPLOADED, BROKEN, SLOW = (

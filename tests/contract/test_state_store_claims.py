@@ -12,7 +12,7 @@ from shared.ports.state_store import (
     FetchPhase,
     Granted,
 )
-from tests.contract.state_world import ONE, THREE, TWO, Harness
+from tests.contract.state_harness import ONE, THREE, TWO, Harness
 
 
 class TestFind:

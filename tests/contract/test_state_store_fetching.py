@@ -20,7 +20,7 @@ from shared.ports.state_store import (
     NoSpace,
     NotReconciled,
 )
-from tests.contract.state_world import LIMIT, ONE, TWO, Harness
+from tests.contract.state_harness import LIMIT, ONE, TWO, Harness
 
 
 class TestBegin:

@@ -20,7 +20,7 @@ from shared.ports.state_store import (
     PolicyState,
     Term,
 )
-from tests.contract.state_world import LIMIT, ONE, THREE, TWO, Harness
+from tests.contract.state_harness import LIMIT, ONE, THREE, TWO, Harness
 
 
 class TestLeadership:

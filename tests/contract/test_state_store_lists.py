@@ -15,7 +15,7 @@ from shared.ports.state_store import (
     PolicyState,
     Topic,
 )
-from tests.contract.state_world import ONE, TWO, Harness
+from tests.contract.state_harness import ONE, TWO, Harness
 
 
 class TestSpaceRequests:

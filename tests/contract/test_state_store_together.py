@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import FetchPhase, Granted, IndexEntry, Lease, StateStore, Term
-from tests.contract.state_world import LONG, Harness, memory_harness, redis_harness
+from tests.contract.state_harness import LONG, Harness, memory_harness, redis_harness
 
 LIMIT = 6000
 _OBJECTS = st.sampled_from([ObjectId(str(number)) for number in range(1, 5)])

@@ -13,7 +13,7 @@ import pytest
 from services.demo.manifest import manifest_text
 from services.demo.objects import GeneratedContent, demo_objects
 from tests.docker.compose import ROOT, ComposeStack
-from tests.docker.world import (
+from tests.docker.harness import (
     ENDLESS,
     GROWING,
     KILLED,

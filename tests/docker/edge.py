@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.docker.world import Harness
+from tests.docker.harness import Harness
 from tests.end_to_end.client import Answer, get
 
 REQUESTS: list[dict[str, str]] = [

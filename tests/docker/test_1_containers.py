@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.docker.compose import NODE, ROOT, run
-from tests.docker.world import NOTES, Harness
+from tests.docker.harness import NOTES, Harness
 
 OF_THE_TESTS = {"DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT", "DISTRIBUTOR_EVICTOR__MIN_IDLE"}
 """Settings from a file as SETTINGS_FILE names it."""

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from tests.docker.compose import samples, until
-from tests.docker.world import Harness
+from tests.docker.harness import Harness
 from tests.end_to_end.client import get
 
 pytestmark = pytest.mark.docker

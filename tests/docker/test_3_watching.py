@@ -12,7 +12,7 @@ import pytest
 
 from services.demo.faults import Fault, Match, Rule
 from tests.docker.compose import ROOT, until
-from tests.docker.world import LARGE_OBJECTS, Harness, fetch_json
+from tests.docker.harness import LARGE_OBJECTS, Harness, fetch_json
 from tests.end_to_end.client import get
 
 pytestmark = pytest.mark.docker

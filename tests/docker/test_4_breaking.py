@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.docker.world import KILLED, NOTES, Harness, Traffic
+from tests.docker.harness import KILLED, NOTES, Harness, Traffic
 from tests.end_to_end.client import Answer, get
 
 pytestmark = pytest.mark.docker

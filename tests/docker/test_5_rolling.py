@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.docker.compose import ROOT
-from tests.docker.world import NOTES, Harness, Traffic
+from tests.docker.harness import NOTES, Harness, Traffic
 from tests.end_to_end.client import get
 
 pytestmark = pytest.mark.docker

@@ -11,7 +11,7 @@ import pytest
 
 from tests.docker.conftest import CONNECTIONS_PER_ADDRESS
 from tests.docker.edge import NAMES, REQUESTS, assert_same, told
-from tests.docker.world import ENDLESS, GROWING, Harness
+from tests.docker.harness import ENDLESS, GROWING, Harness
 from tests.end_to_end.client import Answer, get
 
 pytestmark = pytest.mark.docker

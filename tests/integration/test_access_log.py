@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from services.replay.access_logs import parse_line
-from tests.integration.assets_world import KIB, assets_harness
+from tests.integration.assets_harness import KIB, assets_harness
 
 SIZE = 40 * KIB
 _OF_THE_MOMENT = {"request_id", "duration_ms"}

@@ -10,7 +10,7 @@ from prometheus_client import REGISTRY
 from shared.domain.admission import VIEW_WINDOW
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import IndexEntry
-from tests.integration.assets_world import LIMIT, MIB, AssetsHarness, assets_harness
+from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness
 
 SIZE = MIB + 7
 

@@ -15,8 +15,8 @@ from services.fetcher.download import FetchDeps, FetchRunner
 from services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
 from services.fetcher.lease import LeaseTimes
 from shared.runtime.threads import BlockingPool
-from tests.integration.assets_world import LIMIT, MIB, AssetsHarness, assets_harness
-from tests.integration.fetcher_world import RETRIES
+from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness
+from tests.integration.fetcher_harness import RETRIES
 
 SIZE = 2 * MIB + 11
 RATE = 4 * MIB

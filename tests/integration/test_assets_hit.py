@@ -13,7 +13,7 @@ import pytest
 from shared.adapters.volume import RemovalState
 from shared.domain.objects import ObjectId
 from tests.end_to_end.client import Answer, read_answer
-from tests.integration.assets_world import MIB, STORED_AT, AssetsHarness, assets_harness
+from tests.integration.assets_harness import MIB, STORED_AT, AssetsHarness, assets_harness
 
 SMALL, LARGE = 10_000, 3 * MIB + 17
 

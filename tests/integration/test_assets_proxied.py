@@ -13,7 +13,7 @@ from services.api.assets.decision import UNVERIFIED_TAIL_BYTES
 from services.demo.faults import Fault, Match
 from shared.domain.objects import Assignment, DistributionBucket, ObjectId
 from shared.ports.state_store import FetchPhase
-from tests.integration.assets_world import LIMIT, MIB, AssetsHarness, assets_harness
+from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness
 
 SIZE = MIB + 7
 

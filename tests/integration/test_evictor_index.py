@@ -18,7 +18,7 @@ from shared.domain.errors import StateStoreUnavailable
 from shared.domain.eviction import make_policy
 from shared.domain.objects import ObjectId
 from shared.ports.state_store import Access, Granted, IndexEntry, PolicyState, Term
-from tests.integration.evictor_world import body_of, record_of
+from tests.integration.evictor_harness import body_of, record_of
 
 COUNT, AT_ONCE = 2500, 1000
 NOW = time.time()

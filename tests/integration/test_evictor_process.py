@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from shared.domain.space import watermarks_for
-from tests.integration.evictor_world import LIMIT, EvictorHarness, eventually, evictor_harness
+from tests.integration.evictor_harness import LIMIT, EvictorHarness, eventually, evictor_harness
 from tests.servers.redis_server import free_port
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(60)]

@@ -20,7 +20,7 @@ from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import Access, FetchPhase, NotReconciled
 from shared.settings.model import EvictorSettings
-from tests.integration.evictor_world import (
+from tests.integration.evictor_harness import (
     LIMIT,
     SIZE,
     EvictorHarness,

@@ -14,7 +14,7 @@ from services.evictor.node_import import NodeImport
 from shared.adapters.volume.intake import ImportSource
 from shared.domain.eviction import Lru
 from shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
-from tests.integration.evictor_world import EvictorHarness, body_of, evictor_harness, media_object
+from tests.integration.evictor_harness import EvictorHarness, body_of, evictor_harness, media_object
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from shared.domain.errors import VolumeFull
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import Access, Granted
-from tests.integration.evictor_world import (
+from tests.integration.evictor_harness import (
     LIMIT,
     SIZE,
     EvictorHarness,

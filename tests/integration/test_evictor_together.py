@@ -20,7 +20,7 @@ from shared.domain.eviction import LruSp
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import HeldElsewhere, Term
-from tests.integration.evictor_world import (
+from tests.integration.evictor_harness import (
     LEADERSHIP,
     LIMIT,
     RENEWAL,

@@ -15,7 +15,7 @@ from shared.domain.jobs import Done, HandBack, TryLater
 from shared.domain.objects import MediaObject
 from shared.domain.space import footprint
 from shared.ports.state_store import FetchPhase
-from tests.integration.fetcher_world import OBJECT_ID, Harness, fetcher_harness
+from tests.integration.fetcher_harness import OBJECT_ID, Harness, fetcher_harness
 
 SIZE = 3 * 1024 * 1024 + 17
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)

@@ -23,7 +23,7 @@ from shared.domain.objects import MediaObject, ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import FetchPhase
 from tests.end_to_end.stack import ServiceProcess, Stack
-from tests.integration.fetcher_world import hash_of, until
+from tests.integration.fetcher_harness import hash_of, until
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(120)]
 

@@ -17,7 +17,7 @@ from shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, RetryPlan,
 from shared.domain.objects import MediaObject, ObjectId, StoredRecord
 from shared.domain.space import footprint
 from shared.ports.state_store import FetchPhase, Granted, IndexEntry, Topic
-from tests.integration.fetcher_world import LIMIT, OBJECT_ID, Harness, fetcher_harness, until
+from tests.integration.fetcher_harness import LIMIT, OBJECT_ID, Harness, fetcher_harness, until
 from tests.mounting import small_file_system
 
 SIZE = 3 * 1024 * 1024 + 17

@@ -12,7 +12,7 @@ from shared.domain.jobs import Done, FetchJob
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import FetchPhase, Granted
-from tests.integration.fetcher_world import OBJECT_ID, RETRIES, Harness, fetcher_harness
+from tests.integration.fetcher_harness import OBJECT_ID, RETRIES, Harness, fetcher_harness
 
 DATA = b"warm" * 5000
 LIMIT = 10 * footprint(len(DATA))

@@ -16,7 +16,7 @@ from shared.domain.jobs import Done, JobOutcome, TryLater
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import BeginResult, Lease
-from tests.integration.fetcher_world import Harness, fetcher_harness
+from tests.integration.fetcher_harness import Harness, fetcher_harness
 
 SIZE = 2 * 1024 * 1024
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)

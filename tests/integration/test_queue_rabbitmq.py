@@ -13,7 +13,7 @@ from shared.adapters.queue_rabbitmq import RabbitJobQueue
 from shared.adapters.queue_rabbitmq.topology import Topology
 from shared.domain.errors import ConfigurationError, JobQueueUnavailable
 from shared.domain.jobs import Hopeless, JobOutcome, RetryPlan, encode_job
-from tests.contract.queue_world import consuming, done, make_job, wait_for_depth
+from tests.contract.queue_harness import consuming, done, make_job, wait_for_depth
 
 pytestmark = pytest.mark.servers
 

@@ -13,7 +13,7 @@ from prometheus_client import REGISTRY
 from shared.adapters.queue_rabbitmq import RabbitJobQueue
 from shared.domain.errors import JobQueueUnavailable
 from shared.domain.jobs import Done, FetchJob, JobOutcome, RetryPlan, TryLater
-from tests.contract.queue_world import consuming, make_job, wait_for_depth
+from tests.contract.queue_harness import consuming, make_job, wait_for_depth
 from tests.servers.rabbitmq_server import RabbitServer
 
 pytestmark = pytest.mark.servers

@@ -23,7 +23,7 @@ from shared.domain.errors import (
     SourceWrong,
 )
 from shared.domain.ranges import ByteRange
-from tests.servers.deaf_server import unresponsive_server
+from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 3_000_000
 DATA = GeneratedContent(1, SIZE).read(0, SIZE)

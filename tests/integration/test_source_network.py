@@ -20,7 +20,7 @@ from shared.adapters.sources import SourceClient, SourceLimits
 from shared.adapters.sources.network import connect, interleave
 from shared.domain.errors import SourceTooSlow, SourceUnreachable
 from shared.domain.ranges import ByteRange
-from tests.servers.deaf_server import unresponsive_server
+from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 12_000_000
 LARGE = GeneratedContent(2, SIZE).read(0, SIZE)

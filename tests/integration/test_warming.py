@@ -15,7 +15,7 @@ from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.operator_state import Warming, WarmingScope
 from shared.ports.state_store import Claim
-from tests.integration.assets_world import LIMIT, AssetsHarness, assets_harness
+from tests.integration.assets_harness import LIMIT, AssetsHarness, assets_harness
 
 ONE = WarmingScope(object_ids=(ObjectId("1"),))
 

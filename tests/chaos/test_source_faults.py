@@ -10,11 +10,11 @@ import pytest
 
 from services.demo.faults import Fault, Match
 from services.demo.objects import MIB, DemoObject, generated_object
+from tests.chaos.figures import record_result
+from tests.chaos.harness import ChaosHarness
+from tests.chaos.http import get_correct, get_until_complete, is_correct
+from tests.chaos.invariants import wait_until_settled
 from tests.end_to_end.client import get
-from tests.fire.asking import get_correct, get_until_complete, is_correct
-from tests.fire.figures import record_result
-from tests.fire.inspection import wait_until_settled
-from tests.fire.world import ChaosHarness
 
 SIZE = 2 * MIB
 FAULTS = {

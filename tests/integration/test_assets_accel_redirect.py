@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import pytest
 from prometheus_client import REGISTRY
 
-from tests.integration.assets_world import MIB, AssetsHarness, assets_harness
+from tests.integration.assets_harness import MIB, AssetsHarness, assets_harness
 
 OFFER = {"X-Sendfile-Type": "X-Accel-Redirect"}
 SIZE = 2 * MIB + 5

@@ -21,7 +21,7 @@ from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.ports.state_store import Lease
-from tests.integration.evictor_world import SIZE, ListedCatalog, body_of, media_object
+from tests.integration.evictor_harness import SIZE, ListedCatalog, body_of, media_object
 
 MEMORY = Path("/dev/shm")
 NAMES = ("1", "2", "3", "4")

@@ -26,7 +26,7 @@ from shared.domain.errors import (
     SourceWrong,
 )
 from shared.domain.objects import MediaObject, ObjectId
-from tests.servers.deaf_server import unresponsive_server
+from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 100_000
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)

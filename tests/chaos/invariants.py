@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from services.demo.objects import DemoObject
 from shared.domain.space import footprint
-from tests.fire.world import ChaosHarness
+from tests.chaos.harness import ChaosHarness
 
 SETTLE_TIMEOUT = 90.0
 

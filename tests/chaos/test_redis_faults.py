@@ -10,11 +10,11 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 import pytest
 
 from services.demo.objects import MIB
-from tests.fire.asking import cache_all, get_all
-from tests.fire.figures import record_result
-from tests.fire.inspection import wait_until_settled
-from tests.fire.latency import assert_latency_unaffected, measure_hits
-from tests.fire.world import ChaosHarness, mixed_objects
+from tests.chaos.figures import record_result
+from tests.chaos.harness import ChaosHarness, mixed_objects
+from tests.chaos.http import cache_all, get_all
+from tests.chaos.invariants import wait_until_settled
+from tests.chaos.latency import assert_latency_unaffected, measure_hits
 
 OBJECTS = mixed_objects(100)
 CACHED = [item for item in OBJECTS[:28] if item.size < 300_000]

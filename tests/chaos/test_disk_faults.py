@@ -11,11 +11,11 @@ import pytest
 
 from services.api.fast_path.object_cache import REVALIDATE_SECONDS
 from services.demo.objects import MIB, DemoObject, generated_object
+from tests.chaos.figures import record_result
+from tests.chaos.harness import ChaosHarness
+from tests.chaos.http import cache_all, events, get_all, get_correct, get_until_complete, metric
+from tests.chaos.invariants import check_logs, wait_until_settled
 from tests.end_to_end.client import get
-from tests.fire.asking import cache_all, events, get_all, get_correct, get_until_complete, metric
-from tests.fire.figures import record_result
-from tests.fire.inspection import check_logs, wait_until_settled
-from tests.fire.world import ChaosHarness
 from tests.mounting import mount, small_file_system
 
 OBJECTS = [generated_object(str(number), MIB + number) for number in range(1, 41)]

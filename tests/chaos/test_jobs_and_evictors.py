@@ -10,11 +10,11 @@ import aio_pika
 import pytest
 
 from services.demo.objects import MIB, generated_object
+from tests.chaos.figures import record_result
+from tests.chaos.harness import ChaosHarness, frozen, mixed_objects
+from tests.chaos.http import cache_all, completed_downloads, events, get_correct
+from tests.chaos.invariants import wait_until_settled
 from tests.end_to_end.client import get
-from tests.fire.asking import cache_all, completed_downloads, events, get_correct
-from tests.fire.figures import record_result
-from tests.fire.inspection import wait_until_settled
-from tests.fire.world import ChaosHarness, frozen, mixed_objects
 
 POISON = {
     "not_json": b"\x00\xff{{{",

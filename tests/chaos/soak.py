@@ -1,6 +1,6 @@
 """`make soak`: mixed traffic with random kills and cuts; every invariant, all along and at the end.
 
-python -m tests.fire.soak --minutes 10 --seed 1
+python -m tests.chaos.soak --minutes 10 --seed 1
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 
 from services.demo.faults import Fault, Match
 from services.demo.objects import MIB
-from tests.fire.crew import ClientPool
-from tests.fire.figures import record_result
-from tests.fire.inspection import check_logs, wait_until_settled
-from tests.fire.world import ChaosHarness, chaos_harness, frozen, mixed_objects
+from tests.chaos.clients import ClientPool
+from tests.chaos.figures import record_result
+from tests.chaos.harness import ChaosHarness, chaos_harness, frozen, mixed_objects
+from tests.chaos.invariants import check_logs, wait_until_settled
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import RedisServer
 

@@ -16,9 +16,9 @@ from services.demo.objects import DemoObject, generated_object
 from services.demo.storage_node import StorageNode
 from shared.adapters.state_common import StateTimeouts
 from shared.adapters.state_redis import RedisStateStore
+from tests.chaos.clients import ClientPool
+from tests.chaos.watchers import VolumeMonitor, process_tree
 from tests.end_to_end.stack import ServiceProcess, Stack
-from tests.fire.crew import ClientPool
-from tests.fire.watchers import VolumeMonitor, process_tree
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_relay import TcpRelay

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from tests.fire.crew import ClientPool
+from tests.chaos.clients import ClientPool
 
 _RESULTS_FILE = Path(os.environ.get("CHAOS_FIGURES", "build/chaos/figures.jsonl"))
 

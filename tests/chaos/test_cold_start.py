@@ -15,10 +15,10 @@ from shared.adapters.volume import Volume
 from shared.adapters.volume.layout import shard
 from shared.adapters.volume.records import encode_record
 from shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
+from tests.chaos.figures import record_result
+from tests.chaos.harness import ChaosHarness
+from tests.chaos.watchers import resident_bytes
 from tests.end_to_end.client import get
-from tests.fire.figures import record_result
-from tests.fire.watchers import resident_bytes
-from tests.fire.world import ChaosHarness
 
 COUNT = 100_000
 SIZE = 64

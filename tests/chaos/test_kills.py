@@ -14,11 +14,11 @@ import pytest
 
 from services.demo.faults import Fault
 from services.demo.objects import MIB
-from tests.fire.crew import ClientPool
-from tests.fire.figures import record_result
-from tests.fire.inspection import wait_until_settled
-from tests.fire.watchers import process_tree
-from tests.fire.world import ChaosHarness, mixed_objects
+from tests.chaos.clients import ClientPool
+from tests.chaos.figures import record_result
+from tests.chaos.harness import ChaosHarness, mixed_objects
+from tests.chaos.invariants import wait_until_settled
+from tests.chaos.watchers import process_tree
 
 LIMIT = 14 * MIB
 OBJECTS = mixed_objects(56)

@@ -12,10 +12,10 @@ import pytest
 
 from services.demo.faults import Fault, Match
 from services.demo.objects import MIB, generated_object
-from tests.fire.asking import cache_all, completed_downloads, events, get_all, get_correct
-from tests.fire.figures import record_result
-from tests.fire.inspection import wait_until_settled
-from tests.fire.world import ChaosHarness, chaos_harness, mixed_objects
+from tests.chaos.figures import record_result
+from tests.chaos.harness import ChaosHarness, chaos_harness, mixed_objects
+from tests.chaos.http import cache_all, completed_downloads, events, get_all, get_correct
+from tests.chaos.invariants import wait_until_settled
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import RedisServer
 

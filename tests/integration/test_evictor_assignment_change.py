@@ -18,7 +18,7 @@ from shared.adapters.volume import Volume
 from shared.domain.eviction import LruSp, PolicyEntry
 from shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
 from shared.ports.state_store import IndexEntry, Term
-from tests.integration.evictor_world import ListedCatalog
+from tests.integration.evictor_harness import ListedCatalog
 
 OLD, NEW = Assignment(frozenset({"0:1"})), Assignment(frozenset({"0:2"}))
 

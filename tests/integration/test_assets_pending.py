@@ -14,7 +14,7 @@ from services.demo.faults import Fault
 from shared.adapters.volume import RemovalState
 from shared.domain.objects import ObjectId
 from tests.end_to_end.client import Answer, read_answer
-from tests.integration.assets_world import KIB, MIB, AssetsHarness, assets_harness
+from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
 
 SIZE = 2 * MIB + 33
 

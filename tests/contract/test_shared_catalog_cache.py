@@ -13,7 +13,7 @@ from shared.adapters.state_redis.caches import RedisSharedCatalogCache
 from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
 from shared.ports.catalog import CacheLookup, SharedCatalogCache
-from tests.contract.state_world import FakeClock
+from tests.contract.state_harness import FakeClock
 
 ONE, TWO = ObjectId("1"), ObjectId("2")
 FULL = MediaObject(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.fire.world import ChaosHarness, chaos_harness
+from tests.chaos.harness import ChaosHarness, chaos_harness
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import RedisServer
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from services.demo.objects import DemoObject
+from tests.chaos.harness import ChaosHarness
 from tests.end_to_end.client import Answer, get
 from tests.end_to_end.stack import ServiceProcess
-from tests.fire.world import ChaosHarness
 
 
 def is_correct(answer: Answer, item: DemoObject) -> bool:

@@ -10,7 +10,7 @@ from shared.domain.objects import ObjectId
 from shared.domain.operator_state import OperatorState, OperatorStateSnapshot, WarmingScope
 from shared.domain.space import footprint
 from shared.ports.state_store import Announcement, PurgeRequest, Topic
-from tests.contract.state_world import ONE, THREE, TWO, Harness
+from tests.contract.state_harness import ONE, THREE, TWO, Harness
 
 STOPPED = OperatorState(
     stopped=True, worker_ordered=True, worker_id=7, buckets_ordered=True, buckets=frozenset({"0:1"})

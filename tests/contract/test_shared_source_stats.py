@@ -15,7 +15,7 @@ from shared.domain.errors import StateStoreUnavailable
 from shared.domain.objects import ObjectId
 from shared.domain.source_order import SourceHealth, SourceStatsDelta
 from shared.ports.source_stats import MAX_CORRUPTED_COPIES, CorruptedCopy, SharedSources, SharedSourceStats
-from tests.contract.state_world import FakeClock
+from tests.contract.state_harness import FakeClock
 
 ONE, TWO = ObjectId("1"), ObjectId("2")
 A, B = "one.example:81", "two.example"

@@ -11,7 +11,7 @@ import pytest
 
 from tests.docker.compose import samples
 from tests.docker.edge import NAMES, REQUESTS, assert_same
-from tests.docker.world import NOTES, Harness
+from tests.docker.harness import NOTES, Harness
 from tests.end_to_end.client import get
 
 pytestmark = pytest.mark.docker

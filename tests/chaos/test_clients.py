@@ -13,13 +13,13 @@ from contextlib import asynccontextmanager
 import pytest
 
 from services.demo.objects import MIB, generated_object
+from tests.chaos.figures import record_result
+from tests.chaos.harness import ChaosHarness
+from tests.chaos.http import cache_all, get_correct
+from tests.chaos.invariants import check_logs, wait_until_settled
+from tests.chaos.latency import measure_hits
+from tests.chaos.watchers import open_descriptors, resident_bytes
 from tests.end_to_end.client import read_answer
-from tests.fire.asking import cache_all, get_correct
-from tests.fire.figures import record_result
-from tests.fire.inspection import check_logs, wait_until_settled
-from tests.fire.latency import measure_hits
-from tests.fire.watchers import open_descriptors, resident_bytes
-from tests.fire.world import ChaosHarness
 
 SMALL = [generated_object(str(number), 40_000) for number in range(1, 5)]
 LARGE = [generated_object(str(number), 24 * MIB) for number in range(11, 15)]

@@ -12,7 +12,7 @@ import pytest
 from shared.domain.objects import ObjectId
 from shared.domain.space import footprint
 from shared.observability.metrics import EVICTIONS, RECONCILED, SCRUBBED_OBJECTS
-from tests.integration.evictor_world import (
+from tests.integration.evictor_harness import (
     SIZE,
     EvictorHarness,
     body_of,

@@ -24,7 +24,7 @@ import services.api.fast_path.handler as building
 from shared.adapters.volume import RemovalState
 from shared.domain.conditionals import parse_http_date
 from shared.domain.objects import ObjectId
-from tests.integration.assets_world import KIB, MIB, AssetsHarness, assets_harness
+from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
 
 LARGE = 12 * MIB + 5
 
