@@ -54,7 +54,7 @@ lock: setup ## make the pins in requirements/ anew from pyproject.toml
 
 .PHONY: run
 run: $(ENVIRONMENT)/.runtime ## a node on this machine with demo objects; Ctrl-C stops it
-	@$(BIN)/python deploy/environment/foreground.py $(BIN)/python -m services.standalone.demo_run $(ARGS)
+	@$(BIN)/python deploy/environment/foreground.py $(BIN)/python -m distributor_node.services.standalone.demo_run $(ARGS)
 
 .env: .env.example
 	@deploy/environment/make-passwords.sh .env.example .env

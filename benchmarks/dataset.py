@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from services.demo.manifest import content_hash
-from services.demo.objects import DemoObject, GeneratedContent
-from shared.adapters.volume import Volume
-from shared.adapters.volume.layout import OBJECTS, RECORDS, shard
-from shared.adapters.volume.records import encode_record
-from shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
+from distributor_node.services.demo.manifest import content_hash
+from distributor_node.services.demo.objects import DemoObject, GeneratedContent
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.layout import OBJECTS, RECORDS, shard
+from distributor_node.shared.adapters.volume.records import encode_record
+from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 _PIECE = 4 * MIB

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from benchmarks.dataset import file_on_volume
 from benchmarks.processes import OwnProcess
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_redis import RedisStateStore
-from shared.domain.objects import ObjectId
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.domain.objects import ObjectId
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import free_port
 
@@ -76,7 +76,7 @@ class Node:
             "DISTRIBUTOR_METRICS__PORT": str(port),
             **settings,
         }
-        command = [sys.executable, "-m", "services.command_line", kind]
+        command = [sys.executable, "-m", "distributor_node.services.command_line", kind]
         process = OwnProcess(f"{kind}-{number}", command, self.folder, environment)
         return RunningService(self._run(process), port)
 

@@ -12,9 +12,9 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from shared.domain.eviction import PolicyEntry
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
+from distributor_node.shared.domain.eviction import PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
 _NO_IDS: frozenset[ObjectId] = frozenset()
 _SMALL_SHARE = 0.1

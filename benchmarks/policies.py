@@ -16,11 +16,11 @@ from pathlib import Path
 
 from benchmarks.other_policies import S3Fifo, Sieve
 from benchmarks.traces import Parameters, Trace
-from services.replay.report import render_chart
-from services.replay.scenarios import CacheSize, Result, Setting
-from shared.domain.admission import SecondHitAdmission
-from shared.domain.eviction import EvictionPolicy
-from shared.domain.eviction.simulator import Outcome, Rules, Simulation
+from distributor_node.services.replay.report import render_chart
+from distributor_node.services.replay.scenarios import CacheSize, Result, Setting
+from distributor_node.shared.domain.admission import SecondHitAdmission
+from distributor_node.shared.domain.eviction import EvictionPolicy
+from distributor_node.shared.domain.eviction.simulator import Outcome, Rules, Simulation
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 1024**2

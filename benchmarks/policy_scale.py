@@ -23,14 +23,14 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.store_verbs import PREFIX, redis_memory
-from services.evictor.index import EvictionIndex
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.volume import Volume
-from shared.domain.eviction import POLICY_NAMES, EvictionPolicy, PolicyEntry, make_policy
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import IndexEntry
-from shared.runtime.malloc import mmap_large_blocks
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.eviction import POLICY_NAMES, EvictionPolicy, PolicyEntry, make_policy
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import IndexEntry
+from distributor_node.shared.runtime.malloc import mmap_large_blocks
 from tests.servers.redis_server import RedisServer
 
 EPOCH = 1_700_000_000.0

@@ -27,10 +27,10 @@ from benchmarks.machine import describe
 from benchmarks.node import Node, RunningService
 from benchmarks.report import Report, write_results
 from benchmarks.store_verbs import EvictionMonitor, StoreVerbs, redis_memory
-from shared.adapters.volume import Volume
-from shared.adapters.volume.layout import shard
-from shared.domain.objects import ObjectId, StoredRecord, entity_tag
-from shared.domain.space import footprint
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.layout import shard
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord, entity_tag
+from distributor_node.shared.domain.space import footprint
 
 SIZE = 4 * KIB
 _RECONCILE_SECONDS = 1200.0

@@ -9,10 +9,10 @@ from typing import TypeVar
 
 from redis import asyncio as aioredis
 
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_redis import RedisStateStore
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import Access, Granted, Lease, Term
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import Access, Granted, Lease, Term
 
 Item = TypeVar("Item")
 

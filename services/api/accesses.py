@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import structlog
 
-from shared.domain.admission import ViewCoalescer
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.observability.metrics import DROPPED_ACCESSES
-from shared.ports.state_store import Access, StateStore
+from distributor_node.shared.domain.admission import ViewCoalescer
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.observability.metrics import DROPPED_ACCESSES
+from distributor_node.shared.ports.state_store import Access, StateStore
 
 FLUSH_INTERVAL = 1.0
 MAX_PENDING = 10_000

@@ -7,18 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from services.api.accesses import AccessCounter
-from services.api.fetch_events import FetchEvents
-from shared.adapters.volume import Volume
-from shared.domain.objects import Assignment
-from shared.ports.catalog import Catalog
-from shared.ports.job_queue import JobQueue
-from shared.ports.state_store import StateStore
-from shared.runtime.operator_state import OperatorStateWatcher
-from shared.settings.model import Settings
+from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.objects import Assignment
+from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.ports.job_queue import JobQueue
+from distributor_node.shared.ports.state_store import StateStore
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.settings.model import Settings
 
 if TYPE_CHECKING:
-    from shared.adapters.sources.failover import FailoverReader
+    from distributor_node.shared.adapters.sources.failover import FailoverReader
 
 
 @dataclass(slots=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import structlog
 
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import Announcement, StateStore, Topic
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import Announcement, StateStore, Topic
 
 _RECONNECT_DELAY = 1.0
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.api.context import ApiContext
-from services.api.status import UsageReader
-from shared.adapters.volume.intake import ImportSource
-from shared.domain.errors import DistributorError, VolumeError
-from shared.observability.metrics import (
+from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.status import UsageReader
+from distributor_node.shared.adapters.volume.intake import ImportSource
+from distributor_node.shared.domain.errors import DistributorError, VolumeError
+from distributor_node.shared.observability.metrics import (
     QUEUE_JOBS,
     STATE_STORE_CLIENTS,
     STATE_STORE_COMMANDS,

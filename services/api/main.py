@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from shared.domain.errors import ConfigurationError
-from shared.runtime.run_service import ServiceScope, run_service
-from shared.settings.model import Settings
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.runtime.run_service import ServiceScope, run_service
+from distributor_node.shared.settings.model import Settings
 
 MISCONFIGURED = 2
 """Exit code when settings that looked right cannot work: a taken port, a manifest that is none. Do not restart."""
@@ -27,7 +27,7 @@ logger = structlog.get_logger()
 def run(settings: Settings) -> int:
     """Serve until a signal; the exit code."""
     if settings.public_api.workers > 1:
-        from services.api.supervisor import run_supervisor  # noqa: PLC0415
+        from distributor_node.services.api.supervisor import run_supervisor  # noqa: PLC0415
 
         return run_supervisor(settings)
     return run_worker(settings, shared_port=False)
@@ -35,7 +35,7 @@ def run(settings: Settings) -> int:
 
 def run_worker(settings: Settings, *, shared_port: bool) -> int:
     """Serve in this process. `shared_port`: as one of the supervisor's workers."""
-    from services.api.service import run_api  # noqa: PLC0415
+    from distributor_node.services.api.service import run_api  # noqa: PLC0415
 
     operator_shutdown = False
 

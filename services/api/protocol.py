@@ -15,9 +15,9 @@ from sanic.http import Http, Stage
 from sanic.response import BaseHTTPResponse
 from sanic.server import HttpProtocol
 
-from services.api.headers import date_now
-from services.api.request_log import count_and_log, request_record
-from shared.observability.metrics import ABORTED_RESPONSES
+from distributor_node.services.api.headers import date_now
+from distributor_node.services.api.request_log import count_and_log, request_record
+from distributor_node.shared.observability.metrics import ABORTED_RESPONSES
 
 RESPONSE_START_TIMEOUT = 60.0
 """Seconds until an answer has begun, at most: a backstop, handlers have shorter limits of their own."""

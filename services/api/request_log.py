@@ -14,8 +14,8 @@ from time import perf_counter
 import structlog
 from sanic import Request
 
-from services.api.headers import CacheResult
-from shared.observability.metrics import (
+from distributor_node.services.api.headers import CacheResult
+from distributor_node.shared.observability.metrics import (
     PHASE,
     REQUESTS,
     SENT_BYTES,

@@ -9,13 +9,13 @@ from typing import Any, Protocol
 
 from sanic import HTTPResponse, Request
 
-from services.api.context import ApiContext
-from services.api.headers import CROSS_ORIGIN, PREFLIGHT
-from services.api.health import HealthChecks
-from services.api.request_log import request_record
-from services.api.sanic_app import ApiApplication, make_application, parse_object_id
-from services.api.status import StatusReporter, UsageReader, make_squid_status_poller
-from shared.domain.objects import ObjectId
+from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.headers import CROSS_ORIGIN, PREFLIGHT
+from distributor_node.services.api.health import HealthChecks
+from distributor_node.services.api.request_log import request_record
+from distributor_node.services.api.sanic_app import ApiApplication, make_application, parse_object_id
+from distributor_node.services.api.status import StatusReporter, UsageReader, make_squid_status_poller
+from distributor_node.shared.domain.objects import ObjectId
 
 _READ = ("GET", "HEAD")
 _NO_STORE = {"Cache-Control": "no-store"}
@@ -60,7 +60,7 @@ def _add_assets(application: ApiApplication, assets: AssetResponder) -> None:
 
 
 def _add_status(application: ApiApplication, reporter: StatusReporter) -> None:
-    document = files("services.api").joinpath("openapi.json").read_bytes()
+    document = files("distributor_node.services.api").joinpath("openapi.json").read_bytes()
 
     async def status(_request: Request[Any, Any]) -> HTTPResponse:
         return _json(await reporter.status())

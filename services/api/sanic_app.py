@@ -31,14 +31,14 @@ from sanic.models.handler_types import RouteHandler
 from sanic.router import Router
 from sanic_routing.route import Route
 
-from services.api.errors import RETRY_LATER, AbortResponse, HttpError
-from services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIGIN
-from services.api.protocol import ApiHttp
-from services.api.request_log import precreate_counters, request_record
-from shared.domain.errors import CatalogUnavailable, InvalidInput, StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
-from shared.settings.model import PublicApi
+from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
+from distributor_node.services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIGIN
+from distributor_node.services.api.protocol import ApiHttp
+from distributor_node.services.api.request_log import precreate_counters, request_record
+from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput, StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
+from distributor_node.shared.settings.model import PublicApi
 
 MAX_BODY_BYTES = 64 * 1024
 """Of a request. No request of this API means anything by its body; small ones are read and ignored."""

@@ -14,16 +14,16 @@ import structlog
 from sanic import Sanic
 from sanic.server import AsyncioServer, HttpProtocol
 
-from services.api.graceful_shutdown import (
+from distributor_node.services.api.graceful_shutdown import (
     DRAIN_TIMEOUT,
     QUIET_PERIOD,
     QUIET_PERIOD_SHARED,
     drain_accept_queue,
     wait_until_flushed,
 )
-from services.api.protocol import PublicProtocol
-from services.api.sanic_app import ApiApplication, prepare_start
-from shared.domain.errors import ConfigurationError
+from distributor_node.services.api.protocol import PublicProtocol
+from distributor_node.services.api.sanic_app import ApiApplication, prepare_start
+from distributor_node.shared.domain.errors import ConfigurationError
 
 BACKLOG = 1024
 _ABORT_GRACE = 1.0

@@ -10,25 +10,25 @@ from collections.abc import Callable
 
 import structlog
 
-from services.api.accesses import AccessCounter
-from services.api.assets.handler import AssetHandler
-from services.api.context import ApiContext, CurrentAssignment
-from services.api.fast_path.handler import build_fast_path
-from services.api.fast_path.protocol import FastPathProtocol
-from services.api.fetch_events import FetchEvents
-from services.api.operator.app import operator_api
-from services.api.routes import build_app
-from services.api.sanic_app import unregister_application
-from services.api.server import ListenAddress, PublicServer
-from services.api.status import VERSION
-from shared.adapters.sources.failover import FailoverReader
-from shared.adapters.volume import Volume
-from shared.domain.errors import ConfigurationError, VolumeError
-from shared.observability.metrics import describe_build
-from shared.ports.catalog import Catalog
-from shared.ports.job_queue import JobQueue
-from shared.ports.state_store import StateStore
-from shared.runtime.factories import (
+from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.assets.handler import AssetHandler
+from distributor_node.services.api.context import ApiContext, CurrentAssignment
+from distributor_node.services.api.fast_path.handler import build_fast_path
+from distributor_node.services.api.fast_path.protocol import FastPathProtocol
+from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.services.api.operator.app import operator_api
+from distributor_node.services.api.routes import build_app
+from distributor_node.services.api.sanic_app import unregister_application
+from distributor_node.services.api.server import ListenAddress, PublicServer
+from distributor_node.services.api.status import VERSION
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
+from distributor_node.shared.observability.metrics import describe_build
+from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.ports.job_queue import JobQueue
+from distributor_node.shared.ports.state_store import StateStore
+from distributor_node.shared.runtime.factories import (
     build_catalog,
     build_failover_reader,
     build_job_queue,
@@ -37,9 +37,9 @@ from shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
-from shared.runtime.operator_state import OperatorStateWatcher
-from shared.runtime.run_service import ServiceScope
-from shared.settings.model import Settings
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.runtime.run_service import ServiceScope
+from distributor_node.shared.settings.model import Settings
 
 _CLOSING_SECONDS = 3.0
 

@@ -12,14 +12,14 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from services.api.context import ApiContext
-from services.api.errors import RETRY_LATER, HttpError
-from shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog
-from shared.adapters.volume import FoundObject, Volume
-from shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
-from shared.domain.space import RECORD_BYTES, Usage, footprint
-from shared.runtime.factories import build_chain_head, build_joystream
-from shared.settings.model import CatalogSettings, Settings
+from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.errors import RETRY_LATER, HttpError
+from distributor_node.shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog
+from distributor_node.shared.adapters.volume import FoundObject, Volume
+from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.space import RECORD_BYTES, Usage, footprint
+from distributor_node.shared.runtime.factories import build_chain_head, build_joystream
+from distributor_node.shared.settings.model import CatalogSettings, Settings
 
 USAGE_TTL = 1.0
 MEASUREMENT_TTL = 30.0

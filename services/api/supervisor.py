@@ -1,6 +1,6 @@
 """Several API processes on one port: starts them, replaces those that die, ends them together.
 
-Each worker is a fresh interpreter (`python -m services.api.worker`), in a session of its own, so that a Ctrl-C reaches
+Each worker is a fresh interpreter (`python -m distributor_node.services.api.worker`), in a session of its own, so that a Ctrl-C reaches
 the supervisor alone. It reads its settings from its standard input; the end of that pipe tells it that the supervisor
 is gone, however that died.
 """
@@ -22,12 +22,12 @@ from typing import Any
 import structlog
 from pydantic import SecretStr
 
-from services.api.main import MISCONFIGURED, SHUTDOWN_ORDERED, run_checked
-from services.api.server import ListenAddress, bind
-from shared.domain.errors import ConfigurationError
-from shared.observability.multiprocess import forget_process, prepare_multiprocess
-from shared.runtime.run_service import ServiceScope
-from shared.settings.model import Settings
+from distributor_node.services.api.main import MISCONFIGURED, SHUTDOWN_ORDERED, run_checked
+from distributor_node.services.api.server import ListenAddress, bind
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.observability.multiprocess import forget_process, prepare_multiprocess
+from distributor_node.shared.runtime.run_service import ServiceScope
+from distributor_node.shared.settings.model import Settings
 
 _MIN_RESTART_DELAY, _MAX_RESTART_DELAY = 0.5, 10.0
 _STABLE_AFTER = 30.0
@@ -150,7 +150,7 @@ class Worker:
 
     async def _start(self) -> Process:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.api.worker", stdin=PIPE, start_new_session=True
+            sys.executable, "-m", "distributor_node.services.api.worker", stdin=PIPE, start_new_session=True
         )
         if process.stdin is None:
             raise RuntimeError("a worker without a standard input")

@@ -12,9 +12,9 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from shared.observability.logging import redact_text
-from shared.settings import Settings
-from shared.settings.sizes import format_size
+from distributor_node.shared.observability.logging import redact_text
+from distributor_node.shared.settings import Settings
+from distributor_node.shared.settings.sizes import format_size
 
 _HEAD = """\
 # Configuration

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from services.command_line.operator_client import OperatorClient
+    from distributor_node.services.command_line.operator_client import OperatorClient
 
 _IDS_BATCH = 200
 """The token carries the body too, and a request's head has a limit of 16 KiB."""
@@ -55,11 +55,11 @@ def options(
 def _client(url: str | None, secret_file: Path | None, config: Path | None) -> OperatorClient:
     import os
 
-    from services.command_line.operator_client import OperatorClient
+    from distributor_node.services.command_line.operator_client import OperatorClient
 
     secret, known_url = os.environ.get("DISTRIBUTOR_OPERATOR_API__SECRET", ""), "http://127.0.0.1:3335"
     if config is not None:
-        from shared.settings import load_settings
+        from distributor_node.shared.settings import load_settings
 
         settings = load_settings(config).operator_api
         secret = settings.secret.get_secret_value() if settings.secret is not None else secret
@@ -276,7 +276,7 @@ def _watch(client: OperatorClient) -> dict[str, Any]:
 def _run(context: typer.Context, ask: Callable[[OperatorClient], dict[str, Any] | None]) -> None:
     """Carry out, print the answer; exit code 1 and a line in words if the node refuses."""
     client = context.obj()
-    from services.command_line.operator_client import OperatorError
+    from distributor_node.services.command_line.operator_client import OperatorError
 
     try:
         response = ask(client)

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
-from services.demo.objects import MODIFIED_AT, BytesContent, Content, DemoObject
-from services.demo.wire import Request
+from distributor_node.services.demo.objects import MODIFIED_AT, BytesContent, Content, DemoObject
+from distributor_node.services.demo.wire import Request
 
 API_BASE = "/api/v1"
 VERSION = {"version": "3.10.2", "userAgent": "demo-storage-node"}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from services.demo.answers import Response
-from services.demo.faults import Fault, body_chunk, corrupted, render_head
-from services.demo.request_log import RequestRecord
-from services.demo.wire import HttpConnection
+from distributor_node.services.demo.answers import Response
+from distributor_node.services.demo.faults import Fault, body_chunk, corrupted, render_head
+from distributor_node.services.demo.request_log import RequestRecord
+from distributor_node.services.demo.wire import HttpConnection
 
 CHUNK_BYTES = 256 * 1024
 _TICK_SECONDS = 0.02

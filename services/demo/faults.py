@@ -13,8 +13,8 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, get_args, get_type_hints
 
-from services.demo.answers import Response, error_response
-from services.demo.objects import BytesContent
+from distributor_node.services.demo.answers import Response, error_response
+from distributor_node.services.demo.objects import BytesContent
 
 HeaderOverrides = tuple[tuple[str, str | None], ...]
 _LIMITS = {"bytes_per_second": 1, "drip_bytes_per_second": 1, "nth": 1, "first": 1, "status": 100}

@@ -22,12 +22,18 @@ from typing import Any, Self
 
 import structlog
 
-from services.demo.answers import Response, endpoint_of, error_response, handle_request, json_response
-from services.demo.delivery import ResponseSender
-from services.demo.faults import Fault, FaultRegistry
-from services.demo.objects import BytesContent, DemoObject, held_by_node
-from services.demo.request_log import RequestLog, RequestRecord
-from services.demo.wire import ConnectionLost, HttpConnection, MalformedRequest, Request
+from distributor_node.services.demo.answers import (
+    Response,
+    endpoint_of,
+    error_response,
+    handle_request,
+    json_response,
+)
+from distributor_node.services.demo.delivery import ResponseSender
+from distributor_node.services.demo.faults import Fault, FaultRegistry
+from distributor_node.services.demo.objects import BytesContent, DemoObject, held_by_node
+from distributor_node.services.demo.request_log import RequestLog, RequestRecord
+from distributor_node.services.demo.wire import ConnectionLost, HttpConnection, MalformedRequest, Request
 
 KEEP_ALIVE_SECONDS = 5.0
 _FIRST_REQUEST_SECONDS = 60.0
@@ -181,7 +187,7 @@ class StorageNode:
 
 
 if __name__ == "__main__":
-    from services.demo.cli import main
+    from distributor_node.services.demo.cli import main
 
     main()
 

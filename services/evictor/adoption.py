@@ -8,22 +8,22 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.evictor.index import EvictionIndex
-from services.evictor.node_import import NodeImport
-from services.evictor.partial_files import (
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.node_import import NodeImport
+from distributor_node.services.evictor.partial_files import (
     discard_partial_file,
     expected_bytes,
     partial_file_exists,
     scan_partial_files,
 )
-from shared.adapters.volume import FoundObject, FoundPartial, PartialHeld, Volume
-from shared.domain.errors import VolumeError
-from shared.domain.eviction import PolicyEntry
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.observability.metrics import RECONCILED
-from shared.ports.state_store import Fetch, FetchPhase, IndexEntry, Lease, StateStore, Term
-from shared.runtime.threads import run_blocking
+from distributor_node.shared.adapters.volume import FoundObject, FoundPartial, PartialHeld, Volume
+from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.eviction import PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.observability.metrics import RECONCILED
+from distributor_node.shared.ports.state_store import Fetch, FetchPhase, IndexEntry, Lease, StateStore, Term
+from distributor_node.shared.runtime.threads import run_blocking
 
 NEVER = 0.0  # POSIX time of the last access of an object that nobody can ask for any more
 

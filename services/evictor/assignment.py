@@ -13,15 +13,15 @@ from pathlib import Path
 
 import structlog
 
-from services.evictor.eviction import ObjectRemover
-from services.evictor.index import CompactIdSet, EvictionIndex
-from shared.adapters.volume.records import read_root_file, write_root_file
-from shared.domain.errors import CatalogUnavailable, InvalidInput
-from shared.domain.objects import Assignment, ObjectId, parse_bucket_id
-from shared.observability.metrics import RECONCILED
-from shared.ports.catalog import Catalog
-from shared.ports.state_store import Term
-from shared.runtime.threads import run_blocking
+from distributor_node.services.evictor.eviction import ObjectRemover
+from distributor_node.services.evictor.index import CompactIdSet, EvictionIndex
+from distributor_node.shared.adapters.volume.records import read_root_file, write_root_file
+from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput
+from distributor_node.shared.domain.objects import Assignment, ObjectId, parse_bucket_id
+from distributor_node.shared.observability.metrics import RECONCILED
+from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.ports.state_store import Term
+from distributor_node.shared.runtime.threads import run_blocking
 
 _LOOKUP_PAUSE = 0.1  # seconds between two questions about single objects: nobody waits for the answers
 

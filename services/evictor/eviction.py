@@ -9,14 +9,14 @@ from enum import StrEnum
 
 import structlog
 
-from services.evictor.adoption import PartialReaper
-from services.evictor.index import EvictionIndex
-from shared.adapters.volume import Removal, RemovalState, Volume
-from shared.domain.errors import VolumeError
-from shared.domain.eviction import PolicyEntry
-from shared.domain.objects import ObjectId
-from shared.domain.space import Usage, Watermarks, footprint, missing_for
-from shared.observability.metrics import (
+from distributor_node.services.evictor.adoption import PartialReaper
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.shared.adapters.volume import Removal, RemovalState, Volume
+from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.eviction import PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import Usage, Watermarks, footprint, missing_for
+from distributor_node.shared.observability.metrics import (
     EVICTED_BYTES,
     EVICTED_OBJECT_IDLE,
     EVICTED_OBJECT_SIZE,
@@ -24,8 +24,8 @@ from shared.observability.metrics import (
     EVICTIONS,
     LAST_EVICTION_MAX_IDLE,
 )
-from shared.ports.state_store import StateStore, Term
-from shared.runtime.threads import run_blocking
+from distributor_node.shared.ports.state_store import StateStore, Term
+from distributor_node.shared.runtime.threads import run_blocking
 
 _EVICTION_BATCH = 128
 _IN_USE_COOLDOWN = 2.0

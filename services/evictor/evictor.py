@@ -8,33 +8,33 @@ import uuid
 from collections.abc import Sequence
 from functools import partial
 
-from services.evictor.adoption import Adoption, PartialReaper
-from services.evictor.assignment import AssignmentCheck
-from services.evictor.eviction import Eviction, EvictionRules, ObjectRemover
-from services.evictor.index import EvictionIndex
-from services.evictor.integrity import Repair, Scrub
-from services.evictor.leader_election import LeaderElection, run_periodically
-from services.evictor.leader_tasks import EvictorParts, LeaderTasks
-from services.evictor.node_import import ImportCopier, NodeImport
-from services.evictor.operator_state import OperatorStateBackup, Purger
-from services.evictor.reconcile import Reconciliation
-from services.evictor.source_probes import SourceMonitor
-from shared.adapters.volume import Volume
-from shared.adapters.volume.intake import ImportSource
-from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.eviction import make_policy
-from shared.observability.metrics import (
+from distributor_node.services.evictor.adoption import Adoption, PartialReaper
+from distributor_node.services.evictor.assignment import AssignmentCheck
+from distributor_node.services.evictor.eviction import Eviction, EvictionRules, ObjectRemover
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.integrity import Repair, Scrub
+from distributor_node.services.evictor.leader_election import LeaderElection, run_periodically
+from distributor_node.services.evictor.leader_tasks import EvictorParts, LeaderTasks
+from distributor_node.services.evictor.node_import import ImportCopier, NodeImport
+from distributor_node.services.evictor.operator_state import OperatorStateBackup, Purger
+from distributor_node.services.evictor.reconcile import Reconciliation
+from distributor_node.services.evictor.source_probes import SourceMonitor
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.intake import ImportSource
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.eviction import make_policy
+from distributor_node.shared.observability.metrics import (
     STORAGE_HIGH_WATERMARK,
     STORAGE_LIMIT,
     STORAGE_OBJECTS,
     STORAGE_RESERVED,
     STORAGE_USED,
 )
-from shared.ports.catalog import Catalog
-from shared.ports.state_store import StateStore, Term
-from shared.runtime.operator_state import OperatorStateWatcher
-from shared.runtime.threads import run_blocking
-from shared.settings.model import Settings
+from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.ports.state_store import StateStore, Term
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.runtime.threads import run_blocking
+from distributor_node.shared.settings.model import Settings
 
 
 class Evictor:

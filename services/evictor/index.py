@@ -14,13 +14,20 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
-from shared.adapters.volume import FoundObject, Volume
-from shared.domain.admission import ViewCoalescer
-from shared.domain.eviction import EvictionPolicy, PolicyEntry
-from shared.domain.objects import ObjectId
-from shared.observability.metrics import REFETCHED_AFTER_EVICTION
-from shared.ports.state_store import ACCESS_TIME_RESOLUTION, Access, IndexEntry, PolicyState, StateStore, Term
-from shared.runtime.threads import run_blocking
+from distributor_node.shared.adapters.volume import FoundObject, Volume
+from distributor_node.shared.domain.admission import ViewCoalescer
+from distributor_node.shared.domain.eviction import EvictionPolicy, PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.observability.metrics import REFETCHED_AFTER_EVICTION
+from distributor_node.shared.ports.state_store import (
+    ACCESS_TIME_RESOLUTION,
+    Access,
+    IndexEntry,
+    PolicyState,
+    StateStore,
+    Term,
+)
+from distributor_node.shared.runtime.threads import run_blocking
 
 _READ_BATCHES = 200
 _SAVE_BATCH = 1000

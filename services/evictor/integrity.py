@@ -14,18 +14,18 @@ from enum import StrEnum
 
 import structlog
 
-from services.evictor.eviction import ObjectRemover
-from services.evictor.index import CompactIdSet
-from services.evictor.node_import import NodeImport
-from shared.adapters.volume import FoundObject, UnknownFile, Volume
-from shared.domain.errors import VolumeError
-from shared.domain.found_objects import record_for_file
-from shared.domain.media_types import SNIFF_BYTES
-from shared.domain.objects import Assignment, MediaObject, ObjectId, StoredRecord
-from shared.observability.metrics import RECONCILED, SCRUBBED_BYTES, SCRUBBED_OBJECTS
-from shared.ports.catalog import Catalog
-from shared.ports.state_store import Term
-from shared.runtime.threads import hash_file, next_chunk, run_blocking
+from distributor_node.services.evictor.eviction import ObjectRemover
+from distributor_node.services.evictor.index import CompactIdSet
+from distributor_node.services.evictor.node_import import NodeImport
+from distributor_node.shared.adapters.volume import FoundObject, UnknownFile, Volume
+from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.found_objects import record_for_file
+from distributor_node.shared.domain.media_types import SNIFF_BYTES
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.observability.metrics import RECONCILED, SCRUBBED_BYTES, SCRUBBED_OBJECTS
+from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.ports.state_store import Term
+from distributor_node.shared.runtime.threads import hash_file, next_chunk, run_blocking
 
 _REPAIR_BATCH = 100
 _MAX_CONCURRENT_REPAIRS = 16

@@ -13,9 +13,9 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from shared.domain.errors import DistributorError, StateStoreUnavailable
-from shared.observability.metrics import LEADER
-from shared.ports.state_store import StateStore, Term
+from distributor_node.shared.domain.errors import DistributorError, StateStoreUnavailable
+from distributor_node.shared.observability.metrics import LEADER
+from distributor_node.shared.ports.state_store import StateStore, Term
 
 _SAFETY_MARGIN = 0.1  # of the term; covers clocks that tick differently and a loop that is late
 _RETRY_INTERVAL = 0.3  # between attempts to renew once one has failed

@@ -10,24 +10,24 @@ from dataclasses import dataclass
 
 import structlog
 
-from services.evictor.adoption import PartialReaper
-from services.evictor.assignment import AssignmentCheck
-from services.evictor.eviction import Eviction, ObjectRemover
-from services.evictor.index import EvictionIndex
-from services.evictor.integrity import Repair, Scrub
-from services.evictor.leader_election import run_periodically
-from services.evictor.node_import import ImportCopier, NodeImport
-from services.evictor.operator_state import OperatorStateBackup, Purger
-from services.evictor.reconcile import Reconciliation
-from services.evictor.source_probes import SourceMonitor
-from shared.adapters.volume import Volume
-from shared.domain.errors import CatalogUnavailable, DistributorError, StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.space import Usage
-from shared.ports.state_store import StateStore, Term, Topic
-from shared.runtime.operator_state import POLL_INTERVAL
-from shared.runtime.threads import run_blocking
-from shared.settings.model import EvictorSettings
+from distributor_node.services.evictor.adoption import PartialReaper
+from distributor_node.services.evictor.assignment import AssignmentCheck
+from distributor_node.services.evictor.eviction import Eviction, ObjectRemover
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.integrity import Repair, Scrub
+from distributor_node.services.evictor.leader_election import run_periodically
+from distributor_node.services.evictor.node_import import ImportCopier, NodeImport
+from distributor_node.services.evictor.operator_state import OperatorStateBackup, Purger
+from distributor_node.services.evictor.reconcile import Reconciliation
+from distributor_node.services.evictor.source_probes import SourceMonitor
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import CatalogUnavailable, DistributorError, StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import Usage
+from distributor_node.shared.ports.state_store import StateStore, Term, Topic
+from distributor_node.shared.runtime.operator_state import POLL_INTERVAL
+from distributor_node.shared.runtime.threads import run_blocking
+from distributor_node.shared.settings.model import EvictorSettings
 
 REFRESH_INTERVAL, SAVE_INTERVAL, SWEEP_INTERVAL = 1.0, 5.0, 10.0
 _COMPLETE_BATCH = 100

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from importlib.metadata import version
 
-from services.evictor.evictor import Evictor
-from services.evictor.source_probes import MonitorTimes, SourceMonitor
-from shared.adapters.sources.health import SourceStatsSync
-from shared.domain.errors import ConfigurationError, VolumeError
-from shared.observability.metrics import describe_build
-from shared.observability.probe_server import ProbeServer
-from shared.ports.catalog import Catalog
-from shared.runtime.factories import (
+from distributor_node.services.evictor.evictor import Evictor
+from distributor_node.services.evictor.source_probes import MonitorTimes, SourceMonitor
+from distributor_node.shared.adapters.sources.health import SourceStatsSync
+from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
+from distributor_node.shared.observability.metrics import describe_build
+from distributor_node.shared.observability.probe_server import ProbeServer
+from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.runtime.factories import (
     MEMORY,
     build_catalog,
     build_source_prober,
@@ -20,9 +20,9 @@ from shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
-from shared.runtime.malloc import mmap_large_blocks
-from shared.runtime.run_service import ServiceScope, run_service, run_until
-from shared.settings.model import Settings
+from distributor_node.shared.runtime.malloc import mmap_large_blocks
+from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
+from distributor_node.shared.settings.model import Settings
 
 
 def run(settings: Settings) -> int:

@@ -20,18 +20,26 @@ from typing import Any
 
 import structlog
 
-from services.evictor.partial_files import discard_partial_file
-from shared.adapters.volume import FoundObject, PartialFile, Volume
-from shared.adapters.volume.intake import ImportResult, ImportSource, PendingFile
-from shared.domain.errors import InvalidInput, VolumeError
-from shared.domain.eviction import PolicyEntry
-from shared.domain.found_objects import record_for_file
-from shared.domain.media_types import SNIFF_BYTES, media_type_or_none
-from shared.domain.objects import MediaObject, ObjectId, StoredRecord
-from shared.observability.metrics import RECONCILED
-from shared.ports.catalog import Catalog
-from shared.ports.state_store import Access, AlreadyStored, Granted, Lease, NeverFits, NoSpace, StateStore
-from shared.runtime.threads import next_chunk, run_blocking
+from distributor_node.services.evictor.partial_files import discard_partial_file
+from distributor_node.shared.adapters.volume import FoundObject, PartialFile, Volume
+from distributor_node.shared.adapters.volume.intake import ImportResult, ImportSource, PendingFile
+from distributor_node.shared.domain.errors import InvalidInput, VolumeError
+from distributor_node.shared.domain.eviction import PolicyEntry
+from distributor_node.shared.domain.found_objects import record_for_file
+from distributor_node.shared.domain.media_types import SNIFF_BYTES, media_type_or_none
+from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.observability.metrics import RECONCILED
+from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.ports.state_store import (
+    Access,
+    AlreadyStored,
+    Granted,
+    Lease,
+    NeverFits,
+    NoSpace,
+    StateStore,
+)
+from distributor_node.shared.runtime.threads import next_chunk, run_blocking
 
 _IMPORT_BATCH = 500
 

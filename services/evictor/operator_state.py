@@ -7,15 +7,18 @@ from pathlib import Path
 
 import structlog
 
-from services.evictor.adoption import PartialReaper
-from services.evictor.eviction import ObjectRemover, RemovalOutcome
-from shared.adapters.volume import Volume
-from shared.adapters.volume.operator_state_file import read_operator_state, write_operator_state
-from shared.domain.objects import ObjectId
-from shared.domain.operator_state import OperatorState, OperatorStateSnapshot
-from shared.ports.state_store import FetchPhase, PurgeRequest, StateStore, Term
-from shared.runtime.operator_state import OperatorStateWatcher
-from shared.runtime.threads import run_blocking
+from distributor_node.services.evictor.adoption import PartialReaper
+from distributor_node.services.evictor.eviction import ObjectRemover, RemovalOutcome
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.operator_state_file import (
+    read_operator_state,
+    write_operator_state,
+)
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
+from distributor_node.shared.ports.state_store import FetchPhase, PurgeRequest, StateStore, Term
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.runtime.threads import run_blocking
 
 _PURGE_BATCH = 64
 _PURGE_INTERVAL, _PURGE_RETRY_INTERVAL = (

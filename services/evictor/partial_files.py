@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shared.adapters.volume import FoundPartial, Volume
-from shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.adapters.volume import FoundPartial, Volume
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 
 def scan_partial_files(volume: Volume) -> tuple[Mapping[ObjectId, FoundPartial], list[str]]:

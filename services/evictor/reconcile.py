@@ -8,16 +8,21 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from services.evictor.adoption import Adoption, PartialReaper, SeenFile
-from services.evictor.eviction import ObjectRemover
-from services.evictor.index import CompactIdSet, EvictionIndex
-from shared.adapters.volume import FoundObject, UnknownFile, Volume
-from shared.domain.errors import VolumeError
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.observability.metrics import RECONCILE_TIME, RECONCILED, STATE_STORE_EVICTS, UNKNOWN_FILES
-from shared.ports.state_store import IndexEntry, StateStore, Term
-from shared.runtime.threads import next_chunk, run_blocking
+from distributor_node.services.evictor.adoption import Adoption, PartialReaper, SeenFile
+from distributor_node.services.evictor.eviction import ObjectRemover
+from distributor_node.services.evictor.index import CompactIdSet, EvictionIndex
+from distributor_node.shared.adapters.volume import FoundObject, UnknownFile, Volume
+from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.observability.metrics import (
+    RECONCILE_TIME,
+    RECONCILED,
+    STATE_STORE_EVICTS,
+    UNKNOWN_FILES,
+)
+from distributor_node.shared.ports.state_store import IndexEntry, StateStore, Term
+from distributor_node.shared.runtime.threads import next_chunk, run_blocking
 
 _SCAN_BATCH = 500
 _ORPHAN_RECORD_AGE = 600.0

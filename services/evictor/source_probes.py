@@ -8,13 +8,13 @@ from typing import Self
 
 import structlog
 
-from shared.adapters.sources.health import SourceStatsSync
-from shared.adapters.sources.prober import SourceProber
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import source_name
-from shared.domain.source_order import rank
-from shared.observability.metrics import publish_source_ranks
-from shared.ports.catalog import Catalog
+from distributor_node.shared.adapters.sources.health import SourceStatsSync
+from distributor_node.shared.adapters.sources.prober import SourceProber
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.objects import source_name
+from distributor_node.shared.domain.source_order import rank
+from distributor_node.shared.observability.metrics import publish_source_ranks
+from distributor_node.shared.ports.catalog import Catalog
 
 _MAX_PROBED = 500
 _LIST_INTERVAL = 600.0  # the network's list of storage nodes changes in days

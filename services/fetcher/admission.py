@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from shared.adapters.volume import Removal, RemovalState, Volume
-from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.found_objects import record_for_file
-from shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, TryLater
-from shared.domain.media_types import SNIFF_BYTES
-from shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
-from shared.domain.space import footprint
-from shared.ports.state_store import (
+from distributor_node.shared.adapters.volume import Removal, RemovalState, Volume
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.found_objects import record_for_file
+from distributor_node.shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, TryLater
+from distributor_node.shared.domain.media_types import SNIFF_BYTES
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import (
     AlreadyStored,
     Announcement,
     Granted,
@@ -30,7 +30,7 @@ from shared.ports.state_store import (
     StateStore,
     Topic,
 )
-from shared.runtime.threads import BlockingPool, hash_file
+from distributor_node.shared.runtime.threads import BlockingPool, hash_file
 
 Denied = AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotReconciled
 

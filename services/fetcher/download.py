@@ -12,12 +12,12 @@ from functools import partial
 
 import structlog
 
-from services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
-from services.fetcher.partial_writer import PartialWriter
-from shared.adapters.sources.client import SourceResponse
-from shared.adapters.sources.failover import FailoverReader
-from shared.adapters.volume import PartialFile, Volume
-from shared.domain.errors import (
+from distributor_node.services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
+from distributor_node.services.fetcher.partial_writer import PartialWriter
+from distributor_node.shared.adapters.sources.client import SourceResponse
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.volume import PartialFile, Volume
+from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     DistributorError,
     SourceError,
@@ -26,12 +26,17 @@ from shared.domain.errors import (
     VolumeError,
     VolumeFull,
 )
-from shared.domain.jobs import Done, JobOutcome, TryLater
-from shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
-from shared.domain.objects import Hasher, MediaObject, StoredRecord, source_name
-from shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE, SOURCE_FAILURES, source_label
-from shared.ports.state_store import Announcement, Lease, StateStore, Topic
-from shared.runtime.threads import BlockingPool, hash_through
+from distributor_node.shared.domain.jobs import Done, JobOutcome, TryLater
+from distributor_node.shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
+from distributor_node.shared.domain.objects import Hasher, MediaObject, StoredRecord, source_name
+from distributor_node.shared.observability.metrics import (
+    DOWNLOADS_IN_PROGRESS,
+    PHASE,
+    SOURCE_FAILURES,
+    source_label,
+)
+from distributor_node.shared.ports.state_store import Announcement, Lease, StateStore, Topic
+from distributor_node.shared.runtime.threads import BlockingPool, hash_through
 
 _SPACE_REQUEST_TTL = 60.0
 

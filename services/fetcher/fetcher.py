@@ -13,22 +13,36 @@ from functools import partial
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from services.fetcher.admission import Admission, AdmissionRules, Admitted
-from services.fetcher.download import FetchDeps, FetchRunner
-from services.fetcher.lease import LeaseTimes
-from shared.adapters.sources.failover import FailoverReader
-from shared.adapters.state_common import QUEUED_SECONDS
-from shared.adapters.volume import Volume
-from shared.domain.errors import ConfigurationError, JobQueueUnavailable, StateStoreUnavailable, VolumeError
-from shared.domain.jobs import Done, FetchJob, HandBack, Hopeless, JobOutcome, LookAgain, RetryPlan, TryLater
-from shared.domain.objects import ObjectId, StoredRecord
-from shared.domain.operator_state import OperatorState
-from shared.observability.metrics import FETCHES, PHASE
-from shared.ports.job_queue import JobQueue
-from shared.ports.state_store import FetchPhase, Granted, StateStore
-from shared.runtime.operator_state import OperatorStateWatcher
-from shared.runtime.threads import BlockingPool
-from shared.settings.model import Settings
+from distributor_node.services.fetcher.admission import Admission, AdmissionRules, Admitted
+from distributor_node.services.fetcher.download import FetchDeps, FetchRunner
+from distributor_node.services.fetcher.lease import LeaseTimes
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.state_common import QUEUED_SECONDS
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import (
+    ConfigurationError,
+    JobQueueUnavailable,
+    StateStoreUnavailable,
+    VolumeError,
+)
+from distributor_node.shared.domain.jobs import (
+    Done,
+    FetchJob,
+    HandBack,
+    Hopeless,
+    JobOutcome,
+    LookAgain,
+    RetryPlan,
+    TryLater,
+)
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.domain.operator_state import OperatorState
+from distributor_node.shared.observability.metrics import FETCHES, PHASE
+from distributor_node.shared.ports.job_queue import JobQueue
+from distributor_node.shared.ports.state_store import FetchPhase, Granted, StateStore
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.runtime.threads import BlockingPool
+from distributor_node.shared.settings.model import Settings
 
 _SPARE_THREADS = 2  # for looking at the volume while every download writes
 

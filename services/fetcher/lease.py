@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from shared.domain.errors import StateStoreUnavailable
-from shared.ports.state_store import Lease, StateStore
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.ports.state_store import Lease, StateStore
 
 _RETRY_INTERVAL = 1.0  # seconds after a renewal that did not get through
 _SOURCE_UPDATE_DELAY = (

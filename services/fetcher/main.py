@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from services.fetcher.fetcher import Fetcher
-from shared.domain.errors import ConfigurationError
-from shared.observability.metrics import describe_build
-from shared.observability.probe_server import ProbeServer
-from shared.runtime.factories import (
+from distributor_node.services.fetcher.fetcher import Fetcher
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.observability.metrics import describe_build
+from distributor_node.shared.observability.probe_server import ProbeServer
+from distributor_node.shared.runtime.factories import (
     MEMORY,
     build_failover_reader,
     build_job_queue,
@@ -17,9 +17,9 @@ from shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
-from shared.runtime.malloc import retain_freed_memory
-from shared.runtime.run_service import ServiceScope, run_service, run_until
-from shared.settings.model import Settings
+from distributor_node.shared.runtime.malloc import retain_freed_memory
+from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
+from distributor_node.shared.settings.model import Settings
 
 
 def run(settings: Settings) -> int:

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
-from services.fetcher.lease import LeaseRenewer
-from shared.adapters.volume import PartialFile
-from shared.domain.objects import Hasher
-from shared.observability.metrics import WRITTEN_BYTES
-from shared.runtime.threads import BlockingPool, wait_uncancellable
+from distributor_node.services.fetcher.lease import LeaseRenewer
+from distributor_node.shared.adapters.volume import PartialFile
+from distributor_node.shared.domain.objects import Hasher
+from distributor_node.shared.observability.metrics import WRITTEN_BYTES
+from distributor_node.shared.runtime.threads import BlockingPool, wait_uncancellable
 
 _MIN_WRITE = 64 * 1024  # bytes; smaller pieces are joined, larger ones not copied
 

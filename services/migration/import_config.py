@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from services.migration.translation import translate
-from shared.domain.errors import ConfigurationError
-from shared.settings.load import check_settings
+from distributor_node.services.migration.translation import translate
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.settings.load import check_settings
 
 _HEAD = """\
 # Written by `distributor import-config` from {file}.

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.evictor.node_import import FILE_NAME
-from shared.domain.errors import ConfigurationError
-from shared.settings.model import MIN_SECRET_LENGTH
-from shared.settings.sizes import format_size, parse_size
+from distributor_node.services.evictor.node_import import FILE_NAME
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.settings.model import MIN_SECRET_LENGTH
+from distributor_node.shared.settings.sizes import format_size, parse_size
 
 _MIN_ASSIGNMENT_INTERVAL = 3600
 _LEVELS = {

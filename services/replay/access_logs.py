@@ -21,11 +21,11 @@ from urllib.parse import unquote
 
 import yaml
 
-from shared.domain.errors import ConfigurationError, InvalidInput
-from shared.domain.eviction.simulator import Request
-from shared.domain.objects import ObjectId
-from shared.domain.ranges import parse_content_range
-from shared.domain.space import footprint
+from distributor_node.shared.domain.errors import ConfigurationError, InvalidInput
+from distributor_node.shared.domain.eviction.simulator import Request
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.ranges import parse_content_range
+from distributor_node.shared.domain.space import footprint
 
 _MAX_LINE = 64 * 1024
 _REPORT_INTERVAL = 1000

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from xml.sax.saxutils import escape
 
-from services.replay.scenarios import Result, Setting
-from shared.domain.eviction.simulator import Outcome
-from shared.settings.sizes import format_size
+from distributor_node.services.replay.scenarios import Result, Setting
+from distributor_node.shared.domain.eviction.simulator import Outcome
+from distributor_node.shared.settings.sizes import format_size
 
 TOLERANCE = 0.01
 """Hit ratios that differ by less are as good as equal."""

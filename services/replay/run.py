@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from services.replay.access_logs import LinesRead, Recording, read_logs, read_sizes
-from services.replay.report import describe_own, recommend, render_chart, render_table
-from services.replay.scenarios import (
+from distributor_node.services.replay.access_logs import LinesRead, Recording, read_logs, read_sizes
+from distributor_node.services.replay.report import describe_own, recommend, render_chart, render_table
+from distributor_node.services.replay.scenarios import (
     CacheSize,
     NodeRules,
     Result,
@@ -19,8 +19,8 @@ from services.replay.scenarios import (
     parse_cache_sizes,
     try_setting,
 )
-from shared.domain.errors import ConfigurationError
-from shared.settings.sizes import format_size
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.settings.sizes import format_size
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from shared.domain.admission import SecondHitAdmission
-from shared.domain.errors import ConfigurationError
-from shared.domain.eviction import EvictionPolicy, make_policy
-from shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, Simulation
-from shared.domain.space import Watermarks, watermarks_for
-from shared.settings.sizes import format_size, parse_size
+from distributor_node.shared.domain.admission import SecondHitAdmission
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.eviction import EvictionPolicy, make_policy
+from distributor_node.shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, Simulation
+from distributor_node.shared.domain.space import Watermarks, watermarks_for
+from distributor_node.shared.settings.sizes import format_size, parse_size
 
 _PROGRESS_INTERVAL = 20_000
 _WINDOW = 7 * 24 * 3600.0

@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
-from services.demo.manifest import DEMO_DIRECTORY, write_manifest
-from services.demo.objects import DemoObject, demo_objects
-from services.demo.storage_node import Site, StorageNode
-from services.standalone.main import run_standalone
-from shared.domain.errors import ConfigurationError
-from shared.runtime.run_service import MISCONFIGURED, ServiceScope, run_service
-from shared.settings import Settings, load_settings
+from distributor_node.services.demo.manifest import DEMO_DIRECTORY, write_manifest
+from distributor_node.services.demo.objects import DemoObject, demo_objects
+from distributor_node.services.demo.storage_node import Site, StorageNode
+from distributor_node.services.standalone.main import run_standalone
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.runtime.run_service import MISCONFIGURED, ServiceScope, run_service
+from distributor_node.shared.settings import Settings, load_settings
 
 HOST = "127.0.0.1"
 FIRST_PUBLIC_PORT, FIRST_SOURCE_PORT, FIRST_SQUID_PORT = 3334, 3390, 4352
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 async def run_squid(resources: AsyncExitStack, objects: list[DemoObject], endpoint: str, port: int) -> None:
     """A squid that knows the demo's objects; ConfigurationError if its GraphQL library is not installed."""
     try:
-        from services.demo.squid import TestSquid  # noqa: PLC0415
+        from distributor_node.services.demo.squid import TestSquid  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"the demo's squid needs {error.name}: `make setup` installs it") from error
     squid = TestSquid(objects, [endpoint], workers={WORKER: ["0:1"]}, bags_per_bucket=2)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from services.api.service import make_context, serve_api
-from services.api.status import VERSION
-from services.evictor.evictor import Evictor
-from services.evictor.main import build_source_monitor
-from services.fetcher.fetcher import Fetcher
-from shared.domain.errors import ConfigurationError, VolumeError
-from shared.observability.metrics import describe_build
-from shared.runtime.factories import (
+from distributor_node.services.api.service import make_context, serve_api
+from distributor_node.services.api.status import VERSION
+from distributor_node.services.evictor.evictor import Evictor
+from distributor_node.services.evictor.main import build_source_monitor
+from distributor_node.services.fetcher.fetcher import Fetcher
+from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
+from distributor_node.shared.observability.metrics import describe_build
+from distributor_node.shared.runtime.factories import (
     MEMORY,
     build_catalog,
     build_failover_reader,
@@ -25,11 +25,11 @@ from shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
-from shared.runtime.malloc import retain_freed_memory
-from shared.runtime.run_service import ServiceScope, run_service
+from distributor_node.shared.runtime.malloc import retain_freed_memory
+from distributor_node.shared.runtime.run_service import ServiceScope, run_service
 
 if TYPE_CHECKING:
-    from shared.settings.model import Settings
+    from distributor_node.shared.settings.model import Settings
 
 logger = structlog.get_logger()
 

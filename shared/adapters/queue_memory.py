@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from shared.adapters.queue_outcomes import (
+from distributor_node.shared.adapters.queue_outcomes import (
     Finish,
     GiveUp,
     OnDeadLetter,
@@ -18,9 +18,9 @@ from shared.adapters.queue_outcomes import (
     handle,
     remember_failure,
 )
-from shared.domain.errors import JobQueueUnavailable
-from shared.domain.jobs import FetchJob, RetryPlan
-from shared.ports.job_queue import JobHandler, QueueDepth
+from distributor_node.shared.domain.errors import JobQueueUnavailable
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
+from distributor_node.shared.ports.job_queue import JobHandler, QueueDepth
 
 _MAX_DEAD_LETTERS = 1000
 

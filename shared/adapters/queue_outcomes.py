@@ -8,8 +8,16 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from shared.domain.jobs import Done, FetchJob, HandBack, JobOutcome, LookAgain, RetryPlan, TryLater
-from shared.ports.job_queue import JobHandler
+from distributor_node.shared.domain.jobs import (
+    Done,
+    FetchJob,
+    HandBack,
+    JobOutcome,
+    LookAgain,
+    RetryPlan,
+    TryLater,
+)
+from distributor_node.shared.ports.job_queue import JobHandler
 
 logger = structlog.get_logger()
 

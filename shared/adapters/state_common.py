@@ -8,10 +8,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from shared.domain.errors import InvalidInput
-from shared.domain.jobs import CLAIM_SECONDS
-from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
-from shared.ports.state_store import Announcement
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.jobs import CLAIM_SECONDS
+from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
+from distributor_node.shared.ports.state_store import Announcement
 
 MAX_ACCESS_BATCHES = 10_000
 """Bound of the access log: when nobody reads it, the oldest batches are dropped (recency is lost, nothing else)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import ObjectId
 
 VIEW_WINDOW = 300.0
 """Seconds from a view's first request in which all further ones for the object belong to it."""

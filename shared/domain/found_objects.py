@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shared.domain.media_types import detect_media_type
-from shared.domain.objects import MediaObject, StoredRecord
+from distributor_node.shared.domain.media_types import detect_media_type
+from distributor_node.shared.domain.objects import MediaObject, StoredRecord
 
 
 def record_for_file(

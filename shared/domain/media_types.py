@@ -6,7 +6,7 @@ import re
 
 import filetype
 
-from shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.errors import InvalidInput
 
 _NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _QUOTED = r'"(?:[\t !#-\[\]-~]|\\[\t -~])*"'

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import base58
 from blake3 import blake3
 
-from shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.errors import InvalidInput
 
 _OBJECT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,127}\Z", re.ASCII)
 _BUCKET_ID = re.compile(r"[0-9]{1,20}:[0-9]{1,20}\Z", re.ASCII)

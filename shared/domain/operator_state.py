@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from shared.domain.errors import InvalidInput
-from shared.domain.objects import Assignment, ObjectId, parse_bucket_id
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.objects import Assignment, ObjectId, parse_bucket_id
 
 WarmingState = Literal["waiting", "listing", "fetching", "finished"]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shared.domain.objects import source_name
+from distributor_node.shared.domain.objects import source_name
 
 MEAN_SAMPLES = 10
 """Answers whose times to the first byte make a source's mean."""

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from urllib.parse import urlsplit
 
-from shared.domain.errors import InvalidInput
-from shared.domain.objects import source_name
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.objects import source_name
 
 # RFC 3986 section 2: a URL is printable ASCII without these; anything else must be percent-encoded.
 _URL_TEXT = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)

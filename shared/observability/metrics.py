@@ -26,7 +26,7 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from shared.observability.multiprocess import VARIABLE
+from distributor_node.shared.observability.multiprocess import VARIABLE
 
 # A `_created` gauge beside each series doubles the page and tells us nothing.
 disable_created_metrics()  # type: ignore[no-untyped-call]

@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
-from shared.observability.metrics import render_metrics
+from distributor_node.shared.observability.metrics import render_metrics
 
 Readiness = Callable[[], Awaitable[Sequence[str]]]
 """Returns what keeps the service from working, in words; nothing: it is ready."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shared.domain.objects import Assignment, MediaObject, ObjectId
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 
 
 class Catalog(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from shared.domain.jobs import FetchJob, JobOutcome
+from distributor_node.shared.domain.jobs import FetchJob, JobOutcome
 
 JobHandler = Callable[[FetchJob], Awaitable[JobOutcome]]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from shared.domain.objects import ObjectId
-from shared.domain.source_order import SourceHealth, SourceStatsDelta
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta
 
 MAX_SOURCES = 1000
 """Sources that are kept; those beyond are known to the process that met them alone."""

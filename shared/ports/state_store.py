@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from shared.domain.objects import ObjectId
-from shared.domain.operator_state import OperatorState, OperatorStateSnapshot, Warming, WarmingScope
-from shared.domain.space import Usage
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import (
+    OperatorState,
+    OperatorStateSnapshot,
+    Warming,
+    WarmingScope,
+)
+from distributor_node.shared.domain.space import Usage
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,36 +5,39 @@ from __future__ import annotations
 import hashlib
 import time
 
-from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
-from shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
-from shared.adapters.catalogs.manifest import ManifestCatalog
-from shared.adapters.catalogs.origin import OriginCatalog
-from shared.adapters.queue_memory import MemoryJobQueue
-from shared.adapters.queue_rabbitmq import RabbitJobQueue
-from shared.adapters.sources.client import SourceClient, SourceObservation
-from shared.adapters.sources.connections import SourceLimits
-from shared.adapters.sources.failover import FailoverReader
-from shared.adapters.sources.health import SourceHealthRegistry, SourceStatsSync
-from shared.adapters.sources.prober import SourceProber
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_redis.caches import RedisSharedCatalogCache, RedisSharedSourceStats
-from shared.adapters.volume import Volume
-from shared.domain.errors import ConfigurationError
-from shared.domain.jobs import RetryPlan
-from shared.observability.metrics import (
+from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from distributor_node.shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
+from distributor_node.shared.adapters.catalogs.manifest import ManifestCatalog
+from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
+from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
+from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
+from distributor_node.shared.adapters.sources.client import SourceClient, SourceObservation
+from distributor_node.shared.adapters.sources.connections import SourceLimits
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry, SourceStatsSync
+from distributor_node.shared.adapters.sources.prober import SourceProber
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.state_redis.caches import (
+    RedisSharedCatalogCache,
+    RedisSharedSourceStats,
+)
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.jobs import RetryPlan
+from distributor_node.shared.observability.metrics import (
     SOURCE_BYTES,
     SOURCE_FAILURES,
     SOURCE_LATENCY,
     SOURCE_REQUESTS,
     source_label,
 )
-from shared.ports.catalog import Catalog, SharedCatalogCache
-from shared.ports.job_queue import JobQueue
-from shared.ports.source_stats import SharedSourceStats
-from shared.ports.state_store import StateStore
-from shared.settings.model import Settings
+from distributor_node.shared.ports.catalog import Catalog, SharedCatalogCache
+from distributor_node.shared.ports.job_queue import JobQueue
+from distributor_node.shared.ports.source_stats import SharedSourceStats
+from distributor_node.shared.ports.state_store import StateStore
+from distributor_node.shared.settings.model import Settings
 
 MEMORY = "memory://"
 

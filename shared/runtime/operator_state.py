@@ -8,11 +8,11 @@ from pathlib import Path
 
 import structlog
 
-from shared.adapters.volume.operator_state_file import read_operator_state
-from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.objects import Assignment
-from shared.domain.operator_state import OperatorState
-from shared.ports.state_store import OperatorStore
+from distributor_node.shared.adapters.volume.operator_state_file import read_operator_state
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.objects import Assignment
+from distributor_node.shared.domain.operator_state import OperatorState
+from distributor_node.shared.ports.state_store import OperatorStore
 
 POLL_INTERVAL = 0.5
 """Between two looks at the state store: an order is in force everywhere within a second, announced or not."""

@@ -14,9 +14,9 @@ from typing import Any
 import structlog
 import uvloop
 
-from shared.domain.errors import ConfigurationError
-from shared.observability.logging import configure_logging
-from shared.settings.model import LogSettings
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.observability.logging import configure_logging
+from distributor_node.shared.settings.model import LogSettings
 
 CLEAN, FAILED, MISCONFIGURED = 0, 1, 2
 _CLEANUP_GRACE = 5.0

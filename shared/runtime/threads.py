@@ -11,8 +11,8 @@ from functools import partial
 from itertools import islice
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-from shared.domain.errors import VolumeError
-from shared.domain.objects import ContentHash, Hasher
+from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.objects import ContentHash, Hasher
 
 Params = ParamSpec("Params")
 Result = TypeVar("Result")

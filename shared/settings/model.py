@@ -10,13 +10,13 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.domain.errors import InvalidInput
-from shared.domain.eviction import DEFAULT_MISS_COST
-from shared.domain.jobs import CLAIM_SECONDS
-from shared.domain.objects import Assignment, parse_bucket_id
-from shared.domain.space import Watermarks, footprint, watermarks_for
-from shared.domain.urls import names_host
-from shared.settings.sizes import Size, format_size
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.eviction import DEFAULT_MISS_COST
+from distributor_node.shared.domain.jobs import CLAIM_SECONDS
+from distributor_node.shared.domain.objects import Assignment, parse_bucket_id
+from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
+from distributor_node.shared.domain.urls import names_host
+from distributor_node.shared.settings.sizes import Size, format_size
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 Port = Annotated[int, Field(ge=0, le=65535)]

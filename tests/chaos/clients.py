@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 
-from services.demo.objects import DemoObject
+from distributor_node.services.demo.objects import DemoObject
 from tests.end_to_end.client import Answer, get
 
 REQUEST_SECONDS = 60.0

@@ -12,10 +12,10 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.demo.objects import DemoObject, generated_object
-from services.demo.storage_node import StorageNode
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_redis import RedisStateStore
+from distributor_node.services.demo.objects import DemoObject, generated_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
 from tests.chaos.clients import ClientPool
 from tests.chaos.watchers import VolumeMonitor, process_tree
 from tests.end_to_end.stack import ServiceProcess, Stack

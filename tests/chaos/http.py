@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from services.demo.objects import DemoObject
+from distributor_node.services.demo.objects import DemoObject
 from tests.chaos.harness import ChaosHarness
 from tests.end_to_end.client import Answer, get
 from tests.end_to_end.stack import ServiceProcess

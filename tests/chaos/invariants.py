@@ -6,8 +6,8 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 
-from services.demo.objects import DemoObject
-from shared.domain.space import footprint
+from distributor_node.services.demo.objects import DemoObject
+from distributor_node.shared.domain.space import footprint
 from tests.chaos.harness import ChaosHarness
 
 SETTLE_TIMEOUT = 90.0

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from services.demo.objects import DemoObject
+from distributor_node.services.demo.objects import DemoObject
 from tests.end_to_end.client import get
 
 SLICE_SECONDS = 1.0

@@ -15,8 +15,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from services.demo.faults import Fault, Match
-from services.demo.objects import MIB
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import MIB
 from tests.chaos.clients import ClientPool
 from tests.chaos.figures import record_result
 from tests.chaos.harness import ChaosHarness, chaos_harness, frozen, mixed_objects

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from services.demo.objects import MIB, generated_object
+from distributor_node.services.demo.objects import MIB, generated_object
 from tests.chaos.figures import record_result
 from tests.chaos.harness import ChaosHarness
 from tests.chaos.http import cache_all, get_correct

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.api.fast_path.object_cache import REVALIDATE_SECONDS
-from services.demo.objects import MIB, DemoObject, generated_object
+from distributor_node.services.api.fast_path.object_cache import REVALIDATE_SECONDS
+from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
 from tests.chaos.figures import record_result
 from tests.chaos.harness import ChaosHarness
 from tests.chaos.http import cache_all, events, get_all, get_correct, get_until_complete, metric

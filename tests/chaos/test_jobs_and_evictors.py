@@ -9,7 +9,7 @@ import time
 import aio_pika
 import pytest
 
-from services.demo.objects import MIB, generated_object
+from distributor_node.services.demo.objects import MIB, generated_object
 from tests.chaos.figures import record_result
 from tests.chaos.harness import ChaosHarness, frozen, mixed_objects
 from tests.chaos.http import cache_all, completed_downloads, events, get_correct

@@ -12,8 +12,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from services.demo.faults import Fault
-from services.demo.objects import MIB
+from distributor_node.services.demo.faults import Fault
+from distributor_node.services.demo.objects import MIB
 from tests.chaos.clients import ClientPool
 from tests.chaos.figures import record_result
 from tests.chaos.harness import ChaosHarness, mixed_objects

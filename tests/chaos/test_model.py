@@ -15,18 +15,24 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from services.evictor.adoption import Adoption, PartialReaper
-from services.evictor.eviction import ObjectRemover
-from services.evictor.index import EvictionIndex
-from services.evictor.reconcile import Reconciliation
-from shared.adapters.queue_memory import MemoryJobQueue
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.volume import PartialHeld, Volume
-from shared.domain.eviction import make_policy
-from shared.domain.jobs import Done, FetchJob, HandBack, JobOutcome, RetryPlan, TryLater
-from shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord, entity_tag
-from shared.ports.state_store import AlreadyStored, Granted, Lease, Term
+from distributor_node.services.evictor.adoption import Adoption, PartialReaper
+from distributor_node.services.evictor.eviction import ObjectRemover
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.reconcile import Reconciliation
+from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import PartialHeld, Volume
+from distributor_node.shared.domain.eviction import make_policy
+from distributor_node.shared.domain.jobs import Done, FetchJob, HandBack, JobOutcome, RetryPlan, TryLater
+from distributor_node.shared.domain.objects import (
+    ContentHash,
+    MediaObject,
+    ObjectId,
+    StoredRecord,
+    entity_tag,
+)
+from distributor_node.shared.ports.state_store import AlreadyStored, Granted, Lease, Term
 
 SIZES = {"1": 1000, "2": 5000, "3": 9000, "4": 2500}
 LIMIT = 24_000

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.faults import Fault, Match
-from services.demo.objects import MIB, generated_object
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import MIB, generated_object
 from tests.chaos.figures import record_result
 from tests.chaos.harness import ChaosHarness, chaos_harness, mixed_objects
 from tests.chaos.http import cache_all, completed_downloads, events, get_all, get_correct

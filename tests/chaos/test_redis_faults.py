@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import pytest
 
-from services.demo.objects import MIB
+from distributor_node.services.demo.objects import MIB
 from tests.chaos.figures import record_result
 from tests.chaos.harness import ChaosHarness, mixed_objects
 from tests.chaos.http import cache_all, get_all

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from services.demo.faults import Fault, Match
-from services.demo.objects import MIB, DemoObject, generated_object
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
 from tests.chaos.figures import record_result
 from tests.chaos.harness import ChaosHarness
 from tests.chaos.http import get_correct, get_until_complete, is_correct

@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from shared.domain.jobs import Done, FetchJob, JobOutcome
-from shared.domain.objects import ContentHash, MediaObject, ObjectId
-from shared.ports.job_queue import JobQueue
+from distributor_node.shared.domain.jobs import Done, FetchJob, JobOutcome
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
+from distributor_node.shared.ports.job_queue import JobQueue
 
 Handler = Callable[[FetchJob], Awaitable[JobOutcome]]
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 
 from redis import asyncio as aioredis
 
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_redis import RedisStateStore
-from shared.domain.objects import ObjectId
-from shared.domain.space import Usage
-from shared.ports.state_store import FetchPhase, Granted, Lease, StateStore, Term
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import Usage
+from distributor_node.shared.ports.state_store import FetchPhase, Granted, Lease, StateStore, Term
 
 LIMIT = 1_000_000
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.faults import Fault
-from shared.domain.objects import Assignment, DistributionBucket
+from distributor_node.services.demo.faults import Fault
+from distributor_node.shared.domain.objects import Assignment, DistributionBucket
 from tests.end_to_end.client import Answer
 from tests.integration.assets_harness import STORED_AT, AssetsHarness, assets_harness
 

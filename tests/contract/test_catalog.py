@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.manifest import manifest_text
-from services.demo.objects import DemoObject, bytes_object
-from services.demo.squid import TestSquid
-from services.demo.storage_node import StorageNode
-from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
-from shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
-from shared.adapters.catalogs.manifest import ManifestCatalog
-from shared.adapters.catalogs.origin import OriginCatalog
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import Assignment, ObjectId
-from shared.ports.catalog import Catalog
+from distributor_node.services.demo.manifest import manifest_text
+from distributor_node.services.demo.objects import DemoObject, bytes_object
+from distributor_node.services.demo.squid import TestSquid
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from distributor_node.shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
+from distributor_node.shared.adapters.catalogs.manifest import ManifestCatalog
+from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.objects import Assignment, ObjectId
+from distributor_node.shared.ports.catalog import Catalog
 
 OBJECTS: list[DemoObject] = [
     bytes_object("1", b"a" * 1000, "image/png"),

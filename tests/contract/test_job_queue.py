@@ -9,11 +9,20 @@ from itertools import pairwise
 
 import pytest
 
-from shared.adapters.queue_memory import MemoryJobQueue
-from shared.adapters.queue_rabbitmq import RabbitJobQueue
-from shared.domain.errors import JobQueueUnavailable
-from shared.domain.jobs import Done, FetchJob, HandBack, Hopeless, JobOutcome, LookAgain, RetryPlan, TryLater
-from shared.ports.job_queue import JobQueue
+from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
+from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
+from distributor_node.shared.domain.errors import JobQueueUnavailable
+from distributor_node.shared.domain.jobs import (
+    Done,
+    FetchJob,
+    HandBack,
+    Hopeless,
+    JobOutcome,
+    LookAgain,
+    RetryPlan,
+    TryLater,
+)
+from distributor_node.shared.ports.job_queue import JobQueue
 from tests.contract.queue_harness import consuming, make_job, wait_for_depth
 
 

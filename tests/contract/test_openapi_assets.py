@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from services.demo.faults import Fault, Match
-from shared.domain.objects import Assignment, DistributionBucket
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.shared.domain.objects import Assignment, DistributionBucket
 from tests.integration.assets_harness import AssetsHarness, ManualFetch, assets_harness
 
 SIZE = 5000
@@ -64,7 +64,7 @@ class Described:
 
 @pytest.fixture
 async def described(tmp_path: Path) -> AsyncIterator[Described]:
-    document = json.loads(files("services.api").joinpath("openapi.json").read_text())
+    document = json.loads(files("distributor_node.services.api").joinpath("openapi.json").read_text())
     async with assets_harness(tmp_path, first_byte_wait=0.05, proxied_first_byte_wait=0.5) as harness:
         for object_id in (STORED, PENDING, MISSING, BROKEN, SLOW):
             harness.add(object_id, SIZE, buckets=OURS)

@@ -18,14 +18,16 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from services.api.operator.app import TokenAuthenticator, build_operator_app, operator_api
-from services.api.operator.commands import OperatorCommands, OperatorQueries
-from services.api.operator.warming import CacheWarmer
-from services.api.sanic_app import public_path, unregister_application
+from distributor_node.services.api.operator.app import TokenAuthenticator, build_operator_app, operator_api
+from distributor_node.services.api.operator.commands import OperatorCommands, OperatorQueries
+from distributor_node.services.api.operator.warming import CacheWarmer
+from distributor_node.services.api.sanic_app import public_path, unregister_application
 from tests.servers.api_fixture import FakeAssets, running_api
 from tests.servers.operator_token import SECRET, sign
 
-DOCUMENT: dict[str, Any] = json.loads(files("services.api.operator").joinpath("openapi.json").read_text())
+DOCUMENT: dict[str, Any] = json.loads(
+    files("distributor_node.services.api.operator").joinpath("openapi.json").read_text()
+)
 CHECKS = [
     not_a_server_error,
     status_code_conformance,

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.demo.faults import Fault, Match
-from services.demo.objects import bytes_object
-from services.demo.storage_node import StorageNode
-from shared.adapters.catalogs.origin import OriginCatalog
-from shared.domain.errors import CatalogUnavailable, ConfigurationError
-from shared.domain.objects import ObjectId
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError
+from distributor_node.shared.domain.objects import ObjectId
 
 ONE = ObjectId("1")
 HEAD, GET = Match(method="HEAD"), Match(method="GET")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from shared.adapters.state_memory.caches import MemorySharedCatalogCache
-from shared.adapters.state_redis.caches import RedisSharedCatalogCache
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
-from shared.ports.catalog import CacheLookup, SharedCatalogCache
+from distributor_node.shared.adapters.state_memory.caches import MemorySharedCatalogCache
+from distributor_node.shared.adapters.state_redis.caches import RedisSharedCatalogCache
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
+from distributor_node.shared.ports.catalog import CacheLookup, SharedCatalogCache
 from tests.contract.state_harness import FakeClock
 
 ONE, TWO = ObjectId("1"), ObjectId("2")

@@ -8,13 +8,18 @@ from dataclasses import dataclass
 
 import pytest
 
-from shared.adapters.sources.health import SourceHealthRegistry, SourceStatsSync
-from shared.adapters.state_memory.caches import MemorySharedSourceStats
-from shared.adapters.state_redis.caches import RedisSharedSourceStats
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.source_order import SourceHealth, SourceStatsDelta
-from shared.ports.source_stats import MAX_CORRUPTED_COPIES, CorruptedCopy, SharedSources, SharedSourceStats
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry, SourceStatsSync
+from distributor_node.shared.adapters.state_memory.caches import MemorySharedSourceStats
+from distributor_node.shared.adapters.state_redis.caches import RedisSharedSourceStats
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta
+from distributor_node.shared.ports.source_stats import (
+    MAX_CORRUPTED_COPIES,
+    CorruptedCopy,
+    SharedSources,
+    SharedSourceStats,
+)
 from tests.contract.state_harness import FakeClock
 
 ONE, TWO = ObjectId("1"), ObjectId("2")

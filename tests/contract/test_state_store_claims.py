@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import (
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import (
     FetchPhase,
     Granted,
 )

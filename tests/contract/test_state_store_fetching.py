@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from shared.domain.objects import ObjectId
-from shared.domain.space import RECORD_BYTES, footprint
-from shared.ports.state_store import (
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import RECORD_BYTES, footprint
+from distributor_node.shared.ports.state_store import (
     AlreadyStored,
     FetchPhase,
     Granted,

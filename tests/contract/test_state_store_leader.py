@@ -6,9 +6,9 @@ import asyncio
 import time
 from dataclasses import replace
 
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import (
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import (
     ACCESS_TIME_RESOLUTION,
     AlreadyStored,
     FetchPhase,

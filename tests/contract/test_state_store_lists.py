@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import (
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import (
     Access,
     Announcement,
     FetchPhase,

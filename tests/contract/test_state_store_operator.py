@@ -6,10 +6,10 @@ import asyncio
 import time
 from dataclasses import replace
 
-from shared.domain.objects import ObjectId
-from shared.domain.operator_state import OperatorState, OperatorStateSnapshot, WarmingScope
-from shared.domain.space import footprint
-from shared.ports.state_store import Announcement, PurgeRequest, Topic
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot, WarmingScope
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import Announcement, PurgeRequest, Topic
 from tests.contract.state_harness import ONE, THREE, TWO, Harness
 
 STOPPED = OperatorState(

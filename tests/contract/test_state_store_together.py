@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import FetchPhase, Granted, IndexEntry, Lease, StateStore, Term
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import FetchPhase, Granted, IndexEntry, Lease, StateStore, Term
 from tests.contract.state_harness import LONG, Harness, memory_harness, redis_harness
 
 LIMIT = 6000

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.manifest import manifest_text
-from services.demo.objects import GeneratedContent, demo_objects
+from distributor_node.services.demo.manifest import manifest_text
+from distributor_node.services.demo.objects import GeneratedContent, demo_objects
 from tests.docker.compose import ROOT, ComposeStack
 from tests.docker.harness import (
     ENDLESS,

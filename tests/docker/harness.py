@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.demo.faults import Fault, Match, Rule
-from services.demo.objects import DemoObject
+from distributor_node.services.demo.faults import Fault, Match, Rule
+from distributor_node.services.demo.objects import DemoObject
 from tests.docker.compose import ComposeStack
 from tests.end_to_end.client import Answer, get
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from services.demo.faults import Fault, Match, Rule
+from distributor_node.services.demo.faults import Fault, Match, Rule
 from tests.docker.compose import ROOT, until
 from tests.docker.harness import LARGE_OBJECTS, Harness, fetch_json
 from tests.end_to_end.client import get

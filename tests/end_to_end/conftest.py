@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from redis import asyncio as aioredis
 
-from services.demo.objects import DemoObject
-from services.demo.storage_node import StorageNode
+from distributor_node.services.demo.objects import DemoObject
+from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.stack import Stack
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.objects import MIB, generated_object
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.volume import Volume
-from shared.domain.objects import ObjectId, StoredRecord, entity_tag
-from shared.domain.space import footprint
-from shared.ports.state_store import Access, Granted, IndexEntry
+from distributor_node.services.demo.objects import MIB, generated_object
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord, entity_tag
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import Access, Granted, IndexEntry
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
 from tests.end_to_end.stack import ServiceProcess, Stack

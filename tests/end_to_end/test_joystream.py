@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from services.demo.objects import MIB, DemoObject, generated_object
-from services.demo.squid import SquidFaults, TestChain, TestSquid
-from services.demo.squid.world import make_squid_data
-from services.demo.storage_node import StorageNode
+from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
+from distributor_node.services.demo.squid import SquidFaults, TestChain, TestSquid
+from distributor_node.services.demo.squid.world import make_squid_data
+from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
 from tests.end_to_end.operator_client import OperatorClient, until

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from services.demo.objects import DemoObject, generated_object
-from services.demo.squid import TestSquid
-from services.demo.squid.world import make_squid_data
-from services.demo.storage_node import StorageNode
+from distributor_node.services.demo.objects import DemoObject, generated_object
+from distributor_node.services.demo.squid import TestSquid
+from distributor_node.services.demo.squid.world import make_squid_data
+from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.stack import Stack
 from tests.end_to_end.test_one_get import assert_whole, body_of
@@ -89,14 +89,28 @@ class Harness:
                 }
             )
         )
-        command = [sys.executable, "-m", "services.command_line", "import-config", str(config)]
+        command = [
+            sys.executable,
+            "-m",
+            "distributor_node.services.command_line",
+            "import-config",
+            str(config),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert "limits.pendingDownloadTimeoutSec has no equal" in done.stderr
         ours = self.folder / "ours.yaml"
         ours.write_text(done.stdout)
         assert "refuse_private_sources: true" in done.stdout
         self.stack.environment["DISTRIBUTOR_CATALOG__REFUSE_PRIVATE_SOURCES"] = "false"  # all is local here
-        check = [sys.executable, "-m", "services.command_line", "config", "check", "--config", str(ours)]
+        check = [
+            sys.executable,
+            "-m",
+            "distributor_node.services.command_line",
+            "config",
+            "check",
+            "--config",
+            str(ours),
+        ]
         subprocess.run(check, capture_output=True, check=True)
         self.stack.config = ours
         self.stack.volume = self.data

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from services.demo.faults import Fault, Match
-from services.demo.objects import MIB, DemoObject, generated_object
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
 from tests.end_to_end.client import Answer, get
 from tests.end_to_end.conftest import Harness
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from services.demo.faults import Fault, Match
-from services.demo.objects import MIB, generated_object
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import MIB, generated_object
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
 from tests.end_to_end.operator_client import (

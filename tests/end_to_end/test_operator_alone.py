@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from services.demo.objects import MIB, generated_object
-from services.demo.storage_node import StorageNode
+from distributor_node.services.demo.objects import MIB, generated_object
+from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
 from tests.end_to_end.operator_client import OperatorClient, refuses_connections, until
@@ -45,7 +45,15 @@ async def command(
     url = f"http://127.0.0.1:{operator.port}"
     return await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-m", "services.command_line", "operator", "--url", url, *arguments],
+        [
+            sys.executable,
+            "-m",
+            "distributor_node.services.command_line",
+            "operator",
+            "--url",
+            url,
+            *arguments,
+        ],
         env={**os.environ, **given},
         input=stdin,
         capture_output=True,

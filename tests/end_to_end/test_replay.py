@@ -17,7 +17,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.traces import KINDS, MB, Kind, Parameters, Trace
-from services.demo.objects import generated_object
+from distributor_node.services.demo.objects import generated_object
 from tests.end_to_end.client import get, read_answer
 from tests.end_to_end.conftest import Harness
 from tests.end_to_end.stack import Stack
@@ -138,7 +138,7 @@ def by_replay(stack: Stack, limit: int) -> tuple[Told, float, float]:
     (api,) = stack.of("api")
     options = ["--config", str(stack.config), "--size", str(limit), "--policy", "lru"]
     done = subprocess.run(
-        [sys.executable, "-m", "services.command_line", "replay", str(api.log), *options],
+        [sys.executable, "-m", "distributor_node.services.command_line", "replay", str(api.log), *options],
         env={**os.environ, **stack.environment},
         check=True,
         capture_output=True,

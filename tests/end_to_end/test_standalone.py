@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.faults import Fault, Match
-from services.demo.objects import MIB, generated_object
-from services.demo.storage_node import StorageNode
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import MIB, generated_object
+from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
 from tests.end_to_end.stack import Stack

@@ -10,24 +10,30 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from services.api.context import ApiContext
-from services.api.service import make_context, serve_api
-from services.demo.objects import GeneratedContent, bytes_object
-from services.demo.storage_node import StorageNode
-from shared.adapters.queue_memory import MemoryJobQueue
-from shared.adapters.sources.client import SourceClient
-from shared.adapters.sources.connections import SourceLimits
-from shared.adapters.sources.failover import FailoverReader
-from shared.adapters.sources.health import SourceHealthRegistry
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.volume import PartialFile, Volume
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.jobs import RetryPlan
-from shared.domain.objects import Assignment, ContentHash, MediaObject, ObjectId, StoredRecord
-from shared.ports.state_store import Granted, Lease, StateStore
-from shared.settings.model import Settings
+from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.service import make_context, serve_api
+from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
+from distributor_node.shared.adapters.sources.client import SourceClient
+from distributor_node.shared.adapters.sources.connections import SourceLimits
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.volume import PartialFile, Volume
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.jobs import RetryPlan
+from distributor_node.shared.domain.objects import (
+    Assignment,
+    ContentHash,
+    MediaObject,
+    ObjectId,
+    StoredRecord,
+)
+from distributor_node.shared.ports.state_store import Granted, Lease, StateStore
+from distributor_node.shared.settings.model import Settings
 from tests.end_to_end.client import Answer, get
 
 KIB, MIB = 1024, 1024 * 1024

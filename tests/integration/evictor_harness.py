@@ -13,16 +13,23 @@ from typing import Any
 
 from blake3 import blake3
 
-from services.evictor.evictor import Evictor
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.volume import PartialFile, Volume
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import Assignment, ContentHash, MediaObject, ObjectId, StoredRecord, entity_tag
-from shared.domain.space import footprint
-from shared.ports.state_store import Fetch, Granted, IndexEntry, Lease, StateStore, Term
-from shared.settings.model import Settings
+from distributor_node.services.evictor.evictor import Evictor
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.volume import PartialFile, Volume
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.objects import (
+    Assignment,
+    ContentHash,
+    MediaObject,
+    ObjectId,
+    StoredRecord,
+    entity_tag,
+)
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import Fetch, Granted, IndexEntry, Lease, StateStore, Term
+from distributor_node.shared.settings.model import Settings
 
 SIZE = 20_000
 LIMIT = 10 * footprint(SIZE)

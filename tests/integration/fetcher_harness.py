@@ -9,22 +9,22 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.demo.objects import DemoObject, bytes_object
-from services.demo.storage_node import StorageNode
-from services.fetcher.admission import Admission, AdmissionRules
-from services.fetcher.download import FetchDeps, FetchRunner
-from services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
-from services.fetcher.lease import LeaseTimes
-from shared.adapters.sources import SourceClient, SourceLimits
-from shared.adapters.sources.failover import FailoverReader
-from shared.adapters.sources.health import SourceHealthRegistry
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.volume import Volume
-from shared.domain.jobs import FetchJob, RetryPlan
-from shared.domain.objects import ContentHash, MediaObject, ObjectId
-from shared.ports.state_store import Term
-from shared.runtime.threads import BlockingPool
+from distributor_node.services.demo.objects import DemoObject, bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.services.fetcher.admission import Admission, AdmissionRules
+from distributor_node.services.fetcher.download import FetchDeps, FetchRunner
+from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
+from distributor_node.services.fetcher.lease import LeaseTimes
+from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
+from distributor_node.shared.ports.state_store import Term
+from distributor_node.shared.runtime.threads import BlockingPool
 
 LIMITS = SourceLimits(connect_timeout=2, first_byte_timeout=0.5, stall_timeout=0.5, minimum_rate=1)
 OBJECT_ID = ObjectId.parse("7")

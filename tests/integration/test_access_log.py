@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from services.replay.access_logs import parse_line
+from distributor_node.services.replay.access_logs import parse_line
 from tests.integration.assets_harness import KIB, assets_harness
 
 SIZE = 40 * KIB

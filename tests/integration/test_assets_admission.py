@@ -7,9 +7,9 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY
 
-from shared.domain.admission import VIEW_WINDOW
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import IndexEntry
+from distributor_node.shared.domain.admission import VIEW_WINDOW
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import IndexEntry
 from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness
 
 SIZE = MIB + 7

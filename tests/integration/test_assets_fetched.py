@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.faults import Fault, Match
-from services.fetcher.admission import Admission, AdmissionRules
-from services.fetcher.download import FetchDeps, FetchRunner
-from services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
-from services.fetcher.lease import LeaseTimes
-from shared.runtime.threads import BlockingPool
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.fetcher.admission import Admission, AdmissionRules
+from distributor_node.services.fetcher.download import FetchDeps, FetchRunner
+from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
+from distributor_node.services.fetcher.lease import LeaseTimes
+from distributor_node.shared.runtime.threads import BlockingPool
 from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness
 from tests.integration.fetcher_harness import RETRIES
 

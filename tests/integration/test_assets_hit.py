@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.adapters.volume import RemovalState
-from shared.domain.objects import ObjectId
+from distributor_node.shared.adapters.volume import RemovalState
+from distributor_node.shared.domain.objects import ObjectId
 from tests.end_to_end.client import Answer, read_answer
 from tests.integration.assets_harness import MIB, STORED_AT, AssetsHarness, assets_harness
 

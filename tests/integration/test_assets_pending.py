@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from services.api.assets.decision import UNVERIFIED_TAIL_BYTES
-from services.demo.faults import Fault
-from shared.adapters.volume import RemovalState
-from shared.domain.objects import ObjectId
+from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES
+from distributor_node.services.demo.faults import Fault
+from distributor_node.shared.adapters.volume import RemovalState
+from distributor_node.shared.domain.objects import ObjectId
 from tests.end_to_end.client import Answer, read_answer
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from services.api.assets.decision import UNVERIFIED_TAIL_BYTES
-from services.demo.faults import Fault, Match
-from shared.domain.objects import Assignment, DistributionBucket, ObjectId
-from shared.ports.state_store import FetchPhase
+from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.shared.domain.objects import Assignment, DistributionBucket, ObjectId
+from distributor_node.shared.ports.state_store import FetchPhase
 from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness
 
 SIZE = MIB + 7

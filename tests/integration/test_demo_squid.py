@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from services.demo.objects import bytes_object
-from services.demo.squid import SquidFaults, TestSquid
+from distributor_node.services.demo.objects import bytes_object
+from distributor_node.services.demo.squid import SquidFaults, TestSquid
 
 ROOT = Path(__file__).parents[2]
 QUESTION = {
@@ -77,7 +77,7 @@ async def test_the_squid_as_a_process() -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "services.demo.squid",
+        "distributor_node.services.demo.squid",
         *("--port", "0", "--worker", "7=0:1", "--node", "http://127.0.0.1:3390", "--print-port"),
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,

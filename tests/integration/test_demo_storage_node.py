@@ -10,10 +10,15 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from services.demo.faults import Fault, Match
-from services.demo.manifest import DEMO_DIRECTORY
-from services.demo.objects import GeneratedContent, bytes_object, demo_objects, generated_object
-from services.demo.storage_node import Site, StorageNode
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.manifest import DEMO_DIRECTORY
+from distributor_node.services.demo.objects import (
+    GeneratedContent,
+    bytes_object,
+    demo_objects,
+    generated_object,
+)
+from distributor_node.services.demo.storage_node import Site, StorageNode
 
 DATA = GeneratedContent(7, 100_000).read(0, 100_000)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.observability.metrics import EVICTIONS, RECONCILED, SCRUBBED_OBJECTS
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.observability.metrics import EVICTIONS, RECONCILED, SCRUBBED_OBJECTS
 from tests.integration.evictor_harness import (
     SIZE,
     EvictorHarness,

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from services.evictor.assignment import AssignmentCheck
-from services.evictor.eviction import ObjectRemover
-from services.evictor.index import EvictionIndex
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.volume import Volume
-from shared.domain.eviction import LruSp, PolicyEntry
-from shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
-from shared.ports.state_store import IndexEntry, Term
+from distributor_node.services.evictor.assignment import AssignmentCheck
+from distributor_node.services.evictor.eviction import ObjectRemover
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.eviction import LruSp, PolicyEntry
+from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
+from distributor_node.shared.ports.state_store import IndexEntry, Term
 from tests.integration.evictor_harness import ListedCatalog
 
 OLD, NEW = Assignment(frozenset({"0:1"})), Assignment(frozenset({"0:2"}))

@@ -10,14 +10,14 @@ from random import Random
 
 import pytest
 
-from services.evictor.index import EvictionIndex
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.volume import Volume
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.eviction import make_policy
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import Access, Granted, IndexEntry, PolicyState, Term
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.eviction import make_policy
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import Access, Granted, IndexEntry, PolicyState, Term
 from tests.integration.evictor_harness import body_of, record_of
 
 COUNT, AT_ONCE = 2500, 1000

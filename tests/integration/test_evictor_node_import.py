@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from services.evictor.node_import import ImportCopier, NodeImport
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.volume import Volume
-from shared.adapters.volume.intake import ImportSource
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import Lease
+from distributor_node.services.evictor.node_import import ImportCopier, NodeImport
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.intake import ImportSource
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import Lease
 from tests.integration.evictor_harness import SIZE, ListedCatalog, body_of, media_object
 
 MEMORY = Path("/dev/shm")

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.volume.operator_state_file import read_operator_state, write_operator_state
-from shared.domain.objects import ObjectId
-from shared.domain.operator_state import OperatorState, OperatorStateSnapshot
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume.operator_state_file import (
+    read_operator_state,
+    write_operator_state,
+)
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
 from tests.integration.evictor_harness import SIZE, EvictorHarness, body_of, eventually, evictor_harness
 
 ONE, TWO, THREE = (ObjectId(name) for name in ("one", "two", "three"))

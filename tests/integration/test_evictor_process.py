@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from shared.domain.space import watermarks_for
+from distributor_node.shared.domain.space import watermarks_for
 from tests.integration.evictor_harness import LIMIT, EvictorHarness, eventually, evictor_harness
 from tests.servers.redis_server import free_port
 
@@ -45,7 +45,7 @@ async def start(harness: EvictorHarness, where: Where, port: int) -> asyncio.sub
         "DISTRIBUTOR_METRICS__HOST": "127.0.0.1",
         "DISTRIBUTOR_METRICS__PORT": str(port),
     }
-    command = (sys.executable, "-m", "services.command_line", "evictor")
+    command = (sys.executable, "-m", "distributor_node.services.command_line", "evictor")
     with (harness.root.parent / f"evictor-{port}.log").open("wb") as log:
         return await asyncio.create_subprocess_exec(
             *command, env={**os.environ, **environment}, stdout=log, stderr=log

@@ -14,12 +14,12 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from shared.adapters.volume import Volume
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import Access, FetchPhase, NotReconciled
-from shared.settings.model import EvictorSettings
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import Access, FetchPhase, NotReconciled
+from distributor_node.shared.settings.model import EvictorSettings
 from tests.integration.evictor_harness import (
     LIMIT,
     SIZE,

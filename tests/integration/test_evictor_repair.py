@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from services.evictor.eviction import ObjectRemover
-from services.evictor.index import EvictionIndex
-from services.evictor.integrity import Repair
-from services.evictor.node_import import NodeImport
-from shared.adapters.volume.intake import ImportSource
-from shared.domain.eviction import Lru
-from shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
+from distributor_node.services.evictor.eviction import ObjectRemover
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.integrity import Repair
+from distributor_node.services.evictor.node_import import NodeImport
+from distributor_node.shared.adapters.volume.intake import ImportSource
+from distributor_node.shared.domain.eviction import Lru
+from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
 from tests.integration.evictor_harness import EvictorHarness, body_of, evictor_harness, media_object
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from shared.adapters.volume import Volume
-from shared.domain.errors import VolumeFull
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import Access, Granted
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import VolumeFull
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import Access, Granted
 from tests.integration.evictor_harness import (
     LIMIT,
     SIZE,

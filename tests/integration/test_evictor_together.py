@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from services.evictor.eviction import ObjectRemover, RemovalOutcome
-from services.evictor.index import EvictionIndex
-from services.evictor.leader_election import LeaderElection
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.volume import RemovalState
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.eviction import LruSp
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import HeldElsewhere, Term
+from distributor_node.services.evictor.eviction import ObjectRemover, RemovalOutcome
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.leader_election import LeaderElection
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import RemovalState
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.eviction import LruSp
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import HeldElsewhere, Term
 from tests.integration.evictor_harness import (
     LEADERSHIP,
     LIMIT,

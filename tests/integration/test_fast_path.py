@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-import services.api.fast_path.handler as building
-from shared.adapters.volume import RemovalState
-from shared.domain.conditionals import parse_http_date
-from shared.domain.objects import ObjectId
+import distributor_node.services.api.fast_path.handler as building
+from distributor_node.shared.adapters.volume import RemovalState
+from distributor_node.shared.domain.conditionals import parse_http_date
+from distributor_node.shared.domain.objects import ObjectId
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
 
 LARGE = 12 * MIB + 5
@@ -293,7 +293,7 @@ async def test_an_unexpected_error_ends_the_connection(
 
     before = counted("distributor_aborted_responses_total", reason="unexpected_error")
     monkeypatch.setattr(harness.context.accesses, "touch", failing)
-    monkeypatch.setattr("services.api.fast_path.protocol.ACCESS_RENEWAL_INTERVAL", 0.0)
+    monkeypatch.setattr("distributor_node.services.api.fast_path.protocol.ACCESS_RENEWAL_INTERVAL", 0.0)
     reader, writer = await harness.connect()
     writer.write(ask("2"))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):

@@ -21,7 +21,7 @@ import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.api.fast_path.handler import FastPath
+from distributor_node.services.api.fast_path.handler import FastPath
 from tests.integration.assets_harness import KIB, STORED_AT, assets_harness
 
 SIZES = {"1": 10, "2": 10_000, "3": 64 * KIB, "4": 700 * KIB, "5": 1, "6": 0}

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import REGISTRY
 
-from services.demo.faults import Fault, Match
-from services.demo.objects import GeneratedContent, bytes_object
-from shared.domain.jobs import Done, HandBack, TryLater
-from shared.domain.objects import MediaObject
-from shared.domain.space import footprint
-from shared.ports.state_store import FetchPhase
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.shared.domain.jobs import Done, HandBack, TryLater
+from distributor_node.shared.domain.objects import MediaObject
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import FetchPhase
 from tests.integration.fetcher_harness import OBJECT_ID, Harness, fetcher_harness
 
 SIZE = 3 * 1024 * 1024 + 17

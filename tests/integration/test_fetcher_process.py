@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.faults import Fault, Match
-from services.demo.objects import GeneratedContent, bytes_object
-from services.demo.storage_node import StorageNode
-from shared.adapters.queue_rabbitmq import RabbitJobQueue
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.volume import Volume
-from shared.domain.jobs import FetchJob, RetryPlan
-from shared.domain.objects import MediaObject, ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import FetchPhase
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import FetchPhase
 from tests.end_to_end.stack import ServiceProcess, Stack
 from tests.integration.fetcher_harness import hash_of, until
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.faults import Fault, Match
-from services.demo.objects import GeneratedContent
-from shared.adapters.queue_memory import MemoryJobQueue
-from shared.adapters.volume import Volume
-from shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, RetryPlan, TryLater
-from shared.domain.objects import MediaObject, ObjectId, StoredRecord
-from shared.domain.space import footprint
-from shared.ports.state_store import FetchPhase, Granted, IndexEntry, Topic
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import GeneratedContent
+from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, RetryPlan, TryLater
+from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import FetchPhase, Granted, IndexEntry, Topic
 from tests.integration.fetcher_harness import LIMIT, OBJECT_ID, Harness, fetcher_harness, until
 from tests.mounting import small_file_system
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from services.fetcher.admission import Admission, AdmissionRules
-from services.fetcher.download import FetchDeps, FetchRunner
-from services.fetcher.fetcher import FailureRecorder, Worker
-from shared.domain.jobs import Done, FetchJob
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import FetchPhase, Granted
+from distributor_node.services.fetcher.admission import Admission, AdmissionRules
+from distributor_node.services.fetcher.download import FetchDeps, FetchRunner
+from distributor_node.services.fetcher.fetcher import FailureRecorder, Worker
+from distributor_node.shared.domain.jobs import Done, FetchJob
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import FetchPhase, Granted
 from tests.integration.fetcher_harness import OBJECT_ID, RETRIES, Harness, fetcher_harness
 
 DATA = b"warm" * 5000

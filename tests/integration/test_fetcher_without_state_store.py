@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.faults import Fault, Match
-from services.demo.objects import GeneratedContent
-from shared.adapters.state_memory import MemoryStateStore
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.jobs import Done, JobOutcome, TryLater
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import BeginResult, Lease
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import GeneratedContent
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.jobs import Done, JobOutcome, TryLater
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import BeginResult, Lease
 from tests.integration.fetcher_harness import Harness, fetcher_harness
 
 SIZE = 2 * 1024 * 1024

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from services.api.graceful_shutdown import drain_accept_queue
+from distributor_node.services.api.graceful_shutdown import drain_accept_queue
 from tests.servers.api_fixture import FakeAssets, running_api
 
 ASK = b"GET /api/v1/assets/any HTTP/1.1\r\nHost: a\r\n\r\n"

@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from services.demo.manifest import known_hash
-from services.demo.objects import BytesContent, DemoObject, bytes_object
-from services.demo.squid import SquidFaults, StorageBucket, TestSquid
-from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
-from shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits, SquidStatus
-from shared.domain.errors import CatalogUnavailable, ConfigurationError
-from shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
+from distributor_node.services.demo.manifest import known_hash
+from distributor_node.services.demo.objects import BytesContent, DemoObject, bytes_object
+from distributor_node.services.demo.squid import SquidFaults, StorageBucket, TestSquid
+from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from distributor_node.shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits, SquidStatus
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError
+from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
 
 pytestmark = pytest.mark.alone
 

@@ -10,10 +10,10 @@ import pytest
 from pydantic import ValidationError
 from websockets.asyncio.server import ServerConnection, serve
 
-from services.demo.squid import TestChain, TestSquid
-from shared.adapters.catalogs.joystream import ChainHead
-from shared.domain.errors import CatalogUnavailable
-from shared.settings.model import Settings
+from distributor_node.services.demo.squid import TestChain, TestSquid
+from distributor_node.shared.adapters.catalogs.joystream import ChainHead
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.settings.model import Settings
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from services.demo.objects import bytes_object
-from services.demo.squid import SquidFaults, TestSquid
-from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
-from shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
-from shared.adapters.state_redis.caches import RedisSharedCatalogCache
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import ObjectId
+from distributor_node.services.demo.objects import bytes_object
+from distributor_node.services.demo.squid import SquidFaults, TestSquid
+from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from distributor_node.shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
+from distributor_node.shared.adapters.state_redis.caches import RedisSharedCatalogCache
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.objects import ObjectId
 from tests.servers.redis_server import RedisServer
 
 ONE, NOBODY = ObjectId("1"), ObjectId("404")

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from services.api.fast_path.object_cache import (
+from distributor_node.services.api.fast_path.object_cache import (
     IDLE_SECONDS,
     MAX_IN_MEMORY,
     REVALIDATE_SECONDS,
     CachedObject,
     OpenObjectCache,
 )
-from shared.adapters.volume import RemovalState, Volume
-from shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.adapters.volume import RemovalState, Volume
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 SMALL, LARGE = 1000, MAX_IN_MEMORY + 1
 LATER = REVALIDATE_SECONDS + 0.01

@@ -13,21 +13,25 @@ from typing import Any
 
 import pytest
 
-from services.api.operator.app import operator_api
-from services.api.operator.commands import MAX_PINS
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.volume.operator_state_file import NAME, read_operator_state, write_operator_state
-from shared.domain.objects import Assignment, ObjectId
-from shared.domain.operator_state import (
+from distributor_node.services.api.operator.app import operator_api
+from distributor_node.services.api.operator.commands import MAX_PINS
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.volume.operator_state_file import (
+    NAME,
+    read_operator_state,
+    write_operator_state,
+)
+from distributor_node.shared.domain.objects import Assignment, ObjectId
+from distributor_node.shared.domain.operator_state import (
     OperatorState,
     OperatorStateSnapshot,
     WarmingScope,
     decode_snapshot,
     encode_snapshot,
 )
-from shared.runtime.operator_state import OperatorStateWatcher
-from shared.settings.model import Settings
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.settings.model import Settings
 from tests.end_to_end.client import Answer, exchange
 from tests.end_to_end.operator_client import OperatorClient
 from tests.servers.api_fixture import FakeAssets, RunningApi, running_api

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from services.api.routes import build_app
-from services.api.sanic_app import unregister_application
-from services.api.server import ListenAddress, PublicServer
-from services.api.service import OperatorStateController
-from shared.domain.operator_state import OperatorState
+from distributor_node.services.api.routes import build_app
+from distributor_node.services.api.sanic_app import unregister_application
+from distributor_node.services.api.server import ListenAddress, PublicServer
+from distributor_node.services.api.service import OperatorStateController
+from distributor_node.shared.domain.operator_state import OperatorState
 from tests.servers.api_fixture import FakeAssets, running_api
 
 

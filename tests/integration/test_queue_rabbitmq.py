@@ -9,10 +9,10 @@ import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
-from shared.adapters.queue_rabbitmq import RabbitJobQueue
-from shared.adapters.queue_rabbitmq.topology import Topology
-from shared.domain.errors import ConfigurationError, JobQueueUnavailable
-from shared.domain.jobs import Hopeless, JobOutcome, RetryPlan, encode_job
+from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
+from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology
+from distributor_node.shared.domain.errors import ConfigurationError, JobQueueUnavailable
+from distributor_node.shared.domain.jobs import Hopeless, JobOutcome, RetryPlan, encode_job
 from tests.contract.queue_harness import consuming, done, make_job, wait_for_depth
 
 pytestmark = pytest.mark.servers

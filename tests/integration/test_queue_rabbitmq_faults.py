@@ -10,9 +10,9 @@ from collections.abc import AsyncIterator
 import pytest
 from prometheus_client import REGISTRY
 
-from shared.adapters.queue_rabbitmq import RabbitJobQueue
-from shared.domain.errors import JobQueueUnavailable
-from shared.domain.jobs import Done, FetchJob, JobOutcome, RetryPlan, TryLater
+from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
+from distributor_node.shared.domain.errors import JobQueueUnavailable
+from distributor_node.shared.domain.jobs import Done, FetchJob, JobOutcome, RetryPlan, TryLater
 from tests.contract.queue_harness import consuming, make_job, wait_for_depth
 from tests.servers.rabbitmq_server import RabbitServer
 

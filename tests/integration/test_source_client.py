@@ -10,11 +10,11 @@ from dataclasses import replace
 
 import pytest
 
-from services.demo.faults import Fault, Match
-from services.demo.objects import GeneratedContent, bytes_object
-from services.demo.storage_node import StorageNode
-from shared.adapters.sources import SourceClient, SourceLimits, SourceObservation
-from shared.domain.errors import (
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.sources import SourceClient, SourceLimits, SourceObservation
+from distributor_node.shared.domain.errors import (
     InvalidInput,
     SourceError,
     SourceRefused,
@@ -22,7 +22,7 @@ from shared.domain.errors import (
     SourceUnreachable,
     SourceWrong,
 )
-from shared.domain.ranges import ByteRange
+from distributor_node.shared.domain.ranges import ByteRange
 from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 3_000_000

@@ -11,21 +11,21 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from services.demo.faults import Fault, Match, Rule
-from services.demo.objects import GeneratedContent, bytes_object
-from services.demo.storage_node import StorageNode
-from shared.adapters.sources import SourceClient, SourceLimits
-from shared.adapters.sources.client import SourceObservation
-from shared.adapters.sources.failover import FailoverReader
-from shared.adapters.sources.health import SourceHealthRegistry
-from shared.domain.errors import (
+from distributor_node.services.demo.faults import Fault, Match, Rule
+from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
+from distributor_node.shared.adapters.sources.client import SourceObservation
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     SourceRefused,
     SourceTooSlow,
     SourceUnreachable,
     SourceWrong,
 )
-from shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 100_000

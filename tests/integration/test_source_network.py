@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from services.demo.faults import Fault
-from services.demo.objects import GeneratedContent, bytes_object
-from services.demo.storage_node import StorageNode
-from shared.adapters.sources import SourceClient, SourceLimits
-from shared.adapters.sources.network import connect, interleave
-from shared.domain.errors import SourceTooSlow, SourceUnreachable
-from shared.domain.ranges import ByteRange
+from distributor_node.services.demo.faults import Fault
+from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
+from distributor_node.shared.adapters.sources.network import connect, interleave
+from distributor_node.shared.domain.errors import SourceTooSlow, SourceUnreachable
+from distributor_node.shared.domain.ranges import ByteRange
 from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 12_000_000

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from shared.adapters.sources.health import SourceHealthRegistry
-from shared.adapters.sources.prober import SourceProber
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.adapters.sources.prober import SourceProber
 
 AT_ONCE = 10
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"

@@ -11,13 +11,13 @@ import pytest
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_redis import RedisStateStore
-from shared.domain.errors import ConfigurationError, StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.operator_state import OperatorState, OperatorStateSnapshot, WarmingScope
-from shared.observability.metrics import STATE_STORE_ERRORS
-from shared.ports.state_store import (
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot, WarmingScope
+from distributor_node.shared.observability.metrics import STATE_STORE_ERRORS
+from distributor_node.shared.ports.state_store import (
     Access,
     AlreadyStored,
     Announcement,

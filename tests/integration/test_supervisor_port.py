@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from services.api.server import ListenAddress, bind
-from services.api.supervisor import reserve_port
-from shared.domain.errors import ConfigurationError
+from distributor_node.services.api.server import ListenAddress, bind
+from distributor_node.services.api.supervisor import reserve_port
+from distributor_node.shared.domain.errors import ConfigurationError
 
 ANY = ListenAddress("127.0.0.1", 0)
 

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from services.api.operator.warming import REPORT_INTERVAL, CacheWarmer
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.operator_state import Warming, WarmingScope
-from shared.ports.state_store import Claim
+from distributor_node.services.api.operator.warming import REPORT_INTERVAL, CacheWarmer
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import Warming, WarmingScope
+from distributor_node.shared.ports.state_store import Claim
 from tests.integration.assets_harness import LIMIT, AssetsHarness, assets_harness
 
 ONE = WarmingScope(object_ids=(ObjectId("1"),))

@@ -11,14 +11,14 @@ from typing import Any
 
 from sanic import HTTPResponse, Request
 
-from services.api.assets.handler import AssetHandler
-from services.api.context import ApiContext
-from services.api.routes import AssetResponder, build_app
-from services.api.sanic_app import unregister_application
-from services.api.server import ListenAddress, PublicServer
-from services.api.service import make_context
-from shared.adapters.sources.health import SourceHealthRegistry
-from shared.runtime.factories import (
+from distributor_node.services.api.assets.handler import AssetHandler
+from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.routes import AssetResponder, build_app
+from distributor_node.services.api.sanic_app import unregister_application
+from distributor_node.services.api.server import ListenAddress, PublicServer
+from distributor_node.services.api.service import make_context
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.runtime.factories import (
     build_catalog,
     build_failover_reader,
     build_job_queue,
@@ -26,7 +26,7 @@ from shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
-from shared.settings.model import Settings
+from distributor_node.shared.settings.model import Settings
 
 
 class FakeAssets:

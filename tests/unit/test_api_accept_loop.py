@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-import services.api.server as accepting
-from services.api.server import AcceptLoop, ListenAddress, bind
+import distributor_node.services.api.server as accepting
+from distributor_node.services.api.server import AcceptLoop, ListenAddress, bind
 
 CROWD = 200
 

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from services.api.accesses import AccessCounter
-from services.api.fetch_events import FetchEvents
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.domain.admission import VIEW_WINDOW
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import Access, Announcement, Topic
+from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.admission import VIEW_WINDOW
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import Access, Announcement, Topic
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 

@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from services.api.graceful_shutdown import wait_until_flushed
+from distributor_node.services.api.graceful_shutdown import wait_until_flushed
 
 
 def listening() -> socket.socket:

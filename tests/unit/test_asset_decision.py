@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.api.assets.decision import (
+from distributor_node.services.api.assets.decision import (
     UNVERIFIED_TAIL_BYTES,
     AssetRequest,
     PreconditionResult,
@@ -19,11 +19,11 @@ from services.api.assets.decision import (
     select_range,
     sendable_end,
 )
-from services.api.assets.proxy import VerifyingBuffer
-from shared.domain.conditionals import Conditions
-from shared.domain.objects import ContentHash, ObjectId
-from shared.domain.ranges import Unsatisfiable
-from shared.ports.state_store import Failure, Fetch, FetchPhase, ObjectStatus
+from distributor_node.services.api.assets.proxy import VerifyingBuffer
+from distributor_node.shared.domain.conditionals import Conditions
+from distributor_node.shared.domain.objects import ContentHash, ObjectId
+from distributor_node.shared.domain.ranges import Unsatisfiable
+from distributor_node.shared.ports.state_store import Failure, Fetch, FetchPhase, ObjectStatus
 
 SIZE = 1_000_000
 ETAG = '"abc"'

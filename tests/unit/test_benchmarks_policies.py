@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.other_policies import S3Fifo, Sieve
 from benchmarks.policies import SETTINGS, policy_of
-from services.replay.scenarios import Setting
-from shared.domain.eviction import EvictionPolicy, PolicyEntry
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
+from distributor_node.services.replay.scenarios import Setting
+from distributor_node.shared.domain.eviction import EvictionPolicy, PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
 SIZE, NOW = 1000, 1_700_000_000.0
 

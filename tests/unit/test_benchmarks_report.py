@@ -15,8 +15,8 @@ from benchmarks.dataset import Group, fill_volume, groups, hash_of, record_of
 from benchmarks.figures import Case, Measurement, medians, percentile, ratio, rotated
 from benchmarks.report import Report, case_table, number, write_results
 from benchmarks.run import CASE_NAMES
-from shared.adapters.volume import Volume
-from shared.domain.objects import ObjectId
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.objects import ObjectId
 
 CASE = Case("hit", "a hit", "requests_per_second", "ours")
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import Assignment, MediaObject, ObjectId
+from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 FIRST = MediaObject(ONE, 1, sources=("https://one.example/1",))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shared.adapters.state_redis.connection import CircuitBreaker
-from shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.adapters.state_redis.connection import CircuitBreaker
+from distributor_node.shared.domain.errors import StateStoreUnavailable
 
 CAUSE = ConnectionRefusedError()
 

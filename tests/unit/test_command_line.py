@@ -11,18 +11,18 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from services.command_line.config import render_reference
-from services.command_line.main import app
-from shared.domain.errors import ConfigurationError
-from shared.settings import Settings, load_settings
-from shared.settings.load import check_settings
+from distributor_node.services.command_line.config import render_reference
+from distributor_node.services.command_line.main import app
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.settings import Settings, load_settings
+from distributor_node.shared.settings.load import check_settings
 
 ROOT = Path(__file__).parents[2]
 
 
 def distributor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "services.command_line", *arguments],
+        [sys.executable, "-m", "distributor_node.services.command_line", *arguments],
         cwd=ROOT,
         env={"PATH": "/usr/bin:/bin", **environment},
         check=False,
@@ -53,7 +53,7 @@ def test_every_service_takes_a_settings_file(command: str) -> None:
 
 def test_help_imports_no_service() -> None:
     script = (
-        "import sys; import services.command_line.main; print([m for m in ('sanic', 'aio_pika', 'redis', 'httpx')"
+        "import sys; import distributor_node.services.command_line.main; print([m for m in ('sanic', 'aio_pika', 'redis', 'httpx')"
         " if m in sys.modules])"
     )
     done = subprocess.run(

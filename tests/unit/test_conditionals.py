@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.domain.conditionals import (
+from distributor_node.shared.domain.conditionals import (
     Conditions,
     Verdict,
     evaluate,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from services.demo.faults import Fault, FaultRegistry, Match, Rule
+from distributor_node.services.demo.faults import Fault, FaultRegistry, Match, Rule
 
 RULES = [
     Rule(Fault(latency_before_headers=0.5, cut_after=10, headers=(("ETag", None), ("X-A", "b")))),

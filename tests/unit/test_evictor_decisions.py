@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.evictor.assignment import implausible_reason
-from services.evictor.index import CompactIdSet
-from services.evictor.integrity import Verdict, judge_size
-from services.evictor.leader_election import MAX_BACKOFF, backoff, run_periodically
-from shared.domain.errors import ConfigurationError, StateStoreUnavailable
-from shared.domain.objects import MediaObject, ObjectId
-from shared.domain.space import Usage, Watermarks
-from shared.runtime.threads import run_blocking
+from distributor_node.services.evictor.assignment import implausible_reason
+from distributor_node.services.evictor.index import CompactIdSet
+from distributor_node.services.evictor.integrity import Verdict, judge_size
+from distributor_node.services.evictor.leader_election import MAX_BACKOFF, backoff, run_periodically
+from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.space import Usage, Watermarks
+from distributor_node.shared.runtime.threads import run_blocking
 
 bytes_ = st.integers(0, 10**15)
 

@@ -9,12 +9,12 @@ from contextlib import suppress
 
 import pytest
 
-from services.api.assets.pending import FetchPoller
-from services.api.fetch_events import FetchEvents
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import Announcement, Topic
+from distributor_node.services.api.assets.pending import FetchPoller
+from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import Announcement, Topic
 
 OBJECT_ID = ObjectId("1")
 

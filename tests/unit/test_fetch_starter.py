@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from services.api.assets.fetch_start import FetchStarter
-from shared.adapters.queue_memory import MemoryJobQueue
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.domain.jobs import FetchJob, RetryPlan
-from shared.domain.objects import MediaObject, ObjectId
-from shared.ports.state_store import Claim, FetchPhase
+from distributor_node.services.api.assets.fetch_start import FetchStarter
+from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.ports.state_store import Claim, FetchPhase
 
 WANTED = MediaObject(ObjectId("1"), 10)
 

@@ -6,13 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.fetcher.admission import AdmissionWait
-from services.fetcher.download import SourceGroups, groups_after_corruption
-from services.fetcher.fetcher import outcome_label
-from services.fetcher.partial_writer import MAX_BATCH, batch_size
-from shared.domain.jobs import Done, HandBack, Hopeless, JobOutcome, LookAgain, TryLater
-from shared.domain.media_types import detect_media_type
-from shared.ports.state_store import AlreadyStored, HeldElsewhere, NeverFits, NoSpace, NotReconciled
+from distributor_node.services.fetcher.admission import AdmissionWait
+from distributor_node.services.fetcher.download import SourceGroups, groups_after_corruption
+from distributor_node.services.fetcher.fetcher import outcome_label
+from distributor_node.services.fetcher.partial_writer import MAX_BATCH, batch_size
+from distributor_node.shared.domain.jobs import Done, HandBack, Hopeless, JobOutcome, LookAgain, TryLater
+from distributor_node.shared.domain.media_types import detect_media_type
+from distributor_node.shared.ports.state_store import (
+    AlreadyStored,
+    HeldElsewhere,
+    NeverFits,
+    NoSpace,
+    NotReconciled,
+)
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(100)
 MP4 = b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom" + bytes(100)

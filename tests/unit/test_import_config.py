@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from services.migration.import_config import import_configuration, read_yaml
-from shared.domain.errors import ConfigurationError
-from shared.domain.objects import Assignment
-from shared.settings import load_settings
+from distributor_node.services.migration.import_config import import_configuration, read_yaml
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.objects import Assignment
+from distributor_node.shared.settings import load_settings
 
 FULL = """
 id: distributor-7

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from shared.adapters.volume import Volume
-from shared.adapters.volume.intake import ImportResult, ImportSource
-from shared.adapters.volume.layout import shard
-from shared.domain.errors import VolumeError
-from shared.domain.objects import ObjectId
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.intake import ImportResult, ImportSource
+from distributor_node.shared.adapters.volume.layout import shard
+from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.objects import ObjectId
 
 ONE = ObjectId("1")
 

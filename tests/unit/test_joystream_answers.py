@@ -6,16 +6,21 @@ from typing import Any
 
 import pytest
 
-from shared.adapters.catalogs.joystream.answers import (
+from distributor_node.shared.adapters.catalogs.joystream.answers import (
     read_bucket_ids,
     read_endpoints,
     read_listed,
     read_object,
     read_status,
 )
-from shared.adapters.catalogs.joystream.endpoint import DIALECTS, ONE_OBJECT, QueryRejected, data_of
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
+from distributor_node.shared.adapters.catalogs.joystream.endpoint import (
+    DIALECTS,
+    ONE_OBJECT,
+    QueryRejected,
+    data_of,
+)
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
 
 ID = ObjectId("7")
 HASH = ContentHash("blake3", bytes(range(32)))

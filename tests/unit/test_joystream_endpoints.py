@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shared.adapters.catalogs.joystream.answers import api_base, is_private
-from shared.domain.errors import InvalidInput
+from distributor_node.shared.adapters.catalogs.joystream.answers import api_base, is_private
+from distributor_node.shared.domain.errors import InvalidInput
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import time
 
 import pytest
 
-from services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import Granted, Lease
+from distributor_node.services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import Granted, Lease
 
 OBJECT_ID = ObjectId.parse("7")
 TIMES = LeaseTimes(lease=0.4, renewal=0.05)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import structlog
 
-from shared.observability.logging import configure_logging, redact_text
+from distributor_node.shared.observability.logging import configure_logging, redact_text
 
 
 @pytest.fixture

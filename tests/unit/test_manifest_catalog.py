@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from shared.adapters.catalogs.documents import read_json, read_yaml
-from shared.adapters.catalogs.manifest import Manifest, ManifestCatalog, parse_manifest
-from shared.domain.errors import ConfigurationError, InvalidInput
-from shared.domain.objects import ContentHash, DistributionBucket, ObjectId
+from distributor_node.shared.adapters.catalogs.documents import read_json, read_yaml
+from distributor_node.shared.adapters.catalogs.manifest import Manifest, ManifestCatalog, parse_manifest
+from distributor_node.shared.domain.errors import ConfigurationError, InvalidInput
+from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, ObjectId
 
 BLAKE3 = str(ContentHash("blake3", bytes(range(32))))
 SHA256 = "sha256:" + "ab" * 32

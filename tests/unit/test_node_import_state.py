@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.evictor.node_import import CacheState, read_cache_state
-from shared.domain.errors import InvalidInput
+from distributor_node.services.evictor.node_import import CacheState, read_cache_state
+from distributor_node.shared.domain.errors import InvalidInput
 
 GOOD = {"sizeKB": 20, "popularity": 3, "lastAccessTime": 1_700_000_000_500}
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.api.operator.auth import (
+from distributor_node.services.api.operator.auth import (
     CLOCK_SKEW,
     MAX_TOKEN_AGE,
     AuthenticationError,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from shared.domain.admission import SecondHitAdmission, ViewCoalescer
-from shared.domain.eviction import Gdsf, Lru, PolicyEntry
-from shared.domain.eviction.simulator import Request, Rules, Simulation
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
+from distributor_node.shared.domain.admission import SecondHitAdmission, ViewCoalescer
+from distributor_node.shared.domain.eviction import Gdsf, Lru, PolicyEntry
+from distributor_node.shared.domain.eviction.simulator import Request, Rules, Simulation
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
 MIB = 1024**2
 VIDEO, OTHER = ObjectId("video"), ObjectId("other")

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from shared.domain.errors import ConfigurationError
-from shared.domain.eviction import POLICY_NAMES, EvictionPolicy, Gdsf, Lru, LruSp, PolicyEntry, make_policy
-from shared.domain.eviction.lru_sp import cost_of, group_of
-from shared.domain.objects import ObjectId
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.eviction import (
+    POLICY_NAMES,
+    EvictionPolicy,
+    Gdsf,
+    Lru,
+    LruSp,
+    PolicyEntry,
+    make_policy,
+)
+from distributor_node.shared.domain.eviction.lru_sp import cost_of, group_of
+from distributor_node.shared.domain.objects import ObjectId
 
 KIB, MIB, NOW = 1024, 1024**2, 1_700_000_000.0
 THUMBNAIL = PolicyEntry(ObjectId("thumbnail"), 20 * KIB, 1, NOW)

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Sequence
 import httpx
 import pytest
 
-from shared.observability import probe_server
-from shared.observability.probe_server import ProbeServer
+from distributor_node.shared.observability import probe_server
+from distributor_node.shared.observability.probe_server import ProbeServer
 
 
 class Service:

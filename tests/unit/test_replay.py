@@ -14,10 +14,17 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from benchmarks.traces import Parameters, Trace
-from services.command_line.main import app
-from services.replay.access_logs import LogLine, Recording, Unreadable, parse_line, read_logs, read_sizes
-from services.replay.report import recommend
-from services.replay.scenarios import (
+from distributor_node.services.command_line.main import app
+from distributor_node.services.replay.access_logs import (
+    LogLine,
+    Recording,
+    Unreadable,
+    parse_line,
+    read_logs,
+    read_sizes,
+)
+from distributor_node.services.replay.report import recommend
+from distributor_node.services.replay.scenarios import (
     CacheSize,
     Result,
     Setting,
@@ -25,9 +32,9 @@ from services.replay.scenarios import (
     settings_to_try,
     try_setting,
 )
-from shared.domain.errors import ConfigurationError
-from shared.domain.eviction.simulator import Outcome, Rules
-from shared.domain.objects import ObjectId
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.eviction.simulator import Outcome, Rules
+from distributor_node.shared.domain.objects import ObjectId
 
 AT = 1_764_000_000.0
 OURS = {

@@ -15,9 +15,9 @@ import pytest
 
 SCRIPT = """
 import asyncio, sys, time
-from shared.domain.errors import ConfigurationError
-from shared.runtime import ServiceScope, run_service
-from shared.settings.model import LogSettings
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.runtime import ServiceScope, run_service
+from distributor_node.shared.settings.model import LogSettings
 
 async def main(scope):
     scope.resources.push_async_callback(closing)
@@ -103,7 +103,7 @@ def test_the_second_signal_kills_immediately() -> None:
 
 def test_a_hanging_loop_is_terminated_from_outside() -> None:
     body = (
-        "sys.modules['shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
+        "sys.modules['distributor_node.shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
         "await scope.stop_requested.wait()\n"
         "time.sleep(60)"
     )
@@ -118,7 +118,7 @@ def test_a_hanging_loop_is_terminated_from_outside() -> None:
 @pytest.mark.parametrize("ending", ["return", "raise OSError('torn')", "scope.stop_requested.set()"])
 def test_a_hanging_thread_does_not_delay_any_shutdown(ending: str) -> None:
     body = (
-        "sys.modules['shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
+        "sys.modules['distributor_node.shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
         "asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)\n"
         f"{ending}"
     )

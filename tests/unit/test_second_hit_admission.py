@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from services.api.assets.handler import AdmissionControl
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.space import Usage
-from shared.ports.state_store import IndexEntry
-from shared.settings.model import Settings
+from distributor_node.services.api.assets.handler import AdmissionControl
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import Usage
+from distributor_node.shared.ports.state_store import IndexEntry
+from distributor_node.shared.settings.model import Settings
 
 LIMIT = 1_000_000
 ONE, TWO = ObjectId("one"), ObjectId("two")

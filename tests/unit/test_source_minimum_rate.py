@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters.sources.client import MinimumRate
+from distributor_node.shared.adapters.sources.client import MinimumRate
 
 
 def test_the_first_bytes_may_take_a_window() -> None:

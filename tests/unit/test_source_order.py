@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters.sources.health import SourceHealthRegistry
-from shared.domain.objects import ObjectId
-from shared.domain.source_order import SourceHealth, SourceStatsDelta, order
-from shared.ports.source_stats import SharedSources
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta, order
+from distributor_node.shared.ports.source_stats import SharedSources
 
 A, B, C = "http://a/1", "http://b:81/1", "https://c/1"
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.domain.errors import InvalidInput
-from shared.domain.media_types import media_type_or_none, parse_media_type
-from shared.domain.urls import api_base_of, distinct_hosts, parse_source_url
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.media_types import media_type_or_none, parse_media_type
+from distributor_node.shared.domain.urls import api_base_of, distinct_hosts, parse_source_url
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters.sources.connections import SourceLimits
-from shared.adapters.sources.validation import MAX_SKIP, BodyPlan, validate_response
-from shared.domain.errors import ConfigurationError, SourceError, SourceRefused, SourceWrong
-from shared.domain.ranges import ByteRange
+from distributor_node.shared.adapters.sources.connections import SourceLimits
+from distributor_node.shared.adapters.sources.validation import MAX_SKIP, BodyPlan, validate_response
+from distributor_node.shared.domain.errors import ConfigurationError, SourceError, SourceRefused, SourceWrong
+from distributor_node.shared.domain.ranges import ByteRange
 
 RANGE = ByteRange(10, 19)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from services.demo.squid import SquidFaults
+from distributor_node.services.demo.squid import SquidFaults
 
 
 def test_faults_survive_json() -> None:

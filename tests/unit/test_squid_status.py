@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 
-from services.api.status import (
+from distributor_node.services.api.status import (
     POLL_INTERVAL,
     STALE_AFTER,
     SquidAndChainStatus,
     SquidStatusPoller,
     url_without_credentials,
 )
-from services.demo.squid import SquidFaults, TestChain, TestSquid
-from shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
+from distributor_node.services.demo.squid import SquidFaults, TestChain, TestSquid
+from distributor_node.shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
 
 LIMITS = SquidLimits(timeout=0.5, list_timeout=0.5, list_batch=10, list_pause=0)
 

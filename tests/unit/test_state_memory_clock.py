@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from shared.adapters.state_common import StateTimeouts
-from shared.adapters.state_memory import MemoryStateStore
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import FetchPhase, Granted, HeldElsewhere
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import FetchPhase, Granted, HeldElsewhere
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 HOUR = 3600.0

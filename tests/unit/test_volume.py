@@ -14,8 +14,8 @@ import pytest
 from blake3 import blake3
 from structlog.testing import capture_logs
 
-from services.api.service import watch_volume
-from shared.adapters.volume import (
+from distributor_node.services.api.service import watch_volume
+from distributor_node.shared.adapters.volume import (
     FoundObject,
     FoundPartial,
     OpenObject,
@@ -24,9 +24,9 @@ from shared.adapters.volume import (
     UnknownFile,
     Volume,
 )
-from shared.adapters.volume.layout import shard
-from shared.domain.errors import VolumeError, VolumeFull
-from shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
+from distributor_node.shared.adapters.volume.layout import shard
+from distributor_node.shared.domain.errors import VolumeError, VolumeFull
+from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
 
 BODY = bytes(range(256)) * 1000
 

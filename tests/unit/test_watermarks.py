@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.evictor.index import GHOST_TTL, GhostList
-from shared.domain.objects import ObjectId
-from shared.domain.space import watermarks_for
+from distributor_node.services.evictor.index import GHOST_TTL, GhostList
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import watermarks_for
 
 GIB, MIB = 1024**3, 1024**2
 

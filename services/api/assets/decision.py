@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from shared.domain.conditionals import Conditions, Verdict, evaluate, range_applies
-from shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
-from shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
-from shared.ports.state_store import Fetch, FetchPhase, ObjectStatus
+from distributor_node.shared.domain.conditionals import Conditions, Verdict, evaluate, range_applies
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
+from distributor_node.shared.ports.state_store import Fetch, FetchPhase, ObjectStatus
 
 UNVERIFIED_TAIL_BYTES = 64 * 1024
 """Bytes at an object's end that nobody gets before all of it is verified."""

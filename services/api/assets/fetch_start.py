@@ -8,14 +8,18 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from services.api.context import ApiContext
-from services.api.errors import RETRY_LATER, HttpError
-from services.api.request_log import phase
-from shared.domain.errors import CatalogUnavailable, JobQueueUnavailable, StateStoreUnavailable
-from shared.domain.jobs import FetchJob
-from shared.domain.objects import MediaObject, ObjectId
-from shared.ports.job_queue import JobQueue
-from shared.ports.state_store import Claim, ObjectStatus, StateStore
+from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.errors import RETRY_LATER, HttpError
+from distributor_node.services.api.request_log import phase
+from distributor_node.shared.domain.errors import (
+    CatalogUnavailable,
+    JobQueueUnavailable,
+    StateStoreUnavailable,
+)
+from distributor_node.shared.domain.jobs import FetchJob
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.ports.job_queue import JobQueue
+from distributor_node.shared.ports.state_store import Claim, ObjectStatus, StateStore
 
 logger = structlog.get_logger()
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import structlog
 from sanic import HTTPResponse, Request
 
-from services.api.assets.decision import (
+from distributor_node.services.api.assets.decision import (
     AssetRequest,
     Representation,
     Span,
@@ -20,21 +20,27 @@ from services.api.assets.decision import (
     live_fetch,
     select_range,
 )
-from services.api.assets.fetch_start import FetchStarter, look_up
-from services.api.assets.headers import BYPASS, MISS, PENDING, content_head, precondition_response
-from services.api.assets.pending import PendingRequest, PendingResponder
-from services.api.assets.proxy import Proxy
-from services.api.assets.response import AccelRedirect, HitResponder, head_response
-from services.api.context import ApiContext
-from services.api.request_log import request_record
-from shared.adapters.volume import OpenObject
-from shared.domain.admission import SecondHitAdmission
-from shared.domain.conditionals import Conditions
-from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.objects import MediaObject, ObjectId
-from shared.observability.metrics import ADMISSION_REJECTED
-from shared.ports.state_store import Fetch, FetchPhase, ObjectStatus, StateStore
-from shared.settings.model import Settings
+from distributor_node.services.api.assets.fetch_start import FetchStarter, look_up
+from distributor_node.services.api.assets.headers import (
+    BYPASS,
+    MISS,
+    PENDING,
+    content_head,
+    precondition_response,
+)
+from distributor_node.services.api.assets.pending import PendingRequest, PendingResponder
+from distributor_node.services.api.assets.proxy import Proxy
+from distributor_node.services.api.assets.response import AccelRedirect, HitResponder, head_response
+from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.request_log import request_record
+from distributor_node.shared.adapters.volume import OpenObject
+from distributor_node.shared.domain.admission import SecondHitAdmission
+from distributor_node.shared.domain.conditionals import Conditions
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.observability.metrics import ADMISSION_REJECTED
+from distributor_node.shared.ports.state_store import Fetch, FetchPhase, ObjectStatus, StateStore
+from distributor_node.shared.settings.model import Settings
 
 logger = structlog.get_logger()
 

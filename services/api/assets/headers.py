@@ -8,9 +8,9 @@ from email.utils import formatdate
 
 from sanic import HTTPResponse
 
-from services.api.assets.decision import PreconditionResult, Representation, Span
-from services.api.errors import HttpError
-from services.api.headers import (
+from distributor_node.services.api.assets.decision import PreconditionResult, Representation, Span
+from distributor_node.services.api.errors import HttpError
+from distributor_node.services.api.headers import (
     ASSET,
     ASSET_CONTENT,
     CACHE_STATUS_OWN,
@@ -21,7 +21,7 @@ from services.api.headers import (
     cache_status,
     date_now,
 )
-from shared.domain.ranges import Unsatisfiable
+from distributor_node.shared.domain.ranges import Unsatisfiable
 
 UNKNOWN_MEDIA_TYPE = "application/octet-stream"
 CONTENT_LENGTH = "content-length"

@@ -13,20 +13,31 @@ from time import monotonic
 import structlog
 from sanic import HTTPResponse, Request
 
-from services.api.accesses import AccessCounter
-from services.api.assets.decision import Representation, Span, is_far, may_resume, sendable_end
-from services.api.assets.fetch_start import look_up
-from services.api.assets.headers import BYPASS, CacheOutcome, content_head
-from services.api.assets.page_cache import read_chunk
-from services.api.assets.proxy import ProxiedResponse, Proxy
-from services.api.assets.response import ACCESS_RENEWAL_INTERVAL, CHUNK_BYTES, HitResponder, StreamingResponse
-from services.api.context import ApiContext
-from services.api.errors import AbortResponse, HttpError
-from services.api.fetch_events import FetchEvents
-from shared.adapters.volume import OpenObject, PartialReader, Volume
-from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.objects import MediaObject, ObjectId
-from shared.ports.state_store import StateStore
+from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.assets.decision import (
+    Representation,
+    Span,
+    is_far,
+    may_resume,
+    sendable_end,
+)
+from distributor_node.services.api.assets.fetch_start import look_up
+from distributor_node.services.api.assets.headers import BYPASS, CacheOutcome, content_head
+from distributor_node.services.api.assets.page_cache import read_chunk
+from distributor_node.services.api.assets.proxy import ProxiedResponse, Proxy
+from distributor_node.services.api.assets.response import (
+    ACCESS_RENEWAL_INTERVAL,
+    CHUNK_BYTES,
+    HitResponder,
+    StreamingResponse,
+)
+from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.errors import AbortResponse, HttpError
+from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.shared.adapters.volume import OpenObject, PartialReader, Volume
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.ports.state_store import StateStore
 
 _RESUME_GRACE = 5.0
 """Seconds beyond a dead worker's lease in which another one is expected to resume."""

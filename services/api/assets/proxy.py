@@ -10,18 +10,18 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from services.api.assets.decision import UNVERIFIED_TAIL_BYTES, Representation, Span
-from services.api.assets.headers import CacheOutcome, content_head
-from services.api.assets.response import StreamingResponse
-from services.api.errors import RETRY_LATER, AbortResponse, HttpError
-from shared.adapters.sources import SourceResponse
-from shared.adapters.sources.failover import FailoverReader
-from shared.adapters.sources.validation import MAX_SKIP
-from shared.adapters.volume import PartialReader
-from shared.domain.errors import AllSourcesFailed, VolumeError
-from shared.domain.objects import ContentHash, MediaObject, source_name
-from shared.observability.metrics import PROXIED_IN_PROGRESS, SOURCE_FAILURES, source_label
-from shared.settings.model import PublicApi
+from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES, Representation, Span
+from distributor_node.services.api.assets.headers import CacheOutcome, content_head
+from distributor_node.services.api.assets.response import StreamingResponse
+from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
+from distributor_node.shared.adapters.sources import SourceResponse
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.validation import MAX_SKIP
+from distributor_node.shared.adapters.volume import PartialReader
+from distributor_node.shared.domain.errors import AllSourcesFailed, VolumeError
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, source_name
+from distributor_node.shared.observability.metrics import PROXIED_IN_PROGRESS, SOURCE_FAILURES, source_label
+from distributor_node.shared.settings.model import PublicApi
 
 _HASH_CHUNK = 1024 * 1024
 

@@ -11,9 +11,9 @@ import structlog
 from sanic import HTTPResponse, Request
 from sanic.http import Http, Stage
 
-from services.api.accesses import AccessCounter
-from services.api.assets.decision import AssetRequest, Representation, Span, select_range
-from services.api.assets.headers import (
+from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.assets.decision import AssetRequest, Representation, Span, select_range
+from distributor_node.services.api.assets.headers import (
     CONTENT_LENGTH,
     HIT,
     CacheOutcome,
@@ -21,16 +21,16 @@ from services.api.assets.headers import (
     content_head,
     precondition_response,
 )
-from services.api.assets.page_cache import read_chunk
-from services.api.errors import AbortResponse
-from services.api.headers import DataSource
-from services.api.request_log import observe_first_byte, request_record
-from shared.adapters.volume import OpenObject
-from shared.adapters.volume.layout import object_path
-from shared.domain.conditionals import Conditions
-from shared.domain.errors import VolumeError
-from shared.domain.objects import ObjectId
-from shared.observability.metrics import SENT_BYTES
+from distributor_node.services.api.assets.page_cache import read_chunk
+from distributor_node.services.api.errors import AbortResponse
+from distributor_node.services.api.headers import DataSource
+from distributor_node.services.api.request_log import observe_first_byte, request_record
+from distributor_node.shared.adapters.volume import OpenObject
+from distributor_node.shared.adapters.volume.layout import object_path
+from distributor_node.shared.domain.conditionals import Conditions
+from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.observability.metrics import SENT_BYTES
 
 ACCESS_RENEWAL_INTERVAL = 5.0
 """Seconds between the notes that a long send goes on."""

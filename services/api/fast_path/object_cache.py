@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import monotonic
 
-from services.api.assets.decision import Representation
-from services.api.assets.headers import PrebuiltHeaders
-from services.api.assets.page_cache import is_cached, read_cached
-from shared.adapters.volume import FileIdentity, OpenObject, Volume
-from shared.domain.errors import InvalidInput, VolumeError
-from shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.services.api.assets.decision import Representation
+from distributor_node.services.api.assets.headers import PrebuiltHeaders
+from distributor_node.services.api.assets.page_cache import is_cached, read_cached
+from distributor_node.shared.adapters.volume import FileIdentity, OpenObject, Volume
+from distributor_node.shared.domain.errors import InvalidInput, VolumeError
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 REVALIDATE_SECONDS = 0.2
 """How long an object is answered without another look at its name on the volume."""

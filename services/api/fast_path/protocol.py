@@ -15,13 +15,13 @@ from typing import Any
 import structlog
 from sanic.http import Stage
 
-from services.api.accesses import AccessCounter
-from services.api.assets.page_cache import is_cached, peek_cached, read_chunk
-from services.api.assets.response import ACCESS_RENEWAL_INTERVAL
-from services.api.fast_path.handler import FastPath, PreparedResponse
-from services.api.fast_path.object_cache import CachedObject
-from services.api.protocol import ApiHttp, PublicProtocol
-from shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
+from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.assets.page_cache import is_cached, peek_cached, read_chunk
+from distributor_node.services.api.assets.response import ACCESS_RENEWAL_INTERVAL
+from distributor_node.services.api.fast_path.handler import FastPath, PreparedResponse
+from distributor_node.services.api.fast_path.object_cache import CachedObject
+from distributor_node.services.api.protocol import ApiHttp, PublicProtocol
+from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 
 _MAX_BUFFERED = 64 * 1024
 """Bytes a client may send ahead while it is sent a long body; then it is not read from."""

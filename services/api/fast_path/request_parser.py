@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from services.api.request_log import is_request_id
-from shared.domain.conditionals import Conditions
+from distributor_node.services.api.request_log import is_request_id
+from distributor_node.shared.domain.conditionals import Conditions
 
 _GET, _HEAD, _VERSION = b"GET /api/v1/assets/", b"HEAD /api/v1/assets/", b" HTTP/1.1"
 _END = b"\r\n\r\n"

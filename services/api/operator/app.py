@@ -13,23 +13,28 @@ from typing import Any
 import structlog
 from sanic import HTTPResponse, Request
 
-import services.api.operator.schemas as bodies
-from services.api.context import ApiContext
-from services.api.errors import HttpError
-from services.api.operator.auth import REPLAY_WINDOW, AuthenticationError, SignedRequest, authenticate
-from services.api.operator.commands import OperatorCommands, OperatorQueries, warming_as_json
-from services.api.operator.warming import CacheWarmer
-from services.api.request_log import request_record
-from services.api.sanic_app import (
+import distributor_node.services.api.operator.schemas as bodies
+from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.errors import HttpError
+from distributor_node.services.api.operator.auth import (
+    REPLAY_WINDOW,
+    AuthenticationError,
+    SignedRequest,
+    authenticate,
+)
+from distributor_node.services.api.operator.commands import OperatorCommands, OperatorQueries, warming_as_json
+from distributor_node.services.api.operator.warming import CacheWarmer
+from distributor_node.services.api.request_log import request_record
+from distributor_node.services.api.sanic_app import (
     ApiApplication,
     JsonErrorHandler,
     as_http_error,
     make_application,
     unregister_application,
 )
-from services.api.server import ListenAddress, PublicServer
-from shared.ports.state_store import StateStore
-from shared.settings.model import PublicApi
+from distributor_node.services.api.server import ListenAddress, PublicServer
+from distributor_node.shared.ports.state_store import StateStore
+from distributor_node.shared.settings.model import PublicApi
 
 _NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _BASE = "/api/v1"
@@ -140,7 +145,7 @@ def _add_queries(
         return commands.as_json()
 
     async def document(_request: Request[Any, Any]) -> HTTPResponse:
-        text = files("services.api.operator").joinpath("openapi.json").read_bytes()
+        text = files("distributor_node.services.api.operator").joinpath("openapi.json").read_bytes()
         return HTTPResponse(text, 200, dict(_NO_STORE), "application/json")
 
     for path, query in (("cache", cache), ("downloads", downloads), ("warm", warming), ("orders", orders)):

@@ -10,13 +10,13 @@ from typing import Any
 
 import structlog
 
-from services.api.errors import HttpError
-from shared.adapters.volume import Volume
-from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.objects import ObjectId, source_name
-from shared.domain.operator_state import OperatorState, Warming, WarmingScope
-from shared.ports.state_store import Fetch, IndexEntry, StateStore
-from shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.services.api.errors import HttpError
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.objects import ObjectId, source_name
+from distributor_node.shared.domain.operator_state import OperatorState, Warming, WarmingScope
+from distributor_node.shared.ports.state_store import Fetch, IndexEntry, StateStore
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 
 MAX_PINS = 10_000
 _ATTEMPTS = 10

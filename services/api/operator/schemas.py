@@ -6,10 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from services.api.errors import HttpError
-from shared.domain.errors import InvalidInput
-from shared.domain.objects import ObjectId, parse_bucket_id
-from shared.domain.operator_state import MAX_WORKER_ID, WarmingScope
+from distributor_node.services.api.errors import HttpError
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.objects import ObjectId, parse_bucket_id
+from distributor_node.shared.domain.operator_state import MAX_WORKER_ID, WarmingScope
 
 MAX_IDS = 1000
 _LIMIT = re.compile(r"[0-9]{1,4}", re.ASCII)

@@ -15,13 +15,18 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
-from services.api.context import ApiContext
-from shared.domain.errors import CatalogUnavailable, JobQueueUnavailable, StateStoreUnavailable, VolumeError
-from shared.domain.jobs import FetchJob
-from shared.domain.objects import Assignment, MediaObject, ObjectId
-from shared.domain.operator_state import OperatorState, Warming, WarmingScope
-from shared.domain.space import footprint
-from shared.ports.state_store import FetchPhase, ObjectStatus
+from distributor_node.services.api.context import ApiContext
+from distributor_node.shared.domain.errors import (
+    CatalogUnavailable,
+    JobQueueUnavailable,
+    StateStoreUnavailable,
+    VolumeError,
+)
+from distributor_node.shared.domain.jobs import FetchJob
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
+from distributor_node.shared.domain.operator_state import OperatorState, Warming, WarmingScope
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import FetchPhase, ObjectStatus
 
 LEASE_SECONDS, REPORT_INTERVAL = 10.0, 0.5
 MAX_CONCURRENT_FETCHES = 8

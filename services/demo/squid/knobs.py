@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from services.demo.squid.sdl import GENERATIONS
+from distributor_node.services.demo.squid.sdl import GENERATIONS
 
 NULLABLE = frozenset({"type", "operatorMetadata", "nodeEndpoint", "squidStatus"})
 _NUMBERS = {"latency": 0, "status": 100, "huge": 0, "spare": 0, "outage_seconds": 0}

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from services.demo.manifest import known_hash
-from services.demo.objects import DemoObject
-from services.demo.squid.knobs import SquidFaults
-from services.demo.squid.world import Bag, SquidData, StorageBucket
+from distributor_node.services.demo.manifest import known_hash
+from distributor_node.services.demo.objects import DemoObject
+from distributor_node.services.demo.squid.knobs import SquidFaults
+from distributor_node.services.demo.squid.world import Bag, SquidData, StorageBucket
 
 _ACTIVE = "StorageBucketOperatorStatusActive"
 _INVITED = "StorageBucketOperatorStatusInvited"

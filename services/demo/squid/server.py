@@ -20,14 +20,14 @@ import structlog
 from graphql import ExecutionResult, execute_sync, parse, validate
 from graphql.error import GraphQLError
 
-from services.demo.objects import DemoObject
-from services.demo.squid.chain import handle_call
-from services.demo.squid.knobs import SquidFaults
-from services.demo.squid.question_log import RequestLog, RequestRecord
-from services.demo.squid.resolvers import Root
-from services.demo.squid.sdl import schema_of
-from services.demo.squid.world import SquidData, StorageBucket, make_squid_data
-from services.demo.wire import ConnectionLost, HttpConnection, MalformedRequest, Request
+from distributor_node.services.demo.objects import DemoObject
+from distributor_node.services.demo.squid.chain import handle_call
+from distributor_node.services.demo.squid.knobs import SquidFaults
+from distributor_node.services.demo.squid.question_log import RequestLog, RequestRecord
+from distributor_node.services.demo.squid.resolvers import Root
+from distributor_node.services.demo.squid.sdl import schema_of
+from distributor_node.services.demo.squid.world import SquidData, StorageBucket, make_squid_data
+from distributor_node.services.demo.wire import ConnectionLost, HttpConnection, MalformedRequest, Request
 
 _IDLE_SECONDS = 5.0
 _FIRST_REQUEST_SECONDS = 60.0

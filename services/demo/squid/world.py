@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from services.demo.objects import DemoObject
+from distributor_node.services.demo.objects import DemoObject
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import structlog
 
-from shared.domain.errors import CatalogUnavailable, StateStoreUnavailable
-from shared.domain.objects import Assignment, MediaObject, ObjectId
-from shared.observability.metrics import CATALOG_LOOKUPS
-from shared.ports.catalog import CachedAnswer, CacheLookup, Catalog, SharedCatalogCache
+from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
+from distributor_node.shared.observability.metrics import CATALOG_LOOKUPS
+from distributor_node.shared.ports.catalog import CachedAnswer, CacheLookup, Catalog, SharedCatalogCache
 
 _Answer = TypeVar("_Answer")
 

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import structlog
 
-from shared.adapters.catalogs.documents import LocatedMapping, read_json, read_yaml
-from shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
-from shared.domain.media_types import parse_media_type
-from shared.domain.objects import (
+from distributor_node.shared.adapters.catalogs.documents import LocatedMapping, read_json, read_yaml
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
+from distributor_node.shared.domain.media_types import parse_media_type
+from distributor_node.shared.domain.objects import (
     Assignment,
     ContentHash,
     DistributionBucket,
@@ -24,7 +24,7 @@ from shared.domain.objects import (
     ObjectId,
     parse_bucket_id,
 )
-from shared.domain.urls import api_base_of, distinct_hosts, parse_source_url
+from distributor_node.shared.domain.urls import api_base_of, distinct_hosts, parse_source_url
 
 logger = structlog.get_logger()
 _BATCH = 1000

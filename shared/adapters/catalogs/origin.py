@@ -8,11 +8,11 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import httpx
 
-from shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
-from shared.domain.media_types import media_type_or_none
-from shared.domain.objects import Assignment, MediaObject, ObjectId
-from shared.domain.ranges import ByteRange, parse_content_range
-from shared.domain.urls import parse_source_url
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
+from distributor_node.shared.domain.media_types import media_type_or_none
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
+from distributor_node.shared.domain.ranges import ByteRange, parse_content_range
+from distributor_node.shared.domain.urls import parse_source_url
 
 _PLACEHOLDER = "{id}"
 _MAX_REDIRECTS = 3

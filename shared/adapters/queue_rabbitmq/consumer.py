@@ -13,7 +13,7 @@ import structlog
 from aio_pika import Message
 from aio_pika.abc import AbstractIncomingMessage
 
-from shared.adapters.queue_outcomes import (
+from distributor_node.shared.adapters.queue_outcomes import (
     Ending,
     Finish,
     GiveUp,
@@ -24,19 +24,24 @@ from shared.adapters.queue_outcomes import (
     handle,
     remember_failure,
 )
-from shared.adapters.queue_rabbitmq.connection import (
+from distributor_node.shared.adapters.queue_rabbitmq.connection import (
     BROKER_ERRORS,
     CLOSE_SECONDS,
     Backoff,
     Session,
     open_session,
 )
-from shared.adapters.queue_rabbitmq.publisher import Publisher
-from shared.adapters.queue_rabbitmq.topology import Topology, to_dead_letter, to_job, to_message
-from shared.domain.errors import InvalidJob, JobQueueUnavailable
-from shared.domain.jobs import FetchJob
-from shared.observability.metrics import JOB_QUEUE_ERRORS
-from shared.ports.job_queue import JobHandler
+from distributor_node.shared.adapters.queue_rabbitmq.publisher import Publisher
+from distributor_node.shared.adapters.queue_rabbitmq.topology import (
+    Topology,
+    to_dead_letter,
+    to_job,
+    to_message,
+)
+from distributor_node.shared.domain.errors import InvalidJob, JobQueueUnavailable
+from distributor_node.shared.domain.jobs import FetchJob
+from distributor_node.shared.observability.metrics import JOB_QUEUE_ERRORS
+from distributor_node.shared.ports.job_queue import JobHandler
 
 logger = structlog.get_logger()
 

@@ -8,10 +8,15 @@ import structlog
 from aio_pika import Message
 from aio_pika.exceptions import PublishError
 
-from shared.adapters.queue_rabbitmq.connection import BROKER_ERRORS, Backoff, Session, open_session
-from shared.adapters.queue_rabbitmq.topology import Topology
-from shared.domain.errors import ConfigurationError, JobQueueUnavailable
-from shared.observability.metrics import JOB_QUEUE_ERRORS
+from distributor_node.shared.adapters.queue_rabbitmq.connection import (
+    BROKER_ERRORS,
+    Backoff,
+    Session,
+    open_session,
+)
+from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology
+from distributor_node.shared.domain.errors import ConfigurationError, JobQueueUnavailable
+from distributor_node.shared.observability.metrics import JOB_QUEUE_ERRORS
 
 logger = structlog.get_logger()
 

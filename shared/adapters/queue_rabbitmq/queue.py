@@ -7,14 +7,19 @@ from contextlib import AsyncExitStack
 
 from aio_pika.exceptions import ChannelNotFoundEntity
 
-from shared.adapters.queue_outcomes import OnDeadLetter
-from shared.adapters.queue_rabbitmq.connection import BROKER_ERRORS, CONNECT_SECONDS, Session, open_session
-from shared.adapters.queue_rabbitmq.consumer import Consumer, Settler
-from shared.adapters.queue_rabbitmq.publisher import Publisher
-from shared.adapters.queue_rabbitmq.topology import Topology, to_message
-from shared.domain.errors import JobQueueUnavailable
-from shared.domain.jobs import FetchJob, RetryPlan
-from shared.ports.job_queue import JobHandler, QueueDepth
+from distributor_node.shared.adapters.queue_outcomes import OnDeadLetter
+from distributor_node.shared.adapters.queue_rabbitmq.connection import (
+    BROKER_ERRORS,
+    CONNECT_SECONDS,
+    Session,
+    open_session,
+)
+from distributor_node.shared.adapters.queue_rabbitmq.consumer import Consumer, Settler
+from distributor_node.shared.adapters.queue_rabbitmq.publisher import Publisher
+from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology, to_message
+from distributor_node.shared.domain.errors import JobQueueUnavailable
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
+from distributor_node.shared.ports.job_queue import JobHandler, QueueDepth
 
 
 class RabbitJobQueue:

@@ -22,8 +22,8 @@ from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from aio_pika.exceptions import ChannelPreconditionFailed
 from pamqp.common import Arguments
 
-from shared.domain.errors import ConfigurationError, InvalidJob
-from shared.domain.jobs import FetchJob, RetryPlan, decode_job, encode_job
+from distributor_node.shared.domain.errors import ConfigurationError, InvalidJob
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan, decode_job, encode_job
 
 HIGH, LOW = 1, 0
 

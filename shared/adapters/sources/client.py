@@ -12,13 +12,19 @@ from typing import Literal, Self
 
 import httpx
 
-from shared.adapters.sources.connections import Connections, SourceLimits, map_http_errors
-from shared.adapters.sources.network import SourceStream
-from shared.adapters.sources.validation import BodyPlan, validate_response
-from shared.domain.errors import InvalidInput, SourceError, SourceTooSlow, SourceUnreachable, SourceWrong
-from shared.domain.objects import source_name
-from shared.domain.ranges import ByteRange
-from shared.domain.urls import parse_source_url
+from distributor_node.shared.adapters.sources.connections import Connections, SourceLimits, map_http_errors
+from distributor_node.shared.adapters.sources.network import SourceStream
+from distributor_node.shared.adapters.sources.validation import BodyPlan, validate_response
+from distributor_node.shared.domain.errors import (
+    InvalidInput,
+    SourceError,
+    SourceTooSlow,
+    SourceUnreachable,
+    SourceWrong,
+)
+from distributor_node.shared.domain.objects import source_name
+from distributor_node.shared.domain.ranges import ByteRange
+from distributor_node.shared.domain.urls import parse_source_url
 
 
 @dataclass(frozen=True, slots=True)

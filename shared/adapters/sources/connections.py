@@ -12,9 +12,14 @@ from typing import Any
 import httpcore
 import httpx
 
-from shared.adapters.sources.network import SourceNetwork
-from shared.domain.errors import ConfigurationError, SourceError, SourceTooSlow, SourceUnreachable
-from shared.domain.urls import is_public
+from distributor_node.shared.adapters.sources.network import SourceNetwork
+from distributor_node.shared.domain.errors import (
+    ConfigurationError,
+    SourceError,
+    SourceTooSlow,
+    SourceUnreachable,
+)
+from distributor_node.shared.domain.urls import is_public
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import structlog
 
-from shared.adapters.sources.client import SourceClient, SourceResponse
-from shared.adapters.sources.health import SourceHealthRegistry
-from shared.domain.errors import (
+from distributor_node.shared.adapters.sources.client import SourceClient, SourceResponse
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     SourceError,
     SourceRefused,
@@ -20,8 +20,8 @@ from shared.domain.errors import (
     SourceUnreachable,
     SourceWrong,
 )
-from shared.domain.objects import MediaObject, ObjectId, source_name
-from shared.domain.ranges import ByteRange
+from distributor_node.shared.domain.objects import MediaObject, ObjectId, source_name
+from distributor_node.shared.domain.ranges import ByteRange
 
 OnSource = Callable[[str, SourceResponse], None]
 """Told of each source in turn, by its URL, when its answer has begun and before its first byte is handed out."""

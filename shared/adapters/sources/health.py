@@ -10,10 +10,10 @@ from typing import Self
 
 import structlog
 
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId, source_name
-from shared.domain.source_order import SourceHealth, SourceStatsDelta, order
-from shared.ports.source_stats import CorruptedCopy, SharedSources, SharedSourceStats
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId, source_name
+from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta, order
+from distributor_node.shared.ports.source_stats import CorruptedCopy, SharedSources, SharedSourceStats
 
 _MAX_SOURCES = 1_000
 _MAX_CORRUPTED = 2_000

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 import structlog
 
-from shared.adapters.sources.connections import Connections, SourceLimits
-from shared.adapters.sources.health import SourceHealthRegistry
-from shared.domain.errors import SourceError
-from shared.domain.objects import source_name
-from shared.observability.metrics import SOURCE_PROBES
+from distributor_node.shared.adapters.sources.connections import Connections, SourceLimits
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.domain.errors import SourceError
+from distributor_node.shared.domain.objects import source_name
+from distributor_node.shared.observability.metrics import SOURCE_PROBES
 
 _HEADERS = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "distributor-node"}
 

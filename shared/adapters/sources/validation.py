@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.domain.errors import SourceRefused, SourceWrong
-from shared.domain.media_types import media_type_or_none
-from shared.domain.ranges import ByteRange, parse_content_range
+from distributor_node.shared.domain.errors import SourceRefused, SourceWrong
+from distributor_node.shared.domain.media_types import media_type_or_none
+from distributor_node.shared.domain.ranges import ByteRange, parse_content_range
 
 MAX_SKIP = 8 * 1024 * 1024
 """Bytes that are read and thrown away to reach a range, where a source ignores ranges. Beyond, another is asked."""

@@ -7,10 +7,15 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from shared.domain.objects import MediaObject, ObjectId
-from shared.domain.source_order import SourceHealth, SourceStatsDelta
-from shared.ports.catalog import CachedAnswer, CacheLookup
-from shared.ports.source_stats import MAX_CORRUPTED_COPIES, MAX_SOURCES, CorruptedCopy, SharedSources
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta
+from distributor_node.shared.ports.catalog import CachedAnswer, CacheLookup
+from distributor_node.shared.ports.source_stats import (
+    MAX_CORRUPTED_COPIES,
+    MAX_SOURCES,
+    CorruptedCopy,
+    SharedSources,
+)
 
 _MAX_ENTRIES = 100_000
 

@@ -7,12 +7,17 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import islice
 
-from shared.adapters.state_common import AnnouncementQueue, StateTimeouts
-from shared.adapters.state_memory.tables import FetchRow, Tables
-from shared.domain.objects import ObjectId
-from shared.domain.operator_state import OperatorState, OperatorStateSnapshot, Warming, WarmingScope
-from shared.domain.space import Usage, footprint
-from shared.ports.state_store import (
+from distributor_node.shared.adapters.state_common import AnnouncementQueue, StateTimeouts
+from distributor_node.shared.adapters.state_memory.tables import FetchRow, Tables
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import (
+    OperatorState,
+    OperatorStateSnapshot,
+    Warming,
+    WarmingScope,
+)
+from distributor_node.shared.domain.space import Usage, footprint
+from distributor_node.shared.ports.state_store import (
     Access,
     AlreadyStored,
     Announcement,

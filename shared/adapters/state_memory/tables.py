@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from shared.adapters.state_common import MAX_ACCESS_BATCHES, AnnouncementQueue, StateTimeouts
-from shared.domain.objects import ObjectId
-from shared.domain.operator_state import OperatorState, Warming
-from shared.domain.space import footprint
-from shared.ports.state_store import (
+from distributor_node.shared.adapters.state_common import MAX_ACCESS_BATCHES, AnnouncementQueue, StateTimeouts
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import OperatorState, Warming
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import (
     Access,
     Announcement,
     Failure,

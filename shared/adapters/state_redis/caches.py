@@ -7,14 +7,19 @@ from typing import Any
 
 import structlog
 
-from shared.adapters.state_common import read_description, write_description
-from shared.adapters.state_redis.connection import RedisConnection
-from shared.adapters.state_redis.store import milliseconds
-from shared.domain.errors import InvalidInput
-from shared.domain.objects import MediaObject, ObjectId
-from shared.domain.source_order import MEAN_SAMPLES, SourceHealth, SourceStatsDelta
-from shared.ports.catalog import CachedAnswer, CacheLookup
-from shared.ports.source_stats import MAX_CORRUPTED_COPIES, MAX_SOURCES, CorruptedCopy, SharedSources
+from distributor_node.shared.adapters.state_common import read_description, write_description
+from distributor_node.shared.adapters.state_redis.connection import RedisConnection
+from distributor_node.shared.adapters.state_redis.store import milliseconds
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.source_order import MEAN_SAMPLES, SourceHealth, SourceStatsDelta
+from distributor_node.shared.ports.catalog import CachedAnswer, CacheLookup
+from distributor_node.shared.ports.source_stats import (
+    MAX_CORRUPTED_COPIES,
+    MAX_SOURCES,
+    CorruptedCopy,
+    SharedSources,
+)
 
 logger = structlog.get_logger()
 

@@ -19,11 +19,11 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from shared.adapters.state_redis.records import Keys
-from shared.domain.errors import ConfigurationError, StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.space import RECORD_BYTES
-from shared.observability.metrics import STATE_STORE_ERRORS
+from distributor_node.shared.adapters.state_redis.records import Keys
+from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import RECORD_BYTES
+from distributor_node.shared.observability.metrics import STATE_STORE_ERRORS
 
 OPEN_SECONDS = 0.5
 
@@ -78,7 +78,7 @@ class Script:
 
 def load_scripts() -> dict[str, Script]:
     """All scripts by file name, without the suffix."""
-    folder = resources.files("shared.adapters.state_redis.scripts")
+    folder = resources.files("distributor_node.shared.adapters.state_redis.scripts")
     prelude = (folder / _PRELUDE).read_text()
     scripts: dict[str, Script] = {}
     for file in folder.iterdir():

@@ -12,10 +12,10 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from shared.adapters.state_common import AnnouncementQueue
-from shared.adapters.state_redis.connection import make_client
-from shared.adapters.state_redis.records import read_announcement
-from shared.ports.state_store import Announcement, Topic
+from distributor_node.shared.adapters.state_common import AnnouncementQueue
+from distributor_node.shared.adapters.state_redis.connection import make_client
+from distributor_node.shared.adapters.state_redis.records import read_announcement
+from distributor_node.shared.ports.state_store import Announcement, Topic
 
 _PING_INTERVAL = 2.0
 """Silence after which the server is asked for a heartbeat; as long again without one ends the connection."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import (
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import (
     ACCESS_TIME_RESOLUTION,
     Access,
     Announcement,

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import structlog
 
-from shared.adapters.state_common import MAX_ACCESS_BATCHES, StateTimeouts
-from shared.adapters.state_redis.connection import RedisConnection
-from shared.adapters.state_redis.listener import listen
-from shared.adapters.state_redis.records import (
+from distributor_node.shared.adapters.state_common import MAX_ACCESS_BATCHES, StateTimeouts
+from distributor_node.shared.adapters.state_redis.connection import RedisConnection
+from distributor_node.shared.adapters.state_redis.listener import listen
+from distributor_node.shared.adapters.state_redis.records import (
     pack_accesses,
     pack_announcement,
     read_accesses,
@@ -20,9 +20,9 @@ from shared.adapters.state_redis.records import (
     read_object_status,
     read_server_stats,
 )
-from shared.domain.errors import InvalidInput, StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.operator_state import (
+from distributor_node.shared.domain.errors import InvalidInput, StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import (
     OperatorState,
     OperatorStateSnapshot,
     Warming,
@@ -32,8 +32,8 @@ from shared.domain.operator_state import (
     encode_operator_state,
     encode_warming,
 )
-from shared.domain.space import Usage
-from shared.ports.state_store import (
+from distributor_node.shared.domain.space import Usage
+from distributor_node.shared.ports.state_store import (
     Access,
     AlreadyStored,
     Announcement,

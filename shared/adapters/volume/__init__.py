@@ -16,10 +16,15 @@ Three facts live in the file system itself, so that they hold across processes a
 All calls block (briefly, but for fsync, scans and hashing): in an event loop, run those in a thread.
 """
 
-from shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, RemovalState
-from shared.adapters.volume.partial import PartialFile, PartialHeld, PartialReader, PartialState
-from shared.adapters.volume.scan import FoundObject, FoundPartial, UnknownFile
-from shared.adapters.volume.volume import Volume
+from distributor_node.shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, RemovalState
+from distributor_node.shared.adapters.volume.partial import (
+    PartialFile,
+    PartialHeld,
+    PartialReader,
+    PartialState,
+)
+from distributor_node.shared.adapters.volume.scan import FoundObject, FoundPartial, UnknownFile
+from distributor_node.shared.adapters.volume.volume import Volume
 
 __all__ = [
     "FileIdentity",

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from shared.adapters.volume.layout import OBJECTS, Directories, map_os_errors, shard
-from shared.adapters.volume.records import atomic_write
-from shared.domain.objects import ObjectId
+from distributor_node.shared.adapters.volume.layout import OBJECTS, Directories, map_os_errors, shard
+from distributor_node.shared.adapters.volume.records import atomic_write
+from distributor_node.shared.domain.objects import ObjectId
 
 DONE = ".import-done"
 """Written to the volume when an import has been looked through; while it is missing, one is under way."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.domain.errors import VolumeError, VolumeFull
+from distributor_node.shared.domain.errors import VolumeError, VolumeFull
 
 OBJECTS, RECORDS, INCOMING, TRASH = "objects", "records", "incoming", "leaving"
 TOP_DIRECTORIES = (OBJECTS, RECORDS, INCOMING, TRASH)

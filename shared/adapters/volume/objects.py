@@ -9,9 +9,16 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from shared.adapters.volume.layout import OBJECTS, RECORDS, TRASH, Directories, map_os_errors, shard
-from shared.adapters.volume.records import unlink_if_exists
-from shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.adapters.volume.layout import (
+    OBJECTS,
+    RECORDS,
+    TRASH,
+    Directories,
+    map_os_errors,
+    shard,
+)
+from distributor_node.shared.adapters.volume.records import unlink_if_exists
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 FileIdentity = tuple[int, int, int, int]
 """Device, inode, size, time of the last change of content: another file under the same name differs in one of them."""

@@ -6,9 +6,13 @@ from pathlib import Path
 
 import structlog
 
-from shared.adapters.volume.records import read_root_file, write_root_file
-from shared.domain.errors import InvalidInput
-from shared.domain.operator_state import OperatorStateSnapshot, decode_snapshot, encode_snapshot
+from distributor_node.shared.adapters.volume.records import read_root_file, write_root_file
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.operator_state import (
+    OperatorStateSnapshot,
+    decode_snapshot,
+    encode_snapshot,
+)
 
 NAME = "operator.json"
 

@@ -8,7 +8,7 @@ import stat
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from shared.adapters.volume.layout import (
+from distributor_node.shared.adapters.volume.layout import (
     INCOMING,
     INCOMING_RECORD_SUFFIX,
     OBJECTS,
@@ -18,9 +18,14 @@ from shared.adapters.volume.layout import (
     map_os_errors,
     shard,
 )
-from shared.adapters.volume.records import atomic_write, encode_record, overwrite, unlink_if_exists
-from shared.domain.errors import VolumeError, VolumeFull
-from shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.adapters.volume.records import (
+    atomic_write,
+    encode_record,
+    overwrite,
+    unlink_if_exists,
+)
+from distributor_node.shared.domain.errors import VolumeError, VolumeFull
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 _UNVERIFIED_MODE, _VERIFIED_MODE = 0o640, 0o644
 _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -7,10 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from shared.adapters.volume.layout import map_os_errors
-from shared.domain.errors import InvalidInput
-from shared.domain.objects import ContentHash, ObjectId, StoredRecord
-from shared.domain.space import RECORD_BYTES
+from distributor_node.shared.adapters.volume.layout import map_os_errors
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord
+from distributor_node.shared.domain.space import RECORD_BYTES
 
 RECORD_VERSION = 1
 _NEW_SUFFIX = ",new"  # a comma is in no object id

@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from shared.adapters.volume.layout import (
+from distributor_node.shared.adapters.volume.layout import (
     INCOMING,
     INCOMING_RECORD_SUFFIX,
     OBJECTS,
@@ -18,8 +18,8 @@ from shared.adapters.volume.layout import (
     Directories,
     shard,
 )
-from shared.domain.errors import InvalidInput
-from shared.domain.objects import ObjectId
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.objects import ObjectId
 
 
 @dataclass(frozen=True, slots=True)

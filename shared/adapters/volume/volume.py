@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from shared.adapters.volume import scan
-from shared.adapters.volume.layout import (
+from distributor_node.shared.adapters.volume import scan
+from distributor_node.shared.adapters.volume.layout import (
     INCOMING,
     INCOMING_RECORD_SUFFIX,
     OBJECTS,
@@ -22,17 +22,17 @@ from shared.adapters.volume.layout import (
     map_os_errors,
     shard,
 )
-from shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, identity_of
-from shared.adapters.volume.partial import PartialFile, PartialReader
-from shared.adapters.volume.records import (
+from distributor_node.shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, identity_of
+from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader
+from distributor_node.shared.adapters.volume.records import (
     atomic_write,
     decode_record,
     encode_record,
     read_capped,
     unlink_if_exists,
 )
-from shared.domain.errors import InvalidInput, VolumeError
-from shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.domain.errors import InvalidInput, VolumeError
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOATIME
 _STANDALONE_LOCK = ".standalone"

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from contextlib import closing
 
-from shared.domain.eviction.lazy_heap import LazyHeap
-from shared.domain.eviction.packed import PackedPolicy, PackedRecords
-from shared.domain.eviction.policy import PolicyEntry
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
+from distributor_node.shared.domain.eviction.lazy_heap import LazyHeap
+from distributor_node.shared.domain.eviction.packed import PackedPolicy, PackedRecords
+from distributor_node.shared.domain.eviction.policy import PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
 _NO_IDS: frozenset[ObjectId] = frozenset()
 

@@ -15,11 +15,11 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, closing
 
-from shared.domain.eviction.lazy_heap import LazyHeap
-from shared.domain.eviction.packed import PackedPolicy, PackedRecords
-from shared.domain.eviction.policy import PolicyEntry
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
+from distributor_node.shared.domain.eviction.lazy_heap import LazyHeap
+from distributor_node.shared.domain.eviction.packed import PackedPolicy, PackedRecords
+from distributor_node.shared.domain.eviction.policy import PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
 GROUPS = 24
 _NO_IDS: frozenset[ObjectId] = frozenset()

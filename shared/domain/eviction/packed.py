@@ -9,8 +9,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 from typing import cast
 
-from shared.domain.eviction.policy import PolicyEntry
-from shared.domain.objects import ObjectId
+from distributor_node.shared.domain.eviction.policy import PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
 
 MAX_VIEWS = 2**32 - 1
 """Views are counted up to here."""

@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from shared.domain.admission import SecondHitAdmission, ViewCoalescer
-from shared.domain.eviction.policy import EvictionPolicy, PolicyEntry
-from shared.domain.objects import ObjectId
-from shared.domain.space import Watermarks, footprint, watermarks_for
+from distributor_node.shared.domain.admission import SecondHitAdmission, ViewCoalescer
+from distributor_node.shared.domain.eviction.policy import EvictionPolicy, PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
 
 MIN_IDLE = 120.0
 """Seconds: a player's pauses between two ranges are shorter."""

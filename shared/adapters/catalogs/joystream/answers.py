@@ -11,9 +11,15 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from shared.domain.errors import CatalogUnavailable, InvalidInput
-from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId, parse_bucket_id
-from shared.domain.urls import is_public, parse_source_url
+from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput
+from distributor_node.shared.domain.objects import (
+    ContentHash,
+    DistributionBucket,
+    MediaObject,
+    ObjectId,
+    parse_bucket_id,
+)
+from distributor_node.shared.domain.urls import is_public, parse_source_url
 
 logger = structlog.get_logger()
 _SIZE = re.compile(r"[0-9]{1,19}", re.ASCII)

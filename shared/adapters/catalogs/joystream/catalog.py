@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from shared.adapters.catalogs.joystream.answers import (
+from distributor_node.shared.adapters.catalogs.joystream.answers import (
     SquidStatus,
     StorageEndpoint,
     bucket_id_or_none,
@@ -17,7 +17,7 @@ from shared.adapters.catalogs.joystream.answers import (
     read_object,
     read_status,
 )
-from shared.adapters.catalogs.joystream.endpoint import (
+from distributor_node.shared.adapters.catalogs.joystream.endpoint import (
     ACTIVE_STORAGE,
     ALL_BAGS,
     ALL_BUCKETS,
@@ -30,9 +30,9 @@ from shared.adapters.catalogs.joystream.endpoint import (
     ResponseTooLarge,
     SquidLimits,
 )
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
-from shared.domain.urls import distinct_hosts
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
+from distributor_node.shared.domain.urls import distinct_hosts
 
 
 class JoystreamCatalog:

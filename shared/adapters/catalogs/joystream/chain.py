@@ -13,7 +13,7 @@ import httpx
 from websockets.asyncio.client import connect
 from websockets.exceptions import WebSocketException
 
-from shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.errors import CatalogUnavailable
 
 _REQUEST = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "chain_getHeader", "params": []})
 _NUMBER = re.compile(r"0x[0-9a-fA-F]{1,16}", re.ASCII)

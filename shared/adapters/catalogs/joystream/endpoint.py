@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 import structlog
 
-from shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
-from shared.domain.urls import parse_source_url
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
+from distributor_node.shared.domain.urls import parse_source_url
 
 _KEEP_ALIVE = 4.0  # seconds; below the 5 s after which Node closes an idle connection
 _PARSE_IN_THREAD = 256 * 1024  # bytes of JSON that are read in a thread: the loop must not stand still
