@@ -77,7 +77,7 @@ logs: .env ## follow the stack's logs
 check: setup ## format, lint, types, layers, generated documents
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/ruff check $(SOURCES)
-	@$(BIN)/mypy $(SOURCES)
+	@$(BIN)/mypy distributor_node tests deploy $(wildcard benchmarks)
 	@$(BIN)/lint-imports
 	@$(BIN)/distributor config reference | diff -u docs/configuration.md - || { echo "docs/configuration.md is out of date: make reference" >&2; exit 1; }
 
@@ -100,7 +100,7 @@ test: setup servers ## all tests but those of Docker and chaos, against real Red
 
 .PHONY: test-unit
 test-unit: setup ## the quick tests: unit and contract
-	@$(PYTEST) $(SIDE_BY_SIDE) -m "not docker and not chaos" tests/unit tests/contract $(ARGS)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not docker and not chaos" tests/unit tests/deploy tests/contract $(ARGS)
 
 .PHONY: test-docker
 test-docker: setup ## the stack for real: build, up, scale, use, break, down
@@ -109,7 +109,7 @@ test-docker: setup ## the stack for real: build, up, scale, use, break, down
 .PHONY: test-chaos
 test-chaos: setup ## kill, cut, fill and corrupt things, and look at what clients see (CHAOS_SEED, CHAOS_KILLS)
 	@deploy/servers/find-or-install.sh redis-server rabbitmq-server faketime
-	@$(PYTEST) tests/fire --timeout 900 $(ARGS)
+	@$(PYTEST) tests/chaos --timeout 900 $(ARGS)
 
 .PHONY: soak
 soak: setup servers ## traffic with random kills and cuts, 10 minutes (ARGS="--minutes 60 --seed 7")

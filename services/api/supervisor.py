@@ -1,7 +1,7 @@
 """Several API processes on one port: starts them, replaces those that die, ends them together.
 
-Each worker is a fresh interpreter (`python -m distributor_node.services.api.worker`), in a session of its own, so that a Ctrl-C reaches
-the supervisor alone. It reads its settings from its standard input; the end of that pipe tells it that the supervisor
+Each worker is a fresh interpreter (services/api/worker.py), in a session of its own, so that a Ctrl-C reaches the
+supervisor alone. It reads its settings from its standard input; the end of that pipe tells it that the supervisor
 is gone, however that died.
 """
 
@@ -150,7 +150,12 @@ class Worker:
 
     async def _start(self) -> Process:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "distributor_node.services.api.worker", stdin=PIPE, start_new_session=True
+            sys.executable,
+            "-P",
+            "-m",
+            "distributor_node.services.api.worker",
+            stdin=PIPE,
+            start_new_session=True,
         )
         if process.stdin is None:
             raise RuntimeError("a worker without a standard input")

@@ -1,4 +1,4 @@
-"""`python -m distributor_node.services.api.worker`: one of the supervisor's workers. Its settings come as JSON on standard input."""
+"""Entry point of one of the supervisor's workers. It reads its settings as JSON from standard input."""
 
 from __future__ import annotations
 

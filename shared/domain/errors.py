@@ -13,13 +13,13 @@ Callers ask of an error whether it is worth trying again; whose fault it is, its
     ├── JobQueueUnavailable       queue    again   the broker did not confirm a message in time
     ├── VolumeError               volume   again   the volume refused an operation
     │   ├── VolumeFull            volume   again   no space left on the device (ENOSPC, EDQUOT)
-    │   └── PartialHeld           volume   again   another writer has the partial file open (distributor_node.shared.adapters.volume)
+    │   └── PartialHeld           volume   again   another writer has the partial file open (shared/adapters/volume)
     └── SourceError               source   again   one source failed to give one object
         ├── SourceUnreachable     source   again   no connection, broken connection, TLS trouble
         ├── SourceTooSlow         source   again   no headers, no bytes, or too few of them, in time
         ├── SourceRefused         source   again   an answer that is no success (403, 404, 500, a redirect, …)
         ├── SourceWrong           source   again   an answer that contradicts the catalog (size, hash, encoding)
-        │   └── AllSourcesCorrupt     source   again   no source gave the right bytes (distributor_node.services.fetcher)
+        │   └── AllSourcesCorrupt     source   again   no source gave the right bytes (services/fetcher)
         └── AllSourcesFailed      source   again   every source of an object failed; carries the error of each
 """
 

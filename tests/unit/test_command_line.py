@@ -53,7 +53,8 @@ def test_every_service_takes_a_settings_file(command: str) -> None:
 
 def test_help_imports_no_service() -> None:
     script = (
-        "import sys; import distributor_node.services.command_line.main; print([m for m in ('sanic', 'aio_pika', 'redis', 'httpx')"
+        "import sys; import distributor_node.services.command_line.main;"
+        " print([m for m in ('sanic', 'aio_pika', 'redis', 'httpx')"
         " if m in sys.modules])"
     )
     done = subprocess.run(

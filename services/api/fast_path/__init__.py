@@ -2,5 +2,5 @@
 
 The connection looks at what arrives. A whole, simple request for a cached object is answered at once; everything
 else goes to Sanic, byte for byte as it came. Whatever is answered here is what Sanic's path would have answered:
-both make their heads in `distributor_node.services.api.assets.headers` and decide with `distributor_node.services.api.assets.decision`.
+both build headers in `services/api/assets/headers.py` and decide with `services/api/assets/decision.py`.
 """
