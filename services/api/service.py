@@ -16,10 +16,11 @@ from distributor_node.services.api.context import ApiContext, CurrentAssignment
 from distributor_node.services.api.fast_path.handler import build_fast_path
 from distributor_node.services.api.fast_path.protocol import FastPathProtocol
 from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.services.api.listen import ListenAddress
 from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.routes import build_app
 from distributor_node.services.api.sanic_app import unregister_application
-from distributor_node.services.api.server import ListenAddress, PublicServer
+from distributor_node.services.api.server import PublicServer
 from distributor_node.services.api.status import VERSION
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume

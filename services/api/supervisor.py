@@ -22,8 +22,8 @@ from typing import Any
 import structlog
 from pydantic import SecretStr
 
+from distributor_node.services.api.listen import ListenAddress, bind
 from distributor_node.services.api.main import MISCONFIGURED, SHUTDOWN_ORDERED, run_checked
-from distributor_node.services.api.server import ListenAddress, bind
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.observability.multiprocess import forget_process, prepare_multiprocess
 from distributor_node.shared.runtime.run_service import ServiceScope

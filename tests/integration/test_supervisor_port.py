@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from distributor_node.services.api.server import ListenAddress, bind
+from distributor_node.services.api.listen import ListenAddress, bind
 from distributor_node.services.api.supervisor import reserve_port
 from distributor_node.shared.domain.errors import ConfigurationError
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 import distributor_node.services.api.server as accepting
-from distributor_node.services.api.server import AcceptLoop, ListenAddress, bind
+from distributor_node.services.api.listen import ListenAddress, bind
+from distributor_node.services.api.server import AcceptLoop
 
 CROWD = 200
 

@@ -16,6 +16,7 @@ from sanic import HTTPResponse, Request
 import distributor_node.services.api.operator.schemas as bodies
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import HttpError
+from distributor_node.services.api.listen import ListenAddress
 from distributor_node.services.api.operator.auth import (
     REPLAY_WINDOW,
     AuthenticationError,
@@ -32,7 +33,7 @@ from distributor_node.services.api.sanic_app import (
     make_application,
     unregister_application,
 )
-from distributor_node.services.api.server import ListenAddress, PublicServer
+from distributor_node.services.api.server import PublicServer
 from distributor_node.shared.ports.state_store import StateStore
 from distributor_node.shared.settings.model import PublicApi
 
