@@ -8,6 +8,7 @@ RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check 
 COPY pyproject.toml README.md LICENSE ./
 COPY shared shared
 COPY services services
+COPY distributor_node distributor_node
 # The root file system is read-only at run time, so the byte code is made here; pip is of no use there.
 RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --no-deps . \
     && /opt/distributor/bin/pip uninstall --quiet --yes pip \

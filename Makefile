@@ -54,7 +54,7 @@ lock: setup ## make the pins in requirements/ anew from pyproject.toml
 
 .PHONY: run
 run: $(ENVIRONMENT)/.runtime ## a node on this machine with demo objects; Ctrl-C stops it
-	@$(BIN)/python deploy/environment/foreground.py $(BIN)/python -m services.standalone.demo_run $(ARGS)
+	@$(BIN)/python deploy/environment/foreground.py $(BIN)/python -m distributor_node.services.standalone.demo_run $(ARGS)
 
 .env: .env.example
 	@deploy/environment/make-passwords.sh .env.example .env
@@ -77,7 +77,7 @@ logs: .env ## follow the stack's logs
 check: setup ## format, lint, types, layers, generated documents
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/ruff check $(SOURCES)
-	@$(BIN)/mypy $(SOURCES)
+	@$(BIN)/mypy distributor_node tests deploy $(wildcard benchmarks)
 	@$(BIN)/lint-imports
 	@$(BIN)/distributor config reference | diff -u docs/configuration.md - || { echo "docs/configuration.md is out of date: make reference" >&2; exit 1; }
 
@@ -94,26 +94,26 @@ reference: setup ## write docs/configuration.md from the settings, and Kubernete
 	@mv deploy/kubernetes/monitoring/rules.yaml.new deploy/kubernetes/monitoring/rules.yaml
 
 .PHONY: test
-test: setup servers ## all tests but those of Docker and fire, against real Redis and RabbitMQ
-	$(call tests,-m "not docker and not fire and not alone" $(ARGS),$(SIDE_BY_SIDE))
-	$(call tests,-m "alone and not docker and not fire" $(ARGS))
+test: setup servers ## all tests but those of Docker and chaos, against real Redis and RabbitMQ
+	$(call tests,-m "not docker and not chaos and not alone" $(ARGS),$(SIDE_BY_SIDE))
+	$(call tests,-m "alone and not docker and not chaos" $(ARGS))
 
 .PHONY: test-unit
 test-unit: setup ## the quick tests: unit and contract
-	@$(PYTEST) $(SIDE_BY_SIDE) -m "not docker and not fire" tests/unit tests/contract $(ARGS)
+	@$(PYTEST) $(SIDE_BY_SIDE) -m "not docker and not chaos" tests/unit tests/deploy tests/contract $(ARGS)
 
 .PHONY: test-docker
 test-docker: setup ## the stack for real: build, up, scale, use, break, down
 	$(call tests,-m docker --timeout 900 $(ARGS))
 
-.PHONY: test-fire
-test-fire: setup ## kill, cut, fill and corrupt things, and look at what clients see (FIRE_SEED, FIRE_KILLS)
+.PHONY: test-chaos
+test-chaos: setup ## kill, cut, fill and corrupt things, and look at what clients see (CHAOS_SEED, CHAOS_KILLS)
 	@deploy/servers/find-or-install.sh redis-server rabbitmq-server faketime
-	@$(PYTEST) tests/fire --timeout 900 $(ARGS)
+	@$(PYTEST) tests/chaos --timeout 900 $(ARGS)
 
 .PHONY: soak
 soak: setup servers ## traffic with random kills and cuts, 10 minutes (ARGS="--minutes 60 --seed 7")
-	@$(BIN)/python -m tests.fire.soak $(ARGS)
+	@$(BIN)/python -m tests.chaos.soak $(ARGS)
 
 .PHONY: bench
 bench: setup servers ## measure hits, misses and fetches beside nginx

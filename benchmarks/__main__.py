@@ -78,11 +78,11 @@ def missing_programs() -> list[str]:
     return found if RabbitServer.is_installed() else [*found, RABBITMQ_MISSING]
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {text}" if "\n" not in text else f"\n{text}\n", flush=True)
 
 
-def end_in_order(number: int, _: FrameType | None) -> None:
+def exit_on_signal(number: int, _: FrameType | None) -> None:
     """For SIGTERM: through all `finally`s, so that nothing stays behind."""
     sys.exit(128 + number)
 
@@ -93,27 +93,27 @@ def main() -> None:
     if missing:
         print("\n".join(missing), file=sys.stderr)
         sys.exit(_MISSING)
-    signal.signal(signal.SIGTERM, end_in_order)
+    signal.signal(signal.SIGTERM, exit_on_signal)
     if given.folder is not None:
         given.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=given.folder) as place:
         folder = Path(place)
         free = shutil.disk_usage(folder).free / 2**30
         if free < _NEEDED_GIB and not given.quick:
-            say(
+            log(
                 f"only {free:.0f} GiB free in {folder}: a whole run needs {_NEEDED_GIB} (--folder, or --quick)"
             )
         report = Report(describe(folder), goals_apply=not given.check_harness)
         try:
-            Run(options_of(given), report, say).run(folder)
+            Run(options_of(given), report, log).run(folder)
         finally:
             if report.cases:
                 if goals := report.goal_table():
-                    say(goals)
+                    log(goals)
                 for path in write_results(report, given.results, "bench"):
-                    say(f"written: {path}")
+                    log(f"written: {path}")
         for case, failure in report.failures.items():
-            say(f"FAILED: {case}: {failure}")
+            log(f"FAILED: {case}: {failure}")
         if report.failures:
             sys.exit(_FAILED)
 

@@ -30,7 +30,7 @@ def parse_stat(line: str) -> ProcessStat:
     return ProcessStat(int(pid), int(fields[1]), ticks / _TICKS_PER_SECOND, int(fields[21]) * _PAGE_BYTES)
 
 
-def family(root: int, processes: Iterable[ProcessStat]) -> list[ProcessStat]:
+def process_tree(root: int, processes: Iterable[ProcessStat]) -> list[ProcessStat]:
     """The process and all its descendants."""
     children: dict[int, list[ProcessStat]] = {}
     found: list[ProcessStat] = []
@@ -43,10 +43,10 @@ def family(root: int, processes: Iterable[ProcessStat]) -> list[ProcessStat]:
     return found
 
 
-def families(roots: Iterable[int]) -> list[ProcessStat]:
+def process_trees(roots: Iterable[int]) -> list[ProcessStat]:
     """The living descendants of these processes, themselves included."""
     everything = running()
-    return [process for root in roots for process in family(root, everything)]
+    return [process for root in roots for process in process_tree(root, everything)]
 
 
 def running() -> list[ProcessStat]:
@@ -71,13 +71,13 @@ class Cost:
 
 def cost_of(roots: Iterable[int]) -> Cost:
     """Of these processes and their descendants."""
-    members = families(roots)
+    members = process_trees(roots)
     return Cost(sum(each.cpu_seconds for each in members), sum(each.rss_bytes for each in members))
 
 
 def peak_rss_of(roots: Iterable[int]) -> int:
     """The most bytes that each of these and their living descendants ever had resident (VmHWM), added up."""
-    return sum(_peak_rss(each.pid) for each in families(roots))
+    return sum(_peak_rss(each.pid) for each in process_trees(roots))
 
 
 def _peak_rss(pid: int) -> int:
@@ -91,7 +91,7 @@ def pin(roots: Iterable[int], cpus: frozenset[int] | None) -> None:
     """Keep all threads of these processes and their descendants on these CPUs; None leaves them free."""
     if cpus is None:
         return
-    for process in families(roots):
+    for process in process_trees(roots):
         for task in (PROC / str(process.pid) / "task").iterdir():
             try:
                 os.sched_setaffinity(int(task.name), cpus)

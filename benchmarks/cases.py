@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from benchmarks.dataset import KIB, Group
 from benchmarks.figures import Case
-from benchmarks.load import Ask
+from benchmarks.load import RequestSpec
 from benchmarks.peers import OURS
 
 RANGE_BYTES = 64 * KIB
@@ -18,7 +18,7 @@ _CONDITIONAL_OBJECTS = 100
 _HEAD_BYTES = 2 * KIB
 
 
-class How(StrEnum):
+class RequestKind(StrEnum):
     """Which requests are made of the group's objects."""
 
     RANDOM = "random"
@@ -39,7 +39,7 @@ class HitCase:
     name: str
     title: str
     group: str
-    how: How = How.RANDOM
+    kind: RequestKind = RequestKind.RANDOM
     connections: int = 64
     workers: bool = False
     headline: str = "requests_per_second"
@@ -58,14 +58,14 @@ HIT_CASES = (
     HitCase(
         "hit-64m", "64 MiB objects, 8 connections", "64m", connections=8, headline="megabytes_per_second"
     ),
-    HitCase("hot-64k", "one hot 64 KiB object", "64k", How.ONE),
-    HitCase("range-1g", "64 KiB ranges in a 1 GiB object", "1g", How.RANGE),
-    HitCase("not-modified", "304 for 64 KiB objects", "64k", How.NOT_MODIFIED),
+    HitCase("hot-64k", "one hot 64 KiB object", "64k", RequestKind.ONE),
+    HitCase("range-1g", "64 KiB ranges in a 1 GiB object", "1g", RequestKind.RANGE),
+    HitCase("not-modified", "304 for 64 KiB objects", "64k", RequestKind.NOT_MODIFIED),
     HitCase(
         "head",
         "HEAD of 64 KiB objects",
         "64k",
-        How.HEAD,
+        RequestKind.HEAD,
         headline="cpu_us_per_request",  # the client tires before the servers do
         higher_is_better=False,
     ),
@@ -77,12 +77,12 @@ HIT_CASES = (
         headline="p99_ms",
         higher_is_better=False,
     ),
-    HitCase("cold-64k", "64 KiB objects once each, none in memory", "64k", How.COLD, connections=16),
+    HitCase("cold-64k", "64 KiB objects once each, none in memory", "64k", RequestKind.COLD, connections=16),
     HitCase(
         "cold-64m",
         "64 MiB objects once each, none in memory",
         "64m",
-        How.COLD,
+        RequestKind.COLD,
         8,
         headline="megabytes_per_second",
     ),
@@ -90,20 +90,24 @@ HIT_CASES = (
 )
 
 
-def asks_for(case: HitCase, group: Group, base_path: str, tags: dict[str, str]) -> list[Ask]:
+def requests_for(case: HitCase, group: Group, base_path: str, tags: dict[str, str]) -> list[RequestSpec]:
     """What wrk draws from. `tags`: entity tags by id, as the contender gives them."""
-    chance = random.Random(1)
-    match case.how:
-        case How.ONE:
-            return [Ask(base_path + group.ids[0])]
-        case How.RANGE:
-            starts = [chance.randrange(group.size - RANGE_BYTES) for _ in range(_RANGES)]
+    rng = random.Random(1)
+    match case.kind:
+        case RequestKind.ONE:
+            return [RequestSpec(base_path + group.ids[0])]
+        case RequestKind.RANGE:
+            starts = [rng.randrange(group.size - RANGE_BYTES) for _ in range(_RANGES)]
             path = base_path + group.ids[0]
-            return [Ask(path, ("Range", f"bytes={start}-{start + RANGE_BYTES - 1}")) for start in starts]
-        case How.NOT_MODIFIED:
-            return [Ask(base_path + object_id, ("If-None-Match", tag)) for object_id, tag in tags.items()]
+            return [
+                RequestSpec(path, ("Range", f"bytes={start}-{start + RANGE_BYTES - 1}")) for start in starts
+            ]
+        case RequestKind.NOT_MODIFIED:
+            return [
+                RequestSpec(base_path + object_id, ("If-None-Match", tag)) for object_id, tag in tags.items()
+            ]
         case _:
-            return [Ask(base_path + object_id) for object_id in group.ids]
+            return [RequestSpec(base_path + object_id) for object_id in group.ids]
 
 
 def conditional_ids(group: Group) -> Sequence[str]:
@@ -113,9 +117,9 @@ def conditional_ids(group: Group) -> Sequence[str]:
 
 def body_size(case: HitCase, group: Group) -> int:
     """Bytes of each answer's body."""
-    if case.how in (How.NOT_MODIFIED, How.HEAD):
+    if case.kind in (RequestKind.NOT_MODIFIED, RequestKind.HEAD):
         return 0
-    return RANGE_BYTES if case.how is How.RANGE else group.size
+    return RANGE_BYTES if case.kind is RequestKind.RANGE else group.size
 
 
 def check_bytes(case: HitCase, group: Group, answers: int, received: int) -> None:

@@ -8,7 +8,7 @@ from html import escape
 Rows = Sequence[tuple[str, Sequence[tuple[str, float]]]]
 
 _WIDTH, _LEFT, _BAR, _GAP, _TOP = 860, 250, 16, 26, 56
-_LARGEST = 3.0
+_MAX_VALUE = 3.0
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d")
 
 
@@ -34,7 +34,7 @@ def bar_chart(title: str, rows: Rows) -> str:
 
 
 def _x(value: float) -> float:
-    return _LEFT + min(value, _LARGEST) / _LARGEST * (_WIDTH - _LEFT - 70)
+    return _LEFT + min(value, _MAX_VALUE) / _MAX_VALUE * (_WIDTH - _LEFT - 70)
 
 
 def _bar(y: int, label: str, value: float, colour: str) -> str:

@@ -65,7 +65,7 @@ def fetch_once(url: str, header: str = "") -> Timing:
     return Timing(first, time.perf_counter() - began, size, head)
 
 
-def ask_head(url: str) -> Head:
+def head_request(url: str) -> Head:
     """HEAD on a new connection."""
     parts = urlsplit(url)
     request = f"HEAD {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nConnection: close\r\n\r\n"
@@ -78,7 +78,7 @@ def ask_head(url: str) -> Head:
 
 
 @dataclass(slots=True)
-class Tally:
+class LoadStats:
     """What the connections of one run saw together. Latencies in seconds, `received` in bytes of bodies."""
 
     latencies: list[float] = field(default_factory=list)
@@ -87,31 +87,33 @@ class Tally:
     seconds: float = 0.0
 
 
-async def run_all(url: str, paths: Iterable[str], connections: int, method: str = "GET") -> Tally:
+async def run_all(url: str, paths: Iterable[str], connections: int, method: str = "GET") -> LoadStats:
     """Ask for each path once, over so many kept-alive connections; ends when `paths` do."""
     parts = urlsplit(url)
-    tally, remaining = Tally(), iter(paths)
+    stats, remaining = LoadStats(), iter(paths)
     request = f"{method} %s HTTP/1.1\r\nHost: {parts.netloc}\r\n\r\n"
     loop = asyncio.get_running_loop()
     began = time.perf_counter()
-    asking = [_Asking(remaining, request, method == "HEAD", tally) for _ in range(connections)]
+    protocols = [_ClientProtocol(remaining, request, method == "HEAD", stats) for _ in range(connections)]
     async with asyncio.timeout(600):
-        for protocol in asking:
-            await loop.create_connection(partial(_itself, protocol), parts.hostname or "", parts.port or 80)
-        await asyncio.gather(*(protocol.ended for protocol in asking))
-    tally.seconds = time.perf_counter() - began
-    return tally
+        for protocol in protocols:
+            await loop.create_connection(
+                partial(_same_protocol, protocol), parts.hostname or "", parts.port or 80
+            )
+        await asyncio.gather(*(protocol.ended for protocol in protocols))
+    stats.seconds = time.perf_counter() - began
+    return stats
 
 
-def _itself(protocol: _Asking) -> _Asking:
+def _same_protocol(protocol: _ClientProtocol) -> _ClientProtocol:
     return protocol
 
 
-class _Asking(asyncio.Protocol):
+class _ClientProtocol(asyncio.Protocol):
     """One connection: sends a request, counts its answer, sends the next."""
 
-    def __init__(self, paths: Iterator[str], request: str, bodiless: bool, tally: Tally) -> None:
-        self._paths, self._request, self._bodiless, self._tally = paths, request, bodiless, tally
+    def __init__(self, paths: Iterator[str], request: str, bodiless: bool, stats: LoadStats) -> None:
+        self._paths, self._request, self._bodiless, self._stats = paths, request, bodiless, stats
         self._head = b""
         self._missing = 0
         self._sent_at = 0.0
@@ -140,20 +142,20 @@ class _Asking(asyncio.Protocol):
         head, rest = parse_head(self._head[:end]), len(self._head) - end - 4
         self._head = b""
         if head.status not in (200, 206):
-            self._tally.errors += 1
+            self._stats.errors += 1
         self._missing = 0 if self._bodiless else int(head.headers.get("content-length", "0"))
         self._body(rest)
 
     def _body(self, count: int) -> None:
         self._missing -= count
-        self._tally.received += count
+        self._stats.received += count
         if self._missing <= 0:
             self._missing = 0
-            self._tally.latencies.append(time.perf_counter() - self._sent_at)
+            self._stats.latencies.append(time.perf_counter() - self._sent_at)
             self._next()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._missing or exc is not None:
-            self._tally.errors += 1
+            self._stats.errors += 1
         if not self.ended.done():
             self.ended.set_result(None)

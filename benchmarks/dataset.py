@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from services.demo.generated import GeneratedContent
-from services.demo.manifest import content_hash
-from services.demo.objects import DemoObject
-from shared.adapters.volume import Volume
-from shared.adapters.volume.layout import OBJECTS, RECORDS, fan
-from shared.adapters.volume.records import encode_record
-from shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
+from distributor_node.services.demo.manifest import content_hash
+from distributor_node.services.demo.objects import DemoObject, GeneratedContent
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.layout import OBJECTS, RECORDS, shard
+from distributor_node.shared.adapters.volume.records import encode_record
+from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 _PIECE = 4 * MIB
@@ -117,13 +116,13 @@ def fill_volume(root: Path, chosen: Iterable[Group]) -> None:
     volume.close()
     for group in chosen:
         for item in group.objects():
-            lay_down(root, record_of(item), _pieces(item))
+            write_object(root, record_of(item), _pieces(item))
     os.sync()
 
 
-def lay_down(root: Path, record: StoredRecord, pieces: Iterable[bytes]) -> None:
+def write_object(root: Path, record: StoredRecord, pieces: Iterable[bytes]) -> None:
     """One complete object and its record; a hole of the right size if there are no pieces."""
-    number = fan(record.object_id)
+    number = shard(record.object_id)
     (root / RECORDS / number / record.object_id).write_bytes(encode_record(record))
     descriptor = os.open(
         root / OBJECTS / number / record.object_id, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644
@@ -137,7 +136,7 @@ def lay_down(root: Path, record: StoredRecord, pieces: Iterable[bytes]) -> None:
 
 
 def file_on_volume(root: Path, object_id: str) -> Path:
-    return root / OBJECTS / fan(object_id) / object_id
+    return root / OBJECTS / shard(object_id) / object_id
 
 
 def _pieces(item: DemoObject) -> Iterator[bytes]:

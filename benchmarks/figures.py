@@ -48,7 +48,7 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(len(values) * share) - 1)]
 
 
-def turned(items: Sequence[Item], number: int) -> Sequence[Item]:
+def rotated(items: Sequence[Item], number: int) -> Sequence[Item]:
     """Another one is first in each round."""
     turn = number % len(items)
     return [*items[turn:], *items[:turn]]

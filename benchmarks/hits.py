@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 import uvloop
 
 from benchmarks.accounting import Cost, cost_of, pin
-from benchmarks.cases import HitCase, How, asks_for, check_bytes, conditional_ids
-from benchmarks.client import Tally, ask_head, run_all
+from benchmarks.cases import HitCase, RequestKind, check_bytes, conditional_ids, requests_for
+from benchmarks.client import LoadStats, head_request, run_all
 from benchmarks.dataset import Group
-from benchmarks.figures import Measurement, percentile, turned
+from benchmarks.figures import Measurement, percentile, rotated
 from benchmarks.load import Load, LoadResult, run_wrk
 from benchmarks.peers import VARNISH, Peer
 
@@ -39,12 +39,12 @@ def warm(peer: Peer, groups: Sequence[Group]) -> None:
     for group in groups:
         path = urlsplit(peer.url).path
         paths = [path + object_id for object_id in group.ids]
-        tally = uvloop.run(run_all(peer.url, paths, _WARM_CONNECTIONS))
-        if tally.errors or tally.received != group.size * group.count:
+        stats = uvloop.run(run_all(peer.url, paths, _WARM_CONNECTIONS))
+        if stats.errors or stats.received != group.size * group.count:
             raise RuntimeError(
-                f"{peer.name}: {tally.errors} errors, {tally.received} bytes of {group.size * group.count}"
+                f"{peer.name}: {stats.errors} errors, {stats.received} bytes of {group.size * group.count}"
             )
-        head = ask_head(peer.url + group.ids[0])
+        head = head_request(peer.url + group.ids[0])
         if head.headers.get("x-cache", "hit").lower() != "hit":
             raise RuntimeError(f"{peer.name} does not cache: {head}")
 
@@ -53,11 +53,11 @@ def measure_case(
     case: HitCase, group: Group, peers: Sequence[Peer], conditions: Conditions
 ) -> Iterator[Measurement]:
     """Every peer once in each round; who is first changes from round to round."""
-    if case.how is How.COLD:  # varnish serves from its own memory, which is never cold
+    if case.kind is RequestKind.COLD:  # varnish serves from its own memory, which is never cold
         peers = [peer for peer in peers if peer.name != VARNISH]
-    tags = {peer.name: _tags(peer, group) if case.how is How.NOT_MODIFIED else {} for peer in peers}
+    tags = {peer.name: _tags(peer, group) if case.kind is RequestKind.NOT_MODIFIED else {} for peer in peers}
     for number in range(conditions.rounds):
-        for peer in turned(peers, number):
+        for peer in rotated(peers, number):
             if not case.workers:
                 pin(peer.pids, conditions.server_cpus)
             try:
@@ -71,37 +71,37 @@ def _measure(
     case: HitCase, group: Group, peer: Peer, conditions: Conditions, tags: dict[str, str], number: int
 ) -> dict[str, float]:
     cpus = None if case.workers else conditions.load_cpus
-    if case.how in (How.HEAD, How.COLD):
-        if case.how is How.COLD:
+    if case.kind in (RequestKind.HEAD, RequestKind.COLD):
+        if case.kind is RequestKind.COLD:
             drop_from_memory(peer.files([group]))
         before = cost_of(peer.pids)
         with on_cpus(cpus):
-            tally = uvloop.run(_ask_ourselves(case, group, peer, conditions.seconds))
-        check_bytes(case, group, len(tally.latencies), tally.received)
-        return _tally_figures(tally, before, cost_of(peer.pids))
-    asks = asks_for(case, group, urlsplit(peer.url).path, tags)
+            stats = uvloop.run(_run_python_client(case, group, peer, conditions.seconds))
+        check_bytes(case, group, len(stats.latencies), stats.received)
+        return _stats_figures(stats, before, cost_of(peer.pids))
+    specs = requests_for(case, group, urlsplit(peer.url).path, tags)
     threads = len(os.sched_getaffinity(0)) if case.workers else 1
     load = Load(case.connections, conditions.seconds, threads, cpus, seed=number + 1)
     before = cost_of(peer.pids)
-    result = run_wrk(peer.url, asks, load)
+    result = run_wrk(peer.url, specs, load)
     figures = _load_figures(result, before, cost_of(peer.pids))
     check_bytes(case, group, result.requests, result.received)
     return figures
 
 
-async def _ask_ourselves(case: HitCase, group: Group, peer: Peer, seconds: float) -> Tally:
+async def _run_python_client(case: HitCase, group: Group, peer: Peer, seconds: float) -> LoadStats:
     path = urlsplit(peer.url).path
-    if case.how is How.COLD:
+    if case.kind is RequestKind.COLD:
         ids = group.ids
         random.Random(2).shuffle(ids)
         return await run_all(peer.url, [path + object_id for object_id in ids], case.connections)
-    return await run_all(peer.url, _for_a_while(path, group, seconds), case.connections, "HEAD")
+    return await run_all(peer.url, _paths_for(path, group, seconds), case.connections, "HEAD")
 
 
-def _for_a_while(path: str, group: Group, seconds: float) -> Iterator[str]:
-    ids, chance, deadline = group.ids, random.Random(3), time.perf_counter() + seconds
+def _paths_for(path: str, group: Group, seconds: float) -> Iterator[str]:
+    ids, rng, deadline = group.ids, random.Random(3), time.perf_counter() + seconds
     while time.perf_counter() < deadline:
-        yield path + chance.choice(ids)
+        yield path + rng.choice(ids)
 
 
 def _load_figures(result: LoadResult, before: Cost, after: Cost) -> dict[str, float]:
@@ -116,16 +116,16 @@ def _load_figures(result: LoadResult, before: Cost, after: Cost) -> dict[str, fl
     }
 
 
-def _tally_figures(tally: Tally, before: Cost, after: Cost) -> dict[str, float]:
-    answers = len(tally.latencies)
+def _stats_figures(stats: LoadStats, before: Cost, after: Cost) -> dict[str, float]:
+    answers = len(stats.latencies)
     return {
-        "requests_per_second": answers / tally.seconds,
-        "megabytes_per_second": tally.received / tally.seconds / 1e6,
-        "p50_ms": percentile(tally.latencies, 0.5) * 1e3,
-        "p99_ms": percentile(tally.latencies, 0.99) * 1e3,
+        "requests_per_second": answers / stats.seconds,
+        "megabytes_per_second": stats.received / stats.seconds / 1e6,
+        "p50_ms": percentile(stats.latencies, 0.5) * 1e3,
+        "p99_ms": percentile(stats.latencies, 0.99) * 1e3,
         "cpu_us_per_request": _cpu_per_request(before, after, answers),
         "rss_mb": after.rss_bytes / 1e6,
-        "errors": tally.errors,
+        "errors": stats.errors,
     }
 
 
@@ -137,7 +137,7 @@ def _tags(peer: Peer, group: Group) -> dict[str, str]:
     """Entity tags by id; RuntimeError if there is none."""
     found = {}
     for object_id in conditional_ids(group):
-        head = ask_head(peer.url + object_id)
+        head = head_request(peer.url + object_id)
         if "etag" not in head.headers:
             raise RuntimeError(f"{peer.name} gave {object_id} no entity tag: {head}")
         found[object_id] = head.headers["etag"]

@@ -40,7 +40,7 @@ end
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class RequestSpec:
     """One GET: the path below the host, and at most one header."""
 
     path: str
@@ -100,12 +100,12 @@ def _result(seen: Mapping[str, int]) -> LoadResult:
     )
 
 
-def run_wrk(url: str, asks: Iterable[Ask], load: Load) -> LoadResult:
-    """Draw from `asks` (paths below the URL's host) for the load's time."""
+def run_wrk(url: str, specs: Iterable[RequestSpec], load: Load) -> LoadResult:
+    """Draw from `specs` (paths below the URL's host) for the load's time."""
     with tempfile.TemporaryDirectory(prefix="load-") as folder:
         script, requests = Path(folder, "load.lua"), Path(folder, "requests.txt")
         script.write_text(SCRIPT)
-        requests.write_text("".join(f"{ask.path}\t{ask.header[0]}\t{ask.header[1]}\n" for ask in asks))
+        requests.write_text("".join(f"{spec.path}\t{spec.header[0]}\t{spec.header[1]}\n" for spec in specs))
         seconds = max(1, round(load.seconds))
         command = [program(), "-t", str(load.threads), "-c", str(load.connections), "-d", f"{seconds}s"]
         command += ["--timeout", "30s", "-s", str(script), f"http://{urlsplit(url).netloc}/"]

@@ -12,26 +12,26 @@ from urllib.parse import urlsplit
 
 import uvloop
 
-from benchmarks.client import ask_head, fetch_once, run_all
+from benchmarks.client import fetch_once, head_request, run_all
 from benchmarks.dataset import Group
-from benchmarks.figures import Case, Measurement, percentile, turned
+from benchmarks.figures import Case, Measurement, percentile, rotated
 from benchmarks.node import Node
 from benchmarks.origin import Origin
 from benchmarks.peers import CACHE, OURS, Peer
 
 DIRECT = "the source itself"
 _HIT_SECONDS = 120.0
-_CROWD = 50
+_BURST = 50
 NEW_EACH_SAMPLE = 3
 """Objects: one for the source itself, one for ours, one for nginx."""
-NEW_EACH_CROWD = 2
+NEW_EACH_BURST = 2
 
 MISS_CASES = {
     "miss-64k": Case("miss-64k", "a miss of 64 KiB", "first_byte_ms", OURS, higher_is_better=False),
     "miss-64m": Case("miss-64m", "a miss of 64 MiB", "total_ms", OURS, higher_is_better=False),
     "crowd": Case(
         "crowd",
-        f"{_CROWD} clients for one new object of 1 MiB",
+        f"{_BURST} clients for one new object of 1 MiB",
         "last_client_ms",
         OURS,
         higher_is_better=False,
@@ -40,13 +40,13 @@ MISS_CASES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Fresh:
+class UnusedObjects:
     """Objects that nobody has asked for yet, each handed out once."""
 
     ids: Iterator[str]
 
     @classmethod
-    def of(cls, group: Group) -> Fresh:
+    def of(cls, group: Group) -> UnusedObjects:
         return cls(iter(group.ids))
 
     def take(self) -> str:
@@ -66,13 +66,13 @@ class MissBench:
     origin: Origin
     peers: Sequence[Peer]
 
-    def misses(self, case: Case, fresh: Fresh, samples: int) -> Iterator[Measurement]:
+    def misses(self, case: Case, unused: UnusedObjects, samples: int) -> Iterator[Measurement]:
         """One new object for each contender in each round, one after the other. A first round, in which our processes
         make their connections, does not count."""
         urls = [(DIRECT, self.origin.files_url), *((peer.name, peer.url) for peer in self.peers)]
         for number in range(-1, samples):
-            for name, url in turned(urls, number):
-                object_id = fresh.take()
+            for name, url in rotated(urls, number):
+                object_id = unused.take()
                 os.sync()  # nobody waits for what the one before has written
                 timing = fetch_once(url + object_id)
                 figures = {"first_byte_ms": timing.first_byte * 1e3, "total_ms": timing.total * 1e3}
@@ -80,20 +80,20 @@ class MissBench:
                     yield Measurement(case.name, name, number, figures)
                 self._forget(name, url, object_id)
 
-    def crowds(self, case: Case, fresh: Fresh, rounds: int) -> Iterator[Measurement]:
+    def bursts(self, case: Case, unused: UnusedObjects, rounds: int) -> Iterator[Measurement]:
         """Many clients at once; `source_requests` are the GETs that reached the source."""
         for number in range(rounds):
-            for peer in turned(self.peers, number):
-                object_id = fresh.take()
+            for peer in rotated(self.peers, number):
+                object_id = unused.take()
                 url = peer.url + object_id
                 os.sync()
                 forget_requests(self.origin)
-                tally = uvloop.run(run_all(url, [urlsplit(url).path] * _CROWD, _CROWD))
+                stats = uvloop.run(run_all(url, [urlsplit(url).path] * _BURST, _BURST))
                 figures = {
-                    "median_client_ms": percentile(tally.latencies, 0.5) * 1e3,
-                    "last_client_ms": max(tally.latencies, default=0.0) * 1e3,
+                    "median_client_ms": percentile(stats.latencies, 0.5) * 1e3,
+                    "last_client_ms": max(stats.latencies, default=0.0) * 1e3,
                     "source_requests": float(_requests_for(self.origin, object_id)),
-                    "errors": float(tally.errors),
+                    "errors": float(stats.errors),
                 }
                 yield Measurement(case.name, peer.name, number, figures)
                 self._forget(peer.name, peer.url, object_id)
@@ -118,7 +118,7 @@ def _requests_for(origin: Origin, object_id: str) -> int:
 def wait_for_hit(url: str) -> float:
     """Ask by HEAD until the object is on disk; seconds waited. RuntimeError if that takes too long."""
     began = time.perf_counter()
-    while ask_head(url).headers.get("x-cache") != "hit":
+    while head_request(url).headers.get("x-cache") != "hit":
         if time.perf_counter() - began > _HIT_SECONDS:
             raise RuntimeError(f"{url} did not become a hit")
         time.sleep(0.01)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from benchmarks.dataset import file_on_volume
 from benchmarks.processes import OwnProcess
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
-from shared.domain.objects import ObjectId
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.domain.objects import ObjectId
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import free_port
 
@@ -76,7 +76,7 @@ class Node:
             "DISTRIBUTOR_METRICS__PORT": str(port),
             **settings,
         }
-        command = [sys.executable, "-m", "services.command_line", kind]
+        command = [sys.executable, "-m", "distributor_node.services.command_line", kind]
         process = OwnProcess(f"{kind}-{number}", command, self.folder, environment)
         return RunningService(self._run(process), port)
 
@@ -90,10 +90,10 @@ class Node:
             time.sleep(0.01)
 
     async def _want_purges(self, object_ids: Sequence[ObjectId]) -> None:
-        state = RedisStateStore(self.redis_url, _KEY_PREFIX, 1, StateTimes())
+        state = RedisStateStore(self.redis_url, _KEY_PREFIX, 1, StateTimeouts())
         await state.open()
         try:
-            await state.want_purges(object_ids)
+            await state.request_purges(object_ids)
         finally:
             await state.close()
 

@@ -15,7 +15,7 @@ import uvloop
 
 from benchmarks.dataset import Group
 from benchmarks.processes import OwnProcess
-from services.demo.storage_node import StorageNode
+from distributor_node.services.demo.storage_node import StorageNode
 from tests.servers.redis_server import free_port
 
 

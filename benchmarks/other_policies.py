@@ -12,14 +12,14 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from shared.domain.eviction import PolicyEntry
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
+from distributor_node.shared.domain.eviction import PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
-_NOBODY: frozenset[ObjectId] = frozenset()
+_NO_IDS: frozenset[ObjectId] = frozenset()
 _SMALL_SHARE = 0.1
-_MOST_COUNTED = 3
-_WORTH_KEEPING = 2
+_MAX_COUNT = 3
+_MIN_COUNT = 2
 
 
 class _Queues(ABC):
@@ -58,7 +58,7 @@ class _Queues(ABC):
         now: float,
         *,
         min_idle: float = 0.0,
-        spared: Collection[ObjectId] = _NOBODY,
+        spared: Collection[ObjectId] = _NO_IDS,
         at_most: int = 1000,
     ) -> list[PolicyEntry]:
         return [self._next_victim()] if self._entries and wanted > 0 else []
@@ -146,7 +146,7 @@ class S3Fifo(_Queues):
 
     def access(self, object_id: ObjectId, views: int, now: float) -> None:
         if object_id in self._entries:
-            self._counts[object_id] = min(_MOST_COUNTED, self._counts[object_id] + 1)
+            self._counts[object_id] = min(_MAX_COUNT, self._counts[object_id] + 1)
 
     def remove(self, object_id: ObjectId, *, evicted: bool = False) -> None:
         entry = self._entries.pop(object_id, None)
@@ -167,7 +167,7 @@ class S3Fifo(_Queues):
         while True:
             if self._small and (self._small_bytes >= self._small_limit or not self._main):
                 object_id = next(iter(self._small))
-                if self._counts[object_id] < _WORTH_KEEPING:
+                if self._counts[object_id] < _MIN_COUNT:
                     return self._entries[object_id]
                 del self._small[object_id]
                 self._small_bytes -= footprint(self._entries[object_id].size)

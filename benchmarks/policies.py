@@ -16,11 +16,11 @@ from pathlib import Path
 
 from benchmarks.other_policies import S3Fifo, Sieve
 from benchmarks.traces import Parameters, Trace
-from services.replay.chart import render_chart
-from services.replay.scenarios import CacheSize, Result, Setting
-from shared.domain.eviction import EvictionPolicy
-from shared.domain.eviction.admission import SecondViewAdmission
-from shared.domain.eviction.simulator import Outcome, Rules, Simulation
+from distributor_node.services.replay.report import render_chart
+from distributor_node.services.replay.scenarios import CacheSize, Result, Setting
+from distributor_node.shared.domain.admission import SecondHitAdmission
+from distributor_node.shared.domain.eviction import EvictionPolicy
+from distributor_node.shared.domain.eviction.simulator import Outcome, Rules, Simulation
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 1024**2
@@ -56,10 +56,10 @@ def run_seed(parameters: Parameters, share: float, ranges: bool) -> tuple[str, l
     outcomes = []
     for setting in SETTINGS:
         above = setting.second_view_above
-        admission = None if above is None else SecondViewAdmission(above)
+        admission = None if above is None else SecondHitAdmission(above)
         simulation = Simulation(policy_of(setting, limit), Rules.of(limit, 0.99, 1.0), admission)
         for request in trace.requests() if ranges else trace.views():
-            simulation.see(request)
+            simulation.process(request)
         outcomes.append(simulation.outcome)
     about = (
         f"Seed {parameters.seed}: {len(set(trace.objects))} objects seen, {trace.seen_once:.0%} of them once,"

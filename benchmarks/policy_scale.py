@@ -23,19 +23,19 @@ from pathlib import Path
 from random import Random
 
 from benchmarks.store_verbs import PREFIX, redis_memory
-from services.evictor.index import EvictionIndex
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
-from shared.adapters.volume import Volume
-from shared.domain.eviction import POLICY_NAMES, EvictionPolicy, PolicyEntry, make_policy
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import IndexEntry
-from shared.runtime.memory import map_large_blocks
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.eviction import POLICY_NAMES, EvictionPolicy, PolicyEntry, make_policy
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import IndexEntry
+from distributor_node.shared.runtime.malloc import mmap_large_blocks
 from tests.servers.redis_server import RedisServer
 
 EPOCH = 1_700_000_000.0
 BATCHES, BATCH = 300, 100
-ADOPTED_AT_ONCE = 1000
+ADOPTION_BATCH = 1000
 
 
 def entries(count: int, first: int, random: Random, now: float) -> Iterator[PolicyEntry]:
@@ -65,7 +65,7 @@ def resident_bytes() -> int:
 
 def measure_memory(name: str, count: int) -> tuple[float, float]:
     """Bytes an object: allocated, and grown by."""
-    map_large_blocks()  # as the evictor does
+    mmap_large_blocks()  # as the evictor does
     gc.collect()
     before = resident_bytes()
     policy = filled(name, count)
@@ -110,14 +110,14 @@ def measure_evict_and_add(policy: EvictionPolicy, count: int, random: Random, at
 async def fill_store(url: str, count: int) -> float:
     """Put all objects into the state store's index, as reconciliation does; bytes of Redis for each."""
     empty = await redis_memory(url)
-    state = RedisStateStore(url, PREFIX, 2**62, StateTimes(operation_timeout=60.0))
+    state = RedisStateStore(url, PREFIX, 2**62, StateTimeouts(operation_timeout=60.0))
     await state.open()
     try:
         term = await state.lead("benchmark", 3600)
         if term is None:
             raise RuntimeError("somebody else leads in this Redis")
         remaining = entries(count, 0, Random(2), EPOCH)
-        while batch := [as_index_entry(entry) for entry in islice(remaining, ADOPTED_AT_ONCE)]:
+        while batch := [as_index_entry(entry) for entry in islice(remaining, ADOPTION_BATCH)]:
             await state.adopt_many(term, batch)
     finally:
         await state.close()
@@ -129,13 +129,13 @@ async def take_over(name: str, url: str, folder: Path, count: int) -> tuple[Evic
     process grew by, the reader of the store included."""
     gc.collect()
     before = resident_bytes()
-    state = RedisStateStore(url, PREFIX, 2**62, StateTimes(operation_timeout=60.0))
+    state = RedisStateStore(url, PREFIX, 2**62, StateTimeouts(operation_timeout=60.0))
     volume = Volume(folder)
     await state.open()
     try:
         index = EvictionIndex(state, volume, lambda: make_policy(name))
         begun = time.perf_counter()
-        await index.take_over()
+        await index.load()
         seconds = time.perf_counter() - begun
         grown = resident_bytes() - before
     finally:
@@ -147,7 +147,7 @@ async def take_over(name: str, url: str, folder: Path, count: int) -> tuple[Evic
 
 
 def measure_take_over(name: str, count: int, url: str, folder: Path) -> tuple[float, ...]:
-    map_large_blocks()  # as the evictor does
+    mmap_large_blocks()  # as the evictor does
     policy, rebuild, grown = asyncio.run(take_over(name, url, folder, count))
     ids, random = list(policy.ids()), Random(2)
     hit = measure_hit(policy, ids, random)

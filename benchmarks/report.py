@@ -13,7 +13,7 @@ from benchmarks.chart import bar_chart
 from benchmarks.figures import Case, Measurement, contenders, medians, ratio
 from benchmarks.goals import Verdict, verdicts
 
-_NO_FIGURES = (RuntimeError, OSError, SubprocessError)
+_MEASUREMENT_ERRORS = (RuntimeError, OSError, SubprocessError)
 _HEADINGS = {
     "requests_per_second": "requests/s",
     "megabytes_per_second": "MB/s",
@@ -46,7 +46,7 @@ class Report:
         self.cases.append(case)
         try:
             self.measurements.extend(measured)
-        except _NO_FIGURES as error:
+        except _MEASUREMENT_ERRORS as error:
             self.failures[case.name] = f"{type(error).__name__}: {error}"
         self.note_errors(case)
 

@@ -15,10 +15,10 @@ from benchmarks.figures import Case, Measurement
 from benchmarks.hits import Conditions, measure_case, warm
 from benchmarks.misses import (
     MISS_CASES,
-    NEW_EACH_CROWD,
+    NEW_EACH_BURST,
     NEW_EACH_SAMPLE,
-    Fresh,
     MissBench,
+    UnusedObjects,
     only_comparable,
 )
 from benchmarks.node import Node
@@ -37,7 +37,7 @@ _NEW_GROUPS = {
     "fetch": "new-1g",
     "fetch-three": "new-1g",
 }
-_MOST_FETCH_ROUNDS = 5
+_MAX_FETCH_ROUNDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +58,14 @@ class Options:
     @property
     def fetch_rounds(self) -> int:
         """Fewer: one takes a minute and writes some gigabytes."""
-        return min(self.rounds, _MOST_FETCH_ROUNDS)
+        return min(self.rounds, _MAX_FETCH_ROUNDS)
 
     def new_objects(self) -> dict[str, int]:
         """How many of each `new-…` group the chosen cases take."""
         taken = {
             "miss-64k": NEW_EACH_SAMPLE * (self.samples + 1),
             "miss-64m": NEW_EACH_SAMPLE * (self.samples + 1),
-            "crowd": NEW_EACH_CROWD * self.rounds,
+            "crowd": NEW_EACH_BURST * self.rounds,
             **{name: new_each_round(name) * self.fetch_rounds for name in FETCH_CASES},
         }
         needed = dict.fromkeys(_NEW_GROUPS.values(), 0)
@@ -75,7 +75,7 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Ground:
+class Environment:
     """What all contenders stand on: the source, our node (its API is a contender), a folder on disk."""
 
     folder: Path
@@ -84,14 +84,14 @@ class Ground:
 
 
 class Run:
-    """The contenders of one run. `say` is told what happens."""
+    """The contenders of one run. `log` is told what happens."""
 
-    def __init__(self, options: Options, report: Report, say: Callable[[str], None]) -> None:
-        self._options, self._report, self._say = options, report, say
+    def __init__(self, options: Options, report: Report, log: Callable[[str], None]) -> None:
+        self._options, self._report, self._log = options, report, log
         self._groups = groups(options.quick, options.new_objects())
         self._hits = [case for case in HIT_CASES if case.name in options.cases]
-        self._fresh = {
-            name: Fresh.of(self._groups[name])
+        self._unused = {
+            name: UnusedObjects.of(self._groups[name])
             for name in dict.fromkeys(_NEW_GROUPS[name] for name in options.cases if name in _NEW_GROUPS)
         }
         self._held = [self._groups[name] for name in dict.fromkeys(case.group for case in self._hits)]
@@ -99,49 +99,49 @@ class Run:
     def run(self, folder: Path) -> None:
         """Measure in this (empty) folder; whatever happens, nothing is left running."""
         with ExitStack() as resources:
-            ground = self._start_ground(folder, resources)
-            peers = self._peers(ground)
+            environment = self._start_environment(folder, resources)
+            peers = self._peers(environment)
             self._start(peers, self._held, resources)
             for case in self._hits:
                 if not case.workers:
                     self._measure_hits(case, peers)
-            self._measure_pairs(ground)
+            self._measure_pairs(environment)
             for peer in peers:
                 pin(peer.pids, frozenset(os.sched_getaffinity(0)))
-            self._measure_misses(ground, only_comparable(peers))
-            self._measure_fetches(ground, peers[0])
+            self._measure_misses(environment, only_comparable(peers))
+            self._measure_fetches(environment, peers[0])
 
-    def _start_ground(self, folder: Path, resources: ExitStack) -> Ground:
-        chosen = [*self._held, *(self._groups[name] for name in self._fresh)]
+    def _start_environment(self, folder: Path, resources: ExitStack) -> Environment:
+        chosen = [*self._held, *(self._groups[name] for name in self._unused)]
         origin = Origin(folder, chosen)
         resources.callback(origin.stop)
         origin.start()
-        self._say("laying out objects")
+        self._log("laying out objects")
         write_manifest(folder / "manifest.json", chosen, origin.files_url)
         node = Node(folder, folder / "manifest.json")
         resources.callback(node.close)
         fill_volume(node.volume, self._held)
         if not self._options.check_harness:
-            self._say("starting Redis, RabbitMQ and evictor")
+            self._log("starting Redis, RabbitMQ and evictor")
             node.start_servers()
             node.start("evictor")
-        return Ground(folder, origin, node)
+        return Environment(folder, origin, node)
 
-    def _peers(self, ground: Ground) -> list[Peer]:
+    def _peers(self, environment: Environment) -> list[Peer]:
         """Ours comes first."""
-        ours: Peer = Ours(ground.node)
+        ours: Peer = Ours(environment.node)
         if self._options.check_harness:
-            ours = NginxStatic(ground.folder, ground.node.volume, self._held, OURS)
-        peers = [ours, NginxCache(ground.folder, ground.origin)]
+            ours = NginxStatic(environment.folder, environment.node.volume, self._held, OURS)
+        peers = [ours, NginxCache(environment.folder, environment.origin)]
         if self._held:
-            peers.append(NginxStatic(ground.folder, ground.node.volume, self._held))
+            peers.append(NginxStatic(environment.folder, environment.node.volume, self._held))
             if varnish_program() is not None:
-                peers.append(Varnish(ground.folder, ground.origin))
+                peers.append(Varnish(environment.folder, environment.origin))
         return peers
 
     def _start(self, peers: Iterable[Peer], held: Sequence[Group], resources: ExitStack) -> None:
         for peer in peers:
-            self._say(f"starting {peer.name}")
+            self._log(f"starting {peer.name}")
             resources.callback(peer.stop)
             peer.start()
             warm(peer, held)
@@ -158,41 +158,43 @@ class Run:
         )
         self._record(case.case, measure_case(case, self._groups[case.group], peers, conditions))
 
-    def _measure_pairs(self, ground: Ground) -> None:
+    def _measure_pairs(self, environment: Environment) -> None:
         """One and two workers of ours and of nginx, none of them pinned."""
         for case in self._hits:
             if case.workers and not self._options.check_harness:
                 pairs: list[Peer] = [
-                    Ours(ground.node, 1, OURS),
-                    Ours(ground.node, 2, f"{OURS}, 2 workers"),
-                    NginxCache(ground.folder / "pairs", ground.origin, 1, CACHE),
-                    NginxCache(ground.folder / "pairs", ground.origin, 2, f"{CACHE}, 2 workers"),
+                    Ours(environment.node, 1, OURS),
+                    Ours(environment.node, 2, f"{OURS}, 2 workers"),
+                    NginxCache(environment.folder / "pairs", environment.origin, 1, CACHE),
+                    NginxCache(environment.folder / "pairs", environment.origin, 2, f"{CACHE}, 2 workers"),
                 ]
                 with ExitStack() as resources:
                     self._start(pairs, [self._groups[case.group]], resources)
                     self._measure_hits(case, pairs)
 
-    def _measure_misses(self, ground: Ground, peers: Sequence[Peer]) -> None:
+    def _measure_misses(self, environment: Environment, peers: Sequence[Peer]) -> None:
         chosen = [case for name, case in MISS_CASES.items() if name in self._options.cases]
         if not chosen:
             return
-        fetcher = ground.node.start("fetcher")
-        bench = MissBench(ground.node, ground.origin, peers)
+        fetcher = environment.node.start("fetcher")
+        bench = MissBench(environment.node, environment.origin, peers)
         for case in chosen:
-            fresh = self._fresh[_NEW_GROUPS[case.name]]
+            unused = self._unused[_NEW_GROUPS[case.name]]
             if case.name == "crowd":
-                self._record(case, bench.crowds(case, fresh, self._options.rounds))
+                self._record(case, bench.bursts(case, unused, self._options.rounds))
             else:
-                self._record(case, bench.misses(case, fresh, self._options.samples))
+                self._record(case, bench.misses(case, unused, self._options.samples))
         fetcher.stop()
 
-    def _measure_fetches(self, ground: Ground, ours: Peer) -> None:
+    def _measure_fetches(self, environment: Environment, ours: Peer) -> None:
         for case in (case for name, case in FETCH_CASES.items() if name in self._options.cases):
             group = _NEW_GROUPS[case.name]
-            bench = FetchBench(ground.node, ours, ground.origin, self._groups[group].size, ground.folder)
-            self._record(case, bench.measure(case, self._fresh[group], self._options.fetch_rounds))
+            bench = FetchBench(
+                environment.node, ours, environment.origin, self._groups[group].size, environment.folder
+            )
+            self._record(case, bench.measure(case, self._unused[group], self._options.fetch_rounds))
 
     def _record(self, case: Case, measured: Iterable[Measurement]) -> None:
-        self._say(f"measuring {case.name}: {case.title}")
+        self._log(f"measuring {case.name}: {case.title}")
         self._report.add(case, measured)
-        self._say(self._report.table(case))
+        self._log(self._report.table(case))

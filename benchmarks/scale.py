@@ -18,23 +18,23 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.__main__ import RESULTS, end_in_order, missing_programs, say
+from benchmarks.__main__ import RESULTS, exit_on_signal, log, missing_programs
 from benchmarks.accounting import cost_of, peak_rss_of
-from benchmarks.dataset import KIB, lay_down
+from benchmarks.dataset import KIB, write_object
 from benchmarks.figures import Case, Measurement, percentile
-from benchmarks.load import Ask, Load, run_wrk
+from benchmarks.load import Load, RequestSpec, run_wrk
 from benchmarks.machine import describe
 from benchmarks.node import Node, RunningService
 from benchmarks.report import Report, write_results
-from benchmarks.store_verbs import EvictionWatch, StoreVerbs, redis_memory
-from shared.adapters.volume import Volume
-from shared.adapters.volume.layout import fan
-from shared.domain.objects import ObjectId, StoredRecord, entity_tag
-from shared.domain.space import footprint
+from benchmarks.store_verbs import EvictionMonitor, StoreVerbs, redis_memory
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.layout import shard
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord, entity_tag
+from distributor_node.shared.domain.space import footprint
 
 SIZE = 4 * KIB
 _RECONCILE_SECONDS = 1200.0
-_ASKED = 20_000
+_LOOKUPS = 20_000
 _STATUS_SECONDS = 5.0
 _HIT_SECONDS = 5.0
 _FIRST_ID = 1_000_000_000
@@ -44,23 +44,23 @@ EVICTOR = Case("scale-evictor", "the evictor", "", "")
 API = Case("scale-api", "the API", "", "")
 
 
-def lay_out(root: Path, count: int) -> None:
+def write_volume(root: Path, count: int) -> None:
     """So many objects on a new volume."""
     volume = Volume(root)
     volume.prepare()
     volume.close()
     now = int(time.time())
     # Directory by directory, as file systems like it.
-    for object_id in sorted((ObjectId(_FIRST_ID + number) for number in range(count)), key=fan):
+    for object_id in sorted((ObjectId(_FIRST_ID + number) for number in range(count)), key=shard):
         tag = entity_tag(object_id, SIZE, None, "scale")
-        lay_down(root, StoredRecord(object_id, SIZE, tag, None, "application/octet-stream", now), ())
+        write_object(root, StoredRecord(object_id, SIZE, tag, None, "application/octet-stream", now), ())
 
 
 class Scale:
     """One size of volume; `measure` returns the figures of store, evictor and API."""
 
-    def __init__(self, count: int, folder: Path, tell: Callable[[str], None]) -> None:
-        self._count, self._folder, self._tell = count, folder, tell
+    def __init__(self, count: int, folder: Path, log: Callable[[str], None]) -> None:
+        self._count, self._folder, self._log = count, folder, log
         limit = count * footprint(SIZE)
         origin = "http://127.0.0.1:9/{id}"  # the discard port: nobody answers
         self._node = Node(
@@ -80,21 +80,21 @@ class Scale:
             self._node.close()
 
     def _measure(self) -> dict[str, dict[str, float]]:
-        self._tell(f"laying out {self._count:,} objects")
-        lay_out(self._node.volume, self._count)
+        self._log(f"laying out {self._count:,} objects")
+        write_volume(self._node.volume, self._count)
         self._node.start_servers()
         empty = asyncio.run(redis_memory(self._node.redis_url))
-        self._tell("reconciling into an empty Redis")
+        self._log("reconciling into an empty Redis")
         evictor = {f"adopting_{name}": value for name, value in self._reconcile().items()}
         held = asyncio.run(redis_memory(self._node.redis_url))
-        self._tell("reconciling once more")
+        self._log("reconciling once more")
         evictor |= {f"known_{name}": value for name, value in self._reconcile().items()}
-        self._tell("the API")
+        self._log("the API")
         api = self._api()
-        self._tell("the store's verbs")
+        self._log("the store's verbs")
         store = asyncio.run(StoreVerbs(self._node.redis_url, self._limit * 4).measure())
         store["redis_bytes_per_object"] = (held - empty) / self._count
-        self._tell("evicting a tenth")
+        self._log("evicting a tenth")
         evictor |= self._evict()
         evictor["rss_peak_mb"] = max(value for name, value in evictor.items() if name.endswith("rss_peak_mb"))
         return {STORE.name: store, EVICTOR.name: evictor, API.name: api}
@@ -118,7 +118,7 @@ class Scale:
     def _until_reconciled(self, evictor: RunningService, deadline: float) -> float:
         while True:
             for line in evictor.process.log_text().splitlines():
-                if '"reconciled"' in line:
+                if '"reconciliation_finished"' in line:
                     return float(json.loads(line)["seconds"])
             evictor.process.check(deadline)
             time.sleep(0.2)
@@ -128,14 +128,16 @@ class Scale:
         began = time.monotonic()
         api = self._node.start("api")
         figures = {"start_s": time.monotonic() - began, **_status_times(api.status_url)}
-        step = max(1, self._count // _ASKED)
-        asks = [Ask(f"/api/v1/assets/{_FIRST_ID + number}") for number in range(0, self._count, step)]
-        run_wrk(api.assets_url, asks, Load(16, 2))
-        result = run_wrk(api.assets_url, asks, Load(16, _HIT_SECONDS, seed=2))
+        step = max(1, self._count // _LOOKUPS)
+        specs = [
+            RequestSpec(f"/api/v1/assets/{_FIRST_ID + number}") for number in range(0, self._count, step)
+        ]
+        run_wrk(api.assets_url, specs, Load(16, 2))
+        result = run_wrk(api.assets_url, specs, Load(16, _HIT_SECONDS, seed=2))
         figures |= {"requests_per_second": result.requests_per_second}
-        quiet = run_wrk(api.assets_url, asks, Load(1, _HIT_SECONDS, seed=3))
+        quiet = run_wrk(api.assets_url, specs, Load(1, _HIT_SECONDS, seed=3))
         evictor = self._node.launch("evictor")
-        busy = run_wrk(api.assets_url, asks, Load(1, _HIT_SECONDS, seed=3))
+        busy = run_wrk(api.assets_url, specs, Load(1, _HIT_SECONDS, seed=3))
         figures |= {"status_reconciling_p50_ms": _status_times(api.status_url)["status_p50_ms"]}
         self._until_reconciled(evictor, time.monotonic() + _RECONCILE_SECONDS)
         evictor.stop()
@@ -158,7 +160,7 @@ class Scale:
             "evictor", DISTRIBUTOR_STORAGE__LIMIT=limit, DISTRIBUTOR_EVICTOR__MIN_IDLE="1"
         )
         try:
-            watch = EvictionWatch(self._node.redis_url, self._limit)
+            watch = EvictionMonitor(self._node.redis_url, self._limit)
             rate = asyncio.run(watch.rate_until_below(0.9 * self._limit, _RECONCILE_SECONDS))
             return {
                 "evictions_per_second": rate,
@@ -193,7 +195,7 @@ def main() -> None:
     missing = missing_programs()
     if missing:
         raise SystemExit("\n".join(missing))
-    signal.signal(signal.SIGTERM, end_in_order)
+    signal.signal(signal.SIGTERM, exit_on_signal)
     report = Report(describe(given.folder or Path(tempfile.gettempdir())))
     for case in (STORE, EVICTOR, API):
         report.add(case, ())
@@ -201,19 +203,19 @@ def main() -> None:
         for count in given.objects:
             folder = Path(tempfile.mkdtemp(prefix="scale-", dir=given.folder))
             try:
-                found = Scale(count, folder, say).measure()
+                found = Scale(count, folder, log).measure()
             finally:
-                say("removing the volume")
+                log("removing the volume")
                 shutil.rmtree(folder)
             for name, figures in found.items():
                 report.measurements.append(Measurement(name, f"{count:,} objects", 0, figures))
             for case in report.cases:
                 report.note_errors(case)
-            say("\n\n".join(map(report.table, report.cases)))
+            log("\n\n".join(map(report.table, report.cases)))
     finally:
-        say(report.goal_table())
+        log(report.goal_table())
         for path in write_results(report, given.results, "scale"):
-            say(f"written: {path}")
+            log(f"written: {path}")
 
 
 if __name__ == "__main__":

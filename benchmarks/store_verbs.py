@@ -9,17 +9,17 @@ from typing import TypeVar
 
 from redis import asyncio as aioredis
 
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import Access, Granted, Lease, Term
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import Access, Granted, Lease, Term
 
 Item = TypeVar("Item")
 
 PREFIX = "distributor:"
-_TIMES = StateTimes(operation_timeout=10.0)
+_TIMES = StateTimeouts(operation_timeout=10.0)
 _OBJECTS = 5_000
-_AT_ONCE = 32
+_CONCURRENCY = 32
 _FIRST_ID = 9_000_000_000
 _BATCH, _BATCHES = 1_000, 50
 _LEADER_SECONDS = 30.0
@@ -58,14 +58,14 @@ class StoreVerbs:
                 raise RuntimeError(f"no lease: {begun}")
             leases.append(begun.lease)
 
-        async def hand_over(_: ObjectId) -> None:
+        async def record(_: ObjectId) -> None:
             await store.record_accesses([Access(object_id, 1, time.time()) for object_id in ids[:_BATCH]])
 
         figures = {
             "claim_per_second": await _rate(lambda each: store.claim(each, "benchmark"), ids),
             "begin_per_second": await _rate(begin, ids),
             "commit_per_second": await _rate(lambda lease: store.commit(lease, time.time()), leases),
-            "accesses_per_second": _BATCH * await _rate(hand_over, ids[:_BATCHES]),
+            "accesses_per_second": _BATCH * await _rate(record, ids[:_BATCHES]),
         }
 
         async def evict(object_id: ObjectId) -> None:
@@ -94,11 +94,11 @@ async def _rate(verb: Callable[[Item], Awaitable[object]], items: Sequence[Item]
             await verb(item)
 
     began = time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(_AT_ONCE)))
+    await asyncio.gather(*(work() for _ in range(_CONCURRENCY)))
     return len(items) / (time.perf_counter() - began)
 
 
-class EvictionWatch:
+class EvictionMonitor:
     """Looks at the usage while an evictor works."""
 
     def __init__(self, url: str, limit: int) -> None:

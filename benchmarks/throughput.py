@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from benchmarks.accounting import cost_of
 from benchmarks.client import fetch_once
-from benchmarks.figures import Case, Measurement, turned
-from benchmarks.misses import Fresh, wait_for_hit
+from benchmarks.figures import Case, Measurement, rotated
+from benchmarks.misses import UnusedObjects, wait_for_hit
 from benchmarks.node import Node
 from benchmarks.origin import Origin
 from benchmarks.peers import Peer
@@ -62,10 +62,10 @@ class FetchBench:
         self._size = size
         self._folder = folder
 
-    def measure(self, case: Case, fresh: Fresh, rounds: int) -> Iterator[Measurement]:
+    def measure(self, case: Case, unused: UnusedObjects, rounds: int) -> Iterator[Measurement]:
         for number in range(rounds):
-            for name, fetchers, objects in turned(CONTENDERS[case.name], number):
-                ids = [fresh.take() for _ in range(objects)]
+            for name, fetchers, objects in rotated(CONTENDERS[case.name], number):
+                ids = [unused.take() for _ in range(objects)]
                 os.sync()
                 figures = self._ours(fetchers, ids) if fetchers else self._curl(ids, sync=name != CURL)
                 yield Measurement(case.name, name, number, figures)

@@ -18,8 +18,8 @@ from itertools import accumulate, count
 from random import Random
 from statistics import NormalDist
 
-from shared.domain.eviction.simulator import Request
-from shared.domain.objects import ObjectId
+from distributor_node.shared.domain.eviction.simulator import Request
+from distributor_node.shared.domain.objects import ObjectId
 
 KB, MB, GB = 10**3, 10**6, 10**9
 START = 1_700_000_000.0

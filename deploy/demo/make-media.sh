@@ -4,7 +4,7 @@
 # another build of the encoders gives other bytes and so other hashes:
 #
 #   deploy/demo/make-media.sh
-#   python -m services.demo.manifest --output deploy/demo/manifest.yaml
+#   python -m distributor_node.services.demo.manifest --output deploy/demo/manifest.yaml
 #
 # File names are <object id>-<name>.<extension>; a film and its subtitles share the name.
 # The SVG (4-lighthouse.svg) and the subtitles (6-day.vtt) are written by hand and are not touched.

@@ -119,7 +119,7 @@ fi
 
 EDGE_LISTENERS=$listeners
 EDGE_REAL_IP=""
-# A balancer that ends TLS says so; whoever lies here only loses his own redirect.
+# A balancer that ends TLS says so; a client that says so itself only loses its own redirect.
 EDGE_SCHEMES="default \$scheme;"
 if [ -n "$trusted" ]; then
     EDGE_REAL_IP="$trusted    real_ip_header $header;

@@ -11,22 +11,22 @@ from dataclasses import dataclass
 
 import structlog
 
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.views import ViewCoalescer
-from shared.observability.metrics import LOST_ACCESSES
-from shared.ports.state_store import Access, StateStore
+from distributor_node.shared.domain.admission import ViewCoalescer
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.observability.metrics import DROPPED_ACCESSES
+from distributor_node.shared.ports.state_store import Access, StateStore
 
-HAND_OVER_INTERVAL = 1.0
-MAX_WAITING = 10_000
-LAST_HAND_OVER = 1.0
+FLUSH_INTERVAL = 1.0
+MAX_PENDING = 10_000
+FINAL_FLUSH_TIMEOUT = 1.0
 """Seconds; a part of what is left of the shutdown deadline for closing."""
 
 logger = structlog.get_logger()
 
 
 @dataclass(slots=True)
-class _Waiting:
+class _PendingAccess:
     views: int
     last_at: float
 
@@ -34,84 +34,84 @@ class _Waiting:
 class AccessCounter:
     """Collects accesses in process; `run` hands them over in batches. Counting never waits and never fails.
 
-    While the store is down at most `max_waiting` objects are remembered, those accessed last.
+    While the store is down at most `max_pending` objects are remembered, those accessed last.
     """
 
     def __init__(
-        self, state: StateStore, clock: Callable[[], float] = time.time, max_waiting: int = MAX_WAITING
+        self, state: StateStore, clock: Callable[[], float] = time.time, max_pending: int = MAX_PENDING
     ) -> None:
         """`clock`: POSIX seconds."""
         self._state = state
         self._clock = clock
-        self._max_waiting = max_waiting
-        self._waiting: OrderedDict[ObjectId, _Waiting] = OrderedDict()
+        self._max_pending = max_pending
+        self._pending: OrderedDict[ObjectId, _PendingAccess] = OrderedDict()
         self._views = ViewCoalescer()
         self._down = False
 
-    def note_request(self, object_id: ObjectId) -> None:
+    def record_request(self, object_id: ObjectId) -> None:
         """A client was (or is being) sent this object, or a part of it."""
         now = self._clock()
-        self._note(object_id, int(self._views.begins_view(object_id, now)), now)
+        self._add(object_id, int(self._views.begins_view(object_id, now)), now)
 
-    def note_sending(self, object_id: ObjectId) -> None:
+    def touch(self, object_id: ObjectId) -> None:
         """A long send of this object goes on: its last access is now (no further view)."""
-        self._note(object_id, 0, self._clock())
+        self._add(object_id, 0, self._clock())
 
-    def _note(self, object_id: ObjectId, views: int, now: float) -> None:
-        waiting = self._waiting.get(object_id)
-        if waiting is None:
-            self._waiting[object_id] = _Waiting(views, now)
-            if len(self._waiting) > self._max_waiting:
-                self._waiting.popitem(last=False)
-                LOST_ACCESSES.inc()
+    def _add(self, object_id: ObjectId, views: int, now: float) -> None:
+        pending = self._pending.get(object_id)
+        if pending is None:
+            self._pending[object_id] = _PendingAccess(views, now)
+            if len(self._pending) > self._max_pending:
+                self._pending.popitem(last=False)
+                DROPPED_ACCESSES.inc()
             return
-        waiting.views += views
-        waiting.last_at = max(waiting.last_at, now)
-        self._waiting.move_to_end(object_id)
+        pending.views += views
+        pending.last_at = max(pending.last_at, now)
+        self._pending.move_to_end(object_id)
 
-    async def run(self, interval: float = HAND_OVER_INTERVAL) -> None:
+    async def run(self, interval: float = FLUSH_INTERVAL) -> None:
         """Hand over once every `interval` seconds, until cancelled."""
         while True:
             await asyncio.sleep(interval)
-            await self.hand_over()
+            await self.flush()
 
-    async def hand_over(self) -> None:
+    async def flush(self) -> None:
         """Hand over what has been counted; what the store does not take is kept for the next time.
 
         So it is when cancelled, though the store may have it by then: counted twice is better than not at all.
         """
-        if not self._waiting:
+        if not self._pending:
             return
-        batch, self._waiting = self._waiting, OrderedDict()
+        batch, self._pending = self._pending, OrderedDict()
         accesses = [Access(object_id, counted.views, counted.last_at) for object_id, counted in batch.items()]
         try:
             await self._state.record_accesses(accesses)
         except StateStoreUnavailable as error:
             if not self._down:
                 self._down = True
-                logger.warning("accesses_not_handed_over", reason=str(error))
-            self._put_back(accesses)
+                logger.warning("access_flush_failed", reason=str(error))
+            self._requeue(accesses)
             return
         except asyncio.CancelledError:
-            self._put_back(accesses)
+            self._requeue(accesses)
             raise
         if self._down:
             self._down = False
-            logger.info("accesses_handed_over_again", objects=len(accesses))
+            logger.info("access_flush_recovered", objects=len(accesses))
 
-    async def close(self, patience: float = LAST_HAND_OVER) -> None:
-        """Hand over for the last time, within `patience` seconds; what is left then is lost."""
+    async def close(self, timeout: float = FINAL_FLUSH_TIMEOUT) -> None:
+        """Hand over for the last time, within `timeout` seconds; what is left then is lost."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(patience):
-                await self.hand_over()
-        if self._waiting:
-            LOST_ACCESSES.inc(len(self._waiting))
-            logger.warning("accesses_lost", objects=len(self._waiting))
-            self._waiting.clear()
+            async with asyncio.timeout(timeout):
+                await self.flush()
+        if self._pending:
+            DROPPED_ACCESSES.inc(len(self._pending))
+            logger.warning("accesses_dropped", objects=len(self._pending))
+            self._pending.clear()
 
-    def _put_back(self, accesses: Sequence[Access]) -> None:
-        newer, self._waiting = self._waiting, OrderedDict()
+    def _requeue(self, accesses: Sequence[Access]) -> None:
+        newer, self._pending = self._pending, OrderedDict()
         for access in accesses:
-            self._note(access.object_id, access.views, access.last_at)
+            self._add(access.object_id, access.views, access.last_at)
         for object_id, counted in newer.items():
-            self._note(object_id, counted.views, counted.last_at)
+            self._add(object_id, counted.views, counted.last_at)

@@ -7,25 +7,25 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from services.api.accesses import AccessCounter
-from services.api.wakeups import FetchWakeups
-from shared.adapters.volume import Volume
-from shared.domain.objects import Duty
-from shared.ports.catalog import Catalog
-from shared.ports.job_queue import JobQueue
-from shared.ports.state_store import StateStore
-from shared.runtime.orders import OrdersFollower
-from shared.settings.model import Settings
+from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.objects import Assignment
+from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.ports.job_queue import JobQueue
+from distributor_node.shared.ports.state_store import StateStore
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.settings.model import Settings
 
 if TYPE_CHECKING:
-    from shared.adapters.sources.relay import Relay
+    from distributor_node.shared.adapters.sources.failover import FailoverReader
 
 
 @dataclass(slots=True)
-class DutyHolder:
-    """The node's duty as it is now: an operator may change it while the node runs."""
+class CurrentAssignment:
+    """The node's assignment as it is now: an operator may change it while the node runs."""
 
-    current: Duty
+    current: Assignment
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +38,9 @@ class ApiContext:
     state: StateStore
     queue: JobQueue
     catalog: Catalog
-    relay: Relay
+    failover_reader: FailoverReader
     accesses: AccessCounter
-    duty: DutyHolder
-    wakeups: FetchWakeups
-    orders: OrdersFollower
+    assignment: CurrentAssignment
+    fetch_events: FetchEvents
+    operator_state: OperatorStateWatcher
     clock: Callable[[], float] = time.time

@@ -1,4 +1,4 @@
-"""What a handler raises to end a request otherwise than with content; `error_rendering` makes the answer of it."""
+"""What a handler raises to end a request otherwise than with content; `sanic_app` makes the answer of it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ RETRY_LATER: Mapping[str, str] = {"Retry-After": "5"}
 """Headers of a 503 that may be over in a moment (seconds)."""
 
 
-class ErrorAnswer(Exception):
+class HttpError(Exception):
     """Ends a request with an error answer. `message` and `kind` are for the client; `headers` go beside the usual ones.
 
-    To be raised before the first byte of an answer is sent; after that, raise CutAnswer.
+    To be raised before the first byte of an answer is sent; after that, raise AbortResponse.
     """
 
     def __init__(
@@ -24,7 +24,7 @@ class ErrorAnswer(Exception):
         self.headers = dict(headers or {})
 
 
-class CutAnswer(Exception):
+class AbortResponse(Exception):
     """An answer that has begun cannot be ended rightly: the connection is cut, so that the client knows.
 
     `reason` is a short word for logs and metrics, such as `source_failed`, `verification_failed`, `object_gone`.

@@ -15,36 +15,36 @@ from sanic.http import Http, Stage
 from sanic.response import BaseHTTPResponse
 from sanic.server import HttpProtocol
 
-from services.api.exchange import exchange_of, record_exchange
-from services.api.headers import date_now
-from shared.observability.metrics import CUT_ANSWERS
+from distributor_node.services.api.headers import date_now
+from distributor_node.services.api.request_log import count_and_log, request_record
+from distributor_node.shared.observability.metrics import ABORTED_RESPONSES
 
-ANSWER_LIMIT = 60.0
+RESPONSE_START_TIMEOUT = 60.0
 """Seconds until an answer has begun, at most: a backstop, handlers have shorter limits of their own."""
-CLIENT_LEFT = 499
+CLIENT_CLOSED_REQUEST = 499
 """Status in log and metrics of a request whose client left before the answer began."""
-_LONGEST_TICK = 5.0
-_LAST_REQUEST_GRACE = 1.0
+_MAX_CHECK_INTERVAL = 5.0
+KEEPALIVE_DRAIN_GRACE = 1.0
 """Seconds at a stop in which an idle connection may bring one more request, and is told with the answer that it ends.
 The request may be on its way: a client that finds the connection closed instead cannot know whether it was heard."""
 
 
 class ApiHttp(Http):
-    """One connection's requests and answers: adds the request id, and keeps the record of each exchange."""
+    """One connection's requests and answers: adds the request id, and keeps the record of each request."""
 
     def init_for_request(self) -> None:
         """Begin to wait for a request: at a stop not for long."""
         super().init_for_request()  # type: ignore[no-untyped-call]
-        if isinstance(self.protocol, PublicProtocol) and self.protocol.ends_soon:
-            self.protocol.await_last_request()
+        if isinstance(self.protocol, PublicProtocol) and self.protocol.draining:
+            self.protocol.allow_last_request()
 
     def respond(self, response: BaseHTTPResponse) -> BaseHTTPResponse:
         response = super().respond(response)
-        if getattr(self.protocol, "ends_soon", False):
+        if getattr(self.protocol, "draining", False):
             self.keep_alive = False
         request: Request[Any, Any] | None = self.request
         if request is not None:
-            response.headers["X-Request-ID"] = exchange_of(request).request_id
+            response.headers["X-Request-ID"] = request_record(request).request_id
         response.headers["Date"] = date_now()
         return response
 
@@ -58,44 +58,46 @@ class ApiHttp(Http):
             self.keep_alive = False
             self.stage = Stage.FAILED
             if self.request is not None:
-                exchange_of(self.request).cut = exchange_of(self.request).cut or "client_left"
+                request_record(self.request).abort_reason = (
+                    request_record(self.request).abort_reason or "client_disconnected"
+                )
         else:
             await super().error_response(exception)  # type: ignore[arg-type]
             if isinstance(exception, RequestTimeout):
                 self.request_body = None  # the rest of it is not waited for
         self.record()
 
-    def cut(self, reason: str) -> None:
+    def abort_response(self, reason: str) -> None:
         """End the connection in the middle of an answer, so that the client notices."""
         self.keep_alive = False
         self.stage = Stage.FAILED
         self.response_func: Any = None  # what Sanic still wants to send goes nowhere
         if self.request is not None:
-            exchange_of(self.request).cut = reason
-        CUT_ANSWERS.labels(reason=reason).inc()
+            request_record(self.request).abort_reason = reason
+        ABORTED_RESPONSES.labels(reason=reason).inc()
         if isinstance(self.protocol, PublicProtocol):
-            self.protocol.note_cut(reason)
+            self.protocol.note_abort(reason)
         if self.protocol.transport is not None:
             self.protocol.transport.abort()
 
     def record(self) -> None:
-        """Count and log the exchange, once."""
+        """Count and log the record, once."""
         request: Request[Any, Any] | None = self.request
         response: BaseHTTPResponse | None = self.response
         if request is None:
             return
-        exchange = exchange_of(request)
-        if exchange.recorded:
+        record = request_record(request)
+        if record.recorded:
             return
-        exchange.recorded = True
+        record.recorded = True
         headers: Any = response.headers if response is not None else {}
-        sent = exchange.sent
+        sent = record.sent
         if sent is None:
             body = getattr(response, "body", None)
             sent = 0 if self.head_only or not body else len(body)
-        record_exchange(
-            exchange,
-            response.status if response is not None else CLIENT_LEFT,
+        count_and_log(
+            record,
+            response.status if response is not None else CLIENT_CLOSED_REQUEST,
             cache=headers.get("X-Cache"),
             source=headers.get("X-Data-Source"),
             sent=sent,
@@ -111,22 +113,25 @@ class PublicProtocol(HttpProtocol):
 
     HTTP_CLASS = ApiHttp
     __slots__ = (
-        "_cut_reason",
+        "_abort_reason",
+        "_check_interval",
         "_since",
-        "_tick",
         "_watched",
-        "ends_soon",
+        "draining",
     )  # without, Sanic's metaclass leaves no room for any
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
         self._http = None  # until Sanic's task has begun; the client or a stop may be quicker
-        self._cut_reason: str | None = None
+        self._abort_reason: str | None = None
         self._watched: tuple[object, ...] = ()
         self._since = 0.0
-        self.ends_soon = False
-        self._tick = min(
-            _LONGEST_TICK, self.keep_alive_timeout / 4, self.request_timeout / 4, self.response_timeout / 4
+        self.draining = False
+        self._check_interval = min(
+            _MAX_CHECK_INTERVAL,
+            self.keep_alive_timeout / 4,
+            self.request_timeout / 4,
+            self.response_timeout / 4,
         )
 
     def check_timeouts(self) -> None:
@@ -140,8 +145,10 @@ class PublicProtocol(HttpProtocol):
         watched = (http.stage, self._progress(), unsent)
         if watched != self._watched:
             self._watched, self._since = watched, now
-        if not self._end_if_overdue(http, now - self._since, now - self._time, unsent):
-            self._callback_check_timeouts = self.loop.call_later(max(0.02, self._tick), self.check_timeouts)
+        if not self._enforce_timeouts(http, now - self._since, now - self._time, unsent):
+            self._callback_check_timeouts = self.loop.call_later(
+                max(0.02, self._check_interval), self.check_timeouts
+            )
 
     def _progress(self) -> object:
         """Changes when this connection gets on, beside stage and unsent bytes."""
@@ -157,24 +164,24 @@ class PublicProtocol(HttpProtocol):
         """End the connection at once."""
         super().abort()  # type: ignore[no-untyped-call]
 
-    def note_cut(self, reason: str) -> None:
+    def note_abort(self, reason: str) -> None:
         """The answer under way is being cut."""
-        self._cut_reason = reason
+        self._abort_reason = reason
 
-    def cut(self, reason: str) -> None:
+    def abort_response(self, reason: str) -> None:
         """End the connection in the middle of an answer, so that the client notices."""
         if self._http is not None:
-            self._http.cut(reason)
+            self._http.abort_response(reason)
             return
-        self.note_cut(reason)
-        CUT_ANSWERS.labels(reason=reason).inc()
+        self.note_abort(reason)
+        ABORTED_RESPONSES.labels(reason=reason).inc()
         self.abort()
 
-    def _end_if_overdue(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
+    def _enforce_timeouts(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
         """`unchanged`: seconds in this stage without progress; `silent`: since the last byte either way."""
         if unsent:
             if unchanged > self.response_timeout:
-                http.cut("client_stalled")
+                http.abort_response("client_stalled")
                 return True
         elif http.stage is Stage.IDLE:
             if silent > self.keep_alive_timeout:
@@ -183,7 +190,7 @@ class PublicProtocol(HttpProtocol):
             if unchanged > self.request_timeout:
                 http.exception = RequestTimeout("")
                 return self._cancel()
-        elif http.stage is Stage.HANDLER and unchanged > ANSWER_LIMIT:
+        elif http.stage is Stage.HANDLER and unchanged > RESPONSE_START_TIMEOUT:
             http.exception = ServiceUnavailable("")
             return self._cancel()
         return False
@@ -212,19 +219,19 @@ class PublicProtocol(HttpProtocol):
         """What runs this connection."""
         return self._task
 
-    def end_soon(self) -> None:
+    def start_draining(self) -> None:
         """Close once the answer under way has ended. If its head says that the connection stays, or if none is under
         way, there may be one request more."""
-        self.ends_soon = True  # when the answer begins: Sanic forgets it with each head that it reads
+        self.draining = True  # when the answer begins: Sanic forgets it with each head that it reads
         http = self._http
         if self._is_idle():
-            self.await_last_request()
+            self.allow_last_request()
         elif http is not None and http.stage is not Stage.RESPONSE:
             http.keep_alive = False
 
-    def await_last_request(self) -> None:
+    def allow_last_request(self) -> None:
         """Close the connection unless it brings a request within a moment. Who still receives has not asked yet."""
-        self.loop.call_later(_LAST_REQUEST_GRACE, self._close_if_idle)
+        self.loop.call_later(KEEPALIVE_DRAIN_GRACE, self._close_if_idle)
 
     def _is_idle(self) -> bool:
         """Whether nothing is asked or answered."""
@@ -234,11 +241,11 @@ class PublicProtocol(HttpProtocol):
         if not self._is_idle():
             return
         if self._unsent():
-            self.await_last_request()
+            self.allow_last_request()
         else:
             self.close()
 
-    def end_now(self) -> bool:
+    def close_now(self) -> bool:
         """Close at once; True if that cuts an answer."""
         transport = self.transport
         if transport is None:
@@ -246,5 +253,5 @@ class PublicProtocol(HttpProtocol):
         if self._is_idle() and not transport.get_write_buffer_size():
             transport.abort()
             return False
-        self.cut("shutdown")
+        self.abort_response("shutdown")
         return True

@@ -1,7 +1,7 @@
 """Several API processes on one port: starts them, replaces those that die, ends them together.
 
-Each worker is a fresh interpreter (`python -m services.api.worker`), in a session of its own, so that a Ctrl-C reaches
-the supervisor alone. It reads its settings from its standard input; the end of that pipe tells it that the supervisor
+Each worker is a fresh interpreter (services/api/worker.py), in a session of its own, so that a Ctrl-C reaches the
+supervisor alone. It reads its settings from its standard input; the end of that pipe tells it that the supervisor
 is gone, however that died.
 """
 
@@ -22,17 +22,17 @@ from typing import Any
 import structlog
 from pydantic import SecretStr
 
-from services.api.listening import Address, bind
-from services.api.wiring import MISCONFIGURED, SHUTDOWN_ORDERED, run_checked
-from shared.domain.errors import ConfigurationError
-from shared.observability.multiprocess import forget_process, prepare_multiprocess
-from shared.runtime.run_service import ServiceScope
-from shared.settings.model import Settings
+from distributor_node.services.api.listen import ListenAddress, bind
+from distributor_node.services.api.main import MISCONFIGURED, SHUTDOWN_ORDERED, run_checked
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.observability.multiprocess import forget_process, prepare_multiprocess
+from distributor_node.shared.runtime.run_service import ServiceScope
+from distributor_node.shared.settings.model import Settings
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
-_SETTLED_AFTER = 30.0
-_MARGIN = 5.0
-_LEFT_EVERY = 0.25
+_MIN_RESTART_DELAY, _MAX_RESTART_DELAY = 0.5, 10.0
+_STABLE_AFTER = 30.0
+_SHUTDOWN_MARGIN = 5.0
+PORT_RETRY_INTERVAL = 0.25
 """Seconds between two looks at a port that a predecessor's workers are leaving."""
 
 logger = structlog.get_logger()
@@ -45,24 +45,25 @@ def run_supervisor(settings: Settings) -> int:
     async def main(scope: ServiceScope) -> None:
         await supervise(scope.stop_requested, settings)
 
-    return run_checked(main, "api-supervisor", settings.shutdown_deadline + _MARGIN, settings)
+    return run_checked(main, "api-supervisor", settings.shutdown_deadline + _SHUTDOWN_MARGIN, settings)
 
 
 async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
     """Keep the workers running. ConfigurationError if the port is taken, or a worker says its settings cannot work."""
     with ExitStack() as ports:
         public, operator = settings.public_api, settings.operator_api
-        patience = settings.shutdown_deadline + _MARGIN
-        kept = await keep_port(Address(public.host, public.port), patience, stop_requested)
-        port = ports.enter_context(kept).getsockname()[1]
+        timeout = settings.shutdown_deadline + _SHUTDOWN_MARGIN
+        reserved = await reserve_port(ListenAddress(public.host, public.port), timeout, stop_requested)
+        port = ports.enter_context(reserved).getsockname()[1]
         operator_port = operator.port
         if operator.secret is not None:
-            address = Address(operator.host, operator.port, setting="operator_api")
-            kept = await keep_port(address, patience, stop_requested)
-            operator_port = ports.enter_context(kept).getsockname()[1]
-        handover = worker_settings(settings, port, operator_port)
+            address = ListenAddress(operator.host, operator.port, setting="operator_api")
+            reserved = await reserve_port(address, timeout, stop_requested)
+            operator_port = ports.enter_context(reserved).getsockname()[1]
+        settings_json = worker_settings(settings, port, operator_port)
         workers = [
-            Worker(number, handover, settings.shutdown_deadline) for number in range(1, public.workers + 1)
+            Worker(number, settings_json, settings.shutdown_deadline)
+            for number in range(1, public.workers + 1)
         ]
         logger.info("workers_starting", workers=len(workers), port=port)
         tasks = [
@@ -77,27 +78,29 @@ async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
             await asyncio.wait(tasks)
 
 
-async def keep_port(address: Address, patience: float, stop_requested: asyncio.Event) -> socket.socket:
+async def reserve_port(
+    address: ListenAddress, timeout: float, stop_requested: asyncio.Event
+) -> socket.socket:
     """Bound but not listening: keeps the port ours while no worker has it, and gets no connections.
 
     Workers of a supervisor that was killed a moment ago may be ending their answers still: they are waited for, so many
     seconds. Anybody else who has the port is a ConfigurationError at once.
     """
-    deadline, port, told = time.monotonic() + patience, None, False
+    deadline, port, logged = time.monotonic() + timeout, None, False
     while port is None:
         try:
-            port = _port_alone(address)
+            port = _exclusive_port(address)
         except ConfigurationError:
-            if stop_requested.is_set() or time.monotonic() >= deadline or not _can_be_shared(address):
+            if stop_requested.is_set() or time.monotonic() >= deadline or not _held_by_own_workers(address):
                 raise
-            if not told:
-                told = True
-                logger.warning("port_is_being_left", setting=f"{address.setting}.port", port=address.port)
-            await asyncio.sleep(_LEFT_EVERY)
+            if not logged:
+                logged = True
+                logger.warning("waiting_for_port", setting=f"{address.setting}.port", port=address.port)
+            await asyncio.sleep(PORT_RETRY_INTERVAL)
     return bind(replace(address, port=port, shared=True))
 
 
-def _port_alone(address: Address) -> int:
+def _exclusive_port(address: ListenAddress) -> int:
     """The port, if nobody has it. Without SO_REUSEPORT: with it, a foreign process of the same user could share it
     unnoticed."""
     with bind(address) as probe:
@@ -105,7 +108,7 @@ def _port_alone(address: Address) -> int:
     return port
 
 
-def _can_be_shared(address: Address) -> bool:
+def _held_by_own_workers(address: ListenAddress) -> bool:
     """Whether who has the port shares it with this user, as workers do."""
     try:
         bind(replace(address, shared=True)).close()
@@ -115,13 +118,13 @@ def _can_be_shared(address: Address) -> bool:
 
 
 class Worker:
-    """One worker, and its successors. `handover`: its settings; `deadline`: seconds that it may take to end."""
+    """One worker, and its successors. `settings_json`: its settings; `deadline`: seconds that it may take to end."""
 
-    def __init__(self, number: int, handover: bytes, deadline: float) -> None:
+    def __init__(self, number: int, settings_json: bytes, deadline: float) -> None:
         self.number = number
-        self._handover = handover
+        self._settings_json = settings_json
         self._deadline = deadline
-        self._pause = _FIRST_PAUSE
+        self._restart_delay = _MIN_RESTART_DELAY
 
     async def keep_running(self, stop_requested: asyncio.Event) -> None:
         """Until stop is requested; RuntimeError if the worker then does not end in good order."""
@@ -141,17 +144,22 @@ class Worker:
                     stop_requested.set()
                     return
                 if not stop.done():
-                    await self._recover(process, time.monotonic() - started, stop)
+                    await self._delay_restart(process, time.monotonic() - started, stop)
         finally:
             stop.cancel()
 
     async def _start(self) -> Process:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "services.api.worker", stdin=PIPE, start_new_session=True
+            sys.executable,
+            "-P",
+            "-m",
+            "distributor_node.services.api.worker",
+            stdin=PIPE,
+            start_new_session=True,
         )
         if process.stdin is None:
             raise RuntimeError("a worker without a standard input")
-        process.stdin.write(self._handover)
+        process.stdin.write(self._settings_json)
         logger.info("worker_started", worker=self.number, process=process.pid)
         return process
 
@@ -161,19 +169,21 @@ class Worker:
         if ended.done():
             return
         process.send_signal(signal.SIGTERM)
-        await asyncio.wait({ended}, timeout=self._deadline + _MARGIN / 2)
+        await asyncio.wait({ended}, timeout=self._deadline + _SHUTDOWN_MARGIN / 2)
         if not ended.done():
             process.kill()
         # Ended by the signal itself: it had not begun to serve.
         if await ended not in (0, SHUTDOWN_ORDERED, -signal.SIGTERM):
             raise RuntimeError(f"worker {self.number} ended with {process.returncode}")
 
-    async def _recover(self, process: Process, lived: float, stop: asyncio.Task[bool]) -> None:
+    async def _delay_restart(self, process: Process, uptime: float, stop: asyncio.Task[bool]) -> None:
         if process.returncode == MISCONFIGURED:
             raise ConfigurationError(f"worker {self.number} cannot start with these settings")
-        self._pause = _FIRST_PAUSE if lived > _SETTLED_AFTER else min(self._pause * 2, _LONGEST_PAUSE)
-        logger.error("worker_died", worker=self.number, code=process.returncode, pause=self._pause)
-        await asyncio.wait({stop}, timeout=self._pause)
+        self._restart_delay = (
+            _MIN_RESTART_DELAY if uptime > _STABLE_AFTER else min(self._restart_delay * 2, _MAX_RESTART_DELAY)
+        )
+        logger.error("worker_died", worker=self.number, code=process.returncode, pause=self._restart_delay)
+        await asyncio.wait({stop}, timeout=self._restart_delay)
 
 
 def worker_settings(settings: Settings, port: int, operator_port: int) -> bytes:

@@ -1,4 +1,4 @@
-"""`python -m services.api.worker`: one of the supervisor's workers. Its settings come as JSON on standard input."""
+"""Entry point of one of the supervisor's workers. It reads its settings as JSON from standard input."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import signal
 import sys
 import threading
 
-from services.api.wiring import run_worker
-from shared.settings.model import Settings
+from distributor_node.services.api.main import run_worker
+from distributor_node.shared.settings.model import Settings
 
 
 def main() -> int:

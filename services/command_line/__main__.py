@@ -1,5 +1,5 @@
-"""`python -m services.command_line` is `distributor`."""
+"""`python -m distributor_node.services.command_line` is `distributor`."""
 
-from services.command_line.main import main
+from distributor_node.services.command_line.main import main
 
 main()

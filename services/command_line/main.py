@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from services.command_line.operator import app as operator_app
-from services.command_line.replay import replay
-from shared.domain.errors import ConfigurationError
+from distributor_node.services.command_line.operator import app as operator_app
+from distributor_node.services.command_line.replay import replay
+from distributor_node.shared.domain.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from shared.settings import Settings
+    from distributor_node.shared.settings import Settings
 
 MISCONFIGURED = 2
 
@@ -44,7 +44,7 @@ ConfigFile = Annotated[
 def standalone(config: ConfigFile = None) -> None:
     """Run the whole node in one process, without Redis and RabbitMQ."""
     settings = _load(config)
-    from services.standalone.wiring import run
+    from distributor_node.services.standalone.main import run
 
     sys.exit(run(settings))
 
@@ -53,7 +53,7 @@ def standalone(config: ConfigFile = None) -> None:
 def api(config: ConfigFile = None) -> None:
     """Run the HTTP server that clients talk to."""
     settings = _load(config)
-    from services.api.wiring import run
+    from distributor_node.services.api.main import run
 
     sys.exit(run(settings))
 
@@ -62,7 +62,7 @@ def api(config: ConfigFile = None) -> None:
 def fetcher(config: ConfigFile = None) -> None:
     """Run a worker that downloads objects."""
     settings = _load(config)
-    from services.fetcher.wiring import run
+    from distributor_node.services.fetcher.main import run
 
     sys.exit(run(settings))
 
@@ -71,7 +71,7 @@ def fetcher(config: ConfigFile = None) -> None:
 def evictor(config: ConfigFile = None) -> None:
     """Run the evictor, which keeps the volume below its limit; a second one stands by."""
     settings = _load(config)
-    from services.evictor.wiring import run
+    from distributor_node.services.evictor.main import run
 
     sys.exit(run(settings))
 
@@ -85,11 +85,11 @@ def import_config(
 ) -> None:
     """Print an existing node's configuration as ours; what has no equal is named on standard error.
 
-    Its environment variables (JOYSTREAM_DISTRIBUTOR__…) count as they do there. See docs/moving-over.md.
+    Its environment variables (JOYSTREAM_DISTRIBUTOR__…) count as they do there. See docs/migration.md.
     """
     import os
 
-    from services.migration.command import import_configuration
+    from distributor_node.services.migration.import_config import import_configuration
 
     text, remarks = import_configuration(file, os.environ)
     print(text, end="")
@@ -107,7 +107,7 @@ def check(config: ConfigFile = None) -> None:
 @config_app.command("show")
 def show(config: ConfigFile = None) -> None:
     """Print the settings in force as YAML, secrets redacted."""
-    from services.command_line.show import show_settings
+    from distributor_node.services.command_line.config import show_settings
 
     print(show_settings(_load(config)), end="")
 
@@ -115,13 +115,13 @@ def show(config: ConfigFile = None) -> None:
 @config_app.command("reference")
 def reference() -> None:
     """Print all settings, their environment variables, defaults and meanings as Markdown."""
-    from services.command_line.reference import render_reference
+    from distributor_node.services.command_line.config import render_reference
 
     print(render_reference(), end="")
 
 
 def _load(config: Path | None) -> Settings:
-    from shared.settings import load_settings
+    from distributor_node.shared.settings import load_settings
 
     return load_settings(config)
 

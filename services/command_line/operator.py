@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from services.command_line.operator_client import OperatorClient
+    from distributor_node.services.command_line.operator_client import OperatorClient
 
-_IDS_AT_ONCE = 200
+_IDS_BATCH = 200
 """The token carries the body too, and a request's head has a limit of 16 KiB."""
-_LONGEST_BODY = 6000
-_LOOK_SECONDS = 0.5
+_MAX_BODY = 6000
+_POLL_INTERVAL = 0.5
 
 app = typer.Typer(
     help="Give orders to a running node, through its operator API.\n\n"
@@ -55,11 +55,11 @@ def options(
 def _client(url: str | None, secret_file: Path | None, config: Path | None) -> OperatorClient:
     import os
 
-    from services.command_line.operator_client import OperatorClient
+    from distributor_node.services.command_line.operator_client import OperatorClient
 
     secret, known_url = os.environ.get("DISTRIBUTOR_OPERATOR_API__SECRET", ""), "http://127.0.0.1:3335"
     if config is not None:
-        from shared.settings import load_settings
+        from distributor_node.shared.settings import load_settings
 
         settings = load_settings(config).operator_api
         secret = settings.secret.get_secret_value() if settings.secret is not None else secret
@@ -80,25 +80,25 @@ def _client(url: str | None, secret_file: Path | None, config: Path | None) -> O
 @app.command("stop-api")
 def stop_api(context: typer.Context) -> None:
     """Close the public port in every process."""
-    _tell(context, lambda client: client.order("stop-api"))
+    _run(context, lambda client: client.command("stop-api"))
 
 
 @app.command("start-api")
 def start_api(context: typer.Context) -> None:
     """Open the public port again."""
-    _tell(context, lambda client: client.order("start-api"))
+    _run(context, lambda client: client.command("start-api"))
 
 
 @app.command()
 def shutdown(context: typer.Context) -> None:
     """End every API process, with exit code 0."""
-    _tell(context, lambda client: client.order("shutdown"))
+    _run(context, lambda client: client.command("shutdown"))
 
 
 @app.command("set-worker")
 def set_worker(context: typer.Context, worker_id: Annotated[int, typer.Argument(min=0)]) -> None:
     """Serve as this worker."""
-    _tell(context, lambda client: client.order("set-worker", {"workerId": worker_id}))
+    _run(context, lambda client: client.command("set-worker", {"workerId": worker_id}))
 
 
 @app.command("set-buckets")
@@ -110,7 +110,7 @@ def set_buckets(
     """Serve these buckets, or all of the worker."""
     if bool(buckets) == all_of_worker:
         raise typer.BadParameter("name the buckets, or say --all")
-    _tell(context, lambda client: client.order("set-buckets", {"buckets": buckets} if buckets else {}))
+    _run(context, lambda client: client.command("set-buckets", {"buckets": buckets} if buckets else {}))
 
 
 @app.command()
@@ -119,14 +119,14 @@ def drain(
     on: Annotated[bool, typer.Option("--on/--off", help="Begin, or end.")] = True,
 ) -> None:
     """Serve what is cached, take no new fetches."""
-    _tell(context, lambda client: client.order("drain", {"on": on}))
+    _run(context, lambda client: client.command("drain", {"on": on}))
 
 
 @app.command()
 def purge(context: typer.Context, ids: Ids = None, all_objects: All = False) -> None:
     """Remove objects, pinned ones too; who is being sent one still gets all of it."""
     if all_objects and not ids:
-        _tell(context, lambda client: client.order("purge", {"all": True}))
+        _run(context, lambda client: client.command("purge", {"all": True}))
     else:
         _for_ids(context, "purge", ids, all_objects)
 
@@ -162,21 +162,21 @@ def warm(
     else:
         scopes = [{"all": True} if bucket is None else {"bucket": bucket}]
 
-    def carry_out(client: OperatorClient) -> dict[str, Any]:
+    def execute(client: OperatorClient) -> dict[str, Any]:
         progress: dict[str, Any] = {}
         for scope in scopes:
-            progress = client.order("warm", scope)
+            progress = client.command("warm", scope)
             if wait:
                 progress = _watch(client)
         return progress
 
-    _tell(context, carry_out)
+    _run(context, execute)
 
 
 @app.command("warming")
 def warming(context: typer.Context) -> None:
     """Show how far the latest warming is, until its end."""
-    _tell(context, _watch)
+    _run(context, _watch)
 
 
 @app.command()
@@ -190,12 +190,12 @@ def cache(
     def list_all(client: OperatorClient) -> None:
         behind: str | None = after
         while behind is not None:
-            page = client.look("cache", limit=limit, **({"after": behind} if behind else {}))
+            page = client.query("cache", limit=limit, **({"after": behind} if behind else {}))
             for entry in page["objects"]:
                 print(json.dumps(entry))
             behind = page["next"]
 
-    _tell(context, list_all)
+    _run(context, list_all)
 
 
 @app.command()
@@ -203,46 +203,46 @@ def downloads(context: typer.Context) -> None:
     """List the fetches under way, as one JSON object a line."""
 
     def list_all(client: OperatorClient) -> None:
-        for entry in client.look("downloads")["downloads"]:
+        for entry in client.query("downloads")["downloads"]:
             print(json.dumps(entry))
 
-    _tell(context, list_all)
+    _run(context, list_all)
 
 
 @app.command()
 def orders(context: typer.Context) -> None:
     """Show the orders in force."""
-    _tell(context, lambda client: client.look("orders"))
+    _run(context, lambda client: client.query("orders"))
 
 
 def _for_ids(context: typer.Context, name: str, ids: Sequence[str] | None, all_objects: bool = False) -> None:
     if not ids or all_objects:
         raise typer.BadParameter("name the objects" + (", or say --all alone" if name == "purge" else ""))
 
-    def carry_out(client: OperatorClient) -> dict[str, Any]:
-        answer: dict[str, Any] = {}
+    def execute(client: OperatorClient) -> dict[str, Any]:
+        response: dict[str, Any] = {}
         for batch in _batches(ids):
-            told = client.order(name, {"ids": batch})
-            for key in told.keys() & {"changed", "purging"}:
-                told[key] += answer.get(key, 0)
-            answer = told
-        return answer
+            result = client.command(name, {"ids": batch})
+            for key in result.keys() & {"changed", "purging"}:
+                result[key] += response.get(key, 0)
+            response = result
+        return response
 
-    _tell(context, carry_out)
+    _run(context, execute)
 
 
 def _batches(ids: Sequence[str]) -> Iterator[list[str]]:
     """As many at once as one request can carry."""
     found = (line.strip() for line in sys.stdin) if list(ids) == ["-"] else iter(ids)
     named = filter(None, found)
-    while batch := list(islice(named, _IDS_AT_ONCE)):
+    while batch := list(islice(named, _IDS_BATCH)):
         while batch:
-            few: list[str] = []
-            while batch and len(json.dumps([*few, batch[0]])) <= _LONGEST_BODY:
-                few.append(batch.pop(0))
-            if not few:
+            part: list[str] = []
+            while batch and len(json.dumps([*part, batch[0]])) <= _MAX_BODY:
+                part.append(batch.pop(0))
+            if not part:
                 raise typer.BadParameter("an object id has at most 128 characters")
-            yield few
+            yield part
 
 
 def _watch(client: OperatorClient) -> dict[str, Any]:
@@ -254,36 +254,36 @@ def _watch(client: OperatorClient) -> dict[str, Any]:
         TextColumn("{task.description:<9}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[told]}"),
+        TextColumn("{task.fields[counts]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("waiting", total=None, told="")
+        task = bar.add_task("waiting", total=None, counts="")
         while True:
-            found = client.look("warm")
+            found = client.query("warm")
             bar.update(
                 task,
                 description=found["state"],
                 total=found["total"] or None,
                 completed=found["done"] + found["skipped"] + found["failed"],
-                told=f"{found['done']} done, {found['skipped']} skipped, {found['failed']} failed",
+                counts=f"{found['done']} done, {found['skipped']} skipped, {found['failed']} failed",
             )
             if found["state"] in ("finished", "none"):
                 return found
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_INTERVAL)
 
 
-def _tell(context: typer.Context, ask: Callable[[OperatorClient], dict[str, Any] | None]) -> None:
+def _run(context: typer.Context, ask: Callable[[OperatorClient], dict[str, Any] | None]) -> None:
     """Carry out, print the answer; exit code 1 and a line in words if the node refuses."""
     client = context.obj()
-    from services.command_line.operator_client import OperatorError
+    from distributor_node.services.command_line.operator_client import OperatorError
 
     try:
-        answer = ask(client)
+        response = ask(client)
     except OperatorError as error:
         print(f"distributor: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    if answer is not None:
-        print(json.dumps(answer))
+    if response is not None:
+        print(json.dumps(response))

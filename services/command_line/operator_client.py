@@ -24,16 +24,16 @@ class OperatorClient:
     def __init__(self, url: str, secret: str) -> None:
         self._url, self._secret = url.rstrip("/"), secret
 
-    def order(self, name: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def command(self, name: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """One POST; the answer's JSON. OperatorError."""
-        return self._ask("POST", f"/api/v1/{name}", {} if body is None else body)
+        return self._request("POST", f"/api/v1/{name}", {} if body is None else body)
 
-    def look(self, name: str, **query: str | int) -> dict[str, Any]:
+    def query(self, name: str, **parameters: str | int) -> dict[str, Any]:
         """One GET; the answer's JSON. OperatorError."""
-        asked = f"?{urlencode(query)}" if query else ""
-        return self._ask("GET", f"/api/v1/{name}{asked}", None)
+        query_string = f"?{urlencode(parameters)}" if parameters else ""
+        return self._request("GET", f"/api/v1/{name}{query_string}", None)
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         claims = {
             "iat": int(time.time()),
             # Two requests alike in one second must not have the same token.
@@ -44,7 +44,7 @@ class OperatorClient:
         headers = {"Authorization": f"bearer {jwt.encode(claims, self._secret, algorithm='HS256')}"}
         content = None if body is None else json.dumps(body)
         try:
-            answer = httpx.request(
+            response = httpx.request(
                 method, self._url + path, headers=headers, content=content, timeout=_TIMEOUT, trust_env=False
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -52,12 +52,12 @@ class OperatorClient:
                 f"{self._url} cannot be asked: {str(error) or type(error).__name__}"
             ) from error
         try:
-            told = answer.json()
+            result = response.json()
         except ValueError as error:
             raise OperatorError(
-                f"{self._url} is no operator API: it answered {answer.status_code}"
+                f"{self._url} is no operator API: it answered {response.status_code}"
             ) from error
-        if not answer.is_success or not isinstance(told, dict):
-            message = told.get("message", "") if isinstance(told, dict) else ""
-            raise OperatorError(f"{answer.status_code} {message}")
-        return told
+        if not response.is_success or not isinstance(result, dict):
+            message = result.get("message", "") if isinstance(result, dict) else ""
+            raise OperatorError(f"{response.status_code} {message}")
+        return result

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shared.domain.errors import ConfigurationError
-from shared.domain.eviction import POLICY_NAMES
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.eviction import POLICY_NAMES
 
 if TYPE_CHECKING:
-    from services.replay.run import OwnNode
+    from distributor_node.services.replay.run import OwnNode
 
 _SIZES = ["1%", "5%", "10%", "25%"]
 _POLICIES = list(POLICY_NAMES)
@@ -73,9 +73,9 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
     """Try policies, cache sizes and settings on one's own access logs."""
     from rich.console import Console
 
-    from services.replay.run import ReplayRequest
-    from services.replay.run import replay as run_replay
-    from services.replay.scenarios import settings_to_try
+    from distributor_node.services.replay.run import ReplayRequest
+    from distributor_node.services.replay.run import replay as run_replay
+    from distributor_node.services.replay.scenarios import settings_to_try
 
     unknown = set(policy) - set(POLICY_NAMES)
     if unknown:
@@ -83,14 +83,14 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
     thresholds = [] if second_view_above == ["off"] else _sizes("second-view-above", second_view_above)
     settings = settings_to_try(policy, _sizes("miss-cost", miss_cost), thresholds)
     own = _own_node(config) if config is not None else None
-    asked = ReplayRequest(logs, size, settings, sizes, sample, picture, own)
-    print(run_replay(asked, Console(stderr=True)), end="")
+    request = ReplayRequest(logs, size, settings, sizes, sample, picture, own)
+    print(run_replay(request, Console(stderr=True)), end="")
 
 
 def _own_node(config: Path) -> OwnNode:
-    from services.replay.run import OwnNode
-    from services.replay.scenarios import NodeRules, Setting
-    from shared.settings import load_settings
+    from distributor_node.services.replay.run import OwnNode
+    from distributor_node.services.replay.scenarios import NodeRules, Setting
+    from distributor_node.shared.settings import load_settings
 
     settings = load_settings(config)
     storage, evictor, admission = settings.storage, settings.evictor, settings.admission
@@ -106,7 +106,7 @@ def _own_node(config: Path) -> OwnNode:
 
 
 def _sizes(option: str, texts: list[str]) -> list[int]:
-    from shared.settings.sizes import parse_size
+    from distributor_node.shared.settings.sizes import parse_size
 
     try:
         return [parse_size(text) for text in texts]

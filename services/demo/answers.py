@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
-from services.demo.objects import MODIFIED_AT, BytesContent, Content, DemoObject
-from services.demo.wire import Request
+from distributor_node.services.demo.objects import MODIFIED_AT, BytesContent, Content, DemoObject
+from distributor_node.services.demo.wire import Request
 
 API_BASE = "/api/v1"
 VERSION = {"version": "3.10.2", "userAgent": "demo-storage-node"}
@@ -18,7 +18,7 @@ _NOTHING = BytesContent(b"")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Response:
     """A status, headers without Content-Length, and `length` bytes of `content` from `offset`."""
 
     status: int
@@ -28,15 +28,15 @@ class Answer:
     length: int = 0
 
 
-def json_answer(status: int, document: object) -> Answer:
+def json_response(status: int, document: object) -> Response:
     """An answer of one JSON document."""
     body = json.dumps(document).encode()
-    return Answer(status, (("Content-Type", "application/json"),), BytesContent(body), 0, len(body))
+    return Response(status, (("Content-Type", "application/json"),), BytesContent(body), 0, len(body))
 
 
-def error_answer(status: int, kind: str, message: str) -> Answer:
+def error_response(status: int, kind: str, message: str) -> Response:
     """An error as the storage node words it: JSON with `type` and `message`."""
-    return json_answer(status, {"type": kind, "message": message})
+    return json_response(status, {"type": kind, "message": message})
 
 
 def endpoint_of(request: Request) -> tuple[str | None, str | None]:
@@ -49,26 +49,26 @@ def endpoint_of(request: Request) -> tuple[str | None, str | None]:
     return None, None
 
 
-def answer_request(request: Request, objects: Mapping[str, DemoObject]) -> Answer:
+def handle_request(request: Request, objects: Mapping[str, DemoObject]) -> Response:
     """The right answer to a request of the storage node's API."""
     endpoint, object_id = endpoint_of(request)
     if endpoint is None:
-        return error_answer(404, "not_found", "no such path")
+        return error_response(404, "not_found", "no such path")
     if request.method not in ("GET", "HEAD"):
-        return error_answer(405, "method_not_allowed", "only GET and HEAD are served")
+        return error_response(405, "method_not_allowed", "only GET and HEAD are served")
     if endpoint == "version":
-        return json_answer(200, VERSION)
+        return json_response(200, VERSION)
     if object_id is None or re.fullmatch(r"[0-9]+", object_id, re.ASCII) is None:
-        return error_answer(400, "bad_request", "the object id must be made of digits")
+        return error_response(400, "bad_request", "the object id must be made of digits")
     item = objects.get(object_id)
     if item is None:
-        return Answer(404)
-    return _file_answer(request, item)
+        return Response(404)
+    return _file_response(request, item)
 
 
-def _file_answer(request: Request, item: DemoObject) -> Answer:
+def _file_response(request: Request, item: DemoObject) -> Response:
     if request.method == "HEAD":
-        return Answer(200, (("Content-Type", item.media_type),), item.content, 0, item.size)
+        return Response(200, (("Content-Type", item.media_type),), item.content, 0, item.size)
     validators = (
         ("Accept-Ranges", "bytes"),
         ("Cache-Control", "public, max-age=0"),
@@ -76,19 +76,19 @@ def _file_answer(request: Request, item: DemoObject) -> Answer:
         ("ETag", item.etag),
     )
     if _precondition_failed(request, item):
-        return error_answer(500, "unknown_error", "PreconditionFailedError: Precondition Failed")
+        return error_response(500, "unknown_error", "PreconditionFailedError: Precondition Failed")
     if _not_modified(request, item):
-        return Answer(304, validators)
+        return Response(304, validators)
     headers = (*validators, ("Content-Type", item.media_type))
     match = _RANGE.fullmatch(request.headers.get("range", ""))
     if match is None or not any(match.groups()) or not _range_is_fresh(request, item):
-        return Answer(200, headers, item.content, 0, item.size)
+        return Response(200, headers, item.content, 0, item.size)
     window = _window(match[1], match[2], item.size)
     if window is None:
-        return error_answer(500, "unknown_error", "RangeNotSatisfiableError: Range Not Satisfiable")
+        return error_response(500, "unknown_error", "RangeNotSatisfiableError: Range Not Satisfiable")
     start, end = window
     content_range = ("Content-Range", f"bytes {start}-{end - 1}/{item.size}")
-    return Answer(206, (*headers, content_range), item.content, start, end - start)
+    return Response(206, (*headers, content_range), item.content, start, end - start)
 
 
 def _window(first: str, last: str, size: int) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""The storage node as a process: `python -m services.demo.storage_node`."""
+"""The storage node as a process: `python -m distributor_node.services.demo.storage_node`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from services.demo.control import Site
-from services.demo.manifest import DEMO_DIRECTORY, write_manifest
-from services.demo.objects import demo_objects
-from services.demo.storage_node import StorageNode
+from distributor_node.services.demo.manifest import DEMO_DIRECTORY, write_manifest
+from distributor_node.services.demo.objects import demo_objects
+from distributor_node.services.demo.storage_node import Site, StorageNode
 
 logger = structlog.get_logger()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="services.demo.storage_node",
-        description="A storage node with the demo's objects and page; PUT /knobs makes it misbehave.",
+        prog="distributor_node.services.demo.storage_node",
+        description="A storage node with the demo's objects and page; PUT /faults makes it misbehave.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=3390, help="0 takes a free one (default: %(default)s)")

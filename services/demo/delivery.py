@@ -1,17 +1,16 @@
-"""Sends an answer, rightly or as wrongly as the knobs say."""
+"""Sends an answer, rightly or as wrongly as the faults say."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-from services.demo.answers import Answer
-from services.demo.knobs import Behaviour
-from services.demo.request_log import RequestRecord
-from services.demo.spoiling import body_piece, render_head, spoiled
-from services.demo.wire import Wire
+from distributor_node.services.demo.answers import Response
+from distributor_node.services.demo.faults import Fault, body_chunk, corrupted, render_head
+from distributor_node.services.demo.request_log import RequestRecord
+from distributor_node.services.demo.wire import HttpConnection
 
-PIECE_BYTES = 256 * 1024
+CHUNK_BYTES = 256 * 1024
 _TICK_SECONDS = 0.02
 _CATCH_UP_SECONDS = 0.1
 _FOREVER = float("inf")
@@ -25,7 +24,7 @@ class Pacer:
         self._due = 0.0
 
     @property
-    def piece_bytes(self) -> int:
+    def chunk_bytes(self) -> int:
         """How much to send at a time: 20 ms worth, at least one byte."""
         return max(1, int(self._rate * _TICK_SECONDS))
 
@@ -36,86 +35,86 @@ class Pacer:
         return max(0.0, self._due - now)
 
 
-class Delivery:
+class ResponseSender:
     """Sends one answer on one connection and keeps its record."""
 
     def __init__(
         self,
-        wire: Wire,
-        answer: Answer,
-        behaviour: Behaviour,
+        connection: HttpConnection,
+        response: Response,
+        fault: Fault,
         record: RequestRecord,
         notify: Callable[[], None] = lambda: None,
     ) -> None:
-        self._wire = wire
-        self._answer = spoiled(answer, behaviour)
-        self._behaviour = behaviour
+        self._connection = connection
+        self._response = corrupted(response, fault)
+        self._fault = fault
         self._record = record
         self._notify = notify
 
     async def send(self, keep_alive: bool) -> bool:
         """Send head and body; whether the connection can serve another request. Raises ConnectionLost."""
-        behaviour, answer = self._behaviour, self._answer
-        lies = behaviour.content_length_delta != behaviour.body_delta or behaviour.omit_content_length
-        keep_alive = keep_alive and not (lies or behaviour.endless_body)
-        if behaviour.hang_before_headers:
-            await self._wire.sleep(_FOREVER)
-        await self._wire.sleep(behaviour.latency_before_headers)
-        self._record.status = answer.status
-        head = render_head(answer, behaviour, keep_alive)
-        if self._record.method == "HEAD" or answer.status == 304:
-            await self._wire.write(head)
+        fault, response = self._fault, self._response
+        has_wrong_length = fault.content_length_delta != fault.body_delta or fault.omit_content_length
+        keep_alive = keep_alive and not (has_wrong_length or fault.endless_body)
+        if fault.hang_before_headers:
+            await self._connection.sleep(_FOREVER)
+        await self._connection.sleep(fault.latency_before_headers)
+        self._record.status = response.status
+        head = render_head(response, fault, keep_alive)
+        if self._record.method == "HEAD" or response.status == 304:
+            await self._connection.write(head)
             return keep_alive
-        if behaviour.latency_before_body > 0:
-            await self._wire.write(head)
+        if fault.latency_before_body > 0:
+            await self._connection.write(head)
             head = b""
-            await self._wire.sleep(behaviour.latency_before_body)
+            await self._connection.sleep(fault.latency_before_body)
         return await self._send_body(head) and keep_alive
 
     async def _send_body(self, head: bytes) -> bool:
         """Send the body behind the head (a small answer is one packet); False if cut on purpose."""
-        behaviour = self._behaviour
-        total = _FOREVER if behaviour.endless_body else max(0, self._answer.length + behaviour.body_delta)
-        stops = [stop for stop in (behaviour.cut_after, behaviour.hang_after) if stop is not None]
+        fault = self._fault
+        total = _FOREVER if fault.endless_body else max(0, self._response.length + fault.body_delta)
+        stops = [stop for stop in (fault.cut_after, fault.hang_after) if stop is not None]
         end = min([total, *stops])
-        steady = Pacer(behaviour.bytes_per_second) if behaviour.bytes_per_second else None
-        drip = Pacer(behaviour.drip_bytes_per_second) if behaviour.drip_bytes_per_second else None
+        steady = Pacer(fault.bytes_per_second) if fault.bytes_per_second else None
+        drip = Pacer(fault.drip_bytes_per_second) if fault.drip_bytes_per_second else None
         if head and end <= 0:
-            await self._wire.write(head)
+            await self._connection.write(head)
         position = 0
         while position < end:
-            pacer, limit = steady, PIECE_BYTES
-            if drip is not None and position >= behaviour.drip_after:
+            pacer, limit = steady, CHUNK_BYTES
+            if drip is not None and position >= fault.drip_after:
                 pacer = drip
             elif drip is not None:
-                limit = min(limit, behaviour.drip_after - position)
-            size = int(min(limit, end - position, pacer.piece_bytes if pacer else limit))
-            await self._write_piece(head, body_piece(self._answer, behaviour, position, size))
+                limit = min(limit, fault.drip_after - position)
+            size = int(min(limit, end - position, pacer.chunk_bytes if pacer else limit))
+            await self._write_chunk(head, body_chunk(self._response, fault, position, size))
             head = b""
             position += size
             if pacer is not None and position < end:
-                await self._wire.sleep(pacer.pause_after(size, time.monotonic()))
-        return await self._stop(position, total)
+                await self._connection.sleep(pacer.pause_after(size, time.monotonic()))
+        return await self._finish(position, total)
 
-    async def _write_piece(self, head: bytes, piece: bytes) -> None:
+    async def _write_chunk(self, head: bytes, piece: bytes) -> None:
         record = self._record
         if record.bytes_sent == 0:
             record.first_byte_at = time.time()
         before = record.bytes_sent
         record.bytes_sent = before + len(piece)
-        await self._wire.write(head + piece if head else piece)
+        await self._connection.write(head + piece if head else piece)
         if before == 0:
             self._notify()
 
-    async def _stop(self, position: int, total: float) -> bool:
+    async def _finish(self, position: int, total: float) -> bool:
         """What comes after the last byte to be sent; whether the answer ended as a right one does."""
-        behaviour = self._behaviour
-        if behaviour.hang_after is not None and position >= behaviour.hang_after and position < total:
-            await self._wire.sleep(_FOREVER)
-        if behaviour.cut_after is not None and position >= behaviour.cut_after and position < total:
-            await self._wire.flush()
-            if behaviour.cut_by_reset:
-                self._wire.abort(reset=True)
+        fault = self._fault
+        if fault.hang_after is not None and position >= fault.hang_after and position < total:
+            await self._connection.sleep(_FOREVER)
+        if fault.cut_after is not None and position >= fault.cut_after and position < total:
+            await self._connection.flush()
+            if fault.cut_by_reset:
+                self._connection.abort(reset=True)
             self._record.aborted = True
             return False
         return True

@@ -10,7 +10,7 @@ from pathlib import Path
 import base58
 from blake3 import blake3
 
-from services.demo.objects import MIB, Content, DemoObject, demo_objects
+from distributor_node.services.demo.objects import MIB, Content, DemoObject, demo_objects
 
 DEMO_DIRECTORY = Path(__file__).resolve().parents[2] / "deploy" / "demo"
 DEFAULT_BASE_URL = "http://127.0.0.1:3390/api/v1/files/"
@@ -38,7 +38,7 @@ def manifest_text(objects: Iterable[DemoObject], base_url: str) -> str:
     """The manifest as YAML; each object's URL is the base followed by its id."""
     base = base_url if base_url.endswith("/") else base_url + "/"
     lines = [
-        "# Written by `python -m services.demo.manifest`.",
+        "# Written by `python -m distributor_node.services.demo.manifest`.",
         "version: 1",
         f'base_urls: ["{base}"]',
         "objects:",
@@ -68,8 +68,10 @@ def write_manifest(target: Path, objects: Iterable[DemoObject], base_url: str) -
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command `python -m services.demo.manifest`."""
-    parser = argparse.ArgumentParser(prog="services.demo.manifest", description="Write the demo's manifest.")
+    """The command `python -m distributor_node.services.demo.manifest`."""
+    parser = argparse.ArgumentParser(
+        prog="distributor_node.services.demo.manifest", description="Write the demo's manifest."
+    )
     parser.add_argument(
         "--media", type=Path, default=DEMO_DIRECTORY / "media", help="directory of <id>-<name>.<ext>"
     )

@@ -3,35 +3,42 @@
 In a test:
 
     async with StorageNode([bytes_object("7", data)]).run() as node:
-        node.knobs.add(Behaviour(cut_after=1000), Match(object_id="7", first=1))
+        node.faults.add(Fault(cut_after=1000), Match(object_id="7", first=1))
         ... node.url, node.requests ...
 
-Knobs never touch `/knobs`, `/requests` and the page, and requests for those are not in the log.
+Faults never touch `/faults`, `/requests` and the page, and requests for those are not in the log.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Self
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
 
 import structlog
 
-from services.demo.answers import Answer, answer_request, endpoint_of, error_answer
-from services.demo.control import Site, answer_control
-from services.demo.delivery import Delivery
-from services.demo.knob_panel import KnobPanel
-from services.demo.knobs import Behaviour
-from services.demo.objects import DemoObject, held_by_node
-from services.demo.request_log import RequestLog, RequestRecord
-from services.demo.wire import ConnectionLost, MalformedRequest, Request, Wire
+from distributor_node.services.demo.answers import (
+    Response,
+    endpoint_of,
+    error_response,
+    handle_request,
+    json_response,
+)
+from distributor_node.services.demo.delivery import ResponseSender
+from distributor_node.services.demo.faults import Fault, FaultRegistry
+from distributor_node.services.demo.objects import BytesContent, DemoObject, held_by_node
+from distributor_node.services.demo.request_log import RequestLog, RequestRecord
+from distributor_node.services.demo.wire import ConnectionLost, HttpConnection, MalformedRequest, Request
 
 KEEP_ALIVE_SECONDS = 5.0
 _FIRST_REQUEST_SECONDS = 60.0
-_FAREWELL_SECONDS = 60.0
-_GOOD = Behaviour()
+_CLOSE_TIMEOUT = 60.0
+_NO_FAULT = Fault()
 _LOGGED_HEADERS = (
     "range", "if-range", "if-match", "if-none-match", "if-modified-since", "if-unmodified-since",
     "accept-encoding", "connection", "host", "user-agent", "x-request-id",
@@ -51,13 +58,13 @@ class StorageNode:
         keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
     ) -> None:
         self.objects = held_by_node(objects)
-        self.knobs = KnobPanel()
+        self.faults = FaultRegistry()
         self.requests = RequestLog()
         self.port = 0
         self._host = ""
         self._site = site
         self._keep_alive_seconds = keep_alive_seconds
-        self._conversations: dict[Wire, asyncio.Task[None]] = {}
+        self._connections: dict[HttpConnection, asyncio.Task[None]] = {}
         self._accepted = 0
 
     @property
@@ -77,13 +84,15 @@ class StorageNode:
     @property
     def open_connections(self) -> int:
         """Connections that clients hold open now."""
-        return len(self._conversations)
+        return len(self._connections)
 
     @asynccontextmanager
     async def run(self, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[Self]:
         """Listen while the context lasts; port 0 takes a free one. At the end every connection is cut."""
         loop = asyncio.get_running_loop()
-        server = await loop.create_server(lambda: Wire(self._welcome), host, port, backlog=1024)
+        server = await loop.create_server(
+            lambda: HttpConnection(self._on_connection), host, port, backlog=1024
+        )
         self._host, self.port = host, server.sockets[0].getsockname()[1]
         try:
             yield self
@@ -94,62 +103,64 @@ class StorageNode:
 
     async def drop_connections(self) -> None:
         """Cut every open connection, as a crash would."""
-        conversations = dict(self._conversations)
-        for wire in conversations:
-            wire.abort()
-        await asyncio.gather(*conversations.values())
+        connections = dict(self._connections)
+        for connection in connections:
+            connection.abort()
+        await asyncio.gather(*connections.values())
 
-    def _welcome(self, wire: Wire) -> None:
+    def _on_connection(self, connection: HttpConnection) -> None:
         self._accepted += 1
-        task = asyncio.get_running_loop().create_task(self._converse(wire, self._accepted))
-        self._conversations[wire] = task
-        task.add_done_callback(lambda _: self._conversations.pop(wire, None))
+        task = asyncio.get_running_loop().create_task(self._serve_connection(connection, self._accepted))
+        self._connections[connection] = task
+        task.add_done_callback(lambda _: self._connections.pop(connection, None))
 
-    async def _converse(self, wire: Wire, connection: int) -> None:
+    async def _serve_connection(self, connection: HttpConnection, connection_id: int) -> None:
         """Serve the requests of one connection, one after the other."""
         idle_seconds, served = _FIRST_REQUEST_SECONDS, 0
         try:
-            while (request := await wire.read_request(idle_seconds)) is not None:
-                if not await self._serve(request, wire, connection, reused=served > 0):
+            while (request := await connection.read_request(idle_seconds)) is not None:
+                if not await self._serve(request, connection, connection_id, reused=served > 0):
                     break
                 idle_seconds, served = self._keep_alive_seconds, served + 1
         except ConnectionLost:
-            logger.debug("connection_lost", connection=connection)
+            logger.debug("connection_lost", connection=connection_id)
         except MalformedRequest as error:
-            await self._refuse(wire, str(error))
+            await self._refuse(connection, str(error))
         except OSError:
-            logger.exception("object_unreadable", connection=connection)
-        await self._farewell(wire)
+            logger.exception("object_unreadable", connection=connection_id)
+        await self._close_gracefully(connection)
 
-    async def _farewell(self, wire: Wire) -> None:
+    async def _close_gracefully(self, connection: HttpConnection) -> None:
         """Close in order: a closed transport lives on until the client has read what is left, but not for ever."""
-        wire.close()
+        connection.close()
         try:
-            await wire.sleep(_FAREWELL_SECONDS)
+            await connection.sleep(_CLOSE_TIMEOUT)
         except ConnectionLost:
             return
-        wire.abort()
+        connection.abort()
 
-    async def _refuse(self, wire: Wire, reason: str) -> None:
+    async def _refuse(self, connection: HttpConnection, reason: str) -> None:
         record = RequestRecord("", "", 0, time.time())
         try:
-            await Delivery(wire, error_answer(400, "bad_request", reason), _GOOD, record).send(
-                keep_alive=False
-            )
+            await ResponseSender(
+                connection, error_response(400, "bad_request", reason), _NO_FAULT, record
+            ).send(keep_alive=False)
         except ConnectionLost:
             logger.debug("connection_lost", reason=reason)
 
-    async def _serve(self, request: Request, wire: Wire, connection: int, *, reused: bool) -> bool:
+    async def _serve(
+        self, request: Request, connection: HttpConnection, connection_id: int, *, reused: bool
+    ) -> bool:
         """Answer one request; whether the connection can serve another."""
-        answer = answer_control(request, self.knobs, self.requests, self._site)
-        if answer is not None:
-            unlogged = RequestRecord(request.method, request.target, connection, time.time())
-            return await Delivery(wire, answer, _GOOD, unlogged).send(request.keep_alive)
+        response = handle_control(request, self.faults, self.requests, self._site)
+        if response is not None:
+            unlogged = RequestRecord(request.method, request.target, connection_id, time.time())
+            return await ResponseSender(connection, response, _NO_FAULT, unlogged).send(request.keep_alive)
         logged = {name: request.headers[name] for name in _LOGGED_HEADERS if name in request.headers}
-        record = RequestRecord(request.method, request.target, connection, time.time(), logged)
+        record = RequestRecord(request.method, request.target, connection_id, time.time(), logged)
         self.requests.append(record)
         try:
-            return await self._answer(request, wire, record, reused=reused)
+            return await self._respond(request, connection, record, reused=reused)
         except (ConnectionLost, OSError):
             record.aborted = True
             raise
@@ -157,21 +168,98 @@ class StorageNode:
             record.finished_at = time.time()
             self.requests.notify()
 
-    async def _answer(self, request: Request, wire: Wire, record: RequestRecord, *, reused: bool) -> bool:
+    async def _respond(
+        self, request: Request, connection: HttpConnection, record: RequestRecord, *, reused: bool
+    ) -> bool:
         endpoint, object_id = endpoint_of(request)
-        behaviour = _GOOD
+        fault = _NO_FAULT
         if endpoint is not None:
             ranged = "range" in request.headers
-            behaviour = self.knobs.behaviour_for(request.method, endpoint, object_id, ranged)
-        if behaviour.close_reused_connection and reused:
+            fault = self.faults.fault_for(request.method, endpoint, object_id, ranged)
+        if fault.close_reused_connection and reused:
             record.aborted = True
-            wire.abort()
+            connection.abort()
             return False
-        answer: Answer = answer_request(request, self.objects)
-        return await Delivery(wire, answer, behaviour, record, self.requests.notify).send(request.keep_alive)
+        response: Response = handle_request(request, self.objects)
+        return await ResponseSender(connection, response, fault, record, self.requests.notify).send(
+            request.keep_alive
+        )
 
 
 if __name__ == "__main__":
-    from services.demo.cli import main
+    from distributor_node.services.demo.cli import main
 
     main()
+
+
+# What a storage node process serves beside its API: the faults, the request log, and the demo page.
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The demo page: its file, and the base URL of the node through which it loads all media."""
+
+    page: Path
+    node_url: str
+    objects: tuple[DemoObject, ...]
+
+    def description(self) -> dict[str, Any]:
+        """What `/demo.json` says: the node, and every object of the manifest with the id of its subtitles."""
+        return {"node_url": self.node_url.rstrip("/"), "objects": list(_described(self.objects))}
+
+
+def _described(objects: Iterable[DemoObject]) -> Iterable[dict[str, Any]]:
+    known = list(objects)
+    subtitles = {item.name: item.object_id for item in known if item.media_type == "text/vtt"}
+    for item in known:
+        entry = {
+            "id": item.object_id,
+            "name": item.name,
+            "size": item.size,
+            "media_type": item.media_type,
+            "bucket": item.bucket,
+            "accepted": item.held,
+        }
+        if item.media_type.startswith("video/") and item.name in subtitles:
+            entry["subtitles"] = subtitles[item.name]
+        yield entry
+
+
+def handle_control(
+    request: Request, faults: FaultRegistry, log: RequestLog, site: Site | None
+) -> Response | None:
+    """The answer to a request for the control endpoints or the page; None if the path is none of them."""
+    if request.path == "/faults":
+        return _faults(request, faults)
+    if request.path == "/requests":
+        return _requests(request, log)
+    if site is not None and request.path in ("/", "/index.html", "/demo.json"):
+        if request.method not in ("GET", "HEAD"):
+            return error_response(405, "method_not_allowed", "GET or HEAD")
+        return json_response(200, site.description()) if request.path == "/demo.json" else _page(site)
+    return None
+
+
+def _faults(request: Request, faults: FaultRegistry) -> Response:
+    if request.method == "PUT":
+        try:
+            faults.replace_from_json(json.loads(request.body))
+        except ValueError as error:
+            return error_response(400, "invalid_faults", str(error))
+    elif request.method != "GET":
+        return error_response(405, "method_not_allowed", "GET or PUT")
+    return json_response(200, faults.to_json())
+
+
+def _requests(request: Request, log: RequestLog) -> Response:
+    if request.method == "DELETE":
+        log.clear()
+    elif request.method != "GET":
+        return error_response(405, "method_not_allowed", "GET or DELETE")
+    return json_response(200, log.to_json())
+
+
+def _page(site: Site) -> Response:
+    html = site.page.read_bytes()
+    headers = (("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-cache"))
+    return Response(200, headers, BytesContent(html), 0, len(html))

@@ -56,10 +56,10 @@ def parse_head(head: bytes) -> Request:
     return Request(words[0], words[1], headers, keep_alive)
 
 
-class Wire(asyncio.Protocol):
+class HttpConnection(asyncio.Protocol):
     """The server's end of one connection. All waits end with ConnectionLost when the client leaves."""
 
-    def __init__(self, opened: Callable[[Wire], None]) -> None:
+    def __init__(self, opened: Callable[[HttpConnection], None]) -> None:
         self._opened = opened
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()

@@ -8,38 +8,33 @@ import uuid
 from collections.abc import Sequence
 from functools import partial
 
-from services.evictor.adoption import Adoption
-from services.evictor.copying import Copying
-from services.evictor.duty import DutyCheck
-from services.evictor.eviction import Eviction, EvictionRules
-from services.evictor.file_calls import file_call
-from services.evictor.index import EvictionIndex
-from services.evictor.leadership import Leadership
-from services.evictor.order_keeping import OrderKeeper, PurgeWork
-from services.evictor.pacing import repeat
-from services.evictor.partials import Partials
-from services.evictor.reconcile import Reconciliation
-from services.evictor.removals import Removals
-from services.evictor.repair import Repair
-from services.evictor.scrub import Scrub
-from services.evictor.source_watch import SourceWatch
-from services.evictor.takeover import Takeover
-from services.evictor.term_work import TermWork, Tools
-from shared.adapters.volume import Volume
-from shared.adapters.volume.intake import Intake
-from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.eviction import make_policy
-from shared.observability.metrics import (
+from distributor_node.services.evictor.adoption import Adoption, PartialReaper
+from distributor_node.services.evictor.assignment import AssignmentCheck
+from distributor_node.services.evictor.eviction import Eviction, EvictionRules, ObjectRemover
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.integrity import Repair, Scrub
+from distributor_node.services.evictor.leader_election import LeaderElection, run_periodically
+from distributor_node.services.evictor.leader_tasks import EvictorParts, LeaderTasks
+from distributor_node.services.evictor.node_import import ImportCopier, NodeImport
+from distributor_node.services.evictor.operator_state import OperatorStateBackup, Purger
+from distributor_node.services.evictor.reconcile import Reconciliation
+from distributor_node.services.evictor.source_probes import SourceMonitor
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.intake import ImportSource
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.eviction import make_policy
+from distributor_node.shared.observability.metrics import (
     STORAGE_HIGH_WATERMARK,
     STORAGE_LIMIT,
     STORAGE_OBJECTS,
     STORAGE_RESERVED,
     STORAGE_USED,
 )
-from shared.ports.catalog import Catalog
-from shared.ports.state_store import StateStore, Term
-from shared.runtime.orders import OrdersFollower
-from shared.settings.model import Settings
+from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.ports.state_store import StateStore, Term
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.runtime.threads import run_blocking
+from distributor_node.shared.settings.model import Settings
 
 
 class Evictor:
@@ -52,13 +47,13 @@ class Evictor:
         state: StateStore,
         volume: Volume,
         catalog: Catalog,
-        sources: SourceWatch | None = None,
+        sources: SourceMonitor | None = None,
     ) -> None:
         """`sources`: to be watched while this evictor leads."""
         self._settings, self._state, self._volume = settings.evictor, state, volume
         self._high_watermark = settings.storage.watermarks.high
-        self._tools = _make_tools(settings, state, volume, catalog, sources)
-        self._leadership = Leadership(
+        self._parts = _make_parts(settings, state, volume, catalog, sources)
+        self._election = LeaderElection(
             state,
             holder=f"{settings.id}-{os.getpid()}-{uuid.uuid4().hex[:8]}",
             seconds=self._settings.leadership,
@@ -68,8 +63,8 @@ class Evictor:
     async def serve(self) -> None:
         """Lead or stand by, for ever; resigns when cancelled."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(repeat("report usage", self._report_usage), name="evictor-usage")
-            group.create_task(self._leadership.serve(self._lead), name="evictor-leadership")
+            group.create_task(run_periodically("report usage", self._report_usage), name="evictor-usage")
+            group.create_task(self._election.serve(self._lead), name="evictor-leadership")
 
     async def problems(self) -> Sequence[str]:
         """What keeps this evictor from working, in words. A standby is as healthy as the leader."""
@@ -79,13 +74,13 @@ class Evictor:
         except StateStoreUnavailable as error:
             found.append(str(error))
         try:
-            await file_call(self._volume.check)
+            await run_blocking(self._volume.check)
         except VolumeError as error:
             found.append(str(error))
         return found
 
     async def _lead(self, term: Term) -> None:
-        await TermWork(term, self._state, self._tools, self._settings, self._leadership.confirm).run()
+        await LeaderTasks(term, self._state, self._parts, self._settings, self._election.renew_now).run()
 
     async def _report_usage(self) -> float:
         """Standbys report too: the gauges of one that led before must not stand still."""
@@ -98,42 +93,44 @@ class Evictor:
         return self._settings.interval
 
 
-def _make_tools(
-    settings: Settings, state: StateStore, volume: Volume, catalog: Catalog, sources: SourceWatch | None
-) -> Tools:
+def _make_parts(
+    settings: Settings, state: StateStore, volume: Volume, catalog: Catalog, sources: SourceMonitor | None
+) -> EvictorParts:
     policy = partial(make_policy, settings.evictor.policy, settings.evictor.cost_per_miss)
     index = EvictionIndex(state, volume, policy)
-    removals = Removals(state, volume, index)
-    takeover, copying = _make_takeover(settings, state, volume, catalog)
-    adoption = Adoption(state, volume, index, takeover)
-    partials = Partials(state, volume, adoption, settings.evictor.partial_keep, settings.fetch.space_wait)
+    remover = ObjectRemover(state, volume, index)
+    node_import, copier = _make_node_import(settings, state, volume, catalog)
+    adoption = Adoption(state, volume, index, node_import)
+    reaper = PartialReaper(state, volume, adoption, settings.evictor.partial_keep, settings.fetch.space_wait)
     rules = EvictionRules(settings.storage.watermarks, settings.evictor.min_idle)
     can_list = settings.catalog.kind != "origin"
-    follower = OrdersFollower(state, volume.root, settings.duty)
-    return Tools(
+    watcher = OperatorStateWatcher(state, volume.root, settings.assignment)
+    return EvictorParts(
         volume=volume,
         index=index,
-        removals=removals,
-        partials=partials,
-        eviction=Eviction(state, index, removals, partials, rules),
-        reconciliation=Reconciliation(state, volume, index, removals, adoption, partials),
-        repair=Repair(volume, catalog, removals, (lambda: follower.duty) if can_list else None, takeover),
-        duty=DutyCheck(catalog, index, removals, settings.duty, can_list, volume.root),
-        scrub=Scrub(volume, removals, settings.evictor.scrub_rate),
-        orders=OrderKeeper(state, volume.root, follower),
-        purges=PurgeWork(state, volume, removals, partials),
+        remover=remover,
+        reaper=reaper,
+        eviction=Eviction(state, index, remover, reaper, rules),
+        reconciliation=Reconciliation(state, volume, index, remover, adoption, reaper),
+        repair=Repair(
+            volume, catalog, remover, (lambda: watcher.assignment) if can_list else None, node_import
+        ),
+        assignment=AssignmentCheck(catalog, index, remover, settings.assignment, can_list, volume.root),
+        scrub=Scrub(volume, remover, settings.evictor.scrub_rate),
+        operator_state=OperatorStateBackup(state, volume.root, watcher),
+        purger=Purger(state, volume, remover, reaper),
         sources=sources,
-        takeover=takeover,
-        copying=copying,
+        node_import=node_import,
+        copier=copier,
     )
 
 
-def _make_takeover(
+def _make_node_import(
     settings: Settings, state: StateStore, volume: Volume, catalog: Catalog
-) -> tuple[Takeover, Copying] | tuple[None, None]:
+) -> tuple[NodeImport, ImportCopier] | tuple[None, None]:
     storage = settings.storage
     if storage.import_assets is None:
         return None, None
-    intake = Intake(storage.path, storage.import_assets)
-    takeover = Takeover(intake, storage.import_cache_state)
-    return takeover, Copying(state, volume, catalog, intake, takeover)
+    import_source = ImportSource(storage.path, storage.import_assets)
+    node_import = NodeImport(import_source, storage.import_cache_state)
+    return node_import, ImportCopier(state, volume, catalog, import_source, node_import)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from shared.adapters.volume import FoundPartial, Volume
-from shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.adapters.volume import FoundPartial, Volume
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 
 def scan_partial_files(volume: Volume) -> tuple[Mapping[ObjectId, FoundPartial], list[str]]:
@@ -29,13 +29,13 @@ def partial_file_exists(volume: Volume, object_id: ObjectId) -> bool:
 
 
 def expected_bytes(volume: Volume, object_id: ObjectId, at_least: int) -> int:
-    """How large a partial file may grow, as its writer noted; `at_least` if that is more, or there is no note."""
-    noted = volume.expected_of(object_id)
-    return at_least if noted is None else max(at_least, noted.size)
+    """How large a partial file may grow, as its writer noted; `at_least` if that is more, or there is no sidecar."""
+    sidecar = volume.partial_record(object_id)
+    return at_least if sidecar is None else max(at_least, sidecar.size)
 
 
 def discard_partial_file(volume: Volume, object_id: ObjectId, size: int) -> None:
-    """Remove a partial file and its note. PartialHeld if its writer is alive."""
-    volume.receive(
-        StoredRecord(object_id, size, '""', None, "application/octet-stream", 0), noted=False
+    """Remove a partial file and its sidecar. PartialHeld if its writer is alive."""
+    volume.open_partial_for_writing(
+        StoredRecord(object_id, size, '""', None, "application/octet-stream", 0), write_sidecar=False
     ).discard()

@@ -8,34 +8,37 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from services.evictor.adoption import Adoption, SeenFile
-from services.evictor.file_calls import file_call, next_chunk
-from services.evictor.index import EvictionIndex
-from services.evictor.known_ids import KnownIds
-from services.evictor.partials import Partials
-from services.evictor.removals import Removals
-from services.evictor.usage_check import UsageCheck
-from shared.adapters.volume import Foreign, FoundObject, Volume
-from shared.domain.errors import VolumeError
-from shared.domain.objects import ObjectId
-from shared.observability.metrics import FOREIGN_FILES, RECONCILE_TIME, RECONCILED
-from shared.ports.state_store import IndexEntry, StateStore, Term
+from distributor_node.services.evictor.adoption import Adoption, PartialReaper, SeenFile
+from distributor_node.services.evictor.eviction import ObjectRemover
+from distributor_node.services.evictor.index import CompactIdSet, EvictionIndex
+from distributor_node.shared.adapters.volume import FoundObject, UnknownFile, Volume
+from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.observability.metrics import (
+    RECONCILE_TIME,
+    RECONCILED,
+    STATE_STORE_EVICTS,
+    UNKNOWN_FILES,
+)
+from distributor_node.shared.ports.state_store import IndexEntry, StateStore, Term
+from distributor_node.shared.runtime.threads import next_chunk, run_blocking
 
-_SCANNED_AT_ONCE = 500
-_ORPHAN_RECORD_SECONDS = 600.0
+_SCAN_BATCH = 500
+_ORPHAN_RECORD_AGE = 600.0
 
 logger = structlog.get_logger()
 
 
 @dataclass(slots=True)
 class Findings:
-    """What one reconciliation found. `unsettled`: objects that could not be looked at; they keep the index from
+    """What one reconciliation found. `unreadable`: objects that could not be looked at; they keep the index from
     standing for the volume."""
 
     objects: int = 0
     adopted: int = 0
     dropped: int = 0
-    unsettled: int = 0
+    unreadable: int = 0
     foreign: list[str] = field(default_factory=list)
     foreign_count: int = 0
 
@@ -44,9 +47,9 @@ class Findings:
         if len(self.foreign) < 5:
             self.foreign.append(path)
 
-    def add_unsettled(self, object_id: ObjectId, error: VolumeError) -> None:
-        self.unsettled += 1
-        logger.error("object_not_looked_at", object_id=object_id, reason=str(error))
+    def add_unreadable(self, object_id: ObjectId, error: VolumeError) -> None:
+        self.unreadable += 1
+        logger.error("object_unreadable", object_id=object_id, reason=str(error))
 
 
 class Reconciliation:
@@ -57,94 +60,94 @@ class Reconciliation:
         state: StateStore,
         volume: Volume,
         index: EvictionIndex,
-        removals: Removals,
+        remover: ObjectRemover,
         adoption: Adoption,
-        partials: Partials,
+        reaper: PartialReaper,
     ) -> None:
         self._state, self._volume, self._index = state, volume, index
-        self._removals, self._adoption, self._partials = removals, adoption, partials
+        self._remover, self._adoption, self._reaper = remover, adoption, reaper
         self._usage = UsageCheck(state)
 
     async def run(self, term: Term) -> bool:
         """True if the index stands for the volume now. VolumeError if the volume cannot be read."""
-        begun, findings = time.monotonic(), Findings()
-        await self._usage.look_at_server()
-        await file_call(self._volume.check)
+        started_at, findings = time.monotonic(), Findings()
+        await self._usage.check_maxmemory_policy()
+        await run_blocking(self._volume.check)
         known = await self._index.resync()
-        await self._removals.complete_all(term, len(self._index.evicting))
+        await self._remover.complete_all(term, len(self._index.evicting))
         # Partial files before objects: what is published meanwhile moves from those to these, and is not missed
-        await self._partials.sweep(term)
+        await self._reaper.sweep(term)
         await self._adopt_unknown(term, known, findings)
         await self._check_entries(term, known, findings)
         # Those of workers that had begun just before the store was lost
-        findings.foreign_count += await self._partials.sweep(term)
+        findings.foreign_count += await self._reaper.sweep(term)
         await self._usage.run(term)
-        if not findings.unsettled:
-            await self._state.set_accounted(term)
-            self._index.forget_former()
-        orphans = await file_call(self._volume.remove_orphan_records, _ORPHAN_RECORD_SECONDS)
+        if not findings.unreadable:
+            await self._state.set_reconciled(term)
+            self._index.forget_previous()
+        orphans = await run_blocking(self._volume.remove_orphan_records, _ORPHAN_RECORD_AGE)
         RECONCILED.labels("orphan_record").inc(orphans)
-        self._report(findings, time.monotonic() - begun)
-        return not findings.unsettled
+        self._report(findings, time.monotonic() - started_at)
+        return not findings.unreadable
 
-    async def look_again(self, term: Term, object_ids: Sequence[ObjectId]) -> None:
+    async def recheck(self, term: Term, object_ids: Sequence[ObjectId]) -> None:
         """Objects whose bytes were given back: a file that is still there (an entry was dropped because its file was
         damaged, and the fetch that was to replace it failed) must count again."""
         findings = Findings()
-        for start in range(0, len(object_ids), _SCANNED_AT_ONCE):
-            few = object_ids[start : start + _SCANNED_AT_ONCE]
-            looks = await self._adoption.look_at(few)
-            for object_id, seen in zip(few, looks, strict=True):
+        for start in range(0, len(object_ids), _SCAN_BATCH):
+            batch = object_ids[start : start + _SCAN_BATCH]
+            inspections = await self._adoption.inspect(batch)
+            for object_id, seen in zip(batch, inspections, strict=True):
                 if seen is None:
                     self._index.removed(object_id)
-            await self._take_in(term, few, looks, findings)
+            await self._adopt_files(term, batch, inspections, findings)
 
-    async def _adopt_unknown(self, term: Term, known: KnownIds, findings: Findings) -> None:
+    async def _adopt_unknown(self, term: Term, known: CompactIdSet, findings: Findings) -> None:
         scan = self._volume.scan_objects()
-        while chunk := await next_chunk(scan, _SCANNED_AT_ONCE):
+        while chunk := await next_chunk(scan, _SCAN_BATCH):
             unknown: list[ObjectId] = []
             for found in chunk:
-                if isinstance(found, Foreign):
+                if isinstance(found, UnknownFile):
                     findings.add_foreign(found.path)
-                elif found.leaving:
-                    await self._settle_leaving(term, found, findings)
+                elif found.in_trash:
+                    await self._adopt_trashed(term, found, findings)
                 elif found.object_id not in known:
                     unknown.append(found.object_id)
             findings.objects += len(chunk)
             if unknown:
-                await self._take_in(term, unknown, await self._adoption.look_at(unknown), findings)
+                await self._adopt_files(term, unknown, await self._adoption.inspect(unknown), findings)
 
-    async def _settle_leaving(self, term: Term, found: FoundObject, findings: Findings) -> None:
+    async def _adopt_trashed(self, term: Term, found: FoundObject, findings: Findings) -> None:
         if found.object_id in self._index.evicting:
             return
-        if await self._adoption.adopt_leaving(term, found.object_id, found.size):
+        if await self._adoption.adopt_trashed(term, found.object_id, found.size):
             findings.adopted += 1
-            await self._removals.complete(term, found.object_id)
+            await self._remover.complete(term, found.object_id)
 
-    async def _take_in(
+    async def _adopt_files(
         self,
         term: Term,
         object_ids: Sequence[ObjectId],
-        looks: Sequence[SeenFile | VolumeError | None],
+        inspections: Sequence[SeenFile | VolumeError | None],
         findings: Findings,
     ) -> None:
-        for object_id, look in zip(object_ids, looks, strict=True):
-            if isinstance(look, VolumeError):
-                findings.add_unsettled(object_id, look)
-        seen = [look for look in looks if isinstance(look, SeenFile)]
-        outcomes = await self._adoption.take_in(term, seen)
+        for object_id, inspection in zip(object_ids, inspections, strict=True):
+            if isinstance(inspection, VolumeError):
+                findings.add_unreadable(object_id, inspection)
+        seen = [inspection for inspection in inspections if isinstance(inspection, SeenFile)]
+        outcomes = await self._adoption.adopt_files(term, seen)
         for one, outcome in zip(seen, outcomes, strict=True):
             object_id = one.found.object_id
             if isinstance(outcome, VolumeError):
-                findings.add_unsettled(object_id, outcome)
+                findings.add_unreadable(object_id, outcome)
                 continue
             findings.adopted += outcome is not None
             if outcome is False:
                 # Adopted all the same, so that nobody can store a good file under the name while this one is removed
                 logger.warning("object_damaged", object_id=object_id)
-                await self._removals.purge(term, object_id, "damaged")
+                await self._remover.purge(term, object_id, "damaged")
 
-    async def _check_entries(self, term: Term, known: KnownIds, findings: Findings) -> None:
+    async def _check_entries(self, term: Term, known: CompactIdSet, findings: Findings) -> None:
         """Entries without their file are dropped: the entry is older than the look, and goes only if it is still the
         same one. Files of another size than their entry are damaged. Only what the store knew before the scan is
         looked at: what came since was seen on the volume when it was adopted or published."""
@@ -152,18 +155,18 @@ class Reconciliation:
             return
         async for batch in self._state.entries():
             older = [entry for entry in batch if entry.object_id in known]
-            sizes = await file_call(self._sizes, older)
+            sizes = await run_blocking(self._sizes, older)
             for entry, size in zip(older, sizes, strict=True):
                 if entry.evicting or size == entry.size:
                     continue
                 if size is not None:
                     logger.warning("object_damaged", object_id=entry.object_id, bytes=size)
-                    await self._removals.purge(term, entry.object_id, "damaged")
+                    await self._remover.purge(term, entry.object_id, "damaged")
                 elif await self._state.forget(entry.object_id, entry.generation):
                     self._index.removed(entry.object_id)
                     findings.dropped += 1
                     RECONCILED.labels("dropped_record").inc()
-                    logger.info("entry_without_file", object_id=entry.object_id)
+                    logger.info("index_entry_dropped", object_id=entry.object_id)
 
     def _sizes(self, entries: Sequence[IndexEntry]) -> list[int | None]:
         found = (self._volume.find_object(entry.object_id) for entry in entries)
@@ -171,14 +174,59 @@ class Reconciliation:
 
     def _report(self, findings: Findings, seconds: float) -> None:
         RECONCILE_TIME.observe(seconds)
-        FOREIGN_FILES.set(findings.foreign_count)
+        UNKNOWN_FILES.set(findings.foreign_count)
         if findings.foreign_count:
-            logger.warning("foreign_files", count=findings.foreign_count, examples=findings.foreign)
+            logger.warning("unknown_files_found", count=findings.foreign_count, examples=findings.foreign)
         logger.info(
-            "reconciled",
+            "reconciliation_finished",
             objects=findings.objects,
             adopted=findings.adopted,
             dropped=findings.dropped,
-            unsettled=findings.unsettled,
+            unsettled=findings.unreadable,
             seconds=round(seconds, 3),
         )
+
+
+# The sums of the state store against what they are sums of: they can part when a key is lost and another kept.
+
+_RECOUNT_THRESHOLD = 20_000
+"""Entries that the store counts within some 20 ms: so many are counted without looking first."""
+
+NOEVICTION = "noeviction"
+
+
+class UsageCheck:
+    """`run` at the end of a reconciliation, before the index is said to stand for the volume."""
+
+    def __init__(self, state: StateStore) -> None:
+        self._state = state
+
+    async def run(self, term: Term) -> None:
+        """Used and reserved bytes are what entries and fetches add up to after this."""
+        drift = await self._state.recount(term, entries=await self._may_be_wrong())
+        if drift:
+            RECONCILED.labels("recounted").inc()
+            logger.warning("usage_recounted", wrong_bytes=drift)
+
+    async def _may_be_wrong(self) -> bool:
+        """Adds up all entries from here, while they come and go: what moved meanwhile may or may not be in the sum, so
+        that only a difference beyond that tells of wrong figures. A smaller one is found in a quieter hour."""
+        before = await self._state.usage()
+        if before.objects <= _RECOUNT_THRESHOLD:
+            return True
+        counted = 0
+        async for batch in self._state.entries():
+            counted += sum(footprint(entry.size) for entry in batch)
+        after = await self._state.usage()
+        moved = after.churn - before.churn
+        return moved < 0 or abs(after.used - counted) > moved
+
+    async def check_maxmemory_policy(self) -> None:
+        """Say so if the server drops keys when its memory is full: sums without their parts, parts without sums."""
+        stats = await self._state.server_stats()
+        if stats is None:
+            return
+        evicts = stats.eviction != NOEVICTION
+        STATE_STORE_EVICTS.set(evicts)
+        if evicts:
+            logger.warning("state_store_eviction_enabled", maxmemory_policy=stats.eviction, wanted=NOEVICTION)

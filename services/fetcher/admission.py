@@ -1,4 +1,4 @@
-"""From a job to a lease: is the object there already, is there room, is somebody else at it?"""
+"""How long a job waits when it cannot begin at once, and what becomes of it then. Pure."""
 
 from __future__ import annotations
 
@@ -7,23 +7,82 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
-from services.fetcher.disk import DiskThreads
-from services.fetcher.patience import Patience
-from shared.adapters.volume import Removal, RemovalState, Volume
-from shared.domain.errors import StateStoreUnavailable, VolumeError
-from shared.domain.found_objects import record_for
-from shared.domain.jobs import Done, Hopeless, JobOutcome, TryLater
-from shared.domain.media_sniffing import HEAD_BYTES
-from shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
-from shared.domain.space import footprint
-from shared.ports.state_store import AlreadyStored, Announcement, Granted, Lease, NoSpace, StateStore, Topic
-from shared.runtime.hashing import hash_file
+from distributor_node.shared.adapters.volume import Removal, RemovalState, Volume
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.found_objects import record_for_file
+from distributor_node.shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, TryLater
+from distributor_node.shared.domain.media_types import SNIFF_BYTES
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import (
+    AlreadyStored,
+    Announcement,
+    Granted,
+    HeldElsewhere,
+    Lease,
+    NeverFits,
+    NoSpace,
+    NotReconciled,
+    StateStore,
+    Topic,
+)
+from distributor_node.shared.runtime.threads import BlockingPool, hash_file
 
-_LOOK_EVERY = 0.5  # seconds; announcements may be lost
+Denied = AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotReconciled
+
+_MIN_RENEWAL = 0.5
+"""Seconds by which a lease must end later than it was first seen to, for its holder to count as alive."""
+
+
+@dataclass(slots=True)
+class AdmissionWait:
+    """Of one job. `space_wait` and `lease`: seconds, from the settings; times given to it are of any clock that never
+    goes back."""
+
+    space_wait: float
+    lease: float
+    _first_seen: dict[type, float] = field(default_factory=dict)
+    _lease_expires_at: float | None = None
+
+    def decide(self, denied: Denied, now: float) -> JobOutcome | None:
+        """The job's outcome; None: wait a little and ask again."""
+        waited = now - self._first_seen.setdefault(type(denied), now)
+        match denied:
+            case NeverFits():
+                return Hopeless("larger than the storage limit")
+            case AlreadyStored():
+                return TryLater("the index and the volume contradict each other")
+            case NoSpace(missing):
+                return (
+                    TryLater(f"no space: {missing} bytes are missing") if waited >= self.space_wait else None
+                )
+            case NotReconciled():
+                return TryLater("the volume is not reconciled yet") if waited >= self.space_wait else None
+            case HeldElsewhere(seconds_left):
+                return self._decide_held(now, seconds_left, waited)
+
+    def _decide_held(self, now: float, seconds_left: float, waited: float) -> JobOutcome | None:
+        """A holder that died leaves this very job, redelivered, as the only one: it must not end before the dead
+        worker's lease does. So it may be with one that renews its lease, if its delivery was lost with its
+        connection. Either shows within the time of one lease; a lease that neither ends nor is renewed is one whose
+        end a clock that was put back has moved away."""
+        if seconds_left <= 0:
+            return TryLater("being evicted") if waited >= self.space_wait else None
+        expires_at = now + seconds_left
+        if self._lease_expires_at is None:
+            self._lease_expires_at = expires_at
+        elif expires_at > self._lease_expires_at + _MIN_RENEWAL:
+            return LookAgain("fetched elsewhere")
+        return TryLater("held by a lease that does not end") if waited >= 2 * self.lease else None
+
+
+# From a job to a lease: is the object there already, is there room, is somebody else at it?
+
+_POLL_INTERVAL = 0.5  # seconds; announcements may be lost
 
 logger = structlog.get_logger()
 
@@ -33,7 +92,7 @@ class Admitted:
     """The lease, and the monotonic time before it was asked for."""
 
     lease: Lease
-    asked_at: float
+    requested_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +120,7 @@ class Admission:
     """Decides with the state store and the volume; waits for a bounded time only."""
 
     def __init__(
-        self, state: StateStore, volume: Volume, disk: DiskThreads, rules: AdmissionRules, worker: str
+        self, state: StateStore, volume: Volume, disk: BlockingPool, rules: AdmissionRules, worker: str
     ) -> None:
         self._state = state
         self._volume = volume
@@ -80,41 +139,41 @@ class Admission:
         if size > self._rules.largest_size:
             return Hopeless(f"{size} bytes are more than is ever cached")
         if warming and not await self._has_room_to_warm(size):
-            return await self._leave_cold(media_object.object_id)
+            return await self._skip_warming(media_object.object_id)
         return await self._admit(media_object, size, warming=warming)
 
     async def _admit(self, media_object: MediaObject, size: int, *, warming: bool) -> Admitted | JobOutcome:
         object_id = media_object.object_id
-        patience = Patience(self._rules.space_wait, self._rules.lease)
-        wished = cleared = False
+        wait = AdmissionWait(self._rules.space_wait, self._rules.lease)
+        space_requested = invalid_removed = False
         async with AsyncExitStack() as stack:
-            news: AsyncIterator[Announcement] | None = None
+            events: AsyncIterator[Announcement] | None = None
             while True:
-                record = await self._disk.run(self._stored, object_id)
+                record = await self._disk.run(self._stored_record, object_id)
                 if record is not None:
-                    return await self._make_known(record)
-                asked_at = time.monotonic()
-                begun = await self._state.begin(object_id, size, self._worker)
-                if isinstance(begun, Granted):
-                    return Admitted(begun.lease, asked_at)
-                if isinstance(begun, AlreadyStored) and not cleared:
-                    cleared = True
+                    return await self._reindex(record)
+                requested_at = time.monotonic()
+                result = await self._state.begin(object_id, size, self._worker)
+                if isinstance(result, Granted):
+                    return Admitted(result.lease, requested_at)
+                if isinstance(result, AlreadyStored) and not invalid_removed:
+                    invalid_removed = True
                     if await self._restore(media_object):
                         logger.info("record_restored", object_id=object_id)
                         return Done("already cached")
-                    if not await self._clear_away(object_id, begun.generation):
+                    if not await self._remove_invalid(object_id, result.generation):
                         return TryLater("what is stored is not right, and in use")
                     continue
-                if warming and isinstance(begun, NoSpace):
-                    return await self._leave_cold(object_id)
-                if (outcome := patience.decide(begun, asked_at)) is not None:
+                if warming and isinstance(result, NoSpace):
+                    return await self._skip_warming(object_id)
+                if (outcome := wait.decide(result, requested_at)) is not None:
                     return outcome
-                if isinstance(begun, NoSpace) and not wished:
-                    wished = True
-                    await self._state.want_space(object_id, size, self._rules.space_wait)
-                if news is None:
-                    news = await stack.enter_async_context(self._state.listen())
-                await _pause(news, object_id)
+                if isinstance(result, NoSpace) and not space_requested:
+                    space_requested = True
+                    await self._state.request_space(object_id, size, self._rules.space_wait)
+                if events is None:
+                    events = await stack.enter_async_context(self._state.listen())
+                await _wait_for_event(events, object_id)
 
     async def _has_room_to_warm(self, size: int) -> bool:
         limit = self._rules.warm_below
@@ -123,14 +182,14 @@ class Admission:
         usage = await self._state.usage()
         return usage.used + usage.reserved + footprint(size) <= limit
 
-    async def _leave_cold(self, object_id: ObjectId) -> JobOutcome:
+    async def _skip_warming(self, object_id: ObjectId) -> JobOutcome:
         """The claim ends too: the next client's request asks for the fetch anew, with all that belongs to it."""
         fetch = (await self._state.find(object_id)).fetch
         if fetch is not None:
-            await self._state.withdraw(object_id, fetch.worker)
+            await self._state.release_claim(object_id, fetch.worker)
         return Done("no room to warm")
 
-    def _stored(self, object_id: ObjectId) -> StoredRecord | None:
+    def _stored_record(self, object_id: ObjectId) -> StoredRecord | None:
         """The record of the complete object, if the volume has it; VolumeError if there is no volume. Blocks."""
         self._volume.check()
         found = self._volume.open_object(object_id)
@@ -146,30 +205,30 @@ class Admission:
         try:
             await self._disk.run(_open_unrecorded, self._volume, wanted, opened)
             for file in opened:
-                if not await self._is_right(file.descriptor, wanted.content_hash):
+                if not await self._matches_hash(file.descriptor, wanted.content_hash):
                     return False
-                record = record_for(wanted, file.size, file.head, min(file.changed_at, time.time()))
+                record = record_for_file(wanted, file.size, file.head, min(file.changed_at, time.time()))
                 await self._disk.run(self._volume.write_record, record)
             return bool(opened)
         finally:
             for file in opened:
                 os.close(file.descriptor)
 
-    async def _is_right(self, descriptor: int, expected: ContentHash | None) -> bool:
+    async def _matches_hash(self, descriptor: int, expected: ContentHash | None) -> bool:
         return expected is None or await hash_file(self._disk.run, descriptor, expected) == expected
 
-    async def _make_known(self, record: StoredRecord) -> JobOutcome:
+    async def _reindex(self, record: StoredRecord) -> JobOutcome:
         """The object is there. If the index does not know it (a worker died before it could say so), say so now; where
         that cannot be done, reconciliation does it later."""
         try:
-            begun = await self._state.begin(record.object_id, record.size, self._worker)
-            if isinstance(begun, Granted):
-                await self._state.commit(begun.lease, record.stored_at)
+            result = await self._state.begin(record.object_id, record.size, self._worker)
+            if isinstance(result, Granted):
+                await self._state.commit(result.lease, record.stored_at)
         except StateStoreUnavailable as error:
-            logger.info("left_to_reconciliation", reason=str(error))
+            logger.info("reindex_deferred", reason=str(error))
         return Done("already cached")
 
-    async def _clear_away(self, object_id: ObjectId, generation: int) -> bool:
+    async def _remove_invalid(self, object_id: ObjectId, generation: int) -> bool:
         """The index believes in an object that the volume does not have, or has cut short. False: it is in use."""
         removal = self._volume.removal(object_id)
         try:
@@ -179,7 +238,7 @@ class Admission:
             await self._state.forget(object_id, generation)
         finally:
             removal.close()
-        logger.warning("wrong_file_removed", object_id=object_id)
+        logger.warning("invalid_file_removed", object_id=object_id)
         return True
 
     def _remove(self, object_id: ObjectId, removal: Removal) -> bool:
@@ -187,7 +246,7 @@ class Admission:
         match removal.begin():
             case RemovalState.IN_USE:
                 return False
-            case RemovalState.READY if self._stored(object_id) is None:
+            case RemovalState.READY if self._stored_record(object_id) is None:
                 removal.unlink()
         return True
 
@@ -201,18 +260,18 @@ def _open_unrecorded(volume: Volume, wanted: MediaObject, opened: list[Unrecorde
     if descriptor is None:
         return
     try:
-        head = os.pread(descriptor, HEAD_BYTES, 0)
+        head = os.pread(descriptor, SNIFF_BYTES, 0)
     except OSError as error:
         os.close(descriptor)
         raise VolumeError(f"read {wanted.object_id}: {error.strerror}") from error
     opened.append(UnrecordedFile(descriptor, found.size, found.changed_at, head))
 
 
-async def _pause(news: AsyncIterator[Announcement], object_id: ObjectId) -> None:
+async def _wait_for_event(events: AsyncIterator[Announcement], object_id: ObjectId) -> None:
     """Until something may have changed for this object."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(_LOOK_EVERY):
-            async for announcement in news:
+        async with asyncio.timeout(_POLL_INTERVAL):
+            async for announcement in events:
                 freed = announcement.topic is Topic.SPACE_FREED
                 if freed or announcement == Announcement(Topic.FETCH_CHANGED, object_id):
                     return

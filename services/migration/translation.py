@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.adapters.existing_node import FILE_NAME
-from shared.domain.errors import ConfigurationError
-from shared.settings.operator_api import LEAST_SECRET
-from shared.settings.sizes import format_size, parse_size
+from distributor_node.services.evictor.node_import import FILE_NAME
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.settings.model import MIN_SECRET_LENGTH
+from distributor_node.shared.settings.sizes import format_size, parse_size
 
-_LEAST_DUTY_SECONDS = 3600
+_MIN_ASSIGNMENT_INTERVAL = 3600
 _LEVELS = {
     "error": "error", "warn": "warning", "info": "info", "http": "info", "verbose": "debug", "debug": "debug",
     "silly": "debug",
 }  # fmt: skip
-_NO_EQUAL = {
+_NO_EQUIVALENT = {
     "limits.pendingDownloadTimeoutSec": "a download may last as long as it moves: see fetch.stall_timeout and"
     " fetch.minimum_rate",
     "limits.dataObjectSourceByObjectIdTTL": "an object's sources are kept with its description:"
@@ -46,54 +46,56 @@ class Translation:
 def translate(document: dict[str, Any], folder: Path) -> Translation:
     """`folder`: where the file lies; relative directories are below it. ConfigurationError for a value that the
     existing node could not have used either."""
-    made = Translation()
-    made.put("catalog.kind", "joystream")
-    made.put("catalog.refuse_private_sources", True)
+    translation = Translation()
+    translation.put("catalog.kind", "joystream")
+    translation.put("catalog.refuse_private_sources", True)
     for name, value in _leaves(document, ""):
         translator = _TRANSLATORS.get(name)
         if translator is not None:
             try:
-                translator(made, value, folder)
+                translator(translation, value, folder)
             except (ValueError, TypeError, OverflowError) as error:
                 raise ConfigurationError(f"{name}: {error}") from error
-        elif (reason := _without_equal(name)) is not None:
-            made.remarks[name] = f"has no equal: {reason}"
+        elif (reason := _no_equivalent(name)) is not None:
+            translation.remarks[name] = f"has no equal: {reason}"
         else:
-            made.remarks[name] = "is not known, and has no equal"
-    if "buckets" not in made.settings and "worker_id" not in made.settings:
-        made.remarks["workerId"] = "is missing, and so are buckets: everything the squid knows will be served"
-    _fit_cached_item(made)
-    return made
+            translation.remarks[name] = "is not known, and has no equal"
+    if "buckets" not in translation.settings and "worker_id" not in translation.settings:
+        translation.remarks["workerId"] = (
+            "is missing, and so are buckets: everything the squid knows will be served"
+        )
+    _fit_cached_item(translation)
+    return translation
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
     """Settings by their dotted name; a section whose parts have no meaning one by one is a leaf."""
-    if isinstance(value, dict) and path not in _NO_EQUAL:
+    if isinstance(value, dict) and path not in _NO_EQUIVALENT:
         return [
-            leaf for name, below in value.items() for leaf in _leaves(below, f"{path}.{name}".lstrip("."))
+            leaf for name, child in value.items() for leaf in _leaves(child, f"{path}.{name}".lstrip("."))
         ]
     return [(path, value)]
 
 
-def _without_equal(name: str) -> str | None:
-    return next((reason for known, reason in _NO_EQUAL.items() if name == known), None)
+def _no_equivalent(name: str) -> str | None:
+    return next((reason for known, reason in _NO_EQUIVALENT.items() if name == known), None)
 
 
-def _fit_cached_item(made: Translation) -> None:
-    storage = made.settings.get("storage", {})
+def _fit_cached_item(translation: Translation) -> None:
+    storage = translation.settings.get("storage", {})
     largest, limit = storage.get("max_cached_item"), storage.get("limit")
     if largest is not None and limit is not None and parse_size(largest) > parse_size(limit):
         del storage["max_cached_item"]
-        made.remarks["limits.maxCachedItemSize"] = "left out: it is above limits.storage"
+        translation.remarks["limits.maxCachedItemSize"] = "left out: it is above limits.storage"
 
 
 Translator = Callable[[Translation, Any, Path], None]
 
 
 def _to(path: str, convert: Callable[[Any], Any]) -> Translator:
-    def translate_one(made: Translation, value: Any, _: Path) -> None:
+    def translate_one(translation: Translation, value: Any, _: Path) -> None:
         if value is not None:
-            made.put(path, convert(value))
+            translation.put(path, convert(value))
 
     return translate_one
 
@@ -125,67 +127,67 @@ def _size(value: Any) -> str:
     return format_size(parse_size(value))
 
 
-def _buckets(made: Translation, value: Any, _: Path) -> None:
+def _buckets(translation: Translation, value: Any, _: Path) -> None:
     if value is None or value == "all":
         return  # all buckets of the worker
     if not isinstance(value, list) or not all(isinstance(bucket, str) for bucket in value):
         raise ValueError("want a list of bucket ids")
-    made.put("buckets", value)
+    translation.put("buckets", value)
 
 
-def _assets(made: Translation, value: Any, folder: Path) -> None:
+def _assets(translation: Translation, value: Any, folder: Path) -> None:
     assets = str(folder / _text(value))
-    made.put("storage.path", assets)
-    made.put("storage.import_assets", assets)
+    translation.put("storage.path", assets)
+    translation.put("storage.import_assets", assets)
 
 
-def _cache_state(made: Translation, value: Any, folder: Path) -> None:
-    made.put("storage.import_cache_state", str(folder / _text(value) / FILE_NAME))
+def _cache_state(translation: Translation, value: Any, folder: Path) -> None:
+    translation.put("storage.import_cache_state", str(folder / _text(value) / FILE_NAME))
 
 
-def _downloads(made: Translation, value: Any, _: Path) -> None:
-    wanted = _at_least_one(value)
-    made.put("fetch.concurrency", min(wanted, 256))
-    if wanted > 256:
-        made.remarks["limits.maxConcurrentStorageNodeDownloads"] = (
+def _downloads(translation: Translation, value: Any, _: Path) -> None:
+    requested = _at_least_one(value)
+    translation.put("fetch.concurrency", min(requested, 256))
+    if requested > 256:
+        translation.remarks["limits.maxConcurrentStorageNodeDownloads"] = (
             "is 256 here, for each fetcher; add fetchers for more"
         )
 
 
-def _timeout(made: Translation, value: Any, _: Path) -> None:
-    made.put("fetch.first_byte_timeout", max(1, _number(value)) / 1000)
+def _timeout(translation: Translation, value: Any, _: Path) -> None:
+    translation.put("fetch.first_byte_timeout", max(1, _number(value)) / 1000)
 
 
-def _clean_up(made: Translation, value: Any, _: Path) -> None:
+def _clean_up(translation: Translation, value: Any, _: Path) -> None:
     seconds = _at_least_one(value)
-    made.put("evictor.duty_interval", max(seconds, _LEAST_DUTY_SECONDS))
-    if seconds < _LEAST_DUTY_SECONDS:
-        made.remarks["intervals.cacheCleanup"] = (
-            f"is {_LEAST_DUTY_SECONDS} s here: the whole list is asked for, which costs the squid dearly"
+    translation.put("evictor.duty_interval", max(seconds, _MIN_ASSIGNMENT_INTERVAL))
+    if seconds < _MIN_ASSIGNMENT_INTERVAL:
+        translation.remarks["intervals.cacheCleanup"] = (
+            f"is {_MIN_ASSIGNMENT_INTERVAL} s here: the whole list is asked for, which costs the squid dearly"
         )
 
 
-def _level(made: Translation, value: Any, _: Path) -> None:
+def _level(translation: Translation, value: Any, _: Path) -> None:
     level = _LEVELS.get(_text(value).lower())
     if level is not None:
-        made.put("log.level", level)
+        translation.put("log.level", level)
     elif value != "off":
         raise ValueError(f"no such level: {value}")
 
 
-def _secret(made: Translation, value: Any, _: Path) -> None:
+def _secret(translation: Translation, value: Any, _: Path) -> None:
     secret = _text(value)
-    if len(secret) < LEAST_SECRET:
-        made.remarks["operatorApi.hmacSecret"] = (
-            f"left out, and the operator API with it: want at least {LEAST_SECRET} characters"
+    if len(secret) < MIN_SECRET_LENGTH:
+        translation.remarks["operatorApi.hmacSecret"] = (
+            f"left out, and the operator API with it: want at least {MIN_SECRET_LENGTH} characters"
         )
         return
-    made.put("operator_api.secret", secret)
-    made.remarks["operatorApi.hmacSecret"] = "is in what is printed: keep that to yourself"
-    made.remarks["operatorApi.port"] = "is listened to on 127.0.0.1 only: see operator_api.host"
+    translation.put("operator_api.secret", secret)
+    translation.remarks["operatorApi.hmacSecret"] = "is in what is printed: keep that to yourself"
+    translation.remarks["operatorApi.port"] = "is listened to on 127.0.0.1 only: see operator_api.host"
 
 
-def _ignored(_made: Translation, _value: Any, _folder: Path) -> None:
+def _ignored(_translation: Translation, _value: Any, _folder: Path) -> None:
     """Says nothing that ours needs to be told."""
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from xml.sax.saxutils import escape
 
-from services.replay.scenarios import Result
-from shared.settings.sizes import format_size
+from distributor_node.services.replay.scenarios import Result, Setting
+from distributor_node.shared.domain.eviction.simulator import Outcome
+from distributor_node.shared.settings.sizes import format_size
 
-NEARLY = 0.01
+TOLERANCE = 0.01
 """Hit ratios that differ by less are as good as equal."""
 _GIB = 1024**3
 _COLUMNS = (
@@ -26,14 +29,14 @@ def render_table(results: Sequence[Result]) -> str:
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---|---|" + "---:|" * (len(_COLUMNS) - 2)]
     for result in results:
         outcome = result.outcome
-        figures = (
+        ratios = (
             outcome.object_hit_ratio,
             outcome.byte_hit_ratio,
             outcome.source_ratio,
             outcome.write_ratio,
         )
         lines.append(
-            f"| {size_label(result)} | {result.setting.name} | {' | '.join(f'{figure:.3f}' for figure in figures)}"
+            f"| {size_label(result)} | {result.setting.name} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)}"
             f" | {outcome.bytes_written / _GIB:.1f} GiB | {outcome.evicted} |"
         )
     return "\n".join(lines)
@@ -65,9 +68,9 @@ def recommend(results: Sequence[Result]) -> str:
     limit = max(result.size.limit for result in results)
     at_size = [result for result in results if result.size.limit == limit]
     best_hits = max(result.outcome.object_hit_ratio for result in at_size)
-    good = [result for result in at_size if best_hits - result.outcome.object_hit_ratio <= NEARLY]
+    good = [result for result in at_size if best_hits - result.outcome.object_hit_ratio <= TOLERANCE]
     least = min(result.outcome.source_ratio for result in good)
-    good = [result for result in good if result.outcome.source_ratio - least <= NEARLY]
+    good = [result for result in good if result.outcome.source_ratio - least <= TOLERANCE]
     chosen = min(good, key=lambda result: (result.outcome.write_ratio, result.outcome.source_ratio))
     outcome = chosen.outcome
     return (
@@ -79,7 +82,7 @@ def recommend(results: Sequence[Result]) -> str:
 
 def _compared(chosen: Result, at_size: Sequence[Result]) -> str:
     worst = max(at_size, key=lambda result: result.outcome.source_ratio)
-    if worst.outcome.source_ratio - chosen.outcome.source_ratio <= NEARLY:
+    if worst.outcome.source_ratio - chosen.outcome.source_ratio <= TOLERANCE:
         return ""
     return f" ({worst.outcome.source_ratio:.2f} under {worst.setting.name})"
 
@@ -91,9 +94,96 @@ def _smaller(chosen: Result, results: Sequence[Result]) -> str:
         result
         for result in same
         if result.size.limit < chosen.size.limit
-        and chosen.outcome.byte_hit_ratio - result.outcome.byte_hit_ratio <= NEARLY
-        and chosen.outcome.object_hit_ratio - result.outcome.object_hit_ratio <= NEARLY
+        and chosen.outcome.byte_hit_ratio - result.outcome.byte_hit_ratio <= TOLERANCE
+        and chosen.outcome.object_hit_ratio - result.outcome.object_hit_ratio <= TOLERANCE
     ]
     if not enough:
         return ""
     return f"; {size_label(min(enough, key=lambda result: result.size.limit))} would do nearly as well"
+
+
+# The results as one SVG picture: four panels over the size of the cache, a line for each setting.
+
+_WIDTH, _HEIGHT = 430, 270
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 34, 40
+_LEGEND_LINE = 20
+# Okabe and Ito's colours, told apart by colour-blind readers too.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#a0a000")
+_PANELS: Sequence[tuple[str, Callable[[Outcome], float]]] = (
+    ("Object hit ratio", lambda outcome: outcome.object_hit_ratio),
+    ("Byte hit ratio", lambda outcome: outcome.byte_hit_ratio),
+    ("Bytes from sources per byte served", lambda outcome: outcome.source_ratio),
+    ("Bytes written per byte served", lambda outcome: outcome.write_ratio),
+)
+
+
+def render_chart(results: Sequence[Result], title: str) -> str:
+    """The whole SVG document."""
+    settings = list(dict.fromkeys(result.setting for result in results))
+    height = 40 + 2 * _HEIGHT + _LEGEND_LINE * len(settings) + 20
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * _WIDTH} {height}" font-family="sans-serif">',
+        "<style>text { font-size: 12px } .title { font-size: 16px }</style>",
+        f'<rect width="{2 * _WIDTH}" height="{height}" fill="#ffffff"/>',
+        f'<text x="{_WIDTH}" y="24" text-anchor="middle" class="title">{escape(title)}</text>',
+    ]
+    for number, (name, metric) in enumerate(_PANELS):
+        x, y = (number % 2) * _WIDTH, 40 + (number // 2) * _HEIGHT
+        parts.append(f'<g transform="translate({x},{y})">')
+        parts += _panel(name, metric, results, settings)
+        parts.append("</g>")
+    for number, setting in enumerate(settings):
+        y = 40 + 2 * _HEIGHT + _LEGEND_LINE * (number + 1)
+        parts.append(f'<rect x="{_LEFT}" y="{y - 10}" width="24" height="4" fill="{_colour(number)}"/>')
+        parts.append(f'<text x="{_LEFT + 32}" y="{y - 4}">{escape(setting.name)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def _panel(
+    name: str, metric: Callable[[Outcome], float], results: Sequence[Result], settings: Sequence[Setting]
+) -> list[str]:
+    y_max = _round_up(max(metric(result.outcome) for result in results))
+    limits = {result.size.limit: result.size.label for result in results}
+    low, high = math.log(min(limits)), math.log(max(limits))
+
+    def x(limit: int) -> float:
+        share = (math.log(limit) - low) / (high - low) if high > low else 0.5
+        return _LEFT + 10 + share * (_WIDTH - _LEFT - _RIGHT - 20)
+
+    def y(value: float) -> float:
+        return _HEIGHT - _BOTTOM - value / y_max * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [f'<text x="{_LEFT}" y="{_TOP - 14}" font-weight="bold">{name}</text>']
+    for step in range(5):
+        value = y_max * step / 4
+        parts.append(
+            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#dddddd"/>'
+        )
+        parts.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for limit, label in limits.items():
+        parts.append(
+            f'<text x="{x(limit):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{escape(label)}</text>'
+        )
+    for number, setting in enumerate(settings):
+        points = [(x(r.size.limit), y(metric(r.outcome))) for r in results if r.setting == setting]
+        line = " ".join(f"{across:.1f},{down:.1f}" for across, down in points)
+        parts.append(
+            f'<polyline points="{line}" fill="none" stroke="{_colour(number)}" stroke-width="2" stroke-opacity="0.8"/>'
+        )
+        parts += [
+            f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3.5" fill="{_colour(number)}"/>'
+            for across, down in points
+        ]
+    return parts
+
+
+def _round_up(value: float) -> float:
+    """A round number for the top of the axis: 1, or the next of 1, 2, 5 × a power of ten."""
+    if value <= 1:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= value)

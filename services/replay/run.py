@@ -9,11 +9,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from services.replay.chart import render_chart
-from services.replay.reading import LinesRead, read_logs, read_sizes
-from services.replay.recording import Recording
-from services.replay.report import describe_own, recommend, render_table
-from services.replay.scenarios import (
+from distributor_node.services.replay.access_logs import LinesRead, Recording, read_logs, read_sizes
+from distributor_node.services.replay.report import describe_own, recommend, render_chart, render_table
+from distributor_node.services.replay.scenarios import (
     CacheSize,
     NodeRules,
     Result,
@@ -21,8 +19,8 @@ from services.replay.scenarios import (
     parse_cache_sizes,
     try_setting,
 )
-from shared.domain.errors import ConfigurationError
-from shared.settings.sizes import format_size
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.settings.sizes import format_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +46,23 @@ class ReplayRequest:
     own: OwnNode | None = None
 
 
-def replay(asked: ReplayRequest, progress_to: Console) -> str:
+def replay(request: ReplayRequest, progress_to: Console) -> str:
     """The report. Writes the picture, if asked. Raises ConfigurationError."""
-    if not 0 < asked.sample <= 1:
+    if not 0 < request.sample <= 1:
         raise ConfigurationError("sample: want a share of the objects, above 0 and at most 1")
-    if asked.picture is not None:
-        _check_picture(asked.picture)
+    if request.picture is not None:
+        _check_picture(request.picture)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=progress_to, transient=True) as progress:
-        recording = Recording(read_sizes(asked.sizes_file) if asked.sizes_file else None)
-        counts = _read(asked, recording, progress)
+        recording = Recording(read_sizes(request.sizes_file) if request.sizes_file else None)
+        counts = _read(request, recording, progress)
         if not len(recording):
             raise ConfigurationError(
                 f"no answers with objects in these logs ({counts.other} other lines, {counts.unreadable} unreadable)"
             )
-        own, results = _try_all(asked, recording, progress)
-    if asked.picture is not None:
-        asked.picture.write_text(
+        own, results = _try_all(request, recording, progress)
+    if request.picture is not None:
+        request.picture.write_text(
             render_chart(results, f"Replay of {len(recording)} requests"), encoding="utf-8"
         )
     about = [*_about(recording, counts), *([describe_own(own)] if own is not None else [])]
@@ -79,22 +77,22 @@ def _check_picture(path: Path) -> None:
         raise ConfigurationError(f"picture: there is no folder {path.parent}")
 
 
-def _read(asked: ReplayRequest, recording: Recording, progress: Progress) -> LinesRead:
+def _read(request: ReplayRequest, recording: Recording, progress: Progress) -> LinesRead:
     try:
-        total = sum(path.stat().st_size for path in asked.logs)
+        total = sum(path.stat().st_size for path in request.logs)
     except OSError as error:
         raise ConfigurationError(f"log: {error}") from error
     task = progress.add_task("reading", total=total)
-    return read_logs(asked.logs, recording, asked.sample, lambda read: progress.advance(task, read))
+    return read_logs(request.logs, recording, request.sample, lambda read: progress.advance(task, read))
 
 
 def _try_all(
-    asked: ReplayRequest, recording: Recording, progress: Progress
+    request: ReplayRequest, recording: Recording, progress: Progress
 ) -> tuple[Result | None, list[Result]]:
     """What the own node makes of it, if its settings are known; and each setting at each size."""
-    sizes = parse_cache_sizes(asked.cache_sizes, int(recording.footprint / asked.sample))
-    own, rules = asked.own, asked.own.rules if asked.own is not None else NodeRules()
-    trials = [(size, setting) for size in sizes for setting in asked.settings]
+    sizes = parse_cache_sizes(request.cache_sizes, int(recording.footprint / request.sample))
+    own, rules = request.own, request.own.rules if request.own is not None else NodeRules()
+    trials = [(size, setting) for size in sizes for setting in request.settings]
     if own is not None:
         trials.insert(0, (CacheSize(own.limit, format_size(own.limit)), own.setting))
     task = progress.add_task("trying", total=len(recording) * len(trials))
@@ -104,7 +102,7 @@ def _try_all(
         outcome = try_setting(
             recording.requests(),
             setting,
-            rules.at(size.limit, asked.sample),
+            rules.at(size.limit, request.sample),
             lambda done: progress.advance(task, done),
             rules.admission_window,
         )

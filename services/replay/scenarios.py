@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from shared.domain.errors import ConfigurationError
-from shared.domain.eviction import EvictionPolicy, make_policy
-from shared.domain.eviction.admission import SecondViewAdmission
-from shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, Simulation
-from shared.domain.space import Watermarks, watermarks_for
-from shared.settings.sizes import format_size, parse_size
+from distributor_node.shared.domain.admission import SecondHitAdmission
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.eviction import EvictionPolicy, make_policy
+from distributor_node.shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, Simulation
+from distributor_node.shared.domain.space import Watermarks, watermarks_for
+from distributor_node.shared.settings.sizes import format_size, parse_size
 
-_TOLD_EVERY = 20_000
+_PROGRESS_INTERVAL = 20_000
 _WINDOW = 7 * 24 * 3600.0
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%\Z")
 
@@ -109,13 +109,13 @@ def try_setting(
 ) -> Outcome:
     """`tick` is told the requests done since it was last told."""
     above = setting.second_view_above
-    admission = None if above is None else SecondViewAdmission(above, admission_window)
+    admission = None if above is None else SecondHitAdmission(above, admission_window)
     simulation = Simulation(setting.make_policy(), rules, admission)
     seen = 0
     for request in requests:
-        simulation.see(request)
+        simulation.process(request)
         seen += 1
-        if seen % _TOLD_EVERY == 0:
-            tick(_TOLD_EVERY)
-    tick(seen % _TOLD_EVERY)
+        if seen % _PROGRESS_INTERVAL == 0:
+            tick(_PROGRESS_INTERVAL)
+    tick(seen % _PROGRESS_INTERVAL)
     return simulation.outcome

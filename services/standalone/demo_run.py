@@ -11,19 +11,18 @@ from typing import Any
 
 import yaml
 
-from services.demo.control import Site
-from services.demo.manifest import DEMO_DIRECTORY, write_manifest
-from services.demo.objects import DemoObject, demo_objects
-from services.demo.storage_node import StorageNode
-from services.standalone.wiring import run_standalone
-from shared.domain.errors import ConfigurationError
-from shared.runtime.run_service import MISCONFIGURED, ServiceScope, run_service
-from shared.settings import Settings, load_settings
+from distributor_node.services.demo.manifest import DEMO_DIRECTORY, write_manifest
+from distributor_node.services.demo.objects import DemoObject, demo_objects
+from distributor_node.services.demo.storage_node import Site, StorageNode
+from distributor_node.services.standalone.main import run_standalone
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.runtime.run_service import MISCONFIGURED, ServiceScope, run_service
+from distributor_node.shared.settings import Settings, load_settings
 
 HOST = "127.0.0.1"
 FIRST_PUBLIC_PORT, FIRST_SOURCE_PORT, FIRST_SQUID_PORT = 3334, 3390, 4352
 WORKER = 7
-_PORTS_TRIED = 200
+_MAX_PORTS_TRIED = 200
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,12 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
 async def run_squid(resources: AsyncExitStack, objects: list[DemoObject], endpoint: str, port: int) -> None:
     """A squid that knows the demo's objects; ConfigurationError if its GraphQL library is not installed."""
     try:
-        from services.demo.squid import TestSquid  # noqa: PLC0415
+        from distributor_node.services.demo.squid import TestSquid  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"the demo's squid needs {error.name}: `make setup` installs it") from error
     squid = TestSquid(objects, [endpoint], workers={WORKER: ["0:1"]}, bags_per_bucket=2)
     await resources.enter_async_context(squid.run(HOST, port))
-    print(f"A squid to ask, and to disturb by PUT /knobs: {squid.url}")
+    print(f"A squid to ask, and to disturb by PUT /faults: {squid.url}")
 
 
 def demo_settings(folder: Path, catalog: dict[str, Any], port: int) -> Settings:
@@ -95,7 +94,7 @@ def demo_settings(folder: Path, catalog: dict[str, Any], port: int) -> Settings:
 
 def free_port_from(first: int) -> int:
     """The first port from `first` on that is free now."""
-    for port in range(first, first + _PORTS_TRIED):
+    for port in range(first, first + _MAX_PORTS_TRIED):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -103,7 +102,7 @@ def free_port_from(first: int) -> int:
             except OSError:
                 continue
             return port
-    raise ConfigurationError(f"no free port from {first} to {first + _PORTS_TRIED - 1}")
+    raise ConfigurationError(f"no free port from {first} to {first + _MAX_PORTS_TRIED - 1}")
 
 
 def greeting(port: int, source_port: int, objects: list[DemoObject]) -> str:

@@ -8,21 +8,21 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from shared.adapters.queue_outcomes import (
+from distributor_node.shared.adapters.queue_outcomes import (
     Finish,
     GiveUp,
-    OnGivenUp,
+    OnDeadLetter,
     PutBack,
     Retry,
     decide_ending,
     handle,
     remember_failure,
 )
-from shared.domain.errors import JobQueueUnavailable
-from shared.domain.jobs import FetchJob, RetryPlan
-from shared.ports.job_queue import JobHandler, QueueDepth
+from distributor_node.shared.domain.errors import JobQueueUnavailable
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
+from distributor_node.shared.ports.job_queue import JobHandler, QueueDepth
 
-_DEAD_LETTERS_KEPT = 1000
+_MAX_DEAD_LETTERS = 1000
 
 
 class MemoryJobQueue:
@@ -33,7 +33,7 @@ class MemoryJobQueue:
         self._capacity = capacity
         self._waiting: tuple[deque[FetchJob], deque[FetchJob]] = (deque(), deque())
         self._delayed: set[asyncio.TimerHandle] = set()
-        self._dead: deque[tuple[FetchJob, str]] = deque(maxlen=_DEAD_LETTERS_KEPT)
+        self._dead: deque[tuple[FetchJob, str]] = deque(maxlen=_MAX_DEAD_LETTERS)
         self._ready = asyncio.Semaphore(0)
         self._open = False
 
@@ -56,10 +56,10 @@ class MemoryJobQueue:
             raise JobQueueUnavailable(f"the job queue is full: {self._capacity} jobs wait")
         self._put(job)
 
-    async def consume(self, handler: JobHandler, concurrency: int, on_given_up: OnGivenUp) -> None:
+    async def consume(self, handler: JobHandler, concurrency: int, on_dead_letter: OnDeadLetter) -> None:
         stopping = asyncio.Event()
         workers = [
-            asyncio.create_task(self._work(handler, on_given_up, stopping), name=f"job-worker-{number}")
+            asyncio.create_task(self._work(handler, on_dead_letter, stopping), name=f"job-worker-{number}")
             for number in range(concurrency)
         ]
         try:
@@ -77,7 +77,7 @@ class MemoryJobQueue:
             ready=sum(map(len, self._waiting)), delayed=len(self._delayed), dead=len(self._dead)
         )
 
-    async def _work(self, handler: JobHandler, on_given_up: OnGivenUp, stopping: asyncio.Event) -> None:
+    async def _work(self, handler: JobHandler, on_dead_letter: OnDeadLetter, stopping: asyncio.Event) -> None:
         while not stopping.is_set():
             job = await self._take()
             outcome = await handle(handler, job, stopping.is_set)
@@ -90,13 +90,13 @@ class MemoryJobQueue:
                 case Retry(again, delay):
                     self._publish_later(again, delay)
                 case GiveUp(reason):
-                    await remember_failure(on_given_up, job, reason)
+                    await remember_failure(on_dead_letter, job, reason)
                     self._dead.append((job, reason))
 
     async def _take(self) -> FetchJob:
         await self._ready.acquire()
-        urgent, patient = self._waiting
-        return (urgent or patient).popleft()
+        high, low = self._waiting
+        return (high or low).popleft()
 
     def _put(self, job: FetchJob) -> None:
         self._waiting[job.low_priority].append(job)

@@ -8,12 +8,20 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from shared.domain.jobs import Done, FetchJob, HandBack, JobOutcome, LookAgain, RetryPlan, TryLater
-from shared.ports.job_queue import JobHandler
+from distributor_node.shared.domain.jobs import (
+    Done,
+    FetchJob,
+    HandBack,
+    JobOutcome,
+    LookAgain,
+    RetryPlan,
+    TryLater,
+)
+from distributor_node.shared.ports.job_queue import JobHandler
 
-log = structlog.get_logger()
+logger = structlog.get_logger()
 
-OnGivenUp = Callable[[FetchJob, str], Awaitable[None]]
+OnDeadLetter = Callable[[FetchJob, str], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +79,18 @@ async def handle(handler: JobHandler, job: FetchJob, is_stopping: Callable[[], b
     except (
         Exception
     ) as error:  # the handler's code is not ours: whatever it raises, the job must end as something
-        log.exception(
+        logger.exception(
             "job_handler_raised", object_id=job.object_id, request_id=job.request_id, attempt=job.attempt
         )
         return HandBack() if is_stopping() else TryLater(type(error).__name__)
 
 
-async def remember_failure(on_given_up: OnGivenUp, job: FetchJob, reason: str) -> None:
+async def remember_failure(on_dead_letter: OnDeadLetter, job: FetchJob, reason: str) -> None:
     """Tell the owner that the job is given up. Where that fails, the dead letter is written all the same: a failure
     forgotten costs one more attempt later, a job held back for it would block the queue."""
     try:
-        await on_given_up(job, reason)
+        await on_dead_letter(job, reason)
     except Exception:  # the callback's code is not ours
-        log.exception(
-            "failure_not_remembered", object_id=job.object_id, request_id=job.request_id, reason=reason
+        logger.exception(
+            "dead_letter_callback_failed", object_id=job.object_id, request_id=job.request_id, reason=reason
         )

@@ -7,19 +7,19 @@ Callers ask of an error whether it is worth trying again; whose fault it is, its
     │   └── InvalidJob            client   final   a message on the job queue that is no job
     ├── ConfigurationError        operator final   settings that cannot work; raised at start only
     ├── CatalogUnavailable        catalog  again   the catalog gave no usable answer in time
-    │   ├── AnswerTooLarge        catalog  again   an answer of more bytes than are read (its Joystream adapter)
-    │   └── QuestionRefused       catalog  again   errors instead of an answer (its Joystream adapter)
+    │   ├── ResponseTooLarge      catalog  again   an answer of more bytes than are read (its Joystream adapter)
+    │   └── QueryRejected         catalog  again   errors instead of an answer (its Joystream adapter)
     ├── StateStoreUnavailable     state    again   the state store gave no answer in time
     ├── JobQueueUnavailable       queue    again   the broker did not confirm a message in time
     ├── VolumeError               volume   again   the volume refused an operation
     │   ├── VolumeFull            volume   again   no space left on the device (ENOSPC, EDQUOT)
-    │   └── PartialHeld           volume   again   another writer has the partial file open (shared.adapters.volume)
+    │   └── PartialHeld           volume   again   another writer has the partial file open (shared/adapters/volume)
     └── SourceError               source   again   one source failed to give one object
         ├── SourceUnreachable     source   again   no connection, broken connection, TLS trouble
         ├── SourceTooSlow         source   again   no headers, no bytes, or too few of them, in time
         ├── SourceRefused         source   again   an answer that is no success (403, 404, 500, a redirect, …)
         ├── SourceWrong           source   again   an answer that contradicts the catalog (size, hash, encoding)
-        │   └── WrongBytesEverywhere  source   again   no source gave the right bytes (services.fetcher)
+        │   └── AllSourcesCorrupt     source   again   no source gave the right bytes (services/fetcher)
         └── AllSourcesFailed      source   again   every source of an object failed; carries the error of each
 """
 
@@ -83,13 +83,13 @@ class SourceError(DistributorError):
 
 
 class SourceUnreachable(SourceError):
-    """No connection, or one that broke. `waited`: all the time that there is for a connection went by."""
+    """No connection, or one that broke. `timed_out`: all the time that there is for a connection went by."""
 
     reason = "unreachable"
 
-    def __init__(self, message: str, *, waited: bool = False) -> None:
+    def __init__(self, message: str, *, timed_out: bool = False) -> None:
         super().__init__(message)
-        self.waited = waited
+        self.timed_out = timed_out
 
 
 class SourceTooSlow(SourceError):
@@ -101,7 +101,7 @@ class SourceTooSlow(SourceError):
 class SourceRefused(SourceError):
     """The source answered, but not with the object."""
 
-    reason = "refused"
+    reason = "http_error"
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -111,7 +111,7 @@ class SourceRefused(SourceError):
 class SourceWrong(SourceError):
     """The source's answer contradicts what the catalog says of the object."""
 
-    reason = "wrong"
+    reason = "invalid_response"
 
 
 class AllSourcesFailed(SourceError):
@@ -120,8 +120,8 @@ class AllSourcesFailed(SourceError):
     reason = "all_failed"
 
     def __init__(self, errors: Mapping[str, SourceError]) -> None:
-        told = [f"{type(error).__name__}: {error}" for error in errors.values()]
-        super().__init__("; ".join(told) if told else "no source is known")
+        reasons = [f"{type(error).__name__}: {error}" for error in errors.values()]
+        super().__init__("; ".join(reasons) if reasons else "no source is known")
         self.errors = dict(errors)
 
     @property

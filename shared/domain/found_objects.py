@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from shared.domain.media_sniffing import settle_media_type
-from shared.domain.objects import MediaObject, StoredRecord
+from distributor_node.shared.domain.media_types import detect_media_type
+from distributor_node.shared.domain.objects import MediaObject, StoredRecord
 
 
-def record_for(
+def record_for_file(
     known: MediaObject, size: int, head: bytes, stored_at: float, stated_type: str | None = None
 ) -> StoredRecord:
-    """The record as a fetch would have written it. `size` in bytes; `head`: the first HEAD_BYTES bytes, or all there
+    """The record as a fetch would have written it. `size` in bytes; `head`: the first SNIFF_BYTES bytes, or all there
     are; `stored_at`: POSIX seconds; `stated_type`: the media type in the words of who had it before, where the catalog
     has none."""
     return StoredRecord(
@@ -17,6 +17,6 @@ def record_for(
         size=size,
         etag=known.etag,
         content_hash=known.content_hash,
-        media_type=settle_media_type(known.media_type or stated_type, head),
+        media_type=detect_media_type(known.media_type or stated_type, head),
         stored_at=int(stored_at),
     )

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shared.domain.errors import InvalidInput, InvalidJob
-from shared.domain.objects import ContentHash, MediaObject, ObjectId
+from distributor_node.shared.domain.errors import InvalidInput, InvalidJob
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
 
 JOB_VERSION = 1
 

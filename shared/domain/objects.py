@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 import base58
 from blake3 import blake3
 
-from shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.errors import InvalidInput
 
 _OBJECT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,127}\Z", re.ASCII)
 _BUCKET_ID = re.compile(r"[0-9]{1,20}:[0-9]{1,20}\Z", re.ASCII)
@@ -142,7 +142,7 @@ def source_name(url: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Duty:
+class Assignment:
     """What this node has promised to serve: the buckets given, or all of a worker, or (neither) everything. With both,
     the buckets decide; the worker is known then for an order to serve all that is its."""
 
@@ -150,9 +150,9 @@ class Duty:
     worker_id: int | None = None
 
     @property
-    def deciding(self) -> Duty:
-        """Without what does not count: equal for duties that cover the same objects."""
-        return self if self.bucket_ids is None else Duty(self.bucket_ids)
+    def effective(self) -> Assignment:
+        """Without what does not count: equal for assignments that cover the same objects."""
+        return self if self.bucket_ids is None else Assignment(self.bucket_ids)
 
     def covers(self, media_object: MediaObject) -> bool:
         """True if the object is ours."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.errors import InvalidInput
 
 _MAX_HEADER = 4096
 _MAX_DIGITS = 40  # larger than any size; a longer number is an attack on the parser, not a position

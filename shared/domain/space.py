@@ -16,17 +16,17 @@ def footprint(size: int) -> int:
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Space in bytes. `used`: complete objects (those being evicted too). `reserved`: promised to fetches, partial
-    files included. `used + reserved <= limit`, always. `accounted` is False while the index does not stand for what is
+    files included. `used + reserved <= limit`, always. `reconciled` is False while the index does not stand for what is
     on the volume (an empty or restarted state store, before the evictor has reconciled): no bytes can be reserved.
-    `turnover`: all that has ever been added to `used` and taken from it, so that two looks tell how much moved."""
+    `churn`: all that has ever been added to `used` and taken from it, so that two looks tell how much moved."""
 
     limit: int
     used: int
     reserved: int
     objects: int
     fetches: int
-    accounted: bool
-    turnover: int = field(default=0, compare=False)
+    reconciled: bool
+    churn: int = field(default=0, compare=False)
 
     @property
     def free(self) -> int:
@@ -53,7 +53,7 @@ def missing_for(usage: Usage, wanted: int, device_free: int) -> int:
     return max(0, wanted - min(usage.free, device_free))
 
 
-_TYPICAL_ROOM = 8 * 64 * 1024**2
+_TYPICAL_HEADROOM = 8 * 64 * 1024**2
 """Eight objects of 64 MiB under way at once: what fetchers reserve while the evictor is looking elsewhere."""
 
 
@@ -66,7 +66,7 @@ def watermarks_for(
     Above the high mark there is room for `largest`, so that no worker waits for it, but at least 2 % and at most 10 %
     of the limit; the low mark is half of that room below the high one. A mark that is given moves the other along.
     """
-    room = min(max(largest or 0, _TYPICAL_ROOM, limit // 50), limit // 10)
+    room = min(max(largest or 0, _TYPICAL_HEADROOM, limit // 50), limit // 10)
     high = limit - room if high_share is None else int(limit * high_share)
     low = max(0, high - room // 2) if low_share is None else int(limit * low_share)
     if high_share is None:

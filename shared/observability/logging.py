@@ -105,3 +105,24 @@ def _take_over_standard_library(handler: logging.Handler, threshold: int) -> Non
     for name, least in _LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(max(least, threshold))
     logging.captureWarnings(True)
+
+
+class OutageLog:
+    """Logs an outage once when it begins and once when it ends, however many calls fail in between."""
+
+    def __init__(self, logger: Any, *, down: str, up: str) -> None:
+        """`down` and `up`: the names of the two log events."""
+        self._logger, self._down, self._up = logger, down, up
+        self.is_down = False
+
+    def failed(self, reason: object, **fields: Any) -> None:
+        """A call failed: log `down` if the last one succeeded."""
+        if not self.is_down:
+            self._logger.warning(self._down, reason=str(reason), **fields)
+        self.is_down = True
+
+    def succeeded(self, **fields: Any) -> None:
+        """A call succeeded: log `up` if the last one failed."""
+        if self.is_down:
+            self._logger.info(self._up, **fields)
+        self.is_down = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Literal
 from urllib.parse import urlsplit
@@ -26,14 +26,14 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from shared.observability.multiprocess import VARIABLE
+from distributor_node.shared.observability.multiprocess import VARIABLE
 
 # A `_created` gauge beside each series doubles the page and tells us nothing.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 MAX_SOURCES = 200
-_QUICK = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
-_LONG = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600)
+_SHORT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
+_LONG_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600)
 
 
 class ReportedGauge:
@@ -71,18 +71,18 @@ TIME_TO_FIRST_BYTE = Histogram(
     "distributor_time_to_first_byte_seconds",
     "From the head of a GET to the first byte of its body, by cache result.",
     ["cache"],
-    buckets=_QUICK,
+    buckets=_SHORT_BUCKETS,
 )
-CUT_ANSWERS = Counter(
-    "distributor_cut_answers_total", "Answers that ended before their last byte, by reason.", ["reason"]
+ABORTED_RESPONSES = Counter(
+    "distributor_aborted_responses_total", "Responses aborted before their last byte, by reason.", ["reason"]
 )
-NOT_ADMITTED = Counter(
-    "distributor_not_admitted_total",
-    "Missed objects that were only proxied because it was their first view (admission.above_size).",
+ADMISSION_REJECTED = Counter(
+    "distributor_admission_rejected_total",
+    "Misses proxied without a fetch because it was the object's first view (admission.above_size).",
 )
-LOST_ACCESSES = Counter(
-    "distributor_lost_accesses_total",
-    "Accesses that could not be handed to the state store and were dropped.",
+DROPPED_ACCESSES = Counter(
+    "distributor_dropped_accesses_total",
+    "Accesses dropped because they could not be flushed to the state store.",
 )
 
 # Phases of one GET (API and fetcher)
@@ -90,7 +90,7 @@ PHASE = Histogram(
     "distributor_phase_seconds",
     "Time taken by the phases of a miss: catalog, claim, publish, queue_wait, source_first_byte, download.",
     ["phase"],
-    buckets=_LONG,
+    buckets=_LONG_BUCKETS,
 )
 CATALOG_LOOKUPS = Counter(
     "distributor_catalog_lookups_total",
@@ -103,7 +103,9 @@ STATE_STORE_ERRORS = Counter(
     ["operation"],
 )
 JOB_QUEUE_ERRORS = Counter(
-    "distributor_job_queue_errors_total", "Calls of RabbitMQ that failed: publish, consume.", ["operation"]
+    "distributor_job_queue_errors_total",
+    "Calls of RabbitMQ that failed: publish, consume, ack, republish.",
+    ["operation"],
 )
 
 # Redis itself, as its INFO says (API)
@@ -145,7 +147,11 @@ QUEUE_JOBS = Gauge(
 )
 
 # Fetches (fetcher; the source's figures also from the API's proxy)
-FETCHES = Counter("distributor_fetches_total", "Jobs that ended, by outcome.", ["outcome"])
+FETCHES = Counter(
+    "distributor_fetches_total",
+    "Jobs that ended, by outcome: fetched, already_cached, retry, requeue, dead_letter, nack, …",
+    ["outcome"],
+)
 DOWNLOADS_IN_PROGRESS = Gauge(
     "distributor_downloads_in_progress", "Objects being downloaded.", multiprocess_mode="livesum"
 )
@@ -156,11 +162,11 @@ SOURCE_LATENCY = Histogram(
     "distributor_source_latency_seconds",
     "From the request to a source to the head of its answer, by source.",
     ["source"],
-    buckets=_QUICK,
+    buckets=_SHORT_BUCKETS,
 )
 SOURCE_FAILURES = Counter(
     "distributor_source_failures_total",
-    "Failures of sources by source and reason: unreachable, too_slow, refused, wrong.",
+    "Failures of sources by source and reason: unreachable, too_slow, http_error, invalid_response.",
     ["source", "reason"],
 )
 SOURCE_BYTES = Counter(
@@ -172,17 +178,15 @@ WRITTEN_BYTES = Counter(
 SOURCE_PROBES = Counter(
     "distributor_source_probes_total", "Probes of storage nodes by result: answered, failed.", ["result"]
 )
-SOURCE_PLACE = Gauge(
-    "distributor_source_place", "Place in the order in which sources are asked; 1 is the first.", ["source"]
-)
+SOURCE_RANK = Gauge("distributor_source_rank", "Rank of a source; rank 1 is tried first.", ["source"])
 SOURCE_FIRST_BYTE = Gauge(
     "distributor_source_first_byte_seconds",
     "Mean time to the first byte of a source's last ten answers.",
     ["source"],
 )
-SOURCE_PENALTY = Gauge(
-    "distributor_source_penalty_seconds",
-    "Seconds for which a failing source still goes behind the others.",
+SOURCE_COOLDOWN = Gauge(
+    "distributor_source_cooldown_seconds",
+    "Seconds for which a failing source is still ranked behind the others.",
     ["source"],
 )
 
@@ -191,25 +195,25 @@ EVICTIONS = Counter("distributor_evictions_total", "Objects removed from the vol
 EVICTED_BYTES = Counter(
     "distributor_evicted_bytes_total", "Bytes removed from the volume, by reason.", ["reason"]
 )
-EVICTION_STUCK = Counter(
-    "distributor_eviction_stuck_total",
-    "Looks of the evictor at which space had to be freed and nothing could go.",
+EVICTION_BLOCKED = Counter(
+    "distributor_eviction_blocked_total",
+    "Eviction passes that needed space and found nothing to evict.",
 )
-LONGEST_IDLE_EVICTED = ReportedGauge(
-    "distributor_longest_idle_evicted_seconds", "Longest idle age among the objects of the last eviction."
+LAST_EVICTION_MAX_IDLE = ReportedGauge(
+    "distributor_last_eviction_max_idle_seconds", "Longest idle time among the objects of the last eviction."
 )
-VICTIM_IDLE = Histogram(
-    "distributor_victim_idle_seconds",
+EVICTED_OBJECT_IDLE = Histogram(
+    "distributor_evicted_object_idle_seconds",
     "Time since the last access of the objects that were evicted to make room.",
     buckets=(60, 120, 300, 900, 3600, 4 * 3600, 86400, 3 * 86400, 7 * 86400, 30 * 86400),
 )
-VICTIM_SIZE = Histogram(
-    "distributor_victim_size_bytes",
+EVICTED_OBJECT_SIZE = Histogram(
+    "distributor_evicted_object_size_bytes",
     "Size of the objects that were evicted to make room.",
     buckets=tuple(4.0**power for power in range(6, 17)),
 )
-REFETCHED = Counter(
-    "distributor_refetched_total",
+REFETCHED_AFTER_EVICTION = Counter(
+    "distributor_refetched_after_eviction_total",
     "Objects fetched again within an hour after they were evicted to make room.",
 )
 RECONCILED = Counter(
@@ -218,15 +222,15 @@ RECONCILED = Counter(
     ["result"],
 )
 RECONCILE_TIME = Histogram(
-    "distributor_reconcile_seconds", "Time taken by one reconciliation.", buckets=_LONG
+    "distributor_reconcile_seconds", "Time taken by one reconciliation.", buckets=_LONG_BUCKETS
 )
 SCRUBBED_OBJECTS = Counter(
-    "distributor_scrubbed_objects_total", "Objects re-hashed on disk, by result: sound, rotten.", ["result"]
+    "distributor_scrubbed_objects_total", "Objects re-hashed on disk, by result: ok, corrupt.", ["result"]
 )
 SCRUBBED_BYTES = Counter("distributor_scrubbed_bytes_total", "Bytes re-hashed on disk.")
-FOREIGN_FILES = ReportedGauge(
-    "distributor_foreign_files",
-    "Files and links on the volume that are none of the node's; they are left alone.",
+UNKNOWN_FILES = ReportedGauge(
+    "distributor_unknown_files",
+    "Files and links on the volume that do not belong to the node; they are left alone.",
 )
 LEADER = ReportedGauge("distributor_evictor_leader", "1 in the evictor that leads, 0 in a standby.")
 
@@ -238,15 +242,15 @@ BUILD = Gauge(
 )
 
 # Series that are there, at 0, from the start: of one that is born at 1, Prometheus never sees the first.
-_FROM_THE_START: dict[str, dict[Counter, tuple[str, ...]]] = {
+_PRECREATED: dict[str, dict[Counter, tuple[str, ...]]] = {
     "api": {
         CATALOG_LOOKUPS: ("found", "unknown", "unavailable", "cached", "stale"),
-        CUT_ANSWERS: ("client_left", "client_stalled", "source_failed"),
+        ABORTED_RESPONSES: ("client_disconnected", "client_stalled", "source_failed"),
     },
     "evictor": {
         EVICTIONS: ("space",),
         RECONCILED: ("adopted", "dropped_record"),
-        SCRUBBED_OBJECTS: ("sound", "rotten"),
+        SCRUBBED_OBJECTS: ("ok", "corrupt"),
     },
 }
 
@@ -264,14 +268,14 @@ def source_label(url: str) -> str:
     return label
 
 
-def show_sources(ordered: Iterable[tuple[str, float | None, float]]) -> None:
+def publish_source_ranks(ordered: Iterable[tuple[str, float | None, float]]) -> None:
     """The order of the sources, in the process that knows it: `host:port`, mean seconds to the first byte (None: not
-    known), seconds of penalty left; the best first. Those that were shown before and are not any more go."""
-    for gauge in (SOURCE_PLACE, SOURCE_FIRST_BYTE, SOURCE_PENALTY):
+    known), seconds of cooldown left; the best first. Those that were shown before and are not any more go."""
+    for gauge in (SOURCE_RANK, SOURCE_FIRST_BYTE, SOURCE_COOLDOWN):
         gauge.clear()
-    for place, (name, first_byte, penalty) in enumerate(islice(ordered, MAX_SOURCES), start=1):
-        SOURCE_PLACE.labels(source=name).set(place)
-        SOURCE_PENALTY.labels(source=name).set(penalty)
+    for rank, (name, first_byte, cooldown) in enumerate(islice(ordered, MAX_SOURCES), start=1):
+        SOURCE_RANK.labels(source=name).set(rank)
+        SOURCE_COOLDOWN.labels(source=name).set(cooldown)
         if first_byte is not None:
             SOURCE_FIRST_BYTE.labels(source=name).set(first_byte)
 
@@ -283,8 +287,8 @@ def method_label(method: str) -> str:
 
 def describe_build(version: str, service: Literal["api", "fetcher", "evictor", "standalone"]) -> None:
     """Export what is running, with the counters that matter most before they first count."""
-    for one in _FROM_THE_START if service == "standalone" else (service,):
-        for counter, values in _FROM_THE_START.get(one, {}).items():
+    for one in _PRECREATED if service == "standalone" else (service,):
+        for counter, values in _PRECREATED.get(one, {}).items():
             for value in values:
                 counter.labels(value)
     BUILD.labels(version=version, python=platform.python_version(), service=service).set(1)
@@ -297,3 +301,23 @@ def render_metrics() -> tuple[bytes, str]:
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+
+
+# Observations of a histogram that were counted elsewhere, handed over many at once.
+
+
+def bounds_of(histogram: Histogram) -> Sequence[float]:
+    """Upper bounds of a histogram's buckets, in its unit; the last is infinite."""
+    bounds: Sequence[float] = histogram._upper_bounds
+    return bounds
+
+
+def add_observations(histogram: Histogram, counts: Sequence[int], total: float) -> None:
+    """How many in each bucket (not cumulated), and their sum.
+
+    The library's own way takes one call for each observation, which a hot path cannot afford.
+    """
+    histogram._sum.inc(total)
+    for bucket, count in zip(histogram._buckets, counts, strict=True):
+        if count:
+            bucket.inc(count)

@@ -1,7 +1,7 @@
 """Counters of several worker processes, added up: prometheus-client's multiprocess mode.
 
 prometheus-client decides on its mode when it is imported, so `prepare_multiprocess` comes before the first import of
-`shared.observability.metrics` in the process that starts the workers; the workers inherit the environment.
+`shared/observability/metrics.py` in the process that starts the workers; the workers inherit the environment.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
-from shared.observability.metrics import render_metrics
+from distributor_node.shared.observability.metrics import render_metrics
 
 Readiness = Callable[[], Awaitable[Sequence[str]]]
 """Returns what keeps the service from working, in words; nothing: it is ready."""
 
-_HEAD_LIMIT = 8 * 1024
-_TIME_LIMIT = 5.0
+_MAX_HEAD = 8 * 1024
+_TIMEOUT = 5.0
 _MAX_CONNECTIONS = 64
 
 logger = structlog.get_logger()
@@ -38,7 +38,7 @@ class ProbeServer:
         return port
 
     async def __aenter__(self) -> ProbeServer:
-        self._server = await asyncio.start_server(self._serve, self._host, self._port, limit=_HEAD_LIMIT)
+        self._server = await asyncio.start_server(self._serve, self._host, self._port, limit=_MAX_HEAD)
         return self
 
     async def __aexit__(self, *_exception: object) -> None:
@@ -55,14 +55,14 @@ class ProbeServer:
             return
         self._connections.add(task)
         try:
-            async with asyncio.timeout(_TIME_LIMIT):
+            async with asyncio.timeout(_TIMEOUT):
                 head = await reader.readuntil(b"\r\n\r\n")
                 writer.write(await self._answer(head))
                 await writer.drain()
         except asyncio.LimitOverrunError:
             writer.write(_response(431, "text/plain", b"request head too large\n"))
         except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
-            logger.debug("probe_connection_ended", reason=type(error).__name__)
+            logger.debug("probe_connection_failed", reason=type(error).__name__)
         except asyncio.CancelledError:
             # Only `__aexit__` cancels; asyncio's own callback would report the cancellation as an error.
             writer.transport.abort()
@@ -95,7 +95,7 @@ class ProbeServer:
         try:
             return list(await self._readiness())
         except Exception as error:
-            logger.exception("readiness_failed")
+            logger.exception("readiness_check_failed")
             return [f"readiness could not be found out: {type(error).__name__}"]
 
 

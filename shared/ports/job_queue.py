@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from shared.domain.jobs import FetchJob, JobOutcome
+from distributor_node.shared.domain.jobs import FetchJob, JobOutcome
 
 JobHandler = Callable[[FetchJob], Awaitable[JobOutcome]]
 
@@ -27,7 +27,7 @@ class JobQueue(Protocol):
     attempts used up → as Hopeless. LookAgain → the first delay queue, as the same attempt, confirmed, then ack.
     Hopeless → dead letter with the reason, confirmed, then ack. HandBack → back to the queue. A handler that raises: as
     TryLater with the exception's name (and the traceback in the log).
-    When a job ends as a dead letter, `on_given_up(job, reason)` is awaited first, so that the failure is remembered.
+    When a job ends as a dead letter, `on_dead_letter(job, reason)` is awaited first, so that the failure is remembered.
     A message that is no job is dead-lettered with the reason, and consumption goes on.
     """
 
@@ -46,7 +46,7 @@ class JobQueue(Protocol):
         self,
         handler: JobHandler,
         concurrency: int,
-        on_given_up: Callable[[FetchJob, str], Awaitable[None]],
+        on_dead_letter: Callable[[FetchJob, str], Awaitable[None]],
     ) -> None:
         """Handle up to `concurrency` jobs at once, until cancelled. Survives broker restarts and cancelled consumers.
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +14,9 @@ from typing import Any
 import structlog
 import uvloop
 
-from shared.domain.errors import ConfigurationError
-from shared.observability.logging import configure_logging
-from shared.settings.model import LogSettings
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.observability.logging import configure_logging
+from distributor_node.shared.settings.model import LogSettings
 
 CLEAN, FAILED, MISCONFIGURED = 0, 1, 2
 _CLEANUP_GRACE = 5.0
@@ -52,7 +52,7 @@ def run_service(main: ServiceMain, *, name: str, shutdown_deadline: float, log: 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(run.run())
     finally:
-        run.end_watch()
+        run.cancel_watchdog()
 
 
 class _Run:
@@ -72,16 +72,16 @@ class _Run:
         stop = asyncio.create_task(scope.stop_requested.wait(), name=f"{self._name}-stop")
         try:
             await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
-            self._watch()
+            self._start_watchdog()
             if not work.done():
                 await asyncio.wait({work}, timeout=self._shutdown_deadline)
-            return await self._conclude(work)
+            return await self._finish(work)
         finally:
             stop.cancel()
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
 
-    def end_watch(self) -> None:
+    def cancel_watchdog(self) -> None:
         """The loop has ended by itself: nobody needs to end it from outside."""
         if self._watchdog is not None:
             self._watchdog.cancel()
@@ -91,11 +91,11 @@ class _Run:
             try:
                 await self._main(scope)
             finally:
-                self._watch()  # resources may take as long to close as a stop may, and no longer
+                self._start_watchdog()  # resources may take as long to close as a stop may, and no longer
 
-    async def _conclude(self, work: asyncio.Task[None]) -> int:
+    async def _finish(self, work: asyncio.Task[None]) -> int:
         if not work.done():
-            logger.error("shutdown_deadline_missed", service=self._name, seconds=self._shutdown_deadline)
+            logger.error("shutdown_deadline_exceeded", service=self._name, seconds=self._shutdown_deadline)
             work.cancel()
             await asyncio.wait({work}, timeout=_CLEANUP_GRACE)
             return FAILED
@@ -104,7 +104,7 @@ class _Run:
             return FAILED
         error = work.exception()
         if isinstance(error, ConfigurationError):
-            logger.error("settings_refused", service=self._name, reason=str(error))
+            logger.error("settings_rejected", service=self._name, reason=str(error))
             return MISCONFIGURED
         if error is not None:
             logger.error("service_failed", service=self._name, exc_info=error)
@@ -115,15 +115,15 @@ class _Run:
     def _on_signal(self, number: signal.Signals, stop_requested: asyncio.Event) -> None:
         self._signals += 1
         if self._signals > 1:
-            logger.warning("stopped_at_once", service=self._name, signal=number.name)
+            logger.warning("killed_by_second_signal", service=self._name, signal=number.name)
             os._exit(128 + number)
         logger.info(
-            "stop_requested", service=self._name, signal=number.name, deadline=self._shutdown_deadline
+            "shutdown_requested", service=self._name, signal=number.name, deadline=self._shutdown_deadline
         )
         stop_requested.set()
-        self._watch()
+        self._start_watchdog()
 
-    def _watch(self) -> None:
+    def _start_watchdog(self) -> None:
         """From now on the end is bounded, whatever holds it up."""
         if self._watchdog is None:
             self._watchdog = threading.Timer(self._shutdown_deadline + _CLEANUP_GRACE, os._exit, (FAILED,))
@@ -135,3 +135,20 @@ def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -
     logger.error(
         "unhandled_loop_error", message=context.get("message", ""), exc_info=context.get("exception")
     )
+
+
+# A service that serves until it is told to stop.
+
+
+async def run_until(stop_requested: asyncio.Event, serving: Coroutine[Any, Any, None], name: str) -> None:
+    """Run `serving` until `stop_requested`, then cancel it and wait for its end. Raises what it raised by itself."""
+    task = asyncio.create_task(serving, name=f"{name}-serve")
+    stop = asyncio.create_task(stop_requested.wait(), name=f"{name}-stop")
+    try:
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.cancel()
+        task.cancel()
+        await asyncio.wait({task, stop})
+    if not task.cancelled():
+        task.result()

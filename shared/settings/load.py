@@ -10,8 +10,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
-from shared.domain.errors import ConfigurationError
-from shared.settings.model import Settings
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.settings.model import Settings
 
 
 def load_settings(file: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:

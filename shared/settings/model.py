@@ -1,27 +1,124 @@
-"""All settings of all services, with their defaults and the rules between them."""
+"""What every group of settings is made of."""
 
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.domain.errors import InvalidInput
-from shared.domain.eviction import DEFAULT_MISS_COST
-from shared.domain.objects import Duty, parse_bucket_id
-from shared.domain.source_urls import names_host
-from shared.domain.space import Watermarks, footprint, watermarks_for
-from shared.settings.network import CatalogSettings, SourceSettings
-from shared.settings.operator_api import OperatorApi
-from shared.settings.section import Port, Seconds, Section
-from shared.settings.sizes import Size, format_size
-from shared.settings.timeouts import wrong_timeouts
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.eviction import DEFAULT_MISS_COST
+from distributor_node.shared.domain.jobs import CLAIM_SECONDS
+from distributor_node.shared.domain.objects import Assignment, parse_bucket_id
+from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
+from distributor_node.shared.domain.urls import names_host
+from distributor_node.shared.settings.sizes import Size, format_size
+
+Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
+Port = Annotated[int, Field(ge=0, le=65535)]
 
 
-class PublicApi(Section):
+class SettingsGroup(BaseModel):
+    """A group of settings. Unknown names are refused: a misspelt setting must not be silently ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+# Time limits that only make sense together.
+
+
+def check_timeouts(operation: float, publish: float, kept_alive: Mapping[str, float]) -> list[str]:
+    """What is wrong, in words. Seconds: of one call of the state store, of publishing one job, and, by the name of its
+    setting, of what calls of the state store keep alive: a call that may take longer than that keeps nothing alive."""
+    wrong = [
+        f"state_store.operation_timeout ({operation:g} s) must be less than {name} ({seconds:g} s)"
+        for name, seconds in kept_alive.items()
+        if operation >= seconds
+    ]
+    if publish >= CLAIM_SECONDS:
+        wrong.append(
+            f"job_queue.publish_timeout ({publish:g} s) must be less than {CLAIM_SECONDS:g} s, after which another"
+            " request may publish the job"
+        )
+    return wrong
+
+
+# Settings of what the node learns from others: the catalog, and the storage nodes it fetches from.
+
+
+class CatalogSettings(SettingsGroup):
+    """Where the node learns which objects exist."""
+
+    kind: Literal["manifest", "origin", "joystream"] = "manifest"
+    """`manifest`: a YAML or JSON file. `origin`: any HTTP server. `joystream`: the network's Storage-Squid."""
+    manifest: Path | None = None
+    """The manifest file."""
+    origin: str | None = None
+    """URL template of the origin, with `{id}`."""
+    squid: str = "http://localhost:4352/graphql"
+    """The Storage-Squid's GraphQL endpoint, for `joystream`."""
+    chain: str | None = None
+    """A node of the chain, `ws(s)://` or `http(s)://`, for chainHead in /status; `joystream` only."""
+    refuse_private_sources: bool = False
+    """Ask no storage node at an address that is not public, whatever its name says. Recommended for a node on the
+    Joystream network, where anybody's endpoint is in the catalog; off by default, since storage nodes of one's own may
+    be at such addresses."""
+    list_batch: int = Field(default=100, ge=1, le=10_000)
+    """Bags in one question for the whole list, for `joystream`."""
+    list_pause: float = Field(default=1.0, ge=0, le=3600)
+    """Seconds between two such questions: one huge answer has taken the squid down before."""
+    list_timeout: Seconds = 60.0
+    """Seconds to wait for the answer to one of them."""
+    timeout: Seconds = 2.0
+    """Seconds that a look-up may take in all; a request that needs it is told 503 then."""
+    max_in_flight: int = Field(default=16, ge=1)
+    """Questions under way at once, per process."""
+    positive_ttl: Seconds = 3600.0
+    """Seconds an object's description is believed."""
+    negative_ttl: Seconds = 60.0
+    """Seconds `does not exist` and `not accepted yet` are believed."""
+
+
+class SourceSettings(SettingsGroup):
+    """In which order the storage nodes are asked."""
+
+    probe_interval: Seconds = 60.0
+    """Seconds between two probes (`/version`) of each active storage node, by the evictor that leads."""
+    probes_at_once: int = Field(default=10, ge=1, le=100)
+    """Probes under way at once."""
+    probe_timeout: Seconds = 3.0
+    """Seconds a storage node has to accept a probe's connection, and again to answer it."""
+    share_interval: Seconds = 2.0
+    """Seconds between two exchanges of what the processes have seen of the sources."""
+    corrupted_memory: Seconds = 600.0
+    """Seconds a source that gave wrong bytes for an object is not asked for that object."""
+
+
+# Settings of the operator API.
+
+MIN_SECRET_LENGTH = 16
+"""Characters."""
+
+
+class OperatorApi(SettingsGroup):
+    """The HTTP server that operators talk to. Off unless a secret is set."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Requests are authorised, but not encrypted."""
+    port: Port = 3335
+    """Port to listen on; 0 takes any free one."""
+    secret: SecretStr | None = Field(default=None, min_length=MIN_SECRET_LENGTH)
+    """What operators sign their requests with, at least 16 characters."""
+
+
+# All settings of all services, with their defaults and the rules between them.
+
+
+class PublicApi(SettingsGroup):
     """The HTTP server that clients talk to."""
 
     host: str = "0.0.0.0"
@@ -56,7 +153,7 @@ class PublicApi(Section):
     """Bytes of memory for small objects (up to 16 KiB) that are asked for again and again, for each worker; 0: none."""
 
 
-class StateStoreSettings(Section):
+class StateStoreSettings(SettingsGroup):
     """Redis, or memory:// in standalone mode."""
 
     url: SecretStr = SecretStr("memory://")
@@ -67,7 +164,7 @@ class StateStoreSettings(Section):
     """Seconds after which a call is given up."""
 
 
-class JobQueueSettings(Section):
+class JobQueueSettings(SettingsGroup):
     """RabbitMQ, or memory:// in standalone mode."""
 
     url: SecretStr = SecretStr("memory://")
@@ -82,7 +179,7 @@ class JobQueueSettings(Section):
     """Seconds a job may take before the broker believes its worker to be dead."""
 
 
-class FetchSettings(Section):
+class FetchSettings(SettingsGroup):
     """How workers download."""
 
     concurrency: int = Field(default=8, ge=1, le=256)
@@ -98,14 +195,14 @@ class FetchSettings(Section):
     space_wait: Seconds = 10.0
     """Seconds to wait for the evictor to make room before the job is delayed."""
     lease: Seconds = 15.0
-    """Seconds without a sign of life after which a worker counts as dead."""
+    """Seconds without a renewal after which a worker counts as dead."""
     lease_renewal: Seconds = 4.0
-    """Seconds between a worker's signs of life."""
+    """Seconds between a worker's renewals."""
     failure_memory: Seconds = 60.0
     """Seconds a given-up object is not tried again."""
 
 
-class StorageSettings(Section):
+class StorageSettings(SettingsGroup):
     """The volume and its limit."""
 
     path: Path = Path("data")
@@ -121,7 +218,7 @@ class StorageSettings(Section):
     """Share of the limit down to which it evicts; default: half of that room below the high watermark."""
     import_assets: Path | None = None
     """Directory of an existing node's objects, one file per object id, to be taken over at the start without
-    downloading; may be storage.path itself. See docs/moving-over.md."""
+    downloading; may be storage.path itself. See docs/migration.md."""
     import_cache_state: Path | None = None
     """That node's `cache.json` (or the directory it lies in): when and how often its objects were asked for."""
 
@@ -136,7 +233,7 @@ class StorageSettings(Section):
         return fits if self.max_cached_item is None else min(fits, self.max_cached_item)
 
 
-class EvictorSettings(Section):
+class EvictorSettings(SettingsGroup):
     """Eviction and reconciliation."""
 
     policy: Literal["gdsf", "lru-sp", "lru"] = "gdsf"
@@ -149,7 +246,7 @@ class EvictorSettings(Section):
     leadership: Seconds = 10.0
     """Seconds after which a silent leader is replaced by a standby."""
     leadership_renewal: Seconds = 3.0
-    """Seconds between a leader's signs of life."""
+    """Seconds between a leader's renewals."""
     interval: Seconds = 1.0
     """Seconds between looks at the usage when nobody asks."""
     reconcile_interval: Seconds = 3600.0
@@ -162,7 +259,7 @@ class EvictorSettings(Section):
     """Bytes a second that the scrub reads; 0 turns it off."""
 
 
-class AdmissionSettings(Section):
+class AdmissionSettings(SettingsGroup):
     """Which objects are cached at all. Counts only while the cache is under pressure."""
 
     above_size: Size | None = None
@@ -171,7 +268,7 @@ class AdmissionSettings(Section):
     """Seconds in which the second view has to follow the first."""
 
 
-class MetricsSettings(Section):
+class MetricsSettings(SettingsGroup):
     """Where fetcher and evictor answer /metrics, /healthz and /readyz (the API does so on its own port)."""
 
     host: str = "0.0.0.0"
@@ -182,7 +279,7 @@ class MetricsSettings(Section):
     """Directory for the counters of several API workers; default: a new temporary directory."""
 
 
-class LogSettings(Section):
+class LogSettings(SettingsGroup):
     """Logs."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -238,8 +335,8 @@ class Settings(BaseSettings):
             raise ValueError(str(error)) from error
 
     @property
-    def duty(self) -> Duty:
-        return Duty(bucket_ids=self.buckets, worker_id=self.worker_id)
+    def assignment(self) -> Assignment:
+        return Assignment(bucket_ids=self.buckets, worker_id=self.worker_id)
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
@@ -249,7 +346,7 @@ class Settings(BaseSettings):
                 f"fetch.lease ({self.fetch.lease:g} s) must be at least twice fetch.lease_renewal"
                 f" ({self.fetch.lease_renewal:g} s): one lost renewal must not cost the lease"
             )
-        wrong.extend(self._wrong_timeouts())
+        wrong.extend(self._check_timeouts())
         if self.evictor.leadership_renewal * 2 > self.evictor.leadership:
             wrong.append("evictor.leadership must be at least twice evictor.leadership_renewal")
         if self.storage.watermarks.low > self.storage.watermarks.high:
@@ -265,9 +362,9 @@ class Settings(BaseSettings):
             raise ValueError("; ".join(wrong))
         return self
 
-    def _wrong_timeouts(self) -> list[str]:
+    def _check_timeouts(self) -> list[str]:
         kept_alive = {"fetch.lease": self.fetch.lease, "evictor.leadership": self.evictor.leadership}
-        return wrong_timeouts(self.state_store.operation_timeout, self.job_queue.publish_timeout, kept_alive)
+        return check_timeouts(self.state_store.operation_timeout, self.job_queue.publish_timeout, kept_alive)
 
     def _check_catalog(self) -> list[str]:
         if self.catalog.kind == "manifest" and self.catalog.manifest is None:

@@ -6,26 +6,26 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.contract.state_world import BRIEF, LONG, World, memory_world, redis_world
+from tests.contract.state_harness import BRIEF, LONG, Harness, memory_harness, redis_harness
 
 
 @pytest.fixture(params=["memory", "redis"])
-async def world(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIterator[World]:
+async def harness(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIterator[Harness]:
     """Nothing runs out by itself during a test."""
     if request.param == "memory":
-        async with memory_world(LONG) as made:
+        async with memory_harness(LONG) as made:
             yield made
     else:
-        async with redis_world(request.getfixturevalue("redis_url"), redis_prefix, LONG) as made:
+        async with redis_harness(request.getfixturevalue("redis_url"), redis_prefix, LONG) as made:
             yield made
 
 
 @pytest.fixture(params=["memory", "redis"])
-async def brief(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIterator[World]:
+async def brief(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIterator[Harness]:
     """Claims, marks and leases run out after some tenths of a second."""
     if request.param == "memory":
-        async with memory_world(BRIEF) as made:
+        async with memory_harness(BRIEF) as made:
             yield made
     else:
-        async with redis_world(request.getfixturevalue("redis_url"), redis_prefix, BRIEF) as made:
+        async with redis_harness(request.getfixturevalue("redis_url"), redis_prefix, BRIEF) as made:
             yield made

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.knobs import Behaviour
-from shared.domain.objects import DistributionBucket, Duty
+from distributor_node.services.demo.faults import Fault
+from distributor_node.shared.domain.objects import Assignment, DistributionBucket
 from tests.end_to_end.client import Answer
-from tests.integration.assets_world import STORED_AT, AssetsWorld, assets_world
+from tests.integration.assets_harness import STORED_AT, AssetsHarness, assets_harness
 
 SIZE = 5000
 STORED, PENDING, MISSING = "1", "2", "3"
@@ -30,8 +30,8 @@ NO_CONTENT_HERE = ("content-type", "content-range", "accept-ranges", "content-di
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[AssetsWorld]:
-    async with assets_world(tmp_path, first_byte_wait=0.1, proxied_first_byte_wait=0.3) as running:
+async def harness(tmp_path: Path) -> AsyncIterator[AssetsHarness]:
+    async with assets_harness(tmp_path, first_byte_wait=0.1, proxied_first_byte_wait=0.3) as running:
         for object_id in (STORED, PENDING, MISSING):
             running.add(object_id, SIZE)
         running.store(STORED)
@@ -59,7 +59,7 @@ def assert_keeps_scripts_out(policy: str) -> None:
 
 
 def content(
-    world: AssetsWorld, object_id: str, cache: str, source: str | None, cache_status: str
+    harness: AssetsHarness, object_id: str, cache: str, source: str | None, cache_status: str
 ) -> dict[str, str]:
     told = {"x-data-source": source} if source is not None else {}
     return {
@@ -68,7 +68,7 @@ def content(
         "x-cache": cache,
         "cache-control": FOR_EVER if cache == "hit" else FOR_NOW,
         "cache-status": cache_status,
-        "etag": world.catalog.objects[object_id].etag,
+        "etag": harness.catalog.objects[object_id].etag,
         "content-length": str(SIZE),
     }
 
@@ -78,36 +78,36 @@ def part(said: Mapping[str, str], first: int, last: int) -> dict[str, str]:
     return {**said, "content-length": length, "content-range": f"bytes {first}-{last}/{SIZE}"}
 
 
-async def test_a_hit(world: AssetsWorld) -> None:
+async def test_a_hit(harness: AssetsHarness) -> None:
     dated = {"last-modified": formatdate(STORED_AT, usegmt=True)}
-    said = content(world, STORED, "hit", "local", "distributor; hit") | dated
-    assert_says(await world.get(STORED), 200, said, "content-range")
-    assert_says(await world.get(STORED, {"Range": "bytes=5-9"}), 206, part(said, 5, 9))
+    said = content(harness, STORED, "hit", "local", "distributor; hit") | dated
+    assert_says(await harness.get(STORED), 200, said, "content-range")
+    assert_says(await harness.get(STORED, {"Range": "bytes=5-9"}), 206, part(said, 5, 9))
     said.pop("x-data-source")
-    assert_says(await world.get(STORED, method="HEAD"), 200, said, "x-data-source", "content-range")
+    assert_says(await harness.get(STORED, method="HEAD"), 200, said, "x-data-source", "content-range")
     kept = {
         name: said[name] for name in ("x-cache", "cache-control", "cache-status", "etag", "last-modified")
     }
     for method in ("GET", "HEAD"):
-        answer = await world.get(STORED, {"If-None-Match": said["etag"]}, method=method)
+        answer = await harness.get(STORED, {"If-None-Match": said["etag"]}, method=method)
         assert_says(answer, 304, kept, "x-data-source", "content-length", *NO_CONTENT_HERE)
 
 
-async def test_what_is_followed_while_it_is_fetched(world: AssetsWorld) -> None:
-    missed = asyncio.create_task(world.get(MISSING))
-    await world.until(AssetsWorld.has_job)
-    fetch = await world.begin(MISSING, written=SIZE)
+async def test_streaming_while_it_is_fetched(harness: AssetsHarness) -> None:
+    missed = asyncio.create_task(harness.get(MISSING))
+    await harness.until(AssetsHarness.has_job)
+    fetch = await harness.begin(MISSING, written=SIZE)
     fetch.verify()
-    pending = await world.get(MISSING)
-    inner = await world.get(MISSING, {"Range": "bytes=5-9"})
-    head = await world.get(MISSING, method="HEAD")
-    current = await world.get(MISSING, {"If-None-Match": "*"})
-    said = content(world, MISSING, "miss", "local", "distributor; fwd=uri-miss; stored")
+    pending = await harness.get(MISSING)
+    inner = await harness.get(MISSING, {"Range": "bytes=5-9"})
+    head = await harness.get(MISSING, method="HEAD")
+    current = await harness.get(MISSING, {"If-None-Match": "*"})
+    said = content(harness, MISSING, "miss", "local", "distributor; fwd=uri-miss; stored")
     assert_says(await missed, 200, said, "content-range", "last-modified")
-    said = content(world, MISSING, "pending", "local", "distributor; fwd=uri-miss; stored; collapsed")
+    said = content(harness, MISSING, "pending", "local", "distributor; fwd=uri-miss; stored; collapsed")
     assert_says(pending, 200, said, "content-range", "last-modified")
     assert_says(inner, 206, part(said, 5, 9), "last-modified")
-    assert_says(head, 200, content(world, MISSING, "pending", None, "distributor"), "x-data-source")
+    assert_says(head, 200, content(harness, MISSING, "pending", None, "distributor"), "x-data-source")
     kept = {name: said[name] for name in ("x-cache", "cache-control", "etag")} | {
         "cache-status": "distributor"
     }
@@ -115,32 +115,32 @@ async def test_what_is_followed_while_it_is_fetched(world: AssetsWorld) -> None:
     await fetch.complete()
 
 
-async def test_what_is_proxied(world: AssetsWorld) -> None:
-    said = content(world, MISSING, "miss", None, "distributor")
-    assert_says(await world.get(MISSING, method="HEAD"), 200, said, "x-data-source", "last-modified")
-    answer = await world.get(MISSING, {"If-None-Match": said["etag"]})
+async def test_what_is_proxied(harness: AssetsHarness) -> None:
+    said = content(harness, MISSING, "miss", None, "distributor")
+    assert_says(await harness.get(MISSING, method="HEAD"), 200, said, "x-data-source", "last-modified")
+    answer = await harness.get(MISSING, {"If-None-Match": said["etag"]})
     kept = {name: said[name] for name in ("x-cache", "cache-control", "cache-status", "etag")}
     assert_says(answer, 304, kept, "x-data-source", "content-length", *NO_CONTENT_HERE)
-    assert await world.jobs() == 0
-    said = content(world, MISSING, "miss", "external", "distributor; fwd=uri-miss")
-    assert_says(await world.get(MISSING), 200, said, "content-range", "last-modified")
-    said = content(world, MISSING, "pending", "external", "distributor; fwd=uri-miss")
-    assert_says(await world.get(MISSING), 200, said, "content-range", "last-modified")
+    assert await harness.jobs() == 0
+    said = content(harness, MISSING, "miss", "external", "distributor; fwd=uri-miss")
+    assert_says(await harness.get(MISSING), 200, said, "content-range", "last-modified")
+    said = content(harness, MISSING, "pending", "external", "distributor; fwd=uri-miss")
+    assert_says(await harness.get(MISSING), 200, said, "content-range", "last-modified")
     assert_says(
-        await world.get(MISSING, {"Range": "bytes=5-"}), 206, part(said, 5, SIZE - 1), "last-modified"
+        await harness.get(MISSING, {"Range": "bytes=5-"}), 206, part(said, 5, SIZE - 1), "last-modified"
     )
 
 
-async def test_what_is_not_kept(world: AssetsWorld) -> None:
-    world.add(PENDING, SIZE, size=None)
-    said = content(world, PENDING, "miss", "external", "distributor; fwd=bypass")
-    assert_says(await world.get(PENDING), 200, said, "content-range", "last-modified")
+async def test_what_is_not_cached(harness: AssetsHarness) -> None:
+    harness.add(PENDING, SIZE, size=None)
+    said = content(harness, PENDING, "miss", "external", "distributor; fwd=bypass")
+    assert_says(await harness.get(PENDING), 200, said, "content-range", "last-modified")
 
 
-async def test_errors(world: AssetsWorld) -> None:
-    for node in (world.node, world.second):
-        node.knobs.add(Behaviour(status=500))
-    world.add("4", SIZE, buckets=(DistributionBucket("9:9"),))
+async def test_errors(harness: AssetsHarness) -> None:
+    for node in (harness.node, harness.second):
+        node.faults.add(Fault(status=500))
+    harness.add("4", SIZE, buckets=(DistributionBucket("9:9"),))
     refused = {**ERROR, "x-cache": "hit"}
     unsaid = (
         "etag",
@@ -150,30 +150,30 @@ async def test_errors(world: AssetsWorld) -> None:
         "accept-ranges",
         "content-disposition",
     )
-    answer = await world.get(STORED, {"Range": f"bytes={SIZE}-"})
+    answer = await harness.get(STORED, {"Range": f"bytes={SIZE}-"})
     assert_says(answer, 416, {**refused, "content-range": f"bytes */{SIZE}"}, *unsaid)
-    answer = await world.get(STORED, {"If-Match": '"other"'})
+    answer = await harness.get(STORED, {"If-Match": '"other"'})
     assert_says(answer, 412, refused, "content-range", *unsaid)
-    assert_says(await world.get(MISSING), 502, ERROR, "x-cache", *unsaid)
+    assert_says(await harness.get(MISSING), 502, ERROR, "x-cache", *unsaid)
     for object_id, status in (("999", 404), ("%20", 400)):
         for method in ("GET", "HEAD"):
-            assert_says(await world.get(object_id, method=method), status, ERROR, "x-cache", *unsaid)
-    world.context.duty.current = Duty(bucket_ids=frozenset({"0:1"}))
-    assert_says(await world.get("4"), 421, ERROR, "x-cache", *unsaid)
-    world.catalog.down = True
-    assert_says(await world.get("5"), 503, {**ERROR, "retry-after": "5"}, "x-cache", *unsaid)
+            assert_says(await harness.get(object_id, method=method), status, ERROR, "x-cache", *unsaid)
+    harness.context.assignment.current = Assignment(bucket_ids=frozenset({"0:1"}))
+    assert_says(await harness.get("4"), 421, ERROR, "x-cache", *unsaid)
+    harness.catalog.down = True
+    assert_says(await harness.get("5"), 503, {**ERROR, "retry-after": "5"}, "x-cache", *unsaid)
 
 
-async def test_a_source_that_is_too_slow(world: AssetsWorld) -> None:
-    for node in (world.node, world.second):
-        node.knobs.add(Behaviour(hang_before_headers=True))
-    assert_says(await world.get(MISSING), 504, ERROR, "x-cache", "etag")
+async def test_a_source_that_is_too_slow(harness: AssetsHarness) -> None:
+    for node in (harness.node, harness.second):
+        node.faults.add(Fault(hang_before_headers=True))
+    assert_says(await harness.get(MISSING), 504, ERROR, "x-cache", "etag")
 
 
 @pytest.mark.parametrize("object_id", [STORED, "999", "%20"])
-async def test_a_preflight(world: AssetsWorld, object_id: str) -> None:
+async def test_a_preflight(harness: AssetsHarness, object_id: str) -> None:
     asked = {"Origin": "https://player.example", "Access-Control-Request-Method": "GET"}
-    answer = await world.get(object_id, asked, method="OPTIONS")
+    answer = await harness.get(object_id, asked, method="OPTIONS")
     assert_says(answer, 204, {"access-control-allow-methods": "GET, HEAD, OPTIONS"}, "content-type")
     allowed = {name.strip() for name in answer.headers["access-control-allow-headers"].split(",")}
     assert {"Range", "If-Range", "If-None-Match", "If-Modified-Since"} <= allowed

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.manifest import manifest_text
-from services.demo.objects import DemoObject, bytes_object
-from services.demo.squid import TestSquid
-from services.demo.storage_node import StorageNode
-from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
-from shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
-from shared.adapters.catalogs.manifest import ManifestCatalog
-from shared.adapters.catalogs.origin import OriginCatalog
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import Duty, ObjectId
-from shared.ports.catalog import Catalog
+from distributor_node.services.demo.manifest import manifest_text
+from distributor_node.services.demo.objects import DemoObject, bytes_object
+from distributor_node.services.demo.squid import TestSquid
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from distributor_node.shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
+from distributor_node.shared.adapters.catalogs.manifest import ManifestCatalog
+from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.objects import Assignment, ObjectId
+from distributor_node.shared.ports.catalog import Catalog
 
 OBJECTS: list[DemoObject] = [
     bytes_object("1", b"a" * 1000, "image/png"),
@@ -104,21 +104,21 @@ async def test_many_may_ask_at_once(catalog: Catalog) -> None:
     ]
 
 
-async def test_a_list_is_whole_or_an_error(kind: str, catalog: Catalog) -> None:
+async def test_a_list_is_complete_or_an_error(kind: str, catalog: Catalog) -> None:
     try:
-        listed = [item async for batch in catalog.list_objects(Duty()) for item in batch]
+        listed = [item async for batch in catalog.list_objects(Assignment()) for item in batch]
     except CatalogUnavailable:
         assert kind in CANNOT_LIST
     else:
         assert sorted(item.object_id for item in listed) == ["1", "2", "3"]
 
 
-async def test_a_list_is_of_the_duty_asked_for(kind: str, catalog: Catalog) -> None:
-    theirs, ours = (Duty(bucket_ids=frozenset({bucket})) for bucket in ("9:9", "0:1"))
+async def test_a_list_covers_the_requested_assignment(kind: str, catalog: Catalog) -> None:
+    theirs, ours = (Assignment(bucket_ids=frozenset({bucket})) for bucket in ("9:9", "0:1"))
     if kind in CANNOT_LIST:  # nor is it silent about it: an empty list would empty the cache
-        for duty in (theirs, ours):
+        for assignment in (theirs, ours):
             with pytest.raises(CatalogUnavailable):
-                _ = [batch async for batch in catalog.list_objects(duty)]
+                _ = [batch async for batch in catalog.list_objects(assignment)]
         return
     try:
         assert [batch async for batch in catalog.list_objects(theirs)] == []

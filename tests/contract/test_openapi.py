@@ -10,9 +10,9 @@ from typing import Any
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
-from services.api.app import build_app
-from services.api.application import forget_application, public_path
-from tests.servers.api_fixture import StandIn, running_api
+from distributor_node.services.api.routes import build_app
+from distributor_node.services.api.sanic_app import public_path, unregister_application
+from tests.servers.api_fixture import FakeAssets, running_api
 
 
 async def served(tmp_path: Path) -> Any:
@@ -22,14 +22,14 @@ async def served(tmp_path: Path) -> Any:
 
 async def test_every_route_is_described_and_every_description_is_a_route(tmp_path: Path) -> None:
     document = await served(tmp_path)
-    async with running_api(tmp_path, StandIn()) as api:
-        application = build_app(api.context, StandIn())
+    async with running_api(tmp_path, FakeAssets()) as api:
+        application = build_app(api.context, FakeAssets())
         routes = {
             (public_path(route).replace("<object_id>", "{objectId}"), method.lower())
             for route in application.router.routes
             for method in route.methods
         }
-        forget_application(application)
+        unregister_application(application)
     described = {
         (path, method)
         for path, item in document["paths"].items()

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from services.demo.knobs import Behaviour, Match
-from shared.domain.objects import DistributionBucket, Duty
-from tests.integration.assets_world import AssetsWorld, HandFetch, assets_world
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.shared.domain.objects import Assignment, DistributionBucket
+from tests.integration.assets_harness import AssetsHarness, ManualFetch, assets_harness
 
 SIZE = 5000
 STORED, PENDING, MISSING, UNKNOWN, FOREIGN, NOT_UPLOADED, BROKEN, SLOW = (
@@ -36,14 +36,14 @@ OURS = (DistributionBucket("0:1"),)
 class Described:
     """A node with an object in each state, and the document that its answers are held against."""
 
-    world: AssetsWorld
-    fetch: HandFetch
+    harness: AssetsHarness
+    fetch: ManualFetch
     operations: Any
     seen: set[tuple[str, int]] = field(default_factory=set)
 
     async def ask(self, object_id: str, headers: dict[str, str] | None = None) -> set[int]:
         """GET and HEAD; the statuses."""
-        await self.world.context.state.renew(self.fetch.lease, None)
+        await self.harness.context.state.renew(self.fetch.lease, None)
         statuses = set()
         for method in ("GET", "HEAD"):
             case = self.operations[method].Case(
@@ -56,7 +56,7 @@ class Described:
 
     def validated(self, case: Any) -> int:
         """Ask, and hold the answer against the document; AssertionErrors tell where it differs."""
-        url = f"http://127.0.0.1:{self.world.port}"
+        url = f"http://127.0.0.1:{self.harness.port}"
         response = case.call_and_validate(base_url=url, excluded_checks=NOT_OURS)
         status: int = response.status_code
         return status
@@ -64,25 +64,25 @@ class Described:
 
 @pytest.fixture
 async def described(tmp_path: Path) -> AsyncIterator[Described]:
-    document = json.loads(files("services.api").joinpath("openapi.json").read_text())
-    async with assets_world(tmp_path, first_byte_wait=0.05, proxied_first_byte_wait=0.5) as world:
+    document = json.loads(files("distributor_node.services.api").joinpath("openapi.json").read_text())
+    async with assets_harness(tmp_path, first_byte_wait=0.05, proxied_first_byte_wait=0.5) as harness:
         for object_id in (STORED, PENDING, MISSING, BROKEN, SLOW):
-            world.add(object_id, SIZE, buckets=OURS)
-        world.add(FOREIGN, SIZE, buckets=(DistributionBucket("9:9"),))
-        world.add(NOT_UPLOADED, SIZE, buckets=OURS, accepted=False)
-        world.context.duty.current = Duty(bucket_ids=frozenset({"0:1"}))
-        world.store(STORED)
-        fetch = await world.begin(PENDING, written=SIZE)
+            harness.add(object_id, SIZE, buckets=OURS)
+        harness.add(FOREIGN, SIZE, buckets=(DistributionBucket("9:9"),))
+        harness.add(NOT_UPLOADED, SIZE, buckets=OURS, accepted=False)
+        harness.context.assignment.current = Assignment(bucket_ids=frozenset({"0:1"}))
+        harness.store(STORED)
+        fetch = await harness.begin(PENDING, written=SIZE)
         fetch.verify()
-        for node in (world.node, world.second):
-            node.knobs.add(Behaviour(status=500), Match(object_id=BROKEN))
-            node.knobs.add(Behaviour(hang_before_headers=True), Match(object_id=SLOW))
-        yield Described(world, fetch, schemathesis.openapi.from_dict(document)[PATH])
+        for node in (harness.node, harness.second):
+            node.faults.add(Fault(status=500), Match(object_id=BROKEN))
+            node.faults.add(Fault(hang_before_headers=True), Match(object_id=SLOW))
+        yield Described(harness, fetch, schemathesis.openapi.from_dict(document)[PATH])
         fetch.partial.close()
 
 
 async def test_every_status_is_as_described(described: Described) -> None:
-    etag = described.world.catalog.objects[STORED].etag
+    etag = described.harness.catalog.objects[STORED].etag
     for object_id in (STORED, PENDING, MISSING):
         assert await described.ask(object_id) == {200}
         assert await described.ask(object_id, {"Range": "bytes=10-99"}) == {206, 200}
@@ -97,7 +97,7 @@ async def test_every_status_is_as_described(described: Described) -> None:
     assert await described.ask("not an id") == {400}
     assert await described.ask(BROKEN) == {502, 200}
     assert await described.ask(SLOW) == {504, 200}
-    described.world.catalog.down = True
+    described.harness.catalog.down = True
     assert await described.ask(UNKNOWN) == {503}
     both = {200, 304, 400, 404, 412, 421, 503}
     assert described.seen == {(method, status) for method in ("GET", "HEAD") for status in both} | {

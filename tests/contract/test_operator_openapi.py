@@ -18,16 +18,16 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from services.api.application import forget_application, public_path
-from services.api.operator.app import Gatekeeper, build_operator_app
-from services.api.operator.desk import OperatorDesk
-from services.api.operator.service import operator_api
-from services.api.operator.views import OperatorViews
-from services.api.operator.warming import Warmer
-from tests.servers.api_fixture import StandIn, running_api
+from distributor_node.services.api.operator.app import TokenAuthenticator, build_operator_app, operator_api
+from distributor_node.services.api.operator.commands import OperatorCommands, OperatorQueries
+from distributor_node.services.api.operator.warming import CacheWarmer
+from distributor_node.services.api.sanic_app import public_path, unregister_application
+from tests.servers.api_fixture import FakeAssets, running_api
 from tests.servers.operator_token import SECRET, sign
 
-DOCUMENT: dict[str, Any] = json.loads(files("services.api.operator").joinpath("openapi.json").read_text())
+DOCUMENT: dict[str, Any] = json.loads(
+    files("distributor_node.services.api.operator").joinpath("openapi.json").read_text()
+)
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -37,21 +37,21 @@ CHECKS = [
 
 
 async def test_every_route_is_described_and_every_description_is_a_route(tmp_path: Path) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         context = api.context
         application = build_operator_app(
             context.settings.public_api,
-            Gatekeeper(context.state, SECRET),
-            OperatorDesk(context.state, context.orders),
-            OperatorViews(context.state, context.volume),
-            Warmer(context, "here"),
+            TokenAuthenticator(context.state, SECRET),
+            OperatorCommands(context.state, context.operator_state),
+            OperatorQueries(context.state, context.volume),
+            CacheWarmer(context, "here"),
         )
         routes = {
             (public_path(route), method.lower())
             for route in application.router.routes
             for method in route.methods
         }
-        forget_application(application)
+        unregister_application(application)
     described = {(path, method) for path, item in DOCUMENT["paths"].items() for method in item}
     assert routes == described
 
@@ -59,12 +59,12 @@ async def test_every_route_is_described_and_every_description_is_a_route(tmp_pat
 async def test_server_keeps_to_the_document(tmp_path: Path) -> None:
     operator = {"port": 0, "secret": SECRET}
     async with (
-        running_api(tmp_path, StandIn(), operator_api=operator) as api,
+        running_api(tmp_path, FakeAssets(), operator_api=operator) as api,
         operator_api(api.context, "here", shared_port=False) as port,
     ):
         term = await api.context.state.lead("evictor", 60)
         assert term is not None
-        await api.context.state.set_accounted(term)
+        await api.context.state.set_reconciled(term)
         await asyncio.to_thread(explore, f"http://127.0.0.1:{port}")
 
 

@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from services.demo.knobs import Behaviour, Match
-from services.demo.objects import bytes_object
-from services.demo.storage_node import StorageNode
-from shared.adapters.catalogs.origin import OriginCatalog
-from shared.domain.errors import CatalogUnavailable, ConfigurationError
-from shared.domain.objects import ObjectId
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError
+from distributor_node.shared.domain.objects import ObjectId
 
 ONE = ObjectId("1")
 HEAD, GET = Match(method="HEAD"), Match(method="GET")
@@ -34,10 +34,10 @@ async def catalog(node: StorageNode) -> AsyncIterator[OriginCatalog]:
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 405, 501])
-async def test_a_server_without_head_is_asked_for_one_byte(
+async def test_a_server_without_head_is_requested_for_one_byte(
     node: StorageNode, catalog: OriginCatalog, status: int
 ) -> None:
-    node.knobs.add(Behaviour(status=status), HEAD)
+    node.faults.add(Fault(status=status), HEAD)
     found = await catalog.look_up(ONE)
     assert found is not None
     assert (found.size, found.media_type) == (1000, "image/png")
@@ -45,29 +45,29 @@ async def test_a_server_without_head_is_asked_for_one_byte(
 
 
 @pytest.mark.parametrize(
-    "behaviour", [Behaviour(omit_content_length=True), Behaviour(headers=(("Content-Encoding", "gzip"),))]
+    "fault", [Fault(omit_content_length=True), Fault(headers=(("Content-Encoding", "gzip"),))]
 )
-async def test_a_head_that_hides_the_length_is_followed_by_one_byte(
-    node: StorageNode, catalog: OriginCatalog, behaviour: Behaviour
+async def test_a_head_response_without_length_is_followed_by_a_one_byte_range(
+    node: StorageNode, catalog: OriginCatalog, fault: Fault
 ) -> None:
-    node.knobs.add(behaviour, HEAD)
+    node.faults.add(fault, HEAD)
     found = await catalog.look_up(ONE)
     assert found is not None
     assert found.size == 1000
 
 
-async def test_a_server_without_ranges_tells_the_size_all_the_same(
+async def test_a_server_without_ranges_still_reports_the_size(
     node: StorageNode, catalog: OriginCatalog
 ) -> None:
-    node.knobs.add(Behaviour(status=405), HEAD)
-    node.knobs.add(Behaviour(ignore_range=True), GET)
+    node.faults.add(Fault(status=405), HEAD)
+    node.faults.add(Fault(ignore_range=True), GET)
     found = await catalog.look_up(ONE)
     assert found is not None
     assert found.size == 1000
 
 
-async def test_a_size_that_nobody_tells_is_unknown(node: StorageNode, catalog: OriginCatalog) -> None:
-    node.knobs.add(Behaviour(omit_content_length=True, ignore_range=True))
+async def test_a_size_not_reported_anywhere_is_unknown(node: StorageNode, catalog: OriginCatalog) -> None:
+    node.faults.add(Fault(omit_content_length=True, ignore_range=True))
     found = await catalog.look_up(ONE)
     assert found is not None
     assert found.size is None
@@ -76,29 +76,29 @@ async def test_a_size_that_nobody_tells_is_unknown(node: StorageNode, catalog: O
 @pytest.mark.parametrize("status", [404, 410])
 @pytest.mark.parametrize("method", [HEAD, GET])
 async def test_absent(node: StorageNode, catalog: OriginCatalog, status: int, method: Match) -> None:
-    node.knobs.add(Behaviour(status=status), method)
-    node.knobs.add(Behaviour(status=405), HEAD)
+    node.faults.add(Fault(status=status), method)
+    node.faults.add(Fault(status=405), HEAD)
     assert await catalog.look_up(ONE) is None
 
 
 @pytest.mark.parametrize(
-    "behaviour",
+    "fault",
     [
-        Behaviour(status=500),
-        Behaviour(status=503),
-        Behaviour(status=403),
-        Behaviour(status=429),
-        Behaviour(hang_before_headers=True),
-        Behaviour(redirect_to="http://elsewhere.example/1"),
-        Behaviour(redirect_to="//127.0.0.1:9/1"),
-        Behaviour(redirect_to="/api/v1/files/1"),
-        Behaviour(redirect_to="file:///etc/passwd"),
-        Behaviour(redirect_to="http://[/"),
-        Behaviour(redirect_to=""),
+        Fault(status=500),
+        Fault(status=503),
+        Fault(status=403),
+        Fault(status=429),
+        Fault(hang_before_headers=True),
+        Fault(redirect_to="http://elsewhere.example/1"),
+        Fault(redirect_to="//127.0.0.1:9/1"),
+        Fault(redirect_to="/api/v1/files/1"),
+        Fault(redirect_to="file:///etc/passwd"),
+        Fault(redirect_to="http://[/"),
+        Fault(redirect_to=""),
     ],
 )
-async def test_no_usable_answer(node: StorageNode, catalog: OriginCatalog, behaviour: Behaviour) -> None:
-    node.knobs.add(behaviour)
+async def test_no_usable_answer(node: StorageNode, catalog: OriginCatalog, fault: Fault) -> None:
+    node.faults.add(fault)
     with pytest.raises(CatalogUnavailable):
         await catalog.look_up(ONE)
 
@@ -114,7 +114,7 @@ async def test_no_server(node: StorageNode) -> None:
 async def test_a_redirect_within_the_origin_is_followed_and_remembered(
     node: StorageNode, catalog: OriginCatalog
 ) -> None:
-    node.knobs.add(Behaviour(redirect_to="/api/v1/files/1"), Match(object_id="77"))
+    node.faults.add(Fault(redirect_to="/api/v1/files/1"), Match(object_id="77"))
     found = await catalog.look_up(ObjectId("77"))
     assert found is not None
     assert found.size == 1000
@@ -130,10 +130,10 @@ async def test_a_redirect_within_the_origin_is_followed_and_remembered(
         ((), None),
     ],
 )
-async def test_the_validator(
+async def test_the_entity_tag(
     node: StorageNode, catalog: OriginCatalog, headers: tuple[tuple[str, str], ...], validator: str | None
 ) -> None:
-    node.knobs.add(Behaviour(headers=headers))
+    node.faults.add(Fault(headers=headers))
     found = await catalog.look_up(ONE)
     assert found is not None
     assert found.validator == validator
@@ -141,13 +141,13 @@ async def test_the_validator(
 
 
 async def test_a_malformed_media_type_is_left_out(node: StorageNode, catalog: OriginCatalog) -> None:
-    node.knobs.add(Behaviour(headers=(("Content-Type", "nonsense"),)))
+    node.faults.add(Fault(headers=(("Content-Type", "nonsense"),)))
     found = await catalog.look_up(ONE)
     assert found is not None
     assert found.media_type is None
 
 
 @pytest.mark.parametrize("template", ["http://a/", "ftp://a/{id}", "http://u:p@a/{id}", "http://a/{id} "])
-async def test_a_template_that_gives_no_urls_stops_the_start(template: str) -> None:
+async def test_a_template_without_urls_stops_the_start(template: str) -> None:
     with pytest.raises(ConfigurationError, match=r"catalog\.origin"):
         await OriginCatalog(template, timeout=1).open()

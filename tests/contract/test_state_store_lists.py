@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import (
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import (
     Access,
     Announcement,
     FetchPhase,
@@ -15,39 +15,39 @@ from shared.ports.state_store import (
     PolicyState,
     Topic,
 )
-from tests.contract.state_world import ONE, TWO, World
+from tests.contract.state_harness import ONE, TWO, Harness
 
 
-class TestWishes:
-    async def test_add_up_one_per_object(self, world: World) -> None:
-        await world.store.want_space(ONE, 100, 60)
-        await world.store.want_space(TWO, 200, 60)
-        await world.store.want_space(TWO, 300, 60)
-        assert await world.store.space_wanted() == footprint(100) + footprint(300)
+class TestSpaceRequests:
+    async def test_add_up_with_one_per_object(self, harness: Harness) -> None:
+        await harness.store.request_space(ONE, 100, 60)
+        await harness.store.request_space(TWO, 200, 60)
+        await harness.store.request_space(TWO, 300, 60)
+        assert await harness.store.space_requested() == footprint(100) + footprint(300)
 
-    async def test_run_out(self, world: World) -> None:
-        await world.store.want_space(ONE, 100, 0.1)
-        await world.store.want_space(TWO, 200, 60)
+    async def test_expire(self, harness: Harness) -> None:
+        await harness.store.request_space(ONE, 100, 0.1)
+        await harness.store.request_space(TWO, 200, 60)
 
         async def only_the_second() -> bool:
-            return await world.store.space_wanted() == footprint(200)
+            return await harness.store.space_requested() == footprint(200)
 
-        await world.until(only_the_second)
+        await harness.until(only_the_second)
 
 
 class TestLists:
-    async def test_entries_are_all_there(self, world: World) -> None:
-        term = await world.reconciled()
+    async def test_entries_are_all_there(self, harness: Harness) -> None:
+        term = await harness.reconciled()
         wanted = {ObjectId(f"object-{number}") for number in range(1500)}
         for object_id in wanted:
-            await world.store.adopt(term, IndexEntry(object_id, 1, 1, 1.0))
-        assert set(await world.entry_generations()) == wanted
-        assert (await world.store.usage()).objects == 1500
+            await harness.store.adopt(term, IndexEntry(object_id, 1, 1, 1.0))
+        assert set(await harness.entry_generations()) == wanted
+        assert (await harness.store.usage()).objects == 1500
 
-    async def test_fetches_are_those_that_amount_to_something(self, brief: World) -> None:
+    async def test_fetches_lists_only_active_ones(self, brief: Harness) -> None:
         await brief.reconciled()
         await brief.store.claim(ONE, "api-1")
-        await brief.begun(TWO, 100)
+        await brief.begin_fetch(TWO, 100)
         assert {fetch.object_id for fetch in await brief.store.fetches()} == {ONE, TWO}
         await brief.until_phase(ONE, None)
         await brief.until_phase(TWO, FetchPhase.PARKED)
@@ -58,61 +58,61 @@ class TestLists:
 
 
 class TestAccessLog:
-    async def test_is_read_in_order_from_a_position(self, world: World) -> None:
+    async def test_is_read_in_order_from_a_position(self, harness: Harness) -> None:
         batches = [[Access(ONE, number, 1000.5 + number), Access(TWO, 1, 2.0)] for number in range(5)]
         for batch in batches:
-            await world.other.record_accesses(batch)
-        position, first = await world.store.read_accesses("", 2)
+            await harness.other.record_accesses(batch)
+        position, first = await harness.store.read_accesses("", 2)
         assert list(first) == batches[0] + batches[1]
-        position, rest = await world.store.read_accesses(position, 100)
+        position, rest = await harness.store.read_accesses(position, 100)
         assert list(rest) == batches[2] + batches[3] + batches[4]
-        assert await world.store.read_accesses(position, 100) == (position, [])
+        assert await harness.store.read_accesses(position, 100) == (position, [])
 
-    async def test_an_empty_hand_over_is_nothing(self, world: World) -> None:
-        await world.store.record_accesses([])
-        assert await world.store.read_accesses("", 10) == ("", [])
+    async def test_an_empty_flush_does_nothing(self, harness: Harness) -> None:
+        await harness.store.record_accesses([])
+        assert await harness.store.read_accesses("", 10) == ("", [])
 
-    async def test_is_dropped_before_the_saved_position(self, world: World) -> None:
-        term = await world.reconciled()
+    async def test_is_dropped_before_the_saved_position(self, harness: Harness) -> None:
+        term = await harness.reconciled()
         positions = [""]
         for number in range(4):
-            await world.store.record_accesses([Access(ONE, number, 1.0)])
-            positions.append((await world.store.read_accesses(positions[-1], 1))[0])
-        await world.store.save_policy(term, [], PolicyState(1.5, positions[3]))
-        assert await world.store.load_policy_state() == PolicyState(1.5, positions[3])
-        _, left = await world.store.read_accesses("", 10)
+            await harness.store.record_accesses([Access(ONE, number, 1.0)])
+            positions.append((await harness.store.read_accesses(positions[-1], 1))[0])
+        await harness.store.save_policy(term, [], PolicyState(1.5, positions[3]))
+        assert await harness.store.load_policy_state() == PolicyState(1.5, positions[3])
+        _, left = await harness.store.read_accesses("", 10)
         assert [access.views for access in left] == [2, 3]
-        _, left = await world.store.read_accesses(positions[3], 10)
+        _, left = await harness.store.read_accesses(positions[3], 10)
         assert [access.views for access in left] == [3]
 
 
 class TestAnnouncements:
-    async def test_reach_the_other_processes(self, world: World) -> None:
-        async with asyncio.timeout(5), world.other.listen() as heard:
+    async def test_reach_the_other_processes(self, harness: Harness) -> None:
+        async with asyncio.timeout(5), harness.other.listen() as heard:
             assert await anext(heard) == Announcement(Topic.SETTINGS_CHANGED)
-            await world.store.announce(Announcement(Topic.SPACE_FREED))
+            await harness.store.announce(Announcement(Topic.SPACE_FREED))
             assert await anext(heard) == Announcement(Topic.SPACE_FREED)
 
-    async def test_come_with_the_verbs(self, world: World) -> None:
-        term = await world.reconciled()
-        async with asyncio.timeout(5), world.other.listen() as heard:
+    async def test_come_with_the_verbs(self, harness: Harness) -> None:
+        term = await harness.reconciled()
+        async with asyncio.timeout(5), harness.other.listen() as heard:
             await anext(heard)
-            await world.store.want_space(ONE, 100, 60)
-            assert await anext(heard) == Announcement(Topic.SPACE_WANTED, ONE)
-            lease = await world.begun(ONE, 100)
+            await harness.store.request_space(ONE, 100, 60)
+            assert await anext(heard) == Announcement(Topic.SPACE_REQUESTED, ONE)
+            lease = await harness.begin_fetch(ONE, 100)
             assert await anext(heard) == Announcement(Topic.FETCH_CHANGED, ONE)
-            await world.store.renew(lease, "http://source-1/files/1")
+            await harness.store.renew(lease, "http://source-1/files/1")
             assert await anext(heard) == Announcement(Topic.FETCH_CHANGED, ONE)
-            await world.store.commit(lease, time.time())
+            await harness.store.commit(lease, time.time())
             assert await anext(heard) == Announcement(Topic.FETCH_CHANGED, ONE)
-            await world.store.begin_eviction(term, ONE, 0)
-            await world.store.finish_eviction(term, ONE)
+            await harness.store.begin_eviction(term, ONE, 0)
+            await harness.store.finish_eviction(term, ONE)
             assert await anext(heard) == Announcement(Topic.SPACE_FREED, ONE)
 
-    async def test_a_slow_reader_loses_the_oldest(self, world: World) -> None:
-        async with asyncio.timeout(20), world.store.listen() as heard:
+    async def test_a_slow_reader_loses_the_oldest_events(self, harness: Harness) -> None:
+        async with asyncio.timeout(20), harness.store.listen() as heard:
             for number in range(1500):
-                await world.store.announce(Announcement(Topic.FETCH_CHANGED, str(number)))
+                await harness.store.announce(Announcement(Topic.FETCH_CHANGED, str(number)))
             last = Announcement(Topic.FETCH_CHANGED, "1499")
             received = 0
             while await anext(heard) != last:
@@ -120,11 +120,11 @@ class TestAnnouncements:
             assert received < 1500
 
 
-class TestServerFigures:
-    async def test_are_there_where_there_is_a_server(self, world: World) -> None:
-        before = await world.store.server_figures()
-        await world.store.usage()
-        after = await world.store.server_figures()
+class TestServerStats:
+    async def test_are_available_where_there_is_a_server(self, harness: Harness) -> None:
+        before = await harness.store.server_stats()
+        await harness.store.usage()
+        after = await harness.store.server_stats()
         if before is None or after is None:
             assert before is after
             return

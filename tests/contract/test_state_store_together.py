@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import FetchPhase, Granted, IndexEntry, Lease, StateStore, Term
-from tests.contract.state_world import LONG, World, memory_world, redis_world
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import FetchPhase, Granted, IndexEntry, Lease, StateStore, Term
+from tests.contract.state_harness import LONG, Harness, memory_harness, redis_harness
 
 LIMIT = 6000
 _OBJECTS = st.sampled_from([ObjectId(str(number)) for number in range(1, 5)])
@@ -36,20 +36,20 @@ class Together(RuleBasedStateMachine):
         super().__init__()
         self.runner = asyncio.Runner()
         self.stack = AsyncExitStack()
-        self.worlds: list[World] = self.runner.run(self._open())
+        self.harnesses: list[Harness] = self.runner.run(self._open())
         self.leases: dict[ObjectId, list[Lease]] = {}
         self.stored: dict[ObjectId, int] = {}
         self.reserved: dict[ObjectId, int] = {}
 
-    async def _open(self) -> list[World]:
+    async def _open(self) -> list[Harness]:
         prefix = f"test-{uuid.uuid4().hex[:12]}:"
-        worlds = [
-            await self.stack.enter_async_context(memory_world(LONG, LIMIT)),
-            await self.stack.enter_async_context(redis_world(self.url, prefix, LONG, LIMIT)),
+        harnesses = [
+            await self.stack.enter_async_context(memory_harness(LONG, LIMIT)),
+            await self.stack.enter_async_context(redis_harness(self.url, prefix, LONG, LIMIT)),
         ]
-        for world in worlds:
-            await world.reconciled()
-        return worlds
+        for harness in harnesses:
+            await harness.reconciled()
+        return harnesses
 
     def teardown(self) -> None:
         self.runner.run(self.stack.aclose())
@@ -57,7 +57,7 @@ class Together(RuleBasedStateMachine):
 
     def both(self, verb: Callable[[StateStore, Term], Awaitable[Any]]) -> list[Any]:
         async def run() -> list[Any]:
-            return [await verb(world.store, world.term) for world in self.worlds]
+            return [await verb(harness.store, harness.term) for harness in self.harnesses]
 
         return self.runner.run(run())
 
@@ -71,7 +71,7 @@ class Together(RuleBasedStateMachine):
         leases = self.leases.get(object_id)
         if leases is None:
             return None
-        by_store = {id(world.store): lease for world, lease in zip(self.worlds, leases, strict=True)}
+        by_store = {id(harness.store): lease for harness, lease in zip(self.harnesses, leases, strict=True)}
         return self.agreed(lambda store, _: verb(store, by_store[id(store)]))
 
     @rule(object_id=_OBJECTS, name=_NAMES)
@@ -80,7 +80,7 @@ class Together(RuleBasedStateMachine):
 
     @rule(object_id=_OBJECTS, name=_NAMES, queued=st.booleans())
     def mark_queued_or_withdraw(self, object_id: ObjectId, name: str, queued: bool) -> None:
-        self.both(lambda store, _: (store.mark_queued if queued else store.withdraw)(object_id, name))
+        self.both(lambda store, _: (store.mark_queued if queued else store.release_claim)(object_id, name))
 
     @rule(object_id=_OBJECTS, size=_SIZES, name=_NAMES)
     def begin(self, object_id: ObjectId, size: int, name: str) -> None:
@@ -109,8 +109,8 @@ class Together(RuleBasedStateMachine):
             del self.reserved[object_id]
 
     @rule(object_id=_OBJECTS)
-    def seize(self, object_id: ObjectId) -> None:
-        leases = self.both(lambda store, term: store.seize(term, object_id))
+    def steal_lease(self, object_id: ObjectId) -> None:
+        leases = self.both(lambda store, term: store.steal_lease(term, object_id))
         assert (leases[0] is None) == (leases[1] is None)
         if leases[0] is not None:
             self.leases[object_id] = leases

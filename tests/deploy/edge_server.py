@@ -7,13 +7,14 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+
+from tests.docker.compose import free_ports
 
 ROOT = Path(__file__).parents[2]
 EDGE = ROOT / "deploy" / "edge"
@@ -58,17 +59,6 @@ def make_certificate(folder: Path) -> None:
         ],
         cwd=target, check=True, capture_output=True,
     )  # fmt: skip
-
-
-def free_ports(count: int) -> list[int]:
-    held = [socket.socket() for _ in range(count)]
-    try:
-        for one in held:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in held]
-    finally:
-        for one in held:
-            one.close()
 
 
 @dataclass(slots=True)

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.generated import GeneratedContent
-from services.demo.manifest import manifest_text
-from services.demo.objects import demo_objects
+from distributor_node.services.demo.manifest import manifest_text
+from distributor_node.services.demo.objects import GeneratedContent, demo_objects
 from tests.docker.compose import ROOT, ComposeStack
-from tests.docker.world import (
+from tests.docker.harness import (
     ENDLESS,
     GROWING,
     KILLED,
@@ -23,7 +22,7 @@ from tests.docker.world import (
     NOTES,
     OBJECT_SIZE,
     RELOADED,
-    World,
+    Harness,
 )
 
 PREFIX = "/distributor"
@@ -31,7 +30,7 @@ CONNECTIONS_PER_ADDRESS = 24
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     """The whole stack: up, with three fetchers and every profile. What it logged is shown if a test failed."""
     folder = tmp_path_factory.mktemp("stack")
     demo = _demo_directory(folder / "demo")
@@ -56,16 +55,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             "EDGE_HTTP3": "on",
         },
     )
-    world = World(stack, {item.object_id: item for item in demo_objects(demo / "media")})
+    harness = Harness(stack, {item.object_id: item for item in demo_objects(demo / "media")})
     finished = False
     try:
         stack.build()
         stack.up("--build")
-        yield world
+        yield harness
         finished = True
     finally:
         try:
-            if world.failed or not finished:
+            if harness.failed or not finished:
                 sys.stderr.write(stack.logs())
         finally:
             stack.remove()
@@ -76,10 +75,10 @@ def _good_sources(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every test begins and ends with storage nodes that behave; the stack remembers failures for its logs."""
     failed_before = request.session.testsfailed
     yield
-    if "world" in request.fixturenames:
-        world: World = request.getfixturevalue("world")
-        world.failed |= request.session.testsfailed > failed_before
-        world.behave([])
+    if "harness" in request.fixturenames:
+        harness: Harness = request.getfixturevalue("harness")
+        harness.failed |= request.session.testsfailed > failed_before
+        harness.behave([])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.docker.world import World
+from tests.docker.harness import Harness
 from tests.end_to_end.client import Answer, get
 
 REQUESTS: list[dict[str, str]] = [
@@ -41,16 +41,16 @@ def told(answer: Answer) -> dict[str, str]:
     return {name: value for name, value in answer.headers.items() if name not in _OF_ITS_OWN}
 
 
-async def assert_same(world: World, method: str, headers: dict[str, str], object_id: str = "5") -> None:
+async def assert_same(harness: Harness, method: str, headers: dict[str, str], object_id: str = "5") -> None:
     """A hit is answered alike by both: status, headers, body."""
-    await world.cached([object_id])
-    known = (await get(world.stack.url(object_id), method="HEAD")).headers
+    await harness.cached([object_id])
+    known = (await get(harness.stack.url(object_id), method="HEAD")).headers
     filled = {
         name: value.replace("ETAG", known["etag"]).replace("LAST-MODIFIED", known["last-modified"])
         for name, value in headers.items()
     }
-    direct = await get(world.stack.url(object_id), filled, method=method)
-    through = await get(world.stack.edge_url(f"/api/v1/assets/{object_id}"), filled, method=method)
+    direct = await get(harness.stack.url(object_id), filled, method=method)
+    through = await get(harness.stack.edge_url(f"/api/v1/assets/{object_id}"), filled, method=method)
     assert (through.status, through.complete) == (direct.status, direct.complete)
     assert through.body == direct.body
     assert told(through) == told(direct)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.docker.compose import NODE, ROOT, run
-from tests.docker.world import NOTES, World
+from tests.docker.harness import NOTES, Harness
 
 OF_THE_TESTS = {"DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT", "DISTRIBUTOR_EVICTOR__MIN_IDLE"}
 """Settings from a file as SETTINGS_FILE names it."""
@@ -17,8 +17,8 @@ OF_THE_TESTS = {"DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT", "DISTRIBUTOR_EVICTOR_
 pytestmark = pytest.mark.docker
 
 
-def test_all_are_healthy_and_fetchers_are_three(world: World) -> None:
-    containers = world.stack.containers()
+def test_all_are_healthy_and_fetchers_are_three(harness: Harness) -> None:
+    containers = harness.stack.containers()
     services = [container["Config"]["Labels"]["com.docker.compose.service"] for container in containers]
     assert sorted(services) == sorted(
         [
@@ -39,8 +39,8 @@ def test_all_are_healthy_and_fetchers_are_three(world: World) -> None:
     assert {container["RestartCount"] for container in containers} == {0}
 
 
-def test_no_container_is_root_or_can_write_to_its_image(world: World) -> None:
-    for container in world.stack.containers():
+def test_no_container_is_root_or_can_write_to_its_image(harness: Harness) -> None:
+    for container in harness.stack.containers():
         name, host = container["Name"], container["HostConfig"]
         assert host["ReadonlyRootfs"] is True, name
         assert host["CapDrop"] == ["ALL"], name
@@ -49,27 +49,29 @@ def test_no_container_is_root_or_can_write_to_its_image(world: World) -> None:
         assert host["LogConfig"]["Config"]["max-size"], name
         assert host["Memory"] > 0, name
         assert (
-            world.stack.exec(container["Config"]["Labels"]["com.docker.compose.service"], "id", "-u").strip()
+            harness.stack.exec(
+                container["Config"]["Labels"]["com.docker.compose.service"], "id", "-u"
+            ).strip()
             != "0"
         ), name
 
 
 @pytest.mark.parametrize("service", NODE)
-def test_our_containers_seen_from_inside(world: World, service: str) -> None:
+def test_our_containers_seen_from_inside(harness: Harness, service: str) -> None:
     script = (
         "id -u; for place in / /opt/distributor /etc /usr/local; do"
         " touch $place/written 2>/dev/null && echo wrote $place; done; grep CapEff /proc/1/status; ulimit -n; exit 0"
     )
-    user, capabilities, files = world.stack.exec(service, "sh", "-c", script).splitlines()
+    user, capabilities, files = harness.stack.exec(service, "sh", "-c", script).splitlines()
     assert (user, capabilities.split()[1], files) == ("10001", "0" * 16, "20000")
     if service == "api":
-        reached = world.stack.exec(service, "sh", "-c", "touch /var/lib/distributor/written 2>&1; exit 0")
+        reached = harness.stack.exec(service, "sh", "-c", "touch /var/lib/distributor/written 2>&1; exit 0")
         assert "Read-only file system" in reached
 
 
-def test_the_image_is_lean_and_as_large_as_the_readme_says(world: World) -> None:
-    image = f"distributor-node:{world.stack.project}"
-    found = world.stack.exec(
+def test_the_image_is_lean_and_as_large_as_the_readme_says(harness: Harness) -> None:
+    image = f"distributor-node:{harness.stack.project}"
+    found = harness.stack.exec(
         "api", "sh", "-c", "for tool in gcc cc g++ make git pip pip3; do command -v $tool; done; exit 0"
     )
     # The base image may bring a pip of its own; ours has none.
@@ -92,18 +94,18 @@ def test_the_image_is_lean_and_as_large_as_the_readme_says(world: World) -> None
     assert int(in_all[1]) - int(in_all[2]) == int(stated[1])
 
 
-def test_redis_keeps_a_log_and_no_snapshots(world: World) -> None:
+def test_redis_keeps_a_log_and_no_snapshots(harness: Harness) -> None:
     asked = (
         'REDISCLI_AUTH="$REDIS_PASSWORD" redis-cli -h 127.0.0.1 config get save appendonly maxmemory-policy'
     )
-    said = world.stack.exec("redis", "sh", "-c", asked).split("\n")
+    said = harness.stack.exec("redis", "sh", "-c", asked).split("\n")
     settings = dict(zip(said[::2], said[1::2], strict=False))
     assert settings == {"save": "", "appendonly": "yes", "maxmemory-policy": "noeviction"}
 
 
-def test_what_is_tested_is_what_is_shipped(world: World) -> None:
+def test_the_tested_image_is_the_shipped_one(harness: Harness) -> None:
     """The stack as these tests run it, beside `docker compose --profile demo` with nothing but passwords set."""
-    env_file = world.stack.folder / "shipped"
+    env_file = harness.stack.folder / "shipped"
     example = (ROOT / ".env.example").read_text()
     env_file.write_text(example.replace("_PASSWORD=\n", "_PASSWORD=abc\n"))
     command = (
@@ -118,7 +120,7 @@ def test_what_is_tested_is_what_is_shipped(world: World) -> None:
         "json",
     )
     shipped = json.loads(run(*command).stdout)["services"]
-    tested = json.loads(world.stack.compose("config", "--format", "json"))["services"]
+    tested = json.loads(harness.stack.compose("config", "--format", "json"))["services"]
     assert set(shipped) == {"api", "fetcher", "evictor", "redis", "rabbitmq", "prometheus", "demo"}
     for name, service in shipped.items():
         assert _of_the_file(service) == _of_the_file(tested[name]), name
@@ -136,21 +138,21 @@ def _of_the_file(service: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def test_the_configuration_holds_no_secret_of_its_own(world: World) -> None:
-    env_file = world.stack.folder / "without-passwords"
+def test_the_configuration_holds_no_secret_of_its_own(harness: Harness) -> None:
+    env_file = harness.stack.folder / "without-passwords"
     env_file.write_text("")
     refused = run("docker", "compose", "--env-file", str(env_file), "config")
     assert refused.returncode != 0
     assert "PASSWORD is missing a value" in refused.stderr
-    shown = world.stack.compose("config")
-    passwords = {world.stack.settings[name] for name in ("REDIS_PASSWORD", "RABBITMQ_PASSWORD")}
+    shown = harness.stack.compose("config")
+    passwords = {harness.stack.settings[name] for name in ("REDIS_PASSWORD", "RABBITMQ_PASSWORD")}
     for line in shown.splitlines():
         if re.search(r"password|secret|token", line, re.IGNORECASE) and "GF_" not in line:
             assert any(password in line for password in passwords) or "$$REDIS_PASSWORD" in line, line
 
 
-def test_redis_and_rabbitmq_are_reached_from_inside_alone(world: World) -> None:
-    for container in world.stack.containers():
+def test_redis_and_rabbitmq_are_reached_from_inside_alone(harness: Harness) -> None:
+    for container in harness.stack.containers():
         service = container["Config"]["Labels"]["com.docker.compose.service"]
         published = {port for port, bound in container["NetworkSettings"]["Ports"].items() if bound}
         if service in {"redis", "rabbitmq", "fetcher", "evictor"}:
@@ -162,9 +164,9 @@ def test_redis_and_rabbitmq_are_reached_from_inside_alone(world: World) -> None:
             assert addresses == {"127.0.0.1"}, service
 
 
-def test_logs_are_json_and_hold_no_password(world: World) -> None:
-    logs = "".join(world.stack.log_of(service) for service in NODE)
+def test_logs_are_json_and_hold_no_password(harness: Harness) -> None:
+    logs = "".join(harness.stack.log_of(service) for service in NODE)
     lines = [line for line in logs.splitlines() if line.strip()]
     assert len(lines) > 10
     assert [line for line in lines if not line.startswith("{")] == []
-    assert not any(world.stack.settings[name] in logs for name in ("REDIS_PASSWORD", "RABBITMQ_PASSWORD"))
+    assert not any(harness.stack.settings[name] in logs for name in ("REDIS_PASSWORD", "RABBITMQ_PASSWORD"))

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from services.demo.knobs import Behaviour, Match, Rule
+from distributor_node.services.demo.faults import Fault, Match, Rule
 from tests.docker.compose import ROOT, until
-from tests.docker.world import LARGE_OBJECTS, World, fetch_json
+from tests.docker.harness import LARGE_OBJECTS, Harness, fetch_json
 from tests.end_to_end.client import get
 
 pytestmark = pytest.mark.docker
@@ -22,31 +22,31 @@ FAILING, UNPUBLISHED = "150", "151"
 DASHBOARD = ROOT / "deploy" / "grafana" / "dashboards" / "distributor-node.json"
 
 
-def targets(world: World) -> list[dict[str, Any]]:
-    base = f"http://127.0.0.1:{world.stack.ports['PROMETHEUS_PORT']}/api/v1/targets"
+def targets(harness: Harness) -> list[dict[str, Any]]:
+    base = f"http://127.0.0.1:{harness.stack.ports['PROMETHEUS_PORT']}/api/v1/targets"
     found: list[dict[str, Any]] = fetch_json(base)["data"]["activeTargets"]
     return found
 
 
-def test_every_target_is_up_and_every_fetcher_is_one(world: World) -> None:
+def test_every_target_is_up_and_every_fetcher_is_one(harness: Harness) -> None:
     def all_up() -> bool:
-        return [target["health"] for target in targets(world)] == ["up"] * 7
+        return [target["health"] for target in targets(harness)] == ["up"] * 7
 
     until(all_up, "seven targets are up", timeout=90)
-    jobs = sorted(target["labels"]["job"] for target in targets(world))
+    jobs = sorted(target["labels"]["job"] for target in targets(harness))
     assert jobs == ["api", "evictor", "fetcher", "fetcher", "fetcher", "prometheus", "rabbitmq"]
 
 
-def test_configuration_and_rules_as_promtool_sees_them(world: World) -> None:
-    world.stack.exec("prometheus", "promtool", "check", "config", "/etc/prometheus/prometheus.yml")
-    world.stack.exec("prometheus", "promtool", "test", "rules", "/etc/prometheus/tests/alerts.yml")
+def test_configuration_and_rules_as_promtool_sees_them(harness: Harness) -> None:
+    harness.stack.exec("prometheus", "promtool", "check", "config", "/etc/prometheus/prometheus.yml")
+    harness.stack.exec("prometheus", "promtool", "test", "rules", "/etc/prometheus/tests/alerts.yml")
 
 
-def test_the_rules_are_loaded_and_none_fails(world: World) -> None:
+def test_the_rules_are_loaded_and_none_fails(harness: Harness) -> None:
     def evaluated() -> list[dict[str, Any]] | None:
-        groups = fetch_json(f"http://127.0.0.1:{world.stack.ports['PROMETHEUS_PORT']}/api/v1/rules")["data"][
-            "groups"
-        ]
+        groups = fetch_json(f"http://127.0.0.1:{harness.stack.ports['PROMETHEUS_PORT']}/api/v1/rules")[
+            "data"
+        ]["groups"]
         found = [rule for group in groups for rule in group["rules"]]
         fine = all(rule["health"] == "ok" and rule.get("state") != "firing" for rule in found)
         return found if found and fine else None
@@ -58,30 +58,30 @@ def test_the_rules_are_loaded_and_none_fails(world: World) -> None:
     assert names == set(re.findall(r"- (?:alert|record): (\S+)", written))
 
 
-async def some_trouble(world: World) -> None:
+async def some_trouble(harness: Harness) -> None:
     """Something for every panel that shows errors: 4xx and 5xx answers, a source that fails, a client that leaves, and
     calls of Redis and RabbitMQ that get no answer."""
-    assert (await get(world.stack.url("no-such-object"))).status == 404
-    world.behave([Rule(Behaviour(status=500), Match(object_id=FAILING, method="GET", endpoint="files"))])
-    assert (await get(world.stack.url(FAILING))).status == 502
-    world.behave([])
+    assert (await get(harness.stack.url("no-such-object"))).status == 404
+    harness.behave([Rule(Fault(status=500), Match(object_id=FAILING, method="GET", endpoint="files"))])
+    assert (await get(harness.stack.url(FAILING))).status == 502
+    harness.behave([])
     with contextlib.suppress(TimeoutError):
-        await get(world.stack.url("64"), timeout=0.05)
-    await asyncio.to_thread(world.stack.compose, "pause", "rabbitmq")
+        await get(harness.stack.url("64"), timeout=0.05)
+    await asyncio.to_thread(harness.stack.compose, "pause", "rabbitmq")
     try:
-        answer = await get(world.stack.url(UNPUBLISHED))
-        assert world.right(answer, UNPUBLISHED)
+        answer = await get(harness.stack.url(UNPUBLISHED))
+        assert harness.right(answer, UNPUBLISHED)
         assert answer.headers["x-data-source"] == "external"
     finally:
-        await asyncio.to_thread(world.stack.compose, "unpause", "rabbitmq")
-    await asyncio.to_thread(world.stack.compose, "pause", "redis")
+        await asyncio.to_thread(harness.stack.compose, "unpause", "rabbitmq")
+    await asyncio.to_thread(harness.stack.compose, "pause", "redis")
     try:
         await asyncio.sleep(4)  # two rounds of what every process asks of itself
     finally:
-        await asyncio.to_thread(world.stack.compose, "unpause", "redis")
+        await asyncio.to_thread(harness.stack.compose, "unpause", "redis")
     # Docker calls a paused container unhealthy until it is next looked at, and nothing is started that depends on it.
     for service in ("rabbitmq", "redis"):
-        await asyncio.to_thread(world.stack.until_healthy, service)
+        await asyncio.to_thread(harness.stack.until_healthy, service)
 
 
 def chosen(query: str) -> str:
@@ -93,11 +93,11 @@ def chosen(query: str) -> str:
     return query
 
 
-async def test_every_query_of_the_dashboard_returns_data(world: World) -> None:
+async def test_every_query_of_the_dashboard_returns_data(harness: Harness) -> None:
     # More than the volume may hold, so that there is an eviction to show.
     for object_id in ("64", *LARGE_OBJECTS):
-        await world.cached([object_id])
-    await some_trouble(world)
+        await harness.cached([object_id])
+    await some_trouble(harness)
     # Without what stands in for missing series: they are there.
     queries = [
         chosen(target["expr"]).replace(" or vector(0)", "")
@@ -107,21 +107,21 @@ async def test_every_query_of_the_dashboard_returns_data(world: World) -> None:
     assert len(queries) > 30
 
     deadline = asyncio.get_running_loop().time() + 90
-    while without_data := [query for query in queries if not world.prometheus(query)]:
+    while without_data := [query for query in queries if not harness.prometheus(query)]:
         assert asyncio.get_running_loop().time() < deadline, f"no data for {without_data}"
-        assert world.right(await get(world.stack.url("64")), "64")  # a ratio needs someone who asks
+        assert harness.right(await get(harness.stack.url("64")), "64")  # a ratio needs someone who asks
         await asyncio.sleep(3)
 
 
-def test_metrics_of_others_that_rules_rely_on(world: World) -> None:
+def test_metrics_of_others_that_rules_rely_on(harness: Harness) -> None:
     for name in ("rabbitmq_alarms_memory_used_watermark", "rabbitmq_alarms_free_disk_space_watermark"):
-        assert [float(one["value"][1]) for one in world.prometheus(name)] == [0.0]
-    (limit,) = world.prometheus("distributor_state_store_server_memory_limit_bytes")
+        assert [float(one["value"][1]) for one in harness.prometheus(name)] == [0.0]
+    (limit,) = harness.prometheus("distributor_state_store_server_memory_limit_bytes")
     assert float(limit["value"][1]) == 384 * 1024**2
 
 
-def test_grafana_has_the_dashboard_and_its_source(world: World) -> None:
-    base = f"http://127.0.0.1:{world.stack.ports['GRAFANA_PORT']}/api"
+def test_grafana_has_the_dashboard_and_its_source(harness: Harness) -> None:
+    base = f"http://127.0.0.1:{harness.stack.ports['GRAFANA_PORT']}/api"
     assert fetch_json(f"{base}/health")["database"] == "ok"
     assert "distributor-node" in {board["uid"] for board in fetch_json(f"{base}/search")}
     shown = fetch_json(f"{base}/dashboards/uid/distributor-node")["dashboard"]

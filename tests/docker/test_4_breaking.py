@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests.docker.world import KILLED, NOTES, Traffic, World
+from tests.docker.harness import KILLED, NOTES, Harness, Traffic
 from tests.end_to_end.client import Answer, get
 
 pytestmark = pytest.mark.docker
@@ -16,33 +16,35 @@ MIB = 1024**2
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _room_for_all(world: World) -> None:
+def _room_for_all(harness: Harness) -> None:
     """From here on nothing has to be evicted: what was cached stays a hit."""
-    world.stack.settings["STORAGE_LIMIT"] = "2G"
-    world.stack.up()
+    harness.stack.settings["STORAGE_LIMIT"] = "2G"
+    harness.stack.up()
 
 
-async def test_a_killed_fetcher_s_download_is_resumed(world: World) -> None:
-    world.slow_down(4 * MIB, KILLED)
-    before = len(world.requests_for(KILLED))
-    assert await world.cache_result(KILLED) == "miss"
-    asked = asyncio.create_task(get(world.stack.url(KILLED), timeout=120))
-    await _until_sent(world, KILLED, before, 12 * MIB)
-    await asyncio.to_thread(world.stack.compose, "kill", "--signal", "KILL", "fetcher")
+async def test_a_killed_fetchers_download_is_resumed(harness: Harness) -> None:
+    harness.slow_down(4 * MIB, KILLED)
+    before = len(harness.requests_for(KILLED))
+    assert await harness.cache_result(KILLED) == "miss"
+    asked = asyncio.create_task(get(harness.stack.url(KILLED), timeout=120))
+    await _until_sent(harness, KILLED, before, 12 * MIB)
+    await asyncio.to_thread(harness.stack.compose, "kill", "--signal", "KILL", "fetcher")
     killed = time.monotonic()
-    await asyncio.to_thread(world.stack.up, "--no-recreate")
+    await asyncio.to_thread(harness.stack.up, "--no-recreate")
     answer = await asked
-    assert world.right(answer, KILLED)
-    await world.until_hit(KILLED)
-    ranges = [record["range"] for record in world.requests_for(KILLED)[before:] if record["method"] == "GET"]
+    assert harness.right(answer, KILLED)
+    await harness.until_hit(KILLED)
+    ranges = [
+        record["range"] for record in harness.requests_for(KILLED)[before:] if record["method"] == "GET"
+    ]
     assert ranges[0] is None
     assert any(asked_for and not asked_for.startswith("bytes=0-") for asked_for in ranges[1:]), ranges
     NOTES.append(f"client served {time.monotonic() - killed:.1f} s after the kill; ranges {ranges}")
 
 
-async def _until_sent(world: World, object_id: str, skip: int, size: int) -> None:
+async def _until_sent(harness: Harness, object_id: str, skip: int, size: int) -> None:
     deadline = time.monotonic() + 30
-    while sum(record["bytes_sent"] for record in world.requests_for(object_id)[skip:]) < size:
+    while sum(record["bytes_sent"] for record in harness.requests_for(object_id)[skip:]) < size:
         assert time.monotonic() < deadline
         await asyncio.sleep(0.1)
 
@@ -52,29 +54,29 @@ async def _until_sent(world: World, object_id: str, skip: int, size: int) -> Non
     [("rabbitmq", range(130, 140)), ("redis", range(140, 150))],
     ids=["rabbitmq", "redis"],
 )
-async def test_a_server_is_restarted_during_traffic(world: World, service: str, objects: range) -> None:
-    await world.cached(["1"])
+async def test_a_server_is_restarted_during_traffic(harness: Harness, service: str, objects: range) -> None:
+    await harness.cached(["1"])
     misses = [str(number) for number in objects]
     answers: dict[str, Answer] = {}
-    async with Traffic(world.stack.url("1"), world.body_of("1")) as hits:
-        restarting = asyncio.create_task(asyncio.to_thread(world.stack.compose, "restart", service))
+    async with Traffic(harness.stack.url("1"), harness.body_of("1")) as hits:
+        restarting = asyncio.create_task(asyncio.to_thread(harness.stack.compose, "restart", service))
         for object_id in misses[:-1]:
-            answers[object_id] = await get(world.stack.url(object_id), timeout=60)
+            answers[object_id] = await get(harness.stack.url(object_id), timeout=60)
             await asyncio.sleep(0.7)
         await restarting
-        await asyncio.to_thread(world.stack.until_healthy, service)
+        await asyncio.to_thread(harness.stack.until_healthy, service)
         back = time.monotonic()
         last = misses[-1]
-        answers[last] = await get(world.stack.url(last), timeout=60)
+        answers[last] = await get(harness.stack.url(last), timeout=60)
         # By itself: what was asked for meanwhile may be cached when it is asked for again.
-        await _fetched_again(world, last, 30)
+        await _fetched_again(harness, last, 30)
         recovered = time.monotonic() - back
     assert hits.failures == []
     assert hits.asked > 100
     wrong = {
         object_id: answer.status
         for object_id, answer in answers.items()
-        if not world.right(answer, object_id)
+        if not harness.right(answer, object_id)
     }
     assert wrong == {}
     assert recovered < 30
@@ -85,22 +87,22 @@ async def test_a_server_is_restarted_during_traffic(world: World, service: str, 
     NOTES.append(f"fetching again {recovered:.1f} s after the restart")
 
 
-async def _fetched_again(world: World, object_id: str, timeout: float) -> None:
+async def _fetched_again(harness: Harness, object_id: str, timeout: float) -> None:
     """Ask as a client does, now and then, until the object is cached."""
     deadline = time.monotonic() + timeout
-    while (await get(world.stack.url(object_id))).headers["x-cache"] != "hit":
+    while (await get(harness.stack.url(object_id))).headers["x-cache"] != "hit":
         assert time.monotonic() < deadline, f"{object_id} is not cached {timeout} s after the restart"
         await asyncio.sleep(0.5)
 
 
-async def test_after_down_and_up_every_cached_object_is_a_hit(world: World) -> None:
-    await world.cached(["1", "2", "3"])
-    cached = [object_id for object_id in world.objects if await world.cache_result(object_id) == "hit"]
+async def test_after_down_and_up_every_cached_object_is_a_hit(harness: Harness) -> None:
+    await harness.cached(["1", "2", "3"])
+    cached = [object_id for object_id in harness.objects if await harness.cache_result(object_id) == "hit"]
     assert len(cached) >= 10
-    await asyncio.to_thread(world.stack.down)
-    assert world.stack.compose("ps", "--quiet", "--all") == ""
-    await asyncio.to_thread(world.stack.up)
+    await asyncio.to_thread(harness.stack.down)
+    assert harness.stack.compose("ps", "--quiet", "--all") == ""
+    await asyncio.to_thread(harness.stack.up)
     for object_id in cached:
-        answer = await get(world.stack.url(object_id))
+        answer = await get(harness.stack.url(object_id))
         assert answer.headers["x-cache"] == "hit", object_id
-        assert world.right(answer, object_id)
+        assert harness.right(answer, object_id)

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.docker.compose import ROOT
-from tests.docker.world import NOTES, Traffic, World
+from tests.docker.harness import NOTES, Harness, Traffic
 from tests.end_to_end.client import get
 
 pytestmark = pytest.mark.docker
@@ -19,16 +19,16 @@ RETRY_AFTER = float(re.findall(r"[Ww]hoever asks again after (\d+) s", (ROOT / "
 MIB = 1024**2
 
 
-def replaced(world: World) -> str:
+def replaced(harness: Harness) -> str:
     """The id of the API's container: another one once it was replaced."""
-    return world.stack.compose("ps", "--quiet", "api")
+    return harness.stack.compose("ps", "--quiet", "api")
 
 
-def own_address(world: World) -> str:
+def own_address(harness: Harness) -> str:
     """Where the API's container is reached without a published port."""
     (container,) = [
         one
-        for one in world.stack.containers()
+        for one in harness.stack.containers()
         if one["Config"]["Labels"]["com.docker.compose.service"] == "api"
     ]
     (address,) = [
@@ -39,24 +39,24 @@ def own_address(world: World) -> str:
     return f"{address}:3334"
 
 
-async def test_a_changed_setting_costs_no_request(world: World) -> None:
+async def test_a_changed_setting_costs_no_request(harness: Harness) -> None:
     """With the edge in front nobody notices. Without it whoever is refused and asks once more is answered. Asked
     without Docker's forwarder, which lets clients in before it knows whether the container will, the container answers
     every connection that it has not refused."""
-    await world.cached(["1"])
-    before = replaced(world)
-    world.stack.settings["LOG_LEVEL"] = "debug"
-    body = world.body_of("1")
+    await harness.cached(["1"])
+    before = replaced(harness)
+    harness.stack.settings["LOG_LEVEL"] = "debug"
+    body = harness.body_of("1")
     async with (
-        Traffic(world.stack.edge_url("/api/v1/assets/1"), body) as edge,
-        Traffic(world.stack.url("1"), body, retry_after=RETRY_AFTER, forwarded=True) as direct,
-        Traffic(world.stack.url("1"), body, clients=1, forwarded=True) as watch,
+        Traffic(harness.stack.edge_url("/api/v1/assets/1"), body) as edge,
+        Traffic(harness.stack.url("1"), body, retry_after=RETRY_AFTER, forwarded=True) as direct,
+        Traffic(harness.stack.url("1"), body, clients=1, forwarded=True) as watch,
         Traffic(
-            f"http://{own_address(world)}/api/v1/assets/1", body, clients=16, until_refused=True
+            f"http://{own_address(harness)}/api/v1/assets/1", body, clients=16, until_refused=True
         ) as inside,
     ):
         await asyncio.sleep(1)
-        await asyncio.to_thread(world.stack.up)
+        await asyncio.to_thread(harness.stack.up)
         await asyncio.sleep(1)
     NOTES.append(
         f"API replaced: edge: {edge.asked} requests, slowest {edge.slowest:.1f} s; "
@@ -64,7 +64,7 @@ async def test_a_changed_setting_costs_no_request(world: World) -> None:
         f"{inside.asked} connections to the container itself until it refused, "
         f"{len(inside.failures)} of them closed unanswered"
     )
-    assert replaced(world) != before
+    assert replaced(harness) != before
     assert edge.failures == []
     assert direct.failures == []
     assert direct.refused > 0
@@ -75,16 +75,16 @@ async def test_a_changed_setting_costs_no_request(world: World) -> None:
     assert edge.asked > 200
 
 
-async def test_the_edge_waits_for_as_long_as_a_stop_may_take(world: World) -> None:
+async def test_the_edge_waits_for_as_long_as_a_stop_may_take(harness: Harness) -> None:
     """A client that reads slowly keeps the container that leaves for all of the shutdown deadline."""
-    await world.cached(["1", "64"])
-    address = own_address(world)
+    await harness.cached(["1", "64"])
+    address = own_address(harness)
     reading = asyncio.create_task(_slowly(f"http://{address}/api/v1/assets/64", 64 * MIB, seconds=90))
-    world.stack.settings["LOG_LEVEL"] = "warning"
-    async with Traffic(world.stack.edge_url("/api/v1/assets/1"), world.body_of("1")) as edge:
+    harness.stack.settings["LOG_LEVEL"] = "warning"
+    async with Traffic(harness.stack.edge_url("/api/v1/assets/1"), harness.body_of("1")) as edge:
         await asyncio.sleep(1)
         began = time.monotonic()
-        await asyncio.to_thread(world.stack.up)
+        await asyncio.to_thread(harness.stack.up)
         took = time.monotonic() - began
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
@@ -93,20 +93,20 @@ async def test_the_edge_waits_for_as_long_as_a_stop_may_take(world: World) -> No
     assert edge.failures == []
 
 
-async def test_answers_under_way_end_well(world: World) -> None:
+async def test_responses_in_progress_complete(harness: Harness) -> None:
     """A replaced container sends what it has begun, through the edge and without it. (Without it: at the container's
     own address: Docker's forwarder on 127.0.0.1 ends with the container, whatever it still holds for its client.)"""
-    await world.cached(["64"])
+    await harness.cached(["64"])
     slow = [
-        asyncio.create_task(_slowly(url, world.objects["64"].size))
+        asyncio.create_task(_slowly(url, harness.objects["64"].size))
         for url in (
-            world.stack.edge_url("/api/v1/assets/64"),
-            f"http://{own_address(world)}/api/v1/assets/64",
+            harness.stack.edge_url("/api/v1/assets/64"),
+            f"http://{own_address(harness)}/api/v1/assets/64",
         )
     ]
     await asyncio.sleep(1)
-    world.stack.settings["LOG_LEVEL"] = "info"
-    await asyncio.to_thread(world.stack.up)
+    harness.stack.settings["LOG_LEVEL"] = "info"
+    await asyncio.to_thread(harness.stack.up)
     assert await asyncio.gather(*slow) == [True, True]
 
 

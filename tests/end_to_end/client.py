@@ -37,7 +37,7 @@ async def get(
 ) -> Answer:
     """One request on a connection of its own. A cut connection is not an error: see `complete`.
 
-    It is not said that the connection will be closed: hits then come down the fast lane, as players get them.
+    It is not said that the connection will be closed: hits then come down the fast path, as players get them.
     """
     host, port, path = _split(url)
     lines = [f"{method} {path} HTTP/1.1", f"Host: {host}:{port}"]

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from redis import asyncio as aioredis
 
-from services.demo.objects import DemoObject
-from services.demo.storage_node import StorageNode
+from distributor_node.services.demo.objects import DemoObject
+from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.stack import Stack
 
 
 @dataclass(slots=True)
-class World:
+class Harness:
     """The node and the storage nodes it fetches from; `first` comes first in the catalog."""
 
     stack: Stack
@@ -41,10 +41,10 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[World]:
+async def harness(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[Harness]:
     stack = Stack(tmp_path, redis_url, amqp_url, f"e2e-{uuid.uuid4().hex[:8]}")
     async with StorageNode([]).run() as first, StorageNode([]).run() as second:
         try:
-            yield World(stack, first, second)
+            yield Harness(stack, first, second)
         finally:
             stack.kill_all()

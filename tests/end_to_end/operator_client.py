@@ -36,13 +36,13 @@ class OperatorClient:
         async with asyncio.timeout(20):
             return await exchange("127.0.0.1", self.port, head.encode() + raw)
 
-    async def order(self, path: str, body: Any = None) -> Any:
+    async def command(self, path: str, body: Any = None) -> Any:
         """A POST that must succeed."""
         answer = await self.ask("POST", path, body)
         assert answer.status == 200, answer
         return answer.json()
 
-    async def look(self, path: str) -> Any:
+    async def query(self, path: str) -> Any:
         """A GET that must succeed."""
         answer = await self.ask("GET", path)
         assert answer.status == 200, answer

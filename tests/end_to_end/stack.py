@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from services.demo.manifest import content_hash
-from services.demo.objects import DemoObject
+from distributor_node.services.demo.manifest import content_hash
+from distributor_node.services.demo.objects import DemoObject
 from tests.end_to_end.client import Answer, get
 from tests.servers.redis_server import free_port
 
@@ -37,7 +37,7 @@ class ServiceProcess:
     def start(self) -> None:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.command_line", *self.arguments],
+                [sys.executable, "-m", "distributor_node.services.command_line", *self.arguments],
                 env={**os.environ, **self.environment},
                 stdout=log,
                 stderr=log,

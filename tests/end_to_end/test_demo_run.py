@@ -19,7 +19,9 @@ pytestmark = pytest.mark.timeout(120)
 def test_a_demo_node_answers_as_it_says(tmp_path: Path, catalog: str) -> None:
     arguments = ["--catalog", catalog, "--port", str(free_port()), "--data", str(tmp_path)]
     demo = subprocess.Popen(
-        [sys.executable, "-m", "services.standalone.demo_run", *arguments], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "distributor_node.services.standalone.demo_run", *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert demo.stdout is not None

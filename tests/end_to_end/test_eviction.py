@@ -16,15 +16,15 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.objects import MIB, generated_object
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
-from shared.adapters.volume import Volume
-from shared.domain.objects import ObjectId, StoredRecord, entity_tag
-from shared.domain.space import footprint
-from shared.ports.state_store import Access, Granted, IndexEntry
+from distributor_node.services.demo.objects import MIB, generated_object
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord, entity_tag
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import Access, Granted, IndexEntry
 from tests.end_to_end.client import get
-from tests.end_to_end.conftest import World
+from tests.end_to_end.conftest import Harness
 from tests.end_to_end.stack import ServiceProcess, Stack
 
 pytestmark = pytest.mark.timeout(180)
@@ -43,32 +43,32 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60.0)
 
 @pytest.mark.parametrize(("min_idle", "outlives"), [("8", True), ("1", False)])
 async def test_a_video_being_watched_outlives_a_flood_of_thumbnails(
-    world: World, min_idle: str, outlives: bool
+    harness: Harness, min_idle: str, outlives: bool
 ) -> None:
     """Two minutes of peace are eight seconds here. To the policy the video is the least of all objects; its player
     pauses so long between two ranges that no API process holds it any more, so nothing but its accesses keeps it:
     with a `min_idle` shorter than the pause it goes."""
     video = generated_object("1", 12 * MIB)
     thumbnails = [generated_object(str(number), MIB // 4) for number in range(2, 150)]
-    world.publish([video, *thumbnails])
-    world.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"] = "40M"
-    world.stack.environment["DISTRIBUTOR_EVICTOR__MIN_IDLE"] = min_idle
-    await world.stack.up()
-    await get(world.stack.url("1"))
-    await world.stack.until_hit("1")
+    harness.publish([video, *thumbnails])
+    harness.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"] = "40M"
+    harness.stack.environment["DISTRIBUTOR_EVICTOR__MIN_IDLE"] = min_idle
+    await harness.stack.up()
+    await get(harness.stack.url("1"))
+    await harness.stack.until_hit("1")
     over, seen = asyncio.Event(), list[str]()
 
     async def watch() -> None:
         while not over.is_set():
             first = len(seen) * MIB % (11 * MIB)
-            answer = await get(world.stack.url("1"), {"Range": f"bytes={first}-{first + MIB - 1}"})
+            answer = await get(harness.stack.url("1"), {"Range": f"bytes={first}-{first + MIB - 1}"})
             assert (answer.status, len(answer.body)) == (206, MIB)
             seen.append(answer.headers["x-cache"])
             await asyncio.sleep(PLAYERS_PAUSE)
 
     async def flood() -> None:
         for thumbnail in thumbnails:
-            assert (await get(world.stack.url(thumbnail.object_id))).complete
+            assert (await get(harness.stack.url(thumbnail.object_id))).complete
             await asyncio.sleep(0.15)
         over.set()
 
@@ -78,7 +78,7 @@ async def test_a_video_being_watched_outlives_a_flood_of_thumbnails(
     assert len(seen) > 5
     assert (set(seen) == {"hit"}) == outlives
     if outlives:
-        heads = [await get(world.stack.url(name), method="HEAD") for name in ("1", "2")]
+        heads = [await get(harness.stack.url(name), method="HEAD") for name in ("1", "2")]
         assert [head.headers["x-cache"] for head in heads] == ["hit", "miss"]
 
 
@@ -99,7 +99,7 @@ class Node:
             assert isinstance(begun, Granted)
             tag = entity_tag(object_id, size, None, "test")
             record = StoredRecord(object_id, size, tag, None, "image/png", int(stored_at))
-            partial = self.volume.receive(record)
+            partial = self.volume.open_partial_for_writing(record)
             partial.write(0, bytes(size))
             partial.mark_verified()
             # Before it is there to be seen: the evictor notices an object by its file, too
@@ -125,7 +125,7 @@ class Node:
     async def make_room(self, wanted: int) -> list[str]:
         """Ask for so many free bytes, as a worker does; what went for it, in this order."""
         known, before = len(self.removed()), set(await self.entries())
-        await self.state.want_space(ObjectId("wanted"), wanted - footprint(0), 60.0)
+        await self.state.request_space(ObjectId("wanted"), wanted - footprint(0), 60.0)
 
         async def there() -> bool:
             """And said so: the log comes after the bytes."""
@@ -134,7 +134,7 @@ class Node:
             return before - set(await self.entries()) <= set(self.removed()[known:])
 
         await until(there)
-        await self.state.want_space(ObjectId("wanted"), 0, 0.001)
+        await self.state.request_space(ObjectId("wanted"), 0, 0.001)
         return self.removed()[known:]
 
     def removed(self) -> list[str]:
@@ -152,7 +152,7 @@ class Node:
         await self.evictor.healthy()
 
         async def at_work() -> bool:
-            return '"reconciled"' in self.evictor.tail()
+            return '"reconciliation_finished"' in self.evictor.tail()
 
         await until(at_work)
 
@@ -173,7 +173,7 @@ async def a_node(folder: Path, redis_url: str, **settings: str) -> AsyncIterator
         "DISTRIBUTOR_LOG__LEVEL": "debug",
         **settings,
     }
-    state = RedisStateStore(redis_url, prefix + ":", LIMIT, StateTimes(operation_timeout=5.0))
+    state = RedisStateStore(redis_url, prefix + ":", LIMIT, StateTimeouts(operation_timeout=5.0))
     await state.open()
     volume = Volume(stack.volume)
     volume.prepare()

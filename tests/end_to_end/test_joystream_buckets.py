@@ -1,28 +1,28 @@
-"""The scenarios of any node that have nothing to do with the duty's mode, on the joystream catalog by buckets."""
+"""The scenarios of any node that have nothing to do with the assignment's mode, on the joystream catalog by buckets."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.end_to_end.test_joystream import JoystreamWorld, world
+from tests.end_to_end.test_joystream import JoystreamHarness, harness
 from tests.end_to_end.test_one_get import (
     never_passes_the_limit,
-    test_a_file_cut_behind_our_back_is_no_hit_and_is_put_right,
+    test_a_truncated_file_is_no_hit_and_is_repaired,
     test_an_object_larger_than_the_limit_is_proxied_and_evicts_nothing,
     test_odd_ranges_of_a_hit,
     test_the_first_byte_arrives_while_the_source_is_still_sending,
 )
 
 __all__ = [
-    "test_a_file_cut_behind_our_back_is_no_hit_and_is_put_right",
+    "harness",
+    "test_a_truncated_file_is_no_hit_and_is_repaired",
     "test_an_object_larger_than_the_limit_is_proxied_and_evicts_nothing",
     "test_odd_ranges_of_a_hit",
     "test_the_first_byte_arrives_while_the_source_is_still_sending",
-    "world",
 ]
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.parametrize("world", ["buckets"], indirect=True)]
+pytestmark = [pytest.mark.timeout(180), pytest.mark.parametrize("harness", ["buckets"], indirect=True)]
 
 
-async def test_the_storage_limit_is_not_passed_here_either(world: JoystreamWorld) -> None:
-    await never_passes_the_limit(world, seconds=8, least_asked=20)
+async def test_the_storage_limit_is_not_exceeded_with_buckets(harness: JoystreamHarness) -> None:
+    await never_passes_the_limit(harness, seconds=8, least_asked=20)

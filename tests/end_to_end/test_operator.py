@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from services.demo.knobs import Behaviour, Match
-from services.demo.objects import MIB, generated_object
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import MIB, generated_object
 from tests.end_to_end.client import get
-from tests.end_to_end.conftest import World
+from tests.end_to_end.conftest import Harness
 from tests.end_to_end.operator_client import (
     OperatorClient,
     accepts_connections,
@@ -29,12 +29,12 @@ from tests.servers.redis_server import free_port
 pytestmark = pytest.mark.timeout(180)
 
 
-async def started(world: World, *, workers: int = 2, **settings: str) -> OperatorClient:
+async def started(harness: Harness, *, workers: int = 2, **settings: str) -> OperatorClient:
     """A node with an operator; its storage limit leaves room for a few MiB of warming."""
     operator = OperatorClient(free_port())
-    world.stack.environment.update(operator.environment)
-    world.stack.environment.update(settings)
-    await world.stack.up(workers=workers)
+    harness.stack.environment.update(operator.environment)
+    harness.stack.environment.update(settings)
+    await harness.stack.up(workers=workers)
     await until(lambda: all_listen(operator, workers))
     return operator
 
@@ -47,9 +47,9 @@ async def all_listen(operator: OperatorClient, workers: int) -> bool:
     ].count(True) == workers
 
 
-def worker_processes(world: World) -> list[int]:
+def worker_processes(harness: Harness) -> list[int]:
     """The API's workers: children of its supervisor."""
-    [api] = world.stack.of("api")
+    [api] = harness.stack.of("api")
     assert api.process is not None
     children = Path(f"/proc/{api.process.pid}/task/{api.process.pid}/children").read_text()
     return [int(child) for child in children.split()]
@@ -59,24 +59,24 @@ async def all_gone(processes: Iterable[int]) -> bool:
     return not any(Path(f"/proc/{process}").exists() for process in processes)
 
 
-async def killed_and_started_again(world: World) -> None:
+async def killed_and_started_again(harness: Harness) -> None:
     """`kill -9` for the supervisor; its workers notice, and leave the port."""
-    [api] = world.stack.of("api")
+    [api] = harness.stack.of("api")
     api.kill()
-    await until(lambda: refuses_connections(world.stack.port))
+    await until(lambda: refuses_connections(harness.stack.port))
     api.start()
     await api.healthy()
 
 
-async def buckets_everywhere(world: World) -> set[str]:
+async def buckets_everywhere(harness: Harness) -> set[str]:
     """What /buckets says on twenty connections: both workers are asked."""
-    url = f"http://127.0.0.1:{world.stack.port}/api/v1/buckets"
+    url = f"http://127.0.0.1:{harness.stack.port}/api/v1/buckets"
     return {json.dumps((await get(url)).json()) for _ in range(20)}
 
 
-async def test_the_table_of_statuses(world: World) -> None:
-    world.publish([generated_object("1", 1000)])
-    operator = await started(world)
+async def test_the_table_of_statuses(harness: Harness) -> None:
+    harness.publish([generated_object("1", 1000)])
+    operator = await started(harness)
     url = "/api/v1/stop-api"
     for name, token in {
         "forged": sign(url, secret="not-the-secret-of-this-node-at-all!"),
@@ -114,140 +114,140 @@ async def test_the_table_of_statuses(world: World) -> None:
             assert await status(path, body) == 400, (path, body)
     assert (await operator.ask("GET", "cache?limit=0")).status == 400
     assert (await operator.ask("GET", "unknown")).status == 404
-    assert "the-operators-secret" not in world.stack.logs()
-    assert "eyJ" not in world.stack.logs()
+    assert "the-operators-secret" not in harness.stack.logs()
+    assert "eyJ" not in harness.stack.logs()
 
 
-async def test_stop_closes_the_public_port_in_all_workers_and_start_opens_it_again(world: World) -> None:
+async def test_stop_closes_the_public_port_in_all_workers_and_start_opens_it_again(harness: Harness) -> None:
     item = generated_object("1", 8 * MIB)
-    world.publish([item])
-    operator = await started(world)
-    port = world.stack.port
-    await get(world.stack.url("1"))
-    await world.stack.until_hit("1")
+    harness.publish([item])
+    operator = await started(harness)
+    port = harness.stack.port
+    await get(harness.stack.url("1"))
+    await harness.stack.until_hit("1")
     # One answer is under way while the port is closed: it is sent to its end.
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=4096)
     writer.write(b"GET /api/v1/assets/1 HTTP/1.1\r\nHost: n\r\nConnection: close\r\n\r\n")
     head = await reader.readuntil(b"\r\n\r\n")
     assert b" 200 " in head
-    await operator.order("stop-api")
+    await operator.command("stop-api")
     assert await until(lambda: refuses_connections(port)) < 1.5
     assert await reader.readexactly(item.size) == item.content.read(0, item.size)
     writer.close()
     # Killed workers come back, and stay closed.
-    killed = worker_processes(world)
+    killed = worker_processes(harness)
     for process in killed:
         os.kill(process, signal.SIGKILL)
     await until(lambda: all_gone(killed))
     await until(lambda: all_listen(operator, 2))
     assert await refuses_connections(port)
-    await operator.order("start-api")
+    await operator.command("start-api")
     assert await until(lambda: accepts_connections(port)) < 1.5
-    assert (await get(world.stack.url("1"), method="HEAD")).headers["x-cache"] == "hit"
-    assert len(world.first.requests.of("1", "GET")) == 1
+    assert (await get(harness.stack.url("1"), method="HEAD")).headers["x-cache"] == "hit"
+    assert len(harness.first.requests.of("1", "GET")) == 1
 
 
-async def test_the_duty_is_effective_in_every_process_and_outlives_them(world: World) -> None:
-    world.publish([generated_object("1", 1000)])
-    operator = await started(world)
-    assert (await get(world.stack.url("1"), method="HEAD")).status == 200
+async def test_the_assignment_is_effective_in_every_process_and_survives_restarts(harness: Harness) -> None:
+    harness.publish([generated_object("1", 1000)])
+    operator = await started(harness)
+    assert (await get(harness.stack.url("1"), method="HEAD")).status == 200
 
     async def moved() -> bool:
-        return await buckets_everywhere(world) == {'{"bucketIds": ["5:5"]}'}
+        return await buckets_everywhere(harness) == {'{"bucketIds": ["5:5"]}'}
 
-    await operator.order("set-buckets", {"buckets": ["5:5"]})
+    await operator.command("set-buckets", {"buckets": ["5:5"]})
     assert await until(moved) < 1.5
-    assert (await get(world.stack.url("1"), method="HEAD")).status == 421
-    assert (await operator.order("set-worker", {"workerId": 7}))["workerId"] == 7
+    assert (await get(harness.stack.url("1"), method="HEAD")).status == 421
+    assert (await operator.command("set-worker", {"workerId": 7}))["workerId"] == 7
 
     async def known() -> bool:
-        return all([(await world.stack.status()).get("workerId") == 7 for _ in range(10)])
+        return all([(await harness.stack.status()).get("workerId") == 7 for _ in range(10)])
 
     assert await until(known) < 1.5
-    await killed_and_started_again(world)
+    await killed_and_started_again(harness)
     assert await moved()
     assert await known()
-    [api] = world.stack.of("api")
+    [api] = harness.stack.of("api")
     assert await api.stop() == 0
     api.start()
     await api.healthy()
     assert await moved()
-    await operator.order("set-buckets", {})
+    await operator.command("set-buckets", {})
 
     async def by_worker() -> bool:
-        return await buckets_everywhere(world) == {'{"allByWorkerId": 7}'}
+        return await buckets_everywhere(harness) == {'{"allByWorkerId": 7}'}
 
     assert await until(by_worker) < 1.5
 
 
-async def test_one_dead_worker_costs_nothing(world: World) -> None:
-    world.publish([generated_object("1", 1000)])
-    operator = await started(world)
-    victim = worker_processes(world)[0]
+async def test_one_dead_worker_costs_nothing(harness: Harness) -> None:
+    harness.publish([generated_object("1", 1000)])
+    operator = await started(harness)
+    victim = worker_processes(harness)[0]
     os.kill(victim, signal.SIGKILL)
     await until(lambda: all_gone([victim]))
-    await operator.order("set-buckets", {"buckets": ["5:5"]})
-    assert (await operator.look("orders"))["buckets"] == ["5:5"]
+    await operator.command("set-buckets", {"buckets": ["5:5"]})
+    assert (await operator.query("orders"))["buckets"] == ["5:5"]
 
 
-async def test_shutdown_ends_all_processes_with_code_0(world: World) -> None:
-    world.publish([generated_object("1", 1000)])
-    operator = await started(world)
-    workers = worker_processes(world)
-    assert (await operator.order("shutdown"))["shuttingDown"]
-    [api] = world.stack.of("api")
+async def test_shutdown_ends_all_processes_with_code_0(harness: Harness) -> None:
+    harness.publish([generated_object("1", 1000)])
+    operator = await started(harness)
+    workers = worker_processes(harness)
+    assert (await operator.command("shutdown"))["shuttingDown"]
+    [api] = harness.stack.of("api")
     assert api.process is not None
     assert await asyncio.to_thread(api.process.wait, 20) == 0
     assert not [process for process in workers if Path(f"/proc/{process}").exists()]
     # It is no lasting order: started again, it serves.
     api.start()
     await api.healthy()
-    assert not (await operator.look("orders"))["shuttingDown"]
+    assert not (await operator.query("orders"))["shuttingDown"]
 
 
-async def test_an_emptied_state_store_gets_the_orders_back(world: World) -> None:
-    world.publish([generated_object("1", 1000)])
-    operator = await started(world)
-    await operator.order("set-buckets", {"buckets": ["0:1", "5:5"]})
-    await operator.order("pin", {"ids": ["1"]})
+async def test_an_emptied_state_store_gets_the_operator_state_back(harness: Harness) -> None:
+    harness.publish([generated_object("1", 1000)])
+    operator = await started(harness)
+    await operator.command("set-buckets", {"buckets": ["0:1", "5:5"]})
+    await operator.command("pin", {"ids": ["1"]})
 
     async def kept() -> bool:
-        file = world.stack.volume / "operator.json"
+        file = harness.stack.volume / "operator.json"
         return file.exists() and bool(json.loads(file.read_text())["pinned"] == ["1"])
 
     await until(kept)
-    await world.empty_state_store()
+    await harness.empty_state_store()
 
     async def restored() -> bool:
-        return bool((await operator.order("unpin", {"ids": ["9"]}))["pinned"] == 1)
+        return bool((await operator.command("unpin", {"ids": ["9"]}))["pinned"] == 1)
 
-    assert (await operator.look("orders"))["buckets"] == ["0:1", "5:5"]
+    assert (await operator.query("orders"))["buckets"] == ["0:1", "5:5"]
     assert await until(restored) < 2
 
     async def back_everywhere() -> bool:
-        return await buckets_everywhere(world) == {'{"bucketIds": ["0:1", "5:5"]}'}
+        return await buckets_everywhere(harness) == {'{"bucketIds": ["0:1", "5:5"]}'}
 
     assert await until(back_everywhere) < 1.5
 
 
-async def test_purge_lets_readers_finish_and_objects_be_fetched_again(world: World) -> None:
+async def test_purge_lets_readers_finish_and_objects_be_fetched_again(harness: Harness) -> None:
     item, other, slow = (generated_object(name, 8 * MIB) for name in "123")
-    world.publish([item, other, slow])
-    operator = await started(world)
+    harness.publish([item, other, slow])
+    operator = await started(harness)
     for name in "12":
-        await get(world.stack.url(name), keep_body=False)
-        await world.stack.until_hit(name)
-    reader, writer = await asyncio.open_connection("127.0.0.1", world.stack.port, limit=4096)
+        await get(harness.stack.url(name), keep_body=False)
+        await harness.stack.until_hit(name)
+    reader, writer = await asyncio.open_connection("127.0.0.1", harness.stack.port, limit=4096)
     writer.write(b"GET /api/v1/assets/1 HTTP/1.1\r\nHost: n\r\nConnection: close\r\n\r\n")
     await reader.readuntil(b"\r\n\r\n")
-    world.first.knobs.add(Behaviour(bytes_per_second=6 * MIB), Match(object_id="3"))
-    following = asyncio.create_task(get(world.stack.url("3")))
-    await world.stack.until_on_volume(18 * MIB)
-    await operator.order("pin", {"ids": ["2"]})
-    assert (await operator.order("purge", {"all": True}))["purging"] == 3
+    harness.first.faults.add(Fault(bytes_per_second=6 * MIB), Match(object_id="3"))
+    following = asyncio.create_task(get(harness.stack.url("3")))
+    await harness.stack.until_on_volume(18 * MIB)
+    await operator.command("pin", {"ids": ["2"]})
+    assert (await operator.command("purge", {"all": True}))["purging"] == 3
 
     async def gone() -> bool:
-        heads = [await get(world.stack.url(name), method="HEAD") for name in "12"]
+        heads = [await get(harness.stack.url(name), method="HEAD") for name in "12"]
         return all(head.headers["x-cache"] != "hit" for head in heads)
 
     await until(gone)
@@ -257,118 +257,118 @@ async def test_purge_lets_readers_finish_and_objects_be_fetched_again(world: Wor
     assert (await following).body == slow.content.read(0, slow.size)
 
     async def emptied() -> bool:
-        return (await operator.look("cache"))["total"] == 0 and world.stack.bytes_on_volume() < MIB
+        return (await operator.query("cache"))["total"] == 0 and harness.stack.bytes_on_volume() < MIB
 
     await until(emptied)
-    world.first.knobs.clear()
-    assert (await get(world.stack.url("3"))).headers["x-cache"] == "miss"
-    await world.stack.until_hit("3")
+    harness.first.faults.clear()
+    assert (await get(harness.stack.url("3"))).headers["x-cache"] == "miss"
+    await harness.stack.until_hit("3")
 
 
-async def test_warm_fetches_what_is_ours_within_space_and_evicts_nothing(world: World) -> None:
+async def test_warm_fetches_the_assignment_within_space_and_evicts_nothing(harness: Harness) -> None:
     items = [generated_object(str(number), 1 * MIB) for number in range(1, 13)]
     stranger = replace(generated_object("99", 1000), bucket="7:7")
-    world.publish([*items, stranger])
+    harness.publish([*items, stranger])
     operator = await started(
-        world, DISTRIBUTOR_STORAGE__LIMIT="10M", DISTRIBUTOR_BUCKETS='["0:1"]', workers=2
+        harness, DISTRIBUTOR_STORAGE__LIMIT="10M", DISTRIBUTOR_BUCKETS='["0:1"]', workers=2
     )
-    assert (await operator.look("warm"))["state"] == "none"
-    await get(world.stack.url("12"))
-    await world.stack.until_hit("12")
-    await operator.order("warm", {"all": True})
+    assert (await operator.query("warm"))["state"] == "none"
+    await get(harness.stack.url("12"))
+    await harness.stack.until_hit("12")
+    await operator.command("warm", {"all": True})
     assert (await operator.ask("POST", "warm", {"all": True})).status in (409, 200)
 
     async def over() -> bool:
-        return bool((await operator.look("warm"))["state"] == "finished")
+        return bool((await operator.query("warm"))["state"] == "finished")
 
     await until(over, 60)
-    warming = await operator.look("warm")
+    warming = await operator.query("warm")
     # Low watermark 9 MiB, records included: 12 is there, seven more fit below it.
     assert (warming["total"], warming["failed"]) == (12, 0)
     assert 6 <= warming["done"] <= 8
     assert warming["done"] + warming["skipped"] == 12
-    cached = await operator.look("cache?limit=100")
+    cached = await operator.query("cache?limit=100")
     assert cached["total"] == warming["done"] + 1
     assert "12" in {entry["id"] for entry in cached["objects"]}
     assert "99" not in {entry["id"] for entry in cached["objects"]}
-    assert "object_removed" not in world.stack.logs()
-    await operator.order("warm", {"ids": ["12", "nowhere", "99"]})
+    assert "object_removed" not in harness.stack.logs()
+    await operator.command("warm", {"ids": ["12", "nowhere", "99"]})
     await until(over)
-    assert {**(await operator.look("warm")), "reason": ""} == {
+    assert {**(await operator.query("warm")), "reason": ""} == {
         "state": "finished", "total": 3, "done": 0, "skipped": 3, "failed": 0, "reason": "",
     }  # fmt: skip
 
 
-async def test_pinned_objects_are_not_evicted(world: World) -> None:
+async def test_pinned_objects_are_not_evicted(harness: Harness) -> None:
     items = [generated_object(str(number), 1 * MIB) for number in range(1, 15)]
-    world.publish(items)
-    operator = await started(world, DISTRIBUTOR_STORAGE__LIMIT="8M", DISTRIBUTOR_EVICTOR__MIN_IDLE="1")
+    harness.publish(items)
+    operator = await started(harness, DISTRIBUTOR_STORAGE__LIMIT="8M", DISTRIBUTOR_EVICTOR__MIN_IDLE="1")
     for name in ("1", "2"):
-        await get(world.stack.url(name))
-        await world.stack.until_hit(name)
-    assert await operator.order("pin", {"ids": ["1", "14"]}) == {"changed": 2, "pinned": 2}
-    await killed_and_started_again(world)
+        await get(harness.stack.url(name))
+        await harness.stack.until_hit(name)
+    assert await operator.command("pin", {"ids": ["1", "14"]}) == {"changed": 2, "pinned": 2}
+    await killed_and_started_again(harness)
     for number in range(3, 14):
-        await get(world.stack.url(str(number)))
-        await world.stack.until_hit(str(number))
+        await get(harness.stack.url(str(number)))
+        await harness.stack.until_hit(str(number))
 
     async def made_room() -> bool:
-        return (await get(world.stack.url("2"), method="HEAD")).headers["x-cache"] != "hit"
+        return (await get(harness.stack.url("2"), method="HEAD")).headers["x-cache"] != "hit"
 
     await until(made_room)
-    assert (await get(world.stack.url("1"), method="HEAD")).headers["x-cache"] == "hit"
-    cached = await operator.look("cache?limit=3")
+    assert (await get(harness.stack.url("1"), method="HEAD")).headers["x-cache"] == "hit"
+    cached = await operator.query("cache?limit=3")
     assert cached["pinned"] == 1
     assert cached["pinnedBytes"] == MIB
     listed = [entry["id"] for entry in cached["objects"]]
     while cached["next"]:
-        cached = await operator.look(f"cache?limit=3&after={cached['next']}")
+        cached = await operator.query(f"cache?limit=3&after={cached['next']}")
         listed += [entry["id"] for entry in cached["objects"]]
     assert listed == sorted(set(listed))
     assert len(listed) == cached["total"]
-    assert await operator.order("unpin", {"ids": ["1", "5"]}) == {"changed": 1, "pinned": 1}
+    assert await operator.command("unpin", {"ids": ["1", "5"]}) == {"changed": 1, "pinned": 1}
 
 
-async def test_drained_the_node_serves_hits_and_takes_no_fetches(world: World) -> None:
-    world.publish([generated_object("1", 1000), generated_object("2", 1000)])
-    operator = await started(world)
-    await get(world.stack.url("1"))
-    await world.stack.until_hit("1")
-    assert (await operator.order("drain", {"on": True}))["draining"]
+async def test_drained_the_node_serves_hits_and_takes_no_fetches(harness: Harness) -> None:
+    harness.publish([generated_object("1", 1000), generated_object("2", 1000)])
+    operator = await started(harness)
+    await get(harness.stack.url("1"))
+    await harness.stack.until_hit("1")
+    assert (await operator.command("drain", {"on": True}))["draining"]
     await asyncio.sleep(1.0)  # an order is in force everywhere within a second
-    assert (await get(world.stack.url("1"))).headers["x-cache"] == "hit"
+    assert (await get(harness.stack.url("1"))).headers["x-cache"] == "hit"
     for _ in range(5):
-        answer = await get(world.stack.url("2"))
+        answer = await get(harness.stack.url("2"))
         assert (answer.status, answer.headers["x-data-source"]) == (200, "external")
-    assert (await operator.look("downloads")) == {"downloads": []}
-    assert (await get(world.stack.url("2"), method="HEAD")).headers["x-cache"] == "miss"
-    await operator.order("drain", {"on": False})
+    assert (await operator.query("downloads")) == {"downloads": []}
+    assert (await get(harness.stack.url("2"), method="HEAD")).headers["x-cache"] == "miss"
+    await operator.command("drain", {"on": False})
     await asyncio.sleep(1.0)
-    await get(world.stack.url("2"))
-    await world.stack.until_hit("2")
+    await get(harness.stack.url("2"))
+    await harness.stack.until_hit("2")
 
 
-async def test_downloads_are_shown(world: World) -> None:
+async def test_downloads_are_shown(harness: Harness) -> None:
     item = generated_object("1", 4 * MIB)
-    world.publish([item])
-    operator = await started(world)
-    world.first.knobs.add(Behaviour(bytes_per_second=1 * MIB), Match(object_id="1"))
-    following = asyncio.create_task(get(world.stack.url("1")))
+    harness.publish([item])
+    operator = await started(harness)
+    harness.first.faults.add(Fault(bytes_per_second=1 * MIB), Match(object_id="1"))
+    following = asyncio.create_task(get(harness.stack.url("1")))
 
     async def growing() -> bool:
-        shown = (await operator.look("downloads"))["downloads"]
+        shown = (await operator.query("downloads"))["downloads"]
         return bool(shown) and 0 < shown[0]["bytes"] < item.size and shown[0]["source"] is not None
 
     await until(growing)
-    [shown] = (await operator.look("downloads"))["downloads"]
+    [shown] = (await operator.query("downloads"))["downloads"]
     assert (shown["id"], shown["phase"], shown["size"]) == ("1", "fetching", item.size)
-    assert shown["source"] in world.first.api_url
+    assert shown["source"] in harness.first.api_url
     assert (await following).complete
 
 
-async def test_off_without_a_secret(world: World) -> None:
-    world.publish([generated_object("1", 1000)])
+async def test_off_without_a_secret(harness: Harness) -> None:
+    harness.publish([generated_object("1", 1000)])
     port = free_port()
-    await world.stack.up()
+    await harness.stack.up()
     with pytest.raises(ConnectionRefusedError):
         await OperatorClient(port).ask("GET", "orders")

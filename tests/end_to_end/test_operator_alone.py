@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from services.demo.objects import MIB, generated_object
-from services.demo.storage_node import StorageNode
+from distributor_node.services.demo.objects import MIB, generated_object
+from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
-from tests.end_to_end.conftest import World
+from tests.end_to_end.conftest import Harness
 from tests.end_to_end.operator_client import OperatorClient, refuses_connections, until
 from tests.end_to_end.stack import ServiceProcess, Stack
 from tests.servers.operator_token import SECRET
@@ -26,13 +26,13 @@ pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
-async def alone(tmp_path: Path) -> AsyncIterator[tuple[World, OperatorClient]]:
+async def alone(tmp_path: Path) -> AsyncIterator[tuple[Harness, OperatorClient]]:
     stack = Stack(tmp_path, "memory://", "memory://", "alone")
     operator = OperatorClient(free_port())
     stack.environment.update(operator.environment)
     async with StorageNode([]).run() as first:
         try:
-            yield World(stack, first, first), operator
+            yield Harness(stack, first, first), operator
         finally:
             stack.kill_all()
 
@@ -45,7 +45,15 @@ async def command(
     url = f"http://127.0.0.1:{operator.port}"
     return await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-m", "services.command_line", "operator", "--url", url, *arguments],
+        [
+            sys.executable,
+            "-m",
+            "distributor_node.services.command_line",
+            "operator",
+            "--url",
+            url,
+            *arguments,
+        ],
         env={**os.environ, **given},
         input=stdin,
         capture_output=True,
@@ -61,11 +69,11 @@ async def ordered(operator: OperatorClient, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
-async def kept(world: World, says: Sequence[str]) -> None:
+async def kept(harness: Harness, says: Sequence[str]) -> None:
     """Until the copy on the volume says all of this."""
 
     async def written() -> bool:
-        file = world.stack.volume / "operator.json"
+        file = harness.stack.volume / "operator.json"
         return file.exists() and all(text in file.read_text() for text in says)
 
     await until(written)
@@ -77,22 +85,22 @@ async def again(node: ServiceProcess) -> None:
     await node.healthy()
 
 
-async def test_orders_outlive_kill_minus_nine(alone: tuple[World, OperatorClient]) -> None:
-    world, operator = alone
-    world.publish([generated_object("1", 1000)])
-    node = world.stack.add("standalone")
+async def test_operator_state_survives_sigkill(alone: tuple[Harness, OperatorClient]) -> None:
+    harness, operator = alone
+    harness.publish([generated_object("1", 1000)])
+    node = harness.stack.add("standalone")
     await node.healthy()
     assert (await ordered(operator, "set-buckets", "5:5", "6:6"))["buckets"] == ["5:5", "6:6"]
     assert (await ordered(operator, "set-worker", "7"))["workerId"] == 7
     assert (await ordered(operator, "pin", "1", "2"))["pinned"] == 2
-    await kept(world, ['"worker_id": 7', '"2"'])
+    await kept(harness, ['"worker_id": 7', '"2"'])
     await again(node)
-    assert (await get(world.stack.url("1"), method="HEAD")).status == 421
+    assert (await get(harness.stack.url("1"), method="HEAD")).status == 421
     assert (await ordered(operator, "orders"))["workerId"] == 7
     assert (await ordered(operator, "unpin", "1"))["pinned"] == 1
     await ordered(operator, "stop-api")
-    await until(lambda: refuses_connections(world.stack.port))
-    await kept(world, ['"stopped": true'])
+    await until(lambda: refuses_connections(harness.stack.port))
+    await kept(harness, ['"stopped": true'])
     node.kill()
     node.start()
 
@@ -100,7 +108,7 @@ async def test_orders_outlive_kill_minus_nine(alone: tuple[World, OperatorClient
         return (await command(operator, "orders")).returncode == 0
 
     await until(answers, 30)
-    assert await refuses_connections(world.stack.port)
+    assert await refuses_connections(harness.stack.port)
     await ordered(operator, "start-api")
     await node.healthy()
     assert (await command(operator, "start-api")).stderr == ("distributor: 409 The public API runs already\n")
@@ -109,11 +117,11 @@ async def test_orders_outlive_kill_minus_nine(alone: tuple[World, OperatorClient
     assert await asyncio.to_thread(node.process.wait, 20) == 0
 
 
-async def test_warm_with_a_progress_bar_then_list_and_purge(alone: tuple[World, OperatorClient]) -> None:
-    world, operator = alone
+async def test_warm_with_a_progress_bar_then_list_and_purge(alone: tuple[Harness, OperatorClient]) -> None:
+    harness, operator = alone
     items = [generated_object(str(number), MIB) for number in range(1, 6)]
-    world.publish(items)
-    await world.stack.add("standalone").healthy()
+    harness.publish(items)
+    await harness.stack.add("standalone").healthy()
     done = await command(operator, "warm", "--all")
     assert done.returncode == 0, done
     assert "5 done" in done.stderr
@@ -140,13 +148,13 @@ async def test_warm_with_a_progress_bar_then_list_and_purge(alone: tuple[World, 
     assert (await command(operator, "downloads")).stdout == ""
 
 
-async def test_what_goes_wrong_is_said_in_words(alone: tuple[World, OperatorClient], tmp_path: Path) -> None:
-    world, operator = alone
-    world.publish([generated_object("1", 1000)])
+async def test_errors_are_reported_in_words(alone: tuple[Harness, OperatorClient], tmp_path: Path) -> None:
+    harness, operator = alone
+    harness.publish([generated_object("1", 1000)])
     nobody = await command(operator, "orders")
     assert (nobody.returncode, nobody.stdout) == (1, "")
     assert "cannot be asked" in nobody.stderr
-    await world.stack.add("standalone").healthy()
+    await harness.stack.add("standalone").healthy()
     wrong = await command(operator, "orders", DISTRIBUTOR_OPERATOR_API__SECRET="x" * 32)
     assert (wrong.returncode, wrong.stderr) == (1, "distributor: 401 Not authorised\n")
     none = await command(operator, "orders", DISTRIBUTOR_OPERATOR_API__SECRET="")
@@ -156,4 +164,4 @@ async def test_what_goes_wrong_is_said_in_words(alone: tuple[World, OperatorClie
     file.write_text(SECRET + "\n")
     right = await command(operator, "--secret-file", str(file), "orders", DISTRIBUTOR_OPERATOR_API__SECRET="")
     assert right.returncode == 0
-    assert SECRET not in world.stack.logs()
+    assert SECRET not in harness.stack.logs()

@@ -17,9 +17,9 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.traces import KINDS, MB, Kind, Parameters, Trace
-from services.demo.objects import generated_object
+from distributor_node.services.demo.objects import generated_object
 from tests.end_to_end.client import get, read_answer
-from tests.end_to_end.conftest import World
+from tests.end_to_end.conftest import Harness
 from tests.end_to_end.stack import Stack
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.alone]
@@ -138,7 +138,7 @@ def by_replay(stack: Stack, limit: int) -> tuple[Told, float, float]:
     (api,) = stack.of("api")
     options = ["--config", str(stack.config), "--size", str(limit), "--policy", "lru"]
     done = subprocess.run(
-        [sys.executable, "-m", "services.command_line", "replay", str(api.log), *options],
+        [sys.executable, "-m", "distributor_node.services.command_line", "replay", str(api.log), *options],
         env={**os.environ, **stack.environment},
         check=True,
         capture_output=True,
@@ -159,34 +159,34 @@ def by_replay(stack: Stack, limit: int) -> tuple[Told, float, float]:
     return told, float(logged[1]) / 100, float(lru[1])
 
 
-async def play(world: World, views: Iterable[View]) -> int:
+async def play(harness: Harness, views: Iterable[View]) -> int:
     waiting, began = deque(views), time.monotonic()
     async with asyncio.TaskGroup() as group:
-        port = world.stack.port
+        port = harness.stack.port
         viewers = [group.create_task(watch(port, waiting, began)) for _ in range(VIEWERS)]
     return sum(viewer.result() for viewer in viewers)
 
 
-async def test_a_replay_of_the_nodes_own_log_agrees_with_its_metrics(world: World) -> None:
+async def test_a_replay_of_the_nodes_own_log_agrees_with_its_metrics(harness: Harness) -> None:
     """Two weeks in half a minute: the log has real times, so on both sides a view of five minutes is the whole run, and
     `min_idle` is a second or two."""
     trace = Trace(PARAMETERS)
     sizes = {str(trace.ids[number]): trace.sizes[number] for number in set(trace.objects)}
-    world.publish([generated_object(object_id, size) for object_id, size in sizes.items()])
-    world.stack.config = world.stack.folder / "node.yaml"
+    harness.publish([generated_object(object_id, size) for object_id, size in sizes.items()])
+    harness.stack.config = harness.stack.folder / "node.yaml"
     limit = sum(sizes.values()) * 45 // 100
     settings = {
         "storage": {"limit": limit},
         "evictor": {"min_idle": MIN_IDLE, "interval": 0.1, "cost_per_miss": "320K"},
         "log": {"hits": True},
     }
-    world.stack.config.write_text(yaml.safe_dump(settings))
-    del world.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"]
-    await world.stack.up()
-    requests = await play(world, schedule(trace))
+    harness.stack.config.write_text(yaml.safe_dump(settings))
+    del harness.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"]
+    await harness.stack.up()
+    requests = await play(harness, schedule(trace))
     await asyncio.sleep(0.5)  # the last fetches end
-    metrics = await by_metrics(world.stack)
-    replayed, logged, lru = await asyncio.to_thread(by_replay, world.stack, limit)
+    metrics = await by_metrics(harness.stack)
+    replayed, logged, lru = await asyncio.to_thread(by_replay, harness.stack, limit)
     assert metrics.requests == replayed.requests == requests
     assert metrics.evicted > 70
     assert logged == pytest.approx(metrics.objects, abs=0.001)

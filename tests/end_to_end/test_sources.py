@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.knobs import Behaviour, Match
-from services.demo.objects import DemoObject, generated_object
-from services.demo.storage_node import StorageNode
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import DemoObject, generated_object
+from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.stack import Stack
 from tests.end_to_end.test_one_get import assert_whole
@@ -28,7 +28,7 @@ SIZE = 50_000
 
 
 @dataclass(slots=True)
-class World:
+class Harness:
     """Three storage nodes hold every object; the catalog names the slowest first."""
 
     stack: Stack
@@ -59,7 +59,7 @@ class World:
     async def order(self) -> list[int]:
         """Ports of the storage nodes, the first to be asked first, as the evictor's metrics say."""
         text = (await get(f"{self.stack.of('evictor')[0].health_url}/metrics")).body.decode()
-        found = re.findall(r'distributor_source_place\{source="127\.0\.0\.1:(\d+)"\} (\S+)', text)
+        found = re.findall(r'distributor_source_rank\{source="127\.0\.0\.1:(\d+)"\} (\S+)', text)
         return [int(port) for port, _ in sorted(found, key=lambda pair: float(pair[1]))]
 
     async def until_order(self, *nodes: StorageNode, seconds: float) -> float:
@@ -72,15 +72,15 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[World]:
+async def harness(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[Harness]:
     stack = Stack(tmp_path, redis_url, amqp_url, f"e2e-{uuid.uuid4().hex[:8]}")
     stack.environment["DISTRIBUTOR_SOURCES__PROBE_INTERVAL"] = str(PROBE_SECONDS)
     stack.environment["DISTRIBUTOR_SOURCES__SHARE_INTERVAL"] = str(SHARE_SECONDS)
     async with AsyncExitStack() as running:
         slow, middling, quick = [await running.enter_async_context(StorageNode([]).run()) for _ in range(3)]
-        made = World(stack, slow, middling, quick)
-        made.slow.knobs.add(Behaviour(latency_before_headers=0.3))
-        made.middling.knobs.add(Behaviour(latency_before_headers=0.1))
+        made = Harness(stack, slow, middling, quick)
+        made.slow.faults.add(Fault(latency_before_headers=0.3))
+        made.middling.faults.add(Fault(latency_before_headers=0.1))
         made.publish()
         try:
             yield made
@@ -88,62 +88,62 @@ async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[
             stack.kill_all()
 
 
-async def test_the_fastest_is_used_first_until_it_slows_down(world: World) -> None:
-    await world.stack.up()
-    await world.until_order(world.quick, world.middling, world.slow, seconds=10)
+async def test_the_fastest_is_used_first_until_it_slows_down(harness: Harness) -> None:
+    await harness.stack.up()
+    await harness.until_order(harness.quick, harness.middling, harness.slow, seconds=10)
     await asyncio.sleep(2 * SHARE_SECONDS)  # the fetcher hears of it at its next exchange
-    assert await world.fetch(1) is world.quick
-    world.quick.knobs.add(Behaviour(latency_before_headers=1.5))
-    await world.until_order(world.middling, seconds=2 * PROBE_SECONDS + 2 * 1.5 + 1)
+    assert await harness.fetch(1) is harness.quick
+    harness.quick.faults.add(Fault(latency_before_headers=1.5))
+    await harness.until_order(harness.middling, seconds=2 * PROBE_SECONDS + 2 * 1.5 + 1)
     await asyncio.sleep(2 * SHARE_SECONDS)
-    assert await world.fetch(2) is world.middling
-    log = world.stack.of("evictor")[0].log.read_text()
+    assert await harness.fetch(2) is harness.middling
+    log = harness.stack.of("evictor")[0].log.read_text()
     assert '"source_order_changed"' in log
 
 
-async def test_one_failed_download_changes_the_order_for_all(world: World) -> None:
-    stack = world.stack
+async def test_one_failed_download_changes_the_source_order_for_all(harness: Harness) -> None:
+    stack = harness.stack
     stack.environment["DISTRIBUTOR_SOURCES__PROBE_INTERVAL"] = "3600"
     await stack.up(fetchers=2)
-    await world.until_order(world.quick, seconds=10)
+    await harness.until_order(harness.quick, seconds=10)
     await asyncio.sleep(2 * SHARE_SECONDS)
-    world.quick.knobs.add(Behaviour(status=500), Match(endpoint="files"))
-    assert await world.fetch(1) is world.quick, "it was the first to be asked, and failed"
+    harness.quick.faults.add(Fault(status=500), Match(endpoint="files"))
+    assert await harness.fetch(1) is harness.quick, "it was the first to be asked, and failed"
     await asyncio.sleep(2 * SHARE_SECONDS)
-    assert await world.fetch(2) is world.middling, "by whichever worker"
+    assert await harness.fetch(2) is harness.middling, "by whichever worker"
 
 
-async def test_a_storage_node_that_is_down_goes_behind_at_the_next_probe(world: World) -> None:
-    await world.stack.up()
-    await world.until_order(world.quick, seconds=10)
-    world.quick.knobs.add(Behaviour(status=503), Match(endpoint="version"))
-    await world.until_order(world.middling, world.slow, world.quick, seconds=2 * PROBE_SECONDS + 2)
-    world.quick.knobs.clear()
-    await world.until_order(world.quick, seconds=2 * PROBE_SECONDS + 2)
+async def test_a_storage_node_that_is_down_ranks_last_at_the_next_probe(harness: Harness) -> None:
+    await harness.stack.up()
+    await harness.until_order(harness.quick, seconds=10)
+    harness.quick.faults.add(Fault(status=503), Match(endpoint="version"))
+    await harness.until_order(harness.middling, harness.slow, harness.quick, seconds=2 * PROBE_SECONDS + 2)
+    harness.quick.faults.clear()
+    await harness.until_order(harness.quick, seconds=2 * PROBE_SECONDS + 2)
 
 
-async def test_a_corrupted_copy_is_not_asked_for_again(world: World) -> None:
+async def test_a_corrupt_copy_is_not_requested_again(harness: Harness) -> None:
     """The object is dropped behind the node's back; its refetch does not ask the source that lied."""
-    stack = world.stack
+    stack = harness.stack
     await stack.up()
-    await world.until_order(world.quick, seconds=10)
+    await harness.until_order(harness.quick, seconds=10)
     await asyncio.sleep(2 * SHARE_SECONDS)
-    item = world.objects[0]
-    world.quick.knobs.add(Behaviour(flip_byte_at=10), Match(object_id=item.object_id))
-    assert await world.fetch(1) is world.quick
-    assert world.quick.requests.of(item.object_id)
+    item = harness.objects[0]
+    harness.quick.faults.add(Fault(flip_byte_at=10), Match(object_id=item.object_id))
+    assert await harness.fetch(1) is harness.quick
+    assert harness.quick.requests.of(item.object_id)
     await asyncio.sleep(2 * SHARE_SECONDS)
     (kept,) = (path for path in (stack.volume / "objects").rglob(item.object_id))
     kept.unlink()
-    for node in world.nodes:
+    for node in harness.nodes:
         node.requests.clear()
-    assert await world.fetch(1) is not world.quick
-    assert not world.quick.requests.of(item.object_id)
+    assert await harness.fetch(1) is not harness.quick
+    assert not harness.quick.requests.of(item.object_id)
 
 
-async def test_without_the_state_store_each_process_goes_by_what_it_sees(world: World) -> None:
+async def test_without_the_state_store_each_process_uses_its_own_statistics(harness: Harness) -> None:
     """Standalone is the plainest such process: no state store outside it."""
-    stack = world.stack
+    stack = harness.stack
     stack.environment |= {
         "DISTRIBUTOR_STATE_STORE__URL": "memory://",
         "DISTRIBUTOR_JOB_QUEUE__URL": "memory://",
@@ -154,11 +154,11 @@ async def test_without_the_state_store_each_process_goes_by_what_it_sees(world: 
     async def probed() -> bool:
         return all(
             any(record.path.endswith("/version") and record.finished for record in node.requests)
-            for node in world.nodes
+            for node in harness.nodes
         )
 
     async with asyncio.timeout(10):
         while not await probed():  # noqa: ASYNC110 - seen by other processes' requests
             await asyncio.sleep(0.05)
     await asyncio.sleep(0.2)
-    assert await world.fetch(1) is world.quick
+    assert await harness.fetch(1) is harness.quick

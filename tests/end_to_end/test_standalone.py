@@ -9,28 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.knobs import Behaviour, Match
-from services.demo.objects import MIB, generated_object
-from services.demo.storage_node import StorageNode
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import MIB, generated_object
+from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
-from tests.end_to_end.conftest import World
+from tests.end_to_end.conftest import Harness
 from tests.end_to_end.stack import Stack
 
 pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
-async def alone(tmp_path: Path) -> AsyncIterator[World]:
+async def alone(tmp_path: Path) -> AsyncIterator[Harness]:
     """A stack without Redis and RabbitMQ; tests add the one process themselves."""
     stack = Stack(tmp_path, "memory://", "memory://", "alone")
     async with StorageNode([]).run() as first, StorageNode([]).run() as second:
         try:
-            yield World(stack, first, second)
+            yield Harness(stack, first, second)
         finally:
             stack.kill_all()
 
 
-async def test_what_was_cached_is_a_hit_after_a_clean_stop(alone: World) -> None:
+async def test_cached_objects_are_hits_after_a_clean_stop(alone: Harness) -> None:
     item = generated_object("1", 2 * MIB)
     alone.publish([item])
     node = alone.stack.add("standalone")
@@ -45,10 +45,10 @@ async def test_what_was_cached_is_a_hit_after_a_clean_stop(alone: World) -> None
     assert len(alone.first.requests.of("1", "GET")) == 1
 
 
-async def test_nothing_is_lost_by_kill_minus_nine(alone: World) -> None:
+async def test_nothing_is_lost_by_sigkill(alone: Harness) -> None:
     cached, interrupted = generated_object("1", 2 * MIB), generated_object("2", 8 * MIB)
     alone.publish([cached, interrupted])
-    alone.first.knobs.add(Behaviour(bytes_per_second=4 * MIB), Match(object_id="2", first=1))
+    alone.first.faults.add(Fault(bytes_per_second=4 * MIB), Match(object_id="2", first=1))
     node = alone.stack.add("standalone")
     await node.healthy()
     await get(alone.stack.url("1"))
@@ -68,7 +68,7 @@ async def test_nothing_is_lost_by_kill_minus_nine(alone: World) -> None:
     )
 
 
-async def test_ctrl_c_is_a_clean_stop(alone: World) -> None:
+async def test_ctrl_c_is_a_clean_stop(alone: Harness) -> None:
     alone.publish([generated_object("1", 1000)])
     node = alone.stack.add("standalone")
     await node.healthy()
@@ -78,7 +78,7 @@ async def test_ctrl_c_is_a_clean_stop(alone: World) -> None:
     assert "Traceback" not in node.tail()
 
 
-async def test_a_second_node_on_the_same_volume_is_refused(alone: World) -> None:
+async def test_a_second_node_on_the_same_volume_is_refused(alone: Harness) -> None:
     alone.publish([generated_object("1", 1000)])
     await alone.stack.add("standalone").healthy()
     second = alone.stack.add("standalone", DISTRIBUTOR_PUBLIC_API__PORT="0")
@@ -87,10 +87,10 @@ async def test_a_second_node_on_the_same_volume_is_refused(alone: World) -> None
     assert "in use by another standalone node" in second.tail()
 
 
-async def test_fifty_first_requests_make_one_fetch_when_the_catalog_is_slow(alone: World) -> None:
+async def test_fifty_first_requests_make_one_fetch_when_the_catalog_is_slow(alone: Harness) -> None:
     item = generated_object("1", 1 * MIB)
     alone.first.objects["1"] = item
-    alone.first.knobs.add(Behaviour(latency_before_headers=0.2), Match(method="HEAD"))
+    alone.first.faults.add(Fault(latency_before_headers=0.2), Match(method="HEAD"))
     node = alone.stack.add(
         "standalone",
         DISTRIBUTOR_CATALOG__KIND="origin",

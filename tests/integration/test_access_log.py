@@ -1,4 +1,4 @@
-"""The log's line for an answer: the same from both lanes, with the object's size whatever part of it was asked for."""
+"""The log's line for an answer: the same from both paths, with the object's size whatever part of it was asked for."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from services.replay.log_lines import parse_line
-from tests.integration.assets_world import KIB, assets_world
+from distributor_node.services.replay.access_logs import parse_line
+from tests.integration.assets_harness import KIB, assets_harness
 
 SIZE = 40 * KIB
 _OF_THE_MOMENT = {"request_id", "duration_ms"}
@@ -24,15 +24,15 @@ ASKED: tuple[tuple[str, Mapping[str, str]], ...] = (
 
 async def lines_of(root: Path, *, fast_lane: bool) -> list[Mapping[str, Any]]:
     """What is logged of some hits, a 304 and a miss that is proxied."""
-    async with assets_world(root, log_hits=True, fast_lane=fast_lane) as world:
+    async with assets_harness(root, log_hits=True, fast_lane=fast_lane) as harness:
         for object_id in ("1", "2"):
-            world.add(object_id, SIZE)
-        world.store("1")
+            harness.add(object_id, SIZE)
+        harness.store("1")
         with capture_logs() as logs:
-            answers = [await world.get("1", headers, method=method) for method, headers in ASKED]
-            await world.get("1", {"If-None-Match": answers[-1].headers["etag"]})
-            await world.get("2", {"Range": "bytes=0-9"})
-            await world.until(lambda _: len(_answers(logs)) == len(ASKED) + 2)
+            answers = [await harness.get("1", headers, method=method) for method, headers in ASKED]
+            await harness.get("1", {"If-None-Match": answers[-1].headers["etag"]})
+            await harness.get("2", {"Range": "bytes=0-9"})
+            await harness.until(lambda _: len(_answers(logs)) == len(ASKED) + 2)
     return _answers(logs)
 
 
@@ -45,7 +45,7 @@ async def by_lane(tmp_path: Path) -> Mapping[bool, list[Mapping[str, Any]]]:
     return {fast: await lines_of(tmp_path / str(fast), fast_lane=fast) for fast in (True, False)}
 
 
-async def test_both_lanes_log_alike_and_name_the_size(
+async def test_both_paths_log_alike_and_include_the_size(
     by_lane: Mapping[bool, list[Mapping[str, Any]]],
 ) -> None:
     lasting = [

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from services.api.version import VERSION
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.http_dates import parse_http_date
-from tests.servers.api_fixture import StandIn, running_api
+from distributor_node.services.api.status import VERSION
+from distributor_node.shared.domain.conditionals import parse_http_date
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from tests.servers.api_fixture import FakeAssets, running_api
 
 ERROR_HEADERS = (b"Cache-Control: no-store", b"Access-Control-Allow-Origin: *", b"application/json")
 
@@ -43,7 +43,7 @@ def split(answer: bytes) -> tuple[int, bytes, bytes]:
     ],
 )
 async def test_malformed_ids_are_answered_alike(tmp_path: Path, odd: str) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         status, head, body = split(await api.get(f"/api/v1/assets/{odd}"))
         head_status, _, head_body = split(await api.get(f"/api/v1/assets/{odd}", "HEAD"))
     assert (status, head_status, head_body) == (400, 400, b"")
@@ -53,7 +53,7 @@ async def test_malformed_ids_are_answered_alike(tmp_path: Path, odd: str) -> Non
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
 async def test_raw_bytes_in_the_path_are_refused(tmp_path: Path, method: str) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         status, head, body = split(
             await api.ask(f"{method} /api/v1/assets/é HTTP/1.1\r\nHost: a\r\n\r\n".encode())
         )
@@ -85,7 +85,7 @@ async def test_raw_bytes_in_the_path_are_refused(tmp_path: Path, method: str) ->
 async def test_odd_requests(
     tmp_path: Path, request_bytes: bytes, expected: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         status, head, body = split(await api.ask(request_bytes))
         assert status == expected
         if status != 200:
@@ -105,7 +105,7 @@ def assert_nothing_failed(capfd: pytest.CaptureFixture[str]) -> None:
 async def test_the_log_of_an_unexpected_error_is_seen(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         assert split(await api.get("/api/v1/assets/broken"))[0] == 500
     with pytest.raises(AssertionError):
         assert_nothing_failed(capfd)
@@ -119,10 +119,8 @@ async def test_the_log_of_an_unexpected_error_is_seen(
         (b"/healthz HTTP/7\r\n\r\n", 400),
     ],
 )
-async def test_a_head_request_that_cannot_be_read_gets_no_body(
-    tmp_path: Path, rest: bytes, expected: int
-) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
+async def test_an_unreadable_head_request_gets_no_body(tmp_path: Path, rest: bytes, expected: int) -> None:
+    async with running_api(tmp_path, FakeAssets()) as api:
         status, _, body = split(await api.ask(b"HEAD " + rest))
     assert (status, body) == (expected, b"")
 
@@ -136,7 +134,7 @@ async def test_every_answer_is_dated(tmp_path: Path) -> None:
         ("OPTIONS", "/api/v1/assets/5"),
         ("GET", "/nothing"),
     ]
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         answers = [await api.get(path, method) for method, path in [*asked, ("GET", "/api/v1/assets/5")]]
         answers.append(await api.ask(b"NONSENSE\r\n\r\n"))
     for answer in answers:
@@ -146,7 +144,7 @@ async def test_every_answer_is_dated(tmp_path: Path) -> None:
 
 
 async def test_methods(tmp_path: Path) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         for path in ("/api/v1/assets/5", "/api/v1/status", "/metrics"):
             status, head, _ = split(await api.get(path, "POST"))
             assert (status, b"Allow: GET, HEAD, OPTIONS" in head) == (405, True)
@@ -157,20 +155,20 @@ async def test_methods(tmp_path: Path) -> None:
 
 
 async def test_request_id(tmp_path: Path) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         assert b"X-Request-ID: abc-1\r\n" in await api.get("/healthz", more="X-Request-ID: abc-1\r\n")
         assert b"evil" not in await api.get("/healthz", more="X-Request-ID: evil value\r\n")
 
 
 async def test_small_body_of_a_get_is_ignored(tmp_path: Path) -> None:
     first = b"GET /healthz HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\n\r\nabc"
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         answer = await api.ask(first + b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
     assert answer.count(b"200 OK") == 2
 
 
 async def test_unexpected_error_shows_nothing_of_itself(tmp_path: Path) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         status, _, body = split(await api.get("/api/v1/assets/broken"))
         assert (status, json.loads(body)["type"]) == (500, "internal_error")
         status, _, body = split(await api.get("/api/v1/assets/broken-midway"))
@@ -183,14 +181,14 @@ async def test_unexpected_error_shows_nothing_of_itself(tmp_path: Path) -> None:
     "partial", [b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n"]
 )
 async def test_request_that_never_arrives(tmp_path: Path, partial: bytes) -> None:
-    async with running_api(tmp_path, StandIn(), public_api={"request_timeout": 0.2}) as api:
+    async with running_api(tmp_path, FakeAssets(), public_api={"request_timeout": 0.2}) as api:
         status, head, _ = split(await api.ask(partial))
     assert status == 408
     assert b"connection: close" in head
 
 
-async def test_dripping_head_is_given_up(tmp_path: Path) -> None:
-    async with running_api(tmp_path, StandIn(), public_api={"request_timeout": 0.3}) as api:
+async def test_trickling_request_head_times_out(tmp_path: Path) -> None:
+    async with running_api(tmp_path, FakeAssets(), public_api={"request_timeout": 0.3}) as api:
         reader, writer = await asyncio.open_connection("127.0.0.1", api.server.port)
         answer = asyncio.create_task(reader.read())
         async with asyncio.timeout(3):
@@ -202,7 +200,7 @@ async def test_dripping_head_is_given_up(tmp_path: Path) -> None:
 
 
 async def test_idle_connection_is_closed(tmp_path: Path) -> None:
-    async with running_api(tmp_path, StandIn(), public_api={"keep_alive_timeout": 0.2}) as api:
+    async with running_api(tmp_path, FakeAssets(), public_api={"keep_alive_timeout": 0.2}) as api:
         answer = await api.ask(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n")
     assert b"200 OK" in answer
 
@@ -210,27 +208,27 @@ async def test_idle_connection_is_closed(tmp_path: Path) -> None:
 async def test_paused_client_is_kept_until_the_stall_limit(tmp_path: Path) -> None:
     loop = asyncio.get_running_loop()
     limits = {"send_stall_limit": 1.0, "keep_alive_timeout": 0.2, "request_timeout": 0.2}
-    async with running_api(tmp_path, StandIn(), public_api=limits) as api:
+    async with running_api(tmp_path, FakeAssets(), public_api=limits) as api:
         with socket.create_connection(("127.0.0.1", api.server.port)) as client:
             client.sendall(b"GET /api/v1/assets/endless HTTP/1.1\r\nHost: a\r\n\r\n")
             started = loop.time()
             assert await loop.run_in_executor(None, client.recv, 10)
-            assert await api.server.disconnected(5)
+            assert await api.server.wait_disconnected(5)
             assert 0.9 <= loop.time() - started < 3
 
 
-async def test_close_lets_answers_end_and_opens_again(tmp_path: Path) -> None:
-    stand_in = StandIn()
-    async with running_api(tmp_path, stand_in) as api:
+async def test_close_lets_responses_complete_and_can_reopen(tmp_path: Path) -> None:
+    fake_assets = FakeAssets()
+    async with running_api(tmp_path, fake_assets) as api:
         idle_reader, idle_writer = await asyncio.open_connection("127.0.0.1", api.server.port)
         asked = asyncio.create_task(api.ask(b"GET /api/v1/assets/waiting HTTP/1.1\r\nHost: a\r\n\r\n"))
-        await stand_in.entered.wait()
+        await fake_assets.entered.wait()
         closing = asyncio.create_task(api.server.close(5))
         assert await idle_reader.read() == b""
         idle_writer.close()
         with pytest.raises(OSError):
             await api.ask(b"")
-        stand_in.go_on.set()
+        fake_assets.release.set()
         await closing
         assert (await asked).endswith(b"hello")
         port = api.server.port
@@ -239,30 +237,30 @@ async def test_close_lets_answers_end_and_opens_again(tmp_path: Path) -> None:
         assert split(await api.get("/healthz"))[0] == 200
 
 
-async def test_close_cuts_what_does_not_end(tmp_path: Path) -> None:
-    stand_in = StandIn()
-    async with running_api(tmp_path, stand_in) as api:
+async def test_close_aborts_what_does_not_end(tmp_path: Path) -> None:
+    fake_assets = FakeAssets()
+    async with running_api(tmp_path, fake_assets) as api:
         asked = asyncio.create_task(api.ask(b"GET /api/v1/assets/waiting HTTP/1.1\r\nHost: a\r\n\r\n"))
-        await stand_in.entered.wait()
+        await fake_assets.entered.wait()
         await api.server.close(0.1)
         await asyncio.wait({asked})
         assert asked.exception() is not None or asked.result() == b""
 
 
 async def test_status_and_buckets(tmp_path: Path) -> None:
-    async with running_api(tmp_path, StandIn(), worker_id=4) as api:
+    async with running_api(tmp_path, FakeAssets(), worker_id=4) as api:
         fields = json.loads(split(await api.get("/api/v1/status"))[2])
         assert json.loads(split(await api.get("/api/v1/buckets"))[2]) == {"allByWorkerId": 4}
     assert (fields["id"], fields["workerId"], fields["objectsInCache"]) == ("test-node", 4, 0)
     assert (fields["version"], fields["nodeEnv"]) == (VERSION, "production")
     assert set(fields["queryNodeStatus"]) == {"url", "chainHead", "blocksProcessed", "packageVersion"}
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         assert json.loads(split(await api.get("/api/v1/buckets"))[2]) == {"bucketIds": ["0:1"]}
         assert "workerId" not in json.loads(split(await api.get("/api/v1/status"))[2])
 
 
 async def test_status_without_the_state_store(tmp_path: Path) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         state: Any = api.context.state
         state.usage = state.ping = _unavailable  # the far end is gone
         assert split(await api.get("/api/v1/status"))[0] == 200
@@ -275,7 +273,7 @@ async def _unavailable() -> None:
 
 
 async def test_not_ready_without_the_volume(tmp_path: Path) -> None:
-    async with running_api(tmp_path, StandIn()) as api:
+    async with running_api(tmp_path, FakeAssets()) as api:
         (tmp_path / "volume").rename(tmp_path / "elsewhere")
         status, _, body = split(await api.get("/readyz"))
     assert (status, json.loads(body)["status"]) == (503, "not ready")

@@ -1,4 +1,4 @@
-"""Second-view admission as clients meet it: what is kept out is answered all the same."""
+"""Second-hit admission as clients meet it: what is kept out is answered all the same."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY
 
-from shared.domain.objects import ObjectId
-from shared.domain.views import VIEW_WINDOW
-from shared.ports.state_store import IndexEntry
-from tests.integration.assets_world import LIMIT, MIB, AssetsWorld, assets_world
+from distributor_node.shared.domain.admission import VIEW_WINDOW
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import IndexEntry
+from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness
 
 SIZE = MIB + 7
 
@@ -24,42 +24,42 @@ class Clock:
 
 
 def kept_out() -> float:
-    return REGISTRY.get_sample_value("distributor_not_admitted_total") or 0.0
+    return REGISTRY.get_sample_value("distributor_admission_rejected_total") or 0.0
 
 
-async def fill(world: AssetsWorld) -> None:
+async def fill(harness: AssetsHarness) -> None:
     """Something else would have to go now."""
-    term = await world.context.state.lead("evictor", 600)
+    term = await harness.context.state.lead("evictor", 600)
     assert term is not None
-    assert await world.context.state.adopt(term, IndexEntry(ObjectId("filler"), LIMIT - 2 * MIB, 1, 1.0))
+    assert await harness.context.state.adopt(term, IndexEntry(ObjectId("filler"), LIMIT - 2 * MIB, 1, 1.0))
 
 
-async def proxied(world: AssetsWorld, object_id: str) -> None:
-    answer = await world.get(object_id)
-    assert (answer.status, answer.body, answer.headers["x-cache"]) == (200, world.data[object_id], "miss")
+async def proxied(harness: AssetsHarness, object_id: str) -> None:
+    answer = await harness.get(object_id)
+    assert (answer.status, answer.body, answer.headers["x-cache"]) == (200, harness.data[object_id], "miss")
 
 
 async def test_under_pressure_the_first_view_is_proxied_and_the_second_fetched(tmp_path: Path) -> None:
     clock, before = Clock(), kept_out()
     admission = {"above_size": MIB}
-    async with assets_world(tmp_path, admission=admission, clock=clock, first_byte_wait=0.1) as world:
-        world.add("1", SIZE)
-        world.add("2", MIB)
-        await fill(world)
-        await proxied(world, "1")
+    async with assets_harness(tmp_path, admission=admission, clock=clock, first_byte_wait=0.1) as harness:
+        harness.add("1", SIZE)
+        harness.add("2", MIB)
+        await fill(harness)
+        await proxied(harness, "1")
         clock.now += VIEW_WINDOW - 1
-        await proxied(world, "1")  # the same view
-        assert (await world.jobs(), kept_out() - before) == (0, 2)
-        await proxied(world, "2")
-        assert await world.jobs() == 1  # small enough
+        await proxied(harness, "1")  # the same view
+        assert (await harness.jobs(), kept_out() - before) == (0, 2)
+        await proxied(harness, "2")
+        assert await harness.jobs() == 1  # small enough
         clock.now += 2
-        await proxied(world, "1")
-        assert (await world.jobs(), kept_out() - before) == (2, 2)
+        await proxied(harness, "1")
+        assert (await harness.jobs(), kept_out() - before) == (2, 2)
 
 
-async def test_with_room_left_the_first_view_is_fetched(tmp_path: Path) -> None:
+async def test_with_room_left_the_first_request_is_fetched(tmp_path: Path) -> None:
     before = kept_out()
-    async with assets_world(tmp_path, admission={"above_size": MIB}, first_byte_wait=0.1) as world:
-        world.add("1", SIZE)
-        await proxied(world, "1")
-        assert (await world.jobs(), kept_out() - before) == (1, 0)
+    async with assets_harness(tmp_path, admission={"above_size": MIB}, first_byte_wait=0.1) as harness:
+        harness.add("1", SIZE)
+        await proxied(harness, "1")
+        assert (await harness.jobs(), kept_out() - before) == (1, 0)

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from shared.adapters.volume import RemovalState
-from shared.domain.objects import ObjectId
+from distributor_node.shared.adapters.volume import RemovalState
+from distributor_node.shared.domain.objects import ObjectId
 from tests.end_to_end.client import Answer, read_answer
-from tests.integration.assets_world import MIB, STORED_AT, AssetsWorld, assets_world
+from tests.integration.assets_harness import MIB, STORED_AT, AssetsHarness, assets_harness
 
 SMALL, LARGE = 10_000, 3 * MIB + 17
 
 
-@pytest.fixture(params=[True, False], ids=["fast lane", "framework"])
-async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[AssetsWorld]:
-    async with assets_world(tmp_path, fast_lane=request.param) as running:
+@pytest.fixture(params=[True, False], ids=["fast path", "framework"])
+async def harness(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[AssetsHarness]:
+    async with assets_harness(tmp_path, fast_lane=request.param) as running:
         for object_id, size in (("1", SMALL), ("2", LARGE)):
             running.add(object_id, size)
             running.store(object_id)
@@ -28,16 +28,16 @@ async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
 
 
 @pytest.mark.parametrize("object_id", ["1", "2"])
-async def test_a_hit_is_the_object_with_the_contracts_headers(world: AssetsWorld, object_id: str) -> None:
-    answer = await world.get(object_id)
-    assert (answer.status, answer.body, answer.complete) == (200, world.data[object_id], True)
+async def test_a_hit_is_the_object_with_the_contracts_headers(harness: AssetsHarness, object_id: str) -> None:
+    answer = await harness.get(object_id)
+    assert (answer.status, answer.body, answer.complete) == (200, harness.data[object_id], True)
     expected = {
         "x-cache": "hit",
         "x-data-source": "local",
         "cache-control": "public, max-age=31536000, immutable",
         "content-type": "image/png",
-        "content-length": str(len(world.data[object_id])),
-        "etag": world.catalog.objects[object_id].etag,
+        "content-length": str(len(harness.data[object_id])),
+        "etag": harness.catalog.objects[object_id].etag,
         "last-modified": formatdate(STORED_AT, usegmt=True),
         "accept-ranges": "bytes",
         "content-disposition": "inline",
@@ -50,15 +50,15 @@ async def test_a_hit_is_the_object_with_the_contracts_headers(world: AssetsWorld
     assert "transfer-encoding" not in answer.headers
 
 
-async def test_a_hit_asks_nobody(tmp_path: Path) -> None:
-    async with assets_world(tmp_path, state_down=True, queue_down=True) as world:
-        data = world.add("1", LARGE)
-        world.store("1")
-        world.catalog.down = True
-        await world.node.drop_connections()
-        answer = await world.get("1")
+async def test_a_hit_needs_only_the_volume(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path, state_down=True, queue_down=True) as harness:
+        data = harness.add("1", LARGE)
+        harness.store("1")
+        harness.catalog.down = True
+        await harness.node.drop_connections()
+        answer = await harness.get("1")
         assert (answer.status, answer.body) == (200, data)
-        assert world.catalog.asked == 0
+        assert harness.catalog.asked == 0
 
 
 @pytest.mark.parametrize(
@@ -72,30 +72,30 @@ async def test_a_hit_asks_nobody(tmp_path: Path) -> None:
         (f"bytes=1000-{LARGE + 5}", 1000, LARGE - 1),
     ],
 )
-async def test_ranges(world: AssetsWorld, header: str, first: int, last: int) -> None:
-    answer = await world.get("2", {"Range": header})
+async def test_ranges(harness: AssetsHarness, header: str, first: int, last: int) -> None:
+    answer = await harness.get("2", {"Range": header})
     assert answer.status == 206
     assert answer.headers["content-range"] == f"bytes {first}-{last}/{LARGE}"
     assert answer.headers["content-length"] == str(last - first + 1)
-    assert answer.body == world.data["2"][first : last + 1]
+    assert answer.body == harness.data["2"][first : last + 1]
 
 
 @pytest.mark.parametrize("header", ["bytes=100-50", "bytes=a-b", "lines=0-1", "bytes=0-1,5-6", "bytes="])
-async def test_ranges_that_are_ignored(world: AssetsWorld, header: str) -> None:
-    answer = await world.get("1", {"Range": header})
-    assert (answer.status, answer.body) == (200, world.data["1"])
+async def test_ranges_that_are_ignored(harness: AssetsHarness, header: str) -> None:
+    answer = await harness.get("1", {"Range": header})
+    assert (answer.status, answer.body) == (200, harness.data["1"])
 
 
-async def test_an_unsatisfiable_range(world: AssetsWorld) -> None:
-    answer = await world.get("1", {"Range": f"bytes={SMALL}-"})
+async def test_an_unsatisfiable_range(harness: AssetsHarness) -> None:
+    answer = await harness.get("1", {"Range": f"bytes={SMALL}-"})
     assert answer.status == 416
     assert answer.headers["content-range"] == f"bytes */{SMALL}"
     assert answer.headers["cache-control"] == "no-store"
     assert set(answer.json()) == {"type", "message"}
 
 
-async def test_conditions(world: AssetsWorld) -> None:
-    etag, date = world.catalog.objects["1"].etag, formatdate(STORED_AT, usegmt=True)
+async def test_conditions(harness: AssetsHarness) -> None:
+    etag, date = harness.catalog.objects["1"].etag, formatdate(STORED_AT, usegmt=True)
     for headers, status in (
         ({"If-None-Match": etag}, 304),
         ({"If-None-Match": f'"other", W/{etag}'}, 304),
@@ -110,7 +110,7 @@ async def test_conditions(world: AssetsWorld) -> None:
         ({"Range": "bytes=0-1", "If-Range": '"other"'}, 200),
         ({"Range": "bytes=99999-", "If-None-Match": etag}, 304),
     ):
-        answer = await world.get("1", headers)
+        answer = await harness.get("1", headers)
         assert (headers, answer.status) == (headers, status)
         if status == 304:
             assert "content-length" not in answer.headers
@@ -118,21 +118,21 @@ async def test_conditions(world: AssetsWorld) -> None:
             assert answer.headers["etag"] == etag
 
 
-async def test_no_stray_bytes_on_a_connection_that_is_kept(world: AssetsWorld) -> None:
+async def test_no_stray_bytes_on_a_connection_that_is_kept(harness: AssetsHarness) -> None:
     """HEAD, 304, 416, 412, ranges, small and large bodies, one after the other on one connection."""
-    etag = world.catalog.objects["1"].etag
+    etag = harness.catalog.objects["1"].etag
     steps = [
         ("HEAD", "1", "", 200, b""),
-        ("GET", "1", "", 200, world.data["1"]),
+        ("GET", "1", "", 200, harness.data["1"]),
         ("GET", "1", f"If-None-Match: {etag}\r\n", 304, b""),
         ("HEAD", "2", f"If-None-Match: {etag}\r\n", 200, b""),
-        ("GET", "2", "Range: bytes=1000000-2000000\r\n", 206, world.data["2"][1_000_000:2_000_001]),
+        ("GET", "2", "Range: bytes=1000000-2000000\r\n", 206, harness.data["2"][1_000_000:2_000_001]),
         ("HEAD", "2", "Range: bytes=1-2\r\n", 200, b""),
-        ("GET", "2", "", 200, world.data["2"]),
+        ("GET", "2", "", 200, harness.data["2"]),
         ("HEAD", "1", 'If-Match: "x"\r\n', 412, b""),
-        ("GET", "1", "Range: bytes=-1\r\n", 206, world.data["1"][-1:]),
+        ("GET", "1", "Range: bytes=-1\r\n", 206, harness.data["1"][-1:]),
     ]
-    reader, writer = await world.connect()
+    reader, writer = await harness.connect()
     async with asyncio.timeout(10):
         for method, object_id, extra, status, body in steps:
             writer.write(f"{method} /api/v1/assets/{object_id} HTTP/1.1\r\nHost: a\r\n{extra}\r\n".encode())
@@ -145,21 +145,21 @@ async def test_no_stray_bytes_on_a_connection_that_is_kept(world: AssetsWorld) -
         assert await reader.read() == b""
 
 
-async def test_a_file_cut_short_is_not_a_hit(world: AssetsWorld) -> None:
-    path = world.store("2")
+async def test_a_truncated_file_is_not_a_hit(harness: AssetsHarness) -> None:
+    path = harness.store("2")
     with path.open("r+b") as file:
         file.truncate(LARGE - 1)
-    answer = await world.get("2")
-    assert (answer.status, answer.body) == (200, world.data["2"])
+    answer = await harness.get("2")
+    assert (answer.status, answer.body) == (200, harness.data["2"])
     assert answer.headers["x-cache"] == "miss"
-    assert await world.jobs() == 1
+    assert await harness.jobs() == 1
 
 
-async def test_a_file_cut_short_while_it_is_sent_is_never_padded(tmp_path: Path) -> None:
-    async with assets_world(tmp_path) as world:
-        world.add("5", 40 * MIB)
-        path = world.store("5")
-        reader, writer = await world.connect()
+async def test_a_file_truncated_while_it_is_sent_is_never_padded(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path) as harness:
+        harness.add("5", 40 * MIB)
+        path = harness.store("5")
+        reader, writer = await harness.connect()
         writer.write(b"GET /api/v1/assets/5 HTTP/1.1\r\nHost: a\r\n\r\n")
         await reader.readuntil(b"\r\n\r\n")
         with path.open("r+b") as file:
@@ -167,14 +167,14 @@ async def test_a_file_cut_short_while_it_is_sent_is_never_padded(tmp_path: Path)
         async with asyncio.timeout(10):
             answer = b"".join([piece async for piece in _pieces(reader)])
         assert len(answer) < 40 * MIB
-        assert world.data["5"].startswith(answer)
+        assert harness.data["5"].startswith(answer)
 
 
 @pytest.mark.parametrize("object_id", ["1", "2"])
-async def test_what_sends_no_bytes_leaves_no_trace(world: AssetsWorld, object_id: str) -> None:
+async def test_a_response_without_body_records_no_access(harness: AssetsHarness, object_id: str) -> None:
     """HEAD and 304: no access is counted, and the object is not in use, nor kept in use."""
-    etag = world.catalog.objects[object_id].etag
-    reader, writer = await world.connect()
+    etag = harness.catalog.objects[object_id].etag
+    reader, writer = await harness.connect()
 
     async def ask(method: str, more: str = "") -> Answer:
         writer.write(f"{method} /api/v1/assets/{object_id} HTTP/1.1\r\nHost: a\r\n{more}\r\n".encode())
@@ -182,43 +182,43 @@ async def test_what_sends_no_bytes_leaves_no_trace(world: AssetsWorld, object_id
 
     async def ask_for_nothing() -> None:
         answer = await ask("HEAD")
-        assert (answer.status, answer.headers["content-length"]) == (200, str(len(world.data[object_id])))
+        assert (answer.status, answer.headers["content-length"]) == (200, str(len(harness.data[object_id])))
         assert "x-data-source" not in answer.headers
         assert (await ask("GET", f"If-None-Match: {etag}\r\n")).status == 304
 
     await ask_for_nothing()
-    assert _is_free(world, object_id)
-    await world.context.accesses.hand_over()
-    assert (await world.context.state.read_accesses("", 10))[1] == []
-    assert (await ask("GET")).body == world.data[object_id]
+    assert _is_free(harness, object_id)
+    await harness.context.accesses.flush()
+    assert (await harness.context.state.read_accesses("", 10))[1] == []
+    assert (await ask("GET")).body == harness.data[object_id]
     async with asyncio.timeout(5):
-        while not _is_free(world, object_id):
+        while not _is_free(harness, object_id):
             await ask_for_nothing()
             await asyncio.sleep(0.1)
-    await world.context.accesses.hand_over()
-    counted = (await world.context.state.read_accesses("", 10))[1]
+    await harness.context.accesses.flush()
+    counted = (await harness.context.state.read_accesses("", 10))[1]
     assert [(access.object_id, access.views) for access in counted] == [(object_id, 1)]
 
 
 async def test_a_client_that_leaves_leaves_nothing_open(tmp_path: Path) -> None:
-    async with assets_world(tmp_path) as world:
-        world.add("5", 40 * MIB)
-        world.store("5")
-        before = world.open_files()
+    async with assets_harness(tmp_path) as harness:
+        harness.add("5", 40 * MIB)
+        harness.store("5")
+        before = harness.open_files()
         for _ in range(5):
-            reader, writer = await world.connect()
+            reader, writer = await harness.connect()
             writer.write(b"GET /api/v1/assets/5 HTTP/1.1\r\nHost: a\r\n\r\n")
             await reader.readuntil(b"\r\n\r\n")
-            assert world.open_files() > before
+            assert harness.open_files() > before
             writer.transport.abort()
-        await world.until(lambda seen: seen.open_files() <= before)
+        await harness.until(lambda seen: seen.open_files() <= before)
 
 
-async def test_a_paused_client_is_waited_for_until_the_stall_limit(tmp_path: Path) -> None:
-    async with assets_world(tmp_path, send_stall_limit=2.0) as world:
-        data = world.add("5", 40 * MIB)
-        world.store("5")
-        reader, writer = await world.connect()
+async def test_a_paused_client_is_kept_until_the_stall_limit(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path, send_stall_limit=2.0) as harness:
+        data = harness.add("5", 40 * MIB)
+        harness.store("5")
+        reader, writer = await harness.connect()
         writer.write(b"GET /api/v1/assets/5 HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         await reader.readuntil(b"\r\n\r\n")
         received = bytearray()
@@ -229,20 +229,20 @@ async def test_a_paused_client_is_waited_for_until_the_stall_limit(tmp_path: Pat
         assert received == data
 
 
-async def test_an_object_that_is_being_removed_is_not_begun(world: AssetsWorld) -> None:
-    removal = world.volume.removal(ObjectId("2"))
+async def test_an_object_that_is_being_removed_is_not_begun(harness: AssetsHarness) -> None:
+    removal = harness.volume.removal(ObjectId("2"))
     assert removal.begin() is RemovalState.READY
     try:
-        answer = await world.get("2")
+        answer = await harness.get("2")
     finally:
         removal.close()
-    assert (answer.status, answer.complete, answer.body) == (200, True, world.data["2"])
+    assert (answer.status, answer.complete, answer.body) == (200, True, harness.data["2"])
     assert answer.headers["x-data-source"] == "external"
-    assert (await world.get("2")).headers["x-cache"] == "hit"
+    assert (await harness.get("2")).headers["x-cache"] == "hit"
 
 
-def _is_free(world: AssetsWorld, object_id: str) -> bool:
-    removal = world.volume.removal(ObjectId(object_id))
+def _is_free(harness: AssetsHarness, object_id: str) -> bool:
+    removal = harness.volume.removal(ObjectId(object_id))
     try:
         return removal.begin() is RemovalState.READY
     finally:
@@ -255,28 +255,28 @@ async def _pieces(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 
 @pytest.mark.parametrize("fast_lane", [True, False])
-async def test_who_asks_on_an_idle_connection_at_a_stop_is_answered(
+async def test_a_request_on_an_idle_connection_at_a_stop_is_answered(
     tmp_path: Path, *, fast_lane: bool
 ) -> None:
     asks = b"GET /api/v1/assets/1 HTTP/1.1\r\nHost: a\r\n\r\n"
-    async with assets_world(tmp_path, fast_lane=fast_lane) as world:
-        world.add("1", 10_000)
-        world.store("1")
-        (silent, _), (reader, writer), *both_used = [await world.connect() for _ in range(4)]
+    async with assets_harness(tmp_path, fast_lane=fast_lane) as harness:
+        harness.add("1", 10_000)
+        harness.store("1")
+        (silent, _), (reader, writer), *both_used = [await harness.connect() for _ in range(4)]
         for used, used_writer in both_used:
             used_writer.write(asks)
             await used.readuntil(b"\r\n\r\n")
-            assert await used.readexactly(10_000) == world.data["1"]
+            assert await used.readexactly(10_000) == harness.data["1"]
         (used, used_writer), (used_and_silent, _) = both_used
         began = time.monotonic()
-        world.stop.set()
+        harness.stop.set()
         await asyncio.sleep(0.2)  # the stop has begun: what is asked now may have been on its way
         for asking, answers in ((writer, reader), (used_writer, used)):
             asking.write(asks)
             answer = await answers.read()
             assert answer.startswith(b"HTTP/1.1 200 ")
             assert b"connection: close" in answer.lower()
-            assert answer.endswith(world.data["1"])
+            assert answer.endswith(harness.data["1"])
         assert await silent.read() == b""
         assert await used_and_silent.read() == b""
         assert time.monotonic() - began < 5

@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from services.demo.objects import bytes_object
-from services.demo.squid import SquidKnobs, TestSquid
+from distributor_node.services.demo.objects import bytes_object
+from distributor_node.services.demo.squid import SquidFaults, TestSquid
 
 ROOT = Path(__file__).parents[2]
 QUESTION = {
@@ -24,29 +24,29 @@ async def ask(client: httpx.AsyncClient, url: str, question: dict[str, Any]) -> 
     return (await client.post(url, json=question)).json()
 
 
-async def test_questions_are_answered_and_logged() -> None:
+async def test_queries_are_answered_and_logged() -> None:
     async with TestSquid([bytes_object("1", b"abc")]).run() as squid, httpx.AsyncClient() as client:
         answer = await ask(client, squid.url, QUESTION | {"variables": {"a": 1}})
         bag = {"id": "dynamic:channel:0010", "objects": [{"id": "1"}]}
         assert answer == {"data": {"storageDataObjectById": {"size": "3", "storageBag": bag}}}
-        told = (await client.get(squid.url.replace("/graphql", "/questions"))).json()
-        assert [(record["operation"], record["variables"]) for record in told["questions"]] == [
+        told = (await client.get(squid.url.replace("/graphql", "/requests"))).json()
+        assert [(record["operation"], record["variables"]) for record in told["requests"]] == [
             ("Q", {"a": 1})
         ]
-        assert (told["underWay"], told["mostUnderWay"]) == (0, 1)
+        assert (told["inFlight"], told["maxInFlight"]) == (0, 1)
 
 
 @pytest.mark.parametrize("text", ["query Q { nonsense }", "query Q {", ""])
-async def test_what_is_no_question_is_an_error_in_a_200_answer(text: str) -> None:
+async def test_an_invalid_query_is_an_error_in_a_200_response(text: str) -> None:
     async with TestSquid([]).run() as squid, httpx.AsyncClient() as client:
         answer = await client.post(squid.url, json={"operationName": "Q", "query": text})
         assert (answer.status_code, list(answer.json())) == (200, ["errors"])
 
 
-async def test_an_outage_by_knob_ends_by_itself() -> None:
+async def test_an_outage_fault_ends_by_itself() -> None:
     async with TestSquid([bytes_object("1", b"abc")]).run() as squid, httpx.AsyncClient() as client:
-        knobs = squid.url.replace("/graphql", "/knobs")
-        assert (await client.put(knobs, json={"outage_seconds": 0.5})).json()["outage_seconds"] == 0.5
+        faults = squid.url.replace("/graphql", "/faults")
+        assert (await client.put(faults, json={"outage_seconds": 0.5})).json()["outage_seconds"] == 0.5
         async with asyncio.timeout(5):
             while await answers(client, squid.url):  # noqa: ASYNC110 — seen from outside, as a node sees it
                 await asyncio.sleep(0.02)
@@ -62,9 +62,9 @@ async def answers(client: httpx.AsyncClient, url: str) -> bool:
     return bool(told["data"]["storageDataObjectById"]["size"] == "3")
 
 
-async def test_knobs_are_for_the_operations_named_and_spare_the_first() -> None:
+async def test_faults_apply_to_the_named_operations_and_spare_the_first() -> None:
     async with TestSquid([bytes_object("1", b"abc")]).run() as squid, httpx.AsyncClient() as client:
-        squid.knobs = SquidKnobs(status=500, operations=("Q",), spare=1)
+        squid.faults = SquidFaults(status=500, operations=("Q",), spare=1)
         other = QUESTION | {"operationName": "R", "query": "query R { squidVersion { version } }"}
         statuses = [
             (await client.post(squid.url, json=question)).status_code
@@ -77,7 +77,7 @@ async def test_the_squid_as_a_process() -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
-        "services.demo.squid",
+        "distributor_node.services.demo.squid",
         *("--port", "0", "--worker", "7=0:1", "--node", "http://127.0.0.1:3390", "--print-port"),
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""The demo's storage node answers as the storage node API says, and every knob does what it says."""
+"""The demo's storage node answers as the storage node API says, and every fault does what it says."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from services.demo.control import Site
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Behaviour, Match
-from services.demo.manifest import DEMO_DIRECTORY
-from services.demo.objects import bytes_object, demo_objects, generated_object
-from services.demo.storage_node import StorageNode
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.manifest import DEMO_DIRECTORY
+from distributor_node.services.demo.objects import (
+    GeneratedContent,
+    bytes_object,
+    demo_objects,
+    generated_object,
+)
+from distributor_node.services.demo.storage_node import Site, StorageNode
 
 DATA = GeneratedContent(7, 100_000).read(0, 100_000)
 
@@ -140,7 +143,7 @@ async def test_an_idle_connection_is_closed() -> None:
         assert 0.1 <= time.monotonic() - started < 2
 
 
-async def test_the_log_tells_what_was_asked_and_sent(node: StorageNode, client: httpx.AsyncClient) -> None:
+async def test_the_log_records_requests_and_sent_bytes(node: StorageNode, client: httpx.AsyncClient) -> None:
     await client.get("/files/7", headers={"Range": "bytes=10-19", "X-Request-Id": "r1"})
     await client.head("/files/7")
     await node.requests.wait_for(lambda log: len(log) == 2 and all(record.finished for record in log))
@@ -171,7 +174,7 @@ async def test_a_client_that_leaves_is_logged_as_aborted(
 
 
 async def test_latency_before_headers_and_body(node: StorageNode, client: httpx.AsyncClient) -> None:
-    node.knobs.add(Behaviour(latency_before_headers=0.15, latency_before_body=0.2))
+    node.faults.add(Fault(latency_before_headers=0.15, latency_before_body=0.2))
     started = time.monotonic()
     async with client.stream("GET", "/files/7") as answer:
         headers_at = time.monotonic() - started
@@ -182,7 +185,7 @@ async def test_latency_before_headers_and_body(node: StorageNode, client: httpx.
 
 
 async def test_a_rate_limit_is_smooth(node: StorageNode, client: httpx.AsyncClient) -> None:
-    node.knobs.add(Behaviour(bytes_per_second=200_000))
+    node.faults.add(Fault(bytes_per_second=200_000))
     started = time.monotonic()
     pieces = []
     async with client.stream("GET", "/files/7") as answer:
@@ -194,7 +197,7 @@ async def test_a_rate_limit_is_smooth(node: StorageNode, client: httpx.AsyncClie
 
 
 async def test_a_drip_begins_after_a_fast_start(node: StorageNode, client: httpx.AsyncClient) -> None:
-    node.knobs.add(Behaviour(drip_bytes_per_second=20, drip_after=90_000))
+    node.faults.add(Fault(drip_bytes_per_second=20, drip_after=90_000))
     received = bytearray()
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(collect(client, received), 0.5)
@@ -203,16 +206,16 @@ async def test_a_drip_begins_after_a_fast_start(node: StorageNode, client: httpx
 
 
 @pytest.mark.parametrize("after", [0, 1, 50_000, 99_999])
-async def test_a_cut_comes_after_exactly_so_many_bytes(node: StorageNode, after: int) -> None:
-    node.knobs.add(Behaviour(cut_after=after))
+async def test_an_abort_comes_after_the_exact_byte_count(node: StorageNode, after: int) -> None:
+    node.faults.add(Fault(cut_after=after))
     answer = await raw(node, GET)
     assert b"Content-Length: 100000\r\n" in answer
     assert body_of(answer) == DATA[:after]
     assert node.requests[0].aborted
 
 
-async def test_a_cut_can_be_a_reset(node: StorageNode) -> None:
-    node.knobs.add(Behaviour(cut_after=1000, cut_by_reset=True))
+async def test_an_abort_can_be_a_reset(node: StorageNode) -> None:
+    node.faults.add(Fault(cut_after=1000, cut_by_reset=True))
     with pytest.raises(ConnectionResetError):
         await raw(node, GET)
 
@@ -220,7 +223,7 @@ async def test_a_cut_can_be_a_reset(node: StorageNode) -> None:
 async def test_a_flipped_byte_is_wrong_in_whole_and_ranged_answers(
     node: StorageNode, client: httpx.AsyncClient
 ) -> None:
-    node.knobs.add(Behaviour(flip_byte_at=500))
+    node.faults.add(Fault(flip_byte_at=500))
     wrong = DATA[:500] + bytes([DATA[500] ^ 0xFF]) + DATA[501:]
     assert (await client.get("/files/7")).content == wrong
     assert (await client.get("/files/7", headers={"Range": "bytes=490-509"})).content == wrong[490:510]
@@ -228,14 +231,14 @@ async def test_a_flipped_byte_is_wrong_in_whole_and_ranged_answers(
 
 
 async def test_bytes_flipped_from_an_offset(node: StorageNode, client: httpx.AsyncClient) -> None:
-    node.knobs.add(Behaviour(flip_bytes_from=99_990))
+    node.faults.add(Fault(flip_bytes_from=99_990))
     wrong = DATA[:99_990] + bytes(value ^ 0xFF for value in DATA[99_990:])
     assert (await client.get("/files/7")).content == wrong
 
 
 @pytest.mark.parametrize("delta", [-10, 10])
 async def test_a_wrong_content_length(node: StorageNode, client: httpx.AsyncClient, delta: int) -> None:
-    node.knobs.add(Behaviour(content_length_delta=delta))
+    node.faults.add(Fault(content_length_delta=delta))
     answer = await raw(node, GET)
     assert f"Content-Length: {100_000 + delta}\r\n".encode() in answer
     assert body_of(answer) == DATA
@@ -244,19 +247,19 @@ async def test_a_wrong_content_length(node: StorageNode, client: httpx.AsyncClie
 
 @pytest.mark.parametrize("delta", [-10, 10])
 async def test_a_wrong_body_length(node: StorageNode, delta: int) -> None:
-    node.knobs.add(Behaviour(body_delta=delta))
+    node.faults.add(Fault(body_delta=delta))
     answer = await raw(node, GET)
     assert b"Content-Length: 100000\r\n" in answer
     assert body_of(answer) == (DATA + bytes(10))[: 100_000 + delta]
 
 
 async def test_a_consistent_wrong_size_is_valid_http(node: StorageNode, client: httpx.AsyncClient) -> None:
-    node.knobs.add(Behaviour(body_delta=5, content_length_delta=5))
+    node.faults.add(Fault(body_delta=5, content_length_delta=5))
     assert (await client.get("/files/7")).content == DATA + bytes(5)
 
 
 async def test_an_endless_body(node: StorageNode, client: httpx.AsyncClient) -> None:
-    node.knobs.add(Behaviour(endless_body=True))
+    node.faults.add(Fault(endless_body=True))
     received = 0
     async with client.stream("GET", "/files/7") as answer:
         assert "content-length" not in answer.headers
@@ -271,7 +274,7 @@ async def test_an_endless_body(node: StorageNode, client: httpx.AsyncClient) -> 
 async def test_hanging_before_headers_ends_when_the_client_leaves(
     node: StorageNode, client: httpx.AsyncClient
 ) -> None:
-    node.knobs.add(Behaviour(hang_before_headers=True))
+    node.faults.add(Fault(hang_before_headers=True))
     with pytest.raises(httpx.ReadTimeout):
         await client.get("/files/7", timeout=0.1)
     await node.requests.wait_for(lambda log: log[0].finished)
@@ -279,7 +282,7 @@ async def test_hanging_before_headers_ends_when_the_client_leaves(
 
 
 async def test_hanging_after_some_bytes(node: StorageNode, client: httpx.AsyncClient) -> None:
-    node.knobs.add(Behaviour(hang_after=1234))
+    node.faults.add(Fault(hang_after=1234))
     received = bytearray()
     with pytest.raises(httpx.ReadTimeout):
         await collect(client, received, timeout=0.1)
@@ -288,19 +291,19 @@ async def test_hanging_after_some_bytes(node: StorageNode, client: httpx.AsyncCl
 
 @pytest.mark.parametrize("status", [403, 404, 500, 503])
 async def test_an_error_status(node: StorageNode, client: httpx.AsyncClient, status: int) -> None:
-    node.knobs.add(Behaviour(status=status))
+    node.faults.add(Fault(status=status))
     answer = await client.get("/files/7")
     assert (answer.status_code, answer.json()["type"]) == (status, "scripted")
 
 
 async def test_a_redirect(node: StorageNode, client: httpx.AsyncClient) -> None:
-    node.knobs.add(Behaviour(redirect_to="http://127.0.0.1:9/x"))
+    node.faults.add(Fault(redirect_to="http://127.0.0.1:9/x"))
     answer = await client.get("/files/7")
     assert (answer.status_code, answer.headers["location"]) == (302, "http://127.0.0.1:9/x")
 
 
 async def test_gzip_whatever_the_client_accepts(node: StorageNode, client: httpx.AsyncClient) -> None:
-    node.knobs.add(Behaviour(gzip=True))
+    node.faults.add(Fault(gzip=True))
     async with client.stream("GET", "/files/7") as answer:
         packed = b"".join([piece async for piece in answer.aiter_raw()])
     assert answer.headers["content-encoding"] == "gzip"
@@ -309,14 +312,14 @@ async def test_gzip_whatever_the_client_accepts(node: StorageNode, client: httpx
 
 
 async def test_no_content_length(node: StorageNode) -> None:
-    node.knobs.add(Behaviour(omit_content_length=True))
+    node.faults.add(Fault(omit_content_length=True))
     answer = await raw(node, GET)
     assert b"content-length" not in answer.partition(b"\r\n\r\n")[0].lower()
     assert body_of(answer) == DATA
 
 
 async def test_a_range_ignored(node: StorageNode, client: httpx.AsyncClient) -> None:
-    node.knobs.add(Behaviour(ignore_range=True))
+    node.faults.add(Fault(ignore_range=True))
     answer = await client.get("/files/7", headers={"Range": "bytes=5-9"})
     assert (answer.status_code, answer.content) == (200, DATA)
     assert "content-range" not in answer.headers
@@ -325,7 +328,7 @@ async def test_a_range_ignored(node: StorageNode, client: httpx.AsyncClient) -> 
 async def test_a_reused_connection_is_closed_without_an_answer(
     node: StorageNode, client: httpx.AsyncClient
 ) -> None:
-    node.knobs.add(Behaviour(close_reused_connection=True))
+    node.faults.add(Fault(close_reused_connection=True))
     assert (await client.get("/files/7")).status_code == 200
     with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
         await client.get("/files/7")
@@ -334,18 +337,18 @@ async def test_a_reused_connection_is_closed_without_an_answer(
 
 
 async def test_headers_set_and_dropped(node: StorageNode, client: httpx.AsyncClient) -> None:
-    node.knobs.add(Behaviour(headers=(("etag", '"strong"'), ("Content-Type", None))))
+    node.faults.add(Fault(headers=(("etag", '"strong"'), ("Content-Type", None))))
     answer = await client.get("/files/7")
     assert answer.headers.get_list("etag") == ['"strong"']
     assert "content-type" not in answer.headers
 
 
-async def test_rules_choose_by_object_endpoint_and_count(
+async def test_rules_select_by_object_endpoint_and_count(
     node: StorageNode, client: httpx.AsyncClient
 ) -> None:
-    node.knobs.add(Behaviour(status=500), Match(object_id="7", first=1))
-    node.knobs.add(Behaviour(status=503), Match(endpoint="version"))
-    node.knobs.add(Behaviour(status=403), Match(ranged=True))
+    node.faults.add(Fault(status=500), Match(object_id="7", first=1))
+    node.faults.add(Fault(status=503), Match(endpoint="version"))
+    node.faults.add(Fault(status=403), Match(ranged=True))
     statuses = [
         (await client.get("/files/7")).status_code,
         (await client.get("/files/7")).status_code,
@@ -355,22 +358,22 @@ async def test_rules_choose_by_object_endpoint_and_count(
     assert statuses == [500, 200, 503, 403]
 
 
-async def test_knobs_and_log_over_http(node: StorageNode, client: httpx.AsyncClient) -> None:
-    rules = {"rules": [{"match": {"object_id": "7"}, "behaviour": {"status": 503}}]}
-    changed = await client.put(f"{node.url}/knobs", json=rules)
+async def test_faults_and_log_over_http(node: StorageNode, client: httpx.AsyncClient) -> None:
+    rules = {"rules": [{"match": {"object_id": "7"}, "fault": {"status": 503}}]}
+    changed = await client.put(f"{node.url}/faults", json=rules)
     assert changed.json() == {"rules": [rules["rules"][0] | {"seen": 0}]}
     assert (await client.get("/files/7")).status_code == 503
     log = (await client.get(f"{node.url}/requests")).json()["requests"]
     assert [(record["path"], record["status"]) for record in log] == [("/api/v1/files/7", 503)]
-    refused = await client.put(f"{node.url}/knobs", json={"rules": [{"behaviour": {"x": 1}}]})
-    assert (refused.status_code, refused.json()["message"]) == (400, "behaviour has no x")
-    assert (await client.get(f"{node.url}/knobs")).json()["rules"][0]["seen"] == 1
+    refused = await client.put(f"{node.url}/faults", json={"rules": [{"fault": {"x": 1}}]})
+    assert (refused.status_code, refused.json()["message"]) == (400, "fault has no x")
+    assert (await client.get(f"{node.url}/faults")).json()["rules"][0]["seen"] == 1
     assert (await client.delete(f"{node.url}/requests")).json() == {"requests": []}
 
 
-async def test_leaving_cuts_open_connections() -> None:
+async def test_stopping_aborts_open_connections() -> None:
     async with StorageNode([bytes_object("7", DATA)]).run() as node:
-        node.knobs.add(Behaviour(hang_after=10))
+        node.faults.add(Fault(hang_after=10))
         asked = asyncio.create_task(raw(node, GET))
         await node.requests.wait_for(lambda log: len(log) == 1 and log[0].bytes_sent == 10)
         assert node.open_connections == 1

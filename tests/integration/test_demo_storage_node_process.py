@@ -14,7 +14,7 @@ import yaml
 async def test_the_process_prints_its_port_writes_a_manifest_and_stops_on_sigterm(tmp_path: Path) -> None:
     manifest = tmp_path / "manifest.yaml"
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "services.demo.storage_node", "--port", "0", "--print-port",
+        sys.executable, "-m", "distributor_node.services.demo.storage_node", "--port", "0", "--print-port",
         "--write-manifest", str(manifest), "--node-url", "http://127.0.0.1:1",
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         cwd=Path(__file__).resolve().parents[2],

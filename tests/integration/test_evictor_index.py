@@ -10,15 +10,15 @@ from random import Random
 
 import pytest
 
-from services.evictor.index import EvictionIndex
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
-from shared.adapters.volume import Volume
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.eviction import make_policy
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import Access, Granted, IndexEntry, PolicyState, Term
-from tests.integration.evictor_world import body_of, record_of
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.eviction import make_policy
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import Access, Granted, IndexEntry, PolicyState, Term
+from tests.integration.evictor_harness import body_of, record_of
 
 COUNT, AT_ONCE = 2500, 1000
 NOW = time.time()
@@ -41,7 +41,7 @@ class FailingStore(MemoryStateStore):
 @pytest.fixture
 async def state() -> AsyncIterator[FailingStore]:
     """It knows all objects, stored an hour ago."""
-    store = FailingStore(2**40, StateTimes(), time.time)
+    store = FailingStore(2**40, StateTimeouts(), time.time)
     await store.open()
     term = await store.lead("test", 600)
     assert term is not None
@@ -65,7 +65,7 @@ async def term_of(state: FailingStore) -> Term:
 
 async def leader(state: FailingStore, volume: Volume, policy: str) -> EvictionIndex:
     index = EvictionIndex(state, volume, lambda: make_policy(policy))
-    await index.take_over()
+    await index.load()
     return index
 
 
@@ -84,7 +84,7 @@ def views(index: EvictionIndex) -> Counter[int]:
 
 
 @pytest.mark.parametrize("policy", ["gdsf", "lru-sp", "lru"])
-async def test_what_was_applied_and_not_saved_is_applied_again(
+async def test_accesses_applied_but_not_saved_are_applied_again(
     state: FailingStore, volume: Volume, policy: str
 ) -> None:
     killed = await leader(state, volume, policy)
@@ -117,9 +117,7 @@ async def test_after_a_crash_between_two_batches_nothing_is_lost_and_one_batch_c
     assert (views(third), order(third)) == (views(successor), BY_ACCESS), "and from then on nothing twice"
 
 
-async def test_who_lives_on_after_a_save_that_failed_counts_nothing_twice(
-    state: FailingStore, volume: Volume
-) -> None:
+async def test_after_a_failed_save_nothing_is_counted_twice(state: FailingStore, volume: Volume) -> None:
     index, term = await leader(state, volume, "gdsf"), await term_of(state)
     await view_all(state)
     await index.refresh()
@@ -133,25 +131,25 @@ async def test_who_lives_on_after_a_save_that_failed_counts_nothing_twice(
     assert order(successor) == order(index)
 
 
-async def test_figures_of_what_was_seen_before_the_store_knew_it_are_written_after_all(
+async def test_policy_data_seen_before_the_store_had_the_entry_is_written_later(
     state: FailingStore, volume: Volume
 ) -> None:
     index, term = await leader(state, volume, "gdsf"), await term_of(state)
-    await state.set_accounted(term)
+    await state.set_reconciled(term)
     new, body = ObjectId("new"), body_of("new")
     begun = await state.begin(new, len(body), "worker")
     assert isinstance(begun, Granted)
     record = record_of("new", body)
-    partial = volume.receive(record)
+    partial = volume.open_partial_for_writing(record)
     partial.write(0, body)
     partial.mark_verified()
     partial.publish(record)
     partial.close()
-    index.notice(new)
+    index.mark_changed(new)
     await index.refresh()
     await index.save(term)
     assert await state.commit(begun.lease, time.time())
-    index.notice(new)  # the commit is announced
+    index.mark_changed(new)  # the commit is announced
     await index.save(term)
     [stored] = [entry async for batch in state.entries() for entry in batch if entry.object_id == new]
     known = index.policy.get(new)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from shared.domain.space import watermarks_for
-from tests.integration.evictor_world import LIMIT, EvictorWorld, eventually, evictor_world
+from distributor_node.shared.domain.space import watermarks_for
+from tests.integration.evictor_harness import LIMIT, EvictorHarness, eventually, evictor_harness
 from tests.servers.redis_server import free_port
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(60)]
@@ -24,13 +24,13 @@ Where = tuple[str, str]
 
 
 @pytest.fixture
-async def world(tmp_path: Path, redis_url: str, redis_prefix: str) -> AsyncIterator[EvictorWorld]:
-    async with evictor_world(tmp_path, (redis_url, redis_prefix)) as made:
+async def harness(tmp_path: Path, redis_url: str, redis_prefix: str) -> AsyncIterator[EvictorHarness]:
+    async with evictor_harness(tmp_path, (redis_url, redis_prefix)) as made:
         yield made
 
 
-async def start(world: EvictorWorld, where: Where, port: int) -> asyncio.subprocess.Process:
-    manifest = world.root.parent / "manifest.yaml"
+async def start(harness: EvictorHarness, where: Where, port: int) -> asyncio.subprocess.Process:
+    manifest = harness.root.parent / "manifest.yaml"
     manifest.write_text("version: 1\nobjects: []\n")
     url, prefix = where
     environment = {
@@ -38,15 +38,15 @@ async def start(world: EvictorWorld, where: Where, port: int) -> asyncio.subproc
         "DISTRIBUTOR_STATE_STORE__PREFIX": prefix,
         "DISTRIBUTOR_JOB_QUEUE__URL": "amqp://127.0.0.1:1/",
         "DISTRIBUTOR_CATALOG__MANIFEST": str(manifest),
-        "DISTRIBUTOR_STORAGE__PATH": str(world.root),
+        "DISTRIBUTOR_STORAGE__PATH": str(harness.root),
         "DISTRIBUTOR_STORAGE__LIMIT": str(LIMIT),
         "DISTRIBUTOR_EVICTOR__LEADERSHIP": "2",
         "DISTRIBUTOR_EVICTOR__LEADERSHIP_RENEWAL": "0.4",
         "DISTRIBUTOR_METRICS__HOST": "127.0.0.1",
         "DISTRIBUTOR_METRICS__PORT": str(port),
     }
-    command = (sys.executable, "-m", "services.command_line", "evictor")
-    with (world.root.parent / f"evictor-{port}.log").open("wb") as log:
+    command = (sys.executable, "-m", "distributor_node.services.command_line", "evictor")
+    with (harness.root.parent / f"evictor-{port}.log").open("wb") as log:
         return await asyncio.create_subprocess_exec(
             *command, env={**os.environ, **environment}, stdout=log, stderr=log
         )
@@ -70,34 +70,34 @@ async def leads(port: int) -> bool:
     return "distributor_evictor_leader 1.0" in (await asyncio.to_thread(ask, port, "/metrics"))[1]
 
 
-async def test_one_leads_one_stands_by_and_takes_over_from_a_killed_one(
-    world: EvictorWorld, redis_url: str, redis_prefix: str
+async def test_a_standby_takes_over_from_a_killed_leader(
+    harness: EvictorHarness, redis_url: str, redis_prefix: str
 ) -> None:
-    world.put_file("one")
+    harness.put_file("one")
     ports = (free_port(), free_port())
-    processes = [await start(world, (redis_url, redis_prefix), port) for port in ports]
+    processes = [await start(harness, (redis_url, redis_prefix), port) for port in ports]
     try:
         for port in ports:
             await eventually(partial(ready, port), 20.0)
-        await eventually(world.accounted)
+        await eventually(harness.reconciled)
         leader = 0 if await leads(ports[0]) else 1
         standby = 1 - leader
         assert not await leads(ports[standby])
         processes[leader].send_signal(signal.SIGKILL)
         await processes[leader].wait()
         await eventually(partial(leads, ports[standby]))
-        await world.store(*[f"o{number}" for number in range(4)], age=600)
+        await harness.store(*[f"o{number}" for number in range(4)], age=600)
         _, metrics = await asyncio.to_thread(ask, ports[standby], "/metrics")
         assert f"distributor_storage_limit_bytes {float(LIMIT)}" in metrics
         assert f"distributor_storage_high_watermark_bytes {float(watermarks_for(LIMIT).high)}" in metrics
         processes[standby].send_signal(signal.SIGTERM)
         assert await processes[standby].wait() == 0
         # It has resigned: nobody needs to wait for its term to run out
-        assert await world.state.lead("next", 1.0) is not None
+        assert await harness.state.lead("next", 1.0) is not None
     finally:
         for process in processes:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-    for log in world.root.parent.glob("evictor-*.log"):
+    for log in harness.root.parent.glob("evictor-*.log"):
         assert "Traceback" not in log.read_text()

@@ -7,56 +7,56 @@ from pathlib import Path
 
 import pytest
 
-from services.evictor.index import EvictionIndex
-from services.evictor.removals import Removals
-from services.evictor.repair import Repair
-from services.evictor.takeover import Takeover
-from shared.adapters.volume.intake import Intake
-from shared.domain.eviction import Lru
-from shared.domain.objects import DistributionBucket, Duty, MediaObject, ObjectId
-from tests.integration.evictor_world import EvictorWorld, body_of, evictor_world, media_object
+from distributor_node.services.evictor.eviction import ObjectRemover
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.integrity import Repair
+from distributor_node.services.evictor.node_import import NodeImport
+from distributor_node.shared.adapters.volume.intake import ImportSource
+from distributor_node.shared.domain.eviction import Lru
+from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
+from tests.integration.evictor_harness import EvictorHarness, body_of, evictor_harness, media_object
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[EvictorWorld]:
-    async with evictor_world(tmp_path) as made:
+async def harness(tmp_path: Path) -> AsyncIterator[EvictorHarness]:
+    async with evictor_harness(tmp_path) as made:
         yield made
 
 
-def removals_of(world: EvictorWorld) -> Removals:
-    return Removals(world.state, world.volume, EvictionIndex(world.state, world.volume, Lru))
+def remover_of(harness: EvictorHarness) -> ObjectRemover:
+    return ObjectRemover(harness.state, harness.volume, EvictionIndex(harness.state, harness.volume, Lru))
 
 
-async def test_what_the_catalog_does_not_know_keeps_nothing_else_from_being_asked_about(
-    world: EvictorWorld,
+async def test_an_object_unknown_to_the_catalog_does_not_block_others(
+    harness: EvictorHarness,
 ) -> None:
     names = [f"o{number}" for number in range(250)]
     for name in names:
-        world.put_file(name, b"x" + name.encode())
-        world.record_path_of(name).unlink()
-    repair = Repair(world.volume, world.catalog, removals_of(world), None)
-    repair.questions_most = 100
-    term = await world.term()
+        harness.put_file(name, b"x" + name.encode())
+        harness.record_path_of(name).unlink()
+    repair = Repair(harness.volume, harness.catalog, remover_of(harness), None)
+    repair.max_lookups = 100
+    term = await harness.term()
     for _ in range(3):
         await repair.run(term)
-    assert sorted(world.catalog.asked) == sorted(names), "each of them once"
+    assert sorted(harness.catalog.asked) == sorted(names), "each of them once"
     await repair.run(term)
-    assert len(world.catalog.asked) == 350, "and then from the beginning"
+    assert len(harness.catalog.asked) == 350, "and then from the beginning"
 
 
-async def test_the_list_of_a_takeover_is_that_of_the_duty_in_force(
-    world: EvictorWorld, tmp_path: Path
+async def test_the_list_of_an_import_is_that_of_the_current_assignment(
+    harness: EvictorHarness, tmp_path: Path
 ) -> None:
-    world.put_file("one")
-    world.record_path_of("one").unlink()
+    harness.put_file("one")
+    harness.record_path_of("one").unlink()
     known = media_object("one", body_of("one"))
-    world.catalog.objects[ObjectId("one")] = MediaObject(
+    harness.catalog.objects[ObjectId("one")] = MediaObject(
         known.object_id, known.size, known.content_hash, buckets=(DistributionBucket("0:2"),)
     )
-    duty = Duty(frozenset({"0:1"}))
-    takeover = Takeover(Intake(world.root, tmp_path), None)
-    repair = Repair(world.volume, world.catalog, removals_of(world), lambda: duty, takeover)
-    duty = Duty(frozenset({"0:2"}))
-    await repair.run(await world.term())
-    assert world.volume.read_record(ObjectId("one")) is not None
-    assert world.catalog.asked == []
+    assignment = Assignment(frozenset({"0:1"}))
+    node_import = NodeImport(ImportSource(harness.root, tmp_path), None)
+    repair = Repair(harness.volume, harness.catalog, remover_of(harness), lambda: assignment, node_import)
+    assignment = Assignment(frozenset({"0:2"}))
+    await repair.run(await harness.term())
+    assert harness.volume.read_record(ObjectId("one")) is not None
+    assert harness.catalog.asked == []

@@ -9,25 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from services.evictor.index import EvictionIndex
-from services.evictor.leadership import Leadership
-from services.evictor.removals import Outcome, Removals
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
-from shared.adapters.volume import RemovalState
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.eviction import LruSp
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import HeldElsewhere, Term
-from tests.integration.evictor_world import (
+from distributor_node.services.evictor.eviction import ObjectRemover, RemovalOutcome
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.leader_election import LeaderElection
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import RemovalState
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.eviction import LruSp
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import HeldElsewhere, Term
+from tests.integration.evictor_harness import (
     LEADERSHIP,
     LIMIT,
     RENEWAL,
     SIZE,
-    EvictorWorld,
+    EvictorHarness,
     eventually,
-    evictor_world,
+    evictor_harness,
 )
 from tests.servers.redis_server import RedisServer
 
@@ -35,19 +35,19 @@ ONE = ObjectId("one")
 
 
 @pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
-async def world(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EvictorWorld]:
+async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EvictorHarness]:
     redis = None
     if request.param == "redis":
         redis = (request.getfixturevalue("redis_url"), request.getfixturevalue("redis_prefix"))
-    async with evictor_world(tmp_path, redis) as made:
+    async with evictor_harness(tmp_path, redis) as made:
         yield made
 
 
 class Candidate:
     """A leadership and a record of the terms it had."""
 
-    def __init__(self, world: EvictorWorld, name: str) -> None:
-        self.leadership = Leadership(world.state, name, LEADERSHIP, RENEWAL)
+    def __init__(self, harness: EvictorHarness, name: str) -> None:
+        self.election = LeaderElection(harness.state, name, LEADERSHIP, RENEWAL)
         self.acting = asyncio.Event()
         self.terms: list[Term] = []
 
@@ -65,11 +65,11 @@ async def stop(task: asyncio.Task[None]) -> None:
     await asyncio.wait({task})
 
 
-async def test_one_leads_and_the_other_takes_over_at_once_when_it_resigns(world: EvictorWorld) -> None:
-    first, second = Candidate(world, "first"), Candidate(world, "second")
-    leading = asyncio.create_task(first.leadership.serve(first.work))
+async def test_one_leads_and_the_other_takes_over_at_once_when_it_resigns(harness: EvictorHarness) -> None:
+    first, second = Candidate(harness, "first"), Candidate(harness, "second")
+    leading = asyncio.create_task(first.election.serve(first.work))
     await eventually(first.acting.is_set)
-    standing_by = asyncio.create_task(second.leadership.serve(second.work))
+    standing_by = asyncio.create_task(second.election.serve(second.work))
     await asyncio.sleep(LEADERSHIP * 1.2)
     assert first.acting.is_set()
     assert not second.acting.is_set()
@@ -81,24 +81,24 @@ async def test_one_leads_and_the_other_takes_over_at_once_when_it_resigns(world:
     await stop(standing_by)
 
 
-async def test_a_leader_whose_term_the_store_forgot_begins_a_new_one(world: EvictorWorld) -> None:
-    candidate = Candidate(world, "first")
-    leading = asyncio.create_task(candidate.leadership.serve(candidate.work))
+async def test_a_leader_whose_term_the_store_lost_starts_a_new_one(harness: EvictorHarness) -> None:
+    candidate = Candidate(harness, "first")
+    leading = asyncio.create_task(candidate.election.serve(candidate.work))
     await eventually(candidate.acting.is_set)
-    await world.state.resign(candidate.terms[0])
-    candidate.leadership.confirm()
+    await harness.state.resign(candidate.terms[0])
+    candidate.election.renew_now()
     await eventually(lambda: len(candidate.terms) == 2)
     assert candidate.terms[1].token > candidate.terms[0].token
     await stop(leading)
 
 
 @pytest.mark.servers
-async def test_a_leader_that_cannot_renew_stops_before_its_term_is_over(
+async def test_a_leader_that_cannot_renew_stops_before_its_term_expires(
     tmp_path: Path, own_redis: RedisServer, redis_prefix: str
 ) -> None:
-    async with evictor_world(tmp_path, (own_redis.url, redis_prefix)) as world:
-        candidate = Candidate(world, "first")
-        leading = asyncio.create_task(candidate.leadership.serve(candidate.work))
+    async with evictor_harness(tmp_path, (own_redis.url, redis_prefix)) as harness:
+        candidate = Candidate(harness, "first")
+        leading = asyncio.create_task(candidate.election.serve(candidate.work))
         await eventually(candidate.acting.is_set)
         frozen = time.monotonic()
         own_redis.freeze()
@@ -109,54 +109,56 @@ async def test_a_leader_that_cannot_renew_stops_before_its_term_is_over(
         await stop(leading)
 
 
-async def test_the_work_of_a_failing_leader_ends_with_its_error(world: EvictorWorld) -> None:
+async def test_the_work_of_a_failing_leader_ends_with_its_error(harness: EvictorHarness) -> None:
     async def work(term: Term) -> None:
         raise ValueError("a fault of ours")
 
     with pytest.raises(ValueError, match="a fault of ours"):
-        await Leadership(world.state, "first", LEADERSHIP, RENEWAL).serve(work)
-    assert await world.state.lead("second", 1.0) is not None
+        await LeaderElection(harness.state, "first", LEADERSHIP, RENEWAL).serve(work)
+    assert await harness.state.lead("second", 1.0) is not None
 
 
-async def test_a_stopped_leader_that_goes_on_removes_nothing_that_came_after(world: EvictorWorld) -> None:
-    async with world.evictor():
-        await eventually(world.accounted)
-        await world.store("one")
-    old = await world.state.lead("old", 0.3)
+async def test_a_paused_leader_that_resumes_removes_nothing_newer(harness: EvictorHarness) -> None:
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.store("one")
+    old = await harness.state.lead("old", 0.3)
     assert old is not None
-    removal = world.volume.removal(ONE)
+    removal = harness.volume.removal(ONE)
     assert removal.begin() is RemovalState.READY
-    assert await world.state.begin_eviction(old, ONE, 0.0)
+    assert await harness.state.begin_eviction(old, ONE, 0.0)
     await asyncio.sleep(0.4)  # stopped here, for longer than its term
-    async with world.evictor():
-        await eventually(world.accounted)
+    async with harness.evictor():
+        await eventually(harness.reconciled)
         await asyncio.sleep(0.3)
         # The new leader waits for the lock, and meanwhile nobody can store a new file under the name
-        assert (await world.entries())["one"].evicting
-        assert await world.used() == footprint(SIZE)
-        assert isinstance(await world.state.begin(ONE, SIZE, "worker"), HeldElsewhere)
+        assert (await harness.entries())["one"].evicting
+        assert await harness.used() == footprint(SIZE)
+        assert isinstance(await harness.state.begin(ONE, SIZE, "worker"), HeldElsewhere)
         removal.unlink()
-        assert await world.state.finish_eviction(old, ONE) == 0
+        assert await harness.state.finish_eviction(old, ONE) == 0
         removal.close()
 
         async def finished() -> bool:
-            return await world.entries() == {}
+            return await harness.entries() == {}
 
         await eventually(finished)
-        await world.store("one")
-        assert world.has("one")
-        await eventually(world.true_to_the_volume)
+        await harness.store("one")
+        assert harness.has("one")
+        await eventually(harness.matches_volume)
 
 
-async def test_without_a_term_nothing_is_removed(world: EvictorWorld) -> None:
-    async with world.evictor():
-        await eventually(world.accounted)
-        await world.store("one")
-    removals = Removals(world.state, world.volume, EvictionIndex(world.state, world.volume, LruSp))
+async def test_without_a_term_nothing_is_removed(harness: EvictorHarness) -> None:
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.store("one")
+    remover = ObjectRemover(
+        harness.state, harness.volume, EvictionIndex(harness.state, harness.volume, LruSp)
+    )
     stranger = Term("nobody", 1)
-    assert await removals.evict(stranger, ONE, 0.0, "space") is Outcome.REFUSED
-    assert await removals.purge(stranger, ONE, "operator") is Outcome.REFUSED
-    assert world.has("one")
+    assert await remover.evict(stranger, ONE, 0.0, "space") is RemovalOutcome.REFUSED
+    assert await remover.purge(stranger, ONE, "operator") is RemovalOutcome.REFUSED
+    assert harness.has("one")
 
 
 class FlakyStore(MemoryStateStore):
@@ -174,25 +176,27 @@ class FlakyStore(MemoryStateStore):
         return granted
 
 
-async def test_a_removal_whose_answer_was_lost_is_finished_later(tmp_path: Path) -> None:
-    async with evictor_world(tmp_path) as world:
-        store = FlakyStore(LIMIT, StateTimes(), time.time)
-        world.state = store
-        async with world.evictor():
-            await eventually(world.accounted)
-            await world.store(*[f"o{number}" for number in range(9)], age=3600)
+async def test_a_removal_whose_reply_was_lost_is_finished_later(tmp_path: Path) -> None:
+    async with evictor_harness(tmp_path) as harness:
+        store = FlakyStore(LIMIT, StateTimeouts(), time.time)
+        harness.state = store
+        async with harness.evictor():
+            await eventually(harness.reconciled)
+            await harness.store(*[f"o{number}" for number in range(9)], age=3600)
             store.lost_answers = 2
-            await world.store("o9")
+            await harness.store("o9")
 
             async def nothing_half_done() -> bool:
-                entries = await world.entries()
+                entries = await harness.entries()
                 return len(entries) <= 5 and not any(entry.evicting for entry in entries.values())
 
             await eventually(nothing_half_done, 15.0)
-            await eventually(world.true_to_the_volume)
+            await eventually(harness.matches_volume)
 
 
-async def test_never_above_the_limit_while_workers_fill_and_two_evictors_compete(world: EvictorWorld) -> None:
+async def test_never_above_the_limit_while_workers_fill_and_two_evictors_compete(
+    harness: EvictorHarness,
+) -> None:
     highest, deadline = 0, time.monotonic() + 3.0
 
     async def fill(worker: int) -> None:
@@ -201,20 +205,20 @@ async def test_never_above_the_limit_while_workers_fill_and_two_evictors_compete
             number += 1
             name = f"w{worker}-{number}"
             try:
-                await world.store(name)
+                await harness.store(name)
             except AssertionError:  # no space at this moment
-                await world.state.want_space(ObjectId(name), SIZE, 1.0)
+                await harness.state.request_space(ObjectId(name), SIZE, 1.0)
                 await asyncio.sleep(0.02)
 
     async def measure() -> None:
         nonlocal highest
         while time.monotonic() < deadline:
             # In the loop, so that no worker stores anything while it counts: files that move would count twice
-            highest = max(highest, world.volume.measure())
+            highest = max(highest, harness.volume.measure())
             await asyncio.sleep(0.02)
 
-    async with world.evictor(), world.evictor():
-        await eventually(world.accounted)
+    async with harness.evictor(), harness.evictor():
+        await eventually(harness.reconciled)
         await asyncio.gather(measure(), *(fill(worker) for worker in range(3)))
         assert 0 < highest <= LIMIT
-        await eventually(world.true_to_the_volume)
+        await eventually(harness.matches_volume)

@@ -11,31 +11,30 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Behaviour, Match
-from services.demo.objects import bytes_object
-from services.demo.storage_node import StorageNode
-from shared.adapters.queue_rabbitmq import RabbitJobQueue
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
-from shared.adapters.volume import Volume
-from shared.domain.jobs import FetchJob, RetryPlan
-from shared.domain.objects import MediaObject, ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import FetchPhase
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import FetchPhase
 from tests.end_to_end.stack import ServiceProcess, Stack
-from tests.integration.fetcher_world import hash_of, until
+from tests.integration.fetcher_harness import hash_of, until
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(120)]
 
 OBJECT_ID = ObjectId.parse("7")
 SIZE = 4 * 1024 * 1024
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)
-SLOW = Behaviour(bytes_per_second=1024 * 1024)
+SLOW = Fault(bytes_per_second=1024 * 1024)
 
 
 @dataclass(slots=True)
-class World:
+class Harness:
     stack: Stack
     node: StorageNode
     state: RedisStateStore
@@ -81,7 +80,7 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[World]:
+async def harness(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[Harness]:
     prefix = f"fetcher-{uuid.uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
         node = await stack.enter_async_context(StorageNode([bytes_object(OBJECT_ID, DATA)]).run())
@@ -90,44 +89,44 @@ async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[
         stack.callback(services.kill_all)
         volume = Volume(services.volume)
         stack.callback(volume.close)
-        state = RedisStateStore(redis_url, f"{prefix}:", 1024**3, StateTimes(lease_seconds=2.0))
+        state = RedisStateStore(redis_url, f"{prefix}:", 1024**3, StateTimeouts(lease_seconds=2.0))
         queue = RabbitJobQueue(amqp_url, prefix, RetryPlan((5.0, 30.0, 120.0, 600.0)), 5.0, 24 * 3600 * 1000)
         for opened in (state, queue):
             stack.push_async_callback(opened.close)
             await opened.open()
         term = await state.lead("test", 3600)
         assert term is not None
-        await state.set_accounted(term)
-        yield World(services, node, state, queue, volume)
+        await state.set_reconciled(term)
+        yield Harness(services, node, state, queue, volume)
 
 
-async def test_a_job_becomes_an_object(world: World) -> None:
-    fetcher = await world.start()
-    await world.publish()
-    await world.assert_stored()
+async def test_a_job_becomes_an_object(harness: Harness) -> None:
+    fetcher = await harness.start()
+    await harness.publish()
+    await harness.assert_stored()
     assert await fetcher.stop() == 0
 
 
-async def test_a_stopped_fetcher_hands_its_job_to_another(world: World) -> None:
-    world.node.knobs.add(SLOW, Match(first=1))
-    fetcher = await world.start()
-    await world.publish()
-    await world.until_partial(500_000)
+async def test_a_stopped_fetchers_job_goes_to_another(harness: Harness) -> None:
+    harness.node.faults.add(SLOW, Match(first=1))
+    fetcher = await harness.start()
+    await harness.publish()
+    await harness.until_partial(500_000)
     assert await fetcher.stop() == 0
-    fetch = (await world.state.find(OBJECT_ID)).fetch
+    fetch = (await harness.state.find(OBJECT_ID)).fetch
     assert fetch is not None
     assert fetch.phase is FetchPhase.PARKED
-    await world.start()
-    await world.assert_stored()
-    assert world.node.requests[1].range is not None
+    await harness.start()
+    await harness.assert_stored()
+    assert harness.node.requests[1].range is not None
 
 
-async def test_a_killed_fetcher_leaves_a_job_that_another_goes_on_with(world: World) -> None:
-    world.node.knobs.add(SLOW, Match(first=1))
-    fetcher = await world.start()
-    await world.publish()
-    await world.until_partial(500_000)
+async def test_a_killed_fetchers_job_is_resumed_by_another(harness: Harness) -> None:
+    harness.node.faults.add(SLOW, Match(first=1))
+    fetcher = await harness.start()
+    await harness.publish()
+    await harness.until_partial(500_000)
     fetcher.kill()
-    await world.start()
-    await world.assert_stored()
-    assert world.node.requests[1].range is not None
+    await harness.start()
+    await harness.assert_stored()
+    assert harness.node.requests[1].range is not None

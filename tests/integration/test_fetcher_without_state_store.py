@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Behaviour, Match
-from shared.adapters.state_memory import MemoryStateStore
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.jobs import Done, JobOutcome, TryLater
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.ports.state_store import Begun, Lease
-from tests.integration.fetcher_world import World, fetcher_world
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import GeneratedContent
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.jobs import Done, JobOutcome, TryLater
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import BeginResult, Lease
+from tests.integration.fetcher_harness import Harness, fetcher_harness
 
 SIZE = 2 * 1024 * 1024
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)
 
 
-class FarStore(MemoryStateStore):
+class UnreachableStore(MemoryStateStore):
     """Verbs of fetches fail while it is out of reach."""
 
     reachable = True
@@ -31,7 +31,7 @@ class FarStore(MemoryStateStore):
         if not self.reachable:
             raise StateStoreUnavailable("out of reach")
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str) -> Begun:
+    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
         self._check()
         return await super().begin(object_id, size, worker)
 
@@ -49,67 +49,67 @@ class FarStore(MemoryStateStore):
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
-    async with fetcher_world(tmp_path, [DATA], lease=0.8, state_kind=FarStore) as ready:
+async def harness(tmp_path: Path) -> AsyncIterator[Harness]:
+    async with fetcher_harness(tmp_path, [DATA], lease=0.8, state_kind=UnreachableStore) as ready:
         yield ready
 
 
-def start(world: World) -> asyncio.Task[JobOutcome]:
-    return asyncio.create_task(world.worker().handle(world.job(world.wanted(DATA))))
+def start(harness: Harness) -> asyncio.Task[JobOutcome]:
+    return asyncio.create_task(harness.worker().handle(harness.job(harness.wanted(DATA))))
 
 
-def reach(world: World, reachable: bool) -> None:
-    assert isinstance(world.state, FarStore)
-    world.state.reachable = reachable
+def reach(harness: Harness, reachable: bool) -> None:
+    assert isinstance(harness.state, UnreachableStore)
+    harness.state.reachable = reachable
 
 
-async def test_before_the_beginning_the_job_waits(world: World) -> None:
-    reach(world, False)
-    assert await start(world) == TryLater("out of reach")
-    assert len(world.nodes[0].requests) == 0
+async def test_before_the_start_the_job_waits(harness: Harness) -> None:
+    reach(harness, False)
+    assert await start(harness) == TryLater("out of reach")
+    assert len(harness.nodes[0].requests) == 0
 
 
-async def test_what_is_cached_is_done_without_it(world: World) -> None:
-    await start(world)
-    reach(world, False)
-    assert await start(world) == Done("already cached")
+async def test_a_cached_object_needs_no_state_store(harness: Harness) -> None:
+    await start(harness)
+    reach(harness, False)
+    assert await start(harness) == Done("already cached")
 
 
-async def test_for_a_moment_it_is_not_missed(world: World) -> None:
-    world.nodes[0].knobs.add(Behaviour(bytes_per_second=2 * SIZE), Match(first=1))
-    running = start(world)
-    await world.until_partial(SIZE // 10)
-    reach(world, False)
-    await world.until_partial(SIZE // 2)
-    reach(world, True)
+async def test_a_short_removal_goes_unnoticed(harness: Harness) -> None:
+    harness.nodes[0].faults.add(Fault(bytes_per_second=2 * SIZE), Match(first=1))
+    running = start(harness)
+    await harness.until_partial(SIZE // 10)
+    reach(harness, False)
+    await harness.until_partial(SIZE // 2)
+    reach(harness, True)
     assert await running == Done("fetched")
 
 
-async def test_for_longer_than_the_lease_the_writing_ends(world: World) -> None:
-    world.nodes[0].knobs.add(Behaviour(bytes_per_second=SIZE // 4), Match(first=1))
-    running = start(world)
-    await world.until_partial(SIZE // 10)
-    reach(world, False)
+async def test_an_outage_longer_than_the_lease_ends_the_writing(harness: Harness) -> None:
+    harness.nodes[0].faults.add(Fault(bytes_per_second=SIZE // 4), Match(first=1))
+    running = start(harness)
+    await harness.until_partial(SIZE // 10)
+    reach(harness, False)
     outcome = await running
     assert isinstance(outcome, TryLater)
-    assert "lease" in outcome.reason or "sign of life" in outcome.reason
-    assert 0 < (world.partial_size() or 0) < SIZE
-    reach(world, True)
-    assert await start(world) == Done("fetched")
-    assert world.stored() == DATA
+    assert "lease" in outcome.reason or "renewal" in outcome.reason
+    assert 0 < (harness.partial_size() or 0) < SIZE
+    reach(harness, True)
+    assert await start(harness) == Done("fetched")
+    assert harness.stored() == DATA
 
 
-async def test_at_the_end_the_object_is_stored_and_made_known_later(world: World) -> None:
-    world.nodes[0].knobs.add(Behaviour(bytes_per_second=4 * SIZE), Match(first=1))
-    running = start(world)
-    await world.until_partial(SIZE // 2)
-    reach(world, False)
+async def test_at_the_end_the_object_is_stored_and_made_known_later(harness: Harness) -> None:
+    harness.nodes[0].faults.add(Fault(bytes_per_second=4 * SIZE), Match(first=1))
+    running = start(harness)
+    await harness.until_partial(SIZE // 2)
+    reach(harness, False)
     outcome = await running
     assert isinstance(outcome, TryLater)
-    assert world.stored() == DATA
-    reach(world, True)
-    assert await start(world) == Done("already cached")
+    assert harness.stored() == DATA
+    reach(harness, True)
+    assert await start(harness) == Done("already cached")
     await asyncio.sleep(1.0)  # the lease of the first attempt runs out
-    assert await start(world) == Done("already cached")
-    usage = await world.state.usage()
+    assert await start(harness) == Done("already cached")
+    usage = await harness.state.usage()
     assert (usage.used, usage.reserved) == (footprint(SIZE), 0)

@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from services.demo.manifest import known_hash
-from services.demo.objects import BytesContent, DemoObject, bytes_object
-from services.demo.squid import SquidKnobs, StorageBucket, TestSquid
-from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
-from shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits, SquidStatus
-from shared.domain.errors import CatalogUnavailable, ConfigurationError
-from shared.domain.objects import DistributionBucket, Duty, MediaObject, ObjectId
+from distributor_node.services.demo.manifest import known_hash
+from distributor_node.services.demo.objects import BytesContent, DemoObject, bytes_object
+from distributor_node.services.demo.squid import SquidFaults, StorageBucket, TestSquid
+from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from distributor_node.shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits, SquidStatus
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError
+from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
 
 pytestmark = pytest.mark.alone
 
@@ -36,7 +36,7 @@ NODES: list[str | StorageBucket] = [
 ]
 ONE, TWO, NOBODY = ObjectId("1"), ObjectId("2"), ObjectId("404")
 QUICK = SquidLimits(timeout=0.3, list_timeout=0.3, list_batch=1, list_pause=0.0)
-OURS, WORKER = Duty(frozenset({"0:1"})), Duty(worker_id=7)
+OURS, WORKER = Assignment(frozenset({"0:1"})), Assignment(worker_id=7)
 
 
 @pytest.fixture
@@ -64,8 +64,10 @@ async def catalog(squid: TestSquid) -> AsyncIterator[JoystreamCatalog]:
         yield catalog
 
 
-async def listed(catalog: JoystreamCatalog, duty: Duty) -> list[str]:
-    return sorted(item.object_id for batch in [b async for b in catalog.list_objects(duty)] for item in batch)
+async def listed(catalog: JoystreamCatalog, assignment: Assignment) -> list[str]:
+    return sorted(
+        item.object_id for batch in [b async for b in catalog.list_objects(assignment)] for item in batch
+    )
 
 
 async def test_an_object_is_described_in_full(catalog: JoystreamCatalog) -> None:
@@ -80,8 +82,8 @@ async def test_an_object_is_described_in_full(catalog: JoystreamCatalog) -> None
     assert found.buckets == (DistributionBucket("0:1", frozenset({7})),)
     assert OURS.covers(found)
     assert WORKER.covers(found)
-    assert not Duty(worker_id=990).covers(found)  # invited, no more
-    assert not Duty(frozenset({"9:9"})).covers(found)
+    assert not Assignment(worker_id=990).covers(found)  # invited, no more
+    assert not Assignment(frozenset({"9:9"})).covers(found)
 
 
 async def test_private_sources_are_kept_unless_refused(squid: TestSquid) -> None:
@@ -102,12 +104,12 @@ async def test_unknown_not_uploaded_and_odd_objects(catalog: JoystreamCatalog) -
 
 async def test_nulls_are_tolerated(squid: TestSquid, catalog: JoystreamCatalog) -> None:
     for nulls in (("operatorMetadata",), ("nodeEndpoint",), ("type", "operatorMetadata", "nodeEndpoint")):
-        squid.knobs = SquidKnobs(nulls=nulls)
+        squid.faults = SquidFaults(nulls=nulls)
         found = await catalog.look_up(TWO)
         assert found is not None
         assert found.sources == ()
         assert await catalog.active_storage_endpoints() == ()
-    squid.knobs = SquidKnobs(nulls=("squidStatus",))
+    squid.faults = SquidFaults(nulls=("squidStatus",))
     assert await catalog.squid_status() == SquidStatus(height=None, version="1.8.0-demo")
 
 
@@ -122,15 +124,15 @@ async def test_the_network_and_the_squid_itself(squid: TestSquid, catalog: Joyst
 
 
 FAULTS = {
-    "hanging": SquidKnobs(hang=True),
-    "slow": SquidKnobs(latency=5),
-    "errors": SquidKnobs(errors=True),
-    "errors beside data": SquidKnobs(errors_beside_data=True),
-    "500": SquidKnobs(status=500),
-    "429": SquidKnobs(status=429),
-    "redirect": SquidKnobs(redirect_to="http://127.0.0.1:1/"),
-    "garbage": SquidKnobs(garbage=True),
-    "huge": SquidKnobs(huge=20 * 1024 * 1024),
+    "hanging": SquidFaults(hang=True),
+    "slow": SquidFaults(latency=5),
+    "errors": SquidFaults(errors=True),
+    "errors beside data": SquidFaults(errors_beside_data=True),
+    "500": SquidFaults(status=500),
+    "429": SquidFaults(status=429),
+    "redirect": SquidFaults(redirect_to="http://127.0.0.1:1/"),
+    "garbage": SquidFaults(garbage=True),
+    "huge": SquidFaults(huge=20 * 1024 * 1024),
 }
 
 
@@ -138,7 +140,7 @@ FAULTS = {
 async def test_every_fault_is_unavailability_in_time(
     squid: TestSquid, catalog: JoystreamCatalog, fault: str
 ) -> None:
-    squid.knobs = FAULTS[fault]
+    squid.faults = FAULTS[fault]
     started = time.monotonic()
     for object_id in (ONE, NOBODY):
         with pytest.raises(CatalogUnavailable):
@@ -149,7 +151,7 @@ async def test_every_fault_is_unavailability_in_time(
     with pytest.raises(CatalogUnavailable):
         await listed(catalog, OURS)
     assert time.monotonic() - started < 6
-    squid.knobs = SquidKnobs()
+    squid.faults = SquidFaults()
     assert await catalog.look_up(NOBODY) is None
     assert await listed(catalog, OURS) == ["1", "2", "3", "4"]
 
@@ -158,75 +160,77 @@ async def test_an_outage_is_unavailability_and_is_survived(
     squid: TestSquid, catalog: JoystreamCatalog
 ) -> None:
     assert await catalog.look_up(ONE) is not None
-    await squid.go_away()
+    await squid.start_outage()
     with pytest.raises(CatalogUnavailable):
         await catalog.look_up(ONE)
-    await squid.come_back()
+    await squid.end_outage()
     assert await catalog.look_up(ONE) is not None
 
 
-async def test_a_squid_that_is_down_at_the_start_is_no_reason_to_fail(squid: TestSquid) -> None:
-    await squid.go_away()
+async def test_a_squid_down_at_the_start_is_tolerated(squid: TestSquid) -> None:
+    await squid.start_outage()
     async with opened(squid) as catalog:
-        await squid.come_back()
+        await squid.end_outage()
         assert await catalog.look_up(ONE) is not None
 
 
-async def test_a_url_that_is_none_is_a_wrong_setting() -> None:
+async def test_an_invalid_url_is_a_configuration_error() -> None:
     with pytest.raises(ConfigurationError):
         await JoystreamCatalog("http://user:secret@squid.example/", QUICK, refuse_private=True).open()
 
 
-@pytest.mark.parametrize("duty", [OURS, WORKER], ids=["buckets", "worker"])
-async def test_the_list_of_what_is_ours(squid: TestSquid, catalog: JoystreamCatalog, duty: Duty) -> None:
-    batches = [batch async for batch in catalog.list_objects(duty)]
+@pytest.mark.parametrize("assignment", [OURS, WORKER], ids=["buckets", "worker"])
+async def test_the_list_of_the_assignment(
+    squid: TestSquid, catalog: JoystreamCatalog, assignment: Assignment
+) -> None:
+    batches = [batch async for batch in catalog.list_objects(assignment)]
     objects = [item for batch in batches for item in batch]
     assert sorted(item.object_id for item in objects) == ["1", "2", "3", "4"]
     assert len(batches) == 3
-    assert all(duty.covers(item) for item in objects)
+    assert all(assignment.covers(item) for item in objects)
     assert {item.media_type for item in objects} == {None, "text/vtt"}
-    questions = [record for record in squid.questions if record.operation == "ObjectsOfBags"]
+    questions = [record for record in squid.requests if record.operation == "ObjectsOfBags"]
     assert [record.variables["n"] for record in questions] == [1, 1, 1]
 
 
 async def test_the_list_of_everything(catalog: JoystreamCatalog) -> None:
-    assert await listed(catalog, Duty()) == ["1", "2", "3", "4", "900"]
+    assert await listed(catalog, Assignment()) == ["1", "2", "3", "4", "900"]
 
 
 async def test_a_worker_without_buckets_has_nothing(catalog: JoystreamCatalog) -> None:
-    assert await listed(catalog, Duty(worker_id=12345)) == []
+    assert await listed(catalog, Assignment(worker_id=12345)) == []
 
 
 async def test_a_list_pauses_between_batches(squid: TestSquid) -> None:
     async with opened(squid, SquidLimits(list_batch=2, list_pause=0.2)) as catalog:
         assert len(await listed(catalog, OURS)) == 4
-    times = [record.started_at for record in squid.questions if record.operation == "ObjectsOfBags"]
+    times = [record.started_at for record in squid.requests if record.operation == "ObjectsOfBags"]
     assert len(times) == 2
     assert times[1] - times[0] >= 0.2
 
 
 PARTIAL = {
-    "a bag is missing": SquidKnobs(missing_bags=("dynamic:channel:0012",)),
-    "a bucket is missing": SquidKnobs(missing_buckets=("0:1",)),
-    "lists are empty": SquidKnobs(empty_lists=True),
-    "the second batch fails": SquidKnobs(errors=True, operations=("ObjectsOfBags",), spare=1),
-    "the last batch hangs": SquidKnobs(hang=True, operations=("ObjectsOfBags",), spare=2),
+    "a bag is missing": SquidFaults(missing_bags=("dynamic:channel:0012",)),
+    "a bucket is missing": SquidFaults(missing_buckets=("0:1",)),
+    "lists are empty": SquidFaults(empty_lists=True),
+    "the second batch fails": SquidFaults(errors=True, operations=("ObjectsOfBags",), spare=1),
+    "the last batch hangs": SquidFaults(hang=True, operations=("ObjectsOfBags",), spare=2),
 }
 
 
 @pytest.mark.parametrize("fault", PARTIAL)
-async def test_a_list_that_is_not_whole_never_ends_well(
+async def test_an_incomplete_list_always_raises(
     squid: TestSquid, catalog: JoystreamCatalog, fault: str
 ) -> None:
-    squid.knobs = PARTIAL[fault]
+    squid.faults = PARTIAL[fault]
     with pytest.raises(CatalogUnavailable):
         await listed(catalog, OURS)
 
 
-async def test_a_batch_too_large_is_asked_for_in_halves(squid: TestSquid) -> None:
+async def test_a_batch_too_large_is_split_in_halves(squid: TestSquid) -> None:
     async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_answer=450)) as catalog:
         assert await listed(catalog, OURS) == ["1", "2", "3", "4"]
-    sizes = [record.variables["n"] for record in squid.questions if record.operation == "ObjectsOfBags"]
+    sizes = [record.variables["n"] for record in squid.requests if record.operation == "ObjectsOfBags"]
     assert sizes[0] == 3
     assert sizes[1:] != []
     async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_answer=150)) as catalog:
@@ -238,22 +242,22 @@ async def test_a_batch_too_large_is_asked_for_in_halves(squid: TestSquid) -> Non
 async def test_each_generation_of_servers_is_understood(
     squid: TestSquid, catalog: JoystreamCatalog, schema: str
 ) -> None:
-    squid.knobs = SquidKnobs(schema=schema)
+    squid.faults = SquidFaults(schema=schema)
     found = await catalog.look_up(TWO)
     assert found is not None
     assert found.size == 2000
     assert await catalog.look_up(NOBODY) is None
-    for duty in (OURS, WORKER):
-        assert await listed(catalog, duty) == ["1", "2", "3", "4"]
+    for assignment in (OURS, WORKER):
+        assert await listed(catalog, assignment) == ["1", "2", "3", "4"]
     assert len(await catalog.active_storage_endpoints()) == 2
 
 
-async def test_the_switch_is_remembered_and_undone(squid: TestSquid, catalog: JoystreamCatalog) -> None:
+async def test_the_switch_is_persisted_and_undone(squid: TestSquid, catalog: JoystreamCatalog) -> None:
     async def refused(schema: str) -> int:
-        squid.knobs = SquidKnobs(schema=schema)
-        squid.questions.clear()
+        squid.faults = SquidFaults(schema=schema)
+        squid.requests.clear()
         assert await catalog.look_up(ONE) is not None
-        return sum(record.refused for record in squid.questions)
+        return sum(record.refused for record in squid.requests)
 
     assert await refused("current") == 0
     assert await refused("deprecated_only") > 0
@@ -263,7 +267,7 @@ async def test_the_switch_is_remembered_and_undone(squid: TestSquid, catalog: Jo
 
 
 async def test_two_hundred_unknown_ids_at_a_hanging_squid(squid: TestSquid) -> None:
-    squid.knobs = SquidKnobs(hang=True)
+    squid.faults = SquidFaults(hang=True)
     inner = JoystreamCatalog(squid.url, SquidLimits(timeout=1.5), refuse_private=True)
     limits = CacheLimits(positive_ttl=60, negative_ttl=60, max_in_flight=8, wait=1.5)
     catalog = CachedCatalog(inner, limits)
@@ -275,10 +279,10 @@ async def test_two_hundred_unknown_ids_at_a_hanging_squid(squid: TestSquid) -> N
     )
     assert time.monotonic() - started < 3
     assert all(isinstance(outcome, CatalogUnavailable) for outcome in outcomes)
-    assert squid.questions.most_under_way <= 8
-    assert max(squid.questions.asked_for(object_id) for object_id in ids) == 1
-    await squid.questions.wait_for(lambda questions: questions.under_way == 0)
-    squid.knobs = SquidKnobs()
+    assert squid.requests.max_in_flight <= 8
+    assert max(squid.requests.count_for(object_id) for object_id in ids) == 1
+    await squid.requests.wait_for(lambda requests: requests.in_flight == 0)
+    squid.faults = SquidFaults()
     assert await catalog.look_up(ids[0]) is None
     await catalog.close()
 
@@ -292,10 +296,10 @@ async def test_a_known_object_is_known_while_the_squid_hangs(squid: TestSquid) -
     known = await catalog.look_up(ONE)
     assert isinstance(known, MediaObject)
     now = 1000.0
-    for fault in (SquidKnobs(hang=True), SquidKnobs(status=503), SquidKnobs(errors=True)):
-        squid.knobs = fault
+    for fault in (SquidFaults(hang=True), SquidFaults(status=503), SquidFaults(errors=True)):
+        squid.faults = fault
         assert await catalog.look_up(ONE) == known
         now += 1000
-    await squid.go_away()
+    await squid.start_outage()
     assert await catalog.look_up(ONE) == known
     await catalog.close()

@@ -10,10 +10,10 @@ import pytest
 from pydantic import ValidationError
 from websockets.asyncio.server import ServerConnection, serve
 
-from services.demo.squid import TestChain, TestSquid
-from shared.adapters.catalogs.joystream import ChainHead
-from shared.domain.errors import CatalogUnavailable
-from shared.settings.model import Settings
+from distributor_node.services.demo.squid import TestChain, TestSquid
+from distributor_node.shared.adapters.catalogs.joystream import ChainHead
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.settings.model import Settings
 
 
 @pytest.fixture
@@ -39,9 +39,9 @@ async def test_over_http() -> None:
         assert await ChainHead(squid.chain_url, timeout=2).head() == squid.height + 2
 
 
-async def test_it_is_asked_once_in_a_while_only(chain: TestChain) -> None:
+async def test_it_is_polled_only_now_and_then(chain: TestChain) -> None:
     clock = Clock()
-    head = ChainHead(chain.url, timeout=2, kept=10, clock=clock)
+    head = ChainHead(chain.url, timeout=2, ttl=10, clock=clock)
     assert set(await asyncio.gather(*(head.head() for _ in range(20)))) == {4711}
     chain.head = 4712
     for now, number, calls in [(9.9, 4711, 1), (10, 4712, 2)]:
@@ -49,7 +49,7 @@ async def test_it_is_asked_once_in_a_while_only(chain: TestChain) -> None:
         assert (await head.head(), chain.calls) == (number, calls)
 
 
-async def test_a_silent_node_is_waited_for_once(chain: TestChain) -> None:
+async def test_an_unresponsive_squid_is_waited_for_once(chain: TestChain) -> None:
     clock = Clock()
     head = ChainHead(chain.url, timeout=0.2, clock=clock)
     chain.hang = True
@@ -65,7 +65,7 @@ async def test_a_silent_node_is_waited_for_once(chain: TestChain) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["http", "ws"])
-async def test_a_node_that_is_away(scheme: str) -> None:
+async def test_a_node_that_is_unreachable(scheme: str) -> None:
     with pytest.raises(CatalogUnavailable):
         await ChainHead(f"{scheme}://127.0.0.1:1", timeout=2).head()
 
@@ -99,11 +99,11 @@ async def test_nonsense_is_no_head(message: str) -> None:
     "url",
     ["", "ftp://node.example", "ws://", "node.example:9944", "http://[::1", "http://node.example:99999"],
 )
-def test_what_is_no_url_is_a_wrong_setting(url: str) -> None:
+def test_an_invalid_url_is_a_wrong_setting(url: str) -> None:
     with pytest.raises(ValidationError, match=r"catalog\.chain"):
         Settings(catalog={"kind": "joystream", "chain": url})
 
 
-async def test_a_url_that_the_library_cannot_use_is_no_answer() -> None:
+async def test_a_url_unusable_by_the_library_is_no_answer() -> None:
     with pytest.raises(CatalogUnavailable, match="cannot be asked"):
         await ChainHead("http://node\x7f.example", timeout=1).head()

@@ -9,13 +9,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 
-from services.demo.objects import bytes_object
-from services.demo.squid import SquidKnobs, TestSquid
-from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
-from shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
-from shared.adapters.state_redis.catalog_memory import RedisCatalogMemory
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import ObjectId
+from distributor_node.services.demo.objects import bytes_object
+from distributor_node.services.demo.squid import SquidFaults, TestSquid
+from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from distributor_node.shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
+from distributor_node.shared.adapters.state_redis.caches import RedisSharedCatalogCache
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.objects import ObjectId
 from tests.servers.redis_server import RedisServer
 
 ONE, NOBODY = ObjectId("1"), ObjectId("404")
@@ -43,7 +43,7 @@ async def processes(
         doors = []
         for _ in range(count):
             inner = JoystreamCatalog(squid.url, SquidLimits(timeout=2.0), refuse_private=True)
-            memory = RedisCatalogMemory(redis_url, prefix, 0.5, "squid")
+            memory = RedisSharedCatalogCache(redis_url, prefix, 0.5, "squid")
             door = CachedCatalog(inner, limits, clock, memory)
             await door.open()
             stack.push_async_callback(door.close)
@@ -51,34 +51,34 @@ async def processes(
         yield doors
 
 
-async def test_a_thousand_questions_of_all_processes_are_one_call(
+async def test_a_thousand_lookups_of_all_processes_are_one_call(
     squid: TestSquid, redis_url: str, redis_prefix: str
 ) -> None:
-    squid.knobs = SquidKnobs(latency=0.3)
+    squid.faults = SquidFaults(latency=0.3)
     async with processes(squid, redis_url, redis_prefix) as doors:
         asked = [doors[number % 3].look_up(ONE) for number in range(500)]
         asked += [doors[number % 3].look_up(NOBODY) for number in range(500)]
         found = await asyncio.gather(*asked)
         assert {item.size if item else None for item in found[:500]} == {1}
         assert set(found[500:]) == {None}
-        assert len(squid.questions) == 2
+        assert len(squid.requests) == 2
 
 
-async def test_a_process_that_starts_knows_what_the_others_learnt(
+async def test_a_new_process_knows_what_the_others_learned(
     squid: TestSquid, redis_url: str, redis_prefix: str
 ) -> None:
     async with processes(squid, redis_url, redis_prefix) as doors:
         known = [await doors[0].look_up(ONE), await doors[0].look_up(NOBODY)]
     async with processes(squid, redis_url, redis_prefix) as doors:
         assert [await doors[1].look_up(ONE), await doors[1].look_up(NOBODY)] == known
-    assert len(squid.questions) == 2
+    assert len(squid.requests) == 2
 
 
 @pytest.mark.parametrize(
-    "fault", [SquidKnobs(hang=True), SquidKnobs(errors=True), None], ids=["hang", "errors", "down"]
+    "fault", [SquidFaults(hang=True), SquidFaults(errors=True), None], ids=["hang", "errors", "down"]
 )
-async def test_a_process_that_starts_in_an_outage_serves_what_was_known(
-    squid: TestSquid, redis_url: str, redis_prefix: str, fault: SquidKnobs | None
+async def test_a_process_started_in_an_outage_serves_cached_answers(
+    squid: TestSquid, redis_url: str, redis_prefix: str, fault: SquidFaults | None
 ) -> None:
     brief = CacheLimits(positive_ttl=0.05, negative_ttl=0.05, max_in_flight=8, wait=0.5)
     async with processes(squid, redis_url, redis_prefix, limits=brief) as doors:
@@ -87,9 +87,9 @@ async def test_a_process_that_starts_in_an_outage_serves_what_was_known(
         assert await doors[0].look_up(NOBODY) is None
     await asyncio.sleep(0.1)  # the shared answers are stale now, on the clock of Redis
     if fault is None:
-        await squid.go_away()
+        await squid.start_outage()
     else:
-        squid.knobs = fault
+        squid.faults = fault
     async with processes(squid, redis_url, redis_prefix, limits=brief) as doors:
         assert await doors[0].look_up(ONE) == known
         assert await doors[0].look_up(NOBODY) is None
@@ -100,28 +100,28 @@ async def test_a_process_that_starts_in_an_outage_serves_what_was_known(
             await doors[1].look_up(ObjectId("405"))
 
 
-async def test_who_waits_for_another_process_takes_over_when_that_fails(
+async def test_a_waiting_process_takes_over_a_failed_lookup(
     squid: TestSquid, redis_url: str, redis_prefix: str
 ) -> None:
-    squid.knobs = SquidKnobs(hang=True)
+    squid.faults = SquidFaults(hang=True)
     async with processes(squid, redis_url, redis_prefix, count=1) as second:
         async with processes(squid, redis_url, redis_prefix, count=1) as first:
             leader = asyncio.create_task(first[0].look_up(ONE))
-            await squid.questions.wait_for(lambda questions: questions.under_way == 1)
+            await squid.requests.wait_for(lambda requests: requests.in_flight == 1)
             follower = asyncio.create_task(second[0].look_up(ONE))
             await asyncio.sleep(0.1)
-            assert len(squid.questions) == 1
-            squid.knobs = SquidKnobs()
+            assert len(squid.requests) == 1
+            squid.faults = SquidFaults()
         with pytest.raises(CatalogUnavailable):
             await leader
         assert await follower is not None
-        assert len(squid.questions) == 2
+        assert len(squid.requests) == 2
 
 
-async def test_unknown_ids_at_a_hanging_squid_are_asked_once_by_all_processes(
+async def test_unknown_ids_at_a_hanging_squid_are_requested_once_by_all_processes(
     squid: TestSquid, redis_url: str, redis_prefix: str
 ) -> None:
-    squid.knobs = SquidKnobs(hang=True)
+    squid.faults = SquidFaults(hang=True)
     ids = [ObjectId(str(1000 + number)) for number in range(70)]
     async with processes(squid, redis_url, redis_prefix) as doors:
         started = time.monotonic()
@@ -130,26 +130,26 @@ async def test_unknown_ids_at_a_hanging_squid_are_asked_once_by_all_processes(
         )
         assert time.monotonic() - started < 3
     assert all(isinstance(outcome, CatalogUnavailable) for outcome in outcomes)
-    assert squid.questions.most_under_way <= 3 * LIMITS.max_in_flight
-    assert max(squid.questions.asked_for(object_id) for object_id in ids) == 1
+    assert squid.requests.max_in_flight <= 3 * LIMITS.max_in_flight
+    assert max(squid.requests.count_for(object_id) for object_id in ids) == 1
 
 
-async def test_without_redis_each_process_asks_for_itself(
+async def test_without_redis_each_process_looks_up_by_itself(
     squid: TestSquid, own_redis: RedisServer, redis_prefix: str
 ) -> None:
     async with processes(squid, own_redis.url, redis_prefix) as doors:
         own_redis.kill()
         found = await asyncio.gather(*(door.look_up(ONE) for door in doors for _ in range(10)))
         assert all(item is not None for item in found)
-        assert len(squid.questions) == 3
-        squid.knobs = SquidKnobs(hang=True)
+        assert len(squid.requests) == 3
+        squid.faults = SquidFaults(hang=True)
         started = time.monotonic()
         with pytest.raises(CatalogUnavailable):
             await doors[0].look_up(NOBODY)
         assert time.monotonic() - started < 3
 
 
-async def test_a_redis_that_hangs_costs_a_look_up_no_more_than_its_time_limit(
+async def test_a_hanging_redis_costs_a_lookup_no_more_than_its_timeout(
     squid: TestSquid, own_redis: RedisServer, redis_prefix: str
 ) -> None:
     async with processes(squid, own_redis.url, redis_prefix, count=1) as doors:

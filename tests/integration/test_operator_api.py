@@ -13,33 +13,44 @@ from typing import Any
 
 import pytest
 
-from services.api.operator.desk import MOST_PINS
-from services.api.operator.service import operator_api
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
-from shared.adapters.volume.orders_file import NAME, read_orders, write_orders
-from shared.domain.objects import Duty, ObjectId
-from shared.domain.orders import KeptOrders, Orders, decode_kept, encode_kept
-from shared.domain.warming import WarmingScope
-from shared.runtime.orders import OrdersFollower
-from shared.settings.model import Settings
+from distributor_node.services.api.operator.app import operator_api
+from distributor_node.services.api.operator.commands import MAX_PINS
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.volume.operator_state_file import (
+    NAME,
+    read_operator_state,
+    write_operator_state,
+)
+from distributor_node.shared.domain.objects import Assignment, ObjectId
+from distributor_node.shared.domain.operator_state import (
+    OperatorState,
+    OperatorStateSnapshot,
+    WarmingScope,
+    decode_snapshot,
+    encode_snapshot,
+)
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.settings.model import Settings
 from tests.end_to_end.client import Answer, exchange
 from tests.end_to_end.operator_client import OperatorClient
-from tests.servers.api_fixture import RunningApi, StandIn, running_api
+from tests.servers.api_fixture import FakeAssets, RunningApi, running_api
 from tests.servers.operator_token import SECRET, sign
 
-PINNED = KeptOrders(Orders(version=3, stopped=True, shutdowns=2), frozenset({ObjectId("1")}))
+PINNED = OperatorStateSnapshot(
+    OperatorState(version=3, stopped=True, shutdowns=2), frozenset({ObjectId("1")})
+)
 
 
 @asynccontextmanager
 async def operated(tmp_path: Path, **changes: Any) -> AsyncIterator[tuple[RunningApi, OperatorClient]]:
     settings = {"port": 0, "secret": SECRET}
     async with (
-        running_api(tmp_path, StandIn(), operator_api=settings, **changes) as api,
+        running_api(tmp_path, FakeAssets(), operator_api=settings, **changes) as api,
         operator_api(api.context, "here", shared_port=False) as port,
     ):
         assert port is not None
-        await api.context.orders.load()
+        await api.context.operator_state.load()
         yield api, OperatorClient(port)
 
 
@@ -48,7 +59,7 @@ async def raw(port: int, request: bytes) -> Answer:
         return await exchange("127.0.0.1", port, request)
 
 
-async def test_all_refusals_look_the_same(tmp_path: Path) -> None:
+async def test_all_rejections_look_the_same(tmp_path: Path) -> None:
     async with operated(tmp_path) as (_, operator):
         used = sign("/api/v1/orders")
         assert (await operator.ask("GET", "orders", token=used)).status == 200
@@ -62,7 +73,7 @@ async def test_all_refusals_look_the_same(tmp_path: Path) -> None:
         assert "access-control-allow-origin" not in answers[0].headers
 
 
-async def test_a_store_in_memory_takes_no_token_from_before_its_beginning(tmp_path: Path) -> None:
+async def test_the_memory_store_rejects_tokens_from_before_its_start(tmp_path: Path) -> None:
     """It may have been used then, and nobody remembers."""
     async with operated(tmp_path) as (_, operator):
         earlier = sign("/api/v1/orders", iat=int(time.time()) - 60)
@@ -77,12 +88,12 @@ async def test_a_request_that_is_too_large_is_refused(tmp_path: Path) -> None:
         assert (await raw(operator.port, head)).status == 413
 
 
-async def test_without_the_state_store_nothing_is_ordered(tmp_path: Path) -> None:
+async def test_without_the_state_store_there_is_no_operator_state(tmp_path: Path) -> None:
     async with operated(tmp_path) as (api, operator):
         down = RedisStateStore(
-            f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimes(operation_timeout=0.3)
+            f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimeouts(operation_timeout=0.3)
         )
-        api.context.orders._book = down
+        api.context.operator_state._store = down
         answer = await operator.ask("POST", "stop-api")
         assert (answer.status, answer.headers["retry-after"]) == (503, "5")
         await down.close()
@@ -90,7 +101,7 @@ async def test_without_the_state_store_nothing_is_ordered(tmp_path: Path) -> Non
 
 async def test_everything_is_a_conflict_once_the_node_shuts_down(tmp_path: Path) -> None:
     async with operated(tmp_path) as (_, operator):
-        assert (await operator.order("shutdown"))["shuttingDown"]
+        assert (await operator.command("shutdown"))["shuttingDown"]
         bodies: dict[str, Any] = {
             "shutdown": None,
             "stop-api": None,
@@ -111,34 +122,36 @@ async def test_everything_is_a_conflict_once_the_node_shuts_down(tmp_path: Path)
 async def test_two_orders_at_once_both_count(tmp_path: Path) -> None:
     async with operated(tmp_path) as (_, operator):
         await asyncio.gather(
-            operator.order("set-worker", {"workerId": 7}),
-            operator.order("drain", {"on": True}),
-            operator.order("stop-api"),
+            operator.command("set-worker", {"workerId": 7}),
+            operator.command("drain", {"on": True}),
+            operator.command("stop-api"),
         )
-        orders = await operator.look("orders")
+        orders = await operator.query("orders")
         assert (orders["workerId"], orders["draining"], orders["stopped"]) == (7, True, True)
 
 
 async def test_the_file_on_the_volume_is_what_an_empty_store_begins_with(tmp_path: Path) -> None:
     root = tmp_path / "volume"
     root.mkdir()
-    write_orders(root, PINNED)
+    write_operator_state(root, PINNED)
     async with operated(tmp_path) as (api, operator):
-        assert api.context.orders.current.stopped
-        assert not api.context.orders.shutting_down
+        assert api.context.operator_state.current.stopped
+        assert not api.context.operator_state.shutting_down
         assert await api.context.state.pinned() == {ObjectId("1")}
         assert (await operator.ask("POST", "stop-api")).status == 409
-        await operator.order("start-api")
+        await operator.command("start-api")
         assert await api.context.state.pinned() == {ObjectId("1")}
 
 
-async def test_a_follower_obeys_the_file_while_the_store_is_away(tmp_path: Path) -> None:
-    write_orders(tmp_path, PINNED)
-    down = RedisStateStore(f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimes(operation_timeout=0.3))
-    follower = OrdersFollower(down, tmp_path, Duty())
-    await follower.load()
-    assert follower.current == PINNED.orders
-    assert not follower.shutting_down
+async def test_a_reader_follows_the_file_while_the_store_is_down(tmp_path: Path) -> None:
+    write_operator_state(tmp_path, PINNED)
+    down = RedisStateStore(
+        f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimeouts(operation_timeout=0.3)
+    )
+    watcher = OperatorStateWatcher(down, tmp_path, Assignment())
+    await watcher.load()
+    assert watcher.current == PINNED.state
+    assert not watcher.shutting_down
     await down.close()
 
 
@@ -154,57 +167,65 @@ async def test_a_follower_obeys_the_file_while_the_store_is_away(tmp_path: Path)
         b'{"version":1,"orders":{"stopped":"yes"},"pinned":[]}',
     ],
 )
-def test_a_broken_file_is_no_file(tmp_path: Path, text: bytes) -> None:
+def test_a_broken_file_is_ignored(tmp_path: Path, text: bytes) -> None:
     (tmp_path / NAME).write_bytes(text)
-    assert read_orders(tmp_path) is None
+    assert read_operator_state(tmp_path) is None
 
 
 def test_the_file_is_replaced_in_one_step_and_reads_back(tmp_path: Path) -> None:
-    write_orders(tmp_path, KeptOrders(Orders(version=1)))
-    duty = Orders(version=9, buckets_ordered=True, buckets=frozenset({"0:1", "0:2"}), worker_ordered=True)
-    write_orders(tmp_path, KeptOrders(duty, frozenset({ObjectId("b"), ObjectId("a")})))
-    assert read_orders(tmp_path) == KeptOrders(duty, frozenset({ObjectId("b"), ObjectId("a")}))
+    write_operator_state(tmp_path, OperatorStateSnapshot(OperatorState(version=1)))
+    assignment = OperatorState(
+        version=9, buckets_ordered=True, buckets=frozenset({"0:1", "0:2"}), worker_ordered=True
+    )
+    write_operator_state(
+        tmp_path, OperatorStateSnapshot(assignment, frozenset({ObjectId("b"), ObjectId("a")}))
+    )
+    assert read_operator_state(tmp_path) == OperatorStateSnapshot(
+        assignment, frozenset({ObjectId("b"), ObjectId("a")})
+    )
     assert [file.name for file in tmp_path.iterdir()] == [NAME]
-    assert decode_kept(encode_kept(PINNED)) == PINNED
+    assert decode_snapshot(encode_snapshot(PINNED)) == PINNED
 
 
-def test_what_is_not_ordered_is_as_configured() -> None:
+def test_without_operator_state_the_settings_apply() -> None:
     configured = Settings(
         buckets=["1:1"], worker_id=3, catalog={"kind": "joystream"}, storage={"path": "unused"}
-    ).duty
-    assert Orders().duty(configured) == configured == Duty(frozenset({"1:1"}), 3)
-    assert Orders(worker_ordered=True, worker_id=7).duty(configured) == Duty(frozenset({"1:1"}), 7)
-    assert Orders(buckets_ordered=True).duty(configured) == Duty(None, 3)
+    ).assignment
+    assert OperatorState().assignment(configured) == configured == Assignment(frozenset({"1:1"}), 3)
+    assert OperatorState(worker_ordered=True, worker_id=7).assignment(configured) == Assignment(
+        frozenset({"1:1"}), 7
+    )
+    assert OperatorState(buckets_ordered=True).assignment(configured) == Assignment(None, 3)
 
 
-def test_all_of_a_worker_whom_nobody_has_named_is_not_everything() -> None:
-    configured = Duty(frozenset({"1:1"}))
-    ordered = Orders(buckets_ordered=True)
-    assert ordered.duty(configured) == configured
-    assert replace(ordered, worker_ordered=True, worker_id=7).duty(configured) == Duty(None, 7)
-    assert ordered.duty(Duty()) == Duty()
+def test_all_buckets_of_an_unnamed_worker_are_not_everything() -> None:
+    configured = Assignment(frozenset({"1:1"}))
+    ordered = OperatorState(buckets_ordered=True)
+    assert ordered.assignment(configured) == configured
+    assert replace(ordered, worker_ordered=True, worker_id=7).assignment(configured) == Assignment(None, 7)
+    assert ordered.assignment(Assignment()) == Assignment()
 
 
 async def test_back_to_all_of_the_worker_needs_a_worker(tmp_path: Path) -> None:
     async with operated(tmp_path, buckets=["0:1"]) as (_, operator):
         answer = await operator.ask("POST", "set-buckets", {})
         assert (answer.status, answer.json()["type"]) == (409, "no_worker")
-        assert (await operator.look("orders"))["buckets"] == ["0:1"]
-        await operator.order("set-worker", {"workerId": 7})
-        assert (await operator.order("set-buckets", {}))["buckets"] is None
+        assert (await operator.query("orders"))["buckets"] == ["0:1"]
+        await operator.command("set-worker", {"workerId": 7})
+        assert (await operator.command("set-buckets", {}))["buckets"] is None
 
 
-async def test_a_node_set_up_for_everything_goes_back_to_that(tmp_path: Path) -> None:
+async def test_a_node_configured_for_everything_returns_to_that(tmp_path: Path) -> None:
     async with operated(tmp_path) as (_, operator):
-        await operator.order("set-buckets", {"buckets": ["5:5"]})
-        assert (await operator.order("set-buckets", {}))["buckets"] is None
+        await operator.command("set-buckets", {"buckets": ["5:5"]})
+        assert (await operator.command("set-buckets", {}))["buckets"] is None
 
 
-async def test_with_buckets_and_worker_the_buckets_decide_until_they_are_taken_back(tmp_path: Path) -> None:
+async def test_with_buckets_and_worker_the_buckets_decide_until_reset(tmp_path: Path) -> None:
     async with operated(tmp_path, buckets=["0:1"], worker_id=3) as (_, operator):
-        shown = await operator.look("orders")
+        shown = await operator.query("orders")
         assert (shown["workerId"], shown["buckets"]) == (3, ["0:1"])
-        shown = await operator.order("set-buckets", {})
+        shown = await operator.command("set-buckets", {})
         assert (shown["workerId"], shown["buckets"]) == (3, None)
 
 
@@ -217,16 +238,16 @@ async def test_a_page_has_a_thousand_entries_at_most(tmp_path: Path, query: str)
 async def test_one_warming_at_a_time(tmp_path: Path) -> None:
     async with operated(tmp_path) as (api, operator):
         state = api.context.state
-        assert await state.order_warming(WarmingScope()) is not None
-        assert await state.tend_warming("another process", 60) is not None
+        assert await state.start_warming(WarmingScope()) is not None
+        assert await state.lease_warming("another process", 60) is not None
         answer = await operator.ask("POST", "warm", {"all": True})
         assert (answer.status, answer.json()["type"]) == (409, "already_warming")
 
 
 async def test_pins_are_bounded(tmp_path: Path) -> None:
     async with operated(tmp_path) as (api, operator):
-        await api.context.state.change_pins(pin=[ObjectId(f"{number}") for number in range(MOST_PINS)])
+        await api.context.state.change_pins(pin=[ObjectId(f"{number}") for number in range(MAX_PINS)])
         assert (await operator.ask("POST", "pin", {"ids": ["7"]})).status == 200
         answer = await operator.ask("POST", "pin", {"ids": ["7", "one-more"]})
         assert (answer.status, answer.json()["type"]) == (400, "too_many_pins")
-        assert len(await api.context.state.pinned()) == MOST_PINS
+        assert len(await api.context.state.pinned()) == MAX_PINS

@@ -9,11 +9,11 @@ import aio_pika
 import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
-from shared.adapters.queue_rabbitmq import RabbitJobQueue
-from shared.adapters.queue_rabbitmq.topology import Topology
-from shared.domain.errors import ConfigurationError, JobQueueUnavailable
-from shared.domain.jobs import Hopeless, JobOutcome, RetryPlan, encode_job
-from tests.contract.queue_world import consuming, done, make_job, until_depth
+from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
+from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology
+from distributor_node.shared.domain.errors import ConfigurationError, JobQueueUnavailable
+from distributor_node.shared.domain.jobs import Hopeless, JobOutcome, RetryPlan, encode_job
+from tests.contract.queue_harness import consuming, done, make_job, wait_for_depth
 
 pytestmark = pytest.mark.servers
 
@@ -79,15 +79,15 @@ async def test_poison_is_dead_lettered_as_it_came_and_consumption_goes_on(
     await queue.publish(make_job("before"))
     poison = aio_pika.Message(body, headers={**headers, "x-other": "kept"})
     await channel.default_exchange.publish(poison, topology.work)
-    async with consuming(queue) as witness:
-        await until_depth(queue, dead=1)
+    async with consuming(queue) as recorder:
+        await wait_for_depth(queue, dead=1)
         await queue.publish(make_job("after"))
-        await witness.until(lambda: "after" in witness.ended)
+        await recorder.wait_for(lambda: "after" in recorder.ended)
     letter = await _take(channel, topology.dead)
     assert letter.body == body
     assert letter.headers["x-other"] == "kept"
     assert str(letter.headers["x-distributor-reason"]).startswith("no job: ")
-    assert [job.object_id for job in witness.begun] == ["before", "after"]
+    assert [job.object_id for job in recorder.started] == ["before", "after"]
 
 
 async def test_a_dead_letter_keeps_body_and_request_id_and_says_why(
@@ -99,14 +99,14 @@ async def test_a_dead_letter_keeps_body_and_request_id_and_says_why(
     job = make_job(request_id="abc")
     await queue.publish(job)
     async with consuming(queue, hopeless):
-        await until_depth(queue, dead=1)
+        await wait_for_depth(queue, dead=1)
     letter = await _take(channel, topology.dead)
     assert letter.body == encode_job(job)
     assert letter.headers["x-distributor-reason"] == "never_fits"
     assert letter.headers["x-distributor-request-id"] == "abc"
 
 
-async def test_a_queue_with_other_arguments_is_named_and_nothing_hangs(
+async def test_a_queue_with_other_arguments_is_reported_and_nothing_hangs(
     amqp_url: str, topology: Topology, channel: AbstractChannel
 ) -> None:
     await channel.declare_queue(topology.work, durable=True)
@@ -130,9 +130,9 @@ async def test_the_consumer_timeout_argument_is_accepted_by_this_broker(
 ) -> None:
     queue = RabbitJobQueue(amqp_url, topology.prefix, topology.plan, 5, consumer_timeout_ms=12 * 3600 * 1000)
     await queue.open()
-    async with consuming(queue) as witness:
+    async with consuming(queue) as recorder:
         await queue.publish(make_job())
-        await witness.until(lambda: len(witness.ended) == 1)
+        await recorder.wait_for(lambda: len(recorder.ended) == 1)
     await queue.close()
 
 
@@ -142,23 +142,23 @@ async def test_a_deleted_queue_is_declared_again_by_publishing(
     await queue.publish(make_job("1"))
     await channel.queue_delete(topology.work)
     await queue.publish(make_job("2"))
-    await until_depth(queue, ready=1)
+    await wait_for_depth(queue, ready=1)
 
 
 async def test_a_deleted_queue_is_declared_again_by_consuming(
     queue: RabbitJobQueue, topology: Topology, channel: AbstractChannel
 ) -> None:
-    async with consuming(queue) as witness:
+    async with consuming(queue) as recorder:
         await queue.publish(make_job("1"))
-        await witness.until(lambda: witness.ended == ["1"])
+        await recorder.wait_for(lambda: recorder.ended == ["1"])
         await channel.queue_delete(topology.work)
         await queue.publish(make_job("2"))
-        await witness.until(lambda: witness.ended == ["1", "2"])
+        await recorder.wait_for(lambda: recorder.ended == ["1", "2"])
 
 
 async def test_many_publish_at_once(queue: RabbitJobQueue) -> None:
     await asyncio.gather(*(queue.publish(make_job(str(number))) for number in range(200)))
-    await until_depth(queue, ready=200)
+    await wait_for_depth(queue, ready=200)
 
 
 async def test_names_and_delays_are_whole_milliseconds() -> None:

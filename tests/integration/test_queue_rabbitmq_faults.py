@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator
 import pytest
 from prometheus_client import REGISTRY
 
-from shared.adapters.queue_rabbitmq import RabbitJobQueue
-from shared.domain.errors import JobQueueUnavailable
-from shared.domain.jobs import Done, FetchJob, JobOutcome, RetryPlan, TryLater
-from tests.contract.queue_world import consuming, make_job, until_depth
+from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
+from distributor_node.shared.domain.errors import JobQueueUnavailable
+from distributor_node.shared.domain.jobs import Done, FetchJob, JobOutcome, RetryPlan, TryLater
+from tests.contract.queue_harness import consuming, make_job, wait_for_depth
 from tests.servers.rabbitmq_server import RabbitServer
 
 pytestmark = pytest.mark.servers
@@ -48,11 +48,11 @@ async def test_a_job_that_outlasts_the_consumer_timeout_runs_once_and_ends(queue
         return Done()
 
     await queue.publish(make_job())
-    async with consuming(queue, slow, concurrency=3) as witness:
-        await witness.until(lambda: len(witness.ended) == 1)
+    async with consuming(queue, slow, concurrency=3) as recorder:
+        await recorder.wait_for(lambda: len(recorder.ended) == 1)
         await queue.publish(make_job("next"))
-        await until_depth(queue)
-        assert [job.object_id for job in witness.begun] == ["1", "next"]
+        await wait_for_depth(queue)
+        assert [job.object_id for job in recorder.started] == ["1", "next"]
 
 
 async def test_killed_connections_come_back_and_a_running_job_runs_once(
@@ -65,16 +65,16 @@ async def test_killed_connections_come_back_and_a_running_job_runs_once(
         return Done()
 
     await queue.publish(make_job("1"))
-    async with consuming(queue, until_told) as witness:
-        await witness.until(lambda: len(witness.begun) == 1)
+    async with consuming(queue, until_told) as recorder:
+        await recorder.wait_for(lambda: len(recorder.started) == 1)
         await asyncio.to_thread(own_rabbitmq.close_all_connections)
         await _publish_until_taken(queue, make_job("2"), 10)
-        await witness.until(lambda: len(witness.begun) == 2)
+        await recorder.wait_for(lambda: len(recorder.started) == 2)
         go_on.set()
-        await witness.until(lambda: len(witness.ended) == 2)
-        await until_depth(queue)
-    await until_depth(queue)
-    assert sorted(job.object_id for job in witness.begun) == ["1", "2"]
+        await recorder.wait_for(lambda: len(recorder.ended) == 2)
+        await wait_for_depth(queue)
+    await wait_for_depth(queue)
+    assert sorted(job.object_id for job in recorder.started) == ["1", "2"]
 
 
 async def test_a_memory_alarm_stops_publishing_in_time_and_acknowledging_not_at_all(
@@ -92,18 +92,18 @@ async def test_a_memory_alarm_stops_publishing_in_time_and_acknowledging_not_at_
             with pytest.raises(JobQueueUnavailable):
                 await queue.publish(make_job("refused"))
             assert time.monotonic() - started < _PUBLISH_SECONDS + 0.5
-        async with consuming(queue, last_is_late) as witness:
-            await witness.until(lambda: len(witness.ended) == 3)
-            await until_depth(queue)
+        async with consuming(queue, last_is_late) as recorder:
+            await recorder.wait_for(lambda: len(recorder.ended) == 3)
+            await wait_for_depth(queue)
             await queue.ping()
             await asyncio.to_thread(own_rabbitmq.clear_memory_alarm)
-            await witness.until(
-                lambda: [job.attempt for job in witness.begun if job.object_id == "late"] == [1, 2]
+            await recorder.wait_for(
+                lambda: [job.attempt for job in recorder.started if job.object_id == "late"] == [1, 2]
             )
     finally:
         await asyncio.to_thread(own_rabbitmq.clear_memory_alarm)
     # Of the refused only the first had reached the broker's socket; it is published late, which is safe.
-    assert sum(job.object_id == "refused" for job in witness.begun) <= 1
+    assert sum(job.object_id == "refused" for job in recorder.started) <= 1
 
 
 async def test_jobs_survive_a_killed_broker_and_consumption_resumes_when_it_is_back(
@@ -119,8 +119,8 @@ async def test_jobs_survive_a_killed_broker_and_consumption_resumes_when_it_is_b
 
     for number in range(5):
         await queue.publish(make_job(str(number)))
-    async with consuming(queue, first_waits, concurrency=1) as witness:
-        await witness.until(lambda: len(witness.begun) == 1)
+    async with consuming(queue, first_waits, concurrency=1) as recorder:
+        await recorder.wait_for(lambda: len(recorder.started) == 1)
         await asyncio.to_thread(own_rabbitmq.kill)
         latecomer = RabbitJobQueue(own_rabbitmq.url, "test-latecomer", RetryPlan(()), _PUBLISH_SECONDS)
         await latecomer.open()
@@ -130,17 +130,17 @@ async def test_jobs_survive_a_killed_broker_and_consumption_resumes_when_it_is_b
         assert time.monotonic() - started < _PUBLISH_SECONDS + 0.5
         with pytest.raises(JobQueueUnavailable):
             await latecomer.ping()
-        async with consuming(latecomer) as late_witness:
+        async with consuming(latecomer) as late_recorder:
             await asyncio.to_thread(own_rabbitmq.start)
             back = time.monotonic()
             await _publish_until_taken(latecomer, make_job("late"), 5)
-            await late_witness.until(lambda: late_witness.ended == ["late"], seconds=5)
+            await late_recorder.wait_for(lambda: late_recorder.ended == ["late"], seconds=5)
             blocked.set()
-            await witness.until(lambda: len(witness.ended) == 5, seconds=5)
+            await recorder.wait_for(lambda: len(recorder.ended) == 5, seconds=5)
             assert time.monotonic() - back < 5
         await latecomer.close()
-    await until_depth(queue)
-    assert [job.object_id for job in witness.begun] == ["0", "1", "2", "3", "4"]
+    await wait_for_depth(queue)
+    assert [job.object_id for job in recorder.started] == ["0", "1", "2", "3", "4"]
 
 
 def failed_calls(operation: str) -> float:
@@ -171,14 +171,14 @@ async def test_stopping_while_the_broker_is_down_is_quick(own_rabbitmq: RabbitSe
     assert time.monotonic() - started < 2
 
 
-@pytest.mark.fire
+@pytest.mark.chaos
 @pytest.mark.slow
 async def test_a_frozen_broker_is_noticed_by_the_missing_heartbeat(
     queue: RabbitJobQueue, own_rabbitmq: RabbitServer
 ) -> None:
-    async with consuming(queue) as witness:
+    async with consuming(queue) as recorder:
         await queue.publish(make_job("1"))
-        await witness.until(lambda: witness.ended == ["1"])
+        await recorder.wait_for(lambda: recorder.ended == ["1"])
         own_rabbitmq.freeze()
         try:
             for _ in range(3):
@@ -190,4 +190,4 @@ async def test_a_frozen_broker_is_noticed_by_the_missing_heartbeat(
         finally:
             own_rabbitmq.thaw()
         await _publish_until_taken(queue, make_job("2"), 10)
-        await witness.until(lambda: "2" in witness.ended)
+        await recorder.wait_for(lambda: "2" in recorder.ended)

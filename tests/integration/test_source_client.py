@@ -10,12 +10,11 @@ from dataclasses import replace
 
 import pytest
 
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Behaviour, Match
-from services.demo.objects import bytes_object
-from services.demo.storage_node import StorageNode
-from shared.adapters.sources import SourceClient, SourceLimits, SourceObservation
-from shared.domain.errors import (
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.sources import SourceClient, SourceLimits, SourceObservation
+from distributor_node.shared.domain.errors import (
     InvalidInput,
     SourceError,
     SourceRefused,
@@ -23,8 +22,8 @@ from shared.domain.errors import (
     SourceUnreachable,
     SourceWrong,
 )
-from shared.domain.ranges import ByteRange
-from tests.servers.deaf_server import deaf_server
+from distributor_node.shared.domain.ranges import ByteRange
+from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 3_000_000
 DATA = GeneratedContent(1, SIZE).read(0, SIZE)
@@ -102,7 +101,7 @@ async def test_an_empty_object(node: StorageNode, client: SourceClient) -> None:
 
 async def test_an_object_of_unknown_size(node: StorageNode, client: SourceClient) -> None:
     assert await read(client, node.object_url("1"), size=None) == DATA
-    node.knobs.add(Behaviour(omit_content_length=True))
+    node.faults.add(Fault(omit_content_length=True))
     async with client.get(node.object_url("1")) as answer:
         assert answer.length is None
         assert b"".join([chunk async for chunk in answer.chunks]) == DATA
@@ -114,66 +113,64 @@ async def test_a_range_outside_the_object_is_never_sent(node: StorageNode, clien
     assert len(node.requests) == 0
 
 
-async def test_a_body_without_length_ends_where_the_catalog_says(
+async def test_a_body_without_length_ends_at_the_catalogs_size(
     node: StorageNode, client: SourceClient
 ) -> None:
-    node.knobs.add(Behaviour(omit_content_length=True))
+    node.faults.add(Fault(omit_content_length=True))
     assert await read(client, node.object_url("1")) == DATA
 
 
 async def test_an_ignored_range_is_cut_out_of_the_whole(node: StorageNode, client: SourceClient) -> None:
-    node.knobs.add(Behaviour(ignore_range=True))
+    node.faults.add(Fault(ignore_range=True))
     assert await read(client, node.object_url("1"), RANGE) == DATA[RANGE.first : RANGE.last + 1]
     tail = ByteRange(SIZE - 5, SIZE - 1)
     assert await read(client, node.object_url("1"), tail) == DATA[-5:]
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "status"),
-    [(Behaviour(status=status), status) for status in (403, 404, 416, 500)]
-    + [(Behaviour(redirect_to="/api/v1/files/1"), 302)],
+    ("fault", "status"),
+    [(Fault(status=status), status) for status in (403, 404, 416, 500)]
+    + [(Fault(redirect_to="/api/v1/files/1"), 302)],
 )
 async def test_refusals(
-    node: StorageNode, client: SourceClient, seen: list[SourceObservation], behaviour: Behaviour, status: int
+    node: StorageNode, client: SourceClient, seen: list[SourceObservation], fault: Fault, status: int
 ) -> None:
-    node.knobs.add(behaviour)
+    node.faults.add(fault)
     with pytest.raises(SourceRefused) as caught:
         await read(client, node.object_url("1"))
     assert caught.value.status == status
-    assert seen[0].failure == "refused"
+    assert seen[0].failure == "http_error"
     assert len(node.requests) == 1
 
 
 @pytest.mark.parametrize(
-    "behaviour",
+    "fault",
     [
-        Behaviour(gzip=True),
-        Behaviour(content_length_delta=1, body_delta=1),
-        Behaviour(content_length_delta=-1, body_delta=-1),
-        Behaviour(headers=(("Content-Range", "bytes 0-9/3000000"),)),
-        Behaviour(headers=(("Content-Range", None),)),
-        Behaviour(headers=(("Content-Range", f"bytes {RANGE.first}-{RANGE.last}/2999999"),)),
+        Fault(gzip=True),
+        Fault(content_length_delta=1, body_delta=1),
+        Fault(content_length_delta=-1, body_delta=-1),
+        Fault(headers=(("Content-Range", "bytes 0-9/3000000"),)),
+        Fault(headers=(("Content-Range", None),)),
+        Fault(headers=(("Content-Range", f"bytes {RANGE.first}-{RANGE.last}/2999999"),)),
     ],
 )
 async def test_headers_that_contradict_give_no_byte(
-    node: StorageNode, client: SourceClient, seen: list[SourceObservation], behaviour: Behaviour
+    node: StorageNode, client: SourceClient, seen: list[SourceObservation], fault: Fault
 ) -> None:
-    node.knobs.add(behaviour)
+    node.faults.add(fault)
     received = bytearray()
     with pytest.raises(SourceWrong):
         await read_into(received, client, node.object_url("1"), RANGE)
     assert received == b""
-    assert seen[0].failure == "wrong"
+    assert seen[0].failure == "invalid_response"
 
 
-@pytest.mark.parametrize(
-    "behaviour", [Behaviour(endless_body=True), Behaviour(omit_content_length=True, body_delta=1)]
-)
+@pytest.mark.parametrize("fault", [Fault(endless_body=True), Fault(omit_content_length=True, body_delta=1)])
 @pytest.mark.parametrize("byte_range", [None, RANGE])
-async def test_a_body_that_goes_on_is_never_taken_for_a_whole_one(
-    node: StorageNode, client: SourceClient, behaviour: Behaviour, byte_range: ByteRange | None
+async def test_an_overlong_body_is_never_complete(
+    node: StorageNode, client: SourceClient, fault: Fault, byte_range: ByteRange | None
 ) -> None:
-    node.knobs.add(behaviour)
+    node.faults.add(fault)
     wanted = DATA if byte_range is None else DATA[byte_range.first : byte_range.last + 1]
     received = bytearray()
     with pytest.raises(SourceWrong):
@@ -183,20 +180,20 @@ async def test_a_body_that_goes_on_is_never_taken_for_a_whole_one(
 
 
 @pytest.mark.parametrize(
-    "behaviour",
+    "fault",
     [
-        Behaviour(cut_after=500_000),
-        Behaviour(cut_after=500_000, cut_by_reset=True),
-        Behaviour(cut_after=500_000, omit_content_length=True),
-        Behaviour(body_delta=-1),
-        Behaviour(body_delta=-1, omit_content_length=True),
-        Behaviour(cut_after=0),
+        Fault(cut_after=500_000),
+        Fault(cut_after=500_000, cut_by_reset=True),
+        Fault(cut_after=500_000, omit_content_length=True),
+        Fault(body_delta=-1),
+        Fault(body_delta=-1, omit_content_length=True),
+        Fault(cut_after=0),
     ],
 )
-async def test_a_cut(
-    node: StorageNode, client: SourceClient, seen: list[SourceObservation], behaviour: Behaviour
+async def test_an_aborted_body(
+    node: StorageNode, client: SourceClient, seen: list[SourceObservation], fault: Fault
 ) -> None:
-    node.knobs.add(behaviour)
+    node.faults.add(fault)
     received = bytearray()
     with pytest.raises(SourceUnreachable):
         await read_into(received, client, node.object_url("1"))
@@ -205,7 +202,7 @@ async def test_a_cut(
     assert seen[0].failure == "unreachable"
 
 
-async def test_nobody_there(client: SourceClient, seen: list[SourceObservation]) -> None:
+async def test_connection_refused(client: SourceClient, seen: list[SourceObservation]) -> None:
     with socket.socket() as reserved:
         reserved.bind(("127.0.0.1", 0))
         with pytest.raises(SourceUnreachable) as caught:
@@ -215,20 +212,20 @@ async def test_nobody_there(client: SourceClient, seen: list[SourceObservation])
 
 
 async def test_no_connection_in_time(client: SourceClient) -> None:
-    with deaf_server() as (_, port):
+    with unresponsive_server() as (_, port):
         async with asyncio.timeout(3):
             with pytest.raises(SourceUnreachable, match="ConnectTimeout"):
                 await read(client, f"http://127.0.0.1:{port}/1")
 
 
-async def test_trouble_with_tls(node: StorageNode, client: SourceClient) -> None:
+async def test_tls_errors(node: StorageNode, client: SourceClient) -> None:
     with pytest.raises(SourceError) as caught:
         await read(client, node.object_url("1").replace("http:", "https:"))
     assert isinstance(caught.value, (SourceUnreachable, SourceTooSlow))
 
 
 @pytest.mark.parametrize("url", ["http://user:secret@127.0.0.1/1", "ftp://127.0.0.1/1", "1", "http://a b/"])
-async def test_urls_that_are_never_asked(client: SourceClient, url: str) -> None:
+async def test_urls_that_are_never_requested(client: SourceClient, url: str) -> None:
     with pytest.raises(SourceUnreachable) as caught:
         await read(client, url)
     assert "secret" not in str(caught.value)
@@ -266,7 +263,7 @@ async def talker(answer: bytes, pause: float = 0) -> AsyncIterator[str]:
         b"HTTP/1.1 200 OK\r\n" + b"a" * 200_000,
     ],
 )
-async def test_what_is_no_http(client: SourceClient, answer: bytes) -> None:
+async def test_invalid_http(client: SourceClient, answer: bytes) -> None:
     async with talker(answer) as url:
         with pytest.raises(SourceUnreachable):
             await read(client, url)
@@ -289,25 +286,25 @@ async def test_chunked_bodies(client: SourceClient) -> None:
             await read(client, url, size=6)
 
 
-async def test_a_complete_body_whose_end_is_never_said_is_taken(client: SourceClient) -> None:
+async def test_a_complete_body_without_terminator_is_accepted(client: SourceClient) -> None:
     async with talker(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n") as url:
         assert await read(client, url, size=5) == b"hello"
 
 
 @pytest.mark.parametrize(
-    "behaviour",
+    "fault",
     [
-        Behaviour(hang_before_headers=True),
-        Behaviour(hang_after=0),
-        Behaviour(hang_after=100_000),
-        Behaviour(bytes_per_second=2000),
-        Behaviour(drip_bytes_per_second=2000, drip_after=100_000),
+        Fault(hang_before_headers=True),
+        Fault(hang_after=0),
+        Fault(hang_after=100_000),
+        Fault(bytes_per_second=2000),
+        Fault(drip_bytes_per_second=2000, drip_after=100_000),
     ],
 )
 async def test_too_slow(
-    node: StorageNode, client: SourceClient, seen: list[SourceObservation], behaviour: Behaviour
+    node: StorageNode, client: SourceClient, seen: list[SourceObservation], fault: Fault
 ) -> None:
-    node.knobs.add(behaviour)
+    node.faults.add(fault)
     received = bytearray()
     async with asyncio.timeout(3):
         with pytest.raises(SourceTooSlow):
@@ -316,15 +313,13 @@ async def test_too_slow(
     assert seen[0].failure == "too_slow"
 
 
-async def test_a_slow_source_that_keeps_the_minimum_rate_is_endured(
-    node: StorageNode, client: SourceClient
-) -> None:
-    node.knobs.add(Behaviour(drip_bytes_per_second=60_000, drip_after=SIZE - 100_000))
+async def test_a_slow_source_above_the_minimum_rate_is_kept(node: StorageNode, client: SourceClient) -> None:
+    node.faults.add(Fault(drip_bytes_per_second=60_000, drip_after=SIZE - 100_000))
     assert await read(client, node.object_url("1")) == DATA
 
 
 async def test_the_limit_for_the_first_byte_is_not_one_for_the_rest(node: StorageNode) -> None:
-    node.knobs.add(Behaviour(latency_before_body=0.4))
+    node.faults.add(Fault(latency_before_body=0.4))
     async with SourceClient(replace(LIMITS, first_byte_timeout=0.2)) as client:
         assert await read(client, node.object_url("1")) == DATA
 
@@ -349,13 +344,13 @@ async def test_a_reused_connection_that_is_closed_is_replaced_once(
     node: StorageNode, client: SourceClient, seen: list[SourceObservation]
 ) -> None:
     await read(client, node.object_url("1"))
-    node.knobs.add(Behaviour(close_reused_connection=True))
+    node.faults.add(Fault(close_reused_connection=True))
     assert await read(client, node.object_url("1")) == DATA
     assert [record.connection for record in node.requests] == [1, 1, 2]
     assert [item.failure for item in seen] == [None, None]
 
 
-async def test_a_fresh_connection_that_is_closed_is_not_tried_again(client: SourceClient) -> None:
+async def test_a_closed_new_connection_is_not_retried(client: SourceClient) -> None:
     asked = 0
 
     def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -379,7 +374,7 @@ async def test_idle_connections_are_left_before_the_source_closes_them(
     assert len(node.requests) == 2
 
 
-async def test_a_reader_may_leave_early(
+async def test_a_reader_may_stop_early(
     node: StorageNode, client: SourceClient, seen: list[SourceObservation]
 ) -> None:
     for _ in range(LIMITS.max_connections * 3):
@@ -389,22 +384,22 @@ async def test_a_reader_may_leave_early(
     assert await read(client, node.object_url("1")) == DATA
 
 
-async def test_cancelled_readers_leave_no_place_taken(node: StorageNode, client: SourceClient) -> None:
+async def test_cancelled_readers_free_their_slot(node: StorageNode, client: SourceClient) -> None:
     slow = [
-        Behaviour(hang_before_headers=True),
-        Behaviour(hang_after=0),
-        Behaviour(latency_before_headers=0.01),
+        Fault(hang_before_headers=True),
+        Fault(hang_after=0),
+        Fault(latency_before_headers=0.01),
     ]
-    for behaviour in slow:
-        node.knobs.clear()
-        node.knobs.add(behaviour)
+    for fault in slow:
+        node.faults.clear()
+        node.faults.add(fault)
         for delay in (0, 0.005, 0.02):
             readers = [asyncio.create_task(read(client, node.object_url("1"))) for _ in range(12)]
             await asyncio.sleep(delay)
             for reader in readers:
                 reader.cancel()
             await asyncio.gather(*readers, return_exceptions=True)
-    node.knobs.clear()
+    node.faults.clear()
     everyone = [read(client, node.object_url("1")) for _ in range(LIMITS.max_connections)]
     assert await asyncio.gather(*everyone) == [DATA] * LIMITS.max_connections
 
@@ -412,7 +407,7 @@ async def test_cancelled_readers_leave_no_place_taken(node: StorageNode, client:
 async def test_connections_are_bounded_and_waiting_for_one_too(
     node: StorageNode, client: SourceClient
 ) -> None:
-    node.knobs.add(Behaviour(hang_after=100), Match(first=LIMITS.max_connections))
+    node.faults.add(Fault(hang_after=100), Match(first=LIMITS.max_connections))
     limits = replace(LIMITS, stall_timeout=5)
     async with SourceClient(limits) as patient:
         readers = [
@@ -427,7 +422,7 @@ async def test_connections_are_bounded_and_waiting_for_one_too(
         assert await read(patient, node.object_url("1")) == DATA
 
 
-async def test_the_environment_has_no_say(
+async def test_the_environment_is_ignored(
     node: StorageNode, monkeypatch: pytest.MonkeyPatch, seen: list[SourceObservation]
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
@@ -441,7 +436,7 @@ async def test_closing_ends_what_is_being_read(node: StorageNode) -> None:
     with pytest.raises(SourceUnreachable):
         await read(client, node.object_url("1"))
     await client.open()
-    node.knobs.add(Behaviour(hang_after=100_000))
+    node.faults.add(Fault(hang_after=100_000))
     async with client.get(node.object_url("1"), None, SIZE) as answer:
         await anext(answer.chunks)
         await client.close()

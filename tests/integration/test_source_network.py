@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from services.demo.generated import GeneratedContent
-from services.demo.knobs import Behaviour
-from services.demo.objects import bytes_object
-from services.demo.storage_node import StorageNode
-from shared.adapters.sources import SourceClient, SourceLimits
-from shared.adapters.sources.dialling import alternating, dial
-from shared.domain.errors import SourceTooSlow, SourceUnreachable
-from shared.domain.ranges import ByteRange
-from tests.servers.deaf_server import deaf_server
+from distributor_node.services.demo.faults import Fault
+from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
+from distributor_node.shared.adapters.sources.network import connect, interleave
+from distributor_node.shared.domain.errors import SourceTooSlow, SourceUnreachable
+from distributor_node.shared.domain.ranges import ByteRange
+from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 12_000_000
 LARGE = GeneratedContent(2, SIZE).read(0, SIZE)
@@ -46,7 +45,7 @@ async def read(client: SourceClient, url: str, size: int, byte_range: ByteRange 
         return b"".join([chunk async for chunk in answer.chunks])
 
 
-async def test_a_large_body_costs_its_connection_a_small_one_does_not(
+async def test_a_large_unread_body_closes_the_connection_a_small_one_does_not(
     node: StorageNode, client: SourceClient
 ) -> None:
     assert await read(client, node.object_url("2"), len(SMALL)) == SMALL
@@ -60,21 +59,21 @@ async def test_a_large_range(node: StorageNode, client: SourceClient) -> None:
     assert await read(client, node.object_url("1"), SIZE, wanted) == LARGE[1_000_001:]
 
 
-async def test_a_large_body_without_a_length_goes_through_the_library(
+async def test_a_large_body_without_length_is_read_by_the_library(
     node: StorageNode, client: SourceClient
 ) -> None:
-    node.knobs.add(Behaviour(omit_content_length=True))
+    node.faults.add(Fault(omit_content_length=True))
     assert await read(client, node.object_url("1"), SIZE) == LARGE
 
 
-async def test_a_large_body_that_is_cut(node: StorageNode, client: SourceClient) -> None:
-    node.knobs.add(Behaviour(cut_after=SIZE - 1))
+async def test_a_large_body_that_is_aborted(node: StorageNode, client: SourceClient) -> None:
+    node.faults.add(Fault(cut_after=SIZE - 1))
     with pytest.raises(SourceUnreachable):
         await read(client, node.object_url("1"), SIZE)
 
 
 async def test_a_large_body_that_stalls(node: StorageNode, client: SourceClient) -> None:
-    node.knobs.add(Behaviour(hang_after=SIZE // 2))
+    node.faults.add(Fault(hang_after=SIZE // 2))
     with pytest.raises(SourceTooSlow):
         await read(client, node.object_url("1"), SIZE)
 
@@ -167,7 +166,7 @@ async def test_tls(certificate: Path, monkeypatch: pytest.MonkeyPatch, body: byt
             await read(client, f"https://127.0.0.1:{port}/1", len(body))
 
 
-async def test_a_certificate_that_nobody_vouches_for(client: SourceClient, certificate: Path) -> None:
+async def test_an_untrusted_certificate(client: SourceClient, certificate: Path) -> None:
     async with answering(b"", server_context(certificate)) as port:
         with pytest.raises(SourceUnreachable):
             await read(client, f"https://localhost:{port}/1", 1)
@@ -178,14 +177,14 @@ async def test_a_handshake_that_never_ends() -> None:
     async with SourceClient(limits) as client, answering(b"") as port:
         with pytest.raises(SourceUnreachable) as failed:
             await read(client, f"https://127.0.0.1:{port}/1", 1)
-    assert failed.value.waited
+    assert failed.value.timed_out
 
 
 def test_families_take_turns() -> None:
     four, six = socket.AF_INET, socket.AF_INET6
     found = [(six, "a"), (six, "b"), (six, "a"), (six, "c"), (four, "d")]
-    assert alternating(found) == [(six, "a"), (four, "d"), (six, "b"), (six, "c")]
-    assert alternating([]) == []
+    assert interleave(found) == [(six, "a"), (four, "d"), (six, "b"), (six, "c")]
+    assert interleave([]) == []
 
 
 async def test_an_address_that_refuses_or_is_silent_does_not_keep_the_next_one_waiting(
@@ -193,7 +192,7 @@ async def test_an_address_that_refuses_or_is_silent_does_not_keep_the_next_one_w
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as closed:
         closed.bind(("127.0.0.2", 0))
-        with deaf_server() as silent:
+        with unresponsive_server() as silent:
             await check_dialling(monkeypatch, closed.getsockname(), silent, server.getsockname())
 
 
@@ -205,11 +204,11 @@ async def check_dialling(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str,
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
     async with asyncio.timeout(2):
-        with await dial("several.example", 80) as connected:
+        with await connect("several.example", 80) as connected:
             assert connected.getpeername() == addresses[-1]
     del found[1:]
     with pytest.raises(ConnectionRefusedError):
-        await dial("several.example", 80)
+        await connect("several.example", 80)
 
 
 def test_on_the_loop_of_the_services(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,11 +243,11 @@ async def test_an_address_that_is_not_admitted_is_not_even_connected_to(
             return list(found)
 
         monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
-        with await dial("several.example", 80, lambda address: address != "127.0.0.2") as connected:
+        with await connect("several.example", 80, lambda address: address != "127.0.0.2") as connected:
             assert connected.getpeername() == outer.getsockname()
         del found[1:]
         with pytest.raises(OSError, match="private address"):
-            await dial("several.example", 80, lambda address: address != "127.0.0.2")
+            await connect("several.example", 80, lambda address: address != "127.0.0.2")
         inner.setblocking(False)
         with pytest.raises(BlockingIOError):
             inner.accept()

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from shared.adapters.sources.health import HealthBook
-from shared.adapters.sources.prober import SourceProber
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.adapters.sources.prober import SourceProber
 
 AT_ONCE = 10
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
@@ -18,7 +18,7 @@ class CrowdedNode:
     """Answers once so many requests are under way as there may be, so that one more would be seen."""
 
     def __init__(self) -> None:
-        self.under_way = self.most_under_way = self.answered = 0
+        self.in_flight = self.max_in_flight = self.answered = 0
         self.full = asyncio.Event()
         self.port = 0
 
@@ -26,12 +26,12 @@ class CrowdedNode:
         try:
             while True:
                 await reader.readuntil(b"\r\n\r\n")
-                self.under_way += 1
-                self.most_under_way = max(self.most_under_way, self.under_way)
-                if self.under_way >= AT_ONCE:
+                self.in_flight += 1
+                self.max_in_flight = max(self.max_in_flight, self.in_flight)
+                if self.in_flight >= AT_ONCE:
                     self.full.set()
                 await self.full.wait()
-                self.under_way -= 1
+                self.in_flight -= 1
                 self.answered += 1
                 writer.write(ANSWER)
         except asyncio.IncompleteReadError:
@@ -47,10 +47,10 @@ async def node() -> AsyncIterator[CrowdedNode]:
 
 
 async def test_at_most_ten_probes_are_under_way(node: CrowdedNode) -> None:
-    book = HealthBook()
-    prober = SourceProber(book, timeout=5, at_once=AT_ONCE)
+    registry = SourceHealthRegistry()
+    prober = SourceProber(registry, timeout=5, concurrency=AT_ONCE)
     await prober.open()
     await prober.probe_all([f"http://127.0.0.1:{node.port}/{number}/" for number in range(45)])
     await prober.close()
-    assert (node.answered, node.most_under_way) == (45, AT_ONCE)
-    assert len(book.health_of(f"127.0.0.1:{node.port}").first_bytes) == 10
+    assert (node.answered, node.max_in_flight) == (45, AT_ONCE)
+    assert len(registry.health_of(f"127.0.0.1:{node.port}").first_bytes) == 10

@@ -11,15 +11,13 @@ import pytest
 from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
-from shared.adapters.state_redis import RedisStateStore
-from shared.adapters.state_times import StateTimes
-from shared.domain.errors import ConfigurationError, StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.orders import KeptOrders, Orders
-from shared.domain.warming import WarmingScope
-from shared.observability.metrics import STATE_STORE_ERRORS
-from shared.ports.order_book import PurgeWish
-from shared.ports.state_store import (
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot, WarmingScope
+from distributor_node.shared.observability.metrics import STATE_STORE_ERRORS
+from distributor_node.shared.ports.state_store import (
     Access,
     AlreadyStored,
     Announcement,
@@ -27,8 +25,9 @@ from shared.ports.state_store import (
     HeldElsewhere,
     IndexEntry,
     Lease,
-    NotAccounted,
+    NotReconciled,
     PolicyState,
+    PurgeRequest,
     Term,
     Topic,
 )
@@ -36,7 +35,7 @@ from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_relay import TcpRelay
 
 LIMIT = 1_000_000
-TIMES = StateTimes(operation_timeout=0.4)
+TIMES = StateTimeouts(operation_timeout=0.4)
 ONE, TWO = ObjectId("1"), ObjectId("2")
 _LEASE = Lease(ONE, 1, 100, "worker-1")
 _TERM = Term("evictor-1", 1)
@@ -46,7 +45,7 @@ VERBS: dict[str, Callable[[RedisStateStore], Awaitable[Any]]] = {
     "find": lambda store: store.find(ONE),
     "claim": lambda store: store.claim(ONE, "api-1"),
     "mark_queued": lambda store: store.mark_queued(ONE, "api-1"),
-    "withdraw": lambda store: store.withdraw(ONE, "api-1"),
+    "release_claim": lambda store: store.release_claim(ONE, "api-1"),
     "usage": lambda store: store.usage(),
     "record_accesses": lambda store: store.record_accesses([Access(ONE, 1, 1.0)]),
     "begin": lambda store: store.begin(ONE, 100, "worker-1"),
@@ -55,35 +54,37 @@ VERBS: dict[str, Callable[[RedisStateStore], Awaitable[Any]]] = {
     "park": lambda store: store.park(_LEASE),
     "release": lambda store: store.release(_LEASE),
     "record_failure": lambda store: store.record_failure(ONE, "refused", 1),
-    "want_space": lambda store: store.want_space(ONE, 100, 1),
+    "request_space": lambda store: store.request_space(ONE, 100, 1),
     "forget": lambda store: store.forget(ONE, 1),
     "lead": lambda store: store.lead("evictor-1", 1),
     "resign": lambda store: store.resign(_TERM),
-    "space_wanted": lambda store: store.space_wanted(),
+    "space_requested": lambda store: store.space_requested(),
     "begin_eviction": lambda store: store.begin_eviction(_TERM, ONE, 0),
     "finish_eviction": lambda store: store.finish_eviction(_TERM, ONE),
     "cancel_eviction": lambda store: store.cancel_eviction(_TERM, ONE),
     "adopt": lambda store: store.adopt(_TERM, IndexEntry(ONE, 1, 1, 1.0)),
     "adopt_partial": lambda store: store.adopt_partial(_TERM, ONE, 1),
-    "seize": lambda store: store.seize(_TERM, ONE),
-    "set_accounted": lambda store: store.set_accounted(_TERM),
+    "steal_lease": lambda store: store.steal_lease(_TERM, ONE),
+    "set_reconciled": lambda store: store.set_reconciled(_TERM),
     "entries": lambda store: anext(aiter(store.entries())),
     "fetches": lambda store: store.fetches(),
     "read_accesses": lambda store: store.read_accesses("", 1),
     "load_policy_state": lambda store: store.load_policy_state(),
     "save_policy": lambda store: store.save_policy(_TERM, [], PolicyState()),
-    "orders": lambda store: store.orders(),
-    "change_orders": lambda store: store.change_orders(0, Orders()),
-    "restore_orders": lambda store: store.restore_orders(KeptOrders(Orders())),
+    "operator_state": lambda store: store.operator_state(),
+    "change_operator_state": lambda store: store.change_operator_state(0, OperatorState()),
+    "restore_operator_state": lambda store: store.restore_operator_state(
+        OperatorStateSnapshot(OperatorState())
+    ),
     "pinned": lambda store: store.pinned(),
     "change_pins": lambda store: store.change_pins(pin=[ONE]),
-    "want_purges": lambda store: store.want_purges([ONE]),
-    "purges_wanted": lambda store: store.purges_wanted(1),
-    "end_purge": lambda store: store.end_purge(_TERM, PurgeWish(ONE, 1)),
-    "order_warming": lambda store: store.order_warming(WarmingScope()),
+    "request_purges": lambda store: store.request_purges([ONE]),
+    "pending_purges": lambda store: store.pending_purges(1),
+    "complete_purge": lambda store: store.complete_purge(_TERM, PurgeRequest(ONE, 1)),
+    "start_warming": lambda store: store.start_warming(WarmingScope()),
     "warming": lambda store: store.warming(),
-    "tend_warming": lambda store: store.tend_warming("api-1", 1),
-    "use_ticket": lambda store: store.use_ticket("once", 0.0, 1),
+    "lease_warming": lambda store: store.lease_warming("api-1", 1),
+    "consume_token_id": lambda store: store.consume_token_id("once", 0.0, 1),
 }
 
 
@@ -107,7 +108,7 @@ async def until_it_answers(store: RedisStateStore) -> None:
 async def reconciled(store: RedisStateStore) -> Term:
     term = await store.lead("evictor-1", 600)
     assert term is not None
-    await store.set_accounted(term)
+    await store.set_reconciled(term)
     return term
 
 
@@ -120,7 +121,7 @@ async def fails_within(seconds: float, *verbs: Awaitable[Any]) -> None:
         assert result.__cause__ is not None
 
 
-async def test_every_verb_says_that_a_stopped_server_is_unavailable(
+async def test_every_call_reports_a_stopped_server_as_unavailable(
     store: RedisStateStore, own_redis: RedisServer
 ) -> None:
     await store.ping()
@@ -133,7 +134,9 @@ def failed_calls(operation: str) -> float:
     return REGISTRY.get_sample_value("distributor_state_store_errors_total", {"operation": operation}) or 0.0
 
 
-async def test_what_fails_is_counted_whoever_asked(store: RedisStateStore, own_redis: RedisServer) -> None:
+async def test_failed_calls_are_counted_for_every_caller(
+    store: RedisStateStore, own_redis: RedisServer
+) -> None:
     await store.ping()
     own_redis.stop()
     before = {name: failed_calls(name) for name in ("find", "begin", "renew", "commit", "xadd", "ping")}
@@ -150,7 +153,7 @@ async def test_what_fails_is_counted_whoever_asked(store: RedisStateStore, own_r
 
 
 @pytest.mark.alone
-async def test_a_thousand_verbs_on_a_frozen_server_fail_in_time_and_the_next_at_once(
+async def test_a_thousand_calls_on_a_frozen_server_fail_in_time_and_the_next_immediately(
     store: RedisStateStore, own_redis: RedisServer
 ) -> None:
     await store.ping()
@@ -190,21 +193,21 @@ async def test_after_a_restart_nothing_is_granted_before_reconciliation(
     own_redis.start()
     await until_it_answers(store)
     usage = await store.usage()
-    assert (usage.accounted, usage.objects) == (False, 1)
-    assert await store.begin(TWO, 100, "worker-1") == NotAccounted()
+    assert (usage.reconciled, usage.objects) == (False, 1)
+    assert await store.begin(TWO, 100, "worker-1") == NotReconciled()
     assert isinstance(await store.begin(ONE, 100, "worker-1"), AlreadyStored)
     await reconciled(store)
     assert isinstance(await store.begin(TWO, 100, "worker-1"), Granted)
 
 
-async def test_an_emptied_store_grants_nothing_and_no_old_token_holds(
+async def test_an_emptied_store_grants_nothing_and_old_tokens_are_invalid(
     store: RedisStateStore, own_redis: RedisServer
 ) -> None:
     old_term = await reconciled(store)
     granted = await store.begin(ONE, 100, "worker-1")
     assert isinstance(granted, Granted)
     assert await own_redis.command("FLUSHALL") == "+OK"
-    assert await store.begin(ONE, 100, "worker-1") == NotAccounted()
+    assert await store.begin(ONE, 100, "worker-1") == NotReconciled()
     assert not await store.commit(granted.lease, time.time())
     new_term = await reconciled(store)
     assert new_term.token > old_term.token
@@ -240,10 +243,10 @@ async def test_a_server_that_refuses_writes_is_unavailable_for_them(
     assert (await store.claim(ONE, "api-1")).won
 
 
-async def test_a_cancelled_verb_leaves_no_reply_to_the_next(
+async def test_a_cancelled_call_leaves_no_reply_to_the_next(
     own_redis: RedisServer, redis_prefix: str
 ) -> None:
-    store = RedisStateStore(own_redis.url, redis_prefix, LIMIT, StateTimes(operation_timeout=5.0))
+    store = RedisStateStore(own_redis.url, redis_prefix, LIMIT, StateTimeouts(operation_timeout=5.0))
     await store.open()
     names = [ObjectId(f"object-{number}") for number in range(40)]
     for name in names:
@@ -282,7 +285,7 @@ async def test_connections_that_died_silently_cost_one_time_limit_not_one_each(
         await store.close()
 
 
-async def test_a_listener_comes_back_and_says_so(store: RedisStateStore, own_redis: RedisServer) -> None:
+async def test_a_listener_reconnects_and_announces_it(store: RedisStateStore, own_redis: RedisServer) -> None:
     async with asyncio.timeout(15), store.listen() as heard:
         assert await anext(heard) == Announcement(Topic.SETTINGS_CHANGED)
         own_redis.restart()
@@ -292,7 +295,7 @@ async def test_a_listener_comes_back_and_says_so(store: RedisStateStore, own_red
         assert await anext(heard) == Announcement(Topic.FETCH_CHANGED, "1")
 
 
-async def test_a_listener_begun_without_a_server_hears_it_when_it_comes(
+async def test_a_listener_started_without_a_server_connects_when_it_comes_up(
     store: RedisStateStore, own_redis: RedisServer
 ) -> None:
     own_redis.stop()
@@ -301,7 +304,7 @@ async def test_a_listener_begun_without_a_server_hears_it_when_it_comes(
         assert await anext(heard) == Announcement(Topic.SETTINGS_CHANGED)
 
 
-async def test_a_listener_notices_a_connection_that_is_only_half_there(
+async def test_a_listener_notices_a_half_open_connection(
     store: RedisStateStore, own_redis: RedisServer
 ) -> None:
     async with asyncio.timeout(20), store.listen() as heard:
@@ -312,7 +315,7 @@ async def test_a_listener_notices_a_connection_that_is_only_half_there(
         assert await anext(heard) == Announcement(Topic.SETTINGS_CHANGED)
 
 
-async def test_a_silent_but_healthy_listener_stays(store: RedisStateStore) -> None:
+async def test_a_silent_but_healthy_listener_stays_connected(store: RedisStateStore) -> None:
     async with asyncio.timeout(20), store.listen() as heard:
         await anext(heard)
         with pytest.raises(TimeoutError):
@@ -345,10 +348,10 @@ redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[2]) + ARGV[1])
 """What a clock that is put back by ARGV[1] milliseconds leaves behind: times that lie so much further away."""
 
 
-async def test_a_clock_put_back_prolongs_no_lease_and_no_term(
+async def test_a_clock_set_back_extends_no_lease_and_no_term(
     own_redis: RedisServer, redis_prefix: str
 ) -> None:
-    times = StateTimes(lease_seconds=0.3, claim_seconds=0.3, operation_timeout=5.0)
+    times = StateTimeouts(lease_seconds=0.3, claim_seconds=0.3, operation_timeout=5.0)
     store = RedisStateStore(own_redis.url, redis_prefix, LIMIT, times)
     await store.open()
     await reconciled(store)

@@ -8,23 +8,23 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from services.api.operator.warming import REPORT_SECONDS, Warmer
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.warming import Warming, WarmingScope
-from shared.ports.state_store import Claim
-from tests.integration.assets_world import LIMIT, AssetsWorld, assets_world
+from distributor_node.services.api.operator.warming import REPORT_INTERVAL, CacheWarmer
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import Warming, WarmingScope
+from distributor_node.shared.ports.state_store import Claim
+from tests.integration.assets_harness import LIMIT, AssetsHarness, assets_harness
 
 ONE = WarmingScope(object_ids=(ObjectId("1"),))
 
 
-class AwayStore(MemoryStateStore):
+class UnreachableStore(MemoryStateStore):
     """Gone when the next `claims` and the next `reports` come."""
 
     def __init__(self) -> None:
-        super().__init__(LIMIT, StateTimes(), time.time)
+        super().__init__(LIMIT, StateTimeouts(), time.time)
         self.claims = self.reports = 0
 
     async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
@@ -33,66 +33,66 @@ class AwayStore(MemoryStateStore):
             raise StateStoreUnavailable("away")
         return await super().claim(object_id, claimant)
 
-    async def tend_warming(
+    async def lease_warming(
         self, holder: str, seconds: float, progress: Warming | None = None
     ) -> Warming | None:
         if progress is not None and self.reports:
             self.reports -= 1
             raise StateStoreUnavailable("away")
-        return await super().tend_warming(holder, seconds, progress)
+        return await super().lease_warming(holder, seconds, progress)
 
 
 @asynccontextmanager
-async def warming_world(root: Path, store: AwayStore) -> AsyncIterator[AssetsWorld]:
+async def warming_harness(root: Path, store: UnreachableStore) -> AsyncIterator[AssetsHarness]:
     """A warmer at work beside the API."""
-    async with assets_world(root, store=store) as world:
-        warming = asyncio.create_task(Warmer(world.context, "here").run())
+    async with assets_harness(root, store=store) as harness:
+        warming = asyncio.create_task(CacheWarmer(harness.context, "here").run())
         try:
-            yield world
+            yield harness
         finally:
             warming.cancel()
             await asyncio.wait({warming})
 
 
-async def state_of(world: AssetsWorld) -> str:
-    warming = await world.context.state.warming()
+async def state_of(harness: AssetsHarness) -> str:
+    warming = await harness.context.state.warming()
     return "" if warming is None else warming.state
 
 
-async def test_what_is_done_but_cannot_be_reported_is_reported_later_at_leisure(tmp_path: Path) -> None:
-    store = AwayStore()
-    async with warming_world(tmp_path, store) as world:
+async def test_finished_work_that_cannot_be_reported_is_reported_later(tmp_path: Path) -> None:
+    store = UnreachableStore()
+    async with warming_harness(tmp_path, store) as harness:
         store.reports = 3
         began = time.monotonic()
-        assert await store.order_warming(ONE) is not None
-        await world.until(lambda _: store.reports == 0)
-        assert time.monotonic() - began >= 2 * REPORT_SECONDS
+        assert await store.start_warming(ONE) is not None
+        await harness.until(lambda _: store.reports == 0)
+        assert time.monotonic() - began >= 2 * REPORT_INTERVAL
 
-        async def finished(world: AssetsWorld) -> bool:
-            return await state_of(world) == "finished"
+        async def finished(harness: AssetsHarness) -> bool:
+            return await state_of(harness) == "finished"
 
-        await world.until(finished)
+        await harness.until(finished)
 
 
 async def test_without_the_state_store_nothing_counts_as_failed(tmp_path: Path) -> None:
-    store = AwayStore()
-    async with warming_world(tmp_path, store) as world:
-        world.add("1", 1000)
+    store = UnreachableStore()
+    async with warming_harness(tmp_path, store) as harness:
+        harness.add("1", 1000)
         store.claims = 2
-        assert await store.order_warming(ONE) is not None
+        assert await store.start_warming(ONE) is not None
 
-        async def waits(_: AssetsWorld) -> bool:
+        async def waits(_: AssetsHarness) -> bool:
             warming = await store.warming()
             return warming is not None and (warming.state, warming.reason) == ("fetching", "away")
 
-        await world.until(waits)
-        await world.until(AssetsWorld.has_job)
-        await (await world.begin("1")).complete()
+        await harness.until(waits)
+        await harness.until(AssetsHarness.has_job)
+        await (await harness.begin("1")).complete()
 
-        async def finished(world: AssetsWorld) -> bool:
-            return await state_of(world) == "finished"
+        async def finished(harness: AssetsHarness) -> bool:
+            return await state_of(harness) == "finished"
 
-        await world.until(finished)
+        await harness.until(finished)
         warming = await store.warming()
         assert warming is not None
         assert (warming.done, warming.failed, warming.reason) == (1, 0, "")

@@ -11,31 +11,31 @@ from typing import Any
 
 from sanic import HTTPResponse, Request
 
-from services.api.app import AssetResponder, build_app
-from services.api.application import forget_application
-from services.api.assets.handler import AssetHandler
-from services.api.context import ApiContext
-from services.api.listening import Address
-from services.api.server import PublicServer
-from services.api.service import make_context
-from shared.adapters.sources.health import HealthBook
-from shared.runtime.adapters import (
+from distributor_node.services.api.assets.handler import AssetHandler
+from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.listen import ListenAddress
+from distributor_node.services.api.routes import AssetResponder, build_app
+from distributor_node.services.api.sanic_app import unregister_application
+from distributor_node.services.api.server import PublicServer
+from distributor_node.services.api.service import make_context
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.runtime.factories import (
     build_catalog,
+    build_failover_reader,
     build_job_queue,
-    build_relay,
     build_source_client,
     build_state_store,
     build_volume,
 )
-from shared.settings.model import Settings
+from distributor_node.shared.settings.model import Settings
 
 
-class StandIn:
+class FakeAssets:
     """Answers by the object's name."""
 
     def __init__(self) -> None:
         self.entered = asyncio.Event()
-        self.go_on = asyncio.Event()
+        self.release = asyncio.Event()
 
     async def handle(self, request: Request[Any, Any], object_id: str) -> HTTPResponse | None:
         match object_id:
@@ -52,7 +52,7 @@ class StandIn:
                         raise RuntimeError("secret details")
             case "waiting":
                 self.entered.set()
-                await self.go_on.wait()
+                await self.release.wait()
         return HTTPResponse(b"hello", 200, {"X-Cache": "hit", "X-Data-Source": "local"}, "text/plain")
 
 
@@ -96,16 +96,18 @@ async def running_api(
     for port in ports:
         await port.open()
     async with build_source_client(settings, 10) as client:
-        context = make_context(settings, volume, *ports, build_relay(client, HealthBook()))
+        context = make_context(
+            settings, volume, *ports, build_failover_reader(client, SourceHealthRegistry())
+        )
         application = build_app(context, assets or AssetHandler(context))
-        server = PublicServer(application, Address("127.0.0.1", 0))
+        server = PublicServer(application, ListenAddress("127.0.0.1", 0))
         await server.open()
         try:
             yield RunningApi(context, server)
         finally:
             await server.close(0)
             await application.ctx.usage.close()
-            forget_application(application)
+            unregister_application(application)
     for port in reversed(ports):
         await port.close()
     volume.close()

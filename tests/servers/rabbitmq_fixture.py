@@ -9,8 +9,8 @@ from pathlib import Path
 import aio_pika
 import pytest
 
-from shared.adapters.queue_rabbitmq.topology import Topology
-from shared.domain.jobs import RetryPlan
+from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology
+from distributor_node.shared.domain.jobs import RetryPlan
 from tests.servers.rabbitmq_server import MISSING, RabbitServer
 
 

@@ -13,9 +13,10 @@ _PIECE = 65536
 class TcpRelay:
     """Passes bytes to and fro. What is set holds for all connections, from now on:
 
-    `refusing`: new connections are closed at once. `deaf`: what is sent either way is lost, and connections stay open
-    (a black hole; what was lost stays lost). `losing_replies`: the same for what the server says alone (half-open).
-    `delay`: seconds each piece travels, either way; `bytes_per_second`: of each direction of each connection.
+    `refusing`: new connections are closed at once. `unresponsive`: what is sent either way is lost, and connections
+    stay open (a black hole; what was lost stays lost). `dropping_replies`: the same for what the server says alone
+    (half-open). `delay`: seconds each piece travels, either way; `bytes_per_second`: of each direction of each
+    connection.
     """
 
     def __init__(self, target_port: int) -> None:
@@ -25,7 +26,7 @@ class TcpRelay:
         self._tasks: set[asyncio.Task[None]] = set()
         self.connections = 0
         self.port = 0
-        self.refusing = self.deaf = self.losing_replies = False
+        self.refusing = self.unresponsive = self.dropping_replies = False
         self.delay = 0.0
         self.bytes_per_second: int | None = None
 
@@ -40,8 +41,8 @@ class TcpRelay:
 
     def heal(self) -> None:
         """Good weather again; connections that lost bytes are reset, since they can never be right again."""
-        lost = self.deaf or self.losing_replies
-        self.refusing = self.deaf = self.losing_replies = False
+        lost = self.unresponsive or self.dropping_replies
+        self.refusing = self.unresponsive = self.dropping_replies = False
         self.delay, self.bytes_per_second = 0.0, None
         if lost:
             self.cut()
@@ -91,7 +92,7 @@ class TcpRelay:
         generation = self._generation
         with suppress(OSError):
             while data := await reader.read(_PIECE):
-                lost = self.deaf or (is_reply and self.losing_replies)
+                lost = self.unresponsive or (is_reply and self.dropping_replies)
                 if generation == self._generation and not lost:
                     await under_way.put((time.monotonic() + self.delay, data))
         await under_way.put((time.monotonic() + self.delay, b""))

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from prometheus_client import REGISTRY
 
-from services.api.accesses import AccessCounter
-from services.api.wakeups import FetchWakeups
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
-from shared.domain.errors import StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.views import VIEW_WINDOW
-from shared.ports.state_store import Access, Announcement, Topic
+from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.admission import VIEW_WINDOW
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import Access, Announcement, Topic
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 
@@ -39,7 +39,7 @@ class FlakyStore(MemoryStateStore):
 
 
 def make_store() -> FlakyStore:
-    return FlakyStore(1000, StateTimes(), time.time)
+    return FlakyStore(1000, StateTimeouts(), time.time)
 
 
 async def recorded(store: FlakyStore) -> Sequence[Access]:
@@ -50,39 +50,39 @@ async def test_ranges_of_one_player_are_one_view() -> None:
     store, now = make_store(), 1000.0
     counter = AccessCounter(store, lambda: now)
     for _ in range(30):
-        counter.note_request(ONE)
+        counter.record_request(ONE)
         now += 5
-    counter.note_sending(ONE)
-    await counter.hand_over()
+    counter.touch(ONE)
+    await counter.flush()
     assert list(await recorded(store)) == [Access(ONE, 1, now)]
     now += VIEW_WINDOW
-    counter.note_request(ONE)
-    await counter.hand_over()
+    counter.record_request(ONE)
+    await counter.flush()
     assert (await recorded(store))[-1] == Access(ONE, 1, now)
 
 
 async def test_store_down_keeps_the_latest() -> None:
     store = make_store()
     store.down = True
-    counter = AccessCounter(store, lambda: 5.0, max_waiting=2)
+    counter = AccessCounter(store, lambda: 5.0, max_pending=2)
     for object_id in (ONE, TWO):
-        counter.note_request(object_id)
-    await counter.hand_over()
-    counter.note_request(THREE)
-    await counter.hand_over()
+        counter.record_request(object_id)
+    await counter.flush()
+    counter.record_request(THREE)
+    await counter.flush()
     store.down = False
-    await counter.hand_over()
+    await counter.flush()
     assert [access.object_id for access in await recorded(store)] == [TWO, THREE]
 
 
-async def test_a_hand_over_that_is_cancelled_loses_nothing() -> None:
+async def test_a_cancelled_flush_loses_nothing() -> None:
     store = make_store()
     store.hangs = True
     counter = AccessCounter(store, lambda: 5.0)
-    counter.note_request(ONE)
+    counter.record_request(ONE)
     running = asyncio.create_task(counter.run(interval=0))
     await store.asked.wait()
-    counter.note_request(TWO)
+    counter.record_request(TWO)
     running.cancel()
     await asyncio.wait({running})
     assert running.cancelled()
@@ -92,39 +92,39 @@ async def test_a_hand_over_that_is_cancelled_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize("trouble", ["down", "hangs"])
-async def test_what_cannot_be_handed_over_at_the_end_is_counted_as_lost(trouble: str) -> None:
+async def test_accesses_that_cannot_be_flushed_at_the_end_are_counted_as_dropped(trouble: str) -> None:
     store = make_store()
     setattr(store, trouble, True)
     counter = AccessCounter(store, lambda: 5.0)
     for object_id in (ONE, TWO, ONE):
-        counter.note_request(object_id)
+        counter.record_request(object_id)
     before = lost()
-    await counter.close(patience=0.05)
+    await counter.close(timeout=0.05)
     assert lost() - before == 2
 
 
 def lost() -> float:
-    return REGISTRY.get_sample_value("distributor_lost_accesses_total") or 0.0
+    return REGISTRY.get_sample_value("distributor_dropped_accesses_total") or 0.0
 
 
 async def test_waiters_are_woken_by_their_object_alone() -> None:
     store = make_store()
-    wakeups = FetchWakeups(store)
-    listener = asyncio.create_task(wakeups.run())
+    fetch_events = FetchEvents(store)
+    listener = asyncio.create_task(fetch_events.run())
     try:
         async with asyncio.timeout(5):
             # The listener greets with a wake-up for everybody.
-            await wakeups.wait(TWO, 5)
-            woken = asyncio.create_task(wakeups.wait(ONE, 5))
-            other = asyncio.create_task(wakeups.wait(TWO, 5))
+            await fetch_events.wait(TWO, 5)
+            woken = asyncio.create_task(fetch_events.wait(ONE, 5))
+            other = asyncio.create_task(fetch_events.wait(TWO, 5))
             await asyncio.sleep(0)
             await store.announce(Announcement(Topic.FETCH_CHANGED, ONE))
             await woken
         assert not other.done()
         other.cancel()
         await asyncio.wait({other})
-        await wakeups.wait(THREE, 0.01)
-        assert wakeups.waiting == 0
+        await fetch_events.wait(THREE, 0.01)
+        assert fetch_events.waiting == 0
     finally:
         listener.cancel()
         await asyncio.wait({listener})

@@ -6,67 +6,77 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.api.assets.decision import (
-    HOLD_BACK,
-    Asked,
-    Description,
-    Refusal,
+from distributor_node.services.api.assets.decision import (
+    UNVERIFIED_TAIL_BYTES,
+    AssetRequest,
+    PreconditionResult,
+    Representation,
     Span,
-    fits,
+    is_cacheable,
     is_far,
     live_fetch,
     may_resume,
-    select,
+    select_range,
     sendable_end,
 )
-from services.api.assets.hold_back import VerifiedPassage
-from shared.domain.conditionals import Conditions
-from shared.domain.objects import ContentHash, ObjectId
-from shared.domain.ranges import Unsatisfiable
-from shared.ports.state_store import Failure, Fetch, FetchPhase, Standing
+from distributor_node.services.api.assets.proxy import VerifyingBuffer
+from distributor_node.shared.domain.conditionals import Conditions
+from distributor_node.shared.domain.objects import ContentHash, ObjectId
+from distributor_node.shared.domain.ranges import Unsatisfiable
+from distributor_node.shared.ports.state_store import Failure, Fetch, FetchPhase, ObjectStatus
 
 SIZE = 1_000_000
 ETAG = '"abc"'
 NOTHING = Conditions()
 
 
-def described(size: int | None = SIZE, last_modified: int | None = None) -> Description:
-    return Description(ObjectId("1"), size, ETAG, None, "image/png", last_modified)
+def representation(size: int | None = SIZE, last_modified: int | None = None) -> Representation:
+    return Representation(ObjectId("1"), size, ETAG, None, "image/png", last_modified)
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"),
+    ("asset_request", "expected"),
     [
-        (Asked(False, NOTHING), Span(0, SIZE - 1, SIZE)),
-        (Asked(True, NOTHING), Span(0, SIZE - 1, SIZE)),
-        (Asked(False, NOTHING, "bytes=5-9"), Span(5, 9, SIZE, partial=True)),
-        (Asked(True, NOTHING, "bytes=5-9"), Span(0, SIZE - 1, SIZE)),
-        (Asked(True, NOTHING, "bytes=1000000-"), Span(0, SIZE - 1, SIZE)),
-        (Asked(False, NOTHING, "bytes=9-5"), Span(0, SIZE - 1, SIZE)),
-        (Asked(False, NOTHING, "bytes=1000000-"), Unsatisfiable(SIZE)),
-        (Asked(False, NOTHING, "bytes=5-9", ETAG), Span(5, 9, SIZE, partial=True)),
-        (Asked(False, NOTHING, "bytes=5-9", '"other"'), Span(0, SIZE - 1, SIZE)),
-        (Asked(False, NOTHING, "bytes=1000000-", '"other"'), Span(0, SIZE - 1, SIZE)),
-        (Asked(False, Conditions(if_none_match=ETAG), "bytes=1000000-"), Refusal.NOT_MODIFIED),
-        (Asked(True, Conditions(if_none_match="*")), Refusal.NOT_MODIFIED),
-        (Asked(False, Conditions(if_match='"x"'), "bytes=1000000-"), Refusal.PRECONDITION_FAILED),
+        (AssetRequest(False, NOTHING), Span(0, SIZE - 1, SIZE)),
+        (AssetRequest(True, NOTHING), Span(0, SIZE - 1, SIZE)),
+        (AssetRequest(False, NOTHING, "bytes=5-9"), Span(5, 9, SIZE, partial=True)),
+        (AssetRequest(True, NOTHING, "bytes=5-9"), Span(0, SIZE - 1, SIZE)),
+        (AssetRequest(True, NOTHING, "bytes=1000000-"), Span(0, SIZE - 1, SIZE)),
+        (AssetRequest(False, NOTHING, "bytes=9-5"), Span(0, SIZE - 1, SIZE)),
+        (AssetRequest(False, NOTHING, "bytes=1000000-"), Unsatisfiable(SIZE)),
+        (AssetRequest(False, NOTHING, "bytes=5-9", ETAG), Span(5, 9, SIZE, partial=True)),
+        (AssetRequest(False, NOTHING, "bytes=5-9", '"other"'), Span(0, SIZE - 1, SIZE)),
+        (AssetRequest(False, NOTHING, "bytes=1000000-", '"other"'), Span(0, SIZE - 1, SIZE)),
+        (
+            AssetRequest(False, Conditions(if_none_match=ETAG), "bytes=1000000-"),
+            PreconditionResult.NOT_MODIFIED,
+        ),
+        (AssetRequest(True, Conditions(if_none_match="*")), PreconditionResult.NOT_MODIFIED),
+        (
+            AssetRequest(False, Conditions(if_match='"x"'), "bytes=1000000-"),
+            PreconditionResult.PRECONDITION_FAILED,
+        ),
         # Nobody knows when a fetch that has not ended ended: dates decide nothing.
         (
-            Asked(False, Conditions(if_modified_since="Tue, 14 Nov 2023 22:13:20 GMT")),
+            AssetRequest(False, Conditions(if_modified_since="Tue, 14 Nov 2023 22:13:20 GMT")),
             Span(0, SIZE - 1, SIZE),
         ),
     ],
 )
-def test_select(asked: Asked, expected: Span | Unsatisfiable | Refusal) -> None:
-    assert select(asked, described()) == expected
+def test_select_range(
+    asset_request: AssetRequest, expected: Span | Unsatisfiable | PreconditionResult
+) -> None:
+    assert select_range(asset_request, representation()) == expected
 
 
 def test_a_range_of_an_object_of_unknown_size_is_ignored() -> None:
-    assert select(Asked(False, NOTHING, "bytes=5-9"), described(None)) == Span(0, None, None)
+    assert select_range(AssetRequest(False, NOTHING, "bytes=5-9"), representation(None)) == Span(
+        0, None, None
+    )
 
 
 def test_an_empty_object_is_whole_and_has_no_bytes() -> None:
-    span = select(Asked(False, NOTHING), described(0))
+    span = select_range(AssetRequest(False, NOTHING), representation(0))
     assert isinstance(span, Span)
     assert (span.length, span.whole, span.reaches_end) == (0, True, True)
 
@@ -76,10 +86,10 @@ def test_an_empty_object_is_whole_and_has_no_bytes() -> None:
     [
         (Span(0, SIZE - 1, SIZE), 0, False, 0),
         (Span(0, SIZE - 1, SIZE), 70_000, False, 70_000),
-        (Span(0, SIZE - 1, SIZE), SIZE, False, SIZE - HOLD_BACK),
+        (Span(0, SIZE - 1, SIZE), SIZE, False, SIZE - UNVERIFIED_TAIL_BYTES),
         (Span(0, SIZE - 1, SIZE), SIZE, True, SIZE),
-        (Span(500, SIZE - 1, SIZE, True), SIZE, False, SIZE - HOLD_BACK),
-        (Span(SIZE - 10, SIZE - 1, SIZE, True), SIZE, False, SIZE - HOLD_BACK),
+        (Span(500, SIZE - 1, SIZE, True), SIZE, False, SIZE - UNVERIFIED_TAIL_BYTES),
+        (Span(SIZE - 10, SIZE - 1, SIZE, True), SIZE, False, SIZE - UNVERIFIED_TAIL_BYTES),
         (Span(500, 900, SIZE, True), SIZE, False, 901),
         (Span(500, 900, SIZE, True), 600, False, 600),
         (Span(SIZE - 10, SIZE - 2, SIZE, True), SIZE, False, SIZE - 1),
@@ -87,7 +97,7 @@ def test_an_empty_object_is_whole_and_has_no_bytes() -> None:
         (Span(0, 99, 100), 100, True, 100),
     ],
 )
-def test_what_may_be_sent_of_a_growing_file(span: Span, on_disk: int, verified: bool, end: int) -> None:
+def test_sendable_bytes_of_a_growing_file(span: Span, on_disk: int, verified: bool, end: int) -> None:
     assert sendable_end(span, on_disk, verified=verified) == end
 
 
@@ -100,7 +110,7 @@ def test_far_ranges(first: int, on_disk: int, far: bool) -> None:
 
 @pytest.mark.parametrize(("size", "expected"), [(None, False), (0, True), (SIZE, True), (SIZE + 1, False)])
 def test_what_is_fetched(size: int | None, expected: bool) -> None:
-    assert fits(size, SIZE) is expected
+    assert is_cacheable(size, SIZE) is expected
 
 
 @pytest.mark.parametrize(
@@ -115,26 +125,30 @@ def test_what_is_fetched(size: int | None, expected: bool) -> None:
 )
 def test_live_fetches(phase: FetchPhase | None, live: bool) -> None:
     fetch = Fetch(ObjectId("1"), phase, 1, "w", None, 1.0, 1.0) if phase else None
-    assert (live_fetch(Standing(fetch, None)) is not None) is live
-    assert may_resume(Standing(fetch, None)) is (phase is not None)
-    assert not may_resume(Standing(fetch, Failure("hopeless", 1.0)))
+    assert (live_fetch(ObjectStatus(fetch, None)) is not None) is live
+    assert may_resume(ObjectStatus(fetch, None)) is (phase is not None)
+    assert not may_resume(ObjectStatus(fetch, Failure("hopeless", 1.0)))
 
 
 @given(st.lists(st.binary(max_size=90)), st.integers(0, 100), st.booleans())
-def test_a_verified_passage_keeps_the_end_back(pieces: list[bytes], keep: int, size_known: bool) -> None:
-    data = b"".join(pieces)
+def test_a_verifying_buffer_holds_back_the_end(
+    chunks: list[bytes], tail_bytes: int, size_known: bool
+) -> None:
+    data = b"".join(chunks)
     hasher = ContentHash("sha256", bytes(32)).hasher()
     hasher.update(data)
-    passage = VerifiedPassage(ContentHash("sha256", hasher.digest()), len(data) if size_known else None, keep)
+    buffer = VerifyingBuffer(
+        ContentHash("sha256", hasher.digest()), len(data) if size_known else None, tail_bytes
+    )
     passed, given_in = b"", b""
-    for piece in pieces:
-        given_in += piece
-        passed += b"".join(bytes(part) for part in passage.push(piece))
+    for chunk in chunks:
+        given_in += chunk
+        passed += b"".join(bytes(part) for part in buffer.feed(chunk))
         if size_known:
-            assert passed == given_in[: max(0, len(data) - keep)]
-    assert passed == data[: max(0, len(data) - keep)]
-    assert passage.verify()
-    assert passed + b"".join(bytes(part) for part in passage.rest()) == data
+            assert passed == given_in[: max(0, len(data) - tail_bytes)]
+    assert passed == data[: max(0, len(data) - tail_bytes)]
+    assert buffer.verify()
+    assert passed + b"".join(bytes(part) for part in buffer.drain()) == data
 
 
 @given(
@@ -142,23 +156,23 @@ def test_a_verified_passage_keeps_the_end_back(pieces: list[bytes], keep: int, s
     st.integers(0, 60),
     st.integers(0, 200),
 )
-def test_a_verified_passage_from_a_later_byte_hands_out_nothing_before_it(
-    pieces: list[bytes], keep: int, first: int
+def test_a_verifying_buffer_from_a_later_byte_returns_nothing_before_it(
+    chunks: list[bytes], tail_bytes: int, first: int
 ) -> None:
-    data = b"".join(pieces)
+    data = b"".join(chunks)
     hasher = ContentHash("sha256", bytes(32)).hasher()
     hasher.update(data)
-    passage = VerifiedPassage(ContentHash("sha256", hasher.digest()), len(data), keep, first)
-    passed = b"".join(bytes(part) for piece in pieces for part in passage.push(piece))
-    assert passed == data[first : max(0, len(data) - keep)]
-    assert passage.verify()
-    assert not passage.resumed
-    assert passed + b"".join(bytes(part) for part in passage.rest()) == data[first:]
+    buffer = VerifyingBuffer(ContentHash("sha256", hasher.digest()), len(data), tail_bytes, first)
+    passed = b"".join(bytes(part) for chunk in chunks for part in buffer.feed(chunk))
+    assert passed == data[first : max(0, len(data) - tail_bytes)]
+    assert buffer.verify()
+    assert not buffer.resumed
+    assert passed + b"".join(bytes(part) for part in buffer.drain()) == data[first:]
 
 
-def test_a_verified_passage_refuses_other_bytes() -> None:
-    passage = VerifiedPassage(ContentHash("blake3", bytes(32)), None)
-    passage.skip(b"sent before")
-    passage.push(b"wrong")
-    assert not passage.verify()
-    assert passage.resumed
+def test_a_verifying_buffer_rejects_other_bytes() -> None:
+    buffer = VerifyingBuffer(ContentHash("blake3", bytes(32)), None)
+    buffer.hash_only(b"sent before")
+    buffer.feed(b"wrong")
+    assert not buffer.verify()
+    assert buffer.resumed

@@ -48,7 +48,7 @@ def test_a_difference_is_that_of_medians() -> None:
     assert goal.wanted == "≤ direct + 10"
 
 
-def test_what_stands_alone_and_what_was_not_measured() -> None:
+def test_standalone_and_unmeasured_figures() -> None:
     goal = Goal("scale", "memory", "rss_mb", 500, at_least=False, measure=Measure.ALONE)
     assert seen(goal, rounds("scale", "ours", "rss_mb", 400)) == (400, True, "met")
     assert seen(goal, rounds("scale", "another", "rss_mb", 400)) == (None, False, "not measured")
@@ -103,7 +103,7 @@ def case_of(name: str) -> HitCase:
         ("hit-4k", 0, 0),
     ],
 )
-def test_other_answers_than_those_asked_for_are_noticed(name: str, answers: int, received: int) -> None:
+def test_unexpected_responses_are_noticed(name: str, answers: int, received: int) -> None:
     case = case_of(name)
     with pytest.raises(RuntimeError, match=f"{received} bytes in {answers} answers"):
         check_bytes(case, groups(quick=True, new={})[case.group], answers, received)
@@ -121,7 +121,7 @@ def test_answers_as_asked_for_pass(name: str, each: int, head: int) -> None:
     check_bytes(case, group, 0, max(each, 1))  # none had ended
 
 
-def test_the_harness_is_checked_where_nginx_can_play_our_part() -> None:
+def test_the_harness_is_checked_where_nginx_can_stand_in() -> None:
     assert options_of(parse(["--check-harness"])).cases == HARNESS_CASES
     assert options_of(parse(["--check-harness", "--case", "hit-64k"])).cases == ["hit-64k"]
     for name in ("miss-64k", "fetch", "two-workers"):

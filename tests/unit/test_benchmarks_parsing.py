@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from benchmarks.accounting import ProcessStat, cost_of, family, parse_stat, peak_rss_of
+from benchmarks.accounting import ProcessStat, cost_of, parse_stat, peak_rss_of, process_tree
 from benchmarks.client import parse_head
 from benchmarks.load import parse_result
 from benchmarks.machine import parse_version
@@ -29,20 +29,20 @@ def test_wrk_without_figures_is_an_error() -> None:
         parse_result("unable to connect to 127.0.0.1:1")
 
 
-def test_a_process_name_may_hold_anything() -> None:
+def test_a_process_name_may_contain_anything() -> None:
     fields = ["S", "7", *["0"] * 9, "150", "50", *["0"] * 8, "3", "0"]
     stat = parse_stat(f"42 (a) name (of) S 1) {' '.join(fields)}")
     ticks, page = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
     assert stat == ProcessStat(42, 7, 200 / ticks, 3 * page)
 
 
-def test_a_family_is_all_descendants() -> None:
+def test_a_process_tree_is_all_descendants() -> None:
     processes = [
         ProcessStat(pid, parent, 1.0, 10) for pid, parent in ((1, 0), (2, 1), (3, 2), (4, 1), (5, 9))
     ]
-    assert {each.pid for each in family(1, processes)} == {1, 2, 3, 4}
-    assert {each.pid for each in family(2, processes)} == {2, 3}
-    assert family(77, processes) == []
+    assert {each.pid for each in process_tree(1, processes)} == {1, 2, 3, 4}
+    assert {each.pid for each in process_tree(2, processes)} == {2, 3}
+    assert process_tree(77, processes) == []
 
 
 def test_this_process_costs_something() -> None:

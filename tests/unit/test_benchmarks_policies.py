@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.other_policies import S3Fifo, Sieve
 from benchmarks.policies import SETTINGS, policy_of
-from services.replay.scenarios import Setting
-from shared.domain.eviction import EvictionPolicy, PolicyEntry
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
+from distributor_node.services.replay.scenarios import Setting
+from distributor_node.shared.domain.eviction import EvictionPolicy, PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
 SIZE, NOW = 1000, 1_700_000_000.0
 
@@ -42,7 +42,7 @@ def test_sieve_spares_the_visited_once_and_its_hand_stays() -> None:
     assert policy.victims(1, NOW) == []
 
 
-def test_s3_fifo_lets_go_of_what_was_seen_once_and_knows_it_when_it_comes_back() -> None:
+def test_s3_fifo_evicts_one_hit_objects_and_recognises_ghosts() -> None:
     policy = S3Fifo(20 * footprint(SIZE))  # two objects are the small queue's share
     add(policy, *"abcd")
     for name in "aab":
@@ -57,7 +57,7 @@ def test_s3_fifo_lets_go_of_what_was_seen_once_and_knows_it_when_it_comes_back()
 
 
 @pytest.mark.parametrize("setting", SETTINGS[:3], ids=lambda setting: setting.name)
-def test_they_hold_what_they_were_given(setting: Setting) -> None:
+def test_columns_return_what_was_stored(setting: Setting) -> None:
     policy, random, held = policy_of(setting, 100 * footprint(SIZE)), Random(1), set[ObjectId]()
     for _ in range(5000):
         object_id = ObjectId(str(random.randrange(300)))

@@ -9,14 +9,14 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from benchmarks.__main__ import options_of, parse
-from benchmarks.cases import HIT_CASES, RANGE_BYTES, How, asks_for
+from benchmarks.cases import HIT_CASES, RANGE_BYTES, RequestKind, requests_for
 from benchmarks.chart import bar_chart
 from benchmarks.dataset import Group, fill_volume, groups, hash_of, record_of
-from benchmarks.figures import Case, Measurement, medians, percentile, ratio, turned
+from benchmarks.figures import Case, Measurement, medians, percentile, ratio, rotated
 from benchmarks.report import Report, case_table, number, write_results
 from benchmarks.run import CASE_NAMES
-from shared.adapters.volume import Volume
-from shared.domain.objects import ObjectId
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.objects import ObjectId
 
 CASE = Case("hit", "a hit", "requests_per_second", "ours")
 
@@ -80,10 +80,10 @@ def test_bars_are_cut_but_their_numbers_are_not() -> None:
 
 
 def test_ranges_lie_within_the_object() -> None:
-    case = next(each for each in HIT_CASES if each.how is How.RANGE)
+    case = next(each for each in HIT_CASES if each.kind is RequestKind.RANGE)
     group = groups(quick=True, new={})[case.group]
-    for ask in asks_for(case, group, "/assets/", {}):
-        first, _, last = ask.header[1].removeprefix("bytes=").partition("-")
+    for spec in requests_for(case, group, "/assets/", {}):
+        first, _, last = spec.header[1].removeprefix("bytes=").partition("-")
         assert int(last) - int(first) + 1 == RANGE_BYTES
         assert int(last) < group.size
 
@@ -115,7 +115,7 @@ def test_only_what_chosen_cases_need_is_new() -> None:
 
 
 def test_each_contender_is_first_in_turn() -> None:
-    assert [turned("abc", number)[0] for number in range(-1, 4)] == ["c", "a", "b", "c", "a"]
+    assert [rotated("abc", number)[0] for number in range(-1, 4)] == ["c", "a", "b", "c", "a"]
 
 
 def test_a_filled_volume_is_one_that_fetches_have_filled(tmp_path: Path) -> None:

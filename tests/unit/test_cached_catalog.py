@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import Duty, MediaObject, ObjectId
+from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 FIRST = MediaObject(ONE, 1, sources=("https://one.example/1",))
@@ -27,8 +27,8 @@ class ScriptedCatalog:
     def __init__(self) -> None:
         self.known = {ONE: FIRST, TWO: SECOND}
         self.asked: list[ObjectId] = []
-        self.under_way = 0
-        self.most_under_way = 0
+        self.in_flight = 0
+        self.max_in_flight = 0
         self.down = False
         self.closed = False
         self.bucket_questions = 0
@@ -43,19 +43,19 @@ class ScriptedCatalog:
 
     async def look_up(self, object_id: ObjectId) -> MediaObject | None:
         self.asked.append(object_id)
-        self.under_way += 1
-        self.most_under_way = max(self.most_under_way, self.under_way)
+        self.in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
         self.question_came.set()
         try:
             await self.answering.wait()
         finally:
-            self.under_way -= 1
+            self.in_flight -= 1
         if self.down:
             raise CatalogUnavailable("down")
         return self.known.get(object_id)
 
-    async def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
-        yield tuple(item for item in self.known.values() if duty.covers(item))
+    async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
+        yield tuple(item for item in self.known.values() if assignment.covers(item))
 
     async def bucket_ids(self) -> Sequence[str]:
         self.bucket_questions += 1
@@ -96,7 +96,7 @@ async def catalog(inner: ScriptedCatalog, clock: Clock) -> AsyncIterator[CachedC
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-async def test_answers_are_believed_for_their_time(
+async def test_answers_are_cached_for_their_ttl(
     catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock
 ) -> None:
     for now, questions in [(0, 1), (99, 1), (100, 2)]:
@@ -110,7 +110,7 @@ async def test_answers_are_believed_for_their_time(
 
 
 @pytest.mark.parametrize("changed", [{"accepted": False}, {"sources": ()}], ids=["not accepted", "no source"])
-async def test_what_cannot_be_had_yet_is_asked_again_soon(
+async def test_an_unavailable_object_is_retried_soon(
     catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock, changed: dict[str, Any]
 ) -> None:
     inner.known[ONE] = replace(FIRST, **changed)
@@ -120,9 +120,7 @@ async def test_what_cannot_be_had_yet_is_asked_again_soon(
     assert await catalog.look_up(ONE) == FIRST
 
 
-async def test_a_slow_catalog_is_not_waited_for_where_the_object_is_known(
-    inner: ScriptedCatalog, clock: Clock
-) -> None:
+async def test_a_slow_catalog_does_not_delay_known_objects(inner: ScriptedCatalog, clock: Clock) -> None:
     catalog = CachedCatalog(inner, replace(LIMITS, wait=5, stale_wait=0.02), clock)
     assert await catalog.look_up(ONE) == FIRST
     assert await catalog.look_up(THREE) is None
@@ -139,7 +137,7 @@ async def test_a_slow_catalog_is_not_waited_for_where_the_object_is_known(
     await catalog.close()
 
 
-async def test_one_question_for_all_who_ask_at_once(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
+async def test_concurrent_lookups_share_one_request(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
     inner.answering.clear()
     async with asyncio.TaskGroup() as askers:
         tasks = [askers.create_task(catalog.look_up(ONE)) for _ in range(50)]
@@ -149,7 +147,7 @@ async def test_one_question_for_all_who_ask_at_once(catalog: CachedCatalog, inne
     assert inner.asked == [ONE]
 
 
-async def test_an_asker_who_leaves_takes_nothing_from_the_others(
+async def test_a_cancelled_caller_does_not_affect_the_others(
     catalog: CachedCatalog, inner: ScriptedCatalog
 ) -> None:
     inner.answering.clear()
@@ -163,7 +161,7 @@ async def test_an_asker_who_leaves_takes_nothing_from_the_others(
     assert inner.asked == [ONE]
 
 
-async def test_a_question_outlives_its_askers_and_is_kept(
+async def test_a_lookup_outlives_its_callers_and_is_cached(
     catalog: CachedCatalog, inner: ScriptedCatalog
 ) -> None:
     inner.answering.clear()
@@ -177,7 +175,7 @@ async def test_a_question_outlives_its_askers_and_is_kept(
     assert inner.asked == [ONE]
 
 
-async def test_a_question_without_askers_may_fail_quietly(
+async def test_a_lookup_without_callers_may_fail_silently(
     catalog: CachedCatalog, inner: ScriptedCatalog
 ) -> None:
     inner.answering.clear()
@@ -192,7 +190,7 @@ async def test_a_question_without_askers_may_fail_quietly(
         await catalog.look_up(ONE)
 
 
-async def test_closing_ends_the_questions_under_way(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
+async def test_closing_ends_the_lookups_in_progress(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
     inner.answering.clear()
     asker = asyncio.create_task(catalog.look_up(ONE))
     await inner.question_came.wait()
@@ -201,7 +199,7 @@ async def test_closing_ends_the_questions_under_way(catalog: CachedCatalog, inne
         await asker
 
 
-async def test_an_asker_waits_for_turn_and_answer_but_not_for_ever(
+async def test_a_lookup_waits_for_slot_and_answer_within_a_bound(
     catalog: CachedCatalog, inner: ScriptedCatalog
 ) -> None:
     inner.answering.clear()
@@ -209,19 +207,19 @@ async def test_an_asker_waits_for_turn_and_answer_but_not_for_ever(
     async with asyncio.timeout(1):
         found = await asyncio.gather(*waiting, return_exceptions=True)
     assert all(isinstance(outcome, CatalogUnavailable) for outcome in found)
-    assert inner.most_under_way == 2
+    assert inner.max_in_flight == 2
     inner.answering.set()
     assert await catalog.look_up(THREE) is None
     assert await catalog.look_up(ONE) == FIRST
 
 
-async def test_a_turn_that_comes_free_is_taken(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
+async def test_a_freed_slot_is_used(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
     inner.answering.clear()
     waiting = [asyncio.create_task(catalog.look_up(object_id)) for object_id in (ONE, TWO, THREE)]
     await inner.question_came.wait()
     inner.answering.set()
     assert await asyncio.gather(*waiting) == [FIRST, SECOND, None]
-    assert inner.most_under_way == 2
+    assert inner.max_in_flight == 2
 
 
 async def test_the_last_good_answer_is_given_while_the_catalog_is_down(
@@ -237,7 +235,7 @@ async def test_the_last_good_answer_is_given_while_the_catalog_is_down(
         await catalog.look_up(TWO)
 
 
-async def test_an_outage_is_waited_for_once_in_a_while_only(
+async def test_an_outage_is_probed_only_now_and_then(
     catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock
 ) -> None:
     await catalog.look_up(ONE)
@@ -252,7 +250,9 @@ async def test_an_outage_is_waited_for_once_in_a_while_only(
     assert await catalog.look_up(ONE) == replace(FIRST, size=7)
 
 
-async def test_the_least_recently_asked_is_dropped(catalog: CachedCatalog, inner: ScriptedCatalog) -> None:
+async def test_the_least_recently_requested_is_dropped(
+    catalog: CachedCatalog, inner: ScriptedCatalog
+) -> None:
     for object_id in (ONE, TWO, THREE, ONE, ObjectId("4")):
         await catalog.look_up(object_id)
     await catalog.look_up(ONE)
@@ -262,10 +262,10 @@ async def test_the_least_recently_asked_is_dropped(catalog: CachedCatalog, inner
 
 async def test_lists_and_buckets_are_the_inner_catalogs(catalog: CachedCatalog) -> None:
     assert await catalog.bucket_ids() == ("0:1",)
-    assert [len(batch) async for batch in catalog.list_objects(Duty())] == [2]
+    assert [len(batch) async for batch in catalog.list_objects(Assignment())] == [2]
 
 
-async def test_however_many_ask_for_the_buckets_the_catalog_is_asked_once(
+async def test_many_bucket_requests_make_one_catalog_call(
     catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock
 ) -> None:
     inner.answering.clear()
@@ -297,7 +297,7 @@ async def test_a_failure_to_list_buckets_is_remembered_for_a_while(
     assert await catalog.bucket_ids() == ("0:1",)
 
 
-async def test_the_end_of_the_catalog_ends_the_question_about_buckets(inner: ScriptedCatalog) -> None:
+async def test_closing_the_catalog_ends_the_bucket_request(inner: ScriptedCatalog) -> None:
     catalog = CachedCatalog(inner, replace(LIMITS, wait=60))
     inner.answering.clear()
     asking = asyncio.create_task(catalog.bucket_ids())

@@ -11,18 +11,18 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from services.command_line.main import app
-from services.command_line.reference import render_reference
-from shared.domain.errors import ConfigurationError
-from shared.settings import Settings, load_settings
-from shared.settings.load import check_settings
+from distributor_node.services.command_line.config import render_reference
+from distributor_node.services.command_line.main import app
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.settings import Settings, load_settings
+from distributor_node.shared.settings.load import check_settings
 
 ROOT = Path(__file__).parents[2]
 
 
 def distributor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "services.command_line", *arguments],
+        [sys.executable, "-m", "distributor_node.services.command_line", *arguments],
         cwd=ROOT,
         env={"PATH": "/usr/bin:/bin", **environment},
         check=False,
@@ -53,7 +53,8 @@ def test_every_service_takes_a_settings_file(command: str) -> None:
 
 def test_help_imports_no_service() -> None:
     script = (
-        "import sys; import services.command_line.main; print([m for m in ('sanic', 'aio_pika', 'redis', 'httpx')"
+        "import sys; import distributor_node.services.command_line.main;"
+        " print([m for m in ('sanic', 'aio_pika', 'redis', 'httpx')"
         " if m in sys.modules])"
     )
     done = subprocess.run(
@@ -103,7 +104,7 @@ def test_every_setting_has_a_meaning() -> None:
     assert not [row for row in rows if row.endswith("|  |")]
 
 
-def test_a_documented_variable_is_obeyed(settings_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_documented_variable_takes_effect(settings_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISTRIBUTOR_PUBLIC_API__PORT", "4000")
     settings: Settings = load_settings(settings_file)
     assert settings.public_api.port == 4000

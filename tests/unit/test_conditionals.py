@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.domain.conditionals import Conditions, Verdict, evaluate, parse_entity_tags, range_applies
-from shared.domain.http_dates import parse_http_date
+from distributor_node.shared.domain.conditionals import (
+    Conditions,
+    Verdict,
+    evaluate,
+    parse_entity_tags,
+    parse_http_date,
+    range_applies,
+)
 
 ETAG = '"abc"'
 MODIFIED = int(datetime(1994, 11, 6, 8, 49, 37, tzinfo=UTC).timestamp())
@@ -116,7 +122,7 @@ def test_the_three_formats_of_a_date(text: str) -> None:
         "784111777",
     ],
 )
-def test_what_is_no_date(text: str) -> None:
+def test_invalid_dates(text: str) -> None:
     assert parse_http_date(text) is None
 
 
@@ -152,7 +158,7 @@ _VALUES = st.none() | st.text() | st.sampled_from([ETAG, 'W/"abc"', "*", SAME, B
 
 
 @given(_VALUES, _VALUES, _VALUES, _VALUES, st.none() | st.integers(0, 2**40))
-def test_any_headers_give_a_verdict(
+def test_any_headers_are_accepted_or_rejected(
     match: str | None, unmodified: str | None, none_match: str | None, modified: str | None, date: int | None
 ) -> None:
     conditions = Conditions(match, unmodified, none_match, modified)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.demo.generated import BLOCK_SIZE, GeneratedContent
-from services.demo.manifest import GENERATED_HASHES, content_hash
+from distributor_node.services.demo.manifest import GENERATED_HASHES, content_hash
+from distributor_node.services.demo.objects import BLOCK_SIZE, GeneratedContent
 
 SIZE = 3 * BLOCK_SIZE + 777
 WHOLE = GeneratedContent(5, SIZE).read(0, SIZE)

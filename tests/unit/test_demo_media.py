@@ -11,8 +11,14 @@ import base58
 import pytest
 import yaml
 
-from services.demo.manifest import DEFAULT_BASE_URL, DEMO_DIRECTORY, content_hash, main, manifest_text
-from services.demo.objects import FileContent, bytes_object, demo_objects, media_objects
+from distributor_node.services.demo.manifest import (
+    DEFAULT_BASE_URL,
+    DEMO_DIRECTORY,
+    content_hash,
+    main,
+    manifest_text,
+)
+from distributor_node.services.demo.objects import FileContent, bytes_object, demo_objects, media_objects
 
 MEDIA = DEMO_DIRECTORY / "media"
 OBJECTS = {item.object_id: item for item in demo_objects(MEDIA)}

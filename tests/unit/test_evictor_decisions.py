@@ -10,23 +10,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.evictor.duty import why_implausible
-from services.evictor.file_calls import file_call
-from services.evictor.known_ids import KnownIds
-from services.evictor.pacing import LONGEST_PAUSE, backoff, repeat
-from services.evictor.repair import Verdict, judge_size
-from shared.domain.errors import ConfigurationError, StateStoreUnavailable
-from shared.domain.objects import MediaObject, ObjectId
-from shared.domain.space import Usage, Watermarks
+from distributor_node.services.evictor.assignment import implausible_reason
+from distributor_node.services.evictor.index import CompactIdSet
+from distributor_node.services.evictor.integrity import Verdict, judge_size
+from distributor_node.services.evictor.leader_election import MAX_BACKOFF, backoff, run_periodically
+from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.space import Usage, Watermarks
+from distributor_node.shared.runtime.threads import run_blocking
 
 bytes_ = st.integers(0, 10**15)
 
 
 @given(bytes_, bytes_, bytes_, bytes_, bytes_)
-def test_what_is_evicted_makes_the_room_that_is_needed(
+def test_eviction_frees_the_requested_space(
     used: int, reserved: int, wanted: int, limit: int, device_free: int
 ) -> None:
-    usage = Usage(limit=limit, used=used, reserved=reserved, objects=1, fetches=0, accounted=True)
+    usage = Usage(limit=limit, used=used, reserved=reserved, objects=1, fetches=0, reconciled=True)
     marks = Watermarks(low=limit // 2, high=limit * 9 // 10)
     evicted = marks.to_evict(usage, wanted, device_free)
     left = used + reserved - evicted
@@ -51,19 +51,19 @@ def test_what_is_evicted_makes_the_room_that_is_needed(
     ],
 )
 def test_implausible_lists(held: int, listed: int, to_drop: int, believed: bool) -> None:
-    assert (why_implausible(held, listed, to_drop) is None) is believed
+    assert (implausible_reason(held, listed, to_drop) is None) is believed
 
 
-def test_what_the_size_tells_of_a_file_without_a_record() -> None:
+def test_a_file_without_a_record_is_judged_by_its_size() -> None:
     one = ObjectId("one")
     assert judge_size(None, 5) is Verdict.UNKNOWN
     assert judge_size(MediaObject(one, None), 5) is Verdict.UNKNOWN
     assert judge_size(MediaObject(one, 5), 5) is Verdict.CONFIRMED
-    assert judge_size(MediaObject(one, 6), 5) is Verdict.WRONG
+    assert judge_size(MediaObject(one, 6), 5) is Verdict.MISMATCH
 
 
-def test_known_ids_know_what_was_added() -> None:
-    known = KnownIds()
+def test_compact_set_contains_what_was_added() -> None:
+    known = CompactIdSet()
     assert ObjectId("0") not in known
     known.update(ObjectId(f"{number}") for number in range(1000))
     assert all(ObjectId(f"{number}") in known for number in range(1000))
@@ -77,7 +77,7 @@ def test_pauses_grow_and_are_bounded() -> None:
     pauses = [backoff(failures) for failures in range(1, 40)]
     assert pauses == sorted(pauses)
     assert pauses[0] < 0.5
-    assert pauses[-1] == LONGEST_PAUSE
+    assert pauses[-1] == MAX_BACKOFF
 
 
 async def test_work_goes_on_after_an_error_worth_retrying() -> None:
@@ -91,20 +91,20 @@ async def test_work_goes_on_after_an_error_worth_retrying() -> None:
             raise StateStoreUnavailable("away")
         return 0.0 if calls < 4 else None
 
-    await repeat("test", step, on_error=seen.append)
+    await run_periodically("test", step, on_error=seen.append)
     assert calls == 4
     assert [type(error) for error in seen] == [StateStoreUnavailable]
 
 
-async def test_a_fault_of_ours_is_not_swallowed() -> None:
+async def test_an_internal_error_is_not_swallowed() -> None:
     async def step() -> float:
         raise ConfigurationError("wrong")
 
     with pytest.raises(ConfigurationError):
-        await repeat("test", step)
+        await run_periodically("test", step)
 
 
-async def test_a_wake_up_shortens_the_pause() -> None:
+async def test_an_event_shortens_the_wait() -> None:
     wake, calls = asyncio.Event(), 0
 
     async def step() -> float | None:
@@ -112,7 +112,7 @@ async def test_a_wake_up_shortens_the_pause() -> None:
         calls += 1
         return 60.0 if calls == 1 else None
 
-    working = asyncio.create_task(repeat("test", step, wake))
+    working = asyncio.create_task(run_periodically("test", step, wake))
     await asyncio.sleep(0)
     wake.set()
     async with asyncio.timeout(5):
@@ -128,7 +128,7 @@ async def test_a_cancelled_file_call_is_waited_for() -> None:
         time.sleep(0.2)
         ended.set()
 
-    call = asyncio.create_task(file_call(slow))
+    call = asyncio.create_task(run_blocking(slow))
     await asyncio.to_thread(begun.wait)
     call.cancel()
     await asyncio.sleep(0.01)

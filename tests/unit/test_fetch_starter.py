@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from services.api.assets.starter import FetchStarter
-from shared.adapters.queue_memory import MemoryJobQueue
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
-from shared.domain.jobs import FetchJob, RetryPlan
-from shared.domain.objects import MediaObject, ObjectId
-from shared.ports.state_store import Claim, FetchPhase
+from distributor_node.services.api.assets.fetch_start import FetchStarter
+from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.ports.state_store import Claim, FetchPhase
 
 WANTED = MediaObject(ObjectId("1"), 10)
 
@@ -35,7 +35,7 @@ class SlowQueue(MemoryJobQueue):
 
 @pytest.fixture
 def state() -> SlowStore:
-    return SlowStore(1000, StateTimes(), time.time)
+    return SlowStore(1000, StateTimeouts(), time.time)
 
 
 @pytest.fixture
@@ -75,22 +75,22 @@ async def test_one_of_many_wins(state: SlowStore, queue: SlowQueue) -> None:
     assert (await queue.depth()).ready == 1
 
 
-async def test_an_object_that_came_before_its_claim_needs_no_job(state: SlowStore, queue: SlowQueue) -> None:
+async def test_an_object_stored_before_its_claim_needs_no_job(state: SlowStore, queue: SlowQueue) -> None:
     starter = FetchStarter(state, queue, "api-1", lambda _: True)
     claim, _ = await starter.start(WANTED, "r-1")
     await starter.close()
     assert claim is not None
-    assert (claim.won, claim.standing.fetch, claim.standing.failure) == (False, None, None)
+    assert (claim.won, claim.status.fetch, claim.status.failure) == (False, None, None)
     assert (await queue.depth()).ready == 0
     assert await phase(state) is None
 
 
-async def test_what_cannot_be_published_is_withdrawn(state: SlowStore, queue: SlowQueue) -> None:
+async def test_a_claim_whose_job_cannot_be_published_is_released(state: SlowStore, queue: SlowQueue) -> None:
     await queue.close()
     starter = FetchStarter(state, queue, "api-1", lambda _: False)
     claim, start = await starter.start(WANTED, "r-1")
     assert claim is not None
     assert claim.won
-    await asyncio.wait_for(start.unpublished.wait(), 1)
+    await asyncio.wait_for(start.publish_failed.wait(), 1)
     await starter.close()
     assert await phase(state) is None

@@ -1,4 +1,4 @@
-"""The fetcher's pure decisions: waiting, rounds of sources, lots, media types."""
+"""The fetcher's pure decisions: waiting, groups of sources, batches, media types."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.fetcher.flushing import LARGEST_LOT, lot_size
-from services.fetcher.patience import Patience
-from services.fetcher.source_rounds import Rounds, rounds_after_wrong_bytes
-from services.fetcher.worker import outcome_label
-from shared.domain.jobs import Done, HandBack, Hopeless, JobOutcome, LookAgain, TryLater
-from shared.domain.media_sniffing import settle_media_type
-from shared.ports.state_store import AlreadyStored, HeldElsewhere, NeverFits, NoSpace, NotAccounted
+from distributor_node.services.fetcher.admission import AdmissionWait
+from distributor_node.services.fetcher.download import SourceGroups, groups_after_corruption
+from distributor_node.services.fetcher.fetcher import outcome_label
+from distributor_node.services.fetcher.partial_writer import MAX_BATCH, batch_size
+from distributor_node.shared.domain.jobs import Done, HandBack, Hopeless, JobOutcome, LookAgain, TryLater
+from distributor_node.shared.domain.media_types import detect_media_type
+from distributor_node.shared.ports.state_store import (
+    AlreadyStored,
+    HeldElsewhere,
+    NeverFits,
+    NoSpace,
+    NotReconciled,
+)
 
 JPEG = b"\xff\xd8\xff\xe0" + bytes(100)
 MP4 = b"\x00\x00\x00\x18ftypmp42\x00\x00\x00\x00mp42isom" + bytes(100)
@@ -47,18 +53,18 @@ MP3 = b"ID3\x03" + bytes(100)
     ],
 )
 def test_media_types(stated: str | None, head: bytes, settled: str) -> None:
-    assert settle_media_type(stated, head) == settled
+    assert detect_media_type(stated, head) == settled
 
 
 @given(st.none() | st.text(max_size=30), st.binary(max_size=300))
 def test_any_bytes_have_a_media_type(stated: str | None, head: bytes) -> None:
-    settled = settle_media_type(stated, head)
+    settled = detect_media_type(stated, head)
     assert "/" in settled
     assert settled.isprintable()
 
 
 @pytest.mark.parametrize(
-    ("rounds", "givers", "resumed", "left"),
+    ("groups", "contributors", "resumed", "left"),
     [
         ((("a", "b"),), {"a"}, False, (("b",),)),
         ((("a",),), {"a"}, False, ()),
@@ -69,61 +75,63 @@ def test_any_bytes_have_a_media_type(stated: str | None, head: bytes) -> None:
         (((),), set(), False, ()),
     ],
 )
-def test_rounds(rounds: Rounds, givers: set[str], resumed: bool, left: Rounds) -> None:
-    assert rounds_after_wrong_bytes(rounds, givers, resumed=resumed) == left
+def test_source_groups(
+    groups: SourceGroups, contributors: set[str], resumed: bool, left: SourceGroups
+) -> None:
+    assert groups_after_corruption(groups, contributors, resumed=resumed) == left
 
 
 @given(st.lists(st.sampled_from("abcdef"), unique=True, max_size=6), st.data())
-def test_rounds_come_to_an_end(sources: list[str], data: st.DataObject) -> None:
+def test_source_groups_are_finite(sources: list[str], data: st.DataObject) -> None:
     """However the wrong bytes are shared out."""
-    rounds: Rounds = (tuple(sources),)
+    groups: SourceGroups = (tuple(sources),)
     turns = 0
-    while rounds:
+    while groups:
         turns += 1
         assert turns <= 2 * len(sources) + 1
-        givers = data.draw(st.sets(st.sampled_from(rounds[0]), min_size=1)) if rounds[0] else set()
-        rounds = rounds_after_wrong_bytes(rounds, givers, resumed=False)
+        contributors = data.draw(st.sets(st.sampled_from(groups[0]), min_size=1)) if groups[0] else set()
+        groups = groups_after_corruption(groups, contributors, resumed=False)
 
 
 @given(st.integers(0, 10**12))
-def test_lots_grow_and_are_bounded(received: int) -> None:
-    assert 1 <= lot_size(received) <= LARGEST_LOT
-    assert lot_size(received) <= lot_size(received + 1)
+def test_batches_grow_and_are_bounded(received: int) -> None:
+    assert 1 <= batch_size(received) <= MAX_BATCH
+    assert batch_size(received) <= batch_size(received + 1)
 
 
-def test_patience_with_what_never_changes() -> None:
-    patience = Patience(space_wait=10, lease=15)
-    assert patience.decide(NeverFits(), 0) == Hopeless("larger than the storage limit")
-    assert isinstance(patience.decide(AlreadyStored(1), 0), TryLater)
+def test_permanent_refusals_are_not_waited_for() -> None:
+    wait = AdmissionWait(space_wait=10, lease=15)
+    assert wait.decide(NeverFits(), 0) == Hopeless("larger than the storage limit")
+    assert isinstance(wait.decide(AlreadyStored(1), 0), TryLater)
 
 
-@pytest.mark.parametrize("refusal", [NoSpace(5), NotAccounted(), HeldElsewhere(0.0)])
-def test_patience_for_space(refusal: NoSpace | NotAccounted | HeldElsewhere) -> None:
-    patience = Patience(space_wait=10, lease=15)
-    assert patience.decide(refusal, 100.0) is None
-    assert patience.decide(refusal, 109.9) is None
-    assert isinstance(patience.decide(refusal, 110.0), TryLater)
+@pytest.mark.parametrize("denied", [NoSpace(5), NotReconciled(), HeldElsewhere(0.0)])
+def test_waiting_for_space_is_bounded(denied: NoSpace | NotReconciled | HeldElsewhere) -> None:
+    wait = AdmissionWait(space_wait=10, lease=15)
+    assert wait.decide(denied, 100.0) is None
+    assert wait.decide(denied, 109.9) is None
+    assert isinstance(wait.decide(denied, 110.0), TryLater)
 
 
-def test_patience_with_a_living_holder_ends_at_its_next_sign_of_life() -> None:
-    patience = Patience(space_wait=10, lease=15)
-    assert patience.decide(HeldElsewhere(12.0), 100.0) is None
-    assert patience.decide(HeldElsewhere(10.0), 102.0) is None
-    assert patience.decide(HeldElsewhere(14.9), 104.0) == LookAgain("fetched elsewhere")
+def test_waiting_for_a_live_holder_ends_at_its_next_renewal() -> None:
+    wait = AdmissionWait(space_wait=10, lease=15)
+    assert wait.decide(HeldElsewhere(12.0), 100.0) is None
+    assert wait.decide(HeldElsewhere(10.0), 102.0) is None
+    assert wait.decide(HeldElsewhere(14.9), 104.0) == LookAgain("fetched elsewhere")
 
 
-def test_patience_with_a_dead_holder_lasts_as_long_as_its_lease() -> None:
-    patience = Patience(space_wait=10, lease=15)
+def test_waiting_for_a_dead_holder_lasts_as_long_as_its_lease() -> None:
+    wait = AdmissionWait(space_wait=10, lease=15)
     for second in range(15):
-        assert patience.decide(HeldElsewhere(15.0 - second), 100.0 + second) is None
-    assert patience.decide(HeldElsewhere(0.1), 115.1) is None
+        assert wait.decide(HeldElsewhere(15.0 - second), 100.0 + second) is None
+    assert wait.decide(HeldElsewhere(0.1), 115.1) is None
 
 
-def test_patience_with_a_lease_that_a_clock_has_moved_away_ends_after_two_leases() -> None:
-    patience = Patience(space_wait=10, lease=15)
+def test_waiting_for_a_lease_moved_by_the_clock_ends_after_two_leases() -> None:
+    wait = AdmissionWait(space_wait=10, lease=15)
     for second in range(30):
-        assert patience.decide(HeldElsewhere(3615.0 - second), 100.0 + second) is None
-    assert isinstance(patience.decide(HeldElsewhere(3585.0), 130.0), TryLater)
+        assert wait.decide(HeldElsewhere(3615.0 - second), 100.0 + second) is None
+    assert isinstance(wait.decide(HeldElsewhere(3585.0), 130.0), TryLater)
 
 
 def test_outcomes_have_few_labels() -> None:
@@ -135,5 +143,5 @@ def test_outcomes_have_few_labels() -> None:
         HandBack(),
     ]
     assert [outcome_label(outcome) for outcome in outcomes] == [
-        "already_cached", "try_later", "fetched_elsewhere", "hopeless", "handed_back",
+        "already_cached", "retry", "requeue", "dead_letter", "nack",
     ]  # fmt: skip

@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from services.migration.command import import_configuration
-from services.migration.yaml_core import read_yaml
-from shared.domain.errors import ConfigurationError
-from shared.domain.objects import Duty
-from shared.settings import load_settings
+from distributor_node.services.migration.import_config import import_configuration, read_yaml
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.objects import Assignment
+from distributor_node.shared.settings import load_settings
 
 FULL = """
 id: distributor-7
@@ -105,15 +104,15 @@ def test_every_setting_has_its_place(tmp_path: Path) -> None:
     }
 
 
-def test_what_is_printed_is_accepted(tmp_path: Path) -> None:
+def test_printed_settings_are_accepted(tmp_path: Path) -> None:
     converted(tmp_path, FULL)
     settings = load_settings(tmp_path / "ours.yaml")
     assert settings.storage.limit == 500 * 1024**3
     assert settings.catalog.kind == "joystream"
-    assert settings.duty == Duty(frozenset({"0:1", "0:2"}), 3)
+    assert settings.assignment == Assignment(frozenset({"0:1", "0:2"}), 3)
 
 
-def test_plain_words_mean_what_they_mean_there(tmp_path: Path) -> None:
+def test_plain_tokens_have_their_nginx_meaning(tmp_path: Path) -> None:
     settings, _ = converted(
         tmp_path, "id: 010\nbuckets:\n  - 1:0\n  - 0:10\nworkerId: 3\nlogs: {console: {level: off}}\n"
     )
@@ -189,12 +188,12 @@ def test_worker_mode(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_what_is_not_known_is_named(tmp_path: Path) -> None:
+def test_unknown_names_are_reported(tmp_path: Path) -> None:
     _, remarks = converted(tmp_path, "id: a\nworkerId: 3\nlimits: {newThing: {deep: 1}}\n")
     assert remarks == ["limits.newThing.deep is not known, and has no equal"]
 
 
-def test_without_a_duty_that_is_said(tmp_path: Path) -> None:
+def test_without_an_assignment_that_is_reported(tmp_path: Path) -> None:
     _, remarks = converted(tmp_path, "id: a\n")
     assert any(remark.startswith("workerId is missing") for remark in remarks)
 
@@ -219,11 +218,11 @@ def test_a_short_secret_is_left_out(tmp_path: Path) -> None:
         ("a: [", "neither YAML nor JSON"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(tmp_path: Path, text: str, told: str) -> None:
+def test_settings_that_cannot_work_are_rejected_by_name(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ConfigurationError, match=told.replace("(", r"\(")):
         converted(tmp_path, text)
 
 
-def test_a_missing_file_is_said(tmp_path: Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read"):
         import_configuration(tmp_path / "nothing.yml", {})

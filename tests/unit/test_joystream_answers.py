@@ -6,12 +6,21 @@ from typing import Any
 
 import pytest
 
-from shared.adapters.catalogs.joystream.answers import read_listed, read_object
-from shared.adapters.catalogs.joystream.endpoint import QuestionRefused, data_of
-from shared.adapters.catalogs.joystream.network import read_bucket_ids, read_endpoints, read_status
-from shared.adapters.catalogs.joystream.questions import DIALECTS, ONE_OBJECT
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
+from distributor_node.shared.adapters.catalogs.joystream.answers import (
+    read_bucket_ids,
+    read_endpoints,
+    read_listed,
+    read_object,
+    read_status,
+)
+from distributor_node.shared.adapters.catalogs.joystream.endpoint import (
+    DIALECTS,
+    ONE_OBJECT,
+    QueryRejected,
+    data_of,
+)
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
 
 ID = ObjectId("7")
 HASH = ContentHash("blake3", bytes(range(32)))
@@ -86,7 +95,7 @@ def test_a_whole_answer() -> None:
         "nonsense",
     ],
 )
-def test_what_is_missing_in_a_bag_is_no_source_and_no_bucket(bag: Any) -> None:
+def test_an_object_missing_from_a_bag_has_no_source_and_no_bucket(bag: Any) -> None:
     found = read(storageBag=bag)
     assert (found.sources, found.buckets) == ((), ())
     assert (found.size, found.content_hash) == (1000, HASH)
@@ -198,10 +207,10 @@ def test_listed_objects() -> None:
         {"errors": [None]},
     ],
 )
-def test_answers_without_whole_data_are_none(document: Any) -> None:
+def test_answers_with_incomplete_data_are_rejected(document: Any) -> None:
     with pytest.raises(CatalogUnavailable) as raised:
         data_of(document, 200)
-    assert not isinstance(raised.value, QuestionRefused)
+    assert not isinstance(raised.value, QueryRejected)
 
 
 @pytest.mark.parametrize(
@@ -213,19 +222,19 @@ def test_answers_without_whole_data_are_none(document: Any) -> None:
     ],
 )
 @pytest.mark.parametrize("status", [200, 400])
-def test_refusals_are_recognised(error: dict[str, Any], status: int) -> None:
-    with pytest.raises(QuestionRefused):
+def test_rejections_are_recognised(error: dict[str, Any], status: int) -> None:
+    with pytest.raises(QueryRejected):
         data_of({"errors": [error]}, status)
 
 
-def test_data_under_an_error_status_is_none() -> None:
+def test_data_under_an_error_status_is_ignored() -> None:
     with pytest.raises(CatalogUnavailable):
         data_of({"data": {"object": None}}, 502)
     assert data_of({"data": {"object": None}}, 200) == {"object": None}
 
 
-def test_questions_are_those_agreed_on() -> None:
-    texts = [ONE_OBJECT.worded(dialect) for dialect in DIALECTS]
+def test_queries_are_those_specified() -> None:
+    texts = [ONE_OBJECT.render(dialect) for dialect in DIALECTS]
     assert "storageDataObjectById(id: $id)" in texts[0]
     assert "storageDataObjectByUniqueInput(where: {id: $id})" in texts[1]
     assert "$id: ID!" in texts[2]

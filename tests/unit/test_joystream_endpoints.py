@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shared.adapters.catalogs.joystream.endpoints import api_base, is_private
-from shared.domain.errors import InvalidInput
+from distributor_node.shared.adapters.catalogs.joystream.answers import api_base, is_private
+from distributor_node.shared.domain.errors import InvalidInput
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_the_base_is_the_endpoint_and_api_v1(endpoint: str, base: str) -> None:
         "https://storage.example/" + "a" * 1024,
     ],
 )
-def test_what_is_never_asked(endpoint: str) -> None:
+def test_requests_that_are_never_sent(endpoint: str) -> None:
     with pytest.raises(InvalidInput):
         api_base(endpoint, refuse_private=False)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import structlog
 
-from shared.observability.logging import configure_logging, redact_text
+from distributor_node.shared.observability.logging import configure_logging, redact_text
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_the_request_id_of_the_context_is_on_every_line(stream: io.StringIO) -> 
     assert [line["request_id"] for line in lines(stream)] == ["r-1", "r-1"]
 
 
-def test_the_standard_library_comes_out_alike(stream: io.StringIO) -> None:
+def test_the_standard_library_agrees(stream: io.StringIO) -> None:
     logging.getLogger("aio_pika.robust").warning("lost %s", "connection", extra={"attempt": 2})
     (line,) = lines(stream)
     assert (line["event"], line["level"], line["logger"]) == ("lost connection", "warning", "aio_pika.robust")

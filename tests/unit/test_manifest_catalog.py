@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from shared.adapters.catalogs.documents import read_json, read_yaml
-from shared.adapters.catalogs.manifest import ManifestCatalog
-from shared.adapters.catalogs.manifest_format import Manifest, parse_manifest
-from shared.domain.errors import ConfigurationError, InvalidInput
-from shared.domain.objects import ContentHash, DistributionBucket, ObjectId
+from distributor_node.shared.adapters.catalogs.documents import read_json, read_yaml
+from distributor_node.shared.adapters.catalogs.manifest import Manifest, ManifestCatalog, parse_manifest
+from distributor_node.shared.domain.errors import ConfigurationError, InvalidInput
+from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, ObjectId
 
 BLAKE3 = str(ContentHash("blake3", bytes(range(32))))
 SHA256 = "sha256:" + "ab" * 32
@@ -111,7 +110,7 @@ def test_json_is_read_too() -> None:
         ("a: 1\n---\nb: 2", "want one document, found 2"),
     ],
 )
-def test_what_is_wrong_is_named(text: str, reason: str) -> None:
+def test_errors_are_named(text: str, reason: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         parsed(text)
     assert reason in str(caught.value)
@@ -121,7 +120,7 @@ def test_what_is_wrong_is_named(text: str, reason: str) -> None:
     ("text", "reason"),
     [("{", "line 1: no JSON"), ('{"a": 1, "a": 2}', "two equal keys"), ("[" * 100_000, "no JSON")],
 )
-def test_what_is_wrong_in_json_is_named(text: str, reason: str) -> None:
+def test_errors_in_json_are_named(text: str, reason: str) -> None:
     with pytest.raises(InvalidInput) as caught:
         read_json(text)
     assert reason in str(caught.value)
@@ -165,14 +164,14 @@ async def test_a_changed_file_is_noticed_and_a_broken_one_refused(path: Path) ->
         path.unlink()
         assert await catalog.look_up(ObjectId("1")) == found
         assert await catalog.look_up(ObjectId("1")) == found
-    assert [(log["event"], log["log_level"]) for log in logs] == [("manifest_refused", "error")] * 2
+    assert [(log["event"], log["log_level"]) for log in logs] == [("manifest_rejected", "error")] * 2
     assert "line 5, object 2" in logs[0]["reason"]
     replace(path, HEAD + "  []\n")
     assert await catalog.look_up(ObjectId("1")) is None
     await catalog.close()
 
 
-async def test_the_file_is_looked_at_once_a_second(path: Path) -> None:
+async def test_the_file_is_checked_once_a_second(path: Path) -> None:
     now = 100.0
     catalog = ManifestCatalog(path, clock=lambda: now)
     await catalog.open()

@@ -10,15 +10,15 @@ import pytest
 from prometheus_client import REGISTRY
 from prometheus_client.metrics_core import Metric
 
-from shared.adapters.sources.observation import SourceObservation
-from shared.observability import metrics
-from shared.runtime.adapters import count_observation
+from distributor_node.shared.adapters.sources.client import SourceObservation
+from distributor_node.shared.observability import metrics
+from distributor_node.shared.runtime.factories import count_observation
 
 UNITS = (
     "_seconds",
     "_bytes",
     "_total",
-    "_place",
+    "_rank",
     "_info",
     "_objects",
     "_files",
@@ -74,9 +74,9 @@ def test_invented_methods_share_one_label() -> None:
 
 
 WORKER = """
-from shared.adapters.sources.observation import SourceObservation
-from shared.observability import metrics
-from shared.runtime.adapters import count_observation
+from distributor_node.shared.adapters.sources.client import SourceObservation
+from distributor_node.shared.observability import metrics
+from distributor_node.shared.runtime.factories import count_observation
 metrics.REQUESTS.labels("GET", "200", "hit").inc(3)
 metrics.REQUESTS_IN_PROGRESS.inc(2)
 metrics.STORAGE_USED.set({used})
@@ -84,7 +84,7 @@ metrics.STORAGE_USED.set({used})
 STARTER = """
 import subprocess, sys
 from pathlib import Path
-from shared.observability.multiprocess import forget_process, prepare_multiprocess
+from distributor_node.shared.observability.multiprocess import forget_process, prepare_multiprocess
 directory = Path(sys.argv[1])
 prepare_multiprocess(directory)
 assert not (directory / "counter_1.db").exists(), "wiped"
@@ -94,7 +94,7 @@ for used in (10, 20):
     assert worker.wait() == 0
     workers.append(worker.pid)
 forget_process(workers[0])
-from shared.observability.metrics import render_metrics
+from distributor_node.shared.observability.metrics import render_metrics
 body, media_type = render_metrics()
 assert media_type.startswith("text/plain"), media_type
 print(body.decode())
@@ -118,7 +118,7 @@ def test_several_processes_add_up(tmp_path: Path) -> None:
 def test_multiprocess_mode_cannot_come_too_late() -> None:
     script = (
         "import prometheus_client\n"
-        "from shared.observability.multiprocess import prepare_multiprocess\n"
+        "from distributor_node.shared.observability.multiprocess import prepare_multiprocess\n"
         "prepare_multiprocess(None)"
     )
     done = subprocess.run(
@@ -127,20 +127,20 @@ def test_multiprocess_mode_cannot_come_too_late() -> None:
     assert "must be prepared before" in done.stderr
 
 
-def test_what_alerts_count_is_there_before_it_counts() -> None:
+def test_counters_used_by_alerts_are_precreated() -> None:
     script = (
-        "from shared.observability.metrics import describe_build, render_metrics\n"
+        "from distributor_node.shared.observability.metrics import describe_build, render_metrics\n"
         "describe_build('1', 'evictor')\n"
         "print(render_metrics()[0].decode())"
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script], check=True, capture_output=True, text=True, timeout=30
     )
-    assert 'distributor_scrubbed_objects_total{result="rotten"} 0.0' in done.stdout
-    assert "distributor_cut_answers_total{" not in done.stdout
+    assert 'distributor_scrubbed_objects_total{result="corrupt"} 0.0' in done.stdout
+    assert "distributor_aborted_responses_total{" not in done.stdout
 
 
-def test_a_source_that_begins_well_and_fails_is_one_request_and_one_failure() -> None:
+def test_a_source_failing_midway_is_one_request_and_one_failure() -> None:
     count_observation(SourceObservation("cutting:80", 0.1, 0.2, 10, "unreachable"))
     count_observation(SourceObservation("cutting:80", None, 3.0, 0, "unreachable"))
     count_observation(SourceObservation("cutting:80", 0.1, 0.2, 10, None))

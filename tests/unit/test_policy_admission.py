@@ -1,13 +1,12 @@
-"""Second-view admission, views of several requests, and what the simulator makes of them."""
+"""Second-hit admission, views of several requests, and what the simulator makes of them."""
 
 from __future__ import annotations
 
-from shared.domain.eviction import Gdsf, Lru, PolicyEntry
-from shared.domain.eviction.admission import SecondViewAdmission
-from shared.domain.eviction.simulator import Request, Rules, Simulation
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
-from shared.domain.views import ViewCoalescer
+from distributor_node.shared.domain.admission import SecondHitAdmission, ViewCoalescer
+from distributor_node.shared.domain.eviction import Gdsf, Lru, PolicyEntry
+from distributor_node.shared.domain.eviction.simulator import Request, Rules, Simulation
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
 MIB = 1024**2
 VIDEO, OTHER = ObjectId("video"), ObjectId("other")
@@ -22,15 +21,15 @@ def test_requests_within_five_minutes_are_one_view() -> None:
     assert views.begins_view(OTHER, NOW)
 
 
-def test_a_clock_set_back_far_begins_a_view_and_what_is_reported_late_does_not() -> None:
+def test_a_clock_set_far_back_starts_a_view_but_a_late_report_does_not() -> None:
     views = ViewCoalescer()
     assert views.begins_view(VIDEO, NOW)
     assert not views.begins_view(VIDEO, NOW - 1)
     assert views.begins_view(VIDEO, NOW - 300)
 
 
-def test_the_views_that_began_first_are_forgotten_first() -> None:
-    views = ViewCoalescer(most=2)
+def test_the_oldest_views_are_forgotten_first() -> None:
+    views = ViewCoalescer(max_entries=2)
     for name in ("a", "b", "c"):
         views.begins_view(ObjectId(name), NOW)
     assert not views.begins_view(ObjectId("c"), NOW + 1)
@@ -38,8 +37,8 @@ def test_the_views_that_began_first_are_forgotten_first() -> None:
     assert views.begins_view(ObjectId("a"), NOW + 1)
 
 
-def test_large_objects_are_admitted_on_their_second_view() -> None:
-    admission = SecondViewAdmission(8 * MIB, window=3600)
+def test_large_objects_are_admitted_on_their_second_hit() -> None:
+    admission = SecondHitAdmission(8 * MIB, window=3600)
     assert not admission.admits(VIDEO, 9 * MIB, NOW, pressure=True)
     assert not admission.admits(VIDEO, 9 * MIB, NOW + 60, pressure=True), "the same view"
     assert admission.admits(VIDEO, 9 * MIB, NOW + 400, pressure=True)
@@ -47,20 +46,20 @@ def test_large_objects_are_admitted_on_their_second_view() -> None:
 
 
 def test_a_first_view_is_forgotten_after_the_window() -> None:
-    admission = SecondViewAdmission(0, window=3600)
+    admission = SecondHitAdmission(0, window=3600)
     assert not admission.admits(VIDEO, 1, NOW, pressure=True)
     assert not admission.admits(VIDEO, 1, NOW + 3601, pressure=True), "a first view anew"
     assert admission.admits(VIDEO, 1, NOW + 7201, pressure=True)
 
 
 def test_without_pressure_everything_is_admitted_and_first_views_are_remembered() -> None:
-    admission = SecondViewAdmission(0)
+    admission = SecondHitAdmission(0)
     assert admission.admits(VIDEO, 1, NOW, pressure=False)
     assert admission.admits(VIDEO, 1, NOW + 500, pressure=True)
 
 
-def test_memory_of_first_views_is_bounded_and_keeps_the_latest() -> None:
-    admission = SecondViewAdmission(0, most=100)
+def test_remembered_first_views_are_bounded_and_the_latest_kept() -> None:
+    admission = SecondHitAdmission(0, max_entries=100)
     for number in range(1000):
         admission.admits(ObjectId(str(number)), 1, NOW + number / 1000, pressure=True)
         assert len(admission) <= 100
@@ -68,7 +67,7 @@ def test_memory_of_first_views_is_bounded_and_keeps_the_latest() -> None:
         assert admission.admits(ObjectId(str(number)), 1, NOW + 400, pressure=True)
 
 
-def simulation(limit: int, *, admission: SecondViewAdmission | None = None) -> Simulation:
+def simulation(limit: int, *, admission: SecondHitAdmission | None = None) -> Simulation:
     return Simulation(Lru(), Rules.of(limit, 1.0, 1.0), admission)
 
 
@@ -80,12 +79,12 @@ def view(at: float, name: str, size: int, sent: int | None = None, *, joined: fl
 def test_what_a_simulation_counts() -> None:
     trial = simulation(10 * MIB)
     seen = [
-        trial.see(view(0, "a", 4 * MIB, MIB)),
-        trial.see(view(1, "a", 4 * MIB, MIB)),
-        trial.see(view(2, "b", 4 * MIB)),
-        trial.see(view(300, "c", 4 * MIB)),
-        trial.see(view(301, "b", 4 * MIB)),
-        trial.see(view(302, "huge", 11 * MIB, 100)),
+        trial.process(view(0, "a", 4 * MIB, MIB)),
+        trial.process(view(1, "a", 4 * MIB, MIB)),
+        trial.process(view(2, "b", 4 * MIB)),
+        trial.process(view(300, "c", 4 * MIB)),
+        trial.process(view(301, "b", 4 * MIB)),
+        trial.process(view(302, "huge", 11 * MIB, 100)),
     ]
     assert seen == [False, True, False, False, True, False]
     outcome = trial.outcome
@@ -97,30 +96,30 @@ def test_what_a_simulation_counts() -> None:
     assert outcome.object_hit_ratio == 2 / 6
 
 
-def test_what_was_just_accessed_is_not_evicted_but_the_newcomer_proxied() -> None:
+def test_a_just_accessed_object_is_kept_and_the_new_one_proxied() -> None:
     trial = simulation(5 * MIB)
-    trial.see(view(0, "a", 4 * MIB))
-    assert not trial.see(view(60, "b", 4 * MIB))
-    assert trial.see(view(61, "a", 4 * MIB))
+    trial.process(view(0, "a", 4 * MIB))
+    assert not trial.process(view(60, "b", 4 * MIB))
+    assert trial.process(view(61, "a", 4 * MIB))
     assert trial.outcome.proxied == 1
 
 
-def test_room_for_a_large_object_is_made_of_thousands_of_small_ones() -> None:
+def test_a_large_object_evicts_thousands_of_small_ones() -> None:
     """More than a policy names at once."""
     trial = simulation(footprint(1000) * 3000)
     for number in range(3000):
-        trial.see(view(number / 1000, f"small-{number}", 1000))
-    assert not trial.see(view(1000, "large", footprint(1000) * 2500))
+        trial.process(view(number / 1000, f"small-{number}", 1000))
+    assert not trial.process(view(1000, "large", footprint(1000) * 2500))
     assert (trial.outcome.evicted, trial.outcome.proxied) == (2501, 0)
-    assert trial.see(view(1001, "large", footprint(1000) * 2500))
+    assert trial.process(view(1001, "large", footprint(1000) * 2500))
 
 
-def test_who_joined_a_fetch_had_no_hit() -> None:
+def test_joining_a_fetch_is_no_hit() -> None:
     trial = simulation(5 * MIB)
-    trial.see(view(0, "a", MIB))
-    assert not trial.see(view(1, "a", MIB, joined=0))
-    assert trial.see(view(2, "a", MIB))
-    assert trial.see(view(5, "a", MIB, joined=4)), "that fetch would be none of this cache's"
+    trial.process(view(0, "a", MIB))
+    assert not trial.process(view(1, "a", MIB, joined=0))
+    assert trial.process(view(2, "a", MIB))
+    assert trial.process(view(5, "a", MIB, joined=4)), "that fetch would be none of this cache's"
     assert trial.outcome.bytes_from_sources == MIB
 
 
@@ -128,18 +127,18 @@ def test_a_304_is_no_view_and_fetches_nothing() -> None:
     policy = Gdsf()
     trial = Simulation(policy, Rules.of(50 * MIB))
     unchanged = Request(NOW, VIDEO, MIB, 0, not_modified=True)
-    assert not trial.see(unchanged)
+    assert not trial.process(unchanged)
     assert VIDEO not in policy
-    assert not trial.see(view(1, "video", MIB))
-    assert trial.see(unchanged._replace(at=NOW + 1000))
+    assert not trial.process(view(1, "video", MIB))
+    assert trial.process(unchanged._replace(at=NOW + 1000))
     assert policy.get(VIDEO) == PolicyEntry(VIDEO, MIB, 1, NOW + 1, 65.0)
     assert (trial.outcome.requests, trial.outcome.hits, trial.outcome.bytes_from_sources) == (3, 1, MIB)
 
 
 def test_admission_counts_only_when_the_cache_is_full() -> None:
-    trial = simulation(5 * MIB, admission=SecondViewAdmission(0))
+    trial = simulation(5 * MIB, admission=SecondHitAdmission(0))
     for at, name in ((0, "a"), (1, "b"), (2000, "c"), (2001, "c"), (2400, "c")):
-        trial.see(view(at, name, 2 * MIB))
+        trial.process(view(at, name, 2 * MIB))
     assert trial.outcome.proxied == 2
     assert trial.outcome.evicted == 1
 
@@ -151,8 +150,8 @@ def test_gdsf_keeps_thumbnails_where_lru_loses_them() -> None:
         trial = Simulation(policy, Rules.of(limit, 1.0, 1.0))
         for number in range(200):
             at = number * 1000.0
-            trial.see(view(at, f"thumbnail-{number % 10}", 20_000))
-            trial.see(view(at + 500, f"video-{number}", 60 * MIB))
+            trial.process(view(at, f"thumbnail-{number % 10}", 20_000))
+            trial.process(view(at + 500, f"video-{number}", 60 * MIB))
         ratios[name] = trial.outcome.object_hit_ratio
     assert ratios["gdsf"] > 0.4
     assert ratios["lru"] < 0.1
@@ -162,7 +161,7 @@ def test_a_view_counts_once_however_many_ranges_it_takes() -> None:
     policy = Gdsf()
     trial = Simulation(policy, Rules.of(100 * MIB))
     for number in range(20):
-        trial.see(view(number * 10, "video", 40 * MIB, MIB))
+        trial.process(view(number * 10, "video", 40 * MIB, MIB))
     entry = policy.get(VIDEO)
     assert isinstance(entry, PolicyEntry)
     assert entry.frequency == 1

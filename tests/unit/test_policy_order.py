@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.domain.eviction import EvictionPolicy, Gdsf, Lru, LruSp, PolicyEntry
-from shared.domain.objects import ObjectId
+from distributor_node.shared.domain.eviction import EvictionPolicy, Gdsf, Lru, LruSp, PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
 from tests.unit.textbook_policies import Textbook, TextbookGdsf, TextbookLru, TextbookLruSp
 
 MIB = 1024**2

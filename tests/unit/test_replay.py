@@ -14,12 +14,17 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from benchmarks.traces import Parameters, Trace
-from services.command_line.main import app
-from services.replay.log_lines import LogLine, Unreadable, parse_line
-from services.replay.reading import read_logs, read_sizes
-from services.replay.recording import Recording
-from services.replay.report import recommend
-from services.replay.scenarios import (
+from distributor_node.services.command_line.main import app
+from distributor_node.services.replay.access_logs import (
+    LogLine,
+    Recording,
+    Unreadable,
+    parse_line,
+    read_logs,
+    read_sizes,
+)
+from distributor_node.services.replay.report import recommend
+from distributor_node.services.replay.scenarios import (
     CacheSize,
     Result,
     Setting,
@@ -27,9 +32,9 @@ from services.replay.scenarios import (
     settings_to_try,
     try_setting,
 )
-from shared.domain.errors import ConfigurationError
-from shared.domain.eviction.simulator import Outcome, Rules
-from shared.domain.objects import ObjectId
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.eviction.simulator import Outcome, Rules
+from distributor_node.shared.domain.objects import ObjectId
 
 AT = 1_764_000_000.0
 OURS = {
@@ -151,7 +156,7 @@ def test_a_damaged_gzip_file_is_named(tmp_path: Path, damage: str) -> None:
         read_logs([log], Recording(), 1.0, lambda _: None)
 
 
-def test_sizes_come_from_the_best_word_there_is() -> None:
+def test_sizes_come_from_the_most_reliable_field() -> None:
     recording = Recording({"manifest": 7})
     for line in (
         LogLine(3.0, ObjectId("named"), 10, size=500),
@@ -170,7 +175,7 @@ def test_sizes_come_from_the_best_word_there_is() -> None:
     assert recording.logged_hit_ratio is None
 
 
-def test_who_waited_for_which_fetch() -> None:
+def test_waiting_clients_per_fetch() -> None:
     recording = Recording()
     told = (
         (0.0, "miss"), (1.0, "pending"), (2.0, "hit"),
@@ -185,7 +190,7 @@ def test_who_waited_for_which_fetch() -> None:
     assert recording.logged_hit_ratio == 1 / 9
 
 
-def test_a_missed_304_began_no_fetch() -> None:
+def test_a_304_for_a_miss_starts_no_fetch() -> None:
     recording = Recording()
     for at, cache, unchanged in ((0.0, "miss", False), (5.0, "miss", True), (6.0, "pending", False)):
         recording.add(LogLine(at, ObjectId("1"), 0, size=10, cache=cache, not_modified=unchanged))
@@ -194,7 +199,7 @@ def test_a_missed_304_began_no_fetch() -> None:
     ]  # fmt: skip
 
 
-def test_the_nodes_own_settings_are_tried_beside_the_others(tmp_path: Path) -> None:
+def test_the_nodes_own_settings_are_simulated_too(tmp_path: Path) -> None:
     log, config = tmp_path / "access.json", tmp_path / "node.yaml"
     log.write_text(
         "\n".join(f"{AT + number},{number % 7},1000000" for number in range(700)), encoding="utf-8"
@@ -278,7 +283,7 @@ def test_the_trace_is_what_its_parameters_say() -> None:
     assert list(same.objects) == list(trace.objects)
 
 
-def test_a_sample_tells_nearly_the_same_as_everything() -> None:
+def test_a_sample_gives_nearly_the_same_as_everything() -> None:
     trace = Trace(Parameters(views=40_000))
     whole, sampled = Recording(), Recording()
     for request in trace.views():
@@ -320,7 +325,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "reason"), [("replay.png", r"ends in \.svg"), ("no/replay.svg", "no folder")]
 )
-def test_a_picture_that_could_not_be_drawn_is_refused_before_all_the_work(
+def test_an_undrawable_chart_is_rejected_before_the_simulation(
     tmp_path: Path, name: str, reason: str
 ) -> None:
     log = tmp_path / "access.csv"

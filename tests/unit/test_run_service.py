@@ -15,9 +15,9 @@ import pytest
 
 SCRIPT = """
 import asyncio, sys, time
-from shared.domain.errors import ConfigurationError
-from shared.runtime import ServiceScope, run_service
-from shared.settings.model import LogSettings
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.runtime import ServiceScope, run_service
+from distributor_node.shared.settings.model import LogSettings
 
 async def main(scope):
     scope.resources.push_async_callback(closing)
@@ -51,13 +51,13 @@ def end(process: subprocess.Popen[bytes]) -> tuple[int, str, list[dict[str, Any]
     return process.returncode, printed.decode(), [json.loads(line) for line in logged.splitlines()]
 
 
-def test_the_first_signal_ends_the_service_in_good_order() -> None:
+def test_the_first_signal_shuts_down_gracefully() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         with service("await scope.stop_requested.wait()\nprint('drained', flush=True)") as process:
             process.send_signal(number)
             code, printed, log = end(process)
         assert (code, printed) == (0, "drained\nclosed\n")
-        assert [line["event"] for line in log] == ["service_started", "stop_requested", "service_stopped"]
+        assert [line["event"] for line in log] == ["service_started", "shutdown_requested", "service_stopped"]
 
 
 def test_main_may_return_by_itself() -> None:
@@ -82,15 +82,15 @@ def test_refused_settings_are_a_message_and_exit_code_2() -> None:
     assert "exception" not in log[-1]
 
 
-def test_who_misses_the_deadline_is_cancelled() -> None:
+def test_a_task_past_the_deadline_is_cancelled() -> None:
     with service("await asyncio.Event().wait()") as process:
         process.send_signal(signal.SIGTERM)
         code, printed, log = end(process)
     assert (code, printed) == (1, "closed\n")
-    assert log[-1]["event"] == "shutdown_deadline_missed"
+    assert log[-1]["event"] == "shutdown_deadline_exceeded"
 
 
-def test_the_second_signal_ends_it_at_once() -> None:
+def test_the_second_signal_kills_immediately() -> None:
     body = "await scope.stop_requested.wait()\nprint('stopping', flush=True)\nawait asyncio.Event().wait()"
     with service(body) as process:
         process.send_signal(signal.SIGINT)
@@ -101,9 +101,9 @@ def test_the_second_signal_ends_it_at_once() -> None:
     assert (code, printed) == (128 + signal.SIGINT, "")
 
 
-def test_a_loop_that_hangs_is_ended_from_outside() -> None:
+def test_a_hanging_loop_is_terminated_from_outside() -> None:
     body = (
-        "sys.modules['shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
+        "sys.modules['distributor_node.shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
         "await scope.stop_requested.wait()\n"
         "time.sleep(60)"
     )
@@ -116,9 +116,9 @@ def test_a_loop_that_hangs_is_ended_from_outside() -> None:
 
 
 @pytest.mark.parametrize("ending", ["return", "raise OSError('torn')", "scope.stop_requested.set()"])
-def test_a_thread_that_hangs_outlives_no_end_of_any_kind(ending: str) -> None:
+def test_a_hanging_thread_does_not_delay_any_shutdown(ending: str) -> None:
     body = (
-        "sys.modules['shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
+        "sys.modules['distributor_node.shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
         "asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)\n"
         f"{ending}"
     )

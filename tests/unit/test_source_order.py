@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.adapters.sources.health import HealthBook
-from shared.domain.objects import ObjectId
-from shared.domain.source_order import SourceHealth, SourceNews, order
-from shared.ports.source_memory import SharedSources
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta, order
+from distributor_node.shared.ports.source_stats import SharedSources
 
 A, B, C = "http://a/1", "http://b:81/1", "https://c/1"
 
@@ -38,7 +38,7 @@ def test_among_failed_ones_the_first_to_recover_comes_first() -> None:
     assert order([A, B, C], health, now=101.0) == (B, C, A)
 
 
-def test_much_slower_sources_go_behind_but_before_failed_ones() -> None:
+def test_much_slower_sources_rank_below_others_but_above_failed_ones() -> None:
     health = {
         "a": SourceHealth(first_bytes=(2.0,)),
         "b:81": SourceHealth(1, 100.0),
@@ -68,7 +68,7 @@ def test_no_source_is_lost_or_invented(
     assert sorted(ordered) == sorted(set(sources))
 
 
-def test_of_quick_ones_the_quickest_comes_first() -> None:
+def test_of_fast_sources_the_fastest_comes_first() -> None:
     health = {
         "a": SourceHealth(first_bytes=(0.2,)),
         "b:81": SourceHealth(first_bytes=(0.05,)),
@@ -81,7 +81,7 @@ def test_a_slowdown_is_seen_in_two_answers() -> None:
     slowing = SourceHealth(first_bytes=(0.01,) * 10)
     steady = SourceHealth(first_bytes=(0.02,) * 10)
     for _ in range(2):
-        slowing = SourceNews(SourceHealth(first_bytes=(0.2,))).after(slowing)
+        slowing = SourceStatsDelta(SourceHealth(first_bytes=(0.2,))).apply_to(slowing)
     assert order([A, B], {"a": slowing, "b:81": steady}, now=0.0) == (B, A)
 
 
@@ -89,7 +89,7 @@ def test_a_modest_slowdown_is_seen_in_two_answers_too() -> None:
     slowing, steady = SourceHealth(first_bytes=(0.01,) * 10), SourceHealth(first_bytes=(0.05,) * 10)
     for _ in range(2):
         assert order([A, B], {"a": slowing, "b:81": steady}, now=0.0) == (A, B)
-        slowing = SourceNews(SourceHealth(first_bytes=(0.1,))).after(slowing)
+        slowing = SourceStatsDelta(SourceHealth(first_bytes=(0.1,))).apply_to(slowing)
     assert order([A, B], {"a": slowing, "b:81": steady}, now=0.0) == (B, A)
 
 
@@ -101,15 +101,17 @@ def test_two_quick_answers_do_not_make_up_for_eight_slow_ones() -> None:
     assert order([A, B], health, now=0.0) == (B, A)
 
 
-def test_a_source_that_was_not_reached_goes_behind_until_it_is() -> None:
-    unreached = SourceNews(SourceHealth(unreachable_at=100.0)).after(SourceHealth(first_bytes=(0.001,)))
+def test_an_unreachable_source_ranks_last_until_it_recovers() -> None:
+    unreached = SourceStatsDelta(SourceHealth(unreachable_at=100.0)).apply_to(
+        SourceHealth(first_bytes=(0.001,))
+    )
     assert order([A, B], {"a": unreached}, now=160.0) == (B, A)
-    reached = SourceNews(SourceHealth(first_bytes=(0.001,)), reached=True).after(unreached)
+    reached = SourceStatsDelta(SourceHealth(first_bytes=(0.001,)), reached=True).apply_to(unreached)
     assert order([A, B], {"a": reached}, now=160.0) == (A, B)
 
 
 NEWS = st.builds(
-    SourceNews,
+    SourceStatsDelta,
     st.builds(
         SourceHealth,
         st.integers(0, 3),
@@ -123,67 +125,67 @@ NEWS = st.builds(
 
 
 @given(NEWS, NEWS, NEWS)
-def test_news_in_batches_say_the_same_as_one_by_one(
-    first: SourceNews, second: SourceNews, third: SourceNews
+def test_batched_events_equal_single_ones(
+    first: SourceStatsDelta, second: SourceStatsDelta, third: SourceStatsDelta
 ) -> None:
-    one_by_one = third.after(second.after(first.after(SourceHealth())))
-    assert first.then(second).then(third).after(SourceHealth()) == one_by_one
-    assert first.then(second.then(third)).after(SourceHealth()) == one_by_one
+    one_by_one = third.apply_to(second.apply_to(first.apply_to(SourceHealth())))
+    assert first.followed_by(second).followed_by(third).apply_to(SourceHealth()) == one_by_one
+    assert first.followed_by(second.followed_by(third)).apply_to(SourceHealth()) == one_by_one
 
 
-def test_a_corrupted_copy_is_passed_over_for_its_object_alone() -> None:
+def test_a_corrupt_copy_is_skipped_for_its_object_only() -> None:
     now = 10.0
-    book = HealthBook(clock=lambda: now, corrupted_memory=60.0)
-    book.record_corrupted(ObjectId("1"), A)
-    assert book.best_first([A, B], ObjectId("1")) == (B,)
-    assert book.best_first([A, B], ObjectId("2")) == (A, B)
+    registry = SourceHealthRegistry(clock=lambda: now, corrupted_memory=60.0)
+    registry.record_corrupted(ObjectId("1"), A)
+    assert registry.best_first([A, B], ObjectId("1")) == (B,)
+    assert registry.best_first([A, B], ObjectId("2")) == (A, B)
     now = 70.0
-    assert book.best_first([A, B], ObjectId("1")) == (A, B)
+    assert registry.best_first([A, B], ObjectId("1")) == (A, B)
 
 
-def test_what_was_not_handed_over_is_kept_in_its_order() -> None:
-    book = HealthBook(clock=lambda: 0.0)
-    book.record_first_byte(A, 0.1)
-    book.record_failure(A)
-    news, _ = book.take_news()
-    assert list(news) == ["a"]
-    book.record_success(A)
-    assert book.health_of("a") == SourceHealth(first_bytes=(0.1,)), "nothing is forgotten meanwhile"
-    book.put_back()
-    assert book.health_of("a") == SourceHealth(first_bytes=(0.1,))
-    news, _ = book.take_news()
-    assert news["a"].after(SourceHealth(failures=3)) == SourceHealth(first_bytes=(0.1,))
+def test_unflushed_accesses_are_kept_in_order() -> None:
+    registry = SourceHealthRegistry(clock=lambda: 0.0)
+    registry.record_first_byte(A, 0.1)
+    registry.record_failure(A)
+    deltas, _ = registry.take_delta()
+    assert list(deltas) == ["a"]
+    registry.record_success(A)
+    assert registry.health_of("a") == SourceHealth(first_bytes=(0.1,)), "nothing is forgotten meanwhile"
+    registry.restore()
+    assert registry.health_of("a") == SourceHealth(first_bytes=(0.1,))
+    deltas, _ = registry.take_delta()
+    assert deltas["a"].apply_to(SourceHealth(failures=3)) == SourceHealth(first_bytes=(0.1,))
 
 
-def test_a_corrupted_copy_met_during_an_exchange_is_handed_over_next_time() -> None:
-    book = HealthBook(clock=lambda: 0.0)
-    book.record_corrupted(ObjectId("1"), A)
-    _, taken = book.take_news()
+def test_a_corrupt_copy_found_during_a_sync_is_sent_in_the_next_one() -> None:
+    registry = SourceHealthRegistry(clock=lambda: 0.0)
+    registry.record_corrupted(ObjectId("1"), A)
+    _, taken = registry.take_delta()
     assert [copy.object_id for copy in taken] == ["1"]
-    book.record_corrupted(ObjectId("2"), A)
-    book.learn(SharedSources({}, ()))
-    _, taken = book.take_news()
+    registry.record_corrupted(ObjectId("2"), A)
+    registry.merge(SharedSources({}, ()))
+    _, taken = registry.take_delta()
     assert [copy.object_id for copy in taken] == ["2"]
-    book.put_back()
-    book.record_corrupted(ObjectId("3"), A)
-    _, taken = book.take_news()
+    registry.restore()
+    registry.record_corrupted(ObjectId("3"), A)
+    _, taken = registry.take_delta()
     assert [copy.object_id for copy in taken] == ["2", "3"]
 
 
-def test_the_book_forgives_after_a_success() -> None:
+def test_the_registry_clears_penalties_after_a_success() -> None:
     now = 10.0
-    book = HealthBook(clock=lambda: now)
-    book.record_failure(A)
-    assert book.best_first([A, B]) == (B, A)
-    book.record_success(A)
-    assert book.best_first([A, B]) == (A, B)
+    registry = SourceHealthRegistry(clock=lambda: now)
+    registry.record_failure(A)
+    assert registry.best_first([A, B]) == (B, A)
+    registry.record_success(A)
+    assert registry.best_first([A, B]) == (A, B)
 
 
-def test_the_book_takes_a_mean_of_first_bytes() -> None:
-    book = HealthBook(clock=lambda: 0.0)
-    book.record_first_byte(B, 0.1)
-    book.record_first_byte(B, 0.5)
-    assert book.best_first([B, A]) == (B, A), "one slow answer among quick ones changes nothing"
+def test_the_registry_averages_first_byte_times() -> None:
+    registry = SourceHealthRegistry(clock=lambda: 0.0)
+    registry.record_first_byte(B, 0.1)
+    registry.record_first_byte(B, 0.5)
+    assert registry.best_first([B, A]) == (B, A), "one slow answer among quick ones changes nothing"
     for _ in range(30):
-        book.record_first_byte(B, 3.0)
-    assert book.best_first([B, A]) == (A, B)
+        registry.record_first_byte(B, 3.0)
+    assert registry.best_first([B, A]) == (A, B)

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.domain.errors import InvalidInput
-from shared.domain.media_types import media_type_or_none, parse_media_type
-from shared.domain.source_urls import api_base_of, distinct_hosts, parse_source_url
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.media_types import media_type_or_none, parse_media_type
+from distributor_node.shared.domain.urls import api_base_of, distinct_hosts, parse_source_url
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_media_types(text: str) -> None:
     ["", "image", "image/", "/png", "image/png/x", "image/png\r\nX: y", "image/png; a", "ä/b", "a b/c", "a/b, c/d",
      "image/" + "a" * 300, "text/html\x00"],
 )  # fmt: skip
-def test_what_is_no_media_type(text: str) -> None:
+def test_invalid_media_types(text: str) -> None:
     with pytest.raises(InvalidInput):
         parse_media_type(text)
     assert media_type_or_none(text) is None

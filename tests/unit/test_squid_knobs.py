@@ -1,17 +1,17 @@
-"""The test squid's knobs, as values and as JSON."""
+"""The test squid's faults, as values and as JSON."""
 
 from __future__ import annotations
 
 import pytest
 
-from services.demo.squid import SquidKnobs
+from distributor_node.services.demo.squid import SquidFaults
 
 
-def test_knobs_survive_json() -> None:
-    knobs = SquidKnobs(latency=1.5, nulls=("type",), operations=("DataObject",), spare=2, schema="oldest")
-    told = knobs.to_json()
-    assert SquidKnobs.from_json({**told, "nulls": list(told["nulls"])}) == knobs
-    assert SquidKnobs.from_json({}) == SquidKnobs()
+def test_faults_survive_json() -> None:
+    faults = SquidFaults(latency=1.5, nulls=("type",), operations=("DataObject",), spare=2, schema="oldest")
+    told = faults.to_json()
+    assert SquidFaults.from_json({**told, "nulls": list(told["nulls"])}) == faults
+    assert SquidFaults.from_json({}) == SquidFaults()
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,6 @@ def test_knobs_survive_json() -> None:
         {"missing_bags": [1]},
     ],
 )
-def test_knobs_that_make_no_sense_are_refused(document: object) -> None:
+def test_invalid_faults_are_rejected(document: object) -> None:
     with pytest.raises(ValueError):
-        SquidKnobs.from_json(document)
+        SquidFaults.from_json(document)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from shared.adapters.state_memory import MemoryStateStore
-from shared.adapters.state_times import StateTimes
-from shared.domain.objects import ObjectId
-from shared.ports.state_store import FetchPhase, Granted, HeldElsewhere
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import FetchPhase, Granted, HeldElsewhere
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 HOUR = 3600.0
 
 
-async def test_a_clock_put_back_prolongs_no_lease_no_failure_and_no_term() -> None:
+async def test_a_clock_set_back_extends_no_lease_no_failure_and_no_term() -> None:
     now = 1_700_000_000.0
-    times = StateTimes(lease_seconds=15.0, claim_seconds=5.0)
+    times = StateTimeouts(lease_seconds=15.0, claim_seconds=5.0)
     store = MemoryStateStore(1_000_000, times, lambda: now)
     term = await store.lead("one", 10)
     assert term is not None
-    await store.set_accounted(term)
+    await store.set_reconciled(term)
     assert isinstance(await store.begin(ONE, 100, "a worker that dies"), Granted)
     assert (await store.claim(TWO, "an api that dies")).won
     await store.record_failure(THREE, "broken", 30)

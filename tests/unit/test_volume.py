@@ -14,19 +14,19 @@ import pytest
 from blake3 import blake3
 from structlog.testing import capture_logs
 
-from shared.adapters.volume import (
-    Foreign,
+from distributor_node.services.api.service import watch_volume
+from distributor_node.shared.adapters.volume import (
     FoundObject,
     FoundPartial,
     OpenObject,
     PartialHeld,
     RemovalState,
+    UnknownFile,
     Volume,
 )
-from shared.adapters.volume.layout import fan
-from shared.domain.errors import VolumeError, VolumeFull
-from shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
-from shared.runtime.volume_watch import watch_volume
+from distributor_node.shared.adapters.volume.layout import shard
+from distributor_node.shared.domain.errors import VolumeError, VolumeFull
+from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
 
 BODY = bytes(range(256)) * 1000
 
@@ -48,7 +48,7 @@ def record_of(name: str, body: bytes = BODY) -> StoredRecord:
 
 def store(volume: Volume, name: str, body: bytes = BODY) -> StoredRecord:
     record = record_of(name, body)
-    partial = volume.receive(record)
+    partial = volume.open_partial_for_writing(record)
     partial.write(0, body)
     partial.mark_verified()
     partial.publish(record)
@@ -81,83 +81,83 @@ def test_publishing_leaves_nothing_in_incoming(volume: Volume) -> None:
 
 
 def test_a_partial_file_is_no_object(volume: Volume) -> None:
-    partial = volume.receive(record_of("1"))
+    partial = volume.open_partial_for_writing(record_of("1"))
     partial.write(0, BODY)
     assert volume.open_object(ObjectId("1")) is None
     partial.close()
 
 
 def test_a_partial_file_survives_its_writer_and_is_resumed(volume: Volume) -> None:
-    partial = volume.receive(record_of("1"))
+    partial = volume.open_partial_for_writing(record_of("1"))
     partial.write(0, BODY[:1000])
     partial.close()
-    again = volume.receive(record_of("1"))
+    again = volume.open_partial_for_writing(record_of("1"))
     assert again.size == 1000
     assert again.read(0, 5000) == BODY[:1000]
     again.close()
 
 
 def test_only_one_writer_at_a_time(volume: Volume) -> None:
-    partial = volume.receive(record_of("1"))
+    partial = volume.open_partial_for_writing(record_of("1"))
     with pytest.raises(PartialHeld):
-        volume.receive(record_of("1"))
+        volume.open_partial_for_writing(record_of("1"))
     partial.close()
-    volume.receive(record_of("1")).close()
+    volume.open_partial_for_writing(record_of("1")).close()
 
 
 def write_and_hang(root: Path, signals: Connection) -> None:
-    held = Volume(root).receive(record_of("1"))
+    held = Volume(root).open_partial_for_writing(record_of("1"))
     held.write(0, BODY[:77])
     signals.send(True)
     signals.recv()
 
 
-def test_a_killed_writer_frees_its_lock(volume: Volume) -> None:
+def test_a_killed_writer_releases_its_lock(volume: Volume) -> None:
     spawning = multiprocessing.get_context("spawn")
     ours, theirs = spawning.Pipe()
     process = spawning.Process(target=write_and_hang, args=(volume.root, theirs))
     process.start()
     assert ours.poll(20)
     with pytest.raises(PartialHeld):
-        volume.receive(record_of("1"))
+        volume.open_partial_for_writing(record_of("1"))
     process.kill()
     process.join(10)
-    again = volume.receive(record_of("1"))
+    again = volume.open_partial_for_writing(record_of("1"))
     assert again.size == 77
     again.close()
 
 
-def test_a_follower_sees_growth_then_verification_then_keeps_reading(volume: Volume) -> None:
-    partial = volume.receive(record_of("1"))
+def test_a_reader_sees_growth_then_verification_then_keeps_reading(volume: Volume) -> None:
+    partial = volume.open_partial_for_writing(record_of("1"))
     partial.write(0, BODY[:1000])
     reader = volume.open_partial(ObjectId("1"))
     assert reader is not None
-    assert (reader.state().size, reader.state().verified, reader.state().gone) == (1000, False, False)
+    assert (reader.state().size, reader.state().verified, reader.state().unlinked) == (1000, False, False)
     partial.write(1000, BODY[1000:])
     partial.mark_verified()
     assert (reader.state().size, reader.state().verified) == (len(BODY), True)
     partial.publish(record_of("1"))
     partial.close()
     assert reader.read(0, len(BODY)) == BODY
-    assert not reader.state().gone
+    assert not reader.state().unlinked
     reader.close()
 
 
-@pytest.mark.parametrize("ending", ["start_over", "discard"])
-def test_a_follower_sees_that_its_file_is_gone_and_its_bytes_are_free(volume: Volume, ending: str) -> None:
-    partial = volume.receive(record_of("1"))
+@pytest.mark.parametrize("ending", ["restart", "discard"])
+def test_a_reader_sees_that_its_file_is_removed_and_its_bytes_freed(volume: Volume, ending: str) -> None:
+    partial = volume.open_partial_for_writing(record_of("1"))
     partial.write(0, BODY[:1000])
     reader = volume.open_partial(ObjectId("1"))
     assert reader is not None
     getattr(partial, ending)()
-    assert reader.state().gone
+    assert reader.state().unlinked
     assert reader.read(0, 1000) == b""
     reader.close()
     partial.close()
 
 
-def test_a_discard_that_fails_gives_the_lock_back(volume: Volume) -> None:
-    partial = volume.receive(record_of("1"))
+def test_a_failed_discard_releases_the_lock(volume: Volume) -> None:
+    partial = volume.open_partial_for_writing(record_of("1"))
     (volume.root / "incoming" / "1.part").unlink()
     (volume.root / "incoming" / "1.part").mkdir()
     before = len(list(Path("/proc/self/fd").iterdir()))
@@ -165,15 +165,15 @@ def test_a_discard_that_fails_gives_the_lock_back(volume: Volume) -> None:
         partial.discard()
     assert len(list(Path("/proc/self/fd").iterdir())) == before - 2, "the file and its directory"
     (volume.root / "incoming" / "1.part").rmdir()
-    volume.receive(record_of("1")).close()
+    volume.open_partial_for_writing(record_of("1")).close()
 
 
 def test_resuming_a_verified_partial_takes_the_mark_away(volume: Volume) -> None:
-    partial = volume.receive(record_of("1"))
+    partial = volume.open_partial_for_writing(record_of("1"))
     partial.write(0, BODY)
     partial.mark_verified()
     partial.close()
-    again = volume.receive(record_of("1"))
+    again = volume.open_partial_for_writing(record_of("1"))
     reader = volume.open_partial(ObjectId("1"))
     assert reader is not None
     assert not reader.state().verified
@@ -181,15 +181,15 @@ def test_resuming_a_verified_partial_takes_the_mark_away(volume: Volume) -> None
     again.close()
 
 
-def test_what_a_partial_will_be_is_known_before_its_first_byte(volume: Volume) -> None:
-    partial = volume.receive(record_of("1"))
-    assert volume.expected_of(ObjectId("1")) == record_of("1")
+def test_a_partials_record_is_known_before_its_first_byte(volume: Volume) -> None:
+    partial = volume.open_partial_for_writing(record_of("1"))
+    assert volume.partial_record(ObjectId("1")) == record_of("1")
     partial.discard()
-    assert volume.expected_of(ObjectId("1")) is None
+    assert volume.partial_record(ObjectId("1")) is None
 
 
 def test_a_published_object_can_be_held_and_not_removed_while_its_writer_still_has_it(volume: Volume) -> None:
-    partial = volume.receive(record_of("1"))
+    partial = volume.open_partial_for_writing(record_of("1"))
     partial.write(0, BODY)
     partial.publish(record_of("1"))
     removal = volume.removal(ObjectId("1"))
@@ -197,43 +197,43 @@ def test_a_published_object_can_be_held_and_not_removed_while_its_writer_still_h
     removal.close()
     found = volume.open_object(ObjectId("1"))
     assert found is not None
-    assert found.hold()
+    assert found.lock_shared()
     found.close()
     partial.close()
 
 
-def test_a_media_type_that_the_source_tells_is_noted_with_the_next_bytes(volume: Volume) -> None:
+def test_a_media_type_from_the_source_is_recorded_with_the_next_bytes(volume: Volume) -> None:
     untold = replace(record_of("1"), media_type=None)
-    partial = volume.receive(untold)
-    assert volume.expected_of(ObjectId("1")) == untold
+    partial = volume.open_partial_for_writing(untold)
+    assert volume.partial_record(ObjectId("1")) == untold
     for told in ("application/vnd.a-long-name; charset=utf-8", "text/vtt"):
-        partial.learn_media_type(told)
+        partial.set_media_type(told)
         partial.write(0, b"some")
-        assert volume.expected_of(ObjectId("1")) == replace(untold, media_type=told)
+        assert volume.partial_record(ObjectId("1")) == replace(untold, media_type=told)
     partial.close()
 
 
-def test_who_only_clears_up_changes_no_note(volume: Volume) -> None:
-    volume.receive(record_of("1")).close()
+def test_cleanup_changes_no_sidecar(volume: Volume) -> None:
+    volume.open_partial_for_writing(record_of("1")).close()
     stranger = replace(record_of("1"), etag='"another"')
-    held = volume.receive(stranger, noted=False)
-    assert volume.expected_of(ObjectId("1")) == record_of("1")
+    held = volume.open_partial_for_writing(stranger, write_sidecar=False)
+    assert volume.partial_record(ObjectId("1")) == record_of("1")
     held.close()
-    volume.receive(replace(stranger, object_id=ObjectId("2")), noted=False).close()
-    assert volume.expected_of(ObjectId("2")) is None
+    volume.open_partial_for_writing(replace(stranger, object_id=ObjectId("2")), write_sidecar=False).close()
+    assert volume.partial_record(ObjectId("2")) is None
 
 
-def test_a_link_under_an_objects_name_is_nothing_to_remove_and_gives_way(
+def test_a_link_under_an_objects_name_is_not_removable_and_is_replaced(
     volume: Volume, tmp_path: Path
 ) -> None:
     outside = tmp_path / "outside"
     outside.write_bytes(b"kept")
-    place = tmp_path / "volume" / "objects" / fan(ObjectId("1")) / "1"
+    place = tmp_path / "volume" / "objects" / shard(ObjectId("1")) / "1"
     place.symlink_to(outside)
     removal = volume.removal(ObjectId("1"))
     assert removal.begin() is RemovalState.ABSENT
     removal.close()
-    partial = volume.receive(record_of("1"))
+    partial = volume.open_partial_for_writing(record_of("1"))
     partial.write(0, BODY)
     partial.publish(record_of("1"))
     partial.close()
@@ -242,9 +242,9 @@ def test_a_link_under_an_objects_name_is_nothing_to_remove_and_gives_way(
 
 
 def test_too_little_room_is_found_out_before_the_first_byte(volume: Volume) -> None:
-    partial = volume.receive(replace(record_of("1"), size=1 << 60))
+    partial = volume.open_partial_for_writing(replace(record_of("1"), size=1 << 60))
     with pytest.raises(VolumeFull):
-        partial.require_room()
+        partial.check_free_space()
     partial.discard()
 
 
@@ -270,7 +270,7 @@ def replace_by_directory(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", [truncate, grow, replace_by_link, replace_by_directory, Path.unlink])
-def test_what_is_not_what_its_record_says_is_no_hit(volume: Volume, harm: Callable[[Path], None]) -> None:
+def test_a_file_that_differs_from_its_record_is_no_hit(volume: Volume, harm: Callable[[Path], None]) -> None:
     store(volume, "1")
     opened(volume, "1").close()  # the record is in the cache now
     harm(path_of(volume, "1"))
@@ -285,7 +285,7 @@ def test_an_object_with_a_broken_record_is_no_hit(volume: Volume, body: bytes) -
     assert volume.open_object(ObjectId("1")) is None
 
 
-def test_a_fan_directory_replaced_by_a_link_leads_nowhere(volume: Volume, tmp_path: Path) -> None:
+def test_a_shard_directory_replaced_by_a_link_is_not_followed(volume: Volume, tmp_path: Path) -> None:
     store(volume, "1")
     folder = path_of(volume, "1").parent
     folder.rename(tmp_path / "elsewhere")
@@ -298,10 +298,10 @@ def test_a_fan_directory_replaced_by_a_link_leads_nowhere(volume: Volume, tmp_pa
 def test_an_object_that_is_being_sent_is_not_removed(volume: Volume) -> None:
     store(volume, "1")
     sending = opened(volume, "1")
-    assert sending.hold()
+    assert sending.lock_shared()
     removal = volume.removal(ObjectId("1"))
     assert removal.begin() is RemovalState.IN_USE
-    sending.let_go()
+    sending.unlock()
     assert removal.begin() is RemovalState.READY
     removal.unlink()
     removal.close()
@@ -315,18 +315,18 @@ def test_sending_does_not_begin_while_an_object_is_being_removed(volume: Volume)
     opened_before = opened(volume, "1")
     removal = volume.removal(ObjectId("1"))
     assert removal.begin() is RemovalState.READY
-    assert not opened_before.hold()
+    assert not opened_before.lock_shared()
     removal.unlink()
     removal.close()
-    assert not opened_before.hold()
+    assert not opened_before.lock_shared()
     opened_before.close()
 
 
-@pytest.mark.parametrize("handed_over", [False, True])
+@pytest.mark.parametrize("accel_redirect", [False, True])
 def test_an_open_file_keeps_its_bytes_only_where_a_server_in_front_may_send_them(
-    tmp_path: Path, *, handed_over: bool
+    tmp_path: Path, *, accel_redirect: bool
 ) -> None:
-    volume = Volume(tmp_path / "volume", handed_over=handed_over)
+    volume = Volume(tmp_path / "volume", accel_redirect=accel_redirect)
     volume.prepare()
     store(volume, "1")
     descriptor = os.open(path_of(volume, "1"), os.O_RDONLY)
@@ -334,21 +334,21 @@ def test_an_open_file_keeps_its_bytes_only_where_a_server_in_front_may_send_them
     assert removal.begin() is RemovalState.READY
     removal.unlink()
     removal.close()
-    assert os.pread(descriptor, len(BODY), 0) == (BODY if handed_over else b"")
+    assert os.pread(descriptor, len(BODY), 0) == (BODY if accel_redirect else b"")
     os.close(descriptor)
     volume.close()
 
 
-def test_a_follower_holds_what_is_verified_before_the_writer_lets_go(volume: Volume) -> None:
-    partial = volume.receive(record_of("1"))
+def test_a_reader_locks_the_verified_file_before_the_writer_unlocks_it(volume: Volume) -> None:
+    partial = volume.open_partial_for_writing(record_of("1"))
     partial.write(0, BODY)
     reader = volume.open_partial(ObjectId("1"))
     assert reader is not None
-    assert not reader.hold(), "not verified: the writer alone has it"
+    assert not reader.lock_shared(), "not verified: the writer alone has it"
     partial.mark_verified()
     with pytest.raises(PartialHeld):
-        volume.receive(record_of("1"))
-    assert reader.hold()
+        volume.open_partial_for_writing(record_of("1"))
+    assert reader.lock_shared()
     partial.publish(record_of("1"))
     partial.close()
     assert volume.removal(ObjectId("1")).begin() is RemovalState.IN_USE
@@ -358,19 +358,19 @@ def test_a_follower_holds_what_is_verified_before_the_writer_lets_go(volume: Vol
 def test_two_sends_of_one_open_object_both_keep_it(volume: Volume) -> None:
     store(volume, "1")
     sending = opened(volume, "1")
-    assert sending.hold()
-    assert sending.hold()
-    sending.let_go()
+    assert sending.lock_shared()
+    assert sending.lock_shared()
+    sending.unlock()
     assert volume.removal(ObjectId("1")).begin() is RemovalState.IN_USE
     sending.close()
 
 
-def test_set_aside_hides_an_object_and_lets_its_readers_finish(volume: Volume) -> None:
+def test_rename_to_trash_hides_an_object_and_lets_its_readers_finish(volume: Volume) -> None:
     store(volume, "1")
     sending = opened(volume, "1")
-    assert sending.hold()
+    assert sending.lock_shared()
     removal = volume.removal(ObjectId("1"))
-    removal.set_aside()
+    removal.rename_to_trash()
     assert volume.open_object(ObjectId("1")) is None
     assert volume.measure() == len(BODY)
     assert removal.begin() is RemovalState.IN_USE
@@ -382,26 +382,28 @@ def test_set_aside_hides_an_object_and_lets_its_readers_finish(volume: Volume) -
     assert volume.measure() == 0
 
 
-def test_scans_find_all_and_call_foreign_what_is_foreign(volume: Volume) -> None:
+def test_scans_find_all_objects_and_report_unknown_files(volume: Volume) -> None:
     store(volume, "1")
     store(volume, "2", b"")
-    volume.receive(record_of("3")).close()
+    volume.open_partial_for_writing(record_of("3")).close()
     (volume.root / "objects" / "00" / "..strange").write_bytes(b"x")
     (volume.root / "incoming" / "link.part").symlink_to("/etc/passwd")
     objects = list(volume.scan_objects())
     found = {(item.object_id, item.size) for item in objects if isinstance(item, FoundObject)}
     assert found == {("1", len(BODY)), ("2", 0)}
-    assert [item for item in objects if isinstance(item, Foreign)] == [Foreign("objects/00/..strange")]
+    assert [item for item in objects if isinstance(item, UnknownFile)] == [
+        UnknownFile("objects/00/..strange")
+    ]
     partials = list(volume.scan_partials())
     assert [item.object_id for item in partials if isinstance(item, FoundPartial)] == ["3"]
-    assert [item for item in partials if isinstance(item, Foreign)] == [Foreign("incoming/link.part")]
+    assert [item for item in partials if isinstance(item, UnknownFile)] == [UnknownFile("incoming/link.part")]
 
 
 def test_two_scans_at_once_each_see_everything(volume: Volume) -> None:
     names = {f"o{number}" for number in range(40)}
     for name in names:
         store(volume, name)
-        volume.receive(record_of(f"p{name}")).close()
+        volume.open_partial_for_writing(record_of(f"p{name}")).close()
     standing = [volume.scan_objects(), volume.scan_partials()]
     for scan in standing:
         next(iter(scan))
@@ -435,7 +437,7 @@ def test_a_volume_that_is_gone_or_replaced_is_noticed(volume: Volume, tmp_path: 
     with pytest.raises(VolumeError):  # the bare mount point of a volume that has gone
         volume.check()
     with pytest.raises(VolumeError):
-        volume.receive(record_of("2"))
+        volume.open_partial_for_writing(record_of("2"))
     volume.root.rmdir()
     (tmp_path / "moved").rename(volume.root)
     volume.check()
@@ -448,20 +450,20 @@ def test_a_volume_that_is_gone_or_replaced_is_noticed(volume: Volume, tmp_path: 
 
 
 def test_a_download_under_way_keeps_to_the_volume_it_began_on(volume: Volume, tmp_path: Path) -> None:
-    partial = volume.receive(record_of("1"))
+    partial = volume.open_partial_for_writing(record_of("1"))
     volume.root.rename(tmp_path / "former")
     volume.prepare()
     for _ in range(3):
         volume.check()
     volume.close()
     partial.write(0, BODY)
-    partial.start_over()
+    partial.restart()
     assert (tmp_path / "former" / "incoming" / "1.part").exists()
     partial.discard()
     assert list((tmp_path / "former" / "incoming").iterdir()) == []
 
 
-async def test_who_watches_sees_the_volume_that_is_there_now(volume: Volume, tmp_path: Path) -> None:
+async def test_volume_checks_see_the_current_volume(volume: Volume, tmp_path: Path) -> None:
     store(volume, "1")
     opened(volume, "1").close()
     with capture_logs() as logs:
@@ -474,7 +476,7 @@ async def test_who_watches_sees_the_volume_that_is_there_now(volume: Volume, tmp
             while len(logs) < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         watching.cancel()
-    assert [line["event"] for line in logs] == ["volume_gone", "volume_replaced"]
+    assert [line["event"] for line in logs] == ["volume_unavailable", "volume_replaced"]
     assert volume.open_object(ObjectId("1")) is None
 
 

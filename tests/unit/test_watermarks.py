@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.evictor.recent_victims import SOON, RecentVictims
-from shared.domain.objects import ObjectId
-from shared.domain.space import watermarks_for
+from distributor_node.services.evictor.index import GHOST_TTL, GhostList
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import watermarks_for
 
 GIB, MIB = 1024**3, 1024**2
 
@@ -24,12 +24,14 @@ GIB, MIB = 1024**3, 1024**2
         (10 * GIB, 5 * GIB, GIB, GIB + GIB // 2),
     ],
 )
-def test_room_by_default(limit: int, largest: int | None, high_room: int, low_room: int) -> None:
+def test_default_watermarks_leave_room(
+    limit: int, largest: int | None, high_room: int, low_room: int
+) -> None:
     marks = watermarks_for(limit, largest)
     assert (limit - marks.high, limit - marks.low) == (high_room, low_room)
 
 
-def test_a_mark_that_is_given_is_kept_and_moves_the_other() -> None:
+def test_a_given_watermark_is_kept_and_moves_the_other() -> None:
     assert watermarks_for(1000, None, 0.95, 0.9) == watermarks_for(1000, 5, 0.95, 0.9)
     assert watermarks_for(1000, None, 0.5).low == 450
     assert watermarks_for(1000, None, None, 0.97).high == 970
@@ -42,14 +44,14 @@ def test_marks_are_in_order_and_below_the_limit(limit: int, largest: int | None,
         assert 0 <= marks.low <= marks.high <= limit
 
 
-def test_who_comes_back_soon_is_noticed_once() -> None:
+def test_a_ghost_hit_is_counted_once() -> None:
     now = 1000.0
-    victims = RecentVictims(lambda: now, most=2)
+    ghosts = GhostList(lambda: now, max_size=2)
     one, two, three = (ObjectId(name) for name in ("1", "2", "3"))
     for victim in (one, two, three):
-        victims.gone(victim)
-    assert not victims.came_back(one)  # forgotten: there were too many
-    assert victims.came_back(two)
-    assert not victims.came_back(two)
-    now += SOON + 1
-    assert not victims.came_back(three)
+        ghosts.add(victim)
+    assert not ghosts.hit(one)  # forgotten: there were too many
+    assert ghosts.hit(two)
+    assert not ghosts.hit(two)
+    now += GHOST_TTL + 1
+    assert not ghosts.hit(three)

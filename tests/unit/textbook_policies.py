@@ -6,9 +6,9 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
-from shared.domain.eviction import PolicyEntry
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
+from distributor_node.shared.domain.eviction import PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
 
 @dataclass

@@ -5,29 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from shared.domain.conditionals import Conditions, Verdict, evaluate, range_applies
-from shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
-from shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
-from shared.ports.state_store import Fetch, FetchPhase, Standing
+from distributor_node.shared.domain.conditionals import Conditions, Verdict, evaluate, range_applies
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
+from distributor_node.shared.ports.state_store import Fetch, FetchPhase, ObjectStatus
 
-HOLD_BACK = 64 * 1024
+UNVERIFIED_TAIL_BYTES = 64 * 1024
 """Bytes at an object's end that nobody gets before all of it is verified."""
 
 _LIVE = (FetchPhase.CLAIMED, FetchPhase.QUEUED, FetchPhase.FETCHING)
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class AssetRequest:
     """What a request asks of an object. Header values as they came, None where there was none."""
 
-    head: bool
+    is_head: bool
     conditions: Conditions
     range_header: str | None = None
     if_range: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Description:
+class Representation:
     """An object as its headers describe it. `last_modified` is known of complete objects only (POSIX seconds)."""
 
     object_id: ObjectId
@@ -38,7 +38,7 @@ class Description:
     last_modified: int | None = None
 
     @classmethod
-    def of_record(cls, record: StoredRecord, *, complete: bool) -> Description:
+    def from_record(cls, record: StoredRecord, *, complete: bool) -> Representation:
         return cls(
             record.object_id,
             record.size,
@@ -49,8 +49,14 @@ class Description:
         )
 
     @classmethod
-    def of_object(cls, known: MediaObject) -> Description:
-        return cls(known.object_id, known.size, known.etag, known.content_hash, known.media_type)
+    def from_object(cls, media_object: MediaObject) -> Representation:
+        return cls(
+            media_object.object_id,
+            media_object.size,
+            media_object.etag,
+            media_object.content_hash,
+            media_object.media_type,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +90,30 @@ class Span:
         return ByteRange(self.first, self.last).content_range(self.size)
 
 
-class Refusal(Enum):
+class PreconditionResult(Enum):
     """Preconditions that end the request without content."""
 
     NOT_MODIFIED = auto()
     PRECONDITION_FAILED = auto()
 
 
-def select(asked: Asked, described: Description) -> Span | Unsatisfiable | Refusal:
+def select_range(
+    asset_request: AssetRequest, representation: Representation
+) -> Span | Unsatisfiable | PreconditionResult:
     """Preconditions first, then the range (RFC 9110 section 13.2.2). A range of a HEAD is ignored (section 14.2), and
     so is one of an object whose size nobody knows."""
-    verdict = evaluate(asked.conditions, described.etag, described.last_modified)
+    verdict = evaluate(asset_request.conditions, representation.etag, representation.last_modified)
     if verdict is Verdict.NOT_MODIFIED:
-        return Refusal.NOT_MODIFIED
+        return PreconditionResult.NOT_MODIFIED
     if verdict is Verdict.PRECONDITION_FAILED:
-        return Refusal.PRECONDITION_FAILED
-    size = described.size
+        return PreconditionResult.PRECONDITION_FAILED
+    size = representation.size
     if size is None:
         return Span(0, None, None)
-    if not asked.head and range_applies(asked.if_range, described.etag, described.last_modified):
-        found = parse_range(asked.range_header, size)
+    if not asset_request.is_head and range_applies(
+        asset_request.if_range, representation.etag, representation.last_modified
+    ):
+        found = parse_range(asset_request.range_header, size)
         if isinstance(found, Unsatisfiable):
             return found
         if found is not None:
@@ -111,18 +121,18 @@ def select(asked: Asked, described: Description) -> Span | Unsatisfiable | Refus
     return Span(0, size - 1, size)
 
 
-def live_fetch(standing: Standing) -> Fetch | None:
+def live_fetch(object_status: ObjectStatus) -> Fetch | None:
     """The fetch that is under way, if there is one; a parked one is not."""
-    fetch = standing.fetch
+    fetch = object_status.fetch
     return fetch if fetch is not None and fetch.phase in _LIVE else None
 
 
-def may_resume(standing: Standing) -> bool:
+def may_resume(object_status: ObjectStatus) -> bool:
     """True while a follower can hope for more bytes: a fetch is live, or parked with its reservation."""
-    return standing.fetch is not None and standing.failure is None
+    return object_status.fetch is not None and object_status.failure is None
 
 
-def fits(size: int | None, largest_cached_size: int) -> bool:
+def is_cacheable(size: int | None, largest_cached_size: int) -> bool:
     """True for an object that is fetched; others are proxied."""
     return size is not None and size <= largest_cached_size
 
@@ -134,11 +144,11 @@ def is_far(first: int, on_disk: int, far_distance: int) -> bool:
 
 def sendable_end(span: Span, on_disk: int, *, verified: bool) -> int:
     """Where the bytes end (exclusive) that may be sent now from a growing file. Before verification an answer that
-    reaches the object's end stops HOLD_BACK bytes short of it."""
+    reaches the object's end stops UNVERIFIED_TAIL_BYTES bytes short of it."""
     size, last = span.size, span.last
     if size is None or last is None:
         return on_disk if verified else 0
     end = min(on_disk, last + 1)
     if verified or not span.reaches_end:
         return end
-    return min(end, max(0, size - HOLD_BACK))
+    return min(end, max(0, size - UNVERIFIED_TAIL_BYTES))

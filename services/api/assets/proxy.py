@@ -3,209 +3,275 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 
 import structlog
 
-from services.api.assets.answer import AnswerStream
-from services.api.assets.decision import Description, Span
-from services.api.assets.heads import CacheOutcome, content_head
-from services.api.assets.hold_back import VerifiedPassage
-from services.api.errors import RETRY_LATER, CutAnswer, ErrorAnswer
-from shared.adapters.sources import SourceAnswer
-from shared.adapters.sources.checks import MAX_SKIP
-from shared.adapters.sources.relay import Relay
-from shared.adapters.volume import PartialReader
-from shared.domain.errors import AllSourcesFailed, VolumeError
-from shared.domain.objects import MediaObject, source_name
-from shared.observability.metrics import PROXIED_IN_PROGRESS, SOURCE_FAILURES, source_label
-from shared.settings.model import PublicApi
+from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES, Representation, Span
+from distributor_node.services.api.assets.headers import CacheOutcome, content_head
+from distributor_node.services.api.assets.response import StreamingResponse
+from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
+from distributor_node.shared.adapters.sources import SourceResponse
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.validation import MAX_SKIP
+from distributor_node.shared.adapters.volume import PartialReader
+from distributor_node.shared.domain.errors import AllSourcesFailed, VolumeError
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, source_name
+from distributor_node.shared.observability.metrics import PROXIED_IN_PROGRESS, SOURCE_FAILURES, source_label
+from distributor_node.shared.settings.model import PublicApi
 
-_HASHED_AT_ONCE = 1024 * 1024
+_HASH_CHUNK = 1024 * 1024
 
 logger = structlog.get_logger()
 
 
 @dataclass(slots=True)
-class Passing:
+class ProxiedResponse:
     """What is being sent to one client. `preferred`: the source to ask first, the one that the object's fetch uses.
 
-    `used`: the sources whose bytes passed; `media_type`: the first one's word; `deadline`: of the first byte.
+    `contributors`: the sources whose bytes passed; `media_type`: the first one's word; `deadline`: of the first byte.
     """
 
-    answer: AnswerStream
-    known: MediaObject
-    described: Description
+    response: StreamingResponse
+    media_object: MediaObject
+    representation: Representation
     span: Span
     outcome: CacheOutcome
     preferred: str | None = None
-    used: set[str] = field(default_factory=set)
+    contributors: set[str] = field(default_factory=set)
     media_type: str | None = None
     deadline: asyncio.Timeout | None = None
 
-    def learn(self, url: str, told: SourceAnswer) -> None:
+    def on_source_response(self, url: str, response: SourceResponse) -> None:
         """A source has begun to answer: it may know what the catalog does not."""
-        if not self.answer.begun:
-            self.media_type = told.media_type
-            if self.span.last is None and told.total is not None:
-                self.span = replace(self.span, last=told.total - 1, size=told.total)
-                self.answer.note_size(told.total)
+        if not self.response.started:
+            self.media_type = response.media_type
+            if self.span.last is None and response.total is not None:
+                self.span = replace(self.span, last=response.total - 1, size=response.total)
+                self.response.set_object_size(response.total)
 
-    async def emit(self, pieces: Iterable[bytes | memoryview]) -> None:
-        for piece in pieces:
-            if self.answer.begun:
-                await self.answer.send(piece, "external")
+    async def emit(self, chunks: Iterable[bytes | memoryview]) -> None:
+        for chunk in chunks:
+            if self.response.started:
+                await self.response.send(chunk, "external")
             else:
-                await self._begin(piece)
+                await self._start(chunk)
 
     async def finish(self) -> None:
-        if not self.answer.begun:
-            await self._begin(b"")
-        await self.answer.finish()
+        if not self.response.started:
+            await self._start(b"")
+        await self.response.finish()
 
-    async def _begin(self, piece: bytes | memoryview) -> None:
+    async def _start(self, chunk: bytes | memoryview) -> None:
         if self.deadline is not None:
             self.deadline.reschedule(None)  # from here on the client's pace counts
-        head = content_head(self.described, self.outcome, self.span, "external", self.media_type)
-        await self.answer.begin(head, piece)
+        head = content_head(self.representation, self.outcome, self.span, "external", self.media_type)
+        await self.response.start(head, chunk)
 
 
 class Proxy:
     """One for each process: it bounds how many answers are proxied at once."""
 
-    def __init__(self, relay: Relay, settings: PublicApi) -> None:
-        self._relay = relay
-        self._free = settings.max_proxied
+    def __init__(self, failover_reader: FailoverReader, settings: PublicApi) -> None:
+        self._failover_reader = failover_reader
+        self._free_slots = settings.max_proxied
         self._first_byte_wait = settings.proxied_first_byte_wait
-        self._farthest = min(settings.far_range_distance, MAX_SKIP)
+        self._max_prefix = min(settings.far_range_distance, MAX_SKIP)
 
-    async def answer(self, passing: Passing) -> None:
-        """Answer from a source. ErrorAnswer while nothing has been sent: 502, 504, or 503 if too many are proxied.
+    async def respond(self, proxied: ProxiedResponse) -> None:
+        """Answer from a source. HttpError while nothing has been sent: 502, 504, or 503 if too many are proxied.
 
         All sources together have `proxied_first_byte_wait` for the first byte: a client that waits longer gives up.
         """
-        with self._place(begun=False):
+        with self._slot(started=False):
             try:
-                async with asyncio.timeout(self._first_byte_wait) as passing.deadline:
-                    await self._answer_rightly(passing)
+                async with asyncio.timeout(self._first_byte_wait) as proxied.deadline:
+                    await self._respond_verified(proxied)
             except TimeoutError as error:
-                if passing.deadline is None or not passing.deadline.expired():
+                if proxied.deadline is None or not proxied.deadline.expired():
                     raise
                 raise _too_slow() from error
 
-    async def _answer_rightly(self, passing: Passing) -> None:
-        sources = sorted(passing.known.sources, key=lambda url: url != passing.preferred)
+    async def _respond_verified(self, proxied: ProxiedResponse) -> None:
+        sources = sorted(proxied.media_object.sources, key=lambda url: url != proxied.preferred)
         while True:
-            passage = self._passage(passing.known, passing.span)
-            first = passing.span.first if passage is None else 0
-            if await self._attempt(passing, sources, passage, first):
+            buffer = self._verifying_buffer(proxied.media_object, proxied.span)
+            first = proxied.span.first if buffer is None else 0
+            if await self._attempt(proxied, sources, buffer, first):
                 return
             # Nothing has been sent yet: another source may hold the right bytes.
-            sources = [url for url in sources if url not in passing.used]
+            sources = [url for url in sources if url not in proxied.contributors]
             if not sources:
-                raise ErrorAnswer(502, "Every source holds wrong bytes", "sources_failed")
-            passing.used = set()
+                raise HttpError(502, "Every source holds wrong bytes", "sources_failed")
+            proxied.contributors = set()
 
-    def _passage(self, known: MediaObject, span: Span) -> VerifiedPassage | None:
+    def _verifying_buffer(self, media_object: MediaObject, span: Span) -> VerifyingBuffer | None:
         """What reaches the object's end is verified from its first byte, unless that is far: such a range, and an inner
         one, is passed on as it is, marked short-lived."""
-        if known.content_hash is None or not span.reaches_end or span.first > self._farthest:
+        if media_object.content_hash is None or not span.reaches_end or span.first > self._max_prefix:
             return None
-        return VerifiedPassage(known.content_hash, known.size, first=span.first)
+        return VerifyingBuffer(media_object.content_hash, media_object.size, first=span.first)
 
-    async def go_on(self, passing: Passing, reader: PartialReader) -> None:
-        """Send what is missing of an answer whose growing file has stopped growing; CutAnswer if that fails.
+    async def resume(self, proxied: ProxiedResponse, reader: PartialReader) -> None:
+        """Send what is missing of an answer whose growing file has stopped growing; AbortResponse if that fails.
 
         What completes an object must be verified: what lies on disk, and so what was sent, is hashed first.
         """
-        with self._place(begun=True):
-            known, span = passing.known, passing.span
-            position = span.first + passing.answer.sent
-            passage = None
-            if span.reaches_end and known.content_hash is not None:
-                passage = VerifiedPassage(known.content_hash, known.size)
+        with self._slot(started=True):
+            media_object, span = proxied.media_object, proxied.span
+            position = span.first + proxied.response.sent
+            buffer = None
+            if span.reaches_end and media_object.content_hash is not None:
+                buffer = VerifyingBuffer(media_object.content_hash, media_object.size)
                 try:
-                    await asyncio.to_thread(_hash_file, reader, position, passage)
+                    await asyncio.to_thread(_hash_file, reader, position, buffer)
                 except (OSError, VolumeError) as error:
-                    raise CutAnswer("object_unreadable") from error
-                if reader.state().gone:
-                    raise CutAnswer("object_gone")
-            await self._attempt(passing, known.sources, passage, position)
+                    raise AbortResponse("object_unreadable") from error
+                if reader.state().unlinked:
+                    raise AbortResponse("object_gone")
+            await self._attempt(proxied, media_object.sources, buffer, position)
 
     async def _attempt(
-        self, passing: Passing, sources: Sequence[str], passage: VerifiedPassage | None, first: int
+        self, proxied: ProxiedResponse, sources: Sequence[str], buffer: VerifyingBuffer | None, first: int
     ) -> bool:
         """True when all was sent; False if the bytes were wrong and the client has got nothing at all."""
-        last = passing.span.last
+        last = proxied.span.last
         try:
             async with aclosing(
-                self._relay.stream(passing.known, first, last, sources, passing.learn)
-            ) as pieces:
-                async for piece in pieces:
-                    passing.used.add(piece.source)
-                    await passing.emit(passage.push(piece.data) if passage else (piece.data,))
+                self._failover_reader.stream(
+                    proxied.media_object, first, last, sources, proxied.on_source_response
+                )
+            ) as chunks:
+                async for chunk in chunks:
+                    proxied.contributors.add(chunk.source)
+                    await proxied.emit(buffer.feed(chunk.data) if buffer else (chunk.data,))
         except AllSourcesFailed as error:
-            raise _failed(error, passing.answer) from error
-        if passage is not None:
-            if not passage.verify():
-                self._note_wrong(passing, resumed=passage.resumed)
-                if passing.answer.begun:
-                    raise CutAnswer("verification_failed")
+            raise _source_failure(error, proxied.response) from error
+        if buffer is not None:
+            if not buffer.verify():
+                self._report_corruption(proxied, resumed=buffer.resumed)
+                if proxied.response.started:
+                    raise AbortResponse("verification_failed")
                 return False
-            await passing.emit(passage.rest())
-        await passing.finish()
+            await proxied.emit(buffer.drain())
+        await proxied.finish()
         return True
 
-    def _note_wrong(self, passing: Passing, *, resumed: bool) -> None:
+    def _report_corruption(self, proxied: ProxiedResponse, *, resumed: bool) -> None:
         logger.warning(
-            "proxied_bytes_wrong",
-            object_id=passing.known.object_id,
-            sources=sorted(source_name(url) for url in passing.used),
+            "proxied_bytes_corrupt",
+            object_id=proxied.media_object.object_id,
+            sources=sorted(source_name(url) for url in proxied.contributors),
             resumed=resumed,
         )
         if resumed:
             return  # the wrong bytes may be those that came from elsewhere
         # Of several nobody knows who lied
-        corrupted = passing.known.object_id if len(passing.used) == 1 else None
-        for url in passing.used:
-            SOURCE_FAILURES.labels(source=source_label(url), reason="wrong").inc()
-            self._relay.blame(url, corrupted)
+        corrupted = proxied.media_object.object_id if len(proxied.contributors) == 1 else None
+        for url in proxied.contributors:
+            SOURCE_FAILURES.labels(source=source_label(url), reason="invalid_response").inc()
+            self._failover_reader.report_corrupt(url, corrupted)
 
     @contextmanager
-    def _place(self, *, begun: bool) -> Iterator[None]:
-        if self._free <= 0:
-            if begun:
-                raise CutAnswer("too_many_proxied")
-            raise ErrorAnswer(503, "Too many answers are being proxied", "unavailable", RETRY_LATER)
-        self._free -= 1
+    def _slot(self, *, started: bool) -> Iterator[None]:
+        if self._free_slots <= 0:
+            if started:
+                raise AbortResponse("too_many_proxied")
+            raise HttpError(503, "Too many answers are being proxied", "unavailable", RETRY_LATER)
+        self._free_slots -= 1
         PROXIED_IN_PROGRESS.inc()
         try:
             yield
         finally:
-            self._free += 1
+            self._free_slots += 1
             PROXIED_IN_PROGRESS.dec()
 
 
-def _hash_file(reader: PartialReader, end: int, passage: VerifiedPassage) -> None:
+def _hash_file(reader: PartialReader, end: int, buffer: VerifyingBuffer) -> None:
     """Take the first `end` bytes on disk into account. OSError, or VolumeError if there are fewer."""
     position = 0
     while position < end:
-        data = reader.read(position, min(_HASHED_AT_ONCE, end - position))
+        data = reader.read(position, min(_HASH_CHUNK, end - position))
         if not data:
             raise VolumeError(f"the partial file of {reader.object_id} was cut short")
-        passage.skip(data)
+        buffer.hash_only(data)
         position += len(data)
 
 
-def _failed(error: AllSourcesFailed, answer: AnswerStream) -> ErrorAnswer | CutAnswer:
-    if answer.begun:
-        return CutAnswer("source_failed")
+def _source_failure(error: AllSourcesFailed, response: StreamingResponse) -> HttpError | AbortResponse:
+    if response.started:
+        return AbortResponse("source_failed")
     if error.too_slow:
         return _too_slow()
-    return ErrorAnswer(502, "No source could give the object", "sources_failed")
+    return HttpError(502, "No source could give the object", "sources_failed")
 
 
-def _too_slow() -> ErrorAnswer:
-    return ErrorAnswer(504, "Every source is too slow", "sources_too_slow")
+def _too_slow() -> HttpError:
+    return HttpError(504, "Every source is too slow", "sources_too_slow")
+
+
+# Bytes on their way from a source to a client, checked while they pass.
+
+
+class VerifyingBuffer:
+    """Hashes all bytes of an object as they pass, and keeps the object's last ones until the hash is known."""
+
+    def __init__(
+        self,
+        content_hash: ContentHash,
+        size: int | None,
+        tail_bytes: int = UNVERIFIED_TAIL_BYTES,
+        first: int = 0,
+    ) -> None:
+        """`size` of the object in bytes; while nobody knows it, any byte may be among the last `tail_bytes`. What comes
+        before byte `first` is hashed and handed to nobody."""
+        self._expected = content_hash.digest
+        self._hasher = content_hash.hasher()
+        self._size = size
+        self._tail_bytes = tail_bytes
+        self._first = first
+        self.resumed = False
+        self._chunks: deque[memoryview] = deque()
+        self._received = self._released = 0
+
+    def hash_only(self, data: bytes) -> None:
+        """Take bytes into account that the client got from elsewhere. From now on the passage is `resumed`,
+        and wrong bytes say nothing of who gave the rest."""
+        self.resumed = True
+        self._hasher.update(data)
+        self._received += len(data)
+        self._released += len(data)
+
+    def feed(self, data: bytes) -> list[memoryview]:
+        """Take the next bytes; return those that may go now."""
+        self._hasher.update(data)
+        dropped = min(len(data), max(0, self._first - self._received))
+        self._received += len(data)
+        self._released += dropped
+        if dropped < len(data):
+            self._chunks.append(memoryview(data)[dropped:])
+        end = (self._received if self._size is None else self._size) - self._tail_bytes
+        return self._release(min(end, self._received) - self._released)
+
+    def verify(self) -> bool:
+        """True if all bytes so far are the object; then `drain` may go."""
+        return self._hasher.digest() == self._expected
+
+    def drain(self) -> list[memoryview]:
+        """What was kept."""
+        return self._release(self._received - self._released)
+
+    def _release(self, length: int) -> list[memoryview]:
+        released: list[memoryview] = []
+        while length > 0:
+            chunk = self._chunks.popleft()
+            if len(chunk) > length:
+                self._chunks.appendleft(chunk[length:])
+                chunk = chunk[:length]
+            released.append(chunk)
+            length -= len(chunk)
+            self._released += len(chunk)
+        return released

@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 
 import structlog
 from sanic import HTTPResponse, Request
 
-from services.api.application import ApiApplication, make_application
-from services.api.error_rendering import JsonErrorHandler, as_error_answer
-from services.api.errors import ErrorAnswer
-from services.api.exchange import exchange_of
-from services.api.operator import bodies
-from services.api.operator.authorization import REMEMBERED, Asked, Refused, authorise
-from services.api.operator.desk import OperatorDesk
-from services.api.operator.views import OperatorViews, shown_warming
-from services.api.operator.warming import Warmer
-from shared.ports.state_store import StateStore
-from shared.settings.model import PublicApi
+import distributor_node.services.api.operator.schemas as bodies
+from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.errors import HttpError
+from distributor_node.services.api.listen import ListenAddress
+from distributor_node.services.api.operator.auth import (
+    REPLAY_WINDOW,
+    AuthenticationError,
+    SignedRequest,
+    authenticate,
+)
+from distributor_node.services.api.operator.commands import OperatorCommands, OperatorQueries, warming_as_json
+from distributor_node.services.api.operator.warming import CacheWarmer
+from distributor_node.services.api.request_log import request_record
+from distributor_node.services.api.sanic_app import (
+    ApiApplication,
+    JsonErrorHandler,
+    as_http_error,
+    make_application,
+    unregister_application,
+)
+from distributor_node.services.api.server import PublicServer
+from distributor_node.shared.ports.state_store import StateStore
+from distributor_node.shared.settings.model import PublicApi
 
 _NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _BASE = "/api/v1"
 
 Command = Callable[[Any], Awaitable[dict[str, Any]]]
 """From the body, as JSON, to the answer's."""
-View = Callable[[Request[Any, Any]], Awaitable[dict[str, Any]]]
+Query = Callable[[Request[Any, Any]], Awaitable[dict[str, Any]]]
 
 logger = structlog.get_logger()
 
@@ -37,128 +51,173 @@ class OperatorErrorHandler(JsonErrorHandler):
     """As on the public port, but nothing for the pages of others to read."""
 
     def response(self, request: Request[Any, Any], exception: BaseException) -> HTTPResponse:
-        answer = as_error_answer(request, exception)
-        if answer.status == 500:
+        error = as_http_error(request, exception)
+        if error.status == 500:
             logger.error("operator_request_failed", path=request.path[:200], exc_info=exception)
-        return _json({"type": answer.kind, "message": answer.message}, answer.status, answer.headers)
+        return _json({"type": error.kind, "message": error.message}, error.status, error.headers)
 
 
-class Gatekeeper:
+class TokenAuthenticator:
     """Lets each token in once. `clock`: POSIX seconds."""
 
     def __init__(self, state: StateStore, secret: str, clock: Callable[[], float] = time.time) -> None:
         self._state, self._secret, self._clock = state, secret, clock
 
-    async def admit(self, request: Request[Any, Any]) -> Any:
-        """The body, as JSON. ErrorAnswer 401, the same whatever is wrong; StateStoreUnavailable (503) while nobody can
+    async def authenticate(self, request: Request[Any, Any]) -> Any:
+        """The body, as JSON. HttpError 401, the same whatever is wrong; StateStoreUnavailable (503) while nobody can
         say whether the token was used before."""
-        asked = Asked(
+        signed = SignedRequest(
             request.headers.getall("authorization", []), request.raw_url.decode("latin-1"), request.body
         )
         try:
-            authorised = authorise(asked, self._secret, self._clock())
-            if not await self._state.use_ticket(authorised.ticket, authorised.issued, REMEMBERED):
-                raise Refused("used before, or issued before the state store began")
-        except Refused as error:
-            logger.warning("operator_refused", reason=str(error), path=request.path[:200])
+            authenticated = authenticate(signed, self._secret, self._clock())
+            if not await self._state.consume_token_id(
+                authenticated.token_id, authenticated.issued, REPLAY_WINDOW
+            ):
+                raise AuthenticationError("used before, or issued before the state store began")
+        except AuthenticationError as error:
+            logger.warning("operator_authentication_failed", reason=str(error), path=request.path[:200])
             challenge = {"WWW-Authenticate": "Bearer"}
-            raise ErrorAnswer(401, "Not authorised", "not_authorised", challenge) from error
-        return authorised.body
+            raise HttpError(401, "Not authorised", "not_authorised", challenge) from error
+        return authenticated.body
 
 
 def build_operator_app(
-    public_api: PublicApi, gatekeeper: Gatekeeper, desk: OperatorDesk, views: OperatorViews, warmer: Warmer
+    public_api: PublicApi,
+    authenticator: TokenAuthenticator,
+    commands: OperatorCommands,
+    queries: OperatorQueries,
+    warmer: CacheWarmer,
 ) -> ApiApplication:
     """`public_api`: the limits of connections are the same. Nothing is opened here."""
     application = make_application(public_api, name="operator")
     application.error_handler = OperatorErrorHandler()
-    application.ctx.fast_lane = None
+    application.ctx.fast_path = None
 
     async def set_worker(body: Any) -> dict[str, Any]:
-        return await desk.set_worker(bodies.read_worker(body))
+        return await commands.set_worker(bodies.parse_worker(body))
 
     async def set_buckets(body: Any) -> dict[str, Any]:
-        return await desk.set_buckets(bodies.read_buckets(body))
+        return await commands.set_buckets(bodies.parse_buckets(body))
 
     async def drain(body: Any) -> dict[str, Any]:
-        return await desk.drain(bodies.read_switch(body))
+        return await commands.drain(bodies.parse_toggle(body))
 
     async def pin(body: Any) -> dict[str, Any]:
-        return await desk.pin(bodies.read_ids(body))
+        return await commands.pin(bodies.parse_ids(body))
 
     async def unpin(body: Any) -> dict[str, Any]:
-        return await desk.unpin(bodies.read_ids(body))
+        return await commands.unpin(bodies.parse_ids(body))
 
     async def purge(body: Any) -> dict[str, Any]:
-        return await desk.purge(bodies.read_purge(body))
+        return await commands.purge(bodies.parse_purge(body))
 
     async def warm(body: Any) -> dict[str, Any]:
-        ordered = await desk.warm(bodies.read_scope(body))
+        ordered = await commands.warm(bodies.parse_warming_scope(body))
         warmer.wake()
-        return shown_warming(ordered)
+        return warming_as_json(ordered)
 
-    _add(application, gatekeeper, "stop-api", _without_arguments(desk.stop))
-    _add(application, gatekeeper, "start-api", _without_arguments(desk.start))
-    _add(application, gatekeeper, "shutdown", _without_arguments(desk.shut_down))
+    _add(application, authenticator, "stop-api", _without_arguments(commands.stop))
+    _add(application, authenticator, "start-api", _without_arguments(commands.start))
+    _add(application, authenticator, "shutdown", _without_arguments(commands.shut_down))
     for command in (set_worker, set_buckets, drain, pin, unpin, purge, warm):
-        _add(application, gatekeeper, command.__name__.replace("_", "-"), command)
-    _add_views(application, gatekeeper, desk, views)
+        _add(application, authenticator, command.__name__.replace("_", "-"), command)
+    _add_queries(application, authenticator, commands, queries)
     return application
 
 
-def _add_views(
-    application: ApiApplication, gatekeeper: Gatekeeper, desk: OperatorDesk, views: OperatorViews
+def _add_queries(
+    application: ApiApplication,
+    authenticator: TokenAuthenticator,
+    commands: OperatorCommands,
+    queries: OperatorQueries,
 ) -> None:
     async def cache(request: Request[Any, Any]) -> dict[str, Any]:
         query = {name: values[-1] for name, values in request.get_args(keep_blank_values=True).items()}
-        return await views.cache(*bodies.read_page(query))
+        return await queries.cache(*bodies.parse_page(query))
 
     async def downloads(_request: Request[Any, Any]) -> dict[str, Any]:
-        return await views.downloads()
+        return await queries.downloads()
 
     async def warming(_request: Request[Any, Any]) -> dict[str, Any]:
-        return shown_warming(await desk.warming())
+        return warming_as_json(await commands.warming())
 
     async def orders(_request: Request[Any, Any]) -> dict[str, Any]:
-        return desk.shown()
+        return commands.as_json()
 
     async def document(_request: Request[Any, Any]) -> HTTPResponse:
-        text = files("services.api.operator").joinpath("openapi.json").read_bytes()
+        text = files("distributor_node.services.api.operator").joinpath("openapi.json").read_bytes()
         return HTTPResponse(text, 200, dict(_NO_STORE), "application/json")
 
-    for path, view in (("cache", cache), ("downloads", downloads), ("warm", warming), ("orders", orders)):
-        _add_view(application, gatekeeper, path, view)
+    for path, query in (("cache", cache), ("downloads", downloads), ("warm", warming), ("orders", orders)):
+        _add_query(application, authenticator, path, query)
     application.add_route(document, f"{_BASE}/openapi.json", methods=("GET",), name="openapi")
 
 
-def _add(application: ApiApplication, gatekeeper: Gatekeeper, name: str, command: Command) -> None:
+def _add(application: ApiApplication, authenticator: TokenAuthenticator, name: str, command: Command) -> None:
     path = f"{_BASE}/{name}"
 
-    async def carry_out(request: Request[Any, Any]) -> HTTPResponse:
-        exchange_of(request).path = path
-        return _json(await command(await gatekeeper.admit(request)))
+    async def handle(request: Request[Any, Any]) -> HTTPResponse:
+        request_record(request).path = path
+        return _json(await command(await authenticator.authenticate(request)))
 
-    application.add_route(carry_out, path, methods=("POST",), name=f"post-{name}")
+    application.add_route(handle, path, methods=("POST",), name=f"post-{name}")
 
 
-def _add_view(application: ApiApplication, gatekeeper: Gatekeeper, name: str, view: View) -> None:
+def _add_query(
+    application: ApiApplication, authenticator: TokenAuthenticator, name: str, query: Query
+) -> None:
     path = f"{_BASE}/{name}"
 
-    async def show(request: Request[Any, Any]) -> HTTPResponse:
-        exchange_of(request).path = path
-        await gatekeeper.admit(request)
-        return _json(await view(request))
+    async def handle(request: Request[Any, Any]) -> HTTPResponse:
+        request_record(request).path = path
+        await authenticator.authenticate(request)
+        return _json(await query(request))
 
-    application.add_route(show, path, methods=("GET",), name=f"get-{name}", ignore_body=False)
+    application.add_route(handle, path, methods=("GET",), name=f"get-{name}", ignore_body=False)
 
 
 def _without_arguments(command: Callable[[], Awaitable[dict[str, Any]]]) -> Command:
-    async def carry_out(body: Any) -> dict[str, Any]:
-        bodies.read_nothing(body)
+    async def handle(body: Any) -> dict[str, Any]:
+        bodies.parse_empty(body)
         return await command()
 
-    return carry_out
+    return handle
 
 
 def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> HTTPResponse:
     return HTTPResponse(json.dumps(body), status, {**_NO_STORE, **(headers or {})}, "application/json")
+
+
+# The operator API at work in one API process.
+
+_CLOSING_SECONDS = 1.0
+
+
+@asynccontextmanager
+async def operator_api(context: ApiContext, holder: str, *, shared_port: bool) -> AsyncIterator[int | None]:
+    """Listens inside the block; its port, None if it is off. `holder` names this process; `shared_port`: other
+    processes listen on the same port, and any of them can answer. ConfigurationError if the port cannot be had."""
+    settings = context.settings.operator_api
+    if settings.secret is None:
+        yield None
+        return
+    commands = OperatorCommands(context.state, context.operator_state)
+    warmer = CacheWarmer(context, holder)
+    authenticator = TokenAuthenticator(context.state, settings.secret.get_secret_value())
+    queries = OperatorQueries(context.state, context.volume)
+    application = build_operator_app(context.settings.public_api, authenticator, commands, queries, warmer)
+    server = PublicServer(
+        application, ListenAddress(settings.host, settings.port, shared_port, "operator_api")
+    )
+    await server.open()
+    warming = asyncio.create_task(warmer.run(), name="warmer")
+    try:
+        yield server.port
+    finally:
+        warming.cancel()
+        await asyncio.wait({warming})
+        await server.close(_CLOSING_SECONDS)
+        unregister_application(application)
+        if not warming.cancelled():
+            warming.result()

@@ -1,5 +1,5 @@
-"""`python -m services.demo.squid`."""
+"""`python -m distributor_node.services.demo.squid`."""
 
-from services.demo.squid.cli import main
+from distributor_node.services.demo.squid.cli import main
 
 main()

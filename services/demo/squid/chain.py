@@ -11,14 +11,14 @@ from typing import Any, Self
 from websockets.asyncio.server import ServerConnection, serve
 
 
-def answer_call(raw: bytes | str, head: int) -> dict[str, Any]:
+def handle_call(raw: bytes | str, head: int) -> dict[str, Any]:
     """The JSON-RPC answer to one call; `head`: the number of the newest block."""
     try:
         call = json.loads(raw)
-        asked, call_id = call["method"], call.get("id")
+        method, call_id = call["method"], call.get("id")
     except (ValueError, KeyError, TypeError, AttributeError):
         return {"jsonrpc": "2.0", "id": None, "error": {"code": -32600, "message": "Invalid request"}}
-    if asked != "chain_getHeader":
+    if method != "chain_getHeader":
         return {"jsonrpc": "2.0", "id": call_id, "error": {"code": -32601, "message": "Method not found"}}
     zeros = "0x" + "0" * 64
     header = {"parentHash": zeros, "number": hex(head), "stateRoot": zeros, "extrinsicsRoot": zeros}
@@ -39,16 +39,16 @@ class TestChain:
     @asynccontextmanager
     async def run(self, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[Self]:
         """Listen while the context lasts; port 0 takes a free one."""
-        async with serve(self._converse, host, port, close_timeout=0.5) as server:
+        async with serve(self._serve_connection, host, port, close_timeout=0.5) as server:
             chosen = next(iter(server.sockets)).getsockname()[1]
             self.url = f"ws://{host}:{chosen}"
             yield self
 
-    async def _converse(self, connection: ServerConnection) -> None:
+    async def _serve_connection(self, connection: ServerConnection) -> None:
         async for message in connection:
             self.calls += 1
             if self.hang:
                 await connection.wait_closed()
                 return
-            await connection.send(json.dumps(answer_call(message, self.head)))
+            await connection.send(json.dumps(handle_call(message, self.head)))
             await asyncio.sleep(0)

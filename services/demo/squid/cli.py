@@ -1,4 +1,4 @@
-"""The squid as a process: `python -m services.demo.squid`."""
+"""The squid as a process: `python -m distributor_node.services.demo.squid`."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from services.demo.manifest import DEMO_DIRECTORY
-from services.demo.objects import demo_objects
-from services.demo.squid.chain import TestChain
-from services.demo.squid.server import TestSquid
+from distributor_node.services.demo.manifest import DEMO_DIRECTORY
+from distributor_node.services.demo.objects import demo_objects
+from distributor_node.services.demo.squid.chain import TestChain
+from distributor_node.services.demo.squid.server import TestSquid
 
 logger = structlog.get_logger()
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="services.demo.squid",
-        description="A Storage-Squid with the demo's objects; PUT /knobs makes it misbehave.",
+        prog="distributor_node.services.demo.squid",
+        description="A Storage-Squid with the demo's objects; PUT /faults makes it misbehave.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=4352, help="0 takes a free one (default: %(default)s)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from services.demo.squid.sdl import GENERATIONS
+from distributor_node.services.demo.squid.sdl import GENERATIONS
 
 NULLABLE = frozenset({"type", "operatorMetadata", "nodeEndpoint", "squidStatus"})
 _NUMBERS = {"latency": 0, "status": 100, "huge": 0, "spare": 0, "outage_seconds": 0}
@@ -13,7 +13,7 @@ _LISTS = frozenset({"missing_bags", "missing_objects", "missing_buckets", "nulls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SquidKnobs:
+class SquidFaults:
     """What to do to answers. Times in seconds, sizes in bytes; ValueError for a value that makes no sense."""
 
     latency: float = 0.0  # before the answer
@@ -31,9 +31,9 @@ class SquidKnobs:
     nulls: tuple[str, ...] = ()  # fields that are null wherever they occur: see NULLABLE
     schema: str = "current"  # the generation of the server: see GENERATIONS
     outage_seconds: float = (
-        0.0  # by PUT /knobs: refuse connections for so long, then be back with the other knobs
+        0.0  # by PUT /faults: refuse connections for so long, then be back with the other faults
     )
-    operations: tuple[str, ...] = ()  # the knobs are for questions of these names only; none: for all
+    operations: tuple[str, ...] = ()  # the faults are for questions of these names only; none: for all
     spare: int = 0  # the first so many questions of those are answered well
 
     def __post_init__(self) -> None:
@@ -56,12 +56,12 @@ class SquidKnobs:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, document: object) -> SquidKnobs:
+    def from_json(cls, document: object) -> SquidFaults:
         """What is left out is off. Raises ValueError."""
         if not isinstance(document, dict):
-            raise ValueError("knobs are an object")
+            raise ValueError("faults are an object")
         if unknown := set(document) - {item.name for item in fields(cls)}:
-            raise ValueError(f"there is no knob {', '.join(sorted(map(str, unknown)))}")
+            raise ValueError(f"there is no fault {', '.join(sorted(map(str, unknown)))}")
         values: dict[str, Any] = {}
         for name, value in document.items():
             values[name] = tuple(value) if isinstance(value, list) else value

@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(slots=True)
-class QuestionRecord:
+class RequestRecord:
     """One question; times are seconds since the epoch. `refused`: by validation; `status` None: never answered."""
 
     operation: str
@@ -21,43 +21,43 @@ class QuestionRecord:
     refused: bool = False
 
 
-class QuestionLog:
+class RequestLog:
     """The records in order of arrival."""
 
     def __init__(self) -> None:
-        self._records: list[QuestionRecord] = []
+        self._records: list[RequestRecord] = []
         self._changed = asyncio.Event()
-        self.under_way = 0
-        self.most_under_way = 0
+        self.in_flight = 0
+        self.max_in_flight = 0
 
-    def __iter__(self) -> Iterator[QuestionRecord]:
+    def __iter__(self) -> Iterator[RequestRecord]:
         return iter(list(self._records))
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def begin(self, operation: str, variables: dict[str, Any]) -> QuestionRecord:
-        record = QuestionRecord(operation, variables)
+    def begin(self, operation: str, variables: dict[str, Any]) -> RequestRecord:
+        record = RequestRecord(operation, variables)
         self._records.append(record)
-        self.under_way += 1
-        self.most_under_way = max(self.most_under_way, self.under_way)
+        self.in_flight += 1
+        self.max_in_flight = max(self.max_in_flight, self.in_flight)
         self._notify()
         return record
 
-    def end(self, record: QuestionRecord) -> None:
+    def end(self, record: RequestRecord) -> None:
         record.finished_at = time.time()
-        self.under_way -= 1
+        self.in_flight -= 1
         self._notify()
 
     def clear(self) -> None:
         self._records.clear()
-        self.most_under_way = self.under_way
+        self.max_in_flight = self.in_flight
 
-    def asked_for(self, object_id: str) -> int:
+    def count_for(self, object_id: str) -> int:
         """How many questions named this object, refused ones aside."""
         return sum(record.variables.get("id") == object_id and not record.refused for record in self._records)
 
-    async def wait_for(self, condition: Callable[[QuestionLog], bool], timeout_seconds: float = 5.0) -> None:
+    async def wait_for(self, condition: Callable[[RequestLog], bool], timeout_seconds: float = 5.0) -> None:
         """Wait until the condition holds, looked at when a question comes or ends."""
         async with asyncio.timeout(timeout_seconds):
             while not condition(self):
@@ -69,4 +69,4 @@ class QuestionLog:
 
     def to_json(self) -> dict[str, Any]:
         records = [asdict(record) for record in self._records]
-        return {"questions": records, "underWay": self.under_way, "mostUnderWay": self.most_under_way}
+        return {"requests": records, "inFlight": self.in_flight, "maxInFlight": self.max_in_flight}

@@ -1,4 +1,4 @@
-"""Answers to questions, over one world and under the knobs: values for the GraphQL library, computed when asked for."""
+"""Resolvers for the GraphQL library, over one data set and with its faults; values are computed when asked for."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-from services.demo.manifest import known_hash
-from services.demo.objects import DemoObject
-from services.demo.squid.knobs import SquidKnobs
-from services.demo.squid.world import Bag, StorageBucket, World
+from distributor_node.services.demo.manifest import known_hash
+from distributor_node.services.demo.objects import DemoObject
+from distributor_node.services.demo.squid.knobs import SquidFaults
+from distributor_node.services.demo.squid.world import Bag, SquidData, StorageBucket
 
 _ACTIVE = "StorageBucketOperatorStatusActive"
 _INVITED = "StorageBucketOperatorStatusInvited"
@@ -19,19 +19,19 @@ VERSION = "1.8.0-demo"
 class Root:
     """The fields of Query, each called by the library with its arguments."""
 
-    def __init__(self, world: World, knobs: SquidKnobs, height: int) -> None:
-        self._world = world
-        self._knobs = knobs
+    def __init__(self, data: SquidData, faults: SquidFaults, height: int) -> None:
+        self._data = data
+        self._faults = faults
         self._height = height
         self.squidVersion = {"version": VERSION}
 
     @property
     def squidStatus(self) -> dict[str, int] | None:  # noqa: N802
-        return None if "squidStatus" in self._knobs.nulls else {"height": self._height}
+        return None if "squidStatus" in self._faults.nulls else {"height": self._height}
 
     def storageDataObjectById(self, _info: Any, id: str) -> dict[str, Any] | None:  # noqa: A002, N802
-        bag = self._world.bag_of(id)
-        if bag is None or id in self._knobs.missing_objects:
+        bag = self._data.bag_of(id)
+        if bag is None or id in self._faults.missing_objects:
             return None
         return next(self._object(item, bag) for item in bag.objects if item.object_id == id)
 
@@ -41,7 +41,7 @@ class Root:
     def distributionBuckets(  # noqa: N802
         self, _info: Any, where: dict[str, Any] | None = None, limit: int | None = None
     ) -> list[dict[str, Any]]:
-        found = [self._distribution_bucket(bucket_id) for bucket_id in self._world.workers]
+        found = [self._distribution_bucket(bucket_id) for bucket_id in self._data.workers]
         ids = (where or {}).get("id_in")
         some = (where or {}).get("operators_some")
         if ids is not None:
@@ -50,15 +50,15 @@ class Root:
             found = [
                 bucket for bucket in found if any(_fits(operator, some) for operator in bucket["operators"])
             ]
-        found = [bucket for bucket in found if bucket["id"] not in self._knobs.missing_buckets]
+        found = [bucket for bucket in found if bucket["id"] not in self._faults.missing_buckets]
         return self._listed(found, limit)
 
     def storageBags(  # noqa: N802
         self, _info: Any, where: dict[str, Any] | None = None, limit: int | None = None
     ) -> list[dict[str, Any]]:
         ids = (where or {}).get("id_in")
-        missing = self._knobs.missing_bags
-        bags = self._world.bags.values()
+        missing = self._faults.missing_bags
+        bags = self._data.bags.values()
         found = [
             self._bag(bag) for bag in bags if bag.bag_id not in missing and (ids is None or bag.bag_id in ids)
         ]
@@ -68,13 +68,13 @@ class Root:
         self, _info: Any, where: dict[str, Any] | None = None, limit: int | None = None
     ) -> list[dict[str, Any]]:
         kind = (where or {}).get("operatorStatus", {}).get("isTypeOf_eq")
-        found = [self._storage_bucket(bucket) for bucket in self._world.storage]
+        found = [self._storage_bucket(bucket) for bucket in self._data.storage]
         if kind is not None:
             found = [bucket for bucket in found if bucket["operatorStatus"]["__typename"] == kind]
         return self._listed(found, limit)
 
     def _listed(self, found: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
-        return [] if self._knobs.empty_lists else found[:limit]
+        return [] if self._faults.empty_lists else found[:limit]
 
     def _object(self, item: DemoObject, bag: Bag) -> dict[str, Any]:
         return {
@@ -87,14 +87,14 @@ class Root:
         }
 
     def _bag(self, bag: Bag) -> dict[str, Any]:
-        missing = self._knobs.missing_objects
+        missing = self._faults.missing_objects
         return {
             "id": bag.bag_id,
             "objects": lambda _info: [
                 self._object(item, bag) for item in bag.objects if item.object_id not in missing
             ],
             "storageBuckets": lambda _info: [
-                {"storageBucket": self._storage_bucket(bucket)} for bucket in self._world.storage
+                {"storageBucket": self._storage_bucket(bucket)} for bucket in self._data.storage
             ],
             "distributionBuckets": lambda _info: [
                 {"distributionBucket": self._distribution_bucket(bag.bucket_id)}
@@ -102,15 +102,15 @@ class Root:
         }
 
     def _distribution_bucket(self, bucket_id: str) -> dict[str, Any]:
-        world = self._world
+        data = self._data
         operators = [
-            *_operators(bucket_id, world.workers[bucket_id], "ACTIVE"),
-            *_operators(bucket_id, world.invited[bucket_id], "INVITED"),
+            *_operators(bucket_id, data.workers[bucket_id], "ACTIVE"),
+            *_operators(bucket_id, data.invited[bucket_id], "INVITED"),
         ]
         return {
             "id": bucket_id,
             "operators": operators,
-            "bags": lambda _info: [{"bag": self._bag(bag)} for bag in world.bags_of(bucket_id)],
+            "bags": lambda _info: [{"bag": self._bag(bag)} for bag in data.bags_of(bucket_id)],
         }
 
     def _storage_bucket(self, bucket: StorageBucket) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Root:
         }
 
     def _unless_null(self, field: str, value: Any) -> Any:
-        return None if field in self._knobs.nulls else value
+        return None if field in self._faults.nulls else value
 
 
 @lru_cache(maxsize=1024)

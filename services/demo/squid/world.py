@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from services.demo.objects import DemoObject
+from distributor_node.services.demo.objects import DemoObject
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Bag:
 
 
 @dataclass(frozen=True, slots=True)
-class World:
+class SquidData:
     """All storage buckets hold all bags. `workers`: by distribution bucket, the workers who operate it actively;
     `invited`: those who do not yet."""
 
@@ -46,13 +46,13 @@ class World:
         return [bag for bag in self.bags.values() if bag.bucket_id == bucket_id]
 
 
-def make_world(
+def make_squid_data(
     objects: Iterable[DemoObject],
     nodes: Sequence[str | StorageBucket],
     buckets: Iterable[str] = (),
     workers: Mapping[int, Sequence[str]] | None = None,
     bags_per_bucket: int = 1,
-) -> World:
+) -> SquidData:
     """`nodes`: endpoints (without `api/v1`), or whole buckets; `buckets`: beside those of the objects; `workers`: the
     distribution buckets that each worker operates. A bag is named `dynamic:channel:`, the bucket's
     number and its own."""
@@ -74,4 +74,4 @@ def make_world(
     )
     # Somebody is always invited: nodes must not mistake that for a promise.
     invited = dict.fromkeys(in_buckets, (990,))
-    return World(bags, storage, operated, invited)
+    return SquidData(bags, storage, operated, invited)

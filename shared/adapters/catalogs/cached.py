@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -11,16 +12,14 @@ from typing import Any, TypeVar
 
 import structlog
 
-from shared.adapters.catalogs.shared_answers import Inquiry, SharedAnswers, SharedTimes
-from shared.domain.errors import CatalogUnavailable
-from shared.domain.objects import Duty, MediaObject, ObjectId
-from shared.observability.metrics import CATALOG_LOOKUPS
-from shared.ports.catalog import Catalog
-from shared.ports.catalog_memory import CatalogMemory
+from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
+from distributor_node.shared.observability.metrics import CATALOG_LOOKUPS
+from distributor_node.shared.ports.catalog import CachedAnswer, CacheLookup, Catalog, SharedCatalogCache
 
 _Answer = TypeVar("_Answer")
 
-_log = structlog.get_logger()
+logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +40,14 @@ class CacheLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kept:
+class _Entry:
     answer: MediaObject | None
     fresh_until: float
 
 
 class CachedCatalog:
     """Wraps any catalog. Answers older than their time to live are asked anew, yet kept for outages until the bounded
-    cache (least recently asked first) drops them. A `does not exist` is kept likewise. With a memory, the processes
+    cache (least recently asked first) drops them. A `does not exist` is kept likewise. With a shared cache, processes
     that share it ask once for all, and one that has just started knows what the others have learnt."""
 
     def __init__(
@@ -56,18 +55,18 @@ class CachedCatalog:
         inner: Catalog,
         limits: CacheLimits,
         clock: Callable[[], float] = time.monotonic,
-        memory: CatalogMemory | None = None,
+        shared_cache: SharedCatalogCache | None = None,
     ) -> None:
-        """`clock` in seconds; `open` and `close` are passed on to the inner catalog and the memory."""
+        """`clock` in seconds; `open` and `close` are passed on to the inner catalog and the shared cache."""
         self._inner = inner
         self._limits = limits
         self._clock = clock
-        self._shared = SharedAnswers(memory, SharedTimes(question=limits.wait + 0.5))
+        self._shared = SharedCatalog(shared_cache, SharedCatalogTtls(lock_ttl=limits.wait + 0.5))
         self._buckets: tuple[Sequence[str] | CatalogUnavailable, float] | None = None
-        self._buckets_question: asyncio.Task[Sequence[str]] | None = None
-        self._kept: OrderedDict[ObjectId, _Kept] = OrderedDict()
-        self._questions: dict[ObjectId, asyncio.Task[MediaObject | None]] = {}
-        self._turns = asyncio.Semaphore(limits.max_in_flight)
+        self._buckets_query: asyncio.Task[Sequence[str]] | None = None
+        self._entries: OrderedDict[ObjectId, _Entry] = OrderedDict()
+        self._queries: dict[ObjectId, asyncio.Task[MediaObject | None]] = {}
+        self._slots = asyncio.Semaphore(limits.max_in_flight)
         self._down_until = float("-inf")
 
     async def open(self) -> None:
@@ -76,39 +75,39 @@ class CachedCatalog:
 
     async def close(self) -> None:
         """Ends the questions under way (their askers get CatalogUnavailable), then closes the inner catalog."""
-        questions: list[asyncio.Task[Any]] = list(self._questions.values())
-        if self._buckets_question is not None:
-            questions.append(self._buckets_question)
-        for question in questions:
-            question.cancel()
-        await asyncio.gather(*questions, return_exceptions=True)
+        queries: list[asyncio.Task[Any]] = list(self._queries.values())
+        if self._buckets_query is not None:
+            queries.append(self._buckets_query)
+        for query in queries:
+            query.cancel()
+        await asyncio.gather(*queries, return_exceptions=True)
         await self._inner.close()
         await self._shared.close()
 
     async def look_up(self, object_id: ObjectId) -> MediaObject | None:
-        kept = self._kept.get(object_id)
-        if kept is not None:
-            self._kept.move_to_end(object_id)
+        entry = self._entries.get(object_id)
+        if entry is not None:
+            self._entries.move_to_end(object_id)
             now = self._clock()
-            if now < kept.fresh_until or now < self._down_until:
-                CATALOG_LOOKUPS.labels(result="cached" if now < kept.fresh_until else "stale").inc()
-                return kept.answer
-        known = kept is not None and _can_be_had(kept.answer)
+            if now < entry.fresh_until or now < self._down_until:
+                CATALOG_LOOKUPS.labels(result="cached" if now < entry.fresh_until else "stale").inc()
+                return entry.answer
+        known = entry is not None and _is_available(entry.answer)
         try:
             # The question goes on when an asker who knows the object leaves it; its answer is for the next one.
             async with asyncio.timeout(self._limits.stale_wait if known else None):
-                return await self._shared_question(object_id)
+                return await self._join_query(object_id)
         except (CatalogUnavailable, TimeoutError) as error:
-            kept = self._kept.get(object_id)
-            if kept is None:
+            entry = self._entries.get(object_id)
+            if entry is None:
                 CATALOG_LOOKUPS.labels(result="unavailable").inc()
                 raise
             CATALOG_LOOKUPS.labels(result="stale").inc()
-            _log.warning("catalog_answer_stale", object_id=object_id, reason=str(error) or "slow")
-            return kept.answer
+            logger.warning("catalog_entry_served_stale", object_id=object_id, reason=str(error) or "slow")
+            return entry.answer
 
-    def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
-        return self._inner.list_objects(duty)
+    def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
+        return self._inner.list_objects(assignment)
 
     async def bucket_ids(self) -> Sequence[str]:
         """Anybody may ask for this, by /readyz and /buckets: one question at a time, its answer or failure kept."""
@@ -116,27 +115,27 @@ class CachedCatalog:
             if isinstance(self._buckets[0], CatalogUnavailable):
                 raise CatalogUnavailable(str(self._buckets[0]))
             return self._buckets[0]
-        if self._buckets_question is None:
-            self._buckets_question = asyncio.create_task(
-                self._ask_buckets(), name="catalog question of buckets"
+        if self._buckets_query is None:
+            self._buckets_query = asyncio.create_task(
+                self._query_buckets(), name="catalog question of buckets"
             )
-        return await _answer_of(self._buckets_question)
+        return await _result_of(self._buckets_query)
 
-    async def _ask_buckets(self) -> Sequence[str]:
+    async def _query_buckets(self) -> Sequence[str]:
         try:
             async with asyncio.timeout(self._limits.wait):
                 buckets = await self._inner.bucket_ids()
         except TimeoutError as error:
-            raise self._without_buckets(f"no list of buckets in {self._limits.wait:g} s") from error
+            raise self._cache_buckets_failure(f"no list of buckets in {self._limits.wait:g} s") from error
         except CatalogUnavailable as error:
-            raise self._without_buckets(str(error)) from error
+            raise self._cache_buckets_failure(str(error)) from error
         else:
             self._buckets = (buckets, self._clock() + self._limits.buckets_ttl)
             return buckets
         finally:
-            self._buckets_question = None
+            self._buckets_query = None
 
-    def _without_buckets(self, reason: str) -> CatalogUnavailable:
+    def _cache_buckets_failure(self, reason: str) -> CatalogUnavailable:
         failure = CatalogUnavailable(reason)
         self._buckets = (failure, self._clock() + self._limits.outage_pause)
         return failure
@@ -144,41 +143,41 @@ class CachedCatalog:
     async def source_bases(self) -> Sequence[str]:
         return await self._inner.source_bases()
 
-    async def _shared_question(self, object_id: ObjectId) -> MediaObject | None:
-        question = self._questions.get(object_id)
-        if question is None:
-            question = asyncio.create_task(self._ask(object_id), name=f"catalog question {object_id}")
-            self._questions[object_id] = question
-        return await _answer_of(question)
+    async def _join_query(self, object_id: ObjectId) -> MediaObject | None:
+        query = self._queries.get(object_id)
+        if query is None:
+            query = asyncio.create_task(self._query(object_id), name=f"catalog question {object_id}")
+            self._queries[object_id] = query
+        return await _result_of(query)
 
-    async def _ask(self, object_id: ObjectId) -> MediaObject | None:
-        inquiry = Inquiry(self._shared, object_id)
+    async def _query(self, object_id: ObjectId) -> MediaObject | None:
+        single_flight = SingleFlight(self._shared, object_id)
         try:
             async with asyncio.timeout(self._limits.wait):
-                return await self._find_out(object_id, inquiry)
+                return await self._resolve(object_id, single_flight)
         except TimeoutError as error:
-            self._keep_stale(object_id, inquiry)
+            self._store_stale(object_id, single_flight)
             raise CatalogUnavailable(f"the catalog gave no answer in {self._limits.wait:g} s") from error
         except CatalogUnavailable:
-            self._keep_stale(object_id, inquiry)
+            self._store_stale(object_id, single_flight)
             raise
         finally:
-            del self._questions[object_id]
-            if inquiry.asking:
-                await self._shared.give_up(object_id)
+            del self._queries[object_id]
+            if single_flight.owns_lock:
+                await self._shared.unlock(object_id)
 
-    async def _find_out(self, object_id: ObjectId, inquiry: Inquiry) -> MediaObject | None:
-        """From the shared memory, or else from the inner catalog."""
+    async def _resolve(self, object_id: ObjectId, single_flight: SingleFlight) -> MediaObject | None:
+        """From the shared cache, or else from the inner catalog."""
         if self._clock() < self._down_until:
-            inquiry.remembered = await self._shared.recall(object_id)
-            if inquiry.remembered is not None:
+            single_flight.cached = await self._shared.get(object_id)
+            if single_flight.cached is not None:
                 raise CatalogUnavailable("the catalog was down a moment ago")
-        remembered = await inquiry.settle()
-        if remembered is not None:
+        cached = await single_flight.resolve()
+        if cached is not None:
             CATALOG_LOOKUPS.labels(result="cached").inc()
-            self._keep(object_id, remembered.answer, remembered.fresh_left)
-            return remembered.answer
-        async with self._turns:
+            self._store(object_id, cached.answer, cached.fresh_for)
+            return cached.answer
+        async with self._slots:
             try:
                 answer = await self._inner.look_up(object_id)
             except (CatalogUnavailable, asyncio.CancelledError):
@@ -187,35 +186,144 @@ class CachedCatalog:
                 raise
         CATALOG_LOOKUPS.labels(result="unknown" if answer is None else "found").inc()
         self._down_until = float("-inf")
-        lifetime = self._limits.positive_ttl if _can_be_had(answer) else self._limits.negative_ttl
-        self._keep(object_id, answer, lifetime)
-        await self._shared.remember(object_id, answer, lifetime)
-        inquiry.asking = False
+        lifetime = self._limits.positive_ttl if _is_available(answer) else self._limits.negative_ttl
+        self._store(object_id, answer, lifetime)
+        await self._shared.put(object_id, answer, lifetime)
+        single_flight.owns_lock = False
         return answer
 
-    def _keep_stale(self, object_id: ObjectId, inquiry: Inquiry) -> None:
+    def _store_stale(self, object_id: ObjectId, single_flight: SingleFlight) -> None:
         """What the other processes knew is better than nothing, for this outage."""
-        if inquiry.remembered is not None and object_id not in self._kept:
-            self._keep(object_id, inquiry.remembered.answer, inquiry.remembered.fresh_left)
+        if single_flight.cached is not None and object_id not in self._entries:
+            self._store(object_id, single_flight.cached.answer, single_flight.cached.fresh_for)
 
-    def _keep(self, object_id: ObjectId, answer: MediaObject | None, lifetime: float) -> None:
-        self._kept[object_id] = _Kept(answer, self._clock() + lifetime)
-        self._kept.move_to_end(object_id)
-        while len(self._kept) > self._limits.max_entries:
-            self._kept.popitem(last=False)
+    def _store(self, object_id: ObjectId, answer: MediaObject | None, lifetime: float) -> None:
+        self._entries[object_id] = _Entry(answer, self._clock() + lifetime)
+        self._entries.move_to_end(object_id)
+        while len(self._entries) > self._limits.max_entries:
+            self._entries.popitem(last=False)
 
 
-async def _answer_of(question: asyncio.Task[_Answer]) -> _Answer:
+async def _result_of(query: asyncio.Task[_Answer]) -> _Answer:
     """Shielded: a question goes on without the asker who leaves, even the last one. It is bounded in time, its answer
     is kept for whoever asks next, and `close` ends it."""
     try:
-        return await asyncio.shield(question)
+        return await asyncio.shield(query)
     except asyncio.CancelledError:
-        asker = asyncio.current_task()
-        if question.cancelled() and not (asker is not None and asker.cancelling()):
+        waiter = asyncio.current_task()
+        if query.cancelled() and not (waiter is not None and waiter.cancelling()):
             raise CatalogUnavailable("the catalog is being closed") from None
         raise
 
 
-def _can_be_had(answer: MediaObject | None) -> bool:
+def _is_available(answer: MediaObject | None) -> bool:
     return answer is not None and answer.accepted and bool(answer.sources)
+
+
+# Answers shared by the node's processes: one of them asks, the others wait for what it learns.
+
+_INITIAL_DELAY = 0.02
+_MAX_DELAY = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class SharedCatalogTtls:
+    """Seconds. `lock_ttl`: after which a process that asks counts as dead; `positive_retention`, `negative_retention`:
+    how long answers are there for outages, whatever they are believed."""
+
+    lock_ttl: float
+    positive_retention: float = 7 * 24 * 3600.0
+    negative_retention: float = 600.0
+
+
+class SharedCatalog:
+    """A shared catalog cache that may be missing or down: then every process asks for itself."""
+
+    def __init__(self, shared_cache: SharedCatalogCache | None, ttls: SharedCatalogTtls) -> None:
+        self._cache = shared_cache
+        self._ttls = ttls
+        self._owner = uuid.uuid4().hex
+        self._reachable = True
+
+    async def open(self) -> None:
+        if self._cache is not None:
+            await self._cache.open()
+
+    async def close(self) -> None:
+        if self._cache is not None:
+            await self._cache.close()
+
+    async def get(self, object_id: ObjectId) -> CachedAnswer | None:
+        """What is cached, without asking anybody."""
+        if self._cache is None:
+            return None
+        try:
+            cached = await self._cache.get(object_id)
+        except StateStoreUnavailable as error:
+            self._log_availability(error)
+            return None
+        self._log_availability(None)
+        return cached
+
+    async def get_or_lock(self, object_id: ObjectId) -> CacheLookup:
+        if self._cache is None:
+            return CacheLookup(None, owns_lock=True)
+        try:
+            lookup = await self._cache.get_or_lock(object_id, self._owner, self._ttls.lock_ttl)
+        except StateStoreUnavailable as error:
+            self._log_availability(error)
+            return CacheLookup(None, owns_lock=True)
+        self._log_availability(None)
+        return lookup
+
+    async def put(self, object_id: ObjectId, answer: MediaObject | None, fresh: float) -> None:
+        """Tell the others; best effort. `fresh`: seconds the answer is believed."""
+        if self._cache is None:
+            return
+        keep = self._ttls.negative_retention if answer is None else self._ttls.positive_retention
+        try:
+            await self._cache.put(object_id, answer, fresh, max(fresh, keep))
+        except StateStoreUnavailable as error:
+            self._log_availability(error)
+
+    async def unlock(self, object_id: ObjectId) -> None:
+        """Let another process ask; best effort, since the right runs out by itself."""
+        if self._cache is None:
+            return
+        try:
+            await self._cache.unlock(object_id, self._owner)
+        except StateStoreUnavailable as error:
+            self._log_availability(error)
+
+    def _log_availability(self, error: StateStoreUnavailable | None) -> None:
+        """Say once that the cache is lost, and once that it is back."""
+        if error is not None and self._reachable:
+            logger.warning("catalog_cache_unavailable", reason=str(error))
+        elif error is None and not self._reachable:
+            logger.info("catalog_cache_recovered")
+        self._reachable = error is None
+
+
+class SingleFlight:
+    """One process's question about one object: whether it must be asked, and what is known if it fails."""
+
+    def __init__(self, shared: SharedCatalog, object_id: ObjectId) -> None:
+        self._shared = shared
+        self._object_id = object_id
+        self.cached: CachedAnswer | None = None
+        self.owns_lock = False
+
+    async def resolve(self) -> CachedAnswer | None:
+        """A fresh answer, waiting for the process that asks; None: it is for us to ask. Unbounded: the caller has a
+        time limit around all of it."""
+        delay = _INITIAL_DELAY
+        while True:
+            lookup = await self._shared.get_or_lock(self._object_id)
+            self.cached = lookup.cached or self.cached
+            if lookup.owns_lock:
+                self.owns_lock = True
+                return None
+            if lookup.cached is not None and lookup.cached.fresh_for > 0:
+                return lookup.cached
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, _MAX_DELAY)

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.errors import InvalidInput
 
 _LOADER: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,18})", re.ASCII)

@@ -5,21 +5,30 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeVar
 
 import structlog
 
-from shared.adapters.catalogs.documents import read_json, read_yaml
-from shared.adapters.catalogs.manifest_format import Manifest, parse_manifest
-from shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
-from shared.domain.objects import Duty, MediaObject, ObjectId
-from shared.domain.source_urls import api_base_of, distinct_hosts
+from distributor_node.shared.adapters.catalogs.documents import LocatedMapping, read_json, read_yaml
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
+from distributor_node.shared.domain.media_types import parse_media_type
+from distributor_node.shared.domain.objects import (
+    Assignment,
+    ContentHash,
+    DistributionBucket,
+    MediaObject,
+    ObjectId,
+    parse_bucket_id,
+)
+from distributor_node.shared.domain.urls import api_base_of, distinct_hosts, parse_source_url
 
-_log = structlog.get_logger()
+logger = structlog.get_logger()
 _BATCH = 1000
-_RELOAD_PATIENCE = 0.2  # seconds a look-up waits for a changed file: enough for small ones to be seen at once
+_RELOAD_TIMEOUT = 0.2  # seconds a look-up waits for a changed file: enough for small ones to be seen at once
 
 _Signature = tuple[int, int, int]
 
@@ -48,7 +57,7 @@ class ManifestCatalog:
             raise ConfigurationError(f"catalog.manifest {self._path}: {_reason(error)}") from error
         self._manifest = manifest
         self._checked_at = self._clock()
-        _log.info("manifest_loaded", path=str(self._path), objects=len(manifest.objects))
+        logger.info("manifest_loaded", path=str(self._path), objects=len(manifest.objects))
 
     async def close(self) -> None:
         if self._reload is not None:
@@ -57,9 +66,9 @@ class ManifestCatalog:
     async def look_up(self, object_id: ObjectId) -> MediaObject | None:
         return (await self._current()).objects.get(object_id)
 
-    async def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
+    async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         manifest = await self._current()
-        ours = (wanted for wanted in manifest.objects.values() if duty.covers(wanted))
+        ours = (wanted for wanted in manifest.objects.values() if assignment.covers(wanted))
         while batch := tuple(islice(ours, _BATCH)):
             yield batch
             await asyncio.sleep(0)  # a list of 10^5 objects must not hold up the loop
@@ -84,7 +93,7 @@ class ManifestCatalog:
             if _signature(self._path) != self._seen:
                 self._reload = asyncio.create_task(self._read_again(), name="manifest reload")
         if self._reload is not None:
-            await asyncio.wait({self._reload}, timeout=_RELOAD_PATIENCE)
+            await asyncio.wait({self._reload}, timeout=_RELOAD_TIMEOUT)
 
     async def _read_again(self) -> None:
         """Never raises: a broken file is logged once and costs nothing more until it changes again."""
@@ -92,10 +101,10 @@ class ManifestCatalog:
         try:
             self._seen, manifest = await asyncio.to_thread(_read, self._path)
             self._manifest = manifest
-            _log.info("manifest_reloaded", path=str(self._path), objects=len(manifest.objects))
+            logger.info("manifest_reloaded", path=str(self._path), objects=len(manifest.objects))
         except (OSError, InvalidInput) as error:
             self._seen = noticed
-            _log.error("manifest_refused", path=str(self._path), reason=_reason(error))
+            logger.error("manifest_rejected", path=str(self._path), reason=_reason(error))
         finally:
             self._reload = None
 
@@ -133,3 +142,126 @@ def _of(status: os.stat_result) -> _Signature:
 
 def _reason(error: OSError | InvalidInput) -> str:
     return str(error.strerror or error) if isinstance(error, OSError) else str(error)
+
+
+# The manifest's format, version 1: what each field may hold. Anything else is refused with its place and rule.
+
+_Value = TypeVar("_Value")
+
+MANIFEST_VERSION = 1
+_MAX_SIZE = 2**63 - 1
+_MAX_URLS = 100
+_FIELDS = frozenset({"version", "base_urls", "objects"})
+_OBJECT_FIELDS = frozenset({"id", "size", "hash", "media_type", "bucket", "accepted", "name", "urls"})
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """One version of the file."""
+
+    objects: Mapping[str, MediaObject]
+    bucket_ids: tuple[str, ...]
+
+
+def parse_manifest(document: Any) -> Manifest:
+    """Raise InvalidInput, naming line, entry, field and rule."""
+    if not isinstance(document, LocatedMapping):
+        raise InvalidInput("want a mapping with version, base_urls and objects")
+    _refuse_unknown(document, _FIELDS, "the manifest")
+    version = document.get("version")
+    if version != MANIFEST_VERSION or isinstance(version, bool):
+        raise InvalidInput(f"version: want {MANIFEST_VERSION}, found {str(version)[:20]}")
+    base_urls = _urls(document, "base_urls", "base_urls")
+    entries = document.get("objects")
+    if not isinstance(entries, list):
+        raise InvalidInput("objects: want a list")
+    buckets: dict[str, tuple[DistributionBucket, ...]] = {}
+    objects: dict[str, MediaObject] = {}
+    for number, entry in enumerate(entries, start=1):
+        place = _place(number, entry)
+        if not isinstance(entry, LocatedMapping):
+            raise InvalidInput(f"{place}: want a mapping")
+        media_object = _parse_object(entry, place, base_urls, buckets)
+        if media_object.object_id in objects:
+            raise InvalidInput(f"{place}: id: {media_object.object_id} is listed twice")
+        objects[media_object.object_id] = media_object
+    return Manifest(objects, tuple(sorted(buckets)))
+
+
+def _parse_object(
+    entry: LocatedMapping,
+    place: str,
+    base_urls: tuple[str, ...],
+    buckets: dict[str, tuple[DistributionBucket, ...]],
+) -> MediaObject:
+    _refuse_unknown(entry, _OBJECT_FIELDS, place)
+    object_id = _read_field(ObjectId.parse, _text(entry, "id", place), f"{place}: id")
+    bucket_id = _optional(entry, "bucket", place, parse_bucket_id)
+    _optional(entry, "name", place, str)
+    accepted = entry.get("accepted", True)
+    if not isinstance(accepted, bool):
+        raise InvalidInput(f"{place}: accepted: want true or false")
+    if bucket_id is not None and bucket_id not in buckets:
+        buckets[bucket_id] = (DistributionBucket(bucket_id),)
+    urls = _urls(entry, "urls", f"{place}: urls") if "urls" in entry else ()
+    sources = urls or tuple(base + object_id for base in base_urls)
+    if accepted and not sources:
+        raise InvalidInput(f"{place}: no source: give it urls, or the manifest base_urls")
+    return MediaObject(
+        object_id=object_id,
+        size=_size(entry, place),
+        content_hash=_optional(entry, "hash", place, ContentHash.parse),
+        media_type=_optional(entry, "media_type", place, parse_media_type),
+        buckets=buckets[bucket_id] if bucket_id is not None else (),
+        accepted=accepted,
+        sources=sources,
+    )
+
+
+def _size(entry: LocatedMapping, place: str) -> int:
+    size = entry.get("size")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _MAX_SIZE:
+        raise InvalidInput(f"{place}: size: want the number of bytes")
+    return size
+
+
+def _urls(mapping: LocatedMapping, field: str, place: str) -> tuple[str, ...]:
+    listed = mapping.get(field, [])
+    if not isinstance(listed, list) or len(listed) > _MAX_URLS:
+        raise InvalidInput(f"{place}: want a list of at most {_MAX_URLS} URLs")
+    for url in listed:
+        if not isinstance(url, str):
+            raise InvalidInput(f"{place}: want http(s) URLs")
+        _read_field(parse_source_url, url, place)
+    return tuple(listed)
+
+
+def _text(entry: LocatedMapping, field: str, place: str) -> str:
+    value = entry.get(field)
+    if not isinstance(value, str):
+        raise InvalidInput(f"{place}: {field}: want text" + (" (in quotes)" if value is not None else ""))
+    return value
+
+
+def _optional(entry: LocatedMapping, field: str, place: str, parse: Callable[[str], _Value]) -> _Value | None:
+    if entry.get(field) is None:
+        return None
+    return _read_field(parse, _text(entry, field, place), f"{place}: {field}")
+
+
+def _read_field(parse: Callable[[str], _Value], text: str, place: str) -> _Value:
+    try:
+        return parse(text)
+    except InvalidInput as error:
+        raise InvalidInput(f"{place}: {error}") from error
+
+
+def _refuse_unknown(mapping: LocatedMapping, known: frozenset[str], place: str) -> None:
+    unknown = mapping.keys() - known
+    if unknown:
+        raise InvalidInput(f"{place}: unknown field {min(unknown)[:40]!r}")
+
+
+def _place(number: int, entry: Any) -> str:
+    line = entry.line if isinstance(entry, LocatedMapping) else 0
+    return f"line {line}, object {number}" if line else f"object {number}"

@@ -8,11 +8,11 @@ from urllib.parse import quote, urljoin, urlsplit
 
 import httpx
 
-from shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
-from shared.domain.media_types import media_type_or_none
-from shared.domain.objects import Duty, MediaObject, ObjectId
-from shared.domain.ranges import ByteRange, parse_content_range
-from shared.domain.source_urls import parse_source_url
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
+from distributor_node.shared.domain.media_types import media_type_or_none
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
+from distributor_node.shared.domain.ranges import ByteRange, parse_content_range
+from distributor_node.shared.domain.urls import parse_source_url
 
 _PLACEHOLDER = "{id}"
 _MAX_REDIRECTS = 3
@@ -65,7 +65,7 @@ class OriginCatalog:
         except httpx.HTTPError as error:
             raise CatalogUnavailable(f"the origin cannot be asked: {type(error).__name__}") from error
 
-    def list_objects(self, duty: Duty) -> AsyncIterator[Sequence[MediaObject]]:
+    def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         raise CatalogUnavailable("an origin cannot list its objects")
 
     async def bucket_ids(self) -> Sequence[str]:

@@ -18,7 +18,7 @@ from aio_pika.abc import AbstractChannel
 from aio_pika.connection import Connection, make_url
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AMQPError
 
-log = structlog.get_logger()
+logger = structlog.get_logger()
 
 # aiormq calls a connection dead after three heartbeats and a bit; the broker does so after two.
 HEARTBEAT_SECONDS = 5
@@ -30,18 +30,18 @@ BROKER_ERRORS: tuple[type[Exception], ...] = (*CONNECTION_EXCEPTIONS, AMQPError,
 
 class Session:
     """One connection with one channel, from open to lost. `lost` is set once either can no longer be used, or the
-    broker has cancelled the channel's consumer; `why` says what happened."""
+    broker has cancelled the channel's consumer; `reason` says what happened."""
 
     def __init__(self, connection: Connection, channel: AbstractChannel) -> None:
         self.connection = connection
         self.channel = channel
         self.lost = asyncio.Event()
-        self.why = ""
+        self.reason = ""
 
-    def lose(self, why: str) -> None:
+    def mark_lost(self, reason: str) -> None:
         """Use this session no more."""
         if not self.lost.is_set():
-            self.why = why
+            self.reason = reason
             self.lost.set()
 
     async def is_blocked(self) -> bool:
@@ -60,13 +60,13 @@ class Session:
         """Notice every way in which the session can end."""
 
         def connection_closed(_: object, error: BaseException | None = None) -> None:
-            self.lose(f"connection closed: {error!r}")
+            self.mark_lost(f"connection closed: {error!r}")
 
         def channel_closed(_: object, error: BaseException | None = None) -> None:
-            self.lose(f"channel closed: {error!r}")
+            self.mark_lost(f"channel closed: {error!r}")
 
         def consumer_cancelled(_: object) -> None:
-            self.lose("consumer cancelled by the broker")
+            self.mark_lost("consumer cancelled by the broker")
 
         self.connection.close_callbacks.add(connection_closed)
         self.channel.close_callbacks.add(channel_closed)
@@ -99,7 +99,7 @@ async def _close(connection: Connection) -> None:
         async with asyncio.timeout(CLOSE_SECONDS):
             await connection.close()
     except BROKER_ERRORS as error:
-        log.info("broker_connection_not_closed_in_order", error=repr(error))
+        logger.info("broker_close_failed", error=repr(error))
 
 
 class Backoff:

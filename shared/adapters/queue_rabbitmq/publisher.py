@@ -8,12 +8,17 @@ import structlog
 from aio_pika import Message
 from aio_pika.exceptions import PublishError
 
-from shared.adapters.queue_rabbitmq.connection import BROKER_ERRORS, Backoff, Session, open_session
-from shared.adapters.queue_rabbitmq.topology import Topology
-from shared.domain.errors import ConfigurationError, JobQueueUnavailable
-from shared.observability.metrics import JOB_QUEUE_ERRORS
+from distributor_node.shared.adapters.queue_rabbitmq.connection import (
+    BROKER_ERRORS,
+    Backoff,
+    Session,
+    open_session,
+)
+from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology
+from distributor_node.shared.domain.errors import ConfigurationError, JobQueueUnavailable
+from distributor_node.shared.observability.metrics import JOB_QUEUE_ERRORS
 
-log = structlog.get_logger()
+logger = structlog.get_logger()
 
 
 class Publisher:
@@ -29,7 +34,7 @@ class Publisher:
         self._timeout = timeout
         self._session: Session | None = None
         self._failure: str | None = None
-        self._settled = asyncio.Event()
+        self._state_known = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
     def open(self) -> None:
@@ -41,7 +46,7 @@ class Publisher:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
             self._task = None
-        self._settle(None, "the job queue is closed")
+        self._set_state(None, "the job queue is closed")
 
     async def publish(self, queue: str, message: Message) -> None:
         """Return when the broker has taken responsibility for the message; else raise JobQueueUnavailable."""
@@ -59,7 +64,7 @@ class Publisher:
                 await self._publish(session, queue, message)
         except TimeoutError as error:
             if session is not None and not await session.is_blocked():
-                session.lose("a message was not confirmed in time")
+                session.mark_lost("a message was not confirmed in time")
             raise JobQueueUnavailable(f"the broker did not confirm within {self._timeout} s") from error
         except BROKER_ERRORS as error:
             raise JobQueueUnavailable(f"the broker did not take the message: {error!r}") from error
@@ -67,7 +72,7 @@ class Publisher:
             raise JobQueueUnavailable(str(error)) from error
 
     async def _connected(self) -> Session:
-        await self._settled.wait()
+        await self._state_known.wait()
         if self._session is None:
             raise JobQueueUnavailable(self._failure or "no connection to the broker")
         if await self._session.is_blocked():
@@ -79,7 +84,7 @@ class Publisher:
         try:
             await exchange.publish(message, routing_key=queue, mandatory=True)
         except PublishError:
-            log.warning("queue_was_gone", queue=queue)
+            logger.warning("queue_redeclared", queue=queue)
             await self._topology.declare(session.channel)
             await exchange.publish(message, routing_key=queue, mandatory=True)
 
@@ -89,22 +94,22 @@ class Publisher:
             try:
                 async with open_session(self._url, "distributor publisher", confirms=True) as session:
                     await self._topology.declare(session.channel)
-                    self._settle(session, None)
+                    self._set_state(session, None)
                     backoff.reset()
                     await session.lost.wait()
-                    self._unsettle()
-                    log.warning("publisher_connection_lost", why=session.why)
+                    self._clear_state()
+                    logger.warning("publisher_connection_lost", why=session.reason)
             except Exception as error:  # noqa: BLE001  whatever it is, publishers must learn of it and the loop go on
                 reason = str(error) if isinstance(error, ConfigurationError) else f"no broker: {error!r}"
                 if reason != self._failure:
-                    log.error("publisher_cannot_connect", reason=reason)
-                self._settle(None, reason)
+                    logger.error("publisher_connect_failed", reason=reason)
+                self._set_state(None, reason)
             await backoff.wait()
 
-    def _settle(self, session: Session | None, failure: str | None) -> None:
+    def _set_state(self, session: Session | None, failure: str | None) -> None:
         self._session, self._failure = session, failure
-        self._settled.set()
+        self._state_known.set()
 
-    def _unsettle(self) -> None:
+    def _clear_state(self) -> None:
         self._session = None
-        self._settled.clear()
+        self._state_known.clear()

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from shared.adapters.queue_outcomes import OnGivenUp
-from shared.adapters.queue_rabbitmq.connection import CONNECT_SECONDS
-from shared.adapters.queue_rabbitmq.consumer import Consumer
-from shared.adapters.queue_rabbitmq.deliveries import Settlement
-from shared.adapters.queue_rabbitmq.inspector import Inspector
-from shared.adapters.queue_rabbitmq.messages import to_message
-from shared.adapters.queue_rabbitmq.publisher import Publisher
-from shared.adapters.queue_rabbitmq.topology import Topology
-from shared.domain.jobs import FetchJob, RetryPlan
-from shared.ports.job_queue import JobHandler, QueueDepth
+import asyncio
+from contextlib import AsyncExitStack
+
+from aio_pika.exceptions import ChannelNotFoundEntity
+
+from distributor_node.shared.adapters.queue_outcomes import OnDeadLetter
+from distributor_node.shared.adapters.queue_rabbitmq.connection import (
+    BROKER_ERRORS,
+    CONNECT_SECONDS,
+    Session,
+    open_session,
+)
+from distributor_node.shared.adapters.queue_rabbitmq.consumer import Consumer, Settler
+from distributor_node.shared.adapters.queue_rabbitmq.publisher import Publisher
+from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology, to_message
+from distributor_node.shared.domain.errors import JobQueueUnavailable
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
+from distributor_node.shared.ports.job_queue import JobHandler, QueueDepth
 
 
 class RabbitJobQueue:
@@ -33,27 +41,86 @@ class RabbitJobQueue:
         self._url = url
         self._topology = Topology(name_prefix, retry_plan, consumer_timeout_ms)
         self._publisher = Publisher(url, self._topology, publish_timeout)
-        self._inspector = Inspector(url, CONNECT_SECONDS)
+        self._stats = QueueStats(url, CONNECT_SECONDS)
 
     async def open(self) -> None:
         self._publisher.open()
 
     async def close(self) -> None:
         await self._publisher.close()
-        await self._inspector.close()
+        await self._stats.close()
 
     async def ping(self) -> None:
-        await self._inspector.count(())
+        await self._stats.count(())
 
     async def publish(self, job: FetchJob) -> None:
         await self._publisher.publish(self._topology.work, to_message(job))
 
-    async def consume(self, handler: JobHandler, concurrency: int, on_given_up: OnGivenUp) -> None:
+    async def consume(self, handler: JobHandler, concurrency: int, on_dead_letter: OnDeadLetter) -> None:
         """ConfigurationError if a queue exists on the broker with other arguments."""
-        settlement = Settlement(self._publisher, self._topology, on_given_up)
-        await Consumer(self._url, self._topology, settlement, handler, concurrency).run()
+        settler = Settler(self._publisher, self._topology, on_dead_letter)
+        await Consumer(self._url, self._topology, settler, handler, concurrency).run()
 
     async def depth(self) -> QueueDepth:
         topology = self._topology
-        ready, dead, *delayed = await self._inspector.count((topology.work, topology.dead, *topology.delays))
+        ready, dead, *delayed = await self._stats.count((topology.work, topology.dead, *topology.delays))
         return QueueDepth(ready=ready, delayed=sum(delayed), dead=dead)
+
+
+# Looking at the broker without touching it, on a connection that never publishes (and so is never blocked).
+
+
+class QueueStats:
+    """Connects when first asked and stays connected; every question is answered or refused within `timeout` seconds."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self._url = url
+        self._timeout = timeout
+        self._lock = asyncio.Lock()
+        self._session: Session | None = None
+        self._resources = AsyncExitStack()
+
+    async def count(self, queues: tuple[str, ...]) -> list[int]:
+        """Messages ready in each; 0 for one that does not exist. Asking for none finds out if a broker is there."""
+        try:
+            async with asyncio.timeout(self._timeout), self._lock:
+                try:
+                    session = await self._connected()
+                    return [await _count(session, queue) for queue in queues] or [await _probe(session)]
+                except BaseException:
+                    self._drop("a question was not answered")
+                    raise
+        except BROKER_ERRORS as error:
+            raise JobQueueUnavailable(f"the broker does not answer: {error!r}") from error
+
+    async def close(self) -> None:
+        async with self._lock:
+            self._drop("closed")
+            await self._resources.aclose()
+
+    async def _connected(self) -> Session:
+        if self._session is None or self._session.lost.is_set():
+            await self._resources.aclose()
+            self._session = await self._resources.enter_async_context(
+                open_session(self._url, "distributor inspector", confirms=False)
+            )
+        return self._session
+
+    def _drop(self, reason: str) -> None:
+        if self._session is not None:
+            self._session.mark_lost(reason)
+
+
+async def _count(session: Session, queue: str) -> int:
+    """On a channel of its own: asking for a queue that does not exist closes the channel."""
+    try:
+        async with session.connection.channel(publisher_confirms=False) as channel:
+            declared = await channel.declare_queue(queue, passive=True)
+            return declared.declaration_result.message_count or 0
+    except ChannelNotFoundEntity:
+        return 0
+
+
+async def _probe(session: Session) -> int:
+    async with session.connection.channel(publisher_confirms=False):
+        return 0

@@ -14,18 +14,20 @@ Delays: a message's time to live is looked at only at the head of a queue, hence
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass
 
-from aio_pika.abc import AbstractChannel
+from aio_pika import DeliveryMode, Message
+from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from aio_pika.exceptions import ChannelPreconditionFailed
 from pamqp.common import Arguments
 
-from shared.domain.errors import ConfigurationError
-from shared.domain.jobs import RetryPlan
+from distributor_node.shared.domain.errors import ConfigurationError, InvalidJob
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan, decode_job, encode_job
 
-URGENT, PATIENT = 1, 0
+HIGH, LOW = 1, 0
 
-_DEAD_LETTERS_KEPT = 10_000
+_MAX_DEAD_LETTERS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Topology:
 
     def queues(self) -> dict[str, Arguments]:
         """Arguments by name."""
-        work: dict[str, int | str] = {"x-queue-type": "classic", "x-max-priority": URGENT}
+        work: dict[str, int | str] = {"x-queue-type": "classic", "x-max-priority": HIGH}
         if self.consumer_timeout_ms is not None:
             work["x-consumer-timeout"] = self.consumer_timeout_ms
         declared: dict[str, Arguments] = {self.work: {**work}}
@@ -70,7 +72,7 @@ class Topology:
                 "x-dead-letter-exchange": "",
                 "x-dead-letter-routing-key": self.work,
             }
-        declared[self.dead] = {"x-queue-type": "classic", "x-max-length": _DEAD_LETTERS_KEPT}
+        declared[self.dead] = {"x-queue-type": "classic", "x-max-length": _MAX_DEAD_LETTERS}
         return declared
 
     async def declare(self, channel: AbstractChannel) -> None:
@@ -88,3 +90,48 @@ class Topology:
 
 def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
+
+
+# Jobs as messages: the body is JSON; attempt, request id and reason travel in headers of our own.
+
+ATTEMPT_HEADER = "x-distributor-attempt"
+REQUEST_ID_HEADER = "x-distributor-request-id"
+REASON_HEADER = "x-distributor-reason"
+
+_MAX_TEXT = 200
+_MAX_ATTEMPT = 1_000_000
+
+
+def to_message(job: FetchJob) -> Message:
+    return Message(
+        encode_job(job),
+        headers={ATTEMPT_HEADER: job.attempt, REQUEST_ID_HEADER: job.request_id},
+        content_type="application/json",
+        delivery_mode=DeliveryMode.PERSISTENT,
+        priority=LOW if job.low_priority else HIGH,
+        correlation_id=job.request_id[:_MAX_TEXT] or None,
+        message_id=uuid.uuid4().hex,
+    )
+
+
+def to_job(message: AbstractIncomingMessage) -> FetchJob:
+    """Raise InvalidJob, with the reason, for what is no job."""
+    attempt = message.headers.get(ATTEMPT_HEADER, 1)
+    if not isinstance(attempt, int) or isinstance(attempt, bool) or not 0 < attempt <= _MAX_ATTEMPT:
+        raise InvalidJob(f"{ATTEMPT_HEADER}: not a number from 1 up")
+    request_id = message.headers.get(REQUEST_ID_HEADER, "")
+    if not isinstance(request_id, str):
+        raise InvalidJob(f"{REQUEST_ID_HEADER}: not a text")
+    return decode_job(message.body, attempt=attempt, request_id=request_id)
+
+
+def to_dead_letter(message: AbstractIncomingMessage, reason: str) -> Message:
+    """The message as it came, body and headers kept, with the reason."""
+    return Message(
+        message.body,
+        headers={**message.headers, REASON_HEADER: reason[:_MAX_TEXT]},
+        content_type=message.content_type,
+        delivery_mode=DeliveryMode.PERSISTENT,
+        correlation_id=message.correlation_id,
+        message_id=uuid.uuid4().hex,
+    )

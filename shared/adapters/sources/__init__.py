@@ -1,8 +1,6 @@
 """The client that reads objects from sources (storage nodes): bounded in time, and believing nothing unchecked."""
 
-from shared.adapters.sources.answer import SourceAnswer
-from shared.adapters.sources.client import SourceClient
-from shared.adapters.sources.limits import SourceLimits
-from shared.adapters.sources.observation import SourceObservation
+from distributor_node.shared.adapters.sources.client import SourceClient, SourceObservation, SourceResponse
+from distributor_node.shared.adapters.sources.connections import SourceLimits
 
-__all__ = ["SourceAnswer", "SourceClient", "SourceLimits", "SourceObservation"]
+__all__ = ["SourceClient", "SourceLimits", "SourceObservation", "SourceResponse"]

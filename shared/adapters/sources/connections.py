@@ -1,4 +1,4 @@
-"""The one place that knows the HTTP library: connections to sources, their reuse, and its errors put into ours."""
+"""How long a source may take, and how many answers are read at once."""
 
 from __future__ import annotations
 
@@ -6,15 +6,53 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpcore
 import httpx
 
-from shared.adapters.sources.limits import SourceLimits
-from shared.adapters.sources.network import SourceNetwork
-from shared.domain.addresses import is_public
-from shared.domain.errors import SourceError, SourceTooSlow, SourceUnreachable
+from distributor_node.shared.adapters.sources.network import SourceNetwork
+from distributor_node.shared.domain.errors import (
+    ConfigurationError,
+    SourceError,
+    SourceTooSlow,
+    SourceUnreachable,
+)
+from distributor_node.shared.domain.urls import is_public
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLimits:
+    """Times in seconds of waiting for the source, `minimum_rate` in bytes a second.
+
+    `connect_timeout` is for TCP and again for TLS, `first_byte_timeout` from the request to the end of the headers.
+    A source that gives fewer than `minimum_rate * stall_timeout` bytes within any `stall_timeout` is too slow.
+    `refuse_private`: one at an address that is not public counts as unreachable.
+    """
+
+    connect_timeout: float = 3.0
+    first_byte_timeout: float = 5.0
+    stall_timeout: float = 10.0
+    minimum_rate: int = 8 * 1024
+    max_connections: int = 200
+    refuse_private: bool = False
+
+    @property
+    def minimum_bytes(self) -> int:
+        """What must arrive within `stall_timeout`."""
+        return int(self.minimum_rate * self.stall_timeout)
+
+    def __post_init__(self) -> None:
+        if min(self.connect_timeout, self.first_byte_timeout, self.stall_timeout) <= 0:
+            raise ConfigurationError("a source's time limits must be above 0")
+        if self.minimum_rate < 0 or self.max_connections < 1:
+            raise ConfigurationError(
+                "a source's minimum rate must not be negative, nor its connections below 1"
+            )
+
+
+# The one place that knows the HTTP library: connections to sources, their reuse, and its errors put into ours.
 
 # Colossus closes idle connections after 5 s (Node's default).
 _KEEP_ALIVE = 4.0
@@ -23,13 +61,13 @@ _READ_BYTES = 256 * 1024
 
 
 @contextmanager
-def translated() -> Iterator[None]:
+def map_http_errors() -> Iterator[None]:
     """Turn the library's exceptions into SourceErrors, the cause chained."""
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL, httpcore.ReadError, ssl.SSLError) as error:
-        waited = isinstance(error, httpx.ConnectTimeout)
-        raise SourceUnreachable(_described(error), waited=waited) from error
+        timed_out = isinstance(error, httpx.ConnectTimeout)
+        raise SourceUnreachable(_describe(error), timed_out=timed_out) from error
 
 
 class Connections:
@@ -41,7 +79,7 @@ class Connections:
 
     def __init__(self, limits: SourceLimits) -> None:
         self._limits = limits
-        self._places = asyncio.Semaphore(limits.max_connections)
+        self._slots = asyncio.Semaphore(limits.max_connections)
         self._reusing: _Transport | None = None
         self._fresh: _Transport | None = None
 
@@ -63,7 +101,7 @@ class Connections:
     @asynccontextmanager
     async def request(self, url: str, headers: dict[str, str]) -> AsyncIterator[httpx.Response]:
         """GET; gives the answer once its headers are there, redirects and all, and closes it at the end."""
-        async with self._place():
+        async with self._slot():
             answer = await self._send(url, headers)
             try:
                 yield answer
@@ -71,16 +109,16 @@ class Connections:
                 await answer.aclose()
 
     @asynccontextmanager
-    async def _place(self) -> AsyncIterator[None]:
+    async def _slot(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._limits.first_byte_timeout):
-                await self._places.acquire()
+                await self._slots.acquire()
         except TimeoutError as error:
             raise SourceError(f"all {self._limits.max_connections} connections are in use") from error
         try:
             yield
         finally:
-            self._places.release()
+            self._slots.release()
 
     async def _send(self, url: str, headers: dict[str, str]) -> httpx.Response:
         if self._reusing is None or self._fresh is None:
@@ -99,14 +137,14 @@ class Connections:
         connect = self._limits.connect_timeout
         extensions: dict[str, Any] = {"timeout": {"connect": connect}, "trace": progress.trace}
         try:
-            with translated():
+            with map_http_errors():
                 request = httpx.Request("GET", url, headers=headers, extensions=extensions)
                 async with asyncio.timeout(2 * connect + 1.0) as progress.deadline:
                     return await transport.handle_async_request(request)
         except TimeoutError as error:
             if progress.sending:
                 raise SourceTooSlow("no answer in time") from error
-            raise SourceUnreachable("no connection in time", waited=True) from error
+            raise SourceUnreachable("no connection in time", timed_out=True) from error
         except SourceUnreachable as error:
             if progress.sending and not progress.connecting:
                 raise _ReusedConnectionFailed(str(error)) from error
@@ -151,5 +189,5 @@ class _Transport(httpx.AsyncHTTPTransport):
         )
 
 
-def _described(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

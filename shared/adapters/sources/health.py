@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Self
 
-from shared.domain.objects import ObjectId, source_name
-from shared.domain.source_order import SourceHealth, SourceNews, order
-from shared.ports.source_memory import CorruptedCopy, SharedSources
+import structlog
 
-_SOURCES_KEPT = 1_000
-_CORRUPTED_KEPT = 2_000
-_NOTHING_SEEN = SourceHealth()
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId, source_name
+from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta, order
+from distributor_node.shared.ports.source_stats import CorruptedCopy, SharedSources, SharedSourceStats
+
+_MAX_SOURCES = 1_000
+_MAX_CORRUPTED = 2_000
+_NO_HISTORY = SourceHealth()
 _Copy = tuple[str, str]
 
 
-class HealthBook:
+class SourceHealthRegistry:
     """Health by source name (`host:port`). `clock`: seconds, never backwards.
 
-    Where nobody hands the news over (or the state store is down), this process goes by what it sees itself.
+    Where the deltas are not shared (or the state store is down), this process goes by what it sees itself.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, corrupted_memory: float = 600.0) -> None:
@@ -27,13 +32,13 @@ class HealthBook:
         self.clock = clock
         self._corrupted_memory = corrupted_memory
         self._shared: Mapping[str, SourceHealth] = {}
-        self._handed: Mapping[str, SourceNews] = {}
-        self._news: OrderedDict[str, SourceNews] = OrderedDict()
+        self._sent_deltas: Mapping[str, SourceStatsDelta] = {}
+        self._deltas: OrderedDict[str, SourceStatsDelta] = OrderedDict()
         # When to forget them; those met here, and those of all processes
         self._corrupted: OrderedDict[_Copy, float] = OrderedDict()
         self._corrupted_shared: Mapping[_Copy, float] = {}
-        self._corrupted_handed: list[_Copy] = []
-        self._corrupted_news: list[_Copy] = []
+        self._corrupted_sent: list[_Copy] = []
+        self._corrupted_delta: list[_Copy] = []
 
     def best_first(self, sources: Sequence[str], object_id: ObjectId | None = None) -> tuple[str, ...]:
         """The URLs in the order to ask them in; without those that hold a corrupted copy of the object."""
@@ -43,87 +48,159 @@ class HealthBook:
 
     def health_of(self, name: str) -> SourceHealth:
         """Of the source `host:port`."""
-        health = self._shared.get(name, _NOTHING_SEEN)
-        for later in (self._handed, self._news):
+        health = self._shared.get(name, _NO_HISTORY)
+        for later in (self._sent_deltas, self._deltas):
             if name in later:
-                health = later[name].after(health)
+                health = later[name].apply_to(health)
         return health
 
     def names(self) -> frozenset[str]:
         """All sources of which something is known."""
-        return frozenset((*self._shared, *self._handed, *self._news))
+        return frozenset((*self._shared, *self._sent_deltas, *self._deltas))
 
     def record_first_byte(self, url: str, seconds: float) -> None:
         """The source answered, its first byte so long after the request."""
-        self._add(url, SourceNews(SourceHealth(first_bytes=(seconds,))))
+        self._add(url, SourceStatsDelta(SourceHealth(first_bytes=(seconds,))))
 
     def record_success(self, url: str) -> None:
         """The source gave all that was asked of it."""
         health = self.health_of(source_name(url))
         if health.failures or health.unreachable_at is not None:
-            self._add(url, SourceNews(forgiven=True, reached=True))
+            self._add(url, SourceStatsDelta(succeeded=True, reached=True))
 
     def record_failure(self, url: str) -> None:
         """The source failed in a way that says something of its other objects too."""
-        self._add(url, SourceNews(SourceHealth(failures=1, last_failure_at=self.clock())))
+        self._add(url, SourceStatsDelta(SourceHealth(failures=1, last_failure_at=self.clock())))
 
     def record_probe(self, url: str, seconds: float | None) -> None:
         """A probe was answered after so many seconds; None: it was not. Says nothing of failed downloads."""
         if seconds is None:
-            self._add(url, SourceNews(SourceHealth(unreachable_at=self.clock())))
+            self._add(url, SourceStatsDelta(SourceHealth(unreachable_at=self.clock())))
         else:
-            self._add(url, SourceNews(SourceHealth(first_bytes=(seconds,)), reached=True))
+            self._add(url, SourceStatsDelta(SourceHealth(first_bytes=(seconds,)), reached=True))
 
     def record_corrupted(self, object_id: ObjectId, url: str) -> None:
         """The source, and no other, gave the wrong bytes for this object: it is not asked for it for a while."""
         copy = (object_id, source_name(url))
         self._corrupted[copy] = self.clock() + self._corrupted_memory
         self._corrupted.move_to_end(copy)
-        if len(self._corrupted) > _CORRUPTED_KEPT:
+        if len(self._corrupted) > _MAX_CORRUPTED:
             self._corrupted.popitem(last=False)
-        if len(self._corrupted_news) < _CORRUPTED_KEPT:
-            self._corrupted_news.append(copy)
+        if len(self._corrupted_delta) < _MAX_CORRUPTED:
+            self._corrupted_delta.append(copy)
 
-    def take_news(self) -> tuple[Mapping[str, SourceNews], Sequence[CorruptedCopy]]:
-        """What to hand over; to be followed by `learn` or `put_back`."""
-        self._handed, self._news = self._news, OrderedDict()
-        self._corrupted_handed, self._corrupted_news = self._corrupted_news, []
+    def take_delta(self) -> tuple[Mapping[str, SourceStatsDelta], Sequence[CorruptedCopy]]:
+        """What to hand over; to be followed by `merge` or `restore`."""
+        self._sent_deltas, self._deltas = self._deltas, OrderedDict()
+        self._corrupted_sent, self._corrupted_delta = self._corrupted_delta, []
         now = self.clock()
-        left = {copy: self._corrupted.get(copy, now) - now for copy in self._corrupted_handed}
-        return self._handed, [
+        left = {copy: self._corrupted.get(copy, now) - now for copy in self._corrupted_sent}
+        return self._sent_deltas, [
             CorruptedCopy(ObjectId(object_id), name, seconds)
             for (object_id, name), seconds in left.items()
             if seconds > 0
         ]
 
-    def learn(self, shared: SharedSources) -> None:
+    def merge(self, shared: SharedSources) -> None:
         """What was handed over is a part of what all know now."""
         now = self.clock()
-        self._shared, self._handed = shared.health, {}
+        self._shared, self._sent_deltas = shared.health, {}
         self._corrupted_shared = {
             (copy.object_id, copy.source): now + copy.seconds_left for copy in shared.corrupted
         }
-        self._corrupted_handed = []
+        self._corrupted_sent = []
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """What was taken could not be handed over: it is kept for the next time."""
-        newer, self._news = self._news, OrderedDict(self._handed)
-        self._handed = {}
-        self._corrupted_news = (self._corrupted_handed + self._corrupted_news)[:_CORRUPTED_KEPT]
-        self._corrupted_handed = []
-        for name, news in newer.items():
-            self._put(name, news)
+        newer, self._deltas = self._deltas, OrderedDict(self._sent_deltas)
+        self._sent_deltas = {}
+        self._corrupted_delta = (self._corrupted_sent + self._corrupted_delta)[:_MAX_CORRUPTED]
+        self._corrupted_sent = []
+        for name, delta in newer.items():
+            self._put(name, delta)
 
     def _is_corrupted(self, object_id: ObjectId, url: str) -> bool:
         copy, now = (object_id, source_name(url)), self.clock()
         return max(self._corrupted.get(copy, now), self._corrupted_shared.get(copy, now)) > now
 
-    def _add(self, url: str, news: SourceNews) -> None:
-        self._put(source_name(url), news)
+    def _add(self, url: str, delta: SourceStatsDelta) -> None:
+        self._put(source_name(url), delta)
 
-    def _put(self, name: str, news: SourceNews) -> None:
-        earlier = self._news.get(name)
-        self._news[name] = news if earlier is None else earlier.then(news)
-        self._news.move_to_end(name)
-        if len(self._news) > _SOURCES_KEPT:
-            self._news.popitem(last=False)
+    def _put(self, name: str, delta: SourceStatsDelta) -> None:
+        earlier = self._deltas.get(name)
+        self._deltas[name] = delta if earlier is None else earlier.followed_by(delta)
+        self._deltas.move_to_end(name)
+        if len(self._deltas) > _MAX_SOURCES:
+            self._deltas.popitem(last=False)
+
+
+# Exchanges what this process sees of the sources with what the others see, in batches.
+
+logger = structlog.get_logger()
+
+
+class SourceStatsSync:
+    """`registry` is used by whoever reads from sources; without shared stats (one process) it is all there is."""
+
+    def __init__(
+        self, registry: SourceHealthRegistry, shared_stats: SharedSourceStats | None, interval: float
+    ) -> None:
+        """`interval`: seconds between two exchanges."""
+        self.registry = registry
+        self._shared_stats = shared_stats
+        self._interval = interval
+        self._lock = asyncio.Lock()
+        self._task: asyncio.Task[None] | None = None
+        self._down = False
+
+    async def open(self) -> None:
+        """Learn what the others know (if they can be heard), and go on exchanging in the background."""
+        if self._shared_stats is not None:
+            await self._shared_stats.open()
+            await self.sync()
+            self._task = asyncio.create_task(self._run(), name="share-sources")
+
+    async def close(self) -> None:
+        """Hand over what is left."""
+        if self._shared_stats is None:
+            return
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+            await self.sync()
+        await self._shared_stats.close()
+
+    async def __aenter__(self) -> Self:
+        await self.open()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def sync(self) -> None:
+        """Now. What the store does not take is kept for the next time, and this process goes by what it sees."""
+        if self._shared_stats is None:
+            return
+        async with self._lock:
+            deltas, corrupted = self.registry.take_delta()
+            try:
+                shared = await self._shared_stats.sync(deltas, corrupted, self.registry.clock())
+            except StateStoreUnavailable as error:
+                self.registry.restore()
+                self._note_down(str(error))
+            except BaseException:
+                self.registry.restore()
+                raise
+            else:
+                self.registry.merge(shared)
+                self._down = False
+
+    def _note_down(self, reason: str) -> None:
+        if not self._down:
+            self._down = True
+            logger.warning("source_stats_sync_failed", reason=reason)
+
+    async def _run(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval)
+            await self.sync()

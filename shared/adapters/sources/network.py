@@ -9,13 +9,12 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import chain, zip_longest
 from typing import Any
 
 import httpcore
 
-from shared.adapters.sources.dialling import dial
-
-_MOST_WAITING = 256 * 1024
+_MAX_BUFFERED = 256 * 1024
 """Bytes received and not yet read at which the source has to wait: what the event loop reads at once."""
 
 _HEAD_END = re.compile(rb"\n\r?\n")
@@ -23,10 +22,10 @@ _HEAD_END = re.compile(rb"\n\r?\n")
 
 
 class SourceNetwork(httpcore.AsyncNetworkBackend):
-    """Makes the connections; to addresses that `admits` says yes to, if it is given."""
+    """Makes the connections; to addresses that `allow_address` says yes to, if it is given."""
 
-    def __init__(self, admits: Callable[[str], bool] | None = None) -> None:
-        self._admits = admits
+    def __init__(self, allow_address: Callable[[str], bool] | None = None) -> None:
+        self._allow_address = allow_address
 
     async def connect_tcp(
         self,
@@ -40,32 +39,32 @@ class SourceNetwork(httpcore.AsyncNetworkBackend):
         are ever given here."""
         try:
             async with asyncio.timeout(timeout):
-                wire = await _attached(await dial(host, port, self._admits))
+                protocol = await _attach(await connect(host, port, self._allow_address))
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(str(error)) from error
         except OSError as error:
             raise httpcore.ConnectError(str(error)) from error
-        return SourceStream(wire)
+        return SourceStream(protocol)
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
-async def _attached(connected: socket.socket) -> _Wire:
+async def _attach(connected: socket.socket) -> _SourceProtocol:
     try:
-        _, wire = await asyncio.get_running_loop().create_connection(_Wire, sock=connected)
+        _, protocol = await asyncio.get_running_loop().create_connection(_SourceProtocol, sock=connected)
     except BaseException:
         connected.close()
         raise
-    return wire
+    return protocol
 
 
 class SourceStream(httpcore.AsyncNetworkStream):
     """One connection. The head of an answer is handed out by itself, so that nobody has taken any of the body yet when
     the head has been understood: then `at_body`, and `receive` gives what follows."""
 
-    def __init__(self, wire: _Wire) -> None:
-        self._wire = wire
+    def __init__(self, protocol: _SourceProtocol) -> None:
+        self._protocol = protocol
         self._tail: bytes | None = None
         self.at_body = False
 
@@ -76,15 +75,15 @@ class SourceStream(httpcore.AsyncNetworkStream):
                 data = await self.receive()
         except TimeoutError as error:
             raise httpcore.ReadTimeout(str(error)) from error
-        at_most = min(max_bytes, self._head_length(data))
-        if at_most < len(data):
-            self._wire.put_back(data[at_most:])
-            data = data[:at_most]
+        length = min(max_bytes, self._head_length(data))
+        if length < len(data):
+            self._protocol.unread(data[length:])
+            data = data[:length]
         return data
 
     async def receive(self) -> bytes:
         """As `read`, without a bound but that of what waits."""
-        return await self._wire.next_piece()
+        return await self._protocol.read_chunk()
 
     def _head_length(self, data: bytes) -> int:
         """Bytes of `data` that belong to the head that is awaited; all of them, if none is."""
@@ -103,11 +102,11 @@ class SourceStream(httpcore.AsyncNetworkStream):
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Requests are short: nothing waits. The library's WriteError if the connection is closed."""
         if buffer:
-            self._wire.send(buffer)
+            self._protocol.send(buffer)
             self._tail, self.at_body = b"", False
 
     async def aclose(self) -> None:
-        self._wire.abort()
+        self._protocol.abort()
         await asyncio.sleep(0)  # the event loop closes the socket
 
     async def start_tls(
@@ -116,41 +115,41 @@ class SourceStream(httpcore.AsyncNetworkStream):
         """The library's ConnectTimeout or ConnectError if that fails; the connection is closed then."""
         try:
             async with asyncio.timeout(timeout):
-                await self._wire.start_tls(ssl_context, server_hostname)
+                await self._protocol.start_tls(ssl_context, server_hostname)
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(str(error)) from error
         except OSError as error:  # TLS errors are such, too
             raise httpcore.ConnectError(str(error)) from error
         finally:
-            if not self._wire.secured:
+            if not self._protocol.secured:
                 await self.aclose()
-        return SourceStream(self._wire)
+        return SourceStream(self._protocol)
 
     def get_extra_info(self, info: str) -> Any:
         """`is_readable`: an idle connection of which that is true has been closed by the source."""
         match info:
             case "is_readable":
-                return self._wire.has_news
+                return self._protocol.is_readable
             case "ssl_object" | "socket":
-                return self._wire.told(info)
+                return self._protocol.extra_info(info)
             case "client_addr":
-                return self._wire.told("sockname")
+                return self._protocol.extra_info("sockname")
             case "server_addr":
-                return self._wire.told("peername")
+                return self._protocol.extra_info("peername")
         return None
 
 
-class _Wire(asyncio.Protocol):
+class _SourceProtocol(asyncio.Protocol):
     """What has arrived and was not yet read. One reader at a time."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
-        self._waiting: deque[bytes] = deque()
-        self._waiting_bytes = 0
+        self._buffer: deque[bytes] = deque()
+        self._buffered_bytes = 0
         self._paused = False
         self._ended = False
         self._error: Exception | None = None
-        self._news: asyncio.Future[None] | None = None
+        self._data_waiter: asyncio.Future[None] | None = None
         self.secured = False
 
     # Called by the event loop
@@ -159,57 +158,57 @@ class _Wire(asyncio.Protocol):
         self._transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
-        self._waiting.append(data)
-        self._waiting_bytes += len(data)
-        if self._waiting_bytes >= _MOST_WAITING and self._transport is not None:
+        self._buffer.append(data)
+        self._buffered_bytes += len(data)
+        if self._buffered_bytes >= _MAX_BUFFERED and self._transport is not None:
             self._paused = True
             self._transport.pause_reading()
-        self._tell()
+        self._wake_reader()
 
     def eof_received(self) -> bool:
         self._ended = True
-        self._tell()
+        self._wake_reader()
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended, self._error = True, exc
         self._transport = None
-        self._tell()
+        self._wake_reader()
 
-    def _tell(self) -> None:
-        if self._news is not None and not self._news.done():
-            self._news.set_result(None)
+    def _wake_reader(self) -> None:
+        if self._data_waiter is not None and not self._data_waiter.done():
+            self._data_waiter.set_result(None)
 
     # Called by the stream
 
     @property
-    def has_news(self) -> bool:
-        return bool(self._ended or self._waiting or self._transport is None or self._transport.is_closing())
+    def is_readable(self) -> bool:
+        return bool(self._ended or self._buffer or self._transport is None or self._transport.is_closing())
 
-    async def next_piece(self) -> bytes:
+    async def read_chunk(self) -> bytes:
         """All of one read of the event loop; empty at the end. The library's ReadError if the connection broke."""
-        while not self._waiting:
+        while not self._buffer:
             if self._ended:
                 if self._error is not None:
                     raise httpcore.ReadError(str(self._error)) from self._error
                 return b""
-            self._news = asyncio.get_running_loop().create_future()
+            self._data_waiter = asyncio.get_running_loop().create_future()
             try:
-                await self._news
+                await self._data_waiter
             finally:
-                self._news = None
-        data = self._waiting.popleft()
-        self._waiting_bytes -= len(data)
-        if self._paused and self._waiting_bytes < _MOST_WAITING:
+                self._data_waiter = None
+        data = self._buffer.popleft()
+        self._buffered_bytes -= len(data)
+        if self._paused and self._buffered_bytes < _MAX_BUFFERED:
             self._paused = False
             if self._transport is not None:
                 self._transport.resume_reading()
         return data
 
-    def put_back(self, data: bytes) -> None:
+    def unread(self, data: bytes) -> None:
         """To be the next piece again."""
-        self._waiting.appendleft(data)
-        self._waiting_bytes += len(data)
+        self._buffer.appendleft(data)
+        self._buffered_bytes += len(data)
 
     def send(self, data: bytes) -> None:
         if self._transport is None or self._transport.is_closing():
@@ -230,5 +229,84 @@ class _Wire(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def told(self, name: str) -> Any:
+    def extra_info(self, name: str) -> Any:
         return None if self._transport is None else self._transport.get_extra_info(name)
+
+
+# A TCP connection to the first of a host's addresses that takes one (RFC 8305).
+
+_CONNECTION_ATTEMPT_DELAY = 0.25
+"""Seconds that an address has for itself before the next one is tried beside it (RFC 8305 section 5)."""
+
+Address = tuple[int, Any]
+"""Family and address, as the socket module knows them."""
+
+
+async def connect(host: str, port: int, allow_address: Callable[[str], bool] | None = None) -> socket.socket:
+    """A connected, non-blocking socket. OSError if no address takes a connection; no bound in time of its own.
+
+    `allow_address`: whether an address, as text, may be connected to at all; it is asked of what is connected to, so
+    that a resolver that says another thing the next moment changes nothing.
+    """
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = interleave([(family, address) for family, _, _, _, address in found])
+    if allow_address is not None:
+        addresses = [address for address in addresses if allow_address(address[1][0])]
+        if not addresses:
+            raise OSError("at a private address")
+    if not addresses:
+        raise OSError(f"no address of {host}")
+    if len(addresses) == 1:
+        return await _connected(addresses[0])
+    return await _first_connected(addresses)
+
+
+def interleave(addresses: Iterable[Address]) -> list[Address]:
+    """Each once, the families by turns, the first one's first (RFC 8305 section 4). Pure."""
+    by_family: dict[int, list[Address]] = {}
+    for address in dict.fromkeys(addresses):
+        by_family.setdefault(address[0], []).append(address)
+    turns = chain.from_iterable(zip_longest(*by_family.values()))
+    return [address for address in turns if address is not None]
+
+
+async def _first_connected(addresses: Iterable[Address]) -> socket.socket:
+    remaining, attempts = deque(addresses), set[asyncio.Task[socket.socket]]()
+    failure: BaseException | None = None
+    try:
+        while remaining or attempts:
+            if remaining:
+                attempts.add(asyncio.create_task(_connected(remaining.popleft()), name="connect"))
+            delay = _CONNECTION_ATTEMPT_DELAY if remaining else None
+            await asyncio.wait(attempts, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
+            for task in [task for task in attempts if task.done()]:
+                attempts.discard(task)
+                if task.exception() is None:
+                    return task.result()
+                failure = failure or task.exception()
+    finally:
+        await _close_others(attempts)
+    raise failure or OSError("no address")
+
+
+async def _close_others(attempts: set[asyncio.Task[socket.socket]]) -> None:
+    """Close what the others come to."""
+    for task in attempts:
+        task.cancel()
+    for outcome in await asyncio.gather(*attempts, return_exceptions=True):
+        if isinstance(outcome, socket.socket):
+            outcome.close()
+
+
+async def _connected(address: Address) -> socket.socket:
+    family, where = address
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        await asyncio.get_running_loop().sock_connect(sock, where)
+    except BaseException:
+        sock.close()
+        raise
+    return sock

@@ -7,12 +7,11 @@ from collections.abc import Iterable
 
 import structlog
 
-from shared.adapters.sources.connections import Connections
-from shared.adapters.sources.health import HealthBook
-from shared.adapters.sources.limits import SourceLimits
-from shared.domain.errors import SourceError
-from shared.domain.objects import source_name
-from shared.observability.metrics import SOURCE_PROBES
+from distributor_node.shared.adapters.sources.connections import Connections, SourceLimits
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.domain.errors import SourceError
+from distributor_node.shared.domain.objects import source_name
+from distributor_node.shared.observability.metrics import SOURCE_PROBES
 
 _HEADERS = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "distributor-node"}
 
@@ -24,16 +23,21 @@ class SourceProber:
     a source that is no storage node may know no `/version`."""
 
     def __init__(
-        self, book: HealthBook, timeout: float, at_once: int, *, refuse_private: bool = False
+        self,
+        registry: SourceHealthRegistry,
+        timeout: float,
+        concurrency: int,
+        *,
+        refuse_private: bool = False,
     ) -> None:
-        """`timeout`: seconds to connect, and again to answer; `at_once`: probes under way; `refuse_private`: sources at
-        addresses that are not public count as unreachable."""
-        self._book = book
-        self._turns = asyncio.Semaphore(at_once)
+        """`timeout`: seconds to connect, and again to answer; `concurrency`: probes under way; `refuse_private`:
+        sources at addresses that are not public count as unreachable."""
+        self._registry = registry
+        self._slots = asyncio.Semaphore(concurrency)
         limits = SourceLimits(
             connect_timeout=timeout,
             first_byte_timeout=timeout,
-            max_connections=at_once,
+            max_connections=concurrency,
             refuse_private=refuse_private,
         )
         self._connections = Connections(limits)
@@ -51,8 +55,8 @@ class SourceProber:
                 probes.create_task(self._probe(base), name="probe-source")
 
     async def _probe(self, base: str) -> None:
-        async with self._turns:
-            asked_at = self._book.clock()
+        async with self._slots:
+            asked_at = self._registry.clock()
             try:
                 async with self._connections.request(f"{base}version", _HEADERS) as answer:
                     status = answer.status_code
@@ -62,10 +66,10 @@ class SourceProber:
             if status >= 500:
                 self._failed(base, f"answered {status}")
                 return
-            self._book.record_probe(base, self._book.clock() - asked_at)
+            self._registry.record_probe(base, self._registry.clock() - asked_at)
             SOURCE_PROBES.labels(result="answered").inc()
 
     def _failed(self, base: str, reason: str) -> None:
-        self._book.record_probe(base, None)
+        self._registry.record_probe(base, None)
         SOURCE_PROBES.labels(result="failed").inc()
         logger.info("source_probe_failed", source=source_name(base), reason=reason)

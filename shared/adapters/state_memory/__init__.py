@@ -1,5 +1,5 @@
 """The state store for standalone mode: one process, nothing outlives it but the volume."""
 
-from shared.adapters.state_memory.store import MemoryStateStore
+from distributor_node.shared.adapters.state_memory.store import MemoryStateStore
 
 __all__ = ["MemoryStateStore"]

@@ -1,22 +1,473 @@
-"""The state store port in one process's memory."""
+"""The verbs of requests: look, claim, count accesses, announce."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from itertools import islice
 
-from shared.adapters.announcement_queue import AnnouncementQueue
-from shared.adapters.state_memory.orders import MemoryOrders
-from shared.adapters.state_memory.tables import Tables
-from shared.adapters.state_times import StateTimes
-from shared.ports.state_store import Announcement, Topic
+from distributor_node.shared.adapters.state_common import AnnouncementQueue, StateTimeouts
+from distributor_node.shared.adapters.state_memory.tables import FetchRow, Tables
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import (
+    OperatorState,
+    OperatorStateSnapshot,
+    Warming,
+    WarmingScope,
+)
+from distributor_node.shared.domain.space import Usage, footprint
+from distributor_node.shared.ports.state_store import (
+    Access,
+    AlreadyStored,
+    Announcement,
+    BeginResult,
+    Claim,
+    Fetch,
+    FetchPhase,
+    Granted,
+    HeldElsewhere,
+    IndexEntry,
+    Lease,
+    NeverFits,
+    NoSpace,
+    NotReconciled,
+    ObjectStatus,
+    PolicyState,
+    PurgeRequest,
+    Term,
+    Topic,
+)
+
+
+class MemoryRequests:
+    """See the port for each verb."""
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+
+    async def find(self, object_id: ObjectId) -> ObjectStatus:
+        return self._tables.object_status(object_id)
+
+    async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
+        tables = self._tables
+        object_status = tables.object_status(object_id)
+        parked = object_status.fetch is not None and object_status.fetch.phase is FetchPhase.PARKED
+        if object_status.failure or (object_status.fetch and not parked):
+            return Claim(won=False, status=object_status)
+        now = tables.clock()
+        tables.rows[object_id] = FetchRow(
+            phase=FetchPhase.CLAIMED,
+            reserved=parked,
+            size=tables.rows[object_id].size if parked else 0,
+            token=0,
+            ends=now + tables.timeouts.claim_seconds,
+            since=now,
+            worker=claimant,
+            duration=tables.timeouts.claim_seconds,
+        )
+        return Claim(won=True, status=ObjectStatus(fetch=None, failure=None))
+
+    async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
+        tables = self._tables
+        row = tables.row(object_id)
+        if row and tables.phase(row) is FetchPhase.CLAIMED and row.worker == claimant:
+            now, duration = tables.clock(), tables.timeouts.queued_seconds
+            tables.rows[object_id] = replace(
+                row, phase=FetchPhase.QUEUED, ends=now + duration, since=now, duration=duration
+            )
+
+    async def release_claim(self, object_id: ObjectId, claimant: str) -> None:
+        tables = self._tables
+        row = tables.row(object_id)
+        pending = (FetchPhase.CLAIMED, FetchPhase.QUEUED)
+        if row and tables.phase(row) in pending and row.worker == claimant:
+            if row.reserved:
+                tables.park(object_id, row)
+            else:
+                tables.drop_fetch(object_id)
+            tables.announce(Topic.FETCH_CHANGED, object_id)
+
+    async def usage(self) -> Usage:
+        tables = self._tables
+        leases = sum(tables.phase(tables.row(known)) is FetchPhase.FETCHING for known in tables.rows)
+        return Usage(
+            limit=tables.limit,
+            used=tables.used,
+            reserved=tables.reserved,
+            objects=len(tables.objects),
+            fetches=leases,
+            reconciled=tables.reconciled,
+            churn=tables.churn,
+        )
+
+    async def record_accesses(self, accesses: Sequence[Access]) -> None:
+        if accesses:
+            self._tables.accesses.append((self._tables.next_serial(), tuple(accesses)))
+
+    async def announce(self, announcement: Announcement) -> None:
+        self._tables.announce(announcement.topic, announcement.object_id)
+
+
+# The verbs of fetchers: begin, renew and end a fetch.
+
+
+class MemoryFetching(MemoryRequests):
+    """See the port for each verb."""
+
+    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
+        tables = self._tables
+        entry, row, now = tables.objects.get(object_id), tables.row(object_id), tables.clock()
+        if entry:
+            return HeldElsewhere(seconds_left=0.0) if entry.evicting else AlreadyStored(entry.generation)
+        if row and tables.phase(row) is FetchPhase.FETCHING:
+            return HeldElsewhere(seconds_left=row.ends - now)
+        if footprint(size) > tables.limit:
+            return NeverFits()
+        if not tables.reconciled:
+            return NotReconciled()
+        resumed = row is not None and row.reserved
+        more = footprint(size) - (footprint(row.size) if row and resumed else 0)
+        missing = tables.used + tables.reserved + more - tables.limit
+        if more > 0 and missing > 0:
+            return NoSpace(missing)
+        lease = Lease(object_id, tables.next_serial(), size, worker)
+        duration = tables.timeouts.lease_seconds
+        tables.rows[object_id] = FetchRow(
+            FetchPhase.FETCHING, True, size, lease.token, now + duration, now, worker, duration=duration
+        )
+        tables.reserved += more
+        tables.space_requests.pop(object_id, None)
+        tables.announce(Topic.FETCH_CHANGED, object_id)
+        return Granted(lease, resumed)
+
+    async def renew(self, lease: Lease, source: str | None = None) -> bool:
+        tables = self._tables
+        row, now = tables.leased(lease), tables.clock()
+        if row is None:
+            return False
+        tables.rows[lease.object_id] = replace(
+            row,
+            ends=now + tables.timeouts.lease_seconds,
+            duration=tables.timeouts.lease_seconds,
+            since=row.since if row.ends > now else now,
+            source=source or row.source,
+        )
+        if source and source != row.source:
+            tables.announce(Topic.FETCH_CHANGED, lease.object_id)
+        return True
+
+    async def commit(self, lease: Lease, stored_at: float) -> bool:
+        tables = self._tables
+        row = tables.leased(lease)
+        if row is None:
+            return False
+        last_access = min(stored_at, tables.clock())
+        tables.put_object(IndexEntry(lease.object_id, row.size, frequency=1, last_access=last_access))
+        tables.drop_fetch(lease.object_id)
+        tables.failures.pop(lease.object_id, None)
+        tables.announce(Topic.FETCH_CHANGED, lease.object_id)
+        return True
+
+    async def park(self, lease: Lease) -> None:
+        row = self._tables.leased(lease)
+        if row:
+            self._tables.park(lease.object_id, row)
+            self._tables.announce(Topic.FETCH_CHANGED, lease.object_id)
+
+    async def release(self, lease: Lease) -> None:
+        if self._tables.leased(lease):
+            self._tables.drop_fetch(lease.object_id)
+            self._tables.announce(Topic.FETCH_CHANGED, lease.object_id)
+            self._tables.announce(Topic.SPACE_FREED, lease.object_id)
+
+    async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
+        tables, now = self._tables, self._tables.clock()
+        for expired in [known for known, (_, ends, _) in tables.failures.items() if ends <= now]:
+            del tables.failures[expired]
+        tables.failures[object_id] = (reason, now + seconds, seconds)
+        tables.announce(Topic.FETCH_CHANGED, object_id)
+
+    async def request_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
+        tables = self._tables
+        tables.space_requests[object_id] = (footprint(size), tables.clock() + seconds)
+        tables.announce(Topic.SPACE_REQUESTED, object_id)
+
+    async def forget(self, object_id: ObjectId, generation: int) -> bool:
+        entry = self._tables.objects.get(object_id)
+        if entry is None or entry.generation != generation:
+            return False
+        self._tables.drop_object(entry)
+        return True
+
+
+# The leader's verbs: eviction, reconciliation, policy.
+
+_ENTRIES_BATCH = 1000
+
+
+class MemoryEviction(MemoryFetching):
+    """See the port for each verb."""
+
+    async def lead(self, holder: str, seconds: float) -> Term | None:
+        tables, now = self._tables, self._tables.clock()
+        if tables.term is None or tables.term_ends <= now:
+            tables.term = Term(holder, tables.next_serial())
+        elif tables.term.holder != holder:
+            tables.term_ends = min(tables.term_ends, now + seconds)  # the clock may have been put back
+            return None
+        tables.term_ends = now + seconds
+        return tables.term
+
+    async def resign(self, term: Term) -> None:
+        if self._tables.is_leader(term):
+            self._tables.term = None
+
+    async def space_requested(self) -> int:
+        tables, now = self._tables, self._tables.clock()
+        tables.space_requests = {
+            known: request for known, request in tables.space_requests.items() if request[1] > now
+        }
+        return sum(wanted for wanted, _ in tables.space_requests.values())
+
+    async def begin_eviction(
+        self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
+    ) -> bool:
+        tables = self._tables
+        entry = tables.objects.get(object_id)
+        if not tables.is_leader(term) or entry is None or entry.evicting:
+            return False
+        if object_id in tables.pins and not even_pinned:
+            return False
+        if tables.clock() - entry.last_access < min_idle:
+            return False
+        # A new generation, so that nobody who saw the object before can forget it while its file may still be open
+        tables.objects[object_id] = replace(entry, evicting=True, generation=tables.next_serial())
+        return True
+
+    async def finish_eviction(self, term: Term, object_id: ObjectId) -> int:
+        entry = self._tables.objects.get(object_id)
+        if not self._tables.is_leader(term) or entry is None or not entry.evicting:
+            return 0
+        self._tables.drop_object(entry)
+        return footprint(entry.size)
+
+    async def begin_evictions(
+        self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
+    ) -> Sequence[bool]:
+        return [await self.begin_eviction(term, object_id, min_idle) for object_id in object_ids]
+
+    async def finish_evictions(self, term: Term, object_ids: Sequence[ObjectId]) -> Sequence[int]:
+        return [await self.finish_eviction(term, object_id) for object_id in object_ids]
+
+    async def cancel_eviction(self, term: Term, object_id: ObjectId) -> None:
+        entry = self._tables.objects.get(object_id)
+        if self._tables.is_leader(term) and entry and entry.evicting:
+            self._tables.objects[object_id] = replace(entry, evicting=False)
+
+    async def adopt(self, term: Term, entry: IndexEntry) -> bool:
+        tables, object_id = self._tables, entry.object_id
+        if not tables.is_leader(term) or object_id in tables.objects:
+            return False
+        if tables.phase(tables.row(object_id)) is FetchPhase.FETCHING:
+            return False
+        tables.put_object(entry)
+        if object_id in tables.rows:
+            tables.drop_fetch(object_id)
+            tables.announce(Topic.FETCH_CHANGED, object_id)
+        return True
+
+    async def adopt_many(self, term: Term, entries: Sequence[IndexEntry]) -> Sequence[bool]:
+        return [await self.adopt(term, entry) for entry in entries]
+
+    async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
+        tables, now = self._tables, self._tables.clock()
+        row = tables.row(object_id)
+        if not tables.is_leader(term) or (row and row.reserved):
+            return False
+        if row and tables.phase(row):
+            tables.rows[object_id] = replace(row, reserved=True, size=size)
+        else:
+            tables.rows[object_id] = FetchRow(FetchPhase.PARKED, True, size, 0, now, now, "")
+        tables.reserved += footprint(size)
+        return True
+
+    async def steal_lease(self, term: Term, object_id: ObjectId) -> Lease | None:
+        tables, now = self._tables, self._tables.clock()
+        row = tables.row(object_id)
+        if not tables.is_leader(term) or row is None or tables.phase(row) is not FetchPhase.PARKED:
+            return None
+        lease = Lease(object_id, tables.next_serial(), row.size, term.holder)
+        duration = tables.timeouts.lease_seconds
+        tables.rows[object_id] = FetchRow(
+            FetchPhase.FETCHING,
+            True,
+            row.size,
+            lease.token,
+            now + duration,
+            now,
+            term.holder,
+            duration=duration,
+        )
+        return lease
+
+    async def recount(self, term: Term, *, entries: bool = True) -> int:
+        tables = self._tables
+        if not tables.is_leader(term):
+            return 0
+        before = (tables.used, tables.reserved)
+        if entries:
+            tables.used = sum(footprint(entry.size) for entry in tables.objects.values())
+        tables.reserved = sum(footprint(row.size) for row in tables.rows.values() if row.reserved)
+        return abs(before[0] - tables.used) + abs(before[1] - tables.reserved)
+
+    async def set_reconciled(self, term: Term) -> None:
+        if self._tables.is_leader(term):
+            self._tables.reconciled = True
+
+    async def entries(self) -> AsyncIterator[Sequence[IndexEntry]]:
+        known = list(self._tables.objects)
+        for start in range(0, len(known), _ENTRIES_BATCH):
+            found = (
+                self._tables.objects.get(object_id) for object_id in known[start : start + _ENTRIES_BATCH]
+            )
+            yield [entry for entry in found if entry]
+
+    async def fetches(self) -> Sequence[Fetch]:
+        tables = self._tables
+        for object_id in [known for known in tables.rows if tables.phase(tables.row(known)) is None]:
+            del tables.rows[object_id]
+        return [fetch for object_id in tables.rows if (fetch := tables.fetch(object_id))]
+
+    async def read_accesses(self, position: str, at_most: int) -> tuple[str, Sequence[Access]]:
+        after = int(position or 0)
+        accesses: list[Access] = []
+        for serial, batch in islice((kept for kept in self._tables.accesses if kept[0] > after), at_most):
+            accesses.extend(batch)
+            position = str(serial)
+        return position, accesses
+
+    async def load_policy_state(self) -> PolicyState:
+        return self._tables.policy
+
+    async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
+        tables = self._tables
+        if not tables.is_leader(term):
+            return
+        for entry in entries:
+            known = tables.objects.get(entry.object_id)
+            if known:
+                tables.objects[entry.object_id] = replace(
+                    known, frequency=entry.frequency, last_access=entry.last_access, priority=entry.priority
+                )
+        tables.policy = state
+        while tables.accesses and tables.accesses[0][0] < int(state.position or 0):
+            tables.accesses.popleft()
+
+
+# The operator's part: orders, pins, purges, warming, tokens.
+
+
+class MemoryOrders(MemoryEviction):
+    """See the port for each verb."""
+
+    async def operator_state(self) -> OperatorState | None:
+        return self._tables.operator_state
+
+    async def change_operator_state(
+        self, expected_version: int, state: OperatorState
+    ) -> OperatorState | None:
+        known = self._tables.operator_state
+        if (known.version if known else 0) != expected_version:
+            return None
+        return self._write_operator_state(state)
+
+    async def restore_operator_state(self, snapshot: OperatorStateSnapshot) -> bool:
+        if self._tables.operator_state is not None:
+            return False
+        self._tables.pins.update(snapshot.pinned)
+        self._write_operator_state(snapshot.state)
+        return True
+
+    async def pinned(self) -> frozenset[ObjectId]:
+        return frozenset(self._tables.pins)
+
+    async def change_pins(self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()) -> int:
+        tables = self._tables
+        wrong = set(pin) - tables.pins, tables.pins & set(unpin)
+        tables.pins.update(pin)
+        tables.pins.difference_update(unpin)
+        changed = sum(map(len, wrong))
+        if changed:
+            self._write_operator_state(tables.operator_state or OperatorState())
+        return changed
+
+    async def request_purges(self, object_ids: Sequence[ObjectId]) -> None:
+        serial = self._tables.next_serial()
+        self._tables.purges.update(dict.fromkeys(object_ids, serial))
+        self._tables.announce(Topic.PURGE_REQUESTED)
+
+    async def pending_purges(self, at_most: int) -> Sequence[PurgeRequest]:
+        return [PurgeRequest(*request) for request in islice(self._tables.purges.items(), at_most)]
+
+    async def complete_purge(self, term: Term, request: PurgeRequest) -> None:
+        tables = self._tables
+        if tables.is_leader(term) and tables.purges.get(request.object_id) == request.serial:
+            del tables.purges[request.object_id]
+
+    async def start_warming(self, scope: WarmingScope) -> Warming | None:
+        tables = self._tables
+        if tables.warming is not None and not tables.warming.is_finished:
+            return None
+        tables.warming, tables.warming_lease = Warming(tables.next_serial(), scope), None
+        return tables.warming
+
+    async def warming(self) -> Warming | None:
+        return self._tables.warming
+
+    async def lease_warming(
+        self, holder: str, seconds: float, progress: Warming | None = None
+    ) -> Warming | None:
+        tables, now = self._tables, self._tables.clock()
+        warming = tables.warming
+        if warming is None or warming.is_finished:
+            return None
+        if (
+            tables.warming_lease is not None
+            and tables.warming_lease[0] != holder
+            and tables.warming_lease[1] > now
+        ):
+            return None
+        tables.warming_lease = (holder, now + seconds)
+        if progress is not None and progress.serial == warming.serial:
+            tables.warming = warming = progress
+        return warming
+
+    async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
+        tables, now = self._tables, self._tables.clock()
+        if issued < int(tables.started_at):
+            return False
+        for expired in [known for known, ends in tables.token_ids.items() if ends <= now]:
+            del tables.token_ids[expired]
+        if token_id in tables.token_ids:
+            return False
+        tables.token_ids[token_id] = now + seconds
+        return True
+
+    def _write_operator_state(self, state: OperatorState) -> OperatorState:
+        written = self._tables.operator_state = replace(state, version=self._tables.next_serial())
+        self._tables.announce(Topic.SETTINGS_CHANGED)
+        return written
+
+
+# The state store port in one process's memory.
 
 
 class MemoryStateStore(MemoryOrders):
     """`limit`: of the volume, in bytes; `clock`: POSIX seconds. All tasks of the process share one instance."""
 
-    def __init__(self, limit: int, times: StateTimes, clock: Callable[[], float]) -> None:
-        super().__init__(Tables(limit, times, clock))
+    def __init__(self, limit: int, timeouts: StateTimeouts, clock: Callable[[], float]) -> None:
+        super().__init__(Tables(limit, timeouts, clock))
 
     async def open(self) -> None:
         """Nothing to get ready."""
@@ -27,8 +478,8 @@ class MemoryStateStore(MemoryOrders):
     async def ping(self) -> None:
         """Always there."""
 
-    async def server_figures(self) -> None:
-        """No server, no figures."""
+    async def server_stats(self) -> None:
+        """No server, no stats."""
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[AsyncIterator[Announcement]]:

@@ -6,13 +6,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from shared.adapters.announcement_queue import AnnouncementQueue
-from shared.adapters.state_times import ACCESS_BATCHES_KEPT, StateTimes
-from shared.domain.objects import ObjectId
-from shared.domain.orders import Orders
-from shared.domain.space import footprint
-from shared.domain.warming import Warming
-from shared.ports.state_store import (
+from distributor_node.shared.adapters.state_common import MAX_ACCESS_BATCHES, AnnouncementQueue, StateTimeouts
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import OperatorState, Warming
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import (
     Access,
     Announcement,
     Failure,
@@ -20,8 +18,8 @@ from shared.ports.state_store import (
     FetchPhase,
     IndexEntry,
     Lease,
+    ObjectStatus,
     PolicyState,
-    Standing,
     Term,
     Topic,
 )
@@ -29,7 +27,7 @@ from shared.ports.state_store import (
 
 @dataclass(frozen=True, slots=True)
 class FetchRow:
-    """A fetch as written; `ends` and `since` on the store's clock, `lasts` the seconds for which it was written.
+    """A fetch as written; `ends` and `since` on the store's clock, `duration` the seconds for which it was written.
     `reserved`: `footprint(size)` bytes are, whatever the phase."""
 
     phase: FetchPhase
@@ -40,7 +38,7 @@ class FetchRow:
     since: float
     worker: str
     source: str | None = None
-    lasts: float = 0.0
+    duration: float = 0.0
 
 
 @dataclass(slots=True)
@@ -48,35 +46,35 @@ class Tables:
     """All state. `clock`: POSIX seconds."""
 
     limit: int
-    times: StateTimes
+    timeouts: StateTimeouts
     clock: Callable[[], float]
     objects: dict[ObjectId, IndexEntry] = field(default_factory=dict)
     rows: dict[ObjectId, FetchRow] = field(default_factory=dict)
     failures: dict[ObjectId, tuple[str, float, float]] = field(default_factory=dict)
     """Reason, when it is forgotten, and the seconds from its recording to then."""
-    wishes: dict[ObjectId, tuple[int, float]] = field(default_factory=dict)
+    space_requests: dict[ObjectId, tuple[int, float]] = field(default_factory=dict)
     accesses: deque[tuple[int, Sequence[Access]]] = field(
-        default_factory=lambda: deque(maxlen=ACCESS_BATCHES_KEPT)
+        default_factory=lambda: deque(maxlen=MAX_ACCESS_BATCHES)
     )
     policy: PolicyState = field(default_factory=PolicyState)
     used: int = 0
     reserved: int = 0
-    turnover: int = 0
+    churn: int = 0
     serial: int = 0
-    accounted: bool = False
+    reconciled: bool = False
     term: Term | None = None
     term_ends: float = 0.0
-    orders: Orders | None = None
+    operator_state: OperatorState | None = None
     pins: set[ObjectId] = field(default_factory=set)
     purges: dict[ObjectId, int] = field(default_factory=dict)
     warming: Warming | None = None
-    warmer: tuple[str, float] | None = None
-    tickets: dict[str, float] = field(default_factory=dict)
-    begun: float = field(init=False)
+    warming_lease: tuple[str, float] | None = None
+    token_ids: dict[str, float] = field(default_factory=dict)
+    started_at: float = field(init=False)
     listeners: set[AnnouncementQueue] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.begun = self.clock()
+        self.started_at = self.clock()
 
     def next_serial(self) -> int:
         self.serial += 1
@@ -86,14 +84,14 @@ class Tables:
         for listener in self.listeners:
             listener.put(Announcement(topic, object_id))
 
-    def in_office(self, term: Term) -> bool:
+    def is_leader(self, term: Term) -> bool:
         return self.term == term and self.clock() < self.term_ends
 
     def row(self, object_id: ObjectId) -> FetchRow | None:
         """The fetch of an object. One that ends later than it was written for was written before the clock was put
         back: it lasts no longer from now."""
         row = self.rows.get(object_id)
-        if row and row.ends > (latest := self.clock() + row.lasts):
+        if row and row.ends > (latest := self.clock() + row.duration):
             row = self.rows[object_id] = replace(row, ends=latest)
         return row
 
@@ -116,7 +114,7 @@ class Tables:
 
     def park(self, object_id: ObjectId, row: FetchRow) -> None:
         now = self.clock()
-        self.rows[object_id] = replace(row, phase=FetchPhase.PARKED, ends=now, since=now, lasts=0.0)
+        self.rows[object_id] = replace(row, phase=FetchPhase.PARKED, ends=now, since=now, duration=0.0)
 
     def drop_fetch(self, object_id: ObjectId) -> None:
         """End a fetch and give its reservation back."""
@@ -137,7 +135,7 @@ class Tables:
 
     def _add_used(self, more: int) -> None:
         self.used += more
-        self.turnover += abs(more)
+        self.churn += abs(more)
 
     def fetch(self, object_id: ObjectId) -> Fetch | None:
         row = self.row(object_id)
@@ -157,10 +155,10 @@ class Tables:
             age=max(0.0, now - since),
         )
 
-    def standing(self, object_id: ObjectId) -> Standing:
+    def object_status(self, object_id: ObjectId) -> ObjectStatus:
         fetch = self.fetch(object_id)
-        reason, ends, lasts = self.failures.get(object_id, ("", 0.0, 0.0))
-        left = min(ends - self.clock(), lasts)
+        reason, ends, duration = self.failures.get(object_id, ("", 0.0, 0.0))
+        left = min(ends - self.clock(), duration)
         # While somebody tries again, nothing has failed
         failed = left > 0 and not (fetch and fetch.phase is FetchPhase.FETCHING)
-        return Standing(fetch, Failure(reason, left) if failed else None)
+        return ObjectStatus(fetch, Failure(reason, left) if failed else None)

@@ -1,5 +1,5 @@
 """The state store on Redis 7.0 or newer (one server, or one with replicas; no cluster). Keys and Lua live here only."""
 
-from shared.adapters.state_redis.store import RedisStateStore
+from distributor_node.shared.adapters.state_redis.store import RedisStateStore
 
 __all__ = ["RedisStateStore"]

@@ -1,11 +1,14 @@
-"""One bounded way to the server: every command and script passes here, every library error is translated and counted
-here."""
+"""While the server cannot be reached, most verbs fail at once: a thousand misses must not wait a second each."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 
 import structlog
@@ -16,20 +19,85 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from shared.adapters.state_redis.gate import Gate
-from shared.adapters.state_redis.keys import Keys
-from shared.adapters.state_redis.lua import Script, load_scripts
-from shared.domain.errors import ConfigurationError, StateStoreUnavailable
-from shared.domain.objects import ObjectId
-from shared.domain.space import RECORD_BYTES
-from shared.observability.metrics import STATE_STORE_ERRORS
+from distributor_node.shared.adapters.state_redis.records import Keys
+from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import RECORD_BYTES
+from distributor_node.shared.observability.metrics import STATE_STORE_ERRORS
 
-CONNECTIONS = 32
-
-_log = structlog.get_logger()
+OPEN_SECONDS = 0.5
 
 
-def make_client(url: str, connect_timeout: float, connections: int = CONNECTIONS) -> aioredis.Redis:
+class CircuitBreaker:
+    """Open for a moment after each failure to reach the server; then one verb at a time goes through to try."""
+
+    def __init__(self, open_seconds: float = OPEN_SECONDS) -> None:
+        self._open_seconds = open_seconds
+        self._cause: BaseException | None = None
+        self._open_until = 0.0
+        self._probing = False
+
+    def before_call(self) -> bool:
+        """True if the caller is the one that tries. Raises StateStoreUnavailable while open."""
+        if self._cause is None:
+            return False
+        if self._probing or time.monotonic() < self._open_until:
+            raise StateStoreUnavailable("state store out of reach a moment ago") from self._cause
+        self._probing = True
+        return True
+
+    def after_call(self, probe: bool) -> None:
+        """Must follow each `before_call` that returned, whatever the end; else nobody would try again."""
+        if probe:
+            self._probing = False
+
+    def on_success(self) -> None:
+        """The server answered."""
+        self._cause = None
+
+    def on_failure(self, cause: BaseException) -> bool:
+        """The server did not answer. True if it did before."""
+        was_closed = self._cause is None
+        self._cause = cause
+        self._open_until = time.monotonic() + self._open_seconds
+        return was_closed
+
+
+# The Lua scripts, read from the package.
+
+_PRELUDE = "records.lua"
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A whole script and the digest by which the server knows it."""
+
+    text: str
+    digest: str
+
+
+def load_scripts() -> dict[str, Script]:
+    """All scripts by file name, without the suffix."""
+    folder = resources.files("distributor_node.shared.adapters.state_redis.scripts")
+    prelude = (folder / _PRELUDE).read_text()
+    scripts: dict[str, Script] = {}
+    for file in folder.iterdir():
+        if file.name.endswith(".lua") and file.name != _PRELUDE:
+            text = f"{prelude}\n{file.read_text()}"
+            digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+            scripts[file.name.removesuffix(".lua")] = Script(text, digest)
+    return scripts
+
+
+# One bounded way to the server: every command and script passes here, every library error is translated and counted
+# here.
+
+MAX_CONNECTIONS = 32
+
+logger = structlog.get_logger()
+
+
+def make_client(url: str, connect_timeout: float, connections: int = MAX_CONNECTIONS) -> aioredis.Redis:
     """A client that connects when first used.
 
     No retries: the library's default of ten would outlast every time limit, and repeating a verb whose reply was lost
@@ -58,8 +126,8 @@ class RedisConnection:
         self.keys = Keys(prefix)
         self.timeout = timeout
         self._client = make_client(url, timeout)
-        self._free = asyncio.Semaphore(CONNECTIONS)
-        self._gate = Gate()
+        self._free = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._breaker = CircuitBreaker()
         self._scripts: dict[str, Script] = {}
 
     def open(self) -> None:
@@ -70,7 +138,7 @@ class RedisConnection:
             await self._client.aclose()
         except (RedisError, OSError) as error:
             # Only the farewell failed: the sockets are closed all the same
-            _log.debug("state_store_close_failed", reason=_described(error))
+            logger.debug("state_store_close_failed", reason=_describe(error))
 
     async def run(self, script: str, object_id: ObjectId | str, *arguments: str | int | float) -> Any:
         """Run one script from the scripts folder; `arguments` are its ARGV from the fourth on."""
@@ -102,23 +170,23 @@ class RedisConnection:
 
     @asynccontextmanager
     async def _bounded(self, operation: str) -> AsyncIterator[None]:
-        """The one boundary: gate, time limit, a free connection, translation of errors, and their count."""
+        """The one boundary: breaker, time limit, a free connection, translation of errors, and their count."""
         try:
-            probe = self._gate.enter()
+            probe = self._breaker.before_call()
             try:
                 async with asyncio.timeout(self.timeout), self._free:
                     yield
-                self._gate.open()
+                self._breaker.on_success()
             except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-                if self._gate.close(error):
+                if self._breaker.on_failure(error):
                     await self._drop_idle()
-                raise StateStoreUnavailable(f"state store did not answer: {_described(error)}") from error
+                raise StateStoreUnavailable(f"state store did not answer: {_describe(error)}") from error
             except RedisError as error:
                 # The server is there, but refuses: out of memory, read-only replica, failing disk
-                self._gate.open()
-                raise StateStoreUnavailable(f"state store refused: {_described(error)}") from error
+                self._breaker.on_success()
+                raise StateStoreUnavailable(f"state store refused: {_describe(error)}") from error
             finally:
-                self._gate.leave(probe)
+                self._breaker.after_call(probe)
         except StateStoreUnavailable:
             STATE_STORE_ERRORS.labels(operation=operation).inc()
             raise
@@ -130,5 +198,5 @@ class RedisConnection:
             await self._client.connection_pool.disconnect(inuse_connections=False)
 
 
-def _described(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__} {error}".strip()

@@ -12,17 +12,17 @@ from redis.asyncio.client import PubSub
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from shared.adapters.announcement_queue import AnnouncementQueue
-from shared.adapters.state_redis.connection import make_client
-from shared.adapters.state_redis.records import read_announcement
-from shared.ports.state_store import Announcement, Topic
+from distributor_node.shared.adapters.state_common import AnnouncementQueue
+from distributor_node.shared.adapters.state_redis.connection import make_client
+from distributor_node.shared.adapters.state_redis.records import read_announcement
+from distributor_node.shared.ports.state_store import Announcement, Topic
 
-_PING_AFTER_SECONDS = 2.0
-"""Silence after which the server is asked for a sign of life; as long again without one ends the connection."""
+_PING_INTERVAL = 2.0
+"""Silence after which the server is asked for a heartbeat; as long again without one ends the connection."""
 
-_FIRST_DELAY_SECONDS, _LONGEST_DELAY_SECONDS = 0.1, 2.0
+_INITIAL_DELAY, _MAX_DELAY = 0.1, 2.0
 
-_log = structlog.get_logger()
+logger = structlog.get_logger()
 
 
 @asynccontextmanager
@@ -52,17 +52,17 @@ class _Listener:
 
     async def run(self) -> None:
         """Subscribe, read, begin again, until cancelled."""
-        delay = _FIRST_DELAY_SECONDS
+        delay = _INITIAL_DELAY
         while True:
             try:
                 await self._listen_once()
             except (RedisError, OSError) as error:
                 if self.subscribed.is_set():
-                    delay = _FIRST_DELAY_SECONDS
+                    delay = _INITIAL_DELAY
                     self.subscribed.clear()
-                    _log.warning("state_store_announcements_lost", reason=f"{type(error).__name__} {error}")
+                    logger.warning("state_store_subscription_lost", reason=f"{type(error).__name__} {error}")
             await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
-            delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
+            delay = min(2 * delay, _MAX_DELAY)
 
     async def _listen_once(self) -> None:
         client = make_client(self._url, self._timeout, connections=1)
@@ -78,8 +78,8 @@ class _Listener:
     async def _read(self, pubsub: PubSub) -> None:
         pinged = False
         while True:
-            async with asyncio.timeout(_PING_AFTER_SECONDS + self._timeout):
-                message = await pubsub.get_message(timeout=_PING_AFTER_SECONDS)
+            async with asyncio.timeout(_PING_INTERVAL + self._timeout):
+                message = await pubsub.get_message(timeout=_PING_INTERVAL)
             if message is None:
                 if pinged:
                     raise RedisConnectionError("no answer to a ping")

@@ -1,25 +1,103 @@
-"""Between the store's replies and the port's values."""
+"""The names of all keys. A prefix with a hash tag, such as `{node-1}:`, keeps them on one shard of a proxy."""
 
 from __future__ import annotations
 
 import json
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from shared.domain.objects import ObjectId
-from shared.ports.server_figures import ServerFigures
-from shared.ports.state_store import (
-    ACCESS_GRAIN,
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports.state_store import (
+    ACCESS_TIME_RESOLUTION,
     Access,
     Announcement,
     Failure,
     Fetch,
     FetchPhase,
     IndexEntry,
-    Standing,
+    ObjectStatus,
+    ServerStats,
     Topic,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """
+    objects   HASH    object id → packed record (records.py)
+    fetches   HASH    object id → packed fetch (records.lua)
+    usage     HASH    used, reserved (bytes), serial (tokens, generations), accounted (run id of the server)
+    wishes    HASH    object id → bytes wanted and until when
+    leader    STRING  "token holder", runs out
+    policy    HASH    inflation, position
+    accesses  STREAM  batches of accesses, bounded
+    failure:… STRING  reason, one per object, runs out
+    orders    HASH    version, orders (JSON), what the operator has ordered
+    pins      SET     objects that are never evicted to make room
+    purges    HASH    object id → serial of the request
+    warming   HASH    serial, warming (JSON), holder and until when (POSIX milliseconds)
+    ticket:…  STRING  used once, runs out
+    """
+
+    prefix: str
+
+    def all_for(self, object_id: str) -> tuple[str, ...]:
+        """What each script is given as KEYS, in the order that records.lua expects."""
+        prefix = self.prefix
+        return (
+            f"{prefix}objects",
+            f"{prefix}fetches",
+            f"{prefix}usage",
+            f"{prefix}wishes",
+            f"{prefix}leader",
+            self.policy,
+            self.accesses,
+            f"{prefix}failure:{object_id}",
+            self.operator_state,
+            self.pins,
+            self.purges,
+            self.warming,
+        )
+
+    @property
+    def objects(self) -> str:
+        return f"{self.prefix}objects"
+
+    @property
+    def policy(self) -> str:
+        return f"{self.prefix}policy"
+
+    @property
+    def accesses(self) -> str:
+        return f"{self.prefix}accesses"
+
+    @property
+    def operator_state(self) -> str:
+        return f"{self.prefix}orders"
+
+    @property
+    def pins(self) -> str:
+        return f"{self.prefix}pins"
+
+    @property
+    def purges(self) -> str:
+        return f"{self.prefix}purges"
+
+    @property
+    def warming(self) -> str:
+        return f"{self.prefix}warming"
+
+    def token_id(self, name: str) -> str:
+        return f"{self.prefix}ticket:{name}"
+
+    @property
+    def channel(self) -> str:
+        return f"{self.prefix}announcements"
+
+
+# Between the store's replies and the port's values.
 
 _OBJECT = struct.Struct("<IIHIHdIH")
 """Views × 2 + state, size, last access, priority, generation: 30 bytes, written by records.lua. Whole numbers of six
@@ -34,7 +112,7 @@ def read_entry(object_id: bytes, packed: bytes) -> IndexEntry:
         object_id=ObjectId(object_id.decode()),
         size=size | more_size << 32,
         frequency=counted >> 1,
-        last_access=(accessed | more_accessed << 32) * ACCESS_GRAIN,
+        last_access=(accessed | more_accessed << 32) * ACCESS_TIME_RESOLUTION,
         priority=priority,
         evicting=bool(counted & 1),
         generation=generation | more_generation << 32,
@@ -54,9 +132,9 @@ def read_fetch(object_id: ObjectId, shown: Sequence[Any]) -> Fetch:
     )
 
 
-def read_standing(object_id: ObjectId, reply: Sequence[Any]) -> Standing:
+def read_object_status(object_id: ObjectId, reply: Sequence[Any]) -> ObjectStatus:
     shown, reason, left = reply
-    return Standing(
+    return ObjectStatus(
         fetch=read_fetch(object_id, shown) if shown else None,
         failure=Failure(reason.decode(), max(0, left) / 1000) if reason else None,
     )
@@ -83,9 +161,9 @@ def read_announcement(message: bytes) -> Announcement | None:
         return None
 
 
-def read_server_figures(info: Mapping[str, Any]) -> ServerFigures:
+def read_server_stats(info: Mapping[str, Any]) -> ServerStats:
     """`info`: the reply to INFO, parsed. Servers that are told to keep nothing on disk count as saving."""
-    return ServerFigures(
+    return ServerStats(
         memory=int(info["used_memory"]),
         memory_limit=int(info["maxmemory"]),
         clients=int(info["connected_clients"]),

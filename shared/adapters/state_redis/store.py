@@ -1,24 +1,366 @@
-"""The state store port on Redis."""
+"""The verbs of requests: look, claim, count accesses, announce."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 
-from shared.adapters.state_redis.connection import RedisConnection
-from shared.adapters.state_redis.listener import listen
-from shared.adapters.state_redis.orders import RedisOrders
-from shared.adapters.state_redis.records import read_server_figures
-from shared.adapters.state_times import StateTimes
-from shared.ports.server_figures import ServerFigures
-from shared.ports.state_store import Announcement
+import structlog
+
+from distributor_node.shared.adapters.state_common import MAX_ACCESS_BATCHES, StateTimeouts
+from distributor_node.shared.adapters.state_redis.connection import RedisConnection
+from distributor_node.shared.adapters.state_redis.listener import listen
+from distributor_node.shared.adapters.state_redis.records import (
+    pack_accesses,
+    pack_announcement,
+    read_accesses,
+    read_entry,
+    read_fetch,
+    read_object_status,
+    read_server_stats,
+)
+from distributor_node.shared.domain.errors import InvalidInput, StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import (
+    OperatorState,
+    OperatorStateSnapshot,
+    Warming,
+    WarmingScope,
+    decode_operator_state,
+    decode_warming,
+    encode_operator_state,
+    encode_warming,
+)
+from distributor_node.shared.domain.space import Usage
+from distributor_node.shared.ports.state_store import (
+    Access,
+    AlreadyStored,
+    Announcement,
+    BeginResult,
+    Claim,
+    Fetch,
+    Granted,
+    HeldElsewhere,
+    IndexEntry,
+    Lease,
+    NeverFits,
+    NoSpace,
+    NotReconciled,
+    ObjectStatus,
+    PolicyState,
+    PurgeRequest,
+    ServerStats,
+    Term,
+)
+
+logger = structlog.get_logger()
+
+
+def milliseconds(seconds: float) -> int:
+    """At least one: Redis takes no expiry of nothing."""
+    return max(1, round(seconds * 1000))
+
+
+class RedisRequests:
+    """See the port for each verb."""
+
+    def __init__(self, connection: RedisConnection, limit: int, timeouts: StateTimeouts) -> None:
+        self._connection = connection
+        self._limit = limit
+        self._timeouts = timeouts
+
+    async def find(self, object_id: ObjectId) -> ObjectStatus:
+        return read_object_status(object_id, await self._connection.run("find", object_id))
+
+    async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
+        duration = milliseconds(self._timeouts.claim_seconds)
+        reply = await self._connection.run("claim", object_id, claimant, duration)
+        if reply == 1:
+            return Claim(won=True, status=ObjectStatus(fetch=None, failure=None))
+        return Claim(won=False, status=read_object_status(object_id, reply))
+
+    async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
+        duration = milliseconds(self._timeouts.queued_seconds)
+        await self._connection.run("mark_queued", object_id, claimant, duration)
+
+    async def release_claim(self, object_id: ObjectId, claimant: str) -> None:
+        await self._connection.run("withdraw", object_id, claimant)
+
+    async def usage(self) -> Usage:
+        reply = await self._connection.run("usage", "")
+        used, reserved, objects, fetches, reconciled, churn = reply
+        return Usage(self._limit, used, reserved, objects, fetches, bool(reconciled), churn)
+
+    async def record_accesses(self, accesses: Sequence[Access]) -> None:
+        if accesses:
+            log = self._connection.keys.accesses
+            bound = ("MAXLEN", "~", MAX_ACCESS_BATCHES)
+            await self._connection.command("XADD", log, *bound, "*", "batch", pack_accesses(accesses))
+
+    async def announce(self, announcement: Announcement) -> None:
+        channel = self._connection.keys.channel
+        try:
+            await self._connection.command("PUBLISH", channel, pack_announcement(announcement))
+        except StateStoreUnavailable as error:
+            logger.debug("announcement_failed", topic=announcement.topic, reason=str(error))
+
+
+# The verbs of fetchers: begin, renew and end a fetch.
+
+
+class RedisFetching(RedisRequests):
+    """See the port for each verb."""
+
+    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
+        lease = milliseconds(self._timeouts.lease_seconds)
+        answer, *values = await self._connection.run("begin", object_id, size, worker, lease, self._limit)
+        match answer:
+            case b"granted":
+                return Granted(Lease(object_id, values[0], size, worker), resumed=bool(values[1]))
+            case b"stored":
+                return AlreadyStored(generation=values[0])
+            case b"held":
+                return HeldElsewhere(seconds_left=values[0] / 1000)
+            case b"no_space":
+                return NoSpace(missing=values[0])
+            case b"never_fits":
+                return NeverFits()
+            case _:
+                return NotReconciled()
+
+    async def renew(self, lease: Lease, source: str | None = None) -> bool:
+        duration = milliseconds(self._timeouts.lease_seconds)
+        return bool(await self._run_leased("renew", lease, duration, source or ""))
+
+    async def commit(self, lease: Lease, stored_at: float) -> bool:
+        return bool(await self._run_leased("commit", lease, stored_at))
+
+    async def park(self, lease: Lease) -> None:
+        await self._run_leased("park", lease)
+
+    async def release(self, lease: Lease) -> None:
+        await self._run_leased("release", lease)
+
+    async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
+        await self._connection.run("record_failure", object_id, reason, milliseconds(seconds))
+
+    async def request_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
+        await self._connection.run("want_space", object_id, size, milliseconds(seconds))
+
+    async def forget(self, object_id: ObjectId, generation: int) -> bool:
+        return bool(await self._connection.run("forget", object_id, generation))
+
+    async def _run_leased(self, script: str, lease: Lease, *arguments: str | int | float) -> object:
+        reply: object = await self._connection.run(
+            script, lease.object_id, lease.token, lease.worker, *arguments
+        )
+        return reply
+
+
+# The leader's verbs: eviction, reconciliation, policy.
+
+_ENTRIES_BATCH = 1000
+
+
+class RedisEviction(RedisFetching):
+    """See the port for each verb."""
+
+    async def lead(self, holder: str, seconds: float) -> Term | None:
+        token = await self._connection.run("lead", "", holder, milliseconds(seconds))
+        return Term(holder, token) if token else None
+
+    async def resign(self, term: Term) -> None:
+        await self._run_as_leader("resign", term)
+
+    async def space_requested(self) -> int:
+        return int(await self._connection.run("space_wanted", ""))
+
+    async def begin_eviction(
+        self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
+    ) -> bool:
+        arguments = (min_idle, int(even_pinned), object_id)
+        return (await self._query_as_leader("begin_eviction", term, *arguments)) == [1]
+
+    async def finish_eviction(self, term: Term, object_id: ObjectId) -> int:
+        [freed] = await self._query_as_leader("finish_eviction", term, object_id)
+        return freed
+
+    async def begin_evictions(
+        self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
+    ) -> Sequence[bool]:
+        begun = await self._query_as_leader("begin_eviction", term, min_idle, 0, *object_ids)
+        return [answer == 1 for answer in begun]
+
+    async def finish_evictions(self, term: Term, object_ids: Sequence[ObjectId]) -> Sequence[int]:
+        return await self._query_as_leader("finish_eviction", term, *object_ids)
+
+    async def cancel_eviction(self, term: Term, object_id: ObjectId) -> None:
+        await self._run_as_leader("cancel_eviction", term, object_id)
+
+    async def adopt(self, term: Term, entry: IndexEntry) -> bool:
+        [adopted] = await self.adopt_many(term, [entry])
+        return adopted
+
+    async def adopt_many(self, term: Term, entries: Sequence[IndexEntry]) -> Sequence[bool]:
+        values: list[str | int | float] = []
+        for entry in entries:
+            values += (entry.object_id, entry.size, entry.frequency, entry.last_access, entry.priority)
+        return [answer == 1 for answer in await self._query_as_leader("adopt", term, *values)]
+
+    async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
+        return bool(await self._run_as_leader("adopt_partial", term, object_id, size))
+
+    async def steal_lease(self, term: Term, object_id: ObjectId) -> Lease | None:
+        duration = milliseconds(self._timeouts.lease_seconds)
+        reply = await self._run_as_leader("seize", term, object_id, term.holder, duration)
+        if not isinstance(reply, list):
+            return None
+        token, size = reply
+        return Lease(object_id, token, size, term.holder)
+
+    async def recount(self, term: Term, *, entries: bool = True) -> int:
+        return int(str(await self._run_as_leader("recount", term, "", int(entries))))
+
+    async def set_reconciled(self, term: Term) -> None:
+        await self._run_as_leader("set_accounted", term)
+
+    async def entries(self) -> AsyncIterator[Sequence[IndexEntry]]:
+        cursor = 0
+        while True:
+            scan = ("HSCAN", self._connection.keys.objects, cursor, "COUNT", _ENTRIES_BATCH)
+            cursor, found = await self._connection.command(*scan)
+            if found:
+                yield [read_entry(object_id, packed) for object_id, packed in found.items()]
+            if cursor == 0:
+                return
+
+    async def fetches(self) -> Sequence[Fetch]:
+        found = await self._connection.run("fetches", "")
+        return [read_fetch(ObjectId(object_id.decode()), shown) for object_id, shown in found]
+
+    async def read_accesses(self, position: str, at_most: int) -> tuple[str, Sequence[Access]]:
+        after = f"({position}" if position else "-"
+        log = self._connection.keys.accesses
+        batches = await self._connection.command("XRANGE", log, after, "+", "COUNT", at_most)
+        accesses: list[Access] = []
+        for batch_id, fields in batches:
+            accesses.extend(read_accesses(fields[b"batch"]))
+            position = batch_id.decode()
+        return position, accesses
+
+    async def load_policy_state(self) -> PolicyState:
+        found = await self._connection.command("HMGET", self._connection.keys.policy, "inflation", "position")
+        inflation, position = found
+        return PolicyState(float(inflation or 0), (position or b"").decode())
+
+    async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
+        values: list[str | int | float] = []
+        for entry in entries:
+            values += (entry.object_id, entry.frequency, entry.last_access, entry.priority)
+        await self._run_as_leader("save_policy", term, "", state.inflation, state.position, *values)
+
+    async def _run_as_leader(
+        self, script: str, term: Term, object_id: ObjectId | str = "", *arguments: str | int | float
+    ) -> object:
+        term_value = f"{term.token} {term.holder}"
+        reply: object = await self._connection.run(script, object_id, term_value, *arguments)
+        return reply
+
+    async def _query_as_leader(self, script: str, term: Term, *arguments: str | int | float) -> list[int]:
+        """A script about many objects: one number for each."""
+        reply = await self._run_as_leader(script, term, "", *arguments)
+        return reply if isinstance(reply, list) else []
+
+
+# The operator's part: orders, pins, purges, warming, tokens.
+
+
+class RedisOrders(RedisEviction):
+    """See the port for each verb."""
+
+    async def operator_state(self) -> OperatorState | None:
+        keys = self._connection.keys
+        version, text = await self._connection.command("HMGET", keys.operator_state, "version", "orders")
+        if version is None or text is None:
+            return None
+        try:
+            return decode_operator_state(text, int(version))
+        except InvalidInput as error:
+            raise StateStoreUnavailable(str(error)) from error
+
+    async def change_operator_state(
+        self, expected_version: int, state: OperatorState
+    ) -> OperatorState | None:
+        version = await self._connection.run(
+            "change_orders", "", expected_version, encode_operator_state(state)
+        )
+        return replace(state, version=version) if version else None
+
+    async def restore_operator_state(self, snapshot: OperatorStateSnapshot) -> bool:
+        arguments = (encode_operator_state(snapshot.state), *snapshot.pinned)
+        return bool(await self._connection.run("restore_orders", "", *arguments))
+
+    async def pinned(self) -> frozenset[ObjectId]:
+        found = await self._connection.command("SMEMBERS", self._connection.keys.pins)
+        return frozenset(ObjectId(object_id.decode()) for object_id in found)
+
+    async def change_pins(self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()) -> int:
+        first = encode_operator_state(OperatorState())
+        return int(await self._connection.run("change_pins", "", first, len(pin), *pin, *unpin))
+
+    async def request_purges(self, object_ids: Sequence[ObjectId]) -> None:
+        await self._connection.run("want_purges", "", *object_ids)
+
+    async def pending_purges(self, at_most: int) -> Sequence[PurgeRequest]:
+        keys = self._connection.keys
+        # Unlike HSCAN it says how many at most; requests that cannot be fulfilled now do not stand in the others' way.
+        found = await self._connection.command("HRANDFIELD", keys.purges, at_most, "WITHVALUES")
+        pairs = zip(found[::2], found[1::2], strict=True)
+        return [PurgeRequest(ObjectId(object_id.decode()), int(serial)) for object_id, serial in pairs]
+
+    async def complete_purge(self, term: Term, request: PurgeRequest) -> None:
+        await self._run_as_leader("end_purge", term, request.object_id, request.serial)
+
+    async def start_warming(self, scope: WarmingScope) -> Warming | None:
+        ordered = Warming(0, scope)
+        serial = await self._connection.run("order_warming", "", encode_warming(ordered))
+        return replace(ordered, serial=serial) if serial else None
+
+    async def warming(self) -> Warming | None:
+        keys = self._connection.keys
+        serial, text = await self._connection.command("HMGET", keys.warming, "serial", "warming")
+        return None if serial is None else _read_warming(text, int(serial))
+
+    async def lease_warming(
+        self, holder: str, seconds: float, progress: Warming | None = None
+    ) -> Warming | None:
+        reported: tuple[int, str, str] = (0, "", "")
+        if progress is not None:
+            reported = (progress.serial, progress.state, encode_warming(progress))
+        reply = await self._connection.run("tend_warming", "", holder, milliseconds(seconds), *reported)
+        return None if reply is None else _read_warming(reply[1], int(reply[0]))
+
+    async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
+        key = self._connection.keys.token_id(token_id)
+        return bool(await self._connection.command("SET", key, 1, "NX", "PX", milliseconds(seconds)))
+
+
+def _read_warming(text: bytes, serial: int) -> Warming:
+    try:
+        return decode_warming(text, serial)
+    except InvalidInput as error:
+        raise StateStoreUnavailable(str(error)) from error
+
+
+# The state store port on Redis.
 
 
 class RedisStateStore(RedisOrders):
     """`url`: redis://, rediss:// or unix://; `prefix`: before all keys; `limit`: of the volume, in bytes."""
 
-    def __init__(self, url: str, prefix: str, limit: int, times: StateTimes) -> None:
-        super().__init__(RedisConnection(url, prefix, times.operation_timeout), limit, times)
+    def __init__(self, url: str, prefix: str, limit: int, timeouts: StateTimeouts) -> None:
+        super().__init__(RedisConnection(url, prefix, timeouts.operation_timeout), limit, timeouts)
 
     async def open(self) -> None:
         self._connection.open()
@@ -29,8 +371,8 @@ class RedisStateStore(RedisOrders):
     async def ping(self) -> None:
         await self._connection.command("PING")
 
-    async def server_figures(self) -> ServerFigures:
-        return read_server_figures(await self._connection.command("INFO"))
+    async def server_stats(self) -> ServerStats:
+        return read_server_stats(await self._connection.command("INFO"))
 
     def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Announcement]]:
-        return listen(self._connection.url, self._connection.keys.channel, self._times.operation_timeout)
+        return listen(self._connection.url, self._connection.keys.channel, self._timeouts.operation_timeout)

@@ -1,7 +1,7 @@
 """The volume: the directory that the services share, and the truth about what is cached.
 
-    objects/<fan>/<id>     a complete, verified object; it got here by one rename, after fsync
-    records/<fan>/<id>     its record (JSON, at most RECORD_BYTES): size, hash, entity tag, media type
+    objects/<shard>/<id>     a complete, verified object; it got here by one rename, after fsync
+    records/<shard>/<id>     its record (JSON, at most RECORD_BYTES): size, hash, entity tag, media type
     incoming/<id>.part     a partial download; its size is its progress
     incoming/<id>.json     what the partial download will be: size, hash
     leaving/<id>           an object that was removed while somebody was sending it
@@ -16,15 +16,18 @@ Three facts live in the file system itself, so that they hold across processes a
 All calls block (briefly, but for fsync, scans and hashing): in an event loop, run those in a thread.
 """
 
-from shared.adapters.volume.partial import PartialFile, PartialHeld, PartialReader, PartialState
-from shared.adapters.volume.reader import FileIdentity, OpenObject
-from shared.adapters.volume.removal import Removal, RemovalState
-from shared.adapters.volume.scan import Foreign, FoundObject, FoundPartial
-from shared.adapters.volume.volume import Volume
+from distributor_node.shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, RemovalState
+from distributor_node.shared.adapters.volume.partial import (
+    PartialFile,
+    PartialHeld,
+    PartialReader,
+    PartialState,
+)
+from distributor_node.shared.adapters.volume.scan import FoundObject, FoundPartial, UnknownFile
+from distributor_node.shared.adapters.volume.volume import Volume
 
 __all__ = [
     "FileIdentity",
-    "Foreign",
     "FoundObject",
     "FoundPartial",
     "OpenObject",
@@ -34,5 +37,6 @@ __all__ = [
     "PartialState",
     "Removal",
     "RemovalState",
+    "UnknownFile",
     "Volume",
 ]

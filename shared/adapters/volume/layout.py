@@ -12,30 +12,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from shared.domain.errors import VolumeError, VolumeFull
+from distributor_node.shared.domain.errors import VolumeError, VolumeFull
 
-OBJECTS, RECORDS, INCOMING, LEAVING = "objects", "records", "incoming", "leaving"
-PARTS = (OBJECTS, RECORDS, INCOMING, LEAVING)
-FANS = tuple(f"{number:02x}" for number in range(256))
+OBJECTS, RECORDS, INCOMING, TRASH = "objects", "records", "incoming", "leaving"
+TOP_DIRECTORIES = (OBJECTS, RECORDS, INCOMING, TRASH)
+SHARDS = tuple(f"{number:02x}" for number in range(256))
 PART_SUFFIX, INCOMING_RECORD_SUFFIX = ".part", ".json"
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 DIRECTORY_MODE = 0o755
-_RETIRED_SECONDS = 60.0
+_RETIRED_TTL = 60.0
 
 
-def fan(object_id: str) -> str:
+def shard(object_id: str) -> str:
     """The two hex digits of the directory an object lies in: spreads any kind of ids evenly."""
-    return FANS[zlib.crc32(object_id.encode()) & 0xFF]
+    return SHARDS[zlib.crc32(object_id.encode()) & 0xFF]
 
 
-def object_place(object_id: str) -> str:
+def object_path(object_id: str) -> str:
     """Where a complete object lies, below `objects/`. Nothing in it needs quoting in a URL."""
-    return f"{fan(object_id)}/{object_id}"
+    return f"{shard(object_id)}/{object_id}"
 
 
 @contextmanager
-def translated(action: str) -> Iterator[None]:
+def map_os_errors(action: str) -> Iterator[None]:
     """Turn operating system errors into the volume's own, with what was being done."""
     try:
         yield
@@ -61,12 +61,12 @@ class Directories:
 
     def create(self) -> None:
         """Make all directories; VolumeError if the volume cannot be written."""
-        with translated(f"prepare the volume {self._root}"):
+        with map_os_errors(f"prepare the volume {self._root}"):
             self._root.mkdir(parents=True, exist_ok=True)
-            for name in PARTS:
+            for name in TOP_DIRECTORIES:
                 (self._root / name).mkdir(mode=DIRECTORY_MODE, exist_ok=True)
             for name in (OBJECTS, RECORDS):
-                for number in FANS:
+                for number in SHARDS:
                     (self._root / name / number).mkdir(mode=DIRECTORY_MODE, exist_ok=True)
 
     def descriptor(self, path: str) -> int:
@@ -105,7 +105,7 @@ class Directories:
         Forgotten ones are closed a while later only: another thread may be about to use one.
         """
         with self._revalidating:
-            self._close_retired(time.monotonic() - _RETIRED_SECONDS)
+            self._close_retired(time.monotonic() - _RETIRED_TTL)
             try:
                 stale = self._is_stale()
             except OSError:
@@ -119,7 +119,7 @@ class Directories:
         """OSError if there is no volume: no root, or none of the directories in it that were there before (the bare
         mount point of a volume that has gone)."""
         stale = not _is_same(self._root.stat(), os.fstat(self.root()))
-        for name in PARTS:
+        for name in TOP_DIRECTORIES:
             try:
                 below = (self._root / name).lstat()
             except FileNotFoundError:

@@ -8,19 +8,24 @@ import stat
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-from shared.adapters.volume.layout import (
+from distributor_node.shared.adapters.volume.layout import (
     INCOMING,
     INCOMING_RECORD_SUFFIX,
     OBJECTS,
     PART_SUFFIX,
     RECORDS,
     Directories,
-    fan,
-    translated,
+    map_os_errors,
+    shard,
 )
-from shared.adapters.volume.records import encode_record, remove_quietly, rewrite_small_file, write_small_file
-from shared.domain.errors import VolumeError, VolumeFull
-from shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.adapters.volume.records import (
+    atomic_write,
+    encode_record,
+    overwrite,
+    unlink_if_exists,
+)
+from distributor_node.shared.domain.errors import VolumeError, VolumeFull
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 _UNVERIFIED_MODE, _VERIFIED_MODE = 0o640, 0o644
 _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -31,30 +36,34 @@ class PartialHeld(VolumeError):
 
 
 class PartialFile:
-    """The partial file of one object, open for writing; the exclusive lock on it is ours. Made by Volume.receive."""
+    """The partial file of one object, open for writing; the exclusive lock on it is ours.
+
+    Made by Volume.open_partial_for_writing."""
 
     def __init__(self, directories: Directories, record: StoredRecord) -> None:
         self._directories = directories
         self._incoming = -1
         self.record = record
         self._name = record.object_id + PART_SUFFIX
-        self._note_name = record.object_id + INCOMING_RECORD_SUFFIX
+        self._sidecar_name = record.object_id + INCOMING_RECORD_SUFFIX
         self._descriptor = -1
-        self._note_is_old = False
+        self._sidecar_stale = False
 
-    def open(self, *, noted: bool) -> None:
-        """Create or take over the file; if `noted`, note what it will be. PartialHeld if another writer is alive."""
-        with translated(f"open the partial file of {self.record.object_id}"):
+    def open(self, *, write_sidecar: bool) -> None:
+        """Create or take over the file; if `write_sidecar`, note what it will be.
+
+        PartialHeld if another writer is alive."""
+        with map_os_errors(f"open the partial file of {self.record.object_id}"):
             # Our own: the volume may be replaced, and its directories forgotten, before the end of a long download
             self._incoming = os.dup(self._directories.descriptor(INCOMING))
             try:
                 self._descriptor = self._open_locked(os.O_CREAT)
-                if not noted:
+                if not write_sidecar:
                     return
                 # Before the first byte: whoever finds the partial file must be able to tell how large it may grow.
-                # Not synced, since a client waits: after a power cut a note that is gone or torn is none, and what
+                # Not synced, since a client waits: after a power cut a sidecar that is gone or torn is none, and what
                 # lies there is then not resumed.
-                write_small_file(self._note_name, encode_record(self.record), self._incoming, durable=False)
+                atomic_write(self._sidecar_name, encode_record(self.record), self._incoming, durable=False)
             except BaseException:
                 self.close()
                 raise
@@ -82,43 +91,43 @@ class PartialFile:
         """Bytes on disk now."""
         return os.fstat(self._descriptor).st_size
 
-    def require_room(self) -> None:
+    def check_free_space(self) -> None:
         """VolumeFull if the device has no room for the rest: found out now, it tears no answer that has begun."""
-        with translated(f"ask for room for {self.record.object_id}"):
+        with map_os_errors(f"ask for room for {self.record.object_id}"):
             device = os.fstatvfs(self._descriptor)
         missing = self.record.size - self.size - device.f_bavail * device.f_frsize
         if missing > 0:
             raise VolumeFull(f"{missing} bytes too few are free for {self.record.object_id}")
 
     def read(self, offset: int, length: int) -> bytes:
-        with translated(f"read the partial file of {self.record.object_id}"):
+        with map_os_errors(f"read the partial file of {self.record.object_id}"):
             return os.pread(self._descriptor, length, offset)
 
-    def learn_media_type(self, media_type: str) -> None:
+    def set_media_type(self, media_type: str) -> None:
         """What the source says that the object is; noted with the next write, before its bytes."""
         if media_type != self.record.media_type:
             self.record = replace(self.record, media_type=media_type)
-            self._note_is_old = True
+            self._sidecar_stale = True
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """All of `data` at `offset`; VolumeFull if the device is full."""
-        with translated(f"write the partial file of {self.record.object_id}"):
-            if self._note_is_old:
-                rewrite_small_file(self._note_name, encode_record(self.record), self._incoming)
-                self._note_is_old = False
+        with map_os_errors(f"write the partial file of {self.record.object_id}"):
+            if self._sidecar_stale:
+                overwrite(self._sidecar_name, encode_record(self.record), self._incoming)
+                self._sidecar_stale = False
             view = memoryview(data)
             while view:
                 written = os.pwrite(self._descriptor, view, offset)
                 offset += written
                 view = view[written:]
 
-    def start_over(self) -> None:
+    def restart(self) -> None:
         """Begin again with an empty file that is another file: followers of the old one see that it is gone.
 
         The old one is emptied, so that its bytes are free although followers may have it open.
         """
-        with translated(f"start the partial file of {self.record.object_id} over"):
-            remove_quietly(self._name, self._incoming)
+        with map_os_errors(f"start the partial file of {self.record.object_id} over"):
+            unlink_if_exists(self._name, self._incoming)
             os.ftruncate(self._descriptor, 0)
             old, self._descriptor = self._descriptor, self._open_locked(os.O_CREAT | os.O_EXCL)
             os.close(old)
@@ -129,7 +138,7 @@ class PartialFile:
         Nothing is written any more, so the exclusive lock becomes a shared one, which keeps other writers and removals
         off all the same, and which followers can share from now on: once this writer lets go, theirs is there.
         """
-        with translated(f"mark the partial file of {self.record.object_id}"):
+        with map_os_errors(f"mark the partial file of {self.record.object_id}"):
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:  # the kernel lets go of the one before it takes the other
@@ -138,10 +147,10 @@ class PartialFile:
 
     def publish(self, record: StoredRecord) -> None:
         """Make it a complete object: sync, write its record, one rename, sync the directories. Blocks for the disk."""
-        object_id, number = record.object_id, fan(record.object_id)
-        with translated(f"publish {object_id}"):
+        object_id, number = record.object_id, shard(record.object_id)
+        with map_os_errors(f"publish {object_id}"):
             os.fsync(self._descriptor)
-            write_small_file(
+            atomic_write(
                 object_id, encode_record(record), self._directories.descriptor(f"{RECORDS}/{number}")
             )
             self._directories.sync(f"{RECORDS}/{number}")
@@ -151,16 +160,16 @@ class PartialFile:
             with suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             self._directories.sync(f"{OBJECTS}/{number}")
-            remove_quietly(self._note_name, self._incoming)
+            unlink_if_exists(self._sidecar_name, self._incoming)
 
     def discard(self) -> None:
         """Remove the partial file and close it; its bytes are free when this returns. Closed, its lock given back, also
         when it cannot be removed."""
         try:
-            with translated(f"discard the partial file of {self.record.object_id}"):
-                remove_quietly(self._name, self._incoming)
+            with map_os_errors(f"discard the partial file of {self.record.object_id}"):
+                unlink_if_exists(self._name, self._incoming)
                 os.ftruncate(self._descriptor, 0)
-                remove_quietly(self._note_name, self._incoming)
+                unlink_if_exists(self._sidecar_name, self._incoming)
         finally:
             self.close()
 
@@ -183,11 +192,11 @@ def _same_file(descriptor: int, name: str, directory: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PartialState:
-    """`size`: bytes that can be read; `verified`: all of it is right; `gone`: it was discarded or started over."""
+    """`size`: bytes that can be read; `verified`: all of it is right; `unlinked`: it was discarded or started over."""
 
     size: int
     verified: bool
-    gone: bool
+    unlinked: bool
 
 
 class PartialReader:
@@ -196,7 +205,7 @@ class PartialReader:
     def __init__(self, object_id: ObjectId, descriptor: int) -> None:
         self.object_id = object_id
         self._descriptor = descriptor
-        self._held = False
+        self._locked = False
 
     @property
     def descriptor(self) -> int:
@@ -206,20 +215,22 @@ class PartialReader:
     def state(self) -> PartialState:
         seen = os.fstat(self._descriptor)
         verified = bool(seen.st_mode & stat.S_IROTH)
-        return PartialState(size=seen.st_size, verified=verified, gone=seen.st_nlink == 0 and not verified)
+        return PartialState(
+            size=seen.st_size, verified=verified, unlinked=seen.st_nlink == 0 and not verified
+        )
 
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._descriptor, length, offset)
 
-    def hold(self) -> bool:
+    def lock_shared(self) -> bool:
         """Once verified: keep the object from being removed. True: it is kept. Before that the writer's lock is in the
         way."""
-        if not self._held:
+        if not self._locked:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except OSError:
                 return False
-            self._held = True
+            self._locked = True
         return True
 
     def close(self) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
-from shared.domain.errors import InvalidInput
-from shared.domain.objects import ContentHash, ObjectId, StoredRecord
-from shared.domain.space import RECORD_BYTES
+from distributor_node.shared.adapters.volume.layout import map_os_errors
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord
+from distributor_node.shared.domain.space import RECORD_BYTES
 
 RECORD_VERSION = 1
 _NEW_SUFFIX = ",new"  # a comma is in no object id
@@ -58,7 +60,7 @@ def decode_record(body: bytes) -> StoredRecord:
         raise InvalidInput(f"unreadable record: {type(error).__name__}") from error
 
 
-def read_small_file(name: str, directory: int) -> bytes | None:
+def read_capped(name: str, directory: int) -> bytes | None:
     """At most RECORD_BYTES of a regular file; None if there is none. OSError otherwise (a link, for one)."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
@@ -70,9 +72,7 @@ def read_small_file(name: str, directory: int) -> bytes | None:
         os.close(descriptor)
 
 
-def write_small_file(
-    name: str, body: bytes, directory: int, *, mode: int = 0o644, durable: bool = True
-) -> None:
+def atomic_write(name: str, body: bytes, directory: int, *, mode: int = 0o644, durable: bool = True) -> None:
     """Replace a file in one step: written beside it, synced if it has to outlive a power cut, then renamed."""
     new = name + _NEW_SUFFIX
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -88,7 +88,7 @@ def write_small_file(
     os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
 
 
-def rewrite_small_file(name: str, body: bytes, directory: int) -> None:
+def overwrite(name: str, body: bytes, directory: int) -> None:
     """Replace the content of a file where it lies, which costs a tenth of a replacement in one step. Whoever reads
     meanwhile may see a part of it: only for what is of no use torn, and read again then."""
     descriptor = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
@@ -99,9 +99,42 @@ def rewrite_small_file(name: str, body: bytes, directory: int) -> None:
         os.close(descriptor)
 
 
-def remove_quietly(name: str, directory: int) -> None:
+def unlink_if_exists(name: str, directory: int) -> None:
     """Unlink; a file that is gone already is fine."""
     try:
         os.unlink(name, dir_fd=directory)
     except FileNotFoundError:
         return
+
+
+# Small files at the volume's root that are replaced as a whole: what must outlive an emptied state store.
+
+_MAX_BYTES = 16 * 1024 * 1024
+
+
+def read_root_file(root: Path, name: str) -> bytes | None:
+    """Blocks. None: there is none. VolumeError: disk trouble."""
+    with map_os_errors(f"read {name}"):
+        try:
+            descriptor = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        with os.fdopen(descriptor, "rb") as file:
+            return file.read(_MAX_BYTES)
+
+
+def write_root_file(root: Path, name: str, text: str) -> None:
+    """Blocks. In one step: written and synced beside the old one, then renamed. VolumeError if that fails."""
+    draft = root / f"{name},new"
+    with map_os_errors(f"write {name}"):
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(draft, flags, 0o644), "wb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(root / name)
+        directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)

@@ -7,19 +7,19 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from shared.adapters.volume.layout import (
-    FANS,
+from distributor_node.shared.adapters.volume.layout import (
     INCOMING,
     INCOMING_RECORD_SUFFIX,
-    LEAVING,
     OBJECTS,
     PART_SUFFIX,
     RECORDS,
+    SHARDS,
+    TRASH,
     Directories,
-    fan,
+    shard,
 )
-from shared.domain.errors import InvalidInput
-from shared.domain.objects import ObjectId
+from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.objects import ObjectId
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class FoundObject:
     object_id: ObjectId
     size: int
     changed_at: float
-    leaving: bool = False
+    in_trash: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,31 +42,31 @@ class FoundPartial:
 
 
 @dataclass(frozen=True, slots=True)
-class Foreign:
+class UnknownFile:
     """Something that no service of the node put there: a link, a directory, a name that is no object's."""
 
     path: str
 
 
-def scan_objects(directories: Directories) -> Iterator[FoundObject | Foreign]:
+def scan_objects(directories: Directories) -> Iterator[FoundObject | UnknownFile]:
     """All complete objects, and those in `leaving/`. OSError if the volume cannot be read."""
-    for place in (LEAVING, *(f"{OBJECTS}/{number}" for number in FANS)):
+    for place in (TRASH, *(f"{OBJECTS}/{number}" for number in SHARDS)):
         for name, seen in _files(directories, place):
             object_id = _object_id(name)
-            if seen is None or object_id is None or (place != LEAVING and place[-2:] != fan(object_id)):
-                yield Foreign(f"{place}/{name}")
+            if seen is None or object_id is None or (place != TRASH and place[-2:] != shard(object_id)):
+                yield UnknownFile(f"{place}/{name}")
             else:
-                yield FoundObject(object_id, seen.st_size, seen.st_mtime, leaving=place == LEAVING)
+                yield FoundObject(object_id, seen.st_size, seen.st_mtime, in_trash=place == TRASH)
 
 
-def scan_partials(directories: Directories) -> Iterator[FoundPartial | Foreign]:
+def scan_partials(directories: Directories) -> Iterator[FoundPartial | UnknownFile]:
     """All partial files."""
     for name, seen in _files(directories, INCOMING):
         if seen is not None and name.endswith((INCOMING_RECORD_SUFFIX, INCOMING_RECORD_SUFFIX + ",new")):
             continue
         object_id = _object_id(name.removesuffix(PART_SUFFIX)) if name.endswith(PART_SUFFIX) else None
         if seen is None or object_id is None:
-            yield Foreign(f"{INCOMING}/{name}")
+            yield UnknownFile(f"{INCOMING}/{name}")
         else:
             yield FoundPartial(object_id, seen.st_size, seen.st_mtime)
 
@@ -74,7 +74,7 @@ def scan_partials(directories: Directories) -> Iterator[FoundPartial | Foreign]:
 def scan_orphan_records(directories: Directories, older_than: float) -> Iterator[tuple[str, str]]:
     """(directory, name) of records last changed before `older_than` (POSIX seconds) whose object or partial file is
     not there; unfinished writes of records too."""
-    for number in FANS:
+    for number in SHARDS:
         objects = directories.descriptor(f"{OBJECTS}/{number}")
         for name, seen in _files(directories, f"{RECORDS}/{number}"):
             if seen is not None and seen.st_mtime < older_than and not _exists(name, objects):
@@ -91,20 +91,24 @@ def scan_orphan_records(directories: Directories, older_than: float) -> Iterator
 def scan_unrecorded(directories: Directories) -> Iterator[FoundObject]:
     """Complete objects without a record file. A record is written before its object appears, so none is missed that
     is being stored at this moment."""
-    for number in FANS:
+    for number in SHARDS:
         objects = list(_files(directories, f"{OBJECTS}/{number}"))
         with directories.entries(f"{RECORDS}/{number}") as entries:
             recorded = {entry.name for entry in entries}
         for name, seen in objects:
             object_id = _object_id(name)
-            if seen is not None and object_id is not None and name not in recorded and number == fan(name):
+            if seen is not None and object_id is not None and name not in recorded and number == shard(name):
                 yield FoundObject(object_id, seen.st_size, seen.st_mtime)
 
 
 def measure(directories: Directories) -> int:
     """Bytes of everything on the volume, as file sizes."""
     total = 0
-    for place in (INCOMING, LEAVING, *(f"{kind}/{number}" for kind in (OBJECTS, RECORDS) for number in FANS)):
+    for place in (
+        INCOMING,
+        TRASH,
+        *(f"{kind}/{number}" for kind in (OBJECTS, RECORDS) for number in SHARDS),
+    ):
         total += sum(seen.st_size for _, seen in _files(directories, place) if seen is not None)
     return total
 

@@ -11,33 +11,32 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from shared.adapters.volume import scan
-from shared.adapters.volume.layout import (
+from distributor_node.shared.adapters.volume import scan
+from distributor_node.shared.adapters.volume.layout import (
     INCOMING,
     INCOMING_RECORD_SUFFIX,
     OBJECTS,
     PART_SUFFIX,
     RECORDS,
     Directories,
-    fan,
-    translated,
+    map_os_errors,
+    shard,
 )
-from shared.adapters.volume.partial import PartialFile, PartialReader
-from shared.adapters.volume.reader import FileIdentity, OpenObject, identity_of
-from shared.adapters.volume.records import (
+from distributor_node.shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, identity_of
+from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader
+from distributor_node.shared.adapters.volume.records import (
+    atomic_write,
     decode_record,
     encode_record,
-    read_small_file,
-    remove_quietly,
-    write_small_file,
+    read_capped,
+    unlink_if_exists,
 )
-from shared.adapters.volume.removal import Removal
-from shared.domain.errors import InvalidInput, VolumeError
-from shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.domain.errors import InvalidInput, VolumeError
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOATIME
-_ALONE = ".standalone"
-_OPEN_ANYBODYS = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_STANDALONE_LOCK = ".standalone"
+_OPEN_NOT_OWNED = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Volume:
@@ -46,11 +45,11 @@ class Volume:
     Safe to use from several threads. `prepare` before writing; reading needs nothing (and works on a read-only mount).
     """
 
-    def __init__(self, root: Path, record_cache: int = 100_000, *, handed_over: bool = False) -> None:
-        """`record_cache`: records kept in memory; `handed_over`: a server in front of ours sends objects, too, and
+    def __init__(self, root: Path, record_cache: int = 100_000, *, accel_redirect: bool = False) -> None:
+        """`record_cache`: records kept in memory; `accel_redirect`: a server in front of ours sends objects, too, and
         holds no lock on them."""
         self.root = root
-        self._handed_over = handed_over
+        self._accel_redirect = accel_redirect
         self._directories = Directories(root)
         self._records: OrderedDict[str, tuple[tuple[int, int, int], StoredRecord]] = OrderedDict()
         self._record_cache = record_cache
@@ -59,7 +58,7 @@ class Volume:
         """Create the directories; VolumeError (with the reason) if the volume cannot be written."""
         self._directories.create()
         probe = f".write-probe-{os.getpid()}"
-        with translated(f"write to the volume {self.root}"):
+        with map_os_errors(f"write to the volume {self.root}"):
             os.close(
                 os.open(
                     probe, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._directories.root()
@@ -67,14 +66,14 @@ class Volume:
             )
             os.unlink(probe, dir_fd=self._directories.root())
 
-    def reserve_for_one_process(self) -> Callable[[], None]:
+    def lock_standalone(self) -> Callable[[], None]:
         """Keep other standalone nodes off: their accounts in memory would know nothing of each other's bytes.
 
         Returns what gives it back; it is given back too when the process dies. VolumeError if it is taken.
         """
-        with translated(f"lock the volume {self.root}"):
+        with map_os_errors(f"lock the volume {self.root}"):
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(_ALONE, flags, 0o600, dir_fd=self._directories.root())
+            descriptor = os.open(_STANDALONE_LOCK, flags, 0o600, dir_fd=self._directories.root())
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -95,7 +94,7 @@ class Volume:
 
     def free_bytes(self) -> int:
         """Bytes that the device behind the volume still takes, whatever the storage limit says."""
-        with translated(f"ask for free bytes on {self.root}"):
+        with map_os_errors(f"ask for free bytes on {self.root}"):
             device = os.fstatvfs(self._directories.root())
         return device.f_bavail * device.f_frsize
 
@@ -109,13 +108,13 @@ class Volume:
 
         VolumeError if the disk fails. Whoever sees None asks for a fetch, and the worker puts it right.
         """
-        directory = f"{OBJECTS}/{fan(object_id)}"
+        directory = f"{OBJECTS}/{shard(object_id)}"
         try:
             folder = self._directories.descriptor(directory)
             try:
                 descriptor = os.open(object_id, _OPEN, dir_fd=folder)
             except PermissionError:  # O_NOATIME is for the owner only
-                descriptor = os.open(object_id, _OPEN_ANYBODYS, dir_fd=folder)
+                descriptor = os.open(object_id, _OPEN_NOT_OWNED, dir_fd=folder)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
                 return None
@@ -148,16 +147,16 @@ class Volume:
     def identity_of(self, object_id: ObjectId) -> FileIdentity | None:
         """Which file lies under `objects/` as this object now; None: none, or nobody can tell."""
         try:
-            folder = self._directories.descriptor(f"{OBJECTS}/{fan(object_id)}")
+            folder = self._directories.descriptor(f"{OBJECTS}/{shard(object_id)}")
             return identity_of(os.stat(object_id, dir_fd=folder, follow_symlinks=False))
         except OSError:
             return None
 
     def read_record(self, object_id: ObjectId) -> StoredRecord | None:
         """The record of an object; None if there is none or it cannot be read as one."""
-        with translated(f"read the record of {object_id}"):
+        with map_os_errors(f"read the record of {object_id}"):
             try:
-                body = read_small_file(object_id, self._directories.descriptor(f"{RECORDS}/{fan(object_id)}"))
+                body = read_capped(object_id, self._directories.descriptor(f"{RECORDS}/{shard(object_id)}"))
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
                     return None
@@ -168,7 +167,7 @@ class Volume:
         """The partial file of an object being fetched, for following; None if there is none."""
         try:
             incoming = self._directories.descriptor(INCOMING)
-            descriptor = os.open(object_id + PART_SUFFIX, _OPEN_ANYBODYS, dir_fd=incoming)
+            descriptor = os.open(object_id + PART_SUFFIX, _OPEN_NOT_OWNED, dir_fd=incoming)
         except OSError as error:
             if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
                 return None
@@ -177,34 +176,34 @@ class Volume:
 
     # Writing
 
-    def receive(self, expected: StoredRecord, *, noted: bool = True) -> PartialFile:
+    def open_partial_for_writing(self, expected: StoredRecord, *, write_sidecar: bool = True) -> PartialFile:
         """Open (create, or take over) the partial file of an object. PartialHeld if another writer has it open.
 
-        Not `noted`: the note of what it will be stays as it is (requests for a pending object are answered by it).
+        Not `write_sidecar`: the sidecar stays as it is (requests for a pending object are answered by it).
         """
         partial = PartialFile(self._directories, expected)
-        partial.open(noted=noted)
+        partial.open(write_sidecar=write_sidecar)
         return partial
 
     def write_record(self, record: StoredRecord) -> None:
         """Write the record of a complete object that lost its own (or came without one)."""
-        with translated(f"write the record of {record.object_id}"):
-            folder = self._directories.descriptor(f"{RECORDS}/{fan(record.object_id)}")
-            write_small_file(record.object_id, encode_record(record), folder)
+        with map_os_errors(f"write the record of {record.object_id}"):
+            folder = self._directories.descriptor(f"{RECORDS}/{shard(record.object_id)}")
+            atomic_write(record.object_id, encode_record(record), folder)
 
     def open_raw(self, object_id: ObjectId) -> int | None:
         """A descriptor of the file under `objects/`, whatever its record says, for re-hashing; the caller closes it."""
-        with translated(f"open {object_id}"):
+        with map_os_errors(f"open {object_id}"):
             try:
-                folder = self._directories.descriptor(f"{OBJECTS}/{fan(object_id)}")
-                return os.open(object_id, _OPEN_ANYBODYS, dir_fd=folder)
+                folder = self._directories.descriptor(f"{OBJECTS}/{shard(object_id)}")
+                return os.open(object_id, _OPEN_NOT_OWNED, dir_fd=folder)
             except FileNotFoundError:
                 return None
 
     def find_object(self, object_id: ObjectId) -> scan.FoundObject | None:
         """The file under `objects/`, whatever its record says; None: no file there (a link is none)."""
-        with translated(f"look for {object_id}"):
-            folder = self._directories.descriptor(f"{OBJECTS}/{fan(object_id)}")
+        with map_os_errors(f"look for {object_id}"):
+            folder = self._directories.descriptor(f"{OBJECTS}/{shard(object_id)}")
             try:
                 seen = os.stat(object_id, dir_fd=folder, follow_symlinks=False)
             except FileNotFoundError:
@@ -217,44 +216,44 @@ class Volume:
 
     def removal(self, object_id: ObjectId) -> Removal:
         """The intent to remove a complete object; see Removal."""
-        return Removal(self._directories, object_id, empties=not self._handed_over)
+        return Removal(self._directories, object_id, truncates=not self._accel_redirect)
 
     def remove_orphan_records(self, older_than_seconds: float) -> int:
         """Remove records that belong to nothing for that long; how many."""
-        with translated("sweep records"):
+        with map_os_errors("sweep records"):
             oldest = time.time() - older_than_seconds
             orphans = list(scan.scan_orphan_records(self._directories, oldest))
             for place, name in orphans:
-                remove_quietly(name, self._directories.descriptor(place))
+                unlink_if_exists(name, self._directories.descriptor(place))
         return len(orphans)
 
     # Looking
 
-    def scan_objects(self) -> Iterator[scan.FoundObject | scan.Foreign]:
+    def scan_objects(self) -> Iterator[scan.FoundObject | scan.UnknownFile]:
         """Everything under `objects/` and `leaving/`."""
-        with translated("scan the objects"):
+        with map_os_errors("scan the objects"):
             yield from scan.scan_objects(self._directories)
 
-    def scan_partials(self) -> Iterator[scan.FoundPartial | scan.Foreign]:
+    def scan_partials(self) -> Iterator[scan.FoundPartial | scan.UnknownFile]:
         """Everything under `incoming/` but the records there."""
-        with translated("scan the partial files"):
+        with map_os_errors("scan the partial files"):
             yield from scan.scan_partials(self._directories)
 
     def scan_unrecorded(self) -> Iterator[scan.FoundObject]:
         """Complete objects that have no record file (so that they are never a hit)."""
-        with translated("scan for objects without a record"):
+        with map_os_errors("scan for objects without a record"):
             yield from scan.scan_unrecorded(self._directories)
 
-    def expected_of(self, object_id: ObjectId) -> StoredRecord | None:
-        """What a partial file will be, as its writer noted; None if there is no readable note."""
-        with translated(f"read the note of {object_id}"):
+    def partial_record(self, object_id: ObjectId) -> StoredRecord | None:
+        """What a partial file will be, as its writer noted; None if there is no readable sidecar."""
+        with map_os_errors(f"read the sidecar of {object_id}"):
             name = object_id + INCOMING_RECORD_SUFFIX
-            body = read_small_file(name, self._directories.descriptor(INCOMING))
+            body = read_capped(name, self._directories.descriptor(INCOMING))
         return _readable(body, object_id)
 
     def measure(self) -> int:
         """Bytes of all files on the volume now."""
-        with translated("measure the volume"):
+        with map_os_errors("measure the volume"):
             return scan.measure(self._directories)
 
 

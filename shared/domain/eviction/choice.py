@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from shared.domain.errors import ConfigurationError
-from shared.domain.eviction.gdsf import DEFAULT_MISS_COST, Gdsf
-from shared.domain.eviction.lru import Lru
-from shared.domain.eviction.lru_sp import LruSp
-from shared.domain.eviction.policy import EvictionPolicy
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.eviction.gdsf import DEFAULT_MISS_COST, Gdsf
+from distributor_node.shared.domain.eviction.lru import Lru
+from distributor_node.shared.domain.eviction.lru_sp import LruSp
+from distributor_node.shared.domain.eviction.policy import EvictionPolicy
 
 POLICY_NAMES = ("gdsf", "lru-sp", "lru")
 

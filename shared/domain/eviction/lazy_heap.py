@@ -11,7 +11,7 @@ import heapq
 from array import array
 from collections.abc import Generator, Iterable
 
-from shared.domain.eviction.records import PackedRecords
+from distributor_node.shared.domain.eviction.packed import PackedRecords
 
 
 class LazyHeap:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from contextlib import closing
 
-from shared.domain.eviction.lazy_heap import LazyHeap
-from shared.domain.eviction.packed_policy import PackedPolicy
-from shared.domain.eviction.policy import PolicyEntry
-from shared.domain.eviction.records import PackedRecords
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
+from distributor_node.shared.domain.eviction.lazy_heap import LazyHeap
+from distributor_node.shared.domain.eviction.packed import PackedPolicy, PackedRecords
+from distributor_node.shared.domain.eviction.policy import PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
-_NOBODY: frozenset[ObjectId] = frozenset()
+_NO_IDS: frozenset[ObjectId] = frozenset()
 
 
 class Lru(PackedPolicy):
@@ -53,7 +52,7 @@ class Lru(PackedPolicy):
         now: float,
         *,
         min_idle: float = 0.0,
-        spared: Collection[ObjectId] = _NOBODY,
+        spared: Collection[ObjectId] = _NO_IDS,
         at_most: int = 1000,
     ) -> list[PolicyEntry]:
         """The least lately accessed first."""

@@ -15,15 +15,14 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, closing
 
-from shared.domain.eviction.lazy_heap import LazyHeap
-from shared.domain.eviction.packed_policy import PackedPolicy
-from shared.domain.eviction.policy import PolicyEntry
-from shared.domain.eviction.records import PackedRecords
-from shared.domain.objects import ObjectId
-from shared.domain.space import footprint
+from distributor_node.shared.domain.eviction.lazy_heap import LazyHeap
+from distributor_node.shared.domain.eviction.packed import PackedPolicy, PackedRecords
+from distributor_node.shared.domain.eviction.policy import PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
 GROUPS = 24
-_NOBODY: frozenset[ObjectId] = frozenset()
+_NO_IDS: frozenset[ObjectId] = frozenset()
 
 
 def size_in_kilobytes(size: int) -> int:
@@ -87,7 +86,7 @@ class LruSp(PackedPolicy):
         now: float,
         *,
         min_idle: float = 0.0,
-        spared: Collection[ObjectId] = _NOBODY,
+        spared: Collection[ObjectId] = _NO_IDS,
         at_most: int = 1000,
     ) -> list[PolicyEntry]:
         """Always the dearest among the oldest of each group; of equal ones that of the later group."""

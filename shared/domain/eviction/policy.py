@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import ObjectId
 
 
 @dataclass(frozen=True, slots=True)

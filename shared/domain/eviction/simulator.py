@@ -11,11 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from shared.domain.eviction.admission import SecondViewAdmission
-from shared.domain.eviction.policy import EvictionPolicy, PolicyEntry
-from shared.domain.objects import ObjectId
-from shared.domain.space import Watermarks, footprint, watermarks_for
-from shared.domain.views import ViewCoalescer
+from distributor_node.shared.domain.admission import SecondHitAdmission, ViewCoalescer
+from distributor_node.shared.domain.eviction.policy import EvictionPolicy, PolicyEntry
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
 
 MIN_IDLE = 120.0
 """Seconds: a player's pauses between two ranges are shorter."""
@@ -88,10 +87,10 @@ class Rules:
 
 
 class Simulation:
-    """One cache; `see` it one request after the other, in the order of their times."""
+    """One cache; `process` it one request after the other, in the order of their times."""
 
     def __init__(
-        self, policy: EvictionPolicy, rules: Rules, admission: SecondViewAdmission | None = None
+        self, policy: EvictionPolicy, rules: Rules, admission: SecondHitAdmission | None = None
     ) -> None:
         self.outcome = Outcome()
         self._policy = policy
@@ -101,7 +100,7 @@ class Simulation:
         self._used = 0
         self._fetched_at: dict[ObjectId, float] = {}
 
-    def see(self, request: Request) -> bool:
+    def process(self, request: Request) -> bool:
         """True for a hit."""
         at, object_id, _, sent, joined, not_modified = request
         outcome = self.outcome

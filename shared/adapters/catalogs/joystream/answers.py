@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import structlog
 
-from shared.adapters.catalogs.joystream.endpoints import api_base
-from shared.domain.errors import CatalogUnavailable, InvalidInput
-from shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId, parse_bucket_id
+from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput
+from distributor_node.shared.domain.objects import (
+    ContentHash,
+    DistributionBucket,
+    MediaObject,
+    ObjectId,
+    parse_bucket_id,
+)
+from distributor_node.shared.domain.urls import is_public, parse_source_url
 
-_log = structlog.get_logger()
+logger = structlog.get_logger()
 _SIZE = re.compile(r"[0-9]{1,19}", re.ASCII)
 _MAX_SIZE = 2**63 - 1
 _MAX_SOURCES = 100
@@ -77,7 +86,7 @@ def _size(object_id: ObjectId, stated: Any) -> int | None:
     text = str(stated) if isinstance(stated, int) and not isinstance(stated, bool) else stated
     if isinstance(text, str) and _SIZE.fullmatch(text) and int(text) <= _MAX_SIZE:
         return int(text)
-    _log.warning("catalog_size_unusable", object_id=object_id, size=str(stated)[:40])
+    logger.warning("catalog_size_unusable", object_id=object_id, size=str(stated)[:40])
     return None
 
 
@@ -89,7 +98,7 @@ def _hash(object_id: ObjectId, stated: Any) -> tuple[ContentHash | None, str | N
             return ContentHash.parse(stated), None
     except InvalidInput:
         pass
-    _log.warning("catalog_hash_unusable", object_id=object_id, hash=str(stated)[:100])
+    logger.warning("catalog_hash_unusable", object_id=object_id, hash=str(stated)[:100])
     return None, stated[:_MAX_VALIDATOR] if isinstance(stated, str) and stated else None
 
 
@@ -142,7 +151,7 @@ def base_or_none(bucket: dict[str, Any], *, refuse_private: bool) -> str | None:
     try:
         return api_base(endpoint, refuse_private=refuse_private)
     except InvalidInput as error:
-        _log.info("storage_endpoint_refused", bucket=str(bucket.get("id"))[:40], reason=str(error))
+        logger.info("storage_endpoint_rejected", bucket=str(bucket.get("id"))[:40], reason=str(error))
         return None
 
 
@@ -152,3 +161,97 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 def _sequence(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+# What the squid says of the network and of itself.
+
+
+@dataclass(frozen=True, slots=True)
+class StorageEndpoint:
+    """An active storage node: its bucket's id, and the base of its API with `/` at the end."""
+
+    bucket_id: str
+    api_url: str
+
+
+@dataclass(frozen=True, slots=True)
+class SquidStatus:
+    """Blocks processed, and the squid's version; None where it does not say."""
+
+    height: int | None
+    version: str | None
+
+
+def read_endpoints(data: dict[str, Any], *, refuse_private: bool) -> tuple[StorageEndpoint, ...]:
+    """Nodes without a usable endpoint are left out. CatalogUnavailable if there is no list."""
+    endpoints = []
+    for bucket in _list(data, "storageBuckets"):
+        base = base_or_none(bucket, refuse_private=refuse_private)
+        if base is not None:
+            endpoints.append(StorageEndpoint(str(bucket.get("id"))[:40], base))
+    return tuple(endpoints)
+
+
+def read_bucket_ids(data: dict[str, Any]) -> tuple[str, ...]:
+    """CatalogUnavailable if there is no list."""
+    found = (bucket_id_or_none(bucket.get("id")) for bucket in _list(data, "distributionBuckets"))
+    return tuple(sorted(bucket_id for bucket_id in found if bucket_id is not None))
+
+
+def read_status(data: dict[str, Any]) -> SquidStatus:
+    status, version = data.get("squidStatus"), data.get("squidVersion")
+    height = status.get("height") if isinstance(status, dict) else None
+    stated = version.get("version") if isinstance(version, dict) else None
+    return SquidStatus(
+        height=height if isinstance(height, int) and not isinstance(height, bool) else None,
+        version=stated[:64] if isinstance(stated, str) else None,
+    )
+
+
+def _list(data: dict[str, Any], field: str) -> list[dict[str, Any]]:
+    listed = data.get(field)
+    if not isinstance(listed, list):
+        raise CatalogUnavailable(f"the squid's {field} are missing")
+    return [entry for entry in listed if isinstance(entry, dict)]
+
+
+# Endpoints of storage nodes, as their operators publish them: anybody's text until it is checked here.
+
+_MAX_LENGTH = 1024
+_PRIVATE_NAMES = (".localhost", ".local", ".internal", ".lan", ".home.arpa", ".intranet", ".corp")
+
+
+def api_base(endpoint: str, *, refuse_private: bool) -> str:
+    """The base of a storage node's API, with `/` at its end; InvalidInput for an endpoint that must not be asked.
+
+    Only http and https, no credentials, query or fragment. With `refuse_private`, neither addresses that are not
+    public (however they are written) nor names that only a local network knows. What a public name resolves to is
+    looked at when a source is connected to.
+    """
+    if len(endpoint) > _MAX_LENGTH:
+        raise InvalidInput("endpoint too long")
+    parse_source_url(endpoint)
+    parts = urlsplit(endpoint)
+    if parts.query or "?" in endpoint:
+        raise InvalidInput("endpoint with a query")
+    if refuse_private and is_private(parts.hostname or ""):
+        raise InvalidInput("endpoint at a private address")
+    return f"{endpoint.rstrip('/')}/api/v1/"
+
+
+def is_private(host: str) -> bool:
+    """True for an address that is not public, and for names that are resolved by the local network alone."""
+    name = host.rstrip(".").lower()
+    try:
+        return not is_public(name)
+    except ValueError:
+        return _is_private_name(name)
+
+
+def _is_private_name(name: str) -> bool:
+    try:
+        # `127.1`, `0x7f000001`, `2130706433`: resolvers take them for addresses. No name is looked up here.
+        packed = socket.inet_aton(name)
+    except OSError:
+        return "." not in name or name.endswith(_PRIVATE_NAMES)
+    return not is_public(socket.inet_ntoa(packed))

@@ -11,23 +11,22 @@ from typing import Any
 import httpx
 import structlog
 
-from shared.adapters.catalogs.joystream.questions import DIALECTS, Dialect, Question
-from shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
-from shared.domain.source_urls import parse_source_url
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
+from distributor_node.shared.domain.urls import parse_source_url
 
 _KEEP_ALIVE = 4.0  # seconds; below the 5 s after which Node closes an idle connection
-_LARGE = 256 * 1024  # bytes of JSON that are read in a thread: the loop must not stand still
-_TOLD = 200
+_PARSE_IN_THREAD = 256 * 1024  # bytes of JSON that are read in a thread: the loop must not stand still
+_MAX_MESSAGE = 200
 
-_log = structlog.get_logger()
+logger = structlog.get_logger()
 
 
-class AnswerTooLarge(CatalogUnavailable):
+class ResponseTooLarge(CatalogUnavailable):
     """More bytes than the question may cost; asking for less may help."""
 
 
-class QuestionRefused(CatalogUnavailable):
-    """The server does not know a field, argument or type of the question."""
+class QueryRejected(CatalogUnavailable):
+    """The server does not know a field, argument or type of the query."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,35 +70,35 @@ class GraphqlEndpoint:
             self._client = None
 
     async def ask(
-        self, question: Question, variables: Mapping[str, Any], timeout: float, max_bytes: int
+        self, query: Query, variables: Mapping[str, Any], timeout: float, max_bytes: int
     ) -> dict[str, Any]:
         """The answer's `data`. `timeout` in seconds for all of it; CatalogUnavailable for everything else."""
         try:
             async with asyncio.timeout(timeout):
-                return await self._ask_in_dialects(question, variables, _Bounds(timeout, max_bytes))
+                return await self._ask_in_dialects(query, variables, _Bounds(timeout, max_bytes))
         except TimeoutError as error:
             raise CatalogUnavailable(f"the squid gave no answer in {timeout:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            raise CatalogUnavailable(f"the squid cannot be asked: {_described(error)}") from error
+            raise CatalogUnavailable(f"the squid cannot be asked: {_describe(error)}") from error
 
     async def _ask_in_dialects(
-        self, question: Question, variables: Mapping[str, Any], bounds: _Bounds
+        self, query: Query, variables: Mapping[str, Any], bounds: _Bounds
     ) -> dict[str, Any]:
         spoken = self._dialect
         tried: set[str] = set()
-        refusal = QuestionRefused("no dialect is known")
+        refusal = QueryRejected("no dialect is known")
         for dialect in (spoken, *DIALECTS):
-            text = question.worded(dialect)
+            text = query.render(dialect)
             if text in tried:
                 continue
             tried.add(text)
             try:
-                data = await self._ask(question.operation, text, variables, bounds)
-            except QuestionRefused as error:
+                data = await self._ask(query.operation, text, variables, bounds)
+            except QueryRejected as error:
                 refusal = error
                 continue
             if dialect is not spoken and self._dialect is not dialect:
-                _log.info("squid_dialect_changed", dialect=dialect.name, was=spoken.name)
+                logger.info("squid_dialect_changed", dialect=dialect.name, was=spoken.name)
                 self._dialect = dialect
             return data
         raise refusal
@@ -126,28 +125,28 @@ class GraphqlEndpoint:
             async for chunk in answer.aiter_bytes(64 * 1024):  # decoded: what counts is what fills the memory
                 received += chunk
                 if len(received) > bounds.max_bytes:
-                    raise AnswerTooLarge(f"the squid's answer is larger than {bounds.max_bytes} bytes")
+                    raise ResponseTooLarge(f"the squid's answer is larger than {bounds.max_bytes} bytes")
             return answer.status_code, bytes(received)
 
 
 async def _read(raw: bytes, status: int) -> Any:
     try:
-        return await asyncio.to_thread(json.loads, raw) if len(raw) > _LARGE else json.loads(raw)
+        return await asyncio.to_thread(json.loads, raw) if len(raw) > _PARSE_IN_THREAD else json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise CatalogUnavailable(f"the squid answered {status} with what is no JSON") from error
 
 
 def data_of(document: Any, status: int) -> dict[str, Any]:
-    """The `data` of an answer without errors: half an answer is none. Raises QuestionRefused, CatalogUnavailable."""
+    """The `data` of an answer without errors: half an answer is none. Raises QueryRejected, CatalogUnavailable."""
     if not isinstance(document, dict):
         raise CatalogUnavailable(f"the squid answered {status} with what is no GraphQL answer")
     errors = document.get("errors")
     if errors:
         listed = errors if isinstance(errors, list) else [errors]
-        told = "; ".join(_message(error) for error in listed[:3])
+        messages = "; ".join(_message(error) for error in listed[:3])
         if document.get("data") is None and any(_is_refusal(error) for error in listed):
-            raise QuestionRefused(f"the squid does not know the question: {told}")
-        raise CatalogUnavailable(f"the squid answered with errors: {told}")
+            raise QueryRejected(f"the squid does not know the question: {messages}")
+        raise CatalogUnavailable(f"the squid answered with errors: {messages}")
     data = document.get("data")
     if status != 200 or not isinstance(data, dict):
         raise CatalogUnavailable(f"the squid answered {status} without data")
@@ -156,7 +155,7 @@ def data_of(document: Any, status: int) -> dict[str, Any]:
 
 def _message(error: Any) -> str:
     message = error.get("message") if isinstance(error, dict) else error
-    return str(message)[:_TOLD]
+    return str(message)[:_MAX_MESSAGE]
 
 
 def _is_refusal(error: Any) -> bool:
@@ -169,5 +168,104 @@ def _is_refusal(error: Any) -> bool:
     )
 
 
-def _described(error: Exception) -> str:
-    return f"{type(error).__name__} {error}".strip()[:_TOLD]
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__} {error}".strip()[:_MAX_MESSAGE]
+
+
+# The questions to the squid, in the words of each generation of servers.
+#
+# Servers differ in two things: the name of the query for one object (`storageDataObjectById`, once
+# `storageDataObjectByUniqueInput`), and the type of ids in their inputs (`String`, once `ID`). A server refuses a
+# question in the wrong words when it validates it, before anything is looked up.
+
+_TYPE = "type { ... on DataObjectTypeVideoSubtitle { subtitle { mimeType } } }"
+_OBJECT = f"""{{
+  id size ipfsHash isAccepted {_TYPE}
+  storageBag {{
+    storageBuckets {{ storageBucket {{
+      id operatorMetadata {{ nodeEndpoint }} operatorStatus {{ __typename }}
+    }} }}
+    distributionBuckets {{ distributionBucket {{ id operators {{ workerId status }} }} }}
+  }}
+}}"""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """One generation of servers. `one_object`: the field for one object, its argument over `$id`; `id_type`: of ids."""
+
+    name: str
+    one_object: str
+    argument: str
+    id_type: str
+
+
+DIALECTS = (
+    Dialect("by_id", "storageDataObjectById", "id: $id", "String"),
+    Dialect("by_unique_input", "storageDataObjectByUniqueInput", "where: {id: $id}", "String"),
+    Dialect("by_unique_input_id", "storageDataObjectByUniqueInput", "where: {id: $id}", "ID"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """`text` may hold `%(one_object)s`, `%(argument)s` and `%(id_type)s` of a dialect; `operation` is its name."""
+
+    operation: str
+    text: str
+
+    def render(self, dialect: Dialect) -> str:
+        return self.text % {
+            "one_object": dialect.one_object,
+            "argument": dialect.argument,
+            "id_type": dialect.id_type,
+        }
+
+
+ONE_OBJECT = Query(
+    "DataObject",
+    # The alias makes the answers of all servers alike.
+    "query DataObject($id: %(id_type)s!) { object: %(one_object)s(%(argument)s) " + _OBJECT + " }",
+)
+BAGS_OF_BUCKETS = Query(
+    "BagsOfBuckets",
+    "query BagsOfBuckets($ids: [%(id_type)s!]) {"
+    " distributionBuckets(where: {id_in: $ids}) { id bags { bag { id } } } }",
+)
+BAGS_OF_WORKER = Query(
+    "BagsOfWorker",
+    "query BagsOfWorker($w: Int!) {"
+    " distributionBuckets(where: {operators_some: {workerId_eq: $w, status_eq: ACTIVE}}) { id bags { bag { id } } } }",
+)
+ALL_BAGS = Query("AllBags", "query AllBags { distributionBuckets { id bags { bag { id } } } }")
+ALL_BUCKETS = Query("AllBuckets", "query AllBuckets { distributionBuckets { id } }")
+OBJECTS_OF_BAGS = Query(
+    "ObjectsOfBags",
+    "query ObjectsOfBags($ids: [%(id_type)s!], $n: Int!) {"
+    " storageBags(where: {id_in: $ids}, limit: $n) { id objects { id size ipfsHash " + _TYPE + " } } }",
+)
+ACTIVE_STORAGE = Query(
+    "ActiveStorage",
+    "query ActiveStorage { storageBuckets("
+    'where: {operatorStatus: {isTypeOf_eq: "StorageBucketOperatorStatusActive"}})'
+    " { id operatorMetadata { nodeEndpoint } } }",
+)
+STATUS = Query("Status", "query Status { squidStatus { height } squidVersion { version } }")
+
+
+# How much of a squid's time and talk is taken.
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SquidLimits:
+    """`timeout`: seconds for one look-up; `list_timeout`: for one batch of a list; `list_batch`: bags in one question;
+    `list_pause`: seconds between two; sizes in bytes."""
+
+    timeout: float = 2.5
+    list_timeout: float = 60.0
+    list_batch: int = 100
+    list_pause: float = 1.0
+    max_answer: int = 1 * MIB
+    max_list_answer: int = 16 * MIB

@@ -1,6 +1,0 @@
-"""The fast lane: plain GETs and HEADs of cached objects, answered without Sanic.
-
-The connection looks at what arrives. A whole, simple request for a cached object is answered at once; everything
-else goes to Sanic, byte for byte as it came. Whatever is answered here is what Sanic's lane would have answered:
-both make their heads in `services.api.assets.heads` and decide with `services.api.assets.decision`.
-"""

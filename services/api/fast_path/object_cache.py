@@ -1,0 +1,272 @@
+"""Objects that are asked for right now: open, described, with their heads ready-made; the smallest ones in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from time import monotonic
+
+from distributor_node.services.api.assets.decision import Representation
+from distributor_node.services.api.assets.headers import PrebuiltHeaders
+from distributor_node.services.api.assets.page_cache import is_cached, read_cached
+from distributor_node.shared.adapters.volume import FileIdentity, OpenObject, Volume
+from distributor_node.shared.domain.errors import InvalidInput, VolumeError
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+
+REVALIDATE_SECONDS = 0.2
+"""How long an object is answered without another look at its name on the volume."""
+IDLE_SECONDS = 1.0
+"""How long an object that nobody asks for is kept open."""
+MAX_IN_MEMORY = 16 * 1024
+"""Bytes. Larger objects go from the page cache to the socket without a copy, which is quicker than from our memory."""
+MAX_OPEN_FILES = 2048
+_ENTRY_OVERHEAD = 5 * 1024
+"""What a body in memory takes beside itself, heads above all."""
+_MAX_SEEN_ONCE = 20_000
+_MEMORY_SWEEP_INTERVAL = 10.0
+_MAX_HEADERS = 4000
+"""Ready-made heads that are kept when their objects are not (some 3 KiB each)."""
+_WHOLE_PROBE_LIMIT = 1024 * 1024
+_SWEEP_BATCH = 200
+
+
+@dataclass(slots=True, eq=False)
+class CachedObject:
+    """One object. `file` is None where `body` is in memory. Times are monotonic seconds: `fresh_until` its name
+    must be looked at again, `acquired_until` its bytes may be sent without another `OpenObjectCache.acquire`, `used_at`
+    some were last sent (or it was opened), `counted_at` its access was last counted, `resident_until` it counts as
+    lying in the page cache. `sends` go on at this moment."""
+
+    object_id: ObjectId
+    representation: Representation
+    headers: PrebuiltHeaders
+    identity: FileIdentity
+    file: OpenObject | None
+    body: bytes | None = None
+    size: int = 0
+    fresh_until: float = 0.0
+    acquired_until: float = 0.0
+    used_at: float = 0.0
+    counted_at: float = -10.0
+    resident_until: float = 0.0
+    sends: int = 0
+    locked: bool = False
+    dropped: bool = False
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file; -1 where there is none."""
+        return self.file.descriptor if self.file is not None else -1
+
+    def is_resident(self, first: int, length: int, now: float, *, first_resident: bool = False) -> bool:
+        """Whether these bytes lie in the page cache, so that sending them holds nobody up; `first_resident`: the first
+        one is known to. Of small objects that is found out once in a while for all of them."""
+        if now < self.resident_until:
+            return True
+        if self.size > _WHOLE_PROBE_LIMIT:
+            return is_cached(
+                self.descriptor, first, min(length, _WHOLE_PROBE_LIMIT), first_resident=first_resident
+            )
+        if not is_cached(self.descriptor, 0, self.size):
+            return False
+        self.resident_until = now + REVALIDATE_SECONDS
+        return True
+
+    def lock_shared(self) -> bool:
+        """Keep the object from being removed until it is closed. False: it is being removed."""
+        if not self.locked and self.file is not None:
+            self.locked = self.file.lock_shared()
+        return self.locked
+
+    def begin_send(self) -> None:
+        """Until `end_send` the file stays open. Call it before anybody else may have a turn: a descriptor that was
+        closed meanwhile may be another object's by then."""
+        self.sends += 1
+
+    def end_send(self) -> None:
+        self.sends -= 1
+        if self.dropped and not self.sends:
+            self.close()
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+@dataclass(slots=True)
+class _Memory:
+    """Bytes held by bodies, and how many may be."""
+
+    limit: int
+    used: int = 0
+    seen: dict[bytes, None] = field(default_factory=dict)
+
+    def seen_before(self, key: bytes) -> bool:
+        """True from the second time on."""
+        if key in self.seen:
+            return True
+        if len(self.seen) >= _MAX_SEEN_ONCE:
+            self.seen.clear()
+        self.seen[key] = None
+        return False
+
+
+class OpenObjectCache:
+    """By id, as bytes. `run` is the task that lets go of what nobody asks for.
+
+    From the first `acquire` on, while an object is open here, the shared lock on it is held, so that its bytes count
+    until they are sent: whoever wants it gone sets it aside, it is missed here within REVALIDATE_SECONDS, and closed.
+    Bodies in memory need no lock. What sends no bytes, a HEAD or a 304, takes no object: it holds nothing, and renews
+    nothing.
+    """
+
+    def __init__(
+        self,
+        volume: Volume,
+        memory: int,
+        max_open_files: int = MAX_OPEN_FILES,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        """`memory`: bytes that bodies may take."""
+        self._volume = volume
+        self._memory = _Memory(memory)
+        self._max_open_files = max_open_files
+        self._clock = clock
+        self._open: OrderedDict[bytes, CachedObject] = OrderedDict()
+        self._in_memory: OrderedDict[bytes, CachedObject] = OrderedDict()
+        self._headers: OrderedDict[StoredRecord, tuple[Representation, PrebuiltHeaders]] = OrderedDict()
+        self._next_memory_sweep = 0.0
+
+    def get(self, key: bytes, now: float) -> CachedObject | None:
+        """The object, if it is cached and lies where it should; None: somebody else must find out more. Bytes of it
+        are for those who `acquire` it."""
+        cached = self._in_memory.get(key) or self._open.get(key)
+        if cached is None or (now >= cached.fresh_until and not self._revalidate(key, cached, now)):
+            return self._add(key, now)
+        return cached
+
+    def acquire(self, key: bytes, cached: CachedObject) -> CachedObject | None:
+        """To be called before bytes are sent, unless `acquired_until` is still to come: the object, which stays as it
+        is from now on, and may be in memory now; None: it is being removed."""
+        if cached.body is not None:
+            self._in_memory.move_to_end(key)
+        else:
+            if not cached.lock_shared():
+                self.drop(key)
+                return None
+            self._open.move_to_end(key)
+            if cached.size <= MAX_IN_MEMORY and self._memory.seen_before(key):
+                cached = self._load_into_memory(key, cached)
+        cached.acquired_until = cached.fresh_until
+        return cached
+
+    def drop(self, key: bytes) -> None:
+        """Forget the object: what is sent of it is sent to its end."""
+        in_memory = self._in_memory.pop(key, None)
+        if in_memory is not None and in_memory.body is not None:
+            self._memory.used -= len(in_memory.body) + _ENTRY_OVERHEAD
+        cached = self._open.pop(key, None)
+        if cached is not None:
+            cached.dropped = True
+            if not cached.sends:
+                cached.close()
+
+    def _revalidate(self, key: bytes, cached: CachedObject, now: float) -> bool:
+        if self._volume.identity_of(cached.object_id) != cached.identity:
+            self.drop(key)
+            return False
+        cached.fresh_until = now + REVALIDATE_SECONDS
+        return True
+
+    def _add(self, key: bytes, now: float) -> CachedObject | None:
+        try:
+            object_id = ObjectId.parse(key.decode("ascii"))
+            file = self._volume.open_object(object_id)
+        except (InvalidInput, UnicodeDecodeError, VolumeError):
+            return None
+        if file is None:
+            return None
+        cached = self._make_entry(object_id, file)
+        if cached is None:
+            file.close()
+            return None
+        cached.fresh_until, cached.used_at = now + REVALIDATE_SECONDS, now
+        self._open[key] = cached
+        while len(self._open) > self._max_open_files:
+            self.drop(next(iter(self._open)))
+        return cached
+
+    def _make_entry(self, object_id: ObjectId, file: OpenObject) -> CachedObject | None:
+        """None for what Sanic's path answers better: nothing at all, or headers that cannot be sent as they are."""
+        record = file.record
+        try:
+            if not record.size:
+                return None
+            if record not in self._headers:
+                representation = Representation.from_record(record, complete=True)
+                self._headers[record] = (representation, PrebuiltHeaders.build(representation))
+                if len(self._headers) > _MAX_HEADERS:
+                    self._headers.popitem(last=False)
+            representation, headers = self._headers[record]
+            return CachedObject(object_id, representation, headers, file.identity(), file, size=record.size)
+        except (ValueError, OSError):
+            return None
+
+    def _load_into_memory(self, key: bytes, cached: CachedObject) -> CachedObject:
+        """The object in memory, if all of it is in the page cache, and there is room; else as it was."""
+        if cached.file is None or cached.size + _ENTRY_OVERHEAD > self._memory.limit:
+            return cached
+        try:
+            body = read_cached(cached.file.descriptor, 0, cached.size)
+        except OSError:
+            return cached
+        if len(body) != cached.size:
+            return cached
+        self.drop(key)
+        in_memory = replace(cached, file=None, body=body, sends=0, locked=False, dropped=False)
+        self._in_memory[key] = in_memory
+        self._memory.used += cached.size + _ENTRY_OVERHEAD
+        while self._memory.used > self._memory.limit:
+            self.drop(next(iter(self._in_memory)))
+        return in_memory
+
+    async def run(self) -> None:
+        """Until cancelled: close what is idle, and forget bodies of objects that are gone."""
+        while True:
+            await asyncio.sleep(IDLE_SECONDS / 4)
+            await self.sweep()
+
+    async def sweep(self) -> None:
+        """Look at everything that may be due, a little at a time."""
+        await self._sweep(self._open, self._close_if_idle)
+        if self._clock() >= self._next_memory_sweep:
+            # In no hurry: these take no space on the volume, and are looked at before they are answered
+            self._next_memory_sweep = self._clock() + _MEMORY_SWEEP_INTERVAL
+            await self._sweep(self._in_memory, self._drop_if_replaced)
+
+    async def _sweep(
+        self, table: OrderedDict[bytes, CachedObject], check: Callable[[bytes, CachedObject, float], None]
+    ) -> None:
+        keys = list(table)
+        for start in range(0, len(keys), _SWEEP_BATCH):
+            now = self._clock()
+            for key in keys[start : start + _SWEEP_BATCH]:
+                cached = table.get(key)
+                if cached is not None:
+                    check(key, cached, now)
+            await asyncio.sleep(0)
+
+    def _close_if_idle(self, key: bytes, cached: CachedObject, now: float) -> None:
+        if not cached.sends and now - cached.used_at > IDLE_SECONDS:
+            self.drop(key)
+
+    def _drop_if_replaced(self, key: bytes, cached: CachedObject, now: float) -> None:
+        if now >= cached.fresh_until and self._volume.identity_of(cached.object_id) != cached.identity:
+            self.drop(key)
+
+    def close(self) -> None:
+        """Close all; sends that go on keep their files."""
+        for key in (*self._open, *self._in_memory):
+            self.drop(key)

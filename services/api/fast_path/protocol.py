@@ -1,0 +1,377 @@
+"""The connection that looks at what arrives before Sanic does."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic, perf_counter
+from typing import Any
+
+import structlog
+from sanic.http import Stage
+
+from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.assets.page_cache import is_cached, peek_cached, read_chunk
+from distributor_node.services.api.assets.response import ACCESS_RENEWAL_INTERVAL
+from distributor_node.services.api.fast_path.handler import FastPath, PreparedResponse
+from distributor_node.services.api.fast_path.object_cache import CachedObject
+from distributor_node.services.api.protocol import ApiHttp, PublicProtocol
+from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
+
+_MAX_BUFFERED = 64 * 1024
+"""Bytes a client may send ahead while it is sent a long body; then it is not read from."""
+_PAGE_SIZE = 4096
+
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _Transfer:
+    """A body that is sent in a task. `request`: what the client asked, for Sanic's path if nothing could be sent; empty
+    once something was said."""
+
+    fast_path: FastPath
+    prepared: PreparedResponse
+    sender: FileSender
+    request: bytes = b""
+
+
+class FastPathProtocol(PublicProtocol):
+    """Answers simple requests for cached objects itself, and hands everything else to Sanic unchanged.
+
+    It writes only while Sanic waits for a request's first byte and nothing written before is on its way; what
+    arrives while a long body is sent is kept until that has ended. Time limits are those of PublicProtocol, which
+    sees every byte.
+    """
+
+    __slots__ = ("_buffered", "_fast_path", "_socket", "_transfer", "_transfer_task")
+
+    def __init__(self, **named: Any) -> None:
+        super().__init__(**named)
+        self._fast_path: FastPath | None = getattr(self.app.ctx, "fast_path", None)
+        self._socket: socket.socket | None = None
+        self._transfer: _Transfer | None = None
+        self._transfer_task: asyncio.Task[None] | None = None
+        self._buffered = bytearray()
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        connection = transport.get_extra_info("socket")
+        if self._fast_path is not None and connection is not None:
+            # Another name for the transport's own socket, never closed here: it offers what transports do not.
+            self._socket = socket.socket(
+                connection.family, socket.SOCK_STREAM, connection.proto, fileno=connection.fileno()
+            )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._socket is not None:
+            self._socket.detach()
+            self._socket = None
+        if self._transfer_task is not None:
+            self._transfer_task.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._transfer is not None:
+            self._buffer(data)
+        elif not self._can_bypass() or not self._respond(data):
+            super().data_received(data)
+
+    def _can_bypass(self) -> bool:
+        """Whether nothing is under way on this connection."""
+        http, transport = self._http, self.transport
+        if self._socket is None or transport is None or self.recv_buffer or self.draining:
+            return False
+        if http is not None and not (
+            http.stage is Stage.IDLE and getattr(http, "request", None) is None and http.keep_alive
+        ):
+            return False
+        return not transport.is_closing() and not transport.get_write_buffer_size()
+
+    def _respond(self, data: bytes) -> bool:
+        fast_path, transport = self._fast_path, self.transport
+        now = monotonic()
+        prepared = fast_path.prepare(data, now) if fast_path is not None else None
+        if fast_path is None or prepared is None or transport is None or self._socket is None:
+            return False
+        self._time = now
+        body, first, length = prepared.cached.body, prepared.first, prepared.length
+        if not length:
+            transport.write(prepared.head)
+        elif body is not None:
+            transport.write(prepared.head + (body if length == len(body) else body[first : first + length]))
+        else:
+            self._send_file(fast_path, prepared, self._socket, data)
+            return True
+        fast_path.record(prepared, length, perf_counter() - prepared.started)
+        return True
+
+    def _send_file(
+        self, fast_path: FastPath, prepared: PreparedResponse, connection: socket.socket, data: bytes
+    ) -> None:
+        """The head and as much of the file as the socket takes now; the rest in a task."""
+        cached, head, length, sent = prepared.cached, prepared.head, prepared.length, 0
+        # A body that begins within a page takes one page more than a segment holds, and the kernel then works half as
+        # long again: what lies before the next page goes with the head, and the file from there. Should it have left
+        # memory just now, all of it is sent as it lies.
+        unaligned = peek_cached(cached.descriptor, prepared.first, min(-prepared.first % _PAGE_SIZE, length))
+        if not cached.is_resident(prepared.first, length, self._time, first_resident=bool(unaligned)):
+            sender = FileSender(cached, prepared.first, length, fast_path.accesses)
+            self._start_transfer(
+                _Transfer(fast_path, prepared, sender, data), sender.send_from_disk(self._connection(), head)
+            )
+            return
+        flags = socket.MSG_MORE if unaligned is not None and len(unaligned) < length else 0
+        try:
+            accepted = (
+                connection.sendmsg((head, unaligned), (), flags)
+                if unaligned
+                else connection.send(head, flags)
+            )
+            head, sent = head[accepted:], max(0, accepted - len(head))
+            if not head and sent < length:
+                sent += send_file(
+                    cached, connection.fileno(), prepared.first + sent, min(length - sent, SENDFILE_CHUNK)
+                )
+        except BlockingIOError:
+            pass
+        except (OSError, TruncatedFile) as error:
+            fast_path.record(prepared, 0, 0.0, self._abort_on_error(error))
+            return
+        if sent == length:
+            fast_path.record(prepared, length, perf_counter() - prepared.started)
+        else:
+            sender = FileSender(cached, prepared.first, length, fast_path.accesses, sent)
+            self._start_transfer(
+                _Transfer(fast_path, prepared, sender), sender.send(self._connection(), head)
+            )
+
+    def _connection(self) -> Connection:
+        if self.transport is None or self._socket is None:
+            raise ConnectionResetError(errno.ECONNRESET, "the client has left")
+        return Connection(self.transport, self._can_write, self._socket.fileno())
+
+    def _start_transfer(self, transfer: _Transfer, work: Coroutine[Any, Any, None]) -> None:
+        # Here, not in the task: until that has its first turn, other connections could have the file closed
+        transfer.prepared.cached.begin_send()
+        REQUESTS_IN_PROGRESS.inc()
+        self._transfer = transfer
+        self._transfer_task = task = asyncio.create_task(work, name="asset-body")
+        task.add_done_callback(partial(self._on_transfer_ended, transfer))
+        transfer.fast_path.track(task)
+
+    def _on_transfer_ended(self, transfer: _Transfer, task: asyncio.Task[None]) -> None:
+        """The body has ended, well or not; called for a task that was cancelled before it began, too."""
+        transfer.prepared.cached.end_send()
+        REQUESTS_IN_PROGRESS.dec()
+        self._transfer = self._transfer_task = None
+        self._time = monotonic()
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        sender = transfer.sender
+        if isinstance(error, TruncatedFile) and transfer.request and not sender.started:
+            # Nothing has been said to the client: Sanic's path finds out what is wrong
+            self._resume_reading(transfer.request)
+            return
+        abort_reason = self._abort_on_error(error) if error is not None else None
+        transfer.fast_path.record(
+            transfer.prepared, sender.sent, sender.started_at - transfer.prepared.started, abort_reason
+        )
+        if abort_reason is None:
+            self._resume_reading(b"")
+
+    def _abort_on_error(self, error: BaseException) -> str:
+        """End the connection in the middle of an answer; the reason why."""
+        if isinstance(error, asyncio.CancelledError | OSError):
+            reason: str | None = self._abort_reason
+            if reason is None:
+                reason = "client_disconnected"
+                ABORTED_RESPONSES.labels(reason=reason).inc()
+            self.abort()
+            return reason
+        reason = "object_unreadable"
+        if not isinstance(error, TruncatedFile):
+            reason = "unexpected_error"
+            logger.error("response_failed", exc_info=error)
+        self.abort_response(reason)
+        return reason
+
+    def _buffer(self, data: bytes) -> None:
+        self._buffered += data
+        if len(self._buffered) > _MAX_BUFFERED and self.transport is not None:
+            self.transport.pause_reading()
+
+    def _resume_reading(self, unread: bytes) -> None:
+        """What came during a long answer is next."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        buffered, self._buffered = unread + bytes(self._buffered), bytearray()
+        if unread:
+            super().data_received(buffered)
+        elif buffered:
+            self.data_received(buffered)
+        elif self.draining:
+            self.allow_last_request()
+        transport.resume_reading()
+
+    def _progress(self) -> object:
+        return super()._progress(), self._transfer.sender.sent if self._transfer is not None else 0
+
+    def _enforce_timeouts(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
+        # While a body is sent the connection is not idle, whatever Sanic believes
+        return super()._enforce_timeouts(
+            http, unchanged, 0.0 if self._transfer is not None else silent, unsent
+        )
+
+    def start_draining(self) -> None:
+        if self._transfer is not None:
+            self.draining = True
+        else:
+            super().start_draining()
+
+    def _is_idle(self) -> bool:
+        return self._transfer is None and super()._is_idle()
+
+
+# Bodies that do not fit into the socket at once, or are not in memory: sent at the client's pace, from file to
+# socket.
+
+_NETWORK_ERRNOS = (errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH)
+SENDFILE_CHUNK = 1024 * 1024
+"""Bytes handed to the socket before other connections have their turn."""
+_READAHEAD_BYTES = 4 * 1024 * 1024
+COLD_READ_CHUNK = 512 * 1024
+_BUFFERED_CHUNK = 32 * 1024
+"""Bytes that wait in the connection's own buffer while the socket is full: it tells us when there is room again."""
+
+
+class TruncatedFile(Exception):
+    """The file gives fewer bytes than the object has, or none at all: the disk fails, or it was cut short."""
+
+
+def send_file(cached: CachedObject, descriptor: int, first: int, length: int) -> int:
+    """Hand bytes of the file to the socket `descriptor`; how many it took, 0 if it is full. TruncatedFile;
+    ConnectionError if the client has left."""
+    try:
+        sent = os.sendfile(descriptor, cached.descriptor, first, length)
+    except BlockingIOError:
+        return 0
+    except OSError as error:
+        if isinstance(error, ConnectionError):
+            raise
+        if isinstance(error, TimeoutError) or error.errno in _NETWORK_ERRNOS:
+            raise ConnectionResetError(error.errno, error.strerror) from error
+        logger.error("object_unreadable", object_id=cached.object_id, reason=error.strerror)
+        raise TruncatedFile(cached.object_id) from error
+    if not sent:
+        logger.error("object_truncated", object_id=cached.object_id, size=cached.size)
+        raise TruncatedFile(cached.object_id)
+    return sent
+
+
+@dataclass(slots=True)
+class Connection:
+    """The far end: `transport` buffers and tells when it is empty (`writable`), `descriptor` is its socket."""
+
+    transport: asyncio.Transport
+    writable: asyncio.Event
+    descriptor: int
+
+
+class FileSender:
+    """One body, of an object whose send has begun (`CachedObject.begin_send`). `sent`: bytes of it that have left;
+    `started`: the client has been told something, `started_at` when."""
+
+    def __init__(
+        self, cached: CachedObject, first: int, length: int, accesses: AccessCounter, sent: int = 0
+    ) -> None:
+        if cached.file is None:
+            raise ValueError("an object in memory is written at once")
+        self._cached = cached
+        self._file = cached.file.descriptor
+        self._first = first
+        self._length = length
+        self._accesses = accesses
+        self._renewed_at = monotonic()
+        self._cached_until = 0
+        self.sent = sent
+        self.started = sent > 0
+        self.started_at = perf_counter()
+
+    async def send_from_disk(self, connection: Connection, head: bytes) -> None:
+        """As `send`; the beginning is read before the head is sent, so that a failing disk costs no answer:
+        TruncatedFile then with `started` false."""
+        chunk = bytes(await self._read(min(COLD_READ_CHUNK, self._length)))
+        self.sent = len(chunk)
+        await self.send(connection, head + chunk)
+
+    async def send(self, connection: Connection, head: bytes = b"") -> None:
+        """Everything that has not been sent. TruncatedFile; ConnectionError once the client has left."""
+        if not self.started:
+            self.started, self.started_at = True, perf_counter()
+        transport = connection.transport
+        transport.set_write_buffer_limits(high=0)
+        try:
+            if head:
+                await self._write(connection, head)
+            while self.sent < self._length:
+                if transport.is_closing():
+                    raise ConnectionResetError(errno.ECONNRESET, "the client has left")
+                await self._send_chunk(connection)
+                self._renew_access()
+        finally:
+            if not transport.is_closing():
+                transport.set_write_buffer_limits(high=64 * 1024, low=16 * 1024)
+
+    async def _send_chunk(self, connection: Connection) -> None:
+        remaining = self._length - self.sent
+        position = self._first + self.sent
+        if position >= self._cached_until and not self._readahead(position, remaining):
+            await self._write_chunk(connection, min(COLD_READ_CHUNK, remaining))
+            return
+        length = min(remaining, self._cached_until - position)
+        sent = send_file(self._cached, connection.descriptor, position, length)
+        self.sent += sent
+        if sent < length:
+            await self._write_chunk(connection, min(_BUFFERED_CHUNK, remaining - sent))
+        else:
+            # Where the client takes all at once nothing waits here, and others would
+            await asyncio.sleep(0)
+
+    def _readahead(self, position: int, remaining: int) -> bool:
+        """False if what comes next has to be read from the disk; then more of it is on its way into memory."""
+        window = min(remaining, SENDFILE_CHUNK)
+        if is_cached(self._file, position, window):
+            self._cached_until = position + window
+            return True
+        os.posix_fadvise(self._file, position, min(remaining, _READAHEAD_BYTES), os.POSIX_FADV_WILLNEED)
+        return False
+
+    async def _write_chunk(self, connection: Connection, length: int) -> None:
+        await self._write(connection, await self._read(length))
+        self.sent += length
+
+    async def _write(self, connection: Connection, chunk: bytes | memoryview) -> None:
+        connection.transport.write(chunk)
+        await connection.writable.wait()
+
+    async def _read(self, length: int) -> memoryview:
+        try:
+            chunk = await read_chunk(self._file, self._first + self.sent, length)
+        except OSError as error:
+            logger.error("object_unreadable", object_id=self._cached.object_id, reason=error.strerror)
+            raise TruncatedFile(self._cached.object_id) from error
+        if len(chunk) < length:
+            logger.error("object_truncated", object_id=self._cached.object_id, size=self._cached.size)
+            raise TruncatedFile(self._cached.object_id)
+        return chunk
+
+    def _renew_access(self) -> None:
+        if monotonic() - self._renewed_at >= ACCESS_RENEWAL_INTERVAL:
+            self._renewed_at = monotonic()
+            self._accesses.touch(self._cached.object_id)

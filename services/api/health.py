@@ -1,0 +1,129 @@
+"""For those who run the node: /healthz, /readyz, /metrics.
+
+Ready means: the volume is there, and no other node's objects are being taken into it. A node without its state store,
+job queue or catalog still serves hits, and most misses by proxy; to take it out of service would lose what it can do.
+What is missing is said in `degraded`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+
+from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.status import UsageReader
+from distributor_node.shared.adapters.volume.intake import ImportSource
+from distributor_node.shared.domain.errors import DistributorError, VolumeError
+from distributor_node.shared.observability.metrics import (
+    QUEUE_JOBS,
+    STATE_STORE_CLIENTS,
+    STATE_STORE_COMMANDS,
+    STATE_STORE_MEMORY,
+    STATE_STORE_MEMORY_LIMIT,
+    STATE_STORE_SAVING,
+    STORAGE_LIMIT,
+    STORAGE_OBJECTS,
+    STORAGE_RESERVED,
+    STORAGE_USED,
+    render_metrics,
+)
+
+_CHECK_TIMEOUT = 2.0
+IMPORT_READY_TIMEOUT = 600.0
+
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """`problems`: what keeps the node from working at all; `degraded`: what it works without, in words."""
+
+    problems: tuple[str, ...]
+    degraded: tuple[str, ...]
+
+
+class HealthChecks:
+    """Looks at everything the node stands on, within two seconds."""
+
+    def __init__(self, context: ApiContext, usage: UsageReader) -> None:
+        self._context = context
+        self._usage = usage
+        self._started = time.monotonic()
+        self._import_done = context.settings.storage.import_assets is None
+
+    async def readiness(self) -> Readiness:
+        """What is missing."""
+        context = self._context
+        volume, *others = await asyncio.gather(
+            self._check("volume", self._check_volume),
+            self._check("state store", context.state.ping),
+            self._check("job queue", context.queue.ping),
+            self._check("catalog", context.catalog.bucket_ids),
+        )
+        unfinished_import = await asyncio.to_thread(self._check_import)
+        return Readiness(
+            problems=tuple(problem for problem in (volume, unfinished_import) if problem),
+            degraded=tuple(missing for missing in others if missing),
+        )
+
+    def _check_import(self) -> str | None:
+        """While the evictor takes an existing node's objects over, requests for them would be misses: worth waiting
+        for, but not for ever."""
+        if self._import_done or time.monotonic() - self._started > IMPORT_READY_TIMEOUT:
+            return None
+        assets = self._context.settings.storage.import_assets
+        if assets is not None:
+            import_source = ImportSource(self._context.volume.root, assets)
+            self._import_done = import_source.is_done()
+            import_source.close()
+        return None if self._import_done else "the existing node's objects are being taken over"
+
+    async def _check_volume(self) -> None:
+        await asyncio.to_thread(self._context.volume.check)
+
+    async def _check(self, name: str, check: Callable[[], Awaitable[object]]) -> str | None:
+        try:
+            async with asyncio.timeout(_CHECK_TIMEOUT):
+                await check()
+        except TimeoutError:
+            return f"{name}: no answer"
+        except VolumeError as error:
+            return str(error)
+        except DistributorError as error:
+            logger.info("dependency_unavailable", dependency=name, reason=str(error))
+            return f"{name}: out of reach"
+        return None
+
+    async def metrics(self) -> tuple[bytes, str]:
+        """The metrics of this process (of all workers in multiprocess mode), and their media type."""
+        await asyncio.gather(
+            self._update_usage(),
+            self._check("state store", self._update_state_store),
+            self._check("job queue", self._update_queue),
+        )
+        return await asyncio.to_thread(render_metrics)
+
+    async def _update_usage(self) -> None:
+        usage = await self._usage.read()
+        STORAGE_USED.set(usage.used)
+        STORAGE_RESERVED.set(usage.reserved)
+        STORAGE_LIMIT.set(usage.limit)
+        STORAGE_OBJECTS.set(usage.objects)
+
+    async def _update_state_store(self) -> None:
+        stats = await self._context.state.server_stats()
+        if stats is not None:
+            STATE_STORE_MEMORY.set(stats.memory)
+            STATE_STORE_MEMORY_LIMIT.set(stats.memory_limit)
+            STATE_STORE_CLIENTS.set(stats.clients)
+            STATE_STORE_COMMANDS.set(stats.commands)
+            STATE_STORE_SAVING.set(stats.saving)
+
+    async def _update_queue(self) -> None:
+        depth = await self._context.queue.depth()
+        for state, jobs in (("ready", depth.ready), ("delayed", depth.delayed), ("dead", depth.dead)):
+            QUEUE_JOBS.labels(state=state).set(jobs)

@@ -1,0 +1,254 @@
+"""Where orders are taken: checked against those in force, written to the state store, followed by every process."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import structlog
+
+from distributor_node.services.api.errors import HttpError
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.objects import ObjectId, source_name
+from distributor_node.shared.domain.operator_state import OperatorState, Warming, WarmingScope
+from distributor_node.shared.ports.state_store import Fetch, IndexEntry, StateStore
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+
+MAX_PINS = 10_000
+_ATTEMPTS = 10
+_PURGE_BATCH = 1000
+
+logger = structlog.get_logger()
+
+
+class OperatorCommands:
+    """HttpError 409 for what is the case already or cannot be, and for everything once the node shuts down."""
+
+    def __init__(self, state: StateStore, operator_state: OperatorStateWatcher) -> None:
+        self._state, self._operator_state = state, operator_state
+
+    async def stop(self) -> dict[str, Any]:
+        """Close the public port."""
+        return await self._change("stop", _stopped)
+
+    async def start(self) -> dict[str, Any]:
+        """Open the public port again."""
+        return await self._change("start", _started)
+
+    async def shut_down(self) -> dict[str, Any]:
+        """End every API process."""
+        return await self._change("shut down", lambda state: replace(state, shutdowns=state.shutdowns + 1))
+
+    async def set_worker(self, worker_id: int) -> dict[str, Any]:
+        return await self._change(
+            "set worker", lambda state: replace(state, worker_ordered=True, worker_id=worker_id)
+        )
+
+    async def set_buckets(self, buckets: frozenset[str] | None) -> dict[str, Any]:
+        """None: back to all of the worker, or to everything, if that is what the node is set up for."""
+
+        def ordered(state: OperatorState) -> OperatorState:
+            changed = replace(state, buckets_ordered=True, buckets=buckets)
+            if buckets is None and changed.assignment(self._operator_state.configured).bucket_ids is not None:
+                raise HttpError(
+                    409, "No worker is known whose buckets to serve: set-worker first", "no_worker"
+                )
+            return changed
+
+        return await self._change("set buckets", ordered)
+
+    async def drain(self, on: bool) -> dict[str, Any]:
+        return await self._change("drain", lambda state: replace(state, draining=on))
+
+    async def pin(self, object_ids: Sequence[ObjectId]) -> dict[str, Any]:
+        await self._reject_if_shutting_down()
+        pinned = await self._state.pinned()
+        if len(pinned.union(object_ids)) > MAX_PINS:
+            raise HttpError(400, f"No more than {MAX_PINS} objects can be pinned", "too_many_pins")
+        return await self._change_pins(pin=object_ids)
+
+    async def unpin(self, object_ids: Sequence[ObjectId]) -> dict[str, Any]:
+        await self._reject_if_shutting_down()
+        return await self._change_pins(unpin=object_ids)
+
+    async def purge(self, object_ids: Sequence[ObjectId] | None) -> dict[str, Any]:
+        """None: everything that is cached or being fetched now."""
+        await self._reject_if_shutting_down()
+        if object_ids is not None:
+            await self._state.request_purges(object_ids)
+            count = len(object_ids)
+        else:
+            count = await self._purge_all()
+        logger.info("operator_command_accepted", command="purge", objects=count)
+        return {"purging": count}
+
+    async def warm(self, scope: WarmingScope) -> Warming:
+        await self._reject_if_shutting_down()
+        ordered = await self._state.start_warming(scope)
+        if ordered is None:
+            raise HttpError(409, "Another warming is under way", "already_warming")
+        logger.info("operator_command_accepted", command="warm", serial=ordered.serial)
+        return ordered
+
+    async def warming(self) -> Warming | None:
+        """The latest one."""
+        return await self._state.warming()
+
+    async def _purge_all(self) -> int:
+        if not (await self._state.usage()).reconciled:
+            raise StateStoreUnavailable("the index does not stand for the volume yet")
+        count, batch = 0, [fetch.object_id for fetch in await self._state.fetches() if fetch.size]
+        async for entries in self._state.entries():
+            batch += [entry.object_id for entry in entries]
+            while len(batch) >= _PURGE_BATCH:
+                await self._state.request_purges(batch[:_PURGE_BATCH])
+                count, batch = count + _PURGE_BATCH, batch[_PURGE_BATCH:]
+        if batch:
+            await self._state.request_purges(batch)
+        return count + len(batch)
+
+    async def _change_pins(
+        self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()
+    ) -> dict[str, Any]:
+        changed = await self._state.change_pins(pin, unpin)
+        logger.info("operator_command_accepted", command="pin" if pin else "unpin", changed=changed)
+        return {"changed": changed, "pinned": len(await self._state.pinned())}
+
+    async def _reject_if_shutting_down(self) -> OperatorState:
+        state = await self._operator_state.refresh()
+        if self._operator_state.shutting_down:
+            raise HttpError(409, "The node is shutting down", "shutting_down")
+        return state
+
+    async def _change(self, name: str, change: Callable[[OperatorState], OperatorState]) -> dict[str, Any]:
+        """Read, decide, write if nobody else has written meanwhile; else again."""
+        for _ in range(_ATTEMPTS):
+            state = await self._reject_if_shutting_down()
+            if await self._state.change_operator_state(state.version, change(state)) is not None:
+                logger.info("operator_command_accepted", command=name)
+                await self._operator_state.refresh()
+                return self.as_json()
+        raise StateStoreUnavailable("the orders are being changed by others all the time")
+
+    def as_json(self) -> dict[str, Any]:
+        """The orders in force."""
+        state, assignment = self._operator_state.current, self._operator_state.assignment
+        return {
+            "stopped": state.stopped,
+            "draining": state.draining,
+            "shuttingDown": self._operator_state.shutting_down,
+            "workerId": assignment.worker_id,
+            "buckets": None if assignment.bucket_ids is None else sorted(assignment.bucket_ids),
+        }
+
+
+def _stopped(state: OperatorState) -> OperatorState:
+    if state.stopped:
+        raise HttpError(409, "The public API is stopped already", "already_stopped")
+    return replace(state, stopped=True)
+
+
+def _started(state: OperatorState) -> OperatorState:
+    if not state.stopped:
+        raise HttpError(409, "The public API runs already", "already_started")
+    return replace(state, stopped=False)
+
+
+# What operators may look at: the cached objects, page by page, and the fetches under way.
+
+
+class OperatorQueries:
+    """Reads index and volume; one listing at a time, since each goes through the whole index."""
+
+    def __init__(self, state: StateStore, volume: Volume) -> None:
+        self._state, self._volume = state, volume
+        self._listing = asyncio.Lock()
+
+    async def cache(self, limit: int, after: str) -> dict[str, Any]:
+        """Up to `limit` objects in the order of their ids, beginning behind `after`; `next` is the `after` of the next
+        page, None on the last one."""
+        async with self._listing:
+            pinned = await self._state.pinned()
+            page: list[IndexEntry] = []
+            total = total_bytes = pinned_objects = pinned_bytes = 0
+            async for batch in self._state.entries():
+                for entry in batch:
+                    total, total_bytes = total + 1, total_bytes + entry.size
+                    if entry.object_id in pinned:
+                        pinned_objects, pinned_bytes = pinned_objects + 1, pinned_bytes + entry.size
+                behind = {entry.object_id: entry for entry in (*page, *batch) if entry.object_id > after}
+                page = heapq.nsmallest(limit + 1, behind.values(), key=_id_of)
+                await asyncio.sleep(0)
+        more, page = len(page) > limit, page[:limit]
+        return {
+            "objects": [_entry_as_json(entry, entry.object_id in pinned) for entry in page],
+            "next": page[-1].object_id if more else None,
+            "total": total,
+            "bytes": total_bytes,
+            "pinned": pinned_objects,
+            "pinnedBytes": pinned_bytes,
+        }
+
+    async def downloads(self) -> dict[str, Any]:
+        """Everything that is claimed, queued, being fetched, or was left half way."""
+        fetches = await self._state.fetches()
+        downloaded = await asyncio.to_thread(self._downloaded_bytes, [fetch.object_id for fetch in fetches])
+        return {"downloads": [_fetch_as_json(fetch, downloaded.get(fetch.object_id, 0)) for fetch in fetches]}
+
+    def _downloaded_bytes(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, int]:
+        """Bytes on disk. Blocks."""
+        sizes: dict[ObjectId, int] = {}
+        for object_id in object_ids:
+            try:
+                reader = self._volume.open_partial(object_id)
+            except VolumeError:
+                continue
+            if reader is not None:
+                sizes[object_id] = reader.state().size
+                reader.close()
+        return sizes
+
+
+def warming_as_json(warming: Warming | None) -> dict[str, Any]:
+    """A warming and its progress; zeros if there never was one."""
+    if warming is None:
+        return {"state": "none", "total": 0, "done": 0, "skipped": 0, "failed": 0, "reason": ""}
+    return {
+        "state": warming.state,
+        "total": warming.total,
+        "done": warming.done,
+        "skipped": warming.skipped,
+        "failed": warming.failed,
+        "reason": warming.reason,
+    }
+
+
+def _entry_as_json(entry: IndexEntry, pinned: bool) -> dict[str, Any]:
+    return {
+        "id": entry.object_id,
+        "size": entry.size,
+        "lastAccess": round(entry.last_access, 3),
+        "views": entry.frequency,
+        "pinned": pinned,
+        "state": "leaving" if entry.evicting else "stored",
+    }
+
+
+def _fetch_as_json(fetch: Fetch, downloaded: int) -> dict[str, Any]:
+    return {
+        "id": fetch.object_id,
+        "phase": fetch.phase.value,
+        "bytes": downloaded,
+        "size": fetch.size,
+        "source": None if fetch.source is None else source_name(fetch.source),
+        "worker": fetch.worker,
+        "age": round(fetch.age, 3),
+    }
+
+
+def _id_of(entry: IndexEntry) -> str:
+    return entry.object_id

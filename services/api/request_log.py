@@ -1,0 +1,172 @@
+"""One request and its answer, as the log and the metrics tell of it."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+
+import structlog
+from sanic import Request
+
+from distributor_node.services.api.headers import CacheResult
+from distributor_node.shared.observability.metrics import (
+    PHASE,
+    REQUESTS,
+    SENT_BYTES,
+    TIME_TO_FIRST_BYTE,
+    add_observations,
+    bounds_of,
+    method_label,
+)
+
+_MAX_REQUEST_ID = 128
+_CLIENT_ERROR = 400
+_REQUEST_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._:/+=@-")
+
+logger = structlog.get_logger()
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """Filled in while a request is answered. `started`: monotonic seconds; `sent`: bytes of the body handed to the
+    connection (None: the whole body of an answer that was not streamed); `size`: bytes of the whole object, where it is
+    known; `abort_reason`: why the answer ended early; `log_hits`: whether a hit is worth a line in the log."""
+
+    request_id: str
+    method: str
+    path: str = "unmatched"
+    object_id: str | None = None
+    started: float = field(default_factory=time.perf_counter)
+    sent: int | None = None
+    size: int | None = None
+    abort_reason: str | None = None
+    recorded: bool = False
+    log_hits: bool = False
+
+
+def request_record(request: Request) -> RequestRecord:
+    """The record of a request; begun here if the request was refused before it got anywhere."""
+    record: RequestRecord | None = getattr(request.ctx, "record", None)
+    if record is None:
+        offered = request.headers.get("x-request-id")
+        log_hits = getattr(request.app.ctx, "log_hits", False)
+        record = RequestRecord(choose_request_id(offered), request.method, log_hits=log_hits)
+        request.ctx.record = record
+    return record
+
+
+def choose_request_id(offered: str | None) -> str:
+    """The client's request id if it is short and plain (it ends up in headers and logs), else a new one."""
+    return offered if offered and is_request_id(offered) else secrets.token_hex(16)
+
+
+def is_request_id(offered: str) -> bool:
+    """True for a request id that may end up in headers and logs."""
+    return 0 < len(offered) <= _MAX_REQUEST_ID and _REQUEST_ID_CHARACTERS.issuperset(offered)
+
+
+def precreate_counters() -> None:
+    """Let the counts of objects handed out stand at 0 before the first: Prometheus sees growth between two looks only,
+    and a count that begins at 1 has not grown."""
+    for status in ("200", "206", "304"):
+        for cache in ("hit", "pending", "miss"):
+            REQUESTS.labels(method="GET", status=status, cache=cache)
+
+
+def count_and_log(
+    record: RequestRecord, status: int, *, cache: str | None, source: str | None, sent: int
+) -> None:
+    """Count and log one answered request. `cache`: hit, pending, miss; `source`: local, external; None: neither."""
+    REQUESTS.labels(method=method_label(record.method), status=str(status), cache=cache or "none").inc()
+    if cache != "hit" or record.log_hits or record.abort_reason is not None or status >= _CLIENT_ERROR:
+        log_request(record, status, cache=cache, source=source, sent=sent)
+
+
+def log_request(
+    record: RequestRecord, status: int, *, cache: str | None, source: str | None, sent: int
+) -> None:
+    """The event in the log alone."""
+    logger.info(
+        "request_answered",
+        request_id=record.request_id,
+        method=record.method[:16],
+        path=record.path,
+        object_id=record.object_id,
+        status=status,
+        bytes=sent,
+        size=record.size,
+        duration_ms=round((time.perf_counter() - record.started) * 1000, 3),
+        x_cache=cache,
+        source=source,
+        cut=record.abort_reason,
+    )
+
+
+# How long the phases of one GET take, for the metrics.
+
+
+def observe_first_byte(request: Request, result: CacheResult) -> None:
+    """The first byte of the body is about to leave."""
+    TIME_TO_FIRST_BYTE.labels(cache=result).observe(perf_counter() - request_record(request).started)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Measure one phase: catalog, claim, publish. Failures take time too."""
+    started = perf_counter()
+    try:
+        yield
+    finally:
+        PHASE.labels(phase=name).observe(perf_counter() - started)
+
+
+# What the fast path has answered, counted in plain numbers and handed to the metrics a few times a second.
+
+_FLUSH_SECONDS = 0.1
+
+
+class BufferedHitMetrics:
+    """Of one process. A Prometheus counter takes a lock, and in multiprocess mode a write to a mapped file, each
+    time."""
+
+    def __init__(self) -> None:
+        self._requests: dict[tuple[bool, int], int] = {}
+        self._sent = 0
+        self._first_bytes = TIME_TO_FIRST_BYTE.labels(cache="hit")
+        self._bounds = bounds_of(self._first_bytes)
+        self._counts = [0] * len(self._bounds)
+        self._seconds = 0.0
+        self._due = False
+
+    def add(self, head: bool, status: int, sent: int, seconds: float) -> None:
+        """One more answer, to HEAD or GET; `sent` bytes of a body, the first of them `seconds` after the request
+        came."""
+        key = (head, status)
+        self._requests[key] = self._requests.get(key, 0) + 1
+        if sent:
+            self._sent += sent
+            self._counts[bisect_left(self._bounds, seconds)] += 1
+            self._seconds += seconds
+        if not self._due:
+            self._due = True
+            asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self.flush)
+
+    def flush(self) -> None:
+        """Hand everything over now."""
+        self._due = False
+        requests, self._requests = self._requests, {}
+        for (head, status), count in requests.items():
+            method = "HEAD" if head else "GET"
+            REQUESTS.labels(method=method, status=str(status), cache="hit").inc(count)
+        if self._sent:
+            SENT_BYTES.labels(source="local").inc(self._sent)
+            self._sent = 0
+        if any(self._counts):
+            add_observations(self._first_bytes, self._counts, self._seconds)
+            self._counts, self._seconds = [0] * len(self._bounds), 0.0

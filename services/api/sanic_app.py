@@ -1,0 +1,304 @@
+"""The Sanic application: raw-path routing, one record for each request, no noise."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from itertools import count
+from typing import Any
+from urllib.parse import unquote_to_bytes
+
+import structlog
+from sanic import HTTPResponse, Request, Sanic
+from sanic.application.state import ApplicationServerInfo
+from sanic.config import Config
+from sanic.exceptions import (
+    BadURL,
+    ExpectationFailed,
+    MethodNotAllowed,
+    NotFound,
+    PayloadTooLarge,
+    RequestTimeout,
+    SanicException,
+    ServiceUnavailable,
+    URITooLong,
+)
+from sanic.handlers import ErrorHandler
+from sanic.http import Http, Stage
+from sanic.http.constants import HTTP
+from sanic.models.handler_types import RouteHandler
+from sanic.router import Router
+from sanic_routing.route import Route
+
+from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
+from distributor_node.services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIGIN
+from distributor_node.services.api.protocol import ApiHttp
+from distributor_node.services.api.request_log import precreate_counters, request_record
+from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput, StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
+from distributor_node.shared.settings.model import PublicApi
+
+MAX_BODY_BYTES = 64 * 1024
+"""Of a request. No request of this API means anything by its body; small ones are read and ignored."""
+_ASSET_ROUTE = "/api/v1/assets/<object_id>"
+
+_numbers = count(1)
+logger = structlog.get_logger()
+
+
+class RawPathRouter(Router):
+    """Finds routes by the raw path, exactly. Everything below the assets goes to their handler."""
+
+    def get(  # type: ignore[override]
+        self, path: str, method: str, host: str | None
+    ) -> tuple[Route, RouteHandler, dict[str, Any]]:
+        """Route, handler and its arguments; NotFound or MethodNotAllowed."""
+        asset = path.startswith(ASSETS)
+        group = self._by_path().get(_ASSET_ROUTE if asset else path)
+        if group is None:
+            raise NotFound("")
+        route = group.get(method)
+        if route is None:
+            raise MethodNotAllowed("", method, tuple(group))
+        return route, route.handler, {"object_id": path[len(ASSETS) :]} if asset else {}
+
+    def _by_path(self) -> dict[str, dict[str, Route]]:
+        known: dict[str, dict[str, Route]] | None = getattr(self.ctx, "by_path", None)
+        if known is None or not self.finalized:
+            known = {}
+            for route in self.routes:
+                known.setdefault(public_path(route), {}).update(dict.fromkeys(route.methods, route))
+            self.ctx.by_path = known
+        return known
+
+
+def public_path(route: Route) -> str:
+    """The path as it was registered: Sanic adds the types of its arguments."""
+    return f"/{route.path}".replace(":str>", ">")
+
+
+class ApiApplication(Sanic):  # type: ignore[type-arg]
+    """Sanic, with each request counted, logged and ended in one place."""
+
+    async def handle_request(self, request: Request[Any, Any]) -> None:
+        record = request_record(request)
+        structlog.contextvars.bind_contextvars(request_id=record.request_id)
+        REQUESTS_IN_PROGRESS.inc()
+        try:
+            malformed = validate_head(request)
+            if malformed is not None:
+                if isinstance(request.stream, ApiHttp):
+                    request.stream.keep_alive = False  # nobody knows where the next request would begin
+                await self.handle_exception(request, malformed)
+            else:
+                await super().handle_request(request)
+        except asyncio.CancelledError:
+            if record.abort_reason is None and request.conn_info is not None and request.conn_info.lost:
+                record.abort_reason = "client_disconnected"
+                ABORTED_RESPONSES.labels(reason="client_disconnected").inc()
+            raise
+        finally:
+            REQUESTS_IN_PROGRESS.dec()
+            # With no response yet it was cancelled: the connection's own error answer is recorded then.
+            if isinstance(request.stream, ApiHttp) and request.stream.response is not None:
+                request.stream.record()
+
+    async def handle_exception(
+        self, request: Request[Any, Any], exception: BaseException, run_middleware: bool = True
+    ) -> None:
+        """Answer an exception; cut the connection if the answer has begun already."""
+        http = request.stream
+        if isinstance(http, ApiHttp) and http.stage is not Stage.HANDLER:
+            reason = exception.reason if isinstance(exception, AbortResponse) else "unexpected_error"
+            if not isinstance(exception, AbortResponse) and http.stage is not Stage.FAILED:
+                logger.error("response_failed", exc_info=exception)
+            http.abort_response(reason)
+            return
+        await super().handle_exception(request, exception, run_middleware=False)
+
+
+def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApplication:
+    """An application without routes. Close it with `unregister_application`; several can live in one process."""
+    precreate_counters()
+    config = Config(env_prefix=None)  # our settings are the only ones: no SANIC_… from the environment
+    config.update(
+        ACCESS_LOG=False,
+        AUTO_EXTEND=False,
+        GRACEFUL_TCP_CLOSE_TIMEOUT=public_api.send_stall_limit,
+        KEEP_ALIVE_TIMEOUT=public_api.keep_alive_timeout,
+        LOG_EXTRA=False,
+        MOTD=False,
+        REQUEST_MAX_HEADER_SIZE=MAX_HEAD_BYTES,
+        REQUEST_MAX_SIZE=MAX_BODY_BYTES,
+        REQUEST_TIMEOUT=public_api.request_timeout,
+        RESPONSE_TIMEOUT=public_api.send_stall_limit,
+    )
+    application = ApiApplication(
+        f"{name}-{next(_numbers)}",
+        config=config,
+        router=RawPathRouter(),
+        error_handler=JsonErrorHandler(),
+        request_class=ApiRequest,
+        configure_logging=False,
+    )
+    # Tells Sanic that HTTP/1.1 is all there is; otherwise every answer carries an empty Alt-Svc.
+    application.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
+    return application
+
+
+def prepare_start(application: ApiApplication) -> None:
+    """To be called right before an application is started, of which there may be several in one process."""
+    # Sanic rewrites its own classes then, and cannot read its own output a second time.
+    application.config.TOUCHUP = not getattr(Http, "__touched__", False)
+
+
+def unregister_application(application: ApiApplication) -> None:
+    """Take the application out of Sanic's registry, which would keep it for ever."""
+    Sanic.unregister_app(application)
+
+
+# The request as it came: its raw target, never normalised.
+
+ASSETS = "/api/v1/assets/"
+MAX_HEAD_BYTES = 16_384
+"""Of a request; Sanic allows no more."""
+
+_ABSOLUTE_FORM = re.compile(rb"[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#]*")
+# RFC 9112 sections 2.2 and 5: no control characters, no bare CR or LF, no white space in or around a field's name
+# (which would hide a Content-Length from one of two servers in a row).
+_FORBIDDEN_IN_HEAD = re.compile(
+    rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r(?!\n)|\n[^\r\n:]*[ \t][^\r\n:]*:|\n:"
+)
+
+
+class ApiRequest(Request):
+    """A Sanic request that is routed by its raw path: no decoding, no merging of slashes, no error for odd targets."""
+
+    __slots__ = ("raw_path",)
+
+    def __init__(self, url_bytes: bytes, *arguments: Any, **named: Any) -> None:
+        try:
+            super().__init__(url_bytes, *arguments, **named)
+        except BadURL:
+            # Let routing answer it, by the raw path; Sanic would fail again while it makes its error answer.
+            super().__init__(b"/", *arguments, **named)
+            self.raw_url = url_bytes
+        self.raw_path = _path_of(url_bytes)
+
+    @property
+    def path(self) -> str:
+        """The path, still percent-encoded, without query (RFC 9112 section 3.2.2: absolute form is accepted)."""
+        return self.raw_path
+
+    @property
+    def is_for_asset(self) -> bool:
+        """True for every path below the assets, whatever its id is worth."""
+        return self.raw_path.startswith(ASSETS)
+
+
+def _path_of(target: bytes) -> str:
+    if not target.startswith(b"/"):
+        absolute = _ABSOLUTE_FORM.match(target)
+        target = (target[absolute.end() :] or b"/") if absolute else target
+    return target.split(b"?", 1)[0].decode("latin-1")
+
+
+def parse_object_id(raw: str) -> ObjectId:
+    """The object id in a path, percent-decoded exactly once. HttpError 400 for all that cannot be one."""
+    try:
+        text = unquote_to_bytes(raw.encode("latin-1")).decode("utf-8") if "%" in raw else raw
+        return ObjectId.parse(text)
+    except (InvalidInput, UnicodeDecodeError) as error:
+        raise HttpError(400, "Malformed object id", "malformed_id") from error
+
+
+def validate_head(request: Request[Any, Any]) -> HttpError | None:
+    """What HTTP forbids in a request's head and Sanic lets pass, as an answer 400; None if it is in order."""
+    if _FORBIDDEN_IN_HEAD.search(request.head):
+        return HttpError(400, "Malformed request head", "malformed_request")
+    if request.version == "1.1" and len(request.headers.getall("host", ())) != 1:
+        return HttpError(400, "Exactly one Host header is needed", "malformed_request")
+    return None
+
+
+# Whatever was raised, as an answer: JSON body and headers, and the status where the error does not bring its own.
+
+UNREADABLE = "NONE"
+"""Sanic's method of a request whose head could not be read."""
+
+
+class JsonErrorHandler(ErrorHandler):
+    """Replaces Sanic's pages, and its habit of printing tracebacks for what clients do."""
+
+    def response(self, request: Request[Any, Any], exception: BaseException) -> HTTPResponse:
+        """The answer for anything that was raised."""
+        error = as_http_error(request, exception)
+        if error.status == 500:
+            logger.error("request_failed", path=request.path[:200], exc_info=exception)
+        return render_error(request, error)
+
+    def default(self, request: Request[Any, Any], exception: Exception) -> HTTPResponse:
+        return self.response(request, exception)
+
+
+def render_error(request: Request[Any, Any], error: HttpError) -> HTTPResponse:
+    """`{"type": …, "message": …}`, never cached. The server leaves the body out in answer to HEAD."""
+    body = {"type": error.kind, "message": error.message} if error.kind else {"message": error.message}
+    usual = ASSET if request.path.startswith(ASSETS) else CROSS_ORIGIN
+    headers = {**usual, "Cache-Control": CACHE_ERROR, **error.headers}
+    return HTTPResponse(json.dumps(body), error.status, headers, "application/json")
+
+
+def as_http_error(request: Request[Any, Any], exception: BaseException) -> HttpError:
+    """What to tell the client. Nothing of an unexpected exception gets out."""
+    if isinstance(exception, HttpError):
+        return exception
+    if isinstance(exception, InvalidInput):
+        return HttpError(400, str(exception), "malformed_request")
+    if isinstance(exception, CatalogUnavailable | StateStoreUnavailable):
+        return _unavailable("Not available at the moment")
+    if isinstance(exception, SanicException):
+        return _from_sanic_exception(request, exception)
+    return _internal()
+
+
+def _from_sanic_exception(request: Request[Any, Any], exception: SanicException) -> HttpError:
+    match exception:
+        case MethodNotAllowed():
+            allowed = ", ".join(sorted(exception.headers.get("Allow", "GET, HEAD, OPTIONS").split(", ")))
+            return HttpError(405, "Method not allowed", "method_not_allowed", {"Allow": allowed})
+        case NotFound():
+            return HttpError(404, "No such path", "not_found")
+        case PayloadTooLarge():
+            return _too_large(request)
+        case URITooLong():
+            return HttpError(414, "Request target too long", "target_too_long")
+        case RequestTimeout():
+            return HttpError(408, "The request took too long to arrive", "request_timeout")
+        case ServiceUnavailable():
+            return _unavailable("The answer took too long")
+        case ExpectationFailed():
+            return HttpError(417, "Expectation not supported", "expectation_failed")
+    if 400 <= exception.status_code < 500:
+        return HttpError(400, "Malformed request", "malformed_request")
+    return _internal()
+
+
+def _too_large(request: Request[Any, Any]) -> HttpError:
+    """The body, or the head, of which Sanic then has read nothing: too long a target, or too many fields."""
+    if request.method != UNREADABLE:
+        return HttpError(413, "Request body too large", "body_too_large")
+    received = getattr(request.stream, "recv_buffer", b"")
+    if b"\r\n" not in received[:MAX_HEAD_BYTES]:
+        return HttpError(414, "Request target too long", "target_too_long")
+    return HttpError(431, "Request header fields too large", "head_too_large")
+
+
+def _unavailable(message: str) -> HttpError:
+    return HttpError(503, message, "unavailable", RETRY_LATER)
+
+
+def _internal() -> HttpError:
+    return HttpError(500, "Unexpected server error", "internal_error")

@@ -1,0 +1,97 @@
+"""docs/configuration.md, written from the settings model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from inspect import cleandoc
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, SecretStr
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from distributor_node.shared.observability.logging import redact_text
+from distributor_node.shared.settings import Settings
+from distributor_node.shared.settings.sizes import format_size
+
+_HEAD = """\
+# Configuration
+
+Written by `distributor config reference` from the settings model; `make reference` renews it.
+
+Settings come from their defaults, then a YAML file (`--config FILE`), then the environment; the later wins. In the
+file, a dot is a level: `storage.limit` is `limit` below `storage`. Sizes are bytes, or a number and a unit
+(`500G`, `64M`; units are powers of 1024). Durations are seconds. Lists in the environment are JSON (`["0:1"]`).
+`distributor config check` says whether the settings can work, `distributor config show` which ones are in force.
+"""
+_TABLE_HEAD = "| setting | environment | default | meaning |\n|---|---|---|---|\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    name: str
+    variable: str
+    default: str
+    meaning: str
+
+    def __str__(self) -> str:
+        meaning = self.meaning.replace("|", "\\|")
+        return f"| `{self.name}` | `{self.variable}` | {self.default} | {meaning} |\n"
+
+
+def render_reference() -> str:
+    """The whole document: a table for what stands at the top level, then one for each section."""
+    pieces = [_HEAD, "\n## Node\n\n", _TABLE_HEAD, *map(str, _rows(Settings, ""))]
+    for name, field in Settings.model_fields.items():
+        section = _section(field)
+        if section is not None:
+            pieces += [f"\n## {name}\n\n{_one_line(section.__doc__)}\n\n", _TABLE_HEAD]
+            pieces += map(str, _rows(section, f"{name}."))
+    return "".join(pieces)
+
+
+def _rows(model: type[BaseModel], prefix: str) -> Iterator[_Row]:
+    for name, field in model.model_fields.items():
+        if _section(field) is None:
+            path = prefix + name
+            variable = "DISTRIBUTOR_" + path.replace(".", "__").upper()
+            yield _Row(path, variable, _default(field), _one_line(field.description))
+
+
+def _section(field: FieldInfo) -> type[BaseModel] | None:
+    annotation = field.annotation
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return None
+
+
+def _default(field: FieldInfo) -> str:
+    value: Any = field.default
+    if value is None or value is PydanticUndefined:
+        return ""
+    if isinstance(value, SecretStr):
+        value = value.get_secret_value()
+    elif isinstance(value, bool):
+        value = str(value).lower()
+    elif isinstance(value, float):
+        value = f"{value:g}" if value < 1e6 else str(int(value))
+    elif isinstance(value, int):
+        value = format_size(value)
+    elif isinstance(value, tuple):
+        value = "[" + ", ".join(f"{item:g}" for item in value) + "]"
+    return f"`{value}`"
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join(cleandoc(text or "").split())
+
+
+# The settings in force, as a file that could be given to --config, without their secrets.
+
+
+def show_settings(settings: Settings) -> str:
+    """YAML. A secret that is set shows as `**********`, credentials in a URL as `***`."""
+    fields = settings.model_dump(mode="json", exclude_none=True)
+    return redact_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,285 @@
+"""What a leader does during one term, each kind of work in its own rhythm."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import structlog
+
+from distributor_node.services.evictor.adoption import PartialReaper
+from distributor_node.services.evictor.assignment import AssignmentCheck
+from distributor_node.services.evictor.eviction import Eviction, ObjectRemover
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.integrity import Repair, Scrub
+from distributor_node.services.evictor.leader_election import run_periodically
+from distributor_node.services.evictor.node_import import ImportCopier, NodeImport
+from distributor_node.services.evictor.operator_state import OperatorStateBackup, Purger
+from distributor_node.services.evictor.reconcile import Reconciliation
+from distributor_node.services.evictor.source_probes import SourceMonitor
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import CatalogUnavailable, DistributorError, StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import Usage
+from distributor_node.shared.ports.state_store import StateStore, Term, Topic
+from distributor_node.shared.runtime.operator_state import POLL_INTERVAL
+from distributor_node.shared.runtime.threads import run_blocking
+from distributor_node.shared.settings.model import EvictorSettings
+
+REFRESH_INTERVAL, SAVE_INTERVAL, SWEEP_INTERVAL = 1.0, 5.0, 10.0
+_COMPLETE_BATCH = 100
+_MAX_FREED = 10_000  # objects to look at again in one sweep; reconciliation sees to what goes beyond
+_MIN_RESYNC_INTERVAL = 5.0  # least time between two comparisons of all entries because of a doubt
+_RELIST_INTERVAL = 600.0  # seconds until the whole list, which is dear, is asked for again after a failure
+_CATALOG_RETRY_INTERVAL = 60.0  # between attempts while the catalog is out of reach
+_MAX_RECONCILE_BACKOFF = 60.0  # seconds between attempts to bring volume and store together
+
+Step = Callable[[], Awaitable[float | None]]
+
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class EvictorParts:
+    """All that the work is done with; outlives terms."""
+
+    volume: Volume
+    index: EvictionIndex
+    remover: ObjectRemover
+    reaper: PartialReaper
+    eviction: Eviction
+    reconciliation: Reconciliation
+    repair: Repair
+    assignment: AssignmentCheck
+    scrub: Scrub
+    operator_state: OperatorStateBackup
+    purger: Purger
+    sources: SourceMonitor | None
+    node_import: NodeImport | None
+    copier: ImportCopier | None
+
+
+class LeaderTasks:
+    """`run` until cancelled. `renew_now` is called when the store seems to have lost its memory, our term included."""
+
+    def __init__(
+        self,
+        term: Term,
+        state: StateStore,
+        parts: EvictorParts,
+        settings: EvictorSettings,
+        renew_now: Callable[[], None],
+    ) -> None:
+        self._term, self._state, self._parts, self._settings = term, state, parts, settings
+        self._renew_now = renew_now
+        self._space_event, self._reconcile_event, self._repair_event = (
+            asyncio.Event(),
+            asyncio.Event(),
+            asyncio.Event(),
+        )
+        self._index_loaded, self._assignment_event = asyncio.Event(), asyncio.Event()
+        self._operator_state_event, self._purge_event = asyncio.Event(), asyncio.Event()
+        self._freed_ids: set[ObjectId] = set()
+        self._reconciled = False
+        self._replacements = parts.volume.replacements
+        self._failed_reconciliations = 0
+        self._needs_resync = False
+        self._resynced_at, self._saved_at = -math.inf, time.monotonic()
+
+    async def run(self) -> None:
+        """Never returns; errors that are not worth retrying pass through, as an ExceptionGroup."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._listen(), name="evictor-listen")
+                group.create_task(
+                    self._run_periodically("take over", self._load_index), name="evictor-take-over"
+                )
+                await self._index_loaded.wait()
+                for name, step, wake in self._schedule():
+                    group.create_task(self._run_periodically(name, step, wake), name=f"evictor-{name}")
+        finally:
+            await self._save_on_exit()
+
+    def _schedule(
+        self,
+    ) -> list[tuple[str, Step, asyncio.Event | None]]:
+        tasks: list[tuple[str, Step, asyncio.Event | None]] = [
+            ("make room", self._evict, self._space_event),
+            ("keep index", self._keep_index, None),
+            ("reconcile", self._reconcile, self._reconcile_event),
+            ("sweep", self._sweep, None),
+            ("repair", self._repair, self._repair_event),
+            ("check assignment", self._check_assignment, self._assignment_event),
+            ("keep orders", self._back_up_operator_state, self._operator_state_event),
+            ("purge", self._purge, self._purge_event),
+        ]
+        if self._settings.scrub_rate:
+            tasks.append(("scrub", self._scrub, None))
+        if self._parts.copier is not None:
+            tasks.append(("copy assets", self._copy, None))
+        if self._parts.sources is not None:
+            tasks.append(("watch sources", self._parts.sources.step, None))
+        return tasks
+
+    async def _run_periodically(self, name: str, step: Step, wake: asyncio.Event | None = None) -> None:
+        await run_periodically(name, step, wake, self._mark_for_resync)
+
+    def _mark_for_resync(self, error: DistributorError) -> None:
+        """A verb whose answer was lost may have had its effect: a removal may have begun that nobody goes on with."""
+        if isinstance(error, StateStoreUnavailable):
+            self._needs_resync = True
+
+    async def _listen(self) -> None:
+        async with self._state.listen() as announcements:
+            async for announcement in announcements:
+                if announcement.topic is Topic.SPACE_REQUESTED:
+                    self._space_event.set()
+                elif announcement.topic is Topic.SETTINGS_CHANGED:
+                    self._operator_state_event.set()
+                elif announcement.topic is Topic.PURGE_REQUESTED:
+                    self._purge_event.set()
+                elif announcement.topic is Topic.SPACE_FREED:
+                    self._record_freed(announcement.object_id)
+                elif announcement.topic is Topic.FETCH_CHANGED:
+                    self._parts.index.mark_changed(announcement.object_id)
+
+    def _record_freed(self, object_id: str) -> None:
+        if object_id and len(self._freed_ids) < _MAX_FREED:
+            self._freed_ids.add(ObjectId(object_id))
+
+    async def _load_index(self) -> None:
+        await self._parts.index.load()
+        await self._restore_operator_state()
+        self._index_loaded.set()
+
+    async def _check_volume(self) -> None:
+        """VolumeError while there is none. Another one than before: nothing that the store knows is worth anything."""
+        volume = self._parts.volume
+        await run_blocking(volume.check)
+        if volume.replacements != self._replacements:
+            self._replacements = volume.replacements
+            self._reconciled = False
+            logger.warning("volume_replaced", volume=str(volume.root))
+            self._reconcile_event.set()
+
+    async def _evict(self) -> float:
+        await self._check_volume()
+        if self._needs_resync and time.monotonic() - self._resynced_at > _MIN_RESYNC_INTERVAL:
+            await self._resync()
+        await self._parts.remover.complete_all(self._term, _COMPLETE_BATCH)
+        usage = await self._state.usage()
+        if usage.reconciled:
+            device_free = await run_blocking(self._parts.volume.free_bytes)
+            await self._parts.eviction.run(self._term, usage, device_free)
+            self._needs_resync = self._needs_resync or (
+                self._parts.eviction.blocked and self._count_mismatch(usage) > 0
+            )
+        if self._reconciled and not (usage.reconciled and _is_possible(usage)):
+            self._reconciled = False
+            logger.warning("state_store_data_lost", used=usage.used, objects=usage.objects)
+            self._renew_now()
+            self._reconcile_event.set()
+        return self._settings.interval
+
+    async def _resync(self) -> None:
+        self._needs_resync = False
+        self._resynced_at = time.monotonic()
+        await self._parts.index.resync()
+
+    def _count_mismatch(self, usage: Usage) -> int:
+        index = self._parts.index
+        return abs(usage.objects - len(index.policy) - len(index.evicting))
+
+    async def _keep_index(self) -> float:
+        await self._parts.index.refresh()
+        if time.monotonic() - self._saved_at >= SAVE_INTERVAL:
+            await self._parts.index.save(self._term)
+            self._saved_at = time.monotonic()
+        return REFRESH_INTERVAL
+
+    async def _reconcile(self) -> float:
+        await self._restore_operator_state()
+        if self._parts.node_import is not None:
+            await self._parts.node_import.link_files()
+        self._reconciled = await self._parts.reconciliation.run(self._term)
+        if self._reconciled:
+            self._failed_reconciliations = 0
+            self._repair_event.set()
+            return self._settings.reconcile_interval
+        self._failed_reconciliations += 1
+        return min(_MAX_RECONCILE_BACKOFF, 2.0 ** min(self._failed_reconciliations, 10))
+
+    async def _sweep(self) -> float:
+        await asyncio.sleep(min(SWEEP_INTERVAL, self._settings.partial_keep))
+        await self._parts.reaper.sweep(self._term)
+        freed, self._freed_ids = self._freed_ids, set()
+        await self._parts.reconciliation.recheck(self._term, list(freed))
+        usage = await self._state.usage()
+        # Announcements get lost; a few objects under way make no difference
+        if self._count_mismatch(usage) > usage.objects // 100:
+            self._needs_resync = True
+        return 0.0
+
+    async def _repair(self) -> float:
+        try:
+            if self._reconciled:
+                await self._parts.repair.run(self._term)
+                if self._parts.node_import is not None:
+                    await self._parts.node_import.finish()
+        except CatalogUnavailable as error:
+            logger.warning("repair_deferred", reason=str(error))
+            return _CATALOG_RETRY_INTERVAL
+        return self._settings.reconcile_interval
+
+    async def _copy(self) -> float | None:
+        if self._parts.copier is None:
+            return None
+        return await self._parts.copier.run() if self._reconciled else REFRESH_INTERVAL
+
+    async def _check_assignment(self) -> float:
+        if not self._reconciled:
+            return REFRESH_INTERVAL
+        done = await self._parts.assignment.run(self._term)
+        return self._settings.duty_interval if done else min(_RELIST_INTERVAL, self._settings.duty_interval)
+
+    async def _restore_operator_state(self) -> None:
+        """An emptied store has lost pins and assignment too; nothing is evicted before it is reconciled."""
+        await self._parts.operator_state.restore()
+        self._apply_operator_state()
+
+    async def _back_up_operator_state(self) -> float:
+        try:
+            await self._parts.operator_state.save()
+        finally:
+            self._apply_operator_state()  # whether or not the copy could be written
+        return POLL_INTERVAL
+
+    def _apply_operator_state(self) -> None:
+        self._parts.eviction.pinned = self._parts.operator_state.pinned
+        if self._parts.assignment.change(self._parts.operator_state.watcher.assignment):
+            self._assignment_event.set()
+
+    async def _purge(self) -> float:
+        return await self._parts.purger.step(self._term)
+
+    async def _scrub(self) -> float:
+        return await self._parts.scrub.step(self._term)
+
+    async def _save_on_exit(self) -> None:
+        """What has been learned since the last save; refused by the store if the term is over."""
+        if self._parts.sources is not None:
+            self._parts.sources.clear_gauges()
+        if not self._index_loaded.is_set():
+            return
+        try:
+            await self._parts.index.save(self._term)
+        except StateStoreUnavailable as error:
+            logger.info("index_save_failed", reason=str(error))
+
+
+def _is_possible(usage: Usage) -> bool:
+    """False if the store has lost all entries and kept their sum: there is nothing left to evict by then."""
+    return usage.objects > 0 or usage.used == 0

@@ -1,0 +1,66 @@
+"""`run`: the evictor as a process."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import version
+
+from distributor_node.services.evictor.evictor import Evictor
+from distributor_node.services.evictor.source_probes import MonitorTimes, SourceMonitor
+from distributor_node.shared.adapters.sources.health import SourceStatsSync
+from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
+from distributor_node.shared.observability.metrics import describe_build
+from distributor_node.shared.observability.probe_server import ProbeServer
+from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.runtime.factories import (
+    MEMORY,
+    build_catalog,
+    build_source_prober,
+    build_source_stats_sync,
+    build_state_store,
+    build_volume,
+)
+from distributor_node.shared.runtime.malloc import mmap_large_blocks
+from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
+from distributor_node.shared.settings.model import Settings
+
+
+def run(settings: Settings) -> int:
+    """Work until a signal; the exit code."""
+
+    async def main(scope: ServiceScope) -> None:
+        await run_evictor(scope, settings)
+
+    return run_service(main, name="evictor", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
+
+
+async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
+    """The main of an evictor process. Should it end by itself, so does the process; its supervisor starts it anew."""
+    if settings.state_store.url.get_secret_value().startswith(MEMORY):
+        raise ConfigurationError("an evictor of its own needs the state_store.url of a real server")
+    describe_build(version("distributor-node"), "evictor")
+    mmap_large_blocks()
+    resources = scope.resources
+    volume = build_volume(settings)
+    resources.callback(volume.close)
+    try:
+        await asyncio.to_thread(volume.prepare)
+    except VolumeError as error:
+        raise ConfigurationError(f"storage.path: {error}") from error
+    state, catalog = build_state_store(settings), build_catalog(settings)
+    for opened in (state, catalog):
+        resources.push_async_callback(opened.close)
+        await opened.open()
+    stats_sync = await resources.enter_async_context(build_source_stats_sync(settings))
+    monitor = await resources.enter_async_context(build_source_monitor(settings, catalog, stats_sync))
+    evictor = Evictor(settings, state, volume, catalog, monitor)
+    await resources.enter_async_context(
+        ProbeServer(settings.metrics.host, settings.metrics.port, evictor.problems)
+    )
+    await run_until(scope.stop_requested, evictor.serve(), "evictor")
+
+
+def build_source_monitor(settings: Settings, catalog: Catalog, stats_sync: SourceStatsSync) -> SourceMonitor:
+    """To be opened and closed by its user; `stats_sync` is open."""
+    prober = build_source_prober(settings, stats_sync.registry)
+    return SourceMonitor(catalog, stats_sync, prober, MonitorTimes(settings.sources.probe_interval))

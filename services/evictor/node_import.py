@@ -1,0 +1,372 @@
+"""Taking over the objects of an existing node: its flat directory becomes ours, without a download.
+
+Files on the volume's own file system are moved before the first reconciliation, which counts them like any other file
+it does not know; what the old node knew of their use goes with them. `repair` then asks the catalog what they must be:
+the size decides at once, the hash when the scrub comes by. Files on another file system are copied one after the
+other, see `copying`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from distributor_node.services.evictor.partial_files import discard_partial_file
+from distributor_node.shared.adapters.volume import FoundObject, PartialFile, Volume
+from distributor_node.shared.adapters.volume.intake import ImportResult, ImportSource, PendingFile
+from distributor_node.shared.domain.errors import InvalidInput, VolumeError
+from distributor_node.shared.domain.eviction import PolicyEntry
+from distributor_node.shared.domain.found_objects import record_for_file
+from distributor_node.shared.domain.media_types import SNIFF_BYTES, media_type_or_none
+from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.observability.metrics import RECONCILED
+from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.ports.state_store import (
+    Access,
+    AlreadyStored,
+    Granted,
+    Lease,
+    NeverFits,
+    NoSpace,
+    StateStore,
+)
+from distributor_node.shared.runtime.threads import next_chunk, run_blocking
+
+_IMPORT_BATCH = 500
+
+logger = structlog.get_logger()
+
+
+class NodeImport:
+    """`cache_state`: the old node's file, or the directory it lies in; None: recency is not to be had."""
+
+    def __init__(self, import_source: ImportSource, cache_state: Path | None) -> None:
+        self._import_source = import_source
+        self._cache_state = cache_state
+        self._state = CacheState()
+        self._state_read = False
+        self.needs_copy = False
+
+    async def link_files(self) -> None:
+        """Move what can be moved. Safe to repeat, and to be killed in. A directory that cannot be read is no reason for
+        the node not to work without it."""
+        try:
+            pending = await run_blocking(self._has_pending)
+        except VolumeError as error:
+            logger.error(
+                "import_directory_unreadable", assets=str(self._import_source.assets), reason=str(error)
+            )
+            return
+        await self._read_state_once()
+        if pending:
+            await self._link_all()
+
+    async def _link_all(self) -> None:
+        await run_blocking(self._import_source.mark, done=False)
+        results = Counter[ImportResult]()
+        scan = self._import_source.pending()
+        while chunk := await next_chunk(scan, _IMPORT_BATCH):
+            results.update(await run_blocking(self._import_batch, chunk))
+            if results[ImportResult.OTHER_DEVICE]:
+                break
+        self.needs_copy = results[ImportResult.OTHER_DEVICE] > 0
+        RECONCILED.labels("imported").inc(results[ImportResult.MOVED])
+        logger.info(
+            "import_files_moved",
+            assets=str(self._import_source.assets),
+            moved=results[ImportResult.MOVED],
+            there=results[ImportResult.EXISTS],
+            failed=results[ImportResult.FAILED],
+            to_copy=self.needs_copy,
+        )
+
+    def usage_of(self, found: FoundObject) -> PolicyEntry | None:
+        """How the old node saw the use of an object that nobody here has seen used; None: it does not say."""
+        usage = self._state.views.get(found.object_id)
+        return None if usage is None else PolicyEntry(found.object_id, found.size, *usage)
+
+    def media_type_of(self, object_id: ObjectId) -> str | None:
+        """What the old node found it to be."""
+        return self._state.media_types.get(object_id)
+
+    def views_of(self, pending: PendingFile) -> tuple[int, float]:
+        """Views, and POSIX seconds of the last."""
+        return self._state.views.get(pending.object_id, (1, pending.changed_at))
+
+    async def finish(self) -> None:
+        """All that was moved has been counted, and compared with the catalog."""
+        if not self.needs_copy:
+            self._state = CacheState()
+        if not await run_blocking(self._import_source.is_done):
+            await run_blocking(self._import_source.mark, done=True)
+            logger.info("import_finished", assets=str(self._import_source.assets))
+
+    async def _read_state_once(self) -> None:
+        if self._cache_state is None or self._state_read:
+            return
+        self._state_read = True
+        try:
+            self._state = await run_blocking(read_cache_state, self._cache_state)
+        except (OSError, InvalidInput) as error:
+            reason = f"{error.strerror}" if isinstance(error, OSError) else str(error)
+            logger.warning("cache_state_unusable", path=str(self._cache_state), reason=reason)
+
+    def _has_pending(self) -> bool:
+        self._import_source.close()  # directories may have been replaced since the last time
+        return bool(list(islice(self._import_source.pending(), 1)))
+
+    def _import_batch(self, pending: Sequence[PendingFile]) -> list[ImportResult]:
+        return [self._import_one(one.object_id) for one in pending]
+
+    def _import_one(self, object_id: ObjectId) -> ImportResult:
+        try:
+            return self._import_source.import_file(object_id)
+        except VolumeError as error:
+            logger.error("import_move_failed", object_id=object_id, reason=str(error))
+            return ImportResult.FAILED
+
+
+# Copying the objects of an existing node from another file system, one after the other, within the storage limit.
+#
+# Each is fetched as from a source: under a lease, with its bytes reserved, verified, published by one rename. The most
+# used come first, and nothing is evicted for them: what finds no room is left where it is.
+
+_COPY_CHUNK = 4 * 1024**2
+_LEASE_RENEW_INTERVAL = 2.0
+_NO_SPACE_RETRY_INTERVAL = 600.0
+_WORKER = "takeover"
+
+
+class ImportCopier:
+    """`run` when the import found files elsewhere; may be repeated, and killed."""
+
+    def __init__(
+        self,
+        state: StateStore,
+        volume: Volume,
+        catalog: Catalog,
+        import_source: ImportSource,
+        node_import: NodeImport,
+    ) -> None:
+        self._state, self._volume, self._catalog = state, volume, catalog
+        self._import_source, self._node_import = import_source, node_import
+
+    async def run(self) -> float | None:
+        """Seconds until it is worth trying again; None: nothing is left. CatalogUnavailable, StateStoreUnavailable and
+        VolumeError end it in the middle."""
+        if not self._node_import.needs_copy:
+            return None
+        pending = await run_blocking(self._most_used_first)
+        copied = 0
+        for one in pending:
+            known = await self._catalog.look_up(one.object_id)
+            if known is None or known.size != one.size:
+                RECONCILED.labels("import_rejected").inc()
+                logger.warning(
+                    "import_object_skipped", object_id=one.object_id, bytes=one.size, known=known is not None
+                )
+                continue
+            begun = await self._state.begin(one.object_id, one.size, _WORKER)
+            if isinstance(begun, NoSpace):
+                logger.info("import_paused_no_space", copied=copied, left=len(pending) - copied)
+                return _NO_SPACE_RETRY_INTERVAL
+            if isinstance(begun, Granted):
+                copied += await self._copy(known, one, begun.lease)
+            elif isinstance(begun, AlreadyStored):
+                await run_blocking(self._import_source.remove, one.object_id)
+            elif not isinstance(begun, NeverFits):
+                return (
+                    _LEASE_RENEW_INTERVAL  # not reconciled yet, or a fetch of this very object is under way
+                )
+        logger.info("import_copy_finished", copied=copied, left=len(pending) - copied)
+        return None
+
+    def _most_used_first(self) -> Sequence[PendingFile]:
+        return sorted(self._import_source.pending(), key=self._node_import.views_of, reverse=True)
+
+    async def _copy(self, known: MediaObject, one: PendingFile, lease: Lease) -> bool:
+        """Whether it is ours now. Its source goes only after that."""
+        views, last_at = self._node_import.views_of(one)
+        if not await run_blocking(_is_complete, self._volume, known) and not await self._store(
+            known, one, lease
+        ):
+            return False
+        await self._commit(lease, last_at)
+        if views > 1:
+            await self._state.record_accesses([Access(one.object_id, views - 1, last_at)])
+        await run_blocking(self._import_source.remove, one.object_id)
+        RECONCILED.labels("import_copied").inc()
+        return True
+
+    async def _commit(self, lease: Lease, last_at: float) -> None:
+        """StateStoreUnavailable leaves it to the next attempt, which finds the complete file."""
+        if await self._state.commit(lease, last_at):
+            return
+        begun = await self._state.begin(lease.object_id, lease.size, _WORKER)
+        known = isinstance(begun, Granted) and await self._state.commit(begun.lease, last_at)
+        if not known and not isinstance(begun, AlreadyStored):
+            logger.warning("import_reindex_deferred", object_id=lease.object_id)
+
+    async def _store(self, known: MediaObject, one: PendingFile, lease: Lease) -> bool:
+        """Whether it is a complete object now. If not, the lease is given back."""
+        source, opened = self._import_source.assets / one.object_id, list[PartialFile]()
+        record, matches = None, False
+        try:
+            head = await run_blocking(_read_head, source)
+            media_type = self._node_import.media_type_of(one.object_id)
+            record = record_for_file(known, one.size, head, time.time(), media_type)
+            await run_blocking(_open_partial, self._volume, record, opened)
+            matches = await self._copy_bytes(opened[0], source, record, lease)
+            if matches:
+                await run_blocking(opened[0].publish, record)
+        except (VolumeError, OSError) as error:
+            matches = False
+            logger.warning("import_copy_failed", object_id=one.object_id, reason=str(error))
+        finally:
+            for partial in opened:
+                partial.close()
+        if not matches and record is not None and opened:
+            await self._discard_mismatch(record, lease)
+        elif not matches:
+            await self._state.park(lease)
+        return matches
+
+    async def _copy_bytes(
+        self, partial: PartialFile, source: Path, record: StoredRecord, lease: Lease
+    ) -> bool:
+        """Whether all of it came, and is what the catalog says. OSError if the source cannot be read."""
+        if partial.size:
+            await run_blocking(partial.restart)
+        hasher = record.content_hash.hasher() if record.content_hash is not None else None
+        offset, renewed_at = 0, time.monotonic()
+        descriptor = await run_blocking(os.open, source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            while data := await run_blocking(os.pread, descriptor, _COPY_CHUNK, offset):
+                if offset + len(data) > record.size:
+                    return False
+                await run_blocking(partial.write, offset, data)
+                if hasher is not None:
+                    await run_blocking(hasher.update, data)
+                offset += len(data)
+                if time.monotonic() - renewed_at > _LEASE_RENEW_INTERVAL:
+                    if not await self._state.renew(lease):
+                        return False
+                    renewed_at = time.monotonic()
+        finally:
+            os.close(descriptor)
+        if offset != record.size:
+            return False
+        if hasher is not None and record.content_hash is not None:
+            return hasher.digest() == record.content_hash.digest
+        return True
+
+    async def _discard_mismatch(self, record: StoredRecord, lease: Lease) -> None:
+        """What is wrong is fetched anew when somebody asks for it; the source stays where it is."""
+        logger.warning("import_object_mismatch", object_id=record.object_id, bytes=record.size)
+        RECONCILED.labels("import_rejected").inc()
+        if await self._state.renew(lease):
+            try:
+                await run_blocking(discard_partial_file, self._volume, record.object_id, record.size)
+            except VolumeError as error:
+                logger.warning("partial_removal_failed", object_id=record.object_id, reason=str(error))
+                await self._state.park(lease)
+                return
+            await self._state.release(lease)
+
+
+def _read_head(source: Path) -> bytes:
+    with source.open("rb") as file:
+        return file.read(SNIFF_BYTES)
+
+
+def _open_partial(volume: Volume, record: StoredRecord, opened: list[PartialFile]) -> None:
+    """Left in `opened`, where whoever is cancelled meanwhile finds it and closes it."""
+    opened.append(volume.open_partial_for_writing(record))
+
+
+def _is_complete(volume: Volume, known: MediaObject) -> bool:
+    """It was published already, and nobody could be told: the store was out of reach at that moment."""
+    found = volume.open_object(known.object_id)
+    if found is None:
+        return False
+    found.close()
+    return found.record.size == known.size and found.record.content_hash == known.content_hash
+
+
+# What the network's existing node leaves behind: the state of its cache, in `cache.json`.
+#
+#     lruCacheGroups      24 lists of [object id, {sizeKB, popularity, lastAccessTime}], times in POSIX milliseconds
+#     mimeTypeByObjectId  a list of [object id, media type]
+#
+# The file is written from time to time, and not in one step: it may be missing, torn or old. That loses recency, no
+# more.
+
+FILE_NAME = "cache.json"
+_MAX_VIEWS = 2**31
+
+
+@dataclass(frozen=True, slots=True)
+class CacheState:
+    """Views and POSIX seconds of the last one, and media types, by object id."""
+
+    views: Mapping[ObjectId, tuple[int, float]] = field(default_factory=dict)
+    media_types: Mapping[ObjectId, str] = field(default_factory=dict)
+
+
+def read_cache_state(path: Path) -> CacheState:
+    """`path`: the file, or the directory it lies in. OSError if it cannot be read; InvalidInput if it is torn. Entries
+    that make no sense are left out."""
+    file = path / FILE_NAME if path.is_dir() else path
+    try:
+        document = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput(f"not whole JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise InvalidInput("not a JSON object")
+    return CacheState(dict(_views(document)), dict(_media_types(document)))
+
+
+def _views(document: Mapping[str, Any]) -> Iterator[tuple[ObjectId, tuple[int, float]]]:
+    for group in _as_list(document.get("lruCacheGroups")):
+        for object_id, stated in _pairs(group):
+            if not isinstance(stated, dict):
+                continue
+            popularity = _number(stated.get("popularity"))
+            accessed = _number(stated.get("lastAccessTime"))
+            if popularity is not None and accessed is not None:
+                yield object_id, (int(min(max(popularity, 1), _MAX_VIEWS)), accessed / 1000)
+
+
+def _media_types(document: Mapping[str, Any]) -> Iterator[tuple[ObjectId, str]]:
+    for object_id, stated in _pairs(document.get("mimeTypeByObjectId")):
+        media_type = media_type_or_none(stated) if isinstance(stated, str) else None
+        if media_type is not None:
+            yield object_id, media_type
+
+
+def _pairs(value: object) -> Iterator[tuple[ObjectId, Any]]:
+    for pair in _as_list(value):
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            continue
+        try:
+            yield ObjectId.parse(pair[0]), pair[1]
+        except InvalidInput:
+            continue
+
+
+def _as_list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _number(value: object) -> float | None:
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**63
+    return value if usable and isinstance(value, int | float) else None

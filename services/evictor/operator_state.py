@@ -1,0 +1,102 @@
+"""What the leader does for the operator: keeps a copy of the orders on the volume, and removes what must go."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import structlog
+
+from distributor_node.services.evictor.adoption import PartialReaper
+from distributor_node.services.evictor.eviction import ObjectRemover, RemovalOutcome
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.operator_state_file import (
+    read_operator_state,
+    write_operator_state,
+)
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
+from distributor_node.shared.ports.state_store import FetchPhase, PurgeRequest, StateStore, Term
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.runtime.threads import run_blocking
+
+_PURGE_BATCH = 64
+_PURGE_INTERVAL, _PURGE_RETRY_INTERVAL = (
+    5.0,
+    0.5,
+)  # seconds between looks; the latter while requests cannot be fulfilled yet
+
+logger = structlog.get_logger()
+
+
+class OperatorStateBackup:
+    """The state store is where orders change; the copy is for a store that has lost them, or has no disk at all."""
+
+    def __init__(self, state: StateStore, root: Path, watcher: OperatorStateWatcher) -> None:
+        self._state, self._root, self.watcher = state, root, watcher
+        self._saved: OperatorState | None = None
+        self.pinned: frozenset[ObjectId] = frozenset()
+
+    async def restore(self) -> None:
+        """Before anything may be evicted: the store has the orders and pins again, and we know them."""
+        await self.watcher.refresh()
+        self.pinned = await self._state.pinned()
+
+    async def save(self) -> None:
+        """Write the copy if it is not that of the store's orders."""
+        state = await self.watcher.refresh()
+        if state == self._saved or state.version == 0:
+            return
+        self.pinned = pinned = await self._state.pinned()
+        if self._saved is None:
+            written = await run_blocking(read_operator_state, self._root)
+            if written == OperatorStateSnapshot(state, pinned):
+                self._saved = state
+                return
+        await run_blocking(write_operator_state, self._root, OperatorStateSnapshot(state, pinned))
+        self._saved = state
+        logger.info("operator_state_backed_up", version=state.version, pinned=len(pinned))
+
+
+class Purger:
+    """Purges what the operator wants gone, pinned or not. What is being fetched goes when its fetch has ended: after
+    a purge no copy is left that was begun before it."""
+
+    def __init__(
+        self, state: StateStore, volume: Volume, remover: ObjectRemover, reaper: PartialReaper
+    ) -> None:
+        self._state, self._volume, self._remover, self._reaper = state, volume, remover, reaper
+
+    async def step(self, term: Term) -> float:
+        """Fulfil some requests; seconds until the next look."""
+        if not (await self._state.usage()).reconciled:
+            return _PURGE_RETRY_INTERVAL  # the index does not know yet what is there
+        requests = await self._state.pending_purges(_PURGE_BATCH)
+        if not requests:
+            return _PURGE_INTERVAL
+        completed = 0
+        for request in requests:
+            if await self._purge(term, request):
+                await self._state.complete_purge(term, request)
+                completed += 1
+            await asyncio.sleep(0)
+        logger.info("purges_completed", ended=completed, left_for_later=len(requests) - completed)
+        return 0.0 if completed == len(requests) else _PURGE_RETRY_INTERVAL
+
+    async def _purge(self, term: Term, request: PurgeRequest) -> bool:
+        """True when nothing is left that was there when the request was made."""
+        object_id = request.object_id
+        fetch = (await self._state.find(object_id)).fetch
+        if fetch is not None and fetch.phase is FetchPhase.PARKED:
+            await self._reaper.discard(term, object_id)
+            fetch = (await self._state.find(object_id)).fetch
+        if fetch is not None and fetch.size:
+            return False  # bytes of it are there, or on their way
+        outcome = await self._remover.purge(term, object_id, "purged")
+        if outcome in (RemovalOutcome.REMOVED, RemovalOutcome.DEFERRED):
+            return True
+        # Refused: the store does not know the object. A file that is there all the same is about to be adopted.
+        return (
+            outcome is RemovalOutcome.REFUSED
+            and await run_blocking(self._volume.find_object, object_id) is None
+        )

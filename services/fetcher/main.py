@@ -1,0 +1,55 @@
+"""`run`: the fetcher as a process."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from distributor_node.services.fetcher.fetcher import Fetcher
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.observability.metrics import describe_build
+from distributor_node.shared.observability.probe_server import ProbeServer
+from distributor_node.shared.runtime.factories import (
+    MEMORY,
+    build_failover_reader,
+    build_job_queue,
+    build_source_client,
+    build_source_stats_sync,
+    build_state_store,
+    build_volume,
+)
+from distributor_node.shared.runtime.malloc import retain_freed_memory
+from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
+from distributor_node.shared.settings.model import Settings
+
+
+def run(settings: Settings) -> int:
+    """Work until a signal; the exit code."""
+
+    async def main(scope: ServiceScope) -> None:
+        await run_fetcher(scope, settings)
+
+    return run_service(main, name="fetcher", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
+
+
+async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
+    """The main of a fetcher process. Should it end by itself, the process ends, for its supervisor to start it anew."""
+    if settings.job_queue.url.get_secret_value().startswith(MEMORY):
+        raise ConfigurationError(
+            "a fetcher of its own needs state_store.url and job_queue.url of real servers"
+        )
+    describe_build(version("distributor-node"), "fetcher")
+    retain_freed_memory()
+    resources = scope.resources
+    volume = build_volume(settings)
+    resources.callback(volume.close)
+    state, queue = build_state_store(settings), build_job_queue(settings)
+    client = build_source_client(settings, max_connections=settings.fetch.concurrency)
+    stats_sync = build_source_stats_sync(settings)
+    for opened in (state, queue, stats_sync, client):
+        resources.push_async_callback(opened.close)
+        await opened.open()
+    fetcher = Fetcher(settings, state, queue, volume, build_failover_reader(client, stats_sync.registry))
+    await resources.enter_async_context(
+        ProbeServer(settings.metrics.host, settings.metrics.port, fetcher.problems)
+    )
+    await run_until(scope.stop_requested, fetcher.serve(), "fetcher")

@@ -1,0 +1,141 @@
+"""`distributor import-config`: the existing node's configuration file, printed as ours."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from distributor_node.services.migration.translation import translate
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.settings.load import check_settings
+
+_HEAD = """\
+# Written by `distributor import-config` from {file}.
+# One process: distributor standalone --config THIS_FILE. For separate services add state_store.url (redis://…) and
+# job_queue.url (amqp://…). Storage nodes at private addresses are not asked: where yours are at such, change
+# catalog.refuse_private_sources. Everything that can be set: docs/configuration.md.
+"""
+
+
+def import_configuration(file: Path, environment: Mapping[str, str]) -> tuple[str, list[str]]:
+    """Our settings as YAML, and remarks for whoever runs this. ConfigurationError if they could not work."""
+    translation = translate(read_existing(file, environment), file.resolve().parent)
+    check_settings(translation.settings)
+    text = yaml.safe_dump(translation.settings, sort_keys=False, allow_unicode=True)
+    remarks = [f"{name} {remark}" for name, remark in translation.remarks.items()]
+    return _HEAD.format(file=file.name) + text, remarks
+
+
+# The existing node's configuration as it would read it: a YAML or JSON file, with the environment on top.
+
+PREFIX = "JOYSTREAM_DISTRIBUTOR__"
+OFF = "off"
+_TEXTS = frozenset(
+    {
+        "id", "endpoints.storageSquid", "endpoints.queryNode", "endpoints.joystreamNodeWs", "directories.assets",
+        "directories.cacheState", "operatorApi.hmacSecret", "logs.console.level",
+    }
+)  # fmt: skip
+
+
+def read_existing(file: Path, environment: Mapping[str, str]) -> dict[str, Any]:
+    """Names and values, nested. ConfigurationError if the file cannot be read as that.
+
+    A variable such as JOYSTREAM_DISTRIBUTOR__LIMITS__MAX_CACHED_ITEM_SIZE overrides `limits.maxCachedItemSize`. Its
+    value is JSON, or plain text where it is none, or where the setting is a text; `off` takes the setting out.
+    """
+    document = _document(file)
+    if not isinstance(document, dict):
+        raise ConfigurationError(f"{file}: want names and values at the top level")
+    for name in sorted(environment):
+        if name.startswith(PREFIX):
+            path = [_camel_case(part) for part in name.removeprefix(PREFIX).split("__")]
+            _override(document, path, environment[name], name)
+    return document
+
+
+def _document(file: Path) -> Any:
+    """JSON first: what is JSON need not be YAML, which knows no tabs."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file} cannot be read: {error}") from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if file.suffix == ".json":
+            raise ConfigurationError(f"{file} is no JSON: {error}") from error
+    try:
+        return read_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"{file} is neither YAML nor JSON: {error}") from error
+
+
+def _override(document: dict[str, Any], path: list[str], text: str, variable: str) -> None:
+    if not all(path):
+        raise ConfigurationError(f"{variable} names no setting")
+    section = document
+    for part in path[:-1]:
+        child = section.get(part)
+        if not isinstance(child, dict):
+            if text == OFF:
+                return
+            child = section[part] = {}
+        section = child
+    if text == OFF:
+        section.pop(path[-1], None)
+    else:
+        section[path[-1]] = text if ".".join(path) in _TEXTS else _value(text)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _camel_case(part: str) -> str:
+    first, *others = part.lower().split("_")
+    return first + "".join(word.capitalize() for word in others)
+
+
+# YAML as the existing node reads it: version 1.2, whose plain words mean less than PyYAML's.
+#
+# There `0:1` is text, not 60 to the base of sixty, and `off`, `no` or a date are texts as well.
+
+_INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", re.ASCII)
+_NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", re.ASCII)
+_WORDS: dict[str, bool | None] = {
+    "": None, "~": None, "null": None, "Null": None, "NULL": None,
+    "true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False,
+}  # fmt: skip
+_PLAIN = "tag:yaml.org,2002:plain"
+
+
+def read_yaml(text: str) -> Any:
+    """The only document of a text. Raises yaml.YAMLError, ValueError."""
+    return yaml.load(text, Loader=_CoreLoader)  # noqa: S506 - a SafeLoader that constructs even less
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """Scalars by the core schema (YAML 1.2.2, 10.3.2), without infinity and what is no number."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {None: [(_PLAIN, re.compile(""))]}  # type: ignore[dict-item]  # noqa: RUF012
+
+
+def _plain(_: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+    text = node.value
+    if text in _WORDS:
+        return _WORDS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+    return float(text) if _NUMBER.fullmatch(text) else text
+
+
+_CoreLoader.add_constructor(_PLAIN, _plain)

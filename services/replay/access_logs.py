@@ -1,0 +1,380 @@
+"""Log files into a recording: line by line, plain or gzip, a sample of the objects if asked."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import math
+import re
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+from urllib.parse import unquote
+
+import yaml
+
+from distributor_node.shared.domain.errors import ConfigurationError, InvalidInput
+from distributor_node.shared.domain.eviction.simulator import Request
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.ranges import parse_content_range
+from distributor_node.shared.domain.space import footprint
+
+_MAX_LINE = 64 * 1024
+_REPORT_INTERVAL = 1000
+_SAMPLE_STEPS = 2**32
+
+
+@dataclass(slots=True)
+class LinesRead:
+    """What became of the lines. `other`: readable, but no answer with an object."""
+
+    counted: int = 0
+    other: int = 0
+    unreadable: int = 0
+    not_sampled: int = 0
+
+
+def read_logs(
+    paths: Iterable[Path], recording: Recording, sample: float, progress: Callable[[int], None]
+) -> LinesRead:
+    """`sample`: share of the objects to keep, chosen by a hash of their ids, so that all requests for one are kept or
+    none (the cache must then be as much smaller). `progress` is told the bytes of file read since it was last told."""
+    counts = LinesRead()
+    for path in paths:
+        with _opened(path) as (raw, lines):
+            before = 0
+            for number, line in enumerate(lines):
+                if number % _REPORT_INTERVAL == 0:
+                    progress(raw.tell() - before)
+                    before = raw.tell()
+                _add_line(line, recording, sample, counts)
+            progress(raw.tell() - before)
+    return counts
+
+
+def _add_line(line: bytes, recording: Recording, sample: float, counts: LinesRead) -> None:
+    try:
+        parsed = parse_line(line.decode("utf-8", "replace"))
+    except Unreadable:
+        counts.unreadable += 1
+        return
+    if parsed is None:
+        counts.other += 1
+    elif not _sampled(parsed.object_id, sample):
+        counts.not_sampled += 1
+    else:
+        counts.counted += 1
+        recording.add(parsed)
+
+
+def _sampled(object_id: ObjectId, sample: float) -> bool:
+    if sample >= 1:
+        return True
+    digest = hashlib.blake2b(object_id.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") < sample * _SAMPLE_STEPS
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], Iterator[bytes]]]:
+    """The file, whose position tells how far it has been read, and its lines; a gzip file is known by its content."""
+    try:
+        with path.open("rb") as raw:
+            packed = raw.peek(2)[:2] == b"\x1f\x8b"
+            text: IO[bytes] = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if packed else raw
+            yield raw, iter(lambda: text.readline(_MAX_LINE), b"")
+    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error}") from error
+
+
+def read_sizes(path: Path) -> dict[str, int]:
+    """Sizes in bytes by id, from a manifest (YAML or JSON). Raises ConfigurationError."""
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sizes = {
+            str(item["id"]): int(item["size"]) for item in document["objects"] if item.get("size") is not None
+        }
+        if any(not is_size(size) for size in sizes.values()):
+            raise ValueError("a size that no object can have")
+        return sizes
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error}") from error
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        raise ConfigurationError(f"{path}: no manifest: want a list `objects` with id and size") from error
+
+
+# Many log lines in 25 bytes each, and what is known of their objects' sizes.
+
+_PENDING, _HIT, _MISS, _NOT_LOGGED = range(4)
+_CACHE_CODES: Mapping[str | None, int] = {"pending": _PENDING, "hit": _HIT, None: _NOT_LOGGED}
+_NOT_MODIFIED = 4
+"""Added to the code of a 304."""
+_MISSED_304 = _MISS + _NOT_MODIFIED
+_TOGETHER = 1.0
+"""Seconds: no object is fetched, evicted and fetched again within less."""
+
+
+class Recording:
+    """Filled with `add`; then `requests` gives them in the order of time, as often as wanted.
+
+    Sizes: what `known_sizes` says (a manifest); else the largest that a line named (a total in Content-Range, the
+    Content-Length of a 200, a CSV column); else the bytes of the longest whole answer; else those of the longest part,
+    which is only a lower bound: `guessed_sizes` counts such objects.
+    """
+
+    def __init__(self, known_sizes: Mapping[str, int] | None = None) -> None:
+        self._known_sizes = known_sizes or {}
+        self._numbers: dict[str, int] = {}
+        self._ids: list[ObjectId] = []
+        self._named, self._whole, self._part = array("q"), array("q"), array("q")
+        self._at = array("d")
+        self._object = array("I")
+        self._sent = array("Q")
+        self._cache = bytearray()
+
+    def __len__(self) -> int:
+        """Requests."""
+        return len(self._at)
+
+    @property
+    def objects(self) -> int:
+        return len(self._ids)
+
+    def add(self, line: LogLine) -> None:
+        number = self._numbers.get(line.object_id)
+        if number is None:
+            number = self._numbers[line.object_id] = len(self._ids)
+            self._ids.append(line.object_id)
+            for column in (self._named, self._whole, self._part):
+                column.append(-1)
+        if line.size is not None:
+            self._named[number] = max(self._named[number], line.size)
+        column = self._whole if line.whole else self._part
+        column[number] = max(column[number], line.sent)
+        self._at.append(line.at)
+        self._object.append(number)
+        self._sent.append(line.sent)
+        self._cache.append(_CACHE_CODES.get(line.cache, _MISS) + _NOT_MODIFIED * line.not_modified)
+
+    def sizes(self) -> array[int]:
+        """Bytes of each object."""
+        found = array("q")
+        for number, object_id in enumerate(self._ids):
+            named, whole = self._named[number], self._whole[number]
+            seen = named if named >= 0 else max(whole, self._part[number], 0)
+            found.append(self._known_sizes.get(object_id, seen))
+        return found
+
+    @property
+    def guessed_sizes(self) -> int:
+        """Objects of which only parts were seen."""
+        return sum(
+            named < 0 and whole < 0 and object_id not in self._known_sizes
+            for named, whole, object_id in zip(self._named, self._whole, self._ids, strict=True)
+        )
+
+    @property
+    def footprint(self) -> int:
+        """Bytes that all objects together would take on the volume."""
+        return sum(map(footprint, self.sizes()))
+
+    @property
+    def days(self) -> float:
+        return (max(self._at) - min(self._at)) / 86_400 if self._at else 0.0
+
+    @property
+    def logged_hit_ratio(self) -> float | None:
+        """Share of requests that the log itself calls hits, None where it does not say."""
+        counted = Counter(code % _NOT_MODIFIED for code in self._cache)
+        logged = len(self._cache) - counted[_NOT_LOGGED]
+        return counted[_HIT] / logged if logged else None
+
+    def requests(self) -> Iterator[Request]:
+        sizes, ids, fetches = self.sizes(), self._ids, _Fetches(len(self._ids))
+        for position in sorted(range(len(self._at)), key=self._at.__getitem__):
+            number, at = self._object[position], self._at[position]
+            code = self._cache[position]
+            not_modified = code >= _NOT_MODIFIED
+            joined = fetches.joined(number, at, code % _NOT_MODIFIED) if code != _MISSED_304 else None
+            yield Request(at, ids[number], sizes[number], self._sent[position], joined, not_modified)
+
+
+class _Fetches:
+    """Which requests waited for one fetch, by what the log calls them: pending ones joined the fetch that the miss
+    before began. Of requests that come together the one that began the fetch need not be the first."""
+
+    def __init__(self, objects: int) -> None:
+        never = array("d", [-math.inf]) * objects
+        self._began, self._pending_since, self._pending_last = never, never[:], never[:]
+
+    def joined(self, number: int, at: float, cache: int) -> float | None:
+        """When the fetch began that a request waited for; None if it waited for none, or began one."""
+        if cache in (_HIT, _NOT_LOGGED):
+            self._began[number] = self._pending_last[number] = -math.inf
+            return None
+        together = at - self._pending_last[number] < _TOGETHER
+        if cache == _MISS:
+            self._pending_last[number] = -math.inf
+            self._began[number] = self._pending_since[number] if together else at
+            return self._began[number] if together else None
+        if not together:
+            self._pending_since[number] = at
+        self._pending_last[number] = at
+        if self._began[number] == -math.inf:
+            self._began[number] = at
+        return self._began[number]
+
+
+# One line of an access log, in any of the formats that are known.
+#
+# - ours: JSON with event `request_answered`;
+# - Caddy's JSON;
+# - the common and combined formats of nginx and others, `… [time] "GET /…/assets/<id> HTTP/1.1" status bytes …`;
+# - CSV, `time,id,size[,sent]`, a header line or not; times in POSIX seconds or ISO 8601.
+#
+# Only answers to GET for objects count (200, 206, 304); other lines are passed over, which is not the same as
+# unreadable.
+
+_COMMON = re.compile(
+    r'\S+ \S+ .*?\[(?P<time>[^\]]{1,40})\] "(?P<method>[A-Z]{1,10}) (?P<path>\S+)[^"]*"'
+    r" (?P<status>\d{3}) (?P<bytes>\d+|-)"
+)
+_ASSET = re.compile(r"/assets/(?P<id>[^/?#]+)(?:[?#]|\Z)")
+_CONTENT_STATUSES = frozenset({200, 206, 304})
+_MAX_BYTES = 2**63 - 1
+"""More than any disk has; a recording's columns hold no more."""
+
+
+class Unreadable(Exception):
+    """A line in no known format."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogLine:
+    """An answer with (a part of) an object.
+
+    `at`: POSIX seconds of the request, where the log gives its duration, else of the answer; `sent`: bytes of the body;
+    `size`: bytes of the object, if the line says so; `whole`: `sent` is all of it, as far as the log knows;
+    `cache`: hit, pending or miss, if it was logged; `not_modified`: the answer was a 304.
+    """
+
+    at: float
+    object_id: ObjectId
+    sent: int
+    size: int | None = None
+    whole: bool = False
+    cache: str | None = None
+    not_modified: bool = False
+
+
+def parse_line(line: str) -> LogLine | None:
+    """None for a line that is about something else. Raises Unreadable."""
+    line = line.strip()
+    if not line:
+        return None
+    try:
+        parsed = _from_text(line)
+    except InvalidInput:
+        return None  # whoever asked for that was told 400
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise Unreadable(line[:80]) from error
+    if parsed is not None and not (is_size(parsed.sent) and (parsed.size is None or is_size(parsed.size))):
+        raise Unreadable(line[:80])
+    return parsed
+
+
+def is_size(count: int) -> bool:
+    """Bytes that an object or an answer can have."""
+    return 0 <= count <= _MAX_BYTES
+
+
+def _from_text(line: str) -> LogLine | None:
+    if line.startswith("{"):
+        return _from_json(json.loads(line))
+    common = _COMMON.match(line)
+    return _from_csv(line) if common is None else _from_common(common)
+
+
+def _from_json(fields: Mapping[str, Any]) -> LogLine | None:
+    if "request" in fields and "ts" in fields:
+        return _from_caddy(fields)
+    if fields.get("event") != "request_answered":
+        return None
+    object_id, status = fields.get("object_id"), int(fields["status"])
+    if object_id is None or fields["method"] != "GET" or status not in _CONTENT_STATUSES:
+        return None
+    sent, size = int(fields["bytes"]), fields.get("size")
+    return LogLine(
+        at=_seconds(fields["timestamp"]) - float(fields.get("duration_ms", 0)) / 1000,
+        object_id=ObjectId.parse(object_id),
+        sent=sent,
+        size=None if size is None else int(size),
+        whole=status == 200 and not fields.get("cut"),
+        cache=fields.get("x_cache"),
+        not_modified=status == 304,
+    )
+
+
+def _from_caddy(fields: Mapping[str, Any]) -> LogLine | None:
+    request, status = fields["request"], int(fields["status"])
+    object_id = _object_in(request["uri"])
+    if object_id is None or request["method"] != "GET" or status not in _CONTENT_STATUSES:
+        return None
+    headers = {name.lower(): str(values[0]) for name, values in (fields.get("resp_headers") or {}).items()}
+    duration, sent = fields.get("duration", 0), int(fields["size"])
+    size = None
+    if status == 206:
+        given = parse_content_range(headers.get("content-range", ""))
+        size = None if given is None else given[1]
+    elif status == 200 and "content-length" in headers:
+        size = int(headers["content-length"])
+    return LogLine(
+        at=_seconds(fields["ts"]) - (float(duration) if isinstance(duration, int | float) else 0.0),
+        object_id=object_id,
+        sent=sent,
+        size=size,
+        whole=status == 200,
+        cache=headers.get("x-cache"),
+        not_modified=status == 304,
+    )
+
+
+def _from_common(fields: re.Match[str]) -> LogLine | None:
+    object_id, status = _object_in(fields["path"]), int(fields["status"])
+    if object_id is None or fields["method"] != "GET" or status not in _CONTENT_STATUSES:
+        return None
+    at = datetime.strptime(fields["time"], "%d/%b/%Y:%H:%M:%S %z").timestamp()
+    sent = 0 if fields["bytes"] == "-" else int(fields["bytes"])
+    return LogLine(at, object_id, sent, whole=status == 200, not_modified=status == 304)
+
+
+def _from_csv(line: str) -> LogLine | None:
+    time, object_id, size, *more = (field.strip().strip('"') for field in line.split(","))
+    if (time, object_id) == ("time", "id"):
+        return None
+    whole = int(size)
+    return LogLine(_seconds(time), ObjectId.parse(object_id), int(more[0]) if more else whole, size=whole)
+
+
+def _object_in(path: str) -> ObjectId | None:
+    found = _ASSET.search(path)
+    return None if found is None else ObjectId.parse(unquote(found["id"]))
+
+
+def _seconds(time: object) -> float:
+    """POSIX seconds of a number or an ISO 8601 time (without a zone: UTC)."""
+    try:
+        seconds = float(time)  # type: ignore[arg-type]
+    except ValueError:
+        moment = datetime.fromisoformat(str(time))
+        seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    if not math.isfinite(seconds):
+        raise ValueError("no time")
+    return seconds

@@ -1,0 +1,81 @@
+"""What counts as one view: all requests for one object within a few minutes. A player asks for dozens of ranges."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+from distributor_node.shared.domain.objects import ObjectId
+
+VIEW_WINDOW = 300.0
+"""Seconds from a view's first request in which all further ones for the object belong to it."""
+
+
+class ViewCoalescer:
+    """Remembers the running view of at most `max_entries` objects, those whose views began last."""
+
+    def __init__(self, window: float = VIEW_WINDOW, max_entries: int = 50_000) -> None:
+        self._window = window
+        self._max_entries = max_entries
+        self._began: OrderedDict[ObjectId, float] = OrderedDict()
+
+    def begins_view(self, object_id: ObjectId, now: float) -> bool:
+        """True if a request at `now` (seconds) is the first of a view. One that is reported late, or by a clock
+        somewhat behind, belongs to the view that is running; a clock set back by a window or more begins a new one."""
+        began = self._began.get(object_id)
+        if began is not None and -self._window < now - began < self._window:
+            return False
+        self._began[object_id] = now
+        self._began.move_to_end(object_id)
+        if len(self._began) > self._max_entries:
+            self._began.popitem(last=False)
+        return True
+
+
+# Which objects are cached at all: large ones only on their second view. Half of all objects are never viewed again.
+
+
+class SecondHitAdmission:
+    """Remembers first views, for `window` seconds and of at most `max_entries` objects (about 130 bytes each).
+
+    Two generations take turns: when the newer one is full or as old as the window, the older one is forgotten as a
+    whole. At least the last `max_entries / 2` first views within the window are therefore known.
+    """
+
+    def __init__(
+        self,
+        above: int,
+        window: float = 7 * 24 * 3600.0,
+        view_window: float = VIEW_WINDOW,
+        max_entries: int = 200_000,
+    ) -> None:
+        """`above`: objects of more bytes need a second view. `view_window`: seconds that one view lasts."""
+        self._above = above
+        self._window = window
+        self._view_window = view_window
+        self._max_per_generation = max(1, max_entries // 2)
+        self._newer: dict[str, float] = {}
+        self._older: dict[str, float] = {}
+        self._rotated_at = float("-inf")
+
+    def __len__(self) -> int:
+        return len(self._newer) + len(self._older)
+
+    def admits(self, object_id: ObjectId, size: int, now: float, *, pressure: bool) -> bool:
+        """Should a missing object of `size` bytes be fetched for a request at `now` (seconds), or only be proxied?
+
+        `pressure`: something else would have to go for it. With room left everything is admitted; first views are
+        remembered all the same. Requests of one and the same view are no second view.
+        """
+        if size <= self._above:
+            return True
+        first = self._newer.get(object_id, self._older.get(object_id))
+        if first is None or not 0 <= now - first <= self._window:
+            self._remember(object_id, now)
+            return not pressure
+        return not pressure or now - first >= self._view_window
+
+    def _remember(self, object_id: ObjectId, now: float) -> None:
+        if len(self._newer) >= self._max_per_generation or not 0 <= now - self._rotated_at <= self._window:
+            self._older, self._newer = self._newer, {}
+            self._rotated_at = now
+        self._newer[str(object_id)] = now

@@ -1,0 +1,170 @@
+"""Settings into adapters, the same way in every service. Nothing is opened here."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from distributor_node.shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
+from distributor_node.shared.adapters.catalogs.manifest import ManifestCatalog
+from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
+from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
+from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
+from distributor_node.shared.adapters.sources.client import SourceClient, SourceObservation
+from distributor_node.shared.adapters.sources.connections import SourceLimits
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry, SourceStatsSync
+from distributor_node.shared.adapters.sources.prober import SourceProber
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.state_redis.caches import (
+    RedisSharedCatalogCache,
+    RedisSharedSourceStats,
+)
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.jobs import RetryPlan
+from distributor_node.shared.observability.metrics import (
+    SOURCE_BYTES,
+    SOURCE_FAILURES,
+    SOURCE_LATENCY,
+    SOURCE_REQUESTS,
+    source_label,
+)
+from distributor_node.shared.ports.catalog import Catalog, SharedCatalogCache
+from distributor_node.shared.ports.job_queue import JobQueue
+from distributor_node.shared.ports.source_stats import SharedSourceStats
+from distributor_node.shared.ports.state_store import StateStore
+from distributor_node.shared.settings.model import Settings
+
+MEMORY = "memory://"
+
+
+def build_volume(settings: Settings) -> Volume:
+    return Volume(settings.storage.path, accel_redirect=bool(settings.public_api.accel_redirect_prefix))
+
+
+def build_state_store(settings: Settings) -> StateStore:
+    """All tasks of a process share one: in memory, two would know nothing of each other."""
+    store = settings.state_store
+    timeouts = StateTimeouts(lease_seconds=settings.fetch.lease, operation_timeout=store.operation_timeout)
+    url = store.url.get_secret_value()
+    if url.startswith(MEMORY):
+        return MemoryStateStore(settings.storage.limit, timeouts, time.time)
+    return RedisStateStore(url, store.prefix, settings.storage.limit, timeouts)
+
+
+def build_job_queue(settings: Settings) -> JobQueue:
+    """As with the state store: one in each process."""
+    queue = settings.job_queue
+    plan = RetryPlan(queue.retry_delays)
+    url = queue.url.get_secret_value()
+    if url.startswith(MEMORY):
+        return MemoryJobQueue(plan)
+    return RabbitJobQueue(url, queue.prefix, plan, queue.publish_timeout, int(queue.consumer_timeout * 1000))
+
+
+def build_catalog(settings: Settings) -> Catalog:
+    """A manifest is in memory and seen at once when it changes; what is asked over the network is cached."""
+    catalog = settings.catalog
+    if catalog.kind == "manifest":
+        if catalog.manifest is None:
+            raise ConfigurationError("catalog.manifest is missing")
+        return ManifestCatalog(catalog.manifest)
+    limits = CacheLimits(
+        positive_ttl=catalog.positive_ttl,
+        negative_ttl=catalog.negative_ttl,
+        max_in_flight=catalog.max_in_flight,
+        wait=catalog.timeout,
+    )
+    if catalog.kind == "joystream":
+        return CachedCatalog(
+            build_joystream(settings), limits, shared_cache=_build_shared_catalog_cache(settings)
+        )
+    if catalog.origin is None:
+        raise ConfigurationError("catalog.origin is missing")
+    return CachedCatalog(OriginCatalog(catalog.origin, catalog.timeout), limits)
+
+
+def build_joystream(settings: Settings) -> JoystreamCatalog:
+    """Without a cache: for the list of storage nodes and the squid's own state. To be opened and closed by its user."""
+    catalog = settings.catalog
+    limits = SquidLimits(
+        timeout=catalog.timeout,
+        list_timeout=catalog.list_timeout,
+        list_batch=catalog.list_batch,
+        list_pause=catalog.list_pause,
+    )
+    return JoystreamCatalog(catalog.squid, limits, refuse_private=catalog.refuse_private_sources)
+
+
+def build_chain_head(settings: Settings) -> ChainHead | None:
+    """None: no chain is configured."""
+    chain = settings.catalog.chain
+    return None if chain is None else ChainHead(chain, settings.catalog.timeout)
+
+
+def _build_shared_catalog_cache(settings: Settings) -> SharedCatalogCache | None:
+    """None in one process, whose cache has nobody to share with."""
+    store = settings.state_store
+    url = store.url.get_secret_value()
+    if url.startswith(MEMORY):
+        return None
+    # Named after the squid, and after what decides which sources an answer holds: no answer outlives a change of those.
+    identity = f"{settings.catalog.squid} {settings.catalog.refuse_private_sources}"
+    name = hashlib.sha256(identity.encode()).hexdigest()[:12]
+    return RedisSharedCatalogCache(url, store.prefix, store.operation_timeout, name)
+
+
+def build_source_client(settings: Settings, max_connections: int) -> SourceClient:
+    """One for each purpose: downloads, proxying."""
+    fetch = settings.fetch
+    limits = SourceLimits(
+        connect_timeout=fetch.connect_timeout,
+        first_byte_timeout=fetch.first_byte_timeout,
+        stall_timeout=fetch.stall_timeout,
+        minimum_rate=fetch.minimum_rate,
+        max_connections=max_connections,
+        refuse_private=settings.catalog.refuse_private_sources,
+    )
+    return SourceClient(limits, count_observation)
+
+
+def build_source_stats_sync(settings: Settings) -> SourceStatsSync:
+    """One in each process, with the registry of all its failover readers. To be opened and closed by its user."""
+    registry = SourceHealthRegistry(corrupted_memory=settings.sources.corrupted_memory)
+    return SourceStatsSync(registry, _build_shared_source_stats(settings), settings.sources.share_interval)
+
+
+def _build_shared_source_stats(settings: Settings) -> SharedSourceStats | None:
+    """None in one process, whose registry has nobody to share with."""
+    store = settings.state_store
+    url = store.url.get_secret_value()
+    return (
+        None if url.startswith(MEMORY) else RedisSharedSourceStats(url, store.prefix, store.operation_timeout)
+    )
+
+
+def build_source_prober(settings: Settings, registry: SourceHealthRegistry) -> SourceProber:
+    """To be opened and closed by its user."""
+    sources, refuse = settings.sources, settings.catalog.refuse_private_sources
+    return SourceProber(registry, sources.probe_timeout, sources.probes_at_once, refuse_private=refuse)
+
+
+def build_failover_reader(client: SourceClient, registry: SourceHealthRegistry) -> FailoverReader:
+    """Reads through `client`, which is opened and closed by whoever built it."""
+    return FailoverReader(client, registry)
+
+
+def count_observation(observation: SourceObservation) -> None:
+    """One request to a source, in the metrics."""
+    source = source_label(f"//{observation.source}")
+    SOURCE_REQUESTS.labels(source=source).inc()
+    if observation.first_byte is not None:
+        SOURCE_LATENCY.labels(source=source).observe(observation.first_byte)
+    if observation.received:
+        SOURCE_BYTES.labels(source=source).inc(observation.received)
+    if observation.failure is not None:
+        SOURCE_FAILURES.labels(source=source, reason=observation.failure).inc()

@@ -1,1 +1,0 @@
-"""The node under fire: real processes on real servers, hurt on purpose, with clients that check every byte."""

@@ -1,0 +1,151 @@
+"""A fetcher's surroundings: a real volume, storage nodes that misbehave on command, a state store in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distributor_node.services.demo.objects import DemoObject, bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.services.fetcher.admission import Admission, AdmissionRules
+from distributor_node.services.fetcher.download import FetchDeps, FetchRunner
+from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
+from distributor_node.services.fetcher.lease import LeaseTimes
+from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
+from distributor_node.shared.ports.state_store import Term
+from distributor_node.shared.runtime.threads import BlockingPool
+
+LIMITS = SourceLimits(connect_timeout=2, first_byte_timeout=0.5, stall_timeout=0.5, minimum_rate=1)
+OBJECT_ID = ObjectId.parse("7")
+RETRIES = RetryPlan((5.0, 30.0))
+LIMIT = 64 * 1024 * 1024
+
+
+@dataclass(slots=True)
+class Harness:
+    """`times`: of the lease; `workers` share state and volume, as processes would."""
+
+    state: MemoryStateStore
+    term: Term
+    volume: Volume
+    failover_reader: FailoverReader
+    disk: BlockingPool
+    nodes: Sequence[StorageNode]
+    times: LeaseTimes
+    space_wait: float
+    names: list[str] = field(default_factory=list)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(node.object_url(OBJECT_ID) for node in self.nodes)
+
+    def worker(self) -> Worker:
+        name = f"worker-{len(self.names)}"
+        self.names.append(name)
+        rules = AdmissionRules(LIMIT // 2, self.space_wait, self.times.lease)
+        return Worker(
+            Admission(self.state, self.volume, self.disk, rules, name),
+            FetchRunner(FetchDeps(self.state, self.failover_reader, self.disk), self.volume, self.times),
+            FailureRecorder(self.state, RETRIES, failure_memory=60.0),
+        )
+
+    def dead_letter_handler(self) -> DeadLetterHandler:
+        return DeadLetterHandler(self.state, self.volume, self.disk, "worker-last", failure_memory=60.0)
+
+    def stored(self) -> bytes | None:
+        """The complete object, if there is one."""
+        found = self.volume.open_object(OBJECT_ID)
+        if found is None:
+            return None
+        data = found.read(0, found.record.size + 1)
+        found.close()
+        return data
+
+    def partial_size(self) -> int | None:
+        reader = self.volume.open_partial(OBJECT_ID)
+        if reader is None:
+            return None
+        size = reader.state().size
+        reader.close()
+        return size
+
+    async def until_partial(self, size: int) -> None:
+        """Return when the partial file has that many bytes."""
+
+        async def grown() -> bool:
+            return (self.partial_size() or 0) >= size
+
+        await until(grown)
+
+    def job(self, wanted: MediaObject) -> FetchJob:
+        return FetchJob(wanted, request_id="r-1", published_at=time.time())
+
+    def wanted(self, data: bytes, media_type: str | None = None, *, hashed: bool = True) -> MediaObject:
+        return MediaObject(
+            OBJECT_ID, len(data), hash_of(data) if hashed else None, media_type, sources=self.sources
+        )
+
+
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 5.0) -> None:
+    """Return when it holds; for what has no event to wait for, such as a file system."""
+    async with asyncio.timeout(seconds):
+        while not await condition():  # noqa: ASYNC110 - there is none
+            await asyncio.sleep(0.005)
+
+
+def hash_of(data: bytes) -> ContentHash:
+    hasher = ContentHash("blake3", bytes(32)).hasher()
+    hasher.update(data)
+    return ContentHash("blake3", hasher.digest())
+
+
+@asynccontextmanager
+async def fetcher_harness(
+    folder: Path,
+    contents: Sequence[bytes | DemoObject],
+    *,
+    lease: float = 15.0,
+    space_wait: float = 0.3,
+    limit: int = LIMIT,
+    reconciled: bool = True,
+    state_kind: type[MemoryStateStore] = MemoryStateStore,
+) -> AsyncIterator[Harness]:
+    """One storage node for each of `contents`, which is what it holds as object 7."""
+    async with AsyncExitStack() as stack:
+        volume = Volume(folder)
+        volume.prepare()
+        stack.callback(volume.close)
+        state = state_kind(limit, StateTimeouts(lease_seconds=lease), time.time)
+        term = await state.lead("evictor", 3600)
+        assert term is not None
+        if reconciled:
+            await state.set_reconciled(term)
+        nodes = []
+        for content in contents:
+            held = bytes_object(OBJECT_ID, content) if isinstance(content, bytes) else content
+            nodes.append(await stack.enter_async_context(StorageNode([held]).run()))
+        client = await stack.enter_async_context(SourceClient(LIMITS))
+        disk = BlockingPool(8)
+        stack.push_async_callback(disk.close)
+        times = LeaseTimes(lease, lease / 4)
+        yield Harness(
+            state,
+            term,
+            volume,
+            FailoverReader(client, SourceHealthRegistry()),
+            disk,
+            nodes,
+            times,
+            space_wait,
+        )

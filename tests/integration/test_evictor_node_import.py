@@ -1,0 +1,150 @@
+"""An existing node's objects on another file system: copied, verified, the most used first, within the limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from distributor_node.services.evictor.node_import import ImportCopier, NodeImport
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.intake import ImportSource
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import Lease
+from tests.integration.evictor_harness import SIZE, ListedCatalog, body_of, media_object
+
+MEMORY = Path("/dev/shm")
+NAMES = ("1", "2", "3", "4")
+
+
+class Silent(MemoryStateStore):
+    """Out of reach for the next `commits` of them."""
+
+    commits = 0
+
+    async def commit(self, lease: Lease, stored_at: float) -> bool:
+        if self.commits:
+            self.commits -= 1
+            raise StateStoreUnavailable("silent")
+        return await super().commit(lease, stored_at)
+
+
+@dataclass
+class Harness:
+    assets: Path
+    state: Silent
+    volume: Volume
+    catalog: ListedCatalog
+    node_import: NodeImport
+    copier: ImportCopier
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in self.assets.iterdir() if path.name.isdigit())
+
+    def is_hit(self, name: str) -> bool:
+        found = self.volume.open_object(ObjectId(name))
+        if found is None:
+            return False
+        data = found.read(0, SIZE + 1)
+        found.close()
+        return data == body_of(name)
+
+    async def accesses(self) -> dict[str, int]:
+        _, accesses = await self.state.read_accesses("", 100)
+        return {access.object_id: access.views for access in accesses}
+
+
+@pytest.fixture
+async def harness(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Harness]:
+    """Room for as many objects as the test's parameter says."""
+    if not MEMORY.is_dir() or MEMORY.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system")
+    limit = getattr(request, "param", 10) * footprint(SIZE)
+    assets = MEMORY / f"distributor-copying-{os.getpid()}"
+    assets.mkdir()
+    catalog, now = ListedCatalog(), int(time.time() * 1000)
+    for name in NAMES:
+        (assets / name).write_bytes(body_of(name))
+        catalog.objects[ObjectId(name)] = media_object(name, body_of(name))
+    recorded = [[name, {"sizeKB": 20, "popularity": int(name), "lastAccessTime": now}] for name in NAMES]
+    (assets / "cache.json").write_text(json.dumps({"lruCacheGroups": [recorded]}))
+    volume = Volume(tmp_path / "volume")
+    volume.prepare()
+    state = Silent(limit, StateTimeouts(lease_seconds=10), time.time)
+    term = await state.lead("one", 3600)
+    assert term is not None
+    await state.set_reconciled(term)
+    import_source = ImportSource(volume.root, assets)
+    node_import = NodeImport(import_source, assets)
+    copier = ImportCopier(state, volume, catalog, import_source, node_import)
+    yield Harness(assets, state, volume, catalog, node_import, copier)
+    shutil.rmtree(assets)
+    volume.close()
+
+
+async def test_all_are_copied_verified_and_counted(harness: Harness) -> None:
+    await harness.node_import.link_files()
+    assert harness.node_import.needs_copy
+    assert await harness.copier.run() is None
+    assert all(harness.is_hit(name) for name in NAMES)
+    assert harness.left() == []
+    usage = await harness.state.usage()
+    assert (usage.used, usage.reserved) == (len(NAMES) * footprint(SIZE), 0)
+    assert await harness.accesses() == {"2": 1, "3": 2, "4": 3}, "one view each came with the object"
+
+
+@pytest.mark.parametrize("harness", [2], indirect=True)
+async def test_an_object_that_finds_no_room_stays_where_it_is(harness: Harness) -> None:
+    await harness.node_import.link_files()
+    assert await harness.copier.run() is not None, "worth trying again"
+    assert harness.left() == ["1", "2"], "the most used came first"
+    usage = await harness.state.usage()
+    assert usage.used + usage.reserved <= usage.limit
+
+
+async def test_corrupt_and_unknown_ones_are_left(harness: Harness) -> None:
+    (harness.assets / "2").write_bytes(body_of("2")[:-1] + b"!")
+    (harness.assets / "3").write_bytes(b"cut short")
+    del harness.catalog.objects[ObjectId("4")]
+    await harness.node_import.link_files()
+    await harness.copier.run()
+    assert harness.is_hit("1")
+    assert harness.left() == ["2", "3", "4"]
+    usage = await harness.state.usage()
+    assert (usage.objects, usage.reserved) == (1, 0)
+
+
+async def test_a_second_run_copies_nothing_twice(harness: Harness) -> None:
+    await harness.node_import.link_files()
+    await harness.copier.run()
+    (harness.assets / "1").write_bytes(body_of("1"))
+    assert await harness.copier.run() is None
+    assert harness.left() == []
+    assert (await harness.state.usage()).objects == len(NAMES)
+
+
+async def test_an_object_stored_but_not_committed_is_not_copied_twice(harness: Harness) -> None:
+    await harness.node_import.link_files()
+    harness.state.commits = 1
+    with pytest.raises(StateStoreUnavailable):
+        await harness.copier.run()
+    assert harness.is_hit("4"), "the most used comes first"
+    assert harness.left() == list(NAMES)
+    (harness.assets / "4").write_bytes(b"?" * SIZE)  # to be seen if it were read again
+    rows = harness.state._tables.rows
+    rows[ObjectId("4")] = replace(rows[ObjectId("4")], ends=0.0)  # its lease has run out
+    assert await harness.copier.run() is None
+    assert harness.left() == []
+    assert all(harness.is_hit(name) for name in NAMES)
+    usage = await harness.state.usage()
+    assert (usage.used, usage.reserved) == (4 * footprint(SIZE), 0)

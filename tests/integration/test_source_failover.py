@@ -1,0 +1,262 @@
+"""The failover reader gives exactly the object's bytes, whatever single sources do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distributor_node.services.demo.faults import Fault, Match, Rule
+from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
+from distributor_node.shared.adapters.sources.client import SourceObservation
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.domain.errors import (
+    AllSourcesFailed,
+    SourceRefused,
+    SourceTooSlow,
+    SourceUnreachable,
+    SourceWrong,
+)
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from tests.servers.unresponsive_server import unresponsive_server
+
+SIZE = 100_000
+DATA = GeneratedContent(7, SIZE).read(0, SIZE)
+LIMITS = SourceLimits(connect_timeout=2, first_byte_timeout=0.5, stall_timeout=0.5, minimum_rate=1)
+GONE = "http://127.0.0.1:1/api/v1/files/7"
+
+
+@dataclass(frozen=True, slots=True)
+class Harness:
+    """Three storage nodes that hold the object, and a failover reader that reads from them."""
+
+    nodes: Sequence[StorageNode]
+    failover_reader: FailoverReader
+
+    @property
+    def sources(self) -> list[str]:
+        return [node.object_url("7") for node in self.nodes]
+
+    async def read(
+        self,
+        *,
+        first: int = 0,
+        last: int | None = None,
+        size: int | None = SIZE,
+        sources: Sequence[str] | None = None,
+        into: bytearray | None = None,
+    ) -> tuple[bytes, list[str]]:
+        """The bytes (as they come: `into`), and the sources that gave them, each change once."""
+        received, given = bytearray() if into is None else into, list[str]()
+        wanted = MediaObject(ObjectId.parse("7"), size)
+        chosen = self.sources if sources is None else sources
+        async with aclosing(self.failover_reader.stream(wanted, first, last, chosen)) as pieces:
+            async for piece in pieces:
+                assert piece.offset == first + len(received)
+                received += piece.data
+                if not given or given[-1] != piece.source:
+                    given.append(piece.source)
+        return bytes(received), given
+
+
+async def build(stack: AsyncExitStack) -> Harness:
+    nodes = [await stack.enter_async_context(StorageNode([bytes_object("7", DATA)]).run()) for _ in range(3)]
+    client = await stack.enter_async_context(SourceClient(LIMITS))
+    return Harness(nodes, FailoverReader(client, SourceHealthRegistry()))
+
+
+@pytest.fixture
+async def harness() -> AsyncIterator[Harness]:
+    async with AsyncExitStack() as stack:
+        yield await build(stack)
+
+
+async def test_the_first_source_gives_all(harness: Harness) -> None:
+    assert await harness.read() == (DATA, harness.sources[:1])
+    assert len(harness.nodes[1].requests) == 0
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (5, 99), (99_999, None), (50_000, None), (0, 99_998)])
+async def test_a_range(harness: Harness, first: int, last: int | None) -> None:
+    end = SIZE if last is None else last + 1
+    assert (await harness.read(first=first, last=last))[0] == DATA[first:end]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "given_before"),
+    [
+        (Fault(cut_after=40_000), True),
+        (Fault(hang_after=40_000), True),
+        (Fault(hang_before_headers=True), False),
+        (Fault(status=500), False),
+        (Fault(status=404), False),
+        (Fault(redirect_to="http://127.0.0.1:1/"), False),
+        (Fault(content_length_delta=7), False),
+        (Fault(content_length_delta=7, body_delta=7), False),
+        (Fault(omit_content_length=True, body_delta=-7), True),
+        (Fault(gzip=True), False),
+    ],
+    ids=str,
+)
+async def test_a_failing_source_is_replaced_at_the_same_byte(
+    harness: Harness, trouble: Fault, given_before: bool
+) -> None:
+    harness.nodes[0].faults.add(trouble)
+    data, given = await harness.read()
+    assert data == DATA
+    assert given[-1] == harness.sources[1]
+    assert (given[0] == harness.sources[0]) == given_before
+    asked = harness.nodes[1].requests[0].range
+    assert (asked is not None) == given_before
+
+
+async def test_an_unreachable_source_is_replaced_and_asked_last_the_next_time(harness: Harness) -> None:
+    sources = [GONE, *harness.sources]
+    assert await harness.read(sources=sources) == (DATA, harness.sources[:1])
+    assert await harness.read(sources=sources) == (DATA, harness.sources[:1])
+
+
+async def test_too_many_bytes_never_make_a_complete_object(harness: Harness) -> None:
+    for node in harness.nodes:
+        node.faults.add(Fault(omit_content_length=True, body_delta=9))
+    received = bytearray()
+    with pytest.raises(AllSourcesFailed) as caught:
+        await harness.read(into=received)
+    assert len(received) < SIZE
+    assert all(isinstance(error, SourceWrong) for error in caught.value.errors.values())
+
+
+async def test_the_only_source_gets_a_second_attempt_after_an_abort(harness: Harness) -> None:
+    harness.nodes[0].faults.add(Fault(cut_after=40_000), Match(first=1))
+    assert (await harness.read(sources=harness.sources[:1]))[0] == DATA
+    assert len(harness.nodes[0].requests) == 2
+
+
+async def test_all_fail_after_at_most_two_turns_each(harness: Harness) -> None:
+    for node in harness.nodes:
+        node.faults.add(Fault(status=503))
+    with pytest.raises(AllSourcesFailed) as caught:
+        await harness.read(sources=[*harness.sources, GONE])
+    assert [len(node.requests) for node in harness.nodes] == [2, 2, 2]
+    kinds = [type(error) for error in caught.value.errors.values()]
+    assert kinds == [SourceRefused, SourceRefused, SourceRefused, SourceUnreachable]
+    assert not caught.value.too_slow
+
+
+async def test_all_too_slow_says_so(harness: Harness) -> None:
+    for node in harness.nodes:
+        node.faults.add(Fault(hang_before_headers=True))
+    with pytest.raises(AllSourcesFailed) as caught:
+        await harness.read()
+    assert caught.value.too_slow
+    assert {type(error) for error in caught.value.errors.values()} == {SourceTooSlow}
+    assert [len(node.requests) for node in harness.nodes] == [1, 1, 1]
+
+
+async def test_a_source_with_connect_timeout_costs_that_time_once(harness: Harness) -> None:
+    seen: list[SourceObservation] = []
+    limits = SourceLimits(connect_timeout=0.2)
+    with unresponsive_server() as (_, port):
+        async with SourceClient(limits, seen.append) as client:
+            stranded = Harness(harness.nodes, FailoverReader(client, SourceHealthRegistry()))
+            with pytest.raises(AllSourcesFailed) as caught:
+                await stranded.read(sources=[f"http://127.0.0.1:{port}/7", GONE])
+    assert [type(error) for error in caught.value.errors.values()] == [SourceUnreachable] * 2
+    assert [observed.source == "127.0.0.1:1" for observed in seen] == [False, True, True]
+
+
+async def test_no_sources_at_all(harness: Harness) -> None:
+    with pytest.raises(AllSourcesFailed, match="no source is known") as caught:
+        await harness.read(sources=[])
+    assert not caught.value.too_slow
+
+
+async def test_an_empty_object_needs_no_source(harness: Harness) -> None:
+    assert await harness.read(size=0, sources=[]) == (b"", [])
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, None), (40_000, None), (0, 9), (99_990, 200_000)])
+async def test_unknown_size(harness: Harness, first: int, last: int | None) -> None:
+    end = SIZE if last is None else last + 1
+    assert (await harness.read(size=None, first=first, last=last))[0] == DATA[first:end]
+
+
+async def test_unknown_size_switches_once_a_source_has_reported_it(harness: Harness) -> None:
+    harness.nodes[0].faults.add(Fault(cut_after=40_000))
+    assert await harness.read(size=None) == (DATA, harness.sources[:2])
+
+
+async def test_unknown_size_that_no_source_reports_is_not_switched(harness: Harness) -> None:
+    harness.nodes[0].faults.add(Fault(omit_content_length=True, hang_after=40_000))
+    with pytest.raises(AllSourcesFailed):
+        await harness.read(size=None)
+    assert len(harness.nodes[1].requests) == 0
+
+
+async def test_on_source_tells_of_each_source_before_its_bytes(harness: Harness) -> None:
+    harness.nodes[0].faults.add(Fault(cut_after=40_000))
+    told: list[tuple[str, int]] = []
+    wanted = MediaObject(ObjectId.parse("7"), SIZE)
+    stream = harness.failover_reader.stream(
+        wanted, 0, None, harness.sources, lambda url, answer: told.append((url, answer.first))
+    )
+    async with aclosing(stream) as pieces:
+        async for piece in pieces:
+            assert piece.source == told[-1][0]
+    assert [url for url, _ in told] == harness.sources[:2]
+    assert told[0][1] == 0 < told[1][1]
+
+
+async def test_leaving_early_closes_the_connection(harness: Harness) -> None:
+    harness.nodes[0].faults.add(Fault(bytes_per_second=50_000))
+    wanted = MediaObject(ObjectId.parse("7"), SIZE)
+    async with aclosing(harness.failover_reader.stream(wanted, 0, None, harness.sources)) as pieces:
+        await anext(pieces)
+    await harness.nodes[0].requests.wait_for(lambda log: log[0].aborted)
+
+
+faults = st.one_of(
+    st.just(Fault()),
+    st.builds(Fault, cut_after=st.integers(0, SIZE), cut_by_reset=st.booleans()),
+    st.builds(Fault, status=st.sampled_from([404, 416, 500, 503])),
+    st.builds(Fault, ignore_range=st.booleans(), cut_after=st.integers(0, SIZE)),
+    st.builds(Fault, omit_content_length=st.just(True), cut_after=st.integers(0, SIZE)),
+    st.builds(Fault, omit_content_length=st.just(True), body_delta=st.integers(-50, 50)),
+    st.builds(Fault, content_length_delta=st.integers(-9, 9), body_delta=st.integers(-9, 9)),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    scripts=st.lists(st.lists(faults, max_size=3), min_size=3, max_size=3),
+    first=st.integers(0, SIZE - 1),
+    length=st.integers(1, SIZE),
+)
+def test_no_wrong_byte_in_any_interleaving(scripts: list[list[Fault]], first: int, length: int) -> None:
+    """Each node misbehaves in some ways and then behaves: what comes out is right up to where it ends, and a stream
+    that ends without an error is whole."""
+    last = min(first + length, SIZE) - 1
+
+    async def play() -> None:
+        async with AsyncExitStack() as stack:
+            harness = await build(stack)
+            for node, script in zip(harness.nodes, scripts, strict=True):
+                node.faults.replace(Rule(what, Match(nth=turn)) for turn, what in enumerate(script, 1))
+            received = bytearray()
+            whole = True
+            try:
+                await harness.read(first=first, last=last, into=received)
+            except AllSourcesFailed:
+                whole = False
+            expected = DATA[first : last + 1]
+            assert received == expected if whole else expected.startswith(received)
+
+    asyncio.run(play())

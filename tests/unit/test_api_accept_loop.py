@@ -1,0 +1,102 @@
+"""How connections are taken from the kernel."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+import distributor_node.services.api.server as accepting
+from distributor_node.services.api.listen import ListenAddress, bind
+from distributor_node.services.api.server import AcceptLoop
+
+CROWD = 200
+
+
+class Greeter(asyncio.Protocol):
+    """Says hello, and is counted."""
+
+    made = 0
+
+    def connection_made(self, transport: Any) -> None:
+        Greeter.made += 1
+        self.nodelay = transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        transport.write(b"hello %d" % bool(self.nodelay))
+
+
+class FullTable(socket.socket):
+    """A listening socket in a process that has no descriptor left, the first time."""
+
+    failures = 1
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        if FullTable.failures:
+            FullTable.failures -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return super().accept()
+
+
+@pytest.fixture
+async def listen() -> AsyncIterator[Callable[[socket.socket], AcceptLoop]]:
+    Greeter.made = 0
+    accept_loops: list[AcceptLoop] = []
+
+    def start(listener: socket.socket) -> AcceptLoop:
+        accept_loops.append(AcceptLoop(listener, Greeter, 1024))
+        return accept_loops[-1]
+
+    yield start
+    for accept_loop in accept_loops:
+        accept_loop.close()
+
+
+async def test_simultaneous_clients_are_accepted_together(
+    listen: Callable[[socket.socket], AcceptLoop],
+) -> None:
+    bound = bind(ListenAddress("127.0.0.1", 0))
+    bound.listen(1024)
+    clients = [socket.create_connection(bound.getsockname()) for _ in range(CROWD)]
+    listen(bound)
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert Greeter.made == CROWD
+    for client in clients:
+        client.settimeout(5)
+        assert await asyncio.to_thread(client.recv, 100) == b"hello 1"
+        client.close()
+
+
+async def test_after_close_new_clients_are_refused_and_accepted_ones_stay(
+    listen: Callable[[socket.socket], AcceptLoop],
+) -> None:
+    bound = bind(ListenAddress("127.0.0.1", 0))
+    place = bound.getsockname()
+    accept_loop = listen(bound)
+    reader, writer = await asyncio.open_connection(*place)
+    assert await reader.read(100) == b"hello 1"
+    accept_loop.close()
+    accept_loop.close()
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(*place)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(reader.read(1), 0.1)
+    writer.close()
+
+
+async def test_without_descriptors_the_loop_backs_off_and_the_client_is_accepted_later(
+    listen: Callable[[socket.socket], AcceptLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accepting, "EMFILE_BACKOFF", 0.05)
+    monkeypatch.setattr(FullTable, "failures", 1)
+    bound = bind(ListenAddress("127.0.0.1", 0))
+    listener = FullTable(bound.family, bound.type, bound.proto, fileno=bound.detach())
+    listen(listener)
+    reader, writer = await asyncio.open_connection(*listener.getsockname())
+    assert await asyncio.wait_for(reader.read(100), 5) == b"hello 1"
+    assert FullTable.failures == 0
+    writer.close()

@@ -1,0 +1,119 @@
+"""Files of a flat directory, taken into the volume without copying, whatever stands in the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.intake import ImportResult, ImportSource
+from distributor_node.shared.adapters.volume.layout import shard
+from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.objects import ObjectId
+
+ONE = ObjectId("1")
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "volume"
+    volume = Volume(root)
+    volume.prepare()
+    volume.close()
+    return root
+
+
+def place(root: Path, object_id: str) -> Path:
+    return root / "objects" / shard(object_id) / object_id
+
+
+def test_a_file_is_moved_and_stays_the_same_file(root: Path) -> None:
+    (root / "1").write_bytes(b"one")
+    inode = (root / "1").stat().st_ino
+    import_source = ImportSource(root, root)
+    assert [(found.object_id, found.size) for found in import_source.pending()] == [("1", 3)]
+    assert import_source.import_file(ONE) is ImportResult.MOVED
+    assert place(root, "1").stat().st_ino == inode
+    assert place(root, "1").stat().st_nlink == 1
+    assert not list(import_source.pending())
+    assert import_source.import_file(ONE) is ImportResult.MISSING
+    import_source.close()
+
+
+def test_existing_objects_stay(root: Path) -> None:
+    place(root, "1").write_bytes(b"ours")
+    (root / "1").write_bytes(b"theirs")
+    assert ImportSource(root, root).import_file(ONE) is ImportResult.EXISTS
+    assert place(root, "1").read_bytes() == b"ours"
+    assert not (root / "1").exists()
+
+
+def test_existing_objects_stay_where_links_are_unsupported(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object, **__: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no links here")
+
+    place(root, "1").write_bytes(b"ours")
+    (root / "1").write_bytes(b"theirs")
+    import_source = ImportSource(root, root)
+    monkeypatch.setattr(os, "link", no_links)
+    assert import_source.import_file(ONE) is ImportResult.EXISTS
+    assert place(root, "1").read_bytes() == b"ours"
+    import_source.close()
+
+
+def test_killed_between_the_two_names(root: Path) -> None:
+    (root / "1").write_bytes(b"one")
+    os.link(root / "1", place(root, "1"))
+    assert ImportSource(root, root).import_file(ONE) is ImportResult.EXISTS
+    assert place(root, "1").read_bytes() == b"one"
+    assert place(root, "1").stat().st_nlink == 1
+
+
+def test_only_files_named_like_the_networks_objects(root: Path, tmp_path: Path) -> None:
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    for name in ("12", "cache.json", "12.part", "a", ".13", "1" * 30):
+        (assets / name).write_bytes(b"x")
+    (assets / "14").mkdir()
+    (assets / "15").symlink_to(assets / "12")
+    assert [found.object_id for found in ImportSource(root, assets).pending()] == ["12"]
+
+
+def test_another_file_system_has_to_be_copied(root: Path) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == root.stat().st_dev:
+        pytest.skip("there is no second file system")
+    assets = memory / f"distributor-intake-{os.getpid()}"
+    assets.mkdir()
+    try:
+        (assets / "1").write_bytes(b"one")
+        import_source = ImportSource(root, assets)
+        assert import_source.import_file(ONE) is ImportResult.OTHER_DEVICE
+        assert (assets / "1").exists()
+        import_source.remove(ONE)
+        assert not (assets / "1").exists()
+    finally:
+        for left in assets.iterdir():
+            left.unlink()
+        assets.rmdir()
+
+
+def test_a_missing_directory_is_reported(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(VolumeError, match="read the assets"):
+        list(ImportSource(root, tmp_path / "nothing").pending())
+
+
+def test_the_verified_mark_is_visible_to_all(root: Path) -> None:
+    import_source, other = ImportSource(root, root), ImportSource(root, root)
+    assert not other.is_done()
+    import_source.mark(done=True)
+    import_source.mark(done=True)
+    assert other.is_done()
+    import_source.mark(done=False)
+    import_source.mark(done=False)
+    assert not other.is_done()

@@ -1,0 +1,111 @@
+"""What a source's headers must say."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distributor_node.shared.adapters.sources.connections import SourceLimits
+from distributor_node.shared.adapters.sources.validation import MAX_SKIP, BodyPlan, validate_response
+from distributor_node.shared.domain.errors import ConfigurationError, SourceError, SourceRefused, SourceWrong
+from distributor_node.shared.domain.ranges import ByteRange
+
+RANGE = ByteRange(10, 19)
+
+
+def test_the_whole_object() -> None:
+    assert validate_response(
+        200, {"Content-Length": "100", "Content-Type": "image/png"}, None, 100
+    ) == BodyPlan(200, 0, 100, 100, "image/png")
+    assert validate_response(200, {"Content-Length": "100"}, None, None) == BodyPlan(200, 0, 100, 100, None)
+    assert validate_response(200, {}, None, 100) == BodyPlan(200, 0, 100, 100, None)
+    assert validate_response(200, {"Content-Type": "rubbish"}, None, None) == BodyPlan(
+        200, 0, None, None, None
+    )
+
+
+def test_a_range() -> None:
+    headers = {"Content-Range": "bytes 10-19/100", "Content-Length": "10"}
+    assert validate_response(206, headers, RANGE, 100) == BodyPlan(206, 10, 10, 100, None)
+    assert validate_response(206, headers, RANGE, None) == BodyPlan(206, 10, 10, 100, None)
+    assert validate_response(206, {"Content-Range": "bytes 10-19/*"}, RANGE, None) == BodyPlan(
+        206, 10, 10, None, None
+    )
+
+
+def test_a_range_beyond_an_object_of_unknown_size_is_clamped() -> None:
+    headers = {"Content-Range": "bytes 10-14/15", "Content-Length": "5"}
+    assert validate_response(206, headers, RANGE, None) == BodyPlan(206, 10, 5, 15, None)
+
+
+def test_an_ignored_range_is_reached_by_skipping() -> None:
+    plan = validate_response(200, {"Content-Length": "100"}, RANGE, 100)
+    assert plan == BodyPlan(206, 10, 10, 100, None, skip=10, to_the_end=False)
+    assert validate_response(200, {}, ByteRange(10, 99), 100).to_the_end
+
+
+@pytest.mark.parametrize("status", [204, 301, 304, 403, 404, 416, 500, 503])
+def test_no_success(status: int) -> None:
+    with pytest.raises(SourceRefused) as caught:
+        validate_response(status, {}, None, 100)
+    assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "byte_range", "expected_size"),
+    [
+        (200, {"Content-Encoding": "gzip"}, None, 100),
+        (200, {"Content-Length": "99"}, None, 100),
+        (200, {"Content-Length": "99"}, RANGE, 100),
+        (200, {"Content-Length": "-1"}, None, None),
+        (200, {"Content-Length": "1" * 19}, None, None),
+        (200, {"Content-Length": "5"}, RANGE, None),
+        (200, {}, ByteRange(MAX_SKIP + 1, MAX_SKIP + 2), MAX_SKIP * 2),
+        (206, {"Content-Range": "bytes 0-99/100"}, None, 100),
+        (206, {}, RANGE, 100),
+        (206, {"Content-Type": "multipart/byteranges; boundary=x"}, RANGE, 100),
+        (206, {"Content-Range": "bytes 10-20/100"}, RANGE, 100),
+        (206, {"Content-Range": "bytes 10-18/100"}, RANGE, 100),
+        (206, {"Content-Range": "bytes 9-19/100"}, RANGE, 100),
+        (206, {"Content-Range": "bytes 10-19/101"}, RANGE, 100),
+        (206, {"Content-Range": "bytes 10-19/*"}, RANGE, 100),
+        (206, {"Content-Range": "bytes 10-14/20"}, RANGE, None),
+        (206, {"Content-Range": "bytes 10-19/100", "Content-Length": "11"}, RANGE, 100),
+        (206, {"Content-Range": "bytes 10-19/100", "Content-Encoding": "br"}, RANGE, 100),
+    ],
+)
+def test_contradictions(
+    status: int, headers: dict[str, str], byte_range: ByteRange | None, expected_size: int | None
+) -> None:
+    with pytest.raises(SourceWrong):
+        validate_response(status, headers, byte_range, expected_size)
+
+
+_NAMES = st.sampled_from(["Content-Length", "Content-Range", "Content-Type", "Content-Encoding"])
+_VALUES = st.text() | st.sampled_from(["identity", "10", "100", "bytes 10-19/100", "bytes 10-19/*"])
+
+
+@given(st.sampled_from([200, 206]), st.dictionaries(_NAMES, _VALUES), st.booleans(), st.none() | st.just(100))
+def test_any_headers_give_a_plan_within_the_request_or_an_error(
+    status: int, headers: dict[str, str], ranged: bool, expected_size: int | None
+) -> None:
+    try:
+        plan = validate_response(status, headers, RANGE if ranged else None, expected_size)
+    except SourceError:
+        return
+    assert plan.status == (206 if ranged else 200)
+    assert plan.first == (10 if ranged else 0)
+    if ranged:
+        assert plan.length is not None
+        assert plan.length <= RANGE.length
+    if expected_size is not None:
+        assert plan.total == expected_size
+        assert plan.length == (10 if ranged else 100)
+
+
+def test_impossible_limits_are_refused() -> None:
+    with pytest.raises(ConfigurationError):
+        SourceLimits(stall_timeout=0)
+    with pytest.raises(ConfigurationError):
+        SourceLimits(max_connections=0)

@@ -1,0 +1,93 @@
+"""What /status says of squid and chain: field by field, in time, whoever is silent."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from distributor_node.services.api.status import (
+    POLL_INTERVAL,
+    STALE_AFTER,
+    SquidAndChainStatus,
+    SquidStatusPoller,
+    url_without_credentials,
+)
+from distributor_node.services.demo.squid import SquidFaults, TestChain, TestSquid
+from distributor_node.shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
+
+LIMITS = SquidLimits(timeout=0.5, list_timeout=0.5, list_batch=10, list_pause=0)
+
+
+class Clock:
+    """Runs by itself, and can be put forward."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+def make_poller(squid: str, chain: str | None, clock: Clock) -> SquidStatusPoller:
+    head = None if chain is None else ChainHead(chain, 0.5, clock=clock)
+    return SquidStatusPoller(JoystreamCatalog(squid, LIMITS, refuse_private=False), head, clock)
+
+
+async def settled(poller: SquidStatusPoller) -> SquidAndChainStatus:
+    """The status after the question that a read begins."""
+    await poller.read()
+    await asyncio.sleep(0.8)
+    return await poller.read()
+
+
+async def test_all_fields_then_each_by_itself() -> None:
+    clock = Clock()
+    async with TestSquid([]).run() as squid, TestChain(head=777).run() as chain:
+        poller = make_poller(squid.url, chain.url, clock)
+        whole = await settled(poller)
+        assert whole.chain_head == 777
+        assert whole.blocks_processed > 0
+        assert whole.version
+        squid.faults = SquidFaults(hang=True)
+        clock.ahead += STALE_AFTER - POLL_INTERVAL / 2
+        assert await settled(poller) == whole, "believed for a while"
+        clock.ahead += STALE_AFTER
+        chain.head = 778
+        assert await settled(poller) == SquidAndChainStatus(chain_head=778)
+        squid.faults = SquidFaults()
+        chain.hang = True
+        clock.ahead += STALE_AFTER + POLL_INTERVAL
+        found = await settled(poller)
+        assert (found.chain_head, found.version) == (0, whole.version)
+        squid.faults = SquidFaults(nulls=("squidStatus",))
+        clock.ahead += STALE_AFTER + POLL_INTERVAL
+        assert await settled(poller) == SquidAndChainStatus(version=whole.version)
+        await poller.close()
+
+
+async def test_never_slow_and_never_often() -> None:
+    clock = Clock()
+    async with TestSquid([]).run() as squid:
+        squid.faults = SquidFaults(hang=True)
+        poller = make_poller(squid.url, "http://127.0.0.1:1", clock)
+        began = time.monotonic()
+        answers = await asyncio.gather(*(poller.read() for _ in range(200)))
+        assert time.monotonic() - began < 1.0
+        assert set(answers) == {SquidAndChainStatus()}
+        assert len(list(squid.requests)) <= 1
+        await poller.close()
+
+
+async def test_closed_while_it_asks() -> None:
+    async with TestSquid([]).run() as squid:
+        squid.faults = SquidFaults(hang=True)
+        poller = make_poller(squid.url, None, Clock())
+        await poller.read()
+        await poller.close()
+
+
+def test_credentials_are_not_shown() -> None:
+    assert (
+        url_without_credentials("https://me:secret@squid.example:8443/graphql?key=1")
+        == "https://squid.example:8443/graphql"
+    )
