@@ -20,6 +20,8 @@ define tests
 @code=0; $(PYTEST) $(2) $(1) || code=$$?; \
 case $$code in 0|5) ;; 1) echo "--- once more, what failed, by itself ---"; $(PYTEST) --last-failed --last-failed-no-failures none $(1) ;; *) exit $$code ;; esac
 endef
+# Modules that print an OpenAPI document, each with its document beside it.
+OPENAPI := services/api/openapi services/api/operator/openapi
 ARGS ?=
 COMPOSE ?= docker compose
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links
@@ -80,6 +82,7 @@ check: setup ## format, lint, types, layers, generated documents
 	@$(BIN)/mypy distributor_node tests deploy $(wildcard benchmarks)
 	@$(BIN)/lint-imports
 	@$(BIN)/distributor config reference | diff -u docs/configuration.md - || { echo "docs/configuration.md is out of date: make reference" >&2; exit 1; }
+	@for document in $(OPENAPI); do $(BIN)/python -m distributor_node.$${document//\//.} | diff -u $$document.json - || { echo "$$document.json is out of date: make reference" >&2; exit 1; }; done
 
 .PHONY: format
 format: setup ## put the code into its format, and repair what ruff can
@@ -87,9 +90,10 @@ format: setup ## put the code into its format, and repair what ruff can
 	@$(BIN)/ruff format $(SOURCES)
 
 .PHONY: reference
-reference: setup ## write docs/configuration.md from the settings, and Kubernetes' alert rules from Prometheus' own
+reference: setup ## write docs/configuration.md, both OpenAPI documents and the Kubernetes alert rules from their sources
 	@$(BIN)/distributor config reference > docs/configuration.md.new
 	@mv docs/configuration.md.new docs/configuration.md
+	@for document in $(OPENAPI); do $(BIN)/python -m distributor_node.$${document//\//.} > $$document.json.new; mv $$document.json.new $$document.json; done
 	@$(BIN)/python deploy/prometheus/kubernetes_rule.py > deploy/kubernetes/monitoring/rules.yaml.new
 	@mv deploy/kubernetes/monitoring/rules.yaml.new deploy/kubernetes/monitoring/rules.yaml
 
