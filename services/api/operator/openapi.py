@@ -257,19 +257,16 @@ SCHEMAS: dict[str, Any] = {
         pinned=count("Pinned objects that are cached."),
         pinnedBytes=count(),
     ),
-    "Downloads": _closed(
-        downloads=array(
-            _closed(
-                id=_OBJECT_ID,
-                phase={"enum": ["claimed", "queued", "fetching", "parked"]},
-                bytes=count("On disk."),
-                size=count("Of the object; 0 before its fetch has begun."),
-                source=_or_null(_TEXT),
-                worker=_TEXT,
-                age=_number("Seconds in this phase."),
-            )
-        )
+    "Download": _closed(
+        id=_OBJECT_ID,
+        phase={"enum": ["claimed", "queued", "fetching", "parked"]},
+        bytes=count("On disk."),
+        size=count("Of the object; 0 before its fetch has started."),
+        source=_or_null(_TEXT),
+        worker=_TEXT,
+        age=_number("Seconds in this phase."),
     ),
+    "Downloads": _closed(downloads=array(ref("schemas", "Download"))),
 }
 
 if __name__ == "__main__":

@@ -76,10 +76,15 @@ def parse_page(query: Mapping[str, str]) -> tuple[int, str]:
             raise _malformed("query", "limit or after", name)
     if not _DECIMAL.fullmatch(limit) or not 1 <= int(limit) <= MAX_IDS:
         raise _malformed("limit", f"a whole number from 1 to {MAX_IDS}", limit)
+    return int(limit), parse_object_id(after, "after") if after else ""
+
+
+def parse_object_id(text: str, place: str = "id") -> ObjectId:
+    """Read an object id in a path or query."""
     try:
-        return int(limit), ObjectId.parse(after) if after else ""
+        return ObjectId.parse(text)
     except InvalidInput as error:
-        raise _malformed("after", "an object id", after) from error
+        raise _malformed(place, "an object id", text) from error
 
 
 # The bodies. A field's description is what an error message says was expected.
