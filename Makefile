@@ -1,4 +1,4 @@
-# Everything that can be done here, for people and for CI. `make` lists it.
+# All targets, for people and for CI. `make` lists them.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -14,12 +14,14 @@ SOURCES := services shared tests deploy $(wildcard benchmarks)
 PYTEST := $(BIN)/python -m pytest
 # One process more than CPUs, since most tests wait for something.
 SIDE_BY_SIDE ?= --numprocesses $(shell echo $$(($$(nproc) + 1))) --dist worksteal
-# $(call tests,which,options of the first go): what failed beside others, or while the machine was busy with something
-# else, has to pass by itself. 5: ARGS names tests of which none are in this part.
+# $(call tests,which,options of the first run): a test that failed beside others, or on a busy machine, must pass by
+# itself. Exit code 5: ARGS names no test of this part.
 define tests
 @code=0; $(PYTEST) $(2) $(1) || code=$$?; \
-case $$code in 0|5) ;; 1) echo "--- once more, what failed, by itself ---"; $(PYTEST) --last-failed --last-failed-no-failures none $(1) ;; *) exit $$code ;; esac
+case $$code in 0|5) ;; 1) echo "--- failed tests once more, by themselves ---"; $(PYTEST) --last-failed --last-failed-no-failures none $(1) ;; *) exit $$code ;; esac
 endef
+# Modules that print an OpenAPI document, each with its document beside it.
+OPENAPI := services/api/openapi services/api/operator/openapi
 ARGS ?=
 COMPOSE ?= docker compose
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-header --no-emit-index-url --no-emit-find-links
@@ -46,7 +48,7 @@ servers: ## find redis-server and rabbitmq-server, or install them (for the test
 	@deploy/servers/find-or-install.sh
 
 .PHONY: lock
-lock: setup ## make the pins in requirements/ anew from pyproject.toml
+lock: setup ## update the pins in requirements/ from pyproject.toml
 	@$(LOCK) --upgrade pyproject.toml --output-file requirements/runtime.txt
 	@$(LOCK) --upgrade --extra development --constraints requirements/runtime.txt pyproject.toml --output-file requirements/development.txt
 
@@ -80,16 +82,18 @@ check: setup ## format, lint, types, layers, generated documents
 	@$(BIN)/mypy distributor_node tests deploy $(wildcard benchmarks)
 	@$(BIN)/lint-imports
 	@$(BIN)/distributor config reference | diff -u docs/configuration.md - || { echo "docs/configuration.md is out of date: make reference" >&2; exit 1; }
+	@for document in $(OPENAPI); do $(BIN)/python -m distributor_node.$${document//\//.} | diff -u $$document.json - || { echo "$$document.json is out of date: make reference" >&2; exit 1; }; done
 
 .PHONY: format
-format: setup ## put the code into its format, and repair what ruff can
+format: setup ## format the code, and repair what ruff can
 	@$(BIN)/ruff check --fix-only $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
 
 .PHONY: reference
-reference: setup ## write docs/configuration.md from the settings, and Kubernetes' alert rules from Prometheus' own
+reference: setup ## write docs/configuration.md, both OpenAPI documents and the Kubernetes alert rules from their sources
 	@$(BIN)/distributor config reference > docs/configuration.md.new
 	@mv docs/configuration.md.new docs/configuration.md
+	@for document in $(OPENAPI); do $(BIN)/python -m distributor_node.$${document//\//.} > $$document.json.new; mv $$document.json.new $$document.json; done
 	@$(BIN)/python deploy/prometheus/kubernetes_rule.py > deploy/kubernetes/monitoring/rules.yaml.new
 	@mv deploy/kubernetes/monitoring/rules.yaml.new deploy/kubernetes/monitoring/rules.yaml
 
@@ -103,11 +107,11 @@ test-unit: setup ## the quick tests: unit and contract
 	@$(PYTEST) $(SIDE_BY_SIDE) -m "not docker and not chaos" tests/unit tests/deploy tests/contract $(ARGS)
 
 .PHONY: test-docker
-test-docker: setup ## the stack for real: build, up, scale, use, break, down
+test-docker: setup ## the stack in containers: build, up, scale, use, break, down
 	$(call tests,-m docker --timeout 900 $(ARGS))
 
 .PHONY: test-chaos
-test-chaos: setup ## kill, cut, fill and corrupt things, and look at what clients see (CHAOS_SEED, CHAOS_KILLS)
+test-chaos: setup ## kill, cut, fill and corrupt, and check what clients see (CHAOS_SEED, CHAOS_KILLS)
 	@deploy/servers/find-or-install.sh redis-server rabbitmq-server faketime
 	@$(PYTEST) tests/chaos --timeout 900 $(ARGS)
 
@@ -124,7 +128,7 @@ bench-scale: setup servers ## measure what 10^4 to 10^6 objects cost
 	@$(BIN)/python -m benchmarks.scale $(ARGS)
 
 .PHONY: bench-policies
-bench-policies: setup servers ## try the eviction policies on made-up traces, and measure them with 10^6 objects
+bench-policies: setup servers ## compare eviction policies on generated traces, and measure them with 10^6 objects
 	@$(BIN)/python -m benchmarks.policies $(ARGS)
 	@$(BIN)/python -m benchmarks.policy_scale
 

@@ -79,7 +79,7 @@ def test_the_image_is_lean_and_as_large_as_the_readme_says(harness: Harness) -> 
     history = run("docker", "history", "--no-trunc", "--format", "{{.Size}} {{.CreatedBy}}", image).stdout
     ours = [line for line in history.splitlines() if "/opt/distributor" in line and line[0] != "0"]
     megabytes = [float(re.match(r"([0-9.]+)MB", line)[1]) for line in ours]  # type: ignore[index]
-    stated = re.search(r"adds (\d+) MB to `python:3\.12-slim`", (ROOT / "README.md").read_text())
+    stated = re.search(r"adds (\d+) MB to `python:3\.12-slim`", (ROOT / "docs" / "deployment.md").read_text())
     assert stated is not None
     assert len(megabytes) == 1
     assert abs(megabytes[0] - int(stated[1])) < 8
@@ -89,7 +89,9 @@ def test_the_image_is_lean_and_as_large_as_the_readme_says(harness: Harness) -> 
     )
     NOTES.append(f"image: {whole:.0f} MB, {base:.0f} MB of them the base")
     assert whole - base < int(stated[1]) + 8
-    in_all = re.search(r"(\d+) MB in all with the official one's (\d+)", (ROOT / "README.md").read_text())
+    in_all = re.search(
+        r"(\d+) MB in all with the official one's (\d+)", (ROOT / "docs" / "deployment.md").read_text()
+    )
     assert in_all is not None
     assert int(in_all[1]) - int(in_all[2]) == int(stated[1])
 

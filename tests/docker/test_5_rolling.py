@@ -14,8 +14,8 @@ from tests.end_to_end.client import get
 
 pytestmark = pytest.mark.docker
 
-RETRY_AFTER = float(re.findall(r"[Ww]hoever asks again after (\d+) s", (ROOT / "README.md").read_text())[0])
-"""Seconds; what the README tells clients without an edge to wait."""
+RETRY_AFTER = float(re.findall(r"asks again after (\d+) s", (ROOT / "docs" / "deployment.md").read_text())[0])
+"""Seconds; what docs/deployment.md tells clients without an edge to wait."""
 MIB = 1024**2
 
 

@@ -1,10 +1,19 @@
-"""What the bodies of operators' requests say. HttpError 400 for all that means nothing."""
+"""Request bodies and queries of the operator API: pydantic models, which the OpenAPI document is made from as well.
+
+Each `parse_…` function turns the JSON of one request into values of the domain. It raises HttpError 400 with the field,
+what was expected there and what came: `ids[2]: expected an object id, got "a/b"`.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from distributor_node.services.api.errors import HttpError
 from distributor_node.shared.domain.errors import InvalidInput
@@ -12,103 +21,204 @@ from distributor_node.shared.domain.objects import ObjectId, parse_bucket_id
 from distributor_node.shared.domain.operator_state import MAX_WORKER_ID, WarmingScope
 
 MAX_IDS = 1000
-_LIMIT = re.compile(r"[0-9]{1,4}", re.ASCII)
+MAX_SHOWN = 60
+"""Characters of a received value that an error message repeats."""
+OBJECT_ID_SCHEMA = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._~-]{0,127}$"}
+BUCKET_ID_SCHEMA = {"type": "string", "pattern": "^[0-9]{1,20}:[0-9]{1,20}$"}
+_DECIMAL = re.compile(r"[0-9]{1,4}", re.ASCII)
 
 
 def parse_empty(body: Any) -> None:
-    """A command without arguments."""
-    _fields(body, set())
+    """Check the body of a command without arguments."""
+    _validate(EmptyBody, body)
 
 
 def parse_worker(body: Any) -> int:
-    """`{"workerId": n}`."""
-    worker_id = _fields(body, {"workerId"}).get("workerId")
-    if not isinstance(worker_id, int) or isinstance(worker_id, bool) or not 0 <= worker_id <= MAX_WORKER_ID:
-        raise _malformed("workerId: want a whole number, 0 or more")
-    return worker_id
+    """Return the worker id of `{"workerId": n}`."""
+    return _validate(WorkerBody, body).worker_id
 
 
 def parse_buckets(body: Any) -> frozenset[str] | None:
-    """`{"buckets": ["0:1", …]}`; None if there are no `buckets`: all of the worker."""
-    buckets = _fields(body, {"buckets"}).get("buckets")
-    if buckets is None:
-        return None
-    if not isinstance(buckets, list) or not buckets or not all(isinstance(bucket, str) for bucket in buckets):
-        raise _malformed("buckets: want a list of bucket ids, or none at all for those of the worker")
-    try:
-        return frozenset(parse_bucket_id(bucket) for bucket in buckets)
-    except InvalidInput as error:
-        raise _malformed(str(error)) from error
-
-
-def parse_ids(body: Any) -> tuple[ObjectId, ...]:
-    """`{"ids": [...]}`."""
-    return _ids(_fields(body, {"ids"}).get("ids"))
-
-
-def parse_purge(body: Any) -> tuple[ObjectId, ...] | None:
-    """`{"ids": [...]}`, or `{"all": true}`: None."""
-    fields = _exactly_one(_fields(body, {"ids", "all"}))
-    return None if "all" in fields else _ids(fields["ids"])
-
-
-def parse_warming_scope(body: Any) -> WarmingScope:
-    """`{"ids": [...]}`, `{"bucket": "0:1"}` or `{"all": true}`."""
-    fields = _exactly_one(_fields(body, {"ids", "bucket", "all"}))
-    if "ids" in fields:
-        return WarmingScope(object_ids=_ids(fields["ids"]))
-    if "all" in fields:
-        return WarmingScope()
-    try:
-        return WarmingScope(bucket_id=parse_bucket_id(str(fields["bucket"])))
-    except InvalidInput as error:
-        raise _malformed(str(error)) from error
+    """Return the bucket ids of `{"buckets": ["0:1", …]}`. Without `buckets`: None, which means all of the worker."""
+    buckets = _validate(BucketsBody, body).buckets
+    return None if buckets is None else frozenset(buckets)
 
 
 def parse_toggle(body: Any) -> bool:
-    """`{"on": true}` or `{"on": false}`."""
-    switch = _fields(body, {"on"}).get("on")
-    if not isinstance(switch, bool):
-        raise _malformed("on: want true or false")
-    return switch
+    """Return the value of `{"on": true}` or `{"on": false}`."""
+    return _validate(ToggleBody, body).on
+
+
+def parse_ids(body: Any) -> tuple[ObjectId, ...]:
+    """Return the ids of `{"ids": […]}`, each once."""
+    return _validate(IdsBody, body).unique
+
+
+def parse_purge(body: Any) -> tuple[ObjectId, ...] | None:
+    """Return the ids of `{"ids": […]}`, or None for `{"all": true}`."""
+    scope = _validate_one_of(PURGE_BODIES, body)
+    return scope.unique if isinstance(scope, IdsBody) else None
+
+
+def parse_warming_scope(body: Any) -> WarmingScope:
+    """Read `{"ids": […]}`, `{"bucket": "0:1"}` or `{"all": true}`."""
+    scope = _validate_one_of(WARMING_BODIES, body)
+    if isinstance(scope, IdsBody):
+        return WarmingScope(object_ids=scope.unique)
+    return WarmingScope(bucket_id=scope.bucket) if isinstance(scope, BucketBody) else WarmingScope()
 
 
 def parse_page(query: Mapping[str, str]) -> tuple[int, str]:
-    """`limit` (1 to 1000, default 100) and `after` (an object id, or nothing) of a listing."""
+    """Return `limit` (1 to 1000, default 100) and `after` (an object id, or empty) of a listing."""
     limit, after = query.get("limit", "100"), query.get("after", "")
-    if set(query) - {"limit", "after"} or not _LIMIT.fullmatch(limit) or not 1 <= int(limit) <= MAX_IDS:
-        raise _malformed(f"want limit (1 to {MAX_IDS}) and after, if anything")
-    if after:
-        try:
-            ObjectId.parse(after)
-        except InvalidInput as error:
-            raise _malformed(str(error)) from error
-    return int(limit), after
+    for name in query:
+        if name not in ("limit", "after"):
+            raise _malformed("query", "limit or after", name)
+    if not _DECIMAL.fullmatch(limit) or not 1 <= int(limit) <= MAX_IDS:
+        raise _malformed("limit", f"a whole number from 1 to {MAX_IDS}", limit)
+    return int(limit), parse_object_id(after, "after") if after else ""
 
 
-def _fields(body: Any, allowed: set[str]) -> dict[str, Any]:
-    if not isinstance(body, dict) or set(body) - allowed:
-        names = ", ".join(sorted(allowed)) or "nothing"
-        raise _malformed(f"want a JSON object with {names} in it")
-    return body
-
-
-def _exactly_one(fields: dict[str, Any]) -> dict[str, Any]:
-    if len(fields) != 1 or fields.get("all", True) is not True:
-        raise _malformed("say one thing: all (true), or which")
-    return fields
-
-
-def _ids(found: Any) -> tuple[ObjectId, ...]:
-    if not isinstance(found, list) or not 0 < len(found) <= MAX_IDS:
-        raise _malformed(f"ids: want a list of 1 to {MAX_IDS} object ids")
-    if not all(isinstance(object_id, str) for object_id in found):
-        raise _malformed("ids: want texts")
+def parse_object_id(text: str, place: str = "id") -> ObjectId:
+    """Read an object id in a path or query."""
     try:
-        return tuple(dict.fromkeys(ObjectId.parse(object_id) for object_id in found))
+        return ObjectId.parse(text)
     except InvalidInput as error:
-        raise _malformed(str(error)) from error
+        raise _malformed(place, "an object id", text) from error
 
 
-def _malformed(message: str) -> HttpError:
-    return HttpError(400, message, "malformed_request")
+# The bodies. A field's description is what an error message says was expected.
+
+
+def _object_id(value: object) -> ObjectId:
+    try:
+        return ObjectId.parse(value if isinstance(value, str) else "")
+    except InvalidInput as error:
+        raise PydanticCustomError("expected", "an object id") from error
+
+
+def _bucket_id(value: object) -> str:
+    try:
+        return parse_bucket_id(value if isinstance(value, str) else "")
+    except InvalidInput as error:
+        raise PydanticCustomError("expected", "family:index") from error
+
+
+def _true(value: object) -> bool:
+    """Literal[True] would take 1 as well, and this one word removes every object."""
+    if value is not True:
+        raise PydanticCustomError("expected", "true")
+    return True
+
+
+_ObjectId = Annotated[ObjectId, PlainValidator(_object_id), WithJsonSchema(OBJECT_ID_SCHEMA)]
+_BucketId = Annotated[str, PlainValidator(_bucket_id), WithJsonSchema(BUCKET_ID_SCHEMA)]
+_True = Annotated[bool, PlainValidator(_true), WithJsonSchema({"type": "boolean", "const": True})]
+
+
+class EmptyBody(BaseModel):
+    """No fields. The base of the others: unknown fields are refused, and values are not converted."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class WorkerBody(EmptyBody):
+    """The worker to serve as."""
+
+    worker_id: int = Field(
+        alias="workerId", ge=0, le=MAX_WORKER_ID, description=f"a whole number from 0 to {MAX_WORKER_ID}"
+    )
+
+
+class BucketsBody(EmptyBody):
+    """The buckets to serve."""
+
+    buckets: Annotated[list[_BucketId], Field(min_length=1)] | SkipJsonSchema[None] = Field(
+        default=None, description="a list of bucket ids, or no such field for all of the worker"
+    )
+
+
+class ToggleBody(EmptyBody):
+    """Whether to turn something on."""
+
+    on: bool = Field(description="true or false")
+
+
+class IdsBody(EmptyBody):
+    """Some objects."""
+
+    ids: list[_ObjectId] = Field(
+        min_length=1, max_length=MAX_IDS, description=f"a list of 1 to {MAX_IDS} object ids"
+    )
+
+    @property
+    def unique(self) -> tuple[ObjectId, ...]:
+        """Each id once, in the order given."""
+        return tuple(dict.fromkeys(self.ids))
+
+
+class BucketBody(EmptyBody):
+    """The objects of one bucket."""
+
+    bucket: _BucketId = Field(description="family:index")
+
+
+class AllBody(EmptyBody):
+    """All objects."""
+
+    all: _True = Field(description="true")
+
+
+PURGE_BODIES: Mapping[str, type[EmptyBody]] = {"ids": IdsBody, "all": AllBody}
+WARMING_BODIES: Mapping[str, type[EmptyBody]] = {"ids": IdsBody, "bucket": BucketBody, "all": AllBody}
+"""By the one field that each has."""
+
+
+# Validation, and its error messages.
+
+_Model = TypeVar("_Model", bound=EmptyBody)
+
+
+def _validate_one_of(bodies: Mapping[str, type[EmptyBody]], body: Any) -> EmptyBody:
+    if isinstance(body, dict) and len(body) == 1:
+        (name,) = body
+        if name in bodies:
+            return _validate(bodies[name], body)
+    got = list(body) if isinstance(body, dict) else body
+    raise _malformed("body", f"exactly one of {', '.join(bodies)}", got)
+
+
+def _validate(model: type[_Model], body: Any) -> _Model:
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        raise _explain(model, error.errors(include_url=False)[0]) from error
+
+
+def _explain(model: type[EmptyBody], error: ErrorDetails) -> HttpError:
+    fields = {field.alias or name: field.description or "" for name, field in model.model_fields.items()}
+    name = str(error["loc"][0]) if error["loc"] else ""
+    if not name:
+        return _malformed("body", "a JSON object", error["input"])
+    if error["type"] == "extra_forbidden":
+        return _malformed("body", f"only the fields {', '.join(fields)}" if fields else "no fields", name)
+    if error["type"] == "missing":
+        return HttpError(400, f"{name}: expected {fields[name]}, got nothing", "malformed_request")
+    indexes = [part for part in error["loc"] if isinstance(part, int)]
+    place = name + "".join(f"[{index}]" for index in indexes)
+    expected = error["msg"] if error["type"] == "expected" else fields[name]
+    return _malformed(place, expected, error["input"])
+
+
+def _malformed(place: str, expected: str, got: Any) -> HttpError:
+    return HttpError(400, f"{place}: expected {expected}, got {_shown(got)}", "malformed_request")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a JSON object"
+    if isinstance(value, list):
+        short = len(value) <= 3 and not any(isinstance(item, dict | list) for item in value)
+        return f"[{', '.join(map(_shown, value))}]" if short else f"a list of {len(value)}"
+    text = json.dumps(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}…"

@@ -1,0 +1,273 @@
+"""Writes the OpenAPI document of the operator API, `openapi.json` in this folder (`make reference`).
+
+The schemas of request bodies are those of the models in `schemas`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from distributor_node.services.api.openapi import Json, array, content, count, preamble, record, ref, render
+from distributor_node.services.api.operator.schemas import (
+    BUCKET_ID_SCHEMA,
+    MAX_IDS,
+    OBJECT_ID_SCHEMA,
+    PURGE_BODIES,
+    WARMING_BODIES,
+    BucketsBody,
+    EmptyBody,
+    IdsBody,
+    ToggleBody,
+    WorkerBody,
+)
+
+_SHUTTING_DOWN = "or the node is shutting down"
+_ENDING = "The node is shutting down"
+
+
+def document() -> Json:
+    """The whole document of the operator API."""
+    return {
+        **preamble(
+            "Distributor node operator API",
+            "Commands to the whole node, on a separate port. Every request carries its own JSON Web Token, signed "
+            "with the operator's secret: HS256, claims `iat` (at most 5 minutes old), `reqBody` (the request's JSON "
+            "body, `{}` where there is none) and `reqUrl` (path and query). A token can be used once.",
+        ),
+        "security": [{"operator": []}],
+        "paths": {f"/api/v1/{name}": operations for name, operations in _paths().items()},
+        "components": {
+            "securitySchemes": {"operator": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"}},
+            "responses": {
+                "NotAuthorised": _failure(
+                    "Not authorised; the response does not tell what is wrong with the token",
+                    "WWW-Authenticate",
+                ),
+                "Unavailable": _failure("The state store is unreachable; nothing was changed", "Retry-After"),
+            },
+            "schemas": SCHEMAS,
+        },
+    }
+
+
+def _paths() -> Json:
+    ids = _body(IdsBody)
+    return {
+        "stop-api": _command(
+            "stopApi",
+            "Close the public port in every process",
+            _body(EmptyBody),
+            conflict=f"Stopped already; {_SHUTTING_DOWN}",
+        ),
+        "start-api": _command(
+            "startApi",
+            "Open the public port again",
+            _body(EmptyBody),
+            conflict=f"Not stopped; {_SHUTTING_DOWN}",
+        ),
+        "shutdown": _command("shutdown", "End every API process, with exit code 0", _body(EmptyBody)),
+        "set-worker": _command("setWorker", "Serve as this worker", _body(WorkerBody)),
+        "set-buckets": _command(
+            "setBuckets",
+            "Serve these buckets, or without `buckets` all of the worker",
+            _body(BucketsBody),
+            conflict=f"Without `buckets`, and no worker is known; {_SHUTTING_DOWN}",
+        ),
+        "drain": _command("drain", "Serve what is cached, take no new fetches", _body(ToggleBody)),
+        "purge": _command(
+            "purge",
+            "Remove objects, pinned ones too",
+            _one_of(PURGE_BODIES),
+            "Purging",
+            description="The evictor removes them. Responses that are being sent are completed. An object that "
+            "is being fetched is removed when its fetch has ended.",
+        ),
+        "pin": _command("pin", "Never evict these objects", ids, "Pins"),
+        "unpin": _command("unpin", "Let these objects be evicted again", ids, "Pins"),
+        "warm": {
+            **_command(
+                "warm",
+                "Fetch objects ahead of requests",
+                _one_of(WARMING_BODIES),
+                "Warming",
+                description="At low priority, and only as long as there is room: nothing is evicted for it.",
+                conflict=f"Another warming is in progress; {_SHUTTING_DOWN}",
+            ),
+            **_query("warming", "Progress of the latest warming", "Warming"),
+        },
+        "cache": _query(
+            "cache",
+            "The cached objects, page by page in the order of their ids",
+            "Page",
+            parameters=[
+                {
+                    "name": "limit",
+                    "in": "query",
+                    "schema": {"type": "integer", "minimum": 1, "maximum": MAX_IDS, "default": 100},
+                },
+                {
+                    "name": "after",
+                    "in": "query",
+                    "description": "`next` of the page before.",
+                    "schema": ref("schemas", "ObjectId"),
+                },
+            ],
+        ),
+        "downloads": _query("downloads", "Fetches in progress, and suspended ones", "Downloads"),
+        "orders": _query("orders", "The operator state in force", "Orders"),
+        "openapi.json": {
+            "get": {
+                "operationId": "openapi",
+                "summary": "This document",
+                "security": [],
+                "responses": {"200": {"description": "OK", "content": content({"type": "object"})}},
+            }
+        },
+    }
+
+
+def _command(
+    name: str,
+    summary: str,
+    body: Json,
+    result: str = "Orders",
+    *,
+    description: str = "",
+    conflict: str = _ENDING,
+) -> Json:
+    """A POST. `result`: the schema of its response; `conflict`: what a 409 means."""
+    required = body != _body(EmptyBody)
+    return {
+        "post": {
+            "operationId": name,
+            "summary": summary,
+            **({"description": description} if description else {}),
+            "requestBody": {"required": required, "content": content(body)},
+            "responses": {
+                "200": {"description": "Done", "content": content(ref("schemas", result))},
+                "400": _error("Malformed body; the message names the field"),
+                "401": ref("responses", "NotAuthorised"),
+                "409": _error(conflict),
+                "503": ref("responses", "Unavailable"),
+            },
+        }
+    }
+
+
+def _query(name: str, summary: str, result: str, *, parameters: Iterable[Json] = ()) -> Json:
+    """A GET, with a 400 if it takes parameters."""
+    listed = list(parameters)
+    return {
+        "get": {
+            "operationId": name,
+            "summary": summary,
+            **({"parameters": listed} if listed else {}),
+            "responses": {
+                "200": {"description": "OK", "content": content(ref("schemas", result))},
+                **({"400": _error("Malformed query")} if listed else {}),
+                "401": ref("responses", "NotAuthorised"),
+                "503": ref("responses", "Unavailable"),
+            },
+        }
+    }
+
+
+def _error(description: str) -> Json:
+    return {"description": description, "content": content(ref("schemas", "Error"))}
+
+
+def _failure(description: str, header: str) -> Json:
+    return {**_error(description), "headers": {header: {"schema": {"type": "string"}}}}
+
+
+# Schemas.
+
+
+def _one_of(models: Mapping[str, type[EmptyBody]]) -> Json:
+    return {"oneOf": [_body(model) for model in models.values()]}
+
+
+def _body(model: type[EmptyBody]) -> Json:
+    """The schema of a model, without the titles and defaults that pydantic adds."""
+    schema = model.model_json_schema()
+    properties = {
+        name: {key: value for key, value in described.items() if key not in ("title", "default")}
+        for name, described in schema["properties"].items()
+    }
+    whole: Json = {"type": "object", "additionalProperties": False}
+    if properties:
+        whole["properties"] = properties
+    return {**whole, "required": schema["required"]} if "required" in schema else whole
+
+
+def _closed(**properties: Json) -> Json:
+    """The schema of a JSON object that has all of these fields and no others."""
+    return {**record(**properties), "additionalProperties": False}
+
+
+def _or_null(schema: Json) -> Json:
+    return {**schema, "type": [schema["type"], "null"]}
+
+
+_TEXT: Json = {"type": "string"}
+_FLAG: Json = {"type": "boolean"}
+_OBJECT_ID = ref("schemas", "ObjectId")
+
+
+def _number(description: str) -> Json:
+    return {"type": "number", "description": description}
+
+
+SCHEMAS: dict[str, Any] = {
+    "ObjectId": OBJECT_ID_SCHEMA,
+    "Error": _closed(type=_TEXT, message=_TEXT),
+    "Orders": _closed(
+        stopped=_FLAG,
+        draining=_FLAG,
+        shuttingDown=_FLAG,
+        workerId=_or_null({"type": "integer"}),
+        buckets=_or_null(array(BUCKET_ID_SCHEMA)),
+    ),
+    "Purging": _closed(purging=count()),
+    "Pins": _closed(changed=count(), pinned=count()),
+    "Warming": _closed(
+        state={"enum": ["none", "waiting", "listing", "fetching", "finished"]},
+        total=count(),
+        done=count(),
+        skipped=count("Cached already, not assigned to this node, too large, or no room."),
+        failed=count(),
+        reason={**_TEXT, "description": "Why it ended early, if it did."},
+    ),
+    "Page": _closed(
+        objects=array(
+            _closed(
+                id=_OBJECT_ID,
+                size=count(),
+                lastAccess=_number("POSIX seconds."),
+                views=count(),
+                pinned=_FLAG,
+                state={"enum": ["stored", "leaving"]},
+            )
+        ),
+        next=_or_null(_TEXT),
+        total=count(),
+        bytes=count(),
+        pinned=count("Pinned objects that are cached."),
+        pinnedBytes=count(),
+    ),
+    "Download": _closed(
+        id=_OBJECT_ID,
+        phase={"enum": ["claimed", "queued", "fetching", "parked"]},
+        bytes=count("On disk."),
+        size=count("Of the object; 0 before its fetch has started."),
+        source=_or_null(_TEXT),
+        worker=_TEXT,
+        age=_number("Seconds in this phase."),
+    ),
+    "Downloads": _closed(downloads=array(ref("schemas", "Download"))),
+}
+
+if __name__ == "__main__":
+    sys.stdout.write(render(document()))
