@@ -22,6 +22,7 @@ from tests.end_to_end.stack import ServiceProcess, Stack
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_relay import TcpRelay
+from tests.waiting import eventually
 
 SETTINGS = {
     "DISTRIBUTOR_FETCH__LEASE": "3",
@@ -107,9 +108,12 @@ class ChaosHarness:
     async def until_reconciled(self, timeout: float = 60.0) -> float:
         """Seconds until the index stood for the volume."""
         began = time.monotonic()
-        async with self.state() as state, asyncio.timeout(timeout):
-            while not (await state.usage()).reconciled:  # noqa: ASYNC110 - what another process does
-                await asyncio.sleep(0.02)
+        async with self.state() as state:
+
+            async def reconciled() -> bool:
+                return (await state.usage()).reconciled
+
+            await eventually(reconciled, timeout, pause=0.02)
         return time.monotonic() - began
 
     async def queue_lengths(self) -> dict[str, int]:

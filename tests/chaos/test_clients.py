@@ -20,6 +20,7 @@ from tests.chaos.invariants import check_logs, wait_until_settled
 from tests.chaos.latency import measure_hits
 from tests.chaos.watchers import open_descriptors, resident_bytes
 from tests.end_to_end.client import read_answer
+from tests.waiting import eventually
 
 SMALL = [generated_object(str(number), 40_000) for number in range(1, 5)]
 LARGE = [generated_object(str(number), 24 * MIB) for number in range(11, 15)]
@@ -45,9 +46,7 @@ async def assert_no_leaks(chaos: ChaosHarness, name: str, *, slack: int = 64 * M
     async with measure_hits(urls, SMALL) as during:
         yield
         await asyncio.sleep(1)
-    async with asyncio.timeout(30):
-        while open_descriptors(api.pid) > descriptors + DESCRIPTOR_SLACK:  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.2)
+    await eventually(lambda: open_descriptors(api.pid) <= descriptors + DESCRIPTOR_SLACK, 30, pause=0.2)
     async with measure_hits(urls, SMALL) as after:
         await asyncio.sleep(4)
     for hits in (before, during, after):

@@ -17,6 +17,7 @@ from tests.chaos.http import cache_all, events, get_all, get_correct, get_until_
 from tests.chaos.invariants import check_logs, wait_until_settled
 from tests.end_to_end.client import get
 from tests.mounting import mount, small_file_system
+from tests.waiting import eventually
 
 OBJECTS = [generated_object(str(number), MIB + number) for number in range(1, 41)]
 
@@ -97,9 +98,7 @@ async def test_an_api_without_a_volume_proxies(chaos: ChaosHarness) -> None:
     chaos.stack.volume.write_text("not a directory")
     chaos.publish(OBJECTS)
     api = chaos.stack.add("api")
-    async with asyncio.timeout(30):
-        while "server_listening" not in api.tail():  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.1)
+    await eventually(lambda: "server_listening" in api.tail(), 30, pause=0.1)
     answers = await get_all(chaos, OBJECTS[:4])
     assert {answer.headers["x-data-source"] for answer in answers} == {"external"}
     assert list(events(api, "volume_not_writable"))
@@ -159,9 +158,7 @@ async def test_files_deleted_truncated_swapped_and_corrupted_externally(
         file.seek(500_000)
         file.write(b"rot")
     began = time.monotonic()
-    async with asyncio.timeout(60):
-        while not list(events(chaos.only("evictor"), "object_corrupt")):  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.1)
+    await eventually(lambda: list(events(chaos.only("evictor"), "object_corrupt")), 60, pause=0.1)
     found = time.monotonic() - began
     await cache_all(chaos, OBJECTS[:6])
     assert secret.read_bytes() == b"s" * OBJECTS[3].size
@@ -193,9 +190,7 @@ async def test_unknown_files_and_links_are_left_alone_and_not_followed(
     assert await evictor.stop() == 0
     evictor.start()
     await evictor.healthy()
-    async with asyncio.timeout(30):
-        while not list(events(evictor, "unknown_files_found")):  # noqa: ASYNC110 - another process
-            await asyncio.sleep(0.1)
+    await eventually(lambda: list(events(evictor, "unknown_files_found")), 30, pause=0.1)
     assert await metric(evictor, "distributor_unknown_files") >= 3
     await get_correct(chaos, item)
     assert all(path.read_bytes() == b"mine" for path in strangers)

@@ -38,7 +38,7 @@ async def test_poison_is_dead_lettered_and_the_consumer_goes_on(chaos: ChaosHarn
         dead = await channel.get_queue(f"{chaos.prefix}.dead")
         for _ in POISON:
             async with asyncio.timeout(20):
-                while (letter := await dead.get(fail=False)) is None:  # noqa: ASYNC110 - the broker
+                while (letter := await dead.get(fail=False)) is None:  # noqa: ASYNC110 - the letter is the value
                     await asyncio.sleep(0.05)
             assert any("reason" in name and str(value) for name, value in letter.headers.items()), (
                 letter.headers

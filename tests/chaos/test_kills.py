@@ -19,6 +19,7 @@ from tests.chaos.figures import record_result
 from tests.chaos.harness import ChaosHarness, mixed_objects
 from tests.chaos.invariants import wait_until_settled
 from tests.chaos.watchers import process_tree
+from tests.waiting import eventually
 
 LIMIT = 14 * MIB
 OBJECTS = mixed_objects(56)
@@ -102,13 +103,12 @@ async def test_killed_api_workers_are_replaced_by_their_supervisor(chaos: ChaosH
         rng = random.Random(SEED)
         supervisor = chaos.only("api")
         assert supervisor.process is not None
+        parent = supervisor.process.pid
         with clients.fault():
             for _ in range(6):
-                workers = process_tree(supervisor.process.pid)[1:]
+                workers = process_tree(parent)[1:]
                 os.kill(rng.choice(workers), signal.SIGKILL)
-                async with asyncio.timeout(30):
-                    while len(process_tree(supervisor.process.pid)) < 3:  # noqa: ASYNC110 - another process
-                        await asyncio.sleep(0.05)
+                await eventually(lambda: len(process_tree(parent)) >= 3, 30, pause=0.05)
                 await supervisor.healthy()
                 await asyncio.sleep(rng.uniform(0, 1))
     clients.check()

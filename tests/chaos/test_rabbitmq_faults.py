@@ -18,6 +18,7 @@ from tests.chaos.http import cache_all, completed_downloads, events, get_all, ge
 from tests.chaos.invariants import wait_until_settled
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import RedisServer
+from tests.waiting import eventually
 
 OBJECTS = mixed_objects(64)
 UNDER_WAY, DURING, AFTER = OBJECTS[:24], OBJECTS[24:48], OBJECTS[48:]
@@ -70,9 +71,7 @@ async def black_hole(chaos: ChaosHarness) -> AsyncIterator[None]:
 async def three_downloads_started(chaos: ChaosHarness) -> None:
     """Whichever source each of them was begun at."""
     logs = (chaos.first.requests, chaos.second.requests)
-    async with asyncio.timeout(20):
-        while sum(map(len, logs)) < 3:  # noqa: ASYNC110 - two logs, an event each
-            await asyncio.sleep(0.05)
+    await eventually(lambda: sum(map(len, logs)) >= 3, 20, pause=0.05)
 
 
 async def run_scenario(chaos: ChaosHarness, fault: FaultInjector, seconds: float) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from distributor_node.shared.domain.jobs import Done, FetchJob, JobOutcome
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
 from distributor_node.shared.ports.job_queue import JobQueue
+from tests.waiting import DEFAULT_LIMIT, eventually
 
 Handler = Callable[[FetchJob], Awaitable[JobOutcome]]
 
@@ -38,7 +39,7 @@ class ConsumerRecorder:
         async with self.changed:
             self.changed.notify_all()
 
-    async def wait_for(self, condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    async def wait_for(self, condition: Callable[[], bool], seconds: float = DEFAULT_LIMIT) -> None:
         async with asyncio.timeout(seconds), self.changed:
             await self.changed.wait_for(condition)
 
@@ -77,10 +78,11 @@ async def consuming(
 
 
 async def wait_for_depth(queue: JobQueue, *, ready: int = 0, delayed: int = 0, dead: int = 0) -> None:
-    """The broker counts with a short delay of its own, and says nothing when a count changes."""
-    async with asyncio.timeout(10):
-        while True:
-            depth = await queue.depth()
-            if (depth.ready, depth.delayed, depth.dead) == (ready, delayed, dead):
-                return
-            await asyncio.sleep(0.02)
+    """Wait until the queue's counts are these. The broker updates them with a delay and announces nothing."""
+    expected = (ready, delayed, dead)
+
+    async def reached() -> bool:
+        depth = await queue.depth()
+        return (depth.ready, depth.delayed, depth.dead) == expected
+
+    await eventually(reached, pause=0.02, what=f"(ready, delayed, dead) == {expected}")

@@ -13,6 +13,7 @@ from distributor_node.services.demo.faults import Fault
 from distributor_node.shared.domain.objects import Assignment, DistributionBucket
 from tests.end_to_end.client import Answer
 from tests.integration.assets_harness import STORED_AT, AssetsHarness, assets_harness
+from tests.waiting import eventually
 
 SIZE = 5000
 STORED, PENDING, MISSING = "1", "2", "3"
@@ -95,7 +96,7 @@ async def test_a_hit(harness: AssetsHarness) -> None:
 
 async def test_streaming_while_it_is_fetched(harness: AssetsHarness) -> None:
     missed = asyncio.create_task(harness.get(MISSING))
-    await harness.until(AssetsHarness.has_job)
+    await eventually(harness.has_job)
     fetch = await harness.begin(MISSING, written=SIZE)
     fetch.verify()
     pending = await harness.get(MISSING)

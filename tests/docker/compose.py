@@ -7,10 +7,10 @@ import os
 import secrets
 import socket
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from tests.waiting import poll
 
 ROOT = Path(__file__).parents[2]
 PORTS = ("API_PORT", "DEMO_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT", "EDGE_PORT", "EDGE_TLS_PORT")
@@ -85,7 +85,7 @@ class ComposeStack:
             said = run("docker", "inspect", "--format", "{{.State.Health.Status}}", *ids).stdout.split()
             return bool(said) and set(said) == {"healthy"}
 
-        until(healthy, f"{service} is healthy", timeout=timeout)
+        poll(healthy, timeout, what=f"{service} is healthy")
 
     def down(self) -> None:
         """Containers and networks go, volumes stay."""
@@ -146,15 +146,6 @@ def run(*command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True, timeout=timeout
     )
-
-
-def until(condition: Callable[[], Any], what: str, timeout: float = 60, pause: float = 0.5) -> Any:
-    """The condition's first true value."""
-    deadline = time.monotonic() + timeout
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"not in {timeout} s: {what}"
-        time.sleep(pause)
-    return found
 
 
 def samples(page: str, name: str) -> dict[str, float]:

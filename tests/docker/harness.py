@@ -15,6 +15,7 @@ from distributor_node.services.demo.faults import Fault, Match, Rule
 from distributor_node.services.demo.objects import DemoObject
 from tests.docker.compose import ComposeStack
 from tests.end_to_end.client import Answer, get
+from tests.waiting import eventually
 
 OBJECT_SIZE = 512 * 1024
 """Of each of the objects 100 to 159, in bytes."""
@@ -87,20 +88,22 @@ class Harness:
             await self.until_hit(object_id)
 
     async def until_hit(self, object_id: str, timeout: float = 60) -> float:
-        """Seconds that it took."""
+        """Wait until the object is a hit. Returns the seconds that took."""
+
+        async def is_hit() -> bool:
+            return await self.cache_result(object_id) == "hit"
+
         began = time.monotonic()
-        while await self.cache_result(object_id) != "hit":
-            assert time.monotonic() - began < timeout, f"{object_id} is no hit after {timeout} s"
-            await asyncio.sleep(0.1)
+        await eventually(is_hit, timeout, pause=0.1, what=f"{object_id} is a hit")
         return time.monotonic() - began
 
     async def until_answered(
         self, url: str, status: int, headers: dict[str, str], timeout: float = 20
     ) -> None:
-        deadline = time.monotonic() + timeout
-        while (await get(url, headers)).status != status:
-            assert time.monotonic() < deadline, f"{url} does not answer {status}"
-            await asyncio.sleep(0.2)
+        async def answered() -> bool:
+            return (await get(url, headers)).status == status
+
+        await eventually(answered, timeout, pause=0.2, what=f"{url} answers {status}")
 
 
 def fetch_json(url: str) -> Any:

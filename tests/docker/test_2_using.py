@@ -6,9 +6,10 @@ import asyncio
 
 import pytest
 
-from tests.docker.compose import samples, until
+from tests.docker.compose import samples
 from tests.docker.harness import Harness
 from tests.end_to_end.client import get
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.docker
 
@@ -47,6 +48,6 @@ async def test_three_fetchers_share_thirty_jobs(harness: Harness) -> None:
         return [fetches(harness, index) - before[index - 1] for index in (1, 2, 3)]
 
     # An object is a hit before its job is counted.
-    await asyncio.to_thread(until, lambda: sum(done()) >= len(JOBS), "all jobs are counted")
+    await eventually(lambda: sum(done()) >= len(JOBS), pause=0.5, what="all jobs are counted")
     assert sum(done()) == len(JOBS)
     assert all(part >= 3 for part in done()), done()

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from distributor_node.services.demo.faults import Fault, Match, Rule
-from tests.docker.compose import ROOT, until
+from tests.docker.compose import ROOT
 from tests.docker.harness import LARGE_OBJECTS, Harness, fetch_json
 from tests.end_to_end.client import get
+from tests.waiting import poll
 
 pytestmark = pytest.mark.docker
 
@@ -32,7 +33,7 @@ def test_every_target_is_up_and_every_fetcher_is_one(harness: Harness) -> None:
     def all_up() -> bool:
         return [target["health"] for target in targets(harness)] == ["up"] * 7
 
-    until(all_up, "seven targets are up", timeout=90)
+    poll(all_up, 90, what="seven targets are up")
     jobs = sorted(target["labels"]["job"] for target in targets(harness))
     assert jobs == ["api", "evictor", "fetcher", "fetcher", "fetcher", "prometheus", "rabbitmq"]
 
@@ -52,7 +53,7 @@ def test_the_rules_are_loaded_and_none_fails(harness: Harness) -> None:
         return found if found and fine else None
 
     # Firing is what was missing while the stack started, at first.
-    rules = until(evaluated, "all rules are evaluated, and no alert fires", timeout=150)
+    rules = poll(evaluated, 150, what="all rules are evaluated, and no alert fires")
     names = {rule["name"] for rule in rules}
     written = "".join(path.read_text() for path in (ROOT / "deploy" / "prometheus" / "rules").glob("*.yml"))
     assert names == set(re.findall(r"- (?:alert|record): (\S+)", written))

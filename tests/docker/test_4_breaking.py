@@ -9,6 +9,7 @@ import pytest
 
 from tests.docker.harness import KILLED, NOTES, Harness, Traffic
 from tests.end_to_end.client import Answer, get
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.docker
 
@@ -43,10 +44,10 @@ async def test_a_killed_fetchers_download_is_resumed(harness: Harness) -> None:
 
 
 async def _until_sent(harness: Harness, object_id: str, skip: int, size: int) -> None:
-    deadline = time.monotonic() + 30
-    while sum(record["bytes_sent"] for record in harness.requests_for(object_id)[skip:]) < size:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.1)
+    def sent() -> int:
+        return sum(record["bytes_sent"] for record in harness.requests_for(object_id)[skip:])
+
+    await eventually(lambda: sent() >= size, pause=0.1)
 
 
 @pytest.mark.parametrize(
@@ -89,10 +90,11 @@ async def test_a_server_is_restarted_during_traffic(harness: Harness, service: s
 
 async def _fetched_again(harness: Harness, object_id: str, timeout: float) -> None:
     """Ask as a client does, now and then, until the object is cached."""
-    deadline = time.monotonic() + timeout
-    while (await get(harness.stack.url(object_id))).headers["x-cache"] != "hit":
-        assert time.monotonic() < deadline, f"{object_id} is not cached {timeout} s after the restart"
-        await asyncio.sleep(0.5)
+
+    async def is_hit() -> bool:
+        return (await get(harness.stack.url(object_id))).headers["x-cache"] == "hit"
+
+    await eventually(is_hit, timeout, pause=0.5, what=f"{object_id} is a hit after the restart")
 
 
 async def test_after_down_and_up_every_cached_object_is_a_hit(harness: Harness) -> None:

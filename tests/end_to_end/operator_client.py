@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,15 +45,6 @@ class OperatorClient:
         answer = await self.ask("GET", path)
         assert answer.status == 200, answer
         return answer.json()
-
-
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 20.0) -> float:
-    """Look until it holds; how long that took."""
-    began = time.monotonic()
-    while not await condition():
-        assert time.monotonic() - began < seconds, f"not within {seconds} s"
-        await asyncio.sleep(0.02)
-    return time.monotonic() - began
 
 
 async def refuses_connections(port: int) -> bool:

@@ -19,6 +19,7 @@ from distributor_node.services.demo.manifest import content_hash
 from distributor_node.services.demo.objects import DemoObject
 from tests.end_to_end.client import Answer, get
 from tests.servers.redis_server import free_port
+from tests.waiting import eventually
 
 START_SECONDS = 30.0
 
@@ -172,9 +173,7 @@ class Stack:
 
     async def until_on_volume(self, size: int, timeout: float = 30.0) -> None:
         """Return when the volume holds at least `size` bytes."""
-        async with asyncio.timeout(timeout):
-            while self.bytes_on_volume() < size:  # noqa: ASYNC110 - a file system has no event to wait for
-                await asyncio.sleep(0.02)
+        await eventually(lambda: self.bytes_on_volume() >= size, timeout, pause=0.02)
 
     def logs(self) -> str:
         return "\n".join(

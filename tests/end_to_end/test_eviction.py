@@ -9,7 +9,7 @@ import random
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from distributor_node.shared.ports.state_store import Access, Granted, IndexEntr
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
 from tests.end_to_end.stack import ServiceProcess, Stack
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -33,12 +34,6 @@ LIMIT = 10 * MIB
 AN_HOUR_AGO = 3600.0
 PLAYERS_PAUSE = 3.5
 """Seconds: an API process keeps what it sends, and for one second what it has sent."""
-
-
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 60.0) -> None:
-    async with asyncio.timeout(seconds):
-        while not await condition():  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize(("min_idle", "outlives"), [("8", True), ("1", False)])
@@ -120,7 +115,7 @@ class Node:
             counted = all(entries[name].frequency == count for name, count in views.items())
             return counted and all(entry.priority for entry in entries.values())
 
-        await until(saved)
+        await eventually(saved)
 
     async def make_room(self, wanted: int) -> list[str]:
         """Ask for so many free bytes, as a worker does; what went for it, in this order."""
@@ -133,7 +128,7 @@ class Node:
                 return False
             return before - set(await self.entries()) <= set(self.removed()[known:])
 
-        await until(there)
+        await eventually(there)
         await self.state.request_space(ObjectId("wanted"), 0, 0.001)
         return self.removed()[known:]
 
@@ -154,7 +149,7 @@ class Node:
         async def at_work() -> bool:
             return '"reconciliation_finished"' in self.evictor.tail()
 
-        await until(at_work)
+        await eventually(at_work)
 
 
 @asynccontextmanager
@@ -239,7 +234,7 @@ async def test_another_policy_after_a_restart_keeps_the_cache(tmp_path: Path, re
         async def counted() -> bool:
             return (await node.entries())["small3"].frequency == 5
 
-        await until(counted)
+        await eventually(counted)
         assert await node.make_room(LIMIT - 4 * footprint(MIB) - 18 * footprint(20_000)) == [
             "small0", "small1",
         ]  # fmt: skip

@@ -18,7 +18,7 @@ from distributor_node.services.demo.squid.world import make_squid_data
 from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
-from tests.end_to_end.operator_client import OperatorClient, until
+from tests.end_to_end.operator_client import OperatorClient
 from tests.end_to_end.stack import Stack
 from tests.end_to_end.test_one_get import (
     assert_whole,
@@ -30,6 +30,7 @@ from tests.end_to_end.test_one_get import (
     test_wrong_bytes_from_the_first_source_never_arrive_as_complete,
 )
 from tests.servers.redis_server import free_port
+from tests.waiting import eventually
 
 # The scenarios of the manifest's node, collected here once more for the fixture below.
 __all__ = [
@@ -186,7 +187,7 @@ async def test_warming_fetches_the_assignment(harness: JoystreamHarness, scope: 
     async def over() -> bool:
         return bool((await operator.query("warm"))["state"] == "finished")
 
-    await until(over, 60)
+    await eventually(over, 60)
     # The list says that it holds what is not accepted yet; the look-up knows better.
     assert {**(await operator.query("warm")), "reason": ""} == {
         "state": "finished", "total": 6, "done": 5, "skipped": 1, "failed": 0, "reason": "",
@@ -195,7 +196,7 @@ async def test_warming_fetches_the_assignment(harness: JoystreamHarness, scope: 
         assert (await get(harness.stack.url(item.object_id), method="HEAD")).headers["x-cache"] == "hit"
     # A bucket that is not ours is asked about, and left alone.
     await operator.command("warm", {"bucket": "9:9"})
-    await until(over, 60)
+    await eventually(over, 60)
     warmed = await operator.query("warm")
     assert (warmed["total"], warmed["skipped"]) == (1, 1)
 
@@ -208,4 +209,4 @@ async def test_status_shows_squid_and_chain(harness: JoystreamHarness) -> None:
         found = (await harness.stack.status())["queryNodeStatus"]
         return bool(found["chainHead"] == harness.chain.head and found["blocksProcessed"])
 
-    await until(told)
+    await eventually(told)

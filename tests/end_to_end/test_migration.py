@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import subprocess
@@ -23,6 +22,7 @@ from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.stack import Stack
 from tests.end_to_end.test_one_get import assert_whole, body_of
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -180,10 +180,7 @@ async def test_eviction_honours_the_imported_popularity(harness: Harness) -> Non
     harness.leave_behind()
     harness.import_config(limit=str(COUNT // 2 * (SIZE + 100 + 1024)))
     await harness.stack.up()
-    deadline = time.monotonic() + 30
-    while len(harness.objects_in_volume()) > COUNT // 2:
-        assert time.monotonic() < deadline, harness.stack.logs()
-        await asyncio.sleep(0.1)
+    await eventually(lambda: len(harness.objects_in_volume()) <= COUNT // 2)
     kept = {int(name) for name in harness.objects_in_volume()}
     assert kept == set(range(COUNT - len(kept) + 1, COUNT + 1)), "the most popular ones are left"
     assert len(kept) > COUNT // 4
@@ -207,9 +204,9 @@ async def test_an_import_killed_midway_continues_at_the_next_start(harness: Harn
     harness.leave_behind()
     harness.import_config()
     evictor = harness.stack.add("evictor")
-    async with asyncio.timeout(30):
-        while not (harness.data / "objects").exists() or len(harness.objects_in_volume()) < 5:  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
+    await eventually(
+        lambda: (harness.data / "objects").exists() and len(harness.objects_in_volume()) >= 5, pause=0.001
+    )
     evictor.kill()
     harness.stack.processes.clear()
     await harness.stack.up()
@@ -237,17 +234,17 @@ async def test_a_squid_that_is_down_at_first_costs_no_object(harness: Harness) -
     harness.import_config()
     await harness.squid.start_outage()
     evictor = harness.stack.add("evictor")
-    async with asyncio.timeout(30):
-        while '"repair_deferred"' not in evictor.log.read_text():  # noqa: ASYNC110 - another process's log
-            await asyncio.sleep(0.05)
+    await eventually(lambda: '"repair_deferred"' in evictor.log.read_text())
     assert len(harness.objects_in_volume()) == 20
     await harness.squid.end_outage()
     # A request in between is answered from what is there: the fetcher verifies it, and downloads nothing
     fetcher, api = harness.stack.add("fetcher"), harness.stack.add("api")
     await fetcher.healthy()
-    async with asyncio.timeout(20):
-        while '"server_listening"' not in api.log.read_text():  # noqa: ASYNC110 - it is not ready before the takeover is
-            await asyncio.sleep(0.05)
-        while (await get(harness.stack.url("5"))).headers.get("x-cache") != "hit":  # noqa: ASYNC110 - as a client would
-            await asyncio.sleep(0.2)
+    # The API listens before it is ready, which waits for the takeover.
+    await eventually(lambda: '"server_listening"' in api.log.read_text())
+
+    async def is_hit() -> bool:
+        return (await get(harness.stack.url("5"))).headers.get("x-cache") == "hit"
+
+    await eventually(is_hit, pause=0.2)
     assert not re.search(r'"outcome": ?"fetched"', harness.stack.logs())

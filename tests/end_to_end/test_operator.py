@@ -21,10 +21,10 @@ from tests.end_to_end.operator_client import (
     OperatorClient,
     accepts_connections,
     refuses_connections,
-    until,
 )
 from tests.servers.operator_token import sign
 from tests.servers.redis_server import free_port
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -35,7 +35,7 @@ async def started(harness: Harness, *, workers: int = 2, **settings: str) -> Ope
     harness.stack.environment.update(operator.environment)
     harness.stack.environment.update(settings)
     await harness.stack.up(workers=workers)
-    await until(lambda: all_listen(operator, workers))
+    await eventually(lambda: all_listen(operator, workers))
     return operator
 
 
@@ -63,7 +63,7 @@ async def killed_and_started_again(harness: Harness) -> None:
     """`kill -9` for the supervisor; its workers notice, and leave the port."""
     [api] = harness.stack.of("api")
     api.kill()
-    await until(lambda: refuses_connections(harness.stack.port))
+    await eventually(lambda: refuses_connections(harness.stack.port))
     api.start()
     await api.healthy()
 
@@ -131,18 +131,18 @@ async def test_stop_closes_the_public_port_in_all_workers_and_start_opens_it_aga
     head = await reader.readuntil(b"\r\n\r\n")
     assert b" 200 " in head
     await operator.command("stop-api")
-    assert await until(lambda: refuses_connections(port)) < 1.5
+    await eventually(lambda: refuses_connections(port), 10)
     assert await reader.readexactly(item.size) == item.content.read(0, item.size)
     writer.close()
     # Killed workers come back, and stay closed.
     killed = worker_processes(harness)
     for process in killed:
         os.kill(process, signal.SIGKILL)
-    await until(lambda: all_gone(killed))
-    await until(lambda: all_listen(operator, 2))
+    await eventually(lambda: all_gone(killed))
+    await eventually(lambda: all_listen(operator, 2))
     assert await refuses_connections(port)
     await operator.command("start-api")
-    assert await until(lambda: accepts_connections(port)) < 1.5
+    await eventually(lambda: accepts_connections(port), 10)
     assert (await get(harness.stack.url("1"), method="HEAD")).headers["x-cache"] == "hit"
     assert len(harness.first.requests.of("1", "GET")) == 1
 
@@ -156,14 +156,14 @@ async def test_the_assignment_is_effective_in_every_process_and_survives_restart
         return await buckets_everywhere(harness) == {'{"bucketIds": ["5:5"]}'}
 
     await operator.command("set-buckets", {"buckets": ["5:5"]})
-    assert await until(moved) < 1.5
+    await eventually(moved, 10)
     assert (await get(harness.stack.url("1"), method="HEAD")).status == 421
     assert (await operator.command("set-worker", {"workerId": 7}))["workerId"] == 7
 
     async def known() -> bool:
         return all([(await harness.stack.status()).get("workerId") == 7 for _ in range(10)])
 
-    assert await until(known) < 1.5
+    await eventually(known, 10)
     await killed_and_started_again(harness)
     assert await moved()
     assert await known()
@@ -177,7 +177,7 @@ async def test_the_assignment_is_effective_in_every_process_and_survives_restart
     async def by_worker() -> bool:
         return await buckets_everywhere(harness) == {'{"allByWorkerId": 7}'}
 
-    assert await until(by_worker) < 1.5
+    await eventually(by_worker, 10)
 
 
 async def test_one_dead_worker_costs_nothing(harness: Harness) -> None:
@@ -185,7 +185,7 @@ async def test_one_dead_worker_costs_nothing(harness: Harness) -> None:
     operator = await started(harness)
     victim = worker_processes(harness)[0]
     os.kill(victim, signal.SIGKILL)
-    await until(lambda: all_gone([victim]))
+    await eventually(lambda: all_gone([victim]))
     await operator.command("set-buckets", {"buckets": ["5:5"]})
     assert (await operator.query("orders"))["buckets"] == ["5:5"]
 
@@ -215,19 +215,19 @@ async def test_an_emptied_state_store_gets_the_operator_state_back(harness: Harn
         file = harness.stack.volume / "operator.json"
         return file.exists() and bool(json.loads(file.read_text())["pinned"] == ["1"])
 
-    await until(kept)
+    await eventually(kept)
     await harness.empty_state_store()
 
     async def restored() -> bool:
         return bool((await operator.command("unpin", {"ids": ["9"]}))["pinned"] == 1)
 
     assert (await operator.query("orders"))["buckets"] == ["0:1", "5:5"]
-    assert await until(restored) < 2
+    await eventually(restored, 10)
 
     async def back_everywhere() -> bool:
         return await buckets_everywhere(harness) == {'{"bucketIds": ["0:1", "5:5"]}'}
 
-    assert await until(back_everywhere) < 1.5
+    await eventually(back_everywhere, 10)
 
 
 async def test_purge_lets_readers_finish_and_objects_be_fetched_again(harness: Harness) -> None:
@@ -250,7 +250,7 @@ async def test_purge_lets_readers_finish_and_objects_be_fetched_again(harness: H
         heads = [await get(harness.stack.url(name), method="HEAD") for name in "12"]
         return all(head.headers["x-cache"] != "hit" for head in heads)
 
-    await until(gone)
+    await eventually(gone)
     assert await reader.readexactly(item.size) == item.content.read(0, item.size)
     writer.close()
     # What was being fetched is sent to its end, and then leaves the cache too.
@@ -259,7 +259,7 @@ async def test_purge_lets_readers_finish_and_objects_be_fetched_again(harness: H
     async def emptied() -> bool:
         return (await operator.query("cache"))["total"] == 0 and harness.stack.bytes_on_volume() < MIB
 
-    await until(emptied)
+    await eventually(emptied)
     harness.first.faults.clear()
     assert (await get(harness.stack.url("3"))).headers["x-cache"] == "miss"
     await harness.stack.until_hit("3")
@@ -281,7 +281,7 @@ async def test_warm_fetches_the_assignment_within_space_and_evicts_nothing(harne
     async def over() -> bool:
         return bool((await operator.query("warm"))["state"] == "finished")
 
-    await until(over, 60)
+    await eventually(over, 60)
     warming = await operator.query("warm")
     # Low watermark 9 MiB, records included: 12 is there, seven more fit below it.
     assert (warming["total"], warming["failed"]) == (12, 0)
@@ -293,7 +293,7 @@ async def test_warm_fetches_the_assignment_within_space_and_evicts_nothing(harne
     assert "99" not in {entry["id"] for entry in cached["objects"]}
     assert "object_removed" not in harness.stack.logs()
     await operator.command("warm", {"ids": ["12", "nowhere", "99"]})
-    await until(over)
+    await eventually(over)
     assert {**(await operator.query("warm")), "reason": ""} == {
         "state": "finished", "total": 3, "done": 0, "skipped": 3, "failed": 0, "reason": "",
     }  # fmt: skip
@@ -315,7 +315,7 @@ async def test_pinned_objects_are_not_evicted(harness: Harness) -> None:
     async def made_room() -> bool:
         return (await get(harness.stack.url("2"), method="HEAD")).headers["x-cache"] != "hit"
 
-    await until(made_room)
+    await eventually(made_room)
     assert (await get(harness.stack.url("1"), method="HEAD")).headers["x-cache"] == "hit"
     cached = await operator.query("cache?limit=3")
     assert cached["pinned"] == 1
@@ -359,7 +359,7 @@ async def test_downloads_are_shown(harness: Harness) -> None:
         shown = (await operator.query("downloads"))["downloads"]
         return bool(shown) and 0 < shown[0]["bytes"] < item.size and shown[0]["source"] is not None
 
-    await until(growing)
+    await eventually(growing)
     [shown] = (await operator.query("downloads"))["downloads"]
     assert (shown["id"], shown["phase"], shown["size"]) == ("1", "fetching", item.size)
     assert shown["source"] in harness.first.api_url

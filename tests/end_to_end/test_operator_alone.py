@@ -17,10 +17,11 @@ from distributor_node.services.demo.objects import MIB, generated_object
 from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
-from tests.end_to_end.operator_client import OperatorClient, refuses_connections, until
+from tests.end_to_end.operator_client import OperatorClient, refuses_connections
 from tests.end_to_end.stack import ServiceProcess, Stack
 from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -76,7 +77,7 @@ async def kept(harness: Harness, says: Sequence[str]) -> None:
         file = harness.stack.volume / "operator.json"
         return file.exists() and all(text in file.read_text() for text in says)
 
-    await until(written)
+    await eventually(written)
 
 
 async def again(node: ServiceProcess) -> None:
@@ -99,7 +100,7 @@ async def test_operator_state_survives_sigkill(alone: tuple[Harness, OperatorCli
     assert (await ordered(operator, "orders"))["workerId"] == 7
     assert (await ordered(operator, "unpin", "1"))["pinned"] == 1
     await ordered(operator, "stop-api")
-    await until(lambda: refuses_connections(harness.stack.port))
+    await eventually(lambda: refuses_connections(harness.stack.port))
     await kept(harness, ['"stopped": true'])
     node.kill()
     node.start()
@@ -107,7 +108,7 @@ async def test_operator_state_survives_sigkill(alone: tuple[Harness, OperatorCli
     async def answers() -> bool:
         return (await command(operator, "orders")).returncode == 0
 
-    await until(answers, 30)
+    await eventually(answers, 30)
     assert await refuses_connections(harness.stack.port)
     await ordered(operator, "start-api")
     await node.healthy()
@@ -136,7 +137,7 @@ async def test_warm_with_a_progress_bar_then_list_and_purge(alone: tuple[Harness
     async def purged() -> bool:
         return len((await command(operator, "cache")).stdout.splitlines()) == 3
 
-    await until(purged)
+    await eventually(purged)
     assert (await ordered(operator, "warm", "1", "3", "--no-wait"))["state"] == "waiting"
     done = await command(operator, "warming")
     assert json.loads(done.stdout) | {"reason": ""} == {

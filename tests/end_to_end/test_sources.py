@@ -19,6 +19,7 @@ from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.stack import Stack
 from tests.end_to_end.test_one_get import assert_whole
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.timeout(180), pytest.mark.alone]
 
@@ -151,14 +152,12 @@ async def test_without_the_state_store_each_process_uses_its_own_statistics(harn
     process = stack.add("standalone")
     await process.healthy()
 
-    async def probed() -> bool:
+    def probed() -> bool:
         return all(
             any(record.path.endswith("/version") and record.finished for record in node.requests)
             for node in harness.nodes
         )
 
-    async with asyncio.timeout(10):
-        while not await probed():  # noqa: ASYNC110 - seen by other processes' requests
-            await asyncio.sleep(0.05)
+    await eventually(probed)
     await asyncio.sleep(0.2)
     assert await harness.fetch(1) is harness.quick

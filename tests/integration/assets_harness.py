@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -174,15 +174,6 @@ class AssetsHarness:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, limit=64 * KIB)
         self.writers.append(writer)
         return reader, writer
-
-    async def until(self, condition: Callable[[AssetsHarness], bool | Awaitable[bool]]) -> None:
-        """Wait until a condition holds that nobody announces; fails after five seconds."""
-        async with asyncio.timeout(5):
-            while True:
-                found = condition(self)
-                if found if isinstance(found, bool) else await found:
-                    return
-                await asyncio.sleep(0.01)
 
     async def is_hit(self, object_id: str) -> bool:
         return (await self.get(object_id, method="HEAD")).headers.get("x-cache") == "hit"

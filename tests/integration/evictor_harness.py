@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,17 +201,6 @@ class EvictorHarness:
         """The index stands for exactly what is on the volume."""
         usage = await self.state.usage()
         return usage.reconciled and self.volume.measure() <= usage.used + usage.reserved
-
-
-async def eventually(condition: Callable[[], Awaitable[bool] | bool], seconds: float = 10.0) -> None:
-    """Look until it holds."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = condition()
-        if found if isinstance(found, bool) else await found:
-            return
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        await asyncio.sleep(0.01)
 
 
 @asynccontextmanager

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
 from distributor_node.shared.ports.state_store import Term
 from distributor_node.shared.runtime.threads import BlockingPool
+from tests.waiting import eventually
 
 LIMITS = SourceLimits(connect_timeout=2, first_byte_timeout=0.5, stall_timeout=0.5, minimum_rate=1)
 OBJECT_ID = ObjectId.parse("7")
@@ -86,7 +86,7 @@ class Harness:
         async def grown() -> bool:
             return (self.partial_size() or 0) >= size
 
-        await until(grown)
+        await eventually(grown)
 
     def job(self, wanted: MediaObject) -> FetchJob:
         return FetchJob(wanted, request_id="r-1", published_at=time.time())
@@ -95,13 +95,6 @@ class Harness:
         return MediaObject(
             OBJECT_ID, len(data), hash_of(data) if hashed else None, media_type, sources=self.sources
         )
-
-
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 5.0) -> None:
-    """Return when it holds; for what has no event to wait for, such as a file system."""
-    async with asyncio.timeout(seconds):
-        while not await condition():  # noqa: ASYNC110 - there is none
-            await asyncio.sleep(0.005)
 
 
 def hash_of(data: bytes) -> ContentHash:

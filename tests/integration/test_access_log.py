@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 
 from distributor_node.services.replay.access_logs import parse_line
 from tests.integration.assets_harness import KIB, assets_harness
+from tests.waiting import eventually
 
 SIZE = 40 * KIB
 _OF_THE_MOMENT = {"request_id", "duration_ms"}
@@ -32,7 +33,7 @@ async def lines_of(root: Path, *, fast_lane: bool) -> list[Mapping[str, Any]]:
             answers = [await harness.get("1", headers, method=method) for method, headers in ASKED]
             await harness.get("1", {"If-None-Match": answers[-1].headers["etag"]})
             await harness.get("2", {"Range": "bytes=0-9"})
-            await harness.until(lambda _: len(_answers(logs)) == len(ASKED) + 2)
+            await eventually(lambda: len(_answers(logs)) == len(ASKED) + 2)
     return _answers(logs)
 
 

@@ -17,6 +17,7 @@ from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.shared.runtime.threads import BlockingPool
 from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness
 from tests.integration.fetcher_harness import RETRIES
+from tests.waiting import eventually
 
 SIZE = 2 * MIB + 11
 RATE = 4 * MIB
@@ -63,7 +64,7 @@ async def test_many_first_requests_make_one_download_and_stream(harness: AssetsH
     assert len(harness.second.requests) == 0
     # The source needs half a second for all of it; clients have the first bytes long before.
     assert all(answer.first_byte_after < 0.3 < answer.took for answer in answers)
-    await harness.until(lambda harness: harness.is_hit("1"))
+    await eventually(lambda: harness.is_hit("1"))
 
 
 async def test_the_first_clients_of_an_object_without_a_type_get_its_sources_type(

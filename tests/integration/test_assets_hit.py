@@ -14,6 +14,7 @@ from distributor_node.shared.adapters.volume import RemovalState
 from distributor_node.shared.domain.objects import ObjectId
 from tests.end_to_end.client import Answer, read_answer
 from tests.integration.assets_harness import MIB, STORED_AT, AssetsHarness, assets_harness
+from tests.waiting import eventually
 
 SMALL, LARGE = 10_000, 3 * MIB + 17
 
@@ -211,7 +212,7 @@ async def test_a_client_that_leaves_leaves_nothing_open(tmp_path: Path) -> None:
             await reader.readuntil(b"\r\n\r\n")
             assert harness.open_files() > before
             writer.transport.abort()
-        await harness.until(lambda seen: seen.open_files() <= before)
+        await eventually(lambda: harness.open_files() <= before)
 
 
 async def test_a_paused_client_is_kept_until_the_stall_limit(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from distributor_node.shared.adapters.volume import RemovalState
 from distributor_node.shared.domain.objects import ObjectId
 from tests.end_to_end.client import Answer, read_answer
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
+from tests.waiting import eventually
 
 SIZE = 2 * MIB + 33
 
@@ -92,11 +93,11 @@ async def test_without_a_catalog_type_the_sources_type_is_sent_with_the_first_by
 ) -> None:
     data = harness.add("2", SIZE, media_type=None)
     missed = asyncio.create_task(harness.get("2"))
-    await harness.until(AssetsHarness.has_job)
+    await eventually(harness.has_job)
     fetch = await harness.begin("2")
     before = harness.open_files()
     pending = asyncio.create_task(harness.get("2"))
-    await harness.until(lambda seen: seen.open_files() >= before + 2)  # both wait for its first byte
+    await eventually(lambda: harness.open_files() >= before + 2)  # both wait for its first byte
     fetch.partial.set_media_type("video/webm")
     fetch.write_to(SIZE // 2)
     inner = await harness.get("2", {"Range": "bytes=0-99"})
@@ -120,7 +121,7 @@ async def test_a_far_range_of_a_fetch_without_a_type_has_its_sources_type(harnes
 async def test_an_object_completed_in_the_meantime_has_its_stored_type(harness: AssetsHarness) -> None:
     harness.add("2", SIZE, media_type=None)
     missed = asyncio.create_task(harness.get("2"))
-    await harness.until(AssetsHarness.has_job)
+    await eventually(harness.has_job)
     await (await harness.begin("2")).complete("image/webp")
     answer = await missed
     assert (answer.headers["x-cache"], answer.headers["content-type"]) == ("miss", "image/webp")
@@ -135,13 +136,13 @@ async def test_a_file_streamed_to_a_paused_client_cannot_be_removed_once_complet
         body = await client.take(100_000)  # and no more: the connection fills up
         await fetch.complete()
 
-        def is_held(harness: AssetsHarness) -> bool:
+        def is_held() -> bool:
             removal = harness.volume.removal(ObjectId("9"))
             state = removal.begin()
             removal.close()
             return state is RemovalState.IN_USE
 
-        await harness.until(is_held)
+        await eventually(is_held)
         assert body + await client.rest() == data
 
 
@@ -269,7 +270,7 @@ async def test_another_worker_resumes_and_readers_notice_nothing(harness: Assets
 async def test_a_miss_publishes_one_job_and_streams_it(harness: AssetsHarness) -> None:
     harness.catalog.delay = 0.2
     clients = [asyncio.create_task(harness.get("1")) for _ in range(50)]
-    await harness.until(AssetsHarness.has_job)
+    await eventually(harness.has_job)
     fetch = await harness.begin("1", written=SIZE // 2)
     await fetch.complete()
     answers: list[Answer] = await asyncio.gather(*clients)
@@ -281,7 +282,7 @@ async def test_a_miss_publishes_one_job_and_streams_it(harness: AssetsHarness) -
 
 async def test_a_client_that_leaves_ends_no_fetch_and_leaves_no_file_open(harness: AssetsHarness) -> None:
     client = await ask(harness, "1")
-    await harness.until(AssetsHarness.has_job)
+    await eventually(harness.has_job)
     client.writer.transport.abort()
     fetch = await harness.begin("1", written=500_000)
     before = harness.open_files()
@@ -289,7 +290,7 @@ async def test_a_client_that_leaves_ends_no_fetch_and_leaves_no_file_open(harnes
     await second.read_head()
     assert harness.open_files() == before + 1
     second.writer.transport.abort()
-    await harness.until(lambda seen: seen.open_files() <= before)
+    await eventually(lambda: harness.open_files() <= before)
     await fetch.complete()
     assert (await harness.get("1")).body == harness.data["1"]
 

@@ -16,10 +16,10 @@ from tests.integration.evictor_harness import (
     SIZE,
     EvictorHarness,
     body_of,
-    eventually,
     evictor_harness,
     media_object,
 )
+from tests.waiting import eventually
 
 NAMES = ["one", "two", "three", "four"]
 

@@ -15,7 +15,8 @@ from distributor_node.shared.adapters.volume.operator_state_file import (
 )
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
-from tests.integration.evictor_harness import SIZE, EvictorHarness, body_of, eventually, evictor_harness
+from tests.integration.evictor_harness import SIZE, EvictorHarness, body_of, evictor_harness
+from tests.waiting import eventually
 
 ONE, TWO, THREE = (ObjectId(name) for name in ("one", "two", "three"))
 

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from distributor_node.shared.domain.space import watermarks_for
-from tests.integration.evictor_harness import LIMIT, EvictorHarness, eventually, evictor_harness
+from tests.integration.evictor_harness import LIMIT, EvictorHarness, evictor_harness
 from tests.servers.redis_server import free_port
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(60)]
 

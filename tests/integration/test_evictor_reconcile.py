@@ -25,11 +25,11 @@ from tests.integration.evictor_harness import (
     SIZE,
     EvictorHarness,
     body_of,
-    eventually,
     evictor_harness,
     media_object,
 )
 from tests.servers.redis_server import RedisServer
+from tests.waiting import eventually
 
 
 @pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])

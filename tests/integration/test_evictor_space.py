@@ -21,11 +21,11 @@ from tests.integration.evictor_harness import (
     SIZE,
     EvictorHarness,
     body_of,
-    eventually,
     evictor_harness,
     record_of,
 )
 from tests.mounting import small_file_system
+from tests.waiting import eventually
 
 HIGH, LOW = 0.9 * LIMIT, 0.5 * LIMIT
 

@@ -26,10 +26,10 @@ from tests.integration.evictor_harness import (
     RENEWAL,
     SIZE,
     EvictorHarness,
-    eventually,
     evictor_harness,
 )
 from tests.servers.redis_server import RedisServer
+from tests.waiting import eventually
 
 ONE = ObjectId("one")
 

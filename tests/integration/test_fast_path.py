@@ -25,6 +25,7 @@ from distributor_node.shared.adapters.volume import RemovalState
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.objects import ObjectId
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
+from tests.waiting import eventually
 
 LARGE = 12 * MIB + 5
 
@@ -110,7 +111,7 @@ async def test_a_slow_client_is_not_buffered_for(
         clients = [_idle_client(harness.port) for _ in range(5)]
         for client in clients:
             await asyncio.get_running_loop().sock_sendall(client, ask("2"))
-        await harness.until(lambda _: _in_progress() >= len(clients))
+        await eventually(lambda: _in_progress() >= len(clients))
         first_writer.write(ask("1"))
         assert (await read_answer(first_reader))[1] == harness.data["1"]
         assert tracemalloc.get_traced_memory()[1] < len(clients) * 2 * MIB
@@ -162,13 +163,11 @@ async def test_a_stalled_client_is_disconnected_at_the_stall_limit(tmp_path: Pat
         with _idle_client(harness.port) as client:
             began = time.monotonic()
             await asyncio.get_running_loop().sock_sendall(client, ask("2"))
-            await harness.until(
-                lambda _: (
-                    counted("distributor_aborted_responses_total", reason="client_stalled") == before + 1
-                )
+            await eventually(
+                lambda: counted("distributor_aborted_responses_total", reason="client_stalled") == before + 1
             )
             assert time.monotonic() - began >= 0.9
-            await harness.until(lambda running: running.open_files() == 0)
+            await eventually(lambda: harness.open_files() == 0)
 
 
 @pytest.mark.parametrize("fast_lane", [True, False])
@@ -233,10 +232,10 @@ async def test_a_client_disconnect_is_noticed_and_releases_the_object(harness: A
     writer.write(ask("2"))
     await reader.readexactly(1000)
     writer.transport.abort()
-    await harness.until(
-        lambda _: counted("distributor_aborted_responses_total", reason="client_disconnected") == before + 1
+    await eventually(
+        lambda: counted("distributor_aborted_responses_total", reason="client_disconnected") == before + 1
     )
-    await harness.until(lambda running: running.open_files() == 0)
+    await eventually(lambda: harness.open_files() == 0)
 
 
 async def test_a_file_truncated_while_it_is_sent_closes_the_connection(harness: AssetsHarness) -> None:
@@ -320,7 +319,7 @@ async def test_each_client_gets_its_object_while_others_evict_it(
         assert [
             body == harness.data[object_id] for object_id, (_, body) in zip(ids, answers, strict=True)
         ] == [True for _ in ids]
-        await harness.until(lambda running: running.open_files() <= 1)
+        await eventually(lambda: harness.open_files() <= 1)
 
 
 async def test_short_ranges_are_whole_however_little_the_sockets_take(harness: AssetsHarness) -> None:
@@ -333,7 +332,7 @@ async def test_short_ranges_are_whole_however_little_the_sockets_take(harness: A
             more = f"Range: bytes={first}-{first + length - 1}\r\n"
             await asyncio.get_running_loop().sock_sendall(client, ask("2", more))
             await asyncio.sleep(0.001)
-    await harness.until(lambda _: _in_progress() >= len(clients))
+    await eventually(lambda: _in_progress() >= len(clients))
     for place, client in enumerate(clients):
         reader, writer = await asyncio.open_connection(sock=client)
         harness.writers.append(writer)
@@ -378,7 +377,7 @@ async def test_a_disk_failure_at_the_start_costs_no_response(harness: AssetsHarn
     disk.failing = 2
     reader, writer = await harness.connect()
     writer.write(ask("2"))
-    await harness.until(lambda _: disk.reads > 0)
+    await eventually(lambda: disk.reads > 0)
     writer.write(ask("1"))
     head, body = await read_answer(reader)
     assert b"X-Data-Source: external" in head
@@ -409,7 +408,7 @@ async def test_a_response_by_the_framework_at_a_stop_is_the_last(tmp_path: Path,
         disk.free.clear()
         reader, writer = await asyncio.open_connection("127.0.0.1", harness.port, limit=64 * KIB)
         writer.write(ask("2"))
-        await harness.until(lambda _: disk.reads > 0)
+        await eventually(lambda: disk.reads > 0)
         closing = asyncio.create_task(stack.aclose())
         with contextlib.suppress(ConnectionError):
             while True:
@@ -433,7 +432,7 @@ async def test_an_object_being_sent_is_in_use(harness: AssetsHarness) -> None:
     assert removal.begin() is RemovalState.IN_USE
     removal.rename_to_trash()
     assert await reader.readexactly(LARGE) == harness.data["2"]
-    await harness.until(lambda running: running.open_files() == 0)
+    await eventually(lambda: harness.open_files() == 0)
     assert removal.begin() is RemovalState.READY
     removal.close()
 
@@ -463,6 +462,6 @@ async def test_answers_and_accesses_are_counted(harness: AssetsHarness) -> None:
     for object_id in ("1", "2", "1"):
         writer.write(ask(object_id))
         assert (await read_answer(reader))[1] == harness.data[object_id]
-    await harness.until(lambda _: counted("distributor_requests_total", **names) == before[0] + 3)
+    await eventually(lambda: counted("distributor_requests_total", **names) == before[0] + 3)
     assert counted("distributor_sent_bytes_total", source="local") == before[1] + LARGE + 20 * KIB
     assert counted("distributor_time_to_first_byte_seconds_count", cache="hit") == before[2] + 3

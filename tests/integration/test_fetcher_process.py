@@ -23,7 +23,8 @@ from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import FetchPhase
 from tests.end_to_end.stack import ServiceProcess, Stack
-from tests.integration.fetcher_harness import hash_of, until
+from tests.integration.fetcher_harness import hash_of
+from tests.waiting import eventually
 
 pytestmark = [pytest.mark.servers, pytest.mark.timeout(120)]
 
@@ -63,13 +64,13 @@ class Harness:
             reader.close()
             return grown >= size
 
-        await until(grown, seconds=20)
+        await eventually(grown, seconds=20)
 
     async def assert_stored(self) -> None:
         async def stored() -> bool:
             return (await self.state.usage()).objects == 1
 
-        await until(stored, seconds=20)
+        await eventually(stored, seconds=20)
         found = self.volume.open_object(OBJECT_ID)
         assert found is not None
         assert found.read(0, SIZE + 1) == DATA

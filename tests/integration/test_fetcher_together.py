@@ -17,8 +17,9 @@ from distributor_node.shared.domain.jobs import Done, Hopeless, JobOutcome, Look
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import FetchPhase, Granted, IndexEntry, Topic
-from tests.integration.fetcher_harness import LIMIT, OBJECT_ID, Harness, fetcher_harness, until
+from tests.integration.fetcher_harness import LIMIT, OBJECT_ID, Harness, fetcher_harness
 from tests.mounting import small_file_system
+from tests.waiting import eventually
 
 SIZE = 3 * 1024 * 1024 + 17
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)
@@ -68,7 +69,7 @@ async def test_a_job_resumes_where_the_worker_that_lost_its_delivery_failed(harn
     async def fetched() -> bool:
         return harness.stored() == DATA
 
-    await until(fetched, 15)
+    await eventually(fetched, 15)
     consuming.cancel()
     await asyncio.wait({consuming})
 
@@ -116,7 +117,7 @@ async def test_space_is_requested_and_waited_for(tmp_path: Path) -> None:
         async def wished() -> bool:
             return await harness.state.space_requested() == footprint(SIZE)
 
-        await until(wished)
+        await eventually(wished)
         await harness.state.release(begun.lease)
         async with asyncio.timeout(2):
             assert await running == Done("fetched")
@@ -187,7 +188,7 @@ async def test_a_dead_lettered_job_frees_its_space_and_its_failure_is_remembered
     async def given_up() -> bool:
         return (await queue.depth()).dead == 1
 
-    await until(given_up)
+    await eventually(given_up)
     consuming.cancel()
     await asyncio.wait({consuming})
     object_status = await harness.state.find(OBJECT_ID)

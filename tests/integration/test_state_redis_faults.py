@@ -33,6 +33,7 @@ from distributor_node.shared.ports.state_store import (
 )
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_relay import TcpRelay
+from tests.waiting import eventually
 
 LIMIT = 1_000_000
 TIMES = StateTimeouts(operation_timeout=0.4)
@@ -97,12 +98,14 @@ async def store(own_redis: RedisServer, redis_prefix: str) -> AsyncIterator[Redi
 
 
 async def until_it_answers(store: RedisStateStore) -> None:
-    async with asyncio.timeout(5):
-        while True:
-            try:
-                return await store.ping()
-            except StateStoreUnavailable:
-                await asyncio.sleep(0.05)
+    async def answers() -> bool:
+        try:
+            await store.ping()
+        except StateStoreUnavailable:
+            return False
+        return True
+
+    await eventually(answers)
 
 
 async def reconciled(store: RedisStateStore) -> Term:

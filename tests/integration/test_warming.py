@@ -16,6 +16,7 @@ from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import Warming, WarmingScope
 from distributor_node.shared.ports.state_store import Claim
 from tests.integration.assets_harness import LIMIT, AssetsHarness, assets_harness
+from tests.waiting import eventually
 
 ONE = WarmingScope(object_ids=(ObjectId("1"),))
 
@@ -65,13 +66,13 @@ async def test_finished_work_that_cannot_be_reported_is_reported_later(tmp_path:
         store.reports = 3
         began = time.monotonic()
         assert await store.start_warming(ONE) is not None
-        await harness.until(lambda _: store.reports == 0)
+        await eventually(lambda: store.reports == 0)
         assert time.monotonic() - began >= 2 * REPORT_INTERVAL
 
-        async def finished(harness: AssetsHarness) -> bool:
+        async def finished() -> bool:
             return await state_of(harness) == "finished"
 
-        await harness.until(finished)
+        await eventually(finished)
 
 
 async def test_without_the_state_store_nothing_counts_as_failed(tmp_path: Path) -> None:
@@ -81,18 +82,18 @@ async def test_without_the_state_store_nothing_counts_as_failed(tmp_path: Path) 
         store.claims = 2
         assert await store.start_warming(ONE) is not None
 
-        async def waits(_: AssetsHarness) -> bool:
+        async def waits() -> bool:
             warming = await store.warming()
             return warming is not None and (warming.state, warming.reason) == ("fetching", "away")
 
-        await harness.until(waits)
-        await harness.until(AssetsHarness.has_job)
+        await eventually(waits)
+        await eventually(harness.has_job)
         await (await harness.begin("1")).complete()
 
-        async def finished(harness: AssetsHarness) -> bool:
+        async def finished() -> bool:
             return await state_of(harness) == "finished"
 
-        await harness.until(finished)
+        await eventually(finished)
         warming = await store.warming()
         assert warming is not None
         assert (warming.done, warming.failed, warming.reason) == (1, 0, "")

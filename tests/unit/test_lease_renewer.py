@@ -13,6 +13,7 @@ from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import Granted, Lease
+from tests.waiting import DEFAULT_LIMIT
 
 OBJECT_ID = ObjectId.parse("7")
 TIMES = LeaseTimes(lease=0.4, renewal=0.05)
@@ -47,7 +48,7 @@ async def granted(store: UnreachableStore) -> LeaseRenewer:
 
 async def wait_for_renewal(store: UnreachableStore) -> None:
     store.renewed.clear()
-    async with asyncio.timeout(2):
+    async with asyncio.timeout(DEFAULT_LIMIT):
         await store.renewed.wait()
 
 

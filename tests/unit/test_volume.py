@@ -27,6 +27,7 @@ from distributor_node.shared.adapters.volume import (
 from distributor_node.shared.adapters.volume.layout import shard
 from distributor_node.shared.domain.errors import VolumeError, VolumeFull
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
+from tests.waiting import eventually
 
 BODY = bytes(range(256)) * 1000
 
@@ -469,12 +470,9 @@ async def test_volume_checks_see_the_current_volume(volume: Volume, tmp_path: Pa
     with capture_logs() as logs:
         watching = asyncio.create_task(watch_volume(volume, seconds=0.01))
         volume.root.rename(tmp_path / "former")
-        async with asyncio.timeout(10):
-            while not logs:  # noqa: ASYNC110 - a log has no events
-                await asyncio.sleep(0.01)
-            Volume(volume.root).prepare()
-            while len(logs) < 2:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await eventually(lambda: len(logs) == 1)
+        Volume(volume.root).prepare()
+        await eventually(lambda: len(logs) == 2)
         watching.cancel()
     assert [line["event"] for line in logs] == ["volume_unavailable", "volume_replaced"]
     assert volume.open_object(ObjectId("1")) is None
