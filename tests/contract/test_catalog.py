@@ -27,11 +27,11 @@ OBJECTS: list[DemoObject] = [
     bytes_object("3", b""),
 ]
 CANNOT_LIST = ("origin", "cached origin")
-LIMITS = CacheLimits(positive_ttl=60, negative_ttl=60, max_in_flight=2, wait=5)
+LIMITS = CacheLimits(positive_ttl=60, negative_ttl=60, max_in_flight=2, wait=30)
 
 
 def build(kind: str, node: StorageNode, directory: Path) -> Catalog:
-    origin = OriginCatalog(node.object_url("{id}"), timeout=5)
+    origin = OriginCatalog(node.object_url("{id}"), timeout=30)
     if kind == "manifest":
         path = directory / "manifest.yaml"
         path.write_text(manifest_text(OBJECTS, node.object_url("")))
@@ -50,7 +50,9 @@ async def opened(catalog: Catalog) -> AsyncIterator[Catalog]:
 
 async def build_joystream(kind: str, node: StorageNode, stack: AsyncExitStack) -> Catalog:
     squid = await stack.enter_async_context(TestSquid(OBJECTS, [node.url]).run())
-    joystream = JoystreamCatalog(squid.url, SquidLimits(list_batch=1, list_pause=0), refuse_private=False)
+    joystream = JoystreamCatalog(
+        squid.url, SquidLimits(timeout=30, list_timeout=30, list_batch=1, list_pause=0), refuse_private=False
+    )
     return joystream if kind == "joystream" else CachedCatalog(joystream, LIMITS)
 
 

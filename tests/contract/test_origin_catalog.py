@@ -27,7 +27,7 @@ async def node() -> AsyncIterator[StorageNode]:
 
 @pytest.fixture
 async def catalog(node: StorageNode) -> AsyncIterator[OriginCatalog]:
-    catalog = OriginCatalog(node.object_url("{id}"), timeout=0.5)
+    catalog = OriginCatalog(node.object_url("{id}"), timeout=20)
     await catalog.open()
     yield catalog
     await catalog.close()
@@ -88,7 +88,6 @@ async def test_absent(node: StorageNode, catalog: OriginCatalog, status: int, me
         Fault(status=503),
         Fault(status=403),
         Fault(status=429),
-        Fault(hang_before_headers=True),
         Fault(redirect_to="http://elsewhere.example/1"),
         Fault(redirect_to="//127.0.0.1:9/1"),
         Fault(redirect_to="/api/v1/files/1"),
@@ -101,6 +100,15 @@ async def test_no_usable_answer(node: StorageNode, catalog: OriginCatalog, fault
     node.faults.add(fault)
     with pytest.raises(CatalogUnavailable):
         await catalog.look_up(ONE)
+
+
+async def test_no_answer_in_time(node: StorageNode) -> None:
+    node.faults.add(Fault(hang_before_headers=True))
+    catalog = OriginCatalog(node.object_url("{id}"), timeout=0.3)
+    await catalog.open()
+    with pytest.raises(CatalogUnavailable):
+        await catalog.look_up(ONE)
+    await catalog.close()
 
 
 async def test_no_server(node: StorageNode) -> None:

@@ -34,7 +34,7 @@ class TestFind:
     async def test_leaves_an_expired_claim_unchanged(self, brief: Harness) -> None:
         await brief.store.claim(ONE, "api-1")
         before = await brief.dump()
-        await brief.advance_clock(0.35)
+        await brief.advance_clock(brief.times.claim_seconds + 0.05)
         assert await brief.phase(ONE) is None
         assert await brief.dump() == before
 

@@ -160,9 +160,9 @@ class TestLease:
     async def test_renewal_extends_the_lease_and_records_its_source(self, brief: Harness) -> None:
         await brief.reconciled()
         lease = await brief.begin_fetch(ONE, 100)
-        for _ in range(8):
+        for _ in range(6):
             assert await brief.store.renew(lease, "http://source-1/files/1")
-            await brief.advance_clock(0.05)
+            await brief.advance_clock(brief.times.lease_seconds / 4)
         assert await brief.store.renew(lease)
         fetch = (await brief.store.find(ONE)).fetch
         assert fetch is not None

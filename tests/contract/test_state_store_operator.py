@@ -187,7 +187,7 @@ class TestTokenIds:
         assert await harness.store.consume_token_id("b", time.time(), 60)
 
     async def test_expire(self, harness: Harness) -> None:
-        assert await harness.store.consume_token_id("a", time.time(), 0.2)
+        assert await harness.store.consume_token_id("a", time.time(), 1.0)
 
         async def forgotten() -> bool:
             return await harness.other.consume_token_id("a", time.time(), 60)

@@ -46,6 +46,8 @@ pytestmark = pytest.mark.timeout(180)
 
 WORKER = 7
 MAX_IN_FLIGHT = 16
+LOOKUP_TIMEOUT = 2.0
+"""Seconds that a request waits for the catalog by default."""
 ASSIGNMENTS = {
     "buckets": {"DISTRIBUTOR_BUCKETS": '["0:1"]'},
     "worker": {"DISTRIBUTOR_WORKER_ID": str(WORKER)},
@@ -125,7 +127,6 @@ async def test_a_thousand_heads_are_one_call(harness: JoystreamHarness) -> None:
     assert harness.squid.requests.count_for("1") == 1
 
 
-@pytest.mark.alone
 async def test_a_hanging_squid(harness: JoystreamHarness) -> None:
     cached, known = generated_object("1", MIB), generated_object("2", MIB)
     harness.publish([cached, known])
@@ -141,13 +142,13 @@ async def test_a_hanging_squid(harness: JoystreamHarness) -> None:
     await harness.squid.requests.wait_for(lambda requests: requests.in_flight > 0)
     hit = await get(harness.stack.url("1"))
     assert hit.headers["x-cache"] == "hit"
-    assert hit.took < 1
+    assert not asking.done()
     assert_whole(await get(harness.stack.url("2")), known)
     answers = await asking
     assert {answer.status for answer in answers} == {503}
     assert all("retry-after" in answer.headers for answer in answers)
-    assert max(answer.took for answer in answers) < 3
-    assert time.monotonic() - began < 6
+    one_after_another = len(ids) / MAX_IN_FLIGHT * LOOKUP_TIMEOUT
+    assert time.monotonic() - began < one_after_another / 2
     assert harness.squid.requests.max_in_flight <= MAX_IN_FLIGHT
     assert max(harness.squid.requests.count_for(object_id) for object_id in ids) <= 1
     harness.squid.faults = SquidFaults()

@@ -229,7 +229,7 @@ async def assets_harness(
     async with AsyncExitStack() as stack:
         stack.callback(volume.close)
         nodes = [await stack.enter_async_context(StorageNode([]).run()) for _ in range(2)]
-        limits = SourceLimits(connect_timeout=1, first_byte_timeout=1, stall_timeout=1, minimum_rate=1)
+        limits = SourceLimits(connect_timeout=2, first_byte_timeout=2, stall_timeout=2, minimum_rate=1)
         client = await stack.enter_async_context(SourceClient(limits))
         await state.open()
         stack.push_async_callback(state.close)
@@ -254,7 +254,7 @@ async def assets_harness(
         async with asyncio.TaskGroup() as group:
             group.create_task(serve_api(context, harness.stop, on_listening=on_listening))
             try:
-                await asyncio.wait_for(listening.wait(), 5)
+                await asyncio.wait_for(listening.wait(), 30)
                 yield harness
             finally:
                 for writer in harness.writers:

@@ -33,7 +33,7 @@ from distributor_node.shared.settings.model import Settings
 
 SIZE = 20_000
 LIMIT = 10 * footprint(SIZE)
-LEADERSHIP, RENEWAL = 2.0, 0.4
+LEADERSHIP, RENEWAL = 3.0, 0.4
 
 
 def body_of(name: str, size: int = SIZE) -> bytes:

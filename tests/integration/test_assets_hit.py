@@ -192,10 +192,12 @@ async def test_a_response_without_body_records_no_access(harness: AssetsHarness,
     await harness.context.accesses.flush()
     assert (await harness.context.state.read_accesses("", 10))[1] == []
     assert (await ask("GET")).body == harness.data[object_id]
-    async with asyncio.timeout(5):
-        while not _is_free(harness, object_id):
-            await ask_for_nothing()
-            await asyncio.sleep(0.1)
+
+    async def is_free() -> bool:
+        await ask_for_nothing()
+        return _is_free(harness, object_id)
+
+    await eventually(is_free, pause=0.1)
     await harness.context.accesses.flush()
     counted = (await harness.context.state.read_accesses("", 10))[1]
     assert [(access.object_id, access.views) for access in counted] == [(object_id, 1)]
@@ -216,7 +218,7 @@ async def test_a_client_that_leaves_leaves_nothing_open(tmp_path: Path) -> None:
 
 
 async def test_a_paused_client_is_kept_until_the_stall_limit(tmp_path: Path) -> None:
-    async with assets_harness(tmp_path, send_stall_limit=2.0) as harness:
+    async with assets_harness(tmp_path, send_stall_limit=4.0) as harness:
         data = harness.add("5", 40 * MIB)
         harness.store("5")
         reader, writer = await harness.connect()
@@ -224,7 +226,7 @@ async def test_a_paused_client_is_kept_until_the_stall_limit(tmp_path: Path) -> 
         await reader.readuntil(b"\r\n\r\n")
         received = bytearray()
         for _ in range(3):
-            await asyncio.sleep(1.2)
+            await asyncio.sleep(1.5)
             received += await reader.readexactly(4 * MIB)
         received += await reader.read(-1)
         assert received == data
@@ -269,7 +271,6 @@ async def test_a_request_on_an_idle_connection_at_a_stop_is_answered(
             await used.readuntil(b"\r\n\r\n")
             assert await used.readexactly(10_000) == harness.data["1"]
         (used, used_writer), (used_and_silent, _) = both_used
-        began = time.monotonic()
         harness.stop.set()
         await asyncio.sleep(0.2)  # the stop has begun: what is asked now may have been on its way
         for asking, answers in ((writer, reader), (used_writer, used)):
@@ -280,4 +281,3 @@ async def test_a_request_on_an_idle_connection_at_a_stop_is_answered(
             assert answer.endswith(harness.data["1"])
         assert await silent.read() == b""
         assert await used_and_silent.read() == b""
-        assert time.monotonic() - began < 5

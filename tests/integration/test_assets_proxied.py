@@ -45,12 +45,11 @@ async def test_a_miss_without_a_worker_is_proxied_and_its_job_goes_on(harness: A
 
 
 async def test_a_far_range_of_a_miss_is_proxied_at_once_and_starts_the_fetch(tmp_path: Path) -> None:
-    async with assets_harness(tmp_path, first_byte_wait=5, far_range_distance=1000) as harness:
+    async with assets_harness(tmp_path, first_byte_wait=3600, far_range_distance=1000) as harness:
         data = harness.add("1", SIZE)
         answer = await harness.get("1", {"Range": "bytes=-100"})
         assert (answer.status, answer.body) == (206, data[-100:])
         assert (answer.headers["x-cache"], answer.headers["x-data-source"]) == ("miss", "external")
-        assert answer.took < 2
         assert await harness.jobs() == 1
 
 
@@ -255,11 +254,10 @@ async def test_without_a_state_store_misses_are_proxied(tmp_path: Path) -> None:
 
 
 async def test_without_a_queue_misses_are_proxied_and_the_claim_is_released(tmp_path: Path) -> None:
-    async with assets_harness(tmp_path, queue_down=True, first_byte_wait=5) as harness:
+    async with assets_harness(tmp_path, queue_down=True, first_byte_wait=3600) as harness:
         data = harness.add("1", SIZE)
         answer = await harness.get("1")
         assert (answer.body, answer.headers["x-data-source"]) == (data, "external")
-        assert answer.took < 2
         assert await phase(harness, "1") is None
 
 

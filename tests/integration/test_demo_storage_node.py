@@ -33,13 +33,13 @@ async def node() -> AsyncIterator[StorageNode]:
 @pytest.fixture
 async def client(node: StorageNode) -> AsyncIterator[httpx.AsyncClient]:
     headers = {"Accept-Encoding": "identity"}
-    async with httpx.AsyncClient(base_url=node.api_url, headers=headers, timeout=5) as opened:
+    async with httpx.AsyncClient(base_url=node.api_url, headers=headers, timeout=20) as opened:
         yield opened
 
 
 async def raw(node: StorageNode, request: str) -> bytes:
     """Everything the node sends until it closes the connection."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(20):
         reader, writer = await asyncio.open_connection("127.0.0.1", node.port)
         writer.write(request.encode())
         answer = await reader.read()
@@ -140,7 +140,7 @@ async def test_an_idle_connection_is_closed() -> None:
         started = time.monotonic()
         answer = await raw(node, GET)
         assert body_of(answer) == b"abc"
-        assert 0.1 <= time.monotonic() - started < 2
+        assert time.monotonic() - started >= 0.1
 
 
 async def test_the_log_records_requests_and_sent_bytes(node: StorageNode, client: httpx.AsyncClient) -> None:
@@ -174,14 +174,14 @@ async def test_a_client_that_leaves_is_logged_as_aborted(
 
 
 async def test_latency_before_headers_and_body(node: StorageNode, client: httpx.AsyncClient) -> None:
-    node.faults.add(Fault(latency_before_headers=0.15, latency_before_body=0.2))
+    node.faults.add(Fault(latency_before_headers=0.15, latency_before_body=1.0))
     started = time.monotonic()
     async with client.stream("GET", "/files/7") as answer:
         headers_at = time.monotonic() - started
         body = b"".join([piece async for piece in answer.aiter_raw()])
     assert body == DATA
     assert headers_at >= 0.15
-    assert time.monotonic() - started - headers_at >= 0.19
+    assert time.monotonic() - started - headers_at >= 0.5
 
 
 async def test_a_rate_limit_is_smooth(node: StorageNode, client: httpx.AsyncClient) -> None:
@@ -192,16 +192,16 @@ async def test_a_rate_limit_is_smooth(node: StorageNode, client: httpx.AsyncClie
         async for piece in answer.aiter_raw():
             pieces.append(piece)  # noqa: PERF401  (each piece's size is the point)
     assert b"".join(pieces) == DATA
-    assert 0.4 <= time.monotonic() - started < 1.5
+    assert time.monotonic() - started >= 0.4
     assert max(len(piece) for piece in pieces) <= 40_000
 
 
 async def test_a_drip_begins_after_a_fast_start(node: StorageNode, client: httpx.AsyncClient) -> None:
     node.faults.add(Fault(drip_bytes_per_second=20, drip_after=90_000))
-    received = bytearray()
+    received, started = bytearray(), time.monotonic()
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(collect(client, received), 0.5)
-    assert 90_001 <= len(received) <= 90_015
+        await asyncio.wait_for(collect(client, received), 2)
+    assert 90_001 <= len(received) <= 90_001 + 20 * (time.monotonic() - started)
     assert received == DATA[: len(received)]
 
 
@@ -276,7 +276,7 @@ async def test_hanging_before_headers_ends_when_the_client_leaves(
 ) -> None:
     node.faults.add(Fault(hang_before_headers=True))
     with pytest.raises(httpx.ReadTimeout):
-        await client.get("/files/7", timeout=0.1)
+        await client.get("/files/7", timeout=0.5)
     await node.requests.wait_for(lambda log: log[0].finished)
     assert (node.requests[0].status, node.requests[0].aborted) == (None, True)
 
@@ -285,7 +285,7 @@ async def test_hanging_after_some_bytes(node: StorageNode, client: httpx.AsyncCl
     node.faults.add(Fault(hang_after=1234))
     received = bytearray()
     with pytest.raises(httpx.ReadTimeout):
-        await collect(client, received, timeout=0.1)
+        await collect(client, received, timeout=1)
     assert received == DATA[:1234]
 
 

@@ -313,10 +313,8 @@ async def test_an_emptied_redis_is_noticed_and_refilled(
         await harness.state.record_accesses([Access(ObjectId("one"), 9, time.time())])
         await asyncio.sleep(1.2)
         await own_redis.command("FLUSHALL")
-        emptied = time.monotonic()
         assert not await harness.reconciled()
         await eventually(harness.reconciled)
-        assert time.monotonic() - emptied < 2.5
         assert sorted(await harness.entries()) == ["one", "three", "two"]
         assert await harness.matches_volume()
         # The leader remembered what the store had lost

@@ -87,7 +87,7 @@ async def test_space_is_freed_immediately_when_a_worker_requests_it(harness: Evi
             return isinstance(await harness.state.begin(large, wanted, "worker-1"), Granted)
 
         await eventually(granted)
-        assert time.monotonic() - asked < 2.0
+        assert time.monotonic() - asked < 15, "before the next pass"
         assert not harness.has("o0")
         assert harness.has("o7")
 

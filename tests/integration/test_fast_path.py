@@ -135,7 +135,7 @@ def _in_progress() -> float:
 
 async def test_an_idle_connection_is_closed_after_fast_answers(tmp_path: Path) -> None:
     """Neither while a client asks in time, nor while a body is sent, however long that takes."""
-    async with assets_harness(tmp_path, keep_alive_timeout=0.6) as harness:
+    async with assets_harness(tmp_path, keep_alive_timeout=1.5) as harness:
         for object_id, size in (("1", 10 * KIB), ("2", LARGE)):
             harness.add(object_id, size)
             harness.store(object_id)
@@ -143,16 +143,16 @@ async def test_an_idle_connection_is_closed_after_fast_answers(tmp_path: Path) -
         for _ in range(4):
             writer.write(ask("1"))
             assert (await read_answer(reader))[1] == harness.data["1"]
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(0.5)
         writer.write(ask("2"))
         await reader.readuntil(b"\r\n\r\n")
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(2.0)
         assert await reader.readexactly(LARGE) == harness.data["2"]
         writer.write(ask("1"))
         assert (await read_answer(reader))[1] == harness.data["1"]
         began = time.monotonic()
         assert await reader.read() == b""
-        assert time.monotonic() - began > 0.5
+        assert time.monotonic() - began > 1.4
 
 
 async def test_a_stalled_client_is_disconnected_at_the_stall_limit(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ async def test_a_stopped_api_lets_a_long_body_end(tmp_path: Path, *, fast_lane: 
         assert await state.change_operator_state(
             operator_state.current.version, replace(operator_state.current, stopped=True)
         )
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(20):
             await operator_state.wait_until(lambda now: now.stopped)
         assert await reader.readexactly(LARGE) == harness.data["2"]
         writer.write(ask("1"))

@@ -107,7 +107,7 @@ async def test_a_live_writer_locks_others_out_of_its_file(harness: Harness) -> N
 
 
 async def test_space_is_requested_and_waited_for(tmp_path: Path) -> None:
-    async with fetcher_harness(tmp_path, [DATA], space_wait=5.0) as harness:
+    async with fetcher_harness(tmp_path, [DATA], space_wait=3600) as harness:
         other = ObjectId.parse("8")
         size = LIMIT - footprint(SIZE)
         begun = await harness.state.begin(other, size, "other")
@@ -119,7 +119,7 @@ async def test_space_is_requested_and_waited_for(tmp_path: Path) -> None:
 
         await eventually(wished)
         await harness.state.release(begun.lease)
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             assert await running == Done("fetched")
         assert await harness.state.space_requested() == 0
 

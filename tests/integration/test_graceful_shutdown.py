@@ -162,11 +162,11 @@ async def test_half_open_connections_are_waited_for(tmp_path: Path) -> None:
         port = listener.getsockname()[1]
         row = f"   1: 0100007F:{port:04X} 0100007F:D2E4 {{}} 00000000:00000000 01:00000064 00000000     0        0 0\n"
         table.write_text(TABLE_HEAD + row.format("03"))
-        waiting = asyncio.create_task(drain_accept_queue(listener, lambda: 0, 10, tables=[table]))
+        waiting = asyncio.create_task(drain_accept_queue(listener, lambda: 0, 3600, tables=[table]))
         assert not (await asyncio.wait({waiting}, timeout=0.3))[0]
         table.write_text(TABLE_HEAD + row.format("01"))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             await waiting
         table.write_text(TABLE_HEAD + row.format("03"))
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(20):
             await drain_accept_queue(listener, lambda: 0, 0.2, tables=[table])

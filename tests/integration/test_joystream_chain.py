@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -14,6 +13,7 @@ from distributor_node.services.demo.squid import TestChain, TestSquid
 from distributor_node.shared.adapters.catalogs.joystream import ChainHead
 from distributor_node.shared.domain.errors import CatalogUnavailable
 from distributor_node.shared.settings.model import Settings
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -30,18 +30,18 @@ class Clock:
 
 
 async def test_over_a_websocket(chain: TestChain) -> None:
-    head = ChainHead(chain.url, timeout=2)
+    head = ChainHead(chain.url, timeout=20)
     assert await head.head() == 4711
 
 
 async def test_over_http() -> None:
     async with TestSquid([]).run() as squid:
-        assert await ChainHead(squid.chain_url, timeout=2).head() == squid.height + 2
+        assert await ChainHead(squid.chain_url, timeout=20).head() == squid.height + 2
 
 
 async def test_it_is_polled_only_now_and_then(chain: TestChain) -> None:
     clock = Clock()
-    head = ChainHead(chain.url, timeout=2, ttl=10, clock=clock)
+    head = ChainHead(chain.url, timeout=20, ttl=10, clock=clock)
     assert set(await asyncio.gather(*(head.head() for _ in range(20)))) == {4711}
     chain.head = 4712
     for now, number, calls in [(9.9, 4711, 1), (10, 4712, 2)]:
@@ -53,21 +53,26 @@ async def test_an_unresponsive_squid_is_waited_for_once(chain: TestChain) -> Non
     clock = Clock()
     head = ChainHead(chain.url, timeout=0.2, clock=clock)
     chain.hang = True
-    started = time.monotonic()
     for _ in range(3):
         with pytest.raises(CatalogUnavailable):
             await head.head()
-    assert time.monotonic() - started < 1.5
     assert chain.calls == 1
     chain.hang = False
-    clock.now = 2.0
-    assert await head.head() == 4711
+
+    async def answers() -> bool:
+        clock.now += 2.0
+        try:
+            return await head.head() == 4711
+        except CatalogUnavailable:
+            return False
+
+    await eventually(answers)
 
 
 @pytest.mark.parametrize("scheme", ["http", "ws"])
 async def test_a_node_that_is_unreachable(scheme: str) -> None:
     with pytest.raises(CatalogUnavailable):
-        await ChainHead(f"{scheme}://127.0.0.1:1", timeout=2).head()
+        await ChainHead(f"{scheme}://127.0.0.1:1", timeout=20).head()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +97,7 @@ async def test_nonsense_is_no_head(message: str) -> None:
     async with serve(talk, "127.0.0.1", 0) as server:
         port = next(iter(server.sockets)).getsockname()[1]
         with pytest.raises(CatalogUnavailable):
-            await ChainHead(f"ws://127.0.0.1:{port}", timeout=2).head()
+            await ChainHead(f"ws://127.0.0.1:{port}", timeout=20).head()
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 100_000
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)
-LIMITS = SourceLimits(connect_timeout=2, first_byte_timeout=0.5, stall_timeout=0.5, minimum_rate=1)
+LIMITS = SourceLimits(connect_timeout=2, first_byte_timeout=1, stall_timeout=1, minimum_rate=1)
 GONE = "http://127.0.0.1:1/api/v1/files/7"
 
 

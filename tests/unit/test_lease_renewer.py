@@ -16,7 +16,7 @@ from distributor_node.shared.ports.state_store import Granted, Lease
 from tests.waiting import DEFAULT_LIMIT
 
 OBJECT_ID = ObjectId.parse("7")
-TIMES = LeaseTimes(lease=0.4, renewal=0.05)
+TIMES = LeaseTimes(lease=1.5, renewal=0.1)
 
 
 class UnreachableStore(MemoryStateStore):
@@ -61,7 +61,7 @@ async def test_a_renewed_lease_outlives_its_duration() -> None:
     store = UnreachableStore()
     renewer = await granted(store)
     async with renewer.running():
-        while store.renewals < 10:
+        while store.renewals < 2 * TIMES.lease / TIMES.renewal:
             await wait_for_renewal(store)
         assert renewer.is_valid
         await renewer.ensure_valid()
@@ -115,11 +115,10 @@ async def test_a_short_store_outage_is_survived() -> None:
 async def test_a_long_store_outage_ends_the_body_with_the_lease() -> None:
     store = UnreachableStore()
     renewer = await granted(store)
-    began_at = time.monotonic()
     store.reachable = False
     with pytest.raises(LeaseLost):
         await run_forever(renewer)
-    assert time.monotonic() - began_at < 2 * TIMES.lease
+    assert not renewer.is_valid
 
 
 async def test_after_a_long_pause_the_lease_is_renewed_before_anything_is_written() -> None:

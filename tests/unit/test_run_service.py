@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,7 +46,7 @@ def service(body: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def end(process: subprocess.Popen[bytes]) -> tuple[int, str, list[dict[str, Any]]]:
     """Exit code, what was printed, what was logged."""
-    printed, logged = process.communicate(timeout=20)
+    printed, logged = process.communicate(timeout=40)
     return process.returncode, printed.decode(), [json.loads(line) for line in logged.splitlines()]
 
 
@@ -105,14 +104,12 @@ def test_a_hanging_loop_is_terminated_from_outside() -> None:
     body = (
         "sys.modules['distributor_node.shared.runtime.run_service']._CLEANUP_GRACE = 0.2\n"
         "await scope.stop_requested.wait()\n"
-        "time.sleep(60)"
+        "time.sleep(3600)"
     )
-    started = time.monotonic()
     with service(body) as process:
         process.send_signal(signal.SIGTERM)
         code, _, _ = end(process)
     assert code == 1
-    assert time.monotonic() - started < 15
 
 
 @pytest.mark.parametrize("ending", ["return", "raise OSError('torn')", "scope.stop_requested.set()"])
