@@ -102,10 +102,10 @@ async def memory_harness(times: StateTimeouts, limit: int = LIMIT) -> AsyncItera
         await asyncio.sleep(0)
 
     async def dump() -> object:
-        return repr(store._tables)
+        return repr(store.tables)
 
     async def lose(part: str) -> None:
-        tables = store._tables
+        tables = store.tables
         if part == "usage":
             tables.used, tables.reserved, tables.churn, tables.reconciled = 0, 0, 0, False
         else:

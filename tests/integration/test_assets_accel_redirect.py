@@ -7,8 +7,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-from prometheus_client import REGISTRY
 
+from tests.counters import counted
 from tests.integration.assets_harness import MIB, AssetsHarness, assets_harness
 
 OFFER = {"X-Sendfile-Type": "X-Accel-Redirect"}
@@ -24,7 +24,7 @@ async def harness(tmp_path: Path) -> AsyncIterator[AssetsHarness]:
 
 
 def sent_locally() -> float:
-    return REGISTRY.get_sample_value("distributor_sent_bytes_total", {"source": "local"}) or 0.0
+    return counted("distributor_sent_bytes_total", source="local")
 
 
 async def test_an_accel_redirect_offer_is_used_with_all_headers_but_the_bodys(harness: AssetsHarness) -> None:

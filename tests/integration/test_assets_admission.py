@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from prometheus_client import REGISTRY
-
 from distributor_node.shared.domain.admission import VIEW_WINDOW
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import IndexEntry
+from tests.counters import counted
 from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness
 
 SIZE = MIB + 7
@@ -24,7 +23,7 @@ class Clock:
 
 
 def kept_out() -> float:
-    return REGISTRY.get_sample_value("distributor_admission_rejected_total") or 0.0
+    return counted("distributor_admission_rejected_total")
 
 
 async def fill(harness: AssetsHarness) -> None:

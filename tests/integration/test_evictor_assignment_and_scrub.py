@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
-from distributor_node.shared.observability.metrics import EVICTIONS, RECONCILED, SCRUBBED_OBJECTS
+from tests.counters import counted
 from tests.integration.evictor_harness import (
     SIZE,
     EvictorHarness,
@@ -49,30 +50,38 @@ async def test_unassigned_objects_are_removed(harness: EvictorHarness) -> None:
         assert await harness.used() == 3 * footprint(SIZE)
 
 
+def reconciled(result: str) -> float:
+    return counted("distributor_reconciled_total", result=result)
+
+
+def scrubbed() -> float:
+    return counted("distributor_scrubbed_objects_total", result="ok")
+
+
 @pytest.mark.parametrize("listed", [(), ("one",), ("others", "more")])
 async def test_an_implausible_list_drops_nothing(harness: EvictorHarness, listed: tuple[str, ...]) -> None:
     list_objects(harness, *NAMES)
-    before = RECONCILED.labels("assignment_rejected")._value.get()
+    before = reconciled("assignment_rejected")
     async with harness.evictor(duty_interval=0.05):
         await eventually(harness.reconciled)
         await harness.store(*NAMES)
         list_objects(harness, *listed)
-        await eventually(lambda: RECONCILED.labels("assignment_rejected")._value.get() >= before + 3)
+        await eventually(lambda: reconciled("assignment_rejected") >= before + 3)
         assert sorted(await harness.entries()) == sorted(NAMES)
 
 
 async def test_a_catalog_that_is_down_drops_nothing(harness: EvictorHarness) -> None:
     harness.catalog.down = True
-    before = RECONCILED.labels("assignment_unavailable")._value.get()
+    before = reconciled("assignment_unavailable")
     async with harness.evictor(duty_interval=0.05):
         await eventually(harness.reconciled)
         await harness.store(*NAMES)
-        await eventually(lambda: RECONCILED.labels("assignment_unavailable")._value.get() >= before + 2)
+        await eventually(lambda: reconciled("assignment_unavailable") >= before + 2)
         assert sorted(await harness.entries()) == sorted(NAMES)
 
 
 async def test_scrub_finds_corruption(harness: EvictorHarness) -> None:
-    corrupt = EVICTIONS.labels("corrupt")._value.get()
+    corrupt = counted("distributor_evictions_total", reason="corrupt")
     for name in NAMES:
         harness.put_file(name)
     path = harness.path_of("two")
@@ -89,15 +98,16 @@ async def test_scrub_finds_corruption(harness: EvictorHarness) -> None:
         await eventually(gone)
         await eventually(harness.matches_volume)
         assert not harness.has("two")
-    assert EVICTIONS.labels("corrupt")._value.get() == corrupt + 1
+    assert counted("distributor_evictions_total", reason="corrupt") == corrupt + 1
 
 
 async def test_scrub_keeps_its_rate_and_leaves_intact_objects(harness: EvictorHarness) -> None:
-    ok = SCRUBBED_OBJECTS.labels("ok")._value.get()
+    before, started = scrubbed(), time.monotonic()
     for name in NAMES:
         harness.put_file(name)
     async with harness.evictor(scrub_rate=2 * SIZE):
         await eventually(harness.reconciled)
-        await asyncio.sleep(1.2)
-        assert 1 <= SCRUBBED_OBJECTS.labels("ok")._value.get() - ok <= 3
+        await eventually(lambda: scrubbed() > before)
+        await asyncio.sleep(1)
+        assert scrubbed() - before <= 2 * (time.monotonic() - started) + 1
         assert len(await harness.entries()) == 4

@@ -141,7 +141,7 @@ async def test_an_object_stored_but_not_committed_is_not_copied_twice(harness: H
     assert harness.is_hit("4"), "the most used comes first"
     assert harness.left() == list(NAMES)
     (harness.assets / "4").write_bytes(b"?" * SIZE)  # to be seen if it were read again
-    rows = harness.state._tables.rows
+    rows = harness.state.tables.rows
     rows[ObjectId("4")] = replace(rows[ObjectId("4")], ends=0.0)  # its lease has run out
     assert await harness.copier.run() is None
     assert harness.left() == []

@@ -9,13 +9,13 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import REGISTRY
 
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import VolumeFull
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import Access, Granted
+from tests.counters import counted
 from tests.integration.evictor_harness import (
     LIMIT,
     SIZE,
@@ -236,7 +236,7 @@ async def test_an_object_whose_file_cannot_be_removed_does_not_stop_the_others(
 
 
 def sample(name: str) -> float:
-    return REGISTRY.get_sample_value(f"distributor_{name}") or 0.0
+    return counted(f"distributor_{name}")
 
 
 async def test_evictions_are_measured_and_refetches_noticed(harness: EvictorHarness) -> None:

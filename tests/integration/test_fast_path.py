@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY
 
 import distributor_node.services.api.fast_path.handler as building
 from distributor_node.shared.adapters.volume import RemovalState
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.objects import ObjectId
+from tests.counters import counted
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
 from tests.waiting import eventually
 
@@ -75,10 +75,6 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     head = await reader.readuntil(b"\r\n\r\n")
     length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
     return head, await reader.readexactly(length)
-
-
-def counted(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 async def test_requests_sent_ahead_are_answered_after_a_long_body(harness: AssetsHarness) -> None:

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from prometheus_client import REGISTRY
 
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import GeneratedContent, bytes_object
@@ -15,6 +14,7 @@ from distributor_node.shared.domain.jobs import Done, HandBack, TryLater
 from distributor_node.shared.domain.objects import MediaObject
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import FetchPhase
+from tests.counters import counted
 from tests.integration.fetcher_harness import OBJECT_ID, Harness, fetcher_harness
 
 SIZE = 3 * 1024 * 1024 + 17
@@ -41,10 +41,10 @@ async def assert_stored(harness: Harness, data: bytes = DATA) -> None:
 
 
 async def test_an_object_is_fetched_verified_and_committed(harness: Harness) -> None:
-    written = REGISTRY.get_sample_value("distributor_written_bytes_total") or 0.0
+    written = counted("distributor_written_bytes_total")
     assert await fetch(harness) == Done("fetched")
     await assert_stored(harness)
-    assert REGISTRY.get_sample_value("distributor_written_bytes_total") == written + SIZE
+    assert counted("distributor_written_bytes_total") == written + SIZE
 
 
 @pytest.mark.parametrize("data", [b"", b"x"])

@@ -81,7 +81,7 @@ async def test_a_lost_lease_ends_the_writing(harness: Harness) -> None:
     await harness.until_partial(100_000)
     fetch = (await harness.state.find(OBJECT_ID)).fetch
     assert fetch is not None
-    harness.state._tables.drop_fetch(OBJECT_ID)  # as a restarted state store would
+    harness.state.tables.drop_fetch(OBJECT_ID)  # as a restarted state store would
     outcome = await running
     assert isinstance(outcome, TryLater)
     assert "lease" in outcome.reason
@@ -148,7 +148,7 @@ async def test_an_uncacheable_object_is_dead_lettered(harness: Harness, size: in
 async def test_an_object_missing_from_the_index_is_reindexed(harness: Harness) -> None:
     await start(harness)
     before = await harness.state.usage()
-    harness.state._tables.drop_object(harness.state._tables.objects[OBJECT_ID])  # an emptied store
+    harness.state.tables.drop_object(harness.state.tables.objects[OBJECT_ID])  # an emptied store
     assert await start(harness) == Done("already cached")
     assert (await harness.state.usage()) == before
     assert len(harness.nodes[0].requests) == 1

@@ -36,6 +36,7 @@ from tests.end_to_end.client import Answer, exchange
 from tests.end_to_end.operator_client import OperatorClient
 from tests.servers.api_fixture import FakeAssets, RunningApi, running_api
 from tests.servers.operator_token import SECRET, sign
+from tests.servers.redis_server import RedisServer
 
 PINNED = OperatorStateSnapshot(
     OperatorState(version=3, stopped=True, shutdowns=2), frozenset({ObjectId("1")})
@@ -88,15 +89,15 @@ async def test_a_request_that_is_too_large_is_refused(tmp_path: Path) -> None:
         assert (await raw(operator.port, head)).status == 413
 
 
-async def test_without_the_state_store_there_is_no_operator_state(tmp_path: Path) -> None:
-    async with operated(tmp_path) as (api, operator):
-        down = RedisStateStore(
-            f"unix://{tmp_path}/none.sock", "test:", 1000, StateTimeouts(operation_timeout=0.3)
-        )
-        api.context.operator_state._store = down
+@pytest.mark.servers
+async def test_without_the_state_store_there_is_no_operator_state(
+    tmp_path: Path, own_redis: RedisServer
+) -> None:
+    servers = {"state_store": {"url": own_redis.url}, "job_queue": {"url": "amqp://127.0.0.1:1"}}
+    async with operated(tmp_path, **servers) as (_, operator):
+        own_redis.kill()
         answer = await operator.ask("POST", "stop-api")
         assert (answer.status, answer.headers["retry-after"]) == (503, "5")
-        await down.close()
 
 
 async def test_everything_is_a_conflict_once_the_node_shuts_down(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ async def test_a_stop_while_the_port_is_being_opened_takes_effect(tmp_path: Path
         )
         async with asyncio.timeout(10):
             await server.opening.wait()
-            operator_state._set_current(OperatorState(version=1, stopped=True))
+            assert await api.context.state.change_operator_state(0, OperatorState(version=1, stopped=True))
+            await operator_state.refresh()
             server.may_open.set()
             await server.closed.wait()
         assert not server.is_open

@@ -8,12 +8,12 @@ import uuid
 from collections.abc import AsyncIterator
 
 import pytest
-from prometheus_client import REGISTRY
 
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
 from distributor_node.shared.domain.errors import JobQueueUnavailable
 from distributor_node.shared.domain.jobs import Done, FetchJob, JobOutcome, RetryPlan, TryLater
 from tests.contract.queue_harness import consuming, make_job, wait_for_depth
+from tests.counters import counted
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.waiting import eventually
 
@@ -145,7 +145,7 @@ async def test_jobs_survive_a_killed_broker_and_consumption_resumes_when_it_is_b
 
 
 def failed_calls(operation: str) -> float:
-    return REGISTRY.get_sample_value("distributor_job_queue_errors_total", {"operation": operation}) or 0.0
+    return counted("distributor_job_queue_errors_total", operation=operation)
 
 
 async def test_without_a_broker_publishers_and_consumers_count_what_fails() -> None:

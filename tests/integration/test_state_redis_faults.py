@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY
 from redis.asyncio import Redis
 
 from distributor_node.shared.adapters.state_common import StateTimeouts
@@ -30,6 +29,7 @@ from distributor_node.shared.ports.state_store import (
     Term,
     Topic,
 )
+from tests.counters import counted
 from tests.servers.redis_server import RedisServer
 from tests.servers.tcp_relay import TcpRelay
 from tests.waiting import eventually
@@ -135,7 +135,7 @@ async def test_every_call_reports_a_stopped_server_as_unavailable(
 
 
 def failed_calls(operation: str) -> float:
-    return REGISTRY.get_sample_value("distributor_state_store_errors_total", {"operation": operation}) or 0.0
+    return counted("distributor_state_store_errors_total", operation=operation)
 
 
 async def test_failed_calls_are_counted_for_every_caller(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY
 
 from distributor_node.services.api.accesses import AccessCounter
 from distributor_node.services.api.fetch_events import FetchEvents
@@ -16,6 +15,7 @@ from distributor_node.shared.domain.admission import VIEW_WINDOW
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import Access, Announcement, Topic
+from tests.counters import counted
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 
@@ -104,7 +104,7 @@ async def test_accesses_that_cannot_be_flushed_at_the_end_are_counted_as_dropped
 
 
 def lost() -> float:
-    return REGISTRY.get_sample_value("distributor_dropped_accesses_total") or 0.0
+    return counted("distributor_dropped_accesses_total")
 
 
 async def test_waiters_are_woken_by_their_object_alone() -> None:

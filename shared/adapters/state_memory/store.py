@@ -469,6 +469,11 @@ class MemoryStateStore(MemoryOrders):
     def __init__(self, limit: int, timeouts: StateTimeouts, clock: Callable[[], float]) -> None:
         super().__init__(Tables(limit, timeouts, clock))
 
+    @property
+    def tables(self) -> Tables:
+        """All that the store holds, for tests that lose a part of it as a server would."""
+        return self._tables
+
     async def open(self) -> None:
         """Nothing to get ready."""
 
