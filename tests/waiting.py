@@ -13,8 +13,8 @@ from typing import TypeVar
 
 _T = TypeVar("_T")
 
-DEFAULT_LIMIT = 30.0
-"""Seconds; half of the time that one test may take by default."""
+DEFAULT_LIMIT = 60.0
+"""Seconds; a quarter of the time that one test may take by default."""
 
 
 async def eventually(

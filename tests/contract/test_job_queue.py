@@ -230,7 +230,7 @@ async def test_two_consumers_share_the_jobs(queue: JobQueue) -> None:
     both_have_one = asyncio.Barrier(2)
 
     async def meet(_: FetchJob) -> JobOutcome:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await both_have_one.wait()
         return Done()
 

@@ -127,7 +127,7 @@ async def test_different_catalogs_share_nothing(redis_url: str, redis_prefix: st
 async def test_an_unreachable_shared_cache_fails_in_time(redis_prefix: str) -> None:
     memory = RedisSharedCatalogCache("redis://127.0.0.1:1/0", redis_prefix, 0.5, "squid")
     await memory.open()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         with pytest.raises(StateStoreUnavailable):
             await memory.get_or_lock(ONE, "a", 50)
     await memory.close()

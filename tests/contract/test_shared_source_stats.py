@@ -151,7 +151,7 @@ async def test_two_processes_share_one_order(harness: Harness) -> None:
 async def test_an_unreachable_shared_store_loses_no_local_statistics(redis_prefix: str) -> None:
     memory = RedisSharedSourceStats("redis://127.0.0.1:1/0", redis_prefix, 0.5)
     registry = SourceHealthRegistry()
-    async with asyncio.timeout(20), SourceStatsSync(registry, memory, 3600) as stats_sync:
+    async with asyncio.timeout(60), SourceStatsSync(registry, memory, 3600) as stats_sync:
         with pytest.raises(StateStoreUnavailable):
             await memory.sync({}, [], 0.0)
         registry.record_failure("http://one.example:81/1")

@@ -88,14 +88,14 @@ class TestAccessLog:
 
 class TestAnnouncements:
     async def test_reach_the_other_processes(self, harness: Harness) -> None:
-        async with asyncio.timeout(20), harness.other.listen() as heard:
+        async with asyncio.timeout(60), harness.other.listen() as heard:
             assert await anext(heard) == Announcement(Topic.SETTINGS_CHANGED)
             await harness.store.announce(Announcement(Topic.SPACE_FREED))
             assert await anext(heard) == Announcement(Topic.SPACE_FREED)
 
     async def test_come_with_the_verbs(self, harness: Harness) -> None:
         term = await harness.reconciled()
-        async with asyncio.timeout(20), harness.other.listen() as heard:
+        async with asyncio.timeout(60), harness.other.listen() as heard:
             await anext(heard)
             await harness.store.request_space(ONE, 100, 60)
             assert await anext(heard) == Announcement(Topic.SPACE_REQUESTED, ONE)
@@ -110,7 +110,7 @@ class TestAnnouncements:
             assert await anext(heard) == Announcement(Topic.SPACE_FREED, ONE)
 
     async def test_a_slow_reader_loses_the_oldest_events(self, harness: Harness) -> None:
-        async with asyncio.timeout(20), harness.store.listen() as heard:
+        async with asyncio.timeout(60), harness.store.listen() as heard:
             for number in range(1500):
                 await harness.store.announce(Announcement(Topic.FETCH_CHANGED, str(number)))
             last = Announcement(Topic.FETCH_CHANGED, "1499")

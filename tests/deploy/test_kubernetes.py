@@ -206,7 +206,7 @@ def test_all_files_are_named_by_a_kustomization() -> None:
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
 def test_kustomize_renders_it() -> None:
     done = subprocess.run(
-        ["kubectl", "kustomize", str(FOLDER)], check=True, capture_output=True, text=True, timeout=60
+        ["kubectl", "kustomize", str(FOLDER)], check=True, capture_output=True, text=True, timeout=120
     )
     rendered = list(yaml.safe_load_all(done.stdout))
     assert {one["kind"] for one in rendered} >= {"Deployment", "ConfigMap", *CUSTOM}

@@ -31,7 +31,7 @@ class OperatorClient:
             f"{method} {url} HTTP/1.1\r\nHost: node\r\nConnection: close\r\nAuthorization: bearer {signed}\r\n"
             f"Content-Length: {len(raw)}\r\n\r\n"
         )
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             return await exchange("127.0.0.1", self.port, head.encode() + raw)
 
     async def command(self, path: str, body: Any = None) -> Any:
@@ -52,7 +52,7 @@ async def refuses_connections(port: int) -> bool:
     refused = 0
     for _ in range(10):
         try:
-            await get(f"http://127.0.0.1:{port}/healthz", timeout=5)
+            await get(f"http://127.0.0.1:{port}/healthz", timeout=30)
         except ConnectionRefusedError:
             refused += 1
     return refused == 10
@@ -61,7 +61,7 @@ async def refuses_connections(port: int) -> bool:
 async def accepts_connections(port: int) -> bool:
     """Asked ten times, it answers each time."""
     try:
-        answers = [await get(f"http://127.0.0.1:{port}/healthz", timeout=5) for _ in range(10)]
+        answers = [await get(f"http://127.0.0.1:{port}/healthz", timeout=30) for _ in range(10)]
     except OSError:
         return False
     return all(answer.status == 200 for answer in answers)

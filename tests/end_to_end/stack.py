@@ -21,7 +21,7 @@ from tests.end_to_end.client import Answer, get
 from tests.servers.redis_server import free_port
 from tests.waiting import eventually
 
-START_SECONDS = 30.0
+START_SECONDS = 90.0
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class ServiceProcess:
             if self.process.poll() is not None:
                 raise AssertionError(f"{self.name} ended: {self.tail()}")
             try:
-                if (await get(f"{self.health_url}/readyz", timeout=2)).status == 200:
+                if (await get(f"{self.health_url}/readyz", timeout=10)).status == 200:
                     return
             except (OSError, TimeoutError):
                 pass

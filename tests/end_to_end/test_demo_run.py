@@ -12,8 +12,6 @@ import pytest
 
 from tests.servers.redis_server import free_port
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.mark.parametrize("catalog", ["manifest", "joystream"])
 def test_a_demo_node_answers_as_it_says(tmp_path: Path, catalog: str) -> None:

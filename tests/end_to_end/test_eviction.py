@@ -28,8 +28,6 @@ from tests.end_to_end.conftest import Harness
 from tests.end_to_end.stack import ServiceProcess, Stack
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.timeout(180)
-
 LIMIT = 10 * MIB
 AN_HOUR_AGO = 3600.0
 PLAYERS_PAUSE = 3.5

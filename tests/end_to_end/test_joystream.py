@@ -42,8 +42,6 @@ __all__ = [
     "test_wrong_bytes_from_the_first_source_never_arrive_as_complete",
 ]
 
-pytestmark = pytest.mark.timeout(180)
-
 WORKER = 7
 MAX_IN_FLIGHT = 16
 LOOKUP_TIMEOUT = 2.0
@@ -188,7 +186,7 @@ async def test_warming_fetches_the_assignment(harness: JoystreamHarness, scope: 
     async def over() -> bool:
         return bool((await operator.query("warm"))["state"] == "finished")
 
-    await eventually(over, 60)
+    await eventually(over)
     # The list says that it holds what is not accepted yet; the look-up knows better.
     assert {**(await operator.query("warm")), "reason": ""} == {
         "state": "finished", "total": 6, "done": 5, "skipped": 1, "failed": 0, "reason": "",
@@ -197,7 +195,7 @@ async def test_warming_fetches_the_assignment(harness: JoystreamHarness, scope: 
         assert (await get(harness.stack.url(item.object_id), method="HEAD")).headers["x-cache"] == "hit"
     # A bucket that is not ours is asked about, and left alone.
     await operator.command("warm", {"bucket": "9:9"})
-    await eventually(over, 60)
+    await eventually(over)
     warmed = await operator.query("warm")
     assert (warmed["total"], warmed["skipped"]) == (1, 1)
 

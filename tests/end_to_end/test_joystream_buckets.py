@@ -21,7 +21,7 @@ __all__ = [
     "test_the_first_byte_arrives_while_the_source_is_still_sending",
 ]
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.parametrize("harness", ["buckets"], indirect=True)]
+pytestmark = [pytest.mark.parametrize("harness", ["buckets"], indirect=True)]
 
 
 async def test_the_storage_limit_is_not_exceeded_with_buckets(harness: JoystreamHarness) -> None:

@@ -24,8 +24,6 @@ from tests.end_to_end.stack import Stack
 from tests.end_to_end.test_one_get import assert_whole, body_of
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.timeout(180)
-
 COUNT = 200
 SIZE = 20_000
 HOUR_MS = 3_600_000

@@ -7,14 +7,10 @@ import hashlib
 import random
 import time
 
-import pytest
-
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
 from tests.end_to_end.client import Answer, get
 from tests.end_to_end.conftest import Harness
-
-pytestmark = pytest.mark.timeout(180)
 
 
 def body_of(item: DemoObject) -> bytes:

@@ -26,8 +26,6 @@ from tests.servers.operator_token import sign
 from tests.servers.redis_server import free_port
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.timeout(180)
-
 
 async def started(harness: Harness, *, workers: int = 2, **settings: str) -> OperatorClient:
     """A node with an operator; its storage limit leaves room for a few MiB of warming."""
@@ -131,7 +129,7 @@ async def test_stop_closes_the_public_port_in_all_workers_and_start_opens_it_aga
     head = await reader.readuntil(b"\r\n\r\n")
     assert b" 200 " in head
     await operator.command("stop-api")
-    await eventually(lambda: refuses_connections(port), 10)
+    await eventually(lambda: refuses_connections(port))
     assert await reader.readexactly(item.size) == item.content.read(0, item.size)
     writer.close()
     # Killed workers come back, and stay closed.
@@ -142,7 +140,7 @@ async def test_stop_closes_the_public_port_in_all_workers_and_start_opens_it_aga
     await eventually(lambda: all_listen(operator, 2))
     assert await refuses_connections(port)
     await operator.command("start-api")
-    await eventually(lambda: accepts_connections(port), 10)
+    await eventually(lambda: accepts_connections(port))
     assert (await get(harness.stack.url("1"), method="HEAD")).headers["x-cache"] == "hit"
     assert len(harness.first.requests.of("1", "GET")) == 1
 
@@ -156,14 +154,14 @@ async def test_the_assignment_is_effective_in_every_process_and_survives_restart
         return await buckets_everywhere(harness) == {'{"bucketIds": ["5:5"]}'}
 
     await operator.command("set-buckets", {"buckets": ["5:5"]})
-    await eventually(moved, 10)
+    await eventually(moved)
     assert (await get(harness.stack.url("1"), method="HEAD")).status == 421
     assert (await operator.command("set-worker", {"workerId": 7}))["workerId"] == 7
 
     async def known() -> bool:
         return all([(await harness.stack.status()).get("workerId") == 7 for _ in range(10)])
 
-    await eventually(known, 10)
+    await eventually(known)
     await killed_and_started_again(harness)
     assert await moved()
     assert await known()
@@ -177,7 +175,7 @@ async def test_the_assignment_is_effective_in_every_process_and_survives_restart
     async def by_worker() -> bool:
         return await buckets_everywhere(harness) == {'{"allByWorkerId": 7}'}
 
-    await eventually(by_worker, 10)
+    await eventually(by_worker)
 
 
 async def test_one_dead_worker_costs_nothing(harness: Harness) -> None:
@@ -197,7 +195,7 @@ async def test_shutdown_ends_all_processes_with_code_0(harness: Harness) -> None
     assert (await operator.command("shutdown"))["shuttingDown"]
     [api] = harness.stack.of("api")
     assert api.process is not None
-    assert await asyncio.to_thread(api.process.wait, 20) == 0
+    assert await asyncio.to_thread(api.process.wait, 60) == 0
     assert not [process for process in workers if Path(f"/proc/{process}").exists()]
     # It is no lasting order: started again, it serves.
     api.start()
@@ -222,12 +220,12 @@ async def test_an_emptied_state_store_gets_the_operator_state_back(harness: Harn
         return bool((await operator.command("unpin", {"ids": ["9"]}))["pinned"] == 1)
 
     assert (await operator.query("orders"))["buckets"] == ["0:1", "5:5"]
-    await eventually(restored, 10)
+    await eventually(restored)
 
     async def back_everywhere() -> bool:
         return await buckets_everywhere(harness) == {'{"bucketIds": ["0:1", "5:5"]}'}
 
-    await eventually(back_everywhere, 10)
+    await eventually(back_everywhere)
 
 
 async def test_purge_lets_readers_finish_and_objects_be_fetched_again(harness: Harness) -> None:
@@ -281,7 +279,7 @@ async def test_warm_fetches_the_assignment_within_space_and_evicts_nothing(harne
     async def over() -> bool:
         return bool((await operator.query("warm"))["state"] == "finished")
 
-    await eventually(over, 60)
+    await eventually(over)
     warming = await operator.query("warm")
     # Low watermark 9 MiB, records included: 12 is there, seven more fit below it.
     assert (warming["total"], warming["failed"]) == (12, 0)

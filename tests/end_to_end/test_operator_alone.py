@@ -23,8 +23,6 @@ from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 async def alone(tmp_path: Path) -> AsyncIterator[tuple[Harness, OperatorClient]]:
@@ -60,7 +58,7 @@ async def command(
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=120,
     )
 
 
@@ -108,14 +106,14 @@ async def test_operator_state_survives_sigkill(alone: tuple[Harness, OperatorCli
     async def answers() -> bool:
         return (await command(operator, "orders")).returncode == 0
 
-    await eventually(answers, 30)
+    await eventually(answers)
     assert await refuses_connections(harness.stack.port)
     await ordered(operator, "start-api")
     await node.healthy()
     assert (await command(operator, "start-api")).stderr == ("distributor: 409 The public API runs already\n")
     assert (await ordered(operator, "shutdown"))["shuttingDown"]
     assert node.process is not None
-    assert await asyncio.to_thread(node.process.wait, 20) == 0
+    assert await asyncio.to_thread(node.process.wait, 60) == 0
 
 
 async def test_warm_with_a_progress_bar_then_list_and_purge(alone: tuple[Harness, OperatorClient]) -> None:

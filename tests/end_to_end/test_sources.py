@@ -20,7 +20,7 @@ from tests.end_to_end.stack import Stack
 from tests.end_to_end.test_one_get import assert_whole
 from tests.waiting import eventually
 
-pytestmark = [pytest.mark.timeout(180), pytest.mark.alone]
+pytestmark = pytest.mark.alone
 
 PROBE_SECONDS = 1.0
 SHARE_SECONDS = 0.2

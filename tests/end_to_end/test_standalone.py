@@ -16,8 +16,6 @@ from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
 from tests.end_to_end.stack import Stack
 
-pytestmark = pytest.mark.timeout(120)
-
 
 @pytest.fixture
 async def alone(tmp_path: Path) -> AsyncIterator[Harness]:
@@ -74,7 +72,7 @@ async def test_ctrl_c_is_a_clean_stop(alone: Harness) -> None:
     await node.healthy()
     node.send(signal.SIGINT)
     assert node.process is not None
-    assert await asyncio.to_thread(node.process.wait, 20) == 0
+    assert await asyncio.to_thread(node.process.wait, 60) == 0
     assert "Traceback" not in node.tail()
 
 
@@ -83,7 +81,7 @@ async def test_a_second_node_on_the_same_volume_is_refused(alone: Harness) -> No
     await alone.stack.add("standalone").healthy()
     second = alone.stack.add("standalone", DISTRIBUTOR_PUBLIC_API__PORT="0")
     assert second.process is not None
-    assert await asyncio.to_thread(second.process.wait, 20) == 2
+    assert await asyncio.to_thread(second.process.wait, 60) == 2
     assert "in use by another standalone node" in second.tail()
 
 

@@ -167,7 +167,7 @@ class AssetsHarness:
         self, object_id: str, headers: Mapping[str, str] | None = None, *, method: str = "GET"
     ) -> Answer:
         url = f"http://127.0.0.1:{self.port}/api/v1/assets/{object_id}"
-        return await get(url, headers, method=method, timeout=20)
+        return await get(url, headers, method=method, timeout=60)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A raw connection; it ends with the harness at the latest."""

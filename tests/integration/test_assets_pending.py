@@ -39,12 +39,12 @@ class Client:
         return self.head
 
     async def take(self, length: int) -> bytes:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             return await self.reader.readexactly(length)
 
     async def rest(self) -> bytes:
         """Everything until the connection ends."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             return await self.reader.read(-1)
 
     async def silent(self, seconds: float = 0.2) -> bool:

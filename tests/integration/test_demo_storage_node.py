@@ -39,7 +39,7 @@ async def client(node: StorageNode) -> AsyncIterator[httpx.AsyncClient]:
 
 async def raw(node: StorageNode, request: str) -> bytes:
     """Everything the node sends until it closes the connection."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         reader, writer = await asyncio.open_connection("127.0.0.1", node.port)
         writer.write(request.encode())
         answer = await reader.read()

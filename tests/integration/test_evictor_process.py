@@ -19,7 +19,7 @@ from tests.integration.evictor_harness import LIMIT, EvictorHarness, evictor_har
 from tests.servers.redis_server import free_port
 from tests.waiting import eventually
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(60)]
+pytestmark = pytest.mark.servers
 
 Where = tuple[str, str]
 
@@ -55,7 +55,7 @@ async def start(harness: EvictorHarness, where: Where, port: int) -> asyncio.sub
 
 def ask(port: int, path: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=2) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=10) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, ""
@@ -79,7 +79,7 @@ async def test_a_standby_takes_over_from_a_killed_leader(
     processes = [await start(harness, (redis_url, redis_prefix), port) for port in ports]
     try:
         for port in ports:
-            await eventually(partial(ready, port), 20.0)
+            await eventually(partial(ready, port))
         await eventually(harness.reconciled)
         leader = 0 if await leads(ports[0]) else 1
         standby = 1 - leader

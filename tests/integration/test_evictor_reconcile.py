@@ -335,12 +335,12 @@ async def test_an_emptied_redis_is_filled_with_every_file_while_the_scrub_reads(
             harness.volume.scan_objects()
         )  # a scan that stays in one directory, as a scrub does at a large file
         async with harness.evictor_of(settings):
-            await eventually(harness.reconciled, 20.0)
+            await eventually(harness.reconciled)
             for _ in range(3):
                 next(standing)
                 await own_redis.command("FLUSHALL")
                 assert not await harness.reconciled()
-                await eventually(harness.reconciled, 20.0)
+                await eventually(harness.reconciled)
                 assert (await harness.state.usage()).objects == len(names)
 
 
@@ -361,7 +361,7 @@ async def test_a_redis_that_restarts_empty_is_filled_again(
             except StateStoreUnavailable:
                 return False
 
-        await eventually(filled, 20.0)
+        await eventually(filled)
         assert await harness.used() <= LIMIT
 
 

@@ -192,7 +192,7 @@ async def test_a_removal_whose_reply_was_lost_is_finished_later(tmp_path: Path) 
                 entries = await harness.entries()
                 return len(entries) <= 5 and not any(entry.evicting for entry in entries.values())
 
-            await eventually(nothing_half_done, 15.0)
+            await eventually(nothing_half_done)
             await eventually(harness.matches_volume)
 
 

@@ -180,7 +180,7 @@ async def test_a_stopped_api_lets_a_long_body_end(tmp_path: Path, *, fast_lane: 
         assert await state.change_operator_state(
             operator_state.current.version, replace(operator_state.current, stopped=True)
         )
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await operator_state.wait_until(lambda now: now.stopped)
         assert await reader.readexactly(LARGE) == harness.data["2"]
         writer.write(ask("1"))

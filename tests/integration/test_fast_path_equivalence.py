@@ -217,7 +217,7 @@ def conversations(draw: st.DrawFn) -> list[bytes]:
     return [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @settings(max_examples=2000, deadline=None, suppress_health_check=[*HealthCheck])
 @given(conversation=conversations(), object_id=st.sampled_from([*SIZES]))
 def test_both_paths_respond_alike(nodes: NodePair, conversation: list[bytes], object_id: str) -> None:
@@ -237,7 +237,7 @@ def test_the_fast_path_is_used(nodes: NodePair) -> None:
     assert nodes.prepared() == before + 3
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 @settings(max_examples=200, deadline=None, suppress_health_check=[*HealthCheck])
 @given(conversation=conversations(), object_id=st.sampled_from([*SIZES]))
 def test_both_paths_respond_alike_from_a_cold_disk(

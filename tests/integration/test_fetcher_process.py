@@ -26,7 +26,7 @@ from tests.end_to_end.stack import ServiceProcess, Stack
 from tests.integration.fetcher_harness import hash_of
 from tests.waiting import eventually
 
-pytestmark = [pytest.mark.servers, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.servers
 
 OBJECT_ID = ObjectId.parse("7")
 SIZE = 4 * 1024 * 1024

@@ -33,7 +33,7 @@ def runner(request: pytest.FixtureRequest) -> Iterator[asyncio.Runner]:
 def ask_once(port: int) -> str:
     """`answered`, `refused`, or what went wrong after the connection was made."""
     with socket.socket() as client:
-        client.settimeout(20)
+        client.settimeout(60)
         try:
             client.connect(("127.0.0.1", port))
             client.sendall(ASK)
@@ -165,8 +165,8 @@ async def test_half_open_connections_are_waited_for(tmp_path: Path) -> None:
         waiting = asyncio.create_task(drain_accept_queue(listener, lambda: 0, 3600, tables=[table]))
         assert not (await asyncio.wait({waiting}, timeout=0.3))[0]
         table.write_text(TABLE_HEAD + row.format("01"))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await waiting
         table.write_text(TABLE_HEAD + row.format("03"))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await drain_accept_queue(listener, lambda: 0, 0.2, tables=[table])

@@ -56,7 +56,7 @@ async def operated(tmp_path: Path, **changes: Any) -> AsyncIterator[tuple[Runnin
 
 
 async def raw(port: int, request: bytes) -> Answer:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         return await exchange("127.0.0.1", port, request)
 
 

@@ -38,7 +38,7 @@ async def test_a_stop_while_the_port_is_being_opened_takes_effect(tmp_path: Path
         controller_task = asyncio.create_task(
             OperatorStateController(api.context, server, 0).run(asyncio.Event())
         )
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await server.opening.wait()
             assert await api.context.state.change_operator_state(0, OperatorState(version=1, stopped=True))
             await operator_state.refresh()

@@ -61,7 +61,7 @@ class RunningApi:
     context: ApiContext
     server: PublicServer
 
-    async def ask(self, data: bytes, seconds: float = 5.0) -> bytes:
+    async def ask(self, data: bytes, seconds: float = 60.0) -> bytes:
         """Send bytes on a new connection; all that comes until the server closes it."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
         try:

@@ -43,7 +43,7 @@ async def queue_prefix(amqp_url: str, retry_plan: RetryPlan) -> AsyncIterator[st
     """Unique to the test; the queues of that name are deleted after it."""
     prefix = f"test-{uuid.uuid4().hex[:12]}"
     yield prefix
-    async with await aio_pika.connect(amqp_url, timeout=5) as connection, connection.channel() as channel:
+    async with await aio_pika.connect(amqp_url, timeout=60) as connection, connection.channel() as channel:
         for name in Topology(prefix, retry_plan).names:
             await channel.queue_delete(name)
 

@@ -20,7 +20,7 @@ from typing import Self
 
 MISSING = "rabbitmq-server not found: apt-get install rabbitmq-server (Debian), or `make servers`"
 
-_START_SECONDS = 40.0
+_START_SECONDS = 120.0
 _STOP_SECONDS = 20.0
 _PATTERNS = (
     "/usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin",
@@ -111,7 +111,7 @@ class RabbitServer:
         """Run rabbitmqctl (takes seconds); returns what it prints."""
         command = [str(_scripts() / "rabbitmqctl"), "--quiet", "--node", self._node, *words]
         done = subprocess.run(
-            command, env=self._environment(), capture_output=True, text=True, timeout=60, check=False
+            command, env=self._environment(), capture_output=True, text=True, timeout=120, check=False
         )
         if done.returncode != 0:
             raise RuntimeError(f"rabbitmqctl {words[0]} failed: {done.stderr[-2000:]}")
@@ -138,7 +138,7 @@ class RabbitServer:
     def answers(self) -> bool:
         """True if the broker takes up an AMQP 0-9-1 handshake."""
         try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=10) as connection:
                 connection.sendall(b"AMQP\x00\x00\x09\x01")
                 return connection.recv(1) == b"\x01"
         except OSError:

@@ -112,7 +112,7 @@ async def test_waiters_are_woken_by_their_object_alone() -> None:
     fetch_events = FetchEvents(store)
     listener = asyncio.create_task(fetch_events.run())
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             # The listener greets with a wake-up for everybody.
             await fetch_events.wait(TWO, 60)
             woken = asyncio.create_task(fetch_events.wait(ONE, 60))

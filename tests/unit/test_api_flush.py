@@ -47,7 +47,7 @@ async def test_open_connections_and_other_ports_are_not() -> None:
         accepted, _ = server.accept()
         with accepted:
             accepted.send(b"not taken")
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 assert await wait_until_flushed(server.getsockname()[1], 600)
                 assert await wait_until_flushed(other.getsockname()[1], 600)
             assert client.recv(20) == b"not taken"

@@ -204,7 +204,7 @@ async def test_a_lookup_waits_for_slot_and_answer_within_a_bound(
 ) -> None:
     inner.answering.clear()
     waiting = [catalog.look_up(ObjectId(str(number))) for number in range(1, 6)]
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         found = await asyncio.gather(*waiting, return_exceptions=True)
     assert all(isinstance(outcome, CatalogUnavailable) for outcome in found)
     assert inner.max_in_flight == 2

@@ -91,6 +91,6 @@ async def test_a_claim_whose_job_cannot_be_published_is_released(state: SlowStor
     claim, start = await starter.start(WANTED, "r-1")
     assert claim is not None
     assert claim.won
-    await asyncio.wait_for(start.publish_failed.wait(), 20)
+    await asyncio.wait_for(start.publish_failed.wait(), 60)
     await starter.close()
     assert await phase(state) is None
