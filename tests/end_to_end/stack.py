@@ -73,7 +73,7 @@ class ServiceProcess:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait(10)
 
-    async def stop(self, timeout: float = 30.0) -> int:
+    async def stop(self, timeout: float = 90.0) -> int:
         """SIGTERM; the exit code."""
         assert self.process is not None
         self.send(signal.SIGTERM)
@@ -150,7 +150,7 @@ class Stack:
     async def status(self) -> Any:
         return (await get(f"http://127.0.0.1:{self.port}/api/v1/status")).json()
 
-    async def until_hit(self, object_id: str, timeout: float = 30.0) -> Answer:
+    async def until_hit(self, object_id: str, timeout: float = 90.0) -> Answer:
         """Ask by HEAD until the object is cached."""
         deadline = time.monotonic() + timeout
         while True:
@@ -171,7 +171,7 @@ class Stack:
                     continue
         return total
 
-    async def until_on_volume(self, size: int, timeout: float = 30.0) -> None:
+    async def until_on_volume(self, size: int, timeout: float = 90.0) -> None:
         """Return when the volume holds at least `size` bytes."""
         await eventually(lambda: self.bytes_on_volume() >= size, timeout, pause=0.02)
 

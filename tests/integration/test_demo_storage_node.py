@@ -51,7 +51,7 @@ async def raw(node: StorageNode, request: str) -> bytes:
 GET = "GET /api/v1/files/7 HTTP/1.1\r\nHost: a\r\n\r\n"
 
 
-async def collect(client: httpx.AsyncClient, received: bytearray, timeout: float = 5) -> None:
+async def collect(client: httpx.AsyncClient, received: bytearray, timeout: float = 60) -> None:
     """Add the body of object 7 to `received` as it arrives."""
     async with client.stream("GET", "/files/7", timeout=timeout) as answer:
         async for piece in answer.aiter_raw():

@@ -1,19 +1,82 @@
-"""The house around the code: make targets, pins, installation scripts, what a terminal's Ctrl-C does."""
+"""The repository: imports, words, the wheel, make targets, pins, installation scripts, Ctrl-C in a terminal."""
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+FOLDERS = ("benchmarks", "deploy", "services", "shared", "tests")
+WORDS = "whoever|nobody|anybody|somebody|anew|meanwhile|nought"
+LINES_ALLOWED = 20
+"""Lines below which the words may occur: the name of a user, a quotation."""
+
+
+def modules_imported(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+
+
+def test_code_is_imported_by_its_installed_name() -> None:
+    """`services` and `shared` are folders of the checkout, and no packages."""
+    files = [file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")]
+    assert len(files) > 100
+    wrong = [
+        f"{file.relative_to(ROOT)}: {module}"
+        for file in files
+        for module in modules_imported(file)
+        if module.split(".")[0] in ("services", "shared")
+    ]
+    assert wrong == []
+
+
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs git and a checkout"
+)
+def test_the_text_is_plain_english() -> None:
+    done = subprocess.run(
+        ["git", "grep", "-iwnE", WORDS], cwd=ROOT, check=False, capture_output=True, text=True
+    )
+    found = done.stdout.splitlines()
+    assert len(found) < LINES_ALLOWED, "\n".join(found)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="needs setuptools")
+def test_the_wheel_installs_one_package(tmp_path: Path) -> None:
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("services", "shared", "distributor_node"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(wheels)!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", build], cwd=source, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (wheel,) = wheels.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"distributor_node"}
+    assert "distributor_node/services/api/main.py" in names
+    assert "distributor_node/shared/adapters/state_redis/scripts/claim.lua" in names
 
 
 @pytest.mark.parametrize("name", ["runtime", "development"])
