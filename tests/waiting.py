@@ -14,7 +14,7 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 DEFAULT_LIMIT = 60.0
-"""Seconds; a quarter of the time that one test may take by default."""
+"""Seconds; a fifth of the time that one test may take by default."""
 
 
 async def eventually(

@@ -38,11 +38,10 @@ PLAYERS_PAUSE = 3.5
 async def test_a_video_being_watched_outlives_a_flood_of_thumbnails(
     harness: Harness, min_idle: str, outlives: bool
 ) -> None:
-    """Two minutes of peace are eight seconds here. To the policy the video is the least of all objects; its player
-    pauses so long between two ranges that no API process holds it any more, so nothing but its accesses keeps it:
-    with a `min_idle` shorter than the pause it goes."""
+    """The video has the lowest priority of all objects. Its player pauses between two ranges until no API process
+    holds the file, so only `min_idle` protects it: the video is evicted if `min_idle` is shorter than the pause."""
     video = generated_object("1", 12 * MIB)
-    thumbnails = [generated_object(str(number), MIB // 4) for number in range(2, 150)]
+    thumbnails = [generated_object(str(number), MIB // 4) for number in range(2, 150 if outlives else 800)]
     harness.publish([video, *thumbnails])
     harness.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"] = "40M"
     harness.stack.environment["DISTRIBUTOR_EVICTOR__MIN_IDLE"] = min_idle
@@ -63,14 +62,16 @@ async def test_a_video_being_watched_outlives_a_flood_of_thumbnails(
         for thumbnail in thumbnails:
             assert (await get(harness.stack.url(thumbnail.object_id))).complete
             await asyncio.sleep(0.15)
+            if set(seen) - {"hit"}:
+                break
         over.set()
 
     async with asyncio.TaskGroup() as group:
         group.create_task(watch())
         group.create_task(flood())
-    assert len(seen) > 5
     assert (set(seen) == {"hit"}) == outlives
     if outlives:
+        assert len(seen) > 5
         heads = [await get(harness.stack.url(name), method="HEAD") for name in ("1", "2")]
         assert [head.headers["x-cache"] for head in heads] == ["hit", "miss"]
 
@@ -159,14 +160,15 @@ async def a_node(folder: Path, redis_url: str, **settings: str) -> AsyncIterator
     stack.environment |= {
         "DISTRIBUTOR_STORAGE__LIMIT": str(LIMIT),
         "DISTRIBUTOR_STORAGE__HIGH_WATERMARK": "1",
-        "DISTRIBUTOR_EVICTOR__LEADERSHIP": "2",
-        "DISTRIBUTOR_EVICTOR__LEADERSHIP_RENEWAL": "0.5",
+        "DISTRIBUTOR_EVICTOR__LEADERSHIP": "8",
+        "DISTRIBUTOR_EVICTOR__LEADERSHIP_RENEWAL": "1",
+        "DISTRIBUTOR_STATE_STORE__OPERATION_TIMEOUT": "5",
         "DISTRIBUTOR_EVICTOR__DUTY_INTERVAL": "9999",
         "DISTRIBUTOR_EVICTOR__SCRUB_RATE": "0",  # what it reads is in use, and passed over
         "DISTRIBUTOR_LOG__LEVEL": "debug",
         **settings,
     }
-    state = RedisStateStore(redis_url, prefix + ":", LIMIT, StateTimeouts(operation_timeout=5.0))
+    state = RedisStateStore(redis_url, prefix + ":", LIMIT, StateTimeouts(operation_timeout=20.0))
     await state.open()
     volume = Volume(stack.volume)
     volume.prepare()
