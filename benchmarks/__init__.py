@@ -1,1 +1,1 @@
-"""Measurements: run by `make bench` and its like."""
+"""Benchmarks: run by `make bench`, `make bench-scale` and `make bench-policies`."""

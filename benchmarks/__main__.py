@@ -1,4 +1,4 @@
-"""`make bench`: the node beside nginx (and varnish, where it is installed), on the same objects, on this machine."""
+"""`make bench`: the node beside nginx (and varnish, if installed), on the same objects and machine."""
 
 from __future__ import annotations
 

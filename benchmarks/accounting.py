@@ -1,4 +1,4 @@
-"""What processes have cost: CPU time and memory, from /proc (proc(5))."""
+"""CPU time and memory of processes, from /proc (proc(5))."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of all contenders once they hold the objects."""
+"""The requests of each case, sent to all contenders once they hold the objects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A lean client for what wrk cannot do: HEAD, each object exactly once, and the time of the first body byte."""
+"""A lean client for what wrk cannot do: HEAD, each object exactly once, the time of the first body byte."""
 
 from __future__ import annotations
 

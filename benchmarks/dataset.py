@@ -1,4 +1,4 @@
-"""The objects that all contenders serve, and how they get onto a volume without being fetched."""
+"""The objects that all contenders serve, and how to store them on a volume without a fetch."""
 
 from __future__ import annotations
 

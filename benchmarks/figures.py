@@ -1,4 +1,4 @@
-"""What was measured, and what it comes to: medians, and ratios taken pair by pair within a round."""
+"""Measurements and what follows from them: medians, and ratios taken pair by pair within a round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the figures should reach, as data, and whether they do."""
+"""Goals for the measurements, as data, and their verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contenders that hold all objects, measured in turn, round by round."""
+"""Measures hits: all contenders hold all objects and are measured in turn, round by round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Load by wrk, which draws requests at random from a list; its figures as JSON from its own `done` hook."""
+"""Load by wrk, which draws requests at random from a list and reports as JSON from its own `done` hook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the figures come from: the machine, and the versions of all that took part."""
+"""The machine and the versions that a result was measured with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is not cached yet: the first byte and the last, and a crowd that wants one object."""
+"""Measures misses: the first byte, the last byte, and many clients for one object."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MISS_CASES = {
 
 @dataclass(frozen=True, slots=True)
 class UnusedObjects:
-    """Objects that nobody has asked for yet, each handed out once."""
+    """Objects that have not been requested yet. Each is returned once."""
 
     ids: Iterator[str]
 
@@ -73,7 +73,7 @@ class MissBench:
         for number in range(-1, samples):
             for name, url in rotated(urls, number):
                 object_id = unused.take()
-                os.sync()  # nobody waits for what the one before has written
+                os.sync()  # so that a case does not pay for the writes of the one before
                 timing = fetch_once(url + object_id)
                 figures = {"first_byte_ms": timing.first_byte * 1e3, "total_ms": timing.total * 1e3}
                 if number >= 0:
@@ -105,7 +105,7 @@ class MissBench:
 
 
 def forget_requests(origin: Origin) -> None:
-    """The source's log begins anew."""
+    """Clear the source's log."""
     urllib.request.urlopen(urllib.request.Request(origin.log_url, method="DELETE"), timeout=10).close()
 
 

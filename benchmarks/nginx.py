@@ -1,4 +1,4 @@
-"""nginx as it should be set up for media: the configuration of both of its contenders."""
+"""nginx configured for media, for both of its contenders."""
 
 from __future__ import annotations
 

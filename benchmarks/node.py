@@ -1,4 +1,4 @@
-"""Our node as real processes around one volume, one Redis and one RabbitMQ."""
+"""Our node as real processes on one volume, one Redis and one RabbitMQ."""
 
 from __future__ import annotations
 

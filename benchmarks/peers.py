@@ -1,4 +1,4 @@
-"""The contenders: each serves the same objects below `url`, as processes of its own."""
+"""The contenders: each serves the same objects below `url`, as separate processes."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ async def fill_store(url: str, count: int) -> float:
     try:
         term = await state.lead("benchmark", 3600)
         if term is None:
-            raise RuntimeError("somebody else leads in this Redis")
+            raise RuntimeError("cannot lead: another evictor holds the leadership in this Redis")
         remaining = entries(count, 0, Random(2), EPOCH)
         while batch := [as_index_entry(entry) for entry in islice(remaining, ADOPTION_BATCH)]:
             await state.adopt_many(term, batch)

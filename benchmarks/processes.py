@@ -1,4 +1,4 @@
-"""Processes that belong to one run: on free ports, with logs in its folder, and gone when it is."""
+"""Processes of one run: on free ports, with logs in its folder, killed at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures as Markdown, as JSON, and as a picture."""
+"""Writes results as Markdown, JSON and SVG."""
 
 from __future__ import annotations
 

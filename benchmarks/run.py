@@ -1,4 +1,4 @@
-"""One whole run: everything started, every chosen case measured, everything stopped."""
+"""One run: starts everything, measures the chosen cases, stops everything."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Scale:
     def __init__(self, count: int, folder: Path, log: Callable[[str], None]) -> None:
         self._count, self._folder, self._log = count, folder, log
         limit = count * footprint(SIZE)
-        origin = "http://127.0.0.1:9/{id}"  # the discard port: nobody answers
+        origin = "http://127.0.0.1:9/{id}"  # the discard port: no server answers
         self._node = Node(
             folder,
             folder / "none",

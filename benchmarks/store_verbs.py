@@ -1,4 +1,4 @@
-"""The state store's verbs on a Redis that is full already, and how fast an evictor at work empties it."""
+"""Rates of state store calls on a full Redis, and how fast a working evictor frees space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast fetchers fetch, beside `curl` writing the same objects from the same source."""
+"""Throughput of fetchers, beside `curl` writing the same objects from the same source."""
 
 from __future__ import annotations
 

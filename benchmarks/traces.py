@@ -32,7 +32,7 @@ class Kind:
     """`share` of all views. Sizes are log-normal: `median` bytes, `sigma` of the logarithm, cut at least and most.
 
     Popularity is Zipf-like among as many objects that there are `views_per_object` views for each; `strays` is the
-    share of views that go to objects nobody else views (old uploads, crawlers).
+    share of views of objects that are viewed only once (old uploads, crawlers).
     """
 
     name: str

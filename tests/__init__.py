@@ -1,1 +1,1 @@
-"""The specification, executable."""
+"""Tests: unit, contract, integration, end to end, deployment files, Docker and chaos."""

@@ -1,4 +1,4 @@
-"""File systems of a test's own."""
+"""File systems that a test mounts for itself."""
 
 from __future__ import annotations
 

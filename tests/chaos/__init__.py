@@ -1,1 +1,1 @@
-"""The node under faults: real processes on real servers, hurt on purpose, with clients that check every byte."""
+"""The node under faults: real processes on real servers, with clients that check every byte."""

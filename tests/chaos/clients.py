@@ -1,4 +1,4 @@
-"""A pool of clients that asks for everything in every way and checks each answer against what it must be."""
+"""A pool of clients that requests objects in every way and checks each response byte by byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured, one JSON line each, for docs/reliability.md."""
+"""Results of the chaos tests, one JSON line each, for docs/reliability.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole node with a relay in every line: to Redis, to RabbitMQ and to each of two storage nodes."""
+"""A whole node with a TCP relay in front of Redis, RabbitMQ and each of two storage nodes."""
 
 from __future__ import annotations
 

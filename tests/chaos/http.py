@@ -1,4 +1,4 @@
-"""Asking for many objects, and what the logs say came of it."""
+"""Requests for many objects, and the events that the services log about them."""
 
 from __future__ import annotations
 

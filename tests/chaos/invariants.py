@@ -1,4 +1,4 @@
-"""What must be true once everything has come to rest."""
+"""Checks that hold once the node has nothing left to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long hits take while something else breaks."""
+"""Latency of hits while a fault is injected elsewhere."""
 
 from __future__ import annotations
 

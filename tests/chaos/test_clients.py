@@ -1,4 +1,5 @@
-"""Clients that leave, dawdle, flood and babble: others are unaffected, and what they took is given back."""
+"""Clients that disconnect, read slowly, flood or send garbage: other clients are unaffected, resources are
+released."""
 
 from __future__ import annotations
 
@@ -32,8 +33,8 @@ DESCRIPTOR_SLACK = 40
 
 @asynccontextmanager
 async def assert_no_leaks(chaos: ChaosHarness, name: str, *, slack: int = 64 * MIB) -> AsyncIterator[None]:
-    """Others are served meanwhile; descriptors of the API return to where they were, memory to within `slack` (what an
-    allocator keeps for the next time)."""
+    """Other clients are served. Afterwards the API has as many descriptors as before, and at most `slack` bytes more
+    memory, which its allocator keeps."""
     await chaos.up([*SMALL, *LARGE], 400 * MIB)
     await cache_all(chaos, SMALL)
     await cache_all(chaos, LARGE[:1])

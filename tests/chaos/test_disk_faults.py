@@ -1,4 +1,4 @@
-"""A volume that is full, read-only, gone, tampered with: the node goes on, and serves only what is right."""
+"""A volume that is full, read-only, missing or tampered with: the node keeps running and serves correct bytes only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Poison on the queue, two evictors, lost leadership, clocks that jump: nothing is done twice, nothing is torn."""
+"""Poison messages, two evictors, lost leadership, clocks that jump: nothing happens twice."""
 
 from __future__ import annotations
 

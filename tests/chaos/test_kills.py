@@ -1,4 +1,4 @@
-"""`kill -9` of each service at random points under load: no wrong byte, no byte too many, nothing left behind."""
+"""`kill -9` of each service at random points under load: no corrupt byte, limit kept, nothing left behind."""
 
 from __future__ import annotations
 

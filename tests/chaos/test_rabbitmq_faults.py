@@ -1,4 +1,4 @@
-"""RabbitMQ restarts, stands still, loses the queue, blocks publishers: misses are proxied, work goes on."""
+"""RabbitMQ restarts, freezes, loses the queue or blocks publishers: misses are proxied, then fetched again."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ async def test_a_download_longer_than_the_consumer_timeout_ends_once(
         ]
         assert lost, "the broker never lost patience: nothing was tried"
         assert completed_downloads(chaos) == {"1": 1}
-        assert len(downloads) == 1, "one download, whoever delivered what again"
+        assert len(downloads) == 1, "one download, whatever was delivered again"
         record_result(
             "consumer_timeout", download_seconds=took, consumer_timeout=3, deliveries_lost=len(lost), failed=0
         )

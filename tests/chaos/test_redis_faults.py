@@ -1,4 +1,4 @@
-"""Redis restarts, forgets, stands still, is full, is slow: hits do not notice, misses are proxied."""
+"""Redis restarts, loses data, freezes, is full or slow: hits are unaffected, misses are proxied."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sources that hang, cut, lie, drip or speak no TLS: another takes over, or the client is told so clearly."""
+"""Sources that hang, cut, corrupt, drip or fail in TLS: another source takes over, or the client gets an error."""
 
 from __future__ import annotations
 

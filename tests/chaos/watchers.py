@@ -1,4 +1,4 @@
-"""What is looked at while things break: bytes on the volume, descriptors and memory of processes, and their logs."""
+"""Monitors during faults: bytes on the volume, descriptors and memory of processes, their logs."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What every adapter of a port must do."""
+"""Contract tests: one suite per port, run against every adapter."""

@@ -1,4 +1,4 @@
-"""What the job queues' tests have in common: jobs, and a consumer that notes what it sees."""
+"""Jobs, and a consumer that records what it receives, for the tests of the job queues."""
 
 from __future__ import annotations
 

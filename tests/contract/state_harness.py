@@ -1,4 +1,4 @@
-"""A state store to test, whichever adapter it is, and a way to let time pass for it."""
+"""A state store under test, of either adapter, and a way to advance its clock."""
 
 from __future__ import annotations
 

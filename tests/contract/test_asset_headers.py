@@ -1,4 +1,4 @@
-"""The headers of asset answers that clients in the field rely on, case by case."""
+"""Headers of asset responses that existing clients rely on, case by case."""
 
 from __future__ import annotations
 

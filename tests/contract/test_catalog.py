@@ -1,4 +1,4 @@
-"""What every catalog promises, run against each of them, in front of one real server."""
+"""The contract of the catalog port, for every adapter, in front of one real server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every job queue promises."""
+"""The contract of the job queue port, for every adapter."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The served OpenAPI document and the server say the same. Assets have a file of their own."""
+"""The public server and its OpenAPI document agree. Assets are tested in test_openapi_assets.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operator API's document and its server say the same."""
+"""The operator server and its OpenAPI document agree."""
 
 from __future__ import annotations
 

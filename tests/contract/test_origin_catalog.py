@@ -1,4 +1,4 @@
-"""The origin catalog copes with servers as they are."""
+"""The origin catalog with servers that omit, refuse or redirect."""
 
 from __future__ import annotations
 

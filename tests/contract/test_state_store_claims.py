@@ -1,4 +1,4 @@
-"""Looking, claiming, queueing, withdrawing: the requests' side of the state store, for both adapters."""
+"""The state store as the API uses it: find, claim, queue, release. For both adapters."""
 
 from __future__ import annotations
 

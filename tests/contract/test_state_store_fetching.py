@@ -1,4 +1,4 @@
-"""Leases and reservations: the fetchers' side of the state store, for both adapters."""
+"""The state store as fetchers use it: leases and reservations. For both adapters."""
 
 from __future__ import annotations
 

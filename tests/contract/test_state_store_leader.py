@@ -1,4 +1,4 @@
-"""Leadership, eviction, adoption: the evictor's side of the state store, for both adapters."""
+"""The state store as the evictor uses it: leadership, eviction, adoption. For both adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wishes, lists, the access log and announcements of the state store, for both adapters."""
+"""Space requests, lists, the access log and announcements of the state store. For both adapters."""
 
 from __future__ import annotations
 

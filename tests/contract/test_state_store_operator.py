@@ -1,4 +1,4 @@
-"""The operator's part of the state store: orders, pins, purges, warming, tokens."""
+"""The state store as the operator API uses it: operator state, pins, purges, warming, tokens. For both adapters."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def test_monitoring_ports_are_local_only() -> None:
 
 
 def test_redis_refuses_before_it_is_killed() -> None:
-    """While it rewrites its log, what is written meanwhile is in memory twice; maxmemory does not count that."""
+    """Writes during a rewrite of its log are in memory twice, which maxmemory does not count."""
     data, memory = (size_of(DEFAULTS[name]) for name in ("REDIS_MAX_DATA", "REDIS_MEMORY"))
     assert 2 * data < memory
     assert '--save ""' in SERVICES["redis"]["command"][-1]

@@ -132,7 +132,7 @@ class ComposeStack:
 
 
 def run(*command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """A command in the project's directory; settings of whoever runs the tests do not reach the compose file."""
+    """Run a command in the project's directory. The environment of the caller does not reach the compose file."""
     kept = (
         "PATH",
         "HOME",

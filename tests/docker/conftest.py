@@ -1,4 +1,4 @@
-"""One stack for all tests here: it takes half a minute to start."""
+"""One Compose stack for all tests of this folder: it takes half a minute to start."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     manifest = folder / "manifest.yaml"
     manifest.write_text(manifest_text(demo_objects(demo / "media"), "http://demo:3390/api/v1/files/"))
     settings = folder / "settings.env"
-    # On a busy machine a fetch may begin late; what is looked at here are answers that follow it. Nobody waits until an
-    # object has been idle for long enough to be evicted.
+    # On a busy machine a fetch may begin late. These tests look at the answers that follow it. The short `min_idle`
+    # saves a wait until objects can be evicted.
     settings.write_text("DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT=10\nDISTRIBUTOR_EVICTOR__MIN_IDLE=2\n")
     stack = ComposeStack(
         folder,

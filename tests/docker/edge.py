@@ -1,4 +1,4 @@
-"""Requests that must be answered alike by the API and by the edge in front of it."""
+"""Requests that the API and the edge in front of it must answer alike."""
 
 from __future__ import annotations
 

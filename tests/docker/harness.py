@@ -1,4 +1,4 @@
-"""The stack, its storage node, and what clients do."""
+"""The Compose stack, its storage node, and clients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TIMED_OUT, _TIMEOUT = -1, 90.0
 LARGE_OBJECTS, LARGE_SIZE = ("200", "201", "202"), 40 * 1024**2
 """Together with the demo's own more than the volume may hold."""
 KILLED, GROWING, ENDLESS, RELOADED = "210", "211", "212", "213"
-"""Objects of LARGE_SIZE that nobody has asked for when the test begins that needs it so."""
+"""Objects of LARGE_SIZE that have not been requested when the test begins that needs them."""
 
 
 @dataclass(slots=True)
@@ -131,7 +131,7 @@ class Traffic:
     slowest: float = 0.0
     refused: int = 0
     longest_gap: float = 0.0
-    """Seconds between two answers: how long nobody was there."""
+    """Longest time in seconds between two answers."""
     _answered_at: float = field(default_factory=time.monotonic)
     _over: asyncio.Event = field(default_factory=asyncio.Event)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)

@@ -1,4 +1,5 @@
-"""What runs, as whom, and what is inside. (The files here run in the order of their names, on one stack.)"""
+"""Users, contents and limits of the containers. The files of this folder run in the order of their names, on one
+stack."""
 
 from __future__ import annotations
 

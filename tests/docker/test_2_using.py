@@ -1,4 +1,4 @@
-"""What clients see through the published port, and how fetchers share the work."""
+"""Responses through the published port, and how fetchers share the jobs."""
 
 from __future__ import annotations
 

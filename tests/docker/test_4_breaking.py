@@ -1,4 +1,4 @@
-"""Containers that are killed, restarted and taken down while clients are there."""
+"""Containers are killed, restarted and removed while clients send requests."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def test_a_server_is_restarted_during_traffic(harness: Harness, service: s
         back = time.monotonic()
         last = misses[-1]
         answers[last] = await get(harness.stack.url(last), timeout=60)
-        # By itself: what was asked for meanwhile may be cached when it is asked for again.
+        # An object of its own: one that was requested during the outage may be cached by now.
         await _fetched_again(harness, last, 30)
         recovered = time.monotonic() - back
     assert hits.failures == []

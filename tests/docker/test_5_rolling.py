@@ -1,4 +1,4 @@
-"""`docker compose up` with a changed setting, while clients are there."""
+"""`docker compose up` with a changed setting while clients send requests."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def own_address(harness: Harness) -> str:
 
 
 async def test_a_changed_setting_costs_no_request(harness: Harness) -> None:
-    """With the edge in front nobody notices. Without it whoever is refused and asks once more is answered. Asked
-    without Docker's forwarder, which lets clients in before it knows whether the container will, the container answers
+    """With the edge in front no client notices. Without it a client that is refused succeeds at its next attempt.
+    Docker's forwarder accepts connections before the container does. Without the forwarder, the container answers
     every connection that it has not refused."""
     await harness.cached(["1"])
     before = replaced(harness)
@@ -60,7 +60,7 @@ async def test_a_changed_setting_costs_no_request(harness: Harness) -> None:
         await asyncio.sleep(1)
     NOTES.append(
         f"API replaced: edge: {edge.asked} requests, slowest {edge.slowest:.1f} s; "
-        f"without it nobody there for {watch.longest_gap:.1f} s, {direct.refused} of {direct.asked} asked twice; "
+        f"without it no answer for {watch.longest_gap:.1f} s, {direct.refused} of {direct.asked} asked twice; "
         f"{inside.asked} connections to the container itself until it refused, "
         f"{len(inside.failures)} of them closed unanswered"
     )

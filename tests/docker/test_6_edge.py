@@ -1,4 +1,4 @@
-"""nginx in front: what it lets through, what it keeps, and that nobody can tell the difference."""
+"""nginx in front: what it forwards, what it keeps, and that its responses equal those of the API."""
 
 from __future__ import annotations
 

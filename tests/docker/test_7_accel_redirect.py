@@ -1,4 +1,4 @@
-"""The edge again, now with hits that it sends by itself from the volume."""
+"""The edge sends hits from the volume by itself (X-Accel-Redirect)."""
 
 from __future__ import annotations
 

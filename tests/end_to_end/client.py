@@ -1,5 +1,5 @@
-"""A small HTTP/1.1 client for tests: sends exactly what it is told, sees exactly what comes back, and is fast enough
-to be fifty clients at once."""
+"""A small HTTP/1.1 client for tests: full control of what is sent, full view of what is received, fast enough for
+fifty clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An operator of a running node."""
+"""A client of the operator API of a running node."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class OperatorClient:
 
 
 async def refuses_connections(port: int) -> bool:
-    """Nobody listens, asked ten times: several processes may share the port."""
+    """Whether ten connections in a row are refused: several processes may share the port."""
     refused = 0
     for _ in range(10):
         try:
@@ -59,7 +59,7 @@ async def refuses_connections(port: int) -> bool:
 
 
 async def accepts_connections(port: int) -> bool:
-    """Asked ten times, it answers each time."""
+    """Whether ten requests in a row are answered."""
     try:
         answers = [await get(f"http://127.0.0.1:{port}/healthz", timeout=30) for _ in range(10)]
     except OSError:

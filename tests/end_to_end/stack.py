@@ -1,4 +1,4 @@
-"""The whole node as real processes on real servers, to be used, killed and looked into."""
+"""A whole node as real processes on real servers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make run`: the demo's node, on either catalog."""
+"""`make run`: the demo node, on either catalog."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is evicted, and in which order, with real processes on real servers."""
+"""Which objects are evicted and in which order, with real processes on real servers."""
 
 from __future__ import annotations
 

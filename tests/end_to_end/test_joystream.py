@@ -1,4 +1,4 @@
-"""A node on the joystream catalog, in bucket and in worker mode: the scenarios of any node, and a squid in trouble."""
+"""A node on the joystream catalog, in bucket and in worker mode, also while the squid fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scenarios of any node that have nothing to do with the assignment's mode, on the joystream catalog by buckets."""
+"""Scenarios that do not depend on the mode of the assignment, on the joystream catalog by buckets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An existing node's directories and configuration, and ours started on them."""
+"""Directories and configuration of an existing node, taken over by ours."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ async def test_an_import_killed_midway_continues_at_the_next_start(harness: Harn
 async def test_files_of_the_wrong_size_are_not_served(harness: Harness) -> None:
     harness.leave_behind(10)
     (harness.data / "3").write_bytes(b"cut short")
-    (harness.data / "notes.txt").write_text("somebody's")
+    (harness.data / "notes.txt").write_text("not an object")
     harness.import_config()
     await harness.stack.up()
     wrong = harness.objects[2]

@@ -1,4 +1,4 @@
-"""An operator with the console command, at a standalone node: no servers, so the volume keeps the orders."""
+"""The console command against a standalone node: the volume keeps the operator state."""
 
 from __future__ import annotations
 
@@ -150,9 +150,9 @@ async def test_warm_with_a_progress_bar_then_list_and_purge(alone: tuple[Harness
 async def test_errors_are_reported_in_words(alone: tuple[Harness, OperatorClient], tmp_path: Path) -> None:
     harness, operator = alone
     harness.publish([generated_object("1", 1000)])
-    nobody = await command(operator, "orders")
-    assert (nobody.returncode, nobody.stdout) == (1, "")
-    assert "cannot be asked" in nobody.stderr
+    stopped = await command(operator, "orders")
+    assert (stopped.returncode, stopped.stdout) == (1, "")
+    assert "cannot be asked" in stopped.stderr
     await harness.stack.add("standalone").healthy()
     wrong = await command(operator, "orders", DISTRIBUTOR_OPERATOR_API__SECRET="x" * 32)
     assert (wrong.returncode, wrong.stderr) == (1, "distributor: 401 Not authorised\n")

@@ -1,4 +1,4 @@
-"""What `distributor replay` says of the node's own log, beside what the node's metrics said of the same traffic."""
+"""`distributor replay` on the node's own log agrees with the node's metrics for the same traffic."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def watch(port: int, waiting: deque[View], began: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """Ratios, by whoever told them."""
+    """Ratios, by their origin."""
 
     objects: float
     sources: float

@@ -1,4 +1,4 @@
-"""In which order real processes ask the storage nodes, and how soon that changes."""
+"""The order in which real processes use storage nodes, and how fast it adapts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One process, no servers: it keeps what it cached, however it ends."""
+"""A standalone node keeps its cached objects however its process ends."""
 
 from __future__ import annotations
 

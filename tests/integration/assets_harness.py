@@ -1,4 +1,4 @@
-"""An API process on a real port, with storage nodes that do as they are told and fetches that a test drives by hand."""
+"""An API process on a real port, with scripted storage nodes and fetches that a test drives by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A volume, a state store and evictors over them, as the tests of the evictor need them."""
+"""A volume, a state store and evictors, for the tests of the evictor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A fetcher's surroundings: a real volume, storage nodes that misbehave on command, a state store in memory."""
+"""A real volume, scripted storage nodes and a state store in memory, for the tests of the fetcher."""
 
 from __future__ import annotations
 

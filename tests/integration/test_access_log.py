@@ -1,4 +1,4 @@
-"""The log's line for an answer: the same from both paths, with the object's size whatever part of it was asked for."""
+"""The access log record is the same from both paths, with the size of the object whatever range was requested."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frame of the API on a real port: odd requests, methods, time limits, ends."""
+"""The API on a real port: malformed requests, methods, time limits, shutdown."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_odd_requests(
 
 
 def assert_nothing_failed(capfd: pytest.CaptureFixture[str]) -> None:
-    """Logs that nobody has configured go to standard output; Sanic's own, and Python's, to the other."""
+    """Unconfigured structlog writes to standard output, Sanic and Python to standard error."""
     for written in capfd.readouterr():
         assert "Traceback" not in written
         assert "request_failed" not in written

@@ -1,4 +1,4 @@
-"""Hits whose bytes nginx sends: what is handed over, what is not, and that it counts as any other hit."""
+"""Hits that nginx sends (X-Accel-Redirect): which ones are, and that they count as hits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Second-hit admission as clients meet it: what is kept out is answered all the same."""
+"""Second-hit admission: objects that are not admitted are proxied."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""API and fetcher together, in one process: what clients see while an object is fetched for real."""
+"""API and fetcher in one process: responses while an object is fetched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Complete objects: answered from the volume alone, byte for byte."""
+"""Hits: answered from the volume alone, byte for byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objects that are being fetched: followed from the growing file, and never completed before they are verified."""
+"""Pending objects: streamed from the growing file, never completed before verification."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cannot be fetched in time, or ever, comes from a source; and what is refused is refused clearly."""
+"""Objects that cannot be fetched in time, or at all, are proxied; error responses are clear."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The test squid itself: over HTTP, and as a process."""
+"""The test squid: over HTTP, and as a process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's storage node answers as the storage node API says, and every fault does what it says."""
+"""The demo storage node follows the storage node API, and every fault does what it says."""
 
 from __future__ import annotations
 

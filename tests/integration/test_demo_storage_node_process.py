@@ -1,4 +1,4 @@
-"""The demo's storage node as a process of its own: port, manifest, speed of a long answer, orderly end."""
+"""The demo storage node as a process: port, manifest, speed of a long response, shutdown."""
 
 from __future__ import annotations
 

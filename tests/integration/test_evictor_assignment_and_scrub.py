@@ -1,4 +1,4 @@
-"""Objects no longer ours, and objects that have rotted, leave the cache; a catalog's bad day drops nothing."""
+"""Unassigned and corrupt objects are removed; an implausible or missing catalog list removes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An operator gives the node other buckets: what is no longer ours leaves, although it is nearly all there is."""
+"""An operator changes the buckets: unassigned objects are removed, even if they are most of the cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a leader knew and had not written down, or only half, when it was killed."""
+"""A new leader continues with statistics that its killed predecessor saved partly or not at all."""
 
 from __future__ import annotations
 

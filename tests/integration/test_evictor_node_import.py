@@ -1,4 +1,4 @@
-"""An existing node's objects on another file system: copied, verified, the most used first, within the limit."""
+"""Objects of an existing node on another file system: copied, verified, the most used first, within the limit."""
 
 from __future__ import annotations
 

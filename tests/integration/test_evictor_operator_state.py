@@ -1,4 +1,4 @@
-"""What the evictor does for the operator: purges, pins, and the copy of the orders on the volume."""
+"""The evictor applies purges and pins, and backs up the operator state on the volume."""
 
 from __future__ import annotations
 

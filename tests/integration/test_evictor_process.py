@@ -1,4 +1,4 @@
-"""The evictor as a process: ready, measured, stopped by a signal, replaced when killed."""
+"""The evictor as a process: readiness, metrics, shutdown, failover."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ async def test_a_standby_takes_over_from_a_killed_leader(
         assert f"distributor_storage_high_watermark_bytes {float(watermarks_for(LIMIT).high)}" in metrics
         processes[standby].send_signal(signal.SIGTERM)
         assert await processes[standby].wait() == 0
-        # It has resigned: nobody needs to wait for its term to run out
+        # It has resigned: the standby need not wait until the term expires
         assert await harness.state.lead("next", 1.0) is not None
     finally:
         for process in processes:

@@ -1,4 +1,4 @@
-"""Volume and state store agree again, whatever happened to either."""
+"""Reconciliation of volume and state store after any loss or damage."""
 
 from __future__ import annotations
 

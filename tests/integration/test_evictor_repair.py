@@ -1,4 +1,4 @@
-"""Files without a record, when there are more of them than one run asks about; and whose list is asked for."""
+"""Repair of files without a record, in batches, by the list of the right assignment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evictor keeps the volume below its limit, and nobody's answer is pulled from under him."""
+"""The evictor keeps the volume below its limit and does not disturb running responses."""
 
 from __future__ import annotations
 

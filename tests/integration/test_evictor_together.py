@@ -1,4 +1,4 @@
-"""Several evictors: one acts, another takes over, and one that was stopped does no harm when it goes on."""
+"""Several evictors: one leads, another takes over, a frozen former leader does no harm."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ async def test_a_paused_leader_that_resumes_removes_nothing_newer(harness: Evict
     async with harness.evictor():
         await eventually(harness.reconciled)
         await asyncio.sleep(0.3)
-        # The new leader waits for the lock, and meanwhile nobody can store a new file under the name
+        # The new leader waits for the lock. Until then no new file can be stored under the name.
         assert (await harness.entries())["one"].evicting
         assert await harness.used() == footprint(SIZE)
         assert isinstance(await harness.state.begin(ONE, SIZE, "worker"), HeldElsewhere)
@@ -157,7 +157,7 @@ async def test_without_a_term_nothing_is_removed(harness: EvictorHarness) -> Non
     remover = ObjectRemover(
         harness.state, harness.volume, EvictionIndex(harness.state, harness.volume, LruSp)
     )
-    stranger = Term("nobody", 1)
+    stranger = Term("stranger", 1)
     assert await remover.evict(stranger, ONE, 0.0, "space") is RemovalOutcome.REFUSED
     assert await remover.purge(stranger, ONE, "operator") is RemovalOutcome.REFUSED
     assert harness.has("one")

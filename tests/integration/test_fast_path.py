@@ -1,4 +1,4 @@
-"""Long bodies on the fast path: what else arrives meanwhile, how they end, and what is counted."""
+"""Long bodies on the fast path: pipelined requests, disconnects, shutdown, metrics."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_requests_sent_ahead_are_answered_after_a_long_body(harness: Asset
 async def test_a_slow_client_is_not_buffered_for(
     harness: AssetsHarness, request: pytest.FixtureRequest, cold: bool
 ) -> None:
-    """The process holds a piece of the body for each at most, and others are served meanwhile."""
+    """The process holds at most one piece of the body per client, and serves other clients."""
     if cold:
         request.getfixturevalue("disk")
     first_reader, first_writer = await harness.connect()

@@ -1,5 +1,4 @@
-"""Both paths answer alike: thousands of generated requests, whole or in pieces, go to a node with and to one
-without the fast path."""
+"""Both paths respond alike: generated requests go to a node with and to one without the fast path."""
 
 from __future__ import annotations
 
@@ -230,7 +229,7 @@ def test_the_fast_path_is_used(nodes: NodePair) -> None:
     def ask(more: str) -> None:
         nodes.ask([f"GET {_PATH}2 HTTP/1.1\r\nHost: a\r\n{more}\r\n".encode()])
 
-    ask("")  # what nobody has asked for in a second is forgotten
+    ask("")  # objects that are not requested for a second are dropped
     before = nodes.prepared()
     for more in ("", "Range: bytes=0-0\r\n", "If-None-Match: *\r\n"):
         ask(more)

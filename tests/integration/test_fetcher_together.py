@@ -1,4 +1,4 @@
-"""Fetches in trouble: other workers, lost leases, no space, a full disk, an index that contradicts the volume."""
+"""Fetches with competing workers, lost leases, no space, a full disk, an index that contradicts the volume."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ async def test_a_dead_lettered_job_frees_its_space_and_its_failure_is_remembered
 
 @pytest.mark.parametrize("trouble", ["sources", "bytes", "space", "disk"])
 async def test_a_failed_attempt_blocks_other_jobs_until_its_retry(tmp_path: Path, trouble: str) -> None:
-    """Whoever looks at the moment in which the lease is given back must not start the fetch anew."""
+    """A request at the moment the lease is released must not start the fetch again."""
     content = b"?" + DATA[1:] if trouble == "bytes" else DATA
     async with fetcher_harness(tmp_path, [content], space_wait=0.1, limit=2 * SIZE) as harness:
         held = None
@@ -260,7 +260,7 @@ async def test_stopped_at_any_moment_it_leaves_a_resumable_state(harness: Harnes
     usage = await harness.state.usage()
     on_volume = harness.partial_size() or 0
     assert usage.used + usage.reserved >= on_volume, "no byte that is not accounted for"
-    assert usage.fetches == 0, "no lease that nobody keeps"
+    assert usage.fetches == 0, "no lease without a worker"
     assert await start(harness) in (Done("fetched"), Done("already cached"))
     assert harness.stored() == DATA
     usage = await harness.state.usage()

@@ -1,4 +1,4 @@
-"""Jobs that nobody waits for: fetched where there is room, and nothing is evicted for them."""
+"""Warming jobs: fetched where there is space, without evicting anything."""
 
 from __future__ import annotations
 

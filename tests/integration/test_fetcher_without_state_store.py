@@ -1,4 +1,4 @@
-"""The state store is out of reach while objects are fetched."""
+"""Fetches while the state store is unavailable."""
 
 from __future__ import annotations
 

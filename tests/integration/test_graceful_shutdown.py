@@ -1,4 +1,4 @@
-"""Who comes while the port is being closed: answered, or refused; never let in and left without an answer."""
+"""Clients that connect during a shutdown are answered or refused, never accepted and dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The joystream catalog against a real squid that misbehaves in every way it knows."""
+"""The joystream catalog against a test squid with every fault it has."""
 
 from __future__ import annotations
 

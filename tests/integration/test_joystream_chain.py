@@ -1,4 +1,4 @@
-"""The chain's head, over HTTP and over a websocket, from nodes that answer and nodes that do not."""
+"""The head of the chain, over HTTP and WebSocket, also from nodes that do not answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Several processes of one node in front of one squid: each door here is a process's own cache over a shared Redis."""
+"""Several processes of one node in front of one squid. Each catalog here stands for one process; they share a
+Redis."""
 
 from __future__ import annotations
 
@@ -45,24 +46,24 @@ async def processes(
     redis_timeout: float = REDIS_TIMEOUT,
 ) -> AsyncIterator[Sequence[CachedCatalog]]:
     async with AsyncExitStack() as stack:
-        doors = []
+        catalogs = []
         for _ in range(count):
             inner = JoystreamCatalog(squid.url, SquidLimits(timeout=limits.wait), refuse_private=True)
             memory = RedisSharedCatalogCache(redis_url, prefix, redis_timeout, "squid")
-            door = CachedCatalog(inner, limits, clock, memory)
-            await door.open()
-            stack.push_async_callback(door.close)
-            doors.append(door)
-        yield doors
+            catalog = CachedCatalog(inner, limits, clock, memory)
+            await catalog.open()
+            stack.push_async_callback(catalog.close)
+            catalogs.append(catalog)
+        yield catalogs
 
 
 async def test_a_thousand_lookups_of_all_processes_are_one_call(
     squid: TestSquid, redis_url: str, redis_prefix: str
 ) -> None:
     squid.faults = SquidFaults(latency=0.3)
-    async with processes(squid, redis_url, redis_prefix) as doors:
-        asked = [doors[number % 3].look_up(ONE) for number in range(500)]
-        asked += [doors[number % 3].look_up(UNKNOWN) for number in range(500)]
+    async with processes(squid, redis_url, redis_prefix) as catalogs:
+        asked = [catalogs[number % 3].look_up(ONE) for number in range(500)]
+        asked += [catalogs[number % 3].look_up(UNKNOWN) for number in range(500)]
         found = await asyncio.gather(*asked)
         assert {item.size if item else None for item in found[:500]} == {1}
         assert set(found[500:]) == {None}
@@ -72,10 +73,10 @@ async def test_a_thousand_lookups_of_all_processes_are_one_call(
 async def test_a_new_process_knows_what_the_others_learned(
     squid: TestSquid, redis_url: str, redis_prefix: str
 ) -> None:
-    async with processes(squid, redis_url, redis_prefix) as doors:
-        known = [await doors[0].look_up(ONE), await doors[0].look_up(UNKNOWN)]
-    async with processes(squid, redis_url, redis_prefix) as doors:
-        assert [await doors[1].look_up(ONE), await doors[1].look_up(UNKNOWN)] == known
+    async with processes(squid, redis_url, redis_prefix) as catalogs:
+        known = [await catalogs[0].look_up(ONE), await catalogs[0].look_up(UNKNOWN)]
+    async with processes(squid, redis_url, redis_prefix) as catalogs:
+        assert [await catalogs[1].look_up(ONE), await catalogs[1].look_up(UNKNOWN)] == known
     assert len(squid.requests) == 2
 
 
@@ -86,24 +87,24 @@ async def test_a_process_started_in_an_outage_serves_cached_answers(
     squid: TestSquid, redis_url: str, redis_prefix: str, fault: SquidFaults | None
 ) -> None:
     brief = CacheLimits(positive_ttl=0.05, negative_ttl=0.05, max_in_flight=8, wait=20.0)
-    async with processes(squid, redis_url, redis_prefix, limits=brief) as doors:
-        known = await doors[0].look_up(ONE)
+    async with processes(squid, redis_url, redis_prefix, limits=brief) as catalogs:
+        known = await catalogs[0].look_up(ONE)
         assert known is not None
-        assert await doors[0].look_up(UNKNOWN) is None
+        assert await catalogs[0].look_up(UNKNOWN) is None
     await asyncio.sleep(0.1)  # the shared answers are stale now, on the clock of Redis
     if fault is None:
         await squid.start_outage()
     else:
         squid.faults = fault
     brief = replace(brief, wait=0.5, outage_pause=60)
-    async with processes(squid, redis_url, redis_prefix, limits=brief) as doors:
-        assert await doors[0].look_up(ONE) == known
-        assert await doors[0].look_up(UNKNOWN) is None
+    async with processes(squid, redis_url, redis_prefix, limits=brief) as catalogs:
+        assert await catalogs[0].look_up(ONE) == known
+        assert await catalogs[0].look_up(UNKNOWN) is None
         asked = len(squid.requests)
-        assert await doors[0].look_up(ONE) == known
+        assert await catalogs[0].look_up(ONE) == known
         assert len(squid.requests) == asked, "the outage is known"
         with pytest.raises(CatalogUnavailable):
-            await doors[1].look_up(ObjectId("405"))
+            await catalogs[1].look_up(ObjectId("405"))
 
 
 async def test_a_waiting_process_takes_over_a_failed_lookup(
@@ -129,15 +130,15 @@ async def test_unknown_ids_at_a_hanging_squid_are_requested_once_by_all_processe
 ) -> None:
     squid.faults = SquidFaults(hang=True)
     ids = [ObjectId(str(1000 + number)) for number in range(70)]
-    async with processes(squid, redis_url, redis_prefix) as doors:
+    async with processes(squid, redis_url, redis_prefix) as catalogs:
         asking = asyncio.gather(
-            *(door.look_up(object_id) for object_id in ids for door in doors), return_exceptions=True
+            *(catalog.look_up(object_id) for object_id in ids for catalog in catalogs), return_exceptions=True
         )
         # All of them ask at the same time: more questions than one process may have under way.
         await squid.requests.wait_for(lambda requests: requests.in_flight > LIMITS.max_in_flight)
         await asyncio.sleep(0.5)
         assert max(squid.requests.count_for(object_id) for object_id in ids) == 1
-        assert squid.requests.max_in_flight <= len(doors) * LIMITS.max_in_flight
+        assert squid.requests.max_in_flight <= len(catalogs) * LIMITS.max_in_flight
     assert all(isinstance(outcome, CatalogUnavailable) for outcome in await asking)
 
 
@@ -147,10 +148,10 @@ async def test_unknown_ids_at_a_hanging_squid_wait_side_by_side(
     squid.faults = SquidFaults(hang=True)
     ids = [ObjectId(str(1000 + number)) for number in range(70)]
     one_after_another = len(ids) / HURRIED.max_in_flight * HURRIED.wait
-    async with processes(squid, redis_url, redis_prefix, limits=HURRIED) as doors:
+    async with processes(squid, redis_url, redis_prefix, limits=HURRIED) as catalogs:
         started = time.monotonic()
         outcomes = await asyncio.gather(
-            *(door.look_up(object_id) for object_id in ids for door in doors), return_exceptions=True
+            *(catalog.look_up(object_id) for object_id in ids for catalog in catalogs), return_exceptions=True
         )
         assert time.monotonic() - started < one_after_another / 2
     assert all(isinstance(outcome, CatalogUnavailable) for outcome in outcomes)
@@ -160,24 +161,24 @@ async def test_unknown_ids_at_a_hanging_squid_wait_side_by_side(
 async def test_without_redis_each_process_looks_up_by_itself(
     squid: TestSquid, own_redis: RedisServer, redis_prefix: str
 ) -> None:
-    async with processes(squid, own_redis.url, redis_prefix, limits=HURRIED, redis_timeout=0.5) as doors:
+    async with processes(squid, own_redis.url, redis_prefix, limits=HURRIED, redis_timeout=0.5) as catalogs:
         own_redis.kill()
-        found = await asyncio.gather(*(door.look_up(ONE) for door in doors for _ in range(10)))
+        found = await asyncio.gather(*(catalog.look_up(ONE) for catalog in catalogs for _ in range(10)))
         assert all(item is not None for item in found)
         assert len(squid.requests) == 3
         squid.faults = SquidFaults(hang=True)
         with pytest.raises(CatalogUnavailable):
-            await doors[0].look_up(UNKNOWN)
+            await catalogs[0].look_up(UNKNOWN)
 
 
 async def test_a_hanging_redis_costs_a_lookup_no_more_than_its_timeout(
     squid: TestSquid, own_redis: RedisServer, redis_prefix: str
 ) -> None:
-    async with processes(squid, own_redis.url, redis_prefix, count=1, redis_timeout=0.5) as doors:
+    async with processes(squid, own_redis.url, redis_prefix, count=1, redis_timeout=0.5) as catalogs:
         own_redis.freeze()
         try:
             started = time.monotonic()
-            assert await doors[0].look_up(ONE) is not None
+            assert await catalogs[0].look_up(ONE) is not None
             assert time.monotonic() - started < LIMITS.wait / 2
         finally:
             own_redis.thaw()

@@ -1,4 +1,4 @@
-"""What is kept open or in memory of hot objects never outlives the object, and never keeps its space."""
+"""Open files and bodies in memory never outlive the object, and never hold its space."""
 
 from __future__ import annotations
 

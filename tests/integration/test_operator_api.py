@@ -1,4 +1,4 @@
-"""The operator API over the memory store: who is let in, what is ordered, what is kept."""
+"""The operator API over the memory store: authentication, commands, persistence."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def test_all_rejections_look_the_same(tmp_path: Path) -> None:
 
 
 async def test_the_memory_store_rejects_tokens_from_before_its_start(tmp_path: Path) -> None:
-    """It may have been used then, and nobody remembers."""
+    """It may have been used before the store was started, which is not recorded."""
     async with operated(tmp_path) as (_, operator):
         earlier = sign("/api/v1/orders", iat=int(time.time()) - 60)
         assert (await operator.ask("GET", "orders", token=earlier)).status == 401

@@ -1,4 +1,4 @@
-"""How an API process follows orders that come while it is carrying out the one before."""
+"""The API process applies operator state that changes while it applies the previous one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is particular to the job queue on RabbitMQ: headers, poison, durability, conflicting queues, names."""
+"""The job queue on RabbitMQ: headers, poison messages, durability, conflicting queues, names."""
 
 from __future__ import annotations
 

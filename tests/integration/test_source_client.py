@@ -1,4 +1,4 @@
-"""The source client against a real server that does everything wrong."""
+"""The source client against a server with every fault."""
 
 from __future__ import annotations
 
@@ -446,7 +446,7 @@ async def test_closing_ends_what_is_being_read(node: StorageNode) -> None:
 
 
 async def test_a_name_that_resolves_to_a_private_address_is_not_asked(node: StorageNode) -> None:
-    """Names are not judged here: `localhost` stands for any that somebody's resolver sends inwards."""
+    """Names are not checked here: `localhost` stands for any name that resolves to a private address."""
     async with SourceClient(replace(LIMITS, refuse_private=True)) as client:
         for host in ("localhost", "127.0.0.1"):
             with pytest.raises(SourceUnreachable, match="private address"):

@@ -1,4 +1,4 @@
-"""The failover reader gives exactly the object's bytes, whatever single sources do."""
+"""The failover reader returns exactly the bytes of the object, whatever single sources do."""
 
 from __future__ import annotations
 

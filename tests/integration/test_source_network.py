@@ -1,4 +1,4 @@
-"""Connections to sources: how they are made, and bodies that are read past the HTTP library."""
+"""Connections to sources, and bodies that are read past the HTTP library."""
 
 from __future__ import annotations
 

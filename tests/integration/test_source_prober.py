@@ -1,4 +1,4 @@
-"""Probes of storage nodes: however many there are, a few at a time."""
+"""Probes of storage nodes: a limited number at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Redis stopped, frozen, killed, emptied, full: verbs end in time, and the store comes back by itself."""
+"""Redis stopped, frozen, killed, emptied or full: calls fail in time, and the store recovers."""
 
 from __future__ import annotations
 

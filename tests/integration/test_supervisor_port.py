@@ -1,4 +1,4 @@
-"""A supervisor that starts while workers of another, which was killed, are still leaving its port."""
+"""A supervisor starts while workers of a killed one still hold its port."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warming while what it stands on is away: it waits, without turning in circles, and goes on."""
+"""Warming while the state store or the queue is unavailable: it waits, then continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders in the current directory that are called as ours are not executed."""
+"""Folders in the current directory with the names of the node's packages are not executed."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Private servers that tests start, hurt and stop."""
+"""Private servers that tests start, disturb and stop."""

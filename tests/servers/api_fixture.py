@@ -1,4 +1,4 @@
-"""A public API that listens on a free port, on memory adapters, with a stand-in for the assets."""
+"""A public API on a free port, on memory adapters, with a fake for the assets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens as an operator's tool signs them."""
+"""Signs tokens as an operator's tool does."""
 
 from __future__ import annotations
 

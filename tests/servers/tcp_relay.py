@@ -1,4 +1,4 @@
-"""A relay before a server that does to its connections what routers, failovers and long lines do."""
+"""A TCP relay that delays, drops, cuts or swallows, as routers and failovers do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server that answers no attempt to connect."""
+"""A server that never accepts a connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How connections are taken from the kernel."""
+"""The accept loop takes all queued connections, and backs off without descriptors."""
 
 from __future__ import annotations
 

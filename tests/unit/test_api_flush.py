@@ -1,4 +1,4 @@
-"""Waiting for the kernel to send what has been handed to it."""
+"""Waiting until the kernel has sent all bytes."""
 
 from __future__ import annotations
 

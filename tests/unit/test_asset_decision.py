@@ -1,4 +1,4 @@
-"""What to answer, before anything is read or sent."""
+"""Decisions about a response, before anything is read or sent."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def representation(size: int | None = SIZE, last_modified: int | None = None) ->
             AssetRequest(False, Conditions(if_match='"x"'), "bytes=1000000-"),
             PreconditionResult.PRECONDITION_FAILED,
         ),
-        # Nobody knows when a fetch that has not ended ended: dates decide nothing.
+        # The end of a running fetch is unknown: dates decide nothing.
         (
             AssetRequest(False, Conditions(if_modified_since="Tue, 14 Nov 2023 22:13:20 GMT")),
             Span(0, SIZE - 1, SIZE),

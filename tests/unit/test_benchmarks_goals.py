@@ -1,4 +1,4 @@
-"""What is held against the figures: goals with their verdicts, and cases whose figures do not count."""
+"""Goals of the benchmarks, their verdicts, and cases whose results are invalid."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks read: wrk's figures, /proc, heads, versions."""
+"""Input of the benchmarks: the output of wrk, /proc, response heads, versions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policies that stand beside ours in the table do what their papers say."""
+"""The benchmarks' SIEVE and S3-FIFO do what their papers say."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_sieve_spares_the_visited_once_and_its_hand_stays() -> None:
     assert evict(policy, 2) == "cd"
     add(policy, "g")
     assert evict(policy, 3) == "efg"
-    assert evict(policy, 2) == "ab", "round again, and nobody has visited them since"
+    assert evict(policy, 2) == "ab", "second round, and not visited since"
     assert policy.victims(1, NOW) == []
 
 

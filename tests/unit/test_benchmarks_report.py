@@ -1,4 +1,4 @@
-"""What benchmarks make of their figures: medians, ratios within rounds, tables, pictures, requests."""
+"""Output of the benchmarks: medians, ratios within rounds, tables, charts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache in front of a slow catalog."""
+"""The catalog cache: freshness, stale answers, bounds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Failing fast while Redis is out of reach."""
+"""The circuit breaker fails fast while Redis is unavailable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The evictor's pure decisions, and its small tools."""
+"""Pure decisions of the evictor, and its helpers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When a request that waits for bytes stops hoping for them."""
+"""When a request that waits for a fetch gives up."""
 
 from __future__ import annotations
 

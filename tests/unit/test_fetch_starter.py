@@ -1,4 +1,4 @@
-"""Claim, publish, mark: carried through, whatever becomes of the client that asked."""
+"""Claim, publish, mark queued: completed even if the client disconnects."""
 
 from __future__ import annotations
 

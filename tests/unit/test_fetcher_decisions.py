@@ -1,4 +1,4 @@
-"""The fetcher's pure decisions: waiting, groups of sources, batches, media types."""
+"""Pure decisions of the fetcher: waits, source groups, batches, media types."""
 
 from __future__ import annotations
 

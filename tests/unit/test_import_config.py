@@ -1,4 +1,4 @@
-"""The existing node's configuration, as its operators have it, in our words."""
+"""Configuration of an existing node, translated to ours."""
 
 from __future__ import annotations
 

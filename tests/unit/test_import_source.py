@@ -1,4 +1,4 @@
-"""Files of a flat directory, taken into the volume without copying, whatever stands in the way."""
+"""Files of a flat directory are linked into the volume without copying."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is made of a squid's answers: everything may be null, nothing is believed unchecked."""
+"""Parsing of squid answers: every field may be null, nothing is trusted unchecked."""
 
 from __future__ import annotations
 

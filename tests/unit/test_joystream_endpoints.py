@@ -1,4 +1,4 @@
-"""Endpoints that strangers publish: which may be asked, and where their API is."""
+"""Endpoints published on the network: which ones may be used, and where their API is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A lease is kept while it can be, and ends its fetch when it cannot."""
+"""A lease is renewed while the store allows it; a lost lease ends the fetch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process keeps of the memory that it has freed."""
+"""Memory that a process keeps after freeing it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ print(faults() * 10 < before)
 """
 
 
-def test_pieces_are_not_mapped_anew() -> None:
+def test_pieces_are_not_mapped_again() -> None:
     told = subprocess.run([sys.executable, "-c", _PAGES], check=True, capture_output=True, text=True)
     assert told.stdout.split() == ["True", "True"]
 

@@ -1,4 +1,4 @@
-"""The manifest: what is accepted, what is refused and in which words, and how changes of the file are noticed."""
+"""The manifest: what is accepted, what is rejected with which message, and how changes are noticed."""
 
 from __future__ import annotations
 

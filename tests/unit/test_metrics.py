@@ -46,7 +46,7 @@ def test_no_object_id_is_a_label() -> None:
     assert not labels & {"object_id", "id", "path", "url", "request_id"}
 
 
-def test_a_gauge_that_nobody_set_is_not_exported() -> None:
+def test_an_unset_gauge_is_not_exported() -> None:
     gauge = metrics.ReportedGauge("distributor_test_reported_bytes", "A test's.")
     assert b"distributor_test_reported_bytes" not in metrics.render_metrics()[0]
     gauge.set(3)

@@ -1,4 +1,4 @@
-"""Who is let in by the operator API: the table of tokens."""
+"""Authentication of the operator API, token by token."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ REFUSED: dict[str, Callable[[], str]] = {
     "iat beyond all numbers": lambda: token(iat=10**400),
     "iat below all numbers": lambda: token(iat=-(10**400)),
     "iat infinite": lambda: token(iat=float("inf")),
-    "for an audience": lambda: token(aud="somebody"),
+    "for an audience": lambda: token(aud="other"),
     "nothing": lambda: "",
     "garbage": lambda: "a.b.c",
     "not ASCII": lambda: "ä.ö.ü",

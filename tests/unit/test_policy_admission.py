@@ -1,4 +1,4 @@
-"""Second-hit admission, views of several requests, and what the simulator makes of them."""
+"""Second-hit admission, views of several requests, and both in the simulator."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_large_objects_are_admitted_on_their_second_hit() -> None:
 def test_a_first_view_is_forgotten_after_the_window() -> None:
     admission = SecondHitAdmission(0, window=3600)
     assert not admission.admits(VIDEO, 1, NOW, pressure=True)
-    assert not admission.admits(VIDEO, 1, NOW + 3601, pressure=True), "a first view anew"
+    assert not admission.admits(VIDEO, 1, NOW + 3601, pressure=True), "a first view again"
     assert admission.admits(VIDEO, 1, NOW + 7201, pressure=True)
 
 

@@ -1,4 +1,4 @@
-"""Every eviction policy names the same victims in the same order as its textbook version, whatever happened before."""
+"""Every eviction policy names the same victims in the same order as its textbook version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures behind the order of eviction: groups and costs, what c0 decides, what a change of policy leaves."""
+"""Statistics behind the order of eviction: groups and costs, the influence of c0, a change of policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The probe server answers health, readiness and metrics, and bounds what strangers can do to it."""
+"""The probe server answers health, readiness and metrics, and bounds its clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fast path takes for a simple request, and what it leaves to the framework."""
+"""Which requests the fast path parses, and which it leaves to Sanic."""
 
 from __future__ import annotations
 

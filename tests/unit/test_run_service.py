@@ -1,4 +1,4 @@
-"""A service starts, stops on the first signal, ends at once on the second, and never outlives its deadline."""
+"""A service starts, shuts down on the first signal, ends at once on the second, and keeps its deadline."""
 
 from __future__ import annotations
 

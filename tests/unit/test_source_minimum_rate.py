@@ -1,4 +1,4 @@
-"""A source is judged by what it gives within a window of waiting."""
+"""A source is too slow if it sends less than the minimum rate while it is waited for."""
 
 from __future__ import annotations
 

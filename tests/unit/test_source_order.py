@@ -1,4 +1,4 @@
-"""Sources are asked in the catalog's order, the failing and the slow ones later."""
+"""Sources are tried in the order of the catalog, failing and slow ones later."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_unflushed_accesses_are_kept_in_order() -> None:
     deltas, _ = registry.take_delta()
     assert list(deltas) == ["a"]
     registry.record_success(A)
-    assert registry.health_of("a") == SourceHealth(first_bytes=(0.1,)), "nothing is forgotten meanwhile"
+    assert registry.health_of("a") == SourceHealth(first_bytes=(0.1,)), "nothing is forgotten"
     registry.restore()
     assert registry.health_of("a") == SourceHealth(first_bytes=(0.1,))
     deltas, _ = registry.take_delta()

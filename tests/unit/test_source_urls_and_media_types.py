@@ -1,4 +1,4 @@
-"""Only clean URLs and media types get in, so that only clean ones ever get out."""
+"""Only valid URLs and media types are accepted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source's headers must say."""
+"""Validation of response headers of a source."""
 
 from __future__ import annotations
 

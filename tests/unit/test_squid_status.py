@@ -1,4 +1,4 @@
-"""What /status says of squid and chain: field by field, in time, whoever is silent."""
+"""/status reports squid and chain field by field, in time, also when one of them does not answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The clock under the state store in memory may be put back; the store on Redis has the same test with a server."""
+"""A clock that is set back under the memory store. test_state_redis_faults.py has the same test with a server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The volume: what lies on it is complete or clearly partial, and nobody's file is pulled from under him."""
+"""The volume: a file is complete or clearly partial, and no reader loses its file."""
 
 from __future__ import annotations
 

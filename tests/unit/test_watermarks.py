@@ -1,4 +1,4 @@
-"""Watermarks that nobody has set, and the memory of recent victims."""
+"""Default watermarks, and the ghost list."""
 
 from __future__ import annotations
 

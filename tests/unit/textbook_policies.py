@@ -1,4 +1,4 @@
-"""Eviction policies as a textbook has them: every choice by looking at every object. What ours must equal."""
+"""Eviction policies as in a textbook: every choice looks at every object. Ours must agree with them."""
 
 from __future__ import annotations
 
