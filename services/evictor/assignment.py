@@ -15,7 +15,8 @@ import structlog
 
 from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import CompactIdSet, EvictionIndex
-from distributor_node.shared.adapters.volume.records import read_root_file, write_root_file
+from distributor_node.shared.adapters.volume.layout import map_os_errors, sync_directory
+from distributor_node.shared.adapters.volume.records import MAX_ROOT_FILE_BYTES, atomic_write, read_capped
 from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput
 from distributor_node.shared.domain.objects import Assignment, ObjectId, parse_bucket_id
 from distributor_node.shared.observability.metrics import RECONCILED
@@ -141,7 +142,8 @@ NAME = "duty.json"
 
 def read_checked_assignment(root: Path) -> Assignment | None:
     """Blocks. None: nobody has checked yet, or the file cannot be read. VolumeError: disk trouble."""
-    text = read_root_file(root, NAME)
+    with map_os_errors(f"read {NAME}"):
+        text = read_capped(root / NAME, limit=MAX_ROOT_FILE_BYTES)
     if text is None:
         return None
     try:
@@ -158,4 +160,7 @@ def read_checked_assignment(root: Path) -> Assignment | None:
 def write_checked_assignment(root: Path, assignment: Assignment) -> None:
     """Blocks; in one step. VolumeError if that fails."""
     buckets = None if assignment.bucket_ids is None else sorted(assignment.bucket_ids)
-    write_root_file(root, NAME, json.dumps({"buckets": buckets, "workerId": assignment.worker_id}) + "\n")
+    text = json.dumps({"buckets": buckets, "workerId": assignment.worker_id}) + "\n"
+    with map_os_errors(f"write {NAME}"):
+        atomic_write(root / NAME, text.encode())
+        sync_directory(root)

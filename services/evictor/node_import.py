@@ -295,11 +295,8 @@ def _open_partial(volume: Volume, record: StoredRecord, opened: list[PartialFile
 
 def _is_complete(volume: Volume, known: MediaObject) -> bool:
     """It was published already, and nobody could be told: the store was out of reach at that moment."""
-    found = volume.open_object(known.object_id)
-    if found is None:
-        return False
-    found.close()
-    return found.record.size == known.size and found.record.content_hash == known.content_hash
+    record = volume.complete_record(known.object_id)
+    return record is not None and (record.size, record.content_hash) == (known.size, known.content_hash)
 
 
 # What the network's existing node leaves behind: the state of its cache, in `cache.json`.

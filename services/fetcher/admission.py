@@ -192,11 +192,7 @@ class Admission:
     def _stored_record(self, object_id: ObjectId) -> StoredRecord | None:
         """The record of the complete object, if the volume has it; VolumeError if there is no volume. Blocks."""
         self._volume.check()
-        found = self._volume.open_object(object_id)
-        if found is None:
-            return None
-        found.close()
-        return found.record
+        return self._volume.complete_record(object_id)
 
     async def _restore(self, wanted: MediaObject) -> bool:
         """A file without its record (lost, or not written yet when the file came from another node) gets one, if it is

@@ -30,6 +30,7 @@ from distributor_node.shared.domain.objects import (
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import Fetch, Granted, IndexEntry, Lease, StateStore, Term
 from distributor_node.shared.settings.model import Settings
+from tests.volume_size import bytes_on_volume
 
 SIZE = 20_000
 LIMIT = 10 * footprint(SIZE)
@@ -200,7 +201,7 @@ class EvictorHarness:
     async def matches_volume(self) -> bool:
         """The index stands for exactly what is on the volume."""
         usage = await self.state.usage()
-        return usage.reconciled and self.volume.measure() <= usage.used + usage.reserved
+        return usage.reconciled and bytes_on_volume(self.root) <= usage.used + usage.reserved
 
 
 async def eventually(condition: Callable[[], Awaitable[bool] | bool], seconds: float = 10.0) -> None:

@@ -293,7 +293,7 @@ async def test_a_missing_volume_is_rejected_and_its_replacement_is_used(
     root.mkdir()
     outcome = await start(harness)
     assert isinstance(outcome, TryLater)
-    assert "not there" in outcome.reason
+    assert "missing" in outcome.reason
     assert list(root.iterdir()) == []
     Volume(root).prepare()
     assert await start(harness) == Done("fetched")

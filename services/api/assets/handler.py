@@ -79,12 +79,9 @@ class AssetHandler:
 
     def _is_complete(self, object_id: ObjectId) -> bool:
         try:
-            file = self._volume.open_object(object_id)
+            return self._volume.complete_record(object_id) is not None
         except VolumeError:
             return False
-        if file is not None:
-            file.close()
-        return file is not None
 
     async def close(self) -> None:
         """See that no claim is left without its job."""

@@ -248,13 +248,9 @@ class CacheWarmer:
     def _check_cached(self, object_id: ObjectId) -> bool:
         """Whether a request would be a hit. Blocks."""
         try:
-            found = self._context.volume.open_object(object_id)
+            return self._context.volume.complete_record(object_id) is not None
         except VolumeError:
             return False
-        if found is None:
-            return False
-        found.close()
-        return True
 
 
 def _is_live(object_status: ObjectStatus) -> bool:
