@@ -154,10 +154,6 @@ class Directories:
         finally:
             os.close(own)
 
-    def sync(self, path: str) -> None:
-        """Make the entries of the directory durable."""
-        os.fsync(self.descriptor(path))
-
     def revalidate(self) -> bool:
         """Forget descriptors of directories that are no longer what their path leads to. False: there is no volume.
 
