@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from distributor_node.services.replay.run import OwnNode
 
 _SIZES = ["1%", "5%", "10%", "25%"]
-_POLICIES = list(POLICY_NAMES)
+_POLICIES: list[str] = list(POLICY_NAMES)
 _MISS_COSTS = ["64M"]
 _SECOND_VIEWS = ["8M"]
 

@@ -45,6 +45,18 @@ def names_host(text: str, *schemes: str) -> bool:
         return False
 
 
+def url_without_credentials(url: str) -> str:
+    """Return the URL without user and password, query and fragment: fit to be shown."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def url_origin(url: str) -> str:
+    """Return scheme, host and port of a URL, such as `https://media.example:8443`, without credentials."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
 def api_base_of(url: str, object_id: str) -> str:
     """The base, `/` at its end, of the storage node API that an object's URL belongs to (`BASE/files/ID`); for any
     other URL the root of its host."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from typing import TypeVar
 
 from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
 from distributor_node.shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
@@ -40,6 +41,7 @@ from distributor_node.shared.ports.state_store import StateStore
 from distributor_node.shared.settings.model import Settings
 
 MEMORY = "memory://"
+_Value = TypeVar("_Value")
 
 
 def build_volume(settings: Settings) -> Volume:
@@ -70,9 +72,7 @@ def build_catalog(settings: Settings) -> Catalog:
     """A manifest is in memory and seen at once when it changes; what is asked over the network is cached."""
     catalog = settings.catalog
     if catalog.kind == "manifest":
-        if catalog.manifest is None:
-            raise ConfigurationError("catalog.manifest is missing")
-        return ManifestCatalog(catalog.manifest)
+        return ManifestCatalog(_required(catalog.manifest, "catalog.manifest"))
     limits = CacheLimits(
         positive_ttl=catalog.positive_ttl,
         negative_ttl=catalog.negative_ttl,
@@ -81,15 +81,19 @@ def build_catalog(settings: Settings) -> Catalog:
     )
     if catalog.kind == "joystream":
         return CachedCatalog(
-            build_joystream(settings), limits, shared_cache=_build_shared_catalog_cache(settings)
+            _build_joystream(settings), limits, shared_cache=_build_shared_catalog_cache(settings)
         )
-    if catalog.origin is None:
-        raise ConfigurationError("catalog.origin is missing")
-    return CachedCatalog(OriginCatalog(catalog.origin, catalog.timeout), limits)
+    return CachedCatalog(OriginCatalog(_required(catalog.origin, "catalog.origin"), catalog.timeout), limits)
 
 
-def build_joystream(settings: Settings) -> JoystreamCatalog:
-    """Without a cache: for the list of storage nodes and the squid's own state. To be opened and closed by its user."""
+def _required(value: _Value | None, name: str) -> _Value:
+    """Narrow the type. The settings have been validated: a missing value here is a mistake of the caller."""
+    if value is None:
+        raise ConfigurationError(f"{name}: missing")
+    return value
+
+
+def _build_joystream(settings: Settings) -> JoystreamCatalog:
     catalog = settings.catalog
     limits = SquidLimits(
         timeout=catalog.timeout,
@@ -97,13 +101,8 @@ def build_joystream(settings: Settings) -> JoystreamCatalog:
         list_batch=catalog.list_batch,
         list_pause=catalog.list_pause,
     )
-    return JoystreamCatalog(catalog.squid, limits, refuse_private=catalog.refuse_private_sources)
-
-
-def build_chain_head(settings: Settings) -> ChainHead | None:
-    """None: no chain is configured."""
-    chain = settings.catalog.chain
-    return None if chain is None else ChainHead(chain, settings.catalog.timeout)
+    chain = None if catalog.chain is None else ChainHead(catalog.chain, catalog.timeout)
+    return JoystreamCatalog(catalog.squid, limits, refuse_private=catalog.refuse_private_sources, chain=chain)
 
 
 def _build_shared_catalog_cache(settings: Settings) -> SharedCatalogCache | None:

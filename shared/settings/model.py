@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from distributor_node.shared.domain.errors import InvalidInput
-from distributor_node.shared.domain.eviction import DEFAULT_MISS_COST
+from distributor_node.shared.domain.eviction import DEFAULT_MISS_COST, PolicyName
 from distributor_node.shared.domain.jobs import CLAIM_SECONDS
 from distributor_node.shared.domain.objects import Assignment, parse_bucket_id
 from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
@@ -236,7 +236,7 @@ class StorageSettings(SettingsGroup):
 class EvictorSettings(SettingsGroup):
     """Eviction and reconciliation."""
 
-    policy: Literal["gdsf", "lru-sp", "lru"] = "gdsf"
+    policy: PolicyName = "gdsf"
     """How victims are chosen: `gdsf` weighs views against size, `lru-sp` is what the network's existing node does,
     `lru` goes by the last access alone. May be changed at a restart; see docs/eviction.md."""
     cost_per_miss: Size = Field(default=DEFAULT_MISS_COST)

@@ -15,7 +15,13 @@ import structlog
 from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.observability.metrics import CATALOG_LOOKUPS
-from distributor_node.shared.ports.catalog import CachedAnswer, CacheLookup, Catalog, SharedCatalogCache
+from distributor_node.shared.ports.catalog import (
+    CachedAnswer,
+    CacheLookup,
+    Catalog,
+    CatalogStatus,
+    SharedCatalogCache,
+)
 
 _Answer = TypeVar("_Answer")
 
@@ -68,6 +74,14 @@ class CachedCatalog:
         self._queries: dict[ObjectId, asyncio.Task[MediaObject | None]] = {}
         self._slots = asyncio.Semaphore(limits.max_in_flight)
         self._down_until = float("-inf")
+
+    @property
+    def can_list(self) -> bool:
+        return self._inner.can_list
+
+    @property
+    def public_url(self) -> str:
+        return self._inner.public_url
 
     async def open(self) -> None:
         await self._shared.open()
@@ -142,6 +156,12 @@ class CachedCatalog:
 
     async def source_bases(self) -> Sequence[str]:
         return await self._inner.source_bases()
+
+    async def status(self) -> CatalogStatus:
+        return await self._inner.status()
+
+    async def chain_head(self) -> int | None:
+        return await self._inner.chain_head()
 
     async def _join_query(self, object_id: ObjectId) -> MediaObject | None:
         query = self._queries.get(object_id)

@@ -25,6 +25,7 @@ from distributor_node.shared.domain.objects import (
     parse_bucket_id,
 )
 from distributor_node.shared.domain.urls import api_base_of, distinct_hosts, parse_source_url
+from distributor_node.shared.ports.catalog import CatalogStatus
 
 logger = structlog.get_logger()
 _BATCH = 1000
@@ -48,6 +49,14 @@ class ManifestCatalog:
         self._seen: _Signature | None = None
         self._checked_at = 0.0
         self._reload: asyncio.Task[None] | None = None
+
+    @property
+    def can_list(self) -> bool:
+        return True
+
+    @property
+    def public_url(self) -> str:
+        return ""
 
     async def open(self) -> None:
         """ConfigurationError, with line, entry and rule, if the file is missing or no manifest."""
@@ -79,6 +88,12 @@ class ManifestCatalog:
     async def source_bases(self) -> Sequence[str]:
         manifest = await self._current()
         return await asyncio.to_thread(_bases, manifest)
+
+    async def status(self) -> CatalogStatus:
+        return CatalogStatus()
+
+    async def chain_head(self) -> int | None:
+        return None
 
     async def _current(self) -> Manifest:
         await self._refresh()

@@ -12,7 +12,8 @@ from distributor_node.shared.domain.errors import CatalogUnavailable, Configurat
 from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.domain.ranges import ByteRange, parse_content_range
-from distributor_node.shared.domain.urls import parse_source_url
+from distributor_node.shared.domain.urls import parse_source_url, url_origin
+from distributor_node.shared.ports.catalog import CatalogStatus
 
 _PLACEHOLDER = "{id}"
 _MAX_REDIRECTS = 3
@@ -31,6 +32,14 @@ class OriginCatalog:
         self._template = template
         self._timeout = timeout
         self._client: httpx.AsyncClient | None = None
+
+    @property
+    def can_list(self) -> bool:
+        return False
+
+    @property
+    def public_url(self) -> str:
+        return url_origin(self._template)
 
     async def open(self) -> None:
         """ConfigurationError if the template cannot give URLs."""
@@ -73,6 +82,12 @@ class OriginCatalog:
 
     async def source_bases(self) -> Sequence[str]:
         return ()
+
+    async def status(self) -> CatalogStatus:
+        return CatalogStatus()
+
+    async def chain_head(self) -> int | None:
+        return None
 
     def _url_of(self, object_id: ObjectId) -> str:
         return self._template.replace(_PLACEHOLDER, quote(object_id, safe=""))

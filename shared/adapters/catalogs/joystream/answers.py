@@ -20,6 +20,7 @@ from distributor_node.shared.domain.objects import (
     parse_bucket_id,
 )
 from distributor_node.shared.domain.urls import is_public, parse_source_url
+from distributor_node.shared.ports.catalog import CatalogStatus
 
 logger = structlog.get_logger()
 _SIZE = re.compile(r"[0-9]{1,19}", re.ASCII)
@@ -174,14 +175,6 @@ class StorageEndpoint:
     api_url: str
 
 
-@dataclass(frozen=True, slots=True)
-class SquidStatus:
-    """Blocks processed, and the squid's version; None where it does not say."""
-
-    height: int | None
-    version: str | None
-
-
 def read_endpoints(data: dict[str, Any], *, refuse_private: bool) -> tuple[StorageEndpoint, ...]:
     """Nodes without a usable endpoint are left out. CatalogUnavailable if there is no list."""
     endpoints = []
@@ -198,12 +191,12 @@ def read_bucket_ids(data: dict[str, Any]) -> tuple[str, ...]:
     return tuple(sorted(bucket_id for bucket_id in found if bucket_id is not None))
 
 
-def read_status(data: dict[str, Any]) -> SquidStatus:
+def read_status(data: dict[str, Any]) -> CatalogStatus:
     status, version = data.get("squidStatus"), data.get("squidVersion")
     height = status.get("height") if isinstance(status, dict) else None
     stated = version.get("version") if isinstance(version, dict) else None
-    return SquidStatus(
-        height=height if isinstance(height, int) and not isinstance(height, bool) else None,
+    return CatalogStatus(
+        blocks_processed=height if isinstance(height, int) and not isinstance(height, bool) else None,
         version=stated[:64] if isinstance(stated, str) else None,
     )
 

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from distributor_node.shared.adapters.catalogs.joystream.answers import (
-    SquidStatus,
     StorageEndpoint,
     bucket_id_or_none,
     read_bucket_ids,
@@ -17,6 +16,7 @@ from distributor_node.shared.adapters.catalogs.joystream.answers import (
     read_object,
     read_status,
 )
+from distributor_node.shared.adapters.catalogs.joystream.chain import ChainHead
 from distributor_node.shared.adapters.catalogs.joystream.endpoint import (
     ACTIVE_STORAGE,
     ALL_BAGS,
@@ -32,7 +32,8 @@ from distributor_node.shared.adapters.catalogs.joystream.endpoint import (
 )
 from distributor_node.shared.domain.errors import CatalogUnavailable
 from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
-from distributor_node.shared.domain.urls import distinct_hosts
+from distributor_node.shared.domain.urls import distinct_hosts, url_without_credentials
+from distributor_node.shared.ports.catalog import CatalogStatus
 
 
 class JoystreamCatalog:
@@ -43,11 +44,23 @@ class JoystreamCatalog:
     them up before fetching them.
     """
 
-    def __init__(self, url: str, limits: SquidLimits, *, refuse_private: bool) -> None:
+    def __init__(
+        self, url: str, limits: SquidLimits, *, refuse_private: bool, chain: ChainHead | None = None
+    ) -> None:
         """`url`: http(s), of the GraphQL endpoint; `refuse_private`: leave out sources at private addresses."""
+        self._url = url
         self._endpoint = GraphqlEndpoint(url)
         self._limits = limits
         self._refuse_private = refuse_private
+        self._chain = chain
+
+    @property
+    def can_list(self) -> bool:
+        return True
+
+    @property
+    def public_url(self) -> str:
+        return url_without_credentials(self._url)
 
     async def open(self) -> None:
         """ConfigurationError if the URL is none; a squid that is down is no reason to fail."""
@@ -82,9 +95,12 @@ class JoystreamCatalog:
     async def source_bases(self) -> Sequence[str]:
         return distinct_hosts(endpoint.api_url for endpoint in await self.active_storage_endpoints())
 
-    async def squid_status(self) -> SquidStatus:
+    async def status(self) -> CatalogStatus:
         limits = self._limits
         return read_status(await self._endpoint.ask(STATUS, {}, limits.timeout, limits.max_answer))
+
+    async def chain_head(self) -> int | None:
+        return None if self._chain is None else await self._chain.head()
 
 
 # The list of all that is ours: the bags of our buckets, then their objects in batches. Whole, or an error.
