@@ -8,8 +8,8 @@ from typing import Any
 
 from distributor_node.services.demo.manifest import known_hash
 from distributor_node.services.demo.objects import DemoObject
-from distributor_node.services.demo.squid.knobs import SquidFaults
-from distributor_node.services.demo.squid.world import Bag, SquidData, StorageBucket
+from distributor_node.services.demo.squid.data import Bag, SquidData, StorageBucket
+from distributor_node.services.demo.squid.faults import SquidFaults
 
 _ACTIVE = "StorageBucketOperatorStatusActive"
 _INVITED = "StorageBucketOperatorStatusInvited"

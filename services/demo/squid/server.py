@@ -22,11 +22,11 @@ from graphql.error import GraphQLError
 
 from distributor_node.services.demo.objects import DemoObject
 from distributor_node.services.demo.squid.chain import handle_call
-from distributor_node.services.demo.squid.knobs import SquidFaults
-from distributor_node.services.demo.squid.question_log import RequestLog, RequestRecord
+from distributor_node.services.demo.squid.data import SquidData, StorageBucket, make_squid_data
+from distributor_node.services.demo.squid.faults import SquidFaults
+from distributor_node.services.demo.squid.request_log import RequestLog, RequestRecord
 from distributor_node.services.demo.squid.resolvers import Root
 from distributor_node.services.demo.squid.sdl import schema_of
-from distributor_node.services.demo.squid.world import SquidData, StorageBucket, make_squid_data
 from distributor_node.services.demo.wire import ConnectionLost, HttpConnection, MalformedRequest, Request
 
 _IDLE_SECONDS = 5.0
