@@ -229,12 +229,12 @@ async def test_an_incomplete_list_always_raises(
 
 
 async def test_a_batch_too_large_is_split_in_halves(squid: TestSquid) -> None:
-    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_answer=450)) as catalog:
+    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_response=450)) as catalog:
         assert await listed(catalog, OURS) == ["1", "2", "3", "4"]
     sizes = [record.variables["n"] for record in squid.requests if record.operation == "ObjectsOfBags"]
     assert sizes[0] == 3
     assert sizes[1:] != []
-    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_answer=150)) as catalog:
+    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_response=150)) as catalog:
         with pytest.raises(CatalogUnavailable):
             await listed(catalog, OURS)
 

@@ -209,7 +209,7 @@ def test_a_short_secret_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("limits: {storage: lots}", "limits.storage: 'lots' is no size"),
+        ("limits: {storage: lots}", "limits.storage: expected a number and a unit"),
         ("limits: {maxConcurrentStorageNodeDownloads: many}", "limits.maxConcurrentStorageNodeDownloads"),
         ("buckets: 5", "buckets: want a list"),
         ("buckets: ['a:b']", "malformed bucket id"),

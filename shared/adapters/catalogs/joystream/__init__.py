@@ -1,4 +1,4 @@
-"""The catalog of the Joystream network: a Storage-Squid GraphQL endpoint, and the chain's head."""
+"""The catalog of the Joystream network: a Storage-Squid's GraphQL endpoint, and the head of the chain."""
 
 from distributor_node.shared.adapters.catalogs.joystream.answers import StorageEndpoint
 from distributor_node.shared.adapters.catalogs.joystream.catalog import JoystreamCatalog
