@@ -37,7 +37,7 @@ class Catalog(Protocol):
     async def close(self) -> None: ...
 
     async def look_up(self, object_id: ObjectId) -> MediaObject | None:
-        """Return what the catalog knows of one object, in whatever bucket. None: the object does not exist."""
+        """Return what the catalog knows of one object, in any bucket. None: the object does not exist."""
 
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         """Yield all objects of an assignment in batches.

@@ -1,4 +1,4 @@
-"""Settings into adapters, the same way in every service. Nothing is opened here."""
+"""Builds the adapters from the settings, for every service. The caller opens and closes them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def build_volume(settings: Settings) -> Volume:
 
 
 def build_state_store(settings: Settings) -> StateStore:
-    """All tasks of a process share one: in memory, two would know nothing of each other."""
+    """Build one per process: two stores in memory would not share their state."""
     store = settings.state_store
     timeouts = StateTimeouts(lease_seconds=settings.fetch.lease, operation_timeout=store.operation_timeout)
     url = store.url.get_secret_value()
@@ -59,7 +59,7 @@ def build_state_store(settings: Settings) -> StateStore:
 
 
 def build_job_queue(settings: Settings) -> JobQueue:
-    """As with the state store: one in each process."""
+    """Build one per process, as with the state store."""
     queue = settings.job_queue
     plan = RetryPlan(queue.retry_delays)
     url = queue.url.get_secret_value()
@@ -69,7 +69,7 @@ def build_job_queue(settings: Settings) -> JobQueue:
 
 
 def build_catalog(settings: Settings) -> Catalog:
-    """A manifest is in memory and seen at once when it changes; what is asked over the network is cached."""
+    """Build the catalog of the configured kind. Catalogs that are asked over the network get a cache."""
     catalog = settings.catalog
     if catalog.kind == "manifest":
         return ManifestCatalog(_required(catalog.manifest, "catalog.manifest"))
@@ -87,7 +87,7 @@ def build_catalog(settings: Settings) -> Catalog:
 
 
 def _required(value: _Value | None, name: str) -> _Value:
-    """Narrow the type. The settings have been validated: a missing value here is a mistake of the caller."""
+    """Narrow the type: the settings have been validated for their kind."""
     if value is None:
         raise ConfigurationError(f"{name}: missing")
     return value
@@ -106,19 +106,20 @@ def _build_joystream(settings: Settings) -> JoystreamCatalog:
 
 
 def _build_shared_catalog_cache(settings: Settings) -> SharedCatalogCache | None:
-    """None in one process, whose cache has nobody to share with."""
+    """None in a node of one process."""
     store = settings.state_store
     url = store.url.get_secret_value()
     if url.startswith(MEMORY):
         return None
-    # Named after the squid, and after what decides which sources an answer holds: no answer outlives a change of those.
+    # The name depends on the squid and on what decides which sources an answer has, so that answers do not survive a
+    # change of these settings.
     identity = f"{settings.catalog.squid} {settings.catalog.refuse_private_sources}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return RedisSharedCatalogCache(url, store.prefix, store.operation_timeout, name)
 
 
 def build_source_client(settings: Settings, max_connections: int) -> SourceClient:
-    """One for each purpose: downloads, proxying."""
+    """Build one for each purpose: downloads, proxying."""
     fetch = settings.fetch
     limits = SourceLimits(
         connect_timeout=fetch.connect_timeout,
@@ -132,13 +133,13 @@ def build_source_client(settings: Settings, max_connections: int) -> SourceClien
 
 
 def build_source_stats_sync(settings: Settings) -> SourceStatsSync:
-    """One in each process, with the registry of all its failover readers. To be opened and closed by its user."""
+    """Build one per process, with the registry that all its failover readers use."""
     registry = SourceHealthRegistry(corrupted_memory=settings.sources.corrupted_memory)
     return SourceStatsSync(registry, _build_shared_source_stats(settings), settings.sources.share_interval)
 
 
 def _build_shared_source_stats(settings: Settings) -> SharedSourceStats | None:
-    """None in one process, whose registry has nobody to share with."""
+    """None in a node of one process."""
     store = settings.state_store
     url = store.url.get_secret_value()
     return (
@@ -147,18 +148,16 @@ def _build_shared_source_stats(settings: Settings) -> SharedSourceStats | None:
 
 
 def build_source_prober(settings: Settings, registry: SourceHealthRegistry) -> SourceProber:
-    """To be opened and closed by its user."""
     sources, refuse = settings.sources, settings.catalog.refuse_private_sources
     return SourceProber(registry, sources.probe_timeout, sources.probes_at_once, refuse_private=refuse)
 
 
 def build_failover_reader(client: SourceClient, registry: SourceHealthRegistry) -> FailoverReader:
-    """Reads through `client`, which is opened and closed by whoever built it."""
     return FailoverReader(client, registry)
 
 
 def count_observation(observation: SourceObservation) -> None:
-    """One request to a source, in the metrics."""
+    """Count one request to a source in the metrics."""
     source = source_label(f"//{observation.source}")
     SOURCE_REQUESTS.labels(source=source).inc()
     if observation.first_byte is not None:

@@ -97,7 +97,7 @@ class Harness:
             str(config),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert "limits.pendingDownloadTimeoutSec has no equal" in done.stderr
+        assert "limits.pendingDownloadTimeoutSec has no equivalent" in done.stderr
         ours = self.folder / "ours.yaml"
         ours.write_text(done.stdout)
         assert "refuse_private_sources: true" in done.stdout

@@ -258,7 +258,7 @@ async def test_the_switch_is_persisted_and_undone(squid: TestSquid, catalog: Joy
         squid.faults = SquidFaults(schema=schema)
         squid.requests.clear()
         assert await catalog.look_up(ONE) is not None
-        return sum(record.refused for record in squid.requests)
+        return sum(record.rejected for record in squid.requests)
 
     assert await refused("current") == 0
     assert await refused("deprecated_only") > 0

@@ -1,4 +1,4 @@
-"""A Storage-Squid for the demo and the tests: GraphQL over the demo's objects, and the head of a chain."""
+"""A Storage-Squid for the demo and the tests: a GraphQL API for the demo's objects, and the head of a chain."""
 
 from distributor_node.services.demo.squid.chain import TestChain
 from distributor_node.services.demo.squid.data import StorageBucket

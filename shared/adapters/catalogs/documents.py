@@ -27,6 +27,21 @@ class LocatedMapping(dict[str, Any]):
     line: int = 0  # the line it begins at, counted from 1; 0 if unknown (JSON)
 
 
+def describe(value: Any) -> str:
+    """Return a short text for error messages: `a mapping`, `a list`, `nothing`, or the value itself."""
+    match value:
+        case None:
+            return "nothing"
+        case dict():
+            return "a mapping"
+        case list():
+            return "a list"
+        case bool():
+            return str(value).lower()
+        case _:
+            return repr(value)[:40]
+
+
 def read_json(text: str) -> Any:
     """Parse JSON. Raises InvalidInput, with the line, for invalid JSON and for equal keys in one mapping."""
     try:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from distributor_node.shared.adapters.catalogs.documents import LocatedMapping, read_json, read_yaml
+from distributor_node.shared.adapters.catalogs.documents import LocatedMapping, describe, read_json, read_yaml
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
 from distributor_node.shared.domain.media_types import parse_media_type
 from distributor_node.shared.domain.objects import (
@@ -185,17 +185,17 @@ def parse_manifest(document: Any) -> Manifest:
     _reject_unknown(document, _FIELDS, "the manifest")
     version = document.get("version")
     if version != MANIFEST_VERSION or isinstance(version, bool):
-        raise InvalidInput(f"version: expected {MANIFEST_VERSION}, got {str(version)[:20]}")
+        raise InvalidInput(f"version: expected {MANIFEST_VERSION}, got {describe(version)}")
     base_urls = _urls(document, "base_urls", "base_urls")
     entries = document.get("objects")
     if not isinstance(entries, list):
-        raise InvalidInput(f"objects: expected a list, got {type(entries).__name__}")
+        raise InvalidInput(f"objects: expected a list, got {describe(entries)}")
     buckets: dict[str, tuple[DistributionBucket, ...]] = {}
     objects: dict[str, MediaObject] = {}
     for number, entry in enumerate(entries, start=1):
         place = _place(number, entry)
         if not isinstance(entry, LocatedMapping):
-            raise InvalidInput(f"{place}: expected a mapping, got {type(entry).__name__}")
+            raise InvalidInput(f"{place}: expected a mapping, got {describe(entry)}")
         media_object = _parse_object(entry, place, base_urls, buckets)
         if media_object.object_id in objects:
             raise InvalidInput(f"{place}: id: {media_object.object_id} is listed twice")
@@ -215,7 +215,7 @@ def _parse_object(
     _optional(entry, "name", place, str)
     accepted = entry.get("accepted", True)
     if not isinstance(accepted, bool):
-        raise InvalidInput(f"{place}: accepted: expected true or false, got {str(accepted)[:20]!r}")
+        raise InvalidInput(f"{place}: accepted: expected true or false, got {describe(accepted)}")
     if bucket_id is not None and bucket_id not in buckets:
         buckets[bucket_id] = (DistributionBucket(bucket_id),)
     urls = _urls(entry, "urls", f"{place}: urls") if "urls" in entry else ()
@@ -236,17 +236,17 @@ def _parse_object(
 def _size(entry: LocatedMapping, place: str) -> int:
     size = entry.get("size")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _MAX_SIZE:
-        raise InvalidInput(f"{place}: size: expected a number of bytes, got {str(size)[:40]!r}")
+        raise InvalidInput(f"{place}: size: expected a number of bytes, got {describe(size)}")
     return size
 
 
 def _urls(mapping: LocatedMapping, field: str, place: str) -> tuple[str, ...]:
     listed = mapping.get(field, [])
     if not isinstance(listed, list) or len(listed) > _MAX_URLS:
-        raise InvalidInput(f"{place}: expected a list of at most {_MAX_URLS} URLs")
+        raise InvalidInput(f"{place}: expected a list of at most {_MAX_URLS} URLs, got {describe(listed)}")
     for url in listed:
         if not isinstance(url, str):
-            raise InvalidInput(f"{place}: expected http(s) URLs, got {str(url)[:40]!r}")
+            raise InvalidInput(f"{place}: expected http(s) URLs, got {describe(url)}")
         _read_field(parse_source_url, url, place)
     return tuple(listed)
 
@@ -254,9 +254,8 @@ def _urls(mapping: LocatedMapping, field: str, place: str) -> tuple[str, ...]:
 def _text(entry: LocatedMapping, field: str, place: str) -> str:
     value = entry.get(field)
     if not isinstance(value, str):
-        raise InvalidInput(
-            f"{place}: {field}: expected text" + (" (in quotes)" if value is not None else ", got nothing")
-        )
+        quotes = " (in quotes)" if isinstance(value, int) else ""
+        raise InvalidInput(f"{place}: {field}: expected text{quotes}, got {describe(value)}")
     return value
 
 

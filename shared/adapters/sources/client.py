@@ -31,7 +31,7 @@ from distributor_node.shared.domain.urls import parse_source_url
 class SourceResponse:
     """A source's response, after its headers have been checked."""
 
-    status: Literal[200, 206]  # 200: the whole object, 206: a range, whatever status the source sent
+    status: Literal[200, 206]  # 200: the whole object, 206: a range. The source may have sent another one
     first: int  # position of the first byte in the object
     length: int | None  # bytes; None: unknown
     total: int | None  # size of the whole object; None: unknown
