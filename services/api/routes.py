@@ -14,7 +14,7 @@ from distributor_node.services.api.headers import CROSS_ORIGIN, PREFLIGHT
 from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.request_log import request_record
 from distributor_node.services.api.sanic_app import ApiApplication, make_application, parse_object_id
-from distributor_node.services.api.status import StatusReporter, UsageReader, make_squid_status_poller
+from distributor_node.services.api.status import SquidStatusPoller, StatusReporter, UsageReader
 from distributor_node.shared.domain.objects import ObjectId
 
 _READ = ("GET", "HEAD")
@@ -32,7 +32,7 @@ def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
     application = make_application(context.settings.public_api)
     usage = UsageReader(context)
     _add_assets(application, assets)
-    reporter = StatusReporter(context, usage, make_squid_status_poller(context.settings))
+    reporter = StatusReporter(context, usage, SquidStatusPoller(context.catalog))
     _add_status(application, reporter)
     _add_health(application, HealthChecks(context, usage))
     application.ctx.fast_path = None

@@ -8,18 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
 
 import structlog
 
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, HttpError
-from distributor_node.shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog
 from distributor_node.shared.adapters.volume import FoundObject, Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.space import RECORD_BYTES, Usage, footprint
-from distributor_node.shared.runtime.factories import build_chain_head, build_joystream
-from distributor_node.shared.settings.model import CatalogSettings, Settings
+from distributor_node.shared.ports.catalog import Catalog
 
 USAGE_TTL = 1.0
 MEASUREMENT_TTL = 30.0
@@ -87,10 +84,7 @@ def _count(volume: Volume) -> tuple[int, int]:
 class StatusReporter:
     """The bodies of /status and /buckets."""
 
-    def __init__(
-        self, context: ApiContext, usage: UsageReader, squid_status: SquidStatusPoller | None
-    ) -> None:
-        """`squid_status`: of the catalog, if it is a squid."""
+    def __init__(self, context: ApiContext, usage: UsageReader, squid_status: SquidStatusPoller) -> None:
         self._context = context
         self._usage = usage
         self._squid_status = squid_status
@@ -119,9 +113,9 @@ class StatusReporter:
 
     async def _squid_status_fields(self) -> dict[str, Any]:
         """Field by field: who is silent costs nothing but its own fields."""
-        found = SquidAndChainStatus() if self._squid_status is None else await self._squid_status.read()
+        found = await self._squid_status.read()
         return {
-            "url": _catalog_url(self._context.settings.catalog),
+            "url": self._context.catalog.public_url,
             "chainHead": found.chain_head,
             "blocksProcessed": found.blocks_processed,
             "packageVersion": found.version,
@@ -129,8 +123,7 @@ class StatusReporter:
 
     async def close(self) -> None:
         """End what is asked in the background."""
-        if self._squid_status is not None:
-            await self._squid_status.close()
+        await self._squid_status.close()
 
     async def buckets(self) -> dict[str, Any]:
         """The assignment: its buckets, or all of one worker, or (no assignment set) all that the catalog knows."""
@@ -150,17 +143,6 @@ class StatusReporter:
 def _bucket_order(bucket_id: str) -> tuple[int, int]:
     family, _, index = bucket_id.partition(":")
     return int(family), int(index)
-
-
-def _catalog_url(catalog: CatalogSettings) -> str:
-    """Where the catalog is asked: the squid, or the origin's scheme and host, without credentials; a file has no URL to
-    show."""
-    if catalog.kind == "joystream":
-        return url_without_credentials(catalog.squid)
-    if catalog.kind != "origin" or not catalog.origin:
-        return ""
-    parts = urlsplit(catalog.origin)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
 
 
 # What the squid and the chain say of themselves, for /status: asked in the background, never waited for long.
@@ -186,15 +168,9 @@ class SquidAndChainStatus:
 class SquidStatusPoller:
     """`read` costs nothing but memory: at most one question to each every ten seconds, however often it is called."""
 
-    def __init__(
-        self,
-        squid: JoystreamCatalog,
-        chain: ChainHead | None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Opened when first asked, closed by `close`. `clock` in seconds."""
-        self._squid, self._chain, self._clock = squid, chain, clock
-        self._opened = False
+    def __init__(self, catalog: Catalog, clock: Callable[[], float] = time.monotonic) -> None:
+        """`catalog`: opened and closed by its owner, later than this. `clock` in seconds."""
+        self._catalog, self._clock = catalog, clock
         self._height = _Polled[int]("squid_height", clock)
         self._version = _Polled[str]("squid_version", clock)
         self._head = _Polled[int]("chain_head", clock)
@@ -217,14 +193,9 @@ class SquidStatusPoller:
         if self._polling is not None:
             self._polling.cancel()
             await asyncio.wait({self._polling}, timeout=_CLOSING_SECONDS)
-        if self._opened:
-            await self._squid.close()
 
     async def _poll(self) -> None:
         try:
-            if not self._opened:
-                await self._squid.open()
-                self._opened = True
             await asyncio.gather(self._poll_squid(), self._poll_chain())
         finally:
             self._next_poll_at = self._clock() + POLL_INTERVAL
@@ -232,18 +203,16 @@ class SquidStatusPoller:
 
     async def _poll_squid(self) -> None:
         try:
-            status = await self._squid.squid_status()
+            status = await self._catalog.status()
         except CatalogUnavailable as error:
             self._height.fail(error)
             return
-        self._height.set(status.height)
+        self._height.set(status.blocks_processed)
         self._version.set(status.version)
 
     async def _poll_chain(self) -> None:
-        if self._chain is None:
-            return
         try:
-            self._head.set(await self._chain.head())
+            self._head.set(await self._catalog.chain_head())
         except CatalogUnavailable as error:
             self._head.fail(error)
 
@@ -270,19 +239,6 @@ class _Polled(Generic[_Value]):
 
     def value(self) -> _Value | None:
         return self._value if self._clock() - self._set_at < STALE_AFTER else None
-
-
-def make_squid_status_poller(settings: Settings) -> SquidStatusPoller | None:
-    """None for catalogs that are no squid."""
-    if settings.catalog.kind != "joystream":
-        return None
-    return SquidStatusPoller(build_joystream(settings), build_chain_head(settings))
-
-
-def url_without_credentials(url: str) -> str:
-    """Without credentials."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
 # The version of what is running.

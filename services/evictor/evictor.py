@@ -103,7 +103,7 @@ def _make_parts(
     adoption = Adoption(state, volume, index, node_import)
     reaper = PartialReaper(state, volume, adoption, settings.evictor.partial_keep, settings.fetch.space_wait)
     rules = EvictionRules(settings.storage.watermarks, settings.evictor.min_idle)
-    can_list = settings.catalog.kind != "origin"
+    can_list = catalog.can_list
     watcher = OperatorStateWatcher(state, volume.root, settings.assignment)
     return EvictorParts(
         volume=volume,

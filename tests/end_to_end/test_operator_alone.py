@@ -153,7 +153,7 @@ async def test_errors_are_reported_in_words(alone: tuple[Harness, OperatorClient
     harness.publish([generated_object("1", 1000)])
     nobody = await command(operator, "orders")
     assert (nobody.returncode, nobody.stdout) == (1, "")
-    assert "cannot be asked" in nobody.stderr
+    assert "cannot be reached" in nobody.stderr
     await harness.stack.add("standalone").healthy()
     wrong = await command(operator, "orders", DISTRIBUTOR_OPERATOR_API__SECRET="x" * 32)
     assert (wrong.returncode, wrong.stderr) == (1, "distributor: 401 Not authorised\n")

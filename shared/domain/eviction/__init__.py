@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distributor_node.shared.domain.eviction.choice import POLICY_NAMES, make_policy
+from distributor_node.shared.domain.eviction.choice import POLICY_NAMES, PolicyName, make_policy
 from distributor_node.shared.domain.eviction.gdsf import DEFAULT_MISS_COST, Gdsf
 from distributor_node.shared.domain.eviction.lru import Lru
 from distributor_node.shared.domain.eviction.lru_sp import LruSp
@@ -16,5 +16,6 @@ __all__ = [
     "Lru",
     "LruSp",
     "PolicyEntry",
+    "PolicyName",
     "make_policy",
 ]

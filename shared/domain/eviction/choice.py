@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction.gdsf import DEFAULT_MISS_COST, Gdsf
 from distributor_node.shared.domain.eviction.lru import Lru
 from distributor_node.shared.domain.eviction.lru_sp import LruSp
 from distributor_node.shared.domain.eviction.policy import EvictionPolicy
 
-POLICY_NAMES = ("gdsf", "lru-sp", "lru")
+PolicyName = Literal["gdsf", "lru-sp", "lru"]
+POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 
 def make_policy(name: str, miss_cost: int = DEFAULT_MISS_COST) -> EvictionPolicy:
