@@ -14,7 +14,7 @@ import structlog
 from distributor_node.shared.adapters.volume import Removal, RemovalState, Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.found_objects import record_for_file
-from distributor_node.shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, TryLater
+from distributor_node.shared.domain.jobs import Ack, DeadLetter, JobOutcome, Requeue, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
@@ -53,15 +53,13 @@ class AdmissionWait:
         waited = now - self._first_seen.setdefault(type(denied), now)
         match denied:
             case NeverFits():
-                return Hopeless("larger than the storage limit")
+                return DeadLetter("larger than the storage limit")
             case AlreadyStored():
-                return TryLater("the index and the volume contradict each other")
+                return Retry("the index and the volume contradict each other")
             case NoSpace(missing):
-                return (
-                    TryLater(f"no space: {missing} bytes are missing") if waited >= self.space_wait else None
-                )
+                return Retry(f"no space: {missing} bytes are missing") if waited >= self.space_wait else None
             case NotReconciled():
-                return TryLater("the volume is not reconciled yet") if waited >= self.space_wait else None
+                return Retry("the volume is not reconciled yet") if waited >= self.space_wait else None
             case HeldElsewhere(seconds_left):
                 return self._decide_held(now, seconds_left, waited)
 
@@ -71,13 +69,13 @@ class AdmissionWait:
         connection. Either shows within the time of one lease; a lease that neither ends nor is renewed is one whose
         end a clock that was put back has moved away."""
         if seconds_left <= 0:
-            return TryLater("being evicted") if waited >= self.space_wait else None
+            return Retry("being evicted") if waited >= self.space_wait else None
         expires_at = now + seconds_left
         if self._lease_expires_at is None:
             self._lease_expires_at = expires_at
         elif expires_at > self._lease_expires_at + _MIN_RENEWAL:
-            return LookAgain("fetched elsewhere")
-        return TryLater("held by a lease that does not end") if waited >= 2 * self.lease else None
+            return Requeue("fetched elsewhere")
+        return Retry("held by a lease that does not end") if waited >= 2 * self.lease else None
 
 
 # From a job to a lease: is the object there already, is there room, is somebody else at it?
@@ -135,9 +133,9 @@ class Admission:
         """
         size = media_object.size
         if size is None:
-            return Hopeless("the size is not known")
+            return DeadLetter("the size is not known")
         if size > self._rules.largest_size:
-            return Hopeless(f"{size} bytes are more than is ever cached")
+            return DeadLetter(f"{size} bytes are more than is ever cached")
         if warming and not await self._has_room_to_warm(size):
             return await self._skip_warming(media_object.object_id)
         return await self._admit(media_object, size, warming=warming)
@@ -160,9 +158,9 @@ class Admission:
                     invalid_removed = True
                     if await self._restore(media_object):
                         logger.info("record_restored", object_id=object_id)
-                        return Done("already cached")
+                        return Ack("already_cached")
                     if not await self._remove_invalid(object_id, result.generation):
-                        return TryLater("what is stored is not right, and in use")
+                        return Retry("what is stored is not right, and in use")
                     continue
                 if warming and isinstance(result, NoSpace):
                     return await self._skip_warming(object_id)
@@ -187,7 +185,7 @@ class Admission:
         fetch = (await self._state.find(object_id)).fetch
         if fetch is not None:
             await self._state.release_claim(object_id, fetch.worker)
-        return Done("no room to warm")
+        return Ack("no_room_to_warm")
 
     def _stored_record(self, object_id: ObjectId) -> StoredRecord | None:
         """The record of the complete object, if the volume has it; VolumeError if there is no volume. Blocks."""
@@ -226,7 +224,7 @@ class Admission:
                 await self._state.commit(result.lease, record.stored_at)
         except StateStoreUnavailable as error:
             logger.info("reindex_deferred", reason=str(error))
-        return Done("already cached")
+        return Ack("already_cached")
 
     async def _remove_invalid(self, object_id: ObjectId, generation: int) -> bool:
         """The index believes in an object that the volume does not have, or has cut short. False: it is in use."""

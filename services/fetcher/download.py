@@ -26,7 +26,7 @@ from distributor_node.shared.domain.errors import (
     VolumeError,
     VolumeFull,
 )
-from distributor_node.shared.domain.jobs import Done, JobOutcome, TryLater
+from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
 from distributor_node.shared.domain.objects import Hasher, MediaObject, StoredRecord, source_name
 from distributor_node.shared.observability.metrics import (
@@ -68,13 +68,13 @@ class FetchRunner:
                 return await self._commit(lease)
             except LeaseLost as lost:
                 await record_failure(str(lost))
-                return TryLater(str(lost))
+                return Retry(str(lost))
             except (SourceError, VolumeError, StateStoreUnavailable) as error:
                 reason = _describe(error)
                 # Before the lease is given back: who waits for that asks at once.
                 await record_failure(reason)
                 await self._abandon(fetch, lease, error)
-                return TryLater(reason)
+                return Retry(reason)
             except asyncio.CancelledError:
                 await fetch.suspend()
                 raise
@@ -96,8 +96,8 @@ class FetchRunner:
         try:
             committed = await self._deps.state.commit(lease, time.time())
         except StateStoreUnavailable as error:
-            return TryLater(f"stored, but not committed: {error}")
-        return Done("fetched" if committed else "fetched, to be adopted")
+            return Retry(f"stored, but not committed: {error}")
+        return Ack("fetched" if committed else "fetched_to_be_adopted")
 
 
 class _PartialFetch:

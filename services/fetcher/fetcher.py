@@ -26,14 +26,14 @@ from distributor_node.shared.domain.errors import (
     VolumeError,
 )
 from distributor_node.shared.domain.jobs import (
-    Done,
+    Ack,
+    DeadLetter,
     FetchJob,
-    HandBack,
-    Hopeless,
     JobOutcome,
-    LookAgain,
+    Nack,
+    Requeue,
+    Retry,
     RetryPlan,
-    TryLater,
 )
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState
@@ -109,7 +109,7 @@ class Fetcher:
         try:
             await self._operator_state.wait_until(_not_draining)
         except asyncio.CancelledError:
-            return HandBack()
+            return Nack()
         return await self._worker.handle(job)
 
     async def problems(self) -> Sequence[str]:
@@ -150,7 +150,7 @@ class Worker:
         self._failure_recorder = failure_recorder
 
     async def handle(self, job: FetchJob) -> JobOutcome:
-        """The job queue's handler. A cancellation is answered with HandBack, with everything left in good order."""
+        """The job queue's handler. A cancellation is answered with Nack, with everything left in good order."""
         with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
             if job.attempt == 1:
                 PHASE.labels("queue_wait").observe(max(0.0, time.time() - job.published_at))
@@ -158,7 +158,7 @@ class Worker:
             try:
                 outcome = await self._fetch(job)
             except asyncio.CancelledError:
-                outcome = HandBack()
+                outcome = Nack()
             FETCHES.labels(outcome_label(outcome)).inc()
             logger.info(
                 "job_ended",
@@ -181,8 +181,8 @@ class Worker:
                 )
             outcome = admitted
         except (StateStoreUnavailable, VolumeError) as error:
-            outcome = TryLater(str(error))
-        if isinstance(outcome, TryLater):
+            outcome = Retry(str(error))
+        if isinstance(outcome, Retry):
             await self._failure_recorder.record(job, outcome.reason)
         return outcome
 
@@ -190,15 +190,15 @@ class Worker:
 def outcome_label(outcome: JobOutcome) -> str:
     """One of a few words, for metrics."""
     match outcome:
-        case Done(detail):
-            return detail.replace(",", "").replace(" ", "_")
-        case TryLater():
+        case Ack(detail):
+            return detail
+        case Retry():
             return "retry"
-        case LookAgain():
+        case Requeue():
             return "requeue"
-        case Hopeless():
+        case DeadLetter():
             return "dead_letter"
-        case HandBack():
+        case Nack():
             return "nack"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from distributor_node.shared.domain.errors import InvalidInput, InvalidJob
@@ -33,6 +33,9 @@ class FetchJob:
     @property
     def object_id(self) -> ObjectId:
         return self.media_object.object_id
+
+    def next_attempt(self) -> FetchJob:
+        return replace(self, attempt=self.attempt + 1)
 
 
 def encode_job(job: FetchJob) -> bytes:
@@ -99,48 +102,68 @@ def _typed(fields: Mapping[str, Any], name: str, types: tuple[type, ...]) -> Any
     return value
 
 
+# Outcomes: what the handler of a job tells the queue to do with the message.
+
+
 @dataclass(frozen=True, slots=True)
-class Done:
-    """The object is cached, or nothing was to do: acknowledge."""
+class Ack:
+    """The object is cached, or there is nothing to do: acknowledge the message."""
 
     detail: str = "fetched"
+    """What was done, as a label of metrics: one of a few words."""
 
 
 @dataclass(frozen=True, slots=True)
-class TryLater:
-    """It may work later (no space, all sources failing): delay queue, until the attempts are used up."""
+class Retry:
+    """The attempt failed, and a later one may succeed: publish the next attempt to the delay queue of this one."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class LookAgain:
-    """Another worker is at it, and may yet fail with no message of its own: look again later, which is no attempt."""
+class Requeue:
+    """Another worker fetches the object: publish the same attempt to the first delay queue.
+
+    The job is kept because the other worker may fail without a message of its own.
+    """
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Hopeless:
-    """It will not work however often it is tried: dead-letter with the reason."""
+class DeadLetter:
+    """No attempt can succeed: move the message to the dead-letter queue, with the reason."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class HandBack:
-    """The worker is shutting down: give the job back unchanged."""
+class Nack:
+    """The worker is shutting down: return the message to its queue unchanged."""
 
 
-JobOutcome = Done | TryLater | LookAgain | Hopeless | HandBack
+JobOutcome = Ack | Retry | Requeue | DeadLetter | Nack
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPlan:
-    """Delays in seconds before the second, third, … attempt; one more attempt than there are delays."""
+    """How often a job is tried, and how long it waits between two attempts."""
 
     delays: tuple[float, ...] = (5.0, 30.0, 120.0, 600.0)
+    """Seconds before the second, third, … attempt. There is one attempt more than there are delays."""
 
     def next_delay(self, attempt: int) -> float | None:
-        """Seconds to wait after the given attempt (from 1) failed; None when the attempts are used up."""
+        """Return the seconds to wait after the given attempt (from 1) failed; None after the last attempt."""
         return self.delays[attempt - 1] if 0 < attempt <= len(self.delays) else None
+
+    def resolve(self, outcome: JobOutcome, attempt: int) -> JobOutcome:
+        """Return the outcome that the queue carries out: a delay exists for every Retry and Requeue returned.
+
+        Retry becomes DeadLetter after the last attempt. Requeue becomes Ack where the plan has no delays at all.
+        """
+        match outcome:
+            case Retry(reason) if self.next_delay(attempt) is None:
+                return DeadLetter(reason)
+            case Requeue() if not self.delays:
+                return Ack("dropped")
+        return outcome

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from distributor_node.shared.domain.jobs import Done, FetchJob, JobOutcome
+from distributor_node.shared.domain.jobs import Ack, FetchJob, JobOutcome
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
 from distributor_node.shared.ports.job_queue import JobQueue
 
@@ -48,7 +48,7 @@ class ConsumerRecorder:
 
 
 async def done(_: FetchJob) -> JobOutcome:
-    return Done()
+    return Ack()
 
 
 @asynccontextmanager

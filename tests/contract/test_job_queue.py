@@ -13,14 +13,14 @@ from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
 from distributor_node.shared.domain.errors import JobQueueUnavailable
 from distributor_node.shared.domain.jobs import (
-    Done,
+    Ack,
+    DeadLetter,
     FetchJob,
-    HandBack,
-    Hopeless,
     JobOutcome,
-    LookAgain,
+    Nack,
+    Requeue,
+    Retry,
     RetryPlan,
-    TryLater,
 )
 from distributor_node.shared.ports.job_queue import JobQueue
 from tests.contract.queue_harness import consuming, make_job, wait_for_depth
@@ -74,7 +74,7 @@ async def test_concurrency_is_bounded(queue: JobQueue) -> None:
         most = max(most, running)
         await asyncio.sleep(0.01)
         running -= 1
-        return Done()
+        return Ack()
 
     for number in range(12):
         await queue.publish(make_job(str(number)))
@@ -88,7 +88,7 @@ async def test_retry_redelivers_after_the_delay_of_its_attempt(queue: JobQueue) 
 
     async def succeed_on_third_attempt(job: FetchJob) -> JobOutcome:
         times.append(time.monotonic())
-        return Done() if job.attempt == 3 else TryLater("no_space")
+        return Ack() if job.attempt == 3 else Retry("no_space")
 
     await queue.publish(make_job(request_id="r"))
     async with consuming(queue, succeed_on_third_attempt) as recorder:
@@ -105,7 +105,7 @@ async def test_requeue_redelivers_after_the_first_delay_and_is_no_attempt(queue:
 
     async def succeed_on_fifth_call(_: FetchJob) -> JobOutcome:
         times.append(time.monotonic())
-        return Done() if len(times) == 5 else LookAgain("fetched elsewhere")
+        return Ack() if len(times) == 5 else Requeue("fetched elsewhere")
 
     await queue.publish(make_job(request_id="r"))
     async with consuming(queue, succeed_on_fifth_call) as recorder:
@@ -118,7 +118,7 @@ async def test_requeue_redelivers_after_the_first_delay_and_is_no_attempt(queue:
 
 async def test_a_delayed_job_is_counted_as_such(queue: JobQueue) -> None:
     async def later(job: FetchJob) -> JobOutcome:
-        return TryLater("no_space") if job.attempt < 3 else Done()
+        return Retry("no_space") if job.attempt < 3 else Ack()
 
     await queue.publish(make_job())
     async with consuming(queue, later) as recorder:
@@ -128,7 +128,7 @@ async def test_a_delayed_job_is_counted_as_such(queue: JobQueue) -> None:
 
 async def test_exhausted_attempts_are_recorded_and_dead_lettered(queue: JobQueue) -> None:
     async def never(_: FetchJob) -> JobOutcome:
-        return TryLater("all_sources_failed")
+        return Retry("all_sources_failed")
 
     await queue.publish(make_job("9"))
     async with consuming(queue, never) as recorder:
@@ -144,7 +144,7 @@ async def test_a_permanent_failure_is_recorded_before_it_is_dead_lettered(queue:
     dead_when_told: list[int] = []
 
     async def hopeless(_: FetchJob) -> JobOutcome:
-        return Hopeless("never_fits")
+        return DeadLetter("never_fits")
 
     async def told(_: FetchJob, reason: str) -> None:
         assert reason == "never_fits"
@@ -160,7 +160,7 @@ async def test_a_permanent_failure_is_recorded_before_it_is_dead_lettered(queue:
 
 async def test_a_failure_that_cannot_be_remembered_still_ends_the_job(queue: JobQueue) -> None:
     async def hopeless(_: FetchJob) -> JobOutcome:
-        return Hopeless("never_fits")
+        return DeadLetter("never_fits")
 
     async def forgetful(_: FetchJob, __: str) -> None:
         raise ConnectionError("state store is down")
@@ -177,7 +177,7 @@ async def test_a_raising_handler_retries_and_does_not_stop_others(queue: JobQueu
     async def clumsy(job: FetchJob) -> JobOutcome:
         if job.object_id == "bad":
             raise KeyError("oops")
-        return Done()
+        return Ack()
 
     await queue.publish(make_job("bad"))
     await queue.publish(make_job("good"))
@@ -197,7 +197,7 @@ async def test_cancelling_gives_the_jobs_back_unchanged(queue: JobQueue, answer:
                 raise
             if answer == "fails":
                 raise RuntimeError("while stopping") from None
-        return HandBack()
+        return Nack()
 
     for number in range(4):
         await queue.publish(make_job(str(number)))
@@ -217,8 +217,8 @@ async def test_a_job_finished_in_spite_of_cancellation_is_finished(queue: JobQue
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
-            return Done("just in time")
-        return HandBack()
+            return Ack("just in time")
+        return Nack()
 
     await queue.publish(make_job())
     async with consuming(queue, stubborn) as recorder:
@@ -232,7 +232,7 @@ async def test_two_consumers_share_the_jobs(queue: JobQueue) -> None:
     async def meet(_: FetchJob) -> JobOutcome:
         async with asyncio.timeout(5):
             await both_have_one.wait()
-        return Done()
+        return Ack()
 
     async with consuming(queue, meet, 1) as one, consuming(queue, meet, 1) as other:
         await queue.publish(make_job("1"))
@@ -274,7 +274,7 @@ async def test_the_error_that_breaks_a_consumer_is_raised_not_its_consequences(m
             raise Broken
         await begun.wait()
         idle.set()
-        return Done()
+        return Ack()
 
     async def told(_: FetchJob, __: str) -> None: ...
 

@@ -12,7 +12,7 @@ from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
 from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology
 from distributor_node.shared.domain.errors import ConfigurationError, JobQueueUnavailable
-from distributor_node.shared.domain.jobs import Hopeless, JobOutcome, RetryPlan, encode_job
+from distributor_node.shared.domain.jobs import DeadLetter, JobOutcome, RetryPlan, encode_job
 from tests.contract.queue_harness import consuming, done, make_job, wait_for_depth
 
 pytestmark = pytest.mark.servers
@@ -86,7 +86,7 @@ async def test_poison_is_dead_lettered_as_it_came_and_consumption_goes_on(
     letter = await _take(channel, topology.dead)
     assert letter.body == body
     assert letter.headers["x-other"] == "kept"
-    assert str(letter.headers["x-distributor-reason"]).startswith("no job: ")
+    assert str(letter.headers["x-distributor-reason"]).startswith("invalid job: ")
     assert [job.object_id for job in recorder.started] == ["before", "after"]
 
 
@@ -94,7 +94,7 @@ async def test_a_dead_letter_keeps_body_and_request_id_and_says_why(
     queue: RabbitJobQueue, topology: Topology, channel: AbstractChannel
 ) -> None:
     async def hopeless(_: object) -> JobOutcome:
-        return Hopeless("never_fits")
+        return DeadLetter("never_fits")
 
     job = make_job(request_id="abc")
     await queue.publish(job)

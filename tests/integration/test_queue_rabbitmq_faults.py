@@ -12,7 +12,7 @@ from prometheus_client import REGISTRY
 
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
 from distributor_node.shared.domain.errors import JobQueueUnavailable
-from distributor_node.shared.domain.jobs import Done, FetchJob, JobOutcome, RetryPlan, TryLater
+from distributor_node.shared.domain.jobs import Ack, FetchJob, JobOutcome, Retry, RetryPlan
 from tests.contract.queue_harness import consuming, make_job, wait_for_depth
 from tests.servers.rabbitmq_server import RabbitServer
 
@@ -45,7 +45,7 @@ async def test_a_job_that_outlasts_the_consumer_timeout_runs_once_and_ends(queue
 
     async def slow(_: FetchJob) -> JobOutcome:
         await asyncio.sleep(4.5)
-        return Done()
+        return Ack()
 
     await queue.publish(make_job())
     async with consuming(queue, slow, concurrency=3) as recorder:
@@ -62,7 +62,7 @@ async def test_killed_connections_come_back_and_a_running_job_runs_once(
 
     async def until_told(_: FetchJob) -> JobOutcome:
         await go_on.wait()
-        return Done()
+        return Ack()
 
     await queue.publish(make_job("1"))
     async with consuming(queue, until_told) as recorder:
@@ -81,7 +81,7 @@ async def test_a_memory_alarm_stops_publishing_in_time_and_acknowledging_not_at_
     queue: RabbitJobQueue, own_rabbitmq: RabbitServer
 ) -> None:
     async def last_is_late(job: FetchJob) -> JobOutcome:
-        return TryLater("no_space") if job.object_id == "late" and job.attempt == 1 else Done()
+        return Retry("no_space") if job.object_id == "late" and job.attempt == 1 else Ack()
 
     for name in ("1", "2", "late"):
         await queue.publish(make_job(name))
@@ -115,7 +115,7 @@ async def test_jobs_survive_a_killed_broker_and_consumption_resumes_when_it_is_b
     async def first_waits(job: FetchJob) -> JobOutcome:
         if job.object_id == "0":
             await blocked.wait()
-        return Done()
+        return Ack()
 
     for number in range(5):
         await queue.publish(make_job(str(number)))
