@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
@@ -19,6 +18,7 @@ from distributor_node.shared.adapters.volume import FoundObject, Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.space import RECORD_BYTES, Usage, footprint
 from distributor_node.shared.runtime.factories import build_chain_head, build_joystream
+from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.settings.model import CatalogSettings, Settings
 
 USAGE_TTL = 1.0
@@ -283,16 +283,3 @@ def url_without_credentials(url: str) -> str:
     """Without credentials."""
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
-# The version of what is running.
-
-
-def _installed() -> str:
-    try:
-        return version("distributor-node")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "0.0.0"
-
-
-VERSION = _installed()

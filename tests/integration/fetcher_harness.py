@@ -12,7 +12,7 @@ from pathlib import Path
 from distributor_node.services.demo.objects import DemoObject, bytes_object
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules
-from distributor_node.services.fetcher.download import FetchDeps, FetchRunner
+from distributor_node.services.fetcher.download import FetchRunner
 from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
@@ -56,7 +56,7 @@ class Harness:
         rules = AdmissionRules(LIMIT // 2, self.space_wait, self.times.lease)
         return Worker(
             Admission(self.state, self.volume, self.disk, rules, name),
-            FetchRunner(FetchDeps(self.state, self.failover_reader, self.disk), self.volume, self.times),
+            FetchRunner(self.state, self.volume, self.failover_reader, self.disk, self.times),
             FailureRecorder(self.state, RETRIES, failure_memory=60.0),
         )
 

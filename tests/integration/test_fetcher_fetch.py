@@ -142,7 +142,7 @@ async def test_of_several_sources_the_corrupt_one_is_found(harness: Harness) -> 
 async def test_corrupt_bytes_from_all_sources_leave_nothing(harness: Harness) -> None:
     for node in harness.nodes:
         node.faults.add(Fault(flip_byte_at=SIZE - 1))
-    assert await fetch(harness) == Retry("all sources gave wrong bytes")
+    assert await fetch(harness) == Retry("all sources sent corrupt bytes")
     assert [len(node.requests) for node in harness.nodes] == [1, 1]
     await assert_nothing_is_left(harness)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules
-from distributor_node.services.fetcher.download import FetchDeps, FetchRunner
+from distributor_node.services.fetcher.download import FetchRunner
 from distributor_node.services.fetcher.fetcher import FailureRecorder, Worker
 from distributor_node.shared.domain.jobs import Ack, FetchJob
 from distributor_node.shared.domain.objects import ObjectId
@@ -22,9 +22,7 @@ def worker(harness: Harness, warm_below: int) -> Worker:
     rules = AdmissionRules(LIMIT, 0.3, 15.0, warm_below)
     return Worker(
         Admission(harness.state, harness.volume, harness.disk, rules, "worker-1"),
-        FetchRunner(
-            FetchDeps(harness.state, harness.failover_reader, harness.disk), harness.volume, harness.times
-        ),
+        FetchRunner(harness.state, harness.volume, harness.failover_reader, harness.disk, harness.times),
         FailureRecorder(harness.state, RETRIES, failure_memory=60.0),
     )
 

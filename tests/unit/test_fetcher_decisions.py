@@ -101,7 +101,7 @@ def test_batches_grow_and_are_bounded(received: int) -> None:
 
 def test_permanent_refusals_are_not_waited_for() -> None:
     wait = AdmissionWait(space_wait=10, lease=15)
-    assert wait.decide(NeverFits(), 0) == DeadLetter("larger than the storage limit")
+    assert wait.decide(NeverFits(), 0) == DeadLetter("size: larger than the storage limit")
     assert isinstance(wait.decide(AlreadyStored(1), 0), Retry)
 
 
@@ -117,7 +117,7 @@ def test_waiting_for_a_live_holder_ends_at_its_next_renewal() -> None:
     wait = AdmissionWait(space_wait=10, lease=15)
     assert wait.decide(HeldElsewhere(12.0), 100.0) is None
     assert wait.decide(HeldElsewhere(10.0), 102.0) is None
-    assert wait.decide(HeldElsewhere(14.9), 104.0) == Requeue("fetched elsewhere")
+    assert wait.decide(HeldElsewhere(14.9), 104.0) == Requeue("fetched by another worker")
 
 
 def test_waiting_for_a_dead_holder_lasts_as_long_as_its_lease() -> None:
