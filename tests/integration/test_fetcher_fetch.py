@@ -1,4 +1,4 @@
-"""One fetch: what comes from the sources, and what lies on the volume after it."""
+"""One fetch: what the sources send, and what is on the volume afterwards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fetches in trouble: other workers, lost leases, no space, a full disk, an index that contradicts the volume."""
+"""Fetches with other workers, lost leases, no space, a full disk, and an index that differs from the volume."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ async def test_a_job_waits_for_the_lease_of_a_dead_worker(harness: Harness) -> N
 
 
 async def test_a_job_resumes_where_the_worker_that_lost_its_delivery_failed(harness: Harness) -> None:
-    """The broker delivered the job again while the first worker, cut off from it, was still at work: that one's word on
-    what becomes of the job arrives nowhere, and it fails."""
+    """1. Worker A loses its connection to the broker while it fetches. 2. The broker redelivers the job to worker B.
+    3. A fails, and its outcome reaches no broker. 4. B gets the lease and resumes."""
     harness.nodes[0].faults.add(Fault(bytes_per_second=400_000, cut_after=600_000))
     cut_off = start(harness)
     await harness.until_partial(100_000)
@@ -74,7 +74,7 @@ async def test_a_job_resumes_where_the_worker_that_lost_its_delivery_failed(harn
 
 
 async def test_a_lost_lease_ends_the_writing(harness: Harness) -> None:
-    """The index is emptied and another takes the object: what comes afterwards is not written."""
+    """After the index is emptied, no byte is written."""
     harness.nodes[0].faults.add(SLOW)
     running = start(harness)
     await harness.until_partial(100_000)
@@ -88,7 +88,7 @@ async def test_a_lost_lease_ends_the_writing(harness: Harness) -> None:
     assert size is not None
     assert 0 < size < SIZE
     usage = await harness.state.usage()
-    assert usage.reserved == 0, "nothing was given back that was not held"
+    assert usage.reserved == 0, "no reservation was released that was not held"
 
 
 async def test_a_live_writer_locks_others_out_of_its_file(harness: Harness) -> None:
@@ -113,10 +113,10 @@ async def test_space_is_requested_and_waited_for(tmp_path: Path) -> None:
         assert isinstance(begun, Granted)
         running = start(harness)
 
-        async def wished() -> bool:
+        async def space_requested() -> bool:
             return await harness.state.space_requested() == footprint(SIZE)
 
-        await until(wished)
+        await until(space_requested)
         await harness.state.release(begun.lease)
         async with asyncio.timeout(2):
             assert await running == Ack("fetched")
@@ -184,10 +184,10 @@ async def test_a_dead_lettered_job_frees_its_space_and_its_failure_is_remembered
         queue.consume(harness.worker().handle, 2, harness.dead_letter_handler().handle)
     )
 
-    async def given_up() -> bool:
+    async def dead_lettered() -> bool:
         return (await queue.depth()).dead == 1
 
-    await until(given_up)
+    await until(dead_lettered)
     consuming.cancel()
     await asyncio.wait({consuming})
     object_status = await harness.state.find(OBJECT_ID)
@@ -200,7 +200,7 @@ async def test_a_dead_lettered_job_frees_its_space_and_its_failure_is_remembered
 
 @pytest.mark.parametrize("trouble", ["sources", "bytes", "space", "disk"])
 async def test_a_failed_attempt_blocks_other_jobs_until_its_retry(tmp_path: Path, trouble: str) -> None:
-    """Whoever looks at the moment in which the lease is given back must not start the fetch anew."""
+    """A request that sees the lease released must not win a claim before the delayed retry."""
     content = b"?" + DATA[1:] if trouble == "bytes" else DATA
     async with fetcher_harness(tmp_path, [content], space_wait=0.1, limit=2 * SIZE) as harness:
         held = None
@@ -214,10 +214,10 @@ async def test_a_failed_attempt_blocks_other_jobs_until_its_retry(tmp_path: Path
             )
         await harness.state.claim(OBJECT_ID, "api-1")
         await harness.state.mark_queued(OBJECT_ID, "api-1")
-        async with harness.state.listen() as news:
+        async with harness.state.listen() as announcements:
             running = start(harness)
             claims = []
-            async for announcement in news:
+            async for announcement in announcements:
                 if announcement.topic is Topic.FETCH_CHANGED:
                     claims.append(await harness.state.claim(OBJECT_ID, "api-2"))
                 if claims and claims[-1].status.failure is not None:
@@ -226,7 +226,9 @@ async def test_a_failed_attempt_blocks_other_jobs_until_its_retry(tmp_path: Path
         assert not any(claim.won for claim in claims)
         claim = await harness.state.claim(OBJECT_ID, "api-2")
         assert claim.status.failure is not None, "while its job waits in the delay queue"
-        assert 60 < claim.status.failure.seconds_left <= 65, "and if that is lost, for a while longer"
+        assert 60 < claim.status.failure.seconds_left <= 65, (
+            "and some seconds longer, in case the job is lost"
+        )
         if held is not None:
             held.close()
 
@@ -250,7 +252,7 @@ async def test_a_stopping_consumer_parks_its_fetches(harness: Harness) -> None:
 
 @pytest.mark.parametrize("steps", [*range(0, 60, 3), *range(60, 400, 20)])
 async def test_stopped_at_any_moment_it_leaves_a_resumable_state(harness: Harness, steps: int) -> None:
-    """`steps` turns of the loop after the beginning."""
+    """Cancelled after `steps` turns of the event loop."""
     running = start(harness)
     for _ in range(steps):
         await asyncio.sleep(0)
@@ -258,8 +260,8 @@ async def test_stopped_at_any_moment_it_leaves_a_resumable_state(harness: Harnes
     await asyncio.wait({running})
     usage = await harness.state.usage()
     on_volume = harness.partial_size() or 0
-    assert usage.used + usage.reserved >= on_volume, "no byte that is not accounted for"
-    assert usage.fetches == 0, "no lease that nobody keeps"
+    assert usage.used + usage.reserved >= on_volume, "every byte on the volume is accounted for"
+    assert usage.fetches == 0, "no lease is left without a holder"
     assert await start(harness) in (Ack("fetched"), Ack("already_cached"))
     assert harness.stored() == DATA
     usage = await harness.state.usage()

@@ -1,4 +1,4 @@
-"""Jobs that nobody waits for: fetched where there is room, and nothing is evicted for them."""
+"""Warming jobs are fetched where there is room. Nothing is evicted for them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def test_above_the_watermark_warming_is_skipped_and_its_claim_ends(tmp_pat
         assert await worker(harness, below).handle(job(harness)) == Ack("no_room_to_warm")
         assert (await harness.state.find(OBJECT_ID)).fetch is None
         assert await harness.state.space_requested() == 0
-        # A job that a client waits for is fetched all the same.
+        # A job of a client is fetched.
         assert await worker(harness, below).handle(replace(job(harness), low_priority=False)) == Ack(
             "fetched"
         )

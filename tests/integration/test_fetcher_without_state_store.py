@@ -1,4 +1,4 @@
-"""The state store is out of reach while objects are fetched."""
+"""The state store is unreachable while objects are fetched."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DATA = GeneratedContent(7, SIZE).read(0, SIZE)
 
 
 class UnreachableStore(MemoryStateStore):
-    """Verbs of fetches fail while it is out of reach."""
+    """Operations of fetches fail while it is unreachable."""
 
     reachable = True
 
     def _check(self) -> None:
         if not self.reachable:
-            raise StateStoreUnavailable("out of reach")
+            raise StateStoreUnavailable("unreachable")
 
     async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
         self._check()
@@ -65,7 +65,7 @@ def reach(harness: Harness, reachable: bool) -> None:
 
 async def test_before_the_start_the_job_waits(harness: Harness) -> None:
     reach(harness, False)
-    assert await start(harness) == Retry("out of reach")
+    assert await start(harness) == Retry("unreachable")
     assert len(harness.nodes[0].requests) == 0
 
 
@@ -109,7 +109,7 @@ async def test_at_the_end_the_object_is_stored_and_made_known_later(harness: Har
     assert harness.stored() == DATA
     reach(harness, True)
     assert await start(harness) == Ack("already_cached")
-    await asyncio.sleep(1.0)  # the lease of the first attempt runs out
+    await asyncio.sleep(1.0)  # the lease of the first attempt expires
     assert await start(harness) == Ack("already_cached")
     usage = await harness.state.usage()
     assert (usage.used, usage.reserved) == (footprint(SIZE), 0)

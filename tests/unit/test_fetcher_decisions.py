@@ -29,7 +29,7 @@ MP3 = b"ID3\x03" + bytes(100)
 
 
 @pytest.mark.parametrize(
-    ("stated", "head", "settled"),
+    ("stated", "head", "detected"),
     [
         (None, JPEG, "image/jpeg"),
         ("video/mp4", JPEG, "image/jpeg"),
@@ -52,15 +52,15 @@ MP3 = b"ID3\x03" + bytes(100)
         ("image/png", b"", "image/png"),
     ],
 )
-def test_media_types(stated: str | None, head: bytes, settled: str) -> None:
-    assert detect_media_type(stated, head) == settled
+def test_media_types(stated: str | None, head: bytes, detected: str) -> None:
+    assert detect_media_type(stated, head) == detected
 
 
 @given(st.none() | st.text(max_size=30), st.binary(max_size=300))
 def test_any_bytes_have_a_media_type(stated: str | None, head: bytes) -> None:
-    settled = detect_media_type(stated, head)
-    assert "/" in settled
-    assert settled.isprintable()
+    detected = detect_media_type(stated, head)
+    assert "/" in detected
+    assert detected.isprintable()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_source_groups(
 
 @given(st.lists(st.sampled_from("abcdef"), unique=True, max_size=6), st.data())
 def test_source_groups_are_finite(sources: list[str], data: st.DataObject) -> None:
-    """However the wrong bytes are shared out."""
+    """Whichever sources sent the corrupt bytes."""
     groups: SourceGroups = (tuple(sources),)
     turns = 0
     while groups:
