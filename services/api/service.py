@@ -21,7 +21,6 @@ from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.routes import build_app
 from distributor_node.services.api.sanic_app import unregister_application
 from distributor_node.services.api.server import PublicServer
-from distributor_node.services.api.status import VERSION
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
@@ -38,6 +37,7 @@ from distributor_node.shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
+from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.run_service import ServiceScope
 from distributor_node.shared.settings.model import Settings

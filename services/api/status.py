@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Generic, TypeVar
 
 import structlog
@@ -17,6 +16,7 @@ from distributor_node.shared.adapters.volume import FoundObject, Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.space import RECORD_BYTES, Usage, footprint
 from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.runtime.identity import VERSION
 
 USAGE_TTL = 1.0
 MEASUREMENT_TTL = 30.0
@@ -239,16 +239,3 @@ class _Polled(Generic[_Value]):
 
     def value(self) -> _Value | None:
         return self._value if self._clock() - self._set_at < STALE_AFTER else None
-
-
-# The version of what is running.
-
-
-def _installed() -> str:
-    try:
-        return version("distributor-node")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "0.0.0"
-
-
-VERSION = _installed()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from importlib.metadata import version
 
 from distributor_node.services.evictor.evictor import Evictor
 from distributor_node.services.evictor.source_probes import MonitorTimes, SourceMonitor
@@ -20,6 +19,7 @@ from distributor_node.shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
+from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.runtime.malloc import mmap_large_blocks
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
 from distributor_node.shared.settings.model import Settings
@@ -38,7 +38,7 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
     """The main of an evictor process. Should it end by itself, so does the process; its supervisor starts it anew."""
     if settings.state_store.url.get_secret_value().startswith(MEMORY):
         raise ConfigurationError("an evictor of its own needs the state_store.url of a real server")
-    describe_build(version("distributor-node"), "evictor")
+    describe_build(VERSION, "evictor")
     mmap_large_blocks()
     resources = scope.resources
     volume = build_volume(settings)

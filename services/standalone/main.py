@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import structlog
 
 from distributor_node.services.api.service import make_context, serve_api
-from distributor_node.services.api.status import VERSION
 from distributor_node.services.evictor.evictor import Evictor
 from distributor_node.services.evictor.main import build_source_monitor
 from distributor_node.services.fetcher.fetcher import Fetcher
@@ -25,6 +24,7 @@ from distributor_node.shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
+from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.runtime.malloc import retain_freed_memory
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service
 from distributor_node.shared.waiting import cancel_and_wait

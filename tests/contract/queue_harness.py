@@ -1,4 +1,4 @@
-"""What the job queues' tests have in common: jobs, and a consumer that notes what it sees."""
+"""Shared by the tests of job queues: jobs, and a consumer that records them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from distributor_node.shared.domain.jobs import Done, FetchJob, JobOutcome
+from distributor_node.shared.domain.jobs import Ack, FetchJob, JobOutcome
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
 from distributor_node.shared.ports.job_queue import JobQueue
 
@@ -27,7 +27,7 @@ def make_job(object_id: str = "1", *, request_id: str = "request-1", low_priorit
 
 @dataclass
 class ConsumerRecorder:
-    """Jobs in the order in which handlers got them, the ended ones, and those given up with the reason."""
+    """Jobs in the order in which handlers got them, ended jobs, and dead letters with the reason."""
 
     started: list[FetchJob] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
@@ -48,14 +48,14 @@ class ConsumerRecorder:
 
 
 async def done(_: FetchJob) -> JobOutcome:
-    return Done()
+    return Ack()
 
 
 @asynccontextmanager
 async def consuming(
     queue: JobQueue, handler: Handler = done, concurrency: int = 2
 ) -> AsyncGenerator[ConsumerRecorder]:
-    """Consume for the length of the block; an error of `consume` is the test's."""
+    """Consume while the block runs. Errors of `consume` fail the test."""
     recorder = ConsumerRecorder()
 
     async def recording_handler(job: FetchJob) -> JobOutcome:
@@ -77,7 +77,7 @@ async def consuming(
 
 
 async def wait_for_depth(queue: JobQueue, *, ready: int = 0, delayed: int = 0, dead: int = 0) -> None:
-    """The broker counts with a short delay of its own, and says nothing when a count changes."""
+    """Poll until the depth is as given: the broker updates its counts late and has no event for it."""
     async with asyncio.timeout(10):
         while True:
             depth = await queue.depth()

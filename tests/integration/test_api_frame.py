@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from distributor_node.services.api.status import VERSION
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.runtime.identity import VERSION
 from tests.servers.api_fixture import FakeAssets, running_api
 
 ERROR_HEADERS = (b"Cache-Control: no-store", b"Access-Control-Allow-Origin: *", b"application/json")
