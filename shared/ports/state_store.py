@@ -102,6 +102,9 @@ class EvictorStore(Protocol):
     async def read_accesses(self, position: str, at_most: int) -> tuple[str, Sequence[Access]]:
         """Batches of the access log after `position`, flattened, and the new position; returns at once."""
 
+    async def entry(self, object_id: ObjectId) -> IndexEntry | None:
+        """The index entry of one complete object; None: the index holds no such object."""
+
     async def load_policy_state(self) -> PolicyState: ...
 
     async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:

@@ -18,11 +18,18 @@ from distributor_node.shared.adapters.volume.layout import (
     OBJECTS,
     PART_SUFFIX,
     RECORDS,
+    TRASH,
     Directories,
     map_os_errors,
     shard,
 )
-from distributor_node.shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, identity_of
+from distributor_node.shared.adapters.volume.objects import (
+    FileIdentity,
+    OpenObject,
+    Removal,
+    has_shared_lock,
+    identity_of,
+)
 from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader
 from distributor_node.shared.adapters.volume.records import (
     atomic_write,
@@ -211,6 +218,21 @@ class Volume:
         if not stat.S_ISREG(seen.st_mode):
             return None
         return scan.FoundObject(object_id, seen.st_size, seen.st_mtime)
+
+    def is_being_sent(self, object_id: ObjectId) -> bool:
+        """Whether a process of this container is sending the complete object, a purged one too. VolumeError if that
+        cannot be told. Blocking."""
+        with map_os_errors(f"look whether {object_id} is being sent"):
+            for place in (TRASH, f"{OBJECTS}/{shard(object_id)}"):
+                try:
+                    seen = os.stat(
+                        object_id, dir_fd=self._directories.descriptor(place), follow_symlinks=False
+                    )
+                except FileNotFoundError:
+                    continue
+                if has_shared_lock(seen):
+                    return True
+        return False
 
     # Removing
 
