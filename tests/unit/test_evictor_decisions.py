@@ -16,7 +16,7 @@ from distributor_node.services.evictor.integrity import Verdict, judge_size
 from distributor_node.services.evictor.leader_election import MAX_BACKOFF, backoff, run_periodically
 from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
-from distributor_node.shared.domain.space import Usage, Watermarks
+from distributor_node.shared.domain.space import EvictionReason, Usage, Watermarks
 from distributor_node.shared.runtime.threads import run_blocking
 
 bytes_ = st.integers(0, 10**15)
@@ -36,6 +36,26 @@ def test_eviction_frees_the_requested_space(
     assert device_free + evicted >= wanted
     if used + reserved <= marks.high and wanted <= min(usage.free, device_free):
         assert evicted == 0
+
+
+@pytest.mark.parametrize(
+    ("used", "wanted", "device_free", "reason"),
+    [
+        (95, 0, 1000, EvictionReason.HIGH_WATERMARK),
+        (95, 10, 1000, EvictionReason.HIGH_WATERMARK),
+        (80, 30, 1000, EvictionReason.SPACE_REQUESTED),
+        (95, 60, 1000, EvictionReason.SPACE_REQUESTED),
+        (20, 30, 10, EvictionReason.DEVICE_FULL),
+        (80, 30, 15, EvictionReason.DEVICE_FULL),
+    ],
+)
+def test_the_larger_demand_is_the_reason_to_evict(
+    used: int, wanted: int, device_free: int, reason: EvictionReason
+) -> None:
+    usage = Usage(limit=100, used=used, reserved=0, objects=1, fetches=0, reconciled=True)
+    marks = Watermarks(low=50, high=90)
+    assert marks.to_evict(usage, wanted, device_free) > 0
+    assert marks.reason_to_evict(usage, wanted, device_free) is reason
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 from distributor_node.shared.adapters.volume.layout import (
     OBJECTS,
@@ -82,7 +83,7 @@ class OpenObject:
 
 # Telling whether an object is being sent.
 
-_KERNEL_LOCKS = "/proc/locks"
+_KERNEL_LOCKS = Path("/proc/locks")
 _SHARED_FLOCK = re.compile(r"FLOCK\s+\S+\s+READ\s+-?\d+\s+([0-9a-f]+):([0-9a-f]+):(\d+)\s")
 
 
@@ -93,7 +94,7 @@ def has_shared_lock(seen: os.stat_result) -> bool:
     The table shows the processes of our own PID namespace (container) only.
     """
     device = (os.major(seen.st_dev), os.minor(seen.st_dev))
-    with open(_KERNEL_LOCKS, encoding="ascii") as table:
+    with _KERNEL_LOCKS.open(encoding="ascii") as table:
         for line in table:
             found = _SHARED_FLOCK.search(line)
             if found is None or int(found[3]) != seen.st_ino:
