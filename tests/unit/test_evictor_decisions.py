@@ -1,4 +1,4 @@
-"""The evictor's pure decisions, and its small tools."""
+"""Pure decisions of the evictor, its periodic runner and its id set."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from distributor_node.services.evictor.assignment import implausible_reason
 from distributor_node.services.evictor.index import CompactIdSet
 from distributor_node.services.evictor.integrity import Verdict, judge_size
-from distributor_node.services.evictor.leader_election import MAX_BACKOFF, backoff, run_periodically
+from distributor_node.services.evictor.leader_election import MAX_BACKOFF, MIN_BACKOFF, run_periodically
 from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.domain.space import EvictionReason, Usage, Watermarks
 from distributor_node.shared.runtime.threads import run_blocking
+from distributor_node.shared.waiting import Backoff
 
 bytes_ = st.integers(0, 10**15)
 
@@ -93,11 +94,11 @@ def test_compact_set_contains_what_was_added() -> None:
     assert len(known) == 1001
 
 
-def test_pauses_grow_and_are_bounded() -> None:
-    pauses = [backoff(failures) for failures in range(1, 40)]
-    assert pauses == sorted(pauses)
-    assert pauses[0] < 0.5
-    assert pauses[-1] == MAX_BACKOFF
+def test_pauses_after_errors_grow_and_are_bounded() -> None:
+    backoff = Backoff(MIN_BACKOFF, MAX_BACKOFF, jitter=False)
+    delays = [backoff.next_delay() for _ in range(40)]
+    assert delays == sorted(delays)
+    assert (delays[0], delays[-1]) == (MIN_BACKOFF, MAX_BACKOFF)
 
 
 async def test_work_goes_on_after_an_error_worth_retrying() -> None:
