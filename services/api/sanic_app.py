@@ -42,27 +42,28 @@ from distributor_node.shared.settings.model import PublicApi
 
 MAX_BODY_BYTES = 64 * 1024
 """Of a request. No request of this API means anything by its body; small ones are read and ignored."""
-_ASSET_ROUTE = "/api/v1/assets/<object_id>"
+_CACHE = "/api/v1/cache/"
 
 _numbers = count(1)
 logger = structlog.get_logger()
 
 
 class RawPathRouter(Router):
-    """Finds routes by the raw path, exactly. Everything below the assets goes to their handler."""
+    """Finds routes by the raw path, exactly. Everything below the assets, or below the operator's list of cached
+    objects, goes to the handler of one object."""
 
     def get(  # type: ignore[override]
         self, path: str, method: str, host: str | None
     ) -> tuple[Route, RouteHandler, dict[str, Any]]:
         """Route, handler and its arguments; NotFound or MethodNotAllowed."""
-        asset = path.startswith(ASSETS)
-        group = self._by_path().get(_ASSET_ROUTE if asset else path)
+        prefix = ASSETS if path.startswith(ASSETS) else _CACHE if path.startswith(_CACHE) else ""
+        group = self._by_path().get(f"{prefix}<object_id>" if prefix else path)
         if group is None:
             raise NotFound("")
         route = group.get(method)
         if route is None:
             raise MethodNotAllowed("", method, tuple(group))
-        return route, route.handler, {"object_id": path[len(ASSETS) :]} if asset else {}
+        return route, route.handler, {"object_id": path[len(prefix) :]} if prefix else {}
 
     def _by_path(self) -> dict[str, dict[str, Route]]:
         known: dict[str, dict[str, Route]] | None = getattr(self.ctx, "by_path", None)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -198,6 +199,14 @@ def cache(
             behind = page["next"]
 
     _run(context, list_all)
+
+
+@app.command()
+def explain(
+    context: typer.Context, object_id: Annotated[str, typer.Argument(metavar="ID", help="Object id.")]
+) -> None:
+    """Show what the node knows of one object, and how many bytes would be evicted before it."""
+    _run(context, lambda client: client.query(f"cache/{quote(object_id, safe='')}"))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`run`: the evictor as a process."""
+"""Entry point of the evictor process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from distributor_node.shared.settings.model import Settings
 
 
 def run(settings: Settings) -> int:
-    """Work until a signal; the exit code."""
+    """Run until a signal; returns the exit code."""
 
     async def main(scope: ServiceScope) -> None:
         await run_evictor(scope, settings)
@@ -35,9 +35,11 @@ def run(settings: Settings) -> int:
 
 
 async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
-    """The main of an evictor process. Should it end by itself, so does the process; its supervisor starts it anew."""
+    """Build the evictor and serve. If it ends by itself, the process ends, and its supervisor restarts it."""
     if settings.state_store.url.get_secret_value().startswith(MEMORY):
-        raise ConfigurationError("an evictor of its own needs the state_store.url of a real server")
+        raise ConfigurationError(
+            "state_store.url: expected the URL of a Redis server for a separate evictor process, got memory://"
+        )
     describe_build(VERSION, "evictor")
     mmap_large_blocks()
     resources = scope.resources
@@ -61,6 +63,6 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
 
 
 def build_source_monitor(settings: Settings, catalog: Catalog, stats_sync: SourceStatsSync) -> SourceMonitor:
-    """To be opened and closed by its user; `stats_sync` is open."""
+    """A monitor for the caller to open and close; `stats_sync` is open already."""
     prober = build_source_prober(settings, stats_sync.registry)
     return SourceMonitor(catalog, stats_sync, prober, MonitorTimes(settings.sources.probe_interval))

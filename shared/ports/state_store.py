@@ -308,6 +308,9 @@ class EvictorStore(Protocol):
         Returns at once if there are none.
         """
 
+    async def entry(self, object_id: ObjectId) -> IndexEntry | None:
+        """The index entry of one complete object; None: the index holds no such object."""
+
     async def load_policy_state(self) -> PolicyState: ...
 
     async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:

@@ -130,6 +130,12 @@ async def test_warm_with_a_progress_bar_then_list_and_purge(alone: tuple[Harness
     entries = [json.loads(line) for line in listing.stdout.splitlines()]
     assert [entry["id"] for entry in entries] == ["1", "2", "3", "4", "5"]
     assert {entry["size"] for entry in entries} == {MIB}
+    explained = await ordered(operator, "explain", "3")
+    assert (explained["id"], explained["state"], explained["size"]) == ("3", "stored", MIB)
+    assert (await ordered(operator, "explain", "nowhere"))["state"] == "absent"
+    refused = await command(operator, "explain", "../3")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("distributor: 400 ")
     done = await command(operator, "purge", "-", stdin="1\n2\n\n")
     assert json.loads(done.stdout) == {"purging": 2}
 

@@ -157,7 +157,7 @@ async def test_without_a_term_nothing_is_removed(harness: EvictorHarness) -> Non
         harness.state, harness.volume, EvictionIndex(harness.state, harness.volume, LruSp)
     )
     stranger = Term("nobody", 1)
-    assert await remover.evict(stranger, ONE, 0.0, "space") is RemovalOutcome.REFUSED
+    assert await remover.evict(stranger, ONE, 0.0, "purged") is RemovalOutcome.REFUSED
     assert await remover.purge(stranger, ONE, "operator") is RemovalOutcome.REFUSED
     assert harness.has("one")
 

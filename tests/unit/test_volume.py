@@ -298,6 +298,29 @@ def test_a_shard_directory_replaced_by_a_link_is_not_followed(volume: Volume, tm
     fresh.close()
 
 
+def test_an_object_is_being_sent_while_a_sender_locks_it(volume: Volume) -> None:
+    one = ObjectId("1")
+    assert not volume.is_being_sent(one), "there is no such object"
+    store(volume, "1")
+    sending = opened(volume, "1")
+    assert not volume.is_being_sent(one), "open is not locked"
+    assert sending.lock_shared()
+    assert volume.is_being_sent(one)
+    assert not volume.is_being_sent(ObjectId("2"))
+    volume.removal(one).rename_to_trash()
+    assert volume.is_being_sent(one), "a purged object that is still being sent"
+    sending.close()
+    assert not volume.is_being_sent(one)
+
+
+def test_an_object_that_is_locked_for_removal_is_not_being_sent(volume: Volume) -> None:
+    store(volume, "1")
+    removal = volume.removal(ObjectId("1"))
+    assert removal.begin() is RemovalState.READY
+    assert not volume.is_being_sent(ObjectId("1"))
+    removal.close()
+
+
 def test_an_object_that_is_being_sent_is_not_removed(volume: Volume) -> None:
     store(volume, "1")
     sending = opened(volume, "1")

@@ -24,6 +24,7 @@ from distributor_node.services.api.operator.auth import (
     authenticate,
 )
 from distributor_node.services.api.operator.commands import OperatorCommands, OperatorQueries, warming_as_json
+from distributor_node.services.api.operator.explain import ObjectExplainer
 from distributor_node.services.api.operator.warming import CacheWarmer
 from distributor_node.services.api.request_log import request_record
 from distributor_node.services.api.sanic_app import (
@@ -87,6 +88,7 @@ def build_operator_app(
     authenticator: TokenAuthenticator,
     commands: OperatorCommands,
     queries: OperatorQueries,
+    explainer: ObjectExplainer,
     warmer: CacheWarmer,
 ) -> ApiApplication:
     """`public_api`: the limits of connections are the same. Nothing is opened here."""
@@ -123,6 +125,7 @@ def build_operator_app(
     for command in (set_worker, set_buckets, drain, pin, unpin, purge, warm):
         _add(application, authenticator, command.__name__.replace("_", "-"), command)
     _add_queries(application, authenticator, commands, queries)
+    _add_explain(application, authenticator, explainer)
     return application
 
 
@@ -177,6 +180,19 @@ def _add_query(
     application.add_route(handle, path, methods=("GET",), name=f"get-{name}", ignore_body=False)
 
 
+def _add_explain(
+    application: ApiApplication, authenticator: TokenAuthenticator, explainer: ObjectExplainer
+) -> None:
+    path = f"{_BASE}/cache/<object_id>"
+
+    async def handle(request: Request[Any, Any], object_id: str) -> HTTPResponse:
+        request_record(request).path = f"{_BASE}/cache/{{id}}"
+        await authenticator.authenticate(request)
+        return _json(await explainer.explain(bodies.parse_object_id(object_id)))
+
+    application.add_route(handle, path, methods=("GET",), name="get-cache-object", ignore_body=False)
+
+
 def _without_arguments(command: Callable[[], Awaitable[dict[str, Any]]]) -> Command:
     async def handle(body: Any) -> dict[str, Any]:
         bodies.parse_empty(body)
@@ -206,7 +222,10 @@ async def operator_api(context: ApiContext, holder: str, *, shared_port: bool) -
     warmer = CacheWarmer(context, holder)
     authenticator = TokenAuthenticator(context.state, settings.secret.get_secret_value())
     queries = OperatorQueries(context.state, context.volume)
-    application = build_operator_app(context.settings.public_api, authenticator, commands, queries, warmer)
+    explainer = ObjectExplainer(context.state, context.volume, context.settings.evictor)
+    application = build_operator_app(
+        context.settings.public_api, authenticator, commands, queries, explainer, warmer
+    )
     server = PublicServer(
         application, ListenAddress(settings.host, settings.port, shared_port, "operator_api")
     )

@@ -197,7 +197,7 @@ class OperatorQueries:
         """Everything that is claimed, queued, being fetched, or was left half way."""
         fetches = await self._state.fetches()
         downloaded = await asyncio.to_thread(self._downloaded_bytes, [fetch.object_id for fetch in fetches])
-        return {"downloads": [_fetch_as_json(fetch, downloaded.get(fetch.object_id, 0)) for fetch in fetches]}
+        return {"downloads": [fetch_as_json(fetch, downloaded.get(fetch.object_id, 0)) for fetch in fetches]}
 
     def _downloaded_bytes(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, int]:
         """Bytes on disk. Blocks."""
@@ -238,7 +238,7 @@ def _entry_as_json(entry: IndexEntry, pinned: bool) -> dict[str, Any]:
     }
 
 
-def _fetch_as_json(fetch: Fetch, downloaded: int) -> dict[str, Any]:
+def fetch_as_json(fetch: Fetch, downloaded: int) -> dict[str, Any]:
     return {
         "id": fetch.object_id,
         "phase": fetch.phase.value,

@@ -349,6 +349,9 @@ class MemoryStateStore:
             position = str(serial)
         return position, accesses
 
+    async def entry(self, object_id: ObjectId) -> IndexEntry | None:
+        return self._tables.objects.get(object_id)
+
     async def load_policy_state(self) -> PolicyState:
         return self._tables.policy
 

@@ -248,6 +248,10 @@ class RedisStateStore:
             position = batch_id.decode()
         return position, accesses
 
+    async def entry(self, object_id: ObjectId) -> IndexEntry | None:
+        packed = await self._connection.command("HGET", self._connection.keys.objects, object_id)
+        return None if packed is None else read_entry(object_id.encode(), packed)
+
     async def load_policy_state(self) -> PolicyState:
         found = await self._connection.command("HMGET", self._connection.keys.policy, "inflation", "position")
         inflation, position = found

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from distributor_node.shared.adapters.volume.layout import (
     OBJECTS,
@@ -65,6 +67,30 @@ class OpenObject:
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
+
+
+# Telling whether an object is being sent.
+
+_KERNEL_LOCKS = Path("/proc/locks")
+_SHARED_FLOCK = re.compile(r"FLOCK\s+\S+\s+READ\s+-?\d+\s+([0-9a-f]+):([0-9a-f]+):(\d+)\s")
+
+
+def has_shared_lock(seen: os.stat_result) -> bool:
+    """Whether a process holds a shared lock on this file, as senders do. OSError if the kernel does not tell.
+
+    It reads the kernel's table: to try an exclusive lock would make a sender believe that the object is being removed.
+    The table shows the processes of our own PID namespace (container) only.
+    """
+    device = (os.major(seen.st_dev), os.minor(seen.st_dev))
+    with _KERNEL_LOCKS.open(encoding="ascii") as table:
+        for line in table:
+            found = _SHARED_FLOCK.search(line)
+            if found is None or int(found[3]) != seen.st_ino:
+                continue
+            # stat and the table name different devices for a btrfs subvolume; those of stat have major number 0
+            if device[0] == 0 or device == (int(found[1], 16), int(found[2], 16)):
+                return True
+    return False
 
 
 class RemovalState(StrEnum):

@@ -18,11 +18,18 @@ from distributor_node.shared.adapters.volume.layout import (
     OBJECTS,
     PART_SUFFIX,
     RECORDS,
+    TRASH,
     Directories,
     map_os_errors,
     shard,
 )
-from distributor_node.shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, identity_of
+from distributor_node.shared.adapters.volume.objects import (
+    FileIdentity,
+    OpenObject,
+    Removal,
+    has_shared_lock,
+    identity_of,
+)
 from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader
 from distributor_node.shared.adapters.volume.records import (
     atomic_write,
@@ -234,6 +241,21 @@ class Volume:
         partial = PartialFile(self._directories, expected)
         partial.open(write_sidecar=write_sidecar)
         return partial
+
+    def is_being_sent(self, object_id: ObjectId) -> bool:
+        """Whether a process of this container is sending the complete object, a purged one too. VolumeError if that
+        cannot be told. Blocking."""
+        with map_os_errors(f"look whether {object_id} is being sent"):
+            for place in (TRASH, f"{OBJECTS}/{shard(object_id)}"):
+                try:
+                    seen = os.stat(
+                        object_id, dir_fd=self._directories.descriptor(place), follow_symlinks=False
+                    )
+                except FileNotFoundError:
+                    continue
+                if has_shared_lock(seen):
+                    return True
+        return False
 
     # Removing
 
