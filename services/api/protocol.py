@@ -42,7 +42,7 @@ class ApiHttp(Http):
         response = super().respond(response)
         if getattr(self.protocol, "draining", False):
             self.keep_alive = False
-        request: Request[Any, Any] | None = self.request
+        request: Request | None = self.request
         if request is not None:
             response.headers["X-Request-ID"] = request_record(request).request_id
         response.headers["Date"] = date_now()
@@ -82,7 +82,7 @@ class ApiHttp(Http):
 
     def record(self) -> None:
         """Count and log the record, once."""
-        request: Request[Any, Any] | None = self.request
+        request: Request | None = self.request
         response: BaseHTTPResponse | None = self.response
         if request is None:
             return

@@ -82,7 +82,7 @@ def public_path(route: Route) -> str:
 class ApiApplication(Sanic):  # type: ignore[type-arg]
     """Sanic, with each request counted, logged and ended in one place."""
 
-    async def handle_request(self, request: Request[Any, Any]) -> None:
+    async def handle_request(self, request: Request) -> None:
         record = request_record(request)
         structlog.contextvars.bind_contextvars(request_id=record.request_id)
         REQUESTS_IN_PROGRESS.inc()
@@ -106,7 +106,7 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
                 request.stream.record()
 
     async def handle_exception(
-        self, request: Request[Any, Any], exception: BaseException, run_middleware: bool = True
+        self, request: Request, exception: BaseException, run_middleware: bool = True
     ) -> None:
         """Answer an exception; cut the connection if the answer has begun already."""
         http = request.stream
@@ -214,7 +214,7 @@ def parse_object_id(raw: str) -> ObjectId:
         raise HttpError(400, "Malformed object id", "malformed_id") from error
 
 
-def validate_head(request: Request[Any, Any]) -> HttpError | None:
+def validate_head(request: Request) -> HttpError | None:
     """What HTTP forbids in a request's head and Sanic lets pass, as an answer 400; None if it is in order."""
     if _FORBIDDEN_IN_HEAD.search(request.head):
         return HttpError(400, "Malformed request head", "malformed_request")
@@ -232,18 +232,18 @@ UNREADABLE = "NONE"
 class JsonErrorHandler(ErrorHandler):
     """Replaces Sanic's pages, and its habit of printing tracebacks for what clients do."""
 
-    def response(self, request: Request[Any, Any], exception: BaseException) -> HTTPResponse:
+    def response(self, request: Request, exception: BaseException) -> HTTPResponse:
         """The answer for anything that was raised."""
         error = as_http_error(request, exception)
         if error.status == 500:
             logger.error("request_failed", path=request.path[:200], exc_info=exception)
         return render_error(request, error)
 
-    def default(self, request: Request[Any, Any], exception: Exception) -> HTTPResponse:
+    def default(self, request: Request, exception: Exception) -> HTTPResponse:
         return self.response(request, exception)
 
 
-def render_error(request: Request[Any, Any], error: HttpError) -> HTTPResponse:
+def render_error(request: Request, error: HttpError) -> HTTPResponse:
     """`{"type": …, "message": …}`, never cached. The server leaves the body out in answer to HEAD."""
     body = {"type": error.kind, "message": error.message} if error.kind else {"message": error.message}
     usual = ASSET if request.path.startswith(ASSETS) else CROSS_ORIGIN
@@ -251,7 +251,7 @@ def render_error(request: Request[Any, Any], error: HttpError) -> HTTPResponse:
     return HTTPResponse(json.dumps(body), error.status, headers, "application/json")
 
 
-def as_http_error(request: Request[Any, Any], exception: BaseException) -> HttpError:
+def as_http_error(request: Request, exception: BaseException) -> HttpError:
     """What to tell the client. Nothing of an unexpected exception gets out."""
     if isinstance(exception, HttpError):
         return exception
@@ -264,7 +264,7 @@ def as_http_error(request: Request[Any, Any], exception: BaseException) -> HttpE
     return _internal()
 
 
-def _from_sanic_exception(request: Request[Any, Any], exception: SanicException) -> HttpError:
+def _from_sanic_exception(request: Request, exception: SanicException) -> HttpError:
     match exception:
         case MethodNotAllowed():
             allowed = ", ".join(sorted(exception.headers.get("Allow", "GET, HEAD, OPTIONS").split(", ")))
@@ -286,7 +286,7 @@ def _from_sanic_exception(request: Request[Any, Any], exception: SanicException)
     return _internal()
 
 
-def _too_large(request: Request[Any, Any]) -> HttpError:
+def _too_large(request: Request) -> HttpError:
     """The body, or the head, of which Sanic then has read nothing: too long a target, or too many fields."""
     if request.method != UNREADABLE:
         return HttpError(413, "Request body too large", "body_too_large")

@@ -18,8 +18,6 @@ from distributor_node.shared.domain.errors import ConfigurationError
 if TYPE_CHECKING:
     from distributor_node.shared.settings import Settings
 
-MISCONFIGURED = 2
-
 app = typer.Typer(
     name="distributor",
     help="A distributor node: serves media objects from a bounded cache, filled on demand from storage nodes.",
@@ -131,6 +129,8 @@ def main() -> None:
     try:
         app()
     except ConfigurationError as error:
+        from distributor_node.shared.runtime.run_service import MISCONFIGURED
+
         print(f"distributor: these settings cannot work:\n{error}", file=sys.stderr)
         sys.exit(MISCONFIGURED)
 

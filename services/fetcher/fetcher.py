@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import time
-import uuid
 from collections.abc import Sequence
 from functools import partial
 
@@ -41,6 +38,7 @@ from distributor_node.shared.observability.metrics import FETCHES, PHASE
 from distributor_node.shared.ports.job_queue import JobQueue
 from distributor_node.shared.ports.state_store import FetchPhase, Granted, StateStore
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.runtime.run_service import process_name
 from distributor_node.shared.runtime.threads import BlockingPool
 from distributor_node.shared.settings.model import Settings
 
@@ -67,7 +65,7 @@ class Fetcher:
         self._concurrency = fetch.concurrency
         self._consuming = False
         self._disk = BlockingPool(fetch.concurrency + _SPARE_THREADS)
-        self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.name = process_name()
         storage = settings.storage
         rules = AdmissionRules(
             storage.largest_cached_size, fetch.space_wait, fetch.lease, storage.watermarks.low

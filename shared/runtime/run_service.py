@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import threading
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -53,6 +55,14 @@ def run_service(main: ServiceMain, *, name: str, shutdown_deadline: float, log: 
             return runner.run(run.run())
     finally:
         run.cancel_watchdog()
+
+
+def process_name() -> str:
+    """Return a new name for a holder of claims and leases: host, process id and a random part.
+
+    The random part keeps apart two holders in one process, and processes of two containers with equal ids.
+    """
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
 
 
 class _Run:

@@ -37,7 +37,7 @@ class FakeAssets:
         self.entered = asyncio.Event()
         self.release = asyncio.Event()
 
-    async def handle(self, request: Request[Any, Any], object_id: str) -> HTTPResponse | None:
+    async def handle(self, request: Request, object_id: str) -> HTTPResponse | None:
         match object_id:
             case "broken":
                 raise RuntimeError("secret details")

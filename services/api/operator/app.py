@@ -42,7 +42,7 @@ _BASE = "/api/v1"
 
 Command = Callable[[Any], Awaitable[dict[str, Any]]]
 """From the body, as JSON, to the answer's."""
-Query = Callable[[Request[Any, Any]], Awaitable[dict[str, Any]]]
+Query = Callable[[Request], Awaitable[dict[str, Any]]]
 
 logger = structlog.get_logger()
 
@@ -50,7 +50,7 @@ logger = structlog.get_logger()
 class OperatorErrorHandler(JsonErrorHandler):
     """As on the public port, but nothing for the pages of others to read."""
 
-    def response(self, request: Request[Any, Any], exception: BaseException) -> HTTPResponse:
+    def response(self, request: Request, exception: BaseException) -> HTTPResponse:
         error = as_http_error(request, exception)
         if error.status == 500:
             logger.error("operator_request_failed", path=request.path[:200], exc_info=exception)
@@ -63,7 +63,7 @@ class TokenAuthenticator:
     def __init__(self, state: StateStore, secret: str, clock: Callable[[], float] = time.time) -> None:
         self._state, self._secret, self._clock = state, secret, clock
 
-    async def authenticate(self, request: Request[Any, Any]) -> Any:
+    async def authenticate(self, request: Request) -> Any:
         """The body, as JSON. HttpError 401, the same whatever is wrong; StateStoreUnavailable (503) while nobody can
         say whether the token was used before."""
         signed = SignedRequest(
@@ -132,20 +132,20 @@ def _add_queries(
     commands: OperatorCommands,
     queries: OperatorQueries,
 ) -> None:
-    async def cache(request: Request[Any, Any]) -> dict[str, Any]:
+    async def cache(request: Request) -> dict[str, Any]:
         query = {name: values[-1] for name, values in request.get_args(keep_blank_values=True).items()}
         return await queries.cache(*bodies.parse_page(query))
 
-    async def downloads(_request: Request[Any, Any]) -> dict[str, Any]:
+    async def downloads(_request: Request) -> dict[str, Any]:
         return await queries.downloads()
 
-    async def warming(_request: Request[Any, Any]) -> dict[str, Any]:
+    async def warming(_request: Request) -> dict[str, Any]:
         return warming_as_json(await commands.warming())
 
-    async def orders(_request: Request[Any, Any]) -> dict[str, Any]:
+    async def orders(_request: Request) -> dict[str, Any]:
         return commands.as_json()
 
-    async def document(_request: Request[Any, Any]) -> HTTPResponse:
+    async def document(_request: Request) -> HTTPResponse:
         text = files("distributor_node.services.api.operator").joinpath("openapi.json").read_bytes()
         return HTTPResponse(text, 200, dict(_NO_STORE), "application/json")
 
@@ -157,7 +157,7 @@ def _add_queries(
 def _add(application: ApiApplication, authenticator: TokenAuthenticator, name: str, command: Command) -> None:
     path = f"{_BASE}/{name}"
 
-    async def handle(request: Request[Any, Any]) -> HTTPResponse:
+    async def handle(request: Request) -> HTTPResponse:
         request_record(request).path = path
         return _json(await command(await authenticator.authenticate(request)))
 
@@ -169,7 +169,7 @@ def _add_query(
 ) -> None:
     path = f"{_BASE}/{name}"
 
-    async def handle(request: Request[Any, Any]) -> HTTPResponse:
+    async def handle(request: Request) -> HTTPResponse:
         request_record(request).path = path
         await authenticator.authenticate(request)
         return _json(await query(request))
