@@ -1,4 +1,4 @@
-"""The routes of the public API."""
+"""Routes of the public API: paths and their handlers."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _NO_STORE = {"Cache-Control": "no-store"}
 
 
 class AssetResponder(Protocol):
-    """Answers GET and HEAD of one object; None when it has sent the answer itself."""
+    """Responds to GET and HEAD of one object."""
 
-    async def handle(self, request: Request, object_id: ObjectId) -> HTTPResponse | None: ...
+    async def handle(self, request: Request, object_id: ObjectId) -> None: ...
 
 
 def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
-    """The whole public API. Nothing is opened here; give it to a PublicServer."""
+    """Build the public API. Opens nothing: serve it with a PublicServer."""
     application = make_application(context.settings.public_api)
     usage = UsageReader(context)
     _add_assets(application, assets)
@@ -43,15 +43,15 @@ def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
 def _add_assets(application: ApiApplication, assets: AssetResponder) -> None:
     path = "/api/v1/assets/<object_id>"
 
-    async def read(request: Request, object_id: str) -> HTTPResponse | None:
+    async def read(request: Request, object_id: str) -> None:
         record = request_record(request)
         record.path = path
         parsed_id = parse_object_id(object_id)
         record.object_id = parsed_id
-        return await assets.handle(request, parsed_id)
+        await assets.handle(request, parsed_id)
 
     async def preflight(request: Request, object_id: str) -> HTTPResponse:
-        # The same for every id: a preflight asks what may be asked, not what is there.
+        # The same for every id: a preflight is about the route, not about the object.
         request_record(request).path = path
         return HTTPResponse(status=204, headers=dict(PREFLIGHT))
 
