@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import uuid
 from collections.abc import Sequence
 from functools import partial
 
@@ -32,6 +30,7 @@ from distributor_node.shared.observability.metrics import (
 )
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import StateStore, Term
+from distributor_node.shared.runtime.identity import process_name
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.threads import run_blocking
 from distributor_node.shared.settings.model import Settings
@@ -56,7 +55,7 @@ class Evictor:
         self._parts = _make_parts(settings, state, volume, catalog, sources)
         self._election = LeaderElection(
             state,
-            holder=f"{settings.id}-{os.getpid()}-{uuid.uuid4().hex[:8]}",
+            holder=process_name(),
             seconds=self._settings.leadership,
             renewal=self._settings.leadership_renewal,
         )

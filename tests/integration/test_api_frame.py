@@ -265,7 +265,7 @@ async def test_status_without_the_state_store(tmp_path: Path) -> None:
         state.usage = state.ping = _unavailable  # the far end is gone
         assert split(await api.get("/api/v1/status"))[0] == 200
         ready = json.loads(split(await api.get("/readyz"))[2])
-    assert ready == {"status": "ready", "problems": [], "degraded": ["state store: out of reach"]}
+    assert ready == {"status": "ready", "problems": [], "degraded": ["state store: unavailable"]}
 
 
 async def _unavailable() -> None:
