@@ -13,7 +13,7 @@ from pathlib import Path
 from distributor_node.services.demo.manifest import content_hash
 from distributor_node.services.demo.objects import DemoObject, GeneratedContent
 from distributor_node.shared.adapters.volume import Volume
-from distributor_node.shared.adapters.volume.layout import OBJECTS, RECORDS, shard
+from distributor_node.shared.adapters.volume.layout import DIRECTORY_MODE, OBJECTS, RECORDS, shard
 from distributor_node.shared.adapters.volume.records import encode_record
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
 
@@ -122,11 +122,12 @@ def fill_volume(root: Path, chosen: Iterable[Group]) -> None:
 
 def write_object(root: Path, record: StoredRecord, pieces: Iterable[bytes]) -> None:
     """One complete object and its record; a hole of the right size if there are no pieces."""
-    number = shard(record.object_id)
-    (root / RECORDS / number / record.object_id).write_bytes(encode_record(record))
-    descriptor = os.open(
-        root / OBJECTS / number / record.object_id, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644
-    )
+    objects, records = (root / kind / shard(record.object_id) for kind in (OBJECTS, RECORDS))
+    for folder in (objects, records):
+        if not folder.exists():
+            folder.mkdir(DIRECTORY_MODE)
+    (records / record.object_id).write_bytes(encode_record(record))
+    descriptor = os.open(objects / record.object_id, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         for piece in pieces:
             os.write(descriptor, piece)

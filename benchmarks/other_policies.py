@@ -70,6 +70,8 @@ class _Queues(ABC):
 class Sieve(_Queues):
     """One queue; a hand goes from the oldest to the newest, spares who was visited, once, and stays where it is."""
 
+    name = "sieve"
+
     def __init__(self) -> None:
         super().__init__()
         self._newer: dict[ObjectId, ObjectId | None] = {}
@@ -123,6 +125,8 @@ class Sieve(_Queues):
 class S3Fifo(_Queues):
     """A small queue of a tenth of the bytes for newcomers, a main one for who was seen again there (or was thrown out
     lately: the ghosts, as many as main has); who is counted in main goes round again."""
+
+    name = "s3-fifo"
 
     def __init__(self, limit: int) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""The API service: answers clients from the volume, and asks for fetches of what is not there yet."""
+"""The API service: serves objects from the volume, and starts fetches of missing ones."""

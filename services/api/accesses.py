@@ -1,4 +1,4 @@
-"""Counting who looks at what, without a network call per hit."""
+"""Counts accesses to objects in process and writes them to the state store in batches, so that a hit costs no call."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from time import monotonic
 
 import structlog
 
 from distributor_node.shared.domain.admission import ViewCoalescer
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.observability.metrics import DROPPED_ACCESSES
 from distributor_node.shared.ports.state_store import Access, StateStore
 
 FLUSH_INTERVAL = 1.0
 MAX_PENDING = 10_000
 FINAL_FLUSH_TIMEOUT = 1.0
-"""Seconds; a part of what is left of the shutdown deadline for closing."""
+"""Seconds, a part of what the shutdown deadline leaves for closing."""
+ACCESS_RENEWAL_INTERVAL = 5.0
+"""Seconds between renewals of the last access while a long response is being sent."""
 
 logger = structlog.get_logger()
 
@@ -28,33 +32,33 @@ logger = structlog.get_logger()
 @dataclass(slots=True)
 class _PendingAccess:
     views: int
-    last_at: float
+    last_at: float  # POSIX seconds
 
 
 class AccessCounter:
-    """Collects accesses in process; `run` hands them over in batches. Counting never waits and never fails.
+    """Collects accesses in memory. `run` writes them to the state store. Counting never waits and never fails.
 
-    While the store is down at most `max_pending` objects are remembered, those accessed last.
+    While the store is down at most `max_pending` objects are kept, those accessed last.
     """
 
     def __init__(
         self, state: StateStore, clock: Callable[[], float] = time.time, max_pending: int = MAX_PENDING
     ) -> None:
-        """`clock`: POSIX seconds."""
+        """`clock`: POSIX time in seconds."""
         self._state = state
         self._clock = clock
         self._max_pending = max_pending
         self._pending: OrderedDict[ObjectId, _PendingAccess] = OrderedDict()
         self._views = ViewCoalescer()
-        self._down = False
+        self._outage = OutageLog(logger, down="access_flush_failed", up="access_flush_recovered")
 
     def record_request(self, object_id: ObjectId) -> None:
-        """A client was (or is being) sent this object, or a part of it."""
+        """Count a response with bytes of this object, and renew its last access."""
         now = self._clock()
         self._add(object_id, int(self._views.begins_view(object_id, now)), now)
 
     def touch(self, object_id: ObjectId) -> None:
-        """A long send of this object goes on: its last access is now (no further view)."""
+        """Renew the last access of this object without counting a view."""
         self._add(object_id, 0, self._clock())
 
     def _add(self, object_id: ObjectId, views: int, now: float) -> None:
@@ -70,15 +74,15 @@ class AccessCounter:
         self._pending.move_to_end(object_id)
 
     async def run(self, interval: float = FLUSH_INTERVAL) -> None:
-        """Hand over once every `interval` seconds, until cancelled."""
+        """Flush every `interval` seconds, until cancelled."""
         while True:
             await asyncio.sleep(interval)
             await self.flush()
 
     async def flush(self) -> None:
-        """Hand over what has been counted; what the store does not take is kept for the next time.
+        """Write pending accesses to the state store. If that fails they are kept for the next flush.
 
-        So it is when cancelled, though the store may have it by then: counted twice is better than not at all.
+        A cancelled flush keeps them too. The store may have them already, and counting twice is better than not at all.
         """
         if not self._pending:
             return
@@ -87,20 +91,16 @@ class AccessCounter:
         try:
             await self._state.record_accesses(accesses)
         except StateStoreUnavailable as error:
-            if not self._down:
-                self._down = True
-                logger.warning("access_flush_failed", reason=str(error))
+            self._outage.failed(error)
             self._requeue(accesses)
             return
         except asyncio.CancelledError:
             self._requeue(accesses)
             raise
-        if self._down:
-            self._down = False
-            logger.info("access_flush_recovered", objects=len(accesses))
+        self._outage.succeeded(objects=len(accesses))
 
     async def close(self, timeout: float = FINAL_FLUSH_TIMEOUT) -> None:
-        """Hand over for the last time, within `timeout` seconds; what is left then is lost."""
+        """Flush for the last time, within `timeout` seconds. What is left then is dropped."""
         with suppress(TimeoutError):
             async with asyncio.timeout(timeout):
                 await self.flush()
@@ -115,3 +115,16 @@ class AccessCounter:
             self._add(access.object_id, access.views, access.last_at)
         for object_id, counted in newer.items():
             self._add(object_id, counted.views, counted.last_at)
+
+
+class AccessRenewal:
+    """Renews the last access of an object while a long response is being sent."""
+
+    def __init__(self, accesses: AccessCounter, object_id: ObjectId) -> None:
+        self._accesses, self._object_id, self._renewed_at = accesses, object_id, monotonic()
+
+    def touch_if_due(self) -> None:
+        now = monotonic()
+        if now - self._renewed_at >= ACCESS_RENEWAL_INTERVAL:
+            self._renewed_at = now
+            self._accesses.touch(self._object_id)

@@ -1,4 +1,4 @@
-"""What the handlers of the API work with."""
+"""The adapters and state that the API's handlers share."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class CurrentAssignment:
-    """The node's assignment as it is now: an operator may change it while the node runs."""
+    """The node's assignment. An operator may change it while the node runs."""
 
     current: Assignment
 
 
 @dataclass(frozen=True, slots=True)
 class ApiContext:
-    """Built once in each process by the wiring; everything in it is open when a handler sees it. `clock`: POSIX
-    seconds, by which views are told apart."""
+    """Everything that handlers use. Built once per process, and open before the first request."""
 
     settings: Settings
     volume: Volume
@@ -43,4 +42,4 @@ class ApiContext:
     assignment: CurrentAssignment
     fetch_events: FetchEvents
     operator_state: OperatorStateWatcher
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = time.time  # POSIX seconds, for admission

@@ -1,22 +1,20 @@
-"""What a handler raises to end a request otherwise than with content; `sanic_app` makes the answer of it."""
+"""Exceptions by which a handler ends a request: an error response, or an aborted connection. See sanic_app.py."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 RETRY_LATER: Mapping[str, str] = {"Retry-After": "5"}
-"""Headers of a 503 that may be over in a moment (seconds)."""
+"""Headers of a 503 that is expected to be short. Seconds."""
 
 
 class HttpError(Exception):
-    """Ends a request with an error answer. `message` and `kind` are for the client; `headers` go beside the usual ones.
-
-    To be raised before the first byte of an answer is sent; after that, raise AbortResponse.
-    """
+    """Ends a request with an error response. Raise AbortResponse instead once the first byte has been sent."""
 
     def __init__(
         self, status: int, message: str, kind: str | None = None, headers: Mapping[str, str] | None = None
     ) -> None:
+        """`message` and `kind` are the fields of the body. `headers` are added to the usual ones."""
         super().__init__(message)
         self.status = status
         self.message = message
@@ -25,11 +23,9 @@ class HttpError(Exception):
 
 
 class AbortResponse(Exception):
-    """An answer that has begun cannot be ended rightly: the connection is cut, so that the client knows.
-
-    `reason` is a short word for logs and metrics, such as `source_failed`, `verification_failed`, `object_gone`.
-    """
+    """Aborts the connection, so that the client notices that its response is incomplete."""
 
     def __init__(self, reason: str) -> None:
+        """`reason`: a label for logs and metrics, such as `source_failed`, `verification_failed`, `object_gone`."""
         super().__init__(reason)
         self.reason = reason

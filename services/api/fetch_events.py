@@ -1,4 +1,4 @@
-"""Waking the requests that wait for a fetch."""
+"""Fetch events from the state store: wakes requests that wait for a fetch, and reports changed operator state."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import structlog
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import Announcement, StateStore, Topic
+from distributor_node.shared.waiting import wait_event
 
 _RECONNECT_DELAY = 1.0
 
@@ -17,25 +18,20 @@ logger = structlog.get_logger()
 
 
 class FetchEvents:
-    """One listener for the whole process; `run` is its task. A wake-up may be lost, so whoever waits also looks.
-
-    `on_settings` is called when orders may have changed."""
+    """One subscription per process. Events may be lost, so waiters must also poll."""
 
     def __init__(self, state: StateStore, on_settings: Callable[[], None] | None = None) -> None:
+        """`on_settings` is called when the operator state may have changed."""
         self._state = state
         self._on_settings = on_settings
         self._waiting: dict[ObjectId, set[asyncio.Event]] = {}
 
     async def wait(self, object_id: ObjectId, timeout: float) -> bool:
-        """Wait for a change of this object's fetch; False if `timeout` seconds have passed without one."""
+        """Wait for a change of this object's fetch. Returns False after `timeout` seconds without one."""
         changed = asyncio.Event()
         self._waiting.setdefault(object_id, set()).add(changed)
         try:
-            async with asyncio.timeout(timeout):
-                await changed.wait()
-            return True
-        except TimeoutError:
-            return False
+            return await wait_event(changed, timeout)
         finally:
             others = self._waiting[object_id]
             others.discard(changed)
@@ -44,11 +40,11 @@ class FetchEvents:
 
     @property
     def waiting(self) -> int:
-        """How many objects are waited for."""
+        """The number of objects that requests wait for."""
         return len(self._waiting)
 
     async def run(self) -> None:
-        """Listen until cancelled. While the store is down nobody is woken, and all waiters time out."""
+        """Listen until cancelled. While the store is down no event arrives, and all waiters time out."""
         while True:
             try:
                 async with self._state.listen() as announcements:
@@ -65,7 +61,7 @@ class FetchEvents:
         elif announcement.topic is Topic.SETTINGS_CHANGED:
             if self._on_settings is not None:
                 self._on_settings()
-            # Said after every reconnect: announcements may have been missed meanwhile.
+            # Also announced after every reconnect: wake all waiters, since announcements may have been missed.
             for waiters in self._waiting.values():
                 for changed in waiters:
                     changed.set()

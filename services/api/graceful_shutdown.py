@@ -1,4 +1,7 @@
-"""What the kernel tells of a port's connections (Linux: proc_net_tcp in the kernel's documentation)."""
+"""Graceful shutdown of a listening port: drains its accept queue before it closes, and waits until bytes are flushed.
+
+Linux only (proc_net_tcp in the kernel's documentation). Elsewhere the waits are shorter, and clients may be reset.
+"""
 
 from __future__ import annotations
 
@@ -13,63 +16,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-PROC_NET_TCP = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6"))
-
-
-class TcpState(StrEnum):
-    """As the table has them (include/net/tcp_states.h); those that are asked for here."""
-
-    SYN_RECV = "03"
-    FIN_WAIT1 = "04"
-    LAST_ACK = "09"
-    CLOSING = "0B"
-
-
-@dataclass(frozen=True, slots=True)
-class TcpConnection:
-    """`state`: two hexadecimal digits. `unsent`: bytes that the other end has not confirmed."""
-
-    state: str
-    unsent: int
-
-
-def tcp_connections(port: int, tables: Iterable[Path] = PROC_NET_TCP) -> Iterator[TcpConnection]:
-    """The connections with this local port; none where the kernel does not tell."""
-    row = re.compile(
-        rf"^ *\d+: [0-9A-F]+:{port:04X} [0-9A-F]+:[0-9A-F]+ ([0-9A-F]{{2}}) ([0-9A-F]+):", re.MULTILINE
-    )
-    for table in tables:
-        try:
-            text = table.read_text(encoding="ascii")
-        except OSError:
-            continue
-        for state, unsent in row.findall(text):
-            yield TcpConnection(state, int(unsent, 16))
-
-
-# Who is coming in while the port is being closed.
-#
-# The kernel makes connections by itself and queues them until the process takes them. Closing the socket resets what
-# is
-# queued, and what is half made: clients that were let in, and have asked already, most likely. So the door is shut
-# before
-# it is taken away. The listening socket is bound to a network device that does not exist: no first packet (SYN) finds
-# it
-# any more, and whoever comes now is refused at once, as if it were closed. Connections that are half made belong to it
-# still; they are completed, queued, taken by the loop and answered. Once nothing is on its way it is closed without
-# harm
-# to anybody.
-
 DRAIN_TIMEOUT = 1.0
-"""Seconds that a connection may take to be made, once the port is closing."""
+"""Seconds that a half-open connection may take to complete once the port is closing."""
 QUIET_PERIOD, QUIET_PERIOD_SHARED = 0.02, 0.2
-"""How long nobody may have come in before the socket is closed. Longer if several processes listen at the port: the
-kernel hands connections to each of them until the last has shut its door, which is at nearly the same time."""
+"""Seconds without a new connection after which the socket is closed. Longer if several processes share the port: the
+kernel distributes connections among them until the last one refuses SYNs, and they do so at nearly the same time."""
+PROC_NET_TCP = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6"))
 _MIN_INTERVAL, _MAX_INTERVAL = 0.01, 0.1
+_FLUSH_POLL_INTERVAL = 0.1
 
-# asm-generic/socket.h, since Linux 5.0, without privilege since 5.7; Python does not name it
+# asm-generic/socket.h, since Linux 5.0, unprivileged since 5.7. Python has no name for it.
 _SO_BINDTOIFINDEX = 62
-_NO_DEVICE = 2**31 - 1  # the last number that the kernel could give to a device
+_NO_DEVICE = 2**31 - 1  # the last index that the kernel could give to a device
 
 
 async def drain_accept_queue(
@@ -79,11 +37,17 @@ async def drain_accept_queue(
     quiet_period: float = QUIET_PERIOD,
     tables: Iterable[Path] = PROC_NET_TCP,
 ) -> None:
-    """Shut the door, and return when the loop, which accepts at `listener`, has taken everybody who was coming in, or
-    after so many seconds. To be closed right afterwards.
-    `accepted_count`: how many connections the loop has taken, ever.
+    """Wait until no connection to `listener` is queued or half-open, at most `seconds`. Close it right afterwards.
 
-    Where the kernel does not know this, the wait is for those who are queued; who comes after that may be reset.
+    Closing a listening socket resets connections that the kernel has completed but the process has not accepted, and
+    half-open ones. Their clients have most likely sent a request already. Therefore:
+
+    1. Bind the listener to a non-existent network device. New SYNs no longer find it and are refused.
+    2. Half-open connections still complete, and the accept loop accepts them.
+    3. Return once no connection has come for `quiet_period`.
+
+    Where step 1 is impossible, wait for the queue only. Later connections may then be reset.
+    `accepted_count` returns the number of connections that the loop has accepted so far.
     """
     tables = tuple(tables)
     refusing = _refuse_new_syns(listener)
@@ -104,7 +68,7 @@ async def drain_accept_queue(
 
 
 def _refuse_new_syns(listener: socket.socket) -> bool:
-    """False if that cannot be had here."""
+    """Make the kernel refuse new connections. Returns False if this system cannot."""
     if sys.platform != "linux":
         return False
     try:
@@ -115,36 +79,23 @@ def _refuse_new_syns(listener: socket.socket) -> bool:
 
 
 def _has_backlog(listener: socket.socket) -> bool:
-    """Whether a connection is made that the loop has not taken."""
+    """Whether a completed connection waits to be accepted."""
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     return bool(poll.poll(0))
 
 
 def _has_syn_recv(listener: socket.socket, tables: Iterable[Path]) -> bool:
+    """Whether a half-open connection exists."""
     port = listener.getsockname()[1]
     return any(connection.state == TcpState.SYN_RECV for connection in tcp_connections(port, tables))
 
 
-# What the kernel still has to send when all answers have ended.
-#
-# A process may end while the last bytes of an answer are in the kernel's buffer, megabytes of them for a slow client;
-# the
-# kernel goes on sending them. In a container it does not: with the last process the network goes, and the answer is
-# cut.
-
-_POLL_INTERVAL = 0.1
-_CLOSING_STATES = {
-    TcpState.FIN_WAIT1,
-    TcpState.LAST_ACK,
-    TcpState.CLOSING,
-}  # and not yet confirmed by the client
-
-
 async def wait_until_flushed(port: int, seconds: float, tables: Iterable[Path] = PROC_NET_TCP) -> bool:
-    """Wait until the clients of `port` have confirmed all that was sent to them; False after so many seconds.
+    """Wait until the clients of `port` have acknowledged all sent bytes. Returns False after `seconds`.
 
-    True at once where the kernel does not tell.
+    The kernel may still hold megabytes of a response for a slow client, and goes on sending them after the process has
+    ended. In a container the network disappears with the last process, which would truncate the response.
     """
     tables = tuple(tables)
     deadline = time.monotonic() + seconds
@@ -154,5 +105,40 @@ async def wait_until_flushed(port: int, seconds: float, tables: Iterable[Path] =
     ):
         if time.monotonic() >= deadline:
             return False
-        await asyncio.sleep(_POLL_INTERVAL)
+        await asyncio.sleep(_FLUSH_POLL_INTERVAL)
     return True
+
+
+class TcpState(StrEnum):
+    """States of connections, as in /proc/net/tcp (include/net/tcp_states.h). Only those used here."""
+
+    SYN_RECV = "03"
+    FIN_WAIT1 = "04"
+    LAST_ACK = "09"
+    CLOSING = "0B"
+
+
+_CLOSING_STATES = {TcpState.FIN_WAIT1, TcpState.LAST_ACK, TcpState.CLOSING}
+"""Closed by this process, not yet acknowledged by the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class TcpConnection:
+    """One row of /proc/net/tcp."""
+
+    state: str  # two hexadecimal digits, see TcpState
+    unsent: int  # bytes that the peer has not acknowledged
+
+
+def tcp_connections(port: int, tables: Iterable[Path] = PROC_NET_TCP) -> Iterator[TcpConnection]:
+    """Yield the connections with this local port. None where the kernel has no such table."""
+    row = re.compile(
+        rf"^ *\d+: [0-9A-F]+:{port:04X} [0-9A-F]+:[0-9A-F]+ ([0-9A-F]{{2}}) ([0-9A-F]+):", re.MULTILINE
+    )
+    for table in tables:
+        try:
+            text = table.read_text(encoding="ascii")
+        except OSError:
+            continue
+        for state, unsent in row.findall(text):
+            yield TcpConnection(state, int(unsent, 16))

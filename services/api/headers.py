@@ -1,4 +1,4 @@
-"""The header blocks of the public API, ready-made."""
+"""Header blocks of the public API: CORS, security, caching, Date."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ EXPOSED = (
     "X-Cache, X-Data-Source, ETag, Content-Length, Content-Range, Accept-Ranges, Cache-Status, X-Request-ID"
 )
 
-# Objects come from strangers and share the node's origin. `sandbox` gives a document an origin of its own, without
-# script, forms or pop-ups; default-src 'none' keeps it from loading anything but images and media.
-# What is no document (an <img>, a <video>, a fetch by another page) is ruled by that page's own policy instead.
-# The browser's own page around a single image or video needs the inline style and the object itself.
+# Objects are uploaded by third parties and share the node's origin. `sandbox` gives a document an origin of its own,
+# without scripts, forms and pop-ups. `default-src 'none'` lets it load only images and media.
+# An <img>, a <video> or a fetch in another page follows that page's policy instead.
+# The page that a browser makes around a single image or video needs the inline style and the object itself.
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; img-src 'self' data:; media-src 'self' data:; style-src 'unsafe-inline'; "
     "base-uri 'none'; form-action 'none'; sandbox"
@@ -30,17 +30,17 @@ CROSS_ORIGIN: Mapping[str, str] = {
     "Timing-Allow-Origin": "*",
     "Cross-Origin-Resource-Policy": "cross-origin",
 }
-"""Any page may read the answer, its headers and its timing."""
+"""Any page may read the response, its headers and its timing."""
 
 ASSET: Mapping[str, str] = {
     **CROSS_ORIGIN,
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
 }
-"""On every answer of an asset path, errors and preflights included."""
+"""On every response of an asset path, errors and preflights included."""
 
 ASSET_CONTENT: Mapping[str, str] = {**ASSET, "Accept-Ranges": "bytes", "Content-Disposition": "inline"}
-"""On every answer that carries or describes an object (200, 206; ASSET and the validators on 304)."""
+"""On every 200 and 206 of an object. A 304 has ASSET and the validators."""
 
 PREFLIGHT: Mapping[str, str] = {
     **ASSET,
@@ -52,7 +52,7 @@ PREFLIGHT: Mapping[str, str] = {
     "Access-Control-Max-Age": "86400",
     "Allow": "GET, HEAD, OPTIONS",
 }
-"""On the answer to OPTIONS (Fetch standard, CORS preflight)."""
+"""On responses to OPTIONS (Fetch standard, CORS preflight)."""
 
 CACHE_HIT = "public, max-age=31536000, immutable"
 CACHE_PENDING = "max-age=180, must-revalidate"
@@ -60,19 +60,22 @@ CACHE_ERROR = "no-store"
 
 CACHE_STATUS_HIT = "distributor; hit"
 CACHE_STATUS_OWN = "distributor"
-"""On what was answered without content and without asking a source."""
+"""On responses without content for which no source was contacted."""
 
 
 def cache_control(result: CacheResult) -> str:
-    """Cache-Control of an answer with content: an object is immutable, but what is not verified yet may be wrong."""
+    """Return Cache-Control for content. Objects are immutable, but bytes of a miss may not be verified yet."""
     return CACHE_HIT if result == "hit" else CACHE_PENDING
 
 
 def cache_status(
     result: CacheResult, *, stored: bool, collapsed: bool = False, forwarded: str = "uri-miss"
 ) -> str:
-    """Cache-Status (RFC 9211) of this cache: `stored` if the fetch behind the answer will be kept, `collapsed` if the
-    fetch was begun for another request, `forwarded` is why it went on (`uri-miss`, `bypass`, …)."""
+    """Return Cache-Status (RFC 9211) of this cache.
+
+    `stored`: the fetched object will be kept. `collapsed`: another request started the fetch. `forwarded`: why the
+    request went to a source (`uri-miss`, `bypass`, …).
+    """
     if result == "hit":
         return CACHE_STATUS_HIT
     parts = ["distributor", f"fwd={forwarded}"]
@@ -84,7 +87,7 @@ def cache_status(
 
 
 def date_now() -> str:
-    """The value of Date (RFC 9110 section 6.6.1) of an answer that is made now; made once a second."""
+    """Return the current value of Date (RFC 9110 section 6.6.1), cached for a second."""
     return _date(int(time.time()))
 
 
@@ -94,5 +97,5 @@ def _date(second: int) -> str:
 
 
 def as_block(headers: Mapping[str, str]) -> bytes:
-    """Header lines as they go over the wire, each with its CRLF."""
+    """Return header lines in wire format, each with its CRLF."""
     return b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in headers.items())

@@ -1,8 +1,8 @@
-"""For those who run the node: /healthz, /readyz, /metrics.
+"""/healthz, /readyz and /metrics.
 
-Ready means: the volume is there, and no other node's objects are being taken into it. A node without its state store,
-job queue or catalog still serves hits, and most misses by proxy; to take it out of service would lose what it can do.
-What is missing is said in `degraded`.
+A node is ready if its volume is mounted and no import of another node's objects is in progress. Without its state
+store, job queue or catalog it still serves hits, and proxies most misses. Taking it out of service would lose that, so
+these are reported as `degraded`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ logger = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """`problems`: what keeps the node from working at all; `degraded`: what it works without, in words."""
+    """The result of the readiness checks, in words."""
 
-    problems: tuple[str, ...]
-    degraded: tuple[str, ...]
+    problems: tuple[str, ...]  # what keeps the node from serving
+    degraded: tuple[str, ...]  # what the node serves without
 
 
 class HealthChecks:
-    """Looks at everything the node stands on, within two seconds."""
+    """Checks everything the node depends on, within two seconds."""
 
     def __init__(self, context: ApiContext, usage: UsageReader) -> None:
         self._context = context
@@ -56,7 +56,7 @@ class HealthChecks:
         self._import_done = context.settings.storage.import_assets is None
 
     async def readiness(self) -> Readiness:
-        """What is missing."""
+        """Check volume, state store, job queue, catalog and import."""
         context = self._context
         volume, *others = await asyncio.gather(
             self._check("volume", self._check_volume),
@@ -71,8 +71,10 @@ class HealthChecks:
         )
 
     def _check_import(self) -> str | None:
-        """While the evictor takes an existing node's objects over, requests for them would be misses: worth waiting
-        for, but not for ever."""
+        """Return a problem while the evictor imports an existing node's objects, for at most IMPORT_READY_TIMEOUT.
+
+        Until then requests for them would be misses.
+        """
         if self._import_done or time.monotonic() - self._started > IMPORT_READY_TIMEOUT:
             return None
         assets = self._context.settings.storage.import_assets
@@ -80,7 +82,7 @@ class HealthChecks:
             import_source = ImportSource(self._context.volume.root, assets)
             self._import_done = import_source.is_done()
             import_source.close()
-        return None if self._import_done else "the existing node's objects are being taken over"
+        return None if self._import_done else "the import of the existing node's objects is in progress"
 
     async def _check_volume(self) -> None:
         await asyncio.to_thread(self._context.volume.check)
@@ -90,16 +92,16 @@ class HealthChecks:
             async with asyncio.timeout(_CHECK_TIMEOUT):
                 await check()
         except TimeoutError:
-            return f"{name}: no answer"
+            return f"{name}: timeout"
         except VolumeError as error:
             return str(error)
         except DistributorError as error:
             logger.info("dependency_unavailable", dependency=name, reason=str(error))
-            return f"{name}: out of reach"
+            return f"{name}: unavailable"
         return None
 
     async def metrics(self) -> tuple[bytes, str]:
-        """The metrics of this process (of all workers in multiprocess mode), and their media type."""
+        """Return the metrics of this process, or of all workers in multiprocess mode, and their media type."""
         await asyncio.gather(
             self._update_usage(),
             self._check("state store", self._update_state_store),

@@ -1,29 +1,37 @@
-"""Listening sockets of the API.
+"""Listening sockets of the API: bound to an address, then accepted from in batches.
 
-This module imports no metrics: the supervisor needs it before prometheus_client may be imported (see multiprocess.py).
+This module imports no metrics: the supervisor binds sockets before prometheus_client may be imported.
 """
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
+
 from distributor_node.shared.domain.errors import ConfigurationError
+
+EMFILE_BACKOFF = 0.5
+"""Seconds without accepting after the system had no descriptor or memory left for one more connection."""
+
+logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class ListenAddress:
-    """Where to listen. Port 0: any free one. `shared`: several processes listen on it (SO_REUSEPORT).
-    `setting`: where the address comes from, for messages."""
+    """Where to listen."""
 
     host: str
-    port: int
-    shared: bool = False
-    setting: str = "public_api"
+    port: int  # 0: any free port
+    shared: bool = False  # SO_REUSEPORT: several processes listen on the port
+    setting: str = "public_api"  # the settings group that the address comes from, for messages
 
 
 def bind(address: ListenAddress) -> socket.socket:
-    """A bound TCP socket that does not listen yet; ConfigurationError if the address cannot be had."""
+    """Return a bound TCP socket that does not listen yet. Raises ConfigurationError if the address is unavailable."""
     try:
         found = socket.getaddrinfo(
             address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -47,3 +55,69 @@ def bind(address: ListenAddress) -> socket.socket:
             f"{address.setting}.port: cannot listen on {where}: {error.strerror}"
         ) from error
     return bound
+
+
+class AcceptLoop:
+    """Accepts every queued connection in one turn of the event loop.
+
+    The loop's own server accepts one connection per turn, and each turn also serves all connected clients. When a
+    thousand clients connect at once, the last of them would wait for a thousand turns, which takes seconds.
+    """
+
+    def __init__(
+        self, listener: socket.socket, make_protocol: Callable[[], asyncio.BaseProtocol], backlog: int
+    ) -> None:
+        """Start to listen on `listener`, a bound, non-blocking socket. `close` closes it."""
+        self._loop = asyncio.get_running_loop()
+        self.listener = listener
+        self.accepted_count = 0  # connections since the start
+        self._make_protocol = make_protocol
+        self._backlog = backlog
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._resume_timer: asyncio.TimerHandle | None = None
+        listener.listen(backlog)
+        self._start()
+
+    def close(self) -> None:
+        """Stop listening. Accepted connections stay open."""
+        if self._resume_timer is not None:
+            self._resume_timer.cancel()
+        if self.listener.fileno() >= 0:
+            self._loop.remove_reader(self.listener.fileno())
+            self.listener.close()
+
+    async def wait_connected(self) -> None:
+        """Wait until every accepted connection has its protocol, a few turns of the loop later."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _start(self) -> None:
+        self._resume_timer = None
+        self._loop.add_reader(self.listener.fileno(), self._accept)
+
+    def _accept(self) -> None:
+        """Accept what is queued, at most `backlog` connections, so that other callbacks get their turn."""
+        for _ in range(self._backlog):
+            try:
+                connection, _ = self.listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionError:
+                continue  # the client left before it was accepted
+            except OSError as error:
+                # The connection stays queued and the socket readable: without a pause the loop would spin.
+                logger.error("accept_failed", reason=error.strerror)
+                self._loop.remove_reader(self.listener.fileno())
+                self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
+                return
+            self.accepted_count += 1
+            connection.setblocking(False)
+            task = self._loop.create_task(self._connect(connection))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._make_protocol, connection)
+        except OSError:
+            connection.close()  # the client has left already

@@ -1,4 +1,7 @@
-"""Sanic's HTTP/1.1 protocol with our own ideas of time, ends and records."""
+"""Sanic's HTTP/1.1 protocol with stricter timeouts, draining on shutdown, and one log record per request.
+
+This module and sanic_app.py are the ones that depend on Sanic's internals, server.py on its server class.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +23,31 @@ from distributor_node.services.api.request_log import count_and_log, request_rec
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES
 
 RESPONSE_START_TIMEOUT = 60.0
-"""Seconds until an answer has begun, at most: a backstop, handlers have shorter limits of their own."""
+"""Seconds until a response must have started. A last resort: handlers have shorter limits."""
 CLIENT_CLOSED_REQUEST = 499
-"""Status in log and metrics of a request whose client left before the answer began."""
+"""Status in log and metrics of a request whose client left before the response started (nginx's 499)."""
 _MAX_CHECK_INTERVAL = 5.0
 KEEPALIVE_DRAIN_GRACE = 1.0
-"""Seconds at a stop in which an idle connection may bring one more request, and is told with the answer that it ends.
-The request may be on its way: a client that finds the connection closed instead cannot know whether it was heard."""
+"""Seconds after a stop in which an idle connection may send one more request. Its response announces the close.
+A request may be in flight, and a client whose connection is just closed cannot know whether it was processed."""
+
+
+def end_chunked_head_response(request: Request) -> None:
+    """End the response to a HEAD request whose head announced a chunked body.
+
+    Sanic would send the end of the body too.
+    """
+    http = request.stream
+    if isinstance(http, ApiHttp):
+        http.response_func = None
+        http.stage = Stage.IDLE
 
 
 class ApiHttp(Http):
-    """One connection's requests and answers: adds the request id, and keeps the record of each request."""
+    """The requests and responses of one connection: adds the request id, and keeps the record of each request."""
 
     def init_for_request(self) -> None:
-        """Begin to wait for a request: at a stop not for long."""
+        """Wait for the next request. While draining, at most KEEPALIVE_DRAIN_GRACE."""
         super().init_for_request()  # type: ignore[no-untyped-call]
         if isinstance(self.protocol, PublicProtocol) and self.protocol.draining:
             self.protocol.allow_last_request()
@@ -42,17 +56,17 @@ class ApiHttp(Http):
         response = super().respond(response)
         if getattr(self.protocol, "draining", False):
             self.keep_alive = False
-        request: Request[Any, Any] | None = self.request
+        request: Request | None = self.request
         if request is not None:
             response.headers["X-Request-ID"] = request_record(request).request_id
         response.headers["Date"] = date_now()
         return response
 
     async def error_response(self, exception: BaseException) -> None:
-        """Answer an exception, unless nobody is there to read the answer."""
+        """Send an error response, unless the client has disconnected."""
         transport = self.protocol.transport
         if self.head_only is None:
-            # The head could not be read to its end: Sanic would not know that no body may follow
+            # The head was not parsed completely, so Sanic does not know that no body may follow.
             self.head_only = self.recv_buffer.startswith(b"HEAD ")
         if transport is None or transport.is_closing():
             self.keep_alive = False
@@ -64,14 +78,14 @@ class ApiHttp(Http):
         else:
             await super().error_response(exception)  # type: ignore[arg-type]
             if isinstance(exception, RequestTimeout):
-                self.request_body = None  # the rest of it is not waited for
+                self.request_body = None  # do not wait for the rest of it
         self.record()
 
     def abort_response(self, reason: str) -> None:
-        """End the connection in the middle of an answer, so that the client notices."""
+        """Abort the connection in the middle of a response, so that the client notices."""
         self.keep_alive = False
         self.stage = Stage.FAILED
-        self.response_func: Any = None  # what Sanic still wants to send goes nowhere
+        self.response_func: Any = None  # discards what Sanic still sends
         if self.request is not None:
             request_record(self.request).abort_reason = reason
         ABORTED_RESPONSES.labels(reason=reason).inc()
@@ -81,8 +95,8 @@ class ApiHttp(Http):
             self.protocol.transport.abort()
 
     def record(self) -> None:
-        """Count and log the record, once."""
-        request: Request[Any, Any] | None = self.request
+        """Count and log the request, once."""
+        request: Request | None = self.request
         response: BaseHTTPResponse | None = self.response
         if request is None:
             return
@@ -105,10 +119,13 @@ class ApiHttp(Http):
 
 
 class PublicProtocol(HttpProtocol):
-    """Time limits: a whole head within `request_timeout` however it drips; an answer that the client does not take
-    within `response_timeout`; an idle connection `keep_alive_timeout`. All in seconds, seen within a quarter more.
+    """A connection with these timeouts, in seconds, each enforced up to a quarter late:
 
-    Sanic counts from the last call of `send`, which cuts a paused player and lets a dripping head live for ever.
+    - `request_timeout` for a whole head, however slowly it arrives
+    - `response_timeout` for a response that the client does not read
+    - `keep_alive_timeout` for an idle connection
+
+    Sanic counts from the last call of `send`. That aborts a paused player, and lets a slow head live for ever.
     """
 
     HTTP_CLASS = ApiHttp
@@ -118,11 +135,11 @@ class PublicProtocol(HttpProtocol):
         "_since",
         "_watched",
         "draining",
-    )  # without, Sanic's metaclass leaves no room for any
+    )  # Sanic's metaclass leaves no __dict__
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
-        self._http = None  # until Sanic's task has begun; the client or a stop may be quicker
+        self._http = None  # until Sanic's task has started; the client may leave before
         self._abort_reason: str | None = None
         self._watched: tuple[object, ...] = ()
         self._since = 0.0
@@ -135,7 +152,7 @@ class PublicProtocol(HttpProtocol):
         )
 
     def check_timeouts(self) -> None:
-        """Runs itself, from the first request's wait until the connection ends."""
+        """Enforce the timeouts. Reschedules itself until the connection ends."""
         self._callback_check_timeouts = None
         http = self._http
         if self._task is None or http is None or self.transport is None:
@@ -150,8 +167,19 @@ class PublicProtocol(HttpProtocol):
                 max(0.02, self._check_interval), self.check_timeouts
             )
 
+    def _can_bypass(self) -> bool:
+        """Whether Sanic waits for the first byte of a request and no write is pending."""
+        http, transport = self._http, self.transport
+        if transport is None or self.recv_buffer or self.draining:
+            return False
+        if http is not None and not (
+            http.stage is Stage.IDLE and getattr(http, "request", None) is None and http.keep_alive
+        ):
+            return False
+        return not transport.is_closing() and not transport.get_write_buffer_size()
+
     def _progress(self) -> object:
-        """Changes when this connection gets on, beside stage and unsent bytes."""
+        """Return a value that changes with progress, in addition to stage and unsent bytes."""
         return self.state["requests_count"]
 
     def connection_made(self, transport: Any) -> None:
@@ -161,15 +189,15 @@ class PublicProtocol(HttpProtocol):
         super().connection_lost(exc)  # type: ignore[no-untyped-call]
 
     def abort(self) -> None:
-        """End the connection at once."""
+        """Abort the connection."""
         super().abort()  # type: ignore[no-untyped-call]
 
     def note_abort(self, reason: str) -> None:
-        """The answer under way is being cut."""
+        """Note the reason why the current response is being aborted."""
         self._abort_reason = reason
 
     def abort_response(self, reason: str) -> None:
-        """End the connection in the middle of an answer, so that the client notices."""
+        """Abort the connection in the middle of a response, so that the client notices."""
         if self._http is not None:
             self._http.abort_response(reason)
             return
@@ -178,7 +206,10 @@ class PublicProtocol(HttpProtocol):
         self.abort()
 
     def _enforce_timeouts(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
-        """`unchanged`: seconds in this stage without progress; `silent`: since the last byte either way."""
+        """Return whether a timeout has ended the connection.
+
+        `unchanged`: seconds in this stage without progress. `silent`: seconds since the last byte in either direction.
+        """
         if unsent:
             if unchanged > self.response_timeout:
                 http.abort_response("client_stalled")
@@ -201,7 +232,7 @@ class PublicProtocol(HttpProtocol):
         return True
 
     def _unsent(self) -> int:
-        """Bytes that the client has not taken yet, those in the kernel included."""
+        """Return the number of bytes that the client has not acknowledged, those in the kernel included."""
         if self.transport is None or self.transport.is_closing():
             return 0
         waiting: int = self.transport.get_write_buffer_size()
@@ -216,13 +247,17 @@ class PublicProtocol(HttpProtocol):
 
     @property
     def task(self) -> asyncio.Task[None] | None:
-        """What runs this connection."""
+        """The task that serves this connection."""
         return self._task
 
     def start_draining(self) -> None:
-        """Close once the answer under way has ended. If its head says that the connection stays, or if none is under
-        way, there may be one request more."""
-        self.draining = True  # when the answer begins: Sanic forgets it with each head that it reads
+        """Close after the current response.
+
+        If its head has announced keep-alive, or if there is no current response, the client may send one more request.
+        """
+        self.draining = (
+            True  # applied when a response starts: Sanic resets keep_alive with each head that it reads
+        )
         http = self._http
         if self._is_idle():
             self.allow_last_request()
@@ -230,11 +265,14 @@ class PublicProtocol(HttpProtocol):
             http.keep_alive = False
 
     def allow_last_request(self) -> None:
-        """Close the connection unless it brings a request within a moment. Who still receives has not asked yet."""
+        """Close the connection unless a request arrives within KEEPALIVE_DRAIN_GRACE.
+
+        The grace is extended while the client is still receiving the last response.
+        """
         self.loop.call_later(KEEPALIVE_DRAIN_GRACE, self._close_if_idle)
 
     def _is_idle(self) -> bool:
-        """Whether nothing is asked or answered."""
+        """Whether there is neither a request nor a response in progress."""
         return (self._http is None or self._http.stage is Stage.IDLE) and not self.recv_buffer
 
     def _close_if_idle(self) -> None:
@@ -246,7 +284,7 @@ class PublicProtocol(HttpProtocol):
             self.close()
 
     def close_now(self) -> bool:
-        """Close at once; True if that cuts an answer."""
+        """Close at once. Returns whether that aborts a response."""
         transport = self.transport
         if transport is None:
             return False

@@ -1,4 +1,4 @@
-"""One request and its answer, as the log and the metrics tell of it."""
+"""One record per request for the log and the metrics, timing of phases, and buffered metrics of hits."""
 
 from __future__ import annotations
 
@@ -34,24 +34,22 @@ logger = structlog.get_logger()
 
 @dataclass(slots=True)
 class RequestRecord:
-    """Filled in while a request is answered. `started`: monotonic seconds; `sent`: bytes of the body handed to the
-    connection (None: the whole body of an answer that was not streamed); `size`: bytes of the whole object, where it is
-    known; `abort_reason`: why the answer ended early; `log_hits`: whether a hit is worth a line in the log."""
+    """Filled in while a request is served."""
 
     request_id: str
     method: str
     path: str = "unmatched"
     object_id: str | None = None
     started: float = field(default_factory=time.perf_counter)
-    sent: int | None = None
-    size: int | None = None
-    abort_reason: str | None = None
+    sent: int | None = None  # bytes of the body given to the connection; None: all of a body in one piece
+    size: int | None = None  # bytes of the whole object, if known
+    abort_reason: str | None = None  # why the response ended early
     recorded: bool = False
-    log_hits: bool = False
+    log_hits: bool = False  # hits are logged
 
 
 def request_record(request: Request) -> RequestRecord:
-    """The record of a request; begun here if the request was refused before it got anywhere."""
+    """Return the record of a request. Creates it if there is none yet."""
     record: RequestRecord | None = getattr(request.ctx, "record", None)
     if record is None:
         offered = request.headers.get("x-request-id")
@@ -62,18 +60,17 @@ def request_record(request: Request) -> RequestRecord:
 
 
 def choose_request_id(offered: str | None) -> str:
-    """The client's request id if it is short and plain (it ends up in headers and logs), else a new one."""
+    """Return the client's request id if it is valid for headers and logs, else a new one."""
     return offered if offered and is_request_id(offered) else secrets.token_hex(16)
 
 
 def is_request_id(offered: str) -> bool:
-    """True for a request id that may end up in headers and logs."""
+    """Whether a request id is valid for headers and logs: short, and of plain characters."""
     return 0 < len(offered) <= _MAX_REQUEST_ID and _REQUEST_ID_CHARACTERS.issuperset(offered)
 
 
 def precreate_counters() -> None:
-    """Let the counts of objects handed out stand at 0 before the first: Prometheus sees growth between two looks only,
-    and a count that begins at 1 has not grown."""
+    """Create the counters at 0: `increase()` misses the first sample of a new series."""
     for status in ("200", "206", "304"):
         for cache in ("hit", "pending", "miss"):
             REQUESTS.labels(method="GET", status=status, cache=cache)
@@ -82,7 +79,7 @@ def precreate_counters() -> None:
 def count_and_log(
     record: RequestRecord, status: int, *, cache: str | None, source: str | None, sent: int
 ) -> None:
-    """Count and log one answered request. `cache`: hit, pending, miss; `source`: local, external; None: neither."""
+    """Count and log one request. `cache`: hit, pending, miss or None. `source`: local, external or None."""
     REQUESTS.labels(method=method_label(record.method), status=str(status), cache=cache or "none").inc()
     if cache != "hit" or record.log_hits or record.abort_reason is not None or status >= _CLIENT_ERROR:
         log_request(record, status, cache=cache, source=source, sent=sent)
@@ -91,7 +88,7 @@ def count_and_log(
 def log_request(
     record: RequestRecord, status: int, *, cache: str | None, source: str | None, sent: int
 ) -> None:
-    """The event in the log alone."""
+    """Log one request."""
     logger.info(
         "request_answered",
         request_id=record.request_id,
@@ -108,17 +105,17 @@ def log_request(
     )
 
 
-# How long the phases of one GET take, for the metrics.
+# Timing: first byte and phases.
 
 
 def observe_first_byte(request: Request, result: CacheResult) -> None:
-    """The first byte of the body is about to leave."""
+    """Observe the time to first byte. Call it right before the first byte is sent."""
     TIME_TO_FIRST_BYTE.labels(cache=result).observe(perf_counter() - request_record(request).started)
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Measure one phase: catalog, claim, publish. Failures take time too."""
+    """Measure the block as one phase: catalog, claim or publish. Failures are measured too."""
     started = perf_counter()
     try:
         yield
@@ -126,14 +123,16 @@ def phase(name: str) -> Iterator[None]:
         PHASE.labels(phase=name).observe(perf_counter() - started)
 
 
-# What the fast path has answered, counted in plain numbers and handed to the metrics a few times a second.
+# Metrics of the fast path: plain numbers, flushed to Prometheus ten times a second.
 
 _FLUSH_SECONDS = 0.1
 
 
 class BufferedHitMetrics:
-    """Of one process. A Prometheus counter takes a lock, and in multiprocess mode a write to a mapped file, each
-    time."""
+    """Buffers the hit metrics of one process.
+
+    Each update of a Prometheus counter takes a lock, and in multiprocess mode writes to a mapped file.
+    """
 
     def __init__(self) -> None:
         self._requests: dict[tuple[bool, int], int] = {}
@@ -145,8 +144,7 @@ class BufferedHitMetrics:
         self._due = False
 
     def add(self, head: bool, status: int, sent: int, seconds: float) -> None:
-        """One more answer, to HEAD or GET; `sent` bytes of a body, the first of them `seconds` after the request
-        came."""
+        """Count one response. `sent`: bytes of the body. `seconds`: from the request to the first byte."""
         key = (head, status)
         self._requests[key] = self._requests.get(key, 0) + 1
         if sent:
@@ -158,7 +156,7 @@ class BufferedHitMetrics:
             asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self.flush)
 
     def flush(self) -> None:
-        """Hand everything over now."""
+        """Update the Prometheus metrics."""
         self._due = False
         requests, self._requests = self._requests, {}
         for (head, status), count in requests.items():

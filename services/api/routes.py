@@ -1,4 +1,4 @@
-"""The routes of the public API."""
+"""Routes of the public API: paths and their handlers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distributor_node.services.api.headers import CROSS_ORIGIN, PREFLIGHT
 from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.request_log import request_record
 from distributor_node.services.api.sanic_app import ApiApplication, make_application, parse_object_id
-from distributor_node.services.api.status import StatusReporter, UsageReader, make_squid_status_poller
+from distributor_node.services.api.status import SquidStatusPoller, StatusReporter, UsageReader
 from distributor_node.shared.domain.objects import ObjectId
 
 _READ = ("GET", "HEAD")
@@ -22,17 +22,17 @@ _NO_STORE = {"Cache-Control": "no-store"}
 
 
 class AssetResponder(Protocol):
-    """Answers GET and HEAD of one object; None when it has sent the answer itself."""
+    """Responds to GET and HEAD of one object."""
 
-    async def handle(self, request: Request[Any, Any], object_id: ObjectId) -> HTTPResponse | None: ...
+    async def handle(self, request: Request, object_id: ObjectId) -> None: ...
 
 
 def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
-    """The whole public API. Nothing is opened here; give it to a PublicServer."""
+    """Build the public API. Opens nothing: serve it with a PublicServer."""
     application = make_application(context.settings.public_api)
     usage = UsageReader(context)
     _add_assets(application, assets)
-    reporter = StatusReporter(context, usage, make_squid_status_poller(context.settings))
+    reporter = StatusReporter(context, usage, SquidStatusPoller(context.catalog))
     _add_status(application, reporter)
     _add_health(application, HealthChecks(context, usage))
     application.ctx.fast_path = None
@@ -43,15 +43,15 @@ def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
 def _add_assets(application: ApiApplication, assets: AssetResponder) -> None:
     path = "/api/v1/assets/<object_id>"
 
-    async def read(request: Request[Any, Any], object_id: str) -> HTTPResponse | None:
+    async def read(request: Request, object_id: str) -> None:
         record = request_record(request)
         record.path = path
         parsed_id = parse_object_id(object_id)
         record.object_id = parsed_id
-        return await assets.handle(request, parsed_id)
+        await assets.handle(request, parsed_id)
 
-    async def preflight(request: Request[Any, Any], object_id: str) -> HTTPResponse:
-        # The same for every id: a preflight asks what may be asked, not what is there.
+    async def preflight(request: Request, object_id: str) -> HTTPResponse:
+        # The same for every id: a preflight is about the route, not about the object.
         request_record(request).path = path
         return HTTPResponse(status=204, headers=dict(PREFLIGHT))
 
@@ -62,13 +62,13 @@ def _add_assets(application: ApiApplication, assets: AssetResponder) -> None:
 def _add_status(application: ApiApplication, reporter: StatusReporter) -> None:
     document = files("distributor_node.services.api").joinpath("openapi.json").read_bytes()
 
-    async def status(_request: Request[Any, Any]) -> HTTPResponse:
+    async def status(_request: Request) -> HTTPResponse:
         return _json(await reporter.status())
 
-    async def buckets(_request: Request[Any, Any]) -> HTTPResponse:
+    async def buckets(_request: Request) -> HTTPResponse:
         return _json(await reporter.buckets())
 
-    async def openapi(_request: Request[Any, Any]) -> HTTPResponse:
+    async def openapi(_request: Request) -> HTTPResponse:
         headers = {**CROSS_ORIGIN, "Cache-Control": "max-age=3600"}
         return HTTPResponse(document, 200, headers, "application/json")
 
@@ -78,10 +78,10 @@ def _add_status(application: ApiApplication, reporter: StatusReporter) -> None:
 
 
 def _add_health(application: ApiApplication, health: HealthChecks) -> None:
-    async def healthz(_request: Request[Any, Any]) -> HTTPResponse:
+    async def healthz(_request: Request) -> HTTPResponse:
         return _json({"status": "ok"})
 
-    async def readyz(_request: Request[Any, Any]) -> HTTPResponse:
+    async def readyz(_request: Request) -> HTTPResponse:
         readiness = await health.readiness()
         body = {
             "status": "not ready" if readiness.problems else "ready",
@@ -90,7 +90,7 @@ def _add_health(application: ApiApplication, health: HealthChecks) -> None:
         }
         return _json(body, 503 if readiness.problems else 200)
 
-    async def metrics(_request: Request[Any, Any]) -> HTTPResponse:
+    async def metrics(_request: Request) -> HTTPResponse:
         if application.ctx.fast_path is not None:
             application.ctx.fast_path.hit_metrics.flush()
         body, media_type = await health.metrics()
@@ -104,12 +104,12 @@ def _add_health(application: ApiApplication, health: HealthChecks) -> None:
 def _add(application: ApiApplication, path: str, handler: Any) -> None:
     name = path.rpartition("/")[2].partition(".")[0]
 
-    async def read(request: Request[Any, Any]) -> HTTPResponse:
+    async def read(request: Request) -> HTTPResponse:
         request_record(request).path = path
         response: HTTPResponse = await handler(request)
         return response
 
-    async def options(request: Request[Any, Any]) -> HTTPResponse:
+    async def options(request: Request) -> HTTPResponse:
         request_record(request).path = path
         return HTTPResponse(status=204, headers=dict(PREFLIGHT))
 

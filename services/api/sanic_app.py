@@ -1,4 +1,4 @@
-"""The Sanic application: raw-path routing, one record for each request, no noise."""
+"""The Sanic application: routing by raw path, one log record per request, JSON error responses."""
 
 from __future__ import annotations
 
@@ -41,28 +41,32 @@ from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQ
 from distributor_node.shared.settings.model import PublicApi
 
 MAX_BODY_BYTES = 64 * 1024
-"""Of a request. No request of this API means anything by its body; small ones are read and ignored."""
-_ASSET_ROUTE = "/api/v1/assets/<object_id>"
+"""Limit for request bodies. The public API reads and ignores them."""
+_CACHE = "/api/v1/cache/"
 
 _numbers = count(1)
 logger = structlog.get_logger()
 
 
 class RawPathRouter(Router):
-    """Finds routes by the raw path, exactly. Everything below the assets goes to their handler."""
+    """Finds routes by the exact raw path.
+
+    Every path below /api/v1/assets/ goes to the asset handler, every path below the operator's /api/v1/cache/ to the
+    handler of one cached object.
+    """
 
     def get(  # type: ignore[override]
         self, path: str, method: str, host: str | None
     ) -> tuple[Route, RouteHandler, dict[str, Any]]:
-        """Route, handler and its arguments; NotFound or MethodNotAllowed."""
-        asset = path.startswith(ASSETS)
-        group = self._by_path().get(_ASSET_ROUTE if asset else path)
+        """Return the route, its handler and the handler's arguments. Raises NotFound or MethodNotAllowed."""
+        prefix = ASSETS if path.startswith(ASSETS) else _CACHE if path.startswith(_CACHE) else ""
+        group = self._by_path().get(f"{prefix}<object_id>" if prefix else path)
         if group is None:
             raise NotFound("")
         route = group.get(method)
         if route is None:
             raise MethodNotAllowed("", method, tuple(group))
-        return route, route.handler, {"object_id": path[len(ASSETS) :]} if asset else {}
+        return route, route.handler, {"object_id": path[len(prefix) :]} if prefix else {}
 
     def _by_path(self) -> dict[str, dict[str, Route]]:
         known: dict[str, dict[str, Route]] | None = getattr(self.ctx, "by_path", None)
@@ -75,14 +79,14 @@ class RawPathRouter(Router):
 
 
 def public_path(route: Route) -> str:
-    """The path as it was registered: Sanic adds the types of its arguments."""
+    """Return the path as it was registered. Sanic adds the types of its arguments."""
     return f"/{route.path}".replace(":str>", ">")
 
 
 class ApiApplication(Sanic):  # type: ignore[type-arg]
-    """Sanic, with each request counted, logged and ended in one place."""
+    """Sanic with one place where each request is counted, logged and ended."""
 
-    async def handle_request(self, request: Request[Any, Any]) -> None:
+    async def handle_request(self, request: Request) -> None:
         record = request_record(request)
         structlog.contextvars.bind_contextvars(request_id=record.request_id)
         REQUESTS_IN_PROGRESS.inc()
@@ -90,7 +94,7 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
             malformed = validate_head(request)
             if malformed is not None:
                 if isinstance(request.stream, ApiHttp):
-                    request.stream.keep_alive = False  # nobody knows where the next request would begin
+                    request.stream.keep_alive = False  # the start of the next request is unknown
                 await self.handle_exception(request, malformed)
             else:
                 await super().handle_request(request)
@@ -101,14 +105,14 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
             raise
         finally:
             REQUESTS_IN_PROGRESS.dec()
-            # With no response yet it was cancelled: the connection's own error answer is recorded then.
+            # Without a response the request was cancelled, and the connection's error response is recorded instead.
             if isinstance(request.stream, ApiHttp) and request.stream.response is not None:
                 request.stream.record()
 
     async def handle_exception(
-        self, request: Request[Any, Any], exception: BaseException, run_middleware: bool = True
+        self, request: Request, exception: BaseException, run_middleware: bool = True
     ) -> None:
-        """Answer an exception; cut the connection if the answer has begun already."""
+        """Send an error response, or abort the connection if a response has started."""
         http = request.stream
         if isinstance(http, ApiHttp) and http.stage is not Stage.HANDLER:
             reason = exception.reason if isinstance(exception, AbortResponse) else "unexpected_error"
@@ -120,9 +124,9 @@ class ApiApplication(Sanic):  # type: ignore[type-arg]
 
 
 def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApplication:
-    """An application without routes. Close it with `unregister_application`; several can live in one process."""
+    """Make an application without routes. Several can run in one process. End it with `unregister_application`."""
     precreate_counters()
-    config = Config(env_prefix=None)  # our settings are the only ones: no SANIC_… from the environment
+    config = Config(env_prefix=None)  # ignore SANIC_… in the environment
     config.update(
         ACCESS_LOG=False,
         AUTO_EXTEND=False,
@@ -143,27 +147,27 @@ def make_application(public_api: PublicApi, name: str = "distributor") -> ApiApp
         request_class=ApiRequest,
         configure_logging=False,
     )
-    # Tells Sanic that HTTP/1.1 is all there is; otherwise every answer carries an empty Alt-Svc.
+    # Tells Sanic that only HTTP/1.1 is served. Otherwise every response carries an empty Alt-Svc.
     application.state.server_info.append(ApplicationServerInfo(settings={"version": HTTP.VERSION_1}))
     return application
 
 
 def prepare_start(application: ApiApplication) -> None:
-    """To be called right before an application is started, of which there may be several in one process."""
-    # Sanic rewrites its own classes then, and cannot read its own output a second time.
+    """Prepare Sanic for one more application in this process. Call it right before the application is started."""
+    # At the first start Sanic rewrites its own classes ("touchup"). It cannot rewrite them a second time.
     application.config.TOUCHUP = not getattr(Http, "__touched__", False)
 
 
 def unregister_application(application: ApiApplication) -> None:
-    """Take the application out of Sanic's registry, which would keep it for ever."""
+    """Remove the application from Sanic's registry, which would keep it for ever."""
     Sanic.unregister_app(application)
 
 
-# The request as it came: its raw target, never normalised.
+# Requests: the raw target, never normalised.
 
 ASSETS = "/api/v1/assets/"
 MAX_HEAD_BYTES = 16_384
-"""Of a request; Sanic allows no more."""
+"""Limit for the request head, Sanic's own maximum."""
 
 _ABSOLUTE_FORM = re.compile(rb"[a-zA-Z][a-zA-Z0-9+.-]*://[^/?#]*")
 # RFC 9112 sections 2.2 and 5: no control characters, no bare CR or LF, no white space in or around a field's name
@@ -174,7 +178,7 @@ _FORBIDDEN_IN_HEAD = re.compile(
 
 
 class ApiRequest(Request):
-    """A Sanic request that is routed by its raw path: no decoding, no merging of slashes, no error for odd targets."""
+    """A Sanic request that is routed by its raw path: no decoding, no merged slashes, no error for odd targets."""
 
     __slots__ = ("raw_path",)
 
@@ -182,20 +186,15 @@ class ApiRequest(Request):
         try:
             super().__init__(url_bytes, *arguments, **named)
         except BadURL:
-            # Let routing answer it, by the raw path; Sanic would fail again while it makes its error answer.
+            # Routing rejects the raw path. Sanic itself would fail again while it renders its error response.
             super().__init__(b"/", *arguments, **named)
             self.raw_url = url_bytes
         self.raw_path = _path_of(url_bytes)
 
     @property
     def path(self) -> str:
-        """The path, still percent-encoded, without query (RFC 9112 section 3.2.2: absolute form is accepted)."""
+        """The percent-encoded path without query. Absolute form is accepted (RFC 9112 section 3.2.2)."""
         return self.raw_path
-
-    @property
-    def is_for_asset(self) -> bool:
-        """True for every path below the assets, whatever its id is worth."""
-        return self.raw_path.startswith(ASSETS)
 
 
 def _path_of(target: bytes) -> str:
@@ -206,7 +205,7 @@ def _path_of(target: bytes) -> str:
 
 
 def parse_object_id(raw: str) -> ObjectId:
-    """The object id in a path, percent-decoded exactly once. HttpError 400 for all that cannot be one."""
+    """Return the object id in a path, percent-decoded exactly once. Raises HttpError 400 if it is malformed."""
     try:
         text = unquote_to_bytes(raw.encode("latin-1")).decode("utf-8") if "%" in raw else raw
         return ObjectId.parse(text)
@@ -214,45 +213,45 @@ def parse_object_id(raw: str) -> ObjectId:
         raise HttpError(400, "Malformed object id", "malformed_id") from error
 
 
-def validate_head(request: Request[Any, Any]) -> HttpError | None:
-    """What HTTP forbids in a request's head and Sanic lets pass, as an answer 400; None if it is in order."""
+def validate_head(request: Request) -> HttpError | None:
+    """Return the error for a head that HTTP forbids and Sanic accepts, or None if the head is valid."""
     if _FORBIDDEN_IN_HEAD.search(request.head):
         return HttpError(400, "Malformed request head", "malformed_request")
     if request.version == "1.1" and len(request.headers.getall("host", ())) != 1:
-        return HttpError(400, "Exactly one Host header is needed", "malformed_request")
+        return HttpError(400, "Host header: expected exactly one", "malformed_request")
     return None
 
 
-# Whatever was raised, as an answer: JSON body and headers, and the status where the error does not bring its own.
+# Error responses: status, headers and JSON body for every exception.
 
 UNREADABLE = "NONE"
-"""Sanic's method of a request whose head could not be read."""
+"""The method that Sanic gives to a request whose head could not be read."""
 
 
 class JsonErrorHandler(ErrorHandler):
-    """Replaces Sanic's pages, and its habit of printing tracebacks for what clients do."""
+    """Renders errors as JSON. Logs a traceback for server errors only."""
 
-    def response(self, request: Request[Any, Any], exception: BaseException) -> HTTPResponse:
-        """The answer for anything that was raised."""
+    def response(self, request: Request, exception: BaseException) -> HTTPResponse:
+        """Return the response for an exception."""
         error = as_http_error(request, exception)
         if error.status == 500:
             logger.error("request_failed", path=request.path[:200], exc_info=exception)
         return render_error(request, error)
 
-    def default(self, request: Request[Any, Any], exception: Exception) -> HTTPResponse:
+    def default(self, request: Request, exception: Exception) -> HTTPResponse:
         return self.response(request, exception)
 
 
-def render_error(request: Request[Any, Any], error: HttpError) -> HTTPResponse:
-    """`{"type": …, "message": …}`, never cached. The server leaves the body out in answer to HEAD."""
+def render_error(request: Request, error: HttpError) -> HTTPResponse:
+    """Return `{"type": …, "message": …}`, not cacheable. Sanic leaves the body out of a response to HEAD."""
     body = {"type": error.kind, "message": error.message} if error.kind else {"message": error.message}
     usual = ASSET if request.path.startswith(ASSETS) else CROSS_ORIGIN
     headers = {**usual, "Cache-Control": CACHE_ERROR, **error.headers}
     return HTTPResponse(json.dumps(body), error.status, headers, "application/json")
 
 
-def as_http_error(request: Request[Any, Any], exception: BaseException) -> HttpError:
-    """What to tell the client. Nothing of an unexpected exception gets out."""
+def as_http_error(request: Request, exception: BaseException) -> HttpError:
+    """Return the error to send. It discloses nothing of an unexpected exception."""
     if isinstance(exception, HttpError):
         return exception
     if isinstance(exception, InvalidInput):
@@ -264,7 +263,7 @@ def as_http_error(request: Request[Any, Any], exception: BaseException) -> HttpE
     return _internal()
 
 
-def _from_sanic_exception(request: Request[Any, Any], exception: SanicException) -> HttpError:
+def _from_sanic_exception(request: Request, exception: SanicException) -> HttpError:
     match exception:
         case MethodNotAllowed():
             allowed = ", ".join(sorted(exception.headers.get("Allow", "GET, HEAD, OPTIONS").split(", ")))
@@ -278,7 +277,7 @@ def _from_sanic_exception(request: Request[Any, Any], exception: SanicException)
         case RequestTimeout():
             return HttpError(408, "The request took too long to arrive", "request_timeout")
         case ServiceUnavailable():
-            return _unavailable("The answer took too long")
+            return _unavailable("The response took too long")
         case ExpectationFailed():
             return HttpError(417, "Expectation not supported", "expectation_failed")
     if 400 <= exception.status_code < 500:
@@ -286,8 +285,8 @@ def _from_sanic_exception(request: Request[Any, Any], exception: SanicException)
     return _internal()
 
 
-def _too_large(request: Request[Any, Any]) -> HttpError:
-    """The body, or the head, of which Sanic then has read nothing: too long a target, or too many fields."""
+def _too_large(request: Request) -> HttpError:
+    """Return 413 for the body, 414 or 431 for the head. Sanic has parsed nothing of a head that is too large."""
     if request.method != UNREADABLE:
         return HttpError(413, "Request body too large", "body_too_large")
     received = getattr(request.stream, "recv_buffer", b"")

@@ -1,11 +1,10 @@
-"""The public port: opens, serves, drains, and can be opened again while the process lives."""
+"""A server for one application: opens its port, drains it on close, and can be opened again in the same process."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from distributor_node.services.api.graceful_shutdown import (
     drain_accept_queue,
     wait_until_flushed,
 )
-from distributor_node.services.api.listen import ListenAddress, bind
+from distributor_node.services.api.listen import AcceptLoop, ListenAddress, bind
 from distributor_node.services.api.protocol import PublicProtocol
 from distributor_node.services.api.sanic_app import ApiApplication, prepare_start
 
@@ -49,7 +48,7 @@ class PublicServer:
 
     @property
     def port(self) -> int:
-        """The port in use, once it has been open."""
+        """The port in use. Known once the server has been open."""
         return self._address.port
 
     @property
@@ -57,11 +56,14 @@ class PublicServer:
         return self._listening is not None
 
     async def wait_disconnected(self, seconds: float) -> bool:
-        """Wait until no client of the open port is connected; False after so many seconds."""
+        """Wait until no client of the open port is connected. Returns False after `seconds`."""
         return self._listening is None or await self._listening.connections.wait_empty(seconds)
 
     async def open(self) -> None:
-        """Listen; ConfigurationError if the port is taken. A port chosen by the system stays the same."""
+        """Listen on the port. A port that the system chose is kept when the server opens again.
+
+        Raises ConfigurationError if the port is taken.
+        """
         await self._port_free.wait()
         if self._listening is not None:
             return
@@ -80,10 +82,10 @@ class PublicServer:
         logger.info("server_listening", host=self._address.host, port=self.port)
 
     async def close(self, drain_seconds: float) -> None:
-        """Stop accepting, let answers end within `drain_seconds`, and cut the rest. Who was let in already is answered,
-        and who asks once more on an idle connection within a moment.
+        """Stop accepting, let responses finish within `drain_seconds`, then abort the rest.
 
-        Meanwhile the port can be opened again: connections made since are left alone.
+        Accepted connections get their response. Idle keep-alive connections may send one more request within
+        KEEPALIVE_DRAIN_GRACE. The port can be opened again before this returns; connections to it are not affected.
         """
         if self._listening is None:
             return
@@ -106,7 +108,7 @@ class PublicServer:
         logger.info("server_closed", port=self.port)
 
     async def _release_port(self, accept_loop: AcceptLoop, drain_seconds: float) -> None:
-        """Close the port when nobody is coming in any more."""
+        """Close the listening socket once no connection is queued or half-open."""
         self._port_free.clear()
         quiet = QUIET_PERIOD_SHARED if self._address.shared else QUIET_PERIOD
         try:
@@ -124,14 +126,14 @@ class PublicServer:
 
 @dataclass(frozen=True, slots=True)
 class _Listening:
-    """One time that the port is open. `connections`: all that `accept_loop` has taken."""
+    """The state of the port from one `open` to the next `close`."""
 
     accept_loop: AcceptLoop
-    connections: Connections
+    connections: Connections  # those that `accept_loop` has accepted and that are still open
 
 
 class Connections(set[PublicProtocol]):
-    """The open connections of one listening socket; they add and discard themselves."""
+    """The open connections of one listening socket. They add and discard themselves."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -139,19 +141,19 @@ class Connections(set[PublicProtocol]):
         self._draining = False
 
     def start_draining(self) -> None:
-        """End each as soon as its answer has ended, those that are still to come too."""
+        """Close each connection after its current response, connections that are added later included."""
         self._draining = True
         for connection in self.copy():
             connection.start_draining()
 
     def tasks(self) -> set[asyncio.Task[None]]:
-        """What runs them."""
+        """Return the tasks that serve these connections."""
         return {connection.task for connection in self if connection.task is not None}
 
     def add(self, connection: PublicProtocol, /) -> None:
         super().add(connection)
         if self._draining:
-            # Later, since Sanic adds a connection before it is whole
+            # Deferred: Sanic adds a connection before it is fully initialised.
             connection.loop.call_soon(connection.start_draining)
 
     def discard(self, connection: object, /) -> None:
@@ -159,7 +161,7 @@ class Connections(set[PublicProtocol]):
         self._connection_closed.set()
 
     async def wait_empty(self, seconds: float) -> bool:
-        """True as soon as no connection is left; False after so many seconds."""
+        """Wait until no connection is left. Returns False after `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 while self:
@@ -171,78 +173,6 @@ class Connections(set[PublicProtocol]):
         return True
 
 
-# Taking connections from the kernel: all that wait, in one turn of the loop.
-#
-# The loop's own server takes a single one in each of its turns, and each turn answers everybody who is
-# connected already. Where a thousand clients come at once the last of them would wait for a thousand turns: for
-# seconds.
-
-EMFILE_BACKOFF = 0.5
-"""Seconds without taking anybody after the system had no descriptor or memory left for one more."""
-
-
-class AcceptLoop:
-    """Listens on a bound, non-blocking socket, which becomes its own, from its making until `close`.
-    `accepted_count`: how many connections, ever."""
-
-    def __init__(
-        self, listener: socket.socket, make_protocol: Callable[[], asyncio.BaseProtocol], backlog: int
-    ) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.listener = listener
-        self.accepted_count = 0
-        self._make_protocol = make_protocol
-        self._backlog = backlog
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._resume_timer: asyncio.TimerHandle | None = None
-        listener.listen(backlog)
-        self._start()
-
-    def close(self) -> None:
-        """Stop listening; connections that were taken live on."""
-        if self._resume_timer is not None:
-            self._resume_timer.cancel()
-        if self.listener.fileno() >= 0:
-            self._loop.remove_reader(self.listener.fileno())
-            self.listener.close()
-
-    async def wait_connected(self) -> None:
-        """Return when those that were taken are the protocol's: a few turns of the loop later."""
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    def _start(self) -> None:
-        self._resume_timer = None
-        self._loop.add_reader(self.listener.fileno(), self._accept)
-
-    def _accept(self) -> None:
-        """Everybody who waits; not more than the queue holds, so that others have their turn whoever comes."""
-        for _ in range(self._backlog):
-            try:
-                connection, _ = self.listener.accept()
-            except (BlockingIOError, InterruptedError):
-                return
-            except ConnectionError:
-                continue  # gone before it was taken
-            except OSError as error:
-                # It stays in the queue, and the socket readable: without a pause the loop would turn and turn
-                logger.error("accept_failed", reason=error.strerror)
-                self._loop.remove_reader(self.listener.fileno())
-                self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
-                return
-            self.accepted_count += 1
-            connection.setblocking(False)
-            task = self._loop.create_task(self._connect(connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    async def _connect(self, connection: socket.socket) -> None:
-        try:
-            await self._loop.connect_accepted_socket(self._make_protocol, connection)
-        except OSError:
-            connection.close()  # the client has left already
-
-
 def create_accepting_server(
     application: Sanic[Any, Any],
     bound: socket.socket,
@@ -250,10 +180,9 @@ def create_accepting_server(
     connections: set[Any],
     backlog: int,
 ) -> Any:
-    """Sanic's server of the running loop (untyped); its `server` is an AcceptLoop once it has been awaited.
+    """Return a Sanic server (untyped) for the running loop. Once awaited, its `server` is an AcceptLoop.
 
-    Not `sanic.server.serve`, which has the loop accept; nor Sanic.create_server, which would set up logs and signals,
-    and warn people at their terminals.
+    `sanic.server.serve` would let the loop accept. `Sanic.create_server` would configure logging and signals.
     """
     loop = asyncio.get_running_loop()
     make_protocol = partial(protocol, loop=loop, connections=connections, app=application)

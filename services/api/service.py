@@ -1,11 +1,8 @@
-"""One API process: its adapters, its application, its port."""
+"""One API process: opens its adapters, serves its application, applies operator state, and watches the volume."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
-import uuid
 from collections.abc import Callable
 
 import structlog
@@ -21,7 +18,6 @@ from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.routes import build_app
 from distributor_node.services.api.sanic_app import unregister_application
 from distributor_node.services.api.server import PublicServer
-from distributor_node.services.api.status import VERSION
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
@@ -38,9 +34,11 @@ from distributor_node.shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
+from distributor_node.shared.runtime.identity import VERSION, process_name
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.run_service import ServiceScope
 from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.waiting import cancel_and_wait
 
 _CLOSING_SECONDS = 3.0
 
@@ -55,7 +53,7 @@ def make_context(
     catalog: Catalog,
     failover_reader: FailoverReader,
 ) -> ApiContext:
-    """Put together what the handlers need; the ports are open, or will be before the first request."""
+    """Build the context of the handlers. The ports must be open before the first request."""
     operator_state = OperatorStateWatcher(state, volume.root, settings.assignment)
     return ApiContext(
         settings=settings,
@@ -72,15 +70,17 @@ def make_context(
 
 
 async def run_api(scope: ServiceScope, settings: Settings, *, shared_port: bool = False) -> bool:
-    """The main of an API process. `shared_port`: other processes listen on the same port. True: it ended because an
-    operator has ordered the node to shut down."""
+    """Open the adapters and serve until a stop is requested. `shared_port`: other processes listen on the same port.
+
+    Returns whether an operator has shut the node down.
+    """
     resources = scope.resources
     volume = build_volume(settings)
     resources.callback(volume.close)
     try:
         await asyncio.to_thread(volume.prepare)
     except VolumeError as error:
-        # Fetchers and evictor need to write; this service needs to read.
+        # Fetchers and evictor write to the volume. This service only reads.
         logger.warning("volume_not_writable", reason=str(error))
     state, queue, catalog = build_state_store(settings), build_job_queue(settings), build_catalog(settings)
     for port in (catalog, state, queue):
@@ -105,10 +105,10 @@ async def serve_api(
     shared_port: bool = False,
     on_listening: Callable[[int], None] | None = None,
 ) -> None:
-    """Serve until `stop_requested`, then let answers end within the shutdown deadline (less what closing takes).
+    """Serve until `stop_requested`, then let responses finish within the shutdown deadline, less the time for closing.
 
-    `on_listening` is called with the port, unless an operator has stopped the public API. ConfigurationError if the
-    port cannot be had.
+    `on_listening` is called with the port, unless an operator has stopped the public API. Raises ConfigurationError if
+    the port is unavailable.
     """
     settings = context.settings
     assets = AssetHandler(context)
@@ -119,27 +119,25 @@ async def serve_api(
     server = PublicServer(application, address, FastPathProtocol)
     drain = max(settings.shutdown_deadline - _CLOSING_SECONDS, settings.shutdown_deadline / 2)
     controller = OperatorStateController(context, server, drain)
-    name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
     try:
         await controller.start()
         if on_listening is not None and server.is_open:
             on_listening(server.port)
         async with (
-            operator_api(context, name, shared_port=shared_port),
-            asyncio.TaskGroup() as background,
+            operator_api(context, process_name(), shared_port=shared_port),
+            asyncio.TaskGroup() as group,
         ):
-            controller_task = background.create_task(controller.run(stop_requested), name="operator-state")
+            controller_task = group.create_task(controller.run(stop_requested), name="operator-state")
             tasks = [
-                background.create_task(context.operator_state.run(), name="watch-operator-state"),
-                background.create_task(context.accesses.run(), name="flush-accesses"),
-                background.create_task(context.fetch_events.run(), name="fetch-events"),
-                background.create_task(watch_volume(context.volume), name="watch-volume"),
+                group.create_task(context.operator_state.run(), name="watch-operator-state"),
+                group.create_task(context.accesses.run(), name="flush-accesses"),
+                group.create_task(context.fetch_events.run(), name="fetch-events"),
+                group.create_task(watch_volume(context.volume), name="watch-volume"),
             ]
             if fast_path is not None:
-                tasks.append(background.create_task(fast_path.objects.run(), name="object-cache"))
+                tasks.append(group.create_task(fast_path.objects.run(), name="object-cache"))
             await stop_requested.wait()
-            controller_task.cancel()
-            await asyncio.wait({controller_task})
+            await cancel_and_wait(controller_task)
             await controller.stop()
             for task in tasks:
                 task.cancel()
@@ -154,39 +152,42 @@ async def serve_api(
         unregister_application(application)
 
 
-# How one API process follows the operator's orders: its assignment, its public port, its end.
+# Operator state in one API process: the assignment, the open or closed public port, the shutdown.
 
 _RETRY_SECONDS = 0.5
 
 
 class OperatorStateController:
-    """`drain`: seconds that answers under way get when the public port is closed."""
+    """Applies the node's operator state to this process."""
 
     def __init__(self, context: ApiContext, server: PublicServer, drain: float) -> None:
+        """`drain`: seconds that responses in progress get when the public port is closed."""
         self._context, self._server, self._drain = context, server, drain
         self._close_tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Know the orders, and open the port unless they say otherwise; ConfigurationError if it cannot be had."""
+        """Load the operator state, and open the public port unless it is stopped.
+
+        Raises ConfigurationError if the port is unavailable.
+        """
         await self._context.operator_state.load()
         self._update_assignment()
         if not self._context.operator_state.current.stopped:
             await self._server.open()
 
     async def run(self, stop_requested: asyncio.Event) -> None:
-        """Until cancelled. An order to shut down sets `stop_requested`."""
+        """Apply each change of the operator state, until cancelled. A shutdown sets `stop_requested`."""
         operator_state = self._context.operator_state
         while True:
-            seen = (
-                operator_state.current
-            )  # before anything is waited for: what is ordered meanwhile is looked at next
+            # Read before the first await: a change during this pass starts another one.
+            seen = operator_state.current
             self._update_assignment()
             if operator_state.shutting_down and not stop_requested.is_set():
                 logger.info("shutdown_requested_by_operator")
                 stop_requested.set()
             stopped = operator_state.current.stopped
             if stopped and self._server.is_open:
-                # Answers under way go on; the port may be opened again meanwhile.
+                # In a task: responses in progress continue, and the port may be opened again before they end.
                 closing = asyncio.create_task(self._server.close(self._drain), name="close-public-port")
                 self._close_tasks.add(closing)
                 closing.add_done_callback(self._close_tasks.discard)
@@ -196,7 +197,7 @@ class OperatorStateController:
             await operator_state.wait_until(lambda now, seen=seen: now != seen)  # type: ignore[misc]
 
     async def stop(self) -> None:
-        """After `run`: close the port, and wait for what closes already."""
+        """Close the port, and wait for closes in progress. Call it after `run` has ended."""
         await self._server.close(self._drain)
         if self._close_tasks:
             await asyncio.wait(self._close_tasks)
@@ -213,13 +214,13 @@ class OperatorStateController:
         self._context.assignment.current = self._context.operator_state.assignment
 
 
-# A volume that is replaced or unmounted while a service runs is noticed, and its return.
+# Detection of a volume that is unmounted or replaced while the service runs.
 
 WATCH_INTERVAL = 2.0
 
 
 async def watch_volume(volume: Volume, seconds: float = WATCH_INTERVAL) -> None:
-    """Look again and again, until cancelled: what is read or written from then on is the volume that is there now."""
+    """Check the volume every `seconds`, until cancelled. Later reads go to the volume that is mounted now."""
     present, replacements = True, volume.replacements
     while True:
         try:

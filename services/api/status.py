@@ -1,4 +1,4 @@
-"""What the node says of itself: /status and /buckets."""
+"""/status and /buckets: usage of the volume, the squid's and the chain's status, the assignment, the version."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Generic, TypeVar
-from urllib.parse import urlsplit
 
 import structlog
 
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, HttpError
-from distributor_node.shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog
 from distributor_node.shared.adapters.volume import FoundObject, Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.space import RECORD_BYTES, Usage, footprint
-from distributor_node.shared.runtime.factories import build_chain_head, build_joystream
-from distributor_node.shared.settings.model import CatalogSettings, Settings
+from distributor_node.shared.observability.logging import OutageLog
+from distributor_node.shared.ports.catalog import Catalog
+from distributor_node.shared.runtime.identity import VERSION
 
 USAGE_TTL = 1.0
 MEASUREMENT_TTL = 30.0
@@ -29,7 +27,7 @@ logger = structlog.get_logger()
 
 
 class UsageReader:
-    """The usage of the volume, whatever is down: the store's word, else its last one, else what the disk says."""
+    """Reads the usage of the volume: from the state store, else its last value, else measured on disk."""
 
     def __init__(self, context: ApiContext, clock: Callable[[], float] = time.monotonic) -> None:
         self._context = context
@@ -41,7 +39,7 @@ class UsageReader:
         self._measuring: asyncio.Task[None] | None = None
 
     async def read(self) -> Usage:
-        """Never fails; at most one question to the store a second."""
+        """Return the usage. Never fails, and reads the store at most once a second."""
         now = self._clock()
         if self._known is not None and now - self._known_at < USAGE_TTL:
             return self._known
@@ -50,7 +48,7 @@ class UsageReader:
         except StateStoreUnavailable:
             return self._known or await self._measure()
         self._known, self._known_at = usage, self._clock()
-        # A store that was emptied counts nothing until the evictor has looked at the volume.
+        # A store that was emptied counts nothing until the evictor has reconciled it with the volume.
         return usage if usage.reconciled or usage.objects else await self._measure()
 
     async def _measure(self) -> Usage:
@@ -74,7 +72,7 @@ class UsageReader:
             self._measuring = None
 
     async def close(self) -> None:
-        """Wait for a measurement under way: its thread cannot be stopped."""
+        """Wait for a measurement in progress. Its thread cannot be cancelled."""
         if self._measuring is not None:
             await asyncio.wait({self._measuring}, timeout=_MEASUREMENT_TIMEOUT)
 
@@ -85,12 +83,9 @@ def _count(volume: Volume) -> tuple[int, int]:
 
 
 class StatusReporter:
-    """The bodies of /status and /buckets."""
+    """Builds the bodies of /status and /buckets."""
 
-    def __init__(
-        self, context: ApiContext, usage: UsageReader, squid_status: SquidStatusPoller | None
-    ) -> None:
-        """`squid_status`: of the catalog, if it is a squid."""
+    def __init__(self, context: ApiContext, usage: UsageReader, squid_status: SquidStatusPoller) -> None:
         self._context = context
         self._usage = usage
         self._squid_status = squid_status
@@ -98,13 +93,13 @@ class StatusReporter:
         self._last_buckets: list[str] | None = None
 
     async def status(self) -> dict[str, Any]:
-        """Fields of the published API (`id` to `downloadsInProgress`), and those that newer clients read."""
+        """Return the fields of the published API (`id` to `downloadsInProgress`), and those that newer clients read."""
         usage, settings = await self._usage.read(), self._context.settings
         fields: dict[str, Any] = {
             "id": settings.id,
             "objectsInCache": usage.objects,
             "storageLimit": usage.limit,
-            # Clients mean the objects' bytes; the records beside them are our own affair.
+            # Clients expect the bytes of the objects, without the records beside them.
             "storageUsed": max(0, usage.used - usage.objects * RECORD_BYTES),
             "uptime": int(time.monotonic() - self._started),
             "downloadsInProgress": usage.fetches,
@@ -118,22 +113,24 @@ class StatusReporter:
         return fields
 
     async def _squid_status_fields(self) -> dict[str, Any]:
-        """Field by field: who is silent costs nothing but its own fields."""
-        found = SquidAndChainStatus() if self._squid_status is None else await self._squid_status.read()
+        """Return the squid's and the chain's fields. One that is unavailable leaves only its own fields empty."""
+        found = await self._squid_status.read()
         return {
-            "url": _catalog_url(self._context.settings.catalog),
+            "url": self._context.catalog.public_url,
             "chainHead": found.chain_head,
             "blocksProcessed": found.blocks_processed,
             "packageVersion": found.version,
         }
 
     async def close(self) -> None:
-        """End what is asked in the background."""
-        if self._squid_status is not None:
-            await self._squid_status.close()
+        """Stop polling."""
+        await self._squid_status.close()
 
     async def buckets(self) -> dict[str, Any]:
-        """The assignment: its buckets, or all of one worker, or (no assignment set) all that the catalog knows."""
+        """Return the assigned buckets, or the worker whose buckets are all assigned.
+
+        Without an assignment: all buckets of the catalog. Raises HttpError 503 if the catalog is unavailable.
+        """
         assignment = self._context.assignment.current
         if assignment.bucket_ids is not None:
             return {"bucketIds": sorted(assignment.bucket_ids, key=_bucket_order)}
@@ -143,7 +140,7 @@ class StatusReporter:
             self._last_buckets = sorted(await self._context.catalog.bucket_ids(), key=_bucket_order)
         except CatalogUnavailable as error:
             if self._last_buckets is None:
-                raise HttpError(503, "The catalog is out of reach", "unavailable", RETRY_LATER) from error
+                raise HttpError(503, "The catalog is unavailable", "unavailable", RETRY_LATER) from error
         return {"bucketIds": self._last_buckets}
 
 
@@ -152,22 +149,11 @@ def _bucket_order(bucket_id: str) -> tuple[int, int]:
     return int(family), int(index)
 
 
-def _catalog_url(catalog: CatalogSettings) -> str:
-    """Where the catalog is asked: the squid, or the origin's scheme and host, without credentials; a file has no URL to
-    show."""
-    if catalog.kind == "joystream":
-        return url_without_credentials(catalog.squid)
-    if catalog.kind != "origin" or not catalog.origin:
-        return ""
-    parts = urlsplit(catalog.origin)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
-
-
-# What the squid and the chain say of themselves, for /status: asked in the background, never waited for long.
+# Status of the squid and the chain, polled in the background so that /status never waits long.
 
 POLL_INTERVAL = 10.0
 STALE_AFTER = 60.0
-"""Seconds that an answer is shown for after the squid or the chain has fallen silent."""
+"""Seconds after which the last value is no longer shown if the squid or the chain stays unavailable."""
 FIRST_READ_TIMEOUT = 0.3
 _CLOSING_SECONDS = 5.0
 
@@ -176,7 +162,7 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class SquidAndChainStatus:
-    """Block numbers and the squid's version; 0 and "" for what nobody says."""
+    """Block numbers and the squid's version. 0 and "" for unknown values."""
 
     chain_head: int = 0
     blocks_processed: int = 0
@@ -184,17 +170,11 @@ class SquidAndChainStatus:
 
 
 class SquidStatusPoller:
-    """`read` costs nothing but memory: at most one question to each every ten seconds, however often it is called."""
+    """Polls the squid and the chain, each at most every POLL_INTERVAL, however often `read` is called."""
 
-    def __init__(
-        self,
-        squid: JoystreamCatalog,
-        chain: ChainHead | None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Opened when first asked, closed by `close`. `clock` in seconds."""
-        self._squid, self._chain, self._clock = squid, chain, clock
-        self._opened = False
+    def __init__(self, catalog: Catalog, clock: Callable[[], float] = time.monotonic) -> None:
+        """`catalog`: opened and closed by its owner, later than this. `clock` in seconds."""
+        self._catalog, self._clock = catalog, clock
         self._height = _Polled[int]("squid_height", clock)
         self._version = _Polled[str]("squid_version", clock)
         self._head = _Polled[int]("chain_head", clock)
@@ -202,7 +182,7 @@ class SquidStatusPoller:
         self._polling: asyncio.Task[None] | None = None
 
     async def read(self) -> SquidAndChainStatus:
-        """What is known by now; the first readers wait a moment for it."""
+        """Return the last values. The first readers wait up to FIRST_READ_TIMEOUT for them."""
         if self._polling is None and self._clock() >= self._next_poll_at:
             self._polling = asyncio.create_task(self._poll(), name="poll-squid-status")
         if self._polling is not None and self._next_poll_at == float("-inf"):
@@ -217,14 +197,9 @@ class SquidStatusPoller:
         if self._polling is not None:
             self._polling.cancel()
             await asyncio.wait({self._polling}, timeout=_CLOSING_SECONDS)
-        if self._opened:
-            await self._squid.close()
 
     async def _poll(self) -> None:
         try:
-            if not self._opened:
-                await self._squid.open()
-                self._opened = True
             await asyncio.gather(self._poll_squid(), self._poll_chain())
         finally:
             self._next_poll_at = self._clock() + POLL_INTERVAL
@@ -232,67 +207,36 @@ class SquidStatusPoller:
 
     async def _poll_squid(self) -> None:
         try:
-            status = await self._squid.squid_status()
+            status = await self._catalog.status()
         except CatalogUnavailable as error:
             self._height.fail(error)
             return
-        self._height.set(status.height)
+        self._height.set(status.blocks_processed)
         self._version.set(status.version)
 
     async def _poll_chain(self) -> None:
-        if self._chain is None:
-            return
         try:
-            self._head.set(await self._chain.head())
+            self._head.set(await self._catalog.chain_head())
         except CatalogUnavailable as error:
             self._head.fail(error)
 
 
 class _Polled(Generic[_Value]):
-    """The last one to one question, and its age."""
+    """The last value of one query, and its age."""
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
         self._name, self._clock = name, clock
         self._value: _Value | None = None
         self._set_at = float("-inf")
-        self._failed = False
+        self._outage = OutageLog(logger, down="squid_status_unavailable", up="squid_status_recovered")
 
     def set(self, value: _Value | None) -> None:
-        self._failed = False
+        self._outage.succeeded(query=self._name)
         if value is not None:
             self._value, self._set_at = value, self._clock()
 
     def fail(self, error: CatalogUnavailable) -> None:
-        """Said once, until there is an answer again."""
-        if not self._failed:
-            logger.warning("squid_status_unavailable", query=self._name, reason=str(error))
-        self._failed = True
+        self._outage.failed(error, query=self._name)
 
     def value(self) -> _Value | None:
         return self._value if self._clock() - self._set_at < STALE_AFTER else None
-
-
-def make_squid_status_poller(settings: Settings) -> SquidStatusPoller | None:
-    """None for catalogs that are no squid."""
-    if settings.catalog.kind != "joystream":
-        return None
-    return SquidStatusPoller(build_joystream(settings), build_chain_head(settings))
-
-
-def url_without_credentials(url: str) -> str:
-    """Without credentials."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
-# The version of what is running.
-
-
-def _installed() -> str:
-    try:
-        return version("distributor-node")
-    except PackageNotFoundError:  # run from a source tree that was never installed
-        return "0.0.0"
-
-
-VERSION = _installed()

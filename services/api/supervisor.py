@@ -1,8 +1,10 @@
-"""Several API processes on one port: starts them, replaces those that die, ends them together.
+"""Several API processes on one port: starts workers, replaces those that die, stops them together.
 
-Each worker is a fresh interpreter (services/api/worker.py), in a session of its own, so that a Ctrl-C reaches the
-supervisor alone. It reads its settings from its standard input; the end of that pipe tells it that the supervisor
-is gone, however that died.
+Each worker is a new interpreter (services/api/worker.py) in a session of its own, so that a Ctrl-C reaches only the
+supervisor. It reads its settings from its standard input. The end of that pipe tells it that the supervisor is gone,
+however the supervisor died.
+
+This module and what it imports must not import prometheus_client: `run_supervisor` chooses multiprocess metrics first.
 """
 
 from __future__ import annotations
@@ -23,33 +25,39 @@ import structlog
 from pydantic import SecretStr
 
 from distributor_node.services.api.listen import ListenAddress, bind
-from distributor_node.services.api.main import MISCONFIGURED, SHUTDOWN_ORDERED, run_checked
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.observability.multiprocess import forget_process, prepare_multiprocess
-from distributor_node.shared.runtime.run_service import ServiceScope
+from distributor_node.shared.runtime.run_service import CLEAN, MISCONFIGURED, ServiceScope, run_service
 from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.waiting import Backoff, cancel_and_wait, wait_event
 
+SHUTDOWN_ORDERED = 3
+"""Exit code of a worker that ended because an operator shut the whole node down. The supervisor then ends with 0."""
+PORT_RETRY_INTERVAL = 0.25
+"""Seconds between attempts to bind a port that the workers of a killed supervisor still hold."""
 _MIN_RESTART_DELAY, _MAX_RESTART_DELAY = 0.5, 10.0
 _STABLE_AFTER = 30.0
 _SHUTDOWN_MARGIN = 5.0
-PORT_RETRY_INTERVAL = 0.25
-"""Seconds between two looks at a port that a predecessor's workers are leaving."""
 
 logger = structlog.get_logger()
 
 
 def run_supervisor(settings: Settings) -> int:
-    """Run `public_api.workers` workers until a signal; 0 if all of them ended in good order."""
+    """Run `public_api.workers` workers until a signal. Returns the exit code, 0 if all of them ended cleanly."""
     prepare_multiprocess(settings.metrics.multiprocess_dir)
 
     async def main(scope: ServiceScope) -> None:
         await supervise(scope.stop_requested, settings)
 
-    return run_checked(main, "api-supervisor", settings.shutdown_deadline + _SHUTDOWN_MARGIN, settings)
+    deadline = settings.shutdown_deadline + _SHUTDOWN_MARGIN
+    return run_service(main, name="api-supervisor", shutdown_deadline=deadline, log=settings.log)
 
 
 async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
-    """Keep the workers running. ConfigurationError if the port is taken, or a worker says its settings cannot work."""
+    """Keep the workers running until `stop_requested`.
+
+    Raises ConfigurationError if the port is taken or a worker exits with MISCONFIGURED.
+    """
     with ExitStack() as ports:
         public, operator = settings.public_api, settings.operator_api
         timeout = settings.shutdown_deadline + _SHUTDOWN_MARGIN
@@ -73,18 +81,16 @@ async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
         try:
             await asyncio.gather(*tasks)
         finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
+            await cancel_and_wait(*tasks)
 
 
 async def reserve_port(
     address: ListenAddress, timeout: float, stop_requested: asyncio.Event
 ) -> socket.socket:
-    """Bound but not listening: keeps the port ours while no worker has it, and gets no connections.
+    """Bind a socket without listening: it keeps the port while no worker holds it, and receives no connections.
 
-    Workers of a supervisor that was killed a moment ago may be ending their answers still: they are waited for, so many
-    seconds. Anybody else who has the port is a ConfigurationError at once.
+    The workers of a supervisor that was just killed may still be finishing responses. Wait up to `timeout` seconds for
+    them. Raises ConfigurationError at once if any other process holds the port.
     """
     deadline, port, logged = time.monotonic() + timeout, None, False
     while port is None:
@@ -96,20 +102,22 @@ async def reserve_port(
             if not logged:
                 logged = True
                 logger.warning("waiting_for_port", setting=f"{address.setting}.port", port=address.port)
-            await asyncio.sleep(PORT_RETRY_INTERVAL)
+            await wait_event(stop_requested, PORT_RETRY_INTERVAL)
     return bind(replace(address, port=port, shared=True))
 
 
 def _exclusive_port(address: ListenAddress) -> int:
-    """The port, if nobody has it. Without SO_REUSEPORT: with it, a foreign process of the same user could share it
-    unnoticed."""
+    """Return the port if no process holds it.
+
+    Binds without SO_REUSEPORT: with it, an unrelated process of the same user could share the port unnoticed.
+    """
     with bind(address) as probe:
         port: int = probe.getsockname()[1]
     return port
 
 
 def _held_by_own_workers(address: ListenAddress) -> bool:
-    """Whether who has the port shares it with this user, as workers do."""
+    """Whether the process that holds the port shares it with this user, as workers do."""
     try:
         bind(replace(address, shared=True)).close()
     except ConfigurationError:
@@ -118,35 +126,34 @@ def _held_by_own_workers(address: ListenAddress) -> bool:
 
 
 class Worker:
-    """One worker, and its successors. `settings_json`: its settings; `deadline`: seconds that it may take to end."""
+    """One worker process, and the processes that replace it."""
 
     def __init__(self, number: int, settings_json: bytes, deadline: float) -> None:
+        """`settings_json`: written to the worker's standard input. `deadline`: seconds that it may take to stop."""
         self.number = number
         self._settings_json = settings_json
         self._deadline = deadline
-        self._restart_delay = _MIN_RESTART_DELAY
+        self._restart_backoff = Backoff(_MIN_RESTART_DELAY, _MAX_RESTART_DELAY, jitter=False)
 
     async def keep_running(self, stop_requested: asyncio.Event) -> None:
-        """Until stop is requested; RuntimeError if the worker then does not end in good order."""
-        stop = asyncio.create_task(stop_requested.wait(), name=f"api-worker-{self.number}-stop")
-        try:
-            while not stop.done():
-                started = time.monotonic()
-                process = await self._start()
-                try:
-                    await self._run(process, stop)
-                finally:
-                    if process.returncode is None:
-                        process.kill()
-                        await process.wait()
-                    forget_process(process.pid)
-                if process.returncode == SHUTDOWN_ORDERED:
-                    stop_requested.set()
-                    return
-                if not stop.done():
-                    await self._delay_restart(process, time.monotonic() - started, stop)
-        finally:
-            stop.cancel()
+        """Run the worker, and restart it when it dies, until `stop_requested`.
+
+        Raises RuntimeError if the worker then does not end cleanly.
+        """
+        while not stop_requested.is_set():
+            started = time.monotonic()
+            process = await self._start()
+            try:
+                await self._run(process, stop_requested)
+            finally:
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+                forget_process(process.pid)
+            if process.returncode == SHUTDOWN_ORDERED:
+                stop_requested.set()
+            elif not stop_requested.is_set():
+                await self._delay_restart(process, time.monotonic() - started, stop_requested)
 
     async def _start(self) -> Process:
         process = await asyncio.create_subprocess_exec(
@@ -158,36 +165,43 @@ class Worker:
             start_new_session=True,
         )
         if process.stdin is None:
-            raise RuntimeError("a worker without a standard input")
+            raise RuntimeError("a worker was started without a standard input")
         process.stdin.write(self._settings_json)
         logger.info("worker_started", worker=self.number, process=process.pid)
         return process
 
-    async def _run(self, process: Process, stop: asyncio.Task[bool]) -> None:
+    async def _run(self, process: Process, stop_requested: asyncio.Event) -> None:
         ended = asyncio.create_task(process.wait(), name=f"api-worker-{self.number}-process")
-        await asyncio.wait({ended, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop = asyncio.create_task(stop_requested.wait(), name=f"api-worker-{self.number}-stop")
+        try:
+            await asyncio.wait({ended, stop}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
         if ended.done():
             return
         process.send_signal(signal.SIGTERM)
         await asyncio.wait({ended}, timeout=self._deadline + _SHUTDOWN_MARGIN / 2)
         if not ended.done():
             process.kill()
-        # Ended by the signal itself: it had not begun to serve.
-        if await ended not in (0, SHUTDOWN_ORDERED, -signal.SIGTERM):
-            raise RuntimeError(f"worker {self.number} ended with {process.returncode}")
+        # -SIGTERM: the signal came before the worker had installed its handler.
+        if await ended not in (CLEAN, SHUTDOWN_ORDERED, -signal.SIGTERM):
+            raise RuntimeError(f"worker {self.number} ended with exit code {process.returncode}")
 
-    async def _delay_restart(self, process: Process, uptime: float, stop: asyncio.Task[bool]) -> None:
+    async def _delay_restart(self, process: Process, uptime: float, stop_requested: asyncio.Event) -> None:
         if process.returncode == MISCONFIGURED:
             raise ConfigurationError(f"worker {self.number} cannot start with these settings")
-        self._restart_delay = (
-            _MIN_RESTART_DELAY if uptime > _STABLE_AFTER else min(self._restart_delay * 2, _MAX_RESTART_DELAY)
-        )
-        logger.error("worker_died", worker=self.number, code=process.returncode, pause=self._restart_delay)
-        await asyncio.wait({stop}, timeout=self._restart_delay)
+        if uptime > _STABLE_AFTER:
+            self._restart_backoff.reset()
+        delay = self._restart_backoff.next_delay()
+        logger.error("worker_died", worker=self.number, code=process.returncode, pause=delay)
+        await wait_event(stop_requested, delay)
 
 
 def worker_settings(settings: Settings, port: int, operator_port: int) -> bytes:
-    """One line of JSON, secrets in clear: it goes through a pipe, never through arguments or the environment."""
+    """Encode settings as one line of JSON, secrets included.
+
+    It travels through a pipe, never through arguments or the environment.
+    """
     fields = settings.model_dump()
     fields["public_api"]["port"] = port
     fields["operator_api"]["port"] = operator_port
@@ -201,4 +215,4 @@ def _plain(value: Any) -> Any:
         return str(value)
     if isinstance(value, frozenset):
         return sorted(value)
-    raise TypeError(f"a setting of type {type(value).__name__} cannot be handed to a worker")
+    raise TypeError(f"a setting of type {type(value).__name__} cannot be sent to a worker")

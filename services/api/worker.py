@@ -1,4 +1,4 @@
-"""Entry point of one of the supervisor's workers. It reads its settings as JSON from standard input."""
+"""Entry point of one worker of the supervisor. It reads its settings as JSON from standard input."""
 
 from __future__ import annotations
 
@@ -8,22 +8,36 @@ import signal
 import sys
 import threading
 
-from distributor_node.services.api.main import run_worker
+from distributor_node.services.api.service import run_api
+from distributor_node.services.api.supervisor import SHUTDOWN_ORDERED
+from distributor_node.shared.runtime.run_service import CLEAN, ServiceScope, run_service
 from distributor_node.shared.settings.model import Settings
 
 
 def main() -> int:
-    """Serve until the supervisor says stop, or is gone."""
+    """Serve until the supervisor sends SIGTERM or dies. Returns the exit code."""
     settings = Settings(**json.loads(sys.stdin.buffer.readline()))
     threading.Thread(target=_end_with_supervisor, name="supervisor-watch", daemon=True).start()
-    return run_worker(settings, shared_port=True)
+    return run_worker(settings)
 
 
 def _end_with_supervisor() -> None:
-    """Returns from the read when the pipe's other end is closed: the supervisor has died."""
+    """Send SIGTERM to this process once the pipe ends, which means that the supervisor has died."""
     while os.read(sys.stdin.fileno(), 1024):
         continue
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_worker(settings: Settings) -> int:
+    """Serve on a port that other workers share. Returns the exit code, SHUTDOWN_ORDERED included."""
+    shutdown_ordered = False
+
+    async def serve(scope: ServiceScope) -> None:
+        nonlocal shutdown_ordered
+        shutdown_ordered = await run_api(scope, settings, shared_port=True)
+
+    code = run_service(serve, name="api", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
+    return SHUTDOWN_ORDERED if code == CLEAN and shutdown_ordered else code
 
 
 if __name__ == "__main__":

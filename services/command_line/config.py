@@ -1,4 +1,4 @@
-"""docs/configuration.md, written from the settings model."""
+"""`distributor config`: the reference (docs/configuration.md), and the effective settings."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from distributor_node.shared.settings.sizes import format_size
 _HEAD = """\
 # Configuration
 
-Written by `distributor config reference` from the settings model; `make reference` renews it.
+Generated from the settings model by `distributor config reference` (`make reference`).
 
-Settings come from their defaults, then a YAML file (`--config FILE`), then the environment; the later wins. In the
-file, a dot is a level: `storage.limit` is `limit` below `storage`. Sizes are bytes, or a number and a unit
-(`500G`, `64M`; units are powers of 1024). Durations are seconds. Lists in the environment are JSON (`["0:1"]`).
-`distributor config check` says whether the settings can work, `distributor config show` which ones are in force.
+Settings come from their defaults, then a YAML file (`--config FILE`), then the environment; later ones override
+earlier ones. In the file, a dot is a level: `storage.limit` is `limit` below `storage`. Sizes are bytes, or a number
+and a unit (`500G`, `64M`; units are powers of 1024). Durations are seconds. Lists in the environment are JSON
+(`["0:1"]`). `distributor config check` checks the settings, and `distributor config show` prints the effective ones.
 """
 _TABLE_HEAD = "| setting | environment | default | meaning |\n|---|---|---|---|\n"
 
@@ -42,7 +42,7 @@ class _Row:
 
 
 def render_reference() -> str:
-    """The whole document: a table for what stands at the top level, then one for each section."""
+    """Return the whole document: a table for the top level, then one for each section."""
     pieces = [_HEAD, "\n## Node\n\n", _TABLE_HEAD, *map(str, _rows(Settings, ""))]
     for name, field in Settings.model_fields.items():
         section = _section(field)
@@ -88,10 +88,10 @@ def _one_line(text: str | None) -> str:
     return " ".join(cleandoc(text or "").split())
 
 
-# The settings in force, as a file that could be given to --config, without their secrets.
+# The effective settings, in the format of a settings file, without secrets.
 
 
 def show_settings(settings: Settings) -> str:
-    """YAML. A secret that is set shows as `**********`, credentials in a URL as `***`."""
+    """Return YAML. A secret that is set is `**********`, credentials in a URL are `***`."""
     fields = settings.model_dump(mode="json", exclude_none=True)
     return redact_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True))

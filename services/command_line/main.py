@@ -1,6 +1,6 @@
-"""`distributor`: run a service, look at the settings.
+"""The command `distributor`: runs the services and shows the settings.
 
-Each command imports its service itself, so that --help is quick.
+Each command imports its service when it is called, so that --help is fast.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from distributor_node.shared.domain.errors import ConfigurationError
 if TYPE_CHECKING:
     from distributor_node.shared.settings import Settings
 
-MISCONFIGURED = 2
-
 app = typer.Typer(
     name="distributor",
     help="A distributor node: serves media objects from a bounded cache, filled on demand from storage nodes.",
@@ -27,16 +25,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-config_app = typer.Typer(help="Look at the settings.", no_args_is_help=True)
+config_app = typer.Typer(help="Check and show the settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(operator_app, name="operator")
 app.command()(replay)
 
 ConfigFile = Annotated[
     Path | None,
-    typer.Option(
-        "--config", metavar="FILE", help="YAML file with settings; the environment overrides what it says."
-    ),
+    typer.Option("--config", metavar="FILE", help="YAML file with settings. The environment overrides it."),
 ]
 
 
@@ -51,7 +47,7 @@ def standalone(config: ConfigFile = None) -> None:
 
 @app.command()
 def api(config: ConfigFile = None) -> None:
-    """Run the HTTP server that clients talk to."""
+    """Run the HTTP server for clients."""
     settings = _load(config)
     from distributor_node.services.api.main import run
 
@@ -60,7 +56,7 @@ def api(config: ConfigFile = None) -> None:
 
 @app.command()
 def fetcher(config: ConfigFile = None) -> None:
-    """Run a worker that downloads objects."""
+    """Run a fetcher, which downloads objects."""
     settings = _load(config)
     from distributor_node.services.fetcher.main import run
 
@@ -69,7 +65,7 @@ def fetcher(config: ConfigFile = None) -> None:
 
 @app.command()
 def evictor(config: ConfigFile = None) -> None:
-    """Run the evictor, which keeps the volume below its limit; a second one stands by."""
+    """Run the evictor, which keeps the volume below its limit. A second evictor is a standby."""
     settings = _load(config)
     from distributor_node.services.evictor.main import run
 
@@ -80,12 +76,14 @@ def evictor(config: ConfigFile = None) -> None:
 def import_config(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="Configuration of the network's existing node, YAML or JSON."),
+        typer.Argument(
+            metavar="FILE", help="Configuration file of the network's existing node, YAML or JSON."
+        ),
     ],
 ) -> None:
-    """Print an existing node's configuration as ours; what has no equal is named on standard error.
+    """Print an existing node's configuration as settings of this node. Remarks go to standard error.
 
-    Its environment variables (JOYSTREAM_DISTRIBUTOR__…) count as they do there. See docs/migration.md.
+    Its environment variables (JOYSTREAM_DISTRIBUTOR__…) have the same effect as there. See docs/migration.md.
     """
     import os
 
@@ -99,14 +97,14 @@ def import_config(
 
 @config_app.command("check")
 def check(config: ConfigFile = None) -> None:
-    """Say whether the settings can work; exit code 2 and a reason if they cannot."""
+    """Check the settings. If they are invalid, print the reasons and exit with code 2."""
     _load(config)
-    print("The settings are in order.")
+    print("The settings are valid.")
 
 
 @config_app.command("show")
 def show(config: ConfigFile = None) -> None:
-    """Print the settings in force as YAML, secrets redacted."""
+    """Print the effective settings as YAML, without secrets."""
     from distributor_node.services.command_line.config import show_settings
 
     print(show_settings(_load(config)), end="")
@@ -114,7 +112,7 @@ def show(config: ConfigFile = None) -> None:
 
 @config_app.command("reference")
 def reference() -> None:
-    """Print all settings, their environment variables, defaults and meanings as Markdown."""
+    """Print all settings with their environment variables, defaults and meanings, as Markdown."""
     from distributor_node.services.command_line.config import render_reference
 
     print(render_reference(), end="")
@@ -127,11 +125,13 @@ def _load(config: Path | None) -> Settings:
 
 
 def main() -> None:
-    """Entry point of the console command."""
+    """Run the console command."""
     try:
         app()
     except ConfigurationError as error:
-        print(f"distributor: these settings cannot work:\n{error}", file=sys.stderr)
+        from distributor_node.shared.runtime.run_service import MISCONFIGURED
+
+        print(f"distributor: invalid settings:\n{error}", file=sys.stderr)
         sys.exit(MISCONFIGURED)
 
 

@@ -1,4 +1,4 @@
-"""`distributor operator …`: orders to a running node."""
+"""`distributor operator`: commands to a running node."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
 
 import typer
 
 if TYPE_CHECKING:
     from distributor_node.services.command_line.operator_client import OperatorClient
 
+# Limits of one request: the token in its head contains the body too, and a head has at most 16 KiB.
 _IDS_BATCH = 200
-"""The token carries the body too, and a request's head has a limit of 16 KiB."""
 _MAX_BODY = 6000
-_POLL_INTERVAL = 0.5
+_POLL_INTERVAL = 0.5  # seconds between two queries of the progress
 
 app = typer.Typer(
-    help="Give orders to a running node, through its operator API.\n\n"
-    "The secret is taken from DISTRIBUTOR_OPERATOR_API__SECRET, from --secret-file, or from the settings file that"
-    " --config names; never from the command line, which others can see.",
+    help="Control a running node through its operator API.\n\n"
+    "The secret is read from DISTRIBUTOR_OPERATOR_API__SECRET, from --secret-file, or from the settings file of"
+    " --config. It is never an argument, because other users can see those.",
     no_args_is_help=True,
 )
 
 Ids = Annotated[
     list[str] | None, typer.Argument(metavar="ID…", help="Object ids; `-` reads them from standard input.")
 ]
-All = Annotated[bool, typer.Option("--all", help="Everything.")]
+All = Annotated[bool, typer.Option("--all", help="All objects.")]
 
 
 @app.callback()
@@ -38,17 +39,17 @@ def options(
     context: typer.Context,
     url: Annotated[
         str | None,
-        typer.Option(help="Its operator API. [default: http://127.0.0.1:3335, or as in the settings]"),
+        typer.Option(help="URL of the operator API. [default: http://127.0.0.1:3335, or as in the settings]"),
     ] = None,
     secret_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="File with the secret in it, and nothing else.")
+        Path | None, typer.Option(metavar="FILE", help="File that contains only the secret.")
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The node's settings file, for its secret and its port."),
     ] = None,
 ) -> None:
-    """Where to send orders, and how to sign them."""
+    """Set the node's URL and secret."""
     context.obj = lambda: _client(url, secret_file, config)
 
 
@@ -72,14 +73,14 @@ def _client(url: str | None, secret_file: Path | None, config: Path | None) -> O
             raise typer.BadParameter(f"{secret_file} cannot be read: {error.strerror}") from error
     if not secret:
         raise typer.BadParameter(
-            "no secret: set DISTRIBUTOR_OPERATOR_API__SECRET, or name --secret-file or --config"
+            "no secret: set DISTRIBUTOR_OPERATOR_API__SECRET, or use --secret-file or --config"
         )
     return OperatorClient(url or known_url, secret)
 
 
 @app.command("stop-api")
 def stop_api(context: typer.Context) -> None:
-    """Close the public port in every process."""
+    """Close the public port of every process."""
     _run(context, lambda client: client.command("stop-api"))
 
 
@@ -91,13 +92,13 @@ def start_api(context: typer.Context) -> None:
 
 @app.command()
 def shutdown(context: typer.Context) -> None:
-    """End every API process, with exit code 0."""
+    """Shut down every API process, with exit code 0."""
     _run(context, lambda client: client.command("shutdown"))
 
 
 @app.command("set-worker")
 def set_worker(context: typer.Context, worker_id: Annotated[int, typer.Argument(min=0)]) -> None:
-    """Serve as this worker."""
+    """Serve the buckets of this worker."""
     _run(context, lambda client: client.command("set-worker", {"workerId": worker_id}))
 
 
@@ -107,24 +108,24 @@ def set_buckets(
     buckets: Annotated[list[str] | None, typer.Argument(metavar="BUCKET…", help="Such as 0:1 0:2.")] = None,
     all_of_worker: Annotated[bool, typer.Option("--all", help="All buckets of the worker.")] = False,
 ) -> None:
-    """Serve these buckets, or all of the worker."""
+    """Serve these buckets, or all buckets of the worker."""
     if bool(buckets) == all_of_worker:
-        raise typer.BadParameter("name the buckets, or say --all")
+        raise typer.BadParameter("expected bucket ids, or --all")
     _run(context, lambda client: client.command("set-buckets", {"buckets": buckets} if buckets else {}))
 
 
 @app.command()
 def drain(
     context: typer.Context,
-    on: Annotated[bool, typer.Option("--on/--off", help="Begin, or end.")] = True,
+    on: Annotated[bool, typer.Option("--on/--off", help="Start or end draining.")] = True,
 ) -> None:
-    """Serve what is cached, take no new fetches."""
+    """Serve cached objects, and start no new fetches."""
     _run(context, lambda client: client.command("drain", {"on": on}))
 
 
 @app.command()
 def purge(context: typer.Context, ids: Ids = None, all_objects: All = False) -> None:
-    """Remove objects, pinned ones too; who is being sent one still gets all of it."""
+    """Remove objects, including pinned ones. Responses under way are completed."""
     if all_objects and not ids:
         _run(context, lambda client: client.command("purge", {"all": True}))
     else:
@@ -147,18 +148,20 @@ def unpin(context: typer.Context, ids: Ids = None) -> None:
 def warm(
     context: typer.Context,
     ids: Ids = None,
-    bucket: Annotated[str | None, typer.Option(help="All of one bucket, such as 0:1.")] = None,
+    bucket: Annotated[str | None, typer.Option(help="All objects of one bucket, such as 0:1.")] = None,
     all_objects: All = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show the progress until the end.")] = True,
 ) -> None:
-    """Fetch objects that nobody has asked for, as long as there is room; Ctrl-C ends the watching alone."""
+    """Fetch objects before they are requested, while there is space. Ctrl-C ends only the progress display."""
     scopes: list[dict[str, Any]] = []
     if [bool(ids), bucket is not None, all_objects].count(True) != 1:
-        raise typer.BadParameter("name the objects, or --bucket, or --all")
+        raise typer.BadParameter("expected object ids, or --bucket, or --all")
     if ids:
         scopes = [{"ids": batch} for batch in _batches(ids)]
         if len(scopes) > 1 and not wait:
-            raise typer.BadParameter("too many ids for one order: without --no-wait they are warmed in turn")
+            raise typer.BadParameter(
+                "too many ids for one request: omit --no-wait, and they are warmed in batches"
+            )
     else:
         scopes = [{"all": True} if bucket is None else {"bucket": bucket}]
 
@@ -175,17 +178,17 @@ def warm(
 
 @app.command("warming")
 def warming(context: typer.Context) -> None:
-    """Show how far the latest warming is, until its end."""
+    """Show the progress of the latest warming, until its end."""
     _run(context, _watch)
 
 
 @app.command()
 def cache(
     context: typer.Context,
-    limit: Annotated[int, typer.Option(min=1, max=1000, help="Objects asked for at once.")] = 1000,
-    after: Annotated[str, typer.Option(help="Begin behind this object id.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="Objects per request.")] = 1000,
+    after: Annotated[str, typer.Option(help="Start after this object id.")] = "",
 ) -> None:
-    """List the cached objects, as one JSON object a line, in the order of their ids."""
+    """List the cached objects, as one JSON object per line, sorted by id."""
 
     def list_all(client: OperatorClient) -> None:
         behind: str | None = after
@@ -199,8 +202,16 @@ def cache(
 
 
 @app.command()
+def explain(
+    context: typer.Context, object_id: Annotated[str, typer.Argument(metavar="ID", help="Object id.")]
+) -> None:
+    """Show what the node knows of one object, and how many bytes would be evicted before it."""
+    _run(context, lambda client: client.query(f"cache/{quote(object_id, safe='')}"))
+
+
+@app.command()
 def downloads(context: typer.Context) -> None:
-    """List the fetches under way, as one JSON object a line."""
+    """List the fetches under way, as one JSON object per line."""
 
     def list_all(client: OperatorClient) -> None:
         for entry in client.query("downloads")["downloads"]:
@@ -211,13 +222,15 @@ def downloads(context: typer.Context) -> None:
 
 @app.command()
 def orders(context: typer.Context) -> None:
-    """Show the orders in force."""
+    """Show the operator state: what operators have set."""
     _run(context, lambda client: client.query("orders"))
 
 
 def _for_ids(context: typer.Context, name: str, ids: Sequence[str] | None, all_objects: bool = False) -> None:
     if not ids or all_objects:
-        raise typer.BadParameter("name the objects" + (", or say --all alone" if name == "purge" else ""))
+        raise typer.BadParameter(
+            "expected object ids" + (", or --all without ids" if name == "purge" else "")
+        )
 
     def execute(client: OperatorClient) -> dict[str, Any]:
         response: dict[str, Any] = {}
@@ -232,7 +245,7 @@ def _for_ids(context: typer.Context, name: str, ids: Sequence[str] | None, all_o
 
 
 def _batches(ids: Sequence[str]) -> Iterator[list[str]]:
-    """As many at once as one request can carry."""
+    """Yield as many ids at a time as one request can contain."""
     found = (line.strip() for line in sys.stdin) if list(ids) == ["-"] else iter(ids)
     named = filter(None, found)
     while batch := list(islice(named, _IDS_BATCH)):
@@ -241,12 +254,12 @@ def _batches(ids: Sequence[str]) -> Iterator[list[str]]:
             while batch and len(json.dumps([*part, batch[0]])) <= _MAX_BODY:
                 part.append(batch.pop(0))
             if not part:
-                raise typer.BadParameter("an object id has at most 128 characters")
+                raise typer.BadParameter("expected object ids of at most 128 characters")
             yield part
 
 
 def _watch(client: OperatorClient) -> dict[str, Any]:
-    """A bar until the warming is over; its last word."""
+    """Show a progress bar until the warming ends, and return its last state."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -274,7 +287,7 @@ def _watch(client: OperatorClient) -> dict[str, Any]:
 
 
 def _run(context: typer.Context, ask: Callable[[OperatorClient], dict[str, Any] | None]) -> None:
-    """Carry out, print the answer; exit code 1 and a line in words if the node refuses."""
+    """Send a request and print its response. If the node rejects it, print the reason and exit with code 1."""
     client = context.obj()
     from distributor_node.services.command_line.operator_client import OperatorError
 

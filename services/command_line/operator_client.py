@@ -1,4 +1,4 @@
-"""Asking a node's operator API: signs each request, says what went wrong in words."""
+"""A client of a node's operator API, which signs each request."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from urllib.parse import urlencode
 import httpx
 import jwt
 
-_TIMEOUT = 60.0
+_TIMEOUT = 60.0  # seconds
 
 
 class OperatorError(Exception):
-    """The node has refused, or cannot be reached; the message says why."""
+    """The node rejected the request, or cannot be reached. The message says why."""
 
 
 class OperatorClient:
@@ -25,18 +25,18 @@ class OperatorClient:
         self._url, self._secret = url.rstrip("/"), secret
 
     def command(self, name: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        """One POST; the answer's JSON. OperatorError."""
+        """Send a POST and return the JSON of the response. Raises OperatorError."""
         return self._request("POST", f"/api/v1/{name}", {} if body is None else body)
 
     def query(self, name: str, **parameters: str | int) -> dict[str, Any]:
-        """One GET; the answer's JSON. OperatorError."""
+        """Send a GET and return the JSON of the response. Raises OperatorError."""
         query_string = f"?{urlencode(parameters)}" if parameters else ""
         return self._request("GET", f"/api/v1/{name}{query_string}", None)
 
     def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         claims = {
             "iat": int(time.time()),
-            # Two requests alike in one second must not have the same token.
+            # Two equal requests within a second must not have the same token.
             "jti": uuid.uuid4().hex,
             "reqUrl": path,
             "reqBody": {} if body is None else body,
@@ -49,13 +49,13 @@ class OperatorClient:
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise OperatorError(
-                f"{self._url} cannot be asked: {str(error) or type(error).__name__}"
+                f"{self._url} cannot be reached: {str(error) or type(error).__name__}"
             ) from error
         try:
             result = response.json()
         except ValueError as error:
             raise OperatorError(
-                f"{self._url} is no operator API: it answered {response.status_code}"
+                f"{self._url} is not an operator API: it responded {response.status_code} without JSON"
             ) from error
         if not response.is_success or not isinstance(result, dict):
             message = result.get("message", "") if isinstance(result, dict) else ""

@@ -1,4 +1,4 @@
-"""`distributor replay`: its options, and what they mean to the replay."""
+"""`distributor replay`: its options, and the replay request that they make."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from distributor_node.services.replay.run import OwnNode
 
 _SIZES = ["1%", "5%", "10%", "25%"]
-_POLICIES = list(POLICY_NAMES)
+_POLICIES: list[str] = list(POLICY_NAMES)
 _MISS_COSTS = ["64M"]
 _SECOND_VIEWS = ["8M"]
 
@@ -27,19 +27,24 @@ Logs = Annotated[
 ]
 Sizes = Annotated[
     list[str],
-    typer.Option("--size", help="Cache size to try, such as 500G, or 5% of all objects seen; repeatable."),
+    typer.Option(
+        "--size", help="Cache size to try, such as 500G, or 5% of all objects in the logs; repeatable."
+    ),
 ]
 Policies = Annotated[
     list[str], typer.Option("--policy", help=f"Policy to try ({', '.join(POLICY_NAMES)}); repeatable.")
 ]
 MissCosts = Annotated[
     list[str],
-    typer.Option("--miss-cost", help="c0 of gdsf to try: bytes that one miss less is worth; repeatable."),
+    typer.Option(
+        "--miss-cost", help="c0 of gdsf to try: cost of a miss besides its bytes, in bytes; repeatable."
+    ),
 ]
 SecondViews = Annotated[
     list[str],
     typer.Option(
-        "--second-view-above", help="Cache objects above this size on their second view; repeatable; 'off'."
+        "--second-view-above",
+        help="Size above which objects are cached on their second view, or 'off'; repeatable.",
     ),
 ]
 SizesFile = Annotated[
@@ -50,12 +55,12 @@ ConfigFile = Annotated[
     typer.Option(
         "--config",
         metavar="FILE",
-        help="The node's settings (the environment overrides them): try it as it is too, and take its rules for all.",
+        help="The node's settings (the environment overrides them): try them too, and use their rules for every trial.",
     ),
 ]
-Sample = Annotated[float, typer.Option("--sample", help="Share of the objects to look at, such as 0.1.")]
+Sample = Annotated[float, typer.Option("--sample", help="Share of the objects to replay, such as 0.1.")]
 Picture = Annotated[
-    Path | None, typer.Option("--picture", metavar="FILE.svg", help="Write the picture here.")
+    Path | None, typer.Option("--picture", metavar="FILE.svg", help="Write the chart to this file.")
 ]
 
 
@@ -70,7 +75,7 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
     picture: Picture = None,
     config: ConfigFile = None,
 ) -> None:
-    """Try policies, cache sizes and settings on one's own access logs."""
+    """Try policies, cache sizes and settings on your own access logs."""
     from rich.console import Console
 
     from distributor_node.services.replay.run import ReplayRequest
@@ -79,7 +84,9 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
 
     unknown = set(policy) - set(POLICY_NAMES)
     if unknown:
-        raise ConfigurationError(f"policy: there is no {', '.join(sorted(unknown))}")
+        raise ConfigurationError(
+            f"policy: expected {', '.join(POLICY_NAMES)}, got {', '.join(sorted(unknown))}"
+        )
     thresholds = [] if second_view_above == ["off"] else _sizes("second-view-above", second_view_above)
     settings = settings_to_try(policy, _sizes("miss-cost", miss_cost), thresholds)
     own = _own_node(config) if config is not None else None

@@ -1,4 +1,4 @@
-"""What a well-behaved storage node (Colossus, API v1) answers: pure decisions, no I/O."""
+"""The correct responses of a storage node (Colossus, API v1). Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOTHING = BytesContent(b"")
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """A status, headers without Content-Length, and `length` bytes of `content` from `offset`."""
+    """A status, headers without Content-Length, and as body `length` bytes of `content` from `offset`."""
 
     status: int
     headers: tuple[tuple[str, str], ...] = ()
@@ -29,18 +29,18 @@ class Response:
 
 
 def json_response(status: int, document: object) -> Response:
-    """An answer of one JSON document."""
+    """Return a response with a JSON document."""
     body = json.dumps(document).encode()
     return Response(status, (("Content-Type", "application/json"),), BytesContent(body), 0, len(body))
 
 
 def error_response(status: int, kind: str, message: str) -> Response:
-    """An error as the storage node words it: JSON with `type` and `message`."""
+    """Return an error as storage nodes send it: JSON with `type` and `message`."""
     return json_response(status, {"type": kind, "message": message})
 
 
 def endpoint_of(request: Request) -> tuple[str | None, str | None]:
-    """The endpoint ("files", "version" or None) and, for files, the id as it stands in the path."""
+    """Return the endpoint ("files", "version" or None) and, for files, the id as it is in the path."""
     if request.path == f"{API_BASE}/version":
         return "version", None
     prefix = f"{API_BASE}/files/"
@@ -50,7 +50,7 @@ def endpoint_of(request: Request) -> tuple[str | None, str | None]:
 
 
 def handle_request(request: Request, objects: Mapping[str, DemoObject]) -> Response:
-    """The right answer to a request of the storage node's API."""
+    """Return the correct response to a request."""
     endpoint, object_id = endpoint_of(request)
     if endpoint is None:
         return error_response(404, "not_found", "no such path")
@@ -92,7 +92,7 @@ def _file_response(request: Request, item: DemoObject) -> Response:
 
 
 def _window(first: str, last: str, size: int) -> tuple[int, int] | None:
-    """One byte range as half-open [start, end); None if it cannot be satisfied (RFC 9110 section 14.1.2)."""
+    """Return a byte range as half-open [start, end). None: it cannot be satisfied (RFC 9110 section 14.1.2)."""
     if first == "":
         start, end = max(0, size - int(last)), size
     else:
@@ -109,7 +109,7 @@ def _lists(field: str, etag: str) -> bool:
 
 
 def _older(date: str, limit: int) -> bool:
-    """Whether an HTTP date lies before a time; a date that cannot be read does not."""
+    """Whether an HTTP date is before a time. A malformed date is not."""
     try:
         return parsedate_to_datetime(date).timestamp() < limit
     except ValueError:
@@ -130,7 +130,7 @@ def _not_modified(request: Request, item: DemoObject) -> bool:
 
 
 def _range_is_fresh(request: Request, item: DemoObject) -> bool:
-    """If-Range compared weakly, as storage nodes do; RFC 9110 section 13.1.5 asks for strong."""
+    """Compare If-Range weakly, as storage nodes do, although RFC 9110 section 13.1.5 requires a strong comparison."""
     condition = request.headers.get("if-range")
     if condition is None:
         return True

@@ -1,4 +1,4 @@
-"""Sends an answer, rightly or as wrongly as the faults say."""
+"""Sends a response, with the faults that are to be injected."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from distributor_node.services.demo.request_log import RequestRecord
 from distributor_node.services.demo.wire import HttpConnection
 
 CHUNK_BYTES = 256 * 1024
-_TICK_SECONDS = 0.02
-_CATCH_UP_SECONDS = 0.1
+_TICK_SECONDS = 0.02  # between two chunks
+_CATCH_UP_SECONDS = 0.1  # of delay that may be made up for
 _FOREVER = float("inf")
 
 
 class Pacer:
-    """Spreads bytes evenly over time; a delay is made up for, by at most 0.1 s worth of bytes."""
+    """Spreads bytes evenly over time. After a delay, it catches up by the bytes of at most 0.1 s."""
 
     def __init__(self, bytes_per_second: int) -> None:
         self._rate = bytes_per_second
@@ -25,18 +25,18 @@ class Pacer:
 
     @property
     def chunk_bytes(self) -> int:
-        """How much to send at a time: 20 ms worth, at least one byte."""
+        """How many bytes to send at a time: those of 20 ms, at least one."""
         return max(1, int(self._rate * _TICK_SECONDS))
 
     def pause_after(self, sent: int, now: float) -> float:
-        """Seconds to wait after `sent` more bytes; `now` is a monotonic time in seconds."""
+        """Return how many seconds to wait after `sent` bytes. `now`: monotonic seconds."""
         self._due = max(self._due, now - _CATCH_UP_SECONDS) if self._due else now
         self._due += sent / self._rate
         return max(0.0, self._due - now)
 
 
 class ResponseSender:
-    """Sends one answer on one connection and keeps its record."""
+    """Sends one response on one connection, and updates its record."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ResponseSender:
         self._notify = notify
 
     async def send(self, keep_alive: bool) -> bool:
-        """Send head and body; whether the connection can serve another request. Raises ConnectionLost."""
+        """Send head and body. Returns whether the connection can be reused. Raises ConnectionLost."""
         fault, response = self._fault, self._response
         has_wrong_length = fault.content_length_delta != fault.body_delta or fault.omit_content_length
         keep_alive = keep_alive and not (has_wrong_length or fault.endless_body)
@@ -72,7 +72,7 @@ class ResponseSender:
         return await self._send_body(head) and keep_alive
 
     async def _send_body(self, head: bytes) -> bool:
-        """Send the body behind the head (a small answer is one packet); False if cut on purpose."""
+        """Send the body with the head, so that a small response is one packet. Returns False if it was cut."""
         fault = self._fault
         total = _FOREVER if fault.endless_body else max(0, self._response.length + fault.body_delta)
         stops = [stop for stop in (fault.cut_after, fault.hang_after) if stop is not None]
@@ -96,18 +96,18 @@ class ResponseSender:
                 await self._connection.sleep(pacer.pause_after(size, time.monotonic()))
         return await self._finish(position, total)
 
-    async def _write_chunk(self, head: bytes, piece: bytes) -> None:
+    async def _write_chunk(self, head: bytes, chunk: bytes) -> None:
         record = self._record
         if record.bytes_sent == 0:
             record.first_byte_at = time.time()
         before = record.bytes_sent
-        record.bytes_sent = before + len(piece)
-        await self._connection.write(head + piece if head else piece)
+        record.bytes_sent = before + len(chunk)
+        await self._connection.write(head + chunk if head else chunk)
         if before == 0:
             self._notify()
 
     async def _finish(self, position: int, total: float) -> bool:
-        """What comes after the last byte to be sent; whether the answer ended as a right one does."""
+        """Hang or cut, if a fault says so. Returns whether the response ended correctly."""
         fault = self._fault
         if fault.hang_after is not None and position >= fault.hang_after and position < total:
             await self._connection.sleep(_FOREVER)

@@ -1,7 +1,6 @@
-"""How a storage node misbehaves: rules that match requests, and what is done to the ones they match.
+"""Fault injection for a storage node: rules that match requests, and the faults they cause.
 
-Every value is immutable and checked when it is made, from Python and from JSON alike; ValueError says
-what is wrong.
+Values are immutable. They are checked when they are made, from Python or JSON, and raise ValueError.
 """
 
 from __future__ import annotations
@@ -23,41 +22,33 @@ _MAY_BE_NEGATIVE = frozenset({"content_length_delta", "body_delta"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What to do to one answer; the default is to behave. Times in seconds, sizes and positions in bytes.
+    """The faults of one response; by default none. Times in seconds, sizes and positions in bytes.
 
-    Positions called "after" count body bytes of this answer; `flip_…` positions count from the start of the
-    object, so that a ranged answer is wrong at the same place as a whole one.
+    Positions named `…_after` count body bytes of the response. Positions of `flip_…` count from the start of the
+    object, so that a ranged response is corrupt at the same place as a whole one.
     """
 
     latency_before_headers: float = 0.0
     latency_before_body: float = 0.0
-    bytes_per_second: int | None = None  # smooth: a piece every 20 ms, or byte by byte when it is very slow
-    drip_bytes_per_second: int | None = (
-        None  # as above, but full speed (or bytes_per_second) up to drip_after
-    )
+    bytes_per_second: int | None = None  # evenly: a chunk every 20 ms, or byte by byte at very low rates
+    drip_bytes_per_second: int | None = None  # likewise, from drip_after on
     drip_after: int = 0
-    cut_after: int | None = None  # send so many body bytes, then end the connection
-    cut_by_reset: bool = (
-        False  # end it with a TCP reset (the peer may lose what it has not read), not an orderly close
-    )
-    flip_byte_at: int | None = None  # one wrong byte
-    flip_bytes_from: int | None = None  # every byte wrong from here on
-    content_length_delta: int = 0  # promise so many bytes more or fewer than is right
-    body_delta: int = (
-        0  # send so many bytes more (zeros) or fewer than is right; with both equal the lie is consistent
-    )
-    endless_body: bool = False  # zeros after the object, for ever, without Content-Length
-    hang_before_headers: bool = False  # say nothing until the client leaves
-    hang_after: int | None = None  # send so many body bytes, then nothing until the client leaves
-    status: int | None = None  # answer with this status and a short JSON body
-    redirect_to: str | None = None  # answer 302 (or `status`) with this Location
-    gzip: bool = False  # Content-Encoding: gzip, whatever the client accepts
+    cut_after: int | None = None  # close the connection after so many body bytes
+    cut_by_reset: bool = False  # close it by a TCP reset: the peer may lose what it has not read
+    flip_byte_at: int | None = None  # one corrupt byte
+    flip_bytes_from: int | None = None  # every byte is corrupt from here on
+    content_length_delta: int = 0  # Content-Length announces so many bytes more or fewer
+    body_delta: int = 0  # send so many bytes more (zeros) or fewer; equal to content_length_delta: consistent
+    endless_body: bool = False  # endless zeros after the object, without Content-Length
+    hang_before_headers: bool = False  # send nothing until the client closes
+    hang_after: int | None = None  # send so many body bytes, then nothing until the client closes
+    status: int | None = None  # respond with this status and a short JSON body
+    redirect_to: str | None = None  # respond 302 (or `status`) with this Location
+    gzip: bool = False  # Content-Encoding: gzip, although the client does not accept it
     omit_content_length: bool = False  # the body ends with the connection, RFC 9112 section 6.3 case 8
-    ignore_range: bool = False  # answer 200 with the whole object
-    close_reused_connection: bool = (
-        False  # close without an answer if the connection has served a request before
-    )
-    headers: HeaderOverrides = ()  # set a header of the answer, or drop it (None)
+    ignore_range: bool = False  # respond 200 with the whole object
+    close_reused_connection: bool = False  # close without a response if the connection was used before
+    headers: HeaderOverrides = ()  # set a header of the response, or remove it (None)
 
     def __post_init__(self) -> None:
         _check(self)
@@ -69,10 +60,10 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """Which requests a rule is for; what is left out matches all.
+    """Which requests a rule applies to. Fields that are not set match all.
 
-    `nth`, `first` and `after` count the requests that fit everything else here, from 1: exactly the n-th,
-    the first n, all but the first n.
+    `nth`, `first` and `after` count the requests that match all other fields, from 1: exactly the n-th, the first n,
+    all but the first n.
     """
 
     object_id: str | None = None
@@ -91,7 +82,7 @@ class Match:
             raise ValueError(f"method must be GET or HEAD, got {self.method!r}")
 
     def matches(self, method: str, endpoint: str, object_id: str | None, ranged: bool) -> bool:
-        """Whether a request is one that this rule counts."""
+        """Whether this rule counts the request."""
         return (
             self.object_id in (None, object_id)
             and self.method in (None, method)
@@ -100,7 +91,7 @@ class Match:
         )
 
     def selects(self, count: int) -> bool:
-        """Whether the `count`-th request that fits is one to act on."""
+        """Whether the rule applies to the `count`-th matching request."""
         return (
             (self.nth is None or count == self.nth)
             and (self.first is None or count <= self.first)
@@ -116,14 +107,14 @@ class Rule:
     match: Match = field(default_factory=Match)
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON form; what has its default value is left out."""
+        """Return the rule as JSON, without fields that have their default value."""
         return {"match": _to_json(self.match), "fault": _to_json(self.fault)}
 
     @classmethod
     def from_json(cls, document: object) -> Rule:
-        """Read `{"match": {…}, "fault": {…}}`; `seen` is ignored. Raises ValueError."""
+        """Parse `{"match": {…}, "fault": {…}}`; `seen` is ignored. Raises ValueError."""
         if not isinstance(document, Mapping) or "fault" not in document:
-            raise ValueError('a rule is an object {"match": {…}, "fault": {…}}')
+            raise ValueError('rule: expected an object {"match": {…}, "fault": {…}}')
         if unknown := set(document) - {"match", "fault", "seen"}:
             raise ValueError(f"a rule has no {', '.join(sorted(map(str, unknown)))}")
         fault = Fault(**_arguments(Fault, document["fault"]))
@@ -139,7 +130,7 @@ def _arguments(kind: type[Fault] | type[Match], document: object) -> dict[str, A
     arguments = dict(document)
     if "headers" in arguments:
         if not isinstance(arguments["headers"], Mapping):
-            raise ValueError("headers must be an object of name and text or null")
+            raise ValueError("headers must be an object of names with text or null")
         arguments["headers"] = tuple(arguments["headers"].items())
     return arguments
 
@@ -153,7 +144,7 @@ def _to_json(value: Fault | Match) -> dict[str, Any]:
 
 
 def _check(value: Fault | Match) -> None:
-    """Check each field's type against its annotation, and numbers against their least value."""
+    """Check each field's type against its annotation, and numbers against their minimum."""
     for name, hint in get_type_hints(type(value)).items():
         current = getattr(value, name)
         if name == "headers":
@@ -184,34 +175,34 @@ def _check_headers(headers: object) -> None:
             raise ValueError(f"header {pair[0]!r} holds a line break")
 
 
-# The rules in force on one storage node, with the count of requests each has seen.
+# The active rules of one storage node, with the number of requests that each has matched.
 
 _NO_FAULT = Fault()
 
 
 class FaultRegistry:
-    """Holds the rules; the first one that chooses a request decides, and no rule means no fault."""
+    """Holds the rules. The first rule that applies to a request decides; without one there is no fault."""
 
     def __init__(self) -> None:
         self._rules: list[Rule] = []
         self._counts: list[int] = []
 
     def add(self, fault: Fault, match: Match | None = None) -> None:
-        """Append a rule; without `match` it is for all requests."""
+        """Append a rule. Without `match`, it applies to all requests."""
         self._rules.append(Rule(fault, match or Match()))
         self._counts.append(0)
 
     def replace(self, rules: Iterable[Rule]) -> None:
-        """Put these rules in force, with their counts at zero."""
+        """Replace all rules, and set their counts to zero."""
         self._rules = list(rules)
         self._counts = [0] * len(self._rules)
 
     def clear(self) -> None:
-        """Behave well from now on; answers under way keep the fault they began with."""
+        """Remove all rules. Responses under way keep their faults."""
         self.replace([])
 
     def fault_for(self, method: str, endpoint: str, object_id: str | None, ranged: bool) -> Fault:
-        """Count the request with every rule it fits, and return what the first choosing rule says."""
+        """Count the request in every rule that it matches, and return the fault of the first rule that applies."""
         decided: Fault | None = None
         for index, rule in enumerate(self._rules):
             if not rule.match.matches(method, endpoint, object_id, ranged):
@@ -222,33 +213,33 @@ class FaultRegistry:
         return decided or _NO_FAULT
 
     def to_json(self) -> dict[str, Any]:
-        """The rules as JSON, each with `seen`, the number of requests that fitted it."""
+        """Return the rules as JSON, each with `seen`, the number of requests that it has matched."""
         counted = zip(self._rules, self._counts, strict=True)
         return {"rules": [rule.to_json() | {"seen": seen} for rule, seen in counted]}
 
     def replace_from_json(self, document: object) -> None:
-        """Put the rules of `{"rules": […]}` in force; ValueError, and no change, if one is wrong."""
+        """Replace all rules by those of `{"rules": […]}`. Raises ValueError, and changes nothing, if one is invalid."""
         if (
             not isinstance(document, dict)
             or set(document) != {"rules"}
             or not isinstance(document["rules"], list)
         ):
-            raise ValueError('faults are an object {"rules": […]}')
+            raise ValueError('faults: expected an object {"rules": […]}')
         self.replace([Rule.from_json(rule) for rule in document["rules"]])
 
 
-# Makes a right answer wrong: its status, its headers, its bytes, as the faults say. No I/O.
+# Applying a fault to a correct response: status, headers, bytes. Pure.
 
-_WRONG = bytes(value ^ 0xFF for value in range(256))
+_INVERTED = bytes(value ^ 0xFF for value in range(256))
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 def corrupted(response: Response, fault: Fault) -> Response:
-    """The answer after the faults that change what it says; the bytes are changed by `body_chunk`."""
+    """Apply the faults that replace the response. `body_chunk` applies those that change single bytes."""
     if fault.redirect_to is not None:
         return Response(fault.status or 302, (("Location", fault.redirect_to),))
     if fault.status is not None:
-        return error_response(fault.status, "scripted", "the demo storage node was told to fail")
+        return error_response(fault.status, "scripted", "injected fault")
     if fault.ignore_range and response.status == 206:
         kept = tuple(pair for pair in response.headers if pair[0] != "Content-Range")
         response = Response(200, kept, response.content, 0, response.content.size)
@@ -262,7 +253,7 @@ def corrupted(response: Response, fault: Fault) -> Response:
 
 
 def render_head(response: Response, fault: Fault, keep_alive: bool) -> bytes:
-    """The status line and headers, ready to send."""
+    """Return the status line and headers as bytes."""
     headers = {"Date": formatdate(usegmt=True), **dict(response.headers)}
     delimited = not (fault.omit_content_length or fault.endless_body)
     if delimited and response.status not in (204, 304):
@@ -279,13 +270,13 @@ def render_head(response: Response, fault: Fault, keep_alive: bool) -> bytes:
 
 
 def body_chunk(response: Response, fault: Fault, position: int, size: int) -> bytes:
-    """Bytes of the body, right or wrong; zeros beyond its right end."""
-    right = min(size, max(0, response.length - position))
+    """Return bytes of the body with the faults applied, and zeros beyond its correct end."""
+    available = min(size, max(0, response.length - position))
     start = response.offset + position
-    piece = response.content.read(start, right) if right else b""
-    if fault.flip_bytes_from is not None and start + len(piece) > fault.flip_bytes_from:
-        good = max(0, fault.flip_bytes_from - start)
-        piece = piece[:good] + piece[good:].translate(_WRONG)
-    if fault.flip_byte_at is not None and 0 <= (at := fault.flip_byte_at - start) < len(piece):
-        piece = piece[:at] + bytes([piece[at] ^ 0xFF]) + piece[at + 1 :]
-    return piece + bytes(size - len(piece)) if len(piece) < size else piece
+    chunk = response.content.read(start, available) if available else b""
+    if fault.flip_bytes_from is not None and start + len(chunk) > fault.flip_bytes_from:
+        correct = max(0, fault.flip_bytes_from - start)
+        chunk = chunk[:correct] + chunk[correct:].translate(_INVERTED)
+    if fault.flip_byte_at is not None and 0 <= (at := fault.flip_byte_at - start) < len(chunk):
+        chunk = chunk[:at] + bytes([chunk[at] ^ 0xFF]) + chunk[at + 1 :]
+    return chunk + bytes(size - len(chunk)) if len(chunk) < size else chunk

@@ -1,4 +1,4 @@
-"""Writes the demo's manifest: the media directory and the generated objects, with sizes and hashes."""
+"""Writes the demo's manifest: the objects of the media directory and the generated ones, with sizes and hashes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from distributor_node.services.demo.objects import MIB, Content, DemoObject, dem
 
 DEMO_DIRECTORY = Path(__file__).resolve().parents[2] / "deploy" / "demo"
 DEFAULT_BASE_URL = "http://127.0.0.1:3390/api/v1/files/"
-# Multihash: 0x1e is blake3, 0x20 the length of the digest.
+# Multihash prefix: 0x1e is BLAKE3, 0x20 the length of the digest.
 _BLAKE3_256 = b"\x1e\x20"
-# Known, so that writing a manifest does not take a gigabyte of hashing; a test computes the first anew.
-# By (seed, size in bytes).
+# By (seed, size in bytes): so that a manifest is written without hashing a gigabyte. A test computes the first again.
 GENERATED_HASHES = {
     (64, 64 * MIB): "gW9rQQ6MVabYN2EXArhYyxN8ycrWdPo2UrLrvFooXcaMRB",
     (1024, 1024 * MIB): "gW1aQumZE23ujB1qBoHu4vWmQakejKvLtD6kfvLBe7N7Fi",
@@ -27,7 +26,7 @@ GENERATED_HASHES = {
 
 
 def content_hash(content: Content) -> str:
-    """The hash as the catalog writes it: base58btc of multihash(blake3-256)."""
+    """Return the hash in the catalog's format: base58btc of multihash(blake3-256)."""
     hasher = blake3()
     for offset in range(0, content.size, MIB):
         hasher.update(content.read(offset, MIB))
@@ -35,7 +34,7 @@ def content_hash(content: Content) -> str:
 
 
 def manifest_text(objects: Iterable[DemoObject], base_url: str) -> str:
-    """The manifest as YAML; each object's URL is the base followed by its id."""
+    """Return the manifest as YAML. An object's URL is the base followed by its id."""
     base = base_url if base_url.endswith("/") else base_url + "/"
     lines = [
         "# Written by `python -m distributor_node.services.demo.manifest`.",
@@ -53,14 +52,14 @@ def manifest_text(objects: Iterable[DemoObject], base_url: str) -> str:
 
 
 def known_hash(item: DemoObject) -> str:
-    """The hash of an object, computed unless it is in the table."""
+    """Return the hash of an object from the table, or compute it."""
     seed = getattr(item.content, "seed", None)
     known = None if seed is None else GENERATED_HASHES.get((seed, item.size))
     return known or content_hash(item.content)
 
 
 def write_manifest(target: Path, objects: Iterable[DemoObject], base_url: str) -> None:
-    """Write the manifest in one step, so that a reader never sees half of it. Raises OSError."""
+    """Write the manifest atomically. Raises OSError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(target.name + ".new")
     draft.write_text(manifest_text(objects, base_url), encoding="utf-8")
@@ -68,7 +67,7 @@ def write_manifest(target: Path, objects: Iterable[DemoObject], base_url: str) -
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command `python -m distributor_node.services.demo.manifest`."""
+    """Run the command `python -m distributor_node.services.demo.manifest`."""
     parser = argparse.ArgumentParser(
         prog="distributor_node.services.demo.manifest", description="Write the demo's manifest."
     )

@@ -1,4 +1,7 @@
-"""Large objects that are computed, never stored: any byte range at the cost of copying it."""
+"""The objects of a demo storage node: in memory, in files, or generated.
+
+Generated objects may be large. They are computed, never stored, and any byte range costs no more than a copy.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,22 @@ from typing import Protocol
 BLOCK_SIZE = 64 * 1024
 _HEADER = struct.Struct("<QQ")
 _TAIL_SIZE = BLOCK_SIZE - _HEADER.size
-_STRIDE = 7919  # a prime: neighbouring blocks show the noise at different places
+_STRIDE = 7919  # a prime: the noise begins at another place in each block
 
 
 @lru_cache(maxsize=16)
 def _noise(seed: int) -> memoryview:
-    """Twice the noise of one block, so that every rotation of it is one contiguous slice."""
+    """Return the noise of one block twice, so that each rotation is one contiguous slice."""
     once = random.Random(seed).randbytes(_TAIL_SIZE)
     return memoryview(once + once)
 
 
 class GeneratedContent:
-    """The bytes of a generated object; equal (seed, size) give equal bytes on every machine.
+    """The bytes of a generated object. Equal (seed, size) make equal bytes on every machine.
 
-    The content is a row of 64 KiB blocks. A block is 16 bytes of header (seed and block index, each a 64-bit
-    little-endian integer) and 65,520 bytes of noise rotated by the index, so a block that is lost,
-    repeated or moved always changes the hash.
+    The content is a sequence of 64 KiB blocks. A block has a header of 16 bytes (seed and block index, each a 64-bit
+    little-endian integer) and 65,520 bytes of noise, rotated by the index. So a block that is lost, repeated or moved
+    always changes the hash.
     """
 
     __slots__ = ("seed", "size")
@@ -39,27 +42,27 @@ class GeneratedContent:
     def __init__(self, seed: int, size: int) -> None:
         """`size` in bytes."""
         if size < 0 or not 0 <= seed < 2**64:
-            raise ValueError(f"a generated object needs 0 <= seed < 2^64 and size >= 0, got {seed=} {size=}")
+            raise ValueError(
+                f"generated object: expected 0 <= seed < 2^64 and size >= 0, got {seed=} {size=}"
+            )
         self.seed = seed
         self.size = size
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes [offset, offset + length), cut at the object's end."""
+        """Return the bytes [offset, offset + length), up to the object's end."""
         end = min(self.size, offset + length)
         if offset >= end:
             return b""
         noise = _noise(self.seed)
-        pieces: list[bytes | memoryview] = []
+        parts: list[bytes | memoryview] = []
         for index in range(offset // BLOCK_SIZE, (end - 1) // BLOCK_SIZE + 1):
             shift = index * _STRIDE % _TAIL_SIZE
-            pieces.append(_HEADER.pack(self.seed, index))
-            pieces.append(noise[shift : shift + _TAIL_SIZE])
-        blocks = b"".join(pieces)
+            parts.append(_HEADER.pack(self.seed, index))
+            parts.append(noise[shift : shift + _TAIL_SIZE])
+        blocks = b"".join(parts)
         skip = offset % BLOCK_SIZE
         return blocks if skip == 0 and end - offset == len(blocks) else blocks[skip : skip + end - offset]
 
-
-# What a demo storage node holds: objects from memory, from files, or generated.
 
 MEDIA_TYPES = {
     ".png": "image/png",
@@ -71,7 +74,7 @@ MEDIA_TYPES = {
     ".ogg": "audio/ogg",
     ".vtt": "text/vtt",
 }
-# One fixed time for all: the validators of a source must not depend on when the files were checked out.
+# One fixed time for all: the validators must not depend on when the files were checked out.
 MODIFIED_AT = 1_700_000_000
 MIB = 1024 * 1024
 
@@ -86,7 +89,7 @@ class Content(Protocol):
         """Length in bytes."""
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes [offset, offset + length), cut at the end of the content."""
+        """Return the bytes [offset, offset + length), up to the end of the content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class BytesContent:
         return len(self.data)
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes [offset, offset + length), cut at the end of the content."""
+        """Return the bytes [offset, offset + length), up to the end of the content."""
         return self.data[offset : offset + length]
 
 
@@ -113,7 +116,7 @@ class FileContent:
     size: int
 
     def read(self, offset: int, length: int) -> bytes:
-        """The bytes [offset, offset + length), cut at the end of the content. Raises OSError."""
+        """Return the bytes [offset, offset + length), up to the end of the content. Raises OSError."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             return os.pread(descriptor, max(0, min(length, self.size - offset)), offset)
@@ -123,17 +126,14 @@ class FileContent:
 
 @dataclass(frozen=True, slots=True)
 class DemoObject:
-    """One object of the demo, with all that its manifest entry says.
-
-    `held` is false for an object that the catalog lists but nobody has uploaded yet.
-    """
+    """One object of the demo, with the fields of its manifest entry."""
 
     object_id: str
     content: Content
     media_type: str = "application/octet-stream"
     name: str = ""
     bucket: str = "0:1"
-    held: bool = True
+    held: bool = True  # False: the catalog lists it, but it has not been uploaded yet
 
     @property
     def size(self) -> int:
@@ -142,7 +142,7 @@ class DemoObject:
 
     @property
     def etag(self) -> str:
-        """The weak validator of the storage node: made of size and time, not of the bytes."""
+        """The weak validator of the storage node: size and time, not the bytes."""
         return f'W/"{self.size:x}-{MODIFIED_AT:x}"'
 
     @property
@@ -152,19 +152,19 @@ class DemoObject:
 
 
 def bytes_object(object_id: str, data: bytes, media_type: str = "application/octet-stream") -> DemoObject:
-    """An object held in memory."""
+    """Return an object that is in memory."""
     return DemoObject(object_id, BytesContent(data), media_type)
 
 
 def generated_object(object_id: str, size: int, seed: int | None = None) -> DemoObject:
-    """An object of `size` computed bytes; the seed is the id's number unless given."""
+    """Return a generated object of `size` bytes. The default seed is the number of the id."""
     return DemoObject(object_id, GeneratedContent(int(object_id) if seed is None else seed, size))
 
 
 def media_objects(directory: Path) -> list[DemoObject]:
-    """The files of a directory named `<object id>-<name>.<extension>`, in order of their ids.
+    """Return the files of a directory named `<object id>-<name>.<extension>`, sorted by id.
 
-    Raises ValueError for two files with one id and for an extension whose media type is not known.
+    Raises ValueError for two files with the same id, and for an extension without a known media type.
     """
     found: dict[str, DemoObject] = {}
     for path in directory.iterdir():
@@ -182,7 +182,7 @@ def media_objects(directory: Path) -> list[DemoObject]:
 
 
 def extra_objects() -> list[DemoObject]:
-    """Generated objects of the demo: two large ones, one not ours, one not uploaded yet."""
+    """Return the generated objects: two large ones, one in another bucket, and one that is not uploaded yet."""
     return [
         DemoObject("64", GeneratedContent(64, 64 * MIB), name="64 MiB generated"),
         DemoObject("1024", GeneratedContent(1024, 1024 * MIB), name="1 GiB generated"),
@@ -192,10 +192,10 @@ def extra_objects() -> list[DemoObject]:
 
 
 def demo_objects(directory: Path) -> list[DemoObject]:
-    """All that the demo's manifest lists: the media of the directory and the generated objects."""
+    """Return all objects of the demo's manifest: the media files of the directory and the generated objects."""
     return media_objects(directory) + extra_objects()
 
 
 def held_by_node(objects: Iterable[DemoObject]) -> dict[str, DemoObject]:
-    """The objects that a storage node has, by id."""
+    """Return the uploaded objects by id."""
     return {item.object_id: item for item in objects if item.held}

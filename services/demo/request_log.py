@@ -1,4 +1,4 @@
-"""The request log of a storage node: what was asked, and how much of the answer left."""
+"""The request log of a storage node: requests, and how much of their responses was sent."""
 
 from __future__ import annotations
 
@@ -10,24 +10,20 @@ from typing import Any
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request; the fields after `headers` are filled in as the answer goes on.
-
-    Times are seconds since the epoch. `bytes_sent` counts body bytes handed over for sending: the peer may
-    have read up to the socket buffers (and 1 MiB) less. `aborted` means that the connection ended before the
-    answer was complete, whoever ended it. `connection` numbers the connections of the node from 1, so equal
-    numbers show a reused one.
-    """
+    """One request. The fields after `headers` are set while the response is sent. Times are POSIX seconds."""
 
     method: str
     path: str
-    connection: int
+    connection: int  # number of the connection, from 1; equal numbers mean a reused connection
     started_at: float
     headers: dict[str, str] = field(default_factory=dict)
     status: int | None = None
-    bytes_sent: int = 0
+    bytes_sent: int = (
+        0  # of the body, passed to the kernel or buffered; the peer may have read up to 1 MiB less
+    )
     first_byte_at: float | None = None
     finished_at: float | None = None
-    aborted: bool = False
+    aborted: bool = False  # the connection ended before the response was complete, on either side
 
     @property
     def range(self) -> str | None:
@@ -36,16 +32,16 @@ class RequestRecord:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more will be sent for this request."""
+        """Whether the response has ended."""
         return self.finished_at is not None
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON, with `range` beside the headers."""
+        """Return the record as JSON, with `range` in addition to the headers."""
         return asdict(self) | {"range": self.range}
 
 
 class RequestLog:
-    """The records of one node in order of arrival; iterate, index, or wait for what is to come."""
+    """The records of one node in order of arrival. They can be iterated, indexed and waited for."""
 
     def __init__(self) -> None:
         self._records: list[RequestRecord] = []
@@ -61,7 +57,7 @@ class RequestLog:
         return self._records[index]
 
     def of(self, object_id: str, method: str | None = None) -> list[RequestRecord]:
-        """The requests for one object, perhaps of one method only."""
+        """Return the requests for one object, of one method if given."""
         suffix = f"/files/{object_id}"
         return [
             record
@@ -70,25 +66,25 @@ class RequestLog:
         ]
 
     def append(self, record: RequestRecord) -> None:
-        """Add a request that has just arrived."""
+        """Add a new request."""
         self._records.append(record)
         self.notify()
 
     def clear(self) -> None:
-        """Forget all; requests under way are not seen again."""
+        """Remove all records, including those of requests under way."""
         self._records.clear()
 
     def notify(self) -> None:
-        """Wake all waiters: a record came or changed."""
+        """Wake all waiters after a record was added or changed."""
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def wait_for(self, condition: Callable[[RequestLog], bool], timeout_seconds: float = 5.0) -> None:
-        """Wait until the condition holds, looked at when a request comes, begins its body or ends."""
+        """Wait until the condition holds. It is checked when a request arrives, begins its body or ends."""
         async with asyncio.timeout(timeout_seconds):
             while not condition(self):
                 await self._changed.wait()
 
     def to_json(self) -> dict[str, Any]:
-        """All records as JSON."""
+        """Return all records as JSON."""
         return {"requests": [record.to_json() for record in self._records]}

@@ -1,4 +1,4 @@
-"""A storage node for the demo and for every test: the storage node API, served rightly or as wrongly as told.
+"""A storage node for the demo and the tests: the storage node API, with fault injection.
 
 In a test:
 
@@ -6,13 +6,16 @@ In a test:
         node.faults.add(Fault(cut_after=1000), Match(object_id="7", first=1))
         ... node.url, node.requests ...
 
-Faults never touch `/faults`, `/requests` and the page, and requests for those are not in the log.
+Faults do not affect `/faults`, `/requests` and the demo page. Requests for those are not in the request log.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import signal
+import sys
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import structlog
+import uvloop
 
 from distributor_node.services.demo.answers import (
     Response,
@@ -31,7 +35,8 @@ from distributor_node.services.demo.answers import (
 )
 from distributor_node.services.demo.delivery import ResponseSender
 from distributor_node.services.demo.faults import Fault, FaultRegistry
-from distributor_node.services.demo.objects import BytesContent, DemoObject, held_by_node
+from distributor_node.services.demo.manifest import DEMO_DIRECTORY, write_manifest
+from distributor_node.services.demo.objects import BytesContent, DemoObject, demo_objects, held_by_node
 from distributor_node.services.demo.request_log import RequestLog, RequestRecord
 from distributor_node.services.demo.wire import ConnectionLost, HttpConnection, MalformedRequest, Request
 
@@ -48,7 +53,7 @@ logger = structlog.get_logger()
 
 
 class StorageNode:
-    """One storage node; `objects` may be changed while it runs."""
+    """One storage node. `objects` may be changed while it runs."""
 
     def __init__(
         self,
@@ -69,12 +74,12 @@ class StorageNode:
 
     @property
     def url(self) -> str:
-        """Where the node listens, such as `http://127.0.0.1:3390`."""
+        """Its URL, such as `http://127.0.0.1:3390`."""
         return f"http://{self._host}:{self.port}"
 
     @property
     def api_url(self) -> str:
-        """The base of the storage node API; a catalog knows a storage node by this."""
+        """The base URL of its API, which is its endpoint in a catalog."""
         return f"{self.url}/api/v1"
 
     def object_url(self, object_id: str) -> str:
@@ -83,12 +88,12 @@ class StorageNode:
 
     @property
     def open_connections(self) -> int:
-        """Connections that clients hold open now."""
+        """Number of open connections."""
         return len(self._connections)
 
     @asynccontextmanager
     async def run(self, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[Self]:
-        """Listen while the context lasts; port 0 takes a free one. At the end every connection is cut."""
+        """Listen for the duration of the context, and then abort every connection. Port 0: any free port."""
         loop = asyncio.get_running_loop()
         server = await loop.create_server(
             lambda: HttpConnection(self._on_connection), host, port, backlog=1024
@@ -102,7 +107,7 @@ class StorageNode:
             await server.wait_closed()
 
     async def drop_connections(self) -> None:
-        """Cut every open connection, as a crash would."""
+        """Abort every open connection, as a crash would."""
         connections = dict(self._connections)
         for connection in connections:
             connection.abort()
@@ -115,7 +120,7 @@ class StorageNode:
         task.add_done_callback(lambda _: self._connections.pop(connection, None))
 
     async def _serve_connection(self, connection: HttpConnection, connection_id: int) -> None:
-        """Serve the requests of one connection, one after the other."""
+        """Serve the requests of one connection in turn."""
         idle_seconds, served = _FIRST_REQUEST_SECONDS, 0
         try:
             while (request := await connection.read_request(idle_seconds)) is not None:
@@ -131,7 +136,7 @@ class StorageNode:
         await self._close_gracefully(connection)
 
     async def _close_gracefully(self, connection: HttpConnection) -> None:
-        """Close in order: a closed transport lives on until the client has read what is left, but not for ever."""
+        """Close the connection. The transport stays until the client has read the rest, for a limited time."""
         connection.close()
         try:
             await connection.sleep(_CLOSE_TIMEOUT)
@@ -151,7 +156,7 @@ class StorageNode:
     async def _serve(
         self, request: Request, connection: HttpConnection, connection_id: int, *, reused: bool
     ) -> bool:
-        """Answer one request; whether the connection can serve another."""
+        """Serve one request. Returns whether the connection can be reused."""
         response = handle_control(request, self.faults, self.requests, self._site)
         if response is not None:
             unlogged = RequestRecord(request.method, request.target, connection_id, time.time())
@@ -186,25 +191,19 @@ class StorageNode:
         )
 
 
-if __name__ == "__main__":
-    from distributor_node.services.demo.cli import main
-
-    main()
-
-
-# What a storage node process serves beside its API: the faults, the request log, and the demo page.
+# Beside its API, the node serves the faults, the request log and the demo page.
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The demo page: its file, and the base URL of the node through which it loads all media."""
+    """The demo page."""
 
-    page: Path
-    node_url: str
+    page: Path  # its file
+    node_url: str  # of the distributor node from which it loads all media
     objects: tuple[DemoObject, ...]
 
     def description(self) -> dict[str, Any]:
-        """What `/demo.json` says: the node, and every object of the manifest with the id of its subtitles."""
+        """Return the document `/demo.json`: the node, and every object of the manifest with the id of its subtitles."""
         return {"node_url": self.node_url.rstrip("/"), "objects": list(_described(self.objects))}
 
 
@@ -228,7 +227,7 @@ def _described(objects: Iterable[DemoObject]) -> Iterable[dict[str, Any]]:
 def handle_control(
     request: Request, faults: FaultRegistry, log: RequestLog, site: Site | None
 ) -> Response | None:
-    """The answer to a request for the control endpoints or the page; None if the path is none of them."""
+    """Return the response for a control endpoint or the page. None: the path is neither."""
     if request.path == "/faults":
         return _faults(request, faults)
     if request.path == "/requests":
@@ -263,3 +262,70 @@ def _page(site: Site) -> Response:
     html = site.page.read_bytes()
     headers = (("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-cache"))
     return Response(200, headers, BytesContent(html), 0, len(html))
+
+
+# The command `python -m distributor_node.services.demo.storage_node`.
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse the command line and serve."""
+    options = _parser().parse_args(arguments)
+    # Logs go to standard error: standard output is for --print-port.
+    structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.stderr))
+    uvloop.run(serve(options))
+
+
+async def serve(options: argparse.Namespace) -> None:
+    """Serve until SIGINT or SIGTERM."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    objects = demo_objects(options.media)
+    site = Site(options.page, options.node_url, tuple(objects))
+    async with StorageNode(objects, site=site).run(options.host, options.port) as node:
+        if options.write_manifest is not None:
+            public_url = (options.public_url or node.url).rstrip("/")
+            write_manifest(options.write_manifest, objects, f"{public_url}/api/v1/files/")
+        if options.print_port:
+            print(node.port, flush=True)
+        logger.info(
+            "storage_node_listening", url=node.url, objects=len(node.objects), node_url=options.node_url
+        )
+        await stop.wait()
+    logger.info("storage_node_stopped")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distributor_node.services.demo.storage_node",
+        description="A storage node with the demo's objects and page. PUT /faults injects faults.",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=3390, help="0: any free port (default: %(default)s)")
+    parser.add_argument(
+        "--media", type=Path, default=DEMO_DIRECTORY / "media", help="directory of <id>-<name>.<ext>"
+    )
+    parser.add_argument(
+        "--page", type=Path, default=DEMO_DIRECTORY / "page" / "index.html", help="the demo page"
+    )
+    parser.add_argument(
+        "--node-url",
+        default="http://127.0.0.1:3334",
+        help="the distributor node that the page uses (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--write-manifest", type=Path, metavar="FILE", help="write a manifest with this node's port"
+    )
+    parser.add_argument(
+        "--public-url",
+        help="URL of this process in the manifest (default: host and port)",
+    )
+    parser.add_argument(
+        "--print-port", action="store_true", help="print the port on standard output once listening"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""One HTTP/1.1 connection at the level of bytes: requests read, anything at all written."""
+"""One HTTP/1.1 server connection at the level of bytes, so that invalid responses can be sent too."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
+from distributor_node.shared.waiting import wait_event
+
 MAX_HEAD_BYTES = 64 * 1024
 MAX_BODY_BYTES = 1024 * 1024
 _WRITE_BUFFER_BYTES = 1024 * 1024
 
 
 class ConnectionLost(Exception):
-    """The connection is gone; nothing more can be sent."""
+    """The connection has ended."""
 
 
 class MalformedRequest(Exception):
-    """What arrived is not a request this server reads."""
+    """The client has sent an invalid request, or one that this server does not support."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request with its header names in lower case; repeated headers are joined by commas."""
+    """A request. Header names are in lower case, and repeated headers are joined by commas."""
 
     method: str
     target: str
@@ -39,7 +41,7 @@ class Request:
 
 
 def parse_head(head: bytes) -> Request:
-    """Read a request line and headers, without the empty line after them; raises MalformedRequest."""
+    """Parse a request line and headers, without the empty line after them. Raises MalformedRequest."""
     line, *fields = head.decode("latin-1").split("\r\n")
     words = line.split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):
@@ -57,7 +59,7 @@ def parse_head(head: bytes) -> Request:
 
 
 class HttpConnection(asyncio.Protocol):
-    """The server's end of one connection. All waits end with ConnectionLost when the client leaves."""
+    """The server's side of one connection. All waits raise ConnectionLost when the client closes it."""
 
     def __init__(self, opened: Callable[[HttpConnection], None]) -> None:
         self._opened = opened
@@ -90,7 +92,7 @@ class HttpConnection(asyncio.Protocol):
         self._writable.set()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Called by the loop; the reason does not matter here, the waiters only learn the fact."""
+        """Called by the loop. The waiters do not need the reason."""
         self.lost.set()
         self._arrived.set()
         self._writable.set()
@@ -104,16 +106,18 @@ class HttpConnection(asyncio.Protocol):
 
     @property
     def unsent(self) -> int:
-        """Bytes written but not yet taken by the kernel."""
+        """Bytes written, but not yet passed to the kernel."""
         return self.transport.get_write_buffer_size()
 
     async def read_request(self, idle_seconds: float) -> Request | None:
-        """The next request; None if the client left or was silent for too long. Raises MalformedRequest."""
+        """Return the next request. None: the client closed, or was idle for too long. Raises MalformedRequest."""
         try:
             async with asyncio.timeout(idle_seconds):
                 while (end := self._received.find(b"\r\n\r\n")) < 0:
                     if len(self._received) > MAX_HEAD_BYTES:
-                        raise MalformedRequest("the head of the request is too long")
+                        raise MalformedRequest(
+                            f"the head of the request has more than {MAX_HEAD_BYTES} bytes"
+                        )
                     await self._more()
                 request = parse_head(bytes(self._received[:end]))
                 del self._received[: end + 4]
@@ -137,41 +141,35 @@ class HttpConnection(asyncio.Protocol):
         if not self.lost.is_set():
             await self._arrived.wait()
         if self.lost.is_set():
-            raise ConnectionLost("the client left")
+            raise ConnectionLost("the client closed the connection")
 
     async def write(self, data: bytes) -> None:
-        """Send, waiting while the client does not read."""
+        """Send, and wait while the client does not read."""
         if not self.lost.is_set():
             self.transport.write(data)
             if not self._writable.is_set():
                 await self._writable.wait()
         if self.lost.is_set():
-            raise ConnectionLost("the client left")
+            raise ConnectionLost("the client closed the connection")
 
     async def flush(self) -> None:
-        """Wait until the kernel has taken all that was written."""
+        """Wait until everything written has been passed to the kernel."""
         self.transport.set_write_buffer_limits(high=0)
         await self.write(b"")
         self.transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
 
     async def sleep(self, seconds: float) -> None:
-        """Wait for some time, or for ever with infinity; ConnectionLost as soon as the client leaves."""
-        if seconds <= 0:
-            return
-        try:
-            async with asyncio.timeout(None if seconds == float("inf") else seconds):
-                await self.lost.wait()
-        except TimeoutError:
-            return
-        raise ConnectionLost("the client left")
+        """Wait for some time, which may be infinite. Raises ConnectionLost as soon as the client closes."""
+        if seconds > 0 and await wait_event(self.lost, seconds):
+            raise ConnectionLost("the client closed the connection")
 
     def close(self) -> None:
-        """Send what is written, then end the connection in order."""
+        """Close the connection after everything written has been sent."""
         if self._transport is not None:
             self._transport.close()
 
     def abort(self, *, reset: bool = False) -> None:
-        """End the connection now and forget what is unsent; with a TCP reset if asked for."""
+        """Close the connection at once, without sending the rest; by a TCP reset if requested."""
         if self._transport is None:
             return
         connection = self._transport.get_extra_info("socket")

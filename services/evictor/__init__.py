@@ -1,7 +1,8 @@
-"""The evictor: keeps the volume below its limit, and the state store true to the volume.
+"""The evictor keeps the volume below its limit, and the index in the state store true to the volume.
 
-One is active, by a lease in the state store; the others stand by. Files: `leadership` (who acts), `term_work` (what it
-does), `index` (the policy and what it knows), `removals` (taking one object away), `eviction` (the watermarks),
-`reconcile` with `adoption`, `partials` and `repair` (volume against state store), `duty` (objects no longer ours),
-`scrub` (rot), `evictor` and `wiring` (all of it at work).
+One evictor acts, by a lease in the state store; the others stand by. Modules, in the order in which things happen:
+`main` and `evictor` (build and run one), `leader_election` (which one acts), `leader_tasks` (what a leader does, and
+when), `index` (the policy and its objects), `eviction` (watermarks and removal), `reconcile`, `adoption` and
+`partial_files` (volume against index), `integrity` (missing records, corruption), `assignment` (objects no longer
+assigned), `operator_state` (backup and purges), `node_import` (objects of an existing node), `source_probes`.
 """

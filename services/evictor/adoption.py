@@ -1,10 +1,14 @@
-"""Taking files of the volume that the store does not know into the index. The disk is the truth."""
+"""Adoption: files on the volume that the state store does not know enter the index. The disk is the truth.
+
+`Adoption` takes in complete files; `PartialReaper` accounts for partial files, and removes abandoned ones.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 
 import structlog
 
@@ -25,47 +29,59 @@ from distributor_node.shared.observability.metrics import RECONCILED
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase, IndexEntry, Lease, StateStore, Term
 from distributor_node.shared.runtime.threads import run_blocking
 
-NEVER = 0.0  # POSIX time of the last access of an object that nobody can ask for any more
+NEVER = 0.0  # POSIX time of the last access of an object that cannot be requested any more
 
 logger = structlog.get_logger()
 
 
+class AdoptionResult(Enum):
+    """What came of one file."""
+
+    ADOPTED = auto()
+    DAMAGED = auto()
+    """Adopted, although its size is not that of its record."""
+    NOT_ADOPTED = auto()
+    """The store knows the object, a live fetch will tell the store, or the file is gone."""
+
+
 @dataclass(frozen=True, slots=True)
 class SeenFile:
-    """The complete file; `valid`: it has a record that fits, or none at all (the catalog may know more)."""
+    """A complete file, as it was a moment ago."""
 
     found: FoundObject
-    valid: bool
-    has_partial: bool
+    valid: bool  # it has a matching record, or none at all (the catalog may know more)
+    has_partial: bool  # a partial file of the same object lies beside it
 
 
 class Adoption:
-    """A file without a record is adopted too: its bytes count, it may be evicted, yet it is no hit until repaired."""
+    """Adopts files, those without a record too: their bytes count, they may be evicted, and they are no hits until they
+    are repaired."""
 
     def __init__(
         self, state: StateStore, volume: Volume, index: EvictionIndex, node_import: NodeImport | None = None
     ) -> None:
-        """`node_import`: it may know how an object was used before it came here."""
+        """`node_import`: may know how an object was used on the node that it comes from."""
         self._state, self._volume, self._index = state, volume, index
         self._node_import = node_import
 
-    async def adopt(self, term: Term, object_id: ObjectId) -> bool | None:
-        """True: adopted. False: adopted, but what its record says is not what is there. None: not adopted, since the
-        store knows it, a live fetch will tell the store, or it is gone."""
+    async def adopt(self, term: Term, object_id: ObjectId) -> AdoptionResult:
+        """Adopt the complete file of this object, if there is one that the store does not know."""
         seen = await run_blocking(_inspect, self._volume, object_id)
         if seen is None:
-            return None
+            return AdoptionResult.NOT_ADOPTED
         [outcome] = await self.adopt_files(term, [seen])
         if isinstance(outcome, VolumeError):
             raise outcome
         return outcome
 
     async def inspect(self, object_ids: Sequence[ObjectId]) -> Sequence[SeenFile | VolumeError | None]:
-        """Many files in one go, for `adopt_files`; None: gone."""
+        """Look at many files at once, for `adopt_files`. None: the file is gone."""
         return await run_blocking(_inspect_all, self._volume, object_ids)
 
-    async def adopt_files(self, term: Term, seen: Sequence[SeenFile]) -> Sequence[bool | VolumeError | None]:
-        """As `adopt`, of some hundred files at most that were looked at a moment ago."""
+    async def adopt_files(
+        self, term: Term, seen: Sequence[SeenFile]
+    ) -> Sequence[AdoptionResult | VolumeError]:
+        """`adopt` a few hundred files at most, just after `inspect`. An error of one file stands in its place."""
         faults = {}
         for one in seen:
             if one.has_partial:
@@ -76,10 +92,11 @@ class Adoption:
         ready = [one for one in seen if one.found.object_id not in faults]
         entries = self._index.with_priorities([self._entry_of(one.found) for one in ready])
         adopted = await self._state.adopt_many(term, [_as_index_entry(entry) for entry in entries])
-        outcomes: dict[ObjectId, bool | VolumeError | None] = {**faults}
+        outcomes: dict[ObjectId, AdoptionResult | VolumeError] = {**faults}
         for one, entry, taken in zip(ready, entries, adopted, strict=True):
-            outcomes[entry.object_id] = one.valid if taken else None
+            outcomes[entry.object_id] = AdoptionResult.NOT_ADOPTED
             if taken:
+                outcomes[entry.object_id] = AdoptionResult.ADOPTED if one.valid else AdoptionResult.DAMAGED
                 await self._register(term, one, entry)
         RECONCILED.labels("adopted").inc(sum(adopted))
         return [outcomes[one.found.object_id] for one in seen]
@@ -104,7 +121,7 @@ class Adoption:
         return None if self._node_import is None else self._node_import.usage_of(found)
 
     async def adopt_trashed(self, term: Term, object_id: ObjectId, size: int) -> bool:
-        """Count a file that is out of sight, and mark it as being evicted. False: the store knows the object."""
+        """Count a file in the trash, and mark it as being evicted. False: the store knows the object."""
         if not await self._state.adopt(term, IndexEntry(object_id, size, 1, NEVER)):
             return False
         await self._state.begin_eviction(term, object_id, 0.0)
@@ -113,14 +130,15 @@ class Adoption:
         return True
 
     async def adopt_partial(self, term: Term, object_id: ObjectId, at_least: int) -> None:
-        """Reserve what a partial file may take, if no fetch has done so; nothing if it is gone meanwhile."""
+        """Reserve what a partial file may take, unless a fetch has done so, or the file is gone."""
         size = await run_blocking(_size_to_reserve, self._volume, object_id, at_least)
         if size is not None and await self._state.adopt_partial(term, object_id, size):
             RECONCILED.labels("adopted_partial").inc()
             logger.info("partial_adopted", object_id=object_id, bytes=size)
 
     async def _remove_partial(self, term: Term, object_id: ObjectId) -> None:
-        """The object is complete: a partial file beside it, whose fetch is over, must not be counted as one with it."""
+        """Remove a partial file beside a complete object. Its fetch is over, and its bytes must not be counted as part
+        of the object."""
         lease = await self._state.steal_lease(term, object_id)
         if lease is None:
             return
@@ -161,30 +179,31 @@ def _as_index_entry(entry: PolicyEntry) -> IndexEntry:
     return IndexEntry(entry.object_id, entry.size, entry.frequency, entry.last_access, entry.priority)
 
 
-# Partial files against the store's fetches: each is accounted for, abandoned ones go.
+# Partial files are compared with the store's fetches. Each is accounted for, and abandoned ones are removed.
 #
-# The volume is looked at before the store: a file whose fetch began before it was seen has its row by then, and one
-# whose
-# fetch ended meanwhile is no longer there when it is looked at again.
+# Race: 1. we scan the volume; 2. a fetch begins or ends; 3. we read the store's fetches.
+# The volume comes first: a fetch that had begun when its file was seen is in the store by then. A file whose fetch has
+# ended since is gone when it is looked at again.
 
 _RESUME_FRACTION = 0.8
-"""Of the time that a worker waits for space, so that its request is still in force then."""
+"""Share of the time that a worker waits for space: its request is still in force then."""
 
 
 class PartialReaper:
-    """`keep`: seconds that an abandoned partial file waits for its resumption; `space_wait`: that a worker waits for
-    the room that it has asked for."""
+    """Ends abandoned fetches, and frees their reservations when space is needed."""
 
     def __init__(
         self, state: StateStore, volume: Volume, adoption: Adoption, keep: float, space_wait: float
     ) -> None:
+        """`keep`: seconds that an abandoned partial file waits to be resumed; `space_wait`: seconds that a worker waits
+        for the space that it has requested."""
         self._state, self._volume, self._adoption, self._keep = state, volume, adoption, keep
         self._resume_grace = _RESUME_FRACTION * space_wait
 
     async def sweep(self, term: Term) -> int:
-        """Account for unknown partial files, remove hopeless and old ones, end fetches that left nothing.
+        """Account for unknown partial files, remove unusable and old ones, and end parked fetches without a file.
 
-        Returns how many things lie there that are none of ours.
+        Returns the number of foreign files among them.
         """
         found, foreign = await run_blocking(scan_partial_files, self._volume)
         fetches = {fetch.object_id: fetch for fetch in await self._state.fetches()}
@@ -196,9 +215,10 @@ class PartialReaper:
         return len(foreign)
 
     async def free(self, term: Term, wanted: int) -> int:
-        """Give up parked fetches, longest parked first, until `wanted` bytes are free; bytes freed.
+        """Discard parked fetches, longest parked first, until `wanted` bytes are free. Returns the bytes freed.
 
-        Those parked a moment ago stay: their jobs are on the way to another worker, and clients may be following them.
+        Fetches that were parked a short time ago stay: their jobs are on the way to another worker, and clients may be
+        following their files.
         """
         if wanted <= 0:
             return 0
@@ -216,7 +236,7 @@ class PartialReaper:
         return freed
 
     async def discard(self, term: Term, object_id: ObjectId) -> None:
-        """Give up one parked fetch, if it is one."""
+        """Discard the fetch of this object, if it is parked."""
         await self._reap(term, object_id, "purged")
 
     async def _reconcile_one(self, term: Term, partial: FoundPartial, fetch: Fetch | None) -> None:
@@ -224,7 +244,7 @@ class PartialReaper:
             return
         object_id = partial.object_id
         if fetch is None or fetch.phase is not FetchPhase.PARKED:
-            # A claim may or may not have a reservation: the store knows, and adds none twice
+            # A claim may have a reservation already; the store adds none twice
             await self._adoption.adopt_partial(term, object_id, partial.size)
         sidecar = await run_blocking(self._volume.partial_record, object_id)
         idle = time.time() - partial.changed_at
@@ -234,13 +254,14 @@ class PartialReaper:
             await self._reap(term, object_id, "abandoned")
 
     async def _reap(self, term: Term, object_id: ObjectId, reason: str) -> int:
-        """End a fetch that nobody works on: take its lease, remove what it left, give the reservation back.
+        """End a fetch without a live worker: take its lease, remove its file, release its reservation.
 
-        Bytes freed; 0 if a worker has it again, or still writes although its lease is over, or has made it an object.
+        Returns the bytes freed. They are 0 if a worker has the fetch again, still writes although its lease has
+        expired, or has completed the object.
         """
         stored = await run_blocking(self._volume.find_object, object_id)
-        if await self._adoption.adopt(term, object_id) is not None:
-            return 0  # the worker got as far as the complete file, and died before it could tell
+        if await self._adoption.adopt(term, object_id) is not AdoptionResult.NOT_ADOPTED:
+            return 0  # its worker completed the file, and died before it could tell the store
         lease = await self._state.steal_lease(term, object_id)
         if lease is None:
             return 0
@@ -262,8 +283,8 @@ class PartialReaper:
 
 
 def _remove(volume: Volume, lease: Lease, stored: FoundObject | None) -> bool:
-    """Remove the partial file. False if its writer, whose lease was over, has made it a complete object since
-    `stored` was looked at: then the reservation is what accounts for it."""
+    """Remove the partial file. False if its writer, although its lease had expired, has completed the object since
+    `stored` was looked at: then the reservation accounts for the new file."""
     discard_partial_file(volume, lease.object_id, lease.size)
     return volume.find_object(lease.object_id) == stored
 

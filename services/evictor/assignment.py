@@ -1,7 +1,8 @@
-"""Objects that are no longer ours: the catalog's whole list against what we hold, each confirmed before it goes.
+"""Removal of objects that are not assigned to this node any more.
 
-A squid that leaves one of a worker's buckets out of its answer gives a list that looks whole. So no object goes on the
-word of a list alone: asked for that object, the catalog must not say that it is ours.
+The catalog's whole list is compared with the objects that we hold. A squid that leaves one of a worker's buckets out of
+its response gives a list that looks complete. So the list alone removes nothing: the catalog is asked about each object
+that is not listed, and the object stays if it turns out to be assigned to us.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import structlog
 
 from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import CompactIdSet, EvictionIndex
-from distributor_node.shared.adapters.volume.records import read_root_file, write_root_file
+from distributor_node.shared.adapters.volume.layout import map_os_errors, sync_directory
+from distributor_node.shared.adapters.volume.records import MAX_ROOT_FILE_BYTES, atomic_write, read_capped
 from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput
 from distributor_node.shared.domain.objects import Assignment, ObjectId, parse_bucket_id
 from distributor_node.shared.observability.metrics import RECONCILED
@@ -23,24 +25,22 @@ from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import Term
 from distributor_node.shared.runtime.threads import run_blocking
 
-_LOOKUP_PAUSE = 0.1  # seconds between two questions about single objects: nobody waits for the answers
+_LOOKUP_PAUSE = 0.1  # seconds between two look-ups of single objects, which are not urgent
 
 logger = structlog.get_logger()
 
 
 def implausible_reason(held: int, listed: int, to_drop: int) -> str | None:
-    """Why a list is not to be believed, in words; None if it may be. All are numbers of objects."""
+    """Why a list is not plausible, in words; None if it is. All arguments are numbers of objects."""
     if held and not listed:
-        return "the catalog lists nothing, and we hold objects"
+        return f"the list is empty, but the node holds {held} objects"
     if to_drop * 2 > held:
-        return f"it would drop {to_drop} of {held} objects, more than half"
+        return f"the list would remove {to_drop} of {held} objects, more than half"
     return None
 
 
 class AssignmentCheck:
-    """`can_list`: False for catalogs that cannot (an origin); then there is nothing to do, ever. `root`: of the volume,
-    which keeps the assignment of the last check: where that was another one, most of what we hold may well have
-    to go."""
+    """Compares what we hold with the catalog's list, and purges what is not assigned to us."""
 
     def __init__(
         self,
@@ -51,19 +51,26 @@ class AssignmentCheck:
         can_list: bool,
         root: Path,
     ) -> None:
+        """`can_list`: False for a catalog that cannot list objects (an origin): then there is nothing to do.
+
+        `root`: of the volume. It keeps the assignment of the last check: after a change of assignment a list that
+        removes most objects is plausible.
+        """
         self._catalog, self._index, self._remover = catalog, index, remover
         self._assignment, self._can_list, self._root = assignment, can_list, root
         self._initialized = False
 
     def change(self, assignment: Assignment) -> bool:
-        """The assignment as operators have ordered it. True if that is another one than a moment ago: the list is to be
-        asked for soon. The orders found at the start are no such change."""
+        """Take over the current assignment. True if it has changed, so that the list should be read soon.
+
+        The first call after the start is no change.
+        """
         changed = self._initialized and assignment.effective != self._assignment.effective
         self._assignment, self._initialized = assignment, True
         return changed
 
     async def run(self, term: Term) -> bool:
-        """Purge what is no longer ours, unless the list is implausible; False if the catalog has failed."""
+        """Purge what is not assigned to us, unless the list is implausible. False if the catalog has failed."""
         if not self._can_list:
             return True
         assignment = self._assignment.effective
@@ -80,15 +87,15 @@ class AssignmentCheck:
         return True
 
     async def _unassigned(self, assignment: Assignment) -> Sequence[ObjectId] | None:
-        """What we hold and the list does not name; None if the list is not to be believed."""
-        # Only what was there before the list was asked for: what came later may be newer than the list
+        """The objects that we hold and the list does not name; None if the list is not plausible."""
+        # Only objects that were here before the list was requested: later ones may be newer than the list
         older = CompactIdSet()
         older.update(await self._held())
         if not len(older):
             return ()
         listed = await self._listed(assignment)
         if assignment != self._assignment.effective:
-            return None  # changed while the list was read: the next one counts
+            return None  # it has changed while the list was read: the next list counts
         held = await self._held()
         unassigned = [object_id for object_id in held if object_id not in listed]
         checked = await run_blocking(read_checked_assignment, self._root)
@@ -104,8 +111,7 @@ class AssignmentCheck:
     async def _purge_unassigned(
         self, term: Term, assignment: Assignment, unassigned: Sequence[ObjectId]
     ) -> bool:
-        """Those of which the catalog, asked one by one, says the same; False if the assignment has changed
-        meanwhile."""
+        """Purge those objects for which a look-up agrees with the list. False if the assignment has changed since."""
         contradicted = 0
         for object_id in unassigned:
             known = await self._catalog.look_up(object_id)
@@ -133,22 +139,25 @@ class AssignmentCheck:
         return [entry.object_id for entry in self._index.policy.dump()]
 
 
-# The assignment that what lies on the volume was last checked against:
-# another one now may well make most of it strange.
+# The assignment of the last check, on the volume. If the current one differs, most objects may be unassigned.
 
 NAME = "duty.json"
 
 
 def read_checked_assignment(root: Path) -> Assignment | None:
-    """Blocks. None: nobody has checked yet, or the file cannot be read. VolumeError: disk trouble."""
-    text = read_root_file(root, NAME)
+    """The assignment of the last check. None: there was none, or the file is invalid. VolumeError: the disk fails.
+
+    Blocking: call from a worker thread.
+    """
+    with map_os_errors(f"read {NAME}"):
+        text = read_capped(root / NAME, limit=MAX_ROOT_FILE_BYTES)
     if text is None:
         return None
     try:
         document = json.loads(text)
         buckets, worker_id = document["buckets"], document["workerId"]
         if worker_id is not None and type(worker_id) is not int:
-            raise ValueError("a worker that is no number")
+            raise ValueError("workerId: expected a whole number or null")
         return Assignment(None if buckets is None else frozenset(map(parse_bucket_id, buckets)), worker_id)
     except (ValueError, TypeError, KeyError, RecursionError, InvalidInput) as error:
         logger.error("assignment_file_invalid", file=NAME, reason=type(error).__name__)
@@ -156,6 +165,9 @@ def read_checked_assignment(root: Path) -> Assignment | None:
 
 
 def write_checked_assignment(root: Path, assignment: Assignment) -> None:
-    """Blocks; in one step. VolumeError if that fails."""
+    """Replace the file atomically. VolumeError if that fails. Blocking: call from a worker thread."""
     buckets = None if assignment.bucket_ids is None else sorted(assignment.bucket_ids)
-    write_root_file(root, NAME, json.dumps({"buckets": buckets, "workerId": assignment.worker_id}) + "\n")
+    text = json.dumps({"buckets": buckets, "workerId": assignment.worker_id}) + "\n"
+    with map_os_errors(f"write {NAME}"):
+        atomic_write(root / NAME, text.encode())
+        sync_directory(root)

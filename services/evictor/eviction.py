@@ -1,11 +1,17 @@
-"""Keeping the volume below its high watermark, and making room when a worker asks."""
+"""Eviction: keeps the volume below its high watermark, and frees space that a worker requests.
+
+`Eviction.run` is one pass: it asks the policy for victims, removes them in batches, and logs what went and why.
+`ObjectRemover` removes objects, for eviction and for every other reason.
+"""
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import structlog
 
@@ -15,7 +21,7 @@ from distributor_node.shared.adapters.volume import Removal, RemovalState, Volum
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import PolicyEntry
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import Usage, Watermarks, footprint, missing_for
+from distributor_node.shared.domain.space import EvictionReason, Usage, Watermarks, footprint, missing_for
 from distributor_node.shared.observability.metrics import (
     EVICTED_BYTES,
     EVICTED_OBJECT_IDLE,
@@ -28,22 +34,24 @@ from distributor_node.shared.ports.state_store import StateStore, Term
 from distributor_node.shared.runtime.threads import run_blocking
 
 _EVICTION_BATCH = 128
-_IN_USE_COOLDOWN = 2.0
-_FAILURE_COOLDOWN = 60.0
+_IN_USE_COOLDOWN = 2.0  # seconds until a victim that was in use is tried again
+_FAILURE_COOLDOWN = 60.0  # the same, after the disk failed to remove it
+_MAX_LOGGED_VICTIMS = 5
+_SPACE = "space"  # label of the metrics for everything that is evicted to make room
 
 logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class EvictionRules:
-    """`min_idle`: seconds since its last access before an object may go."""
+    """When eviction begins and ends, and which objects it spares."""
 
     watermarks: Watermarks
-    min_idle: float
+    min_idle: float  # seconds since its last access before an object may be evicted
 
 
 class Eviction:
-    """One pass after the other, by the leader's loop. `clock`: POSIX seconds."""
+    """Runs passes for the leader, one after the other."""
 
     def __init__(
         self,
@@ -54,71 +62,79 @@ class Eviction:
         rules: EvictionRules,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`clock`: POSIX seconds."""
         self._state, self._index, self._remover, self._reaper = state, index, remover, reaper
         self._rules, self._clock = rules, clock
-        self._spared_until: dict[ObjectId, float] = {}
+        self._spared_until: dict[ObjectId, float] = {}  # monotonic seconds
         self.pinned: frozenset[ObjectId] = frozenset()
         self.blocked = False
+        """Whether the last pass could not free enough."""
 
     async def run(self, term: Term, usage: Usage, device_free: int) -> None:
-        """Evict what has to go now, as `usage` says; usage is looked at again after each batch.
+        """One pass: evict what `usage` requires. Usage is read again after each batch.
 
-        `device_free`: bytes, measured just before. From there on what goes is added: a device that gives bytes back
-        late must not cost more objects than were asked for.
+        `device_free`: free bytes of the device, measured just before. The bytes of victims are added to it instead of
+        measuring again: a device that frees them late must not cost more objects than were requested.
         """
-        max_idle, watermarks = 0.0, self._rules.watermarks
+        report = PassReport(self._index.policy.name)
+        try:
+            await self._evict_until_enough(term, usage, device_free, report)
+        finally:
+            report.publish()
+
+    async def _evict_until_enough(
+        self, term: Term, usage: Usage, device_free: int, report: PassReport
+    ) -> None:
+        watermarks = self._rules.watermarks
         if usage.used + usage.reserved > watermarks.high:
-            watermarks = Watermarks(low=watermarks.low, high=watermarks.low)  # once begun, all the way down
+            # Once begun, down to the low mark
+            watermarks = Watermarks(low=watermarks.low, high=watermarks.low)
         while True:
             wanted = await self._state.space_requested()
             needed = watermarks.to_evict(usage, wanted, device_free)
             if needed <= 0:
                 self._set_blocked(0)
-                break
+                return
             await self._index.refresh()
-            victims = self._select(needed)
+            reason = watermarks.reason_to_evict(usage, wanted, device_free)
+            victims = self._select(needed, reason)
             if not victims:
                 shortfall = needed - await self._reaper.free(term, missing_for(usage, wanted, device_free))
                 self._set_blocked(shortfall)
-                break
-            idle, freed = await self._evict(term, victims)
-            max_idle, device_free = max(max_idle, idle), device_free + freed
+                return
+            device_free += await self._evict(term, victims, report)
             usage = await self._state.usage()
-        if max_idle:
-            LAST_EVICTION_MAX_IDLE.set(max_idle)
 
-    def _select(self, needed: int) -> Sequence[PolicyEntry]:
+    def _select(self, needed: int, reason: EvictionReason) -> Sequence[Victim]:
         now = time.monotonic()
         self._spared_until = {
             object_id: until for object_id, until in self._spared_until.items() if until > now
         }
-        return self._index.policy.victims(
+        policy, now = self._index.policy, self._clock()
+        chosen = policy.victims(
             needed,
-            self._clock(),
+            now,
             min_idle=self._rules.min_idle,
             spared=self._spared_until.keys() | self.pinned,
             at_most=_EVICTION_BATCH,
         )
+        return [Victim(entry, now - entry.last_access, policy.inflation, reason) for entry in chosen]
 
-    async def _evict(self, term: Term, victims: Sequence[PolicyEntry]) -> tuple[float, int]:
-        """Evict some victims together; of those gone the longest idle age (seconds), and their bytes."""
-        object_ids = [entry.object_id for entry in victims]
-        outcomes = await self._remover.evict_batch(term, object_ids, self._rules.min_idle)
-        now, max_idle, freed = self._clock(), 0.0, 0
-        for entry, outcome in zip(victims, outcomes, strict=True):
+    async def _evict(self, term: Term, victims: Sequence[Victim], report: PassReport) -> int:
+        """Evict one batch; the bytes freed."""
+        outcomes = await self._remover.evict_batch(term, victims, self._rules.min_idle)
+        freed = 0
+        for victim, outcome in zip(victims, outcomes, strict=True):
+            report.add(victim, outcome)
             if outcome is RemovalOutcome.REMOVED:
-                idle = now - entry.last_access
-                max_idle = max(max_idle, idle)
-                freed += footprint(entry.size)
-                EVICTED_OBJECT_IDLE.observe(idle)
-                EVICTED_OBJECT_SIZE.observe(entry.size)
+                freed += footprint(victim.entry.size)
             elif outcome is not RemovalOutcome.DEFERRED:
                 cooldown = _FAILURE_COOLDOWN if outcome is RemovalOutcome.FAILED else _IN_USE_COOLDOWN
-                self._spared_until[entry.object_id] = time.monotonic() + cooldown
-        return max_idle, freed
+                self._spared_until[victim.object_id] = time.monotonic() + cooldown
+        return freed
 
     def _set_blocked(self, shortfall: int) -> None:
-        """Say once, not every second, that nothing can go."""
+        """Log once, not every second, that nothing can be evicted."""
         blocked = shortfall > 0
         if blocked and not self.blocked:
             logger.warning("eviction_blocked", missing_bytes=shortfall, objects=len(self._index.policy))
@@ -127,37 +143,123 @@ class Eviction:
         self.blocked = blocked
 
 
-# Taking one object away: state store first, so that nobody counts on it, then the file, then its bytes.
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """An object that the policy has chosen, and why."""
+
+    entry: PolicyEntry
+    idle: float  # seconds since its last access
+    inflation: float  # the policy's L at that moment
+    reason: EvictionReason
+
+    @property
+    def object_id(self) -> ObjectId:
+        return self.entry.object_id
+
+    def log_fields(self) -> dict[str, Any]:
+        """Fields of a log event. Policies without priorities have no L either."""
+        has_priority = self.entry.priority > 0
+        return {
+            "size": self.entry.size,
+            "views": self.entry.frequency,
+            "idle_seconds": round(self.idle, 1),
+            "priority": self.entry.priority if has_priority else None,
+            "inflation": self.inflation if has_priority else None,
+            "reason": self.reason.value,
+        }
+
+
+class PassReport:
+    """Counts what one pass evicts, for the metrics and for one log event at its end."""
+
+    def __init__(self, policy: str) -> None:
+        self._policy = policy
+        self._evicted = self._deferred = self._skipped = self._bytes = 0
+        self._max_idle = 0.0
+        self._largest: list[
+            tuple[int, int, Victim]
+        ] = []  # heap by size; the serial number keeps victims uncompared
+
+    def add(self, victim: Victim, outcome: RemovalOutcome) -> None:
+        if outcome is RemovalOutcome.DEFERRED:
+            self._deferred += 1
+        elif outcome is not RemovalOutcome.REMOVED:
+            self._skipped += 1
+        else:
+            self._evicted += 1
+            self._bytes += footprint(victim.entry.size)
+            self._max_idle = max(self._max_idle, victim.idle)
+            EVICTED_OBJECT_IDLE.observe(victim.idle)
+            EVICTED_OBJECT_SIZE.observe(victim.entry.size)
+            heapq.heappush(self._largest, (victim.entry.size, self._evicted, victim))
+            if len(self._largest) > _MAX_LOGGED_VICTIMS:
+                heapq.heappop(self._largest)
+
+    def publish(self) -> None:
+        """Set the gauge and log the pass, if it has evicted anything."""
+        if not self._evicted:
+            return
+        if self._max_idle:
+            LAST_EVICTION_MAX_IDLE.set(self._max_idle)
+        logger.info(
+            "object_evicted",
+            policy=self._policy,
+            evicted=self._evicted,
+            bytes=self._bytes,
+            deferred=self._deferred,
+            skipped=self._skipped,
+            largest=[
+                {"object_id": victim.object_id, **victim.log_fields()}
+                for _, _, victim in sorted(self._largest, reverse=True)
+            ],
+        )
+
+
+# Removing one object: first the state store, so that no other process counts on it, then the file, then its bytes.
 #
-# The lock on the file is taken before the store is told and given back after everything is done: a leader that was
-# stopped in between keeps the name from being used again, and its successor finds the file in use.
+# The lock on the file is taken before the store is told and released after everything is done. A leader that is stopped
+# in between keeps the name from being used again, and its successor finds the file in use.
 
 ANY_IDLE = 0.0
-"""Least idle time of an object that must go however recently it was read."""
+"""Minimum idle time of an object that has to be removed however recently it was read."""
 
 
 class RemovalOutcome(StrEnum):
-    """REMOVED: file, entry and bytes. IN_USE: somebody is sending it. REFUSED: the store does not let it go now.
-    FAILED: the volume could not remove it. DEFERRED: out of sight, its bytes count until its readers have finished."""
+    """How the attempt to remove one object has ended."""
 
     REMOVED = "gone"
+    """File and entry are gone, the bytes are free."""
     IN_USE = "in_use"
+    """It is being sent."""
     REFUSED = "refused"
+    """The store does not allow it now."""
     FAILED = "failed"
+    """The volume could not remove it."""
     DEFERRED = "leaving"
+    """Requests miss it, and its bytes count until its readers have finished."""
 
 
 class ObjectRemover:
-    """Removes objects in the name of the leader. `reasons` keeps why an object that is still leaving has to go."""
+    """Removes objects for the leader."""
 
     def __init__(self, state: StateStore, volume: Volume, index: EvictionIndex) -> None:
         self._state, self._volume, self._index = state, volume, index
-        self._reasons: dict[ObjectId, str] = {}
+        # Of objects whose removal has begun and not finished
+        self._reasons: dict[ObjectId, str | Victim] = {}
 
     async def evict(
-        self, term: Term, object_id: ObjectId, min_idle: float, reason: str, *, even_pinned: bool = False
+        self,
+        term: Term,
+        object_id: ObjectId,
+        min_idle: float,
+        reason: str | Victim,
+        *,
+        even_pinned: bool = False,
     ) -> RemovalOutcome:
-        """Remove a complete object unless it is in use, pinned, or was read less than `min_idle` seconds ago."""
+        """Remove a complete object unless it is in use, pinned, or was read less than `min_idle` seconds ago.
+
+        `reason`: the victim that is evicted to make room, or a label of the metrics.
+        """
         removal = self._volume.removal(object_id)
         try:
             found = await self._begin(object_id, removal)
@@ -165,7 +267,7 @@ class ObjectRemover:
                 return RemovalOutcome.FAILED
             if found is RemovalState.IN_USE:
                 return RemovalOutcome.IN_USE
-            # Without a file there is nothing to be careful with
+            # Without a file only the entry is left, which may go at once
             required_idle = min_idle if found is RemovalState.READY else ANY_IDLE
             even_pinned = even_pinned or found is not RemovalState.READY
             if not await self._state.begin_eviction(term, object_id, required_idle, even_pinned=even_pinned):
@@ -176,41 +278,47 @@ class ObjectRemover:
             removal.close()
 
     async def evict_batch(
-        self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
+        self, term: Term, victims: Sequence[Victim], min_idle: float
     ) -> Sequence[RemovalOutcome]:
-        """`evict` each for space: a hundred or so, in few steps. For each of them their order is that of `evict`, and
-        an error of the store leaves none half done that `complete` would not bring to its end."""
-        removals = [self._volume.removal(object_id) for object_id in object_ids]
+        """`evict` about a hundred victims in few steps.
+
+        The order of steps for each victim is that of `evict`. After an error of the store `complete` can finish every
+        removal that has begun.
+        """
+        removals = [self._volume.removal(victim.object_id) for victim in victims]
         try:
             found = await run_blocking(_begin_all, removals)
             outcomes = {
-                object_id: RemovalOutcome.IN_USE if state is RemovalState.IN_USE else RemovalOutcome.FAILED
-                for object_id, state in zip(object_ids, found, strict=True)
+                victim.object_id: RemovalOutcome.IN_USE
+                if state is RemovalState.IN_USE
+                else RemovalOutcome.FAILED
+                for victim, state in zip(victims, found, strict=True)
                 if state is not RemovalState.READY and state is not RemovalState.ABSENT
             }
             ready = {
-                object_id: removal
-                for object_id, removal, state in zip(object_ids, removals, found, strict=True)
+                victim.object_id: (victim, removal)
+                for victim, removal, state in zip(victims, removals, found, strict=True)
                 if state is RemovalState.READY
             }
             outcomes |= await self._evict_locked(term, ready, min_idle)
         finally:
             for removal in removals:
                 removal.close()
-        for object_id in object_ids:
-            if object_id not in outcomes:  # no file there: nothing to be careful with
-                outcomes[object_id] = await self.evict(term, object_id, min_idle, "space")
-        return [outcomes[object_id] for object_id in object_ids]
+        for victim in victims:
+            if victim.object_id not in outcomes:  # there is no file
+                outcomes[victim.object_id] = await self.evict(term, victim.object_id, min_idle, victim)
+        return [outcomes[victim.object_id] for victim in victims]
 
     async def _evict_locked(
-        self, term: Term, ready: Mapping[ObjectId, Removal], min_idle: float
+        self, term: Term, ready: Mapping[ObjectId, tuple[Victim, Removal]], min_idle: float
     ) -> dict[ObjectId, RemovalOutcome]:
         object_ids = list(ready)
         begun = await self._state.begin_evictions(term, object_ids, min_idle)
         outcomes = dict.fromkeys(object_ids, RemovalOutcome.REFUSED)
         evicting = [object_id for object_id, granted in zip(object_ids, begun, strict=True) if granted]
-        self._reasons.update(dict.fromkeys(evicting, "space"))
-        results = await run_blocking(_unlink_each, self._volume, {one: ready[one] for one in evicting})
+        self._reasons.update({object_id: ready[object_id][0] for object_id in evicting})
+        locked = {object_id: ready[object_id][1] for object_id in evicting}
+        results = await run_blocking(_unlink_each, self._volume, locked)
         removed = []
         for object_id in evicting:
             result = results[object_id]
@@ -225,7 +333,7 @@ class ObjectRemover:
                 outcomes[object_id] = RemovalOutcome.REMOVED
         for object_id, freed in zip(removed, await self._state.finish_evictions(term, removed), strict=True):
             self._reasons.pop(object_id, None)
-            self._record_evicted(object_id, "space", freed)
+            self._record_removed(object_id, ready[object_id][0], freed)
         return outcomes
 
     async def _cancel(self, term: Term, object_id: ObjectId, error: VolumeError) -> None:
@@ -234,8 +342,11 @@ class ObjectRemover:
         logger.error("object_removal_failed", object_id=object_id, reason=str(error))
 
     async def purge(self, term: Term, object_id: ObjectId, reason: str) -> RemovalOutcome:
-        """The object must go although it may be in use or pinned: from now on requests miss it, readers finish
-        undisturbed, and its bytes count until they have (see `complete`)."""
+        """Remove an object even if it is in use or pinned.
+
+        Requests miss it from now on. Its readers finish undisturbed, and its bytes count until they have finished
+        (see `complete`).
+        """
         outcome = await self.evict(term, object_id, ANY_IDLE, reason, even_pinned=True)
         if outcome is not RemovalOutcome.IN_USE:
             return outcome
@@ -246,13 +357,13 @@ class ObjectRemover:
         try:
             await run_blocking(self._volume.removal(object_id).rename_to_trash)
         except VolumeError as error:
-            # Its readers may have finished and another attempt may have removed it: `complete` finds out
+            # Its readers may have finished, and another attempt may have removed it. `complete` will see
             logger.warning("object_rename_failed", object_id=object_id, reason=str(error))
         logger.info("eviction_deferred", object_id=object_id, reason=reason)
         return RemovalOutcome.DEFERRED
 
     async def complete(self, term: Term, object_id: ObjectId) -> RemovalOutcome:
-        """Finish a removal that has begun (the entry is evicting): now, or DEFERRED while somebody reads the file."""
+        """Finish a removal that has begun (the entry is evicting). DEFERRED while the file is being read."""
         removal = self._volume.removal(object_id)
         try:
             found = await self._begin(object_id, removal)
@@ -265,7 +376,7 @@ class ObjectRemover:
             removal.close()
 
     async def _begin(self, object_id: ObjectId, removal: Removal) -> RemovalState | None:
-        """None if what stands under the name cannot be locked: a link that somebody put there, a failing disk."""
+        """Lock the file; None if it cannot be locked: it is a link, or the disk fails."""
         try:
             return await run_blocking(removal.begin)
         except VolumeError as error:
@@ -275,7 +386,7 @@ class ObjectRemover:
     async def _finish(
         self, term: Term, object_id: ObjectId, removal: Removal, found: RemovalState
     ) -> RemovalOutcome:
-        """The entry is evicting and `removal` has begun: unlink what is there under the name, then free the bytes."""
+        """The entry is evicting and `removal` has begun: unlink the files of this name, then free the bytes."""
         try:
             still_there = await run_blocking(_unlink_all, self._volume, object_id, removal, found)
         except VolumeError as error:
@@ -286,28 +397,31 @@ class ObjectRemover:
             return RemovalOutcome.DEFERRED
         reason = self._reasons.pop(object_id, "unfinished")
         freed = await self._state.finish_eviction(term, object_id)
-        self._record_evicted(object_id, reason, freed)
+        self._record_removed(object_id, reason, freed)
         return RemovalOutcome.REMOVED
 
-    def _record_evicted(self, object_id: ObjectId, reason: str, freed: int) -> None:
-        for_space = reason == "space"
-        self._index.removed(object_id, evicted=for_space)
-        if for_space and freed:
+    def _record_removed(self, object_id: ObjectId, reason: str | Victim, freed: int) -> None:
+        victim = reason if isinstance(reason, Victim) else None
+        self._index.removed(object_id, evicted=victim is not None)
+        if not freed:
+            return
+        if victim is not None:
             self._index.ghosts.add(object_id)
-        if freed:
-            EVICTIONS.labels(reason).inc()
-            EVICTED_BYTES.labels(reason).inc(freed)
-            logger.debug("object_removed", object_id=object_id, reason=reason, bytes=freed)
+        label = _SPACE if isinstance(reason, Victim) else reason
+        EVICTIONS.labels(label).inc()
+        EVICTED_BYTES.labels(label).inc(freed)
+        fields = {"reason": label} if victim is None else victim.log_fields()
+        logger.debug("object_removed", object_id=object_id, bytes=freed, **fields)
 
     async def complete_all(self, term: Term, at_most: int) -> int:
-        """Try to finish removals that have begun; how many are left."""
+        """Try to finish removals that have begun; returns how many are left."""
         for object_id in list(self._index.evicting)[:at_most]:
             outcome = await self.complete(term, object_id)
-            # One whose removal failed and was called off is not evicting any more
+            # A removal that failed and was cancelled is not in progress any more
             begun = object_id in self._index.evicting
             self._index.evicting.pop(object_id, None)
             if outcome is RemovalOutcome.DEFERRED or (outcome is RemovalOutcome.FAILED and begun):
-                self._index.evicting[object_id] = None  # to the end: the next look begins with others
+                self._index.evicting[object_id] = None  # to the end: the next call begins with others
         return len(self._index.evicting)
 
 
@@ -323,7 +437,7 @@ def _begin_all(removals: Sequence[Removal]) -> Sequence[RemovalState | VolumeErr
 
 
 def _unlink_each(volume: Volume, ready: Mapping[ObjectId, Removal]) -> Mapping[ObjectId, bool | VolumeError]:
-    """`_unlink_all` of each, or what went wrong."""
+    """`_unlink_all` for each; its error in place of a result."""
     results: dict[ObjectId, bool | VolumeError] = {}
     for object_id, removal in ready.items():
         try:
@@ -334,9 +448,10 @@ def _unlink_each(volume: Volume, ready: Mapping[ObjectId, Removal]) -> Mapping[O
 
 
 def _unlink_all(volume: Volume, object_id: ObjectId, removal: Removal, found: RemovalState) -> bool:
-    """Unlink by a removal that has begun; True if another file of the name, in use, is left (one was set aside before).
+    """Unlink by a removal that has begun. True if another file of the name is left and in use: an earlier removal had
+    moved one to the trash.
 
-    A file can also have appeared since `removal` found none: the store was not told until then.
+    A file can also have appeared since `removal` found none, because the store was not told until then.
     """
     if found is RemovalState.READY:
         removal.unlink()

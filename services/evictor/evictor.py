@@ -1,10 +1,8 @@
-"""The evictor as one thing to run: in its own process, or as a task of the standalone node."""
+"""The evictor, to be run in its own process or as a task of the standalone node."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import uuid
 from collections.abc import Sequence
 from functools import partial
 
@@ -32,14 +30,14 @@ from distributor_node.shared.observability.metrics import (
 )
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import StateStore, Term
+from distributor_node.shared.runtime.identity import process_name
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.threads import run_blocking
 from distributor_node.shared.settings.model import Settings
 
 
 class Evictor:
-    """`serve` until cancelled. `state`, `volume` and `catalog` are opened, prepared and closed by whoever made them;
-    in standalone mode they are shared with the API and the fetcher."""
+    """Leads or stands by: call `serve`, and cancel it to stop."""
 
     def __init__(
         self,
@@ -49,25 +47,27 @@ class Evictor:
         catalog: Catalog,
         sources: SourceMonitor | None = None,
     ) -> None:
-        """`sources`: to be watched while this evictor leads."""
+        """The caller opens and closes `state`, `volume` and `catalog`: the standalone node shares them with its API and
+        fetcher. `sources` is run while this evictor leads.
+        """
         self._settings, self._state, self._volume = settings.evictor, state, volume
         self._high_watermark = settings.storage.watermarks.high
         self._parts = _make_parts(settings, state, volume, catalog, sources)
         self._election = LeaderElection(
             state,
-            holder=f"{settings.id}-{os.getpid()}-{uuid.uuid4().hex[:8]}",
+            holder=process_name(),
             seconds=self._settings.leadership,
             renewal=self._settings.leadership_renewal,
         )
 
     async def serve(self) -> None:
-        """Lead or stand by, for ever; resigns when cancelled."""
+        """Lead or stand by until cancelled, then resign."""
         async with asyncio.TaskGroup() as group:
             group.create_task(run_periodically("report usage", self._report_usage), name="evictor-usage")
             group.create_task(self._election.serve(self._lead), name="evictor-leadership")
 
     async def problems(self) -> Sequence[str]:
-        """What keeps this evictor from working, in words. A standby is as healthy as the leader."""
+        """What keeps this evictor from working, in words; for health checks. A standby is as healthy as the leader."""
         found = []
         try:
             await self._state.ping()
@@ -83,7 +83,7 @@ class Evictor:
         await LeaderTasks(term, self._state, self._parts, self._settings, self._election.renew_now).run()
 
     async def _report_usage(self) -> float:
-        """Standbys report too: the gauges of one that led before must not stand still."""
+        """Set the usage gauges. Standbys do so too: the gauges of a former leader must not show old values."""
         usage = await self._state.usage()
         STORAGE_LIMIT.set(usage.limit)
         STORAGE_HIGH_WATERMARK.set(self._high_watermark)
@@ -103,7 +103,7 @@ def _make_parts(
     adoption = Adoption(state, volume, index, node_import)
     reaper = PartialReaper(state, volume, adoption, settings.evictor.partial_keep, settings.fetch.space_wait)
     rules = EvictionRules(settings.storage.watermarks, settings.evictor.min_idle)
-    can_list = settings.catalog.kind != "origin"
+    can_list = catalog.can_list
     watcher = OperatorStateWatcher(state, volume.root, settings.assignment)
     return EvictorParts(
         volume=volume,

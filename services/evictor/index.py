@@ -1,8 +1,8 @@
-"""The leader's picture of the index: the policy with every complete object, kept true to the state store.
+"""The leader's copy of the index: the policy with every complete object, kept equal to the state store.
 
-At take-over it is filled from the store's entries. Then accesses are read each second; objects that were stored
-meanwhile are noticed by announcements and by their accesses, and whatever slipped through by counting. Changed figures
-are written back every few seconds, together with the position in the access log up to which they hold.
+A new leader fills it from the store's entries. Then it reads accesses each second. It learns of new objects by
+announcements and by their accesses; objects that both miss are found by counting. Changed views, accesses and
+priorities are written back every few seconds, with the position in the access log up to which they hold.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from distributor_node.shared.ports.state_store import (
 )
 from distributor_node.shared.runtime.threads import run_blocking
 
-_READ_BATCHES = 200
+_READ_BATCHES = 200  # of the access log, at a time
 _SAVE_BATCH = 1000
 _MAX_CHANGED = 10_000
 _COMPARE_BATCH = 1000
 
 
 class EvictionIndex:
-    """`make_policy` gives a fresh policy; `clock` POSIX seconds. Outlives terms: what it learned in one is remembered
-    in the next, so that even an emptied store costs no recency while this process lives."""
+    """Outlives terms: what it learned in one term is known in the next. So an emptied store loses no recency while this
+    process lives."""
 
     def __init__(
         self,
@@ -46,21 +46,24 @@ class EvictionIndex:
         make_policy: Callable[[], EvictionPolicy],
         clock: Callable[[], float] = time.time,
     ) -> None:
+        """`make_policy`: returns a fresh policy; `clock`: POSIX seconds."""
         self._state, self._volume, self._make_policy, self._clock = state, volume, make_policy, clock
         self.policy = make_policy()
-        self.evicting: dict[ObjectId, None] = {}
-        self._previous = make_policy()
-        self._position = self._saved_position = ""
-        self._dirty: set[ObjectId] = set()
-        self._changed: set[ObjectId] = set()
-        self._views = ViewCoalescer()
+        self.evicting: dict[
+            ObjectId, None
+        ] = {}  # removal begun and not finished, in the order of the next attempts
         self.ghosts = GhostList(clock)
-        # Objects that came or went while all entries are being read: what is read of them may be older than that
+        self._previous = make_policy()  # from before the store was lost
+        self._position = self._saved_position = ""  # in the access log
+        self._dirty: set[ObjectId] = set()  # changed since the last save
+        self._changed: set[ObjectId] = set()  # announced, perhaps complete now
+        self._views = ViewCoalescer()
+        # Objects that come or go while all entries are read; what is read of them may be older. None: no reading
         self._touched: set[ObjectId] | None = None
         self._loading = asyncio.Lock()
 
     async def load(self) -> None:
-        """Load figures and position as the last leader saved them, at the start of a term."""
+        """Load the entries and the position that the last leader saved, at the start of a term."""
         async with self._loading:
             state = await self._state.load_policy_state()
             if len(self.policy):
@@ -73,15 +76,15 @@ class EvictionIndex:
         await self._apply_accesses()
 
     async def resync(self) -> CompactIdSet:
-        """Compare with the store's entries; our own newer figures stay. The ids that the store knows.
+        """Compare with the store's entries; our own newer fields stay. Returns the ids that the store knows.
 
-        `evicting` then names the objects whose removal has begun and not finished.
+        Afterwards `evicting` holds the objects whose removal has begun and not finished.
         """
         async with self._loading:
             return await self._compare()
 
     async def _compare(self) -> CompactIdSet:
-        """Make the policy hold what the store does. In place: a second policy would take as much memory again."""
+        """Make the policy hold the store's objects. In place, because a second policy would double the memory."""
         known, held, evicting = CompactIdSet(), self.policy.ids(), dict[ObjectId, None]()
         touched = self._touched = set()
         try:
@@ -108,47 +111,47 @@ class EvictionIndex:
         return known
 
     def known_entry(self, object_id: ObjectId) -> PolicyEntry | None:
-        """What is known of an object that the store has lost: from before the take-over."""
+        """The entry of an object that the store has lost, as it was before."""
         return self.policy.get(object_id) or self._previous.get(object_id)
 
     def forget_previous(self) -> None:
-        """Volume and store agree again: memories of the time before are of no more use."""
+        """Drop the entries from before the store was lost: volume and store agree again."""
         self._previous = self._make_policy()
 
     def mark_changed(self, object_id: str) -> None:
-        """Something happened to an object: it may be complete now."""
+        """An object was announced: it may be complete now."""
         known = ObjectId(object_id)
         if known in self.policy:
-            # Seen on the volume before the store knew it, perhaps, and passed over when its figures were written
+            # It may have been seen on the volume before the store knew it, so that the last save skipped it
             self._dirty.add(known)
         elif object_id and len(self._changed) < _MAX_CHANGED:
             self._changed.add(known)
 
     def add(self, entry: PolicyEntry) -> None:
-        """A complete object that the store knows, with these figures."""
+        """Add a complete object that the store knows."""
         self._touch(entry.object_id)
         self.policy.add(entry)
 
     def with_priorities(self, entries: Sequence[PolicyEntry]) -> Sequence[PolicyEntry]:
-        """As they would stand in the policy, were they added now: the store is to know the same priorities."""
+        """The entries with the priorities that the policy would give them now, for the store."""
         scale = self._make_policy()
         scale.restore(entries, self.policy.inflation)
         return [scale.get(entry.object_id) or entry for entry in entries]
 
     def removed(self, object_id: ObjectId, *, evicted: bool = False) -> None:
-        """The object is no longer in the store."""
+        """Forget an object that is no longer in the store."""
         self._touch(object_id)
         self.policy.remove(object_id, evicted=evicted)
         self.evicting.pop(object_id, None)
         self._dirty.discard(object_id)
 
     def mark_deferred(self, object_id: ObjectId) -> None:
-        """The object's removal has begun and cannot be finished yet: somebody is reading it."""
+        """The object's removal has begun and cannot be finished while the object is being read."""
         self.removed(object_id)
         self.evicting[object_id] = None
 
     def mark_restored(self, object_id: ObjectId) -> None:
-        """The object's removal was called off: it is a complete object as before."""
+        """The object's removal was cancelled: it is a complete object as before."""
         self.evicting.pop(object_id, None)
         self.mark_changed(object_id)
 
@@ -157,7 +160,7 @@ class EvictionIndex:
             self._touched.add(object_id)
 
     async def refresh(self) -> None:
-        """Take in objects that have become complete, and apply new accesses."""
+        """Add objects that have become complete, and apply new accesses."""
         await self._add_changed()
         await self._apply_accesses()
 
@@ -172,7 +175,7 @@ class EvictionIndex:
                         PolicyEntry(found.object_id, found.size, 1, _quantize(min(found.changed_at, now)))
                     )
                     self._dirty.add(found.object_id)  # the store knows no priority yet
-                    # It came for a view, which is its first: the player's further ranges are no second one
+                    # It was fetched for a view, its first one: further ranges of that player are no second view
                     self._views.begins_view(found.object_id, found.changed_at)
                     self.ghosts.hit(found.object_id)
 
@@ -190,17 +193,17 @@ class EvictionIndex:
                 await asyncio.sleep(0)
 
     def _apply(self, accesses: Iterable[Access]) -> None:
-        # In the order of time, whichever process reported first: the order of equals must survive a restart.
+        # In the order of time, not of reports, so that the order of equal priorities survives a restart
         now = self._clock()
         for access in sorted(accesses, key=_last_at):
             if access.object_id in self.policy:
-                # A client's or another host's clock that is ahead must not make an object untouchable.
+                # The clock of another host may be ahead, which must not protect the object from eviction
                 at = _quantize(min(access.last_at, now))
                 self.policy.access(access.object_id, self._further_views(access, at), at)
                 self._dirty.add(access.object_id)
 
     def _further_views(self, access: Access, at: float) -> int:
-        """Each API process counts one view where it sees several requests; this makes one of theirs too."""
+        """Views that this access adds. Several API processes may report requests of one and the same view."""
         if access.views == 1 and not self._views.begins_view(access.object_id, at):
             return 0
         return access.views
@@ -210,8 +213,8 @@ class EvictionIndex:
         return [found for found in seen if found is not None]
 
     async def save(self, term: Term) -> None:
-        """Write what has changed. The position goes with the last batch: what was written before it may be counted
-        twice after a crash in between, never lost."""
+        """Write what has changed. The position is written with the last batch: after a crash between two batches some
+        accesses may be counted twice, but none are lost."""
         await self._apply_accesses()
         changed, self._dirty = list(self._dirty), set()
         written = 0
@@ -246,7 +249,7 @@ def _as_stored(entry: IndexEntry) -> PolicyEntry:
 
 
 def _quantize(seconds: float) -> float:
-    """As precise as the store keeps it: who is restarted sees the same order."""
+    """Round down to the store's resolution, so that the order is the same after a restart."""
     return seconds // ACCESS_TIME_RESOLUTION * ACCESS_TIME_RESOLUTION
 
 
@@ -254,23 +257,22 @@ def _last_at(access: Access) -> float:
     return access.last_at
 
 
-# Objects that were fetched again soon after they had gone: the measure of victims badly chosen.
+# Objects that are fetched again soon after their eviction: they measure how well victims are chosen.
 
-GHOST_TTL = 3600.0
+GHOST_TTL = 3600.0  # seconds
 _MAX_GHOSTS = 50_000
 
 
 class GhostList:
-    """The last `max_size` objects evicted for space within GHOST_TTL seconds, as hashes: about 100 bytes each.
-
-    `clock`: POSIX seconds."""
+    """Hashes of the objects that were evicted for space within GHOST_TTL: about 100 bytes each."""
 
     def __init__(self, clock: Callable[[], float], max_size: int = _MAX_GHOSTS) -> None:
+        """`clock`: POSIX seconds; `max_size`: only so many of the last ones are kept."""
         self._clock, self._max_size = clock, max_size
         self._evicted_at: OrderedDict[int, float] = OrderedDict()
 
     def add(self, object_id: ObjectId) -> None:
-        """Evicted now."""
+        """Record an eviction."""
         key = hash(object_id)
         self._evicted_at[key] = self._clock()
         self._evicted_at.move_to_end(key)
@@ -278,7 +280,7 @@ class GhostList:
             self._evicted_at.popitem(last=False)
 
     def hit(self, object_id: ObjectId) -> bool:
-        """The object has been fetched; True, and counted, if that is soon after it was evicted."""
+        """Record a fetch. True, and counted, if the object was evicted a short time ago."""
         evicted_at = self._evicted_at.pop(hash(object_id), None)
         refetched = evicted_at is not None and 0 <= self._clock() - evicted_at <= GHOST_TTL
         if refetched:
@@ -286,19 +288,22 @@ class GhostList:
         return refetched
 
 
-# A set of object ids in eight bytes each: what 10^6 objects are compared with must not cost as much as they do.
+# Sets of a million ids, for comparisons with the volume and with the catalog.
 
 
 class CompactIdSet:
-    """Ids as their 64-bit hashes (keyed anew in each process). Two ids in 10^6 share one with a chance of about 10^-7;
-    then an object that should be looked at is taken for a known one, until the next process looks."""
+    """Object ids as their 64-bit hashes, 8 bytes each.
+
+    Among 10^6 ids two share a hash with a probability of about 10^-7. Then an object that should be looked at is taken
+    for a known one, until another process looks: hashes differ from process to process.
+    """
 
     def __init__(self) -> None:
         self._hashes = array("q")
         self._sorted = True
 
     def __len__(self) -> int:
-        """Ids added; those added twice count twice."""
+        """Number of ids added; an id that was added twice counts twice."""
         return len(self._hashes)
 
     def update(self, object_ids: Iterable[ObjectId]) -> None:

@@ -1,7 +1,8 @@
-"""Complete files without a record: the catalog may know what they are.
+"""Integrity of stored objects: `Repair` gives records to files that lack one, `Scrub` re-hashes all files slowly.
 
-What the catalog confirms (size, and hash where it has one) gets a record and is a hit from then on. What contradicts it
-goes. What it does not know stays: it counts, takes its turn in eviction like any other object, and is never served.
+Repair asks the catalog about each file without a record. If size and hash (where the catalog has one) match, the file
+gets a record and is a hit from then on. If they do not, it is removed. A file that the catalog does not know stays: it
+counts, it is evicted like any other object, and it is never served.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ logger = structlog.get_logger()
 
 
 class Verdict(StrEnum):
-    """CONFIRMED: as the catalog says; MISMATCH: not what it says; UNKNOWN: it does not say enough to tell.
-    UNREADABLE: the disk does not give it, so nobody can tell."""
+    """What a file is, compared with what the catalog says of its object."""
 
     CONFIRMED = "repaired"
     MISMATCH = "mismatch"
     UNKNOWN = "unknown"
+    """The catalog does not say enough."""
     UNREADABLE = "unreadable"
+    """The disk cannot read it."""
 
 
 _UNREPAIRED_REASONS = {
@@ -50,16 +52,17 @@ _UNREPAIRED_REASONS = {
 
 
 def judge_size(known: MediaObject | None, size: int) -> Verdict:
-    """What the size alone tells; CONFIRMED still wants the hash looked at, where there is one."""
+    """The verdict by size alone. After CONFIRMED the hash still has to be compared, where there is one."""
     if known is None or known.size is None:
         return Verdict.UNKNOWN
     return Verdict.CONFIRMED if known.size == size else Verdict.MISMATCH
 
 
 class Repair:
-    """One run after each reconciliation. `max_lookups`: of one run, about; the rest waits for the next."""
+    """Runs once after each reconciliation."""
 
     max_lookups = 1000
+    """About so many look-ups in one run; the remaining files wait for the next run."""
 
     def __init__(
         self,
@@ -69,12 +72,14 @@ class Repair:
         assignment: Callable[[], Assignment] | None,
         node_import: NodeImport | None = None,
     ) -> None:
-        """`node_import`: objects without a record came from another node. Many of them, so the catalog's whole list of
-        `assignment`, as it is then, is asked for first (None: it has none), and their size decides; the scrub looks at
-        their hash."""
+        """`assignment`: returns the current one; None if the catalog cannot list objects.
+
+        `node_import`: many objects without a record come from another node. So the catalog's whole list of the
+        assignment is read first, and the size alone decides; the scrub verifies their hashes later.
+        """
         self._volume, self._catalog, self._remover = volume, catalog, remover
         self._assignment, self._node_import = assignment, node_import
-        self._unresolved = CompactIdSet()  # in vain, since the last round of all of them
+        self._unresolved = CompactIdSet()  # asked about without success since the last round over all files
 
     async def run(self, term: Term) -> None:
         """CatalogUnavailable in the middle leaves the rest for the next time."""
@@ -93,7 +98,7 @@ class Repair:
             for start in range(0, len(listed), _MAX_CONCURRENT_REPAIRS):
                 chunk = listed[start : start + _MAX_CONCURRENT_REPAIRS]
                 repairs = (self._repair_one(term, found, known) for found, known in chunk)
-                # Each is brought to its end before an error of one is passed on
+                # All of them end before an error of one is raised
                 for verdict in await asyncio.gather(*repairs, return_exceptions=True):
                     if isinstance(verdict, BaseException):
                         raise verdict
@@ -104,7 +109,7 @@ class Repair:
         return {found.object_id: found for found in self._volume.scan_unrecorded()}
 
     async def _repair_one_by_one(self, term: Term) -> None:
-        """Some of them in each run: those that were asked about in vain give way to the others until all had a turn."""
+        """Look up some files in each run. Those without success give way to the others, until all had their turn."""
         scan = self._volume.scan_unrecorded()
         lookups, left = 0, {verdict: list[ObjectId]() for verdict in _UNREPAIRED_REASONS}
         while (chunk := await next_chunk(scan, _REPAIR_BATCH)) and lookups < self.max_lookups:
@@ -126,7 +131,7 @@ class Repair:
             self._unresolved = CompactIdSet()
 
     async def _repair_one(self, term: Term, found: FoundObject, known: MediaObject | None) -> Verdict:
-        """What came of it. A file that the disk does not give holds up no other: it is looked at in the next run."""
+        """Repair one file. One that the disk cannot read does not stop the others; the next run tries it again."""
         try:
             verdict = await self._repair_readable(term, found, known)
         except VolumeError as error:
@@ -138,7 +143,7 @@ class Repair:
     async def _repair_readable(self, term: Term, found: FoundObject, known: MediaObject | None) -> Verdict:
         descriptor = self._volume.open_raw(found.object_id)
         if descriptor is None:
-            return Verdict.CONFIRMED  # gone meanwhile
+            return Verdict.CONFIRMED  # it is gone
         try:
             verdict = await self._judge(known, descriptor)
             head = await run_blocking(_head_of, descriptor)
@@ -174,34 +179,35 @@ def _head_of(descriptor: int) -> bytes:
     try:
         return os.pread(descriptor, SNIFF_BYTES, 0)
     except OSError as error:
-        raise VolumeError(f"read its beginning: {error.strerror}") from error
+        raise VolumeError(f"read the first bytes: {error.strerror}") from error
 
 
-# The slow re-hash of what lies on disk: corrupt objects leave the cache before anybody is given them again.
+# The scrub re-hashes stored objects at a limited rate, and purges corrupt ones.
 
 _SCRUB_BATCH = 100
 _MIN_SECONDS_PER_OBJECT = 0.002
-_ROUND_PAUSE = 60.0
+_ROUND_PAUSE = 60.0  # seconds
 
 
 class Scrub:
-    """`rate`: bytes a second; 0 turns it off. Where it stands is kept in memory: a new process begins anew."""
+    """Verifies all objects, one after the other. Its position is kept in memory: a new process starts at the first."""
 
     def __init__(
         self, volume: Volume, remover: ObjectRemover, rate: int, round_pause: float = _ROUND_PAUSE
     ) -> None:
+        """`rate`: bytes a second; `round_pause`: seconds between two rounds over all objects."""
         self._volume, self._remover = volume, remover
         self._rate, self._round_pause = rate, round_pause
         self._scan: Iterator[FoundObject | UnknownFile] | None = None
 
     async def step(self, term: Term) -> float:
-        """Look at the next few objects; seconds until the next step."""
+        """Verify the next few objects; returns the seconds until the next step."""
         if self._scan is None:
             self._scan = self._volume.scan_objects()
         try:
             chunk = await next_chunk(self._scan, _SCRUB_BATCH)
         except BaseException:
-            self._scan = None  # a scan that failed does not go on
+            self._scan = None  # a scan cannot continue after an error
             raise
         if not chunk:
             self._scan = None
@@ -219,9 +225,9 @@ class Scrub:
         try:
             record = await run_blocking(self._volume.read_record, found.object_id)
             if record is None:
-                return  # never a hit; repair deals with it
+                return  # it is no hit; `Repair` handles it
             fault = await self._fault_of(descriptor, record)
-            # Evicted or replaced while it was read: what was seen says nothing of what is there now
+            # The fault says nothing of the current file if this one was evicted or replaced while it was read
             current = os.fstat(descriptor).st_nlink > 0
         finally:
             os.close(descriptor)
@@ -235,7 +241,7 @@ class Scrub:
     async def _fault_of(self, descriptor: int, record: StoredRecord) -> str | None:
         size = os.fstat(descriptor).st_size
         if size != record.size:
-            return f"{size} bytes instead of {record.size}"
+            return f"size: expected {record.size} bytes, got {size}"
         if record.content_hash is None:
             return None
         try:
@@ -243,4 +249,4 @@ class Scrub:
         except VolumeError as error:
             return f"cannot be read: {error}"
         SCRUBBED_BYTES.inc(size)
-        return None if seen == record.content_hash else f"its hash is {seen}"
+        return None if seen == record.content_hash else f"hash: expected {record.content_hash}, got {seen}"

@@ -1,46 +1,51 @@
-"""One evictor acts at a time, by a lease in the state store; a standby takes over when the leader falls silent.
+"""Leader election by a lease in the state store: one evictor acts, and a standby takes over when the lease expires.
 
-A leader counts its term from before it asked for it, by its own monotonic clock, and stops a little before the end.
-What it may still have under way then is fenced: the store refuses verbs of an old term, and files are removed under a
-lock that is held from before the store was told until after they are gone.
+A leader measures its term from before the request for it, by its own monotonic clock, and stops a little before the
+end. Operations that are still in progress then are fenced: the store refuses the verbs of an old term, and a file is
+removed under a lock that is held from before the store is told until after the file is gone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 import structlog
 
 from distributor_node.shared.domain.errors import DistributorError, StateStoreUnavailable
 from distributor_node.shared.observability.metrics import LEADER
 from distributor_node.shared.ports.state_store import StateStore, Term
+from distributor_node.shared.waiting import Backoff, cancel_and_wait, wait_event
 
-_SAFETY_MARGIN = 0.1  # of the term; covers clocks that tick differently and a loop that is late
-_RETRY_INTERVAL = 0.3  # between attempts to renew once one has failed
+_SAFETY_MARGIN = 0.1  # share of the term; covers clock drift and a late event loop
+_RETRY_INTERVAL = 0.3  # seconds between attempts to renew after one has failed
 
-LeaderMain = Callable[[Term], Awaitable[None]]
+LeaderMain = Callable[[Term], Coroutine[Any, Any, None]]
 
 logger = structlog.get_logger()
 
 
 class LeaderElection:
-    """`seconds`: length of a term; `renewal`: seconds between renewals; `holder`: unique to this process."""
+    """Campaigns for leadership and keeps it."""
 
     def __init__(self, state: StateStore, holder: str, seconds: float, renewal: float) -> None:
+        """`holder`: a name unique to this process; `seconds`: length of a term; `renewal`: seconds between renewals."""
         self._state, self._holder = state, holder
         self._seconds, self._renewal = seconds, renewal
         self._renew_requested = asyncio.Event()
-        self._valid_until = 0.0
+        self._valid_until = 0.0  # monotonic seconds
 
     def renew_now(self) -> None:
-        """Renew now rather than in a while: something suggests that the store no longer knows our term."""
+        """Renew now instead of at the next interval: the store may no longer know our term."""
         self._renew_requested.set()
 
     async def serve(self, main: LeaderMain) -> None:
-        """For ever: become leader, run `main` for as long as the term lasts, start again. `main` is cancelled when the
-        term is over, and its errors pass through. Cancelled itself, it resigns."""
+        """Become leader, run `main` while the term lasts, and start again, until cancelled.
+
+        `main` is cancelled when the term is over; its errors pass through. When `serve` is cancelled it resigns.
+        """
         LEADER.set(0)
         while True:
             term = await self._acquire()
@@ -52,17 +57,16 @@ class LeaderElection:
                 LEADER.set(0)
 
     async def _acquire(self) -> Term:
-        failures = 0
+        backoff = Backoff(min(MIN_BACKOFF, self._renewal), min(MAX_BACKOFF, self._renewal), jitter=False)
         while True:
             try:
                 term = await self._lead()
             except StateStoreUnavailable:
-                failures += 1
-                await asyncio.sleep(min(backoff(failures), self._renewal))
+                await backoff.wait()
                 continue
             if term is not None:
                 return term
-            failures = 0
+            backoff.reset()
             await asyncio.sleep(self._renewal)
 
     async def _lead(self) -> Term | None:
@@ -73,31 +77,30 @@ class LeaderElection:
         return term
 
     async def _run_term(self, term: Term, main: LeaderMain) -> None:
-        task = asyncio.ensure_future(main(term))
+        task = asyncio.create_task(main(term), name="evictor-term")
         renewal_task = asyncio.create_task(self._renew_until_lost(term), name="leadership")
         term_ended = False
         try:
             await asyncio.wait({task, renewal_task}, return_when=asyncio.FIRST_COMPLETED)
             term_ended = renewal_task.done()
         finally:
-            for ended in (task, renewal_task):
-                ended.cancel()
-            results = await asyncio.gather(task, renewal_task, return_exceptions=True)
+            await cancel_and_wait(task, renewal_task)
             if not term_ended:
                 await self._resign(term)
-        for result in results:
-            if isinstance(result, BaseException) and not isinstance(result, asyncio.CancelledError):
-                raise result
+        for ended in (task, renewal_task):
+            if not ended.cancelled():
+                ended.result()
 
     async def _renew_until_lost(self, term: Term) -> None:
-        """Returns when the term is over."""
+        """Renew the term at intervals; return when it is over."""
         pause = self._renewal
         while True:
             remaining = self._valid_until - time.monotonic()
             if remaining <= 0:
                 logger.warning("leadership_expired", holder=self._holder, token=term.token)
                 return
-            await wait_event(self._renew_requested, min(pause, remaining))
+            if await wait_event(self._renew_requested, min(pause, remaining)):
+                self._renew_requested.clear()
             try:
                 async with asyncio.timeout(max(0.0, self._valid_until - time.monotonic())):
                     renewed = await self._lead()
@@ -117,23 +120,10 @@ class LeaderElection:
             logger.info("resign_failed", holder=self._holder, reason=str(error))
 
 
-# Work that is done again and again, with patience while something it needs is away.
+# Periodic work, with longer pauses while something that it needs is unavailable.
 
-MIN_BACKOFF, MAX_BACKOFF = 0.25, 3.0
+MIN_BACKOFF, MAX_BACKOFF = 0.25, 3.0  # seconds
 _LOG_EVERY_NTH = 20
-
-
-async def wait_event(wake: asyncio.Event | None, seconds: float) -> None:
-    """Until woken, at most `seconds`; the wake-up is used up."""
-    if wake is None:
-        await asyncio.sleep(seconds)
-        return
-    try:
-        async with asyncio.timeout(seconds):
-            await wake.wait()
-    except TimeoutError:
-        return
-    wake.clear()
 
 
 async def run_periodically(
@@ -142,12 +132,13 @@ async def run_periodically(
     wake: asyncio.Event | None = None,
     on_error: Callable[[DistributorError], None] | None = None,
 ) -> None:
-    """Do `step` until it returns None, else again after as many seconds as it returns (`wake` shortens them).
+    """Run `step` again and again, until it returns None. It returns the seconds until its next run; `wake` ends such a
+    pause early.
 
-    An error worth retrying (state store, catalog or volume away) only makes the pauses longer, wake-ups or not, up to
-    MAX_BACKOFF, and is told to `on_error`; any other is a fault of ours and passes through.
+    An error that is worth retrying (state store, catalog or volume unavailable) only makes the pause longer, up to
+    MAX_BACKOFF, and is passed to `on_error`. Any other error is a bug and passes through.
     """
-    failures = 0
+    failures, backoff = 0, Backoff(MIN_BACKOFF, MAX_BACKOFF, jitter=False)
     while True:
         try:
             pause = await step()
@@ -159,16 +150,15 @@ async def run_periodically(
                 on_error(error)
             if failures % _LOG_EVERY_NTH == 1:
                 logger.warning("evictor_task_backing_off", task=name, failures=failures, reason=str(error))
-            await asyncio.sleep(backoff(failures))
+            await backoff.wait()
             continue
         if failures:
             logger.info("evictor_task_recovered", task=name, failures=failures)
             failures = 0
+            backoff.reset()
         if pause is None:
             return
-        await wait_event(wake, pause)
-
-
-def backoff(failures: int) -> float:
-    """Seconds to wait after so many failures in a row."""
-    return min(MAX_BACKOFF, MIN_BACKOFF * 2.0 ** min(failures - 1, 16))
+        if wake is None:
+            await asyncio.sleep(pause)
+        elif await wait_event(wake, pause):
+            wake.clear()

@@ -1,4 +1,4 @@
-"""What a leader does during one term, each kind of work in its own rhythm."""
+"""What a leader does during one term: periodic tasks, each with its own interval and wake-up event."""
 
 from __future__ import annotations
 
@@ -29,13 +29,15 @@ from distributor_node.shared.runtime.operator_state import POLL_INTERVAL
 from distributor_node.shared.runtime.threads import run_blocking
 from distributor_node.shared.settings.model import EvictorSettings
 
-REFRESH_INTERVAL, SAVE_INTERVAL, SWEEP_INTERVAL = 1.0, 5.0, 10.0
+REFRESH_INTERVAL, SAVE_INTERVAL, SWEEP_INTERVAL = 1.0, 5.0, 10.0  # seconds
 _COMPLETE_BATCH = 100
-_MAX_FREED = 10_000  # objects to look at again in one sweep; reconciliation sees to what goes beyond
-_MIN_RESYNC_INTERVAL = 5.0  # least time between two comparisons of all entries because of a doubt
-_RELIST_INTERVAL = 600.0  # seconds until the whole list, which is dear, is asked for again after a failure
-_CATALOG_RETRY_INTERVAL = 60.0  # between attempts while the catalog is out of reach
-_MAX_RECONCILE_BACKOFF = 60.0  # seconds between attempts to bring volume and store together
+_MAX_FREED = 10_000  # objects to look at again in one sweep; reconciliation finds the others
+_MIN_RESYNC_INTERVAL = 5.0  # seconds between two comparisons of all entries on suspicion
+_RELIST_INTERVAL = (
+    600.0  # seconds until the catalog's whole list, an expensive query, is read again after a failure
+)
+_CATALOG_RETRY_INTERVAL = 60.0  # seconds between attempts while the catalog is unavailable
+_MAX_RECONCILE_BACKOFF = 60.0  # seconds between two failed reconciliations
 
 Step = Callable[[], Awaitable[float | None]]
 
@@ -44,26 +46,26 @@ logger = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class EvictorParts:
-    """All that the work is done with; outlives terms."""
+    """The parts of one evictor. They outlive terms: each term has its own `LeaderTasks` with the same parts."""
 
     volume: Volume
-    index: EvictionIndex
-    remover: ObjectRemover
-    reaper: PartialReaper
-    eviction: Eviction
-    reconciliation: Reconciliation
-    repair: Repair
-    assignment: AssignmentCheck
-    scrub: Scrub
+    index: EvictionIndex  # the policy with all objects
+    eviction: Eviction  # makes room
+    remover: ObjectRemover  # finishes removals that were in use
+    reconciliation: Reconciliation  # makes the index match the volume
+    reaper: PartialReaper  # partial files
+    repair: Repair  # files without a record
+    scrub: Scrub  # corrupt files
+    assignment: AssignmentCheck  # objects that are not assigned to this node any more
     operator_state: OperatorStateBackup
-    purger: Purger
-    sources: SourceMonitor | None
-    node_import: NodeImport | None
+    purger: Purger  # the operator's purges
+    sources: SourceMonitor | None  # None: another process probes
+    node_import: NodeImport | None  # None: nothing to import, in both
     copier: ImportCopier | None
 
 
 class LeaderTasks:
-    """`run` until cancelled. `renew_now` is called when the store seems to have lost its memory, our term included."""
+    """Runs the tasks of one term until cancelled."""
 
     def __init__(
         self,
@@ -73,39 +75,35 @@ class LeaderTasks:
         settings: EvictorSettings,
         renew_now: Callable[[], None],
     ) -> None:
+        """`renew_now`: called when the store seems to have lost its data, and so perhaps our term."""
         self._term, self._state, self._parts, self._settings = term, state, parts, settings
         self._renew_now = renew_now
-        self._space_event, self._reconcile_event, self._repair_event = (
-            asyncio.Event(),
-            asyncio.Event(),
-            asyncio.Event(),
-        )
-        self._index_loaded, self._assignment_event = asyncio.Event(), asyncio.Event()
+        # Wake-ups of the tasks
+        self._space_event, self._reconcile_event = asyncio.Event(), asyncio.Event()
+        self._repair_event, self._assignment_event = asyncio.Event(), asyncio.Event()
         self._operator_state_event, self._purge_event = asyncio.Event(), asyncio.Event()
-        self._freed_ids: set[ObjectId] = set()
-        self._reconciled = False
-        self._replacements = parts.volume.replacements
+
+        self._index_loaded = asyncio.Event()
+        self._reconciled = False  # the last reconciliation succeeded, and the store has kept its data since
         self._failed_reconciliations = 0
-        self._needs_resync = False
+        self._replacements = parts.volume.replacements  # of the volume, as of the last check
+        self._freed_ids: set[ObjectId] = set()  # released since the last sweep
+        self._needs_resync = False  # index and store may differ
         self._resynced_at, self._saved_at = -math.inf, time.monotonic()
 
     async def run(self) -> None:
-        """Never returns; errors that are not worth retrying pass through, as an ExceptionGroup."""
+        """Run all tasks until cancelled. Errors that are not worth retrying pass through, as an ExceptionGroup."""
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._listen(), name="evictor-listen")
-                group.create_task(
-                    self._run_periodically("take over", self._load_index), name="evictor-take-over"
-                )
+                group.create_task(self._run_periodically("load index", self._load_index), name="evictor-load")
                 await self._index_loaded.wait()
                 for name, step, wake in self._schedule():
                     group.create_task(self._run_periodically(name, step, wake), name=f"evictor-{name}")
         finally:
             await self._save_on_exit()
 
-    def _schedule(
-        self,
-    ) -> list[tuple[str, Step, asyncio.Event | None]]:
+    def _schedule(self) -> list[tuple[str, Step, asyncio.Event | None]]:
         tasks: list[tuple[str, Step, asyncio.Event | None]] = [
             ("make room", self._evict, self._space_event),
             ("keep index", self._keep_index, None),
@@ -113,7 +111,7 @@ class LeaderTasks:
             ("sweep", self._sweep, None),
             ("repair", self._repair, self._repair_event),
             ("check assignment", self._check_assignment, self._assignment_event),
-            ("keep orders", self._back_up_operator_state, self._operator_state_event),
+            ("back up operator state", self._back_up_operator_state, self._operator_state_event),
             ("purge", self._purge, self._purge_event),
         ]
         if self._settings.scrub_rate:
@@ -128,7 +126,7 @@ class LeaderTasks:
         await run_periodically(name, step, wake, self._mark_for_resync)
 
     def _mark_for_resync(self, error: DistributorError) -> None:
-        """A verb whose answer was lost may have had its effect: a removal may have begun that nobody goes on with."""
+        """A call may have succeeded although its reply was lost. Resync, so that a removal in progress is finished."""
         if isinstance(error, StateStoreUnavailable):
             self._needs_resync = True
 
@@ -156,7 +154,7 @@ class LeaderTasks:
         self._index_loaded.set()
 
     async def _check_volume(self) -> None:
-        """VolumeError while there is none. Another one than before: nothing that the store knows is worth anything."""
+        """VolumeError while there is no volume. If it has been replaced, the index says nothing of the new one."""
         volume = self._parts.volume
         await run_blocking(volume.check)
         if volume.replacements != self._replacements:
@@ -218,7 +216,7 @@ class LeaderTasks:
         freed, self._freed_ids = self._freed_ids, set()
         await self._parts.reconciliation.recheck(self._term, list(freed))
         usage = await self._state.usage()
-        # Announcements get lost; a few objects under way make no difference
+        # Announcements get lost. A small difference is due to objects that are being stored or removed now
         if self._count_mismatch(usage) > usage.objects // 100:
             self._needs_resync = True
         return 0.0
@@ -246,7 +244,7 @@ class LeaderTasks:
         return self._settings.duty_interval if done else min(_RELIST_INTERVAL, self._settings.duty_interval)
 
     async def _restore_operator_state(self) -> None:
-        """An emptied store has lost pins and assignment too; nothing is evicted before it is reconciled."""
+        """An emptied store has lost pins and assignment too. Restore them before anything is evicted."""
         await self._parts.operator_state.restore()
         self._apply_operator_state()
 
@@ -254,7 +252,7 @@ class LeaderTasks:
         try:
             await self._parts.operator_state.save()
         finally:
-            self._apply_operator_state()  # whether or not the copy could be written
+            self._apply_operator_state()  # even if the copy could not be written
         return POLL_INTERVAL
 
     def _apply_operator_state(self) -> None:
@@ -269,7 +267,7 @@ class LeaderTasks:
         return await self._parts.scrub.step(self._term)
 
     async def _save_on_exit(self) -> None:
-        """What has been learned since the last save; refused by the store if the term is over."""
+        """Save what has changed since the last save. The store refuses it if the term is over."""
         if self._parts.sources is not None:
             self._parts.sources.clear_gauges()
         if not self._index_loaded.is_set():
@@ -281,5 +279,5 @@ class LeaderTasks:
 
 
 def _is_possible(usage: Usage) -> bool:
-    """False if the store has lost all entries and kept their sum: there is nothing left to evict by then."""
+    """False if the store has lost all entries but kept their sum: nothing is left to evict then."""
     return usage.objects > 0 or usage.used == 0

@@ -1,9 +1,8 @@
-"""`run`: the evictor as a process."""
+"""Entry point of the evictor process."""
 
 from __future__ import annotations
 
 import asyncio
-from importlib.metadata import version
 
 from distributor_node.services.evictor.evictor import Evictor
 from distributor_node.services.evictor.source_probes import MonitorTimes, SourceMonitor
@@ -20,13 +19,14 @@ from distributor_node.shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
+from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.runtime.malloc import mmap_large_blocks
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
 from distributor_node.shared.settings.model import Settings
 
 
 def run(settings: Settings) -> int:
-    """Work until a signal; the exit code."""
+    """Run until a signal; returns the exit code."""
 
     async def main(scope: ServiceScope) -> None:
         await run_evictor(scope, settings)
@@ -35,10 +35,12 @@ def run(settings: Settings) -> int:
 
 
 async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
-    """The main of an evictor process. Should it end by itself, so does the process; its supervisor starts it anew."""
+    """Build the evictor and serve. If it ends by itself, the process ends, and its supervisor restarts it."""
     if settings.state_store.url.get_secret_value().startswith(MEMORY):
-        raise ConfigurationError("an evictor of its own needs the state_store.url of a real server")
-    describe_build(version("distributor-node"), "evictor")
+        raise ConfigurationError(
+            "state_store.url: expected the URL of a Redis server for a separate evictor process, got memory://"
+        )
+    describe_build(VERSION, "evictor")
     mmap_large_blocks()
     resources = scope.resources
     volume = build_volume(settings)
@@ -61,6 +63,6 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
 
 
 def build_source_monitor(settings: Settings, catalog: Catalog, stats_sync: SourceStatsSync) -> SourceMonitor:
-    """To be opened and closed by its user; `stats_sync` is open."""
+    """A monitor for the caller to open and close; `stats_sync` is open already."""
     prober = build_source_prober(settings, stats_sync.registry)
     return SourceMonitor(catalog, stats_sync, prober, MonitorTimes(settings.sources.probe_interval))

@@ -1,9 +1,9 @@
-"""Taking over the objects of an existing node: its flat directory becomes ours, without a download.
+"""Import of the objects of an existing node, without downloads.
 
-Files on the volume's own file system are moved before the first reconciliation, which counts them like any other file
-it does not know; what the old node knew of their use goes with them. `repair` then asks the catalog what they must be:
-the size decides at once, the hash when the scrub comes by. Files on another file system are copied one after the
-other, see `copying`.
+`NodeImport` moves files on the volume's own file system before the first reconciliation, which counts them like any
+other unknown file. Their views and last accesses come from the old node's cache state. `Repair` then asks the catalog
+about each: the size decides at once, and the scrub verifies the hash later. `ImportCopier` copies files from another
+file system.
 """
 
 from __future__ import annotations
@@ -47,18 +47,20 @@ logger = structlog.get_logger()
 
 
 class NodeImport:
-    """`cache_state`: the old node's file, or the directory it lies in; None: recency is not to be had."""
+    """Moves files into the volume, and tells how the old node used them."""
 
     def __init__(self, import_source: ImportSource, cache_state: Path | None) -> None:
+        """`cache_state`: the old node's state file, or its directory; None: without it."""
         self._import_source = import_source
         self._cache_state = cache_state
         self._state = CacheState()
         self._state_read = False
         self.needs_copy = False
+        """Whether `link_files` found files on another file system."""
 
     async def link_files(self) -> None:
-        """Move what can be moved. Safe to repeat, and to be killed in. A directory that cannot be read is no reason for
-        the node not to work without it."""
+        """Move the files that can be moved. Safe to repeat, and to be killed in. If the directory cannot be read, the
+        node works without it."""
         try:
             pending = await run_blocking(self._has_pending)
         except VolumeError as error:
@@ -90,20 +92,20 @@ class NodeImport:
         )
 
     def usage_of(self, found: FoundObject) -> PolicyEntry | None:
-        """How the old node saw the use of an object that nobody here has seen used; None: it does not say."""
+        """Views and last access on the old node; None: it does not know the object."""
         usage = self._state.views.get(found.object_id)
         return None if usage is None else PolicyEntry(found.object_id, found.size, *usage)
 
     def media_type_of(self, object_id: ObjectId) -> str | None:
-        """What the old node found it to be."""
+        """The media type that the old node recorded."""
         return self._state.media_types.get(object_id)
 
     def views_of(self, pending: PendingFile) -> tuple[int, float]:
-        """Views, and POSIX seconds of the last."""
+        """Views, and the POSIX seconds of the last one."""
         return self._state.views.get(pending.object_id, (1, pending.changed_at))
 
     async def finish(self) -> None:
-        """All that was moved has been counted, and compared with the catalog."""
+        """Call it when all moved files have been adopted and compared with the catalog."""
         if not self.needs_copy:
             self._state = CacheState()
         if not await run_blocking(self._import_source.is_done):
@@ -121,7 +123,7 @@ class NodeImport:
             logger.warning("cache_state_unusable", path=str(self._cache_state), reason=reason)
 
     def _has_pending(self) -> bool:
-        self._import_source.close()  # directories may have been replaced since the last time
+        self._import_source.close()  # directories may have been replaced since the last call
         return bool(list(islice(self._import_source.pending(), 1)))
 
     def _import_batch(self, pending: Sequence[PendingFile]) -> list[ImportResult]:
@@ -135,19 +137,19 @@ class NodeImport:
             return ImportResult.FAILED
 
 
-# Copying the objects of an existing node from another file system, one after the other, within the storage limit.
+# Objects on another file system are copied one after the other, within the storage limit.
 #
-# Each is fetched as from a source: under a lease, with its bytes reserved, verified, published by one rename. The most
-# used come first, and nothing is evicted for them: what finds no room is left where it is.
+# Each copy is made like a fetch from a source: under a lease, with reserved bytes, verified, published by one rename.
+# The most used objects come first. Nothing is evicted for them: an object without room stays where it is.
 
-_COPY_CHUNK = 4 * 1024**2
-_LEASE_RENEW_INTERVAL = 2.0
-_NO_SPACE_RETRY_INTERVAL = 600.0
+_COPY_CHUNK = 4 * 1024**2  # bytes
+_LEASE_RENEW_INTERVAL = 2.0  # seconds
+_NO_SPACE_RETRY_INTERVAL = 600.0  # seconds
 _WORKER = "takeover"
 
 
 class ImportCopier:
-    """`run` when the import found files elsewhere; may be repeated, and killed."""
+    """Copies files that `NodeImport` could not move. `run` may be repeated, and killed."""
 
     def __init__(
         self,
@@ -161,8 +163,10 @@ class ImportCopier:
         self._import_source, self._node_import = import_source, node_import
 
     async def run(self) -> float | None:
-        """Seconds until it is worth trying again; None: nothing is left. CatalogUnavailable, StateStoreUnavailable and
-        VolumeError end it in the middle."""
+        """Copy what has room. Returns the seconds until the next attempt; None: nothing is left.
+
+        CatalogUnavailable, StateStoreUnavailable and VolumeError end it early.
+        """
         if not self._node_import.needs_copy:
             return None
         pending = await run_blocking(self._most_used_first)
@@ -184,9 +188,8 @@ class ImportCopier:
             elif isinstance(begun, AlreadyStored):
                 await run_blocking(self._import_source.remove, one.object_id)
             elif not isinstance(begun, NeverFits):
-                return (
-                    _LEASE_RENEW_INTERVAL  # not reconciled yet, or a fetch of this very object is under way
-                )
+                # Not reconciled yet, or a worker is fetching this object
+                return _LEASE_RENEW_INTERVAL
         logger.info("import_copy_finished", copied=copied, left=len(pending) - copied)
         return None
 
@@ -194,7 +197,7 @@ class ImportCopier:
         return sorted(self._import_source.pending(), key=self._node_import.views_of, reverse=True)
 
     async def _copy(self, known: MediaObject, one: PendingFile, lease: Lease) -> bool:
-        """Whether it is ours now. Its source goes only after that."""
+        """Copy one object; whether it is stored now. Its source file is removed only after that."""
         views, last_at = self._node_import.views_of(one)
         if not await run_blocking(_is_complete, self._volume, known) and not await self._store(
             known, one, lease
@@ -208,7 +211,7 @@ class ImportCopier:
         return True
 
     async def _commit(self, lease: Lease, last_at: float) -> None:
-        """StateStoreUnavailable leaves it to the next attempt, which finds the complete file."""
+        """Enter the object into the index. After StateStoreUnavailable the next attempt finds the complete file."""
         if await self._state.commit(lease, last_at):
             return
         begun = await self._state.begin(lease.object_id, lease.size, _WORKER)
@@ -217,7 +220,7 @@ class ImportCopier:
             logger.warning("import_reindex_deferred", object_id=lease.object_id)
 
     async def _store(self, known: MediaObject, one: PendingFile, lease: Lease) -> bool:
-        """Whether it is a complete object now. If not, the lease is given back."""
+        """Copy the bytes and publish the object. If that fails the lease is released, and the result is False."""
         source, opened = self._import_source.assets / one.object_id, list[PartialFile]()
         record, matches = None, False
         try:
@@ -243,7 +246,7 @@ class ImportCopier:
     async def _copy_bytes(
         self, partial: PartialFile, source: Path, record: StoredRecord, lease: Lease
     ) -> bool:
-        """Whether all of it came, and is what the catalog says. OSError if the source cannot be read."""
+        """Whether all bytes were copied and match the catalog. OSError if the source cannot be read."""
         if partial.size:
             await run_blocking(partial.restart)
         hasher = record.content_hash.hasher() if record.content_hash is not None else None
@@ -270,7 +273,8 @@ class ImportCopier:
         return True
 
     async def _discard_mismatch(self, record: StoredRecord, lease: Lease) -> None:
-        """What is wrong is fetched anew when somebody asks for it; the source stays where it is."""
+        """Discard a copy that does not match the catalog. Its source file stays. The object is fetched when a client
+        requests it."""
         logger.warning("import_object_mismatch", object_id=record.object_id, bytes=record.size)
         RECONCILED.labels("import_rejected").inc()
         if await self._state.renew(lease):
@@ -289,26 +293,23 @@ def _read_head(source: Path) -> bytes:
 
 
 def _open_partial(volume: Volume, record: StoredRecord, opened: list[PartialFile]) -> None:
-    """Left in `opened`, where whoever is cancelled meanwhile finds it and closes it."""
+    """Append to `opened`, so that a caller that is cancelled during the call can close it."""
     opened.append(volume.open_partial_for_writing(record))
 
 
 def _is_complete(volume: Volume, known: MediaObject) -> bool:
-    """It was published already, and nobody could be told: the store was out of reach at that moment."""
-    found = volume.open_object(known.object_id)
-    if found is None:
-        return False
-    found.close()
-    return found.record.size == known.size and found.record.content_hash == known.content_hash
+    """Whether the object was published by an earlier attempt that could not reach the store afterwards."""
+    record = volume.complete_record(known.object_id)
+    return record is not None and (record.size, record.content_hash) == (known.size, known.content_hash)
 
 
-# What the network's existing node leaves behind: the state of its cache, in `cache.json`.
+# The state of the old node's cache, from its `cache.json`.
 #
 #     lruCacheGroups      24 lists of [object id, {sizeKB, popularity, lastAccessTime}], times in POSIX milliseconds
 #     mimeTypeByObjectId  a list of [object id, media type]
 #
-# The file is written from time to time, and not in one step: it may be missing, torn or old. That loses recency, no
-# more.
+# The old node writes the file from time to time, not atomically. It may be missing, torn or old; then only views and
+# last accesses are lost.
 
 FILE_NAME = "cache.json"
 _MAX_VIEWS = 2**31
@@ -316,22 +317,24 @@ _MAX_VIEWS = 2**31
 
 @dataclass(frozen=True, slots=True)
 class CacheState:
-    """Views and POSIX seconds of the last one, and media types, by object id."""
+    """What the old node knew, by object id."""
 
-    views: Mapping[ObjectId, tuple[int, float]] = field(default_factory=dict)
+    views: Mapping[ObjectId, tuple[int, float]] = field(
+        default_factory=dict
+    )  # and POSIX seconds of the last one
     media_types: Mapping[ObjectId, str] = field(default_factory=dict)
 
 
 def read_cache_state(path: Path) -> CacheState:
-    """`path`: the file, or the directory it lies in. OSError if it cannot be read; InvalidInput if it is torn. Entries
-    that make no sense are left out."""
+    """Read the file, or the file in this directory. OSError if it cannot be read; InvalidInput if it is torn. Invalid
+    entries are skipped."""
     file = path / FILE_NAME if path.is_dir() else path
     try:
         document = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise InvalidInput(f"not whole JSON: {error}") from error
+        raise InvalidInput(f"{FILE_NAME}: expected JSON: {error}") from error
     if not isinstance(document, dict):
-        raise InvalidInput("not a JSON object")
+        raise InvalidInput(f"{FILE_NAME}: expected a JSON object, got {type(document).__name__}")
     return CacheState(dict(_views(document)), dict(_media_types(document)))
 
 

@@ -1,4 +1,4 @@
-"""What the leader does for the operator: keeps a copy of the orders on the volume, and removes what must go."""
+"""The leader's work for the operator: a backup of the operator state on the volume, and purges."""
 
 from __future__ import annotations
 
@@ -21,16 +21,14 @@ from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.threads import run_blocking
 
 _PURGE_BATCH = 64
-_PURGE_INTERVAL, _PURGE_RETRY_INTERVAL = (
-    5.0,
-    0.5,
-)  # seconds between looks; the latter while requests cannot be fulfilled yet
+_PURGE_INTERVAL = 5.0  # seconds between polls for purge requests
+_PURGE_RETRY_INTERVAL = 0.5  # the same, while some requests cannot be completed yet
 
 logger = structlog.get_logger()
 
 
 class OperatorStateBackup:
-    """The state store is where orders change; the copy is for a store that has lost them, or has no disk at all."""
+    """Copies the operator state to the volume, for a store that loses it or has no disk at all."""
 
     def __init__(self, state: StateStore, root: Path, watcher: OperatorStateWatcher) -> None:
         self._state, self._root, self.watcher = state, root, watcher
@@ -38,12 +36,13 @@ class OperatorStateBackup:
         self.pinned: frozenset[ObjectId] = frozenset()
 
     async def restore(self) -> None:
-        """Before anything may be evicted: the store has the orders and pins again, and we know them."""
+        """Give the store the operator state and pins again if it has lost them, and read them. Call it before anything
+        may be evicted."""
         await self.watcher.refresh()
         self.pinned = await self._state.pinned()
 
     async def save(self) -> None:
-        """Write the copy if it is not that of the store's orders."""
+        """Write the copy if the operator state has changed."""
         state = await self.watcher.refresh()
         if state == self._saved or state.version == 0:
             return
@@ -59,8 +58,11 @@ class OperatorStateBackup:
 
 
 class Purger:
-    """Purges what the operator wants gone, pinned or not. What is being fetched goes when its fetch has ended: after
-    a purge no copy is left that was begun before it."""
+    """Removes the objects that the operator has purged, pinned ones too.
+
+    An object that is being fetched is removed when its fetch has ended, so that no copy is left whose fetch began
+    before the purge.
+    """
 
     def __init__(
         self, state: StateStore, volume: Volume, remover: ObjectRemover, reaper: PartialReaper
@@ -68,9 +70,9 @@ class Purger:
         self._state, self._volume, self._remover, self._reaper = state, volume, remover, reaper
 
     async def step(self, term: Term) -> float:
-        """Fulfil some requests; seconds until the next look."""
+        """Complete some requests; returns the seconds until the next step."""
         if not (await self._state.usage()).reconciled:
-            return _PURGE_RETRY_INTERVAL  # the index does not know yet what is there
+            return _PURGE_RETRY_INTERVAL  # the index does not match the volume yet
         requests = await self._state.pending_purges(_PURGE_BATCH)
         if not requests:
             return _PURGE_INTERVAL
@@ -84,18 +86,18 @@ class Purger:
         return 0.0 if completed == len(requests) else _PURGE_RETRY_INTERVAL
 
     async def _purge(self, term: Term, request: PurgeRequest) -> bool:
-        """True when nothing is left that was there when the request was made."""
+        """Remove one object. True if nothing is left that was there when the purge was requested."""
         object_id = request.object_id
         fetch = (await self._state.find(object_id)).fetch
         if fetch is not None and fetch.phase is FetchPhase.PARKED:
             await self._reaper.discard(term, object_id)
             fetch = (await self._state.find(object_id)).fetch
         if fetch is not None and fetch.size:
-            return False  # bytes of it are there, or on their way
+            return False  # a fetch is in progress
         outcome = await self._remover.purge(term, object_id, "purged")
         if outcome in (RemovalOutcome.REMOVED, RemovalOutcome.DEFERRED):
             return True
-        # Refused: the store does not know the object. A file that is there all the same is about to be adopted.
+        # Refused: the store does not know the object. If there is a file all the same, it will be adopted soon
         return (
             outcome is RemovalOutcome.REFUSED
             and await run_blocking(self._volume.find_object, object_id) is None

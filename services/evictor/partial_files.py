@@ -1,4 +1,7 @@
-"""What the evictor does to partial files: look, and remove under the writer's lock. All calls block."""
+"""Partial files on the volume, as the evictor needs them: scan, size, removal under the writer's lock.
+
+All functions are blocking: call them from a worker thread.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 
 def scan_partial_files(volume: Volume) -> tuple[Mapping[ObjectId, FoundPartial], list[str]]:
-    """All partial files by object, and the paths of what is none of ours."""
+    """All partial files by object, and the paths of foreign files among them."""
     found: dict[ObjectId, FoundPartial] = {}
     foreign: list[str] = []
     for seen in volume.scan_partials():
@@ -29,7 +32,7 @@ def partial_file_exists(volume: Volume, object_id: ObjectId) -> bool:
 
 
 def expected_bytes(volume: Volume, object_id: ObjectId, at_least: int) -> int:
-    """How large a partial file may grow, as its writer noted; `at_least` if that is more, or there is no sidecar."""
+    """How large a partial file may grow: the size in its sidecar, but not less than `at_least`."""
     sidecar = volume.partial_record(object_id)
     return at_least if sidecar is None else max(at_least, sidecar.size)
 

@@ -1,4 +1,4 @@
-"""Volume against state store: the disk is the truth, and when both agree the store may promise space again."""
+"""Reconciliation: makes the index in the state store match the volume, after which the store may grant space again."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from distributor_node.services.evictor.adoption import Adoption, PartialReaper, SeenFile
+from distributor_node.services.evictor.adoption import Adoption, AdoptionResult, PartialReaper, SeenFile
 from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import CompactIdSet, EvictionIndex
 from distributor_node.shared.adapters.volume import FoundObject, UnknownFile, Volume
@@ -32,14 +32,15 @@ logger = structlog.get_logger()
 
 @dataclass(slots=True)
 class Findings:
-    """What one reconciliation found. `unreadable`: objects that could not be looked at; they keep the index from
-    standing for the volume."""
+    """What one reconciliation found."""
 
     objects: int = 0
     adopted: int = 0
-    dropped: int = 0
-    unreadable: int = 0
-    foreign: list[str] = field(default_factory=list)
+    dropped: int = 0  # entries without a file
+    unreadable: int = (
+        0  # files that could not be looked at; with one of them the index does not match the volume
+    )
+    foreign: list[str] = field(default_factory=list)  # some paths, as examples
     foreign_count: int = 0
 
     def add_foreign(self, path: str) -> None:
@@ -53,7 +54,7 @@ class Findings:
 
 
 class Reconciliation:
-    """`run` may be repeated at any time, beside live workers and evictions."""
+    """Compares the volume with the index. `run` may be repeated at any time, beside live workers and evictions."""
 
     def __init__(
         self,
@@ -69,17 +70,17 @@ class Reconciliation:
         self._usage = UsageCheck(state)
 
     async def run(self, term: Term) -> bool:
-        """True if the index stands for the volume now. VolumeError if the volume cannot be read."""
+        """True if the index matches the volume now. VolumeError if the volume cannot be read."""
         started_at, findings = time.monotonic(), Findings()
         await self._usage.check_maxmemory_policy()
         await run_blocking(self._volume.check)
         known = await self._index.resync()
         await self._remover.complete_all(term, len(self._index.evicting))
-        # Partial files before objects: what is published meanwhile moves from those to these, and is not missed
+        # Partial files before objects: a file that is published between the two scans is seen by one of them
         await self._reaper.sweep(term)
         await self._adopt_unknown(term, known, findings)
         await self._check_entries(term, known, findings)
-        # Those of workers that had begun just before the store was lost
+        # Partial files of workers that began just before the store was lost
         findings.foreign_count += await self._reaper.sweep(term)
         await self._usage.run(term)
         if not findings.unreadable:
@@ -91,8 +92,8 @@ class Reconciliation:
         return not findings.unreadable
 
     async def recheck(self, term: Term, object_ids: Sequence[ObjectId]) -> None:
-        """Objects whose bytes were given back: a file that is still there (an entry was dropped because its file was
-        damaged, and the fetch that was to replace it failed) must count again."""
+        """Look again at objects whose bytes were released. A file that is still there must count again: its entry was
+        dropped because the file was damaged, and the fetch that was to replace it has failed."""
         findings = Findings()
         for start in range(0, len(object_ids), _SCAN_BATCH):
             batch = object_ids[start : start + _SCAN_BATCH]
@@ -141,16 +142,18 @@ class Reconciliation:
             if isinstance(outcome, VolumeError):
                 findings.add_unreadable(object_id, outcome)
                 continue
-            findings.adopted += outcome is not None
-            if outcome is False:
-                # Adopted all the same, so that nobody can store a good file under the name while this one is removed
+            findings.adopted += outcome is not AdoptionResult.NOT_ADOPTED
+            if outcome is AdoptionResult.DAMAGED:
+                # It is in the index, so no worker can store a good file under the name while this one is removed
                 logger.warning("object_damaged", object_id=object_id)
                 await self._remover.purge(term, object_id, "damaged")
 
     async def _check_entries(self, term: Term, known: CompactIdSet, findings: Findings) -> None:
-        """Entries without their file are dropped: the entry is older than the look, and goes only if it is still the
-        same one. Files of another size than their entry are damaged. Only what the store knew before the scan is
-        looked at: what came since was seen on the volume when it was adopted or published."""
+        """Drop entries without a file, and purge files of another size than their entry.
+
+        Only entries that the store had before the scan are checked. Later ones were on the volume when they were
+        adopted or published. An entry is dropped only if it is still of the same generation.
+        """
         if not len(known):
             return
         async for batch in self._state.entries():
@@ -187,30 +190,30 @@ class Reconciliation:
         )
 
 
-# The sums of the state store against what they are sums of: they can part when a key is lost and another kept.
+# The store's sums are compared with what they are sums of. They can differ when one key is lost and another kept.
 
 _RECOUNT_THRESHOLD = 20_000
-"""Entries that the store counts within some 20 ms: so many are counted without looking first."""
+"""Up to so many entries are recounted at once: the store needs some 20 ms for them."""
 
 NOEVICTION = "noeviction"
 
 
 class UsageCheck:
-    """`run` at the end of a reconciliation, before the index is said to stand for the volume."""
+    """Corrects the store's sums of used and reserved bytes, at the end of a reconciliation."""
 
     def __init__(self, state: StateStore) -> None:
         self._state = state
 
     async def run(self, term: Term) -> None:
-        """Used and reserved bytes are what entries and fetches add up to after this."""
+        """Make used and reserved bytes the sums of the entries and of the fetches."""
         drift = await self._state.recount(term, entries=await self._may_be_wrong())
         if drift:
             RECONCILED.labels("recounted").inc()
             logger.warning("usage_recounted", wrong_bytes=drift)
 
     async def _may_be_wrong(self) -> bool:
-        """Adds up all entries from here, while they come and go: what moved meanwhile may or may not be in the sum, so
-        that only a difference beyond that tells of wrong figures. A smaller one is found in a quieter hour."""
+        """Add up all entries while they come and go. Bytes that moved during the scan may or may not be in the sum, so
+        only a larger difference proves that the store's sum is wrong. A smaller one is found in a quieter hour."""
         before = await self._state.usage()
         if before.objects <= _RECOUNT_THRESHOLD:
             return True
@@ -222,7 +225,7 @@ class UsageCheck:
         return moved < 0 or abs(after.used - counted) > moved
 
     async def check_maxmemory_policy(self) -> None:
-        """Say so if the server drops keys when its memory is full: sums without their parts, parts without sums."""
+        """Warn if the server drops keys when its memory is full. Sums and what they are sums of would differ then."""
         stats = await self._state.server_stats()
         if stats is None:
             return

@@ -1,4 +1,4 @@
-"""Probing the storage nodes, once for the whole deployment, and showing in which order they are asked."""
+"""Probes of the storage nodes, once for the whole deployment, and gauges of the order in which they are asked."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from distributor_node.shared.observability.metrics import publish_source_ranks
 from distributor_node.shared.ports.catalog import Catalog
 
 _MAX_PROBED = 500
-_LIST_INTERVAL = 600.0  # the network's list of storage nodes changes in days
-_PUBLISH_INTERVAL = 2.0
+_LIST_INTERVAL = 600.0  # seconds; the network's list of storage nodes changes within days
+_PUBLISH_INTERVAL = 2.0  # seconds
 _MAX_LOGGED = 20
 
 logger = structlog.get_logger()
@@ -26,18 +26,19 @@ logger = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class MonitorTimes:
-    """Seconds. `probe_interval`: between two probes of one source."""
+    """Intervals in seconds."""
 
-    probe_interval: float
-    list_interval: float = _LIST_INTERVAL
+    probe_interval: float  # between two probes of one source
+    list_interval: float = _LIST_INTERVAL  # between two readings of the catalog's list of sources
 
 
 class SourceMonitor:
-    """The leader's work. `open` before use, `close` at the end; `catalog` and `stats_sync` are opened by others."""
+    """Probes sources while this evictor leads. `open` before use, `close` at the end."""
 
     def __init__(
         self, catalog: Catalog, stats_sync: SourceStatsSync, prober: SourceProber, times: MonitorTimes
     ) -> None:
+        """The caller opens and closes `catalog` and `stats_sync`."""
         self._catalog, self._stats_sync, self._prober, self._times = catalog, stats_sync, prober, times
         self._bases: Sequence[str] = ()
         self._list_at = self._probe_at = float("-inf")
@@ -58,12 +59,13 @@ class SourceMonitor:
         await self.close()
 
     def clear_gauges(self) -> None:
-        """Another one leads: the order is shown there."""
+        """Remove our gauges: another evictor leads and publishes them."""
         self._published = ()
         publish_source_ranks(())
 
     async def step(self) -> float:
-        """Probe if it is time to, and show the order as all processes see it; seconds until the next step."""
+        """Probe if it is time to, and publish the order as all processes see it. Returns the seconds until the next
+        step."""
         now = self._stats_sync.registry.clock()
         if now >= self._probe_at:
             self._probe_at = now + self._times.probe_interval
@@ -74,7 +76,7 @@ class SourceMonitor:
         return min(_PUBLISH_INTERVAL, self._times.probe_interval)
 
     async def _refresh_list(self, now: float) -> None:
-        """When the catalog is out of reach the last list stays good."""
+        """Read the list if it is old; keep the last one while the catalog is unavailable."""
         if now < self._list_at:
             return
         try:

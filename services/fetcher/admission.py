@@ -1,4 +1,7 @@
-"""How long a job waits when it cannot begin at once, and what becomes of it then. Pure."""
+"""Admission of one job: is the object stored already, is there space, does another worker fetch it?
+
+The result is a lease, or the outcome of the job.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import structlog
 from distributor_node.shared.adapters.volume import Removal, RemovalState, Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.found_objects import record_for_file
-from distributor_node.shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, TryLater
+from distributor_node.shared.domain.jobs import Ack, DeadLetter, JobOutcome, Requeue, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
@@ -34,90 +37,36 @@ from distributor_node.shared.runtime.threads import BlockingPool, hash_file
 
 Denied = AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotReconciled
 
+_POLL_INTERVAL = 0.5
+"""Seconds after which a waiting job asks again without an announcement, because announcements can be lost."""
+
 _MIN_RENEWAL = 0.5
-"""Seconds by which a lease must end later than it was first seen to, for its holder to count as alive."""
-
-
-@dataclass(slots=True)
-class AdmissionWait:
-    """Of one job. `space_wait` and `lease`: seconds, from the settings; times given to it are of any clock that never
-    goes back."""
-
-    space_wait: float
-    lease: float
-    _first_seen: dict[type, float] = field(default_factory=dict)
-    _lease_expires_at: float | None = None
-
-    def decide(self, denied: Denied, now: float) -> JobOutcome | None:
-        """The job's outcome; None: wait a little and ask again."""
-        waited = now - self._first_seen.setdefault(type(denied), now)
-        match denied:
-            case NeverFits():
-                return Hopeless("larger than the storage limit")
-            case AlreadyStored():
-                return TryLater("the index and the volume contradict each other")
-            case NoSpace(missing):
-                return (
-                    TryLater(f"no space: {missing} bytes are missing") if waited >= self.space_wait else None
-                )
-            case NotReconciled():
-                return TryLater("the volume is not reconciled yet") if waited >= self.space_wait else None
-            case HeldElsewhere(seconds_left):
-                return self._decide_held(now, seconds_left, waited)
-
-    def _decide_held(self, now: float, seconds_left: float, waited: float) -> JobOutcome | None:
-        """A holder that died leaves this very job, redelivered, as the only one: it must not end before the dead
-        worker's lease does. So it may be with one that renews its lease, if its delivery was lost with its
-        connection. Either shows within the time of one lease; a lease that neither ends nor is renewed is one whose
-        end a clock that was put back has moved away."""
-        if seconds_left <= 0:
-            return TryLater("being evicted") if waited >= self.space_wait else None
-        expires_at = now + seconds_left
-        if self._lease_expires_at is None:
-            self._lease_expires_at = expires_at
-        elif expires_at > self._lease_expires_at + _MIN_RENEWAL:
-            return LookAgain("fetched elsewhere")
-        return TryLater("held by a lease that does not end") if waited >= 2 * self.lease else None
-
-
-# From a job to a lease: is the object there already, is there room, is somebody else at it?
-
-_POLL_INTERVAL = 0.5  # seconds; announcements may be lost
+"""Seconds that the expiry of a lease must move for its holder to count as alive."""
 
 logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """The lease, and the monotonic time before it was asked for."""
+    """The job may fetch."""
 
     lease: Lease
-    requested_at: float
+    requested_at: float  # monotonic time before the lease was requested
 
 
 @dataclass(frozen=True, slots=True)
 class AdmissionRules:
-    """`largest_size` in bytes; `space_wait` and `lease` in seconds; `warm_below`: bytes used and reserved up to which
-    objects that nobody has asked for are fetched (None: as any other)."""
+    """Limits from the settings."""
 
-    largest_size: int
-    space_wait: float
-    lease: float
+    largest_size: int  # bytes of the largest object that is cached
+    space_wait: float  # seconds that a job waits for space
+    lease: float  # seconds of a lease
     warm_below: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class UnrecordedFile:
-    """A complete file that has no record, open; `head`: its first bytes."""
-
-    descriptor: int
-    size: int
-    changed_at: float
-    head: bytes
+    """Bytes used and reserved up to which warming jobs are fetched. None: warming jobs are treated as any other."""
 
 
 class Admission:
-    """Decides with the state store and the volume; waits for a bounded time only."""
+    """Admits jobs by state store and volume. Waits for a bounded time only."""
 
     def __init__(
         self, state: StateStore, volume: Volume, disk: BlockingPool, rules: AdmissionRules, worker: str
@@ -129,20 +78,22 @@ class Admission:
         self._worker = worker
 
     async def admit(self, media_object: MediaObject, *, warming: bool = False) -> Admitted | JobOutcome:
-        """The lease, or what becomes of the job without. VolumeError and StateStoreUnavailable pass through.
+        """Return the lease, or the outcome of a job that is not to fetch.
 
-        `warming`: nobody waits for the object, so nothing is evicted for it.
+        `warming`: no client waits for the object, so nothing is evicted for it.
+        Raises VolumeError and StateStoreUnavailable.
         """
         size = media_object.size
         if size is None:
-            return Hopeless("the size is not known")
+            return DeadLetter("size: expected a number of bytes, got none")
         if size > self._rules.largest_size:
-            return Hopeless(f"{size} bytes are more than is ever cached")
+            return DeadLetter(f"size: expected at most {self._rules.largest_size} bytes, got {size}")
         if warming and not await self._has_room_to_warm(size):
             return await self._skip_warming(media_object.object_id)
         return await self._admit(media_object, size, warming=warming)
 
     async def _admit(self, media_object: MediaObject, size: int, *, warming: bool) -> Admitted | JobOutcome:
+        """Ask for the lease until it is granted or the job has waited long enough."""
         object_id = media_object.object_id
         wait = AdmissionWait(self._rules.space_wait, self._rules.lease)
         space_requested = invalid_removed = False
@@ -158,11 +109,11 @@ class Admission:
                     return Admitted(result.lease, requested_at)
                 if isinstance(result, AlreadyStored) and not invalid_removed:
                     invalid_removed = True
-                    if await self._restore(media_object):
+                    if await self._restore_record(media_object):
                         logger.info("record_restored", object_id=object_id)
-                        return Done("already cached")
+                        return Ack("already_cached")
                     if not await self._remove_invalid(object_id, result.generation):
-                        return TryLater("what is stored is not right, and in use")
+                        return Retry("stored file is invalid and in use")
                     continue
                 if warming and isinstance(result, NoSpace):
                     return await self._skip_warming(object_id)
@@ -183,25 +134,36 @@ class Admission:
         return usage.used + usage.reserved + footprint(size) <= limit
 
     async def _skip_warming(self, object_id: ObjectId) -> JobOutcome:
-        """The claim ends too: the next client's request asks for the fetch anew, with all that belongs to it."""
+        """Release the claim, too, so that a client's request publishes a job of normal priority."""
         fetch = (await self._state.find(object_id)).fetch
         if fetch is not None:
             await self._state.release_claim(object_id, fetch.worker)
-        return Done("no room to warm")
+        return Ack("no_room_to_warm")
 
     def _stored_record(self, object_id: ObjectId) -> StoredRecord | None:
-        """The record of the complete object, if the volume has it; VolumeError if there is no volume. Blocks."""
+        """Return the record of the complete object, None if it is not stored. Blocking. Raises VolumeError."""
         self._volume.check()
-        found = self._volume.open_object(object_id)
-        if found is None:
-            return None
-        found.close()
-        return found.record
+        return self._volume.complete_record(object_id)
 
-    async def _restore(self, wanted: MediaObject) -> bool:
-        """A file without its record (lost, or not written yet when the file came from another node) gets one, if it is
-        what the catalog says."""
-        opened: list[UnrecordedFile] = []
+    async def _reindex(self, record: StoredRecord) -> JobOutcome:
+        """Add a stored object to the index if it is missing there, because a worker died before its commit.
+
+        Without the state store, reconciliation adds it later.
+        """
+        try:
+            result = await self._state.begin(record.object_id, record.size, self._worker)
+            if isinstance(result, Granted):
+                await self._state.commit(result.lease, record.stored_at)
+        except StateStoreUnavailable as error:
+            logger.info("reindex_deferred", reason=str(error))
+        return Ack("already_cached")
+
+    async def _restore_record(self, wanted: MediaObject) -> bool:
+        """Write the record of a complete file that has none, if size and hash are those of the catalog.
+
+        The record was lost, or the file was copied from another node and its record is not written yet.
+        """
+        opened: list[UnrecordedFile] = []  # filled in the thread, so that a cancellation leaves no open file
         try:
             await self._disk.run(_open_unrecorded, self._volume, wanted, opened)
             for file in opened:
@@ -217,24 +179,13 @@ class Admission:
     async def _matches_hash(self, descriptor: int, expected: ContentHash | None) -> bool:
         return expected is None or await hash_file(self._disk.run, descriptor, expected) == expected
 
-    async def _reindex(self, record: StoredRecord) -> JobOutcome:
-        """The object is there. If the index does not know it (a worker died before it could say so), say so now; where
-        that cannot be done, reconciliation does it later."""
-        try:
-            result = await self._state.begin(record.object_id, record.size, self._worker)
-            if isinstance(result, Granted):
-                await self._state.commit(result.lease, record.stored_at)
-        except StateStoreUnavailable as error:
-            logger.info("reindex_deferred", reason=str(error))
-        return Done("already cached")
-
     async def _remove_invalid(self, object_id: ObjectId, generation: int) -> bool:
-        """The index believes in an object that the volume does not have, or has cut short. False: it is in use."""
+        """Remove an object that is in the index, but missing or truncated on the volume. False: it is in use."""
         removal = self._volume.removal(object_id)
         try:
             if not await self._disk.run(self._remove, object_id, removal):
                 return False
-            # Under the lock still: nobody can have put a right file there since.
+            # The removal still locks the object: no other worker can have published a correct file.
             await self._state.forget(object_id, generation)
         finally:
             removal.close()
@@ -242,7 +193,7 @@ class Admission:
         return True
 
     def _remove(self, object_id: ObjectId, removal: Removal) -> bool:
-        """Blocks."""
+        """Unlink the file, unless it is in use or complete. Blocking."""
         match removal.begin():
             case RemovalState.IN_USE:
                 return False
@@ -251,8 +202,28 @@ class Admission:
         return True
 
 
+async def _wait_for_event(events: AsyncIterator[Announcement], object_id: ObjectId) -> None:
+    """Wait until space was freed or the fetch of this object changed, at most _POLL_INTERVAL."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_POLL_INTERVAL):
+            async for announcement in events:
+                freed = announcement.topic is Topic.SPACE_FREED
+                if freed or announcement == Announcement(Topic.FETCH_CHANGED, object_id):
+                    return
+
+
+@dataclass(frozen=True, slots=True)
+class UnrecordedFile:
+    """A complete file without a record."""
+
+    descriptor: int  # open
+    size: int
+    changed_at: float
+    head: bytes  # the first bytes
+
+
 def _open_unrecorded(volume: Volume, wanted: MediaObject, opened: list[UnrecordedFile]) -> None:
-    """Blocks."""
+    """Open the file if it has the expected size and no record, and append it to `opened`. Blocking."""
     found = volume.find_object(wanted.object_id)
     if found is None or found.size != wanted.size or volume.read_record(wanted.object_id):
         return
@@ -263,15 +234,48 @@ def _open_unrecorded(volume: Volume, wanted: MediaObject, opened: list[Unrecorde
         head = os.pread(descriptor, SNIFF_BYTES, 0)
     except OSError as error:
         os.close(descriptor)
-        raise VolumeError(f"read {wanted.object_id}: {error.strerror}") from error
+        raise VolumeError(f"cannot read {wanted.object_id}: {error.strerror}") from error
     opened.append(UnrecordedFile(descriptor, found.size, found.changed_at, head))
 
 
-async def _wait_for_event(events: AsyncIterator[Announcement], object_id: ObjectId) -> None:
-    """Until something may have changed for this object."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_POLL_INTERVAL):
-            async for announcement in events:
-                freed = announcement.topic is Topic.SPACE_FREED
-                if freed or announcement == Announcement(Topic.FETCH_CHANGED, object_id):
-                    return
+@dataclass(slots=True)
+class AdmissionWait:
+    """Decides how long one job waits for admission. Pure."""
+
+    space_wait: float  # seconds
+    lease: float  # seconds
+    _first_denied_at: dict[type, float] = field(default_factory=dict)
+    _lease_expires_at: float | None = None
+
+    def decide(self, denied: Denied, now: float) -> JobOutcome | None:
+        """Return the outcome of the job; None: wait and ask again. `now`: monotonic seconds."""
+        waited = now - self._first_denied_at.setdefault(type(denied), now)
+        space_wait_is_over = waited >= self.space_wait
+        match denied:
+            case NeverFits():
+                return DeadLetter("size: larger than the storage limit")
+            case AlreadyStored():
+                return Retry("index and volume disagree about the object")
+            case NoSpace(missing):
+                return Retry(f"no space: {missing} bytes missing") if space_wait_is_over else None
+            case NotReconciled():
+                return Retry("index not reconciled yet") if space_wait_is_over else None
+            case HeldElsewhere(seconds_left) if seconds_left <= 0:
+                return Retry("object is being evicted") if space_wait_is_over else None
+            case HeldElsewhere(seconds_left):
+                return self._decide_held(now + seconds_left, waited)
+
+    def _decide_held(self, expires_at: float, waited: float) -> JobOutcome | None:
+        """Another worker holds the lease.
+
+        The job must not end before that lease does: if the holder died, this job is the only one left. So is it if the
+        holder lost its connection to the broker and fails later.
+        1. If the holder renews the lease, it is alive: requeue.
+        2. If the lease expires, we get it when we ask again.
+        3. If neither happens for two lease lengths, the clock of the state store moved backwards: retry.
+        """
+        if self._lease_expires_at is None:
+            self._lease_expires_at = expires_at
+        elif expires_at > self._lease_expires_at + _MIN_RENEWAL:
+            return Requeue("fetched by another worker")
+        return Retry("lease is neither renewed nor expires") if waited >= 2 * self.lease else None

@@ -1,4 +1,12 @@
-"""One fetch under a lease: partial file, download, verification, publication, and the end of the lease."""
+"""One fetch under a lease, from opening the partial file to the end of the lease.
+
+1. Open the partial file, and keep its bytes if they are the beginning of the same content.
+2. Read from the sources, write and hash.
+3. Verify size and hash; after corrupt bytes, read again from other sources.
+4. Publish: write the record, rename.
+5. Commit in the state store, which ends the lease.
+After a failure or a stop, the partial file is kept where the next attempt can resume it, and the lease is released.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -26,7 +34,7 @@ from distributor_node.shared.domain.errors import (
     VolumeError,
     VolumeFull,
 )
-from distributor_node.shared.domain.jobs import Done, JobOutcome, TryLater
+from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
 from distributor_node.shared.domain.objects import Hasher, MediaObject, StoredRecord, source_name
 from distributor_node.shared.observability.metrics import (
@@ -39,98 +47,137 @@ from distributor_node.shared.ports.state_store import Announcement, Lease, State
 from distributor_node.shared.runtime.threads import BlockingPool, hash_through
 
 _SPACE_REQUEST_TTL = 60.0
+"""Seconds that the evictor remembers a request for space made after ENOSPC."""
+
+_REHASH_CHUNK = 4 * 1024 * 1024
 
 RecordFailure = Callable[[str], Awaitable[None]]
-"""Told why an attempt has failed; never fails itself."""
+"""Called with the reason of a failed attempt. Does not raise."""
 
 logger = structlog.get_logger()
 
 
-class FetchRunner:
-    """Fetches what a lease was granted for. However it ends, the reservation covers what is on the volume."""
+class AllSourcesCorrupt(SourceWrong):
+    """Every source sent the whole object, and none sent the correct bytes."""
 
-    def __init__(self, deps: FetchDeps, volume: Volume, times: LeaseTimes) -> None:
-        self._deps = deps
+
+class FetchRunner:
+    """Runs fetches for which a lease was granted. However a fetch ends, all bytes on the volume stay reserved."""
+
+    def __init__(
+        self,
+        state: StateStore,
+        volume: Volume,
+        failover_reader: FailoverReader,
+        disk: BlockingPool,
+        times: LeaseTimes,
+    ) -> None:
+        self._state = state
         self._volume = volume
+        self._failover_reader = failover_reader
+        self._disk = disk
         self._times = times
 
     async def run(
         self, media_object: MediaObject, lease: Lease, requested_at: float, record_failure: RecordFailure
     ) -> JobOutcome:
-        """`requested_at`: monotonic time before the lease was asked for. Cancelled: what came is kept, the lease given
-        back."""
-        fetch = _PartialFetch(self._deps, self._volume, media_object, lease)
-        renewer = LeaseRenewer(self._deps.state, lease, self._times, requested_at)
+        """Fetch one object. When cancelled, keep the received bytes and release the lease.
+
+        `requested_at`: the monotonic time before the lease was requested.
+        """
+        renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
+        fetch = _PartialFetch(
+            self._state, self._volume, self._failover_reader, self._disk, media_object, renewer
+        )
         with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
             try:
                 async with renewer.running():
-                    await fetch.run(renewer)
+                    await fetch.run()
                 return await self._commit(lease)
             except LeaseLost as lost:
                 await record_failure(str(lost))
-                return TryLater(str(lost))
+                return Retry(str(lost))
             except (SourceError, VolumeError, StateStoreUnavailable) as error:
                 reason = _describe(error)
-                # Before the lease is given back: who waits for that asks at once.
+                # Before the lease is released, because requests that wait for the release claim the object at once.
                 await record_failure(reason)
                 await self._abandon(fetch, lease, error)
-                return TryLater(reason)
+                return Retry(reason)
             except asyncio.CancelledError:
                 await fetch.suspend()
                 raise
             finally:
                 fetch.close()
 
+    async def _commit(self, lease: Lease) -> JobOutcome:
+        """Record the published object. If that fails, the next attempt or reconciliation records it."""
+        try:
+            committed = await self._state.commit(lease, time.time())
+        except StateStoreUnavailable as error:
+            return Retry(f"stored, but not committed: {error}")
+        return Ack("fetched" if committed else "fetched_to_be_adopted")
+
     async def _abandon(self, fetch: _PartialFetch, lease: Lease, error: DistributorError) -> None:
-        """What came is kept where another attempt can go on from it."""
+        """Keep the received bytes if another attempt can resume from them."""
         if not isinstance(error, AllSourcesCorrupt | VolumeFull):
             await fetch.suspend()
             return
         await fetch.discard()
         if isinstance(error, VolumeFull):
-            await self._deps.state.request_space(lease.object_id, lease.size, _SPACE_REQUEST_TTL)
+            await self._state.request_space(lease.object_id, lease.size, _SPACE_REQUEST_TTL)
 
-    async def _commit(self, lease: Lease) -> JobOutcome:
-        """Without a word from the state store the file is there all the same: the next attempt, or reconciliation,
-        makes it known."""
-        try:
-            committed = await self._deps.state.commit(lease, time.time())
-        except StateStoreUnavailable as error:
-            return TryLater(f"stored, but not committed: {error}")
-        return Done("fetched" if committed else "fetched, to be adopted")
+
+def _describe(error: DistributorError) -> str:
+    match error:
+        case AllSourcesFailed():
+            return f"all sources failed: {str(error)[:500]}"
+        case VolumeFull():
+            return f"volume full: {error}"
+    return str(error)
 
 
 class _PartialFetch:
-    """The partial file of one fetch, from opening to its end."""
+    """The partial file of one fetch, from opening to publication or to the release of its lease."""
 
-    def __init__(self, deps: FetchDeps, volume: Volume, media_object: MediaObject, lease: Lease) -> None:
-        self._deps = deps
+    def __init__(
+        self,
+        state: StateStore,
+        volume: Volume,
+        failover_reader: FailoverReader,
+        disk: BlockingPool,
+        media_object: MediaObject,
+        renewer: LeaseRenewer,
+    ) -> None:
+        self._state = state
         self._volume = volume
+        self._failover_reader = failover_reader
+        self._disk = disk
         self._object = media_object
-        self._lease = lease
+        self._renewer = renewer
+        self._lease = renewer.lease
         self._partial: PartialFile | None = None
 
-    async def run(self, renewer: LeaseRenewer) -> None:
-        """From the first byte to the rename."""
-        partial = await self._deps.disk.run(self._open)
-        # An index that was rebuilt from the volume a moment ago may not know this file; before it grows, it must. The
-        # source can be asked meanwhile.
-        renewer.renew_soon()
-        download = Download(self._deps, self._object, partial, renewer)
+    async def run(self) -> None:
+        """Open, download, verify and publish."""
+        partial = await self._disk.run(self._open)
+        # After the index was rebuilt from the volume, it may not know this file. It must know it before the file
+        # grows. The renewal tells it, while the source is asked.
+        self._renewer.renew_soon()
+        download = _Download(
+            self._state, self._failover_reader, self._disk, self._object, partial, self._renewer
+        )
         if partial.size:
-            await download.announce()  # what lies there can be sent
+            await download.announce()  # the bytes of an earlier attempt can be sent
         await download.run()
-        head = await self._deps.disk.run(partial.read, 0, SNIFF_BYTES)
-        media_type = detect_media_type(self._object.media_type, head)
-        record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
-        await self._deps.disk.run(partial.publish, record)
+        await self._publish(partial)
 
     def _open(self) -> PartialFile:
-        """The partial file, empty unless it is the beginning of this very content. Blocks."""
-        expected = self._expected()
+        """Open the partial file, empty unless it is the beginning of the same content. Blocking."""
+        expected = self._expected_record()
         sidecar = self._volume.partial_record(self._object.object_id)
-        if sidecar is None or not _same_content(sidecar, expected):
-            # Emptied under the old sidecar first: with the new one beside the old bytes, a crash would join them.
+        if sidecar is None or not _is_same_content(sidecar, expected):
+            # Empty the file before the sidecar changes. After a crash, a new sidecar beside old bytes would be taken
+            # for one content.
             self._partial = self._volume.open_partial_for_writing(expected, write_sidecar=False)
             if self._partial.size:
                 self._partial.restart()
@@ -143,7 +190,7 @@ class _PartialFetch:
         self._partial.check_free_space()
         return self._partial
 
-    def _expected(self) -> StoredRecord:
+    def _expected_record(self) -> StoredRecord:
         wanted = self._object
         return StoredRecord(
             object_id=wanted.object_id,
@@ -154,159 +201,156 @@ class _PartialFetch:
             stored_at=int(time.time()),
         )
 
+    async def _publish(self, partial: PartialFile) -> None:
+        """Write the record and rename the file into place."""
+        head = await self._disk.run(partial.read, 0, SNIFF_BYTES)
+        media_type = detect_media_type(self._object.media_type, head)
+        record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
+        await self._disk.run(partial.publish, record)
+
     async def suspend(self) -> None:
-        """Keep what came for whoever goes on, and give the lease back; nothing came: as `discard`."""
+        """Keep the received bytes for another attempt and release the lease. Without bytes: as `discard`."""
         if self._partial is not None and not self._partial.size:
             await self.discard()
             return
         self.close()
-        await self._return_lease(keep=True)
+        await self._release_lease(keep_reservation=True)
 
     async def discard(self) -> None:
-        """Remove the partial file, then give lease and reservation back; if it cannot be removed, it stays reserved."""
-        if self._partial is None:
-            await self._return_lease(keep=True)  # not opened: who knows what lies there
-            return
-        try:
-            await self._deps.disk.run(self._partial.discard)
-        except VolumeError as error:
-            logger.warning("partial_removal_failed", reason=str(error))
-            self._partial = None
-            await self._return_lease(keep=True)
-        else:
-            self._partial = None
-            await self._return_lease(keep=False)
+        """Delete the partial file, then release lease and reservation.
 
-    async def _return_lease(self, *, keep: bool) -> None:
-        state = self._deps.state
+        If the file cannot be deleted, or was not opened (it may hold bytes of an earlier attempt), it stays reserved.
+        """
+        keep_reservation = True
+        if self._partial is not None:
+            try:
+                await self._disk.run(self._partial.discard)
+                keep_reservation = False
+            except VolumeError as error:
+                logger.warning("partial_removal_failed", reason=str(error))
+            self._partial = None
+        await self._release_lease(keep_reservation=keep_reservation)
+
+    async def _release_lease(self, *, keep_reservation: bool) -> None:
         try:
-            await (state.park(self._lease) if keep else state.release(self._lease))
+            await (self._state.park(self._lease) if keep_reservation else self._state.release(self._lease))
         except StateStoreUnavailable as error:
-            logger.warning("lease_release_failed", reason=str(error))  # it runs out by itself
+            logger.warning("lease_release_failed", reason=str(error))  # it expires
 
     def close(self) -> None:
-        """Close the file if it is open: the lock on it goes with that."""
+        """Close the file if it is open, which also unlocks it."""
         if self._partial is not None:
             self._partial.close()
             self._partial = None
 
 
-def _same_content(sidecar: StoredRecord, expected: StoredRecord) -> bool:
+def _is_same_content(sidecar: StoredRecord, expected: StoredRecord) -> bool:
     return (sidecar.size, sidecar.etag, sidecar.content_hash) == (
         expected.size, expected.etag, expected.content_hash,
     )  # fmt: skip
 
 
-def _describe(error: DistributorError) -> str:
-    match error:
-        case AllSourcesFailed():
-            return f"all sources failed: {str(error)[:500]}"
-        case VolumeFull():
-            return f"volume full: {error}"
-    return str(error)
-
-
-# Fills the partial file of one object with bytes that are verified in the end.
-
-_REHASH_BYTES = 4 * 1024 * 1024
-
-
-class AllSourcesCorrupt(SourceWrong):
-    """Every source gave all of the object, and none gave the correct bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class FetchDeps:
-    """What every download works with."""
-
-    state: StateStore
-    failover_reader: FailoverReader
-    disk: BlockingPool
-
-
-class Download:
-    """One object into its partial file. The size of `media_object` is known."""
+class _Download:
+    """Fills the partial file of one object, whose size is known, with verified bytes."""
 
     def __init__(
-        self, deps: FetchDeps, media_object: MediaObject, partial: PartialFile, renewer: LeaseRenewer
+        self,
+        state: StateStore,
+        failover_reader: FailoverReader,
+        disk: BlockingPool,
+        media_object: MediaObject,
+        partial: PartialFile,
+        renewer: LeaseRenewer,
     ) -> None:
-        self._deps = deps
+        self._state = state
+        self._failover_reader = failover_reader
+        self._disk = disk
         self._object = media_object
         self._partial = partial
         self._renewer = renewer
 
     async def run(self) -> None:
-        """Returns when size and hash are correct, with the file marked so. Goes on from what is there.
+        """Read the missing bytes. On return, size and hash are correct and the file is marked as verified.
 
-        Raises AllSourcesFailed (what came is kept), AllSourcesCorrupt (the file is empty again), VolumeError,
-        LeaseLost (nothing was written since).
+        Raises:
+            AllSourcesFailed: the received bytes are kept.
+            AllSourcesCorrupt: the file is empty again.
+            LeaseLost: nothing was written after the loss.
+            VolumeError
         """
         groups: SourceGroups = (self._object.sources,)
         while groups:
             contributors: set[str] = set()
             resumed = self._partial.size > 0
             try:
-                correct = await self._attempt(groups[0], contributors)
+                verified = await self._read_from(groups[0], contributors)
             except AllSourcesFailed:
                 if len(groups) == 1:
                     raise
                 groups = groups[1:]
             else:
-                if correct:
+                if verified:
                     await self.announce()
                     return
                 self._report_corruption(contributors, resumed=resumed)
                 groups = groups_after_corruption(groups, contributors, resumed=resumed)
-            await self._deps.disk.run(self._partial.restart)
+            await self._disk.run(self._partial.restart)
             await self.announce()
-        raise AllSourcesCorrupt("all sources gave wrong bytes")
+        raise AllSourcesCorrupt("all sources sent corrupt bytes")
 
     async def announce(self) -> None:
-        """Wake the followers: the partial file has changed in a way that they wait for."""
-        await self._deps.state.announce(Announcement(Topic.FETCH_CHANGED, self._object.object_id))
+        """Wake the responses that wait for a change of the partial file."""
+        await self._state.announce(Announcement(Topic.FETCH_CHANGED, self._object.object_id))
 
-    async def _attempt(self, sources: Sequence[str], contributors: set[str]) -> bool:
-        """Read to the end, adding to `contributors` who gave bytes; whether the whole is correct, and marked so."""
-        wanted = self._object.content_hash
-        hasher = wanted.hasher() if wanted is not None else None
+    async def _read_from(self, sources: Sequence[str], contributors: set[str]) -> bool:
+        """Read the missing bytes and verify the whole. Returns whether it is correct.
+
+        The sources that sent bytes are added to `contributors`.
+        """
+        expected = self._object.content_hash
+        hasher = expected.hasher() if expected is not None else None
         offset = self._partial.size
-        await self._rehash(hasher, offset)
+        await self._hash_existing_bytes(hasher, offset)
         verify = partial(self._verify, hasher)
-        writer = PartialWriter(self._partial, hasher, self._renewer, self._deps.disk, self.announce, verify)
+        writer = PartialWriter(self._partial, hasher, self._renewer, self._disk, self.announce, verify)
         began_at = time.monotonic()
-        stream = self._deps.failover_reader.stream(self._object, offset, None, sources, self._on_source)
-        async with writer.writing(offset), aclosing(stream) as pieces:
-            async for piece in pieces:
+        stream = self._failover_reader.stream(self._object, offset, None, sources, self._on_source)
+        async with writer.writing(offset), aclosing(stream) as chunks:
+            async for chunk in chunks:
                 if not contributors:
                     PHASE.labels("source_first_byte").observe(time.monotonic() - began_at)
-                contributors.add(piece.source)
-                await writer.put(piece.data)
+                contributors.add(chunk.source)
+                await writer.put(chunk.data)
         if self._partial.size != self._object.size:
             return False
-        return await self._deps.disk.run(verify) if writer.verified is None else writer.verified
+        return await self._disk.run(verify) if writer.verified is None else writer.verified
 
-    def _verify(self, hasher: Hasher | None) -> bool:
-        """Whether all the bytes, which are there, are the object's; then followers may have the last ones. Blocks."""
-        wanted = self._object.content_hash
-        if hasher is not None and wanted is not None and hasher.digest() != wanted.digest:
-            return False
-        self._partial.mark_verified()
-        return True
-
-    async def _rehash(self, hasher: Hasher | None, size: int) -> None:
-        """The bytes that lie there from before."""
+    async def _hash_existing_bytes(self, hasher: Hasher | None, size: int) -> None:
+        """Feed the hasher with the bytes of an earlier attempt."""
         if hasher is None or not size:
             return
-        if await hash_through(self._deps.disk.run, self._partial.read, hasher, chunk=_REHASH_BYTES) != size:
-            raise VolumeError(f"the partial file of {self._object.object_id} gives fewer bytes than it has")
+        hashed = await hash_through(self._disk.run, self._partial.read, hasher, chunk=_REHASH_CHUNK)
+        if hashed != size:
+            raise VolumeError(
+                f"partial file of {self._object.object_id}: expected {size} bytes, read {hashed}"
+            )
 
     def _on_source(self, url: str, response: SourceResponse) -> None:
+        """Called when a source starts to send."""
         self._renewer.set_source(url)
         if response.media_type is None or media_type_or_none(self._object.media_type) is not None:
             return
-        # Followers are told a type with their first byte: once there are bytes it stays what it is.
+        # A response states its type with its first byte. Once the file has bytes, its type must not change.
         if self._partial.record.media_type is None or not self._partial.size:
             self._partial.set_media_type(response.media_type)
+
+    def _verify(self, hasher: Hasher | None) -> bool:
+        """Compare the hash of the complete file. If correct, responses may send the last bytes. Blocking."""
+        expected = self._object.content_hash
+        if hasher is not None and expected is not None and hasher.digest() != expected.digest:
+            return False
+        self._partial.mark_verified()
+        return True
 
     def _report_corruption(self, contributors: set[str], *, resumed: bool) -> None:
         logger.warning(
@@ -316,22 +360,22 @@ class Download:
             SOURCE_FAILURES.labels(source_label(url), SourceWrong.reason).inc()
         if len(contributors) == 1 and not resumed:
             (contributor,) = contributors
-            self._deps.failover_reader.report_corrupt(contributor, self._object.object_id)
+            self._failover_reader.report_corrupt(contributor, self._object.object_id)
 
-
-# Which sources to read from again after the bytes of some turned out to be wrong. Pure.
 
 SourceGroups = tuple[tuple[str, ...], ...]
-"""Groups of source URLs; each group is one attempt at the whole object, in which its sources may follow each other."""
+"""Groups of source URLs. Each group is one attempt at the whole object, with failover between its sources."""
 
 
 def groups_after_corruption(
     groups: SourceGroups, contributors: AbstractSet[str], *, resumed: bool
 ) -> SourceGroups:
-    """What is left to try after the first of `groups` ended in wrong bytes that came from `contributors`.
+    """Return the groups to try after the first of `groups` sent corrupt bytes, which came from `contributors`.
 
-    Bytes that lay on the volume before (`resumed`) may have been the wrong ones: then all get another chance. A single
-    contributor is out. Of several nobody knows who lied: first the others together, then each of them alone.
+    - If bytes of an earlier attempt were `resumed`, those may be the corrupt ones: all groups are tried again.
+    - A single contributor is excluded.
+    - With several contributors the corrupt one is unknown: first the other sources are tried together, then each
+      contributor alone.
     """
     tried, *later = groups
     if resumed:

@@ -1,12 +1,12 @@
-"""The fetcher as a task: in a process of its own, or beside API and evictor in standalone mode."""
+"""The fetcher service: takes jobs from the queue, fetches objects, and reports the outcome of each job.
+
+It runs as a process, or beside API and evictor in standalone mode.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import time
-import uuid
 from collections.abc import Sequence
 from functools import partial
 
@@ -14,7 +14,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules, Admitted
-from distributor_node.services.fetcher.download import FetchDeps, FetchRunner
+from distributor_node.services.fetcher.download import FetchRunner
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.state_common import QUEUED_SECONDS
@@ -26,31 +26,34 @@ from distributor_node.shared.domain.errors import (
     VolumeError,
 )
 from distributor_node.shared.domain.jobs import (
-    Done,
+    Ack,
+    DeadLetter,
     FetchJob,
-    HandBack,
-    Hopeless,
     JobOutcome,
-    LookAgain,
+    Nack,
+    Requeue,
+    Retry,
     RetryPlan,
-    TryLater,
 )
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState
 from distributor_node.shared.observability.metrics import FETCHES, PHASE
 from distributor_node.shared.ports.job_queue import JobQueue
 from distributor_node.shared.ports.state_store import FetchPhase, Granted, StateStore
+from distributor_node.shared.runtime.identity import process_name
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.threads import BlockingPool
 from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.waiting import background
 
-_SPARE_THREADS = 2  # for looking at the volume while every download writes
+_SPARE_THREADS = 2
+"""Threads for looking at the volume while every download writes."""
 
 logger = structlog.get_logger()
 
 
 class Fetcher:
-    """Everything given is open, or will be before `serve`, and is closed by whoever gave it."""
+    """Consumes the job queue. The caller opens and closes the adapters."""
 
     def __init__(
         self,
@@ -60,22 +63,21 @@ class Fetcher:
         volume: Volume,
         failover_reader: FailoverReader,
     ) -> None:
-        fetch = settings.fetch
+        fetch, storage = settings.fetch, settings.storage
         self._state = state
         self._queue = queue
         self._volume = volume
         self._concurrency = fetch.concurrency
         self._consuming = False
         self._disk = BlockingPool(fetch.concurrency + _SPARE_THREADS)
-        self.name = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        storage = settings.storage
+        self.name = process_name()
         rules = AdmissionRules(
             storage.largest_cached_size, fetch.space_wait, fetch.lease, storage.watermarks.low
         )
         times = LeaseTimes(fetch.lease, fetch.lease_renewal)
         self._worker = Worker(
             Admission(state, volume, self._disk, rules, self.name),
-            FetchRunner(FetchDeps(state, failover_reader, self._disk), volume, times),
+            FetchRunner(state, volume, failover_reader, self._disk, times),
             FailureRecorder(state, RetryPlan(settings.job_queue.retry_delays), fetch.failure_memory),
         )
         self._operator_state = OperatorStateWatcher(state, volume.root, settings.assignment)
@@ -84,38 +86,36 @@ class Fetcher:
         )
 
     async def serve(self) -> None:
-        """Handle jobs until cancelled; then every job under way is given back, with its partial file kept.
+        """Handle jobs until cancelled. Then nack every running job and keep its partial file.
 
-        ConfigurationError if the volume cannot be written.
+        Raises ConfigurationError if the volume cannot be written.
         """
         try:
             await self._disk.run(self._volume.prepare)
         except VolumeError as error:
             raise ConfigurationError(f"storage.path: {error}") from error
         await self._operator_state.load()
-        watching = asyncio.create_task(self._operator_state.run(), name="fetcher-operator-state")
-        self._consuming = True
         try:
-            logger.info("fetcher_started", worker=self.name, concurrency=self._concurrency)
-            await self._queue.consume(self._handle, self._concurrency, self._dead_letter_handler.handle)
+            async with background(self._operator_state.run(), "fetcher-operator-state"):
+                self._consuming = True
+                logger.info("fetcher_started", worker=self.name, concurrency=self._concurrency)
+                await self._queue.consume(self._handle, self._concurrency, self._dead_letter_handler.handle)
         finally:
             self._consuming = False
-            watching.cancel()
-            await asyncio.wait({watching})
             await self._disk.close()
 
     async def _handle(self, job: FetchJob) -> JobOutcome:
-        """While the node drains, jobs are held: nobody else is to take them either. Fetches under way go on."""
+        """Hold new jobs while the node drains, so that no other worker takes them. Running fetches go on."""
         try:
             await self._operator_state.wait_until(_not_draining)
         except asyncio.CancelledError:
-            return HandBack()
+            return Nack()
         return await self._worker.handle(job)
 
     async def problems(self) -> Sequence[str]:
-        """What keeps it from working, in words; nothing: it is ready."""
+        """Return why the fetcher is not ready, in words. Empty: it is ready."""
         if not self._consuming:
-            return ["no jobs are taken"]
+            return ["not consuming jobs"]
         found = []
         try:
             await self._state.ping()
@@ -136,11 +136,8 @@ def _not_draining(state: OperatorState) -> bool:
     return not state.draining
 
 
-# One job, from its arrival to its outcome.
-
-
 class Worker:
-    """Handles any number of jobs at once. Safe to run twice, and to lose half way."""
+    """Handles jobs, any number at once: admission, fetch, outcome. A job may run twice or be lost half way."""
 
     def __init__(
         self, admission: Admission, fetch_runner: FetchRunner, failure_recorder: FailureRecorder
@@ -150,7 +147,7 @@ class Worker:
         self._failure_recorder = failure_recorder
 
     async def handle(self, job: FetchJob) -> JobOutcome:
-        """The job queue's handler. A cancellation is answered with HandBack, with everything left in good order."""
+        """Handle one job for the queue. When cancelled, release the lease and return Nack."""
         with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
             if job.attempt == 1:
                 PHASE.labels("queue_wait").observe(max(0.0, time.time() - job.published_at))
@@ -158,11 +155,12 @@ class Worker:
             try:
                 outcome = await self._fetch(job)
             except asyncio.CancelledError:
-                outcome = HandBack()
-            FETCHES.labels(outcome_label(outcome)).inc()
+                outcome = Nack()
+            label = outcome_label(outcome)
+            FETCHES.labels(label).inc()
             logger.info(
                 "job_ended",
-                outcome=outcome_label(outcome),
+                outcome=label,
                 reason=getattr(outcome, "reason", None),
                 attempt=job.attempt,
                 size=job.media_object.size,
@@ -181,43 +179,42 @@ class Worker:
                 )
             outcome = admitted
         except (StateStoreUnavailable, VolumeError) as error:
-            outcome = TryLater(str(error))
-        if isinstance(outcome, TryLater):
+            outcome = Retry(str(error))
+        if isinstance(outcome, Retry):
             await self._failure_recorder.record(job, outcome.reason)
         return outcome
 
 
 def outcome_label(outcome: JobOutcome) -> str:
-    """One of a few words, for metrics."""
+    """Return the value of the metric label: one of a few words."""
     match outcome:
-        case Done(detail):
-            return detail.replace(",", "").replace(" ", "_")
-        case TryLater():
+        case Ack(detail):
+            return detail
+        case Retry():
             return "retry"
-        case LookAgain():
+        case Requeue():
             return "requeue"
-        case Hopeless():
+        case DeadLetter():
             return "dead_letter"
-        case HandBack():
+        case Nack():
             return "nack"
 
 
-# Between two attempts of a job nobody starts the fetch anew: the job waits, its object counts as failed.
-
-
 class FailureRecorder:
-    """Without it every request for a failing object would publish a job of its own, each with all its attempts.
+    """Negative caching: while a job waits for its next attempt, its object is marked as failed.
 
-    `failure_memory`: seconds that the failure of a last attempt is remembered."""
+    Otherwise every request for a failing object would publish another job, each with all its attempts.
+    """
 
     def __init__(self, state: StateStore, plan: RetryPlan, failure_memory: float) -> None:
+        """`failure_memory`: seconds that the failure of the last attempt is remembered."""
         self._state, self._plan, self._failure_memory = state, plan, failure_memory
 
     async def record(self, job: FetchJob, reason: str) -> None:
-        """One attempt has failed. To be told before the lease is given back: who waits for that asks at once.
+        """Record a failed attempt. Call it before the lease is released: requests wait for that and then claim.
 
-        A job that comes back does so after its delay, and begins within the time that a new one is given; one that was
-        lost keeps nobody from claiming the object after that.
+        The mark lasts until the delayed job has had the time of a new job to begin. After that, if the job was lost,
+        the object can be claimed again.
         """
         delay = self._plan.next_delay(job.attempt)
         seconds = self._failure_memory if delay is None else delay + QUEUED_SECONDS
@@ -227,11 +224,8 @@ class FailureRecorder:
             logger.info("failure_not_recorded", reason=str(error))
 
 
-# What is done when a job is given up.
-
-
 class DeadLetterHandler:
-    """Frees what the attempts held, and has the failure remembered."""
+    """The job queue's dead-letter callback: records the failure, deletes the partial file, releases its space."""
 
     def __init__(
         self, state: StateStore, volume: Volume, disk: BlockingPool, worker: str, failure_memory: float
@@ -244,17 +238,18 @@ class DeadLetterHandler:
         self._failure_memory = failure_memory
 
     async def handle(self, job: FetchJob, reason: str) -> None:
-        """The job queue's callback: free the space that the attempts held, and remember the failure."""
+        """Clean up after a job that is dead-lettered."""
         with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
             logger.warning("fetch_dead_lettered", reason=reason, attempts=job.attempt)
             try:
-                # In this order: who sees the fetch end must see why.
+                # The failure first: a request that sees the end of the fetch must find its reason.
                 await self._state.record_failure(job.object_id, reason, self._failure_memory)
                 await self._remove_partial(job.object_id)
             except (StateStoreUnavailable, VolumeError) as error:
                 logger.warning("dead_letter_cleanup_failed", reason=str(error))
 
     async def _remove_partial(self, object_id: ObjectId) -> None:
+        """Delete a parked partial file under a lease of its own."""
         fetch = (await self._state.find(object_id)).fetch
         sidecar = await self._disk.run(self._volume.partial_record, object_id)
         if fetch is None or fetch.phase is not FetchPhase.PARKED or sidecar is None:
@@ -271,5 +266,5 @@ class DeadLetterHandler:
 
 
 def _discard(volume: Volume, sidecar: StoredRecord) -> None:
-    """In one call: whoever is cancelled meanwhile leaves no open file behind. Blocks."""
+    """Open and discard in one call, so that a cancellation leaves no open file. Blocking."""
     volume.open_partial_for_writing(sidecar, write_sidecar=False).discard()

@@ -1,8 +1,6 @@
-"""`run`: the fetcher as a process."""
+"""Entry point of the fetcher process."""
 
 from __future__ import annotations
-
-from importlib.metadata import version
 
 from distributor_node.services.fetcher.fetcher import Fetcher
 from distributor_node.shared.domain.errors import ConfigurationError
@@ -17,13 +15,14 @@ from distributor_node.shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
+from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.runtime.malloc import retain_freed_memory
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
 from distributor_node.shared.settings.model import Settings
 
 
 def run(settings: Settings) -> int:
-    """Work until a signal; the exit code."""
+    """Work until a signal. Returns the exit code."""
 
     async def main(scope: ServiceScope) -> None:
         await run_fetcher(scope, settings)
@@ -32,12 +31,12 @@ def run(settings: Settings) -> int:
 
 
 async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
-    """The main of a fetcher process. Should it end by itself, the process ends, for its supervisor to start it anew."""
+    """Run a fetcher until a stop is requested. If it ends by itself, the process ends and is restarted from outside."""
     if settings.job_queue.url.get_secret_value().startswith(MEMORY):
         raise ConfigurationError(
-            "a fetcher of its own needs state_store.url and job_queue.url of real servers"
+            "state_store.url, job_queue.url: a separate fetcher needs Redis and RabbitMQ, got memory"
         )
-    describe_build(version("distributor-node"), "fetcher")
+    describe_build(VERSION, "fetcher")
     retain_freed_memory()
     resources = scope.resources
     volume = build_volume(settings)

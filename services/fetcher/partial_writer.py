@@ -1,10 +1,10 @@
-"""Writes and hashes what arrives, in a thread, while more arrives."""
+"""Writes and hashes received bytes in a thread, while more bytes are received."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 from distributor_node.services.fetcher.lease import LeaseRenewer
@@ -12,17 +12,26 @@ from distributor_node.shared.adapters.volume import PartialFile
 from distributor_node.shared.domain.objects import Hasher
 from distributor_node.shared.observability.metrics import WRITTEN_BYTES
 from distributor_node.shared.runtime.threads import BlockingPool, wait_uncancellable
+from distributor_node.shared.waiting import wait_event
 
-_MIN_WRITE = 64 * 1024  # bytes; smaller pieces are joined, larger ones not copied
+MAX_BATCH = 1024 * 1024
+"""Bytes that are written without waiting for more."""
+
+HIGH_WATER = 2 * MAX_BATCH
+"""Received and unwritten bytes at which `put` waits, and with it the source."""
+
+MAX_LATENCY = 0.05
+"""Seconds after which received bytes are written, however few: clients of a slow source wait for them."""
+
+_UNBATCHED_BYTES = 64 * 1024
+"""The first bytes of a stream, which are written at once."""
+
+_MIN_WRITE = 64 * 1024
+"""Mean bytes of a piece below which the pieces of a batch are joined. Joining copies, so larger ones are not."""
 
 
 class PartialWriter:
-    """One write is under way while the next batch is received; memory is bounded by a batch or two.
-
-    `on_first_bytes` is called once, when the first bytes are on disk and more are to come; it must not fail.
-    `on_complete` is called in the thread that has written the object's last byte, so that clients wait for one change
-    of threads, not for two; what it returns is `verified`, which is None if no byte was missing from the beginning.
-    """
+    """Writes one batch while the next is received. Memory is bounded by HIGH_WATER and the batch being written."""
 
     def __init__(
         self,
@@ -33,13 +42,21 @@ class PartialWriter:
         on_first_bytes: Callable[[], Coroutine[Any, Any, None]],
         on_complete: Callable[[], bool],
     ) -> None:
+        """Two callbacks:
+
+        - `on_first_bytes` is called once, when the first bytes are on disk and more are to come. It must not raise.
+        - `on_complete` is called in the thread that wrote the object's last byte, so that clients wait for one thread
+          switch instead of two. Its result is stored in `verified`.
+        """
         self._partial = partial
         self._hasher = hasher
         self._renewer = renewer
         self._disk = disk
         self._on_first_bytes = on_first_bytes
         self._on_complete = on_complete
-        self.verified: bool | None = None
+        self.verified: bool | None = (
+            None  # None: `on_complete` was not called, for nothing was missing at the start
+        )
         self._pending: list[bytes] = []
         self._pending_bytes = 0
         self._received = 0
@@ -49,8 +66,11 @@ class PartialWriter:
 
     @asynccontextmanager
     async def writing(self, offset: int) -> AsyncIterator[None]:
-        """Within, `put` what comes next from `offset`. Whatever ends the context, what was put is on disk after it,
-        unless the lease is lost or the disk refuses; the disk's errors come out here or from `put`."""
+        """Within the block, `put` the bytes that follow `offset`.
+
+        When the block has ended, for any reason, all bytes given to `put` are on disk, unless the lease was lost or
+        the disk failed. Errors of the disk are raised here or by `put`.
+        """
         writer = asyncio.create_task(self._write_batches(offset), name="partial-writer")
         writer.add_done_callback(lambda _: self._has_room.set())
         self._writer = writer
@@ -70,7 +90,7 @@ class PartialWriter:
             raise failure
 
     async def put(self, data: bytes) -> None:
-        """Hand over the next bytes; waits while too many are on their way to the disk."""
+        """Hand over the next bytes. Waits while HIGH_WATER bytes are unwritten."""
         self._pending.append(data)
         self._pending_bytes += len(data)
         self._received += len(data)
@@ -85,7 +105,7 @@ class PartialWriter:
 
     async def _write_batches(self, offset: int) -> None:
         first = True
-        while await self._next_batch():
+        while await self._wait_for_batch():
             batch, self._pending = self._pending, []
             length, self._pending_bytes = self._pending_bytes, 0
             self._has_data.clear()
@@ -96,23 +116,22 @@ class PartialWriter:
             WRITTEN_BYTES.inc(length)
             offset += length
             if first and self.verified is None:
-                # Its reply is not waited for here; and where all bytes are there, `on_complete` notifies.
+                # In the background, so that writing goes on. Where all bytes are written, `on_complete` notifies.
                 self._notify_task = asyncio.create_task(self._on_first_bytes(), name="first-bytes")
             first = False
 
-    async def _next_batch(self) -> bool:
-        """True when there is a batch worth writing; False when there is nothing left and nothing will come."""
+    async def _wait_for_batch(self) -> bool:
+        """Return True when a batch is to be written, False after the last one."""
         while not self._pending:
             if self._closed:
                 return False
             await self._has_data.wait()
             self._has_data.clear()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(MAX_LATENCY):
-                await self._batch_ready.wait()
+        await wait_event(self._batch_ready, MAX_LATENCY)
         return True
 
     def _write(self, offset: int, batch: list[bytes], length: int) -> None:
+        """Blocking: call from a worker thread."""
         if length < len(batch) * _MIN_WRITE:
             batch = [b"".join(batch)]
         for data in batch:
@@ -124,21 +143,10 @@ class PartialWriter:
             self.verified = self._on_complete()
 
 
-# When received bytes are written: at once in the beginning, where a client waits for them, in larger batches later.
-
-MAX_BATCH = 1024 * 1024
-"""Bytes after which a write is due in any case."""
-
-HIGH_WATER = 2 * MAX_BATCH
-"""Bytes received and not yet written beyond which the source has to wait."""
-
-MAX_LATENCY = 0.05
-"""Seconds after which received bytes are written, however few: a follower of a slow source waits for them."""
-
-_UNBATCHED_BYTES = 64 * 1024
-
-
 def batch_size(received: int) -> int:
-    """Bytes worth a write of their own, after `received` bytes of this stream: any for the first 64 KiB, then a quarter
-    of what has come so far, so that followers are never far behind."""
+    """Return the bytes that make a batch, after `received` bytes of this stream.
+
+    Any number for the first 64 KiB, which clients wait for. Then a quarter of the received bytes, so that clients that
+    read the partial file are never far behind.
+    """
     return 1 if received < _UNBATCHED_BYTES else min(received // 4, MAX_BATCH)

@@ -1,1 +1,1 @@
-"""Moving over from the network's existing node: its configuration in our words."""
+"""Migration from the network's existing node: converts its configuration."""

@@ -1,4 +1,7 @@
-"""`distributor import-config`: the existing node's configuration file, printed as ours."""
+"""`distributor import-config`: converts the existing node's configuration to our settings.
+
+The file is read as the existing node reads it, including its environment variables and its YAML version.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,14 @@ from distributor_node.shared.settings.load import check_settings
 
 _HEAD = """\
 # Written by `distributor import-config` from {file}.
-# One process: distributor standalone --config THIS_FILE. For separate services add state_store.url (redis://…) and
-# job_queue.url (amqp://…). Storage nodes at private addresses are not asked: where yours are at such, change
-# catalog.refuse_private_sources. Everything that can be set: docs/configuration.md.
+# One process: distributor standalone --config THIS_FILE. For separate services, add state_store.url (redis://…) and
+# job_queue.url (amqp://…). Storage nodes at private addresses are not used: if yours have such addresses, change
+# catalog.refuse_private_sources. All settings: docs/configuration.md.
 """
 
 
 def import_configuration(file: Path, environment: Mapping[str, str]) -> tuple[str, list[str]]:
-    """Our settings as YAML, and remarks for whoever runs this. ConfigurationError if they could not work."""
+    """Return our settings as YAML, and remarks for the operator. Raises ConfigurationError if they are invalid."""
     translation = translate(read_existing(file, environment), file.resolve().parent)
     check_settings(translation.settings)
     text = yaml.safe_dump(translation.settings, sort_keys=False, allow_unicode=True)
@@ -31,7 +34,7 @@ def import_configuration(file: Path, environment: Mapping[str, str]) -> tuple[st
     return _HEAD.format(file=file.name) + text, remarks
 
 
-# The existing node's configuration as it would read it: a YAML or JSON file, with the environment on top.
+# The existing node's configuration: a YAML or JSON file, overridden by the environment.
 
 PREFIX = "JOYSTREAM_DISTRIBUTOR__"
 OFF = "off"
@@ -44,14 +47,16 @@ _TEXTS = frozenset(
 
 
 def read_existing(file: Path, environment: Mapping[str, str]) -> dict[str, Any]:
-    """Names and values, nested. ConfigurationError if the file cannot be read as that.
+    """Return names and values, nested. Raises ConfigurationError for an invalid file.
 
     A variable such as JOYSTREAM_DISTRIBUTOR__LIMITS__MAX_CACHED_ITEM_SIZE overrides `limits.maxCachedItemSize`. Its
-    value is JSON, or plain text where it is none, or where the setting is a text; `off` takes the setting out.
+    value is JSON. It is plain text if it is not valid JSON, or if the setting is a text. `off` removes the setting.
     """
     document = _document(file)
     if not isinstance(document, dict):
-        raise ConfigurationError(f"{file}: want names and values at the top level")
+        raise ConfigurationError(
+            f"{file}: expected names and values at the top level, got {type(document).__name__}"
+        )
     for name in sorted(environment):
         if name.startswith(PREFIX):
             path = [_camel_case(part) for part in name.removeprefix(PREFIX).split("__")]
@@ -60,7 +65,7 @@ def read_existing(file: Path, environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _document(file: Path) -> Any:
-    """JSON first: what is JSON need not be YAML, which knows no tabs."""
+    """Try JSON first: valid JSON may be invalid YAML, which has no tabs."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -69,7 +74,7 @@ def _document(file: Path) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         if file.suffix == ".json":
-            raise ConfigurationError(f"{file} is no JSON: {error}") from error
+            raise ConfigurationError(f"{file} is not valid JSON: {error}") from error
     try:
         return read_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -78,7 +83,7 @@ def _document(file: Path) -> Any:
 
 def _override(document: dict[str, Any], path: list[str], text: str, variable: str) -> None:
     if not all(path):
-        raise ConfigurationError(f"{variable} names no setting")
+        raise ConfigurationError(f"{variable}: expected the name of a setting after {PREFIX}")
     section = document
     for part in path[:-1]:
         child = section.get(part)
@@ -105,9 +110,8 @@ def _camel_case(part: str) -> str:
     return first + "".join(word.capitalize() for word in others)
 
 
-# YAML as the existing node reads it: version 1.2, whose plain words mean less than PyYAML's.
-#
-# There `0:1` is text, not 60 to the base of sixty, and `off`, `no` or a date are texts as well.
+# YAML 1.2, as the existing node reads it. PyYAML reads 1.1, in which fewer plain words are text: in 1.2, `0:1` is text
+# and not a number to base 60, and so are `off`, `no` and dates.
 
 _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", re.ASCII)
 _NUMBER = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", re.ASCII)
@@ -119,12 +123,12 @@ _PLAIN = "tag:yaml.org,2002:plain"
 
 
 def read_yaml(text: str) -> Any:
-    """The only document of a text. Raises yaml.YAMLError, ValueError."""
-    return yaml.load(text, Loader=_CoreLoader)  # noqa: S506 - a SafeLoader that constructs even less
+    """Parse one document. Raises yaml.YAMLError, ValueError."""
+    return yaml.load(text, Loader=_CoreLoader)  # noqa: S506 - a SafeLoader with fewer types
 
 
 class _CoreLoader(yaml.SafeLoader):
-    """Scalars by the core schema (YAML 1.2.2, 10.3.2), without infinity and what is no number."""
+    """Scalars by the core schema (YAML 1.2.2, section 10.3.2), without infinity and NaN."""
 
     yaml_implicit_resolvers: dict[str, Any] = {None: [(_PLAIN, re.compile(""))]}  # type: ignore[dict-item]  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""The existing node's settings in our words, and what has no equal here."""
+"""Translates the existing node's settings to ours, and reports those without an equivalent."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.settings.model import MIN_SECRET_LENGTH
 from distributor_node.shared.settings.sizes import format_size, parse_size
 
-_MIN_ASSIGNMENT_INTERVAL = 3600
+_MIN_ASSIGNMENT_INTERVAL = 3600  # seconds
 _LEVELS = {
     "error": "error", "warn": "warning", "info": "info", "http": "info", "verbose": "debug", "debug": "debug",
     "silly": "debug",
 }  # fmt: skip
 _NO_EQUIVALENT = {
-    "limits.pendingDownloadTimeoutSec": "a download may last as long as it moves: see fetch.stall_timeout and"
+    "limits.pendingDownloadTimeoutSec": "a download has no time limit while it progresses: see fetch.stall_timeout and"
     " fetch.minimum_rate",
-    "limits.dataObjectSourceByObjectIdTTL": "an object's sources are kept with its description:"
+    "limits.dataObjectSourceByObjectIdTTL": "an object's sources are cached with its description:"
     " see catalog.positive_ttl",
-    "intervals.saveCacheState": "there is no such file: the volume is the truth, and the state store its index",
-    "logs.file": "logs go to standard error, one JSON object a line",
-    "logs.elastic": "logs go to standard error, one JSON object a line; a shipper can take them from there",
+    "intervals.saveCacheState": "there is no such file: the state is on the volume and in the state store",
+    "logs.file": "logs go to standard error, one JSON object per line",
+    "logs.elastic": "logs go to standard error, one JSON object per line, from which a log shipper can read them",
 }
 
 
 @dataclass(slots=True)
 class Translation:
-    """`settings`: ours, nested as in the file. `remarks`: what to know about one of theirs, by its name."""
+    """The result, filled setting by setting."""
 
-    settings: dict[str, Any] = field(default_factory=dict)
-    remarks: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)  # ours, nested as in the file
+    remarks: dict[str, str] = field(default_factory=dict)  # by the name of the existing node's setting
 
     def put(self, path: str, value: Any) -> None:
         *sections, name = path.split(".")
@@ -44,8 +44,10 @@ class Translation:
 
 
 def translate(document: dict[str, Any], folder: Path) -> Translation:
-    """`folder`: where the file lies; relative directories are below it. ConfigurationError for a value that the
-    existing node could not have used either."""
+    """Translate all settings. `folder`: of the file, to which its directories are relative.
+
+    Raises ConfigurationError for a value that is invalid for the existing node too.
+    """
     translation = Translation()
     translation.put("catalog.kind", "joystream")
     translation.put("catalog.refuse_private_sources", True)
@@ -57,19 +59,19 @@ def translate(document: dict[str, Any], folder: Path) -> Translation:
             except (ValueError, TypeError, OverflowError) as error:
                 raise ConfigurationError(f"{name}: {error}") from error
         elif (reason := _no_equivalent(name)) is not None:
-            translation.remarks[name] = f"has no equal: {reason}"
+            translation.remarks[name] = f"has no equivalent: {reason}"
         else:
-            translation.remarks[name] = "is not known, and has no equal"
+            translation.remarks[name] = "is unknown, and has no equivalent"
     if "buckets" not in translation.settings and "worker_id" not in translation.settings:
         translation.remarks["workerId"] = (
-            "is missing, and so are buckets: everything the squid knows will be served"
+            "is missing, and so are buckets: the node will serve everything that the squid lists"
         )
     _fit_cached_item(translation)
     return translation
 
 
 def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
-    """Settings by their dotted name; a section whose parts have no meaning one by one is a leaf."""
+    """Return settings by their dotted names. A section without an equivalent counts as one setting."""
     if isinstance(value, dict) and path not in _NO_EQUIVALENT:
         return [
             leaf for name, child in value.items() for leaf in _leaves(child, f"{path}.{name}".lstrip("."))
@@ -86,7 +88,7 @@ def _fit_cached_item(translation: Translation) -> None:
     largest, limit = storage.get("max_cached_item"), storage.get("limit")
     if largest is not None and limit is not None and parse_size(largest) > parse_size(limit):
         del storage["max_cached_item"]
-        translation.remarks["limits.maxCachedItemSize"] = "left out: it is above limits.storage"
+        translation.remarks["limits.maxCachedItemSize"] = "is omitted, because it is above limits.storage"
 
 
 Translator = Callable[[Translation, Any, Path], None]
@@ -102,7 +104,7 @@ def _to(path: str, convert: Callable[[Any], Any]) -> Translator:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value:
-        raise ValueError("want text")
+        raise ValueError(f"expected text, got {value!r}")
     return value
 
 
@@ -112,10 +114,10 @@ def _name(value: Any) -> str:
 
 def _number(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError("want a number")
+        raise ValueError(f"expected a number, got {value!r}")
     number = float(value)
     if number < 0 or number != int(number):
-        raise ValueError("want a whole number, not below 0")
+        raise ValueError(f"expected a whole number of at least 0, got {value!r}")
     return int(number)
 
 
@@ -131,7 +133,7 @@ def _buckets(translation: Translation, value: Any, _: Path) -> None:
     if value is None or value == "all":
         return  # all buckets of the worker
     if not isinstance(value, list) or not all(isinstance(bucket, str) for bucket in value):
-        raise ValueError("want a list of bucket ids")
+        raise ValueError(f"expected a list of bucket ids, got {value!r}")
     translation.put("buckets", value)
 
 
@@ -150,7 +152,7 @@ def _downloads(translation: Translation, value: Any, _: Path) -> None:
     translation.put("fetch.concurrency", min(requested, 256))
     if requested > 256:
         translation.remarks["limits.maxConcurrentStorageNodeDownloads"] = (
-            "is 256 here, for each fetcher; add fetchers for more"
+            "is set to 256, the maximum of one fetcher; start more fetchers for more downloads"
         )
 
 
@@ -163,7 +165,7 @@ def _clean_up(translation: Translation, value: Any, _: Path) -> None:
     translation.put("evictor.duty_interval", max(seconds, _MIN_ASSIGNMENT_INTERVAL))
     if seconds < _MIN_ASSIGNMENT_INTERVAL:
         translation.remarks["intervals.cacheCleanup"] = (
-            f"is {_MIN_ASSIGNMENT_INTERVAL} s here: the whole list is asked for, which costs the squid dearly"
+            f"is set to {_MIN_ASSIGNMENT_INTERVAL} s, because the query of the whole list is expensive for the squid"
         )
 
 
@@ -172,23 +174,24 @@ def _level(translation: Translation, value: Any, _: Path) -> None:
     if level is not None:
         translation.put("log.level", level)
     elif value != "off":
-        raise ValueError(f"no such level: {value}")
+        raise ValueError(f"expected one of {', '.join(_LEVELS)}, off, got {value!r}")
 
 
 def _secret(translation: Translation, value: Any, _: Path) -> None:
     secret = _text(value)
     if len(secret) < MIN_SECRET_LENGTH:
         translation.remarks["operatorApi.hmacSecret"] = (
-            f"left out, and the operator API with it: want at least {MIN_SECRET_LENGTH} characters"
+            f"is omitted, and the operator API is off: expected at least {MIN_SECRET_LENGTH} characters,"
+            f" got {len(secret)}"
         )
         return
     translation.put("operator_api.secret", secret)
-    translation.remarks["operatorApi.hmacSecret"] = "is in what is printed: keep that to yourself"
-    translation.remarks["operatorApi.port"] = "is listened to on 127.0.0.1 only: see operator_api.host"
+    translation.remarks["operatorApi.hmacSecret"] = "is part of the output: keep the output secret"
+    translation.remarks["operatorApi.port"] = "is open on 127.0.0.1 only: see operator_api.host"
 
 
 def _ignored(_translation: Translation, _value: Any, _folder: Path) -> None:
-    """Says nothing that ours needs to be told."""
+    """Accept a setting that needs no translation."""
 
 
 _TRANSLATORS: dict[str, Translator] = {

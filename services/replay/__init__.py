@@ -1,5 +1,4 @@
-"""What another policy, cache size or setting would have made of the traffic in one's own access logs.
+"""`distributor replay`: how other policies, cache sizes and settings would have served the traffic of access logs.
 
-Files: `log_lines` (one line of a log), `recording` (many lines, packed), `reading` (files, gzip, sampling), `scenarios`
-(what is tried), `run` (trying it), `report` (table and recommendation), `chart` (the picture).
+`access_logs` reads the logs, `scenarios` defines what is tried, `run` tries it, and `report` shows the results.
 """

@@ -1,4 +1,7 @@
-"""Log files into a recording: line by line, plain or gzip, a sample of the objects if asked."""
+"""Reads access logs, plain or gzip, into a recording of requests.
+
+The file has three parts: reading files, the recording, and parsing one line in any of the known formats.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +30,17 @@ from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.ranges import parse_content_range
 from distributor_node.shared.domain.space import footprint
 
-_MAX_LINE = 64 * 1024
-_REPORT_INTERVAL = 1000
+_MAX_LINE = 64 * 1024  # bytes
+_REPORT_INTERVAL = 1000  # lines between two reports of the progress
 _SAMPLE_STEPS = 2**32
 
 
 @dataclass(slots=True)
 class LinesRead:
-    """What became of the lines. `other`: readable, but no answer with an object."""
+    """Numbers of lines."""
 
     counted: int = 0
-    other: int = 0
+    other: int = 0  # readable, but not a response with an object
     unreadable: int = 0
     not_sampled: int = 0
 
@@ -45,8 +48,11 @@ class LinesRead:
 def read_logs(
     paths: Iterable[Path], recording: Recording, sample: float, progress: Callable[[int], None]
 ) -> LinesRead:
-    """`sample`: share of the objects to keep, chosen by a hash of their ids, so that all requests for one are kept or
-    none (the cache must then be as much smaller). `progress` is told the bytes of file read since it was last told."""
+    """Read all files into the recording.
+
+    `sample`: share of the objects to keep. A hash of the id decides, so that all requests for an object are kept or
+    none. The cache must be smaller by the same share. `progress`: called with the bytes read since its last call.
+    """
     counts = LinesRead()
     for path in paths:
         with _opened(path) as (raw, lines):
@@ -84,7 +90,7 @@ def _sampled(object_id: ObjectId, sample: float) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], Iterator[bytes]]]:
-    """The file, whose position tells how far it has been read, and its lines; a gzip file is known by its content."""
+    """Open a log: yields the file, for its position, and its lines. Gzip files are recognised by their content."""
     try:
         with path.open("rb") as raw:
             packed = raw.peek(2)[:2] == b"\x1f\x8b"
@@ -95,38 +101,38 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], Iterator[bytes]]]:
 
 
 def read_sizes(path: Path) -> dict[str, int]:
-    """Sizes in bytes by id, from a manifest (YAML or JSON). Raises ConfigurationError."""
+    """Read sizes in bytes by object id from a manifest (YAML or JSON). Raises ConfigurationError."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
         sizes = {
             str(item["id"]): int(item["size"]) for item in document["objects"] if item.get("size") is not None
         }
         if any(not is_size(size) for size in sizes.values()):
-            raise ValueError("a size that no object can have")
+            raise ValueError(f"size: expected 0 to {_MAX_BYTES} bytes")
         return sizes
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from error
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-        raise ConfigurationError(f"{path}: no manifest: want a list `objects` with id and size") from error
+        raise ConfigurationError(
+            f"{path}: expected a manifest with a list `objects` of id and size"
+        ) from error
 
 
-# Many log lines in 25 bytes each, and what is known of their objects' sizes.
+# The recording: 25 bytes per request, and the sizes of the objects.
 
 _PENDING, _HIT, _MISS, _NOT_LOGGED = range(4)
 _CACHE_CODES: Mapping[str | None, int] = {"pending": _PENDING, "hit": _HIT, None: _NOT_LOGGED}
-_NOT_MODIFIED = 4
-"""Added to the code of a 304."""
+_NOT_MODIFIED = 4  # added to the code of a 304
 _MISSED_304 = _MISS + _NOT_MODIFIED
-_TOGETHER = 1.0
-"""Seconds: no object is fetched, evicted and fetched again within less."""
+_TOGETHER = 1.0  # seconds; no object is fetched, evicted and fetched again in less
 
 
 class Recording:
-    """Filled with `add`; then `requests` gives them in the order of time, as often as wanted.
+    """Requests from the logs. After they are added, `requests` yields them in the order of time, repeatedly.
 
-    Sizes: what `known_sizes` says (a manifest); else the largest that a line named (a total in Content-Range, the
-    Content-Length of a 200, a CSV column); else the bytes of the longest whole answer; else those of the longest part,
-    which is only a lower bound: `guessed_sizes` counts such objects.
+    The size of an object is, in this order: its size in `known_sizes` (from a manifest); the largest size that a line
+    states (in Content-Range, in the Content-Length of a 200, or in a CSV column); the length of the longest complete
+    response; the length of the longest partial one. The last is a lower bound, which `guessed_sizes` counts.
     """
 
     def __init__(self, known_sizes: Mapping[str, int] | None = None) -> None:
@@ -140,7 +146,7 @@ class Recording:
         self._cache = bytearray()
 
     def __len__(self) -> int:
-        """Requests."""
+        """Return the number of requests."""
         return len(self._at)
 
     @property
@@ -164,7 +170,7 @@ class Recording:
         self._cache.append(_CACHE_CODES.get(line.cache, _MISS) + _NOT_MODIFIED * line.not_modified)
 
     def sizes(self) -> array[int]:
-        """Bytes of each object."""
+        """Return the size of each object in bytes."""
         found = array("q")
         for number, object_id in enumerate(self._ids):
             named, whole = self._named[number], self._whole[number]
@@ -174,7 +180,7 @@ class Recording:
 
     @property
     def guessed_sizes(self) -> int:
-        """Objects of which only parts were seen."""
+        """Number of objects with only partial responses in the logs."""
         return sum(
             named < 0 and whole < 0 and object_id not in self._known_sizes
             for named, whole, object_id in zip(self._named, self._whole, self._ids, strict=True)
@@ -182,7 +188,7 @@ class Recording:
 
     @property
     def footprint(self) -> int:
-        """Bytes that all objects together would take on the volume."""
+        """Bytes that all objects together take on a volume."""
         return sum(map(footprint, self.sizes()))
 
     @property
@@ -191,7 +197,7 @@ class Recording:
 
     @property
     def logged_hit_ratio(self) -> float | None:
-        """Share of requests that the log itself calls hits, None where it does not say."""
+        """Share of requests that are hits by the log's own account. None: it does not say."""
         counted = Counter(code % _NOT_MODIFIED for code in self._cache)
         logged = len(self._cache) - counted[_NOT_LOGGED]
         return counted[_HIT] / logged if logged else None
@@ -207,15 +213,18 @@ class Recording:
 
 
 class _Fetches:
-    """Which requests waited for one fetch, by what the log calls them: pending ones joined the fetch that the miss
-    before began. Of requests that come together the one that began the fetch need not be the first."""
+    """Finds out which requests shared a fetch, by the cache results in the log.
+
+    A pending request joined the fetch that an earlier miss began. Among simultaneous requests, the log may have the
+    miss after the pending ones.
+    """
 
     def __init__(self, objects: int) -> None:
         never = array("d", [-math.inf]) * objects
         self._began, self._pending_since, self._pending_last = never, never[:], never[:]
 
     def joined(self, number: int, at: float, cache: int) -> float | None:
-        """When the fetch began that a request waited for; None if it waited for none, or began one."""
+        """Return when the fetch began that a request joined. None: it joined none, or began one."""
         if cache in (_HIT, _NOT_LOGGED):
             self._began[number] = self._pending_last[number] = -math.inf
             return None
@@ -232,15 +241,14 @@ class _Fetches:
         return self._began[number]
 
 
-# One line of an access log, in any of the formats that are known.
+# One line of an access log, in any of the known formats:
 #
-# - ours: JSON with event `request_answered`;
+# - our own: JSON with event `request_answered`;
 # - Caddy's JSON;
 # - the common and combined formats of nginx and others, `… [time] "GET /…/assets/<id> HTTP/1.1" status bytes …`;
-# - CSV, `time,id,size[,sent]`, a header line or not; times in POSIX seconds or ISO 8601.
+# - CSV, `time,id,size[,sent]`, with or without a header line; times in POSIX seconds or ISO 8601.
 #
-# Only answers to GET for objects count (200, 206, 304); other lines are passed over, which is not the same as
-# unreadable.
+# Only responses to GET requests for objects count (200, 206, 304). Other readable lines are ignored.
 
 _COMMON = re.compile(
     r'\S+ \S+ .*?\[(?P<time>[^\]]{1,40})\] "(?P<method>[A-Z]{1,10}) (?P<path>\S+)[^"]*"'
@@ -248,41 +256,35 @@ _COMMON = re.compile(
 )
 _ASSET = re.compile(r"/assets/(?P<id>[^/?#]+)(?:[?#]|\Z)")
 _CONTENT_STATUSES = frozenset({200, 206, 304})
-_MAX_BYTES = 2**63 - 1
-"""More than any disk has; a recording's columns hold no more."""
+_MAX_BYTES = 2**63 - 1  # the most that a column of a recording can hold
 
 
 class Unreadable(Exception):
-    """A line in no known format."""
+    """The line is in none of the known formats."""
 
 
 @dataclass(frozen=True, slots=True)
 class LogLine:
-    """An answer with (a part of) an object.
+    """A response with an object, or a part of it."""
 
-    `at`: POSIX seconds of the request, where the log gives its duration, else of the answer; `sent`: bytes of the body;
-    `size`: bytes of the object, if the line says so; `whole`: `sent` is all of it, as far as the log knows;
-    `cache`: hit, pending or miss, if it was logged; `not_modified`: the answer was a 304.
-    """
-
-    at: float
+    at: float  # POSIX seconds of the request; of the response, if the log does not have its duration
     object_id: ObjectId
-    sent: int
-    size: int | None = None
-    whole: bool = False
-    cache: str | None = None
-    not_modified: bool = False
+    sent: int  # bytes of the body
+    size: int | None = None  # of the object, if the line states it
+    whole: bool = False  # whether `sent` is the whole object, by the log's account
+    cache: str | None = None  # hit, pending or miss, if it was logged
+    not_modified: bool = False  # whether the response was a 304
 
 
 def parse_line(line: str) -> LogLine | None:
-    """None for a line that is about something else. Raises Unreadable."""
+    """Parse one line. None: it is not a response with an object. Raises Unreadable."""
     line = line.strip()
     if not line:
         return None
     try:
         parsed = _from_text(line)
     except InvalidInput:
-        return None  # whoever asked for that was told 400
+        return None  # an invalid object id: the response was 400
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise Unreadable(line[:80]) from error
     if parsed is not None and not (is_size(parsed.sent) and (parsed.size is None or is_size(parsed.size))):
@@ -291,7 +293,7 @@ def parse_line(line: str) -> LogLine | None:
 
 
 def is_size(count: int) -> bool:
-    """Bytes that an object or an answer can have."""
+    """Whether an object or a response can have so many bytes."""
     return 0 <= count <= _MAX_BYTES
 
 
@@ -369,12 +371,12 @@ def _object_in(path: str) -> ObjectId | None:
 
 
 def _seconds(time: object) -> float:
-    """POSIX seconds of a number or an ISO 8601 time (without a zone: UTC)."""
+    """Convert POSIX seconds or an ISO 8601 time (UTC without a zone) to POSIX seconds."""
     try:
         seconds = float(time)  # type: ignore[arg-type]
     except ValueError:
         moment = datetime.fromisoformat(str(time))
         seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
     if not math.isfinite(seconds):
-        raise ValueError("no time")
+        raise ValueError(f"time: expected a finite number, got {time!r}")
     return seconds

@@ -1,4 +1,4 @@
-"""Results as a Markdown table, and the sentence that says what to do."""
+"""Shows the results: a Markdown table, a recommendation, and a chart (SVG)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from distributor_node.services.replay.scenarios import Result, Setting
 from distributor_node.shared.domain.eviction.simulator import Outcome
 from distributor_node.shared.settings.sizes import format_size
 
-TOLERANCE = 0.01
-"""Hit ratios that differ by less are as good as equal."""
+TOLERANCE = 0.01  # hit ratios that differ by less count as equal
 _GIB = 1024**3
 _COLUMNS = (
     "cache",
@@ -43,7 +42,7 @@ def render_table(results: Sequence[Result]) -> str:
 
 
 def size_label(result: Result) -> str:
-    """As it was asked for, with its bytes where that was a percentage."""
+    """Return the cache size as requested, with its bytes if it was a percentage."""
     size = result.size
     return (
         f"{size.label} ({size.limit / _GIB:.2f} GiB)" if size.label.endswith("%") else format_size(size.limit)
@@ -51,7 +50,7 @@ def size_label(result: Result) -> str:
 
 
 def describe_own(own: Result) -> str:
-    """One sentence, to be held against what the log itself and the node's metrics say."""
+    """Return one sentence, which can be compared with the log and the node's metrics."""
     outcome = own.outcome
     return (
         f"As configured ({own.setting.name}, {size_label(own)}): {outcome.object_hit_ratio:.1%} of requests and"
@@ -61,10 +60,13 @@ def describe_own(own: Result) -> str:
 
 
 def recommend(results: Sequence[Result]) -> str:
-    """One sentence. Of the settings within a point of the best object hit ratio that with the least bytes from sources,
-    and of those within a point of it that which writes least; at the largest cache tried, since that was affordable."""
+    """Return one sentence that recommends a setting for the largest cache tried.
+
+    Of the settings within one percentage point of the best object hit ratio, those within one point of the fewest
+    bytes from sources; of these, the one that writes the fewest bytes.
+    """
     if not results or not results[0].outcome.requests:
-        return "There were no requests to learn from."
+        return "There were no requests to compare the settings by."
     limit = max(result.size.limit for result in results)
     at_size = [result for result in results if result.size.limit == limit]
     best_hits = max(result.outcome.object_hit_ratio for result in at_size)
@@ -88,7 +90,7 @@ def _compared(chosen: Result, at_size: Sequence[Result]) -> str:
 
 
 def _smaller(chosen: Result, results: Sequence[Result]) -> str:
-    """Where a smaller cache would do nearly as well."""
+    """Return a remark if a smaller cache has nearly the same hit ratios."""
     same = [result for result in results if result.setting == chosen.setting]
     enough = [
         result
@@ -99,15 +101,15 @@ def _smaller(chosen: Result, results: Sequence[Result]) -> str:
     ]
     if not enough:
         return ""
-    return f"; {size_label(min(enough, key=lambda result: result.size.limit))} would do nearly as well"
+    return f"; {size_label(min(enough, key=lambda result: result.size.limit))} would be nearly as good"
 
 
-# The results as one SVG picture: four panels over the size of the cache, a line for each setting.
+# The chart: four panels over the cache size, with a line for each setting.
 
 _WIDTH, _HEIGHT = 430, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 34, 40
 _LEGEND_LINE = 20
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#a0a000")
 _PANELS: Sequence[tuple[str, Callable[[Outcome], float]]] = (
     ("Object hit ratio", lambda outcome: outcome.object_hit_ratio),
@@ -118,7 +120,7 @@ _PANELS: Sequence[tuple[str, Callable[[Outcome], float]]] = (
 
 
 def render_chart(results: Sequence[Result], title: str) -> str:
-    """The whole SVG document."""
+    """Return the whole SVG document."""
     settings = list(dict.fromkeys(result.setting for result in results))
     height = 40 + 2 * _HEIGHT + _LEGEND_LINE * len(settings) + 20
     parts = [
@@ -182,7 +184,7 @@ def _panel(
 
 
 def _round_up(value: float) -> float:
-    """A round number for the top of the axis: 1, or the next of 1, 2, 5 × a power of ten."""
+    """Return a round number for the top of the axis: 1, or the next of 1, 2, 5 × a power of ten."""
     if value <= 1:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))

@@ -1,4 +1,4 @@
-"""The whole replay: read the logs, try every setting at every size, tell."""
+"""The replay: reads the logs, tries every setting with every cache size, and returns the report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from distributor_node.shared.settings.sizes import format_size
 
 @dataclass(frozen=True, slots=True)
 class OwnNode:
-    """The node as its settings make it."""
+    """The operator's node, by its settings."""
 
     setting: Setting
     limit: int
@@ -34,22 +34,21 @@ class OwnNode:
 
 @dataclass(frozen=True, slots=True)
 class ReplayRequest:
-    """What the operator asked for. `sample`: share of the objects, above 0 and at most 1; `own`: to be tried beside the
-    others, who get its rules."""
+    """What to replay."""
 
     logs: Sequence[Path]
     cache_sizes: Sequence[str]
     settings: Sequence[Setting]
     sizes_file: Path | None = None
-    sample: float = 1.0
+    sample: float = 1.0  # share of the objects, above 0 and at most 1
     picture: Path | None = None
-    own: OwnNode | None = None
+    own: OwnNode | None = None  # tried first, and its rules apply to all trials
 
 
 def replay(request: ReplayRequest, progress_to: Console) -> str:
-    """The report. Writes the picture, if asked. Raises ConfigurationError."""
+    """Return the report, and write the chart if requested. Raises ConfigurationError."""
     if not 0 < request.sample <= 1:
-        raise ConfigurationError("sample: want a share of the objects, above 0 and at most 1")
+        raise ConfigurationError(f"sample: expected a share above 0 and at most 1, got {request.sample:g}")
     if request.picture is not None:
         _check_picture(request.picture)
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
@@ -58,7 +57,7 @@ def replay(request: ReplayRequest, progress_to: Console) -> str:
         counts = _read(request, recording, progress)
         if not len(recording):
             raise ConfigurationError(
-                f"no answers with objects in these logs ({counts.other} other lines, {counts.unreadable} unreadable)"
+                f"log: no responses with objects ({counts.other} other lines, {counts.unreadable} unreadable)"
             )
         own, results = _try_all(request, recording, progress)
     if request.picture is not None:
@@ -70,11 +69,11 @@ def replay(request: ReplayRequest, progress_to: Console) -> str:
 
 
 def _check_picture(path: Path) -> None:
-    """Before all the work, not after it."""
+    """Check the name before the work begins."""
     if path.suffix.lower() != ".svg":
-        raise ConfigurationError(f"picture: {path} would be an SVG picture: want a name that ends in .svg")
+        raise ConfigurationError(f"picture: expected a name that ends in .svg, got {path}")
     if not path.parent.is_dir():
-        raise ConfigurationError(f"picture: there is no folder {path.parent}")
+        raise ConfigurationError(f"picture: the directory {path.parent} does not exist")
 
 
 def _read(request: ReplayRequest, recording: Recording, progress: Progress) -> LinesRead:
@@ -89,7 +88,7 @@ def _read(request: ReplayRequest, recording: Recording, progress: Progress) -> L
 def _try_all(
     request: ReplayRequest, recording: Recording, progress: Progress
 ) -> tuple[Result | None, list[Result]]:
-    """What the own node makes of it, if its settings are known; and each setting at each size."""
+    """Return the result of the operator's node, if its settings are given, and of each setting with each size."""
     sizes = parse_cache_sizes(request.cache_sizes, int(recording.footprint / request.sample))
     own, rules = request.own, request.own.rules if request.own is not None else NodeRules()
     trials = [(size, setting) for size in sizes for setting in request.settings]
@@ -118,8 +117,9 @@ def _about(recording: Recording, counts: LinesRead) -> list[str]:
     ]
     if recording.guessed_sizes:
         lines.append(
-            f"Of {recording.guessed_sizes} objects only parts were seen: their sizes are lower bounds (--sizes helps)."
+            f"{recording.guessed_sizes} objects have only partial responses, so their sizes are lower bounds"
+            " (see --sizes)."
         )
     if recording.logged_hit_ratio is not None:
-        lines.append(f"The log itself says: {recording.logged_hit_ratio:.1%} of requests were hits.")
+        lines.append(f"By the log's own account, {recording.logged_hit_ratio:.1%} of requests were hits.")
     return lines

@@ -13,24 +13,23 @@ from distributor_node.shared.domain.eviction.simulator import MIN_IDLE, Outcome,
 from distributor_node.shared.domain.space import Watermarks, watermarks_for
 from distributor_node.shared.settings.sizes import format_size, parse_size
 
-_PROGRESS_INTERVAL = 20_000
-_WINDOW = 7 * 24 * 3600.0
+_PROGRESS_INTERVAL = 20_000  # requests
+_WINDOW = 7 * 24 * 3600.0  # seconds
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class NodeRules:
-    """What a node does whatever its policy and limit: see `storage`, `evictor` and `admission` in its settings.
-    Seconds, bytes, shares of the limit; None: derived as the node derives it."""
+    """Rules of a node that do not depend on policy and limit: see storage, evictor and admission in the settings."""
 
-    min_idle: float = MIN_IDLE
-    largest: int | None = None
-    high_watermark: float | None = None
+    min_idle: float = MIN_IDLE  # seconds
+    largest: int | None = None  # bytes; None here and below: derived as the node derives it
+    high_watermark: float | None = None  # share of the limit
     low_watermark: float | None = None
-    admission_window: float = _WINDOW
+    admission_window: float = _WINDOW  # seconds
 
     def at(self, limit: int, sample: float = 1.0) -> Rules:
-        """For a cache of `limit` bytes, of which a sample of the objects has its share."""
+        """Return the rules for a cache of `limit` bytes, scaled to a sample of the objects."""
         marks = watermarks_for(limit, self.largest, self.high_watermark, self.low_watermark)
         scaled = Watermarks(low=int(marks.low * sample), high=int(marks.high * sample))
         return Rules(max(1, int(limit * sample)), scaled, self.min_idle, self.largest)
@@ -38,11 +37,11 @@ class NodeRules:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A policy with its figures. `miss_cost` (c0) and `second_view_above` in bytes; None: does not apply, or is off."""
+    """A policy with its parameters."""
 
     policy: str
-    miss_cost: int | None = None
-    second_view_above: int | None = None
+    miss_cost: int | None = None  # c0 in bytes; None: the policy has none
+    second_view_above: int | None = None  # bytes; None: off
 
     @property
     def name(self) -> str:
@@ -58,15 +57,15 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class CacheSize:
-    """`limit`: bytes, of the real cache; `label`: as it was asked for."""
+    """A cache size to try."""
 
-    limit: int
-    label: str
+    limit: int  # bytes, of the real cache
+    label: str  # as it was requested
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one setting did with one cache size."""
+    """The outcome of one setting with one cache size."""
 
     setting: Setting
     size: CacheSize
@@ -76,7 +75,7 @@ class Result:
 def settings_to_try(
     policies: Iterable[str], miss_costs: Sequence[int], second_view_above: Sequence[int]
 ) -> list[Setting]:
-    """Each policy without admission; gdsf with each c0; and the first c0 with each admission threshold."""
+    """Return each policy without admission, gdsf with each c0, and its first c0 with each admission threshold."""
     settings: list[Setting] = []
     for policy in dict.fromkeys(policies):
         costs: Sequence[int | None] = miss_costs if policy == "gdsf" else [None]
@@ -86,16 +85,18 @@ def settings_to_try(
 
 
 def parse_cache_sizes(texts: Iterable[str], footprint: int) -> list[CacheSize]:
-    """`500G`, or `5%` of what all objects together would take. Ascending. Raises ConfigurationError."""
+    """Parse sizes such as `500G`, or `5%` of `footprint`, and sort them. Raises ConfigurationError."""
     sizes = []
     for text in texts:
         percent = _PERCENT.match(text.strip())
         try:
             limit = parse_size(text) if percent is None else int(footprint * float(percent[1]) / 100)
         except ValueError as error:
-            raise ConfigurationError(f"cache size: {error}, or 5%") from error
+            raise ConfigurationError(
+                f"cache size: {error} (a percentage such as 5% is allowed too)"
+            ) from error
         if limit <= 0:
-            raise ConfigurationError(f"cache size {text!r} leaves no room for any object")
+            raise ConfigurationError(f"cache size: expected more than 0 bytes, got {text!r}")
         sizes.append(CacheSize(limit, text.strip()))
     return sorted(sizes, key=lambda size: size.limit)
 
@@ -107,7 +108,7 @@ def try_setting(
     tick: Callable[[int], None],
     admission_window: float = _WINDOW,
 ) -> Outcome:
-    """`tick` is told the requests done since it was last told."""
+    """Simulate all requests. `tick`: called with the number of requests since its last call."""
     above = setting.second_view_above
     admission = None if above is None else SecondHitAdmission(above, admission_window)
     simulation = Simulation(setting.make_policy(), rules, admission)

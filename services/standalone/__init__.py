@@ -1,1 +1,1 @@
-"""The whole node in one process, with no servers beside it: API, fetcher and evictor as tasks of one loop."""
+"""The whole node in one process, without Redis and RabbitMQ."""

@@ -1,4 +1,4 @@
-"""`make run`: a standalone node on this machine, with a demo storage node beside it and URLs to try."""
+"""`make run`: a standalone node and a demo storage node on this machine, with URLs to try."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MAX_PORTS_TRIED = 200
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run until Ctrl-C; the exit code."""
+    """Run until Ctrl-C, and return the exit code."""
     options = _parser().parse_args(arguments)
     folder: Path = options.data
     squid_port = 0
@@ -60,23 +60,23 @@ def main(arguments: list[str] | None = None) -> int:
 
     code = run_service(serve, name="demo", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
     if code == 0:
-        print("Stopped. What was cached stays for the next start.")
+        print("Stopped. The cached objects are kept for the next start.")
     return code
 
 
 async def run_squid(resources: AsyncExitStack, objects: list[DemoObject], endpoint: str, port: int) -> None:
-    """A squid that knows the demo's objects; ConfigurationError if its GraphQL library is not installed."""
+    """Start a squid with the demo's objects. Raises ConfigurationError if its GraphQL library is not installed."""
     try:
         from distributor_node.services.demo.squid import TestSquid  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"the demo's squid needs {error.name}: `make setup` installs it") from error
     squid = TestSquid(objects, [endpoint], workers={WORKER: ["0:1"]}, bags_per_bucket=2)
     await resources.enter_async_context(squid.run(HOST, port))
-    print(f"A squid to ask, and to disturb by PUT /faults: {squid.url}")
+    print(f"Demo squid (PUT /faults injects faults): {squid.url}")
 
 
 def demo_settings(folder: Path, catalog: dict[str, Any], port: int) -> Settings:
-    """Settings of the demo, as a file to look at; the environment wins, so that any of them can be tried out."""
+    """Write the demo's settings to a file, and load it. The environment overrides them."""
     fields = {
         "id": "demo",
         "environment": "demo",
@@ -93,7 +93,7 @@ def demo_settings(folder: Path, catalog: dict[str, Any], port: int) -> Settings:
 
 
 def free_port_from(first: int) -> int:
-    """The first port from `first` on that is free now."""
+    """Return the first free port from `first` on."""
     for port in range(first, first + _MAX_PORTS_TRIED):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -106,7 +106,7 @@ def free_port_from(first: int) -> int:
 
 
 def greeting(port: int, source_port: int, objects: list[DemoObject]) -> str:
-    """What to try, with URLs that work."""
+    """Return the text printed at the start: URLs and commands to try."""
     node = f"http://{HOST}:{port}"
     ours = [item for item in objects if item.held and item.bucket == "0:1"]
     assets = "\n".join(
@@ -118,9 +118,9 @@ def greeting(port: int, source_port: int, objects: list[DemoObject]) -> str:
     return f"""
 The node is up: {node}   (Ctrl-C stops it)
 
-  {"http://" + HOST + ":" + str(source_port) + "/":<45} the demo page: pictures, video, subtitles, through the node
-  {node + "/api/v1/status":<45} what the node says of itself
-  {node + "/metrics":<45} for Prometheus
+  {"http://" + HOST + ":" + str(source_port) + "/":<45} demo page: pictures, video and subtitles through the node
+  {node + "/api/v1/status":<45} status of the node
+  {node + "/metrics":<45} metrics for Prometheus
 
 Objects (the first request is a miss, the next one a hit):
 {assets}
@@ -134,16 +134,16 @@ Try:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make run", description="A standalone node with demo objects.")
     parser.add_argument(
-        "--port", type=int, default=FIRST_PUBLIC_PORT, help="public port, or the next free one"
+        "--port", type=int, default=FIRST_PUBLIC_PORT, help="public port; if it is in use, the next free one"
     )
     parser.add_argument(
         "--catalog",
         choices=["manifest", "joystream"],
         default="manifest",
-        help="joystream: with a small Storage-Squid beside it, as on the network",
+        help="joystream: with a demo Storage-Squid, as on the network",
     )
     parser.add_argument(
-        "--data", type=Path, default=DEMO_DIRECTORY.parents[1] / "var" / "demo", help="where the cache lives"
+        "--data", type=Path, default=DEMO_DIRECTORY.parents[1] / "var" / "demo", help="directory of the cache"
     )
     return parser
 

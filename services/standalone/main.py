@@ -1,4 +1,4 @@
-"""`run`: API, fetcher and evictor in one loop, on adapters in memory. The same services, other adapters."""
+"""The standalone node: API, fetcher and evictor in one event loop, with state store and job queue in memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import structlog
 
 from distributor_node.services.api.service import make_context, serve_api
-from distributor_node.services.api.status import VERSION
 from distributor_node.services.evictor.evictor import Evictor
 from distributor_node.services.evictor.main import build_source_monitor
 from distributor_node.services.fetcher.fetcher import Fetcher
@@ -25,8 +24,10 @@ from distributor_node.shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
+from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.runtime.malloc import retain_freed_memory
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service
+from distributor_node.shared.waiting import cancel_and_wait
 
 if TYPE_CHECKING:
     from distributor_node.shared.settings.model import Settings
@@ -35,7 +36,7 @@ logger = structlog.get_logger()
 
 
 def run(settings: Settings) -> int:
-    """Serve until a signal; the exit code."""
+    """Serve until a signal, and return the exit code."""
 
     async def main(scope: ServiceScope) -> None:
         await run_standalone(scope, settings)
@@ -48,9 +49,9 @@ def run(settings: Settings) -> int:
 async def run_standalone(
     scope: ServiceScope, settings: Settings, on_listening: Callable[[int], None] | None = None
 ) -> None:
-    """The main of a standalone node; `on_listening` is called with the public port.
+    """The main of a standalone node. `on_listening` is called with the public port.
 
-    At the stop the API goes first: answers that follow a download need the fetcher to the end.
+    At a shutdown the API stops first, because its pending responses need the fetcher.
     """
     _check(settings)
     resources = scope.resources
@@ -87,16 +88,14 @@ async def run_standalone(
         ]
         await serve_api(context, scope.stop_requested, on_listening=on_listening)
         for task in reversed(background):
-            task.cancel()
-            await asyncio.wait({task})
+            await cancel_and_wait(task)
 
 
 def _check(settings: Settings) -> None:
     if not settings.state_store.url.get_secret_value().startswith(MEMORY):
-        raise ConfigurationError(
-            "standalone mode works with state_store.url and job_queue.url memory:// only"
-        )
+        raise ConfigurationError("state_store.url and job_queue.url: expected memory:// in standalone mode")
     if settings.public_api.workers > 1:
         raise ConfigurationError(
-            "public_api.workers: standalone mode is one process; use the separate services"
+            f"public_api.workers: expected 1 in standalone mode, got {settings.public_api.workers};"
+            " use the separate services for more"
         )

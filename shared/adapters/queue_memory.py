@@ -1,6 +1,6 @@
-"""The job queue inside one process, for standalone mode: the port's promises without a broker.
+"""The JobQueue port inside one process, for standalone mode.
 
-What is queued here is lost with the process; the next request for the object asks for the fetch again.
+Queued jobs are lost with the process. The next request for an object publishes its job again.
 """
 
 from __future__ import annotations
@@ -8,30 +8,21 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from distributor_node.shared.adapters.queue_outcomes import (
-    Finish,
-    GiveUp,
-    OnDeadLetter,
-    PutBack,
-    Retry,
-    decide_ending,
-    handle,
-    remember_failure,
-)
+from distributor_node.shared.adapters.queue_outcomes import report_dead_letter, run_handler
 from distributor_node.shared.domain.errors import JobQueueUnavailable
-from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
-from distributor_node.shared.ports.job_queue import JobHandler, QueueDepth
+from distributor_node.shared.domain.jobs import Ack, DeadLetter, FetchJob, Nack, Requeue, Retry, RetryPlan
+from distributor_node.shared.ports.job_queue import JobHandler, OnDeadLetter, QueueDepth
 
 _MAX_DEAD_LETTERS = 1000
 
 
 class MemoryJobQueue:
-    """Two levels of priority, delays by the loop's timers. At most `capacity` jobs wait; more are refused."""
+    """Two priorities, and delays by timers of the event loop. Refuses jobs while `capacity` jobs wait."""
 
     def __init__(self, retry_plan: RetryPlan, capacity: int = 10_000) -> None:
         self._plan = retry_plan
         self._capacity = capacity
-        self._waiting: tuple[deque[FetchJob], deque[FetchJob]] = (deque(), deque())
+        self._waiting: tuple[deque[FetchJob], deque[FetchJob]] = (deque(), deque())  # [high, low] priority
         self._delayed: set[asyncio.TimerHandle] = set()
         self._dead: deque[tuple[FetchJob, str]] = deque(maxlen=_MAX_DEAD_LETTERS)
         self._ready = asyncio.Semaphore(0)
@@ -48,12 +39,12 @@ class MemoryJobQueue:
 
     async def ping(self) -> None:
         if not self._open:
-            raise JobQueueUnavailable("the job queue is closed")
+            raise JobQueueUnavailable("job queue is closed")
 
     async def publish(self, job: FetchJob) -> None:
         await self.ping()
         if sum(map(len, self._waiting)) + len(self._delayed) >= self._capacity:
-            raise JobQueueUnavailable(f"the job queue is full: {self._capacity} jobs wait")
+            raise JobQueueUnavailable(f"job queue is full: {self._capacity} jobs wait")
         self._put(job)
 
     async def consume(self, handler: JobHandler, concurrency: int, on_dead_letter: OnDeadLetter) -> None:
@@ -69,7 +60,7 @@ class MemoryJobQueue:
             for worker in workers:
                 worker.cancel()
             ended = await asyncio.gather(*workers, return_exceptions=True)
-        # The others were cancelled for the one that failed
+        # One worker failed, the others were cancelled: raise the failure
         raise next(error for error in ended if error and not isinstance(error, asyncio.CancelledError))
 
     async def depth(self) -> QueueDepth:
@@ -80,18 +71,20 @@ class MemoryJobQueue:
     async def _work(self, handler: JobHandler, on_dead_letter: OnDeadLetter, stopping: asyncio.Event) -> None:
         while not stopping.is_set():
             job = await self._take()
-            outcome = await handle(handler, job, stopping.is_set)
-            match decide_ending(job, outcome, self._plan):
-                case Finish():
+            outcome = await run_handler(handler, job, stopping.is_set)
+            match self._plan.resolve(outcome, job.attempt):
+                case Ack():
                     pass
-                case PutBack():
+                case Retry():
+                    self._publish_later(job.next_attempt(), self._plan.delays[job.attempt - 1])
+                case Requeue():
+                    self._publish_later(job, self._plan.delays[0])
+                case DeadLetter(reason):
+                    await report_dead_letter(on_dead_letter, job, reason)
+                    self._dead.append((job, reason))
+                case Nack():
                     self._waiting[job.low_priority].appendleft(job)
                     self._ready.release()
-                case Retry(again, delay):
-                    self._publish_later(again, delay)
-                case GiveUp(reason):
-                    await remember_failure(on_dead_letter, job, reason)
-                    self._dead.append((job, reason))
 
     async def _take(self) -> FetchJob:
         await self._ready.acquire()

@@ -1,4 +1,4 @@
-"""How long things last in the state store, for both of its adapters."""
+"""What both state store adapters share: timeouts, a listener's queue, and the catalog's answers as bytes."""
 
 from __future__ import annotations
 
@@ -10,34 +10,33 @@ from typing import Any
 
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.jobs import CLAIM_SECONDS
-from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
+from distributor_node.shared.domain.objects import MediaObject, MediaObjectCodec
 from distributor_node.shared.ports.state_store import Announcement
 
 MAX_ACCESS_BATCHES = 10_000
-"""Bound of the access log: when nobody reads it, the oldest batches are dropped (recency is lost, nothing else)."""
+"""Bound of the access log. While no evictor reads it, the oldest batches are dropped: only recency is lost."""
 
 MAX_ANNOUNCEMENTS = 1_000
-"""Bound of what one listener may lag behind before it loses the oldest announcements."""
+"""Announcements that wait for one slow listener. Beyond that, the oldest are dropped."""
 
 QUEUED_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class StateTimeouts:
-    """Seconds. `claim`: to publish a job; `queued`: for a worker to begin it; `lease`: between two renewals;
-    `operation_timeout`: that any one verb may take before StateStoreUnavailable."""
+    """Time limits in seconds."""
 
-    claim_seconds: float = CLAIM_SECONDS
-    queued_seconds: float = QUEUED_SECONDS
-    lease_seconds: float = 15.0
-    operation_timeout: float = 1.0
-
-
-# A listener's bounded queue of announcements: the oldest are dropped when the reader lags.
+    claim_seconds: float = CLAIM_SECONDS  # from a claim to its published job
+    queued_seconds: float = QUEUED_SECONDS  # from a published job to its worker
+    lease_seconds: float = 15.0  # from one renewal of a lease to the next
+    operation_timeout: float = 1.0  # of any operation, before StateStoreUnavailable
 
 
 class AnnouncementQueue:
-    """Written by one adapter, read with `async for` by one listener; it never ends by itself."""
+    """A bounded queue, filled by an adapter and read with `async for` by one listener.
+
+    The iteration does not end by itself.
+    """
 
     def __init__(self) -> None:
         self._waiting: deque[Announcement] = deque(maxlen=MAX_ANNOUNCEMENTS)
@@ -57,50 +56,38 @@ class AnnouncementQueue:
         return self._waiting.popleft()
 
 
-# The catalog's word on one object as bytes, for the memory that processes share.
+# The catalog's answer for one object as bytes, for the shared catalog cache.
 
 _VERSION = 1
 
+_OBJECT_FIELDS = MediaObjectCodec(
+    {
+        "object_id": "id",
+        "size": "size",
+        "content_hash": "hash",
+        "media_type": "type",
+        "buckets": "buckets",
+        "accepted": "accepted",
+        "sources": "sources",
+        "validator": "validator",
+    }
+)
+
 
 def write_description(answer: MediaObject | None) -> bytes:
-    """`answer`: None for an object that does not exist."""
+    """Encode an answer. None: the object does not exist."""
     if answer is None:
         return json.dumps({"v": _VERSION, "exists": False}).encode()
-    described = {
-        "v": _VERSION,
-        "exists": True,
-        "id": answer.object_id,
-        "size": answer.size,
-        "hash": str(answer.content_hash) if answer.content_hash else None,
-        "type": answer.media_type,
-        "buckets": [[bucket.bucket_id, sorted(bucket.active_workers)] for bucket in answer.buckets],
-        "accepted": answer.accepted,
-        "sources": answer.sources,
-        "validator": answer.validator,
-    }
+    described = {"v": _VERSION, "exists": True, **_OBJECT_FIELDS.encode(answer)}
     return json.dumps(described, separators=(",", ":")).encode()
 
 
 def read_description(packed: bytes) -> MediaObject | None:
-    """Raise InvalidInput for what this version did not write (nodes are not all updated at once)."""
+    """Decode an answer. Raises InvalidInput for other versions, because nodes are not all updated at once."""
     try:
         described: dict[str, Any] = json.loads(packed)
         if described["v"] != _VERSION:
-            raise InvalidInput(f"description of version {described['v']}")
-        if not described["exists"]:
-            return None
-        return MediaObject(
-            object_id=ObjectId.parse(described["id"]),
-            size=described["size"],
-            content_hash=ContentHash.parse(described["hash"]) if described["hash"] else None,
-            media_type=described["type"],
-            buckets=tuple(
-                DistributionBucket(bucket_id, frozenset(workers))
-                for bucket_id, workers in described["buckets"]
-            ),
-            accepted=described["accepted"],
-            sources=tuple(described["sources"]),
-            validator=described["validator"],
-        )
+            raise InvalidInput(f"v: expected {_VERSION}, got {repr(described['v'])[:20]}")
+        return _OBJECT_FIELDS.decode(described) if described["exists"] else None
     except (ValueError, KeyError, TypeError) as error:
-        raise InvalidInput(f"no description of an object: {error!r}") from error
+        raise InvalidInput(f"catalog answer: expected a JSON object, got {error!r}") from error

@@ -1,4 +1,4 @@
-"""What counts as one view: all requests for one object within a few minutes. A player asks for dozens of ranges."""
+"""Views and admission: which requests count as one view, and which objects are cached on their second view only."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections import OrderedDict
 from distributor_node.shared.domain.objects import ObjectId
 
 VIEW_WINDOW = 300.0
-"""Seconds from a view's first request in which all further ones for the object belong to it."""
+"""Seconds from the first request of a view, in which all further requests for the object belong to the same view. A
+player requests dozens of ranges."""
 
 
 class ViewCoalescer:
-    """Remembers the running view of at most `max_entries` objects, those whose views began last."""
+    """Remembers the current view of at most `max_entries` objects: those whose views began last."""
 
     def __init__(self, window: float = VIEW_WINDOW, max_entries: int = 50_000) -> None:
         self._window = window
@@ -19,8 +20,11 @@ class ViewCoalescer:
         self._began: OrderedDict[ObjectId, float] = OrderedDict()
 
     def begins_view(self, object_id: ObjectId, now: float) -> bool:
-        """True if a request at `now` (seconds) is the first of a view. One that is reported late, or by a clock
-        somewhat behind, belongs to the view that is running; a clock set back by a window or more begins a new one."""
+        """True if a request at `now` (seconds) is the first of a view.
+
+        A request that is reported late, or by a clock that is somewhat behind, belongs to the current view. If a clock
+        was set back by a window or more, a new view begins.
+        """
         began = self._began.get(object_id)
         if began is not None and -self._window < now - began < self._window:
             return False
@@ -31,14 +35,12 @@ class ViewCoalescer:
         return True
 
 
-# Which objects are cached at all: large ones only on their second view. Half of all objects are never viewed again.
+# Cache on second hit: large objects are fetched on their second view only. Half of all objects have no second one.
 
 
 class SecondHitAdmission:
-    """Remembers first views, for `window` seconds and of at most `max_entries` objects (about 130 bytes each).
-
-    Two generations take turns: when the newer one is full or as old as the window, the older one is forgotten as a
-    whole. At least the last `max_entries / 2` first views within the window are therefore known.
+    """Remembers first views in two generations: when the newer one is full or as old as the window, the older one is
+    dropped. So at least the last `max_entries / 2` first views within the window are known.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class SecondHitAdmission:
         view_window: float = VIEW_WINDOW,
         max_entries: int = 200_000,
     ) -> None:
-        """`above`: objects of more bytes need a second view. `view_window`: seconds that one view lasts."""
+        """`above`: objects of more bytes need a second view; `window`: seconds in which it has to follow the first;
+        `view_window`: seconds that one view lasts; `max_entries`: first views to remember, about 130 bytes each.
+        """
         self._above = above
         self._window = window
         self._view_window = view_window
@@ -61,10 +65,10 @@ class SecondHitAdmission:
         return len(self._newer) + len(self._older)
 
     def admits(self, object_id: ObjectId, size: int, now: float, *, pressure: bool) -> bool:
-        """Should a missing object of `size` bytes be fetched for a request at `now` (seconds), or only be proxied?
+        """Whether to fetch a missing object of `size` bytes for a request at `now` (seconds), or only to proxy it.
 
-        `pressure`: something else would have to go for it. With room left everything is admitted; first views are
-        remembered all the same. Requests of one and the same view are no second view.
+        `pressure`: another object would have to be evicted for it. While there is room every object is admitted, and
+        first views are remembered all the same. Requests of the same view are no second view.
         """
         if size <= self._above:
             return True

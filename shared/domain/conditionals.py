@@ -1,4 +1,4 @@
-"""Conditional requests on GET and HEAD (RFC 9110 section 13), for an object with one strong entity tag."""
+"""Conditional GET and HEAD requests (RFC 9110 section 13), for an object with one strong entity tag."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ANY = "*"
 
 
 class Verdict(Enum):
-    """What the preconditions say of a request."""
+    """The result of a request's preconditions."""
 
     PROCEED = auto()
     NOT_MODIFIED = auto()
@@ -23,7 +23,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """A request's header values; several lines of one name joined with commas, None where there is none."""
+    """A request's precondition headers. Several lines of one name are joined with commas. None: no such header."""
 
     if_match: str | None = None
     if_unmodified_since: str | None = None
@@ -33,17 +33,17 @@ class Conditions:
 
 @dataclass(frozen=True, slots=True)
 class EntityTag:
-    """An entity tag of a request; `opaque` has its quotes."""
+    """An entity tag of a request."""
 
-    opaque: str
+    opaque: str  # with its quotes
     weak: bool
 
 
 def evaluate(conditions: Conditions, etag: str, last_modified: int | None) -> Verdict:
-    """Decide in the order of RFC 9110 section 13.2.2, for an object that exists.
+    """Evaluate the preconditions in the order of RFC 9110 section 13.2.2, for an object that exists.
 
-    `etag` is strong and has its quotes; `last_modified` is in POSIX seconds, None if unknown (dates are then ignored).
-    A malformed value decides nothing, yet still hides the date that it takes precedence over.
+    `etag`: strong, with its quotes. `last_modified`: POSIX seconds; None: unknown, and dates are ignored. A malformed
+    header has no effect, except that the date it takes precedence over is still ignored.
     """
     if conditions.if_match is not None:
         holds = _matches(conditions.if_match, etag, strong=True)
@@ -59,8 +59,10 @@ def evaluate(conditions: Conditions, etag: str, last_modified: int | None) -> Ve
 
 
 def range_applies(if_range: str | None, etag: str, last_modified: int | None) -> bool:
-    """True if a Range header is to be honoured (RFC 9110 section 13.1.5): there is no If-Range, or it names this very
-    content by a strong entity tag or by its exact date. Otherwise the whole object is the answer."""
+    """Whether to honour the Range header (RFC 9110 section 13.1.5). If not, the response is the whole object.
+
+    It is honoured without If-Range, and if If-Range has the object's strong entity tag or its exact date.
+    """
     if if_range is None:
         return True
     value = if_range.strip(" \t")
@@ -71,7 +73,7 @@ def range_applies(if_range: str | None, etag: str, last_modified: int | None) ->
 
 
 def parse_entity_tags(header: str) -> tuple[EntityTag, ...] | None:
-    """A list of entity tags (they may contain commas); None if it is malformed or empty."""
+    """Parse a list of entity tags, which may contain commas. None: it is malformed or empty."""
     tags: list[EntityTag] = []
     position = _end_of(_SEPARATOR, header, 0)
     while position < len(header):
@@ -86,7 +88,7 @@ def parse_entity_tags(header: str) -> tuple[EntityTag, ...] | None:
 
 
 def _matches(header: str, etag: str, *, strong: bool) -> bool | None:
-    """None: malformed."""
+    """Whether the list has the entity tag. None: it is malformed."""
     if header.strip(" \t") == _ANY:
         return True
     tags = parse_entity_tags(header)
@@ -96,7 +98,7 @@ def _matches(header: str, etag: str, *, strong: bool) -> bool | None:
 
 
 def _unchanged_since(header: str | None, last_modified: int | None) -> bool | None:
-    """None: no date, or nothing to compare it with."""
+    """Whether the object is as old as the date. None: there is no date, or nothing to compare it with."""
     date = parse_http_date(header) if header is not None else None
     return None if date is None or last_modified is None else last_modified <= date
 
@@ -130,7 +132,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def parse_http_date(text: str) -> int | None:
-    """POSIX seconds of an HTTP date, None if it is none. The name of the day is not compared with the date."""
+    """Return the POSIX seconds of an HTTP date. None: it is malformed. The name of the day is not checked."""
     for date_format in _FORMATS:
         match = date_format.fullmatch(text.strip(" \t"))
         if match is not None:
@@ -141,7 +143,7 @@ def parse_http_date(text: str) -> int | None:
 def _to_posix(match: re.Match[str]) -> int | None:
     year, second = int(match["year"]), int(match["second"])
     if len(match["year"]) == 2:
-        # Never more than 50 years ahead, as the RFC demands, in any year from 2019 on; needs no clock.
+        # At most 50 years in the future, as the RFC requires, in every year from 2019 on. This needs no clock.
         year += 2000 if year < 70 else 1900
     if second > 60:
         return None

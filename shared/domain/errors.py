@@ -1,26 +1,26 @@
 """The error tree.
 
-Callers ask of an error whether it is worth trying again; whose fault it is, its kind says.
+The second column says where the fault is, the third whether it is worth retrying.
 
     DistributorError
     ├── InvalidInput              client   final   a value that breaks a rule (id, hash, range, job, record)
-    │   └── InvalidJob            client   final   a message on the job queue that is no job
+    │   └── InvalidJob            client   final   a message on the job queue that is not a valid job
     ├── ConfigurationError        operator final   settings that cannot work; raised at start only
-    ├── CatalogUnavailable        catalog  again   the catalog gave no usable answer in time
-    │   ├── ResponseTooLarge      catalog  again   an answer of more bytes than are read (its Joystream adapter)
-    │   └── QueryRejected         catalog  again   errors instead of an answer (its Joystream adapter)
-    ├── StateStoreUnavailable     state    again   the state store gave no answer in time
-    ├── JobQueueUnavailable       queue    again   the broker did not confirm a message in time
-    ├── VolumeError               volume   again   the volume refused an operation
-    │   ├── VolumeFull            volume   again   no space left on the device (ENOSPC, EDQUOT)
-    │   └── PartialHeld           volume   again   another writer has the partial file open (shared/adapters/volume)
-    └── SourceError               source   again   one source failed to give one object
-        ├── SourceUnreachable     source   again   no connection, broken connection, TLS trouble
-        ├── SourceTooSlow         source   again   no headers, no bytes, or too few of them, in time
-        ├── SourceRefused         source   again   an answer that is no success (403, 404, 500, a redirect, …)
-        ├── SourceWrong           source   again   an answer that contradicts the catalog (size, hash, encoding)
-        │   └── AllSourcesCorrupt     source   again   no source gave the right bytes (services/fetcher)
-        └── AllSourcesFailed      source   again   every source of an object failed; carries the error of each
+    ├── CatalogUnavailable        catalog  retry   no usable response from the catalog in time
+    │   ├── ResponseTooLarge      catalog  retry   a response above its size limit (Joystream adapter)
+    │   └── QueryRejected         catalog  retry   the squid does not support the query (Joystream adapter)
+    ├── StateStoreUnavailable     state    retry   no response from the state store in time
+    ├── JobQueueUnavailable       queue    retry   the broker did not confirm a message in time
+    ├── VolumeError               volume   retry   an operation on the volume failed
+    │   ├── VolumeFull            volume   retry   no space left on the device (ENOSPC, EDQUOT)
+    │   └── PartialHeld           volume   retry   another writer has the partial file open (shared/adapters/volume)
+    └── SourceError               source   retry   one source failed to send one object
+        ├── SourceUnreachable     source   retry   no connection, a broken connection, a TLS failure
+        ├── SourceTooSlow         source   retry   no headers, no bytes, or too few bytes, in time
+        ├── SourceRefused         source   retry   a status other than success (403, 404, 500, a redirect, …)
+        ├── SourceWrong           source   retry   a response that contradicts the catalog (size, hash, encoding)
+        │   └── AllSourcesCorrupt     source   retry   no source sent the correct bytes (services/fetcher)
+        └── AllSourcesFailed      source   retry   every source of an object failed; has the error of each
 """
 
 from __future__ import annotations
@@ -29,61 +29,61 @@ from collections.abc import Mapping
 
 
 class DistributorError(Exception):
-    """Base of all errors that the node raises on purpose."""
+    """Base class of all errors that the node raises."""
 
     worth_retrying: bool = False
 
 
 class InvalidInput(DistributorError):
-    """A value from outside breaks a rule; the message says which."""
+    """A value from outside breaks a rule. The message says which one."""
 
 
 class InvalidJob(InvalidInput):
-    """A message on the job queue that cannot be read as a job."""
+    """A message on the job queue is not a valid job."""
 
 
 class ConfigurationError(DistributorError):
-    """Settings that cannot work; the message names the setting and the reason."""
+    """Settings cannot work. The message names the setting and the reason."""
 
 
 class CatalogUnavailable(DistributorError):
-    """The catalog gave no usable answer in time."""
+    """The catalog gave no usable response in time."""
 
     worth_retrying = True
 
 
 class StateStoreUnavailable(DistributorError):
-    """The state store gave no answer in time."""
+    """The state store did not respond in time."""
 
     worth_retrying = True
 
 
 class JobQueueUnavailable(DistributorError):
-    """The job queue did not take a message in time."""
+    """The broker did not confirm a message in time."""
 
     worth_retrying = True
 
 
 class VolumeError(DistributorError):
-    """The volume refused an operation."""
+    """An operation on the volume failed."""
 
     worth_retrying = True
 
 
 class VolumeFull(VolumeError):
-    """The device behind the volume has no space left, whatever the storage limit says."""
+    """The device of the volume has no space left, although the storage limit allows more."""
 
 
 class SourceError(DistributorError):
-    """One source failed to give one object; another source may do better."""
+    """One source failed to send one object. Another source may succeed."""
 
     worth_retrying = True
 
-    reason: str = "failed"
+    reason: str = "failed"  # label of metrics and logs
 
 
 class SourceUnreachable(SourceError):
-    """No connection, or one that broke. `timed_out`: all the time that there is for a connection went by."""
+    """There was no connection, or it broke. `timed_out`: the time limit for connecting was reached."""
 
     reason = "unreachable"
 
@@ -93,13 +93,13 @@ class SourceUnreachable(SourceError):
 
 
 class SourceTooSlow(SourceError):
-    """No headers, no bytes, or too few bytes, in time."""
+    """No headers, no bytes, or too few bytes arrived in time."""
 
     reason = "too_slow"
 
 
 class SourceRefused(SourceError):
-    """The source answered, but not with the object."""
+    """The source responded, but without the object."""
 
     reason = "http_error"
 
@@ -109,22 +109,22 @@ class SourceRefused(SourceError):
 
 
 class SourceWrong(SourceError):
-    """The source's answer contradicts what the catalog says of the object."""
+    """The source's response contradicts the catalog's description of the object."""
 
     reason = "invalid_response"
 
 
 class AllSourcesFailed(SourceError):
-    """Every source of an object failed, or none is known. `errors`: the last error of each, by URL."""
+    """Every source of an object failed, or it has no source. `errors`: the last error of each, by URL."""
 
     reason = "all_failed"
 
     def __init__(self, errors: Mapping[str, SourceError]) -> None:
         reasons = [f"{type(error).__name__}: {error}" for error in errors.values()]
-        super().__init__("; ".join(reasons) if reasons else "no source is known")
+        super().__init__("; ".join(reasons) if reasons else "the object has no source")
         self.errors = dict(errors)
 
     @property
     def too_slow(self) -> bool:
-        """True if slowness is all that was wrong."""
+        """Whether every source failed because it was too slow."""
         return bool(self.errors) and all(isinstance(error, SourceTooSlow) for error in self.errors.values())

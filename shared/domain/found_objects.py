@@ -1,4 +1,4 @@
-"""Records for objects whose bytes are there already: restored after a loss, or taken over from another node."""
+"""Records for objects whose bytes are on the volume already: repaired after a loss, or imported from another node."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from distributor_node.shared.domain.objects import MediaObject, StoredRecord
 def record_for_file(
     known: MediaObject, size: int, head: bytes, stored_at: float, stated_type: str | None = None
 ) -> StoredRecord:
-    """The record as a fetch would have written it. `size` in bytes; `head`: the first SNIFF_BYTES bytes, or all there
-    are; `stored_at`: POSIX seconds; `stated_type`: the media type in the words of who had it before, where the catalog
-    has none."""
+    """The record that a fetch would have written.
+
+    `size` in bytes; `head`: the first SNIFF_BYTES bytes of the file; `stored_at`: POSIX seconds; `stated_type`: the
+    media type that the former node recorded, in case the catalog has none.
+    """
     return StoredRecord(
         object_id=known.object_id,
         size=size,

@@ -1,52 +1,55 @@
-"""Jobs (the messages that ask for one fetch) and what the end of a job means."""
+"""Fetch jobs (messages that ask for one fetch), their encoding, their outcomes and the retry plan."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from distributor_node.shared.domain.errors import InvalidInput, InvalidJob
-from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
+from distributor_node.shared.domain.objects import MediaObject, MediaObjectCodec, ObjectId
 
 JOB_VERSION = 1
 
 CLAIM_SECONDS = 10.0
-"""How long whoever wants a fetch has to publish its job, before another may."""
+"""Seconds that a claim has for publishing its job. After that, another claim can win."""
 
 
 @dataclass(frozen=True, slots=True)
 class FetchJob:
-    """Ask for one object to be fetched. It carries all a worker needs, so that no worker depends on the catalog.
-
-    `attempt` counts from 1; `request_id` is that of the HTTP request behind it; `published_at` is POSIX seconds.
-    `low_priority` jobs (warming) wait behind those that a client waits for.
-    """
+    """Asks for one object to be fetched. It carries all that a worker needs, so that workers need no catalog."""
 
     media_object: MediaObject
-    request_id: str
-    published_at: float
+    request_id: str  # of the HTTP request that caused the job
+    published_at: float  # POSIX seconds
     attempt: int = 1
-    low_priority: bool = False
+    low_priority: bool = False  # a warming job: waits behind the jobs that clients wait for
 
     @property
     def object_id(self) -> ObjectId:
         return self.media_object.object_id
 
+    def next_attempt(self) -> FetchJob:
+        return replace(self, attempt=self.attempt + 1)
+
+
+_OBJECT_FIELDS = MediaObjectCodec(
+    {
+        "object_id": "object_id",
+        "size": "size",
+        "content_hash": "hash",
+        "media_type": "media_type",
+        "validator": "validator",
+        "sources": "sources",
+    }
+)
+
 
 def encode_job(job: FetchJob) -> bytes:
-    """The message body, UTF-8 JSON. Attempt and request id travel in headers, not here."""
-    wanted = job.media_object
+    """Return the message body, UTF-8 JSON. Attempt and request id are in message headers instead."""
     return json.dumps(
         {
             "version": JOB_VERSION,
-            "object_id": wanted.object_id,
-            "size": wanted.size,
-            "hash": str(wanted.content_hash) if wanted.content_hash else None,
-            "media_type": wanted.media_type,
-            "validator": wanted.validator,
-            "sources": list(wanted.sources),
+            **_OBJECT_FIELDS.encode(job.media_object),
             "published_at": job.published_at,
             "low_priority": job.low_priority,
         }
@@ -54,17 +57,23 @@ def encode_job(job: FetchJob) -> bytes:
 
 
 def decode_job(body: bytes, *, attempt: int, request_id: str) -> FetchJob:
-    """Read a message body; raise InvalidJob, with the reason, for anything that `encode_job` could not have made."""
+    """Read a message body. Raises InvalidJob, with the reason, for any body that `encode_job` cannot write."""
     try:
         fields = json.loads(body)
         if not isinstance(fields, dict):
-            raise InvalidJob("not a JSON object")
+            raise InvalidJob(f"body: expected a JSON object, got {repr(fields)[:40]}")
         if fields.get("version") != JOB_VERSION:
-            raise InvalidJob(f"unknown job version {str(fields.get('version'))[:20]}")
+            raise InvalidJob(f"version: expected {JOB_VERSION}, got {repr(fields.get('version'))[:20]}")
+        media_object = _OBJECT_FIELDS.decode(fields)
+        if media_object.size is None:
+            raise InvalidJob("size: expected an integer, got None")
+        published_at = fields.get("published_at")
+        if not isinstance(published_at, int | float) or isinstance(published_at, bool):
+            raise InvalidJob(f"published_at: expected POSIX seconds, got {repr(published_at)[:40]}")
         return FetchJob(
-            media_object=_decode_object(fields),
+            media_object,
             request_id=request_id,
-            published_at=float(_typed(fields, "published_at", (int, float))),
+            published_at=float(published_at),
             attempt=attempt,
             low_priority=bool(fields.get("low_priority", False)),
         )
@@ -73,74 +82,71 @@ def decode_job(body: bytes, *, attempt: int, request_id: str) -> FetchJob:
     except InvalidInput as error:
         raise InvalidJob(str(error)) from error
     except (ValueError, OverflowError, RecursionError) as error:
-        raise InvalidJob(f"not readable as JSON: {type(error).__name__}") from error
+        raise InvalidJob(f"body: expected JSON, got {type(error).__name__}") from error
 
 
-def _decode_object(fields: Mapping[str, Any]) -> MediaObject:
-    size = _typed(fields, "size", (int,))
-    content_hash = _typed(fields, "hash", (str, type(None)))
-    sources: Sequence[object] = _typed(fields, "sources", (list,))
-    if not all(isinstance(url, str) and url.startswith(("http://", "https://")) for url in sources):
-        raise InvalidJob("sources: want http(s) URLs")
-    return MediaObject(
-        object_id=ObjectId.parse(_typed(fields, "object_id", (str,))),
-        size=size,
-        content_hash=ContentHash.parse(content_hash) if content_hash is not None else None,
-        media_type=_typed(fields, "media_type", (str, type(None))),
-        sources=tuple(str(url) for url in sources),
-        validator=_typed(fields, "validator", (str, type(None))),
-    )
-
-
-def _typed(fields: Mapping[str, Any], name: str, types: tuple[type, ...]) -> Any:
-    value = fields.get(name)
-    if not isinstance(value, types) or isinstance(value, bool):
-        raise InvalidJob(f"{name}: missing or of the wrong type")
-    return value
+# Outcomes: what the handler of a job tells the queue to do with the message.
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """The object is cached, or nothing was to do: acknowledge."""
+class Ack:
+    """The object is cached, or there is nothing to do: acknowledge the message."""
 
     detail: str = "fetched"
+    """What was done, as a label of metrics: one of a few words."""
 
 
 @dataclass(frozen=True, slots=True)
-class TryLater:
-    """It may work later (no space, all sources failing): delay queue, until the attempts are used up."""
+class Retry:
+    """The attempt failed, and a later one may succeed: publish the next attempt to the delay queue of this one."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class LookAgain:
-    """Another worker is at it, and may yet fail with no message of its own: look again later, which is no attempt."""
+class Requeue:
+    """Another worker fetches the object: publish the same attempt to the first delay queue.
+
+    The job is kept because the other worker may fail without a message of its own.
+    """
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Hopeless:
-    """It will not work however often it is tried: dead-letter with the reason."""
+class DeadLetter:
+    """No attempt can succeed: move the message to the dead-letter queue, with the reason."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class HandBack:
-    """The worker is shutting down: give the job back unchanged."""
+class Nack:
+    """The worker is shutting down: return the message to its queue unchanged."""
 
 
-JobOutcome = Done | TryLater | LookAgain | Hopeless | HandBack
+JobOutcome = Ack | Retry | Requeue | DeadLetter | Nack
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPlan:
-    """Delays in seconds before the second, third, … attempt; one more attempt than there are delays."""
+    """How often a job is tried, and how long it waits between two attempts."""
 
     delays: tuple[float, ...] = (5.0, 30.0, 120.0, 600.0)
+    """Seconds before the second, third, … attempt. There is one attempt more than there are delays."""
 
     def next_delay(self, attempt: int) -> float | None:
-        """Seconds to wait after the given attempt (from 1) failed; None when the attempts are used up."""
+        """Return the seconds to wait after the given attempt (from 1) failed; None after the last attempt."""
         return self.delays[attempt - 1] if 0 < attempt <= len(self.delays) else None
+
+    def resolve(self, outcome: JobOutcome, attempt: int) -> JobOutcome:
+        """Return the outcome that the queue carries out: a delay exists for every Retry and Requeue returned.
+
+        Retry becomes DeadLetter after the last attempt. Requeue becomes Ack where the plan has no delays at all.
+        """
+        match outcome:
+            case Retry(reason) if self.next_delay(attempt) is None:
+                return DeadLetter(reason)
+            case Requeue() if not self.delays:
+                return Ack("dropped")
+        return outcome

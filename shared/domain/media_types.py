@@ -1,4 +1,7 @@
-"""Media types: the grammar of RFC 9110 section 8.3.1, so that nothing else ever reaches a Content-Type header."""
+"""Media types: their grammar, and which one a fetched object has.
+
+Only a valid media type (RFC 9110 section 8.3.1) may reach a Content-Type header.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,15 @@ _MAX_LENGTH = 200
 
 
 def parse_media_type(text: str) -> str:
-    """Check `type/subtype` with any parameters; raise InvalidInput otherwise."""
+    """Check `type/subtype` with any parameters. Raises InvalidInput."""
     trimmed = text.strip(" \t")
     if len(trimmed) > _MAX_LENGTH or not _MEDIA_TYPE.fullmatch(trimmed):
-        raise InvalidInput("malformed media type: want type/subtype, such as image/png")
+        raise InvalidInput(f"media type: expected type/subtype such as image/png, got {trimmed[:40]!r}")
     return trimmed
 
 
 def media_type_or_none(text: str | None) -> str | None:
-    """The media type that a server's header states, None if there is none or it is malformed."""
+    """Return the media type of a server's header. None: there is none, or it is malformed."""
     if text is None:
         return None
     try:
@@ -32,23 +35,23 @@ def media_type_or_none(text: str | None) -> str | None:
         return None
 
 
-# The media type of a fetched object: from its first bytes where they say it for sure, else the catalog's.
+# Sniffing: the first bytes decide where they are unambiguous, and the catalog decides otherwise.
 
 SNIFF_BYTES = 8192
-"""How much of an object's beginning is looked at."""
+"""How many bytes at the beginning of an object are inspected."""
 
 DEFAULT_MEDIA_TYPE = "application/octet-stream"
 
-# What the first bytes say beyond doubt, and nothing that a browser runs. What is left out is either told from two or
-# three bytes that other files begin with too (MP3, AAC, BMP, icons), or is a container that says little of what is
-# within (ZIP is also EPUB and DOCX): there the catalog knows better.
-_CERTAIN = frozenset({
+# Types that the first bytes identify beyond doubt, and that a browser does not execute. Omitted are types that two or
+# three bytes identify, with which other files begin too (MP3, AAC, BMP, icons), and containers that do not say what
+# they contain (ZIP is also EPUB and DOCX). For those, the catalog decides.
+_UNAMBIGUOUS = frozenset({
     "image/jpeg", "image/png", "image/apng", "image/gif", "image/webp", "image/avif", "image/heic", "image/tiff",
     "video/mp4", "video/x-m4v", "video/quicktime", "video/webm", "video/x-matroska", "video/x-msvideo", "video/3gpp",
     "audio/mp4", "audio/ogg", "audio/x-flac", "audio/x-wav", "application/pdf",
 })  # fmt: skip
 
-# Types that share their first bytes: the catalog's word is finer than what can be seen.
+# Types with the same first bytes. Within a family, the catalog is more precise.
 _FAMILIES = (
     frozenset(
         {"video/mp4", "audio/mp4", "video/x-m4v", "audio/x-m4a", "audio/m4a", "video/quicktime", "video/3gpp"}
@@ -61,28 +64,29 @@ _FAMILIES = (
     frozenset({"video/x-msvideo", "video/avi", "video/vnd.avi"}),
     frozenset({"image/heic", "image/heif", "image/avif"}),
 )
-# Bytes that no text has (WHATWG MIME Sniffing, section 3 "binary data byte").
+# Bytes that do not occur in text (WHATWG MIME Sniffing, section 3 "binary data byte").
 _BINARY = frozenset({*range(0x09), 0x0B, *range(0x0E, 0x1B), *range(0x1C, 0x20)})
 
 
 def detect_media_type(stated: str | None, head: bytes) -> str:
-    """`stated`: the catalog's word, if it has one; `head`: the object's first SNIFF_BYTES bytes, or all there are.
+    """Return the media type of an object.
 
-    Text (SVG, subtitles, JSON) is never sniffed: any word may stand at its beginning.
+    `stated`: the catalog's value, if it has one. `head`: the first SNIFF_BYTES bytes, or all there are. Text (SVG,
+    subtitles, JSON) is never sniffed, because text may begin with anything.
     """
-    catalogs = media_type_or_none(stated)
-    seen = None if _BINARY.isdisjoint(head) else _sniffed(head)
-    if seen is None or (catalogs is not None and _same_family(catalogs, seen)):
-        return catalogs or DEFAULT_MEDIA_TYPE
-    return seen
+    cataloged = media_type_or_none(stated)
+    sniffed = None if _BINARY.isdisjoint(head) else _sniff(head)
+    if sniffed is None or (cataloged is not None and _same_family(cataloged, sniffed)):
+        return cataloged or DEFAULT_MEDIA_TYPE
+    return sniffed
 
 
-def _sniffed(head: bytes) -> str | None:
-    # The library looks at single bytes at fixed places, and some of its matchers expect a few to be there.
+def _sniff(head: bytes) -> str | None:
+    # filetype reads bytes at fixed positions, and some of its matchers expect a minimum length.
     kind = filetype.guess(head) if len(head) >= 64 else None
-    return kind.mime if kind is not None and kind.mime in _CERTAIN else None
+    return kind.mime if kind is not None and kind.mime in _UNAMBIGUOUS else None
 
 
-def _same_family(catalogs: str, seen: str) -> bool:
-    essence = catalogs.partition(";")[0].rstrip(" \t").lower()
-    return essence == seen or any({essence, seen} <= family for family in _FAMILIES)
+def _same_family(cataloged: str, sniffed: str) -> bool:
+    essence = cataloged.partition(";")[0].rstrip(" \t").lower()
+    return essence == sniffed or any({essence, sniffed} <= family for family in _FAMILIES)

@@ -1,12 +1,12 @@
-"""Objects and what is known of them: ids, content hashes, the catalog's word, the record kept on the volume."""
+"""Objects: ids, content hashes, the catalog's description and its JSON form, the record stored on the volume."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 from urllib.parse import urlsplit
 
 import base58
@@ -21,30 +21,33 @@ _DIGEST_BYTES = 32
 
 
 class ObjectId(str):
-    """The name of one object: 1 to 128 of the URL's unreserved characters, the first a letter or digit.
+    """The id of one object: 1 to 128 unreserved characters of URLs, the first a letter or digit.
 
-    That makes it safe as a file name and in a URL: no separators, no `..`, no control characters.
+    It is safe as a file name and in a URL: no separators, no `..`, no control characters.
     """
 
     __slots__ = ()
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Raise InvalidInput for anything that cannot be an object's id."""
+        """Check an id. Raises InvalidInput."""
         if not _OBJECT_ID.match(text):
-            raise InvalidInput("malformed object id")
+            raise InvalidInput(
+                "malformed object id: expected 1 to 128 of A-Z a-z 0-9 . _ ~ -, the first a letter or digit, "
+                f"got {text[:40]!r}"
+            )
         return cls(text)
 
 
 def parse_bucket_id(text: str) -> str:
-    """Check a bucket id, `family:index` in decimal; raise InvalidInput otherwise."""
+    """Check a bucket id, `family:index` in decimal. Raises InvalidInput."""
     if not _BUCKET_ID.match(text):
-        raise InvalidInput(f"malformed bucket id {text[:40]!r}: want family:index, such as 0:1")
+        raise InvalidInput(f"malformed bucket id: expected family:index, such as 0:1, got {text[:40]!r}")
     return text
 
 
 class Hasher(Protocol):
-    """What both hash libraries offer."""
+    """The common interface of hashlib and blake3."""
 
     def update(self, data: bytes | bytearray | memoryview, /) -> object: ...
     def digest(self) -> bytes: ...
@@ -59,24 +62,28 @@ class ContentHash:
 
     def __post_init__(self) -> None:
         if len(self.digest) != _DIGEST_BYTES:
-            raise InvalidInput(f"a {self.algorithm} digest has {_DIGEST_BYTES} bytes, not {len(self.digest)}")
+            raise InvalidInput(f"a {self.algorithm} digest has {_DIGEST_BYTES} bytes, got {len(self.digest)}")
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read `sha256:<64 hex digits>` or the base58btc text of multihash(blake3-256)."""
+        """Parse `sha256:<64 hex digits>` or base58btc of multihash(blake3-256). Raises InvalidInput."""
         if text.startswith("sha256:"):
             try:
                 return cls("sha256", bytes.fromhex(text[7:]))
             except ValueError as error:
-                raise InvalidInput("malformed sha256 hash: want 64 hex digits") from error
+                raise InvalidInput(
+                    f"malformed sha256 hash: expected 64 hex digits, got {text[7:][:80]!r}"
+                ) from error
         if len(text) > 128:
-            raise InvalidInput("malformed content hash: too long")
+            raise InvalidInput(f"malformed content hash: expected at most 128 characters, got {len(text)}")
         try:
             raw = base58.b58decode(text)
         except ValueError as error:
-            raise InvalidInput("malformed content hash: neither sha256:… nor base58") from error
+            raise InvalidInput(
+                f"malformed content hash: expected sha256:… or base58, got {text!r}"
+            ) from error
         if raw[:2] != _BLAKE3_MULTIHASH_PREFIX:
-            raise InvalidInput("unknown content hash: want a blake3-256 multihash")
+            raise InvalidInput(f"unknown content hash: expected a blake3-256 multihash, got {text!r}")
         return cls("blake3", raw[2:])
 
     def __str__(self) -> str:
@@ -85,14 +92,14 @@ class ContentHash:
         return base58.b58encode(_BLAKE3_MULTIHASH_PREFIX + self.digest).decode("ascii")
 
     def hasher(self) -> Hasher:
-        """A fresh hasher of this algorithm."""
+        """Return a new hasher of this algorithm."""
         factory: Callable[[], Hasher] = blake3 if self.algorithm == "blake3" else hashlib.sha256
         return factory()
 
 
 @dataclass(frozen=True, slots=True)
 class DistributionBucket:
-    """A bucket that holds an object, and the workers who operate it actively."""
+    """A bucket that contains an object, and the workers that operate it actively."""
 
     bucket_id: str
     active_workers: frozenset[int] = frozenset()
@@ -100,62 +107,131 @@ class DistributionBucket:
 
 @dataclass(frozen=True, slots=True)
 class MediaObject:
-    """What the catalog says of one object.
-
-    `size` is in bytes; None when the catalog cannot know it (then the object is proxied, never fetched).
-    `sources` are whole URLs of the object, best first if the catalog has an opinion.
-    `validator` is a text that changes with the content where there is no hash (an origin's ETag or date).
-    """
+    """What the catalog says of one object."""
 
     object_id: ObjectId
-    size: int | None
+    size: int | None  # bytes; None when the catalog cannot know it: the object is proxied, never fetched
     content_hash: ContentHash | None = None
     media_type: str | None = None
     buckets: tuple[DistributionBucket, ...] = ()
     accepted: bool = True
-    sources: tuple[str, ...] = ()
-    validator: str | None = None
+    sources: tuple[str, ...] = ()  # URLs of the object, best first if the catalog knows an order
+    validator: str | None = (
+        None  # where there is no hash: changes with the content (an origin's ETag or date)
+    )
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 0:
-            raise InvalidInput(f"object {self.object_id}: negative size")
+            raise InvalidInput(f"size: expected 0 or more, got {self.size} (object {self.object_id})")
 
     @property
     def etag(self) -> str:
-        """The strong entity tag, quotes included (RFC 9110 §8.8.3): the same on every node and after every fetch."""
+        """The strong entity tag with its quotes (RFC 9110 §8.8.3), equal on every node and after every fetch."""
         return entity_tag(self.object_id, self.size, self.content_hash, self.validator)
 
 
 def entity_tag(
     object_id: str, size: int | None, content_hash: ContentHash | None, validator: str | None
 ) -> str:
-    """A strong entity tag from the hash, or without one from all that is known to change with the content."""
+    """Derive a strong entity tag from the hash, or without a hash from id, size and validator."""
     if content_hash is not None:
         return f'"{content_hash}"'
-    seen = f"{object_id}\n{size}\n{validator or ''}".encode()
-    return f'"{hashlib.sha256(seen).hexdigest()[:32]}"'
+    known = f"{object_id}\n{size}\n{validator or ''}".encode()
+    return f'"{hashlib.sha256(known).hexdigest()[:32]}"'
+
+
+@dataclass(frozen=True, slots=True)
+class MediaObjectCodec:
+    """Converts a MediaObject to JSON fields and back.
+
+    Fetch jobs and the shared catalog cache store the same object under different field names.
+    """
+
+    names: Mapping[str, str]
+    """JSON field name by attribute of MediaObject, in the order of writing.
+
+    An attribute that is not listed is not written. Reading gives it its default.
+    """
+
+    def encode(self, media_object: MediaObject) -> dict[str, Any]:
+        """Return the JSON fields."""
+        content_hash = media_object.content_hash
+        values = {
+            "object_id": media_object.object_id,
+            "size": media_object.size,
+            "content_hash": None if content_hash is None else str(content_hash),
+            "media_type": media_object.media_type,
+            "buckets": [[bucket.bucket_id, sorted(bucket.active_workers)] for bucket in media_object.buckets],
+            "accepted": media_object.accepted,
+            "sources": list(media_object.sources),
+            "validator": media_object.validator,
+        }
+        return {name: values[attribute] for attribute, name in self.names.items()}
+
+    def decode(self, fields: Mapping[str, Any]) -> MediaObject:
+        """Read what `encode` wrote. A missing field counts as null. Raises InvalidInput."""
+        values: dict[str, Any] = {attribute: fields.get(name) for attribute, name in self.names.items()}
+        size, content_hash = values.get("size"), values.get("content_hash")
+        accepted, sources = values.get("accepted", True), values.get("sources", [])
+        self._expect("object_id", "a string", values, isinstance(values.get("object_id"), str))
+        self._expect("size", "an integer or null", values, size is None or type(size) is int)
+        for attribute in ("content_hash", "media_type", "validator"):
+            self._expect(attribute, "a string or null", values, isinstance(values.get(attribute), str | None))
+        self._expect("accepted", "a boolean", values, isinstance(accepted, bool))
+        self._expect("sources", "a list of http(s) URLs", values, _are_http_urls(sources))
+        return MediaObject(
+            object_id=ObjectId.parse(str(values.get("object_id"))),
+            size=size,
+            content_hash=None if content_hash is None else ContentHash.parse(content_hash),
+            media_type=values.get("media_type"),
+            buckets=self._decode_buckets(values),
+            accepted=accepted,
+            sources=tuple(sources),
+            validator=values.get("validator"),
+        )
+
+    def _decode_buckets(self, values: Mapping[str, Any]) -> tuple[DistributionBucket, ...]:
+        try:
+            return tuple(
+                DistributionBucket(bucket_id, frozenset(workers))
+                for bucket_id, workers in values.get("buckets", [])
+            )
+        except (TypeError, ValueError):
+            self._expect("buckets", "a list of [bucket id, [worker, …]]", values, False)
+            raise
+
+    def _expect(self, attribute: str, expected: str, values: Mapping[str, Any], holds: bool) -> None:
+        if not holds:
+            got = repr(values.get(attribute))[:60]
+            raise InvalidInput(f"{self.names[attribute]}: expected {expected}, got {got}")
+
+
+def _are_http_urls(value: object) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(url, str) and url.startswith(("http://", "https://")) for url in value
+    )
 
 
 def source_name(url: str) -> str:
-    """`host:port` of a source's URL, for logs and metric labels (bounded by the number of storage nodes)."""
+    """Return `host:port` of a source's URL, for logs and metric labels (one label per storage node)."""
     return urlsplit(url).netloc.rpartition("@")[2]
 
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """What this node has promised to serve: the buckets given, or all of a worker, or (neither) everything. With both,
-    the buckets decide; the worker is known then for an order to serve all that is its."""
+    """Which objects this node serves: those of some buckets, else those of a worker, else all objects."""
 
     bucket_ids: frozenset[str] | None = None
     worker_id: int | None = None
+    """Ignored while `bucket_ids` is set. It is kept for an operator's command to serve all buckets of the worker."""
 
     @property
     def effective(self) -> Assignment:
-        """Without what does not count: equal for assignments that cover the same objects."""
+        """The assignment without an ignored worker: equal for assignments that cover the same objects."""
         return self if self.bucket_ids is None else Assignment(self.bucket_ids)
 
     def covers(self, media_object: MediaObject) -> bool:
-        """True if the object is ours."""
+        """Return whether this node serves the object."""
         if self.bucket_ids is not None:
             return any(bucket.bucket_id in self.bucket_ids for bucket in media_object.buckets)
         if self.worker_id is not None:
@@ -165,15 +241,11 @@ class Assignment:
 
 @dataclass(frozen=True, slots=True)
 class StoredRecord:
-    """What is kept beside an object's bytes on the volume: enough to answer for it with nothing else at hand.
-
-    `stored_at` is the POSIX time (whole seconds) of the fetch; `etag` has its quotes. `media_type` is None only beside
-    a partial file, while neither the catalog nor a source has told it.
-    """
+    """What is stored beside an object's bytes on the volume: enough to serve it without catalog and state store."""
 
     object_id: ObjectId
     size: int
-    etag: str
+    etag: str  # with its quotes
     content_hash: ContentHash | None
-    media_type: str | None
-    stored_at: int
+    media_type: str | None  # None only beside a partial file, until the catalog or a source states a type
+    stored_at: int  # POSIX seconds of the fetch

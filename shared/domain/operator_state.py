@@ -1,4 +1,4 @@
-"""Warming: fetching objects before anybody asks for them. What is to be warmed, and how far it is."""
+"""What the operator sets while the node runs: the operator state, and warming. Both with their JSON."""
 
 from __future__ import annotations
 
@@ -9,86 +9,30 @@ from typing import Any, Literal, get_args
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.objects import Assignment, ObjectId, parse_bucket_id
 
-WarmingState = Literal["waiting", "listing", "fetching", "finished"]
-
-
-@dataclass(frozen=True, slots=True)
-class WarmingScope:
-    """What to warm: these objects, or all that is ours in one bucket, or (neither) everything that is ours."""
-
-    object_ids: tuple[ObjectId, ...] | None = None
-    bucket_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Warming:
-    """One warming. `serial` tells it from others; `total` grows while the catalog is listed; `skipped`: cached already,
-    not ours, or without room; `failed`: asked for, and not there in time; `reason`: why it ended early, or
-    cannot go on, in words."""
-
-    serial: int
-    scope: WarmingScope
-    state: WarmingState = "waiting"
-    total: int = 0
-    done: int = 0
-    skipped: int = 0
-    failed: int = 0
-    reason: str = ""
-
-    @property
-    def is_finished(self) -> bool:
-        return self.state == "finished"
-
-
-def encode_warming(warming: Warming) -> str:
-    """JSON, without the serial: that is the store's."""
-    document = asdict(warming)
-    del document["serial"]
-    return json.dumps(document)
-
-
-def decode_warming(text: str | bytes, serial: int) -> Warming:
-    """Read what `encode_warming` wrote; InvalidInput for anything else."""
-    try:
-        document = json.loads(text)
-        ids, bucket = document["scope"]["object_ids"], document["scope"]["bucket_id"]
-        scope = WarmingScope(
-            None if ids is None else tuple(ObjectId.parse(object_id) for object_id in ids),
-            None if bucket is None else parse_bucket_id(bucket),
-        )
-        if document["state"] not in get_args(WarmingState):
-            raise InvalidInput("unreadable warming: unknown state")
-        counts = {name: int(document[name]) for name in ("total", "done", "skipped", "failed")}
-        return Warming(serial, scope, document["state"], **counts, reason=str(document.get("reason", "")))
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InvalidInput(f"unreadable warming: {type(error).__name__}") from error
-
-
-# What an operator has ordered while the node runs: it stands above the settings, and outlives every process.
-
 MAX_WORKER_ID = 2**63 - 1
+
+
+# The operator state: takes precedence over the settings, and outlives every process
 
 
 @dataclass(frozen=True, slots=True)
 class OperatorState:
-    """`version` changes with every change and is given by the state store (0: nothing was ever ordered).
+    """What the operator has set."""
 
-    `worker_id` and `buckets` are the operator's only if `worker_ordered` and `buckets_ordered`; `buckets` None: all of
-    the worker. `shutdowns` counts the orders to shut down: a process ends when it rises.
-    """
-
-    version: int = 0
-    stopped: bool = False
-    draining: bool = False
-    worker_ordered: bool = False
+    version: int = 0  # set by the state store, new with every change; 0: never set
+    stopped: bool = False  # the public port is closed
+    draining: bool = False  # no new fetches
+    worker_ordered: bool = False  # whether `worker_id` was set by the operator
     worker_id: int | None = None
-    buckets_ordered: bool = False
-    buckets: frozenset[str] | None = None
-    shutdowns: int = 0
+    buckets_ordered: bool = False  # whether `buckets` was set by the operator
+    buckets: frozenset[str] | None = None  # None: all buckets of the worker
+    shutdowns: int = 0  # number of shutdown requests; a process ends when it rises
 
     def assignment(self, configured: Assignment) -> Assignment:
-        """The assignment in force: what was ordered, else what is configured. All of a worker whom nobody has named is
-        no assignment: then the buckets are as configured."""
+        """The effective assignment: what the operator set, or else what is configured.
+
+        "All buckets of the worker" needs a worker id. Without one the configured buckets apply.
+        """
         worker_id = self.worker_id if self.worker_ordered else configured.worker_id
         if not self.buckets_ordered or (self.buckets is None and worker_id is None):
             return Assignment(configured.bucket_ids, worker_id)
@@ -96,7 +40,7 @@ class OperatorState:
 
 
 def encode_operator_state(state: OperatorState) -> str:
-    """JSON, without the version: that is the store's."""
+    """JSON without the version, which the state store keeps separately."""
     document: dict[str, Any] = {field.name: getattr(state, field.name) for field in fields(OperatorState)}
     del document["version"]
     document["buckets"] = None if state.buckets is None else sorted(state.buckets)
@@ -104,7 +48,7 @@ def encode_operator_state(state: OperatorState) -> str:
 
 
 def decode_operator_state(text: str | bytes, version: int) -> OperatorState:
-    """Read what `encode_operator_state` wrote; InvalidInput for anything else. Fields of later versions are ignored."""
+    """Read what `encode_operator_state` wrote. Unknown fields are ignored. Raises InvalidInput for anything else."""
     try:
         document = json.loads(text)
         known = {
@@ -115,26 +59,29 @@ def decode_operator_state(text: str | bytes, version: int) -> OperatorState:
         if buckets is not None:
             state = replace(state, buckets=frozenset(parse_bucket_id(bucket) for bucket in buckets))
     except (ValueError, TypeError, RecursionError) as error:
-        raise InvalidInput(f"unreadable operator state: {type(error).__name__}") from error
+        raise InvalidInput(f"operator state: unreadable: {type(error).__name__}") from error
     flags = (state.stopped, state.draining, state.worker_ordered, state.buckets_ordered)
     numbers = (state.shutdowns, 0 if state.worker_id is None else state.worker_id)
     if not all(type(flag) is bool for flag in flags) or not all(
         type(number) is int and 0 <= number <= MAX_WORKER_ID for number in numbers
     ):
-        raise InvalidInput("unreadable operator state: a field of the wrong type")
+        raise InvalidInput(
+            "operator state: expected booleans stopped, draining, worker_ordered, buckets_ordered and non-negative"
+            f" integers worker_id, shutdowns, got {flags!r}, {numbers!r}"
+        )
     return state
 
 
 @dataclass(frozen=True, slots=True)
 class OperatorStateSnapshot:
-    """The copy on the volume: orders, and the pinned objects that belong to them."""
+    """The copy on the volume: the operator state, and the pinned objects."""
 
     state: OperatorState
     pinned: frozenset[ObjectId] = frozenset()
 
 
 def encode_snapshot(snapshot: OperatorStateSnapshot) -> str:
-    """The text of the file."""
+    """The content of the file, as JSON."""
     body = {
         "version": snapshot.state.version,
         "orders": json.loads(encode_operator_state(snapshot.state)),
@@ -144,7 +91,7 @@ def encode_snapshot(snapshot: OperatorStateSnapshot) -> str:
 
 
 def decode_snapshot(text: str | bytes) -> OperatorStateSnapshot:
-    """Read the file; InvalidInput if it is none of ours."""
+    """Read what `encode_snapshot` wrote. Raises InvalidInput for anything else."""
     try:
         body = json.loads(text)
         pinned = frozenset(ObjectId.parse(object_id) for object_id in body["pinned"])
@@ -152,4 +99,61 @@ def decode_snapshot(text: str | bytes) -> OperatorStateSnapshot:
             decode_operator_state(json.dumps(body["orders"]), int(body["version"])), pinned
         )
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InvalidInput(f"unreadable operator state: {type(error).__name__}") from error
+        raise InvalidInput(f"operator state: unreadable: {type(error).__name__}") from error
+
+
+# Warming: fetching objects before clients request them
+
+WarmingState = Literal["waiting", "listing", "fetching", "finished"]
+
+
+@dataclass(frozen=True, slots=True)
+class WarmingScope:
+    """What to warm. Without object ids and bucket: all assigned objects."""
+
+    object_ids: tuple[ObjectId, ...] | None = None
+    bucket_id: str | None = None  # all assigned objects of this bucket
+
+
+@dataclass(frozen=True, slots=True)
+class Warming:
+    """One warming and its progress."""
+
+    serial: int  # distinguishes it from other warmings
+    scope: WarmingScope
+    state: WarmingState = "waiting"
+    total: int = 0  # objects; grows while the catalog is listed
+    done: int = 0
+    skipped: int = 0  # cached already, not assigned, or without space
+    failed: int = 0  # requested, but not fetched in time
+    reason: str = ""  # why it ended early or cannot continue
+
+    @property
+    def is_finished(self) -> bool:
+        return self.state == "finished"
+
+
+def encode_warming(warming: Warming) -> str:
+    """JSON without the serial, which the state store keeps separately."""
+    document = asdict(warming)
+    del document["serial"]
+    return json.dumps(document)
+
+
+def decode_warming(text: str | bytes, serial: int) -> Warming:
+    """Read what `encode_warming` wrote. Raises InvalidInput for anything else."""
+    try:
+        document = json.loads(text)
+        ids, bucket = document["scope"]["object_ids"], document["scope"]["bucket_id"]
+        scope = WarmingScope(
+            None if ids is None else tuple(ObjectId.parse(object_id) for object_id in ids),
+            None if bucket is None else parse_bucket_id(bucket),
+        )
+        if document["state"] not in get_args(WarmingState):
+            raise InvalidInput(
+                f"warming: expected state {', '.join(get_args(WarmingState))}, got {document['state']!r}"
+            )
+        counts = {name: int(document[name]) for name in ("total", "done", "skipped", "failed")}
+        return Warming(serial, scope, document["state"], **counts, reason=str(document.get("reason", "")))
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise InvalidInput(f"warming: unreadable: {type(error).__name__}") from error

@@ -1,4 +1,4 @@
-"""Byte ranges: the value, and the Range header's meaning for an object of known size (RFC 9110 section 14)."""
+"""Byte ranges, and the Range and Content-Range headers (RFC 9110 section 14)."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 from distributor_node.shared.domain.errors import InvalidInput
 
 _MAX_HEADER = 4096
-_MAX_DIGITS = 40  # larger than any size; a longer number is an attack on the parser, not a position
+_MAX_DIGITS = 40  # more than any size has; a longer number is an attack on the parser
 _RANGE_SPEC = re.compile(rf"([0-9]{{0,{_MAX_DIGITS}}})-([0-9]{{0,{_MAX_DIGITS}}})", re.ASCII)
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """Positions `first` to `last`, both included, counted from 0 (RFC 9110 section 14.1.2)."""
+    """Positions `first` to `last`, inclusive, counted from 0 (RFC 9110 section 14.1.2)."""
 
     first: int
     last: int
 
     def __post_init__(self) -> None:
         if not 0 <= self.first <= self.last:
-            raise InvalidInput(f"no byte range: {self.first}-{self.last}")
+            raise InvalidInput(f"byte range: expected 0 <= first <= last, got {self.first}-{self.last}")
 
     @property
     def length(self) -> int:
@@ -40,7 +40,7 @@ class ByteRange:
 
 @dataclass(frozen=True, slots=True)
 class Unsatisfiable:
-    """A well-formed range that holds no byte of an object of `size` bytes."""
+    """A valid range without any byte of an object of `size` bytes."""
 
     size: int
 
@@ -51,18 +51,18 @@ class Unsatisfiable:
 
 
 def parse_range(header: str | None, size: int) -> ByteRange | Unsatisfiable | None:
-    """What a Range header asks of an object of `size` bytes; None: the whole object.
+    """Return the range that a Range header requests of an object of `size` bytes. None: the whole object.
 
-    None for no header, one that is not well-formed, another unit than bytes, and several ranges at once: RFC 9110
-    section 14.2 lets a server ignore them. An end beyond the object is clamped; a suffix longer than the object is all
-    of it. An empty object has no range to answer with: a suffix of it is the whole (empty) object.
+    A missing or malformed header, another unit than bytes, and several ranges request the whole object: RFC 9110
+    section 14.2 allows a server to ignore them. An end beyond the object is clamped. A suffix longer than the object is
+    the whole object, and so is a suffix of an empty object.
     """
     if header is None or len(header) > _MAX_HEADER:
         return None
     unit, equals, ranges = header.partition("=")
     if not equals or unit.lower() != "bytes":
         return None
-    # Empty list elements are passed over (RFC 9110 section 5.6.1.2).
+    # Empty list elements are ignored (RFC 9110 section 5.6.1.2).
     specs = [spec for spec in (part.strip(" \t") for part in ranges.split(",")) if spec]
     match = _RANGE_SPEC.fullmatch(specs[0]) if len(specs) == 1 else None
     if match is None:
@@ -87,7 +87,7 @@ def _resolve(first_text: str, last_text: str, size: int) -> ByteRange | Unsatisf
 
 
 def parse_content_range(header: str) -> tuple[ByteRange, int | None] | None:
-    """A 206 answer's Content-Range: the range and the whole size (None for `*`); None if it is not well-formed."""
+    """Parse the Content-Range of a 206: the range and the size (None for `*`). Returns None if it is malformed."""
     match = _CONTENT_RANGE.fullmatch(header.strip(" \t"))
     if match is None:
         return None

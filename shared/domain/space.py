@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 RECORD_BYTES = 1024
 """Counted for each object's record on the volume; the volume refuses to write a longer one."""
@@ -15,22 +16,30 @@ def footprint(size: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Space in bytes. `used`: complete objects (those being evicted too). `reserved`: promised to fetches, partial
-    files included. `used + reserved <= limit`, always. `reconciled` is False while the index does not stand for what is
-    on the volume (an empty or restarted state store, before the evictor has reconciled): no bytes can be reserved.
-    `churn`: all that has ever been added to `used` and taken from it, so that two looks tell how much moved."""
+    """Space in bytes. `used + reserved <= limit`, always."""
 
     limit: int
-    used: int
-    reserved: int
+    used: int  # complete objects, those being evicted too
+    reserved: int  # promised to fetches, partial files included
     objects: int
     fetches: int
+    # False while the index does not match the volume (an empty or restarted state store, before the evictor has
+    # reconciled). No bytes can be reserved then.
     reconciled: bool
+    # Sum of all bytes ever added to `used` and taken from it: the difference of two readings tells how much moved
     churn: int = field(default=0, compare=False)
 
     @property
     def free(self) -> int:
         return self.limit - self.used - self.reserved
+
+
+class EvictionReason(StrEnum):
+    """Why space has to be freed: the larger of the two demands, and for requests what is short."""
+
+    HIGH_WATERMARK = "high_watermark"
+    SPACE_REQUESTED = "space_requested"
+    DEVICE_FULL = "device_full"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,30 +50,38 @@ class Watermarks:
     high: int
 
     def to_evict(self, usage: Usage, wanted: int, device_free: int) -> int:
-        """Bytes to evict now: down to the low mark if above the high one, and in any case room for what is wanted."""
+        """Bytes to evict now: down to the low mark if above the high one, and always enough for the `wanted` bytes."""
+        return max(self._above_low(usage), missing_for(usage, wanted, device_free))
+
+    def reason_to_evict(self, usage: Usage, wanted: int, device_free: int) -> EvictionReason:
+        """What makes `to_evict` more than 0."""
+        if self._above_low(usage) >= missing_for(usage, wanted, device_free):
+            return EvictionReason.HIGH_WATERMARK
+        return EvictionReason.DEVICE_FULL if device_free < usage.free else EvictionReason.SPACE_REQUESTED
+
+    def _above_low(self, usage: Usage) -> int:
         taken = usage.used + usage.reserved
-        for_marks = taken - self.low if taken > self.high else 0
-        return max(0, for_marks, missing_for(usage, wanted, device_free))
+        return max(0, taken - self.low) if taken > self.high else 0
 
 
 def missing_for(usage: Usage, wanted: int, device_free: int) -> int:
-    """Bytes that have to go before what is wanted fits, below the limit and on the device: its free bytes may be fewer
-    than the limit says."""
+    """Bytes that have to be freed before the `wanted` bytes fit, below the limit and on the device. The device may have
+    fewer free bytes than the limit says."""
     return max(0, wanted - min(usage.free, device_free))
 
 
 _TYPICAL_HEADROOM = 8 * 64 * 1024**2
-"""Eight objects of 64 MiB under way at once: what fetchers reserve while the evictor is looking elsewhere."""
+"""Eight concurrent fetches of 64 MiB: what fetchers reserve between two passes of the evictor."""
 
 
 def watermarks_for(
     limit: int, largest: int | None = None, high_share: float | None = None, low_share: float | None = None
 ) -> Watermarks:
-    """Watermarks by their shares of the limit; where there is none, derived from the limit and the `largest` object
-    that is cached (bytes; None: any that fits).
+    """Watermarks from their shares of the limit. A share of None is derived from the limit and from the `largest`
+    object that is cached (bytes; None: any that fits).
 
-    Above the high mark there is room for `largest`, so that no worker waits for it, but at least 2 % and at most 10 %
-    of the limit; the low mark is half of that room below the high one. A mark that is given moves the other along.
+    The room above the high mark holds `largest`, so that no worker has to wait for it, but is at least 2 % and at most
+    10 % of the limit. The low mark is half of that room below the high one. A given mark moves the derived one along.
     """
     room = min(max(largest or 0, _TYPICAL_HEADROOM, limit // 50), limit // 10)
     high = limit - room if high_share is None else int(limit * high_share)

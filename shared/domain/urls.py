@@ -1,4 +1,4 @@
-"""URLs that objects are read from."""
+"""URLs of sources, and which IP addresses are public."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from urllib.parse import urlsplit
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.objects import source_name
 
-# RFC 3986 section 2: a URL is printable ASCII without these; anything else must be percent-encoded.
+# RFC 3986 section 2: printable ASCII without some characters. All others must be percent-encoded.
 _URL_TEXT = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)
 _MAX_LENGTH = 2048
 
 
 def parse_source_url(text: str) -> str:
-    """Check an absolute http(s) URL with a host, without credentials or fragment; raise InvalidInput otherwise.
+    """Check an absolute http(s) URL with a host, without credentials and fragment. Raises InvalidInput.
 
-    Credentials are refused because the URL is shown in logs, and because a client would send them.
+    Credentials are rejected because URLs appear in logs, and because the HTTP client would send them.
     """
     if len(text) > _MAX_LENGTH or not _URL_TEXT.fullmatch(text):
-        raise InvalidInput("malformed URL: too long, or it has characters that must be percent-encoded")
+        raise InvalidInput(
+            f"URL: expected at most {_MAX_LENGTH} characters, none of which has to be percent-encoded"
+        )
     try:
         parts = urlsplit(text)
         host, port = parts.hostname, parts.port
     except ValueError as error:
-        raise InvalidInput(f"malformed URL: {error}") from error
+        raise InvalidInput(f"URL: {error}") from error
     if parts.scheme not in ("http", "https") or not host or port == 0:
-        raise InvalidInput("malformed URL: want http:// or https:// and a host")
+        raise InvalidInput(f"URL: expected http:// or https:// and a host, got scheme {parts.scheme!r}")
     if "@" in parts.netloc:
-        raise InvalidInput("malformed URL: it must not carry credentials")
+        raise InvalidInput("URL: expected none with credentials")
     if "#" in text:
-        raise InvalidInput("malformed URL: it must not have a fragment")
+        raise InvalidInput("URL: expected none with a fragment")
     return text
 
 
 def names_host(text: str, *schemes: str) -> bool:
-    """Whether it is a URL of one of these schemes, with a host (and a port that can be one, if any)."""
+    """Whether the text is a URL with one of these schemes, a host, and no invalid port."""
     try:
         parts = urlsplit(text)
         return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
@@ -45,9 +47,23 @@ def names_host(text: str, *schemes: str) -> bool:
         return False
 
 
+def url_without_credentials(url: str) -> str:
+    """Return the URL without user and password, query and fragment: fit to be shown."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def url_origin(url: str) -> str:
+    """Return scheme, host and port of a URL, such as `https://media.example:8443`, without credentials."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+
+
 def api_base_of(url: str, object_id: str) -> str:
-    """The base, `/` at its end, of the storage node API that an object's URL belongs to (`BASE/files/ID`); for any
-    other URL the root of its host."""
+    """Return the base, ending in `/`, of the storage node API that an object's URL (`BASE/files/ID`) belongs to.
+
+    For other URLs, it is the root of the host.
+    """
     base = url.removesuffix(f"files/{object_id}")
     if base != url and base.endswith("/"):
         return base
@@ -56,23 +72,25 @@ def api_base_of(url: str, object_id: str) -> str:
 
 
 def distinct_hosts(bases: Iterable[str]) -> Sequence[str]:
-    """The first base URL of each host and port, in their order."""
+    """Return the first base URL of each host and port, in the given order."""
     by_host: dict[str, str] = {}
     for base in bases:
         by_host.setdefault(source_name(base), base)
     return tuple(by_host.values())
 
 
-# Which IP addresses are public: neither a network's own, nor a way around that.
+# Public IP addresses: not those of a private network, also not wrapped in another address.
 
-_NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address, reached by a NAT64
-# RFC 8215: such prefixes of a network's own. RFC 4291 section 2.5.5.1: IPv4 addresses once written as IPv6 ones.
+_NAT64 = IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
+# RFC 8215: NAT64 prefixes of a local network. RFC 4291 section 2.5.5.1: IPv4-compatible addresses, deprecated.
 _NON_PUBLIC = (IPv6Network("64:ff9b:1::/48"), IPv6Network("::/96"))
 
 
 def is_public(text: str) -> bool:
-    """True for a global unicast address, and where an IPv4 address is wrapped in it, only if that is one too.
-    ValueError for what is no address; a zone (`%eth0`) is passed over."""
+    """Whether the text is a global unicast address. An IPv4 address wrapped in an IPv6 address must be one too.
+
+    A zone (`%eth0`) is ignored. Raises ValueError for text that is not an address.
+    """
     return _is_public(ip_address(text.partition("%")[0]))
 
 

@@ -1,1 +1,1 @@
-"""Logs and metrics: how a running node is watched."""
+"""Logs, metrics and health probes of a running node."""

@@ -1,7 +1,7 @@
-"""Logs: one event a line, with its fields; structlog and the standard library's loggers come out alike.
+"""Logs: one event per line, with its fields, from structlog and the standard library's loggers alike.
 
-Fields of every line: `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, whatever is bound to the context (such as
-`request_id`, by `structlog.contextvars.bind_contextvars`), and, for errors, `exception` with the traceback.
+Each line has `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, and what is bound to the context (such as
+`request_id`, by `structlog.contextvars.bind_contextvars`). Errors have `exception`, with the traceback.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _BEARER = re.compile(r"(?P<word>\bbearer\s+)[A-Za-z0-9._~+/=-]+", re.IGNORECASE)
 _SECRET_FIELD = re.compile(r"(password|passwd|secret|authorization|cookie|api_?key)", re.IGNORECASE)
 REDACTED = "***"
 
-# Levels of libraries below which their lines say nothing to an operator (httpx logs every request at INFO).
+# Lowest levels of libraries that are useful to an operator (httpx logs every request at INFO).
 _LIBRARY_LEVELS: Mapping[str, int] = {
     "aio_pika": logging.WARNING,
-    "aiormq": logging.CRITICAL,  # it repeats, with tracebacks, what the job queue logs once
+    "aiormq": logging.CRITICAL,  # it repeats with tracebacks what the job queue logs once
     "asyncio": logging.WARNING,
     "httpcore": logging.WARNING,
     "httpx": logging.WARNING,
@@ -36,9 +36,9 @@ def configure_logging(
     form: Literal["json", "console"] = "json",
     stream: TextIO | None = None,
 ) -> None:
-    """Send all logs of this process to `stream` (default: stderr). Call it once in each process, before the first line.
+    """Send all logs of this process to `stream` (default: stderr). Call it once per process, before the first event.
 
-    Sanic has to be told to leave logging alone (`configure_logging=False`).
+    Sanic must be created with `configure_logging=False`.
     """
     stream = sys.stderr if stream is None else stream
     threshold = getattr(logging, level.upper())
@@ -53,7 +53,7 @@ def configure_logging(
         processors=[*common, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(threshold),
         logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=False,  # a logger at module level must follow a later configuration
+        cache_logger_on_first_use=False,  # loggers of modules are made before the configuration
     )
     handler = logging.StreamHandler(stream)
     handler.setFormatter(
@@ -67,11 +67,11 @@ def configure_logging(
             ],
         )
     )
-    _take_over_standard_library(handler, threshold)
+    _configure_standard_library(handler, threshold)
 
 
 def redact_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Take credentials out of URLs and bearer tokens out of texts, and blank fields that are named for a secret."""
+    """Remove credentials from URLs, bearer tokens from texts, and the values of fields with the name of a secret."""
     for name, value in event.items():
         if _SECRET_FIELD.search(name):
             event[name] = REDACTED
@@ -83,7 +83,7 @@ def redact_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) 
 
 
 def redact_text(text: str) -> str:
-    """`text` without the user and password of URLs, and without bearer tokens."""
+    """Return the text without users and passwords of URLs, and without bearer tokens."""
     text = _CREDENTIALS_IN_URL.sub(rf"\g<scheme>{REDACTED}@", text)
     return _BEARER.sub(rf"\g<word>{REDACTED}", text)
 
@@ -94,7 +94,7 @@ def _renderers(form: Literal["json", "console"], *, colors: bool) -> list[Proces
     return [structlog.processors.JSONRenderer(default=str)]
 
 
-def _take_over_standard_library(handler: logging.Handler, threshold: int) -> None:
+def _configure_standard_library(handler: logging.Handler, threshold: int) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(threshold)

@@ -1,8 +1,7 @@
-"""Every metric of the node, and how they are shown.
+"""Every metric of the node, and their export.
 
-Names begin with `distributor_` and end in their unit. Labels have few values: never an object id; a source is its
-host and port (`source_label`). A `ReportedGauge` shows up once its process has set it, so that a fetcher does not
-claim a storage limit of 0.
+Names begin with `distributor_` and end in their unit. Labels have few values: never an object id, and a source is its
+host and port (`source_label`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from distributor_node.shared.observability.multiprocess import VARIABLE
 
-# A `_created` gauge beside each series doubles the page and tells us nothing.
+# A `_created` gauge for each series would double the page.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 MAX_SOURCES = 200
@@ -37,14 +36,17 @@ _LONG_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120
 
 
 class ReportedGauge:
-    """A gauge without labels that is not exported before it is first set. In multiprocess mode the last setter wins."""
+    """A gauge without labels that is exported only after it is first set: a fetcher shows no storage limit of 0.
+
+    In multiprocess mode, the last process that sets it wins.
+    """
 
     def __init__(self, name: str, documentation: str) -> None:
         self._name, self._documentation = name, documentation
         self._gauge: Gauge | None = None
 
     def set(self, value: float) -> None:
-        """Set, and from now on export, the gauge."""
+        """Set the gauge. From the first call on, it is exported."""
         if self._gauge is None:
             self._gauge = Gauge(self._name, self._documentation, multiprocess_mode="mostrecent")
         self._gauge.set(value)
@@ -57,10 +59,10 @@ REQUESTS = Counter(
     ["method", "status", "cache"],
 )
 REQUESTS_IN_PROGRESS = Gauge(
-    "distributor_requests_in_progress", "HTTP requests being answered.", multiprocess_mode="livesum"
+    "distributor_requests_in_progress", "HTTP requests in progress.", multiprocess_mode="livesum"
 )
 PROXIED_IN_PROGRESS = Gauge(
-    "distributor_proxied_in_progress", "Answers being proxied from a source.", multiprocess_mode="livesum"
+    "distributor_proxied_in_progress", "Responses being proxied from a source.", multiprocess_mode="livesum"
 )
 SENT_BYTES = Counter(
     "distributor_sent_bytes_total",
@@ -94,7 +96,7 @@ PHASE = Histogram(
 )
 CATALOG_LOOKUPS = Counter(
     "distributor_catalog_lookups_total",
-    "Questions to the catalog by result: found, unknown, unavailable, cached, stale.",
+    "Catalog look-ups by result: found, unknown, unavailable, cached, stale.",
     ["result"],
 )
 STATE_STORE_ERRORS = Counter(
@@ -108,23 +110,23 @@ JOB_QUEUE_ERRORS = Counter(
     ["operation"],
 )
 
-# Redis itself, as its INFO says (API)
+# Redis itself, by its INFO command (API)
 STATE_STORE_MEMORY = ReportedGauge(
     "distributor_state_store_server_memory_bytes", "Memory that Redis uses for its data."
 )
 STATE_STORE_MEMORY_LIMIT = ReportedGauge(
-    "distributor_state_store_server_memory_limit_bytes", "Memory that Redis may use; 0: no limit of its own."
+    "distributor_state_store_server_memory_limit_bytes", "Memory that Redis may use (maxmemory); 0: no limit."
 )
 STATE_STORE_CLIENTS = ReportedGauge("distributor_state_store_server_clients", "Connections to Redis.")
 STATE_STORE_COMMANDS = ReportedGauge(
     "distributor_state_store_server_commands", "Commands that Redis has processed since it started."
 )
 STATE_STORE_SAVING = ReportedGauge(
-    "distributor_state_store_server_saving", "1 while what Redis writes to its disk succeeds."
+    "distributor_state_store_server_saving", "1 if Redis's last write to disk succeeded."
 )
 STATE_STORE_EVICTS = ReportedGauge(
     "distributor_state_store_server_evicts_info",
-    "1 if Redis may drop keys when its memory is full: its maxmemory-policy is not noeviction, as it must be.",
+    "1 if Redis may drop keys when its memory is full: maxmemory-policy must be noeviction, and is not.",
 )
 
 # Space (API and evictor)
@@ -132,11 +134,11 @@ STORAGE_USED = ReportedGauge(
     "distributor_storage_used_bytes", "Bytes that complete objects take on the volume."
 )
 STORAGE_RESERVED = ReportedGauge(
-    "distributor_storage_reserved_bytes", "Bytes promised to fetches under way or parked."
+    "distributor_storage_reserved_bytes", "Bytes reserved for fetches, active or suspended."
 )
 STORAGE_LIMIT = ReportedGauge("distributor_storage_limit_bytes", "The storage limit.")
 STORAGE_HIGH_WATERMARK = ReportedGauge(
-    "distributor_storage_high_watermark_bytes", "Above this, used and reserved, the evictor makes room."
+    "distributor_storage_high_watermark_bytes", "Used and reserved bytes above which the evictor makes room."
 )
 STORAGE_OBJECTS = ReportedGauge("distributor_storage_objects", "Complete objects on the volume.")
 QUEUE_JOBS = Gauge(
@@ -146,7 +148,7 @@ QUEUE_JOBS = Gauge(
     multiprocess_mode="mostrecent",
 )
 
-# Fetches (fetcher; the source's figures also from the API's proxy)
+# Fetches (fetcher; those of sources also from the API's proxy)
 FETCHES = Counter(
     "distributor_fetches_total",
     "Jobs that ended, by outcome: fetched, already_cached, retry, requeue, dead_letter, nack, …",
@@ -156,11 +158,13 @@ DOWNLOADS_IN_PROGRESS = Gauge(
     "distributor_downloads_in_progress", "Objects being downloaded.", multiprocess_mode="livesum"
 )
 SOURCE_REQUESTS = Counter(
-    "distributor_source_requests_total", "Requests to sources that ended, well or not, by source.", ["source"]
+    "distributor_source_requests_total",
+    "Requests to sources that have ended, successful or not, by source.",
+    ["source"],
 )
 SOURCE_LATENCY = Histogram(
     "distributor_source_latency_seconds",
-    "From the request to a source to the head of its answer, by source.",
+    "From the request to a source to the head of its response, by source.",
     ["source"],
     buckets=_SHORT_BUCKETS,
 )
@@ -173,7 +177,7 @@ SOURCE_BYTES = Counter(
     "distributor_source_bytes_total", "Bytes received from sources, by source.", ["source"]
 )
 WRITTEN_BYTES = Counter(
-    "distributor_written_bytes_total", "Bytes of objects written to the volume, unfinished ones included."
+    "distributor_written_bytes_total", "Bytes of objects written to the volume, including incomplete ones."
 )
 SOURCE_PROBES = Counter(
     "distributor_source_probes_total", "Probes of storage nodes by result: answered, failed.", ["result"]
@@ -181,7 +185,7 @@ SOURCE_PROBES = Counter(
 SOURCE_RANK = Gauge("distributor_source_rank", "Rank of a source; rank 1 is tried first.", ["source"])
 SOURCE_FIRST_BYTE = Gauge(
     "distributor_source_first_byte_seconds",
-    "Mean time to the first byte of a source's last ten answers.",
+    "Mean time to the first byte of a source's last ten responses.",
     ["source"],
 )
 SOURCE_COOLDOWN = Gauge(
@@ -218,7 +222,7 @@ REFETCHED_AFTER_EVICTION = Counter(
 )
 RECONCILED = Counter(
     "distributor_reconciled_total",
-    "What reconciliation found and repaired, by result: adopted, adopted_partial, dropped_record, removed_partial, …",
+    "Differences that reconciliation has found and repaired, by result: adopted, dropped_record, removed_partial, …",
     ["result"],
 )
 RECONCILE_TIME = Histogram(
@@ -230,18 +234,18 @@ SCRUBBED_OBJECTS = Counter(
 SCRUBBED_BYTES = Counter("distributor_scrubbed_bytes_total", "Bytes re-hashed on disk.")
 UNKNOWN_FILES = ReportedGauge(
     "distributor_unknown_files",
-    "Files and links on the volume that do not belong to the node; they are left alone.",
+    "Files and links on the volume that do not belong to the node. It leaves them alone.",
 )
-LEADER = ReportedGauge("distributor_evictor_leader", "1 in the evictor that leads, 0 in a standby.")
+LEADER = ReportedGauge("distributor_evictor_leader", "1 in the leading evictor, 0 in a standby.")
 
 BUILD = Gauge(
     "distributor_build_info",
-    "Always 1; the labels say what is running.",
+    "Always 1. The labels say what is running.",
     ["version", "python", "service"],
     multiprocess_mode="max",
 )
 
-# Series that are there, at 0, from the start: of one that is born at 1, Prometheus never sees the first.
+# Series that exist from the start, at 0. If a series began at 1, Prometheus would miss its first increment.
 _PRECREATED: dict[str, dict[Counter, tuple[str, ...]]] = {
     "api": {
         CATALOG_LOOKUPS: ("found", "unknown", "unavailable", "cached", "stale"),
@@ -258,7 +262,7 @@ _sources_seen: set[str] = set()
 
 
 def source_label(url: str) -> str:
-    """Host and port of a source's URL. After MAX_SOURCES different ones: `other`."""
+    """Return host and port of a source's URL. After MAX_SOURCES different ones, return `other`."""
     parts = urlsplit(url)
     label = parts.netloc.rpartition("@")[2].lower() or "unknown"
     if label not in _sources_seen:
@@ -269,8 +273,10 @@ def source_label(url: str) -> str:
 
 
 def publish_source_ranks(ordered: Iterable[tuple[str, float | None, float]]) -> None:
-    """The order of the sources, in the process that knows it: `host:port`, mean seconds to the first byte (None: not
-    known), seconds of cooldown left; the best first. Those that were shown before and are not any more go."""
+    """Export the ranking of the sources, best first, in the process that knows it. It replaces the previous one.
+
+    Of each source: `host:port`, mean seconds to the first byte (None: unknown), seconds of cooldown left.
+    """
     for gauge in (SOURCE_RANK, SOURCE_FIRST_BYTE, SOURCE_COOLDOWN):
         gauge.clear()
     for rank, (name, first_byte, cooldown) in enumerate(islice(ordered, MAX_SOURCES), start=1):
@@ -281,12 +287,12 @@ def publish_source_ranks(ordered: Iterable[tuple[str, float | None, float]]) -> 
 
 
 def method_label(method: str) -> str:
-    """The method, or `other`: clients can invent methods."""
+    """Return the method, or `other` for unknown ones, which clients can invent."""
     return method if method in {"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"} else "other"
 
 
 def describe_build(version: str, service: Literal["api", "fetcher", "evictor", "standalone"]) -> None:
-    """Export what is running, with the counters that matter most before they first count."""
+    """Export what is running, and create the most important series of its counters."""
     for one in _PRECREATED if service == "standalone" else (service,):
         for counter, values in _PRECREATED.get(one, {}).items():
             for value in values:
@@ -295,7 +301,7 @@ def describe_build(version: str, service: Literal["api", "fetcher", "evictor", "
 
 
 def render_metrics() -> tuple[bytes, str]:
-    """All metrics as text, and its media type. In multiprocess mode: of all processes that share the directory."""
+    """Return all metrics as text, and its media type. In multiprocess mode, those of all processes together."""
     if VARIABLE not in os.environ:
         return generate_latest(REGISTRY), CONTENT_TYPE_PLAIN_0_0_4
     registry = CollectorRegistry()
@@ -303,19 +309,19 @@ def render_metrics() -> tuple[bytes, str]:
     return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
-# Observations of a histogram that were counted elsewhere, handed over many at once.
+# Histogram observations that were counted elsewhere, added in one call.
 
 
 def bounds_of(histogram: Histogram) -> Sequence[float]:
-    """Upper bounds of a histogram's buckets, in its unit; the last is infinite."""
+    """Return the upper bounds of a histogram's buckets. The last one is infinite."""
     bounds: Sequence[float] = histogram._upper_bounds
     return bounds
 
 
 def add_observations(histogram: Histogram, counts: Sequence[int], total: float) -> None:
-    """How many in each bucket (not cumulated), and their sum.
+    """Add observations: their number in each bucket (not cumulative), and their sum.
 
-    The library's own way takes one call for each observation, which a hot path cannot afford.
+    prometheus-client has only a call for each observation, which is too slow for the hit path.
     """
     histogram._sum.inc(total)
     for bucket, count in zip(histogram._buckets, counts, strict=True):

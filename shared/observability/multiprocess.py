@@ -1,7 +1,7 @@
-"""Counters of several worker processes, added up: prometheus-client's multiprocess mode.
+"""Adds up the counters of several worker processes: prometheus-client's multiprocess mode.
 
-prometheus-client decides on its mode when it is imported, so `prepare_multiprocess` comes before the first import of
-`shared/observability/metrics.py` in the process that starts the workers; the workers inherit the environment.
+prometheus-client chooses its mode when it is imported. So the process that starts the workers must call
+`prepare_multiprocess` before it imports `shared/observability/metrics.py`. The workers inherit the environment.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 
 
 def prepare_multiprocess(directory: Path | None) -> Path:
-    """Switch multiprocess mode on, with its files in `directory` (default: a new temporary one), emptied of old files.
+    """Turn multiprocess mode on, with files in `directory` (default: a new temporary one). Old files are removed.
 
-    Raises RuntimeError if prometheus-client has been imported already, OSError if the directory cannot be used.
+    Raises RuntimeError if prometheus-client is already imported, OSError if the directory cannot be used.
     """
     if "prometheus_client" in sys.modules:
         raise RuntimeError("multiprocess mode must be prepared before prometheus_client is imported")
@@ -31,8 +31,8 @@ def prepare_multiprocess(directory: Path | None) -> Path:
 
 
 def forget_process(process_id: int) -> None:
-    """A worker has ended: its live gauges no longer count. Its counters stay. No effect outside multiprocess mode."""
+    """Drop the live gauges of a worker that has ended. Its counters stay. No effect outside multiprocess mode."""
     if VARIABLE in os.environ:
-        from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415 (see the module's text)
+        from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415 (see the module docstring)
 
         mark_process_dead(process_id)  # type: ignore[no-untyped-call]

@@ -1,5 +1,7 @@
-"""The small HTTP server of fetcher and evictor: GET /metrics, /healthz, /readyz. It shares the service's loop, so an
-answer from /healthz also says that the loop is alive."""
+"""The HTTP server of fetcher and evictor for GET /metrics, /healthz and /readyz.
+
+It runs in the service's event loop, so a response of /healthz shows that the loop is alive.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,17 @@ import structlog
 from distributor_node.shared.observability.metrics import render_metrics
 
 Readiness = Callable[[], Awaitable[Sequence[str]]]
-"""Returns what keeps the service from working, in words; nothing: it is ready."""
+"""Returns the problems that keep the service from working. Empty: it is ready."""
 
-_MAX_HEAD = 8 * 1024
-_TIMEOUT = 5.0
+_MAX_HEAD = 8 * 1024  # bytes
+_TIMEOUT = 5.0  # seconds for one request
 _MAX_CONNECTIONS = 64
 
 logger = structlog.get_logger()
 
 
 class ProbeServer:
-    """`async with ProbeServer(host, port, readiness) as server: server.port …`. Port 0 takes any free one."""
+    """Use it as `async with ProbeServer(host, port, readiness) as server`. Port 0: any free port."""
 
     def __init__(self, host: str, port: int, readiness: Readiness) -> None:
         self._host, self._port, self._readiness = host, port, readiness
@@ -57,20 +59,20 @@ class ProbeServer:
         try:
             async with asyncio.timeout(_TIMEOUT):
                 head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(await self._answer(head))
+                writer.write(await self._response_to(head))
                 await writer.drain()
         except asyncio.LimitOverrunError:
             writer.write(_response(431, "text/plain", b"request head too large\n"))
         except (TimeoutError, asyncio.IncompleteReadError, OSError) as error:
             logger.debug("probe_connection_failed", reason=type(error).__name__)
         except asyncio.CancelledError:
-            # Only `__aexit__` cancels; asyncio's own callback would report the cancellation as an error.
+            # Cancelled by `__aexit__`. If it propagated, asyncio's callback would report it as an error.
             writer.transport.abort()
         finally:
             self._connections.discard(task)
             writer.close()
 
-    async def _answer(self, head: bytes) -> bytes:
+    async def _response_to(self, head: bytes) -> bytes:
         method, _, rest = head.split(b"\r\n", 1)[0].partition(b" ")
         path = rest.partition(b" ")[0].partition(b"?")[0]
         if method not in {b"GET", b"HEAD"}:
@@ -96,7 +98,7 @@ class ProbeServer:
             return list(await self._readiness())
         except Exception as error:
             logger.exception("readiness_check_failed")
-            return [f"readiness could not be found out: {type(error).__name__}"]
+            return [f"the readiness check failed: {type(error).__name__}"]
 
 
 def _response(status: int, media_type: str, body: bytes, *, with_body: bool = True, extra: str = "") -> bytes:

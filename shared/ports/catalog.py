@@ -1,4 +1,4 @@
-"""The catalog: which objects exist, how large they are, who holds them, whose assignment they are."""
+"""The catalog port: which objects exist, how large they are, which buckets they are in, and where they are stored."""
 
 from __future__ import annotations
 
@@ -9,68 +9,101 @@ from typing import Protocol
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 
 
+@dataclass(frozen=True, slots=True)
+class CatalogStatus:
+    """What the catalog's server reports about itself. None: it does not report it, or there is no such server."""
+
+    blocks_processed: int | None = None  # blocks of the chain that the catalog has read
+    version: str | None = None  # of the server's software
+
+
 class Catalog(Protocol):
-    """One instance per process; `open` before use, `close` at the end. Every verb may raise CatalogUnavailable,
-    within a bounded time."""
+    """One instance per process. Call `open` before use and `close` at the end.
+
+    Every coroutine method may raise CatalogUnavailable, within a bounded time.
+    """
+
+    @property
+    def can_list(self) -> bool:
+        """Whether `list_objects` works. False for an HTTP origin, which knows its objects one by one."""
+
+    @property
+    def public_url(self) -> str:
+        """Where the catalog is asked, without credentials; empty for a file. Shown in /status."""
 
     async def open(self) -> None:
-        """Get ready; ConfigurationError if the catalog's settings can never work (a manifest that is no manifest)."""
+        """Prepare for use. Raises ConfigurationError for settings that can never work, such as an invalid manifest."""
 
     async def close(self) -> None: ...
 
     async def look_up(self, object_id: ObjectId) -> MediaObject | None:
-        """What is known of one object, whoever's assignment it is; None: it does not exist."""
+        """Return what the catalog knows of one object, in any bucket. None: the object does not exist."""
 
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
-        """All objects of an assignment, in batches. Raises CatalogUnavailable in the middle rather than end early:
-        a list that ends without error is whole. A catalog that cannot list (an origin) raises it at once."""
+        """Yield all objects of an assignment in batches.
+
+        A list that ends without an error is complete: an incomplete one raises CatalogUnavailable. Raises it at once
+        where `can_list` is False.
+        """
 
     async def bucket_ids(self) -> Sequence[str]:
-        """All buckets the catalog knows, for a node whose assignment is everything; empty if it has no buckets."""
+        """Return all buckets the catalog knows, for a node without an assignment. Empty if it has no buckets."""
 
     async def source_bases(self) -> Sequence[str]:
-        """Base URLs, `/` at their end, of the storage nodes that may be asked for objects, each host once; empty where
-        there are none to choose from."""
+        """Return the base URLs, ending in `/`, of the storage nodes that objects may be fetched from.
+
+        Each host appears once. Empty if the catalog does not name storage nodes.
+        """
+
+    async def status(self) -> CatalogStatus:
+        """Ask the catalog's server about itself, for /status."""
+
+    async def chain_head(self) -> int | None:
+        """Return the number of the chain's newest block. None: the catalog follows no chain, or none is configured."""
 
 
-# The shared catalog cache: answers of a slow catalog, for all processes of the node, and who is asking for what.
+# The shared catalog cache: the node's processes share the answers of a slow catalog, and a lock for each object.
 
 
 @dataclass(frozen=True, slots=True)
 class CachedAnswer:
-    """An answer of the catalog (None: the object does not exist). `fresh_for`: seconds it is still believed; 0 or
-    less: it is kept for outages only."""
+    """A cached answer of the catalog, with what remains of its time to live."""
 
-    answer: MediaObject | None
-    fresh_for: float
+    answer: MediaObject | None  # None: the object does not exist
+    fresh_for: float  # seconds; 0 or less: stale, kept for outages only
 
 
 @dataclass(frozen=True, slots=True)
 class CacheLookup:
-    """What is cached, and whether the calling process holds the lock and must ask the catalog now."""
+    """What the shared cache holds for one object, and whether the calling process must ask the catalog."""
 
     cached: CachedAnswer | None
-    owns_lock: bool
+    owns_lock: bool  # True: this process asks the catalog, then calls `put` or `unlock`
 
 
 class SharedCatalogCache(Protocol):
-    """One instance per process; `open` before use, `close` at the end. Every verb may raise StateStoreUnavailable,
-    within a bounded time. Ages are measured on the cache's own clock; callers hand over durations."""
+    """One instance per process. Call `open` before use and `close` at the end.
+
+    Every coroutine method may raise StateStoreUnavailable, within a bounded time. Ages are measured on the cache's
+    clock: callers pass durations.
+    """
 
     async def open(self) -> None:
-        """Connect in the background; never fails because the store is down."""
+        """Connect in the background. Never fails because the store is down."""
 
     async def close(self) -> None: ...
 
     async def get(self, object_id: ObjectId) -> CachedAnswer | None:
-        """Look only."""
+        """Read the cached answer without taking the lock."""
 
     async def get_or_lock(self, object_id: ObjectId, owner: str, seconds: float) -> CacheLookup:
-        """What is remembered; unless that is fresh, also take the right to ask, for `seconds`, if nobody has it. One
-        step: whoever gets the right finds no fresh answer that came just before."""
+        """Read the cached answer and, unless it is fresh, take the lock for `seconds` if it is free.
+
+        Atomic: an answer that another process puts just before is seen, so that the new owner does not ask again.
+        """
 
     async def put(self, object_id: ObjectId, answer: MediaObject | None, fresh: float, keep: float) -> None:
-        """Keep an answer: believed for `fresh` seconds, there for `keep`. Ends whoever's right to ask."""
+        """Store an answer, fresh for `fresh` seconds and kept for `keep`. Releases the lock, also another owner's."""
 
     async def unlock(self, object_id: ObjectId, owner: str) -> None:
-        """The catalog gave no answer: let another one ask, if the right is still this owner's."""
+        """Release the lock without an answer, if `owner` still holds it."""

@@ -1,4 +1,4 @@
-"""The shared source stats: how the storage nodes do, as all processes of the node have seen it."""
+"""Shared source stats: failures and response times of the storage nodes, as seen by all processes of the node."""
 
 from __future__ import annotations
 
@@ -10,39 +10,44 @@ from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta
 
 MAX_SOURCES = 1000
-"""Sources that are kept; those beyond are known to the process that met them alone."""
+"""Number of sources that are shared. Further sources are known only to the process that used them."""
 MAX_CORRUPTED_COPIES = 2000
-"""Corrupted copies that are kept; beyond, those that would be forgotten first are."""
+"""Number of corrupted copies that are kept. Beyond it, those that expire first are dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class CorruptedCopy:
-    """A source (`host:port`) gave wrong bytes for an object; it is not asked for that one for `seconds_left`."""
+    """A source that sent wrong bytes for an object, and is not asked for that object for a while."""
 
     object_id: ObjectId
-    source: str
+    source: str  # host:port
     seconds_left: float
 
 
 @dataclass(frozen=True, slots=True)
 class SharedSources:
-    """What all processes have seen, by source name."""
+    """What all processes have seen."""
 
-    health: Mapping[str, SourceHealth] = field(default_factory=dict)
+    health: Mapping[str, SourceHealth] = field(default_factory=dict)  # by source, host:port
     corrupted: Sequence[CorruptedCopy] = ()
 
 
 class SharedSourceStats(Protocol):
-    """One instance per process; `open` before use, `close` at the end. `sync` may raise StateStoreUnavailable,
-    within a bounded time. A source of which nothing was heard for a day is forgotten."""
+    """One instance per process. `open` it before use, `close` it at the end.
+
+    A source without reports for a day is dropped.
+    """
 
     async def open(self) -> None:
-        """Connect in the background; never fails because the store is down."""
+        """Connect in the background. Never fails because the store is down."""
 
     async def close(self) -> None: ...
 
     async def sync(
         self, deltas: Mapping[str, SourceStatsDelta], corrupted: Sequence[CorruptedCopy], now: float
     ) -> SharedSources:
-        """Hand over what was seen since the last time, and learn what all have seen; one step. All times are on the
-        caller's clock, which says `now`. Deltas whose reply was lost may be counted twice when handed over again."""
+        """Add what this process has seen since the last call, and return what all processes have seen, in one step.
+
+        All times are on the caller's clock, which reads `now`. Raises StateStoreUnavailable within a bounded time. The
+        deltas of a call whose reply was lost may be counted twice if they are passed again.
+        """

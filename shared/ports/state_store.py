@@ -1,4 +1,17 @@
-"""How the state store's own server is doing: for those who watch the node, not for the node."""
+"""The state store port: fetches and their leases, space accounting, accesses, leader election, operator state.
+
+The volume is the truth and the state store is its index: losing the store loses recency, never objects.
+
+Every method is atomic. Every method may raise StateStoreUnavailable within a bounded time, and none waits without a
+limit. Times inside the store are read from the store's own clock. Callers pass durations, never deadlines.
+
+Life of one object in the store:
+
+    (absent) ──claim──▶ CLAIMED ──mark_queued──▶ QUEUED ──begin──▶ FETCHING ──commit──▶ stored ──▶ evicting ──▶ (absent)
+                   claims and queue marks expire by themselves       │  ▲
+                                            lease expires, or park ──▼  │ begin (another worker, same reservation)
+                                                                   PARKED ──release──▶ (absent)
+"""
 
 from __future__ import annotations
 
@@ -17,179 +30,11 @@ from distributor_node.shared.domain.operator_state import (
 )
 from distributor_node.shared.domain.space import Usage
 
-
-@dataclass(frozen=True, slots=True)
-class ServerStats:
-    """`memory` in use and its limit in bytes (0: no limit); `clients`: connections; `commands`: processed since it
-    started; `saving`: what it last wrote to its disk was written; `eviction`: what it does when its memory is full, as
-    it calls it: anything but `noeviction` drops keys of ours behind our back."""
-
-    memory: int
-    memory_limit: int
-    clients: int
-    commands: int
-    saving: bool
-    eviction: str
-
-
-# The leading evictor's part of the state store: eviction, reconciliation, what policies keep.
-#
-# Each verb returns or does nothing if `term` is over. The plural ones do for many objects what their singular does for
-# one, in one step for all of them: hand over a few hundred at most, so that nobody else waits long for the store.
-
-
-class EvictorStore(Protocol):
-    """Part of every state store; the same promises: atomic, bounded, StateStoreUnavailable."""
-
-    async def lead(self, holder: str, seconds: float) -> Term | None:
-        """Become or stay leader for `seconds`; None while another leads."""
-
-    async def resign(self, term: Term) -> None: ...
-
-    async def space_requested(self) -> int:
-        """Bytes (footprints) asked for by `request_space` and not yet granted or run out."""
-
-    async def begin_eviction(
-        self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
-    ) -> bool:
-        """Mark a complete object as being evicted; it still counts as used. Refused: unknown, already evicting, pinned,
-        or accessed (as far as the index knows) less than `min_idle` seconds ago. The generation changes, so that who
-        saw the object before cannot `forget` it while its file may still be open."""
-
-    async def finish_eviction(self, term: Term, object_id: ObjectId) -> int:
-        """The file is gone: drop the entry, give its bytes back (returned; 0 if it was not being evicted).
-        Announces SPACE_FREED."""
-
-    async def begin_evictions(
-        self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
-    ) -> Sequence[bool]:
-        """`begin_eviction` of each, pinned ones refused; in the order given."""
-
-    async def finish_evictions(self, term: Term, object_ids: Sequence[ObjectId]) -> Sequence[int]:
-        """`finish_eviction` of each, in the order given."""
-
-    async def cancel_eviction(self, term: Term, object_id: ObjectId) -> None:
-        """Back to stored: the file could not be removed now."""
-
-    async def adopt(self, term: Term, entry: IndexEntry) -> bool:
-        """Take a complete file of the volume into the index, whatever the limit says. Any fetch of the object without
-        a live lease ends with it (reservation given back; announces FETCH_CHANGED). False: known already, or a live
-        lease is at work."""
-
-    async def adopt_many(self, term: Term, entries: Sequence[IndexEntry]) -> Sequence[bool]:
-        """`adopt` of each, in the order given."""
-
-    async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
-        """Account for a partial file that no fetch knows: PARKED, `footprint(size)` reserved, whatever the limit."""
-
-    async def steal_lease(self, term: Term, object_id: ObjectId) -> Lease | None:
-        """Take the lease of a PARKED or run-out fetch, to remove its partial file and `release` it."""
-
-    async def recount(self, term: Term, *, entries: bool = True) -> int:
-        """Make `used` and `reserved` what the entries and the fetches add up to, in one step; by how many bytes they
-        were wrong. Not `entries`: only `reserved`, which takes no time. Entries take one to two seconds a million, in
-        which the store answers nobody: see whether `used` can be right first."""
-
-    async def set_reconciled(self, term: Term) -> None:
-        """The index stands for the volume as of now, until this store restarts or is emptied."""
-
-    def entries(self) -> AsyncIterator[Sequence[IndexEntry]]:
-        """All complete objects in batches, in no order; those that come or go meanwhile may be missed or seen twice."""
-
-    async def fetches(self) -> Sequence[Fetch]:
-        """All fetches under way or parked."""
-
-    async def read_accesses(self, position: str, at_most: int) -> tuple[str, Sequence[Access]]:
-        """Batches of the access log after `position`, flattened, and the new position; returns at once."""
-
-    async def load_policy_state(self) -> PolicyState: ...
-
-    async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
-        """Write changed values of existing entries (frequency, last_access, priority) and the policy's state, in one
-        step; entries that are gone meanwhile are passed over. The access log before `state.position` is dropped."""
-
-
-# The operator's part of the state store: orders that all processes follow, and work that one of them carries out.
-#
-# orders   what holds now (stopped, draining, assignment, pins); changed by compare-and-set, announced as
-# SETTINGS_CHANGED
-# purges   objects that must go; the leading evictor carries them out
-# warming  at most one at a time; one API process at a time carries it out, by a lease
-# tokens   what may be used once
-
-
-@dataclass(frozen=True, slots=True)
-class PurgeRequest:
-    """An object that must go. `serial` tells a request from a later one for the same object."""
-
-    object_id: ObjectId
-    serial: int
-
-
-class OperatorStore(Protocol):
-    """Part of every state store; the same promises: atomic, bounded, StateStoreUnavailable."""
-
-    async def operator_state(self) -> OperatorState | None:
-        """What is ordered; None: nothing ever was, or the store has been emptied."""
-
-    async def change_operator_state(
-        self, expected_version: int, state: OperatorState
-    ) -> OperatorState | None:
-        """Replace the orders of that version (0: there are none); as they stand now, with their new version. None:
-        somebody else was quicker. Announces SETTINGS_CHANGED."""
-
-    async def restore_operator_state(self, snapshot: OperatorStateSnapshot) -> bool:
-        """Take over a copy, pins included, if the store has no orders at all; True if it had none."""
-
-    async def pinned(self) -> frozenset[ObjectId]:
-        """Objects that are never evicted to make room."""
-
-    async def change_pins(self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()) -> int:
-        """How many of them were not as asked for. The orders get a new version if there were any."""
-
-    async def request_purges(self, object_ids: Sequence[ObjectId]) -> None:
-        """Ask the evictor to remove objects. Announces PURGE_REQUESTED."""
-
-    async def pending_purges(self, at_most: int) -> Sequence[PurgeRequest]:
-        """Some of the requests, in no order."""
-
-    async def complete_purge(self, term: Term, request: PurgeRequest) -> None:
-        """The request is fulfilled; a later one for the same object stays."""
-
-    async def start_warming(self, scope: WarmingScope) -> Warming | None:
-        """Begin a new warming in place of a finished one; None while one is not finished."""
-
-    async def warming(self) -> Warming | None:
-        """The latest one; None: there was none."""
-
-    async def lease_warming(
-        self, holder: str, seconds: float, progress: Warming | None = None
-    ) -> Warming | None:
-        """Take or keep the lease on the warming that is not finished, and write its progress if it is the same one.
-        None: there is none, or another process tends it."""
-
-    async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
-        """True the first time within so many seconds that anybody uses it. `issued`: POSIX time; a store that forgets
-        at its end says False to tokens from before its beginning (to the second), which may have been used then."""
-
-
-# The state store: who fetches what, how much space is taken, what was accessed, who leads the evictors.
-#
-# The volume is the truth, the state store its index: losing it loses recency, never objects. Each verb is atomic.
-# Every verb may raise StateStoreUnavailable, within a bounded time; none waits for ever. Times inside the store
-# are the store's own clock; callers hand over durations, never deadlines.
-#
-# Life of one object in the store:
-#
-#     (absent) ──claim──▶ CLAIMED ──mark_queued──▶ QUEUED ──begin──▶ FETCHING ──commit──▶ stored ──▶ evicting ──▶
-# (absent)
-#                  claims and queue marks run out by themselves        │  ▲
-#                                               lease runs out, park ──▼  │ begin (another worker, same reservation)
-#                                                                    PARKED ──release──▶ (absent)
+# Fetches
 
 
 class FetchPhase(StrEnum):
-    """How far the fetch of an object is. FETCHING has a live lease; PARKED has reserved bytes but no live lease."""
+    """How far the fetch of an object is. FETCHING has a live lease. PARKED has reserved bytes but no live lease."""
 
     CLAIMED = "claimed"
     QUEUED = "queued"
@@ -199,23 +44,23 @@ class FetchPhase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """A fetch in the store. `size`: bytes of the object (0 before `begin`); `source`: URL in use, if a worker said so;
-    `worker`: who holds (or last held) the lease, or claimed; `lease_left`: seconds until lease, claim or mark run out
-    (0 for PARKED); `age`: seconds in this phase."""
+    """A fetch in the store."""
 
     object_id: ObjectId
     phase: FetchPhase
-    size: int
-    worker: str
-    source: str | None
-    lease_left: float
-    age: float
+    size: int  # bytes of the object; 0 before `begin`
+    worker: str  # which process claimed it, or holds or last held the lease
+    source: str | None  # URL in use, if the worker reported one
+    lease_left: float  # seconds until the lease, claim or queue mark expires; 0 if PARKED
+    age: float  # seconds in this phase
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A remembered failure: until `seconds_left` have passed nobody claims the object; requests are proxied or told.
-    Its job may be waiting for another attempt meanwhile; while one is under way, there is no failure."""
+    """A remembered failure. The object cannot be claimed until it expires, so requests are proxied or refused.
+
+    The job may be waiting for another attempt. During an attempt there is no failure.
+    """
 
     reason: str
     seconds_left: float
@@ -223,7 +68,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class ObjectStatus:
-    """Where an object stands: being fetched, failed lately, both None when neither."""
+    """Whether an object is being fetched or failed lately."""
 
     fetch: Fetch | None
     failure: Failure | None
@@ -231,28 +76,28 @@ class ObjectStatus:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Answer to a claim: won by the asker, or the status that is in the way."""
+    """The reply to a claim."""
 
     won: bool
-    status: ObjectStatus
+    status: ObjectStatus  # if the claim was refused: why
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """The right to fetch one object, and its reservation of `footprint(size)` bytes. `token` rises with every grant."""
+    """The right to fetch one object, with its reservation of `footprint(size)` bytes."""
 
     object_id: ObjectId
-    token: int
-    size: int
+    token: int  # rises with every grant
+    size: int  # bytes
     worker: str
 
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """The lease is yours. `resumed`: the reservation existed already (a partial file may be there)."""
+    """`begin` granted the lease."""
 
     lease: Lease
-    resumed: bool
+    resumed: bool  # the reservation existed before, so a partial file may exist
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,14 +111,14 @@ class AlreadyStored:
 class HeldElsewhere:
     """Another worker has a live lease, or the object is being evicted at this moment."""
 
-    seconds_left: float
+    seconds_left: float  # of the lease; 0 for an eviction
 
 
 @dataclass(frozen=True, slots=True)
 class NoSpace:
-    """The reservation would pass the limit by this many bytes now."""
+    """The reservation would exceed the limit now."""
 
-    missing: int
+    missing: int  # bytes above the limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,57 +128,69 @@ class NeverFits:
 
 @dataclass(frozen=True, slots=True)
 class NotReconciled:
-    """The index does not stand for the volume yet (empty or restarted store): wait for the evictor to reconcile."""
+    """The index does not match the volume yet, because the store is empty or was restarted. Wait."""
 
 
 BeginResult = Granted | AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotReconciled
 
 
+# The index
+
+
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Accesses to one object since the last hand-over: how many views, and the POSIX time of the last one."""
+    """Accesses to one object since the last flush."""
 
     object_id: ObjectId
     views: int
-    last_at: float
+    last_at: float  # POSIX seconds
 
 
 ACCESS_TIME_RESOLUTION = 1 / 2**16
-"""Seconds: stores need not tell apart times of access that are closer than this."""
+"""Seconds. Stores need not distinguish access times that are closer than this."""
 
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
-    """What the index holds of a complete object: all that any eviction policy needs.
-
-    `size` in bytes; `frequency` in views; `last_access` POSIX seconds, kept to `ACCESS_TIME_RESOLUTION`; `priority` is
-    the policy's own figure, kept as it is.
-    """
+    """What the index holds of a complete object: all that any eviction policy needs."""
 
     object_id: ObjectId
-    size: int
-    frequency: int
-    last_access: float
-    priority: float = 0.0
+    size: int  # bytes
+    frequency: int  # views
+    last_access: float  # POSIX seconds, rounded to ACCESS_TIME_RESOLUTION
+    priority: float = 0.0  # the policy's own value, stored as it is
     evicting: bool = False
-    generation: int = 0
+    generation: int = 0  # changes whenever the entry stands for another file, or an eviction begins
 
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """A term of leadership over the evictors. `token` rises with every new leader: a fencing token."""
+    """A term of leadership over the evictors."""
 
     holder: str
-    token: int
+    token: int  # fencing token: rises with every new leader
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """What the policy keeps beside its entries: `inflation` (priority of the last victim) and the position up to
-    which the access log has been applied (opaque; "" is the beginning)."""
+    """What the policy keeps in addition to its entries."""
 
-    inflation: float = 0.0
-    position: str = ""
+    inflation: float = 0.0  # priority of the last victim
+    position: str = ""  # how far the access log has been applied; opaque; "" is the beginning
+
+
+# Operator
+
+
+@dataclass(frozen=True, slots=True)
+class PurgeRequest:
+    """An object that the operator wants removed."""
+
+    object_id: ObjectId
+    serial: int  # distinguishes a request from a later one for the same object
+
+
+# Announcements
 
 
 class Topic(StrEnum):
@@ -348,20 +205,187 @@ class Topic(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """A wake-up, no more: it may be lost, so whoever waits for one also looks from time to time."""
+    """A wake-up. It may be lost, so a process that waits for one also polls."""
 
     topic: Topic
     object_id: str = ""
 
 
-class StateStore(OperatorStore, EvictorStore, Protocol):
-    """See the module's text; orders and what comes with them are in `order_book`, the leading evictor's verbs in
-    `leader_book`.
+@dataclass(frozen=True, slots=True)
+class ServerStats:
+    """The state of the server behind the store, for monitoring."""
 
-    One instance per process; `open` before use, `close` at the end."""
+    memory: int  # bytes
+    memory_limit: int  # bytes; 0: no limit
+    clients: int  # connections
+    commands: int  # processed since the server started
+    saving: bool  # the last write to its disk succeeded
+    eviction: str  # maxmemory policy; any other than `noeviction` drops our keys when memory is full
+
+
+class EvictorStore(Protocol):
+    """The leading evictor's part of every state store: eviction, reconciliation, what policies keep.
+
+    Methods with a `term` return without effect if that term is over. The plural methods do the same for many objects
+    in one step. Pass at most a few hundred objects, because the store serves no other call during the step.
+    """
+
+    async def lead(self, holder: str, seconds: float) -> Term | None:
+        """Become or stay leader for `seconds`. None while another process leads."""
+
+    async def resign(self, term: Term) -> None: ...
+
+    async def space_requested(self) -> int:
+        """Bytes (footprints) of all live `request_space` requests that were not granted yet."""
+
+    async def begin_eviction(
+        self, term: Term, object_id: ObjectId, min_idle: float, *, even_pinned: bool = False
+    ) -> bool:
+        """Mark a complete object as being evicted. It still counts as used.
+
+        False if the object is unknown, already evicting, pinned, or was accessed less than `min_idle` seconds ago as
+        far as the index knows. The generation changes, so a process that saw the object before cannot `forget` it while
+        its file may still be open.
+        """
+
+    async def finish_eviction(self, term: Term, object_id: ObjectId) -> int:
+        """Drop the entry of an object whose file was removed. Returns the freed bytes; 0 if it was not evicting.
+
+        Announces SPACE_FREED.
+        """
+
+    async def begin_evictions(
+        self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
+    ) -> Sequence[bool]:
+        """`begin_eviction` of each, in the order given. Pinned objects are refused."""
+
+    async def finish_evictions(self, term: Term, object_ids: Sequence[ObjectId]) -> Sequence[int]:
+        """`finish_eviction` of each, in the order given."""
+
+    async def cancel_eviction(self, term: Term, object_id: ObjectId) -> None:
+        """Make an evicting object stored again, because its file cannot be removed now."""
+
+    async def adopt(self, term: Term, entry: IndexEntry) -> bool:
+        """Add a complete file of the volume to the index, even above the limit.
+
+        A fetch of the object without a live lease ends: its reservation is released, FETCH_CHANGED is announced.
+        False if the object is in the index already, or a live lease exists.
+        """
+
+    async def adopt_many(self, term: Term, entries: Sequence[IndexEntry]) -> Sequence[bool]:
+        """`adopt` of each, in the order given."""
+
+    async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
+        """Add a partial file that belongs to no fetch: PARKED, with `footprint(size)` bytes reserved.
+
+        Even above the limit. False if the fetch of the object has a reservation already.
+        """
+
+    async def steal_lease(self, term: Term, object_id: ObjectId) -> Lease | None:
+        """Take the lease of a PARKED or expired fetch, to remove its partial file and `release` it."""
+
+    async def recount(self, term: Term, *, entries: bool = True) -> int:
+        """Set `used` and `reserved` to the sums of the entries and the fetches, in one step.
+
+        Returns by how many bytes the two were wrong. Without `entries` only `reserved` is recounted, which is fast.
+        Entries take one to two seconds per million, during which the store serves no other call. Check first whether
+        `used` can be right.
+        """
+
+    async def set_reconciled(self, term: Term) -> None:
+        """Declare that the index matches the volume. Valid until this store is restarted or emptied."""
+
+    def entries(self) -> AsyncIterator[Sequence[IndexEntry]]:
+        """All complete objects in batches, unordered. Objects that come or go during the scan may be missed or seen
+        twice."""
+
+    async def fetches(self) -> Sequence[Fetch]:
+        """All fetches, parked ones included."""
+
+    async def read_accesses(self, position: str, at_most: int) -> tuple[str, Sequence[Access]]:
+        """Up to `at_most` batches of the access log after `position`, flattened, and the new position.
+
+        Returns at once if there are none.
+        """
+
+    async def entry(self, object_id: ObjectId) -> IndexEntry | None:
+        """The index entry of one complete object; None: the index holds no such object."""
+
+    async def load_policy_state(self) -> PolicyState: ...
+
+    async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
+        """Write frequency, last_access and priority of existing entries, and the policy's state, in one step.
+
+        Entries that no longer exist are skipped. The access log before `state.position` is dropped.
+        """
+
+
+class OperatorStore(Protocol):
+    """The operator's part of every state store: state that all processes apply, and work that one of them does.
+
+    operator state  what holds now (stopped, draining, assignment, pins); changed by compare-and-set, announced as
+                    SETTINGS_CHANGED
+    purges          objects to be removed by the leading evictor
+    warming         at most one at a time, done by one API process at a time under a lease
+    token ids       of authentication tokens that may be used once
+    """
+
+    async def operator_state(self) -> OperatorState | None:
+        """The operator state. None if it was never set, or if the store was emptied."""
+
+    async def change_operator_state(
+        self, expected_version: int, state: OperatorState
+    ) -> OperatorState | None:
+        """Replace the state of that version (0: there is none). Returns it with its new version.
+
+        None if another process changed it first. Announces SETTINGS_CHANGED.
+        """
+
+    async def restore_operator_state(self, snapshot: OperatorStateSnapshot) -> bool:
+        """Set state and pins from a copy if the store has no operator state at all. Returns whether it did."""
+
+    async def pinned(self) -> frozenset[ObjectId]:
+        """Objects that are never evicted to make room."""
+
+    async def change_pins(self, pin: Sequence[ObjectId] = (), unpin: Sequence[ObjectId] = ()) -> int:
+        """Pin and unpin objects. Returns how many changed. If any did, the operator state gets a new version."""
+
+    async def request_purges(self, object_ids: Sequence[ObjectId]) -> None:
+        """Ask the evictor to remove objects. Announces PURGE_REQUESTED."""
+
+    async def pending_purges(self, at_most: int) -> Sequence[PurgeRequest]:
+        """Some of the requests, unordered."""
+
+    async def complete_purge(self, term: Term, request: PurgeRequest) -> None:
+        """Drop a request that was carried out. A later request for the same object stays."""
+
+    async def start_warming(self, scope: WarmingScope) -> Warming | None:
+        """Start a warming in place of a finished one. None while another one is not finished."""
+
+    async def warming(self) -> Warming | None:
+        """The latest warming. None if there was none."""
+
+    async def lease_warming(
+        self, holder: str, seconds: float, progress: Warming | None = None
+    ) -> Warming | None:
+        """Take or renew the lease on the unfinished warming, and write its progress if that has the same serial.
+
+        None if there is no unfinished warming, or another process holds the lease.
+        """
+
+    async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
+        """True the first time that the token id is used within `seconds`.
+
+        `issued` is in POSIX seconds. A store that forgets token ids when it ends rejects tokens issued before it
+        started (to the second), because they may have been used then.
+        """
+
+
+class StateStore(OperatorStore, EvictorStore, Protocol):
+    """One instance per process. `open` it before use, `close` it at the end. See the module docstring."""
 
     async def open(self) -> None:
-        """Connect in the background; never fails because the store is down (verbs then raise)."""
+        """Connect in the background. Never fails because the store is down: methods raise then."""
 
     async def close(self) -> None: ...
 
@@ -369,68 +393,79 @@ class StateStore(OperatorStore, EvictorStore, Protocol):
         """Return if the store answers."""
 
     async def server_stats(self) -> ServerStats | None:
-        """For those who watch it; None where there is no server."""
+        """For monitoring. None if there is no server."""
 
     # Requests
 
     async def find(self, object_id: ObjectId) -> ObjectStatus:
-        """Look only: no side effects."""
+        """Read only, without side effects."""
 
     async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
-        """Win the right to publish the job, for the claim time; refused while any fetch is under way or a failure
-        is remembered. A PARKED fetch or a run-out claim can be claimed anew (a parked one keeps its reservation)."""
+        """Win the right to publish the job, until the claim expires.
+
+        Refused while a fetch is CLAIMED, QUEUED or FETCHING, or a failure is remembered. A PARKED fetch or an expired
+        claim can be claimed again. A parked fetch keeps its reservation.
+        """
 
     async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
-        """The job is published: the claim becomes QUEUED for the (longer) queue time. No effect if no longer CLAIMED
-        by this claimant (a worker may have begun already)."""
+        """The job is published: the claim becomes QUEUED, which lasts longer.
+
+        No effect if this claimant no longer holds the claim: a worker may have begun already.
+        """
 
     async def release_claim(self, object_id: ObjectId, claimant: str) -> None:
-        """Publishing failed: drop the claim, if it is still CLAIMED or QUEUED by this claimant (a reservation stays,
-        PARKED)."""
+        """Publishing failed: drop the claim if this claimant still has it CLAIMED or QUEUED. A reservation stays,
+        PARKED."""
 
     async def usage(self) -> Usage:
         """`fetches` counts the live leases."""
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
-        """Hand over one batch, as one entry of the (bounded) access log."""
+        """Append one batch, as one entry, to the access log, which is bounded."""
 
     # Fetching
 
     async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
-        """Take the lease and reserve `footprint(size)` in one step. Over a PARKED fetch or a run-out lease the existing
-        reservation is taken over (adjusted to `size`, if that differs and fits). Never grants what would make
-        used + reserved pass the limit. Granting forgets what was recorded by `request_space`; a failure stays, out of
-        sight while the fetch is live, since another attempt may fail, too."""
+        """Take the lease and reserve `footprint(size)` bytes in one step.
+
+        Never granted if used + reserved would exceed the limit. The reservation of a PARKED fetch or an expired lease
+        is taken over, and adjusted to `size` if that differs and fits. A grant drops the object's `request_space`. A
+        remembered failure stays, hidden while the fetch is live, because this attempt may fail too.
+        """
 
     async def renew(self, lease: Lease, source: str | None = None) -> bool:
-        """Prolong the lease and say which source is in use. False: the lease is lost; stop writing at once."""
+        """Extend the lease and report the source in use. False: the lease is lost, stop writing at once."""
 
     async def commit(self, lease: Lease, stored_at: float) -> bool:
-        """Reserved becomes used, the entry is in the index (one view; last access is `stored_at`, POSIX seconds, but
-        not later than the store's now), a failure is forgotten. False: the lease was lost (nothing is changed; the
-        file is adopted by the next worker or by reconciliation). A lease that ran out but was taken by nobody can
-        still be committed."""
+        """The object is complete: reserved bytes become used, the object enters the index, its failure is dropped.
+
+        The entry has one view. Its last access is `stored_at` (POSIX seconds), but not later than the store's now.
+        False: the lease was lost and nothing is changed; the next worker or reconciliation adopts the file. An expired
+        lease can still be committed if no other process has taken it.
+        """
 
     async def park(self, lease: Lease) -> None:
-        """Give the lease back, keep the reservation: a partial file stays on the volume."""
+        """Release the lease and keep the reservation: a partial file stays on the volume."""
 
     async def release(self, lease: Lease) -> None:
-        """Give lease and reservation back: no file is left. Only after the partial file is gone."""
+        """Release lease and reservation. Only after the partial file was removed."""
 
     async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
-        """Keep everybody from claiming the object for so long, counted anew with each call. Announces FETCH_CHANGED."""
+        """Refuse claims of the object for `seconds` from now. Announces FETCH_CHANGED."""
 
     async def request_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
-        """Ask the evictor for room for one object; the request expires after `seconds`. Announces SPACE_REQUESTED."""
+        """Ask the evictor for room for one object. The request expires after `seconds`. Announces SPACE_REQUESTED."""
 
     async def forget(self, object_id: ObjectId, generation: int) -> bool:
-        """Drop the entry of this generation: its file is gone from the volume or was never right. True if dropped."""
+        """Drop the entry of this generation, because its file is missing or invalid. Returns whether it was dropped."""
 
-    # Wake-ups
+    # Announcements
 
     async def announce(self, announcement: Announcement) -> None:
-        """Tell all processes; best effort, never raises because the store is down."""
+        """Notify all processes. Best effort: does not raise if the store is down."""
 
     def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Announcement]]:
-        """Announcements from now on, of all processes; survives reconnects; drops the oldest when the reader lags.
-        Yields one SETTINGS_CHANGED after every (re)connect, since some may have been missed."""
+        """Announcements of all processes from now on. Reconnects by itself. Drops the oldest when the reader lags.
+
+        Yields one SETTINGS_CHANGED after every connect and reconnect, because some may have been missed.
+        """

@@ -1,9 +1,10 @@
-"""Settings into adapters, the same way in every service. Nothing is opened here."""
+"""Builds the adapters from the settings, for every service. The caller opens and closes them."""
 
 from __future__ import annotations
 
 import hashlib
 import time
+from typing import TypeVar
 
 from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
 from distributor_node.shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
@@ -40,6 +41,7 @@ from distributor_node.shared.ports.state_store import StateStore
 from distributor_node.shared.settings.model import Settings
 
 MEMORY = "memory://"
+_Value = TypeVar("_Value")
 
 
 def build_volume(settings: Settings) -> Volume:
@@ -47,7 +49,7 @@ def build_volume(settings: Settings) -> Volume:
 
 
 def build_state_store(settings: Settings) -> StateStore:
-    """All tasks of a process share one: in memory, two would know nothing of each other."""
+    """Build one per process: two stores in memory would not share their state."""
     store = settings.state_store
     timeouts = StateTimeouts(lease_seconds=settings.fetch.lease, operation_timeout=store.operation_timeout)
     url = store.url.get_secret_value()
@@ -57,7 +59,7 @@ def build_state_store(settings: Settings) -> StateStore:
 
 
 def build_job_queue(settings: Settings) -> JobQueue:
-    """As with the state store: one in each process."""
+    """Build one per process, as with the state store."""
     queue = settings.job_queue
     plan = RetryPlan(queue.retry_delays)
     url = queue.url.get_secret_value()
@@ -67,12 +69,10 @@ def build_job_queue(settings: Settings) -> JobQueue:
 
 
 def build_catalog(settings: Settings) -> Catalog:
-    """A manifest is in memory and seen at once when it changes; what is asked over the network is cached."""
+    """Build the catalog of the configured kind. Catalogs that are asked over the network get a cache."""
     catalog = settings.catalog
     if catalog.kind == "manifest":
-        if catalog.manifest is None:
-            raise ConfigurationError("catalog.manifest is missing")
-        return ManifestCatalog(catalog.manifest)
+        return ManifestCatalog(_required(catalog.manifest, "catalog.manifest"))
     limits = CacheLimits(
         positive_ttl=catalog.positive_ttl,
         negative_ttl=catalog.negative_ttl,
@@ -81,15 +81,19 @@ def build_catalog(settings: Settings) -> Catalog:
     )
     if catalog.kind == "joystream":
         return CachedCatalog(
-            build_joystream(settings), limits, shared_cache=_build_shared_catalog_cache(settings)
+            _build_joystream(settings), limits, shared_cache=_build_shared_catalog_cache(settings)
         )
-    if catalog.origin is None:
-        raise ConfigurationError("catalog.origin is missing")
-    return CachedCatalog(OriginCatalog(catalog.origin, catalog.timeout), limits)
+    return CachedCatalog(OriginCatalog(_required(catalog.origin, "catalog.origin"), catalog.timeout), limits)
 
 
-def build_joystream(settings: Settings) -> JoystreamCatalog:
-    """Without a cache: for the list of storage nodes and the squid's own state. To be opened and closed by its user."""
+def _required(value: _Value | None, name: str) -> _Value:
+    """Narrow the type: the settings have been validated for their kind."""
+    if value is None:
+        raise ConfigurationError(f"{name}: missing")
+    return value
+
+
+def _build_joystream(settings: Settings) -> JoystreamCatalog:
     catalog = settings.catalog
     limits = SquidLimits(
         timeout=catalog.timeout,
@@ -97,29 +101,25 @@ def build_joystream(settings: Settings) -> JoystreamCatalog:
         list_batch=catalog.list_batch,
         list_pause=catalog.list_pause,
     )
-    return JoystreamCatalog(catalog.squid, limits, refuse_private=catalog.refuse_private_sources)
-
-
-def build_chain_head(settings: Settings) -> ChainHead | None:
-    """None: no chain is configured."""
-    chain = settings.catalog.chain
-    return None if chain is None else ChainHead(chain, settings.catalog.timeout)
+    chain = None if catalog.chain is None else ChainHead(catalog.chain, catalog.timeout)
+    return JoystreamCatalog(catalog.squid, limits, refuse_private=catalog.refuse_private_sources, chain=chain)
 
 
 def _build_shared_catalog_cache(settings: Settings) -> SharedCatalogCache | None:
-    """None in one process, whose cache has nobody to share with."""
+    """None in a node of one process."""
     store = settings.state_store
     url = store.url.get_secret_value()
     if url.startswith(MEMORY):
         return None
-    # Named after the squid, and after what decides which sources an answer holds: no answer outlives a change of those.
+    # The name depends on the squid and on what decides which sources an answer has, so that answers do not survive a
+    # change of these settings.
     identity = f"{settings.catalog.squid} {settings.catalog.refuse_private_sources}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return RedisSharedCatalogCache(url, store.prefix, store.operation_timeout, name)
 
 
 def build_source_client(settings: Settings, max_connections: int) -> SourceClient:
-    """One for each purpose: downloads, proxying."""
+    """Build one for each purpose: downloads, proxying."""
     fetch = settings.fetch
     limits = SourceLimits(
         connect_timeout=fetch.connect_timeout,
@@ -133,13 +133,13 @@ def build_source_client(settings: Settings, max_connections: int) -> SourceClien
 
 
 def build_source_stats_sync(settings: Settings) -> SourceStatsSync:
-    """One in each process, with the registry of all its failover readers. To be opened and closed by its user."""
+    """Build one per process, with the registry that all its failover readers use."""
     registry = SourceHealthRegistry(corrupted_memory=settings.sources.corrupted_memory)
     return SourceStatsSync(registry, _build_shared_source_stats(settings), settings.sources.share_interval)
 
 
 def _build_shared_source_stats(settings: Settings) -> SharedSourceStats | None:
-    """None in one process, whose registry has nobody to share with."""
+    """None in a node of one process."""
     store = settings.state_store
     url = store.url.get_secret_value()
     return (
@@ -148,18 +148,16 @@ def _build_shared_source_stats(settings: Settings) -> SharedSourceStats | None:
 
 
 def build_source_prober(settings: Settings, registry: SourceHealthRegistry) -> SourceProber:
-    """To be opened and closed by its user."""
     sources, refuse = settings.sources, settings.catalog.refuse_private_sources
     return SourceProber(registry, sources.probe_timeout, sources.probes_at_once, refuse_private=refuse)
 
 
 def build_failover_reader(client: SourceClient, registry: SourceHealthRegistry) -> FailoverReader:
-    """Reads through `client`, which is opened and closed by whoever built it."""
     return FailoverReader(client, registry)
 
 
 def count_observation(observation: SourceObservation) -> None:
-    """One request to a source, in the metrics."""
+    """Count one request to a source in the metrics."""
     source = source_label(f"//{observation.source}")
     SOURCE_REQUESTS.labels(source=source).inc()
     if observation.first_byte is not None:

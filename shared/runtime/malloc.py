@@ -1,7 +1,6 @@
-"""How the C library's allocator treats what a process frees. glibc's alone can be told; elsewhere nothing is lost but
-speed and memory.
+"""Tunes how glibc's malloc handles freed memory. Elsewhere these functions do nothing, at the cost of speed and memory.
 
-To set either of its thresholds also ends glibc's habit of raising them by what is freed.
+Setting either threshold also disables glibc's dynamic thresholds, which rise with the size of freed blocks.
 """
 
 from __future__ import annotations
@@ -17,17 +16,20 @@ _MIB = 1024 * 1024
 
 
 def retain_freed_memory() -> bool:
-    """Have memory that was freed used again, instead of giving it back to the system at once: a process that moves
-    gigabytes through pieces of some hundred KiB otherwise has each of their pages cleared and mapped anew, which cost a
-    fetch a fifth of its CPU time. At most 32 MiB more are kept. For the whole process; False where that cannot be
-    had."""
+    """Reuse freed memory instead of returning it to the system at once. Returns whether that could be set.
+
+    A process that moves gigabytes in chunks of some hundred KiB otherwise has each page cleared and mapped again, which
+    cost a fetch a fifth of its CPU time. At most 32 MiB more are kept. Applies to the whole process.
+    """
     return _set_options({_MMAP_THRESHOLD: 4 * _MIB, _TRIM_THRESHOLD: 32 * _MIB})
 
 
 def mmap_large_blocks() -> bool:
-    """Have every block of a MiB and more mapped by itself: it then grows without being copied, and goes back to the
-    system when it is freed. The columns of a million objects otherwise leave holes behind as they grow, 27 bytes an
-    object. For the whole process; False where that cannot be had."""
+    """Map every block of 1 MiB or more by itself. Returns whether that could be set.
+
+    Such a block grows without being copied, and returns to the system when it is freed. Otherwise the columns of a
+    million objects leave holes as they grow: 27 bytes per object. Applies to the whole process.
+    """
     return _set_options({_MMAP_THRESHOLD: _MIB})
 
 

@@ -1,4 +1,4 @@
-"""One way to run a service: loop, signals, resources, deadline, exit code."""
+"""Runs a service: event loop, signals, resources, shutdown deadline, exit code."""
 
 from __future__ import annotations
 
@@ -17,34 +17,37 @@ import uvloop
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.observability.logging import configure_logging
 from distributor_node.shared.settings.model import LogSettings
+from distributor_node.shared.waiting import cancel_and_wait
 
-CLEAN, FAILED, MISCONFIGURED = 0, 1, 2
-_CLEANUP_GRACE = 5.0
+CLEAN, FAILED, MISCONFIGURED = 0, 1, 2  # exit codes
+_CLEANUP_GRACE = 5.0  # seconds after the deadline before the process is killed
 
 logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceScope:
-    """What a service's main gets. `stop_requested` is set by the first SIGTERM or SIGINT (or by the service itself);
-    `resources` are closed in reverse order after main has ended, within the deadline."""
+    """What a service's main gets."""
 
-    stop_requested: asyncio.Event
-    resources: AsyncExitStack
+    stop_requested: asyncio.Event  # set by the first SIGTERM or SIGINT, or by the service itself
+    resources: AsyncExitStack  # closed in reverse order after main has ended, within the deadline
 
 
 ServiceMain = Callable[[ServiceScope], Awaitable[None]]
-"""Opens what it needs, works until `stop_requested` is set, then ends its work in good order and returns."""
+"""Opens what it needs, works until `stop_requested` is set, shuts down gracefully and returns."""
 
 
 def run_service(main: ServiceMain, *, name: str, shutdown_deadline: float, log: LogSettings) -> int:
-    """Run `main` on uvloop until it returns; the exit code: 0 after a clean end, 1 after an error or a missed
-    deadline, 2 after a ConfigurationError.
+    """Run `main` on uvloop until it returns, and return the exit code.
 
-    First SIGTERM or SIGINT: `stop_requested` is set; main and the closing of its resources have `shutdown_deadline`
-    seconds, then they are cancelled. Second signal: the process ends at once. A loop that no longer runs, or a thread
-    that does not end, is ended from outside, `shutdown_deadline` + 5 s after the first signal, or after main has asked
-    for the stop, returned or failed.
+    Exit codes: 0 after a clean end, 1 after an error or a missed deadline, 2 after a ConfigurationError. How it stops:
+
+    1. The first SIGTERM or SIGINT sets `stop_requested`.
+    2. Main and the closing of its resources have `shutdown_deadline` seconds. Then they are cancelled.
+    3. 5 s later a watchdog thread kills the process, in case the event loop or a thread is blocked. The watchdog also
+       starts if main requests the stop, returns or fails by itself.
+
+    A second signal kills the process at once.
     """
     configure_logging(log.level, log.format)
     run = _Run(main, name, shutdown_deadline)
@@ -82,7 +85,7 @@ class _Run:
                 loop.remove_signal_handler(number)
 
     def cancel_watchdog(self) -> None:
-        """The loop has ended by itself: nobody needs to end it from outside."""
+        """The event loop has ended: the watchdog is not needed any more."""
         if self._watchdog is not None:
             self._watchdog.cancel()
 
@@ -91,7 +94,7 @@ class _Run:
             try:
                 await self._main(scope)
             finally:
-                self._start_watchdog()  # resources may take as long to close as a stop may, and no longer
+                self._start_watchdog()  # closing the resources has the same deadline
 
     async def _finish(self, work: asyncio.Task[None]) -> int:
         if not work.done():
@@ -124,7 +127,7 @@ class _Run:
         self._start_watchdog()
 
     def _start_watchdog(self) -> None:
-        """From now on the end is bounded, whatever holds it up."""
+        """Kill the process after the deadline, even if the event loop is blocked."""
         if self._watchdog is None:
             self._watchdog = threading.Timer(self._shutdown_deadline + _CLEANUP_GRACE, os._exit, (FAILED,))
             self._watchdog.daemon = True
@@ -137,18 +140,13 @@ def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -
     )
 
 
-# A service that serves until it is told to stop.
-
-
 async def run_until(stop_requested: asyncio.Event, serving: Coroutine[Any, Any, None], name: str) -> None:
-    """Run `serving` until `stop_requested`, then cancel it and wait for its end. Raises what it raised by itself."""
+    """Run `serving` until `stop_requested`, then cancel it and wait for its end. Raises the error it ended with."""
     task = asyncio.create_task(serving, name=f"{name}-serve")
     stop = asyncio.create_task(stop_requested.wait(), name=f"{name}-stop")
     try:
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        stop.cancel()
-        task.cancel()
-        await asyncio.wait({task, stop})
+        await cancel_and_wait(task, stop)
     if not task.cancelled():
         task.result()

@@ -1,4 +1,7 @@
-"""Waiting for what runs in a thread: nothing stops it, so nobody goes on before it has ended."""
+"""Runs blocking calls in worker threads. A cancellation is delivered only after the thread has finished.
+
+So callers never close a file, release a reservation or clean up under a call that is still running.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,64 @@ Result = TypeVar("Result")
 
 
 class ThreadCall(Protocol):
-    """Runs a call that blocks in some thread, and waits for it as `result_uncancellable` does."""
+    """Runs a blocking call in a thread, as `BlockingPool.run` and `run_blocking` do."""
 
     async def __call__(
         self, call: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
     ) -> Result: ...
 
 
+class BlockingPool:
+    """A pool of `count` threads for writing, hashing and syncing. Other blocking work does not queue behind these.
+
+    Threads start when first used. `close` waits for running calls.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._executor = ThreadPoolExecutor(count, thread_name_prefix="disk")
+
+    async def run(
+        self, call: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
+    ) -> Result:
+        """The result of the call. As `run_blocking`, in a thread of this pool."""
+        loop = asyncio.get_running_loop()
+        return await result_uncancellable(loop.run_in_executor(self._executor, lambda: call(*args, **kwargs)))
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._executor.shutdown)
+
+
+async def run_blocking(
+    call: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
+) -> Result:
+    """The result of the call, which runs in a thread of the event loop's default executor.
+
+    A cancellation is raised after the call has ended, and its result is lost then. A call that opens something leaves
+    it where the caller finds it.
+    """
+    return await result_uncancellable(asyncio.ensure_future(asyncio.to_thread(call, *args, **kwargs)))
+
+
+async def next_chunk(found: Iterable[Result], at_most: int) -> list[Result]:
+    """Up to `at_most` further items of a blocking scan. Empty at its end."""
+    return await run_blocking(_take, found, at_most)
+
+
+def _take(found: Iterable[Result], at_most: int) -> list[Result]:
+    return list(islice(found, at_most))
+
+
+async def result_uncancellable(work: asyncio.Future[Result]) -> Result:
+    """The result of `work`. A cancellation is raised only after `work` has ended."""
+    await wait_uncancellable(work)
+    return work.result()
+
+
 async def wait_uncancellable(work: asyncio.Future[Any]) -> None:
-    """Wait for its end through any number of cancellations; one is raised after it. What `work` raised is not."""
+    """Wait for the end of `work`, through any number of cancellations. The last one is raised afterwards.
+
+    An exception of `work` is not raised.
+    """
     cancelled: asyncio.CancelledError | None = None
     while not work.done():
         try:
@@ -36,30 +88,33 @@ async def wait_uncancellable(work: asyncio.Future[Any]) -> None:
             cancelled = error
     if cancelled is not None:
         if not work.cancelled():
-            work.exception()  # seen: the cancellation is what counts now
+            work.exception()  # retrieved, so that asyncio does not log it: the cancellation takes precedence
         raise cancelled
 
 
-async def result_uncancellable(work: asyncio.Future[Result]) -> Result:
-    """Its result. A cancellation is raised only after it has ended: no file is ever closed, and no reservation given
-    back, under a call that still runs, and whoever cleans up finds files at rest."""
-    await wait_uncancellable(work)
-    return work.result()
-
-
-# Reading a file through, slice by slice, to know its hash: a stop waits for one slice, not for the file.
+# Hashing: in slices, so that a shutdown waits for one slice and not for the whole file
 
 _CHUNK = 1024 * 1024
 
 Read = Callable[[int, int], bytes]
-"""Bytes at an offset, up to a length; empty at the end. Blocks."""
+"""Bytes at an offset, up to a length; empty at the end. Blocking."""
+
+
+async def hash_file(call: ThreadCall, descriptor: int, expected: ContentHash, rate: int = 0) -> ContentHash:
+    """The hash of a whole file by the algorithm of `expected`, at `rate` bytes per second (0: unlimited).
+
+    Raises VolumeError if the disk cannot read it, or if the file is removed in the meantime: an open descriptor would
+    keep its bytes on the disk, uncounted.
+    """
+    hasher = expected.hasher()
+    await hash_through(call, partial(_read_once, descriptor), hasher, rate)
+    return ContentHash(expected.algorithm, hasher.digest())
 
 
 async def hash_through(
     call: ThreadCall, read: Read, hasher: Hasher, rate: int = 0, chunk: int = _CHUNK
 ) -> int:
-    """Feed all that `read` gives, from its beginning, at `rate` bytes a second (0: as fast as it comes); how many
-    bytes that were."""
+    """Feed all that `read` returns to `hasher`, at `rate` bytes per second (0: unlimited). Returns the bytes fed."""
     offset, begun = 0, time.monotonic()
     length = min(chunk, max(rate, 4096)) if rate else chunk
     while fed := await call(_feed, read, hasher, offset, length):
@@ -67,14 +122,6 @@ async def hash_through(
         if rate:
             await asyncio.sleep(max(0.0, begun + offset / rate - time.monotonic()))
     return offset
-
-
-async def hash_file(call: ThreadCall, descriptor: int, expected: ContentHash, rate: int = 0) -> ContentHash:
-    """The hash, of `expected`'s algorithm, of a whole file. VolumeError if the disk cannot read it, or if the file is
-    removed meanwhile: to keep it open to the end would keep its bytes on the disk, uncounted."""
-    hasher = expected.hasher()
-    await hash_through(call, partial(_read_once, descriptor), hasher, rate)
-    return ContentHash(expected.algorithm, hasher.digest())
 
 
 def _feed(read: Read, hasher: Hasher, offset: int, length: int) -> int:
@@ -86,57 +133,10 @@ def _feed(read: Read, hasher: Hasher, offset: int, length: int) -> int:
 def _read_once(descriptor: int, offset: int, length: int) -> bytes:
     try:
         if os.fstat(descriptor).st_nlink == 0:
-            raise VolumeError("removed while it was read")
+            raise VolumeError("the file was removed while it was read")
         data = os.pread(descriptor, length, offset)
-        # What is read here is not worth a place in the page cache
+        # Bytes that are read only for hashing should not displace others from the page cache
         os.posix_fadvise(descriptor, offset, len(data), os.POSIX_FADV_DONTNEED)
     except OSError as error:
-        raise VolumeError(f"read at {offset}: {error.strerror}") from error
+        raise VolumeError(f"read at offset {offset}: {error.strerror}") from error
     return data
-
-
-# Threads for what blocks: writing, hashing, syncing. The fetcher's own, so that nobody else's work queues behind.
-
-Arguments = ParamSpec("Arguments")
-
-
-class BlockingPool:
-    """`count` threads, started when first used; `close` waits for what they do."""
-
-    def __init__(self, count: int) -> None:
-        self._executor = ThreadPoolExecutor(count, thread_name_prefix="disk")
-
-    async def run(
-        self, call: Callable[Arguments, Result], /, *arguments: Arguments.args, **options: Arguments.kwargs
-    ) -> Result:
-        """The call's result. A cancellation is raised only after the call has ended: no file is ever closed, and no
-        reservation given back, under a write that still runs. What the call returns is lost then: one that opens
-        something leaves it where the caller can find it."""
-        loop = asyncio.get_running_loop()
-        return await result_uncancellable(
-            loop.run_in_executor(self._executor, lambda: call(*arguments, **options))
-        )
-
-    async def close(self) -> None:
-        await asyncio.to_thread(self._executor.shutdown)
-
-
-# Calls of the volume, in a thread, that are never left running behind the caller's back.
-
-
-async def run_blocking(
-    call: Callable[Params, Result], /, *args: Params.args, **kwargs: Params.kwargs
-) -> Result:
-    """Run in a thread. When cancelled, wait for its end before giving in: whoever cleans up finds files at rest.
-
-    What the call returns is lost then: one that opens something leaves it where the caller can find it."""
-    return await result_uncancellable(asyncio.ensure_future(asyncio.to_thread(call, *args, **kwargs)))
-
-
-async def next_chunk(found: Iterable[Result], at_most: int) -> list[Result]:
-    """Up to `at_most` more of a scan, read in a thread; empty at its end."""
-    return await run_blocking(_take, found, at_most)
-
-
-def _take(found: Iterable[Result], at_most: int) -> list[Result]:
-    return list(islice(found, at_most))

@@ -1,4 +1,4 @@
-"""Read the settings from file and environment, and show them without their secrets."""
+"""Reads the settings from file and environment, and explains which are wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distributor_node.shared.settings.model import Settings
 def load_settings(file: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Settings:
     """Defaults, then `file` (YAML or JSON), then the environment, then `overrides` (from the command line).
 
-    Raises ConfigurationError with a line for each setting that is wrong; values of secrets are not shown.
+    Raises ConfigurationError with a line for each wrong setting, without the values of secrets.
     """
     from_file = _read_file(file) if file is not None else {}
 
@@ -40,7 +40,7 @@ def load_settings(file: Path | None = None, overrides: Mapping[str, Any] | None 
 
 
 def check_settings(fields: Mapping[str, Any]) -> None:
-    """Raise ConfigurationError unless these would do as a settings file, whatever the environment says here."""
+    """Raise ConfigurationError unless these are valid settings by themselves, without the environment."""
 
     class _Alone(Settings):
         @classmethod
@@ -61,7 +61,7 @@ def check_settings(fields: Mapping[str, Any]) -> None:
 
 
 class _FileSource(PydanticBaseSettingsSource):
-    """The settings file, already parsed, as the weakest source above the defaults."""
+    """The parsed settings file. It overrides only the defaults."""
 
     def __init__(self, settings_cls: type[BaseSettings], fields: Mapping[str, Any]) -> None:
         super().__init__(settings_cls)
@@ -80,11 +80,13 @@ def _read_file(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"settings file {file} cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"settings file {file} is no YAML: {error}") from error
+        raise ConfigurationError(f"settings file {file} is not valid YAML: {error}") from error
     if fields is None:
         return {}
     if not isinstance(fields, dict):
-        raise ConfigurationError(f"settings file {file}: want names and values at the top level")
+        raise ConfigurationError(
+            f"settings file {file}: expected names and values at the top level, got {type(fields).__name__}"
+        )
     return fields
 
 

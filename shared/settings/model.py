@@ -1,4 +1,8 @@
-"""What every group of settings is made of."""
+"""Every setting, with its type, default and meaning, and the rules between settings.
+
+The groups stand in the order of `Settings`, which is at the end. The docstrings of the fields are the text of
+docs/configuration.md (`make reference`).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from distributor_node.shared.domain.errors import InvalidInput
-from distributor_node.shared.domain.eviction import DEFAULT_MISS_COST
+from distributor_node.shared.domain.eviction import DEFAULT_MISS_COST, PolicyName
 from distributor_node.shared.domain.jobs import CLAIM_SECONDS
 from distributor_node.shared.domain.objects import Assignment, parse_bucket_id
 from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
@@ -23,204 +27,196 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 
 class SettingsGroup(BaseModel):
-    """A group of settings. Unknown names are refused: a misspelt setting must not be silently ignored."""
+    """A group of settings. Unknown names are rejected, so that a misspelt setting is not ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-# Time limits that only make sense together.
-
-
-def check_timeouts(operation: float, publish: float, kept_alive: Mapping[str, float]) -> list[str]:
-    """What is wrong, in words. Seconds: of one call of the state store, of publishing one job, and, by the name of its
-    setting, of what calls of the state store keep alive: a call that may take longer than that keeps nothing alive."""
-    wrong = [
-        f"state_store.operation_timeout ({operation:g} s) must be less than {name} ({seconds:g} s)"
-        for name, seconds in kept_alive.items()
-        if operation >= seconds
-    ]
-    if publish >= CLAIM_SECONDS:
-        wrong.append(
-            f"job_queue.publish_timeout ({publish:g} s) must be less than {CLAIM_SECONDS:g} s, after which another"
-            " request may publish the job"
-        )
-    return wrong
-
-
-# Settings of what the node learns from others: the catalog, and the storage nodes it fetches from.
-
-
-class CatalogSettings(SettingsGroup):
-    """Where the node learns which objects exist."""
-
-    kind: Literal["manifest", "origin", "joystream"] = "manifest"
-    """`manifest`: a YAML or JSON file. `origin`: any HTTP server. `joystream`: the network's Storage-Squid."""
-    manifest: Path | None = None
-    """The manifest file."""
-    origin: str | None = None
-    """URL template of the origin, with `{id}`."""
-    squid: str = "http://localhost:4352/graphql"
-    """The Storage-Squid's GraphQL endpoint, for `joystream`."""
-    chain: str | None = None
-    """A node of the chain, `ws(s)://` or `http(s)://`, for chainHead in /status; `joystream` only."""
-    refuse_private_sources: bool = False
-    """Ask no storage node at an address that is not public, whatever its name says. Recommended for a node on the
-    Joystream network, where anybody's endpoint is in the catalog; off by default, since storage nodes of one's own may
-    be at such addresses."""
-    list_batch: int = Field(default=100, ge=1, le=10_000)
-    """Bags in one question for the whole list, for `joystream`."""
-    list_pause: float = Field(default=1.0, ge=0, le=3600)
-    """Seconds between two such questions: one huge answer has taken the squid down before."""
-    list_timeout: Seconds = 60.0
-    """Seconds to wait for the answer to one of them."""
-    timeout: Seconds = 2.0
-    """Seconds that a look-up may take in all; a request that needs it is told 503 then."""
-    max_in_flight: int = Field(default=16, ge=1)
-    """Questions under way at once, per process."""
-    positive_ttl: Seconds = 3600.0
-    """Seconds an object's description is believed."""
-    negative_ttl: Seconds = 60.0
-    """Seconds `does not exist` and `not accepted yet` are believed."""
-
-
-class SourceSettings(SettingsGroup):
-    """In which order the storage nodes are asked."""
-
-    probe_interval: Seconds = 60.0
-    """Seconds between two probes (`/version`) of each active storage node, by the evictor that leads."""
-    probes_at_once: int = Field(default=10, ge=1, le=100)
-    """Probes under way at once."""
-    probe_timeout: Seconds = 3.0
-    """Seconds a storage node has to accept a probe's connection, and again to answer it."""
-    share_interval: Seconds = 2.0
-    """Seconds between two exchanges of what the processes have seen of the sources."""
-    corrupted_memory: Seconds = 600.0
-    """Seconds a source that gave wrong bytes for an object is not asked for that object."""
-
-
-# Settings of the operator API.
-
-MIN_SECRET_LENGTH = 16
-"""Characters."""
-
-
-class OperatorApi(SettingsGroup):
-    """The HTTP server that operators talk to. Off unless a secret is set."""
-
-    host: str = "127.0.0.1"
-    """Address to listen on. Requests are authorised, but not encrypted."""
-    port: Port = 3335
-    """Port to listen on; 0 takes any free one."""
-    secret: SecretStr | None = Field(default=None, min_length=MIN_SECRET_LENGTH)
-    """What operators sign their requests with, at least 16 characters."""
-
-
-# All settings of all services, with their defaults and the rules between them.
-
-
 class PublicApi(SettingsGroup):
-    """The HTTP server that clients talk to."""
+    """The HTTP server for clients."""
 
     host: str = "0.0.0.0"
     """Address to listen on."""
     port: Port = 3334
     """Port to listen on; 0 takes any free one."""
     workers: int = Field(default=1, ge=1, le=64)
-    """Processes that share the port. One a core is plenty."""
+    """Processes that share the port. One per core is enough."""
     first_byte_wait: Seconds = 3.0
-    """Seconds a missed request waits for its fetch to give a first byte before it is proxied to a source."""
+    """Seconds a miss waits for the first byte of its fetch before it is proxied to a source."""
     proxied_first_byte_wait: Seconds = 10.0
-    """Seconds that all sources together have to begin a proxied answer; then 504. Players give up after 20."""
+    """Seconds for a proxied response to begin, all sources together; then 504. Players give up after 20."""
     send_stall_limit: Seconds = 120.0
-    """Seconds a client may take nothing of its answer (a paused player) before it is disconnected."""
+    """Seconds after which a client that reads nothing (a paused player) is disconnected."""
     keep_alive_timeout: Seconds = 75.0
     """Seconds an idle connection is kept open."""
     request_timeout: Seconds = 20.0
-    """Seconds a client has to send the head of its request."""
+    """Seconds for a client to send the head of its request."""
     follow_growing_files: bool = True
-    """Serve objects from their partial file while they are fetched. Turn off where the volume is NFS shared by
+    """Serve objects from their partial file while they are fetched. Turn this off if the volume is NFS shared by
     several hosts: pending requests are then proxied."""
     far_range_distance: Size = Field(default=4 * 1024**2)
-    """A range of a pending object that starts more than this beyond what is on disk is proxied."""
+    """A range of a pending object is proxied if it begins more than so many bytes after what is on disk."""
     max_proxied: int = Field(default=200, ge=1)
-    """Answers proxied at once by one process; beyond that requests get 503 with Retry-After."""
+    """Responses proxied at once by one process. Further requests get 503 with Retry-After."""
     accel_redirect_prefix: str = Field(default="", pattern=r"^(/[A-Za-z0-9_-]+)*$")
-    """Path of the internal location through which nginx in front sees the volume's objects, such as /_objects: hits
-    are then handed to it by X-Accel-Redirect. Empty: the API sends every byte itself."""
+    """Path of nginx's internal location for the volume's objects, such as /_objects. Hits are then sent by nginx
+    (X-Accel-Redirect). Empty: the API sends every byte itself."""
     fast_lane: bool = True
-    """Answer simple requests for cached objects without the web framework: the same answers, several times as fast."""
+    """Serve simple requests for cached objects without the web framework: the same responses, several times faster."""
     memory_cache: Size = Field(default=64 * 1024**2)
-    """Bytes of memory for small objects (up to 16 KiB) that are asked for again and again, for each worker; 0: none."""
+    """Bytes of memory in each worker for small objects (up to 16 KiB) that are requested often; 0: none."""
+
+
+MIN_SECRET_LENGTH = 16  # characters
+
+
+class OperatorApi(SettingsGroup):
+    """The HTTP server for operators. It is off unless a secret is set."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Requests are authenticated, but not encrypted."""
+    port: Port = 3335
+    """Port to listen on; 0 takes any free one."""
+    secret: SecretStr | None = Field(default=None, min_length=MIN_SECRET_LENGTH)
+    """The key with which operators sign their requests, at least 16 characters."""
 
 
 class StateStoreSettings(SettingsGroup):
-    """Redis, or memory:// in standalone mode."""
+    """The state store: Redis, or memory:// in standalone mode."""
 
     url: SecretStr = SecretStr("memory://")
     """`redis://[user:password@]host:port/db`, `rediss://…`, `unix://…`, or `memory://`."""
     prefix: str = Field(default="distributor:", max_length=64)
-    """What every key begins with; nodes that share a Redis need different ones."""
+    """Prefix of every key. Nodes that share a Redis need different prefixes."""
     operation_timeout: Seconds = 1.0
-    """Seconds after which a call is given up."""
+    """Seconds after which a call fails."""
 
 
 class JobQueueSettings(SettingsGroup):
-    """RabbitMQ, or memory:// in standalone mode."""
+    """The job queue: RabbitMQ, or memory:// in standalone mode."""
 
     url: SecretStr = SecretStr("memory://")
     """`amqp://[user:password@]host:port/vhost`, `amqps://…`, or `memory://`."""
     prefix: str = Field(default="distributor", max_length=64)
-    """What every queue's name begins with."""
+    """Prefix of every queue's name."""
     publish_timeout: Seconds = 2.0
-    """Seconds to wait for the broker's confirmation of a job."""
+    """Seconds to wait for the broker to confirm a job."""
     retry_delays: tuple[Seconds, ...] = (5.0, 30.0, 120.0, 600.0)
-    """Seconds before the second, third, … attempt; one more attempt than there are delays."""
+    """Seconds before the second, third, … attempt. There is one attempt more than delays."""
     consumer_timeout: Seconds = 24 * 3600.0
-    """Seconds a job may take before the broker believes its worker to be dead."""
+    """Seconds a job may take before the broker considers its worker dead."""
+
+
+class CatalogSettings(SettingsGroup):
+    """The catalog: which objects exist, and where they are stored."""
+
+    kind: Literal["manifest", "origin", "joystream"] = "manifest"
+    """`manifest`: a YAML or JSON file. `origin`: an HTTP server. `joystream`: the network's Storage-Squid."""
+    manifest: Path | None = None
+    """The manifest file, for `manifest`."""
+    origin: str | None = None
+    """URL of an object with `{id}` in place of its id, for `origin`."""
+    squid: str = "http://localhost:4352/graphql"
+    """The Storage-Squid's GraphQL endpoint, for `joystream`."""
+    chain: str | None = None
+    """A node of the chain, `ws(s)://` or `http(s)://`, for chainHead in /status; for `joystream`."""
+    refuse_private_sources: bool = False
+    """Do not connect to storage nodes at addresses that are not public, whatever their names. Recommended on the
+    Joystream network, where any storage provider can put an endpoint into the catalog. Off by default, because your
+    own storage nodes may have such addresses."""
+    list_batch: int = Field(default=100, ge=1, le=10_000)
+    """Bags in one query when all objects are listed, for `joystream`."""
+    list_pause: float = Field(default=1.0, ge=0, le=3600)
+    """Seconds between two such queries, which are expensive for the squid."""
+    list_timeout: Seconds = 60.0
+    """Seconds to wait for the response to one of them."""
+    timeout: Seconds = 2.0
+    """Seconds that a look-up may take in all. After that, a request that needs it gets 503."""
+    max_in_flight: int = Field(default=16, ge=1)
+    """Queries under way at once, per process."""
+    positive_ttl: Seconds = 3600.0
+    """Time to live of an object's description, in seconds."""
+    negative_ttl: Seconds = 60.0
+    """Time to live of "does not exist" and "not accepted yet", in seconds."""
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings that the chosen kind needs, in words."""
+        match self.kind:
+            case "manifest":
+                return [] if self.manifest else ["catalog.manifest: expected the manifest file, got nothing"]
+            case "origin":
+                template = self.origin or ""
+                valid = names_host(template, "http", "https") and "{id}" in template
+                return [] if valid else ["catalog.origin: expected an http(s) URL with {id} in it"]
+            case "joystream":
+                return self._problems_of_joystream()
+
+    def _problems_of_joystream(self) -> list[str]:
+        problems = []
+        if not names_host(self.squid, "http", "https"):
+            problems.append("catalog.squid: expected an http:// or https:// URL with a host")
+        if self.chain is not None and not names_host(self.chain, "ws", "wss", "http", "https"):
+            problems.append("catalog.chain: expected a ws://, wss://, http:// or https:// URL with a host")
+        return problems
+
+
+class SourceSettings(SettingsGroup):
+    """How storage nodes are ranked."""
+
+    probe_interval: Seconds = 60.0
+    """Seconds between two probes (`/version`) of each active storage node, by the leading evictor."""
+    probes_at_once: int = Field(default=10, ge=1, le=100)
+    """Probes under way at once."""
+    probe_timeout: Seconds = 3.0
+    """Seconds for a storage node to accept a probe's connection, and again to respond."""
+    share_interval: Seconds = 2.0
+    """Seconds between two exchanges of the processes' statistics of the sources."""
+    corrupted_memory: Seconds = 600.0
+    """Seconds that a source is not asked for an object after it has sent corrupt bytes of it."""
 
 
 class FetchSettings(SettingsGroup):
-    """How workers download."""
+    """How fetchers download objects."""
 
     concurrency: int = Field(default=8, ge=1, le=256)
-    """Objects that one worker process downloads at once."""
+    """Objects that one fetcher process downloads at once."""
     connect_timeout: Seconds = 3.0
-    """Seconds to reach a source."""
+    """Seconds to connect to a source."""
     first_byte_timeout: Seconds = 5.0
-    """Seconds a source has to begin its answer."""
+    """Seconds for a source to begin its response."""
     stall_timeout: Seconds = 10.0
-    """Seconds without enough bytes after which the next source is asked."""
+    """Seconds below the minimum rate after which the next source is tried."""
     minimum_rate: Size = Field(default=8 * 1024)
-    """Bytes a second, over the stall timeout, below which a source counts as stalled."""
+    """Bytes a second, measured over the stall timeout, below which a source counts as stalled."""
     space_wait: Seconds = 10.0
     """Seconds to wait for the evictor to make room before the job is delayed."""
     lease: Seconds = 15.0
-    """Seconds without a renewal after which a worker counts as dead."""
+    """Seconds without a renewal after which a fetcher's lease expires."""
     lease_renewal: Seconds = 4.0
-    """Seconds between a worker's renewals."""
+    """Seconds between two renewals of a lease."""
     failure_memory: Seconds = 60.0
-    """Seconds a given-up object is not tried again."""
+    """Seconds that an object is not fetched again after all attempts have failed."""
 
 
 class StorageSettings(SettingsGroup):
     """The volume and its limit."""
 
     path: Path = Path("data")
-    """Directory that all services share."""
+    """Directory of the volume, which all services share."""
     limit: Size = Field(default=20 * 1024**3, gt=0)
-    """Bytes on the volume, partial downloads and promises included, are never more than this."""
+    """Most bytes on the volume, including partial downloads and reservations."""
     max_cached_item: Size | None = None
-    """Objects larger than this are proxied, never cached; default: what fits below the limit."""
+    """Objects larger than this are proxied, never cached. Default: what fits below the limit."""
     high_watermark: float | None = Field(default=None, gt=0, le=1)
-    """Share of the limit above which the evictor starts; default: leaves room for the largest cached item or 512 MiB,
+    """Share of the limit above which eviction starts. Default: leaves room for the largest cached item or 512 MiB,
     whichever is more, but at least 2 % and at most 10 % of the limit."""
     low_watermark: float | None = Field(default=None, gt=0, le=1)
-    """Share of the limit down to which it evicts; default: half of that room below the high watermark."""
+    """Share of the limit down to which it evicts. Default: half of that room below the high watermark."""
     import_assets: Path | None = None
-    """Directory of an existing node's objects, one file per object id, to be taken over at the start without
-    downloading; may be storage.path itself. See docs/migration.md."""
+    """Directory of an existing node's objects, one file per object id, which are imported at the start instead of
+    downloaded. It may be storage.path itself. See docs/migration.md."""
     import_cache_state: Path | None = None
-    """That node's `cache.json` (or the directory it lies in): when and how often its objects were asked for."""
+    """That node's `cache.json`, or its directory: when and how often its objects were requested."""
 
     @property
     def watermarks(self) -> Watermarks:
@@ -228,67 +224,67 @@ class StorageSettings(SettingsGroup):
 
     @property
     def largest_cached_size(self) -> int:
-        """Size in bytes of the largest object that is ever fetched (negative: none is)."""
-        fits = self.limit - (footprint(0))
+        """Size in bytes of the largest object that is fetched. Negative: none is."""
+        fits = self.limit - footprint(0)
         return fits if self.max_cached_item is None else min(fits, self.max_cached_item)
 
 
 class EvictorSettings(SettingsGroup):
     """Eviction and reconciliation."""
 
-    policy: Literal["gdsf", "lru-sp", "lru"] = "gdsf"
-    """How victims are chosen: `gdsf` weighs views against size, `lru-sp` is what the network's existing node does,
-    `lru` goes by the last access alone. May be changed at a restart; see docs/eviction.md."""
+    policy: PolicyName = "gdsf"
+    """How victims are chosen: `gdsf` by views and size, `lru-sp` as the network's existing node does, `lru` by the
+    last access alone. It may be changed at a restart. See docs/eviction.md."""
     cost_per_miss: Size = Field(default=DEFAULT_MISS_COST)
-    """For `gdsf`: what a miss costs besides its bytes, in bytes. More keeps small objects, less keeps large ones."""
+    """For `gdsf`: cost of a miss besides its bytes, in bytes. A higher value keeps small objects, a lower one large."""
     min_idle: float = Field(default=120.0, ge=1, le=24 * 3600)
-    """Seconds since its last access (or since it was fetched) before an object may be evicted to make room."""
+    """Seconds since the last access (or the fetch) of an object before it may be evicted to make room."""
     leadership: Seconds = 10.0
-    """Seconds after which a silent leader is replaced by a standby."""
+    """Seconds without a renewal after which a standby replaces the leader."""
     leadership_renewal: Seconds = 3.0
-    """Seconds between a leader's renewals."""
+    """Seconds between two renewals of the leader."""
     interval: Seconds = 1.0
-    """Seconds between looks at the usage when nobody asks."""
+    """Seconds between two checks of the usage, if no fetcher asks for space."""
     reconcile_interval: Seconds = 3600.0
     """Seconds between comparisons of volume and index."""
     duty_interval: Seconds = 6 * 3600.0
     """Seconds between looks at the catalog's whole list for objects no longer ours."""
     partial_keep: Seconds = 3600.0
-    """Seconds an abandoned partial file is kept for a resumption."""
+    """Seconds that an abandoned partial file is kept, so that its download can be resumed."""
     scrub_rate: Size = Field(default=4 * 1024**2)
-    """Bytes a second that the scrub reads; 0 turns it off."""
+    """Bytes a second that the scrub reads. 0: off."""
 
 
 class AdmissionSettings(SettingsGroup):
-    """Which objects are cached at all. Counts only while the cache is under pressure."""
+    """Which objects are cached. These rules apply only while the cache is under pressure."""
 
     above_size: Size | None = None
-    """Objects of more bytes are fetched on their second view only; the first is proxied. Default: none."""
+    """Larger objects are fetched on their second view; the first one is proxied. Default: none are."""
     window: Seconds = 7 * 24 * 3600.0
-    """Seconds in which the second view has to follow the first."""
+    """Seconds within which the second view must follow the first."""
 
 
 class MetricsSettings(SettingsGroup):
-    """Where fetcher and evictor answer /metrics, /healthz and /readyz (the API does so on its own port)."""
+    """Where fetcher and evictor serve /metrics, /healthz and /readyz. The API serves them on its own port."""
 
     host: str = "0.0.0.0"
     """Address to listen on."""
     port: Port = 9464
     """Port to listen on; 0 takes any free one."""
     multiprocess_dir: Path | None = None
-    """Directory for the counters of several API workers; default: a new temporary directory."""
+    """Directory for the counters of several API workers. Default: a new temporary directory."""
 
 
 class LogSettings(SettingsGroup):
-    """Logs."""
+    """Logs, on standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least severe events that are logged."""
+    """Lowest severity that is logged."""
     format: Literal["json", "console"] = "json"
-    """`console` is for people."""
+    """`json` for log collectors, `console` for reading in a terminal."""
     hits: bool = False
-    """A line for each hit too. Off, hits are counted in the metrics alone; misses, errors and cut answers have their
-    line in any case."""
+    """Log a line for each hit. If off, hits are counted in the metrics alone. Misses, errors and aborted responses are
+    always logged."""
 
 
 class Settings(BaseSettings):
@@ -304,15 +300,15 @@ class Settings(BaseSettings):
     )
 
     id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=128)
-    """The node's name in /status; default: the host's name."""
+    """The node's name in /status. Default: the host's name."""
     buckets: frozenset[str] | None = None
-    """Buckets to serve. Neither buckets nor worker_id: everything the catalog knows."""
+    """Buckets to serve. With neither buckets nor worker_id, the node serves everything in the catalog."""
     worker_id: int | None = Field(default=None, ge=0)
-    """Serve all buckets that this worker operates, unless buckets are named."""
+    """Serve all buckets that this worker operates, unless `buckets` is set."""
     environment: str = "production"
-    """Shown as nodeEnv in /status."""
+    """nodeEnv in /status."""
     shutdown_deadline: Seconds = 30.0
-    """Seconds that answers and downloads under way get at a stop."""
+    """Seconds for responses and downloads under way to end at a shutdown."""
     public_api: PublicApi = PublicApi()
     operator_api: OperatorApi = OperatorApi()
     state_store: StateStoreSettings = StateStoreSettings()
@@ -340,55 +336,75 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        wrong: list[str] = []
-        if self.fetch.lease_renewal * 2 > self.fetch.lease:
-            wrong.append(
-                f"fetch.lease ({self.fetch.lease:g} s) must be at least twice fetch.lease_renewal"
-                f" ({self.fetch.lease_renewal:g} s): one lost renewal must not cost the lease"
-            )
-        wrong.extend(self._check_timeouts())
-        if self.evictor.leadership_renewal * 2 > self.evictor.leadership:
-            wrong.append("evictor.leadership must be at least twice evictor.leadership_renewal")
-        if self.storage.watermarks.low > self.storage.watermarks.high:
-            wrong.append("storage.low_watermark is above storage.high_watermark: eviction could never end")
-        if self.storage.max_cached_item is not None and self.storage.max_cached_item > self.storage.limit:
-            wrong.append(
-                f"storage.max_cached_item ({format_size(self.storage.max_cached_item)}) is above storage.limit"
-                f" ({format_size(self.storage.limit)})"
-            )
-        wrong.extend(self._check_catalog())
-        wrong.extend(self._check_urls())
-        if wrong:
-            raise ValueError("; ".join(wrong))
+        problems = [
+            *self._problems_of_leases(),
+            *self._problems_of_storage(),
+            *self.catalog.problems(),
+            *self._problems_of_urls(),
+        ]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
-    def _check_timeouts(self) -> list[str]:
-        kept_alive = {"fetch.lease": self.fetch.lease, "evictor.leadership": self.evictor.leadership}
-        return check_timeouts(self.state_store.operation_timeout, self.job_queue.publish_timeout, kept_alive)
+    def _problems_of_leases(self) -> list[str]:
+        fetch, evictor = self.fetch, self.evictor
+        problems = []
+        if fetch.lease_renewal * 2 > fetch.lease:
+            problems.append(
+                f"fetch.lease ({fetch.lease:g} s) must be at least twice fetch.lease_renewal"
+                f" ({fetch.lease_renewal:g} s): one lost renewal must not cost the lease"
+            )
+        if evictor.leadership_renewal * 2 > evictor.leadership:
+            problems.append(
+                f"evictor.leadership ({evictor.leadership:g} s) must be at least twice evictor.leadership_renewal"
+                f" ({evictor.leadership_renewal:g} s)"
+            )
+        renewed = {"fetch.lease": fetch.lease, "evictor.leadership": evictor.leadership}
+        return problems + check_timeouts(
+            self.state_store.operation_timeout, self.job_queue.publish_timeout, renewed
+        )
 
-    def _check_catalog(self) -> list[str]:
-        if self.catalog.kind == "manifest" and self.catalog.manifest is None:
-            return ["catalog.manifest is missing: name the manifest file (or choose another catalog.kind)"]
-        if self.catalog.kind == "origin":
-            origin = self.catalog.origin or ""
-            if not origin.startswith(("http://", "https://")) or "{id}" not in origin:
-                return ["catalog.origin must be an http(s) URL with {id} in it"]
-        wrong = []
-        if self.catalog.kind == "joystream" and not self.catalog.squid.startswith(("http://", "https://")):
-            wrong.append("catalog.squid must begin with http:// or https://")
-        if self.catalog.chain is not None and not names_host(
-            self.catalog.chain, "ws", "wss", "http", "https"
-        ):
-            wrong.append("catalog.chain must begin with ws://, wss://, http:// or https://, and name a host")
-        return wrong
+    def _problems_of_storage(self) -> list[str]:
+        storage, problems = self.storage, []
+        if storage.watermarks.low > storage.watermarks.high:
+            problems.append(
+                "storage.low_watermark must not be above storage.high_watermark: eviction would never end"
+            )
+        if storage.max_cached_item is not None and storage.max_cached_item > storage.limit:
+            problems.append(
+                f"storage.max_cached_item ({format_size(storage.max_cached_item)}) must not be above storage.limit"
+                f" ({format_size(storage.limit)})"
+            )
+        return problems
 
-    def _check_urls(self) -> list[str]:
-        wrong = []
+    def _problems_of_urls(self) -> list[str]:
+        problems = []
         state, queue = self.state_store.url.get_secret_value(), self.job_queue.url.get_secret_value()
         if not state.startswith(("redis://", "rediss://", "unix://", "memory://")):
-            wrong.append("state_store.url must begin with redis://, rediss://, unix:// or memory://")
+            problems.append("state_store.url must begin with redis://, rediss://, unix:// or memory://")
         if not queue.startswith(("amqp://", "amqps://", "memory://")):
-            wrong.append("job_queue.url must begin with amqp://, amqps:// or memory://")
+            problems.append("job_queue.url must begin with amqp://, amqps:// or memory://")
         if state.startswith("memory://") != queue.startswith("memory://"):
-            wrong.append("state_store.url and job_queue.url are memory:// both (standalone mode) or neither")
-        return wrong
+            problems.append(
+                "state_store.url and job_queue.url: both must be memory:// (standalone mode), or neither"
+            )
+        return problems
+
+
+def check_timeouts(operation: float, publish: float, renewed: Mapping[str, float]) -> list[str]:
+    """What is wrong with time limits that depend on each other, in words. All in seconds.
+
+    `operation`: one call of the state store. `publish`: publishing one job. `renewed`: by the name of its setting, the
+    lifetime of each lease that such calls renew. A call that may take longer than the lease cannot renew it.
+    """
+    problems = [
+        f"state_store.operation_timeout ({operation:g} s) must be less than {name} ({seconds:g} s)"
+        for name, seconds in renewed.items()
+        if operation >= seconds
+    ]
+    if publish >= CLAIM_SECONDS:
+        problems.append(
+            f"job_queue.publish_timeout ({publish:g} s) must be less than {CLAIM_SECONDS:g} s, after which another"
+            " request may publish the job"
+        )
+    return problems

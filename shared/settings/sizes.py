@@ -1,4 +1,4 @@
-"""Sizes as people write them: 500G, 1.5 TiB, 64MB, 1024."""
+"""Sizes with units: 500G, 1.5 TiB, 64MB, 1024."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 
 
 def parse_size(value: object) -> int:
-    """Bytes. Units are powers of 1024, as the network's operators know them (`500G` is 500 GiB). Raises ValueError."""
+    """Return the bytes. Units are powers of 1024: `500G` is 500 GiB. Raises ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, str)):
-        raise ValueError("want a size such as 500G, 64M or a number of bytes")
+        raise ValueError(f"expected a size such as 500G, 64M or a number of bytes, got {value!r}")
     if isinstance(value, int):
         return value
     match = _SIZE.match(value)
     if match is None:
-        raise ValueError(f"{value!r} is no size: want a number and a unit, such as 500G, 64M or 1024")
+        raise ValueError(f"expected a number and a unit, such as 500G, 64M or 1024, got {value!r}")
     number, unit, _ = match.groups()
     return int(float(number) * 1024 ** _POWERS[unit.lower()])
 
 
 def format_size(size: int) -> str:
-    """The shortest exact text that `parse_size` reads back."""
+    """Return the shortest exact text, such as 500G, which `parse_size` reads back."""
     for unit, power in reversed(_POWERS.items()):
         if power and size and size % 1024**power == 0:
             return f"{size // 1024**power}{unit.upper()}"

@@ -36,8 +36,10 @@ def fill(root: Path) -> None:
         content_hash = ContentHash("blake3", blake3(body).digest())
         etag = entity_tag(object_id, SIZE, content_hash, None)
         record = StoredRecord(object_id, SIZE, etag, content_hash, "text/plain", 1_700_000_000)
-        (root / "objects" / shard(object_id) / object_id).write_bytes(body)
-        (root / "records" / shard(object_id) / object_id).write_bytes(encode_record(record))
+        for kind, content in (("objects", body), ("records", encode_record(record))):
+            folder = root / kind / shard(object_id)
+            folder.mkdir(exist_ok=True)
+            (folder / object_id).write_bytes(content)
 
 
 @pytest.mark.chaos

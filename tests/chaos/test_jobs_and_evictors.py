@@ -66,6 +66,12 @@ async def test_two_evictors_and_a_leader_that_loses_its_lock_in_mid_eviction(cha
                 await asyncio.sleep(4)
     clients.check()
     assert monitor.peak <= 14 * MIB
+    evicted = [
+        event["evicted"]
+        for process in chaos.stack.of("evictor")
+        for event in events(process, "object_evicted")
+    ]
+    assert sum(evicted) > 0, "the working set is larger than the limit"
     terms = sum(len(list(events(process, "leadership_acquired"))) for process in chaos.stack.of("evictor"))
     assert terms > 2
     record_result(

@@ -24,7 +24,7 @@ from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import PartialHeld, Volume
 from distributor_node.shared.domain.eviction import make_policy
-from distributor_node.shared.domain.jobs import Done, FetchJob, HandBack, JobOutcome, RetryPlan, TryLater
+from distributor_node.shared.domain.jobs import Ack, FetchJob, JobOutcome, Nack, Retry, RetryPlan
 from distributor_node.shared.domain.objects import (
     ContentHash,
     MediaObject,
@@ -143,18 +143,18 @@ class Node(RuleBasedStateMachine):
     async def _fetch(self, object_id: ObjectId, plan: str, share: float) -> JobOutcome:
         if (found := self.volume.open_object(object_id)) is not None:
             found.close()
-            return Done("already cached")
+            return Ack("already_cached")
         begun = await self.state.begin(object_id, SIZES[object_id], "worker")
         if isinstance(begun, AlreadyStored):
             await self.state.forget(object_id, begun.generation)
-            return TryLater("an entry without its file")
+            return Retry("an entry without its file")
         if not isinstance(begun, Granted):
-            return TryLater(type(begun).__name__)
+            return Retry(type(begun).__name__)
         try:
             return await self._download(begun.lease, plan, share)
         except PartialHeld:
             await self.state.park(begun.lease)
-            return TryLater("held")
+            return Retry("held")
 
     async def _download(self, lease: Lease, plan: str, share: float) -> JobOutcome:
         object_id, body = lease.object_id, body_of(lease.object_id)
@@ -162,21 +162,21 @@ class Node(RuleBasedStateMachine):
         try:
             file.write(0, body[: int(len(body) * share)])
             if plan == "die_in_mid_body":
-                return HandBack()  # the broker delivers it again; the lease is left to run out
+                return Nack()  # the broker delivers it again; the lease is left to run out
             if plan == "park":
                 await self.state.park(lease)
-                return HandBack()
+                return Nack()
             if plan == "wrong_bytes":
                 file.discard()
                 await self.state.release(lease)
-                return TryLater("wrong bytes")
+                return Retry("wrong bytes")
             file.write(0, body)
             file.mark_verified()
             file.publish(record_of(object_id))
             if plan == "die_before_commit":
-                return HandBack()
+                return Nack()
             await self.state.commit(lease, self.now)
-            return Done()
+            return Ack()
         finally:
             file.close()
 

@@ -1,4 +1,4 @@
-"""Jobs, and a consumer that records what it receives, for the tests of the job queues."""
+"""Shared by the tests of job queues: jobs, and a consumer that records them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
-from distributor_node.shared.domain.jobs import Done, FetchJob, JobOutcome
+from distributor_node.shared.domain.jobs import Ack, FetchJob, JobOutcome
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
 from distributor_node.shared.ports.job_queue import JobQueue
 from tests.waiting import DEFAULT_LIMIT, eventually
@@ -28,7 +28,7 @@ def make_job(object_id: str = "1", *, request_id: str = "request-1", low_priorit
 
 @dataclass
 class ConsumerRecorder:
-    """Jobs in the order in which handlers got them, the ended ones, and those given up with the reason."""
+    """Jobs in the order in which handlers got them, ended jobs, and dead letters with the reason."""
 
     started: list[FetchJob] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
@@ -49,14 +49,14 @@ class ConsumerRecorder:
 
 
 async def done(_: FetchJob) -> JobOutcome:
-    return Done()
+    return Ack()
 
 
 @asynccontextmanager
 async def consuming(
     queue: JobQueue, handler: Handler = done, concurrency: int = 2
 ) -> AsyncGenerator[ConsumerRecorder]:
-    """Consume for the length of the block; an error of `consume` is the test's."""
+    """Consume while the block runs. Errors of `consume` fail the test."""
     recorder = ConsumerRecorder()
 
     async def recording_handler(job: FetchJob) -> JobOutcome:

@@ -11,7 +11,7 @@ from tests.contract.state_harness import BRIEF, LONG, Harness, memory_harness, r
 
 @pytest.fixture(params=["memory", "redis"])
 async def harness(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIterator[Harness]:
-    """Nothing runs out by itself during a test."""
+    """Nothing expires during a test."""
     if request.param == "memory":
         async with memory_harness(LONG) as made:
             yield made
@@ -22,7 +22,7 @@ async def harness(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIte
 
 @pytest.fixture(params=["memory", "redis"])
 async def brief(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIterator[Harness]:
-    """Claims, marks and leases run out after some tenths of a second."""
+    """Claims, queue marks and leases expire after some tenths of a second."""
     if request.param == "memory":
         async with memory_harness(BRIEF) as made:
             yield made

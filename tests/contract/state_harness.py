@@ -35,15 +35,14 @@ class FakeClock:
 
 @dataclass
 class Harness:
-    """`store` and `other` are two processes' doors to one state. `lose` drops one part of it: "usage", "objects" or
-    "fetches"."""
+    """A state store to test."""
 
     store: StateStore
-    other: StateStore
+    other: StateStore  # the same state, as another process sees it
     advance_clock: Callable[[float], Awaitable[None]]
     dump: Callable[[], Awaitable[object]]
     times: StateTimeouts
-    lose: Callable[[str], Awaitable[None]]
+    lose: Callable[[str], Awaitable[None]]  # drops one part: "usage", "objects" or "fetches"
     term: Term = field(default_factory=lambda: Term("", 0))
 
     async def until(self, condition: Callable[[], Awaitable[bool]]) -> None:

@@ -107,6 +107,7 @@ async def test_many_may_ask_at_once(catalog: Catalog) -> None:
 
 
 async def test_a_list_is_complete_or_an_error(kind: str, catalog: Catalog) -> None:
+    assert catalog.can_list == (kind not in CANNOT_LIST)
     try:
         listed = [item async for batch in catalog.list_objects(Assignment()) for item in batch]
     except CatalogUnavailable:
@@ -141,3 +142,14 @@ async def test_the_bases_of_storage_nodes_are_known(kind: str, catalog: Catalog)
     (url,) = known.sources
     expected = [] if kind in CANNOT_LIST else [url.removesuffix("files/1")]
     assert list(await catalog.source_bases()) == expected
+
+
+async def test_its_url_is_shown_where_it_has_one(kind: str, catalog: Catalog) -> None:
+    assert (catalog.public_url == "") == (kind == "manifest")
+
+
+async def test_its_server_reports_its_state_if_it_is_a_squid(kind: str, catalog: Catalog) -> None:
+    status = await catalog.status()
+    assert (status.blocks_processed is not None) == ("joystream" in kind)
+    assert (status.version is not None) == ("joystream" in kind)
+    assert await catalog.chain_head() is None  # none is configured

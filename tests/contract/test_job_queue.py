@@ -1,4 +1,4 @@
-"""The contract of the job queue port, for every adapter."""
+"""The contract of every job queue."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
 from distributor_node.shared.domain.errors import JobQueueUnavailable
 from distributor_node.shared.domain.jobs import (
-    Done,
+    Ack,
+    DeadLetter,
     FetchJob,
-    HandBack,
-    Hopeless,
     JobOutcome,
-    LookAgain,
+    Nack,
+    Requeue,
+    Retry,
     RetryPlan,
-    TryLater,
 )
 from distributor_node.shared.ports.job_queue import JobQueue
 from tests.contract.queue_harness import consuming, make_job, wait_for_depth
@@ -74,7 +74,7 @@ async def test_concurrency_is_bounded(queue: JobQueue) -> None:
         most = max(most, running)
         await asyncio.sleep(0.01)
         running -= 1
-        return Done()
+        return Ack()
 
     for number in range(12):
         await queue.publish(make_job(str(number)))
@@ -88,7 +88,7 @@ async def test_retry_redelivers_after_the_delay_of_its_attempt(queue: JobQueue) 
 
     async def succeed_on_third_attempt(job: FetchJob) -> JobOutcome:
         times.append(time.monotonic())
-        return Done() if job.attempt == 3 else TryLater("no_space")
+        return Ack() if job.attempt == 3 else Retry("no_space")
 
     await queue.publish(make_job(request_id="r"))
     async with consuming(queue, succeed_on_third_attempt) as recorder:
@@ -105,7 +105,7 @@ async def test_requeue_redelivers_after_the_first_delay_and_is_no_attempt(queue:
 
     async def succeed_on_fifth_call(_: FetchJob) -> JobOutcome:
         times.append(time.monotonic())
-        return Done() if len(times) == 5 else LookAgain("fetched elsewhere")
+        return Ack() if len(times) == 5 else Requeue("fetched by another worker")
 
     await queue.publish(make_job(request_id="r"))
     async with consuming(queue, succeed_on_fifth_call) as recorder:
@@ -118,7 +118,7 @@ async def test_requeue_redelivers_after_the_first_delay_and_is_no_attempt(queue:
 
 async def test_a_delayed_job_is_counted_as_such(queue: JobQueue) -> None:
     async def later(job: FetchJob) -> JobOutcome:
-        return TryLater("no_space") if job.attempt < 3 else Done()
+        return Retry("no_space") if job.attempt < 3 else Ack()
 
     await queue.publish(make_job())
     async with consuming(queue, later) as recorder:
@@ -128,7 +128,7 @@ async def test_a_delayed_job_is_counted_as_such(queue: JobQueue) -> None:
 
 async def test_exhausted_attempts_are_recorded_and_dead_lettered(queue: JobQueue) -> None:
     async def never(_: FetchJob) -> JobOutcome:
-        return TryLater("all_sources_failed")
+        return Retry("all_sources_failed")
 
     await queue.publish(make_job("9"))
     async with consuming(queue, never) as recorder:
@@ -141,32 +141,32 @@ async def test_exhausted_attempts_are_recorded_and_dead_lettered(queue: JobQueue
 
 
 async def test_a_permanent_failure_is_recorded_before_it_is_dead_lettered(queue: JobQueue) -> None:
-    dead_when_told: list[int] = []
+    dead_when_called: list[int] = []
 
-    async def hopeless(_: FetchJob) -> JobOutcome:
-        return Hopeless("never_fits")
+    async def dead_letter(_: FetchJob) -> JobOutcome:
+        return DeadLetter("never_fits")
 
-    async def told(_: FetchJob, reason: str) -> None:
+    async def on_dead_letter(_: FetchJob, reason: str) -> None:
         assert reason == "never_fits"
-        dead_when_told.append((await queue.depth()).dead)
+        dead_when_called.append((await queue.depth()).dead)
 
     await queue.publish(make_job())
-    consumer = asyncio.create_task(queue.consume(hopeless, 1, told))
+    consumer = asyncio.create_task(queue.consume(dead_letter, 1, on_dead_letter))
     await wait_for_depth(queue, dead=1)
     consumer.cancel()
     await asyncio.wait([consumer])
-    assert dead_when_told == [0]
+    assert dead_when_called == [0]
 
 
-async def test_a_failure_that_cannot_be_remembered_still_ends_the_job(queue: JobQueue) -> None:
-    async def hopeless(_: FetchJob) -> JobOutcome:
-        return Hopeless("never_fits")
+async def test_a_failing_dead_letter_callback_still_ends_the_job(queue: JobQueue) -> None:
+    async def dead_letter(_: FetchJob) -> JobOutcome:
+        return DeadLetter("never_fits")
 
-    async def forgetful(_: FetchJob, __: str) -> None:
+    async def failing_callback(_: FetchJob, __: str) -> None:
         raise ConnectionError("state store is down")
 
     await queue.publish(make_job())
-    consumer = asyncio.create_task(queue.consume(hopeless, 1, forgetful))
+    consumer = asyncio.create_task(queue.consume(dead_letter, 1, failing_callback))
     await wait_for_depth(queue, dead=1)
     consumer.cancel()
     await asyncio.wait([consumer])
@@ -174,21 +174,21 @@ async def test_a_failure_that_cannot_be_remembered_still_ends_the_job(queue: Job
 
 
 async def test_a_raising_handler_retries_and_does_not_stop_others(queue: JobQueue) -> None:
-    async def clumsy(job: FetchJob) -> JobOutcome:
+    async def raise_for_bad(job: FetchJob) -> JobOutcome:
         if job.object_id == "bad":
             raise KeyError("oops")
-        return Done()
+        return Ack()
 
     await queue.publish(make_job("bad"))
     await queue.publish(make_job("good"))
-    async with consuming(queue, clumsy) as recorder:
+    async with consuming(queue, raise_for_bad) as recorder:
         await recorder.wait_for(lambda: bool(recorder.dead_lettered))
     assert recorder.dead_lettered[0][1] == "KeyError"
     assert "good" in recorder.ended
 
 
-@pytest.mark.parametrize("answer", ["raises", "hands_back", "fails"])
-async def test_cancelling_gives_the_jobs_back_unchanged(queue: JobQueue, answer: str) -> None:
+@pytest.mark.parametrize("answer", ["raises", "nacks", "fails"])
+async def test_cancelling_returns_the_jobs_unchanged(queue: JobQueue, answer: str) -> None:
     async def interrupted(_: FetchJob) -> JobOutcome:
         try:
             await asyncio.Event().wait()
@@ -197,7 +197,7 @@ async def test_cancelling_gives_the_jobs_back_unchanged(queue: JobQueue, answer:
                 raise
             if answer == "fails":
                 raise RuntimeError("while stopping") from None
-        return HandBack()
+        return Nack()
 
     for number in range(4):
         await queue.publish(make_job(str(number)))
@@ -213,15 +213,15 @@ async def test_cancelling_gives_the_jobs_back_unchanged(queue: JobQueue, answer:
 
 
 async def test_a_job_finished_in_spite_of_cancellation_is_finished(queue: JobQueue) -> None:
-    async def stubborn(_: FetchJob) -> JobOutcome:
+    async def finish_when_cancelled(_: FetchJob) -> JobOutcome:
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
-            return Done("just in time")
-        return HandBack()
+            return Ack()
+        return Nack()
 
     await queue.publish(make_job())
-    async with consuming(queue, stubborn) as recorder:
+    async with consuming(queue, finish_when_cancelled) as recorder:
         await recorder.wait_for(lambda: len(recorder.started) == 1)
     await wait_for_depth(queue)
 
@@ -232,7 +232,7 @@ async def test_two_consumers_share_the_jobs(queue: JobQueue) -> None:
     async def meet(_: FetchJob) -> JobOutcome:
         async with asyncio.timeout(60):
             await both_have_one.wait()
-        return Done()
+        return Ack()
 
     async with consuming(queue, meet, 1) as one, consuming(queue, meet, 1) as other:
         await queue.publish(make_job("1"))
@@ -264,7 +264,7 @@ async def test_the_error_that_breaks_a_consumer_is_raised_not_its_consequences(m
     begun, idle = asyncio.Event(), asyncio.Event()
 
     class Broken(BaseException):
-        """No handler's error, which would end in another attempt."""
+        """Not an Exception: no handler error, which would be retried."""
 
     async def handler(job: FetchJob) -> JobOutcome:
         if job.object_id == "2":
@@ -274,11 +274,11 @@ async def test_the_error_that_breaks_a_consumer_is_raised_not_its_consequences(m
             raise Broken
         await begun.wait()
         idle.set()
-        return Done()
+        return Ack()
 
-    async def told(_: FetchJob, __: str) -> None: ...
+    async def on_dead_letter(_: FetchJob, __: str) -> None: ...
 
     await memory.publish(make_job("1"))
     await memory.publish(make_job("2"))
     with pytest.raises(Broken):
-        await memory.consume(handler, 2, told)
+        await memory.consume(handler, 2, on_dead_letter)

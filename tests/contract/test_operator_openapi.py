@@ -20,6 +20,7 @@ from schemathesis.specs.openapi.checks import (
 
 from distributor_node.services.api.operator.app import TokenAuthenticator, build_operator_app, operator_api
 from distributor_node.services.api.operator.commands import OperatorCommands, OperatorQueries
+from distributor_node.services.api.operator.explain import ObjectExplainer
 from distributor_node.services.api.operator.warming import CacheWarmer
 from distributor_node.services.api.sanic_app import public_path, unregister_application
 from tests.servers.api_fixture import FakeAssets, running_api
@@ -44,10 +45,11 @@ async def test_every_route_is_described_and_every_description_is_a_route(tmp_pat
             TokenAuthenticator(context.state, SECRET),
             OperatorCommands(context.state, context.operator_state),
             OperatorQueries(context.state, context.volume),
+            ObjectExplainer(context.state, context.volume, context.settings.evictor),
             CacheWarmer(context, "here"),
         )
         routes = {
-            (public_path(route), method.lower())
+            (public_path(route).replace("<object_id>", "{id}"), method.lower())
             for route in application.router.routes
             for method in route.methods
         }

@@ -1,19 +1,17 @@
-"""What every catalog memory promises, run against each of them."""
+"""What the shared catalog cache promises to the processes of a node."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import pytest
 
-from distributor_node.shared.adapters.state_memory.caches import MemorySharedCatalogCache
 from distributor_node.shared.adapters.state_redis.caches import RedisSharedCatalogCache
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
 from distributor_node.shared.ports.catalog import CacheLookup, SharedCatalogCache
-from tests.contract.state_harness import FakeClock
 
 ONE, TWO = ObjectId("1"), ObjectId("2")
 FULL = MediaObject(
@@ -30,37 +28,26 @@ FULL = MediaObject(
 
 @dataclass
 class Harness:
-    """`memory` and `other` are two processes' doors to one memory."""
+    """Two instances with the same keys, as two processes have them."""
 
-    memory: SharedCatalogCache
+    cache: SharedCatalogCache
     other: SharedCatalogCache
-    advance_clock: Callable[[float], Awaitable[None]]
 
 
-@pytest.fixture(params=["memory", "redis"])
-async def harness(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIterator[Harness]:
-    if request.param == "memory":
-        clock = FakeClock()
-
-        async def advance_clock(seconds: float) -> None:
-            clock.now += seconds
-
-        memory = MemorySharedCatalogCache(clock)
-        yield Harness(memory, memory, advance_clock)
-        return
-    url = request.getfixturevalue("redis_url")
-    doors = [RedisSharedCatalogCache(url, redis_prefix, 5.0, "squid") for _ in range(2)]
-    for door in doors:
-        await door.open()
-    yield Harness(doors[0], doors[1], asyncio.sleep)
-    for door in doors:
-        await door.close()
+@pytest.fixture
+async def harness(redis_url: str, redis_prefix: str) -> AsyncIterator[Harness]:
+    cache, other = (RedisSharedCatalogCache(redis_url, redis_prefix, 5.0, "squid") for _ in range(2))
+    await cache.open()
+    await other.open()
+    yield Harness(cache, other)
+    await cache.close()
+    await other.close()
 
 
 @pytest.mark.parametrize("answer", [FULL, MediaObject(ONE, None), None], ids=["full", "bare", "absent"])
 async def test_a_cached_answer_is_returned_unchanged(harness: Harness, answer: MediaObject | None) -> None:
-    assert await harness.memory.get(ONE) is None
-    await harness.memory.put(ONE, answer, 50, 100)
+    assert await harness.cache.get(ONE) is None
+    await harness.cache.put(ONE, answer, 50, 100)
     cached = await harness.other.get(ONE)
     assert cached is not None
     assert cached.answer == answer
@@ -69,14 +56,14 @@ async def test_a_cached_answer_is_returned_unchanged(harness: Harness, answer: M
 
 
 async def test_one_caller_gets_the_lock(harness: Harness) -> None:
-    assert await harness.memory.get_or_lock(ONE, "a", 50) == CacheLookup(None, owns_lock=True)
+    assert await harness.cache.get_or_lock(ONE, "a", 50) == CacheLookup(None, owns_lock=True)
     assert await harness.other.get_or_lock(ONE, "b", 50) == CacheLookup(None, owns_lock=False)
     assert (await harness.other.get_or_lock(TWO, "b", 50)).owns_lock
 
 
 async def test_a_fresh_answer_is_not_looked_up_again(harness: Harness) -> None:
-    assert (await harness.memory.get_or_lock(ONE, "a", 50)).owns_lock
-    await harness.memory.put(ONE, FULL, 50, 100)
+    assert (await harness.cache.get_or_lock(ONE, "a", 50)).owns_lock
+    await harness.cache.put(ONE, FULL, 50, 100)
     lookup = await harness.other.get_or_lock(ONE, "b", 50)
     assert not lookup.owns_lock
     assert lookup.cached is not None
@@ -84,9 +71,9 @@ async def test_a_fresh_answer_is_not_looked_up_again(harness: Harness) -> None:
 
 
 async def test_a_stale_answer_is_returned_and_looked_up_again(harness: Harness) -> None:
-    assert (await harness.memory.get_or_lock(ONE, "a", 50)).owns_lock
-    await harness.memory.put(ONE, FULL, 0.05, 100)
-    await harness.advance_clock(0.1)
+    assert (await harness.cache.get_or_lock(ONE, "a", 50)).owns_lock
+    await harness.cache.put(ONE, FULL, 0.05, 100)
+    await asyncio.sleep(0.1)
     lookup = await harness.other.get_or_lock(ONE, "b", 50)
     assert lookup.owns_lock
     assert lookup.cached is not None
@@ -95,22 +82,22 @@ async def test_a_stale_answer_is_returned_and_looked_up_again(harness: Harness) 
 
 
 async def test_answers_expire(harness: Harness) -> None:
-    await harness.memory.put(ONE, FULL, 0.05, 0.05)
-    await harness.advance_clock(0.1)
+    await harness.cache.put(ONE, FULL, 0.05, 0.05)
+    await asyncio.sleep(0.1)
     assert await harness.other.get(ONE) is None
 
 
 async def test_the_lock_is_released_by_its_holder_only(harness: Harness) -> None:
-    assert (await harness.memory.get_or_lock(ONE, "a", 50)).owns_lock
+    assert (await harness.cache.get_or_lock(ONE, "a", 50)).owns_lock
     await harness.other.unlock(ONE, "b")
     assert not (await harness.other.get_or_lock(ONE, "b", 50)).owns_lock
-    await harness.memory.unlock(ONE, "a")
+    await harness.cache.unlock(ONE, "a")
     assert (await harness.other.get_or_lock(ONE, "b", 50)).owns_lock
 
 
 async def test_the_lock_expires(harness: Harness) -> None:
-    assert (await harness.memory.get_or_lock(ONE, "a", 0.05)).owns_lock
-    await harness.advance_clock(0.1)
+    assert (await harness.cache.get_or_lock(ONE, "a", 0.05)).owns_lock
+    await asyncio.sleep(0.1)
     assert (await harness.other.get_or_lock(ONE, "b", 50)).owns_lock
 
 
@@ -125,9 +112,9 @@ async def test_different_catalogs_share_nothing(redis_url: str, redis_prefix: st
 
 
 async def test_an_unreachable_shared_cache_fails_in_time(redis_prefix: str) -> None:
-    memory = RedisSharedCatalogCache("redis://127.0.0.1:1/0", redis_prefix, 0.5, "squid")
-    await memory.open()
+    cache = RedisSharedCatalogCache("redis://127.0.0.1:1/0", redis_prefix, 0.5, "squid")
+    await cache.open()
     async with asyncio.timeout(60):
         with pytest.raises(StateStoreUnavailable):
-            await memory.get_or_lock(ONE, "a", 50)
-    await memory.close()
+            await cache.get_or_lock(ONE, "a", 50)
+    await cache.close()

@@ -1,15 +1,14 @@
-"""What every source memory promises, run against each of them."""
+"""What the shared source stats promise to the processes of a node."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 import pytest
 
 from distributor_node.shared.adapters.sources.health import SourceHealthRegistry, SourceStatsSync
-from distributor_node.shared.adapters.state_memory.caches import MemorySharedSourceStats
 from distributor_node.shared.adapters.state_redis.caches import RedisSharedSourceStats
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
@@ -20,7 +19,6 @@ from distributor_node.shared.ports.source_stats import (
     SharedSources,
     SharedSourceStats,
 )
-from tests.contract.state_harness import FakeClock
 
 ONE, TWO = ObjectId("1"), ObjectId("2")
 A, B = "one.example:81", "two.example"
@@ -28,37 +26,26 @@ A, B = "one.example:81", "two.example"
 
 @dataclass
 class Harness:
-    """`memory` and `other` are two processes' doors to one memory."""
+    """Two instances with the same keys, as two processes have them."""
 
-    memory: SharedSourceStats
+    stats: SharedSourceStats
     other: SharedSourceStats
-    advance_clock: Callable[[float], Awaitable[None]]
 
     async def tell(self, name: str, delta: SourceStatsDelta, now: float = 100.0) -> None:
-        await self.memory.sync({name: delta}, [], now)
+        await self.stats.sync({name: delta}, [], now)
 
     async def learn(self, now: float = 0.0) -> SharedSources:
         return await self.other.sync({}, [], now)
 
 
-@pytest.fixture(params=["memory", "redis"])
-async def harness(request: pytest.FixtureRequest, redis_prefix: str) -> AsyncIterator[Harness]:
-    if request.param == "memory":
-        clock = FakeClock()
-
-        async def advance_clock(seconds: float) -> None:
-            clock.now += seconds
-
-        memory = MemorySharedSourceStats(clock)
-        yield Harness(memory, memory, advance_clock)
-        return
-    url = request.getfixturevalue("redis_url")
-    doors = [RedisSharedSourceStats(url, redis_prefix, 5.0) for _ in range(2)]
-    for door in doors:
-        await door.open()
-    yield Harness(doors[0], doors[1], asyncio.sleep)
-    for door in doors:
-        await door.close()
+@pytest.fixture
+async def harness(redis_url: str, redis_prefix: str) -> AsyncIterator[Harness]:
+    stats, other = (RedisSharedSourceStats(redis_url, redis_prefix, 5.0) for _ in range(2))
+    await stats.open()
+    await other.open()
+    yield Harness(stats, other)
+    await stats.close()
+    await other.close()
 
 
 async def test_nothing_is_known_at_first(harness: Harness) -> None:
@@ -75,7 +62,7 @@ async def test_observations_are_shared_between_processes(harness: Harness) -> No
 
 
 async def test_the_sender_receives_the_totals_in_the_same_call(harness: Harness) -> None:
-    shared = await harness.memory.sync({A: SourceStatsDelta(SourceHealth(first_bytes=(0.5,)))}, [], 0.0)
+    shared = await harness.stats.sync({A: SourceStatsDelta(SourceHealth(first_bytes=(0.5,)))}, [], 0.0)
     assert shared.health[A].first_bytes == (0.5,)
 
 
@@ -116,8 +103,8 @@ async def test_a_good_probe_ends_a_failed_one_and_no_more(harness: Harness) -> N
 
 
 async def test_corrupt_copies_are_reported_until_they_expire(harness: Harness) -> None:
-    await harness.memory.sync({}, [CorruptedCopy(ONE, A, 50), CorruptedCopy(TWO, B, 0.05)], 0.0)
-    await harness.advance_clock(0.1)
+    await harness.stats.sync({}, [CorruptedCopy(ONE, A, 50), CorruptedCopy(TWO, B, 0.05)], 0.0)
+    await asyncio.sleep(0.1)
     (copy,) = (await harness.learn()).corrupted
     assert (copy.object_id, copy.source) == (ONE, A)
     assert 0 < copy.seconds_left < 50
@@ -125,8 +112,8 @@ async def test_corrupt_copies_are_reported_until_they_expire(harness: Harness) -
 
 async def test_corrupted_copies_are_bounded(harness: Harness) -> None:
     first = [CorruptedCopy(ObjectId(f"{number}"), A, 10 + number) for number in range(MAX_CORRUPTED_COPIES)]
-    await harness.memory.sync({}, first, 0.0)
-    await harness.memory.sync({}, [CorruptedCopy(TWO, B, 10_000)], 0.0)
+    await harness.stats.sync({}, first, 0.0)
+    await harness.stats.sync({}, [CorruptedCopy(TWO, B, 10_000)], 0.0)
     kept = {(copy.object_id, copy.source) for copy in (await harness.learn()).corrupted}
     assert len(kept) == MAX_CORRUPTED_COPIES
     assert (TWO, B) in kept
@@ -136,7 +123,7 @@ async def test_corrupted_copies_are_bounded(harness: Harness) -> None:
 async def test_two_processes_share_one_order(harness: Harness) -> None:
     registries = [SourceHealthRegistry(), SourceHealthRegistry()]
     stats_syncs = [
-        SourceStatsSync(registries[0], harness.memory, 3600),
+        SourceStatsSync(registries[0], harness.stats, 3600),
         SourceStatsSync(registries[1], harness.other, 3600),
     ]
     urls = ["http://one.example:81/1", "http://two.example/1"]
@@ -149,11 +136,11 @@ async def test_two_processes_share_one_order(harness: Harness) -> None:
 
 
 async def test_an_unreachable_shared_store_loses_no_local_statistics(redis_prefix: str) -> None:
-    memory = RedisSharedSourceStats("redis://127.0.0.1:1/0", redis_prefix, 0.5)
+    stats = RedisSharedSourceStats("redis://127.0.0.1:1/0", redis_prefix, 0.5)
     registry = SourceHealthRegistry()
-    async with asyncio.timeout(60), SourceStatsSync(registry, memory, 3600) as stats_sync:
+    async with asyncio.timeout(60), SourceStatsSync(registry, stats, 3600) as stats_sync:
         with pytest.raises(StateStoreUnavailable):
-            await memory.sync({}, [], 0.0)
+            await stats.sync({}, [], 0.0)
         registry.record_failure("http://one.example:81/1")
         await stats_sync.sync()
         assert registry.health_of("one.example:81").failures == 1

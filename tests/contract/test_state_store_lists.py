@@ -44,6 +44,18 @@ class TestLists:
         assert set(await harness.entry_generations()) == wanted
         assert (await harness.store.usage()).objects == 1500
 
+    async def test_one_entry_is_what_the_whole_list_says_of_it(self, harness: Harness) -> None:
+        term = await harness.reconciled()
+        await harness.store.adopt(term, IndexEntry(ONE, 123, 4, 1000.5, 2.25))
+        await harness.store.adopt(term, IndexEntry(TWO, 5, 1, 1.0))
+        assert await harness.store.begin_eviction(term, TWO, 0.0)
+        listed = {entry.object_id: entry async for batch in harness.other.entries() for entry in batch}
+        assert await harness.other.entry(ONE) == listed[ONE]
+        assert await harness.other.entry(TWO) == listed[TWO]
+        assert (listed[ONE].size, listed[ONE].frequency, listed[ONE].last_access) == (123, 4, 1000.5)
+        assert (listed[ONE].priority, listed[TWO].evicting) == (2.25, True)
+        assert await harness.other.entry(ObjectId("absent")) is None
+
     async def test_fetches_lists_only_active_ones(self, brief: Harness) -> None:
         await brief.reconciled()
         await brief.store.claim(ONE, "api-1")

@@ -1,5 +1,4 @@
-"""Both adapters and a tiny model, given the same verbs in random order, always agree; the counters are always the sum
-of the parts."""
+"""Both adapters and a small model agree on every random sequence of calls. The counters always equal the sums."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ import pytest
 
 from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
 from distributor_node.services.demo.squid import SquidFaults, TestChain, TestSquid
-from distributor_node.services.demo.squid.world import make_squid_data
+from distributor_node.services.demo.squid.data import make_squid_data
 from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness

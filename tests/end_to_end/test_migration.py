@@ -17,7 +17,7 @@ import pytest
 
 from distributor_node.services.demo.objects import DemoObject, generated_object
 from distributor_node.services.demo.squid import TestSquid
-from distributor_node.services.demo.squid.world import make_squid_data
+from distributor_node.services.demo.squid.data import make_squid_data
 from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.stack import Stack
@@ -95,7 +95,7 @@ class Harness:
             str(config),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        assert "limits.pendingDownloadTimeoutSec has no equal" in done.stderr
+        assert "limits.pendingDownloadTimeoutSec has no equivalent" in done.stderr
         ours = self.folder / "ours.yaml"
         ours.write_text(done.stdout)
         assert "refuse_private_sources: true" in done.stdout

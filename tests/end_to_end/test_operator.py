@@ -289,7 +289,7 @@ async def test_warm_fetches_the_assignment_within_space_and_evicts_nothing(harne
     assert cached["total"] == warming["done"] + 1
     assert "12" in {entry["id"] for entry in cached["objects"]}
     assert "99" not in {entry["id"] for entry in cached["objects"]}
-    assert "object_removed" not in harness.stack.logs()
+    assert "object_evicted" not in harness.stack.logs()
     await operator.command("warm", {"ids": ["12", "nowhere", "99"]})
     await eventually(over)
     assert {**(await operator.query("warm")), "reason": ""} == {

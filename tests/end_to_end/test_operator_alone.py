@@ -129,6 +129,12 @@ async def test_warm_with_a_progress_bar_then_list_and_purge(alone: tuple[Harness
     entries = [json.loads(line) for line in listing.stdout.splitlines()]
     assert [entry["id"] for entry in entries] == ["1", "2", "3", "4", "5"]
     assert {entry["size"] for entry in entries} == {MIB}
+    explained = await ordered(operator, "explain", "3")
+    assert (explained["id"], explained["state"], explained["size"]) == ("3", "stored", MIB)
+    assert (await ordered(operator, "explain", "nowhere"))["state"] == "absent"
+    refused = await command(operator, "explain", "../3")
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr.startswith("distributor: 400 ")
     done = await command(operator, "purge", "-", stdin="1\n2\n\n")
     assert json.loads(done.stdout) == {"purging": 2}
 
@@ -152,7 +158,7 @@ async def test_errors_are_reported_in_words(alone: tuple[Harness, OperatorClient
     harness.publish([generated_object("1", 1000)])
     stopped = await command(operator, "orders")
     assert (stopped.returncode, stopped.stdout) == (1, "")
-    assert "cannot be asked" in stopped.stderr
+    assert "cannot be reached" in stopped.stderr
     await harness.stack.add("standalone").healthy()
     wrong = await command(operator, "orders", DISTRIBUTOR_OPERATOR_API__SECRET="x" * 32)
     assert (wrong.returncode, wrong.stderr) == (1, "distributor: 401 Not authorised\n")

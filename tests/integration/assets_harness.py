@@ -32,6 +32,7 @@ from distributor_node.shared.domain.objects import (
     ObjectId,
     StoredRecord,
 )
+from distributor_node.shared.ports.catalog import CatalogStatus
 from distributor_node.shared.ports.state_store import Granted, Lease, StateStore
 from distributor_node.shared.settings.model import Settings
 from tests.end_to_end.client import Answer, get
@@ -54,6 +55,14 @@ class ListedCatalog:
         self.delay = 0.0
         self.asked = 0
 
+    @property
+    def can_list(self) -> bool:
+        return True
+
+    @property
+    def public_url(self) -> str:
+        return ""
+
     async def open(self) -> None: ...
 
     async def close(self) -> None: ...
@@ -73,6 +82,12 @@ class ListedCatalog:
 
     async def source_bases(self) -> Sequence[str]:
         return ()
+
+    async def status(self) -> CatalogStatus:
+        return CatalogStatus()
+
+    async def chain_head(self) -> int | None:
+        return None
 
 
 @dataclass

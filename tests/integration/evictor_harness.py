@@ -28,8 +28,10 @@ from distributor_node.shared.domain.objects import (
     entity_tag,
 )
 from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.catalog import CatalogStatus
 from distributor_node.shared.ports.state_store import Fetch, Granted, IndexEntry, Lease, StateStore, Term
 from distributor_node.shared.settings.model import Settings
+from tests.volume_size import bytes_on_volume
 
 SIZE = 20_000
 LIMIT = 10 * footprint(SIZE)
@@ -59,6 +61,14 @@ class ListedCatalog:
         self.asked: list[ObjectId] = []
         self.down = False
 
+    @property
+    def can_list(self) -> bool:
+        return True
+
+    @property
+    def public_url(self) -> str:
+        return ""
+
     async def open(self) -> None: ...
 
     async def close(self) -> None: ...
@@ -78,6 +88,12 @@ class ListedCatalog:
 
     async def source_bases(self) -> Sequence[str]:
         return ()
+
+    async def status(self) -> CatalogStatus:
+        return CatalogStatus()
+
+    async def chain_head(self) -> int | None:
+        return None
 
     def _fail_if_down(self) -> None:
         if self.down:
@@ -200,7 +216,7 @@ class EvictorHarness:
     async def matches_volume(self) -> bool:
         """The index stands for exactly what is on the volume."""
         usage = await self.state.usage()
-        return usage.reconciled and self.volume.measure() <= usage.used + usage.reserved
+        return usage.reconciled and bytes_on_volume(self.root) <= usage.used + usage.reserved
 
 
 @asynccontextmanager

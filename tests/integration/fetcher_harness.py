@@ -1,4 +1,4 @@
-"""A real volume, scripted storage nodes and a state store in memory, for the tests of the fetcher."""
+"""What a fetcher needs: a real volume, storage nodes with scripted faults, a state store in memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from distributor_node.services.demo.objects import DemoObject, bytes_object
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules
-from distributor_node.services.fetcher.download import FetchDeps, FetchRunner
+from distributor_node.services.fetcher.download import FetchRunner
 from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
@@ -34,7 +34,7 @@ LIMIT = 64 * 1024 * 1024
 
 @dataclass(slots=True)
 class Harness:
-    """`times`: of the lease; `workers` share state and volume, as processes would."""
+    """Its workers share state store and volume, as processes do."""
 
     state: MemoryStateStore
     term: Term
@@ -42,7 +42,7 @@ class Harness:
     failover_reader: FailoverReader
     disk: BlockingPool
     nodes: Sequence[StorageNode]
-    times: LeaseTimes
+    times: LeaseTimes  # of the leases
     space_wait: float
     names: list[str] = field(default_factory=list)
 
@@ -56,7 +56,7 @@ class Harness:
         rules = AdmissionRules(LIMIT // 2, self.space_wait, self.times.lease)
         return Worker(
             Admission(self.state, self.volume, self.disk, rules, name),
-            FetchRunner(FetchDeps(self.state, self.failover_reader, self.disk), self.volume, self.times),
+            FetchRunner(self.state, self.volume, self.failover_reader, self.disk, self.times),
             FailureRecorder(self.state, RETRIES, failure_memory=60.0),
         )
 
@@ -64,7 +64,7 @@ class Harness:
         return DeadLetterHandler(self.state, self.volume, self.disk, "worker-last", failure_memory=60.0)
 
     def stored(self) -> bytes | None:
-        """The complete object, if there is one."""
+        """Return the bytes of the complete object, None if it is not stored."""
         found = self.volume.open_object(OBJECT_ID)
         if found is None:
             return None
@@ -81,7 +81,7 @@ class Harness:
         return size
 
     async def until_partial(self, size: int) -> None:
-        """Return when the partial file has that many bytes."""
+        """Wait until the partial file has `size` bytes."""
 
         async def grown() -> bool:
             return (self.partial_size() or 0) >= size
@@ -114,7 +114,7 @@ async def fetcher_harness(
     reconciled: bool = True,
     state_kind: type[MemoryStateStore] = MemoryStateStore,
 ) -> AsyncIterator[Harness]:
-    """One storage node for each of `contents`, which is what it holds as object 7."""
+    """Start one storage node for each of `contents`, which it serves as object 7."""
     async with AsyncExitStack() as stack:
         volume = Volume(folder)
         volume.prepare()

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from distributor_node.services.api.status import VERSION
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.runtime.identity import VERSION
 from tests.servers.api_fixture import FakeAssets, running_api
 
 ERROR_HEADERS = (b"Cache-Control: no-store", b"Access-Control-Allow-Origin: *", b"application/json")
@@ -265,7 +265,7 @@ async def test_status_without_the_state_store(tmp_path: Path) -> None:
         state.usage = state.ping = _unavailable  # the far end is gone
         assert split(await api.get("/api/v1/status"))[0] == 200
         ready = json.loads(split(await api.get("/readyz"))[2])
-    assert ready == {"status": "ready", "problems": [], "degraded": ["state store: out of reach"]}
+    assert ready == {"status": "ready", "problems": [], "degraded": ["state store: unavailable"]}
 
 
 async def _unavailable() -> None:

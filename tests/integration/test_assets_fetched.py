@@ -12,7 +12,7 @@ import pytest
 
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules
-from distributor_node.services.fetcher.download import FetchDeps, FetchRunner
+from distributor_node.services.fetcher.download import FetchRunner
 from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.shared.runtime.threads import BlockingPool
@@ -39,8 +39,10 @@ async def fetching(harness: AssetsHarness) -> AsyncIterator[None]:
     worker = Worker(
         Admission(state, volume, disk, rules, "worker-1"),
         FetchRunner(
-            FetchDeps(state, harness.context.failover_reader, disk),
+            state,
             volume,
+            harness.context.failover_reader,
+            disk,
             LeaseTimes(lease=15.0, renewal=4.0),
         ),
         FailureRecorder(state, RETRIES, failure_memory=60.0),

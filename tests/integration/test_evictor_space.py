@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import VolumeFull
@@ -158,7 +159,6 @@ async def test_an_object_being_sent_is_skipped_and_its_reader_finishes(harness: 
         await eventually(down)
         assert "o0" in await harness.entries()
         assert sent.read(0, SIZE) == body_of("o0")
-        sent.unlock()
         sent.close()
 
         async def has_room() -> bool:
@@ -276,3 +276,72 @@ async def test_evictions_are_measured_and_refetches_noticed(harness: EvictorHarn
         await eventually(
             lambda: sample("refetched_after_eviction_total") == before["refetched_after_eviction_total"] + 1
         )
+
+
+async def test_one_event_per_pass_says_what_was_evicted_and_why(harness: EvictorHarness) -> None:
+    with capture_logs() as logs:
+        async with harness.evictor():
+            await eventually(harness.reconciled)
+            await harness.store(*[f"o{number}" for number in range(8)], age=36_000)
+            large = SIZE + 5000
+            lease = await harness.begin_fetch("large", large)
+            harness.put_file("large", body_of("large", large), changed_at=time.time() - 40_000)
+            assert await harness.state.commit(lease, time.time() - 40_000)
+
+            async def down() -> bool:
+                return await harness.used() <= LOW
+
+            await eventually(down)
+            await eventually(lambda: any(event["event"] == "object_evicted" for event in logs))
+            # Nothing else is requested: there is one pass only
+            left = set(await harness.entries())
+    [event] = [event for event in logs if event["event"] == "object_evicted"]
+    removed = [event for event in logs if event["event"] == "object_removed"]
+    assert event["log_level"] == "info"
+    assert {event["log_level"] for event in removed} == {"debug"}
+    assert (event["policy"], event["evicted"], event["skipped"]) == ("gdsf", 9 - len(left), 0)
+    assert event["bytes"] == sum(removal["bytes"] for removal in removed)
+    assert len(removed) == event["evicted"]
+    by_id = {removal["object_id"]: removal for removal in removed}
+    assert set(by_id) == {"large", *(f"o{number}" for number in range(8))} - left
+    largest = event["largest"]
+    assert [victim["object_id"] for victim in largest][:1] == ["large"]
+    assert len(largest) == min(5, event["evicted"])
+    for victim in largest:
+        removal = by_id[victim["object_id"]]
+        assert {name: removal[name] for name in victim} == victim
+        assert victim["reason"] == "high_watermark"
+        assert (victim["views"], victim["inflation"]) == (1, 0.0)
+        assert victim["priority"] == pytest.approx((64 * 1024**2 + victim["size"]) / victim["size"])
+    assert largest[0]["idle_seconds"] == pytest.approx(40_000, abs=60)
+    assert largest[0]["size"] == large
+
+
+@pytest.mark.parametrize("policy", ["lru", "lru-sp"])
+async def test_victims_of_a_request_are_logged_with_that_reason(harness: EvictorHarness, policy: str) -> None:
+    with capture_logs() as logs:
+        async with harness.evictor(policy=policy):
+            await eventually(harness.reconciled)
+            await harness.store(*[f"o{number}" for number in range(8)], age=36_000)
+            await harness.state.request_space(ObjectId("new"), 5 * SIZE, 60.0)
+            await eventually(lambda: any(event["event"] == "object_evicted" for event in logs))
+    events = [event for event in logs if event["event"] == "object_evicted"]
+    victims = [victim for event in events for victim in event["largest"]]
+    assert victims
+    assert {event["policy"] for event in events} == {policy}
+    assert {victim["reason"] for victim in victims} == {"space_requested"}
+    assert {(victim["priority"], victim["inflation"]) for victim in victims} == {(None, None)}
+
+
+async def test_a_pass_that_evicts_nothing_logs_no_event(harness: EvictorHarness) -> None:
+    with capture_logs() as logs:
+        async with harness.evictor(min_idle=60.0):
+            await eventually(harness.reconciled)
+            await harness.store(*[f"o{number}" for number in range(10)], age=0)
+            await eventually(lambda: any(event["event"] == "eviction_blocked" for event in logs))
+            await harness.state.request_purges([ObjectId("o0")])
+            await eventually(lambda: not harness.has("o0"))
+            await eventually(lambda: any(event["event"] == "object_removed" for event in logs))
+    assert [event for event in logs if event["event"] == "object_evicted"] == []
+    [removal] = [event for event in logs if event["event"] == "object_removed"]
+    assert removal["reason"] == "purged"

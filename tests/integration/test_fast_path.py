@@ -288,7 +288,7 @@ async def test_an_unexpected_error_ends_the_connection(
 
     before = counted("distributor_aborted_responses_total", reason="unexpected_error")
     monkeypatch.setattr(harness.context.accesses, "touch", failing)
-    monkeypatch.setattr("distributor_node.services.api.fast_path.protocol.ACCESS_RENEWAL_INTERVAL", 0.0)
+    monkeypatch.setattr("distributor_node.services.api.accesses.ACCESS_RENEWAL_INTERVAL", 0.0)
     reader, writer = await harness.connect()
     writer.write(ask("2"))
     with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):

@@ -1,4 +1,4 @@
-"""One fetch: requests to the sources, and files on the volume afterwards."""
+"""One fetch: what the sources send, and what is on the volume afterwards."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import GeneratedContent, bytes_object
-from distributor_node.shared.domain.jobs import Done, HandBack, TryLater
+from distributor_node.shared.domain.jobs import Ack, Nack, Retry
 from distributor_node.shared.domain.objects import MediaObject
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import FetchPhase
@@ -42,7 +42,7 @@ async def assert_stored(harness: Harness, data: bytes = DATA) -> None:
 
 async def test_an_object_is_fetched_verified_and_committed(harness: Harness) -> None:
     written = counted("distributor_written_bytes_total")
-    assert await fetch(harness) == Done("fetched")
+    assert await fetch(harness) == Ack("fetched")
     await assert_stored(harness)
     assert counted("distributor_written_bytes_total") == written + SIZE
 
@@ -50,12 +50,12 @@ async def test_an_object_is_fetched_verified_and_committed(harness: Harness) -> 
 @pytest.mark.parametrize("data", [b"", b"x"])
 async def test_small_and_empty_objects(tmp_path: Path, data: bytes) -> None:
     async with fetcher_harness(tmp_path, [data]) as harness:
-        assert await fetch(harness, harness.wanted(data)) == Done("fetched")
+        assert await fetch(harness, harness.wanted(data)) == Ack("fetched")
         await assert_stored(harness, data)
 
 
 async def test_without_a_hash_the_size_is_the_check(harness: Harness) -> None:
-    assert await fetch(harness, harness.wanted(DATA, hashed=False)) == Done("fetched")
+    assert await fetch(harness, harness.wanted(DATA, hashed=False)) == Ack("fetched")
     await assert_stored(harness)
 
 
@@ -83,7 +83,7 @@ async def test_a_type_unknown_to_the_catalog_is_recorded_before_the_first_byte(t
         running = asyncio.create_task(harness.worker().handle(harness.job(harness.wanted(DATA))))
         await harness.nodes[1].requests.wait_for(lambda log: len(log) == 2)
         assert sidecar_type(harness) == "video/webm"
-        assert await running == Done("fetched")
+        assert await running == Ack("fetched")
         record = harness.volume.read_record(OBJECT_ID)
         assert record is not None
         assert record.media_type == "application/octet-stream"
@@ -95,7 +95,7 @@ async def test_the_catalogs_type_is_noted_whatever_the_source_says(tmp_path: Pat
         running = asyncio.create_task(harness.worker().handle(harness.job(harness.wanted(DATA, "video/mp4"))))
         await harness.until_partial(1)
         assert sidecar_type(harness) == "video/mp4"
-        assert await running == Done("fetched")
+        assert await running == Ack("fetched")
 
 
 def sidecar_type(harness: Harness) -> str | None:
@@ -106,13 +106,13 @@ def sidecar_type(harness: Harness) -> str | None:
 
 async def test_a_cached_object_is_not_fetched_again(harness: Harness) -> None:
     await fetch(harness)
-    assert await fetch(harness) == Done("already cached")
+    assert await fetch(harness) == Ack("already_cached")
     assert len(harness.nodes[0].requests) == 1
 
 
 async def test_a_source_that_aborts_is_replaced_at_the_same_byte(harness: Harness) -> None:
     harness.nodes[0].faults.add(Fault(cut_after=1_000_000))
-    assert await fetch(harness) == Done("fetched")
+    assert await fetch(harness) == Ack("fetched")
     await assert_stored(harness)
     asked = harness.nodes[1].requests[0].range
     assert asked is not None
@@ -121,13 +121,13 @@ async def test_a_source_that_aborts_is_replaced_at_the_same_byte(harness: Harnes
 
 async def test_a_source_that_stalls_is_replaced(harness: Harness) -> None:
     harness.nodes[0].faults.add(Fault(hang_after=1_000_000))
-    assert await fetch(harness) == Done("fetched")
+    assert await fetch(harness) == Ack("fetched")
     await assert_stored(harness)
 
 
 async def test_corrupt_bytes_are_fetched_again_from_another_source(harness: Harness) -> None:
     harness.nodes[0].faults.add(Fault(flip_byte_at=1_234_567))
-    assert await fetch(harness) == Done("fetched")
+    assert await fetch(harness) == Ack("fetched")
     await assert_stored(harness)
     assert harness.nodes[1].requests[0].range is None
 
@@ -135,14 +135,14 @@ async def test_corrupt_bytes_are_fetched_again_from_another_source(harness: Harn
 async def test_of_several_sources_the_corrupt_one_is_found(harness: Harness) -> None:
     harness.nodes[0].faults.add(Fault(cut_after=1_000_000, flip_byte_at=5), Match(first=1))
     harness.nodes[0].faults.add(Fault(flip_byte_at=5))
-    assert await fetch(harness) == Done("fetched")
+    assert await fetch(harness) == Ack("fetched")
     await assert_stored(harness)
 
 
 async def test_corrupt_bytes_from_all_sources_leave_nothing(harness: Harness) -> None:
     for node in harness.nodes:
         node.faults.add(Fault(flip_byte_at=SIZE - 1))
-    assert await fetch(harness) == TryLater("all sources gave wrong bytes")
+    assert await fetch(harness) == Retry("all sources sent corrupt bytes")
     assert [len(node.requests) for node in harness.nodes] == [1, 1]
     await assert_nothing_is_left(harness)
 
@@ -160,7 +160,7 @@ async def test_corrupt_bytes_from_all_sources_leave_nothing(harness: Harness) ->
 async def test_failing_sources_leave_no_partial_file(harness: Harness, trouble: Fault) -> None:
     for node in harness.nodes:
         node.faults.add(trouble)
-    assert isinstance(await fetch(harness), TryLater)
+    assert isinstance(await fetch(harness), Retry)
     await assert_nothing_is_left(harness)
 
 
@@ -174,7 +174,7 @@ async def test_bytes_received_before_all_sources_failed_are_kept_and_resumed(har
     for node in harness.nodes:
         node.faults.add(Fault(cut_after=700_000))
     outcome = await fetch(harness)
-    assert isinstance(outcome, TryLater)
+    assert isinstance(outcome, Retry)
     assert outcome.reason.startswith("all sources failed")
     object_status = await harness.state.find(OBJECT_ID)
     assert object_status.fetch is not None
@@ -185,7 +185,7 @@ async def test_bytes_received_before_all_sources_failed_are_kept_and_resumed(har
     for node in harness.nodes:
         node.faults.clear()
         node.requests.clear()
-    assert await fetch(harness) == Done("fetched")
+    assert await fetch(harness) == Ack("fetched")
     await assert_stored(harness)
     asked = [record.range for node in harness.nodes for record in node.requests]
     assert asked == [f"bytes={size}-{SIZE - 1}"]
@@ -196,12 +196,12 @@ async def test_a_stopped_fetch_is_requeued_and_resumed(harness: Harness) -> None
     running = asyncio.create_task(harness.worker().handle(harness.job(harness.wanted(DATA))))
     await harness.until_partial(100_000)
     running.cancel()
-    assert await running == HandBack()
+    assert await running == Nack()
     object_status = await harness.state.find(OBJECT_ID)
     assert object_status.fetch is not None
     assert object_status.fetch.phase is FetchPhase.PARKED
     size = harness.partial_size()
-    assert await fetch(harness) == Done("fetched")
+    assert await fetch(harness) == Ack("fetched")
     await assert_stored(harness)
     assert harness.nodes[0].requests[1].range == f"bytes={size}-{SIZE - 1}"
 
@@ -213,7 +213,7 @@ async def test_bytes_of_other_content_are_not_resumed(harness: Harness) -> None:
     await harness.until_partial(100_000)
     running.cancel()
     await running
-    assert await fetch(harness) == Done("fetched")
+    assert await fetch(harness) == Ack("fetched")
     await assert_stored(harness)
     assert harness.nodes[0].requests[1].range is None
 
@@ -229,5 +229,5 @@ async def test_corrupt_bytes_on_the_volume_restart_the_download_and_spare_the_so
         file.write(b"rot")
     for node in harness.nodes:
         node.faults.clear()
-    assert await fetch(harness) == Done("fetched")
+    assert await fetch(harness) == Ack("fetched")
     await assert_stored(harness)

@@ -1,4 +1,4 @@
-"""The fetcher as a process on real Redis and RabbitMQ: it works, shuts down gracefully, survives kills."""
+"""The fetcher as a process, on real Redis and RabbitMQ: fetch, stop, kill."""
 
 from __future__ import annotations
 

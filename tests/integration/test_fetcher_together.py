@@ -1,4 +1,4 @@
-"""Fetches with competing workers, lost leases, no space, a full disk, an index that contradicts the volume."""
+"""Fetches with other workers, lost leases, no space, a full disk, and an index that differs from the volume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import GeneratedContent
 from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
 from distributor_node.shared.adapters.volume import Volume
-from distributor_node.shared.domain.jobs import Done, Hopeless, JobOutcome, LookAgain, RetryPlan, TryLater
+from distributor_node.shared.domain.jobs import Ack, DeadLetter, JobOutcome, Requeue, Retry, RetryPlan
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import FetchPhase, Granted, IndexEntry, Topic
@@ -39,21 +39,21 @@ def start(harness: Harness, wanted: MediaObject | None = None) -> asyncio.Task[J
 async def test_jobs_for_one_object_make_one_download(harness: Harness) -> None:
     harness.nodes[0].faults.add(SLOW)
     outcomes = await asyncio.gather(*(start(harness) for _ in range(8)))
-    assert outcomes.count(Done("fetched")) == 1
-    assert {type(outcome) for outcome in outcomes} <= {Done, LookAgain}
+    assert outcomes.count(Ack("fetched")) == 1
+    assert {type(outcome) for outcome in outcomes} <= {Ack, Requeue}
     assert len(harness.nodes[0].requests) == 1
     assert harness.stored() == DATA
 
 
 async def test_a_job_waits_for_the_lease_of_a_dead_worker(harness: Harness) -> None:
     assert isinstance(await harness.state.begin(OBJECT_ID, SIZE, "dead"), Granted)
-    assert await start(harness) == Done("fetched")
+    assert await start(harness) == Ack("fetched")
     assert harness.stored() == DATA
 
 
 async def test_a_job_resumes_where_the_worker_that_lost_its_delivery_failed(harness: Harness) -> None:
-    """The broker delivered the job again while the first worker, cut off from it, was still at work: that one's word on
-    what becomes of the job arrives nowhere, and it fails."""
+    """1. Worker A loses its connection to the broker while it fetches. 2. The broker redelivers the job to worker B.
+    3. A fails, and its outcome reaches no broker. 4. B gets the lease and resumes."""
     harness.nodes[0].faults.add(Fault(bytes_per_second=400_000, cut_after=600_000))
     cut_off = start(harness)
     await harness.until_partial(100_000)
@@ -63,7 +63,7 @@ async def test_a_job_resumes_where_the_worker_that_lost_its_delivery_failed(harn
     consuming = asyncio.create_task(
         queue.consume(harness.worker().handle, 1, harness.dead_letter_handler().handle)
     )
-    assert isinstance(await cut_off, TryLater)
+    assert isinstance(await cut_off, Retry)
     harness.nodes[0].faults.clear()
 
     async def fetched() -> bool:
@@ -75,7 +75,7 @@ async def test_a_job_resumes_where_the_worker_that_lost_its_delivery_failed(harn
 
 
 async def test_a_lost_lease_ends_the_writing(harness: Harness) -> None:
-    """The index is emptied and another takes the object: what comes afterwards is not written."""
+    """After the index is emptied, no byte is written."""
     harness.nodes[0].faults.add(SLOW)
     running = start(harness)
     await harness.until_partial(100_000)
@@ -83,13 +83,13 @@ async def test_a_lost_lease_ends_the_writing(harness: Harness) -> None:
     assert fetch is not None
     harness.state.tables.drop_fetch(OBJECT_ID)  # as a restarted state store would
     outcome = await running
-    assert isinstance(outcome, TryLater)
+    assert isinstance(outcome, Retry)
     assert "lease" in outcome.reason
     size = harness.partial_size()
     assert size is not None
     assert 0 < size < SIZE
     usage = await harness.state.usage()
-    assert usage.reserved == 0, "nothing was given back that was not held"
+    assert usage.reserved == 0, "no reservation was released that was not held"
 
 
 async def test_a_live_writer_locks_others_out_of_its_file(harness: Harness) -> None:
@@ -99,11 +99,11 @@ async def test_a_live_writer_locks_others_out_of_its_file(harness: Harness) -> N
     )
     try:
         outcome = await start(harness)
-        assert isinstance(outcome, TryLater)
+        assert isinstance(outcome, Retry)
         assert "held by another writer" in outcome.reason
     finally:
         held.close()
-    assert await start(harness) == Done("fetched")
+    assert await start(harness) == Ack("fetched")
 
 
 async def test_space_is_requested_and_waited_for(tmp_path: Path) -> None:
@@ -114,13 +114,13 @@ async def test_space_is_requested_and_waited_for(tmp_path: Path) -> None:
         assert isinstance(begun, Granted)
         running = start(harness)
 
-        async def wished() -> bool:
+        async def space_requested() -> bool:
             return await harness.state.space_requested() == footprint(SIZE)
 
-        await eventually(wished)
+        await eventually(space_requested)
         await harness.state.release(begun.lease)
         async with asyncio.timeout(60):
-            assert await running == Done("fetched")
+            assert await running == Ack("fetched")
         assert await harness.state.space_requested() == 0
 
 
@@ -129,27 +129,27 @@ async def test_no_space_in_time_is_retried_later(tmp_path: Path) -> None:
         begun = await harness.state.begin(ObjectId.parse("8"), LIMIT - footprint(SIZE), "other")
         assert isinstance(begun, Granted)
         outcome = await start(harness)
-        assert isinstance(outcome, TryLater)
+        assert isinstance(outcome, Retry)
         assert outcome.reason.startswith("no space")
         assert len(harness.nodes[0].requests) == 0
 
 
 async def test_nothing_is_fetched_before_reconciliation(tmp_path: Path) -> None:
     async with fetcher_harness(tmp_path, [DATA], space_wait=0.1, reconciled=False) as harness:
-        assert isinstance(await start(harness), TryLater)
+        assert isinstance(await start(harness), Retry)
         assert len(harness.nodes[0].requests) == 0
 
 
 @pytest.mark.parametrize("size", [None, LIMIT, LIMIT * 2])
 async def test_an_uncacheable_object_is_dead_lettered(harness: Harness, size: int | None) -> None:
-    assert isinstance(await start(harness, MediaObject(OBJECT_ID, size, sources=harness.sources)), Hopeless)
+    assert isinstance(await start(harness, MediaObject(OBJECT_ID, size, sources=harness.sources)), DeadLetter)
 
 
 async def test_an_object_missing_from_the_index_is_reindexed(harness: Harness) -> None:
     await start(harness)
     before = await harness.state.usage()
     harness.state.tables.drop_object(harness.state.tables.objects[OBJECT_ID])  # an emptied store
-    assert await start(harness) == Done("already cached")
+    assert await start(harness) == Ack("already_cached")
     assert (await harness.state.usage()) == before
     assert len(harness.nodes[0].requests) == 1
 
@@ -163,7 +163,7 @@ async def test_an_object_the_volume_has_lost_is_fetched_again(harness: Harness, 
     else:
         with path.open("r+b") as file:
             file.truncate(100)
-    assert await start(harness) == Done("fetched")
+    assert await start(harness) == Ack("fetched")
     assert harness.stored() == DATA
     usage = await harness.state.usage()
     assert (usage.used, usage.reserved) == (footprint(SIZE), 0)
@@ -171,7 +171,7 @@ async def test_an_object_the_volume_has_lost_is_fetched_again(harness: Harness, 
 
 async def test_an_index_entry_without_a_file(harness: Harness) -> None:
     await harness.state.adopt(harness.term, IndexEntry(OBJECT_ID, SIZE, 1, time.time()))
-    assert await start(harness) == Done("fetched")
+    assert await start(harness) == Ack("fetched")
     usage = await harness.state.usage()
     assert (usage.used, usage.reserved, usage.objects) == (footprint(SIZE), 0, 1)
 
@@ -185,10 +185,10 @@ async def test_a_dead_lettered_job_frees_its_space_and_its_failure_is_remembered
         queue.consume(harness.worker().handle, 2, harness.dead_letter_handler().handle)
     )
 
-    async def given_up() -> bool:
+    async def dead_lettered() -> bool:
         return (await queue.depth()).dead == 1
 
-    await eventually(given_up)
+    await eventually(dead_lettered)
     consuming.cancel()
     await asyncio.wait({consuming})
     object_status = await harness.state.find(OBJECT_ID)
@@ -201,7 +201,7 @@ async def test_a_dead_lettered_job_frees_its_space_and_its_failure_is_remembered
 
 @pytest.mark.parametrize("trouble", ["sources", "bytes", "space", "disk"])
 async def test_a_failed_attempt_blocks_other_jobs_until_its_retry(tmp_path: Path, trouble: str) -> None:
-    """A request at the moment the lease is released must not start the fetch again."""
+    """A request that sees the lease released must not win a claim before the delayed retry."""
     content = b"?" + DATA[1:] if trouble == "bytes" else DATA
     async with fetcher_harness(tmp_path, [content], space_wait=0.1, limit=2 * SIZE) as harness:
         held = None
@@ -215,19 +215,21 @@ async def test_a_failed_attempt_blocks_other_jobs_until_its_retry(tmp_path: Path
             )
         await harness.state.claim(OBJECT_ID, "api-1")
         await harness.state.mark_queued(OBJECT_ID, "api-1")
-        async with harness.state.listen() as news:
+        async with harness.state.listen() as announcements:
             running = start(harness)
             claims = []
-            async for announcement in news:
+            async for announcement in announcements:
                 if announcement.topic is Topic.FETCH_CHANGED:
                     claims.append(await harness.state.claim(OBJECT_ID, "api-2"))
                 if claims and claims[-1].status.failure is not None:
                     break
-            assert isinstance(await running, TryLater)
+            assert isinstance(await running, Retry)
         assert not any(claim.won for claim in claims)
         claim = await harness.state.claim(OBJECT_ID, "api-2")
         assert claim.status.failure is not None, "while its job waits in the delay queue"
-        assert 60 < claim.status.failure.seconds_left <= 65, "and if that is lost, for a while longer"
+        assert 60 < claim.status.failure.seconds_left <= 65, (
+            "and some seconds longer, in case the job is lost"
+        )
         if held is not None:
             held.close()
 
@@ -251,7 +253,7 @@ async def test_a_stopping_consumer_parks_its_fetches(harness: Harness) -> None:
 
 @pytest.mark.parametrize("steps", [*range(0, 60, 3), *range(60, 400, 20)])
 async def test_stopped_at_any_moment_it_leaves_a_resumable_state(harness: Harness, steps: int) -> None:
-    """`steps` turns of the loop after the beginning."""
+    """Cancelled after `steps` turns of the event loop."""
     running = start(harness)
     for _ in range(steps):
         await asyncio.sleep(0)
@@ -261,7 +263,7 @@ async def test_stopped_at_any_moment_it_leaves_a_resumable_state(harness: Harnes
     on_volume = harness.partial_size() or 0
     assert usage.used + usage.reserved >= on_volume, "no byte that is not accounted for"
     assert usage.fetches == 0, "no lease without a worker"
-    assert await start(harness) in (Done("fetched"), Done("already cached"))
+    assert await start(harness) in (Ack("fetched"), Ack("already_cached"))
     assert harness.stored() == DATA
     usage = await harness.state.usage()
     assert (usage.used, usage.reserved) == (footprint(SIZE), 0)
@@ -278,7 +280,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 async def test_a_full_disk_is_an_outcome(small_disk: Path) -> None:
     async with fetcher_harness(small_disk, [DATA]) as harness:
         outcome = await start(harness)
-        assert isinstance(outcome, TryLater)
+        assert isinstance(outcome, Retry)
         assert outcome.reason.startswith("volume full")
         assert harness.partial_size() is None
         assert (await harness.state.usage()).reserved == 0
@@ -289,14 +291,14 @@ async def test_a_missing_volume_is_rejected_and_its_replacement_is_used(
     harness: Harness, tmp_path: Path
 ) -> None:
     root = harness.volume.root
-    assert await start(harness) == Done("fetched")
+    assert await start(harness) == Ack("fetched")
     root.rename(tmp_path / "former")
     root.mkdir()
     outcome = await start(harness)
-    assert isinstance(outcome, TryLater)
-    assert "not there" in outcome.reason
+    assert isinstance(outcome, Retry)
+    assert "missing" in outcome.reason
     assert list(root.iterdir()) == []
     Volume(root).prepare()
-    assert await start(harness) == Done("fetched")
+    assert await start(harness) == Ack("fetched")
     assert harness.stored() == DATA
     assert len(list(root.glob("objects/*/*"))) == 1

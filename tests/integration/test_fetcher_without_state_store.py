@@ -1,4 +1,4 @@
-"""Fetches while the state store is unavailable."""
+"""The state store is unreachable while objects are fetched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import GeneratedContent
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.domain.errors import StateStoreUnavailable
-from distributor_node.shared.domain.jobs import Done, JobOutcome, TryLater
+from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import BeginResult, Lease
@@ -23,13 +23,13 @@ DATA = GeneratedContent(7, SIZE).read(0, SIZE)
 
 
 class UnreachableStore(MemoryStateStore):
-    """Verbs of fetches fail while it is out of reach."""
+    """Operations of fetches fail while it is unreachable."""
 
     reachable = True
 
     def _check(self) -> None:
         if not self.reachable:
-            raise StateStoreUnavailable("out of reach")
+            raise StateStoreUnavailable("unreachable")
 
     async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
         self._check()
@@ -65,14 +65,14 @@ def reach(harness: Harness, reachable: bool) -> None:
 
 async def test_before_the_start_the_job_waits(harness: Harness) -> None:
     reach(harness, False)
-    assert await start(harness) == TryLater("out of reach")
+    assert await start(harness) == Retry("unreachable")
     assert len(harness.nodes[0].requests) == 0
 
 
 async def test_a_cached_object_needs_no_state_store(harness: Harness) -> None:
     await start(harness)
     reach(harness, False)
-    assert await start(harness) == Done("already cached")
+    assert await start(harness) == Ack("already_cached")
 
 
 async def test_a_short_removal_goes_unnoticed(harness: Harness) -> None:
@@ -82,7 +82,7 @@ async def test_a_short_removal_goes_unnoticed(harness: Harness) -> None:
     reach(harness, False)
     await harness.until_partial(SIZE // 2)
     reach(harness, True)
-    assert await running == Done("fetched")
+    assert await running == Ack("fetched")
 
 
 async def test_an_outage_longer_than_the_lease_ends_the_writing(harness: Harness) -> None:
@@ -91,11 +91,11 @@ async def test_an_outage_longer_than_the_lease_ends_the_writing(harness: Harness
     await harness.until_partial(SIZE // 10)
     reach(harness, False)
     outcome = await running
-    assert isinstance(outcome, TryLater)
+    assert isinstance(outcome, Retry)
     assert "lease" in outcome.reason or "renewal" in outcome.reason
     assert 0 < (harness.partial_size() or 0) < SIZE
     reach(harness, True)
-    assert await start(harness) == Done("fetched")
+    assert await start(harness) == Ack("fetched")
     assert harness.stored() == DATA
 
 
@@ -105,11 +105,11 @@ async def test_at_the_end_the_object_is_stored_and_made_known_later(harness: Har
     await harness.until_partial(SIZE // 2)
     reach(harness, False)
     outcome = await running
-    assert isinstance(outcome, TryLater)
+    assert isinstance(outcome, Retry)
     assert harness.stored() == DATA
     reach(harness, True)
-    assert await start(harness) == Done("already cached")
-    await asyncio.sleep(1.0)  # the lease of the first attempt runs out
-    assert await start(harness) == Done("already cached")
+    assert await start(harness) == Ack("already_cached")
+    await asyncio.sleep(1.0)  # the lease of the first attempt expires
+    assert await start(harness) == Ack("already_cached")
     usage = await harness.state.usage()
     assert (usage.used, usage.reserved) == (footprint(SIZE), 0)

@@ -14,9 +14,10 @@ from distributor_node.services.demo.manifest import known_hash
 from distributor_node.services.demo.objects import BytesContent, DemoObject, bytes_object
 from distributor_node.services.demo.squid import SquidFaults, StorageBucket, TestSquid
 from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
-from distributor_node.shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits, SquidStatus
+from distributor_node.shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError
 from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
+from distributor_node.shared.ports.catalog import CatalogStatus
 from tests.waiting import eventually
 
 OBJECTS = [
@@ -112,7 +113,7 @@ async def test_nulls_are_tolerated(squid: TestSquid, catalog: JoystreamCatalog) 
         assert found.sources == ()
         assert await catalog.active_storage_endpoints() == ()
     squid.faults = SquidFaults(nulls=("squidStatus",))
-    assert await catalog.squid_status() == SquidStatus(height=None, version="1.8.0-demo")
+    assert await catalog.status() == CatalogStatus(version="1.8.0-demo")
 
 
 async def test_the_network_and_the_squid_itself(squid: TestSquid, catalog: JoystreamCatalog) -> None:
@@ -121,7 +122,7 @@ async def test_the_network_and_the_squid_itself(squid: TestSquid, catalog: Joyst
         "https://one.example/api/v1/",
         "https://two.example/storage/api/v1/",
     ]
-    assert await catalog.squid_status() == SquidStatus(squid.height, "1.8.0-demo")
+    assert await catalog.status() == CatalogStatus(squid.height, "1.8.0-demo")
     assert await catalog.bucket_ids() == ("0:1", "9:9")
 
 
@@ -146,7 +147,7 @@ async def test_every_fault_is_unavailability_in_time(squid: TestSquid, fault: st
         for object_id in (ONE, UNKNOWN):
             with pytest.raises(CatalogUnavailable):
                 await catalog.look_up(object_id)
-        for ask in (catalog.bucket_ids, catalog.active_storage_endpoints, catalog.squid_status):
+        for ask in (catalog.bucket_ids, catalog.active_storage_endpoints, catalog.status):
             with pytest.raises(CatalogUnavailable):
                 await ask()
         with pytest.raises(CatalogUnavailable):
@@ -236,12 +237,12 @@ async def test_an_incomplete_list_always_raises(
 
 
 async def test_a_batch_too_large_is_split_in_halves(squid: TestSquid) -> None:
-    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_answer=450)) as catalog:
+    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_response=450)) as catalog:
         assert await listed(catalog, OURS) == ["1", "2", "3", "4"]
     sizes = [record.variables["n"] for record in squid.requests if record.operation == "ObjectsOfBags"]
     assert sizes[0] == 3
     assert sizes[1:] != []
-    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_answer=150)) as catalog:
+    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_response=150)) as catalog:
         with pytest.raises(CatalogUnavailable):
             await listed(catalog, OURS)
 
@@ -265,7 +266,7 @@ async def test_the_switch_is_persisted_and_undone(squid: TestSquid, catalog: Joy
         squid.faults = SquidFaults(schema=schema)
         squid.requests.clear()
         assert await catalog.look_up(ONE) is not None
-        return sum(record.refused for record in squid.requests)
+        return sum(record.rejected for record in squid.requests)
 
     assert await refused("current") == 0
     assert await refused("deprecated_only") > 0

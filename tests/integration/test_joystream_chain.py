@@ -110,5 +110,5 @@ def test_an_invalid_url_is_a_wrong_setting(url: str) -> None:
 
 
 async def test_a_url_unusable_by_the_library_is_no_answer() -> None:
-    with pytest.raises(CatalogUnavailable, match="cannot be asked"):
+    with pytest.raises(CatalogUnavailable, match="cannot be reached"):
         await ChainHead("http://node\x7f.example", timeout=1).head()

@@ -17,6 +17,7 @@ from distributor_node.services.api.fast_path.object_cache import (
 )
 from distributor_node.shared.adapters.volume import RemovalState, Volume
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from tests.volume_size import bytes_on_volume
 
 SMALL, LARGE = 1000, MAX_IN_MEMORY + 1
 LATER = REVALIDATE_SECONDS + 0.01
@@ -77,7 +78,7 @@ async def test_an_open_object_is_in_use_until_it_is_idle(harness: Harness) -> No
     harness.now += IDLE_SECONDS + 0.01
     await harness.cache.sweep()
     assert harness.remove("1") is RemovalState.READY
-    assert harness.volume.measure() == 0
+    assert bytes_on_volume(harness.volume.root) == 0
     assert harness.bytes_of("1") is None
 
 
@@ -97,7 +98,7 @@ async def test_an_object_only_looked_up_is_not_in_use(harness: Harness) -> None:
         assert harness.cache.get(b"3", harness.now) is not None
         await harness.cache.sweep()
     assert harness.remove("3") is RemovalState.READY
-    assert harness.volume.measure() == 0
+    assert bytes_on_volume(harness.volume.root) == 0
 
 
 async def test_an_object_being_removed_is_not_acquired(harness: Harness) -> None:
@@ -137,7 +138,7 @@ async def test_an_object_renamed_to_trash_is_noticed_and_closed(harness: Harness
     harness.now += LATER
     assert harness.bytes_of("1") is None
     assert harness.remove("1") is RemovalState.READY
-    assert harness.volume.measure() == 0
+    assert bytes_on_volume(harness.volume.root) == 0
 
 
 async def test_a_file_being_sent_stays_open_until_it_is_sent(harness: Harness) -> None:
@@ -163,7 +164,7 @@ async def test_a_body_in_memory_takes_no_lock_and_is_dropped_with_its_object(har
     assert cached is not None
     assert cached.body == b"a" * SMALL
     assert harness.remove("1") is RemovalState.READY
-    assert harness.volume.measure() == 0
+    assert bytes_on_volume(harness.volume.root) == 0
     harness.now += LATER
     assert harness.bytes_of("1") is None
 

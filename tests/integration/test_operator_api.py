@@ -236,6 +236,17 @@ async def test_a_page_has_a_thousand_entries_at_most(tmp_path: Path, query: str)
         assert (await operator.ask("GET", f"cache?{query}")).status == 400
 
 
+async def test_one_object_is_explained_to_the_operator_alone(tmp_path: Path) -> None:
+    async with operated(tmp_path) as (api, operator):
+        await api.context.state.change_pins(pin=[ObjectId("7")])
+        explained = await operator.query("cache/7")
+        assert (explained["id"], explained["state"], explained["pinned"]) == ("7", "absent", True)
+        assert (await operator.ask("GET", "cache/7", token="x")).status == 401
+        for malformed in ("", "..", "a%20b", "a/b", "x" * 129):
+            answer = await operator.ask("GET", f"cache/{malformed}")
+            assert (answer.status, answer.json()["type"]) == (400, "malformed_request"), malformed
+
+
 async def test_one_warming_at_a_time(tmp_path: Path) -> None:
     async with operated(tmp_path) as (api, operator):
         state = api.context.state

@@ -1,4 +1,4 @@
-"""The job queue on RabbitMQ: headers, poison messages, durability, conflicting queues, names."""
+"""The job queue on RabbitMQ only: headers, poison messages, durability, conflicting queues, names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
 from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology
 from distributor_node.shared.domain.errors import ConfigurationError, JobQueueUnavailable
-from distributor_node.shared.domain.jobs import Hopeless, JobOutcome, RetryPlan, encode_job
+from distributor_node.shared.domain.jobs import DeadLetter, JobOutcome, RetryPlan, encode_job
 from tests.contract.queue_harness import consuming, done, make_job, wait_for_depth
 
 pytestmark = pytest.mark.servers
@@ -86,19 +86,19 @@ async def test_poison_is_dead_lettered_as_it_came_and_consumption_goes_on(
     letter = await _take(channel, topology.dead)
     assert letter.body == body
     assert letter.headers["x-other"] == "kept"
-    assert str(letter.headers["x-distributor-reason"]).startswith("no job: ")
+    assert str(letter.headers["x-distributor-reason"]).startswith("invalid job: ")
     assert [job.object_id for job in recorder.started] == ["before", "after"]
 
 
 async def test_a_dead_letter_keeps_body_and_request_id_and_says_why(
     queue: RabbitJobQueue, topology: Topology, channel: AbstractChannel
 ) -> None:
-    async def hopeless(_: object) -> JobOutcome:
-        return Hopeless("never_fits")
+    async def dead_letter(_: object) -> JobOutcome:
+        return DeadLetter("never_fits")
 
     job = make_job(request_id="abc")
     await queue.publish(job)
-    async with consuming(queue, hopeless):
+    async with consuming(queue, dead_letter):
         await wait_for_depth(queue, dead=1)
     letter = await _take(channel, topology.dead)
     assert letter.body == encode_job(job)
@@ -116,13 +116,13 @@ async def test_a_queue_with_other_arguments_is_reported_and_nothing_hangs(
         with pytest.raises(JobQueueUnavailable, match=rf"{topology.work}.*delete"):
             await queue.publish(make_job())
         with pytest.raises(ConfigurationError, match=rf"{topology.work}.*delete"):
-            await queue.consume(done, 1, consuming_nothing)
+            await queue.consume(done, 1, unexpected_dead_letter)
     finally:
         await queue.close()
 
 
-async def consuming_nothing(_: object, __: str) -> None:
-    raise AssertionError("nothing is given up here")
+async def unexpected_dead_letter(_: object, __: str) -> None:
+    raise AssertionError("no job is dead-lettered here")
 
 
 async def test_the_consumer_timeout_argument_is_accepted_by_this_broker(

@@ -1,4 +1,4 @@
-"""The job queue while its broker is stopped, killed, frozen, blocked or cuts connections."""
+"""The job queue while its broker is stopped, killed, frozen or blocked, or closes connections."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
 from distributor_node.shared.domain.errors import JobQueueUnavailable
-from distributor_node.shared.domain.jobs import Done, FetchJob, JobOutcome, RetryPlan, TryLater
+from distributor_node.shared.domain.jobs import Ack, FetchJob, JobOutcome, Retry, RetryPlan
 from tests.contract.queue_harness import consuming, make_job, wait_for_depth
 from tests.counters import counted
 from tests.servers.rabbitmq_server import RabbitServer
@@ -44,11 +44,11 @@ async def _publish_until_taken(queue: RabbitJobQueue, job: FetchJob) -> None:
 
 
 async def test_a_job_that_outlasts_the_consumer_timeout_runs_once_and_ends(queue: RabbitJobQueue) -> None:
-    """The broker gives up waiting after 2 s and delivers again, to a process that is still at it."""
+    """The broker redelivers after 2 s, to the process that still runs the job."""
 
     async def slow(_: FetchJob) -> JobOutcome:
         await asyncio.sleep(4.5)
-        return Done()
+        return Ack()
 
     await queue.publish(make_job())
     async with consuming(queue, slow, concurrency=3) as recorder:
@@ -61,19 +61,19 @@ async def test_a_job_that_outlasts_the_consumer_timeout_runs_once_and_ends(queue
 async def test_killed_connections_come_back_and_a_running_job_runs_once(
     queue: RabbitJobQueue, own_rabbitmq: RabbitServer
 ) -> None:
-    go_on = asyncio.Event()
+    release = asyncio.Event()
 
-    async def until_told(_: FetchJob) -> JobOutcome:
-        await go_on.wait()
-        return Done()
+    async def wait_for_release(_: FetchJob) -> JobOutcome:
+        await release.wait()
+        return Ack()
 
     await queue.publish(make_job("1"))
-    async with consuming(queue, until_told) as recorder:
+    async with consuming(queue, wait_for_release) as recorder:
         await recorder.wait_for(lambda: len(recorder.started) == 1)
         await asyncio.to_thread(own_rabbitmq.close_all_connections)
         await _publish_until_taken(queue, make_job("2"))
         await recorder.wait_for(lambda: len(recorder.started) == 2)
-        go_on.set()
+        release.set()
         await recorder.wait_for(lambda: len(recorder.ended) == 2)
         await wait_for_depth(queue)
     await wait_for_depth(queue)
@@ -84,7 +84,7 @@ async def test_a_memory_alarm_stops_publishing_in_time_and_acknowledging_not_at_
     queue: RabbitJobQueue, own_rabbitmq: RabbitServer
 ) -> None:
     async def last_is_late(job: FetchJob) -> JobOutcome:
-        return TryLater("no_space") if job.object_id == "late" and job.attempt == 1 else Done()
+        return Retry("no_space") if job.object_id == "late" and job.attempt == 1 else Ack()
 
     for name in ("1", "2", "late"):
         await queue.publish(make_job(name))
@@ -105,41 +105,43 @@ async def test_a_memory_alarm_stops_publishing_in_time_and_acknowledging_not_at_
             )
     finally:
         await asyncio.to_thread(own_rabbitmq.clear_memory_alarm)
-    # Of the refused only the first had reached the broker's socket; it is published late, which is safe.
+    # Only the first refused job reached the broker's socket. It is published late, which is safe.
     assert sum(job.object_id == "refused" for job in recorder.started) <= 1
 
 
 async def test_jobs_survive_a_killed_broker_and_consumption_resumes_when_it_is_back(
     queue: RabbitJobQueue, own_rabbitmq: RabbitServer
 ) -> None:
-    """Also: down at the start, publishing fails at once; what begins while it is down works when it comes up."""
+    """While the broker is down, publishing fails at once. A queue opened in that time works when the broker is up."""
     blocked = asyncio.Event()
 
     async def first_waits(job: FetchJob) -> JobOutcome:
         if job.object_id == "0":
             await blocked.wait()
-        return Done()
+        return Ack()
 
     for number in range(5):
         await queue.publish(make_job(str(number)))
     async with consuming(queue, first_waits, concurrency=1) as recorder:
         await recorder.wait_for(lambda: len(recorder.started) == 1)
         await asyncio.to_thread(own_rabbitmq.kill)
-        latecomer = RabbitJobQueue(own_rabbitmq.url, "test-latecomer", RetryPlan(()), _PUBLISH_SECONDS)
-        await latecomer.open()
+        opened_while_down = RabbitJobQueue(
+            own_rabbitmq.url, "test-opened-while-down", RetryPlan(()), _PUBLISH_SECONDS
+        )
+        await opened_while_down.open()
         started = time.monotonic()
         with pytest.raises(JobQueueUnavailable):
-            await latecomer.publish(make_job())
+            await opened_while_down.publish(make_job())
         assert time.monotonic() - started < _IN_TIME
         with pytest.raises(JobQueueUnavailable):
-            await latecomer.ping()
-        async with consuming(latecomer) as late_recorder:
+            await opened_while_down.ping()
+        async with consuming(opened_while_down) as late_recorder:
             await asyncio.to_thread(own_rabbitmq.start)
-            await _publish_until_taken(latecomer, make_job("late"))
+            await _publish_until_taken(opened_while_down, make_job("late"))
             await late_recorder.wait_for(lambda: late_recorder.ended == ["late"])
             blocked.set()
             await recorder.wait_for(lambda: len(recorder.ended) == 5)
-        await latecomer.close()
+        await opened_while_down.close()
     await wait_for_depth(queue)
     assert [job.object_id for job in recorder.started] == ["0", "1", "2", "3", "4"]
 

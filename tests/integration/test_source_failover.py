@@ -174,7 +174,7 @@ async def test_a_source_with_connect_timeout_costs_that_time_once(harness: Harne
 
 
 async def test_no_sources_at_all(harness: Harness) -> None:
-    with pytest.raises(AllSourcesFailed, match="no source is known") as caught:
+    with pytest.raises(AllSourcesFailed, match="the object has no source") as caught:
         await harness.read(sources=[])
     assert not caught.value.too_slow
 

@@ -17,7 +17,7 @@ from distributor_node.services.demo.faults import Fault
 from distributor_node.services.demo.objects import GeneratedContent, bytes_object
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
-from distributor_node.shared.adapters.sources.network import connect, interleave
+from distributor_node.shared.adapters.sources.network import connect
 from distributor_node.shared.domain.errors import SourceTooSlow, SourceUnreachable
 from distributor_node.shared.domain.ranges import ByteRange
 from tests.servers.unresponsive_server import unresponsive_server
@@ -180,11 +180,21 @@ async def test_a_handshake_that_never_ends() -> None:
     assert failed.value.timed_out
 
 
-def test_families_take_turns() -> None:
-    four, six = socket.AF_INET, socket.AF_INET6
-    found = [(six, "a"), (six, "b"), (six, "a"), (six, "c"), (four, "d")]
-    assert interleave(found) == [(six, "a"), (four, "d"), (six, "b"), (six, "c")]
-    assert interleave([]) == []
+async def test_families_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, unresponsive_server() as silent:
+        mapped = f"::ffff:{silent[0]}"  # the flow label makes thirty addresses of it
+        six = [
+            (socket.AF_INET6, socket.SOCK_STREAM, 0, "", (mapped, silent[1], label, 0)) for label in range(30)
+        ]
+        found = [*six, (socket.AF_INET, socket.SOCK_STREAM, 0, "", server.getsockname())]
+
+        async def resolve(*_: object, **__: object) -> list[object]:
+            return list(found)
+
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+        async with asyncio.timeout(60):  # the other family has the second turn, after 0.25 s
+            with await connect("several.example", 80) as connected:
+                assert connected.getpeername() == server.getsockname()
 
 
 async def test_an_address_that_refuses_or_is_silent_does_not_keep_the_next_one_waiting(

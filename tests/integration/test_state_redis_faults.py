@@ -1,4 +1,4 @@
-"""Redis stopped, frozen, killed, emptied or full: calls fail in time, and the store recovers."""
+"""Redis stopped, frozen, killed, emptied or full: calls end in time, and the store recovers by itself."""
 
 from __future__ import annotations
 
@@ -349,7 +349,7 @@ for index = 1, #all, 2 do
 end
 redis.call('PEXPIRE', KEYS[2], redis.call('PTTL', KEYS[2]) + ARGV[1])
 """
-"""What a clock that is put back by ARGV[1] milliseconds leaves behind: times that lie so much further away."""
+"""Shifts all times as a clock that is set back by ARGV[1] milliseconds does: they are that much further away."""
 
 
 async def test_a_clock_set_back_extends_no_lease_and_no_term(

@@ -37,7 +37,7 @@ class FakeAssets:
         self.entered = asyncio.Event()
         self.release = asyncio.Event()
 
-    async def handle(self, request: Request[Any, Any], object_id: str) -> HTTPResponse | None:
+    async def handle(self, request: Request, object_id: str) -> None:
         match object_id:
             case "broken":
                 raise RuntimeError("secret details")
@@ -53,7 +53,8 @@ class FakeAssets:
             case "waiting":
                 self.entered.set()
                 await self.release.wait()
-        return HTTPResponse(b"hello", 200, {"X-Cache": "hit", "X-Data-Source": "local"}, "text/plain")
+        headers = {"X-Cache": "hit", "X-Data-Source": "local"}
+        await request.respond(HTTPResponse(b"hello", 200, headers, "text/plain"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import pytest
 from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
 from distributor_node.shared.domain.errors import CatalogUnavailable
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
+from distributor_node.shared.ports.catalog import CatalogStatus
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 FIRST = MediaObject(ONE, 1, sources=("https://one.example/1",))
@@ -35,6 +36,14 @@ class ScriptedCatalog:
         self.answering = asyncio.Event()
         self.answering.set()
         self.question_came = asyncio.Event()
+
+    @property
+    def can_list(self) -> bool:
+        return True
+
+    @property
+    def public_url(self) -> str:
+        return ""
 
     async def open(self) -> None: ...
 
@@ -67,6 +76,12 @@ class ScriptedCatalog:
 
     async def source_bases(self) -> Sequence[str]:
         return ()
+
+    async def status(self) -> CatalogStatus:
+        return CatalogStatus()
+
+    async def chain_head(self) -> int | None:
+        return None
 
 
 class Clock:

@@ -27,8 +27,8 @@ def test_a_rule_survives_json(rule: Rule) -> None:
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ([], "a rule is an object"),
-        ({"match": {}}, "a rule is an object"),
+        ([], "rule: expected an object"),
+        ({"match": {}}, "rule: expected an object"),
         ({"fault": {}, "extra": 1}, "a rule has no extra"),
         ({"fault": []}, "fault must be an object"),
         ({"fault": {"speed": 1}}, "fault has no speed"),
@@ -104,6 +104,6 @@ def test_the_registry_survives_json_and_an_invalid_document_changes_nothing() ->
     assert other.to_json() == panel.to_json()
     with pytest.raises(ValueError, match="fault has no x"):
         other.replace_from_json({"rules": [{"fault": {"x": 1}}]})
-    with pytest.raises(ValueError, match="faults are an object"):
+    with pytest.raises(ValueError, match="faults: expected an object"):
         other.replace_from_json([])
     assert other.to_json() == panel.to_json()

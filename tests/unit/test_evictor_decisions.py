@@ -1,4 +1,4 @@
-"""Pure decisions of the evictor, and its helpers."""
+"""Pure decisions of the evictor, its periodic runner and its id set."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from distributor_node.services.evictor.assignment import implausible_reason
 from distributor_node.services.evictor.index import CompactIdSet
 from distributor_node.services.evictor.integrity import Verdict, judge_size
-from distributor_node.services.evictor.leader_election import MAX_BACKOFF, backoff, run_periodically
+from distributor_node.services.evictor.leader_election import MAX_BACKOFF, MIN_BACKOFF, run_periodically
 from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
-from distributor_node.shared.domain.space import Usage, Watermarks
+from distributor_node.shared.domain.space import EvictionReason, Usage, Watermarks
 from distributor_node.shared.runtime.threads import run_blocking
+from distributor_node.shared.waiting import Backoff
 
 bytes_ = st.integers(0, 10**15)
 
@@ -36,6 +37,26 @@ def test_eviction_frees_the_requested_space(
     assert device_free + evicted >= wanted
     if used + reserved <= marks.high and wanted <= min(usage.free, device_free):
         assert evicted == 0
+
+
+@pytest.mark.parametrize(
+    ("used", "wanted", "device_free", "reason"),
+    [
+        (95, 0, 1000, EvictionReason.HIGH_WATERMARK),
+        (95, 10, 1000, EvictionReason.HIGH_WATERMARK),
+        (80, 30, 1000, EvictionReason.SPACE_REQUESTED),
+        (95, 60, 1000, EvictionReason.SPACE_REQUESTED),
+        (20, 30, 10, EvictionReason.DEVICE_FULL),
+        (80, 30, 15, EvictionReason.DEVICE_FULL),
+    ],
+)
+def test_the_larger_demand_is_the_reason_to_evict(
+    used: int, wanted: int, device_free: int, reason: EvictionReason
+) -> None:
+    usage = Usage(limit=100, used=used, reserved=0, objects=1, fetches=0, reconciled=True)
+    marks = Watermarks(low=50, high=90)
+    assert marks.to_evict(usage, wanted, device_free) > 0
+    assert marks.reason_to_evict(usage, wanted, device_free) is reason
 
 
 @pytest.mark.parametrize(
@@ -73,11 +94,11 @@ def test_compact_set_contains_what_was_added() -> None:
     assert len(known) == 1001
 
 
-def test_pauses_grow_and_are_bounded() -> None:
-    pauses = [backoff(failures) for failures in range(1, 40)]
-    assert pauses == sorted(pauses)
-    assert pauses[0] < 0.5
-    assert pauses[-1] == MAX_BACKOFF
+def test_pauses_after_errors_grow_and_are_bounded() -> None:
+    backoff = Backoff(MIN_BACKOFF, MAX_BACKOFF, jitter=False)
+    delays = [backoff.next_delay() for _ in range(40)]
+    assert delays == sorted(delays)
+    assert (delays[0], delays[-1]) == (MIN_BACKOFF, MAX_BACKOFF)
 
 
 async def test_work_goes_on_after_an_error_worth_retrying() -> None:

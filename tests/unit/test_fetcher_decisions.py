@@ -10,7 +10,7 @@ from distributor_node.services.fetcher.admission import AdmissionWait
 from distributor_node.services.fetcher.download import SourceGroups, groups_after_corruption
 from distributor_node.services.fetcher.fetcher import outcome_label
 from distributor_node.services.fetcher.partial_writer import MAX_BATCH, batch_size
-from distributor_node.shared.domain.jobs import Done, HandBack, Hopeless, JobOutcome, LookAgain, TryLater
+from distributor_node.shared.domain.jobs import Ack, DeadLetter, JobOutcome, Nack, Requeue, Retry
 from distributor_node.shared.domain.media_types import detect_media_type
 from distributor_node.shared.ports.state_store import (
     AlreadyStored,
@@ -29,7 +29,7 @@ MP3 = b"ID3\x03" + bytes(100)
 
 
 @pytest.mark.parametrize(
-    ("stated", "head", "settled"),
+    ("stated", "head", "detected"),
     [
         (None, JPEG, "image/jpeg"),
         ("video/mp4", JPEG, "image/jpeg"),
@@ -52,15 +52,15 @@ MP3 = b"ID3\x03" + bytes(100)
         ("image/png", b"", "image/png"),
     ],
 )
-def test_media_types(stated: str | None, head: bytes, settled: str) -> None:
-    assert detect_media_type(stated, head) == settled
+def test_media_types(stated: str | None, head: bytes, detected: str) -> None:
+    assert detect_media_type(stated, head) == detected
 
 
 @given(st.none() | st.text(max_size=30), st.binary(max_size=300))
 def test_any_bytes_have_a_media_type(stated: str | None, head: bytes) -> None:
-    settled = detect_media_type(stated, head)
-    assert "/" in settled
-    assert settled.isprintable()
+    detected = detect_media_type(stated, head)
+    assert "/" in detected
+    assert detected.isprintable()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_source_groups(
 
 @given(st.lists(st.sampled_from("abcdef"), unique=True, max_size=6), st.data())
 def test_source_groups_are_finite(sources: list[str], data: st.DataObject) -> None:
-    """However the wrong bytes are shared out."""
+    """Whichever sources sent the corrupt bytes."""
     groups: SourceGroups = (tuple(sources),)
     turns = 0
     while groups:
@@ -101,8 +101,8 @@ def test_batches_grow_and_are_bounded(received: int) -> None:
 
 def test_permanent_refusals_are_not_waited_for() -> None:
     wait = AdmissionWait(space_wait=10, lease=15)
-    assert wait.decide(NeverFits(), 0) == Hopeless("larger than the storage limit")
-    assert isinstance(wait.decide(AlreadyStored(1), 0), TryLater)
+    assert wait.decide(NeverFits(), 0) == DeadLetter("size: larger than the storage limit")
+    assert isinstance(wait.decide(AlreadyStored(1), 0), Retry)
 
 
 @pytest.mark.parametrize("denied", [NoSpace(5), NotReconciled(), HeldElsewhere(0.0)])
@@ -110,14 +110,14 @@ def test_waiting_for_space_is_bounded(denied: NoSpace | NotReconciled | HeldElse
     wait = AdmissionWait(space_wait=10, lease=15)
     assert wait.decide(denied, 100.0) is None
     assert wait.decide(denied, 109.9) is None
-    assert isinstance(wait.decide(denied, 110.0), TryLater)
+    assert isinstance(wait.decide(denied, 110.0), Retry)
 
 
 def test_waiting_for_a_live_holder_ends_at_its_next_renewal() -> None:
     wait = AdmissionWait(space_wait=10, lease=15)
     assert wait.decide(HeldElsewhere(12.0), 100.0) is None
     assert wait.decide(HeldElsewhere(10.0), 102.0) is None
-    assert wait.decide(HeldElsewhere(14.9), 104.0) == LookAgain("fetched elsewhere")
+    assert wait.decide(HeldElsewhere(14.9), 104.0) == Requeue("fetched by another worker")
 
 
 def test_waiting_for_a_dead_holder_lasts_as_long_as_its_lease() -> None:
@@ -131,16 +131,16 @@ def test_waiting_for_a_lease_moved_by_the_clock_ends_after_two_leases() -> None:
     wait = AdmissionWait(space_wait=10, lease=15)
     for second in range(30):
         assert wait.decide(HeldElsewhere(3615.0 - second), 100.0 + second) is None
-    assert isinstance(wait.decide(HeldElsewhere(3585.0), 130.0), TryLater)
+    assert isinstance(wait.decide(HeldElsewhere(3585.0), 130.0), Retry)
 
 
 def test_outcomes_have_few_labels() -> None:
     outcomes: list[JobOutcome] = [
-        Done("already cached"),
-        TryLater("anything"),
-        LookAgain("anything"),
-        Hopeless("anything"),
-        HandBack(),
+        Ack("already_cached"),
+        Retry("anything"),
+        Requeue("anything"),
+        DeadLetter("anything"),
+        Nack(),
     ]
     assert [outcome_label(outcome) for outcome in outcomes] == [
         "already_cached", "retry", "requeue", "dead_letter", "nack",

@@ -145,7 +145,7 @@ def test_json_with_tabs_is_read(tmp_path: Path) -> None:
     printed, _ = import_configuration(file, {})
     assert yaml.safe_load(printed)["worker_id"] == 3
     file.write_text('{"id": "a",}')
-    with pytest.raises(ConfigurationError, match="no JSON"):
+    with pytest.raises(ConfigurationError, match="not valid JSON"):
         import_configuration(file, {})
 
 
@@ -190,7 +190,7 @@ def test_worker_mode(tmp_path: Path) -> None:
 
 def test_unknown_names_are_reported(tmp_path: Path) -> None:
     _, remarks = converted(tmp_path, "id: a\nworkerId: 3\nlimits: {newThing: {deep: 1}}\n")
-    assert remarks == ["limits.newThing.deep is not known, and has no equal"]
+    assert remarks == ["limits.newThing.deep is unknown, and has no equivalent"]
 
 
 def test_without_an_assignment_that_is_reported(tmp_path: Path) -> None:
@@ -209,11 +209,11 @@ def test_a_short_secret_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("limits: {storage: lots}", "limits.storage: 'lots' is no size"),
+        ("limits: {storage: lots}", "limits.storage: expected a number and a unit"),
         ("limits: {maxConcurrentStorageNodeDownloads: many}", "limits.maxConcurrentStorageNodeDownloads"),
-        ("buckets: 5", "buckets: want a list"),
+        ("buckets: 5", "buckets: expected a list"),
         ("buckets: ['a:b']", "malformed bucket id"),
-        ("logs: {console: {level: loud}}", "no such level"),
+        ("logs: {console: {level: loud}}", "logs.console.level: expected one of"),
         ("- a\n- b", "names and values"),
         ("a: [", "neither YAML nor JSON"),
     ],

@@ -27,12 +27,15 @@ def root(tmp_path: Path) -> Path:
 
 
 def place(root: Path, object_id: str) -> Path:
-    return root / "objects" / shard(object_id) / object_id
+    folder = root / "objects" / shard(object_id)
+    folder.mkdir(exist_ok=True)
+    return folder / object_id
 
 
 def test_a_file_is_moved_and_stays_the_same_file(root: Path) -> None:
     (root / "1").write_bytes(b"one")
     inode = (root / "1").stat().st_ino
+    assert not list((root / "objects").iterdir()), "the shard is made by the import"
     import_source = ImportSource(root, root)
     assert [(found.object_id, found.size) for found in import_source.pending()] == [("1", 3)]
     assert import_source.import_file(ONE) is ImportResult.MOVED

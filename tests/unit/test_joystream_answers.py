@@ -262,4 +262,4 @@ def test_the_network() -> None:
 )
 def test_a_squid_may_not_know_its_own_state(data: dict[str, Any]) -> None:
     status = read_status(data)
-    assert (status.height, status.version) == (None, None)
+    assert (status.blocks_processed, status.version) == (None, None)

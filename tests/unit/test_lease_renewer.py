@@ -1,4 +1,4 @@
-"""A lease is renewed while the store allows it; a lost lease ends the fetch."""
+"""LeaseRenewer: renews the lease, and ends the fetch when the lease is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TIMES = LeaseTimes(lease=1.5, renewal=0.1)
 
 
 class UnreachableStore(MemoryStateStore):
-    """A state store that can be out of reach."""
+    """A state store that can be unreachable."""
 
     def __init__(self) -> None:
         super().__init__(10**9, StateTimeouts(lease_seconds=TIMES.lease), time.time)
@@ -30,7 +30,7 @@ class UnreachableStore(MemoryStateStore):
 
     async def renew(self, lease: Lease, source: str | None = None) -> bool:
         if not self.reachable:
-            raise StateStoreUnavailable("out of reach")
+            raise StateStoreUnavailable("unreachable")
         self.renewals += 1
         self.renewed.set()
         return await super().renew(lease, source)

@@ -64,7 +64,7 @@ async def test_readiness(client: httpx.AsyncClient, service: Service) -> None:
     answer = await client.get("/readyz")
     assert (answer.status_code, answer.json()["problems"]) == (
         503,
-        ["readiness could not be found out: OSError"],
+        ["the readiness check failed: OSError"],
     )
 
 

@@ -246,7 +246,7 @@ def test_sizes_of_a_manifest(tmp_path: Path) -> None:
     manifest.write_text('version: 1\nobjects:\n  - {id: "42", size: 77}\n', encoding="utf-8")
     assert read_sizes(manifest) == {"42": 77}
     manifest.write_text("- 1", encoding="utf-8")
-    with pytest.raises(ConfigurationError, match="no manifest"):
+    with pytest.raises(ConfigurationError, match="expected a manifest"):
         read_sizes(manifest)
 
 
@@ -314,7 +314,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
     )
     assert done.exit_code == 0, done.output
     assert "300 requests for 30 objects" in done.output
-    assert "The log itself says: 89.7% of requests were hits." in done.output
+    assert "By the log's own account, 89.7% of requests were hits." in done.output
     assert "| 1M | gdsf c0=64M | 0.900 |" in done.output
     assert done.output.splitlines()[-1].startswith("With 200%") or done.output.splitlines()[-1].startswith(
         "With 1M"
@@ -323,7 +323,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "reason"), [("replay.png", r"ends in \.svg"), ("no/replay.svg", "no folder")]
+    ("name", "reason"), [("replay.png", r"ends in \.svg"), ("no/replay.svg", "does not exist")]
 )
 def test_an_undrawable_chart_is_rejected_before_the_simulation(
     tmp_path: Path, name: str, reason: str

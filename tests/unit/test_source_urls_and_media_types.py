@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.media_types import media_type_or_none, parse_media_type
-from distributor_node.shared.domain.urls import api_base_of, distinct_hosts, parse_source_url
+from distributor_node.shared.domain.urls import (
+    api_base_of,
+    distinct_hosts,
+    parse_source_url,
+    url_origin,
+    url_without_credentials,
+)
 
 
 @pytest.mark.parametrize(
@@ -75,3 +81,9 @@ def test_the_base_of_a_sources_api(url: str, base: str) -> None:
 def test_each_host_once() -> None:
     bases = ["https://a/x/", "https://b/", "https://a/y/", "https://a:81/"]
     assert distinct_hosts(bases) == ("https://a/x/", "https://b/", "https://a:81/")
+
+
+def test_urls_are_shown_without_credentials() -> None:
+    url = "https://me:secret@squid.example:8443/graphql?key=1"
+    assert url_without_credentials(url) == "https://squid.example:8443/graphql"
+    assert url_origin(url) == "https://squid.example:8443"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 from distributor_node.services.api.status import (
     FIRST_READ_TIMEOUT,
@@ -11,10 +14,10 @@ from distributor_node.services.api.status import (
     STALE_AFTER,
     SquidAndChainStatus,
     SquidStatusPoller,
-    url_without_credentials,
 )
 from distributor_node.services.demo.squid import SquidFaults, TestChain, TestSquid
 from distributor_node.shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
+from distributor_node.shared.adapters.catalogs.manifest import ManifestCatalog
 
 LIMITS = SquidLimits(timeout=1.5, list_timeout=1.5, list_batch=10, list_pause=0)
 
@@ -29,9 +32,17 @@ class Clock:
         return time.monotonic() + self.ahead
 
 
-def make_poller(squid: str, chain: str | None, clock: Clock) -> SquidStatusPoller:
+@asynccontextmanager
+async def running_poller(squid: str, chain: str | None, clock: Clock) -> AsyncIterator[SquidStatusPoller]:
     head = None if chain is None else ChainHead(chain, LIMITS.timeout, clock=clock)
-    return SquidStatusPoller(JoystreamCatalog(squid, LIMITS, refuse_private=False), head, clock)
+    catalog = JoystreamCatalog(squid, LIMITS, refuse_private=False, chain=head)
+    await catalog.open()
+    poller = SquidStatusPoller(catalog, clock)
+    try:
+        yield poller
+    finally:
+        await poller.close()
+        await catalog.close()
 
 
 async def settled(poller: SquidStatusPoller) -> SquidAndChainStatus:
@@ -44,8 +55,11 @@ async def settled(poller: SquidStatusPoller) -> SquidAndChainStatus:
 
 async def test_all_fields_then_each_by_itself() -> None:
     clock = Clock()
-    async with TestSquid([]).run() as squid, TestChain(head=777).run() as chain:
-        poller = make_poller(squid.url, chain.url, clock)
+    async with (
+        TestSquid([]).run() as squid,
+        TestChain(head=777).run() as chain,
+        running_poller(squid.url, chain.url, clock) as poller,
+    ):
         whole = await settled(poller)
         assert whole.chain_head == 777
         assert whole.blocks_processed > 0
@@ -64,33 +78,26 @@ async def test_all_fields_then_each_by_itself() -> None:
         squid.faults = SquidFaults(nulls=("squidStatus",))
         clock.ahead += STALE_AFTER + POLL_INTERVAL
         assert await settled(poller) == SquidAndChainStatus(version=whole.version)
-        await poller.close()
 
 
 async def test_never_slow_and_never_often() -> None:
     clock = Clock()
-    async with TestSquid([]).run() as squid:
+    async with TestSquid([]).run() as squid, running_poller(squid.url, "http://127.0.0.1:1", clock) as poller:
         squid.faults = SquidFaults(hang=True)
-        poller = make_poller(squid.url, "http://127.0.0.1:1", clock)
         one_after_another = 200 * FIRST_READ_TIMEOUT
         began = time.monotonic()
         answers = await asyncio.gather(*(poller.read() for _ in range(200)))
         assert time.monotonic() - began < one_after_another / 4
         assert set(answers) == {SquidAndChainStatus()}
         assert len(list(squid.requests)) <= 1
-        await poller.close()
 
 
 async def test_closed_while_it_asks() -> None:
-    async with TestSquid([]).run() as squid:
+    async with TestSquid([]).run() as squid, running_poller(squid.url, None, Clock()) as poller:
         squid.faults = SquidFaults(hang=True)
-        poller = make_poller(squid.url, None, Clock())
         await poller.read()
-        await poller.close()
 
 
-def test_credentials_are_not_shown() -> None:
-    assert (
-        url_without_credentials("https://me:secret@squid.example:8443/graphql?key=1")
-        == "https://squid.example:8443/graphql"
-    )
+async def test_a_catalog_without_a_server_reports_nothing() -> None:
+    catalog = ManifestCatalog(Path("unused.yaml"))
+    assert await SquidStatusPoller(catalog).read() == SquidAndChainStatus()

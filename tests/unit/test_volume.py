@@ -1,10 +1,11 @@
-"""The volume: a file is complete or clearly partial, and no reader loses its file."""
+"""The volume: a file on it is complete or clearly partial, and no removal truncates a running response."""
 
 from __future__ import annotations
 
 import asyncio
 import multiprocessing
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -27,6 +28,7 @@ from distributor_node.shared.adapters.volume import (
 from distributor_node.shared.adapters.volume.layout import shard
 from distributor_node.shared.domain.errors import VolumeError, VolumeFull
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
+from tests.volume_size import bytes_on_volume
 from tests.waiting import eventually
 
 BODY = bytes(range(256)) * 1000
@@ -230,6 +232,7 @@ def test_a_link_under_an_objects_name_is_not_removable_and_is_replaced(
     outside = tmp_path / "outside"
     outside.write_bytes(b"kept")
     place = tmp_path / "volume" / "objects" / shard(ObjectId("1")) / "1"
+    place.parent.mkdir()
     place.symlink_to(outside)
     removal = volume.removal(ObjectId("1"))
     assert removal.begin() is RemovalState.ABSENT
@@ -296,19 +299,41 @@ def test_a_shard_directory_replaced_by_a_link_is_not_followed(volume: Volume, tm
     fresh.close()
 
 
+def test_an_object_is_being_sent_while_a_sender_locks_it(volume: Volume) -> None:
+    one = ObjectId("1")
+    assert not volume.is_being_sent(one), "there is no such object"
+    store(volume, "1")
+    sending = opened(volume, "1")
+    assert not volume.is_being_sent(one), "open is not locked"
+    assert sending.lock_shared()
+    assert volume.is_being_sent(one)
+    assert not volume.is_being_sent(ObjectId("2"))
+    volume.removal(one).rename_to_trash()
+    assert volume.is_being_sent(one), "a purged object that is still being sent"
+    sending.close()
+    assert not volume.is_being_sent(one)
+
+
+def test_an_object_that_is_locked_for_removal_is_not_being_sent(volume: Volume) -> None:
+    store(volume, "1")
+    removal = volume.removal(ObjectId("1"))
+    assert removal.begin() is RemovalState.READY
+    assert not volume.is_being_sent(ObjectId("1"))
+    removal.close()
+
+
 def test_an_object_that_is_being_sent_is_not_removed(volume: Volume) -> None:
     store(volume, "1")
     sending = opened(volume, "1")
     assert sending.lock_shared()
     removal = volume.removal(ObjectId("1"))
     assert removal.begin() is RemovalState.IN_USE
-    sending.unlock()
+    sending.close()
     assert removal.begin() is RemovalState.READY
     removal.unlink()
     removal.close()
-    sending.close()
     assert volume.removal(ObjectId("1")).begin() is RemovalState.ABSENT
-    assert volume.measure() == 0
+    assert bytes_on_volume(volume.root) == 0
 
 
 def test_sending_does_not_begin_while_an_object_is_being_removed(volume: Volume) -> None:
@@ -356,14 +381,17 @@ def test_a_reader_locks_the_verified_file_before_the_writer_unlocks_it(volume: V
     reader.close()
 
 
-def test_two_sends_of_one_open_object_both_keep_it(volume: Volume) -> None:
+def test_an_object_stays_locked_until_every_send_of_it_is_closed(volume: Volume) -> None:
     store(volume, "1")
-    sending = opened(volume, "1")
-    assert sending.lock_shared()
-    assert sending.lock_shared()
-    sending.unlock()
+    first, second = opened(volume, "1"), opened(volume, "1")
+    assert first.lock_shared()
+    assert second.lock_shared()
+    first.close()
     assert volume.removal(ObjectId("1")).begin() is RemovalState.IN_USE
-    sending.close()
+    second.close()
+    removal = volume.removal(ObjectId("1"))
+    assert removal.begin() is RemovalState.READY
+    removal.close()
 
 
 def test_rename_to_trash_hides_an_object_and_lets_its_readers_finish(volume: Volume) -> None:
@@ -373,20 +401,21 @@ def test_rename_to_trash_hides_an_object_and_lets_its_readers_finish(volume: Vol
     removal = volume.removal(ObjectId("1"))
     removal.rename_to_trash()
     assert volume.open_object(ObjectId("1")) is None
-    assert volume.measure() == len(BODY)
+    assert bytes_on_volume(volume.root) == len(BODY)
     assert removal.begin() is RemovalState.IN_USE
     assert sending.read(0, len(BODY)) == BODY
     sending.close()
     assert removal.begin() is RemovalState.READY
     removal.unlink()
     removal.close()
-    assert volume.measure() == 0
+    assert bytes_on_volume(volume.root) == 0
 
 
 def test_scans_find_all_objects_and_report_unknown_files(volume: Volume) -> None:
     store(volume, "1")
     store(volume, "2", b"")
     volume.open_partial_for_writing(record_of("3")).close()
+    (volume.root / "objects" / "00").mkdir()
     (volume.root / "objects" / "00" / "..strange").write_bytes(b"x")
     (volume.root / "incoming" / "link.part").symlink_to("/etc/passwd")
     objects = list(volume.scan_objects())
@@ -425,6 +454,146 @@ def test_orphan_records_are_swept_when_old(volume: Volume) -> None:
     assert volume.remove_orphan_records(older_than_seconds=-5) == 1
     assert volume.read_record(ObjectId("1")) is None
     assert volume.read_record(ObjectId("2")) is not None
+
+
+def shards_of(volume: Volume, name: str) -> list[Path]:
+    return [volume.root / kind / shard(ObjectId(name)) for kind in ("objects", "records")]
+
+
+def test_shards_are_made_when_first_written_to(volume: Volume) -> None:
+    assert not list(volume.root.glob("*/*"))
+    store(volume, "1")
+    assert sorted(volume.root.glob("*/*")) == sorted(shards_of(volume, "1"))
+    store(volume, "1")
+    assert opened(volume, "1").record == record_of("1")
+
+
+def test_the_name_of_a_new_shard_is_synced(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    sync = os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(volume.root).as_posix())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    store(volume, "1")
+    number = shard(ObjectId("1"))
+    new_record = f"records/{number}/1,new"
+    assert synced == [
+        "incoming/1.part",
+        "records",
+        new_record,
+        f"records/{number}",
+        "objects",
+        f"objects/{number}",
+    ]
+    synced.clear()
+    store(volume, "1")
+    assert synced == ["incoming/1.part", new_record, f"records/{number}", f"objects/{number}"]
+
+
+def test_a_missing_shard_is_a_miss_everywhere(volume: Volume) -> None:
+    one = ObjectId("1")
+    assert volume.open_object(one) is None
+    assert volume.complete_record(one) is None
+    assert volume.identity_of(one) is None
+    assert volume.read_record(one) is None
+    assert volume.find_object(one) is None
+    assert volume.open_raw(one) is None
+    assert volume.removal(one).begin() is RemovalState.ABSENT
+    assert not list(volume.scan_objects())
+    assert not list(volume.scan_unrecorded())
+    assert volume.remove_orphan_records(older_than_seconds=-5) == 0
+    volume.check()
+    assert volume.replacements == 0
+
+
+def test_a_reader_finds_what_another_process_stores_in_a_new_shard(volume: Volume) -> None:
+    reader = Volume(volume.root)
+    assert reader.open_object(ObjectId("1")) is None
+    assert reader.complete_record(ObjectId("1")) is None
+    reader.check()
+    store(volume, "1")
+    assert reader.complete_record(ObjectId("1")) == record_of("1")
+    assert [found.object_id for found in reader.scan_objects() if isinstance(found, FoundObject)] == ["1"]
+    reader.close()
+
+
+def test_two_processes_make_one_shard_at_once(volume: Volume, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = shard(ObjectId("1"))
+    make = os.mkdir
+
+    def make_second(path: str, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        make(path, mode, dir_fd=dir_fd)  # another process is quicker
+        make(path, mode, dir_fd=dir_fd)
+
+    monkeypatch.setattr(os, "mkdir", make_second)
+    store(volume, "1")
+    assert path_of(volume, "1").parent.name == number
+    assert volume.complete_record(ObjectId("1")) == record_of("1")
+
+
+def test_an_object_without_a_records_shard_is_unrecorded_removable_and_repairable(volume: Volume) -> None:
+    store(volume, "1")
+    objects, records = shards_of(volume, "1")
+    shutil.rmtree(records)
+    fresh = Volume(volume.root)
+    assert [found.object_id for found in fresh.scan_unrecorded()] == ["1"]
+    fresh.write_record(record_of("1"))
+    assert fresh.complete_record(ObjectId("1")) == record_of("1")
+    shutil.rmtree(records)
+    fresh.close()
+    removal = fresh.removal(ObjectId("1"))
+    assert removal.begin() is RemovalState.READY
+    removal.unlink()
+    removal.close()
+    assert not list(objects.iterdir())
+    fresh.close()
+
+
+def test_an_object_without_a_records_shard_is_moved_to_the_trash(volume: Volume) -> None:
+    store(volume, "1")
+    shutil.rmtree(shards_of(volume, "1")[1])
+    fresh = Volume(volume.root)
+    fresh.removal(ObjectId("1")).rename_to_trash()
+    assert fresh.find_object(ObjectId("1")) is None
+    assert (volume.root / "leaving" / "1").exists()
+    fresh.close()
+
+
+def test_records_without_an_objects_shard_are_orphans(volume: Volume) -> None:
+    store(volume, "1")
+    shutil.rmtree(shards_of(volume, "1")[0])
+    fresh = Volume(volume.root)
+    assert fresh.remove_orphan_records(older_than_seconds=-5) == 1
+    assert fresh.read_record(ObjectId("1")) is None
+    fresh.close()
+
+
+def test_a_removed_objects_directory_is_an_error_and_not_an_empty_volume(volume: Volume) -> None:
+    store(volume, "1")
+    two = ObjectId("2")
+    assert shard(two) != shard(ObjectId("1"))
+    shutil.rmtree(volume.root / "objects")
+    with pytest.raises(VolumeError):
+        list(volume.scan_objects())
+    with pytest.raises(VolumeError):
+        volume.find_object(two)
+    fresh = Volume(volume.root)
+    with pytest.raises(VolumeError):
+        fresh.remove_orphan_records(older_than_seconds=-5)
+    assert fresh.read_record(ObjectId("1")) is not None
+    fresh.close()
+
+
+def test_a_shard_that_was_removed_is_made_again(volume: Volume) -> None:
+    store(volume, "1")
+    for folder in shards_of(volume, "1"):
+        shutil.rmtree(folder)
+    volume.check()
+    store(volume, "1")
+    assert volume.complete_record(ObjectId("1")) == record_of("1")
 
 
 def test_a_volume_that_is_gone_or_replaced_is_noticed(volume: Volume, tmp_path: Path) -> None:

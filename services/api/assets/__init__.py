@@ -1,1 +1,1 @@
-"""The asset path: one object for one GET or HEAD, from the volume, from a growing file, or from a source."""
+"""The asset path: GET and HEAD of one object from the volume, from a growing partial file, or from a source."""

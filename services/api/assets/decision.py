@@ -1,4 +1,4 @@
-"""What to answer, and from where: the pure part of the asset path."""
+"""Pure decisions of the asset path: preconditions, ranges, and which bytes may be sent."""
 
 from __future__ import annotations
 
@@ -11,31 +11,32 @@ from distributor_node.shared.domain.ranges import ByteRange, Unsatisfiable, pars
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase, ObjectStatus
 
 UNVERIFIED_TAIL_BYTES = 64 * 1024
-"""Bytes at an object's end that nobody gets before all of it is verified."""
+"""The last bytes of an object, which no client gets before the hash of the whole object is verified."""
 
 _LIVE = (FetchPhase.CLAIMED, FetchPhase.QUEUED, FetchPhase.FETCHING)
 
 
 @dataclass(frozen=True, slots=True)
 class AssetRequest:
-    """What a request asks of an object. Header values as they came, None where there was none."""
+    """The parts of a request that decide its response. Header values as received, None for absent headers."""
 
     is_head: bool
     conditions: Conditions
     range_header: str | None = None
     if_range: str | None = None
+    sendfile_type: str | None = None  # X-Sendfile-Type, from a web server in front
 
 
 @dataclass(frozen=True, slots=True)
 class Representation:
-    """An object as its headers describe it. `last_modified` is known of complete objects only (POSIX seconds)."""
+    """An object as its response headers describe it."""
 
     object_id: ObjectId
     size: int | None
     etag: str
     content_hash: ContentHash | None
     media_type: str | None
-    last_modified: int | None = None
+    last_modified: int | None = None  # POSIX seconds; None for objects that are not complete
 
     @classmethod
     def from_record(cls, record: StoredRecord, *, complete: bool) -> Representation:
@@ -61,13 +62,12 @@ class Representation:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The bytes to send, `first` to `last`, both included; `last` is None while nobody knows the size, and
-    `first - 1` for an empty object. `partial`: the answer is a 206. `size` is that of the whole object."""
+    """The bytes to send."""
 
     first: int
-    last: int | None
-    size: int | None
-    partial: bool = False
+    last: int | None  # inclusive; None while the size is unknown; `first - 1` for an empty object
+    size: int | None  # of the whole object
+    partial: bool = False  # the response is a 206
 
     @property
     def length(self) -> int | None:
@@ -75,7 +75,7 @@ class Span:
 
     @property
     def whole(self) -> bool:
-        """True if these are all bytes of the object, so that they can be verified by themselves."""
+        """Whether the span is the whole object, which can be verified by its hash."""
         return self.first == 0 and self.reaches_end
 
     @property
@@ -84,9 +84,9 @@ class Span:
 
     @property
     def content_range(self) -> str:
-        """The value of the Content-Range header of a 206. ValueError while nobody knows the size."""
+        """The Content-Range header of a 206. Raises ValueError while the size is unknown."""
         if self.last is None or self.size is None:
-            raise ValueError("a part of an object of unknown size")
+            raise ValueError("Content-Range: the size of the object is unknown")
         return ByteRange(self.first, self.last).content_range(self.size)
 
 
@@ -100,8 +100,10 @@ class PreconditionResult(Enum):
 def select_range(
     asset_request: AssetRequest, representation: Representation
 ) -> Span | Unsatisfiable | PreconditionResult:
-    """Preconditions first, then the range (RFC 9110 section 13.2.2). A range of a HEAD is ignored (section 14.2), and
-    so is one of an object whose size nobody knows."""
+    """Evaluate preconditions, then the range (RFC 9110 section 13.2.2).
+
+    A range is ignored for a HEAD (section 14.2) and while the object's size is unknown.
+    """
     verdict = evaluate(asset_request.conditions, representation.etag, representation.last_modified)
     if verdict is Verdict.NOT_MODIFIED:
         return PreconditionResult.NOT_MODIFIED
@@ -122,29 +124,31 @@ def select_range(
 
 
 def live_fetch(object_status: ObjectStatus) -> Fetch | None:
-    """The fetch that is under way, if there is one; a parked one is not."""
+    """Return the fetch in progress, if there is one. A parked fetch is not in progress."""
     fetch = object_status.fetch
     return fetch if fetch is not None and fetch.phase in _LIVE else None
 
 
 def may_resume(object_status: ObjectStatus) -> bool:
-    """True while a follower can hope for more bytes: a fetch is live, or parked with its reservation."""
+    """Whether more bytes may arrive: a fetch is in progress, or parked with its reservation."""
     return object_status.fetch is not None and object_status.failure is None
 
 
 def is_cacheable(size: int | None, largest_cached_size: int) -> bool:
-    """True for an object that is fetched; others are proxied."""
+    """Whether an object of this size is fetched into the cache. Others are proxied."""
     return size is not None and size <= largest_cached_size
 
 
 def is_far(first: int, on_disk: int, far_distance: int) -> bool:
-    """True if waiting for byte `first` would take too long: a player asks for the end of an MP4 first."""
+    """Whether byte `first` is too far ahead to wait for. A player may request the end of an MP4 first."""
     return first > on_disk + far_distance
 
 
 def sendable_end(span: Span, on_disk: int, *, verified: bool) -> int:
-    """Where the bytes end (exclusive) that may be sent now from a growing file. Before verification an answer that
-    reaches the object's end stops UNVERIFIED_TAIL_BYTES bytes short of it."""
+    """Return the end (exclusive) of the bytes of a partial file that may be sent now.
+
+    Before verification a response that reaches the object's end stops UNVERIFIED_TAIL_BYTES short of it.
+    """
     size, last = span.size, span.last
     if size is None or last is None:
         return on_disk if verified else 0

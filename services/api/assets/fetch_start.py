@@ -1,4 +1,4 @@
-"""Asking the catalog: what it says of an object, or the answer that this ends in."""
+"""Catalog look-up of a missed object, and the singleflight that starts its fetch: claim, publish, mark as queued."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ logger = structlog.get_logger()
 
 
 async def look_up(context: ApiContext, object_id: ObjectId) -> MediaObject:
-    """An object that exists, is ours, and has been uploaded; HttpError 404, 421 or 503 for any other."""
+    """Return an object that exists, is assigned to this node and has been uploaded.
+
+    Raises HttpError 404, 421 or 503 otherwise.
+    """
     try:
         with phase("catalog"):
             media_object = await context.catalog.look_up(object_id)
@@ -33,7 +36,7 @@ async def look_up(context: ApiContext, object_id: ObjectId) -> MediaObject:
         logger.warning("catalog_unavailable", object_id=object_id, reason=str(error))
         raise HttpError(
             503,
-            "The catalog is out of reach, and the object is not cached",
+            "The catalog is unavailable, and the object is not cached",
             "catalog_unavailable",
             RETRY_LATER,
         ) from error
@@ -46,25 +49,25 @@ async def look_up(context: ApiContext, object_id: ObjectId) -> MediaObject:
     return media_object
 
 
-# The singleflight that starts fetches: claim, publish, mark. Once begun it is carried through, whatever becomes of the
-# client.
-
-
 class PendingStart:
-    """One attempt to start a fetch: whether the claim was won, and later whether the job could be published."""
+    """One attempt to start a fetch."""
 
     def __init__(self) -> None:
+        # None: the state store is unavailable.
         self.claim: asyncio.Future[Claim | None] = asyncio.get_running_loop().create_future()
         self.publish_failed = asyncio.Event()
 
 
 class FetchStarter:
-    """Owns the tasks that start fetches, so that a client that leaves never leaves a claim without a job."""
+    """Starts one fetch per object, however many requests miss it (singleflight).
+
+    Each start runs in a task of its own: a client that disconnects never leaves a claim without a job.
+    """
 
     def __init__(
         self, state: StateStore, queue: JobQueue, claimant: str, is_complete: Callable[[ObjectId], bool]
     ) -> None:
-        """`claimant` names this process in claims; `is_complete`: whether an object is on the volume."""
+        """`claimant`: names this process in claims. `is_complete`: whether an object is on the volume."""
         self._state = state
         self._is_complete = is_complete
         self._queue = queue
@@ -72,7 +75,10 @@ class FetchStarter:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, media_object: MediaObject, request_id: str) -> tuple[Claim | None, PendingStart]:
-        """Claim the object and, if won, publish its job in the background; None: the state store is out of reach."""
+        """Claim the object. If the claim is won, publish its job in the background.
+
+        The claim is None if the state store is unavailable.
+        """
         start = PendingStart()
         task = asyncio.create_task(self._claim_and_publish(media_object, request_id, start))
         self._tasks.add(task)
@@ -80,7 +86,7 @@ class FetchStarter:
         return await asyncio.shield(start.claim), start
 
     async def close(self) -> None:
-        """Wait for the jobs that are being published; the queue's time limit bounds that."""
+        """Wait for jobs that are being published. The queue's timeout bounds the wait."""
         if self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
@@ -95,8 +101,8 @@ class FetchStarter:
             except StateStoreUnavailable as error:
                 self._log_state_error("claim", request_id, error)
                 return
-            # Looked for on the volume, being fetched by another, there and committed, claimed here: such a claim is won
-            # for nothing. A fetch commits after its object is in place, so whoever looks once more now sees it.
+            # Race: 1. this request sees no file; 2. a fetcher renames the complete file and commits; 3. this request
+            # claims and wins. The commit follows the rename, so looking once more after the claim is enough.
             if claim.won and self._is_complete(object_id):
                 claim = Claim(won=False, status=ObjectStatus(None, None))
                 start.claim.set_result(claim)
@@ -128,11 +134,11 @@ class FetchStarter:
     async def _update_claim(
         self, update: Callable[[ObjectId, str], Awaitable[None]], object_id: ObjectId, request_id: str
     ) -> None:
-        """The state store, what has become of the claim."""
+        """Mark the claim as queued, or release it."""
         try:
             await update(object_id, self._claimant)
         except StateStoreUnavailable as error:
-            # The claim runs out by itself; meanwhile requests are pending, and proxied after the first-byte wait.
+            # The claim expires by itself. Until then requests wait as pending, and are proxied after first_byte_wait.
             self._log_state_error(update.__name__, request_id, error)
 
     def _log_state_error(self, operation: str, request_id: str, error: StateStoreUnavailable) -> None:

@@ -1,12 +1,10 @@
-"""Status and headers of asset answers, by the contract's table."""
+"""Status and headers of asset responses: X-Cache, Cache-Status, validators, ranges. Also prebuilt as bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
-
-from sanic import HTTPResponse
 
 from distributor_node.services.api.assets.decision import PreconditionResult, Representation, Span
 from distributor_node.services.api.errors import HttpError
@@ -25,21 +23,21 @@ from distributor_node.shared.domain.ranges import Unsatisfiable
 
 UNKNOWN_MEDIA_TYPE = "application/octet-stream"
 CONTENT_LENGTH = "content-length"
-"""As Sanic spells it: it would rename the header where it sends a body in one piece, and only there."""
+"""Sanic's spelling. It would rename the header of a body that it sends in one piece, and only there."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheOutcome:
-    """What the cache has for one request. `result`: as X-Cache says it; `stored`: what is not there will be kept, since
-    a fetch goes on or is asked for."""
+    """What the cache held when a request came."""
 
-    result: CacheResult
-    stored: bool = True
+    result: CacheResult  # the value of X-Cache
+    stored: bool = True  # False: the object is proxied without being fetched into the cache
 
     def cache_status(self, source: DataSource | None) -> str:
-        """The value of the Cache-Status header (RFC 9211); what is proxied is neither kept nor shared.
+        """Return the value of the Cache-Status header (RFC 9211).
 
-        `source` is None for an answer without content (HEAD, 304): unless it is a hit, nothing was forwarded for it.
+        `source` is None for a response without content (HEAD, 304). Nothing was forwarded for it. A proxied response
+        (`external`) is neither stored nor collapsed.
         """
         if source is None and self.result != "hit":
             return CACHE_STATUS_OWN
@@ -74,12 +72,12 @@ def _validators(
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """Status line and headers of an answer with content, and what the metrics need to know of it."""
+    """Status and headers of a response, and its labels in the metrics."""
 
     status: int
     headers: dict[str, str]
     result: CacheResult
-    source: DataSource | None
+    source: DataSource | None  # None: a response without a body
 
 
 def content_head(
@@ -89,7 +87,10 @@ def content_head(
     source: DataSource | None,
     media_type: str | None = None,
 ) -> ResponseHead:
-    """Of a 200 or 206. `source` is None for HEAD; `media_type` is the source's word, for want of the catalog's."""
+    """Return the head of a 200 or 206.
+
+    `source`: None for HEAD. `media_type`: what the source stated, used if the catalog states none.
+    """
     headers = {
         **ASSET_CONTENT,
         **_validators(representation, outcome, source),
@@ -105,16 +106,16 @@ def content_head(
 
 
 def not_modified_headers(representation: Representation, outcome: CacheOutcome) -> dict[str, str]:
-    """Of a 304."""
+    """Return the headers of a 304."""
     return {**ASSET, **_validators(representation, outcome)}
 
 
-def precondition_response(
+def precondition_head(
     result: PreconditionResult | Unsatisfiable, representation: Representation, outcome: CacheOutcome
-) -> HTTPResponse:
-    """The 304; what is an error is raised as one."""
+) -> ResponseHead:
+    """Return the head of a 304. Raises HttpError 412 or 416 for the other results."""
     if result is PreconditionResult.NOT_MODIFIED:
-        return HTTPResponse(status=304, headers=not_modified_headers(representation, outcome))
+        return ResponseHead(304, not_modified_headers(representation, outcome), outcome.result, None)
     extra: dict[str, str] = {"X-Cache": outcome.result}
     if isinstance(result, Unsatisfiable):
         extra["Content-Range"] = result.content_range
@@ -122,10 +123,10 @@ def precondition_response(
     raise HttpError(412, "Precondition failed", "precondition_failed", extra)
 
 
-# The heads of answers from one complete object, ready-made as bytes: what the fast path writes.
+# Heads of hits, prebuilt as bytes for the fast path.
 #
-# They are made from the very headers that Sanic is given (`content_head`, `not_modified_headers`), in Sanic's form,
-# so that nobody can tell from an answer which way it came.
+# They are built from the headers that Sanic is given (`content_head`, `not_modified_headers`) and in Sanic's format, so
+# that the fast path and Sanic send equal responses.
 
 _STATUS_LINES = {
     200: b"HTTP/1.1 200 OK\r\n",
@@ -137,17 +138,16 @@ _REQUEST_ID = b"X-Request-ID: "
 
 @dataclass(frozen=True, slots=True)
 class PrebuiltHeaders:
-    """Each ends where the request id has to follow, and then `end_of_head`. `whole`: a 200 with all bytes; `head`: the
-    same in answer to HEAD; `not_modified`: a 304; `partial`: a 206 up to its length."""
+    """Heads of the hits of one object. Each ends where the request id follows, and then `end_of_head`."""
 
-    whole: bytes
-    head: bytes
-    not_modified: bytes
-    partial: bytes
+    whole: bytes  # a 200 with all bytes
+    head: bytes  # the response to HEAD
+    not_modified: bytes  # a 304
+    partial: bytes  # a 206, up to its length: see `for_range`
 
     @classmethod
     def build(cls, representation: Representation) -> PrebuiltHeaders:
-        """Of a complete object that is not empty. ValueError if a header is none that can be sent."""
+        """Build the heads of a complete object that is not empty. Raises ValueError if a header cannot be sent."""
         size = representation.size or 0
         span = Span(0, size - 1, size)
         partial = content_head(representation, HIT, Span(0, size - 1, size, partial=True), "local")
@@ -161,7 +161,7 @@ class PrebuiltHeaders:
         )
 
     def for_range(self, first: int, last: int, size: int) -> bytes:
-        """The head of a 206 with bytes `first` to `last`, as far as the request id."""
+        """Return the head of a 206 with bytes `first` to `last`, up to the request id."""
         return b"%bcontent-length: %d\r\nContent-Range: bytes %d-%d/%d\r\nX-Request-ID: " % (
             self.partial,
             last - first + 1,
@@ -172,12 +172,12 @@ class PrebuiltHeaders:
 
 
 def end_of_head() -> bytes:
-    """What follows the request id on a connection that is kept; good for this second."""
+    """Return what follows the request id on a keep-alive connection. Valid for the current second."""
     return f"\r\nDate: {date_now()}\r\nconnection: keep-alive\r\n\r\n".encode()
 
 
 def _block(status: int, headers: Mapping[str, str]) -> bytes:
     for value in headers.values():
         if not value.isascii() or not value.isprintable():
-            raise ValueError("a header value that is not plain text")
+            raise ValueError(f"header value: expected printable ASCII, got {value!r}")
     return _STATUS_LINES[status] + as_block(headers)

@@ -1,4 +1,4 @@
-"""Reading pieces of files without holding up the event loop."""
+"""File reads that do not block the event loop: from the page cache at once (RWF_NOWAIT), else in a thread."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _PROBE_STRIDE = 64 * 1024
 _PROBE_BUFFER = (bytearray(1),)
 MAX_PEEK = 4096
 _PEEK_BUFFER = memoryview(bytearray(MAX_PEEK))
-"""One for the process: the loop's thread alone uses it, and nothing is awaited meanwhile."""
+"""One per process. Only the loop's thread uses it, and never across an await."""
 _COLD_READ_POOL = ThreadPoolExecutor(max_workers=16, thread_name_prefix="cold-read")
-"""Not the loop's own threads: those hash and scan for seconds, and a hit would wait for them. None is started before it
-is needed."""
+"""A separate pool, so that cold reads of hits do not queue behind hashing in the default executor. Threads start
+lazily."""
 _NOWAIT_ERRNOS = (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 async def read_chunk(descriptor: int, offset: int, length: int) -> memoryview:
-    """`length` bytes at `offset`; fewer only at the end of the file. OSError if the disk fails.
+    """Read `length` bytes at `offset`, fewer only at the end of the file. Raises OSError if the disk fails.
 
-    What lies in the page cache is read at once; what does not is read in a thread.
+    Bytes in the page cache are read at once, the others in a thread.
     """
     buffer = bytearray(length)
     view = memoryview(buffer)
@@ -33,29 +33,30 @@ async def read_chunk(descriptor: int, offset: int, length: int) -> memoryview:
 
 
 def read_cached(descriptor: int, offset: int, length: int) -> bytes:
-    """As much from `offset` as lies in the page cache, at most `length` bytes. OSError if the disk fails."""
+    """Read up to `length` bytes at `offset`, as far as they are in the page cache. Raises OSError if the disk fails."""
     buffer = bytearray(length)
     return bytes(memoryview(buffer)[: _read_cached(descriptor, memoryview(buffer), offset)])
 
 
 def peek_cached(descriptor: int, offset: int, length: int) -> memoryview | None:
-    """Exactly these bytes, at most MAX_PEEK, if all of them lie in the page cache. They are good until the next
-    call: to be sent or copied at once."""
+    """Return exactly these bytes, at most MAX_PEEK, or None if they are not all in the page cache.
+
+    The next call overwrites them: send or copy them at once.
+    """
     view = _PEEK_BUFFER[:length]
     if not length:
         return view
     try:
         return view if os.preadv(descriptor, (view,), offset, os.RWF_NOWAIT) == length else None
     except OSError:
-        return None  # not in memory, or the disk fails: whoever reads it in earnest finds out
+        return None  # not in memory, or the disk fails; the read that follows tells which
 
 
 def is_cached(descriptor: int, offset: int, length: int, *, first_resident: bool = False) -> bool:
-    """Whether these bytes seem to lie in the page cache: looks at one byte in each _PROBE_STRIDE, and at the last. The
-    first one is passed over if it is known to (`first_resident`).
+    """Whether these bytes seem to be in the page cache.
 
-    The kernel reads ahead in larger steps and drops in larger steps, so that a hole in between is rare, and costs
-    one read from disk.
+    Probes one byte in each _PROBE_STRIDE and the last one. `first_resident`: the first byte is known to be there. The
+    kernel reads ahead and evicts in larger steps, so a hole between two probes is rare. It costs one read from disk.
     """
     last = offset + length - 1
     try:

@@ -1,19 +1,17 @@
-"""Answers from a file that is still growing, with a source to fall back on."""
+"""Responses for objects that are being fetched: streams from the growing partial file, falls back to a source."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, closing
+from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from math import inf
 from time import monotonic
 
 import structlog
-from sanic import HTTPResponse, Request
 
-from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.accesses import AccessCounter, AccessRenewal
 from distributor_node.services.api.assets.decision import (
     Representation,
     Span,
@@ -25,12 +23,7 @@ from distributor_node.services.api.assets.fetch_start import look_up
 from distributor_node.services.api.assets.headers import BYPASS, CacheOutcome, content_head
 from distributor_node.services.api.assets.page_cache import read_chunk
 from distributor_node.services.api.assets.proxy import ProxiedResponse, Proxy
-from distributor_node.services.api.assets.response import (
-    ACCESS_RENEWAL_INTERVAL,
-    CHUNK_BYTES,
-    HitResponder,
-    StreamingResponse,
-)
+from distributor_node.services.api.assets.response import CHUNK_BYTES, HitResponder, ResponseWriter
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import AbortResponse, HttpError
 from distributor_node.services.api.fetch_events import FetchEvents
@@ -38,117 +31,107 @@ from distributor_node.shared.adapters.volume import OpenObject, PartialReader, V
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.ports.state_store import StateStore
+from distributor_node.shared.waiting import background
 
 _RESUME_GRACE = 5.0
-"""Seconds beyond a dead worker's lease in which another one is expected to resume."""
+"""Seconds after a dead worker's lease has expired in which another worker is expected to resume the fetch."""
 
 logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class PendingRequest:
-    """A GET that needs bytes which are not on the volume yet. `media_object` is None where the volume told enough so
-    far; `source` is the one that the fetch uses."""
+    """A GET that needs bytes which are not on the volume yet."""
 
-    request: Request
+    response: ResponseWriter
     representation: Representation
     span: Span
     outcome: CacheOutcome
-    media_object: MediaObject | None = None
-    source: str | None = None
+    media_object: MediaObject | None = None  # None: not looked up yet, the partial file's record was enough
+    source: str | None = None  # the source that the fetch uses
 
 
 class PendingResponder:
-    """Follows where that is quick, proxies where it is not."""
+    """Streams from the partial file where that is quick, and proxies otherwise."""
 
     def __init__(self, context: ApiContext, hit_responder: HitResponder, proxy: Proxy) -> None:
         self._context = context
         self._hit_responder = hit_responder
         self._proxy = proxy
 
-    async def respond(
-        self, pending: PendingRequest, publish_failed: asyncio.Event | None = None
-    ) -> HTTPResponse | None:
-        """Answer while the object is fetched; `publish_failed` is set when its job could not be published."""
+    async def respond(self, pending: PendingRequest, publish_failed: asyncio.Event | None = None) -> None:
+        """Respond while the object is being fetched. `publish_failed`: set if its job could not be published."""
+        response, representation = pending.response, pending.representation
         if pending.span.length == 0:
-            head = content_head(pending.representation, pending.outcome, pending.span, "local")
-            return HTTPResponse(b"", status=head.status, headers=head.headers)
+            await response.send_whole(
+                content_head(representation, pending.outcome, pending.span, "local"), b""
+            )
+            return
         publish_failed = publish_failed or asyncio.Event()
         try:
-            responded, response = await self._try_streaming(pending, publish_failed)
+            await self._try_streaming(pending, publish_failed)
         except VolumeError as error:
-            logger.error("volume_read_failed", object_id=pending.representation.object_id, reason=str(error))
-            responded, response = False, None
-        if responded:
-            return response
-        await self.proxy(replace(pending, outcome=BYPASS) if publish_failed.is_set() else pending)
-        return None
+            logger.error("volume_read_failed", object_id=representation.object_id, reason=str(error))
+            if response.started:
+                raise AbortResponse("object_unreadable") from error
+        if not response.started:
+            await self.proxy(replace(pending, outcome=BYPASS) if publish_failed.is_set() else pending)
 
-    async def proxy(self, pending: PendingRequest, response: StreamingResponse | None = None) -> None:
-        """Answer from a source."""
-        await self._proxy.respond(
-            await self._proxied_response(pending, response or StreamingResponse(pending.request))
-        )
+    async def proxy(self, pending: PendingRequest) -> None:
+        """Respond from a source."""
+        await self._proxy.respond(await self._proxied_response(pending))
 
-    async def _try_streaming(
-        self, pending: PendingRequest, publish_failed: asyncio.Event
-    ) -> tuple[bool, HTTPResponse | None]:
-        """Whether it was answered, and the answer if it was not streamed. VolumeError: nothing was sent."""
+    async def _try_streaming(self, pending: PendingRequest, publish_failed: asyncio.Event) -> None:
+        """Respond from the volume if it has, or soon will have, the first byte. Otherwise send nothing."""
         settings, span = self._context.settings.public_api, pending.span
         if not settings.follow_growing_files:
-            return False, None
+            return
         streamer = self._streamer(pending)
         if is_far(span.first, streamer.on_disk(), settings.far_range_distance):
-            return False, None
+            return
         deadline = monotonic() + settings.first_byte_wait
-        while True:
-            found = await streamer.wait_for_first_byte(deadline, publish_failed)
-            if found is None:
-                return False, None
+        while (found := await streamer.wait_for_first_byte(deadline, publish_failed)) is not None:
             with closing(found):
                 if isinstance(found, OpenObject):
                     representation = replace(pending.representation, media_type=found.record.media_type)
-                    return True, await self._hit_responder.send(
-                        pending.request, found, representation, span, pending.outcome
+                    await self._hit_responder.send(
+                        found, representation, span, pending.outcome, pending.response
                     )
-                if await self._stream(pending, streamer, found):
-                    return True, None
-
-    async def _stream(
-        self, pending: PendingRequest, streamer: PartialFileStreamer, reader: PartialReader
-    ) -> bool:
-        """False: nothing was sent, and the file is not what it was; there may be a new one."""
-        response = StreamingResponse(pending.request)
-        end = await streamer.stream(response, reader, pending.outcome)
-        if end is StreamEnd.FILE_REPLACED:
-            if response.started:
+                    return
+                end = await streamer.stream(pending.response, found, pending.outcome)
+                if end is StreamEnd.FETCH_ENDED:
+                    await self._on_fetch_ended(pending, found)
+            if end is not StreamEnd.FILE_REPLACED:
+                return
+            if pending.response.started:
                 raise AbortResponse("object_gone")
-            return False
-        if end is StreamEnd.FETCH_ENDED:
-            logger.warning(
-                "fetch_ended_while_streaming", object_id=pending.representation.object_id, sent=response.sent
-            )
-            if response.started:
-                await self._proxy.resume(await self._proxied_response(pending, response), reader)
-            else:
-                await self.proxy(pending, response)
-        return True
 
-    async def _proxied_response(
-        self, pending: PendingRequest, response: StreamingResponse
-    ) -> ProxiedResponse:
+    async def _on_fetch_ended(self, pending: PendingRequest, reader: PartialReader) -> None:
+        response = pending.response
+        logger.warning(
+            "fetch_ended_while_streaming", object_id=pending.representation.object_id, sent=response.sent
+        )
+        if response.started:
+            await self._proxy.resume(await self._proxied_response(pending), reader)
+
+    async def _proxied_response(self, pending: PendingRequest) -> ProxiedResponse:
         try:
             media_object = pending.media_object or await self._look_up_matching(pending.representation)
         except HttpError as error:
-            if response.started:
+            if pending.response.started:
                 raise AbortResponse("source_unknown") from error
             raise
         return ProxiedResponse(
-            response, media_object, pending.representation, pending.span, pending.outcome, pending.source
+            pending.response,
+            media_object,
+            pending.representation,
+            pending.span,
+            pending.outcome,
+            pending.source,
         )
 
     async def _look_up_matching(self, representation: Representation) -> MediaObject:
-        """The catalog's word on what the volume has described. HttpError 503 if that is something else by now."""
+        """Look up the object. Raises HttpError 503 if it differs from what the volume described."""
         media_object = await look_up(self._context, representation.object_id)
         if (media_object.size, media_object.etag) != (representation.size, representation.etag):
             raise HttpError(503, "The object has just changed", "unavailable", {"Retry-After": "1"})
@@ -163,23 +146,23 @@ class PendingResponder:
         )
 
 
-# Following a growing file: its size is its progress, its mode says when it is verified.
+# Streaming from the partial file: its size is the progress, its mode says whether it is verified.
 
 LOCK_RETRY_INTERVAL = 0.5
-"""Seconds between attempts to keep an object from being removed, if no word of the worker comes before; less than
-anybody's evictor.min_idle."""
+"""Seconds between attempts to lock a verified file against removal, if no event comes before. Less than any
+evictor.min_idle."""
 
 
 class StreamEnd(Enum):
-    """Why following ended: all was sent; the bytes sent are no longer those of the file; nobody writes it any more."""
+    """Why streaming ended."""
 
-    DONE = auto()
-    FILE_REPLACED = auto()
-    FETCH_ENDED = auto()
+    DONE = auto()  # the whole span was sent
+    FILE_REPLACED = auto()  # the bytes sent are no longer those of the file
+    FETCH_ENDED = auto()  # no worker writes the file any more
 
 
 class PartialFileStreamer:
-    """Follows the file of one object for one request."""
+    """Streams the partial file of one object to one client."""
 
     def __init__(
         self,
@@ -190,8 +173,7 @@ class PartialFileStreamer:
         span: Span,
         stall_timeout: float,
     ) -> None:
-        """`stall_timeout`: seconds without a further byte after which a fetch counts as dead, whatever the store
-        says."""
+        """`stall_timeout`: seconds without a new byte after which a fetch counts as dead, whatever its state is."""
         self._volume = volume
         self._accesses = accesses
         self._poller = poller
@@ -203,8 +185,11 @@ class PartialFileStreamer:
     async def wait_for_first_byte(
         self, deadline: float, publish_failed: asyncio.Event
     ) -> OpenObject | PartialReader | None:
-        """The file from which the span's first byte can be sent; None if there is none by `deadline` (monotonic), or
-        the fetch is over or `publish_failed`. The caller closes it. VolumeError if the disk fails."""
+        """Wait for a file from which the span's first byte can be sent. The caller closes it.
+
+        Returns None at `deadline` (monotonic seconds), when the fetch ends, or once `publish_failed` is set. Raises
+        VolumeError if the disk fails.
+        """
         reader: PartialReader | None = None
         handed_out = False
         try:
@@ -214,7 +199,7 @@ class PartialFileStreamer:
                 )
                 on_disk = 0
                 if reader is None:
-                    # In this order: a file that became complete in between is seen now.
+                    # Partial first, then complete: a file that was renamed in between is seen here.
                     found = self._volume.open_object(self._representation.object_id)
                     if found is not None:
                         return self._if_matching(found)
@@ -234,21 +219,29 @@ class PartialFileStreamer:
                 reader.close()
 
     async def stream(
-        self, response: StreamingResponse, reader: PartialReader, outcome: CacheOutcome
+        self, response: ResponseWriter, reader: PartialReader, outcome: CacheOutcome
     ) -> StreamEnd:
-        """Send from the file until the span is sent or the file fails us. Nothing is sent beyond what may be."""
-        async with self._locked_once_verified(reader):
+        """Send from the file as it grows, until the span is sent, the file is replaced or its fetch ends."""
+        async with background(self._lock_once_verified(reader), name="lock-once-verified"):
             return await self._stream(response, reader, outcome)
 
+    async def _lock_once_verified(self, reader: PartialReader) -> None:
+        """Lock the file against removal as soon as the worker has verified it, before the worker's own lock ends.
+
+        A client that reads nothing for a while must not find the object evicted, which may be complete by then.
+        """
+        while not (reader.state().verified and reader.lock_shared()):
+            await self._poller.wait_for_event(LOCK_RETRY_INTERVAL)
+
     async def _stream(
-        self, response: StreamingResponse, reader: PartialReader, outcome: CacheOutcome
+        self, response: ResponseWriter, reader: PartialReader, outcome: CacheOutcome
     ) -> StreamEnd:
         span, object_id = self._span, self._representation.object_id
         end = span.first + (span.length or 0)
-        renewed_at = monotonic()
+        renewal = AccessRenewal(self._accesses, object_id)
         while (position := span.first + response.sent) < end:
             state = reader.state()
-            # A client that took long to take the last piece must not make the fetch look dead.
+            # A client that took long to read the last chunk must not make the fetch look dead.
             self._poller.observe(state.size)
             if state.unlinked or state.size < position:
                 return StreamEnd.FILE_REPLACED
@@ -264,14 +257,12 @@ class PartialFileStreamer:
             if not chunk:
                 return StreamEnd.FILE_REPLACED
             await self._send(response, chunk, outcome)
-            if monotonic() - renewed_at >= ACCESS_RENEWAL_INTERVAL:
-                renewed_at = monotonic()
-                self._accesses.touch(object_id)
+            renewal.touch_if_due()
         self._accesses.touch(object_id)
         await response.finish()
         return StreamEnd.DONE
 
-    async def _send(self, response: StreamingResponse, chunk: memoryview, outcome: CacheOutcome) -> None:
+    async def _send(self, response: ResponseWriter, chunk: memoryview, outcome: CacheOutcome) -> None:
         if response.started:
             await response.send(chunk, "local")
             return
@@ -279,14 +270,14 @@ class PartialFileStreamer:
         await response.start(head, chunk)
 
     async def _read(self, reader: PartialReader, offset: int, length: int) -> memoryview:
-        """Empty if the file was emptied between looking and reading, or the disk fails."""
+        """Read a chunk. Empty if the file was truncated in the meantime, or the disk fails."""
         try:
             return await read_chunk(reader.descriptor, offset, length)
         except OSError:
             return memoryview(b"")
 
     def on_disk(self) -> int:
-        """Bytes of the partial file now."""
+        """Return the current size of the partial file in bytes, 0 if there is none."""
         reader = self._volume.open_partial(self._representation.object_id)
         if reader is None:
             return 0
@@ -300,14 +291,14 @@ class PartialFileStreamer:
         return reader
 
     def _matches_representation(self, *, verified: bool) -> bool:
-        """False if the file is going to be something else than the headers would say (the catalog has changed).
+        """Whether the file holds what the headers describe. It may not, if the catalog has changed.
 
-        The sidecar tells the source's media type too, from before the first byte.
+        Takes the source's media type from the sidecar, which is written before the first byte.
         """
         object_id = self._representation.object_id
         expected = self._volume.partial_record(object_id)
         if expected is None:
-            # The sidecar goes away once the file is complete, and with it the difference: the file is verified.
+            # The sidecar is removed once the file is complete and verified.
             stored = self._volume.read_record(object_id) if verified else None
             self._media_type = stored.media_type if stored is not None else None
             return verified
@@ -320,33 +311,17 @@ class PartialFileStreamer:
         found.close()
         return None
 
-    @asynccontextmanager
-    async def _locked_once_verified(self, reader: PartialReader) -> AsyncIterator[None]:
-        """A client that takes nothing for a while must not find the object, complete meanwhile, evicted: it is held as
-        soon as the worker says that it is right, before the worker's own lock goes."""
 
-        async def lock() -> None:
-            while not (reader.state().verified and reader.lock_shared()):
-                await self._poller.wait_for_event(LOCK_RETRY_INTERVAL)
-
-        locking = asyncio.create_task(lock())
-        try:
-            yield
-        finally:
-            locking.cancel()
-            await asyncio.wait({locking})
-
-
-# Waiting for an object that is being fetched: wake-ups, polls, and the question whether the fetch still goes on.
+# Waiting for bytes of a fetch: events, polls, and the check whether the fetch has ended.
 
 MIN_POLL_INTERVAL, MAX_POLL_INTERVAL, MAX_IDLE_POLL_INTERVAL = 0.005, 0.025, 0.1
-"""Seconds; the last where nothing has moved for a while and many may be waiting. Wake-ups come in between."""
+"""Seconds. The last one applies after a while without progress, when many requests may wait. Events end a wait."""
 STATE_CHECK_INTERVAL = 2.0
-"""Seconds between questions to the state store while nothing moves."""
+"""Seconds between look-ups in the state store while there is no progress."""
 
 
 class FetchPoller:
-    """Paces one request that waits for bytes. Its polls are short while bytes arrive, longer while they do not."""
+    """Paces one request that waits for bytes. Its polls are short while bytes arrive, and longer otherwise."""
 
     def __init__(self, object_id: ObjectId, state: StateStore, fetch_events: FetchEvents) -> None:
         self._object_id = object_id
@@ -363,13 +338,13 @@ class FetchPoller:
         return monotonic() - self._last_progress
 
     def observe(self, size: int) -> None:
-        """So many bytes are on disk now."""
+        """Note the number of bytes on disk."""
         if size != self._last_size:
             self._last_size, self._interval, self._last_progress = size, MIN_POLL_INTERVAL, monotonic()
             self._ended = False
 
     async def wait(self, size: int, max_seconds: float = MAX_IDLE_POLL_INTERVAL) -> None:
-        """Wait for a moment, or until something changes about the fetch. `size`: bytes on disk now."""
+        """Wait for the poll interval, or until an event of the fetch. `size`: bytes on disk now."""
         self.observe(size)
         delay = max(0.001, min(self._interval, max_seconds))
         max_interval = min(MAX_IDLE_POLL_INTERVAL, max(MAX_POLL_INTERVAL, self.idle / 20))
@@ -378,14 +353,14 @@ class FetchPoller:
             self._last_check = -inf
 
     async def wait_for_event(self, seconds: float) -> None:
-        """Wait for word of the fetch, at most so long."""
+        """Wait for an event of the fetch, at most `seconds`."""
         await self._fetch_events.wait(self._object_id, seconds)
 
     async def has_ended(self) -> bool:
-        """True once the state store has said, twice in a row, that nobody fetches the object any more.
+        """Whether two look-ups in a row have found no fetch of the object in the state store.
 
-        Twice: between the rename of a complete file and the commit, or a worker's end and the next one's beginning,
-        one look can mislead. A store that does not answer says nothing.
+        One look-up can mislead: between the rename of a complete file and its commit, or between the end of one worker
+        and the start of the next. An unavailable store counts as no look-up.
         """
         if self.idle < MAX_POLL_INTERVAL or monotonic() - self._last_check < STATE_CHECK_INTERVAL:
             return False

@@ -1,4 +1,4 @@
-"""Proxying: bytes of an object from a source to the client, verified while they pass where that can be."""
+"""Proxied responses: bytes from a source to the client, verified while they pass where that is possible."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import structlog
 
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES, Representation, Span
 from distributor_node.services.api.assets.headers import CacheOutcome, content_head
-from distributor_node.services.api.assets.response import StreamingResponse
+from distributor_node.services.api.assets.response import ResponseWriter
 from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
 from distributor_node.shared.adapters.sources import SourceResponse
 from distributor_node.shared.adapters.sources.failover import FailoverReader
@@ -30,23 +30,20 @@ logger = structlog.get_logger()
 
 @dataclass(slots=True)
 class ProxiedResponse:
-    """What is being sent to one client. `preferred`: the source to ask first, the one that the object's fetch uses.
+    """A response that one client is being sent from sources."""
 
-    `contributors`: the sources whose bytes passed; `media_type`: the first one's word; `deadline`: of the first byte.
-    """
-
-    response: StreamingResponse
+    response: ResponseWriter
     media_object: MediaObject
     representation: Representation
     span: Span
     outcome: CacheOutcome
-    preferred: str | None = None
-    contributors: set[str] = field(default_factory=set)
-    media_type: str | None = None
-    deadline: asyncio.Timeout | None = None
+    preferred: str | None = None  # the source to try first: the one that the object's fetch uses
+    contributors: set[str] = field(default_factory=set)  # sources whose bytes have passed
+    media_type: str | None = None  # as stated by the first source that responded
+    deadline: asyncio.Timeout | None = None  # for the first byte
 
     def on_source_response(self, url: str, response: SourceResponse) -> None:
-        """A source has begun to answer: it may know what the catalog does not."""
+        """Take the media type and the size from a source's response, if the catalog does not state them."""
         if not self.response.started:
             self.media_type = response.media_type
             if self.span.last is None and response.total is not None:
@@ -54,6 +51,7 @@ class ProxiedResponse:
                 self.response.set_object_size(response.total)
 
     async def emit(self, chunks: Iterable[bytes | memoryview]) -> None:
+        """Send chunks to the client, after the head if it has not been sent."""
         for chunk in chunks:
             if self.response.started:
                 await self.response.send(chunk, "external")
@@ -61,19 +59,20 @@ class ProxiedResponse:
                 await self._start(chunk)
 
     async def finish(self) -> None:
+        """End the response. Sends the head of an empty body if nothing has been sent."""
         if not self.response.started:
             await self._start(b"")
         await self.response.finish()
 
     async def _start(self, chunk: bytes | memoryview) -> None:
         if self.deadline is not None:
-            self.deadline.reschedule(None)  # from here on the client's pace counts
+            self.deadline.reschedule(None)  # from here on the client sets the pace
         head = content_head(self.representation, self.outcome, self.span, "external", self.media_type)
         await self.response.start(head, chunk)
 
 
 class Proxy:
-    """One for each process: it bounds how many answers are proxied at once."""
+    """Responds from sources. One per process: it limits the number of concurrent proxied responses."""
 
     def __init__(self, failover_reader: FailoverReader, settings: PublicApi) -> None:
         self._failover_reader = failover_reader
@@ -82,9 +81,9 @@ class Proxy:
         self._max_prefix = min(settings.far_range_distance, MAX_SKIP)
 
     async def respond(self, proxied: ProxiedResponse) -> None:
-        """Answer from a source. HttpError while nothing has been sent: 502, 504, or 503 if too many are proxied.
+        """Respond from a source. The first byte must come within `proxied_first_byte_wait`, over all sources.
 
-        All sources together have `proxied_first_byte_wait` for the first byte: a client that waits longer gives up.
+        Raises HttpError 502, 503 (too many proxied responses) or 504 while nothing has been sent, AbortResponse later.
         """
         with self._slot(started=False):
             try:
@@ -102,23 +101,26 @@ class Proxy:
             first = proxied.span.first if buffer is None else 0
             if await self._attempt(proxied, sources, buffer, first):
                 return
-            # Nothing has been sent yet: another source may hold the right bytes.
+            # Nothing has been sent yet: another source may hold the correct bytes.
             sources = [url for url in sources if url not in proxied.contributors]
             if not sources:
-                raise HttpError(502, "Every source holds wrong bytes", "sources_failed")
+                raise HttpError(502, "Every source sent bytes that do not match the hash", "sources_failed")
             proxied.contributors = set()
 
     def _verifying_buffer(self, media_object: MediaObject, span: Span) -> VerifyingBuffer | None:
-        """What reaches the object's end is verified from its first byte, unless that is far: such a range, and an inner
-        one, is passed on as it is, marked short-lived."""
+        """Return a buffer that verifies the object from its first byte, if the span reaches the object's end.
+
+        Inner ranges, and ranges that begin far into the object, are passed on unverified and marked short-lived.
+        """
         if media_object.content_hash is None or not span.reaches_end or span.first > self._max_prefix:
             return None
         return VerifyingBuffer(media_object.content_hash, media_object.size, first=span.first)
 
     async def resume(self, proxied: ProxiedResponse, reader: PartialReader) -> None:
-        """Send what is missing of an answer whose growing file has stopped growing; AbortResponse if that fails.
+        """Complete a response from a source after the fetch of its partial file has ended.
 
-        What completes an object must be verified: what lies on disk, and so what was sent, is hashed first.
+        The bytes on disk, which were sent, are hashed first so that the whole object is verified. Raises AbortResponse
+        on failure.
         """
         with self._slot(started=True):
             media_object, span = proxied.media_object, proxied.span
@@ -137,7 +139,7 @@ class Proxy:
     async def _attempt(
         self, proxied: ProxiedResponse, sources: Sequence[str], buffer: VerifyingBuffer | None, first: int
     ) -> bool:
-        """True when all was sent; False if the bytes were wrong and the client has got nothing at all."""
+        """Send everything. Returns False if the bytes were corrupt and nothing has been sent to the client."""
         last = proxied.span.last
         try:
             async with aclosing(
@@ -168,8 +170,8 @@ class Proxy:
             resumed=resumed,
         )
         if resumed:
-            return  # the wrong bytes may be those that came from elsewhere
-        # Of several nobody knows who lied
+            return  # the corrupt bytes may be those on disk
+        # With several contributors the corrupt one is unknown.
         corrupted = proxied.media_object.object_id if len(proxied.contributors) == 1 else None
         for url in proxied.contributors:
             SOURCE_FAILURES.labels(source=source_label(url), reason="invalid_response").inc()
@@ -180,7 +182,7 @@ class Proxy:
         if self._free_slots <= 0:
             if started:
                 raise AbortResponse("too_many_proxied")
-            raise HttpError(503, "Too many answers are being proxied", "unavailable", RETRY_LATER)
+            raise HttpError(503, "Too many responses are being proxied", "unavailable", RETRY_LATER)
         self._free_slots -= 1
         PROXIED_IN_PROGRESS.inc()
         try:
@@ -191,33 +193,30 @@ class Proxy:
 
 
 def _hash_file(reader: PartialReader, end: int, buffer: VerifyingBuffer) -> None:
-    """Take the first `end` bytes on disk into account. OSError, or VolumeError if there are fewer."""
+    """Hash the first `end` bytes on disk. Raises OSError, or VolumeError if there are fewer."""
     position = 0
     while position < end:
         data = reader.read(position, min(_HASH_CHUNK, end - position))
         if not data:
-            raise VolumeError(f"the partial file of {reader.object_id} was cut short")
+            raise VolumeError(f"partial file of {reader.object_id}: expected {end} bytes, got {position}")
         buffer.hash_only(data)
         position += len(data)
 
 
-def _source_failure(error: AllSourcesFailed, response: StreamingResponse) -> HttpError | AbortResponse:
+def _source_failure(error: AllSourcesFailed, response: ResponseWriter) -> HttpError | AbortResponse:
     if response.started:
         return AbortResponse("source_failed")
     if error.too_slow:
         return _too_slow()
-    return HttpError(502, "No source could give the object", "sources_failed")
+    return HttpError(502, "No source could deliver the object", "sources_failed")
 
 
 def _too_slow() -> HttpError:
     return HttpError(504, "Every source is too slow", "sources_too_slow")
 
 
-# Bytes on their way from a source to a client, checked while they pass.
-
-
 class VerifyingBuffer:
-    """Hashes all bytes of an object as they pass, and keeps the object's last ones until the hash is known."""
+    """Hashes the bytes of an object as they pass, and holds back the last ones until the hash is verified."""
 
     def __init__(
         self,
@@ -226,27 +225,28 @@ class VerifyingBuffer:
         tail_bytes: int = UNVERIFIED_TAIL_BYTES,
         first: int = 0,
     ) -> None:
-        """`size` of the object in bytes; while nobody knows it, any byte may be among the last `tail_bytes`. What comes
-        before byte `first` is hashed and handed to nobody."""
+        """`size`: of the object in bytes. While it is None, any byte may be among the last `tail_bytes`.
+
+        `first`: bytes before this offset are hashed but not returned.
+        """
         self._expected = content_hash.digest
         self._hasher = content_hash.hasher()
         self._size = size
         self._tail_bytes = tail_bytes
         self._first = first
-        self.resumed = False
+        self.resumed = False  # part of the bytes came from elsewhere, so a mismatch does not blame the source
         self._chunks: deque[memoryview] = deque()
         self._received = self._released = 0
 
     def hash_only(self, data: bytes) -> None:
-        """Take bytes into account that the client got from elsewhere. From now on the passage is `resumed`,
-        and wrong bytes say nothing of who gave the rest."""
+        """Hash bytes that the client was sent from elsewhere, and mark the buffer as `resumed`."""
         self.resumed = True
         self._hasher.update(data)
         self._received += len(data)
         self._released += len(data)
 
     def feed(self, data: bytes) -> list[memoryview]:
-        """Take the next bytes; return those that may go now."""
+        """Hash the next bytes. Returns the bytes that may be sent now."""
         self._hasher.update(data)
         dropped = min(len(data), max(0, self._first - self._received))
         self._received += len(data)
@@ -257,11 +257,11 @@ class VerifyingBuffer:
         return self._release(min(end, self._received) - self._released)
 
     def verify(self) -> bool:
-        """True if all bytes so far are the object; then `drain` may go."""
+        """Whether all bytes so far have the object's hash. If so, send what `drain` returns."""
         return self._hasher.digest() == self._expected
 
     def drain(self) -> list[memoryview]:
-        """What was kept."""
+        """Return the bytes held back."""
         return self._release(self._received - self._released)
 
     def _release(self, length: int) -> list[memoryview]:

@@ -1,6 +1,6 @@
-"""The fast path: plain GETs and HEADs of cached objects, answered without Sanic.
+"""The fast path: responds to simple GETs and HEADs of cached objects without Sanic.
 
-The connection looks at what arrives. A whole, simple request for a cached object is answered at once; everything
-else goes to Sanic, byte for byte as it came. Whatever is answered here is what Sanic's path would have answered:
-both build headers in `services/api/assets/headers.py` and decide with `services/api/assets/decision.py`.
+The connection inspects received bytes first. A complete, simple request for a cached object gets its response at once.
+Everything else goes to Sanic, byte for byte. Both paths send equal responses: they build headers in
+`services/api/assets/headers.py` and decide with `services/api/assets/decision.py`.
 """

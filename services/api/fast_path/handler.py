@@ -1,4 +1,4 @@
-"""From a simple request to its answer: what is shared by all connections of one process."""
+"""Prepares and records the responses of the fast path. One handler serves all connections of a process."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from distributor_node.services.api.request_log import BufferedHitMetrics, Reques
 from distributor_node.shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
 
 _ACCESS_COUNT_INTERVAL = 0.5
-"""Seconds in which further accesses of one object are not counted again: the views are the same, the last access
-hardly older."""
+"""Seconds in which further accesses to one object are not counted. They belong to the same view."""
 _ID_BATCH = 128
 _ID_DIGITS = 32
 
+logger = structlog.get_logger()
+
 
 class PreparedResponse(NamedTuple):
-    """What to send: the head, and `length` bytes of the object from `first`; none (`length` 0) for a head alone."""
+    """What to send: the head, then `length` bytes of the object from offset `first`."""
 
     request: ParsedRequest
     cached: CachedObject
@@ -35,14 +36,15 @@ class PreparedResponse(NamedTuple):
     status: int
     head: bytes
     first: int
-    length: int
-    started: float
+    length: int  # 0 for a head alone
+    started: float  # perf_counter()
 
 
 class FastPath:
-    """`log_hits`: whether each answer is an event in the log."""
+    """Prepares responses from the cache of open objects, and records them."""
 
     def __init__(self, objects: OpenObjectCache, accesses: AccessCounter, *, log_hits: bool) -> None:
+        """`log_hits`: log each response."""
         self.objects = objects
         self.accesses = accesses
         self.hit_metrics = BufferedHitMetrics()
@@ -55,7 +57,7 @@ class FastPath:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def prepare(self, data: bytes, now: float) -> PreparedResponse | None:
-        """The answer to what a connection has received; None: Sanic has to answer. `now` in monotonic seconds."""
+        """Return the response to received bytes, or None if Sanic must respond. `now`: monotonic seconds."""
         started = perf_counter()
         request = self._parser.parse(data)
         if request is None:
@@ -81,7 +83,7 @@ class FastPath:
             else:
                 return None
         if length:
-            # Bytes alone hold an object and renew its access; HEAD and 304 leave no trace
+            # Only responses with bytes lock an object and count as an access, not HEAD and 304.
             if now >= cached.acquired_until:
                 acquired = self.objects.acquire(request.object_id, cached)
                 if acquired is None:
@@ -102,7 +104,10 @@ class FastPath:
     def record(
         self, prepared: PreparedResponse, sent: int, seconds: float, abort_reason: str | None = None
     ) -> None:
-        """Count the answer, and log it if that is wanted. `sent` bytes of a body that began after `seconds`."""
+        """Count the response, and log it if it was aborted or hits are logged.
+
+        `sent`: bytes of the body. `seconds`: from the request to the first byte.
+        """
         self.hit_metrics.add(prepared.request.is_head, prepared.status, sent, seconds)
         if self._log_hits or abort_reason is not None:
             record = RequestRecord(
@@ -118,7 +123,7 @@ class FastPath:
             log_request(record, prepared.status, cache="hit", source=source, sent=sent)
 
     def _new_id(self) -> bytes:
-        """Like `choose_request_id`, with a call of the system for many at once."""
+        """Return a new request id. One system call makes _ID_BATCH of them."""
         start = self._next_id
         if start >= len(self._ids):
             self._ids, start = secrets.token_hex(_ID_BATCH * _ID_DIGITS // 2).encode(), 0
@@ -126,12 +131,12 @@ class FastPath:
         return self._ids[start : start + _ID_DIGITS]
 
     def track(self, task: asyncio.Task[None]) -> None:
-        """Keep a task that sends a body, so that `close` waits for it."""
+        """Make `close` wait for a task that sends a body."""
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """After the last connection: hand over what was counted, close all objects."""
+        """Flush the metrics and close all objects. Call it after the last connection has ended."""
         if self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         self.hit_metrics.flush()
@@ -141,13 +146,13 @@ class FastPath:
 def _select_range(
     request: ParsedRequest, cached: CachedObject
 ) -> tuple[int, int] | Span | Unsatisfiable | PreconditionResult:
-    """What `decision.select_range` says; of a range without conditions its first and last byte."""
+    """Return the result of `decision.select_range`, or the first and last byte of a range without conditions."""
     fields = request.fields
     if fields.unconditional and not request.is_head:
         bounds = request.bounds
         if bounds is not None and bounds[0] <= bounds[1] < cached.size:
             return bounds
-        # What `select_range` comes to without conditions
+        # The result of `select_range` without conditions.
         found = parse_range(request.range_header, cached.size)
         if isinstance(found, ByteRange):
             return found.first, found.last
@@ -156,13 +161,17 @@ def _select_range(
     return select_range(asset_request, cached.representation)
 
 
-# Putting the fast path together.
+# Construction.
 
 _FD_SHARE = 4
+_TARGET_FD_LIMIT = 65_536
 
 
 def build_fast_path(context: ApiContext) -> FastPath | None:
-    """None where it is turned off. Run its objects' `run`, and `close` it after the last connection."""
+    """Build the fast path, or return None if it is turned off.
+
+    Run `objects.run` in a task, and call `close` after the last connection.
+    """
     settings = context.settings
     if not settings.public_api.fast_lane:
         return None
@@ -171,15 +180,11 @@ def build_fast_path(context: ApiContext) -> FastPath | None:
     return FastPath(objects, context.accesses, log_hits=settings.log.hits)
 
 
-# How many files and connections this process may have open.
-
-_TARGET_FD_LIMIT = 65_536
-
-logger = structlog.get_logger()
-
-
 def raise_fd_limit() -> int:
-    """Use what the system allows: the usual soft limit of 1024 is for programs that use select. The limit now."""
+    """Raise the soft limit of open files to what the system allows. Returns the limit.
+
+    The usual soft limit of 1024 exists for programs that use select.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     target = _TARGET_FD_LIMIT if hard == resource.RLIM_INFINITY else min(hard, _TARGET_FD_LIMIT)
     if soft == resource.RLIM_INFINITY or soft >= target:

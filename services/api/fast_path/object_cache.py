@@ -1,4 +1,4 @@
-"""Objects that are asked for right now: open, described, with their heads ready-made; the smallest ones in memory."""
+"""Cache of objects in use: open files with prebuilt response headers, and the bodies of small objects in memory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 REVALIDATE_SECONDS = 0.2
-"""How long an object is answered without another look at its name on the volume."""
+"""Seconds for which an object is served without checking its path on the volume again."""
 IDLE_SECONDS = 1.0
-"""How long an object that nobody asks for is kept open."""
+"""Seconds for which an unused object is kept open."""
 MAX_IN_MEMORY = 16 * 1024
-"""Bytes. Larger objects go from the page cache to the socket without a copy, which is quicker than from our memory."""
+"""Bytes. Larger objects are faster by sendfile, which copies nothing to user space."""
 MAX_OPEN_FILES = 2048
 _ENTRY_OVERHEAD = 5 * 1024
-"""What a body in memory takes beside itself, heads above all."""
+"""Bytes that an object in memory takes in addition to its body, mostly for its headers."""
 _MAX_SEEN_ONCE = 20_000
 _MEMORY_SWEEP_INTERVAL = 10.0
 _MAX_HEADERS = 4000
-"""Ready-made heads that are kept when their objects are not (some 3 KiB each)."""
+"""Prebuilt headers that are kept after their objects have been dropped, about 3 KiB each."""
 _WHOLE_PROBE_LIMIT = 1024 * 1024
 _SWEEP_BATCH = 200
 
@@ -57,12 +57,15 @@ class CachedObject:
 
     @property
     def descriptor(self) -> int:
-        """Of the open file; -1 where there is none."""
+        """The descriptor of the open file, or -1."""
         return self.file.descriptor if self.file is not None else -1
 
     def is_resident(self, first: int, length: int, now: float, *, first_resident: bool = False) -> bool:
-        """Whether these bytes lie in the page cache, so that sending them holds nobody up; `first_resident`: the first
-        one is known to. Of small objects that is found out once in a while for all of them."""
+        """Whether these bytes are in the page cache, so that sending them does not block.
+
+        `first_resident`: the first byte is known to be. Small objects are probed as a whole, at most every
+        REVALIDATE_SECONDS.
+        """
         if now < self.resident_until:
             return True
         if self.size > _WHOLE_PROBE_LIMIT:
@@ -75,14 +78,16 @@ class CachedObject:
         return True
 
     def lock_shared(self) -> bool:
-        """Keep the object from being removed until it is closed. False: it is being removed."""
+        """Lock the object against removal until it is closed. Returns False if it is being removed."""
         if not self.locked and self.file is not None:
             self.locked = self.file.lock_shared()
         return self.locked
 
     def begin_send(self) -> None:
-        """Until `end_send` the file stays open. Call it before anybody else may have a turn: a descriptor that was
-        closed meanwhile may be another object's by then."""
+        """Keep the file open until `end_send`. Call it before the next await.
+
+        A descriptor that is closed in between may belong to another object afterwards.
+        """
         self.sends += 1
 
     def end_send(self) -> None:
@@ -97,14 +102,14 @@ class CachedObject:
 
 @dataclass(slots=True)
 class _Memory:
-    """Bytes held by bodies, and how many may be."""
+    """The memory used by bodies, and the objects that have been requested once."""
 
     limit: int
     used: int = 0
     seen: dict[bytes, None] = field(default_factory=dict)
 
     def seen_before(self, key: bytes) -> bool:
-        """True from the second time on."""
+        """Whether the object was requested before. Notes the request."""
         if key in self.seen:
             return True
         if len(self.seen) >= _MAX_SEEN_ONCE:
@@ -114,12 +119,11 @@ class _Memory:
 
 
 class OpenObjectCache:
-    """By id, as bytes. `run` is the task that lets go of what nobody asks for.
+    """Open objects and bodies in memory, by object id as bytes. `run` closes what is idle.
 
-    From the first `acquire` on, while an object is open here, the shared lock on it is held, so that its bytes count
-    until they are sent: whoever wants it gone sets it aside, it is missed here within REVALIDATE_SECONDS, and closed.
-    Bodies in memory need no lock. What sends no bytes, a HEAD or a 304, takes no object: it holds nothing, and renews
-    nothing.
+    `acquire` locks an open file against removal. Eviction renames the file. The cache notices within REVALIDATE_SECONDS
+    and closes its descriptor, which ends the lock. Bodies in memory need no lock. HEAD and 304 send no bytes and do not
+    acquire the object.
     """
 
     def __init__(
@@ -129,7 +133,7 @@ class OpenObjectCache:
         max_open_files: int = MAX_OPEN_FILES,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """`memory`: bytes that bodies may take."""
+        """`memory`: limit in bytes for bodies in memory. `clock`: monotonic seconds."""
         self._volume = volume
         self._memory = _Memory(memory)
         self._max_open_files = max_open_files
@@ -140,16 +144,17 @@ class OpenObjectCache:
         self._next_memory_sweep = 0.0
 
     def get(self, key: bytes, now: float) -> CachedObject | None:
-        """The object, if it is cached and lies where it should; None: somebody else must find out more. Bytes of it
-        are for those who `acquire` it."""
+        """Return the object if it is complete on the volume, else None. `acquire` it before sending its bytes."""
         cached = self._in_memory.get(key) or self._open.get(key)
         if cached is None or (now >= cached.fresh_until and not self._revalidate(key, cached, now)):
             return self._add(key, now)
         return cached
 
     def acquire(self, key: bytes, cached: CachedObject) -> CachedObject | None:
-        """To be called before bytes are sent, unless `acquired_until` is still to come: the object, which stays as it
-        is from now on, and may be in memory now; None: it is being removed."""
+        """Lock the object before its bytes are sent. Not needed before `acquired_until`.
+
+        Returns the object, which may be in memory now, or None if it is being removed.
+        """
         if cached.body is not None:
             self._in_memory.move_to_end(key)
         else:
@@ -163,7 +168,7 @@ class OpenObjectCache:
         return cached
 
     def drop(self, key: bytes) -> None:
-        """Forget the object: what is sent of it is sent to its end."""
+        """Remove the object from the cache. Sends in progress complete."""
         in_memory = self._in_memory.pop(key, None)
         if in_memory is not None and in_memory.body is not None:
             self._memory.used -= len(in_memory.body) + _ENTRY_OVERHEAD
@@ -199,7 +204,7 @@ class OpenObjectCache:
         return cached
 
     def _make_entry(self, object_id: ObjectId, file: OpenObject) -> CachedObject | None:
-        """None for what Sanic's path answers better: nothing at all, or headers that cannot be sent as they are."""
+        """Make an entry, or return None for Sanic's path: an empty object, or headers that cannot be prebuilt."""
         record = file.record
         try:
             if not record.size:
@@ -215,7 +220,7 @@ class OpenObjectCache:
             return None
 
     def _load_into_memory(self, key: bytes, cached: CachedObject) -> CachedObject:
-        """The object in memory, if all of it is in the page cache, and there is room; else as it was."""
+        """Return the object with its body in memory if it is in the page cache and fits, else unchanged."""
         if cached.file is None or cached.size + _ENTRY_OVERHEAD > self._memory.limit:
             return cached
         try:
@@ -233,16 +238,16 @@ class OpenObjectCache:
         return in_memory
 
     async def run(self) -> None:
-        """Until cancelled: close what is idle, and forget bodies of objects that are gone."""
+        """Sweep until cancelled."""
         while True:
             await asyncio.sleep(IDLE_SECONDS / 4)
             await self.sweep()
 
     async def sweep(self) -> None:
-        """Look at everything that may be due, a little at a time."""
+        """Close idle objects, and drop bodies of removed objects. Yields to the loop every _SWEEP_BATCH objects."""
         await self._sweep(self._open, self._close_if_idle)
         if self._clock() >= self._next_memory_sweep:
-            # In no hurry: these take no space on the volume, and are looked at before they are answered
+            # Rarely: these take no space on the volume, and are revalidated before they are served.
             self._next_memory_sweep = self._clock() + _MEMORY_SWEEP_INTERVAL
             await self._sweep(self._in_memory, self._drop_if_replaced)
 
@@ -267,6 +272,6 @@ class OpenObjectCache:
             self.drop(key)
 
     def close(self) -> None:
-        """Close all; sends that go on keep their files."""
+        """Drop all objects. Sends in progress keep their files open."""
         for key in (*self._open, *self._in_memory):
             self.drop(key)

@@ -1,4 +1,4 @@
-"""The connection that looks at what arrives before Sanic does."""
+"""Connection of the fast path: inspects received bytes before Sanic, and sends bodies with sendfile."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from time import monotonic, perf_counter
 from typing import Any
 
 import structlog
-from sanic.http import Stage
 
-from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.accesses import AccessCounter, AccessRenewal
 from distributor_node.services.api.assets.page_cache import is_cached, peek_cached, read_chunk
-from distributor_node.services.api.assets.response import ACCESS_RENEWAL_INTERVAL
 from distributor_node.services.api.fast_path.handler import FastPath, PreparedResponse
 from distributor_node.services.api.fast_path.object_cache import CachedObject
 from distributor_node.services.api.protocol import ApiHttp, PublicProtocol
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 
 _MAX_BUFFERED = 64 * 1024
-"""Bytes a client may send ahead while it is sent a long body; then it is not read from."""
+"""Bytes that a client may send ahead during a long response. Reading is paused beyond that."""
 _PAGE_SIZE = 4096
 
 logger = structlog.get_logger()
@@ -32,21 +30,21 @@ logger = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class _Transfer:
-    """A body that is sent in a task. `request`: what the client asked, for Sanic's path if nothing could be sent; empty
-    once something was said."""
+    """A body that is sent in a task."""
 
     fast_path: FastPath
     prepared: PreparedResponse
     sender: FileSender
-    request: bytes = b""
+    request: bytes = (
+        b""  # the received bytes, for Sanic if nothing can be sent; empty if something has been sent
+    )
 
 
 class FastPathProtocol(PublicProtocol):
-    """Answers simple requests for cached objects itself, and hands everything else to Sanic unchanged.
+    """Responds to simple requests for cached objects itself, and passes everything else to Sanic unchanged.
 
-    It writes only while Sanic waits for a request's first byte and nothing written before is on its way; what
-    arrives while a long body is sent is kept until that has ended. Time limits are those of PublicProtocol, which
-    sees every byte.
+    It writes only while Sanic waits for the first byte of a request and no earlier write is pending. What arrives while
+    a long body is sent is buffered until its end. PublicProtocol enforces the timeouts.
     """
 
     __slots__ = ("_buffered", "_fast_path", "_socket", "_transfer", "_transfer_task")
@@ -63,7 +61,7 @@ class FastPathProtocol(PublicProtocol):
         super().connection_made(transport)
         connection = transport.get_extra_info("socket")
         if self._fast_path is not None and connection is not None:
-            # Another name for the transport's own socket, never closed here: it offers what transports do not.
+            # A second object for the transport's socket, for calls that transports do not offer. It is never closed.
             self._socket = socket.socket(
                 connection.family, socket.SOCK_STREAM, connection.proto, fileno=connection.fileno()
             )
@@ -79,19 +77,8 @@ class FastPathProtocol(PublicProtocol):
     def data_received(self, data: bytes) -> None:
         if self._transfer is not None:
             self._buffer(data)
-        elif not self._can_bypass() or not self._respond(data):
+        elif self._socket is None or not self._can_bypass() or not self._respond(data):
             super().data_received(data)
-
-    def _can_bypass(self) -> bool:
-        """Whether nothing is under way on this connection."""
-        http, transport = self._http, self.transport
-        if self._socket is None or transport is None or self.recv_buffer or self.draining:
-            return False
-        if http is not None and not (
-            http.stage is Stage.IDLE and getattr(http, "request", None) is None and http.keep_alive
-        ):
-            return False
-        return not transport.is_closing() and not transport.get_write_buffer_size()
 
     def _respond(self, data: bytes) -> bool:
         fast_path, transport = self._fast_path, self.transport
@@ -114,11 +101,10 @@ class FastPathProtocol(PublicProtocol):
     def _send_file(
         self, fast_path: FastPath, prepared: PreparedResponse, connection: socket.socket, data: bytes
     ) -> None:
-        """The head and as much of the file as the socket takes now; the rest in a task."""
+        """Send the head and as much of the file as the socket takes now. The rest is sent in a task."""
         cached, head, length, sent = prepared.cached, prepared.head, prepared.length, 0
-        # A body that begins within a page takes one page more than a segment holds, and the kernel then works half as
-        # long again: what lies before the next page goes with the head, and the file from there. Should it have left
-        # memory just now, all of it is sent as it lies.
+        # An unaligned sendfile needs one page more per segment and costs about 50 % more CPU. Send the bytes up to the
+        # page boundary with the head, then sendfile from there. If they are not in memory, send everything unaligned.
         unaligned = peek_cached(cached.descriptor, prepared.first, min(-prepared.first % _PAGE_SIZE, length))
         if not cached.is_resident(prepared.first, length, self._time, first_resident=bool(unaligned)):
             sender = FileSender(cached, prepared.first, length, fast_path.accesses)
@@ -153,11 +139,11 @@ class FastPathProtocol(PublicProtocol):
 
     def _connection(self) -> Connection:
         if self.transport is None or self._socket is None:
-            raise ConnectionResetError(errno.ECONNRESET, "the client has left")
+            raise ConnectionResetError(errno.ECONNRESET, "client disconnected")
         return Connection(self.transport, self._can_write, self._socket.fileno())
 
     def _start_transfer(self, transfer: _Transfer, work: Coroutine[Any, Any, None]) -> None:
-        # Here, not in the task: until that has its first turn, other connections could have the file closed
+        # Here, not in the task: before its first turn, another connection could have the file closed.
         transfer.prepared.cached.begin_send()
         REQUESTS_IN_PROGRESS.inc()
         self._transfer = transfer
@@ -166,7 +152,7 @@ class FastPathProtocol(PublicProtocol):
         transfer.fast_path.track(task)
 
     def _on_transfer_ended(self, transfer: _Transfer, task: asyncio.Task[None]) -> None:
-        """The body has ended, well or not; called for a task that was cancelled before it began, too."""
+        """Record the end of a body, complete or not. Also called for a task that was cancelled before it started."""
         transfer.prepared.cached.end_send()
         REQUESTS_IN_PROGRESS.dec()
         self._transfer = self._transfer_task = None
@@ -174,7 +160,7 @@ class FastPathProtocol(PublicProtocol):
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         sender = transfer.sender
         if isinstance(error, TruncatedFile) and transfer.request and not sender.started:
-            # Nothing has been said to the client: Sanic's path finds out what is wrong
+            # Nothing has been sent to the client: Sanic's path reports the fault.
             self._resume_reading(transfer.request)
             return
         abort_reason = self._abort_on_error(error) if error is not None else None
@@ -185,7 +171,7 @@ class FastPathProtocol(PublicProtocol):
             self._resume_reading(b"")
 
     def _abort_on_error(self, error: BaseException) -> str:
-        """End the connection in the middle of an answer; the reason why."""
+        """Abort the connection in the middle of a response. Returns the reason."""
         if isinstance(error, asyncio.CancelledError | OSError):
             reason: str | None = self._abort_reason
             if reason is None:
@@ -206,7 +192,7 @@ class FastPathProtocol(PublicProtocol):
             self.transport.pause_reading()
 
     def _resume_reading(self, unread: bytes) -> None:
-        """What came during a long answer is next."""
+        """Process `unread`, then what was received during a long response."""
         transport = self.transport
         if transport is None or transport.is_closing():
             return
@@ -223,7 +209,7 @@ class FastPathProtocol(PublicProtocol):
         return super()._progress(), self._transfer.sender.sent if self._transfer is not None else 0
 
     def _enforce_timeouts(self, http: ApiHttp, unchanged: float, silent: float, unsent: int) -> bool:
-        # While a body is sent the connection is not idle, whatever Sanic believes
+        # While a body is sent the connection is not idle, although Sanic's stage is IDLE.
         return super()._enforce_timeouts(
             http, unchanged, 0.0 if self._transfer is not None else silent, unsent
         )
@@ -238,25 +224,26 @@ class FastPathProtocol(PublicProtocol):
         return self._transfer is None and super()._is_idle()
 
 
-# Bodies that do not fit into the socket at once, or are not in memory: sent at the client's pace, from file to
-# socket.
+# Bodies that do not fit into the socket at once, or are not in memory: sent by sendfile at the client's pace.
 
 _NETWORK_ERRNOS = (errno.ENOTCONN, errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTUNREACH)
 SENDFILE_CHUNK = 1024 * 1024
-"""Bytes handed to the socket before other connections have their turn."""
+"""Bytes given to the socket before other connections get their turn."""
 _READAHEAD_BYTES = 4 * 1024 * 1024
 COLD_READ_CHUNK = 512 * 1024
 _BUFFERED_CHUNK = 32 * 1024
-"""Bytes that wait in the connection's own buffer while the socket is full: it tells us when there is room again."""
+"""Bytes written to the transport while the socket is full. The transport reports when there is room again."""
 
 
 class TruncatedFile(Exception):
-    """The file gives fewer bytes than the object has, or none at all: the disk fails, or it was cut short."""
+    """The file has fewer bytes than the object, or cannot be read."""
 
 
 def send_file(cached: CachedObject, descriptor: int, first: int, length: int) -> int:
-    """Hand bytes of the file to the socket `descriptor`; how many it took, 0 if it is full. TruncatedFile;
-    ConnectionError if the client has left."""
+    """Send bytes of the file to the socket `descriptor`. Returns how many it took, 0 if it is full.
+
+    Raises TruncatedFile, or ConnectionError if the client has disconnected.
+    """
     try:
         sent = os.sendfile(descriptor, cached.descriptor, first, length)
     except BlockingIOError:
@@ -276,42 +263,42 @@ def send_file(cached: CachedObject, descriptor: int, first: int, length: int) ->
 
 @dataclass(slots=True)
 class Connection:
-    """The far end: `transport` buffers and tells when it is empty (`writable`), `descriptor` is its socket."""
+    """A connection to a client."""
 
     transport: asyncio.Transport
-    writable: asyncio.Event
-    descriptor: int
+    writable: asyncio.Event  # set while the transport's buffer is empty
+    descriptor: int  # of the socket
 
 
 class FileSender:
-    """One body, of an object whose send has begun (`CachedObject.begin_send`). `sent`: bytes of it that have left;
-    `started`: the client has been told something, `started_at` when."""
+    """Sends one body. The caller brackets it with `CachedObject.begin_send` and `end_send`."""
 
     def __init__(
         self, cached: CachedObject, first: int, length: int, accesses: AccessCounter, sent: int = 0
     ) -> None:
         if cached.file is None:
-            raise ValueError("an object in memory is written at once")
+            raise ValueError("FileSender: expected an open file, got an object in memory")
         self._cached = cached
         self._file = cached.file.descriptor
         self._first = first
         self._length = length
-        self._accesses = accesses
-        self._renewed_at = monotonic()
+        self._renewal = AccessRenewal(accesses, cached.object_id)
         self._cached_until = 0
-        self.sent = sent
-        self.started = sent > 0
+        self.sent = sent  # bytes of the body sent so far
+        self.started = sent > 0  # bytes of the head or the body have been sent
         self.started_at = perf_counter()
 
     async def send_from_disk(self, connection: Connection, head: bytes) -> None:
-        """As `send`; the beginning is read before the head is sent, so that a failing disk costs no answer:
-        TruncatedFile then with `started` false."""
+        """Read the first chunk before the head is sent, then `send`.
+
+        If the disk fails, TruncatedFile is raised while `started` is still False, and Sanic's path can respond.
+        """
         chunk = bytes(await self._read(min(COLD_READ_CHUNK, self._length)))
         self.sent = len(chunk)
         await self.send(connection, head + chunk)
 
     async def send(self, connection: Connection, head: bytes = b"") -> None:
-        """Everything that has not been sent. TruncatedFile; ConnectionError once the client has left."""
+        """Send the rest. Raises TruncatedFile, or ConnectionError once the client has disconnected."""
         if not self.started:
             self.started, self.started_at = True, perf_counter()
         transport = connection.transport
@@ -321,9 +308,9 @@ class FileSender:
                 await self._write(connection, head)
             while self.sent < self._length:
                 if transport.is_closing():
-                    raise ConnectionResetError(errno.ECONNRESET, "the client has left")
+                    raise ConnectionResetError(errno.ECONNRESET, "client disconnected")
                 await self._send_chunk(connection)
-                self._renew_access()
+                self._renewal.touch_if_due()
         finally:
             if not transport.is_closing():
                 transport.set_write_buffer_limits(high=64 * 1024, low=16 * 1024)
@@ -340,11 +327,11 @@ class FileSender:
         if sent < length:
             await self._write_chunk(connection, min(_BUFFERED_CHUNK, remaining - sent))
         else:
-            # Where the client takes all at once nothing waits here, and others would
+            # For a client that takes everything at once nothing waits here, and other connections would starve.
             await asyncio.sleep(0)
 
     def _readahead(self, position: int, remaining: int) -> bool:
-        """False if what comes next has to be read from the disk; then more of it is on its way into memory."""
+        """Whether the next bytes are in memory. If not, ask the kernel to read them ahead."""
         window = min(remaining, SENDFILE_CHUNK)
         if is_cached(self._file, position, window):
             self._cached_until = position + window
@@ -370,8 +357,3 @@ class FileSender:
             logger.error("object_truncated", object_id=self._cached.object_id, size=self._cached.size)
             raise TruncatedFile(self._cached.object_id)
         return chunk
-
-    def _renew_access(self) -> None:
-        if monotonic() - self._renewed_at >= ACCESS_RENEWAL_INTERVAL:
-            self._renewed_at = monotonic()
-            self._accesses.touch(self._cached.object_id)

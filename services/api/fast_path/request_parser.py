@@ -1,4 +1,4 @@
-"""The heads of simple requests, read strictly. What is not simple is none of ours: Sanic answers it."""
+"""Strict parser for the heads of simple GETs and HEADs. Sanic handles all other requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distributor_node.shared.domain.conditionals import Conditions
 _GET, _HEAD, _VERSION = b"GET /api/v1/assets/", b"HEAD /api/v1/assets/", b" HTTP/1.1"
 _END = b"\r\n\r\n"
 _MAX_HEAD_BYTES = 4096
-# RFC 9110 section 5: token, colon, a value of visible ASCII. Empty values, other bytes and folded lines are for Sanic.
+# RFC 9110 section 5: token, colon, a value of visible ASCII. Sanic handles empty values, other bytes and folded lines.
 _FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t]*[\x21-\x7e][\t\x20-\x7e]*\r\n)+")
 _RANGE = re.compile(rb"\r\n[Rr]ange: (bytes=([0-9]{1,15})-([0-9]{0,15}))(?=\r\n)")
 _RANGE_MARK = b"ange: bytes="
@@ -32,7 +32,7 @@ _UNSUPPORTED_FIELDS = {
     b"te",
     b"trailer",
     b"http2-settings",
-    b"x-sendfile-type",  # may be handed over
+    b"x-sendfile-type",  # Sanic's path may respond with X-Accel-Redirect
 }
 
 PARSE_CACHE_SIZE = 2048
@@ -41,36 +41,33 @@ _MAX_CACHED_BLOCK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """What the header fields ask for. `unconditional`: nothing beyond the object, so that only `request_id` matters (of
-    the client's choice, None: it has none that we take)."""
+    """The parsed header fields of a request."""
 
     conditions: Conditions
     range_header: str | None
     if_range: str | None
-    request_id: bytes | None
-    unconditional: bool
+    request_id: bytes | None  # None: absent or not valid
+    unconditional: bool  # neither conditions nor a range
 
 
 class ParsedRequest(NamedTuple):
-    """A GET or HEAD (`is_head`) of one object. `object_id` is not checked yet; `range_header` may be beside `fields`;
-    `bounds`: both of its numbers, where it has just these, in whatever order."""
+    """A GET or HEAD of one object."""
 
     is_head: bool
-    object_id: bytes
+    object_id: bytes  # not validated
     fields: Fields
-    range_header: str | None
-    bounds: tuple[int, int] | None = None
+    range_header: str | None  # may be absent from `fields`, which are cached without it
+    bounds: tuple[int, int] | None = None  # both numbers of a simple range, in any order
 
 
 class RequestParser:
-    """Reads heads. Clients send the same fields again and again, so the last ones are remembered (a few megabytes
-    at most)."""
+    """Parses heads. Clients repeat their header fields, so parsed ones are cached, a few megabytes at most."""
 
     def __init__(self) -> None:
         self._cache: dict[bytes, Fields] = {}
 
     def parse(self, data: bytes) -> ParsedRequest | None:
-        """The request if `data` is exactly the whole head of a simple one."""
+        """Return the request if `data` is exactly the head of a simple one, else None."""
         if data.startswith(_GET):
             is_head, start = False, len(_GET)
         elif data.startswith(_HEAD):
@@ -84,7 +81,7 @@ class RequestParser:
         block = data[line_end + 2 : -2]
         range_header = bounds = None
         if _RANGE_MARK in block:
-            # Players ask for another range each time: without it their fields are the same
+            # Players request another range each time. Without it their fields stay equal and are found in the cache.
             found = _RANGE.search(data, line_end)
             if found is not None:
                 block = data[line_end + 2 : found.start() + 2] + data[found.end() + 2 : -2]
@@ -111,8 +108,10 @@ class RequestParser:
 
 
 def parse_fields(block: bytes) -> Fields | None:
-    """The fields of a head without its first line, each with its CRLF; None if there is anything unusual among
-    them."""
+    """Parse the header fields of a head (all lines but the first, each with its CRLF).
+
+    Returns None if there is a field that the fast path does not support.
+    """
     if len(block) > _MAX_HEAD_BYTES or _FIELDS.fullmatch(block) is None:
         return None
     found: dict[bytes, str] = {}

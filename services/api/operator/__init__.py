@@ -1,6 +1,6 @@
-"""The operator API: orders to the whole node, on a port of its own, each authorised by a token of its own.
+"""The operator API: commands to the whole node, on a port of its own. Each request carries a signed one-time token.
 
-Every API process listens on the port and can carry out every order: what is ordered lies in the state store, and all
-processes of the node follow it (`shared/runtime/operator_state.py`). Files: `auth` (who may), `schemas` (what requests
-say), `commands` (commands and queries), `warming` (the one long work) and `app`.
+Every API process listens on the port and accepts every command. A command changes the operator state in the state
+store, and all processes apply it (`shared/runtime/operator_state.py`). Modules: `app` (routes), `auth` (tokens),
+`schemas` (request bodies), `commands` (commands and queries), `warming` (cache warming).
 """

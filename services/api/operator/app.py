@@ -1,8 +1,7 @@
-"""The routes of the operator API."""
+"""Routes of the operator API, and its server in one API process."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -24,6 +23,7 @@ from distributor_node.services.api.operator.auth import (
     authenticate,
 )
 from distributor_node.services.api.operator.commands import OperatorCommands, OperatorQueries, warming_as_json
+from distributor_node.services.api.operator.explain import ObjectExplainer
 from distributor_node.services.api.operator.warming import CacheWarmer
 from distributor_node.services.api.request_log import request_record
 from distributor_node.services.api.sanic_app import (
@@ -36,21 +36,23 @@ from distributor_node.services.api.sanic_app import (
 from distributor_node.services.api.server import PublicServer
 from distributor_node.shared.ports.state_store import StateStore
 from distributor_node.shared.settings.model import PublicApi
+from distributor_node.shared.waiting import background
 
 _NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _BASE = "/api/v1"
+_CLOSING_SECONDS = 1.0
 
 Command = Callable[[Any], Awaitable[dict[str, Any]]]
-"""From the body, as JSON, to the answer's."""
-Query = Callable[[Request[Any, Any]], Awaitable[dict[str, Any]]]
+"""From the JSON body of the request to that of the response."""
+Query = Callable[[Request], Awaitable[dict[str, Any]]]
 
 logger = structlog.get_logger()
 
 
 class OperatorErrorHandler(JsonErrorHandler):
-    """As on the public port, but nothing for the pages of others to read."""
+    """Renders errors as on the public port, without CORS headers."""
 
-    def response(self, request: Request[Any, Any], exception: BaseException) -> HTTPResponse:
+    def response(self, request: Request, exception: BaseException) -> HTTPResponse:
         error = as_http_error(request, exception)
         if error.status == 500:
             logger.error("operator_request_failed", path=request.path[:200], exc_info=exception)
@@ -58,14 +60,17 @@ class OperatorErrorHandler(JsonErrorHandler):
 
 
 class TokenAuthenticator:
-    """Lets each token in once. `clock`: POSIX seconds."""
+    """Authenticates requests, and accepts each token once (replay protection)."""
 
     def __init__(self, state: StateStore, secret: str, clock: Callable[[], float] = time.time) -> None:
+        """`clock`: POSIX time in seconds."""
         self._state, self._secret, self._clock = state, secret, clock
 
-    async def authenticate(self, request: Request[Any, Any]) -> Any:
-        """The body, as JSON. HttpError 401, the same whatever is wrong; StateStoreUnavailable (503) while nobody can
-        say whether the token was used before."""
+    async def authenticate(self, request: Request) -> Any:
+        """Return the JSON body of an authenticated request.
+
+        Raises HttpError 401, equal for all reasons, or StateStoreUnavailable (503) while replays cannot be detected.
+        """
         signed = SignedRequest(
             request.headers.getall("authorization", []), request.raw_url.decode("latin-1"), request.body
         )
@@ -74,7 +79,9 @@ class TokenAuthenticator:
             if not await self._state.consume_token_id(
                 authenticated.token_id, authenticated.issued, REPLAY_WINDOW
             ):
-                raise AuthenticationError("used before, or issued before the state store began")
+                raise AuthenticationError(
+                    "token was used before, or issued before the state store was created"
+                )
         except AuthenticationError as error:
             logger.warning("operator_authentication_failed", reason=str(error), path=request.path[:200])
             challenge = {"WWW-Authenticate": "Bearer"}
@@ -87,9 +94,10 @@ def build_operator_app(
     authenticator: TokenAuthenticator,
     commands: OperatorCommands,
     queries: OperatorQueries,
+    explainer: ObjectExplainer,
     warmer: CacheWarmer,
 ) -> ApiApplication:
-    """`public_api`: the limits of connections are the same. Nothing is opened here."""
+    """Build the operator API. Opens nothing. `public_api`: the connection limits, which are the same."""
     application = make_application(public_api, name="operator")
     application.error_handler = OperatorErrorHandler()
     application.ctx.fast_path = None
@@ -113,9 +121,9 @@ def build_operator_app(
         return await commands.purge(bodies.parse_purge(body))
 
     async def warm(body: Any) -> dict[str, Any]:
-        ordered = await commands.warm(bodies.parse_warming_scope(body))
+        warming = await commands.warm(bodies.parse_warming_scope(body))
         warmer.wake()
-        return warming_as_json(ordered)
+        return warming_as_json(warming)
 
     _add(application, authenticator, "stop-api", _without_arguments(commands.stop))
     _add(application, authenticator, "start-api", _without_arguments(commands.start))
@@ -123,6 +131,7 @@ def build_operator_app(
     for command in (set_worker, set_buckets, drain, pin, unpin, purge, warm):
         _add(application, authenticator, command.__name__.replace("_", "-"), command)
     _add_queries(application, authenticator, commands, queries)
+    _add_explain(application, authenticator, explainer)
     return application
 
 
@@ -132,24 +141,29 @@ def _add_queries(
     commands: OperatorCommands,
     queries: OperatorQueries,
 ) -> None:
-    async def cache(request: Request[Any, Any]) -> dict[str, Any]:
+    async def cache(request: Request) -> dict[str, Any]:
         query = {name: values[-1] for name, values in request.get_args(keep_blank_values=True).items()}
         return await queries.cache(*bodies.parse_page(query))
 
-    async def downloads(_request: Request[Any, Any]) -> dict[str, Any]:
+    async def downloads(_request: Request) -> dict[str, Any]:
         return await queries.downloads()
 
-    async def warming(_request: Request[Any, Any]) -> dict[str, Any]:
+    async def warming(_request: Request) -> dict[str, Any]:
         return warming_as_json(await commands.warming())
 
-    async def orders(_request: Request[Any, Any]) -> dict[str, Any]:
+    async def operator_state(_request: Request) -> dict[str, Any]:
         return commands.as_json()
 
-    async def document(_request: Request[Any, Any]) -> HTTPResponse:
+    async def document(_request: Request) -> HTTPResponse:
         text = files("distributor_node.services.api.operator").joinpath("openapi.json").read_bytes()
         return HTTPResponse(text, 200, dict(_NO_STORE), "application/json")
 
-    for path, query in (("cache", cache), ("downloads", downloads), ("warm", warming), ("orders", orders)):
+    for path, query in (
+        ("cache", cache),
+        ("downloads", downloads),
+        ("warm", warming),
+        ("orders", operator_state),
+    ):
         _add_query(application, authenticator, path, query)
     application.add_route(document, f"{_BASE}/openapi.json", methods=("GET",), name="openapi")
 
@@ -157,7 +171,7 @@ def _add_queries(
 def _add(application: ApiApplication, authenticator: TokenAuthenticator, name: str, command: Command) -> None:
     path = f"{_BASE}/{name}"
 
-    async def handle(request: Request[Any, Any]) -> HTTPResponse:
+    async def handle(request: Request) -> HTTPResponse:
         request_record(request).path = path
         return _json(await command(await authenticator.authenticate(request)))
 
@@ -169,12 +183,25 @@ def _add_query(
 ) -> None:
     path = f"{_BASE}/{name}"
 
-    async def handle(request: Request[Any, Any]) -> HTTPResponse:
+    async def handle(request: Request) -> HTTPResponse:
         request_record(request).path = path
         await authenticator.authenticate(request)
         return _json(await query(request))
 
     application.add_route(handle, path, methods=("GET",), name=f"get-{name}", ignore_body=False)
+
+
+def _add_explain(
+    application: ApiApplication, authenticator: TokenAuthenticator, explainer: ObjectExplainer
+) -> None:
+    path = f"{_BASE}/cache/<object_id>"
+
+    async def handle(request: Request[Any, Any], object_id: str) -> HTTPResponse:
+        request_record(request).path = f"{_BASE}/cache/{{id}}"
+        await authenticator.authenticate(request)
+        return _json(await explainer.explain(bodies.parse_object_id(object_id)))
+
+    application.add_route(handle, path, methods=("GET",), name="get-cache-object", ignore_body=False)
 
 
 def _without_arguments(command: Callable[[], Awaitable[dict[str, Any]]]) -> Command:
@@ -189,15 +216,13 @@ def _json(body: dict[str, Any], status: int = 200, headers: dict[str, str] | Non
     return HTTPResponse(json.dumps(body), status, {**_NO_STORE, **(headers or {})}, "application/json")
 
 
-# The operator API at work in one API process.
-
-_CLOSING_SECONDS = 1.0
-
-
 @asynccontextmanager
 async def operator_api(context: ApiContext, holder: str, *, shared_port: bool) -> AsyncIterator[int | None]:
-    """Listens inside the block; its port, None if it is off. `holder` names this process; `shared_port`: other
-    processes listen on the same port, and any of them can answer. ConfigurationError if the port cannot be had."""
+    """Serve the operator API inside the block. Yields its port, or None if the API is off.
+
+    `holder`: names this process in leases. `shared_port`: other processes listen on the same port, and any of them may
+    get a request. Raises ConfigurationError if the port is unavailable.
+    """
     settings = context.settings.operator_api
     if settings.secret is None:
         yield None
@@ -206,18 +231,19 @@ async def operator_api(context: ApiContext, holder: str, *, shared_port: bool) -
     warmer = CacheWarmer(context, holder)
     authenticator = TokenAuthenticator(context.state, settings.secret.get_secret_value())
     queries = OperatorQueries(context.state, context.volume)
-    application = build_operator_app(context.settings.public_api, authenticator, commands, queries, warmer)
+    explainer = ObjectExplainer(context.state, context.volume, context.settings.evictor)
+    application = build_operator_app(
+        context.settings.public_api, authenticator, commands, queries, explainer, warmer
+    )
     server = PublicServer(
         application, ListenAddress(settings.host, settings.port, shared_port, "operator_api")
     )
     await server.open()
-    warming = asyncio.create_task(warmer.run(), name="warmer")
     try:
-        yield server.port
+        async with background(warmer.run(), name="warmer") as warming:
+            yield server.port
     finally:
-        warming.cancel()
-        await asyncio.wait({warming})
         await server.close(_CLOSING_SECONDS)
         unregister_application(application)
-        if not warming.cancelled():
-            warming.result()
+    if not warming.cancelled():
+        warming.result()

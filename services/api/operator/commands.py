@@ -1,4 +1,7 @@
-"""Where orders are taken: checked against those in force, written to the state store, followed by every process."""
+"""Commands and queries of the operator API.
+
+A command is checked against the current operator state and written to the state store. Every process then applies it.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,10 @@ logger = structlog.get_logger()
 
 
 class OperatorCommands:
-    """HttpError 409 for what is the case already or cannot be, and for everything once the node shuts down."""
+    """Changes the operator state.
+
+    Raises HttpError 409 if a command has no effect or is impossible, and for all commands once the node shuts down.
+    """
 
     def __init__(self, state: StateStore, operator_state: OperatorStateWatcher) -> None:
         self._state, self._operator_state = state, operator_state
@@ -40,7 +46,7 @@ class OperatorCommands:
         return await self._change("start", _started)
 
     async def shut_down(self) -> dict[str, Any]:
-        """End every API process."""
+        """Stop every API process."""
         return await self._change("shut down", lambda state: replace(state, shutdowns=state.shutdowns + 1))
 
     async def set_worker(self, worker_id: int) -> dict[str, Any]:
@@ -49,17 +55,15 @@ class OperatorCommands:
         )
 
     async def set_buckets(self, buckets: frozenset[str] | None) -> dict[str, Any]:
-        """None: back to all of the worker, or to everything, if that is what the node is set up for."""
+        """Serve these buckets. None: all buckets of the worker, or everything, as configured."""
 
-        def ordered(state: OperatorState) -> OperatorState:
+        def change(state: OperatorState) -> OperatorState:
             changed = replace(state, buckets_ordered=True, buckets=buckets)
             if buckets is None and changed.assignment(self._operator_state.configured).bucket_ids is not None:
-                raise HttpError(
-                    409, "No worker is known whose buckets to serve: set-worker first", "no_worker"
-                )
+                raise HttpError(409, "No worker is set: use set-worker first", "no_worker")
             return changed
 
-        return await self._change("set buckets", ordered)
+        return await self._change("set buckets", change)
 
     async def drain(self, on: bool) -> dict[str, Any]:
         return await self._change("drain", lambda state: replace(state, draining=on))
@@ -68,7 +72,7 @@ class OperatorCommands:
         await self._reject_if_shutting_down()
         pinned = await self._state.pinned()
         if len(pinned.union(object_ids)) > MAX_PINS:
-            raise HttpError(400, f"No more than {MAX_PINS} objects can be pinned", "too_many_pins")
+            raise HttpError(400, f"Pinned objects: at most {MAX_PINS}", "too_many_pins")
         return await self._change_pins(pin=object_ids)
 
     async def unpin(self, object_ids: Sequence[ObjectId]) -> dict[str, Any]:
@@ -76,7 +80,7 @@ class OperatorCommands:
         return await self._change_pins(unpin=object_ids)
 
     async def purge(self, object_ids: Sequence[ObjectId] | None) -> dict[str, Any]:
-        """None: everything that is cached or being fetched now."""
+        """Purge these objects. None: all objects that are cached or being fetched now."""
         await self._reject_if_shutting_down()
         if object_ids is not None:
             await self._state.request_purges(object_ids)
@@ -88,19 +92,19 @@ class OperatorCommands:
 
     async def warm(self, scope: WarmingScope) -> Warming:
         await self._reject_if_shutting_down()
-        ordered = await self._state.start_warming(scope)
-        if ordered is None:
-            raise HttpError(409, "Another warming is under way", "already_warming")
-        logger.info("operator_command_accepted", command="warm", serial=ordered.serial)
-        return ordered
+        warming = await self._state.start_warming(scope)
+        if warming is None:
+            raise HttpError(409, "Another warming is in progress", "already_warming")
+        logger.info("operator_command_accepted", command="warm", serial=warming.serial)
+        return warming
 
     async def warming(self) -> Warming | None:
-        """The latest one."""
+        """Return the latest warming."""
         return await self._state.warming()
 
     async def _purge_all(self) -> int:
         if not (await self._state.usage()).reconciled:
-            raise StateStoreUnavailable("the index does not stand for the volume yet")
+            raise StateStoreUnavailable("the index has not been reconciled with the volume yet")
         count, batch = 0, [fetch.object_id for fetch in await self._state.fetches() if fetch.size]
         async for entries in self._state.entries():
             batch += [entry.object_id for entry in entries]
@@ -125,17 +129,17 @@ class OperatorCommands:
         return state
 
     async def _change(self, name: str, change: Callable[[OperatorState], OperatorState]) -> dict[str, Any]:
-        """Read, decide, write if nobody else has written meanwhile; else again."""
+        """Read the state, decide, and write it if it has not changed since (optimistic locking). Retry otherwise."""
         for _ in range(_ATTEMPTS):
             state = await self._reject_if_shutting_down()
             if await self._state.change_operator_state(state.version, change(state)) is not None:
                 logger.info("operator_command_accepted", command=name)
                 await self._operator_state.refresh()
                 return self.as_json()
-        raise StateStoreUnavailable("the orders are being changed by others all the time")
+        raise StateStoreUnavailable(f"the operator state changed concurrently in {_ATTEMPTS} attempts")
 
     def as_json(self) -> dict[str, Any]:
-        """The orders in force."""
+        """Return the current operator state."""
         state, assignment = self._operator_state.current, self._operator_state.assignment
         return {
             "stopped": state.stopped,
@@ -148,29 +152,31 @@ class OperatorCommands:
 
 def _stopped(state: OperatorState) -> OperatorState:
     if state.stopped:
-        raise HttpError(409, "The public API is stopped already", "already_stopped")
+        raise HttpError(409, "The public API is already stopped", "already_stopped")
     return replace(state, stopped=True)
 
 
 def _started(state: OperatorState) -> OperatorState:
     if not state.stopped:
-        raise HttpError(409, "The public API runs already", "already_started")
+        raise HttpError(409, "The public API is already running", "already_started")
     return replace(state, stopped=False)
 
 
-# What operators may look at: the cached objects, page by page, and the fetches under way.
+# Queries: the cached objects, page by page, and the fetches in progress.
 
 
 class OperatorQueries:
-    """Reads index and volume; one listing at a time, since each goes through the whole index."""
+    """Reads index and volume. One listing at a time, since each reads the whole index."""
 
     def __init__(self, state: StateStore, volume: Volume) -> None:
         self._state, self._volume = state, volume
         self._listing = asyncio.Lock()
 
     async def cache(self, limit: int, after: str) -> dict[str, Any]:
-        """Up to `limit` objects in the order of their ids, beginning behind `after`; `next` is the `after` of the next
-        page, None on the last one."""
+        """Return up to `limit` objects with ids greater than `after`, in order of id.
+
+        `next` is the `after` of the next page, None on the last page.
+        """
         async with self._listing:
             pinned = await self._state.pinned()
             page: list[IndexEntry] = []
@@ -194,13 +200,13 @@ class OperatorQueries:
         }
 
     async def downloads(self) -> dict[str, Any]:
-        """Everything that is claimed, queued, being fetched, or was left half way."""
+        """Return all fetches: claimed, queued, in progress or interrupted."""
         fetches = await self._state.fetches()
         downloaded = await asyncio.to_thread(self._downloaded_bytes, [fetch.object_id for fetch in fetches])
-        return {"downloads": [_fetch_as_json(fetch, downloaded.get(fetch.object_id, 0)) for fetch in fetches]}
+        return {"downloads": [fetch_as_json(fetch, downloaded.get(fetch.object_id, 0)) for fetch in fetches]}
 
     def _downloaded_bytes(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, int]:
-        """Bytes on disk. Blocks."""
+        """Return the sizes of partial files. Blocking: call from a worker thread."""
         sizes: dict[ObjectId, int] = {}
         for object_id in object_ids:
             try:
@@ -214,7 +220,7 @@ class OperatorQueries:
 
 
 def warming_as_json(warming: Warming | None) -> dict[str, Any]:
-    """A warming and its progress; zeros if there never was one."""
+    """Return a warming and its progress as JSON. Zeros if there has been none."""
     if warming is None:
         return {"state": "none", "total": 0, "done": 0, "skipped": 0, "failed": 0, "reason": ""}
     return {
@@ -238,7 +244,7 @@ def _entry_as_json(entry: IndexEntry, pinned: bool) -> dict[str, Any]:
     }
 
 
-def _fetch_as_json(fetch: Fetch, downloaded: int) -> dict[str, Any]:
+def fetch_as_json(fetch: Fetch, downloaded: int) -> dict[str, Any]:
     return {
         "id": fetch.object_id,
         "phase": fetch.phase.value,

@@ -22,6 +22,7 @@ from distributor_node.services.api.operator.schemas import (
     ToggleBody,
     WorkerBody,
 )
+from distributor_node.shared.domain.eviction import POLICY_NAMES
 
 _SHUTTING_DOWN = "or the node is shutting down"
 _ENDING = "The node is shutting down"
@@ -114,6 +115,12 @@ def _paths() -> Json:
                     "schema": ref("schemas", "ObjectId"),
                 },
             ],
+        ),
+        "cache/{id}": _query(
+            "explain",
+            "What the node knows of one object, and its place in the order of eviction",
+            "Explanation",
+            parameters=[{"name": "id", "in": "path", "required": True, "schema": ref("schemas", "ObjectId")}],
         ),
         "downloads": _query("downloads", "Fetches in progress, and suspended ones", "Downloads"),
         "orders": _query("orders", "The operator state in force", "Orders"),
@@ -208,6 +215,9 @@ def _closed(**properties: Json) -> Json:
 
 
 def _or_null(schema: Json) -> Json:
+    """The schema, or null."""
+    if "type" not in schema or "properties" in schema:
+        return {"oneOf": [schema, {"type": "null"}]}
     return {**schema, "type": [schema["type"], "null"]}
 
 
@@ -267,6 +277,57 @@ SCHEMAS: dict[str, Any] = {
         age=_number("Seconds in this phase."),
     ),
     "Downloads": _closed(downloads=array(ref("schemas", "Download"))),
+    "Explanation": _closed(
+        id=_OBJECT_ID,
+        state={
+            "enum": [
+                "stored",
+                "leaving",
+                "missing",
+                "unindexed",
+                "claimed",
+                "queued",
+                "fetching",
+                "parked",
+                "failed",
+                "absent",
+            ],
+            "description": "`leaving`: its removal has begun. `missing`: in the index, but its file is gone. "
+            "`unindexed`: its file is there, but not in the index yet. `claimed` to `parked`: the phase of its "
+            "fetch. `failed`: its last fetch failed a short time ago. `absent`: none of these.",
+        },
+        size=_or_null(count("Bytes.")),
+        hash=_or_null(
+            {
+                **_TEXT,
+                "description": "Of a complete object whose hash is known: `sha256:` and hexadecimal digits, or "
+                "base58 of a blake3 multihash.",
+            }
+        ),
+        views=_or_null(count("As the evictor has counted them; some seconds late.")),
+        lastAccess=_or_null(_number("POSIX seconds; some seconds late.")),
+        policy={"enum": list(POLICY_NAMES)},
+        priority=_or_null(_number("Of the policy gdsf; the lowest goes first.")),
+        inflation=_or_null(
+            _number("L of the policy gdsf: the highest priority of all objects evicted so far.")
+        ),
+        bytesBefore=_or_null(
+            count("Bytes that would be evicted before this object. Null unless it is stored and not pinned.")
+        ),
+        objectsBefore=_or_null(count("Objects that would be evicted before this one.")),
+        pinned=_FLAG,
+        sending=_or_null(
+            {
+                **_FLAG,
+                "description": "Whether a process of the container that answers is sending it now. "
+                "Null: it cannot be told.",
+            }
+        ),
+        fetch=_or_null(ref("schemas", "Download")),
+        failure=_or_null(
+            _closed(reason=_TEXT, secondsLeft=_number("Seconds until it may be fetched again."))
+        ),
+    ),
 }
 
 if __name__ == "__main__":

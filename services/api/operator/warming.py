@@ -1,8 +1,8 @@
-"""Warming: asking for fetches that nobody waits for, a few at a time, as long as there is room.
+"""Cache warming: fetches listed objects with low priority, a few at a time, while there is room.
 
-One API process at a time does it, by a lease in the state store; should it die, another begins the same warming anew
-(what was fetched meanwhile is then skipped). Nothing is evicted for it: the plan ends at the low watermark, and so do
-the fetchers for jobs of low priority.
+One API process at a time runs a warming, under a lease in the state store. If it dies, another process starts the same
+warming again and skips what has been fetched. Warming evicts nothing: it plans up to the low watermark, and fetchers
+reject jobs of low priority above it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import structlog
 
+from distributor_node.services.api.assets.decision import live_fetch
 from distributor_node.services.api.context import ApiContext
 from distributor_node.shared.domain.errors import (
     CatalogUnavailable,
@@ -26,21 +27,20 @@ from distributor_node.shared.domain.jobs import FetchJob
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, Warming, WarmingScope
 from distributor_node.shared.domain.space import footprint
-from distributor_node.shared.ports.state_store import FetchPhase, ObjectStatus
+from distributor_node.shared.waiting import wait_event
 
 LEASE_SECONDS, REPORT_INTERVAL = 10.0, 0.5
 MAX_CONCURRENT_FETCHES = 8
 FETCH_TIMEOUT = 20.0
-"""Seconds without a live fetch after which an object is given up."""
+"""Seconds without a fetch in progress after which an object counts as failed."""
 _LISTING_ATTEMPTS, _LISTING_RETRY_DELAY = 3, 5.0
-_LIVE = (FetchPhase.CLAIMED, FetchPhase.QUEUED, FetchPhase.FETCHING)
 
 logger = structlog.get_logger()
 
 
 @dataclass(slots=True)
 class _Progress:
-    """How far the warming of this process is."""
+    """The progress of the warming that this process runs."""
 
     now: Warming
     planned: deque[MediaObject] = field(default_factory=deque)
@@ -52,18 +52,19 @@ class _Progress:
 
 
 class CacheWarmer:
-    """`run` is a task of every API process. `holder`: unique to it; `fetch_timeout`: see FETCH_TIMEOUT."""
+    """Runs warmings while it holds their lease. One per API process."""
 
     def __init__(self, context: ApiContext, holder: str, fetch_timeout: float = FETCH_TIMEOUT) -> None:
+        """`holder`: a name unique to this process."""
         self._context, self._holder, self._fetch_timeout = context, holder, fetch_timeout
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
-        """A warming was ordered here: no need to wait for the next look."""
+        """Check for a warming now instead of at the next poll."""
         self._woken.set()
 
     async def run(self) -> None:
-        """Look for a warming to carry out, until cancelled."""
+        """Poll for a warming and run it, until cancelled."""
         while True:
             try:
                 warming = await self._context.state.lease_warming(self._holder, LEASE_SECONDS)
@@ -71,15 +72,11 @@ class CacheWarmer:
                     await self._execute(warming)
             except StateStoreUnavailable as error:
                 logger.debug("warming_poll_failed", reason=str(error))
-            try:
-                async with asyncio.timeout(2 * REPORT_INTERVAL):
-                    await self._woken.wait()
-            except TimeoutError:
-                pass
+            await wait_event(self._woken, 2 * REPORT_INTERVAL)
             self._woken.clear()
 
     async def _execute(self, warming: Warming) -> None:
-        """To its end, or until the lease is lost."""
+        """Run a warming to its end, or until the lease is lost."""
         initial = Warming(warming.serial, warming.scope, "listing")
         progress = _Progress(initial)
         logger.info("warming_started", serial=warming.serial)
@@ -95,9 +92,8 @@ class CacheWarmer:
                     )
                 except StateStoreUnavailable as error:
                     logger.warning("warming_report_failed", reason=str(error))
-                    await asyncio.sleep(
-                        REPORT_INTERVAL
-                    )  # the work may be done, and then nothing else waits here
+                    # Once the work is done, the wait above returns at once.
+                    await asyncio.sleep(REPORT_INTERVAL)
                     continue
                 if leased is None or leased.serial != warming.serial:
                     logger.warning("warming_lease_lost", serial=warming.serial)
@@ -132,8 +128,10 @@ class CacheWarmer:
         progress.now = replace(progress.now, state="finished")
 
     async def _plan(self, progress: _Progress) -> None:
-        """Which objects may be fetched; the others are skipped right away, those without room too. A list may know
-        neither sources nor assignment: those are looked at when an object's turn comes."""
+        """Plan the fetches. Objects that are too large, cached already or without room are skipped.
+
+        A listing may lack sources and assignment. These are looked up before each fetch.
+        """
         settings, usage = self._context.settings, await self._context.state.usage()
         room = settings.storage.watermarks.low - usage.used - usage.reserved
         largest = settings.storage.largest_cached_size
@@ -176,7 +174,7 @@ class CacheWarmer:
             progress.count(**{outcome: 1})
 
     async def _outcome(self, listed: MediaObject, progress: _Progress) -> str | None:
-        """`done`, `skipped` or `failed`; None, after a pause: state store or job queue are away."""
+        """Fetch one object. Returns `done`, `skipped` or `failed`, or None, after a pause, to retry."""
         try:
             outcome = await self._fetch(listed.object_id, f"warming-{progress.now.serial}")
         except (StateStoreUnavailable, JobQueueUnavailable) as error:
@@ -192,7 +190,7 @@ class CacheWarmer:
         return outcome
 
     async def _fetch(self, object_id: ObjectId, request_id: str) -> str:
-        """`done`, `skipped` or `failed`."""
+        """Return `done`, `skipped` or `failed`."""
         state = self._context.state
         if await self._is_cached(object_id):
             return "skipped"
@@ -213,7 +211,7 @@ class CacheWarmer:
         return await self._wait_until_done(known)
 
     async def _known(self, object_id: ObjectId) -> MediaObject | None:
-        """The catalog's whole word on one object; a catalog that is down for a moment is asked again."""
+        """Look up one object. Retries while the catalog is unavailable."""
         for _ in range(_LISTING_ATTEMPTS - 1):
             try:
                 return await self._context.catalog.look_up(object_id)
@@ -226,7 +224,7 @@ class CacheWarmer:
         while True:
             await self._context.fetch_events.wait(known.object_id, REPORT_INTERVAL)
             object_status = await self._context.state.find(known.object_id)
-            if _is_live(object_status):
+            if live_fetch(object_status) is not None:
                 last_live_at = time.monotonic()
             elif await self._is_cached(known.object_id):
                 return "done"
@@ -246,19 +244,11 @@ class CacheWarmer:
         return await asyncio.to_thread(self._check_cached, object_id)
 
     def _check_cached(self, object_id: ObjectId) -> bool:
-        """Whether a request would be a hit. Blocks."""
+        """Whether a request would be a hit. Blocking: call from a worker thread."""
         try:
-            found = self._context.volume.open_object(object_id)
+            return self._context.volume.complete_record(object_id) is not None
         except VolumeError:
             return False
-        if found is None:
-            return False
-        found.close()
-        return True
-
-
-def _is_live(object_status: ObjectStatus) -> bool:
-    return object_status.fetch is not None and object_status.fetch.phase in _LIVE
 
 
 def _not_draining(state: OperatorState) -> bool:

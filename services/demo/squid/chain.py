@@ -1,4 +1,4 @@
-"""A node of the chain, as far as anybody asks it here: `chain_getHeader` over a websocket (and, at the squid, HTTP)."""
+"""A chain node with one call, `chain_getHeader`, over a websocket. The test squid serves it over HTTP too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 
 def handle_call(raw: bytes | str, head: int) -> dict[str, Any]:
-    """The JSON-RPC answer to one call; `head`: the number of the newest block."""
+    """Return the JSON-RPC response to one call. `head`: the number of the newest block."""
     try:
         call = json.loads(raw)
         method, call_id = call["method"], call.get("id")
@@ -26,7 +26,7 @@ def handle_call(raw: bytes | str, head: int) -> dict[str, Any]:
 
 
 class TestChain:
-    """Over a websocket. `head` may be changed while it runs; with `hang` set it takes calls and never answers."""
+    """A websocket server. `head` may be changed while it runs. With `hang` set, it accepts calls and never responds."""
 
     __test__ = False
 
@@ -38,7 +38,7 @@ class TestChain:
 
     @asynccontextmanager
     async def run(self, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[Self]:
-        """Listen while the context lasts; port 0 takes a free one."""
+        """Listen for the duration of the context. Port 0: any free port."""
         async with serve(self._serve_connection, host, port, close_timeout=0.5) as server:
             chosen = next(iter(server.sockets)).getsockname()[1]
             self.url = f"ws://{host}:{chosen}"

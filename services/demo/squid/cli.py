@@ -1,4 +1,4 @@
-"""The squid as a process: `python -m distributor_node.services.demo.squid`."""
+"""The command `python -m distributor_node.services.demo.squid`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ logger = structlog.get_logger()
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distributor_node.services.demo.squid",
-        description="A Storage-Squid with the demo's objects; PUT /faults makes it misbehave.",
+        description="A Storage-Squid with the demo's objects. PUT /faults injects faults.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=4352, help="0 takes a free one (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=4352, help="0: any free port (default: %(default)s)")
     parser.add_argument(
-        "--chain-port", type=int, default=0, help="of the chain's websocket; 0 takes a free one (default)"
+        "--chain-port", type=int, default=0, help="port of the chain's websocket; 0: any free port (default)"
     )
     parser.add_argument(
         "--node",
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 def _worker(text: str) -> tuple[int, list[str]]:
     number, equals, buckets = text.partition("=")
     if not number.isdecimal() or not equals:
-        raise argparse.ArgumentTypeError("want ID=BUCKET,BUCKET, such as 7=0:1")
+        raise argparse.ArgumentTypeError(f"expected ID=BUCKET,BUCKET, such as 7=0:1, got {text!r}")
     return int(number), buckets.split(",")
 
 
@@ -87,6 +87,6 @@ async def serve(options: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line and serve."""
     options = _parser().parse_args(arguments)
-    # Standard output belongs to --print-port.
+    # Logs go to standard error: standard output is for --print-port.
     structlog.configure(logger_factory=structlog.PrintLoggerFactory(file=sys.stderr))
     uvloop.run(serve(options))

@@ -1,4 +1,4 @@
-"""Resolvers for the GraphQL library, over one data set and with its faults; values are computed when asked for."""
+"""Resolvers for the GraphQL library, with faults. Nested values are computed when a query selects them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from distributor_node.services.demo.manifest import known_hash
 from distributor_node.services.demo.objects import DemoObject
-from distributor_node.services.demo.squid.knobs import SquidFaults
-from distributor_node.services.demo.squid.world import Bag, SquidData, StorageBucket
+from distributor_node.services.demo.squid.data import Bag, SquidData, StorageBucket
+from distributor_node.services.demo.squid.faults import SquidFaults
 
 _ACTIVE = "StorageBucketOperatorStatusActive"
 _INVITED = "StorageBucketOperatorStatusInvited"
@@ -17,7 +17,7 @@ VERSION = "1.8.0-demo"
 
 
 class Root:
-    """The fields of Query, each called by the library with its arguments."""
+    """The fields of Query. The library calls them with their arguments."""
 
     def __init__(self, data: SquidData, faults: SquidFaults, height: int) -> None:
         self._data = data
@@ -48,7 +48,9 @@ class Root:
             found = [bucket for bucket in found if bucket["id"] in ids]
         if some is not None:
             found = [
-                bucket for bucket in found if any(_fits(operator, some) for operator in bucket["operators"])
+                bucket
+                for bucket in found
+                if any(_matches(operator, some) for operator in bucket["operators"])
             ]
         found = [bucket for bucket in found if bucket["id"] not in self._faults.missing_buckets]
         return self._listed(found, limit)
@@ -142,7 +144,7 @@ def _operators(bucket_id: str, workers: Iterable[int], status: str) -> list[dict
     return [{"id": f"{bucket_id}-{worker}", "workerId": worker, "status": status} for worker in workers]
 
 
-def _fits(operator: dict[str, Any], some: dict[str, Any]) -> bool:
+def _matches(operator: dict[str, Any], some: dict[str, Any]) -> bool:
     return some.get("workerId_eq") in (None, operator["workerId"]) and some.get("status_eq") in (
         None,
         operator["status"],

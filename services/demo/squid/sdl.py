@@ -1,4 +1,4 @@
-"""The schema of a Storage-Squid, as far as distributor nodes ask it, in each generation of servers."""
+"""The part of a Storage-Squid's schema that distributor nodes use, for each generation of squids."""
 
 from __future__ import annotations
 

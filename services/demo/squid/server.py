@@ -1,11 +1,11 @@
-"""A Storage-Squid to test against.
+"""A Storage-Squid for tests.
 
     async with TestSquid(objects, [node.url], workers={7: ["0:1"]}).run() as squid:
         squid.faults = SquidFaults(hang=True, operations=("DataObject",))
         ... squid.url, squid.requests ...
 
-`POST /graphql` asks, `GET|PUT /faults` and `GET|DELETE /requests` are for tests of whole processes; `POST /chain` is
-the chain's JSON-RPC over HTTP.
+`POST /graphql` is the GraphQL API, `POST /chain` the chain's JSON-RPC over HTTP. `GET|PUT /faults` and
+`GET|DELETE /requests` are for tests with whole processes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from graphql.error import GraphQLError
 
 from distributor_node.services.demo.objects import DemoObject
 from distributor_node.services.demo.squid.chain import handle_call
-from distributor_node.services.demo.squid.knobs import SquidFaults
-from distributor_node.services.demo.squid.question_log import RequestLog, RequestRecord
+from distributor_node.services.demo.squid.data import SquidData, StorageBucket, make_squid_data
+from distributor_node.services.demo.squid.faults import SquidFaults
+from distributor_node.services.demo.squid.request_log import RequestLog, RequestRecord
 from distributor_node.services.demo.squid.resolvers import Root
 from distributor_node.services.demo.squid.sdl import schema_of
-from distributor_node.services.demo.squid.world import SquidData, StorageBucket, make_squid_data
 from distributor_node.services.demo.wire import ConnectionLost, HttpConnection, MalformedRequest, Request
+from distributor_node.shared.waiting import cancel_and_wait
 
 _IDLE_SECONDS = 5.0
 _FIRST_REQUEST_SECONDS = 60.0
@@ -65,12 +66,12 @@ class TestSquid:
 
     @property
     def url(self) -> str:
-        """Of the GraphQL endpoint."""
+        """URL of the GraphQL endpoint."""
         return f"http://{self._host}:{self.port}/graphql"
 
     @property
     def chain_url(self) -> str:
-        """Of the chain's JSON-RPC over HTTP."""
+        """URL of the chain's JSON-RPC over HTTP."""
         return f"http://{self._host}:{self.port}/chain"
 
     @property
@@ -83,19 +84,18 @@ class TestSquid:
 
     @asynccontextmanager
     async def run(self, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[Self]:
-        """Listen while the context lasts; port 0 takes a free one. At the end every connection is cut."""
+        """Listen for the duration of the context, and then abort every connection. Port 0: any free port."""
         self._host, self.port = host, port
         await self.end_outage()
         try:
             yield self
         finally:
             if self._outage_task is not None:
-                self._outage_task.cancel()
-                await asyncio.wait({self._outage_task})
+                await cancel_and_wait(self._outage_task)
             await self.start_outage()
 
     async def start_outage(self) -> None:
-        """An outage: connections are cut and refused until `end_outage`."""
+        """Abort all connections, and refuse new ones until `end_outage`."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -105,7 +105,7 @@ class TestSquid:
         await asyncio.gather(*(task for task in connections.values() if task is not asyncio.current_task()))
 
     async def end_outage(self) -> None:
-        """Listen, on the same port as before."""
+        """Listen on the same port as before."""
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(
             lambda: HttpConnection(self._on_connection), self._host, self.port, backlog=1024
@@ -178,7 +178,9 @@ class TestSquid:
             variables = dict(body.get("variables") or {})
         except (ValueError, KeyError, TypeError, AttributeError):
             await _send(
-                connection, 400, {"errors": [{"message": "want operationName, query and variables as JSON"}]}
+                connection,
+                400,
+                {"errors": [{"message": "expected operationName, query and variables as JSON"}]},
             )
             return
         record = self.requests.begin(operation, variables)
@@ -194,9 +196,9 @@ class TestSquid:
         if faults.redirect_to is not None:
             await _send(connection, 302, b"", {"Location": faults.redirect_to})
         elif faults.status is not None:
-            await _send(connection, faults.status, b"the demo squid was told to fail")
+            await _send(connection, faults.status, b"injected fault")
         elif faults.garbage:
-            await _send(connection, 200, b"<html>no answer of a squid</html>")
+            await _send(connection, 200, b"<html>not a response of a squid</html>")
         elif faults.errors:
             failed = {"errors": [{"message": "canceling statement due to statement timeout"}], "data": None}
             await _send(connection, 200, failed)
@@ -210,20 +212,20 @@ class TestSquid:
             document = parse(text)
         except GraphQLError as error:
             return {"errors": [error.formatted]}
-        if refusals := validate(schema, document):
-            record.refused = True
-            return {"errors": [refusal.formatted for refusal in refusals]}
+        if errors := validate(schema, document):
+            record.rejected = True
+            return {"errors": [error.formatted for error in errors]}
         root = Root(self.data, faults, self.height)
         result = execute_sync(schema, document, root, variable_values=record.variables)
         assert isinstance(result, ExecutionResult)  # noqa: S101
-        answer: dict[str, Any] = {"data": result.data}
+        response: dict[str, Any] = {"data": result.data}
         if result.errors:
-            answer["errors"] = [error.formatted for error in result.errors]
+            response["errors"] = [error.formatted for error in result.errors]
         if faults.errors_beside_data:
-            answer["errors"] = [{"message": "some of it is missing"}]
+            response["errors"] = [{"message": "some of it is missing"}]
         if faults.huge:
-            answer["extensions"] = {"padding": "x" * faults.huge}
-        return answer
+            response["extensions"] = {"padding": "x" * faults.huge}
+        return response
 
 
 async def _send(

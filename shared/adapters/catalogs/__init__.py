@@ -1,1 +1,1 @@
-"""Catalogs: a manifest file, any HTTP server (an origin), and the cache in front of a slow one."""
+"""Catalogs: a manifest file, an HTTP origin, the Joystream network, and the cache in front of the slow ones."""

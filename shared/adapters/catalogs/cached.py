@@ -1,4 +1,8 @@
-"""The cache in front of a slow catalog: answers kept, one question an object, the last good answer when it is down."""
+"""The cache in front of a slow catalog.
+
+Answers are cached. Concurrent look-ups of one object share one query. When the catalog is down, stale answers are
+returned. Where the processes of a node share a cache, one of them asks and the others wait for its answer.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,16 @@ import structlog
 
 from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
+from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.observability.metrics import CATALOG_LOOKUPS
-from distributor_node.shared.ports.catalog import CachedAnswer, CacheLookup, Catalog, SharedCatalogCache
+from distributor_node.shared.ports.catalog import (
+    CachedAnswer,
+    CacheLookup,
+    Catalog,
+    CatalogStatus,
+    SharedCatalogCache,
+)
+from distributor_node.shared.waiting import Backoff, cancel_and_wait
 
 _Answer = TypeVar("_Answer")
 
@@ -24,18 +36,15 @@ logger = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class CacheLimits:
-    """Times in seconds. `wait`: for an answer in all, the wait for one's turn while `max_in_flight` questions are under
-    way included. `negative_ttl`: also for objects that cannot be had yet, not being accepted or without a source.
-    `outage_pause`: after a failed question, stale answers are given at once for so long, instead of after another
-    time-out each. `stale_wait`: how long a slow catalog is waited for where an object is known from before."""
+    """Limits of the cache. Times in seconds."""
 
     positive_ttl: float
-    negative_ttl: float
-    max_in_flight: int
-    wait: float
+    negative_ttl: float  # also for objects that are not accepted yet, or have no source
+    max_in_flight: int  # queries under way at once
+    wait: float  # for one answer, including the wait for a slot among `max_in_flight`
     max_entries: int = 100_000
-    outage_pause: float = 5.0
-    stale_wait: float = 0.5
+    outage_pause: float = 5.0  # after a failed query, stale answers are returned at once for so long
+    stale_wait: float = 0.5  # how long a look-up waits for a slow catalog if it has a stale answer
     buckets_ttl: float = 30.0
 
 
@@ -46,9 +55,12 @@ class _Entry:
 
 
 class CachedCatalog:
-    """Wraps any catalog. Answers older than their time to live are asked anew, yet kept for outages until the bounded
-    cache (least recently asked first) drops them. A `does not exist` is kept likewise. With a shared cache, processes
-    that share it ask once for all, and one that has just started knows what the others have learnt."""
+    """Wraps any catalog.
+
+    An answer past its time to live is asked for again, but kept for outages until the bounded cache drops it (least
+    recently used first). The answer "does not exist" is cached likewise. With a shared cache, a process that has just
+    started has the answers of the others.
+    """
 
     def __init__(
         self,
@@ -57,7 +69,7 @@ class CachedCatalog:
         clock: Callable[[], float] = time.monotonic,
         shared_cache: SharedCatalogCache | None = None,
     ) -> None:
-        """`clock` in seconds; `open` and `close` are passed on to the inner catalog and the shared cache."""
+        """`clock`: in seconds. `open` and `close` also open and close the inner catalog and the shared cache."""
         self._inner = inner
         self._limits = limits
         self._clock = clock
@@ -69,18 +81,24 @@ class CachedCatalog:
         self._slots = asyncio.Semaphore(limits.max_in_flight)
         self._down_until = float("-inf")
 
+    @property
+    def can_list(self) -> bool:
+        return self._inner.can_list
+
+    @property
+    def public_url(self) -> str:
+        return self._inner.public_url
+
     async def open(self) -> None:
         await self._shared.open()
         await self._inner.open()
 
     async def close(self) -> None:
-        """Ends the questions under way (their askers get CatalogUnavailable), then closes the inner catalog."""
+        """Cancel the queries under way (their callers get CatalogUnavailable), then close the inner catalog."""
         queries: list[asyncio.Task[Any]] = list(self._queries.values())
         if self._buckets_query is not None:
             queries.append(self._buckets_query)
-        for query in queries:
-            query.cancel()
-        await asyncio.gather(*queries, return_exceptions=True)
+        await cancel_and_wait(*queries)
         await self._inner.close()
         await self._shared.close()
 
@@ -94,7 +112,7 @@ class CachedCatalog:
                 return entry.answer
         known = entry is not None and _is_available(entry.answer)
         try:
-            # The question goes on when an asker who knows the object leaves it; its answer is for the next one.
+            # When the time is up, this caller gets the stale answer. The query goes on, for the next caller.
             async with asyncio.timeout(self._limits.stale_wait if known else None):
                 return await self._join_query(object_id)
         except (CatalogUnavailable, TimeoutError) as error:
@@ -110,15 +128,16 @@ class CachedCatalog:
         return self._inner.list_objects(assignment)
 
     async def bucket_ids(self) -> Sequence[str]:
-        """Anybody may ask for this, by /readyz and /buckets: one question at a time, its answer or failure kept."""
+        """See the port. Any client can cause this, by /readyz and /buckets: so one query at a time, its result cached.
+
+        A failure is cached too, for `outage_pause`.
+        """
         if self._buckets is not None and self._clock() < self._buckets[1]:
             if isinstance(self._buckets[0], CatalogUnavailable):
                 raise CatalogUnavailable(str(self._buckets[0]))
             return self._buckets[0]
         if self._buckets_query is None:
-            self._buckets_query = asyncio.create_task(
-                self._query_buckets(), name="catalog question of buckets"
-            )
+            self._buckets_query = asyncio.create_task(self._query_buckets(), name="catalog-buckets")
         return await _result_of(self._buckets_query)
 
     async def _query_buckets(self) -> Sequence[str]:
@@ -126,7 +145,9 @@ class CachedCatalog:
             async with asyncio.timeout(self._limits.wait):
                 buckets = await self._inner.bucket_ids()
         except TimeoutError as error:
-            raise self._cache_buckets_failure(f"no list of buckets in {self._limits.wait:g} s") from error
+            raise self._cache_buckets_failure(
+                f"the catalog did not list its buckets within {self._limits.wait:g} s"
+            ) from error
         except CatalogUnavailable as error:
             raise self._cache_buckets_failure(str(error)) from error
         else:
@@ -143,10 +164,16 @@ class CachedCatalog:
     async def source_bases(self) -> Sequence[str]:
         return await self._inner.source_bases()
 
+    async def status(self) -> CatalogStatus:
+        return await self._inner.status()
+
+    async def chain_head(self) -> int | None:
+        return await self._inner.chain_head()
+
     async def _join_query(self, object_id: ObjectId) -> MediaObject | None:
         query = self._queries.get(object_id)
         if query is None:
-            query = asyncio.create_task(self._query(object_id), name=f"catalog question {object_id}")
+            query = asyncio.create_task(self._query(object_id), name=f"catalog-lookup-{object_id}")
             self._queries[object_id] = query
         return await _result_of(query)
 
@@ -157,7 +184,7 @@ class CachedCatalog:
                 return await self._resolve(object_id, single_flight)
         except TimeoutError as error:
             self._store_stale(object_id, single_flight)
-            raise CatalogUnavailable(f"the catalog gave no answer in {self._limits.wait:g} s") from error
+            raise CatalogUnavailable(f"the catalog did not answer within {self._limits.wait:g} s") from error
         except CatalogUnavailable:
             self._store_stale(object_id, single_flight)
             raise
@@ -167,11 +194,11 @@ class CachedCatalog:
                 await self._shared.unlock(object_id)
 
     async def _resolve(self, object_id: ObjectId, single_flight: SingleFlight) -> MediaObject | None:
-        """From the shared cache, or else from the inner catalog."""
+        """Return the answer of the shared cache, or else of the inner catalog."""
         if self._clock() < self._down_until:
             single_flight.cached = await self._shared.get(object_id)
             if single_flight.cached is not None:
-                raise CatalogUnavailable("the catalog was down a moment ago")
+                raise CatalogUnavailable("the catalog failed a moment ago")
         cached = await single_flight.resolve()
         if cached is not None:
             CATALOG_LOOKUPS.labels(result="cached").inc()
@@ -181,7 +208,7 @@ class CachedCatalog:
             try:
                 answer = await self._inner.look_up(object_id)
             except (CatalogUnavailable, asyncio.CancelledError):
-                # Cancelled: the time was up, or the catalog is being closed, when nobody asks any more.
+                # Cancelled: the time is up (or the catalog is being closed, and the pause has no effect).
                 self._down_until = self._clock() + self._limits.outage_pause
                 raise
         CATALOG_LOOKUPS.labels(result="unknown" if answer is None else "found").inc()
@@ -193,7 +220,7 @@ class CachedCatalog:
         return answer
 
     def _store_stale(self, object_id: ObjectId, single_flight: SingleFlight) -> None:
-        """What the other processes knew is better than nothing, for this outage."""
+        """Keep the stale answer of the shared cache, for the time of this outage."""
         if single_flight.cached is not None and object_id not in self._entries:
             self._store(object_id, single_flight.cached.answer, single_flight.cached.fresh_for)
 
@@ -205,8 +232,10 @@ class CachedCatalog:
 
 
 async def _result_of(query: asyncio.Task[_Answer]) -> _Answer:
-    """Shielded: a question goes on without the asker who leaves, even the last one. It is bounded in time, its answer
-    is kept for whoever asks next, and `close` ends it."""
+    """Wait for a query that goes on if this caller is cancelled.
+
+    Its answer is cached for the next caller. It is bounded in time, and `close` cancels it.
+    """
     try:
         return await asyncio.shield(query)
     except asyncio.CancelledError:
@@ -220,30 +249,28 @@ def _is_available(answer: MediaObject | None) -> bool:
     return answer is not None and answer.accepted and bool(answer.sources)
 
 
-# Answers shared by the node's processes: one of them asks, the others wait for what it learns.
+# Answers shared by the node's processes: one of them asks, the others wait for its answer.
 
-_INITIAL_DELAY = 0.02
-_MAX_DELAY = 0.25
+_FIRST_POLL, _MAX_POLL = 0.02, 0.25  # seconds between two looks at the shared cache
 
 
 @dataclass(frozen=True, slots=True)
 class SharedCatalogTtls:
-    """Seconds. `lock_ttl`: after which a process that asks counts as dead; `positive_retention`, `negative_retention`:
-    how long answers are there for outages, whatever they are believed."""
+    """Times to live in the shared cache, in seconds."""
 
-    lock_ttl: float
-    positive_retention: float = 7 * 24 * 3600.0
-    negative_retention: float = 600.0
+    lock_ttl: float  # after so long, the process that holds the lock counts as dead
+    positive_retention: float = 7 * 24 * 3600.0  # how long answers are kept for outages, fresh or stale
+    negative_retention: float = 600.0  # likewise, for "does not exist"
 
 
 class SharedCatalog:
-    """A shared catalog cache that may be missing or down: then every process asks for itself."""
+    """The shared catalog cache, which may be absent or down: then every process asks for itself."""
 
     def __init__(self, shared_cache: SharedCatalogCache | None, ttls: SharedCatalogTtls) -> None:
         self._cache = shared_cache
         self._ttls = ttls
         self._owner = uuid.uuid4().hex
-        self._reachable = True
+        self._outage = OutageLog(logger, down="catalog_cache_unavailable", up="catalog_cache_recovered")
 
     async def open(self) -> None:
         if self._cache is not None:
@@ -254,15 +281,15 @@ class SharedCatalog:
             await self._cache.close()
 
     async def get(self, object_id: ObjectId) -> CachedAnswer | None:
-        """What is cached, without asking anybody."""
+        """Read the cached answer without taking the lock."""
         if self._cache is None:
             return None
         try:
             cached = await self._cache.get(object_id)
         except StateStoreUnavailable as error:
-            self._log_availability(error)
+            self._outage.failed(error)
             return None
-        self._log_availability(None)
+        self._outage.succeeded()
         return cached
 
     async def get_or_lock(self, object_id: ObjectId) -> CacheLookup:
@@ -271,52 +298,46 @@ class SharedCatalog:
         try:
             lookup = await self._cache.get_or_lock(object_id, self._owner, self._ttls.lock_ttl)
         except StateStoreUnavailable as error:
-            self._log_availability(error)
+            self._outage.failed(error)
             return CacheLookup(None, owns_lock=True)
-        self._log_availability(None)
+        self._outage.succeeded()
         return lookup
 
     async def put(self, object_id: ObjectId, answer: MediaObject | None, fresh: float) -> None:
-        """Tell the others; best effort. `fresh`: seconds the answer is believed."""
+        """Share an answer; best effort. `fresh`: seconds of its time to live."""
         if self._cache is None:
             return
         keep = self._ttls.negative_retention if answer is None else self._ttls.positive_retention
         try:
             await self._cache.put(object_id, answer, fresh, max(fresh, keep))
         except StateStoreUnavailable as error:
-            self._log_availability(error)
+            self._outage.failed(error)
 
     async def unlock(self, object_id: ObjectId) -> None:
-        """Let another process ask; best effort, since the right runs out by itself."""
+        """Release the lock; best effort, since it expires by itself."""
         if self._cache is None:
             return
         try:
             await self._cache.unlock(object_id, self._owner)
         except StateStoreUnavailable as error:
-            self._log_availability(error)
-
-    def _log_availability(self, error: StateStoreUnavailable | None) -> None:
-        """Say once that the cache is lost, and once that it is back."""
-        if error is not None and self._reachable:
-            logger.warning("catalog_cache_unavailable", reason=str(error))
-        elif error is None and not self._reachable:
-            logger.info("catalog_cache_recovered")
-        self._reachable = error is None
+            self._outage.failed(error)
 
 
 class SingleFlight:
-    """One process's question about one object: whether it must be asked, and what is known if it fails."""
+    """One query for one object, made by at most one of the processes that share the cache."""
 
     def __init__(self, shared: SharedCatalog, object_id: ObjectId) -> None:
         self._shared = shared
         self._object_id = object_id
-        self.cached: CachedAnswer | None = None
+        self.cached: CachedAnswer | None = None  # the last answer seen in the shared cache, perhaps stale
         self.owns_lock = False
 
     async def resolve(self) -> CachedAnswer | None:
-        """A fresh answer, waiting for the process that asks; None: it is for us to ask. Unbounded: the caller has a
-        time limit around all of it."""
-        delay = _INITIAL_DELAY
+        """Wait for a fresh answer of the process that holds the lock. None: this process holds it, and must ask.
+
+        There is no time limit: the caller sets one.
+        """
+        poll = Backoff(_FIRST_POLL, _MAX_POLL, jitter=False)
         while True:
             lookup = await self._shared.get_or_lock(self._object_id)
             self.cached = lookup.cached or self.cached
@@ -325,5 +346,4 @@ class SingleFlight:
                 return None
             if lookup.cached is not None and lookup.cached.fresh_for > 0:
                 return lookup.cached
-            await asyncio.sleep(delay)
-            delay = min(2 * delay, _MAX_DELAY)
+            await poll.wait()

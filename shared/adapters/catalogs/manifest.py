@@ -1,4 +1,4 @@
-"""The catalog that is a file: YAML or JSON, read again when it changes."""
+"""The manifest catalog: a YAML or JSON file that lists the objects. It is read again when it changes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from distributor_node.shared.adapters.catalogs.documents import LocatedMapping, read_json, read_yaml
+from distributor_node.shared.adapters.catalogs.documents import LocatedMapping, describe, read_json, read_yaml
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
 from distributor_node.shared.domain.media_types import parse_media_type
 from distributor_node.shared.domain.objects import (
@@ -25,32 +25,41 @@ from distributor_node.shared.domain.objects import (
     parse_bucket_id,
 )
 from distributor_node.shared.domain.urls import api_base_of, distinct_hosts, parse_source_url
+from distributor_node.shared.ports.catalog import CatalogStatus
 
 logger = structlog.get_logger()
 _BATCH = 1000
-_RELOAD_TIMEOUT = 0.2  # seconds a look-up waits for a changed file: enough for small ones to be seen at once
+_RELOAD_TIMEOUT = 0.2  # seconds a look-up waits for a changed file to be read: enough for a small one
 
-_Signature = tuple[int, int, int]
+_Signature = tuple[int, int, int]  # modification time, size and inode
 
 
 class ManifestCatalog:
-    """Lists what the file lists. A new version that cannot be used is refused, and the last good one stays."""
+    """Serves the objects of the file. If a new version of the file is invalid, the last valid one stays in use."""
 
     def __init__(
         self, path: Path, check_interval: float = 1.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`check_interval`: seconds between looks at the file, taken when something is asked; `clock` in seconds."""
+        """`check_interval`: seconds between two checks for a changed file, made at look-ups. `clock`: in seconds."""
         self._path = path
         self._check_interval = check_interval
         self._clock = clock
         self._manifest: Manifest | None = None
-        # Modification time, size and inode of the version last read, good or bad; None: the file was missing.
+        # Of the version that was read last, valid or not. None: the file was missing.
         self._seen: _Signature | None = None
         self._checked_at = 0.0
         self._reload: asyncio.Task[None] | None = None
 
+    @property
+    def can_list(self) -> bool:
+        return True
+
+    @property
+    def public_url(self) -> str:
+        return ""
+
     async def open(self) -> None:
-        """ConfigurationError, with line, entry and rule, if the file is missing or no manifest."""
+        """Read the file. Raises ConfigurationError, with line, entry and rule, if it is missing or invalid."""
         try:
             self._seen, manifest = await asyncio.to_thread(_read, self._path)
         except (OSError, InvalidInput) as error:
@@ -71,7 +80,7 @@ class ManifestCatalog:
         ours = (wanted for wanted in manifest.objects.values() if assignment.covers(wanted))
         while batch := tuple(islice(ours, _BATCH)):
             yield batch
-            await asyncio.sleep(0)  # a list of 10^5 objects must not hold up the loop
+            await asyncio.sleep(0)  # a list of 100,000 objects must not block the loop
 
     async def bucket_ids(self) -> Sequence[str]:
         return (await self._current()).bucket_ids
@@ -79,6 +88,12 @@ class ManifestCatalog:
     async def source_bases(self) -> Sequence[str]:
         manifest = await self._current()
         return await asyncio.to_thread(_bases, manifest)
+
+    async def status(self) -> CatalogStatus:
+        return CatalogStatus()
+
+    async def chain_head(self) -> int | None:
+        return None
 
     async def _current(self) -> Manifest:
         await self._refresh()
@@ -90,14 +105,14 @@ class ManifestCatalog:
         now = self._clock()
         if self._reload is None and now - self._checked_at >= self._check_interval:
             self._checked_at = now
-            if _signature(self._path) != self._seen:
-                self._reload = asyncio.create_task(self._read_again(), name="manifest reload")
+            if _signature_of(self._path) != self._seen:
+                self._reload = asyncio.create_task(self._read_again(), name="manifest-reload")
         if self._reload is not None:
             await asyncio.wait({self._reload}, timeout=_RELOAD_TIMEOUT)
 
     async def _read_again(self) -> None:
-        """Never raises: a broken file is logged once and costs nothing more until it changes again."""
-        noticed = _signature(self._path)
+        """Never raises. An invalid file is logged once, and not read again until it changes."""
+        noticed = _signature_of(self._path)
         try:
             self._seen, manifest = await asyncio.to_thread(_read, self._path)
             self._manifest = manifest
@@ -117,8 +132,8 @@ def _bases(manifest: Manifest) -> Sequence[str]:
 
 def _read(path: Path) -> tuple[_Signature, Manifest]:
     with path.open("rb") as file:
-        # Taken before reading: a file that is written meanwhile differs at the next look.
-        signature = _of(os.fstat(file.fileno()))
+        # Taken before the file is read: if it is written while we read, the next check finds a difference.
+        signature = _make_signature(os.fstat(file.fileno()))
         raw = file.read()
     try:
         text = raw.decode("utf-8-sig")
@@ -129,14 +144,14 @@ def _read(path: Path) -> tuple[_Signature, Manifest]:
     return signature, parse_manifest(document)
 
 
-def _signature(path: Path) -> _Signature | None:
+def _signature_of(path: Path) -> _Signature | None:
     try:
-        return _of(path.stat())
+        return _make_signature(path.stat())
     except OSError:
         return None
 
 
-def _of(status: os.stat_result) -> _Signature:
+def _make_signature(status: os.stat_result) -> _Signature:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
@@ -144,7 +159,7 @@ def _reason(error: OSError | InvalidInput) -> str:
     return str(error.strerror or error) if isinstance(error, OSError) else str(error)
 
 
-# The manifest's format, version 1: what each field may hold. Anything else is refused with its place and rule.
+# The manifest's format, version 1. Anything else is rejected, with its place in the file and the rule.
 
 _Value = TypeVar("_Value")
 
@@ -157,30 +172,30 @@ _OBJECT_FIELDS = frozenset({"id", "size", "hash", "media_type", "bucket", "accep
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One version of the file."""
+    """One version of the file: its objects by id, and the buckets they are in."""
 
     objects: Mapping[str, MediaObject]
     bucket_ids: tuple[str, ...]
 
 
 def parse_manifest(document: Any) -> Manifest:
-    """Raise InvalidInput, naming line, entry, field and rule."""
+    """Check and convert the document. Raises InvalidInput, naming line, entry, field and rule."""
     if not isinstance(document, LocatedMapping):
-        raise InvalidInput("want a mapping with version, base_urls and objects")
-    _refuse_unknown(document, _FIELDS, "the manifest")
+        raise InvalidInput("expected a mapping with version, base_urls and objects")
+    _reject_unknown(document, _FIELDS, "the manifest")
     version = document.get("version")
     if version != MANIFEST_VERSION or isinstance(version, bool):
-        raise InvalidInput(f"version: want {MANIFEST_VERSION}, found {str(version)[:20]}")
+        raise InvalidInput(f"version: expected {MANIFEST_VERSION}, got {describe(version)}")
     base_urls = _urls(document, "base_urls", "base_urls")
     entries = document.get("objects")
     if not isinstance(entries, list):
-        raise InvalidInput("objects: want a list")
+        raise InvalidInput(f"objects: expected a list, got {describe(entries)}")
     buckets: dict[str, tuple[DistributionBucket, ...]] = {}
     objects: dict[str, MediaObject] = {}
     for number, entry in enumerate(entries, start=1):
         place = _place(number, entry)
         if not isinstance(entry, LocatedMapping):
-            raise InvalidInput(f"{place}: want a mapping")
+            raise InvalidInput(f"{place}: expected a mapping, got {describe(entry)}")
         media_object = _parse_object(entry, place, base_urls, buckets)
         if media_object.object_id in objects:
             raise InvalidInput(f"{place}: id: {media_object.object_id} is listed twice")
@@ -194,19 +209,19 @@ def _parse_object(
     base_urls: tuple[str, ...],
     buckets: dict[str, tuple[DistributionBucket, ...]],
 ) -> MediaObject:
-    _refuse_unknown(entry, _OBJECT_FIELDS, place)
+    _reject_unknown(entry, _OBJECT_FIELDS, place)
     object_id = _read_field(ObjectId.parse, _text(entry, "id", place), f"{place}: id")
     bucket_id = _optional(entry, "bucket", place, parse_bucket_id)
     _optional(entry, "name", place, str)
     accepted = entry.get("accepted", True)
     if not isinstance(accepted, bool):
-        raise InvalidInput(f"{place}: accepted: want true or false")
+        raise InvalidInput(f"{place}: accepted: expected true or false, got {describe(accepted)}")
     if bucket_id is not None and bucket_id not in buckets:
         buckets[bucket_id] = (DistributionBucket(bucket_id),)
     urls = _urls(entry, "urls", f"{place}: urls") if "urls" in entry else ()
     sources = urls or tuple(base + object_id for base in base_urls)
     if accepted and not sources:
-        raise InvalidInput(f"{place}: no source: give it urls, or the manifest base_urls")
+        raise InvalidInput(f"{place}: no source: expected urls here, or base_urls in the manifest")
     return MediaObject(
         object_id=object_id,
         size=_size(entry, place),
@@ -221,17 +236,17 @@ def _parse_object(
 def _size(entry: LocatedMapping, place: str) -> int:
     size = entry.get("size")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _MAX_SIZE:
-        raise InvalidInput(f"{place}: size: want the number of bytes")
+        raise InvalidInput(f"{place}: size: expected a number of bytes, got {describe(size)}")
     return size
 
 
 def _urls(mapping: LocatedMapping, field: str, place: str) -> tuple[str, ...]:
     listed = mapping.get(field, [])
     if not isinstance(listed, list) or len(listed) > _MAX_URLS:
-        raise InvalidInput(f"{place}: want a list of at most {_MAX_URLS} URLs")
+        raise InvalidInput(f"{place}: expected a list of at most {_MAX_URLS} URLs, got {describe(listed)}")
     for url in listed:
         if not isinstance(url, str):
-            raise InvalidInput(f"{place}: want http(s) URLs")
+            raise InvalidInput(f"{place}: expected http(s) URLs, got {describe(url)}")
         _read_field(parse_source_url, url, place)
     return tuple(listed)
 
@@ -239,7 +254,8 @@ def _urls(mapping: LocatedMapping, field: str, place: str) -> tuple[str, ...]:
 def _text(entry: LocatedMapping, field: str, place: str) -> str:
     value = entry.get(field)
     if not isinstance(value, str):
-        raise InvalidInput(f"{place}: {field}: want text" + (" (in quotes)" if value is not None else ""))
+        quotes = " (in quotes)" if isinstance(value, int) else ""
+        raise InvalidInput(f"{place}: {field}: expected text{quotes}, got {describe(value)}")
     return value
 
 
@@ -256,7 +272,7 @@ def _read_field(parse: Callable[[str], _Value], text: str, place: str) -> _Value
         raise InvalidInput(f"{place}: {error}") from error
 
 
-def _refuse_unknown(mapping: LocatedMapping, known: frozenset[str], place: str) -> None:
+def _reject_unknown(mapping: LocatedMapping, known: frozenset[str], place: str) -> None:
     unknown = mapping.keys() - known
     if unknown:
         raise InvalidInput(f"{place}: unknown field {min(unknown)[:40]!r}")

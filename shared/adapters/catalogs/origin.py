@@ -1,18 +1,19 @@
-"""The catalog that is any HTTP server: an object is what a HEAD of its URL says."""
+"""The origin catalog: any HTTP server. An object is what the response to a HEAD of its URL describes."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpx
 
+from distributor_node.shared.adapters.catalogs.errors import map_catalog_errors
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
 from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.domain.ranges import ByteRange, parse_content_range
-from distributor_node.shared.domain.urls import parse_source_url
+from distributor_node.shared.domain.urls import parse_source_url, url_origin
+from distributor_node.shared.ports.catalog import CatalogStatus
 
 _PLACEHOLDER = "{id}"
 _MAX_REDIRECTS = 3
@@ -24,24 +25,32 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 
 class OriginCatalog:
-    """Cannot list, knows no buckets and no hashes; an object's one source is its URL."""
+    """Cannot list objects, and knows neither buckets nor hashes. An object's only source is its URL."""
 
     def __init__(self, template: str, timeout: float) -> None:
-        """`template`: http(s) URL with `{id}`; `timeout`: seconds for one look-up, redirects included."""
+        """`template`: http(s) URL with `{id}` in it. `timeout`: seconds for one look-up, redirects included."""
         self._template = template
         self._timeout = timeout
         self._client: httpx.AsyncClient | None = None
 
+    @property
+    def can_list(self) -> bool:
+        return False
+
+    @property
+    def public_url(self) -> str:
+        return url_origin(self._template)
+
     async def open(self) -> None:
-        """ConfigurationError if the template cannot give URLs."""
+        """Raise ConfigurationError if the template does not make valid URLs."""
         try:
             if _PLACEHOLDER not in self._template:
-                raise InvalidInput("want {id} in it")
+                raise InvalidInput("expected {id} in the URL")
             parse_source_url(self._url_of(ObjectId("0")))
         except InvalidInput as error:
             raise ConfigurationError(f"catalog.origin: {error}") from error
-        # No bound on connections here: the questions are bounded by whoever asks, and a contended pool of httpx can
-        # lose a slot to a cancelled request. Nothing is taken from the environment: no proxy, no .netrc credentials.
+        # No limit on connections here: CachedCatalog limits the requests, and a contended pool of httpx can lose a slot
+        # when a request is cancelled. Nothing is taken from the environment: no proxy, no .netrc credentials.
         self._client = httpx.AsyncClient(
             headers={"Accept-Encoding": "identity", "User-Agent": "distributor-node"},
             timeout=self._timeout,
@@ -57,13 +66,8 @@ class OriginCatalog:
             self._client = None
 
     async def look_up(self, object_id: ObjectId) -> MediaObject | None:
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await self._ask(object_id)
-        except TimeoutError as error:
-            raise CatalogUnavailable(f"the origin gave no answer in {self._timeout:g} s") from error
-        except httpx.HTTPError as error:
-            raise CatalogUnavailable(f"the origin cannot be asked: {type(error).__name__}") from error
+        async with map_catalog_errors("the origin", self._timeout):
+            return await self._describe(object_id)
 
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         raise CatalogUnavailable("an origin cannot list its objects")
@@ -74,50 +78,56 @@ class OriginCatalog:
     async def source_bases(self) -> Sequence[str]:
         return ()
 
+    async def status(self) -> CatalogStatus:
+        return CatalogStatus()
+
+    async def chain_head(self) -> int | None:
+        return None
+
     def _url_of(self, object_id: ObjectId) -> str:
         return self._template.replace(_PLACEHOLDER, quote(object_id, safe=""))
 
-    async def _ask(self, object_id: ObjectId) -> MediaObject | None:
-        url, answer = await self._request("HEAD", self._url_of(object_id))
-        if answer.status_code in _ABSENT:
+    async def _describe(self, object_id: ObjectId) -> MediaObject | None:
+        url, response = await self._request("HEAD", self._url_of(object_id))
+        if response.status_code in _ABSENT:
             return None
-        if answer.status_code >= 500 and answer.status_code != 501:
-            raise CatalogUnavailable(f"the origin answered {answer.status_code}")
-        size = _whole_size(answer)
-        if answer.status_code != 200 or size is None:
-            # Some servers know no HEAD, or leave the length out of it.
-            url, answer = await self._request("GET", self._url_of(object_id))
-            if answer.status_code in _ABSENT:
+        if response.status_code >= 500 and response.status_code != 501:
+            raise CatalogUnavailable(f"the origin responded {response.status_code}")
+        size = _stated_size(response)
+        if response.status_code != 200 or size is None:
+            # Some servers do not support HEAD, or do not state the length in its response.
+            url, response = await self._request("GET", self._url_of(object_id))
+            if response.status_code in _ABSENT:
                 return None
-            size = _size_from_get(answer)
+            size = _size_from_get(response)
         return MediaObject(
             object_id=object_id,
             size=size,
-            media_type=media_type_or_none(answer.headers.get("Content-Type")),
+            media_type=media_type_or_none(response.headers.get("Content-Type")),
             sources=(url,),
-            validator=_validator(answer),
+            validator=_validator(response),
         )
 
     async def _request(self, method: str, url: str) -> tuple[str, httpx.Response]:
-        """The answer's head, and the URL that gave it after redirects within the same origin."""
+        """Return the URL that responded, after redirects within the same origin, and the head of its response."""
         if self._client is None:
             raise CatalogUnavailable("the origin catalog is not open")
         headers = {"Range": str(_FIRST_BYTE)} if method == "GET" else {}
         for _ in range(_MAX_REDIRECTS + 1):
-            # Streamed and closed unread: a server that ignores Range must not send us the whole object.
-            async with self._client.stream(method, url, headers=headers) as answer:
-                if answer.status_code not in _REDIRECTS:
-                    return url, answer
-                url = _redirect_target(url, answer.headers.get("Location", ""))
-        raise CatalogUnavailable("the origin redirects without end")
+            # Streamed, and closed without reading: a server that ignores Range must not send the whole object.
+            async with self._client.stream(method, url, headers=headers) as response:
+                if response.status_code not in _REDIRECTS:
+                    return url, response
+                url = _redirect_target(url, response.headers.get("Location", ""))
+        raise CatalogUnavailable(f"the origin redirects more than {_MAX_REDIRECTS} times")
 
 
 def _redirect_target(url: str, location: str) -> str:
     try:
         target = parse_source_url(urljoin(url, location))
     except (InvalidInput, ValueError) as error:
-        raise CatalogUnavailable("the origin redirects to what is no URL") from error
-    # Anything else would let the origin make this node ask servers that its operator never named.
+        raise CatalogUnavailable("the origin redirects to an invalid URL") from error
+    # Otherwise the origin could make this node send requests to servers that its operator has not configured.
     if _origin_of(target) != _origin_of(url):
         raise CatalogUnavailable("the origin redirects to another origin")
     return target
@@ -128,32 +138,35 @@ def _origin_of(url: str) -> tuple[str, str | None, int]:
     return parts.scheme, parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def _whole_size(answer: httpx.Response) -> int | None:
-    """Content-Length, where it is the length of the object itself."""
-    length = answer.headers.get("Content-Length", "").strip()
-    if _encoded(answer) or not (length.isascii() and length.isdigit()) or len(length) > 18:
+def _stated_size(response: httpx.Response) -> int | None:
+    """Return Content-Length if it is the length of the object itself."""
+    length = response.headers.get("Content-Length", "").strip()
+    if _encoded(response) or not (length.isascii() and length.isdigit()) or len(length) > 18:
         return None
     return int(length)
 
 
-def _encoded(answer: httpx.Response) -> bool:
-    """Compressed although we asked for it not to be: lengths say nothing of the object then."""
-    return bool(answer.headers.get("Content-Encoding", "identity").strip().lower() != "identity")
+def _encoded(response: httpx.Response) -> bool:
+    """Whether the body is compressed, although we asked for identity: then lengths are not those of the object."""
+    return bool(response.headers.get("Content-Encoding", "identity").strip().lower() != "identity")
 
 
-def _size_from_get(answer: httpx.Response) -> int | None:
-    if answer.status_code == 206:
-        stated = parse_content_range(answer.headers.get("Content-Range", ""))
-        return stated[1] if stated is not None and not _encoded(answer) else None
-    if answer.status_code == 200:
-        return _whole_size(answer)
-    if answer.status_code == 416 and answer.headers.get("Content-Range", "").strip() == "bytes */0":
+def _size_from_get(response: httpx.Response) -> int | None:
+    if response.status_code == 206:
+        stated = parse_content_range(response.headers.get("Content-Range", ""))
+        return stated[1] if stated is not None and not _encoded(response) else None
+    if response.status_code == 200:
+        return _stated_size(response)
+    if response.status_code == 416 and response.headers.get("Content-Range", "").strip() == "bytes */0":
         return 0
-    raise CatalogUnavailable(f"the origin answered {answer.status_code}")
+    raise CatalogUnavailable(f"the origin responded {response.status_code}")
 
 
-def _validator(answer: httpx.Response) -> str | None:
-    """A strong ETag, else a weak one, else the date: whatever changes with the content."""
-    etag, modified = answer.headers.get("ETag", "").strip(), answer.headers.get("Last-Modified", "").strip()
+def _validator(response: httpx.Response) -> str | None:
+    """Return what changes with the content: the ETag, strong or weak, or else the date."""
+    etag, modified = (
+        response.headers.get("ETag", "").strip(),
+        response.headers.get("Last-Modified", "").strip(),
+    )
     chosen = etag or modified
     return chosen[:_MAX_VALIDATOR] or None

@@ -1,15 +1,14 @@
-"""Connections to the broker: bounded to open, bounded to close, and watched.
+"""Sessions with the broker: opened and closed within a time limit, and watched for their loss.
 
-Plain connections with a reconnect loop of our own in each user, not aio-pika's robust ones: those restore channels and
-consumers behind one's back, so that neither a publisher can tell "down" from "slow" and fail at once, nor a consumer
-which deliveries still can be acknowledged. A loop that opens everything anew has one path for a restarted broker, a
-deleted queue, a cancelled consumer, a channel closed for its consumer timeout and a frozen connection.
+aio-pika's robust connections are not used. They restore channels and consumers silently: a publisher cannot tell a
+broker that is down from one that is slow, and a consumer cannot tell which deliveries can still be acknowledged. Each
+user here has its own reconnect loop instead. Opening a new session is the one answer to a restarted broker, a deleted
+queue, a cancelled consumer, a channel closed by the consumer timeout and a frozen connection.
 """
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -20,7 +19,7 @@ from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AMQPError
 
 logger = structlog.get_logger()
 
-# aiormq calls a connection dead after three heartbeats and a bit; the broker does so after two.
+# aiormq closes a connection after three missed heartbeats, the broker after two.
 HEARTBEAT_SECONDS = 5
 CONNECT_SECONDS = 5.0
 CLOSE_SECONDS = 3.0
@@ -29,23 +28,22 @@ BROKER_ERRORS: tuple[type[Exception], ...] = (*CONNECTION_EXCEPTIONS, AMQPError,
 
 
 class Session:
-    """One connection with one channel, from open to lost. `lost` is set once either can no longer be used, or the
-    broker has cancelled the channel's consumer; `reason` says what happened."""
+    """One connection with one channel, from open to lost."""
 
     def __init__(self, connection: Connection, channel: AbstractChannel) -> None:
         self.connection = connection
         self.channel = channel
-        self.lost = asyncio.Event()
-        self.reason = ""
+        self.lost = asyncio.Event()  # connection or channel closed, or the consumer cancelled by the broker
+        self.reason = ""  # why it was lost
 
     def mark_lost(self, reason: str) -> None:
-        """Use this session no more."""
+        """Mark the session as unusable. The first reason is kept."""
         if not self.lost.is_set():
             self.reason = reason
             self.lost.set()
 
     async def is_blocked(self) -> bool:
-        """True if the broker has said that it takes no messages on this connection (memory or disk alarm)."""
+        """Return whether the broker has blocked publishing on this connection (memory or disk alarm)."""
         transport = self.connection.transport
         if transport is None:
             return False
@@ -57,7 +55,7 @@ class Session:
         return False
 
     async def watch(self) -> None:
-        """Notice every way in which the session can end."""
+        """Register callbacks that mark the session lost, whichever way it ends."""
 
         def connection_closed(_: object, error: BaseException | None = None) -> None:
             self.mark_lost(f"connection closed: {error!r}")
@@ -75,9 +73,9 @@ class Session:
 
 @asynccontextmanager
 async def open_session(url: str, name: str, *, confirms: bool) -> AsyncGenerator[Session]:
-    """Connect and open a channel, within CONNECT_SECONDS; one of BROKER_ERRORS otherwise.
+    """Connect and open a channel within CONNECT_SECONDS, and close within CLOSE_SECONDS. Raises BROKER_ERRORS.
 
-    `name` is shown by the broker's tools. Closing waits CLOSE_SECONDS at most.
+    The broker's management tools show `name`.
     """
     connection = Connection(
         make_url(url, heartbeat=HEARTBEAT_SECONDS), client_properties={"connection_name": name}
@@ -100,23 +98,3 @@ async def _close(connection: Connection) -> None:
             await connection.close()
     except BROKER_ERRORS as error:
         logger.info("broker_close_failed", error=repr(error))
-
-
-class Backoff:
-    """Seconds to wait before trying again: doubling up to a cap, with jitter so that many processes spread out."""
-
-    def __init__(self, first: float = 0.1, cap: float = 2.0) -> None:
-        self._first = first
-        self._cap = cap
-        self._next = first
-
-    def reset(self) -> None:
-        self._next = self._first
-
-    def next_delay(self) -> float:
-        delay = self._next * random.uniform(0.5, 1.0)  # noqa: S311  nothing secret about it
-        self._next = min(self._cap, self._next * 2)
-        return delay
-
-    async def wait(self) -> None:
-        await asyncio.sleep(self.next_delay())

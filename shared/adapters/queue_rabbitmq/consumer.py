@@ -1,4 +1,4 @@
-"""Taking jobs: one session after another, and handlers that outlive a lost session."""
+"""Consumes jobs: opens one session after another, and runs handlers that outlive a lost session."""
 
 from __future__ import annotations
 
@@ -7,27 +7,15 @@ import hashlib
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from functools import partial
-from typing import Any
 
 import structlog
 from aio_pika import Message
 from aio_pika.abc import AbstractIncomingMessage
 
-from distributor_node.shared.adapters.queue_outcomes import (
-    Ending,
-    Finish,
-    GiveUp,
-    OnDeadLetter,
-    PutBack,
-    Retry,
-    decide_ending,
-    handle,
-    remember_failure,
-)
+from distributor_node.shared.adapters.queue_outcomes import report_dead_letter, run_handler
 from distributor_node.shared.adapters.queue_rabbitmq.connection import (
     BROKER_ERRORS,
     CLOSE_SECONDS,
-    Backoff,
     Session,
     open_session,
 )
@@ -39,20 +27,21 @@ from distributor_node.shared.adapters.queue_rabbitmq.topology import (
     to_message,
 )
 from distributor_node.shared.domain.errors import InvalidJob, JobQueueUnavailable
-from distributor_node.shared.domain.jobs import FetchJob
+from distributor_node.shared.domain.jobs import Ack, DeadLetter, FetchJob, JobOutcome, Nack, Requeue, Retry
 from distributor_node.shared.observability.metrics import JOB_QUEUE_ERRORS
-from distributor_node.shared.ports.job_queue import JobHandler
+from distributor_node.shared.ports.job_queue import JobHandler, OnDeadLetter
+from distributor_node.shared.waiting import Backoff, background, wait_event
 
 logger = structlog.get_logger()
 
 _DECLARE_SECONDS = 10.0
 
-# Endings of jobs whose delivery was lost, kept until the broker delivers them again (to this process or another).
 _MAX_UNSETTLED = 1000
+"""Outcomes kept for jobs whose delivery was lost. They are applied when the broker redelivers the job."""
 
 
 class Consumer:
-    """Runs handlers for the work queue, until cancelled. What is no broker trouble ends `run` with its exception."""
+    """Runs handlers for the work queue until cancelled. Errors other than the broker's end `run`."""
 
     def __init__(
         self, url: str, topology: Topology, settler: Settler, handler: JobHandler, concurrency: int
@@ -63,19 +52,19 @@ class Consumer:
         self._handler = handler
         self._concurrency = concurrency
         self._slots = asyncio.Semaphore(concurrency)
-        self._in_flight: dict[str, InFlight] = {}
-        self._unsettled: dict[str, Ending] = {}
+        self._in_flight: dict[str, InFlight] = {}  # by message key
+        self._unsettled: dict[str, JobOutcome] = {}  # by message key, oldest first
         self._tasks: dict[asyncio.Task[None], InFlight] = {}
         self._broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
-        """Raise ConfigurationError if a queue exists with other arguments."""
+        """Consume through any number of sessions. Raises ConfigurationError if a queue has other arguments."""
         backoff = Backoff()
         reported = ""
         try:
             while True:
                 try:
-                    await self._serve_one_session(backoff)
+                    await self._run_session(backoff)
                     reported = ""
                 except BROKER_ERRORS as error:
                     if self._broken.done():
@@ -88,45 +77,43 @@ class Consumer:
         finally:
             await self._stop_handlers()
 
-    async def _serve_one_session(self, backoff: Backoff) -> None:
+    async def _run_session(self, backoff: Backoff) -> None:
         async with open_session(self._url, "distributor consumer", confirms=False) as session:
-            tag = await self._begin(session)
+            tag = await self._start_consuming(session)
             logger.info("consumer_started", queue=self._topology.work, concurrency=self._concurrency)
             backoff.reset()
             try:
-                await self._until_lost(session)
+                await self._wait_until_lost(session)
             except asyncio.CancelledError:
-                # The channel stays open until the handlers have ended, so that what they finish is acknowledged.
-                await self._cancel(session, tag)
+                # The channel stays open until the handlers have ended, so that their jobs can be acknowledged.
+                await self._cancel_consumer(session, tag)
                 await self._stop_handlers()
                 raise
             finally:
                 session.mark_lost("closed")
             logger.warning("consumer_session_lost", why=session.reason, still_running=len(self._tasks))
 
-    async def _begin(self, session: Session) -> str:
+    async def _start_consuming(self, session: Session) -> str:
+        """Declare the queues and consume. Returns the consumer tag."""
         async with asyncio.timeout(_DECLARE_SECONDS):
             await session.channel.set_qos(prefetch_count=self._concurrency)
             await self._topology.declare(session.channel)
             queue = await session.channel.get_queue(self._topology.work, ensure=False)
 
-            async def take(message: AbstractIncomingMessage) -> None:
+            async def on_message(message: AbstractIncomingMessage) -> None:
                 self._on_delivery(Delivery(message, session))
 
-            return await queue.consume(take)
+            return await queue.consume(on_message)
 
-    async def _until_lost(self, session: Session) -> None:
-        """Returns when the session is lost; raises what broke a handler's task, which nothing should."""
-        lost = asyncio.create_task(session.lost.wait())
-        ends: list[asyncio.Future[Any]] = [lost, self._broken]
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            lost.cancel()
+    async def _wait_until_lost(self, session: Session) -> None:
+        """Return when the session is lost. Raise the error of a job's task, which is a defect."""
+        async with background(session.lost.wait(), "consumer-session-lost") as lost:
+            await asyncio.wait([lost, self._broken], return_when=asyncio.FIRST_COMPLETED)
         if self._broken.done():
             self._broken.result()
 
     def _on_delivery(self, delivery: Delivery) -> None:
+        """Start a task for the message, unless its job still runs after an earlier delivery was lost."""
         known = self._in_flight.get(delivery.key)
         is_known = known is not None and known.stage is not Stage.DONE
         if known is not None and is_known and not known.is_live:
@@ -149,11 +136,11 @@ class Consumer:
             self._broken.set_exception(error)
 
     async def _process(self, in_flight: InFlight) -> None:
-        """One message, from delivery to answer."""
+        """Process one message: decode, run the handler, carry out the outcome."""
         try:
             job = to_job(in_flight.delivery.message)
         except InvalidJob as error:
-            await self._settler.dead_letter(in_flight, f"no job: {error}")
+            await self._settler.dead_letter(in_flight, f"invalid job: {error}")
             return
         unsettled = self._unsettled.pop(in_flight.delivery.key, None)
         if unsettled is not None:
@@ -163,22 +150,22 @@ class Consumer:
             async with self._slots:
                 if in_flight.is_live and not self._settler.stopping.is_set():
                     in_flight.stage = Stage.HANDLING
-                    outcome = await handle(self._handler, job, self._settler.stopping.is_set)
-                    await self._settle(in_flight, job, decide_ending(job, outcome, self._topology.plan))
+                    outcome = await run_handler(self._handler, job, self._settler.stopping.is_set)
+                    await self._settle(in_flight, job, outcome)
         except asyncio.CancelledError:
             logger.debug("job_cancelled_before_start", object_id=job.object_id)
         if in_flight.stage is not Stage.DONE:
-            await in_flight.requeue()
+            await in_flight.nack()
 
-    async def _settle(self, in_flight: InFlight, job: FetchJob, ending: Ending) -> None:
-        unsettled = await self._settler.settle(in_flight, job, ending)
+    async def _settle(self, in_flight: InFlight, job: FetchJob, outcome: JobOutcome) -> None:
+        unsettled = await self._settler.settle(in_flight, job, outcome)
         if unsettled is not None:
             self._unsettled[in_flight.delivery.key] = unsettled
             while len(self._unsettled) > _MAX_UNSETTLED:
                 del self._unsettled[next(iter(self._unsettled))]
 
-    async def _cancel(self, session: Session, tag: str) -> None:
-        """Have the broker send no more; what came meanwhile is put back."""
+    async def _cancel_consumer(self, session: Session, tag: str) -> None:
+        """Tell the broker to deliver nothing more. Messages that still arrive are nacked."""
         self._settler.stopping.set()
         if not session.lost.is_set():
             try:
@@ -188,7 +175,7 @@ class Consumer:
                 session.mark_lost(f"cancel failed: {error!r}")
 
     async def _stop_handlers(self) -> None:
-        """Cancel what runs or waits for a slot, let what is being settled settle, wait for all of it."""
+        """Cancel jobs that run or wait for a slot, let the others settle, and wait for all of them."""
         self._settler.stopping.set()
         for task, in_flight in self._tasks.items():
             if in_flight.stage in {Stage.WAITING, Stage.HANDLING}:
@@ -197,85 +184,11 @@ class Consumer:
             await asyncio.wait(list(self._tasks))
 
 
-# One message in this process' hands: what can be done with it while its session lives.
-
-
-class Delivery:
-    """A message as one session delivered it. Once the session is lost the broker delivers it anew, to whomever."""
-
-    def __init__(self, message: AbstractIncomingMessage, session: Session) -> None:
-        self.message = message
-        self._session = session
-
-    @property
-    def key(self) -> str:
-        """The same for every delivery of one message."""
-        return self.message.message_id or hashlib.sha256(self.message.body).hexdigest()
-
-    @property
-    def is_live(self) -> bool:
-        """True while it can be acknowledged."""
-        return not self._session.lost.is_set()
-
-    async def acknowledge(self) -> bool:
-        """The broker may forget the message. False: that did not reach it."""
-        return await self._respond(self.message.ack)
-
-    async def requeue(self) -> bool:
-        """The broker may deliver the message anew, to anybody, at once."""
-        return await self._respond(partial(self.message.nack, requeue=True))
-
-    async def _respond(self, answer: Callable[[], Awaitable[None]]) -> bool:
-        if self.is_live:
-            try:
-                await answer()
-                return True
-            except BROKER_ERRORS as error:
-                self._session.mark_lost(f"answer not sent: {error!r}")
-        JOB_QUEUE_ERRORS.labels(operation="ack").inc()
-        logger.warning("delivery_lost", message_id=self.key)
-        return False
-
-
-class Stage(Enum):
-    """How far a message in flight is. In the last stage its answer is on the way: a new delivery is another's."""
-
-    WAITING = "waiting"
-    HANDLING = "handling"
-    SETTLING = "settling"
-    DONE = "over"
-
-
-class InFlight:
-    """A message from its first delivery to its answer.
-
-    `delivery` is replaced when the broker delivers it again while the job still runs (after a consumer timeout or a
-    lost connection): the job runs once, the last delivery is answered.
-    """
-
-    def __init__(self, delivery: Delivery) -> None:
-        self.delivery = delivery
-        self.stage = Stage.WAITING
-
-    @property
-    def is_live(self) -> bool:
-        """True while an answer would reach the broker."""
-        return self.delivery.is_live
-
-    async def acknowledge(self) -> bool:
-        self.stage = Stage.DONE
-        return await self.delivery.acknowledge()
-
-    async def requeue(self) -> None:
-        self.stage = Stage.DONE
-        await self.delivery.requeue()
-
-
 class Settler:
-    """Does what a job's ending means, in the order that loses nothing: publish, confirmed, before the ack.
+    """Carries out outcomes. A message is acknowledged only after its successor is published and confirmed.
 
-    While the broker takes no messages the job keeps its slot and its message: putting it back instead would have it
-    delivered again at once, in circles. It ends early when the delivery is lost or the consumer stops.
+    While the broker accepts no messages, the job keeps its slot and its message: after a nack the broker would
+    redeliver it at once, in a loop. The wait ends early when the delivery is lost or the consumer stops.
     """
 
     def __init__(self, publisher: Publisher, topology: Topology, on_dead_letter: OnDeadLetter) -> None:
@@ -284,32 +197,42 @@ class Settler:
         self._on_dead_letter = on_dead_letter
         self.stopping = asyncio.Event()
 
-    async def settle(self, in_flight: InFlight, job: FetchJob, ending: Ending) -> Ending | None:
-        """Returns what is still owed if the delivery got lost on the way: to be settled with the next one."""
+    async def settle(self, in_flight: InFlight, job: FetchJob, outcome: JobOutcome) -> JobOutcome | None:
+        """Carry out the outcome. Returns what to do with the next delivery if this one was lost, else None."""
         in_flight.stage = Stage.SETTLING
-        match ending:
-            case Finish():
-                return None if await in_flight.acknowledge() else ending
-            case PutBack():
-                await in_flight.requeue()
-                return None
-            case Retry(again, delay):
-                return await self._replace(in_flight, self._topology.delay(delay), to_message(again), ending)
-            case GiveUp(reason):
+        plan = self._topology.plan
+        match plan.resolve(outcome, job.attempt):
+            case Ack() as ack:
+                return None if await in_flight.acknowledge() else ack
+            case Retry() as retry:
+                return await self._delay(in_flight, job.next_attempt(), plan.delays[job.attempt - 1], retry)
+            case Requeue() as requeue:
+                return await self._delay(in_flight, job, plan.delays[0], requeue)
+            case DeadLetter(reason):
                 if in_flight.is_live:
-                    await remember_failure(self._on_dead_letter, job, reason)
+                    await report_dead_letter(self._on_dead_letter, job, reason)
                 return await self.dead_letter(in_flight, reason)
+            case Nack():
+                await in_flight.nack()
+                return None
 
-    async def dead_letter(self, in_flight: InFlight, reason: str) -> Ending | None:
-        """Dead-letter the message as it came."""
+    async def dead_letter(self, in_flight: InFlight, reason: str) -> JobOutcome | None:
+        """Publish the message unchanged to the dead-letter queue. Returns as `settle`."""
         in_flight.stage = Stage.SETTLING
         logger.warning("job_dead_lettered", message_id=in_flight.delivery.key, reason=reason)
         letter = to_dead_letter(in_flight.delivery.message, reason)
-        return await self._replace(in_flight, self._topology.dead, letter, GiveUp(reason))
+        return await self._replace(in_flight, self._topology.dead, letter, DeadLetter(reason))
+
+    async def _delay(
+        self, in_flight: InFlight, again: FetchJob, seconds: float, outcome: JobOutcome
+    ) -> JobOutcome | None:
+        """Publish `again` to the delay queue of `seconds`."""
+        return await self._replace(in_flight, self._topology.delay(seconds), to_message(again), outcome)
 
     async def _replace(
-        self, in_flight: InFlight, queue: str, message: Message, ending: Ending
-    ) -> Ending | None:
+        self, in_flight: InFlight, queue: str, message: Message, outcome: JobOutcome
+    ) -> JobOutcome | None:
+        """Publish `message` to `queue`, then acknowledge the message in flight."""
         backoff = Backoff(first=0.5, cap=5.0)
         while in_flight.is_live:
             try:
@@ -318,17 +241,85 @@ class Settler:
                 JOB_QUEUE_ERRORS.labels(operation="republish").inc()
                 logger.warning("republish_failed", queue=queue, error=str(error))
                 if self.stopping.is_set():
-                    await in_flight.requeue()
+                    await in_flight.nack()
                     return None
-                await self._pause(backoff)
+                await wait_event(self.stopping, backoff.next_delay())
             else:
-                return None if await in_flight.acknowledge() else Finish()
+                return None if await in_flight.acknowledge() else Ack()
         in_flight.stage = Stage.DONE
-        return ending
+        return outcome
 
-    async def _pause(self, backoff: Backoff) -> None:
-        try:
-            async with asyncio.timeout(backoff.next_delay()):
-                await self.stopping.wait()
-        except TimeoutError:
-            return
+
+class Stage(Enum):
+    """How far a message in flight has come."""
+
+    WAITING = "waiting"  # for a slot
+    HANDLING = "handling"
+    SETTLING = "settling"
+    DONE = (
+        "over"  # answered, or its delivery is lost: another delivery of the message is processed separately
+    )
+
+
+class InFlight:
+    """A message from its first delivery to its ack or nack.
+
+    When the broker redelivers a message whose job still runs (after a consumer timeout or a lost connection),
+    `delivery` is replaced: the job runs once, and the last delivery is acknowledged.
+    """
+
+    def __init__(self, delivery: Delivery) -> None:
+        self.delivery = delivery
+        self.stage = Stage.WAITING
+
+    @property
+    def is_live(self) -> bool:
+        """True while the broker can be answered."""
+        return self.delivery.is_live
+
+    async def acknowledge(self) -> bool:
+        """Acknowledge the message. False: the delivery was lost before."""
+        self.stage = Stage.DONE
+        return await self.delivery.acknowledge()
+
+    async def nack(self) -> None:
+        """Return the message to its queue."""
+        self.stage = Stage.DONE
+        await self.delivery.nack()
+
+
+class Delivery:
+    """A message as one session delivered it. Once the session is lost, the broker redelivers it to any consumer."""
+
+    def __init__(self, message: AbstractIncomingMessage, session: Session) -> None:
+        self.message = message
+        self._session = session
+
+    @property
+    def key(self) -> str:
+        """Identifies the message: equal for all its deliveries."""
+        return self.message.message_id or hashlib.sha256(self.message.body).hexdigest()
+
+    @property
+    def is_live(self) -> bool:
+        """True while the message can be acknowledged."""
+        return not self._session.lost.is_set()
+
+    async def acknowledge(self) -> bool:
+        """Let the broker delete the message. False: the ack was not sent."""
+        return await self._respond(self.message.ack)
+
+    async def nack(self) -> bool:
+        """Let the broker redeliver the message at once, to any consumer. False: the nack was not sent."""
+        return await self._respond(partial(self.message.nack, requeue=True))
+
+    async def _respond(self, send: Callable[[], Awaitable[None]]) -> bool:
+        if self.is_live:
+            try:
+                await send()
+                return True
+            except BROKER_ERRORS as error:
+                self._session.mark_lost(f"ack or nack not sent: {error!r}")
+        JOB_QUEUE_ERRORS.labels(operation="ack").inc()
+        logger.warning("delivery_lost", message_id=self.key)
+        return False

@@ -1,4 +1,7 @@
-"""Publishing with confirms, on a connection of its own: a blocked publisher must not stop acknowledgements."""
+"""Publishes messages and waits for confirms.
+
+It has a connection of its own, because a broker that blocks publishing blocks the whole connection, acks included.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ from aio_pika.exceptions import PublishError
 
 from distributor_node.shared.adapters.queue_rabbitmq.connection import (
     BROKER_ERRORS,
-    Backoff,
     Session,
     open_session,
 )
 from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology
 from distributor_node.shared.domain.errors import ConfigurationError, JobQueueUnavailable
 from distributor_node.shared.observability.metrics import JOB_QUEUE_ERRORS
+from distributor_node.shared.waiting import Backoff, cancel_and_wait
 
 logger = structlog.get_logger()
 
@@ -24,8 +27,8 @@ logger = structlog.get_logger()
 class Publisher:
     """Keeps one session open in the background, from `open` to `close`.
 
-    While the broker is known to be away or to refuse messages, `publish` fails at once instead of waiting: a client is
-    behind most jobs. Otherwise every call ends within `timeout` seconds.
+    While the broker is known to be down or to refuse messages, `publish` fails at once, because a client waits for
+    most jobs. Otherwise every call ends within `timeout` seconds.
     """
 
     def __init__(self, url: str, topology: Topology, timeout: float) -> None:
@@ -43,20 +46,19 @@ class Publisher:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            await cancel_and_wait(self._task)
             self._task = None
-        self._set_state(None, "the job queue is closed")
+        self._set_state(None, "job queue is closed")
 
     async def publish(self, queue: str, message: Message) -> None:
-        """Return when the broker has taken responsibility for the message; else raise JobQueueUnavailable."""
+        """Publish and wait for the confirm. Raises JobQueueUnavailable."""
         try:
-            await self._publish_in_time(queue, message)
+            await self._publish_within_timeout(queue, message)
         except JobQueueUnavailable:
             JOB_QUEUE_ERRORS.labels(operation="publish").inc()
             raise
 
-    async def _publish_in_time(self, queue: str, message: Message) -> None:
+    async def _publish_within_timeout(self, queue: str, message: Message) -> None:
         session: Session | None = None
         try:
             async with asyncio.timeout(self._timeout):
@@ -64,19 +66,19 @@ class Publisher:
                 await self._publish(session, queue, message)
         except TimeoutError as error:
             if session is not None and not await session.is_blocked():
-                session.mark_lost("a message was not confirmed in time")
-            raise JobQueueUnavailable(f"the broker did not confirm within {self._timeout} s") from error
+                session.mark_lost(f"no confirm within {self._timeout} s")
+            raise JobQueueUnavailable(f"no confirm from the broker within {self._timeout} s") from error
         except BROKER_ERRORS as error:
-            raise JobQueueUnavailable(f"the broker did not take the message: {error!r}") from error
+            raise JobQueueUnavailable(f"publishing failed: {error!r}") from error
         except ConfigurationError as error:
             raise JobQueueUnavailable(str(error)) from error
 
     async def _connected(self) -> Session:
         await self._state_known.wait()
         if self._session is None:
-            raise JobQueueUnavailable(self._failure or "no connection to the broker")
+            raise JobQueueUnavailable(self._failure or "not connected to the broker")
         if await self._session.is_blocked():
-            raise JobQueueUnavailable("the broker takes no messages now: memory or disk alarm")
+            raise JobQueueUnavailable("broker has blocked publishing (memory or disk alarm)")
         return self._session
 
     async def _publish(self, session: Session, queue: str, message: Message) -> None:
@@ -99,8 +101,12 @@ class Publisher:
                     await session.lost.wait()
                     self._clear_state()
                     logger.warning("publisher_connection_lost", why=session.reason)
-            except Exception as error:  # noqa: BLE001  whatever it is, publishers must learn of it and the loop go on
-                reason = str(error) if isinstance(error, ConfigurationError) else f"no broker: {error!r}"
+            except Exception as error:  # noqa: BLE001  publishers report any error, and the loop goes on
+                reason = (
+                    str(error)
+                    if isinstance(error, ConfigurationError)
+                    else f"cannot connect to the broker: {error!r}"
+                )
                 if reason != self._failure:
                     logger.error("publisher_connect_failed", reason=reason)
                 self._set_state(None, reason)

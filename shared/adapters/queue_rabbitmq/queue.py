@@ -1,4 +1,4 @@
-"""The port's verbs, put together."""
+"""The JobQueue port on RabbitMQ: publisher, consumer and queue lengths together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import AsyncExitStack
 
 from aio_pika.exceptions import ChannelNotFoundEntity
 
-from distributor_node.shared.adapters.queue_outcomes import OnDeadLetter
 from distributor_node.shared.adapters.queue_rabbitmq.connection import (
     BROKER_ERRORS,
     CONNECT_SECONDS,
@@ -19,15 +18,14 @@ from distributor_node.shared.adapters.queue_rabbitmq.publisher import Publisher
 from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology, to_message
 from distributor_node.shared.domain.errors import JobQueueUnavailable
 from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
-from distributor_node.shared.ports.job_queue import JobHandler, QueueDepth
+from distributor_node.shared.ports.job_queue import JobHandler, OnDeadLetter, QueueDepth
 
 
 class RabbitJobQueue:
-    """A JobQueue on RabbitMQ, with one connection each for publishing, consuming and looking.
+    """A JobQueue on RabbitMQ, with one connection each for publishing, consuming and reading queue lengths.
 
-    `name_prefix` begins every queue's name. `publish_timeout` in seconds. `consumer_timeout_ms`: longer than the
-    longest download; obeyed by brokers from 3.12 on, see Topology. After a consumer timeout the broker delivers the
-    job again; a handler that still runs in this process is not started a second time.
+    After a consumer timeout the broker redelivers the job. A handler that still runs in this process is not started a
+    second time.
     """
 
     def __init__(
@@ -38,6 +36,10 @@ class RabbitJobQueue:
         publish_timeout: float,
         consumer_timeout_ms: int | None = None,
     ) -> None:
+        """Every queue name starts with `name_prefix`. `publish_timeout` is in seconds.
+
+        `consumer_timeout_ms` must be longer than the longest download. Brokers before 3.12 ignore it, see Topology.
+        """
         self._url = url
         self._topology = Topology(name_prefix, retry_plan, consumer_timeout_ms)
         self._publisher = Publisher(url, self._topology, publish_timeout)
@@ -57,7 +59,7 @@ class RabbitJobQueue:
         await self._publisher.publish(self._topology.work, to_message(job))
 
     async def consume(self, handler: JobHandler, concurrency: int, on_dead_letter: OnDeadLetter) -> None:
-        """ConfigurationError if a queue exists on the broker with other arguments."""
+        """See the port. Raises ConfigurationError if a queue exists on the broker with other arguments."""
         settler = Settler(self._publisher, self._topology, on_dead_letter)
         await Consumer(self._url, self._topology, settler, handler, concurrency).run()
 
@@ -67,11 +69,11 @@ class RabbitJobQueue:
         return QueueDepth(ready=ready, delayed=sum(delayed), dead=dead)
 
 
-# Looking at the broker without touching it, on a connection that never publishes (and so is never blocked).
-
-
 class QueueStats:
-    """Connects when first asked and stays connected; every question is answered or refused within `timeout` seconds."""
+    """Reads queue lengths, on a connection that never publishes and so is never blocked by the broker.
+
+    Connects on the first call and stays connected. Every call ends within `timeout` seconds.
+    """
 
     def __init__(self, url: str, timeout: float) -> None:
         self._url = url
@@ -81,17 +83,20 @@ class QueueStats:
         self._resources = AsyncExitStack()
 
     async def count(self, queues: tuple[str, ...]) -> list[int]:
-        """Messages ready in each; 0 for one that does not exist. Asking for none finds out if a broker is there."""
+        """Return the number of ready messages of each queue, 0 for a missing queue.
+
+        Without queues the broker is only probed. Raises JobQueueUnavailable.
+        """
         try:
             async with asyncio.timeout(self._timeout), self._lock:
                 try:
                     session = await self._connected()
                     return [await _count(session, queue) for queue in queues] or [await _probe(session)]
                 except BaseException:
-                    self._drop("a question was not answered")
+                    self._drop("a request failed")
                     raise
         except BROKER_ERRORS as error:
-            raise JobQueueUnavailable(f"the broker does not answer: {error!r}") from error
+            raise JobQueueUnavailable(f"broker does not respond: {error!r}") from error
 
     async def close(self) -> None:
         async with self._lock:
@@ -112,7 +117,7 @@ class QueueStats:
 
 
 async def _count(session: Session, queue: str) -> int:
-    """On a channel of its own: asking for a queue that does not exist closes the channel."""
+    """Use a separate channel, because the broker closes the channel if the queue does not exist."""
     try:
         async with session.connection.channel(publisher_confirms=False) as channel:
             declared = await channel.declare_queue(queue, passive=True)
@@ -122,5 +127,6 @@ async def _count(session: Session, queue: str) -> int:
 
 
 async def _probe(session: Session) -> int:
+    """Open and close a channel."""
     async with session.connection.channel(publisher_confirms=False):
         return 0

@@ -1,15 +1,16 @@
-"""The queues on the broker: their names, arguments and declaration.
+"""The queues on the broker (names, arguments, declaration) and jobs as messages.
 
-Classic queues, not quorum ones. One broker is the usual deployment, where a durable classic queue with persistent,
-confirmed messages survives a restart as well; a quorum queue of 4.x drops a message after 20 redeliveries, which a
-worker that is restarted often makes in good faith; and quorum queues know no priority on 3.10. The type is named, so
-that a virtual host whose default is another one changes nothing. A lost queue loses no object: the next request asks
-again.
+Classic queues are used, not quorum queues:
+- One broker is the usual deployment. A durable classic queue with persistent, confirmed messages survives a restart.
+- A quorum queue of RabbitMQ 4.x drops a message after 20 redeliveries, which a worker that is restarted often causes.
+- Quorum queues have no priorities on RabbitMQ 3.10.
+The queue type is declared explicitly, so that the default type of a virtual host has no effect. Losing a queue loses no
+object: the next request publishes its job again.
 
-Low-priority jobs are in the same queue with `x-max-priority`, not in a second queue: one consumer with one prefetch
-limit then takes them only when nothing else waits, while two consumers would share out their slots whatever waits.
+Low-priority jobs are in the same queue, with `x-max-priority`. One consumer with one prefetch limit then takes them
+only when nothing else waits. Consumers of two queues would split their slots in any case.
 
-Delays: a message's time to live is looked at only at the head of a queue, hence one queue per delay.
+There is one queue per delay, because the broker checks the time to live only of the message at the head of a queue.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ _MAX_DEAD_LETTERS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Names begin with `prefix`. `consumer_timeout_ms`: how long a job may stay unacknowledged, for RabbitMQ 3.12 and
-    later; older brokers ignore the argument and obey `consumer_timeout` in rabbitmq.conf (30 minutes by default)."""
+    """The names and arguments of all queues."""
 
-    prefix: str
+    prefix: str  # of every queue name
     plan: RetryPlan
     consumer_timeout_ms: int | None = None
+    """How long a job may stay unacknowledged. RabbitMQ before 3.12 ignores it and uses `consumer_timeout` of
+    rabbitmq.conf, 30 minutes by default."""
 
     @property
     def work(self) -> str:
@@ -56,11 +58,14 @@ class Topology:
         return (self.work, *self.delays, self.dead)
 
     def delay(self, seconds: float) -> str:
-        """The queue of one delay. Its name holds the delay: another retry plan makes other queues, no conflict."""
+        """Return the name of the queue for one delay.
+
+        The delay is part of the name, so that another retry plan declares other queues without a conflict.
+        """
         return f"{self.prefix}.delay.{_milliseconds(seconds)}ms"
 
     def queues(self) -> dict[str, Arguments]:
-        """Arguments by name."""
+        """Return the arguments of each queue by name."""
         work: dict[str, int | str] = {"x-queue-type": "classic", "x-max-priority": HIGH}
         if self.consumer_timeout_ms is not None:
             work["x-consumer-timeout"] = self.consumer_timeout_ms
@@ -76,15 +81,15 @@ class Topology:
         return declared
 
     async def declare(self, channel: AbstractChannel) -> None:
-        """Declare all queues. ConfigurationError when one exists with other arguments (the channel is closed then)."""
+        """Declare all queues. If one exists with other arguments: ConfigurationError, and the channel is closed."""
         for name, arguments in self.queues().items():
             try:
                 await channel.declare_queue(name, durable=True, arguments=arguments)
             except ChannelPreconditionFailed as error:
                 raise ConfigurationError(
-                    f"queue {name!r} exists on the broker with other arguments than these settings ask for "
+                    f"queue {name!r} exists on the broker with arguments that differ from these settings "
                     f"({' '.join(map(str, error.args))}): delete it when it is empty (rabbitmqctl delete_queue {name}),"
-                    " restore the former setting, or choose another queue prefix"
+                    " restore the previous setting, or choose another queue prefix"
                 ) from error
 
 
@@ -92,7 +97,7 @@ def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
 
-# Jobs as messages: the body is JSON; attempt, request id and reason travel in headers of our own.
+# Jobs as messages: the body is JSON. Attempt, request id and reason are in our own headers.
 
 ATTEMPT_HEADER = "x-distributor-attempt"
 REQUEST_ID_HEADER = "x-distributor-request-id"
@@ -103,6 +108,7 @@ _MAX_ATTEMPT = 1_000_000
 
 
 def to_message(job: FetchJob) -> Message:
+    """Encode a job as a persistent message."""
     return Message(
         encode_job(job),
         headers={ATTEMPT_HEADER: job.attempt, REQUEST_ID_HEADER: job.request_id},
@@ -115,18 +121,20 @@ def to_message(job: FetchJob) -> Message:
 
 
 def to_job(message: AbstractIncomingMessage) -> FetchJob:
-    """Raise InvalidJob, with the reason, for what is no job."""
+    """Decode a message. Raises InvalidJob, with the reason."""
     attempt = message.headers.get(ATTEMPT_HEADER, 1)
     if not isinstance(attempt, int) or isinstance(attempt, bool) or not 0 < attempt <= _MAX_ATTEMPT:
-        raise InvalidJob(f"{ATTEMPT_HEADER}: not a number from 1 up")
+        raise InvalidJob(
+            f"{ATTEMPT_HEADER}: expected an integer from 1 to {_MAX_ATTEMPT}, got {str(attempt)[:40]!r}"
+        )
     request_id = message.headers.get(REQUEST_ID_HEADER, "")
     if not isinstance(request_id, str):
-        raise InvalidJob(f"{REQUEST_ID_HEADER}: not a text")
+        raise InvalidJob(f"{REQUEST_ID_HEADER}: expected a string, got {str(request_id)[:40]!r}")
     return decode_job(message.body, attempt=attempt, request_id=request_id)
 
 
 def to_dead_letter(message: AbstractIncomingMessage, reason: str) -> Message:
-    """The message as it came, body and headers kept, with the reason."""
+    """Copy a message, body and headers included, and add the reason."""
     return Message(
         message.body,
         headers={**message.headers, REASON_HEADER: reason[:_MAX_TEXT]},

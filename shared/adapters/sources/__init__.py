@@ -1,4 +1,4 @@
-"""The client that reads objects from sources (storage nodes): bounded in time, and believing nothing unchecked."""
+"""The client that reads objects from sources (storage nodes). It is bounded in time and checks every response."""
 
 from distributor_node.shared.adapters.sources.client import SourceClient, SourceObservation, SourceResponse
 from distributor_node.shared.adapters.sources.connections import SourceLimits

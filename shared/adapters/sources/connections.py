@@ -1,4 +1,7 @@
-"""How long a source may take, and how many answers are read at once."""
+"""HTTP connections to sources, their limits, and the HTTP library's errors as SourceErrors.
+
+This is the only module that uses httpx to reach sources.
+"""
 
 from __future__ import annotations
 
@@ -24,45 +27,37 @@ from distributor_node.shared.domain.urls import is_public
 
 @dataclass(frozen=True, slots=True)
 class SourceLimits:
-    """Times in seconds of waiting for the source, `minimum_rate` in bytes a second.
+    """Limits of one client. Times are seconds of waiting for the source."""
 
-    `connect_timeout` is for TCP and again for TLS, `first_byte_timeout` from the request to the end of the headers.
-    A source that gives fewer than `minimum_rate * stall_timeout` bytes within any `stall_timeout` is too slow.
-    `refuse_private`: one at an address that is not public counts as unreachable.
-    """
-
-    connect_timeout: float = 3.0
-    first_byte_timeout: float = 5.0
-    stall_timeout: float = 10.0
-    minimum_rate: int = 8 * 1024
+    connect_timeout: float = 3.0  # for TCP, and again for TLS
+    first_byte_timeout: float = 5.0  # from the request to the end of the response's headers
+    stall_timeout: float = 10.0  # the window in which `minimum_rate` is measured
+    minimum_rate: int = 8 * 1024  # bytes a second; a source below it is too slow
     max_connections: int = 200
-    refuse_private: bool = False
+    refuse_private: bool = False  # a source at an address that is not public counts as unreachable
 
     @property
     def minimum_bytes(self) -> int:
-        """What must arrive within `stall_timeout`."""
+        """Bytes that must arrive within any `stall_timeout`."""
         return int(self.minimum_rate * self.stall_timeout)
 
     def __post_init__(self) -> None:
         if min(self.connect_timeout, self.first_byte_timeout, self.stall_timeout) <= 0:
-            raise ConfigurationError("a source's time limits must be above 0")
+            raise ConfigurationError(f"time limits of sources must be above 0, got {self}")
         if self.minimum_rate < 0 or self.max_connections < 1:
             raise ConfigurationError(
-                "a source's minimum rate must not be negative, nor its connections below 1"
+                f"minimum_rate must be at least 0 and max_connections at least 1, got {self}"
             )
 
 
-# The one place that knows the HTTP library: connections to sources, their reuse, and its errors put into ours.
-
-# Colossus closes idle connections after 5 s (Node's default).
-_KEEP_ALIVE = 4.0
-# The library's 64 KiB cost a third of the throughput on a fast link; the event loop reads 256 KiB at once anyway.
+_KEEP_ALIVE = 4.0  # seconds; Colossus closes idle connections after 5 s (Node's default)
+# httpcore's 64 KiB cost a third of the throughput on a fast link. The event loop reads 256 KiB at once anyway.
 _READ_BYTES = 256 * 1024
 
 
 @contextmanager
 def map_http_errors() -> Iterator[None]:
-    """Turn the library's exceptions into SourceErrors, the cause chained."""
+    """Raise SourceUnreachable for the library's exceptions, which are chained."""
     try:
         yield
     except (httpx.HTTPError, httpx.InvalidURL, httpcore.ReadError, ssl.SSLError) as error:
@@ -71,10 +66,10 @@ def map_http_errors() -> Iterator[None]:
 
 
 class Connections:
-    """Connections to all sources; `open` before use.
+    """Connections to all sources. Call `open` before use.
 
-    The library's own pool has no bound here: a request that is cancelled while that pool is contended can take its
-    place with it for good. The bound is a semaphore of ours, so there is nothing to lose, and no pool to replace.
+    A semaphore limits their number, not httpcore's pool: when a request is cancelled while that pool is contended, its
+    slot can be lost for ever.
     """
 
     def __init__(self, limits: SourceLimits) -> None:
@@ -84,7 +79,7 @@ class Connections:
         self._fresh: _Transport | None = None
 
     async def open(self) -> None:
-        # The setting is the library's, for the whole process; nothing smaller offers it.
+        # httpcore has this setting only for the whole process.
         httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = _READ_BYTES
         context = await asyncio.to_thread(httpx.create_ssl_context)  # reads the certificates
         network = SourceNetwork(is_public if self._limits.refuse_private else None)
@@ -92,7 +87,7 @@ class Connections:
         self._fresh = _Transport(context, 0, network)
 
     async def close(self) -> None:
-        """Ends every connection; answers still being read fail."""
+        """Close every connection. Responses that are being read fail."""
         for transport in (self._reusing, self._fresh):
             if transport is not None:
                 await transport.aclose()
@@ -100,13 +95,13 @@ class Connections:
 
     @asynccontextmanager
     async def request(self, url: str, headers: dict[str, str]) -> AsyncIterator[httpx.Response]:
-        """GET; gives the answer once its headers are there, redirects and all, and closes it at the end."""
+        """Send a GET and yield the response when its headers have arrived. Redirects are not followed."""
         async with self._slot():
-            answer = await self._send(url, headers)
+            response = await self._send(url, headers)
             try:
-                yield answer
+                yield response
             finally:
-                await answer.aclose()
+                await response.aclose()
 
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
@@ -126,13 +121,13 @@ class Connections:
         try:
             return await self._send_on(self._reusing, url, headers)
         except _ReusedConnectionFailed:
-            # A source may close an idle connection just as we use it: that says nothing of the source.
+            # A source may close an idle connection while we send. That is not a failure of the source.
             return await self._send_on(self._fresh, url, headers)
 
     async def _send_on(self, transport: _Transport, url: str, headers: dict[str, str]) -> httpx.Response:
-        # The library's limit for reading is one for each read: headers could drip in for ever, and it would hold for
-        # the body too. Ours is for all of the headers. Connecting is left to the library, for TCP and TLS each: it
-        # loses the socket of a handshake that is cancelled from outside, so our bound for that is only a last resort.
+        # httpx's read timeout applies to each read: headers could trickle in for ever, and it would apply to the body
+        # too. `progress.deadline` limits all headers together. httpx limits the time to connect, for TCP and TLS each.
+        # It leaks the socket of a handshake that is cancelled from outside, so our limit on that is a last resort.
         progress = _Progress(self._limits.first_byte_timeout)
         connect = self._limits.connect_timeout
         extensions: dict[str, Any] = {"timeout": {"connect": connect}, "trace": progress.trace}
@@ -143,8 +138,12 @@ class Connections:
                     return await transport.handle_async_request(request)
         except TimeoutError as error:
             if progress.sending:
-                raise SourceTooSlow("no answer in time") from error
-            raise SourceUnreachable("no connection in time", timed_out=True) from error
+                raise SourceTooSlow(
+                    f"no response headers within {self._limits.first_byte_timeout:g} s"
+                ) from error
+            raise SourceUnreachable(
+                f"no connection within {2 * connect + 1.0:g} s", timed_out=True
+            ) from error
         except SourceUnreachable as error:
             if progress.sending and not progress.connecting:
                 raise _ReusedConnectionFailed(str(error)) from error
@@ -152,21 +151,21 @@ class Connections:
 
 
 class _ReusedConnectionFailed(SourceUnreachable):
-    """A request failed before its answer, on a connection that had served others."""
+    """A request failed before its response, on a connection that had served other requests."""
 
 
 class _Progress:
-    """How far a request has come, and with it the time until which it may go on."""
+    """Follows the steps of one request, and sets its deadline."""
 
     def __init__(self, first_byte_timeout: float) -> None:
-        """`first_byte_timeout`: seconds from the sending of the request to the end of the answer's headers."""
+        """`first_byte_timeout`: seconds from sending the request to the end of the response's headers."""
         self.connecting = False
         self.sending = False
         self.deadline: asyncio.Timeout | None = None
         self._first_byte_timeout = first_byte_timeout
 
     async def trace(self, event: str, _: dict[str, Any]) -> None:
-        """Called by the library at each step."""
+        """Called by httpcore at each step."""
         if event == "connection.connect_tcp.started":
             self.connecting = True
         elif event == "http11.send_request_headers.started" and self.deadline is not None:
@@ -179,7 +178,7 @@ class _Transport(httpx.AsyncHTTPTransport):
 
     def __init__(self, context: ssl.SSLContext, max_idle: int, network: SourceNetwork) -> None:
         super().__init__(verify=context, trust_env=False)
-        # The library has no door for the network of its pool, so the pool, which is empty yet, is put in its place.
+        # httpx has no parameter for the network backend of its pool, so the pool, still empty, is replaced.
         self._pool = httpcore.AsyncConnectionPool(
             ssl_context=context,
             max_connections=None,

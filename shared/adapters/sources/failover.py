@@ -1,4 +1,4 @@
-"""The bytes of one object from the first source that gives them; a source that fails is replaced at the same byte."""
+"""Reads one object from the best source. If a source fails, the next one continues at the same byte (failover)."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from distributor_node.shared.domain.objects import MediaObject, ObjectId, source
 from distributor_node.shared.domain.ranges import ByteRange
 
 OnSource = Callable[[str, SourceResponse], None]
-"""Told of each source in turn, by its URL, when its answer has begun and before its first byte is handed out."""
+"""Called for each source, with its URL, after its response has begun and before its first byte is yielded."""
 
-_OPEN_END = 10**15  # beyond any object; used only where nobody knows the size
+_OPEN_END = 10**15  # beyond the end of any object; used only if the size is unknown
 
 logger = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Some bytes of the object, beginning at `offset`, and the URL of the source that gave them."""
+    """Some bytes of the object."""
 
-    source: str
-    offset: int
+    source: str  # URL of the source that sent them
+    offset: int  # their position in the object
     data: bytes
 
 
 class FailoverReader:
-    """Reads objects through one client, and keeps the health of the sources by how they do."""
+    """Reads objects through one client, and records successes and failures of the sources."""
 
     def __init__(
         self, client: SourceClient, health: SourceHealthRegistry, clock: Callable[[], float] = time.monotonic
@@ -58,12 +58,14 @@ class FailoverReader:
         sources: Sequence[str],
         on_source: OnSource | None = None,
     ) -> AsyncGenerator[Chunk]:
-        """Bytes `first` to `last` (both included; None: to the end) in order, without gap or overlap. Close it
-        (`contextlib.aclosing`) when leaving early.
+        """Yield bytes `first` to `last` (inclusive; None: to the end) in order, without gap or overlap.
 
-        Raises AllSourcesFailed when no source is left to ask; what was handed out until then is what the sources said.
-        Where neither the catalog nor the first answer knows the size, nothing is switched after the first byte: what
-        another source holds could be something else. A source that gave wrong bytes for this object is passed over.
+        Close the generator (`contextlib.aclosing`) to stop early. Sources that sent corrupt bytes for this object are
+        not asked. If neither the catalog nor the first response states the size, no other source continues after the
+        first byte: it might have a different object.
+
+        Raises:
+            AllSourcesFailed: no source is left. The bytes yielded before are as the sources sent them.
         """
         span = _Span(media_object.size, first, last)
         rotation = _Rotation(self._health.best_first(sources, media_object.object_id))
@@ -84,20 +86,23 @@ class FailoverReader:
             raise AllSourcesFailed(rotation.errors)
 
     def report_corrupt(self, url: str, object_id: ObjectId | None) -> None:
-        """The source's bytes turned out to be wrong: others are asked before it for a while, and it is not asked for
-        `object_id` again (None: another source may be the one that lied)."""
+        """Record that the source sent corrupt bytes: it ranks behind the others for a while.
+
+        `object_id`: the source is not asked for this object for a while. None: it is not certain that the corrupt bytes
+        came from this source.
+        """
         self._health.record_failure(url)
         if object_id is not None:
             self._health.record_corrupted(object_id, url)
 
     async def _from_one(self, url: str, span: _Span, on_source: OnSource | None) -> AsyncGenerator[Chunk]:
         asked_at = self._clock()
-        async with self._client.get(url, span.byte_range, span.size) as answer:
+        async with self._client.get(url, span.byte_range, span.size) as response:
             self._health.record_first_byte(url, self._clock() - asked_at)
             if on_source is not None:
-                on_source(url, answer)
-            async for data in answer.chunks:
-                span.update_from(answer)
+                on_source(url, response)
+            async for data in response.chunks:
+                span.update_from(response)
                 offset, span.position = span.position, span.position + len(data)
                 yield Chunk(url, offset, data)
 
@@ -105,18 +110,18 @@ class FailoverReader:
         logger.info(
             "source_failed", source=source_name(url), reason=error.reason, detail=str(error), at=span.position
         )
-        # That one object is not there, or that we have no free connection, says nothing of the source's other objects.
+        # A missing object, or a lack of free connections here, does not predict failures with other objects.
         missing = isinstance(error, SourceRefused) and 400 <= error.status < 500
         if type(error) is not SourceError and not missing:
             self._health.record_failure(url)
 
 
 class _Span:
-    """What is still to be read. `position`: the next byte; `size`: of the object, None while nobody has said it."""
+    """The part of the object that is still to be read."""
 
     def __init__(self, size: int | None, first: int, last: int | None) -> None:
-        self.size = size
-        self.position = first
+        self.size = size  # of the object; None while it is unknown
+        self.position = first  # of the next byte
         self._last = last if last is not None or size is None else size - 1
 
     @property
@@ -125,22 +130,22 @@ class _Span:
 
     @property
     def byte_range(self) -> ByteRange | None:
-        """What to ask for; None: the whole object."""
+        """The range to request. None: the whole object."""
         to_the_end = self._last is None or (self.size is not None and self._last == self.size - 1)
         if self.position == 0 and to_the_end:
             return None
         return ByteRange(self.position, _OPEN_END if self._last is None else self._last)
 
-    def update_from(self, answer: SourceResponse) -> None:
-        """The first answer may know what the catalog does not."""
-        if self.size is None and answer.total is not None:
-            self.size = answer.total
-            end = answer.total - 1
+    def update_from(self, response: SourceResponse) -> None:
+        """Take the size from the first response that states it, if the catalog does not."""
+        if self.size is None and response.total is not None:
+            self.size = response.total
+            end = response.total - 1
             self._last = end if self._last is None else min(self._last, end)
 
 
 class _Rotation:
-    """Each source has one turn, and a second one after all others have failed too, if it may do better then."""
+    """Gives each source one turn. A source that may recover gets a second one, after all others have failed."""
 
     def __init__(self, urls: Sequence[str]) -> None:
         self._waiting = deque((url, 1) for url in urls)
@@ -160,8 +165,11 @@ class _Rotation:
 
 
 def _is_worth_retrying(error: SourceError, *, sent_bytes: bool) -> bool:
-    """A source that had begun well, could not be reached, or says that it is its own fault (5xx), is worth a second
-    turn; one that was too slow to begin, or to take a connection, would only cost the same time again."""
+    """Whether a source gets a second turn.
+
+    Yes, if it had sent bytes, refused the connection, or responded 5xx. No, if it timed out before its first byte: that
+    would take the same time again.
+    """
     if isinstance(error, SourceTooSlow):
         return sent_bytes
     if isinstance(error, SourceRefused):

@@ -1,4 +1,4 @@
-"""How the sources do: what all processes have seen, as far as that is shared, and what this one has seen since."""
+"""The health of sources: what all processes have seen, plus what this process has seen since the last exchange."""
 
 from __future__ import annotations
 
@@ -13,41 +13,46 @@ import structlog
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId, source_name
 from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta, order
+from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.ports.source_stats import CorruptedCopy, SharedSources, SharedSourceStats
+from distributor_node.shared.waiting import cancel_and_wait
 
 _MAX_SOURCES = 1_000
 _MAX_CORRUPTED = 2_000
 _NO_HISTORY = SourceHealth()
-_Copy = tuple[str, str]
+_Copy = tuple[str, str]  # object id and source name
+
+logger = structlog.get_logger()
 
 
 class SourceHealthRegistry:
-    """Health by source name (`host:port`). `clock`: seconds, never backwards.
+    """Health by source name (`host:port`).
 
-    Where the deltas are not shared (or the state store is down), this process goes by what it sees itself.
+    While the deltas are not exchanged (one process, or the state store is down), it is what this process has seen.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, corrupted_memory: float = 600.0) -> None:
-        """`corrupted_memory`: seconds that a source is not asked for an object of which it gave wrong bytes."""
+        """`clock`: monotonic seconds. `corrupted_memory`: seconds that a source is not asked for an object after it has
+        sent corrupt bytes of it."""
         self.clock = clock
         self._corrupted_memory = corrupted_memory
         self._shared: Mapping[str, SourceHealth] = {}
         self._sent_deltas: Mapping[str, SourceStatsDelta] = {}
         self._deltas: OrderedDict[str, SourceStatsDelta] = OrderedDict()
-        # When to forget them; those met here, and those of all processes
+        # Corrupted copies, and when to forget them: those found by this process, and those of all processes.
         self._corrupted: OrderedDict[_Copy, float] = OrderedDict()
         self._corrupted_shared: Mapping[_Copy, float] = {}
         self._corrupted_sent: list[_Copy] = []
         self._corrupted_delta: list[_Copy] = []
 
     def best_first(self, sources: Sequence[str], object_id: ObjectId | None = None) -> tuple[str, ...]:
-        """The URLs in the order to ask them in; without those that hold a corrupted copy of the object."""
+        """Return the URLs in the order to try them, without sources that have a corrupted copy of the object."""
         usable = [url for url in sources if object_id is None or not self._is_corrupted(object_id, url)]
         names = {source_name(url) for url in usable}
         return order(usable, {name: self.health_of(name) for name in names}, self.clock())
 
     def health_of(self, name: str) -> SourceHealth:
-        """Of the source `host:port`."""
+        """Return the health of the source `host:port`."""
         health = self._shared.get(name, _NO_HISTORY)
         for later in (self._sent_deltas, self._deltas):
             if name in later:
@@ -55,32 +60,32 @@ class SourceHealthRegistry:
         return health
 
     def names(self) -> frozenset[str]:
-        """All sources of which something is known."""
+        """Return all sources with any history."""
         return frozenset((*self._shared, *self._sent_deltas, *self._deltas))
 
     def record_first_byte(self, url: str, seconds: float) -> None:
-        """The source answered, its first byte so long after the request."""
+        """Record that the source responded, with its first byte `seconds` after the request."""
         self._add(url, SourceStatsDelta(SourceHealth(first_bytes=(seconds,))))
 
     def record_success(self, url: str) -> None:
-        """The source gave all that was asked of it."""
+        """Record that a download was complete."""
         health = self.health_of(source_name(url))
         if health.failures or health.unreachable_at is not None:
             self._add(url, SourceStatsDelta(succeeded=True, reached=True))
 
     def record_failure(self, url: str) -> None:
-        """The source failed in a way that says something of its other objects too."""
+        """Record a failure that is likely to affect other objects too."""
         self._add(url, SourceStatsDelta(SourceHealth(failures=1, last_failure_at=self.clock())))
 
     def record_probe(self, url: str, seconds: float | None) -> None:
-        """A probe was answered after so many seconds; None: it was not. Says nothing of failed downloads."""
+        """Record a probe: answered after `seconds`, or (None) not answered. Failed downloads keep counting."""
         if seconds is None:
             self._add(url, SourceStatsDelta(SourceHealth(unreachable_at=self.clock())))
         else:
             self._add(url, SourceStatsDelta(SourceHealth(first_bytes=(seconds,)), reached=True))
 
     def record_corrupted(self, object_id: ObjectId, url: str) -> None:
-        """The source, and no other, gave the wrong bytes for this object: it is not asked for it for a while."""
+        """Record that this source, and no other, sent the corrupt bytes: it is not asked for the object for a while."""
         copy = (object_id, source_name(url))
         self._corrupted[copy] = self.clock() + self._corrupted_memory
         self._corrupted.move_to_end(copy)
@@ -90,7 +95,7 @@ class SourceHealthRegistry:
             self._corrupted_delta.append(copy)
 
     def take_delta(self) -> tuple[Mapping[str, SourceStatsDelta], Sequence[CorruptedCopy]]:
-        """What to hand over; to be followed by `merge` or `restore`."""
+        """Return what is to be sent to the store. Call `merge` or `restore` afterwards."""
         self._sent_deltas, self._deltas = self._deltas, OrderedDict()
         self._corrupted_sent, self._corrupted_delta = self._corrupted_delta, []
         now = self.clock()
@@ -102,7 +107,7 @@ class SourceHealthRegistry:
         ]
 
     def merge(self, shared: SharedSources) -> None:
-        """What was handed over is a part of what all know now."""
+        """Take over the shared health, which includes the deltas that were sent."""
         now = self.clock()
         self._shared, self._sent_deltas = shared.health, {}
         self._corrupted_shared = {
@@ -111,7 +116,7 @@ class SourceHealthRegistry:
         self._corrupted_sent = []
 
     def restore(self) -> None:
-        """What was taken could not be handed over: it is kept for the next time."""
+        """Put the deltas back that could not be sent, for the next exchange."""
         newer, self._deltas = self._deltas, OrderedDict(self._sent_deltas)
         self._sent_deltas = {}
         self._corrupted_delta = (self._corrupted_sent + self._corrupted_delta)[:_MAX_CORRUPTED]
@@ -134,39 +139,36 @@ class SourceHealthRegistry:
             self._deltas.popitem(last=False)
 
 
-# Exchanges what this process sees of the sources with what the others see, in batches.
-
-logger = structlog.get_logger()
-
-
 class SourceStatsSync:
-    """`registry` is used by whoever reads from sources; without shared stats (one process) it is all there is."""
+    """Exchanges this process's deltas with the other processes, through the shared stats, at regular intervals.
+
+    `registry`: used by everything in this process that reads from sources.
+    """
 
     def __init__(
         self, registry: SourceHealthRegistry, shared_stats: SharedSourceStats | None, interval: float
     ) -> None:
-        """`interval`: seconds between two exchanges."""
+        """`shared_stats`: None in a node of one process. `interval`: seconds between two exchanges."""
         self.registry = registry
         self._shared_stats = shared_stats
         self._interval = interval
         self._lock = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
-        self._down = False
+        self._outage = OutageLog(logger, down="source_stats_sync_failed", up="source_stats_sync_recovered")
 
     async def open(self) -> None:
-        """Learn what the others know (if they can be heard), and go on exchanging in the background."""
+        """Exchange once, if the store is reachable, and then regularly in the background."""
         if self._shared_stats is not None:
             await self._shared_stats.open()
             await self.sync()
-            self._task = asyncio.create_task(self._run(), name="share-sources")
+            self._task = asyncio.create_task(self._run(), name="sync-source-stats")
 
     async def close(self) -> None:
-        """Hand over what is left."""
+        """Stop, and exchange once more."""
         if self._shared_stats is None:
             return
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+            await cancel_and_wait(self._task)
             await self.sync()
         await self._shared_stats.close()
 
@@ -178,7 +180,7 @@ class SourceStatsSync:
         await self.close()
 
     async def sync(self) -> None:
-        """Now. What the store does not take is kept for the next time, and this process goes by what it sees."""
+        """Exchange now. If the store is unavailable, the deltas are kept for the next exchange."""
         if self._shared_stats is None:
             return
         async with self._lock:
@@ -187,18 +189,13 @@ class SourceStatsSync:
                 shared = await self._shared_stats.sync(deltas, corrupted, self.registry.clock())
             except StateStoreUnavailable as error:
                 self.registry.restore()
-                self._note_down(str(error))
+                self._outage.failed(error)
             except BaseException:
                 self.registry.restore()
                 raise
             else:
                 self.registry.merge(shared)
-                self._down = False
-
-    def _note_down(self, reason: str) -> None:
-        if not self._down:
-            self._down = True
-            logger.warning("source_stats_sync_failed", reason=reason)
+                self._outage.succeeded()
 
     async def _run(self) -> None:
         while True:

@@ -1,5 +1,8 @@
-"""TCP and TLS to sources for the HTTP library: fewer copies and wake-ups than its own, and a body that can be read past
-it."""
+"""TCP and TLS connections to sources, as the network backend of httpcore.
+
+httpcore's own backend copies each byte more often and wakes the reader more often. With this one, a large body can also
+be read directly from the connection, without the library (`SourceStream.receive`).
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,24 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Iterable
-from itertools import chain, zip_longest
 from typing import Any
 
 import httpcore
+from aiohappyeyeballs import AddrInfoType, start_connection
 
+# Bytes received but not yet read at which reading from the socket pauses. It is what the event loop reads at once.
 _MAX_BUFFERED = 256 * 1024
-"""Bytes received and not yet read at which the source has to wait: what the event loop reads at once."""
-
-_HEAD_END = re.compile(rb"\n\r?\n")
-"""As h11 looks for it."""
+_CONNECTION_ATTEMPT_DELAY = (
+    0.25  # seconds before the next address is tried beside a silent one (RFC 8305 section 5)
+)
+_HEAD_END = re.compile(rb"\n\r?\n")  # the pattern that h11 uses
 
 
 class SourceNetwork(httpcore.AsyncNetworkBackend):
-    """Makes the connections; to addresses that `allow_address` says yes to, if it is given."""
+    """Connects to sources, and only to the addresses that `allow_address` accepts."""
 
     def __init__(self, allow_address: Callable[[str], bool] | None = None) -> None:
+        """`allow_address`: takes an IP address as text. None: every address is accepted."""
         self._allow_address = allow_address
 
     async def connect_tcp(
@@ -35,14 +40,19 @@ class SourceNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[Any] | None = None,
     ) -> SourceStream:
-        """The library's ConnectTimeout or ConnectError if there is no connection. Neither `local_address` nor options
-        are ever given here."""
+        """Raise httpcore's ConnectTimeout or ConnectError if no connection is made.
+
+        `local_address` and `socket_options` are part of the interface. The pool here never sets them.
+        """
         try:
             async with asyncio.timeout(timeout):
                 protocol = await _attach(await connect(host, port, self._allow_address))
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(str(error)) from error
-        except OSError as error:
+        except (
+            OSError,
+            RuntimeError,
+        ) as error:  # RuntimeError: what uvloop raises for some failures of connect
             raise httpcore.ConnectError(str(error)) from error
         return SourceStream(protocol)
 
@@ -59,17 +69,53 @@ async def _attach(connected: socket.socket) -> _SourceProtocol:
     return protocol
 
 
+async def connect(host: str, port: int, allow_address: Callable[[str], bool] | None = None) -> socket.socket:
+    """Return a non-blocking socket, connected to the first address of `host` that accepts (RFC 8305).
+
+    There is no time limit: the caller sets one. The addresses that are checked are the ones that are connected to: a
+    resolver that gives another answer a moment later cannot get around `allow_address`.
+
+    Raises:
+        OSError: no address accepted the connection, or `allow_address` accepted none of them.
+    """
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(found))
+    if not addresses:
+        raise OSError(f"{host} has no address")
+    if allow_address is not None:
+        addresses = [address for address in addresses if allow_address(str(address[4][0]))]
+        if not addresses:
+            raise OSError("at a private address")
+    return await start_connection(
+        addresses, happy_eyeballs_delay=_CONNECTION_ATTEMPT_DELAY, socket_factory=_make_socket
+    )
+
+
+def _make_socket(address: AddrInfoType) -> socket.socket:
+    family, kind, protocol, _, _ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made
+
+
 class SourceStream(httpcore.AsyncNetworkStream):
-    """One connection. The head of an answer is handed out by itself, so that nobody has taken any of the body yet when
-    the head has been understood: then `at_body`, and `receive` gives what follows."""
+    """One connection.
+
+    `read` returns the head of a response by itself. So httpcore has parsed the head before any byte of the body has
+    been read: `at_body` is then True, and `receive` returns the body.
+    """
 
     def __init__(self, protocol: _SourceProtocol) -> None:
         self._protocol = protocol
+        # The end of what has been read of an awaited head, in which its last line break may lie. None: no head is due.
         self._tail: bytes | None = None
         self.at_body = False
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Empty at the end. The library's ReadError if the connection broke, ReadTimeout after `timeout` seconds."""
+        """Return up to `max_bytes`; empty at the end of the stream.
+
+        Raises httpcore's ReadError for a broken connection, ReadTimeout after `timeout` seconds.
+        """
         try:
             async with asyncio.timeout(timeout):
                 data = await self.receive()
@@ -82,11 +128,11 @@ class SourceStream(httpcore.AsyncNetworkStream):
         return data
 
     async def receive(self) -> bytes:
-        """As `read`, without a bound but that of what waits."""
+        """Return all bytes that are buffered, and wait for some if there are none; empty at the end of the stream."""
         return await self._protocol.read_chunk()
 
     def _head_length(self, data: bytes) -> int:
-        """Bytes of `data` that belong to the head that is awaited; all of them, if none is."""
+        """Return how many bytes of `data` belong to the awaited head: all of them, if no head is awaited."""
         self.at_body = False
         if self._tail is None:
             return len(data)
@@ -95,12 +141,12 @@ class SourceStream(httpcore.AsyncNetworkStream):
             self._tail = (self._tail + data)[-2:]
             return len(data)
         length = end.end() - len(self._tail)
-        # Only once: what follows an interim answer is left to the library, head and body together.
+        # Only once per request. After an interim response (1xx), head and body together are left to the library.
         self._tail, self.at_body = None, True
         return length
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Requests are short: nothing waits. The library's WriteError if the connection is closed."""
+        """Send without waiting: requests are short. Raises httpcore's WriteError if the connection is closed."""
         if buffer:
             self._protocol.send(buffer)
             self._tail, self.at_body = b"", False
@@ -112,13 +158,13 @@ class SourceStream(httpcore.AsyncNetworkStream):
     async def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> SourceStream:
-        """The library's ConnectTimeout or ConnectError if that fails; the connection is closed then."""
+        """Raise httpcore's ConnectTimeout or ConnectError, and close the connection, if the handshake fails."""
         try:
             async with asyncio.timeout(timeout):
                 await self._protocol.start_tls(ssl_context, server_hostname)
         except TimeoutError as error:
             raise httpcore.ConnectTimeout(str(error)) from error
-        except OSError as error:  # TLS errors are such, too
+        except OSError as error:  # ssl.SSLError is an OSError
             raise httpcore.ConnectError(str(error)) from error
         finally:
             if not self._protocol.secured:
@@ -126,7 +172,7 @@ class SourceStream(httpcore.AsyncNetworkStream):
         return SourceStream(self._protocol)
 
     def get_extra_info(self, info: str) -> Any:
-        """`is_readable`: an idle connection of which that is true has been closed by the source."""
+        """See httpcore. `is_readable`: True for an idle connection means that the source has closed it."""
         match info:
             case "is_readable":
                 return self._protocol.is_readable
@@ -140,7 +186,7 @@ class SourceStream(httpcore.AsyncNetworkStream):
 
 
 class _SourceProtocol(asyncio.Protocol):
-    """What has arrived and was not yet read. One reader at a time."""
+    """Buffers what has been received and not yet read. One reader at a time."""
 
     def __init__(self) -> None:
         self._transport: asyncio.Transport | None = None
@@ -155,7 +201,7 @@ class _SourceProtocol(asyncio.Protocol):
     # Called by the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport  # type: ignore[assignment]  # uvloop's is no subclass
+        self._transport = transport  # type: ignore[assignment]  # uvloop's class is not a subclass
 
     def data_received(self, data: bytes) -> None:
         self._buffer.append(data)
@@ -186,7 +232,7 @@ class _SourceProtocol(asyncio.Protocol):
         return bool(self._ended or self._buffer or self._transport is None or self._transport.is_closing())
 
     async def read_chunk(self) -> bytes:
-        """All of one read of the event loop; empty at the end. The library's ReadError if the connection broke."""
+        """Return what the event loop got by one read; empty at the end. Raises httpcore's ReadError if broken."""
         while not self._buffer:
             if self._ended:
                 if self._error is not None:
@@ -206,7 +252,7 @@ class _SourceProtocol(asyncio.Protocol):
         return data
 
     def unread(self, data: bytes) -> None:
-        """To be the next piece again."""
+        """Put bytes back: the next read returns them."""
         self._buffer.appendleft(data)
         self._buffered_bytes += len(data)
 
@@ -216,13 +262,13 @@ class _SourceProtocol(asyncio.Protocol):
         self._transport.write(data)
 
     async def start_tls(self, context: ssl.SSLContext, server_hostname: str | None) -> None:
-        """OSError if that fails."""
+        """Raise OSError if the handshake fails."""
         if self._transport is None:
-            raise ConnectionResetError("closed before TLS")
+            raise ConnectionResetError("connection closed before the TLS handshake")
         loop = asyncio.get_running_loop()
         secured = await loop.start_tls(self._transport, self, context, server_hostname=server_hostname)
         if secured is None:
-            raise ConnectionResetError("closed during TLS")
+            raise ConnectionResetError("connection closed during the TLS handshake")
         self._transport, self.secured = secured, True
 
     def abort(self) -> None:
@@ -231,82 +277,3 @@ class _SourceProtocol(asyncio.Protocol):
 
     def extra_info(self, name: str) -> Any:
         return None if self._transport is None else self._transport.get_extra_info(name)
-
-
-# A TCP connection to the first of a host's addresses that takes one (RFC 8305).
-
-_CONNECTION_ATTEMPT_DELAY = 0.25
-"""Seconds that an address has for itself before the next one is tried beside it (RFC 8305 section 5)."""
-
-Address = tuple[int, Any]
-"""Family and address, as the socket module knows them."""
-
-
-async def connect(host: str, port: int, allow_address: Callable[[str], bool] | None = None) -> socket.socket:
-    """A connected, non-blocking socket. OSError if no address takes a connection; no bound in time of its own.
-
-    `allow_address`: whether an address, as text, may be connected to at all; it is asked of what is connected to, so
-    that a resolver that says another thing the next moment changes nothing.
-    """
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = interleave([(family, address) for family, _, _, _, address in found])
-    if allow_address is not None:
-        addresses = [address for address in addresses if allow_address(address[1][0])]
-        if not addresses:
-            raise OSError("at a private address")
-    if not addresses:
-        raise OSError(f"no address of {host}")
-    if len(addresses) == 1:
-        return await _connected(addresses[0])
-    return await _first_connected(addresses)
-
-
-def interleave(addresses: Iterable[Address]) -> list[Address]:
-    """Each once, the families by turns, the first one's first (RFC 8305 section 4). Pure."""
-    by_family: dict[int, list[Address]] = {}
-    for address in dict.fromkeys(addresses):
-        by_family.setdefault(address[0], []).append(address)
-    turns = chain.from_iterable(zip_longest(*by_family.values()))
-    return [address for address in turns if address is not None]
-
-
-async def _first_connected(addresses: Iterable[Address]) -> socket.socket:
-    remaining, attempts = deque(addresses), set[asyncio.Task[socket.socket]]()
-    failure: BaseException | None = None
-    try:
-        while remaining or attempts:
-            if remaining:
-                attempts.add(asyncio.create_task(_connected(remaining.popleft()), name="connect"))
-            delay = _CONNECTION_ATTEMPT_DELAY if remaining else None
-            await asyncio.wait(attempts, timeout=delay, return_when=asyncio.FIRST_COMPLETED)
-            for task in [task for task in attempts if task.done()]:
-                attempts.discard(task)
-                if task.exception() is None:
-                    return task.result()
-                failure = failure or task.exception()
-    finally:
-        await _close_others(attempts)
-    raise failure or OSError("no address")
-
-
-async def _close_others(attempts: set[asyncio.Task[socket.socket]]) -> None:
-    """Close what the others come to."""
-    for task in attempts:
-        task.cancel()
-    for outcome in await asyncio.gather(*attempts, return_exceptions=True):
-        if isinstance(outcome, socket.socket):
-            outcome.close()
-
-
-async def _connected(address: Address) -> socket.socket:
-    family, where = address
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        await asyncio.get_running_loop().sock_connect(sock, where)
-    except BaseException:
-        sock.close()
-        raise
-    return sock

@@ -1,4 +1,4 @@
-"""Cheap questions to storage nodes (`/version`), to know how quick they are before anything is fetched from them."""
+"""Probes of storage nodes (GET `/version`): how fast they respond, before anything is fetched from them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ logger = structlog.get_logger()
 
 
 class SourceProber:
-    """`open` before use, `close` at the end. Any answer that is no server error counts, with the time to its head:
-    a source that is no storage node may know no `/version`."""
+    """Probes sources and records the results. Call `open` before use and `close` at the end.
+
+    Every response below 500 counts as an answer: a source that is not a storage node may not have `/version`.
+    """
 
     def __init__(
         self,
@@ -30,8 +32,10 @@ class SourceProber:
         *,
         refuse_private: bool = False,
     ) -> None:
-        """`timeout`: seconds to connect, and again to answer; `concurrency`: probes under way; `refuse_private`:
-        sources at addresses that are not public count as unreachable."""
+        """`timeout`: seconds to connect, and again to respond. `concurrency`: probes at once.
+
+        `refuse_private`: a source at an address that is not public counts as unreachable.
+        """
         self._registry = registry
         self._slots = asyncio.Semaphore(concurrency)
         limits = SourceLimits(
@@ -49,7 +53,7 @@ class SourceProber:
         await self._connections.close()
 
     async def probe_all(self, bases: Iterable[str]) -> None:
-        """Each base URL (with `/` at its end) once; returns when all have answered or had their time."""
+        """Probe each base URL (ending in `/`) once, and return when all have responded or timed out."""
         async with asyncio.TaskGroup() as probes:
             for base in bases:
                 probes.create_task(self._probe(base), name="probe-source")
@@ -58,13 +62,13 @@ class SourceProber:
         async with self._slots:
             asked_at = self._registry.clock()
             try:
-                async with self._connections.request(f"{base}version", _HEADERS) as answer:
-                    status = answer.status_code
+                async with self._connections.request(f"{base}version", _HEADERS) as response:
+                    status = response.status_code
             except SourceError as error:
                 self._failed(base, error.reason)
                 return
             if status >= 500:
-                self._failed(base, f"answered {status}")
+                self._failed(base, f"responded {status}")
                 return
             self._registry.record_probe(base, self._registry.clock() - asked_at)
             SOURCE_PROBES.labels(result="answered").inc()

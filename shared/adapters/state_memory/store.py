@@ -1,4 +1,4 @@
-"""The verbs of requests: look, claim, count accesses, announce."""
+"""The state store port in the memory of one process. No method awaits before it returns, so each is atomic."""
 
 from __future__ import annotations
 
@@ -39,12 +39,34 @@ from distributor_node.shared.ports.state_store import (
     Topic,
 )
 
+_ENTRIES_BATCH = 1000
 
-class MemoryRequests:
-    """See the port for each verb."""
 
-    def __init__(self, tables: Tables) -> None:
-        self._tables = tables
+class MemoryStateStore:
+    """See the port for each method. All tasks of the process share one instance."""
+
+    def __init__(self, limit: int, timeouts: StateTimeouts, clock: Callable[[], float]) -> None:
+        """`limit`: of the volume, in bytes. `clock`: POSIX seconds."""
+        self._tables = Tables(limit, timeouts, clock)
+
+    @property
+    def tables(self) -> Tables:
+        """All that the store holds, for tests that lose a part of it as a server would."""
+        return self._tables
+
+    async def open(self) -> None:
+        """Nothing to do."""
+
+    async def close(self) -> None:
+        """Nothing to do."""
+
+    async def ping(self) -> None:
+        """Always available."""
+
+    async def server_stats(self) -> None:
+        """None: there is no server."""
+
+    # Requests
 
     async def find(self, object_id: ObjectId) -> ObjectStatus:
         return self._tables.object_status(object_id)
@@ -105,15 +127,7 @@ class MemoryRequests:
         if accesses:
             self._tables.accesses.append((self._tables.next_serial(), tuple(accesses)))
 
-    async def announce(self, announcement: Announcement) -> None:
-        self._tables.announce(announcement.topic, announcement.object_id)
-
-
-# The verbs of fetchers: begin, renew and end a fetch.
-
-
-class MemoryFetching(MemoryRequests):
-    """See the port for each verb."""
+    # Fetching
 
     async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
         tables = self._tables
@@ -200,21 +214,14 @@ class MemoryFetching(MemoryRequests):
         self._tables.drop_object(entry)
         return True
 
-
-# The leader's verbs: eviction, reconciliation, policy.
-
-_ENTRIES_BATCH = 1000
-
-
-class MemoryEviction(MemoryFetching):
-    """See the port for each verb."""
+    # Eviction, reconciliation, policy: the leading evictor
 
     async def lead(self, holder: str, seconds: float) -> Term | None:
         tables, now = self._tables, self._tables.clock()
         if tables.term is None or tables.term_ends <= now:
             tables.term = Term(holder, tables.next_serial())
         elif tables.term.holder != holder:
-            tables.term_ends = min(tables.term_ends, now + seconds)  # the clock may have been put back
+            tables.term_ends = min(tables.term_ends, now + seconds)  # the clock may have been set back
             return None
         tables.term_ends = now + seconds
         return tables.term
@@ -241,7 +248,7 @@ class MemoryEviction(MemoryFetching):
             return False
         if tables.clock() - entry.last_access < min_idle:
             return False
-        # A new generation, so that nobody who saw the object before can forget it while its file may still be open
+        # A new generation, so that a process that saw the object before cannot forget it while its file may be open
         tables.objects[object_id] = replace(entry, evicting=True, generation=tables.next_serial())
         return True
 
@@ -347,6 +354,9 @@ class MemoryEviction(MemoryFetching):
             position = str(serial)
         return position, accesses
 
+    async def entry(self, object_id: ObjectId) -> IndexEntry | None:
+        return self._tables.objects.get(object_id)
+
     async def load_policy_state(self) -> PolicyState:
         return self._tables.policy
 
@@ -364,12 +374,7 @@ class MemoryEviction(MemoryFetching):
         while tables.accesses and tables.accesses[0][0] < int(state.position or 0):
             tables.accesses.popleft()
 
-
-# The operator's part: orders, pins, purges, warming, tokens.
-
-
-class MemoryOrders(MemoryEviction):
-    """See the port for each verb."""
+    # Operator: state, pins, purges, warming, token ids
 
     async def operator_state(self) -> OperatorState | None:
         return self._tables.operator_state
@@ -459,32 +464,10 @@ class MemoryOrders(MemoryEviction):
         self._tables.announce(Topic.SETTINGS_CHANGED)
         return written
 
+    # Announcements
 
-# The state store port in one process's memory.
-
-
-class MemoryStateStore(MemoryOrders):
-    """`limit`: of the volume, in bytes; `clock`: POSIX seconds. All tasks of the process share one instance."""
-
-    def __init__(self, limit: int, timeouts: StateTimeouts, clock: Callable[[], float]) -> None:
-        super().__init__(Tables(limit, timeouts, clock))
-
-    @property
-    def tables(self) -> Tables:
-        """All that the store holds, for tests that lose a part of it as a server would."""
-        return self._tables
-
-    async def open(self) -> None:
-        """Nothing to get ready."""
-
-    async def close(self) -> None:
-        """Nothing to give back."""
-
-    async def ping(self) -> None:
-        """Always there."""
-
-    async def server_stats(self) -> None:
-        """No server, no stats."""
+    async def announce(self, announcement: Announcement) -> None:
+        self._tables.announce(announcement.topic, announcement.object_id)
 
     @asynccontextmanager
     async def listen(self) -> AsyncIterator[AsyncIterator[Announcement]]:

@@ -1,4 +1,4 @@
-"""What the store holds, and the arithmetic that all verbs share. Verbs never await, so each one is atomic."""
+"""The data of the state store in memory, and the rules on it that several methods share."""
 
 from __future__ import annotations
 
@@ -27,35 +27,36 @@ from distributor_node.shared.ports.state_store import (
 
 @dataclass(frozen=True, slots=True)
 class FetchRow:
-    """A fetch as written; `ends` and `since` on the store's clock, `duration` the seconds for which it was written.
-    `reserved`: `footprint(size)` bytes are, whatever the phase."""
+    """A fetch as it was written. Its phase now depends on the clock: see `Tables.phase`."""
 
     phase: FetchPhase
-    reserved: bool
-    size: int
+    reserved: bool  # whether `footprint(size)` bytes are reserved, in any phase
+    size: int  # bytes
     token: int
-    ends: float
-    since: float
+    ends: float  # when the lease, claim or queue mark expires, on the store's clock
+    since: float  # when the phase began, on the store's clock
     worker: str
     source: str | None = None
-    duration: float = 0.0
+    duration: float = 0.0  # seconds from writing to `ends`
 
 
 @dataclass(slots=True)
 class Tables:
-    """All state. `clock`: POSIX seconds."""
+    """All data of the store."""
 
-    limit: int
+    limit: int  # bytes
     timeouts: StateTimeouts
-    clock: Callable[[], float]
+    clock: Callable[[], float]  # POSIX seconds
     objects: dict[ObjectId, IndexEntry] = field(default_factory=dict)
     rows: dict[ObjectId, FetchRow] = field(default_factory=dict)
     failures: dict[ObjectId, tuple[str, float, float]] = field(default_factory=dict)
-    """Reason, when it is forgotten, and the seconds from its recording to then."""
+    """Reason, expiry, and seconds from recording to expiry."""
     space_requests: dict[ObjectId, tuple[int, float]] = field(default_factory=dict)
+    """Bytes and expiry."""
     accesses: deque[tuple[int, Sequence[Access]]] = field(
         default_factory=lambda: deque(maxlen=MAX_ACCESS_BATCHES)
     )
+    """Serial and batch."""
     policy: PolicyState = field(default_factory=PolicyState)
     used: int = 0
     reserved: int = 0
@@ -66,10 +67,10 @@ class Tables:
     term_ends: float = 0.0
     operator_state: OperatorState | None = None
     pins: set[ObjectId] = field(default_factory=set)
-    purges: dict[ObjectId, int] = field(default_factory=dict)
+    purges: dict[ObjectId, int] = field(default_factory=dict)  # serials of the requests
     warming: Warming | None = None
-    warming_lease: tuple[str, float] | None = None
-    token_ids: dict[str, float] = field(default_factory=dict)
+    warming_lease: tuple[str, float] | None = None  # holder, expiry
+    token_ids: dict[str, float] = field(default_factory=dict)  # expiry
     started_at: float = field(init=False)
     listeners: set[AnnouncementQueue] = field(default_factory=set)
 
@@ -88,21 +89,24 @@ class Tables:
         return self.term == term and self.clock() < self.term_ends
 
     def row(self, object_id: ObjectId) -> FetchRow | None:
-        """The fetch of an object. One that ends later than it was written for was written before the clock was put
-        back: it lasts no longer from now."""
+        """The fetch of an object.
+
+        A row that ends later than `duration` from now was written before the clock was set back. It is shortened to
+        `duration` from now.
+        """
         row = self.rows.get(object_id)
         if row and row.ends > (latest := self.clock() + row.duration):
             row = self.rows[object_id] = replace(row, ends=latest)
         return row
 
     def phase(self, row: FetchRow | None) -> FetchPhase | None:
-        """What a row amounts to now: None when it has run out and left nothing."""
+        """The phase of a row now. None if it has expired without a reservation."""
         if row is None or row.phase is FetchPhase.PARKED or row.ends > self.clock():
             return row.phase if row else None
         return FetchPhase.PARKED if row.reserved else None
 
     def leased(self, lease: Lease) -> FetchRow | None:
-        """A lease that has run out is still its holder's as long as nobody has taken the object over."""
+        """The row of a lease. An expired lease stays valid as long as no other worker has taken the object over."""
         row = self.row(lease.object_id)
         if (
             row
@@ -117,13 +121,13 @@ class Tables:
         self.rows[object_id] = replace(row, phase=FetchPhase.PARKED, ends=now, since=now, duration=0.0)
 
     def drop_fetch(self, object_id: ObjectId) -> None:
-        """End a fetch and give its reservation back."""
+        """End a fetch and release its reservation."""
         row = self.rows.pop(object_id, None)
         if row and row.reserved:
             self.reserved -= footprint(row.size)
 
     def put_object(self, entry: IndexEntry) -> None:
-        """A new entry of a new generation, in the place of the one that there was."""
+        """Add an entry with a new generation, or replace the existing one."""
         replaced = self.objects.get(entry.object_id)
         self.objects[entry.object_id] = replace(entry, evicting=False, generation=self.next_serial())
         self._add_used(footprint(entry.size) - (footprint(replaced.size) if replaced else 0))
@@ -159,6 +163,6 @@ class Tables:
         fetch = self.fetch(object_id)
         reason, ends, duration = self.failures.get(object_id, ("", 0.0, 0.0))
         left = min(ends - self.clock(), duration)
-        # While somebody tries again, nothing has failed
+        # During another attempt the failure is hidden
         failed = left > 0 and not (fetch and fetch.phase is FetchPhase.FETCHING)
         return ObjectStatus(fetch, Failure(reason, left) if failed else None)

@@ -1,4 +1,4 @@
-"""The shared catalog cache on Redis: two keys an object, both run out by themselves."""
+"""The shared catalog cache and the shared source stats on Redis."""
 
 from __future__ import annotations
 
@@ -21,18 +21,20 @@ from distributor_node.shared.ports.source_stats import (
     SharedSources,
 )
 
+_RETENTION_MILLISECONDS = 24 * 3600 * 1000
+
 logger = structlog.get_logger()
 
 
 class RedisSharedCatalogCache:
-    """See the port.
+    """See the port. Two keys for each object, which expire by themselves.
 
-    catalog:NAME:answer:… STRING  "POSIX milliseconds until which it is believed" and a description, runs out
-    catalog:NAME:asking:… STRING  who asks the catalog just now, runs out
+    catalog:NAME:answer:… STRING  POSIX milliseconds until which the answer is fresh, and a description
+    catalog:NAME:asking:… STRING  the process that asks the catalog now
     """
 
     def __init__(self, url: str, prefix: str, timeout: float, name: str) -> None:
-        """`prefix` is the state store's, `timeout` in seconds; `name` tells the answers of different catalogs apart."""
+        """`prefix`: of the state store. `timeout`: seconds. `name`: separates the answers of different catalogs."""
         self._connection = RedisConnection(url, prefix, timeout)
         self._prefix = f"{prefix}catalog:{name}:"
 
@@ -72,20 +74,18 @@ def _read(object_id: ObjectId, packed: bytes | None, milliseconds_left: int) -> 
         return None
 
 
-# The shared source stats on Redis: one hash and one sorted set, whatever the number of objects.
-
-_RETENTION_MILLISECONDS = 24 * 3600 * 1000
+# Source stats
 
 
 class RedisSharedSourceStats:
-    """See the port.
+    """See the port. Two keys, however many objects there are.
 
-    sources    HASH  host:port → failures, times (POSIX milliseconds), first bytes; see the script
-    corrupted  ZSET  "object host:port" by the POSIX milliseconds until which it is remembered
+    sources    HASH  host:port → failures, times (POSIX milliseconds), first bytes; see sources_exchange.lua
+    corrupted  ZSET  "object host:port" by its expiry in POSIX milliseconds
     """
 
     def __init__(self, url: str, prefix: str, timeout: float) -> None:
-        """`prefix` is the state store's, `timeout` in seconds."""
+        """`prefix`: of the state store. `timeout`: seconds."""
         self._connection = RedisConnection(url, prefix, timeout)
         self._keys = (f"{prefix}sources", f"{prefix}corrupted")
 
@@ -131,7 +131,7 @@ def _report(name: str, delta: SourceStatsDelta, now: float) -> tuple[str | int, 
 
 
 def _age(moment: float, now: float) -> int:
-    """Milliseconds."""
+    """Milliseconds since `moment`."""
     return max(0, round((now - moment) * 1000))
 
 

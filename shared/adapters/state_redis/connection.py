@@ -1,4 +1,4 @@
-"""While the server cannot be reached, most verbs fail at once: a thousand misses must not wait a second each."""
+"""The connection to Redis: circuit breaker, Lua scripts, time limits, and translation of the library's errors."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ from distributor_node.shared.domain.space import RECORD_BYTES
 from distributor_node.shared.observability.metrics import STATE_STORE_ERRORS
 
 OPEN_SECONDS = 0.5
+MAX_CONNECTIONS = 32
+
+logger = structlog.get_logger()
 
 
 class CircuitBreaker:
-    """Open for a moment after each failure to reach the server; then one verb at a time goes through to try."""
+    """Fails calls at once while the server is unreachable: a thousand misses must not wait for a timeout each.
+
+    It is open for `open_seconds` after each failure to reach the server. Then one call at a time goes through as a
+    probe, until one succeeds.
+    """
 
     def __init__(self, open_seconds: float = OPEN_SECONDS) -> None:
         self._open_seconds = open_seconds
@@ -38,46 +45,46 @@ class CircuitBreaker:
         self._probing = False
 
     def before_call(self) -> bool:
-        """True if the caller is the one that tries. Raises StateStoreUnavailable while open."""
+        """Whether the call is a probe. Raises StateStoreUnavailable while open."""
         if self._cause is None:
             return False
         if self._probing or time.monotonic() < self._open_until:
-            raise StateStoreUnavailable("state store out of reach a moment ago") from self._cause
+            raise StateStoreUnavailable("state store was unreachable a moment ago") from self._cause
         self._probing = True
         return True
 
     def after_call(self, probe: bool) -> None:
-        """Must follow each `before_call` that returned, whatever the end; else nobody would try again."""
+        """Must follow each `before_call` that returned, also after errors. Otherwise no other probe would be sent."""
         if probe:
             self._probing = False
 
     def on_success(self) -> None:
-        """The server answered."""
+        """The server replied."""
         self._cause = None
 
     def on_failure(self, cause: BaseException) -> bool:
-        """The server did not answer. True if it did before."""
+        """The server did not reply. Returns whether the breaker was closed before."""
         was_closed = self._cause is None
         self._cause = cause
         self._open_until = time.monotonic() + self._open_seconds
         return was_closed
 
 
-# The Lua scripts, read from the package.
+# Lua scripts, read from the package
 
 _PRELUDE = "records.lua"
 
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """A whole script and the digest by which the server knows it."""
+    """A complete script."""
 
     text: str
-    digest: str
+    digest: str  # SHA-1 of the text, by which the server knows the script
 
 
 def load_scripts() -> dict[str, Script]:
-    """All scripts by file name, without the suffix."""
+    """All scripts, by file name without the suffix."""
     folder = resources.files("distributor_node.shared.adapters.state_redis.scripts")
     prelude = (folder / _PRELUDE).read_text()
     scripts: dict[str, Script] = {}
@@ -89,20 +96,15 @@ def load_scripts() -> dict[str, Script]:
     return scripts
 
 
-# One bounded way to the server: every command and script passes here, every library error is translated and counted
-# here.
-
-MAX_CONNECTIONS = 32
-
-logger = structlog.get_logger()
+# Commands and scripts
 
 
 def make_client(url: str, connect_timeout: float, connections: int = MAX_CONNECTIONS) -> aioredis.Redis:
     """A client that connects when first used.
 
-    No retries: the library's default of ten would outlast every time limit, and repeating a verb whose reply was lost
-    could do it twice. No socket timeout: whoever calls sets one deadline around the whole operation; on cancellation
-    the library closes the connection, so that a late reply never reaches the next caller.
+    No retries: the library's default of ten would exceed every time limit, and repeating a call whose reply was lost
+    could apply it twice. No socket timeout: the caller sets one deadline for the whole operation. On cancellation the
+    library closes the connection, so that a late reply never reaches the next caller.
     """
     try:
         pool = aioredis.ConnectionPool.from_url(
@@ -114,12 +116,15 @@ def make_client(url: str, connect_timeout: float, connections: int = MAX_CONNECT
             socket_connect_timeout=connect_timeout,
         )
     except ValueError as error:
-        raise ConfigurationError(f"state store: not a usable Redis URL: {error}") from error
+        raise ConfigurationError(f"state store: expected a Redis URL: {error}") from error
     return aioredis.Redis.from_pool(pool)
 
 
 class RedisConnection:
-    """Runs commands and scripts within `timeout` seconds each, waiting for a free connection included."""
+    """The only way to the server. Every command and script passes here, and every error is translated and counted here.
+
+    Each call takes at most `timeout` seconds, including the wait for a free connection. Raises StateStoreUnavailable.
+    """
 
     def __init__(self, url: str, prefix: str, timeout: float) -> None:
         self.url = url
@@ -137,11 +142,11 @@ class RedisConnection:
         try:
             await self._client.aclose()
         except (RedisError, OSError) as error:
-            # Only the farewell failed: the sockets are closed all the same
+            # The sockets are closed all the same
             logger.debug("state_store_close_failed", reason=_describe(error))
 
     async def run(self, script: str, object_id: ObjectId | str, *arguments: str | int | float) -> Any:
-        """Run one script from the scripts folder; `arguments` are its ARGV from the fourth on."""
+        """Run one script of the scripts folder. `arguments` are its ARGV from the fourth on."""
         return await self.run_on(script, self.keys.all_for(object_id), object_id, *arguments)
 
     async def run_on(
@@ -151,7 +156,7 @@ class RedisConnection:
         object_id: ObjectId | str,
         *arguments: str | bytes | int | float,
     ) -> Any:
-        """As `run`, with keys of the caller's own."""
+        """As `run`, with the given keys."""
         given = (len(keys), *keys, self.keys.channel, RECORD_BYTES, object_id, *arguments)
         body = self._scripts[script]
         async with self._bounded(script):
@@ -170,7 +175,7 @@ class RedisConnection:
 
     @asynccontextmanager
     async def _bounded(self, operation: str) -> AsyncIterator[None]:
-        """The one boundary: breaker, time limit, a free connection, translation of errors, and their count."""
+        """Apply circuit breaker, time limit and connection limit. Translate errors and count them."""
         try:
             probe = self._breaker.before_call()
             try:
@@ -180,9 +185,9 @@ class RedisConnection:
             except (RedisConnectionError, RedisTimeoutError, OSError) as error:
                 if self._breaker.on_failure(error):
                     await self._drop_idle()
-                raise StateStoreUnavailable(f"state store did not answer: {_describe(error)}") from error
+                raise StateStoreUnavailable(f"state store did not reply: {_describe(error)}") from error
             except RedisError as error:
-                # The server is there, but refuses: out of memory, read-only replica, failing disk
+                # The server replied with an error: out of memory, read-only replica, failing disk
                 self._breaker.on_success()
                 raise StateStoreUnavailable(f"state store refused: {_describe(error)}") from error
             finally:
@@ -192,8 +197,8 @@ class RedisConnection:
             raise
 
     async def _drop_idle(self) -> None:
-        """What one connection met may await the others: those that a failover or a router left half-open would
-        otherwise fail one after the other."""
+        """Close the idle connections. A failover or a router may have left all of them half-open, and each would
+        otherwise fail one call."""
         with suppress(RedisError, OSError):
             await self._client.connection_pool.disconnect(inuse_connections=False)
 

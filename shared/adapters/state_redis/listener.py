@@ -1,11 +1,10 @@
-"""Announcements from the server's pub/sub, over a connection of their own that comes back by itself."""
+"""Announcements from Redis pub/sub, over a separate connection that reconnects by itself."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 import structlog
 from redis.asyncio.client import PubSub
@@ -16,28 +15,28 @@ from distributor_node.shared.adapters.state_common import AnnouncementQueue
 from distributor_node.shared.adapters.state_redis.connection import make_client
 from distributor_node.shared.adapters.state_redis.records import read_announcement
 from distributor_node.shared.ports.state_store import Announcement, Topic
+from distributor_node.shared.waiting import Backoff, cancel_and_wait, wait_event
 
 _PING_INTERVAL = 2.0
-"""Silence after which the server is asked for a heartbeat; as long again without one ends the connection."""
-
-_INITIAL_DELAY, _MAX_DELAY = 0.1, 2.0
+"""Seconds of silence before a ping. As long again without a reply ends the connection."""
 
 logger = structlog.get_logger()
 
 
 @asynccontextmanager
 async def listen(url: str, channel: str, timeout: float) -> AsyncIterator[AsyncIterator[Announcement]]:
-    """Waits up to `timeout` seconds for the subscription, so that what is announced from now on is not missed."""
+    """The announcements on a channel.
+
+    Waits up to `timeout` seconds for the subscription, so that no later announcement is missed. If the server is down,
+    it goes on without the subscription, which follows when the server is back.
+    """
     listener = _Listener(url, channel, timeout)
     task = asyncio.create_task(listener.run(), name="state-store-listener")
     try:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await listener.subscribed.wait()
+        await wait_event(listener.subscribed, timeout)
         yield listener.queue
     finally:
-        task.cancel()
-        await asyncio.wait([task])
+        await cancel_and_wait(task)
         if not task.cancelled():
             task.result()
 
@@ -51,18 +50,17 @@ class _Listener:
         self._timeout = timeout
 
     async def run(self) -> None:
-        """Subscribe, read, begin again, until cancelled."""
-        delay = _INITIAL_DELAY
+        """Subscribe and read, again after every failure, until cancelled."""
+        backoff = Backoff()
         while True:
             try:
                 await self._listen_once()
             except (RedisError, OSError) as error:
                 if self.subscribed.is_set():
-                    delay = _INITIAL_DELAY
+                    backoff.reset()
                     self.subscribed.clear()
                     logger.warning("state_store_subscription_lost", reason=f"{type(error).__name__} {error}")
-            await asyncio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311
-            delay = min(2 * delay, _MAX_DELAY)
+            await backoff.wait()
 
     async def _listen_once(self) -> None:
         client = make_client(self._url, self._timeout, connections=1)
@@ -82,15 +80,15 @@ class _Listener:
                 message = await pubsub.get_message(timeout=_PING_INTERVAL)
             if message is None:
                 if pinged:
-                    raise RedisConnectionError("no answer to a ping")
+                    raise RedisConnectionError("no reply to a ping")
                 pinged = True
                 async with asyncio.timeout(self._timeout):
                     await pubsub.ping()
                 continue
             pinged = False
-            self._take(message)
+            self._handle(message)
 
-    def _take(self, message: dict[str, object]) -> None:
+    def _handle(self, message: dict[str, object]) -> None:
         if message["type"] == "subscribe":
             self.queue.put(Announcement(Topic.SETTINGS_CHANGED))
             self.subscribed.set()

@@ -1,4 +1,4 @@
-"""The names of all keys. A prefix with a hash tag, such as `{node-1}:`, keeps them on one shard of a proxy."""
+"""Redis keys, and conversion between the server's replies and the values of the port."""
 
 from __future__ import annotations
 
@@ -25,26 +25,28 @@ from distributor_node.shared.ports.state_store import (
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """
-    objects   HASH    object id → packed record (records.py)
-    fetches   HASH    object id → packed fetch (records.lua)
-    usage     HASH    used, reserved (bytes), serial (tokens, generations), accounted (run id of the server)
-    wishes    HASH    object id → bytes wanted and until when
-    leader    STRING  "token holder", runs out
+    """The names of all keys. A prefix with a hash tag, such as `{node-1}:`, keeps them on one shard of a proxy.
+
+    objects   HASH    object id → packed record (see _OBJECT)
+    fetches   HASH    object id → packed fetch (see records.lua)
+    usage     HASH    used, reserved (bytes), serial (of tokens and generations), accounted (run id of the server whose
+                      index is reconciled), turnover (bytes)
+    wishes    HASH    object id → requested bytes and their expiry
+    leader    STRING  "token holder", expires
     policy    HASH    inflation, position
     accesses  STREAM  batches of accesses, bounded
-    failure:… STRING  reason, one per object, runs out
-    orders    HASH    version, orders (JSON), what the operator has ordered
+    failure:… STRING  reason, one per object, expires
+    orders    HASH    version, orders (JSON): the operator state
     pins      SET     objects that are never evicted to make room
     purges    HASH    object id → serial of the request
-    warming   HASH    serial, warming (JSON), holder and until when (POSIX milliseconds)
-    ticket:…  STRING  used once, runs out
+    warming   HASH    serial, warming (JSON), state, holder, until (POSIX milliseconds)
+    ticket:…  STRING  a token id that was used, expires
     """
 
     prefix: str
 
     def all_for(self, object_id: str) -> tuple[str, ...]:
-        """What each script is given as KEYS, in the order that records.lua expects."""
+        """The KEYS of each script, in the order that records.lua expects."""
         prefix = self.prefix
         return (
             f"{prefix}objects",
@@ -97,11 +99,11 @@ class Keys:
         return f"{self.prefix}announcements"
 
 
-# Between the store's replies and the port's values.
+# Replies
 
 _OBJECT = struct.Struct("<IIHIHdIH")
-"""Views × 2 + state, size, last access, priority, generation: 30 bytes, written by records.lua. Whole numbers of six
-bytes are read as four and two."""
+"""Views × 2 + state, size, last access, priority, generation: 30 bytes, written by records.lua. Integers of six bytes
+are read as four and two."""
 
 
 def read_entry(object_id: bytes, packed: bytes) -> IndexEntry:
@@ -153,7 +155,7 @@ def pack_announcement(announcement: Announcement) -> str:
 
 
 def read_announcement(message: bytes) -> Announcement | None:
-    """None for a topic that this version does not know (nodes are not all updated at once)."""
+    """None for an unknown topic: not all processes are updated at once."""
     topic, _, object_id = message.decode(errors="replace").partition(" ")
     try:
         return Announcement(Topic(topic), object_id)
@@ -162,7 +164,7 @@ def read_announcement(message: bytes) -> Announcement | None:
 
 
 def read_server_stats(info: Mapping[str, Any]) -> ServerStats:
-    """`info`: the reply to INFO, parsed. Servers that are told to keep nothing on disk count as saving."""
+    """`info`: the parsed reply to INFO. A server that is configured to save nothing counts as saving."""
     return ServerStats(
         memory=int(info["used_memory"]),
         memory_limit=int(info["maxmemory"]),

@@ -1,4 +1,4 @@
-"""The verbs of requests: look, claim, count accesses, announce."""
+"""The state store port on Redis. Every method is one command or one Lua script, so each is atomic."""
 
 from __future__ import annotations
 
@@ -57,18 +57,36 @@ from distributor_node.shared.ports.state_store import (
 logger = structlog.get_logger()
 
 
+_ENTRIES_BATCH = 1000
+
+
 def milliseconds(seconds: float) -> int:
-    """At least one: Redis takes no expiry of nothing."""
+    """At least 1, because Redis rejects an expiry of 0."""
     return max(1, round(seconds * 1000))
 
 
-class RedisRequests:
-    """See the port for each verb."""
+class RedisStateStore:
+    """See the port for each method."""
 
-    def __init__(self, connection: RedisConnection, limit: int, timeouts: StateTimeouts) -> None:
-        self._connection = connection
+    def __init__(self, url: str, prefix: str, limit: int, timeouts: StateTimeouts) -> None:
+        """`url`: redis://, rediss:// or unix://. `prefix`: of all keys. `limit`: of the volume, in bytes."""
+        self._connection = RedisConnection(url, prefix, timeouts.operation_timeout)
         self._limit = limit
         self._timeouts = timeouts
+
+    async def open(self) -> None:
+        self._connection.open()
+
+    async def close(self) -> None:
+        await self._connection.close()
+
+    async def ping(self) -> None:
+        await self._connection.command("PING")
+
+    async def server_stats(self) -> ServerStats:
+        return read_server_stats(await self._connection.command("INFO"))
+
+    # Requests
 
     async def find(self, object_id: ObjectId) -> ObjectStatus:
         return read_object_status(object_id, await self._connection.run("find", object_id))
@@ -98,19 +116,7 @@ class RedisRequests:
             bound = ("MAXLEN", "~", MAX_ACCESS_BATCHES)
             await self._connection.command("XADD", log, *bound, "*", "batch", pack_accesses(accesses))
 
-    async def announce(self, announcement: Announcement) -> None:
-        channel = self._connection.keys.channel
-        try:
-            await self._connection.command("PUBLISH", channel, pack_announcement(announcement))
-        except StateStoreUnavailable as error:
-            logger.debug("announcement_failed", topic=announcement.topic, reason=str(error))
-
-
-# The verbs of fetchers: begin, renew and end a fetch.
-
-
-class RedisFetching(RedisRequests):
-    """See the port for each verb."""
+    # Fetching
 
     async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
         lease = milliseconds(self._timeouts.lease_seconds)
@@ -157,14 +163,7 @@ class RedisFetching(RedisRequests):
         )
         return reply
 
-
-# The leader's verbs: eviction, reconciliation, policy.
-
-_ENTRIES_BATCH = 1000
-
-
-class RedisEviction(RedisFetching):
-    """See the port for each verb."""
+    # Eviction, reconciliation, policy: the leading evictor
 
     async def lead(self, holder: str, seconds: float) -> Term | None:
         token = await self._connection.run("lead", "", holder, milliseconds(seconds))
@@ -249,6 +248,10 @@ class RedisEviction(RedisFetching):
             position = batch_id.decode()
         return position, accesses
 
+    async def entry(self, object_id: ObjectId) -> IndexEntry | None:
+        packed = await self._connection.command("HGET", self._connection.keys.objects, object_id)
+        return None if packed is None else read_entry(object_id.encode(), packed)
+
     async def load_policy_state(self) -> PolicyState:
         found = await self._connection.command("HMGET", self._connection.keys.policy, "inflation", "position")
         inflation, position = found
@@ -268,16 +271,11 @@ class RedisEviction(RedisFetching):
         return reply
 
     async def _query_as_leader(self, script: str, term: Term, *arguments: str | int | float) -> list[int]:
-        """A script about many objects: one number for each."""
+        """Run a script on many objects, which returns one number for each."""
         reply = await self._run_as_leader(script, term, "", *arguments)
         return reply if isinstance(reply, list) else []
 
-
-# The operator's part: orders, pins, purges, warming, tokens.
-
-
-class RedisOrders(RedisEviction):
-    """See the port for each verb."""
+    # Operator: state, pins, purges, warming, token ids
 
     async def operator_state(self) -> OperatorState | None:
         keys = self._connection.keys
@@ -314,7 +312,7 @@ class RedisOrders(RedisEviction):
 
     async def pending_purges(self, at_most: int) -> Sequence[PurgeRequest]:
         keys = self._connection.keys
-        # Unlike HSCAN it says how many at most; requests that cannot be fulfilled now do not stand in the others' way.
+        # HRANDFIELD bounds the reply, unlike HSCAN. It is random, so requests that fail now do not block the others.
         found = await self._connection.command("HRANDFIELD", keys.purges, at_most, "WITHVALUES")
         pairs = zip(found[::2], found[1::2], strict=True)
         return [PurgeRequest(ObjectId(object_id.decode()), int(serial)) for object_id, serial in pairs]
@@ -345,34 +343,21 @@ class RedisOrders(RedisEviction):
         key = self._connection.keys.token_id(token_id)
         return bool(await self._connection.command("SET", key, 1, "NX", "PX", milliseconds(seconds)))
 
+    # Announcements
+
+    async def announce(self, announcement: Announcement) -> None:
+        channel = self._connection.keys.channel
+        try:
+            await self._connection.command("PUBLISH", channel, pack_announcement(announcement))
+        except StateStoreUnavailable as error:
+            logger.debug("announcement_failed", topic=announcement.topic, reason=str(error))
+
+    def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Announcement]]:
+        return listen(self._connection.url, self._connection.keys.channel, self._timeouts.operation_timeout)
+
 
 def _read_warming(text: bytes, serial: int) -> Warming:
     try:
         return decode_warming(text, serial)
     except InvalidInput as error:
         raise StateStoreUnavailable(str(error)) from error
-
-
-# The state store port on Redis.
-
-
-class RedisStateStore(RedisOrders):
-    """`url`: redis://, rediss:// or unix://; `prefix`: before all keys; `limit`: of the volume, in bytes."""
-
-    def __init__(self, url: str, prefix: str, limit: int, timeouts: StateTimeouts) -> None:
-        super().__init__(RedisConnection(url, prefix, timeouts.operation_timeout), limit, timeouts)
-
-    async def open(self) -> None:
-        self._connection.open()
-
-    async def close(self) -> None:
-        await self._connection.close()
-
-    async def ping(self) -> None:
-        await self._connection.command("PING")
-
-    async def server_stats(self) -> ServerStats:
-        return read_server_stats(await self._connection.command("INFO"))
-
-    def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Announcement]]:
-        return listen(self._connection.url, self._connection.keys.channel, self._timeouts.operation_timeout)

@@ -1,19 +1,21 @@
-"""The volume: the directory that the services share, and the truth about what is cached.
+"""The volume: the directory that all services share. Its content is the truth about what is cached.
 
     objects/<shard>/<id>     a complete, verified object; it got here by one rename, after fsync
     records/<shard>/<id>     its record (JSON, at most RECORD_BYTES): size, hash, entity tag, media type
-    incoming/<id>.part     a partial download; its size is its progress
-    incoming/<id>.json     what the partial download will be: size, hash
-    leaving/<id>           an object that was removed while somebody was sending it
+    incoming/<id>.part       a partial download; its size is its progress
+    incoming/<id>.json       the sidecar of the partial download: the record it is going to have
+    leaving/<id>             an object that was removed while it was being sent
 
-Three facts live in the file system itself, so that they hold across processes and die with them:
-  - whoever writes a partial file holds an exclusive flock on it, which becomes a shared one with verification; whoever
-    sends an object for longer than a moment holds a shared one; whoever removes a file needs the exclusive one first.
-    Locks of a killed process are gone.
-  - a partial file that has passed verification is readable by others (mode bit o+r); followers look for it.
-  - a file with no name left (st_nlink 0) is on its way out: nobody begins to send it.
+A shard is made when it is first written to. A missing shard is an empty one.
 
-All calls block (briefly, but for fsync, scans and hashing): in an event loop, run those in a thread.
+Three facts are kept by the file system itself, so they hold across processes and end with the process:
+  - The writer of a partial file holds an exclusive flock on it, and a shared one after verification. A process that
+    sends an object for longer than a moment holds a shared flock. A process that removes a file takes the exclusive
+    flock first. The kernel releases the locks of a killed process.
+  - A partial file that has passed verification is readable by others (mode bit o+r). Followers check that bit.
+  - A file that has no name left (st_nlink 0) is being removed. No process begins to send it.
+
+All calls block, most of them briefly. Run fsync, scans and hashing in a worker thread.
 """
 
 from distributor_node.shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, RemovalState

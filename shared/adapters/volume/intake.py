@@ -1,4 +1,4 @@
-"""Files of another node's flat directory, taken into the volume without copying where that can be."""
+"""Imports the files of another node's flat directory into the volume, without copying where that is possible."""
 
 from __future__ import annotations
 
@@ -16,47 +16,51 @@ from distributor_node.shared.adapters.volume.records import atomic_write
 from distributor_node.shared.domain.objects import ObjectId
 
 DONE = ".import-done"
-"""Written to the volume when an import has been looked through; while it is missing, one is under way."""
+"""A file in the volume's root that exists once an import is finished. While it is missing, an import is running."""
 
-# As the existing node names them; anything else in the directory is none of ours.
+# File names of the existing node. Other names in its directory are not imported.
 _NAME = re.compile(r"[0-9]{1,20}\Z", re.ASCII)
 _NO_HARD_LINK_ERRORS = (errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS)
 _READ_ONLY_ERRORS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class ImportResult(StrEnum):
-    """MOVED: it is under `objects/` now. EXISTS: so it was already. OTHER_DEVICE: it lies on another file system, and
-    has to be copied. MISSING: there is no such file. FAILED: it cannot be taken in."""
+    """What became of one file."""
 
-    MOVED = "moved"
-    EXISTS = "there"
-    OTHER_DEVICE = "elsewhere"
-    MISSING = "gone"
-    FAILED = "failed"
+    MOVED = "moved"  # it is under `objects/` now
+    EXISTS = "there"  # the object was there already
+    OTHER_DEVICE = "elsewhere"  # it is on another file system and has to be copied
+    MISSING = "gone"  # there is no such file
+    FAILED = "failed"  # it could not be imported
 
 
 @dataclass(frozen=True, slots=True)
 class PendingFile:
-    """A file to be taken in: its id, bytes, and POSIX time of its last change."""
+    """A file to be imported."""
 
     object_id: ObjectId
-    size: int
-    changed_at: float
+    size: int  # bytes
+    changed_at: float  # POSIX seconds
 
 
 class ImportSource:
-    """`assets` may be the volume's own root. All calls block; `close` in between lets go of the directories. Stopped
-    at any moment, a file lies in one of the two places, or in both for the next call to see to."""
+    """The flat directory of the other node. Blocking: call from a worker thread. Raises VolumeError.
+
+    A process that is killed at any moment leaves a file in one of the two places, or in both. The next import of the
+    file completes it.
+    """
 
     def __init__(self, root: Path, assets: Path) -> None:
+        """`root`: of the volume; `assets`: the flat directory, which may be `root` itself."""
         self.assets = assets
         self._directories = Directories(root)
 
     def close(self) -> None:
+        """Close the open directories. They open again when needed."""
         self._directories.close()
 
     def pending(self) -> Iterator[PendingFile]:
-        """All files to be taken in. VolumeError if the directory cannot be read."""
+        """All files to be imported."""
         with map_os_errors(f"read the assets in {self.assets}"), os.scandir(self.assets) as entries:
             for entry in entries:
                 if not _NAME.match(entry.name):
@@ -69,10 +73,10 @@ class ImportSource:
                     yield PendingFile(ObjectId(entry.name), seen.st_size, seen.st_mtime)
 
     def import_file(self, object_id: ObjectId) -> ImportResult:
-        """Move one file. It gets no record: whoever knows what it must be writes that."""
+        """Move one file into `objects/`. The caller writes its record, since it knows the hash."""
         source = self.assets / object_id
-        target = self._directories.descriptor(f"{OBJECTS}/{shard(object_id)}")
-        with map_os_errors(f"take in {object_id}"):
+        with map_os_errors(f"import {object_id}"):
+            target = self._directories.create_shard(f"{OBJECTS}/{shard(object_id)}")
             try:
                 result = self._link(source, object_id, target)
             except FileNotFoundError:
@@ -82,7 +86,7 @@ class ImportSource:
             return result
 
     def _link(self, source: Path, name: str, target: int) -> ImportResult:
-        """A link first: unlike a renaming it never replaces what is there."""
+        """Link rather than rename where that is supported: a link never replaces an existing file."""
         try:
             os.link(source, name, dst_dir_fd=target, follow_symlinks=False)
         except FileExistsError:
@@ -104,15 +108,15 @@ class ImportSource:
             return
         except OSError as error:
             if error.errno not in _READ_ONLY_ERRORS:
-                raise  # a directory that cannot be written keeps its names; the object is here all the same
+                raise  # in a read-only directory the old name stays, and the object is imported all the same
 
     def remove(self, object_id: ObjectId) -> None:
-        """The file has been copied."""
+        """Remove a file that has been copied."""
         with map_os_errors(f"remove the copied {object_id}"):
             self._unlink_source(self.assets / object_id)
 
     def is_done(self) -> bool:
-        """Whether the import has been looked through."""
+        """Whether the import is finished."""
         try:
             os.stat(DONE, dir_fd=self._directories.root(), follow_symlinks=False)
         except OSError:
@@ -120,8 +124,8 @@ class ImportSource:
         return True
 
     def mark(self, *, done: bool) -> None:
-        """Note for all processes whether an import is under way."""
-        with map_os_errors("note the state of the import"):
+        """Record for all processes whether the import is finished."""
+        with map_os_errors(f"write {DONE}"):
             root = self._directories.root()
             if done:
                 atomic_write(DONE, b"", root)

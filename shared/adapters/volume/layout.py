@@ -1,4 +1,4 @@
-"""Where things lie on the volume, and directories that cannot be swapped for links."""
+"""Paths on the volume, and open directories that cannot be swapped for symbolic links."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distributor_node.shared.domain.errors import VolumeError, VolumeFull
@@ -21,22 +21,25 @@ PART_SUFFIX, INCOMING_RECORD_SUFFIX = ".part", ".json"
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 DIRECTORY_MODE = 0o755
-_RETIRED_TTL = 60.0
+_RETIRED_TTL = 60.0  # seconds until a forgotten descriptor is closed: another thread may be about to use it
 
 
 def shard(object_id: str) -> str:
-    """The two hex digits of the directory an object lies in: spreads any kind of ids evenly."""
+    """The two hex digits of the directory that holds the object. Spreads any kind of ids evenly."""
     return SHARDS[zlib.crc32(object_id.encode()) & 0xFF]
 
 
 def object_path(object_id: str) -> str:
-    """Where a complete object lies, below `objects/`. Nothing in it needs quoting in a URL."""
+    """The path of a complete object below `objects/`. It needs no quoting in a URL."""
     return f"{shard(object_id)}/{object_id}"
 
 
 @contextmanager
 def map_os_errors(action: str) -> Iterator[None]:
-    """Turn operating system errors into the volume's own, with what was being done."""
+    """Turn OSError into VolumeFull (no space, quota exceeded) or VolumeError (any other cause).
+
+    `action` begins the message: what the volume was doing.
+    """
     try:
         yield
     except OSError as error:
@@ -44,65 +47,117 @@ def map_os_errors(action: str) -> Iterator[None]:
         raise kind(f"{action}: {error.strerror or error}") from error
 
 
-class Directories:
-    """Open directories of the volume, by their path below its root.
+def sync_directory(path: Path) -> None:
+    """Make the entries of a directory durable. Raises OSError. Blocking: call from a worker thread."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
-    They are opened once without following links, so that a directory replaced by a link leads nowhere; `revalidate`
-    notices when the volume itself has been replaced or unmounted: `replacements` counts how often it has.
+
+class Directories:
+    """Open directories of the volume, by their path below its root. Descriptors are opened when first needed.
+
+    A directory is opened without following links, so a directory that is replaced by a link leads nowhere.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._open: dict[str, int] = {}
-        self._retired: list[tuple[float, int]] = []
+        self._retired: list[tuple[float, int]] = []  # when it was forgotten, descriptor
         self._was_whole = False
-        self.replacements = 0
+        self.replacements = 0  # how often `revalidate` found other directories than before
         self._revalidating = threading.Lock()
 
     def create(self) -> None:
-        """Make all directories; VolumeError if the volume cannot be written."""
+        """Make the root and the directories in it. Raises VolumeError if the volume cannot be written.
+
+        Shards are made when first written to: see `create_shard`.
+        """
         with map_os_errors(f"prepare the volume {self._root}"):
             self._root.mkdir(parents=True, exist_ok=True)
             for name in TOP_DIRECTORIES:
                 (self._root / name).mkdir(mode=DIRECTORY_MODE, exist_ok=True)
-            for name in (OBJECTS, RECORDS):
-                for number in SHARDS:
-                    (self._root / name / number).mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+
+    def root(self) -> int:
+        """Descriptor of the volume's root. It stays owned by this instance."""
+        known = self._open.get("")
+        if known is None:
+            known = self._keep("", os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+        return known
 
     def descriptor(self, path: str) -> int:
-        """Descriptor of a directory such as `objects/3f`; stays ours. OSError if it is missing or a link."""
+        """Descriptor of a directory such as `objects/3f`. It stays owned by this instance.
+
+        Raises OSError if the directory is a link, or missing: FileNotFoundError for a shard means that nothing was ever
+        stored in it.
+        """
         known = self._open.get(path)
         if known is not None:
             return known
         parent, _, name = path.rpartition("/")
         above = self.descriptor(parent) if parent else self.root()
-        opened = self._open[path] = os.open(name, _DIRECTORY, dir_fd=above)
-        return opened
+        return self._keep(path, os.open(name, _DIRECTORY, dir_fd=above))
+
+    def existing(self, path: str) -> int | None:
+        """As `descriptor`, but None for a shard that was never made.
+
+        In a removed or unmounted directory every shard is missing. That must not read as "no objects", so it raises.
+        """
+        try:
+            return self.descriptor(path)
+        except FileNotFoundError:
+            parent = path.rpartition("/")[0]
+            if not parent or os.fstat(self.descriptor(parent)).st_nlink == 0:
+                raise
+            return None
+
+    def create_shard(self, path: str) -> int:
+        """Descriptor of a shard such as `objects/3f`, which is made if it is missing. Raises OSError.
+
+        The new directory entry is synced, because objects in the shard have to outlive a power cut.
+        """
+        try:
+            return self.descriptor(path)
+        except FileNotFoundError:
+            parent, _, name = path.rpartition("/")
+            above = self.descriptor(parent)
+        # Race: 1. we find no shard; 2. another process makes it; 3. we make it. Then both sync, and both use it.
+        with suppress(FileExistsError):
+            os.mkdir(name, DIRECTORY_MODE, dir_fd=above)
+        os.fsync(above)
+        return self.descriptor(path)
+
+    def _keep(self, path: str, opened: int) -> int:
+        """Remember a descriptor. Of two threads that opened one directory at once, the second closes its own."""
+        kept = self._open.setdefault(path, opened)
+        if kept != opened:
+            os.close(opened)
+        return kept
 
     @contextmanager
     def entries(self, path: str) -> Iterator[Iterator[os.DirEntry[str]]]:
-        """Scan a directory such as `objects/3f`, independent of every other scan. OSError if it cannot be read.
+        """Scan a directory such as `objects/3f`. A shard that was never made is empty. Raises OSError.
 
-        The scan has a descriptor of its own: duplicates of one descriptor (os.scandir and os.listdir of a descriptor
-        make one) share the directory's read position, so two scans at once would each see a part of the names.
+        Each scan has its own descriptor. Duplicates of one descriptor (`os.scandir` of a descriptor makes one) share
+        the read position of the directory, so two scans at once would each see a part of the names.
         """
-        own = os.open(".", _DIRECTORY, dir_fd=self.descriptor(path))
+        directory = self.existing(path)
+        if directory is None:
+            yield iter(())
+            return
+        own = os.open(".", _DIRECTORY, dir_fd=directory)
         try:
             with os.scandir(own) as entries:
                 yield entries
         finally:
             os.close(own)
 
-    def root(self) -> int:
-        known = self._open.get("")
-        if known is None:
-            known = self._open[""] = os.open(self._root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        return known
-
     def revalidate(self) -> bool:
-        """Forget descriptors of directories that are no longer what their path leads to; False: no volume there.
+        """Forget descriptors of directories that are no longer what their path leads to. False: there is no volume.
 
-        Forgotten ones are closed a while later only: another thread may be about to use one.
+        Forgotten descriptors are closed after _RETIRED_TTL, because another thread may be about to use one.
         """
         with self._revalidating:
             self._close_retired(time.monotonic() - _RETIRED_TTL)
@@ -116,8 +171,11 @@ class Directories:
             return True
 
     def _is_stale(self) -> bool:
-        """OSError if there is no volume: no root, or none of the directories in it that were there before (the bare
-        mount point of a volume that has gone)."""
+        """Whether a path leads to another directory than the open descriptor.
+
+        Raises OSError if there is no volume: no root, or a root without the directories that were in it before (the
+        bare mount point of a volume that was unmounted).
+        """
         stale = not _is_same(self._root.stat(), os.fstat(self.root()))
         for name in TOP_DIRECTORIES:
             try:
@@ -129,7 +187,7 @@ class Directories:
             kept = self._open.get(name)
             stale = stale or (kept is not None and not _is_same(below, os.fstat(kept)))
         self._was_whole = True
-        # A copy: other threads open directories meanwhile
+        # Of a copy, because other threads open directories at the same time
         return stale or any(os.fstat(descriptor).st_nlink == 0 for descriptor in list(self._open.values()))
 
     def _retire(self) -> None:
@@ -148,13 +206,9 @@ class Directories:
         self._retired = kept
 
     def close(self) -> None:
-        """Close all; they open again when needed."""
+        """Close all descriptors. They open again when needed."""
         self._retire()
         self._close_retired(math.inf)
-
-    def sync(self, path: str) -> None:
-        """Make the directory's own entries durable."""
-        os.fsync(self.descriptor(path))
 
 
 def _is_same(one: os.stat_result, other: os.stat_result) -> bool:

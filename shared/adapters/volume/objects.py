@@ -1,13 +1,15 @@
-"""Complete objects, opened for sending."""
+"""Complete objects: opened for sending, and removed without truncating a response that sends them."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import os
+import re
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
 from distributor_node.shared.adapters.volume.layout import (
     OBJECTS,
@@ -21,7 +23,7 @@ from distributor_node.shared.adapters.volume.records import unlink_if_exists
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 FileIdentity = tuple[int, int, int, int]
-"""Device, inode, size, time of the last change of content: another file under the same name differs in one of them."""
+"""Device, inode, size, modification time: another file under the same name differs in one of them."""
 
 
 def identity_of(seen: os.stat_result) -> FileIdentity:
@@ -30,75 +32,84 @@ def identity_of(seen: os.stat_result) -> FileIdentity:
 
 @dataclass(slots=True)
 class OpenObject:
-    """An open complete object and its record. `close` it; `lock_shared` it when sending takes longer than a moment.
-
-    One open object may serve several sends at once: holds are counted, the shared lock is on while there is one.
-    """
+    """An open complete object and its record. Close it after use."""
 
     record: StoredRecord
     descriptor: int
-    _lock_count: int = field(default=0)
 
     def lock_shared(self) -> bool:
-        """Keep the object from being removed until `unlock`. False: it is being removed at this moment.
+        """Keep the object from being removed until `close`. False: it is being removed at this moment.
 
-        On a file system without locks True: there nothing can be locked for removal either.
+        Needed when sending takes longer than a moment. Returns True on a file system without locks: there no process
+        can lock the object for removal either.
         """
-        if self._lock_count == 0:
-            try:
-                fcntl.flock(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            except OSError:
-                self._lock_count += 1
-                return True
-            if os.fstat(self.descriptor).st_nlink == 0:
-                fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-                return False
-        self._lock_count += 1
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        if os.fstat(self.descriptor).st_nlink == 0:
+            fcntl.flock(self.descriptor, fcntl.LOCK_UN)
+            return False
         return True
 
-    def unlock(self) -> None:
-        self._lock_count -= 1
-        if self._lock_count == 0:
-            with suppress(OSError):
-                fcntl.flock(self.descriptor, fcntl.LOCK_UN)
-
     def identity(self) -> FileIdentity:
-        """Of the file that is open, whatever lies under its name now."""
+        """The identity of the open file, whichever file has its name now."""
         return identity_of(os.fstat(self.descriptor))
 
     def read(self, offset: int, length: int) -> bytes:
-        """Up to `length` bytes; fewer only at the end of the file. OSError if the disk fails."""
+        """Up to `length` bytes; fewer only at the end of the file. Raises OSError if the disk fails."""
         return os.pread(self.descriptor, length, offset)
 
     def close(self) -> None:
-        """Close the descriptor, and with it every hold."""
+        """Close the descriptor, which releases the lock."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1
 
 
-# Removing complete objects without pulling them from under anybody who sends them.
+# Telling whether an object is being sent.
+
+_KERNEL_LOCKS = Path("/proc/locks")
+_SHARED_FLOCK = re.compile(r"FLOCK\s+\S+\s+READ\s+-?\d+\s+([0-9a-f]+):([0-9a-f]+):(\d+)\s")
+
+
+def has_shared_lock(seen: os.stat_result) -> bool:
+    """Whether a process holds a shared lock on this file, as senders do. OSError if the kernel does not tell.
+
+    It reads the kernel's table: to try an exclusive lock would make a sender believe that the object is being removed.
+    The table shows the processes of our own PID namespace (container) only.
+    """
+    device = (os.major(seen.st_dev), os.minor(seen.st_dev))
+    with _KERNEL_LOCKS.open(encoding="ascii") as table:
+        for line in table:
+            found = _SHARED_FLOCK.search(line)
+            if found is None or int(found[3]) != seen.st_ino:
+                continue
+            # stat and the table name different devices for a btrfs subvolume; those of stat have major number 0
+            if device[0] == 0 or device == (int(found[1], 16), int(found[2], 16)):
+                return True
+    return False
 
 
 class RemovalState(StrEnum):
-    """READY: locked, nobody sends it. IN_USE: somebody does. ABSENT: no file there."""
+    """What `Removal.begin` found."""
 
-    READY = "ready"
-    IN_USE = "in_use"
-    ABSENT = "absent"
+    READY = "ready"  # locked: no process sends it
+    IN_USE = "in_use"  # a process sends it
+    ABSENT = "absent"  # there is no such file
 
 
 class Removal:
-    """The intent to remove one object: `begin` takes the lock, then `unlink`, then `close` (or only `close`).
+    """The removal of one object: `begin` takes the lock, then `unlink`, then `close` (or only `close`).
 
-    The lock is held from before the state store is told until after the file is gone: a process that is stopped in
-    between keeps others from storing a new file under the name, which it would remove when it goes on.
+    The lock is held from before the state store is told until after the file is gone. Otherwise a removal that is
+    suspended in between could continue later and remove a new file that was stored under the same name.
     """
 
     def __init__(self, directories: Directories, object_id: ObjectId, *, truncates: bool) -> None:
-        """`truncates`: whether a file that is unlinked is cut to nothing, too."""
+        """`truncates`: whether `unlink` also empties the file."""
         self._truncates = truncates
         self._directories = directories
         self._object_id = object_id
@@ -106,7 +117,7 @@ class Removal:
         self._place = ""
 
     def begin(self) -> RemovalState:
-        """Look in `leaving/` first (an earlier removal found it in use), then in `objects/`."""
+        """Lock the file in `leaving/` (an earlier removal found it in use) or else in `objects/`."""
         with map_os_errors(f"lock {self._object_id} for removal"):
             for place in (TRASH, f"{OBJECTS}/{shard(self._object_id)}"):
                 state = self._lock(place)
@@ -119,7 +130,7 @@ class Removal:
         try:
             descriptor = os.open(self._object_id, flags, dir_fd=self._directories.descriptor(place))
         except OSError as error:
-            # A link is none of ours, and leads nowhere: the next object of this name takes its place
+            # A link was not made by us and is not followed. The next object of this name replaces it.
             if error.errno in (errno.ENOENT, errno.ELOOP):
                 return RemovalState.ABSENT
             raise
@@ -139,31 +150,38 @@ class Removal:
         return RemovalState.READY
 
     def unlink(self) -> None:
-        """Remove the locked file and its record; the bytes are free when this returns. Where it does not empty the file
-        they are once nobody has it open, and readers without a lock finish undisturbed."""
+        """Remove the locked file and its record. Raises VolumeError.
+
+        The bytes are free when this returns. Without `truncates` they are free once no process has the file open, and
+        readers that hold no lock finish undisturbed.
+        """
         with map_os_errors(f"remove {self._object_id}"):
             unlink_if_exists(self._object_id, self._directories.descriptor(self._place))
             if self._place != TRASH:
-                number = shard(self._object_id)
-                unlink_if_exists(self._object_id, self._directories.descriptor(f"{RECORDS}/{number}"))
-            # Whoever sends it would hold a lock. An open file that nobody sends must not keep the bytes
+                self._unlink_record()
+            # A sender would hold a lock. A descriptor that is open without one must not keep the bytes on the disk.
             if self._truncates and os.fstat(self._descriptor).st_nlink == 0:
                 os.ftruncate(self._descriptor, 0)
 
     def rename_to_trash(self) -> None:
-        """Take an object that is being sent out of sight: new requests miss it, its bytes still count.
+        """Hide an object that is being sent: new requests miss it, and its bytes still count as used.
 
-        Call again `begin` and `unlink` later, until nobody sends it any more.
+        Call `begin` and `unlink` again later, until no process sends it. Raises VolumeError.
         """
-        number = shard(self._object_id)
-        with map_os_errors(f"set {self._object_id} aside"):
+        with map_os_errors(f"move {self._object_id} to {TRASH}/"):
             os.rename(
                 self._object_id,
                 self._object_id,
-                src_dir_fd=self._directories.descriptor(f"{OBJECTS}/{number}"),
+                src_dir_fd=self._directories.descriptor(f"{OBJECTS}/{shard(self._object_id)}"),
                 dst_dir_fd=self._directories.descriptor(TRASH),
             )
-            unlink_if_exists(self._object_id, self._directories.descriptor(f"{RECORDS}/{number}"))
+            self._unlink_record()
+
+    def _unlink_record(self) -> None:
+        with suppress(FileNotFoundError):  # neither the record nor its shard has to exist
+            os.unlink(
+                self._object_id, dir_fd=self._directories.descriptor(f"{RECORDS}/{shard(self._object_id)}")
+            )
 
     def close(self) -> None:
         if self._descriptor >= 0:

@@ -1,4 +1,4 @@
-"""The copy of the operator's orders on the volume: what an emptied state store, or one in memory, begins with again."""
+"""The copy of the operator state on the volume, which an emptied or in-memory state store starts again from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import structlog
 
-from distributor_node.shared.adapters.volume.records import read_root_file, write_root_file
+from distributor_node.shared.adapters.volume.layout import map_os_errors, sync_directory
+from distributor_node.shared.adapters.volume.records import MAX_ROOT_FILE_BYTES, atomic_write, read_capped
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.operator_state import (
     OperatorStateSnapshot,
@@ -20,8 +21,12 @@ logger = structlog.get_logger()
 
 
 def read_operator_state(root: Path) -> OperatorStateSnapshot | None:
-    """Blocks. None: there is no copy, or none that can be read (which is logged). VolumeError: disk trouble."""
-    text = read_root_file(root, NAME)
+    """The copy, or None if there is none or it is invalid (which is logged).
+
+    Raises VolumeError if the disk fails. Blocking: call from a worker thread.
+    """
+    with map_os_errors(f"read {NAME}"):
+        text = read_capped(root / NAME, limit=MAX_ROOT_FILE_BYTES)
     try:
         return None if text is None else decode_snapshot(text)
     except InvalidInput as error:
@@ -30,5 +35,7 @@ def read_operator_state(root: Path) -> OperatorStateSnapshot | None:
 
 
 def write_operator_state(root: Path, snapshot: OperatorStateSnapshot) -> None:
-    """Blocks; in one step. VolumeError if that fails."""
-    write_root_file(root, NAME, encode_snapshot(snapshot))
+    """Replace the copy in one step. Raises VolumeError. Blocking: call from a worker thread."""
+    with map_os_errors(f"write {NAME}"):
+        atomic_write(root / NAME, encode_snapshot(snapshot).encode())
+        sync_directory(root)

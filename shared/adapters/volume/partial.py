@@ -1,4 +1,4 @@
-"""Partial downloads: one writer, many followers, in any number of processes."""
+"""Partial downloads: one writer and many followers of each, in any number of processes."""
 
 from __future__ import annotations
 
@@ -32,13 +32,14 @@ _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class PartialHeld(VolumeError):
-    """Another process, stopped or slow but alive, still has the partial file open for writing."""
+    """Another writer still has the partial file open. Its process is alive, perhaps suspended or slow."""
 
 
 class PartialFile:
-    """The partial file of one object, open for writing; the exclusive lock on it is ours.
+    """The partial file of one object, open for writing and exclusively locked.
 
-    Made by Volume.open_partial_for_writing."""
+    Made by Volume.open_partial_for_writing. Every method raises VolumeError if the disk fails.
+    """
 
     def __init__(self, directories: Directories, record: StoredRecord) -> None:
         self._directories = directories
@@ -50,19 +51,21 @@ class PartialFile:
         self._sidecar_stale = False
 
     def open(self, *, write_sidecar: bool) -> None:
-        """Create or take over the file; if `write_sidecar`, note what it will be.
+        """Create the file or take over an abandoned one, and write its sidecar if `write_sidecar`.
 
-        PartialHeld if another writer is alive."""
+        Raises PartialHeld if another writer has the file open.
+        """
         with map_os_errors(f"open the partial file of {self.record.object_id}"):
-            # Our own: the volume may be replaced, and its directories forgotten, before the end of a long download
+            # A descriptor of our own: Directories closes its descriptors when the volume is replaced, which may happen
+            # before the end of a long download.
             self._incoming = os.dup(self._directories.descriptor(INCOMING))
             try:
                 self._descriptor = self._open_locked(os.O_CREAT)
                 if not write_sidecar:
                     return
-                # Before the first byte: whoever finds the partial file must be able to tell how large it may grow.
-                # Not synced, since a client waits: after a power cut a sidecar that is gone or torn is none, and what
-                # lies there is then not resumed.
+                # Before the first byte, so that a process that finds the partial file knows how large it may grow.
+                # Not synced, because a client waits. If a power cut tears or loses the sidecar, the partial file is
+                # not resumed.
                 atomic_write(self._sidecar_name, encode_record(self.record), self._incoming, durable=False)
             except BaseException:
                 self.close()
@@ -84,7 +87,7 @@ class PartialFile:
             except BaseException:
                 os.close(descriptor)
                 raise
-            os.close(descriptor)  # replaced between opening and locking: take the new one
+            os.close(descriptor)  # the file was replaced between opening and locking: open the new one
 
     @property
     def size(self) -> int:
@@ -92,25 +95,25 @@ class PartialFile:
         return os.fstat(self._descriptor).st_size
 
     def check_free_space(self) -> None:
-        """VolumeFull if the device has no room for the rest: found out now, it tears no answer that has begun."""
-        with map_os_errors(f"ask for room for {self.record.object_id}"):
+        """Raise VolumeFull if the device has no room for the rest, before any response has begun."""
+        with map_os_errors(f"read the free space for {self.record.object_id}"):
             device = os.fstatvfs(self._descriptor)
         missing = self.record.size - self.size - device.f_bavail * device.f_frsize
         if missing > 0:
-            raise VolumeFull(f"{missing} bytes too few are free for {self.record.object_id}")
+            raise VolumeFull(f"no space for {self.record.object_id}: {missing} more free bytes needed")
 
     def read(self, offset: int, length: int) -> bytes:
         with map_os_errors(f"read the partial file of {self.record.object_id}"):
             return os.pread(self._descriptor, length, offset)
 
     def set_media_type(self, media_type: str) -> None:
-        """What the source says that the object is; noted with the next write, before its bytes."""
+        """Record the media type that the source reports. The next write updates the sidecar before its bytes."""
         if media_type != self.record.media_type:
             self.record = replace(self.record, media_type=media_type)
             self._sidecar_stale = True
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """All of `data` at `offset`; VolumeFull if the device is full."""
+        """Write all of `data` at `offset`. Raises VolumeFull if the device is full."""
         with map_os_errors(f"write the partial file of {self.record.object_id}"):
             if self._sidecar_stale:
                 overwrite(self._sidecar_name, encode_record(self.record), self._incoming)
@@ -122,49 +125,55 @@ class PartialFile:
                 view = view[written:]
 
     def restart(self) -> None:
-        """Begin again with an empty file that is another file: followers of the old one see that it is gone.
+        """Start again with a new, empty file. Followers of the old file see that it was unlinked.
 
-        The old one is emptied, so that its bytes are free although followers may have it open.
+        The old file is truncated, so that its bytes are free although followers may have it open.
         """
-        with map_os_errors(f"start the partial file of {self.record.object_id} over"):
+        with map_os_errors(f"restart the partial file of {self.record.object_id}"):
             unlink_if_exists(self._name, self._incoming)
             os.ftruncate(self._descriptor, 0)
             old, self._descriptor = self._descriptor, self._open_locked(os.O_CREAT | os.O_EXCL)
             os.close(old)
 
     def mark_verified(self) -> None:
-        """Let followers send the last bytes: the hash (or size) has passed.
+        """Let followers send the last bytes: the hash (or the size) is correct.
 
-        Nothing is written any more, so the exclusive lock becomes a shared one, which keeps other writers and removals
-        off all the same, and which followers can share from now on: once this writer lets go, theirs is there.
+        The exclusive lock becomes a shared one, because nothing is written any more. It still keeps other writers and
+        removals away. Followers can take a shared lock from now on, so theirs is in place when this one is released.
         """
-        with map_os_errors(f"mark the partial file of {self.record.object_id}"):
+        with map_os_errors(f"mark the partial file of {self.record.object_id} as verified"):
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:  # the kernel lets go of the one before it takes the other
-                raise PartialHeld(f"another took the partial file of {self.record.object_id}") from None
+            except BlockingIOError:  # the kernel releases the old lock before it takes the new one
+                raise PartialHeld(
+                    f"the partial file of {self.record.object_id} was locked by another writer"
+                ) from None
             os.fchmod(self._descriptor, _VERIFIED_MODE)
 
     def publish(self, record: StoredRecord) -> None:
-        """Make it a complete object: sync, write its record, one rename, sync the directories. Blocks for the disk."""
+        """Make it a complete object: sync it, write its record, rename it, sync the directories.
+
+        Blocking: it waits for the disk several times.
+        """
         object_id, number = record.object_id, shard(record.object_id)
         with map_os_errors(f"publish {object_id}"):
             os.fsync(self._descriptor)
-            atomic_write(
-                object_id, encode_record(record), self._directories.descriptor(f"{RECORDS}/{number}")
-            )
-            self._directories.sync(f"{RECORDS}/{number}")
-            objects = self._directories.descriptor(f"{OBJECTS}/{number}")
+            records = self._directories.create_shard(f"{RECORDS}/{number}")
+            atomic_write(object_id, encode_record(record), records)
+            os.fsync(records)
+            objects = self._directories.create_shard(f"{OBJECTS}/{number}")
             os.rename(self._name, object_id, src_dir_fd=self._incoming, dst_dir_fd=objects)
-            # It is an object now, and senders may hold it while the disk is waited for; removers still may not.
+            # It is an object now. Senders may lock it while we wait for the disk; removals still may not.
             with suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            self._directories.sync(f"{OBJECTS}/{number}")
+            os.fsync(objects)
             unlink_if_exists(self._sidecar_name, self._incoming)
 
     def discard(self) -> None:
-        """Remove the partial file and close it; its bytes are free when this returns. Closed, its lock given back, also
-        when it cannot be removed."""
+        """Remove the partial file and close it. Its bytes are free when this returns.
+
+        If it cannot be removed, it is closed and unlocked all the same.
+        """
         try:
             with map_os_errors(f"discard the partial file of {self.record.object_id}"):
                 unlink_if_exists(self._name, self._incoming)
@@ -174,7 +183,7 @@ class PartialFile:
             self.close()
 
     def close(self) -> None:
-        """Close it and give the lock back; what is on disk stays."""
+        """Close the file, which releases the lock. The file stays on the disk."""
         for descriptor in (self._descriptor, self._incoming):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -192,15 +201,15 @@ def _same_file(descriptor: int, name: str, directory: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class PartialState:
-    """`size`: bytes that can be read; `verified`: all of it is right; `unlinked`: it was discarded or started over."""
+    """What a follower sees of a partial file."""
 
-    size: int
-    verified: bool
-    unlinked: bool
+    size: int  # bytes that can be read
+    verified: bool  # the whole file is there and correct
+    unlinked: bool  # it was discarded or restarted
 
 
 class PartialReader:
-    """A partial file opened by a follower. It stays readable when the object becomes complete (same file)."""
+    """A partial file opened by a follower. It stays readable when the object becomes complete, being the same file."""
 
     def __init__(self, object_id: ObjectId, descriptor: int) -> None:
         self.object_id = object_id
@@ -209,7 +218,7 @@ class PartialReader:
 
     @property
     def descriptor(self) -> int:
-        """For reading only; stays ours."""
+        """For reading only. It stays owned by this instance."""
         return self._descriptor
 
     def state(self) -> PartialState:
@@ -223,8 +232,7 @@ class PartialReader:
         return os.pread(self._descriptor, length, offset)
 
     def lock_shared(self) -> bool:
-        """Once verified: keep the object from being removed. True: it is kept. Before that the writer's lock is in the
-        way."""
+        """Keep the object from being removed until `close`. False before verification, while the writer excludes it."""
         if not self._locked:
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Records of objects on the volume: small JSON files that are written whole or not at all."""
+"""Records of objects on the volume, and small files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from distributor_node.shared.adapters.volume.layout import map_os_errors
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import RECORD_BYTES
@@ -17,7 +16,7 @@ _NEW_SUFFIX = ",new"  # a comma is in no object id
 
 
 def encode_record(record: StoredRecord) -> bytes:
-    """UTF-8 JSON of at most RECORD_BYTES; InvalidInput if it would be longer."""
+    """UTF-8 JSON of at most RECORD_BYTES. Raises InvalidInput if it would be longer."""
     body = json.dumps(
         {
             "version": RECORD_VERSION,
@@ -31,23 +30,25 @@ def encode_record(record: StoredRecord) -> bytes:
         separators=(",", ":"),
     ).encode()
     if len(body) > RECORD_BYTES:
-        raise InvalidInput(f"record of {record.object_id} is longer than {RECORD_BYTES} bytes")
+        raise InvalidInput(
+            f"record of {record.object_id}: expected at most {RECORD_BYTES} bytes, got {len(body)}"
+        )
     return body
 
 
 def decode_record(body: bytes) -> StoredRecord:
-    """InvalidInput for anything that `encode_record` could not have made."""
+    """Raises InvalidInput for anything that `encode_record` could not have written."""
     try:
         fields: Any = json.loads(body)
         if not isinstance(fields, dict) or fields.get("version") != RECORD_VERSION:
-            raise InvalidInput("not a record of this version")
+            raise InvalidInput(f"record: expected a JSON object with version {RECORD_VERSION}")
         size, stored_at = fields["size"], fields["stored_at"]
         media_type = fields["media_type"]
         texts = (fields["object_id"], fields["etag"], "" if media_type is None else media_type)
         if not (type(size) is int and size >= 0 and type(stored_at) is int):
-            raise InvalidInput("record with numbers of the wrong type")
+            raise InvalidInput(f"record: expected integers size, stored_at, got {size!r}, {stored_at!r}")
         if not all(isinstance(text, str) and text.isprintable() for text in texts):
-            raise InvalidInput("record with texts of the wrong type")
+            raise InvalidInput("record: expected printable strings object_id, etag, media_type")
         return StoredRecord(
             object_id=ObjectId.parse(fields["object_id"]),
             size=size,
@@ -57,29 +58,45 @@ def decode_record(body: bytes) -> StoredRecord:
             stored_at=stored_at,
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InvalidInput(f"unreadable record: {type(error).__name__}") from error
+        raise InvalidInput(f"record: unreadable: {type(error).__name__}") from error
 
 
-def read_capped(name: str, directory: int) -> bytes | None:
-    """At most RECORD_BYTES of a regular file; None if there is none. OSError otherwise (a link, for one)."""
+MAX_ROOT_FILE_BYTES = 16 * 1024 * 1024
+"""Read limit for the small files in the volume's root."""
+
+# Small files. `directory` is the descriptor of the directory that holds the file; None if `name` is a whole path.
+
+
+def read_capped(
+    name: str | Path, directory: int | None = None, *, limit: int = RECORD_BYTES + 1
+) -> bytes | None:
+    """Up to `limit` bytes of a regular file, or None if there is no such file.
+
+    Raises OSError for anything else, a link for example.
+    """
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     except FileNotFoundError:
         return None
     try:
-        return os.pread(descriptor, RECORD_BYTES + 1, 0)
+        return os.pread(descriptor, limit, 0)
     finally:
         os.close(descriptor)
 
 
-def atomic_write(name: str, body: bytes, directory: int, *, mode: int = 0o644, durable: bool = True) -> None:
-    """Replace a file in one step: written beside it, synced if it has to outlive a power cut, then renamed."""
-    new = name + _NEW_SUFFIX
+def atomic_write(
+    name: str | Path, body: bytes, directory: int | None = None, *, mode: int = 0o644, durable: bool = True
+) -> None:
+    """Replace a file in one step: write a new file beside it, sync that if `durable`, rename it. Raises OSError.
+
+    The directory is not synced: the caller does that if the new content has to outlive a power cut.
+    """
+    new = f"{name}{_NEW_SUFFIX}"
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(new, flags, mode, dir_fd=directory)
     try:
         left = memoryview(body)
-        while left:  # a device that is nearly full takes a part and says so, before it refuses the rest
+        while left:  # a device that is nearly full writes a part first, and refuses the rest
             left = left[os.write(descriptor, left) :]
         if durable:
             os.fsync(descriptor)
@@ -89,8 +106,10 @@ def atomic_write(name: str, body: bytes, directory: int, *, mode: int = 0o644, d
 
 
 def overwrite(name: str, body: bytes, directory: int) -> None:
-    """Replace the content of a file where it lies, which costs a tenth of a replacement in one step. Whoever reads
-    meanwhile may see a part of it: only for what is of no use torn, and read again then."""
+    """Replace the content of a file in place, at a tenth of the cost of `atomic_write`. Raises OSError.
+
+    A reader may see a part of the new content. Use it only where readers detect that and read again.
+    """
     descriptor = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
     try:
         os.pwrite(descriptor, body, 0)
@@ -100,41 +119,8 @@ def overwrite(name: str, body: bytes, directory: int) -> None:
 
 
 def unlink_if_exists(name: str, directory: int) -> None:
-    """Unlink; a file that is gone already is fine."""
+    """Remove a file. A missing file is not an error."""
     try:
         os.unlink(name, dir_fd=directory)
     except FileNotFoundError:
         return
-
-
-# Small files at the volume's root that are replaced as a whole: what must outlive an emptied state store.
-
-_MAX_BYTES = 16 * 1024 * 1024
-
-
-def read_root_file(root: Path, name: str) -> bytes | None:
-    """Blocks. None: there is none. VolumeError: disk trouble."""
-    with map_os_errors(f"read {name}"):
-        try:
-            descriptor = os.open(root / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        with os.fdopen(descriptor, "rb") as file:
-            return file.read(_MAX_BYTES)
-
-
-def write_root_file(root: Path, name: str, text: str) -> None:
-    """Blocks. In one step: written and synced beside the old one, then renamed. VolumeError if that fails."""
-    draft = root / f"{name},new"
-    with map_os_errors(f"write {name}"):
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(draft, flags, 0o644), "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(root / name)
-        directory = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)

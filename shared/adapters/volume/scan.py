@@ -1,4 +1,4 @@
-"""What lies on the volume: for reconciliation, and for measuring."""
+"""Scans of the volume, for reconciliation and repair."""
 
 from __future__ import annotations
 
@@ -24,32 +24,35 @@ from distributor_node.shared.domain.objects import ObjectId
 
 @dataclass(frozen=True, slots=True)
 class FoundObject:
-    """A file under `objects/` (or `leaving/`): its id, bytes, and time of its last change (POSIX seconds)."""
+    """A file under `objects/` or `leaving/`."""
 
     object_id: ObjectId
-    size: int
-    changed_at: float
-    in_trash: bool = False
+    size: int  # bytes
+    changed_at: float  # POSIX seconds
+    in_trash: bool = False  # under `leaving/`
 
 
 @dataclass(frozen=True, slots=True)
 class FoundPartial:
-    """A partial file and how long ago (POSIX seconds) it grew."""
+    """A partial file."""
 
     object_id: ObjectId
-    size: int
-    changed_at: float
+    size: int  # bytes
+    changed_at: float  # POSIX seconds: when it last grew
 
 
 @dataclass(frozen=True, slots=True)
 class UnknownFile:
-    """Something that no service of the node put there: a link, a directory, a name that is no object's."""
+    """A file that no service of the node made: a link, a directory, a name that is not an object's."""
 
     path: str
 
 
+# Every scan raises OSError if the volume cannot be read. Files that vanish during a scan are skipped.
+
+
 def scan_objects(directories: Directories) -> Iterator[FoundObject | UnknownFile]:
-    """All complete objects, and those in `leaving/`. OSError if the volume cannot be read."""
+    """All complete objects, and those in `leaving/`."""
     for place in (TRASH, *(f"{OBJECTS}/{number}" for number in SHARDS)):
         for name, seen in _files(directories, place):
             object_id = _object_id(name)
@@ -72,12 +75,16 @@ def scan_partials(directories: Directories) -> Iterator[FoundPartial | UnknownFi
 
 
 def scan_orphan_records(directories: Directories, older_than: float) -> Iterator[tuple[str, str]]:
-    """(directory, name) of records last changed before `older_than` (POSIX seconds) whose object or partial file is
-    not there; unfinished writes of records too."""
+    """(directory, name) of records whose object or partial file is missing, and of unfinished writes of records.
+
+    Only records that last changed before `older_than` (POSIX seconds).
+    """
     for number in SHARDS:
-        objects = directories.descriptor(f"{OBJECTS}/{number}")
         for name, seen in _files(directories, f"{RECORDS}/{number}"):
-            if seen is not None and seen.st_mtime < older_than and not _exists(name, objects):
+            if seen is None or seen.st_mtime >= older_than:
+                continue
+            # Looked up for each record: another process may make the shard while this one is scanned
+            if not _exists(name, directories.existing(f"{OBJECTS}/{number}")):
                 yield f"{RECORDS}/{number}", name
     incoming = directories.descriptor(INCOMING)
     for name, seen in _files(directories, INCOMING):
@@ -89,8 +96,11 @@ def scan_orphan_records(directories: Directories, older_than: float) -> Iterator
 
 
 def scan_unrecorded(directories: Directories) -> Iterator[FoundObject]:
-    """Complete objects without a record file. A record is written before its object appears, so none is missed that
-    is being stored at this moment."""
+    """Complete objects without a record file.
+
+    The objects are listed before the records. A record is written before its object appears, so an object that is
+    stored during the scan is never listed without its record.
+    """
     for number in SHARDS:
         objects = list(_files(directories, f"{OBJECTS}/{number}"))
         with directories.entries(f"{RECORDS}/{number}") as entries:
@@ -101,20 +111,8 @@ def scan_unrecorded(directories: Directories) -> Iterator[FoundObject]:
                 yield FoundObject(object_id, seen.st_size, seen.st_mtime)
 
 
-def measure(directories: Directories) -> int:
-    """Bytes of everything on the volume, as file sizes."""
-    total = 0
-    for place in (
-        INCOMING,
-        TRASH,
-        *(f"{kind}/{number}" for kind in (OBJECTS, RECORDS) for number in SHARDS),
-    ):
-        total += sum(seen.st_size for _, seen in _files(directories, place) if seen is not None)
-    return total
-
-
 def _files(directories: Directories, place: str) -> Iterator[tuple[str, os.stat_result | None]]:
-    """Names and, for regular files, their state; files that vanish meanwhile are passed over."""
+    """Name of each entry, with its state if it is a regular file."""
     with directories.entries(place) as entries:
         for entry in entries:
             try:
@@ -131,7 +129,10 @@ def _object_id(name: str) -> ObjectId | None:
         return None
 
 
-def _exists(name: str, directory: int) -> bool:
+def _exists(name: str, directory: int | None) -> bool:
+    """`directory`: None if the directory does not exist."""
+    if directory is None:
+        return False
     try:
         os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The door of the volume."""
+"""`Volume`: every operation of the services on the shared directory."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ from distributor_node.shared.adapters.volume.layout import (
     OBJECTS,
     PART_SUFFIX,
     RECORDS,
+    TRASH,
     Directories,
     map_os_errors,
     shard,
 )
-from distributor_node.shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, identity_of
+from distributor_node.shared.adapters.volume.objects import (
+    FileIdentity,
+    OpenObject,
+    Removal,
+    has_shared_lock,
+    identity_of,
+)
 from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader
 from distributor_node.shared.adapters.volume.records import (
     atomic_write,
@@ -34,20 +41,21 @@ from distributor_node.shared.adapters.volume.records import (
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
-_OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NOATIME
-_STANDALONE_LOCK = ".standalone"
 _OPEN_NOT_OWNED = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN = _OPEN_NOT_OWNED | os.O_NOATIME
+_STANDALONE_LOCK = ".standalone"
 
 
 class Volume:
-    """The directory that the services share; see the package's text for what lies where.
+    """The directory that the services share. The package docstring describes its layout.
 
-    Safe to use from several threads. `prepare` before writing; reading needs nothing (and works on a read-only mount).
+    Safe to use from several threads. Call `prepare` before writing. Reading needs no preparation and works on a
+    read-only mount. All methods block, and raise VolumeError if the disk fails.
     """
 
     def __init__(self, root: Path, record_cache: int = 100_000, *, accel_redirect: bool = False) -> None:
-        """`record_cache`: records kept in memory; `accel_redirect`: a server in front of ours sends objects, too, and
-        holds no lock on them."""
+        """`record_cache`: number of records kept in memory. `accel_redirect`: a server in front of ours also sends
+        objects, and holds no lock on them."""
         self.root = root
         self._accel_redirect = accel_redirect
         self._directories = Directories(root)
@@ -55,7 +63,7 @@ class Volume:
         self._record_cache = record_cache
 
     def prepare(self) -> None:
-        """Create the directories; VolumeError (with the reason) if the volume cannot be written."""
+        """Create the directories. Raises VolumeError, with the reason, if the volume cannot be written."""
         self._directories.create()
         probe = f".write-probe-{os.getpid()}"
         with map_os_errors(f"write to the volume {self.root}"):
@@ -67,9 +75,10 @@ class Volume:
             os.unlink(probe, dir_fd=self._directories.root())
 
     def lock_standalone(self) -> Callable[[], None]:
-        """Keep other standalone nodes off: their accounts in memory would know nothing of each other's bytes.
+        """Lock the volume against other standalone nodes, which count used bytes in their own memory only.
 
-        Returns what gives it back; it is given back too when the process dies. VolumeError if it is taken.
+        Returns the function that unlocks it. The end of the process unlocks it too. Raises VolumeError if another node
+        holds the lock.
         """
         with map_os_errors(f"lock the volume {self.root}"):
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -83,30 +92,33 @@ class Volume:
 
     @property
     def replacements(self) -> int:
-        """How often `check` has found other directories than before: what was known of the old ones is void."""
+        """How often `check` found other directories than before. A change invalidates all that was cached of them."""
         return self._directories.replacements
 
     def check(self) -> None:
-        """Notice a volume that was replaced or unmounted; VolumeError if there is none. Cheap: before each piece of
-        work, and every few seconds."""
+        """Detect a volume that was replaced or unmounted. Raises VolumeError if there is none.
+
+        Cheap. Call it before each piece of work, and every few seconds.
+        """
         if not self._directories.revalidate():
-            raise VolumeError(f"the volume {self.root} is not there")
+            raise VolumeError(f"the volume {self.root} is missing")
 
     def free_bytes(self) -> int:
-        """Bytes that the device behind the volume still takes, whatever the storage limit says."""
-        with map_os_errors(f"ask for free bytes on {self.root}"):
+        """Bytes that are free on the device behind the volume. The storage limit does not matter here."""
+        with map_os_errors(f"read the free space of {self.root}"):
             device = os.fstatvfs(self._directories.root())
         return device.f_bavail * device.f_frsize
 
     def close(self) -> None:
+        """Close the open directories. They open again when needed."""
         self._directories.close()
 
-    # Reading
+    # Complete objects
 
     def open_object(self, object_id: ObjectId) -> OpenObject | None:
-        """The complete object, or None: not there, or not what its record says (cut short, a link, no record).
+        """The complete object. None if it is missing, or does not match its record (truncated, a link, no record).
 
-        VolumeError if the disk fails. Whoever sees None asks for a fetch, and the worker puts it right.
+        On None the caller requests a fetch, and the fetcher replaces whatever is there.
         """
         directory = f"{OBJECTS}/{shard(object_id)}"
         try:
@@ -144,8 +156,16 @@ class Volume:
             self._records.popitem(last=False)
         return record
 
+    def complete_record(self, object_id: ObjectId) -> StoredRecord | None:
+        """The record of a complete object, or None where `open_object` returns None."""
+        found = self.open_object(object_id)
+        if found is None:
+            return None
+        found.close()
+        return found.record
+
     def identity_of(self, object_id: ObjectId) -> FileIdentity | None:
-        """Which file lies under `objects/` as this object now; None: none, or nobody can tell."""
+        """The identity of the file that has this object's name under `objects/`. None if none is readable."""
         try:
             folder = self._directories.descriptor(f"{OBJECTS}/{shard(object_id)}")
             return identity_of(os.stat(object_id, dir_fd=folder, follow_symlinks=False))
@@ -153,7 +173,7 @@ class Volume:
             return None
 
     def read_record(self, object_id: ObjectId) -> StoredRecord | None:
-        """The record of an object; None if there is none or it cannot be read as one."""
+        """The record of an object, or None if there is none or it is invalid."""
         with map_os_errors(f"read the record of {object_id}"):
             try:
                 body = read_capped(object_id, self._directories.descriptor(f"{RECORDS}/{shard(object_id)}"))
@@ -163,8 +183,39 @@ class Volume:
                 raise
         return _readable(body, object_id)
 
+    def find_object(self, object_id: ObjectId) -> scan.FoundObject | None:
+        """The regular file under `objects/`, or None if there is none. Its record is not read."""
+        with map_os_errors(f"stat {object_id}"):
+            folder = self._directories.existing(f"{OBJECTS}/{shard(object_id)}")
+            if folder is None:
+                return None
+            try:
+                seen = os.stat(object_id, dir_fd=folder, follow_symlinks=False)
+            except FileNotFoundError:
+                return None
+        if not stat.S_ISREG(seen.st_mode):
+            return None
+        return scan.FoundObject(object_id, seen.st_size, seen.st_mtime)
+
+    def open_raw(self, object_id: ObjectId) -> int | None:
+        """A descriptor of the file under `objects/`, for hashing it. Its record is not read. The caller closes it."""
+        with map_os_errors(f"open {object_id}"):
+            try:
+                folder = self._directories.descriptor(f"{OBJECTS}/{shard(object_id)}")
+                return os.open(object_id, _OPEN_NOT_OWNED, dir_fd=folder)
+            except FileNotFoundError:
+                return None
+
+    def write_record(self, record: StoredRecord) -> None:
+        """Write the record of a complete object that has none."""
+        with map_os_errors(f"write the record of {record.object_id}"):
+            folder = self._directories.create_shard(f"{RECORDS}/{shard(record.object_id)}")
+            atomic_write(record.object_id, encode_record(record), folder)
+
+    # Partial files
+
     def open_partial(self, object_id: ObjectId) -> PartialReader | None:
-        """The partial file of an object being fetched, for following; None if there is none."""
+        """The partial file of an object that is being fetched, for following. None if there is none."""
         try:
             incoming = self._directories.descriptor(INCOMING)
             descriptor = os.open(object_id + PART_SUFFIX, _OPEN_NOT_OWNED, dir_fd=incoming)
@@ -174,60 +225,54 @@ class Volume:
             raise VolumeError(f"open the partial file of {object_id}: {error.strerror}") from error
         return PartialReader(object_id, descriptor)
 
-    # Writing
+    def partial_record(self, object_id: ObjectId) -> StoredRecord | None:
+        """The sidecar of a partial file: the record it is going to have. None if there is no valid sidecar."""
+        with map_os_errors(f"read the sidecar of {object_id}"):
+            name = object_id + INCOMING_RECORD_SUFFIX
+            body = read_capped(name, self._directories.descriptor(INCOMING))
+        return _readable(body, object_id)
 
     def open_partial_for_writing(self, expected: StoredRecord, *, write_sidecar: bool = True) -> PartialFile:
-        """Open (create, or take over) the partial file of an object. PartialHeld if another writer has it open.
+        """Create the partial file of an object, or take over an abandoned one.
 
-        Not `write_sidecar`: the sidecar stays as it is (requests for a pending object are answered by it).
+        Without `write_sidecar` the sidecar stays as it is: responses for the pending object are based on it.
+        Raises PartialHeld if another writer has the file open.
         """
         partial = PartialFile(self._directories, expected)
         partial.open(write_sidecar=write_sidecar)
         return partial
 
-    def write_record(self, record: StoredRecord) -> None:
-        """Write the record of a complete object that lost its own (or came without one)."""
-        with map_os_errors(f"write the record of {record.object_id}"):
-            folder = self._directories.descriptor(f"{RECORDS}/{shard(record.object_id)}")
-            atomic_write(record.object_id, encode_record(record), folder)
-
-    def open_raw(self, object_id: ObjectId) -> int | None:
-        """A descriptor of the file under `objects/`, whatever its record says, for re-hashing; the caller closes it."""
-        with map_os_errors(f"open {object_id}"):
-            try:
-                folder = self._directories.descriptor(f"{OBJECTS}/{shard(object_id)}")
-                return os.open(object_id, _OPEN_NOT_OWNED, dir_fd=folder)
-            except FileNotFoundError:
-                return None
-
-    def find_object(self, object_id: ObjectId) -> scan.FoundObject | None:
-        """The file under `objects/`, whatever its record says; None: no file there (a link is none)."""
-        with map_os_errors(f"look for {object_id}"):
-            folder = self._directories.descriptor(f"{OBJECTS}/{shard(object_id)}")
-            try:
-                seen = os.stat(object_id, dir_fd=folder, follow_symlinks=False)
-            except FileNotFoundError:
-                return None
-        if not stat.S_ISREG(seen.st_mode):
-            return None
-        return scan.FoundObject(object_id, seen.st_size, seen.st_mtime)
+    def is_being_sent(self, object_id: ObjectId) -> bool:
+        """Whether a process of this container is sending the complete object, a purged one too. VolumeError if that
+        cannot be told. Blocking."""
+        with map_os_errors(f"look whether {object_id} is being sent"):
+            for place in (TRASH, f"{OBJECTS}/{shard(object_id)}"):
+                try:
+                    seen = os.stat(
+                        object_id, dir_fd=self._directories.descriptor(place), follow_symlinks=False
+                    )
+                except FileNotFoundError:
+                    continue
+                if has_shared_lock(seen):
+                    return True
+        return False
 
     # Removing
 
     def removal(self, object_id: ObjectId) -> Removal:
-        """The intent to remove a complete object; see Removal."""
+        """A removal of a complete object that has not begun yet; see Removal."""
         return Removal(self._directories, object_id, truncates=not self._accel_redirect)
 
     def remove_orphan_records(self, older_than_seconds: float) -> int:
-        """Remove records that belong to nothing for that long; how many."""
-        with map_os_errors("sweep records"):
+        """Remove records whose object is missing, if they are older than that. Returns how many were removed."""
+        with map_os_errors("remove orphan records"):
             oldest = time.time() - older_than_seconds
             orphans = list(scan.scan_orphan_records(self._directories, oldest))
             for place, name in orphans:
                 unlink_if_exists(name, self._directories.descriptor(place))
         return len(orphans)
 
-    # Looking
+    # Scanning
 
     def scan_objects(self) -> Iterator[scan.FoundObject | scan.UnknownFile]:
         """Everything under `objects/` and `leaving/`."""
@@ -235,26 +280,14 @@ class Volume:
             yield from scan.scan_objects(self._directories)
 
     def scan_partials(self) -> Iterator[scan.FoundPartial | scan.UnknownFile]:
-        """Everything under `incoming/` but the records there."""
+        """Everything under `incoming/` except sidecars."""
         with map_os_errors("scan the partial files"):
             yield from scan.scan_partials(self._directories)
 
     def scan_unrecorded(self) -> Iterator[scan.FoundObject]:
-        """Complete objects that have no record file (so that they are never a hit)."""
+        """Complete objects that have no record file, and therefore are never a hit."""
         with map_os_errors("scan for objects without a record"):
             yield from scan.scan_unrecorded(self._directories)
-
-    def partial_record(self, object_id: ObjectId) -> StoredRecord | None:
-        """What a partial file will be, as its writer noted; None if there is no readable sidecar."""
-        with map_os_errors(f"read the sidecar of {object_id}"):
-            name = object_id + INCOMING_RECORD_SUFFIX
-            body = read_capped(name, self._directories.descriptor(INCOMING))
-        return _readable(body, object_id)
-
-    def measure(self) -> int:
-        """Bytes of all files on the volume now."""
-        with map_os_errors("measure the volume"):
-            return scan.measure(self._directories)
 
 
 def _readable(body: bytes | None, object_id: ObjectId) -> StoredRecord | None:

@@ -1,8 +1,10 @@
-"""Which objects go first: eviction policies, all behind one pure interface."""
+"""Which objects go first: eviction policies behind one pure interface, and the choice among them."""
 
 from __future__ import annotations
 
-from distributor_node.shared.domain.eviction.choice import POLICY_NAMES, make_policy
+from typing import Literal, get_args
+
+from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction.gdsf import DEFAULT_MISS_COST, Gdsf
 from distributor_node.shared.domain.eviction.lru import Lru
 from distributor_node.shared.domain.eviction.lru_sp import LruSp
@@ -16,5 +18,21 @@ __all__ = [
     "Lru",
     "LruSp",
     "PolicyEntry",
+    "PolicyName",
     "make_policy",
 ]
+
+PolicyName = Literal["gdsf", "lru-sp", "lru"]
+POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
+
+
+def make_policy(name: str, miss_cost: int = DEFAULT_MISS_COST) -> EvictionPolicy:
+    """A fresh policy. `miss_cost` (c0, bytes) concerns gdsf alone. Raises ConfigurationError for an unknown name."""
+    match name:
+        case "gdsf":
+            return Gdsf(miss_cost)
+        case "lru-sp":
+            return LruSp()
+        case "lru":
+            return Lru()
+    raise ConfigurationError(f"eviction policy: expected one of {', '.join(POLICY_NAMES)}, got {name!r}")

@@ -1,8 +1,8 @@
-"""A binary heap of slots that is told of rising keys only when it has to know.
+"""A binary heap of slots that learns of risen keys only when it searches for the least one.
 
-The key of a slot is (priority, last access, id). While a slot stands in the heap its key may rise but never fall, so
-the key under which it was pushed is a lower bound: whoever looks for the least one re-keys the stale ones he meets.
-A hit costs the heap nothing; the order is exact all the same.
+The key of a slot is (priority, last access, id). While a slot is in the heap its key may rise but never fall, so the
+key under which it was pushed is a lower bound. A search for the least key re-keys the stale slots that it meets. So a
+hit costs the heap nothing, and the order is exact all the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from distributor_node.shared.domain.eviction.packed import PackedRecords
 
 
 class LazyHeap:
-    """Several heaps can share one set of records, as long as a slot stands in one of them only."""
+    """Several heaps can share one set of records, as long as each slot is in one of them only."""
 
     def __init__(self, records: PackedRecords) -> None:
         self._records = records
@@ -30,7 +30,7 @@ class LazyHeap:
         self._rise(len(self._heap) - 1, 0)
 
     def push_all(self, slots: Iterable[int]) -> None:
-        """Into an empty heap, in linear time."""
+        """Fill an empty heap, in linear time."""
         self._heap.extend(slots)
         for place, slot in enumerate(self._heap):
             self._records.places[slot] = place
@@ -39,20 +39,20 @@ class LazyHeap:
             self._sink(place, place)
 
     def remove(self, slot: int) -> None:
-        """Take out a slot that stands in this heap."""
+        """Remove a slot that is in this heap."""
         place, heap = self._records.places[slot], self._heap
         last = heap.pop()
         if last == slot:
             return
         heap[place] = last
-        # Half of all places are leaves, from which nothing sinks: a fifth of what a hit costs lru-sp
+        # Nothing sinks from a leaf, and half of all places are leaves: this saves a fifth of a hit's cost with lru-sp
         if 2 * place + 1 < len(heap):
             self._sink(place, 0)
         else:
             self._rise(place, 0)
 
     def ascending(self) -> Generator[int, None, None]:
-        """Slots from the least key on. Close the iterator before anything is changed; that re-keys what was stale."""
+        """Slots in the order of their keys. Close the iterator before any change: closing re-keys the stale slots."""
         heap, records = self._heap, self._records
         priorities, times, ids = records.priorities, records.last_accesses, records.ids
         stale: list[int] = []
@@ -77,7 +77,7 @@ class LazyHeap:
         return records.pushed_priorities[slot], records.pushed_times[slot], records.ids[slot], slot, place
 
     def _rekey(self, places: list[int]) -> None:
-        # From the bottom up, since what sinks moves only what stands below it.
+        # From the bottom up, because a sinking slot moves only those below it
         for place in sorted(places, reverse=True):
             self._note_key(self._heap[place])
             self._sink(place, place)
@@ -88,8 +88,10 @@ class LazyHeap:
         records.pushed_times[slot] = records.last_accesses[slot]
 
     def _sink(self, place: int, top: int) -> None:
-        """Let the slot at `place` down to a leaf, then up to where it belongs, no higher than `top`: most of them come
-        from the bottom, so this takes fewer comparisons than stopping on the way (as in Python's heapq)."""
+        """Move the slot at `place` down to a leaf, then up to where it belongs, no higher than `top`.
+
+        Most slots come from the bottom, so this takes fewer comparisons than stopping on the way (as in Python's
+        heapq)."""
         heap, places, ids = self._heap, self._records.places, self._records.ids
         keys, times = self._records.pushed_priorities, self._records.pushed_times
         slot, length = heap[place], len(heap)

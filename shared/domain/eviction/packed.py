@@ -1,13 +1,12 @@
-"""Figures of objects in packed columns, a slot each: a million objects must not cost a gigabyte.
+"""Fields of objects in packed columns, so that a million objects do not take a gigabyte.
 
-An object takes about 180 bytes, an id of up to 24 characters, its hash table entry and its place in a heap included.
+An object takes about 180 bytes. That includes an id of up to 24 characters, its hash table entry and its place in a
+heap.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import cast
 
 from distributor_node.shared.domain.eviction.policy import PolicyEntry
 from distributor_node.shared.domain.objects import ObjectId
@@ -17,21 +16,17 @@ MAX_VIEWS = 2**32 - 1
 
 
 class PackedRecords:
-    """Columns by slot. Slots of objects that are gone are used again.
-
-    `pushed_priorities` and `pushed_times` hold the key under which a heap knows the slot, `places` where it
-    stands there.
-    Without priorities of their own, objects are ordered by last access: the columns are the same ones then.
-    """
+    """Columns indexed by slot. Slots of removed objects are reused."""
 
     def __init__(self, *, with_priorities: bool) -> None:
-        self.slots: dict[str, int] = {}
+        self.slots: dict[str, int] = {}  # object id -> slot
         self.ids: list[str] = []
-        self.sizes = array("Q")
-        self.frequencies = array("I")
-        self.last_accesses = array("d")
-        self.pushed_times = array("d")
-        self.places = array("I")
+        self.sizes = array("Q")  # bytes
+        self.frequencies = array("I")  # views
+        self.last_accesses = array("d")  # POSIX seconds
+        self.pushed_times = array("d")  # last access at the time the slot was pushed or re-keyed
+        self.places = array("I")  # index of the slot in its heap
+        # Objects without priorities are ordered by last access: both columns are the same array then
         self.priorities, self.pushed_priorities = self.last_accesses, self.pushed_times
         self._free = array("I")
         self._columns: list[array[int] | array[float]] = [
@@ -46,7 +41,7 @@ class PackedRecords:
             self._columns += [self.priorities, self.pushed_priorities]
 
     def insert(self, entry: PolicyEntry) -> int:
-        """The slot of this object, taken for it if it has none yet. Its priority is the caller's to set."""
+        """The slot of this object, a new one if it has none yet. The caller sets its priority."""
         # A subclass of str takes more room, as an object and in the hash table.
         plain_id = str(entry.object_id)
         slot = self.slots.get(plain_id, -1)
@@ -67,14 +62,14 @@ class PackedRecords:
         return len(self.ids) - 1
 
     def count_access(self, slot: int, views: int, now: float) -> int:
-        """The views of the object now. A late report never makes it older."""
+        """Count views up to `now`; returns the new number. A late report never makes the object older."""
         frequency = min(self.frequencies[slot] + views, MAX_VIEWS)
         self.frequencies[slot] = frequency
         self.last_accesses[slot] = max(self.last_accesses[slot], now)
         return frequency
 
     def discard(self, slot: int) -> None:
-        """The slot is free again."""
+        """Free the slot."""
         del self.slots[self.ids[slot]]
         self.ids[slot] = ""
         self._free.append(slot)
@@ -88,30 +83,3 @@ class PackedRecords:
             self.last_accesses[slot],
             priority,
         )
-
-
-# What the policies have in common whose objects stand in packed records.
-
-
-class PackedPolicy:
-    """The part of an EvictionPolicy that only looks."""
-
-    _records: PackedRecords
-
-    def __len__(self) -> int:
-        return len(self._records.slots)
-
-    def __contains__(self, object_id: object) -> bool:
-        return object_id in self._records.slots
-
-    def get(self, object_id: ObjectId) -> PolicyEntry | None:
-        slot = self._records.slots.get(object_id)
-        return None if slot is None else self._records.entry(slot)
-
-    def ids(self) -> Sequence[ObjectId]:
-        """The strings are those of the records: a list of a million takes 8 MB, not 80."""
-        return cast("list[ObjectId]", list(self._records.slots))
-
-    def dump(self) -> Iterator[PolicyEntry]:
-        """Priorities are 0.0 where the policy has none."""
-        return map(self._records.entry, self._records.slots.values())

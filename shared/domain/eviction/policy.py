@@ -1,4 +1,4 @@
-"""What an eviction policy is: an order of the complete objects, the one to go first at its head. No I/O, no clock."""
+"""The interface of eviction policies: an order of the complete objects, the next victim first. No I/O, no clock."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from distributor_node.shared.domain.objects import ObjectId
 
 @dataclass(frozen=True, slots=True)
 class PolicyEntry:
-    """What any policy knows of an object, so that the policy can be changed at a restart.
-
-    `size` in bytes; `frequency` in views, at least 1; `last_access` POSIX seconds; `priority` is the policy's own.
-    """
+    """What every policy knows of an object, so that the policy can be changed at a restart."""
 
     object_id: ObjectId
-    size: int
-    frequency: int
-    last_access: float
-    priority: float = 0.0
+    size: int  # bytes
+    frequency: int  # views, at least 1
+    last_access: float  # POSIX seconds
+    priority: float = 0.0  # the policy's own; 0.0: none
 
 
 class EvictionPolicy(Protocol):
-    """All times are arguments, in POSIX seconds. Objects that are not there are passed over in silence."""
+    """All times are arguments, in POSIX seconds. Calls for objects that the policy does not hold do nothing."""
+
+    @property
+    def name(self) -> str:
+        """As settings call it."""
 
     @property
     def inflation(self) -> float:
-        """Priority of the last victim, for policies that age by it; 0.0 for the others."""
+        """L: the highest priority of all victims, for policies that age by it; 0.0 for the others."""
 
     def __len__(self) -> int: ...
 
@@ -41,10 +42,10 @@ class EvictionPolicy(Protocol):
         """A new object, last accessed at `entry.last_access`; replaces an entry of the same id."""
 
     def access(self, object_id: ObjectId, views: int, now: float) -> None:
-        """`views` more views, the last one at `now`. An access reported late never makes an entry older."""
+        """Count `views` more views, the last one at `now`. A late report never makes an entry older."""
 
     def remove(self, object_id: ObjectId, *, evicted: bool = False) -> None:
-        """The object is gone; `evicted`: as this policy's victim (policies that age by their victims do it here)."""
+        """The object is gone. `evicted`: as a victim of this policy, which may age by it."""
 
     def victims(
         self,
@@ -55,17 +56,17 @@ class EvictionPolicy(Protocol):
         spared: Collection[ObjectId] = frozenset(),
         at_most: int = 1000,
     ) -> list[PolicyEntry]:
-        """Who would go, first one first, until `wanted` bytes (footprints) are free; nothing is changed.
+        """The next victims, in order, until `wanted` bytes (footprints) would be free. Changes nothing.
 
-        Passed over: objects accessed less than `min_idle` seconds ago, and those `spared` (in use at this moment).
-        At most `at_most` victims; fewer bytes than wanted when nobody else can go.
+        Passes over objects accessed less than `min_idle` seconds ago, and those in `spared` (in use now, or pinned).
+        At most `at_most` victims. They are fewer bytes than wanted when nothing else may go.
         """
 
     def ids(self) -> Sequence[ObjectId]:
         """All ids as of now, in any order."""
 
     def dump(self) -> Iterator[PolicyEntry]:
-        """All entries, in any order. Nothing may be changed meanwhile."""
+        """All entries, in any order. The policy must not change during the iteration."""
 
     def restore(self, entries: Iterable[PolicyEntry], inflation: float) -> None:
-        """Begin anew with these entries, as after `dump`: the same victims follow."""
+        """Start again with the entries of a `dump`: the same victims follow."""

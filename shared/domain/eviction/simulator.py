@@ -1,9 +1,8 @@
-"""What a cache of a given size would have done with a sequence of requests, under one policy. No I/O, no clock.
+"""Simulates a cache of a given size under one policy, for a sequence of requests. No I/O, no clock.
 
-It decides as the node does: requests for one object within five minutes are one view, what was just accessed is not
-evicted, the evictor starts above a high watermark and goes down to a low one, an object that does not fit is proxied.
-It differs in time: a fetch takes none, unless the request itself says that it joined one, and the evictor looks at
-once.
+It decides as the node does: requests for one object within five minutes are one view, recently accessed objects are not
+evicted, eviction starts above a high watermark and ends at a low one, and an object that does not fit is proxied. Its
+times differ: a fetch takes no time unless the request itself says that it joined one, and eviction starts at once.
 """
 
 from __future__ import annotations
@@ -17,33 +16,31 @@ from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
 
 MIN_IDLE = 120.0
-"""Seconds: a player's pauses between two ranges are shorter."""
+"""Seconds. A player's pause between two ranges is shorter."""
 
 
 class Request(NamedTuple):
-    """`at`: POSIX seconds. `size`: bytes of the whole object; `sent`: bytes of this answer.
+    """One GET of an object."""
 
-    `joined`: it is known to have come while the object was being fetched (the log says pending), so it was no hit
-    however fast the node is; POSIX seconds of the request that began that fetch. `not_modified`: it was answered with
-    304, which counts as a request, but neither as a view nor as a reason to fetch.
-    """
-
-    at: float
+    at: float  # POSIX seconds
     object_id: ObjectId
-    size: int
-    sent: int
+    size: int  # bytes of the whole object
+    sent: int  # bytes of this response
     joined: float | None = None
+    """POSIX seconds of the request that began the fetch, if this request came during it (the log says pending). It
+    is no hit then, however fast the node is."""
     not_modified: bool = False
+    """The response was a 304. It counts as a request, but neither as a view nor as a reason to fetch."""
 
 
 @dataclass(slots=True)
 class Outcome:
-    """Counts, and bytes. `proxied`: misses that were not cached; `evicted`: objects."""
+    """Counts, and sums of bytes."""
 
     requests: int = 0
     hits: int = 0
-    proxied: int = 0
-    evicted: int = 0
+    proxied: int = 0  # misses that were not cached
+    evicted: int = 0  # objects
     bytes_sent: int = 0
     bytes_hit: int = 0
     bytes_from_sources: int = 0
@@ -61,7 +58,7 @@ class Outcome:
 
     @property
     def source_ratio(self) -> float:
-        """Bytes from sources per byte sent: above 1 where whole objects are fetched for a few of their bytes."""
+        """Bytes from sources per byte sent. Above 1 if whole objects are fetched for a few of their bytes."""
         return self.bytes_from_sources / max(1, self.bytes_sent)
 
     @property
@@ -72,22 +69,21 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The cache's bounds: bytes of the limit, where eviction starts and ends, who is left alone (seconds since the last
-    access), and the largest object that is cached (bytes; None: any that fits)."""
+    """The limits of the cache."""
 
-    limit: int
+    limit: int  # bytes
     watermarks: Watermarks
-    min_idle: float = MIN_IDLE
-    largest: int | None = None
+    min_idle: float = MIN_IDLE  # seconds since its last access before an object may be evicted
+    largest: int | None = None  # bytes of the largest object that is cached; None: any that fits
 
     @classmethod
     def of(cls, limit: int, low: float | None = None, high: float | None = None) -> Rules:
-        """With watermarks as shares of the limit, or as the node derives them."""
+        """Rules with watermarks as shares of the limit; None: as the node derives them."""
         return cls(limit, watermarks_for(limit, None, high, low))
 
 
 class Simulation:
-    """One cache; `process` it one request after the other, in the order of their times."""
+    """One cache. Call `process` with each request, in the order of their times."""
 
     def __init__(
         self, policy: EvictionPolicy, rules: Rules, admission: SecondHitAdmission | None = None
@@ -114,7 +110,7 @@ class Simulation:
             else:
                 self._miss(request)
         if not held or (joined is not None and self._fetched_at[object_id] >= joined):
-            return False  # if it joined, its bytes came with the fetch, which counted them
+            return False  # if it joined a fetch, the bytes were counted with that
         outcome.hits += 1
         outcome.bytes_hit += sent
         return True
@@ -140,7 +136,7 @@ class Simulation:
         return self._admission is None or self._admission.admits(object_id, size, at, pressure=pressure)
 
     def _make_room(self, needed: int, now: float) -> bool:
-        """Room for `needed` bytes, and below the watermarks if that can be."""
+        """Evict down to the watermarks if `needed` more bytes would pass them. Whether these bytes fit now."""
         rules = self._rules
         if self._used + needed > rules.watermarks.high:
             goal = min(rules.watermarks.low, rules.limit) - needed
@@ -149,7 +145,7 @@ class Simulation:
         return self._used + needed <= rules.limit
 
     def _evict(self, wanted: int, now: float) -> bool:
-        """A batch of victims, of `wanted` bytes at most; False: nobody can go."""
+        """Evict a batch of about `wanted` bytes. False: no object may be evicted."""
         victims = self._policy.victims(wanted, now, min_idle=self._rules.min_idle)
         for victim in victims:
             self._policy.remove(victim.object_id, evicted=True)

@@ -1,4 +1,4 @@
-"""The squid's answers into our values: everything may be null, nothing is believed unchecked."""
+"""Converts the squid's responses to our values. Every field may be null, and every value is checked."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from distributor_node.shared.domain.objects import (
     parse_bucket_id,
 )
 from distributor_node.shared.domain.urls import is_public, parse_source_url
+from distributor_node.shared.ports.catalog import CatalogStatus
 
 logger = structlog.get_logger()
 _SIZE = re.compile(r"[0-9]{1,19}", re.ASCII)
@@ -27,7 +28,7 @@ _MAX_SIZE = 2**63 - 1
 _MAX_SOURCES = 100
 _MAX_VALIDATOR = 256
 _ACTIVE_STORAGE = "StorageBucketOperatorStatusActive"
-# A subtitle's type is what its uploader wrote; as text/html it would be a page of the node's own origin.
+# The uploader writes a subtitle's type. As text/html, it would be a page of the node's own web origin.
 _SUBTITLE_TYPES = frozenset(
     {
         "text/plain", "text/vtt", "text/srt", "text/x-srt", "text/x-subrip", "text/ttml", "text/x-ssa", "text/x-ass",
@@ -37,11 +38,11 @@ _SUBTITLE_TYPES = frozenset(
 
 
 def read_object(object_id: ObjectId, found: Any, *, refuse_private: bool) -> MediaObject:
-    """What the squid says of one object; `found` is not null. CatalogUnavailable if it is another object's word."""
+    """Convert the description of one object, which is not null. Raises CatalogUnavailable if the id differs."""
     if not isinstance(found, dict) or found.get("id") != object_id:
-        raise CatalogUnavailable("the squid answered for another object")
+        raise CatalogUnavailable("the squid returned another object")
     bag = _mapping(found.get("storageBag"))
-    return _described(
+    return _describe(
         object_id,
         found,
         buckets=tuple(_distribution_buckets(bag)),
@@ -51,16 +52,16 @@ def read_object(object_id: ObjectId, found: Any, *, refuse_private: bool) -> Med
 
 
 def read_listed(found: Any, buckets: tuple[DistributionBucket, ...]) -> MediaObject:
-    """An object of a list: no sources, and accepted for all the list says. CatalogUnavailable if it has no id."""
+    """Convert an object of a list, without sources and as accepted. Raises CatalogUnavailable if it has no id."""
     stated = _mapping(found).get("id")
     try:
         object_id = ObjectId.parse(stated if isinstance(stated, str) else "")
     except InvalidInput as error:
-        raise CatalogUnavailable("the squid lists an object without a usable id") from error
-    return _described(object_id, found, buckets=buckets, accepted=True, sources=())
+        raise CatalogUnavailable("the squid lists an object without a valid id") from error
+    return _describe(object_id, found, buckets=buckets, accepted=True, sources=())
 
 
-def _described(
+def _describe(
     object_id: ObjectId,
     found: dict[str, Any],
     *,
@@ -82,7 +83,7 @@ def _described(
 
 
 def _size(object_id: ObjectId, stated: Any) -> int | None:
-    """None if the squid does not say: such an object is proxied, never fetched."""
+    """Return the size; None if the squid does not state it. Such an object is proxied, never fetched."""
     text = str(stated) if isinstance(stated, int) and not isinstance(stated, bool) else stated
     if isinstance(text, str) and _SIZE.fullmatch(text) and int(text) <= _MAX_SIZE:
         return int(text)
@@ -91,8 +92,10 @@ def _size(object_id: ObjectId, stated: Any) -> int | None:
 
 
 def _hash(object_id: ObjectId, stated: Any) -> tuple[ContentHash | None, str | None]:
-    """The hash, or else its text as the validator: an object under a hash we cannot compute is served with its size as
-    the only check, and its ETag still changes with the text."""
+    """Return the hash, or else its text as the validator.
+
+    An object with a hash that we cannot compute is checked by its size alone. Its ETag still changes with the text.
+    """
     try:
         if isinstance(stated, str):
             return ContentHash.parse(stated), None
@@ -144,7 +147,7 @@ def _sources(object_id: ObjectId, bag: dict[str, Any], *, refuse_private: bool) 
 
 
 def base_or_none(bucket: dict[str, Any], *, refuse_private: bool) -> str | None:
-    """The API's base of a storage bucket's node; None without an endpoint, or with one that must not be asked."""
+    """Return the base URL of a storage node's API. None: its bucket has no endpoint, or one that is not allowed."""
     endpoint = _mapping(bucket.get("operatorMetadata")).get("nodeEndpoint")
     if not isinstance(endpoint, str) or not endpoint:
         return None
@@ -163,27 +166,19 @@ def _sequence(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-# What the squid says of the network and of itself.
+# Lists of storage nodes and buckets, and the squid's own status.
 
 
 @dataclass(frozen=True, slots=True)
 class StorageEndpoint:
-    """An active storage node: its bucket's id, and the base of its API with `/` at the end."""
+    """An active storage node."""
 
     bucket_id: str
-    api_url: str
-
-
-@dataclass(frozen=True, slots=True)
-class SquidStatus:
-    """Blocks processed, and the squid's version; None where it does not say."""
-
-    height: int | None
-    version: str | None
+    api_url: str  # base of its API, ending in `/`
 
 
 def read_endpoints(data: dict[str, Any], *, refuse_private: bool) -> tuple[StorageEndpoint, ...]:
-    """Nodes without a usable endpoint are left out. CatalogUnavailable if there is no list."""
+    """Convert the list of storage nodes, without those that have no usable endpoint. Raises CatalogUnavailable."""
     endpoints = []
     for bucket in _list(data, "storageBuckets"):
         base = base_or_none(bucket, refuse_private=refuse_private)
@@ -193,17 +188,17 @@ def read_endpoints(data: dict[str, Any], *, refuse_private: bool) -> tuple[Stora
 
 
 def read_bucket_ids(data: dict[str, Any]) -> tuple[str, ...]:
-    """CatalogUnavailable if there is no list."""
+    """Convert the list of buckets. Raises CatalogUnavailable if there is none."""
     found = (bucket_id_or_none(bucket.get("id")) for bucket in _list(data, "distributionBuckets"))
     return tuple(sorted(bucket_id for bucket_id in found if bucket_id is not None))
 
 
-def read_status(data: dict[str, Any]) -> SquidStatus:
+def read_status(data: dict[str, Any]) -> CatalogStatus:
     status, version = data.get("squidStatus"), data.get("squidVersion")
     height = status.get("height") if isinstance(status, dict) else None
     stated = version.get("version") if isinstance(version, dict) else None
-    return SquidStatus(
-        height=height if isinstance(height, int) and not isinstance(height, bool) else None,
+    return CatalogStatus(
+        blocks_processed=height if isinstance(height, int) and not isinstance(height, bool) else None,
         version=stated[:64] if isinstance(stated, str) else None,
     )
 
@@ -211,36 +206,36 @@ def read_status(data: dict[str, Any]) -> SquidStatus:
 def _list(data: dict[str, Any], field: str) -> list[dict[str, Any]]:
     listed = data.get(field)
     if not isinstance(listed, list):
-        raise CatalogUnavailable(f"the squid's {field} are missing")
+        raise CatalogUnavailable(f"the squid's response has no list {field}")
     return [entry for entry in listed if isinstance(entry, dict)]
 
 
-# Endpoints of storage nodes, as their operators publish them: anybody's text until it is checked here.
+# Endpoints of storage nodes, as their operators publish them: untrusted text.
 
 _MAX_LENGTH = 1024
 _PRIVATE_NAMES = (".localhost", ".local", ".internal", ".lan", ".home.arpa", ".intranet", ".corp")
 
 
 def api_base(endpoint: str, *, refuse_private: bool) -> str:
-    """The base of a storage node's API, with `/` at its end; InvalidInput for an endpoint that must not be asked.
+    """Return the base URL of a storage node's API, ending in `/`. Raises InvalidInput for one that is not allowed.
 
-    Only http and https, no credentials, query or fragment. With `refuse_private`, neither addresses that are not
-    public (however they are written) nor names that only a local network knows. What a public name resolves to is
-    looked at when a source is connected to.
+    Allowed are http and https URLs without credentials, query and fragment. With `refuse_private`, addresses that are
+    not public (in any notation) and names that only a local network resolves are excluded. The addresses of a public
+    name are checked when a source is connected to.
     """
     if len(endpoint) > _MAX_LENGTH:
-        raise InvalidInput("endpoint too long")
+        raise InvalidInput(f"endpoint: expected at most {_MAX_LENGTH} characters, got {len(endpoint)}")
     parse_source_url(endpoint)
     parts = urlsplit(endpoint)
     if parts.query or "?" in endpoint:
-        raise InvalidInput("endpoint with a query")
+        raise InvalidInput("endpoint has a query")
     if refuse_private and is_private(parts.hostname or ""):
-        raise InvalidInput("endpoint at a private address")
+        raise InvalidInput("endpoint is at a private address")
     return f"{endpoint.rstrip('/')}/api/v1/"
 
 
 def is_private(host: str) -> bool:
-    """True for an address that is not public, and for names that are resolved by the local network alone."""
+    """Whether the host is an address that is not public, or a name that only a local network resolves."""
     name = host.rstrip(".").lower()
     try:
         return not is_public(name)
@@ -250,7 +245,7 @@ def is_private(host: str) -> bool:
 
 def _is_private_name(name: str) -> bool:
     try:
-        # `127.1`, `0x7f000001`, `2130706433`: resolvers take them for addresses. No name is looked up here.
+        # Resolvers read `127.1`, `0x7f000001` and `2130706433` as addresses. No name is resolved here.
         packed = socket.inet_aton(name)
     except OSError:
         return "." not in name or name.endswith(_PRIVATE_NAMES)

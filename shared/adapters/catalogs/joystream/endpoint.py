@@ -1,4 +1,8 @@
-"""The GraphQL endpoint: one question in, its data out, within time and size, whatever the server does."""
+"""A client of the squid's GraphQL endpoint, bounded in time and size, with the queries it sends.
+
+Generations of squids name some fields and types differently. If a squid rejects a query, it is sent again in the other
+dialects, and the one that works is remembered.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +15,37 @@ from typing import Any
 import httpx
 import structlog
 
+from distributor_node.shared.adapters.catalogs.errors import map_catalog_errors
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
 from distributor_node.shared.domain.urls import parse_source_url
 
-_KEEP_ALIVE = 4.0  # seconds; below the 5 s after which Node closes an idle connection
-_PARSE_IN_THREAD = 256 * 1024  # bytes of JSON that are read in a thread: the loop must not stand still
-_MAX_MESSAGE = 200
+_KEEP_ALIVE = 4.0  # seconds; Node closes an idle connection after 5 s
+_PARSE_IN_THREAD = (
+    256 * 1024
+)  # bytes of JSON from which parsing moves to a thread, so that it does not block the loop
+_MAX_MESSAGE = 200  # characters of a server's error message that are kept
 
 logger = structlog.get_logger()
 
 
 class ResponseTooLarge(CatalogUnavailable):
-    """More bytes than the question may cost; asking for less may help."""
+    """The response exceeds its limit in bytes. A smaller query may succeed."""
 
 
 class QueryRejected(CatalogUnavailable):
-    """The server does not know a field, argument or type of the query."""
+    """The server does not support a field, argument or type of the query."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Bounds:
-    """Seconds and bytes."""
+    """The limits of one query."""
 
-    timeout: float
+    timeout: float  # seconds
     max_bytes: int
 
 
 class GraphqlEndpoint:
-    """Asks in the dialect that the server understood last; another one when it refuses that."""
+    """Sends queries in the dialect that the server accepted last, and in others if it rejects that."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -46,13 +53,13 @@ class GraphqlEndpoint:
         self._dialect: Dialect = DIALECTS[0]
 
     async def open(self) -> None:
-        """ConfigurationError for what is no http(s) URL."""
+        """Raise ConfigurationError for an invalid http(s) URL."""
         try:
             parse_source_url(self._url)
         except InvalidInput as error:
             raise ConfigurationError(f"catalog.squid: {error}") from error
-        # No bound on connections: who asks is bounded, and a contended pool of httpx can lose a place to a cancelled
-        # request. No redirects, no proxy or .netrc credentials from the environment.
+        # No limit on connections here: CachedCatalog limits the queries, and a contended pool of httpx can lose a slot
+        # when a request is cancelled. No redirects, and no proxy or .netrc credentials from the environment.
         context = await asyncio.to_thread(httpx.create_ssl_context)
         self._client = httpx.AsyncClient(
             verify=context,
@@ -72,22 +79,20 @@ class GraphqlEndpoint:
     async def ask(
         self, query: Query, variables: Mapping[str, Any], timeout: float, max_bytes: int
     ) -> dict[str, Any]:
-        """The answer's `data`. `timeout` in seconds for all of it; CatalogUnavailable for everything else."""
-        try:
-            async with asyncio.timeout(timeout):
-                return await self._ask_in_dialects(query, variables, _Bounds(timeout, max_bytes))
-        except TimeoutError as error:
-            raise CatalogUnavailable(f"the squid gave no answer in {timeout:g} s") from error
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            raise CatalogUnavailable(f"the squid cannot be asked: {_describe(error)}") from error
+        """Return the `data` of the response. Raises CatalogUnavailable for everything else.
+
+        `timeout`: seconds for all attempts together. `max_bytes`: of the response, decompressed.
+        """
+        async with map_catalog_errors("the squid", timeout):
+            return await self._ask_in_dialects(query, variables, _Bounds(timeout, max_bytes))
 
     async def _ask_in_dialects(
         self, query: Query, variables: Mapping[str, Any], bounds: _Bounds
     ) -> dict[str, Any]:
-        spoken = self._dialect
+        current = self._dialect
         tried: set[str] = set()
-        refusal = QueryRejected("no dialect is known")
-        for dialect in (spoken, *DIALECTS):
+        rejection = QueryRejected("no dialect is known")
+        for dialect in (current, *DIALECTS):
             text = query.render(dialect)
             if text in tried:
                 continue
@@ -95,13 +100,13 @@ class GraphqlEndpoint:
             try:
                 data = await self._ask(query.operation, text, variables, bounds)
             except QueryRejected as error:
-                refusal = error
+                rejection = error
                 continue
-            if dialect is not spoken and self._dialect is not dialect:
-                logger.info("squid_dialect_changed", dialect=dialect.name, was=spoken.name)
+            if dialect is not current and self._dialect is not dialect:
+                logger.info("squid_dialect_changed", dialect=dialect.name, was=current.name)
                 self._dialect = dialect
             return data
-        raise refusal
+        raise rejection
 
     async def _ask(
         self, operation: str, text: str, variables: Mapping[str, Any], bounds: _Bounds
@@ -110,7 +115,7 @@ class GraphqlEndpoint:
         try:
             status, raw = await self._post(body, bounds)
         except httpx.RemoteProtocolError:
-            # The server may close an idle connection just as it is used: asked once more, questions change nothing.
+            # The server may close an idle connection while we send. Queries change nothing: send it once more.
             status, raw = await self._post(body, bounds)
         document = await _read(raw, status)
         return data_of(document, status)
@@ -119,37 +124,40 @@ class GraphqlEndpoint:
         if self._client is None:
             raise CatalogUnavailable("the joystream catalog is not open")
         received = bytearray()
-        # Ours ends a little before the caller's time limit: the library loses a socket whose handshake is cancelled.
+        # Connecting ends a little before the caller's time limit: httpx leaks a socket whose handshake is cancelled.
         limits = httpx.Timeout(bounds.timeout, connect=0.9 * bounds.timeout)
-        async with self._client.stream("POST", self._url, json=body, timeout=limits) as answer:
-            async for chunk in answer.aiter_bytes(64 * 1024):  # decoded: what counts is what fills the memory
+        async with self._client.stream("POST", self._url, json=body, timeout=limits) as response:
+            async for chunk in response.aiter_bytes(64 * 1024):  # decompressed, as it is kept in memory
                 received += chunk
                 if len(received) > bounds.max_bytes:
-                    raise ResponseTooLarge(f"the squid's answer is larger than {bounds.max_bytes} bytes")
-            return answer.status_code, bytes(received)
+                    raise ResponseTooLarge(f"the squid's response is larger than {bounds.max_bytes} bytes")
+            return response.status_code, bytes(received)
 
 
 async def _read(raw: bytes, status: int) -> Any:
     try:
         return await asyncio.to_thread(json.loads, raw) if len(raw) > _PARSE_IN_THREAD else json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise CatalogUnavailable(f"the squid answered {status} with what is no JSON") from error
+        raise CatalogUnavailable(f"the squid responded {status} with invalid JSON") from error
 
 
 def data_of(document: Any, status: int) -> dict[str, Any]:
-    """The `data` of an answer without errors: half an answer is none. Raises QueryRejected, CatalogUnavailable."""
+    """Return the `data` of a response without errors. Data beside errors is not used.
+
+    Raises QueryRejected, CatalogUnavailable.
+    """
     if not isinstance(document, dict):
-        raise CatalogUnavailable(f"the squid answered {status} with what is no GraphQL answer")
+        raise CatalogUnavailable(f"the squid responded {status} without a GraphQL response")
     errors = document.get("errors")
     if errors:
         listed = errors if isinstance(errors, list) else [errors]
         messages = "; ".join(_message(error) for error in listed[:3])
-        if document.get("data") is None and any(_is_refusal(error) for error in listed):
-            raise QueryRejected(f"the squid does not know the question: {messages}")
-        raise CatalogUnavailable(f"the squid answered with errors: {messages}")
+        if document.get("data") is None and any(_is_rejection(error) for error in listed):
+            raise QueryRejected(f"the squid rejected the query: {messages}")
+        raise CatalogUnavailable(f"the squid responded with errors: {messages}")
     data = document.get("data")
     if status != 200 or not isinstance(data, dict):
-        raise CatalogUnavailable(f"the squid answered {status} without data")
+        raise CatalogUnavailable(f"the squid responded {status} without data")
     return data
 
 
@@ -158,8 +166,8 @@ def _message(error: Any) -> str:
     return str(message)[:_MAX_MESSAGE]
 
 
-def _is_refusal(error: Any) -> bool:
-    """As Apollo marks it, or in the words that the GraphQL libraries share."""
+def _is_rejection(error: Any) -> bool:
+    """Whether validation failed: by Apollo's code, or by the messages that GraphQL libraries share."""
     extensions = error.get("extensions") if isinstance(error, dict) else None
     if isinstance(extensions, dict) and extensions.get("code") == "GRAPHQL_VALIDATION_FAILED":
         return True
@@ -168,15 +176,11 @@ def _is_refusal(error: Any) -> bool:
     )
 
 
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__} {error}".strip()[:_MAX_MESSAGE]
-
-
-# The questions to the squid, in the words of each generation of servers.
+# The queries, in the dialect of each generation of squids.
 #
-# Servers differ in two things: the name of the query for one object (`storageDataObjectById`, once
-# `storageDataObjectByUniqueInput`), and the type of ids in their inputs (`String`, once `ID`). A server refuses a
-# question in the wrong words when it validates it, before anything is looked up.
+# Squids differ in two things: the name of the query for one object (`storageDataObjectById`, formerly
+# `storageDataObjectByUniqueInput`), and the type of ids in inputs (`String`, formerly `ID`). A squid rejects a query in
+# the wrong dialect when it validates it, before it reads any data.
 
 _TYPE = "type { ... on DataObjectTypeVideoSubtitle { subtitle { mimeType } } }"
 _OBJECT = f"""{{
@@ -192,12 +196,12 @@ _OBJECT = f"""{{
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """One generation of servers. `one_object`: the field for one object, its argument over `$id`; `id_type`: of ids."""
+    """The names that one generation of squids uses."""
 
     name: str
-    one_object: str
-    argument: str
-    id_type: str
+    one_object: str  # the query for one object
+    argument: str  # of that query, with `$id` in it
+    id_type: str  # the type of ids in inputs
 
 
 DIALECTS = (
@@ -209,10 +213,10 @@ DIALECTS = (
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """`text` may hold `%(one_object)s`, `%(argument)s` and `%(id_type)s` of a dialect; `operation` is its name."""
+    """A GraphQL query that can be rendered in each dialect."""
 
-    operation: str
-    text: str
+    operation: str  # its name
+    text: str  # with `%(one_object)s`, `%(argument)s` and `%(id_type)s` where dialects differ
 
     def render(self, dialect: Dialect) -> str:
         return self.text % {
@@ -224,7 +228,7 @@ class Query:
 
 ONE_OBJECT = Query(
     "DataObject",
-    # The alias makes the answers of all servers alike.
+    # With the alias, the responses in all dialects have the same form.
     "query DataObject($id: %(id_type)s!) { object: %(one_object)s(%(argument)s) " + _OBJECT + " }",
 )
 BAGS_OF_BUCKETS = Query(
@@ -253,19 +257,16 @@ ACTIVE_STORAGE = Query(
 STATUS = Query("Status", "query Status { squidStatus { height } squidVersion { version } }")
 
 
-# How much of a squid's time and talk is taken.
-
 MIB = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class SquidLimits:
-    """`timeout`: seconds for one look-up; `list_timeout`: for one batch of a list; `list_batch`: bags in one question;
-    `list_pause`: seconds between two; sizes in bytes."""
+    """How much time and memory queries may take. Times in seconds, sizes in bytes."""
 
-    timeout: float = 2.5
-    list_timeout: float = 60.0
-    list_batch: int = 100
-    list_pause: float = 1.0
-    max_answer: int = 1 * MIB
-    max_list_answer: int = 16 * MIB
+    timeout: float = 2.5  # for one look-up
+    list_timeout: float = 60.0  # for one batch of a list
+    list_batch: int = 100  # bags in one query
+    list_pause: float = 1.0  # between two batches
+    max_response: int = 1 * MIB
+    max_list_response: int = 16 * MIB

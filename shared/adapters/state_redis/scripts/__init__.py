@@ -1,1 +1,1 @@
-"""One Lua script per verb; `records.lua` is put before each of them."""
+"""One Lua script per method of the port. `records.lua` is prepended to each of them."""

@@ -1,4 +1,5 @@
--- ARGV: term, size. A live claim without a reservation gets this one: its worker will find the partial file.
+-- ARGV: term, size. A live claim without a reservation gets this one, because its worker will find the
+-- partial file. Returns 1 or 0.
 local fetch = read_fetch()
 if not in_office(ARGV[4]) or (fetch and fetch.reserved) then return 0 end
 local size = tonumber(ARGV[5])

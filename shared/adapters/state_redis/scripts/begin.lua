@@ -1,4 +1,4 @@
--- ARGV: size, worker, lease in milliseconds, limit. Returns the name of the answer and its figures.
+-- ARGV: size, worker, lease in milliseconds, limit. Returns the name of the result and its numbers.
 local size, worker, limit = tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[7])
 local object = read_object(object_id)
 if object and object.state == EVICTING then return {'held', 0} end

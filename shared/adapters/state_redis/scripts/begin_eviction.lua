@@ -1,5 +1,5 @@
--- ARGV: term, least idle time in seconds, 1 for pinned ones too, object ids. Returns 1 or 0 for each. The generation
--- changes, so that nobody who saw the object before can forget it while its file may still be open for readers.
+-- ARGV: term, minimum idle time in seconds, 1 to include pinned objects, object ids. Returns 1 or 0 for each. The
+-- generation changes, so a process that saw the object before cannot forget it while its file may still be open.
 local answers, count, leading = {}, #ARGV - 6, in_office(ARGV[4])
 local generation = leading and count > 0 and next_serials(count)
 for number = 1, count do

@@ -1,4 +1,5 @@
--- KEYS: answer, asking. ARGV: asker, milliseconds. Returns as catalog_recall, and 1 if the asker must ask
+-- KEYS: answer, asking. ARGV: owner, milliseconds of the lock. Returns what catalog_recall returns, and 1 if the owner
+-- got the lock and must ask the catalog
 local kept = redis.call('GET', KEYS[1])
 local described, left = false, 0
 if kept then

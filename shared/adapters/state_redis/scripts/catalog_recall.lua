@@ -1,4 +1,4 @@
--- KEYS: answer, asking. Returns the description (or nothing) and for how many milliseconds it is still believed
+-- KEYS: answer, asking. Returns the description (or false) and for how many milliseconds it is still fresh
 local kept = redis.call('GET', KEYS[1])
 if not kept then return {false, 0} end
 local fresh_until, described = string.match(kept, '^(%d+) (.*)$')

@@ -1,3 +1,3 @@
--- KEYS: answer, asking. ARGV: description, milliseconds it is believed, milliseconds it is kept
+-- KEYS: answer, asking. ARGV: description, milliseconds it is fresh, milliseconds it is kept. Releases the lock
 redis.call('SET', KEYS[1], string.format('%.0f', now + tonumber(ARGV[5])) .. ' ' .. ARGV[4], 'PX', ARGV[6])
 redis.call('DEL', KEYS[2])

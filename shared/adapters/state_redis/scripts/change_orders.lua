@@ -1,3 +1,3 @@
--- ARGV: expected version (0: none), orders. Returns the new version, or 0 if it was another one.
+-- ARGV: expected version (0: none), operator state. Returns the new version, or 0 if the version was another one.
 if (redis.call('HGET', orders, 'version') or '0') ~= ARGV[4] then return 0 end
 return write_orders(ARGV[5])

@@ -1,4 +1,5 @@
--- ARGV: orders to begin with if there are none, how many are to be pinned, these, and those to be unpinned
+-- ARGV: initial operator state if there is none, number of objects to pin, these objects, objects to unpin. Returns how
+-- many changed.
 local changed, last = 0, 5 + tonumber(ARGV[5])
 for index = 6, #ARGV do
   changed = changed + redis.call(index <= last and 'SADD' or 'SREM', pins, ARGV[index])

@@ -1,4 +1,4 @@
--- ARGV: claimant, milliseconds. Returns 1, or what is in the way.
+-- ARGV: claimant, milliseconds. Returns 1, or the status of the object that refuses the claim.
 local fetch = read_fetch()
 if (fetch and fetch.standing and fetch.standing ~= 'parked') or redis.call('EXISTS', failure) == 1 then
   return standing(fetch)

@@ -1,4 +1,4 @@
--- Returns pairs of object id and fetch. Claims that ran out and left nothing are swept out on the way.
+-- Returns pairs of object id and fetch. Removes expired claims without a reservation.
 local live, all = {}, redis.call('HGETALL', fetches)
 for index = 1, #all, 2 do
   local fetch = unpack_fetch(all[index + 1])

@@ -1,1 +1,2 @@
+-- Returns the status of the object.
 return standing(read_fetch())

@@ -1,4 +1,4 @@
--- ARGV: term, object ids. Returns the bytes given back for each.
+-- ARGV: term, object ids. Returns the freed bytes for each.
 local answers, freed, leading = {}, 0, in_office(ARGV[4])
 for index = 5, #ARGV do
   local id = ARGV[index]

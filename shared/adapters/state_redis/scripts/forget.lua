@@ -1,4 +1,4 @@
--- ARGV: generation
+-- ARGV: generation. Returns 1 if the entry was dropped.
 local object = read_object(object_id)
 if not object or object.generation ~= tonumber(ARGV[4]) then return 0 end
 redis.call('HDEL', objects, object_id)

@@ -1,10 +1,10 @@
--- ARGV: holder, milliseconds. Returns the term's token, or 0 while another leads. The key holds "token holder".
+-- ARGV: holder, milliseconds. Returns the term's token, or 0 while another process leads. The key holds "token holder".
 local holder, milliseconds = ARGV[4], ARGV[5]
 local term = redis.call('GET', leader)
 if term then
   local token, leading = string.match(term, '^(%d+) (.*)$')
   if leading ~= holder then
-    -- A clock that was put back has moved the end of a term away
+    -- The clock was set back: shorten the term to its length from now
     if redis.call('PTTL', leader) > tonumber(milliseconds) then redis.call('PEXPIRE', leader, milliseconds) end
     return 0
   end

@@ -1,4 +1,4 @@
--- ARGV: warming. Returns its serial, or 0 while another is not over
+-- ARGV: warming. Returns its serial, or 0 while another one is not finished
 local state = redis.call('HGET', warming, 'state')
 if state and state ~= 'finished' then return 0 end
 local serial = next_serial()

@@ -1,25 +1,26 @@
--- Put before every other script: keys, the server's clock in milliseconds, and how records are read and written.
--- KEYS: see keys.py. ARGV[1]: announcement channel; ARGV[2]: bytes counted for an object's record; ARGV[3]: object id.
+-- Prepended to every other script: keys, the server's clock in milliseconds, and how records are read and written.
+-- KEYS: see Keys in records.py. ARGV[1]: announcement channel. ARGV[2]: bytes counted for the record of an object.
+-- ARGV[3]: object id.
 local objects, fetches, usage, wishes, leader, policy, accesses, failure, orders, pins, purges, warming = unpack(KEYS)
 local channel, record_bytes, object_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
--- views × 2 + state, size, last access (units of 2^-16 POSIX seconds), priority, generation; the layout of records.py.
--- 30 bytes: one more, and the server takes 16 more for each object
+-- views × 2 + state, size, last access (in 2^-16 POSIX seconds), priority, generation; as _OBJECT in records.py.
+-- 30 bytes: with one byte more, the server allocates 16 bytes more for each object
 local OBJECT = '<I4I6I6dI6'
 local STORED, EVICTING = 0, 1
 local GRAIN, MOST_VIEWS, MOST_BYTES = 65536, 2147483647, 281474976710655
 
 local function footprint(size) return size + record_bytes end
 
--- Lua would write large numbers in scientific notation, which Redis does not count with
+-- %.0f, because Lua writes large numbers in scientific notation, which HINCRBY rejects
 local function add(field, bytes)
   redis.call('HINCRBY', usage, field, string.format('%.0f', bytes))
   if field == 'used' then redis.call('HINCRBY', usage, 'turnover', string.format('%.0f', math.abs(bytes))) end
 end
 
--- Rises with every call, also over a lost store, whose counters begin anew: old tokens are never granted again
+-- Rises with every call, and across an emptied store: it is at least the clock, so old tokens are never granted again
 local function next_serials(count)
   local first = math.max(tonumber(redis.call('HGET', usage, 'serial') or '0') + 1, now)
   redis.call('HSET', usage, 'serial', string.format('%.0f', first + count - 1))
@@ -48,8 +49,9 @@ local function write_object(id, object)
     object.generation))
 end
 
--- `phase` is what was written, `standing` what it amounts to now: nil when it has run out and left nothing. `lasts`: for
--- how long it was written; one that ends later than that from now was written before the clock was put back
+-- `phase` is what was written. `standing` is the phase now: nil if it expired without a reservation. `lasts`: the
+-- milliseconds from writing to `ends`. A fetch that ends later than that from now was written before the clock was set
+-- back
 local function unpack_fetch(packed)
   local phase, reserved, size, token, ends, since, worker, source, lasts = unpack(cmsgpack.unpack(packed))
   local fetch = {phase = phase, reserved = reserved, size = size, token = token, ends = ends, since = since,
@@ -74,7 +76,7 @@ local function read_fetch(id)
   return fetch
 end
 
--- A lease that has run out is still its holder's as long as nobody has taken the object over
+-- An expired lease stays valid as long as no other worker has taken the object over
 local function read_leased(token, worker)
   local fetch = read_fetch()
   if fetch and fetch.phase == 'fetching' and fetch.token == tonumber(token) and fetch.worker == worker then
@@ -82,14 +84,14 @@ local function read_leased(token, worker)
   end
 end
 
--- What Python makes a Fetch of: phase, size, worker, source, milliseconds left, milliseconds in this phase
+-- What Python reads as Fetch: phase, size, worker, source, milliseconds left, milliseconds in this phase
 local function shown(fetch)
   local left = fetch.standing == 'parked' and 0 or fetch.ends - now
   return {fetch.standing, fetch.size, fetch.worker, fetch.source, left, math.max(0, now - fetch.since)}
 end
 
--- What Python makes a Standing of: the fetch or false, the failure's reason or false, milliseconds it is remembered.
--- While somebody tries again, nothing has failed
+-- What Python reads as ObjectStatus: the fetch or false, the reason of the failure or false, milliseconds until it
+-- expires. During another attempt the failure is hidden
 local function standing(fetch)
   local reason = not (fetch and fetch.standing == 'fetching') and redis.call('GET', failure)
   return {fetch and fetch.standing and shown(fetch) or false, reason, reason and redis.call('PTTL', failure) or 0}

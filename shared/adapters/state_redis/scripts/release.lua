@@ -1,4 +1,4 @@
--- ARGV: token, worker
+-- ARGV: token, worker. Ends the lease and releases the reservation.
 local fetch = read_leased(ARGV[4], ARGV[5])
 if fetch then
   redis.call('HDEL', fetches, object_id)

@@ -1,4 +1,4 @@
--- ARGV: token, worker, lease in milliseconds, source ("" leaves it as it is)
+-- ARGV: token, worker, lease in milliseconds, source ("": unchanged). Returns 1, or 0 if the lease is lost.
 local fetch = read_leased(ARGV[4], ARGV[5])
 if not fetch then return 0 end
 local other = ARGV[7] ~= '' and ARGV[7] ~= fetch.source

@@ -1,12 +1,14 @@
--- KEYS: sources, corrupted. ARGV: milliseconds a silent source is kept, most sources, most corrupted copies, answers
--- that make a mean, number of reports; per report: source, failures, milliseconds since the last, 1 if failures before
--- are forgiven, 1 if it was reached, milliseconds since it was not reached (or -1), first bytes (seconds, commas between);
--- then per corrupted copy: "object source", milliseconds. Returns sources, each as in a report without the flags, and
--- corrupted copies.
+-- KEYS: sources, corrupted.
+-- ARGV: milliseconds that a source without reports is kept, maximum of sources, maximum of corrupted copies, responses
+-- in a mean, number of reports.
+-- Per report: source, failures, milliseconds since the last failure, 1 to reset earlier failures, 1 if it was reached,
+-- milliseconds since it was unreachable (or -1), times to the first byte (seconds, separated by commas).
+-- Then per corrupted copy: "object source", milliseconds.
+-- Returns the sources, each as in a report without the flags, and the corrupted copies.
 local keep, most_sources, most_corrupted, mean_of = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 local reports, next_argument = tonumber(ARGV[8]), 9
 
--- failures, failed at, not reached at (0: it was), heard of at, first bytes
+-- failures, failed at, unreachable at (0: it was reached), last report at, times to the first byte
 local function read_source(packed)
   if not packed then return 0, 0, 0, 0, '' end
   local failures, failed_at, unreached_at, heard_at, first_bytes = string.match(packed, '^(%d+) (%d+) (%d+) (%d+) (.*)$')

@@ -1,4 +1,5 @@
--- ARGV: holder, milliseconds, serial of the progress (0: none), its state, the progress. Returns serial and warming
+-- ARGV: holder, milliseconds, serial of the progress (0: none), its state, the progress. Returns serial and warming, or
+-- false if none is unfinished or another process holds the lease
 local known = redis.call('HMGET', warming, 'serial', 'warming', 'state', 'holder', 'until')
 if not known[1] or known[3] == 'finished' then return false end
 if known[4] and known[4] ~= ARGV[4] and tonumber(known[5]) > now then return false end

@@ -1,4 +1,4 @@
-"""What the squid knows: the demo's objects in bags, and who promised to store and to distribute those."""
+"""The squid's data: the demo's objects in bags, and the buckets that store and distribute them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from distributor_node.services.demo.objects import DemoObject
 
 @dataclass(frozen=True, slots=True)
 class StorageBucket:
-    """A bucket of storage nodes; `endpoint` as its operator published it, None if never."""
+    """A bucket of storage nodes."""
 
     bucket_id: str
-    endpoint: str | None
+    endpoint: str | None  # as its operator published it; None: not published
     active: bool = True
 
 
@@ -28,13 +28,12 @@ class Bag:
 
 @dataclass(frozen=True, slots=True)
 class SquidData:
-    """All storage buckets hold all bags. `workers`: by distribution bucket, the workers who operate it actively;
-    `invited`: those who do not yet."""
+    """All data. Every storage bucket has every bag."""
 
     bags: Mapping[str, Bag]
     storage: tuple[StorageBucket, ...]
-    workers: Mapping[str, tuple[int, ...]]
-    invited: Mapping[str, tuple[int, ...]]
+    workers: Mapping[str, tuple[int, ...]]  # active workers, by distribution bucket
+    invited: Mapping[str, tuple[int, ...]]  # workers that have not accepted yet
 
     def bag_of(self, object_id: str) -> Bag | None:
         for bag in self.bags.values():
@@ -53,9 +52,12 @@ def make_squid_data(
     workers: Mapping[int, Sequence[str]] | None = None,
     bags_per_bucket: int = 1,
 ) -> SquidData:
-    """`nodes`: endpoints (without `api/v1`), or whole buckets; `buckets`: beside those of the objects; `workers`: the
-    distribution buckets that each worker operates. A bag is named `dynamic:channel:`, the bucket's
-    number and its own."""
+    """Make the data from objects.
+
+    `nodes`: endpoints (without `api/v1`), or whole buckets. `buckets`: in addition to those of the objects. `workers`:
+    the distribution buckets that each worker operates. A bag's name is `dynamic:channel:` with the bucket's number and
+    its own.
+    """
     in_buckets: dict[str, list[DemoObject]] = {bucket_id: [] for bucket_id in buckets}
     for item in objects:
         in_buckets.setdefault(item.bucket, []).append(item)
@@ -72,6 +74,6 @@ def make_squid_data(
         node if isinstance(node, StorageBucket) else StorageBucket(str(number), node)
         for number, node in enumerate(nodes)
     )
-    # Somebody is always invited: nodes must not mistake that for a promise.
+    # Each bucket has an invited worker, which nodes must not treat as active.
     invited = dict.fromkeys(in_buckets, (990,))
     return SquidData(bags, storage, operated, invited)

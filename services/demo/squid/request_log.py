@@ -1,4 +1,4 @@
-"""What the squid was asked, and how many questions were under way at once."""
+"""The request log of the squid: its queries, and how many were under way at once."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Any
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One question; times are seconds since the epoch. `refused`: by validation; `status` None: never answered."""
+    """One query. Times are POSIX seconds."""
 
     operation: str
     variables: dict[str, Any]
     started_at: float = field(default_factory=time.time)
     finished_at: float | None = None
-    status: int | None = None
-    refused: bool = False
+    status: int | None = None  # None: there was no response
+    rejected: bool = False  # by validation
 
 
 class RequestLog:
@@ -54,11 +54,13 @@ class RequestLog:
         self.max_in_flight = self.in_flight
 
     def count_for(self, object_id: str) -> int:
-        """How many questions named this object, refused ones aside."""
-        return sum(record.variables.get("id") == object_id and not record.refused for record in self._records)
+        """Return the number of queries for this object, without rejected ones."""
+        return sum(
+            record.variables.get("id") == object_id and not record.rejected for record in self._records
+        )
 
     async def wait_for(self, condition: Callable[[RequestLog], bool], timeout_seconds: float = 5.0) -> None:
-        """Wait until the condition holds, looked at when a question comes or ends."""
+        """Wait until the condition holds. It is checked when a query arrives or ends."""
         async with asyncio.timeout(timeout_seconds):
             while not condition(self):
                 await self._changed.wait()

@@ -1,4 +1,4 @@
-"""How the squid misbehaves, all of it off by default."""
+"""Fault injection for the test squid. By default there is no fault."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ _LISTS = frozenset({"missing_bags", "missing_objects", "missing_buckets", "nulls
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SquidFaults:
-    """What to do to answers. Times in seconds, sizes in bytes; ValueError for a value that makes no sense."""
+    """The faults of responses. Times in seconds, sizes in bytes. Raises ValueError for an invalid value."""
 
-    latency: float = 0.0  # before the answer
-    hang: bool = False  # accept the question, never answer
-    errors: bool = False  # GraphQL errors in a 200 answer, no data
-    errors_beside_data: bool = False  # GraphQL errors in a 200 answer, with all the data
-    status: int | None = None  # answer with this status and a short text
-    redirect_to: str | None = None  # answer 302 with this Location
-    garbage: bool = False  # 200 with what is no JSON
-    huge: int = 0  # so many bytes of padding in the answer
-    missing_objects: tuple[str, ...] = ()  # not in lists, and null when asked for
-    missing_bags: tuple[str, ...] = ()  # not in the list of bags' objects
+    latency: float = 0.0  # before the response
+    hang: bool = False  # accept the query, never respond
+    errors: bool = False  # a 200 with GraphQL errors, without data
+    errors_beside_data: bool = False  # a 200 with GraphQL errors and all data
+    status: int | None = None  # respond with this status and a short text
+    redirect_to: str | None = None  # respond 302 with this Location
+    garbage: bool = False  # a 200 without valid JSON
+    huge: int = 0  # so many bytes of padding in the response
+    missing_objects: tuple[str, ...] = ()  # not in lists, and null in queries for them
+    missing_bags: tuple[str, ...] = ()  # not in the lists of objects
     missing_buckets: tuple[str, ...] = ()  # not in the lists of buckets
     empty_lists: bool = False
-    nulls: tuple[str, ...] = ()  # fields that are null wherever they occur: see NULLABLE
-    schema: str = "current"  # the generation of the server: see GENERATIONS
+    nulls: tuple[str, ...] = ()  # fields that are null everywhere: see NULLABLE
+    schema: str = "current"  # generation of the squid: see GENERATIONS
     outage_seconds: float = (
-        0.0  # by PUT /faults: refuse connections for so long, then be back with the other faults
+        0.0  # with PUT /faults: refuse connections for so long, then apply the other faults
     )
-    operations: tuple[str, ...] = ()  # the faults are for questions of these names only; none: for all
-    spare: int = 0  # the first so many questions of those are answered well
+    operations: tuple[str, ...] = ()  # names of the queries with faults; empty: all
+    spare: int = 0  # so many of those queries succeed before the faults begin
 
     def __post_init__(self) -> None:
         for name, least in _NUMBERS.items():
@@ -50,18 +50,20 @@ class SquidFaults:
         if self.schema not in GENERATIONS:
             raise ValueError(f"schema must be one of {', '.join(GENERATIONS)}, got {self.schema!r}")
         if unknown := set(self.nulls) - NULLABLE:
-            raise ValueError(f"nulls knows {', '.join(sorted(NULLABLE))}, not {', '.join(sorted(unknown))}")
+            raise ValueError(
+                f"nulls: expected {', '.join(sorted(NULLABLE))}, got {', '.join(sorted(unknown))}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, document: object) -> SquidFaults:
-        """What is left out is off. Raises ValueError."""
+        """Parse a document. Fields that are not set are off. Raises ValueError."""
         if not isinstance(document, dict):
-            raise ValueError("faults are an object")
+            raise ValueError("faults: expected an object")
         if unknown := set(document) - {item.name for item in fields(cls)}:
-            raise ValueError(f"there is no fault {', '.join(sorted(map(str, unknown)))}")
+            raise ValueError(f"faults: there is no {', '.join(sorted(map(str, unknown)))}")
         values: dict[str, Any] = {}
         for name, value in document.items():
             values[name] = tuple(value) if isinstance(value, list) else value

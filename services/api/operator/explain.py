@@ -1,0 +1,143 @@
+"""`GET /cache/{id}`: what the node knows of one object, and how many bytes would be evicted before it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from distributor_node.services.api.operator.commands import fetch_as_json
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.eviction import PolicyEntry
+from distributor_node.shared.domain.eviction.position import Position, position_of
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.ports.state_store import IndexEntry, ObjectStatus, StateStore
+from distributor_node.shared.settings.model import EvictorSettings
+
+StoredState = Literal["stored", "leaving", "missing", "unindexed", "failed", "absent"]
+
+
+class ObjectExplainer:
+    """Reads the index and the volume, and changes neither. `clock`: POSIX seconds."""
+
+    def __init__(
+        self,
+        state: StateStore,
+        volume: Volume,
+        evictor: EvictorSettings,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`evictor`: names the policy. The settings of the evictor and of the API are expected to be the same."""
+        self._state, self._volume, self._evictor, self._clock = state, volume, evictor, clock
+        self._scanning = asyncio.Lock()  # a scan reads the whole index: one at a time
+
+    async def explain(self, object_id: ObjectId) -> dict[str, Any]:
+        """The answer's JSON; fields that say nothing of the object's state are null. StateStoreUnavailable."""
+        status = await self._state.find(object_id)
+        entry = await self._state.entry(object_id)
+        pinned = await self._state.pinned()
+        inflation = (await self._state.load_policy_state()).inflation
+        on_volume = await asyncio.to_thread(self._look_at_volume, object_id)
+        position = None
+        if entry is not None and not entry.evicting:
+            policy, miss_cost = self._evictor.policy, self._evictor.cost_per_miss
+            position = position_of(policy, miss_cost, _as_policy_entry(entry), inflation, self._clock())
+        if position is not None and object_id not in pinned:
+            await self._find_place(position, pinned)
+            before: dict[str, int | None] = {
+                "bytesBefore": position.bytes_before,
+                "objectsBefore": position.objects_before,
+            }
+        else:
+            before = {"bytesBefore": None, "objectsBefore": None}
+        return {
+            "id": object_id,
+            "state": _state_of(entry, status, on_volume),
+            "size": _size_of(entry, status, on_volume),
+            "hash": _hash_of(on_volume.record),
+            "views": None if entry is None else entry.frequency,
+            "lastAccess": None if entry is None else round(entry.last_access, 3),
+            "policy": self._evictor.policy,
+            "priority": None if position is None else position.priority,
+            "inflation": None if position is None or position.priority is None else inflation,
+            **before,
+            "pinned": object_id in pinned,
+            "sending": on_volume.sending,
+            "fetch": None if status.fetch is None else fetch_as_json(status.fetch, on_volume.partial_bytes),
+            "failure": None
+            if status.failure is None
+            else {"reason": status.failure.reason, "secondsLeft": round(status.failure.seconds_left, 3)},
+        }
+
+    async def _find_place(self, position: Position, pinned: frozenset[ObjectId]) -> None:
+        """Count what would go before the object: neither pinned nor being removed already."""
+        async with self._scanning:
+            for _ in range(position.passes):
+                async for batch in self._state.entries():
+                    evictable = (one for one in batch if not one.evicting and one.object_id not in pinned)
+                    position.feed(map(_as_policy_entry, evictable))
+                    await asyncio.sleep(0)
+                position.end_pass()
+
+    def _look_at_volume(self, object_id: ObjectId) -> OnVolume:
+        """Blocking."""
+        try:
+            found = self._volume.find_object(object_id)
+            partial = self._volume.open_partial(object_id)
+            partial_bytes = 0
+            if partial is not None:
+                partial_bytes = partial.state().size
+                partial.close()
+            return OnVolume(
+                size=None if found is None else found.size,
+                record=None if found is None else self._volume.read_record(object_id),
+                sending=self._volume.is_being_sent(object_id),
+                partial_bytes=partial_bytes,
+            )
+        except VolumeError:
+            return OnVolume(readable=False)
+
+
+@dataclass(frozen=True, slots=True)
+class OnVolume:
+    """What the volume says of one object."""
+
+    size: int | None = None  # bytes of the complete file; None: there is none
+    record: StoredRecord | None = None
+    sending: bool | None = None  # None: it cannot be told
+    partial_bytes: int = 0
+    readable: bool = True
+
+
+def _state_of(entry: IndexEntry | None, status: ObjectStatus, on_volume: OnVolume) -> StoredState | str:
+    """The state of the complete object, else the phase of its fetch."""
+    if entry is not None:
+        if entry.evicting:
+            return "leaving"
+        return "stored" if on_volume.size is not None or not on_volume.readable else "missing"
+    if status.fetch is not None:
+        return status.fetch.phase.value
+    if on_volume.size is not None:
+        return "unindexed"
+    return "failed" if status.failure is not None else "absent"
+
+
+def _size_of(entry: IndexEntry | None, status: ObjectStatus, on_volume: OnVolume) -> int | None:
+    if entry is not None:
+        return entry.size
+    if on_volume.size is not None:
+        return on_volume.size
+    return (status.fetch.size or None) if status.fetch is not None else None
+
+
+def _hash_of(record: StoredRecord | None) -> str | None:
+    return None if record is None or record.content_hash is None else str(record.content_hash)
+
+
+def _as_policy_entry(entry: IndexEntry) -> PolicyEntry:
+    return PolicyEntry(
+        entry.object_id, entry.size, max(1, entry.frequency), entry.last_access, entry.priority
+    )
