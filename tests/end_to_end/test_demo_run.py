@@ -33,7 +33,7 @@ def test_a_demo_node_answers_as_it_says(tmp_path: Path, catalog: str) -> None:
             assert (answer.status, answer.headers["X-Cache"]) == (200, "miss")
             assert answer.headers["Content-Type"].startswith("image/")
             assert len(answer.read()) == int(answer.headers["Content-Length"])
-        assert any("A squid to ask" in line for line in said) == (catalog == "joystream")
+        assert any("Demo squid" in line for line in said) == (catalog == "joystream")
         demo.send_signal(signal.SIGINT)
         assert demo.wait(30) == 0
     finally:
