@@ -227,7 +227,9 @@ def test_the_fast_path_is_used(nodes: NodePair) -> None:
     """Else the test above compares nothing."""
 
     def ask(more: str) -> None:
-        nodes.ask([f"GET {_PATH}2 HTTP/1.1\r\nHost: a\r\n{more}\r\n".encode()])
+        with socket.create_connection(("127.0.0.1", nodes.ports[0]), timeout=20) as connection:
+            connection.sendall(f"GET {_PATH}2 HTTP/1.1\r\nHost: a\r\n{more}\r\n".encode())
+            assert connection.recv(1 << 20)
 
     ask("")  # objects that are not requested for a second are dropped
     before = nodes.prepared()

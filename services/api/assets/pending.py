@@ -191,7 +191,7 @@ class PartialFileStreamer:
         VolumeError if the disk fails.
         """
         reader: PartialReader | None = None
-        handed_out = False
+        returned = False
         try:
             while True:
                 reader = self._close_if_gone(reader) or self._volume.open_partial(
@@ -208,14 +208,14 @@ class PartialFileStreamer:
                     on_disk = state.size
                     ready = sendable_end(self._span, on_disk, verified=state.verified) > self._span.first
                     if ready and not state.unlinked and self._matches_representation(verified=state.verified):
-                        handed_out = True
+                        returned = True
                         return reader
                 remaining = deadline - monotonic()
                 if remaining <= 0 or publish_failed.is_set() or await self._poller.has_ended():
                     return None
                 await self._poller.wait(on_disk, remaining)
         finally:
-            if reader is not None and not handed_out:
+            if reader is not None and not returned:
                 reader.close()
 
     async def stream(
