@@ -168,7 +168,7 @@ async def a_node(folder: Path, redis_url: str, **settings: str) -> AsyncIterator
         "DISTRIBUTOR_STORAGE__HIGH_WATERMARK": "1",
         "DISTRIBUTOR_EVICTOR__LEADERSHIP": "2",
         "DISTRIBUTOR_EVICTOR__LEADERSHIP_RENEWAL": "0.5",
-        "DISTRIBUTOR_EVICTOR__DUTY_INTERVAL": "9999",
+        "DISTRIBUTOR_EVICTOR__ASSIGNMENT_INTERVAL": "9999",
         "DISTRIBUTOR_EVICTOR__SCRUB_RATE": "0",  # what it reads is in use, and passed over
         "DISTRIBUTOR_LOG__LEVEL": "debug",
         **settings,
