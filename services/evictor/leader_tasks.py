@@ -241,7 +241,8 @@ class LeaderTasks:
         if not self._reconciled:
             return REFRESH_INTERVAL
         done = await self._parts.assignment.run(self._term)
-        return self._settings.duty_interval if done else min(_RELIST_INTERVAL, self._settings.duty_interval)
+        interval = self._settings.assignment_interval
+        return interval if done else min(_RELIST_INTERVAL, interval)
 
     async def _restore_operator_state(self) -> None:
         """An emptied store has lost pins and assignment too. Restore them before anything is evicted."""

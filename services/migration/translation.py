@@ -162,7 +162,7 @@ def _timeout(translation: Translation, value: Any, _: Path) -> None:
 
 def _clean_up(translation: Translation, value: Any, _: Path) -> None:
     seconds = _at_least_one(value)
-    translation.put("evictor.duty_interval", max(seconds, _MIN_ASSIGNMENT_INTERVAL))
+    translation.put("evictor.assignment_interval", max(seconds, _MIN_ASSIGNMENT_INTERVAL))
     if seconds < _MIN_ASSIGNMENT_INTERVAL:
         translation.remarks["intervals.cacheCleanup"] = (
             f"is set to {_MIN_ASSIGNMENT_INTERVAL} s, because the query of the whole list is expensive for the squid"

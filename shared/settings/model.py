@@ -6,10 +6,11 @@ docs/configuration.md (`make reference`).
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -25,11 +26,34 @@ from distributor_node.shared.settings.sizes import Size, format_size
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
+# Not structlog: settings are read before logs are configured, and a plain logger then writes to stderr
+logger = logging.getLogger(__name__)
+
 
 class SettingsGroup(BaseModel):
     """A group of settings. Unknown names are rejected, so that a misspelt setting is not ignored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def rename_settings(values: Any, group: str, renamed: Mapping[str, str]) -> Any:
+    """The values of a group, from file and environment together, under their current names.
+
+    `renamed`: former name to current name. A former name works and is logged; ValueError if both are set.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    current = dict(values)
+    for former, name in renamed.items():
+        if former not in current:
+            continue
+        if name in current:
+            raise ValueError(f"{former} is the former name of {name}: expected one of them, got both")
+        current[name] = current.pop(former)
+        logger.warning(
+            "setting %s.%s has been renamed to %s.%s; the former name still works", group, former, group, name
+        )
+    return current
 
 
 class PublicApi(SettingsGroup):
@@ -247,12 +271,18 @@ class EvictorSettings(SettingsGroup):
     """Seconds between two checks of the usage, if no fetcher asks for space."""
     reconcile_interval: Seconds = 3600.0
     """Seconds between comparisons of volume and index."""
-    duty_interval: Seconds = 6 * 3600.0
-    """Seconds between looks at the catalog's whole list for objects no longer ours."""
+    assignment_interval: Seconds = 6 * 3600.0
+    """Seconds between two readings of the catalog's whole list, to find objects that are not assigned to the node any
+    more. Formerly `duty_interval`, which still works."""
     partial_keep: Seconds = 3600.0
     """Seconds that an abandoned partial file is kept, so that its download can be resumed."""
     scrub_rate: Size = Field(default=4 * 1024**2)
     """Bytes a second that the scrub reads. 0: off."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_former_names(cls, values: Any) -> Any:
+        return rename_settings(values, "evictor", {"duty_interval": "assignment_interval"})
 
 
 class AdmissionSettings(SettingsGroup):

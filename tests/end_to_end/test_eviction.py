@@ -163,7 +163,7 @@ async def a_node(folder: Path, redis_url: str, **settings: str) -> AsyncIterator
         "DISTRIBUTOR_EVICTOR__LEADERSHIP": "8",
         "DISTRIBUTOR_EVICTOR__LEADERSHIP_RENEWAL": "1",
         "DISTRIBUTOR_STATE_STORE__OPERATION_TIMEOUT": "5",
-        "DISTRIBUTOR_EVICTOR__DUTY_INTERVAL": "9999",
+        "DISTRIBUTOR_EVICTOR__ASSIGNMENT_INTERVAL": "9999",
         "DISTRIBUTOR_EVICTOR__SCRUB_RATE": "0",  # what it reads is in use, and passed over
         "DISTRIBUTOR_LOG__LEVEL": "debug",
         **settings,

@@ -37,7 +37,7 @@ def list_objects(harness: EvictorHarness, *names: str) -> None:
 
 async def test_unassigned_objects_are_removed(harness: EvictorHarness) -> None:
     list_objects(harness, *NAMES)
-    async with harness.evictor(duty_interval=0.05):
+    async with harness.evictor(assignment_interval=0.05):
         await eventually(harness.reconciled)
         await harness.store(*NAMES)
         list_objects(harness, "two", "three", "four", "others")
@@ -62,7 +62,7 @@ def scrubbed() -> float:
 async def test_an_implausible_list_drops_nothing(harness: EvictorHarness, listed: tuple[str, ...]) -> None:
     list_objects(harness, *NAMES)
     before = reconciled("assignment_rejected")
-    async with harness.evictor(duty_interval=0.05):
+    async with harness.evictor(assignment_interval=0.05):
         await eventually(harness.reconciled)
         await harness.store(*NAMES)
         list_objects(harness, *listed)
@@ -73,7 +73,7 @@ async def test_an_implausible_list_drops_nothing(harness: EvictorHarness, listed
 async def test_a_catalog_that_is_down_drops_nothing(harness: EvictorHarness) -> None:
     harness.catalog.down = True
     before = reconciled("assignment_unavailable")
-    async with harness.evictor(duty_interval=0.05):
+    async with harness.evictor(assignment_interval=0.05):
         await eventually(harness.reconciled)
         await harness.store(*NAMES)
         await eventually(lambda: reconciled("assignment_unavailable") >= before + 2)

@@ -89,7 +89,7 @@ def test_every_setting_has_its_place(tmp_path: Path) -> None:
             "limit": "500G",
             "max_cached_item": "1G",
         },
-        "evictor": {"duty_interval": 3600},
+        "evictor": {"assignment_interval": 3600},
         "log": {"level": "debug"},
     }
     named = {remark.partition(" ")[0] for remark in remarks}

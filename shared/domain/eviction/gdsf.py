@@ -13,7 +13,7 @@ HPL-98-69R1, 1998; ageing from Pei Cao, Sandy Irani, "Cost-aware WWW proxy cachi
 
 from __future__ import annotations
 
-from distributor_node.shared.domain.eviction.packed_policy import PackedPolicy
+from distributor_node.shared.domain.eviction.packed import PackedPolicy
 from distributor_node.shared.domain.objects import ObjectId
 
 DEFAULT_MISS_COST = 64 * 1024**2

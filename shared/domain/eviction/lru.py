@@ -6,7 +6,7 @@ that is never watched again (docs/eviction.md).
 
 from __future__ import annotations
 
-from distributor_node.shared.domain.eviction.packed_policy import PackedPolicy
+from distributor_node.shared.domain.eviction.packed import PackedPolicy
 
 
 class Lru(PackedPolicy):

@@ -16,7 +16,7 @@ from collections.abc import Collection, Generator, Iterator
 from contextlib import ExitStack, closing
 
 from distributor_node.shared.domain.eviction.lazy_heap import LazyHeap
-from distributor_node.shared.domain.eviction.packed_policy import PackedPolicy
+from distributor_node.shared.domain.eviction.packed import PackedPolicy
 from distributor_node.shared.domain.eviction.policy import PolicyEntry
 from distributor_node.shared.domain.objects import ObjectId
 

@@ -1,85 +1,150 @@
-"""Fields of objects in packed columns, so that a million objects do not take a gigabyte.
+"""Base class of the eviction policies: objects in packed records, their order in lazy heaps.
 
-An object takes about 180 bytes. That includes an id of up to 24 characters, its hash table entry and its place in a
-heap.
+A subclass says by which key its objects are ordered (`_key`) and what an access changes. The victim loop, adding,
+removing and restoring are the same for all of them.
 """
 
 from __future__ import annotations
 
-from array import array
+from collections.abc import Collection, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from typing import ClassVar, cast
 
+from distributor_node.shared.domain.eviction.lazy_heap import LazyHeap, PackedRecords
 from distributor_node.shared.domain.eviction.policy import PolicyEntry
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import footprint
 
-MAX_VIEWS = 2**32 - 1
-"""Views are counted up to here."""
+_NO_IDS: frozenset[ObjectId] = frozenset()
 
 
-class PackedRecords:
-    """Columns indexed by slot. Slots of removed objects are reused."""
+class PackedPolicy:
+    """An EvictionPolicy in the order of last access, unless the subclass has priorities."""
 
-    def __init__(self, *, with_priorities: bool) -> None:
-        self.slots: dict[str, int] = {}  # object id -> slot
-        self.ids: list[str] = []
-        self.sizes = array("Q")  # bytes
-        self.frequencies = array("I")  # views
-        self.last_accesses = array("d")  # POSIX seconds
-        self.pushed_times = array("d")  # last access at the time the slot was pushed or re-keyed
-        self.places = array("I")  # index of the slot in its heap
-        # Objects without priorities are ordered by last access: both columns are the same array then
-        self.priorities, self.pushed_priorities = self.last_accesses, self.pushed_times
-        self._free = array("I")
-        self._columns: list[array[int] | array[float]] = [
-            self.sizes,
-            self.frequencies,
-            self.last_accesses,
-            self.pushed_times,
-            self.places,
-        ]
-        if with_priorities:
-            self.priorities, self.pushed_priorities = array("d"), array("d")
-            self._columns += [self.priorities, self.pushed_priorities]
+    name: ClassVar[str]
+    """As settings call it."""
+    has_priorities: ClassVar[bool] = False
+    """Whether objects have priorities of their own; without them `_key` is the last access."""
+    inflation = 0.0
 
-    def insert(self, entry: PolicyEntry) -> int:
-        """The slot of this object, a new one if it has none yet. The caller sets its priority."""
-        # A subclass of str takes more room, as an object and in the hash table.
-        plain_id = str(entry.object_id)
-        slot = self.slots.get(plain_id, -1)
-        if slot < 0:
-            slot = self.slots[plain_id] = self._free_slot()
-            self.ids[slot] = plain_id
-        self.sizes[slot] = entry.size
-        self.frequencies[slot] = min(max(1, entry.frequency), MAX_VIEWS)
-        self.last_accesses[slot] = entry.last_access
+    _records: PackedRecords
+    _heap: LazyHeap
+
+    def __init__(self) -> None:
+        self._clear(0.0)
+
+    def __len__(self) -> int:
+        return len(self._records.slots)
+
+    def __contains__(self, object_id: object) -> bool:
+        return object_id in self._records.slots
+
+    def get(self, object_id: ObjectId) -> PolicyEntry | None:
+        slot = self._records.slots.get(object_id)
+        return None if slot is None else self._records.entry(slot)
+
+    def ids(self) -> Sequence[ObjectId]:
+        """The strings are those of the records: a list of a million takes 8 MB, not 80."""
+        return cast("list[ObjectId]", list(self._records.slots))
+
+    def dump(self) -> Iterator[PolicyEntry]:
+        """Priorities are 0.0 where the policy has none."""
+        return map(self._records.entry, self._records.slots.values())
+
+    def add(self, entry: PolicyEntry) -> None:
+        self.remove(entry.object_id)
+        slot = self._insert(entry)
+        self._heap_of(slot).push(slot)
+
+    def access(self, object_id: ObjectId, views: int, now: float) -> None:
+        slot = self._records.slots.get(object_id)
+        if slot is not None:
+            self._records.count_access(slot, views, now)
+
+    def remove(self, object_id: ObjectId, *, evicted: bool = False) -> None:
+        slot = self._records.slots.get(object_id)
+        if slot is None:
+            return
+        if evicted:
+            self._age(slot)
+        self._heap_of(slot).remove(slot)
+        self._records.discard(slot)
+
+    def victims(
+        self,
+        wanted: int,
+        now: float,
+        *,
+        min_idle: float = 0.0,
+        spared: Collection[ObjectId] = _NO_IDS,
+        at_most: int = 1000,
+    ) -> list[PolicyEntry]:
+        """Costs a few microseconds for each victim, and as much for each object passed over."""
+        records = self._records
+        chosen: list[PolicyEntry] = []
+        with closing(self._candidates(now, now - min_idle, spared)) as slots:
+            while wanted > 0 and len(chosen) < at_most:
+                slot = next(slots, None)
+                if slot is None:
+                    break
+                chosen.append(records.entry(slot))
+                wanted -= footprint(records.sizes[slot])
+        return chosen
+
+    def restore(self, entries: Iterable[PolicyEntry], inflation: float) -> None:
+        """Takes one entry at a time: a generator saves the memory of a list. The last of several entries with the same
+        id counts."""
+        self._clear(inflation)
+        for entry in entries:
+            self._insert(entry)
+        self._fill_heaps()
+
+    # What subclasses override
+
+    def _key(self, slot: int, known: float) -> float:
+        """The key of a new object, whose other fields are set. `known`: the priority that its entry brings, 0.0: none.
+
+        The least (key, last access, id) goes first. While the object is in the heap its key may rise, but never fall.
+        """
+        return self._records.last_accesses[slot]
+
+    def _age(self, slot: int) -> None:
+        """Age by an object that is being evicted; for policies with priorities."""
+
+    def _clear(self, inflation: float) -> None:
+        self._records = PackedRecords(with_priorities=self.has_priorities)
+        self._heap = LazyHeap(self._records)
+
+    def _heap_of(self, slot: int) -> LazyHeap:
+        return self._heap
+
+    def _fill_heaps(self) -> None:
+        """Put all recorded slots into the empty heap."""
+        self._heap.push_all(self._records.slots.values())
+
+    def _candidates(
+        self, now: float, latest: float, spared: Collection[ObjectId]
+    ) -> Generator[int, None, None]:
+        """Slots that may go, the first victim first: not in `spared`, last accessed at `latest` or before."""
+        return self._idle_slots(self._heap, latest, spared)
+
+    # For subclasses
+
+    def _insert(self, entry: PolicyEntry) -> int:
+        """Record the entry, with its key; the slot. It still has to be pushed to a heap."""
+        slot = self._records.insert(entry)
+        self._records.priorities[slot] = self._key(slot, entry.priority)
         return slot
 
-    def _free_slot(self) -> int:
-        if self._free:
-            return self._free.pop()
-        self.ids.append("")
-        for column in self._columns:
-            column.append(0)
-        return len(self.ids) - 1
-
-    def count_access(self, slot: int, views: int, now: float) -> int:
-        """Count views up to `now`; returns the new number. A late report never makes the object older."""
-        frequency = min(self.frequencies[slot] + views, MAX_VIEWS)
-        self.frequencies[slot] = frequency
-        self.last_accesses[slot] = max(self.last_accesses[slot], now)
-        return frequency
-
-    def discard(self, slot: int) -> None:
-        """Free the slot."""
-        del self.slots[self.ids[slot]]
-        self.ids[slot] = ""
-        self._free.append(slot)
-
-    def entry(self, slot: int) -> PolicyEntry:
-        priority = 0.0 if self.priorities is self.last_accesses else self.priorities[slot]
-        return PolicyEntry(
-            ObjectId(self.ids[slot]),
-            self.sizes[slot],
-            self.frequencies[slot],
-            self.last_accesses[slot],
-            priority,
-        )
+    def _idle_slots(
+        self, heap: LazyHeap, latest: float, spared: Collection[ObjectId]
+    ) -> Generator[int, None, None]:
+        """One heap from its least key on, without objects in `spared` or accessed after `latest`."""
+        ids, times = self._records.ids, self._records.last_accesses
+        with closing(heap.ascending()) as slots:
+            for slot in slots:
+                if times[slot] <= latest:
+                    if ids[slot] not in spared:
+                        yield slot
+                elif not self.has_priorities:
+                    return  # the others were accessed even later
