@@ -16,6 +16,12 @@ from distributor_node.shared.ports.state_store import Announcement
 MAX_ACCESS_BATCHES = 10_000
 """Bound of the access log. While no evictor reads it, the oldest batches are dropped: only recency is lost."""
 
+MAX_ACCESS_LOG_BYTES = 16 * 1024 * 1024
+"""Bound of the access log on a server: half of it is dropped when it takes more."""
+
+MAX_LOGGED_ACCESSES = 200_000
+"""Bound of the access log in memory: accesses, some 100 bytes each."""
+
 MAX_ANNOUNCEMENTS = 1_000
 """Announcements that wait for one slow listener. Beyond that, the oldest are dropped."""
 

@@ -395,6 +395,9 @@ class StateStore(OperatorStore, EvictorStore, Protocol):
     async def server_stats(self) -> ServerStats | None:
         """For monitoring. None if there is no server."""
 
+    async def problems(self) -> Sequence[str]:
+        """What keeps the store from working in full, in words: nearly full, refusing writes. Raises if it is down."""
+
     # Requests
 
     async def find(self, object_id: ObjectId) -> ObjectStatus:

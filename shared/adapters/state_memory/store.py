@@ -66,6 +66,9 @@ class MemoryStateStore:
     async def server_stats(self) -> None:
         """None: there is no server."""
 
+    async def problems(self) -> Sequence[str]:
+        return ()
+
     # Requests
 
     async def find(self, object_id: ObjectId) -> ObjectStatus:
@@ -125,7 +128,7 @@ class MemoryStateStore:
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
         if accesses:
-            self._tables.accesses.append((self._tables.next_serial(), tuple(accesses)))
+            self._tables.log_accesses(accesses)
 
     # Fetching
 
@@ -372,7 +375,7 @@ class MemoryStateStore:
                 )
         tables.policy = state
         while tables.accesses and tables.accesses[0][0] < int(state.position or 0):
-            tables.accesses.popleft()
+            tables.drop_oldest_accesses()
 
     # Operator: state, pins, purges, warming, token ids
 

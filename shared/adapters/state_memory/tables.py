@@ -6,7 +6,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from distributor_node.shared.adapters.state_common import MAX_ACCESS_BATCHES, AnnouncementQueue, StateTimeouts
+from distributor_node.shared.adapters.state_common import (
+    MAX_ACCESS_BATCHES,
+    MAX_LOGGED_ACCESSES,
+    AnnouncementQueue,
+    StateTimeouts,
+)
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, Warming
 from distributor_node.shared.domain.space import footprint
@@ -53,10 +58,9 @@ class Tables:
     """Reason, expiry, and seconds from recording to expiry."""
     space_requests: dict[ObjectId, tuple[int, float]] = field(default_factory=dict)
     """Bytes and expiry."""
-    accesses: deque[tuple[int, Sequence[Access]]] = field(
-        default_factory=lambda: deque(maxlen=MAX_ACCESS_BATCHES)
-    )
+    accesses: deque[tuple[int, Sequence[Access]]] = field(default_factory=deque)
     """Serial and batch."""
+    logged_accesses: int = 0  # in all batches
     policy: PolicyState = field(default_factory=PolicyState)
     used: int = 0
     reserved: int = 0
@@ -84,6 +88,16 @@ class Tables:
     def announce(self, topic: Topic, object_id: str = "") -> None:
         for listener in self.listeners:
             listener.put(Announcement(topic, object_id))
+
+    def log_accesses(self, accesses: Sequence[Access]) -> None:
+        self.accesses.append((self.next_serial(), tuple(accesses)))
+        self.logged_accesses += len(accesses)
+        while len(self.accesses) > MAX_ACCESS_BATCHES or self.logged_accesses > MAX_LOGGED_ACCESSES:
+            self.drop_oldest_accesses()
+
+    def drop_oldest_accesses(self) -> None:
+        _, batch = self.accesses.popleft()
+        self.logged_accesses -= len(batch)
 
     def is_leader(self, term: Term) -> bool:
         return self.term == term and self.clock() < self.term_ends

@@ -8,7 +8,11 @@ from dataclasses import replace
 
 import structlog
 
-from distributor_node.shared.adapters.state_common import MAX_ACCESS_BATCHES, StateTimeouts
+from distributor_node.shared.adapters.state_common import (
+    MAX_ACCESS_BATCHES,
+    MAX_ACCESS_LOG_BYTES,
+    StateTimeouts,
+)
 from distributor_node.shared.adapters.state_redis.connection import RedisConnection
 from distributor_node.shared.adapters.state_redis.listener import listen
 from distributor_node.shared.adapters.state_redis.records import (
@@ -57,6 +61,9 @@ from distributor_node.shared.ports.state_store import (
 logger = structlog.get_logger()
 
 
+NEARLY_FULL = 0.9
+"""Share of maxmemory, as in records.lua, from which the server drops what only saves time."""
+
 _ENTRIES_BATCH = 1000
 
 
@@ -86,6 +93,17 @@ class RedisStateStore:
     async def server_stats(self) -> ServerStats:
         return read_server_stats(await self._connection.command("INFO"))
 
+    async def problems(self) -> Sequence[str]:
+        found = []
+        stats = await self.server_stats()
+        if stats.memory_limit and stats.memory >= NEARLY_FULL * stats.memory_limit:
+            found.append(f"{100 * stats.memory // stats.memory_limit} % of its maxmemory are in use")
+        try:
+            await self._connection.command("SET", self._connection.keys.write_probe, 1, "PX", 1000)
+        except StateStoreUnavailable as error:
+            found.append(f"writes are refused: {error}")
+        return found
+
     # Requests
 
     async def find(self, object_id: ObjectId) -> ObjectStatus:
@@ -112,9 +130,8 @@ class RedisStateStore:
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
         if accesses:
-            log = self._connection.keys.accesses
-            bound = ("MAXLEN", "~", MAX_ACCESS_BATCHES)
-            await self._connection.command("XADD", log, *bound, "*", "batch", pack_accesses(accesses))
+            bounds = (MAX_ACCESS_BATCHES, MAX_ACCESS_LOG_BYTES)
+            await self._connection.run("record_accesses", "", pack_accesses(accesses), *bounds)
 
     # Fetching
 

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: term, then per entry: object id, size, frequency, last access, priority. Returns 1 or 0 for each.
 local answers, count = {}, (#ARGV - 4) / 5
 if not in_office(ARGV[4]) then

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: term, size. A live claim without a reservation gets this one, because its worker will find the
 -- partial file. Returns 1 or 0.
 local fetch = read_fetch()

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: size, worker, lease in milliseconds, limit. Returns the name of the result and its numbers.
 local size, worker, limit = tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[7])
 local object = read_object(object_id)
@@ -6,6 +7,7 @@ if object then return {'stored', object.generation} end
 local fetch = read_fetch()
 if fetch and fetch.standing == 'fetching' then return {'held', fetch.ends - now} end
 if footprint(size) > limit then return {'never_fits'} end
+if relieve() > OVERFULL then return OUT_OF_MEMORY end
 
 local counted = redis.call('HMGET', usage, 'used', 'reserved', 'accounted')
 if counted[3] ~= run_id() then return {'not_accounted'} end

@@ -1,4 +1,6 @@
+#!lua flags=allow-oom
 -- ARGV: claimant, milliseconds. Returns 1, or the status of the object that refuses the claim.
+if relieve() > OVERFULL then return OUT_OF_MEMORY end
 local fetch = read_fetch()
 if (fetch and fetch.standing and fetch.standing ~= 'parked') or redis.call('EXISTS', failure) == 1 then
   return standing(fetch)

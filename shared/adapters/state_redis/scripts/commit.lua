@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: token, worker, time of storing in POSIX seconds
 local fetch = read_leased(ARGV[4], ARGV[5])
 if not fetch then return 0 end

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Returns pairs of object id and fetch. Removes expired claims without a reservation.
 local live, all = {}, redis.call('HGETALL', fetches)
 for index = 1, #all, 2 do

@@ -1,7 +1,8 @@
 -- Prepended to every other script: keys, the server's clock in milliseconds, and how records are read and written.
 -- KEYS: see Keys in records.py. ARGV[1]: announcement channel. ARGV[2]: bytes counted for the record of an object.
 -- ARGV[3]: object id.
-local objects, fetches, usage, wishes, leader, policy, accesses, failure, orders, pins, purges, warming = unpack(KEYS)
+local objects, fetches, usage, wishes, leader, policy, accesses, failure, orders, pins, purges, warming, answers =
+  unpack(KEYS)
 local channel, record_bytes, object_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -110,3 +111,49 @@ local function write_orders(text)
   announce('settings_changed')
   return tonumber(version)
 end
+
+-- Memory. A script that frees, holds or ends something is declared `allow-oom`: it must work when the server is full
+
+local NEARLY_FULL, OVERFULL = 0.9, 1.25  -- shares of maxmemory
+local DROPPED_AT_ONCE, KEYS_AT_ONCE, BATCHES_KEPT = 1000, 2000, 1000
+
+-- The share of maxmemory in use; 0 without a limit
+local function memory_share()
+  local info = redis.call('INFO', 'memory')
+  local limit = tonumber(string.match(info, '\nmaxmemory:(%d+)'))
+  return limit > 0 and tonumber(string.match(info, 'used_memory:(%d+)')) / limit or 0
+end
+
+-- Drops answers of the catalog, those that would expire first
+local function drop_answers(count)
+  if count <= 0 then return end
+  local dropped = redis.call('ZPOPMIN', answers, string.format('%.0f', count))
+  for index = 1, #dropped, 2 do redis.call('UNLINK', dropped[index]) end
+end
+
+-- Drops answers that are in no index, because an earlier version wrote them: those among the next keys of the server
+local function drop_unindexed_answers()
+  local prefix = string.sub(answers, 1, -#'answers' - 1)
+  local page = redis.call('SCAN', redis.call('HGET', usage, 'cursor') or '0', 'COUNT', KEYS_AT_ONCE)
+  redis.call('HSET', usage, 'cursor', page[1])
+  for _, key in ipairs(page[2]) do
+    if string.sub(key, 1, #prefix) == prefix and string.find(key, ':answer:', #prefix, true)
+      and not redis.call('ZSCORE', answers, key) then
+      redis.call('UNLINK', key)
+    end
+  end
+end
+
+-- Frees memory of a server that is nearly full: what only saves time goes, so that the index has room. Returns the share
+-- of maxmemory that is in use then
+local function relieve()
+  local share = memory_share()
+  if share < NEARLY_FULL then return share end
+  drop_answers(DROPPED_AT_ONCE)
+  drop_unindexed_answers()
+  redis.call('XTRIM', accesses, 'MAXLEN', '~', BATCHES_KEPT)
+  return memory_share()
+end
+
+-- New work is refused where even that does not help, because the index itself is too large
+local OUT_OF_MEMORY = {err = 'OOM the index is larger than maxmemory'}

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: term, 1 to recount entries too. Returns by how many bytes the sums were wrong. Nothing changes while a script
 -- runs, so HSCAN returns each entry once.
 if not in_office(ARGV[4]) then return 0 end

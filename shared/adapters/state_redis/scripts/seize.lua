@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: term, holder, lease in milliseconds. Returns token and size, or false.
 local fetch = read_fetch()
 if not in_office(ARGV[4]) or not fetch or fetch.standing ~= 'parked' then return false end

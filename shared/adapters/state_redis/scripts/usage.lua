@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Returns used, reserved, objects, live leases, accounted, turnover
 local leases = 0
 for _, packed in ipairs(redis.call('HVALS', fetches)) do
