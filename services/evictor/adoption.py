@@ -243,12 +243,13 @@ class PartialReaper:
         if fetch is not None and fetch.phase is FetchPhase.FETCHING:
             return
         object_id = partial.object_id
-        if fetch is None or fetch.phase is not FetchPhase.PARKED:
+        too_large = fetch is not None and fetch.phase is FetchPhase.PARKED and partial.size > fetch.size
+        if fetch is None or fetch.phase is not FetchPhase.PARKED or too_large:
             # A claim may have a reservation already; the store adds none twice
             await self._adoption.adopt_partial(term, object_id, partial.size)
         sidecar = await run_blocking(self._volume.partial_record, object_id)
         idle = time.time() - partial.changed_at
-        if sidecar is None or partial.size > sidecar.size:
+        if sidecar is None or partial.size > sidecar.size or too_large:
             await self._reap(term, object_id, "unusable")
         elif max(idle, fetch.age if fetch else 0.0) > self._keep:
             await self._reap(term, object_id, "abandoned")

@@ -163,6 +163,7 @@ class _PartialFetch:
         # After the index was rebuilt from the volume, it may not know this file. It must know it before the file
         # grows. The renewal tells it, while the source is asked.
         self._renewer.renew_soon()
+        await self._return_surplus()
         download = _Download(
             self._state, self._failover_reader, self._disk, self._object, partial, self._renewer
         )
@@ -170,6 +171,15 @@ class _PartialFetch:
             await download.announce()  # the bytes of an earlier attempt can be sent
         await download.run()
         await self._publish(partial)
+
+    async def _return_surplus(self) -> None:
+        """Release what the larger file of an earlier attempt had reserved: `_open` has cut it."""
+        if not self._lease.surplus:
+            return
+        try:
+            await self._state.return_surplus(self._lease)
+        except StateStoreUnavailable as error:
+            logger.info("surplus_not_returned", reason=str(error))  # the end of the fetch releases it
 
     def _open(self) -> PartialFile:
         """Open the partial file, empty unless it is the beginning of the same content. Blocking."""

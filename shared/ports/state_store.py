@@ -90,6 +90,7 @@ class Lease:
     token: int  # rises with every grant
     size: int  # bytes
     worker: str
+    surplus: int = 0  # bytes reserved beyond the footprint, for the larger file of an earlier attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +279,8 @@ class EvictorStore(Protocol):
     async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
         """Add a partial file that belongs to no fetch: PARKED, with `footprint(size)` bytes reserved.
 
-        Even above the limit. False if the fetch of the object has a reservation already.
+        Even above the limit. A smaller reservation without a live lease grows. False if the fetch of the object has a
+        live lease, or a reservation that is large enough.
         """
 
     async def steal_lease(self, term: Term, object_id: ObjectId) -> Lease | None:
@@ -432,12 +434,16 @@ class StateStore(OperatorStore, EvictorStore, Protocol):
         """Take the lease and reserve `footprint(size)` bytes in one step.
 
         Never granted if used + reserved would exceed the limit. The reservation of a PARKED fetch or an expired lease
-        is taken over, and adjusted to `size` if that differs and fits. A grant drops the object's `request_space`. A
+        is taken over. It grows to `size` if that is larger and fits. It never shrinks, because the larger file of
+        before may still be on the volume: see `return_surplus`. A grant drops the object's `request_space`. A
         remembered failure stays, hidden while the fetch is live, because this attempt may fail too.
         """
 
     async def renew(self, lease: Lease, source: str | None = None) -> bool:
         """Extend the lease and report the source in use. False: the lease is lost, stop writing at once."""
+
+    async def return_surplus(self, lease: Lease) -> None:
+        """Release what is reserved beyond the footprint, once the file is no larger. Announces SPACE_FREED."""
 
     async def commit(self, lease: Lease, stored_at: float) -> bool:
         """The object is complete: reserved bytes become used, the object enters the index, its failure is dropped.

@@ -148,6 +148,24 @@ async def test_abandoned_partial_files_and_fetches_without_one_are_removed(harne
         assert list((harness.root / "incoming").iterdir()) == []
 
 
+async def test_a_partial_file_larger_than_its_object_is_counted_and_removed(harness: EvictorHarness) -> None:
+    """1. A fetch is parked. 2. The object is smaller now, a worker begins. 3. It dies before it cuts the file."""
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        lease = await harness.begin_fetch("shrunk")
+        harness.leave_partial("shrunk", SIZE - 1000)
+        await harness.state.park(lease)
+        await harness.begin_fetch("shrunk", 1000)
+        assert await harness.matches_volume()
+    async with harness.evictor(partial_keep=0.2):  # sweeps as often
+
+        async def nothing_left() -> bool:
+            return (await harness.state.usage()).reserved == 0
+
+        await eventually(nothing_left)
+        assert list((harness.root / "incoming").iterdir()) == []
+
+
 async def test_a_fetch_that_ended_before_its_commit_is_adopted(harness: EvictorHarness) -> None:
     async with harness.evictor():
         await eventually(harness.reconciled)

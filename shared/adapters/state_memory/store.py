@@ -90,6 +90,7 @@ class MemoryStateStore:
             since=now,
             worker=claimant,
             duration=tables.timeouts.claim_seconds,
+            held=tables.rows[object_id].held if parked else 0,
         )
         return Claim(won=True, status=ObjectStatus(fetch=None, failure=None))
 
@@ -144,14 +145,24 @@ class MemoryStateStore:
         if not tables.reconciled:
             return NotReconciled()
         resumed = row is not None and row.reserved
-        more = footprint(size) - (footprint(row.size) if row and resumed else 0)
+        # Never less than before: the larger file of before may still be on the volume
+        held = max(size, row.held_size) if row and resumed else size
+        more = footprint(held) - (row.reservation if row else 0)
         missing = tables.used + tables.reserved + more - tables.limit
         if more > 0 and missing > 0:
             return NoSpace(missing)
-        lease = Lease(object_id, tables.next_serial(), size, worker)
+        lease = Lease(object_id, tables.next_serial(), size, worker, surplus=held - size)
         duration = tables.timeouts.lease_seconds
         tables.rows[object_id] = FetchRow(
-            FetchPhase.FETCHING, True, size, lease.token, now + duration, now, worker, duration=duration
+            FetchPhase.FETCHING,
+            True,
+            size,
+            lease.token,
+            now + duration,
+            now,
+            worker,
+            duration=duration,
+            held=held if held > size else 0,
         )
         tables.reserved += more
         tables.space_requests.pop(object_id, None)
@@ -173,6 +184,13 @@ class MemoryStateStore:
         if source and source != row.source:
             tables.announce(Topic.FETCH_CHANGED, lease.object_id)
         return True
+
+    async def return_surplus(self, lease: Lease) -> None:
+        row = self._tables.leased(lease)
+        if row and row.held:
+            self._tables.rows[lease.object_id] = replace(row, held=0)
+            self._tables.reserved -= row.reservation - footprint(row.size)
+            self._tables.announce(Topic.SPACE_FREED, lease.object_id)
 
     async def commit(self, lease: Lease, stored_at: float) -> bool:
         tables = self._tables
@@ -293,13 +311,18 @@ class MemoryStateStore:
     async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
         tables, now = self._tables, self._tables.clock()
         row = tables.row(object_id)
-        if not tables.is_leader(term) or (row and row.reserved):
+        if not tables.is_leader(term):
             return False
-        if row and tables.phase(row):
-            tables.rows[object_id] = replace(row, reserved=True, size=size)
+        if row and row.reserved:
+            if tables.phase(row) is FetchPhase.FETCHING or row.held_size >= size:
+                return False
+            adopted = replace(row, held=size)
+        elif row and tables.phase(row):
+            adopted = replace(row, reserved=True, size=size)
         else:
-            tables.rows[object_id] = FetchRow(FetchPhase.PARKED, True, size, 0, now, now, "")
-        tables.reserved += footprint(size)
+            adopted = FetchRow(FetchPhase.PARKED, True, size, 0, now, now, "")
+        tables.rows[object_id] = adopted
+        tables.reserved += adopted.reservation - (row.reservation if row else 0)
         return True
 
     async def steal_lease(self, term: Term, object_id: ObjectId) -> Lease | None:
@@ -307,16 +330,16 @@ class MemoryStateStore:
         row = tables.row(object_id)
         if not tables.is_leader(term) or row is None or tables.phase(row) is not FetchPhase.PARKED:
             return None
-        lease = Lease(object_id, tables.next_serial(), row.size, term.holder)
+        lease = Lease(object_id, tables.next_serial(), row.held_size, term.holder)
         duration = tables.timeouts.lease_seconds
-        tables.rows[object_id] = FetchRow(
-            FetchPhase.FETCHING,
-            True,
-            row.size,
-            lease.token,
-            now + duration,
-            now,
-            term.holder,
+        tables.rows[object_id] = replace(
+            row,
+            phase=FetchPhase.FETCHING,
+            token=lease.token,
+            ends=now + duration,
+            since=now,
+            worker=term.holder,
+            source=None,
             duration=duration,
         )
         return lease
@@ -328,7 +351,7 @@ class MemoryStateStore:
         before = (tables.used, tables.reserved)
         if entries:
             tables.used = sum(footprint(entry.size) for entry in tables.objects.values())
-        tables.reserved = sum(footprint(row.size) for row in tables.rows.values() if row.reserved)
+        tables.reserved = sum(row.reservation for row in tables.rows.values())
         return abs(before[0] - tables.used) + abs(before[1] - tables.reserved)
 
     async def set_reconciled(self, term: Term) -> None:

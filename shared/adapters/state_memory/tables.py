@@ -43,6 +43,15 @@ class FetchRow:
     worker: str
     source: str | None = None
     duration: float = 0.0  # seconds from writing to `ends`
+    held: int = 0  # bytes of the object that the reservation covers, if that is more than `size`
+
+    @property
+    def held_size(self) -> int:
+        return max(self.size, self.held)
+
+    @property
+    def reservation(self) -> int:
+        return footprint(self.held_size) if self.reserved else 0
 
 
 @dataclass(slots=True)
@@ -137,8 +146,8 @@ class Tables:
     def drop_fetch(self, object_id: ObjectId) -> None:
         """End a fetch and release its reservation."""
         row = self.rows.pop(object_id, None)
-        if row and row.reserved:
-            self.reserved -= footprint(row.size)
+        if row:
+            self.reserved -= row.reservation
 
     def put_object(self, entry: IndexEntry) -> None:
         """Add an entry with a new generation, or replace the existing one."""

@@ -140,7 +140,8 @@ class RedisStateStore:
         answer, *values = await self._connection.run("begin", object_id, size, worker, lease, self._limit)
         match answer:
             case b"granted":
-                return Granted(Lease(object_id, values[0], size, worker), resumed=bool(values[1]))
+                token, resumed, surplus = values
+                return Granted(Lease(object_id, token, size, worker, surplus), resumed=bool(resumed))
             case b"stored":
                 return AlreadyStored(generation=values[0])
             case b"held":
@@ -155,6 +156,9 @@ class RedisStateStore:
     async def renew(self, lease: Lease, source: str | None = None) -> bool:
         duration = milliseconds(self._timeouts.lease_seconds)
         return bool(await self._run_leased("renew", lease, duration, source or ""))
+
+    async def return_surplus(self, lease: Lease) -> None:
+        await self._run_leased("return_surplus", lease)
 
     async def commit(self, lease: Lease, stored_at: float) -> bool:
         return bool(await self._run_leased("commit", lease, stored_at))

@@ -17,7 +17,7 @@ for number = 1, count do
     used = used + footprint(size)
     if fetch then
       redis.call('HDEL', fetches, id)
-      if fetch.reserved then reserved = reserved + footprint(fetch.size) end
+      reserved = reserved + reservation(fetch)
       announce('fetch_changed', id)
     end
     answers[number] = 1

@@ -1,5 +1,6 @@
 #!lua flags=allow-oom
--- ARGV: size, worker, lease in milliseconds, limit. Returns the name of the result and its numbers.
+-- ARGV: size, worker, lease in milliseconds, limit. Returns the name of the result and its numbers. A reservation never
+-- shrinks here: the larger file of before may still be on the volume.
 local size, worker, limit = tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[7])
 local object = read_object(object_id)
 if object and object.state == EVICTING then return {'held', 0} end
@@ -12,14 +13,15 @@ if relieve() > OVERFULL then return OUT_OF_MEMORY end
 local counted = redis.call('HMGET', usage, 'used', 'reserved', 'accounted')
 if counted[3] ~= run_id() then return {'not_accounted'} end
 local resumed = fetch ~= nil and fetch.reserved
-local more = footprint(size) - (resumed and footprint(fetch.size) or 0)
+local held = resumed and math.max(size, held_size(fetch)) or size
+local more = footprint(held) - reservation(fetch)
 local missing = tonumber(counted[1] or '0') + tonumber(counted[2] or '0') + more - limit
 if more > 0 and missing > 0 then return {'no_space', missing} end
 
 local token = next_serial()
 add('reserved', more)
 write_fetch({phase = 'fetching', reserved = true, size = size, token = token, ends = now + tonumber(ARGV[6]),
-             since = now, worker = worker, source = ''})
+             since = now, worker = worker, source = '', held = held > size and held or nil})
 redis.call('HDEL', wishes, object_id)
 announce('fetch_changed')
-return {'granted', token, resumed and 1 or 0}
+return {'granted', token, resumed and 1 or 0, held - size}

@@ -7,5 +7,5 @@ if (fetch and fetch.standing and fetch.standing ~= 'parked') or redis.call('EXIS
 end
 local parked = fetch and fetch.standing == 'parked'
 write_fetch({phase = 'claimed', reserved = parked or false, size = parked and fetch.size or 0, token = 0,
-             ends = now + tonumber(ARGV[5]), since = now, worker = ARGV[4], source = ''})
+             ends = now + tonumber(ARGV[5]), since = now, worker = ARGV[4], source = '', held = parked and fetch.held or nil})
 return 1

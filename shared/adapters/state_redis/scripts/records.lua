@@ -52,11 +52,12 @@ end
 
 -- `phase` is what was written. `standing` is the phase now: nil if it expired without a reservation. `lasts`: the
 -- milliseconds from writing to `ends`. A fetch that ends later than that from now was written before the clock was set
--- back
+-- back. `held`: bytes of the object that the reservation covers where that is more than `size`, because the object was
+-- larger before; nil otherwise
 local function unpack_fetch(packed)
-  local phase, reserved, size, token, ends, since, worker, source, lasts = unpack(cmsgpack.unpack(packed))
+  local phase, reserved, size, token, ends, since, worker, source, lasts, held = unpack(cmsgpack.unpack(packed))
   local fetch = {phase = phase, reserved = reserved, size = size, token = token, ends = ends, since = since,
-                 worker = worker, source = source, lasts = lasts, standing = phase}
+                 worker = worker, source = source, lasts = lasts, held = held, standing = phase}
   if lasts and ends > now + lasts then fetch.ends, fetch.outdated = now + lasts, true end
   if phase ~= 'parked' and ends <= now then
     fetch.standing = reserved and 'parked' or nil
@@ -67,7 +68,7 @@ end
 
 local function write_fetch(fetch, id)
   redis.call('HSET', fetches, id or object_id, cmsgpack.pack({fetch.phase, fetch.reserved, fetch.size, fetch.token,
-    fetch.ends, fetch.since, fetch.worker, fetch.source, math.max(0, fetch.lasts or fetch.ends - now)}))
+    fetch.ends, fetch.since, fetch.worker, fetch.source, math.max(0, fetch.lasts or fetch.ends - now), fetch.held}))
 end
 
 local function read_fetch(id)
@@ -76,6 +77,11 @@ local function read_fetch(id)
   if fetch and fetch.outdated then write_fetch(fetch, id) end
   return fetch
 end
+
+-- Bytes of the object that the fetch has reserved, without its record
+local function held_size(fetch) return math.max(fetch.size, fetch.held or 0) end
+
+local function reservation(fetch) return fetch and fetch.reserved and footprint(held_size(fetch)) or 0 end
 
 -- An expired lease stays valid as long as no other worker has taken the object over
 local function read_leased(token, worker)

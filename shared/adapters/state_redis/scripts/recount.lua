@@ -26,8 +26,7 @@ end
 
 local reserved = 0
 for _, packed in ipairs(redis.call('HVALS', fetches)) do
-  local fetch = unpack_fetch(packed)
-  if fetch.reserved then reserved = reserved + footprint(fetch.size) end
+  reserved = reserved + reservation(unpack_fetch(packed))
 end
 correct('reserved', reserved)
 return wrong

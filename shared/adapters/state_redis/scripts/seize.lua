@@ -5,4 +5,4 @@ if not in_office(ARGV[4]) or not fetch or fetch.standing ~= 'parked' then return
 fetch.phase, fetch.token, fetch.worker = 'fetching', next_serial(), ARGV[5]
 fetch.since, fetch.ends, fetch.lasts, fetch.source = now, now + tonumber(ARGV[6]), tonumber(ARGV[6]), ''
 write_fetch(fetch)
-return {fetch.token, fetch.size}
+return {fetch.token, held_size(fetch)}
