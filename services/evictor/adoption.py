@@ -29,8 +29,6 @@ from distributor_node.shared.observability.metrics import RECONCILED
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase, IndexEntry, Lease, StateStore, Term
 from distributor_node.shared.runtime.threads import run_blocking
 
-NEVER = 0.0  # POSIX time of the last access of an object that cannot be requested any more
-
 logger = structlog.get_logger()
 
 
@@ -119,15 +117,6 @@ class Adoption:
 
     def _imported_usage(self, found: FoundObject) -> PolicyEntry | None:
         return None if self._node_import is None else self._node_import.usage_of(found)
-
-    async def adopt_trashed(self, term: Term, object_id: ObjectId, size: int) -> bool:
-        """Count a file in the trash, and mark it as being evicted. False: the store knows the object."""
-        if not await self._state.adopt(term, IndexEntry(object_id, size, 1, NEVER)):
-            return False
-        await self._state.begin_eviction(term, object_id, 0.0)
-        self._index.mark_deferred(object_id)
-        RECONCILED.labels("adopted_evicting").inc()
-        return True
 
     async def adopt_partial(self, term: Term, object_id: ObjectId, at_least: int) -> None:
         """Reserve what a partial file may take, unless a fetch has done so, or the file is gone."""

@@ -294,6 +294,10 @@ class EvictorStore(Protocol):
         `used` can be right.
         """
 
+    async def set_leaving(self, term: Term, count: int) -> None:
+        """Count so many bytes as used in addition: removed files that are still being sent, and that no entry stands
+        for."""
+
     async def set_reconciled(self, term: Term) -> None:
         """Declare that the index matches the volume. Valid until this store is restarted or emptied."""
 

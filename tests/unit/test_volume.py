@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -532,6 +533,21 @@ def test_two_processes_make_one_shard_at_once(volume: Volume, monkeypatch: pytes
     store(volume, "1")
     assert path_of(volume, "1").parent.name == number
     assert volume.complete_record(ObjectId("1")) == record_of("1")
+
+
+def test_the_trash_replaces_no_file_that_may_be_sent(volume: Volume) -> None:
+    for body in (b"older", b"newer"):
+        store(volume, ObjectId("1"), body)
+        volume.removal(ObjectId("1")).rename_to_trash()
+    trashed = sorted(volume.scan_trash(), key=lambda file: len(file.name))
+    assert [file.object_id for file in trashed] == ["1", "1"]
+    assert trashed[0].name == "1"
+    reader = os.open(volume.root / "leaving" / "1", os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    assert [volume.unlink_trashed(file) for file in trashed] == [False, True]
+    os.close(reader)
+    assert volume.unlink_trashed(trashed[0])
+    assert not list(volume.scan_trash())
 
 
 def test_an_object_without_a_records_shard_is_unrecorded_removable_and_repairable(volume: Volume) -> None:

@@ -119,12 +119,13 @@ class MemoryStateStore:
         leases = sum(tables.phase(tables.row(known)) is FetchPhase.FETCHING for known in tables.rows)
         return Usage(
             limit=tables.limit,
-            used=tables.used,
+            used=tables.used + tables.leaving,
             reserved=tables.reserved,
             objects=len(tables.objects),
             fetches=leases,
             reconciled=tables.reconciled,
             churn=tables.churn,
+            leaving=tables.leaving,
         )
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
@@ -148,7 +149,7 @@ class MemoryStateStore:
         # Never less than before: the larger file of before may still be on the volume
         held = max(size, row.held_size) if row and resumed else size
         more = footprint(held) - (row.reservation if row else 0)
-        missing = tables.used + tables.reserved + more - tables.limit
+        missing = tables.used + tables.leaving + tables.reserved + more - tables.limit
         if more > 0 and missing > 0:
             return NoSpace(missing)
         lease = Lease(object_id, tables.next_serial(), size, worker, surplus=held - size)
@@ -353,6 +354,10 @@ class MemoryStateStore:
             tables.used = sum(footprint(entry.size) for entry in tables.objects.values())
         tables.reserved = sum(row.reservation for row in tables.rows.values())
         return abs(before[0] - tables.used) + abs(before[1] - tables.reserved)
+
+    async def set_leaving(self, term: Term, count: int) -> None:
+        if self._tables.is_leader(term):
+            self._tables.leaving = count
 
     async def set_reconciled(self, term: Term) -> None:
         if self._tables.is_leader(term):

@@ -73,6 +73,7 @@ class Tables:
     policy: PolicyState = field(default_factory=PolicyState)
     used: int = 0
     reserved: int = 0
+    leaving: int = 0
     churn: int = 0
     serial: int = 0
     reconciled: bool = False

@@ -30,7 +30,8 @@ class Keys:
     objects   HASH    object id → packed record (see _OBJECT)
     fetches   HASH    object id → packed fetch (see records.lua)
     usage     HASH    used, reserved (bytes), serial (of tokens and generations), accounted (run id of the server whose
-                      index is reconciled), turnover (bytes), cursor (of the search for answers
+                      index is reconciled), turnover, leaving (bytes; see
+                      `set_leaving`), cursor (of the search for answers
                       that are not in catalog:answers)
     wishes    HASH    object id → requested bytes and their expiry
     leader    STRING  "token holder", expires

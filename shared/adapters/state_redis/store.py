@@ -125,8 +125,10 @@ class RedisStateStore:
 
     async def usage(self) -> Usage:
         reply = await self._connection.run("usage", "")
-        used, reserved, objects, fetches, reconciled, churn = reply
-        return Usage(self._limit, used, reserved, objects, fetches, bool(reconciled), churn)
+        used, reserved, objects, fetches, reconciled, churn, leaving = reply
+        return Usage(
+            self._limit, used + leaving, reserved, objects, fetches, bool(reconciled), churn, leaving
+        )
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
         if accesses:
@@ -241,6 +243,9 @@ class RedisStateStore:
 
     async def recount(self, term: Term, *, entries: bool = True) -> int:
         return int(str(await self._run_as_leader("recount", term, "", int(entries))))
+
+    async def set_leaving(self, term: Term, count: int) -> None:
+        await self._run_as_leader("set_leaving", term, "", count)
 
     async def set_reconciled(self, term: Term) -> None:
         await self._run_as_leader("set_accounted", term)

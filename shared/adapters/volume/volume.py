@@ -29,6 +29,7 @@ from distributor_node.shared.adapters.volume.objects import (
     Removal,
     has_shared_lock,
     identity_of,
+    unlink_trashed,
 )
 from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader
 from distributor_node.shared.adapters.volume.records import (
@@ -263,6 +264,11 @@ class Volume:
         """A removal of a complete object that has not begun yet; see Removal."""
         return Removal(self._directories, object_id, truncates=not self._accel_redirect)
 
+    def unlink_trashed(self, file: scan.TrashedFile) -> bool:
+        """Remove a file in `leaving/`. Returns False if a process sends it."""
+        with map_os_errors(f"remove {TRASH}/{file.name}"):
+            return unlink_trashed(self._directories, file.name, truncates=not self._accel_redirect)
+
     def remove_orphan_records(self, older_than_seconds: float) -> int:
         """Remove records whose object is missing, if they are older than that. Returns how many were removed."""
         with map_os_errors("remove orphan records"):
@@ -278,6 +284,11 @@ class Volume:
         """Everything under `objects/` and `leaving/`."""
         with map_os_errors("scan the objects"):
             yield from scan.scan_objects(self._directories)
+
+    def scan_trash(self) -> Iterator[scan.TrashedFile]:
+        """The files in `leaving/`."""
+        with map_os_errors("scan the removed objects"):
+            yield from scan.scan_trash(self._directories)
 
     def scan_partials(self) -> Iterator[scan.FoundPartial | scan.UnknownFile]:
         """Everything under `incoming/` except sidecars."""

@@ -10,12 +10,12 @@ if fetch and fetch.standing == 'fetching' then return {'held', fetch.ends - now}
 if footprint(size) > limit then return {'never_fits'} end
 if relieve() > OVERFULL then return OUT_OF_MEMORY end
 
-local counted = redis.call('HMGET', usage, 'used', 'reserved', 'accounted')
+local counted = redis.call('HMGET', usage, 'used', 'reserved', 'accounted', 'leaving')
 if counted[3] ~= run_id() then return {'not_accounted'} end
 local resumed = fetch ~= nil and fetch.reserved
 local held = resumed and math.max(size, held_size(fetch)) or size
 local more = footprint(held) - reservation(fetch)
-local missing = tonumber(counted[1] or '0') + tonumber(counted[2] or '0') + more - limit
+local missing = tonumber(counted[1] or '0') + tonumber(counted[2] or '0') + tonumber(counted[4] or '0') + more - limit
 if more > 0 and missing > 0 then return {'no_space', missing} end
 
 local token = next_serial()
