@@ -27,6 +27,9 @@ MAX_ANNOUNCEMENTS = 1_000
 
 QUEUED_SECONDS = 60.0
 
+LOST_JOB_SECONDS = 600.0
+"""After so long, a job that was published and not begun counts as lost, and another one may be published."""
+
 
 @dataclass(frozen=True, slots=True)
 class StateTimeouts:
@@ -34,6 +37,7 @@ class StateTimeouts:
 
     claim_seconds: float = CLAIM_SECONDS  # from a claim to its published job
     queued_seconds: float = QUEUED_SECONDS  # from a published job to its worker
+    lost_job_seconds: float = LOST_JOB_SECONDS  # from a published job until it counts as lost
     lease_seconds: float = 15.0  # from one renewal of a lease to the next
     operation_timeout: float = 1.0  # of any operation, before StateStoreUnavailable
 

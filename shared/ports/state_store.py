@@ -80,6 +80,7 @@ class Claim:
 
     won: bool
     status: ObjectStatus  # if the claim was refused: why
+    serial: int = 0  # of the claim that was won, for its job; rises with every claim
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,11 @@ class HeldElsewhere:
 
 
 @dataclass(frozen=True, slots=True)
+class Superseded:
+    """The job of another claim is being carried out by a worker with a live lease. If it fails, it is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
 class NoSpace:
     """The reservation would exceed the limit now."""
 
@@ -132,7 +138,7 @@ class NotReconciled:
     """The index does not match the volume yet, because the store is empty or was restarted. Wait."""
 
 
-BeginResult = Granted | AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotReconciled
+BeginResult = Granted | AlreadyStored | HeldElsewhere | Superseded | NoSpace | NeverFits | NotReconciled
 
 
 # The index
@@ -413,7 +419,8 @@ class StateStore(OperatorStore, EvictorStore, Protocol):
         """Win the right to publish the job, until the claim expires.
 
         Refused while a fetch is CLAIMED, QUEUED or FETCHING, or a failure is remembered. A PARKED fetch or an expired
-        claim can be claimed again. A parked fetch keeps its reservation.
+        claim can be claimed again. A parked fetch keeps its reservation. An expired queue mark is prolonged instead,
+        until its job counts as lost: in a queue that does not move another job would only wait behind it.
         """
 
     async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
@@ -434,8 +441,8 @@ class StateStore(OperatorStore, EvictorStore, Protocol):
 
     # Fetching
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
-        """Take the lease and reserve `footprint(size)` bytes in one step.
+    async def begin(self, object_id: ObjectId, size: int, worker: str, claim: int = 0) -> BeginResult:
+        """Take the lease and reserve `footprint(size)` bytes in one step. `claim`: its serial, if a job carries one.
 
         Never granted if used + reserved would exceed the limit. The reservation of a PARKED fetch or an expired lease
         is taken over. It grows to `size` if that is larger and fits. It never shrinks, because the larger file of

@@ -20,6 +20,7 @@ from distributor_node.shared.ports.state_store import (
     NeverFits,
     NoSpace,
     NotReconciled,
+    Superseded,
 )
 from tests.contract.state_harness import LIMIT, ONE, TWO, Harness
 
@@ -60,6 +61,14 @@ class TestBegin:
         await harness.reconciled()
         await harness.stored(ONE, 100)
         assert await harness.store.begin(ONE, 100, "worker-1") == AlreadyStored(await harness.generation(ONE))
+
+    async def test_another_job_is_superseded_while_one_is_carried_out(self, harness: Harness) -> None:
+        await harness.reconciled()
+        assert isinstance(await harness.store.begin(ONE, 100, "worker-1", claim=7), Granted)
+        assert await harness.store.begin(ONE, 100, "worker-2", claim=8) == Superseded()
+        # The same job, delivered again after its worker died; a job of an older version
+        for claim in (7, 0):
+            assert isinstance(await harness.store.begin(ONE, 100, "worker-2", claim=claim), HeldElsewhere)
 
     async def test_to_the_last_byte_and_no_further(self, harness: Harness) -> None:
         await harness.reconciled()

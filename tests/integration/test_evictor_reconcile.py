@@ -109,7 +109,7 @@ async def test_deferred_removals_count_until_their_readers_have_finished(harness
 async def test_a_removed_file_counts_and_goes_although_its_entry_is_not_evicting(
     harness: EvictorHarness, stored_again: bool
 ) -> None:
-    """1. A purge moves a file that is being sent. 2. Redis loses its last second. Or the object is stored again, because
+    """1. A purge moves a file that is being sent. 2. Redis loses its last second. Or the object is stored again, since
     the leader that purged it was stopped before the move."""
     async with harness.evictor():
         await eventually(harness.reconciled)

@@ -35,6 +35,7 @@ from distributor_node.shared.ports.state_store import (
     ObjectStatus,
     PolicyState,
     PurgeRequest,
+    Superseded,
     Term,
     Topic,
 )
@@ -80,7 +81,12 @@ class MemoryStateStore:
         parked = object_status.fetch is not None and object_status.fetch.phase is FetchPhase.PARKED
         if object_status.failure or (object_status.fetch and not parked):
             return Claim(won=False, status=object_status)
-        now = tables.clock()
+        now, row = tables.clock(), tables.row(object_id)
+        if row is not None and tables.job_waits(row):
+            duration = tables.timeouts.queued_seconds
+            tables.rows[object_id] = replace(row, ends=now + duration, duration=duration)
+            return Claim(won=False, status=tables.object_status(object_id))
+        serial = tables.next_serial()
         tables.rows[object_id] = FetchRow(
             phase=FetchPhase.CLAIMED,
             reserved=parked,
@@ -90,9 +96,10 @@ class MemoryStateStore:
             since=now,
             worker=claimant,
             duration=tables.timeouts.claim_seconds,
+            job=serial,
             held=tables.rows[object_id].held if parked else 0,
         )
-        return Claim(won=True, status=ObjectStatus(fetch=None, failure=None))
+        return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=serial)
 
     async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
         tables = self._tables
@@ -134,12 +141,14 @@ class MemoryStateStore:
 
     # Fetching
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
+    async def begin(self, object_id: ObjectId, size: int, worker: str, claim: int = 0) -> BeginResult:
         tables = self._tables
         entry, row, now = tables.objects.get(object_id), tables.row(object_id), tables.clock()
         if entry:
             return HeldElsewhere(seconds_left=0.0) if entry.evicting else AlreadyStored(entry.generation)
         if row and tables.phase(row) is FetchPhase.FETCHING:
+            if claim and row.job and claim != row.job:
+                return Superseded()
             return HeldElsewhere(seconds_left=row.ends - now)
         if footprint(size) > tables.limit:
             return NeverFits()
@@ -163,6 +172,7 @@ class MemoryStateStore:
             now,
             worker,
             duration=duration,
+            job=claim,
             held=held if held > size else 0,
         )
         tables.reserved += more
@@ -373,8 +383,10 @@ class MemoryStateStore:
 
     async def fetches(self) -> Sequence[Fetch]:
         tables = self._tables
-        for object_id in [known for known in tables.rows if tables.phase(tables.row(known)) is None]:
-            del tables.rows[object_id]
+        for object_id in list(tables.rows):
+            row = tables.row(object_id)
+            if tables.phase(row) is None and not tables.job_waits(row):
+                del tables.rows[object_id]
         return [fetch for object_id in tables.rows if (fetch := tables.fetch(object_id))]
 
     async def read_accesses(self, position: str, at_most: int) -> tuple[str, Sequence[Access]]:

@@ -43,6 +43,7 @@ class FetchRow:
     worker: str
     source: str | None = None
     duration: float = 0.0  # seconds from writing to `ends`
+    job: int = 0  # serial of the claim whose job is carried out; 0: there is none
     held: int = 0  # bytes of the object that the reservation covers, if that is more than `size`
 
     @property
@@ -128,6 +129,12 @@ class Tables:
         if row is None or row.phase is FetchPhase.PARKED or row.ends > self.clock():
             return row.phase if row else None
         return FetchPhase.PARKED if row.reserved else None
+
+    def job_waits(self, row: FetchRow | None) -> bool:
+        """Whether the job of an expired queue mark still waits in a queue that does not move."""
+        if row is None or row.phase is not FetchPhase.QUEUED:
+            return False
+        return 0 <= self.clock() - row.since < self.timeouts.lost_job_seconds
 
     def leased(self, lease: Lease) -> FetchRow | None:
         """The row of a lease. An expired lease stays valid as long as no other worker has taken the object over."""

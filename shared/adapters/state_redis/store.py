@@ -55,6 +55,7 @@ from distributor_node.shared.ports.state_store import (
     PolicyState,
     PurgeRequest,
     ServerStats,
+    Superseded,
     Term,
 )
 
@@ -110,10 +111,11 @@ class RedisStateStore:
         return read_object_status(object_id, await self._connection.run("find", object_id))
 
     async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
-        duration = milliseconds(self._timeouts.claim_seconds)
-        reply = await self._connection.run("claim", object_id, claimant, duration)
-        if reply == 1:
-            return Claim(won=True, status=ObjectStatus(fetch=None, failure=None))
+        times = self._timeouts
+        seconds = (times.claim_seconds, times.queued_seconds, times.lost_job_seconds)
+        reply = await self._connection.run("claim", object_id, claimant, *map(milliseconds, seconds))
+        if isinstance(reply, int):
+            return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=reply)
         return Claim(won=False, status=read_object_status(object_id, reply))
 
     async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
@@ -137,15 +139,19 @@ class RedisStateStore:
 
     # Fetching
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
+    async def begin(self, object_id: ObjectId, size: int, worker: str, claim: int = 0) -> BeginResult:
         lease = milliseconds(self._timeouts.lease_seconds)
-        answer, *values = await self._connection.run("begin", object_id, size, worker, lease, self._limit)
+        answer, *values = await self._connection.run(
+            "begin", object_id, size, worker, lease, self._limit, claim
+        )
         match answer:
             case b"granted":
                 token, resumed, surplus = values
                 return Granted(Lease(object_id, token, size, worker, surplus), resumed=bool(resumed))
             case b"stored":
                 return AlreadyStored(generation=values[0])
+            case b"superseded":
+                return Superseded()
             case b"held":
                 return HeldElsewhere(seconds_left=values[0] / 1000)
             case b"no_space":
@@ -261,7 +267,7 @@ class RedisStateStore:
                 return
 
     async def fetches(self) -> Sequence[Fetch]:
-        found = await self._connection.run("fetches", "")
+        found = await self._connection.run("fetches", "", milliseconds(self._timeouts.lost_job_seconds))
         return [read_fetch(ObjectId(object_id.decode()), shown) for object_id, shown in found]
 
     async def read_accesses(self, position: str, at_most: int) -> tuple[str, Sequence[Access]]:

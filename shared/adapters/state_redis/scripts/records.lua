@@ -53,11 +53,14 @@ end
 -- `phase` is what was written. `standing` is the phase now: nil if it expired without a reservation. `lasts`: the
 -- milliseconds from writing to `ends`. A fetch that ends later than that from now was written before the clock was set
 -- back. `held`: bytes of the object that the reservation covers where that is more than `size`, because the object was
--- larger before; nil otherwise
+-- larger before; nil otherwise. `job`: serial of the claim whose job is carried out, 0 if there is none. `written`: when
+-- the phase was written
 local function unpack_fetch(packed)
-  local phase, reserved, size, token, ends, since, worker, source, lasts, held = unpack(cmsgpack.unpack(packed))
+  local phase, reserved, size, token, ends, since, worker, source, lasts, held, job =
+    unpack(cmsgpack.unpack(packed))
   local fetch = {phase = phase, reserved = reserved, size = size, token = token, ends = ends, since = since,
-                 worker = worker, source = source, lasts = lasts, held = held, standing = phase}
+                 worker = worker, source = source, lasts = lasts, held = held ~= 0 and held or nil,
+                 job = job or 0, written = since, standing = phase}
   if lasts and ends > now + lasts then fetch.ends, fetch.outdated = now + lasts, true end
   if phase ~= 'parked' and ends <= now then
     fetch.standing = reserved and 'parked' or nil
@@ -68,7 +71,8 @@ end
 
 local function write_fetch(fetch, id)
   redis.call('HSET', fetches, id or object_id, cmsgpack.pack({fetch.phase, fetch.reserved, fetch.size, fetch.token,
-    fetch.ends, fetch.since, fetch.worker, fetch.source, math.max(0, fetch.lasts or fetch.ends - now), fetch.held}))
+    fetch.ends, fetch.since, fetch.worker, fetch.source, math.max(0, fetch.lasts or fetch.ends - now), fetch.held or 0,
+    fetch.job or 0}))
 end
 
 local function read_fetch(id)
@@ -102,6 +106,11 @@ end
 local function standing(fetch)
   local reason = not (fetch and fetch.standing == 'fetching') and redis.call('GET', failure)
   return {fetch and fetch.standing and shown(fetch) or false, reason, reason and redis.call('PTTL', failure) or 0}
+end
+
+-- A job that was published waits in a queue. Where that does not move, another job would only wait behind it
+local function job_waits(fetch, milliseconds)
+  return fetch.phase == 'queued' and now >= fetch.written and now - fetch.written < tonumber(milliseconds)
 end
 
 local function park(fetch)
