@@ -258,6 +258,14 @@ class Volume:
                     return True
         return False
 
+    def open_verified_partial(self, expected: StoredRecord) -> PartialFile | None:
+        """The complete file of a writer that verified it and died before publishing it, to be published.
+
+        A follower's lock does not keep others from that. Hash it first: after a power cut the mark proves nothing.
+        """
+        partial = PartialFile(self._directories, expected)
+        return partial if partial.open_verified() else None
+
     # Removing
 
     def removal(self, object_id: ObjectId) -> Removal:
