@@ -60,7 +60,7 @@ class HealthChecks:
         context = self._context
         volume, *others = await asyncio.gather(
             self._check("volume", self._check_volume),
-            self._check("state store", context.state.ping),
+            self._check("state store", self._check_state_store),
             self._check("job queue", context.queue.ping),
             self._check("catalog", context.catalog.bucket_ids),
         )
@@ -84,13 +84,16 @@ class HealthChecks:
             import_source.close()
         return None if self._import_done else "the import of the existing node's objects is in progress"
 
+    async def _check_state_store(self) -> str | None:
+        return "; ".join(await self._context.state.problems()) or None
+
     async def _check_volume(self) -> None:
         await asyncio.to_thread(self._context.volume.check)
 
     async def _check(self, name: str, check: Callable[[], Awaitable[object]]) -> str | None:
         try:
             async with asyncio.timeout(_CHECK_TIMEOUT):
-                await check()
+                found = await check()
         except TimeoutError:
             return f"{name}: timeout"
         except VolumeError as error:
@@ -98,7 +101,7 @@ class HealthChecks:
         except DistributorError as error:
             logger.info("dependency_unavailable", dependency=name, reason=str(error))
             return f"{name}: unavailable"
-        return None
+        return f"{name}: {found}" if isinstance(found, str) else None
 
     async def metrics(self) -> tuple[bytes, str]:
         """Return the metrics of this process, or of all workers in multiprocess mode, and their media type."""

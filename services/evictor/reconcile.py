@@ -11,7 +11,7 @@ import structlog
 from distributor_node.services.evictor.adoption import Adoption, AdoptionResult, PartialReaper, SeenFile
 from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import CompactIdSet, EvictionIndex
-from distributor_node.shared.adapters.volume import FoundObject, UnknownFile, Volume
+from distributor_node.shared.adapters.volume import UnknownFile, Volume
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
@@ -78,6 +78,7 @@ class Reconciliation:
         await self._remover.complete_all(term, len(self._index.evicting))
         # Partial files before objects: a file that is published between the two scans is seen by one of them
         await self._reaper.sweep(term)
+        await self._remover.settle_trash(term)
         await self._adopt_unknown(term, known, findings)
         await self._check_entries(term, known, findings)
         # Partial files of workers that began just before the store was lost
@@ -110,20 +111,11 @@ class Reconciliation:
             for found in chunk:
                 if isinstance(found, UnknownFile):
                     findings.add_foreign(found.path)
-                elif found.in_trash:
-                    await self._adopt_trashed(term, found, findings)
-                elif found.object_id not in known:
+                elif not found.in_trash and found.object_id not in known:
                     unknown.append(found.object_id)
             findings.objects += len(chunk)
             if unknown:
                 await self._adopt_files(term, unknown, await self._adoption.inspect(unknown), findings)
-
-    async def _adopt_trashed(self, term: Term, found: FoundObject, findings: Findings) -> None:
-        if found.object_id in self._index.evicting:
-            return
-        if await self._adoption.adopt_trashed(term, found.object_id, found.size):
-            findings.adopted += 1
-            await self._remover.complete(term, found.object_id)
 
     async def _adopt_files(
         self,
@@ -222,7 +214,7 @@ class UsageCheck:
             counted += sum(footprint(entry.size) for entry in batch)
         after = await self._state.usage()
         moved = after.churn - before.churn
-        return moved < 0 or abs(after.used - counted) > moved
+        return moved < 0 or abs(after.used - after.leaving - counted) > moved
 
     async def check_maxmemory_policy(self) -> None:
         """Warn if the server drops keys when its memory is full. Sums and what they are sums of would differ then."""

@@ -105,6 +105,37 @@ async def test_deferred_removals_count_until_their_readers_have_finished(harness
         assert list((harness.root / "leaving").iterdir()) == []
 
 
+@pytest.mark.parametrize("stored_again", [True, False])
+async def test_a_removed_file_counts_and_goes_although_its_entry_is_not_evicting(
+    harness: EvictorHarness, stored_again: bool
+) -> None:
+    """1. A purge moves a file that is being sent. 2. Redis loses its last second. Or the object is stored again, since
+    the leader that purged it was stopped before the move."""
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.store("sent")
+    reader = os.open(harness.path_of("sent"), os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    harness.volume.removal(ObjectId("sent")).rename_to_trash()
+    if stored_again:
+        harness.put_file("sent")
+    files = 2 if stored_again else 1
+    async with harness.evictor():
+
+        async def counted() -> bool:
+            return await harness.matches_volume() and await harness.used() >= files * SIZE
+
+        await eventually(counted)
+        os.close(reader)
+
+        async def settled() -> bool:
+            return await harness.used() == (files - 1) * footprint(SIZE)
+
+        await eventually(settled)
+        assert list((harness.root / "leaving").iterdir()) == []
+        assert harness.has("sent") == stored_again
+
+
 async def test_partial_files_are_adopted_with_the_size_they_may_reach(harness: EvictorHarness) -> None:
     harness.leave_partial("half", 1000)
     harness.leave_partial("no-note", 1000)
@@ -140,6 +171,24 @@ async def test_abandoned_partial_files_and_fetches_without_one_are_removed(harne
         harness.leave_partial("abandoned", 1000)
         os.utime(harness.root / "incoming" / "abandoned.part", (1, 1))
     async with harness.evictor():
+
+        async def nothing_left() -> bool:
+            return (await harness.state.usage()).reserved == 0
+
+        await eventually(nothing_left)
+        assert list((harness.root / "incoming").iterdir()) == []
+
+
+async def test_a_partial_file_larger_than_its_object_is_counted_and_removed(harness: EvictorHarness) -> None:
+    """1. A fetch is parked. 2. The object is smaller now, a worker begins. 3. It dies before it cuts the file."""
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        lease = await harness.begin_fetch("shrunk")
+        harness.leave_partial("shrunk", SIZE - 1000)
+        await harness.state.park(lease)
+        await harness.begin_fetch("shrunk", 1000)
+        assert await harness.matches_volume()
+    async with harness.evictor(partial_keep=0.2):  # sweeps as often
 
         async def nothing_left() -> bool:
             return (await harness.state.usage()).reserved == 0

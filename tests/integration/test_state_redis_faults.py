@@ -42,6 +42,7 @@ _TERM = Term("evictor-1", 1)
 
 VERBS: dict[str, Callable[[RedisStateStore], Awaitable[Any]]] = {
     "ping": lambda store: store.ping(),
+    "problems": lambda store: store.problems(),
     "find": lambda store: store.find(ONE),
     "claim": lambda store: store.claim(ONE, "api-1"),
     "mark_queued": lambda store: store.mark_queued(ONE, "api-1"),
@@ -143,7 +144,9 @@ async def test_failed_calls_are_counted_for_every_caller(
 ) -> None:
     await store.ping()
     own_redis.stop()
-    before = {name: failed_calls(name) for name in ("find", "begin", "renew", "commit", "xadd", "ping")}
+    before = {
+        name: failed_calls(name) for name in ("find", "begin", "renew", "commit", "record_accesses", "ping")
+    }
     verbs = (
         store.find(ONE),
         store.begin(ONE, 1, "worker-1"),
@@ -238,9 +241,9 @@ async def test_a_server_that_refuses_writes_is_unavailable_for_them(
     await fail(
         store.claim(ONE, "api-1"),
         store.begin(ONE, 100, "worker-1"),
-        store.record_failure(ONE, "refused", 60),
         store.record_accesses([Access(ONE, 1, 1.0)]),
     )
+    assert any("writes are refused" in problem for problem in await store.problems())
     assert await own_redis.command(*cure.split()) == "+OK"
     usage = await store.usage()
     assert (usage.used, usage.reserved, usage.fetches) == (0, 0, 0)

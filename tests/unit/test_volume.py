@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import multiprocessing
 import os
 import shutil
@@ -532,6 +533,46 @@ def test_two_processes_make_one_shard_at_once(volume: Volume, monkeypatch: pytes
     store(volume, "1")
     assert path_of(volume, "1").parent.name == number
     assert volume.complete_record(ObjectId("1")) == record_of("1")
+
+
+def test_a_verified_file_of_a_dead_writer_is_published_while_it_is_sent(volume: Volume) -> None:
+    record = record_of("1", BODY)
+    writer = volume.open_partial_for_writing(record)
+    writer.write(0, BODY)
+    assert volume.open_verified_partial(record) is None
+    writer.mark_verified()
+    follower = volume.open_partial(ObjectId("1"))
+    assert follower is not None
+    assert follower.lock_shared()
+    assert volume.open_verified_partial(replace(record, size=len(BODY) + 1)) is None
+    slow = volume.open_verified_partial(record)
+    assert slow is not None
+    writer.close()
+    with pytest.raises(PartialHeld):
+        volume.open_partial_for_writing(record)
+    heir = volume.open_verified_partial(record)
+    assert heir is not None
+    for publisher in (heir, slow):  # the slow one finds that it was published already
+        publisher.publish(record)
+        publisher.close()
+    assert volume.complete_record(ObjectId("1")) == record
+    assert follower.read(0, len(BODY)) == BODY
+    follower.close()
+
+
+def test_the_trash_replaces_no_file_that_may_be_sent(volume: Volume) -> None:
+    for body in (b"older", b"newer"):
+        store(volume, ObjectId("1"), body)
+        volume.removal(ObjectId("1")).rename_to_trash()
+    trashed = sorted(volume.scan_trash(), key=lambda file: len(file.name))
+    assert [file.object_id for file in trashed] == ["1", "1"]
+    assert trashed[0].name == "1"
+    reader = os.open(volume.root / "leaving" / "1", os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    assert [volume.unlink_trashed(file) for file in trashed] == [False, True]
+    os.close(reader)
+    assert volume.unlink_trashed(trashed[0])
+    assert not list(volume.scan_trash())
 
 
 def test_an_object_without_a_records_shard_is_unrecorded_removable_and_repairable(volume: Volume) -> None:

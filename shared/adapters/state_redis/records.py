@@ -30,7 +30,9 @@ class Keys:
     objects   HASH    object id → packed record (see _OBJECT)
     fetches   HASH    object id → packed fetch (see records.lua)
     usage     HASH    used, reserved (bytes), serial (of tokens and generations), accounted (run id of the server whose
-                      index is reconciled), turnover (bytes)
+                      index is reconciled), turnover, leaving (bytes; see
+                      `set_leaving`), cursor (of the search for answers
+                      that are not in catalog:answers)
     wishes    HASH    object id → requested bytes and their expiry
     leader    STRING  "token holder", expires
     policy    HASH    inflation, position
@@ -41,6 +43,10 @@ class Keys:
     purges    HASH    object id → serial of the request
     warming   HASH    serial, warming (JSON), state, holder, until (POSIX milliseconds)
     ticket:…  STRING  a token id that was used, expires
+    probe     STRING  nothing; written to learn whether the server accepts writes, expires
+    catalog:… STRING  answers of the catalog and locks on asking it; see RedisSharedCatalogCache
+    catalog:answers
+              ZSET    keys of answers by their expiry in POSIX milliseconds
     """
 
     prefix: str
@@ -61,6 +67,7 @@ class Keys:
             self.pins,
             self.purges,
             self.warming,
+            f"{prefix}catalog:answers",
         )
 
     @property
@@ -93,6 +100,10 @@ class Keys:
 
     def token_id(self, name: str) -> str:
         return f"{self.prefix}ticket:{name}"
+
+    @property
+    def write_probe(self) -> str:
+        return f"{self.prefix}probe"
 
     @property
     def channel(self) -> str:

@@ -17,6 +17,7 @@ from distributor_node.shared.adapters.volume.layout import (
     TRASH,
     Directories,
     shard,
+    trashed_id,
 )
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.objects import ObjectId
@@ -42,6 +43,15 @@ class FoundPartial:
 
 
 @dataclass(frozen=True, slots=True)
+class TrashedFile:
+    """A file under `leaving/`."""
+
+    object_id: ObjectId
+    name: str
+    size: int  # bytes
+
+
+@dataclass(frozen=True, slots=True)
 class UnknownFile:
     """A file that no service of the node made: a link, a directory, a name that is not an object's."""
 
@@ -55,11 +65,19 @@ def scan_objects(directories: Directories) -> Iterator[FoundObject | UnknownFile
     """All complete objects, and those in `leaving/`."""
     for place in (TRASH, *(f"{OBJECTS}/{number}" for number in SHARDS)):
         for name, seen in _files(directories, place):
-            object_id = _object_id(name)
+            object_id = _object_id(trashed_id(name) if place == TRASH else name)
             if seen is None or object_id is None or (place != TRASH and place[-2:] != shard(object_id)):
                 yield UnknownFile(f"{place}/{name}")
             else:
                 yield FoundObject(object_id, seen.st_size, seen.st_mtime, in_trash=place == TRASH)
+
+
+def scan_trash(directories: Directories) -> Iterator[TrashedFile]:
+    """The files in `leaving/`."""
+    for name, seen in _files(directories, TRASH):
+        object_id = _object_id(trashed_id(name))
+        if seen is not None and object_id is not None:
+            yield TrashedFile(object_id, name, seen.st_size)
 
 
 def scan_partials(directories: Directories) -> Iterator[FoundPartial | UnknownFile]:

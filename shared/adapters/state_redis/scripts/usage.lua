@@ -1,8 +1,9 @@
--- Returns used, reserved, objects, live leases, accounted, turnover
+#!lua flags=allow-oom
+-- Returns used, reserved, objects, live leases, accounted, turnover, bytes in leaving/ that no entry stands for
 local leases = 0
 for _, packed in ipairs(redis.call('HVALS', fetches)) do
   if unpack_fetch(packed).standing == 'fetching' then leases = leases + 1 end
 end
-local counted = redis.call('HMGET', usage, 'used', 'reserved', 'accounted', 'turnover')
+local counted = redis.call('HMGET', usage, 'used', 'reserved', 'accounted', 'turnover', 'leaving')
 return {tonumber(counted[1] or '0'), tonumber(counted[2] or '0'), redis.call('HLEN', objects), leases,
-        counted[3] == run_id() and 1 or 0, tonumber(counted[4] or '0')}
+        counted[3] == run_id() and 1 or 0, tonumber(counted[4] or '0'), tonumber(counted[5] or '0')}
