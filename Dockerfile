@@ -4,13 +4,14 @@ FROM python:3.12-slim AS build
 WORKDIR /build
 RUN python3 -m venv /opt/distributor
 COPY requirements/runtime.txt requirements/runtime.txt
-RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --only-binary :all: --requirement requirements/runtime.txt
+RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --only-binary :all: --no-deps --requirement requirements/runtime.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY shared shared
 COPY services services
 COPY distributor_node distributor_node
 # The root file system is read-only at run time, so the byte code is made here; pip is of no use there.
 RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --no-deps . \
+    && /opt/distributor/bin/pip check \
     && /opt/distributor/bin/pip uninstall --quiet --yes pip \
     && python3 -m compileall -q /opt/distributor/lib
 
