@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 from distributor_node.services.api.service import run_api
 from distributor_node.services.api.supervisor import SHUTDOWN_ORDERED
@@ -16,9 +17,9 @@ from distributor_node.shared.settings.model import Settings
 
 def main() -> int:
     """Serve until the supervisor sends SIGTERM or dies. Returns the exit code."""
-    settings = Settings(**json.loads(sys.stdin.buffer.readline()))
+    given = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_supervisor, name="supervisor-watch", daemon=True).start()
-    return run_worker(settings)
+    return run_worker(Settings(**given["settings"]), Path(given["probe_path"]))
 
 
 def _end_with_supervisor() -> None:
@@ -28,13 +29,15 @@ def _end_with_supervisor() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_worker(settings: Settings) -> int:
-    """Serve on a port that other workers share. Returns the exit code, SHUTDOWN_ORDERED included."""
+def run_worker(settings: Settings, probe_path: Path) -> int:
+    """Serve on a port that other workers share. Returns the exit code, SHUTDOWN_ORDERED included.
+
+    `probe_path`: Unix socket where the supervisor asks for health and metrics."""
     shutdown_ordered = False
 
     async def serve(scope: ServiceScope) -> None:
         nonlocal shutdown_ordered
-        shutdown_ordered = await run_api(scope, settings, shared_port=True)
+        shutdown_ordered = await run_api(scope, settings, probe_path=probe_path)
 
     code = run_service(serve, name="api", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
     return SHUTDOWN_ORDERED if code == CLEAN and shutdown_ordered else code

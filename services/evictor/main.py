@@ -8,8 +8,8 @@ from distributor_node.services.evictor.evictor import Evictor
 from distributor_node.services.evictor.source_probes import MonitorTimes, SourceMonitor
 from distributor_node.shared.adapters.sources.health import SourceStatsSync
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
-from distributor_node.shared.observability.metrics import describe_build
-from distributor_node.shared.observability.probe_server import ProbeServer
+from distributor_node.shared.observability.metrics import describe_build, render_in_thread
+from distributor_node.shared.observability.probe_server import Probes, ProbeServer, ready_without
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.runtime.factories import (
     MEMORY,
@@ -57,7 +57,11 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
     monitor = await resources.enter_async_context(build_source_monitor(settings, catalog, stats_sync))
     evictor = Evictor(settings, state, volume, catalog, monitor)
     await resources.enter_async_context(
-        ProbeServer(settings.metrics.host, settings.metrics.port, evictor.problems)
+        ProbeServer(
+            settings.metrics.host,
+            settings.metrics.port_of("evictor"),
+            Probes(ready_without(evictor.problems), render_in_thread),
+        )
     )
     await run_until(scope.stop_requested, evictor.serve(), "evictor")
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from distributor_node.services.fetcher.fetcher import Fetcher
 from distributor_node.shared.domain.errors import ConfigurationError
-from distributor_node.shared.observability.metrics import describe_build
-from distributor_node.shared.observability.probe_server import ProbeServer
+from distributor_node.shared.observability.metrics import describe_build, render_in_thread
+from distributor_node.shared.observability.probe_server import Probes, ProbeServer, ready_without
 from distributor_node.shared.runtime.factories import (
     MEMORY,
     build_failover_reader,
@@ -49,6 +49,10 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
         await opened.open()
     fetcher = Fetcher(settings, state, queue, volume, build_failover_reader(client, stats_sync.registry))
     await resources.enter_async_context(
-        ProbeServer(settings.metrics.host, settings.metrics.port, fetcher.problems)
+        ProbeServer(
+            settings.metrics.host,
+            settings.metrics.port_of("fetcher"),
+            Probes(ready_without(fetcher.problems), render_in_thread),
+        )
     )
     await run_until(scope.stop_requested, fetcher.serve(), "fetcher")

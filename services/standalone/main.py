@@ -86,7 +86,7 @@ async def run_standalone(
             services.create_task(evictor.serve(), name="evictor"),
             services.create_task(fetcher.serve(), name="fetcher"),
         ]
-        await serve_api(context, scope.stop_requested, on_listening=on_listening)
+        await serve_api(context, scope.stop_requested, service="standalone", on_listening=on_listening)
         for task in reversed(background):
             await cancel_and_wait(task)
 

@@ -294,15 +294,24 @@ class AdmissionSettings(SettingsGroup):
     """Seconds within which the second view must follow the first."""
 
 
+METRICS_PORTS = {"api": 9463, "standalone": 9463, "fetcher": 9464, "evictor": 9465}
+"""Default ports of the services, which may run on one host."""
+
+
 class MetricsSettings(SettingsGroup):
-    """Where fetcher and evictor serve /metrics, /healthz and /readyz. The API serves them on its own port."""
+    """Where each service serves /metrics, /healthz and /readyz."""
 
     host: str = "0.0.0.0"
     """Address to listen on."""
-    port: Port = 9464
-    """Port to listen on; 0 takes any free one."""
+    port: Port | None = None
+    """Port to listen on; 0 takes any free one. Default: 9463 for the API and a standalone node, 9464 for a fetcher,
+    9465 for an evictor."""
     multiprocess_dir: Path | None = None
     """Directory for the counters of several API workers. Default: a new temporary directory."""
+
+    def port_of(self, service: str) -> int:
+        """The port of `service`: api, standalone, fetcher or evictor."""
+        return METRICS_PORTS[service] if self.port is None else self.port
 
 
 class LogSettings(SettingsGroup):
