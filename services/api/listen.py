@@ -38,9 +38,10 @@ def bind(address: ListenAddress) -> socket.socket:
         )
         family, kind, protocol, _, sockaddr = found[0]
         bound = socket.socket(family, kind, protocol)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a host's name at all
         raise ConfigurationError(
-            f"{address.setting}.host {address.host!r}: {error.strerror or error}"
+            f"{address.setting}.host: expected an address or a host's name, got {address.host!r}:"
+            f" {getattr(error, 'strerror', None) or error}"
         ) from error
     try:
         bound.setblocking(False)

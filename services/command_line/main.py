@@ -6,6 +6,7 @@ Each command imports its service when it is called, so that --help is fast.
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,6 +31,16 @@ app.add_typer(config_app, name="config")
 app.add_typer(operator_app, name="operator")
 app.command()(replay)
 
+
+class Service(StrEnum):
+    """What `distributor` runs."""
+
+    STANDALONE = "standalone"
+    API = "api"
+    FETCHER = "fetcher"
+    EVICTOR = "evictor"
+
+
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="YAML file with settings. The environment overrides it."),
@@ -39,7 +50,7 @@ ConfigFile = Annotated[
 @app.command()
 def standalone(config: ConfigFile = None) -> None:
     """Run the whole node in one process, without Redis and RabbitMQ."""
-    settings = _load(config)
+    settings = _load(config, Service.STANDALONE)
     from distributor_node.services.standalone.main import run
 
     sys.exit(run(settings))
@@ -48,7 +59,7 @@ def standalone(config: ConfigFile = None) -> None:
 @app.command()
 def api(config: ConfigFile = None) -> None:
     """Run the HTTP server for clients."""
-    settings = _load(config)
+    settings = _load(config, Service.API)
     from distributor_node.services.api.main import run
 
     sys.exit(run(settings))
@@ -57,7 +68,7 @@ def api(config: ConfigFile = None) -> None:
 @app.command()
 def fetcher(config: ConfigFile = None) -> None:
     """Run a fetcher, which downloads objects."""
-    settings = _load(config)
+    settings = _load(config, Service.FETCHER)
     from distributor_node.services.fetcher.main import run
 
     sys.exit(run(settings))
@@ -66,7 +77,7 @@ def fetcher(config: ConfigFile = None) -> None:
 @app.command()
 def evictor(config: ConfigFile = None) -> None:
     """Run the evictor, which keeps the volume below its limit. A second evictor is a standby."""
-    settings = _load(config)
+    settings = _load(config, Service.EVICTOR)
     from distributor_node.services.evictor.main import run
 
     sys.exit(run(settings))
@@ -96,10 +107,22 @@ def import_config(
 
 
 @config_app.command("check")
-def check(config: ConfigFile = None) -> None:
+def check(
+    config: ConfigFile = None,
+    service: Annotated[
+        Service | None,
+        typer.Option("--for", help="The service to check them for. Default: standalone, or all the others."),
+    ] = None,
+) -> None:
     """Check the settings. If they are invalid, print the reasons and exit with code 2."""
-    _load(config)
-    print("The settings are valid.")
+    settings = _load(config, service)
+    if service is not None:
+        print(f"The settings are valid for {service}.")
+    elif settings.in_memory:
+        settings.check_for(Service.STANDALONE)
+        print("The settings are valid for standalone. The separate services need Redis and RabbitMQ.")
+    else:
+        print("The settings are valid for api, fetcher and evictor.")
 
 
 @config_app.command("show")
@@ -118,10 +141,13 @@ def reference() -> None:
     print(render_reference(), end="")
 
 
-def _load(config: Path | None) -> Settings:
+def _load(config: Path | None, service: Service | None = None) -> Settings:
     from distributor_node.shared.settings import load_settings
 
-    return load_settings(config)
+    settings = load_settings(config)
+    if service is not None:
+        settings.check_for(service)
+    return settings
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from distributor_node.shared.observability.metrics import describe_build, render
 from distributor_node.shared.observability.probe_server import Probes, ProbeServer, ready_without
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.runtime.factories import (
-    MEMORY,
     build_catalog,
     build_source_prober,
     build_source_stats_sync,
@@ -36,10 +35,6 @@ def run(settings: Settings) -> int:
 
 async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
     """Build the evictor and serve. If it ends by itself, the process ends, and its supervisor restarts it."""
-    if settings.state_store.url.get_secret_value().startswith(MEMORY):
-        raise ConfigurationError(
-            "state_store.url: expected the URL of a Redis server for a separate evictor process, got memory://"
-        )
     describe_build(VERSION, "evictor")
     mmap_large_blocks()
     resources = scope.resources

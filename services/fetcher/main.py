@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from distributor_node.services.fetcher.fetcher import Fetcher
-from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.observability.metrics import describe_build, render_in_thread
 from distributor_node.shared.observability.probe_server import Probes, ProbeServer, ready_without
 from distributor_node.shared.runtime.factories import (
-    MEMORY,
     build_failover_reader,
     build_job_queue,
     build_source_client,
@@ -32,10 +30,6 @@ def run(settings: Settings) -> int:
 
 async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
     """Run a fetcher until a stop is requested. If it ends by itself, the process ends and is restarted from outside."""
-    if settings.job_queue.url.get_secret_value().startswith(MEMORY):
-        raise ConfigurationError(
-            "state_store.url, job_queue.url: a separate fetcher needs Redis and RabbitMQ, got memory"
-        )
     describe_build(VERSION, "fetcher")
     retain_freed_memory()
     resources = scope.resources

@@ -15,7 +15,6 @@ from distributor_node.services.fetcher.fetcher import Fetcher
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
 from distributor_node.shared.observability.metrics import describe_build
 from distributor_node.shared.runtime.factories import (
-    MEMORY,
     build_catalog,
     build_failover_reader,
     build_job_queue,
@@ -53,7 +52,7 @@ async def run_standalone(
 
     At a shutdown the API stops first, because its pending responses need the fetcher.
     """
-    _check(settings)
+    settings.check_for("standalone")
     resources = scope.resources
     volume = build_volume(settings)
     resources.callback(volume.close)
@@ -89,13 +88,3 @@ async def run_standalone(
         await serve_api(context, scope.stop_requested, service="standalone", on_listening=on_listening)
         for task in reversed(background):
             await cancel_and_wait(task)
-
-
-def _check(settings: Settings) -> None:
-    if not settings.state_store.url.get_secret_value().startswith(MEMORY):
-        raise ConfigurationError("state_store.url and job_queue.url: expected memory:// in standalone mode")
-    if settings.public_api.workers > 1:
-        raise ConfigurationError(
-            f"public_api.workers: expected 1 in standalone mode, got {settings.public_api.workers};"
-            " use the separate services for more"
-        )

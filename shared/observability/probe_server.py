@@ -82,9 +82,11 @@ class ProbeServer:
             return self
         try:
             self._server = await asyncio.start_server(self._serve, self._host, self._port, limit=_MAX_HEAD)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: not a host's name at all
+            number = error.errno if isinstance(error, OSError) else None
+            reason = os.strerror(number) if number and number > 0 else str(error)
             raise ConfigurationError(
-                f"metrics.port: cannot listen on {self._host}:{self._port}: {os.strerror(error.errno or 0)}"
+                f"metrics.host, metrics.port: cannot listen on {self._host}:{self._port}: {reason}"
             ) from error
         return self
 

@@ -106,8 +106,9 @@ class _Run:
             logger.error("service_cancelled", service=self._name)
             return FAILED
         error = work.exception()
-        if isinstance(error, ConfigurationError):
-            logger.error("settings_rejected", service=self._name, reason=str(error))
+        rejected = _find_configuration_error(error)
+        if rejected is not None:
+            logger.error("settings_rejected", service=self._name, reason=str(rejected))
             return MISCONFIGURED
         if error is not None:
             logger.error("service_failed", service=self._name, exc_info=error)
@@ -132,6 +133,14 @@ class _Run:
             self._watchdog = threading.Timer(self._shutdown_deadline + _CLEANUP_GRACE, os._exit, (FAILED,))
             self._watchdog.daemon = True
             self._watchdog.start()
+
+
+def _find_configuration_error(error: BaseException | None) -> ConfigurationError | None:
+    """Return the ConfigurationError that ended main, also from inside a TaskGroup. None if anything else failed too."""
+    if isinstance(error, BaseExceptionGroup):
+        inner = [_find_configuration_error(one) for one in error.exceptions]
+        return inner[0] if all(one is not None for one in inner) else None
+    return error if isinstance(error, ConfigurationError) else None
 
 
 def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -106,8 +106,6 @@ async def test_closing_does_not_wait_for_clients(service: Service) -> None:
 
 
 async def test_a_taken_port_is_named(server: ProbeServer, service: Service) -> None:
-    with pytest.raises(
-        ConfigurationError, match=f"metrics.port: cannot listen on 127.0.0.1:{server.port}: Addr"
-    ):
+    with pytest.raises(ConfigurationError, match=f"cannot listen on 127.0.0.1:{server.port}: Addr"):
         async with ProbeServer("127.0.0.1", server.port, service.probes):
             pass
