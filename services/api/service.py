@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -41,6 +42,7 @@ from distributor_node.shared.runtime.factories import (
 from distributor_node.shared.runtime.identity import VERSION, process_name
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.run_service import ServiceScope
+from distributor_node.shared.runtime.systemd import READY, notify
 from distributor_node.shared.settings.model import Settings
 from distributor_node.shared.waiting import cancel_and_wait
 
@@ -73,10 +75,16 @@ def make_context(
     )
 
 
-async def run_api(scope: ServiceScope, settings: Settings, *, probe_path: Path | None = None) -> bool:
+async def run_api(
+    scope: ServiceScope,
+    settings: Settings,
+    *,
+    probe_path: Path | None = None,
+    listener: socket.socket | None = None,
+) -> bool:
     """Open the adapters and serve until a stop is requested.
 
-    `probe_path`: set in the supervisor's workers, see `serve_api`. Returns whether an operator has shut the node down.
+    `probe_path`, `listener`: see `serve_api`. Returns whether an operator has shut the node down.
     """
     resources = scope.resources
     volume = build_volume(settings)
@@ -98,7 +106,7 @@ async def run_api(scope: ServiceScope, settings: Settings, *, probe_path: Path |
     context = make_context(
         settings, volume, state, queue, catalog, build_failover_reader(client, stats_sync.registry)
     )
-    await serve_api(context, scope.stop_requested, probe_path=probe_path)
+    await serve_api(context, scope.stop_requested, probe_path=probe_path, listener=listener)
     return context.operator_state.shutting_down
 
 
@@ -108,12 +116,14 @@ async def serve_api(
     *,
     service: str = "api",
     probe_path: Path | None = None,
+    listener: socket.socket | None = None,
     on_listening: Callable[[int], None] | None = None,
 ) -> None:
     """Serve until `stop_requested`, then let responses finish within the shutdown deadline, less the time for closing.
 
     `service` has its own default port for health and metrics. `probe_path`: a Unix socket for them instead, in a worker
     that shares the public port with others and whose supervisor answers for all.
+    `listener`: the public port, if systemd has opened it.
 
     `on_listening` is called with the port, unless an operator has stopped the public API. Raises ConfigurationError if
     a port is unavailable.
@@ -124,7 +134,9 @@ async def serve_api(
     application.ctx.log_hits = settings.log.hits
     fast_path = application.ctx.fast_path = build_fast_path(context)
     shared_port = probe_path is not None
-    address = ListenAddress(settings.public_api.host, settings.public_api.port, shared_port)
+    address = ListenAddress(
+        settings.public_api.host, settings.public_api.port, shared_port, inherited=listener
+    )
     server = PublicServer(application, address, FastPathProtocol)
     drain = max(settings.shutdown_deadline - _CLOSING_SECONDS, settings.shutdown_deadline / 2)
     controller = OperatorStateController(context, server, drain)
@@ -147,6 +159,7 @@ async def serve_api(
         await controller.start()
         if on_listening is not None and server.is_open:
             on_listening(server.port)
+        notify(READY)
         async with (
             operator_api(context, process_name(), shared_port=shared_port),
             asyncio.TaskGroup() as group,
@@ -167,7 +180,7 @@ async def serve_api(
                 task.cancel()
         await context.accesses.close()
     finally:
-        await server.close(0)
+        await server.close(0, ending=True)
         await resources.aclose()
         if fast_path is not None:
             await fast_path.close()
@@ -223,7 +236,7 @@ class OperatorStateController:
 
     async def stop(self) -> None:
         """Close the port, and wait for closes in progress. Call it after `run` has ended."""
-        await self._server.close(self._drain)
+        await self._server.close(self._drain, ending=True)
         if self._close_tasks:
             await asyncio.wait(self._close_tasks)
 

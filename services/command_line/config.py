@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import cleandoc
@@ -30,8 +31,10 @@ commas (`0:1,0:2`), or JSON. Unknown names are refused, in the file and among th
 `DISTRIBUTOR_`. A secret can be in a file: `DISTRIBUTOR_STATE_STORE__URL_FILE=/run/secrets/redis-url`, likewise for
 `DISTRIBUTOR_JOB_QUEUE__URL` and `DISTRIBUTOR_OPERATOR_API__SECRET`. In a URL, the characters `/ ? # @ [ ]` of a
 password are percent-encoded.
-`distributor config check` checks the settings, and `distributor config show` prints the effective ones.
+`distributor init` writes a settings file with comments, `distributor config check` checks the settings, and
+`distributor config show` prints the effective ones. `docs/settings.schema.json` is their JSON Schema, for editors.
 """
+_REDACTED = "**********"
 _TABLE_HEAD = "| setting | environment | default | meaning |\n|---|---|---|---|\n"
 
 
@@ -66,6 +69,12 @@ def _rows(model: type[BaseModel], prefix: str) -> Iterator[_Row]:
 
 
 def _default(field: FieldInfo) -> str:
+    text = default_text(field)
+    return f"`{text}`" if text else ""
+
+
+def default_text(field: FieldInfo) -> str:
+    """Return the default as a settings file would have it. Empty: there is none."""
     value: Any = field.default
     if value is None or value is PydanticUndefined:
         return ""
@@ -79,11 +88,27 @@ def _default(field: FieldInfo) -> str:
         value = format_size(value)
     elif isinstance(value, tuple):
         value = "[" + ", ".join(f"{item:g}" for item in value) + "]"
-    return f"`{value}`"
+    return str(value)
 
 
 def _one_line(text: str | None) -> str:
     return " ".join(cleandoc(text or "").split())
+
+
+# The JSON Schema of a settings file, for editors: docs/settings.schema.json
+
+
+def render_schema() -> str:
+    """Return the schema of a settings file (JSON Schema 2020-12)."""
+    schema = Settings.model_json_schema(mode="validation")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Settings of a distributor node"
+    for properties in (schema["properties"], *(group["properties"] for group in schema["$defs"].values())):
+        for field in properties.values():
+            field.pop("title", None)
+            if "$ref" in field or field.get("default") == _REDACTED:
+                field.pop("default", None)  # of a group; of a secret
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 # The effective settings, in the format of a settings file, without secrets.

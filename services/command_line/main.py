@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distributor_node.services.command_line.init import init
 from distributor_node.services.command_line.operator import app as operator_app
 from distributor_node.services.command_line.replay import replay
 from distributor_node.shared.domain.errors import ConfigurationError
@@ -23,13 +24,31 @@ app = typer.Typer(
     name="distributor",
     help="A distributor node: serves media objects from a bounded cache, filled on demand from storage nodes.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 config_app = typer.Typer(help="Check and show the settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(operator_app, name="operator")
 app.command()(replay)
+app.command("init")(init)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from distributor_node.shared.runtime.identity import VERSION
+
+        print(f"distributor {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
 
 
 class Service(StrEnum):
@@ -131,6 +150,14 @@ def show(config: ConfigFile = None) -> None:
     from distributor_node.services.command_line.config import show_settings
 
     print(show_settings(_load(config)), end="")
+
+
+@config_app.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of a settings file, for editors."""
+    from distributor_node.services.command_line.config import render_schema
+
+    print(render_schema(), end="")
 
 
 @config_app.command("reference")

@@ -21,6 +21,7 @@ from distributor_node.shared.runtime.factories import (
 from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.runtime.malloc import mmap_large_blocks
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
+from distributor_node.shared.runtime.systemd import READY, notify
 from distributor_node.shared.settings.model import Settings
 
 
@@ -58,6 +59,7 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
             Probes(ready_without(evictor.problems), render_in_thread),
         )
     )
+    notify(READY)
     await run_until(scope.stop_requested, evictor.serve(), "evictor")
 
 

@@ -16,6 +16,7 @@ from distributor_node.shared.runtime.factories import (
 from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.runtime.malloc import retain_freed_memory
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
+from distributor_node.shared.runtime.systemd import READY, notify
 from distributor_node.shared.settings.model import Settings
 
 
@@ -49,4 +50,5 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
             Probes(ready_without(fetcher.problems), render_in_thread),
         )
     )
+    notify(READY)
     await run_until(scope.stop_requested, fetcher.serve(), "fetcher")

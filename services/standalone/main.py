@@ -26,6 +26,7 @@ from distributor_node.shared.runtime.factories import (
 from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.runtime.malloc import retain_freed_memory
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service
+from distributor_node.shared.runtime.systemd import PUBLIC_SOCKET, activated_socket
 from distributor_node.shared.waiting import cancel_and_wait
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ async def run_standalone(
     At a shutdown the API stops first, because its pending responses need the fetcher.
     """
     settings.check_for("standalone")
+    listener = activated_socket(PUBLIC_SOCKET)
     resources = scope.resources
     volume = build_volume(settings)
     resources.callback(volume.close)
@@ -85,6 +87,8 @@ async def run_standalone(
             services.create_task(evictor.serve(), name="evictor"),
             services.create_task(fetcher.serve(), name="fetcher"),
         ]
-        await serve_api(context, scope.stop_requested, service="standalone", on_listening=on_listening)
+        await serve_api(
+            context, scope.stop_requested, service="standalone", listener=listener, on_listening=on_listening
+        )
         for task in reversed(background):
             await cancel_and_wait(task)

@@ -16,6 +16,7 @@ import uvloop
 
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.observability.logging import configure_logging
+from distributor_node.shared.runtime import systemd
 from distributor_node.shared.settings.model import LogSettings
 from distributor_node.shared.waiting import cancel_and_wait
 
@@ -74,7 +75,9 @@ class _Run:
         work = asyncio.create_task(self._work(scope), name=f"{self._name}-main")
         stop = asyncio.create_task(scope.stop_requested.wait(), name=f"{self._name}-stop")
         try:
-            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            async with systemd.watchdog():
+                await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            systemd.notify(systemd.STOPPING)
             self._start_watchdog()
             if not work.done():
                 await asyncio.wait({work}, timeout=self._shutdown_deadline)
