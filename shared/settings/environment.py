@@ -14,7 +14,14 @@ from typing import Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from distributor_node.shared.settings.model import Settings
-from distributor_node.shared.settings.names import all_settings, group_of, is_secret, nearest, shown
+from distributor_node.shared.settings.names import (
+    all_settings,
+    former_settings,
+    group_of,
+    is_secret,
+    nearest,
+    shown,
+)
 
 PREFIX = "DISTRIBUTOR_"
 FILE_SUFFIX = "_FILE"
@@ -39,7 +46,8 @@ class GivenByEnvironment:
 
 def read_environment(environment: Mapping[str, str]) -> GivenByEnvironment:
     """Take the settings from the variables with our prefix, in whatever case. All others are ignored."""
-    known = {variable_of(path): (path, setting) for path, setting in all_settings().items()}
+    settings = {**all_settings(), **former_settings()}
+    known = {variable_of(path): (path, setting) for path, setting in settings.items()}
     given = GivenByEnvironment()
     for name, text in environment.items():
         upper = name.upper()

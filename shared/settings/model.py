@@ -37,15 +37,19 @@ class SettingsGroup(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-def rename_settings(values: Any, group: str, renamed: Mapping[str, str]) -> Any:
+FORMER_NAMES = {"evictor": {"duty_interval": "assignment_interval"}}
+"""By group: former name to current name."""
+
+
+def rename_settings(values: Any, group: str) -> Any:
     """The values of a group, from file and environment together, under their current names.
 
-    `renamed`: former name to current name. A former name works and is logged; ValueError if both are set.
+    A former name works and is logged. ValueError if both are set.
     """
     if not isinstance(values, Mapping):
         return values
     current = dict(values)
-    for former, name in renamed.items():
+    for former, name in FORMER_NAMES[group].items():
         if former not in current:
             continue
         if name in current:
@@ -283,7 +287,7 @@ class EvictorSettings(SettingsGroup):
     @model_validator(mode="before")
     @classmethod
     def _accept_former_names(cls, values: Any) -> Any:
-        return rename_settings(values, "evictor", {"duty_interval": "assignment_interval"})
+        return rename_settings(values, "evictor")
 
 
 class AdmissionSettings(SettingsGroup):

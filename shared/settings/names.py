@@ -11,7 +11,7 @@ from pydantic import BaseModel, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.settings.model import FORMER_NAMES, Settings
 
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 _MAX_SHOWN = 80  # characters of a value
@@ -21,6 +21,16 @@ _CREDENTIALS = re.compile(r"//.*@", re.DOTALL)
 def all_settings() -> Mapping[str, FieldInfo]:
     """Every setting by its path, such as storage.limit, in the order of the reference."""
     return dict(_walk(Settings, ""))
+
+
+def former_settings() -> Mapping[str, FieldInfo]:
+    """As `all_settings`, by the paths that settings had before."""
+    known = all_settings()
+    return {
+        f"{group}.{former}": known[f"{group}.{name}"]
+        for group, renamed in FORMER_NAMES.items()
+        for former, name in renamed.items()
+    }
 
 
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, FieldInfo]]:
@@ -71,6 +81,8 @@ def _explain_one(wrong: ErrorDetails, variables: Mapping[str, str]) -> str:
         return f"{path}: unknown setting{nearest(path, known)}"
     setting_path = path.partition("[")[0]
     setting = known.get(setting_path)
+    if setting is None and wrong["type"] == "value_error":
+        return f"{path}: {wrong['msg'].removeprefix('Value error, ')}"
     if setting is None:
         return f"{path}: expected a group of settings, got {_type_of(wrong['input'])}"
     name = f"{path} ({variables[setting_path]})" if setting_path in variables else path

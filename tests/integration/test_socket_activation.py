@@ -205,7 +205,7 @@ def test_without_systemd_nothing_is_activated(monkeypatch: pytest.MonkeyPatch) -
     assert activated(monkeypatch, LISTEN_PID=str(os.getpid()), LISTEN_FDS="many") is None
 
 
-def test_sockets_that_nobody_asked_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_sockets_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ConfigurationError, match="expected one socket with FileDescriptorName=public_api, got 2: a:b"
     ):

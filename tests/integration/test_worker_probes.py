@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -17,8 +16,8 @@ import pytest
 from distributor_node.services.api.worker_probes import WorkerProbes
 from distributor_node.shared.observability.probe_server import Probes, ProbeServer, Readiness
 from tests.end_to_end.client import Answer, get
-from tests.end_to_end.operator_client import until
 from tests.servers.redis_server import free_port
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -132,16 +131,13 @@ async def test_a_killed_worker_leaves_health_and_metrics_alone(tmp_path: Path) -
         return [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
 
     try:
-        await until(healthy, 60)
+        await eventually(healthy)
         started = [line["process"] for line in events() if line["event"] == "worker_started"]
         assert len(started) == 2
         os.kill(int(str(started[0])), signal.SIGKILL)
-        deadline = time.monotonic() + 30
-        while not any(line["event"] == "worker_died" for line in events()):
-            assert time.monotonic() < deadline
-            await asyncio.sleep(0.02)
+        await eventually(lambda: any(line["event"] == "worker_died" for line in events()))
         assert await healthy()
-        for _ in range(3):  # the counters of both, whoever answers
+        for _ in range(3):  # counted by both workers together
             await get(f"http://127.0.0.1:{port}/api/v1/status", timeout=8)
         metrics = (await get(f"http://127.0.0.1:{metrics_port}/metrics", timeout=8)).body.decode()
         counted = [line for line in metrics.splitlines() if line.startswith("distributor_requests_total")]

@@ -201,6 +201,17 @@ def test_lists_in_the_environment() -> None:
     assert load(JOB_QUEUE__RETRY_DELAYS="5,30").job_queue.retry_delays == (5.0, 30.0)
 
 
+def test_a_former_name_is_no_unknown_one(tmp_path: Path) -> None:
+    assert load(EVICTOR__DUTY_INTERVAL="60").evictor.assignment_interval == 60
+    both = "evictor: expected one of them, got both"
+    assert (
+        re.sub(
+            "duty.*: ", "", refusal("evictor: {assignment_interval: 5}", tmp_path, EVICTOR__DUTY_INTERVAL="6")
+        )
+        == both
+    )
+
+
 def test_the_environment_overrides_single_settings_of_the_file(tmp_path: Path) -> None:
     given = load("storage: {limit: 5G, path: here}", tmp_path, STORAGE__LIMIT="6G")
     assert (given.storage.limit, given.storage.path) == (6 * 1024**3, Path("here"))
