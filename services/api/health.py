@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 import structlog
 
@@ -31,6 +30,7 @@ from distributor_node.shared.observability.metrics import (
     STORAGE_USED,
     render_metrics,
 )
+from distributor_node.shared.observability.probe_server import Readiness
 
 _CHECK_TIMEOUT = 2.0
 IMPORT_READY_TIMEOUT = 600.0
@@ -38,25 +38,19 @@ IMPORT_READY_TIMEOUT = 600.0
 logger = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    """The result of the readiness checks, in words."""
-
-    problems: tuple[str, ...]  # what keeps the node from serving
-    degraded: tuple[str, ...]  # what the node serves without
-
-
 class HealthChecks:
     """Checks everything the node depends on, within two seconds."""
 
-    def __init__(self, context: ApiContext, usage: UsageReader) -> None:
+    def __init__(self, context: ApiContext, usage: UsageReader, is_serving: Callable[[], bool]) -> None:
+        """`is_serving`: whether the public port is open."""
         self._context = context
         self._usage = usage
+        self._is_serving = is_serving
         self._started = time.monotonic()
         self._import_done = context.settings.storage.import_assets is None
 
     async def readiness(self) -> Readiness:
-        """Check volume, state store, job queue, catalog and import."""
+        """Check public port, volume, state store, job queue, catalog and import."""
         context = self._context
         volume, *others = await asyncio.gather(
             self._check("volume", self._check_volume),
@@ -66,9 +60,14 @@ class HealthChecks:
         )
         unfinished_import = await asyncio.to_thread(self._check_import)
         return Readiness(
-            problems=tuple(problem for problem in (volume, unfinished_import) if problem),
+            problems=tuple(problem for problem in (self._check_port(), volume, unfinished_import) if problem),
             degraded=tuple(missing for missing in others if missing),
         )
+
+    def _check_port(self) -> str | None:
+        if self._context.operator_state.current.stopped:
+            return "stopped by an operator"
+        return None if self._is_serving() else "the public port is closed"
 
     def _check_import(self) -> str | None:
         """Return a problem while the evictor imports an existing node's objects, for at most IMPORT_READY_TIMEOUT.

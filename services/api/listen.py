@@ -6,8 +6,10 @@ This module imports no metrics: the supervisor binds sockets before prometheus_c
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -28,19 +30,30 @@ class ListenAddress:
     port: int  # 0: any free port
     shared: bool = False  # SO_REUSEPORT: several processes listen on the port
     setting: str = "public_api"  # the settings group that the address comes from, for messages
+    inherited: socket.socket | None = (
+        None  # a listening socket that systemd opened: host and port are its own
+    )
 
 
 def bind(address: ListenAddress) -> socket.socket:
-    """Return a bound TCP socket that does not listen yet. Raises ConfigurationError if the address is unavailable."""
+    """Return a bound TCP socket that does not listen yet, or a copy of the inherited socket.
+
+    Raises ConfigurationError if the address is unavailable.
+    """
+    if address.inherited is not None:
+        copied = address.inherited.dup()
+        copied.setblocking(False)
+        return copied
     try:
         found = socket.getaddrinfo(
             address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         family, kind, protocol, _, sockaddr = found[0]
         bound = socket.socket(family, kind, protocol)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a host's name at all
         raise ConfigurationError(
-            f"{address.setting}.host {address.host!r}: {error.strerror or error}"
+            f"{address.setting}.host: expected an address or a host's name, got {address.host!r}:"
+            f" {getattr(error, 'strerror', None) or error}"
         ) from error
     try:
         bound.setblocking(False)
@@ -57,6 +70,18 @@ def bind(address: ListenAddress) -> socket.socket:
     return bound
 
 
+def listen_unless_listening(listener: socket.socket, backlog: int) -> None:
+    """Listen. A socket that listens already keeps its backlog."""
+    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        listener.listen(backlog)
+
+
+def stop_listening(listener: socket.socket) -> None:
+    """Refuse connections in all processes that share the socket, which stays bound. It can listen again."""
+    with suppress(OSError):  # another worker has done it
+        listener.shutdown(socket.SHUT_RDWR)
+
+
 class AcceptLoop:
     """Accepts every queued connection in one turn of the event loop.
 
@@ -67,7 +92,7 @@ class AcceptLoop:
     def __init__(
         self, listener: socket.socket, make_protocol: Callable[[], asyncio.BaseProtocol], backlog: int
     ) -> None:
-        """Start to listen on `listener`, a bound, non-blocking socket. `close` closes it."""
+        """Start to listen on `listener`, a bound, non-blocking socket, unless it listens already. `close` closes it."""
         self._loop = asyncio.get_running_loop()
         self.listener = listener
         self.accepted_count = 0  # connections since the start
@@ -75,7 +100,7 @@ class AcceptLoop:
         self._backlog = backlog
         self._tasks: set[asyncio.Task[None]] = set()
         self._resume_timer: asyncio.TimerHandle | None = None
-        listener.listen(backlog)
+        listen_unless_listening(listener, backlog)
         self._start()
 
     def close(self) -> None:
@@ -95,6 +120,10 @@ class AcceptLoop:
         self._resume_timer = None
         self._loop.add_reader(self.listener.fileno(), self._accept)
 
+    def accept_queued(self) -> None:
+        """Accept the connections that are queued now."""
+        self._accept()
+
     def _accept(self) -> None:
         """Accept what is queued, at most `backlog` connections, so that other callbacks get their turn."""
         for _ in range(self._backlog):
@@ -106,7 +135,10 @@ class AcceptLoop:
                 continue  # the client left before it was accepted
             except OSError as error:
                 # The connection stays queued and the socket readable: without a pause the loop would spin.
-                logger.error("accept_failed", reason=error.strerror)
+                if (
+                    error.errno != errno.EINVAL
+                ):  # another worker has stopped the inherited socket: soon, so do we
+                    logger.error("accept_failed", reason=error.strerror)
                 self._loop.remove_reader(self.listener.fileno())
                 self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
                 return

@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
+from distributor_node.services.api.health import HealthChecks
+from distributor_node.services.api.status import UsageReader
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.operator_state import OperatorState
+from distributor_node.shared.observability.probe_server import Readiness
 from distributor_node.shared.runtime.identity import VERSION
 from tests.servers.api_fixture import FakeAssets, running_api
 
@@ -145,7 +149,7 @@ async def test_every_answer_is_dated(tmp_path: Path) -> None:
 
 async def test_methods(tmp_path: Path) -> None:
     async with running_api(tmp_path, FakeAssets()) as api:
-        for path in ("/api/v1/assets/5", "/api/v1/status", "/metrics"):
+        for path in ("/api/v1/assets/5", "/api/v1/status", "/healthz"):
             status, head, _ = split(await api.get(path, "POST"))
             assert (status, b"Allow: GET, HEAD, OPTIONS" in head) == (405, True)
             status, head, body = split(await api.get(path, "OPTIONS"))
@@ -264,8 +268,8 @@ async def test_status_without_the_state_store(tmp_path: Path) -> None:
         state: Any = api.context.state
         state.usage = state.ping = _unavailable  # the far end is gone
         assert split(await api.get("/api/v1/status"))[0] == 200
-        ready = json.loads(split(await api.get("/readyz"))[2])
-    assert ready == {"status": "ready", "problems": [], "degraded": ["state store: unavailable"]}
+        readiness = await HealthChecks(api.context, UsageReader(api.context), lambda: True).readiness()
+    assert readiness == Readiness(problems=(), degraded=("state store: unavailable",))
 
 
 async def _unavailable() -> None:
@@ -275,5 +279,22 @@ async def _unavailable() -> None:
 async def test_not_ready_without_the_volume(tmp_path: Path) -> None:
     async with running_api(tmp_path, FakeAssets()) as api:
         (tmp_path / "volume").rename(tmp_path / "elsewhere")
-        status, _, body = split(await api.get("/readyz"))
-    assert (status, json.loads(body)["status"]) == (503, "not ready")
+        readiness = await HealthChecks(api.context, UsageReader(api.context), lambda: True).readiness()
+    assert len(readiness.problems) == 1
+    assert str(tmp_path / "volume") in readiness.problems[0]
+
+
+async def test_readiness_tells_why_the_public_port_is_closed(tmp_path: Path) -> None:
+    async with running_api(tmp_path, FakeAssets()) as api:
+        health = HealthChecks(api.context, UsageReader(api.context), lambda: api.server.is_open)
+        assert (await health.readiness()).problems == ()
+        await api.server.close(0)
+        assert (await health.readiness()).problems == ("the public port is closed",)
+        api.context.operator_state._set_current(OperatorState(version=1, stopped=True))
+        assert (await health.readiness()).problems == ("stopped by an operator",)
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/metrics"])
+async def test_the_public_port_tells_nothing_about_the_inside(tmp_path: Path, path: str) -> None:
+    async with running_api(tmp_path, FakeAssets()) as api:
+        assert split(await api.get(path))[0] == 404

@@ -121,8 +121,11 @@ def make_client(url: str, connect_timeout: float, connections: int = MAX_CONNECT
             socket_timeout=None,
             socket_connect_timeout=connect_timeout,
         )
-    except ValueError as error:
-        raise ConfigurationError(f"state store: expected a Redis URL: {error}") from error
+    except ValueError:
+        # The library's message shows a part of the URL, which may be the password.
+        raise ConfigurationError(
+            "state_store.url: expected redis://, rediss:// or unix:// with a valid port, database and options"
+        ) from None
     return aioredis.Redis.from_pool(pool)
 
 
