@@ -163,12 +163,13 @@ async def test_unknown_ids_at_a_hanging_squid_wait_side_by_side(
 async def test_without_redis_each_process_looks_up_by_itself(
     squid: TestSquid, own_redis: RedisServer, redis_prefix: str
 ) -> None:
-    async with processes(squid, own_redis.url, redis_prefix, limits=HURRIED, redis_timeout=0.5) as catalogs:
+    async with processes(squid, own_redis.url, redis_prefix, redis_timeout=0.5) as catalogs:
         own_redis.kill()
         found = await asyncio.gather(*(catalog.look_up(ONE) for catalog in catalogs for _ in range(10)))
         assert all(item is not None for item in found)
         assert len(squid.requests) == 3
-        squid.faults = SquidFaults(hang=True)
+    squid.faults = SquidFaults(hang=True)
+    async with processes(squid, own_redis.url, redis_prefix, limits=HURRIED, redis_timeout=0.5) as catalogs:
         with pytest.raises(CatalogUnavailable):
             await catalogs[0].look_up(UNKNOWN)
 
