@@ -103,7 +103,10 @@ class Adoption:
         self._index.add(entry)
         logger.debug("object_adopted", object_id=entry.object_id, bytes=entry.size)
         if seen.has_partial:
-            await self.adopt_partial(term, entry.object_id, 0)
+            try:
+                await self.adopt_partial(term, entry.object_id, 0)
+            except VolumeError as error:
+                logger.error("partial_unreadable", object_id=entry.object_id, reason=str(error))
 
     def _entry_of(self, found: FoundObject) -> PolicyEntry:
         known = self._index.known_entry(found.object_id) or self._imported_usage(found)
@@ -197,10 +200,16 @@ class PartialReaper:
         found, foreign = await run_blocking(scan_partial_files, self._volume)
         fetches = {fetch.object_id: fetch for fetch in await self._state.fetches()}
         for partial in found.values():
-            await self._reconcile_one(term, partial, fetches.get(partial.object_id))
+            try:
+                await self._reconcile_one(term, partial, fetches.get(partial.object_id))
+            except VolumeError as error:
+                logger.error("partial_unreadable", object_id=partial.object_id, reason=str(error))
         for fetch in fetches.values():
             if fetch.phase is FetchPhase.PARKED and fetch.object_id not in found:
-                await self._reap(term, fetch.object_id, "left_no_file")
+                try:
+                    await self._reap(term, fetch.object_id, "left_no_file")
+                except VolumeError as error:
+                    logger.error("partial_unreadable", object_id=fetch.object_id, reason=str(error))
         return len(foreign)
 
     async def free(self, term: Term, wanted: int) -> int:
@@ -221,7 +230,10 @@ class PartialReaper:
         for fetch in sorted(parked, key=_age, reverse=True):
             if freed >= wanted:
                 break
-            freed += await self._reap(term, fetch.object_id, "space_wanted")
+            try:
+                freed += await self._reap(term, fetch.object_id, "space_wanted")
+            except VolumeError as error:
+                logger.error("partial_unreadable", object_id=fetch.object_id, reason=str(error))
         return freed
 
     async def discard(self, term: Term, object_id: ObjectId) -> None:

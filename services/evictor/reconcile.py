@@ -11,7 +11,7 @@ import structlog
 from distributor_node.services.evictor.adoption import Adoption, AdoptionResult, PartialReaper, SeenFile
 from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import CompactIdSet, EvictionIndex
-from distributor_node.shared.adapters.volume import UnknownFile, Volume
+from distributor_node.shared.adapters.volume import UnknownFile, UnreadableFile, Volume
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
@@ -48,9 +48,10 @@ class Findings:
         if len(self.foreign) < 5:
             self.foreign.append(path)
 
-    def add_unreadable(self, object_id: ObjectId, error: VolumeError) -> None:
+    def add_unreadable(self, name: str, error: VolumeError | str) -> None:
+        """`name`: of the object, or the path of a file or directory."""
         self.unreadable += 1
-        logger.error("object_unreadable", object_id=object_id, reason=str(error))
+        logger.error("object_unreadable", object_id=name, reason=str(error))
 
 
 class Reconciliation:
@@ -109,7 +110,9 @@ class Reconciliation:
         while chunk := await next_chunk(scan, _SCAN_BATCH):
             unknown: list[ObjectId] = []
             for found in chunk:
-                if isinstance(found, UnknownFile):
+                if isinstance(found, UnreadableFile):
+                    findings.add_unreadable(found.path, found.reason)
+                elif isinstance(found, UnknownFile):
                     findings.add_foreign(found.path)
                 elif not found.in_trash and found.object_id not in known:
                     unknown.append(found.object_id)
@@ -154,7 +157,9 @@ class Reconciliation:
             for entry, size in zip(older, sizes, strict=True):
                 if entry.evicting or size == entry.size:
                     continue
-                if size is not None:
+                if isinstance(size, VolumeError):
+                    findings.add_unreadable(entry.object_id, size)
+                elif size is not None:
                     logger.warning("object_damaged", object_id=entry.object_id, bytes=size)
                     await self._remover.purge(term, entry.object_id, "damaged")
                 elif await self._state.forget(entry.object_id, entry.generation):
@@ -163,9 +168,15 @@ class Reconciliation:
                     RECONCILED.labels("dropped_record").inc()
                     logger.info("index_entry_dropped", object_id=entry.object_id)
 
-    def _sizes(self, entries: Sequence[IndexEntry]) -> list[int | None]:
-        found = (self._volume.find_object(entry.object_id) for entry in entries)
-        return [None if seen is None else seen.size for seen in found]
+    def _sizes(self, entries: Sequence[IndexEntry]) -> list[int | VolumeError | None]:
+        return [self._size(entry.object_id) for entry in entries]
+
+    def _size(self, object_id: ObjectId) -> int | VolumeError | None:
+        try:
+            seen = self._volume.find_object(object_id)
+        except VolumeError as error:
+            return error
+        return None if seen is None else seen.size
 
     def _report(self, findings: Findings, seconds: float) -> None:
         RECONCILE_TIME.observe(seconds)

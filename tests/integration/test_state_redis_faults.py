@@ -225,6 +225,25 @@ async def test_an_emptied_store_grants_nothing_and_old_tokens_are_invalid(
     assert not await store.renew(granted.lease)
 
 
+@pytest.mark.parametrize("emptied", [True, False])
+async def test_a_used_token_stays_used_when_redis_loses_its_keys(
+    store: RedisStateStore, own_redis: RedisServer, emptied: bool
+) -> None:
+    await store.lead("evictor-1", 60)
+    assert await store.consume_token_id("once", issued := time.time() + 1, 300)
+    await asyncio.sleep(2.1)  # a second is what the time of issue is told in
+    if emptied:
+        assert await own_redis.command("FLUSHALL") == "+OK"
+    else:
+        await asyncio.to_thread(own_redis.kill)  # without its last second
+        await asyncio.to_thread(own_redis.start)
+        await until_it_answers(store)
+    await store.lead("evictor-1", 60)
+    assert not await store.consume_token_id("once", issued, 300)
+    assert not await store.consume_token_id("before", issued, 300)
+    assert await store.consume_token_id("after", time.time() + 1, 300)
+
+
 @pytest.mark.parametrize(
     ("trouble", "cure"),
     [

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +26,7 @@ from distributor_node.shared.adapters.volume import (
     PartialHeld,
     RemovalState,
     UnknownFile,
+    UnreadableFile,
     Volume,
 )
 from distributor_node.shared.adapters.volume.layout import shard
@@ -558,6 +561,37 @@ def test_a_verified_file_of_a_dead_writer_is_published_while_it_is_sent(volume: 
     assert volume.complete_record(ObjectId("1")) == record
     assert follower.read(0, len(BODY)) == BODY
     follower.close()
+
+
+def test_a_scan_goes_on_after_a_file_whose_state_cannot_be_read(
+    volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        store(volume, ObjectId(str(number)))
+    scandir = os.scandir
+
+    class Entry:
+        """As of a disk with one bad inode."""
+
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self._entry, self.name = entry, entry.name
+
+        def stat(self, *, follow_symlinks: bool) -> os.stat_result:
+            if self.name == "7":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return self._entry.stat(follow_symlinks=follow_symlinks)
+
+    @contextmanager
+    def failing(directory: int) -> Iterator[Iterator[Entry]]:
+        with scandir(directory) as entries:
+            yield (Entry(entry) for entry in entries)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    found = list(volume.scan_objects())
+    assert len([file for file in found if isinstance(file, FoundObject)]) == 19
+    [bad] = [file for file in found if isinstance(file, UnreadableFile)]
+    assert bad.path.endswith("/7")
+    assert not list(volume.scan_unrecorded())
 
 
 def test_the_trash_replaces_no_file_that_may_be_sent(volume: Volume) -> None:

@@ -372,8 +372,9 @@ class RedisStateStore:
         return None if reply is None else _read_warming(reply[1], int(reply[0]))
 
     async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
-        key = self._connection.keys.token_id(token_id)
-        return bool(await self._connection.command("SET", key, 1, "NX", "PX", milliseconds(seconds)))
+        keys = self._connection.keys
+        given = (*keys.all_for(""), keys.token_id(token_id))
+        return bool(await self._connection.run_on("use_ticket", given, "", issued, milliseconds(seconds)))
 
     # Announcements
 

@@ -25,7 +25,13 @@ from distributor_node.shared.adapters.volume.partial import (
     PartialReader,
     PartialState,
 )
-from distributor_node.shared.adapters.volume.scan import FoundObject, FoundPartial, TrashedFile, UnknownFile
+from distributor_node.shared.adapters.volume.scan import (
+    FoundObject,
+    FoundPartial,
+    TrashedFile,
+    UnknownFile,
+    UnreadableFile,
+)
 from distributor_node.shared.adapters.volume.volume import Volume
 
 __all__ = [
@@ -41,5 +47,6 @@ __all__ = [
     "RemovalState",
     "TrashedFile",
     "UnknownFile",
+    "UnreadableFile",
     "Volume",
 ]

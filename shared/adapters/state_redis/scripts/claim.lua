@@ -2,6 +2,7 @@
 -- ARGV: claimant, milliseconds of the claim, milliseconds of a queue mark, milliseconds until an unfinished job counts as
 -- lost. Returns the serial of the claim, or the status of the object that refuses it.
 if relieve() > OVERFULL then return OUT_OF_MEMORY end
+kept_since()
 local fetch = read_fetch()
 if (fetch and fetch.standing and fetch.standing ~= 'parked') or redis.call('EXISTS', failure) == 1 then
   return standing(fetch)

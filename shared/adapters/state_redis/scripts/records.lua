@@ -32,6 +32,16 @@ local function next_serial() return next_serials(1) end
 
 local function run_id() return string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') end
 
+-- POSIX milliseconds since when this server has kept what it was told. Another run id: it was restarted or replaced, and
+-- may have lost its last second. No run id: it was emptied
+local function kept_since()
+  local known = redis.call('HMGET', usage, 'run', 'kept_since')
+  local run = run_id()
+  if known[1] == run and known[2] then return tonumber(known[2]) end
+  redis.call('HSET', usage, 'run', run, 'kept_since', string.format('%.0f', now))
+  return now
+end
+
 local function announce(topic, id) redis.call('PUBLISH', channel, topic .. ' ' .. (id or object_id)) end
 
 local function read_object(id)
@@ -75,9 +85,13 @@ local function write_fetch(fetch, id)
     fetch.job or 0}))
 end
 
-local function read_fetch(id)
+local function peek_fetch(id)
   local packed = redis.call('HGET', fetches, id or object_id)
-  local fetch = packed and unpack_fetch(packed) or nil
+  return packed and unpack_fetch(packed) or nil
+end
+
+local function read_fetch(id)
+  local fetch = peek_fetch(id)
   if fetch and fetch.outdated then write_fetch(fetch, id) end
   return fetch
 end
@@ -127,7 +141,8 @@ local function write_orders(text)
   return tonumber(version)
 end
 
--- Memory. A script that frees, holds or ends something is declared `allow-oom`: it must work when the server is full
+-- Memory. A script that frees, holds or ends something is declared `allow-oom`: it must work when the server is full. One
+-- that only reads is declared `no-writes`: it works on a replica, too
 
 local NEARLY_FULL, OVERFULL = 0.9, 1.25  -- shares of maxmemory
 local DROPPED_AT_ONCE, KEYS_AT_ONCE, BATCHES_KEPT = 1000, 2000, 1000

@@ -1,4 +1,4 @@
-#!lua flags=allow-oom
+#!lua flags=no-writes
 -- Returns used, reserved, objects, live leases, accounted, turnover, bytes in leaving/ that no entry stands for
 local leases = 0
 for _, packed in ipairs(redis.call('HVALS', fetches)) do
