@@ -6,10 +6,10 @@ This module imports no metrics: the supervisor binds sockets before prometheus_c
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -18,6 +18,9 @@ from distributor_node.shared.domain.errors import ConfigurationError
 
 EMFILE_BACKOFF = 0.5
 """Seconds without accepting after the system had no descriptor or memory left for one more connection."""
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_UNSPECIFIED = bytes(16)  # a sockaddr of the family AF_UNSPEC
 
 logger = structlog.get_logger()
 
@@ -77,9 +80,13 @@ def listen_unless_listening(listener: socket.socket, backlog: int) -> None:
 
 
 def stop_listening(listener: socket.socket) -> None:
-    """Refuse connections in all processes that share the socket, which stays bound. It can listen again."""
-    with suppress(OSError):  # another worker has done it
-        listener.shutdown(socket.SHUT_RDWR)
+    """Refuse connections in all processes that share the socket, which stays bound. It can listen again.
+
+    By connect(2) to AF_UNSPEC, which Python does not offer and which may be repeated. A second `shutdown`, by another
+    worker, would mark the socket, and every connection accepted later would be at its end.
+    """
+    if _LIBC.connect(listener.fileno(), _UNSPECIFIED, len(_UNSPECIFIED)) != 0:
+        raise OSError(ctypes.get_errno(), "cannot stop listening")
 
 
 class AcceptLoop:
@@ -140,6 +147,8 @@ class AcceptLoop:
                 ):  # another worker has stopped the inherited socket: soon, so do we
                     logger.error("accept_failed", reason=error.strerror)
                 self._loop.remove_reader(self.listener.fileno())
+                if self._resume_timer is not None:
+                    self._resume_timer.cancel()
                 self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
                 return
             self.accepted_count += 1

@@ -87,7 +87,7 @@ def _explain_one(wrong: ErrorDetails, variables: Mapping[str, str]) -> str:
         return f"{path}: expected a group of settings, got {_type_of(wrong['input'])}"
     name = f"{path} ({variables[setting_path]})" if setting_path in variables else path
     if wrong["type"] == "value_error" and isinstance(wrong["input"], _CONTAINERS):
-        return f"{name}: {wrong['msg'].removeprefix('Value error, ')}"
+        return f"{name}: {_without_credentials(wrong['msg'].removeprefix('Value error, '))}"
     expected = _expectation(wrong)
     if is_secret(setting):
         return f"{name}: {expected} (its value is not shown)"
@@ -141,9 +141,13 @@ def shown(value: object) -> str:
     """Return a value as it may be shown: without credentials, and not longer than a line."""
     if isinstance(value, _CONTAINERS):
         return _type_of(value)
-    text = _CREDENTIALS.sub("//***@", str(value))
+    text = _without_credentials(str(value))
     text = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}…"
     return repr(text) if isinstance(value, str) else text
+
+
+def _without_credentials(text: str) -> str:
+    return _CREDENTIALS.sub("//***@", text)
 
 
 def _type_of(value: object) -> str:

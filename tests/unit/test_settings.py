@@ -286,6 +286,7 @@ def told_about(load_them: Any) -> str:
 @given(fields=st.dictionaries(NAMES, VALUES, max_size=5))
 @example(fields={"operator_api": {"secret": [SECRET]}})
 @example(fields={"operator_api": [SECRET]})
+@example(fields={"admission.above_size": [f"redis://:{SECRET}/#@h:1/0"]})
 def test_no_file_leads_to_a_traceback_or_shows_a_secret(fields: dict[str, Any], tmp_path: Path) -> None:
     nested: dict[str, Any] = {}
     for name, value in fields.items():
