@@ -388,8 +388,8 @@ class OperatorStore(Protocol):
     async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
         """True the first time that the token id is used within `seconds`.
 
-        `issued` is in POSIX seconds. Tokens issued before the store started or was emptied (to the second) are rejected,
-        because they may have been used then.
+        `issued` is in POSIX seconds. Tokens issued before the store started or was emptied (to the second) are
+        rejected, because they may have been used then.
         """
 
 
