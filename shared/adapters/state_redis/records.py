@@ -29,8 +29,8 @@ class Keys:
 
     objects   HASH    object id → packed record (see _OBJECT)
     fetches   HASH    object id → packed fetch (see records.lua)
-    usage     HASH    used, reserved (bytes), serial (of tokens and generations), accounted (run id of the server whose
-                      index is reconciled), turnover, leaving (bytes; see
+    usage     HASH    format (of all of these, see records.lua), used, reserved (bytes), serial (of tokens and
+                      generations), accounted (run id of the server whose index is reconciled), turnover, leaving (bytes; see
                       `set_leaving`), run, kept_since (run id of the server, and since when it has kept its keys),
                       cursor (of the search for answers
                       that are not in catalog:answers)
@@ -118,7 +118,10 @@ _OBJECT = struct.Struct("<IIHIHdIH")
 are read as four and two."""
 
 
-def read_entry(object_id: bytes, packed: bytes) -> IndexEntry:
+def read_entry(object_id: bytes, packed: bytes) -> IndexEntry | None:
+    """None for what records.lua did not write, such as a record in the layout of another version."""
+    if len(packed) != _OBJECT.size or not object_id.isascii():
+        return None
     counted, size, more_size, accessed, more_accessed, priority, generation, more_generation = _OBJECT.unpack(
         packed
     )
@@ -159,7 +162,14 @@ def pack_accesses(accesses: Sequence[Access]) -> bytes:
 
 
 def read_accesses(packed: bytes) -> list[Access]:
-    return [Access(ObjectId(object_id), views, last_at) for object_id, views, last_at in json.loads(packed)]
+    """The accesses of one batch. Empty if it cannot be read: recency is lost, no object."""
+    try:
+        return [
+            Access(ObjectId(object_id), int(views), float(last_at))
+            for object_id, views, last_at in json.loads(packed)
+        ]
+    except (ValueError, TypeError, RecursionError):
+        return []
 
 
 def pack_announcement(announcement: Announcement) -> str:

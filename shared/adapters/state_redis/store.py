@@ -261,8 +261,19 @@ class RedisStateStore:
         while True:
             scan = ("HSCAN", self._connection.keys.objects, cursor, "COUNT", _ENTRIES_BATCH)
             cursor, found = await self._connection.command(*scan)
-            if found:
-                yield [read_entry(object_id, packed) for object_id, packed in found.items()]
+            entries, unreadable = [], []
+            for object_id, packed in found.items():
+                entry = read_entry(object_id, packed)
+                if entry is None:
+                    unreadable.append(object_id)
+                else:
+                    entries.append(entry)
+            if unreadable:
+                # Their files are adopted again by the next reconciliation, as those of an emptied store.
+                logger.error("index_records_dropped", records=len(unreadable))
+                await self._connection.run("drop_unreadable", "", *unreadable)
+            if entries:
+                yield entries
             if cursor == 0:
                 return
 
@@ -287,7 +298,11 @@ class RedisStateStore:
     async def load_policy_state(self) -> PolicyState:
         found = await self._connection.command("HMGET", self._connection.keys.policy, "inflation", "position")
         inflation, position = found
-        return PolicyState(float(inflation or 0), (position or b"").decode())
+        try:
+            return PolicyState(float(inflation or 0), (position or b"").decode("ascii"))
+        except ValueError:
+            logger.error("policy_state_dropped")
+            return PolicyState(0.0, "")
 
     async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
         values: list[str | int | float] = []

@@ -2,7 +2,8 @@
 -- Returns used, reserved, objects, live leases, accounted, turnover, bytes in leaving/ that no entry stands for
 local leases = 0
 for _, packed in ipairs(redis.call('HVALS', fetches)) do
-  if unpack_fetch(packed).standing == 'fetching' then leases = leases + 1 end
+  local fetch = unpack_fetch(packed)
+  if fetch and fetch.standing == 'fetching' then leases = leases + 1 end
 end
 local counted = redis.call('HMGET', usage, 'used', 'reserved', 'accounted', 'turnover', 'leaving')
 return {tonumber(counted[1] or '0'), tonumber(counted[2] or '0'), redis.call('HLEN', objects), leases,
