@@ -242,6 +242,9 @@ class EvictorStore(Protocol):
 
     async def resign(self, term: Term) -> None: ...
 
+    async def is_leader(self, term: Term) -> bool:
+        """Whether that term goes on."""
+
     async def space_requested(self) -> int:
         """Bytes (footprints) of all live `request_space` requests that were not granted yet."""
 
@@ -388,8 +391,8 @@ class OperatorStore(Protocol):
     async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
         """True the first time that the token id is used within `seconds`.
 
-        `issued` is in POSIX seconds. Tokens issued before the store started or was emptied (to the second) are rejected,
-        because they may have been used then.
+        `issued` is in POSIX seconds. Tokens issued before the store started or was emptied (to the second) are
+        rejected, because they may have been used then.
         """
 
 
