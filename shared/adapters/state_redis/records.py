@@ -60,7 +60,7 @@ class Keys:
             f"{prefix}fetches",
             f"{prefix}usage",
             f"{prefix}wishes",
-            f"{prefix}leader",
+            self.leader,
             self.policy,
             self.accesses,
             f"{prefix}failure:{object_id}",
@@ -74,6 +74,10 @@ class Keys:
     @property
     def objects(self) -> str:
         return f"{self.prefix}objects"
+
+    @property
+    def leader(self) -> str:
+        return f"{self.prefix}leader"
 
     @property
     def policy(self) -> str:

@@ -201,6 +201,10 @@ class RedisStateStore:
     async def resign(self, term: Term) -> None:
         await self._run_as_leader("resign", term)
 
+    async def is_leader(self, term: Term) -> bool:
+        leader = await self._connection.command("GET", self._connection.keys.leader)
+        return bool(leader == _term_value(term).encode())
+
     async def space_requested(self) -> int:
         return int(await self._connection.run("space_wanted", ""))
 
@@ -313,8 +317,7 @@ class RedisStateStore:
     async def _run_as_leader(
         self, script: str, term: Term, object_id: ObjectId | str = "", *arguments: str | int | float
     ) -> object:
-        term_value = f"{term.token} {term.holder}"
-        reply: object = await self._connection.run(script, object_id, term_value, *arguments)
+        reply: object = await self._connection.run(script, object_id, _term_value(term), *arguments)
         return reply
 
     async def _query_as_leader(self, script: str, term: Term, *arguments: str | int | float) -> list[int]:
@@ -402,6 +405,11 @@ class RedisStateStore:
 
     def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Announcement]]:
         return listen(self._connection.url, self._connection.keys.channel, self._timeouts.operation_timeout)
+
+
+def _term_value(term: Term) -> str:
+    """As lead.lua writes it."""
+    return f"{term.token} {term.holder}"
 
 
 def _read_warming(text: bytes, serial: int) -> Warming:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from distributor_node.shared.domain.objects import ContentHash, ObjectId, Stored
 from distributor_node.shared.domain.space import RECORD_BYTES
 
 RECORD_VERSION = 1
-_NEW_SUFFIX = ",new"  # a comma is in no object id
+_NEW_SUFFIX = ",new"  # of drafts: a comma is in no object id
 
 
 def encode_record(record: StoredRecord) -> bytes:
@@ -64,6 +66,12 @@ def decode_record(body: bytes) -> StoredRecord:
 MAX_ROOT_FILE_BYTES = 16 * 1024 * 1024
 """Read limit for the small files in the volume's root."""
 
+
+def is_draft(name: str) -> bool:
+    """Whether a file is a draft of `atomic_write`, which a process that was killed has left."""
+    return name.endswith(_NEW_SUFFIX)
+
+
 # Small files. `directory` is the descriptor of the directory that holds the file; None if `name` is a whole path.
 
 
@@ -91,18 +99,24 @@ def atomic_write(
 
     The directory is not synced: the caller does that if the new content has to outlive a power cut.
     """
-    new = f"{name}{_NEW_SUFFIX}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    # A draft of its own: two processes that write the same file at once must not write into one draft
+    new = f"{name},{secrets.token_hex(4)}{_NEW_SUFFIX}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(new, flags, mode, dir_fd=directory)
     try:
-        left = memoryview(body)
-        while left:  # a device that is nearly full writes a part first, and refuses the rest
-            left = left[os.write(descriptor, left) :]
-        if durable:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
+        try:
+            left = memoryview(body)
+            while left:  # a device that is nearly full writes a part first, and refuses the rest
+                left = left[os.write(descriptor, left) :]
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(new, dir_fd=directory)
+        raise
 
 
 def overwrite(name: str, body: bytes, directory: int) -> None:
