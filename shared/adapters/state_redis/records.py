@@ -30,10 +30,9 @@ class Keys:
     objects   HASH    object id → packed record (see _OBJECT)
     fetches   HASH    object id → packed fetch (see records.lua)
     usage     HASH    format (of all of these, see records.lua), used, reserved (bytes), serial (of tokens and
-                      generations), accounted (run id of the server whose index is reconciled), turnover, leaving (bytes; see
-                      `set_leaving`), run, kept_since (run id of the server, and since when it has kept its keys),
-                      cursor (of the search for answers
-                      that are not in catalog:answers)
+                      generations), accounted (run id of the server whose index is reconciled), turnover, leaving
+                      (bytes; see `set_leaving`), run, kept_since (run id of the server, and since when it has
+                      kept its keys), cursor (of the search for answers that are not in catalog:answers)
     wishes    HASH    object id → requested bytes and their expiry
     leader    STRING  "token holder", expires
     policy    HASH    inflation, position
