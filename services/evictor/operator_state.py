@@ -109,6 +109,7 @@ class Purger:
             return False  # a fetch is in progress
         outcome = await self._remover.purge(term, object_id, "purged")
         if outcome in (RemovalOutcome.REMOVED, RemovalOutcome.DEFERRED):
+            await run_blocking(self._volume.sync_removal, object_id)
             return True
         # Refused: the store does not know the object. If there is a file all the same, it will be adopted soon
         return (

@@ -84,7 +84,7 @@ class FetchRunner:
     ) -> JobOutcome:
         """Fetch one object. When cancelled, keep the received bytes and release the lease.
 
-        `requested_at`: the monotonic time before the lease was requested.
+        `requested_at`: the boot time before the lease was requested.
         """
         renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
         fetch = _PartialFetch(

@@ -594,6 +594,29 @@ def test_a_scan_goes_on_after_a_file_whose_state_cannot_be_read(
     assert not list(volume.scan_unrecorded())
 
 
+def test_a_stopped_removal_does_not_hide_a_newer_file(volume: Volume) -> None:
+    store(volume, ObjectId("1"))
+    removal, seen = volume.removal(ObjectId("1")), volume.identity_of(ObjectId("1"))
+    other = volume.removal(ObjectId("1"))
+    assert other.begin() is RemovalState.READY
+    other.unlink()
+    store(volume, ObjectId("1"))  # not by the same inode, which `other` still has open
+    other.close()
+    with pytest.raises(VolumeError, match="another file"):
+        removal.rename_to_trash(seen)
+    assert volume.complete_record(ObjectId("1")) is not None
+
+
+def test_a_rewritten_record_is_noticed_by_other_processes(volume: Volume) -> None:
+    record = store(volume, ObjectId("1"))
+    reader = Volume(volume.root)
+    assert reader.complete_record(ObjectId("1")) == record
+    rewritten = replace(record, media_type="text/x-rewritten")
+    volume.write_record(rewritten)
+    assert reader.complete_record(ObjectId("1")) == rewritten
+    reader.close()
+
+
 def test_the_trash_replaces_no_file_that_may_be_sent(volume: Volume) -> None:
     for body in (b"older", b"newer"):
         store(volume, ObjectId("1"), body)

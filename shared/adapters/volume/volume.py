@@ -230,6 +230,18 @@ class Volume:
         with map_os_errors(f"write the record of {record.object_id}"):
             folder = self._directories.create_shard(f"{RECORDS}/{shard(record.object_id)}")
             atomic_write(record.object_id, encode_record(record), folder)
+            self._mark_rewritten(record.object_id)
+
+    def _mark_rewritten(self, object_id: ObjectId) -> None:
+        """Change the identity of the object's file, because records are cached by that, in every process."""
+        folder = self._directories.existing(f"{OBJECTS}/{shard(object_id)}")
+        try:
+            if folder is not None:
+                seen = os.stat(object_id, dir_fd=folder, follow_symlinks=False)
+                times = (seen.st_atime_ns, seen.st_mtime_ns + 1000)
+                os.utime(object_id, ns=times, dir_fd=folder, follow_symlinks=False)
+        except (FileNotFoundError, PermissionError):
+            return
 
     # Partial files
 
@@ -289,6 +301,15 @@ class Volume:
     def removal(self, object_id: ObjectId) -> Removal:
         """A removal of a complete object that has not begun yet; see Removal."""
         return Removal(self._directories, object_id, truncates=not self._accel_redirect)
+
+    def sync_removal(self, object_id: ObjectId) -> None:
+        """Make the removal of an object durable: a power cut must not bring a purged object back."""
+        with map_os_errors(f"sync the removal of {object_id}"):
+            number = shard(object_id)
+            for place in (TRASH, f"{OBJECTS}/{number}", f"{RECORDS}/{number}"):
+                folder = self._directories.existing(place)
+                if folder is not None:
+                    os.fsync(folder)
 
     def unlink_trashed(self, file: scan.TrashedFile) -> bool:
         """Remove a file in `leaving/`. Returns False if a process sends it."""
