@@ -69,7 +69,7 @@ def content(
         "x-cache": cache,
         "cache-control": FOR_EVER if cache == "hit" else FOR_NOW,
         "cache-status": cache_status,
-        "etag": harness.catalog.objects[object_id].etag,
+        "etag": harness.catalog.objects[object_id].etag or "",
         "content-length": str(SIZE),
     }
 

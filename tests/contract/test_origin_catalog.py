@@ -12,6 +12,7 @@ from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.version import NO_VALIDATORS, Validators
 
 ONE = ObjectId("1")
 HEAD, GET = Match(method="HEAD"), Match(method="GET")
@@ -130,21 +131,27 @@ async def test_a_redirect_within_the_origin_is_followed_and_remembered(
 
 
 @pytest.mark.parametrize(
-    ("headers", "validator"),
+    ("headers", "validators"),
     [
-        ((("ETag", '"strong"'), ("Last-Modified", "Sun, 06 Nov 1994 08:49:37 GMT")), '"strong"'),
-        ((("ETag", 'W/"weak"'),), 'W/"weak"'),
-        ((("Last-Modified", "Sun, 06 Nov 1994 08:49:37 GMT"),), "Sun, 06 Nov 1994 08:49:37 GMT"),
-        ((), None),
+        (
+            (("ETag", '"strong"'), ("Last-Modified", "Sun, 06 Nov 1994 08:49:37 GMT")),
+            Validators('"strong"', 784111777),
+        ),
+        ((("ETag", 'W/"weak"'),), Validators('W/"weak"')),
+        ((("ETag", "unquoted"),), NO_VALIDATORS),
+        ((("ETag", f'"{"x" * 300}"'),), NO_VALIDATORS),
+        ((("Last-Modified", "Sun, 06 Nov 1994 08:49:37 GMT"),), Validators(None, 784111777)),
+        ((), NO_VALIDATORS),
     ],
 )
-async def test_the_entity_tag(
-    node: StorageNode, catalog: OriginCatalog, headers: tuple[tuple[str, str], ...], validator: str | None
+async def test_the_validators_are_those_of_the_origin(
+    node: StorageNode, catalog: OriginCatalog, headers: tuple[tuple[str, str], ...], validators: Validators
 ) -> None:
     node.faults.add(Fault(headers=headers))
     found = await catalog.look_up(ONE)
     assert found is not None
-    assert found.validator == validator
+    assert found.validators == validators
+    assert found.etag == validators.etag
     assert found.content_hash is None
 
 

@@ -11,6 +11,7 @@ import pytest
 from distributor_node.shared.adapters.state_redis.caches import RedisSharedCatalogCache
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
+from distributor_node.shared.domain.version import Validators
 from distributor_node.shared.ports.catalog import CacheLookup, SharedCatalogCache
 
 ONE, TWO = ObjectId("1"), ObjectId("2")
@@ -22,7 +23,7 @@ FULL = MediaObject(
     buckets=(DistributionBucket("0:1", frozenset({3, 4})), DistributionBucket("0:2")),
     accepted=False,
     sources=("https://one.example/api/v1/files/1", "https://two.example/api/v1/files/1"),
-    validator='what "they" call it\n',
+    validators=Validators('"of the source"', 784111777),
 )
 
 

@@ -63,8 +63,9 @@ def _validators(
         "X-Cache": outcome.result,
         "Cache-Control": cache_control(outcome.result),
         "Cache-Status": outcome.cache_status(source),
-        "ETag": representation.etag,
     }
+    if representation.etag is not None:
+        headers["ETag"] = representation.etag
     if representation.last_modified is not None:
         headers["Last-Modified"] = formatdate(representation.last_modified, usegmt=True)
     return headers

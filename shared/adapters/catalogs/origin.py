@@ -16,11 +16,11 @@ from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.domain.ranges import ByteRange, parse_content_range
 from distributor_node.shared.domain.urls import parse_source_url, url_origin
+from distributor_node.shared.domain.version import Validators
 from distributor_node.shared.ports.catalog import CatalogStatus
 
 _PLACEHOLDER = "{id}"
 _MAX_REDIRECTS = 3
-_MAX_VALIDATOR = 1024
 _FIRST_BYTE = ByteRange(0, 0)
 _ABSENT = frozenset({404, 410})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -106,7 +106,7 @@ class OriginCatalog:
             size=size,
             media_type=media_type_or_none(response.headers.get("Content-Type")),
             sources=(url,),
-            validator=_validator(response),
+            validators=Validators.from_headers(response.headers),
         )
 
     async def _request(self, method: str, url: str) -> tuple[str, httpx.Response]:
@@ -161,13 +161,3 @@ def _size_from_get(response: httpx.Response) -> int | None:
     if response.status_code == 416 and response.headers.get("Content-Range", "").strip() == "bytes */0":
         return 0
     raise CatalogUnavailable(f"the origin responded {response.status_code}")
-
-
-def _validator(response: httpx.Response) -> str | None:
-    """Return what changes with the content: the ETag, strong or weak, or else the date."""
-    etag, modified = (
-        response.headers.get("ETag", "").strip(),
-        response.headers.get("Last-Modified", "").strip(),
-    )
-    chosen = etag or modified
-    return chosen[:_MAX_VALIDATOR] or None
