@@ -100,3 +100,6 @@ class Version:
     def is_joinable_with(self, other: Version) -> bool:
         """Whether bytes of the other response may follow bytes of this version."""
         return self.content_hash is not None or self.compare(other) is Comparison.SAME
+
+
+UNKNOWN_VERSION = Version()
