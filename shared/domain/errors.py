@@ -7,6 +7,7 @@ The second column says where the fault is, the third whether it is worth retryin
     │   └── InvalidJob            client   final   a message on the job queue that is not a valid job
     ├── ConfigurationError        operator final   settings that cannot work; raised at start only
     ├── CatalogUnavailable        catalog  retry   no usable response from the catalog in time
+    │   ├── ObjectUnavailable     catalog  retry   no usable response for one object; others may have one
     │   ├── ResponseTooLarge      catalog  retry   a response above its size limit (Joystream adapter)
     │   └── QueryRejected         catalog  retry   the squid does not support the query (Joystream adapter)
     ├── StateStoreUnavailable     state    retry   no response from the state store in time
@@ -51,6 +52,10 @@ class CatalogUnavailable(DistributorError):
     """The catalog gave no usable response in time."""
 
     worth_retrying = True
+
+
+class ObjectUnavailable(CatalogUnavailable):
+    """The catalog's server gave no usable response for one object. That does not mean that it is down."""
 
 
 class StateStoreUnavailable(DistributorError):

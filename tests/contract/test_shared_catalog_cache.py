@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -119,3 +119,24 @@ async def test_an_unreachable_shared_cache_fails_in_time(redis_prefix: str) -> N
         with pytest.raises(StateStoreUnavailable):
             await cache.get_or_lock(ONE, "a", 50)
     await cache.close()
+
+
+async def test_an_outdated_answer_is_asked_for_again_and_kept_for_outages(harness: Harness) -> None:
+    await harness.cache.put(ONE, FULL, 50, 100)
+    await harness.other.expire(FULL)
+    lookup = await harness.cache.get_or_lock(ONE, "a", 50)
+    assert lookup.owns_lock
+    assert lookup.cached is not None
+    assert lookup.cached.answer == FULL
+    assert lookup.cached.fresh_for <= 0
+
+
+async def test_a_newer_answer_is_not_outdated_by_an_older_one(harness: Harness) -> None:
+    await harness.cache.expire(FULL)
+    newer = replace(FULL, validators=Validators('"newer"'))
+    await harness.cache.put(ONE, newer, 50, 100)
+    await harness.other.expire(FULL)
+    lookup = await harness.cache.get_or_lock(ONE, "a", 50)
+    assert not lookup.owns_lock
+    assert lookup.cached is not None
+    assert lookup.cached.answer == newer

@@ -78,6 +78,8 @@ class ListedCatalog:
         self.asked.append(object_id)
         return self.objects.get(object_id)
 
+    async def forget(self, outdated: MediaObject) -> None: ...
+
     async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         self._fail_if_down()
         listed = [known for known in self.objects.values() if known.object_id not in self.left_out]

@@ -43,7 +43,9 @@ class Representation:
     etag: str | None
     content_hash: ContentHash | None
     media_type: str | None
-    last_modified: int | None = None  # POSIX seconds: the source's, else (of a complete object) when it was stored
+    last_modified: int | None = (
+        None  # POSIX seconds: the source's, else (of a complete object) when it was stored
+    )
     validators: Validators = NO_VALIDATORS
 
     @classmethod
@@ -74,6 +76,13 @@ class Representation:
     @property
     def version(self) -> Version:
         return Version(self.content_hash, self.validators, self.size)
+
+    @property
+    def is_verified_empty(self) -> bool:
+        """Whether the hash says that the object has no bytes."""
+        return (
+            self.content_hash is not None and self.content_hash.hasher().digest() == self.content_hash.digest
+        )
 
     def with_validators(self, validators: Validators) -> Representation:
         """The same object as a source describes it in the response that is passed on."""

@@ -61,7 +61,8 @@ def _validators(
 ) -> dict[str, str]:
     headers = {
         "X-Cache": outcome.result,
-        "Cache-Control": cache_control(outcome.result),
+        # Only with a content hash it is certain that the object never changes.
+        "Cache-Control": cache_control("pending" if representation.content_hash is None else outcome.result),
         "Cache-Status": outcome.cache_status(source),
     }
     if representation.etag is not None:
