@@ -109,7 +109,6 @@ async def test_a_size_of_zero_is_confirmed_by_a_get(
 
 
 async def test_an_empty_object(node: StorageNode, catalog: OriginCatalog) -> None:
-    node.faults.add(Fault(status=416, headers=(("Content-Range", "bytes */0"),)), GET)
     found = await catalog.look_up(ObjectId("0"))
     assert found is not None
     assert found.size == 0

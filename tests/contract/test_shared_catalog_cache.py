@@ -23,7 +23,7 @@ FULL = MediaObject(
     buckets=(DistributionBucket("0:1", frozenset({3, 4})), DistributionBucket("0:2")),
     accepted=False,
     sources=("https://one.example/api/v1/files/1", "https://two.example/api/v1/files/1"),
-    validators=Validators('"of the source"', 784111777),
+    validators=Validators('"of-the-source"', 784111777),
 )
 
 

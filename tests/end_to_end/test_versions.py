@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,3 +218,116 @@ async def test_clients_see_the_origins_own_validators(site: Site, etag: str) -> 
         assert answer.headers.get("etag", "") == etag
         assert answer.headers["last-modified"] == "Sun, 09 Sep 2001 01:46:40 GMT"
     assert (await site.get({"Range": "bytes=0-9", "If-Range": etag or '"x"'})).status == 200
+
+
+# With processes that are killed, on real Redis and RabbitMQ.
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[Site]:
+    stack = Stack(tmp_path, redis_url, amqp_url, f"e2e-{uuid.uuid4().hex[:8]}")
+    stack.environment |= {
+        "DISTRIBUTOR_CATALOG__KIND": "origin",
+        "DISTRIBUTOR_FETCH__LEASE": "3",
+        "DISTRIBUTOR_FETCH__LEASE_RENEWAL": "1",
+    }
+    async with StorageNode([]).run() as origin:
+        stack.environment["DISTRIBUTOR_CATALOG__ORIGIN"] = origin.object_url("{id}")
+        try:
+            yield Site(stack, origin)
+        finally:
+            stack.kill_all()
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (('"v1"', 1000), ('"v2"', 2000)),
+        (('W/"v1"', 1000), ('W/"v1"', 1000)),
+        (("", None), ("", None)),
+    ],
+    ids=["strong", "weak", "nothing"],
+)
+async def test_an_object_replaced_while_its_fetcher_is_dead(
+    cluster: Site, old: tuple[str, int | None], new: tuple[str, int | None]
+) -> None:
+    cluster.put(origin_object("1", OLD, *old))
+    cluster.origin.faults.add(Fault(bytes_per_second=1 * MIB), Match(endpoint="files", method="GET", first=1))
+    await cluster.stack.up()
+    (fetcher,) = cluster.stack.of("fetcher")
+    following = asyncio.create_task(cluster.get())
+    await cluster.stack.until_on_volume(CUT)
+    fetcher.kill()
+    cluster.put(origin_object("1", NEW, *new))
+    cluster.stack.add("fetcher")
+    assert_one_version(await following)
+    hit = await cluster.until_hit()
+    assert hit.body == NEW
+    assert cluster.stored() == NEW
+
+
+async def test_an_unchanged_object_with_a_strong_tag_is_resumed_by_another_fetcher(cluster: Site) -> None:
+    cluster.put(origin_object("1", OLD, '"v1"', 1000))
+    cluster.origin.faults.add(Fault(bytes_per_second=1 * MIB), Match(endpoint="files", method="GET", first=1))
+    await cluster.stack.up()
+    (fetcher,) = cluster.stack.of("fetcher")
+    following = asyncio.create_task(cluster.get())
+    await cluster.stack.until_on_volume(CUT)
+    fetcher.kill()
+    cluster.stack.add("fetcher")
+    answer = await following
+    assert (answer.complete, answer.body) == (True, OLD)
+    assert (await cluster.until_hit()).body == OLD
+    resumed = cluster.origin.requests.of("1", "GET")[-1]
+    assert resumed.range is not None
+    assert resumed.headers["if-range"] == '"v1"'
+
+
+# Mirrors of a manifest without hashes.
+
+
+@pytest.mark.parametrize(("first", "second"), [('"a"', '"b"'), ("", ""), ('W/"a"', 'W/"a"')])
+async def test_mirrors_that_hold_different_bytes_are_never_joined(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    stack = Stack(tmp_path, "memory://", "memory://", "alone")
+    async with (
+        StorageNode([origin_object("1", OLD, first)]).run() as one,
+        StorageNode([origin_object("1", NEW, second)]).run() as other,
+    ):
+        one.faults.add(Fault(cut_after=CUT), FILES)
+        write_bare_manifest(stack.manifest, "1", SIZE, [one.object_url("1"), other.object_url("1")])
+        try:
+            await stack.add("standalone").healthy()
+            site = Site(stack, one)
+            assert_one_version(await site.get())
+            assert (await site.until_hit()).body == NEW, "the first one always breaks off"
+        finally:
+            stack.kill_all()
+
+
+@pytest.mark.parametrize("content_hash", [f"sha256:{'0' * 64}", None])
+async def test_a_manifest_entry_of_size_zero_is_not_believed(
+    tmp_path: Path, content_hash: str | None
+) -> None:
+    stack = Stack(tmp_path, "memory://", "memory://", "alone")
+    async with StorageNode([origin_object("1", OLD)]).run() as origin:
+        write_bare_manifest(stack.manifest, "1", 0, [origin.object_url("1")], content_hash)
+        try:
+            await stack.add("standalone").healthy()
+            answer = await Site(stack, origin).get()
+            assert (
+                (answer.status, answer.body) == (200, OLD) if content_hash is None else answer.status == 502
+            )
+        finally:
+            stack.kill_all()
+
+
+def write_bare_manifest(
+    path: Path, object_id: str, size: int, urls: Sequence[str], content_hash: str | None = None
+) -> None:
+    """One object of which the manifest says no more than this."""
+    entry = {"id": object_id, "size": size, "urls": list(urls)}
+    if content_hash is not None:
+        entry["hash"] = content_hash
+    path.write_text(json.dumps({"version": 1, "objects": [entry]}))

@@ -117,7 +117,8 @@ class OriginCatalog:
         size = _stated_size(response)
         if response.status_code != 200 or not size:
             # Some servers do not support HEAD, or do not state the length in its response, or state that it is 0.
-            response = await self._request("GET", url)
+            # For the last, the whole object is requested: some respond 500 to a range of an empty object.
+            response = await self._request("GET", url, ranged=response.status_code != 200 or size is None)
             if response.status_code in _ABSENT or response.status_code in _REFUSED:
                 return None
             size = _size_from_get(response)
@@ -129,10 +130,12 @@ class OriginCatalog:
             validators=Validators.from_headers(response.headers),
         )
 
-    async def _request(self, method: Literal["GET", "HEAD"], url: str) -> httpx.Response:
+    async def _request(
+        self, method: Literal["GET", "HEAD"], url: str, *, ranged: bool = False
+    ) -> httpx.Response:
         """Return the head of the response, after redirects."""
         headers = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "distributor-node"}
-        if method == "GET":
+        if ranged:
             headers["Range"] = str(_FIRST_BYTE)
         try:
             # Closed without reading: a server that ignores Range must not send the whole object.
