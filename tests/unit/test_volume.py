@@ -49,7 +49,7 @@ def volume(tmp_path: Path) -> Iterator[Volume]:
 def record_of(name: str, body: bytes = BODY) -> StoredRecord:
     object_id = ObjectId.parse(name)
     content_hash = ContentHash("blake3", blake3(body).digest())
-    etag = entity_tag(object_id, len(body), content_hash, None)
+    etag = entity_tag(content_hash)
     return StoredRecord(object_id, len(body), etag, content_hash, "image/png", 1_700_000_000)
 
 

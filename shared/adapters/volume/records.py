@@ -12,8 +12,10 @@ from typing import Any
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import RECORD_BYTES
+from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, etag_or_none
 
 RECORD_VERSION = 1
+_NO_ETAG = '""'
 _NEW_SUFFIX = ",new"  # of drafts: a comma is in no object id
 
 
@@ -24,10 +26,11 @@ def encode_record(record: StoredRecord) -> bytes:
             "version": RECORD_VERSION,
             "object_id": record.object_id,
             "size": record.size,
-            "etag": record.etag,
+            "etag": record.etag or _NO_ETAG,
             "hash": str(record.content_hash) if record.content_hash else None,
             "media_type": record.media_type,
             "stored_at": record.stored_at,
+            "last_modified": record.validators.last_modified,
         },
         separators=(",", ":"),
     ).encode()
@@ -51,16 +54,28 @@ def decode_record(body: bytes) -> StoredRecord:
             raise InvalidInput(f"record: expected integers size, stored_at, got {size!r}, {stored_at!r}")
         if not all(isinstance(text, str) and text.isprintable() for text in texts):
             raise InvalidInput("record: expected printable strings object_id, etag, media_type")
+        content_hash = ContentHash.parse(fields["hash"]) if fields["hash"] is not None else None
         return StoredRecord(
             object_id=ObjectId.parse(fields["object_id"]),
             size=size,
-            etag=fields["etag"],
-            content_hash=ContentHash.parse(fields["hash"]) if fields["hash"] is not None else None,
+            etag=fields["etag"] if content_hash is not None else None,
+            content_hash=content_hash,
             media_type=media_type,
             stored_at=stored_at,
-        )
+        ).with_validators(_read_validators(fields, content_hash))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidInput(f"record: unreadable: {type(error).__name__}") from error
+
+
+def _read_validators(fields: dict[str, Any], content_hash: ContentHash | None) -> Validators:
+    """Of a record without hash from an earlier release, none: its tag was made up from id and size."""
+    if "last_modified" not in fields:
+        return NO_VALIDATORS
+    modified = fields["last_modified"]
+    if not (modified is None or type(modified) is int):
+        raise InvalidInput(f"record: last_modified: expected an integer or null, got {repr(modified)[:40]}")
+    own = content_hash is None and fields["etag"] != _NO_ETAG
+    return Validators(etag_or_none(fields["etag"]) if own else None, modified)
 
 
 MAX_ROOT_FILE_BYTES = 16 * 1024 * 1024
