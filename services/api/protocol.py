@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import re
 import struct
 import termios
 from time import monotonic
@@ -32,6 +33,12 @@ KEEPALIVE_DRAIN_GRACE = 1.0
 A request may be in flight, and a client whose connection is just closed cannot know whether it was processed."""
 
 
+# RFC 9112 section 7.1, with the line break that ends the chunk before.
+_CHUNK_LINE = re.compile(rb"\r\n[0-9A-Fa-f]{1,16}(?:[ \t]*;[\t\x20-\x7e]*)?\r\n")
+_MAX_CHUNK_LINE = 256
+_FREE_CHUNKS, _BYTES_PER_CHUNK = 256, 64  # a body needs 64 bytes per chunk, beyond the free chunks
+
+
 def end_chunked_head_response(request: Request) -> None:
     """End the response to a HEAD request whose head announced a chunked body.
 
@@ -46,11 +53,44 @@ def end_chunked_head_response(request: Request) -> None:
 class ApiHttp(Http):
     """The requests and responses of one connection: adds the request id, and keeps the record of each request."""
 
+    __slots__ = ("_chunks",)
+
     def init_for_request(self) -> None:
         """Wait for the next request. While draining, at most KEEPALIVE_DRAIN_GRACE."""
         super().init_for_request()  # type: ignore[no-untyped-call]
         if isinstance(self.protocol, PublicProtocol) and self.protocol.draining:
             self.protocol.allow_last_request()
+
+    async def http1_request_header(self) -> None:
+        """Read a head. Whether the connection persists depends on the tokens of Connection (RFC 9112 section 9.3)."""
+        await super().http1_request_header()  # type: ignore[no-untyped-call]
+        request: Request = self.request
+        tokens = {
+            token.strip().lower()
+            for value in request.headers.getall("connection", ())
+            for token in value.split(",")
+        }
+        self.keep_alive = "close" not in tokens and (request.version == "1.1" or "keep-alive" in tokens)
+        self._chunks = 0
+
+    async def read(self) -> bytes | None:
+        """Read some bytes of the body. Sanic accepts chunk sizes that RFC 9112 does not: `0x5`, ` 5 `, `5` and a CR."""
+        framing: Any = self.request_body  # "chunked", or whether there is a body
+        if framing == "chunked" and self.request_bytes_left == 0:
+            await self._check_chunk_line()
+        return await super().read()
+
+    async def _check_chunk_line(self) -> None:
+        if self.expecting_continue:
+            self.expecting_continue = False
+            await self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        while (end := self.recv_buffer.find(b"\r\n", 2)) < 0 and len(self.recv_buffer) <= _MAX_CHUNK_LINE:
+            await self._receive_more()
+        self._chunks += 1
+        allowed = _FREE_CHUNKS + (self.request_bytes or 0) // _BYTES_PER_CHUNK
+        if not _CHUNK_LINE.fullmatch(self.recv_buffer, 0, max(0, end + 2)) or self._chunks > allowed:
+            self.keep_alive = False
+            raise BadRequest("")
 
     def respond(self, response: BaseHTTPResponse) -> BaseHTTPResponse:
         response = super().respond(response)

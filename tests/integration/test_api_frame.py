@@ -257,6 +257,45 @@ async def test_an_incomplete_request_of_a_client_that_closes_its_side(
     assert split(answer)[0] in (400, 404)
 
 
+@pytest.mark.parametrize("line", [b"0x5", b" 5 ", b"5 ", b"5\r", b"+5", b"5_0", b"", b"5;a\x00"])
+async def test_invalid_chunk_sizes_are_refused(tmp_path: Path, line: bytes) -> None:
+    head = b"POST /api/v1/status HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    following = b"GET /api/v1/status HTTP/1.1\r\nHost: a\r\n\r\n"
+    async with running_api(tmp_path, FakeAssets()) as api:
+        answer = await api.ask(head + line + b"\r\nhello\r\n0\r\n\r\n" + following)
+    assert (
+        answer.count(b"HTTP/1.1 ") == 1
+    )  # the connection is closed: where the next request begins is unknown
+
+
+async def test_a_request_body_in_tiny_chunks_is_refused(tmp_path: Path) -> None:
+    head = b"POST /api/v1/status HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    following = b"GET /api/v1/status HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    async with running_api(tmp_path, FakeAssets()) as api:
+        for chunks, answers in ((200, 2), (5_000, 1)):
+            body = b"1\r\nx\r\n" * chunks + b"0\r\n\r\n"
+            assert (await api.ask(head + body + following)).count(b"HTTP/1.1 ") == answers
+
+
+@pytest.mark.parametrize(
+    ("version", "connection", "persists"),
+    [
+        ("1.1", "keepalive", True),
+        ("1.1", "keep-alive, TE", True),
+        ("1.1", "Upgrade", True),
+        ("1.1", "keep-alive, Close", False),
+        ("1.0", "TE, Keep-Alive", True),
+        ("1.0", "keepalive", False),
+    ],
+)
+async def test_connection_tokens(tmp_path: Path, version: str, connection: str, persists: bool) -> None:
+    first = f"GET /api/v1/status HTTP/{version}\r\nHost: a\r\nConnection: {connection}\r\n\r\n"
+    second = "GET /api/v1/status HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    async with running_api(tmp_path, FakeAssets()) as api:
+        answer = await api.ask((first + second).encode())
+    assert answer.count(b"HTTP/1.1 200") == (2 if persists else 1)
+
+
 async def test_close_aborts_what_does_not_end(tmp_path: Path) -> None:
     fake_assets = FakeAssets()
     async with running_api(tmp_path, fake_assets) as api:
