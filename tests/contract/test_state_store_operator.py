@@ -182,11 +182,13 @@ class TestWarming:
 
 class TestTokenIds:
     async def test_can_be_consumed_only_once(self, harness: Harness) -> None:
+        await harness.store.lead("evictor-1", 60)  # the store has begun
         uses = [store.consume_token_id("a", time.time(), 60) for store in (harness.store, harness.other) * 5]
         assert sum(await asyncio.gather(*uses)) == 1
         assert await harness.store.consume_token_id("b", time.time(), 60)
 
     async def test_expire(self, harness: Harness) -> None:
+        await harness.store.lead("evictor-1", 60)  # the store has begun
         assert await harness.store.consume_token_id("a", time.time(), 1.0)
 
         async def forgotten() -> bool:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -477,13 +478,14 @@ def test_the_name_of_a_new_shard_is_synced(volume: Volume, monkeypatch: pytest.M
     sync = os.fsync
 
     def note(descriptor: int) -> None:
-        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(volume.root).as_posix())
+        path = Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(volume.root).as_posix()
+        synced.append(re.sub(r",[0-9a-f]{8},new$", ",DRAFT,new", path))  # each draft has a name of its own
         sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
     store(volume, "1")
     number = shard(ObjectId("1"))
-    new_record = f"records/{number}/1,new"
+    new_record = f"records/{number}/1,DRAFT,new"
     assert synced == [
         "incoming/1.part",
         "records",
