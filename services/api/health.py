@@ -64,11 +64,20 @@ class HealthChecks:
             self._check("job queue", context.queue.ping),
             self._check("catalog", context.catalog.bucket_ids),
         )
+        if others[0] is None and await self._check("", context.state.check_writes) is not None:
+            others.append("state store: refuses writes")
+        others.append(self._check_workers())
         unfinished_import = await asyncio.to_thread(self._check_import)
         return Readiness(
             problems=tuple(problem for problem in (volume, unfinished_import) if problem),
             degraded=tuple(missing for missing in others if missing),
         )
+
+    def _check_workers(self) -> str | None:
+        capacity = self._context.fetch_capacity
+        if capacity.workers_alive == 0:
+            return "fetchers: none alive"
+        return "job queue: not consumed" if capacity.not_consumed else None
 
     def _check_import(self) -> str | None:
         """Return a problem while the evictor imports an existing node's objects, for at most IMPORT_READY_TIMEOUT.

@@ -12,6 +12,7 @@ from distributor_node.services.api.assets.handler import AssetHandler
 from distributor_node.services.api.context import ApiContext, CurrentAssignment
 from distributor_node.services.api.fast_path.handler import build_fast_path
 from distributor_node.services.api.fast_path.protocol import FastPathProtocol
+from distributor_node.services.api.fetch_capacity import FetchCapacity
 from distributor_node.services.api.fetch_events import FetchEvents
 from distributor_node.services.api.listen import ListenAddress
 from distributor_node.services.api.operator.app import operator_api
@@ -65,6 +66,7 @@ def make_context(
         accesses=AccessCounter(state),
         assignment=CurrentAssignment(settings.assignment),
         fetch_events=FetchEvents(state, operator_state.wake),
+        fetch_capacity=FetchCapacity(state),
         operator_state=operator_state,
     )
 
@@ -132,6 +134,7 @@ async def serve_api(
                 group.create_task(context.operator_state.run(), name="watch-operator-state"),
                 group.create_task(context.accesses.run(), name="flush-accesses"),
                 group.create_task(context.fetch_events.run(), name="fetch-events"),
+                group.create_task(context.fetch_capacity.run(), name="fetch-capacity"),
                 group.create_task(watch_volume(context.volume), name="watch-volume"),
             ]
             if fast_path is not None:

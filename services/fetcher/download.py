@@ -22,6 +22,7 @@ import structlog
 
 from distributor_node.services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
 from distributor_node.services.fetcher.partial_writer import PartialWriter
+from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.shared.adapters.sources.client import SourceResponse
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import PartialFile, Volume
@@ -79,15 +80,20 @@ class FetchRunner:
         self._times = times
 
     async def run(
-        self, media_object: MediaObject, lease: Lease, requested_at: float, record_failure: RecordFailure
+        self,
+        media_object: MediaObject,
+        lease: Lease,
+        requested_at: float,
+        record_failure: RecordFailure,
+        slot: Slot | None = None,
     ) -> JobOutcome:
         """Fetch one object. When cancelled, keep the received bytes and release the lease.
 
-        `requested_at`: the monotonic time before the lease was requested.
+        `requested_at`: the monotonic time before the lease was requested. `slot`: see Worker.
         """
         renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
         fetch = _PartialFetch(
-            self._state, self._volume, self._failover_reader, self._disk, media_object, renewer
+            self._state, self._volume, self._failover_reader, self._disk, media_object, renewer, slot
         )
         with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
             try:
@@ -147,6 +153,7 @@ class _PartialFetch:
         disk: BlockingPool,
         media_object: MediaObject,
         renewer: LeaseRenewer,
+        slot: Slot | None,
     ) -> None:
         self._state = state
         self._volume = volume
@@ -155,6 +162,7 @@ class _PartialFetch:
         self._object = media_object
         self._renewer = renewer
         self._lease = renewer.lease
+        self._slot = slot
         self._partial: PartialFile | None = None
 
     async def run(self) -> None:
@@ -164,7 +172,7 @@ class _PartialFetch:
         # grows. The renewal tells it, while the source is asked.
         self._renewer.renew_soon()
         download = _Download(
-            self._state, self._failover_reader, self._disk, self._object, partial, self._renewer
+            self._state, self._failover_reader, self._disk, self._object, partial, self._renewer, self._slot
         )
         if partial.size:
             await download.announce()  # the bytes of an earlier attempt can be sent
@@ -261,6 +269,7 @@ class _Download:
         media_object: MediaObject,
         partial: PartialFile,
         renewer: LeaseRenewer,
+        slot: Slot | None,
     ) -> None:
         self._state = state
         self._failover_reader = failover_reader
@@ -268,6 +277,7 @@ class _Download:
         self._object = media_object
         self._partial = partial
         self._renewer = renewer
+        self._slot = slot
 
     async def run(self) -> None:
         """Read the missing bytes. On return, size and hash are correct and the file is marked as verified.
@@ -314,7 +324,10 @@ class _Download:
         verify = partial(self._verify, hasher)
         writer = PartialWriter(self._partial, hasher, self._renewer, self._disk, self.announce, verify)
         began_at = time.monotonic()
-        stream = self._failover_reader.stream(self._object, offset, None, sources, self._on_source)
+        first_choice = None if self._slot is None else self._slot.url
+        stream = self._failover_reader.stream(
+            self._object, offset, None, sources, self._on_source, first_choice=first_choice
+        )
         async with writer.writing(offset), aclosing(stream) as chunks:
             async for chunk in chunks:
                 if not contributors:
@@ -338,6 +351,8 @@ class _Download:
     def _on_source(self, url: str, response: SourceResponse) -> None:
         """Called when a source starts to send."""
         self._renewer.set_source(url)
+        if self._slot is not None:
+            self._slot.move_to(url)
         if response.media_type is None or media_type_or_none(self._object.media_type) is not None:
             return
         # A response states its type with its first byte. Once the file has bytes, its type must not change.

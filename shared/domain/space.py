@@ -28,6 +28,8 @@ class Usage:
     reconciled: bool
     # Sum of all bytes ever added to `used` and taken from it: the difference of two readings tells how much moved
     churn: int = field(default=0, compare=False)
+    queued: int = field(default=0, compare=False)
+    """Fetches whose job is published and has not begun."""
 
     @property
     def free(self) -> int:

@@ -202,8 +202,10 @@ class SourceSettings(SettingsGroup):
 class FetchSettings(SettingsGroup):
     """How fetchers download objects."""
 
-    concurrency: int = Field(default=8, ge=1, le=256)
+    concurrency: int = Field(default=32, ge=1, le=256)
     """Objects that one fetcher process downloads at once."""
+    concurrency_per_source: int = Field(default=8, ge=1, le=256)
+    """Of these, objects that it downloads from one source at once. Further jobs wait, or use other sources."""
     connect_timeout: Seconds = 3.0
     """Seconds to connect to a source."""
     first_byte_timeout: Seconds = 5.0

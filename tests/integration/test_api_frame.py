@@ -13,6 +13,7 @@ import pytest
 
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.ports.state_store import WorkerReport
 from distributor_node.shared.runtime.identity import VERSION
 from tests.servers.api_fixture import FakeAssets, running_api
 
@@ -252,6 +253,7 @@ async def test_status_and_buckets(tmp_path: Path) -> None:
         fields = json.loads(split(await api.get("/api/v1/status"))[2])
         assert json.loads(split(await api.get("/api/v1/buckets"))[2]) == {"allByWorkerId": 4}
     assert (fields["id"], fields["workerId"], fields["objectsInCache"]) == ("test-node", 4, 0)
+    assert (fields["downloadsQueued"], fields["workersAlive"]) == (0, 0)
     assert (fields["version"], fields["nodeEnv"]) == (VERSION, "production")
     assert set(fields["queryNodeStatus"]) == {"url", "chainHead", "blocksProcessed", "packageVersion"}
     async with running_api(tmp_path, FakeAssets()) as api:
@@ -265,7 +267,29 @@ async def test_status_without_the_state_store(tmp_path: Path) -> None:
         state.usage = state.ping = _unavailable  # the far end is gone
         assert split(await api.get("/api/v1/status"))[0] == 200
         ready = json.loads(split(await api.get("/readyz"))[2])
-    assert ready == {"status": "ready", "problems": [], "degraded": ["state store: unavailable"]}
+    assert (ready["status"], ready["problems"]) == ("ready", [])
+    assert "state store: unavailable" in ready["degraded"]
+
+
+async def test_readiness_names_a_store_that_refuses_writes(tmp_path: Path) -> None:
+    async with running_api(tmp_path, FakeAssets()) as api:
+        state: Any = api.context.state
+        state.check_writes = _unavailable  # the far end has become a read-only replica
+        ready = json.loads(split(await api.get("/readyz"))[2])
+    assert ready["status"] == "ready"
+    assert "state store: refuses writes" in ready["degraded"]
+
+
+async def test_readiness_and_status_name_the_workers(tmp_path: Path) -> None:
+    async with running_api(tmp_path, FakeAssets()) as api:
+        await api.context.fetch_capacity.refresh()
+        ready = json.loads(split(await api.get("/readyz"))[2])
+        assert ready == {"status": "ready", "problems": [], "degraded": ["fetchers: none alive"]}
+        await api.context.state.report_worker(WorkerReport("worker-1", 8, 0, 0, 0.0), 60)
+        await api.context.fetch_capacity.refresh()
+        ready = json.loads(split(await api.get("/readyz"))[2])
+        assert ready["degraded"] == []
+        assert json.loads(split(await api.get("/api/v1/status"))[2])["workersAlive"] == 1
 
 
 async def _unavailable() -> None:

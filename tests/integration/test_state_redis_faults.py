@@ -240,7 +240,9 @@ async def test_a_server_that_refuses_writes_is_unavailable_for_them(
         store.begin(ONE, 100, "worker-1"),
         store.record_failure(ONE, "refused", 60),
         store.record_accesses([Access(ONE, 1, 1.0)]),
+        store.check_writes(),
     )
+    await store.ping()
     assert await own_redis.command(*cure.split()) == "+OK"
     usage = await store.usage()
     assert (usage.used, usage.reserved, usage.fetches) == (0, 0, 0)

@@ -193,8 +193,11 @@ class MissHandler:
             await response.send_head(content_head(representation, PENDING, span, None))
             return
         self._context.accesses.record_request(object_id)
+        begun = fetch.phase is FetchPhase.FETCHING
+        if begun:
+            self._context.fetch_capacity.record_begun(object_id)
         await self._pending_responder.respond(
-            PendingRequest(response, representation, span, PENDING, media_object, fetch.source)
+            PendingRequest(response, representation, span, PENDING, media_object, fetch.source, begun)
         )
 
     def _partial_representation(self, object_id: ObjectId) -> Representation | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -30,6 +31,7 @@ from distributor_node.services.api.fetch_events import FetchEvents
 from distributor_node.shared.adapters.volume import OpenObject, PartialReader, Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.observability.metrics import VAIN_WAITS
 from distributor_node.shared.ports.state_store import StateStore
 from distributor_node.shared.waiting import background
 
@@ -49,6 +51,7 @@ class PendingRequest:
     outcome: CacheOutcome
     media_object: MediaObject | None = None  # None: not looked up yet, the partial file's record was enough
     source: str | None = None  # the source that the fetch uses
+    begun: bool = False  # a worker fetches the object; otherwise its job waits
 
 
 class PendingResponder:
@@ -89,8 +92,11 @@ class PendingResponder:
         streamer = self._streamer(pending)
         if is_far(span.first, streamer.on_disk(), settings.far_range_distance):
             return
-        deadline = monotonic() + settings.first_byte_wait
-        while (found := await streamer.wait_for_first_byte(deadline, publish_failed)) is not None:
+        began_at = monotonic()
+        deadline = began_at + settings.first_byte_wait
+        give_up = self._give_up(pending, publish_failed)
+        while (found := await streamer.wait_for_first_byte(deadline, give_up)) is not None:
+            self._context.fetch_capacity.record_begun(pending.representation.object_id)
             with closing(found):
                 if isinstance(found, OpenObject):
                     representation = replace(pending.representation, media_type=found.record.media_type)
@@ -105,6 +111,29 @@ class PendingResponder:
                 return
             if pending.response.started:
                 raise AbortResponse("object_gone")
+        waited_in_vain = monotonic() >= deadline and not streamer.has_begun and not pending.begun
+        if waited_in_vain and not publish_failed.is_set():
+            self._context.fetch_capacity.record_vain(pending.representation.object_id, began_at)
+
+    def _give_up(self, pending: PendingRequest, publish_failed: asyncio.Event) -> Callable[[], bool]:
+        """Return the check whether to wait no longer for the fetch to begin."""
+        object_id = pending.representation.object_id
+        sources = pending.media_object.sources if pending.media_object is not None else ()
+        may_wait = False
+
+        def give_up() -> bool:
+            nonlocal may_wait
+            if publish_failed.is_set():
+                return True
+            capacity = self._context.fetch_capacity
+            # A circuit breaker lets single requests wait: the one that was let through is not asked again.
+            reason = None if pending.begun else capacity.vain_reason(object_id, sources, waits=may_wait)
+            may_wait = True
+            if reason is not None:
+                VAIN_WAITS.labels(reason=reason).inc()
+            return reason is not None
+
+        return give_up
 
     async def _on_fetch_ended(self, pending: PendingRequest, reader: PartialReader) -> None:
         response = pending.response
@@ -181,14 +210,15 @@ class PartialFileStreamer:
         self._span = span
         self._stall_timeout = stall_timeout
         self._media_type: str | None = None
+        self.has_begun = False  # a partial file was seen
 
     async def wait_for_first_byte(
-        self, deadline: float, publish_failed: asyncio.Event
+        self, deadline: float, give_up: Callable[[], bool]
     ) -> OpenObject | PartialReader | None:
         """Wait for a file from which the span's first byte can be sent. The caller closes it.
 
-        Returns None at `deadline` (monotonic seconds), when the fetch ends, or once `publish_failed` is set. Raises
-        VolumeError if the disk fails.
+        Returns None at `deadline` (monotonic seconds), when the fetch ends, or when `give_up` says so while there is no
+        partial file. Raises VolumeError if the disk fails.
         """
         reader: PartialReader | None = None
         returned = False
@@ -205,13 +235,13 @@ class PartialFileStreamer:
                         return self._if_matching(found)
                 else:
                     state = reader.state()
-                    on_disk = state.size
+                    on_disk, self.has_begun = state.size, True
                     ready = sendable_end(self._span, on_disk, verified=state.verified) > self._span.first
                     if ready and not state.unlinked and self._matches_representation(verified=state.verified):
                         returned = True
                         return reader
                 remaining = deadline - monotonic()
-                if remaining <= 0 or publish_failed.is_set() or await self._poller.has_ended():
+                if remaining <= 0 or (reader is None and give_up()) or await self._poller.has_ended():
                     return None
                 await self._poller.wait(on_disk, remaining)
         finally:

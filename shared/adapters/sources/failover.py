@@ -57,8 +57,12 @@ class FailoverReader:
         last: int | None,
         sources: Sequence[str],
         on_source: OnSource | None = None,
+        *,
+        first_choice: str | None = None,
     ) -> AsyncGenerator[Chunk]:
         """Yield bytes `first` to `last` (inclusive; None: to the end) in order, without gap or overlap.
+
+        `first_choice`: the source to ask first if it is one of those to be asked. None: the best one.
 
         Close the generator (`contextlib.aclosing`) to stop early. Sources that sent corrupt bytes for this object are
         not asked. If neither the catalog nor the first response states the size, no other source continues after the
@@ -68,7 +72,8 @@ class FailoverReader:
             AllSourcesFailed: no source is left. The bytes yielded before are as the sources sent them.
         """
         span = _Span(media_object.size, first, last)
-        rotation = _Rotation(self._health.best_first(sources, media_object.object_id))
+        ranked = self._health.best_first(sources, media_object.object_id)
+        rotation = _Rotation(sorted(ranked, key=lambda url: url != first_choice))
         while not span.complete and (url := rotation.next_source()) is not None:
             began_at = span.position
             try:
@@ -84,6 +89,11 @@ class FailoverReader:
                     break
         if not span.complete:
             raise AllSourcesFailed(rotation.errors)
+
+    def worth_downloading_from(self, media_object: MediaObject) -> Sequence[str]:
+        """Return the sources of the object that have not failed lately, best first; if all have, all of them."""
+        ranked = self._health.best_first(media_object.sources, media_object.object_id)
+        return [url for url in ranked if not self._health.is_penalised(url)] or ranked
 
     def report_corrupt(self, url: str, object_id: ObjectId | None) -> None:
         """Record that the source sent corrupt bytes: it ranks behind the others for a while.

@@ -59,6 +59,10 @@ class SourceHealthRegistry:
                 health = later[name].apply_to(health)
         return health
 
+    def is_penalised(self, url: str) -> bool:
+        """Whether the source failed lately, so that it ranks behind the others."""
+        return self.health_of(source_name(url)).penalty_ends > self.clock()
+
     def names(self) -> frozenset[str]:
         """Return all sources with any history."""
         return frozenset((*self._shared, *self._sent_deltas, *self._deltas))

@@ -18,6 +18,8 @@ from distributor_node.shared.domain.operator_state import (
 )
 from distributor_node.shared.domain.space import Usage, footprint
 from distributor_node.shared.ports.state_store import (
+    MAX_VIEWED,
+    VIEWER_MEMORY,
     Access,
     AlreadyStored,
     Announcement,
@@ -37,6 +39,7 @@ from distributor_node.shared.ports.state_store import (
     PurgeRequest,
     Term,
     Topic,
+    WorkerReport,
 )
 
 _ENTRIES_BATCH = 1000
@@ -62,6 +65,9 @@ class MemoryStateStore:
 
     async def ping(self) -> None:
         """Always available."""
+
+    async def check_writes(self) -> None:
+        """Always accepted."""
 
     async def server_stats(self) -> None:
         """None: there is no server."""
@@ -112,15 +118,16 @@ class MemoryStateStore:
 
     async def usage(self) -> Usage:
         tables = self._tables
-        leases = sum(tables.phase(tables.row(known)) is FetchPhase.FETCHING for known in tables.rows)
+        phases = [tables.phase(tables.row(known)) for known in tables.rows]
         return Usage(
             limit=tables.limit,
             used=tables.used,
             reserved=tables.reserved,
             objects=len(tables.objects),
-            fetches=leases,
+            fetches=phases.count(FetchPhase.FETCHING),
             reconciled=tables.reconciled,
             churn=tables.churn,
+            queued=phases.count(FetchPhase.QUEUED),
         )
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
@@ -213,6 +220,34 @@ class MemoryStateStore:
             return False
         self._tables.drop_object(entry)
         return True
+
+    # Workers and viewers
+
+    async def report_worker(self, report: WorkerReport, seconds: float) -> None:
+        self._tables.workers[report.worker] = (report, self._tables.clock(), seconds)
+
+    async def withdraw_worker(self, worker: str) -> None:
+        self._tables.workers.pop(worker, None)
+
+    async def workers(self) -> Sequence[WorkerReport]:
+        tables, now = self._tables, self._tables.clock()
+        tables.workers = {
+            worker: known for worker, known in tables.workers.items() if 0 <= now - known[1] < known[2]
+        }
+        return [replace(report, age=now - at) for _, (report, at, _) in sorted(tables.workers.items())]
+
+    async def record_viewers(self, object_ids: Sequence[ObjectId]) -> None:
+        viewed, now = self._tables.viewed, self._tables.clock()
+        for object_id in object_ids:
+            viewed.pop(object_id, None)
+            viewed[object_id] = now
+        while len(viewed) > MAX_VIEWED:
+            del viewed[next(iter(viewed))]
+
+    async def last_viewed(self, object_ids: Sequence[ObjectId]) -> Sequence[float | None]:
+        viewed, now = self._tables.viewed, self._tables.clock()
+        ages = [max(0.0, now - viewed[known]) if known in viewed else None for known in object_ids]
+        return [age if age is not None and age < VIEWER_MEMORY else None for age in ages]
 
     # Eviction, reconciliation, policy: the leading evictor
 

@@ -22,6 +22,7 @@ from distributor_node.shared.ports.state_store import (
     PolicyState,
     Term,
     Topic,
+    WorkerReport,
 )
 
 
@@ -71,6 +72,9 @@ class Tables:
     warming: Warming | None = None
     warming_lease: tuple[str, float] | None = None  # holder, expiry
     token_ids: dict[str, float] = field(default_factory=dict)  # expiry
+    workers: dict[str, tuple[WorkerReport, float, float]] = field(default_factory=dict)
+    """Report, when it was made, and seconds until it expires."""
+    viewed: dict[ObjectId, float] = field(default_factory=dict)  # when they last had viewers, oldest first
     started_at: float = field(init=False)
     listeners: set[AnnouncementQueue] = field(default_factory=set)
 

@@ -20,6 +20,7 @@ from distributor_node.shared.ports.state_store import (
     ObjectStatus,
     ServerStats,
     Topic,
+    WorkerReport,
 )
 
 
@@ -41,6 +42,9 @@ class Keys:
     purges    HASH    object id → serial of the request
     warming   HASH    serial, warming (JSON), state, holder, until (POSIX milliseconds)
     ticket:…  STRING  a token id that was used, expires
+    workers   HASH    worker → when it reported, milliseconds until that expires, its report (JSON)
+    writable  STRING  written to see whether the server accepts writes, expires
+    viewed    ZSET    objects by the time they last had viewers (POSIX milliseconds), bounded
     """
 
     prefix: str
@@ -90,6 +94,18 @@ class Keys:
     @property
     def warming(self) -> str:
         return f"{self.prefix}warming"
+
+    @property
+    def workers(self) -> str:
+        return f"{self.prefix}workers"
+
+    @property
+    def writable(self) -> str:
+        return f"{self.prefix}writable"
+
+    @property
+    def viewed(self) -> str:
+        return f"{self.prefix}viewed"
 
     def token_id(self, name: str) -> str:
         return f"{self.prefix}ticket:{name}"
@@ -148,6 +164,32 @@ def pack_accesses(accesses: Sequence[Access]) -> bytes:
 
 def read_accesses(packed: bytes) -> list[Access]:
     return [Access(ObjectId(object_id), views, last_at) for object_id, views, last_at in json.loads(packed)]
+
+
+def pack_worker(report: WorkerReport) -> bytes:
+    return json.dumps(
+        {
+            "slots": report.slots,
+            "running": report.running,
+            "waiting": report.waiting,
+            "longest_wait": report.longest_wait,
+            "full_sources": report.full_sources,
+        }
+    ).encode()
+
+
+def read_worker(worker: bytes, age: int, packed: bytes) -> WorkerReport:
+    """`age`: in milliseconds. Missing fields are 0: not all processes are updated at once."""
+    fields = json.loads(packed)
+    return WorkerReport(
+        worker.decode(),
+        slots=int(fields.get("slots", 0)),
+        running=int(fields.get("running", 0)),
+        waiting=int(fields.get("waiting", 0)),
+        longest_wait=float(fields.get("longest_wait", 0.0)),
+        full_sources=tuple(map(str, fields.get("full_sources", ()))),
+        age=age / 1000,
+    )
 
 
 def pack_announcement(announcement: Announcement) -> str:

@@ -14,11 +14,13 @@ from distributor_node.shared.adapters.state_redis.listener import listen
 from distributor_node.shared.adapters.state_redis.records import (
     pack_accesses,
     pack_announcement,
+    pack_worker,
     read_accesses,
     read_entry,
     read_fetch,
     read_object_status,
     read_server_stats,
+    read_worker,
 )
 from distributor_node.shared.domain.errors import InvalidInput, StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
@@ -34,6 +36,8 @@ from distributor_node.shared.domain.operator_state import (
 )
 from distributor_node.shared.domain.space import Usage
 from distributor_node.shared.ports.state_store import (
+    MAX_VIEWED,
+    VIEWER_MEMORY,
     Access,
     AlreadyStored,
     Announcement,
@@ -52,6 +56,7 @@ from distributor_node.shared.ports.state_store import (
     PurgeRequest,
     ServerStats,
     Term,
+    WorkerReport,
 )
 
 logger = structlog.get_logger()
@@ -83,6 +88,10 @@ class RedisStateStore:
     async def ping(self) -> None:
         await self._connection.command("PING")
 
+    async def check_writes(self) -> None:
+        # The same kind of write as all others: a script. A server that is full refuses it, as it refuses SET
+        await self._connection.run_on("check_writes", (self._connection.keys.writable,), "")
+
     async def server_stats(self) -> ServerStats:
         return read_server_stats(await self._connection.command("INFO"))
 
@@ -107,8 +116,8 @@ class RedisStateStore:
 
     async def usage(self) -> Usage:
         reply = await self._connection.run("usage", "")
-        used, reserved, objects, fetches, reconciled, churn = reply
-        return Usage(self._limit, used, reserved, objects, fetches, bool(reconciled), churn)
+        used, reserved, objects, fetches, reconciled, churn, queued = reply
+        return Usage(self._limit, used, reserved, objects, fetches, bool(reconciled), churn, queued)
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
         if accesses:
@@ -162,6 +171,32 @@ class RedisStateStore:
             script, lease.object_id, lease.token, lease.worker, *arguments
         )
         return reply
+
+    # Workers and viewers
+
+    async def report_worker(self, report: WorkerReport, seconds: float) -> None:
+        keys = (self._connection.keys.workers,)
+        arguments = (milliseconds(seconds), pack_worker(report))
+        await self._connection.run_on("report_worker", keys, report.worker, *arguments)
+
+    async def withdraw_worker(self, worker: str) -> None:
+        await self._connection.command("HDEL", self._connection.keys.workers, worker)
+
+    async def workers(self) -> Sequence[WorkerReport]:
+        found = await self._connection.run_on("workers", (self._connection.keys.workers,), "")
+        return [read_worker(worker, age, packed) for worker, age, packed in sorted(found)]
+
+    async def record_viewers(self, object_ids: Sequence[ObjectId]) -> None:
+        if object_ids:
+            keys, memory = (self._connection.keys.viewed,), milliseconds(VIEWER_MEMORY)
+            await self._connection.run_on("record_viewers", keys, "", memory, MAX_VIEWED, *object_ids)
+
+    async def last_viewed(self, object_ids: Sequence[ObjectId]) -> Sequence[float | None]:
+        if not object_ids:
+            return ()
+        keys, oldest = (self._connection.keys.viewed,), milliseconds(VIEWER_MEMORY)
+        ages = await self._connection.run_on("last_viewed", keys, "", oldest, *object_ids)
+        return [None if age < 0 else age / 1000 for age in ages]
 
     # Eviction, reconciliation, policy: the leading evictor
 

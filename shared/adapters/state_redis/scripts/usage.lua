@@ -1,8 +1,10 @@
--- Returns used, reserved, objects, live leases, accounted, turnover
-local leases = 0
+-- Returns used, reserved, objects, live leases, accounted, turnover, queued fetches
+local leases, queued = 0, 0
 for _, packed in ipairs(redis.call('HVALS', fetches)) do
-  if unpack_fetch(packed).standing == 'fetching' then leases = leases + 1 end
+  local standing = unpack_fetch(packed).standing
+  if standing == 'fetching' then leases = leases + 1 end
+  if standing == 'queued' then queued = queued + 1 end
 end
 local counted = redis.call('HMGET', usage, 'used', 'reserved', 'accounted', 'turnover')
 return {tonumber(counted[1] or '0'), tonumber(counted[2] or '0'), redis.call('HLEN', objects), leases,
-        counted[3] == run_id() and 1 or 0, tonumber(counted[4] or '0')}
+        counted[3] == run_id() and 1 or 0, tonumber(counted[4] or '0'), queued}
