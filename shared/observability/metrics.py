@@ -125,6 +125,12 @@ VAIN_WAITS = Counter(
     ["reason"],
 )
 
+STALLED_FETCHES_BRIDGED = Counter(
+    "distributor_stalled_fetches_bridged_total",
+    "Responses continued from a source because the fetch they followed stalled, by end: caught_up, complete.",
+    ["end"],
+)
+
 # Redis itself, by its INFO command (API)
 STATE_STORE_MEMORY = ReportedGauge(
     "distributor_state_store_server_memory_bytes", "Memory that Redis uses for its data."

@@ -59,10 +59,11 @@ class FailoverReader:
         on_source: OnSource | None = None,
         *,
         first_choice: str | None = None,
+        last_choice: str | None = None,
     ) -> AsyncGenerator[Chunk]:
         """Yield bytes `first` to `last` (inclusive; None: to the end) in order, without gap or overlap.
 
-        `first_choice`: the source to ask first if it is one of those to be asked. None: the best one.
+        `first_choice` and `last_choice`: sources to ask before and after all others, if they are asked at all.
 
         Close the generator (`contextlib.aclosing`) to stop early. Sources that sent corrupt bytes for this object are
         not asked. If neither the catalog nor the first response states the size, no other source continues after the
@@ -73,7 +74,7 @@ class FailoverReader:
         """
         span = _Span(media_object.size, first, last)
         ranked = self._health.best_first(sources, media_object.object_id)
-        rotation = _Rotation(sorted(ranked, key=lambda url: url != first_choice))
+        rotation = _Rotation(sorted(ranked, key=lambda url: (url != first_choice, url == last_choice)))
         while not span.complete and (url := rotation.next_source()) is not None:
             began_at = span.position
             try:
