@@ -44,7 +44,13 @@ from distributor_node.shared.observability.metrics import (
     SOURCE_FAILURES,
     source_label,
 )
-from distributor_node.shared.ports.state_store import Announcement, Lease, StateStore, Topic
+from distributor_node.shared.ports.state_store import (
+    Announcement,
+    FailureCause,
+    Lease,
+    StateStore,
+    Topic,
+)
 from distributor_node.shared.runtime.threads import BlockingPool, hash_through
 
 _SPACE_REQUEST_TTL = 60.0
@@ -52,8 +58,8 @@ _SPACE_REQUEST_TTL = 60.0
 
 _REHASH_CHUNK = 4 * 1024 * 1024
 
-RecordFailure = Callable[[str], Awaitable[None]]
-"""Called with the reason of a failed attempt. Does not raise."""
+RecordFailure = Callable[[str, FailureCause], Awaitable[None]]
+"""Called with the reason and the cause of a failed attempt. Does not raise."""
 
 logger = structlog.get_logger()
 
@@ -101,12 +107,12 @@ class FetchRunner:
                     await fetch.run()
                 return await self._commit(lease)
             except LeaseLost as lost:
-                await record_failure(str(lost))
+                await record_failure(str(lost), FailureCause.OTHER)
                 return Retry(str(lost))
             except (SourceError, VolumeError, StateStoreUnavailable) as error:
                 reason = _describe(error)
                 # Before the lease is released, because requests that wait for the release claim the object at once.
-                await record_failure(reason)
+                await record_failure(reason, _cause(error))
                 await self._abandon(fetch, lease, error)
                 return Retry(reason)
             except asyncio.CancelledError:
@@ -140,6 +146,12 @@ def _describe(error: DistributorError) -> str:
         case VolumeFull():
             return f"volume full: {error}"
     return str(error)
+
+
+def _cause(error: DistributorError) -> FailureCause:
+    if isinstance(error, AllSourcesCorrupt):
+        return FailureCause.CORRUPT
+    return FailureCause.SOURCES if isinstance(error, SourceError) else FailureCause.OTHER
 
 
 class _PartialFetch:

@@ -40,7 +40,7 @@ from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState
 from distributor_node.shared.observability.metrics import FETCHES, PHASE
 from distributor_node.shared.ports.job_queue import JobQueue
-from distributor_node.shared.ports.state_store import FetchPhase, Granted, StateStore
+from distributor_node.shared.ports.state_store import FailureCause, FetchPhase, Granted, StateStore
 from distributor_node.shared.runtime.identity import process_name
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.threads import BlockingPool
@@ -222,7 +222,7 @@ class FailureRecorder:
         """`failure_memory`: seconds that the failure of the last attempt is remembered."""
         self._state, self._plan, self._failure_memory = state, plan, failure_memory
 
-    async def record(self, job: FetchJob, reason: str) -> None:
+    async def record(self, job: FetchJob, reason: str, cause: FailureCause = FailureCause.OTHER) -> None:
         """Record a failed attempt. Call it before the lease is released: requests wait for that and then claim.
 
         The mark lasts until the delayed job has had the time of a new job to begin. After that, if the job was lost,
@@ -231,7 +231,7 @@ class FailureRecorder:
         delay = self._plan.next_delay(job.attempt)
         seconds = self._failure_memory if delay is None else delay + QUEUED_SECONDS
         try:
-            await self._state.record_failure(job.object_id, reason, seconds)
+            await self._state.record_failure(job.object_id, reason, seconds, cause)
         except StateStoreUnavailable as error:
             logger.info("failure_not_recorded", reason=str(error))
 
@@ -255,7 +255,9 @@ class DeadLetterHandler:
             logger.warning("fetch_dead_lettered", reason=reason, attempts=job.attempt)
             try:
                 # The failure first: a request that sees the end of the fetch must find its reason.
-                await self._state.record_failure(job.object_id, reason, self._failure_memory)
+                known = (await self._state.find(job.object_id)).failure
+                cause = known.cause if known is not None and known.reason == reason else FailureCause.OTHER
+                await self._state.record_failure(job.object_id, reason, self._failure_memory, cause)
                 await self._remove_partial(job.object_id)
             except (StateStoreUnavailable, VolumeError) as error:
                 logger.warning("dead_letter_cleanup_failed", reason=str(error))

@@ -36,7 +36,7 @@ HEARTBEAT_TTL = 3.5
 VIEWED_NOW = 5.0
 """Seconds since the last report of a viewer for which an object counts as being viewed."""
 
-_WAITING_PER_SLOT = 3
+_WAITING_PER_SLOT, _MIN_WAITING = 3, 8
 _SPILL_AT = 0.75  # share of the jobs that may wait at which the last ones are delayed
 _MAX_SPILLED = 16  # in one interval
 _MAX_REPORTED_SOURCES = 100
@@ -57,7 +57,12 @@ class SlotLimits:
     @property
     def held(self) -> int:
         """Jobs that a worker takes from the queue at once: those that run, and those that wait for a slot."""
-        return self.total * (1 + _WAITING_PER_SLOT)
+        return self.total + self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that may wait for a slot."""
+        return max(self.total * _WAITING_PER_SLOT, _MIN_WAITING)
 
 
 class Slot:
@@ -89,15 +94,18 @@ class Slot:
 @dataclass(slots=True, eq=False)
 class _WaitingJob:
     job: FetchJob
+    number: int  # counts arrivals
     arrived_at: float
     viewed_at: float  # when it was last known to have a viewer; -inf: never
     granted: asyncio.Future[Slot | JobOutcome] = field(repr=False)
 
-    def rank(self, now: float) -> tuple[int, float]:
+    def rank(self, now: float) -> tuple[int, float, int]:
         """Return the sort key: the smallest is next."""
         if now - self.viewed_at <= VIEWED_NOW:
-            return 0, self.arrived_at
-        return (2, self.arrived_at) if self.viewed_at == float("-inf") else (1, -self.viewed_at)
+            return 0, 0.0, self.number
+        if self.viewed_at == float("-inf"):
+            return 2, 0.0, self.number
+        return 1, -self.viewed_at, self.number
 
 
 class JobScheduler:
@@ -118,7 +126,7 @@ class JobScheduler:
         self._rank_sources = rank_sources
         self._clock = clock
         self._waiting: list[_WaitingJob] = []
-        self._running = 0
+        self._running = self._arrivals = 0
         self._per_source: Counter[str] = Counter()
         self._changed = asyncio.Event()
         self._outage = OutageLog(logger, down="heartbeat_failed", up="heartbeat_recovered")
@@ -131,7 +139,8 @@ class JobScheduler:
         now = self._clock()
         age = max(0.0, time.time() - job.published_at)
         viewed_at = float("-inf") if job.low_priority else now - age
-        waiting = _WaitingJob(job, now, viewed_at, asyncio.get_running_loop().create_future())
+        self._arrivals += 1
+        waiting = _WaitingJob(job, self._arrivals, now, viewed_at, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._assign()
         slot: Slot | JobOutcome | None = None
@@ -252,7 +261,7 @@ class JobScheduler:
 
     def _spill(self) -> None:
         """Delay the jobs with the lowest priority while too many wait."""
-        surplus = len(self._waiting) - int(self._limits.total * _WAITING_PER_SLOT * _SPILL_AT)
+        surplus = len(self._waiting) - int(self._limits.waiting * _SPILL_AT)
         now = self._clock()
         last = sorted(self._waiting, key=lambda one: one.rank(now), reverse=True)
         for waiting in last[: max(0, min(surplus, _MAX_SPILLED))]:

@@ -55,6 +55,14 @@ class Fetch:
     age: float  # seconds in this phase
 
 
+class FailureCause(StrEnum):
+    """What a fetch failed by, as far as it can be refuted by evidence."""
+
+    SOURCES = "sources"  # no source sent the object: refuted when one sends bytes of it
+    CORRUPT = "corrupt"  # the sources sent wrong bytes: refuted when one sends the right ones
+    OTHER = "other"
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A remembered failure. The object cannot be claimed until it expires, so requests are proxied or refused.
@@ -64,6 +72,7 @@ class Failure:
 
     reason: str
     seconds_left: float
+    cause: FailureCause = FailureCause.OTHER
 
 
 @dataclass(frozen=True, slots=True)
@@ -490,8 +499,17 @@ class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
     async def release(self, lease: Lease) -> None:
         """Release lease and reservation. Only after the partial file was removed."""
 
-    async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
+    async def record_failure(
+        self,
+        object_id: ObjectId,
+        reason: str,
+        seconds: float,
+        cause: FailureCause = FailureCause.OTHER,
+    ) -> None:
         """Refuse claims of the object for `seconds` from now. Announces FETCH_CHANGED."""
+
+    async def refute_failure(self, object_id: ObjectId, cause: FailureCause) -> bool:
+        """Forget the object's failure if it has this cause: it can be claimed again. Returns whether it was dropped."""
 
     async def request_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
         """Ask the evictor for room for one object. The request expires after `seconds`. Announces SPACE_REQUESTED."""

@@ -11,6 +11,7 @@ from prometheus_client import REGISTRY
 from distributor_node.services.demo.faults import Fault
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, ManualFetch, assets_harness
 from tests.integration.test_assets_pending import Client, ask
+from tests.waiting import eventually
 
 SIZE = 3 * MIB
 STALL = 0.4
@@ -112,7 +113,7 @@ async def test_when_every_source_fails_the_response_waits_for_the_file(harness: 
     for node in (harness.node, harness.second):
         node.faults.add(Fault(status=404))
     fetch, client, body = await follow(harness, MIB)
-    await harness.until(lambda one: bool(one.second.requests))
+    await eventually(lambda: harness.second.requests)
     await fetch.complete()
     assert body + await client.rest() == harness.data["1"]
 
@@ -136,7 +137,7 @@ async def test_a_file_that_was_emptied_is_not_returned_to(harness: AssetsHarness
     client = await ask(harness, "1")
     await client.read_head()
     body = await client.take(MIB)
-    await harness.until(lambda one: bool(one.node.requests))
+    await eventually(lambda: harness.node.requests)
     fetch.partial.restart()
     fetch.data, fetch.written = right, 0
     await fetch.complete()

@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY
 
 from distributor_node.shared.ports.state_store import WorkerReport
 from tests.integration.assets_harness import KIB, AssetsHarness, assets_harness
+from tests.waiting import eventually
 
 IDS = [str(number) for number in range(1, 101)]
 WAIT = 1.0
@@ -47,7 +48,7 @@ async def test_without_a_worker_no_request_waits_and_every_job_is_published(tmp_
             harness.add(object_id, 8 * KIB)
             await assert_proxied(harness, object_id)
         assert counted() == {"no_worker": len(IDS)}
-        await harness.until(lambda one: _has_jobs(one, len(IDS)))
+        await eventually(lambda: _has_jobs(harness, len(IDS)))
 
 
 async def test_after_a_worker_was_killed_one_request_waits_and_a_hundred_do_not(tmp_path: Path) -> None:
@@ -76,12 +77,12 @@ async def test_once_a_job_has_begun_requests_wait_again(tmp_path: Path) -> None:
         await assert_proxied(harness, "1")
         fetch = await harness.begin("1", 100 * KIB)
         answer = asyncio.create_task(harness.get("1"))
-        await harness.until(lambda one: one.context.fetch_events.waiting > 0)
+        await eventually(lambda: harness.context.fetch_events.waiting > 0)
         await fetch.complete()
         assert (await answer).headers["x-data-source"] == "local"
         counted = Counted()
         waiting = asyncio.create_task(harness.get("2"))
-        await harness.until(lambda one: _has_jobs(one, 2))
+        await eventually(lambda: _has_jobs(harness, 2))
         await (await harness.begin("2")).complete()
         assert (await waiting).body == data
         assert (await waiting).headers["x-data-source"] == "local"
@@ -111,7 +112,7 @@ async def test_a_request_that_waits_learns_that_the_last_worker_has_gone(tmp_pat
         counted = Counted()
         harness.add("1", 8 * KIB)
         waiting = asyncio.create_task(harness.get("1"))
-        await harness.until(AssetsHarness.has_job)
+        await eventually(harness.has_job)
         await harness.context.state.withdraw_worker("worker-1")
         assert (await waiting).headers["x-data-source"] == "external"
         assert counted() == {"no_worker": 1}

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta, order
-from distributor_node.shared.ports.source_stats import SharedSources
+from distributor_node.shared.ports.source_stats import CorruptedCopy, SharedSources
 
 A, B, C = "http://a/1", "http://b:81/1", "https://c/1"
 
@@ -141,6 +141,43 @@ def test_a_corrupt_copy_is_skipped_for_its_object_only() -> None:
     assert registry.best_first([A, B], ObjectId("2")) == (A, B)
     now = 70.0
     assert registry.best_first([A, B], ObjectId("1")) == (A, B)
+
+
+def test_the_only_copy_is_asked_again_after_seconds_that_double() -> None:
+    now, one = 10.0, ObjectId("1")
+    registry = SourceHealthRegistry(clock=lambda: now, corrupted_memory=600.0)
+    waited = []
+    for _ in range(9):
+        registry.record_corrupted(one, A)
+        assert registry.best_first([A], one) == ()
+        assert registry.best_first([A, B], one) == (B,), "another copy is preferred"
+        began = now
+        while not registry.best_first([A], one):
+            now += 0.5
+        waited.append(now - began)
+        assert registry.best_first([A, B], one) == (B,) or now - began >= 600
+    assert waited == [5, 10, 20, 40, 80, 160, 320, 600, 5], "after a whole memory the count begins again"
+
+
+def test_another_process_learns_of_the_only_copy_and_counts_its_failures() -> None:
+    now, one = 10.0, ObjectId("1")
+    registry = SourceHealthRegistry(clock=lambda: now, corrupted_memory=600.0)
+
+    def share(seconds_left: float) -> None:
+        registry.merge(SharedSources({}, (CorruptedCopy(one, "a", seconds_left),)))
+
+    share(600)
+    assert registry.best_first([A], one) == ()
+    now += 5
+    share(595)
+    assert registry.best_first([A], one) == (A,)
+    share(600)  # another process has asked, and got wrong bytes once more
+    now += 5
+    share(595)
+    assert registry.best_first([A], one) == ()
+    now += 5
+    share(590)
+    assert registry.best_first([A], one) == (A,)
 
 
 def test_unflushed_accesses_are_kept_in_order() -> None:

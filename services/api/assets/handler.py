@@ -41,7 +41,13 @@ from distributor_node.shared.domain.conditionals import Conditions
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.observability.metrics import ADMISSION_REJECTED
-from distributor_node.shared.ports.state_store import Fetch, FetchPhase, ObjectStatus, StateStore
+from distributor_node.shared.ports.state_store import (
+    Failure,
+    Fetch,
+    FetchPhase,
+    ObjectStatus,
+    StateStore,
+)
 from distributor_node.shared.runtime.identity import process_name
 from distributor_node.shared.settings.model import Settings
 
@@ -163,9 +169,15 @@ class MissHandler:
             or not is_cacheable(media_object.size, max_size)
             or not await self._admission.admits(object_id, media_object.size)
         ):
-            await self._pending_responder.proxy(pending)
+            await self._proxy(pending, status.failure if status is not None else None)
             return
         await self._start_fetch(asset_request, pending, media_object)
+
+    async def _proxy(self, pending: PendingRequest, failure: Failure | None) -> None:
+        """Respond from a source. A success may refute the failure of the object's fetch."""
+        verified = await self._pending_responder.proxy(pending)
+        if failure is not None and pending.span.length != 0:
+            self._starter.refute(pending.representation.object_id, failure, verified=verified)
 
     async def _find(self, object_id: ObjectId) -> ObjectStatus | None:
         try:
@@ -225,7 +237,7 @@ class MissHandler:
             return
         claim, start = await self._starter.start(media_object, pending.response.request_id)
         if claim is None or (not claim.won and claim.status.failure is not None):
-            await self._pending_responder.proxy(pending)
+            await self._proxy(pending, claim.status.failure if claim is not None else None)
         elif claim.won:
             await self._pending_responder.respond(replace(pending, outcome=MISS), start.publish_failed)
         else:

@@ -88,9 +88,9 @@ class PendingResponder:
         if not response.started:
             await self.proxy(replace(pending, outcome=BYPASS) if publish_failed.is_set() else pending)
 
-    async def proxy(self, pending: PendingRequest) -> None:
-        """Respond from a source."""
-        await self._proxy.respond(await self._proxied_response(pending))
+    async def proxy(self, pending: PendingRequest) -> bool:
+        """Respond from a source. Returns whether all bytes of the object were read and verified."""
+        return await self._proxy.respond(await self._proxied_response(pending))
 
     async def _try_streaming(self, pending: PendingRequest, publish_failed: asyncio.Event) -> None:
         """Respond from the volume if it has, or soon will have, the first byte. Otherwise send nothing."""

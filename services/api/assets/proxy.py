@@ -92,27 +92,29 @@ class Proxy:
         self._first_byte_wait = settings.proxied_first_byte_wait
         self._max_prefix = min(settings.far_range_distance, MAX_SKIP)
 
-    async def respond(self, proxied: ProxiedResponse) -> None:
+    async def respond(self, proxied: ProxiedResponse) -> bool:
         """Respond from a source. The first byte must come within `proxied_first_byte_wait`, over all sources.
+
+        Returns whether all bytes of the object were read and verified.
 
         Raises HttpError 502, 503 (too many proxied responses) or 504 while nothing has been sent, AbortResponse later.
         """
         with self._slot(started=False):
             try:
                 async with asyncio.timeout(self._first_byte_wait) as proxied.deadline:
-                    await self._respond_verified(proxied)
+                    return await self._respond_verified(proxied)
             except TimeoutError as error:
                 if proxied.deadline is None or not proxied.deadline.expired():
                     raise
                 raise _too_slow() from error
 
-    async def _respond_verified(self, proxied: ProxiedResponse) -> None:
+    async def _respond_verified(self, proxied: ProxiedResponse) -> bool:
         sources = sorted(proxied.media_object.sources, key=lambda url: url != proxied.preferred)
         while True:
             buffer = self._verifying_buffer(proxied.media_object, proxied.span)
             first = proxied.span.first if buffer is None else 0
             if await self._attempt(proxied, sources, buffer, first):
-                return
+                return buffer is not None
             # Nothing has been sent yet: another source may hold the correct bytes.
             sources = [url for url in sources if url not in proxied.contributors]
             if not sources:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import structlog
@@ -20,9 +21,24 @@ from distributor_node.shared.waiting import cancel_and_wait
 _MAX_SOURCES = 1_000
 _MAX_CORRUPTED = 2_000
 _NO_HISTORY = SourceHealth()
+_FIRST_RETRY = 5.0
+"""Seconds until a corrupted copy that is the only one is asked for again. Doubles with each further failure."""
 _Copy = tuple[str, str]  # object id and source name
 
 logger = structlog.get_logger()
+
+
+_SAME_MARK = 1.0
+"""Seconds by which the end of a mark may differ between two exchanges."""
+
+
+@dataclass(frozen=True, slots=True)
+class _CorruptedMark:
+    """What is known of one corrupted copy. Times on the registry's clock."""
+
+    ends: float  # when it is forgotten
+    retry_at: float  # when it is asked for again, if no source has another copy
+    times: int  # how often it was found to be corrupt
 
 
 class SourceHealthRegistry:
@@ -40,14 +56,19 @@ class SourceHealthRegistry:
         self._sent_deltas: Mapping[str, SourceStatsDelta] = {}
         self._deltas: OrderedDict[str, SourceStatsDelta] = OrderedDict()
         # Corrupted copies, and when to forget them: those found by this process, and those of all processes.
-        self._corrupted: OrderedDict[_Copy, float] = OrderedDict()
-        self._corrupted_shared: Mapping[_Copy, float] = {}
+        self._corrupted: OrderedDict[_Copy, _CorruptedMark] = OrderedDict()
+        self._corrupted_shared: Mapping[_Copy, _CorruptedMark] = {}
         self._corrupted_sent: list[_Copy] = []
         self._corrupted_delta: list[_Copy] = []
 
     def best_first(self, sources: Sequence[str], object_id: ObjectId | None = None) -> tuple[str, ...]:
-        """Return the URLs in the order to try them, without sources that have a corrupted copy of the object."""
+        """Return the URLs in the order to try them, without sources that have a corrupted copy of the object.
+
+        If all have one, those are tried again whose backoff is over.
+        """
         usable = [url for url in sources if object_id is None or not self._is_corrupted(object_id, url)]
+        if object_id is not None and not usable:
+            usable = [url for url in sources if self._may_retry(object_id, url)]
         names = {source_name(url) for url in usable}
         return order(usable, {name: self.health_of(name) for name in names}, self.clock())
 
@@ -91,7 +112,8 @@ class SourceHealthRegistry:
     def record_corrupted(self, object_id: ObjectId, url: str) -> None:
         """Record that this source, and no other, sent the corrupt bytes: it is not asked for the object for a while."""
         copy = (object_id, source_name(url))
-        self._corrupted[copy] = self.clock() + self._corrupted_memory
+        earlier = self._corrupted.get(copy)
+        self._corrupted[copy] = self._mark(earlier, self.clock() + self._corrupted_memory)
         self._corrupted.move_to_end(copy)
         if len(self._corrupted) > _MAX_CORRUPTED:
             self._corrupted.popitem(last=False)
@@ -103,7 +125,10 @@ class SourceHealthRegistry:
         self._sent_deltas, self._deltas = self._deltas, OrderedDict()
         self._corrupted_sent, self._corrupted_delta = self._corrupted_delta, []
         now = self.clock()
-        left = {copy: self._corrupted.get(copy, now) - now for copy in self._corrupted_sent}
+        left = {
+            copy: self._corrupted[copy].ends - now if copy in self._corrupted else 0.0
+            for copy in self._corrupted_sent
+        }
         return self._sent_deltas, [
             CorruptedCopy(ObjectId(object_id), name, seconds)
             for (object_id, name), seconds in left.items()
@@ -114,8 +139,13 @@ class SourceHealthRegistry:
         """Take over the shared health, which includes the deltas that were sent."""
         now = self.clock()
         self._shared, self._sent_deltas = shared.health, {}
+        earlier = self._corrupted_shared
         self._corrupted_shared = {
-            (copy.object_id, copy.source): now + copy.seconds_left for copy in shared.corrupted
+            copy: self._mark(earlier.get(copy), ends)
+            for copy, ends in (
+                ((shared_copy.object_id, shared_copy.source), now + shared_copy.seconds_left)
+                for shared_copy in shared.corrupted
+            )
         }
         self._corrupted_sent = []
 
@@ -129,8 +159,23 @@ class SourceHealthRegistry:
             self._put(name, delta)
 
     def _is_corrupted(self, object_id: ObjectId, url: str) -> bool:
-        copy, now = (object_id, source_name(url)), self.clock()
-        return max(self._corrupted.get(copy, now), self._corrupted_shared.get(copy, now)) > now
+        return any(mark.ends > self.clock() for mark in self._marks(object_id, url))
+
+    def _may_retry(self, object_id: ObjectId, url: str) -> bool:
+        return all(mark.retry_at <= self.clock() for mark in self._marks(object_id, url))
+
+    def _marks(self, object_id: ObjectId, url: str) -> Sequence[_CorruptedMark]:
+        copy = (object_id, source_name(url))
+        known = self._corrupted.get(copy), self._corrupted_shared.get(copy)
+        return [mark for mark in known if mark is not None]
+
+    def _mark(self, earlier: _CorruptedMark | None, ends: float) -> _CorruptedMark:
+        """Return the mark that ends then. One that ends later than before stands for another failure."""
+        if earlier is not None and ends <= earlier.ends + _SAME_MARK:
+            return earlier
+        times = 1 if earlier is None or earlier.ends <= self.clock() else earlier.times + 1
+        backoff = min(_FIRST_RETRY * 2.0 ** (times - 1), self._corrupted_memory)
+        return _CorruptedMark(ends, ends - self._corrupted_memory + backoff, times)
 
     def _add(self, url: str, delta: SourceStatsDelta) -> None:
         self._put(source_name(url), delta)

@@ -25,6 +25,7 @@ from distributor_node.shared.ports.state_store import (
     Announcement,
     BeginResult,
     Claim,
+    FailureCause,
     Fetch,
     FetchPhase,
     Granted,
@@ -202,12 +203,25 @@ class MemoryStateStore:
             self._tables.announce(Topic.FETCH_CHANGED, lease.object_id)
             self._tables.announce(Topic.SPACE_FREED, lease.object_id)
 
-    async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
+    async def record_failure(
+        self,
+        object_id: ObjectId,
+        reason: str,
+        seconds: float,
+        cause: FailureCause = FailureCause.OTHER,
+    ) -> None:
         tables, now = self._tables, self._tables.clock()
-        for expired in [known for known, (_, ends, _) in tables.failures.items() if ends <= now]:
+        for expired in [known for known, (_, ends, *_) in tables.failures.items() if ends <= now]:
             del tables.failures[expired]
-        tables.failures[object_id] = (reason, now + seconds, seconds)
+        tables.failures[object_id] = (reason, now + seconds, seconds, cause)
         tables.announce(Topic.FETCH_CHANGED, object_id)
+
+    async def refute_failure(self, object_id: ObjectId, cause: FailureCause) -> bool:
+        failed = self._tables.object_status(object_id).failure
+        if failed is None or failed.cause is not cause:
+            return False
+        del self._tables.failures[object_id]
+        return True
 
     async def request_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
         tables = self._tables

@@ -14,6 +14,7 @@ from distributor_node.shared.ports.state_store import (
     Access,
     Announcement,
     Failure,
+    FailureCause,
     Fetch,
     FetchPhase,
     IndexEntry,
@@ -50,8 +51,8 @@ class Tables:
     clock: Callable[[], float]  # POSIX seconds
     objects: dict[ObjectId, IndexEntry] = field(default_factory=dict)
     rows: dict[ObjectId, FetchRow] = field(default_factory=dict)
-    failures: dict[ObjectId, tuple[str, float, float]] = field(default_factory=dict)
-    """Reason, expiry, and seconds from recording to expiry."""
+    failures: dict[ObjectId, tuple[str, float, float, FailureCause]] = field(default_factory=dict)
+    """Reason, expiry, seconds from recording to expiry, and cause."""
     space_requests: dict[ObjectId, tuple[int, float]] = field(default_factory=dict)
     """Bytes and expiry."""
     accesses: deque[tuple[int, Sequence[Access]]] = field(
@@ -165,8 +166,9 @@ class Tables:
 
     def object_status(self, object_id: ObjectId) -> ObjectStatus:
         fetch = self.fetch(object_id)
-        reason, ends, duration = self.failures.get(object_id, ("", 0.0, 0.0))
+        nothing = ("", 0.0, 0.0, FailureCause.OTHER)
+        reason, ends, duration, cause = self.failures.get(object_id, nothing)
         left = min(ends - self.clock(), duration)
         # During another attempt the failure is hidden
         failed = left > 0 and not (fetch and fetch.phase is FetchPhase.FETCHING)
-        return ObjectStatus(fetch, Failure(reason, left) if failed else None)
+        return ObjectStatus(fetch, Failure(reason, left, cause) if failed else None)

@@ -14,6 +14,7 @@ from distributor_node.shared.ports.state_store import (
     Access,
     Announcement,
     Failure,
+    FailureCause,
     Fetch,
     FetchPhase,
     IndexEntry,
@@ -36,7 +37,7 @@ class Keys:
     leader    STRING  "token holder", expires
     policy    HASH    inflation, position
     accesses  STREAM  batches of accesses, bounded
-    failure:… STRING  reason, one per object, expires
+    failure:… STRING  reason and cause (see pack_failure), one per object, expires
     orders    HASH    version, orders (JSON): the operator state
     pins      SET     objects that are never evicted to make room
     purges    HASH    object id → serial of the request
@@ -154,8 +155,20 @@ def read_object_status(object_id: ObjectId, reply: Sequence[Any]) -> ObjectStatu
     shown, reason, left = reply
     return ObjectStatus(
         fetch=read_fetch(object_id, shown) if shown else None,
-        failure=Failure(reason.decode(), max(0, left) / 1000) if reason else None,
+        failure=read_failure(reason, max(0, left) / 1000) if reason else None,
     )
+
+
+def pack_failure(reason: str, cause: FailureCause) -> str:
+    """The reason, then a tab and the cause. A failure without a cause is one of another kind."""
+    return f"{reason}\t{cause}"
+
+
+def read_failure(packed: bytes, seconds_left: float) -> Failure:
+    reason, _, cause = packed.decode().rpartition("\t")
+    if cause in set(FailureCause):
+        return Failure(reason, seconds_left, FailureCause(cause))
+    return Failure(packed.decode(), seconds_left)
 
 
 def pack_accesses(accesses: Sequence[Access]) -> bytes:

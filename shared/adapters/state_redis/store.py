@@ -14,6 +14,7 @@ from distributor_node.shared.adapters.state_redis.listener import listen
 from distributor_node.shared.adapters.state_redis.records import (
     pack_accesses,
     pack_announcement,
+    pack_failure,
     pack_worker,
     read_accesses,
     read_entry,
@@ -43,6 +44,7 @@ from distributor_node.shared.ports.state_store import (
     Announcement,
     BeginResult,
     Claim,
+    FailureCause,
     Fetch,
     Granted,
     HeldElsewhere,
@@ -157,8 +159,18 @@ class RedisStateStore:
     async def release(self, lease: Lease) -> None:
         await self._run_leased("release", lease)
 
-    async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
-        await self._connection.run("record_failure", object_id, reason, milliseconds(seconds))
+    async def record_failure(
+        self,
+        object_id: ObjectId,
+        reason: str,
+        seconds: float,
+        cause: FailureCause = FailureCause.OTHER,
+    ) -> None:
+        packed = pack_failure(reason, cause)
+        await self._connection.run("record_failure", object_id, packed, milliseconds(seconds))
+
+    async def refute_failure(self, object_id: ObjectId, cause: FailureCause) -> bool:
+        return bool(await self._connection.run("refute_failure", object_id, pack_failure("", cause)))
 
     async def request_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
         await self._connection.run("want_space", object_id, size, milliseconds(seconds))
