@@ -19,6 +19,7 @@ from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.routes import build_app
 from distributor_node.services.api.sanic_app import unregister_application
 from distributor_node.services.api.server import PublicServer
+from distributor_node.services.api.viewers import Viewers
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
@@ -67,6 +68,7 @@ def make_context(
         assignment=CurrentAssignment(settings.assignment),
         fetch_events=FetchEvents(state, operator_state.wake),
         fetch_capacity=FetchCapacity(state),
+        viewers=Viewers(state),
         operator_state=operator_state,
     )
 
@@ -135,6 +137,7 @@ async def serve_api(
                 group.create_task(context.accesses.run(), name="flush-accesses"),
                 group.create_task(context.fetch_events.run(), name="fetch-events"),
                 group.create_task(context.fetch_capacity.run(), name="fetch-capacity"),
+                group.create_task(context.viewers.run(), name="viewers"),
                 group.create_task(watch_volume(context.volume), name="watch-volume"),
             ]
             if fast_path is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from prometheus_client import REGISTRY
 
+from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import WorkerReport
 from tests.integration.assets_harness import KIB, AssetsHarness, assets_harness
 from tests.waiting import eventually
@@ -131,3 +132,27 @@ async def test_without_the_state_store_nothing_waits(tmp_path: Path) -> None:
 
 async def _has_jobs(harness: AssetsHarness, number: int) -> bool:
     return await harness.jobs() >= number
+
+
+async def test_objects_that_are_read_or_waited_for_are_reported_as_viewed(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path, first_byte_wait=10.0) as harness:
+        one, two, three = map(ObjectId, "123")
+        for object_id in (one, two, three):
+            harness.add(object_id, 200 * KIB)
+        waiting = asyncio.create_task(harness.get("1"))
+        fetch = await harness.begin("2", 200 * KIB)
+        fetch.verify()
+        assert (await harness.get("2")).status == 200
+        await eventually(harness.has_job)
+        await harness.context.viewers.report()
+        first = await harness.context.state.last_viewed([one, two, three])
+        assert [age is not None for age in first] == [True, True, False]
+        await asyncio.sleep(0.05)
+        await harness.context.viewers.report()
+        again = await harness.context.state.last_viewed([one, two])
+        assert again[0] is not None
+        assert again[1] is not None
+        assert again[0] < again[1], "the first is waited for, the second was read a while ago"
+        await fetch.complete()
+        await (await harness.begin("1")).complete()
+        assert (await waiting).status == 200

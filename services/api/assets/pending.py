@@ -78,7 +78,11 @@ class PendingResponder:
                 content_head(representation, pending.outcome, pending.span, "local"), b""
             )
             return
-        publish_failed = publish_failed or asyncio.Event()
+        with self._context.viewers.viewing(representation.object_id):
+            await self._respond(pending, publish_failed or asyncio.Event())
+
+    async def _respond(self, pending: PendingRequest, publish_failed: asyncio.Event) -> None:
+        response, representation = pending.response, pending.representation
         try:
             await self._try_streaming(pending, publish_failed)
         except VolumeError as error:

@@ -15,6 +15,7 @@ from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     SourceError,
+    SourceOutpaced,
     SourceRefused,
     SourceTooSlow,
     SourceUnreachable,
@@ -22,6 +23,7 @@ from distributor_node.shared.domain.errors import (
 )
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, source_name
 from distributor_node.shared.domain.ranges import ByteRange
+from distributor_node.shared.domain.source_order import RateSampler
 
 OnSource = Callable[[str, SourceResponse], None]
 """Called for each source, with its URL, after its response has begun and before its first byte is yielded."""
@@ -78,11 +80,15 @@ class FailoverReader:
         while not span.complete and (url := rotation.next_source()) is not None:
             began_at = span.position
             try:
-                async with aclosing(self._from_one(url, span, on_source)) as chunks:
+                others = rotation.others_than(url)
+                async with aclosing(self._from_one(url, span, others, on_source)) as chunks:
                     async for chunk in chunks:
                         yield chunk
                 self._health.record_success(url)
                 return
+            except SourceOutpaced as error:
+                rotation.record_outpaced(url, error, by=self._health.best_rate(rotation.others_than(url))[1])
+                logger.info("source_outpaced", source=source_name(url), detail=str(error), at=span.position)
             except SourceError as error:
                 rotation.record_failure_of(url, error, sent_bytes=span.position > began_at)
                 self._record_failure(url, error, span)
@@ -106,16 +112,32 @@ class FailoverReader:
         if object_id is not None:
             self._health.record_corrupted(object_id, url)
 
-    async def _from_one(self, url: str, span: _Span, on_source: OnSource | None) -> AsyncGenerator[Chunk]:
+    async def _from_one(
+        self, url: str, span: _Span, others: Sequence[str], on_source: OnSource | None
+    ) -> AsyncGenerator[Chunk]:
+        """Yield from one source. Raises SourceOutpaced if one of the `others` is expected to be much faster."""
+        sampler = RateSampler()
         asked_at = self._clock()
         async with self._client.get(url, span.byte_range, span.size) as response:
             self._health.record_first_byte(url, self._clock() - asked_at)
             if on_source is not None:
                 on_source(url, response)
+            waiting_since = self._clock()
             async for data in response.chunks:
+                rate = sampler.add(self._clock() - waiting_since, len(data))
                 span.update_from(response)
                 offset, span.position = span.position, span.position + len(data)
                 yield Chunk(url, offset, data)
+                if rate is not None:
+                    self._health.record_rate(url, rate)
+                    best_other, _ = self._health.best_rate(others)
+                    if sampler.is_outpaced(rate, best_other, span.left):
+                        raise SourceOutpaced(
+                            f"{rate:.0f} bytes a second, {best_other:.0f} expected of another"
+                        )
+                waiting_since = self._clock()
+            if sampler.mean is not None:
+                self._health.record_rate(url, sampler.mean)
 
     def _record_failure(self, url: str, error: SourceError, span: _Span) -> None:
         logger.info(
@@ -138,6 +160,11 @@ class _Span:
     @property
     def complete(self) -> bool:
         return self._last is not None and self.position > self._last
+
+    @property
+    def left(self) -> int:
+        """Bytes that are still to be read. 0 while the size is unknown: no other source can continue then."""
+        return 0 if self._last is None or self.size is None else self._last + 1 - self.position
 
     @property
     def byte_range(self) -> ByteRange | None:
@@ -168,6 +195,16 @@ class _Rotation:
             return None
         url, self._round = self._waiting.popleft()
         return url
+
+    def others_than(self, url: str) -> Sequence[str]:
+        """Return the sources that can continue in place of this one. In the second round none does."""
+        return [other for other, _ in self._waiting if other != url] if self._round == 1 else []
+
+    def record_outpaced(self, url: str, error: SourceError, by: str | None) -> None:
+        """The source gets a second turn if the others fail. `by`: the next one to ask."""
+        self.errors[url] = error
+        self._waiting = deque(sorted(self._waiting, key=lambda turn: turn[0] != by))
+        self._waiting.append((url, 2))
 
     def record_failure_of(self, url: str, error: SourceError, *, sent_bytes: bool) -> None:
         self.errors[url] = error

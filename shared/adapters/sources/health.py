@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,7 +13,13 @@ import structlog
 
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId, source_name
-from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta, order
+from distributor_node.shared.domain.source_order import (
+    ASSUMED_RATE,
+    RATE_MEMORY,
+    SourceHealth,
+    SourceStatsDelta,
+    order,
+)
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.ports.source_stats import CorruptedCopy, SharedSources, SharedSourceStats
 from distributor_node.shared.waiting import cancel_and_wait
@@ -55,6 +61,7 @@ class SourceHealthRegistry:
         self._shared: Mapping[str, SourceHealth] = {}
         self._sent_deltas: Mapping[str, SourceStatsDelta] = {}
         self._deltas: OrderedDict[str, SourceStatsDelta] = OrderedDict()
+        self._rates: OrderedDict[str, tuple[float, float]] = OrderedDict()  # and when it is forgotten
         # Corrupted copies, and when to forget them: those found by this process, and those of all processes.
         self._corrupted: OrderedDict[_Copy, _CorruptedMark] = OrderedDict()
         self._corrupted_shared: Mapping[_Copy, _CorruptedMark] = {}
@@ -70,7 +77,39 @@ class SourceHealthRegistry:
         if object_id is not None and not usable:
             usable = [url for url in sources if self._may_retry(object_id, url)]
         names = {source_name(url) for url in usable}
-        return order(usable, {name: self.health_of(name) for name in names}, self.clock())
+        ordered = order(usable, {name: self.health_of(name) for name in names}, self.clock())
+        # A source that another one outpaces comes behind those that answer, before those that fail.
+        return tuple(
+            sorted(ordered, key=lambda url: (self.is_penalised(url), self._is_outpaced(url, usable)))
+        )
+
+    def record_rate(self, url: str, rate: float) -> None:
+        """Record a sample of a running download, in bytes a second."""
+        name, earlier = source_name(url), self.rate_of(url)
+        mean = rate if earlier is None else (earlier + rate) / 2
+        self._rates[name] = (mean, self.clock() + RATE_MEMORY)
+        self._rates.move_to_end(name)
+        if len(self._rates) > _MAX_SOURCES:
+            self._rates.popitem(last=False)
+
+    def rate_of(self, url: str) -> float | None:
+        """Return the recent rate of a source for one download in bytes a second. None: unknown."""
+        rate, ends = self._rates.get(source_name(url), (0.0, 0.0))
+        return rate if ends > self.clock() else None
+
+    def best_rate(self, urls: Iterable[str]) -> tuple[float, str | None]:
+        """Return the highest rate to expect of these sources, and which one has it. Failing ones count as stopped."""
+        best: tuple[float, str | None] = (0.0, None)
+        for url in urls:
+            known = self.rate_of(url)
+            rate = ASSUMED_RATE if known is None else known
+            if rate > best[0] and not self.is_penalised(url):
+                best = (rate, url)
+        return best
+
+    def _is_outpaced(self, url: str, urls: Iterable[str]) -> bool:
+        rate = self.rate_of(url)
+        return rate is not None and rate * 2 < self.best_rate(urls)[0]
 
     def health_of(self, name: str) -> SourceHealth:
         """Return the health of the source `host:port`."""
