@@ -4,13 +4,14 @@ FROM python:3.12-slim AS build
 WORKDIR /build
 RUN python3 -m venv /opt/distributor
 COPY requirements/runtime.txt requirements/runtime.txt
-RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --only-binary :all: --requirement requirements/runtime.txt
+RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --only-binary :all: --no-deps --requirement requirements/runtime.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY shared shared
 COPY services services
 COPY distributor_node distributor_node
 # The root file system is read-only at run time, so the byte code is made here; pip is of no use there.
 RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --no-deps . \
+    && /opt/distributor/bin/pip check \
     && /opt/distributor/bin/pip uninstall --quiet --yes pip \
     && python3 -m compileall -q /opt/distributor/lib
 
@@ -23,10 +24,10 @@ ENV PATH=/opt/distributor/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     DISTRIBUTOR_STORAGE__PATH=/var/lib/distributor \
-    HEALTH_URL=http://127.0.0.1:3334/healthz
+    HEALTH_URL=http://127.0.0.1:9463/healthz
 USER 10001:10001
 WORKDIR /
-EXPOSE 3334 9464
+EXPOSE 3334 9463 9464 9465
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python3", "-c", "import os, urllib.request; urllib.request.urlopen(os.environ['HEALTH_URL'], timeout=4)"]
 ENTRYPOINT ["distributor"]

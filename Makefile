@@ -82,6 +82,7 @@ check: setup ## format, lint, types, layers, generated documents
 	@$(BIN)/mypy distributor_node tests deploy $(wildcard benchmarks)
 	@$(BIN)/lint-imports
 	@$(BIN)/distributor config reference | diff -u docs/configuration.md - || { echo "docs/configuration.md is out of date: make reference" >&2; exit 1; }
+	@$(BIN)/distributor config schema | diff -u docs/settings.schema.json - || { echo "docs/settings.schema.json is out of date: make reference" >&2; exit 1; }
 	@for document in $(OPENAPI); do $(BIN)/python -m distributor_node.$${document//\//.} | diff -u $$document.json - || { echo "$$document.json is out of date: make reference" >&2; exit 1; }; done
 
 .PHONY: format
@@ -90,9 +91,11 @@ format: setup ## format the code, and repair what ruff can
 	@$(BIN)/ruff format $(SOURCES)
 
 .PHONY: reference
-reference: setup ## write docs/configuration.md, both OpenAPI documents and the Kubernetes alert rules from their sources
+reference: setup ## write docs/configuration.md, docs/settings.schema.json, both OpenAPI documents and the Kubernetes alert rules from their sources
 	@$(BIN)/distributor config reference > docs/configuration.md.new
 	@mv docs/configuration.md.new docs/configuration.md
+	@$(BIN)/distributor config schema > docs/settings.schema.json.new
+	@mv docs/settings.schema.json.new docs/settings.schema.json
 	@for document in $(OPENAPI); do $(BIN)/python -m distributor_node.$${document//\//.} > $$document.json.new; mv $$document.json.new $$document.json; done
 	@$(BIN)/python deploy/prometheus/kubernetes_rule.py > deploy/kubernetes/monitoring/rules.yaml.new
 	@mv deploy/kubernetes/monitoring/rules.yaml.new deploy/kubernetes/monitoring/rules.yaml

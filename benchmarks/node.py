@@ -69,16 +69,16 @@ class Node:
     def launch(self, kind: str, **settings: str) -> RunningService:
         """As `start`, without waiting."""
         number = self._names[kind] = self._names.get(kind, 0) + 1
-        port = free_port()
+        port, metrics_port = free_port(), free_port()
         environment = {
             **self._environment,
             "DISTRIBUTOR_PUBLIC_API__PORT": str(port),
-            "DISTRIBUTOR_METRICS__PORT": str(port),
+            "DISTRIBUTOR_METRICS__PORT": str(metrics_port),
             **settings,
         }
         command = [sys.executable, "-m", "distributor_node.services.command_line", kind]
         process = OwnProcess(f"{kind}-{number}", command, self.folder, environment)
-        return RunningService(self._run(process), port)
+        return RunningService(self._run(process), port, metrics_port)
 
     def purge(self, object_ids: Sequence[str]) -> None:
         """Have the evictor remove these; returns when their files are gone. RuntimeError if that takes too long."""
@@ -106,11 +106,12 @@ class Node:
 
 
 class RunningService:
-    """One service and the port on which it answers /readyz."""
+    """One service, its public port (of an API) and the port on which it answers /readyz."""
 
-    def __init__(self, process: OwnProcess, port: int) -> None:
+    def __init__(self, process: OwnProcess, port: int, metrics_port: int) -> None:
         self.process = process
         self.port = port
+        self.metrics_port = metrics_port
 
     @property
     def pid(self) -> int:
@@ -132,7 +133,7 @@ class RunningService:
 
     def is_ready(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=2) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/readyz", timeout=2) as answer:
                 return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False

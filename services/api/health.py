@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 import structlog
 
@@ -31,6 +30,7 @@ from distributor_node.shared.observability.metrics import (
     STORAGE_USED,
     render_metrics,
 )
+from distributor_node.shared.observability.probe_server import Readiness
 
 _CHECK_TIMEOUT = 2.0
 IMPORT_READY_TIMEOUT = 600.0
@@ -38,40 +38,37 @@ IMPORT_READY_TIMEOUT = 600.0
 logger = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    """The result of the readiness checks, in words."""
-
-    problems: tuple[str, ...]  # what keeps the node from serving
-    degraded: tuple[str, ...]  # what the node serves without
-
-
 class HealthChecks:
     """Checks everything the node depends on, within two seconds."""
 
-    def __init__(self, context: ApiContext, usage: UsageReader) -> None:
+    def __init__(self, context: ApiContext, usage: UsageReader, is_serving: Callable[[], bool]) -> None:
+        """`is_serving`: whether the public port is open."""
         self._context = context
         self._usage = usage
+        self._is_serving = is_serving
         self._started = time.monotonic()
         self._import_done = context.settings.storage.import_assets is None
 
     async def readiness(self) -> Readiness:
-        """Check volume, state store, job queue, catalog and import."""
+        """Check public port, volume, state store, job queue, catalog and import."""
         context = self._context
         volume, *others = await asyncio.gather(
             self._check("volume", self._check_volume),
-            self._check("state store", context.state.ping),
+            self._check("state store", self._check_state_store),
             self._check("job queue", context.queue.ping),
             self._check("catalog", context.catalog.bucket_ids),
         )
-        if others[0] is None and await self._check("", context.state.check_writes) is not None:
-            others.append("state store: refuses writes")
         others.append(self._check_workers())
         unfinished_import = await asyncio.to_thread(self._check_import)
         return Readiness(
-            problems=tuple(problem for problem in (volume, unfinished_import) if problem),
+            problems=tuple(problem for problem in (self._check_port(), volume, unfinished_import) if problem),
             degraded=tuple(missing for missing in others if missing),
         )
+
+    def _check_port(self) -> str | None:
+        if self._context.operator_state.current.stopped:
+            return "stopped by an operator"
+        return None if self._is_serving() else "the public port is closed"
 
     def _check_workers(self) -> str | None:
         capacity = self._context.fetch_capacity
@@ -93,13 +90,16 @@ class HealthChecks:
             import_source.close()
         return None if self._import_done else "the import of the existing node's objects is in progress"
 
+    async def _check_state_store(self) -> str | None:
+        return "; ".join(await self._context.state.problems()) or None
+
     async def _check_volume(self) -> None:
         await asyncio.to_thread(self._context.volume.check)
 
     async def _check(self, name: str, check: Callable[[], Awaitable[object]]) -> str | None:
         try:
             async with asyncio.timeout(_CHECK_TIMEOUT):
-                await check()
+                found = await check()
         except TimeoutError:
             return f"{name}: timeout"
         except VolumeError as error:
@@ -107,7 +107,7 @@ class HealthChecks:
         except DistributorError as error:
             logger.info("dependency_unavailable", dependency=name, reason=str(error))
             return f"{name}: unavailable"
-        return None
+        return f"{name}: {found}" if isinstance(found, str) else None
 
     async def metrics(self) -> tuple[bytes, str]:
         """Return the metrics of this process, or of all workers in multiprocess mode, and their media type."""

@@ -6,6 +6,8 @@ This module imports no metrics: the supervisor binds sockets before prometheus_c
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import errno
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +18,9 @@ from distributor_node.shared.domain.errors import ConfigurationError
 
 EMFILE_BACKOFF = 0.5
 """Seconds without accepting after the system had no descriptor or memory left for one more connection."""
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_UNSPECIFIED = bytes(16)  # a sockaddr of the family AF_UNSPEC
 
 logger = structlog.get_logger()
 
@@ -28,19 +33,30 @@ class ListenAddress:
     port: int  # 0: any free port
     shared: bool = False  # SO_REUSEPORT: several processes listen on the port
     setting: str = "public_api"  # the settings group that the address comes from, for messages
+    inherited: socket.socket | None = (
+        None  # a listening socket that systemd opened: host and port are its own
+    )
 
 
 def bind(address: ListenAddress) -> socket.socket:
-    """Return a bound TCP socket that does not listen yet. Raises ConfigurationError if the address is unavailable."""
+    """Return a bound TCP socket that does not listen yet, or a copy of the inherited socket.
+
+    Raises ConfigurationError if the address is unavailable.
+    """
+    if address.inherited is not None:
+        copied = address.inherited.dup()
+        copied.setblocking(False)
+        return copied
     try:
         found = socket.getaddrinfo(
             address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         family, kind, protocol, _, sockaddr = found[0]
         bound = socket.socket(family, kind, protocol)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a host's name at all
         raise ConfigurationError(
-            f"{address.setting}.host {address.host!r}: {error.strerror or error}"
+            f"{address.setting}.host: expected an address or a host's name, got {address.host!r}:"
+            f" {getattr(error, 'strerror', None) or error}"
         ) from error
     try:
         bound.setblocking(False)
@@ -57,6 +73,22 @@ def bind(address: ListenAddress) -> socket.socket:
     return bound
 
 
+def listen_unless_listening(listener: socket.socket, backlog: int) -> None:
+    """Listen. A socket that listens already keeps its backlog."""
+    if not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        listener.listen(backlog)
+
+
+def stop_listening(listener: socket.socket) -> None:
+    """Refuse connections in all processes that share the socket, which stays bound. It can listen again.
+
+    By connect(2) to AF_UNSPEC, which Python does not offer and which may be repeated. A second `shutdown`, by another
+    worker, would mark the socket, and every connection accepted later would be at its end.
+    """
+    if _LIBC.connect(listener.fileno(), _UNSPECIFIED, len(_UNSPECIFIED)) != 0:
+        raise OSError(ctypes.get_errno(), "cannot stop listening")
+
+
 class AcceptLoop:
     """Accepts every queued connection in one turn of the event loop.
 
@@ -67,7 +99,7 @@ class AcceptLoop:
     def __init__(
         self, listener: socket.socket, make_protocol: Callable[[], asyncio.BaseProtocol], backlog: int
     ) -> None:
-        """Start to listen on `listener`, a bound, non-blocking socket. `close` closes it."""
+        """Start to listen on `listener`, a bound, non-blocking socket, unless it listens already. `close` closes it."""
         self._loop = asyncio.get_running_loop()
         self.listener = listener
         self.accepted_count = 0  # connections since the start
@@ -75,7 +107,7 @@ class AcceptLoop:
         self._backlog = backlog
         self._tasks: set[asyncio.Task[None]] = set()
         self._resume_timer: asyncio.TimerHandle | None = None
-        listener.listen(backlog)
+        listen_unless_listening(listener, backlog)
         self._start()
 
     def close(self) -> None:
@@ -95,6 +127,10 @@ class AcceptLoop:
         self._resume_timer = None
         self._loop.add_reader(self.listener.fileno(), self._accept)
 
+    def accept_queued(self) -> None:
+        """Accept the connections that are queued now."""
+        self._accept()
+
     def _accept(self) -> None:
         """Accept what is queued, at most `backlog` connections, so that other callbacks get their turn."""
         for _ in range(self._backlog):
@@ -106,8 +142,13 @@ class AcceptLoop:
                 continue  # the client left before it was accepted
             except OSError as error:
                 # The connection stays queued and the socket readable: without a pause the loop would spin.
-                logger.error("accept_failed", reason=error.strerror)
+                if (
+                    error.errno != errno.EINVAL
+                ):  # another worker has stopped the inherited socket: soon, so do we
+                    logger.error("accept_failed", reason=error.strerror)
                 self._loop.remove_reader(self.listener.fileno())
+                if self._resume_timer is not None:
+                    self._resume_timer.cancel()
                 self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
                 return
             self.accepted_count += 1

@@ -6,6 +6,7 @@ Imports are late: the supervisor must choose multiprocess metrics before anythin
 from __future__ import annotations
 
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service
+from distributor_node.shared.runtime.systemd import PUBLIC_SOCKET, activated_socket
 from distributor_node.shared.settings.model import Settings
 
 
@@ -18,6 +19,6 @@ def run(settings: Settings) -> int:
     from distributor_node.services.api.service import run_api  # noqa: PLC0415
 
     async def main(scope: ServiceScope) -> None:
-        await run_api(scope, settings)
+        await run_api(scope, settings, listener=activated_socket(PUBLIC_SOCKET))
 
     return run_service(main, name="api", shutdown_deadline=settings.shutdown_deadline, log=settings.log)

@@ -41,15 +41,7 @@ def document() -> Json:
             "/api/v1/openapi.json": _node_path("openapi", "This document", {"type": "object"}),
             "/api/v1/assets/{objectId}": _asset_path(),
             "/healthz": _node_path(
-                "healthz", "The process lives", record(status={"type": "string", "enum": ["ok"]})
-            ),
-            "/readyz": _ready_path(),
-            "/metrics": _node_path(
-                "metrics",
-                "Prometheus metrics",
-                {"type": "string"},
-                media_type="text/plain",
-                names=("X-Request-ID", "Cache-Control"),
+                "healthz", "This port serves", record(status={"type": "string", "enum": ["ok"]})
             ),
         },
         "components": {
@@ -245,21 +237,10 @@ def _operation(name: str, summary: str, tag: str, responses: Json, parameters: I
     return {**described, "parameters": listed} if listed else described
 
 
-def _node_path(
-    name: str,
-    summary: str,
-    schema: Json,
-    *,
-    media_type: str = "application/json",
-    names: Iterable[str] = _NODE,
-    failure: tuple[str, Json] | None = None,
-) -> Json:
-    """GET, HEAD and OPTIONS of a path about the node itself. `failure`: description and schema of its own 503."""
+def _node_path(name: str, summary: str, schema: Json) -> Json:
+    """GET, HEAD and OPTIONS of a path about the node itself."""
     errors = [(status, component) for status, component, _, _ in NODE_ERRORS]
-    get, head = {200: _response("OK", names, content(schema, media_type))}, {200: _response("OK", names)}
-    if failure is not None:
-        description, failed = failure
-        get[503], head[503] = _response(description, _NODE, content(failed)), _response(description, _NODE)
+    get, head = {200: _response("OK", _NODE, content(schema))}, {200: _response("OK", _NODE)}
     options = _responses({204: ref("responses", "Preflight")}, errors[:1])
     asked = ("X-Request-ID",)
     return {
@@ -269,12 +250,6 @@ def _node_path(
         ),
         "options": _operation(f"{name}Options", "Allowed methods", "node", options),
     }
-
-
-def _ready_path() -> Json:
-    ready = ref("schemas", "ReadyResponse")
-    failed = {"oneOf": [ready, ref("schemas", "ErrorResponse")]}
-    return _node_path("readyz", "The node can serve", ready, failure=("The volume is not available", failed))
 
 
 def _asset_path() -> Json:
@@ -370,11 +345,6 @@ SCHEMAS: Json = {
             record(allByWorkerId=count()),
         ]
     },
-    "ReadyResponse": record(
-        status={"type": "string", "enum": ["ready", "not ready"]},
-        problems=array(_TEXT, description="Why the node cannot serve."),
-        degraded=array(_TEXT, description="What the node works without at the moment."),
-    ),
 }
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from sanic import HTTPResponse, Request
 
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.headers import CROSS_ORIGIN, PREFLIGHT
-from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.request_log import request_record
 from distributor_node.services.api.sanic_app import ApiApplication, make_application, parse_object_id
 from distributor_node.services.api.status import SquidStatusPoller, StatusReporter, UsageReader
@@ -34,7 +33,7 @@ def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
     _add_assets(application, assets)
     reporter = StatusReporter(context, usage, SquidStatusPoller(context.catalog))
     _add_status(application, reporter)
-    _add_health(application, HealthChecks(context, usage))
+    _add_health(application)
     application.ctx.fast_path = None
     application.ctx.usage, application.ctx.status_reporter = usage, reporter
     return application
@@ -77,28 +76,13 @@ def _add_status(application: ApiApplication, reporter: StatusReporter) -> None:
     _add(application, "/api/v1/openapi.json", openapi)
 
 
-def _add_health(application: ApiApplication, health: HealthChecks) -> None:
+def _add_health(application: ApiApplication) -> None:
+    """For load balancers: whether this port serves. What the node knows about itself is on the port of the metrics."""
+
     async def healthz(_request: Request) -> HTTPResponse:
         return _json({"status": "ok"})
 
-    async def readyz(_request: Request) -> HTTPResponse:
-        readiness = await health.readiness()
-        body = {
-            "status": "not ready" if readiness.problems else "ready",
-            "problems": readiness.problems,
-            "degraded": readiness.degraded,
-        }
-        return _json(body, 503 if readiness.problems else 200)
-
-    async def metrics(_request: Request) -> HTTPResponse:
-        if application.ctx.fast_path is not None:
-            application.ctx.fast_path.hit_metrics.flush()
-        body, media_type = await health.metrics()
-        return HTTPResponse(body, 200, dict(_NO_STORE), media_type)
-
     _add(application, "/healthz", healthz)
-    _add(application, "/readyz", readyz)
-    _add(application, "/metrics", metrics)
 
 
 def _add(application: ApiApplication, path: str, handler: Any) -> None:

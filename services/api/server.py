@@ -20,7 +20,13 @@ from distributor_node.services.api.graceful_shutdown import (
     drain_accept_queue,
     wait_until_flushed,
 )
-from distributor_node.services.api.listen import AcceptLoop, ListenAddress, bind
+from distributor_node.services.api.listen import (
+    AcceptLoop,
+    ListenAddress,
+    bind,
+    listen_unless_listening,
+    stop_listening,
+)
 from distributor_node.services.api.protocol import PublicProtocol
 from distributor_node.services.api.sanic_app import ApiApplication, prepare_start
 
@@ -81,20 +87,29 @@ class PublicServer:
             self._listening = _Listening((await server).server, connections)
         logger.info("server_listening", host=self._address.host, port=self.port)
 
-    async def close(self, drain_seconds: float) -> None:
+    async def close(self, drain_seconds: float, *, ending: bool = False) -> None:
         """Stop accepting, let responses finish within `drain_seconds`, then abort the rest.
 
         Accepted connections get their response. Idle keep-alive connections may send one more request within
         KEEPALIVE_DRAIN_GRACE. The port can be opened again before this returns; connections to it are not affected.
+
+        `ending`: the process ends. A socket that systemd opened then goes on listening, and its queue is left to the
+        next process.
         """
+        inherited = self._address.inherited
         if self._listening is None:
+            if ending and inherited is not None:
+                listen_unless_listening(inherited, BACKLOG)  # systemd takes one that does not for a failure
             return
         deadline = time.monotonic() + drain_seconds
         listening, self._listening = self._listening, None
         connections = listening.connections
         connections.start_draining()
         tasks = connections.tasks()
-        await self._release_port(listening.accept_loop, drain_seconds)
+        if inherited is None:
+            await self._release_port(listening.accept_loop, drain_seconds)
+        else:
+            await self._leave_port(listening.accept_loop, inherited, ending=ending)
         tasks |= connections.tasks()
         if not await connections.wait_empty(max(0.0, deadline - time.monotonic())):
             aborted = [connection.close_now() for connection in set(connections)].count(True)
@@ -121,6 +136,14 @@ class PublicServer:
         finally:
             accept_loop.close()
             self._port_free.set()
+        await accept_loop.wait_connected()
+
+    async def _leave_port(self, accept_loop: AcceptLoop, inherited: socket.socket, *, ending: bool) -> None:
+        """Stop accepting from a socket that is not ours to close. Unless the process ends, clients are refused."""
+        if not ending:
+            accept_loop.accept_queued()
+            stop_listening(inherited)
+        accept_loop.close()
         await accept_loop.wait_connected()
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
 
 import structlog
 
@@ -14,6 +17,7 @@ from distributor_node.services.api.fast_path.handler import build_fast_path
 from distributor_node.services.api.fast_path.protocol import FastPathProtocol
 from distributor_node.services.api.fetch_capacity import FetchCapacity
 from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.listen import ListenAddress
 from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.routes import build_app
@@ -24,6 +28,7 @@ from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
 from distributor_node.shared.observability.metrics import describe_build
+from distributor_node.shared.observability.probe_server import Probes, ProbeServer
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.job_queue import JobQueue
 from distributor_node.shared.ports.state_store import StateStore
@@ -39,6 +44,7 @@ from distributor_node.shared.runtime.factories import (
 from distributor_node.shared.runtime.identity import VERSION, process_name
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.run_service import ServiceScope
+from distributor_node.shared.runtime.systemd import READY, notify
 from distributor_node.shared.settings.model import Settings
 from distributor_node.shared.waiting import cancel_and_wait
 
@@ -73,10 +79,16 @@ def make_context(
     )
 
 
-async def run_api(scope: ServiceScope, settings: Settings, *, shared_port: bool = False) -> bool:
-    """Open the adapters and serve until a stop is requested. `shared_port`: other processes listen on the same port.
+async def run_api(
+    scope: ServiceScope,
+    settings: Settings,
+    *,
+    probe_path: Path | None = None,
+    listener: socket.socket | None = None,
+) -> bool:
+    """Open the adapters and serve until a stop is requested.
 
-    Returns whether an operator has shut the node down.
+    `probe_path`, `listener`: see `serve_api`. Returns whether an operator has shut the node down.
     """
     resources = scope.resources
     volume = build_volume(settings)
@@ -98,7 +110,7 @@ async def run_api(scope: ServiceScope, settings: Settings, *, shared_port: bool 
     context = make_context(
         settings, volume, state, queue, catalog, build_failover_reader(client, stats_sync.registry)
     )
-    await serve_api(context, scope.stop_requested, shared_port=shared_port)
+    await serve_api(context, scope.stop_requested, probe_path=probe_path, listener=listener)
     return context.operator_state.shutting_down
 
 
@@ -106,27 +118,52 @@ async def serve_api(
     context: ApiContext,
     stop_requested: asyncio.Event,
     *,
-    shared_port: bool = False,
+    service: str = "api",
+    probe_path: Path | None = None,
+    listener: socket.socket | None = None,
     on_listening: Callable[[int], None] | None = None,
 ) -> None:
     """Serve until `stop_requested`, then let responses finish within the shutdown deadline, less the time for closing.
 
+    `service` has its own default port for health and metrics. `probe_path`: a Unix socket for them instead, in a worker
+    that shares the public port with others and whose supervisor answers for all.
+    `listener`: the public port, if systemd has opened it.
+
     `on_listening` is called with the port, unless an operator has stopped the public API. Raises ConfigurationError if
-    the port is unavailable.
+    a port is unavailable.
     """
     settings = context.settings
     assets = AssetHandler(context)
     application = build_app(context, assets)
     application.ctx.log_hits = settings.log.hits
     fast_path = application.ctx.fast_path = build_fast_path(context)
-    address = ListenAddress(settings.public_api.host, settings.public_api.port, shared_port)
+    shared_port = probe_path is not None
+    address = ListenAddress(
+        settings.public_api.host, settings.public_api.port, shared_port, inherited=listener
+    )
     server = PublicServer(application, address, FastPathProtocol)
     drain = max(settings.shutdown_deadline - _CLOSING_SECONDS, settings.shutdown_deadline / 2)
     controller = OperatorStateController(context, server, drain)
+    health = HealthChecks(context, application.ctx.usage, lambda: server.is_open)
+
+    async def metrics() -> tuple[bytes, str]:
+        if fast_path is not None:
+            fast_path.hit_metrics.flush()
+        return await health.metrics()
+
+    probe_server = ProbeServer(
+        settings.metrics.host,
+        settings.metrics.port_of(service),
+        Probes(health.readiness, metrics),
+        path=probe_path,
+    )
+    resources = AsyncExitStack()
     try:
+        await resources.enter_async_context(probe_server)
         await controller.start()
         if on_listening is not None and server.is_open:
             on_listening(server.port)
+        notify(READY)
         async with (
             operator_api(context, process_name(), shared_port=shared_port),
             asyncio.TaskGroup() as group,
@@ -149,7 +186,8 @@ async def serve_api(
                 task.cancel()
         await context.accesses.close()
     finally:
-        await server.close(0)
+        await server.close(0, ending=True)
+        await resources.aclose()
         if fast_path is not None:
             await fast_path.close()
         await assets.close()
@@ -204,7 +242,7 @@ class OperatorStateController:
 
     async def stop(self) -> None:
         """Close the port, and wait for closes in progress. Call it after `run` has ended."""
-        await self._server.close(self._drain)
+        await self._server.close(self._drain, ending=True)
         if self._close_tasks:
             await asyncio.wait(self._close_tasks)
 

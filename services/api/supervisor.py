@@ -16,20 +16,30 @@ import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import structlog
 from pydantic import SecretStr
 
 from distributor_node.services.api.listen import ListenAddress, bind
+from distributor_node.services.api.worker_probes import WorkerProbes
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.observability.multiprocess import forget_process, prepare_multiprocess
+from distributor_node.shared.observability.probe_server import ProbeServer
 from distributor_node.shared.runtime.run_service import CLEAN, MISCONFIGURED, ServiceScope, run_service
+from distributor_node.shared.runtime.systemd import (
+    PUBLIC_SOCKET,
+    READY,
+    activated_socket,
+    child_environment,
+    notify,
+)
 from distributor_node.shared.settings.model import Settings
-from distributor_node.shared.waiting import Backoff, cancel_and_wait, wait_event
+from distributor_node.shared.waiting import Backoff, background, cancel_and_wait, wait_event
 
 SHUTDOWN_ORDERED = 3
 """Exit code of a worker that ended because an operator shut the whole node down. The supervisor then ends with 0."""
@@ -58,21 +68,24 @@ async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
 
     Raises ConfigurationError if the port is taken or a worker exits with MISCONFIGURED.
     """
-    with ExitStack() as ports:
-        public, operator = settings.public_api, settings.operator_api
-        timeout = settings.shutdown_deadline + _SHUTDOWN_MARGIN
-        reserved = await reserve_port(ListenAddress(public.host, public.port), timeout, stop_requested)
-        port = ports.enter_context(reserved).getsockname()[1]
-        operator_port = operator.port
-        if operator.secret is not None:
-            address = ListenAddress(operator.host, operator.port, setting="operator_api")
-            reserved = await reserve_port(address, timeout, stop_requested)
-            operator_port = ports.enter_context(reserved).getsockname()[1]
-        settings_json = worker_settings(settings, port, operator_port)
+    async with AsyncExitStack() as resources:
+        listener = activated_socket(PUBLIC_SOCKET)
+        port, operator_port = await _reserve_ports(settings, stop_requested, resources, listener)
+        directory = Path(resources.enter_context(TemporaryDirectory(prefix="distributor-probes-")))
+        paths = [directory / str(number) for number in range(1, settings.public_api.workers + 1)]
         workers = [
-            Worker(number, settings_json, settings.shutdown_deadline)
-            for number in range(1, public.workers + 1)
+            Worker(
+                number,
+                worker_input(settings, port, operator_port, path, listener),
+                settings.shutdown_deadline,
+                listener,
+            )
+            for number, path in enumerate(paths, start=1)
         ]
+        host, metrics_port = settings.metrics.host, settings.metrics.port_of("api")
+        probes = WorkerProbes(paths)
+        await resources.enter_async_context(ProbeServer(host, metrics_port, probes.probes()))
+        await resources.enter_async_context(background(_notify_ready(probes), "notify-ready"))
         logger.info("workers_starting", workers=len(workers), port=port)
         tasks = [
             asyncio.create_task(worker.keep_running(stop_requested), name=f"api-worker-{worker.number}")
@@ -82,6 +95,34 @@ async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
             await asyncio.gather(*tasks)
         finally:
             await cancel_and_wait(*tasks)
+
+
+async def _notify_ready(probes: WorkerProbes) -> None:
+    await probes.wait_started()
+    notify(READY)
+
+
+async def _reserve_ports(
+    settings: Settings,
+    stop_requested: asyncio.Event,
+    resources: AsyncExitStack,
+    listener: socket.socket | None,
+) -> tuple[int, int]:
+    """Keep the public port and the operator API's until `resources` are closed. Returns both.
+
+    `listener`: the public port, if systemd has opened it.
+    """
+    public, operator = settings.public_api, settings.operator_api
+    timeout = settings.shutdown_deadline + _SHUTDOWN_MARGIN
+    if listener is None:
+        listener = await reserve_port(ListenAddress(public.host, public.port), timeout, stop_requested)
+    port = resources.enter_context(listener).getsockname()[1]
+    operator_port = operator.port
+    if operator.secret is not None:
+        address = ListenAddress(operator.host, operator.port, setting="operator_api")
+        reserved = await reserve_port(address, timeout, stop_requested)
+        operator_port = resources.enter_context(reserved).getsockname()[1]
+    return port, operator_port
 
 
 async def reserve_port(
@@ -128,11 +169,17 @@ def _held_by_own_workers(address: ListenAddress) -> bool:
 class Worker:
     """One worker process, and the processes that replace it."""
 
-    def __init__(self, number: int, settings_json: bytes, deadline: float) -> None:
-        """`settings_json`: written to the worker's standard input. `deadline`: seconds that it may take to stop."""
+    def __init__(
+        self, number: int, standard_input: bytes, deadline: float, listener: socket.socket | None
+    ) -> None:
+        """`standard_input`: written to the worker's standard input. `deadline`: seconds that it may take to stop.
+
+        `listener`: passed on to the worker.
+        """
         self.number = number
-        self._settings_json = settings_json
+        self._standard_input = standard_input
         self._deadline = deadline
+        self._listener = listener
         self._restart_backoff = Backoff(_MIN_RESTART_DELAY, _MAX_RESTART_DELAY, jitter=False)
 
     async def keep_running(self, stop_requested: asyncio.Event) -> None:
@@ -163,10 +210,12 @@ class Worker:
             "distributor_node.services.api.worker",
             stdin=PIPE,
             start_new_session=True,
+            env=child_environment(),
+            pass_fds=() if self._listener is None else (self._listener.fileno(),),
         )
         if process.stdin is None:
             raise RuntimeError("a worker was started without a standard input")
-        process.stdin.write(self._settings_json)
+        process.stdin.write(self._standard_input)
         logger.info("worker_started", worker=self.number, process=process.pid)
         return process
 
@@ -197,15 +246,22 @@ class Worker:
         await wait_event(stop_requested, delay)
 
 
-def worker_settings(settings: Settings, port: int, operator_port: int) -> bytes:
-    """Encode settings as one line of JSON, secrets included.
+def worker_input(
+    settings: Settings, port: int, operator_port: int, probe_path: Path, listener: socket.socket | None
+) -> bytes:
+    """Encode settings, the path of the worker's probe server and its listener as one line of JSON, secrets included.
 
     It travels through a pipe, never through arguments or the environment.
     """
     fields = settings.model_dump()
     fields["public_api"]["port"] = port
     fields["operator_api"]["port"] = operator_port
-    return json.dumps(fields, default=_plain).encode() + b"\n"
+    given = {
+        "settings": fields,
+        "probe_path": probe_path,
+        "listener": None if listener is None else listener.fileno(),
+    }
+    return json.dumps(given, default=_plain).encode() + b"\n"
 
 
 def _plain(value: Any) -> Any:

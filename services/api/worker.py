@@ -7,18 +7,20 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 
 from distributor_node.services.api.service import run_api
 from distributor_node.services.api.supervisor import SHUTDOWN_ORDERED
 from distributor_node.shared.runtime.run_service import CLEAN, ServiceScope, run_service
+from distributor_node.shared.runtime.systemd import inherited_socket
 from distributor_node.shared.settings.model import Settings
 
 
 def main() -> int:
     """Serve until the supervisor sends SIGTERM or dies. Returns the exit code."""
-    settings = Settings(**json.loads(sys.stdin.buffer.readline()))
+    given = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_supervisor, name="supervisor-watch", daemon=True).start()
-    return run_worker(settings)
+    return run_worker(Settings(**given["settings"]), Path(given["probe_path"]), given["listener"])
 
 
 def _end_with_supervisor() -> None:
@@ -28,13 +30,17 @@ def _end_with_supervisor() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_worker(settings: Settings) -> int:
-    """Serve on a port that other workers share. Returns the exit code, SHUTDOWN_ORDERED included."""
+def run_worker(settings: Settings, probe_path: Path, listener: int | None) -> int:
+    """Serve on a port that other workers share. Returns the exit code, SHUTDOWN_ORDERED included.
+
+    `probe_path`: Unix socket where the supervisor asks for health and metrics. `listener`: descriptor of the public
+    port, if systemd has opened it."""
     shutdown_ordered = False
 
     async def serve(scope: ServiceScope) -> None:
         nonlocal shutdown_ordered
-        shutdown_ordered = await run_api(scope, settings, shared_port=True)
+        inherited = None if listener is None else inherited_socket(listener)
+        shutdown_ordered = await run_api(scope, settings, probe_path=probe_path, listener=inherited)
 
     code = run_service(serve, name="api", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
     return SHUTDOWN_ORDERED if code == CLEAN and shutdown_ordered else code

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import cleandoc
@@ -14,6 +15,8 @@ from pydantic_core import PydanticUndefined
 
 from distributor_node.shared.observability.logging import redact_text
 from distributor_node.shared.settings import Settings
+from distributor_node.shared.settings.environment import variable_of
+from distributor_node.shared.settings.names import group_of
 from distributor_node.shared.settings.sizes import format_size
 
 _HEAD = """\
@@ -23,9 +26,15 @@ Generated from the settings model by `distributor config reference` (`make refer
 
 Settings come from their defaults, then a YAML file (`--config FILE`), then the environment; later ones override
 earlier ones. In the file, a dot is a level: `storage.limit` is `limit` below `storage`. Sizes are bytes, or a number
-and a unit (`500G`, `64M`; units are powers of 1024). Durations are seconds. Lists in the environment are JSON
-(`["0:1"]`). `distributor config check` checks the settings, and `distributor config show` prints the effective ones.
+and a unit (`500G`, `64M`; units are powers of 1024). Durations are seconds. Lists in the environment are separated by
+commas (`0:1,0:2`), or JSON. Unknown names are refused, in the file and among the variables that begin with
+`DISTRIBUTOR_`. A secret can be in a file: `DISTRIBUTOR_STATE_STORE__URL_FILE=/run/secrets/redis-url`, likewise for
+`DISTRIBUTOR_JOB_QUEUE__URL` and `DISTRIBUTOR_OPERATOR_API__SECRET`. In a URL, the characters `/ ? # @ [ ]` of a
+password are percent-encoded.
+`distributor init` writes a settings file with comments, `distributor config check` checks the settings, and
+`distributor config show` prints the effective ones. `docs/settings.schema.json` is their JSON Schema, for editors.
 """
+_REDACTED = "**********"
 _TABLE_HEAD = "| setting | environment | default | meaning |\n|---|---|---|---|\n"
 
 
@@ -45,7 +54,7 @@ def render_reference() -> str:
     """Return the whole document: a table for the top level, then one for each section."""
     pieces = [_HEAD, "\n## Node\n\n", _TABLE_HEAD, *map(str, _rows(Settings, ""))]
     for name, field in Settings.model_fields.items():
-        section = _section(field)
+        section = group_of(field)
         if section is not None:
             pieces += [f"\n## {name}\n\n{_one_line(section.__doc__)}\n\n", _TABLE_HEAD]
             pieces += map(str, _rows(section, f"{name}."))
@@ -54,20 +63,18 @@ def render_reference() -> str:
 
 def _rows(model: type[BaseModel], prefix: str) -> Iterator[_Row]:
     for name, field in model.model_fields.items():
-        if _section(field) is None:
+        if group_of(field) is None:
             path = prefix + name
-            variable = "DISTRIBUTOR_" + path.replace(".", "__").upper()
-            yield _Row(path, variable, _default(field), _one_line(field.description))
-
-
-def _section(field: FieldInfo) -> type[BaseModel] | None:
-    annotation = field.annotation
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return None
+            yield _Row(path, variable_of(path), _default(field), _one_line(field.description))
 
 
 def _default(field: FieldInfo) -> str:
+    text = default_text(field)
+    return f"`{text}`" if text else ""
+
+
+def default_text(field: FieldInfo) -> str:
+    """Return the default as a settings file would have it. Empty: there is none."""
     value: Any = field.default
     if value is None or value is PydanticUndefined:
         return ""
@@ -81,11 +88,27 @@ def _default(field: FieldInfo) -> str:
         value = format_size(value)
     elif isinstance(value, tuple):
         value = "[" + ", ".join(f"{item:g}" for item in value) + "]"
-    return f"`{value}`"
+    return str(value)
 
 
 def _one_line(text: str | None) -> str:
     return " ".join(cleandoc(text or "").split())
+
+
+# The JSON Schema of a settings file, for editors: docs/settings.schema.json
+
+
+def render_schema() -> str:
+    """Return the schema of a settings file (JSON Schema 2020-12)."""
+    schema = Settings.model_json_schema(mode="validation")
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["title"] = "Settings of a distributor node"
+    for properties in (schema["properties"], *(group["properties"] for group in schema["$defs"].values())):
+        for field in properties.values():
+            field.pop("title", None)
+            if "$ref" in field or field.get("default") == _REDACTED:
+                field.pop("default", None)  # of a group; of a secret
+    return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 # The effective settings, in the format of a settings file, without secrets.

@@ -6,11 +6,13 @@ Each command imports its service when it is called, so that --help is fast.
 from __future__ import annotations
 
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distributor_node.services.command_line.init import init
 from distributor_node.services.command_line.operator import app as operator_app
 from distributor_node.services.command_line.replay import replay
 from distributor_node.shared.domain.errors import ConfigurationError
@@ -22,13 +24,41 @@ app = typer.Typer(
     name="distributor",
     help="A distributor node: serves media objects from a bounded cache, filled on demand from storage nodes.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 config_app = typer.Typer(help="Check and show the settings.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(operator_app, name="operator")
 app.command()(replay)
+app.command("init")(init)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from distributor_node.shared.runtime.identity import VERSION
+
+        print(f"distributor {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+class Service(StrEnum):
+    """What `distributor` runs."""
+
+    STANDALONE = "standalone"
+    API = "api"
+    FETCHER = "fetcher"
+    EVICTOR = "evictor"
+
 
 ConfigFile = Annotated[
     Path | None,
@@ -39,7 +69,7 @@ ConfigFile = Annotated[
 @app.command()
 def standalone(config: ConfigFile = None) -> None:
     """Run the whole node in one process, without Redis and RabbitMQ."""
-    settings = _load(config)
+    settings = _load(config, Service.STANDALONE)
     from distributor_node.services.standalone.main import run
 
     sys.exit(run(settings))
@@ -48,7 +78,7 @@ def standalone(config: ConfigFile = None) -> None:
 @app.command()
 def api(config: ConfigFile = None) -> None:
     """Run the HTTP server for clients."""
-    settings = _load(config)
+    settings = _load(config, Service.API)
     from distributor_node.services.api.main import run
 
     sys.exit(run(settings))
@@ -57,7 +87,7 @@ def api(config: ConfigFile = None) -> None:
 @app.command()
 def fetcher(config: ConfigFile = None) -> None:
     """Run a fetcher, which downloads objects."""
-    settings = _load(config)
+    settings = _load(config, Service.FETCHER)
     from distributor_node.services.fetcher.main import run
 
     sys.exit(run(settings))
@@ -66,7 +96,7 @@ def fetcher(config: ConfigFile = None) -> None:
 @app.command()
 def evictor(config: ConfigFile = None) -> None:
     """Run the evictor, which keeps the volume below its limit. A second evictor is a standby."""
-    settings = _load(config)
+    settings = _load(config, Service.EVICTOR)
     from distributor_node.services.evictor.main import run
 
     sys.exit(run(settings))
@@ -96,10 +126,22 @@ def import_config(
 
 
 @config_app.command("check")
-def check(config: ConfigFile = None) -> None:
+def check(
+    config: ConfigFile = None,
+    service: Annotated[
+        Service | None,
+        typer.Option("--for", help="The service to check them for. Default: standalone, or all the others."),
+    ] = None,
+) -> None:
     """Check the settings. If they are invalid, print the reasons and exit with code 2."""
-    _load(config)
-    print("The settings are valid.")
+    settings = _load(config, service)
+    if service is not None:
+        print(f"The settings are valid for {service}.")
+    elif settings.in_memory:
+        settings.check_for(Service.STANDALONE)
+        print("The settings are valid for standalone. The separate services need Redis and RabbitMQ.")
+    else:
+        print("The settings are valid for api, fetcher and evictor.")
 
 
 @config_app.command("show")
@@ -110,6 +152,14 @@ def show(config: ConfigFile = None) -> None:
     print(show_settings(_load(config)), end="")
 
 
+@config_app.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of a settings file, for editors."""
+    from distributor_node.services.command_line.config import render_schema
+
+    print(render_schema(), end="")
+
+
 @config_app.command("reference")
 def reference() -> None:
     """Print all settings with their environment variables, defaults and meanings, as Markdown."""
@@ -118,10 +168,13 @@ def reference() -> None:
     print(render_reference(), end="")
 
 
-def _load(config: Path | None) -> Settings:
+def _load(config: Path | None, service: Service | None = None) -> Settings:
     from distributor_node.shared.settings import load_settings
 
-    return load_settings(config)
+    settings = load_settings(config)
+    if service is not None:
+        settings.check_for(service)
+    return settings
 
 
 def main() -> None:

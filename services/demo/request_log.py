@@ -79,7 +79,7 @@ class RequestLog:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    async def wait_for(self, condition: Callable[[RequestLog], bool], timeout_seconds: float = 5.0) -> None:
+    async def wait_for(self, condition: Callable[[RequestLog], bool], timeout_seconds: float = 60.0) -> None:
         """Wait until the condition holds. It is checked when a request arrives, begins its body or ends."""
         async with asyncio.timeout(timeout_seconds):
             while not condition(self):

@@ -29,8 +29,6 @@ from distributor_node.shared.observability.metrics import RECONCILED
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase, IndexEntry, Lease, StateStore, Term
 from distributor_node.shared.runtime.threads import run_blocking
 
-NEVER = 0.0  # POSIX time of the last access of an object that cannot be requested any more
-
 logger = structlog.get_logger()
 
 
@@ -105,7 +103,10 @@ class Adoption:
         self._index.add(entry)
         logger.debug("object_adopted", object_id=entry.object_id, bytes=entry.size)
         if seen.has_partial:
-            await self.adopt_partial(term, entry.object_id, 0)
+            try:
+                await self.adopt_partial(term, entry.object_id, 0)
+            except VolumeError as error:
+                logger.error("partial_unreadable", object_id=entry.object_id, reason=str(error))
 
     def _entry_of(self, found: FoundObject) -> PolicyEntry:
         known = self._index.known_entry(found.object_id) or self._imported_usage(found)
@@ -119,15 +120,6 @@ class Adoption:
 
     def _imported_usage(self, found: FoundObject) -> PolicyEntry | None:
         return None if self._node_import is None else self._node_import.usage_of(found)
-
-    async def adopt_trashed(self, term: Term, object_id: ObjectId, size: int) -> bool:
-        """Count a file in the trash, and mark it as being evicted. False: the store knows the object."""
-        if not await self._state.adopt(term, IndexEntry(object_id, size, 1, NEVER)):
-            return False
-        await self._state.begin_eviction(term, object_id, 0.0)
-        self._index.mark_deferred(object_id)
-        RECONCILED.labels("adopted_evicting").inc()
-        return True
 
     async def adopt_partial(self, term: Term, object_id: ObjectId, at_least: int) -> None:
         """Reserve what a partial file may take, unless a fetch has done so, or the file is gone."""
@@ -208,10 +200,16 @@ class PartialReaper:
         found, foreign = await run_blocking(scan_partial_files, self._volume)
         fetches = {fetch.object_id: fetch for fetch in await self._state.fetches()}
         for partial in found.values():
-            await self._reconcile_one(term, partial, fetches.get(partial.object_id))
+            try:
+                await self._reconcile_one(term, partial, fetches.get(partial.object_id))
+            except VolumeError as error:
+                logger.error("partial_unreadable", object_id=partial.object_id, reason=str(error))
         for fetch in fetches.values():
             if fetch.phase is FetchPhase.PARKED and fetch.object_id not in found:
-                await self._reap(term, fetch.object_id, "left_no_file")
+                try:
+                    await self._reap(term, fetch.object_id, "left_no_file")
+                except VolumeError as error:
+                    logger.error("partial_unreadable", object_id=fetch.object_id, reason=str(error))
         return len(foreign)
 
     async def free(self, term: Term, wanted: int) -> int:
@@ -232,7 +230,10 @@ class PartialReaper:
         for fetch in sorted(parked, key=_age, reverse=True):
             if freed >= wanted:
                 break
-            freed += await self._reap(term, fetch.object_id, "space_wanted")
+            try:
+                freed += await self._reap(term, fetch.object_id, "space_wanted")
+            except VolumeError as error:
+                logger.error("partial_unreadable", object_id=fetch.object_id, reason=str(error))
         return freed
 
     async def discard(self, term: Term, object_id: ObjectId) -> None:
@@ -243,12 +244,13 @@ class PartialReaper:
         if fetch is not None and fetch.phase is FetchPhase.FETCHING:
             return
         object_id = partial.object_id
-        if fetch is None or fetch.phase is not FetchPhase.PARKED:
+        too_large = fetch is not None and fetch.phase is FetchPhase.PARKED and partial.size > fetch.size
+        if fetch is None or fetch.phase is not FetchPhase.PARKED or too_large:
             # A claim may have a reservation already; the store adds none twice
             await self._adoption.adopt_partial(term, object_id, partial.size)
         sidecar = await run_blocking(self._volume.partial_record, object_id)
         idle = time.time() - partial.changed_at
-        if sidecar is None or partial.size > sidecar.size:
+        if sidecar is None or partial.size > sidecar.size or too_large:
             await self._reap(term, object_id, "unusable")
         elif max(idle, fetch.age if fetch else 0.0) > self._keep:
             await self._reap(term, object_id, "abandoned")

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import structlog
 
 from distributor_node.services.evictor.adoption import PartialReaper
 from distributor_node.services.evictor.index import EvictionIndex
-from distributor_node.shared.adapters.volume import Removal, RemovalState, Volume
+from distributor_node.shared.adapters.volume import Removal, RemovalState, TrashedFile, Volume
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import PolicyEntry
 from distributor_node.shared.domain.objects import ObjectId
@@ -29,8 +30,9 @@ from distributor_node.shared.observability.metrics import (
     EVICTION_BLOCKED,
     EVICTIONS,
     LAST_EVICTION_MAX_IDLE,
+    RECONCILED,
 )
-from distributor_node.shared.ports.state_store import StateStore, Term
+from distributor_node.shared.ports.state_store import IndexEntry, StateStore, Term
 from distributor_node.shared.runtime.threads import run_blocking
 
 _EVICTION_BATCH = 128
@@ -220,6 +222,8 @@ class PassReport:
 # The lock on the file is taken before the store is told and released after everything is done. A leader that is stopped
 # in between keeps the name from being used again, and its successor finds the file in use.
 
+_NEVER = 0.0  # POSIX time of the last access of an object that cannot be requested any more
+
 ANY_IDLE = 0.0
 """Minimum idle time of an object that has to be removed however recently it was read."""
 
@@ -245,6 +249,7 @@ class ObjectRemover:
     def __init__(self, state: StateStore, volume: Volume, index: EvictionIndex) -> None:
         self._state, self._volume, self._index = state, volume, index
         # Of objects whose removal has begun and not finished
+        self._settling = asyncio.Lock()
         self._reasons: dict[ObjectId, str | Victim] = {}
 
     async def evict(
@@ -423,6 +428,46 @@ class ObjectRemover:
             if outcome is RemovalOutcome.DEFERRED or (outcome is RemovalOutcome.FAILED and begun):
                 self._index.evicting[object_id] = None  # to the end: the next call begins with others
         return len(self._index.evicting)
+
+    async def settle_trash(self, term: Term) -> None:
+        """Unlink the files in `leaving/` that no process sends, whatever the index says of their objects, and count
+        the others.
+
+        The entry of a file may be missing or not evicting: the store lost its last second with the removal, or the
+        object was fetched again. `complete` takes care of those that are evicting.
+        """
+        async with self._settling:
+            uncounted = 0
+            for file in await run_blocking(lambda: list(self._volume.scan_trash())):
+                try:
+                    counted = await self._settle_trashed(term, file)
+                except VolumeError as error:
+                    logger.error("object_removal_failed", object_id=file.object_id, reason=str(error))
+                    counted = False
+                if not counted:
+                    uncounted += file.size
+            if uncounted != (await self._state.usage()).leaving:
+                await self._state.set_leaving(term, uncounted)
+
+    async def _settle_trashed(self, term: Term, file: TrashedFile) -> bool:
+        """Whether the file is gone, or an entry counts it."""
+        object_id = file.object_id
+        # An entry stands for one file: for that in `objects/` if there is one
+        may_have_entry = (
+            file.name == object_id and await run_blocking(self._volume.find_object, object_id) is None
+        )
+        if may_have_entry and object_id in self._index.evicting:
+            return True
+        if await run_blocking(self._volume.unlink_trashed, file):
+            return True
+        if not may_have_entry:
+            return False
+        adopted = await self._state.adopt(term, IndexEntry(object_id, file.size, 1, _NEVER))
+        if not await self._state.begin_eviction(term, object_id, ANY_IDLE, even_pinned=True):
+            return False
+        self._index.mark_deferred(object_id)
+        RECONCILED.labels("adopted_evicting").inc(adopted)
+        return True
 
 
 def _begin_all(removals: Sequence[Removal]) -> Sequence[RemovalState | VolumeError]:

@@ -14,8 +14,11 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
+import structlog
+
 from distributor_node.shared.adapters.volume import FoundObject, Volume
 from distributor_node.shared.domain.admission import ViewCoalescer
+from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import EvictionPolicy, PolicyEntry
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.observability.metrics import REFETCHED_AFTER_EVICTION
@@ -28,6 +31,8 @@ from distributor_node.shared.ports.state_store import (
     Term,
 )
 from distributor_node.shared.runtime.threads import run_blocking
+
+logger = structlog.get_logger()
 
 _READ_BATCHES = 200  # of the access log, at a time
 _SAVE_BATCH = 1000
@@ -209,8 +214,17 @@ class EvictionIndex:
         return access.views
 
     def _find(self, object_ids: list[ObjectId]) -> list[FoundObject]:
-        seen = (self._volume.find_object(object_id) for object_id in object_ids)
-        return [found for found in seen if found is not None]
+        """The files that can be read: one that cannot must not keep the others waiting."""
+        files = []
+        for object_id in object_ids:
+            try:
+                found = self._volume.find_object(object_id)
+            except VolumeError as error:
+                logger.warning("object_unreadable", object_id=object_id, reason=str(error))
+                continue
+            if found is not None:
+                files.append(found)
+        return files
 
     async def save(self, term: Term) -> None:
         """Write what has changed. The position is written with the last batch: after a crash between two batches some

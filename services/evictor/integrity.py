@@ -214,7 +214,10 @@ class Scrub:
             return self._round_pause
         for found in chunk:
             if isinstance(found, FoundObject) and not found.in_trash:
-                await self._verify(term, found)
+                try:
+                    await self._verify(term, found)
+                except VolumeError as error:
+                    logger.error("object_unreadable", object_id=found.object_id, reason=str(error))
                 await asyncio.sleep(_MIN_SECONDS_PER_OBJECT)
         return 0.0
 

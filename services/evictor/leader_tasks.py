@@ -168,6 +168,7 @@ class LeaderTasks:
         if self._needs_resync and time.monotonic() - self._resynced_at > _MIN_RESYNC_INTERVAL:
             await self._resync()
         await self._parts.remover.complete_all(self._term, _COMPLETE_BATCH)
+        await self._parts.remover.settle_trash(self._term)
         usage = await self._state.usage()
         if usage.reconciled:
             device_free = await run_blocking(self._parts.volume.free_bytes)

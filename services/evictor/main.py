@@ -8,11 +8,10 @@ from distributor_node.services.evictor.evictor import Evictor
 from distributor_node.services.evictor.source_probes import MonitorTimes, SourceMonitor
 from distributor_node.shared.adapters.sources.health import SourceStatsSync
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
-from distributor_node.shared.observability.metrics import describe_build
-from distributor_node.shared.observability.probe_server import ProbeServer
+from distributor_node.shared.observability.metrics import describe_build, render_in_thread
+from distributor_node.shared.observability.probe_server import Probes, ProbeServer, ready_without
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.runtime.factories import (
-    MEMORY,
     build_catalog,
     build_source_prober,
     build_source_stats_sync,
@@ -22,6 +21,7 @@ from distributor_node.shared.runtime.factories import (
 from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.runtime.malloc import mmap_large_blocks
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
+from distributor_node.shared.runtime.systemd import READY, notify
 from distributor_node.shared.settings.model import Settings
 
 
@@ -36,10 +36,6 @@ def run(settings: Settings) -> int:
 
 async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
     """Build the evictor and serve. If it ends by itself, the process ends, and its supervisor restarts it."""
-    if settings.state_store.url.get_secret_value().startswith(MEMORY):
-        raise ConfigurationError(
-            "state_store.url: expected the URL of a Redis server for a separate evictor process, got memory://"
-        )
     describe_build(VERSION, "evictor")
     mmap_large_blocks()
     resources = scope.resources
@@ -57,8 +53,13 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
     monitor = await resources.enter_async_context(build_source_monitor(settings, catalog, stats_sync))
     evictor = Evictor(settings, state, volume, catalog, monitor)
     await resources.enter_async_context(
-        ProbeServer(settings.metrics.host, settings.metrics.port, evictor.problems)
+        ProbeServer(
+            settings.metrics.host,
+            settings.metrics.port_of("evictor"),
+            Probes(ready_without(evictor.problems), render_in_thread),
+        )
     )
+    notify(READY)
     await run_until(scope.stop_requested, evictor.serve(), "evictor")
 
 

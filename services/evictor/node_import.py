@@ -165,7 +165,7 @@ class ImportCopier:
     async def run(self) -> float | None:
         """Copy what has room. Returns the seconds until the next attempt; None: nothing is left.
 
-        CatalogUnavailable, StateStoreUnavailable and VolumeError end it early.
+        CatalogUnavailable and StateStoreUnavailable end it early.
         """
         if not self._node_import.needs_copy:
             return None
@@ -183,15 +183,24 @@ class ImportCopier:
             if isinstance(begun, NoSpace):
                 logger.info("import_paused_no_space", copied=copied, left=len(pending) - copied)
                 return _NO_SPACE_RETRY_INTERVAL
-            if isinstance(begun, Granted):
-                copied += await self._copy(known, one, begun.lease)
-            elif isinstance(begun, AlreadyStored):
-                await run_blocking(self._import_source.remove, one.object_id)
+            if isinstance(begun, Granted | AlreadyStored):
+                try:
+                    copied += await self._import_admitted(known, one, begun)
+                except VolumeError as error:
+                    logger.error("import_copy_failed", object_id=one.object_id, reason=str(error))
             elif not isinstance(begun, NeverFits):
                 # Not reconciled yet, or a worker is fetching this object
                 return _LEASE_RENEW_INTERVAL
         logger.info("import_copy_finished", copied=copied, left=len(pending) - copied)
         return None
+
+    async def _import_admitted(
+        self, known: MediaObject, one: PendingFile, begun: Granted | AlreadyStored
+    ) -> bool:
+        if isinstance(begun, Granted):
+            return await self._copy(known, one, begun.lease)
+        await run_blocking(self._import_source.remove, one.object_id)
+        return False
 
     def _most_used_first(self) -> Sequence[PendingFile]:
         return sorted(self._import_source.pending(), key=self._node_import.views_of, reverse=True)

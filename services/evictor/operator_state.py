@@ -14,6 +14,7 @@ from distributor_node.shared.adapters.volume.operator_state_file import (
     read_operator_state,
     write_operator_state,
 )
+from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
 from distributor_node.shared.ports.state_store import FetchPhase, PurgeRequest, StateStore, Term
@@ -78,7 +79,12 @@ class Purger:
             return _PURGE_INTERVAL
         completed = 0
         for request in requests:
-            if await self._purge(term, request):
+            try:
+                purged = await self._purge(term, request)
+            except VolumeError as error:
+                logger.error("object_unreadable", object_id=request.object_id, reason=str(error))
+                continue
+            if purged:
                 await self._state.complete_purge(term, request)
                 completed += 1
             await asyncio.sleep(0)

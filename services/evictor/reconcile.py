@@ -11,7 +11,7 @@ import structlog
 from distributor_node.services.evictor.adoption import Adoption, AdoptionResult, PartialReaper, SeenFile
 from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import CompactIdSet, EvictionIndex
-from distributor_node.shared.adapters.volume import FoundObject, UnknownFile, Volume
+from distributor_node.shared.adapters.volume import UnknownFile, UnreadableFile, Volume
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
@@ -48,9 +48,10 @@ class Findings:
         if len(self.foreign) < 5:
             self.foreign.append(path)
 
-    def add_unreadable(self, object_id: ObjectId, error: VolumeError) -> None:
+    def add_unreadable(self, name: str, error: VolumeError | str) -> None:
+        """`name`: of the object, or the path of a file or directory."""
         self.unreadable += 1
-        logger.error("object_unreadable", object_id=object_id, reason=str(error))
+        logger.error("object_unreadable", object_id=name, reason=str(error))
 
 
 class Reconciliation:
@@ -78,6 +79,7 @@ class Reconciliation:
         await self._remover.complete_all(term, len(self._index.evicting))
         # Partial files before objects: a file that is published between the two scans is seen by one of them
         await self._reaper.sweep(term)
+        await self._remover.settle_trash(term)
         await self._adopt_unknown(term, known, findings)
         await self._check_entries(term, known, findings)
         # Partial files of workers that began just before the store was lost
@@ -108,22 +110,15 @@ class Reconciliation:
         while chunk := await next_chunk(scan, _SCAN_BATCH):
             unknown: list[ObjectId] = []
             for found in chunk:
-                if isinstance(found, UnknownFile):
+                if isinstance(found, UnreadableFile):
+                    findings.add_unreadable(found.path, found.reason)
+                elif isinstance(found, UnknownFile):
                     findings.add_foreign(found.path)
-                elif found.in_trash:
-                    await self._adopt_trashed(term, found, findings)
-                elif found.object_id not in known:
+                elif not found.in_trash and found.object_id not in known:
                     unknown.append(found.object_id)
             findings.objects += len(chunk)
             if unknown:
                 await self._adopt_files(term, unknown, await self._adoption.inspect(unknown), findings)
-
-    async def _adopt_trashed(self, term: Term, found: FoundObject, findings: Findings) -> None:
-        if found.object_id in self._index.evicting:
-            return
-        if await self._adoption.adopt_trashed(term, found.object_id, found.size):
-            findings.adopted += 1
-            await self._remover.complete(term, found.object_id)
 
     async def _adopt_files(
         self,
@@ -162,7 +157,9 @@ class Reconciliation:
             for entry, size in zip(older, sizes, strict=True):
                 if entry.evicting or size == entry.size:
                     continue
-                if size is not None:
+                if isinstance(size, VolumeError):
+                    findings.add_unreadable(entry.object_id, size)
+                elif size is not None:
                     logger.warning("object_damaged", object_id=entry.object_id, bytes=size)
                     await self._remover.purge(term, entry.object_id, "damaged")
                 elif await self._state.forget(entry.object_id, entry.generation):
@@ -171,9 +168,15 @@ class Reconciliation:
                     RECONCILED.labels("dropped_record").inc()
                     logger.info("index_entry_dropped", object_id=entry.object_id)
 
-    def _sizes(self, entries: Sequence[IndexEntry]) -> list[int | None]:
-        found = (self._volume.find_object(entry.object_id) for entry in entries)
-        return [None if seen is None else seen.size for seen in found]
+    def _sizes(self, entries: Sequence[IndexEntry]) -> list[int | VolumeError | None]:
+        return [self._size(entry.object_id) for entry in entries]
+
+    def _size(self, object_id: ObjectId) -> int | VolumeError | None:
+        try:
+            seen = self._volume.find_object(object_id)
+        except VolumeError as error:
+            return error
+        return None if seen is None else seen.size
 
     def _report(self, findings: Findings, seconds: float) -> None:
         RECONCILE_TIME.observe(seconds)
@@ -222,7 +225,7 @@ class UsageCheck:
             counted += sum(footprint(entry.size) for entry in batch)
         after = await self._state.usage()
         moved = after.churn - before.churn
-        return moved < 0 or abs(after.used - counted) > moved
+        return moved < 0 or abs(after.used - after.leaving - counted) > moved
 
     async def check_maxmemory_policy(self) -> None:
         """Warn if the server drops keys when its memory is full. Sums and what they are sums of would differ then."""

@@ -31,11 +31,12 @@ from distributor_node.shared.ports.state_store import (
     NoSpace,
     NotReconciled,
     StateStore,
+    Superseded,
     Topic,
 )
 from distributor_node.shared.runtime.threads import BlockingPool, hash_file
 
-Denied = AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotReconciled
+Denied = AlreadyStored | HeldElsewhere | Superseded | NoSpace | NeverFits | NotReconciled
 
 _POLL_INTERVAL = 0.5
 """Seconds after which a waiting job asks again without an announcement, because announcements can be lost."""
@@ -77,10 +78,12 @@ class Admission:
         self._rules = rules
         self._worker = worker
 
-    async def admit(self, media_object: MediaObject, *, warming: bool = False) -> Admitted | JobOutcome:
+    async def admit(
+        self, media_object: MediaObject, *, warming: bool = False, claim: int = 0
+    ) -> Admitted | JobOutcome:
         """Return the lease, or the outcome of a job that is not to fetch.
 
-        `warming`: no client waits for the object, so nothing is evicted for it.
+        `warming`: no client waits for the object, so nothing is evicted for it. `claim`: serial of the job's claim.
         Raises VolumeError and StateStoreUnavailable.
         """
         size = media_object.size
@@ -90,9 +93,11 @@ class Admission:
             return DeadLetter(f"size: expected at most {self._rules.largest_size} bytes, got {size}")
         if warming and not await self._has_room_to_warm(size):
             return await self._skip_warming(media_object.object_id)
-        return await self._admit(media_object, size, warming=warming)
+        return await self._admit(media_object, size, claim, warming=warming)
 
-    async def _admit(self, media_object: MediaObject, size: int, *, warming: bool) -> Admitted | JobOutcome:
+    async def _admit(
+        self, media_object: MediaObject, size: int, claim: int, *, warming: bool
+    ) -> Admitted | JobOutcome:
         """Ask for the lease until it is granted or the job has waited long enough."""
         object_id = media_object.object_id
         wait = AdmissionWait(self._rules.space_wait, self._rules.lease)
@@ -104,7 +109,7 @@ class Admission:
                 if record is not None:
                     return await self._reindex(record)
                 requested_at = time.monotonic()
-                result = await self._state.begin(object_id, size, self._worker)
+                result = await self._state.begin(object_id, size, self._worker, claim)
                 if isinstance(result, Granted):
                     return Admitted(result.lease, requested_at)
                 if isinstance(result, AlreadyStored) and not invalid_removed:
@@ -254,6 +259,8 @@ class AdmissionWait:
         match denied:
             case NeverFits():
                 return DeadLetter("size: larger than the storage limit")
+            case Superseded():
+                return Ack("superseded")
             case AlreadyStored():
                 return Retry("index and volume disagree about the object")
             case NoSpace(missing):

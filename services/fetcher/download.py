@@ -1,6 +1,7 @@
 """One fetch under a lease, from opening the partial file to the end of the lease.
 
 1. Open the partial file, and keep its bytes if they are the beginning of the same content.
+   A file that is complete and verified is hashed again and published.
 2. Read from the sources, write and hash.
 3. Verify size and hash; after corrupt bytes, read again from other sources.
 4. Publish: write the record, rename.
@@ -179,10 +180,13 @@ class _PartialFetch:
 
     async def run(self) -> None:
         """Open, download, verify and publish."""
+        if await self._publish_verified():
+            return
         partial = await self._disk.run(self._open)
         # After the index was rebuilt from the volume, it may not know this file. It must know it before the file
         # grows. The renewal tells it, while the source is asked.
         self._renewer.renew_soon()
+        await self._return_surplus()
         download = _Download(
             self._state, self._failover_reader, self._disk, self._object, partial, self._renewer, self._slot
         )
@@ -190,6 +194,41 @@ class _PartialFetch:
             await download.announce()  # the bytes of an earlier attempt can be sent
         await download.run()
         await self._publish(partial)
+
+    async def _publish_verified(self) -> bool:
+        """Publish the file of a worker that died after it had verified all bytes. Followers may still be sending it."""
+        partial = await self._disk.run(self._open_verified)
+        if partial is None:
+            return False
+        expected = self._object.content_hash
+        if expected is not None:
+            hasher = expected.hasher()
+            await hash_through(self._disk.run, partial.read, hasher, chunk=_REHASH_CHUNK)
+            if hasher.digest() != expected.digest:
+                self.close()
+                return False
+        await self._return_surplus()
+        await self._publish(partial)
+        return True
+
+    def _open_verified(self) -> PartialFile | None:
+        """Blocking."""
+        expected = self._expected_record()
+        sidecar = self._volume.partial_record(self._object.object_id)
+        if sidecar is None or not _is_same_content(sidecar, expected):
+            return None
+        media_type = expected.media_type or sidecar.media_type
+        self._partial = self._volume.open_verified_partial(replace(expected, media_type=media_type))
+        return self._partial
+
+    async def _return_surplus(self) -> None:
+        """Release what the larger file of an earlier attempt had reserved: `_open` has cut it."""
+        if not self._lease.surplus:
+            return
+        try:
+            await self._state.return_surplus(self._lease)
+        except StateStoreUnavailable as error:
+            logger.info("surplus_not_returned", reason=str(error))  # the end of the fetch releases it
 
     def _open(self) -> PartialFile:
         """Open the partial file, empty unless it is the beginning of the same content. Blocking."""

@@ -183,7 +183,9 @@ class Worker:
     async def _fetch(self, job: FetchJob, slot: Slot | None) -> JobOutcome:
         outcome: JobOutcome
         try:
-            admitted = await self._admission.admit(job.media_object, warming=job.low_priority)
+            admitted = await self._admission.admit(
+                job.media_object, warming=job.low_priority, claim=job.claim
+            )
             if isinstance(admitted, Admitted):
                 record_failure = partial(self._failure_recorder.record, job)
                 return await self._fetch_runner.run(

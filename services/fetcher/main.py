@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from distributor_node.services.fetcher.fetcher import Fetcher
-from distributor_node.shared.domain.errors import ConfigurationError
-from distributor_node.shared.observability.metrics import describe_build
-from distributor_node.shared.observability.probe_server import ProbeServer
+from distributor_node.shared.observability.metrics import describe_build, render_in_thread
+from distributor_node.shared.observability.probe_server import Probes, ProbeServer, ready_without
 from distributor_node.shared.runtime.factories import (
-    MEMORY,
     build_failover_reader,
     build_job_queue,
     build_source_client,
@@ -18,6 +16,7 @@ from distributor_node.shared.runtime.factories import (
 from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.runtime.malloc import retain_freed_memory
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
+from distributor_node.shared.runtime.systemd import READY, notify
 from distributor_node.shared.settings.model import Settings
 
 
@@ -32,10 +31,6 @@ def run(settings: Settings) -> int:
 
 async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
     """Run a fetcher until a stop is requested. If it ends by itself, the process ends and is restarted from outside."""
-    if settings.job_queue.url.get_secret_value().startswith(MEMORY):
-        raise ConfigurationError(
-            "state_store.url, job_queue.url: a separate fetcher needs Redis and RabbitMQ, got memory"
-        )
     describe_build(VERSION, "fetcher")
     retain_freed_memory()
     resources = scope.resources
@@ -49,6 +44,11 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
         await opened.open()
     fetcher = Fetcher(settings, state, queue, volume, build_failover_reader(client, stats_sync.registry))
     await resources.enter_async_context(
-        ProbeServer(settings.metrics.host, settings.metrics.port, fetcher.problems)
+        ProbeServer(
+            settings.metrics.host,
+            settings.metrics.port_of("fetcher"),
+            Probes(ready_without(fetcher.problems), render_in_thread),
+        )
     )
+    notify(READY)
     await run_until(scope.stop_requested, fetcher.serve(), "fetcher")

@@ -18,6 +18,7 @@ from distributor_node.services.standalone.main import run_standalone
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.runtime.run_service import MISCONFIGURED, ServiceScope, run_service
 from distributor_node.shared.settings import Settings, load_settings
+from distributor_node.shared.settings.model import METRICS_PORTS
 
 HOST = "127.0.0.1"
 FIRST_PUBLIC_PORT, FIRST_SOURCE_PORT, FIRST_SQUID_PORT = 3334, 3390, 4352
@@ -42,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
             manifest = folder / "manifest.yaml"
             write_manifest(manifest, objects, f"http://{HOST}:{source_port}/api/v1/files/")
             catalog = {"kind": "manifest", "manifest": str(manifest)}
-        settings = demo_settings(folder, catalog, free_port_from(options.port))
+        settings = demo_settings(
+            folder, catalog, free_port_from(options.port), free_port_from(METRICS_PORTS["standalone"])
+        )
     except ConfigurationError as error:
         print(f"The demo cannot start:\n{error}", file=sys.stderr)
         return MISCONFIGURED
@@ -54,8 +57,11 @@ def main(arguments: list[str] | None = None) -> int:
         await scope.resources.enter_async_context(source.run(HOST, source_port))
         if squid_port:
             await run_squid(scope.resources, objects, source.url, squid_port)
+        metrics_port = settings.metrics.port_of("standalone")
         await run_standalone(
-            scope, settings, lambda port: print(greeting(port, source_port, objects), flush=True)
+            scope,
+            settings,
+            lambda port: print(greeting(port, metrics_port, source_port, objects), flush=True),
         )
 
     code = run_service(serve, name="demo", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
@@ -75,13 +81,14 @@ async def run_squid(resources: AsyncExitStack, objects: list[DemoObject], endpoi
     print(f"Demo squid (PUT /faults injects faults): {squid.url}")
 
 
-def demo_settings(folder: Path, catalog: dict[str, Any], port: int) -> Settings:
+def demo_settings(folder: Path, catalog: dict[str, Any], port: int, metrics_port: int) -> Settings:
     """Write the demo's settings to a file, and load it. The environment overrides them."""
     fields = {
         "id": "demo",
         "environment": "demo",
         "buckets": ["0:1"],
         "public_api": {"host": HOST, "port": port},
+        "metrics": {"host": HOST, "port": metrics_port},
         "catalog": catalog,
         "storage": {"path": str(folder / "volume"), "limit": "4G"},
         "shutdown_deadline": 10,
@@ -105,7 +112,7 @@ def free_port_from(first: int) -> int:
     raise ConfigurationError(f"no free port from {first} to {first + _MAX_PORTS_TRIED - 1}")
 
 
-def greeting(port: int, source_port: int, objects: list[DemoObject]) -> str:
+def greeting(port: int, metrics_port: int, source_port: int, objects: list[DemoObject]) -> str:
     """Return the text printed at the start: URLs and commands to try."""
     node = f"http://{HOST}:{port}"
     ours = [item for item in objects if item.held and item.bucket == "0:1"]
@@ -120,7 +127,7 @@ The node is up: {node}   (Ctrl-C stops it)
 
   {"http://" + HOST + ":" + str(source_port) + "/":<45} demo page: pictures, video and subtitles through the node
   {node + "/api/v1/status":<45} status of the node
-  {node + "/metrics":<45} metrics for Prometheus
+  {f"http://{HOST}:{metrics_port}/metrics":<45} metrics for Prometheus
 
 Objects (the first request is a miss, the next one a hit):
 {assets}

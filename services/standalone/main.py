@@ -15,7 +15,6 @@ from distributor_node.services.fetcher.fetcher import Fetcher
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
 from distributor_node.shared.observability.metrics import describe_build
 from distributor_node.shared.runtime.factories import (
-    MEMORY,
     build_catalog,
     build_failover_reader,
     build_job_queue,
@@ -27,6 +26,7 @@ from distributor_node.shared.runtime.factories import (
 from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.runtime.malloc import retain_freed_memory
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service
+from distributor_node.shared.runtime.systemd import PUBLIC_SOCKET, activated_socket
 from distributor_node.shared.waiting import cancel_and_wait
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ async def run_standalone(
 
     At a shutdown the API stops first, because its pending responses need the fetcher.
     """
-    _check(settings)
+    settings.check_for("standalone")
+    listener = activated_socket(PUBLIC_SOCKET)
     resources = scope.resources
     volume = build_volume(settings)
     resources.callback(volume.close)
@@ -86,16 +87,8 @@ async def run_standalone(
             services.create_task(evictor.serve(), name="evictor"),
             services.create_task(fetcher.serve(), name="fetcher"),
         ]
-        await serve_api(context, scope.stop_requested, on_listening=on_listening)
+        await serve_api(
+            context, scope.stop_requested, service="standalone", listener=listener, on_listening=on_listening
+        )
         for task in reversed(background):
             await cancel_and_wait(task)
-
-
-def _check(settings: Settings) -> None:
-    if not settings.state_store.url.get_secret_value().startswith(MEMORY):
-        raise ConfigurationError("state_store.url and job_queue.url: expected memory:// in standalone mode")
-    if settings.public_api.workers > 1:
-        raise ConfigurationError(
-            f"public_api.workers: expected 1 in standalone mode, got {settings.public_api.workers};"
-            " use the separate services for more"
-        )

@@ -16,10 +16,19 @@ from distributor_node.shared.ports.state_store import Announcement
 MAX_ACCESS_BATCHES = 10_000
 """Bound of the access log. While no evictor reads it, the oldest batches are dropped: only recency is lost."""
 
+MAX_ACCESS_LOG_BYTES = 16 * 1024 * 1024
+"""Bound of the access log on a server: half of it is dropped when it takes more."""
+
+MAX_LOGGED_ACCESSES = 200_000
+"""Bound of the access log in memory: accesses, some 100 bytes each."""
+
 MAX_ANNOUNCEMENTS = 1_000
 """Announcements that wait for one slow listener. Beyond that, the oldest are dropped."""
 
 QUEUED_SECONDS = 60.0
+
+LOST_JOB_SECONDS = 600.0
+"""After so long, a job that was published and not begun counts as lost, and another one may be published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +37,7 @@ class StateTimeouts:
 
     claim_seconds: float = CLAIM_SECONDS  # from a claim to its published job
     queued_seconds: float = QUEUED_SECONDS  # from a published job to its worker
+    lost_job_seconds: float = LOST_JOB_SECONDS  # from a published job until it counts as lost
     lease_seconds: float = 15.0  # from one renewal of a lease to the next
     operation_timeout: float = 1.0  # of any operation, before StateStoreUnavailable
 

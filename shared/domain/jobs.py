@@ -22,6 +22,7 @@ class FetchJob:
     request_id: str  # of the HTTP request that caused the job
     published_at: float  # POSIX seconds
     attempt: int = 1
+    claim: int = 0  # serial of the claim that the job was published for; 0 in messages of older versions
     low_priority: bool = False  # a warming job: waits behind the jobs that clients wait for
 
     @property
@@ -52,6 +53,7 @@ def encode_job(job: FetchJob) -> bytes:
             **_OBJECT_FIELDS.encode(job.media_object),
             "published_at": job.published_at,
             "low_priority": job.low_priority,
+            **({"claim": job.claim} if job.claim else {}),
         }
     ).encode()
 
@@ -70,11 +72,15 @@ def decode_job(body: bytes, *, attempt: int, request_id: str) -> FetchJob:
         published_at = fields.get("published_at")
         if not isinstance(published_at, int | float) or isinstance(published_at, bool):
             raise InvalidJob(f"published_at: expected POSIX seconds, got {repr(published_at)[:40]}")
+        claim = fields.get("claim", 0)
+        if not isinstance(claim, int) or isinstance(claim, bool):
+            raise InvalidJob(f"claim: expected an integer, got {repr(claim)[:40]}")
         return FetchJob(
             media_object,
             request_id=request_id,
             published_at=float(published_at),
             attempt=attempt,
+            claim=claim,
             low_priority=bool(fields.get("low_priority", False)),
         )
     except InvalidJob:

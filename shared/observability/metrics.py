@@ -6,6 +6,7 @@ host and port (`source_label`).
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 from collections.abc import Iterable, Sequence
@@ -320,6 +321,11 @@ def describe_build(version: str, service: Literal["api", "fetcher", "evictor", "
             for value in values:
                 counter.labels(value)
     BUILD.labels(version=version, python=platform.python_version(), service=service).set(1)
+
+
+async def render_in_thread() -> tuple[bytes, str]:
+    """`render_metrics`, without holding up the event loop."""
+    return await asyncio.to_thread(render_metrics)
 
 
 def render_metrics() -> tuple[bytes, str]:

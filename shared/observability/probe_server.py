@@ -1,20 +1,53 @@
-"""The HTTP server of fetcher and evictor for GET /metrics, /healthz and /readyz.
+"""The HTTP server of each service for GET /metrics, /healthz and /readyz.
 
-It runs in the service's event loop, so a response of /healthz shows that the loop is alive.
+It runs in the service's event loop, so a response of /healthz shows that the loop is alive. It imports no metrics,
+because the supervisor of several workers needs it too (see multiprocess.py).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
 
 import structlog
 
-from distributor_node.shared.observability.metrics import render_metrics
+from distributor_node.shared.domain.errors import ConfigurationError
 
-Readiness = Callable[[], Awaitable[Sequence[str]]]
-"""Returns the problems that keep the service from working. Empty: it is ready."""
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether a service can work, in words."""
+
+    problems: tuple[str, ...] = ()
+    """What keeps it from working; nothing: it is ready."""
+    degraded: tuple[str, ...] = ()
+    """What it works without."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probes:
+    """How a service answers."""
+
+    readiness: Callable[[], Awaitable[Readiness]]
+    metrics: Callable[[], Awaitable[tuple[bytes, str]]]
+    """The metrics and their media type."""
+    liveness: Callable[[], Awaitable[Sequence[str]]] | None = None
+    """What is wrong with other processes that this one answers for. Default: nothing, since it answers."""
+
+
+def ready_without(problems: Callable[[], Awaitable[Sequence[str]]]) -> Callable[[], Awaitable[Readiness]]:
+    """The readiness of a service that only knows its problems."""
+
+    async def readiness() -> Readiness:
+        return Readiness(tuple(await problems()))
+
+    return readiness
+
 
 _MAX_HEAD = 8 * 1024  # bytes
 _TIMEOUT = 5.0  # seconds for one request
@@ -24,10 +57,13 @@ logger = structlog.get_logger()
 
 
 class ProbeServer:
-    """Use it as `async with ProbeServer(host, port, readiness) as server`. Port 0: any free port."""
+    """Use it as `async with ProbeServer(host, port, probes) as server`. Port 0: any free port.
 
-    def __init__(self, host: str, port: int, readiness: Readiness) -> None:
-        self._host, self._port, self._readiness = host, port, readiness
+    With `path` it listens on a Unix socket instead.
+    """
+
+    def __init__(self, host: str, port: int, probes: Probes, *, path: Path | None = None) -> None:
+        self._host, self._port, self._path, self._probes = host, port, path, probes
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
@@ -40,7 +76,18 @@ class ProbeServer:
         return port
 
     async def __aenter__(self) -> ProbeServer:
-        self._server = await asyncio.start_server(self._serve, self._host, self._port, limit=_MAX_HEAD)
+        """Listen; ConfigurationError if the port is taken."""
+        if self._path is not None:
+            self._server = await asyncio.start_unix_server(self._serve, self._path, limit=_MAX_HEAD)
+            return self
+        try:
+            self._server = await asyncio.start_server(self._serve, self._host, self._port, limit=_MAX_HEAD)
+        except (OSError, UnicodeError) as error:  # UnicodeError: not a host's name at all
+            number = error.errno if isinstance(error, OSError) else None
+            reason = os.strerror(number) if number and number > 0 else str(error)
+            raise ConfigurationError(
+                f"metrics.host, metrics.port: cannot listen on {self._host}:{self._port}: {reason}"
+            ) from error
         return self
 
     async def __aexit__(self, *_exception: object) -> None:
@@ -81,30 +128,44 @@ class ProbeServer:
         return _response(status, media_type, body, with_body=method == b"GET")
 
     async def _resource(self, path: bytes) -> tuple[int, str, bytes]:
-        if path == b"/metrics":
-            body, media_type = await asyncio.to_thread(render_metrics)
-            return 200, media_type, body
-        if path == b"/healthz":
-            return 200, "application/json", b'{"status": "ok"}\n'
-        if path == b"/readyz":
-            problems = await self._problems()
-            status = "not ready" if problems else "ready"
-            body = json.dumps({"status": status, "problems": problems}).encode() + b"\n"
-            return (503 if problems else 200), "application/json", body
+        try:
+            if path == b"/metrics":
+                body, media_type = await self._probes.metrics()
+                return 200, media_type, body
+            if path == b"/healthz":
+                return await self._liveness()
+            if path == b"/readyz":
+                return await self._readiness()
+        except OSError as error:
+            logger.warning("probe_failed", path=path.decode(), reason=str(error))
+            return _report(f"{path.decode()[1:]} failed: {str(error) or type(error).__name__}")
+        except Exception as error:
+            logger.exception("probe_failed", path=path.decode())
+            return _report(f"{path.decode()[1:]} failed: {type(error).__name__}")
         return 404, "text/plain", b"not found\n"
 
-    async def _problems(self) -> list[str]:
-        try:
-            return list(await self._readiness())
-        except Exception as error:
-            logger.exception("readiness_check_failed")
-            return [f"the readiness check failed: {type(error).__name__}"]
+    async def _liveness(self) -> tuple[int, str, bytes]:
+        problems = () if self._probes.liveness is None else await self._probes.liveness()
+        if problems:
+            return _report(*problems)
+        return 200, "application/json", b'{"status": "ok"}\n'
+
+    async def _readiness(self) -> tuple[int, str, bytes]:
+        readiness = await self._probes.readiness()
+        if readiness.problems:
+            return _report(*readiness.problems, degraded=readiness.degraded)
+        body = {"status": "ready", "problems": [], "degraded": readiness.degraded}
+        return 200, "application/json", json.dumps(body).encode() + b"\n"
+
+
+def _report(*problems: str, degraded: Sequence[str] = ()) -> tuple[int, str, bytes]:
+    body = {"status": "not ready", "problems": problems, "degraded": degraded}
+    return 503, "application/json", json.dumps(body).encode() + b"\n"
 
 
 def _response(status: int, media_type: str, body: bytes, *, with_body: bool = True, extra: str = "") -> bytes:
-    reason = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 431: "Request Header Fields Too Large"}
     head = (
-        f"HTTP/1.1 {status} {reason.get(status, 'Service Unavailable')}\r\nContent-Type: {media_type}\r\n"
+        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\nContent-Type: {media_type}\r\n"
         f"Content-Length: {len(body)}\r\nCache-Control: no-store\r\n{extra}Connection: close\r\n\r\n"
     )
     return head.encode() + (body if with_body else b"")

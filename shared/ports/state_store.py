@@ -89,6 +89,7 @@ class Claim:
 
     won: bool
     status: ObjectStatus  # if the claim was refused: why
+    serial: int = 0  # of the claim that was won, for its job; rises with every claim
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,7 @@ class Lease:
     token: int  # rises with every grant
     size: int  # bytes
     worker: str
+    surplus: int = 0  # bytes reserved beyond the footprint, for the larger file of an earlier attempt
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,11 @@ class HeldElsewhere:
 
 
 @dataclass(frozen=True, slots=True)
+class Superseded:
+    """The job of another claim is being carried out by a worker with a live lease. If it fails, it is tried again."""
+
+
+@dataclass(frozen=True, slots=True)
 class NoSpace:
     """The reservation would exceed the limit now."""
 
@@ -140,7 +147,7 @@ class NotReconciled:
     """The index does not match the volume yet, because the store is empty or was restarted. Wait."""
 
 
-BeginResult = Granted | AlreadyStored | HeldElsewhere | NoSpace | NeverFits | NotReconciled
+BeginResult = Granted | AlreadyStored | HeldElsewhere | Superseded | NoSpace | NeverFits | NotReconciled
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,7 +312,8 @@ class EvictorStore(Protocol):
     async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
         """Add a partial file that belongs to no fetch: PARKED, with `footprint(size)` bytes reserved.
 
-        Even above the limit. False if the fetch of the object has a reservation already.
+        Even above the limit. A smaller reservation without a live lease grows. False if the fetch of the object has a
+        live lease, or a reservation that is large enough.
         """
 
     async def steal_lease(self, term: Term, object_id: ObjectId) -> Lease | None:
@@ -318,6 +326,10 @@ class EvictorStore(Protocol):
         Entries take one to two seconds per million, during which the store serves no other call. Check first whether
         `used` can be right.
         """
+
+    async def set_leaving(self, term: Term, count: int) -> None:
+        """Count so many bytes as used in addition: removed files that are still being sent, and that no entry stands
+        for."""
 
     async def set_reconciled(self, term: Term) -> None:
         """Declare that the index matches the volume. Valid until this store is restarted or emptied."""
@@ -422,8 +434,8 @@ class OperatorStore(Protocol):
     async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
         """True the first time that the token id is used within `seconds`.
 
-        `issued` is in POSIX seconds. A store that forgets token ids when it ends rejects tokens issued before it
-        started (to the second), because they may have been used then.
+        `issued` is in POSIX seconds. Tokens issued before the store started or was emptied (to the second) are
+        rejected, because they may have been used then.
         """
 
 
@@ -438,11 +450,11 @@ class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
     async def ping(self) -> None:
         """Return if the store answers."""
 
-    async def check_writes(self) -> None:
-        """Return if the store accepts writes. One that answers may refuse them: a read-only replica, a full memory."""
-
     async def server_stats(self) -> ServerStats | None:
         """For monitoring. None if there is no server."""
+
+    async def problems(self) -> Sequence[str]:
+        """What keeps the store from working in full, in words: nearly full, refusing writes. Raises if it is down."""
 
     # Requests
 
@@ -453,7 +465,8 @@ class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
         """Win the right to publish the job, until the claim expires.
 
         Refused while a fetch is CLAIMED, QUEUED or FETCHING, or a failure is remembered. A PARKED fetch or an expired
-        claim can be claimed again. A parked fetch keeps its reservation.
+        claim can be claimed again. A parked fetch keeps its reservation. An expired queue mark is prolonged instead,
+        until its job counts as lost: in a queue that does not move another job would only wait behind it.
         """
 
     async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
@@ -474,16 +487,20 @@ class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
 
     # Fetching
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
-        """Take the lease and reserve `footprint(size)` bytes in one step.
+    async def begin(self, object_id: ObjectId, size: int, worker: str, claim: int = 0) -> BeginResult:
+        """Take the lease and reserve `footprint(size)` bytes in one step. `claim`: its serial, if a job carries one.
 
         Never granted if used + reserved would exceed the limit. The reservation of a PARKED fetch or an expired lease
-        is taken over, and adjusted to `size` if that differs and fits. A grant drops the object's `request_space`. A
+        is taken over. It grows to `size` if that is larger and fits. It never shrinks, because the larger file of
+        before may still be on the volume: see `return_surplus`. A grant drops the object's `request_space`. A
         remembered failure stays, hidden while the fetch is live, because this attempt may fail too.
         """
 
     async def renew(self, lease: Lease, source: str | None = None) -> bool:
         """Extend the lease and report the source in use. False: the lease is lost, stop writing at once."""
+
+    async def return_surplus(self, lease: Lease) -> None:
+        """Release what is reserved beyond the footprint, once the file is no larger. Announces SPACE_FREED."""
 
     async def commit(self, lease: Lease, stored_at: float) -> bool:
         """The object is complete: reserved bytes become used, the object enters the index, its failure is dropped.

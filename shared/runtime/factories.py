@@ -81,7 +81,10 @@ def build_catalog(settings: Settings) -> Catalog:
     )
     if catalog.kind == "joystream":
         return CachedCatalog(
-            _build_joystream(settings), limits, shared_cache=_build_shared_catalog_cache(settings)
+            _build_joystream(settings),
+            limits,
+            shared_cache=_build_shared_catalog_cache(settings),
+            assignment=settings.assignment,
         )
     return CachedCatalog(OriginCatalog(_required(catalog.origin, "catalog.origin"), catalog.timeout), limits)
 

@@ -16,6 +16,7 @@ import uvloop
 
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.observability.logging import configure_logging
+from distributor_node.shared.runtime import systemd
 from distributor_node.shared.settings.model import LogSettings
 from distributor_node.shared.waiting import cancel_and_wait
 
@@ -74,7 +75,9 @@ class _Run:
         work = asyncio.create_task(self._work(scope), name=f"{self._name}-main")
         stop = asyncio.create_task(scope.stop_requested.wait(), name=f"{self._name}-stop")
         try:
-            await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            async with systemd.watchdog():
+                await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+            systemd.notify(systemd.STOPPING)
             self._start_watchdog()
             if not work.done():
                 await asyncio.wait({work}, timeout=self._shutdown_deadline)
@@ -106,8 +109,9 @@ class _Run:
             logger.error("service_cancelled", service=self._name)
             return FAILED
         error = work.exception()
-        if isinstance(error, ConfigurationError):
-            logger.error("settings_rejected", service=self._name, reason=str(error))
+        rejected = _find_configuration_error(error)
+        if rejected is not None:
+            logger.error("settings_rejected", service=self._name, reason=str(rejected))
             return MISCONFIGURED
         if error is not None:
             logger.error("service_failed", service=self._name, exc_info=error)
@@ -132,6 +136,14 @@ class _Run:
             self._watchdog = threading.Timer(self._shutdown_deadline + _CLEANUP_GRACE, os._exit, (FAILED,))
             self._watchdog.daemon = True
             self._watchdog.start()
+
+
+def _find_configuration_error(error: BaseException | None) -> ConfigurationError | None:
+    """Return the ConfigurationError that ended main, also from inside a TaskGroup. None if anything else failed too."""
+    if isinstance(error, BaseExceptionGroup):
+        inner = [_find_configuration_error(one) for one in error.exceptions]
+        return inner[0] if all(one is not None for one in inner) else None
+    return error if isinstance(error, ConfigurationError) else None
 
 
 def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

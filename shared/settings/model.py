@@ -11,11 +11,11 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.errors import ConfigurationError, InvalidInput
 from distributor_node.shared.domain.eviction import DEFAULT_MISS_COST, PolicyName
 from distributor_node.shared.domain.jobs import CLAIM_SECONDS
 from distributor_node.shared.domain.objects import Assignment, parse_bucket_id
@@ -25,6 +25,7 @@ from distributor_node.shared.settings.sizes import Size, format_size
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+MIN_USABLE_SIZE = 64 * 1024  # bytes
 
 # Not structlog: settings are read before logs are configured, and a plain logger then writes to stderr
 logger = logging.getLogger(__name__)
@@ -36,15 +37,19 @@ class SettingsGroup(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-def rename_settings(values: Any, group: str, renamed: Mapping[str, str]) -> Any:
+FORMER_NAMES = {"evictor": {"duty_interval": "assignment_interval"}}
+"""By group: former name to current name."""
+
+
+def rename_settings(values: Any, group: str) -> Any:
     """The values of a group, from file and environment together, under their current names.
 
-    `renamed`: former name to current name. A former name works and is logged; ValueError if both are set.
+    A former name works and is logged. ValueError if both are set.
     """
     if not isinstance(values, Mapping):
         return values
     current = dict(values)
-    for former, name in renamed.items():
+    for former, name in FORMER_NAMES[group].items():
         if former not in current:
             continue
         if name in current:
@@ -290,7 +295,7 @@ class EvictorSettings(SettingsGroup):
     @model_validator(mode="before")
     @classmethod
     def _accept_former_names(cls, values: Any) -> Any:
-        return rename_settings(values, "evictor", {"duty_interval": "assignment_interval"})
+        return rename_settings(values, "evictor")
 
 
 class AdmissionSettings(SettingsGroup):
@@ -302,15 +307,24 @@ class AdmissionSettings(SettingsGroup):
     """Seconds within which the second view must follow the first."""
 
 
+METRICS_PORTS = {"api": 9463, "standalone": 9463, "fetcher": 9464, "evictor": 9465}
+"""Default ports of the services, which may run on one host."""
+
+
 class MetricsSettings(SettingsGroup):
-    """Where fetcher and evictor serve /metrics, /healthz and /readyz. The API serves them on its own port."""
+    """Where each service serves /metrics, /healthz and /readyz."""
 
     host: str = "0.0.0.0"
     """Address to listen on."""
-    port: Port = 9464
-    """Port to listen on; 0 takes any free one."""
+    port: Port | None = None
+    """Port to listen on; 0 takes any free one. Default: 9463 for the API and a standalone node, 9464 for a fetcher,
+    9465 for an evictor."""
     multiprocess_dir: Path | None = None
     """Directory for the counters of several API workers. Default: a new temporary directory."""
+
+    def port_of(self, service: str) -> int:
+        """The port of `service`: api, standalone, fetcher or evictor."""
+        return METRICS_PORTS[service] if self.port is None else self.port
 
 
 class LogSettings(SettingsGroup):
@@ -325,23 +339,14 @@ class LogSettings(SettingsGroup):
     always logged."""
 
 
-class Settings(BaseSettings):
-    """All settings. Each can be set in the file, or in the environment as DISTRIBUTOR_ and its path, such as
-    DISTRIBUTOR_STORAGE__LIMIT=500G."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="DISTRIBUTOR_",
-        env_nested_delimiter="__",
-        extra="forbid",
-        frozen=True,
-        use_attribute_docstrings=True,
-    )
+class Settings(SettingsGroup):
+    """All settings, as they are given; `load_settings` reads them from file and environment."""
 
     id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=128)
     """The node's name in /status. Default: the host's name."""
     buckets: frozenset[str] | None = None
     """Buckets to serve. With neither buckets nor worker_id, the node serves everything in the catalog."""
-    worker_id: int | None = Field(default=None, ge=0)
+    worker_id: int | None = Field(default=None, ge=0, le=2**63 - 1)
     """Serve all buckets that this worker operates, unless `buckets` is set."""
     environment: str = "production"
     """nodeEnv in /status."""
@@ -367,6 +372,43 @@ class Settings(BaseSettings):
             return None if buckets is None else frozenset(parse_bucket_id(bucket) for bucket in buckets)
         except InvalidInput as error:
             raise ValueError(str(error)) from error
+
+    def problems_of_sizes(self) -> list[str]:
+        """Sizes that are valid but of no use, in words: most likely their unit was forgotten."""
+        storage, memory = self.storage, self.public_api.memory_cache
+        sizes = {"storage.limit": storage.limit, "storage.max_cached_item": storage.max_cached_item}
+        problems = [
+            f"{name}: expected at least {format_size(MIN_USABLE_SIZE)}, got {size} bytes; is the unit missing,"
+            f" as in {size}G?"
+            for name, size in sizes.items()
+            if size is not None and size < MIN_USABLE_SIZE
+        ]
+        if 0 < memory < MIN_USABLE_SIZE:
+            problems.append(
+                f"public_api.memory_cache: expected 0 or at least {format_size(MIN_USABLE_SIZE)}, got {memory} bytes;"
+                f" is the unit missing, as in {memory}M?"
+            )
+        return problems
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether state store and job queue are in memory, as in standalone mode."""
+        return self.state_store.url.get_secret_value().startswith("memory://")
+
+    def check_for(self, service: str) -> None:
+        """Raise ConfigurationError if `service` (api, standalone, fetcher, evictor) cannot run with these settings."""
+        if service != "standalone" and self.in_memory:
+            raise ConfigurationError(
+                f"state_store.url, job_queue.url: expected those of Redis and RabbitMQ for `distributor {service}`,"
+                " got memory://; `distributor standalone` works without servers"
+            )
+        if service == "standalone" and not self.in_memory:
+            raise ConfigurationError("state_store.url, job_queue.url: expected memory:// in standalone mode")
+        if service == "standalone" and self.public_api.workers > 1:
+            raise ConfigurationError(
+                f"public_api.workers: expected 1 in standalone mode, got {self.public_api.workers};"
+                " use the separate services for more"
+            )
 
     @property
     def assignment(self) -> Assignment:
@@ -416,17 +458,32 @@ class Settings(BaseSettings):
         return problems
 
     def _problems_of_urls(self) -> list[str]:
-        problems = []
         state, queue = self.state_store.url.get_secret_value(), self.job_queue.url.get_secret_value()
-        if not state.startswith(("redis://", "rediss://", "unix://", "memory://")):
-            problems.append("state_store.url must begin with redis://, rediss://, unix:// or memory://")
-        if not queue.startswith(("amqp://", "amqps://", "memory://")):
-            problems.append("job_queue.url must begin with amqp://, amqps:// or memory://")
+        problems = [
+            *_problems_of_server_url("state_store.url", state, "redis", "rediss", "unix", "memory"),
+            *_problems_of_server_url("job_queue.url", queue, "amqp", "amqps", "memory"),
+        ]
         if state.startswith("memory://") != queue.startswith("memory://"):
             problems.append(
                 "state_store.url and job_queue.url: both must be memory:// (standalone mode), or neither"
             )
         return problems
+
+
+def _problems_of_server_url(name: str, url: str, *schemes: str) -> list[str]:
+    """What is wrong with the URL of a server, without showing it: it may have a password in it."""
+    if not url.startswith(tuple(f"{scheme}://" for scheme in schemes)):
+        return [f"{name}: expected a URL that begins with {', '.join(f'{scheme}://' for scheme in schemes)}"]
+    try:
+        parts = urlsplit(url)
+        misplaced = "@" in parts.path + parts.query or bool(parts.fragment) or parts.port == 0
+        has_host = bool(parts.hostname) or parts.scheme in ("unix", "memory")
+    except ValueError:
+        misplaced, has_host = True, True
+    if misplaced:
+        example = f"{schemes[0]}://user:password@host:port/…"
+        return [f"{name}: expected {example}, with / ? # @ [ ] of the password as %2F %3F %23 %40 %5B %5D"]
+    return [] if has_host else [f"{name}: expected a host, as in {schemes[0]}://host:port/…"]
 
 
 def check_timeouts(operation: float, publish: float, renewed: Mapping[str, float]) -> list[str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import BeforeValidator, PlainSerializer
+from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]?)(i?b?)\s*\Z", re.IGNORECASE)
+_MAX_SIZE = 4096 * 1024**5
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 
 
@@ -16,12 +17,18 @@ def parse_size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise ValueError(f"expected a size such as 500G, 64M or a number of bytes, got {value!r}")
     if isinstance(value, int):
-        return value
+        return _bounded(value)
     match = _SIZE.match(value)
     if match is None:
         raise ValueError(f"expected a number and a unit, such as 500G, 64M or 1024, got {value!r}")
     number, unit, _ = match.groups()
-    return int(float(number) * 1024 ** _POWERS[unit.lower()])
+    return _bounded(float(number) * 1024 ** _POWERS[unit.lower()])
+
+
+def _bounded(size: float) -> int:
+    if not 0 <= size <= _MAX_SIZE:
+        raise ValueError("expected a size from 0 to 4096P")
+    return int(size)
 
 
 def format_size(size: int) -> str:
@@ -32,4 +39,16 @@ def format_size(size: int) -> str:
     return str(size)
 
 
-Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(format_size, return_type=str)]
+_SCHEMA = {
+    "anyOf": [
+        {"type": "integer", "minimum": 0, "maximum": _MAX_SIZE},
+        {"type": "string", "pattern": r"^\s*[0-9]+(\.[0-9]+)?\s*[kKmMgGtTpP]?([iI]?[bB]?)\s*$"},
+    ]
+}
+
+Size = Annotated[
+    int,
+    BeforeValidator(parse_size),
+    PlainSerializer(format_size, return_type=str),
+    WithJsonSchema(_SCHEMA, mode="validation"),
+]

@@ -20,7 +20,9 @@ from distributor_node.shared.ports.state_store import FetchPhase, Granted, Lease
 LIMIT = 1_000_000
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 LONG = StateTimeouts(operation_timeout=20.0)
-BRIEF = StateTimeouts(claim_seconds=1.0, queued_seconds=1.0, lease_seconds=1.0, operation_timeout=20.0)
+BRIEF = StateTimeouts(
+    claim_seconds=1.0, queued_seconds=1.0, lost_job_seconds=4.0, lease_seconds=1.0, operation_timeout=20.0
+)
 
 
 class FakeClock:

@@ -141,6 +141,32 @@ class TestClaim:
 
 
 class TestMarkQueuedAndWithdraw:
+    @pytest.mark.parametrize("parked", [False, True])
+    async def test_a_job_that_waits_long_is_not_published_again(self, brief: Harness, parked: bool) -> None:
+        await brief.reconciled()
+        if parked:
+            await brief.store.park(await brief.begin_fetch(ONE, 100))
+        assert (await brief.store.claim(ONE, "api-1")).won
+        await brief.store.mark_queued(ONE, "api-1")
+        await brief.until_phase(ONE, FetchPhase.PARKED if parked else None)
+        await brief.store.fetches()
+        again = await brief.store.claim(ONE, "api-2")
+        assert not again.won
+        assert again.status.fetch is not None
+        assert again.status.fetch.phase is FetchPhase.QUEUED
+        assert await brief.used_and_reserved() == (0, footprint(100) if parked else 0)
+
+        async def lost() -> bool:
+            return (await brief.store.claim(ONE, "api-2")).won
+
+        await brief.until(lost)
+
+    async def test_claims_have_rising_serials(self, harness: Harness) -> None:
+        first = await harness.store.claim(ONE, "api-1")
+        await harness.store.release_claim(ONE, "api-1")
+        second = await harness.store.claim(ONE, "api-1")
+        assert 0 < first.serial < second.serial
+
     async def test_only_the_claimant_may(self, harness: Harness) -> None:
         await harness.store.claim(ONE, "api-1")
         await harness.store.mark_queued(ONE, "api-2")

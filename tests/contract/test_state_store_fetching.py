@@ -16,9 +16,11 @@ from distributor_node.shared.ports.state_store import (
     FetchPhase,
     Granted,
     HeldElsewhere,
+    IndexEntry,
     NeverFits,
     NoSpace,
     NotReconciled,
+    Superseded,
 )
 from tests.contract.state_harness import LIMIT, ONE, TWO, Harness
 
@@ -59,6 +61,14 @@ class TestBegin:
         await harness.reconciled()
         await harness.stored(ONE, 100)
         assert await harness.store.begin(ONE, 100, "worker-1") == AlreadyStored(await harness.generation(ONE))
+
+    async def test_another_job_is_superseded_while_one_is_carried_out(self, harness: Harness) -> None:
+        await harness.reconciled()
+        assert isinstance(await harness.store.begin(ONE, 100, "worker-1", claim=7), Granted)
+        assert await harness.store.begin(ONE, 100, "worker-2", claim=8) == Superseded()
+        # The same job, delivered again after its worker died; a job of an older version
+        for claim in (7, 0):
+            assert isinstance(await harness.store.begin(ONE, 100, "worker-2", claim=claim), HeldElsewhere)
 
     async def test_to_the_last_byte_and_no_further(self, harness: Harness) -> None:
         await harness.reconciled()
@@ -131,14 +141,59 @@ class TestBegin:
 
         await harness.until(won)
 
+    async def test_a_larger_reservation_stays_until_the_worker_gives_it_back(self, harness: Harness) -> None:
+        """1. A partial file of 850,000 bytes is parked. 2. The catalog says 10,000 now, a worker begins. 3. It dies
+        before it cuts the file."""
+        term = await harness.reconciled()
+        await harness.store.park(await harness.begin_fetch(ONE, 850_000))
+        await harness.begin_fetch(ONE, 10_000, "worker-2")
+        assert await harness.used_and_reserved() == (0, footprint(850_000))
+        assert isinstance(await harness.store.begin(TWO, 900_000, "worker-3"), NoSpace)
+        await harness.store.recount(term)
+        assert await harness.used_and_reserved() == (0, footprint(850_000))
+
+    @pytest.mark.parametrize("end", ["commit", "release", "adopt"])
+    async def test_every_end_of_a_fetch_releases_its_surplus(self, harness: Harness, end: str) -> None:
+        term = await harness.reconciled()
+        await harness.store.park(await harness.begin_fetch(ONE, 5000))
+        assert (await harness.store.claim(ONE, "api-1")).won
+        lease = await harness.begin_fetch(ONE, 100, "worker-2")
+        assert lease.surplus == 4900
+        if end == "commit":
+            assert await harness.store.commit(lease, 1.0)
+        elif end == "release":
+            await harness.store.release(lease)
+        else:
+            await harness.store.park(lease)
+            assert await harness.store.adopt(term, IndexEntry(ONE, 100, 1, 1.0))
+        assert await harness.used_and_reserved() == (0 if end == "release" else footprint(100), 0)
+
+    async def test_a_partial_file_larger_than_its_reservation_is_counted(self, harness: Harness) -> None:
+        term = await harness.reconciled()
+        await harness.store.park(await harness.begin_fetch(ONE, 100))
+        assert await harness.store.adopt_partial(term, ONE, 5000)
+        assert not await harness.store.adopt_partial(term, ONE, 4000)
+        assert await harness.used_and_reserved() == (0, footprint(5000))
+        lease = await harness.store.steal_lease(term, ONE)
+        assert lease is not None
+        await harness.store.park(lease)
+        assert await harness.used_and_reserved() == (0, footprint(5000))
+
     @pytest.mark.parametrize("size", [40, 100, 200])
-    async def test_over_a_parked_fetch_adjusts_its_reservation(self, harness: Harness, size: int) -> None:
+    async def test_over_a_parked_fetch_never_shrinks_its_reservation(
+        self, harness: Harness, size: int
+    ) -> None:
         await harness.reconciled()
         await harness.store.park(await harness.begin_fetch(ONE, 100))
         granted = await harness.store.begin(ONE, size, "worker-2")
         assert isinstance(granted, Granted)
         assert granted.resumed
+        assert await harness.used_and_reserved() == (0, footprint(max(size, 100)))
+        assert granted.lease.surplus == max(0, 100 - size)
+        await harness.store.return_surplus(granted.lease)
         assert await harness.used_and_reserved() == (0, footprint(size))
+        await harness.store.release(granted.lease)
+        assert await harness.used_and_reserved() == (0, 0)
 
     async def test_over_a_parked_fetch_that_grew_too_large(self, harness: Harness) -> None:
         await harness.reconciled()

@@ -156,6 +156,18 @@ class TestRecount:
         await asyncio.gather(come_and_go(), *(harness.store.recount(term) for _ in range(20)))
         assert await harness.used_and_reserved() == (2900 * footprint(1) + 100 * footprint(7), 0)
 
+    async def test_removed_files_that_are_still_sent_count_as_used(self, harness: Harness) -> None:
+        term = await harness.reconciled()
+        await harness.stored(ONE, 100)
+        await harness.store.set_leaving(term, 5000)
+        usage = await harness.store.usage()
+        assert (usage.used, usage.leaving) == (footprint(100) + 5000, 5000)
+        assert isinstance(await harness.store.begin(TWO, LIMIT - 6000, "worker-1"), NoSpace)
+        await harness.store.recount(term)
+        assert (await harness.store.usage()).used == footprint(100) + 5000
+        await harness.store.set_leaving(replace(term, token=term.token - 1), 0)
+        assert (await harness.store.usage()).leaving == 5000
+
     async def test_churn_reports_what_moved(self, harness: Harness) -> None:
         term = await harness.reconciled()
         before = (await harness.store.usage()).churn

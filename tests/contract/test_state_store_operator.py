@@ -193,3 +193,8 @@ class TestTokenIds:
             return await harness.other.consume_token_id("a", time.time(), 60)
 
         await harness.until(forgotten)
+
+    async def test_issued_before_the_store_began_are_rejected(self, harness: Harness) -> None:
+        await harness.store.lead("evictor-1", 60)
+        assert not await harness.store.consume_token_id("a", time.time() - 100, 300)
+        assert await harness.store.consume_token_id("a", time.time() + 1, 300)

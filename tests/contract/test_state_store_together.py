@@ -38,7 +38,8 @@ class Together(RuleBasedStateMachine):
         self.harnesses: list[Harness] = self.runner.run(self._open())
         self.leases: dict[ObjectId, list[Lease]] = {}
         self.stored: dict[ObjectId, int] = {}
-        self.reserved: dict[ObjectId, int] = {}
+        self.reserved: dict[ObjectId, int] = {}  # bytes that the reservation covers
+        self.sizes: dict[ObjectId, int] = {}  # of the objects being fetched
 
     async def _open(self) -> list[Harness]:
         prefix = f"test-{uuid.uuid4().hex[:12]}:"
@@ -88,14 +89,23 @@ class Together(RuleBasedStateMachine):
         if isinstance(first, Granted):
             assert first.resumed == second.resumed == (object_id in self.reserved)
             self.leases[object_id] = [first.lease, second.lease]
-            self.reserved[object_id] = size
+            self.reserved[object_id] = max(size, self.reserved.get(object_id, 0))
+            self.sizes[object_id] = size
+            assert first.lease.surplus == second.lease.surplus == self.reserved[object_id] - size
             taken = sum(map(footprint, itertools.chain(self.stored.values(), self.reserved.values())))
             assert taken <= LIMIT
 
     @rule(object_id=_OBJECTS)
     def commit(self, object_id: ObjectId) -> None:
         if self.with_leases(object_id, lambda store, lease: store.commit(lease, time.time())):
-            self.stored[object_id] = self.reserved.pop(object_id)
+            del self.reserved[object_id]
+            self.stored[object_id] = self.sizes[object_id]
+
+    @rule(object_id=_OBJECTS)
+    def return_surplus(self, object_id: ObjectId) -> None:
+        if self.with_leases(object_id, lambda store, lease: store.renew(lease)):
+            self.with_leases(object_id, lambda store, lease: store.return_surplus(lease))
+            self.reserved[object_id] = self.sizes[object_id]
 
     @rule(object_id=_OBJECTS)
     def park(self, object_id: ObjectId) -> None:
@@ -152,6 +162,8 @@ class Together(RuleBasedStateMachine):
         if taken + footprint(300) > LIMIT:
             return
         if self.agreed(lambda store, term: store.adopt_partial(term, object_id, 300)):
+            if object_id not in self.reserved:
+                self.sizes[object_id] = 300
             self.reserved[object_id] = 300
 
     @invariant()

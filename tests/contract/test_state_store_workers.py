@@ -105,8 +105,3 @@ class TestQueued:
         await harness.begin_fetch(ONE, 100)
         usage = await harness.other.usage()
         assert (usage.queued, usage.fetches) == (1, 1)
-
-
-class TestWrites:
-    async def test_are_accepted(self, harness: Harness) -> None:
-        await harness.store.check_writes()

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from distributor_node.shared.settings.model import METRICS_PORTS
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docker-compose.yml").read_text()
 FILE: dict[str, Any] = yaml.safe_load(TEXT)
@@ -187,7 +189,7 @@ def test_prometheus_finds_every_service() -> None:
         for discovery in job.get("dns_sd_configs", [])
         for name in discovery["names"]
     }
-    assert by_dns == {"api": 3334, "fetcher": 9464, "evictor": 9464}
+    assert by_dns == {name: METRICS_PORTS[name] for name in NODE}
     assert "rabbitmq:15692" in str(config["scrape_configs"])
 
 

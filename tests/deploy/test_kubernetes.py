@@ -14,7 +14,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.settings import load_settings
+from distributor_node.shared.settings.model import METRICS_PORTS, Settings
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"
@@ -63,10 +64,6 @@ CUSTOM: dict[str, tuple[str, Any]] = {
     "TriggerAuthentication": (
         "keda.sh/v1alpha1",
         {"secretTargetRef": [{"parameter": str, "name": str, "key": str}]},
-    ),
-    "ServiceMonitor": (
-        "monitoring.coreos.com/v1",
-        {"jobLabel": str, "selector": _LABELS, "endpoints": _ENDPOINTS},
     ),
     "PodMonitor": (
         "monitoring.coreos.com/v1",
@@ -147,20 +144,20 @@ def misfits(found: Any, wanted: Any, path: str = "spec") -> Iterator[str]:
 
 
 def test_incompatible_entries_are_detected() -> None:
-    _, specification = CUSTOM["ServiceMonitor"]
-    good = named("ServiceMonitor", "distributor-api")["spec"]
-    endpoint = {**good["endpoints"][0], "prot": "http"}
-    assert list(misfits({**good, "endpoints": [endpoint]}, specification)) == [
-        "spec.endpoints[0].prot is unknown"
+    _, specification = CUSTOM["PodMonitor"]
+    good = named("PodMonitor", "distributor-node")["spec"]
+    endpoint = {**good["podMetricsEndpoints"][0], "prot": "http"}
+    assert list(misfits({**good, "podMetricsEndpoints": [endpoint]}, specification)) == [
+        "spec.podMetricsEndpoints[0].prot is unknown"
     ]
     assert list(misfits({**good, "jobLabel": 1}, specification)) == ["spec.jobLabel is 1"]
-    assert list(misfits({**good, "endpoints": []}, specification)) == ["spec.endpoints is no list, or empty"]
+    assert list(misfits({**good, "podMetricsEndpoints": []}, specification)) == [
+        "spec.podMetricsEndpoints is no list, or empty"
+    ]
 
 
 def test_durations_and_modes_are_ones_that_the_operators_know() -> None:
-    api = named("ServiceMonitor", "distributor-api")["spec"]["endpoints"]
-    workers = named("PodMonitor", "distributor-workers")["spec"]["podMetricsEndpoints"]
-    for endpoint in (*api, *workers):
+    for endpoint in named("PodMonitor", "distributor-node")["spec"]["podMetricsEndpoints"]:
         assert re.fullmatch(r"[0-9]+s", endpoint["interval"])
         assert int(endpoint["scrapeTimeout"][:-1]) <= int(endpoint["interval"][:-1])
     scaler = named("ScaledObject", "distributor-fetcher")["spec"]
@@ -229,12 +226,11 @@ def test_pods_are_hardened_and_probed(component: str) -> None:
     assert only["securityContext"]["allowPrivilegeEscalation"] is False
     assert only["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert "memory" in only["resources"]["limits"]
-    port = {"api": 3334}.get(component, 9464)
-    assert [one["containerPort"] for one in only["ports"]] == [port]
-    paths = {
-        probe: only[f"{probe}Probe"]["httpGet"]["path"] for probe in ("startup", "liveness", "readiness")
-    }
-    assert paths == {"startup": "/healthz", "liveness": "/healthz", "readiness": "/readyz"}
+    ports = {one["name"]: one["containerPort"] for one in only["ports"]}
+    assert ports == {"metrics": METRICS_PORTS[component], **({"http": 3334} if component == "api" else {})}
+    for probe, path in {"startup": "/healthz", "liveness": "/healthz", "readiness": "/readyz"}.items():
+        # Not the public port: an operator may close it, and the process must go on.
+        assert only[f"{probe}Probe"]["httpGet"] == {"path": path, "port": "metrics"}
     assert only["args"] == [component]
 
 
@@ -274,10 +270,9 @@ def test_all_have_the_same_settings(component: str) -> None:
     assert all("secretKeyRef" in one["valueFrom"] for one in only["env"])
 
 
-def test_settings_are_ones_that_the_node_knows(monkeypatch: pytest.MonkeyPatch) -> None:
-    for line in (FOLDER / "base" / "settings.env").read_text().splitlines():
-        monkeypatch.setenv(*line.split("=", 1))
-    settings = Settings()
+def test_settings_are_ones_that_the_node_knows() -> None:
+    lines = (FOLDER / "base" / "settings.env").read_text().splitlines()
+    settings = load_settings(None, dict(line.split("=", 1) for line in lines))
     # Hosts share the volume over a network: bytes that one writes are not seen by another at once.
     assert settings.public_api.follow_growing_files is False
 
@@ -332,30 +327,30 @@ def test_fetchers_are_scaled_by_the_queue_that_the_node_uses() -> None:
 
 
 def test_prometheus_finds_the_ports_and_names_the_jobs_as_the_rules_do() -> None:
-    api = named("ServiceMonitor", "distributor-api")["spec"]
-    workers = named("PodMonitor", "distributor-workers")["spec"]
-    assert api["jobLabel"] == workers["jobLabel"] == "app.kubernetes.io/component"
-    assert [one["port"] for one in api["endpoints"]] == ["http"]
-    assert [one["port"] for one in workers["podMetricsEndpoints"]] == ["metrics"]
+    monitor = named("PodMonitor", "distributor-node")["spec"]
+    assert monitor["jobLabel"] == "app.kubernetes.io/component"
+    (components,) = monitor["selector"]["matchExpressions"]
+    assert tuple(components["values"]) == COMPONENTS
+    assert [one["port"] for one in monitor["podMetricsEndpoints"]] == ["metrics"]
 
 
 def test_metrics_bear_the_name_of_their_node() -> None:
     """The alert rules look at nothing without the label `node`."""
-    api = named("ServiceMonitor", "distributor-api")["spec"]["endpoints"]
-    workers = named("PodMonitor", "distributor-workers")["spec"]["podMetricsEndpoints"]
+    endpoints = named("PodMonitor", "distributor-node")["spec"]["podMetricsEndpoints"]
     wanted = {
         "action": "replace",
         "sourceLabels": ["__meta_kubernetes_pod_label_app_kubernetes_io_instance"],
         "targetLabel": "node",
     }
-    assert all(one["relabelings"] == [wanted] for one in (*api, *workers))
+    assert all(one["relabelings"] == [wanted] for one in endpoints)
     labels = yaml.safe_load((FOLDER / "base" / "kustomization.yaml").read_text())["labels"]
     assert any("app.kubernetes.io/instance" in one["pairs"] and one["includeTemplates"] for one in labels)
 
 
-def test_only_the_api_is_open_to_all() -> None:
-    (rule,) = named("NetworkPolicy", "distributor-api")["spec"]["ingress"]
-    assert rule == {"ports": [{"protocol": "TCP", "port": "http"}]}
-    (rule,) = named("NetworkPolicy", "distributor-workers")["spec"]["ingress"]
-    assert rule["from"]
-    assert rule["ports"] == [{"protocol": "TCP", "port": "metrics"}]
+def test_only_the_api_is_open_to_all_and_metrics_to_none_but_prometheus() -> None:
+    clients, api_metrics = named("NetworkPolicy", "distributor-api")["spec"]["ingress"]
+    assert clients == {"ports": [{"protocol": "TCP", "port": "http"}]}
+    (worker_metrics,) = named("NetworkPolicy", "distributor-workers")["spec"]["ingress"]
+    for rule in (api_metrics, worker_metrics):
+        assert rule["from"]
+        assert rule["ports"] == [{"protocol": "TCP", "port": "metrics"}]

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distributor_node.shared.settings.model import METRICS_PORTS
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "systemd"
 SERVICES = sorted(path.stem for path in FOLDER.glob("*.service"))
@@ -85,9 +87,11 @@ def test_public_ports_outlive_their_process() -> None:
         assert f"{name}.socket" in unit(f"{name}.service")["Requires"]
 
 
-def test_one_machine_has_room_for_fetcher_and_evictor() -> None:
-    ports = [unit(f"distributor-{name}.service")["Environment"] for name in ("fetcher", "evictor")]
-    assert ports[0] != ports[1]
+def test_one_machine_has_room_for_all_services() -> None:
+    services = ("api", "fetcher", "evictor")
+    assert len({METRICS_PORTS[name] for name in services}) == len(services)
+    texts = [COMMON, *((FOLDER / f"distributor-{name}.service").read_text() for name in services)]
+    assert not any("METRICS__PORT" in text for text in texts)
 
 
 def test_limits_are_those_of_the_containers() -> None:

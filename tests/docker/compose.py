@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from distributor_node.shared.settings.model import METRICS_PORTS
 from tests.waiting import poll
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +108,7 @@ class ComposeStack:
 
     def metrics(self, service: str, index: int = 1) -> str:
         """What one container shows to Prometheus."""
-        port = 3334 if service == "api" else 9464
+        port = METRICS_PORTS[service]
         script = (
             "import urllib.request as u, sys;"
             f"sys.stdout.write(u.urlopen('http://127.0.0.1:{port}/metrics', timeout=9).read().decode())"

@@ -116,14 +116,13 @@ class Stack:
     def add(self, kind: str, **settings: str) -> ServiceProcess:
         """Start one more process: `api`, `fetcher`, `evictor` or `standalone`."""
         metrics_port = free_port()
-        health = self.port if kind in ("api", "standalone") else metrics_port
         name = f"{kind}-{len(self.processes)}"
         process = ServiceProcess(
             name=name,
             arguments=[kind, *(["--config", str(self.config)] if self.config else [])],
             environment={**self.environment, "DISTRIBUTOR_METRICS__PORT": str(metrics_port), **settings},
             log=self.folder / f"{name}.log",
-            health_url=f"http://127.0.0.1:{health}",
+            health_url=f"http://127.0.0.1:{metrics_port}",
         )
         process.start()
         self.processes.append(process)

@@ -11,8 +11,12 @@ from typing import Any
 
 import pytest
 
+from distributor_node.services.api.health import HealthChecks
+from distributor_node.services.api.status import UsageReader
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.operator_state import OperatorState
+from distributor_node.shared.observability.probe_server import Readiness
 from distributor_node.shared.ports.state_store import WorkerReport
 from distributor_node.shared.runtime.identity import VERSION
 from tests.servers.api_fixture import FakeAssets, running_api
@@ -146,7 +150,7 @@ async def test_every_answer_is_dated(tmp_path: Path) -> None:
 
 async def test_methods(tmp_path: Path) -> None:
     async with running_api(tmp_path, FakeAssets()) as api:
-        for path in ("/api/v1/assets/5", "/api/v1/status", "/metrics"):
+        for path in ("/api/v1/assets/5", "/api/v1/status", "/healthz"):
             status, head, _ = split(await api.get(path, "POST"))
             assert (status, b"Allow: GET, HEAD, OPTIONS" in head) == (405, True)
             status, head, body = split(await api.get(path, "OPTIONS"))
@@ -191,7 +195,7 @@ async def test_request_that_never_arrives(tmp_path: Path, partial: bytes) -> Non
 async def test_trickling_request_head_times_out(tmp_path: Path) -> None:
     async with running_api(tmp_path, FakeAssets(), public_api={"request_timeout": 0.3}) as api:
         reader, writer = await asyncio.open_connection("127.0.0.1", api.server.port)
-        answer = asyncio.create_task(reader.read())
+        answer = asyncio.create_task(reader.readline())
         async with asyncio.timeout(60):
             while not answer.done():
                 writer.write(b"G")
@@ -266,29 +270,19 @@ async def test_status_without_the_state_store(tmp_path: Path) -> None:
         state: Any = api.context.state
         state.usage = state.ping = _unavailable  # the far end is gone
         assert split(await api.get("/api/v1/status"))[0] == 200
-        ready = json.loads(split(await api.get("/readyz"))[2])
-    assert (ready["status"], ready["problems"]) == ("ready", [])
-    assert "state store: unavailable" in ready["degraded"]
-
-
-async def test_readiness_names_a_store_that_refuses_writes(tmp_path: Path) -> None:
-    async with running_api(tmp_path, FakeAssets()) as api:
-        state: Any = api.context.state
-        state.check_writes = _unavailable  # the far end has become a read-only replica
-        ready = json.loads(split(await api.get("/readyz"))[2])
-    assert ready["status"] == "ready"
-    assert "state store: refuses writes" in ready["degraded"]
+        readiness = await HealthChecks(api.context, UsageReader(api.context), lambda: True).readiness()
+    assert readiness.problems == ()
+    assert "state store: unavailable" in readiness.degraded
 
 
 async def test_readiness_and_status_name_the_workers(tmp_path: Path) -> None:
     async with running_api(tmp_path, FakeAssets()) as api:
+        checks = HealthChecks(api.context, UsageReader(api.context), lambda: True)
         await api.context.fetch_capacity.refresh()
-        ready = json.loads(split(await api.get("/readyz"))[2])
-        assert ready == {"status": "ready", "problems": [], "degraded": ["fetchers: none alive"]}
+        assert await checks.readiness() == Readiness(problems=(), degraded=("fetchers: none alive",))
         await api.context.state.report_worker(WorkerReport("worker-1", 8, 0, 0, 0.0), 60)
         await api.context.fetch_capacity.refresh()
-        ready = json.loads(split(await api.get("/readyz"))[2])
-        assert ready["degraded"] == []
+        assert await checks.readiness() == Readiness(problems=(), degraded=())
         assert json.loads(split(await api.get("/api/v1/status"))[2])["workersAlive"] == 1
 
 
@@ -299,5 +293,22 @@ async def _unavailable() -> None:
 async def test_not_ready_without_the_volume(tmp_path: Path) -> None:
     async with running_api(tmp_path, FakeAssets()) as api:
         (tmp_path / "volume").rename(tmp_path / "elsewhere")
-        status, _, body = split(await api.get("/readyz"))
-    assert (status, json.loads(body)["status"]) == (503, "not ready")
+        readiness = await HealthChecks(api.context, UsageReader(api.context), lambda: True).readiness()
+    assert len(readiness.problems) == 1
+    assert str(tmp_path / "volume") in readiness.problems[0]
+
+
+async def test_readiness_tells_why_the_public_port_is_closed(tmp_path: Path) -> None:
+    async with running_api(tmp_path, FakeAssets()) as api:
+        health = HealthChecks(api.context, UsageReader(api.context), lambda: api.server.is_open)
+        assert (await health.readiness()).problems == ()
+        await api.server.close(0)
+        assert (await health.readiness()).problems == ("the public port is closed",)
+        api.context.operator_state._set_current(OperatorState(version=1, stopped=True))
+        assert (await health.readiness()).problems == ("stopped by an operator",)
+
+
+@pytest.mark.parametrize("path", ["/readyz", "/metrics"])
+async def test_the_public_port_tells_nothing_about_the_inside(tmp_path: Path, path: str) -> None:
+    async with running_api(tmp_path, FakeAssets()) as api:
+        assert split(await api.get(path))[0] == 404

@@ -14,9 +14,9 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from distributor_node.shared.adapters.volume import Volume
-from distributor_node.shared.domain.errors import StateStoreUnavailable
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.adapters.volume import FoundObject, Volume
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import Access, FetchPhase, NotReconciled
 from distributor_node.shared.settings.model import EvictorSettings
@@ -105,6 +105,37 @@ async def test_deferred_removals_count_until_their_readers_have_finished(harness
         assert list((harness.root / "leaving").iterdir()) == []
 
 
+@pytest.mark.parametrize("stored_again", [True, False])
+async def test_a_removed_file_counts_and_goes_although_its_entry_is_not_evicting(
+    harness: EvictorHarness, stored_again: bool
+) -> None:
+    """1. A purge moves a file that is being sent. 2. Redis loses its last second. Or the object is stored again, since
+    the leader that purged it was stopped before the move."""
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.store("sent")
+    reader = os.open(harness.path_of("sent"), os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    harness.volume.removal(ObjectId("sent")).rename_to_trash()
+    if stored_again:
+        harness.put_file("sent")
+    files = 2 if stored_again else 1
+    async with harness.evictor():
+
+        async def counted() -> bool:
+            return await harness.matches_volume() and await harness.used() >= files * SIZE
+
+        await eventually(counted)
+        os.close(reader)
+
+        async def settled() -> bool:
+            return await harness.used() == (files - 1) * footprint(SIZE)
+
+        await eventually(settled)
+        assert list((harness.root / "leaving").iterdir()) == []
+        assert harness.has("sent") == stored_again
+
+
 async def test_partial_files_are_adopted_with_the_size_they_may_reach(harness: EvictorHarness) -> None:
     harness.leave_partial("half", 1000)
     harness.leave_partial("no-note", 1000)
@@ -140,6 +171,24 @@ async def test_abandoned_partial_files_and_fetches_without_one_are_removed(harne
         harness.leave_partial("abandoned", 1000)
         os.utime(harness.root / "incoming" / "abandoned.part", (1, 1))
     async with harness.evictor():
+
+        async def nothing_left() -> bool:
+            return (await harness.state.usage()).reserved == 0
+
+        await eventually(nothing_left)
+        assert list((harness.root / "incoming").iterdir()) == []
+
+
+async def test_a_partial_file_larger_than_its_object_is_counted_and_removed(harness: EvictorHarness) -> None:
+    """1. A fetch is parked. 2. The object is smaller now, a worker begins. 3. It dies before it cuts the file."""
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        lease = await harness.begin_fetch("shrunk")
+        harness.leave_partial("shrunk", SIZE - 1000)
+        await harness.state.park(lease)
+        await harness.begin_fetch("shrunk", 1000)
+        assert await harness.matches_volume()
+    async with harness.evictor(partial_keep=0.2):  # sweeps as often
 
         async def nothing_left() -> bool:
             return (await harness.state.usage()).reserved == 0
@@ -377,6 +426,80 @@ class BadSector(Volume):
         os.close(descriptor)
         [path] = self.root.glob(f"objects/*/{object_id}")
         return os.open(path, os.O_WRONLY)
+
+
+class Unreadable(Volume):
+    """A volume whose disk tells nothing of one object, as with EIO."""
+
+    bad = ObjectId("none")
+
+    def find_object(self, object_id: ObjectId) -> FoundObject | None:
+        self._fail(object_id)
+        return super().find_object(object_id)
+
+    def open_raw(self, object_id: ObjectId) -> int | None:
+        self._fail(object_id)
+        return super().open_raw(object_id)
+
+    def partial_record(self, object_id: ObjectId) -> StoredRecord | None:
+        self._fail(object_id)
+        return super().partial_record(object_id)
+
+    def _fail(self, object_id: ObjectId) -> None:
+        if object_id == self.bad:
+            raise VolumeError(f"stat {object_id}: Input/output error")
+
+
+@pytest.fixture
+async def unreadable(harness: EvictorHarness) -> AsyncIterator[Unreadable]:
+    """The volume of the harness. Nothing is unreadable until `bad` is set."""
+    volume = harness.volume = Unreadable(harness.root)
+    yield volume
+    volume.close()
+
+
+async def test_an_unreadable_object_in_the_access_log_stops_nothing(
+    harness: EvictorHarness, unreadable: Unreadable
+) -> None:
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.store("good", age=3600)
+        unreadable.bad = ObjectId("bad")
+        await harness.state.record_accesses([Access(unreadable.bad, 1, time.time())])
+        await harness.state.record_accesses([Access(ObjectId("good"), 41, time.time())])
+    async with harness.evictor():
+
+        async def applied() -> bool:
+            return (await harness.entries())["good"].frequency == 42
+
+        await eventually(applied)
+
+
+async def test_an_unreadable_object_is_no_obstacle_to_scrub_sweep_and_purge(
+    harness: EvictorHarness, unreadable: Unreadable
+) -> None:
+    names = [f"o{number}" for number in range(5)]
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.store("o0", "o1", "o2", "purged")
+        for name in names[:3]:
+            harness.path_of(name).write_bytes(b"?" * SIZE)
+        for name in ("p0", "p1", "p2"):
+            harness.leave_partial(name, 1000)
+            os.utime(harness.root / "incoming" / f"{name}.part", (1, 1))
+    unreadable.bad = ObjectId("o1")
+    await harness.state.request_purges([ObjectId("purged")])
+    async with harness.evictor(scrub_rate=1_000_000_000, partial_keep=0.2):
+        await eventually(lambda: not harness.root.joinpath("incoming", "p2.part").exists())
+        await eventually(lambda: list(harness.root.glob("objects/*/o*")) == [harness.path_of("o1")])
+        await eventually(lambda: not harness.has("purged"))
+    unreadable.bad = ObjectId("p1")
+    harness.leave_partial("p1", 1000)
+    harness.leave_partial("p3", 1000)
+    for name in ("p1", "p3"):
+        os.utime(harness.root / "incoming" / f"{name}.part", (1, 1))
+    async with harness.evictor(partial_keep=0.2):
+        await eventually(lambda: not harness.root.joinpath("incoming", "p3.part").exists())
 
 
 @pytest.mark.parametrize("hashed", [True, False])

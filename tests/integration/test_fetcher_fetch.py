@@ -11,11 +11,12 @@ import pytest
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import GeneratedContent, bytes_object
 from distributor_node.shared.domain.jobs import Ack, Nack, Retry
-from distributor_node.shared.domain.objects import MediaObject
+from distributor_node.shared.domain.objects import MediaObject, StoredRecord
 from distributor_node.shared.domain.space import footprint
-from distributor_node.shared.ports.state_store import FetchPhase
+from distributor_node.shared.ports.state_store import FetchPhase, Granted
 from tests.counters import counted
 from tests.integration.fetcher_harness import OBJECT_ID, Harness, fetcher_harness
+from tests.waiting import eventually
 
 SIZE = 3 * 1024 * 1024 + 17
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)
@@ -216,6 +217,52 @@ async def test_bytes_of_other_content_are_not_resumed(harness: Harness) -> None:
     assert await fetch(harness) == Ack("fetched")
     await assert_stored(harness)
     assert harness.nodes[0].requests[1].range is None
+
+
+@pytest.mark.parametrize("intact", [True, False])
+async def test_a_verified_file_is_published_while_a_follower_holds_it(harness: Harness, intact: bool) -> None:
+    """1. A worker verifies a file. 2. A client follows it. 3. The worker dies before it publishes the file."""
+    wanted = harness.wanted(DATA)
+    partial = harness.volume.open_partial_for_writing(
+        StoredRecord(OBJECT_ID, SIZE, wanted.etag, wanted.content_hash, None, 0)
+    )
+    partial.write(0, DATA if intact else b"x" * SIZE)
+    partial.mark_verified()
+    partial.close()
+    follower = harness.volume.open_partial(OBJECT_ID)
+    assert follower is not None
+    assert follower.lock_shared()
+    outcome = await fetch(harness, wanted)
+    if intact:
+        assert outcome == Ack("fetched")
+        await assert_stored(harness)
+    else:  # a power cut has spared the mark and not the bytes
+        assert isinstance(outcome, Retry)
+        assert harness.stored() is None
+    assert not [record for node in harness.nodes for record in node.requests]
+    follower.close()
+
+
+async def test_what_a_larger_object_had_reserved_is_returned_once_its_file_is_cut(harness: Harness) -> None:
+    size = SIZE + 1_000_000
+    older = await harness.state.begin(OBJECT_ID, size, "worker-before")
+    assert isinstance(older, Granted)
+    partial = harness.volume.open_partial_for_writing(
+        StoredRecord(OBJECT_ID, size, '"older"', None, "text/plain", 0)
+    )
+    partial.write(0, b"o" * size)
+    partial.close()
+    await harness.state.park(older.lease)
+    harness.nodes[0].faults.add(Fault(bytes_per_second=2_000_000), Match(first=1))
+    running = asyncio.create_task(harness.worker().handle(harness.job(harness.wanted(DATA))))
+    await eventually(lambda: reserves(harness, SIZE))
+    assert (harness.partial_size() or 0) < SIZE
+    assert await running == Ack("fetched")
+    await assert_stored(harness)
+
+
+async def reserves(harness: Harness, size: int) -> bool:
+    return (await harness.state.usage()).reserved == footprint(size)
 
 
 async def test_corrupt_bytes_on_the_volume_restart_the_download_and_spare_the_source(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,12 @@ async def test_jobs_for_one_object_make_one_download(harness: Harness) -> None:
     assert {type(outcome) for outcome in outcomes} <= {Ack, Requeue}
     assert len(harness.nodes[0].requests) == 1
     assert harness.stored() == DATA
+
+
+async def test_a_superseded_job_ends_at_once(harness: Harness) -> None:
+    assert isinstance(await harness.state.begin(OBJECT_ID, SIZE, "busy", claim=1), Granted)
+    job = replace(harness.job(harness.wanted(DATA)), claim=2)
+    assert await harness.worker().handle(job) == Ack("superseded")
 
 
 async def test_a_job_waits_for_the_lease_of_a_dead_worker(harness: Harness) -> None:

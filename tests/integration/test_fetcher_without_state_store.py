@@ -31,9 +31,9 @@ class UnreachableStore(MemoryStateStore):
         if not self.reachable:
             raise StateStoreUnavailable("unreachable")
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
+    async def begin(self, object_id: ObjectId, size: int, worker: str, claim: int = 0) -> BeginResult:
         self._check()
-        return await super().begin(object_id, size, worker)
+        return await super().begin(object_id, size, worker, claim)
 
     async def renew(self, lease: Lease, source: str | None = None) -> bool:
         self._check()

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 
 import pytest
+from redis.asyncio import Redis
 
 from distributor_node.services.demo.objects import bytes_object
 from distributor_node.services.demo.squid import SquidFaults, TestSquid
@@ -17,7 +18,7 @@ from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, Cach
 from distributor_node.shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
 from distributor_node.shared.adapters.state_redis.caches import RedisSharedCatalogCache
 from distributor_node.shared.domain.errors import CatalogUnavailable
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import Assignment, ObjectId
 from tests.servers.redis_server import RedisServer
 
 ONE, UNKNOWN = ObjectId("1"), ObjectId("404")
@@ -44,13 +45,14 @@ async def processes(
     limits: CacheLimits = LIMITS,
     clock: Callable[[], float] = time.monotonic,
     redis_timeout: float = REDIS_TIMEOUT,
+    assignment: Assignment | None = None,
 ) -> AsyncIterator[Sequence[CachedCatalog]]:
     async with AsyncExitStack() as stack:
         catalogs = []
         for _ in range(count):
             inner = JoystreamCatalog(squid.url, SquidLimits(timeout=limits.wait), refuse_private=True)
             memory = RedisSharedCatalogCache(redis_url, prefix, redis_timeout, "squid")
-            catalog = CachedCatalog(inner, limits, clock, memory)
+            catalog = CachedCatalog(inner, limits, clock, memory, assignment)
             await catalog.open()
             stack.push_async_callback(catalog.close)
             catalogs.append(catalog)
@@ -161,12 +163,13 @@ async def test_unknown_ids_at_a_hanging_squid_wait_side_by_side(
 async def test_without_redis_each_process_looks_up_by_itself(
     squid: TestSquid, own_redis: RedisServer, redis_prefix: str
 ) -> None:
-    async with processes(squid, own_redis.url, redis_prefix, limits=HURRIED, redis_timeout=0.5) as catalogs:
+    async with processes(squid, own_redis.url, redis_prefix, redis_timeout=0.5) as catalogs:
         own_redis.kill()
         found = await asyncio.gather(*(catalog.look_up(ONE) for catalog in catalogs for _ in range(10)))
         assert all(item is not None for item in found)
         assert len(squid.requests) == 3
-        squid.faults = SquidFaults(hang=True)
+    squid.faults = SquidFaults(hang=True)
+    async with processes(squid, own_redis.url, redis_prefix, limits=HURRIED, redis_timeout=0.5) as catalogs:
         with pytest.raises(CatalogUnavailable):
             await catalogs[0].look_up(UNKNOWN)
 
@@ -182,3 +185,29 @@ async def test_a_hanging_redis_costs_a_lookup_no_more_than_its_timeout(
             assert time.monotonic() - started < LIMITS.wait / 2
         finally:
             own_redis.thaw()
+
+
+async def test_only_answers_that_are_used_again_are_kept_for_days(
+    squid: TestSquid, redis_url: str, redis_prefix: str
+) -> None:
+    """One client may ask for half a million objects once, and for objects that other nodes serve."""
+    limits = CacheLimits(positive_ttl=0.02, negative_ttl=0.02, max_in_flight=8, wait=2.0)
+    client = Redis.from_url(redis_url)
+
+    async def hours_kept(name: str) -> float:
+        [key] = [key async for key in client.scan_iter(f"{name}catalog:squid:answer:1")]
+        return float(await client.pttl(key)) / 3_600_000
+
+    async with processes(squid, redis_url, redis_prefix, 1, limits) as [door]:
+        await door.look_up(ONE)
+        assert 23 < await hours_kept(redis_prefix) < 25
+        await asyncio.sleep(0.03)  # the answer is no longer fresh
+        await door.look_up(ONE)
+        assert await hours_kept(redis_prefix) > 24 * 6
+    others = Assignment(bucket_ids=frozenset({"9:9"}))
+    async with processes(squid, redis_url, redis_prefix + "2:", 1, limits, assignment=others) as [door]:
+        await door.look_up(ONE)
+        await asyncio.sleep(0.03)
+        await door.look_up(ONE)
+        assert await hours_kept(redis_prefix + "2:") < 1
+    await client.aclose()

@@ -26,8 +26,8 @@ class SlowServer(PublicServer):
         await self.may_open.wait()
         await super().open()
 
-    async def close(self, drain: float) -> None:
-        await super().close(drain)
+    async def close(self, drain_seconds: float, *, ending: bool = False) -> None:
+        await super().close(drain_seconds, ending=ending)
         self.closed.set()
 
 

@@ -260,12 +260,17 @@ async def talker(answer: bytes, pause: float = 0) -> AsyncIterator[str]:
     [
         b"rubbish\r\n\r\n",
         b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n",
-        b"HTTP/1.1 200 OK\r\n" + b"a" * 200_000,
     ],
 )
 async def test_invalid_http(client: SourceClient, answer: bytes) -> None:
     async with talker(answer) as url:
         with pytest.raises(SourceUnreachable):
+            await read(client, url)
+
+
+async def test_a_head_without_end(client: SourceClient) -> None:
+    async with talker(b"HTTP/1.1 200 OK\r\n" + b"a" * 200_000) as url:
+        with pytest.raises(SourceWrong, match="response head: expected at most"):
             await read(client, url)
 
 

@@ -111,7 +111,7 @@ class RabbitServer:
         """Run rabbitmqctl (takes seconds); returns what it prints."""
         command = [str(_scripts() / "rabbitmqctl"), "--quiet", "--node", self._node, *words]
         done = subprocess.run(
-            command, env=self._environment(), capture_output=True, text=True, timeout=120, check=False
+            command, env=self._environment(), capture_output=True, text=True, timeout=240, check=False
         )
         if done.returncode != 0:
             raise RuntimeError(f"rabbitmqctl {words[0]} failed: {done.stderr[-2000:]}")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pty
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from typer.testing import CliRunner
 
-from distributor_node.services.command_line.config import render_reference
+from distributor_node.services.command_line.config import default_text, render_reference, render_schema
 from distributor_node.services.command_line.main import app
 from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.runtime.identity import VERSION
 from distributor_node.shared.settings import Settings, load_settings
 from distributor_node.shared.settings.load import check_settings
+from distributor_node.shared.settings.names import all_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,6 +104,139 @@ def test_the_configuration_reference_is_up_to_date() -> None:
     assert (ROOT / "docs" / "configuration.md").read_text() == render_reference(), "run: make reference"
 
 
+def test_the_schema_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "settings.schema.json").read_text() == render_schema(), "run: make reference"
+
+
+@pytest.mark.parametrize(
+    ("fields", "valid"),
+    [
+        ({}, True),
+        ({"storage": {"limit": "500G"}, "buckets": ["0:1"], "log": {"level": "debug"}}, True),
+        ({"storage": {"limit": 1000000, "max_cached_item": None}}, True),
+        ({"storage": {"limit": "much"}}, False),
+        ({"storage": {"limt": "5G"}}, False),
+        ({"public_api": {"port": 65536}}, False),
+        ({"operator_api": {"secret": "short"}}, False),
+    ],
+)
+def test_the_schema_says_what_is_valid(fields: dict[str, object], valid: bool) -> None:
+    validator = jsonschema.Draft202012Validator(json.loads(render_schema()))
+    validator.check_schema(validator.schema)
+    assert validator.is_valid(fields) is valid
+    assert "**********" not in render_schema()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ([], {"catalog": {"kind": "manifest", "manifest": "/etc/distributor/manifest.yaml"}}),
+        (
+            [
+                "--catalog",
+                "joystream",
+                "--worker-id",
+                "7",
+                "--limit",
+                "5T",
+                "--path",
+                "/srv/media",
+                "--servers",
+            ],
+            {
+                "worker_id": 7,
+                "catalog": {"kind": "joystream", "squid": "http://localhost:4352/graphql"},
+                "storage": {"path": "/srv/media", "limit": "5T"},
+                "state_store": {"url": "redis://localhost:6379/0"},
+                "job_queue": {"url": "amqp://localhost:5672/"},
+            },
+        ),
+        (
+            ["--catalog", "origin", "--source", "https://site.example/{id}", "--standalone"],
+            {"catalog": {"kind": "origin", "origin": "https://site.example/{id}"}},
+        ),
+    ],
+)
+def test_init_writes_settings_that_work(
+    tmp_path: Path, options: list[str], wanted: dict[str, object]
+) -> None:
+    file = tmp_path / "settings.yaml"
+    done = distributor("init", str(file), *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    written = yaml.safe_load(file.read_text())
+    assert written == {"storage": {"path": "/var/lib/distributor", "limit": "20G"}} | wanted
+    assert file.stat().st_mode & 0o777 == 0o600  # passwords may be added
+    assert distributor("config", "check", "--config", str(file)).returncode == 0
+    assert jsonschema.Draft202012Validator(json.loads(render_schema())).is_valid(written)
+
+
+def test_init_mentions_every_setting_and_each_can_be_uncommented(tmp_path: Path) -> None:
+    distributor("init", str(tmp_path / "settings.yaml"))
+    text = (tmp_path / "settings.yaml").read_text()
+    without_default = re.sub(r"^ *#\w+:$\n(?! )", "", text, flags=re.MULTILINE)
+    uncommented = yaml.safe_load(re.sub(r"^( *)#(?=\w+:( \S|$))", r"\1", without_default, flags=re.MULTILINE))
+    given = {
+        f"{name}.{inner}" for name, group in uncommented.items() if isinstance(group, dict) for inner in group
+    } | {name for name, value in uncommented.items() if not isinstance(value, dict)}
+    defaults = {path for path, field in all_settings().items() if default_text(field)}
+    assert defaults <= given
+
+
+def test_init_overwrites_nothing_and_refuses_what_cannot_work(tmp_path: Path) -> None:
+    file = tmp_path / "settings.yaml"
+    done = distributor("init", str(file), "--limit", "much")
+    assert (done.returncode, file.exists()) == (2, False)
+    assert "storage.limit: expected a number and a unit" in done.stderr
+    file.write_text("mine")
+    done = distributor("init", str(file))
+    assert (done.returncode, file.read_text()) == (2, "mine")
+    assert "settings.yaml: expected a file that can be made, got: File exists" in done.stderr
+
+
+def test_init_asks_at_a_terminal(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "distributor_node.services.command_line",
+        "init",
+        str(tmp_path / "s.yaml"),
+    ]
+    controller, terminal = pty.openpty()
+    environment = {"PATH": "/usr/bin:/bin", "NO_COLOR": "1"}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=terminal, stdout=terminal, stderr=terminal
+    ) as process:
+        os.close(terminal)
+        for question, reply in (
+            ("Kind of catalog", "joystream"),
+            ("GraphQL endpoint", ""),
+            ("Worker id", "9"),
+            ("Directory", "/srv/media"),
+            ("Storage limit", "1T"),
+            ("Redis and RabbitMQ", "y"),
+        ):
+            shown = ""
+            while question not in shown:
+                shown += os.read(controller, 1000).decode()
+            os.write(controller, f"{reply}\n".encode())
+        assert process.wait(30) == 0
+    os.close(controller)
+    written = yaml.safe_load((tmp_path / "s.yaml").read_text())
+    assert (written["worker_id"], written["storage"]) == (9, {"path": "/srv/media", "limit": "1T"})
+    assert written["state_store"]["url"].startswith("redis://")
+
+
+def test_version() -> None:
+    done = distributor("--version")
+    assert (done.returncode, done.stdout) == (0, f"distributor {VERSION}\n")
+
+
+def test_shell_completion_is_offered() -> None:
+    done = distributor("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert done.returncode == 0, done.stderr
+    assert "complete -o default" in done.stdout
+
+
 def test_every_setting_has_a_meaning() -> None:
     rows = [line for line in render_reference().splitlines() if line.startswith("| `")]
     assert len(rows) > 40
@@ -116,7 +255,7 @@ def test_a_documented_variable_takes_effect(settings_file: Path, monkeypatch: py
         ("state_store", "operation_timeout", 10, "must be less than evictor.leadership (10 s)"),
         ("state_store", "operation_timeout", 15, "must be less than fetch.lease (15 s)"),
         ("job_queue", "publish_timeout", 10, "job_queue.publish_timeout (10 s) must be less than 10 s"),
-        ("evictor", "min_idle", 0.5, "greater than or equal to 1"),
+        ("evictor", "min_idle", 0.5, "evictor.min_idle: expected at least 1, got 0.5"),
     ],
 )
 def test_time_limits_that_defeat_each_other_are_refused(

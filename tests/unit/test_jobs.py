@@ -159,3 +159,8 @@ def test_an_invalid_catalog_answer_is_rejected(old: bytes, new: bytes, message: 
     assert old in FULL_ANSWER
     with pytest.raises(InvalidInput, match=message):
         read_description(FULL_ANSWER.replace(old, new))
+
+
+def test_the_serial_of_the_claim_travels_with_the_job() -> None:
+    job = FetchJob(LISTED, "", 1.5, claim=1_764_000_000_123)
+    assert decode_job(encode_job(job), attempt=1, request_id="").claim == 1_764_000_000_123

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 
+from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.observability import probe_server
-from distributor_node.shared.observability.probe_server import ProbeServer
+from distributor_node.shared.observability.metrics import render_in_thread
+from distributor_node.shared.observability.probe_server import Probes, ProbeServer, Readiness
 
 
 class Service:
@@ -19,10 +21,14 @@ class Service:
         self.problems: list[str] = []
         self.error: Exception | None = None
 
-    async def readiness(self) -> Sequence[str]:
+    async def readiness(self) -> Readiness:
         if self.error is not None:
             raise self.error
-        return self.problems
+        return Readiness(tuple(self.problems), ("catalog: timeout",))
+
+    @property
+    def probes(self) -> Probes:
+        return Probes(self.readiness, render_in_thread)
 
 
 @pytest.fixture
@@ -32,7 +38,7 @@ def service() -> Service:
 
 @pytest.fixture
 async def server(service: Service) -> AsyncIterator[ProbeServer]:
-    async with ProbeServer("127.0.0.1", 0, service.readiness) as server:
+    async with ProbeServer("127.0.0.1", 0, service.probes) as server:
         yield server
 
 
@@ -57,15 +63,14 @@ async def test_health(client: httpx.AsyncClient) -> None:
 async def test_readiness(client: httpx.AsyncClient, service: Service) -> None:
     answer = await client.get("/readyz")
     assert (answer.status_code, answer.json()["problems"]) == (200, [])
+    assert answer.json()["degraded"] == ["catalog: timeout"]
     service.problems = ["job queue out of reach"]
     answer = await client.get("/readyz")
     assert (answer.status_code, answer.json()["problems"]) == (503, ["job queue out of reach"])
-    service.error = OSError("surprise")
-    answer = await client.get("/readyz")
-    assert (answer.status_code, answer.json()["problems"]) == (
-        503,
-        ["the readiness check failed: OSError"],
-    )
+    for error, message in ((OSError("no disk"), "no disk"), (KeyError("surprise"), "KeyError")):
+        service.error = error
+        answer = await client.get("/readyz")
+        assert (answer.status_code, answer.json()["problems"]) == (503, [f"readyz failed: {message}"])
 
 
 async def test_other_paths_and_methods(client: httpx.AsyncClient) -> None:
@@ -91,10 +96,16 @@ async def test_a_silent_client_is_disconnected(server: ProbeServer, monkeypatch:
 
 async def test_closing_does_not_wait_for_clients(service: Service) -> None:
     async with asyncio.timeout(60):
-        async with ProbeServer("127.0.0.1", 0, service.readiness) as server:
+        async with ProbeServer("127.0.0.1", 0, service.probes) as server:
             reader, silent = await asyncio.open_connection("127.0.0.1", server.port)
             silent.write(b"GET /healthz HT")
             await silent.drain()
         with pytest.raises((asyncio.IncompleteReadError, ConnectionError)):
             await reader.readexactly(1)
     silent.close()
+
+
+async def test_a_taken_port_is_named(server: ProbeServer, service: Service) -> None:
+    with pytest.raises(ConfigurationError, match=f"cannot listen on 127.0.0.1:{server.port}: Addr"):
+        async with ProbeServer("127.0.0.1", server.port, service.probes):
+            pass

@@ -12,10 +12,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -162,6 +166,94 @@ def test_a_machine_without_python_gets_instructions(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "Python 3.11 or newer is needed" in done.stderr
+
+
+LOGGING_PROGRAM = """#!/bin/sh
+echo "${{0##*/}} $*" >> {log}
+case "$*" in *" check") exit {check};; esac
+case "${{0##*/}}" in uv) exit {uv};; esac
+"""
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]:
+    """Runs install.sh on an environment whose Python, and uv beside it, write down how they were called."""
+
+    def run(uv: int | None = None, check: int = 0) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        log, programs = tmp_path / "log", tmp_path / "environment" / "bin"
+        programs.mkdir(parents=True)
+        text = LOGGING_PROGRAM.format(log=log, check=check, uv=uv or 0)
+        for name in ["python", *(["uv"] if uv is not None else [])]:
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        done = subprocess.run(
+            [
+                "/bin/bash",
+                ROOT / "deploy/environment/install.sh",
+                programs.parent,
+                "requirements/runtime.txt",
+            ],
+            env={"PATH": f"{programs}:/usr/bin:/bin", "PYTHON": sys.executable},
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+        return done, [
+            line.replace("--quiet --disable-pip-version-check ", "") for line in log.read_text().splitlines()
+        ]
+
+    return run
+
+
+PIP_INSTALL = "python -m pip install --no-deps --requirement requirements/runtime.txt"
+EDITABLE, CHECK = "python -m pip install --no-deps --editable .", "python -m pip check"
+
+
+def test_pins_are_installed_without_a_resolver_and_checked(install: Any) -> None:
+    done, calls = install()
+    assert (done.returncode, calls[1:]) == (0, [PIP_INSTALL, EDITABLE, CHECK]), done.stderr
+
+
+def test_uv_installs_the_pins_where_it_is_there(install: Any) -> None:
+    done, calls = install(uv=0)
+    assert done.returncode == 0, done.stderr
+    assert calls[1].startswith("uv pip install --quiet --python ")
+    assert calls[1].endswith(" --no-deps --requirement requirements/runtime.txt")
+    assert calls[2:] == [EDITABLE, CHECK]
+
+
+def test_pip_installs_the_pins_where_uv_cannot(install: Any) -> None:
+    done, calls = install(uv=1)
+    assert (done.returncode, calls[2:]) == (0, [PIP_INSTALL, EDITABLE, CHECK]), done.stderr
+
+
+def test_pins_that_do_not_agree_end_the_installation(install: Any) -> None:
+    done, _ = install(check=1)
+    assert done.returncode == 1
+    assert "requirements/runtime.txt do not agree" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["runtime", "development"])
+def test_pins_are_complete(name: str) -> None:
+    """Without a resolver, what a pinned package needs is installed only if it is pinned itself."""
+    lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
+    pins = {
+        canonicalize_name(pin.name): pin
+        for pin in (Requirement(line) for line in lines if line and not line.lstrip().startswith("#"))
+    }
+    extras = {canonicalize_name(pin.name): pin.extras for pin in map(Requirement, PROJECT["dependencies"])}
+    missing = {
+        f"{pin.name} needs {needed}"
+        for pin in pins.values()
+        if pin.marker is None or pin.marker.evaluate()
+        for needed in map(Requirement, distribution(pin.name).requires or [])
+        if any(
+            needed.marker is None or needed.marker.evaluate({"extra": extra})
+            for extra in {"", *pin.extras, *extras.get(canonicalize_name(pin.name), ())}
+        )
+        if canonicalize_name(needed.name) not in pins
+    }
+    assert not missing
 
 
 CHILD = """

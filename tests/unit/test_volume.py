@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import fcntl
 import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,6 +26,7 @@ from distributor_node.shared.adapters.volume import (
     PartialHeld,
     RemovalState,
     UnknownFile,
+    UnreadableFile,
     Volume,
 )
 from distributor_node.shared.adapters.volume.layout import shard
@@ -532,6 +536,77 @@ def test_two_processes_make_one_shard_at_once(volume: Volume, monkeypatch: pytes
     store(volume, "1")
     assert path_of(volume, "1").parent.name == number
     assert volume.complete_record(ObjectId("1")) == record_of("1")
+
+
+def test_a_verified_file_of_a_dead_writer_is_published_while_it_is_sent(volume: Volume) -> None:
+    record = record_of("1", BODY)
+    writer = volume.open_partial_for_writing(record)
+    writer.write(0, BODY)
+    assert volume.open_verified_partial(record) is None
+    writer.mark_verified()
+    follower = volume.open_partial(ObjectId("1"))
+    assert follower is not None
+    assert follower.lock_shared()
+    assert volume.open_verified_partial(replace(record, size=len(BODY) + 1)) is None
+    slow = volume.open_verified_partial(record)
+    assert slow is not None
+    writer.close()
+    with pytest.raises(PartialHeld):
+        volume.open_partial_for_writing(record)
+    heir = volume.open_verified_partial(record)
+    assert heir is not None
+    for publisher in (heir, slow):  # the slow one finds that it was published already
+        publisher.publish(record)
+        publisher.close()
+    assert volume.complete_record(ObjectId("1")) == record
+    assert follower.read(0, len(BODY)) == BODY
+    follower.close()
+
+
+def test_a_scan_goes_on_after_a_file_whose_state_cannot_be_read(
+    volume: Volume, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(20):
+        store(volume, ObjectId(str(number)))
+    scandir = os.scandir
+
+    class Entry:
+        """As of a disk with one bad inode."""
+
+        def __init__(self, entry: os.DirEntry[str]) -> None:
+            self._entry, self.name = entry, entry.name
+
+        def stat(self, *, follow_symlinks: bool) -> os.stat_result:
+            if self.name == "7":
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return self._entry.stat(follow_symlinks=follow_symlinks)
+
+    @contextmanager
+    def failing(directory: int) -> Iterator[Iterator[Entry]]:
+        with scandir(directory) as entries:
+            yield (Entry(entry) for entry in entries)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    found = list(volume.scan_objects())
+    assert len([file for file in found if isinstance(file, FoundObject)]) == 19
+    [bad] = [file for file in found if isinstance(file, UnreadableFile)]
+    assert bad.path.endswith("/7")
+    assert not list(volume.scan_unrecorded())
+
+
+def test_the_trash_replaces_no_file_that_may_be_sent(volume: Volume) -> None:
+    for body in (b"older", b"newer"):
+        store(volume, ObjectId("1"), body)
+        volume.removal(ObjectId("1")).rename_to_trash()
+    trashed = sorted(volume.scan_trash(), key=lambda file: len(file.name))
+    assert [file.object_id for file in trashed] == ["1", "1"]
+    assert trashed[0].name == "1"
+    reader = os.open(volume.root / "leaving" / "1", os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    assert [volume.unlink_trashed(file) for file in trashed] == [False, True]
+    os.close(reader)
+    assert volume.unlink_trashed(trashed[0])
+    assert not list(volume.scan_trash())
 
 
 def test_an_object_without_a_records_shard_is_unrecorded_removable_and_repairable(volume: Volume) -> None:

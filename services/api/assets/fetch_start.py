@@ -152,7 +152,9 @@ class FetchStarter:
                 return
             start.claim.set_result(claim)
             if claim.won:
-                await self._publish(FetchJob(media_object, request_id, time.time()), start)
+                await self._publish(
+                    FetchJob(media_object, request_id, time.time(), claim=claim.serial), start
+                )
         finally:
             if not start.claim.done():
                 start.claim.set_result(None)

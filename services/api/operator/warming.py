@@ -199,7 +199,7 @@ class CacheWarmer:
             return "skipped"
         claim = await state.claim(object_id, self._holder)
         if claim.won:
-            job = FetchJob(known, request_id, time.time(), low_priority=True)
+            job = FetchJob(known, request_id, time.time(), claim=claim.serial, low_priority=True)
             try:
                 await self._context.queue.publish(job)
             except JobQueueUnavailable:

@@ -59,7 +59,7 @@ class RequestLog:
             record.variables.get("id") == object_id and not record.rejected for record in self._records
         )
 
-    async def wait_for(self, condition: Callable[[RequestLog], bool], timeout_seconds: float = 5.0) -> None:
+    async def wait_for(self, condition: Callable[[RequestLog], bool], timeout_seconds: float = 60.0) -> None:
         """Wait until the condition holds. It is checked when a query arrives or ends."""
         async with asyncio.timeout(timeout_seconds):
             while not condition(self):

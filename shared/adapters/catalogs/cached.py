@@ -68,11 +68,13 @@ class CachedCatalog:
         limits: CacheLimits,
         clock: Callable[[], float] = time.monotonic,
         shared_cache: SharedCatalogCache | None = None,
+        assignment: Assignment | None = None,
     ) -> None:
         """`clock`: in seconds. `open` and `close` also open and close the inner catalog and the shared cache."""
         self._inner = inner
         self._limits = limits
         self._clock = clock
+        self._assignment = assignment or Assignment()
         self._shared = SharedCatalog(shared_cache, SharedCatalogTtls(lock_ttl=limits.wait + 0.5))
         self._buckets: tuple[Sequence[str] | CatalogUnavailable, float] | None = None
         self._buckets_query: asyncio.Task[Sequence[str]] | None = None
@@ -215,7 +217,10 @@ class CachedCatalog:
         self._down_until = float("-inf")
         lifetime = self._limits.positive_ttl if _is_available(answer) else self._limits.negative_ttl
         self._store(object_id, answer, lifetime)
-        await self._shared.put(object_id, answer, lifetime)
+        needed = answer is not None and _is_available(answer) and self._assignment.covers(answer)
+        await self._shared.put(
+            object_id, answer, lifetime, needed=needed, used=single_flight.cached is not None
+        )
         single_flight.owns_lock = False
         return answer
 
@@ -260,7 +265,10 @@ class SharedCatalogTtls:
 
     lock_ttl: float  # after so long, the process that holds the lock counts as dead
     positive_retention: float = 7 * 24 * 3600.0  # how long answers are kept for outages, fresh or stale
-    negative_retention: float = 600.0  # likewise, for "does not exist"
+    unused_retention: float = 24 * 3600.0  # likewise, until the object is asked for again
+    negative_retention: float = (
+        600.0  # likewise, for objects that do not exist, or that this node does not serve
+    )
 
 
 class SharedCatalog:
@@ -303,11 +311,19 @@ class SharedCatalog:
         self._outage.succeeded()
         return lookup
 
-    async def put(self, object_id: ObjectId, answer: MediaObject | None, fresh: float) -> None:
-        """Share an answer; best effort. `fresh`: seconds of its time to live."""
+    async def put(
+        self, object_id: ObjectId, answer: MediaObject | None, fresh: float, *, needed: bool, used: bool
+    ) -> None:
+        """Share an answer; best effort.
+
+        `fresh`: seconds of its time to live. `needed`: the object is served by this node. `used`: it was asked for
+        before, so it is kept long. Only so are half a million objects that one client asks for once no burden.
+        """
         if self._cache is None:
             return
-        keep = self._ttls.negative_retention if answer is None else self._ttls.positive_retention
+        keep = self._ttls.positive_retention if used else self._ttls.unused_retention
+        if not needed:
+            keep = self._ttls.negative_retention
         try:
             await self._cache.put(object_id, answer, fresh, max(fresh, keep))
         except StateStoreUnavailable as error:

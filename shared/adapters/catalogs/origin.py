@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from urllib.parse import quote, urljoin, urlsplit
 
 import httpx
 
 from distributor_node.shared.adapters.catalogs.errors import map_catalog_errors
+from distributor_node.shared.adapters.sources.network import SourceNetwork
+from distributor_node.shared.adapters.sources.transport import BoundedTransport
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
 from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
@@ -18,7 +21,6 @@ from distributor_node.shared.ports.catalog import CatalogStatus
 _PLACEHOLDER = "{id}"
 _MAX_REDIRECTS = 3
 _MAX_VALIDATOR = 1024
-_KEEP_ALIVE = 4.0  # seconds; below the 5 s after which many servers close an idle connection
 _FIRST_BYTE = ByteRange(0, 0)
 _ABSENT = frozenset({404, 410})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
@@ -51,12 +53,11 @@ class OriginCatalog:
             raise ConfigurationError(f"catalog.origin: {error}") from error
         # No limit on connections here: CachedCatalog limits the requests, and a contended pool of httpx can lose a slot
         # when a request is cancelled. Nothing is taken from the environment: no proxy, no .netrc credentials.
+        context = await asyncio.to_thread(httpx.create_ssl_context)
         self._client = httpx.AsyncClient(
             headers={"Accept-Encoding": "identity", "User-Agent": "distributor-node"},
             timeout=self._timeout,
-            limits=httpx.Limits(
-                max_connections=None, max_keepalive_connections=32, keepalive_expiry=_KEEP_ALIVE
-            ),
+            transport=BoundedTransport(context, 32, SourceNetwork()),
             trust_env=False,
         )
 

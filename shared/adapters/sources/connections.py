@@ -1,6 +1,6 @@
 """HTTP connections to sources, their limits, and the HTTP library's errors as SourceErrors.
 
-This is the only module that uses httpx to reach sources.
+With transport.py, this is where httpx reaches sources.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 import httpcore
 import httpx
 
-from distributor_node.shared.adapters.sources.network import SourceNetwork
+from distributor_node.shared.adapters.sources.network import ExcessiveEvents, SourceNetwork
+from distributor_node.shared.adapters.sources.transport import BoundedTransport
 from distributor_node.shared.domain.errors import (
     ConfigurationError,
     SourceError,
     SourceTooSlow,
     SourceUnreachable,
+    SourceWrong,
 )
 from distributor_node.shared.domain.urls import is_public
 
@@ -50,16 +52,17 @@ class SourceLimits:
             )
 
 
-_KEEP_ALIVE = 4.0  # seconds; Colossus closes idle connections after 5 s (Node's default)
 # httpcore's 64 KiB cost a third of the throughput on a fast link. The event loop reads 256 KiB at once anyway.
 _READ_BYTES = 256 * 1024
 
 
 @contextmanager
 def map_http_errors() -> Iterator[None]:
-    """Raise SourceUnreachable for the library's exceptions, which are chained."""
+    """Raise SourceUnreachable for the library's exceptions, which are chained; SourceWrong for too many events."""
     try:
         yield
+    except ExcessiveEvents as error:
+        raise SourceWrong(str(error)) from error
     except (httpx.HTTPError, httpx.InvalidURL, httpcore.ReadError, ssl.SSLError) as error:
         timed_out = isinstance(error, httpx.ConnectTimeout)
         raise SourceUnreachable(_describe(error), timed_out=timed_out) from error
@@ -75,16 +78,16 @@ class Connections:
     def __init__(self, limits: SourceLimits) -> None:
         self._limits = limits
         self._slots = asyncio.Semaphore(limits.max_connections)
-        self._reusing: _Transport | None = None
-        self._fresh: _Transport | None = None
+        self._reusing: BoundedTransport | None = None
+        self._fresh: BoundedTransport | None = None
 
     async def open(self) -> None:
         # httpcore has this setting only for the whole process.
         httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = _READ_BYTES
         context = await asyncio.to_thread(httpx.create_ssl_context)  # reads the certificates
         network = SourceNetwork(is_public if self._limits.refuse_private else None)
-        self._reusing = _Transport(context, self._limits.max_connections, network)
-        self._fresh = _Transport(context, 0, network)
+        self._reusing = BoundedTransport(context, self._limits.max_connections, network)
+        self._fresh = BoundedTransport(context, 0, network)
 
     async def close(self) -> None:
         """Close every connection. Responses that are being read fail."""
@@ -124,7 +127,9 @@ class Connections:
             # A source may close an idle connection while we send. That is not a failure of the source.
             return await self._send_on(self._fresh, url, headers)
 
-    async def _send_on(self, transport: _Transport, url: str, headers: dict[str, str]) -> httpx.Response:
+    async def _send_on(
+        self, transport: BoundedTransport, url: str, headers: dict[str, str]
+    ) -> httpx.Response:
         # httpx's read timeout applies to each read: headers could trickle in for ever, and it would apply to the body
         # too. `progress.deadline` limits all headers together. httpx limits the time to connect, for TCP and TLS each.
         # It leaks the socket of a handshake that is cancelled from outside, so our limit on that is a last resort.
@@ -171,21 +176,6 @@ class _Progress:
         elif event == "http11.send_request_headers.started" and self.deadline is not None:
             self.sending = True
             self.deadline.reschedule(asyncio.get_running_loop().time() + self._first_byte_timeout)
-
-
-class _Transport(httpx.AsyncHTTPTransport):
-    """A transport, not a client: no cookies, no redirects, no proxy or .netrc credentials from the environment."""
-
-    def __init__(self, context: ssl.SSLContext, max_idle: int, network: SourceNetwork) -> None:
-        super().__init__(verify=context, trust_env=False)
-        # httpx has no parameter for the network backend of its pool, so the pool, still empty, is replaced.
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=context,
-            max_connections=None,
-            max_keepalive_connections=max_idle,
-            keepalive_expiry=_KEEP_ALIVE,
-            network_backend=network,
-        )
 
 
 def _describe(error: Exception) -> str:

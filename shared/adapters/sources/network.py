@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import httpcore
+import httpx
 from aiohappyeyeballs import AddrInfoType, start_connection
 
 # Bytes received but not yet read at which reading from the socket pauses. It is what the event loop reads at once.
@@ -23,6 +24,22 @@ _CONNECTION_ATTEMPT_DELAY = (
     0.25  # seconds before the next address is tried beside a silent one (RFC 8305 section 5)
 )
 _HEAD_END = re.compile(rb"\n\r?\n")  # the pattern that h11 uses
+_INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)")  # after 101 no other response follows
+
+# Bounds on the work that one response can cause. They stand in front of the HTTP library, which has none.
+_MAX_INTERIM_RESPONSES = 8
+_MAX_HEAD_BYTES = 64 * 1024
+_MAX_HEAD_LINES = 256
+_STATUS_BYTES = len(b"HTTP/1.1 200")
+# Segments that arrive one after the other, each with its own wake-up. Beyond the free ones, and while the average is
+# below `_BYTES_PER_READ`, the kernel collects what arrives for `_COLLECT_SECONDS`.
+_FREE_READS = 64
+_BYTES_PER_READ = 1024
+_COLLECT_SECONDS = 0.005
+
+
+class ExcessiveEvents(httpx.ProtocolError):
+    """A response is made of so many parts that reading it would occupy the event loop."""
 
 
 class SourceNetwork(httpcore.AsyncNetworkBackend):
@@ -109,12 +126,13 @@ class SourceStream(httpcore.AsyncNetworkStream):
         self._protocol = protocol
         # The end of what has been read of an awaited head, in which its last line break may lie. None: no head is due.
         self._tail: bytes | None = None
+        self._head = _HeadBounds()
         self.at_body = False
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Return up to `max_bytes`; empty at the end of the stream.
 
-        Raises httpcore's ReadError for a broken connection, ReadTimeout after `timeout` seconds.
+        Raises httpcore's ReadError for a broken connection, ReadTimeout after `timeout` seconds, and ExcessiveEvents.
         """
         try:
             async with asyncio.timeout(timeout):
@@ -123,9 +141,14 @@ class SourceStream(httpcore.AsyncNetworkStream):
             raise httpcore.ReadTimeout(str(error)) from error
         length = min(max_bytes, self._head_length(data))
         if length < len(data):
-            self._protocol.unread(data[length:])
+            self.unread(data[length:])
             data = data[:length]
         return data
+
+    def unread(self, data: bytes) -> None:
+        """Put bytes back: the next read returns them."""
+        if data:
+            self._protocol.unread(data)
 
     async def receive(self) -> bytes:
         """Return all bytes that are buffered, and wait for some if there are none; empty at the end of the stream."""
@@ -139,10 +162,14 @@ class SourceStream(httpcore.AsyncNetworkStream):
         end = _HEAD_END.search(self._tail + data)
         if end is None:
             self._tail = (self._tail + data)[-2:]
+            self._head.add(data)
             return len(data)
         length = end.end() - len(self._tail)
-        # Only once per request. After an interim response (1xx), head and body together are left to the library.
-        self._tail, self.at_body = None, True
+        self._head.add(data[:length])
+        if self._head.end():
+            self._tail = b""  # of an interim response: another head follows
+        else:
+            self._tail, self.at_body = None, True
         return length
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
@@ -150,6 +177,7 @@ class SourceStream(httpcore.AsyncNetworkStream):
         if buffer:
             self._protocol.send(buffer)
             self._tail, self.at_body = b"", False
+            self._head = _HeadBounds()
 
     async def aclose(self) -> None:
         self._protocol.abort()
@@ -185,6 +213,40 @@ class SourceStream(httpcore.AsyncNetworkStream):
         return None
 
 
+class _HeadBounds:
+    """Counts the heads of one response, interim ones (1xx) included. Raises ExcessiveEvents."""
+
+    def __init__(self) -> None:
+        self._interim = 0
+        self._start = b""
+        self._bytes = 0
+        self._lines = 0
+
+    def add(self, data: bytes) -> None:
+        """Count bytes of the current head."""
+        if len(self._start) < _STATUS_BYTES:
+            self._start = (self._start + data[:_STATUS_BYTES])[:_STATUS_BYTES]
+        self._bytes += len(data)
+        self._lines += data.count(b"\n")
+        if self._bytes > _MAX_HEAD_BYTES or self._lines > _MAX_HEAD_LINES:
+            raise ExcessiveEvents(
+                f"response head: expected at most {_MAX_HEAD_BYTES} bytes and {_MAX_HEAD_LINES} lines, "
+                f"got {self._bytes} bytes and {self._lines} lines"
+            )
+
+    def end(self) -> bool:
+        """End the current head. Return whether it was interim, so that another one follows."""
+        if not _INTERIM.match(self._start):
+            return False
+        self._interim += 1
+        self._start, self._bytes, self._lines = b"", 0, 0
+        if self._interim > _MAX_INTERIM_RESPONSES:
+            raise ExcessiveEvents(
+                f"interim responses: expected at most {_MAX_INTERIM_RESPONSES} before the final one"
+            )
+        return True
+
+
 class _SourceProtocol(asyncio.Protocol):
     """Buffers what has been received and not yet read. One reader at a time."""
 
@@ -192,7 +254,10 @@ class _SourceProtocol(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._buffer: deque[bytes] = deque()
         self._buffered_bytes = 0
-        self._paused = False
+        self._full = False
+        self._collecting: asyncio.TimerHandle | None = None  # while the kernel collects small segments
+        self._reads = 0  # since the last request was sent
+        self._read_bytes = 0
         self._ended = False
         self._error: Exception | None = None
         self._data_waiter: asyncio.Future[None] | None = None
@@ -206,10 +271,30 @@ class _SourceProtocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._buffer.append(data)
         self._buffered_bytes += len(data)
-        if self._buffered_bytes >= _MAX_BUFFERED and self._transport is not None:
-            self._paused = True
-            self._transport.pause_reading()
+        self._reads += 1
+        self._read_bytes += len(data)
+        if self._transport is not None and not self._paused:
+            if self._buffered_bytes >= _MAX_BUFFERED:
+                self._full = True
+                self._transport.pause_reading()
+            elif self._reads > _FREE_READS + self._read_bytes // _BYTES_PER_READ:
+                self._transport.pause_reading()
+                self._collecting = asyncio.get_running_loop().call_later(
+                    _COLLECT_SECONDS, self._end_collecting
+                )
         self._wake_reader()
+
+    @property
+    def _paused(self) -> bool:
+        return self._full or self._collecting is not None
+
+    def _end_collecting(self) -> None:
+        self._collecting = None
+        self._resume_reading()
+
+    def _resume_reading(self) -> None:
+        if not self._paused and self._transport is not None:
+            self._transport.resume_reading()
 
     def eof_received(self) -> bool:
         self._ended = True
@@ -219,6 +304,8 @@ class _SourceProtocol(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._ended, self._error = True, exc
         self._transport = None
+        if self._collecting is not None:
+            self._collecting.cancel()
         self._wake_reader()
 
     def _wake_reader(self) -> None:
@@ -245,10 +332,9 @@ class _SourceProtocol(asyncio.Protocol):
                 self._data_waiter = None
         data = self._buffer.popleft()
         self._buffered_bytes -= len(data)
-        if self._paused and self._buffered_bytes < _MAX_BUFFERED:
-            self._paused = False
-            if self._transport is not None:
-                self._transport.resume_reading()
+        if self._full and self._buffered_bytes < _MAX_BUFFERED:
+            self._full = False
+            self._resume_reading()
         return data
 
     def unread(self, data: bytes) -> None:
@@ -259,6 +345,7 @@ class _SourceProtocol(asyncio.Protocol):
     def send(self, data: bytes) -> None:
         if self._transport is None or self._transport.is_closing():
             raise httpcore.WriteError("the connection is closed")
+        self._reads = self._read_bytes = 0
         self._transport.write(data)
 
     async def start_tls(self, context: ssl.SSLContext, server_hostname: str | None) -> None:

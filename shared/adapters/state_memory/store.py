@@ -38,6 +38,7 @@ from distributor_node.shared.ports.state_store import (
     ObjectStatus,
     PolicyState,
     PurgeRequest,
+    Superseded,
     Term,
     Topic,
     WorkerReport,
@@ -67,11 +68,11 @@ class MemoryStateStore:
     async def ping(self) -> None:
         """Always available."""
 
-    async def check_writes(self) -> None:
-        """Always accepted."""
-
     async def server_stats(self) -> None:
         """None: there is no server."""
+
+    async def problems(self) -> Sequence[str]:
+        return ()
 
     # Requests
 
@@ -84,7 +85,12 @@ class MemoryStateStore:
         parked = object_status.fetch is not None and object_status.fetch.phase is FetchPhase.PARKED
         if object_status.failure or (object_status.fetch and not parked):
             return Claim(won=False, status=object_status)
-        now = tables.clock()
+        now, row = tables.clock(), tables.row(object_id)
+        if row is not None and tables.job_waits(row):
+            duration = tables.timeouts.queued_seconds
+            tables.rows[object_id] = replace(row, ends=now + duration, duration=duration)
+            return Claim(won=False, status=tables.object_status(object_id))
+        serial = tables.next_serial()
         tables.rows[object_id] = FetchRow(
             phase=FetchPhase.CLAIMED,
             reserved=parked,
@@ -94,8 +100,10 @@ class MemoryStateStore:
             since=now,
             worker=claimant,
             duration=tables.timeouts.claim_seconds,
+            job=serial,
+            held=tables.rows[object_id].held if parked else 0,
         )
-        return Claim(won=True, status=ObjectStatus(fetch=None, failure=None))
+        return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=serial)
 
     async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
         tables = self._tables
@@ -122,41 +130,55 @@ class MemoryStateStore:
         phases = [tables.phase(tables.row(known)) for known in tables.rows]
         return Usage(
             limit=tables.limit,
-            used=tables.used,
+            used=tables.used + tables.leaving,
             reserved=tables.reserved,
             objects=len(tables.objects),
             fetches=phases.count(FetchPhase.FETCHING),
             reconciled=tables.reconciled,
             churn=tables.churn,
             queued=phases.count(FetchPhase.QUEUED),
+            leaving=tables.leaving,
         )
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
         if accesses:
-            self._tables.accesses.append((self._tables.next_serial(), tuple(accesses)))
+            self._tables.log_accesses(accesses)
 
     # Fetching
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
+    async def begin(self, object_id: ObjectId, size: int, worker: str, claim: int = 0) -> BeginResult:
         tables = self._tables
         entry, row, now = tables.objects.get(object_id), tables.row(object_id), tables.clock()
         if entry:
             return HeldElsewhere(seconds_left=0.0) if entry.evicting else AlreadyStored(entry.generation)
         if row and tables.phase(row) is FetchPhase.FETCHING:
+            if claim and row.job and claim != row.job:
+                return Superseded()
             return HeldElsewhere(seconds_left=row.ends - now)
         if footprint(size) > tables.limit:
             return NeverFits()
         if not tables.reconciled:
             return NotReconciled()
         resumed = row is not None and row.reserved
-        more = footprint(size) - (footprint(row.size) if row and resumed else 0)
-        missing = tables.used + tables.reserved + more - tables.limit
+        # Never less than before: the larger file of before may still be on the volume
+        held = max(size, row.held_size) if row and resumed else size
+        more = footprint(held) - (row.reservation if row else 0)
+        missing = tables.used + tables.leaving + tables.reserved + more - tables.limit
         if more > 0 and missing > 0:
             return NoSpace(missing)
-        lease = Lease(object_id, tables.next_serial(), size, worker)
+        lease = Lease(object_id, tables.next_serial(), size, worker, surplus=held - size)
         duration = tables.timeouts.lease_seconds
         tables.rows[object_id] = FetchRow(
-            FetchPhase.FETCHING, True, size, lease.token, now + duration, now, worker, duration=duration
+            FetchPhase.FETCHING,
+            True,
+            size,
+            lease.token,
+            now + duration,
+            now,
+            worker,
+            duration=duration,
+            job=claim,
+            held=held if held > size else 0,
         )
         tables.reserved += more
         tables.space_requests.pop(object_id, None)
@@ -178,6 +200,13 @@ class MemoryStateStore:
         if source and source != row.source:
             tables.announce(Topic.FETCH_CHANGED, lease.object_id)
         return True
+
+    async def return_surplus(self, lease: Lease) -> None:
+        row = self._tables.leased(lease)
+        if row and row.held:
+            self._tables.rows[lease.object_id] = replace(row, held=0)
+            self._tables.reserved -= row.reservation - footprint(row.size)
+            self._tables.announce(Topic.SPACE_FREED, lease.object_id)
 
     async def commit(self, lease: Lease, stored_at: float) -> bool:
         tables = self._tables
@@ -339,13 +368,18 @@ class MemoryStateStore:
     async def adopt_partial(self, term: Term, object_id: ObjectId, size: int) -> bool:
         tables, now = self._tables, self._tables.clock()
         row = tables.row(object_id)
-        if not tables.is_leader(term) or (row and row.reserved):
+        if not tables.is_leader(term):
             return False
-        if row and tables.phase(row):
-            tables.rows[object_id] = replace(row, reserved=True, size=size)
+        if row and row.reserved:
+            if tables.phase(row) is FetchPhase.FETCHING or row.held_size >= size:
+                return False
+            adopted = replace(row, held=size)
+        elif row and tables.phase(row):
+            adopted = replace(row, reserved=True, size=size)
         else:
-            tables.rows[object_id] = FetchRow(FetchPhase.PARKED, True, size, 0, now, now, "")
-        tables.reserved += footprint(size)
+            adopted = FetchRow(FetchPhase.PARKED, True, size, 0, now, now, "")
+        tables.rows[object_id] = adopted
+        tables.reserved += adopted.reservation - (row.reservation if row else 0)
         return True
 
     async def steal_lease(self, term: Term, object_id: ObjectId) -> Lease | None:
@@ -353,16 +387,16 @@ class MemoryStateStore:
         row = tables.row(object_id)
         if not tables.is_leader(term) or row is None or tables.phase(row) is not FetchPhase.PARKED:
             return None
-        lease = Lease(object_id, tables.next_serial(), row.size, term.holder)
+        lease = Lease(object_id, tables.next_serial(), row.held_size, term.holder)
         duration = tables.timeouts.lease_seconds
-        tables.rows[object_id] = FetchRow(
-            FetchPhase.FETCHING,
-            True,
-            row.size,
-            lease.token,
-            now + duration,
-            now,
-            term.holder,
+        tables.rows[object_id] = replace(
+            row,
+            phase=FetchPhase.FETCHING,
+            token=lease.token,
+            ends=now + duration,
+            since=now,
+            worker=term.holder,
+            source=None,
             duration=duration,
         )
         return lease
@@ -374,8 +408,12 @@ class MemoryStateStore:
         before = (tables.used, tables.reserved)
         if entries:
             tables.used = sum(footprint(entry.size) for entry in tables.objects.values())
-        tables.reserved = sum(footprint(row.size) for row in tables.rows.values() if row.reserved)
+        tables.reserved = sum(row.reservation for row in tables.rows.values())
         return abs(before[0] - tables.used) + abs(before[1] - tables.reserved)
+
+    async def set_leaving(self, term: Term, count: int) -> None:
+        if self._tables.is_leader(term):
+            self._tables.leaving = count
 
     async def set_reconciled(self, term: Term) -> None:
         if self._tables.is_leader(term):
@@ -391,8 +429,10 @@ class MemoryStateStore:
 
     async def fetches(self) -> Sequence[Fetch]:
         tables = self._tables
-        for object_id in [known for known in tables.rows if tables.phase(tables.row(known)) is None]:
-            del tables.rows[object_id]
+        for object_id in list(tables.rows):
+            row = tables.row(object_id)
+            if tables.phase(row) is None and not tables.job_waits(row):
+                del tables.rows[object_id]
         return [fetch for object_id in tables.rows if (fetch := tables.fetch(object_id))]
 
     async def read_accesses(self, position: str, at_most: int) -> tuple[str, Sequence[Access]]:
@@ -421,7 +461,7 @@ class MemoryStateStore:
                 )
         tables.policy = state
         while tables.accesses and tables.accesses[0][0] < int(state.position or 0):
-            tables.accesses.popleft()
+            tables.drop_oldest_accesses()
 
     # Operator: state, pins, purges, warming, token ids
 

@@ -6,7 +6,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from distributor_node.shared.adapters.state_common import MAX_ACCESS_BATCHES, AnnouncementQueue, StateTimeouts
+from distributor_node.shared.adapters.state_common import (
+    MAX_ACCESS_BATCHES,
+    MAX_LOGGED_ACCESSES,
+    AnnouncementQueue,
+    StateTimeouts,
+)
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, Warming
 from distributor_node.shared.domain.space import footprint
@@ -40,6 +45,16 @@ class FetchRow:
     worker: str
     source: str | None = None
     duration: float = 0.0  # seconds from writing to `ends`
+    job: int = 0  # serial of the claim whose job is carried out; 0: there is none
+    held: int = 0  # bytes of the object that the reservation covers, if that is more than `size`
+
+    @property
+    def held_size(self) -> int:
+        return max(self.size, self.held)
+
+    @property
+    def reservation(self) -> int:
+        return footprint(self.held_size) if self.reserved else 0
 
 
 @dataclass(slots=True)
@@ -55,13 +70,13 @@ class Tables:
     """Reason, expiry, seconds from recording to expiry, and cause."""
     space_requests: dict[ObjectId, tuple[int, float]] = field(default_factory=dict)
     """Bytes and expiry."""
-    accesses: deque[tuple[int, Sequence[Access]]] = field(
-        default_factory=lambda: deque(maxlen=MAX_ACCESS_BATCHES)
-    )
+    accesses: deque[tuple[int, Sequence[Access]]] = field(default_factory=deque)
     """Serial and batch."""
+    logged_accesses: int = 0  # in all batches
     policy: PolicyState = field(default_factory=PolicyState)
     used: int = 0
     reserved: int = 0
+    leaving: int = 0
     churn: int = 0
     serial: int = 0
     reconciled: bool = False
@@ -90,6 +105,16 @@ class Tables:
         for listener in self.listeners:
             listener.put(Announcement(topic, object_id))
 
+    def log_accesses(self, accesses: Sequence[Access]) -> None:
+        self.accesses.append((self.next_serial(), tuple(accesses)))
+        self.logged_accesses += len(accesses)
+        while len(self.accesses) > MAX_ACCESS_BATCHES or self.logged_accesses > MAX_LOGGED_ACCESSES:
+            self.drop_oldest_accesses()
+
+    def drop_oldest_accesses(self) -> None:
+        _, batch = self.accesses.popleft()
+        self.logged_accesses -= len(batch)
+
     def is_leader(self, term: Term) -> bool:
         return self.term == term and self.clock() < self.term_ends
 
@@ -110,6 +135,12 @@ class Tables:
             return row.phase if row else None
         return FetchPhase.PARKED if row.reserved else None
 
+    def job_waits(self, row: FetchRow | None) -> bool:
+        """Whether the job of an expired queue mark still waits in a queue that does not move."""
+        if row is None or row.phase is not FetchPhase.QUEUED:
+            return False
+        return 0 <= self.clock() - row.since < self.timeouts.lost_job_seconds
+
     def leased(self, lease: Lease) -> FetchRow | None:
         """The row of a lease. An expired lease stays valid as long as no other worker has taken the object over."""
         row = self.row(lease.object_id)
@@ -128,8 +159,8 @@ class Tables:
     def drop_fetch(self, object_id: ObjectId) -> None:
         """End a fetch and release its reservation."""
         row = self.rows.pop(object_id, None)
-        if row and row.reserved:
-            self.reserved -= footprint(row.size)
+        if row:
+            self.reserved -= row.reservation
 
     def put_object(self, entry: IndexEntry) -> None:
         """Add an entry with a new generation, or replace the existing one."""

@@ -23,18 +23,27 @@ from distributor_node.shared.ports.source_stats import (
 
 _RETENTION_MILLISECONDS = 24 * 3600 * 1000
 
+MAX_ANSWERS = 100_000
+"""Answers of catalogs that are kept, some 900 bytes each. A server that is nearly full keeps fewer."""
+
 logger = structlog.get_logger()
 
 
 class RedisSharedCatalogCache:
-    """See the port. Two keys for each object, which expire by themselves.
+    """See the port. Two keys for each object, which expire by themselves, and one of all catalogs.
+
+    Answers that would expire first are dropped when there are MAX_ANSWERS, or when the server is nearly full.
 
     catalog:NAME:answer:… STRING  POSIX milliseconds until which the answer is fresh, and a description
     catalog:NAME:asking:… STRING  the process that asks the catalog now
+    catalog:answers       ZSET    keys of answers by their expiry
     """
 
-    def __init__(self, url: str, prefix: str, timeout: float, name: str) -> None:
+    def __init__(
+        self, url: str, prefix: str, timeout: float, name: str, max_answers: int = MAX_ANSWERS
+    ) -> None:
         """`prefix`: of the state store. `timeout`: seconds. `name`: separates the answers of different catalogs."""
+        self._max_answers = max_answers
         self._connection = RedisConnection(url, prefix, timeout)
         self._prefix = f"{prefix}catalog:{name}:"
 
@@ -54,13 +63,15 @@ class RedisSharedCatalogCache:
 
     async def put(self, object_id: ObjectId, answer: MediaObject | None, fresh: float, keep: float) -> None:
         described = write_description(answer)
-        await self._run("catalog_remember", object_id, described, milliseconds(fresh), milliseconds(keep))
+        times = (milliseconds(fresh), milliseconds(keep))
+        await self._run("catalog_remember", object_id, described, *times, self._max_answers)
 
     async def unlock(self, object_id: ObjectId, owner: str) -> None:
         await self._run("catalog_give_up", object_id, owner)
 
     async def _run(self, script: str, object_id: ObjectId, *arguments: str | bytes | int) -> Any:
-        keys = (f"{self._prefix}answer:{object_id}", f"{self._prefix}asking:{object_id}")
+        shared = self._connection.keys.all_for(object_id)
+        keys = (*shared, f"{self._prefix}answer:{object_id}", f"{self._prefix}asking:{object_id}")
         return await self._connection.run_on(script, keys, object_id, *arguments)
 
 

@@ -90,10 +90,16 @@ def load_scripts() -> dict[str, Script]:
     scripts: dict[str, Script] = {}
     for file in folder.iterdir():
         if file.name.endswith(".lua") and file.name != _PRELUDE:
-            text = f"{prelude}\n{file.read_text()}"
+            text = _with_prelude(prelude, file.read_text())
             digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
             scripts[file.name.removesuffix(".lua")] = Script(text, digest)
     return scripts
+
+
+def _with_prelude(prelude: str, body: str) -> str:
+    """The first line stays the first where it declares the script's flags."""
+    flags, _, rest = body.partition("\n") if body.startswith("#!") else ("", "", body)
+    return f"{flags}\n{prelude}\n{rest}" if flags else f"{prelude}\n{rest}"
 
 
 # Commands and scripts
@@ -115,8 +121,11 @@ def make_client(url: str, connect_timeout: float, connections: int = MAX_CONNECT
             socket_timeout=None,
             socket_connect_timeout=connect_timeout,
         )
-    except ValueError as error:
-        raise ConfigurationError(f"state store: expected a Redis URL: {error}") from error
+    except ValueError:
+        # The library's message shows a part of the URL, which may be the password.
+        raise ConfigurationError(
+            "state_store.url: expected redis://, rediss:// or unix:// with a valid port, database and options"
+        ) from None
     return aioredis.Redis.from_pool(pool)
 
 
@@ -145,7 +154,7 @@ class RedisConnection:
             # The sockets are closed all the same
             logger.debug("state_store_close_failed", reason=_describe(error))
 
-    async def run(self, script: str, object_id: ObjectId | str, *arguments: str | int | float) -> Any:
+    async def run(self, script: str, object_id: ObjectId | str, *arguments: str | bytes | int | float) -> Any:
         """Run one script of the scripts folder. `arguments` are its ARGV from the fourth on."""
         return await self.run_on(script, self.keys.all_for(object_id), object_id, *arguments)
 

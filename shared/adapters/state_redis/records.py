@@ -32,7 +32,10 @@ class Keys:
     objects   HASH    object id → packed record (see _OBJECT)
     fetches   HASH    object id → packed fetch (see records.lua)
     usage     HASH    used, reserved (bytes), serial (of tokens and generations), accounted (run id of the server whose
-                      index is reconciled), turnover (bytes)
+                      index is reconciled), turnover, leaving (bytes; see
+                      `set_leaving`), run, kept_since (run id of the server, and since when it has kept its keys),
+                      cursor (of the search for answers
+                      that are not in catalog:answers)
     wishes    HASH    object id → requested bytes and their expiry
     leader    STRING  "token holder", expires
     policy    HASH    inflation, position
@@ -44,8 +47,11 @@ class Keys:
     warming   HASH    serial, warming (JSON), state, holder, until (POSIX milliseconds)
     ticket:…  STRING  a token id that was used, expires
     workers   HASH    worker → when it reported, milliseconds until that expires, its report (JSON)
-    writable  STRING  written to see whether the server accepts writes, expires
     viewed    ZSET    objects by the time they last had viewers (POSIX milliseconds), bounded
+    probe     STRING  nothing; written to learn whether the server accepts writes, expires
+    catalog:… STRING  answers of the catalog and locks on asking it; see RedisSharedCatalogCache
+    catalog:answers
+              ZSET    keys of answers by their expiry in POSIX milliseconds
     """
 
     prefix: str
@@ -66,6 +72,7 @@ class Keys:
             self.pins,
             self.purges,
             self.warming,
+            f"{prefix}catalog:answers",
         )
 
     @property
@@ -101,15 +108,15 @@ class Keys:
         return f"{self.prefix}workers"
 
     @property
-    def writable(self) -> str:
-        return f"{self.prefix}writable"
-
-    @property
     def viewed(self) -> str:
         return f"{self.prefix}viewed"
 
     def token_id(self, name: str) -> str:
         return f"{self.prefix}ticket:{name}"
+
+    @property
+    def write_probe(self) -> str:
+        return f"{self.prefix}probe"
 
     @property
     def channel(self) -> str:

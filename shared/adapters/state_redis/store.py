@@ -8,7 +8,11 @@ from dataclasses import replace
 
 import structlog
 
-from distributor_node.shared.adapters.state_common import MAX_ACCESS_BATCHES, StateTimeouts
+from distributor_node.shared.adapters.state_common import (
+    MAX_ACCESS_BATCHES,
+    MAX_ACCESS_LOG_BYTES,
+    StateTimeouts,
+)
 from distributor_node.shared.adapters.state_redis.connection import RedisConnection
 from distributor_node.shared.adapters.state_redis.listener import listen
 from distributor_node.shared.adapters.state_redis.records import (
@@ -57,12 +61,16 @@ from distributor_node.shared.ports.state_store import (
     PolicyState,
     PurgeRequest,
     ServerStats,
+    Superseded,
     Term,
     WorkerReport,
 )
 
 logger = structlog.get_logger()
 
+
+NEARLY_FULL = 0.9
+"""Share of maxmemory, as in records.lua, from which the server drops what only saves time."""
 
 _ENTRIES_BATCH = 1000
 
@@ -90,12 +98,19 @@ class RedisStateStore:
     async def ping(self) -> None:
         await self._connection.command("PING")
 
-    async def check_writes(self) -> None:
-        # The same kind of write as all others: a script. A server that is full refuses it, as it refuses SET
-        await self._connection.run_on("check_writes", (self._connection.keys.writable,), "")
-
     async def server_stats(self) -> ServerStats:
         return read_server_stats(await self._connection.command("INFO"))
+
+    async def problems(self) -> Sequence[str]:
+        found = []
+        stats = await self.server_stats()
+        if stats.memory_limit and stats.memory >= NEARLY_FULL * stats.memory_limit:
+            found.append(f"{100 * stats.memory // stats.memory_limit} % of its maxmemory are in use")
+        try:
+            await self._connection.command("SET", self._connection.keys.write_probe, 1, "PX", 1000)
+        except StateStoreUnavailable as error:
+            found.append(f"writes are refused: {error}")
+        return found
 
     # Requests
 
@@ -103,10 +118,11 @@ class RedisStateStore:
         return read_object_status(object_id, await self._connection.run("find", object_id))
 
     async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
-        duration = milliseconds(self._timeouts.claim_seconds)
-        reply = await self._connection.run("claim", object_id, claimant, duration)
-        if reply == 1:
-            return Claim(won=True, status=ObjectStatus(fetch=None, failure=None))
+        times = self._timeouts
+        seconds = (times.claim_seconds, times.queued_seconds, times.lost_job_seconds)
+        reply = await self._connection.run("claim", object_id, claimant, *map(milliseconds, seconds))
+        if isinstance(reply, int):
+            return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=reply)
         return Claim(won=False, status=read_object_status(object_id, reply))
 
     async def mark_queued(self, object_id: ObjectId, claimant: str) -> None:
@@ -118,25 +134,30 @@ class RedisStateStore:
 
     async def usage(self) -> Usage:
         reply = await self._connection.run("usage", "")
-        used, reserved, objects, fetches, reconciled, churn, queued = reply
-        return Usage(self._limit, used, reserved, objects, fetches, bool(reconciled), churn, queued)
+        used, reserved, objects, fetches, reconciled, churn, leaving, queued = reply
+        taken = used + leaving
+        return Usage(self._limit, taken, reserved, objects, fetches, bool(reconciled), churn, leaving, queued)
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
         if accesses:
-            log = self._connection.keys.accesses
-            bound = ("MAXLEN", "~", MAX_ACCESS_BATCHES)
-            await self._connection.command("XADD", log, *bound, "*", "batch", pack_accesses(accesses))
+            bounds = (MAX_ACCESS_BATCHES, MAX_ACCESS_LOG_BYTES)
+            await self._connection.run("record_accesses", "", pack_accesses(accesses), *bounds)
 
     # Fetching
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str) -> BeginResult:
+    async def begin(self, object_id: ObjectId, size: int, worker: str, claim: int = 0) -> BeginResult:
         lease = milliseconds(self._timeouts.lease_seconds)
-        answer, *values = await self._connection.run("begin", object_id, size, worker, lease, self._limit)
+        answer, *values = await self._connection.run(
+            "begin", object_id, size, worker, lease, self._limit, claim
+        )
         match answer:
             case b"granted":
-                return Granted(Lease(object_id, values[0], size, worker), resumed=bool(values[1]))
+                token, resumed, surplus = values
+                return Granted(Lease(object_id, token, size, worker, surplus), resumed=bool(resumed))
             case b"stored":
                 return AlreadyStored(generation=values[0])
+            case b"superseded":
+                return Superseded()
             case b"held":
                 return HeldElsewhere(seconds_left=values[0] / 1000)
             case b"no_space":
@@ -149,6 +170,9 @@ class RedisStateStore:
     async def renew(self, lease: Lease, source: str | None = None) -> bool:
         duration = milliseconds(self._timeouts.lease_seconds)
         return bool(await self._run_leased("renew", lease, duration, source or ""))
+
+    async def return_surplus(self, lease: Lease) -> None:
+        await self._run_leased("return_surplus", lease)
 
     async def commit(self, lease: Lease, stored_at: float) -> bool:
         return bool(await self._run_leased("commit", lease, stored_at))
@@ -268,6 +292,9 @@ class RedisStateStore:
     async def recount(self, term: Term, *, entries: bool = True) -> int:
         return int(str(await self._run_as_leader("recount", term, "", int(entries))))
 
+    async def set_leaving(self, term: Term, count: int) -> None:
+        await self._run_as_leader("set_leaving", term, "", count)
+
     async def set_reconciled(self, term: Term) -> None:
         await self._run_as_leader("set_accounted", term)
 
@@ -282,7 +309,7 @@ class RedisStateStore:
                 return
 
     async def fetches(self) -> Sequence[Fetch]:
-        found = await self._connection.run("fetches", "")
+        found = await self._connection.run("fetches", "", milliseconds(self._timeouts.lost_job_seconds))
         return [read_fetch(ObjectId(object_id.decode()), shown) for object_id, shown in found]
 
     async def read_accesses(self, position: str, at_most: int) -> tuple[str, Sequence[Access]]:
@@ -387,8 +414,9 @@ class RedisStateStore:
         return None if reply is None else _read_warming(reply[1], int(reply[0]))
 
     async def consume_token_id(self, token_id: str, issued: float, seconds: float) -> bool:
-        key = self._connection.keys.token_id(token_id)
-        return bool(await self._connection.command("SET", key, 1, "NX", "PX", milliseconds(seconds)))
+        keys = self._connection.keys
+        given = (*keys.all_for(""), keys.token_id(token_id))
+        return bool(await self._connection.run_on("use_ticket", given, "", issued, milliseconds(seconds)))
 
     # Announcements
 

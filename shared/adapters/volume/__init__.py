@@ -4,7 +4,7 @@
     records/<shard>/<id>     its record (JSON, at most RECORD_BYTES): size, hash, entity tag, media type
     incoming/<id>.part       a partial download; its size is its progress
     incoming/<id>.json       the sidecar of the partial download: the record it is going to have
-    leaving/<id>             an object that was removed while it was being sent
+    leaving/<id>             an object that was removed while it was being sent; `<id>,<inode>` beside an older one
 
 A shard is made when it is first written to. A missing shard is an empty one.
 
@@ -25,7 +25,13 @@ from distributor_node.shared.adapters.volume.partial import (
     PartialReader,
     PartialState,
 )
-from distributor_node.shared.adapters.volume.scan import FoundObject, FoundPartial, UnknownFile
+from distributor_node.shared.adapters.volume.scan import (
+    FoundObject,
+    FoundPartial,
+    TrashedFile,
+    UnknownFile,
+    UnreadableFile,
+)
 from distributor_node.shared.adapters.volume.volume import Volume
 
 __all__ = [
@@ -39,6 +45,8 @@ __all__ = [
     "PartialState",
     "Removal",
     "RemovalState",
+    "TrashedFile",
     "UnknownFile",
+    "UnreadableFile",
     "Volume",
 ]

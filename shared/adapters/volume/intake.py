@@ -11,9 +11,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import structlog
+
 from distributor_node.shared.adapters.volume.layout import OBJECTS, Directories, map_os_errors, shard
 from distributor_node.shared.adapters.volume.records import atomic_write
 from distributor_node.shared.domain.objects import ObjectId
+
+logger = structlog.get_logger()
 
 DONE = ".import-done"
 """A file in the volume's root that exists once an import is finished. While it is missing, an import is running."""
@@ -68,6 +72,9 @@ class ImportSource:
                 try:
                     seen = entry.stat(follow_symlinks=False)
                 except FileNotFoundError:
+                    continue
+                except OSError as error:  # one file must not keep the others waiting
+                    logger.error("import_file_unreadable", object_id=entry.name, reason=str(error))
                     continue
                 if stat.S_ISREG(seen.st_mode):
                     yield PendingFile(ObjectId(entry.name), seen.st_size, seen.st_mtime)

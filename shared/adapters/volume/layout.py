@@ -34,6 +34,11 @@ def object_path(object_id: str) -> str:
     return f"{shard(object_id)}/{object_id}"
 
 
+def trashed_id(name: str) -> str:
+    """The object id in the name of a file in `leaving/`: `<id>`, or `<id>,<inode>` beside an older file."""
+    return name.partition(",")[0]
+
+
 @contextmanager
 def map_os_errors(action: str) -> Iterator[None]:
     """Turn OSError into VolumeFull (no space, quota exceeded) or VolumeError (any other cause).

@@ -169,13 +169,17 @@ class Removal:
         Call `begin` and `unlink` again later, until no process sends it. Raises VolumeError.
         """
         with map_os_errors(f"move {self._object_id} to {TRASH}/"):
-            os.rename(
-                self._object_id,
-                self._object_id,
-                src_dir_fd=self._directories.descriptor(f"{OBJECTS}/{shard(self._object_id)}"),
-                dst_dir_fd=self._directories.descriptor(TRASH),
-            )
+            objects = self._directories.descriptor(f"{OBJECTS}/{shard(self._object_id)}")
+            trash = self._directories.descriptor(TRASH)
+            os.rename(self._object_id, self._trash_name(objects, trash), src_dir_fd=objects, dst_dir_fd=trash)
             self._unlink_record()
+
+    def _trash_name(self, objects: int, trash: int) -> str:
+        """Never that of a file that is there: its bytes count while it is sent, and are found by its name."""
+        if _stat(self._object_id, trash) is None:
+            return self._object_id
+        seen = _stat(self._object_id, objects)
+        return self._object_id if seen is None else f"{self._object_id},{seen.st_ino}"
 
     def _unlink_record(self) -> None:
         with suppress(FileNotFoundError):  # neither the record nor its shard has to exist
@@ -187,3 +191,29 @@ class Removal:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _stat(name: str, directory: int) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def unlink_trashed(directories: Directories, name: str, *, truncates: bool) -> bool:
+    """Remove a file in `leaving/` unless a process sends it. Returns whether it is gone. Raises OSError."""
+    trash = directories.descriptor(TRASH)
+    try:
+        descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=trash)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlink_if_exists(name, trash)
+        if truncates and os.fstat(descriptor).st_nlink == 0:
+            os.ftruncate(descriptor, 0)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

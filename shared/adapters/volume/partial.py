@@ -71,6 +71,31 @@ class PartialFile:
                 self.close()
                 raise
 
+    def open_verified(self) -> bool:
+        """Open a file that another writer has verified and not published, under a shared lock: followers may hold one.
+
+        False if there is none, if it has another size than its record, or if it is locked for writing or removal.
+        """
+        with map_os_errors(f"open the verified file of {self.record.object_id}"):
+            self._incoming = os.dup(self._directories.descriptor(INCOMING))
+            try:
+                self._descriptor = os.open(self._name, _OPEN, dir_fd=self._incoming)
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                seen = os.fstat(self._descriptor)
+                if (
+                    seen.st_mode & stat.S_IROTH
+                    and seen.st_size == self.record.size
+                    and _same_file(self._descriptor, self._name, self._incoming)
+                ):
+                    return True
+            except (FileNotFoundError, BlockingIOError):
+                pass
+            except BaseException:
+                self.close()
+                raise
+            self.close()
+            return False
+
     def _open_locked(self, create: int) -> int:
         while True:
             descriptor = os.open(self._name, _OPEN | create, _UNVERIFIED_MODE, dir_fd=self._incoming)
@@ -162,7 +187,12 @@ class PartialFile:
             atomic_write(object_id, encode_record(record), records)
             os.fsync(records)
             objects = self._directories.create_shard(f"{OBJECTS}/{number}")
-            os.rename(self._name, object_id, src_dir_fd=self._incoming, dst_dir_fd=objects)
+            try:
+                os.rename(self._name, object_id, src_dir_fd=self._incoming, dst_dir_fd=objects)
+            except FileNotFoundError:
+                # Race: 1. its writer verifies the file and is stopped; 2. another one publishes it; 3. both are here
+                if not _same_file(self._descriptor, object_id, objects):
+                    raise
             # It is an object now. Senders may lock it while we wait for the disk; removals still may not.
             with suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)

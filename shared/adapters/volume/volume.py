@@ -29,6 +29,7 @@ from distributor_node.shared.adapters.volume.objects import (
     Removal,
     has_shared_lock,
     identity_of,
+    unlink_trashed,
 )
 from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader
 from distributor_node.shared.adapters.volume.records import (
@@ -257,11 +258,24 @@ class Volume:
                     return True
         return False
 
+    def open_verified_partial(self, expected: StoredRecord) -> PartialFile | None:
+        """The complete file of a writer that verified it and died before publishing it, to be published.
+
+        A follower's lock does not keep others from that. Hash it first: after a power cut the mark proves nothing.
+        """
+        partial = PartialFile(self._directories, expected)
+        return partial if partial.open_verified() else None
+
     # Removing
 
     def removal(self, object_id: ObjectId) -> Removal:
         """A removal of a complete object that has not begun yet; see Removal."""
         return Removal(self._directories, object_id, truncates=not self._accel_redirect)
+
+    def unlink_trashed(self, file: scan.TrashedFile) -> bool:
+        """Remove a file in `leaving/`. Returns False if a process sends it."""
+        with map_os_errors(f"remove {TRASH}/{file.name}"):
+            return unlink_trashed(self._directories, file.name, truncates=not self._accel_redirect)
 
     def remove_orphan_records(self, older_than_seconds: float) -> int:
         """Remove records whose object is missing, if they are older than that. Returns how many were removed."""
@@ -278,6 +292,11 @@ class Volume:
         """Everything under `objects/` and `leaving/`."""
         with map_os_errors("scan the objects"):
             yield from scan.scan_objects(self._directories)
+
+    def scan_trash(self) -> Iterator[scan.TrashedFile]:
+        """The files in `leaving/`."""
+        with map_os_errors("scan the removed objects"):
+            yield from scan.scan_trash(self._directories)
 
     def scan_partials(self) -> Iterator[scan.FoundPartial | scan.UnknownFile]:
         """Everything under `incoming/` except sidecars."""

@@ -105,6 +105,7 @@ class PackedPolicy:
         """The key of a new object, whose other fields are set. `known`: the priority that its entry brings, 0.0: none.
 
         The least (key, last access, id) goes first. While the object is in the heap its key may rise, but never fall.
+        Without priorities of its own a policy orders by last access, and this is not asked.
         """
         return self._records.last_accesses[slot]
 
@@ -133,7 +134,8 @@ class PackedPolicy:
     def _insert(self, entry: PolicyEntry) -> int:
         """Record the entry, with its key; the slot. It still has to be pushed to a heap."""
         slot = self._records.insert(entry)
-        self._records.priorities[slot] = self._key(slot, entry.priority)
+        if self.has_priorities:  # else the key is the last access, and in place
+            self._records.priorities[slot] = self._key(slot, entry.priority)
         return slot
 
     def _idle_slots(

@@ -10,14 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 
 from distributor_node.shared.adapters.catalogs.errors import map_catalog_errors
+from distributor_node.shared.adapters.sources.network import SourceNetwork
+from distributor_node.shared.adapters.sources.transport import BoundedTransport
 from distributor_node.shared.domain.errors import CatalogUnavailable
 
 _REQUEST = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "chain_getHeader", "params": []})
 _NUMBER = re.compile(r"0x[0-9a-fA-F]{1,16}", re.ASCII)
 _MAX_RESPONSE = 256 * 1024
+_MAX_WEBSOCKET = 32 * 1024  # bytes, of all frames and the handshake; a block header has about 1 KiB
+_SLICE = 512  # bytes of frames that are parsed before other tasks run; a frame has 2 or more
 _MAX_MESSAGES = 10  # messages of a websocket that are read to find the response
 _RETRY_AFTER = 2.0  # seconds between two queries after a failure
 
@@ -62,13 +66,20 @@ class ChainHead:
             raise CatalogUnavailable("the chain node's response is not a block header") from error
 
     async def _over_http(self) -> Any:
-        headers = {"Content-Type": "application/json", "User-Agent": "distributor-node"}
+        headers = {
+            "Content-Type": "application/json",
+            "Accept-Encoding": "identity",
+            "User-Agent": "distributor-node",
+        }
+        transport = BoundedTransport(await asyncio.to_thread(httpx.create_ssl_context), 0, SourceNetwork())
         async with (
-            httpx.AsyncClient(trust_env=False, timeout=self._timeout, follow_redirects=False) as client,
+            httpx.AsyncClient(
+                transport=transport, trust_env=False, timeout=self._timeout, follow_redirects=False
+            ) as client,
             client.stream("POST", self._url, content=_REQUEST, headers=headers) as response,
         ):
             received = bytearray()
-            async for chunk in response.aiter_bytes():
+            async for chunk in response.aiter_raw():
                 received += chunk
                 if len(received) > _MAX_RESPONSE:
                     raise ValueError(f"more than {_MAX_RESPONSE} bytes")
@@ -77,9 +88,10 @@ class ChainHead:
     async def _over_websocket(self) -> Any:
         async with connect(
             self._url,
+            create_connection=_BoundedConnection,
             proxy=None,
             compression=None,
-            max_size=_MAX_RESPONSE,
+            max_size=_MAX_WEBSOCKET,
             open_timeout=None,
             close_timeout=0.5,
             ping_interval=None,
@@ -90,3 +102,42 @@ class ChainHead:
                 if isinstance(message, dict) and message.get("id") == 1:
                     return message
         raise ValueError(f"no response among {_MAX_MESSAGES} messages")
+
+
+class _BoundedConnection(ClientConnection):
+    """A connection that ends after `_MAX_WEBSOCKET` bytes, and parses little at a time.
+
+    The library parses all frames of one read, 256 KiB, without returning to the event loop: up to 131,072 pings.
+    """
+
+    _received = 0
+    _unparsed = b""
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the event loop."""
+        self._received += len(data)
+        if self._received > _MAX_WEBSOCKET:
+            self._unparsed = b""
+            self.transport.abort()
+            return
+        if not self._unparsed:
+            self.loop.call_soon(self._parse)
+        self._unparsed += data
+
+    def eof_received(self) -> None:
+        """Called by the event loop."""
+        while self._unparsed:
+            self._parse()
+        super().eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called by the event loop."""
+        self._unparsed = b""
+        super().connection_lost(exc)
+
+    def _parse(self) -> None:
+        data, self._unparsed = self._unparsed[:_SLICE], self._unparsed[_SLICE:]
+        if data:
+            super().data_received(data)
+        if self._unparsed:
+            self.loop.call_soon(self._parse)

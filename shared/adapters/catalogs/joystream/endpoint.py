@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ import httpx
 import structlog
 
 from distributor_node.shared.adapters.catalogs.errors import map_catalog_errors
+from distributor_node.shared.adapters.sources.network import SourceNetwork
+from distributor_node.shared.adapters.sources.transport import BoundedTransport
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
 from distributor_node.shared.domain.urls import parse_source_url
 
-_KEEP_ALIVE = 4.0  # seconds; Node closes an idle connection after 5 s
 _PARSE_IN_THREAD = (
     256 * 1024
 )  # bytes of JSON from which parsing moves to a thread, so that it does not block the loop
@@ -62,11 +64,12 @@ class GraphqlEndpoint:
         # when a request is cancelled. No redirects, and no proxy or .netrc credentials from the environment.
         context = await asyncio.to_thread(httpx.create_ssl_context)
         self._client = httpx.AsyncClient(
-            verify=context,
-            headers={"Accept": "application/json", "User-Agent": "distributor-node"},
-            limits=httpx.Limits(
-                max_connections=None, max_keepalive_connections=16, keepalive_expiry=_KEEP_ALIVE
-            ),
+            headers={
+                "Accept": "application/json",
+                "Accept-Encoding": "gzip",
+                "User-Agent": "distributor-node",
+            },
+            transport=BoundedTransport(context, 16, SourceNetwork()),
             follow_redirects=False,
             trust_env=False,
         )
@@ -127,11 +130,32 @@ class GraphqlEndpoint:
         # Connecting ends a little before the caller's time limit: httpx leaks a socket whose handshake is cancelled.
         limits = httpx.Timeout(bounds.timeout, connect=0.9 * bounds.timeout)
         async with self._client.stream("POST", self._url, json=body, timeout=limits) as response:
-            async for chunk in response.aiter_bytes(64 * 1024):  # decompressed, as it is kept in memory
-                received += chunk
+            expand = _expander(response)
+            async for chunk in response.aiter_raw():
+                received += expand(chunk, bounds.max_bytes + 1 - len(received))
                 if len(received) > bounds.max_bytes:
                     raise ResponseTooLarge(f"the squid's response is larger than {bounds.max_bytes} bytes")
             return response.status_code, bytes(received)
+
+
+def _expander(response: httpx.Response) -> Callable[[bytes, int], bytes]:
+    """Return a function that decompresses a piece, to so many bytes at most: httpx would expand a bomb in one go."""
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding == "identity":
+        return lambda piece, limit: piece
+    if encoding != "gzip":
+        raise CatalogUnavailable(
+            f"the squid responded with Content-Encoding {encoding[:20]!r}, expected gzip"
+        )
+    decompressor = zlib.decompressobj(16 + zlib.MAX_WBITS)
+
+    def expand(piece: bytes, limit: int) -> bytes:
+        try:
+            return decompressor.decompress(piece, limit)
+        except zlib.error as error:
+            raise CatalogUnavailable(f"the squid responded with invalid gzip: {error}") from error
+
+    return expand
 
 
 async def _read(raw: bytes, status: int) -> Any:

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: term, then per entry: object id, size, frequency, last access, priority. Returns 1 or 0 for each.
 local answers, count = {}, (#ARGV - 4) / 5
 if not in_office(ARGV[4]) then
@@ -16,7 +17,7 @@ for number = 1, count do
     used = used + footprint(size)
     if fetch then
       redis.call('HDEL', fetches, id)
-      if fetch.reserved then reserved = reserved + footprint(fetch.size) end
+      reserved = reserved + reservation(fetch)
       announce('fetch_changed', id)
     end
     answers[number] = 1

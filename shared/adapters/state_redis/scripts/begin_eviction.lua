@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: term, minimum idle time in seconds, 1 to include pinned objects, object ids. Returns 1 or 0 for each. The
 -- generation changes, so a process that saw the object before cannot forget it while its file may still be open.
 local answers, count, leading = {}, #ARGV - 6, in_office(ARGV[4])

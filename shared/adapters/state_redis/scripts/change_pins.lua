@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: initial operator state if there is none, number of objects to pin, these objects, objects to unpin. Returns how
 -- many changed.
 local changed, last = 0, 5 + tonumber(ARGV[5])

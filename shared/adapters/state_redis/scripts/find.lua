@@ -1,2 +1,3 @@
+#!lua flags=no-writes
 -- Returns the status of the object.
-return standing(read_fetch())
+return standing(peek_fetch())

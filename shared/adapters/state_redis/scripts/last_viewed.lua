@@ -1,3 +1,4 @@
+#!lua flags=no-writes
 -- KEYS: viewed. ARGV[4]: milliseconds that they are remembered. Then: object ids. Returns milliseconds since each was
 -- last viewed, -1 if that is not remembered.
 local ages = {}

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: claimant, milliseconds
 local fetch = read_fetch()
 if fetch and fetch.standing == 'claimed' and fetch.worker == ARGV[4] then

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: token, worker. Ends the lease and keeps the reservation.
 local fetch = read_leased(ARGV[4], ARGV[5])
 if fetch then

@@ -1,7 +1,8 @@
 -- Prepended to every other script: keys, the server's clock in milliseconds, and how records are read and written.
 -- KEYS: see Keys in records.py. ARGV[1]: announcement channel. ARGV[2]: bytes counted for the record of an object.
 -- ARGV[3]: object id.
-local objects, fetches, usage, wishes, leader, policy, accesses, failure, orders, pins, purges, warming = unpack(KEYS)
+local objects, fetches, usage, wishes, leader, policy, accesses, failure, orders, pins, purges, warming, answers =
+  unpack(KEYS)
 local channel, record_bytes, object_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -31,6 +32,16 @@ local function next_serial() return next_serials(1) end
 
 local function run_id() return string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') end
 
+-- POSIX milliseconds since when this server has kept what it was told. Another run id: it was restarted or replaced, and
+-- may have lost its last second. No run id: it was emptied
+local function kept_since()
+  local known = redis.call('HMGET', usage, 'run', 'kept_since')
+  local run = run_id()
+  if known[1] == run and known[2] then return tonumber(known[2]) end
+  redis.call('HSET', usage, 'run', run, 'kept_since', string.format('%.0f', now))
+  return now
+end
+
 local function announce(topic, id) redis.call('PUBLISH', channel, topic .. ' ' .. (id or object_id)) end
 
 local function read_object(id)
@@ -51,11 +62,15 @@ end
 
 -- `phase` is what was written. `standing` is the phase now: nil if it expired without a reservation. `lasts`: the
 -- milliseconds from writing to `ends`. A fetch that ends later than that from now was written before the clock was set
--- back
+-- back. `held`: bytes of the object that the reservation covers where that is more than `size`, because the object was
+-- larger before; nil otherwise. `job`: serial of the claim whose job is carried out, 0 if there is none. `written`: when
+-- the phase was written
 local function unpack_fetch(packed)
-  local phase, reserved, size, token, ends, since, worker, source, lasts = unpack(cmsgpack.unpack(packed))
+  local phase, reserved, size, token, ends, since, worker, source, lasts, held, job =
+    unpack(cmsgpack.unpack(packed))
   local fetch = {phase = phase, reserved = reserved, size = size, token = token, ends = ends, since = since,
-                 worker = worker, source = source, lasts = lasts, standing = phase}
+                 worker = worker, source = source, lasts = lasts, held = held ~= 0 and held or nil,
+                 job = job or 0, written = since, standing = phase}
   if lasts and ends > now + lasts then fetch.ends, fetch.outdated = now + lasts, true end
   if phase ~= 'parked' and ends <= now then
     fetch.standing = reserved and 'parked' or nil
@@ -66,15 +81,25 @@ end
 
 local function write_fetch(fetch, id)
   redis.call('HSET', fetches, id or object_id, cmsgpack.pack({fetch.phase, fetch.reserved, fetch.size, fetch.token,
-    fetch.ends, fetch.since, fetch.worker, fetch.source, math.max(0, fetch.lasts or fetch.ends - now)}))
+    fetch.ends, fetch.since, fetch.worker, fetch.source, math.max(0, fetch.lasts or fetch.ends - now), fetch.held or 0,
+    fetch.job or 0}))
+end
+
+local function peek_fetch(id)
+  local packed = redis.call('HGET', fetches, id or object_id)
+  return packed and unpack_fetch(packed) or nil
 end
 
 local function read_fetch(id)
-  local packed = redis.call('HGET', fetches, id or object_id)
-  local fetch = packed and unpack_fetch(packed) or nil
+  local fetch = peek_fetch(id)
   if fetch and fetch.outdated then write_fetch(fetch, id) end
   return fetch
 end
+
+-- Bytes of the object that the fetch has reserved, without its record
+local function held_size(fetch) return math.max(fetch.size, fetch.held or 0) end
+
+local function reservation(fetch) return fetch and fetch.reserved and footprint(held_size(fetch)) or 0 end
 
 -- An expired lease stays valid as long as no other worker has taken the object over
 local function read_leased(token, worker)
@@ -97,6 +122,11 @@ local function standing(fetch)
   return {fetch and fetch.standing and shown(fetch) or false, reason, reason and redis.call('PTTL', failure) or 0}
 end
 
+-- A job that was published waits in a queue. Where that does not move, another job would only wait behind it
+local function job_waits(fetch, milliseconds)
+  return fetch.phase == 'queued' and now >= fetch.written and now - fetch.written < tonumber(milliseconds)
+end
+
 local function park(fetch)
   fetch.phase, fetch.ends, fetch.since, fetch.lasts = 'parked', now, now, 0
   write_fetch(fetch)
@@ -110,3 +140,50 @@ local function write_orders(text)
   announce('settings_changed')
   return tonumber(version)
 end
+
+-- Memory. A script that frees, holds or ends something is declared `allow-oom`: it must work when the server is full. One
+-- that only reads is declared `no-writes`: it works on a replica, too
+
+local NEARLY_FULL, OVERFULL = 0.9, 1.25  -- shares of maxmemory
+local DROPPED_AT_ONCE, KEYS_AT_ONCE, BATCHES_KEPT = 1000, 2000, 1000
+
+-- The share of maxmemory in use; 0 without a limit
+local function memory_share()
+  local info = redis.call('INFO', 'memory')
+  local limit = tonumber(string.match(info, '\nmaxmemory:(%d+)'))
+  return limit > 0 and tonumber(string.match(info, 'used_memory:(%d+)')) / limit or 0
+end
+
+-- Drops answers of the catalog, those that would expire first
+local function drop_answers(count)
+  if count <= 0 then return end
+  local dropped = redis.call('ZPOPMIN', answers, string.format('%.0f', count))
+  for index = 1, #dropped, 2 do redis.call('UNLINK', dropped[index]) end
+end
+
+-- Drops answers that are in no index, because an earlier version wrote them: those among the next keys of the server
+local function drop_unindexed_answers()
+  local prefix = string.sub(answers, 1, -#'answers' - 1)
+  local page = redis.call('SCAN', redis.call('HGET', usage, 'cursor') or '0', 'COUNT', KEYS_AT_ONCE)
+  redis.call('HSET', usage, 'cursor', page[1])
+  for _, key in ipairs(page[2]) do
+    if string.sub(key, 1, #prefix) == prefix and string.find(key, ':answer:', #prefix, true)
+      and not redis.call('ZSCORE', answers, key) then
+      redis.call('UNLINK', key)
+    end
+  end
+end
+
+-- Frees memory of a server that is nearly full: what only saves time goes, so that the index has room. Returns the share
+-- of maxmemory that is in use then
+local function relieve()
+  local share = memory_share()
+  if share < NEARLY_FULL then return share end
+  drop_answers(DROPPED_AT_ONCE)
+  drop_unindexed_answers()
+  redis.call('XTRIM', accesses, 'MAXLEN', '~', BATCHES_KEPT)
+  return memory_share()
+end
+
+-- New work is refused where even that does not help, because the index itself is too large
+local OUT_OF_MEMORY = {err = 'OOM the index is larger than maxmemory'}

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: term, 1 to recount entries too. Returns by how many bytes the sums were wrong. Nothing changes while a script
 -- runs, so HSCAN returns each entry once.
 if not in_office(ARGV[4]) then return 0 end
@@ -25,8 +26,7 @@ end
 
 local reserved = 0
 for _, packed in ipairs(redis.call('HVALS', fetches)) do
-  local fetch = unpack_fetch(packed)
-  if fetch.reserved then reserved = reserved + footprint(fetch.size) end
+  reserved = reserved + reservation(unpack_fetch(packed))
 end
 correct('reserved', reserved)
 return wrong

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: token, worker, lease in milliseconds, source ("": unchanged). Returns 1, or 0 if the lease is lost.
 local fetch = read_leased(ARGV[4], ARGV[5])
 if not fetch then return 0 end

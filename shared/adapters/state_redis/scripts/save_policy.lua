@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: term, inflation, position, then per entry: object id, frequency, last access, priority
 if not in_office(ARGV[4]) then return end
 for index = 7, #ARGV, 4 do

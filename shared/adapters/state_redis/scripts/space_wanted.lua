@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- Returns the bytes of all live requests for space. Removes expired ones.
 local wanted, all = 0, redis.call('HGETALL', wishes)
 for index = 1, #all, 2 do

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: holder, milliseconds, serial of the progress (0: none), its state, the progress. Returns serial and warming, or
 -- false if none is unfinished or another process holds the lease
 local known = redis.call('HMGET', warming, 'serial', 'warming', 'state', 'holder', 'until')

@@ -1,3 +1,4 @@
+#!lua flags=allow-oom
 -- ARGV: claimant. Drops its claim or queue mark; a reservation stays, parked.
 local fetch = read_fetch()
 if fetch and (fetch.standing == 'claimed' or fetch.standing == 'queued') and fetch.worker == ARGV[4] then

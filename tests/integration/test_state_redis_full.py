@@ -1,0 +1,178 @@
+"""A Redis whose memory is full: what holds and frees things works, and it recovers by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from redis.exceptions import OutOfMemoryError
+
+from distributor_node.shared.adapters.state_common import StateTimeouts, write_description
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.adapters.state_redis.caches import RedisSharedCatalogCache
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import (
+    ContentHash,
+    DistributionBucket,
+    MediaObject,
+    ObjectId,
+)
+from distributor_node.shared.ports.state_store import Access, Granted, Lease, Term
+from tests.servers.redis_server import RedisServer
+
+LIMIT = 1_000_000
+ANSWERS = 60_000
+MAX_MEMORY = 24 * 1024 * 1024
+ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
+
+
+@pytest.fixture
+def small_redis(tmp_path: Path) -> Iterator[RedisServer]:
+    """A server of 24 MiB that evicts nothing."""
+    server = RedisServer(
+        tmp_path, "--maxmemory", str(MAX_MEMORY), "--maxmemory-policy", "noeviction", "--appendonly", "no"
+    )
+    yield server.start()
+    server.stop()
+
+
+@pytest.fixture
+async def store(small_redis: RedisServer) -> AsyncIterator[RedisStateStore]:
+    store = RedisStateStore(small_redis.url, "node:", LIMIT, StateTimeouts(operation_timeout=5.0))
+    await store.open()
+    yield store
+    await store.close()
+
+
+@pytest.fixture
+async def client(small_redis: RedisServer) -> AsyncIterator[Redis]:
+    client = Redis.from_url(small_redis.url, protocol=2)
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def cache(small_redis: RedisServer) -> AsyncIterator[RedisSharedCatalogCache]:
+    cache = RedisSharedCatalogCache(small_redis.url, "node:", 5.0, "squid")
+    await cache.open()
+    yield cache
+    await cache.close()
+
+
+def answer_of(number: int) -> MediaObject:
+    """As the catalog of the network describes an object: some 800 bytes in Redis."""
+    return MediaObject(
+        ObjectId(str(number)),
+        10_000 + number,
+        content_hash=ContentHash("blake3", bytes(32)),
+        media_type="video/mp4",
+        buckets=tuple(DistributionBucket(f"0:{bucket}", frozenset({bucket})) for bucket in range(3)),
+        sources=tuple(
+            f"https://storage-{node}.example.org/storage/api/v1/files/{number}" for node in range(5)
+        ),
+    )
+
+
+async def memory_share(client: Redis) -> float:
+    info = await client.info("memory")
+    return int(info["used_memory"]) / MAX_MEMORY
+
+
+async def has_work(store: RedisStateStore) -> tuple[Term, Lease]:
+    """One object is stored, another one is being fetched."""
+    term = await store.lead("evictor-1", 0.5)
+    assert term is not None
+    await store.set_reconciled(term)
+    stored = await store.begin(ONE, 100, "worker-1")
+    assert isinstance(stored, Granted)
+    assert await store.commit(stored.lease, time.time() - 100)
+    running = await store.begin(TWO, 100, "worker-1")
+    assert isinstance(running, Granted)
+    return term, running.lease
+
+
+async def everything_works(store: RedisStateStore, lease: Lease) -> None:
+    """A renewal, a change of leader, an eviction, a claim and what follows it."""
+    assert await store.renew(lease)
+    term = None
+    while term is None:
+        term = await store.lead("evictor-2", 600)
+        await asyncio.sleep(0.05)
+    assert await store.begin_eviction(term, ONE, 0.0)
+    assert await store.finish_eviction(term, ONE) > 0
+    assert (await store.claim(THREE, "api-1")).won
+    await store.mark_queued(THREE, "api-1")
+    granted = await store.begin(THREE, 100, "worker-1")
+    assert isinstance(granted, Granted)
+    assert await store.commit(granted.lease, time.time())
+    assert await store.commit(lease, time.time())
+    assert (await store.usage()).reserved == 0
+
+
+async def test_catalog_answers_leave_room_for_the_index(
+    store: RedisStateStore, cache: RedisSharedCatalogCache, client: Redis
+) -> None:
+    _, lease = await has_work(store)
+    pipeline_width = 500
+    for start in range(10, ANSWERS, pipeline_width):
+        batch = range(start, min(ANSWERS, start + pipeline_width))
+        await asyncio.gather(
+            *(cache.put(ObjectId(str(number)), answer_of(number), 3600, 7 * 24 * 3600) for number in batch)
+        )
+    assert await memory_share(client) < 0.95
+    await everything_works(store, lease)
+    assert await client.zcard("node:catalog:answers") > 1000
+
+
+async def fill(client: Redis) -> None:
+    """Catalog answers as version 0.1 wrote them: in no index, for seven days. Until the server refuses more."""
+    for start in range(10, ANSWERS, 500):
+        try:
+            async with client.pipeline(transaction=False) as pipeline:
+                for number in range(start, start + 500):
+                    packed = b"%d " % (time.time() * 1000) + write_description(answer_of(number))
+                    pipeline.set(f"node:catalog:squid:answer:{number}", packed, px=7 * 24 * 3600 * 1000)
+                await pipeline.execute()
+        except OutOfMemoryError:
+            return
+    raise AssertionError("the server is not full")
+
+
+async def test_a_full_server_serves_what_holds_and_frees_and_recovers_by_itself(
+    store: RedisStateStore, client: Redis
+) -> None:
+    _, lease = await has_work(store)
+    await fill(client)
+    with pytest.raises(StateStoreUnavailable):
+        await store.record_accesses([Access(ONE, 1, 1.0)])
+    assert any("of its maxmemory" in problem for problem in await store.problems())
+    assert any("writes are refused" in problem for problem in await store.problems())
+    await everything_works(store, lease)
+    for _ in range(100):
+        if await memory_share(client) < 0.9:
+            break
+        await store.lead("evictor-2", 600)  # as every second or so
+    assert not await store.problems()
+    await store.record_accesses([Access(ONE, 1, 1.0)])
+
+
+async def test_answers_that_expire_first_are_dropped_first(small_redis: RedisServer) -> None:
+    cache = RedisSharedCatalogCache(small_redis.url, "node:", 5.0, "squid", max_answers=10)
+    await cache.open()
+    for number in range(20):
+        await cache.put(ObjectId(str(number)), answer_of(number), 10, 1000 if number < 5 else 100 + number)
+    kept = [number for number in range(20) if await cache.get(ObjectId(str(number))) is not None]
+    assert kept == [*range(5), *range(15, 20)]
+    await cache.close()
+
+
+async def test_the_access_log_is_bounded_in_bytes(store: RedisStateStore, client: Redis) -> None:
+    batch = [Access(ObjectId(f"{number:0100}"), 1, 1.0) for number in range(2000)]
+    for _ in range(120):
+        await store.record_accesses(batch)
+    assert (await client.memory_usage("node:accesses") or 0) < 17 * 1024 * 1024
+    assert await client.xlen("node:accesses") >= 30
