@@ -268,7 +268,7 @@ async def test_status_and_buckets(tmp_path: Path) -> None:
 async def test_status_without_the_state_store(tmp_path: Path) -> None:
     async with running_api(tmp_path, FakeAssets()) as api:
         state: Any = api.context.state
-        state.usage = state.ping = _unavailable  # the far end is gone
+        state.usage = state.ping = state.problems = _unavailable  # the far end is gone
         assert split(await api.get("/api/v1/status"))[0] == 200
         readiness = await HealthChecks(api.context, UsageReader(api.context), lambda: True).readiness()
     assert readiness.problems == ()

@@ -143,7 +143,7 @@ async def test_objects_that_are_read_or_waited_for_are_reported_as_viewed(tmp_pa
         fetch = await harness.begin("2", 200 * KIB)
         fetch.verify()
         assert (await harness.get("2")).status == 200
-        await eventually(harness.has_job)
+        await eventually(lambda: harness.context.fetch_events.waiting > 0)
         await harness.context.viewers.report()
         first = await harness.context.state.last_viewed([one, two, three])
         assert [age is not None for age in first] == [True, True, False]
