@@ -1,4 +1,4 @@
-# One image for all services; the command chooses which.
+# One image for all services; the command chooses which. `--target demo`: the scripted storage node, which production does not need.
 
 FROM python:3.12-slim AS build
 WORKDIR /build
@@ -15,7 +15,7 @@ RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check 
     && /opt/distributor/bin/pip uninstall --quiet --yes pip \
     && python3 -m compileall -q /opt/distributor/lib
 
-FROM python:3.12-slim
+FROM python:3.12-slim AS runtime
 RUN groupadd --gid 10001 distributor \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin distributor \
     && install --directory --owner 10001 --group 10001 --mode 0750 /var/lib/distributor
@@ -32,3 +32,20 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python3", "-c", "import os, urllib.request; urllib.request.urlopen(os.environ['HEALTH_URL'], timeout=4)"]
 ENTRYPOINT ["distributor"]
 CMD ["api"]
+
+FROM runtime AS demo
+COPY services/demo /opt/distributor/lib/python3.12/site-packages/distributor_node/services/demo
+ENTRYPOINT ["python3", "-m", "distributor_node.services.demo.storage_node"]
+CMD []
+
+# The last stage is what `docker build` makes.
+FROM runtime AS node
+ARG VERSION=local
+ARG REVISION=unknown
+ARG CREATED=unknown
+LABEL org.opencontainers.image.title="distributor-node" \
+      org.opencontainers.image.description="Serves media objects from a bounded cache that is filled on demand from storage nodes" \
+      org.opencontainers.image.licenses="GPL-3.0-only" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.created="$CREATED"

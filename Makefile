@@ -56,7 +56,7 @@ lock: setup ## update the pins in requirements/ from pyproject.toml
 
 .PHONY: run
 run: $(ENVIRONMENT)/.runtime ## a node on this machine with demo objects; Ctrl-C stops it
-	@$(BIN)/python deploy/environment/foreground.py $(BIN)/python -m distributor_node.services.standalone.demo_run $(ARGS)
+	@$(BIN)/python deploy/environment/foreground.py $(BIN)/python -m distributor_node.services.demo_run $(ARGS)
 
 .env: .env.example
 	@deploy/environment/make-passwords.sh .env.example .env
@@ -134,6 +134,20 @@ bench-scale: setup servers ## measure what 10^4 to 10^6 objects cost
 bench-policies: setup servers ## compare eviction policies on generated traces, and measure them with 10^6 objects
 	@$(BIN)/python -m benchmarks.policies $(ARGS)
 	@$(BIN)/python -m benchmarks.policy_scale
+
+## releasing
+
+.PHONY: release
+release: setup ## wheel, sdist and notes of the version in pyproject.toml, in dist/ (docs/releasing.md)
+	@$(BIN)/python deploy/release/release.py dist
+
+.PHONY: release-image
+release-image: ## the image for amd64 and arm64 by docker buildx, in dist/ (IMAGE_OUTPUT="--push" IMAGE=… to push it)
+	@deploy/release/image.sh dist
+
+.PHONY: sbom
+sbom: setup ## a list of what the node is made of (CycloneDX), in dist/
+	@deploy/release/sbom.sh $(BIN)/python dist
 
 .PHONY: clean
 clean: ## remove what was built here (.venv and caches; not the demo's cached objects)

@@ -104,7 +104,7 @@ def write_manifest(path: Path, chosen: Iterable[Group], base_url: str) -> None:
 def record_of(item: DemoObject) -> StoredRecord:
     content = ContentHash.parse(hash_of(item))
     object_id = ObjectId.parse(item.object_id)
-    etag = entity_tag(object_id, item.size, content, None)
+    etag = entity_tag(content)
     return StoredRecord(object_id, item.size, etag, content, item.media_type, int(time.time()))
 
 

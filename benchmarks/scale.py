@@ -52,7 +52,7 @@ def write_volume(root: Path, count: int) -> None:
     now = int(time.time())
     # Directory by directory, as file systems like it.
     for object_id in sorted((ObjectId(_FIRST_ID + number) for number in range(count)), key=shard):
-        tag = entity_tag(object_id, SIZE, None, "scale")
+        tag = entity_tag(None)
         write_object(root, StoredRecord(object_id, SIZE, tag, None, "application/octet-stream", now), ())
 
 

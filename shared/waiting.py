@@ -4,9 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
+
+_BOOT_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def boot_time() -> float:
+    """Seconds since the machine started, those included in which it was suspended.
+
+    For leases and terms: the monotonic clock stands still while a virtual machine is suspended, and the lease expires.
+    """
+    return time.clock_gettime(_BOOT_CLOCK)
 
 
 async def wait_event(event: asyncio.Event, seconds: float) -> bool:

@@ -121,7 +121,12 @@ HEADERS: Json = {
         "A hit is immutable. An unverified response is fresh for minutes. Errors are never stored."
     ),
     "Cache-Status": _header("RFC 9211."),
-    "ETag": _header("Strong; the same for the same content on every node.", pattern='^"[^"]*"$'),
+    "ETag": _header(
+        "With a content hash: strong, and the same for the same content on every node. Else the source's own, if it "
+        "has one.",
+        required=False,
+        pattern='^(W/)?"[^"]*"$',
+    ),
     "Last-Modified": _header("If the node knows it.", required=False),
     "Accept-Ranges": _header("Always bytes.", enum=["bytes"]),
     "Content-Disposition": _header("Always inline.", enum=["inline"]),

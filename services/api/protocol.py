@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any
 
 from sanic import Request
-from sanic.exceptions import RequestTimeout, ServiceUnavailable
+from sanic.exceptions import BadRequest, RequestTimeout, ServiceUnavailable
 from sanic.http import Http, Stage
 from sanic.response import BaseHTTPResponse
 from sanic.server import HttpProtocol
@@ -132,6 +132,7 @@ class PublicProtocol(HttpProtocol):
     __slots__ = (
         "_abort_reason",
         "_check_interval",
+        "_half_closed",
         "_since",
         "_watched",
         "draining",
@@ -141,6 +142,7 @@ class PublicProtocol(HttpProtocol):
         super().__init__(**named)
         self._http = None  # until Sanic's task has started; the client may leave before
         self._abort_reason: str | None = None
+        self._half_closed = False  # the client has sent all its requests
         self._watched: tuple[object, ...] = ()
         self._since = 0.0
         self.draining = False
@@ -187,6 +189,26 @@ class PublicProtocol(HttpProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)  # type: ignore[no-untyped-call]
+
+    def eof_received(self) -> bool:
+        """Answer what the client has asked for before it closed its side. Idle connections are closed.
+
+        A client that has closed both sides looks the same. It is noticed by the first write.
+        """
+        self._half_closed = True
+        self._data_received.set()
+        return not self._is_idle()
+
+    async def receive_more(self) -> None:
+        """Wait for more bytes. Raises CancelledError if none will come: the connection has ended or is half-closed."""
+        received = len(self.recv_buffer)
+        if self.transport is not None and not self._half_closed:
+            await super().receive_more()  # type: ignore[no-untyped-call]
+        if self.transport is not None and (len(self.recv_buffer) > received or not self._half_closed):
+            return
+        if self._http is not None:
+            self._http.exception = BadRequest("")  # of a request that was not sent completely
+        raise asyncio.CancelledError
 
     def abort(self) -> None:
         """Abort the connection."""

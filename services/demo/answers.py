@@ -68,12 +68,12 @@ def handle_request(request: Request, objects: Mapping[str, DemoObject]) -> Respo
 
 def _file_response(request: Request, item: DemoObject) -> Response:
     if request.method == "HEAD":
-        return Response(200, (("Content-Type", item.media_type),), item.content, 0, item.size)
+        told = () if item.own_etag is None else item.validators
+        return Response(200, (*told, ("Content-Type", item.media_type)), item.content, 0, item.size)
     validators = (
         ("Accept-Ranges", "bytes"),
         ("Cache-Control", "public, max-age=0"),
-        ("Last-Modified", item.last_modified),
-        ("ETag", item.etag),
+        *item.validators,
     )
     if _precondition_failed(request, item):
         return error_response(500, "unknown_error", "PreconditionFailedError: Precondition Failed")
@@ -130,10 +130,15 @@ def _not_modified(request: Request, item: DemoObject) -> bool:
 
 
 def _range_is_fresh(request: Request, item: DemoObject) -> bool:
-    """Compare If-Range weakly, as storage nodes do, although RFC 9110 section 13.1.5 requires a strong comparison."""
+    """Compare If-Range weakly, as storage nodes do, although RFC 9110 section 13.1.5 requires a strong comparison.
+
+    Origins compare strongly.
+    """
     condition = request.headers.get("if-range")
     if condition is None:
         return True
+    if '"' in condition and item.own_etag is not None:
+        return condition.strip() == item.etag and not condition.startswith("W/")
     if '"' in condition:
         return _weak(condition) == _weak(item.etag)
     return not _older(condition, MODIFIED_AT)

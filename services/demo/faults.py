@@ -48,6 +48,9 @@ class Fault:
     omit_content_length: bool = False  # the body ends with the connection, RFC 9112 section 6.3 case 8
     ignore_range: bool = False  # respond 200 with the whole object
     close_reused_connection: bool = False  # close without a response if the connection was used before
+    replaces_object: bool = (
+        False  # as this response begins, the object becomes the node's `replacements` entry
+    )
     headers: HeaderOverrides = ()  # set a header of the response, or remove it (None)
 
     def __post_init__(self) -> None:

@@ -133,6 +133,10 @@ class DemoObject:
     media_type: str = "application/octet-stream"
     name: str = ""
     bucket: str = "0:1"
+    own_etag: str | None = (
+        None  # with its quotes, as an origin sends it; None: the storage node's weak one; "": none
+    )
+    modified_at: int | None = MODIFIED_AT  # POSIX seconds; None: no Last-Modified
     held: bool = True  # False: the catalog lists it, but it has not been uploaded yet
 
     @property
@@ -142,13 +146,23 @@ class DemoObject:
 
     @property
     def etag(self) -> str:
-        """The weak validator of the storage node: size and time, not the bytes."""
-        return f'W/"{self.size:x}-{MODIFIED_AT:x}"'
+        """The validator: by default a storage node's weak one, of size and time, not the bytes. Empty: none."""
+        return f'W/"{self.size:x}-{MODIFIED_AT:x}"' if self.own_etag is None else self.own_etag
 
     @property
-    def last_modified(self) -> str:
-        """The time of the last change as an HTTP date (RFC 9110 section 5.6.7)."""
-        return formatdate(MODIFIED_AT, usegmt=True)
+    def validators(self) -> tuple[tuple[str, str], ...]:
+        """The headers ETag and Last-Modified, an HTTP date (RFC 9110 section 5.6.7)."""
+        modified = "" if self.modified_at is None else formatdate(self.modified_at, usegmt=True)
+        return tuple(
+            (name, value) for name, value in (("Last-Modified", modified), ("ETag", self.etag)) if value
+        )
+
+
+def origin_object(
+    object_id: str, data: bytes, etag: str = "", modified_at: int | None = None, media_type: str = "video/mp4"
+) -> DemoObject:
+    """Return an object of an HTTP origin, which also tells HEAD its validators. Without arguments it has none."""
+    return DemoObject(object_id, BytesContent(data), media_type, own_etag=etag, modified_at=modified_at)
 
 
 def bytes_object(object_id: str, data: bytes, media_type: str = "application/octet-stream") -> DemoObject:

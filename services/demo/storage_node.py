@@ -63,6 +63,7 @@ class StorageNode:
         keep_alive_seconds: float = KEEP_ALIVE_SECONDS,
     ) -> None:
         self.objects = held_by_node(objects)
+        self.replacements: dict[str, DemoObject] = {}  # what objects become; see Fault.replaces_object
         self.faults = FaultRegistry()
         self.requests = RequestLog()
         self.port = 0
@@ -186,9 +187,11 @@ class StorageNode:
             connection.abort()
             return False
         response: Response = handle_request(request, self.objects)
-        return await ResponseSender(connection, response, fault, record, self.requests.notify).send(
-            request.keep_alive
-        )
+        sender = ResponseSender(connection, response, fault, record, self.requests.notify)
+        if fault.replaces_object and object_id in self.replacements:
+            # The response goes on with the bytes it began with. Whatever comes after it sees the new object.
+            self.objects[object_id] = self.replacements[object_id]
+        return await sender.send(request.keep_alive)
 
 
 # Beside its API, the node serves the faults, the request log and the demo page.

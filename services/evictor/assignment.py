@@ -19,6 +19,7 @@ from distributor_node.services.evictor.index import CompactIdSet, EvictionIndex
 from distributor_node.shared.adapters.volume.layout import map_os_errors, sync_directory
 from distributor_node.shared.adapters.volume.records import MAX_ROOT_FILE_BYTES, atomic_write, read_capped
 from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput
+from distributor_node.shared.domain.formats import FORMAT, check_format
 from distributor_node.shared.domain.objects import Assignment, ObjectId, parse_bucket_id
 from distributor_node.shared.observability.metrics import RECONCILED
 from distributor_node.shared.ports.catalog import Catalog
@@ -155,19 +156,21 @@ def read_checked_assignment(root: Path) -> Assignment | None:
         return None
     try:
         document = json.loads(text)
+        check_format(document, NAME)
         buckets, worker_id = document["buckets"], document["workerId"]
         if worker_id is not None and type(worker_id) is not int:
             raise ValueError("workerId: expected a whole number or null")
         return Assignment(None if buckets is None else frozenset(map(parse_bucket_id, buckets)), worker_id)
     except (ValueError, TypeError, KeyError, RecursionError, InvalidInput) as error:
-        logger.error("assignment_file_invalid", file=NAME, reason=type(error).__name__)
+        reason = str(error) if isinstance(error, InvalidInput) else type(error).__name__
+        logger.error("assignment_file_invalid", file=NAME, reason=reason)
         return None
 
 
 def write_checked_assignment(root: Path, assignment: Assignment) -> None:
     """Replace the file atomically. VolumeError if that fails. Blocking: call from a worker thread."""
     buckets = None if assignment.bucket_ids is None else sorted(assignment.bucket_ids)
-    text = json.dumps({"buckets": buckets, "workerId": assignment.worker_id}) + "\n"
+    text = json.dumps({"format": FORMAT, "buckets": buckets, "workerId": assignment.worker_id}) + "\n"
     with map_os_errors(f"write {NAME}"):
         atomic_write(root / NAME, text.encode())
         sync_directory(root)

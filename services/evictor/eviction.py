@@ -352,6 +352,8 @@ class ObjectRemover:
         Requests miss it from now on. Its readers finish undisturbed, and its bytes count until they have finished
         (see `complete`).
         """
+        # Before the store is asked: see `Removal.rename_to_trash`
+        expected = await run_blocking(self._volume.identity_of, object_id)
         outcome = await self.evict(term, object_id, ANY_IDLE, reason, even_pinned=True)
         if outcome is not RemovalOutcome.IN_USE:
             return outcome
@@ -360,7 +362,7 @@ class ObjectRemover:
         self._reasons[object_id] = reason
         self._index.mark_deferred(object_id)
         try:
-            await run_blocking(self._volume.removal(object_id).rename_to_trash)
+            await run_blocking(self._volume.removal(object_id).rename_to_trash, expected)
         except VolumeError as error:
             # Its readers may have finished, and another attempt may have removed it. `complete` will see
             logger.warning("object_rename_failed", object_id=object_id, reason=str(error))

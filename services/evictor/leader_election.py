@@ -1,6 +1,6 @@
 """Leader election by a lease in the state store: one evictor acts, and a standby takes over when the lease expires.
 
-A leader measures its term from before the request for it, by its own monotonic clock, and stops a little before the
+A leader measures its term from before the request for it, by a clock of its own, and stops a little before the
 end. Operations that are still in progress then are fenced: the store refuses the verbs of an old term, and a file is
 removed under a lock that is held from before the store is told until after the file is gone.
 """
@@ -8,7 +8,6 @@ removed under a lock that is held from before the store is told until after the 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -17,7 +16,7 @@ import structlog
 from distributor_node.shared.domain.errors import DistributorError, StateStoreUnavailable
 from distributor_node.shared.observability.metrics import LEADER
 from distributor_node.shared.ports.state_store import StateStore, Term
-from distributor_node.shared.waiting import Backoff, cancel_and_wait, wait_event
+from distributor_node.shared.waiting import Backoff, boot_time, cancel_and_wait, wait_event
 
 _SAFETY_MARGIN = 0.1  # share of the term; covers clock drift and a late event loop
 _RETRY_INTERVAL = 0.3  # seconds between attempts to renew after one has failed
@@ -35,7 +34,7 @@ class LeaderElection:
         self._state, self._holder = state, holder
         self._seconds, self._renewal = seconds, renewal
         self._renew_requested = asyncio.Event()
-        self._valid_until = 0.0  # monotonic seconds
+        self._valid_until = 0.0  # boot time in seconds
 
     def renew_now(self) -> None:
         """Renew now instead of at the next interval: the store may no longer know our term."""
@@ -70,7 +69,7 @@ class LeaderElection:
             await asyncio.sleep(self._renewal)
 
     async def _lead(self) -> Term | None:
-        requested_at = time.monotonic()
+        requested_at = boot_time()
         term = await self._state.lead(self._holder, self._seconds)
         if term is not None:
             self._valid_until = requested_at + self._seconds * (1 - _SAFETY_MARGIN)
@@ -95,14 +94,14 @@ class LeaderElection:
         """Renew the term at intervals; return when it is over."""
         pause = self._renewal
         while True:
-            remaining = self._valid_until - time.monotonic()
+            remaining = self._valid_until - boot_time()
             if remaining <= 0:
                 logger.warning("leadership_expired", holder=self._holder, token=term.token)
                 return
             if await wait_event(self._renew_requested, min(pause, remaining)):
                 self._renew_requested.clear()
             try:
-                async with asyncio.timeout(max(0.0, self._valid_until - time.monotonic())):
+                async with asyncio.timeout(max(0.0, self._valid_until - boot_time())):
                     renewed = await self._lead()
             except (StateStoreUnavailable, TimeoutError) as error:
                 logger.warning("leadership_renewal_failed", holder=self._holder, reason=str(error))

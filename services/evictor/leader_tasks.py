@@ -252,7 +252,7 @@ class LeaderTasks:
 
     async def _back_up_operator_state(self) -> float:
         try:
-            await self._parts.operator_state.save()
+            await self._parts.operator_state.save(self._term)
         finally:
             self._apply_operator_state()  # even if the copy could not be written
         return POLL_INTERVAL

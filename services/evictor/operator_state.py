@@ -11,6 +11,7 @@ from distributor_node.services.evictor.adoption import PartialReaper
 from distributor_node.services.evictor.eviction import ObjectRemover, RemovalOutcome
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.adapters.volume.operator_state_file import (
+    operator_state_lock,
     read_operator_state,
     write_operator_state,
 )
@@ -42,11 +43,17 @@ class OperatorStateBackup:
         await self.watcher.refresh()
         self.pinned = await self._state.pinned()
 
-    async def save(self) -> None:
-        """Write the copy if the operator state has changed."""
+    async def save(self, term: Term) -> None:
+        """Write the copy if the operator state has changed and the term goes on."""
         state = await self.watcher.refresh()
         if state == self._saved or state.version == 0:
             return
+        with operator_state_lock(self._root) as locked:
+            # The state is read under the lock, too: what was read before may be older than what is written
+            if locked and await self._state.is_leader(term):
+                await self._write(await self.watcher.refresh())
+
+    async def _write(self, state: OperatorState) -> None:
         self.pinned = pinned = await self._state.pinned()
         if self._saved is None:
             written = await run_blocking(read_operator_state, self._root)
@@ -102,6 +109,7 @@ class Purger:
             return False  # a fetch is in progress
         outcome = await self._remover.purge(term, object_id, "purged")
         if outcome in (RemovalOutcome.REMOVED, RemovalOutcome.DEFERRED):
+            await run_blocking(self._volume.sync_removal, object_id)
             return True
         # Refused: the store does not know the object. If there is a file all the same, it will be adopted soon
         return (

@@ -35,6 +35,7 @@ from distributor_node.shared.ports.state_store import (
     Topic,
 )
 from distributor_node.shared.runtime.threads import BlockingPool, hash_file
+from distributor_node.shared.waiting import boot_time
 
 Denied = AlreadyStored | HeldElsewhere | Superseded | NoSpace | NeverFits | NotReconciled
 
@@ -52,7 +53,7 @@ class Admitted:
     """The job may fetch."""
 
     lease: Lease
-    requested_at: float  # monotonic time before the lease was requested
+    requested_at: float  # boot time before the lease was requested
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +109,7 @@ class Admission:
                 record = await self._disk.run(self._stored_record, object_id)
                 if record is not None:
                     return await self._reindex(record)
-                requested_at = time.monotonic()
+                requested_at = boot_time()
                 result = await self._state.begin(object_id, size, self._worker, claim)
                 if isinstance(result, Granted):
                     return Admitted(result.lease, requested_at)

@@ -1,6 +1,6 @@
 """One fetch under a lease, from opening the partial file to the end of the lease.
 
-1. Open the partial file, and keep its bytes if they are the beginning of the same content.
+1. Open the partial file, and keep its bytes if they can be proved to be the beginning of the same version.
    A file that is complete and verified is hashed again and published.
 2. Read from the sources, write and hash.
 3. Verify size and hash; after corrupt bytes, read again from other sources.
@@ -39,6 +39,7 @@ from distributor_node.shared.domain.errors import (
 from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
 from distributor_node.shared.domain.objects import Hasher, MediaObject, StoredRecord, source_name
+from distributor_node.shared.domain.version import NO_VALIDATORS, Comparison
 from distributor_node.shared.observability.metrics import (
     DOWNLOADS_IN_PROGRESS,
     PHASE,
@@ -58,6 +59,9 @@ _SPACE_REQUEST_TTL = 60.0
 """Seconds that the evictor remembers a request for space made after ENOSPC."""
 
 _REHASH_CHUNK = 4 * 1024 * 1024
+
+_MAX_RESTARTS = 2
+"""How often one job begins again at the first byte, because nothing proves that the rest is of the same version."""
 
 RecordFailure = Callable[[str, FailureCause], Awaitable[None]]
 """Called with the reason and the cause of a failed attempt. Does not raise."""
@@ -96,7 +100,7 @@ class FetchRunner:
     ) -> JobOutcome:
         """Fetch one object. When cancelled, keep the received bytes and release the lease.
 
-        `requested_at`: the monotonic time before the lease was requested. `slot`: see Worker.
+        `requested_at`: the boot time before the lease was requested. `slot`: see Worker.
         """
         renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
         fetch = _PartialFetch(
@@ -111,6 +115,11 @@ class FetchRunner:
                 await record_failure(str(lost), FailureCause.OTHER)
                 return Retry(str(lost))
             except (SourceError, VolumeError, StateStoreUnavailable) as error:
+                if _is_outdated(media_object, error):
+                    # The request that finds no fetch looks the object up again, and starts another one.
+                    logger.info("fetch_outdated", reason=_describe(error))
+                    await fetch.discard()
+                    return Ack("outdated")
                 reason = _describe(error)
                 # Before the lease is released, because requests that wait for the release claim the object at once.
                 await record_failure(reason, _cause(error))
@@ -138,6 +147,12 @@ class FetchRunner:
         await fetch.discard()
         if isinstance(error, VolumeFull):
             await self._state.request_space(lease.object_id, lease.size, _SPACE_REQUEST_TTL)
+
+
+def _is_outdated(media_object: MediaObject, error: DistributorError) -> bool:
+    """Whether trying again is useless, because the job's description of the object is no longer true."""
+    hashed = media_object.content_hash is not None
+    return not hashed and isinstance(error, AllSourcesFailed) and error.contradicts_catalog
 
 
 def _describe(error: DistributorError) -> str:
@@ -218,7 +233,8 @@ class _PartialFetch:
         if sidecar is None or not _is_same_content(sidecar, expected):
             return None
         media_type = expected.media_type or sidecar.media_type
-        self._partial = self._volume.open_verified_partial(replace(expected, media_type=media_type))
+        record = replace(expected, media_type=media_type).with_validators(sidecar.validators)
+        self._partial = self._volume.open_verified_partial(record)
         return self._partial
 
     async def _return_surplus(self) -> None:
@@ -241,8 +257,11 @@ class _PartialFetch:
             if self._partial.size:
                 self._partial.restart()
             self.close()
-        elif expected.media_type is None:
-            expected = replace(expected, media_type=sidecar.media_type)
+        else:
+            # The bytes on disk are of the sidecar's version. Whether it is still the source's, its response will tell.
+            expected = expected.with_validators(sidecar.validators)
+            if expected.media_type is None:
+                expected = replace(expected, media_type=sidecar.media_type)
         self._partial = self._volume.open_partial_for_writing(expected)
         if self._partial.size > expected.size:
             self._partial.restart()
@@ -258,7 +277,7 @@ class _PartialFetch:
             content_hash=wanted.content_hash,
             media_type=media_type_or_none(wanted.media_type),
             stored_at=int(time.time()),
-        )
+        ).with_validators(wanted.validators)
 
     async def _publish(self, partial: PartialFile) -> None:
         """Write the record and rename the file into place."""
@@ -268,8 +287,11 @@ class _PartialFetch:
         await self._disk.run(partial.publish, record)
 
     async def suspend(self) -> None:
-        """Keep the received bytes for another attempt and release the lease. Without bytes: as `discard`."""
-        if self._partial is not None and not self._partial.size:
+        """Keep the received bytes for another attempt and release the lease.
+
+        Without bytes, or where no later response can be proved to continue them: as `discard`.
+        """
+        if self._partial is not None and not (self._partial.size and self._partial.record.version.is_strong):
             await self.discard()
             return
         self.close()
@@ -304,9 +326,11 @@ class _PartialFetch:
 
 
 def _is_same_content(sidecar: StoredRecord, expected: StoredRecord) -> bool:
-    return (sidecar.size, sidecar.etag, sidecar.content_hash) == (
-        expected.size, expected.etag, expected.content_hash,
-    )  # fmt: skip
+    """Whether the bytes beside the sidecar may be continued: they are of a version that a response can prove."""
+    if expected.content_hash is not None or sidecar.content_hash is not None:
+        return (sidecar.size, sidecar.content_hash) == (expected.size, expected.content_hash)
+    differs = sidecar.version.compare(expected.version) is Comparison.DIFFERENT
+    return sidecar.version.is_strong and not differs
 
 
 class _Download:
@@ -340,15 +364,19 @@ class _Download:
             VolumeError
         """
         groups: SourceGroups = (self._object.sources,)
+        restarts = 0
         while groups:
             contributors: set[str] = set()
             resumed = self._partial.size > 0
             try:
                 verified = await self._read_from(groups[0], contributors)
-            except AllSourcesFailed:
-                if len(groups) == 1:
+            except AllSourcesFailed as error:
+                if self._must_start_over(error) and restarts < _MAX_RESTARTS:
+                    restarts += 1
+                elif len(groups) == 1:
                     raise
-                groups = groups[1:]
+                else:
+                    groups = groups[1:]
             else:
                 if verified:
                     await self.announce()
@@ -358,6 +386,12 @@ class _Download:
             await self._disk.run(self._partial.restart)
             await self.announce()
         raise AllSourcesCorrupt("all sources sent corrupt bytes")
+
+    def _must_start_over(self, error: AllSourcesFailed) -> bool:
+        """Whether no source can continue the bytes on disk, although one may send the object from its beginning."""
+        if not self._partial.size or self._object.content_hash is not None or error.contradicts_size:
+            return False
+        return error.contradicts_catalog or not self._partial.record.version.is_strong
 
     async def announce(self) -> None:
         """Wake the responses that wait for a change of the partial file."""
@@ -376,8 +410,19 @@ class _Download:
         writer = PartialWriter(self._partial, hasher, self._renewer, self._disk, self.announce, verify)
         began_at = time.monotonic()
         first_choice = None if self._slot is None else self._slot.url
+        # From the beginning, any version that a source has now is as good as the one that the catalog has seen. All
+        # that follows must be of the same one.
+        wanted = replace(
+            self._object, validators=self._partial.record.validators if offset else NO_VALIDATORS
+        )
         stream = self._failover_reader.stream(
-            self._object, offset, None, sources, self._on_source, first_choice=first_choice
+            wanted,
+            offset,
+            None,
+            sources,
+            self._on_source,
+            must_match=offset > 0,
+            preference=lambda url: url != first_choice,
         )
         async with writer.writing(offset), aclosing(stream) as chunks:
             async for chunk in chunks:
@@ -404,6 +449,8 @@ class _Download:
         self._renewer.set_source(url)
         if self._slot is not None:
             self._slot.move_to(url)
+        if not self._partial.size:
+            self._partial.set_validators(response.validators)
         if response.media_type is None or media_type_or_none(self._object.media_type) is not None:
             return
         # A response states its type with its first byte. Once the file has bytes, its type must not change.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import structlog
 
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.ports.state_store import Lease, StateStore
-from distributor_node.shared.waiting import cancel_and_wait, wait_event
+from distributor_node.shared.waiting import boot_time, cancel_and_wait, wait_event
 
 _RETRY_INTERVAL = 1.0
 """Seconds from a renewal that failed to the next."""
@@ -48,9 +47,12 @@ class LeaseRenewer:
         lease: Lease,
         times: LeaseTimes,
         requested_at: float,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = boot_time,
     ) -> None:
-        """`clock`: a monotonic clock in seconds. `requested_at`: its time before the lease was requested."""
+        """`clock`: in seconds; it goes on while the machine is suspended.
+
+        `requested_at`: its time before the lease was requested.
+        """
         self._state = state
         self.lease = lease
         self._times = times

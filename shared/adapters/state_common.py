@@ -79,7 +79,8 @@ _OBJECT_FIELDS = MediaObjectCodec(
         "buckets": "buckets",
         "accepted": "accepted",
         "sources": "sources",
-        "validator": "validator",
+        "etag": "validator",
+        "last_modified": "last_modified",
     }
 )
 

@@ -1,4 +1,4 @@
-"""Conditional GET and HEAD requests (RFC 9110 section 13), for an object with one strong entity tag."""
+"""Conditional GET and HEAD requests (RFC 9110 section 13), for an object with at most one entity tag."""
 
 from __future__ import annotations
 
@@ -39,11 +39,12 @@ class EntityTag:
     weak: bool
 
 
-def evaluate(conditions: Conditions, etag: str, last_modified: int | None) -> Verdict:
+def evaluate(conditions: Conditions, etag: str | None, last_modified: int | None) -> Verdict:
     """Evaluate the preconditions in the order of RFC 9110 section 13.2.2, for an object that exists.
 
-    `etag`: strong, with its quotes. `last_modified`: POSIX seconds; None: unknown, and dates are ignored. A malformed
-    header has no effect, except that the date it takes precedence over is still ignored.
+    `etag`: with its quotes, and `W/` before a weak one; None: there is none. `last_modified`: POSIX seconds; None:
+    unknown, and dates are ignored. A malformed header has no effect, except that the date it takes precedence over is
+    still ignored.
     """
     if conditions.if_match is not None:
         holds = _matches(conditions.if_match, etag, strong=True)
@@ -58,18 +59,21 @@ def evaluate(conditions: Conditions, etag: str, last_modified: int | None) -> Ve
     return Verdict.NOT_MODIFIED if known is True else Verdict.PROCEED
 
 
-def range_applies(if_range: str | None, etag: str, last_modified: int | None) -> bool:
+def range_applies(
+    if_range: str | None, etag: str | None, last_modified: int | None, *, immutable: bool = True
+) -> bool:
     """Whether to honour the Range header (RFC 9110 section 13.1.5). If not, the response is the whole object.
 
-    It is honoured without If-Range, and if If-Range has the object's strong entity tag or its exact date.
+    It is honoured without If-Range, and if If-Range has the object's strong entity tag. If the object is `immutable`,
+    also if it has the exact date: other objects may change twice within a second.
     """
     if if_range is None:
         return True
     value = if_range.strip(" \t")
     tag = _ENTITY_TAG.fullmatch(value)
     if tag is not None:
-        return tag["weak"] is None and tag["opaque"] == etag
-    return last_modified is not None and parse_http_date(value) == last_modified
+        return tag["weak"] is None and value == etag
+    return immutable and last_modified is not None and parse_http_date(value) == last_modified
 
 
 def parse_entity_tags(header: str) -> tuple[EntityTag, ...] | None:
@@ -87,14 +91,17 @@ def parse_entity_tags(header: str) -> tuple[EntityTag, ...] | None:
     return tuple(tags) or None
 
 
-def _matches(header: str, etag: str, *, strong: bool) -> bool | None:
+def _matches(header: str, etag: str | None, *, strong: bool) -> bool | None:
     """Whether the list has the entity tag. None: it is malformed."""
     if header.strip(" \t") == _ANY:
         return True
     tags = parse_entity_tags(header)
     if tags is None:
         return None
-    return any(tag.opaque == etag and not (strong and tag.weak) for tag in tags)
+    if etag is None:
+        return False
+    opaque = etag.removeprefix("W/")
+    return any(tag.opaque == opaque and not (strong and (tag.weak or opaque != etag)) for tag in tags)
 
 
 def _unchanged_since(header: str | None, last_modified: int | None) -> bool | None:

@@ -7,6 +7,7 @@ The second column says where the fault is, the third whether it is worth retryin
     │   └── InvalidJob            client   final   a message on the job queue that is not a valid job
     ├── ConfigurationError        operator final   settings that cannot work; raised at start only
     ├── CatalogUnavailable        catalog  retry   no usable response from the catalog in time
+    │   ├── ObjectUnavailable     catalog  retry   no usable response for one object; others may have one
     │   ├── ResponseTooLarge      catalog  retry   a response above its size limit (Joystream adapter)
     │   └── QueryRejected         catalog  retry   the squid does not support the query (Joystream adapter)
     ├── StateStoreUnavailable     state    retry   no response from the state store in time
@@ -19,6 +20,7 @@ The second column says where the fault is, the third whether it is worth retryin
         ├── SourceTooSlow         source   retry   no headers, no bytes, or too few bytes, in time
         ├── SourceRefused         source   retry   a status other than success (403, 404, 500, a redirect, …)
         ├── SourceWrong           source   retry   a response that contradicts the catalog (size, hash, encoding)
+        │   ├── VersionChanged        source   retry   another version of the object than the one expected
         │   └── AllSourcesCorrupt     source   retry   no source sent the correct bytes (services/fetcher)
         └── AllSourcesFailed      source   retry   every source of an object failed; has the error of each
 """
@@ -50,6 +52,10 @@ class CatalogUnavailable(DistributorError):
     """The catalog gave no usable response in time."""
 
     worth_retrying = True
+
+
+class ObjectUnavailable(CatalogUnavailable):
+    """The catalog's server gave no usable response for one object. That does not mean that it is down."""
 
 
 class StateStoreUnavailable(DistributorError):
@@ -120,6 +126,18 @@ class SourceWrong(SourceError):
     reason = "invalid_response"
 
 
+class VersionChanged(SourceWrong):
+    """The source sends another version of the object than the one expected. `of_size`: its size differs."""
+
+    def __init__(self, message: str, *, of_size: bool = False) -> None:
+        super().__init__(message)
+        self.of_size = of_size
+
+
+_ABOUT_THE_OBJECT = frozenset({401, 403, 404, 410, 416, 451})
+"""Statuses that say something of one object, and contradict a catalog that says that the source holds it."""
+
+
 class AllSourcesFailed(SourceError):
     """Every source of an object failed, or it has no source. `errors`: the last error of each, by URL."""
 
@@ -134,3 +152,17 @@ class AllSourcesFailed(SourceError):
     def too_slow(self) -> bool:
         """Whether every source failed because it was too slow."""
         return bool(self.errors) and all(isinstance(error, SourceTooSlow) for error in self.errors.values())
+
+    @property
+    def contradicts_catalog(self) -> bool:
+        """Whether a source is evidence that the catalog's description is outdated: of the size, version or place."""
+        return any(
+            isinstance(error, VersionChanged)
+            or (isinstance(error, SourceRefused) and error.status in _ABOUT_THE_OBJECT)
+            for error in self.errors.values()
+        )
+
+    @property
+    def contradicts_size(self) -> bool:
+        """Whether the object has another size than the catalog says."""
+        return any(isinstance(error, VersionChanged) and error.of_size for error in self.errors.values())

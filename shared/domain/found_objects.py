@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distributor_node.shared.domain.media_types import detect_media_type
-from distributor_node.shared.domain.objects import MediaObject, StoredRecord
+from distributor_node.shared.domain.objects import MediaObject, StoredRecord, entity_tag
 
 
 def record_for_file(
@@ -17,7 +17,7 @@ def record_for_file(
     return StoredRecord(
         object_id=known.object_id,
         size=size,
-        etag=known.etag,
+        etag=entity_tag(known.content_hash),  # nothing says which version bytes without a hash are
         content_hash=known.content_hash,
         media_type=detect_media_type(known.media_type or stated_type, head),
         stored_at=int(stored_at),

@@ -39,8 +39,9 @@ _OBJECT_FIELDS = MediaObjectCodec(
         "size": "size",
         "content_hash": "hash",
         "media_type": "media_type",
-        "validator": "validator",
+        "etag": "validator",
         "sources": "sources",
+        "last_modified": "last_modified",
     }
 )
 

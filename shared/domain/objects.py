@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self
 from urllib.parse import urlsplit
 
 import base58
 from blake3 import blake3
 
+from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, Version, etag_or_none
 
 _OBJECT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,127}\Z", re.ASCII)
 _BUCKET_ID = re.compile(r"[0-9]{1,20}:[0-9]{1,20}\Z", re.ASCII)
@@ -116,28 +118,25 @@ class MediaObject:
     buckets: tuple[DistributionBucket, ...] = ()
     accepted: bool = True
     sources: tuple[str, ...] = ()  # URLs of the object, best first if the catalog knows an order
-    validator: str | None = (
-        None  # where there is no hash: changes with the content (an origin's ETag or date)
-    )
+    validators: Validators = NO_VALIDATORS  # where there is no hash: what the object's source said of it
 
     def __post_init__(self) -> None:
         if self.size is not None and self.size < 0:
             raise InvalidInput(f"size: expected 0 or more, got {self.size} (object {self.object_id})")
 
     @property
-    def etag(self) -> str:
-        """The strong entity tag with its quotes (RFC 9110 §8.8.3), equal on every node and after every fetch."""
-        return entity_tag(self.object_id, self.size, self.content_hash, self.validator)
+    def etag(self) -> str | None:
+        """The entity tag that clients see; see `entity_tag`."""
+        return entity_tag(self.content_hash, self.validators)
+
+    @property
+    def version(self) -> Version:
+        return Version(self.content_hash, self.validators, self.size)
 
 
-def entity_tag(
-    object_id: str, size: int | None, content_hash: ContentHash | None, validator: str | None
-) -> str:
-    """Derive a strong entity tag from the hash, or without a hash from id, size and validator."""
-    if content_hash is not None:
-        return f'"{content_hash}"'
-    known = f"{object_id}\n{size}\n{validator or ''}".encode()
-    return f'"{hashlib.sha256(known).hexdigest()[:32]}"'
+def entity_tag(content_hash: ContentHash | None, validators: Validators = NO_VALIDATORS) -> str | None:
+    """Return the entity tag with its quotes: strong and the same on every node with a hash, else the source's own."""
+    return validators.etag if content_hash is None else f'"{content_hash}"'
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +163,14 @@ class MediaObjectCodec:
             "buckets": [[bucket.bucket_id, sorted(bucket.active_workers)] for bucket in media_object.buckets],
             "accepted": media_object.accepted,
             "sources": list(media_object.sources),
-            "validator": media_object.validator,
+            "etag": media_object.validators.etag,
+            "last_modified": media_object.validators.last_modified,
         }
-        return {name: values[attribute] for attribute, name in self.names.items()}
+        return {
+            name: values[attribute]
+            for attribute, name in self.names.items()
+            if attribute != "last_modified" or values[attribute] is not None
+        }
 
     def decode(self, fields: Mapping[str, Any]) -> MediaObject:
         """Read what `encode` wrote. A missing field counts as null. Raises InvalidInput."""
@@ -175,8 +179,12 @@ class MediaObjectCodec:
         accepted, sources = values.get("accepted", True), values.get("sources", [])
         self._expect("object_id", "a string", values, isinstance(values.get("object_id"), str))
         self._expect("size", "an integer or null", values, size is None or type(size) is int)
-        for attribute in ("content_hash", "media_type", "validator"):
+        for attribute in ("content_hash", "media_type", "etag"):
             self._expect(attribute, "a string or null", values, isinstance(values.get(attribute), str | None))
+        modified = values.get("last_modified")
+        self._expect(
+            "last_modified", "POSIX seconds or null", values, modified is None or type(modified) is int
+        )
         self._expect("accepted", "a boolean", values, isinstance(accepted, bool))
         self._expect("sources", "a list of http(s) URLs", values, _are_http_urls(sources))
         return MediaObject(
@@ -187,7 +195,7 @@ class MediaObjectCodec:
             buckets=self._decode_buckets(values),
             accepted=accepted,
             sources=tuple(sources),
-            validator=values.get("validator"),
+            validators=_decode_validators(values.get("etag"), modified),
         )
 
     def _decode_buckets(self, values: Mapping[str, Any]) -> tuple[DistributionBucket, ...]:
@@ -204,6 +212,14 @@ class MediaObjectCodec:
         if not holds:
             got = repr(values.get(attribute))[:60]
             raise InvalidInput(f"{self.names[attribute]}: expected {expected}, got {got}")
+
+
+def _decode_validators(validator: str | None, modified: int | None) -> Validators:
+    """Read the validators. Nodes of earlier releases write an entity tag, a date or another text in one field."""
+    etag = etag_or_none(validator)
+    if etag is None and modified is None and validator is not None:
+        modified = parse_http_date(validator)
+    return Validators(etag, modified)
 
 
 def _are_http_urls(value: object) -> bool:
@@ -245,7 +261,17 @@ class StoredRecord:
 
     object_id: ObjectId
     size: int
-    etag: str  # with its quotes
+    etag: str | None  # that clients see, with its quotes
     content_hash: ContentHash | None
     media_type: str | None  # None only beside a partial file, until the catalog or a source states a type
     stored_at: int  # POSIX seconds of the fetch
+    validators: Validators = NO_VALIDATORS  # of the source, in the response that its bytes came from
+
+    @property
+    def version(self) -> Version:
+        return Version(self.content_hash, self.validators, self.size)
+
+    def with_validators(self, validators: Validators) -> StoredRecord:
+        """The record of bytes of which their source says this. With a content hash, the source's tag says no more."""
+        kept = validators if self.content_hash is None else Validators(None, validators.last_modified)
+        return replace(self, etag=entity_tag(self.content_hash, kept), validators=kept)

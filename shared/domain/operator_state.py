@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.formats import FORMAT, check_format
 from distributor_node.shared.domain.objects import Assignment, ObjectId, parse_bucket_id
 
 MAX_WORKER_ID = 2**63 - 1
@@ -83,6 +84,7 @@ class OperatorStateSnapshot:
 def encode_snapshot(snapshot: OperatorStateSnapshot) -> str:
     """The content of the file, as JSON."""
     body = {
+        "format": FORMAT,
         "version": snapshot.state.version,
         "orders": json.loads(encode_operator_state(snapshot.state)),
         "pinned": sorted(snapshot.pinned),
@@ -94,6 +96,7 @@ def decode_snapshot(text: str | bytes) -> OperatorStateSnapshot:
     """Read what `encode_snapshot` wrote. Raises InvalidInput for anything else."""
     try:
         body = json.loads(text)
+        check_format(body, "operator state")
         pinned = frozenset(ObjectId.parse(object_id) for object_id in body["pinned"])
         return OperatorStateSnapshot(
             decode_operator_state(json.dumps(body["orders"]), int(body["version"])), pinned

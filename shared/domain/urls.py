@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.objects import source_name
@@ -13,16 +13,17 @@ from distributor_node.shared.domain.objects import source_name
 # RFC 3986 section 2: printable ASCII without some characters. All others must be percent-encoded.
 _URL_TEXT = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)
 _MAX_LENGTH = 2048
+_MAX_REDIRECT_LENGTH = 8192  # signed URLs of object storage are long
 
 
-def parse_source_url(text: str) -> str:
+def parse_source_url(text: str, max_length: int = _MAX_LENGTH) -> str:
     """Check an absolute http(s) URL with a host, without credentials and fragment. Raises InvalidInput.
 
     Credentials are rejected because URLs appear in logs, and because the HTTP client would send them.
     """
-    if len(text) > _MAX_LENGTH or not _URL_TEXT.fullmatch(text):
+    if len(text) > max_length or not _URL_TEXT.fullmatch(text):
         raise InvalidInput(
-            f"URL: expected at most {_MAX_LENGTH} characters, none of which has to be percent-encoded"
+            f"URL: expected at most {max_length} characters, none of which has to be percent-encoded"
         )
     try:
         parts = urlsplit(text)
@@ -36,6 +37,23 @@ def parse_source_url(text: str) -> str:
     if "#" in text:
         raise InvalidInput("URL: expected none with a fragment")
     return text
+
+
+def redirect_target(url: str, location: str, *, to_other_hosts: bool = True) -> str:
+    """Return the URL that a redirect of `url` leads to, checked like a source's URL, its fragment dropped.
+
+    Raises InvalidInput, also for a target on another host if these are not allowed.
+    """
+    try:
+        target = urljoin(url, location).partition("#")[0]
+    except ValueError as error:
+        raise InvalidInput(f"Location: {error}") from error
+    if not location:
+        raise InvalidInput("Location: expected a URL, got none")
+    parse_source_url(target, _MAX_REDIRECT_LENGTH)
+    if not to_other_hosts and urlsplit(target).hostname != urlsplit(url).hostname:
+        raise InvalidInput("Location: expected the same host, got another one")
+    return target
 
 
 def names_host(text: str, *schemes: str) -> bool:

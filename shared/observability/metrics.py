@@ -26,7 +26,7 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from distributor_node.shared.observability.multiprocess import VARIABLE
+from distributor_node.shared.observability.multiprocess import VARIABLE, files_locked
 
 # A `_created` gauge for each series would double the page.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -334,7 +334,8 @@ def render_metrics() -> tuple[bytes, str]:
         return generate_latest(REGISTRY), CONTENT_TYPE_PLAIN_0_0_4
     registry = CollectorRegistry()
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+    with files_locked():
+        return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
 
 
 # Histogram observations that were counted elsewhere, added in one call.

@@ -6,12 +6,16 @@ prometheus-client chooses its mode when it is imported. So the process that star
 
 from __future__ import annotations
 
+import fcntl
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_ENDED = "ended"  # in place of a process id
 
 
 def prepare_multiprocess(directory: Path | None) -> Path:
@@ -31,8 +35,49 @@ def prepare_multiprocess(directory: Path | None) -> Path:
 
 
 def forget_process(process_id: int) -> None:
-    """Drop the live gauges of a worker that has ended. Its counters stay. No effect outside multiprocess mode."""
-    if VARIABLE in os.environ:
-        from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415 (see the module docstring)
+    """Drop the live gauges of a worker that has ended, and add its other values to those of all that have ended.
 
-        mark_process_dead(process_id)  # type: ignore[no-untyped-call]
+    Otherwise each worker would leave its files, 64 KiB each, for ever. No effect outside multiprocess mode.
+    """
+    if VARIABLE not in os.environ:
+        return
+    from prometheus_client.multiprocess import mark_process_dead  # noqa: PLC0415 (see the module docstring)
+
+    mark_process_dead(process_id)  # type: ignore[no-untyped-call]
+    with files_locked(exclusive=True):
+        for file in Path(os.environ[VARIABLE]).glob(f"*_{process_id}.db"):
+            kind = file.name.removesuffix(f"_{process_id}.db")
+            _add_values(file, file.with_name(f"{kind}_{_ENDED}.db"), kind)
+            file.unlink()
+
+
+@contextmanager
+def files_locked(*, exclusive: bool = False) -> Iterator[None]:
+    """Keep values from being moved between files while they are read: they would count twice, or not at all."""
+    lock = Path(os.environ[VARIABLE]) / ".lock"
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _add_values(source: Path, target: Path, kind: str) -> None:
+    """`kind`: as the file's name begins: counter, histogram, gauge_max, gauge_mostrecent."""
+    from prometheus_client.mmap_dict import MmapedDict  # noqa: PLC0415 (see the module docstring)
+
+    merged = MmapedDict(str(target))  # type: ignore[no-untyped-call]
+    try:
+        for key, value, timestamp, _ in MmapedDict.read_all_values_from_file(str(source)):  # type: ignore[no-untyped-call]
+            known, known_at = merged.read_value(key)  # type: ignore[no-untyped-call]
+            match kind:
+                case "gauge_mostrecent":
+                    merged_at, total = max((timestamp, value), (known_at, known))
+                case "gauge_max":
+                    merged_at, total = timestamp, max(known, value)
+                case _:
+                    merged_at, total = timestamp, known + value
+            merged.write_value(key, total, merged_at)  # type: ignore[no-untyped-call]
+    finally:
+        merged.close()  # type: ignore[no-untyped-call]

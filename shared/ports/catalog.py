@@ -39,6 +39,12 @@ class Catalog(Protocol):
     async def look_up(self, object_id: ObjectId) -> MediaObject | None:
         """Return what the catalog knows of one object, in any bucket. None: the object does not exist."""
 
+    async def forget(self, outdated: MediaObject) -> None:
+        """Note that this answer of `look_up` is no longer true: the next look-up asks again.
+
+        A newer answer, which another request has caused, is kept.
+        """
+
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         """Yield all objects of an assignment in batches.
 
@@ -104,6 +110,9 @@ class SharedCatalogCache(Protocol):
 
     async def put(self, object_id: ObjectId, answer: MediaObject | None, fresh: float, keep: float) -> None:
         """Store an answer, fresh for `fresh` seconds and kept for `keep`. Releases the lock, also another owner's."""
+
+    async def expire(self, outdated: MediaObject) -> None:
+        """Make this answer stale, if it is the cached one. It is kept for outages."""
 
     async def unlock(self, object_id: ObjectId, owner: str) -> None:
         """Release the lock without an answer, if `owner` still holds it."""

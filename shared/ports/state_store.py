@@ -269,6 +269,9 @@ class EvictorStore(Protocol):
 
     async def resign(self, term: Term) -> None: ...
 
+    async def is_leader(self, term: Term) -> bool:
+        """Whether that term goes on."""
+
     async def space_requested(self) -> int:
         """Bytes (footprints) of all live `request_space` requests that were not granted yet."""
 

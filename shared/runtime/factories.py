@@ -86,7 +86,13 @@ def build_catalog(settings: Settings) -> Catalog:
             shared_cache=_build_shared_catalog_cache(settings),
             assignment=settings.assignment,
         )
-    return CachedCatalog(OriginCatalog(_required(catalog.origin, "catalog.origin"), catalog.timeout), limits)
+    origin = OriginCatalog(
+        _required(catalog.origin, "catalog.origin"),
+        catalog.timeout,
+        follow_to_other_hosts=settings.origin.follow_to_other_hosts,
+        refuse_private=catalog.refuse_private_sources,
+    )
+    return CachedCatalog(origin, limits)
 
 
 def _required(value: _Value | None, name: str) -> _Value:
@@ -130,6 +136,7 @@ def build_source_client(settings: Settings, max_connections: int) -> SourceClien
         stall_timeout=fetch.stall_timeout,
         minimum_rate=fetch.minimum_rate,
         max_connections=max_connections,
+        follow_to_other_hosts=settings.catalog.kind != "origin" or settings.origin.follow_to_other_hosts,
         refuse_private=settings.catalog.refuse_private_sources,
     )
     return SourceClient(limits, count_observation)

@@ -195,6 +195,13 @@ class CatalogSettings(SettingsGroup):
         return problems
 
 
+class OriginSettings(SettingsGroup):
+    """How an HTTP origin is asked, where `catalog.kind` is `origin`."""
+
+    follow_to_other_hosts: bool = True
+    """Follow redirects of the origin to other hosts. Redirects of storage nodes are always followed."""
+
+
 class SourceSettings(SettingsGroup):
     """How storage nodes are ranked."""
 
@@ -357,6 +364,7 @@ class Settings(SettingsGroup):
     state_store: StateStoreSettings = StateStoreSettings()
     job_queue: JobQueueSettings = JobQueueSettings()
     catalog: CatalogSettings = CatalogSettings()
+    origin: OriginSettings = OriginSettings()
     sources: SourceSettings = SourceSettings()
     fetch: FetchSettings = FetchSettings()
     storage: StorageSettings = StorageSettings()

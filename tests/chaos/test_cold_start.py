@@ -34,7 +34,7 @@ def fill(root: Path) -> None:
     for number in range(1, COUNT + 1):
         object_id, body = ObjectId(str(number)), body_of(number)
         content_hash = ContentHash("blake3", blake3(body).digest())
-        etag = entity_tag(object_id, SIZE, content_hash, None)
+        etag = entity_tag(content_hash)
         record = StoredRecord(object_id, SIZE, etag, content_hash, "text/plain", 1_700_000_000)
         for kind, content in (("objects", body), ("records", encode_record(record))):
             folder = root / kind / shard(object_id)

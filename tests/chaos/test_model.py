@@ -47,7 +47,7 @@ def body_of(object_id: str) -> bytes:
 def record_of(object_id: ObjectId) -> StoredRecord:
     body = body_of(object_id)
     content_hash = ContentHash("blake3", blake3(body).digest())
-    etag = entity_tag(object_id, len(body), content_hash, None)
+    etag = entity_tag(content_hash)
     return StoredRecord(object_id, len(body), etag, content_hash, "text/plain", int(time.time()))
 
 

@@ -9,9 +9,11 @@ import pytest
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import bytes_object
 from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
 from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
-from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, ObjectUnavailable
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.version import NO_VALIDATORS, Validators
 
 ONE = ObjectId("1")
 HEAD, GET = Match(method="HEAD"), Match(method="GET")
@@ -20,7 +22,7 @@ HEAD, GET = Match(method="HEAD"), Match(method="GET")
 @pytest.fixture
 async def node() -> AsyncIterator[StorageNode]:
     async with StorageNode(
-        [bytes_object("1", b"a" * 1000, "image/png"), bytes_object("0", b"")]
+        [bytes_object("1", b"a" * 1000, "image/png"), bytes_object("0", b""), bytes_object("2", b"b")]
     ).run() as node:
         yield node
 
@@ -73,6 +75,45 @@ async def test_a_size_not_reported_anywhere_is_unknown(node: StorageNode, catalo
     assert found.size is None
 
 
+@pytest.mark.parametrize("status", [401, 403, 451])
+async def test_a_refusal_is_an_answer_about_one_object(
+    node: StorageNode, catalog: OriginCatalog, status: int
+) -> None:
+    cached = CachedCatalog(catalog, CacheLimits(positive_ttl=60, negative_ttl=60, max_in_flight=4, wait=1))
+    node.faults.add(Fault(status=status), Match(object_id="1"))
+    assert await cached.look_up(ONE) is None
+    assert await cached.look_up(ObjectId("2")) is not None
+
+
+@pytest.mark.parametrize("fault", [Fault(status=500), Fault(status=400), Fault(redirect_to="ftp://x/")])
+async def test_a_failure_of_one_object_does_not_pause_the_catalog(
+    node: StorageNode, catalog: OriginCatalog, fault: Fault
+) -> None:
+    cached = CachedCatalog(catalog, CacheLimits(positive_ttl=60, negative_ttl=60, max_in_flight=4, wait=1))
+    node.faults.add(fault, Match(object_id="1"))
+    with pytest.raises(ObjectUnavailable):
+        await cached.look_up(ONE)
+    assert await cached.look_up(ObjectId("2")) is not None
+
+
+@pytest.mark.parametrize("stated", [0, 1000])
+async def test_a_size_of_zero_is_confirmed_by_a_get(
+    node: StorageNode, catalog: OriginCatalog, stated: int
+) -> None:
+    """Some servers state a length of 0 in each response to HEAD."""
+    node.faults.add(Fault(headers=(("Content-Length", str(stated)),)), HEAD)
+    found = await catalog.look_up(ONE)
+    assert found is not None
+    assert found.size == 1000
+    assert len(node.requests.of("1", "GET")) == (stated == 0)
+
+
+async def test_an_empty_object(node: StorageNode, catalog: OriginCatalog) -> None:
+    found = await catalog.look_up(ObjectId("0"))
+    assert found is not None
+    assert found.size == 0
+
+
 @pytest.mark.parametrize("status", [404, 410])
 @pytest.mark.parametrize("method", [HEAD, GET])
 async def test_absent(node: StorageNode, catalog: OriginCatalog, status: int, method: Match) -> None:
@@ -86,10 +127,10 @@ async def test_absent(node: StorageNode, catalog: OriginCatalog, status: int, me
     [
         Fault(status=500),
         Fault(status=503),
-        Fault(status=403),
         Fault(status=429),
         Fault(redirect_to="http://elsewhere.example/1"),
         Fault(redirect_to="//127.0.0.1:9/1"),
+        Fault(redirect_to="http://u:p@127.0.0.1/1"),
         Fault(redirect_to="/api/v1/files/1"),
         Fault(redirect_to="file:///etc/passwd"),
         Fault(redirect_to="http://[/"),
@@ -119,32 +160,52 @@ async def test_no_server(node: StorageNode) -> None:
     await catalog.close()
 
 
-async def test_a_redirect_within_the_origin_is_followed_and_remembered(
+async def test_a_redirect_is_followed_and_its_target_is_not_remembered(
     node: StorageNode, catalog: OriginCatalog
 ) -> None:
-    node.faults.add(Fault(redirect_to="/api/v1/files/1"), Match(object_id="77"))
+    """A signed URL may be valid for seconds."""
+    target = node.object_url("1").replace("127.0.0.1", "localhost")
+    node.faults.add(Fault(redirect_to=f"{target}?signature=1"), Match(object_id="77"))
     found = await catalog.look_up(ObjectId("77"))
     assert found is not None
     assert found.size == 1000
-    assert found.sources == (node.object_url("1"),)
+    assert found.sources == (node.object_url("77"),)
+
+
+async def test_redirects_to_other_hosts_can_be_forbidden(node: StorageNode) -> None:
+    catalog = OriginCatalog(node.object_url("{id}"), timeout=2, follow_to_other_hosts=False)
+    await catalog.open()
+    target = node.object_url("1")
+    node.faults.add(Fault(redirect_to=target.replace("127.0.0.1", "localhost")), Match(object_id="77"))
+    node.faults.add(Fault(redirect_to=target), Match(object_id="78"))
+    with pytest.raises(ObjectUnavailable, match="same host"):
+        await catalog.look_up(ObjectId("77"))
+    assert await catalog.look_up(ObjectId("78")) is not None
+    await catalog.close()
 
 
 @pytest.mark.parametrize(
-    ("headers", "validator"),
+    ("headers", "validators"),
     [
-        ((("ETag", '"strong"'), ("Last-Modified", "Sun, 06 Nov 1994 08:49:37 GMT")), '"strong"'),
-        ((("ETag", 'W/"weak"'),), 'W/"weak"'),
-        ((("Last-Modified", "Sun, 06 Nov 1994 08:49:37 GMT"),), "Sun, 06 Nov 1994 08:49:37 GMT"),
-        ((), None),
+        (
+            (("ETag", '"strong"'), ("Last-Modified", "Sun, 06 Nov 1994 08:49:37 GMT")),
+            Validators('"strong"', 784111777),
+        ),
+        ((("ETag", 'W/"weak"'),), Validators('W/"weak"')),
+        ((("ETag", "unquoted"),), NO_VALIDATORS),
+        ((("ETag", f'"{"x" * 300}"'),), NO_VALIDATORS),
+        ((("Last-Modified", "Sun, 06 Nov 1994 08:49:37 GMT"),), Validators(None, 784111777)),
+        ((), NO_VALIDATORS),
     ],
 )
-async def test_the_entity_tag(
-    node: StorageNode, catalog: OriginCatalog, headers: tuple[tuple[str, str], ...], validator: str | None
+async def test_the_validators_are_those_of_the_origin(
+    node: StorageNode, catalog: OriginCatalog, headers: tuple[tuple[str, str], ...], validators: Validators
 ) -> None:
     node.faults.add(Fault(headers=headers))
     found = await catalog.look_up(ONE)
     assert found is not None
-    assert found.validator == validator
+    assert found.validators == validators
+    assert found.etag == validators.etag
     assert found.content_hash is None
 
 

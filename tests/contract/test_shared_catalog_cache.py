@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
 from distributor_node.shared.adapters.state_redis.caches import RedisSharedCatalogCache
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
+from distributor_node.shared.domain.version import Validators
 from distributor_node.shared.ports.catalog import CacheLookup, SharedCatalogCache
 
 ONE, TWO = ObjectId("1"), ObjectId("2")
@@ -22,7 +23,7 @@ FULL = MediaObject(
     buckets=(DistributionBucket("0:1", frozenset({3, 4})), DistributionBucket("0:2")),
     accepted=False,
     sources=("https://one.example/api/v1/files/1", "https://two.example/api/v1/files/1"),
-    validator='what "they" call it\n',
+    validators=Validators('"of-the-source"', 784111777),
 )
 
 
@@ -118,3 +119,24 @@ async def test_an_unreachable_shared_cache_fails_in_time(redis_prefix: str) -> N
         with pytest.raises(StateStoreUnavailable):
             await cache.get_or_lock(ONE, "a", 50)
     await cache.close()
+
+
+async def test_an_outdated_answer_is_asked_for_again_and_kept_for_outages(harness: Harness) -> None:
+    await harness.cache.put(ONE, FULL, 50, 100)
+    await harness.other.expire(FULL)
+    lookup = await harness.cache.get_or_lock(ONE, "a", 50)
+    assert lookup.owns_lock
+    assert lookup.cached is not None
+    assert lookup.cached.answer == FULL
+    assert lookup.cached.fresh_for <= 0
+
+
+async def test_a_newer_answer_is_not_outdated_by_an_older_one(harness: Harness) -> None:
+    await harness.cache.expire(FULL)
+    newer = replace(FULL, validators=Validators('"newer"'))
+    await harness.cache.put(ONE, newer, 50, 100)
+    await harness.other.expire(FULL)
+    lookup = await harness.cache.get_or_lock(ONE, "a", 50)
+    assert not lookup.owns_lock
+    assert lookup.cached is not None
+    assert lookup.cached.answer == newer

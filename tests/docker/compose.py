@@ -61,8 +61,8 @@ class ComposeStack:
         return done.stdout
 
     def build(self) -> None:
-        """The image, which takes as long as packages take to arrive."""
-        self.compose("build", "--quiet", "api", timeout=900)
+        """The images, which takes as long as packages take to arrive."""
+        self.compose("build", "--quiet", "api", "demo", timeout=900)
 
     def up(self, *arguments: str) -> None:
         """Up with three fetchers, and wait until all are healthy."""
@@ -95,7 +95,8 @@ class ComposeStack:
     def remove(self) -> None:
         """All of it, volumes and image included."""
         self.compose("down", "--volumes", "--remove-orphans", "--timeout", "5", check=False)
-        run("docker", "image", "rm", "--force", f"distributor-node:{self.project}")
+        for image in ("distributor-node", "distributor-node-demo"):
+            run("docker", "image", "rm", "--force", f"{image}:{self.project}")
 
     def containers(self) -> list[dict[str, Any]]:
         """What the engine says of each container (`docker inspect`)."""

@@ -17,7 +17,7 @@ from tests.servers.redis_server import free_port
 def test_a_demo_node_answers_as_it_says(tmp_path: Path, catalog: str) -> None:
     arguments = ["--catalog", catalog, "--port", str(free_port()), "--data", str(tmp_path)]
     demo = subprocess.Popen(
-        [sys.executable, "-m", "distributor_node.services.standalone.demo_run", *arguments],
+        [sys.executable, "-m", "distributor_node.services.demo_run", *arguments],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -91,7 +91,7 @@ class Node:
             object_id, stored_at = ObjectId(name), base + place
             begun = await self.state.begin(object_id, size, "worker")
             assert isinstance(begun, Granted)
-            tag = entity_tag(object_id, size, None, "test")
+            tag = entity_tag(None)
             record = StoredRecord(object_id, size, tag, None, "image/png", int(stored_at))
             partial = self.volume.open_partial_for_writing(record)
             partial.write(0, bytes(size))

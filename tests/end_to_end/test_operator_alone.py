@@ -108,9 +108,15 @@ async def test_operator_state_survives_sigkill(alone: tuple[Harness, OperatorCli
 
     await eventually(answers)
     assert await refuses_connections(harness.stack.port)
+    # A liveness probe must not end a node that was stopped on purpose: it could never be started again
+    assert (await get(f"{node.health_url}/healthz")).status == 200
+    readiness = await get(f"{node.health_url}/readyz")
+    assert (readiness.status, readiness.json()["problems"]) == (503, ["stopped by an operator"])
     await ordered(operator, "start-api")
     await node.healthy()
-    assert (await command(operator, "start-api")).stderr == ("distributor: 409 The public API runs already\n")
+    assert (await command(operator, "start-api")).stderr == (
+        "distributor: 409 The public API is already running\n"
+    )
     assert (await ordered(operator, "shutdown"))["shuttingDown"]
     assert node.process is not None
     assert await asyncio.to_thread(node.process.wait, 60) == 0

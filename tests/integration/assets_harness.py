@@ -74,6 +74,8 @@ class ListedCatalog:
             raise CatalogUnavailable("down")
         return self.objects.get(object_id)
 
+    async def forget(self, outdated: MediaObject) -> None: ...
+
     async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         yield list(self.objects.values())
 

@@ -44,7 +44,7 @@ def body_of(name: str, size: int = SIZE) -> bytes:
 
 def record_of(name: str, body: bytes) -> StoredRecord:
     object_id, content_hash = ObjectId.parse(name), ContentHash("blake3", blake3(body).digest())
-    etag = entity_tag(object_id, len(body), content_hash, None)
+    etag = entity_tag(content_hash)
     return StoredRecord(object_id, len(body), etag, content_hash, "image/png", 1_700_000_000)
 
 
@@ -77,6 +77,8 @@ class ListedCatalog:
         self._fail_if_down()
         self.asked.append(object_id)
         return self.objects.get(object_id)
+
+    async def forget(self, outdated: MediaObject) -> None: ...
 
     async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         self._fail_if_down()

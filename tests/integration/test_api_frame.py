@@ -242,6 +242,22 @@ async def test_close_lets_responses_complete_and_can_reopen(tmp_path: Path) -> N
         assert split(await api.get("/healthz"))[0] == 200
 
 
+@pytest.mark.parametrize(
+    "incomplete", [b"GET /healthz HTT", b"POST /x HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nx"]
+)
+async def test_an_incomplete_request_of_a_client_that_closes_its_side(
+    tmp_path: Path, incomplete: bytes
+) -> None:
+    async with running_api(tmp_path, FakeAssets()) as api:
+        reader, writer = await asyncio.open_connection("127.0.0.1", api.server.port)
+        writer.write(incomplete)
+        writer.write_eof()
+        async with asyncio.timeout(10):
+            answer = await reader.read()
+        writer.close()
+    assert split(answer)[0] in (400, 404)
+
+
 async def test_close_aborts_what_does_not_end(tmp_path: Path) -> None:
     fake_assets = FakeAssets()
     async with running_api(tmp_path, fake_assets) as api:

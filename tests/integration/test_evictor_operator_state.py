@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from distributor_node.services.evictor.operator_state import OperatorStateBackup
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume.operator_state_file import (
+    operator_state_lock,
     read_operator_state,
     write_operator_state,
 )
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import Assignment, ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
+from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from tests.integration.evictor_harness import SIZE, EvictorHarness, body_of, evictor_harness
 from tests.waiting import eventually
 
@@ -122,6 +126,44 @@ async def test_the_backup_on_the_volume_follows_the_operator_state(harness: Evic
             return snapshot is not None and snapshot.pinned == {ONE} and snapshot.state.stopped
 
         await eventually(pinned)
+
+
+async def test_a_leader_whose_term_is_over_does_not_write_the_backup(harness: EvictorHarness) -> None:
+    watcher = OperatorStateWatcher(harness.state, harness.root, Assignment())
+    old, new = (OperatorStateBackup(harness.state, harness.root, watcher) for _ in range(2))
+    term = await harness.term()
+    first = await harness.state.change_operator_state(0, OperatorState(stopped=True))
+    assert first is not None
+    await old.save(term)
+    await harness.state.resign(term)
+    second = await harness.state.change_operator_state(first.version, OperatorState(draining=True))
+    assert second is not None
+    await old.save(term)
+    assert read_operator_state(harness.root) == OperatorStateSnapshot(first)
+    new_term = await harness.term()
+    with operator_state_lock(harness.root) as stopped_in_the_middle:
+        assert stopped_in_the_middle
+        await new.save(new_term)
+        assert read_operator_state(harness.root) == OperatorStateSnapshot(first)
+    await new.save(new_term)
+    assert read_operator_state(harness.root) == OperatorStateSnapshot(second)
+
+
+def test_drafts_of_one_file_are_not_shared(tmp_path: Path) -> None:
+    snapshots = [OperatorStateSnapshot(OperatorState(version=n), frozenset({ONE})) for n in range(1, 9)]
+
+    def write(snapshot: OperatorStateSnapshot) -> None:
+        for _ in range(50):
+            write_operator_state(tmp_path, snapshot)
+
+    with ThreadPoolExecutor(8) as pool:
+        writing = [pool.submit(write, snapshot) for snapshot in snapshots]
+        seen = [read_operator_state(tmp_path) for _ in range(200)]
+    for future in writing:
+        future.result()
+    assert [found for found in seen if found is not None and found not in snapshots] == []
+    assert read_operator_state(tmp_path) in snapshots
+    assert [path.name for path in tmp_path.iterdir()] == ["operator.json"]
 
 
 async def test_pins_are_back_before_anything_is_evicted(tmp_path: Path) -> None:

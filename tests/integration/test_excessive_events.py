@@ -14,8 +14,10 @@ from distributor_node.shared.adapters.catalogs.joystream import ChainHead
 from distributor_node.shared.adapters.catalogs.joystream.endpoint import STATUS, GraphqlEndpoint
 from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
+from distributor_node.shared.adapters.sources.validation import Expected
 from distributor_node.shared.domain.errors import CatalogUnavailable, SourceWrong
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.version import Version
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -52,7 +54,7 @@ async def server(
 
 
 async def read_sizes(client: SourceClient, url: str, size: int) -> list[int]:
-    async with client.get(f"{url}/1", None, size) as response:
+    async with client.get(f"{url}/1", None, Expected(Version(size=size))) as response:
         return [len(chunk) async for chunk in response.chunks]
 
 
@@ -138,6 +140,6 @@ async def test_a_chunked_body_leaves_its_connection_usable() -> None:
 
     async with server(pieces, connections) as url, SourceClient(LIMITS) as client:
         for _ in range(3):
-            async with client.get(f"{url}/1", None, len(content)) as response:
+            async with client.get(f"{url}/1", None, Expected(Version(size=len(content)))) as response:
                 assert b"".join([chunk async for chunk in response.chunks]) == content
     assert len(connections) == 1

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
+import struct
 import threading
 import time
 import tracemalloc
@@ -75,6 +77,45 @@ async def read_answer(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     head = await reader.readuntil(b"\r\n\r\n")
     length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
     return head, await reader.readexactly(length)
+
+
+@pytest.mark.parametrize("object_id", ["1", "2"])
+@pytest.mark.parametrize("more", ["", "X-Sendfile-Type: none\r\n"])  # the fast path, Sanic's
+async def test_a_client_that_closes_its_side_gets_all_answers(
+    harness: AssetsHarness, object_id: str, more: str
+) -> None:
+    reader, writer = await harness.connect()
+    writer.write(ask("2", more) + ask(object_id, more))
+    writer.write_eof()
+    async with asyncio.timeout(60):
+        for answered in ("2", object_id):
+            assert (await read_answer(reader))[1] == harness.data[answered]
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_miss_of_a_client_that_closes_its_side(harness: AssetsHarness) -> None:
+    harness.add("3", 3 * MIB)
+    reader, writer = await harness.connect()
+    writer.write(ask("3"))
+    writer.write_eof()
+    async with asyncio.timeout(60):
+        assert (await read_answer(reader))[1] == harness.data["3"]
+        assert await reader.read() == b""
+    writer.close()
+
+
+async def test_a_reset_right_after_the_request_is_no_error(
+    harness: AssetsHarness, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("sanic.error"), "handlers", [caplog.handler])
+    for _ in range(10):  # without a turn of the loop between connect and reset
+        with socket.create_connection(("127.0.0.1", harness.port)) as connection:
+            connection.sendall(ask("1"))
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert (await harness.get("1")).status == 200
+    await asyncio.sleep(0)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_requests_sent_ahead_are_answered_after_a_long_body(harness: AssetsHarness) -> None:

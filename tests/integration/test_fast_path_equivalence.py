@@ -127,7 +127,7 @@ def running_nodes(root: Path) -> Iterator[NodePair]:
                     for object_id, size in SIZES.items():
                         harness.add(object_id, size)
                         harness.store(object_id)
-                etags = {object_id: known.etag for object_id, known in fast.catalog.objects.items()}
+                etags = {object_id: known.etag or "" for object_id, known in fast.catalog.objects.items()}
                 found.append(NodePair((fast.port, slow.port), etags, lambda: prepared))
                 ready.set()
                 await stop.wait()

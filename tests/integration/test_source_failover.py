@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distributor_node.services.demo.faults import Fault, Match, Rule
-from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.services.demo.objects import DemoObject, GeneratedContent, bytes_object, origin_object
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
 from distributor_node.shared.adapters.sources.client import SourceObservation
@@ -25,11 +26,13 @@ from distributor_node.shared.domain.errors import (
     SourceUnreachable,
     SourceWrong,
 )
-from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
+from distributor_node.shared.domain.version import Validators
 from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 100_000
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)
+HASH = ContentHash("sha256", hashlib.sha256(DATA).digest())
 LIMITS = SourceLimits(connect_timeout=2, first_byte_timeout=1, stall_timeout=1, minimum_rate=1)
 GONE = "http://127.0.0.1:1/api/v1/files/7"
 
@@ -53,10 +56,11 @@ class Harness:
         size: int | None = SIZE,
         sources: Sequence[str] | None = None,
         into: bytearray | None = None,
+        hashed: bool = True,
     ) -> tuple[bytes, list[str]]:
         """The bytes (as they come: `into`), and the sources that gave them, each change once."""
         received, given = bytearray() if into is None else into, list[str]()
-        wanted = MediaObject(ObjectId.parse("7"), size)
+        wanted = MediaObject(ObjectId.parse("7"), size, HASH if hashed else None)
         chosen = self.sources if sources is None else sources
         async with aclosing(self.failover_reader.stream(wanted, first, last, chosen)) as pieces:
             async for piece in pieces:
@@ -204,7 +208,7 @@ async def test_unknown_size_that_no_source_reports_is_not_switched(harness: Harn
 async def test_on_source_tells_of_each_source_before_its_bytes(harness: Harness) -> None:
     harness.nodes[0].faults.add(Fault(cut_after=40_000))
     told: list[tuple[str, int]] = []
-    wanted = MediaObject(ObjectId.parse("7"), SIZE)
+    wanted = MediaObject(ObjectId.parse("7"), SIZE, HASH)
     stream = harness.failover_reader.stream(
         wanted, 0, None, harness.sources, lambda url, answer: told.append((url, answer.first))
     )
@@ -217,7 +221,7 @@ async def test_on_source_tells_of_each_source_before_its_bytes(harness: Harness)
 
 async def test_leaving_early_closes_the_connection(harness: Harness) -> None:
     harness.nodes[0].faults.add(Fault(bytes_per_second=50_000))
-    wanted = MediaObject(ObjectId.parse("7"), SIZE)
+    wanted = MediaObject(ObjectId.parse("7"), SIZE, HASH)
     async with aclosing(harness.failover_reader.stream(wanted, 0, None, harness.sources)) as pieces:
         await anext(pieces)
     await harness.nodes[0].requests.wait_for(lambda log: log[0].aborted)
@@ -260,6 +264,133 @@ def test_no_wrong_byte_in_any_interleaving(scripts: list[list[Fault]], first: in
             assert received == expected if whole else expected.startswith(received)
 
     asyncio.run(play())
+
+
+# Without a content hash, bytes of two versions are never joined.
+
+OLD, NEW = GeneratedContent(1, SIZE).read(0, SIZE), GeneratedContent(2, SIZE).read(0, SIZE)
+CUT = 30_000
+
+
+def put(harness: Harness, *versions: DemoObject) -> list[str]:
+    """Let the first nodes hold these; the URLs of those."""
+    for node, version in zip(harness.nodes, versions, strict=False):
+        node.objects["7"] = version
+    return harness.sources[: len(versions)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (('"v1"', 1000), ('"v2"', 1000)),
+        (('W/"v1"', 1000), ('W/"v2"', 2000)),
+        (('W/"v1"', 1000), ('W/"v1"', 1000)),
+        (("", 1000), ("", 2000)),
+        (("", 1000), ("", 1000)),
+        (("", None), ("", None)),
+        (("", None), ('"v2"', 2000)),
+        (('"v1"', 1000), ("", None)),
+    ],
+)
+async def test_a_replaced_object_is_never_joined_to_the_old_one(
+    harness: Harness, old: tuple[str, int | None], new: tuple[str, int | None]
+) -> None:
+    sources = put(harness, origin_object("7", OLD, *old))
+    (node, *_) = harness.nodes
+    node.replacements["7"] = origin_object("7", NEW, *new)
+    node.faults.add(Fault(cut_after=CUT, replaces_object=True), Match(first=1))
+    received = bytearray()
+    with pytest.raises(AllSourcesFailed):
+        await harness.read(sources=sources, into=received, hashed=False)
+    assert received == OLD[: len(received)]
+
+
+async def test_an_unchanged_object_with_a_strong_tag_is_continued(harness: Harness) -> None:
+    sources = put(harness, origin_object("7", OLD, '"v1"'))
+    harness.nodes[0].faults.add(Fault(cut_after=CUT), Match(first=1))
+    assert (await harness.read(sources=sources, hashed=False))[0] == OLD
+    resumed = harness.nodes[0].requests[1]
+    assert resumed.headers["if-range"] == '"v1"'
+    assert resumed.status == 206
+
+
+@pytest.mark.parametrize("etag", ["", 'W/"v1"'])
+async def test_an_unchanged_object_without_a_strong_tag_is_not_continued(harness: Harness, etag: str) -> None:
+    """Nobody can tell it from a changed one."""
+    sources = put(harness, origin_object("7", OLD, etag, 1000))
+    harness.nodes[0].faults.add(Fault(cut_after=CUT), Match(first=1))
+    received = bytearray()
+    with pytest.raises(AllSourcesFailed):
+        await harness.read(sources=sources, into=received, hashed=False)
+    assert len(harness.nodes[0].requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [('"a"', '"b"'), ('"a"', ""), ("", '"b"'), ("", ""), ('W/"a"', 'W/"a"')]
+)
+async def test_mirrors_are_joined_only_by_one_strong_tag(harness: Harness, first: str, second: str) -> None:
+    sources = put(harness, origin_object("7", OLD, first), origin_object("7", NEW, second))
+    for node in harness.nodes[:2]:
+        node.faults.add(Fault(cut_after=CUT), Match(first=1))
+    received = bytearray()
+    with suppress(AllSourcesFailed):
+        await harness.read(sources=sources, into=received, hashed=False)
+    assert received in (OLD[: len(received)], NEW[: len(received)])
+    assert len(received) in (CUT, SIZE)
+
+
+async def test_mirrors_with_one_strong_tag_are_joined(harness: Harness) -> None:
+    sources = put(harness, origin_object("7", OLD, '"a"'), origin_object("7", OLD, '"a"'))
+    for node in harness.nodes[:2]:
+        node.faults.add(Fault(cut_after=CUT), Match(first=1))
+    received, given = await harness.read(sources=sources, hashed=False)
+    assert received == OLD
+    assert len(given) > 1
+
+
+async def test_a_mirror_that_failed_before_its_first_byte_decides_nothing(harness: Harness) -> None:
+    sources = put(harness, origin_object("7", OLD, '"a"'), origin_object("7", NEW, '"b"'))
+    harness.nodes[0].faults.add(Fault(cut_after=0))
+    assert (await harness.read(sources=sources, hashed=False))[0] == NEW
+
+
+async def test_another_version_than_the_catalogs_is_evidence_against_it(harness: Harness) -> None:
+    put(harness, origin_object("7", NEW, '"v2"'))
+    wanted = MediaObject(ObjectId.parse("7"), SIZE, validators=Validators('"v1"'))
+    stream = harness.failover_reader.stream(wanted, 0, None, harness.sources[:1])
+    with pytest.raises(AllSourcesFailed) as failure:
+        await anext(stream)
+    assert failure.value.contradicts_catalog
+    assert not failure.value.contradicts_size
+
+
+@pytest.mark.parametrize(
+    ("fault", "contradicts", "of_size"),
+    [
+        (Fault(status=404), True, False),
+        (Fault(status=403), True, False),
+        (Fault(status=451), True, False),
+        (Fault(content_length_delta=5, body_delta=5), True, True),
+        (Fault(status=500), False, False),
+        (Fault(cut_after=0), False, False),
+    ],
+)
+async def test_what_contradicts_the_catalog(
+    harness: Harness, fault: Fault, *, contradicts: bool, of_size: bool
+) -> None:
+    for node in harness.nodes:
+        node.faults.add(fault)
+    with pytest.raises(AllSourcesFailed) as failure:
+        await harness.read(hashed=False)
+    assert (failure.value.contradicts_catalog, failure.value.contradicts_size) == (contradicts, of_size)
+
+
+async def test_that_an_object_is_empty_is_confirmed_by_a_source(harness: Harness) -> None:
+    with pytest.raises(AllSourcesFailed) as failure:
+        await harness.read(size=0, hashed=False)
+    assert failure.value.contradicts_size
+    put(harness, origin_object("7", b""))
+    assert (await harness.read(size=0, sources=harness.sources[:1], hashed=False))[0] == b""
 
 
 class TestRates:

@@ -18,8 +18,10 @@ from distributor_node.services.demo.objects import GeneratedContent, bytes_objec
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
 from distributor_node.shared.adapters.sources.network import connect
+from distributor_node.shared.adapters.sources.validation import Expected
 from distributor_node.shared.domain.errors import SourceTooSlow, SourceUnreachable
 from distributor_node.shared.domain.ranges import ByteRange
+from distributor_node.shared.domain.version import Version
 from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 12_000_000
@@ -41,7 +43,7 @@ async def client() -> AsyncIterator[SourceClient]:
 
 
 async def read(client: SourceClient, url: str, size: int, byte_range: ByteRange | None = None) -> bytes:
-    async with client.get(url, byte_range, size) as answer:
+    async with client.get(url, byte_range, Expected(Version(size=size))) as answer:
         return b"".join([chunk async for chunk in answer.chunks])
 
 
@@ -79,7 +81,7 @@ async def test_a_large_body_that_stalls(node: StorageNode, client: SourceClient)
 
 
 async def test_a_reader_that_pauses_makes_the_source_wait(node: StorageNode, client: SourceClient) -> None:
-    async with client.get(node.object_url("1"), None, SIZE) as answer:
+    async with client.get(node.object_url("1"), None, Expected(Version(size=SIZE))) as answer:
         received = len(await anext(aiter(answer.chunks)))
         await asyncio.sleep(0.2)
         assert node.requests[0].bytes_sent < SIZE  # the rest is not in our memory

@@ -395,3 +395,23 @@ async def test_a_clock_set_back_extends_no_lease_and_no_term(
     assert (await store.claim(ObjectId("2"), "api-2")).won
     assert await store.lead("a standby", 1.0) is not None
     await store.close()
+
+
+async def test_waiting_for_a_connection_is_no_sign_of_an_unreachable_server(
+    own_redis: RedisServer, redis_prefix: str
+) -> None:
+    """1. 200 calls share 32 connections. 2. The server takes its time. 3. Those without one end."""
+    names = [ObjectId(str(number)) for number in range(200)]
+    async with TcpRelay(own_redis.port).running() as relay:
+        url = f"redis://127.0.0.1:{relay.port}"
+        store = RedisStateStore(url, redis_prefix, LIMIT, StateTimeouts(operation_timeout=3.0))
+        await store.open()
+        await asyncio.gather(*map(store.find, names))  # all connections are made
+        relay.delay = 1.0
+        results = await asyncio.gather(*map(store.find, names), return_exceptions=True)
+        failed = [str(result) for result in results if isinstance(result, BaseException)]
+        assert len(failed) > 100
+        assert all("was free" in reason for reason in failed)
+        relay.delay = 0.0
+        await store.find(ONE)
+        await store.close()

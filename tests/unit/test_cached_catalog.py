@@ -63,6 +63,8 @@ class ScriptedCatalog:
             raise CatalogUnavailable("down")
         return self.known.get(object_id)
 
+    async def forget(self, outdated: MediaObject) -> None: ...
+
     async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         yield tuple(item for item in self.known.values() if assignment.covers(item))
 
@@ -320,3 +322,20 @@ async def test_closing_the_catalog_ends_the_bucket_request(inner: ScriptedCatalo
     await catalog.close()
     with pytest.raises(CatalogUnavailable, match="being closed"):
         await asking
+
+
+async def test_an_outdated_answer_is_asked_for_again_and_kept_for_outages(
+    catalog: CachedCatalog, inner: ScriptedCatalog
+) -> None:
+    assert await catalog.look_up(ONE) == FIRST
+    await catalog.forget(FIRST)
+    inner.down = True
+    assert await catalog.look_up(ONE) == FIRST
+    assert inner.asked.count(ONE) == 2
+    inner.down = False
+    inner.known[ONE] = newer = replace(FIRST, size=7)
+    catalog._down_until = float("-inf")  # the outage is over
+    assert await catalog.look_up(ONE) == newer
+    await catalog.forget(FIRST)
+    assert await catalog.look_up(ONE) == newer
+    assert inner.asked.count(ONE) == 3, "what is newer is not outdated"

@@ -175,3 +175,28 @@ def test_every_written_list_of_entity_tags_is_read(opaques: list[str]) -> None:
     tags = parse_entity_tags(", ".join(f'"{opaque}"' for opaque in opaques))
     assert tags is not None
     assert [tag.opaque for tag in tags] == [f'"{opaque}"' for opaque in opaques]
+
+
+@pytest.mark.parametrize(
+    ("conditions", "etag", "verdict"),
+    [
+        (Conditions(if_none_match='"v1"'), 'W/"v1"', Verdict.NOT_MODIFIED),
+        (Conditions(if_none_match='W/"v1"'), 'W/"v1"', Verdict.NOT_MODIFIED),
+        (Conditions(if_match='"v1"'), 'W/"v1"', Verdict.PRECONDITION_FAILED),
+        (Conditions(if_match='W/"v1"'), 'W/"v1"', Verdict.PRECONDITION_FAILED),
+        (Conditions(if_match="*"), None, Verdict.PROCEED),
+        (Conditions(if_match='"v1"'), None, Verdict.PRECONDITION_FAILED),
+        (Conditions(if_none_match='"v1"'), None, Verdict.PROCEED),
+    ],
+)
+def test_objects_with_a_weak_tag_or_none(conditions: Conditions, etag: str | None, verdict: Verdict) -> None:
+    assert evaluate(conditions, etag, None) is verdict
+
+
+def test_a_range_is_resumed_by_nothing_weaker_than_a_strong_tag() -> None:
+    date = "Sun, 06 Nov 1994 08:49:37 GMT"
+    assert not range_applies('"v1"', 'W/"v1"', None)
+    assert not range_applies('W/"v1"', 'W/"v1"', None)
+    assert not range_applies('"v1"', None, None)
+    assert not range_applies(date, 'W/"v1"', 784111777, immutable=False)
+    assert range_applies(date, '"hash"', 784111777, immutable=True)

@@ -21,6 +21,7 @@ from distributor_node.shared.domain.jobs import (
     encode_job,
 )
 from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
+from distributor_node.shared.domain.version import NO_VALIDATORS, Validators
 
 PLAN = RetryPlan((5.0, 30.0))
 
@@ -59,7 +60,7 @@ FULL = MediaObject(
     ContentHash("blake3", bytes(range(32))),
     "text/vtt",
     sources=("https://one.example/api/v1/files/1", "http://two.example/1"),
-    validator='what "they" call it\nä',
+    validators=Validators('W/"v1"', 784111777),
 )
 LISTED = replace(
     FULL, buckets=(DistributionBucket("0:1", frozenset({4, 3})), DistributionBucket("0:2")), accepted=False
@@ -67,8 +68,8 @@ LISTED = replace(
 FULL_JOB = (
     b'{"version": 1, "object_id": "1", "size": 9007199254740993, '
     b'"hash": "gVwfgAcvNjFe1YPYJrkQ6ocqJkt983ic4uoSL4pL9cQDZg", "media_type": "text/vtt", '
-    b'"validator": "what \\"they\\" call it\\n\\u00e4", '
-    b'"sources": ["https://one.example/api/v1/files/1", "http://two.example/1"], '
+    b'"validator": "W/\\"v1\\"", '
+    b'"sources": ["https://one.example/api/v1/files/1", "http://two.example/1"], "last_modified": 784111777, '
     b'"published_at": 1.5, "low_priority": true}'
 )
 FULL_ANSWER = (
@@ -76,7 +77,7 @@ FULL_ANSWER = (
     b'"hash":"gVwfgAcvNjFe1YPYJrkQ6ocqJkt983ic4uoSL4pL9cQDZg","type":"text/vtt",'
     b'"buckets":[["0:1",[3,4]],["0:2",[]]],"accepted":false,'
     b'"sources":["https://one.example/api/v1/files/1","http://two.example/1"],'
-    b'"validator":"what \\"they\\" call it\\n\\u00e4"}'
+    b'"validator":"W/\\"v1\\"","last_modified":784111777}'
 )
 
 
@@ -97,6 +98,23 @@ FULL_ANSWER = (
 def test_the_bytes_of_a_job(job: FetchJob, body: bytes) -> None:
     assert encode_job(job) == body
     assert decode_job(body, attempt=1, request_id="") == job
+
+
+@pytest.mark.parametrize(
+    ("written", "validators"),
+    [
+        (b'"\\"v1\\""', Validators('"v1"')),
+        (b'"Sun, 06 Nov 1994 08:49:37 GMT"', Validators(None, 784111777)),
+        (b'"what they call it"', NO_VALIDATORS),
+        (b"null", NO_VALIDATORS),
+    ],
+)
+def test_a_job_of_a_release_with_one_validator_is_read(written: bytes, validators: Validators) -> None:
+    body = (
+        b'{"version": 1, "object_id": "1", "size": 5, "hash": null, "media_type": null, "validator": %b, '
+        b'"sources": ["http://two.example/1"], "published_at": 1.5, "low_priority": false}' % written
+    )
+    assert decode_job(body, attempt=1, request_id="").media_object.validators == validators
 
 
 def test_a_job_carries_neither_buckets_nor_acceptance() -> None:

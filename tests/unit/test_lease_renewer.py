@@ -13,6 +13,7 @@ from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import Granted, Lease
+from distributor_node.shared.waiting import boot_time
 from tests.waiting import DEFAULT_LIMIT
 
 OBJECT_ID = ObjectId.parse("7")
@@ -40,7 +41,7 @@ async def granted(store: UnreachableStore) -> LeaseRenewer:
     term = await store.lead("evictor", 60)
     assert term is not None
     await store.set_reconciled(term)
-    requested_at = time.monotonic()
+    requested_at = boot_time()
     result = await store.begin(OBJECT_ID, 10, "worker")
     assert isinstance(result, Granted)
     return LeaseRenewer(store, result.lease, TIMES, requested_at)

@@ -80,6 +80,7 @@ def test_the_wheel_installs_one_package(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"distributor_node"}
     assert "distributor_node/services/api/main.py" in names
+    assert not [name for name in names if name.startswith("distributor_node/services/demo")]
     assert "distributor_node/shared/adapters/state_redis/scripts/claim.lua" in names
 
 

@@ -49,7 +49,7 @@ def volume(tmp_path: Path) -> Iterator[Volume]:
 def record_of(name: str, body: bytes = BODY) -> StoredRecord:
     object_id = ObjectId.parse(name)
     content_hash = ContentHash("blake3", blake3(body).digest())
-    etag = entity_tag(object_id, len(body), content_hash, None)
+    etag = entity_tag(content_hash)
     return StoredRecord(object_id, len(body), etag, content_hash, "image/png", 1_700_000_000)
 
 
@@ -592,6 +592,29 @@ def test_a_scan_goes_on_after_a_file_whose_state_cannot_be_read(
     [bad] = [file for file in found if isinstance(file, UnreadableFile)]
     assert bad.path.endswith("/7")
     assert not list(volume.scan_unrecorded())
+
+
+def test_a_stopped_removal_does_not_hide_a_newer_file(volume: Volume) -> None:
+    store(volume, ObjectId("1"))
+    removal, seen = volume.removal(ObjectId("1")), volume.identity_of(ObjectId("1"))
+    other = volume.removal(ObjectId("1"))
+    assert other.begin() is RemovalState.READY
+    other.unlink()
+    store(volume, ObjectId("1"))  # not by the same inode, which `other` still has open
+    other.close()
+    with pytest.raises(VolumeError, match="another file"):
+        removal.rename_to_trash(seen)
+    assert volume.complete_record(ObjectId("1")) is not None
+
+
+def test_a_rewritten_record_is_noticed_by_other_processes(volume: Volume) -> None:
+    record = store(volume, ObjectId("1"))
+    reader = Volume(volume.root)
+    assert reader.complete_record(ObjectId("1")) == record
+    rewritten = replace(record, media_type="text/x-rewritten")
+    volume.write_record(rewritten)
+    assert reader.complete_record(ObjectId("1")) == rewritten
+    reader.close()
 
 
 def test_the_trash_replaces_no_file_that_may_be_sent(volume: Volume) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from distributor_node.shared.domain.conditionals import Conditions, Verdict, evaluate, range_applies
-from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.domain.objects import (
+    ContentHash,
+    MediaObject,
+    ObjectId,
+    StoredRecord,
+    entity_tag,
+)
 from distributor_node.shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
+from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, Version
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase, ObjectStatus
 
 UNVERIFIED_TAIL_BYTES = 64 * 1024
@@ -33,20 +40,25 @@ class Representation:
 
     object_id: ObjectId
     size: int | None
-    etag: str
+    etag: str | None
     content_hash: ContentHash | None
     media_type: str | None
-    last_modified: int | None = None  # POSIX seconds; None for objects that are not complete
+    last_modified: int | None = (
+        None  # POSIX seconds: the source's, else (of a complete object) when it was stored
+    )
+    validators: Validators = NO_VALIDATORS
 
     @classmethod
     def from_record(cls, record: StoredRecord, *, complete: bool) -> Representation:
+        last_modified = record.validators.last_modified
         return cls(
             record.object_id,
             record.size,
             record.etag,
             record.content_hash,
             record.media_type,
-            record.stored_at if complete else None,
+            last_modified if last_modified is not None or not complete else record.stored_at,
+            record.validators,
         )
 
     @classmethod
@@ -57,6 +69,28 @@ class Representation:
             media_object.etag,
             media_object.content_hash,
             media_object.media_type,
+            media_object.validators.last_modified,
+            media_object.validators,
+        )
+
+    @property
+    def version(self) -> Version:
+        return Version(self.content_hash, self.validators, self.size)
+
+    @property
+    def is_verified_empty(self) -> bool:
+        """Whether the hash says that the object has no bytes."""
+        return (
+            self.content_hash is not None and self.content_hash.hasher().digest() == self.content_hash.digest
+        )
+
+    def with_validators(self, validators: Validators) -> Representation:
+        """The same object as a source describes it in the response that is passed on."""
+        return replace(
+            self,
+            etag=entity_tag(self.content_hash, validators),
+            last_modified=validators.last_modified,
+            validators=validators,
         )
 
 
@@ -113,7 +147,10 @@ def select_range(
     if size is None:
         return Span(0, None, None)
     if not asset_request.is_head and range_applies(
-        asset_request.if_range, representation.etag, representation.last_modified
+        asset_request.if_range,
+        representation.etag,
+        representation.last_modified,
+        immutable=representation.content_hash is not None,
     ):
         found = parse_range(asset_request.range_header, size)
         if isinstance(found, Unsatisfiable):

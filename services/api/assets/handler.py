@@ -27,7 +27,7 @@ from distributor_node.services.api.assets.headers import (
     precondition_head,
 )
 from distributor_node.services.api.assets.pending import PendingRequest, PendingResponder
-from distributor_node.services.api.assets.proxy import Proxy
+from distributor_node.services.api.assets.proxy import OutdatedDescription, Proxy
 from distributor_node.services.api.assets.response import (
     ACCEL_REQUEST_HEADER,
     AccelRedirect,
@@ -40,6 +40,7 @@ from distributor_node.shared.domain.admission import SecondHitAdmission
 from distributor_node.shared.domain.conditionals import Conditions
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.version import NO_VALIDATORS
 from distributor_node.shared.observability.metrics import ADMISSION_REJECTED
 from distributor_node.shared.ports.state_store import (
     Failure,
@@ -143,7 +144,66 @@ class MissHandler:
         *,
         volume_failed: bool,
     ) -> None:
-        """Respond for one object. `volume_failed`: it could not be read, so it is proxied whatever its state is."""
+        """Respond for one object. `volume_failed`: it could not be read, so it is proxied whatever its state is.
+
+        Evidence beats memory: if a source contradicts the catalog, the catalog is asked once more, and the response is
+        begun again. If the sources contradict that too, the object is passed on as a source has it now.
+        """
+        try:
+            await self._respond(asset_request, object_id, response, volume_failed=volume_failed)
+            return
+        except OutdatedDescription as error:
+            outdated = error
+        if await self._look_up_again(object_id, outdated) != outdated.media_object:
+            try:
+                await self._respond(asset_request, object_id, response, volume_failed=volume_failed)
+                return
+            except OutdatedDescription as error:
+                outdated = error
+            await self._look_up_again(object_id, outdated)
+        await self._pass_on(asset_request, object_id, response, outdated)
+
+    async def _look_up_again(self, object_id: ObjectId, outdated: OutdatedDescription) -> MediaObject:
+        logger.info(
+            "description_outdated", object_id=object_id, reason=str(outdated.__cause__ or outdated)[:500]
+        )
+        await self._context.catalog.forget(outdated.media_object)
+        return await look_up(self._context, object_id)
+
+    async def _pass_on(
+        self,
+        asset_request: AssetRequest,
+        object_id: ObjectId,
+        response: ResponseWriter,
+        outdated: OutdatedDescription,
+    ) -> None:
+        """Proxy an object of which the catalog does not know version or size. With a hash it knows: give up."""
+        media_object = await look_up(self._context, object_id)
+        if media_object.content_hash is not None:
+            raise outdated.failure from outdated
+        size = None if outdated.of_size else media_object.size
+        media_object = replace(media_object, size=size, validators=NO_VALIDATORS)
+        representation = Representation.from_object(media_object)
+        response.set_object_size(size)
+        span = select_range(asset_request, representation)
+        if not isinstance(span, Span):
+            await response.send_without_body(precondition_head(span, representation, MISS))
+            return
+        try:
+            await self._pending_responder.proxy(
+                PendingRequest(response, representation, span, BYPASS, media_object)
+            )
+        except OutdatedDescription as error:
+            raise error.failure from error
+
+    async def _respond(
+        self,
+        asset_request: AssetRequest,
+        object_id: ObjectId,
+        response: ResponseWriter,
+        *,
+        volume_failed: bool,
+    ) -> None:
         status = None if volume_failed else await self._find(object_id)
         fetch = live_fetch(status) if status is not None else None
         draining = self._context.operator_state.current.draining

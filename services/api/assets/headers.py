@@ -61,10 +61,12 @@ def _validators(
 ) -> dict[str, str]:
     headers = {
         "X-Cache": outcome.result,
-        "Cache-Control": cache_control(outcome.result),
+        # Only with a content hash it is certain that the object never changes.
+        "Cache-Control": cache_control("pending" if representation.content_hash is None else outcome.result),
         "Cache-Status": outcome.cache_status(source),
-        "ETag": representation.etag,
     }
+    if representation.etag is not None:
+        headers["ETag"] = representation.etag
     if representation.last_modified is not None:
         headers["Last-Modified"] = formatdate(representation.last_modified, usegmt=True)
     return headers

@@ -25,14 +25,15 @@ from distributor_node.services.api.assets.decision import (
 from distributor_node.services.api.assets.fetch_start import look_up
 from distributor_node.services.api.assets.headers import BYPASS, CacheOutcome, content_head
 from distributor_node.services.api.assets.page_cache import read_chunk
-from distributor_node.services.api.assets.proxy import ProxiedResponse, Proxy
+from distributor_node.services.api.assets.proxy import OutdatedDescription, ProxiedResponse, Proxy
 from distributor_node.services.api.assets.response import CHUNK_BYTES, HitResponder, ResponseWriter
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import AbortResponse, HttpError
 from distributor_node.services.api.fetch_events import FetchEvents
 from distributor_node.shared.adapters.volume import OpenObject, PartialReader, Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
-from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.domain.version import Comparison
 from distributor_node.shared.observability.metrics import STALLED_FETCHES_BRIDGED, VAIN_WAITS
 from distributor_node.shared.ports.state_store import StateStore
 from distributor_node.shared.waiting import background
@@ -73,7 +74,7 @@ class PendingResponder:
     async def respond(self, pending: PendingRequest, publish_failed: asyncio.Event | None = None) -> None:
         """Respond while the object is being fetched. `publish_failed`: set if its job could not be published."""
         response, representation = pending.response, pending.representation
-        if pending.span.length == 0:
+        if pending.span.length == 0 and representation.is_verified_empty:
             await response.send_whole(
                 content_head(representation, pending.outcome, pending.span, "local"), b""
             )
@@ -111,7 +112,10 @@ class PendingResponder:
             self._context.fetch_capacity.record_begun(pending.representation.object_id)
             with closing(found):
                 if isinstance(found, OpenObject):
-                    representation = replace(pending.representation, media_type=found.record.media_type)
+                    representation = replace(
+                        pending.representation.with_validators(found.record.validators),
+                        media_type=found.record.media_type,
+                    )
                     await self._hit_responder.send(
                         found, representation, span, pending.outcome, pending.response
                     )
@@ -190,7 +194,7 @@ class PendingResponder:
     async def _proxied_response(self, pending: PendingRequest) -> ProxiedResponse:
         try:
             media_object = pending.media_object or await self._look_up_matching(pending.representation)
-        except HttpError as error:
+        except (HttpError, OutdatedDescription) as error:
             if pending.response.started:
                 raise AbortResponse("source_unknown") from error
             raise
@@ -204,11 +208,13 @@ class PendingResponder:
         )
 
     async def _look_up_matching(self, representation: Representation) -> MediaObject:
-        """Look up the object. Raises HttpError 503 if it differs from what the volume described."""
+        """Look up the object. Raises OutdatedDescription if the volume described another version."""
         media_object = await look_up(self._context, representation.object_id)
-        if (media_object.size, media_object.etag) != (representation.size, representation.etag):
-            raise HttpError(503, "The object has just changed", "unavailable", {"Retry-After": "1"})
-        return media_object
+        if media_object.version.compare(representation.version) is not Comparison.DIFFERENT:
+            return media_object
+        # Which of the two is outdated is not known. The catalog can be asked again.
+        failure = HttpError(503, "The object has just changed", "unavailable", {"Retry-After": "1"})
+        raise OutdatedDescription(media_object, failure)
 
     def _streamer(self, pending: PendingRequest) -> PartialFileStreamer:
         context, object_id = self._context, pending.representation.object_id
@@ -225,6 +231,9 @@ class PendingResponder:
 
 
 # Streaming from the partial file: its size is the progress, its mode says whether it is verified.
+
+MISMATCH_WAIT = 0.25
+"""Seconds to wait for a file of another version to be replaced."""
 
 LOCK_RETRY_INTERVAL = 0.5
 """Seconds between attempts to lock a verified file against removal, if no event comes before. Less than any
@@ -268,6 +277,7 @@ class PartialFileStreamer:
         self._media_type: str | None = None
         self._far_range_wait = far_range_wait
         self.has_begun = False  # a partial file was seen
+        self._mismatch_since: float | None = None
 
     async def wait_for_first_byte(
         self, deadline: float, give_up: Callable[[], bool]
@@ -294,18 +304,28 @@ class PartialFileStreamer:
                     state = reader.state()
                     on_disk, self.has_begun = state.size, True
                     ready = sendable_end(self._span, on_disk, verified=state.verified) > self._span.first
-                    if ready and not state.unlinked and self._matches_representation(verified=state.verified):
+                    # Looked at last: a file that was replaced has been unlinked before its sidecar was.
+                    if (
+                        ready
+                        and self._matches_representation(verified=state.verified)
+                        and not reader.state().unlinked
+                    ):
                         returned = True
                         return reader
                     if self._is_far_by_rate(on_disk):
                         return None
-                remaining = deadline - monotonic()
+                remaining = self._limit(deadline) - monotonic()
                 if remaining <= 0 or (reader is None and give_up()) or await self._poller.has_ended():
                     return None
                 await self._poller.wait(on_disk, remaining)
         finally:
             if reader is not None and not returned:
                 reader.close()
+
+    def _limit(self, deadline: float) -> float:
+        """A file of another version than expected may be about to be replaced, but that takes a worker no time."""
+        since = self._mismatch_since
+        return deadline if since is None else min(deadline, since + MISMATCH_WAIT)
 
     async def stream(
         self,
@@ -425,16 +445,29 @@ class PartialFileStreamer:
         object_id = self._representation.object_id
         expected = self._volume.partial_record(object_id)
         if expected is None:
-            # The sidecar is removed once the file is complete and verified.
-            stored = self._volume.read_record(object_id) if verified else None
-            self._media_type = stored.media_type if stored is not None else None
-            return verified
+            # The sidecar goes away once the file is complete.
+            expected = self._volume.read_record(object_id) if verified else None
+            if expected is None:
+                return verified and self._representation.content_hash is not None
         self._media_type = expected.media_type
-        return (expected.size, expected.etag) == (self._representation.size, self._representation.etag)
+        if not self._is_expected(expected):
+            self._mismatch_since = self._mismatch_since or monotonic()
+            return False
+        self._representation = self._representation.with_validators(expected.validators)
+        return True
+
+    def _is_expected(self, record: StoredRecord) -> bool:
+        """Whether bytes of this record may be sent. A part under a strong tag needs a proof of its version."""
+        expected = self._representation.version
+        comparison = expected.compare(record.version)
+        if self._span.partial and expected.is_strong:
+            return comparison is Comparison.SAME
+        return comparison is not Comparison.DIFFERENT
 
     def _if_matching(self, found: OpenObject) -> OpenObject | None:
-        if (found.record.size, found.record.etag) == (self._representation.size, self._representation.etag):
+        if self._is_expected(found.record):
             return found
+        self._mismatch_since = self._mismatch_since or monotonic()
         found.close()
         return None
 

@@ -31,6 +31,19 @@ _SOURCE_FAILED = "source_failed"
 logger = structlog.get_logger()
 
 
+class OutdatedDescription(Exception):
+    """The catalog's answer seems to be outdated, and nothing has been sent: the response can be begun again.
+
+    `failure`: the response if a new answer does not help. `of_size`: the size is wrong.
+    """
+
+    def __init__(self, media_object: MediaObject, failure: HttpError, *, of_size: bool = False) -> None:
+        super().__init__(str(failure))
+        self.media_object = media_object
+        self.failure = failure
+        self.of_size = of_size
+
+
 @dataclass(slots=True)
 class ProxiedResponse:
     """A response that one client is being sent from sources."""
@@ -50,6 +63,7 @@ class ProxiedResponse:
     def on_source_response(self, url: str, response: SourceResponse) -> None:
         """Take the media type and the size from a source's response, if the catalog does not state them."""
         if not self.response.started:
+            self.representation = self.representation.with_validators(response.validators)
             self.media_type = response.media_type
             if self.span.last is None and response.total is not None:
                 self.span = replace(self.span, last=response.total - 1, size=response.total)
@@ -117,7 +131,7 @@ class Proxy:
                 return buffer is not None
             # Nothing has been sent yet: another source may hold the correct bytes.
             sources = [url for url in sources if url not in proxied.contributors]
-            if not sources:
+            if not sources or not proxied.contributors:
                 raise HttpError(502, "Every source sent bytes that do not match the hash", "sources_failed")
             proxied.contributors = set()
 
@@ -206,22 +220,31 @@ class Proxy:
         Raises _FileCaughtUp once `caught_up` is set.
         """
         last = proxied.span.last
+        version = proxied.representation.version
+        wanted = replace(proxied.media_object, validators=version.validators)
+        must_match = version.if_range is not None and proxied.span.partial
         try:
             async with aclosing(
                 self._failover_reader.stream(
-                    proxied.media_object,
+                    wanted,
                     first,
                     last,
                     sources,
                     proxied.on_source_response,
-                    last_choice=proxied.avoided,
+                    must_match=must_match or proxied.response.started,
+                    preference=lambda url: url == proxied.avoided,
                 )
             ) as chunks:
                 async for chunk in chunks if caught_up is None else _take_until(chunks, caught_up):
                     proxied.contributors.add(chunk.source)
                     await proxied.emit(buffer.feed(chunk.data) if buffer else (chunk.data,))
         except AllSourcesFailed as error:
-            raise _source_failure(error, proxied.response) from error
+            failure = _source_failure(error, proxied.response)
+            if isinstance(failure, HttpError) and error.contradicts_catalog:
+                raise OutdatedDescription(
+                    proxied.media_object, failure, of_size=error.contradicts_size
+                ) from error
+            raise failure from error
         if buffer is not None:
             if not buffer.verify():
                 self._report_corruption(proxied, resumed=buffer.resumed)

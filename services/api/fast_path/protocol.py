@@ -203,7 +203,10 @@ class FastPathProtocol(PublicProtocol):
             self.data_received(buffered)
         elif self.draining:
             self.allow_last_request()
-        transport.resume_reading()
+        if not self._half_closed:
+            transport.resume_reading()
+        elif self._is_idle():
+            self.close()
 
     def _progress(self) -> object:
         return super()._progress(), self._transfer.sender.sent if self._transfer is not None else 0

@@ -16,7 +16,11 @@ from typing import Any, TypeVar
 
 import structlog
 
-from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable
+from distributor_node.shared.domain.errors import (
+    CatalogUnavailable,
+    ObjectUnavailable,
+    StateStoreUnavailable,
+)
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.observability.metrics import CATALOG_LOOKUPS
@@ -52,6 +56,7 @@ class CacheLimits:
 class _Entry:
     answer: MediaObject | None
     fresh_until: float
+    outdated: bool = False  # known to be no longer true; kept for outages only
 
 
 class CachedCatalog:
@@ -112,7 +117,7 @@ class CachedCatalog:
             if now < entry.fresh_until or now < self._down_until:
                 CATALOG_LOOKUPS.labels(result="cached" if now < entry.fresh_until else "stale").inc()
                 return entry.answer
-        known = entry is not None and _is_available(entry.answer)
+        known = entry is not None and _is_available(entry.answer) and not entry.outdated
         try:
             # When the time is up, this caller gets the stale answer. The query goes on, for the next caller.
             async with asyncio.timeout(self._limits.stale_wait if known else None):
@@ -125,6 +130,12 @@ class CachedCatalog:
             CATALOG_LOOKUPS.labels(result="stale").inc()
             logger.warning("catalog_entry_served_stale", object_id=object_id, reason=str(error) or "slow")
             return entry.answer
+
+    async def forget(self, outdated: MediaObject) -> None:
+        entry = self._entries.get(outdated.object_id)
+        if entry is not None and entry.answer == outdated:
+            self._entries[outdated.object_id] = _Entry(outdated, float("-inf"), outdated=True)
+        await self._shared.expire(outdated)
 
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         return self._inner.list_objects(assignment)
@@ -209,6 +220,8 @@ class CachedCatalog:
         async with self._slots:
             try:
                 answer = await self._inner.look_up(object_id)
+            except ObjectUnavailable:
+                raise
             except (CatalogUnavailable, asyncio.CancelledError):
                 # Cancelled: the time is up (or the catalog is being closed, and the pause has no effect).
                 self._down_until = self._clock() + self._limits.outage_pause
@@ -326,6 +339,15 @@ class SharedCatalog:
             keep = self._ttls.negative_retention
         try:
             await self._cache.put(object_id, answer, fresh, max(fresh, keep))
+        except StateStoreUnavailable as error:
+            self._outage.failed(error)
+
+    async def expire(self, outdated: MediaObject) -> None:
+        """Make an answer stale; best effort."""
+        if self._cache is None:
+            return
+        try:
+            await self._cache.expire(outdated)
         except StateStoreUnavailable as error:
             self._outage.failed(error)
 

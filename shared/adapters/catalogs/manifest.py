@@ -75,6 +75,9 @@ class ManifestCatalog:
     async def look_up(self, object_id: ObjectId) -> MediaObject | None:
         return (await self._current()).objects.get(object_id)
 
+    async def forget(self, outdated: MediaObject) -> None:
+        """Nothing is remembered here."""
+
     async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         manifest = await self._current()
         ours = (wanted for wanted in manifest.objects.values() if assignment.covers(wanted))

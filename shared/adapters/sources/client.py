@@ -14,7 +14,7 @@ import httpx
 
 from distributor_node.shared.adapters.sources.connections import Connections, SourceLimits, map_http_errors
 from distributor_node.shared.adapters.sources.network import SourceStream
-from distributor_node.shared.adapters.sources.validation import BodyPlan, validate_response
+from distributor_node.shared.adapters.sources.validation import BodyPlan, Expected, validate_response
 from distributor_node.shared.domain.errors import (
     InvalidInput,
     SourceError,
@@ -25,6 +25,7 @@ from distributor_node.shared.domain.errors import (
 from distributor_node.shared.domain.objects import source_name
 from distributor_node.shared.domain.ranges import ByteRange
 from distributor_node.shared.domain.urls import parse_source_url
+from distributor_node.shared.domain.version import Validators, Version
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class SourceResponse:
     length: int | None  # bytes; None: unknown
     total: int | None  # size of the whole object; None: unknown
     media_type: str | None  # as the source states it
+    validators: Validators  # as the source states them
     chunks: AsyncIterator[bytes]  # exactly these bytes, once; raises SourceError
 
 
@@ -50,6 +52,7 @@ class SourceObservation:
     failure: str | None  # the SourceError's reason; None: success, or the reader stopped early
 
 
+NOTHING_EXPECTED = Expected()
 Observer = Callable[[SourceObservation], None]
 
 
@@ -91,27 +94,34 @@ class SourceClient:
 
     @asynccontextmanager
     async def get(
-        self, url: str, byte_range: ByteRange | None = None, expected_size: int | None = None
+        self, url: str, byte_range: ByteRange | None = None, expected: Expected = NOTHING_EXPECTED
     ) -> AsyncIterator[SourceResponse]:
         """Send one request to one source. It is repeated only if a reused connection turns out to be closed.
 
-        Leaving the context discards what has not been read. `expected_size`: of the whole object, in bytes; None:
-        unknown. `byte_range` must lie within it, because sources respond 500 to other ranges.
+        Redirects are followed. Leaving the context discards what has not been read. `byte_range` must lie within the
+        expected size, because sources respond 500 to other ranges.
 
         Raises:
             InvalidInput: the range is not within the object.
             SourceError: every failure of the source, on entry or from `chunks`.
         """
+        expected_size = expected.version.size
         if byte_range is not None and expected_size is not None and byte_range.last >= expected_size:
             raise InvalidInput(f"byte_range: expected a range within {expected_size} bytes, got {byte_range}")
         attempt = _Attempt(MinimumRate(self._limits.stall_timeout, self._limits.minimum_bytes))
         try:
-            async with self._request(url, byte_range, attempt) as response:
-                plan = validate_response(response.status_code, response.headers, byte_range, expected_size)
+            async with self._request(url, byte_range, expected.version, attempt) as response:
+                plan = validate_response(response.status_code, response.headers, byte_range, expected)
                 attempt.body = CheckedBody(response, plan, attempt.minimum_rate, self._clock)
                 async with aclosing(attempt.body.chunks()) as chunks:
                     yield SourceResponse(
-                        plan.status, plan.first, plan.length, plan.total, plan.media_type, chunks
+                        plan.status,
+                        plan.first,
+                        plan.length,
+                        plan.total,
+                        plan.media_type,
+                        plan.validators,
+                        chunks,
                     )
         except SourceError as error:
             attempt.failure = error.reason
@@ -121,7 +131,7 @@ class SourceClient:
 
     @asynccontextmanager
     async def _request(
-        self, url: str, byte_range: ByteRange | None, attempt: _Attempt
+        self, url: str, byte_range: ByteRange | None, version: Version, attempt: _Attempt
     ) -> AsyncIterator[httpx.Response]:
         try:
             parse_source_url(url)
@@ -130,6 +140,8 @@ class SourceClient:
         headers = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "distributor-node"}
         if byte_range is not None:
             headers["Range"] = str(byte_range)
+            if version.if_range is not None:
+                headers["If-Range"] = version.if_range
         started = self._clock()
         async with self._connections.request(url, headers) as response:
             attempt.first_byte = self._clock() - started

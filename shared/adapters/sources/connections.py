@@ -10,7 +10,7 @@ import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import httpcore
 import httpx
@@ -19,12 +19,13 @@ from distributor_node.shared.adapters.sources.network import ExcessiveEvents, So
 from distributor_node.shared.adapters.sources.transport import BoundedTransport
 from distributor_node.shared.domain.errors import (
     ConfigurationError,
+    InvalidInput,
     SourceError,
     SourceTooSlow,
     SourceUnreachable,
     SourceWrong,
 )
-from distributor_node.shared.domain.urls import is_public
+from distributor_node.shared.domain.urls import is_public, redirect_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class SourceLimits:
     stall_timeout: float = 10.0  # the window in which `minimum_rate` is measured
     minimum_rate: int = 8 * 1024  # bytes a second; a source below it is too slow
     max_connections: int = 200
+    follow_to_other_hosts: bool = True  # whether a redirect may lead to another host than the one asked
     refuse_private: bool = False  # a source at an address that is not public counts as unreachable
 
     @property
@@ -52,6 +54,8 @@ class SourceLimits:
             )
 
 
+MAX_REDIRECTS = 5
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # httpcore's 64 KiB cost a third of the throughput on a fast link. The event loop reads 256 KiB at once anyway.
 _READ_BYTES = 256 * 1024
 
@@ -97,14 +101,38 @@ class Connections:
         self._reusing = self._fresh = None
 
     @asynccontextmanager
-    async def request(self, url: str, headers: dict[str, str]) -> AsyncIterator[httpx.Response]:
-        """Send a GET and yield the response when its headers have arrived. Redirects are not followed."""
+    async def request(
+        self, url: str, headers: dict[str, str], method: Literal["GET", "HEAD"] = "GET"
+    ) -> AsyncIterator[httpx.Response]:
+        """Send a request and yield the response when its headers have arrived.
+
+        Redirects are followed, at most MAX_REDIRECTS of them. Each goes through the checks of a source's URL, and its
+        connection through those of a source's address. Raises SourceWrong for one that must not be followed.
+        """
         async with self._slot():
-            response = await self._send(url, headers)
+            response = await self._send(method, url, headers)
             try:
+                for _ in range(MAX_REDIRECTS):
+                    if response.status_code not in _REDIRECTS:
+                        break
+                    url = self._redirect_target(url, response)
+                    await response.aclose()
+                    response = await self._send(method, url, headers)
+                if response.status_code in _REDIRECTS:
+                    raise SourceWrong(f"redirected more than {MAX_REDIRECTS} times")
                 yield response
             finally:
                 await response.aclose()
+
+    def _redirect_target(self, url: str, response: httpx.Response) -> str:
+        try:
+            return redirect_target(
+                url,
+                response.headers.get("Location", ""),
+                to_other_hosts=self._limits.follow_to_other_hosts,
+            )
+        except InvalidInput as error:
+            raise SourceWrong(f"redirect not followed: {error}") from error
 
     @asynccontextmanager
     async def _slot(self) -> AsyncIterator[None]:
@@ -118,17 +146,17 @@ class Connections:
         finally:
             self._slots.release()
 
-    async def _send(self, url: str, headers: dict[str, str]) -> httpx.Response:
+    async def _send(self, method: str, url: str, headers: dict[str, str]) -> httpx.Response:
         if self._reusing is None or self._fresh is None:
             raise SourceUnreachable("the source client is not open")
         try:
-            return await self._send_on(self._reusing, url, headers)
+            return await self._send_on(self._reusing, method, url, headers)
         except _ReusedConnectionFailed:
             # A source may close an idle connection while we send. That is not a failure of the source.
-            return await self._send_on(self._fresh, url, headers)
+            return await self._send_on(self._fresh, method, url, headers)
 
     async def _send_on(
-        self, transport: BoundedTransport, url: str, headers: dict[str, str]
+        self, transport: BoundedTransport, method: str, url: str, headers: dict[str, str]
     ) -> httpx.Response:
         # httpx's read timeout applies to each read: headers could trickle in for ever, and it would apply to the body
         # too. `progress.deadline` limits all headers together. httpx limits the time to connect, for TCP and TLS each.
@@ -138,7 +166,7 @@ class Connections:
         extensions: dict[str, Any] = {"timeout": {"connect": connect}, "trace": progress.trace}
         try:
             with map_http_errors():
-                request = httpx.Request("GET", url, headers=headers, extensions=extensions)
+                request = httpx.Request(method, url, headers=headers, extensions=extensions)
                 async with asyncio.timeout(2 * connect + 1.0) as progress.deadline:
                     return await transport.handle_async_request(request)
         except TimeoutError as error:

@@ -6,12 +6,13 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
 from distributor_node.shared.adapters.sources.client import SourceClient, SourceResponse
 from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.adapters.sources.validation import Expected
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     SourceError,
@@ -20,10 +21,12 @@ from distributor_node.shared.domain.errors import (
     SourceTooSlow,
     SourceUnreachable,
     SourceWrong,
+    VersionChanged,
 )
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, source_name
 from distributor_node.shared.domain.ranges import ByteRange
 from distributor_node.shared.domain.source_order import RateSampler
+from distributor_node.shared.domain.version import Version
 
 OnSource = Callable[[str, SourceResponse], None]
 """Called for each source, with its URL, after its response has begun and before its first byte is yielded."""
@@ -60,24 +63,26 @@ class FailoverReader:
         sources: Sequence[str],
         on_source: OnSource | None = None,
         *,
-        first_choice: str | None = None,
-        last_choice: str | None = None,
+        must_match: bool = False,
+        preference: Callable[[str], bool] | None = None,
     ) -> AsyncGenerator[Chunk]:
         """Yield bytes `first` to `last` (inclusive; None: to the end) in order, without gap or overlap.
 
-        `first_choice` and `last_choice`: sources to ask before and after all others, if they are asked at all.
+        `preference`: of the URLs that are asked at all, those for which it is false come first.
 
         Close the generator (`contextlib.aclosing`) to stop early. Sources that sent corrupt bytes for this object are
-        not asked. If neither the catalog nor the first response states the size, no other source continues after the
-        first byte: it might have a different object.
+        not asked. All bytes are of one version: of the object's, or else of the first response. Without a content hash,
+        another response continues after the first byte only if a strong validator proves that it is of this version.
+        Without a known size none does. `must_match`: this holds for the first response too, because its bytes follow
+        others, or are a range under a strong tag.
 
         Raises:
             AllSourcesFailed: no source is left. The bytes yielded before are as the sources sent them.
         """
-        span = _Span(media_object.size, first, last)
+        span = _Span(media_object.version, first, last, must_match=must_match)
         ranked = self._health.best_first(sources, media_object.object_id)
-        rotation = _Rotation(sorted(ranked, key=lambda url: (url != first_choice, url == last_choice)))
-        while not span.complete and (url := rotation.next_source()) is not None:
+        rotation = _Rotation(ranked if preference is None else sorted(ranked, key=preference))
+        while span.needs_request and (url := rotation.next_source()) is not None:
             began_at = span.position
             try:
                 others = rotation.others_than(url)
@@ -92,9 +97,9 @@ class FailoverReader:
             except SourceError as error:
                 rotation.record_failure_of(url, error, sent_bytes=span.position > began_at)
                 self._record_failure(url, error, span)
-                if span.size is None and span.position > first:
+                if not span.can_continue:
                     break
-        if not span.complete:
+        if span.needs_request:
             raise AllSourcesFailed(rotation.errors)
 
     def worth_downloading_from(self, media_object: MediaObject) -> Sequence[str]:
@@ -118,14 +123,14 @@ class FailoverReader:
         """Yield from one source. Raises SourceOutpaced if one of the `others` is expected to be much faster."""
         sampler = RateSampler()
         asked_at = self._clock()
-        async with self._client.get(url, span.byte_range, span.size) as response:
+        async with self._client.get(url, span.byte_range, span.expected) as response:
             self._health.record_first_byte(url, self._clock() - asked_at)
             if on_source is not None:
                 on_source(url, response)
             waiting_since = self._clock()
             async for data in response.chunks:
                 rate = sampler.add(self._clock() - waiting_since, len(data))
-                span.update_from(response)
+                span.begin(response)
                 offset, span.position = span.position, span.position + len(data)
                 yield Chunk(url, offset, data)
                 if rate is not None:
@@ -144,40 +149,63 @@ class FailoverReader:
             "source_failed", source=source_name(url), reason=error.reason, detail=str(error), at=span.position
         )
         # A missing object, or a lack of free connections here, does not predict failures with other objects.
+        # Nor does another version of an object that has no hash.
         missing = isinstance(error, SourceRefused) and 400 <= error.status < 500
-        if type(error) is not SourceError and not missing:
+        changed = isinstance(error, VersionChanged) and span.expected.version.content_hash is None
+        if type(error) is not SourceError and not missing and not changed:
             self._health.record_failure(url)
 
 
 class _Span:
-    """The part of the object that is still to be read."""
+    """The part of the object that is still to be read, and the version that all of it must be of."""
 
-    def __init__(self, size: int | None, first: int, last: int | None) -> None:
-        self.size = size  # of the object; None while it is unknown
+    def __init__(self, version: Version, first: int, last: int | None, *, must_match: bool) -> None:
+        self._version = version  # its size is None while it is unknown
+        self._must_match = must_match
+        self._begun = False  # bytes were yielded
         self.position = first  # of the next byte
+        size = version.size
         self._last = last if last is not None or size is None else size - 1
 
     @property
-    def complete(self) -> bool:
-        return self._last is not None and self.position > self._last
+    def needs_request(self) -> bool:
+        """Whether something is missing. That an object without a hash is empty, a source must confirm."""
+        if self._version.size == 0 and self._version.content_hash is None:
+            return True
+        return self._last is None or self.position <= self._last
+
+    @property
+    def can_continue(self) -> bool:
+        """Whether another response may follow the bytes so far."""
+        return not self._begun or (self._version.size is not None and self._version.is_strong)
+
+    @property
+    def expected(self) -> Expected:
+        return Expected(self._version, must_match=self._must_match or self._begun)
 
     @property
     def left(self) -> int:
-        """Bytes that are still to be read. 0 while the size is unknown: no other source can continue then."""
-        return 0 if self._last is None or self.size is None else self._last + 1 - self.position
+        """Bytes that another source could continue with. 0 if none can, or the size is unknown."""
+        return self._last + 1 - self.position if self._last is not None and self.can_continue else 0
 
     @property
     def byte_range(self) -> ByteRange | None:
         """The range to request. None: the whole object."""
-        to_the_end = self._last is None or (self.size is not None and self._last == self.size - 1)
+        size = self._version.size
+        to_the_end = self._last is None or (size is not None and self._last == size - 1)
         if self.position == 0 and to_the_end:
             return None
         return ByteRange(self.position, _OPEN_END if self._last is None else self._last)
 
-    def update_from(self, response: SourceResponse) -> None:
-        """Take the size from the first response that states it, if the catalog does not."""
-        if self.size is None and response.total is not None:
-            self.size = response.total
+    def begin(self, response: SourceResponse) -> None:
+        """Note that bytes arrive. The first response decides what is not known of version and size."""
+        if self._begun:
+            return
+        self._begun = True
+        if self._version.content_hash is None:
+            self._version = replace(self._version, validators=response.validators)
+        if self._version.size is None and response.total is not None:
+            self._version = replace(self._version, size=response.total)
             end = response.total - 1
             self._last = end if self._last is None else min(self._last, end)
 

@@ -308,6 +308,9 @@ class MemoryStateStore:
         if self._tables.is_leader(term):
             self._tables.term = None
 
+    async def is_leader(self, term: Term) -> bool:
+        return self._tables.is_leader(term)
+
     async def space_requested(self) -> int:
         tables, now = self._tables, self._tables.clock()
         tables.space_requests = {

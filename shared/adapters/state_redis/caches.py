@@ -66,6 +66,9 @@ class RedisSharedCatalogCache:
         times = (milliseconds(fresh), milliseconds(keep))
         await self._run("catalog_remember", object_id, described, *times, self._max_answers)
 
+    async def expire(self, outdated: MediaObject) -> None:
+        await self._run("catalog_expire", outdated.object_id, write_description(outdated))
+
     async def unlock(self, object_id: ObjectId, owner: str) -> None:
         await self._run("catalog_give_up", object_id, owner)
 

@@ -187,13 +187,23 @@ class RedisConnection:
         """Apply circuit breaker, time limit and connection limit. Translate errors and count them."""
         try:
             probe = self._breaker.before_call()
+            sent_at: float | None = None  # when a connection was free
             try:
                 async with asyncio.timeout(self.timeout), self._free:
+                    sent_at = time.monotonic()
                     yield
                 self._breaker.on_success()
+            except TimeoutError as error:
+                # Calls that wait for a connection behind many others say nothing of the server. It must have had its
+                # time to reply
+                if sent_at is None or time.monotonic() - sent_at < self.timeout / 2:
+                    raise StateStoreUnavailable(
+                        f"no connection to the state store was free within {self.timeout:g} s"
+                    ) from error
+                await self._on_failure(error)
+                raise StateStoreUnavailable(f"state store did not reply: {_describe(error)}") from error
             except (RedisConnectionError, RedisTimeoutError, OSError) as error:
-                if self._breaker.on_failure(error):
-                    await self._drop_idle()
+                await self._on_failure(error)
                 raise StateStoreUnavailable(f"state store did not reply: {_describe(error)}") from error
             except RedisError as error:
                 # The server replied with an error: out of memory, read-only replica, failing disk
@@ -204,6 +214,10 @@ class RedisConnection:
         except StateStoreUnavailable:
             STATE_STORE_ERRORS.labels(operation=operation).inc()
             raise
+
+    async def _on_failure(self, error: BaseException) -> None:
+        if self._breaker.on_failure(error):
+            await self._drop_idle()
 
     async def _drop_idle(self) -> None:
         """Close the idle connections. A failover or a router may have left all of them half-open, and each would

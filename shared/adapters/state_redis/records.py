@@ -31,11 +31,10 @@ class Keys:
 
     objects   HASH    object id → packed record (see _OBJECT)
     fetches   HASH    object id → packed fetch (see records.lua)
-    usage     HASH    used, reserved (bytes), serial (of tokens and generations), accounted (run id of the server whose
-                      index is reconciled), turnover, leaving (bytes; see
-                      `set_leaving`), run, kept_since (run id of the server, and since when it has kept its keys),
-                      cursor (of the search for answers
-                      that are not in catalog:answers)
+    usage     HASH    format (of all of these, see records.lua), used, reserved (bytes), serial (of tokens and
+                      generations), accounted (run id of the server whose index is reconciled), turnover, leaving
+                      (bytes; see `set_leaving`), run, kept_since (run id of the server, and since when it has
+                      kept its keys), cursor (of the search for answers that are not in catalog:answers)
     wishes    HASH    object id → requested bytes and their expiry
     leader    STRING  "token holder", expires
     policy    HASH    inflation, position
@@ -64,7 +63,7 @@ class Keys:
             f"{prefix}fetches",
             f"{prefix}usage",
             f"{prefix}wishes",
-            f"{prefix}leader",
+            self.leader,
             self.policy,
             self.accesses,
             f"{prefix}failure:{object_id}",
@@ -78,6 +77,10 @@ class Keys:
     @property
     def objects(self) -> str:
         return f"{self.prefix}objects"
+
+    @property
+    def leader(self) -> str:
+        return f"{self.prefix}leader"
 
     @property
     def policy(self) -> str:
@@ -130,7 +133,10 @@ _OBJECT = struct.Struct("<IIHIHdIH")
 are read as four and two."""
 
 
-def read_entry(object_id: bytes, packed: bytes) -> IndexEntry:
+def read_entry(object_id: bytes, packed: bytes) -> IndexEntry | None:
+    """None for what records.lua did not write, such as a record in the layout of another version."""
+    if len(packed) != _OBJECT.size or not object_id.isascii():
+        return None
     counted, size, more_size, accessed, more_accessed, priority, generation, more_generation = _OBJECT.unpack(
         packed
     )
@@ -183,7 +189,14 @@ def pack_accesses(accesses: Sequence[Access]) -> bytes:
 
 
 def read_accesses(packed: bytes) -> list[Access]:
-    return [Access(ObjectId(object_id), views, last_at) for object_id, views, last_at in json.loads(packed)]
+    """The accesses of one batch. Empty if it cannot be read: recency is lost, no object."""
+    try:
+        return [
+            Access(ObjectId(object_id), int(views), float(last_at))
+            for object_id, views, last_at in json.loads(packed)
+        ]
+    except (ValueError, TypeError, RecursionError):
+        return []
 
 
 def pack_worker(report: WorkerReport) -> bytes:

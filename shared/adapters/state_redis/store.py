@@ -243,6 +243,10 @@ class RedisStateStore:
     async def resign(self, term: Term) -> None:
         await self._run_as_leader("resign", term)
 
+    async def is_leader(self, term: Term) -> bool:
+        leader = await self._connection.command("GET", self._connection.keys.leader)
+        return bool(leader == _term_value(term).encode())
+
     async def space_requested(self) -> int:
         return int(await self._connection.run("space_wanted", ""))
 
@@ -303,8 +307,19 @@ class RedisStateStore:
         while True:
             scan = ("HSCAN", self._connection.keys.objects, cursor, "COUNT", _ENTRIES_BATCH)
             cursor, found = await self._connection.command(*scan)
-            if found:
-                yield [read_entry(object_id, packed) for object_id, packed in found.items()]
+            entries, unreadable = [], []
+            for object_id, packed in found.items():
+                entry = read_entry(object_id, packed)
+                if entry is None:
+                    unreadable.append(object_id)
+                else:
+                    entries.append(entry)
+            if unreadable:
+                # Their files are adopted again by the next reconciliation, as those of an emptied store.
+                logger.error("index_records_dropped", records=len(unreadable))
+                await self._connection.run("drop_unreadable", "", *unreadable)
+            if entries:
+                yield entries
             if cursor == 0:
                 return
 
@@ -329,7 +344,11 @@ class RedisStateStore:
     async def load_policy_state(self) -> PolicyState:
         found = await self._connection.command("HMGET", self._connection.keys.policy, "inflation", "position")
         inflation, position = found
-        return PolicyState(float(inflation or 0), (position or b"").decode())
+        try:
+            return PolicyState(float(inflation or 0), (position or b"").decode("ascii"))
+        except ValueError:
+            logger.error("policy_state_dropped")
+            return PolicyState(0.0, "")
 
     async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
         values: list[str | int | float] = []
@@ -340,8 +359,7 @@ class RedisStateStore:
     async def _run_as_leader(
         self, script: str, term: Term, object_id: ObjectId | str = "", *arguments: str | int | float
     ) -> object:
-        term_value = f"{term.token} {term.holder}"
-        reply: object = await self._connection.run(script, object_id, term_value, *arguments)
+        reply: object = await self._connection.run(script, object_id, _term_value(term), *arguments)
         return reply
 
     async def _query_as_leader(self, script: str, term: Term, *arguments: str | int | float) -> list[int]:
@@ -429,6 +447,11 @@ class RedisStateStore:
 
     def listen(self) -> AbstractAsyncContextManager[AsyncIterator[Announcement]]:
         return listen(self._connection.url, self._connection.keys.channel, self._timeouts.operation_timeout)
+
+
+def _term_value(term: Term) -> str:
+    """As lead.lua writes it."""
+    return f"{term.token} {term.holder}"
 
 
 def _read_warming(text: bytes, serial: int) -> Warming:

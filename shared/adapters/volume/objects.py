@@ -20,6 +20,7 @@ from distributor_node.shared.adapters.volume.layout import (
     shard,
 )
 from distributor_node.shared.adapters.volume.records import unlink_if_exists
+from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 FileIdentity = tuple[int, int, int, int]
@@ -163,14 +164,18 @@ class Removal:
             if self._truncates and os.fstat(self._descriptor).st_nlink == 0:
                 os.ftruncate(self._descriptor, 0)
 
-    def rename_to_trash(self) -> None:
+    def rename_to_trash(self, expected: FileIdentity | None = None) -> None:
         """Hide an object that is being sent: new requests miss it, and its bytes still count as used.
 
-        Call `begin` and `unlink` again later, until no process sends it. Raises VolumeError.
+        `expected`: identity of the file that is meant; a process that was stopped must not hide a newer one of that
+        name. Call `begin` and `unlink` again later, until no process sends it. Raises VolumeError.
         """
         with map_os_errors(f"move {self._object_id} to {TRASH}/"):
             objects = self._directories.descriptor(f"{OBJECTS}/{shard(self._object_id)}")
             trash = self._directories.descriptor(TRASH)
+            seen = _stat(self._object_id, objects)
+            if expected is not None and seen is not None and identity_of(seen)[:2] != expected[:2]:
+                raise VolumeError(f"move {self._object_id} to {TRASH}/: another file has its name now")
             os.rename(self._object_id, self._trash_name(objects, trash), src_dir_fd=objects, dst_dir_fd=trash)
             self._unlink_record()
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
@@ -16,6 +20,7 @@ from distributor_node.shared.domain.operator_state import (
 )
 
 NAME = "operator.json"
+_LOCK = ".operator.lock"
 
 logger = structlog.get_logger()
 
@@ -34,8 +39,30 @@ def read_operator_state(root: Path) -> OperatorStateSnapshot | None:
         return None
 
 
+@contextmanager
+def operator_state_lock(root: Path) -> Iterator[bool]:
+    """The lock on the copy. Yields whether it could be taken; another leader may be writing. Blocking.
+
+    Take it, ask the store whether the term goes on, write: a leader that is stopped in between keeps the lock, so it
+    never overwrites the copy of its successor.
+    """
+    with map_os_errors(f"lock {NAME}"):
+        descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            for draft in root.glob(f"{NAME},*"):  # of a writer that was killed
+                draft.unlink(missing_ok=True)
+            yield True
+    finally:
+        os.close(descriptor)
+
+
 def write_operator_state(root: Path, snapshot: OperatorStateSnapshot) -> None:
-    """Replace the copy in one step. Raises VolumeError. Blocking: call from a worker thread."""
+    """Replace the copy in one step, under `operator_state_lock`. Raises VolumeError. Blocking."""
     with map_os_errors(f"write {NAME}"):
         atomic_write(root / NAME, encode_snapshot(snapshot).encode())
         sync_directory(root)

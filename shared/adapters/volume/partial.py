@@ -26,6 +26,7 @@ from distributor_node.shared.adapters.volume.records import (
 )
 from distributor_node.shared.domain.errors import VolumeError, VolumeFull
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.domain.version import Validators
 
 _UNVERIFIED_MODE, _VERIFIED_MODE = 0o640, 0o644
 _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -133,8 +134,15 @@ class PartialFile:
 
     def set_media_type(self, media_type: str) -> None:
         """Record the media type that the source reports. The next write updates the sidecar before its bytes."""
-        if media_type != self.record.media_type:
-            self.record = replace(self.record, media_type=media_type)
+        self._update_record(replace(self.record, media_type=media_type))
+
+    def set_validators(self, validators: Validators) -> None:
+        """Record the version that the source sends, likewise. Call it while the file is empty."""
+        self._update_record(self.record.with_validators(validators))
+
+    def _update_record(self, record: StoredRecord) -> None:
+        if record != self.record:
+            self.record = record
             self._sidecar_stale = True
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:

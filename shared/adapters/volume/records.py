@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import RECORD_BYTES
+from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, etag_or_none
 
 RECORD_VERSION = 1
-_NEW_SUFFIX = ",new"  # a comma is in no object id
+_NO_ETAG = '""'
+_NEW_SUFFIX = ",new"  # of drafts: a comma is in no object id
 
 
 def encode_record(record: StoredRecord) -> bytes:
@@ -22,10 +26,11 @@ def encode_record(record: StoredRecord) -> bytes:
             "version": RECORD_VERSION,
             "object_id": record.object_id,
             "size": record.size,
-            "etag": record.etag,
+            "etag": record.etag or _NO_ETAG,
             "hash": str(record.content_hash) if record.content_hash else None,
             "media_type": record.media_type,
             "stored_at": record.stored_at,
+            "last_modified": record.validators.last_modified,
         },
         separators=(",", ":"),
     ).encode()
@@ -49,20 +54,38 @@ def decode_record(body: bytes) -> StoredRecord:
             raise InvalidInput(f"record: expected integers size, stored_at, got {size!r}, {stored_at!r}")
         if not all(isinstance(text, str) and text.isprintable() for text in texts):
             raise InvalidInput("record: expected printable strings object_id, etag, media_type")
+        content_hash = ContentHash.parse(fields["hash"]) if fields["hash"] is not None else None
         return StoredRecord(
             object_id=ObjectId.parse(fields["object_id"]),
             size=size,
-            etag=fields["etag"],
-            content_hash=ContentHash.parse(fields["hash"]) if fields["hash"] is not None else None,
+            etag=fields["etag"] if content_hash is not None else None,
+            content_hash=content_hash,
             media_type=media_type,
             stored_at=stored_at,
-        )
+        ).with_validators(_read_validators(fields, content_hash))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidInput(f"record: unreadable: {type(error).__name__}") from error
 
 
+def _read_validators(fields: dict[str, Any], content_hash: ContentHash | None) -> Validators:
+    """Of a record without hash from an earlier release, none: its tag was made up from id and size."""
+    if "last_modified" not in fields:
+        return NO_VALIDATORS
+    modified = fields["last_modified"]
+    if not (modified is None or type(modified) is int):
+        raise InvalidInput(f"record: last_modified: expected an integer or null, got {repr(modified)[:40]}")
+    own = content_hash is None and fields["etag"] != _NO_ETAG
+    return Validators(etag_or_none(fields["etag"]) if own else None, modified)
+
+
 MAX_ROOT_FILE_BYTES = 16 * 1024 * 1024
 """Read limit for the small files in the volume's root."""
+
+
+def is_draft(name: str) -> bool:
+    """Whether a file is a draft of `atomic_write`, which a process that was killed has left."""
+    return name.endswith(_NEW_SUFFIX)
+
 
 # Small files. `directory` is the descriptor of the directory that holds the file; None if `name` is a whole path.
 
@@ -91,18 +114,24 @@ def atomic_write(
 
     The directory is not synced: the caller does that if the new content has to outlive a power cut.
     """
-    new = f"{name}{_NEW_SUFFIX}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    # A draft of its own: two processes that write the same file at once must not write into one draft
+    new = f"{name},{secrets.token_hex(4)}{_NEW_SUFFIX}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(new, flags, mode, dir_fd=directory)
     try:
-        left = memoryview(body)
-        while left:  # a device that is nearly full writes a part first, and refuses the rest
-            left = left[os.write(descriptor, left) :]
-        if durable:
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
+        try:
+            left = memoryview(body)
+            while left:  # a device that is nearly full writes a part first, and refuses the rest
+                left = left[os.write(descriptor, left) :]
+            if durable:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(new, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(new, dir_fd=directory)
+        raise
 
 
 def overwrite(name: str, body: bytes, directory: int) -> None:

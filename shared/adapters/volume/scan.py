@@ -20,6 +20,7 @@ from distributor_node.shared.adapters.volume.layout import (
     shard,
     trashed_id,
 )
+from distributor_node.shared.adapters.volume.records import is_draft
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.objects import ObjectId
 
@@ -108,7 +109,7 @@ def scan_partials(directories: Directories) -> Iterator[FoundPartial | UnknownFi
         if isinstance(seen, OSError):
             yield UnreadableFile(f"{INCOMING}/{name}", str(seen))
             continue
-        if seen is not None and name.endswith((INCOMING_RECORD_SUFFIX, INCOMING_RECORD_SUFFIX + ",new")):
+        if seen is not None and (name.endswith(INCOMING_RECORD_SUFFIX) or is_draft(name)):
             continue
         object_id = _object_id(name.removesuffix(PART_SUFFIX)) if name.endswith(PART_SUFFIX) else None
         if seen is None or object_id is None:
@@ -134,7 +135,7 @@ def scan_orphan_records(directories: Directories, older_than: float) -> Iterator
         if not isinstance(seen, os.stat_result) or seen.st_mtime >= older_than or name.endswith(PART_SUFFIX):
             continue
         part = name.removesuffix(INCOMING_RECORD_SUFFIX) + PART_SUFFIX
-        if name.endswith(",new") or (name.endswith(INCOMING_RECORD_SUFFIX) and not _exists(part, incoming)):
+        if is_draft(name) or (name.endswith(INCOMING_RECORD_SUFFIX) and not _exists(part, incoming)):
             yield INCOMING, name
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import stat
 import time
@@ -40,11 +41,13 @@ from distributor_node.shared.adapters.volume.records import (
     unlink_if_exists,
 )
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
+from distributor_node.shared.domain.formats import FORMAT, check_format
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 _OPEN_NOT_OWNED = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN = _OPEN_NOT_OWNED | os.O_NOATIME
 _STANDALONE_LOCK = ".standalone"
+_FORMAT_FILE = ".format"  # a dot begins no object id
 
 
 class Volume:
@@ -66,6 +69,7 @@ class Volume:
     def prepare(self) -> None:
         """Create the directories. Raises VolumeError, with the reason, if the volume cannot be written."""
         self._directories.create()
+        self._check_format()
         probe = f".write-probe-{os.getpid()}"
         with map_os_errors(f"write to the volume {self.root}"):
             os.close(
@@ -74,6 +78,20 @@ class Volume:
                 )
             )
             os.unlink(probe, dir_fd=self._directories.root())
+            if read_capped(_FORMAT_FILE, self._directories.root()) is None:
+                text = json.dumps({"format": FORMAT}) + "\n"
+                atomic_write(_FORMAT_FILE, text.encode(), self._directories.root())
+
+    def _check_format(self) -> None:
+        """Raise VolumeError if another version has written the volume in a format that this one does not read."""
+        with map_os_errors(f"read {_FORMAT_FILE} of the volume {self.root}"):
+            text = read_capped(_FORMAT_FILE, self._directories.root())
+        try:
+            check_format(json.loads(text or b"{}"), f"volume {self.root}")
+        except InvalidInput as error:
+            raise VolumeError(str(error)) from error
+        except (ValueError, RecursionError) as error:
+            raise VolumeError(f"volume {self.root}: expected JSON in {_FORMAT_FILE}") from error
 
     def lock_standalone(self) -> Callable[[], None]:
         """Lock the volume against other standalone nodes, which count used bytes in their own memory only.
@@ -212,6 +230,18 @@ class Volume:
         with map_os_errors(f"write the record of {record.object_id}"):
             folder = self._directories.create_shard(f"{RECORDS}/{shard(record.object_id)}")
             atomic_write(record.object_id, encode_record(record), folder)
+            self._mark_rewritten(record.object_id)
+
+    def _mark_rewritten(self, object_id: ObjectId) -> None:
+        """Change the identity of the object's file, because records are cached by that, in every process."""
+        folder = self._directories.existing(f"{OBJECTS}/{shard(object_id)}")
+        try:
+            if folder is not None:
+                seen = os.stat(object_id, dir_fd=folder, follow_symlinks=False)
+                times = (seen.st_atime_ns, seen.st_mtime_ns + 1000)
+                os.utime(object_id, ns=times, dir_fd=folder, follow_symlinks=False)
+        except (FileNotFoundError, PermissionError):
+            return
 
     # Partial files
 
@@ -271,6 +301,15 @@ class Volume:
     def removal(self, object_id: ObjectId) -> Removal:
         """A removal of a complete object that has not begun yet; see Removal."""
         return Removal(self._directories, object_id, truncates=not self._accel_redirect)
+
+    def sync_removal(self, object_id: ObjectId) -> None:
+        """Make the removal of an object durable: a power cut must not bring a purged object back."""
+        with map_os_errors(f"sync the removal of {object_id}"):
+            number = shard(object_id)
+            for place in (TRASH, f"{OBJECTS}/{number}", f"{RECORDS}/{number}"):
+                folder = self._directories.existing(place)
+                if folder is not None:
+                    os.fsync(folder)
 
     def unlink_trashed(self, file: scan.TrashedFile) -> bool:
         """Remove a file in `leaving/`. Returns False if a process sends it."""

@@ -69,16 +69,14 @@ def _describe(
     accepted: bool,
     sources: tuple[str, ...],
 ) -> MediaObject:
-    content_hash, validator = _hash(object_id, found.get("ipfsHash"))
     return MediaObject(
         object_id=object_id,
         size=_size(object_id, found.get("size")),
-        content_hash=content_hash,
+        content_hash=_hash(object_id, found.get("ipfsHash")),
         media_type=_media_type(found.get("type")),
         buckets=buckets,
         accepted=accepted,
         sources=sources,
-        validator=validator,
     )
 
 
@@ -91,18 +89,15 @@ def _size(object_id: ObjectId, stated: Any) -> int | None:
     return None
 
 
-def _hash(object_id: ObjectId, stated: Any) -> tuple[ContentHash | None, str | None]:
-    """Return the hash, or else its text as the validator.
-
-    An object with a hash that we cannot compute is checked by its size alone. Its ETag still changes with the text.
-    """
+def _hash(object_id: ObjectId, stated: Any) -> ContentHash | None:
+    """Return the hash. None: we cannot compute it, so the object is handled like one without."""
     try:
         if isinstance(stated, str):
-            return ContentHash.parse(stated), None
+            return ContentHash.parse(stated)
     except InvalidInput:
         pass
     logger.warning("catalog_hash_unusable", object_id=object_id, hash=str(stated)[:100])
-    return None, stated[:_MAX_VALIDATOR] if isinstance(stated, str) and stated else None
+    return None
 
 
 def _media_type(kind: Any) -> str | None:

@@ -79,6 +79,9 @@ class JoystreamCatalog:
         found = data["object"]
         return None if found is None else read_object(object_id, found, refuse_private=self._refuse_private)
 
+    async def forget(self, outdated: MediaObject) -> None:
+        """Nothing is remembered here."""
+
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         return list_objects(self._endpoint, self._limits, assignment)
 

@@ -4,7 +4,9 @@
 local live, all = {}, redis.call('HGETALL', fetches)
 for index = 1, #all, 2 do
   local fetch = unpack_fetch(all[index + 1])
-  if fetch.standing then
+  if not fetch then
+    drop(fetches, all[index])
+  elseif fetch.standing then
     live[#live + 1] = {all[index], shown(fetch)}
   elseif not job_waits(fetch, ARGV[4]) then
     redis.call('HDEL', fetches, all[index])

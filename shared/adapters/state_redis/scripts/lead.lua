@@ -2,6 +2,7 @@
 -- ARGV: holder, milliseconds. Returns the term's token, or 0 while another process leads. The key holds "token holder".
 relieve()
 kept_since()
+redis.call('HSETNX', usage, 'format', FORMAT)
 local holder, milliseconds = ARGV[4], ARGV[5]
 local term = redis.call('GET', leader)
 if term then

@@ -7,6 +7,17 @@ local channel, record_bytes, object_id = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
 
+-- What this version writes, in the field `format` of usage; records without the field have the same layout. A store that a
+-- newer version wrote is not touched. Scripts with keys of their own (caches) have nothing to compare
+local FORMAT = '1'
+if #KEYS > 12 then
+  local written = redis.call('HGET', usage, 'format')
+  if written and written ~= FORMAT then
+    return redis.error_reply('FORMAT expected format ' .. FORMAT .. ' of the state store, got ' .. written
+      .. ': return to the version that wrote it, or delete its keys, and the index is rebuilt from the volume')
+  end
+end
+
 -- views × 2 + state, size, last access (in 2^-16 POSIX seconds), priority, generation; as _OBJECT in records.py.
 -- 30 bytes: with one byte more, the server allocates 16 bytes more for each object
 local OBJECT = '<I4I6I6dI6'
@@ -44,9 +55,16 @@ end
 
 local function announce(topic, id) redis.call('PUBLISH', channel, topic .. ' ' .. (id or object_id)) end
 
+-- Remove a record that cannot be read. What it counted is recounted: until then nothing is reserved
+local function drop(key, id)
+  redis.call('HDEL', key, id)
+  redis.call('HDEL', usage, 'accounted')
+end
+
 local function read_object(id)
   local packed = redis.call('HGET', objects, id)
   if not packed then return nil end
+  if #packed ~= struct.size(OBJECT) then return drop(objects, id) end
   local views_and_state, size, accessed, priority, generation = struct.unpack(OBJECT, packed)
   local state = views_and_state % 2
   return {state = state, size = size, frequency = (views_and_state - state) / 2, last_access = accessed / GRAIN,
@@ -64,10 +82,11 @@ end
 -- milliseconds from writing to `ends`. A fetch that ends later than that from now was written before the clock was set
 -- back. `held`: bytes of the object that the reservation covers where that is more than `size`, because the object was
 -- larger before; nil otherwise. `job`: serial of the claim whose job is carried out, 0 if there is none. `written`: when
--- the phase was written
+-- the phase was written. Nil if it cannot be read
 local function unpack_fetch(packed)
-  local phase, reserved, size, token, ends, since, worker, source, lasts, held, job =
-    unpack(cmsgpack.unpack(packed))
+  local readable, fields = pcall(cmsgpack.unpack, packed)
+  if not readable or type(fields) ~= 'table' or type(fields[5]) ~= 'number' then return nil end
+  local phase, reserved, size, token, ends, since, worker, source, lasts, held, job = unpack(fields)
   local fetch = {phase = phase, reserved = reserved, size = size, token = token, ends = ends, since = since,
                  worker = worker, source = source, lasts = lasts, held = held ~= 0 and held or nil,
                  job = job or 0, written = since, standing = phase}
@@ -92,6 +111,7 @@ end
 
 local function read_fetch(id)
   local fetch = peek_fetch(id)
+  if not fetch and redis.call('HEXISTS', fetches, id or object_id) == 1 then drop(fetches, id or object_id) end
   if fetch and fetch.outdated then write_fetch(fetch, id) end
   return fetch
 end

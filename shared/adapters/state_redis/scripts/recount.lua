@@ -17,8 +17,8 @@ if ARGV[5] == '1' then
     local page = redis.call('HSCAN', objects, cursor, 'COUNT', 1000)
     cursor = page[1]
     for index = 2, #page[2], 2 do
-      local _, size = struct.unpack('<I4I6', page[2][index])
-      used = used + footprint(size)
+      local object = read_object(page[2][index - 1])
+      if object then used = used + footprint(object.size) end
     end
   until cursor == '0'
   correct('used', used)

@@ -2,7 +2,8 @@
 -- Returns the bytes of all live requests for space. Removes expired ones.
 local wanted, all = 0, redis.call('HGETALL', wishes)
 for index = 1, #all, 2 do
-  local bytes, ends = struct.unpack('<I8I8', all[index + 1])
+  local bytes, ends = 0, 0
+  if #all[index + 1] == 16 then bytes, ends = struct.unpack('<I8I8', all[index + 1]) end
   if ends > now then wanted = wanted + bytes else redis.call('HDEL', wishes, all[index]) end
 end
 return wanted

@@ -3,9 +3,9 @@
 -- fetches
 local leases, queued = 0, 0
 for _, packed in ipairs(redis.call('HVALS', fetches)) do
-  local standing = unpack_fetch(packed).standing
-  if standing == 'fetching' then leases = leases + 1 end
-  if standing == 'queued' then queued = queued + 1 end
+  local fetch = unpack_fetch(packed)
+  if fetch and fetch.standing == 'fetching' then leases = leases + 1 end
+  if fetch and fetch.standing == 'queued' then queued = queued + 1 end
 end
 local counted = redis.call('HMGET', usage, 'used', 'reserved', 'accounted', 'turnover', 'leaving')
 return {tonumber(counted[1] or '0'), tonumber(counted[2] or '0'), redis.call('HLEN', objects), leases,
