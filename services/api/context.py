@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.fetch_capacity import FetchCapacity
 from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.services.api.viewers import Viewers
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.objects import Assignment
 from distributor_node.shared.ports.catalog import Catalog
@@ -41,5 +43,7 @@ class ApiContext:
     accesses: AccessCounter
     assignment: CurrentAssignment
     fetch_events: FetchEvents
+    fetch_capacity: FetchCapacity
+    viewers: Viewers
     operator_state: OperatorStateWatcher
     clock: Callable[[], float] = time.time  # POSIX seconds, for admission

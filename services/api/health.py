@@ -58,6 +58,7 @@ class HealthChecks:
             self._check("job queue", context.queue.ping),
             self._check("catalog", context.catalog.bucket_ids),
         )
+        others.append(self._check_workers())
         unfinished_import = await asyncio.to_thread(self._check_import)
         return Readiness(
             problems=tuple(problem for problem in (self._check_port(), volume, unfinished_import) if problem),
@@ -68,6 +69,12 @@ class HealthChecks:
         if self._context.operator_state.current.stopped:
             return "stopped by an operator"
         return None if self._is_serving() else "the public port is closed"
+
+    def _check_workers(self) -> str | None:
+        capacity = self._context.fetch_capacity
+        if capacity.workers_alive == 0:
+            return "fetchers: none alive"
+        return "job queue: not consumed" if capacity.not_consumed else None
 
     def _check_import(self) -> str | None:
         """Return a problem while the evictor imports an existing node's objects, for at most IMPORT_READY_TIMEOUT.

@@ -15,6 +15,7 @@ from distributor_node.services.api.assets.handler import AssetHandler
 from distributor_node.services.api.context import ApiContext, CurrentAssignment
 from distributor_node.services.api.fast_path.handler import build_fast_path
 from distributor_node.services.api.fast_path.protocol import FastPathProtocol
+from distributor_node.services.api.fetch_capacity import FetchCapacity
 from distributor_node.services.api.fetch_events import FetchEvents
 from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.listen import ListenAddress
@@ -22,6 +23,7 @@ from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.routes import build_app
 from distributor_node.services.api.sanic_app import unregister_application
 from distributor_node.services.api.server import PublicServer
+from distributor_node.services.api.viewers import Viewers
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
@@ -71,6 +73,8 @@ def make_context(
         accesses=AccessCounter(state),
         assignment=CurrentAssignment(settings.assignment),
         fetch_events=FetchEvents(state, operator_state.wake),
+        fetch_capacity=FetchCapacity(state),
+        viewers=Viewers(state),
         operator_state=operator_state,
     )
 
@@ -169,6 +173,8 @@ async def serve_api(
                 group.create_task(context.operator_state.run(), name="watch-operator-state"),
                 group.create_task(context.accesses.run(), name="flush-accesses"),
                 group.create_task(context.fetch_events.run(), name="fetch-events"),
+                group.create_task(context.fetch_capacity.run(), name="fetch-capacity"),
+                group.create_task(context.viewers.run(), name="viewers"),
                 group.create_task(watch_volume(context.volume), name="watch-volume"),
             ]
             if fast_path is not None:

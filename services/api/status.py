@@ -103,6 +103,8 @@ class StatusReporter:
             "storageUsed": max(0, usage.used - usage.objects * RECORD_BYTES),
             "uptime": int(time.monotonic() - self._started),
             "downloadsInProgress": usage.fetches,
+            "downloadsQueued": usage.queued,
+            "workersAlive": self._context.fetch_capacity.workers_alive or 0,
             "version": VERSION,
             "nodeEnv": settings.environment,
             "queryNodeStatus": await self._squid_status_fields(),

@@ -23,6 +23,7 @@ import structlog
 
 from distributor_node.services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
 from distributor_node.services.fetcher.partial_writer import PartialWriter
+from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.shared.adapters.sources.client import SourceResponse
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import PartialFile, Volume
@@ -45,7 +46,13 @@ from distributor_node.shared.observability.metrics import (
     SOURCE_FAILURES,
     source_label,
 )
-from distributor_node.shared.ports.state_store import Announcement, Lease, StateStore, Topic
+from distributor_node.shared.ports.state_store import (
+    Announcement,
+    FailureCause,
+    Lease,
+    StateStore,
+    Topic,
+)
 from distributor_node.shared.runtime.threads import BlockingPool, hash_through
 
 _SPACE_REQUEST_TTL = 60.0
@@ -56,8 +63,8 @@ _REHASH_CHUNK = 4 * 1024 * 1024
 _MAX_RESTARTS = 2
 """How often one job begins again at the first byte, because nothing proves that the rest is of the same version."""
 
-RecordFailure = Callable[[str], Awaitable[None]]
-"""Called with the reason of a failed attempt. Does not raise."""
+RecordFailure = Callable[[str, FailureCause], Awaitable[None]]
+"""Called with the reason and the cause of a failed attempt. Does not raise."""
 
 logger = structlog.get_logger()
 
@@ -84,15 +91,20 @@ class FetchRunner:
         self._times = times
 
     async def run(
-        self, media_object: MediaObject, lease: Lease, requested_at: float, record_failure: RecordFailure
+        self,
+        media_object: MediaObject,
+        lease: Lease,
+        requested_at: float,
+        record_failure: RecordFailure,
+        slot: Slot | None = None,
     ) -> JobOutcome:
         """Fetch one object. When cancelled, keep the received bytes and release the lease.
 
-        `requested_at`: the boot time before the lease was requested.
+        `requested_at`: the boot time before the lease was requested. `slot`: see Worker.
         """
         renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
         fetch = _PartialFetch(
-            self._state, self._volume, self._failover_reader, self._disk, media_object, renewer
+            self._state, self._volume, self._failover_reader, self._disk, media_object, renewer, slot
         )
         with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
             try:
@@ -100,7 +112,7 @@ class FetchRunner:
                     await fetch.run()
                 return await self._commit(lease)
             except LeaseLost as lost:
-                await record_failure(str(lost))
+                await record_failure(str(lost), FailureCause.OTHER)
                 return Retry(str(lost))
             except (SourceError, VolumeError, StateStoreUnavailable) as error:
                 if _is_outdated(media_object, error):
@@ -110,7 +122,7 @@ class FetchRunner:
                     return Ack("outdated")
                 reason = _describe(error)
                 # Before the lease is released, because requests that wait for the release claim the object at once.
-                await record_failure(reason)
+                await record_failure(reason, _cause(error))
                 await self._abandon(fetch, lease, error)
                 return Retry(reason)
             except asyncio.CancelledError:
@@ -152,6 +164,12 @@ def _describe(error: DistributorError) -> str:
     return str(error)
 
 
+def _cause(error: DistributorError) -> FailureCause:
+    if isinstance(error, AllSourcesCorrupt):
+        return FailureCause.CORRUPT
+    return FailureCause.SOURCES if isinstance(error, SourceError) else FailureCause.OTHER
+
+
 class _PartialFetch:
     """The partial file of one fetch, from opening to publication or to the release of its lease."""
 
@@ -163,6 +181,7 @@ class _PartialFetch:
         disk: BlockingPool,
         media_object: MediaObject,
         renewer: LeaseRenewer,
+        slot: Slot | None,
     ) -> None:
         self._state = state
         self._volume = volume
@@ -171,6 +190,7 @@ class _PartialFetch:
         self._object = media_object
         self._renewer = renewer
         self._lease = renewer.lease
+        self._slot = slot
         self._partial: PartialFile | None = None
 
     async def run(self) -> None:
@@ -183,7 +203,7 @@ class _PartialFetch:
         self._renewer.renew_soon()
         await self._return_surplus()
         download = _Download(
-            self._state, self._failover_reader, self._disk, self._object, partial, self._renewer
+            self._state, self._failover_reader, self._disk, self._object, partial, self._renewer, self._slot
         )
         if partial.size:
             await download.announce()  # the bytes of an earlier attempt can be sent
@@ -324,6 +344,7 @@ class _Download:
         media_object: MediaObject,
         partial: PartialFile,
         renewer: LeaseRenewer,
+        slot: Slot | None,
     ) -> None:
         self._state = state
         self._failover_reader = failover_reader
@@ -331,6 +352,7 @@ class _Download:
         self._object = media_object
         self._partial = partial
         self._renewer = renewer
+        self._slot = slot
 
     async def run(self) -> None:
         """Read the missing bytes. On return, size and hash are correct and the file is marked as verified.
@@ -387,13 +409,20 @@ class _Download:
         verify = partial(self._verify, hasher)
         writer = PartialWriter(self._partial, hasher, self._renewer, self._disk, self.announce, verify)
         began_at = time.monotonic()
+        first_choice = None if self._slot is None else self._slot.url
         # From the beginning, any version that a source has now is as good as the one that the catalog has seen. All
         # that follows must be of the same one.
         wanted = replace(
             self._object, validators=self._partial.record.validators if offset else NO_VALIDATORS
         )
         stream = self._failover_reader.stream(
-            wanted, offset, None, sources, self._on_source, must_match=offset > 0
+            wanted,
+            offset,
+            None,
+            sources,
+            self._on_source,
+            must_match=offset > 0,
+            preference=lambda url: url != first_choice,
         )
         async with writer.writing(offset), aclosing(stream) as chunks:
             async for chunk in chunks:
@@ -418,6 +447,8 @@ class _Download:
     def _on_source(self, url: str, response: SourceResponse) -> None:
         """Called when a source starts to send."""
         self._renewer.set_source(url)
+        if self._slot is not None:
+            self._slot.move_to(url)
         if not self._partial.size:
             self._partial.set_validators(response.validators)
         if response.media_type is None or media_type_or_none(self._object.media_type) is not None:

@@ -16,6 +16,7 @@ from structlog.contextvars import bound_contextvars
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules, Admitted
 from distributor_node.services.fetcher.download import FetchRunner
 from distributor_node.services.fetcher.lease import LeaseTimes
+from distributor_node.services.fetcher.scheduler import JobScheduler, Slot, SlotLimits
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.state_common import QUEUED_SECONDS
 from distributor_node.shared.adapters.volume import Volume
@@ -39,7 +40,7 @@ from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState
 from distributor_node.shared.observability.metrics import FETCHES, PHASE
 from distributor_node.shared.ports.job_queue import JobQueue
-from distributor_node.shared.ports.state_store import FetchPhase, Granted, StateStore
+from distributor_node.shared.ports.state_store import FailureCause, FetchPhase, Granted, StateStore
 from distributor_node.shared.runtime.identity import process_name
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.threads import BlockingPool
@@ -67,7 +68,7 @@ class Fetcher:
         self._state = state
         self._queue = queue
         self._volume = volume
-        self._concurrency = fetch.concurrency
+        self._slot_limits = SlotLimits(fetch.concurrency, fetch.concurrency_per_source)
         self._consuming = False
         self._disk = BlockingPool(fetch.concurrency + _SPARE_THREADS)
         self.name = process_name()
@@ -79,6 +80,9 @@ class Fetcher:
             Admission(state, volume, self._disk, rules, self.name),
             FetchRunner(state, volume, failover_reader, self._disk, times),
             FailureRecorder(state, RetryPlan(settings.job_queue.retry_delays), fetch.failure_memory),
+        )
+        self._scheduler = JobScheduler(
+            state, self.name, self._slot_limits, failover_reader.worth_downloading_from
         )
         self._operator_state = OperatorStateWatcher(state, volume.root, settings.assignment)
         self._dead_letter_handler = DeadLetterHandler(
@@ -96,10 +100,14 @@ class Fetcher:
             raise ConfigurationError(f"storage.path: {error}") from error
         await self._operator_state.load()
         try:
-            async with background(self._operator_state.run(), "fetcher-operator-state"):
+            async with (
+                background(self._operator_state.run(), "fetcher-operator-state"),
+                background(self._scheduler.run(), "fetcher-scheduler"),
+            ):
                 self._consuming = True
-                logger.info("fetcher_started", worker=self.name, concurrency=self._concurrency)
-                await self._queue.consume(self._handle, self._concurrency, self._dead_letter_handler.handle)
+                limits = self._slot_limits
+                logger.info("fetcher_started", worker=self.name, concurrency=limits.total)
+                await self._queue.consume(self._handle, limits.held, self._dead_letter_handler.handle)
         finally:
             self._consuming = False
             await self._disk.close()
@@ -108,9 +116,10 @@ class Fetcher:
         """Hold new jobs while the node drains, so that no other worker takes them. Running fetches go on."""
         try:
             await self._operator_state.wait_until(_not_draining)
+            async with self._scheduler.slot(job) as slot:
+                return await self._worker.handle(job, slot) if isinstance(slot, Slot) else slot
         except asyncio.CancelledError:
             return Nack()
-        return await self._worker.handle(job)
 
     async def problems(self) -> Sequence[str]:
         """Return why the fetcher is not ready, in words. Empty: it is ready."""
@@ -146,14 +155,17 @@ class Worker:
         self._fetch_runner = fetch_runner
         self._failure_recorder = failure_recorder
 
-    async def handle(self, job: FetchJob) -> JobOutcome:
-        """Handle one job for the queue. When cancelled, release the lease and return Nack."""
+    async def handle(self, job: FetchJob, slot: Slot | None = None) -> JobOutcome:
+        """Handle one job for the queue. When cancelled, release the lease and return Nack.
+
+        `slot`: the source to begin with, and where the source in use is counted.
+        """
         with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
             if job.attempt == 1:
                 PHASE.labels("queue_wait").observe(max(0.0, time.time() - job.published_at))
             began_at = time.monotonic()
             try:
-                outcome = await self._fetch(job)
+                outcome = await self._fetch(job, slot)
             except asyncio.CancelledError:
                 outcome = Nack()
             label = outcome_label(outcome)
@@ -168,7 +180,7 @@ class Worker:
             )
             return outcome
 
-    async def _fetch(self, job: FetchJob) -> JobOutcome:
+    async def _fetch(self, job: FetchJob, slot: Slot | None) -> JobOutcome:
         outcome: JobOutcome
         try:
             admitted = await self._admission.admit(
@@ -177,7 +189,7 @@ class Worker:
             if isinstance(admitted, Admitted):
                 record_failure = partial(self._failure_recorder.record, job)
                 return await self._fetch_runner.run(
-                    job.media_object, admitted.lease, admitted.requested_at, record_failure
+                    job.media_object, admitted.lease, admitted.requested_at, record_failure, slot
                 )
             outcome = admitted
         except (StateStoreUnavailable, VolumeError) as error:
@@ -212,7 +224,7 @@ class FailureRecorder:
         """`failure_memory`: seconds that the failure of the last attempt is remembered."""
         self._state, self._plan, self._failure_memory = state, plan, failure_memory
 
-    async def record(self, job: FetchJob, reason: str) -> None:
+    async def record(self, job: FetchJob, reason: str, cause: FailureCause = FailureCause.OTHER) -> None:
         """Record a failed attempt. Call it before the lease is released: requests wait for that and then claim.
 
         The mark lasts until the delayed job has had the time of a new job to begin. After that, if the job was lost,
@@ -221,7 +233,7 @@ class FailureRecorder:
         delay = self._plan.next_delay(job.attempt)
         seconds = self._failure_memory if delay is None else delay + QUEUED_SECONDS
         try:
-            await self._state.record_failure(job.object_id, reason, seconds)
+            await self._state.record_failure(job.object_id, reason, seconds, cause)
         except StateStoreUnavailable as error:
             logger.info("failure_not_recorded", reason=str(error))
 
@@ -245,7 +257,9 @@ class DeadLetterHandler:
             logger.warning("fetch_dead_lettered", reason=reason, attempts=job.attempt)
             try:
                 # The failure first: a request that sees the end of the fetch must find its reason.
-                await self._state.record_failure(job.object_id, reason, self._failure_memory)
+                known = (await self._state.find(job.object_id)).failure
+                cause = known.cause if known is not None and known.reason == reason else FailureCause.OTHER
+                await self._state.record_failure(job.object_id, reason, self._failure_memory, cause)
                 await self._remove_partial(job.object_id)
             except (StateStoreUnavailable, VolumeError) as error:
                 logger.warning("dead_letter_cleanup_failed", reason=str(error))

@@ -104,6 +104,12 @@ class SourceTooSlow(SourceError):
     reason = "too_slow"
 
 
+class SourceOutpaced(SourceTooSlow):
+    """Another source is expected to send the rest at least twice as fast. Not a failure of this source."""
+
+    reason = "outpaced"
+
+
 class SourceRefused(SourceError):
     """The source responded, but without the object."""
 

@@ -107,6 +107,57 @@ class SourceStatsDelta:
         )
 
 
+# Rates: whether another source would send the rest sooner.
+
+RATE_MEMORY = 60.0
+"""Seconds that a measured rate counts. After that, the source is asked as one of unknown rate."""
+ASSUMED_RATE = 128 * 1024
+"""Bytes a second expected of a source whose rate is unknown: worth a try instead of a much slower one."""
+_SAMPLE_SECONDS = 1.0
+_MIN_SAMPLED_BYTES, _MIN_SAMPLED_SECONDS = 256 * 1024, 0.05
+_OUTPACED_SECONDS = 3.0  # of waiting below half of the other rate
+_MIN_REST_SECONDS = 3.0  # a download that ends sooner is not moved
+
+
+class RateSampler:
+    """The rate of one response, in samples of a second. Only time spent waiting for the source counts."""
+
+    def __init__(self) -> None:
+        self._waited = 0.0
+        self._received = 0
+        self._sampled = self._total_waited = 0.0
+        self._total = 0
+        self._outpaced_for = 0.0
+
+    def add(self, waited: float, received: int) -> float | None:
+        """Add `waited` seconds, at the end of which `received` bytes arrived. Returns the rate if a sample is full."""
+        self._waited += waited
+        self._received += received
+        self._total_waited += waited
+        self._total += received
+        if self._waited < _SAMPLE_SECONDS:
+            return None
+        rate = self._received / self._waited
+        self._sampled, self._waited, self._received = self._waited, 0.0, 0
+        return rate
+
+    @property
+    def mean(self) -> float | None:
+        """The rate of the whole response. None: too few bytes to tell."""
+        if self._total < _MIN_SAMPLED_BYTES:
+            return None
+        return self._total / max(self._total_waited, _MIN_SAMPLED_SECONDS)
+
+    def is_outpaced(self, rate: float, best_other: float, left: int) -> bool:
+        """Whether this source has been below half of the best other one's rate for some seconds.
+
+        Call it once for each sample. `left`: bytes that are still to come.
+        """
+        slow = rate * 2 < best_other and left > rate * _MIN_REST_SECONDS
+        self._outpaced_for = self._outpaced_for + self._sampled if slow else 0.0
+        return self._outpaced_for >= _OUTPACED_SECONDS
+
+
 def rank(health: SourceHealth, now: float) -> tuple[float, int]:
     """Return the sort key of a source: the smallest is tried first."""
     ends = health.penalty_ends

@@ -29,6 +29,8 @@ class Usage:
     # Sum of all bytes ever added to `used` and taken from it: the difference of two readings tells how much moved
     churn: int = field(default=0, compare=False)
     leaving: int = 0  # of `used`: removed objects that are still being sent, and that no entry stands for
+    queued: int = field(default=0, compare=False)
+    """Fetches whose job is published and has not begun."""
 
     @property
     def free(self) -> int:

@@ -111,6 +111,27 @@ JOB_QUEUE_ERRORS = Counter(
     ["operation"],
 )
 
+# What the API knows of the fetchers, by their heartbeats
+WORKERS_ALIVE = ReportedGauge("distributor_workers_alive", "Fetchers whose heartbeat has not expired.")
+WORKER_SLOTS = Gauge(
+    "distributor_worker_slots",
+    "Download slots of all fetchers by state: busy, free, wanted (jobs that wait for one).",
+    ["state"],
+    multiprocess_mode="mostrecent",
+)
+VAIN_WAITS = Counter(
+    "distributor_vain_waits_total",
+    "Requests that were proxied because a fetch did not begin: waited (in vain), or without waiting, by reason: "
+    "no_worker, busy, not_begun, not_consumed.",
+    ["reason"],
+)
+
+STALLED_FETCHES_BRIDGED = Counter(
+    "distributor_stalled_fetches_bridged_total",
+    "Responses continued from a source because the fetch they followed stalled, by end: caught_up, complete.",
+    ["end"],
+)
+
 # Redis itself, by its INFO command (API)
 STATE_STORE_MEMORY = ReportedGauge(
     "distributor_state_store_server_memory_bytes", "Memory that Redis uses for its data."
@@ -251,6 +272,7 @@ _PRECREATED: dict[str, dict[Counter, tuple[str, ...]]] = {
     "api": {
         CATALOG_LOOKUPS: ("found", "unknown", "unavailable", "cached", "stale"),
         ABORTED_RESPONSES: ("client_disconnected", "client_stalled", "source_failed"),
+        VAIN_WAITS: ("waited", "no_worker", "busy", "not_begun", "not_consumed"),
     },
     "evictor": {
         EVICTIONS: ("space",),

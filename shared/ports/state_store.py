@@ -55,6 +55,14 @@ class Fetch:
     age: float  # seconds in this phase
 
 
+class FailureCause(StrEnum):
+    """What a fetch failed by, as far as it can be refuted by evidence."""
+
+    SOURCES = "sources"  # no source sent the object: refuted when one sends bytes of it
+    CORRUPT = "corrupt"  # the sources sent wrong bytes: refuted when one sends the right ones
+    OTHER = "other"
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """A remembered failure. The object cannot be claimed until it expires, so requests are proxied or refused.
@@ -64,6 +72,7 @@ class Failure:
 
     reason: str
     seconds_left: float
+    cause: FailureCause = FailureCause.OTHER
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +149,24 @@ class NotReconciled:
 
 BeginResult = Granted | AlreadyStored | HeldElsewhere | Superseded | NoSpace | NeverFits | NotReconciled
 
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """The heartbeat of a fetcher: that it is alive, and how busy it is."""
+
+    worker: str
+    slots: int  # downloads that it runs at once, at most
+    running: int  # jobs that have a slot
+    waiting: int  # jobs that it holds and that wait for a slot
+    longest_wait: float  # seconds that the oldest of these has waited; 0 if there is none
+    full_sources: tuple[str, ...] = ()  # host:port of sources that have no free slot
+    age: float = 0.0  # seconds since the report, as read from the store
+
+
+VIEWER_MEMORY = 600.0
+"""Seconds that the store remembers when an object had viewers."""
+MAX_VIEWED = 10_000
+"""Objects of which it does; beyond that, those without viewers for longest are forgotten."""
 
 # The index
 
@@ -335,6 +362,25 @@ class EvictorStore(Protocol):
         """
 
 
+class WorkerStore(Protocol):
+    """Who fetches and who waits: heartbeats of the fetchers, and objects that clients read or wait for."""
+
+    async def report_worker(self, report: WorkerReport, seconds: float) -> None:
+        """Record a heartbeat, in place of the worker's last one. It expires after `seconds`."""
+
+    async def withdraw_worker(self, worker: str) -> None:
+        """The worker takes no more jobs: drop its heartbeat."""
+
+    async def workers(self) -> Sequence[WorkerReport]:
+        """The heartbeats of all workers that are alive, by name."""
+
+    async def record_viewers(self, object_ids: Sequence[ObjectId]) -> None:
+        """Clients read these objects, or wait for them, at this moment. Remembered for VIEWER_MEMORY seconds."""
+
+    async def last_viewed(self, object_ids: Sequence[ObjectId]) -> Sequence[float | None]:
+        """Seconds since each object was last reported by `record_viewers`. None: not remembered."""
+
+
 class OperatorStore(Protocol):
     """The operator's part of every state store: state that all processes apply, and work that one of them does.
 
@@ -396,7 +442,7 @@ class OperatorStore(Protocol):
         """
 
 
-class StateStore(OperatorStore, EvictorStore, Protocol):
+class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
     """One instance per process. `open` it before use, `close` it at the end. See the module docstring."""
 
     async def open(self) -> None:
@@ -437,7 +483,7 @@ class StateStore(OperatorStore, EvictorStore, Protocol):
         PARKED."""
 
     async def usage(self) -> Usage:
-        """`fetches` counts the live leases."""
+        """`fetches` counts the live leases, `queued` the queue marks that have not expired."""
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
         """Append one batch, as one entry, to the access log, which is bounded."""
@@ -473,8 +519,17 @@ class StateStore(OperatorStore, EvictorStore, Protocol):
     async def release(self, lease: Lease) -> None:
         """Release lease and reservation. Only after the partial file was removed."""
 
-    async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
+    async def record_failure(
+        self,
+        object_id: ObjectId,
+        reason: str,
+        seconds: float,
+        cause: FailureCause = FailureCause.OTHER,
+    ) -> None:
         """Refuse claims of the object for `seconds` from now. Announces FETCH_CHANGED."""
+
+    async def refute_failure(self, object_id: ObjectId, cause: FailureCause) -> bool:
+        """Forget the object's failure if it has this cause: it can be claimed again. Returns whether it was dropped."""
 
     async def request_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
         """Ask the evictor for room for one object. The request expires after `seconds`. Announces SPACE_REQUESTED."""

@@ -83,8 +83,14 @@ class PublicApi(SettingsGroup):
     follow_growing_files: bool = True
     """Serve objects from their partial file while they are fetched. Turn this off if the volume is NFS shared by
     several hosts: pending requests are then proxied."""
+    far_range_wait: Seconds = 0.5
+    """A range of a pending object is proxied if its first byte is expected later than in so many seconds, at the rate
+    at which the object was fetched lately."""
     far_range_distance: Size = Field(default=4 * 1024**2)
-    """A range of a pending object is proxied if it begins more than so many bytes after what is on disk."""
+    """It is proxied at any rate if it begins more than so many bytes after what is on disk."""
+    stalled_fetch_wait: Seconds = 2.0
+    """Seconds without a new byte of a fetch after which responses that follow it continue from a source, until the
+    fetch has caught up."""
     max_proxied: int = Field(default=200, ge=1)
     """Responses proxied at once by one process. Further requests get 503 with Retry-After."""
     accel_redirect_prefix: str = Field(default="", pattern=r"^(/[A-Za-z0-9_-]+)*$")
@@ -214,8 +220,10 @@ class SourceSettings(SettingsGroup):
 class FetchSettings(SettingsGroup):
     """How fetchers download objects."""
 
-    concurrency: int = Field(default=8, ge=1, le=256)
+    concurrency: int = Field(default=32, ge=1, le=256)
     """Objects that one fetcher process downloads at once."""
+    concurrency_per_source: int = Field(default=8, ge=1, le=256)
+    """Of these, objects that it downloads from one source at once. Further jobs wait, or use other sources."""
     connect_timeout: Seconds = 3.0
     """Seconds to connect to a source."""
     first_byte_timeout: Seconds = 5.0

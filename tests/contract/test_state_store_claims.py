@@ -9,6 +9,7 @@ import pytest
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import (
+    FailureCause,
     FetchPhase,
     Granted,
 )
@@ -71,6 +72,24 @@ class TestClaim:
         assert claim.status.failure is not None
         assert claim.status.failure.reason == "every source failed: é"
         assert 50 < claim.status.failure.seconds_left <= 60
+
+    async def test_evidence_ends_a_failure_of_its_cause_alone(self, harness: Harness) -> None:
+        await harness.store.record_failure(ONE, "none\tanswers", 60, FailureCause.SOURCES)
+        failure = (await harness.other.find(ONE)).failure
+        assert failure is not None
+        assert (failure.reason, failure.cause) == ("none\tanswers", FailureCause.SOURCES)
+        assert not await harness.other.refute_failure(ONE, FailureCause.CORRUPT)
+        assert not (await harness.store.claim(ONE, "api-1")).won
+        assert await harness.other.refute_failure(ONE, FailureCause.SOURCES)
+        assert not await harness.other.refute_failure(ONE, FailureCause.SOURCES)
+        assert (await harness.store.claim(ONE, "api-1")).won
+
+    async def test_a_failure_without_a_cause_is_one_of_another_kind(self, harness: Harness) -> None:
+        await harness.store.record_failure(ONE, "no space", 60)
+        failure = (await harness.other.find(ONE)).failure
+        assert failure is not None
+        assert failure.cause is FailureCause.OTHER
+        assert not await harness.other.refute_failure(ONE, FailureCause.SOURCES)
 
     async def test_failures_are_forgotten_in_time(self, harness: Harness) -> None:
         await harness.store.record_failure(ONE, "refused", 0.1)

@@ -33,7 +33,7 @@ from distributor_node.shared.domain.objects import (
     StoredRecord,
 )
 from distributor_node.shared.ports.catalog import CatalogStatus
-from distributor_node.shared.ports.state_store import Granted, Lease, StateStore
+from distributor_node.shared.ports.state_store import Granted, Lease, StateStore, WorkerReport
 from distributor_node.shared.settings.model import Settings
 from tests.end_to_end.client import Answer, get
 
@@ -222,11 +222,12 @@ async def assets_harness(
     log_hits: bool = False,
     store: StateStore | None = None,
     admission: Mapping[str, Any] | None = None,
+    workers: int = 1,
     clock: Callable[[], float] = time.time,
     **public_api: Any,
 ) -> AsyncIterator[AssetsHarness]:
     """A running API. `state_down`: its Redis is not there; `queue_down`: its queue takes no job; `store`: another one
-    than usual; `clock`: of views."""
+    than usual; `workers`: fetchers that have reported, with 8 free slots each; `clock`: of views."""
     settings = Settings(
         metrics={"host": "127.0.0.1", "port": 0},
         catalog={"manifest": root / "unused.yaml"},
@@ -258,6 +259,8 @@ async def assets_harness(
             term = await state.lead("evictor", 600)
             assert term is not None
             await state.set_reconciled(term)
+            for number in range(1, workers + 1):
+                await state.report_worker(WorkerReport(f"worker-{number}", 8, 0, 0, 0.0), 3600)
         context = make_context(
             settings, volume, state, queue, catalog, FailoverReader(client, SourceHealthRegistry())
         )

@@ -17,6 +17,7 @@ from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.operator_state import OperatorState
 from distributor_node.shared.observability.probe_server import Readiness
+from distributor_node.shared.ports.state_store import WorkerReport
 from distributor_node.shared.runtime.identity import VERSION
 from tests.servers.api_fixture import FakeAssets, running_api
 
@@ -311,6 +312,7 @@ async def test_status_and_buckets(tmp_path: Path) -> None:
         fields = json.loads(split(await api.get("/api/v1/status"))[2])
         assert json.loads(split(await api.get("/api/v1/buckets"))[2]) == {"allByWorkerId": 4}
     assert (fields["id"], fields["workerId"], fields["objectsInCache"]) == ("test-node", 4, 0)
+    assert (fields["downloadsQueued"], fields["workersAlive"]) == (0, 0)
     assert (fields["version"], fields["nodeEnv"]) == (VERSION, "production")
     assert set(fields["queryNodeStatus"]) == {"url", "chainHead", "blocksProcessed", "packageVersion"}
     async with running_api(tmp_path, FakeAssets()) as api:
@@ -321,10 +323,22 @@ async def test_status_and_buckets(tmp_path: Path) -> None:
 async def test_status_without_the_state_store(tmp_path: Path) -> None:
     async with running_api(tmp_path, FakeAssets()) as api:
         state: Any = api.context.state
-        state.usage = state.ping = _unavailable  # the far end is gone
+        state.usage = state.ping = state.problems = _unavailable  # the far end is gone
         assert split(await api.get("/api/v1/status"))[0] == 200
         readiness = await HealthChecks(api.context, UsageReader(api.context), lambda: True).readiness()
-    assert readiness == Readiness(problems=(), degraded=("state store: unavailable",))
+    assert readiness.problems == ()
+    assert "state store: unavailable" in readiness.degraded
+
+
+async def test_readiness_and_status_name_the_workers(tmp_path: Path) -> None:
+    async with running_api(tmp_path, FakeAssets()) as api:
+        checks = HealthChecks(api.context, UsageReader(api.context), lambda: True)
+        await api.context.fetch_capacity.refresh()
+        assert await checks.readiness() == Readiness(problems=(), degraded=("fetchers: none alive",))
+        await api.context.state.report_worker(WorkerReport("worker-1", 8, 0, 0, 0.0), 60)
+        await api.context.fetch_capacity.refresh()
+        assert await checks.readiness() == Readiness(problems=(), degraded=())
+        assert json.loads(split(await api.get("/api/v1/status"))[2])["workersAlive"] == 1
 
 
 async def _unavailable() -> None:

@@ -12,8 +12,9 @@ from prometheus_client import REGISTRY
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.shared.domain.objects import Assignment, DistributionBucket, ObjectId
-from distributor_node.shared.ports.state_store import FetchPhase
+from distributor_node.shared.ports.state_store import FailureCause, FetchPhase
 from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness
+from tests.waiting import eventually
 
 SIZE = MIB + 7
 
@@ -239,6 +240,48 @@ async def test_a_remembered_failure_is_proxied(harness: AssetsHarness) -> None:
     answer = await harness.get("1")
     assert (answer.body, answer.headers["x-data-source"]) == (harness.data["1"], "external")
     assert await harness.jobs() == 0
+
+
+async def test_a_source_that_sends_an_object_ends_its_failure(harness: AssetsHarness) -> None:
+    """Its only source was down for a moment when it was asked for first."""
+    await harness.context.state.record_failure(ObjectId("1"), "unreachable", 600, FailureCause.SOURCES)
+    assert (await harness.get("1", {"Range": "bytes=0-99"})).headers["x-data-source"] == "external"
+    assert await harness.jobs() == 0
+
+    async def can_be_claimed() -> bool:
+        return (await harness.context.state.find(ObjectId("1"))).failure is None
+
+    await eventually(can_be_claimed)
+    await harness.get("1", {"Range": "bytes=0-99"})
+    await eventually(harness.has_job)
+
+
+async def test_an_object_that_fails_again_is_not_fetched_for_every_request(harness: AssetsHarness) -> None:
+    state = harness.context.state
+    await state.record_failure(ObjectId("1"), "cut", 600, FailureCause.SOURCES)
+    await harness.get("1", {"Range": "bytes=0-99"})
+
+    async def can_be_claimed() -> bool:
+        return (await state.find(ObjectId("1"))).failure is None
+
+    await eventually(can_be_claimed)
+    await state.record_failure(ObjectId("1"), "cut", 600, FailureCause.SOURCES)
+    for _ in range(5):
+        await harness.get("1", {"Range": "bytes=0-99"})
+    assert not await can_be_claimed()
+
+
+async def test_only_the_right_bytes_end_a_failure_by_wrong_ones(harness: AssetsHarness) -> None:
+    state = harness.context.state
+
+    async def can_be_claimed() -> bool:
+        return (await state.find(ObjectId("1"))).failure is None
+
+    await state.record_failure(ObjectId("1"), "corrupt", 600, FailureCause.CORRUPT)
+    await harness.get("1", {"Range": "bytes=0-99"})
+    assert not await can_be_claimed()
+    assert (await harness.get("1")).body == harness.data["1"]
+    await eventually(can_be_claimed)
 
 
 async def test_without_a_state_store_misses_are_proxied(tmp_path: Path) -> None:

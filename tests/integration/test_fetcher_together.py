@@ -17,7 +17,7 @@ from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.jobs import Ack, DeadLetter, JobOutcome, Requeue, Retry, RetryPlan
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
-from distributor_node.shared.ports.state_store import FetchPhase, Granted, IndexEntry, Topic
+from distributor_node.shared.ports.state_store import FailureCause, FetchPhase, Granted, IndexEntry, Topic
 from tests.integration.fetcher_harness import LIMIT, OBJECT_ID, Harness, fetcher_harness
 from tests.mounting import small_file_system
 from tests.waiting import eventually
@@ -202,6 +202,7 @@ async def test_a_dead_lettered_job_frees_its_space_and_its_failure_is_remembered
     assert object_status.fetch is None
     assert object_status.failure is not None
     assert object_status.failure.reason.startswith("all sources failed")
+    assert object_status.failure.cause is FailureCause.SOURCES
     assert harness.partial_size() is None
     assert (await harness.state.usage()).reserved == 0
 

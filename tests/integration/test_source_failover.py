@@ -391,3 +391,40 @@ async def test_that_an_object_is_empty_is_confirmed_by_a_source(harness: Harness
     assert failure.value.contradicts_size
     put(harness, origin_object("7", b""))
     assert (await harness.read(size=0, sources=harness.sources[:1], hashed=False))[0] == b""
+
+
+class TestRates:
+    """Two sources that send the object right, at different rates."""
+
+    async def test_a_slow_source_is_replaced_at_the_same_byte(self, harness: Harness) -> None:
+        """At its own rate it would take more than a minute."""
+        harness.nodes[0].faults.add(Fault(bytes_per_second=1_500))
+        received, given = await harness.read(sources=harness.sources[:2])
+        assert received == DATA
+        assert given == harness.sources[:2]
+        [request] = harness.nodes[1].requests
+        assert request.range is not None
+        assert not request.range.startswith("bytes=0-")
+        # The next object is asked of the other one first.
+        received, given = await harness.read(sources=harness.sources[:2])
+        assert given == [harness.sources[1]]
+
+    async def test_where_all_are_slow_each_has_two_turns_at_most(self, harness: Harness) -> None:
+        for node in harness.nodes[:2]:
+            node.faults.add(Fault(bytes_per_second=12_000))
+        received, given = await harness.read(sources=harness.sources[:2])
+        assert received == DATA
+        assert len(given) <= 4
+
+    async def test_a_slow_source_is_asked_again_when_the_fast_one_fails(self, harness: Harness) -> None:
+        harness.nodes[0].faults.add(Fault(bytes_per_second=8_000))
+        harness.nodes[1].faults.add(Fault(cut_after=10_000))
+        received, given = await harness.read(sources=harness.sources[:2])
+        assert received == DATA
+        assert given[:2] == harness.sources[:2]
+
+    async def test_a_single_source_is_left_alone(self, harness: Harness) -> None:
+        harness.nodes[0].faults.add(Fault(bytes_per_second=20_000))
+        received, given = await harness.read(sources=harness.sources[:1])
+        assert (received, given) == (DATA, harness.sources[:1])
+        assert len(harness.nodes[0].requests) == 1

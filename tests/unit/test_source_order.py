@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta, order
-from distributor_node.shared.ports.source_stats import SharedSources
+from distributor_node.shared.domain.source_order import RateSampler, SourceHealth, SourceStatsDelta, order
+from distributor_node.shared.ports.source_stats import CorruptedCopy, SharedSources
 
 A, B, C = "http://a/1", "http://b:81/1", "https://c/1"
 
@@ -143,6 +143,43 @@ def test_a_corrupt_copy_is_skipped_for_its_object_only() -> None:
     assert registry.best_first([A, B], ObjectId("1")) == (A, B)
 
 
+def test_the_only_copy_is_asked_again_after_seconds_that_double() -> None:
+    now, one = 10.0, ObjectId("1")
+    registry = SourceHealthRegistry(clock=lambda: now, corrupted_memory=600.0)
+    waited = []
+    for _ in range(9):
+        registry.record_corrupted(one, A)
+        assert registry.best_first([A], one) == ()
+        assert registry.best_first([A, B], one) == (B,), "another copy is preferred"
+        began = now
+        while not registry.best_first([A], one):
+            now += 0.5
+        waited.append(now - began)
+        assert registry.best_first([A, B], one) == (B,) or now - began >= 600
+    assert waited == [5, 10, 20, 40, 80, 160, 320, 600, 5], "after a whole memory the count begins again"
+
+
+def test_another_process_learns_of_the_only_copy_and_counts_its_failures() -> None:
+    now, one = 10.0, ObjectId("1")
+    registry = SourceHealthRegistry(clock=lambda: now, corrupted_memory=600.0)
+
+    def share(seconds_left: float) -> None:
+        registry.merge(SharedSources({}, (CorruptedCopy(one, "a", seconds_left),)))
+
+    share(600)
+    assert registry.best_first([A], one) == ()
+    now += 5
+    share(595)
+    assert registry.best_first([A], one) == (A,)
+    share(600)  # another process has asked, and got wrong bytes once more
+    now += 5
+    share(595)
+    assert registry.best_first([A], one) == ()
+    now += 5
+    share(590)
+    assert registry.best_first([A], one) == (A,)
+
+
 def test_unflushed_accesses_are_kept_in_order() -> None:
     registry = SourceHealthRegistry(clock=lambda: 0.0)
     registry.record_first_byte(A, 0.1)
@@ -189,3 +226,63 @@ def test_the_registry_averages_first_byte_times() -> None:
     for _ in range(30):
         registry.record_first_byte(B, 3.0)
     assert registry.best_first([B, A]) == (A, B)
+
+
+class TestRateSampler:
+    @staticmethod
+    def outpaced_after(rate: int, best_other: float, left: int = 10**9, step: float = 0.1) -> float | None:
+        """Seconds until the source counts as outpaced; None: never in a minute."""
+        sampler = RateSampler()
+        for number in range(1, round(60 / step) + 1):
+            sample = sampler.add(step, round(rate * step))
+            if sample is not None and sampler.is_outpaced(sample, best_other, left):
+                return number * step
+        return None
+
+    def test_below_half_of_the_best_other_rate_for_three_seconds(self) -> None:
+        after = self.outpaced_after(9_000, 1_000_000)
+        assert after is not None
+        assert 3.0 <= after <= 4.5
+
+    def test_half_of_it_is_enough(self) -> None:
+        assert self.outpaced_after(500_000, 999_000) is None
+        assert self.outpaced_after(9_000, 0.0) is None
+
+    def test_a_download_that_ends_soon_is_left_alone(self) -> None:
+        assert self.outpaced_after(9_000, 1_000_000, left=20_000) is None
+
+    def test_a_slow_moment_is_forgiven(self) -> None:
+        sampler = RateSampler()
+        found = []
+        for rate in (9_000, 9_000, 900_000) * 5:
+            sample = sampler.add(1.0, rate)
+            assert sample == rate
+            found.append(sampler.is_outpaced(sample, 1_000_000, 10**9))
+        assert not any(found)
+
+    def test_waiting_alone_counts(self) -> None:
+        sampler = RateSampler()
+        assert sampler.add(0.0, 10_000_000) is None
+        assert sampler.mean == 10_000_000 / 0.05
+
+    def test_few_bytes_tell_nothing(self) -> None:
+        sampler = RateSampler()
+        sampler.add(0.5, 1_000)
+        assert sampler.mean is None
+
+
+def test_rates_rank_sources_while_they_are_recent() -> None:
+    now = 10.0
+    registry = SourceHealthRegistry(clock=lambda: now)
+    assert registry.best_first([A, B]) == (A, B)
+    registry.record_rate(A, 9_000)
+    assert registry.best_first([A, B]) == (B, A), "one of unknown rate is worth a try"
+    registry.record_rate(B, 15_000)
+    assert registry.best_first([A, B]) == (A, B), "less than twice as fast"
+    for _ in range(5):
+        registry.record_rate(B, 1_000_000)
+    assert registry.best_first([A, B]) == (B, A)
+    registry.record_failure(B)
+    assert registry.best_first([A, B]) == (A, B), "fast ones that fail come last"
+    now += 120
+    assert registry.rate_of(A) is None

@@ -177,8 +177,20 @@ def is_cacheable(size: int | None, largest_cached_size: int) -> bool:
 
 
 def is_far(first: int, on_disk: int, far_distance: int) -> bool:
-    """Whether byte `first` is too far ahead to wait for. A player may request the end of an MP4 first."""
+    """Whether byte `first` is too far ahead to wait for, at any rate. Players request the end of an MP4 first."""
     return first > on_disk + far_distance
+
+
+def bytes_missing(span: Span, on_disk: int) -> int:
+    """Return how many bytes a partial file must grow by before the first byte of a range ahead of it can be sent.
+
+    0 for a range that begins within what is on disk: it is not ahead. The object's last bytes need all before them.
+    """
+    if span.first <= on_disk:
+        return 0
+    if span.size is not None and span.reaches_end and span.first >= span.size - UNVERIFIED_TAIL_BYTES:
+        return span.size - on_disk
+    return span.first + 1 - on_disk
 
 
 def sendable_end(span: Span, on_disk: int, *, verified: bool) -> int:

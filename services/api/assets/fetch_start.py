@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine
+from math import inf
+from typing import Any
 
 import structlog
 
@@ -19,7 +22,17 @@ from distributor_node.shared.domain.errors import (
 from distributor_node.shared.domain.jobs import FetchJob
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.ports.job_queue import JobQueue
-from distributor_node.shared.ports.state_store import Claim, ObjectStatus, StateStore
+from distributor_node.shared.ports.state_store import (
+    Claim,
+    Failure,
+    FailureCause,
+    ObjectStatus,
+    StateStore,
+)
+
+REFUTATION_INTERVAL = 5.0
+"""Seconds between two refutations for one object: a source may send ranges, and fail at the whole object again."""
+_MAX_REFUTED = 1_000
 
 logger = structlog.get_logger()
 
@@ -73,6 +86,7 @@ class FetchStarter:
         self._queue = queue
         self._claimant = claimant
         self._tasks: set[asyncio.Task[None]] = set()
+        self._refuted_at: OrderedDict[ObjectId, float] = OrderedDict()
 
     async def start(self, media_object: MediaObject, request_id: str) -> tuple[Claim | None, PendingStart]:
         """Claim the object. If the claim is won, publish its job in the background.
@@ -80,10 +94,38 @@ class FetchStarter:
         The claim is None if the state store is unavailable.
         """
         start = PendingStart()
-        task = asyncio.create_task(self._claim_and_publish(media_object, request_id, start))
+        self._run(self._claim_and_publish(media_object, request_id, start))
+        return await asyncio.shield(start.claim), start
+
+    def refute(self, object_id: ObjectId, failure: Failure, *, verified: bool) -> None:
+        """A source has sent bytes of an object whose fetch had failed: let the next request fetch it, if that is
+        evidence against the failure.
+
+        `verified`: they were the whole object, and the right bytes.
+        """
+        refuted = failure.cause is FailureCause.SOURCES or (
+            failure.cause is FailureCause.CORRUPT and verified
+        )
+        now = time.monotonic()
+        if not refuted or now - self._refuted_at.get(object_id, -inf) < REFUTATION_INTERVAL:
+            return
+        self._refuted_at[object_id] = now
+        self._refuted_at.move_to_end(object_id)
+        if len(self._refuted_at) > _MAX_REFUTED:
+            self._refuted_at.popitem(last=False)
+        self._run(self._refute(object_id, failure.cause))
+
+    async def _refute(self, object_id: ObjectId, cause: FailureCause) -> None:
+        try:
+            if await self._state.refute_failure(object_id, cause):
+                logger.info("failure_refuted", object_id=object_id, cause=cause)
+        except StateStoreUnavailable as error:
+            logger.info("failure_not_refuted", object_id=object_id, reason=str(error))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(start.claim), start
 
     async def close(self) -> None:
         """Wait for jobs that are being published. The queue's timeout bounds the wait."""

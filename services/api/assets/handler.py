@@ -42,7 +42,13 @@ from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeE
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.domain.version import NO_VALIDATORS
 from distributor_node.shared.observability.metrics import ADMISSION_REJECTED
-from distributor_node.shared.ports.state_store import Fetch, FetchPhase, ObjectStatus, StateStore
+from distributor_node.shared.ports.state_store import (
+    Failure,
+    Fetch,
+    FetchPhase,
+    ObjectStatus,
+    StateStore,
+)
 from distributor_node.shared.runtime.identity import process_name
 from distributor_node.shared.settings.model import Settings
 
@@ -223,9 +229,15 @@ class MissHandler:
             or not is_cacheable(media_object.size, max_size)
             or not await self._admission.admits(object_id, media_object.size)
         ):
-            await self._pending_responder.proxy(pending)
+            await self._proxy(pending, status.failure if status is not None else None)
             return
         await self._start_fetch(asset_request, pending, media_object)
+
+    async def _proxy(self, pending: PendingRequest, failure: Failure | None) -> None:
+        """Respond from a source. A success may refute the failure of the object's fetch."""
+        verified = await self._pending_responder.proxy(pending)
+        if failure is not None and pending.span.length != 0:
+            self._starter.refute(pending.representation.object_id, failure, verified=verified)
 
     async def _find(self, object_id: ObjectId) -> ObjectStatus | None:
         try:
@@ -253,8 +265,11 @@ class MissHandler:
             await response.send_head(content_head(representation, PENDING, span, None))
             return
         self._context.accesses.record_request(object_id)
+        begun = fetch.phase is FetchPhase.FETCHING
+        if begun:
+            self._context.fetch_capacity.record_begun(object_id)
         await self._pending_responder.respond(
-            PendingRequest(response, representation, span, PENDING, media_object, fetch.source)
+            PendingRequest(response, representation, span, PENDING, media_object, fetch.source, begun)
         )
 
     def _partial_representation(self, object_id: ObjectId) -> Representation | None:
@@ -282,7 +297,7 @@ class MissHandler:
             return
         claim, start = await self._starter.start(media_object, pending.response.request_id)
         if claim is None or (not claim.won and claim.status.failure is not None):
-            await self._pending_responder.proxy(pending)
+            await self._proxy(pending, claim.status.failure if claim is not None else None)
         elif claim.won:
             await self._pending_responder.respond(replace(pending, outcome=MISS), start.publish_failed)
         else:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -15,6 +17,7 @@ from distributor_node.services.api.accesses import AccessCounter, AccessRenewal
 from distributor_node.services.api.assets.decision import (
     Representation,
     Span,
+    bytes_missing,
     is_far,
     may_resume,
     sendable_end,
@@ -31,11 +34,17 @@ from distributor_node.shared.adapters.volume import OpenObject, PartialReader, V
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.version import Comparison
+from distributor_node.shared.observability.metrics import STALLED_FETCHES_BRIDGED, VAIN_WAITS
 from distributor_node.shared.ports.state_store import StateStore
 from distributor_node.shared.waiting import background
 
 _RESUME_GRACE = 5.0
 """Seconds after a dead worker's lease has expired in which another worker is expected to resume the fetch."""
+
+_MAX_BRIDGES = 5
+"""Times that one response continues from a source because its fetch has stalled. Each hashes what was sent."""
+_CATCH_UP_LEAD = 256 * 1024
+"""Bytes that a stalled file must be ahead of a response before the response returns to it."""
 
 logger = structlog.get_logger()
 
@@ -50,6 +59,7 @@ class PendingRequest:
     outcome: CacheOutcome
     media_object: MediaObject | None = None  # None: not looked up yet, the partial file's record was enough
     source: str | None = None  # the source that the fetch uses
+    begun: bool = False  # a worker fetches the object; otherwise its job waits
 
 
 class PendingResponder:
@@ -59,6 +69,7 @@ class PendingResponder:
         self._context = context
         self._hit_responder = hit_responder
         self._proxy = proxy
+        self._rates = FetchRates()
 
     async def respond(self, pending: PendingRequest, publish_failed: asyncio.Event | None = None) -> None:
         """Respond while the object is being fetched. `publish_failed`: set if its job could not be published."""
@@ -68,7 +79,11 @@ class PendingResponder:
                 content_head(representation, pending.outcome, pending.span, "local"), b""
             )
             return
-        publish_failed = publish_failed or asyncio.Event()
+        with self._context.viewers.viewing(representation.object_id):
+            await self._respond(pending, publish_failed or asyncio.Event())
+
+    async def _respond(self, pending: PendingRequest, publish_failed: asyncio.Event) -> None:
+        response, representation = pending.response, pending.representation
         try:
             await self._try_streaming(pending, publish_failed)
         except VolumeError as error:
@@ -78,9 +93,9 @@ class PendingResponder:
         if not response.started:
             await self.proxy(replace(pending, outcome=BYPASS) if publish_failed.is_set() else pending)
 
-    async def proxy(self, pending: PendingRequest) -> None:
-        """Respond from a source."""
-        await self._proxy.respond(await self._proxied_response(pending))
+    async def proxy(self, pending: PendingRequest) -> bool:
+        """Respond from a source. Returns whether all bytes of the object were read and verified."""
+        return await self._proxy.respond(await self._proxied_response(pending))
 
     async def _try_streaming(self, pending: PendingRequest, publish_failed: asyncio.Event) -> None:
         """Respond from the volume if it has, or soon will have, the first byte. Otherwise send nothing."""
@@ -90,8 +105,11 @@ class PendingResponder:
         streamer = self._streamer(pending)
         if is_far(span.first, streamer.on_disk(), settings.far_range_distance):
             return
-        deadline = monotonic() + settings.first_byte_wait
-        while (found := await streamer.wait_for_first_byte(deadline, publish_failed)) is not None:
+        began_at = monotonic()
+        deadline = began_at + settings.first_byte_wait
+        give_up = self._give_up(pending, publish_failed)
+        while (found := await streamer.wait_for_first_byte(deadline, give_up)) is not None:
+            self._context.fetch_capacity.record_begun(pending.representation.object_id)
             with closing(found):
                 if isinstance(found, OpenObject):
                     representation = replace(
@@ -102,13 +120,68 @@ class PendingResponder:
                         found, representation, span, pending.outcome, pending.response
                     )
                     return
-                end = await streamer.stream(pending.response, found, pending.outcome)
-                if end is StreamEnd.FETCH_ENDED:
-                    await self._on_fetch_ended(pending, found)
+                end = await self._stream(pending, streamer, found)
             if end is not StreamEnd.FILE_REPLACED:
                 return
             if pending.response.started:
                 raise AbortResponse("object_gone")
+        waited_in_vain = monotonic() >= deadline and not streamer.has_begun and not pending.begun
+        if waited_in_vain and not publish_failed.is_set():
+            self._context.fetch_capacity.record_vain(pending.representation.object_id, began_at)
+
+    def _give_up(self, pending: PendingRequest, publish_failed: asyncio.Event) -> Callable[[], bool]:
+        """Return the check whether to wait no longer for the fetch to begin."""
+        object_id = pending.representation.object_id
+        sources = pending.media_object.sources if pending.media_object is not None else ()
+        may_wait = False
+
+        def give_up() -> bool:
+            nonlocal may_wait
+            if publish_failed.is_set():
+                return True
+            capacity = self._context.fetch_capacity
+            # A circuit breaker lets single requests wait: the one that was let through is not asked again.
+            reason = None if pending.begun else capacity.vain_reason(object_id, sources, waits=may_wait)
+            may_wait = True
+            if reason is not None:
+                VAIN_WAITS.labels(reason=reason).inc()
+            return reason is not None
+
+        return give_up
+
+    async def _stream(
+        self, pending: PendingRequest, streamer: PartialFileStreamer, reader: PartialReader
+    ) -> StreamEnd:
+        """Send from the file, and from a source while its fetch is stalled."""
+        bridges = 0
+        while True:
+            may_bridge = bridges < _MAX_BRIDGES and self._proxy.has_free_slot
+            max_stall = self._context.settings.public_api.stalled_fetch_wait if may_bridge else inf
+            end = await streamer.stream(pending.response, reader, pending.outcome, max_stall)
+            if end is StreamEnd.FETCH_ENDED:
+                await self._on_fetch_ended(pending, reader)
+            if end is not StreamEnd.STALLED:
+                return end
+            bridges += 1
+            if await self._bridge(pending, streamer, reader):
+                return StreamEnd.DONE
+
+    async def _bridge(
+        self, pending: PendingRequest, streamer: PartialFileStreamer, reader: PartialReader
+    ) -> bool:
+        """Continue from another source than the stalled one until the file has caught up.
+
+        Returns whether everything was sent.
+        """
+        object_id = pending.representation.object_id
+        logger.info("fetch_stalled_while_streaming", object_id=object_id, sent=pending.response.sent)
+        proxied = await self._proxied_response(pending)
+        proxied.avoided = streamer.source or pending.source
+        caught_up = asyncio.Event()
+        async with background(streamer.watch(pending.response, reader, caught_up), "catch-up"):
+            complete = await self._proxy.bridge(proxied, reader, caught_up, streamer.stall_timeout)
+        STALLED_FETCHES_BRIDGED.labels(end="complete" if complete else "caught_up").inc()
+        return complete
 
     async def _on_fetch_ended(self, pending: PendingRequest, reader: PartialReader) -> None:
         response = pending.response
@@ -145,10 +218,15 @@ class PendingResponder:
 
     def _streamer(self, pending: PendingRequest) -> PartialFileStreamer:
         context, object_id = self._context, pending.representation.object_id
-        poller = FetchPoller(object_id, context.state, context.fetch_events)
-        stall_timeout = context.settings.fetch.lease + _RESUME_GRACE
+        poller = FetchPoller(object_id, context.state, context.fetch_events, self._rates)
         return PartialFileStreamer(
-            context.volume, context.accesses, poller, pending.representation, pending.span, stall_timeout
+            context.volume,
+            context.accesses,
+            poller,
+            pending.representation,
+            pending.span,
+            stall_timeout=context.settings.fetch.lease + _RESUME_GRACE,
+            far_range_wait=context.settings.public_api.far_range_wait,
         )
 
 
@@ -168,6 +246,7 @@ class StreamEnd(Enum):
     DONE = auto()  # the whole span was sent
     FILE_REPLACED = auto()  # the bytes sent are no longer those of the file
     FETCH_ENDED = auto()  # no worker writes the file any more
+    STALLED = auto()  # the file has not grown for `max_stall`
 
 
 class PartialFileStreamer:
@@ -180,25 +259,33 @@ class PartialFileStreamer:
         poller: FetchPoller,
         representation: Representation,
         span: Span,
+        *,
         stall_timeout: float,
+        far_range_wait: float,
     ) -> None:
-        """`stall_timeout`: seconds without a new byte after which a fetch counts as dead, whatever its state is."""
+        """Two limits in seconds:
+
+        - `stall_timeout`: without a new byte, after which a fetch counts as dead, whatever its state is.
+        - `far_range_wait`: expected until the first byte of a range ahead, beyond which it is not waited for.
+        """
         self._volume = volume
         self._accesses = accesses
         self._poller = poller
         self._representation = representation
         self._span = span
-        self._stall_timeout = stall_timeout
+        self.stall_timeout = stall_timeout
         self._media_type: str | None = None
+        self._far_range_wait = far_range_wait
+        self.has_begun = False  # a partial file was seen
         self._mismatch_since: float | None = None
 
     async def wait_for_first_byte(
-        self, deadline: float, publish_failed: asyncio.Event
+        self, deadline: float, give_up: Callable[[], bool]
     ) -> OpenObject | PartialReader | None:
         """Wait for a file from which the span's first byte can be sent. The caller closes it.
 
-        Returns None at `deadline` (monotonic seconds), when the fetch ends, or once `publish_failed` is set. Raises
-        VolumeError if the disk fails.
+        Returns None at `deadline` (monotonic seconds), when the fetch ends, or when `give_up` says so while there is no
+        partial file. Raises VolumeError if the disk fails.
         """
         reader: PartialReader | None = None
         returned = False
@@ -215,7 +302,7 @@ class PartialFileStreamer:
                         return self._if_matching(found)
                 else:
                     state = reader.state()
-                    on_disk = state.size
+                    on_disk, self.has_begun = state.size, True
                     ready = sendable_end(self._span, on_disk, verified=state.verified) > self._span.first
                     # Looked at last: a file that was replaced has been unlinked before its sidecar was.
                     if (
@@ -225,8 +312,10 @@ class PartialFileStreamer:
                     ):
                         returned = True
                         return reader
+                    if self._is_far_by_rate(on_disk):
+                        return None
                 remaining = self._limit(deadline) - monotonic()
-                if remaining <= 0 or publish_failed.is_set() or await self._poller.has_ended():
+                if remaining <= 0 or (reader is None and give_up()) or await self._poller.has_ended():
                     return None
                 await self._poller.wait(on_disk, remaining)
         finally:
@@ -239,11 +328,41 @@ class PartialFileStreamer:
         return deadline if since is None else min(deadline, since + MISMATCH_WAIT)
 
     async def stream(
-        self, response: ResponseWriter, reader: PartialReader, outcome: CacheOutcome
+        self,
+        response: ResponseWriter,
+        reader: PartialReader,
+        outcome: CacheOutcome,
+        max_stall: float = inf,
     ) -> StreamEnd:
-        """Send from the file as it grows, until the span is sent, the file is replaced or its fetch ends."""
+        """Send from the file as it grows, until the span is sent, the file is replaced or its fetch ends.
+
+        `max_stall`: seconds without a new byte after which to return STALLED.
+        """
         async with background(self._lock_once_verified(reader), name="lock-once-verified"):
-            return await self._stream(response, reader, outcome)
+            return await self._stream(response, reader, outcome, max_stall)
+
+    async def watch(self, response: ResponseWriter, reader: PartialReader, caught_up: asyncio.Event) -> None:
+        """Set `caught_up` when the file can continue the response, which is being sent from elsewhere.
+
+        Never, if the file was emptied in between: what was sent from it may be wrong.
+        """
+        span, last_size = self._span, 0
+        end = span.first + (span.length or 0)
+        while True:
+            state, position = reader.state(), span.first + response.sent
+            if state.unlinked or state.size < last_size:
+                return
+            last_size = state.size
+            sendable = sendable_end(span, state.size, verified=state.verified)
+            if sendable > position and sendable >= min(position + _CATCH_UP_LEAD, end):
+                caught_up.set()
+                return
+            await self._poller.wait(state.size)
+
+    @property
+    def source(self) -> str | None:
+        """The source that the fetch used when it was last looked up."""
+        return self._poller.source
 
     async def _lock_once_verified(self, reader: PartialReader) -> None:
         """Lock the file against removal as soon as the worker has verified it, before the worker's own lock ends.
@@ -254,7 +373,7 @@ class PartialFileStreamer:
             await self._poller.wait_for_event(LOCK_RETRY_INTERVAL)
 
     async def _stream(
-        self, response: ResponseWriter, reader: PartialReader, outcome: CacheOutcome
+        self, response: ResponseWriter, reader: PartialReader, outcome: CacheOutcome, max_stall: float
     ) -> StreamEnd:
         span, object_id = self._span, self._representation.object_id
         end = span.first + (span.length or 0)
@@ -269,8 +388,10 @@ class PartialFileStreamer:
                 reader.lock_shared()
             sendable = sendable_end(span, state.size, verified=state.verified)
             if sendable <= position:
-                if self._poller.idle > self._stall_timeout or await self._poller.has_ended():
+                if self._poller.idle > self.stall_timeout or await self._poller.has_ended():
                     return StreamEnd.FETCH_ENDED
+                if response.started and self._poller.idle >= max_stall:
+                    return StreamEnd.STALLED
                 await self._poller.wait(state.size)
                 continue
             chunk = await self._read(reader, position, min(CHUNK_BYTES, sendable - position))
@@ -295,6 +416,12 @@ class PartialFileStreamer:
             return await read_chunk(reader.descriptor, offset, length)
         except OSError:
             return memoryview(b"")
+
+    def _is_far_by_rate(self, on_disk: int) -> bool:
+        """Whether the first byte of a range ahead of the file is expected too late."""
+        self._poller.observe(on_disk)
+        missing = bytes_missing(self._span, on_disk)
+        return bool(missing and on_disk) and self._poller.expects_later(missing, self._far_range_wait)
 
     def on_disk(self) -> int:
         """Return the current size of the partial file in bytes, 0 if there is none."""
@@ -345,6 +472,53 @@ class PartialFileStreamer:
         return None
 
 
+# How fast partial files grow, as all requests of this process see them.
+
+_RATE_WINDOW = 3.0
+"""Seconds over which a rate is measured."""
+_RATE_SPACING = 0.05
+_MIN_OBSERVED = 0.25
+"""Seconds of observation that make a rate."""
+_MAX_RATES = 1_000
+
+
+class FetchRates:
+    """The growth of partial files, in bytes a second."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        """`clock`: in seconds."""
+        self._clock = clock
+        self._sizes: OrderedDict[ObjectId, deque[tuple[float, int]]] = OrderedDict()
+
+    def observe(self, object_id: ObjectId, size: int) -> None:
+        """The partial file has `size` bytes now."""
+        now, sizes = self._clock(), self._sizes.get(object_id)
+        if sizes and now - sizes[-1][0] < _RATE_SPACING and size >= sizes[-1][1]:
+            return
+        # Of a fetch that was not observed for a while, or begins again, nothing is known.
+        if sizes is None or size < sizes[-1][1] or now - sizes[-1][0] > _RATE_WINDOW:
+            sizes = self._sizes[object_id] = deque()
+        sizes.append((now, size))
+        while now - sizes[0][0] > _RATE_WINDOW:
+            sizes.popleft()
+        self._sizes.move_to_end(object_id)
+        if len(self._sizes) > _MAX_RATES:
+            self._sizes.popitem(last=False)
+
+    def expects_later(self, object_id: ObjectId, more: int, seconds: float) -> bool:
+        """Whether, at the rate of the last seconds, the file will grow by `more` bytes later than in `seconds`.
+
+        False while the file was not observed for long enough to tell.
+        """
+        sizes = self._sizes.get(object_id)
+        if not sizes or self._clock() - sizes[-1][0] > _RATE_WINDOW:
+            return False
+        observed, grown = sizes[-1][0] - sizes[0][0], sizes[-1][1] - sizes[0][1]
+        # A file that has not grown at all may have been observed between two writes.
+        enough = _MIN_OBSERVED if grown else max(_MIN_OBSERVED, seconds)
+        return observed >= enough and more * observed > grown * seconds
+
+
 # Waiting for bytes of a fetch: events, polls, and the check whether the fetch has ended.
 
 MIN_POLL_INTERVAL, MAX_POLL_INTERVAL, MAX_IDLE_POLL_INTERVAL = 0.005, 0.025, 0.1
@@ -356,7 +530,15 @@ STATE_CHECK_INTERVAL = 2.0
 class FetchPoller:
     """Paces one request that waits for bytes. Its polls are short while bytes arrive, and longer otherwise."""
 
-    def __init__(self, object_id: ObjectId, state: StateStore, fetch_events: FetchEvents) -> None:
+    def __init__(
+        self,
+        object_id: ObjectId,
+        state: StateStore,
+        fetch_events: FetchEvents,
+        rates: FetchRates | None = None,
+    ) -> None:
+        """`rates`: of all fetches that this process sees."""
+        self._rates = rates or FetchRates()
         self._object_id = object_id
         self._state = state
         self._fetch_events = fetch_events
@@ -364,6 +546,7 @@ class FetchPoller:
         self._last_size = -1
         self._last_progress = self._last_check = monotonic()
         self._ended = False
+        self.source: str | None = None  # the source of the fetch when it was last looked up
 
     @property
     def idle(self) -> float:
@@ -372,9 +555,14 @@ class FetchPoller:
 
     def observe(self, size: int) -> None:
         """Note the number of bytes on disk."""
+        self._rates.observe(self._object_id, size)
         if size != self._last_size:
             self._last_size, self._interval, self._last_progress = size, MIN_POLL_INTERVAL, monotonic()
             self._ended = False
+
+    def expects_later(self, more: int, seconds: float) -> bool:
+        """Whether so many more bytes are expected later than in `seconds`."""
+        return self._rates.expects_later(self._object_id, more, seconds)
 
     async def wait(self, size: int, max_seconds: float = MAX_IDLE_POLL_INTERVAL) -> None:
         """Wait for the poll interval, or until an event of the fetch. `size`: bytes on disk now."""
@@ -402,6 +590,8 @@ class FetchPoller:
             object_status = await self._state.find(self._object_id)
         except StateStoreUnavailable:
             return False
+        if object_status.fetch is not None:
+            self.source = object_status.fetch.source or self.source
         if object_status.failure is not None:
             return True
         ended_before, self._ended = self._ended, not may_resume(object_status)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 
 import structlog
 
@@ -15,15 +16,17 @@ from distributor_node.services.api.assets.headers import CacheOutcome, content_h
 from distributor_node.services.api.assets.response import ResponseWriter
 from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
 from distributor_node.shared.adapters.sources import SourceResponse
-from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.failover import Chunk, FailoverReader
 from distributor_node.shared.adapters.sources.validation import MAX_SKIP
 from distributor_node.shared.adapters.volume import PartialReader
 from distributor_node.shared.domain.errors import AllSourcesFailed, VolumeError
-from distributor_node.shared.domain.objects import ContentHash, MediaObject, source_name
+from distributor_node.shared.domain.objects import ContentHash, Hasher, MediaObject, source_name
 from distributor_node.shared.observability.metrics import PROXIED_IN_PROGRESS, SOURCE_FAILURES, source_label
 from distributor_node.shared.settings.model import PublicApi
+from distributor_node.shared.waiting import background, wait_event
 
 _HASH_CHUNK = 1024 * 1024
+_SOURCE_FAILED = "source_failed"
 
 logger = structlog.get_logger()
 
@@ -54,6 +57,8 @@ class ProxiedResponse:
     contributors: set[str] = field(default_factory=set)  # sources whose bytes have passed
     media_type: str | None = None  # as stated by the first source that responded
     deadline: asyncio.Timeout | None = None  # for the first byte
+    avoided: str | None = None  # the source to try last
+    sent_hash: Hasher | None = None  # of the bytes sent from sources, if they are to be compared
 
     def on_source_response(self, url: str, response: SourceResponse) -> None:
         """Take the media type and the size from a source's response, if the catalog does not state them."""
@@ -67,6 +72,8 @@ class ProxiedResponse:
     async def emit(self, chunks: Iterable[bytes | memoryview]) -> None:
         """Send chunks to the client, after the head if it has not been sent."""
         for chunk in chunks:
+            if self.sent_hash is not None:
+                self.sent_hash.update(chunk)
             if self.response.started:
                 await self.response.send(chunk, "external")
             else:
@@ -77,6 +84,11 @@ class ProxiedResponse:
         if not self.response.started:
             await self._start(b"")
         await self.response.finish()
+
+    @property
+    def position(self) -> int:
+        """The offset in the object of the next byte to send."""
+        return self.span.first + self.response.sent
 
     async def _start(self, chunk: bytes | memoryview) -> None:
         if self.deadline is not None:
@@ -94,27 +106,29 @@ class Proxy:
         self._first_byte_wait = settings.proxied_first_byte_wait
         self._max_prefix = min(settings.far_range_distance, MAX_SKIP)
 
-    async def respond(self, proxied: ProxiedResponse) -> None:
+    async def respond(self, proxied: ProxiedResponse) -> bool:
         """Respond from a source. The first byte must come within `proxied_first_byte_wait`, over all sources.
+
+        Returns whether all bytes of the object were read and verified.
 
         Raises HttpError 502, 503 (too many proxied responses) or 504 while nothing has been sent, AbortResponse later.
         """
         with self._slot(started=False):
             try:
                 async with asyncio.timeout(self._first_byte_wait) as proxied.deadline:
-                    await self._respond_verified(proxied)
+                    return await self._respond_verified(proxied)
             except TimeoutError as error:
                 if proxied.deadline is None or not proxied.deadline.expired():
                     raise
                 raise _too_slow() from error
 
-    async def _respond_verified(self, proxied: ProxiedResponse) -> None:
+    async def _respond_verified(self, proxied: ProxiedResponse) -> bool:
         sources = sorted(proxied.media_object.sources, key=lambda url: url != proxied.preferred)
         while True:
             buffer = self._verifying_buffer(proxied.media_object, proxied.span)
             first = proxied.span.first if buffer is None else 0
             if await self._attempt(proxied, sources, buffer, first):
-                return
+                return buffer is not None
             # Nothing has been sent yet: another source may hold the correct bytes.
             sources = [url for url in sources if url not in proxied.contributors]
             if not sources or not proxied.contributors:
@@ -137,23 +151,74 @@ class Proxy:
         on failure.
         """
         with self._slot(started=True):
-            media_object, span = proxied.media_object, proxied.span
-            position = span.first + proxied.response.sent
-            buffer = None
-            if span.reaches_end and media_object.content_hash is not None:
-                buffer = VerifyingBuffer(media_object.content_hash, media_object.size)
-                try:
-                    await asyncio.to_thread(_hash_file, reader, position, buffer)
-                except (OSError, VolumeError) as error:
-                    raise AbortResponse("object_unreadable") from error
-                if reader.state().unlinked:
-                    raise AbortResponse("object_gone")
-            await self._attempt(proxied, media_object.sources, buffer, position)
+            buffer = await self._resumed_buffer(proxied, reader)
+            await self._attempt(proxied, proxied.media_object.sources, buffer, proxied.position)
+
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether another response can be proxied."""
+        return self._free_slots > 0
+
+    async def bridge(
+        self, proxied: ProxiedResponse, reader: PartialReader, caught_up: asyncio.Event, patience: float
+    ) -> bool:
+        """Continue a response from a source while its partial file does not grow.
+
+        Returns True when the response is complete, False once `caught_up` is set: the file has the bytes that were sent
+        from sources, and the same ones. If the sources fail, the file has `patience` seconds to catch up. Raises
+        AbortResponse on failure.
+        """
+        first = proxied.position
+        with self._slot(started=True):
+            buffer = await self._resumed_buffer(proxied, reader)
+            proxied.sent_hash = sha256()
+            try:
+                await self._attempt(proxied, proxied.media_object.sources, buffer, first, caught_up)
+                return True
+            except _FileCaughtUp:
+                pass
+            except AbortResponse as abort:
+                if abort.reason != _SOURCE_FAILED or not await wait_event(caught_up, patience):
+                    raise
+            sent_hash, proxied.sent_hash = proxied.sent_hash, None
+            try:
+                on_disk = await asyncio.to_thread(_hash_range, reader, first, proxied.position)
+            except (OSError, VolumeError) as error:
+                raise AbortResponse("object_unreadable") from error
+            if on_disk != sent_hash.digest():
+                # The file may be the wrong one: it is not verified yet.
+                self._report_corruption(proxied, resumed=True)
+                raise AbortResponse("verification_failed")
+            return False
+
+    async def _resumed_buffer(
+        self, proxied: ProxiedResponse, reader: PartialReader
+    ) -> VerifyingBuffer | None:
+        """Return a buffer that has hashed the bytes on disk which were sent; None if the rest needs no verification."""
+        content_hash = proxied.media_object.content_hash
+        if content_hash is None or not proxied.span.reaches_end:
+            return None
+        buffer = VerifyingBuffer(content_hash, proxied.media_object.size)
+        try:
+            await asyncio.to_thread(_hash_file, reader, proxied.position, buffer)
+        except (OSError, VolumeError) as error:
+            raise AbortResponse("object_unreadable") from error
+        if reader.state().unlinked:
+            raise AbortResponse("object_gone")
+        return buffer
 
     async def _attempt(
-        self, proxied: ProxiedResponse, sources: Sequence[str], buffer: VerifyingBuffer | None, first: int
+        self,
+        proxied: ProxiedResponse,
+        sources: Sequence[str],
+        buffer: VerifyingBuffer | None,
+        first: int,
+        caught_up: asyncio.Event | None = None,
     ) -> bool:
-        """Send everything. Returns False if the bytes were corrupt and nothing has been sent to the client."""
+        """Send everything. Returns False if the bytes were corrupt and nothing has been sent to the client.
+
+        Raises _FileCaughtUp once `caught_up` is set.
+        """
         last = proxied.span.last
         version = proxied.representation.version
         wanted = replace(proxied.media_object, validators=version.validators)
@@ -167,9 +232,10 @@ class Proxy:
                     sources,
                     proxied.on_source_response,
                     must_match=must_match or proxied.response.started,
+                    preference=lambda url: url == proxied.avoided,
                 )
             ) as chunks:
-                async for chunk in chunks:
+                async for chunk in chunks if caught_up is None else _take_until(chunks, caught_up):
                     proxied.contributors.add(chunk.source)
                     await proxied.emit(buffer.feed(chunk.data) if buffer else (chunk.data,))
         except AllSourcesFailed as error:
@@ -230,9 +296,44 @@ def _hash_file(reader: PartialReader, end: int, buffer: VerifyingBuffer) -> None
         position += len(data)
 
 
+def _hash_range(reader: PartialReader, first: int, end: int) -> bytes:
+    """Return the SHA-256 of bytes `first` to `end` (exclusive) on disk. Raises OSError, or VolumeError."""
+    hasher = sha256()
+    while first < end:
+        data = reader.read(first, min(_HASH_CHUNK, end - first))
+        if not data:
+            raise VolumeError(f"partial file of {reader.object_id}: expected {end} bytes, got {first}")
+        hasher.update(data)
+        first += len(data)
+    return hasher.digest()
+
+
+class _FileCaughtUp(Exception):
+    """The partial file can continue the response."""
+
+
+async def _take_until(chunks: AsyncGenerator[Chunk], stop: asyncio.Event) -> AsyncGenerator[Chunk]:
+    """Yield the chunks. Raises _FileCaughtUp once `stop` is set, also while a chunk is awaited."""
+    async with background(stop.wait(), "file-caught-up") as stopped:
+        while not stop.is_set():
+            async with background(_next_chunk(chunks), "next-chunk") as arriving:
+                await asyncio.wait({arriving, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if not arriving.done():
+                    break
+                chunk = arriving.result()
+            if chunk is None:
+                return
+            yield chunk
+    raise _FileCaughtUp
+
+
+async def _next_chunk(chunks: AsyncGenerator[Chunk]) -> Chunk | None:
+    return await anext(chunks, None)
+
+
 def _source_failure(error: AllSourcesFailed, response: ResponseWriter) -> HttpError | AbortResponse:
     if response.started:
-        return AbortResponse("source_failed")
+        return AbortResponse(_SOURCE_FAILED)
     if error.too_slow:
         return _too_slow()
     return HttpError(502, "No source could deliver the object", "sources_failed")

@@ -16,6 +16,7 @@ from distributor_node.shared.adapters.sources.validation import Expected
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     SourceError,
+    SourceOutpaced,
     SourceRefused,
     SourceTooSlow,
     SourceUnreachable,
@@ -24,6 +25,7 @@ from distributor_node.shared.domain.errors import (
 )
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, source_name
 from distributor_node.shared.domain.ranges import ByteRange
+from distributor_node.shared.domain.source_order import RateSampler
 from distributor_node.shared.domain.version import Version
 
 OnSource = Callable[[str, SourceResponse], None]
@@ -62,8 +64,11 @@ class FailoverReader:
         on_source: OnSource | None = None,
         *,
         must_match: bool = False,
+        preference: Callable[[str], bool] | None = None,
     ) -> AsyncGenerator[Chunk]:
         """Yield bytes `first` to `last` (inclusive; None: to the end) in order, without gap or overlap.
+
+        `preference`: of the URLs that are asked at all, those for which it is false come first.
 
         Close the generator (`contextlib.aclosing`) to stop early. Sources that sent corrupt bytes for this object are
         not asked. All bytes are of one version: of the object's, or else of the first response. Without a content hash,
@@ -75,15 +80,20 @@ class FailoverReader:
             AllSourcesFailed: no source is left. The bytes yielded before are as the sources sent them.
         """
         span = _Span(media_object.version, first, last, must_match=must_match)
-        rotation = _Rotation(self._health.best_first(sources, media_object.object_id))
+        ranked = self._health.best_first(sources, media_object.object_id)
+        rotation = _Rotation(ranked if preference is None else sorted(ranked, key=preference))
         while span.needs_request and (url := rotation.next_source()) is not None:
             began_at = span.position
             try:
-                async with aclosing(self._from_one(url, span, on_source)) as chunks:
+                others = rotation.others_than(url)
+                async with aclosing(self._from_one(url, span, others, on_source)) as chunks:
                     async for chunk in chunks:
                         yield chunk
                 self._health.record_success(url)
                 return
+            except SourceOutpaced as error:
+                rotation.record_outpaced(url, error, by=self._health.best_rate(rotation.others_than(url))[1])
+                logger.info("source_outpaced", source=source_name(url), detail=str(error), at=span.position)
             except SourceError as error:
                 rotation.record_failure_of(url, error, sent_bytes=span.position > began_at)
                 self._record_failure(url, error, span)
@@ -91,6 +101,11 @@ class FailoverReader:
                     break
         if span.needs_request:
             raise AllSourcesFailed(rotation.errors)
+
+    def worth_downloading_from(self, media_object: MediaObject) -> Sequence[str]:
+        """Return the sources of the object that have not failed lately, best first; if all have, all of them."""
+        ranked = self._health.best_first(media_object.sources, media_object.object_id)
+        return [url for url in ranked if not self._health.is_penalised(url)] or ranked
 
     def report_corrupt(self, url: str, object_id: ObjectId | None) -> None:
         """Record that the source sent corrupt bytes: it ranks behind the others for a while.
@@ -102,16 +117,32 @@ class FailoverReader:
         if object_id is not None:
             self._health.record_corrupted(object_id, url)
 
-    async def _from_one(self, url: str, span: _Span, on_source: OnSource | None) -> AsyncGenerator[Chunk]:
+    async def _from_one(
+        self, url: str, span: _Span, others: Sequence[str], on_source: OnSource | None
+    ) -> AsyncGenerator[Chunk]:
+        """Yield from one source. Raises SourceOutpaced if one of the `others` is expected to be much faster."""
+        sampler = RateSampler()
         asked_at = self._clock()
         async with self._client.get(url, span.byte_range, span.expected) as response:
             self._health.record_first_byte(url, self._clock() - asked_at)
             if on_source is not None:
                 on_source(url, response)
+            waiting_since = self._clock()
             async for data in response.chunks:
+                rate = sampler.add(self._clock() - waiting_since, len(data))
                 span.begin(response)
                 offset, span.position = span.position, span.position + len(data)
                 yield Chunk(url, offset, data)
+                if rate is not None:
+                    self._health.record_rate(url, rate)
+                    best_other, _ = self._health.best_rate(others)
+                    if sampler.is_outpaced(rate, best_other, span.left):
+                        raise SourceOutpaced(
+                            f"{rate:.0f} bytes a second, {best_other:.0f} expected of another"
+                        )
+                waiting_since = self._clock()
+            if sampler.mean is not None:
+                self._health.record_rate(url, sampler.mean)
 
     def _record_failure(self, url: str, error: SourceError, span: _Span) -> None:
         logger.info(
@@ -153,6 +184,11 @@ class _Span:
         return Expected(self._version, must_match=self._must_match or self._begun)
 
     @property
+    def left(self) -> int:
+        """Bytes that another source could continue with. 0 if none can, or the size is unknown."""
+        return self._last + 1 - self.position if self._last is not None and self.can_continue else 0
+
+    @property
     def byte_range(self) -> ByteRange | None:
         """The range to request. None: the whole object."""
         size = self._version.size
@@ -187,6 +223,16 @@ class _Rotation:
             return None
         url, self._round = self._waiting.popleft()
         return url
+
+    def others_than(self, url: str) -> Sequence[str]:
+        """Return the sources that can continue in place of this one. In the second round none does."""
+        return [other for other, _ in self._waiting if other != url] if self._round == 1 else []
+
+    def record_outpaced(self, url: str, error: SourceError, by: str | None) -> None:
+        """The source gets a second turn if the others fail. `by`: the next one to ask."""
+        self.errors[url] = error
+        self._waiting = deque(sorted(self._waiting, key=lambda turn: turn[0] != by))
+        self._waiting.append((url, 2))
 
     def record_failure_of(self, url: str, error: SourceError, *, sent_bytes: bool) -> None:
         self.errors[url] = error

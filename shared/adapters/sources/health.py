@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import structlog
 
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId, source_name
-from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta, order
+from distributor_node.shared.domain.source_order import (
+    ASSUMED_RATE,
+    RATE_MEMORY,
+    SourceHealth,
+    SourceStatsDelta,
+    order,
+)
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.ports.source_stats import CorruptedCopy, SharedSources, SharedSourceStats
 from distributor_node.shared.waiting import cancel_and_wait
@@ -20,9 +27,24 @@ from distributor_node.shared.waiting import cancel_and_wait
 _MAX_SOURCES = 1_000
 _MAX_CORRUPTED = 2_000
 _NO_HISTORY = SourceHealth()
+_FIRST_RETRY = 5.0
+"""Seconds until a corrupted copy that is the only one is asked for again. Doubles with each further failure."""
 _Copy = tuple[str, str]  # object id and source name
 
 logger = structlog.get_logger()
+
+
+_SAME_MARK = 1.0
+"""Seconds by which the end of a mark may differ between two exchanges."""
+
+
+@dataclass(frozen=True, slots=True)
+class _CorruptedMark:
+    """What is known of one corrupted copy. Times on the registry's clock."""
+
+    ends: float  # when it is forgotten
+    retry_at: float  # when it is asked for again, if no source has another copy
+    times: int  # how often it was found to be corrupt
 
 
 class SourceHealthRegistry:
@@ -39,17 +61,55 @@ class SourceHealthRegistry:
         self._shared: Mapping[str, SourceHealth] = {}
         self._sent_deltas: Mapping[str, SourceStatsDelta] = {}
         self._deltas: OrderedDict[str, SourceStatsDelta] = OrderedDict()
+        self._rates: OrderedDict[str, tuple[float, float]] = OrderedDict()  # and when it is forgotten
         # Corrupted copies, and when to forget them: those found by this process, and those of all processes.
-        self._corrupted: OrderedDict[_Copy, float] = OrderedDict()
-        self._corrupted_shared: Mapping[_Copy, float] = {}
+        self._corrupted: OrderedDict[_Copy, _CorruptedMark] = OrderedDict()
+        self._corrupted_shared: Mapping[_Copy, _CorruptedMark] = {}
         self._corrupted_sent: list[_Copy] = []
         self._corrupted_delta: list[_Copy] = []
 
     def best_first(self, sources: Sequence[str], object_id: ObjectId | None = None) -> tuple[str, ...]:
-        """Return the URLs in the order to try them, without sources that have a corrupted copy of the object."""
+        """Return the URLs in the order to try them, without sources that have a corrupted copy of the object.
+
+        If all have one, those are tried again whose backoff is over.
+        """
         usable = [url for url in sources if object_id is None or not self._is_corrupted(object_id, url)]
+        if object_id is not None and not usable:
+            usable = [url for url in sources if self._may_retry(object_id, url)]
         names = {source_name(url) for url in usable}
-        return order(usable, {name: self.health_of(name) for name in names}, self.clock())
+        ordered = order(usable, {name: self.health_of(name) for name in names}, self.clock())
+        # A source that another one outpaces comes behind those that answer, before those that fail.
+        return tuple(
+            sorted(ordered, key=lambda url: (self.is_penalised(url), self._is_outpaced(url, usable)))
+        )
+
+    def record_rate(self, url: str, rate: float) -> None:
+        """Record a sample of a running download, in bytes a second."""
+        name, earlier = source_name(url), self.rate_of(url)
+        mean = rate if earlier is None else (earlier + rate) / 2
+        self._rates[name] = (mean, self.clock() + RATE_MEMORY)
+        self._rates.move_to_end(name)
+        if len(self._rates) > _MAX_SOURCES:
+            self._rates.popitem(last=False)
+
+    def rate_of(self, url: str) -> float | None:
+        """Return the recent rate of a source for one download in bytes a second. None: unknown."""
+        rate, ends = self._rates.get(source_name(url), (0.0, 0.0))
+        return rate if ends > self.clock() else None
+
+    def best_rate(self, urls: Iterable[str]) -> tuple[float, str | None]:
+        """Return the highest rate to expect of these sources, and which one has it. Failing ones count as stopped."""
+        best: tuple[float, str | None] = (0.0, None)
+        for url in urls:
+            known = self.rate_of(url)
+            rate = ASSUMED_RATE if known is None else known
+            if rate > best[0] and not self.is_penalised(url):
+                best = (rate, url)
+        return best
+
+    def _is_outpaced(self, url: str, urls: Iterable[str]) -> bool:
+        rate = self.rate_of(url)
+        return rate is not None and rate * 2 < self.best_rate(urls)[0]
 
     def health_of(self, name: str) -> SourceHealth:
         """Return the health of the source `host:port`."""
@@ -58,6 +118,10 @@ class SourceHealthRegistry:
             if name in later:
                 health = later[name].apply_to(health)
         return health
+
+    def is_penalised(self, url: str) -> bool:
+        """Whether the source failed lately, so that it ranks behind the others."""
+        return self.health_of(source_name(url)).penalty_ends > self.clock()
 
     def names(self) -> frozenset[str]:
         """Return all sources with any history."""
@@ -87,7 +151,8 @@ class SourceHealthRegistry:
     def record_corrupted(self, object_id: ObjectId, url: str) -> None:
         """Record that this source, and no other, sent the corrupt bytes: it is not asked for the object for a while."""
         copy = (object_id, source_name(url))
-        self._corrupted[copy] = self.clock() + self._corrupted_memory
+        earlier = self._corrupted.get(copy)
+        self._corrupted[copy] = self._mark(earlier, self.clock() + self._corrupted_memory)
         self._corrupted.move_to_end(copy)
         if len(self._corrupted) > _MAX_CORRUPTED:
             self._corrupted.popitem(last=False)
@@ -99,7 +164,10 @@ class SourceHealthRegistry:
         self._sent_deltas, self._deltas = self._deltas, OrderedDict()
         self._corrupted_sent, self._corrupted_delta = self._corrupted_delta, []
         now = self.clock()
-        left = {copy: self._corrupted.get(copy, now) - now for copy in self._corrupted_sent}
+        left = {
+            copy: self._corrupted[copy].ends - now if copy in self._corrupted else 0.0
+            for copy in self._corrupted_sent
+        }
         return self._sent_deltas, [
             CorruptedCopy(ObjectId(object_id), name, seconds)
             for (object_id, name), seconds in left.items()
@@ -110,8 +178,13 @@ class SourceHealthRegistry:
         """Take over the shared health, which includes the deltas that were sent."""
         now = self.clock()
         self._shared, self._sent_deltas = shared.health, {}
+        earlier = self._corrupted_shared
         self._corrupted_shared = {
-            (copy.object_id, copy.source): now + copy.seconds_left for copy in shared.corrupted
+            copy: self._mark(earlier.get(copy), ends)
+            for copy, ends in (
+                ((shared_copy.object_id, shared_copy.source), now + shared_copy.seconds_left)
+                for shared_copy in shared.corrupted
+            )
         }
         self._corrupted_sent = []
 
@@ -125,8 +198,23 @@ class SourceHealthRegistry:
             self._put(name, delta)
 
     def _is_corrupted(self, object_id: ObjectId, url: str) -> bool:
-        copy, now = (object_id, source_name(url)), self.clock()
-        return max(self._corrupted.get(copy, now), self._corrupted_shared.get(copy, now)) > now
+        return any(mark.ends > self.clock() for mark in self._marks(object_id, url))
+
+    def _may_retry(self, object_id: ObjectId, url: str) -> bool:
+        return all(mark.retry_at <= self.clock() for mark in self._marks(object_id, url))
+
+    def _marks(self, object_id: ObjectId, url: str) -> Sequence[_CorruptedMark]:
+        copy = (object_id, source_name(url))
+        known = self._corrupted.get(copy), self._corrupted_shared.get(copy)
+        return [mark for mark in known if mark is not None]
+
+    def _mark(self, earlier: _CorruptedMark | None, ends: float) -> _CorruptedMark:
+        """Return the mark that ends then. One that ends later than before stands for another failure."""
+        if earlier is not None and ends <= earlier.ends + _SAME_MARK:
+            return earlier
+        times = 1 if earlier is None or earlier.ends <= self.clock() else earlier.times + 1
+        backoff = min(_FIRST_RETRY * 2.0 ** (times - 1), self._corrupted_memory)
+        return _CorruptedMark(ends, ends - self._corrupted_memory + backoff, times)
 
     def _add(self, url: str, delta: SourceStatsDelta) -> None:
         self._put(source_name(url), delta)

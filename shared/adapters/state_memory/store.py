@@ -18,11 +18,14 @@ from distributor_node.shared.domain.operator_state import (
 )
 from distributor_node.shared.domain.space import Usage, footprint
 from distributor_node.shared.ports.state_store import (
+    MAX_VIEWED,
+    VIEWER_MEMORY,
     Access,
     AlreadyStored,
     Announcement,
     BeginResult,
     Claim,
+    FailureCause,
     Fetch,
     FetchPhase,
     Granted,
@@ -38,6 +41,7 @@ from distributor_node.shared.ports.state_store import (
     Superseded,
     Term,
     Topic,
+    WorkerReport,
 )
 
 _ENTRIES_BATCH = 1000
@@ -123,15 +127,16 @@ class MemoryStateStore:
 
     async def usage(self) -> Usage:
         tables = self._tables
-        leases = sum(tables.phase(tables.row(known)) is FetchPhase.FETCHING for known in tables.rows)
+        phases = [tables.phase(tables.row(known)) for known in tables.rows]
         return Usage(
             limit=tables.limit,
             used=tables.used + tables.leaving,
             reserved=tables.reserved,
             objects=len(tables.objects),
-            fetches=leases,
+            fetches=phases.count(FetchPhase.FETCHING),
             reconciled=tables.reconciled,
             churn=tables.churn,
+            queued=phases.count(FetchPhase.QUEUED),
             leaving=tables.leaving,
         )
 
@@ -227,12 +232,25 @@ class MemoryStateStore:
             self._tables.announce(Topic.FETCH_CHANGED, lease.object_id)
             self._tables.announce(Topic.SPACE_FREED, lease.object_id)
 
-    async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
+    async def record_failure(
+        self,
+        object_id: ObjectId,
+        reason: str,
+        seconds: float,
+        cause: FailureCause = FailureCause.OTHER,
+    ) -> None:
         tables, now = self._tables, self._tables.clock()
-        for expired in [known for known, (_, ends, _) in tables.failures.items() if ends <= now]:
+        for expired in [known for known, (_, ends, *_) in tables.failures.items() if ends <= now]:
             del tables.failures[expired]
-        tables.failures[object_id] = (reason, now + seconds, seconds)
+        tables.failures[object_id] = (reason, now + seconds, seconds, cause)
         tables.announce(Topic.FETCH_CHANGED, object_id)
+
+    async def refute_failure(self, object_id: ObjectId, cause: FailureCause) -> bool:
+        failed = self._tables.object_status(object_id).failure
+        if failed is None or failed.cause is not cause:
+            return False
+        del self._tables.failures[object_id]
+        return True
 
     async def request_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
         tables = self._tables
@@ -245,6 +263,34 @@ class MemoryStateStore:
             return False
         self._tables.drop_object(entry)
         return True
+
+    # Workers and viewers
+
+    async def report_worker(self, report: WorkerReport, seconds: float) -> None:
+        self._tables.workers[report.worker] = (report, self._tables.clock(), seconds)
+
+    async def withdraw_worker(self, worker: str) -> None:
+        self._tables.workers.pop(worker, None)
+
+    async def workers(self) -> Sequence[WorkerReport]:
+        tables, now = self._tables, self._tables.clock()
+        tables.workers = {
+            worker: known for worker, known in tables.workers.items() if 0 <= now - known[1] < known[2]
+        }
+        return [replace(report, age=now - at) for _, (report, at, _) in sorted(tables.workers.items())]
+
+    async def record_viewers(self, object_ids: Sequence[ObjectId]) -> None:
+        viewed, now = self._tables.viewed, self._tables.clock()
+        for object_id in object_ids:
+            viewed.pop(object_id, None)
+            viewed[object_id] = now
+        while len(viewed) > MAX_VIEWED:
+            del viewed[next(iter(viewed))]
+
+    async def last_viewed(self, object_ids: Sequence[ObjectId]) -> Sequence[float | None]:
+        viewed, now = self._tables.viewed, self._tables.clock()
+        ages = [max(0.0, now - viewed[known]) if known in viewed else None for known in object_ids]
+        return [age if age is not None and age < VIEWER_MEMORY else None for age in ages]
 
     # Eviction, reconciliation, policy: the leading evictor
 

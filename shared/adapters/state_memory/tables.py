@@ -19,6 +19,7 @@ from distributor_node.shared.ports.state_store import (
     Access,
     Announcement,
     Failure,
+    FailureCause,
     Fetch,
     FetchPhase,
     IndexEntry,
@@ -27,6 +28,7 @@ from distributor_node.shared.ports.state_store import (
     PolicyState,
     Term,
     Topic,
+    WorkerReport,
 )
 
 
@@ -64,8 +66,8 @@ class Tables:
     clock: Callable[[], float]  # POSIX seconds
     objects: dict[ObjectId, IndexEntry] = field(default_factory=dict)
     rows: dict[ObjectId, FetchRow] = field(default_factory=dict)
-    failures: dict[ObjectId, tuple[str, float, float]] = field(default_factory=dict)
-    """Reason, expiry, and seconds from recording to expiry."""
+    failures: dict[ObjectId, tuple[str, float, float, FailureCause]] = field(default_factory=dict)
+    """Reason, expiry, seconds from recording to expiry, and cause."""
     space_requests: dict[ObjectId, tuple[int, float]] = field(default_factory=dict)
     """Bytes and expiry."""
     accesses: deque[tuple[int, Sequence[Access]]] = field(default_factory=deque)
@@ -86,6 +88,9 @@ class Tables:
     warming: Warming | None = None
     warming_lease: tuple[str, float] | None = None  # holder, expiry
     token_ids: dict[str, float] = field(default_factory=dict)  # expiry
+    workers: dict[str, tuple[WorkerReport, float, float]] = field(default_factory=dict)
+    """Report, when it was made, and seconds until it expires."""
+    viewed: dict[ObjectId, float] = field(default_factory=dict)  # when they last had viewers, oldest first
     started_at: float = field(init=False)
     listeners: set[AnnouncementQueue] = field(default_factory=set)
 
@@ -192,8 +197,9 @@ class Tables:
 
     def object_status(self, object_id: ObjectId) -> ObjectStatus:
         fetch = self.fetch(object_id)
-        reason, ends, duration = self.failures.get(object_id, ("", 0.0, 0.0))
+        nothing = ("", 0.0, 0.0, FailureCause.OTHER)
+        reason, ends, duration, cause = self.failures.get(object_id, nothing)
         left = min(ends - self.clock(), duration)
         # During another attempt the failure is hidden
         failed = left > 0 and not (fetch and fetch.phase is FetchPhase.FETCHING)
-        return ObjectStatus(fetch, Failure(reason, left) if failed else None)
+        return ObjectStatus(fetch, Failure(reason, left, cause) if failed else None)

@@ -14,12 +14,14 @@ from distributor_node.shared.ports.state_store import (
     Access,
     Announcement,
     Failure,
+    FailureCause,
     Fetch,
     FetchPhase,
     IndexEntry,
     ObjectStatus,
     ServerStats,
     Topic,
+    WorkerReport,
 )
 
 
@@ -37,12 +39,14 @@ class Keys:
     leader    STRING  "token holder", expires
     policy    HASH    inflation, position
     accesses  STREAM  batches of accesses, bounded
-    failure:… STRING  reason, one per object, expires
+    failure:… STRING  reason and cause (see pack_failure), one per object, expires
     orders    HASH    version, orders (JSON): the operator state
     pins      SET     objects that are never evicted to make room
     purges    HASH    object id → serial of the request
     warming   HASH    serial, warming (JSON), state, holder, until (POSIX milliseconds)
     ticket:…  STRING  a token id that was used, expires
+    workers   HASH    worker → when it reported, milliseconds until that expires, its report (JSON)
+    viewed    ZSET    objects by the time they last had viewers (POSIX milliseconds), bounded
     probe     STRING  nothing; written to learn whether the server accepts writes, expires
     catalog:… STRING  answers of the catalog and locks on asking it; see RedisSharedCatalogCache
     catalog:answers
@@ -102,6 +106,14 @@ class Keys:
     def warming(self) -> str:
         return f"{self.prefix}warming"
 
+    @property
+    def workers(self) -> str:
+        return f"{self.prefix}workers"
+
+    @property
+    def viewed(self) -> str:
+        return f"{self.prefix}viewed"
+
     def token_id(self, name: str) -> str:
         return f"{self.prefix}ticket:{name}"
 
@@ -156,8 +168,20 @@ def read_object_status(object_id: ObjectId, reply: Sequence[Any]) -> ObjectStatu
     shown, reason, left = reply
     return ObjectStatus(
         fetch=read_fetch(object_id, shown) if shown else None,
-        failure=Failure(reason.decode(), max(0, left) / 1000) if reason else None,
+        failure=read_failure(reason, max(0, left) / 1000) if reason else None,
     )
+
+
+def pack_failure(reason: str, cause: FailureCause) -> str:
+    """The reason, then a tab and the cause. A failure without a cause is one of another kind."""
+    return f"{reason}\t{cause}"
+
+
+def read_failure(packed: bytes, seconds_left: float) -> Failure:
+    reason, _, cause = packed.decode().rpartition("\t")
+    if cause in set(FailureCause):
+        return Failure(reason, seconds_left, FailureCause(cause))
+    return Failure(packed.decode(), seconds_left)
 
 
 def pack_accesses(accesses: Sequence[Access]) -> bytes:
@@ -173,6 +197,32 @@ def read_accesses(packed: bytes) -> list[Access]:
         ]
     except (ValueError, TypeError, RecursionError):
         return []
+
+
+def pack_worker(report: WorkerReport) -> bytes:
+    return json.dumps(
+        {
+            "slots": report.slots,
+            "running": report.running,
+            "waiting": report.waiting,
+            "longest_wait": report.longest_wait,
+            "full_sources": report.full_sources,
+        }
+    ).encode()
+
+
+def read_worker(worker: bytes, age: int, packed: bytes) -> WorkerReport:
+    """`age`: in milliseconds. Missing fields are 0: not all processes are updated at once."""
+    fields = json.loads(packed)
+    return WorkerReport(
+        worker.decode(),
+        slots=int(fields.get("slots", 0)),
+        running=int(fields.get("running", 0)),
+        waiting=int(fields.get("waiting", 0)),
+        longest_wait=float(fields.get("longest_wait", 0.0)),
+        full_sources=tuple(map(str, fields.get("full_sources", ()))),
+        age=age / 1000,
+    )
 
 
 def pack_announcement(announcement: Announcement) -> str:

@@ -18,11 +18,14 @@ from distributor_node.shared.adapters.state_redis.listener import listen
 from distributor_node.shared.adapters.state_redis.records import (
     pack_accesses,
     pack_announcement,
+    pack_failure,
+    pack_worker,
     read_accesses,
     read_entry,
     read_fetch,
     read_object_status,
     read_server_stats,
+    read_worker,
 )
 from distributor_node.shared.domain.errors import InvalidInput, StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
@@ -38,11 +41,14 @@ from distributor_node.shared.domain.operator_state import (
 )
 from distributor_node.shared.domain.space import Usage
 from distributor_node.shared.ports.state_store import (
+    MAX_VIEWED,
+    VIEWER_MEMORY,
     Access,
     AlreadyStored,
     Announcement,
     BeginResult,
     Claim,
+    FailureCause,
     Fetch,
     Granted,
     HeldElsewhere,
@@ -57,6 +63,7 @@ from distributor_node.shared.ports.state_store import (
     ServerStats,
     Superseded,
     Term,
+    WorkerReport,
 )
 
 logger = structlog.get_logger()
@@ -127,10 +134,9 @@ class RedisStateStore:
 
     async def usage(self) -> Usage:
         reply = await self._connection.run("usage", "")
-        used, reserved, objects, fetches, reconciled, churn, leaving = reply
-        return Usage(
-            self._limit, used + leaving, reserved, objects, fetches, bool(reconciled), churn, leaving
-        )
+        used, reserved, objects, fetches, reconciled, churn, leaving, queued = reply
+        taken = used + leaving
+        return Usage(self._limit, taken, reserved, objects, fetches, bool(reconciled), churn, leaving, queued)
 
     async def record_accesses(self, accesses: Sequence[Access]) -> None:
         if accesses:
@@ -177,8 +183,18 @@ class RedisStateStore:
     async def release(self, lease: Lease) -> None:
         await self._run_leased("release", lease)
 
-    async def record_failure(self, object_id: ObjectId, reason: str, seconds: float) -> None:
-        await self._connection.run("record_failure", object_id, reason, milliseconds(seconds))
+    async def record_failure(
+        self,
+        object_id: ObjectId,
+        reason: str,
+        seconds: float,
+        cause: FailureCause = FailureCause.OTHER,
+    ) -> None:
+        packed = pack_failure(reason, cause)
+        await self._connection.run("record_failure", object_id, packed, milliseconds(seconds))
+
+    async def refute_failure(self, object_id: ObjectId, cause: FailureCause) -> bool:
+        return bool(await self._connection.run("refute_failure", object_id, pack_failure("", cause)))
 
     async def request_space(self, object_id: ObjectId, size: int, seconds: float) -> None:
         await self._connection.run("want_space", object_id, size, milliseconds(seconds))
@@ -191,6 +207,32 @@ class RedisStateStore:
             script, lease.object_id, lease.token, lease.worker, *arguments
         )
         return reply
+
+    # Workers and viewers
+
+    async def report_worker(self, report: WorkerReport, seconds: float) -> None:
+        keys = (self._connection.keys.workers,)
+        arguments = (milliseconds(seconds), pack_worker(report))
+        await self._connection.run_on("report_worker", keys, report.worker, *arguments)
+
+    async def withdraw_worker(self, worker: str) -> None:
+        await self._connection.command("HDEL", self._connection.keys.workers, worker)
+
+    async def workers(self) -> Sequence[WorkerReport]:
+        found = await self._connection.run_on("workers", (self._connection.keys.workers,), "")
+        return [read_worker(worker, age, packed) for worker, age, packed in sorted(found)]
+
+    async def record_viewers(self, object_ids: Sequence[ObjectId]) -> None:
+        if object_ids:
+            keys, memory = (self._connection.keys.viewed,), milliseconds(VIEWER_MEMORY)
+            await self._connection.run_on("record_viewers", keys, "", memory, MAX_VIEWED, *object_ids)
+
+    async def last_viewed(self, object_ids: Sequence[ObjectId]) -> Sequence[float | None]:
+        if not object_ids:
+            return ()
+        keys, oldest = (self._connection.keys.viewed,), milliseconds(VIEWER_MEMORY)
+        ages = await self._connection.run_on("last_viewed", keys, "", oldest, *object_ids)
+        return [None if age < 0 else age / 1000 for age in ages]
 
     # Eviction, reconciliation, policy: the leading evictor
 

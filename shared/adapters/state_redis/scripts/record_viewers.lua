@@ -1,0 +1,4 @@
+-- KEYS: viewed. ARGV[4]: milliseconds that they are remembered. ARGV[5]: most objects. Then: object ids.
+for index = 6, #ARGV do redis.call('ZADD', KEYS[1], now, ARGV[index]) end
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - tonumber(ARGV[4]))
+redis.call('ZREMRANGEBYRANK', KEYS[1], 0, -1 - tonumber(ARGV[5]))

@@ -1,0 +1,107 @@
+"""Heartbeats of the fetchers, and objects with viewers, for both adapters of the state store."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.ports import state_store
+from distributor_node.shared.ports.state_store import WorkerReport
+from tests.contract.state_harness import ONE, THREE, TWO, Harness
+
+FIRST = WorkerReport("worker-1", slots=8, running=3, waiting=0, longest_wait=0.0)
+SECOND = WorkerReport("worker-2", 4, 4, 7, 2.5, full_sources=("node.example:443", "10.0.0.1:80"))
+
+
+async def reports(harness: Harness) -> list[WorkerReport]:
+    return [replace(report, age=0.0) for report in await harness.other.workers()]
+
+
+class TestHeartbeats:
+    async def test_there_is_none_at_first(self, harness: Harness) -> None:
+        assert await reports(harness) == []
+
+    async def test_another_process_reads_the_latest_of_each_worker(self, harness: Harness) -> None:
+        await harness.store.report_worker(SECOND, 60)
+        await harness.store.report_worker(FIRST, 60)
+        assert await reports(harness) == [FIRST, SECOND]
+        await harness.store.report_worker(replace(FIRST, running=8), 60)
+        assert await reports(harness) == [replace(FIRST, running=8), SECOND]
+
+    async def test_its_age_is_told(self, harness: Harness) -> None:
+        await harness.store.report_worker(FIRST, 60)
+
+        async def older() -> bool:
+            [report] = await harness.other.workers()
+            return report.age >= 0.1
+
+        await harness.until(older)
+
+    async def test_one_that_is_not_renewed_expires(self, harness: Harness) -> None:
+        await harness.store.report_worker(FIRST, 0.2)
+        await harness.store.report_worker(SECOND, 60)
+
+        async def only_the_second() -> bool:
+            return await reports(harness) == [SECOND]
+
+        await harness.until(only_the_second)
+
+    async def test_a_worker_that_ends_withdraws_its_own(self, harness: Harness) -> None:
+        await harness.store.report_worker(FIRST, 60)
+        await harness.store.report_worker(SECOND, 60)
+        await harness.store.withdraw_worker("worker-1")
+        await harness.store.withdraw_worker("worker-9")
+        assert await reports(harness) == [SECOND]
+
+
+class TestViewers:
+    async def test_nobody_has_viewed_an_unknown_object(self, harness: Harness) -> None:
+        assert list(await harness.store.last_viewed([ONE, TWO])) == [None, None]
+        assert list(await harness.store.last_viewed([])) == []
+
+    async def test_another_process_reads_the_age_of_each_in_the_order_asked(self, harness: Harness) -> None:
+        await harness.store.record_viewers([ONE])
+        await harness.advance_clock(0.3)
+        await harness.store.record_viewers([TWO])
+        two, unknown, one = await harness.other.last_viewed([TWO, THREE, ONE])
+        assert unknown is None
+        assert one is not None
+        assert two is not None
+        assert one - two >= 0.25
+
+    async def test_a_viewer_that_returns_counts_from_then(self, harness: Harness) -> None:
+        await harness.store.record_viewers([ONE, TWO])
+        await harness.advance_clock(0.3)
+        await harness.store.record_viewers([ONE])
+        one, two = await harness.other.last_viewed([ONE, TWO])
+        assert one is not None
+        assert two is not None
+        assert one < two
+
+    async def test_no_object_does_nothing(self, harness: Harness) -> None:
+        before = await harness.dump()
+        await harness.store.record_viewers([])
+        assert await harness.dump() == before
+
+    async def test_only_so_many_objects_are_remembered(self, harness: Harness) -> None:
+        await harness.store.record_viewers([ONE])
+        await harness.advance_clock(0.05)
+        others = [ObjectId(str(number)) for number in range(1000, 1000 + state_store.MAX_VIEWED)]
+        for start in range(0, len(others), 1000):
+            await harness.store.record_viewers(others[start : start + 1000])
+        assert list(await harness.store.last_viewed([ONE])) == [None]
+        assert None not in await harness.store.last_viewed(others[-1000:])
+
+
+class TestQueued:
+    async def test_usage_counts_jobs_that_have_not_begun(self, harness: Harness) -> None:
+        await harness.reconciled()
+        for object_id in (ONE, TWO):
+            assert (await harness.store.claim(object_id, "api")).won
+            await harness.store.mark_queued(object_id, "api")
+        assert (await harness.store.claim(THREE, "api")).won
+        usage = await harness.other.usage()
+        assert (usage.queued, usage.fetches) == (2, 0)
+        await harness.begin_fetch(ONE, 100)
+        usage = await harness.other.usage()
+        assert (usage.queued, usage.fetches) == (1, 1)

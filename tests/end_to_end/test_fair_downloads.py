@@ -1,0 +1,86 @@
+"""Downloads of a whole node with two API processes and two fetchers, on real Redis and RabbitMQ."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import generated_object
+from distributor_node.services.demo.storage_node import StorageNode
+from tests.end_to_end.client import get
+from tests.end_to_end.stack import Stack
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.servers
+
+FILMS = [str(number) for number in range(1, 10)]
+IMAGES = [str(number) for number in range(100, 130)]
+FILM, IMAGE = 2 * 1024 * 1024, 20_000
+ONE_SLOT = {"DISTRIBUTOR_FETCH__CONCURRENCY": "1"}
+
+
+@pytest.fixture
+async def node() -> AsyncIterator[StorageNode]:
+    objects = [generated_object(film, FILM) for film in FILMS]
+    objects += [generated_object(image, IMAGE) for image in IMAGES]
+    async with StorageNode(objects).run() as running:
+        yield running
+
+
+@pytest.fixture
+async def stack(tmp_path: Path, redis_url: str, amqp_url: str, node: StorageNode) -> AsyncIterator[Stack]:
+    async with AsyncExitStack() as resources:
+        made = Stack(tmp_path, redis_url, amqp_url, f"fair-{uuid.uuid4().hex[:8]}")
+        resources.callback(made.kill_all)
+        made.write_manifest(node.objects.values(), [node.object_url("")])
+        yield made
+
+
+async def test_held_jobs_are_shared_between_fetchers_and_survive_their_kill(
+    stack: Stack, node: StorageNode
+) -> None:
+    node.faults.add(Fault(bytes_per_second=200_000), Match(first=len(FILMS)))
+    stack.add("evictor")
+    first = stack.add("fetcher", **ONE_SLOT)
+    api = stack.add("api", DISTRIBUTOR_PUBLIC_API__WORKERS="2")
+    await stack.ready()
+    # The first fetcher takes all jobs, and runs one of them.
+    for film in FILMS:
+        assert (await get(stack.url(film), {"Range": "bytes=0-99"})).status == 206
+
+    async def downloads() -> tuple[int, int, int]:
+        status = await stack.status()
+        return status["downloadsInProgress"], status["downloadsQueued"], status["workersAlive"]
+
+    async def one_runs() -> bool:
+        in_progress, queued, alive = await downloads()
+        return (in_progress, alive) == (1, 1) and queued >= 1
+
+    await eventually(one_runs)
+    second = stack.add("fetcher", **ONE_SLOT)
+
+    async def both_run() -> bool:
+        in_progress, _, alive = await downloads()
+        return (in_progress, alive) == (2, 2)
+
+    await eventually(both_run, what="a held job goes to the second fetcher")
+    for fetcher in (first, second):
+        fetcher.kill()
+
+    async def reported() -> bool:
+        return "fetchers: none alive" in (await get(f"{api.health_url}/readyz")).json()["degraded"]
+
+    await eventually(reported)
+    # Whichever API process answers: every miss is proxied, and its job is kept.
+    for image in IMAGES:
+        answer = await get(stack.url(image))
+        assert (answer.status, len(answer.body), answer.headers["x-data-source"]) == (200, IMAGE, "external")
+    node.faults.clear()
+    await stack.add("fetcher").healthy()
+    for object_id in (*FILMS, *IMAGES):
+        await stack.until_hit(object_id)
