@@ -19,6 +19,7 @@ UNITS = (
     "_bytes",
     "_total",
     "_rank",
+    "_slots",
     "_info",
     "_objects",
     "_files",
