@@ -298,6 +298,7 @@ _PRECREATED: dict[str, dict[Counter, tuple[str, ...]]] = {
         CATALOG_QUERIES: ("answered", "failed"),
         ABORTED_RESPONSES: ("client_disconnected", "client_stalled", "source_failed"),
         VAIN_WAITS: ("waited", "no_worker", "busy", "not_begun", "not_consumed"),
+        STALLED_FETCHES_BRIDGED: ("caught_up", "complete"),
     },
     "evictor": {
         EVICTIONS: ("space",),
