@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from distributor_node.services.api.accesses import AccessCounter
-from distributor_node.services.api.client_address import ClientAddresses
 from distributor_node.services.api.fetch_capacity import FetchCapacity
 from distributor_node.services.api.fetch_events import FetchEvents
 from distributor_node.services.api.viewers import Viewers
@@ -31,20 +30,6 @@ class CurrentAssignment:
     current: Assignment
 
 
-class RefusedLookups:
-    """When a look-up was last refused because too many waited, for readiness."""
-
-    def __init__(self) -> None:
-        self._last = float("-inf")
-
-    def note(self) -> None:
-        self._last = time.monotonic()
-
-    def recent(self, seconds: float) -> bool:
-        """Whether one was refused in the last `seconds`."""
-        return time.monotonic() - self._last < seconds
-
-
 @dataclass(frozen=True, slots=True)
 class ApiContext:
     """Everything that handlers use. Built once per process, and open before the first request."""
@@ -61,6 +46,4 @@ class ApiContext:
     fetch_capacity: FetchCapacity
     viewers: Viewers
     operator_state: OperatorStateWatcher
-    client_addresses: ClientAddresses = field(default_factory=lambda: ClientAddresses(()))
-    refused_lookups: RefusedLookups = field(default_factory=RefusedLookups)
     clock: Callable[[], float] = time.time  # POSIX seconds, for admission

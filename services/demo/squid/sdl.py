@@ -10,19 +10,17 @@ _BY_ID = "storageDataObjectById(id: String!): StorageDataObject"
 _BY_UNIQUE = "storageDataObjectByUniqueInput(where: StorageDataObjectWhereUniqueInput!): StorageDataObject"
 _DEPRECATED = f'{_BY_UNIQUE} @deprecated(reason: "use storageDataObjectById")'
 
-_MANY = "storageDataObjects(where: StorageDataObjectWhereInput, limit: Int): [StorageDataObject!]!"
-
-# Each generation: its queries for objects.
+# Each generation: its queries for one object, and its type of ids in inputs.
 GENERATIONS = {
-    "current": f"{_BY_ID}\n  {_DEPRECATED}\n  {_MANY}",
-    "without_deprecated": f"{_BY_ID}\n  {_MANY}",
-    "deprecated_only": f"{_BY_UNIQUE}\n  {_MANY}",
-    "without_batches": _BY_ID,
+    "current": (f"{_BY_ID}\n  {_DEPRECATED}", "String"),
+    "without_deprecated": (_BY_ID, "String"),
+    "deprecated_only": (_BY_UNIQUE, "String"),
+    "oldest": (_BY_UNIQUE, "ID"),
 }
 
 _SDL = """
 type Query {
-  %(objects)s
+  %(one_object)s
   distributionBuckets(where: DistributionBucketWhereInput, limit: Int): [DistributionBucket!]!
   storageBags(where: StorageBagWhereInput, limit: Int): [StorageBag!]!
   storageBuckets(where: StorageBucketWhereInput, limit: Int): [StorageBucket!]!
@@ -30,15 +28,14 @@ type Query {
   squidVersion: SquidVersion!
 }
 
-input StorageDataObjectWhereUniqueInput { id: String! }
-input StorageDataObjectWhereInput { id_in: [String!] }
-input StorageBagWhereInput { id_in: [String!] }
-input DistributionBucketWhereInput { id_in: [String!], operators_some: DistributionBucketOperatorWhereInput }
+input StorageDataObjectWhereUniqueInput { id: %(id)s! }
+input StorageBagWhereInput { id_in: [%(id)s!] }
+input DistributionBucketWhereInput { id_in: [%(id)s!], operators_some: DistributionBucketOperatorWhereInput }
 input DistributionBucketOperatorWhereInput {
   workerId_eq: Int
   status_eq: DistributionBucketOperatorStatus
 }
-input StorageBucketWhereInput { id_in: [String!], operatorStatus: StorageBucketOperatorStatusWhereInput }
+input StorageBucketWhereInput { id_in: [%(id)s!], operatorStatus: StorageBucketOperatorStatusWhereInput }
 input StorageBucketOperatorStatusWhereInput { isTypeOf_eq: String }
 
 scalar BigInt
@@ -94,4 +91,5 @@ type SquidVersion { version: String! }
 @cache
 def schema_of(generation: str) -> GraphQLSchema:
     """The schema of one of GENERATIONS."""
-    return build_schema(_SDL % {"objects": GENERATIONS[generation]})
+    one_object, id_type = GENERATIONS[generation]
+    return build_schema(_SDL % {"one_object": one_object, "id": id_type})

@@ -72,10 +72,7 @@ class ManifestCatalog:
         if self._reload is not None:
             await self._reload
 
-    def can_have(self, object_id: ObjectId) -> bool:
-        return True
-
-    async def look_up(self, object_id: ObjectId, client: str | None = None) -> MediaObject | None:
+    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
         return (await self._current()).objects.get(object_id)
 
     async def forget(self, outdated: MediaObject) -> None:
