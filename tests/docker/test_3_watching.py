@@ -107,6 +107,11 @@ async def test_every_query_of_the_dashboard_returns_data(harness: Harness) -> No
     ]
     assert len(queries) > 30
 
+    # A source's failures in relation to its requests are shown from a few requests in five minutes on.
+    harness.behave([Rule(Fault(status=500), Match(object_id=FAILING, method="GET", endpoint="files"))])
+    for _ in range(10):
+        assert (await get(harness.stack.url(FAILING))).status == 502
+    harness.behave([])
     deadline = asyncio.get_running_loop().time() + 90
     while without_data := [query for query in queries if not harness.prometheus(query)]:
         assert asyncio.get_running_loop().time() < deadline, f"no data for {without_data}"
