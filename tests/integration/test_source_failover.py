@@ -316,7 +316,7 @@ async def test_an_unchanged_object_with_a_strong_tag_is_continued(harness: Harne
 
 @pytest.mark.parametrize("etag", ["", 'W/"v1"'])
 async def test_an_unchanged_object_without_a_strong_tag_is_not_continued(harness: Harness, etag: str) -> None:
-    """Nobody can tell it from a changed one."""
+    """Without a validator it cannot be told from a changed one."""
     sources = put(harness, origin_object("7", OLD, etag, 1000))
     harness.nodes[0].faults.add(Fault(cut_after=CUT), Match(first=1))
     received = bytearray()
