@@ -24,6 +24,9 @@ from distributor_node.shared.ports.state_store import StateStore, WorkerReport
 POLL_INTERVAL = 0.5
 """Seconds between two looks at the heartbeats."""
 
+START_GRACE = 5.0
+"""Seconds after this process began within which a fetcher may be about to begin too: its absence says nothing yet."""
+
 BUSY_WAIT = 0.5
 """Seconds that jobs have waited for a slot from which on a queue counts as standing. A shorter queue moves."""
 
@@ -54,6 +57,7 @@ class FetchCapacity:
         """`clock`: in seconds."""
         self._state = state
         self._clock = clock
+        self._absence_counts_at = clock() + START_GRACE
         self._reports: Sequence[WorkerReport] | None = None
         self._reported_at = float("-inf")  # the newest heartbeat of a worker with a free slot
         self._not_begun: OrderedDict[ObjectId, None] = OrderedDict()
@@ -79,6 +83,8 @@ class FetchCapacity:
             return
         self._outage.succeeded()
         self._reports = reports
+        if reports:
+            self._absence_counts_at = float("-inf")
         fresh = [self._clock() - report.age for report in reports if _has_free_slot(report, ())]
         self._reported_at = max([self._reported_at, *fresh])
         self._report_changes(reports)
@@ -129,8 +135,9 @@ class FetchCapacity:
         """
         if self._reports is not None:
             if not self._reports:
-                return VainReason.NO_WORKER
-            if all(_is_busy(report, sources) for report in self._reports):
+                if self._clock() >= self._absence_counts_at:
+                    return VainReason.NO_WORKER
+            elif all(_is_busy(report, sources) for report in self._reports):
                 return VainReason.BUSY
         if waits:
             return None

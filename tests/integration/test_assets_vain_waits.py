@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import pytest
 from prometheus_client import REGISTRY
 
+from distributor_node.services.api import fetch_capacity
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import WorkerReport
 from tests.integration.assets_harness import KIB, AssetsHarness, assets_harness
@@ -41,7 +43,10 @@ async def assert_proxied(harness: AssetsHarness, object_id: str, cache: str = "m
     assert (answer.headers["x-cache"], answer.headers["x-data-source"]) == (cache, "external")
 
 
-async def test_without_a_worker_no_request_waits_and_every_job_is_published(tmp_path: Path) -> None:
+async def test_without_a_worker_no_request_waits_and_every_job_is_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_capacity, "START_GRACE", 0.0)
     async with assets_harness(tmp_path, workers=0, first_byte_wait=WAIT) as harness:
         await harness.context.fetch_capacity.refresh()
         counted = Counted()

@@ -6,7 +6,12 @@ import time
 
 import pytest
 
-from distributor_node.services.api.fetch_capacity import TRIAL_INTERVAL, FetchCapacity, VainReason
+from distributor_node.services.api.fetch_capacity import (
+    START_GRACE,
+    TRIAL_INTERVAL,
+    FetchCapacity,
+    VainReason,
+)
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.state_redis import RedisStateStore
@@ -60,8 +65,16 @@ async def test_without_any_knowledge_a_request_waits(world: World) -> None:
     assert world.capacity.workers_alive is None
 
 
-async def test_without_a_worker_no_request_waits(world: World) -> None:
+async def test_just_after_the_start_a_worker_may_be_about_to_begin(world: World) -> None:
+    """A standalone node answers requests before its fetcher has sent a heartbeat."""
     await world.capacity.refresh()
+    assert world.capacity.vain_reason(ONE) is None
+    await world.pass_time(START_GRACE - 0.1)
+    assert world.capacity.vain_reason(ONE) is None
+
+
+async def test_without_a_worker_no_request_waits(world: World) -> None:
+    await world.pass_time(START_GRACE)
     assert world.capacity.vain_reason(ONE) is VainReason.NO_WORKER
     assert world.capacity.vain_reason(ONE, waits=True) is VainReason.NO_WORKER
     assert world.capacity.workers_alive == 0
