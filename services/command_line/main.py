@@ -105,11 +105,16 @@ def evictor(config: ConfigFile = None) -> None:
 @app.command("import-config")
 def import_config(
     file: Annotated[
-        Path,
+        Path | None,
         typer.Argument(
-            metavar="FILE", help="Configuration file of the network's existing node, YAML or JSON."
+            metavar="[FILE]",
+            help="Configuration file of the network's existing node, YAML or JSON. Without it: the environment alone.",
         ),
-    ],
+    ] = None,
+    accept_query_node: Annotated[
+        bool,
+        typer.Option("--accept-query-node", help="Use endpoints.queryNode as the squid if none is named."),
+    ] = False,
 ) -> None:
     """Print an existing node's configuration as settings of this node. Remarks go to standard error.
 
@@ -119,7 +124,7 @@ def import_config(
 
     from distributor_node.services.migration.import_config import import_configuration
 
-    text, remarks = import_configuration(file, os.environ)
+    text, remarks = import_configuration(file, os.environ, accept_query_node=accept_query_node)
     print(text, end="")
     for remark in remarks:
         print(remark, file=sys.stderr)

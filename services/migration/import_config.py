@@ -25,19 +25,27 @@ _HEAD = """\
 """
 
 
-def import_configuration(file: Path, environment: Mapping[str, str]) -> tuple[str, list[str]]:
-    """Return our settings as YAML, and remarks for the operator. Raises ConfigurationError if they are invalid."""
-    translation = translate(read_existing(file, environment), file.resolve().parent)
+def import_configuration(
+    file: Path | None, environment: Mapping[str, str], *, accept_query_node: bool = False
+) -> tuple[str, list[str]]:
+    """Return our settings as YAML, and remarks for the operator. Raises ConfigurationError if they are invalid.
+
+    `file`: None if the existing node is configured by the environment alone. `accept_query_node`: the address of a
+    query node is used as the squid's if no squid is named.
+    """
+    folder = (file if file is not None else Path("file")).resolve().parent
+    translation = translate(read_existing(file, environment), folder, accept_query_node=accept_query_node)
     check_settings(translation.settings)
     text = yaml.safe_dump(translation.settings, sort_keys=False, allow_unicode=True)
     remarks = [f"{name} {remark}" for name, remark in translation.remarks.items()]
-    return _HEAD.format(file=file.name) + text, remarks
+    return _HEAD.format(file="the environment" if file is None else file.name) + text, remarks
 
 
 # The existing node's configuration: a YAML or JSON file, overridden by the environment.
 
 PREFIX = "JOYSTREAM_DISTRIBUTOR__"
-OFF = "off"
+UNSET = frozenset({"off", "null", "undefined"})
+"""Values of variables that remove a setting."""
 _TEXTS = frozenset(
     {
         "id", "endpoints.storageSquid", "endpoints.queryNode", "endpoints.joystreamNodeWs", "directories.assets",
@@ -46,13 +54,13 @@ _TEXTS = frozenset(
 )  # fmt: skip
 
 
-def read_existing(file: Path, environment: Mapping[str, str]) -> dict[str, Any]:
+def read_existing(file: Path | None, environment: Mapping[str, str]) -> dict[str, Any]:
     """Return names and values, nested. Raises ConfigurationError for an invalid file.
 
     A variable such as JOYSTREAM_DISTRIBUTOR__LIMITS__MAX_CACHED_ITEM_SIZE overrides `limits.maxCachedItemSize`. Its
-    value is JSON. It is plain text if it is not valid JSON, or if the setting is a text. `off` removes the setting.
+    value is JSON. It is plain text if it is not valid JSON, or if the setting is a text. UNSET removes the setting.
     """
-    document = _document(file)
+    document = {} if file is None else _document(file)
     if not isinstance(document, dict):
         raise ConfigurationError(
             f"{file}: expected names and values at the top level, got {type(document).__name__}"
@@ -88,11 +96,11 @@ def _override(document: dict[str, Any], path: list[str], text: str, variable: st
     for part in path[:-1]:
         child = section.get(part)
         if not isinstance(child, dict):
-            if text == OFF:
+            if text in UNSET:
                 return
             child = section[part] = {}
         section = child
-    if text == OFF:
+    if text in UNSET:
         section.pop(path[-1], None)
     else:
         section[path[-1]] = text if ".".join(path) in _TEXTS else _value(text)

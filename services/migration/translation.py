@@ -9,7 +9,7 @@ from typing import Any
 
 from distributor_node.services.evictor.node_import import FILE_NAME
 from distributor_node.shared.domain.errors import ConfigurationError
-from distributor_node.shared.settings.model import MIN_SECRET_LENGTH
+from distributor_node.shared.settings.model import MIN_SECRET_LENGTH, CatalogSettings
 from distributor_node.shared.settings.sizes import format_size, parse_size
 
 _MIN_ASSIGNMENT_INTERVAL = 3600  # seconds
@@ -17,6 +17,9 @@ _LEVELS = {
     "error": "error", "warn": "warning", "info": "info", "http": "info", "verbose": "debug", "debug": "debug",
     "silly": "debug",
 }  # fmt: skip
+_EXPECTED = (
+    "id", "endpoints.storageSquid", "directories.assets", "limits.storage", "publicApi.port", "buckets", "workerId"
+)  # fmt: skip
 _NO_EQUIVALENT = {
     "limits.pendingDownloadTimeoutSec": "a download has no time limit while it progresses: see fetch.stall_timeout and"
     " fetch.minimum_rate",
@@ -24,6 +27,7 @@ _NO_EQUIVALENT = {
     " see catalog.positive_ttl",
     "intervals.saveCacheState": "there is no such file: the state is on the volume and in the state store",
     "logs.file": "logs go to standard error, one JSON object per line",
+    "keys": "it signs chain transactions; keep the existing CLI for `leader:*` and `operator:*`",
     "logs.elastic": "logs go to standard error, one JSON object per line, from which a log shipper can read them",
 }
 
@@ -43,15 +47,23 @@ class Translation:
         target[name] = value
 
 
-def translate(document: dict[str, Any], folder: Path) -> Translation:
+def translate(document: dict[str, Any], folder: Path, *, accept_query_node: bool = False) -> Translation:
     """Translate all settings. `folder`: of the file, to which its directories are relative.
 
-    Raises ConfigurationError for a value that is invalid for the existing node too.
+    `accept_query_node`: see `_choose_squid`. Raises ConfigurationError for a value that is invalid for the existing
+    node too, and for a document in which nothing is known.
     """
     translation = Translation()
     translation.put("catalog.kind", "joystream")
     translation.put("catalog.refuse_private_sources", True)
-    for name, value in _leaves(document, ""):
+    leaves = [(name, value) for name, value in _leaves(document, "") if value is not None]
+    if not any(name in _TRANSLATORS for name, _ in leaves):
+        raise ConfigurationError(
+            "no setting of an existing node: expected at least one of "
+            + ", ".join(_EXPECTED)
+            + f"; got {', '.join(sorted({name for name, _ in leaves})[:10]) or 'nothing'}"
+        )
+    for name, value in leaves:
         translator = _TRANSLATORS.get(name)
         if translator is not None:
             try:
@@ -66,6 +78,7 @@ def translate(document: dict[str, Any], folder: Path) -> Translation:
         translation.remarks["workerId"] = (
             "is missing, and so are buckets: the node will serve everything that the squid lists"
         )
+    _choose_squid(translation, dict(leaves), accept_query_node=accept_query_node)
     _fit_cached_item(translation)
     return translation
 
@@ -81,6 +94,23 @@ def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
 
 def _no_equivalent(name: str) -> str | None:
     return next((reason for known, reason in _NO_EQUIVALENT.items() if name == known), None)
+
+
+def _choose_squid(translation: Translation, values: dict[str, Any], *, accept_query_node: bool) -> None:
+    """Use a query node's address only if no squid is named and the operator says that a squid answers there."""
+    query_node = values.get("endpoints.queryNode")
+    named = "endpoints.storageSquid" in values
+    if query_node is not None and not named and accept_query_node:
+        translation.put("catalog.squid", _text(query_node))
+        translation.remarks["endpoints.queryNode"] = "is used as catalog.squid, as --accept-query-node says"
+    elif query_node is not None:
+        translation.remarks["endpoints.queryNode"] = "is not used: a query node speaks another schema; " + (
+            "endpoints.storageSquid is used" if named else "name your Storage-Squid in endpoints.storageSquid"
+        )
+    if not named and not (query_node is not None and accept_query_node):
+        translation.remarks["endpoints.storageSquid"] = (
+            f"is missing: catalog.squid keeps its default, {CatalogSettings.model_fields['squid'].default}"
+        )
 
 
 def _fit_cached_item(translation: Translation) -> None:
@@ -190,6 +220,11 @@ def _secret(translation: Translation, value: Any, _: Path) -> None:
     translation.remarks["operatorApi.port"] = "is open on 127.0.0.1 only: see operator_api.host"
 
 
+def _query_node(_translation: Translation, value: Any, _folder: Path) -> None:
+    """Check the value. `_choose_squid` decides whether it is used."""
+    _text(value)
+
+
 def _ignored(_translation: Translation, _value: Any, _folder: Path) -> None:
     """Accept a setting that needs no translation."""
 
@@ -197,7 +232,7 @@ def _ignored(_translation: Translation, _value: Any, _folder: Path) -> None:
 _TRANSLATORS: dict[str, Translator] = {
     "id": _to("id", _name),
     "endpoints.storageSquid": _to("catalog.squid", _text),
-    "endpoints.queryNode": _to("catalog.squid", _text),
+    "endpoints.queryNode": _query_node,
     "endpoints.joystreamNodeWs": _to("catalog.chain", _text),
     "directories.assets": _assets,
     "directories.cacheState": _cache_state,

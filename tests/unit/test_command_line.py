@@ -264,3 +264,17 @@ def test_time_limits_that_defeat_each_other_are_refused(
     fields = {section: {name: value}, "catalog": {"kind": "manifest", "manifest": "m.yaml"}}
     with pytest.raises(ConfigurationError, match=re.escape(told)):
         check_settings(fields)
+
+
+def test_import_config_from_variables_alone() -> None:
+    done = distributor(
+        "import-config", JOYSTREAM_DISTRIBUTOR__WORKER_ID="3", JOYSTREAM_DISTRIBUTOR__ID="undefined"
+    )
+    assert done.returncode == 0
+    imported = yaml.safe_load(done.stdout)
+    assert imported["worker_id"] == 3
+    assert "id" not in imported
+    done = distributor("import-config")
+    assert done.returncode == 2
+    assert "expected at least one of id, endpoints.storageSquid" in done.stderr
+    assert not done.stdout

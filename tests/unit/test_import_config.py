@@ -189,7 +189,8 @@ def test_worker_mode(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_reported(tmp_path: Path) -> None:
-    _, remarks = converted(tmp_path, "id: a\nworkerId: 3\nlimits: {newThing: {deep: 1}}\n")
+    squid = "endpoints: {storageSquid: http://squid:4352/graphql}"
+    _, remarks = converted(tmp_path, f"id: a\nworkerId: 3\nlimits: {{newThing: {{deep: 1}}}}\n{squid}\n")
     assert remarks == ["limits.newThing.deep is unknown, and has no equivalent"]
 
 
@@ -226,3 +227,77 @@ def test_settings_that_cannot_work_are_rejected_by_name(tmp_path: Path, text: st
 def test_a_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="cannot be read"):
         import_configuration(tmp_path / "nothing.yml", {})
+
+
+QUERY_NODE, SQUID = "https://old.example/graphql", "https://squid.example/graphql"
+
+
+@pytest.mark.parametrize("squid_first", [True, False])
+def test_the_squid_wins_over_a_query_node(tmp_path: Path, squid_first: bool) -> None:
+    named = [f"  storageSquid: {SQUID}\n", f"  queryNode: {QUERY_NODE}\n"]
+    text = "workerId: 3\nendpoints:\n" + "".join(named if squid_first else reversed(named))
+    settings, remarks = converted(tmp_path, text)
+    assert settings["catalog"]["squid"] == SQUID
+    assert [remark for remark in remarks if "another schema" in remark]
+    settings, _ = converted(
+        tmp_path,
+        f"workerId: 3\nendpoints: {{storageSquid: {SQUID}}}\n",
+        JOYSTREAM_DISTRIBUTOR__ENDPOINTS__QUERY_NODE=QUERY_NODE,
+    )
+    assert settings["catalog"]["squid"] == SQUID, "a variable of the query node is no squid either"
+
+
+def test_a_query_node_is_used_only_if_the_operator_accepts_it(tmp_path: Path) -> None:
+    text = f"workerId: 3\nendpoints: {{queryNode: {QUERY_NODE}}}\n"
+    settings, remarks = converted(tmp_path, text)
+    assert "squid" not in settings["catalog"]
+    assert any("name your Storage-Squid" in remark for remark in remarks)
+    assert any(remark.startswith("endpoints.storageSquid is missing") for remark in remarks)
+    printed, remarks = import_configuration(tmp_path / "config.yml", {}, accept_query_node=True)
+    assert yaml.safe_load(printed)["catalog"]["squid"] == QUERY_NODE
+    assert not any("another schema" in remark or "missing" in remark for remark in remarks)
+
+
+def test_the_environment_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    variables = {"ID": "alone", "WORKER_ID": "3", "DIRECTORIES__ASSETS": "data", "LIMITS__STORAGE": "5G"}
+    printed, _ = import_configuration(
+        None, {f"JOYSTREAM_DISTRIBUTOR__{name}": value for name, value in variables.items()}
+    )
+    settings = yaml.safe_load(printed)
+    assert (settings["id"], settings["worker_id"]) == ("alone", 3)
+    assert settings["storage"]["path"] == str(tmp_path / "data")
+    assert "from the environment" in printed
+
+
+@pytest.mark.parametrize("unset", ["off", "null", "undefined"])
+def test_words_that_unset_a_setting(tmp_path: Path, unset: str) -> None:
+    settings, _ = converted(
+        tmp_path,
+        FULL,
+        JOYSTREAM_DISTRIBUTOR__BUCKETS=unset,
+        JOYSTREAM_DISTRIBUTOR__ID=unset,
+        JOYSTREAM_DISTRIBUTOR__DIRECTORIES__CACHE_STATE=unset,
+        JOYSTREAM_DISTRIBUTOR__OPERATOR_API=unset,
+    )
+    assert not {"buckets", "id", "operator_api"} & settings.keys()
+    assert "import_cache_state" not in settings["storage"]
+
+
+def test_null_in_the_file_is_not_set(tmp_path: Path) -> None:
+    settings, _ = converted(tmp_path, "workerId: 3\nid: null\ndirectories: {assets: ~, cacheState: null}\n")
+    assert not {"id", "storage"} & settings.keys()
+
+
+@pytest.mark.parametrize("text", ["hello: world\n", "{}", "keys: [{suri: //Alice}]\n", "id: null\n"])
+def test_a_file_without_a_known_name_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"expected at least one of id, endpoints\.storageSquid"):
+        converted(tmp_path, text)
+
+
+def test_keys_are_named_for_what_they_do(tmp_path: Path) -> None:
+    _, remarks = converted(tmp_path, "workerId: 3\nid: a\nkeys: [{suri: //Alice}]\n")
+    (remark,) = [remark for remark in remarks if remark.startswith("keys ")]
+    assert "chain transactions" in remark
+    assert "`leader:*`" in remark
+    assert "Alice" not in remark
