@@ -29,6 +29,7 @@ UNITS = (
     "_commands",
     "_in_progress",
     "_leader",
+    "_alive",
 )
 
 
