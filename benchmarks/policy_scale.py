@@ -30,7 +30,7 @@ from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.eviction import POLICY_NAMES, EvictionPolicy, PolicyEntry, make_policy
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import IndexEntry
-from distributor_node.shared.runtime.malloc import mmap_large_blocks
+from distributor_node.shared.runtime.process import mmap_large_blocks
 from tests.servers.redis_server import RedisServer
 
 EPOCH = 1_700_000_000.0

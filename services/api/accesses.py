@@ -1,12 +1,15 @@
-"""Counts accesses to objects in process and writes them to the state store in batches, so that a hit costs no call."""
+"""Tells the other services what clients ask for: accesses, and which objects have viewers now.
+
+Accesses are counted in process and written in batches, so that a hit costs no call.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
 
@@ -17,7 +20,7 @@ from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.observability.metrics import DROPPED_ACCESSES
-from distributor_node.shared.ports.state_store import Access, StateStore
+from distributor_node.shared.ports.state_store import MAX_VIEWED, Access, StateStore
 
 FLUSH_INTERVAL = 1.0
 MAX_PENDING = 10_000
@@ -128,3 +131,47 @@ class AccessRenewal:
         if now - self._renewed_at >= ACCESS_RENEWAL_INTERVAL:
             self._renewed_at = now
             self._accesses.touch(self._object_id)
+
+
+REPORT_INTERVAL = 2.0
+"""Seconds between two reports: less than the time for which one counts as current."""
+
+
+class Viewers:
+    """Objects that are requested while they are not cached. `run` is its task. No request waits for the state store."""
+
+    def __init__(self, state: StateStore) -> None:
+        self._state = state
+        self._viewing: Counter[ObjectId] = Counter()
+        self._left: dict[ObjectId, None] = {}  # since the last report
+        self._outage = OutageLog(logger, down="viewers_not_reported", up="viewers_reported")
+
+    @contextmanager
+    def viewing(self, object_id: ObjectId) -> Iterator[None]:
+        """A client reads the object, or waits for it, during the block."""
+        self._viewing[object_id] += 1
+        try:
+            yield
+        finally:
+            self._viewing[object_id] -= 1
+            if not self._viewing[object_id]:
+                del self._viewing[object_id]
+            if len(self._left) < MAX_VIEWED:
+                self._left[object_id] = None
+
+    async def run(self) -> None:
+        """Report at intervals, until cancelled."""
+        while True:
+            await asyncio.sleep(REPORT_INTERVAL)
+            await self.report()
+
+    async def report(self) -> None:
+        """Report once. What could not be reported is dropped: the next report is as good."""
+        left, self._left = self._left, {}
+        objects = list(dict.fromkeys([*left, *self._viewing]))[-MAX_VIEWED:]
+        try:
+            await self._state.record_viewers(objects)
+        except StateStoreUnavailable as error:
+            self._outage.failed(str(error))
+        else:
+            self._outage.succeeded()

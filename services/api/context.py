@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distributor_node.services.api.accesses import AccessCounter
-from distributor_node.services.api.fetch_capacity import FetchCapacity
-from distributor_node.services.api.fetch_events import FetchEvents
-from distributor_node.services.api.viewers import Viewers
+from distributor_node.services.api.accesses import AccessCounter, Viewers
+from distributor_node.services.api.fetch_capacity import FetchCapacity, FetchEvents
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.objects import Assignment
 from distributor_node.shared.ports.catalog import Catalog

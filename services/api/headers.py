@@ -1,12 +1,17 @@
-"""Header blocks of the public API: CORS, security, caching, Date."""
+"""Header blocks of the public API: CORS, security, caching, Date; status and headers of asset responses."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from email.utils import formatdate
 from functools import lru_cache
 from typing import Literal
+
+from distributor_node.services.api.assets.decision import PreconditionResult, Representation, Span
+from distributor_node.services.api.errors import HttpError
+from distributor_node.shared.domain.conditionals import Unsatisfiable
 
 CacheResult = Literal["hit", "pending", "miss"]
 DataSource = Literal["local", "external"]
@@ -99,3 +104,167 @@ def _date(second: int) -> str:
 def as_block(headers: Mapping[str, str]) -> bytes:
     """Return header lines in wire format, each with its CRLF."""
     return b"".join(f"{name}: {value}\r\n".encode("latin-1") for name, value in headers.items())
+
+
+UNKNOWN_MEDIA_TYPE = "application/octet-stream"
+CONTENT_LENGTH = "content-length"
+"""Sanic's spelling. It would rename the header of a body that it sends in one piece, and only there."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOutcome:
+    """What the cache held when a request came."""
+
+    result: CacheResult  # the value of X-Cache
+    stored: bool = True  # False: the object is proxied without being fetched into the cache
+
+    def cache_status(self, source: DataSource | None) -> str:
+        """Return the value of the Cache-Status header (RFC 9211).
+
+        `source` is None for a response without content (HEAD, 304). Nothing was forwarded for it. A proxied response
+        (`external`) is neither stored nor collapsed.
+        """
+        if source is None and self.result != "hit":
+            return CACHE_STATUS_OWN
+        shared = source != "external"
+        return cache_status(
+            self.result,
+            stored=self.stored and shared,
+            collapsed=self.result == "pending" and shared,
+            forwarded="uri-miss" if self.stored else "bypass",
+        )
+
+
+HIT = CacheOutcome("hit")
+PENDING = CacheOutcome("pending")
+MISS = CacheOutcome("miss")
+BYPASS = CacheOutcome("miss", stored=False)
+
+
+def _validators(
+    representation: Representation, outcome: CacheOutcome, source: DataSource | None = None
+) -> dict[str, str]:
+    headers = {
+        "X-Cache": outcome.result,
+        # Only with a content hash it is certain that the object never changes.
+        "Cache-Control": cache_control("pending" if representation.content_hash is None else outcome.result),
+        "Cache-Status": outcome.cache_status(source),
+    }
+    if representation.etag is not None:
+        headers["ETag"] = representation.etag
+    if representation.last_modified is not None:
+        headers["Last-Modified"] = formatdate(representation.last_modified, usegmt=True)
+    return headers
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """Status and headers of a response, and its labels in the metrics."""
+
+    status: int
+    headers: dict[str, str]
+    result: CacheResult
+    source: DataSource | None  # None: a response without a body
+
+
+def content_head(
+    representation: Representation,
+    outcome: CacheOutcome,
+    span: Span,
+    source: DataSource | None,
+    media_type: str | None = None,
+) -> ResponseHead:
+    """Return the head of a 200 or 206.
+
+    `source`: None for HEAD. `media_type`: what the source stated, used if the catalog states none.
+    """
+    headers = {
+        **ASSET_CONTENT,
+        **_validators(representation, outcome, source),
+        "Content-Type": representation.media_type or media_type or UNKNOWN_MEDIA_TYPE,
+    }
+    if source is not None:
+        headers["X-Data-Source"] = source
+    if span.length is not None:
+        headers[CONTENT_LENGTH] = str(span.length)
+    if span.partial:
+        headers["Content-Range"] = span.content_range
+    return ResponseHead(206 if span.partial else 200, headers, outcome.result, source)
+
+
+def not_modified_headers(representation: Representation, outcome: CacheOutcome) -> dict[str, str]:
+    """Return the headers of a 304."""
+    return {**ASSET, **_validators(representation, outcome)}
+
+
+def precondition_head(
+    result: PreconditionResult | Unsatisfiable, representation: Representation, outcome: CacheOutcome
+) -> ResponseHead:
+    """Return the head of a 304. Raises HttpError 412 or 416 for the other results."""
+    if result is PreconditionResult.NOT_MODIFIED:
+        return ResponseHead(304, not_modified_headers(representation, outcome), outcome.result, None)
+    extra: dict[str, str] = {"X-Cache": outcome.result}
+    if isinstance(result, Unsatisfiable):
+        extra["Content-Range"] = result.content_range
+        raise HttpError(416, "Range not satisfiable", "range_not_satisfiable", extra)
+    raise HttpError(412, "Precondition failed", "precondition_failed", extra)
+
+
+# Heads of hits, prebuilt as bytes for the fast path.
+#
+# They are built from the headers that Sanic is given (`content_head`, `not_modified_headers`) and in Sanic's format, so
+# that the fast path and Sanic send equal responses.
+
+_STATUS_LINES = {
+    200: b"HTTP/1.1 200 OK\r\n",
+    206: b"HTTP/1.1 206 Partial Content\r\n",
+    304: b"HTTP/1.1 304 Not Modified\r\n",
+}
+_REQUEST_ID = b"X-Request-ID: "
+
+
+@dataclass(frozen=True, slots=True)
+class PrebuiltHeaders:
+    """Heads of the hits of one object. Each ends where the request id follows, and then `end_of_head`."""
+
+    whole: bytes  # a 200 with all bytes
+    head: bytes  # the response to HEAD
+    not_modified: bytes  # a 304
+    partial: bytes  # a 206, up to its length: see `for_range`
+
+    @classmethod
+    def build(cls, representation: Representation) -> PrebuiltHeaders:
+        """Build the heads of a complete object that is not empty. Raises ValueError if a header cannot be sent."""
+        size = representation.size or 0
+        span = Span(0, size - 1, size)
+        partial = content_head(representation, HIT, Span(0, size - 1, size, partial=True), "local")
+        common = list(partial.headers.items())
+        names = [name for name, _ in common]
+        return cls(
+            _block(200, content_head(representation, HIT, span, "local").headers) + _REQUEST_ID,
+            _block(200, content_head(representation, HIT, span, None).headers) + _REQUEST_ID,
+            _block(304, not_modified_headers(representation, HIT)) + _REQUEST_ID,
+            _block(206, dict(common[: names.index(CONTENT_LENGTH)])),
+        )
+
+    def for_range(self, first: int, last: int, size: int) -> bytes:
+        """Return the head of a 206 with bytes `first` to `last`, up to the request id."""
+        return b"%bcontent-length: %d\r\nContent-Range: bytes %d-%d/%d\r\nX-Request-ID: " % (
+            self.partial,
+            last - first + 1,
+            first,
+            last,
+            size,
+        )
+
+
+def end_of_head() -> bytes:
+    """Return what follows the request id on a keep-alive connection. Valid for the current second."""
+    return f"\r\nDate: {date_now()}\r\nconnection: keep-alive\r\n\r\n".encode()
+
+
+def _block(status: int, headers: Mapping[str, str]) -> bytes:
+    for value in headers.values():
+        if not value.isascii() or not value.isprintable():
+            raise ValueError(f"header value: expected printable ASCII, got {value!r}")
+    return _STATUS_LINES[status] + as_block(headers)

@@ -10,20 +10,17 @@ from pathlib import Path
 
 import structlog
 
-from distributor_node.services.api.accesses import AccessCounter
+from distributor_node.services.api.accesses import AccessCounter, Viewers
 from distributor_node.services.api.assets.handler import AssetHandler
 from distributor_node.services.api.context import ApiContext, CurrentAssignment
 from distributor_node.services.api.fast_path.handler import build_fast_path
 from distributor_node.services.api.fast_path.protocol import FastPathProtocol
-from distributor_node.services.api.fetch_capacity import FetchCapacity
-from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.services.api.fetch_capacity import FetchCapacity, FetchEvents
 from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.listen import ListenAddress
 from distributor_node.services.api.operator.app import operator_api
-from distributor_node.services.api.routes import build_app
-from distributor_node.services.api.sanic_app import unregister_application
+from distributor_node.services.api.sanic_app import build_app, unregister_application
 from distributor_node.services.api.server import PublicServer
-from distributor_node.services.api.viewers import Viewers
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
@@ -41,8 +38,8 @@ from distributor_node.shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
-from distributor_node.shared.runtime.identity import VERSION, process_name
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.runtime.process import VERSION, process_name
 from distributor_node.shared.runtime.run_service import ServiceScope
 from distributor_node.shared.runtime.systemd import READY, notify
 from distributor_node.shared.settings.model import Settings

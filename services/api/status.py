@@ -17,7 +17,7 @@ from distributor_node.shared.domain.errors import CatalogUnavailable, StateStore
 from distributor_node.shared.domain.space import RECORD_BYTES, Usage, footprint
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.ports.catalog import Catalog
-from distributor_node.shared.runtime.identity import VERSION
+from distributor_node.shared.runtime.process import VERSION
 
 USAGE_TTL = 1.0
 MEASUREMENT_TTL = 30.0

@@ -35,7 +35,7 @@ app.command("init")(init)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from distributor_node.shared.runtime.identity import VERSION
+        from distributor_node.shared.runtime.process import VERSION
 
         print(f"distributor {VERSION}")
         raise typer.Exit

@@ -30,8 +30,8 @@ from distributor_node.shared.observability.metrics import (
 )
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import StateStore, Term
-from distributor_node.shared.runtime.identity import process_name
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.runtime.process import process_name
 from distributor_node.shared.runtime.threads import run_blocking
 from distributor_node.shared.settings.model import Settings
 

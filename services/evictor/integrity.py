@@ -20,9 +20,14 @@ from distributor_node.services.evictor.index import CompactIdSet
 from distributor_node.services.evictor.node_import import NodeImport
 from distributor_node.shared.adapters.volume import FoundObject, UnknownFile, Volume
 from distributor_node.shared.domain.errors import VolumeError
-from distributor_node.shared.domain.found_objects import record_for_file
 from distributor_node.shared.domain.media_types import SNIFF_BYTES
-from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.domain.objects import (
+    Assignment,
+    MediaObject,
+    ObjectId,
+    StoredRecord,
+    record_for_file,
+)
 from distributor_node.shared.observability.metrics import RECONCILED, SCRUBBED_BYTES, SCRUBBED_OBJECTS
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import Term

@@ -18,8 +18,7 @@ from distributor_node.shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
-from distributor_node.shared.runtime.identity import VERSION
-from distributor_node.shared.runtime.malloc import mmap_large_blocks
+from distributor_node.shared.runtime.process import VERSION, mmap_large_blocks
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
 from distributor_node.shared.runtime.systemd import READY, notify
 from distributor_node.shared.settings.model import Settings

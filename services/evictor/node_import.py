@@ -25,9 +25,8 @@ from distributor_node.shared.adapters.volume import FoundObject, PartialFile, Vo
 from distributor_node.shared.adapters.volume.intake import ImportResult, ImportSource, PendingFile
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.eviction import PolicyEntry
-from distributor_node.shared.domain.found_objects import record_for_file
 from distributor_node.shared.domain.media_types import SNIFF_BYTES, media_type_or_none
-from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord, record_for_file
 from distributor_node.shared.observability.metrics import RECONCILED
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import (

@@ -16,10 +16,15 @@ import structlog
 
 from distributor_node.shared.adapters.volume import Removal, RemovalState, Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
-from distributor_node.shared.domain.found_objects import record_for_file
 from distributor_node.shared.domain.jobs import Ack, DeadLetter, JobOutcome, Requeue, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES
-from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.domain.objects import (
+    ContentHash,
+    MediaObject,
+    ObjectId,
+    StoredRecord,
+    record_for_file,
+)
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import (
     AlreadyStored,

@@ -41,8 +41,8 @@ from distributor_node.shared.domain.operator_state import OperatorState
 from distributor_node.shared.observability.metrics import FETCHES, PHASE
 from distributor_node.shared.ports.job_queue import JobQueue
 from distributor_node.shared.ports.state_store import FailureCause, FetchPhase, Granted, StateStore
-from distributor_node.shared.runtime.identity import process_name
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
+from distributor_node.shared.runtime.process import process_name
 from distributor_node.shared.runtime.threads import BlockingPool
 from distributor_node.shared.settings.model import Settings
 from distributor_node.shared.waiting import background

@@ -24,10 +24,10 @@ from urllib.parse import unquote
 
 import yaml
 
+from distributor_node.shared.domain.conditionals import parse_content_range
 from distributor_node.shared.domain.errors import ConfigurationError, InvalidInput
 from distributor_node.shared.domain.eviction.simulator import Request
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.ranges import parse_content_range
 from distributor_node.shared.domain.space import footprint
 
 _MAX_LINE = 64 * 1024  # bytes

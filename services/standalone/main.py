@@ -23,8 +23,7 @@ from distributor_node.shared.runtime.factories import (
     build_state_store,
     build_volume,
 )
-from distributor_node.shared.runtime.identity import VERSION
-from distributor_node.shared.runtime.malloc import retain_freed_memory
+from distributor_node.shared.runtime.process import VERSION, retain_freed_memory
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service
 from distributor_node.shared.runtime.systemd import PUBLIC_SOCKET, activated_socket
 from distributor_node.shared.waiting import cancel_and_wait

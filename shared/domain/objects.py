@@ -14,6 +14,7 @@ from blake3 import blake3
 
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.media_types import detect_media_type
 from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, Version, etag_or_none
 
 _OBJECT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,127}\Z", re.ASCII)
@@ -275,3 +276,21 @@ class StoredRecord:
         """The record of bytes of which their source says this. With a content hash, the source's tag says no more."""
         kept = validators if self.content_hash is None else Validators(None, validators.last_modified)
         return replace(self, etag=entity_tag(self.content_hash, kept), validators=kept)
+
+
+def record_for_file(
+    known: MediaObject, size: int, head: bytes, stored_at: float, stated_type: str | None = None
+) -> StoredRecord:
+    """The record that a fetch would have written.
+
+    `size` in bytes; `head`: the first SNIFF_BYTES bytes of the file; `stored_at`: POSIX seconds; `stated_type`: the
+    media type that the former node recorded, in case the catalog has none.
+    """
+    return StoredRecord(
+        object_id=known.object_id,
+        size=size,
+        etag=entity_tag(known.content_hash),  # nothing says which version bytes without a hash are
+        content_hash=known.content_hash,
+        media_type=detect_media_type(known.media_type or stated_type, head),
+        stored_at=int(stored_at),
+    )

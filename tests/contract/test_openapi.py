@@ -10,8 +10,7 @@ from typing import Any
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
-from distributor_node.services.api.routes import build_app
-from distributor_node.services.api.sanic_app import public_path, unregister_application
+from distributor_node.services.api.sanic_app import build_app, public_path, unregister_application
 from tests.servers.api_fixture import FakeAssets, running_api
 
 

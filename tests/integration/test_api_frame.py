@@ -18,7 +18,7 @@ from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.operator_state import OperatorState
 from distributor_node.shared.observability.probe_server import Readiness
 from distributor_node.shared.ports.state_store import WorkerReport
-from distributor_node.shared.runtime.identity import VERSION
+from distributor_node.shared.runtime.process import VERSION
 from tests.servers.api_fixture import FakeAssets, running_api
 
 ERROR_HEADERS = (b"Cache-Control: no-store", b"Access-Control-Allow-Origin: *", b"application/json")

@@ -14,7 +14,7 @@ from distributor_node.shared.adapters.catalogs.joystream import ChainHead
 from distributor_node.shared.adapters.catalogs.joystream.endpoint import STATUS, GraphqlEndpoint
 from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
-from distributor_node.shared.adapters.sources.validation import Expected
+from distributor_node.shared.adapters.sources.client import Expected
 from distributor_node.shared.domain.errors import CatalogUnavailable, SourceWrong
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.version import Version

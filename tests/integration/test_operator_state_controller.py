@@ -6,8 +6,7 @@ import asyncio
 from pathlib import Path
 
 from distributor_node.services.api.listen import ListenAddress
-from distributor_node.services.api.routes import build_app
-from distributor_node.services.api.sanic_app import unregister_application
+from distributor_node.services.api.sanic_app import build_app, unregister_application
 from distributor_node.services.api.server import PublicServer
 from distributor_node.services.api.service import OperatorStateController
 from distributor_node.shared.domain.operator_state import OperatorState

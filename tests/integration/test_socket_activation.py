@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 from distributor_node.services.api.listen import ListenAddress
-from distributor_node.services.api.routes import build_app
-from distributor_node.services.api.sanic_app import unregister_application
+from distributor_node.services.api.sanic_app import build_app, unregister_application
 from distributor_node.services.api.server import PublicServer
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.runtime.systemd import activated_socket, child_environment, watchdog_interval

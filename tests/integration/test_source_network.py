@@ -17,10 +17,10 @@ from distributor_node.services.demo.faults import Fault
 from distributor_node.services.demo.objects import GeneratedContent, bytes_object
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
+from distributor_node.shared.adapters.sources.client import Expected
 from distributor_node.shared.adapters.sources.network import connect
-from distributor_node.shared.adapters.sources.validation import Expected
+from distributor_node.shared.domain.conditionals import ByteRange
 from distributor_node.shared.domain.errors import SourceTooSlow, SourceUnreachable
-from distributor_node.shared.domain.ranges import ByteRange
 from distributor_node.shared.domain.version import Version
 from tests.servers.unresponsive_server import unresponsive_server
 

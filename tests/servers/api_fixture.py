@@ -14,8 +14,7 @@ from sanic import HTTPResponse, Request
 from distributor_node.services.api.assets.handler import AssetHandler
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.listen import ListenAddress
-from distributor_node.services.api.routes import AssetResponder, build_app
-from distributor_node.services.api.sanic_app import unregister_application
+from distributor_node.services.api.sanic_app import AssetResponder, build_app, unregister_application
 from distributor_node.services.api.server import PublicServer
 from distributor_node.services.api.service import make_context
 from distributor_node.shared.adapters.sources.health import SourceHealthRegistry

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distributor_node.services.api.accesses import AccessCounter
-from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.services.api.fetch_capacity import FetchEvents
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.domain.admission import VIEW_WINDOW

@@ -20,9 +20,8 @@ from distributor_node.services.api.assets.decision import (
     sendable_end,
 )
 from distributor_node.services.api.assets.proxy import VerifyingBuffer
-from distributor_node.shared.domain.conditionals import Conditions
+from distributor_node.shared.domain.conditionals import Conditions, Unsatisfiable
 from distributor_node.shared.domain.objects import ContentHash, ObjectId
-from distributor_node.shared.domain.ranges import Unsatisfiable
 from distributor_node.shared.ports.state_store import Failure, Fetch, FetchPhase, ObjectStatus
 
 SIZE = 1_000_000

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distributor_node.shared.adapters.sources.connections import ChunkedDecoder
 from distributor_node.shared.adapters.sources.network import ExcessiveEvents
-from distributor_node.shared.adapters.sources.transport import ChunkedDecoder
 
 
 @given(

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from distributor_node.services.command_line.config import default_text, render_reference, render_schema
 from distributor_node.services.command_line.main import app
 from distributor_node.shared.domain.errors import ConfigurationError
-from distributor_node.shared.runtime.identity import VERSION
+from distributor_node.shared.runtime.process import VERSION
 from distributor_node.shared.settings import Settings, load_settings
 from distributor_node.shared.settings.load import check_settings
 from distributor_node.shared.settings.names import all_settings

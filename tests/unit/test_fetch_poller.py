@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import pytest
 
-from distributor_node.services.api.assets.pending import FetchPoller
-from distributor_node.services.api.fetch_events import FetchEvents
+from distributor_node.services.api.assets.growing_file import FetchPoller
+from distributor_node.services.api.fetch_capacity import FetchEvents
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.domain.objects import ObjectId

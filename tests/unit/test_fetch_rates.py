@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES, Span, bytes_missing
-from distributor_node.services.api.assets.pending import FetchRates
+from distributor_node.services.api.assets.growing_file import FetchRates
 from distributor_node.shared.domain.objects import ObjectId
 
 ONE, TWO = ObjectId("1"), ObjectId("2")

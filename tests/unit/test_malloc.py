@@ -7,7 +7,7 @@ import sys
 
 _PAGES = """
 import resource
-from distributor_node.shared.runtime.malloc import retain_freed_memory
+from distributor_node.shared.runtime.process import retain_freed_memory
 
 def faults():
     begun = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -31,7 +31,7 @@ def test_pieces_are_not_mapped_again() -> None:
 _HOLES = """
 from array import array
 from pathlib import Path
-from distributor_node.shared.runtime.malloc import mmap_large_blocks
+from distributor_node.shared.runtime.process import mmap_large_blocks
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

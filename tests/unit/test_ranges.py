@@ -6,8 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distributor_node.shared.domain.conditionals import (
+    ByteRange,
+    Unsatisfiable,
+    parse_content_range,
+    parse_range,
+)
 from distributor_node.shared.domain.errors import InvalidInput
-from distributor_node.shared.domain.ranges import ByteRange, Unsatisfiable, parse_content_range, parse_range
 
 WHOLE = None
 NOTHING = Unsatisfiable(100)

@@ -8,13 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributor_node.shared.adapters.sources.connections import SourceLimits
-from distributor_node.shared.adapters.sources.validation import (
+from distributor_node.shared.adapters.sources.client import (
     MAX_SKIP,
     BodyPlan,
     Expected,
     validate_response,
 )
+from distributor_node.shared.adapters.sources.connections import SourceLimits
+from distributor_node.shared.domain.conditionals import ByteRange
 from distributor_node.shared.domain.errors import (
     ConfigurationError,
     SourceError,
@@ -23,7 +24,6 @@ from distributor_node.shared.domain.errors import (
     VersionChanged,
 )
 from distributor_node.shared.domain.objects import ContentHash
-from distributor_node.shared.domain.ranges import ByteRange
 from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, Version
 
 RANGE = ByteRange(10, 19)

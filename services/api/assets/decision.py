@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 
-from distributor_node.shared.domain.conditionals import Conditions, Verdict, evaluate, range_applies
+from distributor_node.shared.domain.conditionals import (
+    ByteRange,
+    Conditions,
+    Unsatisfiable,
+    Verdict,
+    evaluate,
+    parse_range,
+    range_applies,
+)
 from distributor_node.shared.domain.objects import (
     ContentHash,
     MediaObject,
@@ -13,7 +21,6 @@ from distributor_node.shared.domain.objects import (
     StoredRecord,
     entity_tag,
 )
-from distributor_node.shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
 from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, Version
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase, ObjectStatus
 

@@ -19,13 +19,6 @@ from distributor_node.services.api.assets.decision import (
     select_range,
 )
 from distributor_node.services.api.assets.fetch_start import FetchStarter, look_up
-from distributor_node.services.api.assets.headers import (
-    BYPASS,
-    MISS,
-    PENDING,
-    content_head,
-    precondition_head,
-)
 from distributor_node.services.api.assets.pending import PendingRequest, PendingResponder
 from distributor_node.services.api.assets.proxy import OutdatedDescription, Proxy
 from distributor_node.services.api.assets.response import (
@@ -35,6 +28,13 @@ from distributor_node.services.api.assets.response import (
     ResponseWriter,
 )
 from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.headers import (
+    BYPASS,
+    MISS,
+    PENDING,
+    content_head,
+    precondition_head,
+)
 from distributor_node.shared.adapters.volume import OpenObject
 from distributor_node.shared.domain.admission import SecondHitAdmission
 from distributor_node.shared.domain.conditionals import Conditions
@@ -49,7 +49,7 @@ from distributor_node.shared.ports.state_store import (
     ObjectStatus,
     StateStore,
 )
-from distributor_node.shared.runtime.identity import process_name
+from distributor_node.shared.runtime.process import process_name
 from distributor_node.shared.settings.model import Settings
 
 logger = structlog.get_logger()

@@ -12,12 +12,12 @@ from hashlib import sha256
 import structlog
 
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES, Representation, Span
-from distributor_node.services.api.assets.headers import CacheOutcome, content_head
 from distributor_node.services.api.assets.response import ResponseWriter
 from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
+from distributor_node.services.api.headers import CacheOutcome, content_head
 from distributor_node.shared.adapters.sources import SourceResponse
+from distributor_node.shared.adapters.sources.client import MAX_SKIP
 from distributor_node.shared.adapters.sources.failover import Chunk, FailoverReader
-from distributor_node.shared.adapters.sources.validation import MAX_SKIP
 from distributor_node.shared.adapters.volume import PartialReader
 from distributor_node.shared.domain.errors import AllSourcesFailed, VolumeError
 from distributor_node.shared.domain.objects import ContentHash, Hasher, MediaObject, source_name

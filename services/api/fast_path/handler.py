@@ -12,12 +12,12 @@ import structlog
 
 from distributor_node.services.api.accesses import AccessCounter
 from distributor_node.services.api.assets.decision import AssetRequest, PreconditionResult, Span, select_range
-from distributor_node.services.api.assets.headers import end_of_head
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.fast_path.object_cache import MAX_OPEN_FILES, CachedObject, OpenObjectCache
 from distributor_node.services.api.fast_path.request_parser import ParsedRequest, RequestParser
+from distributor_node.services.api.headers import end_of_head
 from distributor_node.services.api.request_log import BufferedHitMetrics, RequestRecord, log_request
-from distributor_node.shared.domain.ranges import ByteRange, Unsatisfiable, parse_range
+from distributor_node.shared.domain.conditionals import ByteRange, Unsatisfiable, parse_range
 
 _ACCESS_COUNT_INTERVAL = 0.5
 """Seconds in which further accesses to one object are not counted. They belong to the same view."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from time import monotonic
 
 from distributor_node.services.api.assets.decision import Representation
-from distributor_node.services.api.assets.headers import PrebuiltHeaders
-from distributor_node.services.api.assets.page_cache import is_cached, read_cached
+from distributor_node.services.api.assets.response import is_cached, read_cached
+from distributor_node.services.api.headers import PrebuiltHeaders
 from distributor_node.shared.adapters.volume import FileIdentity, OpenObject, Volume
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord

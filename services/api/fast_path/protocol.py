@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from distributor_node.services.api.accesses import AccessCounter, AccessRenewal
-from distributor_node.services.api.assets.page_cache import is_cached, peek_cached, read_chunk
+from distributor_node.services.api.assets.response import is_cached, peek_cached, read_chunk
 from distributor_node.services.api.fast_path.handler import FastPath, PreparedResponse
 from distributor_node.services.api.fast_path.object_cache import CachedObject
 from distributor_node.services.api.protocol import ApiHttp, PublicProtocol

@@ -14,8 +14,7 @@ import uvloop
 
 from distributor_node.services.demo.manifest import DEMO_DIRECTORY
 from distributor_node.services.demo.objects import demo_objects
-from distributor_node.services.demo.squid.chain import TestChain
-from distributor_node.services.demo.squid.server import TestSquid
+from distributor_node.services.demo.squid.server import TestChain, TestSquid
 
 logger = structlog.get_logger()
 

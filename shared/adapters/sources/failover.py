@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import structlog
 
-from distributor_node.shared.adapters.sources.client import SourceClient, SourceResponse
+from distributor_node.shared.adapters.sources.client import Expected, SourceClient, SourceResponse
 from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
-from distributor_node.shared.adapters.sources.validation import Expected
+from distributor_node.shared.domain.conditionals import ByteRange
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     SourceError,
@@ -24,7 +24,6 @@ from distributor_node.shared.domain.errors import (
     VersionChanged,
 )
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, source_name
-from distributor_node.shared.domain.ranges import ByteRange
 from distributor_node.shared.domain.source_order import RateSampler
 from distributor_node.shared.domain.version import Version
 

@@ -6,8 +6,8 @@ from typing import Literal, get_args
 
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction.gdsf import DEFAULT_MISS_COST, Gdsf
-from distributor_node.shared.domain.eviction.lru import Lru
 from distributor_node.shared.domain.eviction.lru_sp import LruSp
+from distributor_node.shared.domain.eviction.packed import Lru
 from distributor_node.shared.domain.eviction.policy import EvictionPolicy, PolicyEntry
 
 __all__ = [

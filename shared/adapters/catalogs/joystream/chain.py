@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 from websockets.asyncio.client import ClientConnection, connect
 
-from distributor_node.shared.adapters.catalogs.errors import map_catalog_errors
+from distributor_node.shared.adapters.catalogs.documents import map_catalog_errors
+from distributor_node.shared.adapters.sources.connections import BoundedTransport
 from distributor_node.shared.adapters.sources.network import SourceNetwork
-from distributor_node.shared.adapters.sources.transport import BoundedTransport
 from distributor_node.shared.domain.errors import CatalogUnavailable
 
 _REQUEST = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "chain_getHeader", "params": []})

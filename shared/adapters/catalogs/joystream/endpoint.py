@@ -16,9 +16,9 @@ from typing import Any
 import httpx
 import structlog
 
-from distributor_node.shared.adapters.catalogs.errors import map_catalog_errors
+from distributor_node.shared.adapters.catalogs.documents import map_catalog_errors
+from distributor_node.shared.adapters.sources.connections import BoundedTransport
 from distributor_node.shared.adapters.sources.network import SourceNetwork
-from distributor_node.shared.adapters.sources.transport import BoundedTransport
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
 from distributor_node.shared.domain.urls import parse_source_url
 

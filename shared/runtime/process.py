@@ -1,13 +1,34 @@
-"""Tunes how glibc's malloc handles freed memory. Elsewhere these functions do nothing, at the cost of speed and memory.
+"""The process itself: which version runs, its unique name, and how glibc's malloc handles freed memory.
 
-Setting either threshold also disables glibc's dynamic thresholds, which rise with the size of freed blocks.
+Elsewhere than with glibc the functions about memory do nothing, at the cost of speed and memory. Setting either
+threshold also disables glibc's dynamic thresholds, which rise with the size of freed blocks.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
+import socket
 import sys
+import uuid
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+
+def _installed_version() -> str:
+    try:
+        return version("distributor-node")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "0.0.0"
+
+
+VERSION = _installed_version()
+
+
+def process_name() -> str:
+    """Return a new name, unique across hosts and restarts, for a process that holds claims or leases."""
+    return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
 
 # Of <malloc.h>
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

@@ -1,0 +1,401 @@
+"""Follows the growing partial file of a fetch: its size is the progress, its mode says whether it is verified."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from contextlib import closing
+from enum import Enum, auto
+from math import inf
+from time import monotonic
+
+from distributor_node.services.api.accesses import AccessCounter, AccessRenewal
+from distributor_node.services.api.assets.decision import (
+    Representation,
+    Span,
+    bytes_missing,
+    may_resume,
+    sendable_end,
+)
+from distributor_node.services.api.assets.response import (
+    CHUNK_BYTES,
+    ResponseWriter,
+    read_chunk,
+)
+from distributor_node.services.api.fetch_capacity import FetchEvents
+from distributor_node.services.api.headers import CacheOutcome, content_head
+from distributor_node.shared.adapters.volume import OpenObject, PartialReader, Volume
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.domain.version import Comparison
+from distributor_node.shared.ports.state_store import StateStore
+from distributor_node.shared.waiting import background
+
+_CATCH_UP_LEAD = 256 * 1024
+"""Bytes that a stalled file must be ahead of a response before the response returns to it."""
+
+MISMATCH_WAIT = 0.25
+"""Seconds to wait for a file of another version to be replaced."""
+
+LOCK_RETRY_INTERVAL = 0.5
+"""Seconds between attempts to lock a verified file against removal, if no event comes before. Less than any
+evictor.min_idle."""
+
+
+class StreamEnd(Enum):
+    """Why streaming ended."""
+
+    DONE = auto()  # the whole span was sent
+    FILE_REPLACED = auto()  # the bytes sent are no longer those of the file
+    FETCH_ENDED = auto()  # no worker writes the file any more
+    STALLED = auto()  # the file has not grown for `max_stall`
+
+
+class PartialFileStreamer:
+    """Streams the partial file of one object to one client."""
+
+    def __init__(
+        self,
+        volume: Volume,
+        accesses: AccessCounter,
+        poller: FetchPoller,
+        representation: Representation,
+        span: Span,
+        *,
+        stall_timeout: float,
+        far_range_wait: float,
+    ) -> None:
+        """Two limits in seconds:
+
+        - `stall_timeout`: without a new byte, after which a fetch counts as dead, whatever its state is.
+        - `far_range_wait`: expected until the first byte of a range ahead, beyond which it is not waited for.
+        """
+        self._volume = volume
+        self._accesses = accesses
+        self._poller = poller
+        self._representation = representation
+        self._span = span
+        self.stall_timeout = stall_timeout
+        self._media_type: str | None = None
+        self._far_range_wait = far_range_wait
+        self.has_begun = False  # a partial file was seen
+        self._mismatch_since: float | None = None
+
+    async def wait_for_first_byte(
+        self, deadline: float, give_up: Callable[[], bool]
+    ) -> OpenObject | PartialReader | None:
+        """Wait for a file from which the span's first byte can be sent. The caller closes it.
+
+        Returns None at `deadline` (monotonic seconds), when the fetch ends, or when `give_up` says so while there is no
+        partial file. Raises VolumeError if the disk fails.
+        """
+        reader: PartialReader | None = None
+        returned = False
+        try:
+            while True:
+                reader = self._close_if_gone(reader) or self._volume.open_partial(
+                    self._representation.object_id
+                )
+                on_disk = 0
+                if reader is None:
+                    # Partial first, then complete: a file that was renamed in between is seen here.
+                    found = self._volume.open_object(self._representation.object_id)
+                    if found is not None:
+                        return self._if_matching(found)
+                else:
+                    state = reader.state()
+                    on_disk, self.has_begun = state.size, True
+                    ready = sendable_end(self._span, on_disk, verified=state.verified) > self._span.first
+                    # Looked at last: a file that was replaced has been unlinked before its sidecar was.
+                    if (
+                        ready
+                        and self._matches_representation(verified=state.verified)
+                        and not reader.state().unlinked
+                    ):
+                        returned = True
+                        return reader
+                    if self._is_far_by_rate(on_disk):
+                        return None
+                remaining = self._limit(deadline) - monotonic()
+                if remaining <= 0 or (reader is None and give_up()) or await self._poller.has_ended():
+                    return None
+                await self._poller.wait(on_disk, remaining)
+        finally:
+            if reader is not None and not returned:
+                reader.close()
+
+    def _limit(self, deadline: float) -> float:
+        """A file of another version than expected may be about to be replaced, but that takes a worker no time."""
+        since = self._mismatch_since
+        return deadline if since is None else min(deadline, since + MISMATCH_WAIT)
+
+    async def stream(
+        self,
+        response: ResponseWriter,
+        reader: PartialReader,
+        outcome: CacheOutcome,
+        max_stall: float = inf,
+    ) -> StreamEnd:
+        """Send from the file as it grows, until the span is sent, the file is replaced or its fetch ends.
+
+        `max_stall`: seconds without a new byte after which to return STALLED.
+        """
+        async with background(self._lock_once_verified(reader), name="lock-once-verified"):
+            return await self._stream(response, reader, outcome, max_stall)
+
+    async def watch(self, response: ResponseWriter, reader: PartialReader, caught_up: asyncio.Event) -> None:
+        """Set `caught_up` when the file can continue the response, which is being sent from elsewhere.
+
+        Never, if the file was emptied in between: what was sent from it may be wrong.
+        """
+        span, last_size = self._span, 0
+        end = span.first + (span.length or 0)
+        while True:
+            state, position = reader.state(), span.first + response.sent
+            if state.unlinked or state.size < last_size:
+                return
+            last_size = state.size
+            sendable = sendable_end(span, state.size, verified=state.verified)
+            if sendable > position and sendable >= min(position + _CATCH_UP_LEAD, end):
+                caught_up.set()
+                return
+            await self._poller.wait(state.size)
+
+    @property
+    def source(self) -> str | None:
+        """The source that the fetch used when it was last looked up."""
+        return self._poller.source
+
+    async def _lock_once_verified(self, reader: PartialReader) -> None:
+        """Lock the file against removal as soon as the worker has verified it, before the worker's own lock ends.
+
+        A client that reads nothing for a while must not find the object evicted, which may be complete by then.
+        """
+        while not (reader.state().verified and reader.lock_shared()):
+            await self._poller.wait_for_event(LOCK_RETRY_INTERVAL)
+
+    async def _stream(
+        self, response: ResponseWriter, reader: PartialReader, outcome: CacheOutcome, max_stall: float
+    ) -> StreamEnd:
+        span, object_id = self._span, self._representation.object_id
+        end = span.first + (span.length or 0)
+        renewal = AccessRenewal(self._accesses, object_id)
+        while (position := span.first + response.sent) < end:
+            state = reader.state()
+            # A client that took long to read the last chunk must not make the fetch look dead.
+            self._poller.observe(state.size)
+            if state.unlinked or state.size < position:
+                return StreamEnd.FILE_REPLACED
+            if state.verified:
+                reader.lock_shared()
+            sendable = sendable_end(span, state.size, verified=state.verified)
+            if sendable <= position:
+                if self._poller.idle > self.stall_timeout or await self._poller.has_ended():
+                    return StreamEnd.FETCH_ENDED
+                if response.started and self._poller.idle >= max_stall:
+                    return StreamEnd.STALLED
+                await self._poller.wait(state.size)
+                continue
+            chunk = await self._read(reader, position, min(CHUNK_BYTES, sendable - position))
+            if not chunk:
+                return StreamEnd.FILE_REPLACED
+            await self._send(response, chunk, outcome)
+            renewal.touch_if_due()
+        self._accesses.touch(object_id)
+        await response.finish()
+        return StreamEnd.DONE
+
+    async def _send(self, response: ResponseWriter, chunk: memoryview, outcome: CacheOutcome) -> None:
+        if response.started:
+            await response.send(chunk, "local")
+            return
+        head = content_head(self._representation, outcome, self._span, "local", self._media_type)
+        await response.start(head, chunk)
+
+    async def _read(self, reader: PartialReader, offset: int, length: int) -> memoryview:
+        """Read a chunk. Empty if the file was truncated in the meantime, or the disk fails."""
+        try:
+            return await read_chunk(reader.descriptor, offset, length)
+        except OSError:
+            return memoryview(b"")
+
+    def _is_far_by_rate(self, on_disk: int) -> bool:
+        """Whether the first byte of a range ahead of the file is expected too late."""
+        self._poller.observe(on_disk)
+        missing = bytes_missing(self._span, on_disk)
+        return bool(missing and on_disk) and self._poller.expects_later(missing, self._far_range_wait)
+
+    def on_disk(self) -> int:
+        """Return the current size of the partial file in bytes, 0 if there is none."""
+        reader = self._volume.open_partial(self._representation.object_id)
+        if reader is None:
+            return 0
+        with closing(reader):
+            return reader.state().size
+
+    def _close_if_gone(self, reader: PartialReader | None) -> PartialReader | None:
+        if reader is not None and reader.state().unlinked:
+            reader.close()
+            return None
+        return reader
+
+    def _matches_representation(self, *, verified: bool) -> bool:
+        """Whether the file holds what the headers describe. It may not, if the catalog has changed.
+
+        Takes the source's media type from the sidecar, which is written before the first byte.
+        """
+        object_id = self._representation.object_id
+        expected = self._volume.partial_record(object_id)
+        if expected is None:
+            # The sidecar goes away once the file is complete.
+            expected = self._volume.read_record(object_id) if verified else None
+            if expected is None:
+                return verified and self._representation.content_hash is not None
+        self._media_type = expected.media_type
+        if not self._is_expected(expected):
+            self._mismatch_since = self._mismatch_since or monotonic()
+            return False
+        self._representation = self._representation.with_validators(expected.validators)
+        return True
+
+    def _is_expected(self, record: StoredRecord) -> bool:
+        """Whether bytes of this record may be sent. A part under a strong tag needs a proof of its version."""
+        expected = self._representation.version
+        comparison = expected.compare(record.version)
+        if self._span.partial and expected.is_strong:
+            return comparison is Comparison.SAME
+        return comparison is not Comparison.DIFFERENT
+
+    def _if_matching(self, found: OpenObject) -> OpenObject | None:
+        if self._is_expected(found.record):
+            return found
+        self._mismatch_since = self._mismatch_since or monotonic()
+        found.close()
+        return None
+
+
+# How fast partial files grow, as all requests of this process see them.
+
+_RATE_WINDOW = 3.0
+"""Seconds over which a rate is measured."""
+_RATE_SPACING = 0.05
+_MIN_OBSERVED = 0.25
+"""Seconds of observation that make a rate."""
+_MAX_RATES = 1_000
+
+
+class FetchRates:
+    """The growth of partial files, in bytes a second."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        """`clock`: in seconds."""
+        self._clock = clock
+        self._sizes: OrderedDict[ObjectId, deque[tuple[float, int]]] = OrderedDict()
+
+    def observe(self, object_id: ObjectId, size: int) -> None:
+        """The partial file has `size` bytes now."""
+        now, sizes = self._clock(), self._sizes.get(object_id)
+        if sizes and now - sizes[-1][0] < _RATE_SPACING and size >= sizes[-1][1]:
+            return
+        # Of a fetch that was not observed for a while, or begins again, nothing is known.
+        if sizes is None or size < sizes[-1][1] or now - sizes[-1][0] > _RATE_WINDOW:
+            sizes = self._sizes[object_id] = deque()
+        sizes.append((now, size))
+        while now - sizes[0][0] > _RATE_WINDOW:
+            sizes.popleft()
+        self._sizes.move_to_end(object_id)
+        if len(self._sizes) > _MAX_RATES:
+            self._sizes.popitem(last=False)
+
+    def expects_later(self, object_id: ObjectId, more: int, seconds: float) -> bool:
+        """Whether, at the rate of the last seconds, the file will grow by `more` bytes later than in `seconds`.
+
+        False while the file was not observed for long enough to tell.
+        """
+        sizes = self._sizes.get(object_id)
+        if not sizes or self._clock() - sizes[-1][0] > _RATE_WINDOW:
+            return False
+        observed, grown = sizes[-1][0] - sizes[0][0], sizes[-1][1] - sizes[0][1]
+        # A file that has not grown at all may have been observed between two writes.
+        enough = _MIN_OBSERVED if grown else max(_MIN_OBSERVED, seconds)
+        return observed >= enough and more * observed > grown * seconds
+
+
+# Waiting for bytes of a fetch: events, polls, and the check whether the fetch has ended.
+
+MIN_POLL_INTERVAL, MAX_POLL_INTERVAL, MAX_IDLE_POLL_INTERVAL = 0.005, 0.025, 0.1
+"""Seconds. The last one applies after a while without progress, when many requests may wait. Events end a wait."""
+STATE_CHECK_INTERVAL = 2.0
+"""Seconds between look-ups in the state store while there is no progress."""
+
+
+class FetchPoller:
+    """Paces one request that waits for bytes. Its polls are short while bytes arrive, and longer otherwise."""
+
+    def __init__(
+        self,
+        object_id: ObjectId,
+        state: StateStore,
+        fetch_events: FetchEvents,
+        rates: FetchRates | None = None,
+    ) -> None:
+        """`rates`: of all fetches that this process sees."""
+        self._rates = rates or FetchRates()
+        self._object_id = object_id
+        self._state = state
+        self._fetch_events = fetch_events
+        self._interval = MIN_POLL_INTERVAL
+        self._last_size = -1
+        self._last_progress = self._last_check = monotonic()
+        self._ended = False
+        self.source: str | None = None  # the source of the fetch when it was last looked up
+
+    @property
+    def idle(self) -> float:
+        """Seconds since the file last grew."""
+        return monotonic() - self._last_progress
+
+    def observe(self, size: int) -> None:
+        """Note the number of bytes on disk."""
+        self._rates.observe(self._object_id, size)
+        if size != self._last_size:
+            self._last_size, self._interval, self._last_progress = size, MIN_POLL_INTERVAL, monotonic()
+            self._ended = False
+
+    def expects_later(self, more: int, seconds: float) -> bool:
+        """Whether so many more bytes are expected later than in `seconds`."""
+        return self._rates.expects_later(self._object_id, more, seconds)
+
+    async def wait(self, size: int, max_seconds: float = MAX_IDLE_POLL_INTERVAL) -> None:
+        """Wait for the poll interval, or until an event of the fetch. `size`: bytes on disk now."""
+        self.observe(size)
+        delay = max(0.001, min(self._interval, max_seconds))
+        max_interval = min(MAX_IDLE_POLL_INTERVAL, max(MAX_POLL_INTERVAL, self.idle / 20))
+        self._interval = min(self._interval * 1.5, max_interval)
+        if await self._fetch_events.wait(self._object_id, delay):
+            self._last_check = -inf
+
+    async def wait_for_event(self, seconds: float) -> None:
+        """Wait for an event of the fetch, at most `seconds`."""
+        await self._fetch_events.wait(self._object_id, seconds)
+
+    async def has_ended(self) -> bool:
+        """Whether two look-ups in a row have found no fetch of the object in the state store.
+
+        One look-up can mislead: between the rename of a complete file and its commit, or between the end of one worker
+        and the start of the next. An unavailable store counts as no look-up.
+        """
+        if self.idle < MAX_POLL_INTERVAL or monotonic() - self._last_check < STATE_CHECK_INTERVAL:
+            return False
+        self._last_check = monotonic()
+        try:
+            object_status = await self._state.find(self._object_id)
+        except StateStoreUnavailable:
+            return False
+        if object_status.fetch is not None:
+            self.source = object_status.fetch.source or self.source
+        if object_status.failure is not None:
+            return True
+        ended_before, self._ended = self._ended, not may_resume(object_status)
+        return ended_before and self._ended
