@@ -324,6 +324,15 @@ PARAMETERS: Json = {
 
 _TEXT: Json = {"type": "string"}
 
+
+def _age(figure: str) -> Json:
+    return {
+        "type": ["integer", "null"],
+        "minimum": 0,
+        "description": f"Seconds since {figure} was read. null: never.",
+    }
+
+
 SCHEMAS: Json = {
     "ErrorResponse": {
         **record(optional=["type"], type=_TEXT, message=_TEXT),
@@ -342,7 +351,14 @@ SCHEMAS: Json = {
         version=_TEXT,
         workerId=count("Only if the node serves a worker's buckets."),
         nodeEnv=_TEXT,
-        queryNodeStatus=record(url=_TEXT, chainHead=count(), blocksProcessed=count(), packageVersion=_TEXT),
+        queryNodeStatus=record(
+            url=_TEXT,
+            chainHead=count("The last known figure, as those below. 0: never read."),
+            blocksProcessed=count(),
+            packageVersion=_TEXT,
+            age=_age("blocksProcessed"),
+            chainHeadAge=_age("chainHead"),
+        ),
     ),
     "BucketsResponse": {
         "oneOf": [

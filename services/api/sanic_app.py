@@ -318,15 +318,16 @@ class AssetResponder(Protocol):
 
 
 def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
-    """Build the public API. Opens nothing: serve it with a PublicServer."""
+    """Build the public API. Opens nothing: serve it with a PublicServer, and run `ctx.squid_status` beside it."""
     application = make_application(context.settings.public_api)
     usage = UsageReader(context)
     _add_assets(application, assets)
-    reporter = StatusReporter(context, usage, SquidStatusPoller(context.catalog))
+    squid_status = SquidStatusPoller(context.catalog)
+    reporter = StatusReporter(context, usage, squid_status)
     _add_status(application, reporter)
     _add_health(application)
     application.ctx.fast_path = None
-    application.ctx.usage, application.ctx.status_reporter = usage, reporter
+    application.ctx.usage, application.ctx.squid_status = usage, squid_status
     return application
 
 

@@ -173,6 +173,7 @@ async def serve_api(
                 group.create_task(context.fetch_capacity.run(), name="fetch-capacity"),
                 group.create_task(context.viewers.run(), name="viewers"),
                 group.create_task(watch_volume(context.volume), name="watch-volume"),
+                group.create_task(application.ctx.squid_status.run(), name="squid-status"),
             ]
             if fast_path is not None:
                 tasks.append(group.create_task(fast_path.objects.run(), name="object-cache"))
@@ -189,7 +190,6 @@ async def serve_api(
             await fast_path.close()
         await assets.close()
         await application.ctx.usage.close()
-        await application.ctx.status_reporter.close()
         unregister_application(application)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -18,6 +18,7 @@ from distributor_node.shared.domain.space import RECORD_BYTES, Usage, footprint
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.runtime.process import VERSION
+from distributor_node.shared.waiting import wait_event
 
 USAGE_TTL = 1.0
 MEASUREMENT_TTL = 30.0
@@ -115,18 +116,16 @@ class StatusReporter:
         return fields
 
     async def _squid_status_fields(self) -> dict[str, Any]:
-        """Return the squid's and the chain's fields. One that is unavailable leaves only its own fields empty."""
+        """Return the last known fields of the squid and the chain, with their ages."""
         found = await self._squid_status.read()
         return {
             "url": self._context.catalog.public_url,
             "chainHead": found.chain_head,
             "blocksProcessed": found.blocks_processed,
             "packageVersion": found.version,
+            "age": _whole_seconds(found.age),
+            "chainHeadAge": _whole_seconds(found.chain_head_age),
         }
-
-    async def close(self) -> None:
-        """Stop polling."""
-        await self._squid_status.close()
 
     async def buckets(self) -> dict[str, Any]:
         """Return the assigned buckets, or the worker whose buckets are all assigned.
@@ -146,68 +145,68 @@ class StatusReporter:
         return {"bucketIds": self._last_buckets}
 
 
+def _whole_seconds(age: float | None) -> int | None:
+    return None if age is None else int(age)
+
+
 def _bucket_order(bucket_id: str) -> tuple[int, int]:
     family, _, index = bucket_id.partition(":")
     return int(family), int(index)
 
 
-# Status of the squid and the chain, polled in the background so that /status never waits long.
+# Status of the squid and the chain, polled in the background so that /status never waits long and is never empty.
 
-POLL_INTERVAL = 10.0
-STALE_AFTER = 60.0
-"""Seconds after which the last value is no longer shown if the squid or the chain stays unavailable."""
+POLL_INTERVAL = 15.0
+"""Seconds between the end of a query and the next one."""
 FIRST_READ_TIMEOUT = 0.3
-_CLOSING_SECONDS = 5.0
 
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
 class SquidAndChainStatus:
-    """Block numbers and the squid's version. 0 and "" for unknown values."""
+    """Block numbers and the squid's version. 0 and "" for values that were never read."""
 
     chain_head: int = 0
     blocks_processed: int = 0
     version: str = ""
+    age: float | None = None  # seconds since blocks_processed was read; None: never
+    chain_head_age: float | None = None  # likewise for chain_head
 
 
 class SquidStatusPoller:
-    """Polls the squid and the chain, each at most every POLL_INTERVAL, however often `read` is called."""
+    """Polls the squid and the chain, each by itself and independent of requests. Run `run` in a task."""
 
     def __init__(self, catalog: Catalog, clock: Callable[[], float] = time.monotonic) -> None:
         """`catalog`: opened and closed by its owner, later than this. `clock` in seconds."""
-        self._catalog, self._clock = catalog, clock
+        self._catalog = catalog
         self._height = _Polled[int]("squid_height", clock)
         self._version = _Polled[str]("squid_version", clock)
         self._head = _Polled[int]("chain_head", clock)
-        self._next_poll_at = float("-inf")
-        self._polling: asyncio.Task[None] | None = None
+        self._polled_once = asyncio.Event()
+
+    async def run(self) -> None:
+        """Poll until cancelled."""
+        await asyncio.gather(self.poll_squid(), self.poll_chain())
+        self._polled_once.set()
+        async with asyncio.TaskGroup() as group:
+            for poll in (self.poll_squid, self.poll_chain):
+                group.create_task(_repeat(poll), name=f"status-{poll.__name__}")
 
     async def read(self) -> SquidAndChainStatus:
-        """Return the last values. The first readers wait up to FIRST_READ_TIMEOUT for them."""
-        if self._polling is None and self._clock() >= self._next_poll_at:
-            self._polling = asyncio.create_task(self._poll(), name="poll-squid-status")
-        if self._polling is not None and self._next_poll_at == float("-inf"):
-            await asyncio.wait({self._polling}, timeout=FIRST_READ_TIMEOUT)
+        """Return the last known values. Readers before the first poll has ended wait up to FIRST_READ_TIMEOUT."""
+        if not self._polled_once.is_set():
+            await wait_event(self._polled_once, FIRST_READ_TIMEOUT)
         return SquidAndChainStatus(
-            chain_head=self._head.value() or 0,
-            blocks_processed=self._height.value() or 0,
-            version=self._version.value() or "",
+            chain_head=self._head.value or 0,
+            blocks_processed=self._height.value or 0,
+            version=self._version.value or "",
+            age=self._height.age(),
+            chain_head_age=self._head.age(),
         )
 
-    async def close(self) -> None:
-        if self._polling is not None:
-            self._polling.cancel()
-            await asyncio.wait({self._polling}, timeout=_CLOSING_SECONDS)
-
-    async def _poll(self) -> None:
-        try:
-            await asyncio.gather(self._poll_squid(), self._poll_chain())
-        finally:
-            self._next_poll_at = self._clock() + POLL_INTERVAL
-            self._polling = None
-
-    async def _poll_squid(self) -> None:
+    async def poll_squid(self) -> None:
+        """Ask the squid once."""
         try:
             status = await self._catalog.status()
         except CatalogUnavailable as error:
@@ -216,29 +215,37 @@ class SquidStatusPoller:
         self._height.set(status.blocks_processed)
         self._version.set(status.version)
 
-    async def _poll_chain(self) -> None:
+    async def poll_chain(self) -> None:
+        """Ask the chain once."""
         try:
             self._head.set(await self._catalog.chain_head())
         except CatalogUnavailable as error:
             self._head.fail(error)
 
 
+async def _repeat(poll: Callable[[], Awaitable[None]]) -> None:
+    while True:
+        await asyncio.sleep(POLL_INTERVAL)
+        await poll()
+
+
 class _Polled(Generic[_Value]):
-    """The last value of one query, and its age."""
+    """The last known value of one query, and its age."""
 
     def __init__(self, name: str, clock: Callable[[], float]) -> None:
         self._name, self._clock = name, clock
-        self._value: _Value | None = None
-        self._set_at = float("-inf")
+        self.value: _Value | None = None
+        self._set_at = 0.0
         self._outage = OutageLog(logger, down="squid_status_unavailable", up="squid_status_recovered")
 
     def set(self, value: _Value | None) -> None:
         self._outage.succeeded(query=self._name)
         if value is not None:
-            self._value, self._set_at = value, self._clock()
+            self.value, self._set_at = value, self._clock()
 
     def fail(self, error: CatalogUnavailable) -> None:
         self._outage.failed(error, query=self._name)
 
-    def value(self) -> _Value | None:
-        return self._value if self._clock() - self._set_at < STALE_AFTER else None
+    def age(self) -> float | None:
+        """Seconds since the value was read."""
+        return None if self.value is None else max(0.0, self._clock() - self._set_at)

@@ -314,7 +314,9 @@ async def test_status_and_buckets(tmp_path: Path) -> None:
     assert (fields["id"], fields["workerId"], fields["objectsInCache"]) == ("test-node", 4, 0)
     assert (fields["downloadsQueued"], fields["workersAlive"]) == (0, 0)
     assert (fields["version"], fields["nodeEnv"]) == (VERSION, "production")
-    assert set(fields["queryNodeStatus"]) == {"url", "chainHead", "blocksProcessed", "packageVersion"}
+    assert set(fields["queryNodeStatus"]) == {
+        "url", "chainHead", "blocksProcessed", "packageVersion", "age", "chainHeadAge",
+    }  # fmt: skip
     async with running_api(tmp_path, FakeAssets()) as api:
         assert json.loads(split(await api.get("/api/v1/buckets"))[2]) == {"bucketIds": ["0:1"]}
         assert "workerId" not in json.loads(split(await api.get("/api/v1/status"))[2])

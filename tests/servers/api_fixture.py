@@ -27,6 +27,7 @@ from distributor_node.shared.runtime.factories import (
     build_volume,
 )
 from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.waiting import background
 
 
 class FakeAssets:
@@ -103,7 +104,8 @@ async def running_api(
         server = PublicServer(application, ListenAddress("127.0.0.1", 0))
         await server.open()
         try:
-            yield RunningApi(context, server)
+            async with background(application.ctx.squid_status.run(), "squid-status"):
+                yield RunningApi(context, server)
         finally:
             await server.close(0)
             await application.ctx.usage.close()

@@ -14,6 +14,7 @@ import uvloop
 
 from distributor_node.services.demo.manifest import DEMO_DIRECTORY
 from distributor_node.services.demo.objects import demo_objects
+from distributor_node.services.demo.squid.faults import SquidFaults
 from distributor_node.services.demo.squid.server import TestChain, TestSquid
 
 logger = structlog.get_logger()
@@ -44,6 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bags", type=int, default=2, help="bags in each bucket (default: %(default)s)")
     parser.add_argument(
+        "--slow-status",
+        type=float,
+        metavar="SECONDS",
+        help="answer questions about the squid's own status after so long",
+    )
+    parser.add_argument(
         "--media", type=Path, default=DEMO_DIRECTORY / "media", help="directory of <id>-<name>.<ext>"
     )
     parser.add_argument(
@@ -73,6 +80,8 @@ async def serve(options: argparse.Namespace) -> None:
         workers=dict(options.worker),
         bags_per_bucket=options.bags,
     )
+    if options.slow_status:
+        squid.faults = SquidFaults(latency=options.slow_status, operations=("Status",))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(squid.run(options.host, options.port))
         chain = await stack.enter_async_context(TestChain().run(options.host, options.chain_port))

@@ -101,8 +101,9 @@ class JoystreamCatalog:
         return distinct_hosts(endpoint.api_url for endpoint in await self.active_storage_endpoints())
 
     async def status(self) -> CatalogStatus:
+        # Asked in the background only, so a slow squid gets the time of a list.
         limits = self._limits
-        return read_status(await self._endpoint.ask(STATUS, {}, limits.timeout, limits.max_response))
+        return read_status(await self._endpoint.ask(STATUS, {}, limits.list_timeout, limits.max_response))
 
     async def chain_head(self) -> int | None:
         return None if self._chain is None else await self._chain.head()
