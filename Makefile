@@ -130,6 +130,10 @@ bench: setup servers ## measure hits, misses and fetches beside nginx
 bench-scale: setup servers ## measure what 10^4 to 10^6 objects cost
 	@$(BIN)/python -m benchmarks.scale $(ARGS)
 
+.PHONY: bench-fair
+bench-fair: setup servers ## measure look-ups under load: fairness between clients, batches, refusals
+	@$(BIN)/python -m benchmarks.fair $(ARGS)
+
 .PHONY: bench-policies
 bench-policies: setup servers ## compare eviction policies on generated traces, and measure them with 10^6 objects
 	@$(BIN)/python -m benchmarks.policies $(ARGS)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from distributor_node.services.api.accesses import AccessCounter, Viewers
+from distributor_node.services.api.client_address import ClientAddresses
 from distributor_node.services.api.fetch_capacity import FetchCapacity, FetchEvents
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.objects import Assignment
@@ -28,6 +29,20 @@ class CurrentAssignment:
     current: Assignment
 
 
+class RefusedLookups:
+    """When a look-up was last refused because too many waited, for readiness."""
+
+    def __init__(self) -> None:
+        self._last = float("-inf")
+
+    def note(self) -> None:
+        self._last = time.monotonic()
+
+    def recent(self, seconds: float) -> bool:
+        """Whether one was refused in the last `seconds`."""
+        return time.monotonic() - self._last < seconds
+
+
 @dataclass(frozen=True, slots=True)
 class ApiContext:
     """Everything that handlers use. Built once per process, and open before the first request."""
@@ -44,4 +59,6 @@ class ApiContext:
     fetch_capacity: FetchCapacity
     viewers: Viewers
     operator_state: OperatorStateWatcher
+    client_addresses: ClientAddresses = field(default_factory=lambda: ClientAddresses(()))
+    refused_lookups: RefusedLookups = field(default_factory=RefusedLookups)
     clock: Callable[[], float] = time.time  # POSIX seconds, for admission

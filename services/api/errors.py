@@ -8,6 +8,10 @@ RETRY_LATER: Mapping[str, str] = {"Retry-After": "5"}
 """Headers of a 503 that is expected to be short. Seconds."""
 
 
+RETRY_SOON: Mapping[str, str] = {"Retry-After": "2"}
+"""Headers of a 503 for load alone (seconds)."""
+
+
 class HttpError(Exception):
     """Ends a request with an error response. Raise AbortResponse instead once the first byte has been sent."""
 

@@ -34,6 +34,8 @@ from distributor_node.shared.observability.probe_server import Readiness
 
 _CHECK_TIMEOUT = 2.0
 IMPORT_READY_TIMEOUT = 600.0
+REFUSED_LOOKUPS_SHOWN = 10.0
+"""Seconds that a refused look-up makes the node degraded."""
 
 logger = structlog.get_logger()
 
@@ -62,7 +64,7 @@ class HealthChecks:
         unfinished_import = await asyncio.to_thread(self._check_import)
         return Readiness(
             problems=tuple(problem for problem in (self._check_port(), volume, unfinished_import) if problem),
-            degraded=tuple(missing for missing in others if missing),
+            degraded=tuple(missing for missing in (*others, self._check_lookups()) if missing),
         )
 
     def _check_port(self) -> str | None:
@@ -75,6 +77,10 @@ class HealthChecks:
         if capacity.workers_alive == 0:
             return "fetchers: none alive"
         return "job queue: not consumed" if capacity.not_consumed else None
+
+    def _check_lookups(self) -> str | None:
+        refused = self._context.refused_lookups.recent(REFUSED_LOOKUPS_SHOWN)
+        return "look-ups: some are refused, too many wait for the catalog" if refused else None
 
     def _check_import(self) -> str | None:
         """Return a problem while the evictor imports an existing node's objects, for at most IMPORT_READY_TIMEOUT.

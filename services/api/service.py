@@ -12,6 +12,7 @@ import structlog
 
 from distributor_node.services.api.accesses import AccessCounter, Viewers
 from distributor_node.services.api.assets.handler import AssetHandler
+from distributor_node.services.api.client_address import ClientAddresses
 from distributor_node.services.api.context import ApiContext, CurrentAssignment
 from distributor_node.services.api.fast_path.handler import build_fast_path
 from distributor_node.services.api.fast_path.protocol import FastPathProtocol
@@ -73,6 +74,7 @@ def make_context(
         fetch_capacity=FetchCapacity(state),
         viewers=Viewers(state),
         operator_state=operator_state,
+        client_addresses=ClientAddresses(settings.public_api.trusted_proxies),
     )
 
 

@@ -8,7 +8,9 @@ The second column says where the fault is, the third whether it is worth retryin
     ├── ConfigurationError        operator final   settings that cannot work; raised at start only
     ├── CatalogUnavailable        catalog  retry   no usable response from the catalog in time
     │   ├── ObjectUnavailable     catalog  retry   no usable response for one object; others may have one
+    │   ├── LookupRefused         client   retry   too many look-ups wait for the catalog
     │   ├── ResponseTooLarge      catalog  retry   a response above its size limit (Joystream adapter)
+    │   ├── QueryFailed           catalog  retry   the squid responded with errors (Joystream adapter)
     │   └── QueryRejected         catalog  retry   the squid does not support the query (Joystream adapter)
     ├── StateStoreUnavailable     state    retry   no response from the state store in time
     ├── JobQueueUnavailable       queue    retry   the broker did not confirm a message in time
@@ -56,6 +58,16 @@ class CatalogUnavailable(DistributorError):
 
 class ObjectUnavailable(CatalogUnavailable):
     """The catalog's server gave no usable response for one object. That does not mean that it is down."""
+
+    worth_retrying = True
+
+
+class LookupRefused(CatalogUnavailable):
+    """Too many look-ups wait for the catalog, which may work well. `reason` is a label of metrics."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class StateStoreUnavailable(DistributorError):

@@ -97,8 +97,31 @@ PHASE = Histogram(
 )
 CATALOG_LOOKUPS = Counter(
     "distributor_catalog_lookups_total",
-    "Catalog look-ups by result: found, unknown, unavailable, cached, stale.",
+    "Catalog look-ups by result: found, unknown, unavailable, refused, cached, stale.",
     ["result"],
+)
+CATALOG_REFUSED = Counter(
+    "distributor_catalog_refused_total",
+    "Look-ups that were refused because too many waited, by reason: queue_full (at once), no_turn (after the wait).",
+    ["reason"],
+)
+CATALOG_QUERIES = Counter(
+    "distributor_catalog_queries_total",
+    "Queries for one or many objects, by outcome: answered, failed.",
+    ["outcome"],
+)
+CATALOG_QUERY_OBJECTS = Counter(
+    "distributor_catalog_query_objects_total", "Objects that these queries have asked for."
+)
+CATALOG_WAITING = Gauge(
+    "distributor_catalog_waiting_objects",
+    "Objects whose look-ups wait to be sent to the catalog.",
+    multiprocess_mode="livesum",
+)
+CATALOG_QUEUE_AGE = Gauge(
+    "distributor_catalog_queue_age_seconds",
+    "How long the oldest of them has waited.",
+    multiprocess_mode="livemax",
 )
 STATE_STORE_ERRORS = Counter(
     "distributor_state_store_errors_total",
@@ -270,7 +293,9 @@ BUILD = Gauge(
 # Series that exist from the start, at 0. If a series began at 1, Prometheus would miss its first increment.
 _PRECREATED: dict[str, dict[Counter, tuple[str, ...]]] = {
     "api": {
-        CATALOG_LOOKUPS: ("found", "unknown", "unavailable", "cached", "stale"),
+        CATALOG_LOOKUPS: ("found", "unknown", "unavailable", "refused", "cached", "stale"),
+        CATALOG_REFUSED: ("queue_full", "no_turn"),
+        CATALOG_QUERIES: ("answered", "failed"),
         ABORTED_RESPONSES: ("client_disconnected", "client_stalled", "source_failed"),
         VAIN_WAITS: ("waited", "no_worker", "busy", "not_begun", "not_consumed"),
         STALLED_FETCHES_BRIDGED: ("caught_up", "complete"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,10 @@ class CatalogStatus:
 
     blocks_processed: int | None = None  # blocks of the chain that the catalog has read
     version: str | None = None  # of the server's software
+
+
+LookupAnswers = Mapping[ObjectId, MediaObject | None]
+"""What one query says of several objects. None: the object does not exist. Missing: it could not be described."""
 
 
 class Catalog(Protocol):
@@ -36,8 +40,15 @@ class Catalog(Protocol):
 
     async def close(self) -> None: ...
 
-    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
-        """Return what the catalog knows of one object, in any bucket. None: the object does not exist."""
+    def can_have(self, object_id: ObjectId) -> bool:
+        """Whether a catalog of this kind can have an object of this id. It is asked for no other."""
+
+    async def look_up(self, object_id: ObjectId, client: str | None = None) -> MediaObject | None:
+        """Return what the catalog knows of one object, in any bucket. None: the object does not exist.
+
+        `client`: the address that asks, by which a busy catalog is shared fairly. None: the node itself. Raises
+        LookupRefused, a CatalogUnavailable, if too many look-ups wait.
+        """
 
     async def forget(self, outdated: MediaObject) -> None:
         """Note that this answer of `look_up` is no longer true: the next look-up asks again.
@@ -66,6 +77,17 @@ class Catalog(Protocol):
 
     async def chain_head(self) -> int | None:
         """Return the number of the chain's newest block. None: the catalog follows no chain, or none is configured."""
+
+
+class RemoteCatalog(Catalog, Protocol):
+    """A catalog that is asked over the network, and wrapped in a cache."""
+
+    @property
+    def batch_size(self) -> int:
+        """How many objects one query may ask for. It may change while the catalog is open."""
+
+    async def look_up_batch(self, object_ids: Sequence[ObjectId]) -> LookupAnswers:
+        """Ask for up to `batch_size` objects that the catalog can have, within the catalog's own time limit."""
 
 
 # The shared catalog cache: the node's processes share the answers of a slow catalog, and a lock for each object.

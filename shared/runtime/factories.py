@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from dataclasses import replace
 from typing import TypeVar
 
 from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
@@ -77,9 +78,12 @@ def build_catalog(settings: Settings) -> Catalog:
         positive_ttl=catalog.positive_ttl,
         negative_ttl=catalog.negative_ttl,
         max_in_flight=catalog.max_in_flight,
-        wait=catalog.timeout,
+        wait=catalog.lookup_wait,
+        query_timeout=catalog.timeout,
+        unaccepted_ttl=catalog.unaccepted_ttl,
     )
     if catalog.kind == "joystream":
+        limits = replace(limits, max_rate=catalog.max_query_rate / settings.public_api.workers)
         return CachedCatalog(
             _build_joystream(settings),
             limits,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
@@ -80,6 +81,9 @@ class PublicApi(SettingsGroup):
     """Seconds an idle connection is kept open."""
     request_timeout: Seconds = 20.0
     """Seconds for a client to send the head of its request."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Addresses or networks, such as 10.0.0.0/8, of the reverse proxies in front. From them, X-Forwarded-For names the
+    client. A busy catalog is shared fairly among clients."""
     follow_growing_files: bool = True
     """Serve objects from their partial file while they are fetched. Turn this off if the volume is NFS shared by
     several hosts: pending requests are then proxied."""
@@ -100,6 +104,18 @@ class PublicApi(SettingsGroup):
     """Serve simple requests for cached objects without the web framework: the same responses, several times faster."""
     memory_cache: Size = Field(default=64 * 1024**2)
     """Bytes of memory in each worker for small objects (up to 16 KiB) that are requested often; 0: none."""
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _check_proxies(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in proxies:
+            try:
+                ip_network(proxy, strict=False)
+            except ValueError as error:
+                raise ValueError(
+                    f"expected addresses or networks, such as 10.0.0.0/8, got {proxy!r}"
+                ) from error
+        return proxies
 
 
 MIN_SECRET_LENGTH = 16  # characters
@@ -165,14 +181,22 @@ class CatalogSettings(SettingsGroup):
     """Seconds between two such queries, which are expensive for the squid."""
     list_timeout: Seconds = 60.0
     """Seconds to wait for the response to one of them."""
-    timeout: Seconds = 2.0
-    """Seconds that a look-up may take in all. After that, a request that needs it gets 503."""
+    timeout: Seconds = 5.0
+    """Seconds that one query may take. Its answer is kept even if the clients have left."""
+    lookup_wait: Seconds = 1.3
+    """Seconds that a request waits for its look-up, in the queue and for the answer; half of it more while the catalog
+    answers others. After that, it gets 503. Players try the next URL after 2."""
     max_in_flight: int = Field(default=16, ge=1)
     """Queries under way at once, per process."""
+    max_query_rate: float = Field(default=20.0, ge=1, le=10_000)
+    """Queries a second that look up objects, of all workers of one API together; for `joystream`. One query asks for up
+    to 50 objects."""
     positive_ttl: Seconds = 3600.0
     """Time to live of an object's description, in seconds."""
-    negative_ttl: Seconds = 60.0
-    """Time to live of "does not exist" and "not accepted yet", in seconds."""
+    negative_ttl: Seconds = 5.0
+    """Time to live of "does not exist", in seconds. It doubles, up to 60, while the object keeps being asked for."""
+    unaccepted_ttl: Seconds = 3.0
+    """Time to live of "not accepted yet", in seconds."""
 
     def problems(self) -> list[str]:
         """What is wrong with the settings that the chosen kind needs, in words."""

@@ -23,7 +23,7 @@ from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.state_redis import RedisStateStore
 from distributor_node.shared.adapters.volume import PartialFile, Volume
-from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.errors import CatalogUnavailable, LookupRefused
 from distributor_node.shared.domain.jobs import RetryPlan
 from distributor_node.shared.domain.objects import (
     Assignment,
@@ -54,6 +54,9 @@ class ListedCatalog:
         self.down = False
         self.delay = 0.0
         self.asked = 0
+        self.clients: list[str | None] = []  # that asked, in order
+        self.refuse = False
+        self.impossible: set[str] = set()  # ids that it cannot have
 
     @property
     def can_list(self) -> bool:
@@ -67,7 +70,13 @@ class ListedCatalog:
 
     async def close(self) -> None: ...
 
-    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+    def can_have(self, object_id: ObjectId) -> bool:
+        return object_id not in self.impossible
+
+    async def look_up(self, object_id: ObjectId, client: str | None = None) -> MediaObject | None:
+        self.clients.append(client)
+        if self.refuse:
+            raise LookupRefused("too many look-ups wait", "queue_full")
         self.asked += 1
         await asyncio.sleep(self.delay)
         if self.down:

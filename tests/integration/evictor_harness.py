@@ -73,7 +73,10 @@ class ListedCatalog:
 
     async def close(self) -> None: ...
 
-    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+    def can_have(self, object_id: ObjectId) -> bool:
+        return True
+
+    async def look_up(self, object_id: ObjectId, client: str | None = None) -> MediaObject | None:
         self._fail_if_down()
         self.asked.append(object_id)
         return self.objects.get(object_id)

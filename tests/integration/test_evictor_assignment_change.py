@@ -116,9 +116,9 @@ async def test_a_catalog_failing_midway_leaves_remaining_objects(harness: Harnes
     harness.assignment.change(NEW)
 
     class Failing(ListedCatalog):
-        async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+        async def look_up(self, object_id: ObjectId, client: str | None = None) -> MediaObject | None:
             self.down = len(self.asked) == 3
-            return await super().look_up(object_id)
+            return await super().look_up(object_id, client)
 
     failing = Failing()
     failing.objects = harness.catalog.objects

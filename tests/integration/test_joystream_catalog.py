@@ -247,7 +247,7 @@ async def test_a_batch_too_large_is_split_in_halves(squid: TestSquid) -> None:
             await listed(catalog, OURS)
 
 
-@pytest.mark.parametrize("schema", ["oldest", "deprecated_only", "without_deprecated", "current"])
+@pytest.mark.parametrize("schema", ["deprecated_only", "without_deprecated", "without_batches", "current"])
 async def test_each_generation_of_servers_is_understood(
     squid: TestSquid, catalog: JoystreamCatalog, schema: str
 ) -> None:
@@ -285,7 +285,7 @@ async def test_two_hundred_unknown_ids_at_a_hanging_squid(squid: TestSquid) -> N
     one_after_another = len(ids) / limits.max_in_flight * limits.wait
     started = time.monotonic()
     outcomes = await asyncio.gather(
-        *(catalog.look_up(object_id) for object_id in [*ids, *ids]), return_exceptions=True
+        *(catalog.look_up(object_id, "a") for object_id in [*ids, *ids]), return_exceptions=True
     )
     assert time.monotonic() - started < one_after_another / 4
     assert all(isinstance(outcome, CatalogUnavailable) for outcome in outcomes)

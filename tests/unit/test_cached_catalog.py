@@ -12,13 +12,19 @@ import pytest
 from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
 from distributor_node.shared.domain.errors import CatalogUnavailable
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
-from distributor_node.shared.ports.catalog import CatalogStatus
+from distributor_node.shared.ports.catalog import CatalogStatus, LookupAnswers
 
 ONE, TWO, THREE = ObjectId("1"), ObjectId("2"), ObjectId("3")
 FIRST = MediaObject(ONE, 1, sources=("https://one.example/1",))
 SECOND = MediaObject(TWO, 2, sources=("https://one.example/2",))
 LIMITS = CacheLimits(
-    positive_ttl=100, negative_ttl=10, max_in_flight=2, wait=0.05, max_entries=3, outage_pause=5
+    positive_ttl=100,
+    negative_ttl=10,
+    max_in_flight=2,
+    wait=0.05,
+    query_timeout=0.2,
+    max_entries=3,
+    outage_pause=5,
 )
 
 
@@ -28,6 +34,8 @@ class ScriptedCatalog:
     def __init__(self) -> None:
         self.known = {ONE: FIRST, TWO: SECOND}
         self.asked: list[ObjectId] = []
+        self.batches: list[list[ObjectId]] = []
+        self.batch_size = 1
         self.in_flight = 0
         self.max_in_flight = 0
         self.down = False
@@ -50,8 +58,15 @@ class ScriptedCatalog:
     async def close(self) -> None:
         self.closed = True
 
-    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
-        self.asked.append(object_id)
+    def can_have(self, object_id: ObjectId) -> bool:
+        return object_id.isdigit()
+
+    async def look_up(self, object_id: ObjectId, client: str | None = None) -> MediaObject | None:
+        return (await self.look_up_batch((object_id,)))[object_id]
+
+    async def look_up_batch(self, object_ids: Sequence[ObjectId]) -> LookupAnswers:
+        self.asked += object_ids
+        self.batches.append(list(object_ids))
         self.in_flight += 1
         self.max_in_flight = max(self.max_in_flight, self.in_flight)
         self.question_came.set()
@@ -61,7 +76,7 @@ class ScriptedCatalog:
             self.in_flight -= 1
         if self.down:
             raise CatalogUnavailable("down")
-        return self.known.get(object_id)
+        return {object_id: self.known.get(object_id) for object_id in object_ids}
 
     async def forget(self, outdated: MediaObject) -> None: ...
 
@@ -220,7 +235,7 @@ async def test_a_lookup_waits_for_slot_and_answer_within_a_bound(
     catalog: CachedCatalog, inner: ScriptedCatalog
 ) -> None:
     inner.answering.clear()
-    waiting = [catalog.look_up(ObjectId(str(number))) for number in range(1, 6)]
+    waiting = [catalog.look_up(ObjectId(str(number)), "a") for number in range(1, 6)]
     async with asyncio.timeout(60):
         found = await asyncio.gather(*waiting, return_exceptions=True)
     assert all(isinstance(outcome, CatalogUnavailable) for outcome in found)

@@ -15,6 +15,7 @@ from distributor_node.shared.adapters.catalogs.joystream.answers import (
 )
 from distributor_node.shared.adapters.catalogs.joystream.endpoint import (
     DIALECTS,
+    MANY_OBJECTS,
     ONE_OBJECT,
     QueryRejected,
     data_of,
@@ -234,8 +235,10 @@ def test_queries_are_those_specified() -> None:
     texts = [ONE_OBJECT.render(dialect) for dialect in DIALECTS]
     assert "storageDataObjectById(id: $id)" in texts[0]
     assert "storageDataObjectByUniqueInput(where: {id: $id})" in texts[1]
-    assert "$id: ID!" in texts[2]
     assert all("%" not in text for text in texts)
+    many = {MANY_OBJECTS.render(dialect) for dialect in DIALECTS}
+    assert len(many) == 1
+    assert "storageDataObjects(where: {id_in: $ids}, limit: $n)" in many.pop()
 
 
 def test_the_network() -> None:

@@ -8,7 +8,9 @@ from distributor_node.services.demo.squid import SquidFaults
 
 
 def test_faults_survive_json() -> None:
-    faults = SquidFaults(latency=1.5, nulls=("type",), operations=("DataObject",), spare=2, schema="oldest")
+    faults = SquidFaults(
+        latency=1.5, nulls=("type",), operations=("DataObject",), spare=2, schema="deprecated_only"
+    )
     told = faults.to_json()
     assert SquidFaults.from_json({**told, "nulls": list(told["nulls"])}) == faults
     assert SquidFaults.from_json({}) == SquidFaults()

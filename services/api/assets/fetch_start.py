@@ -10,13 +10,15 @@ from math import inf
 from typing import Any
 
 import structlog
+from sanic import Request
 
 from distributor_node.services.api.context import ApiContext
-from distributor_node.services.api.errors import RETRY_LATER, HttpError
+from distributor_node.services.api.errors import RETRY_LATER, RETRY_SOON, HttpError
 from distributor_node.services.api.request_log import phase
 from distributor_node.shared.domain.errors import (
     CatalogUnavailable,
     JobQueueUnavailable,
+    LookupRefused,
     StateStoreUnavailable,
 )
 from distributor_node.shared.domain.jobs import FetchJob
@@ -37,14 +39,27 @@ _MAX_REFUTED = 1_000
 logger = structlog.get_logger()
 
 
-async def look_up(context: ApiContext, object_id: ObjectId) -> MediaObject:
+async def look_up(context: ApiContext, request: Request, object_id: ObjectId) -> MediaObject:
     """Return an object that exists, is assigned to this node and has been uploaded.
 
     Raises HttpError 404, 421 or 503 otherwise.
     """
+    client = context.client_addresses.client_of(
+        request.conn_info.client_ip if request.conn_info else "",
+        request.headers.getall("x-forwarded-for", ()),
+    )
     try:
         with phase("catalog"):
-            media_object = await context.catalog.look_up(object_id)
+            media_object = await context.catalog.look_up(object_id, client)
+    except LookupRefused as error:
+        logger.warning("lookup_refused", object_id=object_id, reason=str(error))
+        context.refused_lookups.note()
+        raise HttpError(
+            503,
+            "Too many look-ups wait for the catalog, and the object is not cached",
+            "lookup_refused",
+            RETRY_SOON,
+        ) from error
     except CatalogUnavailable as error:
         logger.warning("catalog_unavailable", object_id=object_id, reason=str(error))
         raise HttpError(

@@ -28,6 +28,7 @@ from distributor_node.services.api.assets.response import (
     ResponseWriter,
 )
 from distributor_node.services.api.context import ApiContext
+from distributor_node.services.api.errors import HttpError
 from distributor_node.services.api.headers import (
     BYPASS,
     MISS,
@@ -149,26 +150,30 @@ class MissHandler:
         Evidence beats memory: if a source contradicts the catalog, the catalog is asked once more, and the response is
         begun again. If the sources contradict that too, the object is passed on as a source has it now.
         """
+        if not self._context.catalog.can_have(object_id):
+            raise HttpError(400, "Malformed object id: this catalog has no such ids", "malformed_id")
         try:
             await self._respond(asset_request, object_id, response, volume_failed=volume_failed)
             return
         except OutdatedDescription as error:
             outdated = error
-        if await self._look_up_again(object_id, outdated) != outdated.media_object:
+        if await self._look_up_again(object_id, response, outdated) != outdated.media_object:
             try:
                 await self._respond(asset_request, object_id, response, volume_failed=volume_failed)
                 return
             except OutdatedDescription as error:
                 outdated = error
-            await self._look_up_again(object_id, outdated)
+            await self._look_up_again(object_id, response, outdated)
         await self._pass_on(asset_request, object_id, response, outdated)
 
-    async def _look_up_again(self, object_id: ObjectId, outdated: OutdatedDescription) -> MediaObject:
+    async def _look_up_again(
+        self, object_id: ObjectId, response: ResponseWriter, outdated: OutdatedDescription
+    ) -> MediaObject:
         logger.info(
             "description_outdated", object_id=object_id, reason=str(outdated.__cause__ or outdated)[:500]
         )
         await self._context.catalog.forget(outdated.media_object)
-        return await look_up(self._context, object_id)
+        return await look_up(self._context, response.request, object_id)
 
     async def _pass_on(
         self,
@@ -178,7 +183,7 @@ class MissHandler:
         outdated: OutdatedDescription,
     ) -> None:
         """Proxy an object of which the catalog does not know version or size. With a hash it knows: give up."""
-        media_object = await look_up(self._context, object_id)
+        media_object = await look_up(self._context, response.request, object_id)
         if media_object.content_hash is not None:
             raise outdated.failure from outdated
         size = None if outdated.of_size else media_object.size
@@ -210,7 +215,7 @@ class MissHandler:
         if fetch is not None and (fetch.phase is FetchPhase.FETCHING or not draining):
             await self._respond_pending(asset_request, object_id, response, fetch)
             return
-        media_object = await look_up(self._context, object_id)
+        media_object = await look_up(self._context, response.request, object_id)
         representation = Representation.from_object(media_object)
         response.set_object_size(representation.size)
         span = select_range(asset_request, representation)
@@ -254,7 +259,7 @@ class MissHandler:
         media_object: MediaObject | None = None
         representation = self._partial_representation(object_id)
         if representation is None:
-            media_object = await look_up(self._context, object_id)
+            media_object = await look_up(self._context, response.request, object_id)
             representation = Representation.from_object(media_object)
         response.set_object_size(representation.size)
         span = select_range(asset_request, representation)

@@ -191,7 +191,7 @@ class PendingResponder:
 
     async def _proxied_response(self, pending: PendingRequest) -> ProxiedResponse:
         try:
-            media_object = pending.media_object or await self._look_up_matching(pending.representation)
+            media_object = pending.media_object or await self._look_up_matching(pending)
         except (HttpError, OutdatedDescription) as error:
             if pending.response.started:
                 raise AbortResponse("source_unknown") from error
@@ -205,9 +205,10 @@ class PendingResponder:
             pending.source,
         )
 
-    async def _look_up_matching(self, representation: Representation) -> MediaObject:
+    async def _look_up_matching(self, pending: PendingRequest) -> MediaObject:
         """Look up the object. Raises OutdatedDescription if the volume described another version."""
-        media_object = await look_up(self._context, representation.object_id)
+        representation = pending.representation
+        media_object = await look_up(self._context, pending.response.request, representation.object_id)
         if media_object.version.compare(representation.version) is not Comparison.DIFFERENT:
             return media_object
         # Which of the two is outdated is not known. The catalog can be asked again.

@@ -220,6 +220,10 @@ class ResponseWriter:
         return self._response is not None
 
     @property
+    def request(self) -> Request:
+        return self._request
+
+    @property
     def request_id(self) -> str:
         return request_record(self._request).request_id
 

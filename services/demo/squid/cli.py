@@ -13,7 +13,7 @@ import structlog
 import uvloop
 
 from distributor_node.services.demo.manifest import DEMO_DIRECTORY
-from distributor_node.services.demo.objects import demo_objects
+from distributor_node.services.demo.objects import demo_objects, generated_object
 from distributor_node.services.demo.squid.faults import SquidFaults
 from distributor_node.services.demo.squid.server import TestChain, TestSquid
 
@@ -54,6 +54,14 @@ def _parser() -> argparse.ArgumentParser:
         "--media", type=Path, default=DEMO_DIRECTORY / "media", help="directory of <id>-<name>.<ext>"
     )
     parser.add_argument(
+        "--objects",
+        nargs=2,
+        type=int,
+        default=(0, 1),
+        metavar=("COUNT", "FIRST"),
+        help="so many small objects more, with ids from FIRST",
+    )
+    parser.add_argument(
         "--print-port",
         action="store_true",
         help="print both ports on one line of standard output once listening",
@@ -74,8 +82,10 @@ async def serve(options: argparse.Namespace) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
+    count, first = options.objects
+    more = [generated_object(str(number), 1000) for number in range(first, first + count)]
     squid = TestSquid(
-        demo_objects(options.media),
+        [*demo_objects(options.media), *more],
         options.node or ["http://127.0.0.1:3390"],
         workers=dict(options.worker),
         bags_per_bucket=options.bags,

@@ -34,12 +34,10 @@ class SquidData:
     storage: tuple[StorageBucket, ...]
     workers: Mapping[str, tuple[int, ...]]  # active workers, by distribution bucket
     invited: Mapping[str, tuple[int, ...]]  # workers that have not accepted yet
+    bag_by_object: Mapping[str, Bag]
 
     def bag_of(self, object_id: str) -> Bag | None:
-        for bag in self.bags.values():
-            if any(item.object_id == object_id for item in bag.objects):
-                return bag
-        return None
+        return self.bag_by_object.get(object_id)
 
     def bags_of(self, bucket_id: str) -> list[Bag]:
         return [bag for bag in self.bags.values() if bag.bucket_id == bucket_id]
@@ -76,4 +74,5 @@ def make_squid_data(
     )
     # Each bucket has an invited worker, which nodes must not treat as active.
     invited = dict.fromkeys(in_buckets, (990,))
-    return SquidData(bags, storage, operated, invited)
+    bag_by_object = {item.object_id: bag for bag in bags.values() for item in bag.objects}
+    return SquidData(bags, storage, operated, invited, bag_by_object)

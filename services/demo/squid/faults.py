@@ -9,7 +9,7 @@ from distributor_node.services.demo.squid.sdl import GENERATIONS
 
 NULLABLE = frozenset({"type", "operatorMetadata", "nodeEndpoint", "squidStatus"})
 _NUMBERS = {"latency": 0, "status": 100, "huge": 0, "spare": 0, "outage_seconds": 0}
-_LISTS = frozenset({"missing_bags", "missing_objects", "missing_buckets", "nulls", "operations"})
+_LISTS = frozenset({"poison", "missing_bags", "missing_objects", "missing_buckets", "nulls", "operations"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,7 @@ class SquidFaults:
     garbage: bool = False  # a 200 without valid JSON
     huge: int = 0  # so many bytes of padding in the response
     missing_objects: tuple[str, ...] = ()  # not in lists, and null in queries for them
+    poison: tuple[str, ...] = ()  # objects that make each query for them fail
     missing_bags: tuple[str, ...] = ()  # not in the lists of objects
     missing_buckets: tuple[str, ...] = ()  # not in the lists of buckets
     empty_lists: bool = False

@@ -20,6 +20,13 @@ class RequestRecord:
     status: int | None = None  # None: there was no response
     rejected: bool = False  # by validation
 
+    @property
+    def object_ids(self) -> list[str]:
+        """The objects that it asks for, in a query for one or many."""
+        if self.operation == "DataObjects":
+            return list(self.variables.get("ids") or ())
+        return [self.variables["id"]] if "id" in self.variables else []
+
 
 class RequestLog:
     """The records in order of arrival."""
@@ -55,9 +62,7 @@ class RequestLog:
 
     def count_for(self, object_id: str) -> int:
         """Return the number of queries for this object, without rejected ones."""
-        return sum(
-            record.variables.get("id") == object_id and not record.rejected for record in self._records
-        )
+        return sum(object_id in record.object_ids and not record.rejected for record in self._records)
 
     async def wait_for(self, condition: Callable[[RequestLog], bool], timeout_seconds: float = 60.0) -> None:
         """Wait until the condition holds. It is checked when a query arrives or ends."""

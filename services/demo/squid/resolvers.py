@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
+from graphql import GraphQLError
+
 from distributor_node.services.demo.manifest import known_hash
 from distributor_node.services.demo.objects import DemoObject
 from distributor_node.services.demo.squid.data import Bag, SquidData, StorageBucket
@@ -30,6 +32,7 @@ class Root:
         return None if "squidStatus" in self._faults.nulls else {"height": self._height}
 
     def storageDataObjectById(self, _info: Any, id: str) -> dict[str, Any] | None:  # noqa: A002, N802
+        self._fail_if_poisoned([id])
         bag = self._data.bag_of(id)
         if bag is None or id in self._faults.missing_objects:
             return None
@@ -37,6 +40,18 @@ class Root:
 
     def storageDataObjectByUniqueInput(self, _info: Any, where: dict[str, str]) -> dict[str, Any] | None:  # noqa: N802
         return self.storageDataObjectById(_info, where["id"])
+
+    def storageDataObjects(  # noqa: N802
+        self, info: Any, where: dict[str, Any] | None = None, limit: int | None = None
+    ) -> list[dict[str, Any]]:
+        ids = dict.fromkeys((where or {}).get("id_in") or self._data.bag_by_object)
+        self._fail_if_poisoned(ids)
+        found = (self.storageDataObjectById(info, object_id) for object_id in ids)
+        return self._listed([item for item in found if item is not None], limit)
+
+    def _fail_if_poisoned(self, ids: Iterable[str]) -> None:
+        if poisoned := set(self._faults.poison).intersection(ids):
+            raise GraphQLError(f"cannot describe {min(poisoned)}")
 
     def distributionBuckets(  # noqa: N802
         self, _info: Any, where: dict[str, Any] | None = None, limit: int | None = None

@@ -10,17 +10,19 @@ _BY_ID = "storageDataObjectById(id: String!): StorageDataObject"
 _BY_UNIQUE = "storageDataObjectByUniqueInput(where: StorageDataObjectWhereUniqueInput!): StorageDataObject"
 _DEPRECATED = f'{_BY_UNIQUE} @deprecated(reason: "use storageDataObjectById")'
 
-# Each generation: its queries for one object, and its type of ids in inputs.
+_MANY = "storageDataObjects(where: StorageDataObjectWhereInput, limit: Int): [StorageDataObject!]!"
+
+# Each generation: its queries for objects.
 GENERATIONS = {
-    "current": (f"{_BY_ID}\n  {_DEPRECATED}", "String"),
-    "without_deprecated": (_BY_ID, "String"),
-    "deprecated_only": (_BY_UNIQUE, "String"),
-    "oldest": (_BY_UNIQUE, "ID"),
+    "current": f"{_BY_ID}\n  {_DEPRECATED}\n  {_MANY}",
+    "without_deprecated": f"{_BY_ID}\n  {_MANY}",
+    "deprecated_only": f"{_BY_UNIQUE}\n  {_MANY}",
+    "without_batches": _BY_ID,
 }
 
 _SDL = """
 type Query {
-  %(one_object)s
+  %(objects)s
   distributionBuckets(where: DistributionBucketWhereInput, limit: Int): [DistributionBucket!]!
   storageBags(where: StorageBagWhereInput, limit: Int): [StorageBag!]!
   storageBuckets(where: StorageBucketWhereInput, limit: Int): [StorageBucket!]!
@@ -28,14 +30,15 @@ type Query {
   squidVersion: SquidVersion!
 }
 
-input StorageDataObjectWhereUniqueInput { id: %(id)s! }
-input StorageBagWhereInput { id_in: [%(id)s!] }
-input DistributionBucketWhereInput { id_in: [%(id)s!], operators_some: DistributionBucketOperatorWhereInput }
+input StorageDataObjectWhereUniqueInput { id: String! }
+input StorageDataObjectWhereInput { id_in: [String!] }
+input StorageBagWhereInput { id_in: [String!] }
+input DistributionBucketWhereInput { id_in: [String!], operators_some: DistributionBucketOperatorWhereInput }
 input DistributionBucketOperatorWhereInput {
   workerId_eq: Int
   status_eq: DistributionBucketOperatorStatus
 }
-input StorageBucketWhereInput { id_in: [%(id)s!], operatorStatus: StorageBucketOperatorStatusWhereInput }
+input StorageBucketWhereInput { id_in: [String!], operatorStatus: StorageBucketOperatorStatusWhereInput }
 input StorageBucketOperatorStatusWhereInput { isTypeOf_eq: String }
 
 scalar BigInt
@@ -91,5 +94,4 @@ type SquidVersion { version: String! }
 @cache
 def schema_of(generation: str) -> GraphQLSchema:
     """The schema of one of GENERATIONS."""
-    one_object, id_type = GENERATIONS[generation]
-    return build_schema(_SDL % {"one_object": one_object, "id": id_type})
+    return build_schema(_SDL % {"objects": GENERATIONS[generation]})

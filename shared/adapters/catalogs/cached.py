@@ -1,34 +1,33 @@
 """The cache in front of a slow catalog.
 
-Answers are cached. Concurrent look-ups of one object share one query. When the catalog is down, stale answers are
-returned. Where the processes of a node share a cache, one of them asks and the others wait for its answer.
+Answers are cached. Concurrent look-ups of one object share one query, and a query asks for many objects (`batches.py`).
+When the catalog is down, stale answers are returned. Where the processes of a node share a cache, one of them asks and
+the others wait for its answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import structlog
 
-from distributor_node.shared.domain.errors import (
-    CatalogUnavailable,
-    ObjectUnavailable,
-    StateStoreUnavailable,
-)
+from distributor_node.shared.adapters.catalogs.batches import BatchLimits, LookupBatcher
+from distributor_node.shared.domain.errors import CatalogUnavailable, LookupRefused, StateStoreUnavailable
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.observability.logging import OutageLog
-from distributor_node.shared.observability.metrics import CATALOG_LOOKUPS
+from distributor_node.shared.observability.metrics import CATALOG_LOOKUPS, CATALOG_REFUSED
 from distributor_node.shared.ports.catalog import (
     CachedAnswer,
     CacheLookup,
-    Catalog,
     CatalogStatus,
+    RemoteCatalog,
     SharedCatalogCache,
 )
 from distributor_node.shared.waiting import Backoff, cancel_and_wait
@@ -43,9 +42,15 @@ class CacheLimits:
     """Limits of the cache. Times in seconds."""
 
     positive_ttl: float
-    negative_ttl: float  # also for objects that are not accepted yet, or have no source
+    negative_ttl: (
+        float  # for "does not exist", also for objects without a source; doubles while it is asked for
+    )
     max_in_flight: int  # queries under way at once
-    wait: float  # for one answer, including the wait for a slot among `max_in_flight`
+    wait: float  # of one client for one answer
+    query_timeout: float = 5.0  # of one query, which goes on when its clients have left
+    max_rate: float = math.inf  # queries a second
+    unaccepted_ttl: float = 3.0  # for "not accepted yet", which soon changes
+    max_negative_ttl: float = 60.0  # up to which `negative_ttl` doubles
     max_entries: int = 100_000
     outage_pause: float = 5.0  # after a failed query, stale answers are returned at once for so long
     stale_wait: float = 0.5  # how long a look-up waits for a slow catalog if it has a stale answer
@@ -55,8 +60,28 @@ class CacheLimits:
 @dataclass(frozen=True, slots=True)
 class _Entry:
     answer: MediaObject | None
-    fresh_until: float
+    stored_at: float
+    lifetime: float  # seconds from `stored_at`
     outdated: bool = False  # known to be no longer true; kept for outages only
+
+    @property
+    def fresh_until(self) -> float:
+        return self.stored_at + self.lifetime
+
+
+class _Lookup:
+    """One look-up under way, and those that wait for it."""
+
+    def __init__(self, client: str, *, seen_before: bool, is_repeated: bool) -> None:
+        self.clients = {client: None}  # an ordered set
+        self.waiting = 0
+        self.seen_before = seen_before
+        self.is_repeated = is_repeated  # another look-up of this process is overdue
+        self.overdue_at = math.inf  # monotonic seconds
+        self.task: asyncio.Task[MediaObject | None] | None = None
+
+
+_THIS_NODE = ""  # the client of look-ups that the node makes for itself
 
 
 class CachedCatalog:
@@ -69,7 +94,7 @@ class CachedCatalog:
 
     def __init__(
         self,
-        inner: Catalog,
+        inner: RemoteCatalog,
         limits: CacheLimits,
         clock: Callable[[], float] = time.monotonic,
         shared_cache: SharedCatalogCache | None = None,
@@ -84,9 +109,12 @@ class CachedCatalog:
         self._buckets: tuple[Sequence[str] | CatalogUnavailable, float] | None = None
         self._buckets_query: asyncio.Task[Sequence[str]] | None = None
         self._entries: OrderedDict[ObjectId, _Entry] = OrderedDict()
-        self._queries: dict[ObjectId, asyncio.Task[MediaObject | None]] = {}
-        self._slots = asyncio.Semaphore(limits.max_in_flight)
+        self._lookups: dict[ObjectId, _Lookup] = {}  # that new clients join
+        self._tasks: set[asyncio.Task[MediaObject | None]] = set()  # of these and of overdue ones
+        batch_limits = BatchLimits(limits.max_in_flight, limits.max_rate, limits.query_timeout, limits.wait)
+        self._batcher = LookupBatcher(inner, batch_limits, self._note_outcome)
         self._down_until = float("-inf")
+        self._answered_at = float("-inf")  # monotonic seconds
 
     @property
     def can_list(self) -> bool:
@@ -102,14 +130,20 @@ class CachedCatalog:
 
     async def close(self) -> None:
         """Cancel the queries under way (their callers get CatalogUnavailable), then close the inner catalog."""
-        queries: list[asyncio.Task[Any]] = list(self._queries.values())
+        await self._batcher.close()
+        queries: list[asyncio.Task[Any]] = list(self._tasks)
         if self._buckets_query is not None:
             queries.append(self._buckets_query)
         await cancel_and_wait(*queries)
         await self._inner.close()
         await self._shared.close()
 
-    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+    def can_have(self, object_id: ObjectId) -> bool:
+        return self._inner.can_have(object_id)
+
+    async def look_up(self, object_id: ObjectId, client: str | None = None) -> MediaObject | None:
+        if not self._inner.can_have(object_id):
+            return None
         entry = self._entries.get(object_id)
         if entry is not None:
             self._entries.move_to_end(object_id)
@@ -121,11 +155,12 @@ class CachedCatalog:
         try:
             # When the time is up, this caller gets the stale answer. The query goes on, for the next caller.
             async with asyncio.timeout(self._limits.stale_wait if known else None):
-                return await self._join_query(object_id)
+                return await self._join_lookup(object_id, client)
         except (CatalogUnavailable, TimeoutError) as error:
             entry = self._entries.get(object_id)
             if entry is None:
-                CATALOG_LOOKUPS.labels(result="unavailable").inc()
+                refused = isinstance(error, LookupRefused)
+                CATALOG_LOOKUPS.labels(result="refused" if refused else "unavailable").inc()
                 raise
             CATALOG_LOOKUPS.labels(result="stale").inc()
             logger.warning("catalog_entry_served_stale", object_id=object_id, reason=str(error) or "slow")
@@ -134,7 +169,7 @@ class CachedCatalog:
     async def forget(self, outdated: MediaObject) -> None:
         entry = self._entries.get(outdated.object_id)
         if entry is not None and entry.answer == outdated:
-            self._entries[outdated.object_id] = _Entry(outdated, float("-inf"), outdated=True)
+            self._entries[outdated.object_id] = replace(entry, lifetime=0.0, outdated=True)
         await self._shared.expire(outdated)
 
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
@@ -151,15 +186,21 @@ class CachedCatalog:
             return self._buckets[0]
         if self._buckets_query is None:
             self._buckets_query = asyncio.create_task(self._query_buckets(), name="catalog-buckets")
-        return await _result_of(self._buckets_query)
+        try:
+            async with asyncio.timeout(self._limits.wait):
+                return await _result_of(self._buckets_query)
+        except TimeoutError as error:
+            raise CatalogUnavailable(
+                f"the catalog did not list its buckets within {self._limits.wait:g} s"
+            ) from error
 
     async def _query_buckets(self) -> Sequence[str]:
         try:
-            async with asyncio.timeout(self._limits.wait):
+            async with asyncio.timeout(self._limits.query_timeout):
                 buckets = await self._inner.bucket_ids()
         except TimeoutError as error:
             raise self._cache_buckets_failure(
-                f"the catalog did not list its buckets within {self._limits.wait:g} s"
+                f"the catalog did not list its buckets within {self._limits.query_timeout:g} s"
             ) from error
         except CatalogUnavailable as error:
             raise self._cache_buckets_failure(str(error)) from error
@@ -183,52 +224,101 @@ class CachedCatalog:
     async def chain_head(self) -> int | None:
         return await self._inner.chain_head()
 
-    async def _join_query(self, object_id: ObjectId) -> MediaObject | None:
-        query = self._queries.get(object_id)
-        if query is None:
-            query = asyncio.create_task(self._query(object_id), name=f"catalog-lookup-{object_id}")
-            self._queries[object_id] = query
-        return await _result_of(query)
+    async def _join_lookup(self, object_id: ObjectId, client: str | None) -> MediaObject | None:
+        """Wait for the look-up of the object that is under way, or begin one. The wait is this client's own.
 
-    async def _query(self, object_id: ObjectId) -> MediaObject | None:
+        If the query was sent and is overdue, begin another one: it may never be answered, though the catalog is well by
+        now. The first answer of either counts.
+        """
+        name = _THIS_NODE if client is None else client
+        lookup = self._lookups.get(object_id)
+        overdue = lookup is not None and time.monotonic() >= lookup.overdue_at
+        if lookup is None or (overdue and not self._batcher.is_queued(object_id)):
+            lookup = self._begin_lookup(object_id, name, is_repeated=lookup is not None)
+        else:
+            lookup.clients[name] = None
+            self._batcher.add_client(object_id, name)
+        wait = self._limits.wait + (self._limits.query_timeout if client is None else 0.0)
+        lookup.waiting += 1
+        try:
+            assert lookup.task is not None  # noqa: S101
+            return await self._wait_for(lookup.task, object_id, wait)
+        except TimeoutError as error:
+            if self._batcher.is_queued(object_id):
+                CATALOG_REFUSED.labels(reason="no_turn").inc()
+                message = f"too many look-ups wait for the catalog: no turn within {wait:g} s"
+                raise LookupRefused(message, "no_turn") from error
+            raise CatalogUnavailable(f"the catalog did not answer within {wait:g} s") from error
+        finally:
+            lookup.waiting -= 1
+            if not lookup.waiting and self._lookups.get(object_id) is lookup:
+                self._batcher.withdraw(object_id)
+
+    async def _wait_for(
+        self, task: asyncio.Task[MediaObject | None], object_id: ObjectId, wait: float
+    ) -> MediaObject | None:
+        """Wait at most `wait`; half of it more if the query was sent and the catalog has answered others since."""
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(wait):
+                return await _result_of(task)
+        except TimeoutError:
+            if self._answered_at < began or self._batcher.is_queued(object_id):
+                raise
+        async with asyncio.timeout(wait / 2):
+            return await _result_of(task)
+
+    def _begin_lookup(self, object_id: ObjectId, client: str, *, is_repeated: bool) -> _Lookup:
+        entry = self._entries.get(object_id)
+        seen_before = entry is not None and entry.answer is not None
+        lookup = self._lookups[object_id] = _Lookup(client, seen_before=seen_before, is_repeated=is_repeated)
+        lookup.overdue_at = time.monotonic() + self._limits.wait
+        lookup.task = asyncio.create_task(
+            self._look_up(object_id, lookup), name=f"catalog-lookup-{object_id}"
+        )
+        self._tasks.add(lookup.task)
+        lookup.task.add_done_callback(self._lookup_done)
+        return lookup
+
+    def _lookup_done(self, task: asyncio.Task[MediaObject | None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # retrieved, so that a failure that no one waits for is not logged as one of ours
+
+    async def _look_up(self, object_id: ObjectId, lookup: _Lookup) -> MediaObject | None:
         single_flight = SingleFlight(self._shared, object_id)
         try:
-            async with asyncio.timeout(self._limits.wait):
-                return await self._resolve(object_id, single_flight)
-        except TimeoutError as error:
-            self._store_stale(object_id, single_flight)
-            raise CatalogUnavailable(f"the catalog did not answer within {self._limits.wait:g} s") from error
+            return await self._resolve(object_id, lookup, single_flight)
         except CatalogUnavailable:
             self._store_stale(object_id, single_flight)
             raise
         finally:
-            del self._queries[object_id]
+            if self._lookups.get(object_id) is lookup:
+                del self._lookups[object_id]
             if single_flight.owns_lock:
                 await self._shared.unlock(object_id)
 
-    async def _resolve(self, object_id: ObjectId, single_flight: SingleFlight) -> MediaObject | None:
+    async def _resolve(
+        self, object_id: ObjectId, lookup: _Lookup, single_flight: SingleFlight
+    ) -> MediaObject | None:
         """Return the answer of the shared cache, or else of the inner catalog."""
         if self._clock() < self._down_until:
             single_flight.cached = await self._shared.get(object_id)
             if single_flight.cached is not None:
                 raise CatalogUnavailable("the catalog failed a moment ago")
-        cached = await single_flight.resolve()
+        if lookup.is_repeated:
+            # This process holds the lock already, or has held it until it expired.
+            single_flight.owns_lock = True
+            cached = None
+        else:
+            cached = await single_flight.resolve(lambda: lookup.waiting > 0)
         if cached is not None:
             CATALOG_LOOKUPS.labels(result="cached").inc()
             self._store(object_id, cached.answer, cached.fresh_for)
             return cached.answer
-        async with self._slots:
-            try:
-                answer = await self._inner.look_up(object_id)
-            except ObjectUnavailable:
-                raise
-            except (CatalogUnavailable, asyncio.CancelledError):
-                # Cancelled: the time is up (or the catalog is being closed, and the pause has no effect).
-                self._down_until = self._clock() + self._limits.outage_pause
-                raise
+        answer = await self._query(object_id, lookup, single_flight)
         CATALOG_LOOKUPS.labels(result="unknown" if answer is None else "found").inc()
-        self._down_until = float("-inf")
-        lifetime = self._limits.positive_ttl if _is_available(answer) else self._limits.negative_ttl
+        lifetime = self._lifetime_of(object_id, answer)
         self._store(object_id, answer, lifetime)
         needed = answer is not None and _is_available(answer) and self._assignment.covers(answer)
         await self._shared.put(
@@ -237,13 +327,43 @@ class CachedCatalog:
         single_flight.owns_lock = False
         return answer
 
+    async def _query(
+        self, object_id: ObjectId, lookup: _Lookup, single_flight: SingleFlight
+    ) -> MediaObject | None:
+        cached = single_flight.cached
+        seen_before = lookup.seen_before or (cached is not None and cached.answer is not None)
+        try:
+            return await self._batcher.look_up(object_id, lookup.clients, seen_before=seen_before)
+        except LookupRefused as error:
+            if error.reason == "queue_full":
+                CATALOG_REFUSED.labels(reason=error.reason).inc(max(1, lookup.waiting))
+            raise
+
+    def _note_outcome(self, answered: bool) -> None:
+        if answered:
+            self._answered_at = time.monotonic()
+        self._down_until = float("-inf") if answered else self._clock() + self._limits.outage_pause
+
+    def _lifetime_of(self, object_id: ObjectId, answer: MediaObject | None) -> float:
+        """Of a new answer, in seconds."""
+        limits = self._limits
+        if _is_available(answer):
+            return limits.positive_ttl
+        if answer is not None and not answer.accepted:
+            return limits.unaccepted_ttl
+        last = self._entries.get(object_id)
+        if last is None or last.answer != answer or self._clock() - last.fresh_until > last.lifetime:
+            return limits.negative_ttl
+        longest = max(limits.max_negative_ttl, limits.negative_ttl)
+        return min(longest, max(limits.negative_ttl, 2 * last.lifetime))
+
     def _store_stale(self, object_id: ObjectId, single_flight: SingleFlight) -> None:
         """Keep the stale answer of the shared cache, for the time of this outage."""
         if single_flight.cached is not None and object_id not in self._entries:
             self._store(object_id, single_flight.cached.answer, single_flight.cached.fresh_for)
 
     def _store(self, object_id: ObjectId, answer: MediaObject | None, lifetime: float) -> None:
-        self._entries[object_id] = _Entry(answer, self._clock() + lifetime)
+        self._entries[object_id] = _Entry(answer, self._clock(), lifetime)
         self._entries.move_to_end(object_id)
         while len(self._entries) > self._limits.max_entries:
             self._entries.popitem(last=False)
@@ -370,18 +490,20 @@ class SingleFlight:
         self.cached: CachedAnswer | None = None  # the last answer seen in the shared cache, perhaps stale
         self.owns_lock = False
 
-    async def resolve(self) -> CachedAnswer | None:
+    async def resolve(self, is_wanted: Callable[[], bool]) -> CachedAnswer | None:
         """Wait for a fresh answer of the process that holds the lock. None: this process holds it, and must ask.
 
-        There is no time limit: the caller sets one.
+        Raises LookupRefused once `is_wanted` returns False.
         """
         poll = Backoff(_FIRST_POLL, _MAX_POLL, jitter=False)
         while True:
             lookup = await self._shared.get_or_lock(self._object_id)
             self.cached = lookup.cached or self.cached
-            if lookup.owns_lock:
-                self.owns_lock = True
-                return None
+            self.owns_lock = lookup.owns_lock
             if lookup.cached is not None and lookup.cached.fresh_for > 0:
                 return lookup.cached
+            if not is_wanted():
+                raise LookupRefused("no one waits for it", "withdrawn")
+            if lookup.owns_lock:
+                return None
             await poll.wait()

@@ -72,7 +72,10 @@ class ManifestCatalog:
         if self._reload is not None:
             await self._reload
 
-    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+    def can_have(self, object_id: ObjectId) -> bool:
+        return True
+
+    async def look_up(self, object_id: ObjectId, client: str | None = None) -> MediaObject | None:
         return (await self._current()).objects.get(object_id)
 
     async def forget(self, outdated: MediaObject) -> None:

@@ -23,7 +23,7 @@ from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.domain.urls import parse_source_url, url_origin
 from distributor_node.shared.domain.version import Validators
-from distributor_node.shared.ports.catalog import CatalogStatus
+from distributor_node.shared.ports.catalog import CatalogStatus, LookupAnswers
 
 _PLACEHOLDER = "{id}"
 _MAX_CONNECTIONS = 256  # CachedCatalog allows fewer look-ups at once
@@ -82,7 +82,17 @@ class OriginCatalog:
     async def close(self) -> None:
         await self._connections.close()
 
-    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+    def can_have(self, object_id: ObjectId) -> bool:
+        return True
+
+    @property
+    def batch_size(self) -> int:
+        return 1
+
+    async def look_up_batch(self, object_ids: Sequence[ObjectId]) -> LookupAnswers:
+        return {object_id: await self.look_up(object_id) for object_id in object_ids}
+
+    async def look_up(self, object_id: ObjectId, client: str | None = None) -> MediaObject | None:
         async with map_catalog_errors("the origin", self._timeout):
             return await self._describe(object_id)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,7 +20,7 @@ from distributor_node.shared.domain.objects import (
     parse_bucket_id,
 )
 from distributor_node.shared.domain.urls import is_public, parse_source_url
-from distributor_node.shared.ports.catalog import CatalogStatus
+from distributor_node.shared.ports.catalog import CatalogStatus, LookupAnswers
 
 logger = structlog.get_logger()
 _SIZE = re.compile(r"[0-9]{1,19}", re.ASCII)
@@ -49,6 +49,22 @@ def read_object(object_id: ObjectId, found: Any, *, refuse_private: bool) -> Med
         accepted=found.get("isAccepted") is True,
         sources=_sources(object_id, bag, refuse_private=refuse_private),
     )
+
+
+def read_objects(object_ids: Sequence[ObjectId], listed: Any, *, refuse_private: bool) -> LookupAnswers:
+    """Convert the descriptions of the objects asked for. An object that is not listed does not exist.
+
+    Raises CatalogUnavailable if it is not a list, or lists an object that was not asked for.
+    """
+    if not isinstance(listed, list):
+        raise CatalogUnavailable("the squid's response has no list of objects")
+    answers: dict[ObjectId, MediaObject | None] = dict.fromkeys(object_ids)
+    for found in listed:
+        object_id = ObjectId(_mapping(found).get("id"))
+        if object_id not in answers:
+            raise CatalogUnavailable("the squid returned another object")
+        answers[object_id] = read_object(object_id, found, refuse_private=refuse_private)
+    return answers
 
 
 def read_listed(found: Any, buckets: tuple[DistributionBucket, ...]) -> MediaObject:

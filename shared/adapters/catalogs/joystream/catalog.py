@@ -6,9 +6,12 @@ First look-ups and status, then the listing of an assignment: the bags of its bu
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
+
+import structlog
 
 from distributor_node.shared.adapters.catalogs.joystream.answers import (
     StorageEndpoint,
@@ -17,6 +20,7 @@ from distributor_node.shared.adapters.catalogs.joystream.answers import (
     read_endpoints,
     read_listed,
     read_object,
+    read_objects,
     read_status,
 )
 from distributor_node.shared.adapters.catalogs.joystream.chain import ChainHead
@@ -26,21 +30,32 @@ from distributor_node.shared.adapters.catalogs.joystream.endpoint import (
     ALL_BUCKETS,
     BAGS_OF_BUCKETS,
     BAGS_OF_WORKER,
+    MANY_OBJECTS,
     OBJECTS_OF_BAGS,
     ONE_OBJECT,
     STATUS,
     GraphqlEndpoint,
+    QueryFailed,
+    QueryRejected,
     ResponseTooLarge,
     SquidLimits,
 )
 from distributor_node.shared.domain.errors import CatalogUnavailable
 from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
 from distributor_node.shared.domain.urls import distinct_hosts, url_without_credentials
-from distributor_node.shared.ports.catalog import CatalogStatus
+from distributor_node.shared.ports.catalog import CatalogStatus, LookupAnswers
+
+logger = structlog.get_logger()
+
+_DECIMAL = re.compile(r"[0-9]+", re.ASCII)
+_BATCH_SIZE = 50
+_BATCH_QUERIES = 16  # at most, for one batch that has to be divided
+_GIVE_UP_AFTER = 3  # failed queries of one batch without a successful one: all would fail
+_BYTES_PER_OBJECT = 256 * 1024  # of a response for several objects, on average
 
 
 class JoystreamCatalog:
-    """See the port. Each look-up asks the squid, so use it behind a CachedCatalog.
+    """See the ports. Each look-up asks the squid, so use it behind a CachedCatalog.
 
     An object does not exist only if the squid says so (`null` without errors). Listed objects have no sources and
     count as accepted, because the list does not say: look an object up before you fetch it.
@@ -55,6 +70,7 @@ class JoystreamCatalog:
         self._limits = limits
         self._refuse_private = refuse_private
         self._chain = chain
+        self._batch_size = _BATCH_SIZE
 
     @property
     def can_list(self) -> bool:
@@ -71,7 +87,39 @@ class JoystreamCatalog:
     async def close(self) -> None:
         await self._endpoint.close()
 
-    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+    def can_have(self, object_id: ObjectId) -> bool:
+        return _DECIMAL.fullmatch(object_id) is not None
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    async def look_up(self, object_id: ObjectId, client: str | None = None) -> MediaObject | None:
+        return await self._look_up_one(object_id) if self.can_have(object_id) else None
+
+    async def forget(self, outdated: MediaObject) -> None:
+        """Nothing is remembered here."""
+
+    async def look_up_batch(self, object_ids: Sequence[ObjectId]) -> LookupAnswers:
+        if len(object_ids) == 1:
+            return {object_ids[0]: await self._look_up_one(object_ids[0])}
+        answers: dict[ObjectId, MediaObject | None] = {}
+        try:
+            async with asyncio.timeout(self._limits.timeout):
+                try:
+                    await self._look_up_dividing(object_ids, answers)
+                except QueryRejected as error:
+                    logger.warning("squid_batches_unsupported", reason=str(error))
+                    self._batch_size = 1
+                    for object_id in object_ids:
+                        answers[object_id] = await self._look_up_one(object_id)
+        except TimeoutError as error:
+            if not answers:
+                reason = f"the squid did not respond within {self._limits.timeout:g} s"
+                raise CatalogUnavailable(reason) from error
+        return answers
+
+    async def _look_up_one(self, object_id: ObjectId) -> MediaObject | None:
         limits = self._limits
         data = await self._endpoint.ask(ONE_OBJECT, {"id": object_id}, limits.timeout, limits.max_response)
         if "object" not in data:
@@ -79,8 +127,35 @@ class JoystreamCatalog:
         found = data["object"]
         return None if found is None else read_object(object_id, found, refuse_private=self._refuse_private)
 
-    async def forget(self, outdated: MediaObject) -> None:
-        """Nothing is remembered here."""
+    async def _look_up_dividing(
+        self, object_ids: Sequence[ObjectId], answers: dict[ObjectId, MediaObject | None]
+    ) -> None:
+        """Ask for all objects at once. If the response is an error or too large, ask for each half, and so on.
+
+        So one object that the squid fails to describe costs no other object its answer.
+        """
+        parts = deque([object_ids])
+        for number in range(1, _BATCH_QUERIES + 1):
+            part = parts.popleft()
+            try:
+                answers.update(await self._look_up_many(part))
+            except (QueryFailed, ResponseTooLarge):
+                if not answers and number == _GIVE_UP_AFTER:
+                    raise
+                if len(part) > 1:
+                    half = len(part) // 2
+                    parts.extend((part[:half], part[half:]))
+            if not parts:
+                break
+
+    async def _look_up_many(self, object_ids: Sequence[ObjectId]) -> LookupAnswers:
+        limits = self._limits
+        max_bytes = min(len(object_ids) * _BYTES_PER_OBJECT, limits.max_list_response)
+        variables = {"ids": list(object_ids), "n": len(object_ids)}
+        data = await self._endpoint.ask(
+            MANY_OBJECTS, variables, limits.timeout, max(max_bytes, limits.max_response)
+        )
+        return read_objects(object_ids, data.get("objects"), refuse_private=self._refuse_private)
 
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         return list_objects(self._endpoint, self._limits, assignment)

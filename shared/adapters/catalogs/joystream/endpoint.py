@@ -34,6 +34,10 @@ class ResponseTooLarge(CatalogUnavailable):
     """The response exceeds its limit in bytes. A smaller query may succeed."""
 
 
+class QueryFailed(CatalogUnavailable):
+    """The server responded with errors. A smaller query may succeed."""
+
+
 class QueryRejected(CatalogUnavailable):
     """The server does not support a field, argument or type of the query."""
 
@@ -168,7 +172,7 @@ async def _read(raw: bytes, status: int) -> Any:
 def data_of(document: Any, status: int) -> dict[str, Any]:
     """Return the `data` of a response without errors. Data beside errors is not used.
 
-    Raises QueryRejected, CatalogUnavailable.
+    Raises QueryRejected, QueryFailed, CatalogUnavailable.
     """
     if not isinstance(document, dict):
         raise CatalogUnavailable(f"the squid responded {status} without a GraphQL response")
@@ -178,7 +182,7 @@ def data_of(document: Any, status: int) -> dict[str, Any]:
         messages = "; ".join(_message(error) for error in listed[:3])
         if document.get("data") is None and any(_is_rejection(error) for error in listed):
             raise QueryRejected(f"the squid rejected the query: {messages}")
-        raise CatalogUnavailable(f"the squid responded with errors: {messages}")
+        raise QueryFailed(f"the squid responded with errors: {messages}")
     data = document.get("data")
     if status != 200 or not isinstance(data, dict):
         raise CatalogUnavailable(f"the squid responded {status} without data")
@@ -202,9 +206,9 @@ def _is_rejection(error: Any) -> bool:
 
 # The queries, in the dialect of each generation of squids.
 #
-# Squids differ in two things: the name of the query for one object (`storageDataObjectById`, formerly
-# `storageDataObjectByUniqueInput`), and the type of ids in inputs (`String`, formerly `ID`). A squid rejects a query in
-# the wrong dialect when it validates it, before it reads any data.
+# Squids differ in the name of the query for one object: `storageDataObjectById`, formerly
+# `storageDataObjectByUniqueInput`. A squid rejects a query in the wrong dialect when it validates it, before it reads
+# any data.
 
 _TYPE = "type { ... on DataObjectTypeVideoSubtitle { subtitle { mimeType } } }"
 _OBJECT = f"""{{
@@ -225,13 +229,11 @@ class Dialect:
     name: str
     one_object: str  # the query for one object
     argument: str  # of that query, with `$id` in it
-    id_type: str  # the type of ids in inputs
 
 
 DIALECTS = (
-    Dialect("by_id", "storageDataObjectById", "id: $id", "String"),
-    Dialect("by_unique_input", "storageDataObjectByUniqueInput", "where: {id: $id}", "String"),
-    Dialect("by_unique_input_id", "storageDataObjectByUniqueInput", "where: {id: $id}", "ID"),
+    Dialect("by_id", "storageDataObjectById", "id: $id"),
+    Dialect("by_unique_input", "storageDataObjectByUniqueInput", "where: {id: $id}"),
 )
 
 
@@ -240,24 +242,25 @@ class Query:
     """A GraphQL query that can be rendered in each dialect."""
 
     operation: str  # its name
-    text: str  # with `%(one_object)s`, `%(argument)s` and `%(id_type)s` where dialects differ
+    text: str  # with `%(one_object)s` and `%(argument)s` where dialects differ
 
     def render(self, dialect: Dialect) -> str:
-        return self.text % {
-            "one_object": dialect.one_object,
-            "argument": dialect.argument,
-            "id_type": dialect.id_type,
-        }
+        return self.text % {"one_object": dialect.one_object, "argument": dialect.argument}
 
 
 ONE_OBJECT = Query(
     "DataObject",
     # With the alias, the responses in all dialects have the same form.
-    "query DataObject($id: %(id_type)s!) { object: %(one_object)s(%(argument)s) " + _OBJECT + " }",
+    "query DataObject($id: String!) { object: %(one_object)s(%(argument)s) " + _OBJECT + " }",
+)
+MANY_OBJECTS = Query(
+    "DataObjects",
+    "query DataObjects($ids: [String!], $n: Int!) {"
+    " objects: storageDataObjects(where: {id_in: $ids}, limit: $n) " + _OBJECT + " }",
 )
 BAGS_OF_BUCKETS = Query(
     "BagsOfBuckets",
-    "query BagsOfBuckets($ids: [%(id_type)s!]) {"
+    "query BagsOfBuckets($ids: [String!]) {"
     " distributionBuckets(where: {id_in: $ids}) { id bags { bag { id } } } }",
 )
 BAGS_OF_WORKER = Query(
@@ -269,7 +272,7 @@ ALL_BAGS = Query("AllBags", "query AllBags { distributionBuckets { id bags { bag
 ALL_BUCKETS = Query("AllBuckets", "query AllBuckets { distributionBuckets { id } }")
 OBJECTS_OF_BAGS = Query(
     "ObjectsOfBags",
-    "query ObjectsOfBags($ids: [%(id_type)s!], $n: Int!) {"
+    "query ObjectsOfBags($ids: [String!], $n: Int!) {"
     " storageBags(where: {id_in: $ids}, limit: $n) { id objects { id size ipfsHash " + _TYPE + " } } }",
 )
 ACTIVE_STORAGE = Query(
@@ -288,7 +291,7 @@ MIB = 1024 * 1024
 class SquidLimits:
     """How much time and memory queries may take. Times in seconds, sizes in bytes."""
 
-    timeout: float = 2.5  # for one look-up
+    timeout: float = 2.5  # for one query of look-ups
     list_timeout: float = 60.0  # for one batch of a list
     list_batch: int = 100  # bags in one query
     list_pause: float = 1.0  # between two batches

@@ -1,0 +1,231 @@
+"""Look-ups under load: a cold page, many clients, a flood of unknown ids, a hanging squid, a new object.
+
+    make bench-fair                          # about two minutes
+    make bench-fair ARGS="--seconds 60"      # the flood for a minute
+
+Two API workers, Redis and RabbitMQ as real processes, in front of the demo squid. Requests are HEADs: what is measured
+is the look-up alone. Figures are counts and ratios within one run. Exit code 1: a goal was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import percentile
+from benchmarks.node import Node, RunningService
+from benchmarks.processes import OwnProcess
+from tests.end_to_end.client import Answer, get
+from tests.servers.redis_server import free_port
+
+FIRST_ID = 1_000_000
+OBJECTS = 5000
+WORKERS = 2
+CLIENTS, CLIENT_OBJECTS = 120, 1500
+STRANGERS, NEW_OBJECTS = 200, 23
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table."""
+
+    case: str
+    result: str
+    goal: str
+    met: bool
+
+
+class Bench:
+    """A node and its squid. `ids` are known to the squid, each used once."""
+
+    def __init__(self, api: RunningService, squid_url: str) -> None:
+        self._api = api
+        self._squid_url = squid_url
+        self._ids = iter(range(FIRST_ID, FIRST_ID + OBJECTS))
+
+    def take(self, count: int) -> list[str]:
+        return [str(next(self._ids)) for _ in range(count)]
+
+    async def head(self, object_id: str, client: str) -> Answer:
+        """Ask once, in the name of a client."""
+        url = self._api.assets_url + object_id
+        return await get(url, {"X-Forwarded-For": client}, method="HEAD", timeout=30)
+
+    async def squid(self, method: str, path: str, body: Any = None) -> Any:
+        def send() -> Any:
+            raw = None if body is None else json.dumps(body).encode()
+            request = urllib.request.Request(f"{self._squid_url}{path}", raw, method=method)
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return json.load(answer)
+
+        return await asyncio.to_thread(send)
+
+    async def begin(self, **faults: Any) -> None:
+        """Set the squid's faults and clear its log."""
+        await self.squid("PUT", "/faults", faults)
+        await self.squid("DELETE", "/requests")
+
+    async def queries(self) -> list[dict[str, Any]]:
+        """The look-ups that the squid has received."""
+        seen = (await self.squid("GET", "/requests"))["requests"]
+        return [query for query in seen if query["operation"] in ("DataObject", "DataObjects")]
+
+
+def object_ids_of(query: dict[str, Any]) -> list[str]:
+    variables = query["variables"]
+    return variables["ids"] if "ids" in variables else [variables["id"]]
+
+
+def statuses(answers: Sequence[Answer]) -> str:
+    found = sorted({answer.status for answer in answers})
+    return ", ".join(f"{sum(answer.status == status for answer in answers)} x {status}" for status in found)
+
+
+async def cold_page(bench: Bench, _seconds: float) -> Row:
+    await bench.begin(latency=0.6)
+    answers = await asyncio.gather(*(bench.head(object_id, "203.0.113.1") for object_id in bench.take(100)))
+    queries, slowest = len(await bench.queries()), max(answer.took for answer in answers)
+    served = all(answer.status == 200 for answer in answers)
+    return Row(
+        "100 cold thumbnails, squid 0.6 s",
+        f"{statuses(answers)}; slowest {slowest:.2f} s; {queries} queries",
+        f"100 x 200, none above 2.5 s, at most {5 * WORKERS} queries (5 for each worker)",
+        served and slowest <= 2.5 and queries <= 5 * WORKERS,
+    )
+
+
+async def many_clients(bench: Bench, _seconds: float) -> Row:
+    await bench.begin(latency=0.3)
+    wanted = bench.take(CLIENT_OBJECTS)
+
+    async def client(number: int) -> list[Answer]:
+        mine = wanted[number::CLIENTS]
+        return [await bench.head(object_id, f"203.0.113.{number + 1}") for object_id in mine]
+
+    answers = [answer for mine in await asyncio.gather(*map(client, range(CLIENTS))) for answer in mine]
+    queries = await bench.queries()
+    asked = sum(len(object_ids_of(query)) for query in queries)
+    used = sum(answer.status == 200 for answer in answers)
+    return Row(
+        f"{CLIENTS} clients, {CLIENT_OBJECTS} objects, squid 0.3 s",
+        f"{statuses(answers)}; {asked} objects asked for in {len(queries)} queries; {used / asked:.0%} used",
+        "at least 95 % of the answers used",
+        used >= 0.95 * asked,
+    )
+
+
+async def flood(bench: Bench, seconds: float) -> Row:
+    await bench.begin(latency=0.05)
+    quiet = [(await bench.head(object_id, "203.0.113.7")).took for object_id in bench.take(NEW_OBJECTS)]
+    await bench.begin(latency=0.05)
+    over = asyncio.Event()
+    sent = 0
+
+    async def stranger(number: int) -> None:
+        nonlocal sent
+        while not over.is_set():
+            sent += 1
+            with suppress(OSError, TimeoutError):
+                await bench.head(str(10**12 + number * 10**6 + sent), "198.51.100.9")
+
+    strangers = [asyncio.create_task(stranger(number)) for number in range(STRANGERS)]
+    answers = []
+    for object_id in bench.take(NEW_OBJECTS):
+        await asyncio.sleep(seconds / NEW_OBJECTS)
+        answers.append(await bench.head(object_id, "203.0.113.7"))
+    over.set()
+    await asyncio.gather(*strangers)
+    starts = sorted(query["started_at"] for query in await bench.queries())
+    densest = max(sum(1 for other in starts if start <= other < start + 1) for start in starts)
+    p95, quiet_p95 = percentile([answer.took for answer in answers], 0.95), percentile(quiet, 0.95)
+    return Row(
+        f"{STRANGERS} connections of unknown ids for {seconds:g} s",
+        f"new objects: {statuses(answers)}; p95 {p95 / quiet_p95:.1f} x the quiet one ({p95:.2f} s);"
+        f" {sent} requests of strangers; at most {densest} queries in a second",
+        f"{NEW_OBJECTS} x 200, p95 at most 3 x the quiet one, at most 20 queries a second",
+        all(answer.status == 200 for answer in answers) and p95 <= 3 * quiet_p95 and densest <= 20,
+    )
+
+
+async def hanging(bench: Bench, _seconds: float) -> Row:
+    await bench.begin(hang=True)
+    answers = await asyncio.gather(*(bench.head(object_id, "203.0.113.1") for object_id in bench.take(50)))
+    slowest = max(answer.took for answer in answers)
+    return Row(
+        "a hanging squid, 50 new objects",
+        f"{statuses(answers)}; slowest {slowest:.2f} s",
+        "503 within 1.5 s",
+        all(answer.status == 503 for answer in answers) and slowest <= 1.5,
+    )
+
+
+async def new_object(bench: Bench, _seconds: float) -> Row:
+    (object_id,) = bench.take(1)
+    await bench.begin(missing_objects=[object_id])
+    first = await bench.head(object_id, "203.0.113.1")
+    await asyncio.sleep(1)
+    await bench.begin()
+    known_at = time.monotonic()
+    while (answer := await bench.head(object_id, "203.0.113.1")).status == 404:  # noqa: ASYNC110 — as a client polls
+        await asyncio.sleep(0.2)
+    took = time.monotonic() - known_at
+    return Row(
+        "an object that is known 1 s after its 404",
+        f"{first.status}, then {answer.status} after {took:.1f} s",
+        "200 within 5 s",
+        (first.status, answer.status) == (404, 200) and took <= 5,
+    )
+
+
+CASES: tuple[Callable[[Bench, float], Any], ...] = (cold_page, many_clients, flood, new_object, hanging)
+
+
+def run(seconds: float) -> list[Row]:
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fair-")))
+        port = free_port()
+        command = [sys.executable, "-m", "distributor_node.services.demo.squid", "--port", str(port)]
+        squid = OwnProcess("squid", [*command, "--objects", str(OBJECTS), str(FIRST_ID)], folder)
+        stack.callback(squid.stop)
+        squid.start().wait_listening(port)
+        node = Node(
+            folder,
+            folder / "unused.yaml",
+            DISTRIBUTOR_CATALOG__KIND="joystream",
+            DISTRIBUTOR_CATALOG__SQUID=f"http://127.0.0.1:{port}/graphql",
+            DISTRIBUTOR_PUBLIC_API__WORKERS=str(WORKERS),
+            DISTRIBUTOR_PUBLIC_API__TRUSTED_PROXIES='["127.0.0.1"]',
+            DISTRIBUTOR_LOG__LEVEL="error",
+        )
+        stack.callback(node.close)
+        node.start_servers()
+        bench = Bench(node.start("api"), f"http://127.0.0.1:{port}")
+
+        async def measure() -> list[Row]:
+            return [await case(bench, seconds) for case in CASES]
+
+        return asyncio.run(measure())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.fair", description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=20.0, help="of the flood (default: %(default)g)")
+    rows = run(parser.parse_args().seconds)
+    print("| case | result | goal | met |", "|---|---|---|---|", sep="\n")
+    for row in rows:
+        print(f"| {row.case} | {row.result} | {row.goal} | {'yes' if row.met else 'NO'} |")
+    return 0 if all(row.met for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""Look-ups on their way to the catalog: a bounded, fair queue, and queries that each ask for many objects.
+
+A query that was sent runs until the catalog answers or the query's own time limit, whatever becomes of the clients.
+Only a query that fails says something about the catalog. The queue says nothing about it, however long it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import structlog
+
+from distributor_node.shared.domain.errors import CatalogUnavailable, LookupRefused, ObjectUnavailable
+from distributor_node.shared.domain.lookup_queue import LookupQueue
+from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.observability.metrics import (
+    CATALOG_QUERIES,
+    CATALOG_QUERY_OBJECTS,
+    CATALOG_QUEUE_AGE,
+    CATALOG_WAITING,
+)
+from distributor_node.shared.ports.catalog import LookupAnswers, RemoteCatalog
+from distributor_node.shared.waiting import cancel_and_wait
+
+_GATHER = 0.005  # seconds that a look-up waits for others to be sent with
+_GATHER_PER_QUERY = (
+    0.05  # seconds more for each query under way: the busier the catalog, the larger the batches
+)
+_MAX_GATHER = 0.25
+_FIRST_LATENCY = 0.1  # seconds; assumed until queries have been measured
+_LATENCY_WEIGHT = 0.3  # of the last query in the moving average
+_BURST_SECONDS = 0.25  # so many seconds' worth of queries may be sent at once
+
+logger = structlog.get_logger()
+
+_Result = asyncio.Future[MediaObject | None]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchLimits:
+    """Times in seconds."""
+
+    max_in_flight: int  # queries under way at once
+    max_rate: float  # queries a second
+    timeout: float  # of one query
+    wait: float  # of a client: what cannot be sent within this time is refused at once
+
+
+class LookupBatcher:
+    """Collects look-ups and sends them. At most one look-up of an object waits at a time; others may be under way."""
+
+    def __init__(
+        self, catalog: RemoteCatalog, limits: BatchLimits, on_outcome: Callable[[bool], None]
+    ) -> None:
+        """`on_outcome`: called after each query with whether the catalog has answered it."""
+        self._on_outcome = on_outcome
+        self._catalog = catalog
+        self._limits = limits
+        self._queue = LookupQueue()
+        self._results: dict[ObjectId, _Result] = {}  # of the look-ups that wait
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._rate = RateLimit(limits.max_rate)
+        self._latency = _FIRST_LATENCY
+        self._closed = False
+
+    async def look_up(
+        self, object_id: ObjectId, clients: Iterable[str], *, seen_before: bool
+    ) -> MediaObject | None:
+        """Wait for a query that asks for the object, in the name of at least one client.
+
+        Raises LookupRefused if the look-up is crowded out of the queue or withdrawn, and CatalogUnavailable.
+        """
+        if self._closed:
+            raise CatalogUnavailable("the catalog is being closed")
+        loop = asyncio.get_running_loop()
+        result: _Result = loop.create_future()
+        self._results[object_id] = result
+        for client in clients:
+            self._queue.add(object_id, client, loop.time(), seen_before=seen_before)
+        while len(self._queue) > self._capacity():
+            dropped = self._queue.drop()
+            if dropped is not None:
+                message = f"more than {self._capacity()} look-ups wait for the catalog"
+                self._results.pop(dropped).set_exception(LookupRefused(message, "queue_full"))
+        self._schedule()
+        return await result
+
+    def is_queued(self, object_id: ObjectId) -> bool:
+        """Whether a look-up of this object waits to be sent."""
+        return object_id in self._queue
+
+    def add_client(self, object_id: ObjectId, client: str) -> None:
+        """If the object waits to be sent, let it wait in the name of this client too."""
+        if object_id in self._queue:
+            self._queue.add(object_id, client, 0.0, seen_before=False)
+
+    def withdraw(self, object_id: ObjectId) -> None:
+        """Give up a look-up that was not sent yet, because no one waits for it any more."""
+        if self._queue.remove(object_id):
+            self._results.pop(object_id).set_exception(LookupRefused("no one waits for it", "withdrawn"))
+            self._schedule()
+
+    async def close(self) -> None:
+        """Cancel the queries under way. All look-ups end with CatalogUnavailable."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        await cancel_and_wait(*self._tasks)
+        self._queue = LookupQueue()
+        for result in self._results.values():
+            if not result.done():
+                result.set_exception(CatalogUnavailable("the catalog is being closed"))
+        self._results.clear()
+
+    def _capacity(self) -> int:
+        """How many look-ups may wait: those that can be sent within `wait` at the rate of late, and one round."""
+        limits, batch_size = self._limits, self._catalog.batch_size
+        rate = min(limits.max_rate, limits.max_in_flight / self._latency)
+        return limits.max_in_flight + max(batch_size, int(rate * batch_size * limits.wait))
+
+    def _schedule(self) -> None:
+        """Send the next query now, or set the timer for when it may be sent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        loop = asyncio.get_running_loop()
+        while not self._closed and len(self._queue) and len(self._tasks) < self._limits.max_in_flight:
+            now = loop.time()
+            due = max(self._gathered_at(), self._rate.next_at)
+            if due > now:
+                self._timer = loop.call_at(due, self._schedule)
+                break
+            self._rate.spend(now)
+            batch = [lookup.object_id for lookup in self._queue.take(self._catalog.batch_size)]
+            results = {object_id: self._results.pop(object_id) for object_id in batch}
+            task = asyncio.create_task(self._query(results), name="catalog-query")
+            self._tasks.add(task)
+            task.add_done_callback(self._query_done)
+        self._report(loop.time())
+
+    def _gathered_at(self) -> float:
+        """When the look-ups that wait have waited long enough for others."""
+        oldest_at = self._queue.oldest_at()
+        if oldest_at is None or len(self._queue) >= self._catalog.batch_size:
+            return 0.0
+        return oldest_at + min(_MAX_GATHER, _GATHER + _GATHER_PER_QUERY * len(self._tasks))
+
+    def _query_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        self._schedule()
+
+    async def _query(self, results: Mapping[ObjectId, _Result]) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        CATALOG_QUERY_OBJECTS.inc(len(results))
+        failure: CatalogUnavailable = CatalogUnavailable("the catalog is being closed")
+        answers: LookupAnswers | None = None
+        try:
+            async with asyncio.timeout(self._limits.timeout):
+                answers = await self._catalog.look_up_batch(tuple(results))
+            failure = ObjectUnavailable("the catalog could not describe the object")
+        except TimeoutError:
+            failure = CatalogUnavailable(f"the catalog did not answer within {self._limits.timeout:g} s")
+        except CatalogUnavailable as error:
+            failure = error
+        except Exception as error:
+            logger.exception("catalog_query_failed")
+            failure = CatalogUnavailable(f"the query failed: {error!r}")
+        finally:
+            taken = loop.time() - started
+            self._latency += _LATENCY_WEIGHT * (taken - self._latency)
+            CATALOG_QUERIES.labels(outcome="failed" if answers is None else "answered").inc()
+            # An object of which the server says nothing usable is no outage.
+            if not self._closed and (answers is not None or not isinstance(failure, ObjectUnavailable)):
+                self._on_outcome(answers is not None)
+            for object_id, result in results.items():
+                if result.done():
+                    continue
+                if answers is not None and object_id in answers:
+                    result.set_result(answers[object_id])
+                else:
+                    result.set_exception(failure)
+
+    def _report(self, now: float) -> None:
+        oldest_at = self._queue.oldest_at()
+        CATALOG_WAITING.set(len(self._queue))
+        CATALOG_QUEUE_AGE.set(0.0 if oldest_at is None else now - oldest_at)
+
+
+class RateLimit:
+    """A token bucket: at most `rate` a second, of which a quarter at once."""
+
+    def __init__(self, rate: float) -> None:
+        # A burst and a second of the steady rate together are no more than `rate`.
+        self._burst = max(1.0, rate * _BURST_SECONDS)
+        self._interval = 1.0 / max(rate - self._burst, rate / 2)
+        self._spent_until = 0.0
+        self.next_at = 0.0  # the earliest time of the next query, on the clock of `spend`
+
+    def spend(self, now: float) -> None:
+        """Note that a query is sent at `now`."""
+        self._spent_until = max(now, self._spent_until) + self._interval
+        self.next_at = self._spent_until - (self._burst - 1.0) * self._interval

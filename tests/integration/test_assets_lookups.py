@@ -1,0 +1,57 @@
+"""Look-ups that cannot be made, or not now, as clients and operators see them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from distributor_node.services.api.health import HealthChecks
+from distributor_node.services.api.status import UsageReader
+from distributor_node.shared.observability.probe_server import Readiness
+from tests.integration.assets_harness import KIB, AssetsHarness, assets_harness
+
+
+async def readiness(node: AssetsHarness) -> Readiness:
+    return await HealthChecks(node.context, UsageReader(node.context), lambda: True).readiness()
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+async def test_an_id_that_the_catalog_cannot_have_is_400_without_a_query(tmp_path: Path, method: str) -> None:
+    async with assets_harness(tmp_path) as node:
+        node.catalog.impossible.add("xyzzy")
+        answer = await node.get("xyzzy", method=method)
+        assert (answer.status, node.catalog.asked) == (400, 0)
+        if method == "GET":
+            assert answer.json()["type"] == "malformed_id"
+        assert answer.headers["cache-control"] == "no-store"
+
+
+async def test_a_refused_lookup_is_503_and_makes_the_node_degraded(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path) as node:
+        node.catalog.refuse = True
+        answer = await node.get("1")
+        assert (answer.status, answer.json()["type"]) == (503, "lookup_refused")
+        assert answer.headers["retry-after"] == "2"
+        ready = await readiness(node)
+        assert ready.problems == ()
+        assert "look-ups: some are refused, too many wait for the catalog" in ready.degraded
+
+
+async def test_an_unreachable_catalog_is_no_refusal(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path) as node:
+        node.catalog.down = True
+        answer = await node.get("1")
+        assert (answer.status, answer.json()["type"]) == (503, "catalog_unavailable")
+        assert not [text for text in (await readiness(node)).degraded if text.startswith("look-ups")]
+
+
+@pytest.mark.parametrize(("trusted", "client"), [((), "127.0.0.1"), (("127.0.0.0/8",), "203.0.113.5")])
+async def test_the_catalog_is_asked_in_the_name_of_the_client(
+    tmp_path: Path, trusted: tuple[str, ...], client: str
+) -> None:
+    async with assets_harness(tmp_path, trusted_proxies=trusted) as node:
+        node.add("1", KIB)
+        forwarded = {"X-Forwarded-For": "6.6.6.6, 203.0.113.5"}
+        assert (await node.get("1", forwarded, method="HEAD")).status == 200
+        assert node.catalog.clients == [client]
