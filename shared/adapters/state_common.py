@@ -100,5 +100,5 @@ def read_description(packed: bytes) -> MediaObject | None:
         if described["v"] != _VERSION:
             raise InvalidInput(f"v: expected {_VERSION}, got {repr(described['v'])[:20]}")
         return _OBJECT_FIELDS.decode(described) if described["exists"] else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidInput(f"catalog answer: expected a JSON object, got {error!r}") from error

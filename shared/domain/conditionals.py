@@ -138,6 +138,12 @@ _FORMATS = tuple(
     )
 )
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST_DATE, _LAST_DATE = -62_135_596_800, 253_402_300_799  # the years 1 to 9999
+
+
+def is_http_date(seconds: object) -> bool:
+    """Whether the POSIX seconds can be written as an HTTP date, whose year has four digits."""
+    return type(seconds) is int and _FIRST_DATE <= seconds <= _LAST_DATE
 
 
 def parse_http_date(text: str) -> int | None:
@@ -168,7 +174,8 @@ def _to_posix(match: re.Match[str]) -> int | None:
     except ValueError:
         return None
     # Second 60 is a leap second, which POSIX time counts as the next one.
-    return (moment - _EPOCH) // timedelta(seconds=1) + second
+    seconds = (moment - _EPOCH) // timedelta(seconds=1) + second
+    return seconds if is_http_date(seconds) else None
 
 
 _MAX_HEADER = 4096

@@ -12,15 +12,18 @@ from urllib.parse import urlsplit
 import base58
 from blake3 import blake3
 
-from distributor_node.shared.domain.conditionals import parse_http_date
+from distributor_node.shared.domain.conditionals import is_http_date, parse_http_date
 from distributor_node.shared.domain.errors import InvalidInput
-from distributor_node.shared.domain.media_types import detect_media_type
+from distributor_node.shared.domain.media_types import detect_media_type, media_type_or_none
 from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, Version, etag_or_none
 
 _OBJECT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,127}\Z", re.ASCII)
 _BUCKET_ID = re.compile(r"[0-9]{1,20}:[0-9]{1,20}\Z", re.ASCII)
 _BLAKE3_MULTIHASH_PREFIX = b"\x1e\x20"
 _DIGEST_BYTES = 32
+
+MAX_SIZE = 2**63 - 1
+"""Bytes of the largest object that can be described: what a file offset holds."""
 
 
 class ObjectId(str):
@@ -122,8 +125,9 @@ class MediaObject:
     validators: Validators = NO_VALIDATORS  # where there is no hash: what the object's source said of it
 
     def __post_init__(self) -> None:
-        if self.size is not None and self.size < 0:
-            raise InvalidInput(f"size: expected 0 or more, got {self.size} (object {self.object_id})")
+        if self.size is not None and not 0 <= self.size <= MAX_SIZE:
+            bound = "0 or more" if self.size < 0 else f"at most {MAX_SIZE}"
+            raise InvalidInput(f"size: expected {bound}, got {self.size} (object {self.object_id})")
 
     @property
     def etag(self) -> str | None:
@@ -183,16 +187,18 @@ class MediaObjectCodec:
         for attribute in ("content_hash", "media_type", "etag"):
             self._expect(attribute, "a string or null", values, isinstance(values.get(attribute), str | None))
         modified = values.get("last_modified")
-        self._expect(
-            "last_modified", "POSIX seconds or null", values, modified is None or type(modified) is int
-        )
+        is_date = modified is None or is_http_date(modified)
+        self._expect("last_modified", "POSIX seconds of the years 1 to 9999 or null", values, is_date)
+        media_type = values.get("media_type")
+        is_type = media_type is None or media_type_or_none(media_type) is not None
+        self._expect("media_type", "type/subtype such as image/png or null", values, is_type)
         self._expect("accepted", "a boolean", values, isinstance(accepted, bool))
         self._expect("sources", "a list of http(s) URLs", values, _are_http_urls(sources))
         return MediaObject(
             object_id=ObjectId.parse(str(values.get("object_id"))),
             size=size,
             content_hash=None if content_hash is None else ContentHash.parse(content_hash),
-            media_type=values.get("media_type"),
+            media_type=media_type_or_none(media_type),
             buckets=self._decode_buckets(values),
             accepted=accepted,
             sources=tuple(sources),

@@ -6,6 +6,7 @@ Each line has `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, and what 
 
 from __future__ import annotations
 
+import io
 import logging
 import re
 import sys
@@ -41,6 +42,8 @@ def configure_logging(
     Sanic must be created with `configure_logging=False`.
     """
     stream = sys.stderr if stream is None else stream
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")  # texts from outside may hold lone surrogates
     threshold = getattr(logging, level.upper())
     common: list[Processor] = [
         structlog.contextvars.merge_contextvars,

@@ -119,6 +119,7 @@ def test_the_three_formats_of_a_date(text: str) -> None:
         "Sun, 06 Nov 1994 08:60:37 GMT",
         "Sun, 06 Nov 1994 08:49:61 GMT",
         "Sun, 06 Nov 0000 08:49:37 GMT",
+        "Fri, 31 Dec 9999 23:59:60 GMT",  # no HTTP date has five digits for the year
         "784111777",
     ],
 )

@@ -9,13 +9,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from distributor_node.shared.domain.conditionals import is_http_date
 from distributor_node.shared.domain.errors import InvalidInput
-from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord
+from distributor_node.shared.domain.media_types import media_type_or_none
+from distributor_node.shared.domain.objects import MAX_SIZE, ContentHash, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import RECORD_BYTES
 from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, etag_or_none
 
 RECORD_VERSION = 1
 _NO_ETAG = '""'
+_SECONDS = "POSIX seconds of the years 1 to 9999"
 _NEW_SUFFIX = ",new"  # of drafts: a comma is in no object id
 
 
@@ -49,11 +52,17 @@ def decode_record(body: bytes) -> StoredRecord:
             raise InvalidInput(f"record: expected a JSON object with version {RECORD_VERSION}")
         size, stored_at = fields["size"], fields["stored_at"]
         media_type = fields["media_type"]
-        texts = (fields["object_id"], fields["etag"], "" if media_type is None else media_type)
-        if not (type(size) is int and size >= 0 and type(stored_at) is int):
-            raise InvalidInput(f"record: expected integers size, stored_at, got {size!r}, {stored_at!r}")
+        if not (media_type is None or _is_media_type(media_type)):
+            raise InvalidInput(
+                f"record: media_type: expected type/subtype or null, got {repr(media_type)[:40]}"
+            )
+        texts = (fields["object_id"], fields["etag"], "" if fields["hash"] is None else fields["hash"])
+        if not (type(size) is int and 0 <= size <= MAX_SIZE):
+            raise InvalidInput(f"record: size: expected 0 to {MAX_SIZE}, got {repr(size)[:40]}")
+        if not is_http_date(stored_at):
+            raise InvalidInput(f"record: stored_at: expected {_SECONDS}, got {repr(stored_at)[:40]}")
         if not all(isinstance(text, str) and text.isprintable() for text in texts):
-            raise InvalidInput("record: expected printable strings object_id, etag, media_type")
+            raise InvalidInput("record: expected printable strings object_id, etag, hash")
         content_hash = ContentHash.parse(fields["hash"]) if fields["hash"] is not None else None
         return StoredRecord(
             object_id=ObjectId.parse(fields["object_id"]),
@@ -67,13 +76,17 @@ def decode_record(body: bytes) -> StoredRecord:
         raise InvalidInput(f"record: unreadable: {type(error).__name__}") from error
 
 
+def _is_media_type(value: object) -> bool:
+    return isinstance(value, str) and media_type_or_none(value) == value
+
+
 def _read_validators(fields: dict[str, Any], content_hash: ContentHash | None) -> Validators:
     """Of a record without hash from an earlier release, none: its tag was made up from id and size."""
     if "last_modified" not in fields:
         return NO_VALIDATORS
     modified = fields["last_modified"]
-    if not (modified is None or type(modified) is int):
-        raise InvalidInput(f"record: last_modified: expected an integer or null, got {repr(modified)[:40]}")
+    if not (modified is None or is_http_date(modified)):
+        raise InvalidInput(f"record: last_modified: expected {_SECONDS}, or null, got {repr(modified)[:40]}")
     own = content_hash is None and fields["etag"] != _NO_ETAG
     return Validators(etag_or_none(fields["etag"]) if own else None, modified)
 
