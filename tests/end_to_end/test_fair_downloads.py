@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.faults import Fault
 from distributor_node.services.demo.objects import generated_object
 from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
@@ -44,7 +44,7 @@ async def stack(tmp_path: Path, redis_url: str, amqp_url: str, node: StorageNode
 async def test_held_jobs_are_shared_between_fetchers_and_survive_their_kill(
     stack: Stack, node: StorageNode
 ) -> None:
-    node.faults.add(Fault(bytes_per_second=200_000), Match(first=len(FILMS)))
+    node.faults.add(Fault(bytes_per_second=200_000))
     stack.add("evictor")
     first = stack.add("fetcher", **ONE_SLOT)
     api = stack.add("api", DISTRIBUTOR_PUBLIC_API__WORKERS="2")

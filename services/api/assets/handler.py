@@ -13,10 +13,8 @@ from sanic import Request
 from distributor_node.services.api.assets.decision import (
     AssetRequest,
     Representation,
-    Span,
     is_cacheable,
     live_fetch,
-    select_range,
 )
 from distributor_node.services.api.assets.fetch_start import FetchStarter, look_up
 from distributor_node.services.api.assets.pending import PendingRequest, PendingResponder
@@ -26,6 +24,7 @@ from distributor_node.services.api.assets.response import (
     AccelRedirect,
     HitResponder,
     ResponseWriter,
+    select_span,
 )
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import HttpError
@@ -33,8 +32,7 @@ from distributor_node.services.api.headers import (
     BYPASS,
     MISS,
     PENDING,
-    content_head,
-    precondition_head,
+    ResponseHead,
 )
 from distributor_node.shared.adapters.volume import OpenObject
 from distributor_node.shared.domain.admission import SecondHitAdmission
@@ -190,9 +188,9 @@ class MissHandler:
         media_object = replace(media_object, size=size, validators=NO_VALIDATORS)
         representation = Representation.from_object(media_object)
         response.set_object_size(size)
-        span = select_range(asset_request, representation)
-        if not isinstance(span, Span):
-            await response.send_without_body(precondition_head(span, representation, MISS))
+        span = select_span(asset_request, representation, MISS)
+        if isinstance(span, ResponseHead):
+            await response.send_head(span)
             return
         try:
             await self._pending_responder.proxy(
@@ -218,12 +216,9 @@ class MissHandler:
         media_object = await look_up(self._context, response.request, object_id)
         representation = Representation.from_object(media_object)
         response.set_object_size(representation.size)
-        span = select_range(asset_request, representation)
-        if not isinstance(span, Span):
-            await response.send_without_body(precondition_head(span, representation, MISS))
-            return
-        if asset_request.is_head:
-            await response.send_head(content_head(representation, MISS, span, None))
+        span = select_span(asset_request, representation, MISS)
+        if isinstance(span, ResponseHead):
+            await response.send_head(span)
             return
         pending = PendingRequest(response, representation, span, BYPASS, media_object)
         max_size = self._context.settings.storage.largest_cached_size
@@ -262,12 +257,9 @@ class MissHandler:
             media_object = await look_up(self._context, response.request, object_id)
             representation = Representation.from_object(media_object)
         response.set_object_size(representation.size)
-        span = select_range(asset_request, representation)
-        if not isinstance(span, Span):
-            await response.send_without_body(precondition_head(span, representation, PENDING))
-            return
-        if asset_request.is_head:
-            await response.send_head(content_head(representation, PENDING, span, None))
+        span = select_span(asset_request, representation, PENDING)
+        if isinstance(span, ResponseHead):
+            await response.send_head(span)
             return
         self._context.accesses.record_request(object_id)
         begun = fetch.phase is FetchPhase.FETCHING

@@ -7,6 +7,7 @@ import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http import HTTPStatus
 
 import structlog
 from sanic import HTTPResponse, Request
@@ -119,6 +120,16 @@ CHUNK_BYTES = 256 * 1024
 logger = structlog.get_logger()
 
 
+def select_span(
+    asset_request: AssetRequest, representation: Representation, outcome: CacheOutcome
+) -> Span | ResponseHead:
+    """Return the bytes to send, or the head of a response without a body: to a HEAD, or 304, 412, 416."""
+    span = select_range(asset_request, representation)
+    if not isinstance(span, Span):
+        return precondition_head(span, representation, outcome)
+    return content_head(representation, outcome, span, None) if asset_request.is_head else span
+
+
 class HitResponder:
     """Responds with complete objects. The caller closes the object's file."""
 
@@ -133,11 +144,9 @@ class HitResponder:
         """
         representation = Representation.from_record(file.record, complete=True)
         response.set_object_size(representation.size)
-        span = select_range(asset_request, representation)
-        if not isinstance(span, Span):
-            await response.send_without_body(precondition_head(span, representation, HIT))
-        elif asset_request.is_head:
-            await response.send_head(content_head(representation, HIT, span, None))
+        span = select_span(asset_request, representation, HIT)
+        if isinstance(span, ResponseHead):
+            await response.send_head(span)
         elif self._accel_redirect.applies(asset_request, span):
             self._accesses.record_request(representation.object_id)
             head = self._accel_redirect.head(representation, span)
@@ -201,7 +210,7 @@ class HitResponder:
 class ResponseWriter:
     """The response to one asset request: without a body, in one piece, or chunk by chunk at the client's pace.
 
-    Call one of `send_head`, `send_without_body`, `send_redirect`, `send_whole` or `start`, once. Until then every
+    Call one of `send_head`, `send_redirect`, `send_whole` or `start`, once. Until then every
     failure can become an error response (HttpError). After `start` the only ways out are `finish` and AbortResponse.
 
     Sanic sends a response in one piece when the handler returns. `start` sends the head with the first chunk.
@@ -232,25 +241,24 @@ class ResponseWriter:
         request_record(self._request).size = size
 
     async def send_head(self, head: ResponseHead) -> None:
-        """Respond to a HEAD request with 200. Without a known length the GET would be chunked, and the head says so."""
-        if CONTENT_LENGTH in head.headers:
-            await self.send_without_body(head)
+        """Send a response that has no body: to a HEAD, or 304, 412, 416.
+
+        Without a known length a GET with 200 would be chunked, and the head says so.
+        """
+        if CONTENT_LENGTH in head.headers or head.status != HTTPStatus.OK:
+            await self._respond(head)
             return
         response = await self._respond(head)
         # Sanic would state a length of 0 by itself. Told to stream, it cannot end the response to a HEAD.
         await response.send(b"", end_stream=False)
         end_chunked_head_response(self._request)
 
-    async def send_without_body(self, head: ResponseHead) -> None:
-        """Send status and headers alone."""
-        await self._respond(head)
-
     async def send_redirect(self, head: ResponseHead, length: int) -> None:
         """Send the head of a body that the web server in front adds. Its `length` bytes count as sent."""
         observe_first_byte(self._request, head.result)
         request_record(self._request).sent = length
         SENT_BYTES.labels(source="local").inc(length)
-        await self.send_without_body(head)
+        await self._respond(head)
 
     async def send_whole(self, head: ResponseHead, body: bytes | memoryview) -> None:
         """Send the head and all of the body."""
