@@ -15,12 +15,12 @@ from pathlib import Path
 import structlog
 
 from distributor_node.services.evictor.eviction import ObjectRemover
-from distributor_node.services.evictor.index import CompactIdSet, EvictionIndex
+from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.shared.adapters.volume.layout import map_os_errors, sync_directory
 from distributor_node.shared.adapters.volume.records import MAX_ROOT_FILE_BYTES, atomic_write, read_capped
 from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput
 from distributor_node.shared.domain.formats import FORMAT, check_format
-from distributor_node.shared.domain.objects import Assignment, ObjectId, parse_bucket_id
+from distributor_node.shared.domain.objects import Assignment, CompactIdSet, ObjectId, parse_bucket_id
 from distributor_node.shared.observability.metrics import RECONCILED
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import Term

@@ -118,7 +118,7 @@ def _make_parts(
         assignment=AssignmentCheck(catalog, index, remover, settings.assignment, can_list, volume.root),
         scrub=Scrub(volume, remover, settings.evictor.scrub_rate),
         operator_state=OperatorStateBackup(state, volume.root, watcher),
-        purger=Purger(state, volume, remover, reaper),
+        purger=Purger(state, volume, remover, reaper, node_import),
         sources=sources,
         node_import=node_import,
         copier=copier,

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from array import array
-from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -20,7 +18,7 @@ from distributor_node.shared.adapters.volume import FoundObject, Volume
 from distributor_node.shared.domain.admission import ViewCoalescer
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import EvictionPolicy, PolicyEntry
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import CompactIdSet, ObjectId
 from distributor_node.shared.observability.metrics import REFETCHED_AFTER_EVICTION
 from distributor_node.shared.ports.state_store import (
     ACCESS_TIME_RESOLUTION,
@@ -300,34 +298,3 @@ class GhostList:
         if refetched:
             REFETCHED_AFTER_EVICTION.inc()
         return refetched
-
-
-# Sets of a million ids, for comparisons with the volume and with the catalog.
-
-
-class CompactIdSet:
-    """Object ids as their 64-bit hashes, 8 bytes each.
-
-    Among 10^6 ids two share a hash with a probability of about 10^-7. Then an object that should be looked at is taken
-    for a known one, until another process looks: hashes differ from process to process.
-    """
-
-    def __init__(self) -> None:
-        self._hashes = array("q")
-        self._sorted = True
-
-    def __len__(self) -> int:
-        """Number of ids added; an id that was added twice counts twice."""
-        return len(self._hashes)
-
-    def update(self, object_ids: Iterable[ObjectId]) -> None:
-        self._hashes.extend(hash(object_id) for object_id in object_ids)
-        self._sorted = False
-
-    def __contains__(self, object_id: object) -> bool:
-        if not self._sorted:
-            self._hashes = array("q", sorted(self._hashes))
-            self._sorted = True
-        target = hash(object_id)
-        index = bisect_left(self._hashes, target)
-        return index < len(self._hashes) and self._hashes[index] == target

@@ -16,13 +16,13 @@ from enum import StrEnum
 import structlog
 
 from distributor_node.services.evictor.eviction import ObjectRemover
-from distributor_node.services.evictor.index import CompactIdSet
 from distributor_node.services.evictor.node_import import NodeImport
 from distributor_node.shared.adapters.volume import FoundObject, UnknownFile, Volume
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.media_types import SNIFF_BYTES
 from distributor_node.shared.domain.objects import (
     Assignment,
+    CompactIdSet,
     MediaObject,
     ObjectId,
     StoredRecord,

@@ -86,6 +86,7 @@ class NodeImport:
             assets=str(self._import_source.assets),
             moved=results[ImportResult.MOVED],
             there=results[ImportResult.EXISTS],
+            excluded=results[ImportResult.EXCLUDED],
             failed=results[ImportResult.FAILED],
             to_copy=self.needs_copy,
         )
@@ -102,6 +103,11 @@ class NodeImport:
     def views_of(self, pending: PendingFile) -> tuple[int, float]:
         """Views, and the POSIX seconds of the last one."""
         return self._state.views.get(pending.object_id, (1, pending.changed_at))
+
+    async def exclude(self, object_id: ObjectId) -> None:
+        """Never import this object: the operator has purged it. Call it before the object is removed. VolumeError if
+        that could not be recorded."""
+        await run_blocking(self._import_source.exclude, object_id)
 
     async def finish(self) -> None:
         """Call it when all moved files have been adopted and compared with the catalog."""
@@ -197,9 +203,22 @@ class ImportCopier:
         self, known: MediaObject, one: PendingFile, begun: Granted | AlreadyStored
     ) -> bool:
         if isinstance(begun, Granted):
+            # Race: 1. we read what is pending; 2. the operator purges the object; 3. we begin. A purge that comes after
+            # this look finds our fetch, and waits for its end
+            if not await self._may_copy(one.object_id, begun.lease):
+                return False
             return await self._copy(known, one, begun.lease)
         await run_blocking(self._import_source.remove, one.object_id)
         return False
+
+    async def _may_copy(self, object_id: ObjectId, lease: Lease) -> bool:
+        excluded = True
+        try:
+            excluded = await run_blocking(self._import_source.is_excluded, object_id)
+        finally:
+            if excluded:
+                await self._state.park(lease)
+        return not excluded
 
     def _most_used_first(self) -> Sequence[PendingFile]:
         return sorted(self._import_source.pending(), key=self._node_import.views_of, reverse=True)

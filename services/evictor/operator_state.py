@@ -9,6 +9,7 @@ import structlog
 
 from distributor_node.services.evictor.adoption import PartialReaper
 from distributor_node.services.evictor.eviction import ObjectRemover, RemovalOutcome
+from distributor_node.services.evictor.node_import import NodeImport
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.adapters.volume.operator_state_file import (
     operator_state_lock,
@@ -73,9 +74,16 @@ class Purger:
     """
 
     def __init__(
-        self, state: StateStore, volume: Volume, remover: ObjectRemover, reaper: PartialReaper
+        self,
+        state: StateStore,
+        volume: Volume,
+        remover: ObjectRemover,
+        reaper: PartialReaper,
+        node_import: NodeImport | None = None,
     ) -> None:
+        """`node_import`: would bring a purged object back."""
         self._state, self._volume, self._remover, self._reaper = state, volume, remover, reaper
+        self._node_import = node_import
 
     async def step(self, term: Term) -> float:
         """Complete some requests; returns the seconds until the next step."""
@@ -101,6 +109,8 @@ class Purger:
     async def _purge(self, term: Term, request: PurgeRequest) -> bool:
         """Remove one object. True if nothing is left that was there when the purge was requested."""
         object_id = request.object_id
+        if self._node_import is not None:
+            await self._node_import.exclude(object_id)
         fetch = (await self._state.find(object_id)).fetch
         if fetch is not None and fetch.phase is FetchPhase.PARKED:
             await self._reaper.discard(term, object_id)

@@ -141,11 +141,14 @@ class FetchRunner:
 
     async def _abandon(self, fetch: _PartialFetch, lease: Lease, error: DistributorError) -> None:
         """Keep the received bytes if another attempt can resume from them."""
-        if not isinstance(error, AllSourcesCorrupt | VolumeFull):
+        full = isinstance(error, VolumeFull)
+        if full and fetch.is_verified:
+            await fetch.suspend()  # only its record is missing, and followers are sending it
+        elif full or isinstance(error, AllSourcesCorrupt):
+            await fetch.discard()
+        else:
             await fetch.suspend()
-            return
-        await fetch.discard()
-        if isinstance(error, VolumeFull):
+        if full:
             await self._state.request_space(lease.object_id, lease.size, _SPACE_REQUEST_TTL)
 
 
@@ -285,6 +288,11 @@ class _PartialFetch:
         media_type = detect_media_type(self._object.media_type, head)
         record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
         await self._disk.run(partial.publish, record)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether all bytes are there and right."""
+        return self._partial is not None and self._partial.is_verified
 
     async def suspend(self) -> None:
         """Keep the received bytes for another attempt and release the lease.

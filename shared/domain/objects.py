@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self
 from urllib.parse import urlsplit
@@ -300,3 +302,34 @@ def record_for_file(
         media_type=detect_media_type(known.media_type or stated_type, head),
         stored_at=int(stored_at),
     )
+
+
+# Sets of a million ids, for comparisons with the volume and with the catalog.
+
+
+class CompactIdSet:
+    """Object ids as their 64-bit hashes, 8 bytes each.
+
+    Among 10^6 ids two share a hash with a probability of about 10^-7. Then an object that should be looked at is taken
+    for a known one, until another process looks: hashes differ from process to process.
+    """
+
+    def __init__(self) -> None:
+        self._hashes = array("q")
+        self._sorted = True
+
+    def __len__(self) -> int:
+        """Number of ids added; an id that was added twice counts twice."""
+        return len(self._hashes)
+
+    def update(self, object_ids: Iterable[ObjectId]) -> None:
+        self._hashes.extend(hash(object_id) for object_id in object_ids)
+        self._sorted = False
+
+    def __contains__(self, object_id: object) -> bool:
+        if not self._sorted:
+            self._hashes = array("q", sorted(self._hashes))
+            self._sorted = True
+        target = hash(object_id)
+        index = bisect_left(self._hashes, target)
+        return index < len(self._hashes) and self._hashes[index] == target

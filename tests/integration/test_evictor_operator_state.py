@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import uuid
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ import pytest
 
 from distributor_node.services.evictor.operator_state import OperatorStateBackup
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.volume import intake
 from distributor_node.shared.adapters.volume.operator_state_file import (
     operator_state_lock,
     read_operator_state,
@@ -19,7 +21,7 @@ from distributor_node.shared.adapters.volume.operator_state_file import (
 from distributor_node.shared.domain.objects import Assignment, ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
-from tests.integration.evictor_harness import SIZE, EvictorHarness, body_of, evictor_harness
+from tests.integration.evictor_harness import SIZE, EvictorHarness, body_of, evictor_harness, media_object
 from tests.waiting import eventually
 
 ONE, TWO, THREE = (ObjectId(name) for name in ("one", "two", "three"))
@@ -194,3 +196,42 @@ async def test_the_operators_assignment_is_the_one_that_is_checked(harness: Evic
             return evictor._parts.assignment._assignment.bucket_ids == frozenset({"5:5"})
 
         await eventually(changed)
+
+
+async def test_a_purged_object_is_not_imported_at_the_next_term(
+    harness: EvictorHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names in the directory of the other node stay, as on a read-only mount."""
+    monkeypatch.setattr(intake, "_READ_ONLY_ERRORS", (errno.EROFS,))
+    assets, unlink = tmp_path / "assets", Path.unlink
+    assets.mkdir()
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.parent == assets:
+            raise OSError(errno.EROFS, "read-only")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    for name in ("1", "2"):
+        (assets / name).write_bytes(body_of(name))
+        harness.catalog.objects[ObjectId(name)] = media_object(name, body_of(name))
+    settings = harness.settings()
+    storage = settings.storage.model_copy(update={"import_assets": assets})
+    settings = settings.model_copy(update={"storage": storage})
+
+    async def holds_record_of(name: str) -> bool:
+        return harness.volume.complete_record(ObjectId(name)) is not None
+
+    async with harness.evictor_of(settings):
+        await eventually(lambda: holds_record_of("1"))
+        await eventually(lambda: holds_record_of("2"))
+        await harness.state.request_purges([ObjectId("1")])
+        await eventually(lambda: no_purges_left(harness))
+        assert not harness.has("1")
+    async with harness.evictor_of(settings):  # reconciles, after the import, before it takes the next purge
+        await harness.state.request_purges([ObjectId("unknown")])
+        await eventually(lambda: no_purges_left(harness))
+        assert not harness.has("1")
+        assert harness.has("2")
+    assert sorted(path.name for path in assets.iterdir()) == ["1", "2"]
+    assert await harness.matches_volume()

@@ -10,6 +10,8 @@ import pytest
 
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.shared.adapters.volume import PartialFile
+from distributor_node.shared.domain.errors import VolumeFull
 from distributor_node.shared.domain.jobs import Ack, Nack, Retry
 from distributor_node.shared.domain.objects import MediaObject, StoredRecord
 from distributor_node.shared.domain.space import footprint
@@ -241,6 +243,34 @@ async def test_a_verified_file_is_published_while_a_follower_holds_it(harness: H
         assert harness.stored() is None
     assert not [record for node in harness.nodes for record in node.requests]
     follower.close()
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+async def test_a_disk_that_is_full_at_publication_cuts_no_verified_file(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, hashed: bool
+) -> None:
+    """The record finds no room. A client is sending the file, and the next attempt needs no source."""
+    followers, publish = [], PartialFile.publish
+
+    def fail(partial: PartialFile, record: StoredRecord) -> None:
+        follower = harness.volume.open_partial(OBJECT_ID)
+        assert follower is not None
+        assert follower.lock_shared()
+        followers.append(follower)
+        raise VolumeFull("no space for the record")
+
+    monkeypatch.setattr(PartialFile, "publish", fail)
+    wanted = harness.wanted(DATA, hashed=hashed)
+    assert isinstance(await fetch(harness, wanted), Retry)
+    assert followers[0].read(0, SIZE + 1) == DATA
+    assert await reserves(harness, SIZE), "the bytes count while they are on the volume"
+    assert await harness.state.space_requested() >= SIZE
+    monkeypatch.setattr(PartialFile, "publish", publish)
+    if hashed:
+        assert await fetch(harness, wanted) == Ack("fetched")
+        await assert_stored(harness)
+        assert sum(len(node.requests) for node in harness.nodes) == 1
+    followers[0].close()
 
 
 async def test_what_a_larger_object_had_reserved_is_returned_once_its_file_is_cut(harness: Harness) -> None:

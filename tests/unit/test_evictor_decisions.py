@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distributor_node.services.evictor.assignment import implausible_reason
-from distributor_node.services.evictor.index import CompactIdSet
 from distributor_node.services.evictor.integrity import Verdict, judge_size
 from distributor_node.services.evictor.leader_election import MAX_BACKOFF, MIN_BACKOFF, run_periodically
 from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
-from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.objects import CompactIdSet, MediaObject, ObjectId
 from distributor_node.shared.domain.space import EvictionReason, Usage, Watermarks
 from distributor_node.shared.runtime.threads import run_blocking
 from distributor_node.shared.waiting import Backoff

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
 import pytest
 
-from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume import Volume, intake
 from distributor_node.shared.adapters.volume.intake import ImportResult, ImportSource
 from distributor_node.shared.adapters.volume.layout import shard
 from distributor_node.shared.domain.errors import VolumeError
@@ -120,3 +121,57 @@ def test_the_verified_mark_is_visible_to_all(root: Path) -> None:
     import_source.mark(done=False)
     import_source.mark(done=False)
     assert not other.is_done()
+
+
+@pytest.fixture
+def read_only_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Names in this directory cannot be removed."""
+    assets, unlink = tmp_path / "assets", Path.unlink
+    assets.mkdir()
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.parent == assets:
+            raise OSError(errno.EROFS, "read-only")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    return assets
+
+
+def test_a_file_whose_name_stays_is_imported_once(root: Path, read_only_assets: Path) -> None:
+    (read_only_assets / "1").write_bytes(b"one")
+    import_source = ImportSource(root, read_only_assets)
+    assert import_source.import_file(ONE) is ImportResult.MOVED
+    place(root, "1").unlink()  # evicted
+    for again in (import_source, ImportSource(root, read_only_assets)):
+        assert not list(again.pending())
+        assert again.import_file(ONE) is ImportResult.EXCLUDED
+    assert not place(root, "1").exists()
+
+
+def test_a_purged_object_is_not_imported(root: Path) -> None:
+    for name in ("1", "2"):
+        (root / name).write_bytes(b"content")
+    import_source, of_the_next_leader = ImportSource(root, root), ImportSource(root, root)
+    assert import_source.import_file(ObjectId("2")) is ImportResult.MOVED
+    of_the_next_leader.exclude(ONE)
+    of_the_next_leader.exclude(ONE)
+    assert import_source.import_file(ONE) is ImportResult.EXCLUDED, "a former leader looks again, too"
+    assert (root / ".import-excluded").read_text() == "1\n"
+
+
+def test_a_line_that_was_cut_is_written_again(root: Path) -> None:
+    (root / ".import-excluded").write_text("7\n12")  # killed while it wrote 1234
+    import_source = ImportSource(root, root)
+    import_source.exclude(ONE)
+    assert (root / ".import-excluded").read_text() == "7\n1\n"
+    assert import_source.is_excluded(ObjectId("7"))
+    assert not import_source.is_excluded(ObjectId("12"))
+
+
+def test_a_lock_that_is_held_for_long_is_reported(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "_LOCK_TIMEOUT", 0.05)
+    with (root / ".import-excluded").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(VolumeError, match="another process holds it"):
+            ImportSource(root, root).exclude(ONE)

@@ -120,6 +120,11 @@ class PartialFile:
         """Bytes on disk now."""
         return os.fstat(self._descriptor).st_size
 
+    @property
+    def is_verified(self) -> bool:
+        """Whether followers may send all of it."""
+        return bool(os.fstat(self._descriptor).st_mode & stat.S_IROTH)
+
     def check_free_space(self) -> None:
         """Raise VolumeFull if the device has no room for the rest, before any response has begun."""
         with map_os_errors(f"read the free space for {self.record.object_id}"):
@@ -210,15 +215,26 @@ class PartialFile:
     def discard(self) -> None:
         """Remove the partial file and close it. Its bytes are free when this returns.
 
-        If it cannot be removed, it is closed and unlocked all the same.
+        If it cannot be removed, it is closed and unlocked all the same. Raises PartialHeld if followers send it: they
+        trust a verified file to stay whole.
         """
         try:
             with map_os_errors(f"discard the partial file of {self.record.object_id}"):
+                if self.is_verified and not self._take_back():
+                    return
                 unlink_if_exists(self._name, self._incoming)
                 os.ftruncate(self._descriptor, 0)
                 unlink_if_exists(self._sidecar_name, self._incoming)
         finally:
             self.close()
+
+    def _take_back(self) -> bool:
+        """Lock the verified file for removal. False if it has been published, or removed."""
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PartialHeld(f"the verified file of {self.record.object_id} is being sent") from None
+        return _same_file(self._descriptor, self._name, self._incoming)
 
     def close(self) -> None:
         """Close the file, which releases the lock. The file stays on the disk."""
