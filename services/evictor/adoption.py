@@ -20,7 +20,13 @@ from distributor_node.services.evictor.partial_files import (
     partial_file_exists,
     scan_partial_files,
 )
-from distributor_node.shared.adapters.volume import FoundObject, FoundPartial, PartialHeld, Volume
+from distributor_node.shared.adapters.volume import (
+    FoundObject,
+    FoundPartial,
+    PartialHeld,
+    UnreadableFile,
+    Volume,
+)
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import PolicyEntry
 from distributor_node.shared.domain.objects import ObjectId
@@ -146,7 +152,11 @@ def _inspect(volume: Volume, object_id: ObjectId) -> SeenFile | None:
     found = volume.find_object(object_id)
     if found is None:
         return None
-    record = volume.read_record(object_id)
+    try:
+        record = volume.read_record(object_id)
+    except VolumeError as error:  # its bytes count all the same
+        logger.error("record_unreadable", object_id=object_id, reason=str(error))
+        record = None
     valid = record is None or record.size == found.size
     return SeenFile(found, valid, partial_file_exists(volume, object_id))
 
@@ -181,6 +191,14 @@ _RESUME_FRACTION = 0.8
 """Share of the time that a worker waits for space: its request is still in force then."""
 
 
+@dataclass(slots=True)
+class SweepResult:
+    """Files in `incoming/` that a sweep did not account for."""
+
+    foreign: int
+    unreadable: int  # their bytes may be missing in the sum of reservations
+
+
 class PartialReaper:
     """Ends abandoned fetches, and frees their reservations when space is needed."""
 
@@ -192,25 +210,27 @@ class PartialReaper:
         self._state, self._volume, self._adoption, self._keep = state, volume, adoption, keep
         self._resume_grace = _RESUME_FRACTION * space_wait
 
-    async def sweep(self, term: Term) -> int:
-        """Account for unknown partial files, remove unusable and old ones, and end parked fetches without a file.
-
-        Returns the number of foreign files among them.
-        """
-        found, foreign = await run_blocking(scan_partial_files, self._volume)
+    async def sweep(self, term: Term) -> SweepResult:
+        """Account for unknown partial files, remove unusable and old ones, and end parked fetches without a file."""
+        found, others = await run_blocking(scan_partial_files, self._volume)
+        unreadable = [file for file in others if isinstance(file, UnreadableFile)]
+        for file in unreadable:
+            logger.error("partial_unreadable", file=file.path, reason=file.reason)
+        result = SweepResult(len(others) - len(unreadable), len(unreadable))
         fetches = {fetch.object_id: fetch for fetch in await self._state.fetches()}
         for partial in found.values():
             try:
                 await self._reconcile_one(term, partial, fetches.get(partial.object_id))
             except VolumeError as error:
                 logger.error("partial_unreadable", object_id=partial.object_id, reason=str(error))
+                result.unreadable += 1
         for fetch in fetches.values():
             if fetch.phase is FetchPhase.PARKED and fetch.object_id not in found:
                 try:
                     await self._reap(term, fetch.object_id, "left_no_file")
                 except VolumeError as error:
                     logger.error("partial_unreadable", object_id=fetch.object_id, reason=str(error))
-        return len(foreign)
+        return result
 
     async def free(self, term: Term, wanted: int) -> int:
         """Discard parked fetches, longest parked first, until `wanted` bytes are free. Returns the bytes freed.

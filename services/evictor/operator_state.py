@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from pathlib import Path
 
 import structlog
@@ -49,7 +50,8 @@ class OperatorStateBackup:
         state = await self.watcher.refresh()
         if state == self._saved or state.version == 0:
             return
-        with operator_state_lock(self._root) as locked:
+        with ExitStack() as stack:
+            locked = await run_blocking(stack.enter_context, operator_state_lock(self._root))
             # The state is read under the lock, too: what was read before may be older than what is written
             if locked and await self._state.is_leader(term):
                 await self._write(await self.watcher.refresh())

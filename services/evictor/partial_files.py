@@ -5,22 +5,22 @@ All functions are blocking: call them from a worker thread.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from distributor_node.shared.adapters.volume import FoundPartial, Volume
+from distributor_node.shared.adapters.volume import FoundPartial, UnknownFile, Volume
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 
-def scan_partial_files(volume: Volume) -> tuple[Mapping[ObjectId, FoundPartial], list[str]]:
-    """All partial files by object, and the paths of foreign files among them."""
+def scan_partial_files(volume: Volume) -> tuple[Mapping[ObjectId, FoundPartial], Sequence[UnknownFile]]:
+    """All partial files by object, and the foreign and unreadable files among them."""
     found: dict[ObjectId, FoundPartial] = {}
-    foreign: list[str] = []
+    others: list[UnknownFile] = []
     for seen in volume.scan_partials():
         if isinstance(seen, FoundPartial):
             found[seen.object_id] = seen
         else:
-            foreign.append(seen.path)
-    return found, foreign
+            others.append(seen)
+    return found, others
 
 
 def partial_file_exists(volume: Volume, object_id: ObjectId) -> bool:

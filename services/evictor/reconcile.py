@@ -83,7 +83,9 @@ class Reconciliation:
         await self._adopt_unknown(term, known, findings)
         await self._check_entries(term, known, findings)
         # Partial files of workers that began just before the store was lost
-        findings.foreign_count += await self._reaper.sweep(term)
+        swept = await self._reaper.sweep(term)
+        findings.foreign_count += swept.foreign
+        findings.unreadable += swept.unreadable
         await self._usage.run(term)
         if not findings.unreadable:
             await self._state.set_reconciled(term)

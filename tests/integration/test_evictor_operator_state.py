@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import threading
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from distributor_node.services.evictor import operator_state
 from distributor_node.services.evictor.operator_state import OperatorStateBackup
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import intake
@@ -196,6 +199,27 @@ async def test_the_operators_assignment_is_the_one_that_is_checked(harness: Evic
             return evictor._parts.assignment._assignment.bucket_ids == frozenset({"5:5"})
 
         await eventually(changed)
+
+
+async def test_the_copy_is_locked_in_a_worker_thread(
+    harness: EvictorHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A volume that answers slowly stops neither renewals nor probes."""
+    threads = list[threading.Thread]()
+
+    @contextmanager
+    def lock(root: Path) -> Iterator[bool]:
+        threads.append(threading.current_thread())
+        with operator_state_lock(root) as locked:
+            yield locked
+
+    monkeypatch.setattr(operator_state, "operator_state_lock", lock)
+    assert await harness.state.change_operator_state(0, OperatorState(draining=True)) is not None
+    watcher = OperatorStateWatcher(harness.state, harness.root, Assignment())
+    await OperatorStateBackup(harness.state, harness.root, watcher).save(await harness.term())
+    assert threads
+    assert threading.main_thread() not in threads
+    assert read_operator_state(harness.root) is not None
 
 
 async def test_a_purged_object_is_not_imported_at_the_next_term(

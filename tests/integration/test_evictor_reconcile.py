@@ -7,16 +7,15 @@ import fcntl
 import os
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from distributor_node.shared.adapters.volume import FoundObject, Volume
-from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
-from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import Access, FetchPhase, NotReconciled
 from distributor_node.shared.settings.model import EvictorSettings
@@ -412,116 +411,6 @@ async def test_a_redis_that_restarts_empty_is_filled_again(
 
         await eventually(filled)
         assert await harness.used() <= LIMIT
-
-
-class BadSector(Volume):
-    """A volume with one file that can be opened and not be read."""
-
-    unreadable = ObjectId("bad")
-
-    def open_raw(self, object_id: ObjectId) -> int | None:
-        descriptor = super().open_raw(object_id)
-        if descriptor is None or object_id != self.unreadable:
-            return descriptor
-        os.close(descriptor)
-        [path] = self.root.glob(f"objects/*/{object_id}")
-        return os.open(path, os.O_WRONLY)
-
-
-class Unreadable(Volume):
-    """A volume whose disk tells nothing of one object, as with EIO."""
-
-    bad = ObjectId("none")
-
-    def find_object(self, object_id: ObjectId) -> FoundObject | None:
-        self._fail(object_id)
-        return super().find_object(object_id)
-
-    def open_raw(self, object_id: ObjectId) -> int | None:
-        self._fail(object_id)
-        return super().open_raw(object_id)
-
-    def partial_record(self, object_id: ObjectId) -> StoredRecord | None:
-        self._fail(object_id)
-        return super().partial_record(object_id)
-
-    def _fail(self, object_id: ObjectId) -> None:
-        if object_id == self.bad:
-            raise VolumeError(f"stat {object_id}: Input/output error")
-
-
-@pytest.fixture
-async def unreadable(harness: EvictorHarness) -> AsyncIterator[Unreadable]:
-    """The volume of the harness. Nothing is unreadable until `bad` is set."""
-    volume = harness.volume = Unreadable(harness.root)
-    yield volume
-    volume.close()
-
-
-async def test_an_unreadable_object_in_the_access_log_stops_nothing(
-    harness: EvictorHarness, unreadable: Unreadable
-) -> None:
-    async with harness.evictor():
-        await eventually(harness.reconciled)
-        await harness.store("good", age=3600)
-        unreadable.bad = ObjectId("bad")
-        await harness.state.record_accesses([Access(unreadable.bad, 1, time.time())])
-        await harness.state.record_accesses([Access(ObjectId("good"), 41, time.time())])
-    async with harness.evictor():
-
-        async def applied() -> bool:
-            return (await harness.entries())["good"].frequency == 42
-
-        await eventually(applied)
-
-
-async def test_an_unreadable_object_is_no_obstacle_to_scrub_sweep_and_purge(
-    harness: EvictorHarness, unreadable: Unreadable
-) -> None:
-    names = [f"o{number}" for number in range(5)]
-    async with harness.evictor():
-        await eventually(harness.reconciled)
-        await harness.store("o0", "o1", "o2", "purged")
-        for name in names[:3]:
-            harness.path_of(name).write_bytes(b"?" * SIZE)
-        for name in ("p0", "p1", "p2"):
-            harness.leave_partial(name, 1000)
-            os.utime(harness.root / "incoming" / f"{name}.part", (1, 1))
-    unreadable.bad = ObjectId("o1")
-    await harness.state.request_purges([ObjectId("purged")])
-    async with harness.evictor(scrub_rate=1_000_000_000, partial_keep=0.2):
-        await eventually(lambda: not harness.root.joinpath("incoming", "p2.part").exists())
-        await eventually(lambda: list(harness.root.glob("objects/*/o*")) == [harness.path_of("o1")])
-        await eventually(lambda: not harness.has("purged"))
-    unreadable.bad = ObjectId("p1")
-    harness.leave_partial("p1", 1000)
-    harness.leave_partial("p3", 1000)
-    for name in ("p1", "p3"):
-        os.utime(harness.root / "incoming" / f"{name}.part", (1, 1))
-    async with harness.evictor(partial_keep=0.2):
-        await eventually(lambda: not harness.root.joinpath("incoming", "p3.part").exists())
-
-
-@pytest.mark.parametrize("hashed", [True, False])
-async def test_an_unreadable_file_does_not_block_others(tmp_path: Path, hashed: bool) -> None:
-    async with evictor_harness(tmp_path) as harness:
-        harness.volume = BadSector(harness.root)
-        names = ["bad", *(f"o{number}" for number in range(4))]
-        for name in names:
-            harness.put_file(name)
-            harness.record_path_of(name).unlink()
-            known = media_object(name, body_of(name))
-            harness.catalog.objects[known.object_id] = known if hashed else replace(known, content_hash=None)
-        with capture_logs() as logs:
-            async with harness.evictor():
-                await eventually(lambda: all(harness.volume.read_record(ObjectId(n)) for n in names[1:]))
-                await eventually(
-                    lambda: (
-                        ("objects_not_repaired", 1) in [(line["event"], line.get("count")) for line in logs]
-                    )
-                )
-        assert harness.has("bad")
-        harness.volume.close()
 
 
 @pytest.mark.servers
