@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import formatdate
 from functools import lru_cache
 from typing import Literal
+from urllib.parse import parse_qs, quote
 
 from distributor_node.services.api.assets.decision import PreconditionResult, Representation, Span
 from distributor_node.services.api.errors import HttpError
 from distributor_node.shared.domain.conditionals import Unsatisfiable
+from distributor_node.shared.domain.media_types import file_name, is_document
 
 CacheResult = Literal["hit", "pending", "miss"]
 DataSource = Literal["local", "external"]
 
-EXPOSED = (
-    "X-Cache, X-Data-Source, ETag, Content-Length, Content-Range, Accept-Ranges, Cache-Status, X-Request-ID"
-)
+EXPOSED = "X-Cache, X-Data-Source, ETag, Content-Length, Content-Range, Accept-Ranges, Age, Cache-Status, X-Request-ID"
 
 # Objects are uploaded by third parties and share the node's origin. `sandbox` gives a document an origin of its own,
 # without scripts, forms and pop-ups. `default-src 'none'` lets it load only images and media.
@@ -44,8 +45,8 @@ ASSET: Mapping[str, str] = {
 }
 """On every response of an asset path, errors and preflights included."""
 
-ASSET_CONTENT: Mapping[str, str] = {**ASSET, "Accept-Ranges": "bytes", "Content-Disposition": "inline"}
-"""On every 200 and 206 of an object. A 304 has ASSET and the validators."""
+ASSET_CONTENT: Mapping[str, str] = {**ASSET, "Accept-Ranges": "bytes"}
+"""On every 200 and 206 of an object, with a Content-Disposition of its own. A 304 has ASSET and the validators."""
 
 PREFLIGHT: Mapping[str, str] = {
     **ASSET,
@@ -56,8 +57,29 @@ PREFLIGHT: Mapping[str, str] = {
     ),
     "Access-Control-Max-Age": "86400",
     "Allow": "GET, HEAD, OPTIONS",
+    "Vary": "Access-Control-Request-Headers, Access-Control-Request-Private-Network",
 }
-"""On responses to OPTIONS (Fetch standard, CORS preflight)."""
+"""On responses to OPTIONS (Fetch standard, CORS preflight), unless the preflight asks for other headers."""
+
+_FIELD_NAMES = re.compile(r"[ \t]*(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+[ \t]*(?:,[ \t]*|$))+", re.ASCII)
+_MAX_FIELD_NAMES = 2048  # characters
+
+
+def preflight_headers(asked: Mapping[str, str]) -> dict[str, str]:
+    """Return the headers of the response to a preflight, which allows the headers that it asks for.
+
+    Players send CMCD-*, traceparent, Authorization and others, and the node reads none of them. `asked`: the headers of
+    the request, names in lower case. A list that is too long or has anything but field names (RFC 9110 section 5.1)
+    gets the usual response.
+    """
+    headers = dict(PREFLIGHT)
+    names = asked.get("access-control-request-headers", "")
+    if 0 < len(names) <= _MAX_FIELD_NAMES and _FIELD_NAMES.fullmatch(names):
+        headers["Access-Control-Allow-Headers"] = names.strip(" \t")
+    if asked.get("access-control-request-private-network", "").strip().lower() == "true":
+        headers["Access-Control-Allow-Private-Network"] = "true"
+    return headers
+
 
 CACHE_HIT = "public, max-age=31536000, immutable"
 CACHE_PENDING = "max-age=180, must-revalidate"
@@ -176,13 +198,17 @@ def content_head(
 ) -> ResponseHead:
     """Return the head of a 200 or 206.
 
-    `source`: None for HEAD. `media_type`: what the source stated, used if the catalog states none.
+    `source`: None for HEAD. `media_type`: what the source stated, used if the catalog states none. A HEAD has no
+    Content-Type unless it is known: the GET may find another one.
     """
+    known = representation.media_type or media_type
     headers = {
         **ASSET_CONTENT,
+        "Content-Disposition": content_disposition(representation, known),
         **_validators(representation, outcome, source),
-        "Content-Type": representation.media_type or media_type or UNKNOWN_MEDIA_TYPE,
     }
+    if known is not None or source is not None:
+        headers["Content-Type"] = known or UNKNOWN_MEDIA_TYPE
     if source is not None:
         headers["X-Data-Source"] = source
     if span.length is not None:
@@ -190,6 +216,51 @@ def content_head(
     if span.partial:
         headers["Content-Range"] = span.content_range
     return ResponseHead(206 if span.partial else 200, headers, outcome.result, source)
+
+
+# Content-Disposition (RFC 6266): under which name a client saves an object, and whether a browser shows it.
+
+_DOWNLOAD = "download"
+_ATTRIBUTE_CHARACTERS = "!#$&+-.^_`|~"
+"""Not encoded in `filename*` (RFC 8187 section 3.2.1), nor are letters and digits."""
+
+
+def content_disposition(representation: Representation, media_type: str | None) -> str:
+    """Return the header's value: the id with the extension of the media type, and the catalog's name beside it."""
+    kind = "attachment" if is_document(media_type) else "inline"
+    own = file_name(representation.object_id.rpartition("/")[2], media_type)
+    named = file_name(representation.name, media_type) if representation.name is not None else ""
+    return _disposition(kind, own, named)
+
+
+def requested_disposition(query: str, usual: str) -> str | None:
+    """Return the Content-Disposition for `?download` or `?download=NAME`. None: the query asks for neither.
+
+    `usual`: what the object has without it.
+    """
+    try:
+        wanted = parse_qs(query, keep_blank_values=True, max_num_fields=100).get(_DOWNLOAD)
+    except ValueError:  # too many fields
+        return None
+    if wanted is None:
+        return None
+    name = file_name(wanted[0], None)
+    if not name:
+        return "attachment" + "".join(usual.partition(";")[1:])
+    return _disposition("attachment", name)
+
+
+def _disposition(kind: str, name: str, extended: str = "") -> str:
+    """`extended`: for `filename*`, which clients prefer. A name with other characters than ASCII gets one anyhow."""
+    plain = "".join(character if character.isascii() and character != "%" else "_" for character in name)
+    if not extended and plain != name:
+        extended = name
+    parts = [kind]
+    if plain:
+        parts.append(f'filename="{plain}"')
+    if extended:
+        parts.append(f"filename*=UTF-8''{quote(extended, safe=_ATTRIBUTE_CHARACTERS)}")
+    return "; ".join(parts)
 
 
 def not_modified_headers(representation: Representation, outcome: CacheOutcome) -> dict[str, str]:

@@ -129,7 +129,11 @@ HEADERS: Json = {
     ),
     "Last-Modified": _header("If the node knows it.", required=False),
     "Accept-Ranges": _header("Always bytes.", enum=["bytes"]),
-    "Content-Disposition": _header("Always inline.", enum=["inline"]),
+    "Content-Disposition": _header(
+        "The id with the extension of the media type, and the manifest's name if there is one. attachment for HTML, "
+        "XML, SVG and PDF, and with ?download; inline for all others.",
+        pattern='^(inline|attachment)(; filename="[^"]*")?(; filename\\*=UTF-8\'\'.*)?$',
+    ),
     "Content-Range": _header("RFC 9110 section 14.4."),
     "Content-Length": _header(
         "Bytes of the body; absent only if no source tells the size.",
@@ -140,7 +144,11 @@ HEADERS: Json = {
     "Access-Control-Allow-Origin": _header("Any page may read the response.", enum=["*"]),
     "Access-Control-Expose-Headers": _header("Headers that scripts may read."),
     "Access-Control-Allow-Methods": _header("Response to a preflight."),
-    "Access-Control-Allow-Headers": _header("Response to a preflight."),
+    "Access-Control-Allow-Headers": _header("Response to a preflight: the headers that it asks for."),
+    "Access-Control-Allow-Private-Network": _header(
+        "If the preflight asks for it.", required=False, enum=["true"]
+    ),
+    "Vary": _header("Response to a preflight."),
     "Access-Control-Max-Age": _header(
         "Seconds that a browser may cache the preflight.", required=False, type="integer"
     ),
@@ -161,6 +169,7 @@ _NOT_MODIFIED = (
 _DESCRIBED = (
     *_NOT_MODIFIED,
     *(name for name in headers.ASSET_CONTENT if name not in headers.ASSET),
+    "Content-Disposition",
     "Content-Length",
 )
 _WHOLE = (*_DESCRIBED, "X-Data-Source")
@@ -219,7 +228,7 @@ def _shared_responses() -> Json:
                 responses[f"{name}Head"] = _response(description, (*names, *more))
     for _, name, description in REQUEST_ERRORS:
         responses[name] = _response(description, _NODE, _ERROR)
-    preflight = ("X-Request-ID", *headers.PREFLIGHT)
+    preflight = ("X-Request-ID", *headers.PREFLIGHT, "Access-Control-Allow-Private-Network")
     responses["Preflight"] = _response("Allowed methods and headers of this path.", preflight)
     return responses
 
@@ -269,7 +278,7 @@ def _asset_path() -> Json:
     head = {200: _response("The headers of a GET", _DESCRIBED), 304: not_modified}
     conditions = ("If-Match", "If-None-Match", "If-Modified-Since", "If-Unmodified-Since", "X-Request-ID")
     return {
-        "parameters": [ref("parameters", "ObjectId")],
+        "parameters": [ref("parameters", "ObjectId"), ref("parameters", "download")],
         "get": _operation(
             "asset", "The media file", "public", _responses(get, errors), ("Range", "If-Range", *conditions)
         ),
@@ -307,6 +316,14 @@ PARAMETERS: Json = {
         "description": "Data Object ID",
         "schema": OBJECT_ID,
         "example": "1",
+    },
+    "download": {
+        "name": "download",
+        "in": "query",
+        "required": False,
+        "description": "The browser saves the object, under this name if it is not empty.",
+        "allowEmptyValue": True,
+        "schema": {"type": "string"},
     },
     **{
         name: _request_header(name, description)

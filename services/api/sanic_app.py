@@ -35,7 +35,7 @@ from sanic_routing.route import Route
 
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
-from distributor_node.services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIGIN, PREFLIGHT
+from distributor_node.services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIGIN, preflight_headers
 from distributor_node.services.api.protocol import ApiHttp
 from distributor_node.services.api.request_log import precreate_counters, request_record
 from distributor_node.services.api.status import SquidStatusPoller, StatusReporter, UsageReader
@@ -53,7 +53,7 @@ logger = structlog.get_logger()
 
 
 class RawPathRouter(Router):
-    """Finds routes by the exact raw path.
+    """Finds routes by the raw path. One trailing slash makes no difference.
 
     Every path below /api/v1/assets/ goes to the asset handler, every path below the operator's /api/v1/cache/ to the
     handler of one cached object.
@@ -64,13 +64,14 @@ class RawPathRouter(Router):
     ) -> tuple[Route, RouteHandler, dict[str, Any]]:
         """Return the route, its handler and the handler's arguments. Raises NotFound or MethodNotAllowed."""
         prefix = ASSETS if path.startswith(ASSETS) else _CACHE if path.startswith(_CACHE) else ""
-        group = self._by_path().get(f"{prefix}<object_id>" if prefix else path)
+        rest = path[len(prefix) :].removesuffix("/")
+        group = self._by_path().get(f"{prefix}<object_id>" if prefix else rest)
         if group is None:
             raise NotFound("")
         route = group.get(method)
         if route is None:
             raise MethodNotAllowed("", method, tuple(group))
-        return route, route.handler, {"object_id": path[len(prefix) :]} if prefix else {}
+        return route, route.handler, {"object_id": rest} if prefix else {}
 
     def _by_path(self) -> dict[str, dict[str, Route]]:
         known: dict[str, dict[str, Route]] | None = getattr(self.ctx, "by_path", None)
@@ -344,7 +345,7 @@ def _add_assets(application: ApiApplication, assets: AssetResponder) -> None:
     async def preflight(request: Request, object_id: str) -> HTTPResponse:
         # The same for every id: a preflight is about the route, not about the object.
         request_record(request).path = path
-        return HTTPResponse(status=204, headers=dict(PREFLIGHT))
+        return HTTPResponse(status=204, headers=preflight_headers(request.headers))
 
     application.add_route(read, path, methods=_READ, name="asset", ignore_body=False)
     application.add_route(preflight, path, methods=("OPTIONS",), name="asset_preflight")
@@ -387,7 +388,7 @@ def _add(application: ApiApplication, path: str, handler: Any) -> None:
 
     async def options(request: Request) -> HTTPResponse:
         request_record(request).path = path
-        return HTTPResponse(status=204, headers=dict(PREFLIGHT))
+        return HTTPResponse(status=204, headers=preflight_headers(request.headers))
 
     application.add_route(read, path, methods=_READ, name=name)
     application.add_route(options, path, methods=("OPTIONS",), name=f"{name}_options")

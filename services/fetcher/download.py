@@ -280,6 +280,7 @@ class _PartialFetch:
             content_hash=wanted.content_hash,
             media_type=media_type_or_none(wanted.media_type),
             stored_at=int(time.time()),
+            name=wanted.name,
         ).with_validators(wanted.validators)
 
     async def _publish(self, partial: PartialFile) -> None:

@@ -81,6 +81,7 @@ _OBJECT_FIELDS = MediaObjectCodec(
         "sources": "sources",
         "etag": "validator",
         "last_modified": "last_modified",
+        "name": "name",
     }
 )
 

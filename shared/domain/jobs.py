@@ -42,6 +42,7 @@ _OBJECT_FIELDS = MediaObjectCodec(
         "etag": "validator",
         "sources": "sources",
         "last_modified": "last_modified",
+        "name": "name",
     }
 )
 

@@ -1,4 +1,4 @@
-"""Media types: their grammar, and which one a fetched object has.
+"""Media types: their grammar, names of saved files, and which type a fetched object has.
 
 Only a valid media type (RFC 9110 section 8.3.1) may reach a Content-Type header.
 """
@@ -33,6 +33,56 @@ def media_type_or_none(text: str | None) -> str | None:
         return parse_media_type(text)
     except InvalidInput:
         return None
+
+
+# Names of saved files.
+
+_EXTENSIONS = {
+    "image/jpeg": "jpg", "image/png": "png", "image/apng": "png", "image/gif": "gif", "image/webp": "webp",
+    "image/avif": "avif", "image/heic": "heic", "image/tiff": "tiff", "image/bmp": "bmp", "image/svg+xml": "svg",
+    "image/x-icon": "ico", "image/vnd.microsoft.icon": "ico",
+    "video/mp4": "mp4", "video/x-m4v": "m4v", "video/quicktime": "mov", "video/webm": "webm",
+    "video/x-matroska": "mkv", "video/x-msvideo": "avi", "video/avi": "avi", "video/3gpp": "3gp", "video/ogg": "ogv",
+    "video/mp2t": "ts", "application/vnd.apple.mpegurl": "m3u8", "application/x-mpegurl": "m3u8",
+    "application/dash+xml": "mpd",
+    "audio/mp4": "m4a", "audio/x-m4a": "m4a", "audio/m4a": "m4a", "audio/mpeg": "mp3", "audio/ogg": "ogg",
+    "application/ogg": "ogg", "audio/opus": "opus", "audio/webm": "webm", "audio/aac": "aac", "audio/flac": "flac",
+    "audio/x-flac": "flac", "audio/wav": "wav", "audio/x-wav": "wav", "audio/wave": "wav", "audio/vnd.wave": "wav",
+    "text/plain": "txt", "text/html": "html", "text/css": "css", "text/csv": "csv", "text/vtt": "vtt",
+    "text/srt": "srt", "text/x-srt": "srt", "text/x-subrip": "srt", "application/x-subrip": "srt",
+    "text/ttml": "ttml", "text/x-ssa": "ssa", "text/x-ass": "ass", "text/x-sami": "smi", "text/xml": "xml",
+    "text/markdown": "md", "application/xml": "xml", "application/json": "json", "application/pdf": "pdf",
+    "application/zip": "zip", "application/gzip": "gz", "application/epub+zip": "epub",
+}  # fmt: skip
+_KNOWN_EXTENSIONS = tuple(f".{extension}" for extension in {*_EXTENSIONS.values(), "jpeg", "htm", "tif"})
+_FORBIDDEN_IN_NAMES = re.compile(r'[\\/:*?"<>|]')
+_MAX_NAME = 150  # characters
+# Opened as a document, these run scripts, or are another program's input. An <img> of an SVG is not affected.
+_DOCUMENTS = frozenset({"text/html", "text/xml", "application/xml", "application/pdf"})
+
+
+def essence_of(media_type: str | None) -> str:
+    """Return the media type in lower case without its parameters. Empty: there is none."""
+    return (media_type or "").partition(";")[0].strip(" \t").lower()
+
+
+def is_document(media_type: str | None) -> bool:
+    """Whether a browser that opens it makes more of it than a picture or a player: HTML, XML, SVG, PDF."""
+    essence = essence_of(media_type)
+    return essence in _DOCUMENTS or essence.endswith("+xml")
+
+
+def file_name(name: str, media_type: str | None) -> str:
+    """Return a name that any system can save a file under, with the extension of the media type. Empty: none is left.
+
+    A name that has a known extension keeps it. Control and format characters are dropped, among them those that change
+    the direction of text and so disguise an extension.
+    """
+    cleaned = _FORBIDDEN_IN_NAMES.sub("_", "".join(filter(str.isprintable, name))).strip(" .")[:_MAX_NAME]
+    extension = _EXTENSIONS.get(essence_of(media_type))
+    if not cleaned or extension is None or cleaned.lower().endswith(_KNOWN_EXTENSIONS):
+        return cleaned
+    return f"{cleaned}.{extension}"
 
 
 # Sniffing: the first bytes decide where they are unambiguous, and the catalog decides otherwise.
@@ -88,5 +138,5 @@ def _sniff(head: bytes) -> str | None:
 
 
 def _same_family(cataloged: str, sniffed: str) -> bool:
-    essence = cataloged.partition(";")[0].rstrip(" \t").lower()
+    essence = essence_of(cataloged)
     return essence == sniffed or any({essence, sniffed} <= family for family in _FAMILIES)

@@ -125,6 +125,7 @@ class MediaObject:
     accepted: bool = True
     sources: tuple[str, ...] = ()  # URLs of the object, best first if the catalog knows an order
     validators: Validators = NO_VALIDATORS  # where there is no hash: what the object's source said of it
+    name: str | None = None  # under which people know it, for saved files
 
     def __post_init__(self) -> None:
         if self.size is not None and not 0 <= self.size <= MAX_SIZE:
@@ -144,6 +145,9 @@ class MediaObject:
 def entity_tag(content_hash: ContentHash | None, validators: Validators = NO_VALIDATORS) -> str | None:
     """Return the entity tag with its quotes: strong and the same on every node with a hash, else the source's own."""
     return validators.etag if content_hash is None else f'"{content_hash}"'
+
+
+_OMITTED_IF_NONE = frozenset({"last_modified", "name"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,11 +176,12 @@ class MediaObjectCodec:
             "sources": list(media_object.sources),
             "etag": media_object.validators.etag,
             "last_modified": media_object.validators.last_modified,
+            "name": media_object.name,
         }
         return {
             name: values[attribute]
             for attribute, name in self.names.items()
-            if attribute != "last_modified" or values[attribute] is not None
+            if attribute not in _OMITTED_IF_NONE or values[attribute] is not None
         }
 
     def decode(self, fields: Mapping[str, Any]) -> MediaObject:
@@ -186,7 +191,7 @@ class MediaObjectCodec:
         accepted, sources = values.get("accepted", True), values.get("sources", [])
         self._expect("object_id", "a string", values, isinstance(values.get("object_id"), str))
         self._expect("size", "an integer or null", values, size is None or type(size) is int)
-        for attribute in ("content_hash", "media_type", "etag"):
+        for attribute in ("content_hash", "media_type", "etag", "name"):
             self._expect(attribute, "a string or null", values, isinstance(values.get(attribute), str | None))
         modified = values.get("last_modified")
         is_date = modified is None or is_http_date(modified)
@@ -205,6 +210,7 @@ class MediaObjectCodec:
             accepted=accepted,
             sources=tuple(sources),
             validators=_decode_validators(values.get("etag"), modified),
+            name=values.get("name"),
         )
 
     def _decode_buckets(self, values: Mapping[str, Any]) -> tuple[DistributionBucket, ...]:
@@ -275,6 +281,7 @@ class StoredRecord:
     media_type: str | None  # None only beside a partial file, until the catalog or a source states a type
     stored_at: int  # POSIX seconds of the fetch
     validators: Validators = NO_VALIDATORS  # of the source, in the response that its bytes came from
+    name: str | None = None  # see MediaObject
 
     @property
     def version(self) -> Version:
@@ -301,6 +308,7 @@ def record_for_file(
         content_hash=known.content_hash,
         media_type=detect_media_type(known.media_type or stated_type, head),
         stored_at=int(stored_at),
+        name=known.name,
     )
 
 

@@ -163,7 +163,7 @@ class AssetsHarness:
         known = self.catalog.objects[object_id]
         return StoredRecord(
             known.object_id, len(self.data[object_id]), known.etag, known.content_hash,
-            known.media_type or "image/png", STORED_AT,
+            known.media_type or "image/png", STORED_AT, name=known.name,
         )  # fmt: skip
 
     def store(self, object_id: str) -> Path:

@@ -38,7 +38,7 @@ def split(answer: bytes) -> tuple[int, bytes, bytes]:
         "../../etc/passwd",
         "/",
         "",
-        "5/",
+        "5//",
         "9" * 10_000,
         "%c0%af",
         "%ff",

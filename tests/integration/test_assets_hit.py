@@ -41,7 +41,7 @@ async def test_a_hit_is_the_object_with_the_contracts_headers(harness: AssetsHar
         "etag": harness.catalog.objects[object_id].etag,
         "last-modified": formatdate(STORED_AT, usegmt=True),
         "accept-ranges": "bytes",
-        "content-disposition": "inline",
+        "content-disposition": f'inline; filename="{object_id}.png"',
         "access-control-allow-origin": "*",
         "timing-allow-origin": "*",
         "x-content-type-options": "nosniff",

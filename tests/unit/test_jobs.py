@@ -182,3 +182,10 @@ def test_an_invalid_catalog_answer_is_rejected(old: bytes, new: bytes, message: 
 def test_the_serial_of_the_claim_travels_with_the_job() -> None:
     job = FetchJob(LISTED, "", 1.5, claim=1_764_000_000_123)
     assert decode_job(encode_job(job), attempt=1, request_id="").claim == 1_764_000_000_123
+
+
+def test_the_name_of_an_object_travels_with_job_and_answer() -> None:
+    named = MediaObject(ObjectId("1"), 5, sources=("http://a.example/1",), name="Sunrise ☀")
+    job = FetchJob(named, "r", 1.0)
+    assert decode_job(encode_job(job), attempt=1, request_id="r").media_object == named
+    assert read_description(write_description(named)) == named

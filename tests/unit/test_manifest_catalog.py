@@ -52,6 +52,7 @@ def test_every_field_is_read() -> None:
     assert first.buckets == (DistributionBucket("0:1"),)
     assert first.sources == ("http://a.example/files/1", "http://b.example/1")
     assert first.accepted
+    assert (first.name, second.name) == ("Sunrise: ☀", None)
     assert str(second.content_hash) == SHA256
     assert second.sources == ("http://c.example/two",)
     assert not second.accepted

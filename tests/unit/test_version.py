@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from distributor_node.shared.adapters.volume.records import decode_record, encode_record
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.domain.space import RECORD_BYTES
 from distributor_node.shared.domain.version import Comparison, Validators, Version
 
 HASH = ContentHash("sha256", bytes(32))
@@ -61,6 +63,17 @@ def test_a_record_keeps_the_version(content_hash: ContentHash | None, validators
     assert decode_record(encode_record(record)) == record
     assert record.validators.last_modified == validators.last_modified
     assert record.etag == (validators.etag if content_hash is None else f'"{HASH}"')
+
+
+def test_a_record_keeps_the_name_of_its_object_if_there_is_room() -> None:
+    record = StoredRecord(ObjectId("1"), 5, None, None, "image/png", 7, name="Sunrise ☀ 日本")
+    assert decode_record(encode_record(record)) == record
+    for name in ("☀" * 2000, "\ud800" * 2000):
+        body = encode_record(replace(record, name=name))
+        assert len(body) <= RECORD_BYTES
+        assert decode_record(body) == replace(record, name=None)
+    assert decode_record(encode_record(replace(record, name="lone \ud800"))).name == "lone ?"
+    assert b"name" not in encode_record(replace(record, name=None))
 
 
 @pytest.mark.parametrize(("content_hash", "etag"), [(None, None), (HASH, f'"{HASH}"')])

@@ -54,6 +54,7 @@ class Representation:
         None  # POSIX seconds: the source's, else (of a complete object) when it was stored
     )
     validators: Validators = NO_VALIDATORS
+    name: str | None = None  # under which people know it, for saved files
 
     @classmethod
     def from_record(cls, record: StoredRecord, *, complete: bool) -> Representation:
@@ -66,6 +67,7 @@ class Representation:
             record.media_type,
             last_modified if last_modified is not None or not complete else record.stored_at,
             record.validators,
+            record.name,
         )
 
     @classmethod
@@ -78,6 +80,7 @@ class Representation:
             media_object.media_type,
             media_object.validators.last_modified,
             media_object.validators,
+            media_object.name,
         )
 
     @property

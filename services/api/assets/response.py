@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http import HTTPStatus
@@ -23,6 +24,7 @@ from distributor_node.services.api.headers import (
     ResponseHead,
     content_head,
     precondition_head,
+    requested_disposition,
 )
 from distributor_node.services.api.protocol import end_chunked_head_response
 from distributor_node.services.api.request_log import observe_first_byte, request_record
@@ -207,6 +209,17 @@ class HitResponder:
         return chunk
 
 
+class _AssetResponse(HTTPResponse):
+    """A response with the headers that it was given, without a Content-Type if there is none among them."""
+
+    @property
+    def processed_headers(self) -> Iterator[tuple[bytes, bytes]]:
+        return (
+            (name.encode("ascii"), self._sanitize_header_value(str(value)).encode("latin-1"))
+            for name, value in self.headers.items()
+        )
+
+
 class ResponseWriter:
     """The response to one asset request: without a body, in one piece, or chunk by chunk at the client's pace.
 
@@ -285,7 +298,10 @@ class ResponseWriter:
             await self._response.send(end_stream=True)
 
     async def _respond(self, head: ResponseHead, body: bytes | memoryview | None = None) -> HTTPResponse:
-        response = HTTPResponse(body, status=head.status, headers=head.headers)
+        query, usual = self._request.query_string, head.headers.get("Content-Disposition")
+        wanted = requested_disposition(query, usual) if query and usual is not None else None
+        headers = head.headers if wanted is None else {**head.headers, "Content-Disposition": wanted}
+        response = _AssetResponse(body, status=head.status, headers=headers)
         self._response = await self._request.respond(response)
         return response
 

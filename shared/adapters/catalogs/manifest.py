@@ -218,7 +218,6 @@ def _parse_object(
     _reject_unknown(entry, _OBJECT_FIELDS, place)
     object_id = _read_field(ObjectId.parse, _text(entry, "id", place), f"{place}: id")
     bucket_id = _optional(entry, "bucket", place, parse_bucket_id)
-    _optional(entry, "name", place, str)
     accepted = entry.get("accepted", True)
     if not isinstance(accepted, bool):
         raise InvalidInput(f"{place}: accepted: expected true or false, got {describe(accepted)}")
@@ -236,6 +235,7 @@ def _parse_object(
         buckets=buckets[bucket_id] if bucket_id is not None else (),
         accepted=accepted,
         sources=sources,
+        name=_optional(entry, "name", place, str),
     )
 
 

@@ -23,25 +23,29 @@ _NEW_SUFFIX = ",new"  # of drafts: a comma is in no object id
 
 
 def encode_record(record: StoredRecord) -> bytes:
-    """UTF-8 JSON of at most RECORD_BYTES. Raises InvalidInput if it would be longer."""
-    body = json.dumps(
-        {
-            "version": RECORD_VERSION,
-            "object_id": record.object_id,
-            "size": record.size,
-            "etag": record.etag or _NO_ETAG,
-            "hash": str(record.content_hash) if record.content_hash else None,
-            "media_type": record.media_type,
-            "stored_at": record.stored_at,
-            "last_modified": record.validators.last_modified,
-        },
-        separators=(",", ":"),
-    ).encode()
+    """UTF-8 JSON of at most RECORD_BYTES. Raises InvalidInput if it would be longer without the object's name."""
+    fields = {
+        "version": RECORD_VERSION,
+        "object_id": record.object_id,
+        "size": record.size,
+        "etag": record.etag or _NO_ETAG,
+        "hash": str(record.content_hash) if record.content_hash else None,
+        "media_type": record.media_type,
+        "stored_at": record.stored_at,
+        "last_modified": record.validators.last_modified,
+    }
+    body = _to_json(fields if record.name is None else {**fields, "name": record.name})
+    if len(body) > RECORD_BYTES and record.name is not None:
+        body = _to_json(fields)  # the object is saved under its id
     if len(body) > RECORD_BYTES:
         raise InvalidInput(
             f"record of {record.object_id}: expected at most {RECORD_BYTES} bytes, got {len(body)}"
         )
     return body
+
+
+def _to_json(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
 
 
 def decode_record(body: bytes) -> StoredRecord:
@@ -63,6 +67,9 @@ def decode_record(body: bytes) -> StoredRecord:
             raise InvalidInput(f"record: stored_at: expected {_SECONDS}, got {repr(stored_at)[:40]}")
         if not all(isinstance(text, str) and text.isprintable() for text in texts):
             raise InvalidInput("record: expected printable strings object_id, etag, hash")
+        name = fields.get("name")
+        if not isinstance(name, str | None):
+            raise InvalidInput(f"record: name: expected a string or null, got {repr(name)[:40]}")
         content_hash = ContentHash.parse(fields["hash"]) if fields["hash"] is not None else None
         return StoredRecord(
             object_id=ObjectId.parse(fields["object_id"]),
@@ -71,6 +78,7 @@ def decode_record(body: bytes) -> StoredRecord:
             content_hash=content_hash,
             media_type=media_type,
             stored_at=stored_at,
+            name=name,
         ).with_validators(_read_validators(fields, content_hash))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidInput(f"record: unreadable: {type(error).__name__}") from error
