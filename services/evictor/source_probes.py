@@ -8,8 +8,7 @@ from typing import Self
 
 import structlog
 
-from distributor_node.shared.adapters.sources.health import SourceStatsSync
-from distributor_node.shared.adapters.sources.prober import SourceProber
+from distributor_node.shared.adapters.sources.health import SourceProber, SourceStatsSync
 from distributor_node.shared.domain.errors import CatalogUnavailable
 from distributor_node.shared.domain.objects import source_name
 from distributor_node.shared.domain.source_order import rank

@@ -16,8 +16,11 @@ from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
 from distributor_node.shared.adapters.sources.client import SourceClient, SourceObservation
 from distributor_node.shared.adapters.sources.connections import SourceLimits
 from distributor_node.shared.adapters.sources.failover import FailoverReader
-from distributor_node.shared.adapters.sources.health import SourceHealthRegistry, SourceStatsSync
-from distributor_node.shared.adapters.sources.prober import SourceProber
+from distributor_node.shared.adapters.sources.health import (
+    SourceHealthRegistry,
+    SourceProber,
+    SourceStatsSync,
+)
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.state_redis import RedisStateStore

@@ -10,7 +10,7 @@ import pytest
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
-from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology
+from distributor_node.shared.adapters.queue_rabbitmq.connection import Topology
 from distributor_node.shared.domain.errors import ConfigurationError, JobQueueUnavailable
 from distributor_node.shared.domain.jobs import DeadLetter, JobOutcome, RetryPlan, encode_job
 from tests.contract.queue_harness import consuming, done, make_job, wait_for_depth

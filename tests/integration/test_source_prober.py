@@ -7,8 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
-from distributor_node.shared.adapters.sources.prober import SourceProber
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry, SourceProber
 
 AT_ONCE = 10
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"

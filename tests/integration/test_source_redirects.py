@@ -11,8 +11,7 @@ from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import bytes_object
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits, SourceObservation
-from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
-from distributor_node.shared.adapters.sources.prober import SourceProber
+from distributor_node.shared.adapters.sources.health import SourceHealthRegistry, SourceProber
 from distributor_node.shared.domain.conditionals import ByteRange
 from distributor_node.shared.domain.errors import SourceError, SourceUnreachable, SourceWrong
 from distributor_node.shared.domain.objects import source_name

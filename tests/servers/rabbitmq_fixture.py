@@ -9,7 +9,7 @@ from pathlib import Path
 import aio_pika
 import pytest
 
-from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology
+from distributor_node.shared.adapters.queue_rabbitmq.connection import Topology
 from distributor_node.shared.domain.jobs import RetryPlan
 from tests.servers.rabbitmq_server import MISSING, RabbitServer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributor_node.shared.domain.lookup_queue import LookupQueue
+from distributor_node.shared.adapters.catalogs.batches import LookupQueue
 from distributor_node.shared.domain.objects import ObjectId
 
 

@@ -1,4 +1,4 @@
-"""Sessions with the broker: opened and closed within a time limit, and watched for their loss.
+"""Sessions with the broker: opened and closed within a time limit, and watched for their loss. The queues it needs.
 
 aio-pika's robust connections are not used. They restore channels and consumers silently: a publisher cannot tell a
 broker that is down from one that is slow, and a consumer cannot tell which deliveries can still be acknowledged. Each
@@ -9,13 +9,20 @@ queue, a cancelled consumer, a channel closed by the consumer timeout and a froz
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import structlog
-from aio_pika.abc import AbstractChannel
+from aio_pika import DeliveryMode, Message
+from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
 from aio_pika.connection import Connection, make_url
-from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AMQPError
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, AMQPError, ChannelPreconditionFailed
+from pamqp.common import Arguments
+
+from distributor_node.shared.domain.errors import ConfigurationError, InvalidJob
+from distributor_node.shared.domain.jobs import FetchJob, RetryPlan, decode_job, encode_job
 
 logger = structlog.get_logger()
 
@@ -98,3 +105,122 @@ async def _close(connection: Connection) -> None:
             await connection.close()
     except BROKER_ERRORS as error:
         logger.info("broker_close_failed", error=repr(error))
+
+
+HIGH, LOW = 1, 0
+
+_MAX_DEAD_LETTERS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The names and arguments of all queues."""
+
+    prefix: str  # of every queue name
+    plan: RetryPlan
+    consumer_timeout_ms: int | None = None
+    """How long a job may stay unacknowledged. RabbitMQ before 3.12 ignores it and uses `consumer_timeout` of
+    rabbitmq.conf, 30 minutes by default."""
+
+    @property
+    def work(self) -> str:
+        return f"{self.prefix}.jobs"
+
+    @property
+    def dead(self) -> str:
+        return f"{self.prefix}.dead"
+
+    @property
+    def delays(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.delay(seconds) for seconds in self.plan.delays))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.work, *self.delays, self.dead)
+
+    def delay(self, seconds: float) -> str:
+        """Return the name of the queue for one delay.
+
+        The delay is part of the name, so that another retry plan declares other queues without a conflict.
+        """
+        return f"{self.prefix}.delay.{_milliseconds(seconds)}ms"
+
+    def queues(self) -> dict[str, Arguments]:
+        """Return the arguments of each queue by name."""
+        work: dict[str, int | str] = {"x-queue-type": "classic", "x-max-priority": HIGH}
+        if self.consumer_timeout_ms is not None:
+            work["x-consumer-timeout"] = self.consumer_timeout_ms
+        declared: dict[str, Arguments] = {self.work: {**work}}
+        for seconds in self.plan.delays:
+            declared[self.delay(seconds)] = {
+                "x-queue-type": "classic",
+                "x-message-ttl": _milliseconds(seconds),
+                "x-dead-letter-exchange": "",
+                "x-dead-letter-routing-key": self.work,
+            }
+        declared[self.dead] = {"x-queue-type": "classic", "x-max-length": _MAX_DEAD_LETTERS}
+        return declared
+
+    async def declare(self, channel: AbstractChannel) -> None:
+        """Declare all queues. If one exists with other arguments: ConfigurationError, and the channel is closed."""
+        for name, arguments in self.queues().items():
+            try:
+                await channel.declare_queue(name, durable=True, arguments=arguments)
+            except ChannelPreconditionFailed as error:
+                raise ConfigurationError(
+                    f"queue {name!r} exists on the broker with arguments that differ from these settings "
+                    f"({' '.join(map(str, error.args))}): delete it when it is empty (rabbitmqctl delete_queue {name}),"
+                    " restore the previous setting, or choose another queue prefix"
+                ) from error
+
+
+def _milliseconds(seconds: float) -> int:
+    return max(1, round(seconds * 1000))
+
+
+# Jobs as messages: the body is JSON. Attempt, request id and reason are in our own headers.
+
+ATTEMPT_HEADER = "x-distributor-attempt"
+REQUEST_ID_HEADER = "x-distributor-request-id"
+REASON_HEADER = "x-distributor-reason"
+
+_MAX_TEXT = 200
+_MAX_ATTEMPT = 1_000_000
+
+
+def to_message(job: FetchJob) -> Message:
+    """Encode a job as a persistent message."""
+    return Message(
+        encode_job(job),
+        headers={ATTEMPT_HEADER: job.attempt, REQUEST_ID_HEADER: job.request_id},
+        content_type="application/json",
+        delivery_mode=DeliveryMode.PERSISTENT,
+        priority=LOW if job.low_priority else HIGH,
+        correlation_id=job.request_id[:_MAX_TEXT] or None,
+        message_id=uuid.uuid4().hex,
+    )
+
+
+def to_job(message: AbstractIncomingMessage) -> FetchJob:
+    """Decode a message. Raises InvalidJob, with the reason."""
+    attempt = message.headers.get(ATTEMPT_HEADER, 1)
+    if not isinstance(attempt, int) or isinstance(attempt, bool) or not 0 < attempt <= _MAX_ATTEMPT:
+        raise InvalidJob(
+            f"{ATTEMPT_HEADER}: expected an integer from 1 to {_MAX_ATTEMPT}, got {str(attempt)[:40]!r}"
+        )
+    request_id = message.headers.get(REQUEST_ID_HEADER, "")
+    if not isinstance(request_id, str):
+        raise InvalidJob(f"{REQUEST_ID_HEADER}: expected a string, got {str(request_id)[:40]!r}")
+    return decode_job(message.body, attempt=attempt, request_id=request_id)
+
+
+def to_dead_letter(message: AbstractIncomingMessage, reason: str) -> Message:
+    """Copy a message, body and headers included, and add the reason."""
+    return Message(
+        message.body,
+        headers={**message.headers, REASON_HEADER: reason[:_MAX_TEXT]},
+        content_type=message.content_type,
+        delivery_mode=DeliveryMode.PERSISTENT,
+        correlation_id=message.correlation_id,
+        message_id=uuid.uuid4().hex,
+    )

@@ -17,15 +17,13 @@ from distributor_node.shared.adapters.queue_rabbitmq.connection import (
     BROKER_ERRORS,
     CLOSE_SECONDS,
     Session,
-    open_session,
-)
-from distributor_node.shared.adapters.queue_rabbitmq.publisher import Publisher
-from distributor_node.shared.adapters.queue_rabbitmq.topology import (
     Topology,
+    open_session,
     to_dead_letter,
     to_job,
     to_message,
 )
+from distributor_node.shared.adapters.queue_rabbitmq.publisher import Publisher
 from distributor_node.shared.domain.errors import InvalidJob, JobQueueUnavailable
 from distributor_node.shared.domain.jobs import Ack, DeadLetter, FetchJob, JobOutcome, Nack, Requeue, Retry
 from distributor_node.shared.observability.metrics import JOB_QUEUE_ERRORS

@@ -14,9 +14,9 @@ from aio_pika.exceptions import PublishError
 from distributor_node.shared.adapters.queue_rabbitmq.connection import (
     BROKER_ERRORS,
     Session,
+    Topology,
     open_session,
 )
-from distributor_node.shared.adapters.queue_rabbitmq.topology import Topology
 from distributor_node.shared.domain.errors import ConfigurationError, JobQueueUnavailable
 from distributor_node.shared.observability.metrics import JOB_QUEUE_ERRORS
 from distributor_node.shared.waiting import Backoff, cancel_and_wait

@@ -1,4 +1,7 @@
-"""The health of sources: what all processes have seen, plus what this process has seen since the last exchange."""
+"""The health of sources: what all processes have seen, plus what this process has seen since the last exchange.
+
+And the prober, which asks sources that are not used.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from typing import Self
 
 import structlog
 
-from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.adapters.sources.connections import Connections, SourceLimits
+from distributor_node.shared.domain.errors import SourceError, StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId, source_name
 from distributor_node.shared.domain.source_order import (
     ASSUMED_RATE,
@@ -21,6 +25,7 @@ from distributor_node.shared.domain.source_order import (
     order,
 )
 from distributor_node.shared.observability.logging import OutageLog
+from distributor_node.shared.observability.metrics import SOURCE_PROBES
 from distributor_node.shared.ports.source_stats import CorruptedCopy, SharedSources, SharedSourceStats
 from distributor_node.shared.waiting import cancel_and_wait
 
@@ -289,3 +294,67 @@ class SourceStatsSync:
         while True:
             await asyncio.sleep(self._interval)
             await self.sync()
+
+
+_HEADERS = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "distributor-node"}
+
+
+class SourceProber:
+    """Probes sources and records the results. Call `open` before use and `close` at the end.
+
+    Every response below 500 counts as an answer: a source that is not a storage node may not have `/version`.
+    """
+
+    def __init__(
+        self,
+        registry: SourceHealthRegistry,
+        timeout: float,
+        concurrency: int,
+        *,
+        refuse_private: bool = False,
+    ) -> None:
+        """`timeout`: seconds to connect, and again to respond. `concurrency`: probes at once.
+
+        `refuse_private`: a source at an address that is not public counts as unreachable.
+        """
+        self._registry = registry
+        self._slots = asyncio.Semaphore(concurrency)
+        limits = SourceLimits(
+            connect_timeout=timeout,
+            first_byte_timeout=timeout,
+            max_connections=concurrency,
+            refuse_private=refuse_private,
+        )
+        self._connections = Connections(limits)
+
+    async def open(self) -> None:
+        await self._connections.open()
+
+    async def close(self) -> None:
+        await self._connections.close()
+
+    async def probe_all(self, bases: Iterable[str]) -> None:
+        """Probe each base URL (ending in `/`) once, and return when all have responded or timed out."""
+        async with asyncio.TaskGroup() as probes:
+            for base in bases:
+                probes.create_task(self._probe(base), name="probe-source")
+
+    async def _probe(self, base: str) -> None:
+        async with self._slots:
+            asked_at = self._registry.clock()
+            try:
+                async with self._connections.request(f"{base}version", _HEADERS) as response:
+                    status = response.status_code
+            except SourceError as error:
+                self._failed(base, error.reason)
+                return
+            if status >= 500:
+                self._failed(base, f"responded {status}")
+                return
+            self._registry.record_probe(base, self._registry.clock() - asked_at)
+            SOURCE_PROBES.labels(result="answered").inc()
+
+    def _failed(self, base: str, reason: str) -> None:
+        self._registry.record_probe(base, None)
+        SOURCE_PROBES.labels(result="failed").inc()
+        logger.info("source_probe_failed", source=source_name(base), reason=reason)

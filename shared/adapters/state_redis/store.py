@@ -13,8 +13,7 @@ from distributor_node.shared.adapters.state_common import (
     MAX_ACCESS_LOG_BYTES,
     StateTimeouts,
 )
-from distributor_node.shared.adapters.state_redis.connection import RedisConnection
-from distributor_node.shared.adapters.state_redis.listener import listen
+from distributor_node.shared.adapters.state_redis.connection import RedisConnection, listen
 from distributor_node.shared.adapters.state_redis.records import (
     pack_accesses,
     pack_announcement,
