@@ -86,6 +86,7 @@ CACHE_PENDING = "max-age=180, must-revalidate"
 CACHE_ERROR = "no-store"
 
 CACHE_STATUS_HIT = "distributor; hit"
+CACHE_STATUS_REVALIDATED = "distributor; fwd=stale; fwd-status=304"
 CACHE_STATUS_OWN = "distributor"
 """On responses without content for which no source was contacted."""
 
@@ -139,13 +140,18 @@ class CacheOutcome:
 
     result: CacheResult  # the value of X-Cache
     stored: bool = True  # False: the object is proxied without being fetched into the cache
+    revalidated: bool = False  # a hit that was stale: the origin has been asked, and it has not changed
 
-    def cache_status(self, source: DataSource | None) -> str:
+    def cache_status(self, source: DataSource | None, ttl: int | None = None) -> str:
         """Return the value of the Cache-Status header (RFC 9211).
 
         `source` is None for a response without content (HEAD, 304). Nothing was forwarded for it. A proxied response
-        (`external`) is neither stored nor collapsed.
+        (`external`) is neither stored nor collapsed. `ttl`: seconds that a hit is still fresh; negative: it is stale.
         """
+        if self.revalidated:
+            return CACHE_STATUS_REVALIDATED
+        if self.result == "hit" and ttl is not None:
+            return f"{CACHE_STATUS_HIT}; ttl={ttl}"
         if source is None and self.result != "hit":
             return CACHE_STATUS_OWN
         shared = source != "external"
@@ -158,6 +164,7 @@ class CacheOutcome:
 
 
 HIT = CacheOutcome("hit")
+REVALIDATED = CacheOutcome("hit", revalidated=True)
 PENDING = CacheOutcome("pending")
 MISS = CacheOutcome("miss")
 BYPASS = CacheOutcome("miss", stored=False)
@@ -166,12 +173,22 @@ BYPASS = CacheOutcome("miss", stored=False)
 def _validators(
     representation: Representation, outcome: CacheOutcome, source: DataSource | None = None
 ) -> dict[str, str]:
+    freshness, now = representation.freshness, time.time()
+    if freshness is not None:
+        control, ttl = freshness.response_cache_control, freshness.ttl(now)
+    elif representation.not_stored:
+        control, ttl = CACHE_ERROR, None
+    else:
+        # Only with a content hash it is certain that the object never changes.
+        control = cache_control("pending" if representation.content_hash is None else outcome.result)
+        ttl = None
     headers = {
         "X-Cache": outcome.result,
-        # Only with a content hash it is certain that the object never changes.
-        "Cache-Control": cache_control("pending" if representation.content_hash is None else outcome.result),
-        "Cache-Status": outcome.cache_status(source),
+        "Cache-Control": control,
+        "Cache-Status": outcome.cache_status(source, ttl),
     }
+    if freshness is not None:
+        headers["Age"] = str(freshness.age(now))
     if representation.etag is not None:
         headers["ETag"] = representation.etag
     if representation.last_modified is not None:
@@ -302,6 +319,7 @@ class PrebuiltHeaders:
     head: bytes  # the response to HEAD
     not_modified: bytes  # a 304
     partial: bytes  # a 206, up to its length: see `for_range`
+    aging: tuple[bytes, bytes] | None = None  # the lines of Age and Cache-Status, where they change with time
 
     @classmethod
     def build(cls, representation: Representation) -> PrebuiltHeaders:
@@ -316,6 +334,24 @@ class PrebuiltHeaders:
             _block(200, content_head(representation, HIT, span, None).headers) + _REQUEST_ID,
             _block(304, not_modified_headers(representation, HIT)) + _REQUEST_ID,
             _block(206, dict(common[: names.index(CONTENT_LENGTH)])),
+            None if representation.freshness is None else _aging_lines(partial.headers),
+        )
+
+    def at(self, age: int, ttl: int) -> PrebuiltHeaders:
+        """Return the same heads with another age. Only where they have one."""
+        if self.aging is None:
+            return self
+        lines = _aging_lines({"Age": str(age), "Cache-Status": f"{CACHE_STATUS_HIT}; ttl={ttl}"})
+        if lines == self.aging:
+            return self
+
+        def renew(block: bytes) -> bytes:
+            for old, new in zip(self.aging or (), lines, strict=True):
+                block = block.replace(old, new, 1)
+            return block
+
+        return PrebuiltHeaders(
+            renew(self.whole), renew(self.head), renew(self.not_modified), renew(self.partial), lines
         )
 
     def for_range(self, first: int, last: int, size: int) -> bytes:
@@ -327,6 +363,11 @@ class PrebuiltHeaders:
             last,
             size,
         )
+
+
+def _aging_lines(headers: Mapping[str, str]) -> tuple[bytes, bytes]:
+    age, status = headers["Age"].encode(), headers["Cache-Status"].encode()
+    return b"\r\nAge: " + age + b"\r\n", b"\r\nCache-Status: " + status + b"\r\n"
 
 
 def end_of_head() -> bytes:

@@ -67,14 +67,11 @@ def handle_request(request: Request, objects: Mapping[str, DemoObject]) -> Respo
 
 
 def _file_response(request: Request, item: DemoObject) -> Response:
+    control = () if item.cache_control is None else (("Cache-Control", item.cache_control),)
     if request.method == "HEAD":
-        told = () if item.own_etag is None else item.validators
+        told = () if item.own_etag is None else (*control, *item.validators)
         return Response(200, (*told, ("Content-Type", item.media_type)), item.content, 0, item.size)
-    validators = (
-        ("Accept-Ranges", "bytes"),
-        ("Cache-Control", "public, max-age=0"),
-        *item.validators,
-    )
+    validators = (("Accept-Ranges", "bytes"), *control, *item.validators)
     if _precondition_failed(request, item):
         return error_response(500, "unknown_error", "PreconditionFailedError: Precondition Failed")
     if _not_modified(request, item):
@@ -126,7 +123,8 @@ def _not_modified(request: Request, item: DemoObject) -> bool:
     if (known := request.headers.get("if-none-match")) is not None:
         return _lists(known, item.etag)
     since = request.headers.get("if-modified-since")
-    return since is not None and not _older(since, MODIFIED_AT)
+    modified_at = item.modified_at if item.own_etag is not None else MODIFIED_AT
+    return since is not None and modified_at is not None and not _older(since, modified_at)
 
 
 def _range_is_fresh(request: Request, item: DemoObject) -> bool:

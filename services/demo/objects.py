@@ -137,6 +137,7 @@ class DemoObject:
         None  # with its quotes, as an origin sends it; None: the storage node's weak one; "": none
     )
     modified_at: int | None = MODIFIED_AT  # POSIX seconds; None: no Last-Modified
+    cache_control: str | None = "public, max-age=0"  # as GETs state it; None: they state none
     held: bool = True  # False: the catalog lists it, but it has not been uploaded yet
 
     @property
@@ -159,10 +160,22 @@ class DemoObject:
 
 
 def origin_object(
-    object_id: str, data: bytes, etag: str = "", modified_at: int | None = None, media_type: str = "video/mp4"
+    object_id: str,
+    data: bytes,
+    etag: str = "",
+    modified_at: int | None = None,
+    media_type: str = "video/mp4",
+    cache_control: str | None = None,
 ) -> DemoObject:
     """Return an object of an HTTP origin, which also tells HEAD its validators. Without arguments it has none."""
-    return DemoObject(object_id, BytesContent(data), media_type, own_etag=etag, modified_at=modified_at)
+    return DemoObject(
+        object_id,
+        BytesContent(data),
+        media_type,
+        own_etag=etag,
+        modified_at=modified_at,
+        cache_control=cache_control,
+    )
 
 
 def bytes_object(object_id: str, data: bytes, media_type: str = "application/octet-stream") -> DemoObject:

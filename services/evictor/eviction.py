@@ -30,9 +30,8 @@ from distributor_node.shared.observability.metrics import (
     EVICTION_BLOCKED,
     EVICTIONS,
     LAST_EVICTION_MAX_IDLE,
-    RECONCILED,
 )
-from distributor_node.shared.ports.state_store import IndexEntry, StateStore, Term
+from distributor_node.shared.ports.state_store import StateStore, Term
 from distributor_node.shared.runtime.threads import run_blocking
 
 _EVICTION_BATCH = 128
@@ -361,11 +360,17 @@ class ObjectRemover:
             return RemovalOutcome.REFUSED
         self._reasons[object_id] = reason
         self._index.mark_deferred(object_id)
-        try:
-            await run_blocking(self._volume.removal(object_id).rename_to_trash, expected)
-        except VolumeError as error:
-            # Its readers may have finished, and another attempt may have removed it. `complete` will see
-            logger.warning("object_rename_failed", object_id=object_id, reason=str(error))
+        # Not while the files in `leaving/` are counted: this one is counted by its entry, and then with them.
+        async with self._settling:
+            try:
+                await run_blocking(self._volume.removal(object_id).rename_to_trash, expected)
+            except VolumeError as error:
+                # Its readers may have finished, and another attempt may have removed it. `complete` will see
+                logger.warning("object_rename_failed", object_id=object_id, reason=str(error))
+            else:
+                if await self._state.detach_eviction(term, object_id):
+                    size = 0 if expected is None else expected[2]
+                    self._record_removed(object_id, self._reasons.pop(object_id, reason), size)
         logger.info("eviction_deferred", object_id=object_id, reason=reason)
         return RemovalOutcome.DEFERRED
 
@@ -435,8 +440,8 @@ class ObjectRemover:
         """Unlink the files in `leaving/` that no process sends, whatever the index says of their objects, and count
         the others.
 
-        The entry of a file may be missing or not evicting: the store lost its last second with the removal, or the
-        object was fetched again. `complete` takes care of those that are evicting.
+        The entry of a file may be missing: a purge has dropped it, so that the object can be fetched again. Or it is
+        not evicting: the store lost its last second with the removal. `complete` takes care of those that are evicting.
         """
         async with self._settling:
             uncounted = 0
@@ -447,7 +452,7 @@ class ObjectRemover:
                     logger.error("object_removal_failed", object_id=file.object_id, reason=str(error))
                     counted = False
                 if not counted:
-                    uncounted += file.size
+                    uncounted += footprint(file.size)
             if uncounted != (await self._state.usage()).leaving:
                 await self._state.set_leaving(term, uncounted)
 
@@ -464,11 +469,9 @@ class ObjectRemover:
             return True
         if not may_have_entry:
             return False
-        adopted = await self._state.adopt(term, IndexEntry(object_id, file.size, 1, _NEVER))
         if not await self._state.begin_eviction(term, object_id, ANY_IDLE, even_pinned=True):
             return False
         self._index.mark_deferred(object_id)
-        RECONCILED.labels("adopted_evicting").inc(adopted)
         return True
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import structlog
@@ -30,11 +30,19 @@ from distributor_node.shared.adapters.volume import PartialFile, Volume
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     DistributorError,
+    NotStorable,
     SourceError,
     SourceWrong,
     StateStoreUnavailable,
     VolumeError,
     VolumeFull,
+)
+from distributor_node.shared.domain.http_caching import (
+    CachingRules,
+    Freshness,
+    freshness_of,
+    is_useful,
+    why_not_stored,
 )
 from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
@@ -63,8 +71,8 @@ _REHASH_CHUNK = 4 * 1024 * 1024
 _MAX_RESTARTS = 2
 """How often one job begins again at the first byte, because nothing proves that the rest is of the same version."""
 
-RecordFailure = Callable[[str, FailureCause], Awaitable[None]]
-"""Called with the reason and the cause of a failed attempt. Does not raise."""
+RecordFailure = Callable[[str, FailureCause, bool], Awaitable[None]]
+"""Called with the reason and the cause of a failed attempt, and whether it is the last one. Does not raise."""
 
 logger = structlog.get_logger()
 
@@ -83,12 +91,15 @@ class FetchRunner:
         failover_reader: FailoverReader,
         disk: BlockingPool,
         times: LeaseTimes,
+        caching_rules: CachingRules | None = None,
     ) -> None:
+        """`caching_rules`: if the objects are those of an HTTP origin."""
         self._state = state
         self._volume = volume
         self._failover_reader = failover_reader
         self._disk = disk
         self._times = times
+        self._caching_rules = caching_rules
 
     async def run(
         self,
@@ -104,7 +115,12 @@ class FetchRunner:
         """
         renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
         fetch = _PartialFetch(
-            self._state, self._volume, self._failover_reader, self._disk, media_object, renewer, slot
+            self._state,
+            self._volume,
+            self._failover_reader,
+            self._disk,
+            _Task(media_object, renewer, slot),
+            self._caching_rules,
         )
         with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
             try:
@@ -112,9 +128,14 @@ class FetchRunner:
                     await fetch.run()
                 return await self._commit(lease)
             except LeaseLost as lost:
-                await record_failure(str(lost), FailureCause.OTHER)
+                await record_failure(str(lost), FailureCause.OTHER, False)
                 return Retry(str(lost))
             except (SourceError, VolumeError, StateStoreUnavailable) as error:
+                if isinstance(error, AllSourcesFailed) and error.not_storable is not None:
+                    # Before the lease is released. While this is remembered, requests are proxied.
+                    await record_failure(str(error.not_storable), FailureCause.OTHER, True)
+                    await fetch.discard()
+                    return Ack("not_storable")
                 if _is_outdated(media_object, error):
                     # The request that finds no fetch looks the object up again, and starts another one.
                     logger.info("fetch_outdated", reason=_describe(error))
@@ -122,7 +143,7 @@ class FetchRunner:
                     return Ack("outdated")
                 reason = _describe(error)
                 # Before the lease is released, because requests that wait for the release claim the object at once.
-                await record_failure(reason, _cause(error))
+                await record_failure(reason, _cause(error), False)
                 await self._abandon(fetch, lease, error)
                 return Retry(reason)
             except asyncio.CancelledError:
@@ -173,6 +194,15 @@ def _cause(error: DistributorError) -> FailureCause:
     return FailureCause.SOURCES if isinstance(error, SourceError) else FailureCause.OTHER
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What to fetch, under which lease, and the slot that counts the source in use."""
+
+    media_object: MediaObject
+    renewer: LeaseRenewer
+    slot: Slot | None
+
+
 class _PartialFetch:
     """The partial file of one fetch, from opening to publication or to the release of its lease."""
 
@@ -182,18 +212,17 @@ class _PartialFetch:
         volume: Volume,
         failover_reader: FailoverReader,
         disk: BlockingPool,
-        media_object: MediaObject,
-        renewer: LeaseRenewer,
-        slot: Slot | None,
+        task: _Task,
+        rules: CachingRules | None,
     ) -> None:
         self._state = state
+        self._rules = rules
+        self._task = task
         self._volume = volume
         self._failover_reader = failover_reader
         self._disk = disk
-        self._object = media_object
-        self._renewer = renewer
-        self._lease = renewer.lease
-        self._slot = slot
+        self._object = task.media_object
+        self._lease = task.renewer.lease
         self._partial: PartialFile | None = None
 
     async def run(self) -> None:
@@ -203,10 +232,15 @@ class _PartialFetch:
         partial = await self._disk.run(self._open)
         # After the index was rebuilt from the volume, it may not know this file. It must know it before the file
         # grows. The renewal tells it, while the source is asked.
-        self._renewer.renew_soon()
+        self._task.renewer.renew_soon()
         await self._return_surplus()
         download = _Download(
-            self._state, self._failover_reader, self._disk, self._object, partial, self._renewer, self._slot
+            self._state,
+            self._failover_reader,
+            self._disk,
+            self._task,
+            partial,
+            self._rules,
         )
         if partial.size:
             await download.announce()  # the bytes of an earlier attempt can be sent
@@ -236,7 +270,9 @@ class _PartialFetch:
         if sidecar is None or not _is_same_content(sidecar, expected):
             return None
         media_type = expected.media_type or sidecar.media_type
-        record = replace(expected, media_type=media_type).with_validators(sidecar.validators)
+        record = replace(expected, media_type=media_type, freshness=sidecar.freshness).with_validators(
+            sidecar.validators
+        )
         self._partial = self._volume.open_verified_partial(record)
         return self._partial
 
@@ -262,7 +298,7 @@ class _PartialFetch:
             self.close()
         else:
             # The bytes on disk are of the sidecar's version. Whether it is still the source's, its response will tell.
-            expected = expected.with_validators(sidecar.validators)
+            expected = replace(expected, freshness=sidecar.freshness).with_validators(sidecar.validators)
             if expected.media_type is None:
                 expected = replace(expected, media_type=sidecar.media_type)
         self._partial = self._volume.open_partial_for_writing(expected)
@@ -350,18 +386,18 @@ class _Download:
         state: StateStore,
         failover_reader: FailoverReader,
         disk: BlockingPool,
-        media_object: MediaObject,
+        task: _Task,
         partial: PartialFile,
-        renewer: LeaseRenewer,
-        slot: Slot | None,
+        rules: CachingRules | None,
     ) -> None:
         self._state = state
+        self._rules = rules
         self._failover_reader = failover_reader
         self._disk = disk
-        self._object = media_object
+        self._object = task.media_object
         self._partial = partial
-        self._renewer = renewer
-        self._slot = slot
+        self._renewer = task.renewer
+        self._slot = task.slot
 
     async def run(self) -> None:
         """Read the missing bytes. On return, size and hash are correct and the file is marked as verified.
@@ -459,12 +495,24 @@ class _Download:
         if self._slot is not None:
             self._slot.move_to(url)
         if not self._partial.size:
-            self._partial.set_validators(response.validators)
+            self._partial.set_version(response.validators, self._freshness_of(response))
         if response.media_type is None or media_type_or_none(self._object.media_type) is not None:
             return
         # A response states its type with its first byte. Once the file has bytes, its type must not change.
         if self._partial.record.media_type is None or not self._partial.size:
             self._partial.set_media_type(response.media_type)
+
+    def _freshness_of(self, response: SourceResponse) -> Freshness | None:
+        """Return the freshness of an object of an HTTP origin. Raises NotStorable if it must not be stored."""
+        if self._rules is None or self._object.content_hash is not None:
+            return None
+        why = why_not_stored(response.status, response.headers)
+        freshness = freshness_of(response.headers, time.time(), response.delay, self._rules)
+        if why is None and not is_useful(freshness, response.validators):
+            why = "stale on arrival, without a validator"
+        if why is not None:
+            raise NotStorable(why)
+        return freshness
 
     def _verify(self, hasher: Hasher | None) -> bool:
         """Compare the hash of the complete file. If correct, responses may send the last bytes. Blocking."""

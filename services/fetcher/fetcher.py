@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 import structlog
@@ -17,14 +19,25 @@ from distributor_node.services.fetcher.admission import Admission, AdmissionRule
 from distributor_node.services.fetcher.download import FetchRunner
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.services.fetcher.scheduler import JobScheduler, Slot, SlotLimits
+from distributor_node.shared.adapters.sources.client import SourceAnswer
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.state_common import QUEUED_SECONDS
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import (
     ConfigurationError,
     JobQueueUnavailable,
+    SourceError,
     StateStoreUnavailable,
     VolumeError,
+)
+from distributor_node.shared.domain.http_caching import (
+    DEFAULT_RULES,
+    CachingRules,
+    Validation,
+    conditional_headers,
+    unknown_freshness,
+    validate,
+    why_not_stored,
 )
 from distributor_node.shared.domain.jobs import (
     Ack,
@@ -38,14 +51,22 @@ from distributor_node.shared.domain.jobs import (
 )
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState
+from distributor_node.shared.domain.version import Validators
 from distributor_node.shared.observability.metrics import FETCHES, PHASE
 from distributor_node.shared.ports.job_queue import JobQueue
-from distributor_node.shared.ports.state_store import FailureCause, FetchPhase, Granted, StateStore
+from distributor_node.shared.ports.state_store import (
+    Announcement,
+    FailureCause,
+    FetchPhase,
+    Granted,
+    StateStore,
+    Topic,
+)
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.process import process_name
 from distributor_node.shared.runtime.threads import BlockingPool
 from distributor_node.shared.settings.model import Settings
-from distributor_node.shared.waiting import background
+from distributor_node.shared.waiting import Backoff, background
 
 _SPARE_THREADS = 2
 """Threads for looking at the volume while every download writes."""
@@ -78,8 +99,11 @@ class Fetcher:
         times = LeaseTimes(fetch.lease, fetch.lease_renewal)
         self._worker = Worker(
             Admission(state, volume, self._disk, rules, self.name),
-            FetchRunner(state, volume, failover_reader, self._disk, times),
+            FetchRunner(state, volume, failover_reader, self._disk, times, settings.caching_rules),
             FailureRecorder(state, RetryPlan(settings.job_queue.retry_delays), fetch.failure_memory),
+        )
+        self._revalidator = Revalidator(
+            state, volume, self._disk, failover_reader, settings.caching_rules or DEFAULT_RULES
         )
         self._scheduler = JobScheduler(
             state, self.name, self._slot_limits, failover_reader.worth_downloading_from
@@ -115,6 +139,8 @@ class Fetcher:
     async def _handle(self, job: FetchJob) -> JobOutcome:
         """Hold new jobs while the node drains, so that no other worker takes them. Running fetches go on."""
         try:
+            if job.revalidates is not None:
+                return await self._revalidator.handle(job)
             await self._operator_state.wait_until(_not_draining)
             async with self._scheduler.slot(job) as slot:
                 return await self._worker.handle(job, slot) if isinstance(slot, Slot) else slot
@@ -214,6 +240,130 @@ def outcome_label(outcome: JobOutcome) -> str:
             return "nack"
 
 
+# Revalidation: is an object of an HTTP origin still current? (RFC 9111 section 4.3)
+
+REVALIDATION_PAUSE = 5.0
+"""Seconds for which an origin that could not be asked about an object is not asked about it again."""
+
+_REMOVAL_WAIT = 3.0
+"""Seconds to wait for the evictor."""
+
+_MAX_REVALIDATIONS = 32
+"""At once, per process. They are short and take no slot of a download."""
+
+
+class Revalidator:
+    """Carries out jobs that ask an origin about one stored object.
+
+    The object is refreshed, or purged because it was replaced or is gone. If the origin cannot be asked, that is
+    recorded as a failure, which requests see. Then the claim of the job is released.
+    """
+
+    def __init__(
+        self,
+        state: StateStore,
+        volume: Volume,
+        disk: BlockingPool,
+        failover_reader: FailoverReader,
+        rules: CachingRules,
+    ) -> None:
+        self._state = state
+        self._volume = volume
+        self._disk = disk
+        self._failover_reader = failover_reader
+        self._rules = rules
+        self._slots = asyncio.Semaphore(_MAX_REVALIDATIONS)
+
+    async def handle(self, job: FetchJob) -> JobOutcome:
+        """Ask once. The next request for the object starts another attempt."""
+        with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
+            began_at = time.monotonic()
+            try:
+                async with self._slots:
+                    detail = await self._revalidate(job)
+                await self._release_claim(job.object_id)
+            except (StateStoreUnavailable, VolumeError) as error:
+                logger.warning("revalidation_failed", reason=str(error))
+                detail = "revalidation_failed"
+            FETCHES.labels(detail).inc()
+            seconds = round(time.monotonic() - began_at, 3)
+            logger.info("job_ended", outcome=detail, attempt=job.attempt, seconds=seconds)
+            return Ack(detail)
+
+    async def _revalidate(self, job: FetchJob) -> str:
+        """Return what was found, as a label of the metrics."""
+        record = await self._disk.run(self._volume.complete_record, job.object_id)
+        if record is None or record.content_hash is not None:
+            return "revalidation_needless"
+        if record.freshness is not None and record.freshness.checked_at > (job.revalidates or 0.0):
+            return "revalidation_needless"  # a redelivered job, or one that was published by a second claim
+        try:
+            received_at, answer = await self._ask(job, record)
+        except SourceError as error:
+            return await self._fail(job, str(error))
+        received = Validators.from_headers(answer.headers)
+        match validate(record.validators, answer.status, received):
+            case Validation.UNCHANGED if why_not_stored(200, answer.headers) is None:
+                await self._refresh(record, received_at, answer)
+                return "revalidated"
+            case Validation.FAILED:
+                return await self._fail(job, f"responded {answer.status}")
+            case Validation.GONE:
+                await self._purge(record)
+                return "revalidation_gone"
+        await self._purge(record)
+        return "revalidation_replaced"
+
+    async def _ask(self, job: FetchJob, record: StoredRecord) -> tuple[float, SourceAnswer]:
+        """Return the answer and the POSIX time of its arrival. Raises SourceError."""
+        failure: SourceError | None = None
+        for url in job.media_object.sources:
+            try:
+                answer = await self._failover_reader.ask(url, conditional_headers(record.validators))
+                return time.time(), answer
+            except SourceError as error:
+                failure = error
+        raise failure or SourceError("the object has no source")
+
+    async def _refresh(self, record: StoredRecord, received_at: float, answer: SourceAnswer) -> None:
+        known = record.freshness or unknown_freshness(record.stored_at)
+        freshness = known.refreshed(answer.headers, record.validators, received_at, answer.delay, self._rules)
+        await self._disk.run(self._rewrite, record, replace(record, freshness=freshness))
+
+    def _rewrite(self, known: StoredRecord, refreshed: StoredRecord) -> None:
+        """Replace the record, unless the object has been removed or replaced meanwhile. Blocking."""
+        file = self._volume.open_object(known.object_id)
+        if file is None:
+            return
+        with closing(file):
+            if file.record == known and file.lock_shared():  # locked: it is not removed in between
+                self._volume.write_record(refreshed)
+
+    async def _purge(self, record: StoredRecord) -> None:
+        """Have the evictor remove the object, and wait for that while the claim keeps others from asking, too."""
+        await self._state.request_purges([record.object_id])
+        poll = Backoff(0.02, 0.25, jitter=False)
+        deadline = time.monotonic() + _REMOVAL_WAIT
+        while time.monotonic() < deadline:
+            if await self._disk.run(self._volume.complete_record, record.object_id) != record:
+                return
+            await poll.wait()
+        logger.warning("purge_pending", seconds=_REMOVAL_WAIT)
+
+    async def _fail(self, job: FetchJob, reason: str) -> str:
+        logger.info("revalidation_failed", reason=reason)
+        await self._state.record_failure(
+            job.object_id, f"not revalidated: {reason}"[:500], REVALIDATION_PAUSE
+        )
+        return "revalidation_failed"
+
+    async def _release_claim(self, object_id: ObjectId) -> None:
+        fetch = (await self._state.find(object_id)).fetch
+        if fetch is not None and fetch.phase in (FetchPhase.CLAIMED, FetchPhase.QUEUED):
+            await self._state.release_claim(object_id, fetch.worker)
+        await self._state.announce(Announcement(Topic.FETCH_CHANGED, object_id))
+
+
 class FailureRecorder:
     """Negative caching: while a job waits for its next attempt, its object is marked as failed.
 
@@ -224,13 +374,21 @@ class FailureRecorder:
         """`failure_memory`: seconds that the failure of the last attempt is remembered."""
         self._state, self._plan, self._failure_memory = state, plan, failure_memory
 
-    async def record(self, job: FetchJob, reason: str, cause: FailureCause = FailureCause.OTHER) -> None:
+    async def record(
+        self,
+        job: FetchJob,
+        reason: str,
+        cause: FailureCause = FailureCause.OTHER,
+        last: bool = False,
+    ) -> None:
         """Record a failed attempt. Call it before the lease is released: requests wait for that and then claim.
+
+        `last`: no other attempt follows.
 
         The mark lasts until the delayed job has had the time of a new job to begin. After that, if the job was lost,
         the object can be claimed again.
         """
-        delay = self._plan.next_delay(job.attempt)
+        delay = None if last else self._plan.next_delay(job.attempt)
         seconds = self._failure_memory if delay is None else delay + QUEUED_SECONDS
         try:
             await self._state.record_failure(job.object_id, reason, seconds, cause)

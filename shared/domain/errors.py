@@ -146,6 +146,16 @@ class VersionChanged(SourceWrong):
         self.of_size = of_size
 
 
+class NotStorable(SourceError):
+    """The source sends the object, and forbids to store it. `why`: by which header."""
+
+    reason = "not_storable"
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"must not be stored: {why}")
+        self.why = why
+
+
 _ABOUT_THE_OBJECT = frozenset({401, 403, 404, 410, 416, 451})
 """Statuses that say something of one object, and contradict a catalog that says that the source holds it."""
 
@@ -173,6 +183,12 @@ class AllSourcesFailed(SourceError):
             or (isinstance(error, SourceRefused) and error.status in _ABOUT_THE_OBJECT)
             for error in self.errors.values()
         )
+
+    @property
+    def not_storable(self) -> NotStorable | None:
+        """The answer of a source that forbids to store the object."""
+        found = (error for error in self.errors.values() if isinstance(error, NotStorable))
+        return next(found, None)
 
     @property
     def contradicts_size(self) -> bool:

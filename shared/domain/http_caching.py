@@ -94,6 +94,12 @@ def why_not_stored(status: int, headers: Mapping[str, str]) -> str | None:
     return None
 
 
+def is_useful(freshness: Freshness, validators: Validators) -> bool:
+    """Whether a stored response could ever be used again: it is fresh for a while, or can be validated."""
+    known = validators.etag is not None or validators.last_modified is not None
+    return known or freshness.lifetime > 0 or freshness.stale_while_revalidate > 0
+
+
 # Freshness (section 4.2)
 
 
@@ -115,6 +121,7 @@ class Freshness:
     stale_while_revalidate: int = 0  # after the lifetime
     stale_if_error: int = 0  # after the lifetime
     cache_control: str | None = None  # the origin's, passed on; None: it sent none
+    checked_at: float = 0.0  # POSIX time of the origin's last answer, by our clock: rises with every answer
 
     def age(self, now: float) -> int:
         """The value of Age (section 5.1)."""
@@ -166,8 +173,9 @@ class Freshness:
         return freshness_of(combined, received_at, delay, rules)
 
 
-NEVER_FRESH = Freshness(born_at=0, lifetime=0, stale_if_error=MAX_DELTA)
-"""Of objects that were stored before freshness was recorded: ask first, and serve them while the origin is down."""
+def unknown_freshness(stored_at: int) -> Freshness:
+    """Of an object stored before freshness was recorded: ask first, and serve it while the origin is down."""
+    return Freshness(born_at=stored_at, lifetime=0, stale_if_error=MAX_DELTA)
 
 
 def freshness_of(
@@ -192,7 +200,12 @@ def freshness_of(
     if on_error is None:
         on_error = 0 if strict else rules.stale_if_error
     return Freshness(
-        born_at, lifetime, while_revalidating, on_error, _passed_on(headers.get("Cache-Control"))
+        born_at,
+        lifetime,
+        while_revalidating,
+        on_error,
+        _passed_on(headers.get("Cache-Control")),
+        checked_at=round(received_at, 3),
     )
 
 
@@ -295,13 +308,12 @@ def encode_freshness(freshness: Freshness | None) -> dict[str, object]:
     """The fields of a record. Empty for an object that does not become stale."""
     if freshness is None:
         return {}
-    times = [
-        freshness.born_at,
-        freshness.lifetime,
-        freshness.stale_while_revalidate,
-        freshness.stale_if_error,
-    ]
-    return {"fresh": times, "cache_control": freshness.cache_control}
+    windows = (freshness.lifetime, freshness.stale_while_revalidate, freshness.stale_if_error)
+    return {
+        "fresh": [freshness.born_at, *windows],
+        "checked_at": freshness.checked_at,
+        "cache_control": freshness.cache_control,
+    }
 
 
 def decode_freshness(fields: Mapping[str, object]) -> Freshness | None:
@@ -311,8 +323,11 @@ def decode_freshness(fields: Mapping[str, object]) -> Freshness | None:
         return None
     if not (isinstance(times, list) and len(times) == 4 and all(type(value) is int for value in times)):
         raise InvalidInput(f"record: fresh: expected four integers, got {repr(times)[:40]}")
-    if not (control is None or (isinstance(control, str) and control.isprintable())):
+    if not (control is None or (isinstance(control, str) and control.isascii() and control.isprintable())):
         raise InvalidInput(
             f"record: cache_control: expected a printable string or null, got {repr(control)[:40]}"
         )
-    return replace(Freshness(*times), cache_control=control)
+    checked_at = fields.get("checked_at")
+    if not isinstance(checked_at, int | float) or isinstance(checked_at, bool):
+        raise InvalidInput(f"record: checked_at: expected POSIX seconds, got {repr(checked_at)[:40]}")
+    return replace(Freshness(*times), cache_control=control, checked_at=float(checked_at))

@@ -24,6 +24,9 @@ class FetchJob:
     attempt: int = 1
     claim: int = 0  # serial of the claim that the job was published for; 0 in messages of older versions
     low_priority: bool = False  # a warming job: waits behind the jobs that clients wait for
+    revalidates: float | None = None
+    """Do not fetch, but ask the origin whether the stored object is still current: the one that was last checked at
+    this POSIX time (0: unknown)."""
 
     @property
     def object_id(self) -> ObjectId:
@@ -56,6 +59,7 @@ def encode_job(job: FetchJob) -> bytes:
             "published_at": job.published_at,
             "low_priority": job.low_priority,
             **({"claim": job.claim} if job.claim else {}),
+            **({} if job.revalidates is None else {"revalidates": job.revalidates}),
         }
     ).encode()
 
@@ -77,6 +81,9 @@ def decode_job(body: bytes, *, attempt: int, request_id: str) -> FetchJob:
         claim = fields.get("claim", 0)
         if not isinstance(claim, int) or isinstance(claim, bool):
             raise InvalidJob(f"claim: expected an integer, got {repr(claim)[:40]}")
+        revalidates = fields.get("revalidates")
+        if not isinstance(revalidates, int | float | None) or isinstance(revalidates, bool):
+            raise InvalidJob(f"revalidates: expected POSIX seconds, got {repr(revalidates)[:40]}")
         return FetchJob(
             media_object,
             request_id=request_id,
@@ -84,6 +91,7 @@ def decode_job(body: bytes, *, attempt: int, request_id: str) -> FetchJob:
             attempt=attempt,
             claim=claim,
             low_priority=bool(fields.get("low_priority", False)),
+            revalidates=None if revalidates is None else float(revalidates),
         )
     except InvalidJob:
         raise

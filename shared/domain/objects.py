@@ -16,6 +16,7 @@ from blake3 import blake3
 
 from distributor_node.shared.domain.conditionals import is_http_date, parse_http_date
 from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.http_caching import Freshness
 from distributor_node.shared.domain.media_types import detect_media_type, media_type_or_none
 from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, Version, etag_or_none
 
@@ -126,6 +127,7 @@ class MediaObject:
     sources: tuple[str, ...] = ()  # URLs of the object, best first if the catalog knows an order
     validators: Validators = NO_VALIDATORS  # where there is no hash: what the object's source said of it
     name: str | None = None  # under which people know it, for saved files
+    not_stored: str | None = None  # why its source forbids to store it; None: as far as known, it does not
 
     def __post_init__(self) -> None:
         if self.size is not None and not 0 <= self.size <= MAX_SIZE:
@@ -282,6 +284,9 @@ class StoredRecord:
     stored_at: int  # POSIX seconds of the fetch
     validators: Validators = NO_VALIDATORS  # of the source, in the response that its bytes came from
     name: str | None = None  # see MediaObject
+    freshness: Freshness | None = (
+        None  # of an object of an HTTP origin; None: it does not become stale, or is unknown
+    )
 
     @property
     def version(self) -> Version:

@@ -199,6 +199,11 @@ FETCHES = Counter(
     "Jobs that ended, by outcome: fetched, already_cached, retry, requeue, dead_letter, nack, …",
     ["outcome"],
 )
+REVALIDATIONS = Counter(
+    "distributor_revalidations_total",
+    "Stale objects that an origin was asked about, by end: refreshed, removed, outdated, failed.",
+    ["result"],
+)
 DOWNLOADS_IN_PROGRESS = Gauge(
     "distributor_downloads_in_progress", "Objects being downloaded.", multiprocess_mode="livesum"
 )

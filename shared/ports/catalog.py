@@ -35,6 +35,9 @@ class Catalog(Protocol):
     def public_url(self) -> str:
         """Where the catalog is asked, without credentials; empty for a file. Shown in /status."""
 
+    def sources_of(self, object_id: ObjectId) -> Sequence[str]:
+        """Return the URLs of an object that follow from its id alone, without asking. Empty if none do."""
+
     async def open(self) -> None:
         """Prepare for use. Raises ConfigurationError for settings that can never work, such as an invalid manifest."""
 
@@ -55,6 +58,9 @@ class Catalog(Protocol):
 
         A newer answer, which another request has caused, is kept.
         """
+
+    async def forget_object(self, object_id: ObjectId) -> None:
+        """Note that whatever `look_up` has answered for this object may no longer be true."""
 
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         """Yield all objects of an assignment in batches.

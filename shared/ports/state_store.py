@@ -291,6 +291,13 @@ class EvictorStore(Protocol):
         Announces SPACE_FREED.
         """
 
+    async def detach_eviction(self, term: Term, object_id: ObjectId) -> bool:
+        """Drop the entry of an evicting object whose file was moved aside while it is being sent.
+
+        Its bytes go on counting, in `leaving` (see `set_leaving`), and the object can be fetched again at once. False
+        if it was not evicting.
+        """
+
     async def begin_evictions(
         self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
     ) -> Sequence[bool]:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 from distributor_node.shared.domain.errors import ConfigurationError, InvalidInput
 from distributor_node.shared.domain.eviction import DEFAULT_MISS_COST, PolicyName
+from distributor_node.shared.domain.http_caching import CachingRules
 from distributor_node.shared.domain.jobs import CLAIM_SECONDS
 from distributor_node.shared.domain.objects import Assignment, parse_bucket_id
 from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
@@ -224,6 +225,19 @@ class OriginSettings(SettingsGroup):
 
     follow_to_other_hosts: bool = True
     """Follow redirects of the origin to other hosts. Redirects of storage nodes are always followed."""
+    default_ttl: float = Field(default=60.0, ge=0, le=31_536_000)
+    """Seconds for which an object is fresh if the origin states no lifetime and no date of modification. With such a
+    date, it is a tenth of the object's age."""
+    max_ttl: float = Field(default=604_800.0, ge=0, le=31_536_000)
+    """Seconds for which an object is fresh at most, whatever the origin says. After that it is asked about again."""
+    stale_while_revalidate: float = Field(default=10.0, ge=0, le=31_536_000)
+    """Seconds for which a stale object is still served while the origin is asked, unless the origin states this or
+    forbids it. Not longer than the object was fresh."""
+    stale_if_error: float = Field(default=86_400.0, ge=0, le=31_536_000)
+    """Seconds for which a stale object is still served if the origin cannot be asked, unless the origin states this or
+    forbids it."""
+    honour_client_no_cache: bool = False
+    """Ask the origin for each request with `Cache-Control: no-cache`. Off by default: any client could cause load."""
 
 
 class SourceSettings(SettingsGroup):
@@ -421,6 +435,19 @@ class Settings(SettingsGroup):
                 f" is the unit missing, as in {memory}M?"
             )
         return problems
+
+    @property
+    def caching_rules(self) -> CachingRules | None:
+        """The rules of a shared HTTP cache. None: the catalog is not an HTTP origin, and objects do not change."""
+        if self.catalog.kind != "origin":
+            return None
+        origin = self.origin
+        return CachingRules(
+            default_ttl=int(origin.default_ttl),
+            max_ttl=int(origin.max_ttl),
+            stale_while_revalidate=int(origin.stale_while_revalidate),
+            stale_if_error=int(origin.stale_if_error),
+        )
 
     @property
     def in_memory(self) -> bool:

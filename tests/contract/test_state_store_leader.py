@@ -89,6 +89,20 @@ class TestEviction:
         assert await harness.used_and_reserved() == (0, 0)
         assert isinstance(await harness.store.begin(ONE, 100, "worker-1"), Granted)
 
+    async def test_detached_counts_on_and_can_be_fetched_again(self, harness: Harness) -> None:
+        """The old file is still being sent."""
+        term = await harness.reconciled()
+        await harness.stored(ONE, 100)
+        assert not await harness.store.detach_eviction(term, ONE)
+        await harness.store.begin_eviction(term, ONE, 0)
+        assert not await harness.store.detach_eviction(replace(term, token=term.token - 1), ONE)
+        assert await harness.store.detach_eviction(term, ONE)
+        assert not await harness.store.detach_eviction(term, ONE)
+        usage = await harness.store.usage()
+        assert (usage.used, usage.leaving, usage.objects) == (footprint(100), footprint(100), 0)
+        assert isinstance(await harness.store.begin(TWO, LIMIT - footprint(100), "worker-1"), NoSpace)
+        assert isinstance(await harness.store.begin(ONE, 50, "worker-1"), Granted)
+
     async def test_cancelled_is_stored_again(self, harness: Harness) -> None:
         term = await harness.reconciled()
         await harness.stored(ONE, 100)

@@ -85,6 +85,11 @@ class ListedCatalog:
 
     async def forget(self, outdated: MediaObject) -> None: ...
 
+    async def forget_object(self, object_id: ObjectId) -> None: ...
+
+    def sources_of(self, object_id: ObjectId) -> Sequence[str]:
+        return ()
+
     async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         yield list(self.objects.values())
 

@@ -83,6 +83,11 @@ class ListedCatalog:
 
     async def forget(self, outdated: MediaObject) -> None: ...
 
+    async def forget_object(self, object_id: ObjectId) -> None: ...
+
+    def sources_of(self, object_id: ObjectId) -> Sequence[str]:
+        return ()
+
     async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         self._fail_if_down()
         listed = [known for known in self.objects.values() if known.object_id not in self.left_out]

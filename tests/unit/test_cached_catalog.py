@@ -80,6 +80,11 @@ class ScriptedCatalog:
 
     async def forget(self, outdated: MediaObject) -> None: ...
 
+    async def forget_object(self, object_id: ObjectId) -> None: ...
+
+    def sources_of(self, object_id: ObjectId) -> Sequence[str]:
+        return ()
+
     async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         yield tuple(item for item in self.known.values() if assignment.covers(item))
 

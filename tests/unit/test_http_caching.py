@@ -13,7 +13,6 @@ import pytest
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.http_caching import (
     MAX_DELTA,
-    NEVER_FRESH,
     CachingRules,
     Freshness,
     Use,
@@ -22,7 +21,9 @@ from distributor_node.shared.domain.http_caching import (
     decode_freshness,
     encode_freshness,
     freshness_of,
+    is_useful,
     passed_cache_control,
+    unknown_freshness,
     validate,
     why_not_stored,
 )
@@ -295,13 +296,31 @@ def test_the_delay_of_the_request_counts_as_age() -> None:
 
 
 def test_an_object_stored_without_freshness_is_asked_about_and_served_in_an_outage() -> None:
-    assert NEVER_FRESH.use(NOW) is ASK
-    assert NEVER_FRESH.may_serve_on_error(NOW)
+    freshness = unknown_freshness(NOW - 1000)
+    assert freshness.use(NOW) is ASK
+    assert freshness.may_serve_on_error(NOW)
+    assert freshness.age(NOW) == 1000
 
 
-@pytest.mark.parametrize("freshness", [None, NEVER_FRESH, Freshness(NOW, 60, 10, 3600, "max-age=60")])
+@pytest.mark.parametrize(
+    "freshness", [None, unknown_freshness(NOW), Freshness(NOW, 60, 10, 3600, "max-age=60", NOW + 0.25)]
+)
 def test_freshness_is_read_as_it_was_written(freshness: Freshness | None) -> None:
     assert decode_freshness(encode_freshness(freshness)) == freshness
+
+
+@pytest.mark.parametrize(
+    ("control", "validators", "useful"),
+    [
+        ("max-age=0", STRONG, True),
+        ("max-age=0", DATED, True),
+        ("max-age=0", NO_VALIDATORS, False),
+        ("max-age=0, stale-while-revalidate=5", NO_VALIDATORS, True),
+        ("max-age=1", NO_VALIDATORS, True),
+    ],
+)
+def test_what_is_not_worth_storing(control: str, validators: Validators, useful: bool) -> None:
+    assert is_useful(freshness_of({"Cache-Control": control}, NOW, 0, RULES), validators) is useful
 
 
 @pytest.mark.parametrize("fields", [{"fresh": 1}, {"fresh": [1, 2, 3]}, {"fresh": [1, 2, 3, "4"]}])

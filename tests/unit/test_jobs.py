@@ -100,6 +100,15 @@ def test_the_bytes_of_a_job(job: FetchJob, body: bytes) -> None:
     assert decode_job(body, attempt=1, request_id="") == job
 
 
+def test_a_job_that_revalidates_says_which_object_it_has_seen() -> None:
+    job = FetchJob(LISTED, "", 1.5, revalidates=1_700_000_000.125)
+    decoded = decode_job(encode_job(job), attempt=1, request_id="")
+    assert decoded.revalidates == 1_700_000_000.125
+    body = encode_job(job).replace(b"1700000000.125", b'"now"')
+    with pytest.raises(InvalidJob, match="revalidates: expected POSIX seconds"):
+        decode_job(body, attempt=1, request_id="")
+
+
 @pytest.mark.parametrize(
     ("written", "validators"),
     [

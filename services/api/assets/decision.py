@@ -14,6 +14,7 @@ from distributor_node.shared.domain.conditionals import (
     parse_range,
     range_applies,
 )
+from distributor_node.shared.domain.http_caching import Freshness, unknown_freshness
 from distributor_node.shared.domain.objects import (
     ContentHash,
     MediaObject,
@@ -39,6 +40,8 @@ class AssetRequest:
     range_header: str | None = None
     if_range: str | None = None
     sendfile_type: str | None = None  # X-Sendfile-Type, from a web server in front
+    only_if_cached: bool = False
+    no_cache: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,14 @@ class Representation:
     )
     validators: Validators = NO_VALIDATORS
     name: str | None = None  # under which people know it, for saved files
+    freshness: Freshness | None = None  # of an object of an HTTP origin, as far as known
+    not_stored: bool = False  # its source forbids to store it
+
+    @classmethod
+    def of_hit(cls, record: StoredRecord, *, http_caching: bool) -> Representation:
+        """`http_caching`: the object is one of an HTTP origin, and may be stale."""
+        freshness = freshness_in_use(record) if http_caching else None
+        return replace(cls.from_record(record, complete=True), freshness=freshness)
 
     @classmethod
     def from_record(cls, record: StoredRecord, *, complete: bool) -> Representation:
@@ -68,6 +79,7 @@ class Representation:
             last_modified if last_modified is not None or not complete else record.stored_at,
             record.validators,
             record.name,
+            record.freshness,
         )
 
     @classmethod
@@ -81,6 +93,7 @@ class Representation:
             media_object.validators.last_modified,
             media_object.validators,
             media_object.name,
+            not_stored=media_object.not_stored is not None,
         )
 
     @property
@@ -94,14 +107,22 @@ class Representation:
             self.content_hash is not None and self.content_hash.hasher().digest() == self.content_hash.digest
         )
 
-    def with_validators(self, validators: Validators) -> Representation:
+    def with_validators(self, validators: Validators, freshness: Freshness | None = None) -> Representation:
         """The same object as a source describes it in the response that is passed on."""
         return replace(
             self,
             etag=entity_tag(self.content_hash, validators),
             last_modified=validators.last_modified,
             validators=validators,
+            freshness=freshness,
         )
+
+
+def freshness_in_use(record: StoredRecord) -> Freshness | None:
+    """Return the freshness of a complete object of an HTTP origin. None: its hash says that it never changes."""
+    if record.content_hash is not None:
+        return None
+    return record.freshness or unknown_freshness(record.stored_at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,13 +103,15 @@ class FetchStarter:
         self._tasks: set[asyncio.Task[None]] = set()
         self._refuted_at: OrderedDict[ObjectId, float] = OrderedDict()
 
-    async def start(self, media_object: MediaObject, request_id: str) -> tuple[Claim | None, PendingStart]:
+    async def start(
+        self, media_object: MediaObject, request_id: str, revalidates: float | None = None
+    ) -> tuple[Claim | None, PendingStart]:
         """Claim the object. If the claim is won, publish its job in the background.
 
-        The claim is None if the state store is unavailable.
+        The claim is None if the state store is unavailable. `revalidates`: see FetchJob.
         """
         start = PendingStart()
-        self._run(self._claim_and_publish(media_object, request_id, start))
+        self._run(self._claim_and_publish(media_object, request_id, start, revalidates))
         return await asyncio.shield(start.claim), start
 
     def refute(self, object_id: ObjectId, failure: Failure, *, verified: bool) -> None:
@@ -148,7 +150,7 @@ class FetchStarter:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _claim_and_publish(
-        self, media_object: MediaObject, request_id: str, start: PendingStart
+        self, media_object: MediaObject, request_id: str, start: PendingStart, revalidates: float | None
     ) -> None:
         object_id = media_object.object_id
         try:
@@ -160,16 +162,17 @@ class FetchStarter:
                 return
             # Race: 1. this request sees no file; 2. a fetcher renames the complete file and commits; 3. this request
             # claims and wins. The commit follows the rename, so looking once more after the claim is enough.
-            if claim.won and self._is_complete(object_id):
+            if claim.won and revalidates is None and self._is_complete(object_id):
                 claim = Claim(won=False, status=ObjectStatus(None, None))
                 start.claim.set_result(claim)
                 await self._update_claim(self._state.release_claim, object_id, request_id)
                 return
             start.claim.set_result(claim)
             if claim.won:
-                await self._publish(
-                    FetchJob(media_object, request_id, time.time(), claim=claim.serial), start
+                job = FetchJob(
+                    media_object, request_id, time.time(), claim=claim.serial, revalidates=revalidates
                 )
+                await self._publish(job, start)
         finally:
             if not start.claim.done():
                 start.claim.set_result(None)

@@ -256,7 +256,7 @@ class PartialFileStreamer:
         if not self._is_expected(expected):
             self._mismatch_since = self._mismatch_since or monotonic()
             return False
-        self._representation = self._representation.with_validators(expected.validators)
+        self._representation = self._representation.with_validators(expected.validators, expected.freshness)
         return True
 
     def _is_expected(self, record: StoredRecord) -> bool:

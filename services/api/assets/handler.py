@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from enum import Enum, auto
 
 import structlog
 from sanic import Request
@@ -26,18 +27,22 @@ from distributor_node.services.api.assets.response import (
     ResponseWriter,
     select_span,
 )
+from distributor_node.services.api.assets.revalidation import Revalidator, Validation
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import HttpError
 from distributor_node.services.api.headers import (
     BYPASS,
+    HIT,
     MISS,
     PENDING,
+    REVALIDATED,
     ResponseHead,
 )
 from distributor_node.shared.adapters.volume import OpenObject
 from distributor_node.shared.domain.admission import SecondHitAdmission
 from distributor_node.shared.domain.conditionals import Conditions
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.http_caching import CacheControl
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.domain.version import NO_VALIDATORS
 from distributor_node.shared.observability.metrics import ADMISSION_REJECTED
@@ -54,17 +59,33 @@ from distributor_node.shared.settings.model import Settings
 logger = structlog.get_logger()
 
 
+_ORIGIN_FAILED = (502, 503)
+
+
+class Hit(Enum):
+    """What came of the attempt to send an object from the volume."""
+
+    SENT = auto()
+    MISSING = auto()
+    OUTDATED = auto()  # it is there, and must not be sent
+
+
 class AssetHandler:
     """Entry point of the asset path. One per process."""
 
     def __init__(self, context: ApiContext) -> None:
         self._volume = context.volume
         self._hit_responder = HitResponder(
-            context.accesses, AccelRedirect(context.settings.public_api.accel_redirect_prefix)
+            context.accesses,
+            AccelRedirect(context.settings.public_api.accel_redirect_prefix),
+            http_caching=context.settings.caching_rules is not None,
         )
         self._starter = FetchStarter(context.state, context.queue, process_name(), self._is_complete)
         proxy = Proxy(context.failover_reader, context.settings.public_api)
         pending = PendingResponder(context, self._hit_responder, proxy)
+        self._revalidator = None
+        if context.settings.caching_rules is not None:
+            self._revalidator = Revalidator(context, self._starter)
         admission = AdmissionControl(context.settings, context.state, context.clock)
         self._miss_handler = MissHandler(context, self._hit_responder, self._starter, pending, admission)
 
@@ -74,17 +95,53 @@ class AssetHandler:
         Raises HttpError if the response is an error.
         """
         asset_request, response = _asset_request(request), ResponseWriter(request)
-        volume_failed = False
+        by_proxy = outdated = False
         try:
-            file = self._volume.open_object(object_id)
-            if file is not None:
-                with closing(file):
-                    await self._hit_responder.respond(asset_request, file, response)
+            hit = await self._try_hit(asset_request, object_id, response)
+            if hit is Hit.SENT:
                 return
+            by_proxy = outdated = hit is Hit.OUTDATED
         except VolumeError as error:
             logger.error("volume_read_failed", object_id=object_id, reason=str(error))
-            volume_failed = True
-        await self._miss_handler.handle(asset_request, object_id, response, volume_failed=volume_failed)
+            by_proxy = True
+        if asset_request.only_if_cached:
+            raise HttpError(504, "The object is not cached", "not_cached")
+        try:
+            await self._miss_handler.handle(asset_request, object_id, response, by_proxy=by_proxy)
+        except HttpError as error:
+            if not outdated or error.status not in _ORIGIN_FAILED:
+                raise
+            raise HttpError(504, "The object is stale, and its origin cannot be asked", "stale") from error
+
+    async def _try_hit(
+        self, asset_request: AssetRequest, object_id: ObjectId, response: ResponseWriter
+    ) -> Hit:
+        """Send the object from the volume if it is there, and current as far as that has to be known."""
+        file = self._volume.open_object(object_id)
+        if file is None:
+            return Hit.MISSING
+        with closing(file):
+            stale = file.record
+            if self._revalidator is None or self._revalidator.may_send(
+                asset_request, stale, response.request_id
+            ):
+                await self._hit_responder.respond(asset_request, file, response)
+                return Hit.SENT
+        # Closed while the origin is asked: what is open here may be replaced.
+        validation = await self._revalidator.validate(stale, response.request_id)
+        if validation is Validation.OUTDATED:
+            return Hit.OUTDATED
+        file = self._volume.open_object(object_id)
+        if file is None:
+            return Hit.MISSING
+        with closing(file):
+            outcome = HIT
+            if validation is Validation.REFRESHED and file.record.validators == stale.validators:
+                outcome = REVALIDATED
+            elif file.record == stale and not self._revalidator.may_send_on_error(stale):
+                return Hit.OUTDATED
+            await self._hit_responder.respond(asset_request, file, response, outcome)
+        return Hit.SENT
 
     def _is_complete(self, object_id: ObjectId) -> bool:
         try:
@@ -94,10 +151,13 @@ class AssetHandler:
 
     async def close(self) -> None:
         """Wait for fetch jobs that are being published. Call it after the last request."""
+        if self._revalidator is not None:
+            await self._revalidator.close()
         await self._starter.close()
 
 
 def _asset_request(request: Request) -> AssetRequest:
+    control = CacheControl(_header(request, "cache-control"))
     return AssetRequest(
         is_head=request.method == "HEAD",
         conditions=Conditions(
@@ -109,6 +169,8 @@ def _asset_request(request: Request) -> AssetRequest:
         range_header=_header(request, "range"),
         if_range=_header(request, "if-range"),
         sendfile_type=request.headers.get(ACCEL_REQUEST_HEADER),
+        only_if_cached="only-if-cached" in control,
+        no_cache="no-cache" in control,
     )
 
 
@@ -141,9 +203,9 @@ class MissHandler:
         object_id: ObjectId,
         response: ResponseWriter,
         *,
-        volume_failed: bool,
+        by_proxy: bool,
     ) -> None:
-        """Respond for one object. `volume_failed`: it could not be read, so it is proxied whatever its state is.
+        """Respond for one object. `by_proxy`: what is stored cannot be sent, so it is proxied whatever its state is.
 
         Evidence beats memory: if a source contradicts the catalog, the catalog is asked once more, and the response is
         begun again. If the sources contradict that too, the object is passed on as a source has it now.
@@ -151,13 +213,13 @@ class MissHandler:
         if not self._context.catalog.can_have(object_id):
             raise HttpError(400, "Malformed object id: this catalog has no such ids", "malformed_id")
         try:
-            await self._respond(asset_request, object_id, response, volume_failed=volume_failed)
+            await self._respond(asset_request, object_id, response, by_proxy=by_proxy)
             return
         except OutdatedDescription as error:
             outdated = error
         if await self._look_up_again(object_id, response, outdated) != outdated.media_object:
             try:
-                await self._respond(asset_request, object_id, response, volume_failed=volume_failed)
+                await self._respond(asset_request, object_id, response, by_proxy=by_proxy)
                 return
             except OutdatedDescription as error:
                 outdated = error
@@ -205,9 +267,9 @@ class MissHandler:
         object_id: ObjectId,
         response: ResponseWriter,
         *,
-        volume_failed: bool,
+        by_proxy: bool,
     ) -> None:
-        status = None if volume_failed else await self._find(object_id)
+        status = None if by_proxy else await self._find(object_id)
         fetch = live_fetch(status) if status is not None else None
         draining = self._context.operator_state.current.draining
         if fetch is not None and (fetch.phase is FetchPhase.FETCHING or not draining):
@@ -226,6 +288,7 @@ class MissHandler:
             status is None
             or status.failure is not None
             or draining
+            or media_object.not_stored is not None
             or not is_cacheable(media_object.size, max_size)
             or not await self._admission.admits(object_id, media_object.size)
         ):

@@ -111,7 +111,9 @@ class PendingResponder:
             with closing(found):
                 if isinstance(found, OpenObject):
                     representation = replace(
-                        pending.representation.with_validators(found.record.validators),
+                        pending.representation.with_validators(
+                            found.record.validators, found.record.freshness
+                        ),
                         media_type=found.record.media_type,
                     )
                     await self._hit_responder.send(
@@ -203,6 +205,7 @@ class PendingResponder:
             pending.span,
             pending.outcome,
             pending.source,
+            caching_rules=self._context.settings.caching_rules,
         )
 
     async def _look_up_matching(self, pending: PendingRequest) -> MediaObject:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -20,6 +21,13 @@ from distributor_node.shared.adapters.sources.client import MAX_SKIP
 from distributor_node.shared.adapters.sources.failover import Chunk, FailoverReader
 from distributor_node.shared.adapters.volume import PartialReader
 from distributor_node.shared.domain.errors import AllSourcesFailed, VolumeError
+from distributor_node.shared.domain.http_caching import (
+    CachingRules,
+    Freshness,
+    freshness_of,
+    passed_cache_control,
+    why_not_stored,
+)
 from distributor_node.shared.domain.objects import ContentHash, Hasher, MediaObject, source_name
 from distributor_node.shared.observability.metrics import PROXIED_IN_PROGRESS, SOURCE_FAILURES, source_label
 from distributor_node.shared.settings.model import PublicApi
@@ -59,15 +67,29 @@ class ProxiedResponse:
     deadline: asyncio.Timeout | None = None  # for the first byte
     avoided: str | None = None  # the source to try last
     sent_hash: Hasher | None = None  # of the bytes sent from sources, if they are to be compared
+    caching_rules: CachingRules | None = None  # None: the source is not an HTTP origin
+    passed_headers: dict[str, str] = field(default_factory=dict)  # of a response that must not be stored
 
     def on_source_response(self, url: str, response: SourceResponse) -> None:
         """Take the media type and the size from a source's response, if the catalog does not state them."""
         if not self.response.started:
-            self.representation = self.representation.with_validators(response.validators)
+            freshness = None
+            if self.caching_rules is not None and self.representation.content_hash is None:
+                freshness = self._pass_caching_headers(response, self.caching_rules)
+            self.representation = self.representation.with_validators(response.validators, freshness)
             self.media_type = response.media_type
             if self.span.last is None and response.total is not None:
                 self.span = replace(self.span, last=response.total - 1, size=response.total)
                 self.response.set_object_size(response.total)
+
+    def _pass_caching_headers(self, response: SourceResponse, rules: CachingRules) -> Freshness | None:
+        """Take what the origin says of caching. Returns None if the response must not be stored."""
+        headers = response.headers
+        if why_not_stored(200, headers) is None:  # of a range, what its 200 would say
+            return freshness_of(headers, time.time(), response.delay, rules)
+        self.passed_headers = {"Cache-Control": passed_cache_control(headers)}
+        self.passed_headers |= {name: headers[name] for name in ("Vary", "Age") if name in headers}
+        return None
 
     async def emit(self, chunks: Iterable[bytes | memoryview]) -> None:
         """Send chunks to the client, after the head if it has not been sent."""
@@ -94,6 +116,7 @@ class ProxiedResponse:
         if self.deadline is not None:
             self.deadline.reschedule(None)  # from here on the client sets the pace
         head = content_head(self.representation, self.outcome, self.span, "external", self.media_type)
+        head.headers.update(self.passed_headers)
         await self.response.start(head, chunk)
 
 

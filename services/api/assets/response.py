@@ -135,18 +135,28 @@ def select_span(
 class HitResponder:
     """Responds with complete objects. The caller closes the object's file."""
 
-    def __init__(self, accesses: AccessCounter, accel_redirect: AccelRedirect) -> None:
+    def __init__(
+        self, accesses: AccessCounter, accel_redirect: AccelRedirect, *, http_caching: bool = False
+    ) -> None:
+        """`http_caching`: the objects are those of an HTTP origin, and may be stale."""
+        self._http_caching = http_caching
         self._accesses = accesses
         self._accel_redirect = accel_redirect
 
-    async def respond(self, asset_request: AssetRequest, file: OpenObject, response: ResponseWriter) -> None:
+    async def respond(
+        self,
+        asset_request: AssetRequest,
+        file: OpenObject,
+        response: ResponseWriter,
+        outcome: CacheOutcome = HIT,
+    ) -> None:
         """Respond to one request for a complete object. A HEAD does not count as an access.
 
         Raises VolumeError if nothing could be read. Nothing has been sent then.
         """
-        representation = Representation.from_record(file.record, complete=True)
+        representation = Representation.of_hit(file.record, http_caching=self._http_caching)
         response.set_object_size(representation.size)
-        span = select_span(asset_request, representation, HIT)
+        span = select_span(asset_request, representation, outcome)
         if isinstance(span, ResponseHead):
             await response.send_head(span)
         elif self._accel_redirect.applies(asset_request, span):
@@ -154,7 +164,7 @@ class HitResponder:
             head = self._accel_redirect.head(representation, span)
             await response.send_redirect(head, span.length or 0)
         else:
-            await self.send(file, representation, span, HIT, response)
+            await self.send(file, representation, span, outcome, response)
 
     async def send(
         self,

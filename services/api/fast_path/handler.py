@@ -43,12 +43,19 @@ class PreparedResponse(NamedTuple):
 class FastPath:
     """Prepares responses from the cache of open objects, and records them."""
 
-    def __init__(self, objects: OpenObjectCache, accesses: AccessCounter, *, log_hits: bool) -> None:
-        """`log_hits`: log each response."""
+    def __init__(
+        self,
+        objects: OpenObjectCache,
+        accesses: AccessCounter,
+        *,
+        log_hits: bool,
+        honour_no_cache: bool = False,
+    ) -> None:
+        """`log_hits`: log each response. `honour_no_cache`: leave requests with Cache-Control to Sanic."""
         self.objects = objects
         self.accesses = accesses
         self.hit_metrics = BufferedHitMetrics()
-        self._parser = RequestParser()
+        self._parser = RequestParser((b"cache-control",) if honour_no_cache else ())
         self._log_hits = log_hits
         self._head_end = b""
         self._head_end_until = 0.0
@@ -63,7 +70,7 @@ class FastPath:
         if request is None:
             return None
         cached = self.objects.get(request.object_id, now)
-        if cached is None:
+        if cached is None or (now >= cached.headers_until and not cached.renew_headers(now)):
             return None
         fields, headers, size = request.fields, cached.headers, cached.size
         status, first, length = 200, 0, 0 if request.is_head else size
@@ -176,8 +183,18 @@ def build_fast_path(context: ApiContext) -> FastPath | None:
     if not settings.public_api.fast_lane:
         return None
     max_open_files = min(MAX_OPEN_FILES, raise_fd_limit() // _FD_SHARE)
-    objects = OpenObjectCache(context.volume, settings.public_api.memory_cache, max_open_files)
-    return FastPath(objects, context.accesses, log_hits=settings.log.hits)
+    objects = OpenObjectCache(
+        context.volume,
+        settings.public_api.memory_cache,
+        max_open_files,
+        http_caching=settings.caching_rules is not None,
+    )
+    return FastPath(
+        objects,
+        context.accesses,
+        log_hits=settings.log.hits,
+        honour_no_cache=settings.caching_rules is not None and settings.origin.honour_client_no_cache,
+    )
 
 
 def raise_fd_limit() -> int:

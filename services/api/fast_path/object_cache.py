@@ -6,7 +6,8 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from time import monotonic
+from math import inf
+from time import monotonic, time
 
 from distributor_node.services.api.assets.decision import Representation
 from distributor_node.services.api.assets.response import is_cached, read_cached
@@ -54,6 +55,20 @@ class CachedObject:
     sends: int = 0
     locked: bool = False
     dropped: bool = False
+    headers_until: float = inf
+    """Monotonic seconds until which `headers` may be sent. Those of an object that can become stale have its age."""
+
+    def renew_headers(self, now: float) -> bool:
+        """Prepare the headers of an object of an HTTP origin for the next second. False: it is stale."""
+        freshness, wall = self.representation.freshness, time()
+        if freshness is None:
+            return True
+        ttl = freshness.ttl(wall)
+        if ttl <= 0:
+            return False
+        self.headers = self.headers.at(freshness.age(wall), ttl)
+        self.headers_until = now + 1.0 - wall % 1.0
+        return True
 
     @property
     def descriptor(self) -> int:
@@ -132,8 +147,12 @@ class OpenObjectCache:
         memory: int,
         max_open_files: int = MAX_OPEN_FILES,
         clock: Callable[[], float] = monotonic,
+        *,
+        http_caching: bool = False,
     ) -> None:
-        """`memory`: limit in bytes for bodies in memory. `clock`: monotonic seconds."""
+        """`memory`: limit in bytes for bodies in memory. `clock`: monotonic seconds. `http_caching`: the objects are
+        those of an HTTP origin, and may become stale."""
+        self._http_caching = http_caching
         self._volume = volume
         self._memory = _Memory(memory)
         self._max_open_files = max_open_files
@@ -210,12 +229,20 @@ class OpenObjectCache:
             if not record.size:
                 return None
             if record not in self._headers:
-                representation = Representation.from_record(record, complete=True)
+                representation = Representation.of_hit(record, http_caching=self._http_caching)
                 self._headers[record] = (representation, PrebuiltHeaders.build(representation))
                 if len(self._headers) > _MAX_HEADERS:
                     self._headers.popitem(last=False)
             representation, headers = self._headers[record]
-            return CachedObject(object_id, representation, headers, file.identity(), file, size=record.size)
+            return CachedObject(
+                object_id,
+                representation,
+                headers,
+                file.identity(),
+                file,
+                size=record.size,
+                headers_until=inf if representation.freshness is None else 0.0,
+            )
         except (ValueError, OSError):
             return None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,7 +65,9 @@ class ParsedRequest(NamedTuple):
 class RequestParser:
     """Parses heads. Clients repeat their header fields, so parsed ones are cached, a few megabytes at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, left_to_sanic: Iterable[bytes] = ()) -> None:
+        """`left_to_sanic`: names of more header fields that the fast path does not support, in lower case."""
+        self._unsupported = _UNSUPPORTED_FIELDS.union(left_to_sanic)
         self._cache: dict[bytes, Fields] = {}
 
     def parse(self, data: bytes) -> ParsedRequest | None:
@@ -99,7 +103,7 @@ class RequestParser:
         )
 
     def _parse_fields(self, block: bytes) -> Fields | None:
-        fields = parse_fields(block)
+        fields = parse_fields(block, self._unsupported)
         if fields is not None and fields.request_id is None and len(block) <= _MAX_CACHED_BLOCK:
             if len(self._cache) >= PARSE_CACHE_SIZE:
                 self._cache.clear()
@@ -107,7 +111,9 @@ class RequestParser:
         return fields
 
 
-def parse_fields(block: bytes) -> Fields | None:
+def parse_fields(
+    block: bytes, unsupported: AbstractSet[bytes] = frozenset(_UNSUPPORTED_FIELDS)
+) -> Fields | None:
     """Parse the header fields of a head (all lines but the first, each with its CRLF).
 
     Returns None if there is a field that the fast path does not support.
@@ -118,7 +124,7 @@ def parse_fields(block: bytes) -> Fields | None:
     for line in block[:-2].split(b"\r\n"):
         name, _, value = line.partition(b":")
         name = name.lower()
-        if name in _UNSUPPORTED_FIELDS or name in found:
+        if name in unsupported or name in found:
             return None
         if name in _SUPPORTED_FIELDS:
             found[name] = value.lstrip(b" \t").decode("ascii")

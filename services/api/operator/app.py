@@ -227,7 +227,7 @@ async def operator_api(context: ApiContext, holder: str, *, shared_port: bool) -
     if settings.secret is None:
         yield None
         return
-    commands = OperatorCommands(context.state, context.operator_state)
+    commands = OperatorCommands(context.state, context.operator_state, context.catalog)
     warmer = CacheWarmer(context, holder)
     authenticator = TokenAuthenticator(context.state, settings.secret.get_secret_value())
     queries = OperatorQueries(context.state, context.volume)

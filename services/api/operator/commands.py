@@ -18,6 +18,7 @@ from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.objects import ObjectId, source_name
 from distributor_node.shared.domain.operator_state import OperatorState, Warming, WarmingScope
+from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import Fetch, IndexEntry, StateStore
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 
@@ -34,8 +35,8 @@ class OperatorCommands:
     Raises HttpError 409 if a command has no effect or is impossible, and for all commands once the node shuts down.
     """
 
-    def __init__(self, state: StateStore, operator_state: OperatorStateWatcher) -> None:
-        self._state, self._operator_state = state, operator_state
+    def __init__(self, state: StateStore, operator_state: OperatorStateWatcher, catalog: Catalog) -> None:
+        self._state, self._operator_state, self._catalog = state, operator_state, catalog
 
     async def stop(self) -> dict[str, Any]:
         """Close the public port."""
@@ -83,6 +84,8 @@ class OperatorCommands:
         """Purge these objects. None: all objects that are cached or being fetched now."""
         await self._reject_if_shutting_down()
         if object_ids is not None:
+            for object_id in object_ids:  # what is fetched after the purge must be looked up after it
+                await self._catalog.forget_object(object_id)
             await self._state.request_purges(object_ids)
             count = len(object_ids)
         else:

@@ -124,6 +124,9 @@ class CachedCatalog:
     def public_url(self) -> str:
         return self._inner.public_url
 
+    def sources_of(self, object_id: ObjectId) -> Sequence[str]:
+        return self._inner.sources_of(object_id)
+
     async def open(self) -> None:
         await self._shared.open()
         await self._inner.open()
@@ -171,6 +174,17 @@ class CachedCatalog:
         if entry is not None and entry.answer == outdated:
             self._entries[outdated.object_id] = replace(entry, lifetime=0.0, outdated=True)
         await self._shared.expire(outdated)
+
+    async def forget_object(self, object_id: ObjectId) -> None:
+        known = {self._entries[object_id].answer} if object_id in self._entries else set()
+        shared = await self._shared.get(object_id)
+        if shared is not None:
+            known.add(shared.answer)
+        for answer in known:
+            if answer is not None:
+                await self.forget(answer)
+            else:
+                self._entries.pop(object_id, None)
 
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         return self._inner.list_objects(assignment)
@@ -384,7 +398,7 @@ async def _result_of(query: asyncio.Task[_Answer]) -> _Answer:
 
 
 def _is_available(answer: MediaObject | None) -> bool:
-    return answer is not None and answer.accepted and bool(answer.sources)
+    return answer is not None and answer.accepted and bool(answer.sources) and answer.not_stored is None
 
 
 # Answers shared by the node's processes: one of them asks, the others wait for its answer.

@@ -58,6 +58,9 @@ class ManifestCatalog:
     def public_url(self) -> str:
         return ""
 
+    def sources_of(self, object_id: ObjectId) -> Sequence[str]:
+        return ()
+
     async def open(self) -> None:
         """Read the file. Raises ConfigurationError, with line, entry and rule, if it is missing or invalid."""
         try:
@@ -79,6 +82,9 @@ class ManifestCatalog:
         return (await self._current()).objects.get(object_id)
 
     async def forget(self, outdated: MediaObject) -> None:
+        """Nothing is remembered here."""
+
+    async def forget_object(self, object_id: ObjectId) -> None:
         """Nothing is remembered here."""
 
     async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:

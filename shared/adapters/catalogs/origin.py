@@ -19,6 +19,7 @@ from distributor_node.shared.domain.errors import (
     SourceError,
     SourceWrong,
 )
+from distributor_node.shared.domain.http_caching import why_not_stored
 from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.domain.urls import parse_source_url, url_origin
@@ -69,6 +70,9 @@ class OriginCatalog:
     def public_url(self) -> str:
         return url_origin(self._template)
 
+    def sources_of(self, object_id: ObjectId) -> Sequence[str]:
+        return (self._url_of(object_id),)
+
     async def open(self) -> None:
         """Raise ConfigurationError if the template does not make valid URLs."""
         try:
@@ -97,6 +101,9 @@ class OriginCatalog:
             return await self._describe(object_id)
 
     async def forget(self, outdated: MediaObject) -> None:
+        """Nothing is remembered here."""
+
+    async def forget_object(self, object_id: ObjectId) -> None:
         """Nothing is remembered here."""
 
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
@@ -138,6 +145,7 @@ class OriginCatalog:
             media_type=media_type_or_none(response.headers.get("Content-Type")),
             sources=(url,),  # not what it redirects to: such a URL may be valid for seconds
             validators=Validators.from_headers(response.headers),
+            not_stored=why_not_stored(200, response.headers),  # of a range, what its 200 would say
         )
 
     async def _request(

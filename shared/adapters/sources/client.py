@@ -175,6 +175,17 @@ class SourceResponse:
     media_type: str | None  # as the source states it
     validators: Validators  # as the source states them
     chunks: AsyncIterator[bytes]  # exactly these bytes, once; raises SourceError
+    headers: Mapping[str, str]  # all of them, with case-insensitive names
+    delay: float  # seconds from the request to its head
+
+
+@dataclass(frozen=True, slots=True)
+class SourceAnswer:
+    """The head of a source's response, whatever its status."""
+
+    status: int
+    headers: Mapping[str, str]  # with case-insensitive names
+    delay: float  # seconds from the request to its head
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +269,24 @@ class SourceClient:
                         plan.media_type,
                         plan.validators,
                         chunks,
+                        response.headers,
+                        attempt.first_byte or 0.0,
                     )
+        except SourceError as error:
+            attempt.failure = error.reason
+            raise
+        finally:
+            self._observe(attempt.observation(source_name(url)))
+
+    async def ask(self, url: str, headers: Mapping[str, str]) -> SourceAnswer:
+        """Send a GET with these headers in addition, and discard its body. Redirects are followed.
+
+        Raises SourceError.
+        """
+        attempt = _Attempt(MinimumRate(self._limits.stall_timeout, self._limits.minimum_bytes))
+        try:
+            async with self._request(url, None, UNKNOWN_VERSION, attempt, headers) as response:
+                return SourceAnswer(response.status_code, response.headers, attempt.first_byte or 0.0)
         except SourceError as error:
             attempt.failure = error.reason
             raise
@@ -267,13 +295,19 @@ class SourceClient:
 
     @asynccontextmanager
     async def _request(
-        self, url: str, byte_range: ByteRange | None, version: Version, attempt: _Attempt
+        self,
+        url: str,
+        byte_range: ByteRange | None,
+        version: Version,
+        attempt: _Attempt,
+        more: Mapping[str, str] | None = None,
     ) -> AsyncIterator[httpx.Response]:
         try:
             parse_source_url(url)
         except InvalidInput as error:
             raise SourceUnreachable(f"invalid source URL: {error}") from error
         headers = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "distributor-node"}
+        headers |= more or {}
         if byte_range is not None:
             headers["Range"] = str(byte_range)
             if version.if_range is not None:

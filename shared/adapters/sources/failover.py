@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 import structlog
 
-from distributor_node.shared.adapters.sources.client import Expected, SourceClient, SourceResponse
+from distributor_node.shared.adapters.sources.client import (
+    Expected,
+    SourceAnswer,
+    SourceClient,
+    SourceResponse,
+)
 from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
 from distributor_node.shared.domain.conditionals import ByteRange
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
+    NotStorable,
     SourceError,
     SourceOutpaced,
     SourceRefused,
@@ -106,6 +112,10 @@ class FailoverReader:
         ranked = self._health.best_first(media_object.sources, media_object.object_id)
         return [url for url in ranked if not self._health.is_penalised(url)] or ranked
 
+    async def ask(self, url: str, headers: Mapping[str, str]) -> SourceAnswer:
+        """Return what one source answers to a GET with these headers, without a body. Raises SourceError."""
+        return await self._client.ask(url, headers)
+
     def report_corrupt(self, url: str, object_id: ObjectId | None) -> None:
         """Record that the source sent corrupt bytes: it ranks behind the others for a while.
 
@@ -150,6 +160,7 @@ class FailoverReader:
         # A missing object, or a lack of free connections here, does not predict failures with other objects.
         # Nor does another version of an object that has no hash.
         missing = isinstance(error, SourceRefused) and 400 <= error.status < 500
+        missing = missing or isinstance(error, NotStorable)
         changed = isinstance(error, VersionChanged) and span.expected.version.content_hash is None
         if type(error) is not SourceError and not missing and not changed:
             self._health.record_failure(url)
@@ -251,4 +262,4 @@ def _is_worth_retrying(error: SourceError, *, sent_bytes: bool) -> bool:
         return error.status >= 500
     if isinstance(error, SourceUnreachable):
         return not error.timed_out
-    return not isinstance(error, SourceWrong)
+    return not isinstance(error, SourceWrong | NotStorable)

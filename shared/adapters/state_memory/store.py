@@ -340,6 +340,14 @@ class MemoryStateStore:
         self._tables.drop_object(entry)
         return footprint(entry.size)
 
+    async def detach_eviction(self, term: Term, object_id: ObjectId) -> bool:
+        entry = self._tables.objects.get(object_id)
+        if not self._tables.is_leader(term) or entry is None or not entry.evicting:
+            return False
+        self._tables.drop_object(entry)
+        self._tables.leaving += footprint(entry.size)
+        return True
+
     async def begin_evictions(
         self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
     ) -> Sequence[bool]:

@@ -259,6 +259,9 @@ class RedisStateStore:
         [freed] = await self._query_as_leader("finish_eviction", term, object_id)
         return freed
 
+    async def detach_eviction(self, term: Term, object_id: ObjectId) -> bool:
+        return (await self._run_as_leader("detach_eviction", term, object_id)) == 1
+
     async def begin_evictions(
         self, term: Term, object_ids: Sequence[ObjectId], min_idle: float
     ) -> Sequence[bool]:

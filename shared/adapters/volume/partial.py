@@ -25,6 +25,7 @@ from distributor_node.shared.adapters.volume.records import (
     unlink_if_exists,
 )
 from distributor_node.shared.domain.errors import VolumeError, VolumeFull
+from distributor_node.shared.domain.http_caching import Freshness
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.version import Validators
 
@@ -141,9 +142,9 @@ class PartialFile:
         """Record the media type that the source reports. The next write updates the sidecar before its bytes."""
         self._update_record(replace(self.record, media_type=media_type))
 
-    def set_validators(self, validators: Validators) -> None:
+    def set_version(self, validators: Validators, freshness: Freshness | None) -> None:
         """Record the version that the source sends, likewise. Call it while the file is empty."""
-        self._update_record(self.record.with_validators(validators))
+        self._update_record(replace(self.record.with_validators(validators), freshness=freshness))
 
     def _update_record(self, record: StoredRecord) -> None:
         if record != self.record:

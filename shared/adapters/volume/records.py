@@ -11,6 +11,7 @@ from typing import Any
 
 from distributor_node.shared.domain.conditionals import is_http_date
 from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.http_caching import decode_freshness, encode_freshness
 from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import MAX_SIZE, ContentHash, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import RECORD_BYTES
@@ -33,6 +34,7 @@ def encode_record(record: StoredRecord) -> bytes:
         "media_type": record.media_type,
         "stored_at": record.stored_at,
         "last_modified": record.validators.last_modified,
+        **encode_freshness(record.freshness),
     }
     body = _to_json(fields if record.name is None else {**fields, "name": record.name})
     if len(body) > RECORD_BYTES and record.name is not None:
@@ -79,6 +81,7 @@ def decode_record(body: bytes) -> StoredRecord:
             media_type=media_type,
             stored_at=stored_at,
             name=name,
+            freshness=decode_freshness(fields),
         ).with_validators(_read_validators(fields, content_hash))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidInput(f"record: unreadable: {type(error).__name__}") from error

@@ -80,6 +80,9 @@ class JoystreamCatalog:
     def public_url(self) -> str:
         return url_without_credentials(self._url)
 
+    def sources_of(self, object_id: ObjectId) -> Sequence[str]:
+        return ()
+
     async def open(self) -> None:
         """Raise ConfigurationError for an invalid URL. A squid that is down is not an error here."""
         await self._endpoint.open()
@@ -156,6 +159,9 @@ class JoystreamCatalog:
             MANY_OBJECTS, variables, limits.timeout, max(max_bytes, limits.max_response)
         )
         return read_objects(object_ids, data.get("objects"), refuse_private=self._refuse_private)
+
+    async def forget_object(self, object_id: ObjectId) -> None:
+        """Nothing is remembered here."""
 
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         return list_objects(self._endpoint, self._limits, assignment)
