@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -24,6 +24,7 @@ from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.state_common import QUEUED_SECONDS
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import (
+    CatalogUnavailable,
     ConfigurationError,
     JobQueueUnavailable,
     SourceError,
@@ -49,10 +50,11 @@ from distributor_node.shared.domain.jobs import (
     Retry,
     RetryPlan,
 )
-from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState
 from distributor_node.shared.domain.version import Validators
 from distributor_node.shared.observability.metrics import FETCHES, PHASE
+from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.job_queue import JobQueue
 from distributor_node.shared.ports.state_store import (
     Announcement,
@@ -83,6 +85,7 @@ class Fetcher:
         state: StateStore,
         queue: JobQueue,
         volume: Volume,
+        catalog: Catalog,
         failover_reader: FailoverReader,
     ) -> None:
         fetch, storage = settings.fetch, settings.storage
@@ -109,6 +112,12 @@ class Fetcher:
             state, self.name, self._slot_limits, failover_reader.worth_downloading_from
         )
         self._operator_state = OperatorStateWatcher(state, volume.root, settings.assignment)
+        self._checker = JobChecker(
+            catalog,
+            state,
+            lambda: self._operator_state.assignment,
+            max_age=sum(settings.job_queue.retry_delays) + QUEUED_SECONDS,
+        )
         self._dead_letter_handler = DeadLetterHandler(
             state, volume, self._disk, self.name, fetch.failure_memory
         )
@@ -142,8 +151,12 @@ class Fetcher:
             if job.revalidates is not None:
                 return await self._revalidator.handle(job)
             await self._operator_state.wait_until(_not_draining)
-            async with self._scheduler.slot(job) as slot:
-                return await self._worker.handle(job, slot) if isinstance(slot, Slot) else slot
+            checked = await self._checker.check(job)
+            if not isinstance(checked, FetchJob):
+                FETCHES.labels(outcome_label(checked)).inc()
+                return checked
+            async with self._scheduler.slot(checked) as slot:
+                return await self._worker.handle(checked, slot) if isinstance(slot, Slot) else slot
         except asyncio.CancelledError:
             return Nack()
 
@@ -169,6 +182,86 @@ class Fetcher:
 
 def _not_draining(state: OperatorState) -> bool:
     return not state.draining
+
+
+class JobChecker:
+    """Compares a job with the catalog before it is carried out. A message is a hint: what is fetched, from where, and
+    whether at all, is what the catalog says now.
+
+    The broker may have been restored from a backup, the buckets may have changed, and what a message says would be
+    served as immutable.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        state: StateStore,
+        assignment: Callable[[], Assignment],
+        max_age: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`assignment`: returns the current one. `max_age`: seconds that a job lives with all its delays.
+        `clock`: POSIX seconds.
+        """
+        self._catalog, self._state, self._assignment = catalog, state, assignment
+        self._max_age, self._clock = max_age, clock
+
+    async def check(self, job: FetchJob) -> FetchJob | JobOutcome:
+        """Return the job as the catalog describes its object, or what becomes of it instead."""
+        with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
+            try:
+                known = await self._catalog.look_up(job.object_id)
+                if (
+                    known is not None
+                    and known.version != job.media_object.version
+                    and await self._is_live(job)
+                ):
+                    # Race: 1. the catalog changes; 2. an API process learns it and publishes the job; 3. this process
+                    # still has the answer of before.
+                    await self._catalog.forget(known)
+                    known = await self._catalog.look_up(job.object_id)
+            except CatalogUnavailable as error:
+                # The claim shows that the job is of this node, which has asked the catalog just before.
+                return job if await self._is_live(job) else Retry(f"catalog: {error}")
+            refusal = self._refusal(known)
+            if known is None or refusal is not None:
+                logger.warning("job_dropped", reason=refusal, age=self._age(job))
+                await self._release_claim(job)
+                return Ack(refusal or "does_not_exist")
+            if known.version != job.media_object.version:
+                logger.warning("job_corrected", size=known.size, age=self._age(job))
+            return replace(job, media_object=known)
+
+    def _refusal(self, known: MediaObject | None) -> str | None:
+        """Return why the object is not fetched, as a label of metrics. None: it is."""
+        if known is None:
+            return "does_not_exist"
+        if not self._assignment().covers(known):
+            return "not_served"
+        if not known.accepted:
+            return "not_uploaded"
+        return "unknown_size" if known.size is None else None
+
+    def _age(self, job: FetchJob) -> float:
+        return round(self._clock() - job.published_at, 3)
+
+    async def _is_live(self, job: FetchJob) -> bool:
+        """Whether the job is young, and the state store knows of a claim or a fetch that it belongs to."""
+        if abs(self._age(job)) > self._max_age:
+            return False
+        try:
+            return (await self._state.find(job.object_id)).fetch is not None
+        except StateStoreUnavailable:
+            return False
+
+    async def _release_claim(self, job: FetchJob) -> None:
+        """End the claim, so that requests do not wait for a fetch. A live lease is not affected."""
+        try:
+            fetch = (await self._state.find(job.object_id)).fetch
+            if fetch is not None:
+                await self._state.release_claim(job.object_id, fetch.worker)
+        except StateStoreUnavailable as error:
+            logger.info("claim_not_released", reason=str(error))
 
 
 class Worker:

@@ -6,6 +6,7 @@ from distributor_node.services.fetcher.fetcher import Fetcher
 from distributor_node.shared.observability.metrics import describe_build, render_in_thread
 from distributor_node.shared.observability.probe_server import Probes, ProbeServer, ready_without
 from distributor_node.shared.runtime.factories import (
+    build_catalog,
     build_failover_reader,
     build_job_queue,
     build_source_client,
@@ -35,13 +36,15 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
     resources = scope.resources
     volume = build_volume(settings)
     resources.callback(volume.close)
-    state, queue = build_state_store(settings), build_job_queue(settings)
+    state, queue, catalog = build_state_store(settings), build_job_queue(settings), build_catalog(settings)
     client = build_source_client(settings, max_connections=settings.fetch.concurrency)
     stats_sync = build_source_stats_sync(settings)
-    for opened in (state, queue, stats_sync, client):
+    for opened in (catalog, state, queue, stats_sync, client):
         resources.push_async_callback(opened.close)
         await opened.open()
-    fetcher = Fetcher(settings, state, queue, volume, build_failover_reader(client, stats_sync.registry))
+    fetcher = Fetcher(
+        settings, state, queue, volume, catalog, build_failover_reader(client, stats_sync.registry)
+    )
     await resources.enter_async_context(
         ProbeServer(
             settings.metrics.host,

@@ -76,7 +76,9 @@ async def run_standalone(
     )
     describe_build(VERSION, "standalone")
     retain_freed_memory()
-    fetcher = Fetcher(settings, state, queue, volume, build_failover_reader(downloads, stats_sync.registry))
+    fetcher = Fetcher(
+        settings, state, queue, volume, catalog, build_failover_reader(downloads, stats_sync.registry)
+    )
     evictor = Evictor(settings, state, volume, catalog, monitor)
     context = make_context(
         settings, volume, state, queue, catalog, build_failover_reader(proxying, stats_sync.registry)

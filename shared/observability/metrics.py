@@ -196,7 +196,8 @@ QUEUE_JOBS = Gauge(
 # Fetches (fetcher; those of sources also from the API's proxy)
 FETCHES = Counter(
     "distributor_fetches_total",
-    "Jobs that ended, by outcome: fetched, already_cached, retry, requeue, dead_letter, nack, …",
+    "Jobs that ended, by outcome: fetched, already_cached, retry, requeue, dead_letter, nack, … Dropped after a look at "
+    "the catalog: does_not_exist, not_served, not_uploaded, unknown_size.",
     ["outcome"],
 )
 REVALIDATIONS = Counter(
@@ -305,6 +306,7 @@ _PRECREATED: dict[str, dict[Counter, tuple[str, ...]]] = {
         VAIN_WAITS: ("waited", "no_worker", "busy", "not_begun", "not_consumed"),
         STALLED_FETCHES_BRIDGED: ("caught_up", "complete"),
     },
+    "fetcher": {FETCHES: ("does_not_exist", "not_served", "not_uploaded")},
     "evictor": {
         EVICTIONS: ("space",),
         RECONCILED: ("adopted", "dropped_record"),

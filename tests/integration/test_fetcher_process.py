@@ -31,6 +31,7 @@ pytestmark = pytest.mark.servers
 OBJECT_ID = ObjectId.parse("7")
 SIZE = 4 * 1024 * 1024
 DATA = GeneratedContent(7, SIZE).read(0, SIZE)
+OTHER = b"<h1>other bytes</h1>" * 100
 SLOW = Fault(bytes_per_second=1024 * 1024)
 
 
@@ -54,6 +55,15 @@ class Harness:
             OBJECT_ID, SIZE, hash_of(DATA), "video/mp4", sources=(self.node.object_url(OBJECT_ID),)
         )
         await self.queue.publish(FetchJob(wanted, "r-1", time.time()))
+
+    def forged_job(self, object_id: str) -> FetchJob:
+        """A job an hour old, with other bytes, from elsewhere, as a restored broker delivers it."""
+        url = self.node.object_url("8")
+        return FetchJob(
+            MediaObject(ObjectId(object_id), len(OTHER), hash_of(OTHER), "text/html", sources=(url,)),
+            "r-0",
+            time.time() - 3600,
+        )
 
     async def until_partial(self, size: int) -> None:
         async def grown() -> bool:
@@ -84,9 +94,10 @@ class Harness:
 async def harness(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[Harness]:
     prefix = f"fetcher-{uuid.uuid4().hex[:8]}"
     async with AsyncExitStack() as stack:
-        node = await stack.enter_async_context(StorageNode([bytes_object(OBJECT_ID, DATA)]).run())
+        listed = bytes_object(OBJECT_ID, DATA, "video/mp4")
+        node = await stack.enter_async_context(StorageNode([listed, bytes_object("8", OTHER)]).run())
         services = Stack(tmp_path, redis_url, amqp_url, prefix)
-        services.write_manifest([], [])
+        services.write_manifest([listed], [f"{node.api_url}/files/"])
         stack.callback(services.kill_all)
         volume = Volume(services.volume)
         stack.callback(volume.close)
@@ -131,3 +142,18 @@ async def test_a_killed_fetchers_job_is_resumed_by_another(harness: Harness) -> 
     await harness.start()
     await harness.assert_stored()
     assert harness.node.requests[1].range is not None
+
+
+async def test_an_old_job_is_carried_out_as_the_catalog_says(harness: Harness) -> None:
+    await harness.queue.publish(harness.forged_job(OBJECT_ID))
+    await harness.start()
+    await harness.assert_stored()
+
+
+async def test_a_job_for_an_object_that_is_not_in_the_catalog_is_dropped(harness: Harness) -> None:
+    await harness.queue.publish(harness.forged_job("8"))
+    await harness.publish()
+    await harness.start()
+    await harness.assert_stored()  # of object 7 alone
+    assert harness.volume.open_object(ObjectId("8")) is None
+    assert not [request for request in harness.node.requests if request.path.endswith("/8")]

@@ -82,7 +82,8 @@ class ManifestCatalog:
         return (await self._current()).objects.get(object_id)
 
     async def forget(self, outdated: MediaObject) -> None:
-        """Nothing is remembered here."""
+        """Check for a changed file at the next look-up."""
+        self._checked_at = float("-inf")
 
     async def forget_object(self, object_id: ObjectId) -> None:
         """Nothing is remembered here."""

@@ -1,0 +1,133 @@
+"""Jobs are hints: what the catalog says of an object decides what is fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import pytest
+
+from distributor_node.services.fetcher.fetcher import JobChecker
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.jobs import Ack, FetchJob, Retry
+from distributor_node.shared.domain.objects import (
+    Assignment,
+    ContentHash,
+    DistributionBucket,
+    MediaObject,
+    ObjectId,
+)
+from distributor_node.shared.ports.catalog import Catalog
+
+NOW = 1_800_000_000.0
+ID = ObjectId("7")
+KNOWN = MediaObject(
+    ID,
+    100,
+    ContentHash("sha256", b"k" * 32),
+    "image/png",
+    (DistributionBucket("0:1"),),
+    sources=("http://ours/7",),
+)
+FORGED = replace(
+    KNOWN, content_hash=ContentHash("sha256", b"f" * 32), media_type="text/html", sources=("http://other/7",)
+)
+
+
+@dataclass(slots=True)
+class ScriptedAnswers:
+    """The look-ups of a catalog. An answer stays until it is forgotten, as in a cache; the last one stays for ever."""
+
+    answers: list[MediaObject | None | CatalogUnavailable]
+    lookups: int = field(default=0)
+
+    async def look_up(self, object_id: ObjectId) -> MediaObject | None:
+        assert object_id == ID
+        self.lookups += 1
+        if isinstance(self.answers[0], CatalogUnavailable):
+            raise self.answers[0]
+        return self.answers[0]
+
+    async def forget(self, outdated: MediaObject) -> None:
+        assert outdated == self.answers[0]
+        if len(self.answers) > 1:
+            self.answers.pop(0)
+
+
+@dataclass(slots=True)
+class Harness:
+    state: MemoryStateStore
+    catalog: ScriptedAnswers
+    checker: JobChecker
+
+
+async def make(answers: Sequence[MediaObject | None | CatalogUnavailable], *, claimed: bool) -> Harness:
+    state = MemoryStateStore(1_000_000, StateTimeouts(), lambda: NOW)
+    if claimed:
+        assert (await state.claim(ID, "api-1")).won
+        await state.mark_queued(ID, "api-1")
+    catalog = ScriptedAnswers(list(answers))
+    ours = Assignment(frozenset({"0:1"}))
+    checker = JobChecker(cast("Catalog", catalog), state, lambda: ours, max_age=60.0, clock=lambda: NOW)
+    return Harness(state, catalog, checker)
+
+
+def job(claimed: MediaObject, age: float = 1.0) -> FetchJob:
+    return FetchJob(claimed, "r-1", NOW - age)
+
+
+async def test_an_old_job_is_fetched_as_the_catalog_describes_its_object() -> None:
+    harness = await make([KNOWN], claimed=False)
+    old = job(FORGED, age=3600)
+    assert await harness.checker.check(old) == replace(old, media_object=KNOWN)
+
+
+async def test_a_live_job_that_differs_makes_the_catalog_be_asked_again() -> None:
+    newer = replace(KNOWN, content_hash=ContentHash("sha256", b"n" * 32))
+    harness = await make([KNOWN, newer], claimed=True)
+    assert await harness.checker.check(job(newer)) == job(newer)
+    assert harness.catalog.lookups == 2
+
+
+async def test_a_forged_job_is_corrected_although_the_object_is_claimed() -> None:
+    harness = await make([KNOWN], claimed=True)
+    checked = await harness.checker.check(job(FORGED))
+    assert isinstance(checked, FetchJob)
+    assert checked.media_object == KNOWN
+
+
+async def test_a_job_that_agrees_costs_one_look_up() -> None:
+    harness = await make([KNOWN], claimed=True)
+    assert await harness.checker.check(job(KNOWN)) == job(KNOWN)
+    assert harness.catalog.lookups == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (None, "does_not_exist"),
+        (replace(KNOWN, buckets=(DistributionBucket("0:2"),)), "not_served"),
+        (replace(KNOWN, accepted=False), "not_uploaded"),
+        (replace(KNOWN, size=None), "unknown_size"),
+    ],
+)
+async def test_a_job_for_an_object_that_is_not_ours_is_dropped_and_its_claim_ends(
+    answer: MediaObject | None, reason: str
+) -> None:
+    harness = await make([answer], claimed=True)
+    assert await harness.checker.check(job(KNOWN)) == Ack(reason)
+    assert (await harness.state.find(ID)).fetch is None
+
+
+@pytest.mark.parametrize(
+    ("claimed", "age", "believed"), [(True, 1.0, True), (True, 61.0, False), (False, 1.0, False)]
+)
+async def test_without_the_catalog_only_a_young_job_with_a_claim_is_believed(
+    claimed: bool, age: float, believed: bool
+) -> None:
+    harness = await make([CatalogUnavailable("down")], claimed=claimed)
+    asked = job(KNOWN, age)
+    assert await harness.checker.check(asked) == (asked if believed else Retry("catalog: down"))
