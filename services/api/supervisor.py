@@ -1,8 +1,10 @@
-"""Several API processes on one port: starts workers, replaces those that die, stops them together.
+"""Several API processes on one port: starts workers, replaces those that die or hang, stops them together.
 
 Each worker is a new interpreter (services/api/worker.py) in a session of its own, so that a Ctrl-C reaches only the
 supervisor. It reads its settings from its standard input. The end of that pipe tells it that the supervisor is gone,
-however the supervisor died.
+however the supervisor died. A second pipe carries the heartbeat of the worker's event loop: one byte per interval. On
+STACK_SIGNAL, `faulthandler` writes the stacks of all its threads to the same pipe: it needs neither the event loop nor
+the interpreter lock.
 
 This module and what it imports must not import prometheus_client: `run_supervisor` chooses multiprocess metrics first.
 """
@@ -11,16 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import structlog
 from pydantic import SecretStr
@@ -43,11 +46,18 @@ from distributor_node.shared.waiting import Backoff, background, cancel_and_wait
 
 SHUTDOWN_ORDERED = 3
 """Exit code of a worker that ended because an operator shut the whole node down. The supervisor then ends with 0."""
+HEARTBEAT, HEARTBEAT_INTERVAL = b".", 0.5
+STACK_SIGNAL = signal.SIGXCPU
+"""Its default action ends the process, which suits a worker that hangs before it has installed its handler."""
+FIRST_HEARTBEAT_TIMEOUT = 60.0
+"""Seconds from the start of a worker to its first heartbeat: it imports, and a machine that starts is busy."""
 PORT_RETRY_INTERVAL = 0.25
 """Seconds between attempts to bind a port that the workers of a killed supervisor still hold."""
 _MIN_RESTART_DELAY, _MAX_RESTART_DELAY = 0.5, 10.0
 _STABLE_AFTER = 30.0
 _SHUTDOWN_MARGIN = 5.0
+_STACK_WAIT = 1.0  # seconds for the stacks to arrive
+_MAX_STACK = 32 * 1024
 
 logger = structlog.get_logger()
 
@@ -79,6 +89,7 @@ async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
                 worker_input(settings, port, operator_port, path, listener),
                 settings.shutdown_deadline,
                 listener,
+                settings.public_api.hang_timeout,
             )
             for number, path in enumerate(paths, start=1)
         ]
@@ -170,16 +181,22 @@ class Worker:
     """One worker process, and the processes that replace it."""
 
     def __init__(
-        self, number: int, standard_input: bytes, deadline: float, listener: socket.socket | None
+        self,
+        number: int,
+        standard_input: bytes,
+        deadline: float,
+        listener: socket.socket | None,
+        hang_timeout: float,
     ) -> None:
         """`standard_input`: written to the worker's standard input. `deadline`: seconds that it may take to stop.
 
-        `listener`: passed on to the worker.
+        `listener`: passed on to the worker. `hang_timeout`: seconds without a heartbeat before it is killed.
         """
         self.number = number
         self._standard_input = standard_input
         self._deadline = deadline
         self._listener = listener
+        self._hang_timeout = hang_timeout
         self._restart_backoff = Backoff(_MIN_RESTART_DELAY, _MAX_RESTART_DELAY, jitter=False)
 
     async def keep_running(self, stop_requested: asyncio.Event) -> None:
@@ -189,44 +206,54 @@ class Worker:
         """
         while not stop_requested.is_set():
             started = time.monotonic()
-            process = await self._start()
-            try:
-                await self._run(process, stop_requested)
-            finally:
-                if process.returncode is None:
-                    process.kill()
-                    await process.wait()
-                forget_process(process.pid)
+            async with HeartbeatReader() as heartbeat:
+                process = await self._start(heartbeat)
+                try:
+                    await self._run(process, heartbeat, stop_requested)
+                finally:
+                    if process.returncode is None:
+                        process.kill()
+                        await process.wait()
+                    forget_process(process.pid)
             if process.returncode == SHUTDOWN_ORDERED:
                 stop_requested.set()
             elif not stop_requested.is_set():
                 await self._delay_restart(process, time.monotonic() - started, stop_requested)
 
-    async def _start(self) -> Process:
+    async def _start(self, heartbeat: HeartbeatReader) -> Process:
+        inherited = [] if self._listener is None else [self._listener.fileno()]
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
             "-m",
             "distributor_node.services.api.worker",
+            str(heartbeat.write_end),
             stdin=PIPE,
             start_new_session=True,
             env=child_environment(),
-            pass_fds=() if self._listener is None else (self._listener.fileno(),),
+            pass_fds=(*inherited, heartbeat.write_end),
         )
+        heartbeat.close_write_end()
         if process.stdin is None:
             raise RuntimeError("a worker was started without a standard input")
         process.stdin.write(self._standard_input)
         logger.info("worker_started", worker=self.number, process=process.pid)
         return process
 
-    async def _run(self, process: Process, stop_requested: asyncio.Event) -> None:
+    async def _run(self, process: Process, heartbeat: HeartbeatReader, stop_requested: asyncio.Event) -> None:
         ended = asyncio.create_task(process.wait(), name=f"api-worker-{self.number}-process")
         stop = asyncio.create_task(stop_requested.wait(), name=f"api-worker-{self.number}-stop")
+        silence = asyncio.create_task(
+            heartbeat.wait_silent(self._hang_timeout), name=f"api-worker-{self.number}-heartbeat"
+        )
         try:
-            await asyncio.wait({ended, stop}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({ended, stop, silence}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            stop.cancel()
+            await cancel_and_wait(stop, silence)
         if ended.done():
+            return
+        if not stop_requested.is_set():
+            await self._kill_hung(process, heartbeat)
             return
         process.send_signal(signal.SIGTERM)
         await asyncio.wait({ended}, timeout=self._deadline + _SHUTDOWN_MARGIN / 2)
@@ -236,6 +263,23 @@ class Worker:
         if await ended not in (CLEAN, SHUTDOWN_ORDERED, -signal.SIGTERM):
             raise RuntimeError(f"worker {self.number} ended with exit code {process.returncode}")
 
+    async def _kill_hung(self, process: Process, heartbeat: HeartbeatReader) -> None:
+        """Kill a worker whose event loop hangs, and log where it hangs."""
+        from distributor_node.shared.observability.metrics import WORKERS_HUNG  # noqa: PLC0415
+
+        process.send_signal(STACK_SIGNAL)
+        stack = await heartbeat.read_stack()
+        process.kill()
+        WORKERS_HUNG.inc()
+        logger.error(
+            "worker_hung",
+            worker=self.number,
+            process=process.pid,
+            silent_for=self._hang_timeout,
+            stack=stack or "none: the process is stopped, or in a system call that cannot be interrupted",
+        )
+        await process.wait()
+
     async def _delay_restart(self, process: Process, uptime: float, stop_requested: asyncio.Event) -> None:
         if process.returncode == MISCONFIGURED:
             raise ConfigurationError(f"worker {self.number} cannot start with these settings")
@@ -244,6 +288,60 @@ class Worker:
         delay = self._restart_backoff.next_delay()
         logger.error("worker_died", worker=self.number, code=process.returncode, pause=delay)
         await wait_event(stop_requested, delay)
+
+
+class HeartbeatReader:
+    """The supervisor's end, for one worker process."""
+
+    def __init__(self) -> None:
+        self._reader = asyncio.StreamReader()
+        self._transport: asyncio.BaseTransport | None = None
+        self.write_end = -1  # for the worker
+
+    async def __aenter__(self) -> Self:
+        read_end, self.write_end = os.pipe()
+        self._transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(self._reader), os.fdopen(read_end, "rb", 0)
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close_write_end()
+        if self._transport is not None:
+            self._transport.close()
+
+    def close_write_end(self) -> None:
+        """The worker has inherited it."""
+        if self.write_end >= 0:
+            os.close(self.write_end)
+            self.write_end = -1
+
+    async def wait_silent(self, timeout: float) -> None:
+        """Return once no beat has arrived for `timeout` seconds. Never returns after the end of the pipe.
+
+        What counts are waits, not the time of a clock: while the supervisor itself stands still, beats collect in the
+        pipe, and the first wait afterwards finds them.
+        """
+        silent, limit = 0.0, FIRST_HEARTBEAT_TIMEOUT
+        while silent < max(limit, timeout):
+            try:
+                async with asyncio.timeout(HEARTBEAT_INTERVAL):
+                    ended = not await self._reader.read(4096)
+            except TimeoutError:
+                silent += HEARTBEAT_INTERVAL
+                continue
+            if ended:
+                await asyncio.get_running_loop().create_future()
+            silent, limit = 0.0, timeout
+
+    async def read_stack(self) -> str:
+        """Return what the worker writes within a second after STACK_SIGNAL."""
+        stack = bytearray()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_STACK_WAIT):
+                while len(stack) < _MAX_STACK and (more := await self._reader.read(4096)):
+                    stack += more
+        return stack.decode(errors="replace").strip(HEARTBEAT.decode() + "\n")
 
 
 def worker_input(

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import faulthandler
 import json
 import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from distributor_node.services.api.service import run_api
-from distributor_node.services.api.supervisor import SHUTDOWN_ORDERED
+from distributor_node.services.api.supervisor import (
+    HEARTBEAT,
+    HEARTBEAT_INTERVAL,
+    SHUTDOWN_ORDERED,
+    STACK_SIGNAL,
+)
 from distributor_node.shared.runtime.run_service import CLEAN, ServiceScope, run_service
 from distributor_node.shared.runtime.systemd import inherited_socket
 from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.waiting import background
 
 
 def main() -> int:
-    """Serve until the supervisor sends SIGTERM or dies. Returns the exit code."""
+    """Serve until the supervisor sends SIGTERM or dies. Returns the exit code. Argument: where the heartbeat goes."""
     given = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_supervisor, name="supervisor-watch", daemon=True).start()
-    return run_worker(Settings(**given["settings"]), Path(given["probe_path"]), given["listener"])
+    settings = Settings(**given["settings"])
+    return run_worker(settings, Path(given["probe_path"]), given["listener"], int(sys.argv[1]))
 
 
 def _end_with_supervisor() -> None:
@@ -30,17 +40,34 @@ def _end_with_supervisor() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def run_worker(settings: Settings, probe_path: Path, listener: int | None) -> int:
+async def send_heartbeat(pipe: int) -> None:
+    """Report that the event loop runs, until cancelled. `pipe`: the supervisor's, closed at the end."""
+    os.set_blocking(pipe, False)
+    faulthandler.register(STACK_SIGNAL, file=pipe, all_threads=True, chain=False)
+    try:
+        while True:
+            with suppress(
+                OSError
+            ):  # full: the supervisor is stopped; broken: it has died, and this process ends
+                os.write(pipe, HEARTBEAT)
+            await asyncio.sleep(HEARTBEAT_INTERVAL)
+    finally:
+        faulthandler.unregister(STACK_SIGNAL)
+        os.close(pipe)
+
+
+def run_worker(settings: Settings, probe_path: Path, listener: int | None, heartbeat: int) -> int:
     """Serve on a port that other workers share. Returns the exit code, SHUTDOWN_ORDERED included.
 
     `probe_path`: Unix socket where the supervisor asks for health and metrics. `listener`: descriptor of the public
-    port, if systemd has opened it."""
+    port, if systemd has opened it. `heartbeat`: descriptor of the supervisor's pipe."""
     shutdown_ordered = False
 
     async def serve(scope: ServiceScope) -> None:
         nonlocal shutdown_ordered
         inherited = None if listener is None else inherited_socket(listener)
-        shutdown_ordered = await run_api(scope, settings, probe_path=probe_path, listener=inherited)
+        async with background(send_heartbeat(heartbeat), "heartbeat"):
+            shutdown_ordered = await run_api(scope, settings, probe_path=probe_path, listener=inherited)
 
     code = run_service(serve, name="api", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
     return SHUTDOWN_ORDERED if code == CLEAN and shutdown_ordered else code

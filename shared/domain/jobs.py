@@ -16,8 +16,9 @@ CLAIM_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class FetchJob:
-    """Asks for one object to be fetched. A hint: workers compare it with the catalog, and believe it where the catalog is
-    out of reach and the claim of the job is live."""
+    """Asks for one object to be fetched. It is a hint: workers compare it with the catalog.
+
+    They believe it where the catalog is out of reach and the claim of the job is live."""
 
     media_object: MediaObject
     request_id: str  # of the HTTP request that caused the job

@@ -149,6 +149,9 @@ VAIN_WAITS = Counter(
     ["reason"],
 )
 
+WORKERS_HUNG = Counter(
+    "distributor_api_workers_hung_total", "API workers that were killed because their event loop stood still."
+)
 STALLED_FETCHES_BRIDGED = Counter(
     "distributor_stalled_fetches_bridged_total",
     "Responses continued from a source because the fetch they followed stalled, by end: caught_up, complete.",
@@ -196,8 +199,8 @@ QUEUE_JOBS = Gauge(
 # Fetches (fetcher; those of sources also from the API's proxy)
 FETCHES = Counter(
     "distributor_fetches_total",
-    "Jobs that ended, by outcome: fetched, already_cached, retry, requeue, dead_letter, nack, … Dropped after a look at "
-    "the catalog: does_not_exist, not_served, not_uploaded, unknown_size.",
+    "Jobs that ended, by outcome: fetched, already_cached, retry, requeue, dead_letter, nack, … Dropped, since the "
+    "catalog says so: does_not_exist, not_served, not_uploaded, unknown_size.",
     ["outcome"],
 )
 REVALIDATIONS = Counter(

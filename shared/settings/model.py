@@ -72,6 +72,8 @@ class PublicApi(SettingsGroup):
     """Port to listen on; 0 takes any free one."""
     workers: int = Field(default=1, ge=1, le=64)
     """Processes that share the port. One per core is enough."""
+    hang_timeout: Seconds = 10.0
+    """Seconds without a heartbeat of a worker's event loop after which the supervisor kills and replaces it."""
     first_byte_wait: Seconds = 3.0
     """Seconds a miss waits for the first byte of its fetch before it is proxied to a source."""
     proxied_first_byte_wait: Seconds = 10.0

@@ -41,7 +41,7 @@ FORGED = replace(
 class ScriptedAnswers:
     """The look-ups of a catalog. An answer stays until it is forgotten, as in a cache; the last one stays for ever."""
 
-    answers: list[MediaObject | None | CatalogUnavailable]
+    answers: list[MediaObject | CatalogUnavailable | None]
     lookups: int = field(default=0)
 
     async def look_up(self, object_id: ObjectId) -> MediaObject | None:
@@ -64,7 +64,7 @@ class Harness:
     checker: JobChecker
 
 
-async def make(answers: Sequence[MediaObject | None | CatalogUnavailable], *, claimed: bool) -> Harness:
+async def make(answers: Sequence[MediaObject | CatalogUnavailable | None], *, claimed: bool) -> Harness:
     state = MemoryStateStore(1_000_000, StateTimeouts(), lambda: NOW)
     if claimed:
         assert (await state.claim(ID, "api-1")).won
