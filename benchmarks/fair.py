@@ -202,6 +202,7 @@ def run(seconds: float) -> list[Row]:
             folder,
             folder / "unused.yaml",
             DISTRIBUTOR_CATALOG__KIND="joystream",
+            DISTRIBUTOR_CATALOG__REFUSE_PRIVATE_SOURCES="false",
             DISTRIBUTOR_CATALOG__SQUID=f"http://127.0.0.1:{port}/graphql",
             DISTRIBUTOR_PUBLIC_API__WORKERS=str(WORKERS),
             DISTRIBUTOR_PUBLIC_API__TRUSTED_PROXIES='["127.0.0.1"]',

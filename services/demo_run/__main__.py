@@ -38,7 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.catalog == "joystream":
             squid_port = free_port_from(FIRST_SQUID_PORT)
             squid = f"http://{HOST}:{squid_port}"
-            catalog = {"kind": "joystream", "squid": f"{squid}/graphql", "chain": f"{squid}/chain"}
+            catalog = {
+                "kind": "joystream",
+                "squid": f"{squid}/graphql",
+                "chain": f"{squid}/chain",
+                "refuse_private_sources": False,  # the demo's storage node is at this machine's own address
+            }
         else:
             manifest = folder / "manifest.yaml"
             write_manifest(manifest, objects, f"http://{HOST}:{source_port}/api/v1/files/")

@@ -97,7 +97,7 @@ def build_catalog(settings: Settings) -> Catalog:
         _required(catalog.origin, "catalog.origin"),
         catalog.timeout,
         follow_to_other_hosts=settings.origin.follow_to_other_hosts,
-        refuse_private=catalog.refuse_private_sources,
+        refuse_private=catalog.refuses_private_sources,
     )
     return CachedCatalog(origin, limits)
 
@@ -118,7 +118,9 @@ def _build_joystream(settings: Settings) -> JoystreamCatalog:
         list_pause=catalog.list_pause,
     )
     chain = None if catalog.chain is None else ChainHead(catalog.chain, catalog.timeout)
-    return JoystreamCatalog(catalog.squid, limits, refuse_private=catalog.refuse_private_sources, chain=chain)
+    return JoystreamCatalog(
+        catalog.squid, limits, refuse_private=catalog.refuses_private_sources, chain=chain
+    )
 
 
 def _build_shared_catalog_cache(settings: Settings) -> SharedCatalogCache | None:
@@ -129,7 +131,7 @@ def _build_shared_catalog_cache(settings: Settings) -> SharedCatalogCache | None
         return None
     # The name depends on the squid and on what decides which sources an answer has, so that answers do not survive a
     # change of these settings.
-    identity = f"{settings.catalog.squid} {settings.catalog.refuse_private_sources}"
+    identity = f"{settings.catalog.squid} {settings.catalog.refuses_private_sources}"
     name = hashlib.sha256(identity.encode()).hexdigest()[:12]
     return RedisSharedCatalogCache(url, store.prefix, store.operation_timeout, name)
 
@@ -144,7 +146,7 @@ def build_source_client(settings: Settings, max_connections: int) -> SourceClien
         minimum_rate=fetch.minimum_rate,
         max_connections=max_connections,
         follow_to_other_hosts=settings.catalog.kind != "origin" or settings.origin.follow_to_other_hosts,
-        refuse_private=settings.catalog.refuse_private_sources,
+        refuse_private=settings.catalog.refuses_private_sources,
     )
     return SourceClient(limits, count_observation)
 
@@ -165,7 +167,7 @@ def _build_shared_source_stats(settings: Settings) -> SharedSourceStats | None:
 
 
 def build_source_prober(settings: Settings, registry: SourceHealthRegistry) -> SourceProber:
-    sources, refuse = settings.sources, settings.catalog.refuse_private_sources
+    sources, refuse = settings.sources, settings.catalog.refuses_private_sources
     return SourceProber(registry, sources.probe_timeout, sources.probes_at_once, refuse_private=refuse)
 
 

@@ -174,10 +174,10 @@ class CatalogSettings(SettingsGroup):
     """The Storage-Squid's GraphQL endpoint, for `joystream`."""
     chain: str | None = None
     """A node of the chain, `ws(s)://` or `http(s)://`, for chainHead in /status; for `joystream`."""
-    refuse_private_sources: bool = False
-    """Do not connect to storage nodes at addresses that are not public, whatever their names. Recommended on the
-    Joystream network, where any storage provider can put an endpoint into the catalog. Off by default, because your
-    own storage nodes may have such addresses."""
+    refuse_private_sources: Literal["auto"] | bool = "auto"
+    """Do not connect to sources at addresses that are not public, whatever their names. `auto`: true for `joystream`,
+    where any storage provider can put an endpoint into the catalog, false for others. Where your own storage nodes of a
+    Joystream network have such addresses, as in a test network, set false."""
     list_batch: int = Field(default=100, ge=1, le=10_000)
     """Bags in one query when all objects are listed, for `joystream`."""
     list_pause: float = Field(default=1.0, ge=0, le=3600)
@@ -200,6 +200,12 @@ class CatalogSettings(SettingsGroup):
     """Time to live of "does not exist", in seconds. It doubles, up to 60, while the object keeps being asked for."""
     unaccepted_ttl: Seconds = 3.0
     """Time to live of "not accepted yet", in seconds."""
+
+    @property
+    def refuses_private_sources(self) -> bool:
+        """`refuse_private_sources` with `auto` resolved."""
+        chosen = self.refuse_private_sources
+        return self.kind == "joystream" if chosen == "auto" else chosen
 
     def problems(self) -> list[str]:
         """What is wrong with the settings that the chosen kind needs, in words."""

@@ -81,6 +81,7 @@ async def harness(
         stack.environment |= ASSIGNMENTS[request.param]
         stack.environment |= {
             "DISTRIBUTOR_CATALOG__KIND": "joystream",
+            "DISTRIBUTOR_CATALOG__REFUSE_PRIVATE_SOURCES": "false",
             "DISTRIBUTOR_CATALOG__SQUID": squid.url,
             "DISTRIBUTOR_CATALOG__CHAIN": chain.url,
             "DISTRIBUTOR_CATALOG__MAX_IN_FLIGHT": str(MAX_IN_FLIGHT),

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,8 @@ from distributor_node.shared.adapters.catalogs.joystream import JoystreamCatalog
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError
 from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
 from distributor_node.shared.ports.catalog import CatalogStatus
+from distributor_node.shared.runtime.factories import build_catalog
+from distributor_node.shared.settings.model import CatalogSettings, Settings
 from tests.waiting import eventually
 
 OBJECTS = [
@@ -94,6 +97,21 @@ async def test_private_sources_are_kept_unless_refused(squid: TestSquid) -> None
         found = await catalog.look_up(ONE)
     assert found is not None
     assert found.sources[2:] == ("http://127.0.0.1:8080/api/v1/files/1",)
+
+
+@pytest.mark.parametrize(("chosen", "kept"), [({}, 0), ({"refuse_private_sources": False}, 1)])
+async def test_by_default_the_network_cannot_name_this_machine_as_a_source(
+    squid: TestSquid, chosen: dict[str, Any], kept: int
+) -> None:
+    catalog = CatalogSettings(kind="joystream", squid=squid.url, timeout=20, **chosen)
+    built = build_catalog(Settings(catalog=catalog))
+    await built.open()
+    try:
+        found = await built.look_up(ONE)
+    finally:
+        await built.close()
+    assert found is not None
+    assert len([url for url in found.sources if "127.0.0.1" in url]) == kept
 
 
 async def test_unknown_not_uploaded_and_odd_objects(catalog: JoystreamCatalog) -> None:

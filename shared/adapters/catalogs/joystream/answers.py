@@ -241,7 +241,9 @@ def api_base(endpoint: str, *, refuse_private: bool) -> str:
     if parts.query or "?" in endpoint:
         raise InvalidInput("endpoint has a query")
     if refuse_private and is_private(parts.hostname or ""):
-        raise InvalidInput("endpoint is at a private address")
+        raise InvalidInput(
+            "endpoint is at a private address; catalog.refuse_private_sources: false allows it"
+        )
     return f"{endpoint.rstrip('/')}/api/v1/"
 
 
