@@ -1,4 +1,4 @@
-"""Admission of one job: is the object stored already, is there space, does another worker fetch it?
+"""Admission of one job: does the catalog agree, is the object stored, is there space, does another worker fetch it?
 
 The result is a lease, or the outcome of the job.
 """
@@ -8,17 +8,19 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from distributor_node.shared.adapters.volume import Removal, RemovalState, Volume
-from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
-from distributor_node.shared.domain.jobs import Ack, DeadLetter, JobOutcome, Requeue, Retry
+from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.jobs import Ack, DeadLetter, FetchJob, JobOutcome, Requeue, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES
 from distributor_node.shared.domain.objects import (
+    Assignment,
     ContentHash,
     MediaObject,
     ObjectId,
@@ -26,6 +28,7 @@ from distributor_node.shared.domain.objects import (
     record_for_file,
 )
 from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import (
     AlreadyStored,
     Announcement,
@@ -247,6 +250,86 @@ def _open_unrecorded(volume: Volume, wanted: MediaObject, opened: list[Unrecorde
         os.close(descriptor)
         raise VolumeError(f"cannot read {wanted.object_id}: {error.strerror}") from error
     opened.append(UnrecordedFile(descriptor, found.size, found.changed_at, head))
+
+
+class JobChecker:
+    """Compares a job with the catalog before it is carried out. A message is a hint: what is fetched, from where, and
+    whether at all, is what the catalog says now.
+
+    The broker may have been restored from a backup, the buckets may have changed, and what a message says would be
+    served as immutable.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        state: StateStore,
+        assignment: Callable[[], Assignment],
+        max_age: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`assignment`: returns the current one. `max_age`: seconds that a job lives with all its delays.
+        `clock`: POSIX seconds.
+        """
+        self._catalog, self._state, self._assignment = catalog, state, assignment
+        self._max_age, self._clock = max_age, clock
+
+    async def check(self, job: FetchJob) -> FetchJob | JobOutcome:
+        """Return the job as the catalog describes its object, or what becomes of it instead."""
+        with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
+            try:
+                known = await self._catalog.look_up(job.object_id)
+                if (
+                    known is not None
+                    and known.version != job.media_object.version
+                    and await self.is_live(job)
+                ):
+                    # Race: 1. the catalog changes; 2. an API process learns it and publishes the job; 3. this process
+                    # still has the answer of before.
+                    await self._catalog.forget(known)
+                    known = await self._catalog.look_up(job.object_id)
+            except CatalogUnavailable as error:
+                # The claim shows that the job is of this node, which has asked the catalog just before.
+                return job if await self.is_live(job) else Retry(f"catalog: {error}")
+            refusal = self._refusal(known)
+            if known is None or refusal is not None:
+                logger.warning("job_dropped", reason=refusal, age=self._age(job))
+                await self._release_claim(job)
+                return Ack(refusal or "does_not_exist")
+            if known.version != job.media_object.version:
+                logger.warning("job_corrected", size=known.size, age=self._age(job))
+            return replace(job, media_object=known)
+
+    def _refusal(self, known: MediaObject | None) -> str | None:
+        """Return why the object is not fetched, as a label of metrics. None: it is."""
+        if known is None:
+            return "does_not_exist"
+        if not self._assignment().covers(known):
+            return "not_served"
+        if not known.accepted:
+            return "not_uploaded"
+        return "unknown_size" if known.size is None else None
+
+    def _age(self, job: FetchJob) -> float:
+        return round(self._clock() - job.published_at, 3)
+
+    async def is_live(self, job: FetchJob) -> bool:
+        """Whether the job is young, and the state store knows of a claim or a fetch that it belongs to."""
+        if abs(self._age(job)) > self._max_age:
+            return False
+        try:
+            return (await self._state.find(job.object_id)).fetch is not None
+        except StateStoreUnavailable:
+            return False
+
+    async def _release_claim(self, job: FetchJob) -> None:
+        """End the claim, so that requests do not wait for a fetch. A live lease is not affected."""
+        try:
+            fetch = (await self._state.find(job.object_id)).fetch
+            if fetch is not None:
+                await self._state.release_claim(job.object_id, fetch.worker)
+        except StateStoreUnavailable as error:
+            logger.info("claim_not_released", reason=str(error))
 
 
 @dataclass(slots=True)

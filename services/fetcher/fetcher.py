@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from functools import partial
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from distributor_node.services.fetcher.admission import Admission, AdmissionRules, Admitted
+from distributor_node.services.fetcher.admission import Admission, AdmissionRules, Admitted, JobChecker
 from distributor_node.services.fetcher.download import FetchRunner
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.services.fetcher.scheduler import JobScheduler, Slot, SlotLimits
@@ -24,7 +24,6 @@ from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.state_common import QUEUED_SECONDS
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import (
-    CatalogUnavailable,
     ConfigurationError,
     JobQueueUnavailable,
     SourceError,
@@ -50,7 +49,7 @@ from distributor_node.shared.domain.jobs import (
     Retry,
     RetryPlan,
 )
-from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId, StoredRecord
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState
 from distributor_node.shared.domain.version import Validators
 from distributor_node.shared.observability.metrics import FETCHES, PHASE
@@ -149,7 +148,7 @@ class Fetcher:
         """Hold new jobs while the node drains, so that no other worker takes them. Running fetches go on."""
         try:
             if job.revalidates is not None:
-                return await self._revalidator.handle(job)
+                return await self._revalidate(job)
             await self._operator_state.wait_until(_not_draining)
             checked = await self._checker.check(job)
             if not isinstance(checked, FetchJob):
@@ -159,6 +158,13 @@ class Fetcher:
                 return await self._worker.handle(checked, slot) if isinstance(slot, Slot) else slot
         except asyncio.CancelledError:
             return Nack()
+
+    async def _revalidate(self, job: FetchJob) -> JobOutcome:
+        """A job without a live claim is outdated: the next request for the stale object publishes another one."""
+        if await self._checker.is_live(job):
+            return await self._revalidator.handle(job)
+        FETCHES.labels("revalidation_outdated").inc()
+        return Ack("revalidation_outdated")
 
     async def problems(self) -> Sequence[str]:
         """Return why the fetcher is not ready, in words. Empty: it is ready."""
@@ -182,86 +188,6 @@ class Fetcher:
 
 def _not_draining(state: OperatorState) -> bool:
     return not state.draining
-
-
-class JobChecker:
-    """Compares a job with the catalog before it is carried out. A message is a hint: what is fetched, from where, and
-    whether at all, is what the catalog says now.
-
-    The broker may have been restored from a backup, the buckets may have changed, and what a message says would be
-    served as immutable.
-    """
-
-    def __init__(
-        self,
-        catalog: Catalog,
-        state: StateStore,
-        assignment: Callable[[], Assignment],
-        max_age: float,
-        clock: Callable[[], float] = time.time,
-    ) -> None:
-        """`assignment`: returns the current one. `max_age`: seconds that a job lives with all its delays.
-        `clock`: POSIX seconds.
-        """
-        self._catalog, self._state, self._assignment = catalog, state, assignment
-        self._max_age, self._clock = max_age, clock
-
-    async def check(self, job: FetchJob) -> FetchJob | JobOutcome:
-        """Return the job as the catalog describes its object, or what becomes of it instead."""
-        with bound_contextvars(object_id=job.object_id, request_id=job.request_id):
-            try:
-                known = await self._catalog.look_up(job.object_id)
-                if (
-                    known is not None
-                    and known.version != job.media_object.version
-                    and await self._is_live(job)
-                ):
-                    # Race: 1. the catalog changes; 2. an API process learns it and publishes the job; 3. this process
-                    # still has the answer of before.
-                    await self._catalog.forget(known)
-                    known = await self._catalog.look_up(job.object_id)
-            except CatalogUnavailable as error:
-                # The claim shows that the job is of this node, which has asked the catalog just before.
-                return job if await self._is_live(job) else Retry(f"catalog: {error}")
-            refusal = self._refusal(known)
-            if known is None or refusal is not None:
-                logger.warning("job_dropped", reason=refusal, age=self._age(job))
-                await self._release_claim(job)
-                return Ack(refusal or "does_not_exist")
-            if known.version != job.media_object.version:
-                logger.warning("job_corrected", size=known.size, age=self._age(job))
-            return replace(job, media_object=known)
-
-    def _refusal(self, known: MediaObject | None) -> str | None:
-        """Return why the object is not fetched, as a label of metrics. None: it is."""
-        if known is None:
-            return "does_not_exist"
-        if not self._assignment().covers(known):
-            return "not_served"
-        if not known.accepted:
-            return "not_uploaded"
-        return "unknown_size" if known.size is None else None
-
-    def _age(self, job: FetchJob) -> float:
-        return round(self._clock() - job.published_at, 3)
-
-    async def _is_live(self, job: FetchJob) -> bool:
-        """Whether the job is young, and the state store knows of a claim or a fetch that it belongs to."""
-        if abs(self._age(job)) > self._max_age:
-            return False
-        try:
-            return (await self._state.find(job.object_id)).fetch is not None
-        except StateStoreUnavailable:
-            return False
-
-    async def _release_claim(self, job: FetchJob) -> None:
-        """End the claim, so that requests do not wait for a fetch. A live lease is not affected."""
-        try:
-            fetch = (await self._state.find(job.object_id)).fetch
-            if fetch is not None:
-                await self._state.release_claim(job.object_id, fetch.worker)
-        except StateStoreUnavailable as error:
-            logger.info("claim_not_released", reason=str(error))
 
 
 class Worker:

@@ -8,7 +8,7 @@ from typing import cast
 
 import pytest
 
-from distributor_node.services.fetcher.fetcher import JobChecker
+from distributor_node.services.fetcher.admission import JobChecker
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.domain.errors import CatalogUnavailable
