@@ -19,15 +19,23 @@ class ClientAddresses:
         self._trusted = [ip_network(text, strict=False) for text in trusted_proxies]
 
     def client_of(self, peer: str, forwarded_for: Sequence[str]) -> str:
-        """Return the client's address; of IPv6, its network of 64 bits.
+        """Return the client's address; of IPv6, its network of 64 bits. See `address_of`."""
+        return _group(self._address_of(peer, forwarded_for))
+
+    def address_of(self, peer: str, forwarded_for: Sequence[str]) -> str:
+        """Return the client's address, empty if it is unknown.
 
         `peer`: the address of the connection; anything else, as of a Unix socket, counts as a trusted proxy.
         `forwarded_for`: the lines of X-Forwarded-For. From its end backwards, each entry was written by the proxy after
         it, so the first that is not a trusted proxy is the client. What stands before it, the client may have made up.
         """
+        address = self._address_of(peer, forwarded_for)
+        return "" if address is None else str(address)
+
+    def _address_of(self, peer: str, forwarded_for: Sequence[str]) -> _Address | None:
         address = _parse(peer)
         if not self._trusted or (address is not None and not self._is_trusted(address)):
-            return _group(address)
+            return address
         for entry in reversed(",".join(forwarded_for).rsplit(",", _MAX_HOPS)[-_MAX_HOPS:]):
             claimed = _parse(entry.strip())
             if claimed is None:
@@ -35,7 +43,7 @@ class ClientAddresses:
             address = claimed
             if not self._is_trusted(address):
                 break
-        return _group(address)
+        return address
 
     def _is_trusted(self, address: _Address) -> bool:
         return any(address in network for network in self._trusted)

@@ -10,7 +10,7 @@ import fcntl
 import re
 import struct
 import termios
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 from sanic import Request
@@ -19,6 +19,7 @@ from sanic.http import Http, Stage
 from sanic.response import BaseHTTPResponse
 from sanic.server import HttpProtocol
 
+from distributor_node.services.api.access_log import AccessLog
 from distributor_node.services.api.headers import date_now
 from distributor_node.services.api.request_log import count_and_log, request_record
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES
@@ -149,13 +150,23 @@ class ApiHttp(Http):
         if sent is None:
             body = getattr(response, "body", None)
             sent = 0 if self.head_only or not body else len(body)
+        status = response.status if response is not None else CLIENT_CLOSED_REQUEST
+        access_log: AccessLog | None = getattr(request.app.ctx, "access_log", None)
+        if access_log is not None:
+            access_log.add_request(request, peer_of(self.protocol.transport), status, sent, time())
         count_and_log(
             record,
-            response.status if response is not None else CLIENT_CLOSED_REQUEST,
+            status,
             cache=headers.get("X-Cache"),
             source=headers.get("X-Data-Source"),
             sent=sent,
         )
+
+
+def peer_of(transport: asyncio.BaseTransport | None) -> str:
+    """Return the address of a connection; empty for a Unix socket, or one that has ended."""
+    peername = transport.get_extra_info("peername") if transport is not None else None
+    return str(peername[0]) if isinstance(peername, tuple) else ""
 
 
 class PublicProtocol(HttpProtocol):

@@ -45,7 +45,8 @@ class RequestRecord:
     size: int | None = None  # bytes of the whole object, if known
     abort_reason: str | None = None  # why the response ended early
     recorded: bool = False
-    log_hits: bool = False  # hits are logged
+    logged: bool = True  # as an event; otherwise an access log or nothing has it
+    log_hits: bool = False  # hits are logged, too
 
 
 def request_record(request: Request) -> RequestRecord:
@@ -53,8 +54,13 @@ def request_record(request: Request) -> RequestRecord:
     record: RequestRecord | None = getattr(request.ctx, "record", None)
     if record is None:
         offered = request.headers.get("x-request-id")
-        log_hits = getattr(request.app.ctx, "log_hits", False)
-        record = RequestRecord(choose_request_id(offered), request.method, log_hits=log_hits)
+        context = request.app.ctx
+        record = RequestRecord(
+            choose_request_id(offered),
+            request.method,
+            logged=getattr(context, "log_requests", True),
+            log_hits=getattr(context, "log_hits", False),
+        )
         request.ctx.record = record
     return record
 
@@ -81,7 +87,9 @@ def count_and_log(
 ) -> None:
     """Count and log one request. `cache`: hit, pending, miss or None. `source`: local, external or None."""
     REQUESTS.labels(method=method_label(record.method), status=str(status), cache=cache or "none").inc()
-    if cache != "hit" or record.log_hits or record.abort_reason is not None or status >= _CLIENT_ERROR:
+    if record.logged and (
+        cache != "hit" or record.log_hits or record.abort_reason is not None or status >= _CLIENT_ERROR
+    ):
         log_request(record, status, cache=cache, source=source, sent=sent)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import structlog
 
+from distributor_node.services.api.access_log import AccessLog
 from distributor_node.services.api.accesses import AccessCounter, Viewers
 from distributor_node.services.api.assets.handler import AssetHandler
 from distributor_node.services.api.client_address import ClientAddresses
@@ -134,8 +135,13 @@ async def serve_api(
     settings = context.settings
     assets = AssetHandler(context)
     application = build_app(context, assets)
-    application.ctx.log_hits = settings.log.hits
-    fast_path = application.ctx.fast_path = build_fast_path(context)
+    application.ctx.log_requests, application.ctx.log_hits = settings.log.access == "json", settings.log.hits
+    access_log = application.ctx.access_log = (
+        AccessLog(settings.log.access_file, context.client_addresses)
+        if settings.log.access == "combined"
+        else None
+    )
+    fast_path = application.ctx.fast_path = build_fast_path(context, access_log)
     shared_port = probe_path is not None
     address = ListenAddress(
         settings.public_api.host, settings.public_api.port, shared_port, inherited=listener
@@ -177,6 +183,8 @@ async def serve_api(
                 group.create_task(watch_volume(context.volume), name="watch-volume"),
                 group.create_task(application.ctx.squid_status.run(), name="squid-status"),
             ]
+            if access_log is not None:
+                tasks.append(group.create_task(access_log.run(), name="access-log"))
             if fast_path is not None:
                 tasks.append(group.create_task(fast_path.objects.run(), name="object-cache"))
             await stop_requested.wait()
@@ -190,6 +198,8 @@ async def serve_api(
         await resources.aclose()
         if fast_path is not None:
             await fast_path.close()
+        if access_log is not None:
+            await access_log.close()
         await assets.close()
         await application.ctx.usage.close()
         unregister_application(application)

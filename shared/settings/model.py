@@ -388,8 +388,14 @@ class LogSettings(SettingsGroup):
     format: Literal["json", "console"] = "json"
     """`json` for log collectors, `console` for reading in a terminal."""
     hits: bool = False
-    """Log a line for each hit. If off, hits are counted in the metrics alone. Misses, errors and aborted responses are
-    always logged."""
+    """Log an event for each hit. If off, hits are counted in the metrics alone. Misses, errors and aborted responses
+    are always logged."""
+    access: Literal["json", "combined", "off"] = "json"
+    """How responses are logged. `json`: as events among all others. `combined`: each one, hits too, as a line of an
+    access log as Apache and nginx write it. `off`: not at all."""
+    access_file: Path | None = None
+    """The file of the `combined` log. It is created, appended to, and opened again after it was moved away. Default:
+    standard output."""
 
 
 class Settings(SettingsGroup):

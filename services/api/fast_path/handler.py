@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import structlog
 
+from distributor_node.services.api.access_log import AccessLog
 from distributor_node.services.api.accesses import AccessCounter
 from distributor_node.services.api.assets.decision import AssetRequest, PreconditionResult, Span, select_range
 from distributor_node.services.api.context import ApiContext
@@ -38,6 +39,7 @@ class PreparedResponse(NamedTuple):
     first: int
     length: int  # 0 for a head alone
     started: float  # perf_counter()
+    received: bytes  # the request
 
 
 class FastPath:
@@ -48,15 +50,21 @@ class FastPath:
         objects: OpenObjectCache,
         accesses: AccessCounter,
         *,
-        log_hits: bool,
+        log_hits: bool = False,
+        log_aborts: bool = True,
+        access_log: AccessLog | None = None,
         honour_no_cache: bool = False,
     ) -> None:
-        """`log_hits`: log each response. `honour_no_cache`: leave requests with Cache-Control to Sanic."""
+        """`log_hits`: log each response as an event. `log_aborts`: log those that were aborted.
+
+        `honour_no_cache`: leave requests with Cache-Control to Sanic.
+        """
         self.objects = objects
         self.accesses = accesses
         self.hit_metrics = BufferedHitMetrics()
         self._parser = RequestParser((b"cache-control",) if honour_no_cache else ())
-        self._log_hits = log_hits
+        self._log_hits, self._log_aborts = log_hits, log_aborts
+        self.access_log = access_log
         self._head_end = b""
         self._head_end_until = 0.0
         self._ids = b""
@@ -105,18 +113,33 @@ class FastPath:
             self._head_end_until = now + 1.0 - time() % 1.0
             self._head_end = end_of_head()
         return PreparedResponse(
-            request, cached, request_id, status, head + request_id + self._head_end, first, length, started
+            request,
+            cached,
+            request_id,
+            status,
+            head + request_id + self._head_end,
+            first,
+            length,
+            started,
+            data,
         )
 
     def record(
-        self, prepared: PreparedResponse, sent: int, seconds: float, abort_reason: str | None = None
+        self,
+        prepared: PreparedResponse,
+        sent: int,
+        seconds: float,
+        abort_reason: str | None = None,
+        peer: str = "",
     ) -> None:
         """Count the response, and log it if it was aborted or hits are logged.
 
-        `sent`: bytes of the body. `seconds`: from the request to the first byte.
+        `sent`: bytes of the body. `seconds`: from the request to the first byte. `peer`: the client, for an access log.
         """
         self.hit_metrics.add(prepared.request.is_head, prepared.status, sent, seconds)
-        if self._log_hits or abort_reason is not None:
+        if self.access_log is not None:
+            self.access_log.add_head(prepared.received, peer, prepared.status, sent, time())
+        if self._log_hits or (abort_reason is not None and self._log_aborts):
             record = RequestRecord(
                 prepared.request_id.decode(),
                 "HEAD" if prepared.request.is_head else "GET",
@@ -174,7 +197,7 @@ _FD_SHARE = 4
 _TARGET_FD_LIMIT = 65_536
 
 
-def build_fast_path(context: ApiContext) -> FastPath | None:
+def build_fast_path(context: ApiContext, access_log: AccessLog | None = None) -> FastPath | None:
     """Build the fast path, or return None if it is turned off.
 
     Run `objects.run` in a task, and call `close` after the last connection.
@@ -189,10 +212,13 @@ def build_fast_path(context: ApiContext) -> FastPath | None:
         max_open_files,
         http_caching=settings.caching_rules is not None,
     )
+    as_events = settings.log.access == "json"
     return FastPath(
         objects,
         context.accesses,
-        log_hits=settings.log.hits,
+        log_hits=as_events and settings.log.hits,
+        log_aborts=as_events,
+        access_log=access_log,
         honour_no_cache=settings.caching_rules is not None and settings.origin.honour_client_no_cache,
     )
 

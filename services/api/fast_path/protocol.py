@@ -18,7 +18,7 @@ from distributor_node.services.api.accesses import AccessCounter, AccessRenewal
 from distributor_node.services.api.assets.response import is_cached, peek_cached, read_chunk
 from distributor_node.services.api.fast_path.handler import FastPath, PreparedResponse
 from distributor_node.services.api.fast_path.object_cache import CachedObject
-from distributor_node.services.api.protocol import ApiHttp, PublicProtocol
+from distributor_node.services.api.protocol import ApiHttp, PublicProtocol, peer_of
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 
 _MAX_BUFFERED = 64 * 1024
@@ -47,7 +47,7 @@ class FastPathProtocol(PublicProtocol):
     a long body is sent is buffered until its end. PublicProtocol enforces the timeouts.
     """
 
-    __slots__ = ("_buffered", "_fast_path", "_socket", "_transfer", "_transfer_task")
+    __slots__ = ("_buffered", "_fast_path", "_peer", "_socket", "_transfer", "_transfer_task")
 
     def __init__(self, **named: Any) -> None:
         super().__init__(**named)
@@ -56,6 +56,7 @@ class FastPathProtocol(PublicProtocol):
         self._transfer: _Transfer | None = None
         self._transfer_task: asyncio.Task[None] | None = None
         self._buffered = bytearray()
+        self._peer = ""
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -65,6 +66,8 @@ class FastPathProtocol(PublicProtocol):
             self._socket = socket.socket(
                 connection.family, socket.SOCK_STREAM, connection.proto, fileno=connection.fileno()
             )
+            if self._fast_path.access_log is not None:
+                self._peer = peer_of(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._socket is not None:
@@ -95,7 +98,7 @@ class FastPathProtocol(PublicProtocol):
         else:
             self._send_file(fast_path, prepared, self._socket, data)
             return True
-        fast_path.record(prepared, length, perf_counter() - prepared.started)
+        fast_path.record(prepared, length, perf_counter() - prepared.started, peer=self._peer)
         return True
 
     def _send_file(
@@ -127,10 +130,10 @@ class FastPathProtocol(PublicProtocol):
         except BlockingIOError:
             pass
         except (OSError, TruncatedFile) as error:
-            fast_path.record(prepared, 0, 0.0, self._abort_on_error(error))
+            fast_path.record(prepared, 0, 0.0, self._abort_on_error(error), self._peer)
             return
         if sent == length:
-            fast_path.record(prepared, length, perf_counter() - prepared.started)
+            fast_path.record(prepared, length, perf_counter() - prepared.started, peer=self._peer)
         else:
             sender = FileSender(cached, prepared.first, length, fast_path.accesses, sent)
             self._start_transfer(
@@ -165,7 +168,11 @@ class FastPathProtocol(PublicProtocol):
             return
         abort_reason = self._abort_on_error(error) if error is not None else None
         transfer.fast_path.record(
-            transfer.prepared, sender.sent, sender.started_at - transfer.prepared.started, abort_reason
+            transfer.prepared,
+            sender.sent,
+            sender.started_at - transfer.prepared.started,
+            abort_reason,
+            self._peer,
         )
         if abort_reason is None:
             self._resume_reading(b"")
