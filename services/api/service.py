@@ -39,6 +39,7 @@ from distributor_node.shared.runtime.factories import (
     build_source_stats_sync,
     build_state_store,
     build_volume,
+    reloads_of,
 )
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.process import VERSION, process_name
@@ -110,6 +111,7 @@ async def run_api(
     context = make_context(
         settings, volume, state, queue, catalog, build_failover_reader(client, stats_sync.registry)
     )
+    scope.reloads.extend(reloads_of(catalog))
     await serve_api(context, scope.stop_requested, probe_path=probe_path, listener=listener)
     return context.operator_state.shutting_down
 

@@ -67,17 +67,20 @@ def run_supervisor(settings: Settings) -> int:
     prepare_multiprocess(settings.metrics.multiprocess_dir)
 
     async def main(scope: ServiceScope) -> None:
-        await supervise(scope.stop_requested, settings)
+        await supervise(scope, settings)
 
     deadline = settings.shutdown_deadline + _SHUTDOWN_MARGIN
-    return run_service(main, name="api-supervisor", shutdown_deadline=deadline, log=settings.log)
+    return run_service(
+        main, name="api-supervisor", shutdown_deadline=deadline, log=settings.log, settings_file=settings.file
+    )
 
 
-async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
-    """Keep the workers running until `stop_requested`.
+async def supervise(scope: ServiceScope, settings: Settings) -> None:
+    """Keep the workers running until a stop is requested. A reload is passed on to them.
 
     Raises ConfigurationError if the port is taken or a worker exits with MISCONFIGURED.
     """
+    stop_requested = scope.stop_requested
     async with AsyncExitStack() as resources:
         listener = activated_socket(PUBLIC_SOCKET)
         port, operator_port = await _reserve_ports(settings, stop_requested, resources, listener)
@@ -93,6 +96,7 @@ async def supervise(stop_requested: asyncio.Event, settings: Settings) -> None:
             )
             for number, path in enumerate(paths, start=1)
         ]
+        scope.reloads.extend(worker.reload for worker in workers)
         host, metrics_port = settings.metrics.host, settings.metrics.port_of("api")
         probes = WorkerProbes(paths)
         await resources.enter_async_context(ProbeServer(host, metrics_port, probes.probes()))
@@ -197,6 +201,7 @@ class Worker:
         self._deadline = deadline
         self._listener = listener
         self._hang_timeout = hang_timeout
+        self._running: tuple[Process, HeartbeatReader] | None = None
         self._restart_backoff = Backoff(_MIN_RESTART_DELAY, _MAX_RESTART_DELAY, jitter=False)
 
     async def keep_running(self, stop_requested: asyncio.Event) -> None:
@@ -208,12 +213,14 @@ class Worker:
             started = time.monotonic()
             async with HeartbeatReader() as heartbeat:
                 process = await self._start(heartbeat)
+                self._running = process, heartbeat
                 try:
                     await self._run(process, heartbeat, stop_requested)
                 finally:
                     if process.returncode is None:
                         process.kill()
                         await process.wait()
+                    self._running = None
                     forget_process(process.pid)
             if process.returncode == SHUTDOWN_ORDERED:
                 stop_requested.set()
@@ -263,6 +270,13 @@ class Worker:
         if await ended not in (CLEAN, SHUTDOWN_ORDERED, -signal.SIGTERM):
             raise RuntimeError(f"worker {self.number} ended with exit code {process.returncode}")
 
+    async def reload(self) -> None:
+        """Pass a SIGHUP on. A worker that still starts reads everything anyway."""
+        if self._running is not None:
+            process, heartbeat = self._running
+            if heartbeat.has_begun and process.returncode is None:
+                process.send_signal(signal.SIGHUP)
+
     async def _kill_hung(self, process: Process, heartbeat: HeartbeatReader) -> None:
         """Kill a worker whose event loop hangs, and log where it hangs."""
         from distributor_node.shared.observability.metrics import WORKERS_HUNG  # noqa: PLC0415
@@ -297,6 +311,7 @@ class HeartbeatReader:
         self._reader = asyncio.StreamReader()
         self._transport: asyncio.BaseTransport | None = None
         self.write_end = -1  # for the worker
+        self.has_begun = False  # whether a beat has arrived
 
     async def __aenter__(self) -> Self:
         read_end, self.write_end = os.pipe()
@@ -332,7 +347,7 @@ class HeartbeatReader:
                 continue
             if ended:
                 await asyncio.get_running_loop().create_future()
-            silent, limit = 0.0, timeout
+            self.has_begun, silent, limit = True, 0.0, timeout
 
     async def read_stack(self) -> str:
         """Return what the worker writes within a second after STACK_SIGNAL."""
@@ -356,6 +371,7 @@ def worker_input(
     fields["operator_api"]["port"] = operator_port
     given = {
         "settings": fields,
+        "file": settings.file,
         "probe_path": probe_path,
         "listener": None if listener is None else listener.fileno(),
     }

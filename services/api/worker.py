@@ -30,6 +30,7 @@ def main() -> int:
     given = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_supervisor, name="supervisor-watch", daemon=True).start()
     settings = Settings(**given["settings"])
+    settings.remember_file(None if given["file"] is None else Path(given["file"]))
     return run_worker(settings, Path(given["probe_path"]), given["listener"], int(sys.argv[1]))
 
 
@@ -69,7 +70,13 @@ def run_worker(settings: Settings, probe_path: Path, listener: int | None, heart
         async with background(send_heartbeat(heartbeat), "heartbeat"):
             shutdown_ordered = await run_api(scope, settings, probe_path=probe_path, listener=inherited)
 
-    code = run_service(serve, name="api", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
+    code = run_service(
+        serve,
+        name="api",
+        shutdown_deadline=settings.shutdown_deadline,
+        log=settings.log,
+        settings_file=settings.file,
+    )
     return SHUTDOWN_ORDERED if code == CLEAN and shutdown_ordered else code
 
 

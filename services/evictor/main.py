@@ -17,6 +17,7 @@ from distributor_node.shared.runtime.factories import (
     build_source_stats_sync,
     build_state_store,
     build_volume,
+    reloads_of,
 )
 from distributor_node.shared.runtime.process import VERSION, mmap_large_blocks
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
@@ -30,7 +31,13 @@ def run(settings: Settings) -> int:
     async def main(scope: ServiceScope) -> None:
         await run_evictor(scope, settings)
 
-    return run_service(main, name="evictor", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
+    return run_service(
+        main,
+        name="evictor",
+        shutdown_deadline=settings.shutdown_deadline,
+        log=settings.log,
+        settings_file=settings.file,
+    )
 
 
 async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
@@ -50,6 +57,7 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
         await opened.open()
     stats_sync = await resources.enter_async_context(build_source_stats_sync(settings))
     monitor = await resources.enter_async_context(build_source_monitor(settings, catalog, stats_sync))
+    scope.reloads.extend(reloads_of(catalog))
     evictor = Evictor(settings, state, volume, catalog, monitor)
     await resources.enter_async_context(
         ProbeServer(

@@ -13,6 +13,7 @@ from distributor_node.shared.runtime.factories import (
     build_source_stats_sync,
     build_state_store,
     build_volume,
+    reloads_of,
 )
 from distributor_node.shared.runtime.process import VERSION, retain_freed_memory
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
@@ -26,7 +27,13 @@ def run(settings: Settings) -> int:
     async def main(scope: ServiceScope) -> None:
         await run_fetcher(scope, settings)
 
-    return run_service(main, name="fetcher", shutdown_deadline=settings.shutdown_deadline, log=settings.log)
+    return run_service(
+        main,
+        name="fetcher",
+        shutdown_deadline=settings.shutdown_deadline,
+        log=settings.log,
+        settings_file=settings.file,
+    )
 
 
 async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
@@ -42,6 +49,7 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
     for opened in (catalog, state, queue, stats_sync, client):
         resources.push_async_callback(opened.close)
         await opened.open()
+    scope.reloads.extend(reloads_of(catalog))
     fetcher = Fetcher(
         settings, state, queue, volume, catalog, build_failover_reader(client, stats_sync.registry)
     )

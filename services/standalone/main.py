@@ -22,6 +22,7 @@ from distributor_node.shared.runtime.factories import (
     build_source_stats_sync,
     build_state_store,
     build_volume,
+    reloads_of,
 )
 from distributor_node.shared.runtime.process import VERSION, retain_freed_memory
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service
@@ -41,7 +42,11 @@ def run(settings: Settings) -> int:
         await run_standalone(scope, settings)
 
     return run_service(
-        main, name="standalone", shutdown_deadline=settings.shutdown_deadline, log=settings.log
+        main,
+        name="standalone",
+        shutdown_deadline=settings.shutdown_deadline,
+        log=settings.log,
+        settings_file=settings.file,
     )
 
 
@@ -76,6 +81,7 @@ async def run_standalone(
     )
     describe_build(VERSION, "standalone")
     retain_freed_memory()
+    scope.reloads.extend(reloads_of(catalog))
     fetcher = Fetcher(
         settings, state, queue, volume, catalog, build_failover_reader(downloads, stats_sync.registry)
     )

@@ -73,6 +73,13 @@ def configure_logging(
     _configure_standard_library(handler, threshold)
 
 
+def change_log_level(level: str) -> None:
+    """Log from this level on. `configure_logging` has been called."""
+    threshold = getattr(logging, level.upper())
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(threshold))
+    _set_threshold(threshold)
+
+
 def redact_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Remove credentials from URLs, bearer tokens from texts, and the values of fields with the name of a secret."""
     for name, value in event.items():
@@ -100,14 +107,18 @@ def _renderers(form: Literal["json", "console"], *, colors: bool) -> list[Proces
 def _configure_standard_library(handler: logging.Handler, threshold: int) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(threshold)
     for name in ("sanic.root", "sanic.error", "sanic.access", "sanic.server", "sanic.websockets"):
         library = logging.getLogger(name)
         library.handlers.clear()
         library.propagate = True
+    _set_threshold(threshold)
+    logging.captureWarnings(True)
+
+
+def _set_threshold(threshold: int) -> None:
+    logging.getLogger().setLevel(threshold)
     for name, least in _LIBRARY_LEVELS.items():
         logging.getLogger(name).setLevel(max(least, threshold))
-    logging.captureWarnings(True)
 
 
 class OutageLog:

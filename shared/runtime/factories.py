@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from distributor_node.shared.adapters.sources.health import (
     SourceProber,
     SourceStatsSync,
 )
+from distributor_node.shared.adapters.sources.network import reload_certificates
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.state_redis import RedisStateStore
@@ -100,6 +102,12 @@ def build_catalog(settings: Settings) -> Catalog:
         refuse_private=catalog.refuses_private_sources,
     )
     return CachedCatalog(origin, limits)
+
+
+def reloads_of(catalog: Catalog) -> list[Callable[[], Awaitable[None]]]:
+    """Return what a service does at a SIGHUP: read the manifest and the trusted certificates again."""
+    manifest = [catalog.read_again] if isinstance(catalog, ManifestCatalog) else []
+    return [*manifest, reload_certificates]
 
 
 def _required(value: _Value | None, name: str) -> _Value:

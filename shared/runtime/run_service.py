@@ -8,19 +8,23 @@ import signal
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import structlog
 import uvloop
 
 from distributor_node.shared.domain.errors import ConfigurationError
-from distributor_node.shared.observability.logging import configure_logging
+from distributor_node.shared.observability.logging import change_log_level, configure_logging
 from distributor_node.shared.runtime import systemd
+from distributor_node.shared.settings.load import load_settings
 from distributor_node.shared.settings.model import LogSettings
 from distributor_node.shared.waiting import cancel_and_wait
 
 CLEAN, FAILED, MISCONFIGURED = 0, 1, 2  # exit codes
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+_IGNORED = (signal.SIGUSR1, signal.SIGUSR2)
 _CLEANUP_GRACE = 5.0  # seconds after the deadline before the process is killed
 
 logger = structlog.get_logger()
@@ -30,28 +34,38 @@ logger = structlog.get_logger()
 class ServiceScope:
     """What a service's main gets."""
 
-    stop_requested: asyncio.Event  # set by the first SIGTERM or SIGINT, or by the service itself
+    stop_requested: asyncio.Event  # set by the first SIGTERM, SIGINT or SIGQUIT, or by the service itself
     resources: AsyncExitStack  # closed in reverse order after main has ended, within the deadline
+    reloads: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    """Called in this order at a SIGHUP. Each logs what it has done, and raises nothing."""
 
 
 ServiceMain = Callable[[ServiceScope], Awaitable[None]]
 """Opens what it needs, works until `stop_requested` is set, shuts down gracefully and returns."""
 
 
-def run_service(main: ServiceMain, *, name: str, shutdown_deadline: float, log: LogSettings) -> int:
+def run_service(
+    main: ServiceMain,
+    *,
+    name: str,
+    shutdown_deadline: float,
+    log: LogSettings,
+    settings_file: Path | None = None,
+) -> int:
     """Run `main` on uvloop until it returns, and return the exit code.
 
     Exit codes: 0 after a clean end, 1 after an error or a missed deadline, 2 after a ConfigurationError. How it stops:
 
-    1. The first SIGTERM or SIGINT sets `stop_requested`.
+    1. The first SIGTERM, SIGINT or SIGQUIT sets `stop_requested`.
     2. Main and the closing of its resources have `shutdown_deadline` seconds. Then they are cancelled.
     3. 5 s later a watchdog thread kills the process, in case the event loop or a thread is blocked. The watchdog also
        starts if main requests the stop, returns or fails by itself.
 
-    A second signal kills the process at once.
+    A second signal kills the process at once. SIGHUP reads the log level again, from `settings_file` and the
+    environment, and calls `ServiceScope.reloads`. SIGUSR1 and SIGUSR2 are logged, and have no other effect.
     """
     configure_logging(log.level, log.format)
-    run = _Run(main, name, shutdown_deadline)
+    run = _Run(main, name, shutdown_deadline, settings_file)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(run.run())
@@ -60,7 +74,11 @@ def run_service(main: ServiceMain, *, name: str, shutdown_deadline: float, log: 
 
 
 class _Run:
-    def __init__(self, main: ServiceMain, name: str, shutdown_deadline: float) -> None:
+    def __init__(
+        self, main: ServiceMain, name: str, shutdown_deadline: float, settings_file: Path | None
+    ) -> None:
+        self._settings_file = settings_file
+        self._reload: asyncio.Task[None] | None = None
         self._main, self._name, self._shutdown_deadline = main, name, shutdown_deadline
         self._signals = 0
         self._watchdog: threading.Timer | None = None
@@ -69,8 +87,11 @@ class _Run:
         scope = ServiceScope(asyncio.Event(), AsyncExitStack())
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(_log_loop_error)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _STOPS:
             loop.add_signal_handler(number, self._on_signal, number, scope.stop_requested)
+        loop.add_signal_handler(signal.SIGHUP, self._on_reload, scope)
+        for number in _IGNORED:
+            loop.add_signal_handler(number, self._ignore, number)
         logger.info("service_started", service=self._name, process=os.getpid())
         work = asyncio.create_task(self._work(scope), name=f"{self._name}-main")
         stop = asyncio.create_task(scope.stop_requested.wait(), name=f"{self._name}-stop")
@@ -84,7 +105,9 @@ class _Run:
             return await self._finish(work)
         finally:
             stop.cancel()
-            for number in (signal.SIGINT, signal.SIGTERM):
+            if self._reload is not None:
+                await cancel_and_wait(self._reload)
+            for number in (*_STOPS, *_IGNORED, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
     def cancel_watchdog(self) -> None:
@@ -129,6 +152,28 @@ class _Run:
         )
         stop_requested.set()
         self._start_watchdog()
+
+    def _ignore(self, number: signal.Signals) -> None:
+        logger.info("signal_ignored", service=self._name, signal=number.name)
+
+    def _on_reload(self, scope: ServiceScope) -> None:
+        """Reload in a task. A SIGHUP during a reload is answered by another one after it."""
+        self._reload = asyncio.create_task(self._run_reload(scope, self._reload), name="reload")
+
+    async def _run_reload(self, scope: ServiceScope, previous: asyncio.Task[None] | None) -> None:
+        if previous is not None:
+            await asyncio.wait({previous})
+        logger.info("reload_started", service=self._name)
+        try:
+            read = await asyncio.to_thread(load_settings, self._settings_file)
+        except ConfigurationError as error:
+            logger.error("settings_rejected", service=self._name, reason=str(error))
+        else:
+            change_log_level(read.log.level)
+            logger.info("log_level_read", level=read.log.level)
+        for reload in scope.reloads:
+            await reload()
+        logger.info("reload_ended", service=self._name)
 
     def _start_watchdog(self) -> None:
         """Kill the process after the deadline, even if the event loop is blocked."""

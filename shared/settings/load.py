@@ -25,7 +25,9 @@ def load_settings(file: Path | None = None, environment: Mapping[str, str] | Non
     """
     from_file = _read_file(file) if file is not None else {}
     given = read_environment(os.environ if environment is None else environment)
-    return _validate(_merge(from_file, given.fields), given)
+    settings = _validate(_merge(from_file, given.fields), given)
+    settings.remember_file(file)
+    return settings
 
 
 def check_settings(fields: Mapping[str, Any]) -> None:

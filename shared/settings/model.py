@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
 
 from distributor_node.shared.domain.errors import ConfigurationError, InvalidInput
 from distributor_node.shared.domain.eviction import DEFAULT_MISS_COST, PolicyName
@@ -401,6 +401,8 @@ class LogSettings(SettingsGroup):
 class Settings(SettingsGroup):
     """All settings, as they are given; `load_settings` reads them from file and environment."""
 
+    _file: Path | None = PrivateAttr(default=None)
+
     id: str = Field(default_factory=socket.gethostname, min_length=1, max_length=128)
     """The node's name in /status. Default: the host's name."""
     buckets: frozenset[str] | None = None
@@ -424,6 +426,15 @@ class Settings(SettingsGroup):
     admission: AdmissionSettings = AdmissionSettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
+
+    @property
+    def file(self) -> Path | None:
+        """The file that these settings were read from."""
+        return self._file
+
+    def remember_file(self, file: Path | None) -> None:
+        """Note the file that these settings were read from, so that it can be read again."""
+        self._file = None if file is None else file.absolute()
 
     @field_validator("buckets")
     @classmethod

@@ -18,7 +18,7 @@ from distributor_node.services.demo.objects import GeneratedContent, bytes_objec
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
 from distributor_node.shared.adapters.sources.client import Expected
-from distributor_node.shared.adapters.sources.network import connect
+from distributor_node.shared.adapters.sources.network import connect, reload_certificates
 from distributor_node.shared.domain.conditionals import ByteRange
 from distributor_node.shared.domain.errors import SourceTooSlow, SourceUnreachable
 from distributor_node.shared.domain.version import Version
@@ -172,6 +172,20 @@ async def test_an_untrusted_certificate(client: SourceClient, certificate: Path)
     async with answering(b"", server_context(certificate)) as port:
         with pytest.raises(SourceUnreachable):
             await read(client, f"https://localhost:{port}/1", 1)
+
+
+async def test_a_certificate_is_trusted_after_a_reload(
+    client: SourceClient, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(SMALL) + SMALL
+    async with answering(reply, server_context(certificate)) as port:
+        with pytest.raises(SourceUnreachable):
+            await read(client, f"https://localhost:{port}/1", len(SMALL))
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.parent / "missing.pem"))
+        await reload_certificates()  # is logged, and changes nothing
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        await reload_certificates()
+        assert await read(client, f"https://localhost:{port}/1", len(SMALL)) == SMALL
 
 
 async def test_a_handshake_that_never_ends() -> None:

@@ -65,7 +65,9 @@ async def test_a_worker_that_beats_is_never_silent() -> None:
 
 
 @pytest.mark.servers
-async def test_a_stopped_worker_is_replaced(tmp_path: Path, redis_url: str, amqp_url: str) -> None:
+async def test_a_stopped_worker_is_replaced_and_signals_reach_all_workers(
+    tmp_path: Path, redis_url: str, amqp_url: str
+) -> None:
     stack = Stack(tmp_path, redis_url, amqp_url, f"hung-{uuid.uuid4().hex[:8]}")
     stack.write_manifest([], [])
     stack.volume.mkdir()
@@ -91,6 +93,14 @@ async def test_a_stopped_worker_is_replaced(tmp_path: Path, redis_url: str, amqp
         await eventually(lambda: events_of(supervisor.log, "server_listening") == 3, 60)
         metrics = (await get(f"{supervisor.health_url}/metrics")).body.decode()
         assert "distributor_api_workers_hung_total 1.0" in metrics
+
+        supervisor.send(signal.SIGHUP)
+        await eventually(lambda: events_of(supervisor.log, "manifest_reloaded") == 2, 30)
+        await eventually(lambda: events_of(supervisor.log, "certificates_read") == 2, 30)
+        supervisor.send(signal.SIGUSR1)
+        await eventually(lambda: events_of(supervisor.log, "signal_ignored") == 1, 30)
+        supervisor.send(signal.SIGQUIT)
+        assert await asyncio.to_thread(supervisor.process.wait, 60) == 0
     finally:
         stack.kill_all()
 

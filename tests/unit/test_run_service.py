@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,8 +32,8 @@ sys.exit(run_service(main, name="sample", shutdown_deadline=0.3, log=LogSettings
 
 
 @contextmanager
-def service(body: str) -> Iterator[subprocess.Popen[bytes]]:
-    script = SCRIPT.format(body="\n".join("    " + line for line in body.splitlines()))
+def service(body: str, script: str = SCRIPT) -> Iterator[subprocess.Popen[bytes]]:
+    script = script.format(body="\n".join("    " + line for line in body.splitlines()))
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     ) as process:
@@ -122,3 +123,48 @@ def test_a_hanging_thread_does_not_delay_any_shutdown(ending: str) -> None:
     with service(body) as process:
         code, _, _ = end(process)
     assert code == 1
+
+
+def test_sigquit_drains_too() -> None:
+    with service("await scope.stop_requested.wait()\nprint('drained', flush=True)") as process:
+        process.send_signal(signal.SIGQUIT)
+        code, printed, _ = end(process)
+    assert (code, printed) == (0, "drained\nclosed\n")
+
+
+def test_signals_without_a_meaning_are_logged_and_ignored() -> None:
+    with service("await scope.stop_requested.wait()") as process:
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            process.send_signal(number)
+            assert process.stderr is not None
+            while b"signal_ignored" not in process.stderr.readline():
+                pass
+        process.send_signal(signal.SIGTERM)
+        assert end(process)[0] == 0
+
+
+def test_sighup_reads_the_log_level_again_and_what_the_service_reloads(tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("catalog: {manifest: objects.yaml}\nlog: {level: warning}\n")
+    body = """
+import structlog
+logger = structlog.get_logger()
+async def reload():
+    logger.debug("sample_reloaded")
+scope.reloads.append(reload)
+await scope.stop_requested.wait()
+"""
+    script = SCRIPT.replace(
+        "log=LogSettings()", f'log=LogSettings(level="warning"), settings_file=Path({str(settings)!r})'
+    ).replace("import asyncio, sys, time", "import asyncio, sys, time\nfrom pathlib import Path")
+    with service(body, script) as process:
+        assert process.stderr is not None
+        settings.write_text("log: {level: nonsense}\n")
+        process.send_signal(signal.SIGHUP)
+        assert b"settings_rejected" in process.stderr.readline()
+        settings.write_text("catalog: {manifest: objects.yaml}\nlog: {level: debug}\n")
+        process.send_signal(signal.SIGHUP)
+        said = [json.loads(process.stderr.readline())["event"] for _ in range(3)]
+        assert said == ["log_level_read", "sample_reloaded", "reload_ended"]
+        process.send_signal(signal.SIGTERM)
+        assert end(process)[0] == 0

@@ -78,6 +78,12 @@ class ManifestCatalog:
     def can_have(self, object_id: ObjectId) -> bool:
         return True
 
+    async def read_again(self) -> None:
+        """Read the file now, and log the result. An invalid one leaves the last valid one in use."""
+        if self._reload is None:
+            self._reload = asyncio.create_task(self._read_again(), name="manifest-reload")
+        await asyncio.wait({self._reload})
+
     async def look_up(self, object_id: ObjectId, client: str | None = None) -> MediaObject | None:
         return (await self._current()).objects.get(object_id)
 

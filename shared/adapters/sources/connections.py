@@ -17,7 +17,12 @@ from typing import Any, Literal
 import httpcore
 import httpx
 
-from distributor_node.shared.adapters.sources.network import ExcessiveEvents, SourceNetwork, SourceStream
+from distributor_node.shared.adapters.sources.network import (
+    ExcessiveEvents,
+    SourceNetwork,
+    SourceStream,
+    make_tls_context,
+)
 from distributor_node.shared.domain.errors import (
     ConfigurationError,
     InvalidInput,
@@ -89,7 +94,7 @@ class Connections:
     async def open(self) -> None:
         # httpcore has this setting only for the whole process.
         httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = _READ_BYTES
-        context = await asyncio.to_thread(httpx.create_ssl_context)  # reads the certificates
+        context = await make_tls_context()  # reads the certificates
         network = SourceNetwork(is_public if self._limits.refuse_private else None)
         self._reusing = BoundedTransport(context, self._limits.max_connections, network)
         self._fresh = BoundedTransport(context, 0, network)

@@ -7,15 +7,18 @@ be read directly from the connection, without the library (`SourceStream.receive
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import socket
 import ssl
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import httpcore
 import httpx
+import structlog
 from aiohappyeyeballs import AddrInfoType, start_connection
 
 # Bytes received but not yet read at which reading from the socket pauses. It is what the event loop reads at once.
@@ -30,12 +33,43 @@ _INTERIM = re.compile(rb"HTTP/1\.[01] 1(?!01)")  # after 101 no other response f
 _MAX_INTERIM_RESPONSES = 8
 _MAX_HEAD_BYTES = 64 * 1024
 _MAX_HEAD_LINES = 256
+logger = structlog.get_logger()
+
 _STATUS_BYTES = len(b"HTTP/1.1 200")
 # Segments that arrive one after the other, each with its own wake-up. Beyond the free ones, and while the average is
 # below `_BYTES_PER_READ`, the kernel collects what arrives for `_COLLECT_SECONDS`.
 _FREE_READS = 64
 _BYTES_PER_READ = 1024
 _COLLECT_SECONDS = 0.005
+
+
+_contexts: weakref.WeakSet[ssl.SSLContext] = weakref.WeakSet()
+
+
+async def make_tls_context() -> ssl.SSLContext:
+    """Read the trusted certificates: of the system, or of SSL_CERT_FILE and SSL_CERT_DIR."""
+    context = await asyncio.to_thread(httpx.create_ssl_context)
+    _contexts.add(context)
+    return context
+
+
+async def reload_certificates() -> None:
+    """Trust the certificates that are there now too, in connections made from now on.
+
+    One that was taken away stays trusted until the process ends: OpenSSL cannot forget it.
+    """
+    file, folder = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
+    if file is None and folder is None:
+        paths = ssl.get_default_verify_paths()
+        file, folder = paths.cafile, paths.capath
+    try:
+        for context in list(_contexts):
+            if file is not None or folder is not None:
+                await asyncio.to_thread(context.load_verify_locations, file, folder)
+    except (OSError, ssl.SSLError) as error:
+        logger.error("certificates_rejected", file=file, directory=folder, reason=str(error))
+    else:
+        logger.info("certificates_read", file=file, directory=folder)
 
 
 class ExcessiveEvents(httpx.ProtocolError):

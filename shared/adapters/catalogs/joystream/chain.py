@@ -14,7 +14,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from distributor_node.shared.adapters.catalogs.documents import map_catalog_errors
 from distributor_node.shared.adapters.sources.connections import BoundedTransport
-from distributor_node.shared.adapters.sources.network import SourceNetwork
+from distributor_node.shared.adapters.sources.network import SourceNetwork, make_tls_context
 from distributor_node.shared.domain.errors import CatalogUnavailable
 
 _REQUEST = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "chain_getHeader", "params": []})
@@ -71,7 +71,7 @@ class ChainHead:
             "Accept-Encoding": "identity",
             "User-Agent": "distributor-node",
         }
-        transport = BoundedTransport(await asyncio.to_thread(httpx.create_ssl_context), 0, SourceNetwork())
+        transport = BoundedTransport(await make_tls_context(), 0, SourceNetwork())
         async with (
             httpx.AsyncClient(
                 transport=transport, trust_env=False, timeout=self._timeout, follow_redirects=False

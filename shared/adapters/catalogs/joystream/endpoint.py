@@ -18,7 +18,7 @@ import structlog
 
 from distributor_node.shared.adapters.catalogs.documents import map_catalog_errors
 from distributor_node.shared.adapters.sources.connections import BoundedTransport
-from distributor_node.shared.adapters.sources.network import SourceNetwork
+from distributor_node.shared.adapters.sources.network import SourceNetwork, make_tls_context
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
 from distributor_node.shared.domain.urls import parse_source_url
 
@@ -66,7 +66,7 @@ class GraphqlEndpoint:
             raise ConfigurationError(f"catalog.squid: {error}") from error
         # No limit on connections here: CachedCatalog limits the queries, and a contended pool of httpx can lose a slot
         # when a request is cancelled. No redirects, and no proxy or .netrc credentials from the environment.
-        context = await asyncio.to_thread(httpx.create_ssl_context)
+        context = await make_tls_context()
         self._client = httpx.AsyncClient(
             headers={
                 "Accept": "application/json",
