@@ -23,6 +23,7 @@ import structlog
 from distributor_node.services.evictor.partial_files import discard_partial_file
 from distributor_node.shared.adapters.volume import FoundObject, PartialFile, Volume
 from distributor_node.shared.adapters.volume.intake import ImportResult, ImportSource, PendingFile
+from distributor_node.shared.adapters.volume.layout import open_plain
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.eviction import PolicyEntry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES, media_type_or_none
@@ -278,7 +279,7 @@ class ImportCopier:
             await run_blocking(partial.restart)
         hasher = record.content_hash.hasher() if record.content_hash is not None else None
         offset, renewed_at = 0, time.monotonic()
-        descriptor = await run_blocking(os.open, source, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = await run_blocking(open_plain, source, os.O_RDONLY)
         try:
             while data := await run_blocking(os.pread, descriptor, _COPY_CHUNK, offset):
                 if offset + len(data) > record.size:
@@ -315,8 +316,11 @@ class ImportCopier:
 
 
 def _read_head(source: Path) -> bytes:
-    with source.open("rb") as file:
-        return file.read(SNIFF_BYTES)
+    descriptor = open_plain(source, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, SNIFF_BYTES, 0)
+    finally:
+        os.close(descriptor)
 
 
 def _open_partial(volume: Volume, record: StoredRecord, opened: list[PartialFile]) -> None:

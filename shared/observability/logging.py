@@ -10,7 +10,10 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, MutableMapping
+from math import inf
+from time import monotonic
 from typing import Any, Literal, TextIO
 
 import structlog
@@ -140,3 +143,26 @@ class OutageLog:
         if self.is_down:
             self._logger.info(self._up, **fields)
         self.is_down = False
+
+
+class OncePerKey:
+    """Which of many equal events to log: the first of each key, and one more after REPEAT_AFTER seconds."""
+
+    REPEAT_AFTER = 600.0
+    MAX_KEYS = 1000
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        """`clock`: in seconds."""
+        self._clock = clock
+        self._logged: OrderedDict[str, float] = OrderedDict()
+
+    def is_due(self, key: str) -> bool:
+        """Whether to log an event of this key now. Of more than MAX_KEYS keys, the oldest are forgotten."""
+        now = self._clock()
+        if now - self._logged.get(key, -inf) < self.REPEAT_AFTER:
+            return False
+        self._logged[key] = now
+        self._logged.move_to_end(key)
+        if len(self._logged) > self.MAX_KEYS:
+            self._logged.popitem(last=False)
+        return True

@@ -290,6 +290,15 @@ UNKNOWN_FILES = ReportedGauge(
     "distributor_unknown_files",
     "Files and links on the volume that do not belong to the node. It leaves them alone.",
 )
+FOREIGN_OPENED = Counter(
+    "distributor_foreign_files_opened_total",
+    "Names of objects, records and partial files that were no regular files when they were opened: a link, a FIFO, "
+    "a directory. Each counts as missing.",
+)
+VOLUME_READ_ERRORS = Counter(
+    "distributor_volume_read_errors_total",
+    "Reads of the volume that the disk failed. The object was proxied.",
+)
 LEADER = ReportedGauge("distributor_evictor_leader", "1 in the leading evictor, 0 in a standby.")
 
 BUILD = Gauge(

@@ -26,7 +26,7 @@ from distributor_node.services.api.assets.response import (
 from distributor_node.services.api.fetch_capacity import FetchEvents
 from distributor_node.services.api.headers import CacheOutcome, content_head
 from distributor_node.shared.adapters.volume import OpenObject, PartialReader, Volume
-from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.version import Comparison
 from distributor_node.shared.ports.state_store import StateStore
@@ -139,7 +139,7 @@ class PartialFileStreamer:
     ) -> StreamEnd:
         """Send from the file as it grows, until the span is sent, the file is replaced or its fetch ends.
 
-        `max_stall`: seconds without a new byte after which to return STALLED.
+        Raises VolumeError if the disk fails. `max_stall`: seconds without a new byte after which to return STALLED.
         """
         async with background(self._lock_once_verified(reader), name="lock-once-verified"):
             return await self._stream(response, reader, outcome, max_stall)
@@ -214,11 +214,12 @@ class PartialFileStreamer:
         await response.start(head, chunk)
 
     async def _read(self, reader: PartialReader, offset: int, length: int) -> memoryview:
-        """Read a chunk. Empty if the file was truncated in the meantime, or the disk fails."""
+        """Read a chunk. Empty if the file was truncated in the meantime. Raises VolumeError if the disk fails."""
         try:
             return await read_chunk(reader.descriptor, offset, length)
-        except OSError:
-            return memoryview(b"")
+        except OSError as error:
+            object_id = self._representation.object_id
+            raise VolumeError(f"read the partial file of {object_id}: {error.strerror}") from error
 
     def _is_far_by_rate(self, on_disk: int) -> bool:
         """Whether the first byte of a range ahead of the file is expected too late."""

@@ -102,7 +102,7 @@ class AssetHandler:
                 return
             by_proxy = outdated = hit is Hit.OUTDATED
         except VolumeError as error:
-            logger.error("volume_read_failed", object_id=object_id, reason=str(error))
+            self._volume.report_read_error(object_id, error)
             by_proxy = True
         if asset_request.only_if_cached:
             raise HttpError(504, "The object is not cached", "not_cached")
@@ -336,7 +336,7 @@ class MissHandler:
         try:
             record = self._context.volume.partial_record(object_id)
         except VolumeError as error:
-            logger.error("volume_read_failed", object_id=object_id, reason=str(error))
+            self._context.volume.report_read_error(object_id, error)
             return None
         return None if record is None else Representation.from_record(record, complete=False)
 
@@ -352,7 +352,7 @@ class MissHandler:
                     await self._hit_responder.respond(asset_request, complete, pending.response)
                     return
                 except VolumeError as error:
-                    logger.warning("volume_read_failed", object_id=media_object.object_id, reason=str(error))
+                    self._context.volume.report_read_error(media_object.object_id, error)
             await self._pending_responder.proxy(pending)
             return
         claim, start = await self._starter.start(media_object, pending.response.request_id)

@@ -41,6 +41,9 @@ from distributor_node.shared.waiting import background
 _RESUME_GRACE = 5.0
 """Seconds after a dead worker's lease has expired in which another worker is expected to resume the fetch."""
 
+_MAX_REPLACED = 10
+"""Times that one response begins again with another file, because the one before was replaced. Then it is proxied."""
+
 _MAX_BRIDGES = 5
 """Times that one response continues from a source because its fetch has stalled. Each hashes what was sent."""
 
@@ -85,7 +88,7 @@ class PendingResponder:
         try:
             await self._try_streaming(pending, publish_failed)
         except VolumeError as error:
-            logger.error("volume_read_failed", object_id=representation.object_id, reason=str(error))
+            self._context.volume.report_read_error(representation.object_id, error)
             if response.started:
                 raise AbortResponse("object_unreadable") from error
         if not response.started:
@@ -106,7 +109,10 @@ class PendingResponder:
         began_at = monotonic()
         deadline = began_at + settings.first_byte_wait
         give_up = self._give_up(pending, publish_failed)
-        while (found := await streamer.wait_for_first_byte(deadline, give_up)) is not None:
+        for _ in range(_MAX_REPLACED):
+            found = await streamer.wait_for_first_byte(deadline, give_up)
+            if found is None:
+                break
             self._context.fetch_capacity.record_begun(pending.representation.object_id)
             with closing(found):
                 if isinstance(found, OpenObject):

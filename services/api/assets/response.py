@@ -32,6 +32,7 @@ from distributor_node.shared.adapters.volume import OpenObject
 from distributor_node.shared.adapters.volume.layout import object_path
 from distributor_node.shared.domain.conditionals import Conditions
 from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.observability.logging import OncePerKey
 from distributor_node.shared.observability.metrics import SENT_BYTES
 
 _PROBE_STRIDE = 64 * 1024
@@ -142,6 +143,7 @@ class HitResponder:
         self._http_caching = http_caching
         self._accesses = accesses
         self._accel_redirect = accel_redirect
+        self._read_errors = OncePerKey()
 
     async def respond(
         self,
@@ -211,10 +213,12 @@ class HitResponder:
         try:
             chunk = await read_chunk(file.descriptor, offset, length)
         except OSError as error:
-            logger.error("object_unreadable", object_id=object_id, reason=error.strerror)
+            if self._read_errors.is_due(object_id):
+                logger.error("object_unreadable", object_id=object_id, reason=error.strerror)
             raise VolumeError(f"read {object_id}: {error.strerror}") from error
         if len(chunk) < length:
-            logger.error("object_truncated", object_id=object_id, size=file.record.size)
+            if self._read_errors.is_due(object_id):
+                logger.error("object_truncated", object_id=object_id, size=file.record.size)
             raise VolumeError(f"{object_id} is truncated")
         return chunk
 

@@ -16,7 +16,13 @@ from pathlib import Path
 
 import structlog
 
-from distributor_node.shared.adapters.volume.layout import OBJECTS, Directories, map_os_errors, shard
+from distributor_node.shared.adapters.volume.layout import (
+    OBJECTS,
+    Directories,
+    map_os_errors,
+    open_plain,
+    shard,
+)
 from distributor_node.shared.adapters.volume.records import atomic_write
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import CompactIdSet, ObjectId
@@ -199,8 +205,9 @@ class ExcludedIds:
     def locked(self) -> Iterator[ExcludedIds]:
         """Take the lock, and read what others have added. VolumeError if a process holds the lock for long: it may
         have been stopped."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(EXCLUDED, flags, 0o644, dir_fd=self._directories.root())
+        with map_os_errors(f"open {EXCLUDED}"):
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+            descriptor = open_plain(EXCLUDED, flags, self._directories.root())
         try:
             _lock(descriptor)
             self._read_new(descriptor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import stat
 import threading
 import time
 import zlib
@@ -12,16 +13,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import structlog
+
 from distributor_node.shared.domain.errors import VolumeError, VolumeFull
+from distributor_node.shared.observability.logging import OncePerKey
+from distributor_node.shared.observability.metrics import FOREIGN_OPENED
 
 OBJECTS, RECORDS, INCOMING, TRASH = "objects", "records", "incoming", "leaving"
 TOP_DIRECTORIES = (OBJECTS, RECORDS, INCOMING, TRASH)
 SHARDS = tuple(f"{number:02x}" for number in range(256))
 PART_SUFFIX, INCOMING_RECORD_SUFFIX = ".part", ".json"
 
+PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+"""Flags of every open of a file: a link is refused, and a FIFO or device keeps no thread waiting."""
+
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 DIRECTORY_MODE = 0o755
 _RETIRED_TTL = 60.0  # seconds until a forgotten descriptor is closed: another thread may be about to use it
+
+
+logger = structlog.get_logger()
 
 
 def shard(object_id: str) -> str:
@@ -37,6 +48,36 @@ def object_path(object_id: str) -> str:
 def trashed_id(name: str) -> str:
     """The object id in the name of a file in `leaving/`: `<id>`, or `<id>,<inode>` beside an older file."""
     return name.partition(",")[0]
+
+
+class ForeignFile(OSError):
+    """A name on the volume leads to a link, a directory, a FIFO, a socket or a device. The node makes none of these."""
+
+
+# What an open says of a name that is no plain file: ELOOP of a link, EISDIR of a directory that is opened for writing,
+# ENXIO of a socket, and of a FIFO that is opened for writing.
+FOREIGN_ERRORS = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
+
+
+def open_plain(name: str | Path, flags: int, directory: int | None = None, mode: int = 0o644) -> int:
+    """Open a regular file, and look at the descriptor before it is used. Does not block on anything else.
+
+    Raises ForeignFile if the name is that of something else, and OSError.
+    """
+    try:
+        descriptor = os.open(name, flags | PLAIN, mode, dir_fd=directory)
+    except OSError as error:
+        if error.errno in FOREIGN_ERRORS:
+            raise _foreign(name) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _foreign(name)
+    return descriptor
+
+
+def _foreign(name: str | Path) -> ForeignFile:
+    return ForeignFile(errno.EINVAL, f"expected a regular file at {Path(name).name}")
 
 
 @contextmanager
@@ -74,6 +115,13 @@ class Directories:
         self._was_whole = False
         self.replacements = 0  # how often `revalidate` found other directories than before
         self._revalidating = threading.Lock()
+        self._foreign = OncePerKey()
+
+    def report_foreign(self, path: str) -> None:
+        """Count and log that a name below the root is not that of a plain file. It is left alone, and says nothing."""
+        FOREIGN_OPENED.inc()
+        if self._foreign.is_due(path):
+            logger.warning("foreign_file_ignored", path=path, expected="a regular file")
 
     def create(self) -> None:
         """Make the root and the directories in it. Raises VolumeError if the volume cannot be written.

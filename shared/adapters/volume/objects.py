@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
@@ -16,7 +15,9 @@ from distributor_node.shared.adapters.volume.layout import (
     RECORDS,
     TRASH,
     Directories,
+    ForeignFile,
     map_os_errors,
+    open_plain,
     shard,
 )
 from distributor_node.shared.adapters.volume.records import unlink_if_exists
@@ -127,14 +128,14 @@ class Removal:
         return RemovalState.ABSENT
 
     def _lock(self, place: str) -> RemovalState:
-        flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            descriptor = os.open(self._object_id, flags, dir_fd=self._directories.descriptor(place))
-        except OSError as error:
-            # A link was not made by us and is not followed. The next object of this name replaces it.
-            if error.errno in (errno.ENOENT, errno.ELOOP):
-                return RemovalState.ABSENT
-            raise
+            descriptor = open_plain(self._object_id, os.O_RDWR, self._directories.descriptor(place))
+        except FileNotFoundError:
+            return RemovalState.ABSENT
+        except ForeignFile:
+            # Not made by us. The next object of this name replaces it.
+            self._directories.report_foreign(f"{place}/{self._object_id}")
+            return RemovalState.ABSENT
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             linked = os.fstat(descriptor).st_nlink > 0
@@ -209,8 +210,8 @@ def unlink_trashed(directories: Directories, name: str, *, truncates: bool) -> b
     """Remove a file in `leaving/` unless a process sends it. Returns whether it is gone. Raises OSError."""
     trash = directories.descriptor(TRASH)
     try:
-        descriptor = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=trash)
-    except FileNotFoundError:
+        descriptor = open_plain(name, os.O_RDWR, trash)
+    except (FileNotFoundError, ForeignFile):
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

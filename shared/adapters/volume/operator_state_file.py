@@ -10,7 +10,7 @@ from pathlib import Path
 
 import structlog
 
-from distributor_node.shared.adapters.volume.layout import map_os_errors, sync_directory
+from distributor_node.shared.adapters.volume.layout import map_os_errors, open_plain, sync_directory
 from distributor_node.shared.adapters.volume.records import MAX_ROOT_FILE_BYTES, atomic_write, read_capped
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.operator_state import (
@@ -47,7 +47,7 @@ def operator_state_lock(root: Path) -> Iterator[bool]:
     never overwrites the copy of its successor.
     """
     with map_os_errors(f"lock {NAME}"):
-        descriptor = os.open(root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        descriptor = open_plain(root / _LOCK, os.O_RDWR | os.O_CREAT, mode=0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

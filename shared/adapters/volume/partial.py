@@ -15,7 +15,9 @@ from distributor_node.shared.adapters.volume.layout import (
     PART_SUFFIX,
     RECORDS,
     Directories,
+    ForeignFile,
     map_os_errors,
+    open_plain,
     shard,
 )
 from distributor_node.shared.adapters.volume.records import (
@@ -30,7 +32,8 @@ from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.version import Validators
 
 _UNVERIFIED_MODE, _VERIFIED_MODE = 0o640, 0o644
-_OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_MAX_REPLACED = 100
+"""Times that one open finds another file than it has just opened. More is no race with another writer."""
 
 
 class PartialHeld(VolumeError):
@@ -62,6 +65,7 @@ class PartialFile:
             # before the end of a long download.
             self._incoming = os.dup(self._directories.descriptor(INCOMING))
             try:
+                self._check_target()
                 self._descriptor = self._open_locked(os.O_CREAT)
                 if not write_sidecar:
                     return
@@ -81,7 +85,7 @@ class PartialFile:
         with map_os_errors(f"open the verified file of {self.record.object_id}"):
             self._incoming = os.dup(self._directories.descriptor(INCOMING))
             try:
-                self._descriptor = os.open(self._name, _OPEN, dir_fd=self._incoming)
+                self._descriptor = open_plain(self._name, os.O_RDWR, self._incoming)
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 seen = os.fstat(self._descriptor)
                 if (
@@ -90,7 +94,7 @@ class PartialFile:
                     and _same_file(self._descriptor, self._name, self._incoming)
                 ):
                     return True
-            except (FileNotFoundError, BlockingIOError):
+            except (FileNotFoundError, BlockingIOError, ForeignFile):
                 pass
             except BaseException:
                 self.close()
@@ -98,9 +102,27 @@ class PartialFile:
             self.close()
             return False
 
+    def _check_target(self) -> None:
+        """Raise VolumeError for a directory at the object's place: the file could not be published after the download.
+
+        A link or a FIFO is replaced by the object.
+        """
+        place = f"{OBJECTS}/{shard(self.record.object_id)}"
+        folder = self._directories.existing(place)
+        try:
+            seen = (
+                None
+                if folder is None
+                else os.stat(self.record.object_id, dir_fd=folder, follow_symlinks=False)
+            )
+        except FileNotFoundError:
+            return
+        if seen is not None and stat.S_ISDIR(seen.st_mode):
+            raise VolumeError(f"{place}/{self.record.object_id}: expected a file, got a directory")
+
     def _open_locked(self, create: int) -> int:
-        while True:
-            descriptor = os.open(self._name, _OPEN | create, _UNVERIFIED_MODE, dir_fd=self._incoming)
+        for _ in range(_MAX_REPLACED):
+            descriptor = open_plain(self._name, os.O_RDWR | create, self._incoming, _UNVERIFIED_MODE)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _same_file(descriptor, self._name, self._incoming):
@@ -115,6 +137,7 @@ class PartialFile:
                 os.close(descriptor)
                 raise
             os.close(descriptor)  # the file was replaced between opening and locking: open the new one
+        raise VolumeError(f"the partial file of {self.record.object_id} is replaced again and again")
 
     @property
     def size(self) -> int:

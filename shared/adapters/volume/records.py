@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from distributor_node.shared.adapters.volume.layout import open_plain
 from distributor_node.shared.domain.conditionals import is_http_date
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.http_caching import decode_freshness, encode_freshness
@@ -119,10 +120,10 @@ def read_capped(
 ) -> bytes | None:
     """Up to `limit` bytes of a regular file, or None if there is no such file.
 
-    Raises OSError for anything else, a link for example.
+    Raises ForeignFile for anything else, a link for example, and OSError.
     """
     try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        descriptor = open_plain(name, os.O_RDONLY, directory)
     except FileNotFoundError:
         return None
     try:
@@ -140,8 +141,7 @@ def atomic_write(
     """
     # A draft of its own: two processes that write the same file at once must not write into one draft
     new = f"{name},{secrets.token_hex(4)}{_NEW_SUFFIX}"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(new, flags, mode, dir_fd=directory)
+    descriptor = open_plain(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, directory, mode)
     try:
         try:
             left = memoryview(body)
@@ -163,7 +163,7 @@ def overwrite(name: str, body: bytes, directory: int) -> None:
 
     A reader may see a part of the new content. Use it only where readers detect that and read again.
     """
-    descriptor = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    descriptor = open_plain(name, os.O_WRONLY, directory)
     try:
         os.pwrite(descriptor, body, 0)
         os.ftruncate(descriptor, len(body))

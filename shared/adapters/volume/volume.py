@@ -12,16 +12,23 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import structlog
+
 from distributor_node.shared.adapters.volume import scan
 from distributor_node.shared.adapters.volume.layout import (
+    FOREIGN_ERRORS,
     INCOMING,
     INCOMING_RECORD_SUFFIX,
     OBJECTS,
     PART_SUFFIX,
+    PLAIN,
     RECORDS,
     TRASH,
     Directories,
+    ForeignFile,
     map_os_errors,
+    object_path,
+    open_plain,
     shard,
 )
 from distributor_node.shared.adapters.volume.objects import (
@@ -43,11 +50,15 @@ from distributor_node.shared.adapters.volume.records import (
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.formats import FORMAT, check_format
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.observability.logging import OncePerKey
+from distributor_node.shared.observability.metrics import VOLUME_READ_ERRORS
 
-_OPEN_NOT_OWNED = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_NOT_OWNED = os.O_RDONLY | PLAIN
 _OPEN = _OPEN_NOT_OWNED | os.O_NOATIME
 _STANDALONE_LOCK = ".standalone"
 _FORMAT_FILE = ".format"  # a dot begins no object id
+
+logger = structlog.get_logger()
 
 
 class Volume:
@@ -65,6 +76,7 @@ class Volume:
         self._directories = Directories(root)
         self._records: OrderedDict[str, tuple[tuple[int, int, int], StoredRecord]] = OrderedDict()
         self._record_cache = record_cache
+        self._read_errors = OncePerKey()
 
     def prepare(self) -> None:
         """Create the directories. Raises VolumeError, with the reason, if the volume cannot be written."""
@@ -72,11 +84,7 @@ class Volume:
         self._check_format()
         probe = f".write-probe-{os.getpid()}"
         with map_os_errors(f"write to the volume {self.root}"):
-            os.close(
-                os.open(
-                    probe, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._directories.root()
-                )
-            )
+            os.close(open_plain(probe, os.O_WRONLY | os.O_CREAT, self._directories.root(), 0o600))
             os.unlink(probe, dir_fd=self._directories.root())
             if read_capped(_FORMAT_FILE, self._directories.root()) is None:
                 text = json.dumps({"format": FORMAT}) + "\n"
@@ -100,8 +108,8 @@ class Volume:
         holds the lock.
         """
         with map_os_errors(f"lock the volume {self.root}"):
-            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(_STANDALONE_LOCK, flags, 0o600, dir_fd=self._directories.root())
+            flags = os.O_RDWR | os.O_CREAT
+            descriptor = open_plain(_STANDALONE_LOCK, flags, self._directories.root(), 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -132,6 +140,12 @@ class Volume:
         """Close the open directories. They open again when needed."""
         self._directories.close()
 
+    def report_read_error(self, object_id: ObjectId, error: VolumeError) -> None:
+        """Count that an object could not be read and was proxied. The log says it once for each object."""
+        VOLUME_READ_ERRORS.inc()
+        if self._read_errors.is_due(object_id):
+            logger.error("volume_read_failed", object_id=object_id, reason=str(error))
+
     # Complete objects
 
     def open_object(self, object_id: ObjectId) -> OpenObject | None:
@@ -147,9 +161,8 @@ class Volume:
             except PermissionError:  # O_NOATIME is for the owner only
                 descriptor = os.open(object_id, _OPEN_NOT_OWNED, dir_fd=folder)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
-                return None
-            raise VolumeError(f"open {object_id}: {error.strerror}") from error
+            self._require_missing(f"{directory}/{object_id}", error)
+            return None
         try:
             record = self._record_of(object_id, os.fstat(descriptor))
         except BaseException:
@@ -161,7 +174,10 @@ class Volume:
         return OpenObject(record, descriptor)
 
     def _record_of(self, object_id: ObjectId, seen: os.stat_result) -> StoredRecord | None:
-        if not stat.S_ISREG(seen.st_mode) or seen.st_nlink == 0:
+        if not stat.S_ISREG(seen.st_mode):
+            self._directories.report_foreign(f"{OBJECTS}/{object_path(object_id)}")
+            return None
+        if seen.st_nlink == 0:
             return None
         identity = (seen.st_ino, seen.st_size, seen.st_mtime_ns)
         known = self._records.get(object_id)
@@ -193,14 +209,20 @@ class Volume:
 
     def read_record(self, object_id: ObjectId) -> StoredRecord | None:
         """The record of an object, or None if there is none or it is invalid."""
-        with map_os_errors(f"read the record of {object_id}"):
-            try:
-                body = read_capped(object_id, self._directories.descriptor(f"{RECORDS}/{shard(object_id)}"))
-            except OSError as error:
-                if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
-                    return None
-                raise
+        place = f"{RECORDS}/{shard(object_id)}"
+        try:
+            body = read_capped(object_id, self._directories.descriptor(place))
+        except OSError as error:
+            self._require_missing(f"{place}/{object_id}", error)
+            return None
         return _readable(body, object_id)
+
+    def _require_missing(self, path: str, error: OSError) -> None:
+        """Raise VolumeError unless there is no file of this name, or something else than a plain file."""
+        if isinstance(error, ForeignFile) or error.errno in FOREIGN_ERRORS:
+            self._directories.report_foreign(path)
+        elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise VolumeError(f"open {path}: {error.strerror}") from error
 
     def find_object(self, object_id: ObjectId) -> scan.FoundObject | None:
         """The regular file under `objects/`, or None if there is none. Its record is not read."""
@@ -218,12 +240,12 @@ class Volume:
 
     def open_raw(self, object_id: ObjectId) -> int | None:
         """A descriptor of the file under `objects/`, for hashing it. Its record is not read. The caller closes it."""
-        with map_os_errors(f"open {object_id}"):
-            try:
-                folder = self._directories.descriptor(f"{OBJECTS}/{shard(object_id)}")
-                return os.open(object_id, _OPEN_NOT_OWNED, dir_fd=folder)
-            except FileNotFoundError:
-                return None
+        place = f"{OBJECTS}/{shard(object_id)}"
+        try:
+            return open_plain(object_id, os.O_RDONLY, self._directories.descriptor(place))
+        except OSError as error:
+            self._require_missing(f"{place}/{object_id}", error)
+            return None
 
     def write_record(self, record: StoredRecord) -> None:
         """Write the record of a complete object that has none."""
@@ -247,20 +269,22 @@ class Volume:
 
     def open_partial(self, object_id: ObjectId) -> PartialReader | None:
         """The partial file of an object that is being fetched, for following. None if there is none."""
+        name = object_id + PART_SUFFIX
         try:
-            incoming = self._directories.descriptor(INCOMING)
-            descriptor = os.open(object_id + PART_SUFFIX, _OPEN_NOT_OWNED, dir_fd=incoming)
+            descriptor = open_plain(name, os.O_RDONLY, self._directories.descriptor(INCOMING))
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENOTDIR):
-                return None
-            raise VolumeError(f"open the partial file of {object_id}: {error.strerror}") from error
+            self._require_missing(f"{INCOMING}/{name}", error)
+            return None
         return PartialReader(object_id, descriptor)
 
     def partial_record(self, object_id: ObjectId) -> StoredRecord | None:
         """The sidecar of a partial file: the record it is going to have. None if there is no valid sidecar."""
-        with map_os_errors(f"read the sidecar of {object_id}"):
-            name = object_id + INCOMING_RECORD_SUFFIX
+        name = object_id + INCOMING_RECORD_SUFFIX
+        try:
             body = read_capped(name, self._directories.descriptor(INCOMING))
+        except OSError as error:
+            self._require_missing(f"{INCOMING}/{name}", error)
+            return None
         return _readable(body, object_id)
 
     def open_partial_for_writing(self, expected: StoredRecord, *, write_sidecar: bool = True) -> PartialFile:
