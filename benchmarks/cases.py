@@ -10,7 +10,7 @@ from enum import StrEnum
 from benchmarks.dataset import KIB, Group
 from benchmarks.figures import Case
 from benchmarks.load import RequestSpec
-from benchmarks.peers import OURS
+from benchmarks.peers import AGING, OURS
 
 RANGE_BYTES = 64 * KIB
 _RANGES = 4000
@@ -34,6 +34,7 @@ class HitCase:
     """Requests for cached objects of one group, over `connections` kept-alive connections.
 
     `workers`: one and two workers side by side, the load on all CPUs; without it servers and load have a CPU each.
+    `aging`: our node with fresh objects of an HTTP origin beside our node with immutable ones.
     """
 
     name: str
@@ -42,12 +43,13 @@ class HitCase:
     kind: RequestKind = RequestKind.RANDOM
     connections: int = 64
     workers: bool = False
+    aging: bool = False
     headline: str = "requests_per_second"
     higher_is_better: bool = True
 
     @property
     def case(self) -> Case:
-        subject = f"{OURS}, 2 workers" if self.workers else OURS
+        subject = f"{OURS}, 2 workers" if self.workers else AGING if self.aging else OURS
         return Case(self.name, self.title, self.headline, subject, self.higher_is_better)
 
 
@@ -86,6 +88,7 @@ HIT_CASES = (
         8,
         headline="megabytes_per_second",
     ),
+    HitCase("origin-4k", "random 4 KiB objects: of an HTTP origin, and immutable ones", "4k", aging=True),
     HitCase("two-workers", "64 KiB objects, two workers against one, all CPUs", "64k", workers=True),
 )
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,7 +15,9 @@ from distributor_node.services.demo.objects import DemoObject, GeneratedContent
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.adapters.volume.layout import DIRECTORY_MODE, OBJECTS, RECORDS, shard
 from distributor_node.shared.adapters.volume.records import encode_record
+from distributor_node.shared.domain.http_caching import freshness_of
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
+from distributor_node.shared.domain.version import Validators
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 _PIECE = 4 * MIB
@@ -108,15 +110,26 @@ def record_of(item: DemoObject) -> StoredRecord:
     return StoredRecord(object_id, item.size, etag, content, item.media_type, int(time.time()))
 
 
-def fill_volume(root: Path, chosen: Iterable[Group]) -> None:
+def aging_record_of(item: DemoObject) -> StoredRecord:
+    """Of an object that an HTTP origin has sent just now, to be fresh for a day."""
+    headers = {"Cache-Control": "public, max-age=86400", "ETag": f'"{item.object_id}"'}
+    now = time.time()
+    record = StoredRecord(ObjectId.parse(item.object_id), item.size, None, None, item.media_type, int(now))
+    freshness = freshness_of(headers, now, 0)
+    return replace(record.with_validators(Validators.from_headers(headers)), freshness=freshness)
+
+
+def fill_volume(
+    root: Path, chosen: Iterable[Group], describe: Callable[[DemoObject], StoredRecord] = record_of
+) -> None:
     """Put whole groups on a volume. The files are those that a fetch would leave; without a sync for each, but with
-    one at the end."""
+    one at the end. `describe`: returns the record of an object."""
     volume = Volume(root)
     volume.prepare()
     volume.close()
     for group in chosen:
         for item in group.objects():
-            write_object(root, record_of(item), _pieces(item))
+            write_object(root, describe(item), _pieces(item))
     os.sync()
 
 

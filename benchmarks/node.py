@@ -60,6 +60,17 @@ class Node:
         rabbitmq = self._resources.enter_context(RabbitServer(place))
         self._environment["DISTRIBUTOR_JOB_QUEUE__URL"] = rabbitmq.url
 
+    def beside(self, folder: Path, **settings: str) -> Node:
+        """Another node in a folder of its own, on the same servers."""
+        settings = {
+            **self._environment,
+            "DISTRIBUTOR_STORAGE__PATH": str(folder / "volume"),
+            "DISTRIBUTOR_STATE_STORE__PREFIX": "beside:",
+            "DISTRIBUTOR_JOB_QUEUE__PREFIX": "beside.",
+            **settings,
+        }
+        return Node(folder, Path(self._environment["DISTRIBUTOR_CATALOG__MANIFEST"]), **settings)
+
     def start(self, kind: str, **settings: str) -> RunningService:
         """`api`, `fetcher` or `evictor`, with settings of its own; returns when it is ready."""
         service = self.launch(kind, **settings)

@@ -16,6 +16,7 @@ from benchmarks.processes import OwnProcess
 from tests.servers.redis_server import free_port
 
 OURS, CACHE, STATIC, VARNISH = "ours", "nginx proxy_cache", "nginx static", "varnish"
+AGING = f"{OURS}, HTTP origin"
 
 
 class Peer(Protocol):

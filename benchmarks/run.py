@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.accounting import pin
 from benchmarks.cases import HIT_CASES, HitCase
-from benchmarks.dataset import Group, fill_volume, groups, write_manifest
+from benchmarks.dataset import Group, aging_record_of, fill_volume, groups, write_manifest
 from benchmarks.figures import Case, Measurement
 from benchmarks.hits import Conditions, measure_case, warm
 from benchmarks.misses import (
@@ -23,7 +23,7 @@ from benchmarks.misses import (
 )
 from benchmarks.node import Node
 from benchmarks.origin import Origin
-from benchmarks.peers import CACHE, OURS, NginxCache, NginxStatic, Ours, Peer, Varnish, varnish_program
+from benchmarks.peers import AGING, CACHE, OURS, NginxCache, NginxStatic, Ours, Peer, Varnish, varnish_program
 from benchmarks.report import Report
 from benchmarks.throughput import FETCH_CASES, FetchBench, new_each_round
 
@@ -103,9 +103,10 @@ class Run:
             peers = self._peers(environment)
             self._start(peers, self._held, resources)
             for case in self._hits:
-                if not case.workers:
+                if not case.workers and not case.aging:
                     self._measure_hits(case, peers)
             self._measure_pairs(environment)
+            self._measure_aging(environment)
             for peer in peers:
                 pin(peer.pids, frozenset(os.sched_getaffinity(0)))
             self._measure_misses(environment, only_comparable(peers))
@@ -171,6 +172,25 @@ class Run:
                 with ExitStack() as resources:
                     self._start(pairs, [self._groups[case.group]], resources)
                     self._measure_hits(case, pairs)
+
+    def _measure_aging(self, environment: Environment) -> None:
+        """Ours with immutable objects and with objects of an HTTP origin, on a volume of its own."""
+        for case in self._hits:
+            if not case.aging or self._options.check_harness:
+                continue
+            folder = environment.folder / "aging"
+            folder.mkdir()
+            node = environment.node.beside(
+                folder,
+                DISTRIBUTOR_CATALOG__KIND="origin",
+                DISTRIBUTOR_CATALOG__ORIGIN=f"{environment.origin.files_url}{{id}}",
+            )
+            with ExitStack() as resources:
+                resources.callback(node.close)
+                fill_volume(node.volume, [self._groups[case.group]], aging_record_of)
+                pair: list[Peer] = [Ours(node, 1, AGING), Ours(environment.node, 1, OURS)]
+                self._start(pair, [self._groups[case.group]], resources)
+                self._measure_hits(case, pair)
 
     def _measure_misses(self, environment: Environment, peers: Sequence[Peer]) -> None:
         chosen = [case for name, case in MISS_CASES.items() if name in self._options.cases]

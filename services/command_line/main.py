@@ -67,9 +67,19 @@ ConfigFile = Annotated[
 
 
 @app.command()
-def standalone(config: ConfigFile = None) -> None:
+def standalone(
+    config: ConfigFile = None,
+    origin: Annotated[
+        str | None,
+        typer.Option(
+            "--origin",
+            metavar="URL",
+            help="Front this site: http(s) URL with {id} in place of an object's path.",
+        ),
+    ] = None,
+) -> None:
     """Run the whole node in one process, without Redis and RabbitMQ."""
-    settings = _load(config, Service.STANDALONE)
+    settings = _load(config, Service.STANDALONE, origin)
     from distributor_node.services.standalone.main import run
 
     sys.exit(run(settings))
@@ -173,10 +183,15 @@ def reference() -> None:
     print(render_reference(), end="")
 
 
-def _load(config: Path | None, service: Service | None = None) -> Settings:
+def _load(config: Path | None, service: Service | None = None, origin: str | None = None) -> Settings:
+    import os
+
     from distributor_node.shared.settings import load_settings
 
-    settings = load_settings(config)
+    environment = dict(os.environ)
+    if origin is not None:
+        environment |= {"DISTRIBUTOR_CATALOG__KIND": "origin", "DISTRIBUTOR_CATALOG__ORIGIN": origin}
+    settings = load_settings(config, environment)
     if service is not None:
         settings.check_for(service)
     return settings

@@ -102,6 +102,8 @@ class ResponseSender:
             record.first_byte_at = time.time()
         before = record.bytes_sent
         record.bytes_sent = before + len(chunk)
+        if self._fault.chunked:
+            chunk = b"%x\r\n%b\r\n" % (len(chunk), chunk)
         await self._connection.write(head + chunk if head else chunk)
         if before == 0:
             self._notify()
@@ -117,4 +119,6 @@ class ResponseSender:
                 self._connection.abort(reset=True)
             self._record.aborted = True
             return False
+        if fault.chunked:
+            await self._connection.write(b"0\r\n\r\n")
         return True

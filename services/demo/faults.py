@@ -46,6 +46,7 @@ class Fault:
     redirect_to: str | None = None  # respond 302 (or `status`) with this Location
     gzip: bool = False  # Content-Encoding: gzip, although the client does not accept it
     omit_content_length: bool = False  # the body ends with the connection, RFC 9112 section 6.3 case 8
+    chunked: bool = False  # send the body in chunks, without Content-Length
     ignore_range: bool = False  # respond 200 with the whole object
     close_reused_connection: bool = False  # close without a response if the connection was used before
     replaces_object: bool = (
@@ -258,7 +259,9 @@ def corrupted(response: Response, fault: Fault) -> Response:
 def render_head(response: Response, fault: Fault, keep_alive: bool) -> bytes:
     """Return the status line and headers as bytes."""
     headers = {"Date": formatdate(usegmt=True), **dict(response.headers)}
-    delimited = not (fault.omit_content_length or fault.endless_body)
+    delimited = not (fault.omit_content_length or fault.endless_body or fault.chunked)
+    if fault.chunked:
+        headers["Transfer-Encoding"] = "chunked"
     if delimited and response.status not in (204, 304):
         headers["Content-Length"] = str(max(0, response.length + fault.content_length_delta))
     headers["Connection"] = "keep-alive" if keep_alive else "close"

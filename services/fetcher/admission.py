@@ -50,6 +50,9 @@ Denied = AlreadyStored | HeldElsewhere | Superseded | NoSpace | NeverFits | NotR
 _POLL_INTERVAL = 0.5
 """Seconds after which a waiting job asks again without an announcement, because announcements can be lost."""
 
+FIRST_STEP = 4 * 1024 * 1024
+"""Bytes reserved first for an object of unknown length."""
+
 _MIN_RENEWAL = 0.5
 """Seconds that the expiry of a lease must move for its holder to count as alive."""
 
@@ -96,8 +99,8 @@ class Admission:
         Raises VolumeError and StateStoreUnavailable.
         """
         size = media_object.size
-        if size is None:
-            return DeadLetter("size: expected a number of bytes, got none")
+        if size is None:  # its length is not known: space is reserved in steps
+            size = min(FIRST_STEP, self._rules.largest_size)
         if size > self._rules.largest_size:
             return DeadLetter(f"size: expected at most {self._rules.largest_size} bytes, got {size}")
         if warming and not await self._has_room_to_warm(size):
@@ -308,7 +311,7 @@ class JobChecker:
             return "not_served"
         if not known.accepted:
             return "not_uploaded"
-        return "unknown_size" if known.size is None else None
+        return "unknown_size" if known.size is None and known.content_hash is not None else None
 
     def _age(self, job: FetchJob) -> float:
         return round(self._clock() - job.published_at, 3)

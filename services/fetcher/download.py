@@ -24,7 +24,7 @@ import structlog
 from distributor_node.services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
 from distributor_node.services.fetcher.partial_writer import PartialWriter
 from distributor_node.services.fetcher.scheduler import Slot
-from distributor_node.shared.adapters.sources.client import SourceResponse
+from distributor_node.shared.adapters.sources.client import Expected, SourceResponse
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import PartialFile, Volume
 from distributor_node.shared.domain.errors import (
@@ -62,6 +62,7 @@ from distributor_node.shared.ports.state_store import (
     Topic,
 )
 from distributor_node.shared.runtime.threads import BlockingPool, hash_through
+from distributor_node.shared.waiting import Backoff
 
 _SPACE_REQUEST_TTL = 60.0
 """Seconds that the evictor remembers a request for space made after ENOSPC."""
@@ -75,6 +76,15 @@ RecordFailure = Callable[[str, FailureCause, bool], Awaitable[None]]
 """Called with the reason and the cause of a failed attempt, and whether it is the last one. Does not raise."""
 
 logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class FetchLimits:
+    """What may be stored."""
+
+    largest_size: int = 2**63 - 1  # bytes of the largest object that is cached
+    space_wait: float = 10.0  # seconds to wait for space for more bytes of an object of unknown length
+    caching_rules: CachingRules | None = None  # if the objects are those of an HTTP origin
 
 
 class AllSourcesCorrupt(SourceWrong):
@@ -91,15 +101,14 @@ class FetchRunner:
         failover_reader: FailoverReader,
         disk: BlockingPool,
         times: LeaseTimes,
-        caching_rules: CachingRules | None = None,
+        limits: FetchLimits | None = None,
     ) -> None:
-        """`caching_rules`: if the objects are those of an HTTP origin."""
         self._state = state
         self._volume = volume
         self._failover_reader = failover_reader
         self._disk = disk
         self._times = times
-        self._caching_rules = caching_rules
+        self._limits = limits or FetchLimits()
 
     async def run(
         self,
@@ -120,7 +129,7 @@ class FetchRunner:
             self._failover_reader,
             self._disk,
             _Task(media_object, renewer, slot),
-            self._caching_rules,
+            self._limits,
         )
         with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
             try:
@@ -131,9 +140,10 @@ class FetchRunner:
                 await record_failure(str(lost), FailureCause.OTHER, False)
                 return Retry(str(lost))
             except (SourceError, VolumeError, StateStoreUnavailable) as error:
-                if isinstance(error, AllSourcesFailed) and error.not_storable is not None:
+                not_storable = _why_not_storable(media_object, error)
+                if not_storable is not None:
                     # Before the lease is released. While this is remembered, requests are proxied.
-                    await record_failure(str(error.not_storable), FailureCause.OTHER, True)
+                    await record_failure(not_storable, FailureCause.OTHER, True)
                     await fetch.discard()
                     return Ack("not_storable")
                 if _is_outdated(media_object, error):
@@ -171,6 +181,16 @@ class FetchRunner:
             await fetch.suspend()
         if full:
             await self._state.request_space(lease.object_id, lease.size, _SPACE_REQUEST_TTL)
+
+
+def _why_not_storable(media_object: MediaObject, error: DistributorError) -> str | None:
+    """Return why the object is not to be fetched again for a while, although its origin sends it."""
+    if isinstance(error, AllSourcesFailed) and media_object.content_hash is None:
+        refusal = error.not_storable
+        if error.encoding is not None:
+            return f"must not be stored: Content-Encoding: {error.encoding}"
+        return None if refusal is None else str(refusal)
+    return str(error) if isinstance(error, NotStorable) else None
 
 
 def _is_outdated(media_object: MediaObject, error: DistributorError) -> bool:
@@ -213,10 +233,10 @@ class _PartialFetch:
         failover_reader: FailoverReader,
         disk: BlockingPool,
         task: _Task,
-        rules: CachingRules | None,
+        limits: FetchLimits,
     ) -> None:
         self._state = state
-        self._rules = rules
+        self._limits = limits
         self._task = task
         self._volume = volume
         self._failover_reader = failover_reader
@@ -240,7 +260,7 @@ class _PartialFetch:
             self._disk,
             self._task,
             partial,
-            self._rules,
+            self._limits,
         )
         if partial.size:
             await download.announce()  # the bytes of an earlier attempt can be sent
@@ -317,6 +337,7 @@ class _PartialFetch:
             media_type=media_type_or_none(wanted.media_type),
             stored_at=int(time.time()),
             name=wanted.name,
+            growing=wanted.size is None,
         ).with_validators(wanted.validators)
 
     async def _publish(self, partial: PartialFile) -> None:
@@ -336,7 +357,10 @@ class _PartialFetch:
 
         Without bytes, or where no later response can be proved to continue them: as `discard`.
         """
-        if self._partial is not None and not (self._partial.size and self._partial.record.version.is_strong):
+        partial = self._partial
+        if partial is not None and not (
+            partial.size and partial.record.version.is_strong and not partial.record.growing
+        ):
             await self.discard()
             return
         self.close()
@@ -372,6 +396,8 @@ class _PartialFetch:
 
 def _is_same_content(sidecar: StoredRecord, expected: StoredRecord) -> bool:
     """Whether the bytes beside the sidecar may be continued: they are of a version that a response can prove."""
+    if expected.growing or sidecar.growing:
+        return False
     if expected.content_hash is not None or sidecar.content_hash is not None:
         return (sidecar.size, sidecar.content_hash) == (expected.size, expected.content_hash)
     differs = sidecar.version.compare(expected.version) is Comparison.DIFFERENT
@@ -379,7 +405,11 @@ def _is_same_content(sidecar: StoredRecord, expected: StoredRecord) -> bool:
 
 
 class _Download:
-    """Fills the partial file of one object, whose size is known, with verified bytes."""
+    """Fills the partial file of one object with verified bytes.
+
+    Space for an object of unknown length is reserved in steps, each before its bytes are written. Its length is known
+    from the source's response, or at the end of that.
+    """
 
     def __init__(
         self,
@@ -388,16 +418,17 @@ class _Download:
         disk: BlockingPool,
         task: _Task,
         partial: PartialFile,
-        rules: CachingRules | None,
+        limits: FetchLimits,
     ) -> None:
         self._state = state
-        self._rules = rules
+        self._limits = limits
         self._failover_reader = failover_reader
         self._disk = disk
         self._object = task.media_object
         self._partial = partial
         self._renewer = task.renewer
         self._slot = task.slot
+        self._total: int | None = None  # the length, as the source states it
 
     async def run(self) -> None:
         """Read the missing bytes. On return, size and hash are correct and the file is marked as verified.
@@ -436,6 +467,8 @@ class _Download:
         """Whether no source can continue the bytes on disk, although one may send the object from its beginning."""
         if not self._partial.size or self._object.content_hash is not None or error.contradicts_size:
             return False
+        if self._partial.record.growing:
+            return True
         return error.contradicts_catalog or not self._partial.record.version.is_strong
 
     async def announce(self) -> None:
@@ -452,7 +485,10 @@ class _Download:
         offset = self._partial.size
         await self._hash_existing_bytes(hasher, offset)
         verify = partial(self._verify, hasher)
-        writer = PartialWriter(self._partial, hasher, self._renewer, self._disk, self.announce, verify)
+        reserve = self._reserve if self._object.size is None else None
+        writer = PartialWriter(
+            self._partial, hasher, self._renewer, self._disk, self.announce, verify, reserve
+        )
         began_at = time.monotonic()
         first_choice = None if self._slot is None else self._slot.url
         # From the beginning, any version that a source has now is as good as the one that the catalog has seen. All
@@ -466,7 +502,7 @@ class _Download:
             None,
             sources,
             self._on_source,
-            must_match=offset > 0,
+            expected=Expected(must_match=offset > 0),
             preference=lambda url: url != first_choice,
         )
         async with writer.writing(offset), aclosing(stream) as chunks:
@@ -475,9 +511,46 @@ class _Download:
                     PHASE.labels("source_first_byte").observe(time.monotonic() - began_at)
                 contributors.add(chunk.source)
                 await writer.put(chunk.data)
-        if self._partial.size != self._object.size:
+        if self._partial.record.growing:
+            await self._end_growth()
+        if self._partial.size != self._partial.record.size:
             return False
         return await self._disk.run(verify) if writer.verified is None else writer.verified
+
+    async def _reserve(self, end: int) -> None:
+        """Make sure that `end` bytes of an object of unknown length are reserved. Called before they are written.
+
+        Raises NotStorable if it is too large, VolumeError if there is no space in time.
+        """
+        reserved, total = self._partial.record.size, self._total
+        if total is not None and self._partial.record.growing:
+            # Known from the response: before the first byte, so that clients are told.
+            await self._resize(total)
+            self._partial.set_size(total, growing=False)
+        elif end > reserved:
+            step = max(end, min(2 * reserved, self._limits.largest_size))
+            await self._resize(step)
+            self._partial.set_size(step, growing=True)
+
+    async def _resize(self, size: int) -> None:
+        if size > self._limits.largest_size:
+            raise NotStorable(f"larger than {self._limits.largest_size} bytes")
+        lease, deadline = self._renewer.lease, time.monotonic() + self._limits.space_wait
+        poll = Backoff(0.05, 0.5, jitter=False)
+        while not await self._state.resize(lease, size):
+            await self._renewer.ensure_valid()
+            if time.monotonic() >= deadline:
+                raise VolumeError(f"no space for {size} bytes of {self._object.object_id}")
+            missing = size - self._partial.record.size
+            await self._state.request_space(self._object.object_id, missing, self._limits.space_wait)
+            await poll.wait()
+
+    async def _end_growth(self) -> None:
+        """The response has ended: release what is reserved beyond its length."""
+        size = self._partial.size
+        await self._resize(size)
+        self._partial.set_size(size, growing=False)
+        await self._disk.run(self._partial.write_sidecar)
 
     async def _hash_existing_bytes(self, hasher: Hasher | None, size: int) -> None:
         """Feed the hasher with the bytes of an earlier attempt."""
@@ -496,6 +569,7 @@ class _Download:
             self._slot.move_to(url)
         if not self._partial.size:
             self._partial.set_version(response.validators, self._freshness_of(response))
+            self._total = response.total
         if response.media_type is None or media_type_or_none(self._object.media_type) is not None:
             return
         # A response states its type with its first byte. Once the file has bytes, its type must not change.
@@ -504,10 +578,10 @@ class _Download:
 
     def _freshness_of(self, response: SourceResponse) -> Freshness | None:
         """Return the freshness of an object of an HTTP origin. Raises NotStorable if it must not be stored."""
-        if self._rules is None or self._object.content_hash is not None:
+        if self._limits.caching_rules is None or self._object.content_hash is not None:
             return None
         why = why_not_stored(response.status, response.headers)
-        freshness = freshness_of(response.headers, time.time(), response.delay, self._rules)
+        freshness = freshness_of(response.headers, time.time(), response.delay, self._limits.caching_rules)
         if why is None and not is_useful(freshness, response.validators):
             why = "stale on arrival, without a validator"
         if why is not None:

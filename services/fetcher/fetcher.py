@@ -16,7 +16,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules, Admitted, JobChecker
-from distributor_node.services.fetcher.download import FetchRunner
+from distributor_node.services.fetcher.download import FetchLimits, FetchRunner
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.services.fetcher.scheduler import JobScheduler, Slot, SlotLimits
 from distributor_node.shared.adapters.sources.client import SourceAnswer
@@ -99,13 +99,14 @@ class Fetcher:
             storage.largest_cached_size, fetch.space_wait, fetch.lease, storage.watermarks.low
         )
         times = LeaseTimes(fetch.lease, fetch.lease_renewal)
+        limits = FetchLimits(storage.largest_cached_size, fetch.space_wait, settings.caching_rules)
         self._worker = Worker(
             Admission(state, volume, self._disk, rules, self.name),
-            FetchRunner(state, volume, failover_reader, self._disk, times, settings.caching_rules),
+            FetchRunner(state, volume, failover_reader, self._disk, times, limits),
             FailureRecorder(state, RetryPlan(settings.job_queue.retry_delays), fetch.failure_memory),
         )
         self._revalidator = Revalidator(
-            state, volume, self._disk, failover_reader, settings.caching_rules or DEFAULT_RULES
+            state, volume, self._disk, failover_reader, catalog, settings.caching_rules or DEFAULT_RULES
         )
         self._scheduler = JobScheduler(
             state, self.name, self._slot_limits, failover_reader.worth_downloading_from
@@ -284,9 +285,11 @@ class Revalidator:
         volume: Volume,
         disk: BlockingPool,
         failover_reader: FailoverReader,
+        catalog: Catalog,
         rules: CachingRules,
     ) -> None:
         self._state = state
+        self._catalog = catalog
         self._volume = volume
         self._disk = disk
         self._failover_reader = failover_reader
@@ -336,7 +339,7 @@ class Revalidator:
     async def _ask(self, job: FetchJob, record: StoredRecord) -> tuple[float, SourceAnswer]:
         """Return the answer and the POSIX time of its arrival. Raises SourceError."""
         failure: SourceError | None = None
-        for url in job.media_object.sources:
+        for url in self._catalog.sources_of(job.object_id):  # not what the message says
             try:
                 answer = await self._failover_reader.ask(url, conditional_headers(record.validators))
                 return time.time(), answer

@@ -41,12 +41,14 @@ class PartialWriter:
         disk: BlockingPool,
         on_first_bytes: Callable[[], Coroutine[Any, Any, None]],
         on_complete: Callable[[], bool],
+        reserve: Callable[[int], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
-        """Two callbacks:
+        """Callbacks:
 
         - `on_first_bytes` is called once, when the first bytes are on disk and more are to come. It must not raise.
         - `on_complete` is called in the thread that wrote the object's last byte, so that clients wait for one thread
-          switch instead of two. Its result is stored in `verified`.
+          switch instead of two. Its result is stored in `verified`. Not called while the length is unknown.
+        - `reserve` is called before bytes are written, with the size that the file will have.
         """
         self._partial = partial
         self._hasher = hasher
@@ -54,6 +56,7 @@ class PartialWriter:
         self._disk = disk
         self._on_first_bytes = on_first_bytes
         self._on_complete = on_complete
+        self._reserve = reserve
         self.verified: bool | None = (
             None  # None: `on_complete` was not called, for nothing was missing at the start
         )
@@ -112,6 +115,8 @@ class PartialWriter:
             self._batch_ready.clear()
             self._has_room.set()
             await self._renewer.ensure_valid()
+            if self._reserve is not None:
+                await self._reserve(offset + length)
             await self._disk.run(self._write, offset, batch, length)
             WRITTEN_BYTES.inc(length)
             offset += length
@@ -139,7 +144,7 @@ class PartialWriter:
             offset += len(data)
             if self._hasher is not None:
                 self._hasher.update(data)
-        if offset == self._partial.record.size:
+        if offset == self._partial.record.size and not self._partial.record.growing:
             self.verified = self._on_complete()
 
 

@@ -156,6 +156,14 @@ class NotStorable(SourceError):
         self.why = why
 
 
+class SourceEncoded(SourceWrong):
+    """The source sends the object in a content coding although identity was asked for."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(f"Content-Encoding: expected identity, got {encoding}")
+        self.encoding = encoding
+
+
 _ABOUT_THE_OBJECT = frozenset({401, 403, 404, 410, 416, 451})
 """Statuses that say something of one object, and contradict a catalog that says that the source holds it."""
 
@@ -188,6 +196,12 @@ class AllSourcesFailed(SourceError):
     def not_storable(self) -> NotStorable | None:
         """The answer of a source that forbids to store the object."""
         found = (error for error in self.errors.values() if isinstance(error, NotStorable))
+        return next(found, None)
+
+    @property
+    def encoding(self) -> str | None:
+        """The content coding of a source that sends no other one."""
+        found = (error.encoding for error in self.errors.values() if isinstance(error, SourceEncoded))
         return next(found, None)
 
     @property

@@ -75,8 +75,8 @@ def decode_job(body: bytes, *, attempt: int, request_id: str) -> FetchJob:
         if fields.get("version") != JOB_VERSION:
             raise InvalidJob(f"version: expected {JOB_VERSION}, got {repr(fields.get('version'))[:20]}")
         media_object = _OBJECT_FIELDS.decode(fields)
-        if media_object.size is None:
-            raise InvalidJob("size: expected an integer, got None")
+        if media_object.size is None and media_object.content_hash is not None:
+            raise InvalidJob("size: expected an integer for an object with a content hash, got None")
         published_at = fields.get("published_at")
         if not isinstance(published_at, int | float) or isinstance(published_at, bool):
             raise InvalidJob(f"published_at: expected POSIX seconds, got {repr(published_at)[:40]}")

@@ -287,10 +287,11 @@ class StoredRecord:
     freshness: Freshness | None = (
         None  # of an object of an HTTP origin; None: it does not become stale, or is unknown
     )
+    growing: bool = False  # of a partial file whose length is not known yet: `size` bytes are reserved for it
 
     @property
     def version(self) -> Version:
-        return Version(self.content_hash, self.validators, self.size)
+        return Version(self.content_hash, self.validators, None if self.growing else self.size)
 
     def with_validators(self, validators: Validators) -> StoredRecord:
         """The record of bytes of which their source says this. With a content hash, the source's tag says no more."""

@@ -509,6 +509,13 @@ class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
     async def renew(self, lease: Lease, source: str | None = None) -> bool:
         """Extend the lease and report the source in use. False: the lease is lost, stop writing at once."""
 
+    async def resize(self, lease: Lease, size: int) -> bool:
+        """Set the size of a fetch whose length was not known before: its reservation grows or shrinks to it.
+
+        False, and nothing is changed, if it would exceed the limit, or if the lease is lost. Announces SPACE_FREED if
+        it shrinks.
+        """
+
     async def return_surplus(self, lease: Lease) -> None:
         """Release what is reserved beyond the footprint, once the file is no larger. Announces SPACE_FREED."""
 

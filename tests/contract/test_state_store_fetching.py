@@ -25,6 +25,37 @@ from distributor_node.shared.ports.state_store import (
 from tests.contract.state_harness import LIMIT, ONE, TWO, Harness
 
 
+class TestResize:
+    """Of an object whose length was not known at its beginning."""
+
+    async def test_a_reservation_grows_and_shrinks(self, harness: Harness) -> None:
+        await harness.reconciled()
+        lease = await harness.begin_fetch(ONE, 100)
+        for size in (500, 500, 70):
+            assert await harness.store.resize(lease, size)
+            assert await harness.used_and_reserved() == (0, footprint(size))
+        assert await harness.store.commit(lease, time.time())
+        assert await harness.used_and_reserved() == (footprint(70), 0)
+        [[entry]] = [batch async for batch in harness.store.entries()]
+        assert entry.size == 70
+
+    async def test_to_the_last_byte_and_no_further(self, harness: Harness) -> None:
+        await harness.reconciled()
+        lease = await harness.begin_fetch(ONE, 100)
+        most = LIMIT - RECORD_BYTES
+        assert not await harness.store.resize(lease, most + 1)
+        assert await harness.used_and_reserved() == (0, footprint(100))
+        assert await harness.store.resize(lease, most)
+        assert await harness.used_and_reserved() == (0, LIMIT)
+
+    async def test_not_with_a_lost_lease(self, harness: Harness) -> None:
+        await harness.reconciled()
+        lease = await harness.begin_fetch(ONE, 100)
+        await harness.store.release(lease)
+        assert not await harness.store.resize(lease, 50)
+        assert await harness.used_and_reserved() == (0, 0)
+
+
 class TestBegin:
     async def test_grants_and_reserves(self, harness: Harness) -> None:
         await harness.reconciled()

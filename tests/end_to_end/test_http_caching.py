@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import hashlib
 import json
 import uuid
@@ -286,6 +287,119 @@ async def test_a_record_of_an_earlier_release_is_validated(site: Site) -> None:
     assert answer.headers["cache-control"] == "max-age=60"
 
 
+# Responses without a length, and with a coding.
+
+# A range would tell the length, too.
+LENGTHLESS = [Fault(chunked=True, ignore_range=True), Fault(omit_content_length=True, ignore_range=True)]
+
+
+@pytest.mark.parametrize("fault", LENGTHLESS, ids=["chunked", "until close"])
+@pytest.mark.parametrize("method", [None, "HEAD"], ids=["always", "HEAD"])
+async def test_a_body_without_a_length_is_stored(site: Site, fault: Fault, method: str | None) -> None:
+    put(site)
+    site.origin.faults.add(fault, Match(endpoint="files", method=method))
+    answer = await site.get()
+    assert (answer.status, answer.complete, answer.body) == (200, True, OLD)
+    assert (answer.headers["x-cache"], answer.headers["etag"]) == ("miss", '"v1"')
+    hit = await site.until_hit()
+    assert (hit.body, hit.headers["content-length"]) == (OLD, str(SIZE))
+    part = await site.get({"Range": "bytes=0-1"})
+    assert (part.status, part.body) == (206, OLD[:2])
+    assert part.headers["content-range"] == f"bytes 0-1/{SIZE}"
+
+
+async def test_followers_of_a_body_without_a_length(site: Site) -> None:
+    put(site)
+    site.origin.faults.add(Fault(chunked=True, ignore_range=True, bytes_per_second=200_000))
+    answers = await asyncio.gather(*(site.get() for _ in range(8)))
+    assert all((answer.status, answer.complete, answer.body) == (200, True, OLD) for answer in answers)
+    assert all(answer.headers["transfer-encoding"] == "chunked" for answer in answers)
+    assert {answer.headers["x-data-source"] for answer in answers} == {"local"}
+    whole = [one for one in site.origin.requests.of("1", "GET") if one.range is None]
+    assert len(whole) <= 2, "a look-up and a fetch"
+
+
+async def test_a_body_without_a_length_that_breaks_off(site: Site) -> None:
+    put(site)
+    site.origin.faults.add(
+        Fault(chunked=True, ignore_range=True, cut_after=100_000),
+        Match(endpoint="files", method="GET", first=2),
+    )
+    site.origin.faults.add(Fault(chunked=True, ignore_range=True))
+    answer = await site.get()
+    assert answer.body == OLD[: len(answer.body)]
+    assert not answer.complete or answer.body == OLD
+    assert (await site.until_hit()).body == OLD
+
+
+async def test_a_body_that_turns_out_to_be_too_large(site: Site) -> None:
+    await restarted(site, DISTRIBUTOR_STORAGE__MAX_CACHED_ITEM="5M")
+    large = GeneratedContent(3, 9_000_000).read(0, 9_000_000)
+    put(site, large)
+    site.origin.faults.add(Fault(chunked=True, ignore_range=True))
+    first = await site.get()
+    assert first.body == large[: len(first.body)]
+    assert not first.complete or first.body == large
+    for _ in range(2):
+        answer = await site.get()
+        assert (answer.status, answer.complete, answer.body == large) == (200, True, True)
+        assert answer.headers["x-data-source"] == "external"
+    assert site.stored() is None
+
+
+async def test_a_range_of_an_unknown_total(site: Site) -> None:
+    put(site)
+    whole, part = (("Content-Range", "bytes 0-0/*"),), (("Content-Range", "bytes 10-19/*"),)
+    site.origin.faults.add(Fault(status=405), Match(endpoint="files", method="HEAD"))
+    site.origin.faults.add(Fault(headers=whole), Match(endpoint="files", method="GET", ranged=True, first=1))
+    site.origin.faults.add(Fault(headers=part), Match(endpoint="files", method="GET", ranged=True))
+    assert (await site.get()).body == OLD
+    assert (await site.until_hit()).body == OLD
+    await restarted(site, DISTRIBUTOR_STORAGE__MAX_CACHED_ITEM="100000")
+    site.stack.kill_all()
+    for path in (site.stack.volume / "objects").rglob("1"):
+        path.unlink()
+    site.origin.faults.clear()
+    site.origin.faults.add(Fault(headers=part), Match(endpoint="files", method="GET", ranged=True))
+    await restarted(site, DISTRIBUTOR_STORAGE__MAX_CACHED_ITEM="200k")
+    answer = await site.get({"Range": "bytes=10-19"})
+    assert (answer.status, answer.body) == (206, OLD[10:20])
+    assert answer.headers["content-range"] == f"bytes 10-19/{SIZE}"
+
+
+@pytest.mark.parametrize("method", [None, "GET"], ids=["HEAD and GET", "GET"])
+async def test_an_origin_that_always_compresses(site: Site, method: str | None) -> None:
+    put(site, control="public, max-age=60")
+    site.origin.faults.add(Fault(gzip=True), Match(endpoint="files", method=method))
+    for _ in range(2):
+        answer = await site.get({"Accept-Encoding": "br;q=0.5, GZIP"})
+        assert (answer.status, answer.complete, answer.headers["content-encoding"]) == (200, True, "gzip")
+        assert gzip.decompress(answer.body) == OLD
+        assert answer.headers["vary"] == "Accept-Encoding"
+    for headers in ({}, {"Accept-Encoding": "gzip;q=0"}, {"Accept-Encoding": "br"}):
+        refused = await site.get(headers)
+        assert (refused.status, refused.json()["type"]) == (502, "encoded")
+        assert "Content-Encoding gzip" in refused.json()["message"]
+    assert site.stored() is None
+
+
+async def test_a_site_is_fronted_without_a_file(tmp_path: Path) -> None:
+    stack = Stack(tmp_path, "memory://", "memory://", "alone")
+    async with StorageNode([]).run() as origin:
+        process = stack.add("standalone")
+        process.kill()
+        process.arguments = ["standalone", "--origin", origin.object_url("{id}")]
+        process.start()
+        try:
+            await process.healthy()
+            site = Site(stack, origin)
+            put(site)
+            assert (await site.get()).body == OLD
+            assert ttl(await site.until_hit()) > 0
+        finally:
+            stack.kill_all()
+
+
 # Many at once, on real servers.
 
 
@@ -297,7 +411,6 @@ async def cluster(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterato
             "DISTRIBUTOR_CATALOG__KIND": "origin",
             "DISTRIBUTOR_CATALOG__ORIGIN": origin.object_url("{id}"),
             "DISTRIBUTOR_ORIGIN__STALE_WHILE_REVALIDATE": "0",
-            "DISTRIBUTOR_PUBLIC_API__WORKERS": "2",
         }
         try:
             yield Site(stack, origin)
@@ -308,8 +421,7 @@ async def cluster(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterato
 async def test_fifty_clients_of_a_stale_object_make_one_conditional_request(cluster: Site) -> None:
     put(cluster, control="max-age=4")
     cluster.origin.faults.add(Fault(latency_before_headers=0.5), GETS)
-    await cluster.stack.up()
-    cluster.stack.add("fetcher")
+    await cluster.stack.up(fetchers=2, workers=2)
     await cluster.until_hit()
     await asyncio.sleep(4.5)
     answers = await asyncio.gather(*(cluster.get() for _ in range(50)))
@@ -346,7 +458,7 @@ def tag(data: bytes) -> str:
 
 async def test_an_object_that_is_replaced_while_it_is_read(cluster: Site) -> None:
     put(cluster, OLD, tag(OLD), "max-age=0")
-    await cluster.stack.up()
+    await cluster.stack.up(workers=2)
     answers = await read_while_replaced(cluster, readers=8, versions=8, every=0.5)
     assert len(answers) > 20
     for answer in answers:

@@ -147,8 +147,8 @@ async def test_nothing_is_fetched_before_reconciliation(tmp_path: Path) -> None:
         assert len(harness.nodes[0].requests) == 0
 
 
-@pytest.mark.parametrize("size", [None, LIMIT, LIMIT * 2])
-async def test_an_uncacheable_object_is_dead_lettered(harness: Harness, size: int | None) -> None:
+@pytest.mark.parametrize("size", [LIMIT, LIMIT * 2])
+async def test_an_uncacheable_object_is_dead_lettered(harness: Harness, size: int) -> None:
     assert isinstance(await start(harness, MediaObject(OBJECT_ID, size, sources=harness.sources)), DeadLetter)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ from distributor_node.services.api.assets.decision import (
 )
 from distributor_node.services.api.assets.proxy import VerifyingBuffer
 from distributor_node.shared.domain.conditionals import Conditions, Unsatisfiable
-from distributor_node.shared.domain.objects import ContentHash, ObjectId
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
 from distributor_node.shared.ports.state_store import Failure, Fetch, FetchPhase, ObjectStatus
 
 SIZE = 1_000_000
@@ -107,9 +109,24 @@ def test_far_ranges(first: int, on_disk: int, far: bool) -> None:
     assert is_far(first, on_disk, 4096) is far
 
 
-@pytest.mark.parametrize(("size", "expected"), [(None, False), (0, True), (SIZE, True), (SIZE + 1, False)])
-def test_what_is_fetched(size: int | None, expected: bool) -> None:
-    assert is_cacheable(size, SIZE) is expected
+HASH = ContentHash("sha256", bytes(32))
+
+
+@pytest.mark.parametrize(
+    ("size", "content_hash", "expected"),
+    [
+        (None, None, True),
+        (None, HASH, False),
+        (0, None, True),
+        (SIZE, HASH, True),
+        (SIZE + 1, HASH, False),
+        (SIZE + 1, None, False),
+    ],
+)
+def test_what_is_fetched(size: int | None, content_hash: ContentHash | None, expected: bool) -> None:
+    wanted = MediaObject(ObjectId("1"), size, content_hash)
+    assert is_cacheable(wanted, SIZE) is expected
+    assert not is_cacheable(replace(wanted, not_stored="no-store"), SIZE)
 
 
 @pytest.mark.parametrize(

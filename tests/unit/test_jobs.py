@@ -158,7 +158,11 @@ def test_the_bytes_of_a_catalog_answer(answer: MediaObject | None, packed: bytes
         (b'"version": 1', b'"version": 2', "version: expected 1, got 2"),
         (b'"object_id": "1"', b'"object_id": 1', "object_id: expected a string, got 1"),
         (b'"size": 9007199254740993', b'"size": true', "size: expected an integer or null, got True"),
-        (b'"size": 9007199254740993', b'"size": null', "size: expected an integer, got None"),
+        (
+            b'"size": 9007199254740993',
+            b'"size": null',
+            "size: expected an integer for an object with",
+        ),
         (b'"size": 9007199254740993', b'"size": -1', "size: expected 0 or more, got -1"),
         (b'"text/vtt"', b"[]", r"media_type: expected a string or null, got \[\]"),
         (b"http://two", b"file://two", r"sources: expected a list of http\(s\) URLs, got \['https"),

@@ -72,7 +72,7 @@ class Representation:
         last_modified = record.validators.last_modified
         return cls(
             record.object_id,
-            record.size,
+            None if record.growing else record.size,
             record.etag,
             record.content_hash,
             record.media_type,
@@ -202,9 +202,16 @@ def may_resume(object_status: ObjectStatus) -> bool:
     return object_status.fetch is not None and object_status.failure is None
 
 
-def is_cacheable(size: int | None, largest_cached_size: int) -> bool:
-    """Whether an object of this size is fetched into the cache. Others are proxied."""
-    return size is not None and size <= largest_cached_size
+def is_cacheable(media_object: MediaObject, largest_cached_size: int) -> bool:
+    """Whether the object is fetched into the cache. Others are proxied.
+
+    One of unknown length is, until it turns out to be too large. With a content hash, its catalog knows the size.
+    """
+    if media_object.not_stored is not None:
+        return False
+    if media_object.size is None:
+        return media_object.content_hash is None
+    return media_object.size <= largest_cached_size
 
 
 def is_far(first: int, on_disk: int, far_distance: int) -> bool:
@@ -231,7 +238,7 @@ def sendable_end(span: Span, on_disk: int, *, verified: bool) -> int:
     """
     size, last = span.size, span.last
     if size is None or last is None:
-        return on_disk if verified else 0
+        return on_disk  # without a hash: there is nothing to verify
     end = min(on_disk, last + 1)
     if verified or not span.reaches_end:
         return end

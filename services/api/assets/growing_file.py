@@ -6,6 +6,7 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from enum import Enum, auto
 from math import inf
 from time import monotonic
@@ -179,7 +180,7 @@ class PartialFileStreamer:
         self, response: ResponseWriter, reader: PartialReader, outcome: CacheOutcome, max_stall: float
     ) -> StreamEnd:
         span, object_id = self._span, self._representation.object_id
-        end = span.first + (span.length or 0)
+        end = inf if span.last is None else span.first + (span.length or 0)
         renewal = AccessRenewal(self._accesses, object_id)
         while (position := span.first + response.sent) < end:
             state = reader.state()
@@ -191,6 +192,8 @@ class PartialFileStreamer:
                 reader.lock_shared()
             sendable = sendable_end(span, state.size, verified=state.verified)
             if sendable <= position:
+                if span.last is None and state.verified:
+                    break  # that is its length
                 if self._poller.idle > self.stall_timeout or await self._poller.has_ended():
                     return StreamEnd.FETCH_ENDED
                 if response.started and self._poller.idle >= max_stall:
@@ -258,6 +261,8 @@ class PartialFileStreamer:
             self._mismatch_since = self._mismatch_since or monotonic()
             return False
         self._representation = self._representation.with_validators(expected.validators, expected.freshness)
+        if self._span.last is None and not expected.growing:
+            self._span = replace(self._span, last=expected.size - 1, size=expected.size)
         return True
 
     def _is_expected(self, record: StoredRecord) -> bool:

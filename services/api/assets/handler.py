@@ -288,8 +288,7 @@ class MissHandler:
             status is None
             or status.failure is not None
             or draining
-            or media_object.not_stored is not None
-            or not is_cacheable(media_object.size, max_size)
+            or not is_cacheable(media_object, max_size)
             or not await self._admission.admits(object_id, media_object.size)
         ):
             await self._proxy(pending, status.failure if status is not None else None)

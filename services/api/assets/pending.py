@@ -122,6 +122,9 @@ class PendingResponder:
                         ),
                         media_type=found.record.media_type,
                     )
+                    size = found.record.size
+                    if span.last is None:
+                        span = replace(span, last=size - 1, size=size)
                     await self._hit_responder.send(
                         found, representation, span, pending.outcome, pending.response
                     )
@@ -161,7 +164,10 @@ class PendingResponder:
         """Send from the file, and from a source while its fetch is stalled."""
         bridges = 0
         while True:
-            may_bridge = bridges < _MAX_BRIDGES and self._proxy.has_free_slot
+            # Of an object of unknown length nothing tells when the file has caught up.
+            may_bridge = (
+                bridges < _MAX_BRIDGES and self._proxy.has_free_slot and pending.span.last is not None
+            )
             max_stall = self._context.settings.public_api.stalled_fetch_wait if may_bridge else inf
             end = await streamer.stream(pending.response, reader, pending.outcome, max_stall)
             if end is StreamEnd.FETCH_ENDED:

@@ -17,7 +17,7 @@ from distributor_node.services.api.assets.response import ResponseWriter
 from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
 from distributor_node.services.api.headers import CacheOutcome, content_head
 from distributor_node.shared.adapters.sources import SourceResponse
-from distributor_node.shared.adapters.sources.client import MAX_SKIP
+from distributor_node.shared.adapters.sources.client import MAX_SKIP, Expected
 from distributor_node.shared.adapters.sources.failover import Chunk, FailoverReader
 from distributor_node.shared.adapters.volume import PartialReader
 from distributor_node.shared.domain.errors import AllSourcesFailed, VolumeError
@@ -74,6 +74,8 @@ class ProxiedResponse:
         """Take the media type and the size from a source's response, if the catalog does not state them."""
         if not self.response.started:
             freshness = None
+            if response.encoding is not None:
+                self.passed_headers = {"Content-Encoding": response.encoding, "Accept-Ranges": "none"}
             if self.caching_rules is not None and self.representation.content_hash is None:
                 freshness = self._pass_caching_headers(response, self.caching_rules)
             self.representation = self.representation.with_validators(response.validators, freshness)
@@ -87,9 +89,16 @@ class ProxiedResponse:
         headers = response.headers
         if why_not_stored(200, headers) is None:  # of a range, what its 200 would say
             return freshness_of(headers, time.time(), response.delay, rules)
-        self.passed_headers = {"Cache-Control": passed_cache_control(headers)}
+        self.passed_headers["Cache-Control"] = passed_cache_control(headers)
         self.passed_headers |= {name: headers[name] for name in ("Vary", "Age") if name in headers}
         return None
+
+    @property
+    def accepted_encodings(self) -> frozenset[str]:
+        """Content codings in which the client takes the whole object. None, where its bytes can be verified."""
+        if self.representation.content_hash is not None or self.span.size is not None:
+            return frozenset()
+        return self.response.accepted_encodings
 
     async def emit(self, chunks: Iterable[bytes | memoryview]) -> None:
         """Send chunks to the client, after the head if it has not been sent."""
@@ -117,6 +126,9 @@ class ProxiedResponse:
             self.deadline.reschedule(None)  # from here on the client sets the pace
         head = content_head(self.representation, self.outcome, self.span, "external", self.media_type)
         head.headers.update(self.passed_headers)
+        if "Content-Encoding" in self.passed_headers:
+            # The client gets what it would not get with another Accept-Encoding.
+            head.headers["Vary"] = "Accept-Encoding"
         await self.response.start(head, chunk)
 
 
@@ -254,7 +266,10 @@ class Proxy:
                     last,
                     sources,
                     proxied.on_source_response,
-                    must_match=must_match or proxied.response.started,
+                    expected=Expected(
+                        must_match=must_match or proxied.response.started,
+                        encodings=proxied.accepted_encodings,
+                    ),
                     preference=lambda url: url == proxied.avoided,
                 )
             ) as chunks:
@@ -263,9 +278,10 @@ class Proxy:
                     await proxied.emit(buffer.feed(chunk.data) if buffer else (chunk.data,))
         except AllSourcesFailed as error:
             failure = _source_failure(error, proxied.response)
-            if isinstance(failure, HttpError) and error.contradicts_catalog:
+            encoded = error.encoding is not None and proxied.media_object.size is not None
+            if isinstance(failure, HttpError) and (error.contradicts_catalog or encoded):
                 raise OutdatedDescription(
-                    proxied.media_object, failure, of_size=error.contradicts_size
+                    proxied.media_object, failure, of_size=encoded or error.contradicts_size
                 ) from error
             raise failure from error
         if buffer is not None:
@@ -359,6 +375,13 @@ def _source_failure(error: AllSourcesFailed, response: ResponseWriter) -> HttpEr
         return AbortResponse(_SOURCE_FAILED)
     if error.too_slow:
         return _too_slow()
+    if error.encoding is not None:
+        return HttpError(
+            502,
+            f"The origin sends the object only with Content-Encoding {error.encoding}, which the request does not"
+            " accept",
+            "encoded",
+        )
     return HttpError(502, "No source could deliver the object", "sources_failed")
 
 

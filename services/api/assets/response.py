@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -234,6 +235,9 @@ class _AssetResponse(HTTPResponse):
         )
 
 
+_ZERO_WEIGHT = re.compile(r"q=0(\.0*)?")
+
+
 class ResponseWriter:
     """The response to one asset request: without a body, in one piece, or chunk by chunk at the client's pace.
 
@@ -262,6 +266,15 @@ class ResponseWriter:
     @property
     def request_id(self) -> str:
         return request_record(self._request).request_id
+
+    @property
+    def accepted_encodings(self) -> frozenset[str]:
+        """The content codings that the request names and accepts (RFC 9110 section 12.5.3)."""
+        header = ", ".join(self._request.headers.getall("accept-encoding", ()))
+        named = (item.partition(";") for item in header.lower().split(","))
+        return frozenset(
+            name.strip() for name, _, weight in named if not _ZERO_WEIGHT.fullmatch(weight.strip())
+        )
 
     def set_object_size(self, size: int | None) -> None:
         """Note the size of the whole object in bytes for the request log."""

@@ -27,6 +27,7 @@ from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeE
 from distributor_node.shared.domain.http_caching import Use
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.observability.metrics import REVALIDATIONS
+from distributor_node.shared.ports.state_store import FetchPhase
 from distributor_node.shared.waiting import cancel_and_wait
 
 _POLL_INTERVAL = 0.1
@@ -149,13 +150,14 @@ class Revalidator:
             # The state before the record: a fetcher writes the record before it releases the claim.
             status = await self._context.state.find(object_id)
             found = self._context.volume.complete_record(object_id)
-            if found is None:
-                return Validation.REMOVED
-            if found.freshness is not None and found.freshness.checked_at > asked_about:
+            fetch = live_fetch(status)
+            if found is None and (fetch is None or fetch.phase is FetchPhase.FETCHING):
+                return Validation.REMOVED  # and a new claim can be won
+            if found is not None and found.freshness is not None and found.freshness.checked_at > asked_about:
                 return Validation.REFRESHED
             if status.failure is not None or start.publish_failed.is_set():
                 return Validation.FAILED
-            if live_fetch(status) is not None:
+            if fetch is not None:
                 ended_at = None
             elif ended_at is None:
                 # The job has ended without a result, or an evictor that has just started has dropped the claim.

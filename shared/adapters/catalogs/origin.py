@@ -145,7 +145,7 @@ class OriginCatalog:
             media_type=media_type_or_none(response.headers.get("Content-Type")),
             sources=(url,),  # not what it redirects to: such a URL may be valid for seconds
             validators=Validators.from_headers(response.headers),
-            not_stored=why_not_stored(200, response.headers),  # of a range, what its 200 would say
+            not_stored=_why_not_stored(response),
         )
 
     async def _request(
@@ -163,6 +163,13 @@ class OriginCatalog:
             raise ObjectUnavailable(f"the origin's response is unusable: {error}") from error
         except SourceError as error:
             raise CatalogUnavailable(f"the origin cannot be reached: {error}") from error
+
+
+def _why_not_stored(response: httpx.Response) -> str | None:
+    """Return why the object must not be stored; of a range, what its 200 would say."""
+    if _encoded(response):
+        return f"Content-Encoding: {response.headers['Content-Encoding'][:20]}"
+    return why_not_stored(200, response.headers)
 
 
 def _stated_size(response: httpx.Response) -> int | None:

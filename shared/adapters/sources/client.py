@@ -17,6 +17,7 @@ from distributor_node.shared.adapters.sources.network import SourceStream
 from distributor_node.shared.domain.conditionals import ByteRange, parse_content_range
 from distributor_node.shared.domain.errors import (
     InvalidInput,
+    SourceEncoded,
     SourceError,
     SourceRefused,
     SourceTooSlow,
@@ -51,6 +52,7 @@ class BodyPlan:
     validators: Validators = NO_VALIDATORS
     skip: int = 0  # bytes to discard at the beginning
     to_the_end: bool = True  # the body must end after `length` bytes
+    encoding: str | None = None  # content coding of the bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class Expected:
     version: Version = UNKNOWN_VERSION
     must_match: bool = False
     """The response must prove to be of this version, because its bytes follow other bytes of it."""
+    encodings: frozenset[str] = frozenset()
+    """Content codings in which the whole object is accepted, from a source that sends it in no other way."""
 
 
 def validate_response(
@@ -77,10 +81,13 @@ def validate_response(
     """
     if status not in (200, 206):
         raise SourceRefused(f"responded {status}", status)
+    validators = Validators.from_headers(headers)
     encoding = headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", ""):
-        raise SourceWrong(f"Content-Encoding: expected identity, got {encoding[:20]}")
-    validators = Validators.from_headers(headers)
+        if status != 200 or byte_range is not None or encoding not in expected.encodings:
+            raise SourceEncoded(encoding[:20])
+        media_type = media_type_or_none(headers.get("Content-Type"))
+        return BodyPlan(200, 0, None, None, media_type, validators, encoding=encoding)
     _check_version(validators, expected)
     expected_size = expected.version.size
     media_type = media_type_or_none(headers.get("Content-Type"))
@@ -177,6 +184,7 @@ class SourceResponse:
     chunks: AsyncIterator[bytes]  # exactly these bytes, once; raises SourceError
     headers: Mapping[str, str]  # all of them, with case-insensitive names
     delay: float  # seconds from the request to its head
+    encoding: str | None = None  # the bytes are in this content coding, which was accepted
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +279,7 @@ class SourceClient:
                         chunks,
                         response.headers,
                         attempt.first_byte or 0.0,
+                        plan.encoding,
                     )
         except SourceError as error:
             attempt.failure = error.reason

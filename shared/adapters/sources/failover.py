@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from distributor_node.shared.adapters.sources.client import (
+    NOTHING_EXPECTED,
     Expected,
     SourceAnswer,
     SourceClient,
@@ -21,6 +22,7 @@ from distributor_node.shared.domain.conditionals import ByteRange
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     NotStorable,
+    SourceEncoded,
     SourceError,
     SourceOutpaced,
     SourceRefused,
@@ -68,7 +70,7 @@ class FailoverReader:
         sources: Sequence[str],
         on_source: OnSource | None = None,
         *,
-        must_match: bool = False,
+        expected: Expected = NOTHING_EXPECTED,
         preference: Callable[[str], bool] | None = None,
     ) -> AsyncGenerator[Chunk]:
         """Yield bytes `first` to `last` (inclusive; None: to the end) in order, without gap or overlap.
@@ -78,13 +80,13 @@ class FailoverReader:
         Close the generator (`contextlib.aclosing`) to stop early. Sources that sent corrupt bytes for this object are
         not asked. All bytes are of one version: of the object's, or else of the first response. Without a content hash,
         another response continues after the first byte only if a strong validator proves that it is of this version.
-        Without a known size none does. `must_match`: this holds for the first response too, because its bytes follow
-        others, or are a range under a strong tag.
+        Without a known size none does. `expected`: of the first response. It must match, for example,
+        because its bytes follow others, or are a range under a strong tag.
 
         Raises:
             AllSourcesFailed: no source is left. The bytes yielded before are as the sources sent them.
         """
-        span = _Span(media_object.version, first, last, must_match=must_match)
+        span = _Span(media_object.version, first, last, expected)
         ranked = self._health.best_first(sources, media_object.object_id)
         rotation = _Rotation(ranked if preference is None else sorted(ranked, key=preference))
         while span.needs_request and (url := rotation.next_source()) is not None:
@@ -158,10 +160,11 @@ class FailoverReader:
             "source_failed", source=source_name(url), reason=error.reason, detail=str(error), at=span.position
         )
         # A missing object, or a lack of free connections here, does not predict failures with other objects.
-        # Nor does another version of an object that has no hash.
+        # Nor does another version, or another coding, of an object that has no hash.
         missing = isinstance(error, SourceRefused) and 400 <= error.status < 500
         missing = missing or isinstance(error, NotStorable)
-        changed = isinstance(error, VersionChanged) and span.expected.version.content_hash is None
+        hashed = span.expected.version.content_hash is not None
+        changed = isinstance(error, VersionChanged | SourceEncoded) and not hashed
         if type(error) is not SourceError and not missing and not changed:
             self._health.record_failure(url)
 
@@ -169,9 +172,9 @@ class FailoverReader:
 class _Span:
     """The part of the object that is still to be read, and the version that all of it must be of."""
 
-    def __init__(self, version: Version, first: int, last: int | None, *, must_match: bool) -> None:
+    def __init__(self, version: Version, first: int, last: int | None, expected: Expected) -> None:
+        self._first_expected = expected  # of the first response; its version is not used
         self._version = version  # its size is None while it is unknown
-        self._must_match = must_match
         self._begun = False  # bytes were yielded
         self.position = first  # of the next byte
         size = version.size
@@ -191,7 +194,9 @@ class _Span:
 
     @property
     def expected(self) -> Expected:
-        return Expected(self._version, must_match=self._must_match or self._begun)
+        if self._begun:
+            return Expected(self._version, must_match=True)
+        return replace(self._first_expected, version=self._version)
 
     @property
     def left(self) -> int:

@@ -201,6 +201,20 @@ class MemoryStateStore:
             tables.announce(Topic.FETCH_CHANGED, lease.object_id)
         return True
 
+    async def resize(self, lease: Lease, size: int) -> bool:
+        tables = self._tables
+        row = tables.leased(lease)
+        if row is None:
+            return False
+        more = footprint(size) - row.reservation
+        if more > 0 and tables.used + tables.leaving + tables.reserved + more > tables.limit:
+            return False
+        tables.rows[lease.object_id] = replace(row, size=size, held=0)
+        tables.reserved += more
+        if more < 0:
+            tables.announce(Topic.SPACE_FREED, lease.object_id)
+        return True
+
     async def return_surplus(self, lease: Lease) -> None:
         row = self._tables.leased(lease)
         if row and row.held:

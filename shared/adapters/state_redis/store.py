@@ -170,6 +170,9 @@ class RedisStateStore:
         duration = milliseconds(self._timeouts.lease_seconds)
         return bool(await self._run_leased("renew", lease, duration, source or ""))
 
+    async def resize(self, lease: Lease, size: int) -> bool:
+        return bool(await self._run_leased("resize", lease, size, self._limit))
+
     async def return_surplus(self, lease: Lease) -> None:
         await self._run_leased("return_surplus", lease)
 

@@ -169,6 +169,17 @@ class PartialFile:
         """Record the version that the source sends, likewise. Call it while the file is empty."""
         self._update_record(replace(self.record.with_validators(validators), freshness=freshness))
 
+    def set_size(self, size: int, *, growing: bool) -> None:
+        """Record how many bytes are reserved, likewise, or the length once it is known (not `growing`)."""
+        self._update_record(replace(self.record, size=size, growing=growing))
+
+    def write_sidecar(self) -> None:
+        """Write what has been recorded. Needed only if no byte follows."""
+        with map_os_errors(f"write the sidecar of {self.record.object_id}"):
+            if self._sidecar_stale:
+                overwrite(self._sidecar_name, encode_record(self.record), self._incoming)
+                self._sidecar_stale = False
+
     def _update_record(self, record: StoredRecord) -> None:
         if record != self.record:
             self.record = record

@@ -36,6 +36,7 @@ def encode_record(record: StoredRecord) -> bytes:
         "stored_at": record.stored_at,
         "last_modified": record.validators.last_modified,
         **encode_freshness(record.freshness),
+        **({"growing": True} if record.growing else {}),
     }
     body = _to_json(fields if record.name is None else {**fields, "name": record.name})
     if len(body) > RECORD_BYTES and record.name is not None:
@@ -83,6 +84,7 @@ def decode_record(body: bytes) -> StoredRecord:
             stored_at=stored_at,
             name=name,
             freshness=decode_freshness(fields),
+            growing=fields.get("growing") is True,
         ).with_validators(_read_validators(fields, content_hash))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidInput(f"record: unreadable: {type(error).__name__}") from error
