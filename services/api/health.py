@@ -16,7 +16,7 @@ import structlog
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.status import UsageReader
 from distributor_node.shared.adapters.volume.intake import ImportSource
-from distributor_node.shared.domain.errors import DistributorError, VolumeError
+from distributor_node.shared.domain.errors import DistributorError, QueryRejected, VolumeError
 from distributor_node.shared.observability.metrics import (
     QUEUE_JOBS,
     STATE_STORE_CLIENTS,
@@ -58,7 +58,7 @@ class HealthChecks:
             self._check("volume", self._check_volume),
             self._check("state store", self._check_state_store),
             self._check("job queue", context.queue.ping),
-            self._check("catalog", context.catalog.bucket_ids),
+            self._check("catalog", self._check_catalog),
         )
         others.append(self._check_workers())
         unfinished_import = await asyncio.to_thread(self._check_import)
@@ -99,6 +99,11 @@ class HealthChecks:
     async def _check_state_store(self) -> str | None:
         return "; ".join(await self._context.state.problems()) or None
 
+    async def _check_catalog(self) -> None:
+        """Ask what the node asks for its own assignment: a squid of another version may refuse just that."""
+        worker_id = self._context.assignment.current.effective.worker_id
+        await self._context.catalog.bucket_ids(worker_id)
+
     async def _check_volume(self) -> None:
         await asyncio.to_thread(self._context.volume.check)
 
@@ -110,6 +115,9 @@ class HealthChecks:
             return f"{name}: timeout"
         except VolumeError as error:
             return str(error)
+        except QueryRejected as error:
+            logger.info("dependency_unavailable", dependency=name, reason=str(error))
+            return f"{name}: does not support a query that the node needs"
         except DistributorError as error:
             logger.info("dependency_unavailable", dependency=name, reason=str(error))
             return f"{name}: unavailable"

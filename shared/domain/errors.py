@@ -56,6 +56,10 @@ class CatalogUnavailable(DistributorError):
     worth_retrying = True
 
 
+class QueryRejected(CatalogUnavailable):
+    """The catalog's server does not support a field, argument or type of a query: it has another version."""
+
+
 class ObjectUnavailable(CatalogUnavailable):
     """The catalog's server gave no usable response for one object. That does not mean that it is down."""
 

@@ -69,8 +69,11 @@ class Catalog(Protocol):
         where `can_list` is False.
         """
 
-    async def bucket_ids(self) -> Sequence[str]:
-        """Return all buckets the catalog knows, for a node without an assignment. Empty if it has no buckets."""
+    async def bucket_ids(self, worker_id: int | None = None) -> Sequence[str]:
+        """Return all buckets the catalog knows, or those that this worker operates. Empty if it has no buckets.
+
+        Raises QueryRejected if the catalog's server does not support the query: it is of another version.
+        """
 
     async def source_bases(self) -> Sequence[str]:
         """Return the base URLs, ending in `/`, of the storage nodes that objects may be fetched from.

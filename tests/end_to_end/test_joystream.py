@@ -15,6 +15,7 @@ import pytest
 from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
 from distributor_node.services.demo.squid import SquidFaults, TestChain, TestSquid
 from distributor_node.services.demo.squid.data import make_squid_data
+from distributor_node.services.demo.squid.sdl import BIGINT_WORKER
 from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
@@ -199,6 +200,23 @@ async def test_warming_fetches_the_assignment(harness: JoystreamHarness, scope: 
     await eventually(over)
     warmed = await operator.query("warm")
     assert (warmed["total"], warmed["skipped"]) == (1, 1)
+
+
+async def test_a_squid_whose_worker_ids_are_decimal_strings(harness: JoystreamHarness) -> None:
+    """The next release: objects are ours, the list is read, and the node is ready."""
+    item = generated_object("1", 1000)
+    harness.publish([item])
+    harness.squid.faults = SquidFaults(schema=BIGINT_WORKER)
+    await harness.stack.up()
+    assert_whole(await get(harness.stack.url("1")), item)
+
+    async def listed() -> bool:
+        return any(record.operation == "FirstPageOfBags" for record in harness.squid.requests)
+
+    await eventually(listed)
+    (api,) = harness.stack.of("api")
+    ready = await get(f"{api.health_url}/readyz")
+    assert not [text for text in ready.json().get("degraded", []) if text.startswith("catalog")]
 
 
 async def test_status_shows_squid_and_chain(harness: JoystreamHarness) -> None:

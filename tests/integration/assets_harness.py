@@ -23,7 +23,7 @@ from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.state_redis import RedisStateStore
 from distributor_node.shared.adapters.volume import PartialFile, Volume
-from distributor_node.shared.domain.errors import CatalogUnavailable, LookupRefused
+from distributor_node.shared.domain.errors import CatalogUnavailable, LookupRefused, QueryRejected
 from distributor_node.shared.domain.jobs import RetryPlan
 from distributor_node.shared.domain.objects import (
     Assignment,
@@ -57,6 +57,7 @@ class ListedCatalog:
         self.clients: list[str | None] = []  # that asked, in order
         self.refuse = False
         self.impossible: set[str] = set()  # ids that it cannot have
+        self.rejected_workers: set[int | None] = set()  # for which a query is not supported
 
     @property
     def can_list(self) -> bool:
@@ -93,7 +94,9 @@ class ListedCatalog:
     async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         yield list(self.objects.values())
 
-    async def bucket_ids(self) -> Sequence[str]:
+    async def bucket_ids(self, worker_id: int | None = None) -> Sequence[str]:
+        if worker_id in self.rejected_workers:
+            raise QueryRejected('Variable "$w" of type "Int!"')
         return ()
 
     async def source_bases(self) -> Sequence[str]:

@@ -93,7 +93,7 @@ class ListedCatalog:
         listed = [known for known in self.objects.values() if known.object_id not in self.left_out]
         yield [known for known in listed if assignment.covers(known)]
 
-    async def bucket_ids(self) -> Sequence[str]:
+    async def bucket_ids(self, worker_id: int | None = None) -> Sequence[str]:
         return ()
 
     async def source_bases(self) -> Sequence[str]:

@@ -8,6 +8,7 @@ import pytest
 
 from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.status import UsageReader
+from distributor_node.shared.domain.objects import Assignment
 from distributor_node.shared.observability.probe_server import Readiness
 from tests.integration.assets_harness import KIB, AssetsHarness, assets_harness
 
@@ -55,3 +56,18 @@ async def test_the_catalog_is_asked_in_the_name_of_the_client(
         forwarded = {"X-Forwarded-For": "6.6.6.6, 203.0.113.5"}
         assert (await node.get("1", forwarded, method="HEAD")).status == 200
         assert node.catalog.clients == [client]
+
+
+async def test_a_squid_that_refuses_the_question_for_our_worker_makes_the_node_degraded(
+    tmp_path: Path,
+) -> None:
+    message = "catalog: does not support a query that the node needs"
+    async with assets_harness(tmp_path) as node:
+        node.catalog.rejected_workers.add(7)
+        assert message not in (await readiness(node)).degraded
+        node.context.assignment.current = Assignment(worker_id=7)
+        ready = await readiness(node)
+        assert message in ready.degraded
+        assert ready.problems == (), "hits are served"
+        node.context.assignment.current = Assignment(frozenset({"0:1"}), 7)
+        assert message not in (await readiness(node)).degraded, "the buckets decide"

@@ -7,16 +7,19 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
+import structlog
 
 from distributor_node.services.demo.manifest import known_hash
 from distributor_node.services.demo.objects import BytesContent, DemoObject, bytes_object
 from distributor_node.services.demo.squid import SquidFaults, StorageBucket, TestSquid
+from distributor_node.services.demo.squid.sdl import BIGINT_WORKER
 from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
 from distributor_node.shared.adapters.catalogs.joystream import JoystreamCatalog, SquidLimits
-from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, QueryRejected
 from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
 from distributor_node.shared.ports.catalog import CatalogStatus
 from distributor_node.shared.runtime.factories import build_catalog
@@ -216,8 +219,8 @@ async def test_the_list_of_the_assignment(
     assert len(batches) == 3
     assert all(assignment.covers(item) for item in objects)
     assert {item.media_type for item in objects} == {None, "text/vtt"}
-    questions = [record for record in squid.requests if record.operation == "ObjectsOfBags"]
-    assert [record.variables["n"] for record in questions] == [1, 1, 1]
+    questions = [record for record in squid.requests if record.operation == "FirstPageOfBags"]
+    assert [record.variables["bags"] for record in questions] == [1, 1, 1]
 
 
 async def test_the_list_of_everything(catalog: JoystreamCatalog) -> None:
@@ -231,17 +234,17 @@ async def test_a_worker_without_buckets_has_nothing(catalog: JoystreamCatalog) -
 async def test_a_list_pauses_between_batches(squid: TestSquid) -> None:
     async with opened(squid, SquidLimits(list_batch=2, list_pause=0.2)) as catalog:
         assert len(await listed(catalog, OURS)) == 4
-    times = [record.started_at for record in squid.requests if record.operation == "ObjectsOfBags"]
-    assert len(times) == 2
-    assert times[1] - times[0] >= 0.2
+    times = [record.started_at for record in squid.requests if record.operation.endswith("PageOfBags")]
+    assert len(times) == 3, "two batches; only the first had to be asked whether there is more"
+    assert all(later - earlier >= 0.2 for earlier, later in pairwise(times))
 
 
 PARTIAL = {
     "a bag is missing": SquidFaults(missing_bags=("dynamic:channel:0012",)),
     "a bucket is missing": SquidFaults(missing_buckets=("0:1",)),
     "lists are empty": SquidFaults(empty_lists=True),
-    "the second batch fails": SquidFaults(errors=True, operations=("ObjectsOfBags",), spare=1),
-    "the last batch hangs": SquidFaults(hang=True, operations=("ObjectsOfBags",), spare=2),
+    "the second batch fails": SquidFaults(errors=True, operations=("FirstPageOfBags",), spare=1),
+    "the last batch hangs": SquidFaults(hang=True, operations=("FirstPageOfBags",), spare=2),
 }
 
 
@@ -254,18 +257,75 @@ async def test_an_incomplete_list_always_raises(
         await listed(catalog, OURS)
 
 
-async def test_a_batch_too_large_is_split_in_halves(squid: TestSquid) -> None:
-    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_response=450)) as catalog:
+@pytest.mark.parametrize("page", [1, 2, 3, 4, 5])
+async def test_bags_are_read_in_pages(squid: TestSquid, page: int) -> None:
+    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, list_page=page)) as catalog:
+        batches = [batch async for batch in catalog.list_objects(OURS)]
+    assert [item.object_id for batch in batches for item in batch] == ["1", "2", "3", "4"]
+    assert max(map(len, batches)) == min(page, 4)
+    assert all(OURS.covers(item) for batch in batches for item in batch)
+
+
+async def test_a_squid_with_a_smaller_page_of_its_own(squid: TestSquid) -> None:
+    squid.faults = SquidFaults(page_limit=3)
+    async with opened(squid, SquidLimits(list_batch=3, list_pause=0)) as catalog:
         assert await listed(catalog, OURS) == ["1", "2", "3", "4"]
-    sizes = [record.variables["n"] for record in squid.requests if record.operation == "ObjectsOfBags"]
-    assert sizes[0] == 3
-    assert sizes[1:] != []
-    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, max_list_response=150)) as catalog:
+
+
+async def test_a_page_too_large_is_split_in_halves(squid: TestSquid) -> None:
+    async with opened(
+        squid, SquidLimits(list_batch=3, list_pause=0, list_page=4, max_list_response=600)
+    ) as catalog:
+        assert await listed(catalog, OURS) == ["1", "2", "3", "4"]
+    sizes = [record.variables["n"] for record in squid.requests if record.operation.endswith("PageOfBags")]
+    assert sizes[0] == 4
+    assert sizes[-1] < 4
+    async with opened(
+        squid, SquidLimits(list_batch=3, list_pause=0, list_page=4, max_list_response=150)
+    ) as catalog:
         with pytest.raises(CatalogUnavailable):
             await listed(catalog, OURS)
 
 
-@pytest.mark.parametrize("schema", ["deprecated_only", "without_deprecated", "without_batches", "current"])
+async def test_a_squid_that_ignores_where_a_page_begins_is_not_read_for_ever(squid: TestSquid) -> None:
+    squid.faults = SquidFaults(ignore_id_gt=True)
+    async with opened(squid, SquidLimits(list_batch=3, list_pause=0, list_page=2)) as catalog:
+        with pytest.raises(CatalogUnavailable, match="twice"):
+            await listed(catalog, OURS)
+
+
+async def test_ids_of_workers_as_decimal_strings(squid: TestSquid, catalog: JoystreamCatalog) -> None:
+    """The next squid's BigInt: the list of a worker, its buckets, and whether an object is ours."""
+    squid.faults = SquidFaults(schema=BIGINT_WORKER)
+    assert await catalog.bucket_ids(7) == ("0:1",)
+    assert await listed(catalog, WORKER) == ["1", "2", "3", "4"]
+    found = await catalog.look_up(TWO)
+    assert found is not None
+    assert WORKER.covers(found)
+    asked = [
+        record for record in squid.requests if record.operation == "BagsOfWorker" and not record.rejected
+    ]
+    assert [record.variables["w"] for record in asked] == ["7"]
+    squid.faults = SquidFaults()
+    assert await catalog.bucket_ids(8) == ("9:9",)
+    assert await listed(catalog, WORKER) == ["1", "2", "3", "4"]
+
+
+async def test_a_refused_question_is_told_apart_and_logged_once(
+    squid: TestSquid, catalog: JoystreamCatalog
+) -> None:
+    squid.faults = SquidFaults(schema="without_workers")
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(3):
+            with pytest.raises(QueryRejected):
+                await catalog.bucket_ids(7)
+    assert [entry["operation"] for entry in logs if entry["log_level"] == "error"] == ["BucketsOfWorker"]
+    assert await catalog.bucket_ids() == ("0:1", "9:9")
+
+
+@pytest.mark.parametrize(
+    "schema", ["deprecated_only", "without_deprecated", "without_batches", "current", BIGINT_WORKER]
+)
 async def test_each_generation_of_servers_is_understood(
     squid: TestSquid, catalog: JoystreamCatalog, schema: str
 ) -> None:

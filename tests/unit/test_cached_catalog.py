@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
-from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.errors import CatalogUnavailable, QueryRejected
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.ports.catalog import CatalogStatus, LookupAnswers
 
@@ -26,6 +26,9 @@ LIMITS = CacheLimits(
     max_entries=3,
     outage_pause=5,
 )
+
+
+REJECTED_WORKER = 990
 
 
 class ScriptedCatalog:
@@ -88,8 +91,10 @@ class ScriptedCatalog:
     async def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         yield tuple(item for item in self.known.values() if assignment.covers(item))
 
-    async def bucket_ids(self) -> Sequence[str]:
+    async def bucket_ids(self, worker_id: int | None = None) -> Sequence[str]:
         self.bucket_questions += 1
+        if worker_id == REJECTED_WORKER:
+            raise QueryRejected("unknown type")
         self.question_came.set()
         await self.answering.wait()
         if self.down:
@@ -332,6 +337,16 @@ async def test_a_failure_to_list_buckets_is_remembered_for_a_while(
     inner.answering.set()
     clock.now = LIMITS.outage_pause
     assert await catalog.bucket_ids() == ("0:1",)
+
+
+async def test_a_rejected_query_of_a_workers_buckets_stays_one(
+    catalog: CachedCatalog, inner: ScriptedCatalog
+) -> None:
+    for _ in range(3):
+        with pytest.raises(QueryRejected, match="unknown type"):
+            await catalog.bucket_ids(REJECTED_WORKER)
+    assert inner.bucket_questions == 1
+    assert await catalog.bucket_ids() == ("0:1",), "of all buckets, nothing is known from that"
 
 
 async def test_closing_the_catalog_ends_the_bucket_request(inner: ScriptedCatalog) -> None:

@@ -17,10 +17,9 @@ from distributor_node.shared.adapters.catalogs.joystream.endpoint import (
     DIALECTS,
     MANY_OBJECTS,
     ONE_OBJECT,
-    QueryRejected,
     data_of,
 )
-from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.errors import CatalogUnavailable, QueryRejected
 from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
 
 ID = ObjectId("7")
@@ -38,7 +37,7 @@ def storage(endpoint: str | None, status: Any = ACTIVE) -> dict[str, Any]:
     }
 
 
-def distribution(bucket_id: str, *operators: tuple[int, str]) -> dict[str, Any]:
+def distribution(bucket_id: str, *operators: tuple[Any, str]) -> dict[str, Any]:
     told = [{"workerId": worker, "status": status} for worker, status in operators]
     return {"distributionBucket": {"id": bucket_id, "operators": told}}
 
@@ -56,6 +55,18 @@ def answer(**changed: Any) -> dict[str, Any]:
 
 def read(**changed: Any) -> MediaObject:
     return read_object(ID, answer(**changed), refuse_private=False)
+
+
+@pytest.mark.parametrize(
+    ("stated", "workers"),
+    [
+        (7, {7}), ("7", {7}), ("0", {0}), (str(2**53 + 1), {2**53 + 1}), (True, set()), ("", set()), ("-7", set()),
+        ("7.0", set()), ("0x7", set()), ("٧", set()), (None, set()), ("1" * 20, set()),
+    ],
+)  # fmt: skip
+def test_the_id_of_a_worker_is_a_number_or_a_decimal_string(stated: Any, workers: set[int]) -> None:
+    bag = {"storageBuckets": [], "distributionBuckets": [distribution("0:1", (stated, "ACTIVE"))]}
+    assert read(storageBag=bag).buckets == (DistributionBucket("0:1", frozenset(workers)),)
 
 
 def test_a_whole_answer() -> None:

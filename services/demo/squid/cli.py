@@ -15,6 +15,7 @@ import uvloop
 from distributor_node.services.demo.manifest import DEMO_DIRECTORY
 from distributor_node.services.demo.objects import demo_objects, generated_object
 from distributor_node.services.demo.squid.faults import SquidFaults
+from distributor_node.services.demo.squid.sdl import BIGINT_WORKER
 from distributor_node.services.demo.squid.server import TestChain, TestSquid
 
 logger = structlog.get_logger()
@@ -45,8 +46,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--bags", type=int, default=2, help="bags in each bucket (default: %(default)s)")
     parser.add_argument(
+        "--bigint-worker",
+        action="store_true",
+        help="make the ids of workers a BigInt, as the next squid does",
+    )
+    parser.add_argument(
         "--slow-status",
         type=float,
+        default=0.0,
         metavar="SECONDS",
         help="answer questions about the squid's own status after so long",
     )
@@ -90,8 +97,8 @@ async def serve(options: argparse.Namespace) -> None:
         workers=dict(options.worker),
         bags_per_bucket=options.bags,
     )
-    if options.slow_status:
-        squid.faults = SquidFaults(latency=options.slow_status, operations=("Status",))
+    schema = BIGINT_WORKER if options.bigint_worker else "current"
+    squid.faults = SquidFaults(schema=schema, latency=options.slow_status, operations=("Status",))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(squid.run(options.host, options.port))
         chain = await stack.enter_async_context(TestChain().run(options.host, options.chain_port))

@@ -35,9 +35,14 @@ class SquidData:
     workers: Mapping[str, tuple[int, ...]]  # active workers, by distribution bucket
     invited: Mapping[str, tuple[int, ...]]  # workers that have not accepted yet
     bag_by_object: Mapping[str, Bag]
+    objects: Mapping[str, DemoObject]
 
     def bag_of(self, object_id: str) -> Bag | None:
         return self.bag_by_object.get(object_id)
+
+    def ids_of_bags(self, bag_ids: Iterable[str]) -> list[str]:
+        bags = (self.bags[bag_id] for bag_id in dict.fromkeys(bag_ids) if bag_id in self.bags)
+        return [item.object_id for bag in bags for item in bag.objects]
 
     def bags_of(self, bucket_id: str) -> list[Bag]:
         return [bag for bag in self.bags.values() if bag.bucket_id == bucket_id]
@@ -75,4 +80,5 @@ def make_squid_data(
     # Each bucket has an invited worker, which nodes must not treat as active.
     invited = dict.fromkeys(in_buckets, (990,))
     bag_by_object = {item.object_id: bag for bag in bags.values() for item in bag.objects}
-    return SquidData(bags, storage, operated, invited, bag_by_object)
+    by_id = {item.object_id: item for bag in bags.values() for item in bag.objects}
+    return SquidData(bags, storage, operated, invited, bag_by_object, by_id)

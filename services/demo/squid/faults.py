@@ -8,7 +8,7 @@ from typing import Any
 from distributor_node.services.demo.squid.sdl import GENERATIONS
 
 NULLABLE = frozenset({"type", "operatorMetadata", "nodeEndpoint", "squidStatus"})
-_NUMBERS = {"latency": 0, "status": 100, "huge": 0, "spare": 0, "outage_seconds": 0}
+_NUMBERS = {"latency": 0, "status": 100, "huge": 0, "spare": 0, "outage_seconds": 0, "page_limit": 1}
 _LISTS = frozenset({"poison", "missing_bags", "missing_objects", "missing_buckets", "nulls", "operations"})
 
 
@@ -29,6 +29,8 @@ class SquidFaults:
     missing_bags: tuple[str, ...] = ()  # not in the lists of objects
     missing_buckets: tuple[str, ...] = ()  # not in the lists of buckets
     empty_lists: bool = False
+    page_limit: int | None = None  # no list of objects is longer, whatever a query asks for
+    ignore_id_gt: bool = False
     nulls: tuple[str, ...] = ()  # fields that are null everywhere: see NULLABLE
     schema: str = "current"  # generation of the squid: see GENERATIONS
     outage_seconds: float = (
@@ -40,7 +42,7 @@ class SquidFaults:
     def __post_init__(self) -> None:
         for name, least in _NUMBERS.items():
             value = getattr(self, name)
-            if value is None and name == "status":
+            if value is None and name in ("status", "page_limit"):
                 continue
             if not isinstance(value, int | float) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")

@@ -12,6 +12,7 @@ from distributor_node.services.demo.manifest import known_hash
 from distributor_node.services.demo.objects import DemoObject
 from distributor_node.services.demo.squid.data import Bag, SquidData, StorageBucket
 from distributor_node.services.demo.squid.faults import SquidFaults
+from distributor_node.services.demo.squid.sdl import BIGINT_WORKER
 
 _ACTIVE = "StorageBucketOperatorStatusActive"
 _INVITED = "StorageBucketOperatorStatusInvited"
@@ -36,15 +37,30 @@ class Root:
         bag = self._data.bag_of(id)
         if bag is None or id in self._faults.missing_objects:
             return None
-        return next(self._object(item, bag) for item in bag.objects if item.object_id == id)
+        return self._object(self._data.objects[id], bag)
 
     def storageDataObjectByUniqueInput(self, _info: Any, where: dict[str, str]) -> dict[str, Any] | None:  # noqa: N802
         return self.storageDataObjectById(_info, where["id"])
 
     def storageDataObjects(  # noqa: N802
-        self, info: Any, where: dict[str, Any] | None = None, limit: int | None = None
+        self,
+        info: Any,
+        where: dict[str, Any] | None = None,
+        orderBy: list[str] | None = None,  # noqa: N803
+        limit: int | None = None,
     ) -> list[dict[str, Any]]:
-        ids = dict.fromkeys((where or {}).get("id_in") or self._data.bag_by_object)
+        wanted = where or {}
+        bags = (wanted.get("storageBag") or {}).get("id_in")
+        ids: Iterable[str] = dict.fromkeys(wanted.get("id_in") or self._data.bag_by_object)
+        if bags is not None:
+            ids = self._data.ids_of_bags(bags)
+        if orderBy:
+            ids = sorted(ids, reverse=orderBy[0] == "id_DESC")
+        if wanted.get("id_gt") is not None and not self._faults.ignore_id_gt:
+            ids = [object_id for object_id in ids if object_id > wanted["id_gt"]]
+        limit = min(filter(None, (limit, self._faults.page_limit)), default=None)
+        if bags is not None and limit is not None:
+            ids = list(ids)[: limit + len(self._faults.missing_objects)]
         self._fail_if_poisoned(ids)
         found = (self.storageDataObjectById(info, object_id) for object_id in ids)
         return self._listed([item for item in found if item is not None], limit)
@@ -121,8 +137,8 @@ class Root:
     def _distribution_bucket(self, bucket_id: str) -> dict[str, Any]:
         data = self._data
         operators = [
-            *_operators(bucket_id, data.workers[bucket_id], "ACTIVE"),
-            *_operators(bucket_id, data.invited[bucket_id], "INVITED"),
+            *self._operators(bucket_id, data.workers[bucket_id], "ACTIVE"),
+            *self._operators(bucket_id, data.invited[bucket_id], "INVITED"),
         ]
         return {
             "id": bucket_id,
@@ -136,8 +152,20 @@ class Root:
         return {
             "id": bucket.bucket_id,
             "operatorMetadata": self._unless_null("operatorMetadata", metadata),
-            "operatorStatus": {"__typename": _ACTIVE if bucket.active else _INVITED, "workerId": 1},
+            "operatorStatus": {
+                "__typename": _ACTIVE if bucket.active else _INVITED,
+                "workerId": self._worker_id(1),
+            },
         }
+
+    def _operators(self, bucket_id: str, workers: Iterable[int], status: str) -> list[dict[str, Any]]:
+        return [
+            {"id": f"{bucket_id}-{worker}", "workerId": self._worker_id(worker), "status": status}
+            for worker in workers
+        ]
+
+    def _worker_id(self, number: int) -> int | str:
+        return str(number) if self._faults.schema == BIGINT_WORKER else number
 
     def _unless_null(self, field: str, value: Any) -> Any:
         return None if field in self._faults.nulls else value
@@ -153,10 +181,6 @@ def _type_of(item: DemoObject) -> dict[str, Any]:
         subtitle = {"id": item.object_id, "mimeType": item.media_type}
         return {"__typename": "DataObjectTypeVideoSubtitle", "subtitle": subtitle}
     return {"__typename": "DataObjectTypeVideoMedia"}
-
-
-def _operators(bucket_id: str, workers: Iterable[int], status: str) -> list[dict[str, Any]]:
-    return [{"id": f"{bucket_id}-{worker}", "workerId": worker, "status": status} for worker in workers]
 
 
 def _matches(operator: dict[str, Any], some: dict[str, Any]) -> bool:

@@ -10,14 +10,22 @@ _BY_ID = "storageDataObjectById(id: String!): StorageDataObject"
 _BY_UNIQUE = "storageDataObjectByUniqueInput(where: StorageDataObjectWhereUniqueInput!): StorageDataObject"
 _DEPRECATED = f'{_BY_UNIQUE} @deprecated(reason: "use storageDataObjectById")'
 
-_MANY = "storageDataObjects(where: StorageDataObjectWhereInput, limit: Int): [StorageDataObject!]!"
+_MANY = (
+    "storageDataObjects(where: StorageDataObjectWhereInput, orderBy: [StorageDataObjectOrderByInput!], limit: Int): "
+    "[StorageDataObject!]!"
+)
 
-# Each generation: its queries for objects.
+BIGINT_WORKER = "bigint_worker"
+"""The generation in which the ids of workers are a BigInt, so decimal strings in answers."""
+
+# Each generation: its queries for objects, and the type of a worker's id.
 GENERATIONS = {
-    "current": f"{_BY_ID}\n  {_DEPRECATED}\n  {_MANY}",
-    "without_deprecated": f"{_BY_ID}\n  {_MANY}",
-    "deprecated_only": f"{_BY_UNIQUE}\n  {_MANY}",
-    "without_batches": _BY_ID,
+    "current": (f"{_BY_ID}\n  {_DEPRECATED}\n  {_MANY}", "Int"),
+    "without_deprecated": (f"{_BY_ID}\n  {_MANY}", "Int"),
+    "deprecated_only": (f"{_BY_UNIQUE}\n  {_MANY}", "Int"),
+    "without_batches": (_BY_ID, "Int"),
+    BIGINT_WORKER: (f"{_BY_ID}\n  {_DEPRECATED}\n  {_MANY}", "BigInt"),
+    "without_workers": (f"{_BY_ID}\n  {_MANY}", "Boolean"),  # a type that none of our queries has
 }
 
 _SDL = """
@@ -31,11 +39,12 @@ type Query {
 }
 
 input StorageDataObjectWhereUniqueInput { id: String! }
-input StorageDataObjectWhereInput { id_in: [String!] }
+input StorageDataObjectWhereInput { id_in: [String!], id_gt: String, storageBag: StorageBagWhereInput }
+enum StorageDataObjectOrderByInput { id_ASC id_DESC }
 input StorageBagWhereInput { id_in: [String!] }
 input DistributionBucketWhereInput { id_in: [String!], operators_some: DistributionBucketOperatorWhereInput }
 input DistributionBucketOperatorWhereInput {
-  workerId_eq: Int
+  workerId_eq: %(worker_id)s
   status_eq: DistributionBucketOperatorStatus
 }
 input StorageBucketWhereInput { id_in: [String!], operatorStatus: StorageBucketOperatorStatusWhereInput }
@@ -74,8 +83,8 @@ type StorageBucket {
 type StorageBucketOperatorMetadata { id: ID!, nodeEndpoint: String }
 union StorageBucketOperatorStatus =
   StorageBucketOperatorStatusActive | StorageBucketOperatorStatusInvited | StorageBucketOperatorStatusMissing
-type StorageBucketOperatorStatusActive { workerId: Int! }
-type StorageBucketOperatorStatusInvited { workerId: Int! }
+type StorageBucketOperatorStatusActive { workerId: %(worker_id)s! }
+type StorageBucketOperatorStatusInvited { workerId: %(worker_id)s! }
 type StorageBucketOperatorStatusMissing { isTypeOf: String }
 
 type DistributionBucket {
@@ -83,7 +92,7 @@ type DistributionBucket {
   operators: [DistributionBucketOperator!]!
   bags: [DistributionBucketBag!]!
 }
-type DistributionBucketOperator { id: ID!, workerId: Int!, status: DistributionBucketOperatorStatus! }
+type DistributionBucketOperator { id: ID!, workerId: %(worker_id)s!, status: DistributionBucketOperatorStatus! }
 enum DistributionBucketOperatorStatus { ACTIVE INVITED }
 
 type SquidStatus { height: Int }
@@ -94,4 +103,5 @@ type SquidVersion { version: String! }
 @cache
 def schema_of(generation: str) -> GraphQLSchema:
     """The schema of one of GENERATIONS."""
-    return build_schema(_SDL % {"objects": GENERATIONS[generation]})
+    objects, worker_id = GENERATIONS[generation]
+    return build_schema(_SDL % {"objects": objects, "worker_id": worker_id})

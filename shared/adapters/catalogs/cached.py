@@ -19,7 +19,12 @@ from typing import Any, TypeVar
 import structlog
 
 from distributor_node.shared.adapters.catalogs.batches import BatchLimits, LookupBatcher
-from distributor_node.shared.domain.errors import CatalogUnavailable, LookupRefused, StateStoreUnavailable
+from distributor_node.shared.domain.errors import (
+    CatalogUnavailable,
+    LookupRefused,
+    QueryRejected,
+    StateStoreUnavailable,
+)
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.observability.metrics import CATALOG_LOOKUPS, CATALOG_REFUSED
@@ -106,8 +111,9 @@ class CachedCatalog:
         self._clock = clock
         self._assignment = assignment or Assignment()
         self._shared = SharedCatalog(shared_cache, SharedCatalogTtls(lock_ttl=limits.wait + 0.5))
-        self._buckets: tuple[Sequence[str] | CatalogUnavailable, float] | None = None
-        self._buckets_query: asyncio.Task[Sequence[str]] | None = None
+        # By worker; None: all buckets. An operator's command may name a few workers in the life of a process.
+        self._buckets: dict[int | None, tuple[Sequence[str] | CatalogUnavailable, float]] = {}
+        self._bucket_queries: dict[int | None, asyncio.Task[Sequence[str]]] = {}
         self._entries: OrderedDict[ObjectId, _Entry] = OrderedDict()
         self._lookups: dict[ObjectId, _Lookup] = {}  # that new clients join
         self._tasks: set[asyncio.Task[MediaObject | None]] = set()  # of these and of overdue ones
@@ -134,9 +140,7 @@ class CachedCatalog:
     async def close(self) -> None:
         """Cancel the queries under way (their callers get CatalogUnavailable), then close the inner catalog."""
         await self._batcher.close()
-        queries: list[asyncio.Task[Any]] = list(self._tasks)
-        if self._buckets_query is not None:
-            queries.append(self._buckets_query)
+        queries: list[asyncio.Task[Any]] = [*self._tasks, *self._bucket_queries.values()]
         await cancel_and_wait(*queries)
         await self._inner.close()
         await self._shared.close()
@@ -189,44 +193,51 @@ class CachedCatalog:
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         return self._inner.list_objects(assignment)
 
-    async def bucket_ids(self) -> Sequence[str]:
+    async def bucket_ids(self, worker_id: int | None = None) -> Sequence[str]:
         """See the port. Any client can cause this, by /readyz and /buckets: so one query at a time, its result cached.
 
         A failure is cached too, for `outage_pause`.
         """
-        if self._buckets is not None and self._clock() < self._buckets[1]:
-            if isinstance(self._buckets[0], CatalogUnavailable):
-                raise CatalogUnavailable(str(self._buckets[0]))
-            return self._buckets[0]
-        if self._buckets_query is None:
-            self._buckets_query = asyncio.create_task(self._query_buckets(), name="catalog-buckets")
+        found, fresh_until = self._buckets.get(worker_id, ((), float("-inf")))
+        if self._clock() < fresh_until:
+            if isinstance(found, CatalogUnavailable):
+                raise type(found)(str(found))
+            return found
+        query = self._bucket_queries.get(worker_id)
+        if query is None:
+            query = asyncio.create_task(self._query_buckets(worker_id), name="catalog-buckets")
+            self._bucket_queries[worker_id] = query
         try:
             async with asyncio.timeout(self._limits.wait):
-                return await _result_of(self._buckets_query)
+                return await _result_of(query)
         except TimeoutError as error:
             raise CatalogUnavailable(
                 f"the catalog did not list its buckets within {self._limits.wait:g} s"
             ) from error
 
-    async def _query_buckets(self) -> Sequence[str]:
+    async def _query_buckets(self, worker_id: int | None) -> Sequence[str]:
         try:
             async with asyncio.timeout(self._limits.query_timeout):
-                buckets = await self._inner.bucket_ids()
+                buckets = await self._inner.bucket_ids(worker_id)
         except TimeoutError as error:
-            raise self._cache_buckets_failure(
+            failure = CatalogUnavailable(
                 f"the catalog did not list its buckets within {self._limits.query_timeout:g} s"
-            ) from error
+            )
+            raise self._cache_buckets_failure(worker_id, failure) from error
+        except QueryRejected as error:
+            raise self._cache_buckets_failure(worker_id, QueryRejected(str(error))) from error
         except CatalogUnavailable as error:
-            raise self._cache_buckets_failure(str(error)) from error
+            raise self._cache_buckets_failure(worker_id, CatalogUnavailable(str(error))) from error
         else:
-            self._buckets = (buckets, self._clock() + self._limits.buckets_ttl)
+            self._buckets[worker_id] = (buckets, self._clock() + self._limits.buckets_ttl)
             return buckets
         finally:
-            self._buckets_query = None
+            del self._bucket_queries[worker_id]
 
-    def _cache_buckets_failure(self, reason: str) -> CatalogUnavailable:
-        failure = CatalogUnavailable(reason)
-        self._buckets = (failure, self._clock() + self._limits.outage_pause)
+    def _cache_buckets_failure(
+        self, worker_id: int | None, failure: CatalogUnavailable
+    ) -> CatalogUnavailable:
+        self._buckets[worker_id] = (failure, self._clock() + self._limits.outage_pause)
         return failure
 
     async def source_bases(self) -> Sequence[str]:

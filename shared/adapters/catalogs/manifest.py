@@ -101,8 +101,9 @@ class ManifestCatalog:
             yield batch
             await asyncio.sleep(0)  # a list of 100,000 objects must not block the loop
 
-    async def bucket_ids(self) -> Sequence[str]:
-        return (await self._current()).bucket_ids
+    async def bucket_ids(self, worker_id: int | None = None) -> Sequence[str]:
+        manifest = await self._current()  # it knows no workers
+        return manifest.bucket_ids if worker_id is None else ()
 
     async def source_bases(self) -> Sequence[str]:
         manifest = await self._current()

@@ -109,7 +109,7 @@ class OriginCatalog:
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         raise CatalogUnavailable("an origin cannot list its objects")
 
-    async def bucket_ids(self) -> Sequence[str]:
+    async def bucket_ids(self, worker_id: int | None = None) -> Sequence[str]:
         return ()
 
     async def source_bases(self) -> Sequence[str]:

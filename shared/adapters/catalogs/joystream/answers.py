@@ -141,9 +141,16 @@ def bucket_id_or_none(stated: Any) -> str | None:
 
 def _active_workers(bucket: dict[str, Any]) -> Iterator[int]:
     for operator in map(_mapping, _sequence(bucket.get("operators"))):
-        worker_id = operator.get("workerId")
-        if operator.get("status") == "ACTIVE" and isinstance(worker_id, int):
+        worker_id = _worker_id(operator.get("workerId"))
+        if operator.get("status") == "ACTIVE" and worker_id is not None:
             yield worker_id
+
+
+def _worker_id(stated: Any) -> int | None:
+    """Return a worker's id, which is a number or, as a BigInt, a decimal string."""
+    if isinstance(stated, str) and _SIZE.fullmatch(stated):
+        return int(stated)
+    return stated if isinstance(stated, int) and not isinstance(stated, bool) else None
 
 
 def _sources(object_id: ObjectId, bag: dict[str, Any], *, refuse_private: bool) -> tuple[str, ...]:

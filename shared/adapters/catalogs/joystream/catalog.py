@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 import structlog
@@ -30,17 +30,20 @@ from distributor_node.shared.adapters.catalogs.joystream.endpoint import (
     ALL_BUCKETS,
     BAGS_OF_BUCKETS,
     BAGS_OF_WORKER,
+    BUCKETS_OF_WORKER,
+    FIRST_PAGE_OF_BAGS,
     MANY_OBJECTS,
     OBJECTS_OF_BAGS,
     ONE_OBJECT,
+    PAGE_OF_BAGS,
     STATUS,
     GraphqlEndpoint,
+    Query,
     QueryFailed,
-    QueryRejected,
     ResponseTooLarge,
     SquidLimits,
 )
-from distributor_node.shared.domain.errors import CatalogUnavailable
+from distributor_node.shared.domain.errors import CatalogUnavailable, QueryRejected
 from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
 from distributor_node.shared.domain.urls import distinct_hosts, url_without_credentials
 from distributor_node.shared.ports.catalog import CatalogStatus, LookupAnswers
@@ -166,10 +169,11 @@ class JoystreamCatalog:
     def list_objects(self, assignment: Assignment) -> AsyncIterator[Sequence[MediaObject]]:
         return list_objects(self._endpoint, self._limits, assignment)
 
-    async def bucket_ids(self) -> Sequence[str]:
+    async def bucket_ids(self, worker_id: int | None = None) -> Sequence[str]:
         limits = self._limits
+        query, variables = (ALL_BUCKETS, {}) if worker_id is None else (BUCKETS_OF_WORKER, {"w": worker_id})
         return read_bucket_ids(
-            await self._endpoint.ask(ALL_BUCKETS, {}, limits.timeout, limits.max_list_response)
+            await self._endpoint.ask(query, variables, limits.timeout, limits.max_list_response)
         )
 
     async def active_storage_endpoints(self) -> tuple[StorageEndpoint, ...]:
@@ -190,7 +194,7 @@ class JoystreamCatalog:
         return None if self._chain is None else await self._chain.head()
 
 
-# The listing of an assignment. It is complete, or ends with an error.
+# The listing of an assignment, in pages. It is complete, or ends with an error.
 
 
 async def list_objects(
@@ -199,22 +203,113 @@ async def list_objects(
     """Raise CatalogUnavailable, in the middle too, if a query fails or its response omits what was asked for."""
     bags = await _bags(endpoint, limits, assignment)
     ids = list(bags)
-    batches = deque(ids[start : start + limits.list_batch] for start in range(0, len(ids), limits.list_batch))
-    first = True
-    while batches:
-        if not first:
-            await asyncio.sleep(limits.list_pause)
-        first = False
-        batch = batches.popleft()
-        try:
-            objects = await _objects(endpoint, limits, batch, bags)
-        except ResponseTooLarge:
-            if len(batch) == 1:
-                raise
-            half = len(batch) // 2
-            batches.extendleft((batch[half:], batch[:half]))
-            continue
-        yield objects
+    pages = _Pages(endpoint, limits, bags)
+    for start in range(0, len(ids), limits.list_batch):
+        batch = ids[start : start + limits.list_batch]
+        after: str | None = ""
+        while after is not None:
+            objects, after = await pages.read(batch, after)
+            if objects:
+                yield objects
+
+
+class _Pages:
+    """Reads the objects of some bags, ordered by id: no bag is too large, for the squid or for our memory."""
+
+    def __init__(
+        self,
+        endpoint: GraphqlEndpoint,
+        limits: SquidLimits,
+        bags: Mapping[str, tuple[DistributionBucket, ...]],
+    ) -> None:
+        """`bags`: the ids of all bags, with the buckets of the assignment that each is in."""
+        self._endpoint, self._limits, self._bags = endpoint, limits, bags
+        self._page_size = limits.list_page
+        self._largest = (
+            0  # the most objects that the squid has sent in a page: it may have a limit of its own
+        )
+        self._are_supported = True
+        self._has_asked = False
+
+    async def read(self, batch: Sequence[str], after: str) -> tuple[tuple[MediaObject, ...], str | None]:
+        """Return the next objects of these bags, and what `after` is for those behind them. None: there are none.
+
+        `after`: an empty text for the first page.
+        """
+        while self._are_supported:
+            try:
+                return await self._read_page(batch, after)
+            except ResponseTooLarge:
+                if self._page_size == 1:
+                    raise
+                self._page_size, self._largest = self._page_size // 2, 0
+            except QueryRejected as error:
+                logger.warning("squid_pages_unsupported", reason=str(error))
+                self._are_supported = False
+        return await self._read_whole_bags(batch), None
+
+    async def _read_page(
+        self, batch: Sequence[str], after: str
+    ) -> tuple[tuple[MediaObject, ...], str | None]:
+        size = self._page_size
+        variables = {"ids": list(batch), "bags": len(batch), "after": after, "n": size}
+        data = await self._ask(PAGE_OF_BAGS if after else FIRST_PAGE_OF_BAGS, variables)
+        wanted = set(batch)
+        if not after:
+            _check_bags(data.get("bags"), wanted)
+        listed = data.get("objects")
+        if not isinstance(listed, list):
+            raise CatalogUnavailable("the squid's response has no list of objects")
+        objects = tuple(read_listed(found, self._buckets_of(found, wanted)) for found in listed)
+        ids = {item.object_id for item in objects}
+        if len(ids) < len(objects) or after in ids:
+            raise CatalogUnavailable("the squid lists an object twice")
+        # A page that is shorter than another one was is the last one. One that is shorter than asked for need not be.
+        is_last = not objects or len(objects) < min(size, self._largest)
+        self._largest = max(self._largest, len(objects))
+        return objects, None if is_last else objects[-1].object_id
+
+    def _buckets_of(self, found: Any, wanted: set[str]) -> tuple[DistributionBucket, ...]:
+        bag = found.get("storageBag") if isinstance(found, dict) else None
+        bag_id = bag.get("id") if isinstance(bag, dict) else None
+        if bag_id not in wanted:
+            raise CatalogUnavailable("the squid lists an object of another bag")
+        return self._bags[bag_id]
+
+    async def _read_whole_bags(self, batch: Sequence[str]) -> tuple[MediaObject, ...]:
+        """For squids without the query for pages."""
+        data = await self._ask(OBJECTS_OF_BAGS, {"ids": list(batch), "n": len(batch)})
+        objects: list[MediaObject] = []
+        for bag in _check_bags(data.get("storageBags"), set(batch)):
+            held = bag.get("objects")
+            if not isinstance(held, list):
+                raise CatalogUnavailable("the squid's list of objects is malformed")
+            objects += [read_listed(found, self._bags[bag["id"]]) for found in held]
+        return tuple(objects)
+
+    async def _ask(self, query: Query, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Ask after a pause, so that the squid answers other questions too."""
+        if self._has_asked:
+            await asyncio.sleep(self._limits.list_pause)
+        self._has_asked = True
+        used = {name: value for name, value in variables.items() if f"${name}:" in query.text}
+        return await self._endpoint.ask(
+            query, used, self._limits.list_timeout, self._limits.max_list_response
+        )
+
+
+def _check_bags(listed: Any, wanted: set[str]) -> list[dict[str, Any]]:
+    """Return the bags. Raises CatalogUnavailable unless they are exactly the wanted ones: a missing one would look like
+    an empty one.
+    """
+    if not isinstance(listed, list):
+        raise CatalogUnavailable("the squid's response has no list of bags")
+    found = {bag.get("id") if isinstance(bag, dict) else None for bag in listed}
+    if not found <= wanted:
+        raise CatalogUnavailable("the squid's list of bags is malformed")
+    if found != wanted:
+        raise CatalogUnavailable(f"the squid's response omits {len(wanted - found)} of {len(wanted)} bags")
+    return listed
 
 
 async def _bags(
@@ -253,27 +348,3 @@ def _bag_ids(data: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
         if bucket_id is None or not all(isinstance(bag_id, str) for bag_id in bag_ids):
             raise CatalogUnavailable("the squid's list of buckets is malformed")
         yield bucket_id, bag_ids
-
-
-async def _objects(
-    endpoint: GraphqlEndpoint,
-    limits: SquidLimits,
-    batch: Sequence[str],
-    bags: dict[str, tuple[DistributionBucket, ...]],
-) -> tuple[MediaObject, ...]:
-    variables = {"ids": list(batch), "n": len(batch)}
-    data = await endpoint.ask(OBJECTS_OF_BAGS, variables, limits.list_timeout, limits.max_list_response)
-    listed = data.get("storageBags")
-    if not isinstance(listed, list):
-        raise CatalogUnavailable("the squid's response has no list of objects")
-    wanted, objects = set(batch), []
-    for bag in listed:
-        bag_id = bag.get("id") if isinstance(bag, dict) else None
-        held = bag.get("objects") if isinstance(bag, dict) else None
-        if bag_id not in wanted or not isinstance(held, list):
-            raise CatalogUnavailable("the squid's list of objects is malformed")
-        wanted.discard(bag_id)
-        objects += [read_listed(found, bags[bag_id]) for found in held]
-    if wanted:
-        raise CatalogUnavailable(f"the squid's response omits {len(wanted)} of {len(batch)} bags")
-    return tuple(objects)

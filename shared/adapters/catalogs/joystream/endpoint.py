@@ -19,7 +19,12 @@ import structlog
 from distributor_node.shared.adapters.catalogs.documents import map_catalog_errors
 from distributor_node.shared.adapters.sources.connections import BoundedTransport
 from distributor_node.shared.adapters.sources.network import SourceNetwork, make_tls_context
-from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, InvalidInput
+from distributor_node.shared.domain.errors import (
+    CatalogUnavailable,
+    ConfigurationError,
+    InvalidInput,
+    QueryRejected,
+)
 from distributor_node.shared.domain.urls import parse_source_url
 
 _PARSE_IN_THREAD = (
@@ -38,10 +43,6 @@ class QueryFailed(CatalogUnavailable):
     """The server responded with errors. A smaller query may succeed."""
 
 
-class QueryRejected(CatalogUnavailable):
-    """The server does not support a field, argument or type of the query."""
-
-
 @dataclass(frozen=True, slots=True)
 class _Bounds:
     """The limits of one query."""
@@ -57,6 +58,7 @@ class GraphqlEndpoint:
         self._url = url
         self._client: httpx.AsyncClient | None = None
         self._dialect: Dialect = DIALECTS[0]
+        self._rejected: set[str] = set()  # operations for which that was logged
 
     async def open(self) -> None:
         """Raise ConfigurationError for an invalid http(s) URL."""
@@ -105,14 +107,18 @@ class GraphqlEndpoint:
                 continue
             tried.add(text)
             try:
-                data = await self._ask(query.operation, text, variables, bounds)
+                data = await self._ask(query.operation, text, dialect.adapt(variables), bounds)
             except QueryRejected as error:
                 rejection = error
                 continue
+            self._rejected.discard(query.operation)
             if dialect is not current and self._dialect is not dialect:
                 logger.info("squid_dialect_changed", dialect=dialect.name, was=current.name)
                 self._dialect = dialect
             return data
+        if query.operation not in self._rejected and not query.is_optional:
+            self._rejected.add(query.operation)
+            logger.error("squid_query_rejected", operation=query.operation, reason=str(rejection))
         raise rejection
 
     async def _ask(
@@ -207,8 +213,8 @@ def _is_rejection(error: Any) -> bool:
 # The queries, in the dialect of each generation of squids.
 #
 # Squids differ in the name of the query for one object: `storageDataObjectById`, formerly
-# `storageDataObjectByUniqueInput`. A squid rejects a query in the wrong dialect when it validates it, before it reads
-# any data.
+# `storageDataObjectByUniqueInput`; and in the type of a worker's id: `BigInt`, formerly `Int`. A squid rejects a query
+# in the wrong dialect when it validates it, before it reads any data.
 
 _TYPE = "type { ... on DataObjectTypeVideoSubtitle { subtitle { mimeType } } }"
 _OBJECT = f"""{{
@@ -229,11 +235,20 @@ class Dialect:
     name: str
     one_object: str  # the query for one object
     argument: str  # of that query, with `$id` in it
+    worker_id: str = "Int"  # the type of a worker's id
+
+    def adapt(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the variables in the form that this generation accepts: a BigInt is a decimal string."""
+        adapted = dict(variables)
+        if self.worker_id == "BigInt" and "w" in adapted:
+            adapted["w"] = str(adapted["w"])
+        return adapted
 
 
 DIALECTS = (
     Dialect("by_id", "storageDataObjectById", "id: $id"),
     Dialect("by_unique_input", "storageDataObjectByUniqueInput", "where: {id: $id}"),
+    Dialect("by_id_bigint_worker", "storageDataObjectById", "id: $id", "BigInt"),
 )
 
 
@@ -242,10 +257,15 @@ class Query:
     """A GraphQL query that can be rendered in each dialect."""
 
     operation: str  # its name
-    text: str  # with `%(one_object)s` and `%(argument)s` where dialects differ
+    text: str  # with `%(one_object)s`, `%(argument)s` and `%(worker_id)s` where dialects differ
+    is_optional: bool = False  # without it, others serve
 
     def render(self, dialect: Dialect) -> str:
-        return self.text % {"one_object": dialect.one_object, "argument": dialect.argument}
+        return self.text % {
+            "one_object": dialect.one_object,
+            "argument": dialect.argument,
+            "worker_id": dialect.worker_id,
+        }
 
 
 ONE_OBJECT = Query(
@@ -257,6 +277,7 @@ MANY_OBJECTS = Query(
     "DataObjects",
     "query DataObjects($ids: [String!], $n: Int!) {"
     " objects: storageDataObjects(where: {id_in: $ids}, limit: $n) " + _OBJECT + " }",
+    is_optional=True,
 )
 BAGS_OF_BUCKETS = Query(
     "BagsOfBuckets",
@@ -265,8 +286,13 @@ BAGS_OF_BUCKETS = Query(
 )
 BAGS_OF_WORKER = Query(
     "BagsOfWorker",
-    "query BagsOfWorker($w: Int!) {"
+    "query BagsOfWorker($w: %(worker_id)s!) {"
     " distributionBuckets(where: {operators_some: {workerId_eq: $w, status_eq: ACTIVE}}) { id bags { bag { id } } } }",
+)
+BUCKETS_OF_WORKER = Query(
+    "BucketsOfWorker",
+    "query BucketsOfWorker($w: %(worker_id)s!) {"
+    " distributionBuckets(where: {operators_some: {workerId_eq: $w, status_eq: ACTIVE}}) { id } }",
 )
 ALL_BAGS = Query("AllBags", "query AllBags { distributionBuckets { id bags { bag { id } } } }")
 ALL_BUCKETS = Query("AllBuckets", "query AllBuckets { distributionBuckets { id } }")
@@ -274,6 +300,21 @@ OBJECTS_OF_BAGS = Query(
     "ObjectsOfBags",
     "query ObjectsOfBags($ids: [String!], $n: Int!) {"
     " storageBags(where: {id_in: $ids}, limit: $n) { id objects { id size ipfsHash " + _TYPE + " } } }",
+)
+_LISTED = "{ id size ipfsHash storageBag { id } " + _TYPE + " }"
+_PAGE = (
+    "objects: storageDataObjects("
+    "where: {storageBag: {id_in: $ids}, id_gt: $after}, orderBy: id_ASC, limit: $n) " + _LISTED
+)
+FIRST_PAGE_OF_BAGS = Query(
+    "FirstPageOfBags",
+    # The bags too, since one that the squid leaves out would look like an empty one.
+    "query FirstPageOfBags($ids: [String!], $bags: Int!, $after: String!, $n: Int!) {"
+    " bags: storageBags(where: {id_in: $ids}, limit: $bags) { id } " + _PAGE + " }",
+    is_optional=True,
+)
+PAGE_OF_BAGS = Query(
+    "PageOfBags", "query PageOfBags($ids: [String!], $after: String!, $n: Int!) { " + _PAGE + " }"
 )
 ACTIVE_STORAGE = Query(
     "ActiveStorage",
@@ -292,8 +333,9 @@ class SquidLimits:
     """How much time and memory queries may take. Times in seconds, sizes in bytes."""
 
     timeout: float = 2.5  # for one query of look-ups
-    list_timeout: float = 60.0  # for one batch of a list
+    list_timeout: float = 60.0  # for one query of a list
     list_batch: int = 100  # bags in one query
-    list_pause: float = 1.0  # between two batches
+    list_pause: float = 1.0  # between two queries of a list
+    list_page: int = 5000  # objects in one response
     max_response: int = 1 * MIB
     max_list_response: int = 16 * MIB
