@@ -96,7 +96,7 @@ class FetchCapacity:
             WORKER_SLOTS.labels(state=state).set(jobs)
         if reports:
             self._no_worker.succeeded(workers=len(reports))
-        else:
+        elif self._clock() >= self._absence_counts_at:
             self._no_worker.failed("no fetcher has reported lately")
 
     # What is known
