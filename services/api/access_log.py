@@ -40,7 +40,8 @@ _UNREADABLE = "NONE"
 
 # What may not stand between quotation marks, as nginx writes it. No byte of a client can end a line or a field.
 _UNSAFE = re.compile(r"[^\x20-\x7e]|[\"\\]")
-_HEADERS = re.compile(rb"\r\n(user-agent|referer|x-forwarded-for):[ \t]*([^\r\n]*)", re.IGNORECASE)
+_HEADERS = re.compile(rb"\r\n(user-agent|referer):[ \t]*([^\r\n]*)", re.IGNORECASE)
+_FORWARDED_FOR = re.compile(rb"\r\nx-forwarded-for:[ \t]*([^\r\n]*)", re.IGNORECASE)
 
 logger = structlog.get_logger()
 
@@ -71,16 +72,9 @@ class AccessLog:
 
     def add_head(self, head: bytes, peer: str, status: int, sent: int, now: float) -> None:
         """Add a line for a request of the fast path. `head`: its bytes; `peer`: the address of the connection."""
-        fields: dict[bytes, str] = {}
-        forwarded: list[str] = []
-        for name, value in _HEADERS.findall(head):
-            text = value.rstrip().decode("latin-1")
-            if name.lower() == b"x-forwarded-for":
-                forwarded.append(text)
-            else:
-                fields[name.lower()] = text
+        fields = {name.lower(): value.rstrip().decode("latin-1") for name, value in _HEADERS.findall(head)}
         line = head[: head.find(b"\r\n")].decode("latin-1")
-        client = self._client_addresses.address_of(peer, forwarded)
+        client = self._client_addresses.address_of(peer, forwarded_for(head))
         self._add(client, line, status, sent, fields.get(b"referer", ""), fields.get(b"user-agent", ""), now)
 
     def _add(
@@ -163,6 +157,11 @@ class AccessLog:
         if self._lines:
             logger.warning("access_log_lines_dropped", lines=len(self._lines) + self._dropped)
         self._close()
+
+
+def forwarded_for(head: bytes) -> list[str]:
+    """Return the lines of X-Forwarded-For in the head of a request."""
+    return [value.rstrip().decode("latin-1") for value in _FORWARDED_FOR.findall(head)]
 
 
 def _is_file(descriptor: int, path: Path) -> bool:

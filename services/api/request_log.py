@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -31,6 +31,9 @@ _REQUEST_ID_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQR
 
 logger = structlog.get_logger()
 
+ClientOf = Callable[[str, Sequence[str]], str]
+"""A client's address by the connection's peer and the lines of X-Forwarded-For."""
+
 
 @dataclass(slots=True)
 class RequestRecord:
@@ -47,6 +50,7 @@ class RequestRecord:
     recorded: bool = False
     logged: bool = True  # as an event; otherwise an access log or nothing has it
     log_hits: bool = False  # hits are logged, too
+    client: str | None = None  # its address, if addresses are logged
 
 
 def request_record(request: Request) -> RequestRecord:
@@ -61,6 +65,10 @@ def request_record(request: Request) -> RequestRecord:
             logged=getattr(context, "log_requests", True),
             log_hits=getattr(context, "log_hits", False),
         )
+        client_of: ClientOf | None = getattr(context, "client_of", None)
+        if client_of is not None:
+            peer = request.conn_info.client_ip if request.conn_info else ""
+            record.client = client_of(peer, request.headers.getall("x-forwarded-for", ()))
         request.ctx.record = record
     return record
 
@@ -97,6 +105,7 @@ def log_request(
     record: RequestRecord, status: int, *, cache: str | None, source: str | None, sent: int
 ) -> None:
     """Log one request."""
+    client = {} if record.client is None else {"client": record.client}
     logger.info(
         "request_answered",
         request_id=record.request_id,
@@ -110,6 +119,7 @@ def log_request(
         x_cache=cache,
         source=source,
         cut=record.abort_reason,
+        **client,
     )
 
 

@@ -138,6 +138,7 @@ async def serve_api(
     assets = AssetHandler(context)
     application = build_app(context, assets)
     application.ctx.log_requests, application.ctx.log_hits = settings.log.access == "json", settings.log.hits
+    application.ctx.client_of = context.client_addresses.address_of if settings.log.client_address else None
     access_log = application.ctx.access_log = (
         AccessLog(settings.log.access_file, context.client_addresses)
         if settings.log.access == "combined"

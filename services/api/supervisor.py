@@ -71,7 +71,12 @@ def run_supervisor(settings: Settings) -> int:
 
     deadline = settings.shutdown_deadline + _SHUTDOWN_MARGIN
     return run_service(
-        main, name="api-supervisor", shutdown_deadline=deadline, log=settings.log, settings_file=settings.file
+        main,
+        name="api-supervisor",
+        node=settings.id,
+        shutdown_deadline=deadline,
+        log=settings.log,
+        settings_file=settings.file,
     )
 
 

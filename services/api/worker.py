@@ -73,6 +73,7 @@ def run_worker(settings: Settings, probe_path: Path, listener: int | None, heart
     code = run_service(
         serve,
         name="api",
+        node=settings.id,
         shutdown_deadline=settings.shutdown_deadline,
         log=settings.log,
         settings_file=settings.file,

@@ -65,7 +65,7 @@ class OperatorStateBackup:
                 return
         await run_blocking(write_operator_state, self._root, OperatorStateSnapshot(state, pinned))
         self._saved = state
-        logger.info("operator_state_backed_up", version=state.version, pinned=len(pinned))
+        logger.info("operator_state_backed_up", state_version=state.version, pinned=len(pinned))
 
 
 class Purger:

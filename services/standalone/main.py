@@ -44,6 +44,7 @@ def run(settings: Settings) -> int:
     return run_service(
         main,
         name="standalone",
+        node=settings.id,
         shutdown_deadline=settings.shutdown_deadline,
         log=settings.log,
         settings_file=settings.file,

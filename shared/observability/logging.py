@@ -1,7 +1,8 @@
 """Logs: one event per line, with its fields, from structlog and the standard library's loggers alike.
 
-Each line has `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, and what is bound to the context (such as
-`request_id`, by `structlog.contextvars.bind_contextvars`). Errors have `exception`, with the traceback.
+Each line has `timestamp` (ISO 8601, UTC), `level`, `logger`, `event`, what names the process (`service`, `node`,
+`version`), and what is bound to the context (such as `request_id`, by `structlog.contextvars.bind_contextvars`). Errors
+have `exception`, with the traceback.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def configure_logging(
     level: Literal["debug", "info", "warning", "error"] = "info",
     form: Literal["json", "console"] = "json",
     stream: TextIO | None = None,
+    process: Mapping[str, str] | None = None,
 ) -> None:
     """Send all logs of this process to `stream` (default: stderr). Call it once per process, before the first event.
 
+    `process`: fields of every line for log collectors; people at a terminal know them, and are spared.
     Sanic must be created with `configure_logging=False`.
     """
     stream = sys.stderr if stream is None else stream
@@ -69,7 +72,7 @@ def configure_logging(
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 structlog.processors.format_exc_info,
                 redact_secrets,
-                *_renderers(form, colors=stream.isatty()),
+                *_renderers(form, process or {}, colors=stream.isatty()),
             ],
         )
     )
@@ -101,10 +104,18 @@ def redact_text(text: str) -> str:
     return _BEARER.sub(rf"\g<word>{REDACTED}", text)
 
 
-def _renderers(form: Literal["json", "console"], *, colors: bool) -> list[Processor]:
+def _renderers(
+    form: Literal["json", "console"], process: Mapping[str, str], *, colors: bool
+) -> list[Processor]:
     if form == "console":
         return [structlog.dev.ConsoleRenderer(colors=colors)]
-    return [structlog.processors.JSONRenderer(default=str)]
+
+    def name_process(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        for name, value in process.items():
+            event.setdefault(name, value)
+        return event
+
+    return [name_process, structlog.processors.JSONRenderer(default=str)]
 
 
 def _configure_standard_library(handler: logging.Handler, threshold: int) -> None:

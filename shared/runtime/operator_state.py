@@ -116,7 +116,7 @@ class OperatorStateWatcher:
             changed.set()
             logger.info(
                 "operator_state_changed",
-                version=state.version,
+                state_version=state.version,
                 stopped=state.stopped,
                 draining=state.draining,
             )

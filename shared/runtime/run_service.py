@@ -18,6 +18,7 @@ import uvloop
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.observability.logging import change_log_level, configure_logging
 from distributor_node.shared.runtime import systemd
+from distributor_node.shared.runtime.process import VERSION
 from distributor_node.shared.settings.load import load_settings
 from distributor_node.shared.settings.model import LogSettings
 from distributor_node.shared.waiting import cancel_and_wait
@@ -48,11 +49,12 @@ def run_service(
     main: ServiceMain,
     *,
     name: str,
+    node: str,
     shutdown_deadline: float,
     log: LogSettings,
     settings_file: Path | None = None,
 ) -> int:
-    """Run `main` on uvloop until it returns, and return the exit code.
+    """Run `main` on uvloop until it returns, and return the exit code. `name` and `node` are on every line of the log.
 
     Exit codes: 0 after a clean end, 1 after an error or a missed deadline, 2 after a ConfigurationError. How it stops:
 
@@ -64,7 +66,7 @@ def run_service(
     A second signal kills the process at once. SIGHUP reads the log level again, from `settings_file` and the
     environment, and calls `ServiceScope.reloads`. SIGUSR1 and SIGUSR2 are logged, and have no other effect.
     """
-    configure_logging(log.level, log.format)
+    configure_logging(log.level, log.format, process={"service": name, "node": node, "version": VERSION})
     run = _Run(main, name, shutdown_deadline, settings_file)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -396,6 +396,9 @@ class LogSettings(SettingsGroup):
     access_file: Path | None = None
     """The file of the `combined` log. It is created, appended to, and opened again after it was moved away. Default:
     standard output."""
+    client_address: bool = False
+    """Put the client's address into the event of each response (`client`). Behind a reverse proxy it needs
+    `public_api.trusted_proxies`. Off by default, because addresses are personal data."""
 
 
 class Settings(SettingsGroup):

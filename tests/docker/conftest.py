@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,11 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
     settings = folder / "settings.env"
     # On a busy machine a fetch may begin late. These tests look at the answers that follow it. The short `min_idle`
     # saves a wait until objects can be evicted.
-    settings.write_text("DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT=10\nDISTRIBUTOR_EVICTOR__MIN_IDLE=2\n")
+    secret = secrets.token_hex(16)
+    settings.write_text(
+        "DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT=10\nDISTRIBUTOR_EVICTOR__MIN_IDLE=2\n"
+        f"DISTRIBUTOR_OPERATOR_API__SECRET={secret}\n"
+    )
     stack = ComposeStack(
         folder,
         {
@@ -55,7 +60,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Harness]:
             "EDGE_HTTP3": "on",
         },
     )
-    harness = Harness(stack, {item.object_id: item for item in demo_objects(demo / "media")})
+    harness = Harness(stack, {item.object_id: item for item in demo_objects(demo / "media")}, secret)
     finished = False
     try:
         stack.build()

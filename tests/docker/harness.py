@@ -31,10 +31,11 @@ KILLED, GROWING, ENDLESS, RELOADED = "210", "211", "212", "213"
 
 @dataclass(slots=True)
 class Harness:
-    """`objects` are those of the stack's storage node, by id."""
+    """`objects` are those of the stack's storage node, by id. `secret`: of the operator API."""
 
     stack: ComposeStack
     objects: dict[str, DemoObject]
+    secret: str
     failed: bool = False
 
     @property

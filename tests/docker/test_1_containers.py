@@ -12,7 +12,11 @@ import pytest
 from tests.docker.compose import NODE, ROOT, run
 from tests.docker.harness import NOTES, Harness
 
-OF_THE_TESTS = {"DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT", "DISTRIBUTOR_EVICTOR__MIN_IDLE"}
+OF_THE_TESTS = {
+    "DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT",
+    "DISTRIBUTOR_EVICTOR__MIN_IDLE",
+    "DISTRIBUTOR_OPERATOR_API__SECRET",
+}
 """Settings from a file as SETTINGS_FILE names it."""
 
 pytestmark = pytest.mark.docker
@@ -149,6 +153,7 @@ def test_the_configuration_holds_no_secret_of_its_own(harness: Harness) -> None:
     assert "PASSWORD is missing a value" in refused.stderr
     shown = harness.stack.compose("config")
     passwords = {harness.stack.settings[name] for name in ("REDIS_PASSWORD", "RABBITMQ_PASSWORD")}
+    passwords.add(harness.secret)
     for line in shown.splitlines():
         if re.search(r"password|secret|token", line, re.IGNORECASE) and "GF_" not in line:
             assert any(password in line for password in passwords) or "$$REDIS_PASSWORD" in line, line
@@ -173,3 +178,4 @@ def test_logs_are_json_and_hold_no_password(harness: Harness) -> None:
     assert len(lines) > 10
     assert [line for line in lines if not line.startswith("{")] == []
     assert not any(harness.stack.settings[name] in logs for name in ("REDIS_PASSWORD", "RABBITMQ_PASSWORD"))
+    assert harness.secret not in logs

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,33 @@ async def test_a_miss_then_a_hit(harness: Harness) -> None:
     assert len(harness.requests_for("5")) == 1
     part = await get(harness.stack.url("5"), {"Range": "bytes=1000-1999"})
     assert (part.status, part.body) == (206, harness.body_of("5")[1000:2000])
+
+
+async def test_a_stop_by_an_operator_fails_no_probe_and_outlives_a_restart(harness: Harness) -> None:
+    """Docker, as Kubernetes, would end a node whose probe fails, and `start-api` could not reach it any more."""
+    await harness.cached(["5"])
+    page = await get(f"http://127.0.0.1:{harness.stack.ports['API_PORT']}/metrics")
+    assert page.status == 404  # they are not for the internet
+    await asyncio.to_thread(harness.stack.exec, "api", "distributor", "operator", "stop-api")
+    await asyncio.to_thread(harness.stack.compose, "restart", "--timeout", "40", "api")
+    await asyncio.to_thread(harness.stack.until_healthy, "api")
+    code, readiness = await asyncio.to_thread(probe, harness, "/readyz")
+    assert (code, readiness["problems"]) == (503, ["stopped by an operator"])
+    assert "distributor_storage_limit_bytes" in await asyncio.to_thread(harness.stack.metrics, "api")
+    assert await harness.cache_result("5") is None
+    await asyncio.to_thread(harness.stack.exec, "api", "distributor", "operator", "start-api")
+    await harness.until_hit("5")
+    assert (await asyncio.to_thread(probe, harness, "/readyz"))[0] == 200
+
+
+def probe(harness: Harness, path: str) -> tuple[int, dict[str, Any]]:
+    """Status and body of a probe of the API, as it is asked inside its container."""
+    script = (
+        "import http.client as h; c = h.HTTPConnection('127.0.0.1', 9463, timeout=9);"
+        f"c.request('GET', '{path}'); r = c.getresponse(); print(r.status, r.read().decode())"
+    )
+    code, body = harness.stack.exec("api", "python3", "-c", script).split(" ", 1)
+    return int(code), json.loads(body)
 
 
 def fetches(harness: Harness, index: int) -> float:

@@ -237,6 +237,7 @@ async def assets_harness(
     state_down: bool = False,
     queue_down: bool = False,
     log_hits: bool = False,
+    log_clients: bool = False,
     store: StateStore | None = None,
     admission: Mapping[str, Any] | None = None,
     workers: int = 1,
@@ -254,7 +255,7 @@ async def assets_harness(
         state_store={"operation_timeout": 0.3},
         admission=admission or {},
         shutdown_deadline=4.0,
-        log={"hits": log_hits},
+        log={"hits": log_hits, "client_address": log_clients},
     )
     times = StateTimeouts(operation_timeout=0.3)
     state: StateStore = store or MemoryStateStore(LIMIT, times, time.time)

@@ -64,6 +64,25 @@ async def test_both_paths_log_alike_and_include_the_size(
     ]
 
 
+@pytest.mark.parametrize("fast_lane", [True, False])
+async def test_the_clients_address_is_logged_where_it_is_asked_for(tmp_path: Path, fast_lane: bool) -> None:
+    """Of a hit, a miss and an error; by what trusted proxies say."""
+    options: dict[str, Any] = {"fast_lane": fast_lane, "log_hits": True, "trusted_proxies": ["127.0.0.1"]}
+    forwarded = {"X-Forwarded-For": "198.51.100.7, 2001:db8:0:1::9"}
+    for log_clients in (True, False):
+        async with assets_harness(tmp_path / str(log_clients), log_clients=log_clients, **options) as harness:
+            for object_id in ("1", "2"):
+                harness.add(object_id, SIZE)
+            harness.store("1")
+            with capture_logs() as logs:
+                for object_id in ("1", "2", "unknown"):
+                    await harness.get(object_id, forwarded)
+                await harness.get("1")
+                await eventually(lambda: len(_answers(logs)) == 4)
+        seen = [line.get("client") for line in _answers(logs)]
+        assert seen == (["2001:db8:0:1::9"] * 3 + ["127.0.0.1"] if log_clients else [None] * 4)
+
+
 async def test_a_replay_learns_the_size_from_any_part(
     by_lane: Mapping[bool, list[Mapping[str, Any]]],
 ) -> None:

@@ -45,6 +45,15 @@ def test_an_event_has_time_level_name_and_fields(stream: io.StringIO) -> None:
     assert line["timestamp"].endswith("Z")
 
 
+def test_every_line_says_which_process_has_written_it(stream: io.StringIO) -> None:
+    configure_logging("info", "json", stream, {"service": "api", "node": "media-1", "version": "1.2.3"})
+    structlog.get_logger().info("one")
+    logging.getLogger("sanic.root").warning("two")
+    structlog.get_logger().info("three", version="of the operator state")
+    seen = [(line["service"], line["node"], line["version"]) for line in lines(stream)]
+    assert seen == [("api", "media-1", "1.2.3")] * 2 + [("api", "media-1", "of the operator state")]
+
+
 def test_the_request_id_of_the_context_is_on_every_line(stream: io.StringIO) -> None:
     with structlog.contextvars.bound_contextvars(request_id="r-1"):
         structlog.get_logger().info("one")

@@ -27,7 +27,7 @@ async def main(scope):
 async def closing():
     print("closed", flush=True)
 
-sys.exit(run_service(main, name="sample", shutdown_deadline=0.3, log=LogSettings()))
+sys.exit(run_service(main, name="sample", node="here", shutdown_deadline=0.3, log=LogSettings()))
 """
 
 

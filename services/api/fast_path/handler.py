@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 import structlog
 
-from distributor_node.services.api.access_log import AccessLog
+from distributor_node.services.api.access_log import AccessLog, forwarded_for
 from distributor_node.services.api.accesses import AccessCounter
 from distributor_node.services.api.assets.decision import AssetRequest, PreconditionResult, Span, select_range
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.fast_path.object_cache import MAX_OPEN_FILES, CachedObject, OpenObjectCache
 from distributor_node.services.api.fast_path.request_parser import ParsedRequest, RequestParser
 from distributor_node.services.api.headers import end_of_head
-from distributor_node.services.api.request_log import BufferedHitMetrics, RequestRecord, log_request
+from distributor_node.services.api.request_log import BufferedHitMetrics, ClientOf, RequestRecord, log_request
 from distributor_node.shared.domain.conditionals import ByteRange, Unsatisfiable, parse_range
 
 _ACCESS_COUNT_INTERVAL = 0.5
@@ -53,6 +53,7 @@ class FastPath:
         log_hits: bool = False,
         log_aborts: bool = True,
         access_log: AccessLog | None = None,
+        client_of: ClientOf | None = None,
         honour_no_cache: bool = False,
     ) -> None:
         """`log_hits`: log each response as an event. `log_aborts`: log those that were aborted.
@@ -65,6 +66,8 @@ class FastPath:
         self._parser = RequestParser((b"cache-control",) if honour_no_cache else ())
         self._log_hits, self._log_aborts = log_hits, log_aborts
         self.access_log = access_log
+        self._client_of = client_of
+        self.needs_peer = access_log is not None or client_of is not None
         self._head_end = b""
         self._head_end_until = 0.0
         self._ids = b""
@@ -134,7 +137,7 @@ class FastPath:
     ) -> None:
         """Count the response, and log it if it was aborted or hits are logged.
 
-        `sent`: bytes of the body. `seconds`: from the request to the first byte. `peer`: the client, for an access log.
+        `sent`: bytes of the body. `seconds`: from the request to the first byte. `peer`: the connection's, if needed.
         """
         self.hit_metrics.add(prepared.request.is_head, prepared.status, sent, seconds)
         if self.access_log is not None:
@@ -149,6 +152,8 @@ class FastPath:
                 size=prepared.cached.size,
                 abort_reason=abort_reason,
             )
+            if self._client_of is not None:
+                record.client = self._client_of(peer, forwarded_for(prepared.received))
             source = "local" if prepared.length else None
             log_request(record, prepared.status, cache="hit", source=source, sent=sent)
 
@@ -219,6 +224,7 @@ def build_fast_path(context: ApiContext, access_log: AccessLog | None = None) ->
         log_hits=as_events and settings.log.hits,
         log_aborts=as_events,
         access_log=access_log,
+        client_of=context.client_addresses.address_of if settings.log.client_address else None,
         honour_no_cache=settings.caching_rules is not None and settings.origin.honour_client_no_cache,
     )
 

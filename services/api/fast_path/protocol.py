@@ -66,7 +66,7 @@ class FastPathProtocol(PublicProtocol):
             self._socket = socket.socket(
                 connection.family, socket.SOCK_STREAM, connection.proto, fileno=connection.fileno()
             )
-            if self._fast_path.access_log is not None:
+            if self._fast_path.needs_peer:
                 self._peer = peer_of(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
