@@ -118,6 +118,12 @@ test-chaos: setup ## kill, cut, fill and corrupt, and check what clients see (CH
 	@deploy/servers/find-or-install.sh redis-server rabbitmq-server faketime
 	@$(PYTEST) tests/chaos --timeout 900 $(ARGS)
 
+.PHONY: test-browser
+test-browser: setup ## a real browser against a node; installs Chromium where apt is allowed, and hls.js below build/
+	@deploy/servers/find-or-install.sh chromium npm
+	@npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix build/browser hls.js@1.7.4
+	@$(PYTEST) tests/browser $(ARGS)
+
 .PHONY: soak
 soak: setup servers ## traffic with random kills and cuts, 10 minutes (ARGS="--minutes 60 --seed 7")
 	@$(BIN)/python -m tests.chaos.soak $(ARGS)

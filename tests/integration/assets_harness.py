@@ -155,17 +155,22 @@ class AssetsHarness:
 
     def add(self, object_id: str, length: int, **changes: Any) -> bytes:
         """An object that the catalog and both nodes know; `changes` are what the catalog says otherwise."""
-        data = self.data[object_id] = content(object_id, length)
+        data = content(object_id, length)
+        self.add_bytes(object_id, data, **changes)
+        return data
+
+    def add_bytes(self, object_id: str, data: bytes, **changes: Any) -> None:
+        """Likewise, with these bytes."""
+        self.data[object_id] = data
         for node in (self.node, self.second):
             node.objects[object_id] = bytes_object(object_id, data, "video/mp4")
         fields: dict[str, Any] = {
-            "size": length,
+            "size": len(data),
             "content_hash": ContentHash("blake3", _digest(data)),
             "media_type": "image/png",
             "sources": (self.node.object_url(object_id), self.second.object_url(object_id)),
         }
         self.catalog.objects[object_id] = MediaObject(ObjectId(object_id), **(fields | changes))
-        return data
 
     def record(self, object_id: str) -> StoredRecord:
         known = self.catalog.objects[object_id]
