@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import cleandoc
@@ -13,9 +15,12 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError
+from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.observability.logging import redact_text
 from distributor_node.shared.settings import Settings
 from distributor_node.shared.settings.environment import variable_of
+from distributor_node.shared.settings.model import StateStoreSettings
 from distributor_node.shared.settings.names import group_of
 from distributor_node.shared.settings.sizes import format_size
 
@@ -109,6 +114,49 @@ def render_schema() -> str:
             if "$ref" in field or field.get("default") == _REDACTED:
                 field.pop("default", None)  # of a group; of a secret
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
+
+
+# Whether the catalog can be used: the manifest is read, and with `--online` the squid or the origin is asked.
+
+_NO_OBJECT = ObjectId("0")
+
+
+def check_catalog(settings: Settings, *, online: bool) -> list[str]:
+    """Return remarks. Raises ConfigurationError for an invalid manifest, with line, entry and rule, and for a catalog
+    that cannot be reached or used, if `online`.
+
+    A manifest that is not there is an error only if `online`: settings may be checked on another machine.
+    """
+    manifest = settings.catalog.manifest
+    if settings.catalog.kind == "manifest" and not online and manifest is not None and not manifest.exists():
+        return [f"catalog.manifest: {manifest} is not here, so it was not checked"]
+    if settings.catalog.kind == "manifest" or online:
+        asyncio.run(_open_catalog(settings, online=online))
+    return []
+
+
+async def _open_catalog(settings: Settings, *, online: bool) -> None:
+    import structlog
+
+    from distributor_node.shared.runtime.factories import build_catalog
+
+    # The result is what this command prints. What the adapters log would stand between.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    # Without the shared cache: nothing but the catalog is to be asked.
+    alone = settings.model_copy(update={"state_store": StateStoreSettings()})
+    catalog = build_catalog(alone)
+    await catalog.open()
+    try:
+        if online:
+            await catalog.bucket_ids(settings.assignment.effective.worker_id)
+            await catalog.look_up(_NO_OBJECT)
+    except CatalogUnavailable as error:
+        raise ConfigurationError(f"catalog.{_ADDRESS_OF[settings.catalog.kind]}: {error}") from error
+    finally:
+        await catalog.close()
+
+
+_ADDRESS_OF = {"manifest": "manifest", "joystream": "squid", "origin": "origin"}
 
 
 # The effective settings, in the format of a settings file, without secrets.

@@ -147,9 +147,16 @@ def check(
         Service | None,
         typer.Option("--for", help="The service to check them for. Default: standalone, or all the others."),
     ] = None,
+    online: Annotated[
+        bool, typer.Option("--online", help="Reach the catalog too: the squid, or the origin's server.")
+    ] = False,
 ) -> None:
-    """Check the settings. If they are invalid, print the reasons and exit with code 2."""
+    """Check the settings and the manifest. If they are invalid, print the reasons and exit with code 2."""
+    from distributor_node.services.command_line.config import check_catalog
+
     settings = _load(config, service)
+    for remark in check_catalog(settings, online=online):
+        print(remark, file=sys.stderr)
     if service is not None:
         print(f"The settings are valid for {service}.")
     elif settings.in_memory:

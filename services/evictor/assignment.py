@@ -1,4 +1,4 @@
-"""Removal of objects that are not assigned to this node any more.
+"""Removal of objects that are not assigned to this node any more, and of versions that a manifest has replaced.
 
 The catalog's whole list is compared with the objects that we hold. A squid that leaves one of a worker's buckets out of
 its response gives a list that looks complete. So the list alone removes nothing: the catalog is asked about each object
@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+import math
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import structlog
 
 from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.adapters.volume.layout import map_os_errors, sync_directory
 from distributor_node.shared.adapters.volume.records import MAX_ROOT_FILE_BYTES, atomic_write, read_capped
-from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput
+from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput, VolumeError
 from distributor_node.shared.domain.formats import FORMAT, check_format
-from distributor_node.shared.domain.objects import Assignment, CompactIdSet, ObjectId, parse_bucket_id
+from distributor_node.shared.domain.objects import (
+    Assignment,
+    CompactIdSet,
+    MediaObject,
+    ObjectId,
+    parse_bucket_id,
+)
+from distributor_node.shared.domain.version import Comparison
 from distributor_node.shared.observability.metrics import RECONCILED
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import Term
@@ -138,6 +149,62 @@ class AssignmentCheck:
 
     async def _held(self) -> list[ObjectId]:
         return [entry.object_id for entry in self._index.policy.dump()]
+
+
+# Replaced entries of a manifest: objects that we hold in another version than the catalog lists now.
+
+_CHECK_INTERVAL = 1.0  # seconds between two looks at the catalog's revision
+_ROUNDS = (0.0, 3.0, 10.0, 30.0, 120.0)
+"""Seconds between the comparisons after a change. Race: 1. a fetcher begins with the old entry; 2. we compare; 3. it
+stores the old version. The next comparison finds that."""
+
+
+class VersionCheck:
+    """Purges objects whose version differs from their entry, after each change of the catalog, and after the start."""
+
+    def __init__(
+        self, catalog: Catalog, revision: Callable[[], Awaitable[int]], volume: Volume, remover: ObjectRemover
+    ) -> None:
+        """`revision`: changes whenever the catalog's list was replaced."""
+        self._catalog, self._revision, self._volume, self._remover = catalog, revision, volume, remover
+        self._checked: int | None = None  # the revision of the last comparison
+        self._rounds: deque[float] = deque()
+        self._next_at = -math.inf
+
+    async def step(self, term: Term) -> float:
+        """Compare if that is due. Returns the seconds until the next call."""
+        revision = await self._revision()
+        if revision != self._checked:
+            self._checked, self._rounds = revision, deque(_ROUNDS)
+            self._next_at = time.monotonic() + self._rounds.popleft()
+        if time.monotonic() >= self._next_at:
+            await self._compare(term)
+            self._next_at = time.monotonic() + self._rounds.popleft() if self._rounds else math.inf
+        return _CHECK_INTERVAL
+
+    async def _compare(self, term: Term) -> None:
+        replaced = 0
+        async for batch in self._catalog.list_objects(Assignment()):
+            for wanted in await run_blocking(self._replaced, batch):
+                logger.info("object_replaced_in_catalog", object_id=wanted.object_id, size=wanted.size)
+                await self._remover.purge(term, wanted.object_id, "replaced")
+                replaced += 1
+        if replaced:
+            logger.info("replaced_objects_purged", objects=replaced)
+
+    def _replaced(self, batch: Sequence[MediaObject]) -> list[MediaObject]:
+        """Those that we hold in another version. Blocking."""
+        return [wanted for wanted in batch if self._is_replaced(wanted)]
+
+    def _is_replaced(self, wanted: MediaObject) -> bool:
+        try:
+            record = self._volume.complete_record(wanted.object_id)
+        except VolumeError:
+            return False  # the scrub and the reconciliation look after it
+        if record is None:
+            return False
+        unverified = wanted.content_hash is not None and record.content_hash is None
+        return unverified or wanted.version.compare(record.version) is Comparison.DIFFERENT
 
 
 # The assignment of the last check, on the volume. If the current one differs, most objects may be unassigned.

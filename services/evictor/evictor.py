@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from distributor_node.services.evictor.adoption import Adoption, PartialReaper
-from distributor_node.services.evictor.assignment import AssignmentCheck
+from distributor_node.services.evictor.assignment import AssignmentCheck, VersionCheck
 from distributor_node.services.evictor.eviction import Eviction, EvictionRules, ObjectRemover
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.integrity import Repair, Scrub
@@ -30,6 +30,7 @@ from distributor_node.shared.observability.metrics import (
 )
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import StateStore, Term
+from distributor_node.shared.runtime.factories import revision_of
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.process import process_name
 from distributor_node.shared.runtime.threads import run_blocking
@@ -103,7 +104,7 @@ def _make_parts(
     adoption = Adoption(state, volume, index, node_import)
     reaper = PartialReaper(state, volume, adoption, settings.evictor.partial_keep, settings.fetch.space_wait)
     rules = EvictionRules(settings.storage.watermarks, settings.evictor.min_idle)
-    can_list = catalog.can_list
+    can_list, revision = catalog.can_list, revision_of(catalog)
     watcher = OperatorStateWatcher(state, volume.root, settings.assignment)
     return EvictorParts(
         volume=volume,
@@ -116,6 +117,7 @@ def _make_parts(
             volume, catalog, remover, (lambda: watcher.assignment) if can_list else None, node_import
         ),
         assignment=AssignmentCheck(catalog, index, remover, settings.assignment, can_list, volume.root),
+        versions=None if revision is None else VersionCheck(catalog, revision, volume, remover),
         scrub=Scrub(volume, remover, settings.evictor.scrub_rate),
         operator_state=OperatorStateBackup(state, volume.root, watcher),
         purger=Purger(state, volume, remover, reaper, node_import),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import structlog
 
 from distributor_node.services.evictor.adoption import PartialReaper
-from distributor_node.services.evictor.assignment import AssignmentCheck
+from distributor_node.services.evictor.assignment import AssignmentCheck, VersionCheck
 from distributor_node.services.evictor.eviction import Eviction, ObjectRemover
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.integrity import Repair, Scrub
@@ -57,6 +57,7 @@ class EvictorParts:
     repair: Repair  # files without a record
     scrub: Scrub  # corrupt files
     assignment: AssignmentCheck  # objects that are not assigned to this node any more
+    versions: VersionCheck | None  # versions that the catalog's list has replaced; None: it has no such list
     operator_state: OperatorStateBackup
     purger: Purger  # the operator's purges
     sources: SourceMonitor | None  # None: another process probes
@@ -116,6 +117,8 @@ class LeaderTasks:
         ]
         if self._settings.scrub_rate:
             tasks.append(("scrub", self._scrub, None))
+        if self._parts.versions is not None:
+            tasks.append(("check versions", self._check_versions, None))
         if self._parts.copier is not None:
             tasks.append(("copy assets", self._copy, None))
         if self._parts.sources is not None:
@@ -244,6 +247,11 @@ class LeaderTasks:
         done = await self._parts.assignment.run(self._term)
         interval = self._settings.assignment_interval
         return interval if done else min(_RELIST_INTERVAL, interval)
+
+    async def _check_versions(self) -> float | None:
+        if self._parts.versions is None:
+            return None
+        return await self._parts.versions.step(self._term) if self._reconciled else REFRESH_INTERVAL
 
     async def _restore_operator_state(self) -> None:
         """An emptied store has lost pins and assignment too. Restore them before anything is evicted."""

@@ -110,6 +110,11 @@ def reloads_of(catalog: Catalog) -> list[Callable[[], Awaitable[None]]]:
     return [*manifest, reload_certificates]
 
 
+def revision_of(catalog: Catalog) -> Callable[[], Awaitable[int]] | None:
+    """Return what tells that the whole list of objects was replaced. None: the catalog is asked for each object."""
+    return catalog.revision if isinstance(catalog, ManifestCatalog) else None
+
+
 def _required(value: _Value | None, name: str) -> _Value:
     """Narrow the type: the settings have been validated for their kind."""
     if value is None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from distributor_node.services.api.assets.decision import Representation
 from distributor_node.services.demo.faults import Fault, Match
-from distributor_node.services.demo.objects import GeneratedContent, bytes_object
+from distributor_node.services.demo.objects import MODIFIED_AT, GeneratedContent, bytes_object
 from distributor_node.shared.adapters.volume import PartialFile
 from distributor_node.shared.domain.errors import VolumeFull
 from distributor_node.shared.domain.jobs import Ack, Nack, Retry
@@ -69,6 +70,16 @@ async def test_the_media_type_is_seen_in_the_bytes(tmp_path: Path) -> None:
         assert record is not None
         assert record.media_type == "image/png"
         assert record.etag == harness.wanted(PNG).etag
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+async def test_the_date_of_the_source_is_kept_and_shown(harness: Harness, hashed: bool) -> None:
+    """So `wget -N` and an If-Range with a date work from one node to the next."""
+    assert await fetch(harness, harness.wanted(DATA, hashed=hashed)) == Ack("fetched")
+    record = harness.volume.read_record(OBJECT_ID)
+    assert record is not None
+    assert record.stored_at > MODIFIED_AT
+    assert Representation.from_record(record, complete=True).last_modified == MODIFIED_AT
 
 
 async def test_a_type_unknown_to_the_catalog_is_recorded_before_the_first_byte(tmp_path: Path) -> None:

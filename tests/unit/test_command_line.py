@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import pty
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from distributor_node.services.command_line.config import default_text, render_reference, render_schema
 from distributor_node.services.command_line.main import app
+from distributor_node.services.demo.squid import SquidFaults, TestSquid
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.runtime.process import VERSION
 from distributor_node.shared.settings import Settings, load_settings
@@ -278,3 +280,70 @@ def test_import_config_from_variables_alone() -> None:
     assert done.returncode == 2
     assert "expected at least one of id, endpoints.storageSquid" in done.stderr
     assert not done.stdout
+
+
+MANIFEST = 'version: 1\nbase_urls: ["http://a.example/"]\nobjects:\n  - {id: "1", size: 5}\n'
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    path = tmp_path / "manifest.yaml"
+    path.write_text(MANIFEST)
+    return path
+
+
+def check(manifest: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    variables = {"DISTRIBUTOR_CATALOG__KIND": "manifest", "DISTRIBUTOR_CATALOG__MANIFEST": str(manifest)}
+    return distributor("config", "check", *options, **variables)
+
+
+def test_check_reads_the_manifest_and_names_the_entry_that_is_wrong(manifest: Path) -> None:
+    done = check(manifest)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("The settings are valid for standalone.")
+    manifest.write_text(MANIFEST + '  - {id: "2", size: -1}\n')
+    done = check(manifest)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "line 5, object 2: size: expected a number of bytes, got -1" in done.stderr
+    manifest.write_text(MANIFEST + "  - {id: [}\n")
+    assert "line 5: invalid YAML" in check(manifest).stderr
+
+
+def test_check_without_the_manifest_says_so(manifest: Path) -> None:
+    manifest.unlink()
+    done = check(manifest)
+    assert done.returncode == 0
+    assert "is not here, so it was not checked" in done.stderr
+    done = check(manifest, "--online")
+    assert done.returncode == 2
+    assert "No such file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting", "url"),
+    [
+        ("joystream", "squid", "http://127.0.0.1:1/graphql"),
+        ("origin", "origin", "http://127.0.0.1:1/{id}"),
+    ],
+)
+def test_check_online_reaches_squid_and_origin(kind: str, setting: str, url: str) -> None:
+    variables = {"DISTRIBUTOR_CATALOG__KIND": kind, f"DISTRIBUTOR_CATALOG__{setting.upper()}": url}
+    assert distributor("config", "check", **variables).returncode == 0
+    done = distributor("config", "check", "--online", **variables)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"catalog.{setting}: " in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("schema", "code"), [("current", 0), ("bigint_worker", 0), ("without_workers", 2)])
+async def test_check_online_asks_a_squid_what_the_node_will_ask(schema: str, code: int) -> None:
+    async with TestSquid([], workers={7: ["0:1"]}).run() as squid:
+        squid.faults = SquidFaults(schema=schema)
+        variables = {
+            "DISTRIBUTOR_CATALOG__KIND": "joystream",
+            "DISTRIBUTOR_CATALOG__SQUID": squid.url,
+            "DISTRIBUTOR_WORKER_ID": "7",
+        }
+        done = await asyncio.to_thread(distributor, "config", "check", "--online", **variables)
+    assert done.returncode == code, done.stderr
+    assert ("rejected the query" in done.stderr) == (code == 2)

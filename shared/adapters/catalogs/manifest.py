@@ -49,6 +49,7 @@ class ManifestCatalog:
         self._seen: _Signature | None = None
         self._checked_at = 0.0
         self._reload: asyncio.Task[None] | None = None
+        self._revision = 0
 
     @property
     def can_list(self) -> bool:
@@ -83,6 +84,11 @@ class ManifestCatalog:
         if self._reload is None:
             self._reload = asyncio.create_task(self._read_again(), name="manifest-reload")
         await asyncio.wait({self._reload})
+
+    async def revision(self) -> int:
+        """Return the number of times that a new version of the file was read."""
+        await self._current()
+        return self._revision
 
     async def look_up(self, object_id: ObjectId, client: str | None = None) -> MediaObject | None:
         return (await self._current()).objects.get(object_id)
@@ -136,6 +142,7 @@ class ManifestCatalog:
         try:
             self._seen, manifest = await asyncio.to_thread(_read, self._path)
             self._manifest = manifest
+            self._revision += 1
             logger.info("manifest_reloaded", path=str(self._path), objects=len(manifest.objects))
         except (OSError, InvalidInput) as error:
             self._seen = noticed
