@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.chaos.harness import ChaosHarness, chaos_harness
+from tests.chaos.invariants import inspect
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import RedisServer
 
@@ -21,12 +22,28 @@ def chaos_rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitS
         yield server
 
 
+_PASSED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if call.when == "call":
+        item.stash[_PASSED] = report.passed
+    return report
+
+
 @pytest.fixture
 async def chaos(
-    tmp_path: Path, own_redis: RedisServer, chaos_rabbitmq: RabbitServer
+    tmp_path: Path, own_redis: RedisServer, chaos_rabbitmq: RabbitServer, request: pytest.FixtureRequest
 ) -> AsyncIterator[ChaosHarness]:
+    """After every test that passed: index and sums are compared with the volume (`inspect`)."""
     async with chaos_harness(tmp_path, own_redis, chaos_rabbitmq) as chaos:
         yield chaos
+        if request.node.stash.get(_PASSED, False):
+            await inspect(chaos)
 
 
 @pytest.fixture

@@ -23,16 +23,17 @@ OBJECTS = [generated_object(str(number), MIB + number) for number in range(1, 41
 
 
 @pytest.fixture
-def small_volume(chaos: ChaosHarness) -> Iterator[Path]:
-    """The node's volume is a file system of 16 MiB."""
-    chaos.stack.volume.mkdir()
-    with small_file_system(chaos.stack.volume, "16m"):
-        yield chaos.stack.volume
-        chaos.stack.kill_all()
+def small_volume(tmp_path: Path) -> Iterator[Path]:
+    """The node's volume is a file system of 16 MiB. Request it before the node, which is gone before it then."""
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    with small_file_system(volume, "16m"):
+        yield volume
 
 
 @pytest.mark.timeout(120)
-async def test_a_full_disk_below_the_storage_limit(chaos: ChaosHarness, small_volume: Path) -> None:
+async def test_a_full_disk_below_the_storage_limit(small_volume: Path, chaos: ChaosHarness) -> None:
+    assert chaos.stack.volume == small_volume
     await chaos.up(OBJECTS, 1024 * MIB)
     began = time.monotonic()
     cut = sum([await get_until_complete(chaos, item) for item in OBJECTS[:18]])
@@ -60,7 +61,7 @@ async def test_a_full_disk_below_the_storage_limit(chaos: ChaosHarness, small_vo
 
 @pytest.mark.chaos
 @pytest.mark.timeout(120)
-async def test_a_volume_that_becomes_read_only(chaos: ChaosHarness, small_volume: Path) -> None:
+async def test_a_volume_that_becomes_read_only(small_volume: Path, chaos: ChaosHarness) -> None:
     await chaos.up(OBJECTS, 12 * MIB)
     await cache_all(chaos, OBJECTS[:4])
     mount("-o", "remount,ro", str(small_volume))
