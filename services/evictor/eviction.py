@@ -223,7 +223,7 @@ class PassReport:
 
 _NEVER = 0.0  # POSIX time of the last access of an object that cannot be requested any more
 
-ANY_IDLE = 0.0
+ANY_IDLE = -1e12
 """Minimum idle time of an object that has to be removed however recently it was read."""
 
 

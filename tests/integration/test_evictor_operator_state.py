@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from distributor_node.shared.adapters.volume.operator_state_file import (
 )
 from distributor_node.shared.domain.objects import Assignment, ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
+from distributor_node.shared.ports.state_store import IndexEntry
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from tests.integration.evictor_harness import SIZE, EvictorHarness, body_of, evictor_harness, media_object
 from tests.waiting import eventually
@@ -199,6 +201,20 @@ async def test_the_operators_assignment_is_the_one_that_is_checked(harness: Evic
             return evictor._parts.assignment._assignment.bucket_ids == frozenset({"5:5"})
 
         await eventually(changed)
+
+
+async def test_a_purge_does_not_wait_for_a_clock_that_was_put_back(harness: EvictorHarness) -> None:
+    """Or for that of an API on another host, which is ahead of the store's."""
+    harness.put_file("one")
+    term = await harness.term()
+    assert await harness.state.adopt(term, IndexEntry(ONE, SIZE, 1, time.time() + 3600))
+    await harness.state.resign(term)
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.state.request_purges([ONE])
+        await eventually(lambda: no_purges_left(harness))
+        assert not harness.has("one")
+        assert await harness.used() == 0
 
 
 async def test_the_copy_is_locked_in_a_worker_thread(

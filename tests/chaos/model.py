@@ -1,0 +1,573 @@
+"""A node whose processes die and stop at any point: the state machine of `test_model.py`.
+
+Store, queue, volume, workers and evictors are the real ones. Scripted: sources, deaths, and what the servers lose.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import errno
+import os
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import ExitStack
+from functools import partial
+from inspect import iscoroutinefunction
+from pathlib import Path, PosixPath
+from typing import Any, cast
+from unittest.mock import patch
+
+from blake3 import blake3
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from distributor_node.services.evictor.adoption import Adoption, PartialReaper
+from distributor_node.services.evictor.eviction import ObjectRemover
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.node_import import NodeImport
+from distributor_node.services.evictor.operator_state import Purger
+from distributor_node.services.evictor.reconcile import Reconciliation
+from distributor_node.services.fetcher.admission import Admission, AdmissionRules
+from distributor_node.services.fetcher.download import FetchRunner
+from distributor_node.services.fetcher.fetcher import FailureRecorder, Worker
+from distributor_node.services.fetcher.lease import LeaseTimes
+from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
+from distributor_node.shared.adapters.sources.failover import Chunk, FailoverReader
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.state_memory.tables import Tables
+from distributor_node.shared.adapters.volume import OpenObject, PartialFile, PartialReader, Volume
+from distributor_node.shared.adapters.volume.intake import ImportSource
+from distributor_node.shared.domain.errors import AllSourcesFailed, StateStoreUnavailable, VolumeFull
+from distributor_node.shared.domain.eviction import make_policy
+from distributor_node.shared.domain.jobs import FetchJob, JobOutcome, Nack, RetryPlan
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
+from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.ports.state_store import Access, StateStore, Term
+from distributor_node.shared.runtime.threads import BlockingPool
+
+IDS = ("1", "2", "3", "4")
+SIZES = (1000, 2500, 5000, 9000)
+LIMIT = 24_000
+RETRIES = RetryPlan((0.0, 0.0, 0.0))
+DEATHS = ("die_after_begin", "die_in_mid_body", "die_before_publish", "die_before_commit")
+PLANS = ("finish", *DEATHS, "stop", "wrong_bytes", "sources_fail", "full_at_publication")
+STAYING = ("3", "4")
+"""Files of the other node whose names cannot be removed."""
+
+ids = st.sampled_from(IDS).map(ObjectId)
+
+
+def body_of(object_id: str, size: int) -> bytes:
+    return (f"{object_id}:{size} " * size)[:size].encode()
+
+
+def media_object(object_id: ObjectId, size: int) -> MediaObject:
+    content_hash = ContentHash("blake3", blake3(body_of(object_id, size)).digest())
+    return MediaObject(object_id, size, content_hash, "text/plain", sources=("http://source/1",))
+
+
+class Killed(BaseException):
+    """`kill -9`: nothing that the process would still have done is done. The kernel closes its files."""
+
+
+class StoreOf:
+    """The store as one process sees it: `hook` runs before and after each call."""
+
+    def __init__(self, node: Node, hook: Callable[[str, bool], Coroutine[Any, Any, None]]) -> None:
+        self._node, self._hook = node, hook
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._node.state, name)
+        if not iscoroutinefunction(found):
+            return found
+
+        async def call(*args: Any, **kwargs: Any) -> Any:
+            await self._hook(name, False)
+            result = await getattr(self._node.state, name)(*args, **kwargs)
+            await self._hook(name, True)
+            return result
+
+        return call
+
+
+class ScriptedSource(FailoverReader):
+    """Sends a share of the object, and then does what the plan says."""
+
+    def __init__(self) -> None:
+        self.plan, self.share = "finish", 1.0
+
+    async def stream(
+        self, media_object: MediaObject, first: int, last: int | None, *_: object, **__: object
+    ) -> AsyncGenerator[Chunk]:
+        assert last is None
+        body = body_of(media_object.object_id, media_object.size or 0)
+        if self.plan == "wrong_bytes":
+            body = b"!" * len(body)
+        middle = first + int((len(body) - first) * self.share)
+        if middle > first:
+            yield Chunk("http://source/1", first, body[first:middle])
+        await asyncio.sleep(0)
+        match self.plan:
+            case "die_in_mid_body":
+                raise Killed
+            case "sources_fail":
+                raise AllSourcesFailed({})
+            case "stop":
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+                await asyncio.sleep(1)
+        if middle < len(body):
+            yield Chunk("http://source/1", middle, body[middle:])
+
+    def report_corrupt(self, url: str, object_id: ObjectId | None) -> None: ...
+
+
+class StayingNames(PosixPath):
+    """A directory in which some names cannot be removed, as on a read-only mount."""
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        if self.name in STAYING:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        super().unlink(missing_ok)
+
+
+class Leader:
+    """One evictor process. It can be stopped between two steps, as by SIGSTOP, and goes on where it was."""
+
+    def __init__(self, node: Node, holder: str) -> None:
+        self.holder, self._node = holder, node
+        self.steps_left = -1  # until it stops; -1: it does not
+        self.stopped, self._resumed = asyncio.Event(), asyncio.Event()
+        self.task: asyncio.Task[None] | None = None
+        self.store = cast("StateStore", StoreOf(node, self._step))
+        volume = node.volume
+        self.index = EvictionIndex(self.store, volume, partial(make_policy, "lru-sp"), lambda: node.now)
+        self.remover = ObjectRemover(self.store, volume, self.index)
+        self.node_import = NodeImport(ImportSource(volume.root, node.old_node), None)
+        adoption = Adoption(self.store, volume, self.index, self.node_import)
+        self.reaper = PartialReaper(self.store, volume, adoption, keep=3600, space_wait=10)
+        self.reconciliation = Reconciliation(
+            self.store, volume, self.index, self.remover, adoption, self.reaper
+        )
+        self.purger = Purger(self.store, volume, self.remover, self.reaper, self.node_import)
+
+    async def _step(self, _: str, __: bool) -> None:
+        if self.steps_left == 0:
+            self.stopped.set()
+            await self._resumed.wait()
+        elif self.steps_left > 0:
+            self.steps_left -= 1
+
+    async def run(self, work: Coroutine[Any, Any, None], steps: int) -> bool:
+        """Whether it has been stopped, after so many steps."""
+        self.steps_left = steps
+        self.stopped, self._resumed = asyncio.Event(), asyncio.Event()
+        self.task, stopped = asyncio.create_task(work), asyncio.create_task(self.stopped.wait())
+        await asyncio.wait({self.task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        self.steps_left = -1 if self.task.done() else 0
+        if self.task.done():
+            await self.task
+        return not self.task.done()
+
+    async def resume(self) -> None:
+        self.steps_left = -1
+        self._resumed.set()
+        if self.task is not None:
+            await self.task
+
+    async def work(self, kind: str, object_id: ObjectId, term: Term) -> None:
+        match kind:
+            case "evict":
+                await self.remover.evict(term, object_id, 0.0, "room")
+            case "purge":
+                await self.remover.purge(term, object_id, "purged")
+            case "settle":
+                await self.remover.complete_all(term, 100)
+                await self.remover.settle_trash(term)
+            case "sweep":
+                await self.reaper.sweep(term)
+            case _:
+                await self.reconciliation.run(term)
+
+
+class Node(RuleBasedStateMachine):
+    """Over the store in memory, whose clock is the test's."""
+
+    times = StateTimeouts()
+    leadership = 10.0  # seconds
+    failure_recorder: type[FailureRecorder] = FailureRecorder
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.folder = tempfile.TemporaryDirectory()
+        self.volume = Volume(Path(self.folder.name) / "volume")
+        self.volume.prepare()
+        self.old_node = StayingNames(Path(self.folder.name) / "old")
+        self.old_node.mkdir()
+        self.now = time.time()
+        self.sizes = dict.fromkeys(IDS, SIZES[1])  # as the catalog has it
+        self.full = False
+        self.snapshots: list[Any] = []
+        self.readers: list[OpenObject | PartialReader] = []
+        self.purged: set[ObjectId] = set()  # and neither fetched nor requested since
+        self.source, self.dies_before, self.dies_after = ScriptedSource(), "", ""
+        self.runner.run(self._start())
+        self.reconcile()
+
+    async def _start(self) -> None:
+        self.queue = MemoryJobQueue(RETRIES)
+        await self.queue.open()
+        self.state = await self._make_store()
+        self.disk = BlockingPool(4)
+        worker_store = cast("StateStore", StoreOf(self, self._die_at))
+        # Nothing waits: the clock of the store moves by rules only
+        rules = AdmissionRules(LIMIT, space_wait=0.0, lease=0.0)
+        times = LeaseTimes(self.times.lease_seconds, self.times.lease_seconds / 3)
+        self.worker = Worker(
+            Admission(worker_store, self.volume, self.disk, rules, "worker"),
+            FetchRunner(worker_store, self.volume, self.source, self.disk, times),
+            self.failure_recorder(worker_store, RETRIES, 1.0),
+        )
+        self.acting, self.standby = Leader(self, "one"), Leader(self, "two")
+
+    def teardown(self) -> None:
+        try:
+            self.make_room_in_store()
+            self._quiesce()
+        finally:
+            self.runner.run(self._close())
+            self.runner.close()
+            self.volume.close()
+            self.folder.cleanup()
+
+    async def _close(self) -> None:
+        if self.standby.task is not None:
+            self.standby.task.cancel()
+            await asyncio.wait({self.standby.task})
+        await self.disk.close()
+        await self.queue.close()
+        await self.state.close()
+
+    # What differs with the store
+
+    async def _make_store(self) -> Any:
+        return MemoryStateStore(LIMIT, self.times, lambda: self.now)
+
+    async def _empty_store(self) -> None:
+        self.state._tables = Tables(LIMIT, self.times, lambda: self.now)
+
+    async def _snapshot(self) -> Any:
+        return copy.deepcopy(self.state.tables)
+
+    async def _restore(self, snapshot: Any) -> None:
+        self.state._tables = tables = copy.deepcopy(snapshot)
+        tables.reconciled = False  # the server was restarted
+
+    async def _set_full(self, full: bool) -> None:
+        """In memory nothing is ever full; then only the access log is missing."""
+
+    async def _pass(self, seconds: float) -> None:
+        self.now += seconds
+
+    # Rules
+
+    async def _term(self) -> Term:
+        while True:
+            term: Term | None = await self.state.lead(self.acting.holder, self.leadership)
+            if term is not None:
+                return term
+            await self._pass(1800.0)  # the clock was put back during the term of the other one
+
+    async def _die_at(self, name: str, after: bool) -> None:
+        if name == (self.dies_after if after else self.dies_before):
+            raise Killed
+
+    @rule(object_id=ids, dies=st.booleans())
+    def request(self, object_id: ObjectId, dies: bool) -> None:
+        """A miss; `dies`: the API process is killed between claim and publishing."""
+
+        async def ask() -> None:
+            if self.volume.complete_record(object_id) is not None:
+                return
+            claim = await self.state.claim(object_id, "api")
+            if claim.won and not dies:
+                known = media_object(object_id, self.sizes[object_id])
+                await self.queue.publish(FetchJob(known, "", self.now, claim=claim.serial))
+                await self.state.mark_queued(object_id, "api")
+
+        self.runner.run(ask())
+
+    @rule(object_id=ids, plan=st.sampled_from(PLANS), share=st.floats(0, 1))
+    def request_and_work(self, object_id: ObjectId, plan: str, share: float) -> None:
+        self.request(object_id, False)
+        self.work(plan, share)
+
+    @rule(wanted=st.sets(ids, min_size=2))
+    def fetch_many(self, wanted: set[ObjectId]) -> None:
+        """More than there is room for."""
+        for object_id in sorted(wanted):
+            self.request(object_id, False)
+            self.work("finish", 1.0)
+
+    @rule(object_id=ids, size=st.sampled_from(SIZES))
+    def change_size(self, object_id: ObjectId, size: int) -> None:
+        """The catalog describes other content from now on. Jobs that are published keep what they say."""
+        self.sizes[object_id] = size
+
+    @rule(plan=st.sampled_from(PLANS), share=st.floats(0, 1))
+    def work(self, plan: str, share: float) -> None:
+        """One job, by a worker to which this happens after that share of the body."""
+        self.runner.run(self._one_job(plan, share))
+
+    async def _one_job(self, plan: str, share: float) -> bool:
+        if not (await self.queue.depth()).ready:
+            await asyncio.sleep(0)
+            if not (await self.queue.depth()).ready:
+                return False
+        ended = asyncio.Event()
+
+        async def handle(job: FetchJob) -> JobOutcome:
+            if ended.is_set():  # one only
+                await asyncio.Event().wait()
+            try:
+                self.purged.discard(job.object_id)
+                return await self._fetch(job, plan, share)
+            finally:
+                ended.set()
+
+        async def on_dead_letter(job: FetchJob, reason: str) -> None:
+            await self.state.record_failure(job.object_id, reason, 1)
+
+        task = asyncio.create_task(self.queue.consume(handle, 1, on_dead_letter))
+        await asyncio.wait({asyncio.ensure_future(ended.wait()), task}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        return True
+
+    async def _fetch(self, job: FetchJob, plan: str, share: float) -> JobOutcome:
+        self.source.plan, self.source.share = plan, share
+        self.dies_after = "begin" if plan == "die_after_begin" else ""
+        self.dies_before = "commit" if plan == "die_before_commit" else ""
+        errors = {"die_before_publish": Killed(), "full_at_publication": VolumeFull("full")}
+        with ExitStack() as stack:
+            if plan in errors:
+                stack.enter_context(patch.object(PartialFile, "publish", side_effect=errors[plan]))
+            try:
+                return await asyncio.create_task(self.worker.handle(job))
+            except Killed:
+                return Nack()  # the broker delivers it again; the lease is left to run out
+
+    @rule(object_id=ids)
+    def evict(self, object_id: ObjectId) -> None:
+        async def evict() -> None:
+            await self.acting.work("evict", object_id, await self._term())
+
+        self.runner.run(evict())
+
+    @rule()
+    def reconcile(self) -> None:
+        async def reconcile() -> None:
+            await self.acting.work("reconcile", ObjectId("1"), await self._term())
+
+        self.runner.run(reconcile())
+
+    @rule(object_id=ids)
+    def purge(self, object_id: ObjectId) -> None:
+        """The operator's purge. Once it is completed, nothing but a request may bring the object back."""
+
+        async def purge() -> None:
+            await self.state.request_purges([object_id])
+            await self.acting.purger.step(await self._term())
+            if object_id not in [request.object_id for request in await self.state.pending_purges(100)]:
+                self.purged.add(object_id)
+
+        self.runner.run(purge())
+
+    @rule(object_id=ids, size=st.sampled_from(SIZES))
+    def bring_old_file(self, object_id: ObjectId, size: int) -> None:
+        """A file in the directory of an existing node; not always what the catalog describes."""
+        path = Path(self.old_node / object_id)
+        path.unlink(missing_ok=True)  # its inode may be that of an object
+        path.write_bytes(body_of(object_id, size))
+
+    @rule()
+    def import_files(self) -> None:
+        """As at the start of a term, if there is room: the import itself asks for none."""
+
+        async def import_files() -> None:
+            term, usage = await self._term(), await self.state.usage()
+            pending = sum(footprint(path.stat().st_size) for path in self.old_node.iterdir())
+            if usage.reconciled and usage.free >= pending:
+                await self.acting.node_import.link_files()
+                await self.acting.work("reconcile", ObjectId("1"), term)
+
+        self.runner.run(import_files())
+
+    @rule(
+        kind=st.sampled_from(("evict", "purge", "settle", "sweep", "reconcile")),
+        object_id=ids,
+        steps=st.integers(0, 12),
+    )
+    def stop_leader(self, kind: str, object_id: ObjectId, steps: int) -> None:
+        """The leader is stopped in the middle of its work, for longer than its term; the other one takes over."""
+        if self.standby.task is not None and not self.standby.task.done():
+            return
+
+        async def stop() -> None:
+            if await self.acting.run(self.acting.work(kind, object_id, await self._term()), steps):
+                self.acting, self.standby = self.standby, self.acting
+                await self._pass(self.leadership + 0.01)
+
+        self.runner.run(stop())
+
+    @rule()
+    def resume_leader(self) -> None:
+        self.runner.run(self.standby.resume())
+
+    @rule(object_id=ids, views=st.integers(1, 5))
+    def access(self, object_id: ObjectId, views: int) -> None:
+        async def access() -> None:
+            try:
+                await self.state.record_accesses([Access(object_id, views, self.now)])
+            except StateStoreUnavailable:
+                assert self.full
+
+        self.runner.run(access())
+
+    @rule(object_id=ids)
+    def read(self, object_id: ObjectId) -> None:
+        """A client begins to be sent a complete or a verified object, which may not go before it ends."""
+        reader = self.volume.open_object(object_id) or self.volume.open_partial(object_id)
+        if reader is None:
+            return
+        verified = isinstance(reader, OpenObject) or reader.state().verified
+        if verified and reader.lock_shared():
+            self.readers.append(reader)
+        else:
+            reader.close()
+
+    @rule()
+    def finish_reading(self) -> None:
+        if self.readers:
+            self.readers.pop(0).close()
+
+    @rule()
+    def lose_store(self) -> None:
+        """FLUSHALL: claims, leases, counters and the index are gone."""
+        self.snapshots.clear()
+        self.runner.run(self._empty_store())
+
+    @rule()
+    def remember_store(self) -> None:
+        """What the store has on its disk, in case it is killed soon."""
+        self.snapshots.append(self.runner.run(self._snapshot()))
+
+    @rule()
+    def lose_last_second(self) -> None:
+        """The store is killed and started again: what it was told last is gone."""
+        if self.snapshots:
+            self.runner.run(self._restore(self.snapshots.pop()))
+
+    @rule()
+    def fill_store(self) -> None:
+        """The store refuses to hold more: what frees and ends things works all the same."""
+        self.full = True
+        self.runner.run(self._set_full(True))
+
+    @rule()
+    def make_room_in_store(self) -> None:
+        self.full = False
+        self.runner.run(self._set_full(False))
+
+    @rule(seconds=st.sampled_from([1.0, 20.0, 100.0, 3600.0, -3600.0]))
+    def advance_clock(self, seconds: float) -> None:
+        """An hour either way: the store's clock is put right."""
+        self.runner.run(self._pass(seconds))
+
+    @rule(object_id=ids)
+    def lose_a_file(self, object_id: ObjectId) -> None:
+        for path in self.volume.root.glob(f"objects/*/{object_id}"):
+            path.unlink()
+
+    # What holds after each of them
+
+    @invariant()
+    def usage_is_within_limit(self) -> None:
+        usage = self.runner.run(self.state.usage())
+        if usage.reconciled:
+            assert usage.used + usage.reserved <= LIMIT, usage
+            assert self._bytes() <= usage.used + usage.reserved, (self._files(), usage)
+        assert self._bytes() <= LIMIT
+
+    @invariant()
+    def every_object_is_complete(self) -> None:
+        for path in self.volume.root.glob("objects/*/*"):
+            size = path.stat().st_size
+            assert size in SIZES
+            assert path.read_bytes() == body_of(path.name, size)
+            record = self.volume.read_record(ObjectId(path.name))
+            assert record is None or self.volume.complete_record(ObjectId(path.name)) in (None, record)
+
+    @invariant()
+    def what_was_purged_stays_away(self) -> None:
+        there = {path.name for path in self.volume.root.glob("objects/*/*")}
+        assert not there & self.purged, f"{there} of {self.purged}"
+
+    @invariant()
+    def what_is_being_sent_is_whole(self) -> None:
+        for reader in self.readers:
+            size = os.fstat(reader.descriptor).st_size
+            object_id = reader.object_id if isinstance(reader, PartialReader) else reader.record.object_id
+            assert size in SIZES
+            assert reader.read(0, size) == body_of(object_id, size)
+
+    def _files(self) -> Sequence[tuple[str, int]]:
+        globs = ("objects/*/*", "incoming/*.part", "leaving/*")
+        paths = [path for pattern in globs for path in self.volume.root.glob(pattern)]
+        return [(str(path.relative_to(self.volume.root)), path.stat().st_size) for path in paths]
+
+    def _bytes(self) -> int:
+        return sum(size for _, size in self._files())
+
+    def _quiesce(self) -> None:
+        """Time passes, the evictor looks, workers work: every job ends, and nothing is promised any more."""
+        while self.readers:
+            self.finish_reading()
+        self.resume_leader()
+
+        async def rest() -> None:
+            for _ in range(40):
+                await self._pass(100)
+                term = await self._term()
+                await self.acting.work("reconcile", ObjectId("1"), term)
+                for entry in list(self.acting.index.policy.dump()):
+                    await self.acting.work("evict", entry.object_id, term)
+                await self.acting.purger.step(term)
+                if not await self._one_job("finish", 1.0) and not (await self.queue.depth()).delayed:
+                    break
+            depth = await self.queue.depth()
+            assert (depth.ready, depth.delayed) == (0, 0), depth
+            await self._pass(100)
+            term = await self._term()
+            for fetch in await self.state.fetches():
+                await self.acting.reaper.discard(term, fetch.object_id)
+            await self.acting.work("reconcile", ObjectId("1"), term)
+            usage = await self.state.usage()
+            assert usage.reconciled
+            assert usage.reserved == 0, await self.state.fetches()
+            stored = {
+                f"{entry.object_id}": entry.size async for batch in self.state.entries() for entry in batch
+            }
+            files = self._files()
+            assert stored == {path.rpartition("/")[2]: size for path, size in files}, files
+            assert usage.used == sum(footprint(size) for _, size in files)
+            assert not await self.state.pending_purges(100)
+
+        self.runner.run(rest())
