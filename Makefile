@@ -114,7 +114,7 @@ test-docker: setup ## the stack in containers: build, up, scale, use, break, dow
 	$(call tests,-m docker --timeout 900 $(ARGS))
 
 .PHONY: test-chaos
-test-chaos: setup ## kill, cut, fill and corrupt, and check what clients see (CHAOS_SEED, CHAOS_KILLS)
+test-chaos: setup ## kill, cut, fill and corrupt, and check what clients see (CHAOS_SEED, CHAOS_KILLS, MODEL_SEED, MODEL_EXAMPLES)
 	@deploy/servers/find-or-install.sh redis-server rabbitmq-server faketime
 	@$(PYTEST) tests/chaos --timeout 900 $(ARGS)
 

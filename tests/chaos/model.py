@@ -11,7 +11,7 @@ import errno
 import os
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from inspect import iscoroutinefunction
@@ -31,7 +31,7 @@ from distributor_node.services.evictor.operator_state import Purger
 from distributor_node.services.evictor.reconcile import Reconciliation
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules
 from distributor_node.services.fetcher.download import FetchRunner
-from distributor_node.services.fetcher.fetcher import FailureRecorder, Worker
+from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
 from distributor_node.shared.adapters.sources.failover import Chunk, FailoverReader
@@ -54,6 +54,9 @@ LIMIT = 24_000
 RETRIES = RetryPlan((0.0, 0.0, 0.0))
 DEATHS = ("die_after_begin", "die_in_mid_body", "die_before_publish", "die_before_commit")
 PLANS = ("finish", *DEATHS, "stop", "wrong_bytes", "sources_fail", "full_at_publication")
+SNAPSHOTS = 4
+"""Steps that the store may lose at once."""
+
 STAYING = ("3", "4")
 """Files of the other node whose names cannot be removed."""
 
@@ -234,6 +237,9 @@ class Node(RuleBasedStateMachine):
             FetchRunner(worker_store, self.volume, self.source, self.disk, times),
             self.failure_recorder(worker_store, RETRIES, 1.0),
         )
+        self.dead_letter_handler = DeadLetterHandler(
+            self.state, self.volume, self.disk, "worker", failure_memory=1.0
+        )
         self.acting, self.standby = Leader(self, "one"), Leader(self, "two")
 
     def teardown(self) -> None:
@@ -315,6 +321,21 @@ class Node(RuleBasedStateMachine):
             self.request(object_id, False)
             self.work("finish", 1.0)
 
+    @rule(object_id=ids, sizes=st.permutations(SIZES), plan=st.sampled_from(PLANS), share=st.floats(0.5, 1))
+    def change_size_in_mid_fetch(
+        self, object_id: ObjectId, sizes: Sequence[int], plan: str, share: float
+    ) -> None:
+        """The catalog describes other content while a job waits for so long that it counts as lost.
+
+        The second job finds the partial file of the first.
+        """
+        for size in sizes[:2]:
+            self.sizes[object_id] = size
+            self.request(object_id, False)
+            self.advance_clock(3600.0)
+        self.work("sources_fail", share)
+        self.work(plan, share)
+
     @rule(object_id=ids, size=st.sampled_from(SIZES))
     def change_size(self, object_id: ObjectId, size: int) -> None:
         """The catalog describes other content from now on. Jobs that are published keep what they say."""
@@ -341,10 +362,7 @@ class Node(RuleBasedStateMachine):
             finally:
                 ended.set()
 
-        async def on_dead_letter(job: FetchJob, reason: str) -> None:
-            await self.state.record_failure(job.object_id, reason, 1)
-
-        task = asyncio.create_task(self.queue.consume(handle, 1, on_dead_letter))
+        task = asyncio.create_task(self.queue.consume(handle, 1, self.dead_letter_handler.handle))
         await asyncio.wait({asyncio.ensure_future(ended.wait()), task}, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.sleep(0)
         task.cancel()
@@ -367,7 +385,7 @@ class Node(RuleBasedStateMachine):
     @rule(object_id=ids)
     def evict(self, object_id: ObjectId) -> None:
         async def evict() -> None:
-            await self.acting.work("evict", object_id, await self._term())
+            await self.acting.work("evict", self._existing(object_id), await self._term())
 
         self.runner.run(evict())
 
@@ -377,6 +395,11 @@ class Node(RuleBasedStateMachine):
             await self.acting.work("reconcile", ObjectId("1"), await self._term())
 
         self.runner.run(reconcile())
+
+    @rule(object_id=ids)
+    def purge_while_it_is_read(self, object_id: ObjectId) -> None:
+        self.read(object_id)
+        self.purge(self._existing(object_id))
 
     @rule(object_id=ids)
     def purge(self, object_id: ObjectId) -> None:
@@ -390,16 +413,22 @@ class Node(RuleBasedStateMachine):
 
         self.runner.run(purge())
 
-    @rule(object_id=ids, size=st.sampled_from(SIZES))
-    def bring_old_file(self, object_id: ObjectId, size: int) -> None:
-        """A file in the directory of an existing node; not always what the catalog describes."""
-        path = Path(self.old_node / object_id)
-        path.unlink(missing_ok=True)  # its inode may be that of an object
-        path.write_bytes(body_of(object_id, size))
+    @rule(
+        files=st.dictionaries(ids, st.tuples(st.sampled_from(SIZES), st.booleans()), max_size=3),
+        again=st.booleans(),
+    )
+    def import_files(self, files: Mapping[ObjectId, tuple[int, bool]], again: bool) -> None:
+        """As at the start of a term, if there is room: the import itself asks for none.
 
-    @rule()
-    def import_files(self) -> None:
-        """As at the start of a term, if there is room: the import itself asks for none."""
+        `files`: sizes, which need not be those of the catalog, and whether the object is purged before. `again`: what
+        was imported is evicted, and another term begins.
+        """
+        for object_id, (size, purged) in files.items():
+            path = Path(self.old_node / object_id)
+            path.unlink(missing_ok=True)  # its inode may be that of an object
+            path.write_bytes(body_of(object_id, size))
+            if purged:
+                self.purge(object_id)
 
         async def import_files() -> None:
             term, usage = await self._term(), await self.state.usage()
@@ -409,6 +438,10 @@ class Node(RuleBasedStateMachine):
                 await self.acting.work("reconcile", ObjectId("1"), term)
 
         self.runner.run(import_files())
+        if again:
+            for object_id in files:
+                self.evict(object_id)
+            self.runner.run(import_files())
 
     @rule(
         kind=st.sampled_from(("evict", "purge", "settle", "sweep", "reconcile")),
@@ -444,6 +477,7 @@ class Node(RuleBasedStateMachine):
     @rule(object_id=ids)
     def read(self, object_id: ObjectId) -> None:
         """A client begins to be sent a complete or a verified object, which may not go before it ends."""
+        object_id = self._existing(object_id)
         reader = self.volume.open_object(object_id) or self.volume.open_partial(object_id)
         if reader is None:
             return
@@ -464,16 +498,13 @@ class Node(RuleBasedStateMachine):
         self.snapshots.clear()
         self.runner.run(self._empty_store())
 
-    @rule()
-    def remember_store(self) -> None:
-        """What the store has on its disk, in case it is killed soon."""
-        self.snapshots.append(self.runner.run(self._snapshot()))
-
-    @rule()
-    def lose_last_second(self) -> None:
+    @rule(steps=st.integers(1, SNAPSHOTS))
+    def lose_last_second(self, steps: int) -> None:
         """The store is killed and started again: what it was told last is gone."""
-        if self.snapshots:
-            self.runner.run(self._restore(self.snapshots.pop()))
+        kept = self.snapshots[:-steps]
+        if kept:
+            self.runner.run(self._restore(kept[-1]))
+            self.snapshots = kept
 
     @rule()
     def fill_store(self) -> None:
@@ -497,6 +528,12 @@ class Node(RuleBasedStateMachine):
             path.unlink()
 
     # What holds after each of them
+
+    @invariant()
+    def store_is_on_disk(self) -> None:
+        """In case it is killed soon."""
+        self.snapshots.append(self.runner.run(self._snapshot()))
+        del self.snapshots[: -SNAPSHOTS - 1]
 
     @invariant()
     def usage_is_within_limit(self) -> None:
@@ -527,6 +564,11 @@ class Node(RuleBasedStateMachine):
             object_id = reader.object_id if isinstance(reader, PartialReader) else reader.record.object_id
             assert size in SIZES
             assert reader.read(0, size) == body_of(object_id, size)
+
+    def _existing(self, object_id: ObjectId) -> ObjectId:
+        """The object, or another one that is on the volume."""
+        there = sorted(path.name for path in self.volume.root.glob("objects/*/*"))
+        return ObjectId(there[0]) if there and object_id not in there else object_id
 
     def _files(self) -> Sequence[tuple[str, int]]:
         globs = ("objects/*/*", "incoming/*.part", "leaving/*")
