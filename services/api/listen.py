@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import errno
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import structlog
 
 from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.observability.logging import OutageLog
 
 EMFILE_BACKOFF = 0.5
 """Seconds without accepting after the system had no descriptor or memory left for one more connection."""
@@ -97,9 +99,19 @@ class AcceptLoop:
     """
 
     def __init__(
-        self, listener: socket.socket, make_protocol: Callable[[], asyncio.BaseProtocol], backlog: int
+        self,
+        listener: socket.socket,
+        make_protocol: Callable[[], asyncio.BaseProtocol],
+        backlog: int,
+        ceiling: int | None = None,
     ) -> None:
-        """Start to listen on `listener`, a bound, non-blocking socket, unless it listens already. `close` closes it."""
+        """Start to listen on `listener`, a bound, non-blocking socket, unless it listens already. `close` closes it.
+
+        `ceiling`: the number of open descriptors at which accepting pauses. What is above it is for the work that
+        accepted connections ask for: files, and connections to sources.
+        """
+        self._ceiling = ceiling
+        self._pause_log = OutageLog(logger, down="accepting_paused", up="accepting_resumed")
         self._loop = asyncio.get_running_loop()
         self.listener = listener
         self.accepted_count = 0  # connections since the start
@@ -125,6 +137,10 @@ class AcceptLoop:
 
     def _start(self) -> None:
         self._resume_timer = None
+        if not self._has_room():
+            self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
+            return
+        self._pause_log.succeeded()
         self._loop.add_reader(self.listener.fileno(), self._accept)
 
     def accept_queued(self) -> None:
@@ -146,16 +162,34 @@ class AcceptLoop:
                     error.errno != errno.EINVAL
                 ):  # another worker has stopped the inherited socket: soon, so do we
                     logger.error("accept_failed", reason=error.strerror)
-                self._loop.remove_reader(self.listener.fileno())
-                if self._resume_timer is not None:
-                    self._resume_timer.cancel()
-                self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
+                self._pause()
                 return
             self.accepted_count += 1
             connection.setblocking(False)
             task = self._loop.create_task(self._connect(connection))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+            # The kernel gives the lowest free number, so at least as many descriptors are open.
+            if self._ceiling is not None and connection.fileno() >= self._ceiling:
+                self._pause_log.failed(f"{self._ceiling} descriptors are open; the rest is for work")
+                self._pause()
+                return
+
+    def _pause(self) -> None:
+        self._loop.remove_reader(self.listener.fileno())
+        if self._resume_timer is not None:
+            self._resume_timer.cancel()
+        self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
+
+    def _has_room(self) -> bool:
+        if self._ceiling is None:
+            return True
+        try:
+            number = os.dup(self.listener.fileno())
+        except OSError:
+            return False
+        os.close(number)
+        return number < self._ceiling
 
     async def _connect(self, connection: socket.socket) -> None:
         try:

@@ -39,7 +39,12 @@ from distributor_node.services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIG
 from distributor_node.services.api.protocol import ApiHttp
 from distributor_node.services.api.request_log import precreate_counters, request_record
 from distributor_node.services.api.status import SquidStatusPoller, StatusReporter, UsageReader
-from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput, StateStoreUnavailable
+from distributor_node.shared.domain.errors import (
+    CatalogUnavailable,
+    InvalidInput,
+    StateStoreUnavailable,
+    TooManyOpenFiles,
+)
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 from distributor_node.shared.settings.model import PublicApi
@@ -263,6 +268,9 @@ def as_http_error(request: Request, exception: BaseException) -> HttpError:
         return HttpError(400, str(exception), "malformed_request")
     if isinstance(exception, CatalogUnavailable | StateStoreUnavailable):
         return _unavailable("Not available at the moment")
+    if isinstance(exception, TooManyOpenFiles):
+        logger.warning("descriptors_exhausted", path=request.path[:200], reason=str(exception))
+        return _unavailable("Too many open files")
     if isinstance(exception, SanicException):
         return _from_sanic_exception(request, exception)
     return _internal()

@@ -29,6 +29,7 @@ from distributor_node.services.api.listen import (
 )
 from distributor_node.services.api.protocol import PublicProtocol
 from distributor_node.services.api.sanic_app import ApiApplication, prepare_start
+from distributor_node.shared.runtime.process import descriptor_ceiling
 
 BACKLOG = 1024
 _ABORT_GRACE = 1.0
@@ -211,6 +212,6 @@ def create_accepting_server(
     make_protocol = partial(protocol, loop=loop, connections=connections, app=application)
 
     async def accept() -> AcceptLoop:
-        return AcceptLoop(bound, make_protocol, backlog)
+        return AcceptLoop(bound, make_protocol, backlog, descriptor_ceiling())
 
     return AsyncioServer(app=application, loop=loop, serve_coro=accept(), connections=connections)

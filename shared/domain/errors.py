@@ -16,6 +16,7 @@ The second column says where the fault is, the third whether it is worth retryin
     ├── JobQueueUnavailable       queue    retry   the broker did not confirm a message in time
     ├── VolumeError               volume   retry   an operation on the volume failed
     │   ├── VolumeFull            volume   retry   no space left on the device (ENOSPC, EDQUOT)
+    │   ├── TooManyOpenFiles      process  retry   this process has no descriptor left (EMFILE, ENFILE)
     │   └── PartialHeld           volume   retry   another writer has the partial file open (shared/adapters/volume)
     └── SourceError               source   retry   one source failed to send one object
         ├── SourceUnreachable     source   retry   no connection, a broken connection, a TLS failure
@@ -94,6 +95,10 @@ class VolumeError(DistributorError):
 
 class VolumeFull(VolumeError):
     """The device of the volume has no space left, although the storage limit allows more."""
+
+
+class TooManyOpenFiles(VolumeError):
+    """No descriptor is left for a file or a connection: a fault of this process or machine, not of disk or source."""
 
 
 class SourceError(DistributorError):

@@ -1,4 +1,4 @@
-"""The process itself: which version runs, its unique name, and how glibc's malloc handles freed memory.
+"""The process itself: version, unique name, limit of descriptors, and how glibc's malloc handles freed memory.
 
 Elsewhere than with glibc the functions about memory do nothing, at the cost of speed and memory. Setting either
 threshold also disables glibc's dynamic thresholds, which rise with the size of freed blocks.
@@ -8,11 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 import socket
 import sys
 import uuid
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+
+import structlog
+
+from distributor_node.shared.domain.errors import ConfigurationError
+
+logger = structlog.get_logger()
 
 
 def _installed_version() -> str:
@@ -28,6 +35,47 @@ VERSION = _installed_version()
 def process_name() -> str:
     """Return a new name, unique across hosts and restarts, for a process that holds claims or leases."""
     return f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+
+
+# Descriptors
+
+MIN_DESCRIPTORS = 768
+"""Below this limit a node that serves from all directories of its volume has too few left for clients."""
+_TARGET_DESCRIPTORS = 65_536
+_MAX_RESERVE = 2048
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of open descriptors to what the system allows, at most 65,536. Returns the limit.
+
+    The usual soft limit of 1024 exists for programs that use select. Raises ConfigurationError if the limit is too low
+    for a service.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    target = _TARGET_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _TARGET_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < target:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
+        except (OSError, ValueError) as error:
+            logger.warning("descriptor_limit_not_raised", limit=soft, reason=str(error))
+    limit = descriptor_limit()
+    if limit < MIN_DESCRIPTORS:
+        raise ConfigurationError(
+            f"limit of open files (ulimit -n, LimitNOFILE): expected at least {MIN_DESCRIPTORS}, got {limit}"
+        )
+    return limit
+
+
+def descriptor_limit() -> int:
+    """How many descriptors this process may open."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _TARGET_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+
+
+def descriptor_ceiling() -> int:
+    """How many open descriptors stop the accepting of connections. The rest, a quarter or 2048, is for work."""
+    limit = descriptor_limit()
+    return limit - min(limit // 4, _MAX_RESERVE)
 
 
 # Of <malloc.h>

@@ -18,7 +18,7 @@ import uvloop
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.observability.logging import change_log_level, configure_logging
 from distributor_node.shared.runtime import systemd
-from distributor_node.shared.runtime.process import VERSION
+from distributor_node.shared.runtime.process import VERSION, raise_descriptor_limit
 from distributor_node.shared.settings.load import load_settings
 from distributor_node.shared.settings.model import LogSettings
 from distributor_node.shared.waiting import cancel_and_wait
@@ -120,6 +120,7 @@ class _Run:
     async def _work(self, scope: ServiceScope) -> None:
         async with scope.resources:
             try:
+                raise_descriptor_limit()
                 await self._main(scope)
             finally:
                 self._start_watchdog()  # closing the resources has the same deadline

@@ -41,7 +41,7 @@ from distributor_node.services.api.headers import (
 from distributor_node.shared.adapters.volume import OpenObject
 from distributor_node.shared.domain.admission import SecondHitAdmission
 from distributor_node.shared.domain.conditionals import Conditions
-from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.errors import StateStoreUnavailable, TooManyOpenFiles, VolumeError
 from distributor_node.shared.domain.http_caching import CacheControl
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.domain.version import NO_VALIDATORS
@@ -101,6 +101,8 @@ class AssetHandler:
             if hit is Hit.SENT:
                 return
             by_proxy = outdated = hit is Hit.OUTDATED
+        except TooManyOpenFiles:
+            raise  # 503: a source could not be connected to either
         except VolumeError as error:
             self._volume.report_read_error(object_id, error)
             by_proxy = True

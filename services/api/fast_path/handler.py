@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import resource
 import secrets
 from time import perf_counter, time
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from distributor_node.services.api.fast_path.request_parser import ParsedRequest
 from distributor_node.services.api.headers import end_of_head
 from distributor_node.services.api.request_log import BufferedHitMetrics, ClientOf, RequestRecord, log_request
 from distributor_node.shared.domain.conditionals import ByteRange, Unsatisfiable, parse_range
+from distributor_node.shared.runtime.process import descriptor_limit
 
 _ACCESS_COUNT_INTERVAL = 0.5
 """Seconds in which further accesses to one object are not counted. They belong to the same view."""
@@ -199,7 +199,6 @@ def _select_range(
 # Construction.
 
 _FD_SHARE = 4
-_TARGET_FD_LIMIT = 65_536
 
 
 def build_fast_path(context: ApiContext, access_log: AccessLog | None = None) -> FastPath | None:
@@ -210,7 +209,7 @@ def build_fast_path(context: ApiContext, access_log: AccessLog | None = None) ->
     settings = context.settings
     if not settings.public_api.fast_lane:
         return None
-    max_open_files = min(MAX_OPEN_FILES, raise_fd_limit() // _FD_SHARE)
+    max_open_files = min(MAX_OPEN_FILES, descriptor_limit() // _FD_SHARE)
     objects = OpenObjectCache(
         context.volume,
         settings.public_api.memory_cache,
@@ -227,20 +226,3 @@ def build_fast_path(context: ApiContext, access_log: AccessLog | None = None) ->
         client_of=context.client_addresses.address_of if settings.log.client_address else None,
         honour_no_cache=settings.caching_rules is not None and settings.origin.honour_client_no_cache,
     )
-
-
-def raise_fd_limit() -> int:
-    """Raise the soft limit of open files to what the system allows. Returns the limit.
-
-    The usual soft limit of 1024 exists for programs that use select.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    target = _TARGET_FD_LIMIT if hard == resource.RLIM_INFINITY else min(hard, _TARGET_FD_LIMIT)
-    if soft == resource.RLIM_INFINITY or soft >= target:
-        return _TARGET_FD_LIMIT
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
-    except (OSError, ValueError) as error:
-        logger.warning("fd_limit_raise_failed", limit=soft, reason=str(error))
-        return soft
-    return target

@@ -18,6 +18,7 @@ from distributor_node.shared.domain.errors import (
     ObjectUnavailable,
     SourceError,
     SourceWrong,
+    TooManyOpenFiles,
 )
 from distributor_node.shared.domain.http_caching import why_not_stored
 from distributor_node.shared.domain.media_types import media_type_or_none
@@ -161,6 +162,8 @@ class OriginCatalog:
                 return response
         except SourceWrong as error:
             raise ObjectUnavailable(f"the origin's response is unusable: {error}") from error
+        except TooManyOpenFiles as error:
+            raise CatalogUnavailable(str(error)) from error
         except SourceError as error:
             raise CatalogUnavailable(f"the origin cannot be reached: {error}") from error
 

@@ -7,6 +7,8 @@ response causes.
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import re
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
@@ -30,6 +32,7 @@ from distributor_node.shared.domain.errors import (
     SourceTooSlow,
     SourceUnreachable,
     SourceWrong,
+    TooManyOpenFiles,
 )
 from distributor_node.shared.domain.urls import is_public, redirect_target
 
@@ -68,14 +71,33 @@ _READ_BYTES = 256 * 1024
 
 @contextmanager
 def map_http_errors() -> Iterator[None]:
-    """Raise SourceUnreachable for the library's exceptions, which are chained; SourceWrong for too many events."""
+    """Raise SourceUnreachable for the library's exceptions, which are chained; SourceWrong for too many events.
+
+    TooManyOpenFiles if this process could not even make a socket: the source is not to blame.
+    """
     try:
         yield
     except ExcessiveEvents as error:
         raise SourceWrong(str(error)) from error
     except (httpx.HTTPError, httpx.InvalidURL, httpcore.ReadError, ssl.SSLError) as error:
+        if isinstance(error, httpx.ConnectError) and _lacks_descriptors(error):
+            raise TooManyOpenFiles("no descriptor is left for a connection to a source") from error
         timed_out = isinstance(error, httpx.ConnectTimeout)
         raise SourceUnreachable(_describe(error), timed_out=timed_out) from error
+
+
+def _lacks_descriptors(error: BaseException) -> bool:
+    """Whether a failure to connect is due to this process. A failed look-up of a name does not tell: a trial does."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        cause = cause.__cause__
+    try:
+        os.close(os.dup(0))
+    except OSError as lacking:
+        return lacking.errno in (errno.EMFILE, errno.ENFILE)
+    return False
 
 
 class Connections:

@@ -15,7 +15,7 @@ from typing import Self
 import structlog
 
 from distributor_node.shared.adapters.sources.connections import Connections, SourceLimits
-from distributor_node.shared.domain.errors import SourceError, StateStoreUnavailable
+from distributor_node.shared.domain.errors import SourceError, StateStoreUnavailable, TooManyOpenFiles
 from distributor_node.shared.domain.objects import ObjectId, source_name
 from distributor_node.shared.domain.source_order import (
     ASSUMED_RATE,
@@ -347,6 +347,9 @@ class SourceProber:
                     status = response.status_code
             except SourceError as error:
                 self._failed(base, error.reason)
+                return
+            except TooManyOpenFiles as error:  # says nothing of the source
+                logger.warning("source_not_probed", source=source_name(base), reason=str(error))
                 return
             if status >= 500:
                 self._failed(base, f"responded {status}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from distributor_node.shared.domain.errors import VolumeError, VolumeFull
+from distributor_node.shared.domain.errors import TooManyOpenFiles, VolumeError, VolumeFull
 from distributor_node.shared.observability.logging import OncePerKey
 from distributor_node.shared.observability.metrics import FOREIGN_OPENED
 
@@ -29,6 +29,7 @@ PLAIN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 DIRECTORY_MODE = 0o755
+_IDLE_TTL = 30.0  # seconds without use after which a shard's descriptor is forgotten
 _RETIRED_TTL = 60.0  # seconds until a forgotten descriptor is closed: another thread may be about to use it
 
 
@@ -82,15 +83,24 @@ def _foreign(name: str | Path) -> ForeignFile:
 
 @contextmanager
 def map_os_errors(action: str) -> Iterator[None]:
-    """Turn OSError into VolumeFull (no space, quota exceeded) or VolumeError (any other cause).
+    """Turn OSError into VolumeFull (no space, quota exceeded), TooManyOpenFiles or VolumeError (any other cause).
 
     `action` begins the message: what the volume was doing.
     """
     try:
         yield
     except OSError as error:
-        kind = VolumeFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else VolumeError
-        raise kind(f"{action}: {error.strerror or error}") from error
+        raise as_volume_error(action, error) from error
+
+
+def as_volume_error(action: str, error: OSError) -> VolumeError:
+    """Return the error to raise for a failed operation. `action` begins its message."""
+    kind: type[VolumeError] = VolumeError
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        kind = VolumeFull
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        kind = TooManyOpenFiles
+    return kind(f"{action}: {error.strerror or error}")
 
 
 def sync_directory(path: Path) -> None:
@@ -103,7 +113,8 @@ def sync_directory(path: Path) -> None:
 
 
 class Directories:
-    """Open directories of the volume, by their path below its root. Descriptors are opened when first needed.
+    """Open directories of the volume, by their path below its root. Descriptors are opened when first needed, and those
+    of shards are forgotten when they are not used.
 
     A directory is opened without following links, so a directory that is replaced by a link leads nowhere.
     """
@@ -111,6 +122,8 @@ class Directories:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._open: dict[str, int] = {}
+        self._used: set[str] = set()  # shards, since the last look at idle ones
+        self._idle_since = time.monotonic()
         self._retired: list[tuple[float, int]] = []  # when it was forgotten, descriptor
         self._was_whole = False
         self.replacements = 0  # how often `revalidate` found other directories than before
@@ -146,6 +159,7 @@ class Directories:
         Raises OSError if the directory is a link, or missing: FileNotFoundError for a shard means that nothing was ever
         stored in it.
         """
+        self._used.add(path)
         known = self._open.get(path)
         if known is not None:
             return known
@@ -196,16 +210,26 @@ class Directories:
         Each scan has its own descriptor. Duplicates of one descriptor (`os.scandir` of a descriptor makes one) share
         the read position of the directory, so two scans at once would each see a part of the names.
         """
-        directory = self.existing(path)
-        if directory is None:
+        own = self._open_again(path)
+        if own is None:
             yield iter(())
             return
-        own = os.open(".", _DIRECTORY, dir_fd=directory)
         try:
             with os.scandir(own) as entries:
                 yield entries
         finally:
             os.close(own)
+
+    def _open_again(self, path: str) -> int | None:
+        """As `existing`, but a new descriptor for the caller to close."""
+        parent, _, name = path.rpartition("/")
+        above = self.descriptor(parent) if parent else self.root()
+        try:
+            return os.open(name, _DIRECTORY, dir_fd=above)
+        except FileNotFoundError:
+            if not parent or os.fstat(above).st_nlink == 0:
+                raise
+            return None
 
     def revalidate(self) -> bool:
         """Forget descriptors of directories that are no longer what their path leads to. False: there is no volume.
@@ -214,6 +238,7 @@ class Directories:
         """
         with self._revalidating:
             self._close_retired(time.monotonic() - _RETIRED_TTL)
+            self._retire_idle(time.monotonic())
             try:
                 stale = self._is_stale()
             except OSError:
@@ -248,6 +273,17 @@ class Directories:
         self.replacements += bool(retired)
         now = time.monotonic()
         self._retired.extend((now, descriptor) for descriptor in retired.values())
+
+    def _retire_idle(self, now: float) -> None:
+        """Forget shards that nothing has used for _IDLE_TTL, so that a node at rest holds few descriptors."""
+        if now - self._idle_since < _IDLE_TTL:
+            return
+        self._idle_since = now
+        used, self._used = self._used, set()
+        for path in [path for path in list(self._open) if "/" in path and path not in used]:
+            descriptor = self._open.pop(path, None)  # None: `close` was called just now
+            if descriptor is not None:
+                self._retired.append((now, descriptor))
 
     def _close_retired(self, before: float) -> None:
         kept = []

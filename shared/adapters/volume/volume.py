@@ -26,6 +26,7 @@ from distributor_node.shared.adapters.volume.layout import (
     TRASH,
     Directories,
     ForeignFile,
+    as_volume_error,
     map_os_errors,
     object_path,
     open_plain,
@@ -222,7 +223,7 @@ class Volume:
         if isinstance(error, ForeignFile) or error.errno in FOREIGN_ERRORS:
             self._directories.report_foreign(path)
         elif error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            raise VolumeError(f"open {path}: {error.strerror}") from error
+            raise as_volume_error(f"open {path}", error) from error
 
     def find_object(self, object_id: ObjectId) -> scan.FoundObject | None:
         """The regular file under `objects/`, or None if there is none. Its record is not read."""
