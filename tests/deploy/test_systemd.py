@@ -101,6 +101,14 @@ def test_limits_are_those_of_the_containers() -> None:
     assert common["TasksMax"] == [str(compose["x-hardened"]["pids_limit"])]
 
 
+def test_all_that_is_written_has_a_directory_of_its_own() -> None:
+    """The rest of the file system is read-only for the node."""
+    common = settings(COMMON)
+    assert common["ProtectSystem"] == ["strict"]
+    assert (common["StateDirectory"], common["LogsDirectory"]) == (["distributor"], ["distributor"])
+    assert "`/var/log/distributor`" in (ROOT / "docs" / "systemd.md").read_text()
+
+
 def test_a_service_ends_itself_before_it_is_killed() -> None:
     deadline = 30  # DISTRIBUTOR_SHUTDOWN_DEADLINE's default
     assert int(settings(COMMON)["TimeoutStopSec"][0]) > deadline + 5

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,11 @@ from distributor_node.shared.runtime.systemd import activated_socket, child_envi
 from tests.end_to_end.client import get
 from tests.servers.api_fixture import FakeAssets, RunningApi, running_api
 from tests.servers.redis_server import free_port
+from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(120)
+
+SOCKET_ACTIVATE = shutil.which("systemd-socket-activate")
 
 
 @pytest.fixture
@@ -62,7 +66,10 @@ WORKERS = {
 
 
 class Unit:
-    """A service as systemd would start it, on a socket that stays open."""
+    """A service as systemd would start it, on a socket that stays open.
+
+    systemd-socket-activate passes on the socket that it was given, and becomes the service when a client connects.
+    """
 
     def __init__(self, listener: socket.socket, environment: dict[str, str], command: str, log: Path) -> None:
         self._listener, self._environment, self._log = listener, environment, log
@@ -71,20 +78,33 @@ class Unit:
 
     def start(self) -> None:
         number = self._listener.fileno()
-        activate = f'exec 3<&{number}; export LISTEN_FDS=1 LISTEN_FDNAMES=public_api LISTEN_PID=$$; exec "$@"'
+        given = f'exec 3<&{number}; export LISTEN_FDS=1 LISTEN_FDNAMES=public_api LISTEN_PID=$$; exec "$@"'
+        variables = {"PYTHONPATH": os.environ.get("PYTHONPATH", ""), **self._environment}
+        activate: list[str] = []
+        if SOCKET_ACTIVATE is not None:
+            through = [f"--setenv={name}={value}" for name, value in variables.items()]
+            activate = [SOCKET_ACTIVATE, "--fdname=public_api", *through]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                ["/bin/bash", "-c", activate, "bash", *self._command],
-                env={**os.environ, **self._environment},
+                ["/bin/bash", "-c", given, "bash", *activate, *self._command],
+                env={**os.environ, **variables},
                 pass_fds=(number,),
                 stdout=log,
                 stderr=log,
+                start_new_session=True,
             )
 
     def stop(self) -> int:
         assert self.process is not None
         self.process.terminate()
         return self.process.wait(60)
+
+    def kill(self) -> None:
+        """SIGKILL to all its processes, as systemd does when TimeoutStopSec is over."""
+        assert self.process is not None
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(60)
 
 
 @pytest.mark.slow
@@ -128,7 +148,58 @@ async def test_a_restart_under_load_refuses_no_client(
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-@pytest.mark.skipif(shutil.which("systemd-socket-activate") is None, reason="no systemd-socket-activate here")
+@pytest.mark.slow
+@pytest.mark.parametrize(("command", "more"), [("standalone", {}), ("api", WORKERS)])
+async def test_a_kill_while_it_stops_refuses_no_client(
+    tmp_path: Path, listener: socket.socket, notifications: socket.socket, command: str, more: dict[str, str]
+) -> None:
+    """What was being answered is cut, once for each client. Later clients wait in the socket's queue."""
+    environment = {**settings(tmp_path), **more, "NOTIFY_SOCKET": str(tmp_path / "notify")}
+    unit = Unit(listener, environment, command, tmp_path / "log")
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/api/v1/status"
+    answered, cut, kills, ended = 0, 0, 2, asyncio.Event()
+
+    async def client() -> None:
+        nonlocal answered, cut
+        while not ended.is_set():
+            try:
+                complete = (await get(url, timeout=60)).complete
+            except ConnectionRefusedError:
+                raise
+            except (ConnectionError, asyncio.IncompleteReadError):
+                complete = False
+            answered, cut = answered + complete, cut + (not complete)
+
+    async def told(state: bytes) -> None:
+        while await asyncio.to_thread(notifications.recv, 100) != state:
+            continue
+
+    unit.start()
+    try:
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(8):
+                clients.create_task(client())
+            for _ in range(kills):
+                await told(b"READY=1")
+                before = answered
+                await eventually(lambda before=before: answered >= before + 50, 60)  # type: ignore[misc]
+                assert unit.process is not None
+                unit.process.terminate()
+                await told(b"STOPPING=1")
+                await asyncio.to_thread(unit.kill)
+                unit.start()
+            await told(b"READY=1")
+            before = answered
+            await eventually(lambda: answered >= before + 50, 60)
+            ended.set()
+        assert await asyncio.to_thread(unit.stop) == 0, (tmp_path / "log").read_text()
+    finally:
+        unit.kill()
+    assert cut <= 8 * kills
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.skipif(SOCKET_ACTIVATE is None, reason="no systemd-socket-activate here")
 async def test_systemd_socket_activate_starts_a_node(tmp_path: Path, notifications: socket.socket) -> None:
     port = free_port()
     given = {
