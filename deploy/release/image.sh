@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # image.sh DIRECTORY: the image of the version in pyproject.toml for amd64 and arm64, as an OCI archive in DIRECTORY. It
-# needs docker buildx. IMAGE_OUTPUT=--push IMAGE=registry.example/name pushes it instead; PLATFORMS chooses others.
+# needs docker buildx and a builder for several platforms. IMAGE_OUTPUT=--push IMAGE=registry.example/name pushes it
+# instead; PLATFORMS chooses others.
 set -euo pipefail
 
 directory=$1
@@ -10,6 +11,12 @@ docker buildx version >/dev/null 2>&1 || {
     echo "The image needs docker buildx, which is not here (on Debian: the package docker-buildx)." >&2
     exit 1
 }
+driver=$(docker buildx inspect | sed -n 's/^Driver: *//p')
+if [ "$driver" = docker ] && [ "${IMAGE_OUTPUT:-}" != --load ] &&
+    [[ $(docker info --format '{{.DriverStatus}}') != *containerd.snapshotter* ]]; then
+    echo "The chosen builder makes images for this machine only. Make one that can do more: docker buildx create --use" >&2
+    exit 1
+fi
 mkdir -p "$directory"
 docker buildx build --target node \
     --platform "${PLATFORMS:-linux/amd64,linux/arm64}" \

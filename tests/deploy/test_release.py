@@ -102,3 +102,51 @@ def test_the_image_bears_labels_of_the_release() -> None:
     stages = re.findall(r"^FROM \S+ AS (\w+)$", dockerfile, re.MULTILINE)
     assert stages[-1] == "node"  # what is built when no stage is named
     assert "services/demo" not in dockerfile[dockerfile.index("AS node") :]
+
+
+FAKE_DOCKER = """#!/bin/sh
+case "$*" in
+"buildx inspect") echo "Driver:        $DRIVER" ;;
+info*) echo "[[$STORE]]" ;;
+"buildx build"*) printf '%s\\n' "$@" > "$ARGUMENTS" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("driver", "store", "output", "builds"),
+    [
+        ("docker", "Backing Filesystem extfs", "", False),
+        ("docker", "driver-type io.containerd.snapshotter.v1", "", True),
+        ("docker", "Backing Filesystem extfs", "--load", True),
+        ("docker-container", "Backing Filesystem extfs", "", True),
+    ],
+)
+@pytest.mark.skipif(
+    not (ROOT / ".git").exists() or shutil.which("git") is None, reason="needs git and a checkout"
+)
+def test_a_builder_that_cannot_is_named_before_it_fails(
+    tmp_path: Path, driver: str, store: str, output: str, builds: bool
+) -> None:
+    """Docker's default builder writes neither archives nor images for two platforms."""
+    (tmp_path / "docker").write_text(FAKE_DOCKER)
+    (tmp_path / "docker").chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "deploy" / "release" / "image.sh", tmp_path / "dist"],
+        cwd=ROOT, check=False, capture_output=True, text=True, timeout=60,
+        env={
+            "PATH": f"{tmp_path}:/usr/bin:/bin",
+            "DRIVER": driver,
+            "STORE": store,
+            "ARGUMENTS": str(tmp_path / "arguments"),
+            **({"IMAGE_OUTPUT": output} if output else {}),
+        },
+    )  # fmt: skip
+    assert done.returncode == (0 if builds else 1), done.stderr
+    if not builds:
+        assert "docker buildx create --use" in done.stderr
+        return
+    arguments = (tmp_path / "arguments").read_text().splitlines()
+    assert f"VERSION={VERSION}" in arguments
+    assert f"distributor-node:{VERSION}" in arguments
+    assert (output or f"type=oci,dest={tmp_path}/dist/distributor-node-{VERSION}.oci.tar") in arguments

@@ -33,13 +33,16 @@ class ServiceProcess:
     environment: Mapping[str, str]
     log: Path
     health_url: str
+    release: Path | None = None  # the code of another version; None: this one
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     def start(self) -> None:
+        of_release = {} if self.release is None else {"PYTHONPATH": str(self.release)}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "distributor_node.services.command_line", *self.arguments],
-                env={**os.environ, **self.environment},
+                env={**os.environ, **self.environment, **of_release},
+                cwd=self.release,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -91,6 +94,7 @@ class Stack:
         self.volume = folder / "volume"
         self.manifest = folder / "manifest.json"
         self.config: Path | None = None
+        self.release: Path | None = None  # of the processes that are started from now on; None: this one
         self.port = free_port()
         self.processes: list[ServiceProcess] = []
         self.environment: dict[str, str] = {
@@ -123,6 +127,7 @@ class Stack:
             environment={**self.environment, "DISTRIBUTOR_METRICS__PORT": str(metrics_port), **settings},
             log=self.folder / f"{name}.log",
             health_url=f"http://127.0.0.1:{metrics_port}",
+            release=self.release,
         )
         process.start()
         self.processes.append(process)
@@ -137,7 +142,13 @@ class Stack:
         await self.ready()
 
     async def ready(self) -> None:
-        await asyncio.gather(*(process.healthy() for process in self.processes if process.process))
+        await asyncio.gather(*(process.healthy() for process in self.running()))
+
+    def running(self) -> list[ServiceProcess]:
+        """Those that were started, and neither stopped nor killed."""
+        return [
+            process for process in self.processes if process.process and process.process.returncode is None
+        ]
 
     def of(self, kind: str) -> list[ServiceProcess]:
         return [process for process in self.processes if process.name.startswith(kind)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from distributor_node.services.evictor.assignment import read_checked_assignment
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_redis import RedisStateStore
 from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.layout import object_path
 from distributor_node.shared.adapters.volume.operator_state_file import (
     read_operator_state,
     write_operator_state,
 )
+from distributor_node.shared.adapters.volume.records import encode_record
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.formats import FORMAT
-from distributor_node.shared.domain.objects import Assignment, ObjectId
+from distributor_node.shared.domain.objects import Assignment, ContentHash, ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
 from distributor_node.shared.ports.state_store import Access, FetchPhase, Granted, IndexEntry
 
@@ -45,6 +48,27 @@ OPERATOR_FILE = (
     '{\n "version": 5,\n "orders": {"stopped": true, "draining": false, "worker_ordered": false, "worker_id": null,'
     ' "buckets_ordered": false, "buckets": null, "shutdowns": 2},\n "pinned": [\n  "42"\n ]\n}\n'
 )
+RECORD_FILES = {
+    "objects/88/42": b"",
+    "records/88/42": b'{"version":1,"object_id":"42","size":5000000123,"etag":"\\"gVwfgAcvNjFe1YPYJrkQ6ocqJkt983ic4uoS'
+    b'L4pL9cQDZg\\"","hash":"gVwfgAcvNjFe1YPYJrkQ6ocqJkt983ic4uoSL4pL9cQDZg","media_type":"video/mp4","stored_at":1760000000}',
+    "objects/6a/b.txt": b"hello",
+    "records/6a/b.txt": b'{"version":1,"object_id":"b.txt","size":5,"etag":"\\"94754a336e5ed2c02af6589c09806dc8\\"",'
+    b'"hash":null,"media_type":"text/plain","stored_at":1760000000}',
+}
+"""Two objects, the first without its bytes: it is a file with a hole."""
+RECORDS = (
+    StoredRecord(
+        ObjectId("42"),
+        5_000_000_123,
+        '"gVwfgAcvNjFe1YPYJrkQ6ocqJkt983ic4uoSL4pL9cQDZg"',
+        ContentHash("blake3", bytes(range(32))),
+        "video/mp4",
+        1_760_000_000,
+    ),
+    StoredRecord(ObjectId("b.txt"), 5, None, None, "text/plain", 1_760_000_000),
+)
+PACKED_ACCESSES = b'[["42", 3, 1760000000.5], ["7", 1, 1760000001.0]]'
 ASSIGNMENT_FILE = '{"buckets": ["0:1"], "workerId": 7}\n'
 
 
@@ -175,6 +199,46 @@ async def test_accesses_and_policy_that_cannot_be_read_cost_recency_alone(
     assert accesses == [Access(ObjectId("42"), 1, 5.0)]
     await server.hset(f"{redis_prefix}policy", mapping={"inflation": "much", "position": "5-0"})
     assert (await store.load_policy_state()).position == ""
+
+
+@pytest.mark.servers
+async def test_accesses_of_releases_without_a_format_number_are_read_and_written_alike(
+    store: RedisStateStore, server: Redis, redis_prefix: str
+) -> None:
+    await server.xadd(f"{redis_prefix}accesses", {"batch": PACKED_ACCESSES})
+    wanted = [Access(ObjectId("42"), 3, 1_760_000_000.5), Access(ObjectId("7"), 1, 1_760_000_001.0)]
+    assert (await store.read_accesses("", 100))[1] == wanted
+    await store.record_accesses(wanted)
+    stream: Any = await server.xrange(f"{redis_prefix}accesses")
+    assert [json.loads(fields[b"batch"]) for _, fields in stream] == [json.loads(PACKED_ACCESSES)] * 2
+
+
+def test_objects_of_releases_without_a_format_number_are_read(tmp_path: Path) -> None:
+    """Their tag without a hash was made up from id and size, so it is none today."""
+    for name, content in RECORD_FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    os.truncate(tmp_path / "objects" / "88" / "42", RECORDS[0].size)
+    volume = Volume(tmp_path)
+    volume.prepare()
+    try:
+        for record in RECORDS:
+            opened = volume.open_object(record.object_id)
+            assert opened is not None
+            assert opened.record == record
+            opened.close()
+    finally:
+        volume.close()
+
+
+def test_records_are_written_as_releases_without_a_format_number_read_them() -> None:
+    for record in RECORDS:
+        before = json.loads(RECORD_FILES[f"records/{object_path(record.object_id)}"])
+        written = json.loads(encode_record(record))
+        assert written.keys() >= before.keys()  # later versions append fields, which earlier ones ignore
+        assert {name: type(written[name]) for name in before} == {name: type(before[name]) for name in before}
+        if record.content_hash is not None:
+            assert {name: written[name] for name in before} == before
 
 
 def test_files_without_a_format_number_are_read(tmp_path: Path) -> None:
