@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from distributor_node.services.api import headers
+from distributor_node.shared.domain.space import RECORD_BYTES
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -86,6 +87,49 @@ def test_the_architecture_tells_where_a_standard_term_is(term: str) -> None:
 def test_plain_words(file: Path) -> None:
     words = r"\b(whoever|nobody|anybody|somebody|anew|meanwhile|nought)\b"
     assert not re.findall(words, file.read_text(), re.IGNORECASE)
+
+
+def test_the_readme_fits_on_two_screens() -> None:
+    """Of 50 lines; a window of 180 columns shows each without a break."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 100
+    assert max(map(len, lines)) <= 180
+
+
+def cells(document: str, first: str) -> list[str]:
+    """The cells of the table's row that begins so."""
+    (row,) = [
+        line for line in (ROOT / "docs" / document).read_text().splitlines() if line.startswith(f"| {first}")
+    ]
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+def test_capacity_agrees_with_what_was_measured() -> None:
+    """docs/capacity.md rounds the figures for a million objects; tables of the measurements have them."""
+    store, evictor, api = [
+        line.strip("|").split("|")[1:]
+        for line in (ROOT / "docs" / "performance.md").read_text().splitlines()
+        if line.startswith("| 1,000,000 objects")
+    ]
+    _, _, commits, _, _, redis_bytes = (float(cell.replace(",", "")) for cell in store)
+    adopting, known, evictions, peak = (float(evictor[place].replace(",", "")) for place in (0, 5, 10, 12))
+    low, high = re.findall(r"\d+", cells("capacity.md", "Redis, index")[1])
+    assert int(low) <= redis_bytes <= int(high)
+    memory = re.findall(r"\d+", cells("capacity.md", "evictor, memory")[1])
+    assert [int(memory[0]), int(memory[1])] == [pytest.approx(float(evictor[3]), rel=0.01), peak]
+    start = re.findall(r"\d+", cells("capacity.md", "start of the evictor")[1])
+    assert [int(one) for one in start] == [round(adopting), pytest.approx(known, abs=0.5)]
+    rates = re.findall(r"[\d,]+\d", cells("capacity.md", "evictions a second")[1])
+    assert [int(one.replace(",", "")) for one in rates] == [evictions, pytest.approx(commits, rel=0.01)]
+    assert f"{api[-1].strip()} MB" in cells("capacity.md", "API, memory")[2]
+    by_policy = [
+        int(cells("eviction.md", policy)[place])
+        for policy in ("gdsf |", "lru-sp |", "lru |")
+        for place in (1, 3)
+    ]
+    assert f"{min(by_policy)} to {max(by_policy)} bytes" in cells("capacity.md", "evictor, memory")[2]
+    counted = float(re.findall(r"([\d.]+) GB", cells("capacity.md", "counted against")[1])[0])
+    assert counted * 1e9 == pytest.approx(1e6 * RECORD_BYTES, rel=0.01)
 
 
 def test_the_table_of_responses_has_the_headers_that_are_sent() -> None:
