@@ -317,6 +317,7 @@ _PRECREATED: dict[str, dict[Counter, tuple[str, ...]]] = {
         ABORTED_RESPONSES: ("client_disconnected", "client_stalled", "source_failed"),
         VAIN_WAITS: ("waited", "no_worker", "busy", "not_begun", "not_consumed"),
         STALLED_FETCHES_BRIDGED: ("caught_up", "complete"),
+        REVALIDATIONS: ("refreshed", "removed", "outdated", "failed"),
     },
     "fetcher": {FETCHES: ("does_not_exist", "not_served", "not_uploaded")},
     "evictor": {

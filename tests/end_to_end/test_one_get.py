@@ -7,6 +7,7 @@ import hashlib
 import random
 import time
 
+from distributor_node.services.api.assets.revalidation import Validation
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
 from tests.end_to_end.client import Answer, get
@@ -48,6 +49,8 @@ async def test_counters_are_precreated_at_zero(harness: Harness) -> None:
     metrics = (await get(f"{api.health_url}/metrics")).body.decode()
     for cache in ("hit", "miss", "pending"):
         assert f'distributor_requests_total{{cache="{cache}",method="GET",status="200"}} 0.0' in metrics
+    for result in Validation:
+        assert f'distributor_revalidations_total{{result="{result.name.lower()}"}} 0.0' in metrics
 
 
 async def test_fifty_first_requests_make_one_download(harness: Harness) -> None:
