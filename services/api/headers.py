@@ -173,27 +173,33 @@ BYPASS = CacheOutcome("miss", stored=False)
 def _validators(
     representation: Representation, outcome: CacheOutcome, source: DataSource | None = None
 ) -> dict[str, str]:
-    freshness, now = representation.freshness, time.time()
-    if freshness is not None:
-        control, ttl = freshness.response_cache_control, freshness.ttl(now)
+    """Return the headers that say what the object is, and how long it may be used; but see `_aging_headers`."""
+    if representation.freshness is not None:
+        control = representation.freshness.response_cache_control
     elif representation.not_stored:
-        control, ttl = CACHE_ERROR, None
+        control = CACHE_ERROR
     else:
         # Only with a content hash it is certain that the object never changes.
         control = cache_control("pending" if representation.content_hash is None else outcome.result)
-        ttl = None
-    headers = {
-        "X-Cache": outcome.result,
-        "Cache-Control": control,
-        "Cache-Status": outcome.cache_status(source, ttl),
-    }
-    if freshness is not None:
-        headers["Age"] = str(freshness.age(now))
+    headers = {"X-Cache": outcome.result, "Cache-Control": control}
+    if representation.freshness is None:
+        headers["Cache-Status"] = outcome.cache_status(source)
     if representation.etag is not None:
         headers["ETag"] = representation.etag
     if representation.last_modified is not None:
         headers["Last-Modified"] = formatdate(representation.last_modified, usegmt=True)
     return headers
+
+
+def _aging_headers(
+    representation: Representation, outcome: CacheOutcome, source: DataSource | None = None
+) -> dict[str, str]:
+    """Return the headers that change with time, of an object that can become stale. They are the last ones."""
+    freshness, now = representation.freshness, time.time()
+    if freshness is None:
+        return {}
+    status = outcome.cache_status(source, freshness.ttl(now))
+    return {"Cache-Status": status, "Age": str(freshness.age(now))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +238,7 @@ def content_head(
         headers[CONTENT_LENGTH] = str(span.length)
     if span.partial:
         headers["Content-Range"] = span.content_range
+    headers |= _aging_headers(representation, outcome, source)
     return ResponseHead(206 if span.partial else 200, headers, outcome.result, source)
 
 
@@ -282,7 +289,7 @@ def _disposition(kind: str, name: str, extended: str = "") -> str:
 
 def not_modified_headers(representation: Representation, outcome: CacheOutcome) -> dict[str, str]:
     """Return the headers of a 304."""
-    return {**ASSET, **_validators(representation, outcome)}
+    return {**ASSET, **_validators(representation, outcome), **_aging_headers(representation, outcome)}
 
 
 def precondition_head(
@@ -308,55 +315,41 @@ _STATUS_LINES = {
     206: b"HTTP/1.1 206 Partial Content\r\n",
     304: b"HTTP/1.1 304 Not Modified\r\n",
 }
-_REQUEST_ID = b"X-Request-ID: "
 
 
 @dataclass(frozen=True, slots=True)
 class PrebuiltHeaders:
-    """Heads of the hits of one object. Each ends where the request id follows, and then `end_of_head`."""
+    """Heads of the hits of one object. Each is followed by a tail (`TAIL` or `aging_tail`), the request id and
+    `end_of_head`."""
 
     whole: bytes  # a 200 with all bytes
     head: bytes  # the response to HEAD
     not_modified: bytes  # a 304
     partial: bytes  # a 206, up to its length: see `for_range`
-    aging: tuple[bytes, bytes] | None = None  # the lines of Age and Cache-Status, where they change with time
 
     @classmethod
     def build(cls, representation: Representation) -> PrebuiltHeaders:
         """Build the heads of a complete object that is not empty. Raises ValueError if a header cannot be sent."""
         size = representation.size or 0
         span = Span(0, size - 1, size)
-        partial = content_head(representation, HIT, Span(0, size - 1, size, partial=True), "local")
-        common = list(partial.headers.items())
+        partial = content_head(representation, HIT, Span(0, size - 1, size, partial=True), "local").headers
+        common = list(partial.items())
         names = [name for name, _ in common]
+        last = {} if representation.freshness is None else _aging_headers(representation, HIT)
+
+        def lasting(headers: Mapping[str, str]) -> dict[str, str]:
+            return {name: value for name, value in headers.items() if name not in last}
+
         return cls(
-            _block(200, content_head(representation, HIT, span, "local").headers) + _REQUEST_ID,
-            _block(200, content_head(representation, HIT, span, None).headers) + _REQUEST_ID,
-            _block(304, not_modified_headers(representation, HIT)) + _REQUEST_ID,
+            _block(200, lasting(content_head(representation, HIT, span, "local").headers)),
+            _block(200, lasting(content_head(representation, HIT, span, None).headers)),
+            _block(304, lasting(not_modified_headers(representation, HIT))),
             _block(206, dict(common[: names.index(CONTENT_LENGTH)])),
-            None if representation.freshness is None else _aging_lines(partial.headers),
-        )
-
-    def at(self, age: int, ttl: int) -> PrebuiltHeaders:
-        """Return the same heads with another age. Only where they have one."""
-        if self.aging is None:
-            return self
-        lines = _aging_lines({"Age": str(age), "Cache-Status": f"{CACHE_STATUS_HIT}; ttl={ttl}"})
-        if lines == self.aging:
-            return self
-
-        def renew(block: bytes) -> bytes:
-            for old, new in zip(self.aging or (), lines, strict=True):
-                block = block.replace(old, new, 1)
-            return block
-
-        return PrebuiltHeaders(
-            renew(self.whole), renew(self.head), renew(self.not_modified), renew(self.partial), lines
         )
 
     def for_range(self, first: int, last: int, size: int) -> bytes:
-        """Return the head of a 206 with bytes `first` to `last`, up to the request id."""
-        return b"%bcontent-length: %d\r\nContent-Range: bytes %d-%d/%d\r\nX-Request-ID: " % (
+        """Return the head of a 206 with bytes `first` to `last`, up to the tail."""
+        return b"%bcontent-length: %d\r\nContent-Range: bytes %d-%d/%d\r\n" % (
             self.partial,
             last - first + 1,
             first,
@@ -365,9 +358,14 @@ class PrebuiltHeaders:
         )
 
 
-def _aging_lines(headers: Mapping[str, str]) -> tuple[bytes, bytes]:
-    age, status = headers["Age"].encode(), headers["Cache-Status"].encode()
-    return b"\r\nAge: " + age + b"\r\n", b"\r\nCache-Status: " + status + b"\r\n"
+TAIL = b"X-Request-ID: "
+"""Between a prebuilt head and the request id."""
+
+
+@lru_cache(maxsize=8192)
+def aging_tail(age: int, ttl: int) -> bytes:
+    """Return the tail of an object that can become stale, for one second of its life."""
+    return as_block({"Cache-Status": f"{CACHE_STATUS_HIT}; ttl={ttl}", "Age": str(age)}) + TAIL
 
 
 def end_of_head() -> bytes:

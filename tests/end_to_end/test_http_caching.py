@@ -16,8 +16,10 @@ from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import GeneratedContent, origin_object
 from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import Answer
+from tests.end_to_end.operator_client import OperatorClient
 from tests.end_to_end.stack import Stack
 from tests.end_to_end.test_versions import Site
+from tests.servers.redis_server import free_port
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.timeout(120)
@@ -245,6 +247,51 @@ async def test_an_origin_that_forbids_stale_answers_and_is_down(site: Site) -> N
     assert answer.headers["cache-control"] == "no-store"
 
 
+async def test_a_reader_of_the_old_version_finishes_while_others_get_the_new_one(site: Site) -> None:
+    large = GeneratedContent(3, 30_000_000).read(0, 30_000_000)
+    put(site, large, control="max-age=3")
+    await until(site, is_hit)
+    request = b"GET /api/v1/assets/1 HTTP/1.1\r\nHost: node\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", site.stack.port, limit=1 << 16)
+    try:
+        writer.write(request)
+        head = await reader.readuntil(b"\r\n\r\n")
+        received = await reader.readexactly(1_000_000)
+        assert b"x-cache: hit" in head.lower()
+        put(site, NEW, '"v2"', "max-age=60")
+        await asyncio.sleep(3.2)
+        assert (await site.get()).body == NEW
+        hit = await until(site, is_hit)
+        assert (hit.body, hit.headers["etag"]) == (NEW, '"v2"')
+        status = await site.stack.status()
+        assert status["storageUsed"] >= len(large) + SIZE, "the old version counts while it is read"
+        received += await reader.readexactly(len(large) - len(received))
+        assert received == large
+    finally:
+        writer.transport.abort()
+
+    async def freed() -> bool:
+        return bool((await site.stack.status())["storageUsed"] < len(large))
+
+    await eventually(freed)
+
+
+async def test_a_purge_forgets_the_look_up(site: Site) -> None:
+    operator = OperatorClient(free_port())
+    await restarted(site, **operator.environment)
+    put(site)
+    await site.until_hit()
+    looked_up = len(site.origin.requests.of("1", "HEAD"))
+    put(site, NEW + OLD, '"v2"')
+    await operator.command("purge", {"ids": ["1"]})
+    answer = await until(site, lambda answer: not is_hit(answer))
+    assert (answer.status, answer.body, answer.headers["etag"]) == (200, NEW + OLD, '"v2"')
+    assert (await site.until_hit()).body == NEW + OLD
+    whole = [one for one in site.origin.requests.of("1", "GET") if one.range is None]
+    assert len(site.origin.requests.of("1", "HEAD")) > looked_up
+    assert len(whole) == 2, "no fetch began with the old description"
+
+
 # Directives of requests.
 
 
@@ -439,8 +486,9 @@ async def read_while_replaced(site: Site, *, readers: int, versions: int, every:
         while not done.is_set():
             answers.append(await site.get())
 
+    put(site, version(0), tag(version(0)), "max-age=0")
     reading = [asyncio.create_task(read()) for _ in range(readers)]
-    for number in range(versions):
+    for number in range(1, versions):
         await asyncio.sleep(every)
         put(site, version(number), tag(version(number)), "max-age=0")
     done.set()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from time import time
 
 import pytest
 
+from distributor_node.services.api.assets.decision import Span
 from distributor_node.services.api.fast_path.object_cache import (
     IDLE_SECONDS,
     MAX_IN_MEMORY,
@@ -15,7 +17,9 @@ from distributor_node.services.api.fast_path.object_cache import (
     CachedObject,
     OpenObjectCache,
 )
+from distributor_node.services.api.headers import HIT, TAIL, as_block, content_head
 from distributor_node.shared.adapters.volume import RemovalState, Volume
+from distributor_node.shared.domain.http_caching import Freshness
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from tests.volume_size import bytes_on_volume
 
@@ -26,14 +30,19 @@ LATER = REVALIDATE_SECONDS + 0.01
 class Harness:
     """A volume, what is hot of it, and a clock of our own."""
 
-    def __init__(self, root: Path, memory: int = 1024**2, max_open_files: int = 10) -> None:
+    def __init__(
+        self, root: Path, memory: int = 1024**2, max_open_files: int = 10, *, http_caching: bool = False
+    ) -> None:
         self.volume = Volume(root)
         self.volume.prepare()
         self.now = 100.0
-        self.cache = OpenObjectCache(self.volume, memory, max_open_files, lambda: self.now)
+        self.cache = OpenObjectCache(
+            self.volume, memory, max_open_files, lambda: self.now, http_caching=http_caching
+        )
 
-    def store(self, object_id: str, data: bytes) -> None:
-        record = StoredRecord(ObjectId(object_id), len(data), f'"{data[:3].hex()}"', None, "image/png", 1)
+    def store(self, object_id: str, data: bytes, freshness: Freshness | None = None) -> None:
+        etag = f'"{data[:3].hex()}"'
+        record = StoredRecord(ObjectId(object_id), len(data), etag, None, "image/png", 1, freshness=freshness)
         partial = self.volume.open_partial_for_writing(record)
         partial.write(0, data)
         partial.publish(record)
@@ -217,3 +226,35 @@ async def test_a_missing_object_is_not_cached(harness: Harness, key: bytes) -> N
 async def test_an_empty_object_is_left_to_the_framework(harness: Harness) -> None:
     harness.store("1", b"")
     assert harness.bytes_of("1") is None
+
+
+async def test_what_is_sent_of_an_object_that_can_become_stale(tmp_path: Path) -> None:
+    """Its headers hold for a second, and are those of the other path."""
+    harness = Harness(tmp_path / "volume", http_caching=True)
+    harness.store("1", b"a" * SMALL, Freshness(int(time()) - 10, 60, cache_control="max-age=60"))
+    cached = harness.acquire("1")
+    assert cached is not None
+    assert harness.now >= cached.tail_until
+    assert cached.renew_tail(harness.now)
+    assert harness.now < cached.tail_until <= harness.now + 1
+    sent = cached.headers.whole + cached.tail
+    age = int(sent.partition(b"\r\nAge: ")[2].partition(b"\r\n")[0])
+    assert 10 <= age < 20
+    assert b"\r\nCache-Status: distributor; hit; ttl=%d\r\n" % (60 - age) in sent
+    span = Span(0, SMALL - 1, SMALL)
+    expected = content_head(cached.representation, HIT, span, "local").headers
+    expected |= {"Cache-Status": f"distributor; hit; ttl={60 - age}", "Age": str(age)}
+    assert sent == b"HTTP/1.1 200 OK\r\n" + as_block(expected) + TAIL
+    harness.cache.close()
+
+
+@pytest.mark.parametrize("freshness", [Freshness(int(time()) - 61, 60), None])
+async def test_a_stale_object_is_left_to_sanic(tmp_path: Path, freshness: Freshness | None) -> None:
+    """None: it was stored before freshness was recorded."""
+    harness = Harness(tmp_path / "volume", http_caching=True)
+    harness.store("1", b"a" * SMALL, freshness)
+    cached = harness.acquire("1")
+    assert cached is not None
+    assert harness.now >= cached.tail_until
+    assert not cached.renew_tail(harness.now)
+    harness.cache.close()

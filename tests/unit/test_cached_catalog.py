@@ -374,3 +374,28 @@ async def test_an_outdated_answer_is_asked_for_again_and_kept_for_outages(
     await catalog.forget(FIRST)
     assert await catalog.look_up(ONE) == newer
     assert inner.asked.count(ONE) == 3, "what is newer is not outdated"
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_an_object_that_is_forgotten_is_asked_for_again(
+    catalog: CachedCatalog, inner: ScriptedCatalog, known: bool
+) -> None:
+    """Whatever the answer was: the object may have come into being since."""
+    inner.known = {ONE: FIRST} if known else {}
+    await catalog.look_up(ONE)
+    await catalog.forget_object(TWO)
+    await catalog.look_up(ONE)
+    assert inner.asked == [ONE]
+    await catalog.forget_object(ONE)
+    await catalog.look_up(ONE)
+    assert inner.asked == [ONE, ONE]
+
+
+async def test_an_object_that_must_not_be_stored_is_asked_for_again_soon(
+    catalog: CachedCatalog, inner: ScriptedCatalog, clock: Clock
+) -> None:
+    inner.known[ONE] = replace(FIRST, not_stored="no-store")
+    for now, questions in [(0, 1), (LIMITS.negative_ttl - 1, 1), (LIMITS.negative_ttl, 2)]:
+        clock.now = now
+        await catalog.look_up(ONE)
+        assert len(inner.asked) == questions

@@ -81,7 +81,7 @@ class FastPath:
         if request is None:
             return None
         cached = self.objects.get(request.object_id, now)
-        if cached is None or (now >= cached.headers_until and not cached.renew_headers(now)):
+        if cached is None or (now >= cached.tail_until and not cached.renew_tail(now)):
             return None
         fields, headers, size = request.fields, cached.headers, cached.size
         status, first, length = 200, 0, 0 if request.is_head else size
@@ -120,7 +120,7 @@ class FastPath:
             cached,
             request_id,
             status,
-            head + request_id + self._head_end,
+            head + cached.tail + request_id + self._head_end,
             first,
             length,
             started,

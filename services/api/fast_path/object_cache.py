@@ -11,7 +11,7 @@ from time import monotonic, time
 
 from distributor_node.services.api.assets.decision import Representation
 from distributor_node.services.api.assets.response import is_cached, read_cached
-from distributor_node.services.api.headers import PrebuiltHeaders
+from distributor_node.services.api.headers import TAIL, PrebuiltHeaders, aging_tail
 from distributor_node.shared.adapters.volume import FileIdentity, OpenObject, Volume
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
@@ -55,19 +55,20 @@ class CachedObject:
     sends: int = 0
     locked: bool = False
     dropped: bool = False
-    headers_until: float = inf
-    """Monotonic seconds until which `headers` may be sent. Those of an object that can become stale have its age."""
+    tail: bytes = TAIL  # follows a prebuilt head; has the age of an object that can become stale
+    tail_until: float = inf  # monotonic seconds until which `tail` may be sent
 
-    def renew_headers(self, now: float) -> bool:
-        """Prepare the headers of an object of an HTTP origin for the next second. False: it is stale."""
+    def renew_tail(self, now: float) -> bool:
+        """Prepare the tail of an object of an HTTP origin for the next second. False: it is stale."""
         freshness, wall = self.representation.freshness, time()
         if freshness is None:
             return True
-        ttl = freshness.ttl(wall)
-        if ttl <= 0:
+        second = int(wall)
+        age = max(0, second - freshness.born_at)
+        if age >= freshness.lifetime:
             return False
-        self.headers = self.headers.at(freshness.age(wall), ttl)
-        self.headers_until = now + 1.0 - wall % 1.0
+        self.tail = aging_tail(age, freshness.lifetime - age)
+        self.tail_until = now + 1.0 - (wall - second)
         return True
 
     @property
@@ -241,7 +242,7 @@ class OpenObjectCache:
                 file.identity(),
                 file,
                 size=record.size,
-                headers_until=inf if representation.freshness is None else 0.0,
+                tail_until=inf if representation.freshness is None else 0.0,
             )
         except (ValueError, OSError):
             return None
