@@ -51,6 +51,7 @@ servers: ## find redis-server and rabbitmq-server, or install them (for the test
 lock: setup ## update the pins in requirements/ from pyproject.toml
 	@$(LOCK) --upgrade pyproject.toml --output-file requirements/runtime.txt
 	@$(LOCK) --upgrade --extra development --constraints requirements/runtime.txt pyproject.toml --output-file requirements/development.txt
+	@$(LOCK) --no-deps --no-annotate --generate-hashes requirements/runtime.txt --output-file requirements/runtime.hashed.txt
 
 ## running
 
@@ -123,6 +124,9 @@ test-browser: setup ## a real browser against a node; installs Chromium where ap
 	@deploy/servers/find-or-install.sh chromium npm
 	@npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix build/browser hls.js@1.7.4
 	@$(PYTEST) tests/browser $(ARGS)
+.PHONY: fuzz
+fuzz: setup ## mutated requests to both parsers and to nginx: all must find the same requests (ARGS="--mutations 5000 --seed 1")
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 .PHONY: soak
 soak: setup servers ## traffic with random kills and cuts, 10 minutes (ARGS="--minutes 60 --seed 7")
@@ -158,6 +162,10 @@ release-image: ## the image for amd64 and arm64 by docker buildx, in dist/ (IMAG
 .PHONY: sbom
 sbom: setup ## a list of what the node is made of (CycloneDX), in dist/
 	@deploy/release/sbom.sh $(BIN)/python dist
+
+.PHONY: audit
+audit: setup ## look the pins up in the list of known vulnerabilities (needs the network)
+	@deploy/release/audit.sh $(BIN)/python requirements/runtime.txt
 
 .PHONY: clean
 clean: ## remove what was built here (.venv and caches; not the demo's cached objects)
