@@ -189,6 +189,12 @@ STORAGE_HIGH_WATERMARK = ReportedGauge(
     "distributor_storage_high_watermark_bytes", "Used and reserved bytes above which the evictor makes room."
 )
 STORAGE_OBJECTS = ReportedGauge("distributor_storage_objects", "Complete objects on the volume.")
+DEVICE_FREE_INODES = ReportedGauge(
+    "distributor_device_free_inodes", "Files that can still be made on the device of the volume."
+)
+DEVICE_INODES = ReportedGauge(
+    "distributor_device_inodes", "Files that the device of the volume can hold, used and free."
+)
 QUEUE_JOBS = Gauge(
     "distributor_queue_jobs",
     "Jobs on the queue by state: ready, delayed, dead.",
@@ -294,6 +300,10 @@ FOREIGN_OPENED = Counter(
     "distributor_foreign_files_opened_total",
     "Names of objects, records and partial files that were no regular files when they were opened: a link, a FIFO, "
     "a directory. Each counts as missing.",
+)
+FILES_CHANGED = Counter(
+    "distributor_changed_files_total",
+    "Times that an object's file was not as it was verified. It is a miss until it has been hashed again.",
 )
 VOLUME_READ_ERRORS = Counter(
     "distributor_volume_read_errors_total",

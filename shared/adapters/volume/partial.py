@@ -21,9 +21,11 @@ from distributor_node.shared.adapters.volume.layout import (
     shard,
 )
 from distributor_node.shared.adapters.volume.records import (
+    FileState,
     atomic_write,
     encode_record,
     overwrite,
+    seal_record,
     unlink_if_exists,
 )
 from distributor_node.shared.domain.errors import VolumeError, VolumeFull
@@ -32,6 +34,9 @@ from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.version import Validators
 
 _UNVERIFIED_MODE, _VERIFIED_MODE = 0o640, 0o644
+_FILES_OF_A_FETCH = 6
+"""The partial file, its sidecar, the record, a draft of one of these, and two shards that may have to be made."""
+
 _MAX_REPLACED = 100
 """Times that one open finds another file than it has just opened. More is no race with another writer."""
 
@@ -66,6 +71,7 @@ class PartialFile:
             self._incoming = os.dup(self._directories.descriptor(INCOMING))
             try:
                 self._check_target()
+                self._check_free_files()
                 self._descriptor = self._open_locked(os.O_CREAT)
                 if not write_sidecar:
                     return
@@ -101,6 +107,14 @@ class PartialFile:
                 raise
             self.close()
             return False
+
+    def _check_free_files(self) -> None:
+        """Raise VolumeFull if the device has too few inodes for the files of a fetch, before any of them is made."""
+        device = os.fstatvfs(self._incoming)
+        if device.f_files and device.f_favail < _FILES_OF_A_FETCH:
+            raise VolumeFull(
+                f"no inodes for {self.record.object_id}: expected {_FILES_OF_A_FETCH} free, got {device.f_favail}"
+            )
 
     def _check_target(self) -> None:
         """Raise VolumeError for a directory at the object's place: the file could not be published after the download.
@@ -232,7 +246,8 @@ class PartialFile:
         with map_os_errors(f"publish {object_id}"):
             os.fsync(self._descriptor)
             records = self._directories.create_shard(f"{RECORDS}/{number}")
-            atomic_write(object_id, encode_record(record), records)
+            state = replace(FileState.of(os.fstat(self._descriptor)), changed_ns=0)
+            atomic_write(object_id, encode_record(record, state), records)
             os.fsync(records)
             objects = self._directories.create_shard(f"{OBJECTS}/{number}")
             try:
@@ -246,6 +261,9 @@ class PartialFile:
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             os.fsync(objects)
             unlink_if_exists(self._sidecar_name, self._incoming)
+            # Not synced: without its change time, the file is known by inode, size and modification time.
+            with suppress(OSError):
+                seal_record(record, FileState.of(os.fstat(self._descriptor)), records)
 
     def discard(self) -> None:
         """Remove the partial file and close it. Its bytes are free when this returns.
