@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from email.utils import formatdate
 from functools import lru_cache
 from typing import Literal
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, quote, unquote
 
 from distributor_node.services.api.assets.decision import PreconditionResult, Representation, Span
 from distributor_node.services.api.errors import HttpError
@@ -252,9 +252,13 @@ _ATTRIBUTE_CHARACTERS = "!#$&+-.^_`|~"
 def content_disposition(representation: Representation, media_type: str | None) -> str:
     """Return the header's value: the id with the extension of the media type, and the catalog's name beside it."""
     kind = "attachment" if is_document(media_type) else "inline"
-    own = file_name(representation.object_id.rpartition("/")[2], media_type)
-    named = file_name(representation.name, media_type) if representation.name is not None else ""
-    return _disposition(kind, own, named)
+    name = representation.name
+    if representation.object_id.is_digest:
+        # The name is the path that the digest stands for, or what the manifest calls the object.
+        last = (name or "").partition("?")[0].rpartition("/")[2]
+        return _disposition(kind, file_name(unquote(last), media_type))
+    own = file_name(representation.object_id, media_type)
+    return _disposition(kind, own, "" if name is None else file_name(name, media_type))
 
 
 def requested_disposition(query: str, usual: str) -> str | None:

@@ -313,7 +313,7 @@ PARAMETERS: Json = {
         "name": "objectId",
         "in": "path",
         "required": True,
-        "description": "Data Object ID",
+        "description": "Data Object ID. Of a manifest or an origin also any path (RFC 3986), percent-encoded.",
         "schema": OBJECT_ID,
         "example": "1",
     },

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from importlib.resources import files
 from itertools import count
 from typing import Any, Protocol
-from urllib.parse import unquote_to_bytes
 
 import structlog
 from sanic import HTTPResponse, Request, Sanic
@@ -214,12 +213,14 @@ def _path_of(target: bytes) -> str:
     return target.split(b"?", 1)[0].decode("latin-1")
 
 
-def parse_object_id(raw: str) -> ObjectId:
-    """Return the object id in a path, percent-decoded exactly once. Raises HttpError 400 if it is malformed."""
+def parse_object_id(raw: str, query: str = "") -> ObjectId:
+    """Return the object id in a path, percent-decoded exactly once. Raises HttpError 400 if it is malformed.
+
+    `query`: the part of it that belongs to the id.
+    """
     try:
-        text = unquote_to_bytes(raw.encode("latin-1")).decode("utf-8") if "%" in raw else raw
-        return ObjectId.parse(text)
-    except (InvalidInput, UnicodeDecodeError) as error:
+        return ObjectId.parse_path(raw, query)
+    except InvalidInput as error:
         raise HttpError(400, "Malformed object id", "malformed_id") from error
 
 
@@ -330,7 +331,8 @@ def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
     """Build the public API. Opens nothing: serve it with a PublicServer, and run `ctx.squid_status` beside it."""
     application = make_application(context.settings.public_api)
     usage = UsageReader(context)
-    _add_assets(application, assets)
+    catalog = context.settings.catalog
+    _add_assets(application, assets, catalog.kind == "origin" and context.settings.origin.query == "include")
     squid_status = SquidStatusPoller(context.catalog)
     reporter = StatusReporter(context, usage, squid_status)
     _add_status(application, reporter)
@@ -340,13 +342,14 @@ def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
     return application
 
 
-def _add_assets(application: ApiApplication, assets: AssetResponder) -> None:
+def _add_assets(application: ApiApplication, assets: AssetResponder, has_queries: bool) -> None:
+    """`has_queries`: whether the query of a request is a part of the id."""
     path = "/api/v1/assets/<object_id>"
 
     async def read(request: Request, object_id: str) -> None:
         record = request_record(request)
         record.path = path
-        parsed_id = parse_object_id(object_id)
+        parsed_id = parse_object_id(object_id, _query_of(request) if has_queries else "")
         record.object_id = parsed_id
         await assets.handle(request, parsed_id)
 
@@ -357,6 +360,14 @@ def _add_assets(application: ApiApplication, assets: AssetResponder) -> None:
 
     application.add_route(read, path, methods=_READ, name="asset", ignore_body=False)
     application.add_route(preflight, path, methods=("OPTIONS",), name="asset_preflight")
+
+
+def _query_of(request: Request) -> str:
+    """Return the query without `download`, which is ours. The order of the others is part of the id."""
+    query = request.query_string
+    return (
+        "&".join(part for part in query.split("&") if part.partition("=")[0] != "download") if query else ""
+    )
 
 
 def _add_status(application: ApiApplication, reporter: StatusReporter) -> None:

@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import base58
 from blake3 import blake3
@@ -29,13 +29,81 @@ MAX_SIZE = 2**63 - 1
 """Bytes of the largest object that can be described: what a file offset holds."""
 
 
+# RFC 3986 section 3.3 and 3.4: characters of a path and of a query, with complete percent-encodings.
+_PATH = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/-]|%[0-9A-Fa-f]{2})+\Z", re.ASCII)
+_QUERY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,;=:@/?-]|%[0-9A-Fa-f]{2})+\Z", re.ASCII)
+_UNENCODED = "!$&'()*+,;=:@/~"  # in a path, beside letters, digits and `_.-`
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
+_MAX_PATH = 1024  # bytes, decoded; of a query as well
+_DIGEST_ID = re.compile(r"sha256-[0-9a-f]{64}\Z", re.ASCII)
+
+
 class ObjectId(str):
     """The id of one object: 1 to 128 unreserved characters of URLs, the first a letter or digit.
 
-    It is safe as a file name and in a URL: no separators, no `..`, no control characters.
+    It is safe as a file name and in a URL: no separators, no `..`, no control characters. An object that is named by
+    another path has the digest of that path as its id. Such an id knows its `path` where it was made from one, and not
+    where it was read back: a job and a record say by themselves where the object comes from.
     """
 
-    __slots__ = ()
+    __slots__ = ("_path",)
+    _path: str
+
+    @property
+    def path(self) -> str:
+        """The object's path, percent-encoded, with its query. Of a digest that was read back: the digest."""
+        path: str = getattr(self, "_path", self)
+        return path
+
+    @property
+    def is_digest(self) -> bool:
+        """Whether this is the digest of a path."""
+        return _DIGEST_ID.match(self) is not None
+
+    @classmethod
+    def is_plain(cls, text: str) -> bool:
+        """Whether this is an id by itself: unreserved characters, or the digest of a path."""
+        return _OBJECT_ID.match(text) is not None
+
+    @classmethod
+    def parse_path(cls, raw: str, query: str = "") -> Self:
+        """Check a percent-encoded path, and a query that belongs to the id. Raises InvalidInput.
+
+        Spellings of one path have one id: `%61` is `a`. A plain id stays as it is.
+        """
+        if not query and _OBJECT_ID.match(raw) and not _DIGEST_ID.match(raw):
+            return cls(raw)
+        if not _PATH.match(raw) or (query and not _QUERY.match(query)):
+            raise InvalidInput(f"malformed object id: expected a path of RFC 3986, got {raw[:40]!r}")
+        if "%2f" in raw.lower():
+            raise InvalidInput("malformed object id: expected no encoded slash")
+        return cls._from_path(unquote_to_bytes(raw), query)
+
+    @classmethod
+    def parse_text(cls, text: str, query: str = "") -> Self:
+        """Check an id as people write it, not percent-encoded: a plain one, or a path. Raises InvalidInput."""
+        if query and not _QUERY.match(query):
+            raise InvalidInput(f"malformed object id: expected a query of RFC 3986, got {query[:40]!r}")
+        return cls._from_path(text.encode("utf-8", "surrogatepass"), query)
+
+    @classmethod
+    def _from_path(cls, path: bytes, query: str) -> Self:
+        try:
+            text = path.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InvalidInput("malformed object id: expected UTF-8") from error
+        if not 0 < len(path) <= _MAX_PATH or len(query) > _MAX_PATH:
+            raise InvalidInput(f"malformed object id: expected 1 to {_MAX_PATH} bytes, got {len(path)}")
+        if _CONTROLS.search(text) or not {".", ".."}.isdisjoint(text.split("/")):
+            raise InvalidInput("malformed object id: expected no control characters and no dot segments")
+        if _DIGEST_ID.match(text):
+            raise InvalidInput("malformed object id: expected a path, got the digest of one")
+        if not query and _OBJECT_ID.match(text):
+            return cls(text)
+        encoded = quote(text, safe=_UNENCODED) + (f"?{query}" if query else "")
+        made = cls(f"sha256-{hashlib.sha256(encoded.encode()).hexdigest()}")
+        made._path = encoded
+        return made
 
     @classmethod
     def parse(cls, text: str) -> Self:

@@ -12,7 +12,9 @@ from distributor_node.shared.domain.objects import source_name
 
 # RFC 3986 section 2: printable ASCII without some characters. All others must be percent-encoded.
 _URL_TEXT = re.compile(r"[!#-;=?-\[\]_a-z~]+", re.ASCII)
-_MAX_LENGTH = 2048
+_MAX_LENGTH = (
+    6144  # a path of 1,024 bytes, each of them percent-encoded, its query, and what stands before them
+)
 _MAX_REDIRECT_LENGTH = 8192  # signed URLs of object storage are long
 
 

@@ -231,6 +231,9 @@ class CatalogSettings(SettingsGroup):
 class OriginSettings(SettingsGroup):
     """How an HTTP origin is asked, where `catalog.kind` is `origin`."""
 
+    query: Literal["include", "ignore"] = "include"
+    """Whether the query of a request is a part of the object's id, with its parameters in their order, or dropped. The
+    parameter `download` is the node's own and never passed on."""
     follow_to_other_hosts: bool = True
     """Follow redirects of the origin to other hosts. Redirects of storage nodes are always followed."""
     default_ttl: float = Field(default=60.0, ge=0, le=31_536_000)

@@ -94,7 +94,7 @@ async def test_every_status_is_as_described(described: Described) -> None:
     assert await described.ask(UNKNOWN) == {404}
     assert await described.ask(FOREIGN) == {421}
     assert await described.ask(NOT_UPLOADED) == {404}
-    assert await described.ask("not an id") == {400}
+    assert await described.ask("control\x01character") == {400}
     assert await described.ask(BROKEN) == {502, 200}
     assert await described.ask(SLOW) == {504, 200}
     described.harness.catalog.down = True

@@ -38,13 +38,11 @@ def split(answer: bytes) -> tuple[int, bytes, bytes]:
         "../../etc/passwd",
         "/",
         "",
-        "5//",
         "9" * 10_000,
         "%c0%af",
         "%ff",
         "%zz",
         "5#a",
-        "a%2525",
     ],
 )
 async def test_malformed_ids_are_answered_alike(tmp_path: Path, odd: str) -> None:

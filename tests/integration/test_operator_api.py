@@ -241,8 +241,9 @@ async def test_one_object_is_explained_to_the_operator_alone(tmp_path: Path) -> 
         await api.context.state.change_pins(pin=[ObjectId("7")])
         explained = await operator.query("cache/7")
         assert (explained["id"], explained["state"], explained["pinned"]) == ("7", "absent", True)
+        assert (await operator.query("cache/a/b%20c"))["id"] == ObjectId.parse_path("a/b%20c")
         assert (await operator.ask("GET", "cache/7", token="x")).status == 401
-        for malformed in ("", "..", "a%20b", "a/b", "x" * 129):
+        for malformed in ("", "..", "a%00b", "a%2Fb", "x" * 1025):
             answer = await operator.ask("GET", f"cache/{malformed}")
             assert (answer.status, answer.json()["type"]) == (400, "malformed_request"), malformed
 

@@ -208,7 +208,7 @@ class OpenObjectCache:
     def _add(self, key: bytes, now: float) -> CachedObject | None:
         try:
             object_id = ObjectId.parse(key.decode("ascii"))
-            file = self._volume.open_object(object_id)
+            file = None if object_id.is_digest else self._volume.open_object(object_id)
         except (InvalidInput, UnicodeDecodeError, VolumeError):
             return None
         if file is None:

@@ -80,9 +80,9 @@ def parse_page(query: Mapping[str, str]) -> tuple[int, str]:
 
 
 def parse_object_id(text: str, place: str = "id") -> ObjectId:
-    """Read an object id in a path or query."""
+    """Read an object id in a path or query: percent-encoded, or the digest of one."""
     try:
-        return ObjectId.parse(text)
+        return ObjectId.parse(text) if ObjectId.is_plain(text) else ObjectId.parse_path(text)
     except InvalidInput as error:
         raise _malformed(place, "an object id", text) from error
 
@@ -92,7 +92,8 @@ def parse_object_id(text: str, place: str = "id") -> ObjectId:
 
 def _object_id(value: object) -> ObjectId:
     try:
-        return ObjectId.parse(value if isinstance(value, str) else "")
+        text = value if isinstance(value, str) else ""
+        return ObjectId.parse(text) if ObjectId.is_plain(text) else ObjectId.parse_text(*text.split("?", 1))
     except InvalidInput as error:
         raise PydanticCustomError("expected", "an object id") from error
 

@@ -237,7 +237,7 @@ def _parse_object(
     buckets: dict[str, tuple[DistributionBucket, ...]],
 ) -> MediaObject:
     _reject_unknown(entry, _OBJECT_FIELDS, place)
-    object_id = _read_field(ObjectId.parse, _text(entry, "id", place), f"{place}: id")
+    object_id = _read_field(ObjectId.parse_text, _text(entry, "id", place), f"{place}: id")
     bucket_id = _optional(entry, "bucket", place, parse_bucket_id)
     accepted = entry.get("accepted", True)
     if not isinstance(accepted, bool):
@@ -245,7 +245,7 @@ def _parse_object(
     if bucket_id is not None and bucket_id not in buckets:
         buckets[bucket_id] = (DistributionBucket(bucket_id),)
     urls = _urls(entry, "urls", f"{place}: urls") if "urls" in entry else ()
-    sources = urls or tuple(base + object_id for base in base_urls)
+    sources = urls or tuple(base + object_id.path for base in base_urls)
     if accepted and not sources:
         raise InvalidInput(f"{place}: no source: expected urls here, or base_urls in the manifest")
     return MediaObject(
@@ -256,7 +256,7 @@ def _parse_object(
         buckets=buckets[bucket_id] if bucket_id is not None else (),
         accepted=accepted,
         sources=sources,
-        name=_optional(entry, "name", place, str),
+        name=_optional(entry, "name", place, str) or (object_id.path if object_id.is_digest else None),
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from typing import Literal
-from urllib.parse import quote
 
 import httpx
 
@@ -72,7 +71,7 @@ class OriginCatalog:
         return url_origin(self._template)
 
     def sources_of(self, object_id: ObjectId) -> Sequence[str]:
-        return (self._url_of(object_id),)
+        return (self._url_of(object_id),) if object_id.path != object_id or not object_id.is_digest else ()
 
     async def open(self) -> None:
         """Raise ConfigurationError if the template does not make valid URLs."""
@@ -123,9 +122,11 @@ class OriginCatalog:
         return None
 
     def _url_of(self, object_id: ObjectId) -> str:
-        return self._template.replace(_PLACEHOLDER, quote(object_id, safe=""))
+        return self._template.replace(_PLACEHOLDER, object_id.path)
 
     async def _describe(self, object_id: ObjectId) -> MediaObject | None:
+        if not self.sources_of(object_id):
+            raise ObjectUnavailable("the digest does not tell at which path the origin has the object")
         url = self._url_of(object_id)
         response = await self._request("HEAD", url)
         if response.status_code in _ABSENT:
@@ -147,6 +148,7 @@ class OriginCatalog:
             sources=(url,),  # not what it redirects to: such a URL may be valid for seconds
             validators=Validators.from_headers(response.headers),
             not_stored=_why_not_stored(response),
+            name=object_id.path if object_id.is_digest else None,
         )
 
     async def _request(
