@@ -5,12 +5,22 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.services.evictor import integrity
+from distributor_node.services.evictor.eviction import ObjectRemover
+from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.integrity import Scrub
+from distributor_node.shared.adapters.volume import FoundObject
+from distributor_node.shared.adapters.volume.layout import SHARDS, shard
+from distributor_node.shared.adapters.volume.records import encode_record
+from distributor_node.shared.domain.eviction import make_policy
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
 from tests.counters import counted
 from tests.integration.evictor_harness import (
@@ -111,3 +121,52 @@ async def test_scrub_keeps_its_rate_and_leaves_intact_objects(harness: EvictorHa
         await asyncio.sleep(1)
         assert scrubbed() - before <= 2 * (time.monotonic() - started) + 1
         assert len(await harness.entries()) == 4
+
+
+def put_holes(root: Path, count: int, size: int) -> set[str]:
+    """Objects of holes, without a hash: one in each directory, the others in three directories. Returns their names."""
+    first, rest = dict[str, str](), list[str]()
+    for number in range(100 * count):
+        name = str(number)
+        if first.setdefault(shard(name), name) != name and shard(name) in SHARDS[40:43]:
+            rest.append(name)
+        if len(first) + len(rest) >= count and len(first) == len(SHARDS):
+            break
+    for name in (*first.values(), *rest):
+        record = StoredRecord(ObjectId(name), size, None, None, "video/mp4", 1_700_000_000)
+        for kind in ("objects", "records"):
+            (root / kind / shard(name)).mkdir(exist_ok=True)
+        (root / "records" / shard(name) / name).write_bytes(encode_record(record))
+        with (root / "objects" / shard(name) / name).open("wb") as file:
+            file.truncate(size)
+    return {*first.values(), *rest}
+
+
+async def test_the_scrub_visits_every_directory_of_five_terabytes(
+    harness: EvictorHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other scans of the volume, as by reconciliation, go on all the time. Three directories are larger than what the
+    kernel lists at once."""
+    names = put_holes(harness.root, 4000, 5 * 1024**4 // 4000)
+    assert sum(path.stat().st_size for path in harness.root.glob("objects/*/*")) > 4.9 * 1024**4
+    monkeypatch.setattr(integrity, "_MIN_SECONDS_PER_OBJECT", 0.0)
+    visited = Counter[str]()
+
+    index = EvictionIndex(harness.state, harness.volume, partial(make_policy, "lru-sp"))
+    scrub = Scrub(harness.volume, ObjectRemover(harness.state, harness.volume, index), 20_000_000)
+    open_raw_of_volume, before = harness.volume.open_raw, scrubbed()
+
+    def count_and_open(object_id: ObjectId) -> int | None:
+        visited[object_id] += 1
+        return open_raw_of_volume(object_id)
+
+    monkeypatch.setattr(harness.volume, "open_raw", count_and_open)
+    term = await harness.term()
+    for _ in range(len(names) // 50):
+        if await scrub.step(term):  # the pause after a round
+            break
+        found = {file.object_id for file in harness.volume.scan_objects() if isinstance(file, FoundObject)}
+        assert found == names
+    assert {shard(name) for name in visited} == set(SHARDS)
+    assert visited == Counter(names), "each object once"
+    assert scrubbed() - before == len(names)
