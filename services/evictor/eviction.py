@@ -491,15 +491,17 @@ class ObjectRemover:
     async def _settle_trashed(self, term: Term, file: TrashedFile) -> bool:
         """Whether the file is gone, or an entry counts it."""
         object_id = file.object_id
-        # An entry stands for one file: for that in `objects/` if there is one
-        may_have_entry = (
-            file.name == object_id and await run_blocking(self._volume.find_object, object_id) is None
-        )
-        if may_have_entry and object_id in self._index.evicting:
+        # An entry stands for one file: for that in `objects/` if there is one. An entry of another size stands for a
+        # later file, which is gone
+        entry = None
+        if file.name == object_id and await run_blocking(self._volume.find_object, object_id) is None:
+            entry = await self._state.entry(object_id)
+        has_entry = entry is not None and entry.size == file.size
+        if has_entry and object_id in self._index.evicting:
             return True
         if await run_blocking(self._volume.unlink_trashed, file):
             return True
-        if not may_have_entry:
+        if not has_entry:
             return False
         if not await self._state.begin_eviction(term, object_id, ANY_IDLE, even_pinned=True):
             return False

@@ -304,4 +304,4 @@ class LeaderTasks:
 
 def _is_possible(usage: Usage) -> bool:
     """False if the store has lost all entries but kept their sum: nothing is left to evict then."""
-    return usage.objects > 0 or usage.used == 0
+    return usage.objects > 0 or usage.used == usage.leaving

@@ -104,6 +104,45 @@ async def test_deferred_removals_count_until_their_readers_have_finished(harness
         assert list((harness.root / "leaving").iterdir()) == []
 
 
+async def test_a_removed_file_is_not_counted_by_the_entry_of_a_smaller_one(harness: EvictorHarness) -> None:
+    """1. A purge moves a file that is being sent. 2. A smaller object is stored under its id. 3. Its file is lost."""
+    harness.put_file("sent")
+    reader = os.open(harness.path_of("sent"), os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    harness.volume.removal(ObjectId("sent")).rename_to_trash()
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        assert await harness.state.commit(await harness.begin_fetch("sent", 1000), time.time())
+    async with harness.evictor():
+
+        async def counted() -> bool:
+            usage = await harness.state.usage()
+            return (usage.objects, usage.leaving) == (0, footprint(SIZE))
+
+        await eventually(counted)
+        assert await harness.matches_volume()
+        os.close(reader)
+
+        async def nothing_left() -> bool:
+            return await harness.used() == 0
+
+        await eventually(nothing_left)
+
+
+async def test_removed_files_alone_are_no_lost_data(harness: EvictorHarness) -> None:
+    """The index is empty, and a client is still being sent the only object."""
+    harness.put_file("sent")
+    reader = os.open(harness.path_of("sent"), os.O_RDONLY)
+    fcntl.flock(reader, fcntl.LOCK_SH)
+    harness.volume.removal(ObjectId("sent")).rename_to_trash()
+    with capture_logs() as logs:
+        async with harness.evictor():
+            await eventually(harness.reconciled)
+            await asyncio.sleep(0.5)  # ten looks at the usage
+    os.close(reader)
+    assert [line["event"] for line in logs].count("reconciliation_finished") == 1
+
+
 @pytest.mark.parametrize("stored_again", [True, False])
 async def test_a_removed_file_counts_and_goes_although_its_entry_is_not_evicting(
     harness: EvictorHarness, stored_again: bool
