@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 
+from sanic import Request
+
 _MAX_HOPS = 16  # proxies in a row that are believed
 _IPV6_PREFIX = 64  # bits that one client shares: it chooses the others itself
 
@@ -47,6 +49,12 @@ class ClientAddresses:
 
     def _is_trusted(self, address: _Address) -> bool:
         return any(address in network for network in self._trusted)
+
+
+def client_of_request(addresses: ClientAddresses, request: Request) -> str:
+    """Return the address of the client that sent the request."""
+    peer = request.conn_info.client_ip if request.conn_info else ""
+    return addresses.client_of(peer, request.headers.getall("x-forwarded-for", ()))
 
 
 def _parse(text: str) -> _Address | None:

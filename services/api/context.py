@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from distributor_node.services.api.accesses import AccessCounter, Viewers
 from distributor_node.services.api.client_address import ClientAddresses
 from distributor_node.services.api.fetch_capacity import FetchCapacity, FetchEvents
+from distributor_node.services.api.slow_clients import SlowClients
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.objects import Assignment
 from distributor_node.shared.ports.catalog import Catalog
@@ -60,5 +61,6 @@ class ApiContext:
     viewers: Viewers
     operator_state: OperatorStateWatcher
     client_addresses: ClientAddresses = field(default_factory=lambda: ClientAddresses(()))
+    slow_clients: SlowClients = field(default_factory=lambda: SlowClients(0))
     refused_lookups: RefusedLookups = field(default_factory=RefusedLookups)
     clock: Callable[[], float] = time.time  # POSIX seconds, for admission

@@ -22,6 +22,7 @@ from sanic.server import HttpProtocol
 from distributor_node.services.api.access_log import AccessLog
 from distributor_node.services.api.headers import date_now
 from distributor_node.services.api.request_log import count_and_log, request_record
+from distributor_node.services.api.slow_clients import SlowClients, bytes_acknowledged
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES
 
 RESPONSE_START_TIMEOUT = 60.0
@@ -185,6 +186,7 @@ class PublicProtocol(HttpProtocol):
         "_check_interval",
         "_half_closed",
         "_since",
+        "_slow_clients",
         "_watched",
         "draining",
     )  # Sanic's metaclass leaves no __dict__
@@ -196,6 +198,7 @@ class PublicProtocol(HttpProtocol):
         self._half_closed = False  # the client has sent all its requests
         self._watched: tuple[object, ...] = ()
         self._since = 0.0
+        self._slow_clients: SlowClients | None = getattr(self.app.ctx, "slow_clients", None)
         self.draining = False
         self._check_interval = min(
             _MAX_CHECK_INTERVAL,
@@ -215,6 +218,8 @@ class PublicProtocol(HttpProtocol):
         watched = (http.stage, self._progress(), unsent)
         if watched != self._watched:
             self._watched, self._since = watched, now
+        if self._slow_clients is not None:
+            self._slow_clients.observe(self, unsent, now)
         if not self._enforce_timeouts(http, now - self._since, now - self._time, unsent):
             self._callback_check_timeouts = self.loop.call_later(
                 max(0.02, self._check_interval), self.check_timeouts
@@ -239,6 +244,8 @@ class PublicProtocol(HttpProtocol):
         super().connection_made(transport)  # type: ignore[no-untyped-call]
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._slow_clients is not None:
+            self._slow_clients.forget(self)
         super().connection_lost(exc)  # type: ignore[no-untyped-call]
 
     def eof_received(self) -> bool:
@@ -317,6 +324,11 @@ class PublicProtocol(HttpProtocol):
         except OSError:
             return waiting
         return waiting + int(struct.unpack("i", queued)[0])
+
+    def acknowledged(self) -> int | None:
+        """Return the number of bytes that the client has acknowledged since it connected. None: unknown."""
+        connection = None if self.transport is None else self.transport.get_extra_info("socket")
+        return None if connection is None else bytes_acknowledged(connection)
 
     @property
     def task(self) -> asyncio.Task[None] | None:

@@ -23,6 +23,7 @@ from distributor_node.services.api.listen import ListenAddress
 from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.sanic_app import build_app, unregister_application
 from distributor_node.services.api.server import PublicServer
+from distributor_node.services.api.slow_clients import SlowClients
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
@@ -77,6 +78,7 @@ def make_context(
         viewers=Viewers(state),
         operator_state=operator_state,
         client_addresses=ClientAddresses(settings.public_api.trusted_proxies),
+        slow_clients=SlowClients(settings.public_api.minimum_client_rate),
     )
 
 
@@ -137,6 +139,7 @@ async def serve_api(
     settings = context.settings
     assets = AssetHandler(context)
     application = build_app(context, assets)
+    application.ctx.slow_clients = context.slow_clients
     application.ctx.log_requests, application.ctx.log_hits = settings.log.access == "json", settings.log.hits
     application.ctx.client_of = context.client_addresses.address_of if settings.log.client_address else None
     access_log = application.ctx.access_log = (
@@ -184,6 +187,10 @@ async def serve_api(
                 group.create_task(context.fetch_capacity.run(), name="fetch-capacity"),
                 group.create_task(context.viewers.run(), name="viewers"),
                 group.create_task(watch_volume(context.volume), name="watch-volume"),
+                group.create_task(
+                    context.slow_clients.watch_space(context.state, settings.storage.watermarks.high),
+                    name="watch-space",
+                ),
                 group.create_task(application.ctx.squid_status.run(), name="squid-status"),
             ]
             if access_log is not None:

@@ -314,7 +314,7 @@ _PRECREATED: dict[str, dict[Counter, tuple[str, ...]]] = {
         CATALOG_LOOKUPS: ("found", "unknown", "unavailable", "refused", "cached", "stale"),
         CATALOG_REFUSED: ("queue_full", "no_turn"),
         CATALOG_QUERIES: ("answered", "failed"),
-        ABORTED_RESPONSES: ("client_disconnected", "client_stalled", "source_failed"),
+        ABORTED_RESPONSES: ("client_disconnected", "client_stalled", "client_too_slow", "source_failed"),
         VAIN_WAITS: ("waited", "no_worker", "busy", "not_begun", "not_consumed"),
         STALLED_FETCHES_BRIDGED: ("caught_up", "complete"),
         REVALIDATIONS: ("refreshed", "removed", "outdated", "failed"),

@@ -80,6 +80,9 @@ class PublicApi(SettingsGroup):
     """Seconds for a proxied response to begin, all sources together; then 504. Players give up after 20."""
     send_stall_limit: Seconds = 120.0
     """Seconds after which a client that reads nothing (a paused player) is disconnected."""
+    minimum_client_rate: Size = Field(default=4 * 1024)
+    """Bytes per second below which a client counts as slow. When places for proxied responses or space in the cache are
+    scarce, the slowest are ended first; otherwise they are left alone, up to `send_stall_limit`. 0: none is slow."""
     keep_alive_timeout: Seconds = 75.0
     """Seconds an idle connection is kept open."""
     request_timeout: Seconds = 20.0

@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 from sanic import Request
 
+from distributor_node.services.api.client_address import client_of_request
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, RETRY_SOON, HttpError
 from distributor_node.services.api.request_log import phase
@@ -44,10 +45,7 @@ async def look_up(context: ApiContext, request: Request, object_id: ObjectId) ->
 
     Raises HttpError 404, 421 or 503 otherwise.
     """
-    client = context.client_addresses.client_of(
-        request.conn_info.client_ip if request.conn_info else "",
-        request.headers.getall("x-forwarded-for", ()),
-    )
+    client = client_of_request(context.client_addresses, request)
     try:
         with phase("catalog"):
             media_object = await context.catalog.look_up(object_id, client)

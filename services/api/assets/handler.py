@@ -81,7 +81,7 @@ class AssetHandler:
             http_caching=context.settings.caching_rules is not None,
         )
         self._starter = FetchStarter(context.state, context.queue, process_name(), self._is_complete)
-        proxy = Proxy(context.failover_reader, context.settings.public_api)
+        proxy = Proxy(context)
         pending = PendingResponder(context, self._hit_responder, proxy)
         self._revalidator = None
         if context.settings.caching_rules is not None:

@@ -9,16 +9,19 @@ from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from typing import Any
 
 import structlog
 
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES, Representation, Span
 from distributor_node.services.api.assets.response import ResponseWriter
+from distributor_node.services.api.client_address import client_of_request
+from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
 from distributor_node.services.api.headers import CacheOutcome, content_head
 from distributor_node.shared.adapters.sources import SourceResponse
 from distributor_node.shared.adapters.sources.client import MAX_SKIP, Expected
-from distributor_node.shared.adapters.sources.failover import Chunk, FailoverReader
+from distributor_node.shared.adapters.sources.failover import Chunk
 from distributor_node.shared.adapters.volume import PartialReader
 from distributor_node.shared.domain.errors import AllSourcesFailed, VolumeError
 from distributor_node.shared.domain.http_caching import (
@@ -30,7 +33,6 @@ from distributor_node.shared.domain.http_caching import (
 )
 from distributor_node.shared.domain.objects import ContentHash, Hasher, MediaObject, source_name
 from distributor_node.shared.observability.metrics import PROXIED_IN_PROGRESS, SOURCE_FAILURES, source_label
-from distributor_node.shared.settings.model import PublicApi
 from distributor_node.shared.waiting import background, wait_event
 
 _HASH_CHUNK = 1024 * 1024
@@ -135,8 +137,10 @@ class ProxiedResponse:
 class Proxy:
     """Responds from sources. One per process: it limits the number of concurrent proxied responses."""
 
-    def __init__(self, failover_reader: FailoverReader, settings: PublicApi) -> None:
-        self._failover_reader = failover_reader
+    def __init__(self, context: ApiContext) -> None:
+        settings = context.settings.public_api
+        self._failover_reader = context.failover_reader
+        self._slow_clients, self._addresses = context.slow_clients, context.client_addresses
         self._free_slots = settings.max_proxied
         self._first_byte_wait = settings.proxied_first_byte_wait
         self._max_prefix = min(settings.far_range_distance, MAX_SKIP)
@@ -148,7 +152,7 @@ class Proxy:
 
         Raises HttpError 502, 503 (too many proxied responses) or 504 while nothing has been sent, AbortResponse later.
         """
-        with self._slot(started=False):
+        with self._slot(proxied, started=False):
             try:
                 async with asyncio.timeout(self._first_byte_wait) as proxied.deadline:
                     return await self._respond_verified(proxied)
@@ -185,7 +189,7 @@ class Proxy:
         The bytes on disk, which were sent, are hashed first so that the whole object is verified. Raises AbortResponse
         on failure.
         """
-        with self._slot(started=True):
+        with self._slot(proxied, started=True):
             buffer = await self._resumed_buffer(proxied, reader)
             await self._attempt(proxied, proxied.media_object.sources, buffer, proxied.position)
 
@@ -204,7 +208,7 @@ class Proxy:
         AbortResponse on failure.
         """
         first = proxied.position
-        with self._slot(started=True):
+        with self._slot(proxied, started=True):
             buffer = await self._resumed_buffer(proxied, reader)
             proxied.sent_hash = sha256()
             try:
@@ -310,15 +314,20 @@ class Proxy:
             self._failover_reader.report_corrupt(url, corrupted)
 
     @contextmanager
-    def _slot(self, *, started: bool) -> Iterator[None]:
-        if self._free_slots <= 0:
+    def _slot(self, proxied: ProxiedResponse, *, started: bool) -> Iterator[None]:
+        """A place among `max_proxied`. If all are taken, a slow client's response is ended for it."""
+        request = proxied.response.request
+        stream: Any = request.stream
+        client = client_of_request(self._addresses, request)
+        if self._free_slots <= 0 and not self._slow_clients.free_place(client):
             if started:
                 raise AbortResponse("too_many_proxied")
             raise HttpError(503, "Too many responses are being proxied", "unavailable", RETRY_LATER)
         self._free_slots -= 1
         PROXIED_IN_PROGRESS.inc()
         try:
-            yield
+            with self._slow_clients.place(stream.protocol, client):
+                yield
         finally:
             self._free_slots += 1
             PROXIED_IN_PROGRESS.dec()
