@@ -3,8 +3,11 @@
 FROM python:3.12-slim AS build
 WORKDIR /build
 RUN python3 -m venv /opt/distributor
-COPY requirements/runtime.txt requirements/runtime.txt
-RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --only-binary :all: --no-deps --requirement requirements/runtime.txt
+COPY requirements/runtime.txt requirements/runtime.hashed.txt requirements/
+# An index of your own may serve wheels that it has built itself: then the pins are installed without hashes.
+RUN set -- /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --only-binary :all: --no-deps; \
+    "$@" --require-hashes --requirement requirements/runtime.hashed.txt \
+    || { echo "the index serves other files than those of runtime.hashed.txt: installing without hashes" >&2; "$@" --requirement requirements/runtime.txt; }
 COPY pyproject.toml README.md LICENSE ./
 COPY shared shared
 COPY services services

@@ -51,6 +51,7 @@ servers: ## find redis-server and rabbitmq-server, or install them (for the test
 lock: setup ## update the pins in requirements/ from pyproject.toml
 	@$(LOCK) --upgrade pyproject.toml --output-file requirements/runtime.txt
 	@$(LOCK) --upgrade --extra development --constraints requirements/runtime.txt pyproject.toml --output-file requirements/development.txt
+	@$(LOCK) --no-deps --no-annotate --generate-hashes requirements/runtime.txt --output-file requirements/runtime.hashed.txt
 
 ## running
 
@@ -158,6 +159,10 @@ release-image: ## the image for amd64 and arm64 by docker buildx, in dist/ (IMAG
 .PHONY: sbom
 sbom: setup ## a list of what the node is made of (CycloneDX), in dist/
 	@deploy/release/sbom.sh $(BIN)/python dist
+
+.PHONY: audit
+audit: setup ## look the pins up in the list of known vulnerabilities (needs the network)
+	@deploy/release/audit.sh $(BIN)/python requirements/runtime.txt
 
 .PHONY: clean
 clean: ## remove what was built here (.venv and caches; not the demo's cached objects)

@@ -50,7 +50,7 @@ fi
 # The pins are complete, so nothing needs to be resolved: pip spent a minute of CPU on that. `pip check` says whether they are.
 install_with_uv() {
     [ "${UV:-uv}" != pip ] && command -v "${UV:-uv}" >/dev/null || return 1
-    "${UV:-uv}" pip install --quiet --python "$environment/bin/python" --no-deps --requirement "$requirements" ||
+    "${UV:-uv}" pip install --quiet --python "$environment/bin/python" --no-deps "$@" ||
         { echo "uv could not install them; trying pip ..." >&2; return 1; }
 }
 
@@ -58,7 +58,15 @@ pip() {
     "$environment/bin/python" -m pip --quiet --disable-pip-version-check "$@"
 }
 
+install_pins() {
+    install_with_uv "$@" || pip install --no-deps "$@"
+}
+
 echo "installing $requirements ..." >&2
-install_with_uv || pip install --no-deps --requirement "$requirements"
+hashed=${requirements%.txt}.hashed.txt
+if ! { [ -f "$hashed" ] && install_pins --require-hashes --requirement "$hashed"; }; then
+    [ ! -f "$hashed" ] || echo "the index serves other files than those of $hashed: installing without hashes" >&2
+    install_pins --requirement "$requirements"
+fi
 pip install --no-deps --editable .
 pip check >&2 || fail "The pins in $requirements do not agree with pyproject.toml or with each other: make lock"

@@ -172,6 +172,7 @@ def test_a_machine_without_python_gets_instructions(tmp_path: Path) -> None:
 LOGGING_PROGRAM = """#!/bin/sh
 echo "${{0##*/}} $*" >> {log}
 case "$*" in *" check") exit {check};; esac
+case "$*" in *--require-hashes*) [ {hashes} = 0 ] || exit {hashes};; esac
 case "${{0##*/}}" in uv) exit {uv};; esac
 """
 
@@ -180,10 +181,12 @@ case "${{0##*/}}" in uv) exit {uv};; esac
 def install(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[str], list[str]]]:
     """Runs install.sh on an environment whose Python, and uv beside it, write down how they were called."""
 
-    def run(uv: int | None = None, check: int = 0) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    def run(
+        uv: int | None = None, check: int = 0, hashes: int = 0
+    ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
         log, programs = tmp_path / "log", tmp_path / "environment" / "bin"
         programs.mkdir(parents=True)
-        text = LOGGING_PROGRAM.format(log=log, check=check, uv=uv or 0)
+        text = LOGGING_PROGRAM.format(log=log, check=check, uv=uv or 0, hashes=hashes)
         for name in ["python", *(["uv"] if uv is not None else [])]:
             (programs / name).write_text(text)
             (programs / name).chmod(0o755)
@@ -206,7 +209,9 @@ def install(tmp_path: Path) -> Callable[..., tuple[subprocess.CompletedProcess[s
     return run
 
 
-PIP_INSTALL = "python -m pip install --no-deps --requirement requirements/runtime.txt"
+HASHED = "--require-hashes --requirement requirements/runtime.hashed.txt"
+PIP_INSTALL = f"python -m pip install --no-deps {HASHED}"
+WITHOUT_HASHES = "python -m pip install --no-deps --requirement requirements/runtime.txt"
 EDITABLE, CHECK = "python -m pip install --no-deps --editable .", "python -m pip check"
 
 
@@ -219,13 +224,26 @@ def test_uv_installs_the_pins_where_it_is_there(install: Any) -> None:
     done, calls = install(uv=0)
     assert done.returncode == 0, done.stderr
     assert calls[1].startswith("uv pip install --quiet --python ")
-    assert calls[1].endswith(" --no-deps --requirement requirements/runtime.txt")
+    assert calls[1].endswith(f" --no-deps {HASHED}")
     assert calls[2:] == [EDITABLE, CHECK]
 
 
 def test_pip_installs_the_pins_where_uv_cannot(install: Any) -> None:
     done, calls = install(uv=1)
     assert (done.returncode, calls[2:]) == (0, [PIP_INSTALL, EDITABLE, CHECK]), done.stderr
+
+
+def test_an_index_with_other_files_is_used_without_hashes(install: Any) -> None:
+    done, calls = install(hashes=1)
+    assert (done.returncode, calls[1:]) == (0, [PIP_INSTALL, WITHOUT_HASHES, EDITABLE, CHECK]), done.stderr
+    assert done.stderr.count("installing without hashes") == 1
+
+
+def test_each_pin_has_hashes() -> None:
+    hashed = (ROOT / "requirements/runtime.hashed.txt").read_text().replace("\\\n", " ").splitlines()
+    pins = [line for line in (ROOT / "requirements/runtime.txt").read_text().splitlines() if "==" in line]
+    assert [line.partition(" --hash")[0].split()[0] for line in hashed] == [pin.split()[0] for pin in pins]
+    assert all("--hash=sha256:" in line for line in hashed)
 
 
 def test_pins_that_do_not_agree_end_the_installation(install: Any) -> None:
