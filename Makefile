@@ -124,6 +124,9 @@ test-browser: setup ## a real browser against a node; installs Chromium where ap
 	@deploy/servers/find-or-install.sh chromium npm
 	@npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix build/browser hls.js@1.7.4
 	@$(PYTEST) tests/browser $(ARGS)
+.PHONY: fuzz
+fuzz: setup ## mutated requests to both parsers and to nginx: all must find the same requests (ARGS="--mutations 5000 --seed 1")
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 .PHONY: soak
 soak: setup servers ## traffic with random kills and cuts, 10 minutes (ARGS="--minutes 60 --seed 7")
