@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--show", type=int, default=20, help="differences that are printed")
     options = parser.parse_args(arguments)
     if shutil.which("nginx") is None:
-        print("nginx is not installed (Debian: nginx-light)", file=sys.stderr)
+        print("nginx is not installed (Debian: nginx-light)", file=sys.stderr)  # noqa: T201
         return 2
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     rng = random.Random(options.seed)
@@ -198,12 +198,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if wrong:
                 differences += 1
                 if differences <= options.show:
-                    print(f"{request!r}\n  nginx {theirs.statuses}, {wrong}")
+                    print(f"{request!r}\n  nginx {theirs.statuses}, {wrong}")  # noqa: T201
         if any(ask(port, b"").statuses != (200,) for port in ports):
-            print("a node no longer responds")
+            print("a node no longer responds")  # noqa: T201
             differences += 1
     total = f"{options.mutations} mutations, seed {options.seed}"
-    print(f"{total}: {differences} differences, {refusals} refused by the node")
+    print(f"{total}: {differences} differences, {refusals} refused by the node")  # noqa: T201
     return int(differences > 0)
 
 
