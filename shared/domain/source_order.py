@@ -84,6 +84,7 @@ class SourceStatsDelta:
     seen: SourceHealth = _NO_HISTORY  # in that time alone
     succeeded: bool = False  # a download succeeded, which cancels earlier failures
     reached: bool = False  # a probe or a download succeeded
+    rate: float | None = None  # of its running downloads, in bytes a second; None: none was measured
 
     def apply_to(self, before: SourceHealth) -> SourceHealth:
         """Return the health after this delta."""
@@ -103,7 +104,10 @@ class SourceStatsDelta:
     def followed_by(self, newer: SourceStatsDelta) -> SourceStatsDelta:
         """Return both deltas as one."""
         return SourceStatsDelta(
-            newer.apply_to(self.seen), self.succeeded or newer.succeeded, self.reached or newer.reached
+            newer.apply_to(self.seen),
+            self.succeeded or newer.succeeded,
+            self.reached or newer.reached,
+            self.rate if newer.rate is None else newer.rate,
         )
 
 

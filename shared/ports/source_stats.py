@@ -25,11 +25,20 @@ class CorruptedCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class SourceRate:
+    """How fast a source has sent of late."""
+
+    rate: float  # bytes a second, of one download
+    seconds_left: float  # until it is forgotten
+
+
+@dataclass(frozen=True, slots=True)
 class SharedSources:
     """What all processes have seen."""
 
     health: Mapping[str, SourceHealth] = field(default_factory=dict)  # by source, host:port
     corrupted: Sequence[CorruptedCopy] = ()
+    rates: Mapping[str, SourceRate] = field(default_factory=dict)  # by source, host:port
 
 
 class SharedSourceStats(Protocol):

@@ -12,7 +12,7 @@ from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
 from distributor_node.shared.adapters.state_redis.caches import RedisSharedSourceStats
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.source_order import SourceHealth, SourceStatsDelta
+from distributor_node.shared.domain.source_order import RATE_MEMORY, SourceHealth, SourceStatsDelta
 from distributor_node.shared.ports.source_stats import (
     MAX_CORRUPTED_COPIES,
     CorruptedCopy,
@@ -133,6 +133,33 @@ async def test_two_processes_share_one_order(harness: Harness) -> None:
         await stats_sync.sync()
     assert registries[1].best_first(urls) == (urls[1], urls[0])
     assert registries[1].best_first(urls, ONE) == (urls[0],)
+
+
+async def test_rates_are_shared_until_they_are_forgotten(harness: Harness) -> None:
+    await harness.tell(A, SourceStatsDelta(rate=1_000_000.0))
+    await harness.tell(B, SourceStatsDelta(SourceHealth(first_bytes=(0.5,))))
+    rates = (await harness.learn()).rates
+    assert list(rates) == [A]
+    assert rates[A].rate == 1_000_000
+    assert 0 < rates[A].seconds_left <= RATE_MEMORY
+    await harness.tell(A, SourceStatsDelta(rate=500_000.0))
+    assert (await harness.learn()).rates[A].rate == 750_000
+
+
+async def test_a_running_download_of_one_process_ranks_the_sources_of_another(harness: Harness) -> None:
+    now = 10.0
+    registries = [SourceHealthRegistry(), SourceHealthRegistry(clock=lambda: now)]
+    urls = ["http://one.example:81/1", "http://two.example/1"]
+    registries[0].record_rate(urls[0], 9_000)
+    for registry, stats in zip(registries, (harness.stats, harness.other), strict=True):
+        await SourceStatsSync(registry, stats, 3600).sync()
+    assert registries[1].rate_of(urls[0]) == 9_000
+    assert registries[1].best_first(urls) == (urls[1], urls[0])
+    registries[1].record_rate(urls[0], 1_000_000)
+    await SourceStatsSync(registries[1], harness.other, 3600).sync()
+    assert registries[1].best_first(urls) == (urls[0], urls[1])
+    now += RATE_MEMORY + 1
+    assert registries[1].rate_of(urls[0]) is None
 
 
 async def test_an_unreachable_shared_store_loses_no_local_statistics(redis_prefix: str) -> None:

@@ -96,6 +96,7 @@ class SourceHealthRegistry:
         self._rates.move_to_end(name)
         if len(self._rates) > _MAX_SOURCES:
             self._rates.popitem(last=False)
+        self._add(url, SourceStatsDelta(rate=mean))
 
     def rate_of(self, url: str) -> float | None:
         """Return the recent rate of a source for one download in bytes a second. None: unknown."""
@@ -192,6 +193,10 @@ class SourceHealthRegistry:
             )
         }
         self._corrupted_sent = []
+        for name, shared_rate in shared.rates.items():
+            ends = now + shared_rate.seconds_left
+            if ends > self._rates.get(name, (0.0, 0.0))[1]:
+                self._rates[name] = (shared_rate.rate, ends)
 
     def restore(self) -> None:
         """Put the deltas back that could not be sent, for the next exchange."""

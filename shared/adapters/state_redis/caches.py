@@ -12,13 +12,19 @@ from distributor_node.shared.adapters.state_redis.connection import RedisConnect
 from distributor_node.shared.adapters.state_redis.store import milliseconds
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
-from distributor_node.shared.domain.source_order import MEAN_SAMPLES, SourceHealth, SourceStatsDelta
+from distributor_node.shared.domain.source_order import (
+    MEAN_SAMPLES,
+    RATE_MEMORY,
+    SourceHealth,
+    SourceStatsDelta,
+)
 from distributor_node.shared.ports.catalog import CachedAnswer, CacheLookup
 from distributor_node.shared.ports.source_stats import (
     MAX_CORRUPTED_COPIES,
     MAX_SOURCES,
     CorruptedCopy,
     SharedSources,
+    SourceRate,
 )
 
 _RETENTION_MILLISECONDS = 24 * 3600 * 1000
@@ -92,16 +98,17 @@ def _read(object_id: ObjectId, packed: bytes | None, milliseconds_left: int) -> 
 
 
 class RedisSharedSourceStats:
-    """See the port. Two keys, however many objects there are.
+    """See the port. Three keys, however many objects there are.
 
     sources    HASH  host:port → failures, times (POSIX milliseconds), first bytes; see sources_exchange.lua
     corrupted  ZSET  "object host:port" by its expiry in POSIX milliseconds
+    rates      HASH  host:port → bytes a second, expiry in POSIX milliseconds
     """
 
     def __init__(self, url: str, prefix: str, timeout: float) -> None:
         """`prefix`: of the state store. `timeout`: seconds."""
         self._connection = RedisConnection(url, prefix, timeout)
-        self._keys = (f"{prefix}sources", f"{prefix}corrupted")
+        self._keys = (f"{prefix}sources", f"{prefix}corrupted", f"{prefix}rates")
 
     async def open(self) -> None:
         self._connection.open()
@@ -117,16 +124,18 @@ class RedisSharedSourceStats:
             MAX_SOURCES,
             MAX_CORRUPTED_COPIES,
             MEAN_SAMPLES,
+            milliseconds(RATE_MEMORY),
             len(deltas),
         ]
         for name, latest in deltas.items():
             given += _report(name, latest, now)
         for copy in corrupted:
             given += (f"{copy.object_id} {copy.source}", milliseconds(copy.seconds_left))
-        known, copies = await self._connection.run_on("sources_exchange", self._keys, "", *given)
+        known, copies, rates = await self._connection.run_on("sources_exchange", self._keys, "", *given)
         return SharedSources(
             {source[0].decode(): _read_health(source, now) for source in known},
             [_read_copy(text, left) for text, left in copies],
+            {name.decode(): SourceRate(rate, left / 1000) for name, rate, left in rates},
         )
 
 
@@ -141,6 +150,7 @@ def _report(name: str, delta: SourceStatsDelta, now: float) -> tuple[str | int, 
         int(delta.reached),
         -1 if unreachable_at is None else _age(unreachable_at, now),
         ",".join(f"{seconds:.6f}" for seconds in seen.first_bytes),
+        -1 if delta.rate is None else round(delta.rate),
     )
 
 

@@ -1,18 +1,26 @@
--- KEYS: sources, corrupted.
+-- KEYS: sources, corrupted, rates.
 -- ARGV: milliseconds that a source without reports is kept, maximum of sources, maximum of corrupted copies, responses
--- in a mean, number of reports.
+-- in a mean, milliseconds that a rate is kept, number of reports.
 -- Per report: source, failures, milliseconds since the last failure, 1 to reset earlier failures, 1 if it was reached,
--- milliseconds since it was unreachable (or -1), times to the first byte (seconds, separated by commas).
+-- milliseconds since it was unreachable (or -1), times to the first byte (seconds, separated by commas), bytes a second
+-- (or -1).
 -- Then per corrupted copy: "object source", milliseconds.
--- Returns the sources, each as in a report without the flags, and the corrupted copies.
+-- Returns the sources, each as in a report without flags and rate, the corrupted copies, and the rates: source, bytes a
+-- second, milliseconds until it is forgotten.
 local keep, most_sources, most_corrupted, mean_of = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
-local reports, next_argument = tonumber(ARGV[8]), 9
+local keep_rate, reports, next_argument = tonumber(ARGV[8]), tonumber(ARGV[9]), 10
 
 -- failures, failed at, unreachable at (0: it was reached), last report at, times to the first byte
 local function read_source(packed)
   if not packed then return 0, 0, 0, 0, '' end
   local failures, failed_at, unreached_at, heard_at, first_bytes = string.match(packed, '^(%d+) (%d+) (%d+) (%d+) (.*)$')
   return tonumber(failures), tonumber(failed_at), tonumber(unreached_at), tonumber(heard_at), first_bytes
+end
+
+local function read_rate(packed)
+  if not packed then return nil, 0 end
+  local rate, ends = string.match(packed, '^(%d+) (%d+)$')
+  return tonumber(rate), tonumber(ends)
 end
 
 local function last_ones(first_bytes)
@@ -22,9 +30,9 @@ local function last_ones(first_bytes)
 end
 
 for report = 1, reports do
-  local source, new_failures, since_failure, forgiven, reached, since_unreached, new_first_bytes =
-    unpack(ARGV, next_argument, next_argument + 6)
-  next_argument = next_argument + 7
+  local source, new_failures, since_failure, forgiven, reached, since_unreached, new_first_bytes, new_rate =
+    unpack(ARGV, next_argument, next_argument + 7)
+  next_argument = next_argument + 8
   local packed = redis.call('HGET', KEYS[1], source)
   if packed or redis.call('HLEN', KEYS[1]) < most_sources then
     local failures, failed_at, unreached_at, _, first_bytes = read_source(packed)
@@ -39,6 +47,11 @@ for report = 1, reports do
     end
     redis.call('HSET', KEYS[1], source, string.format('%.0f %.0f %.0f %.0f %s', failures, failed_at, unreached_at, now,
       last_ones(first_bytes .. ',' .. new_first_bytes)))
+    if tonumber(new_rate) >= 0 then
+      local earlier, ends = read_rate(redis.call('HGET', KEYS[3], source))
+      local rate = ends > now and (earlier + tonumber(new_rate)) / 2 or tonumber(new_rate)
+      redis.call('HSET', KEYS[3], source, string.format('%.0f %.0f', rate, now + keep_rate))
+    end
   end
 end
 
@@ -61,4 +74,13 @@ local copies, marked = {}, redis.call('ZRANGE', KEYS[2], 0, -1, 'WITHSCORES')
 for index = 1, #marked, 2 do
   copies[#copies + 1] = {marked[index], tonumber(marked[index + 1]) - now}
 end
-return {known, copies}
+local rates, measured = {}, redis.call('HGETALL', KEYS[3])
+for index = 1, #measured, 2 do
+  local rate, ends = read_rate(measured[index + 1])
+  if ends > now then
+    rates[#rates + 1] = {measured[index], rate, ends - now}
+  else
+    redis.call('HDEL', KEYS[3], measured[index])
+  end
+end
+return {known, copies, rates}
