@@ -3,6 +3,8 @@
 The catalog's whole list is compared with the objects that we hold. A squid that leaves one of a worker's buckets out of
 its response gives a list that looks complete. So the list alone removes nothing: the catalog is asked about each object
 that is not listed, and the object stays if it turns out to be assigned to us.
+
+The list also tells the API processes which ids exist: `shared/adapters/volume/known_ids.py`.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import structlog
 from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.known_ids import KnownIdsDraft
 from distributor_node.shared.adapters.volume.layout import map_os_errors, sync_directory
 from distributor_node.shared.adapters.volume.records import MAX_ROOT_FILE_BYTES, atomic_write, read_capped
 from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput, VolumeError
@@ -62,14 +65,17 @@ class AssignmentCheck:
         assignment: Assignment,
         can_list: bool,
         root: Path,
+        *,
+        shares_ids: bool = False,
     ) -> None:
         """`can_list`: False for a catalog that cannot list objects (an origin): then there is nothing to do.
 
         `root`: of the volume. It keeps the assignment of the last check: after a change of assignment a list that
-        removes most objects is plausible.
+        removes most objects is plausible. `shares_ids`: write down which ids exist, for a catalog whose look-ups queue.
         """
         self._catalog, self._index, self._remover = catalog, index, remover
         self._assignment, self._can_list, self._root = assignment, can_list, root
+        self._shares_ids = shares_ids
         self._initialized = False
 
     def change(self, assignment: Assignment) -> bool:
@@ -103,7 +109,7 @@ class AssignmentCheck:
         # Only objects that were here before the list was requested: later ones may be newer than the list
         older = CompactIdSet()
         older.update(await self._held())
-        if not len(older):
+        if not len(older) and not self._shares_ids:
             return ()
         listed = await self._listed(assignment)
         if assignment != self._assignment.effective:
@@ -141,11 +147,23 @@ class AssignmentCheck:
         return True
 
     async def _listed(self, assignment: Assignment) -> CompactIdSet:
-        listed = CompactIdSet()
+        listed, known = CompactIdSet(), KnownIdsDraft()
         async for batch in self._catalog.list_objects(assignment):
             listed.update(found.object_id for found in batch)
+            if self._shares_ids:
+                known.update(found.object_id for found in batch)
             await asyncio.sleep(0)
+        if self._shares_ids and len(listed):
+            known.update(await self._held())
+            await self._share(known)
         return listed
+
+    async def _share(self, known: KnownIdsDraft) -> None:
+        """Without the file look-ups are only less fair: a full disk stops no check."""
+        try:
+            await run_blocking(known.write, self._root)
+        except VolumeError as error:
+            logger.warning("known_ids_not_written", reason=str(error))
 
     async def _held(self) -> list[ObjectId]:
         return [entry.object_id for entry in self._index.policy.dump()]

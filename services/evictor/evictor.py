@@ -116,7 +116,15 @@ def _make_parts(
         repair=Repair(
             volume, catalog, remover, (lambda: watcher.assignment) if can_list else None, node_import
         ),
-        assignment=AssignmentCheck(catalog, index, remover, settings.assignment, can_list, volume.root),
+        assignment=AssignmentCheck(
+            catalog,
+            index,
+            remover,
+            settings.assignment,
+            can_list,
+            volume.root,
+            shares_ids=settings.catalog.kind == "joystream",
+        ),
         versions=None if revision is None else VersionCheck(catalog, revision, volume, remover),
         scrub=Scrub(volume, remover, settings.evictor.scrub_rate),
         operator_state=OperatorStateBackup(state, volume.root, watcher),

@@ -31,6 +31,7 @@ from distributor_node.shared.adapters.state_redis.caches import (
     RedisSharedSourceStats,
 )
 from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.known_ids import KnownIds
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.jobs import RetryPlan
 from distributor_node.shared.observability.metrics import (
@@ -94,6 +95,7 @@ def build_catalog(settings: Settings) -> Catalog:
             limits,
             shared_cache=_build_shared_catalog_cache(settings),
             assignment=settings.assignment,
+            known_ids=KnownIds(settings.storage.path),
         )
     origin = OriginCatalog(
         _required(catalog.origin, "catalog.origin"),

@@ -15,6 +15,7 @@ from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.known_ids import NAME, KnownIds
 from distributor_node.shared.domain.eviction import LruSp, PolicyEntry
 from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId
 from distributor_node.shared.ports.state_store import IndexEntry, Term
@@ -135,3 +136,41 @@ async def test_the_operator_state_found_at_the_start_is_no_change(harness: Harne
     assert not harness.assignment.change(NEW)
     await harness.assignment.run(harness.term)
     assert harness.held() == 8, "nearly all would go: it may be the catalog's fault"
+
+
+@pytest.mark.parametrize("held", [True, False])
+async def test_the_list_tells_api_processes_which_ids_exist(harness: Harness, held: bool) -> None:
+    if not held:
+        for number in range(8):
+            harness.index.removed(ObjectId(f"{number}"))
+    check = AssignmentCheck(
+        harness.catalog, harness.index, harness.remover, NEW, True, harness.root, shares_ids=True
+    )
+    await check.run(harness.term)
+    known = KnownIds(harness.root)
+    await known.refresh()
+    assert {f"{number}" for number in range(12) if ObjectId(f"{number}") in known} == {
+        *("8", "9"),
+        *(map(str, range(8)) if held else ()),
+    }
+
+
+async def test_a_list_that_names_nothing_leaves_the_known_ids_alone(harness: Harness) -> None:
+    def check(assignment: Assignment) -> AssignmentCheck:
+        return AssignmentCheck(
+            harness.catalog, harness.index, harness.remover, assignment, True, harness.root, shares_ids=True
+        )
+
+    known = KnownIds(harness.root)
+    await check(OLD).run(harness.term)
+    await check(Assignment(frozenset({"7:7"}))).run(harness.term)
+    await known.refresh()
+    assert ObjectId("1") in known
+
+
+async def test_a_volume_that_cannot_be_written_stops_no_check(harness: Harness) -> None:
+    (harness.root / NAME).mkdir()
+    check = AssignmentCheck(
+        harness.catalog, harness.index, harness.remover, OLD, True, harness.root, shares_ids=True
+    )
+    assert await check.run(harness.term)

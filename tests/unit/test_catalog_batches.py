@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from distributor_node.shared.adapters.catalogs.batches import RateLimit
 from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
+from distributor_node.shared.adapters.volume.known_ids import KnownIds, KnownIdsDraft
 from distributor_node.shared.domain.errors import CatalogUnavailable, LookupRefused
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from tests.unit.test_cached_catalog import Clock, ScriptedCatalog
@@ -247,3 +249,20 @@ def test_the_rate_holds_in_every_second(rate: int) -> None:
         limit.spend(now)
         sent.append(now)
     assert all(sent[start + rate] >= sent[start] + 1 for start in range(len(sent) - rate))
+
+
+async def test_what_the_list_has_named_goes_before_made_up_ids(
+    inner: ScriptedCatalog, tmp_path: Path
+) -> None:
+    draft = KnownIdsDraft()
+    draft.update(ids(1, 3))
+    draft.write(tmp_path)
+    catalog = CachedCatalog(inner, LIMITS, Clock(), known_ids=KnownIds(tmp_path))
+    await catalog.open()
+    first = await blocked(catalog, inner)
+    waiting = [ask(catalog, object_id, "stranger") for object_id in [*ids(1, 3), *ids(1000, 20)]]
+    await asyncio.sleep(0)
+    inner.answering.set()
+    await asyncio.gather(first, *waiting)
+    assert set(ids(1, 3)) <= set(inner.batches[1])
+    await catalog.close()

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import structlog
 
 from distributor_node.shared.adapters.catalogs.batches import BatchLimits, LookupBatcher
+from distributor_node.shared.adapters.volume.known_ids import KnownIds
 from distributor_node.shared.domain.errors import (
     CatalogUnavailable,
     LookupRefused,
@@ -104,13 +105,18 @@ class CachedCatalog:
         clock: Callable[[], float] = time.monotonic,
         shared_cache: SharedCatalogCache | None = None,
         assignment: Assignment | None = None,
+        known_ids: KnownIds | None = None,
     ) -> None:
-        """`clock`: in seconds. `open` and `close` also open and close the inner catalog and the shared cache."""
+        """`clock`: in seconds. `known_ids`: look-ups of these go first.
+
+        `open` and `close` also open and close the inner catalog, the shared cache and the known ids.
+        """
         self._inner = inner
         self._limits = limits
         self._clock = clock
         self._assignment = assignment or Assignment()
         self._shared = SharedCatalog(shared_cache, SharedCatalogTtls(lock_ttl=limits.wait + 0.5))
+        self._known_ids = known_ids
         # By worker; None: all buckets. An operator's command may name a few workers in the life of a process.
         self._buckets: dict[int | None, tuple[Sequence[str] | CatalogUnavailable, float]] = {}
         self._bucket_queries: dict[int | None, asyncio.Task[Sequence[str]]] = {}
@@ -136,12 +142,16 @@ class CachedCatalog:
     async def open(self) -> None:
         await self._shared.open()
         await self._inner.open()
+        if self._known_ids is not None:
+            await self._known_ids.open()
 
     async def close(self) -> None:
         """Cancel the queries under way (their callers get CatalogUnavailable), then close the inner catalog."""
         await self._batcher.close()
         queries: list[asyncio.Task[Any]] = [*self._tasks, *self._bucket_queries.values()]
         await cancel_and_wait(*queries)
+        if self._known_ids is not None:
+            await self._known_ids.close()
         await self._inner.close()
         await self._shared.close()
 
@@ -295,7 +305,8 @@ class CachedCatalog:
 
     def _begin_lookup(self, object_id: ObjectId, client: str, *, is_repeated: bool) -> _Lookup:
         entry = self._entries.get(object_id)
-        seen_before = entry is not None and entry.answer is not None
+        listed = self._known_ids is not None and object_id in self._known_ids
+        seen_before = listed or (entry is not None and entry.answer is not None)
         lookup = self._lookups[object_id] = _Lookup(client, seen_before=seen_before, is_repeated=is_repeated)
         lookup.overdue_at = time.monotonic() + self._limits.wait
         lookup.task = asyncio.create_task(
