@@ -137,7 +137,7 @@ bench-scale: setup servers ## measure what 10^4 to 10^6 objects cost
 	@$(BIN)/python -m benchmarks.scale $(ARGS)
 
 .PHONY: bench-fair
-bench-fair: setup servers ## measure look-ups under load: fairness between clients, batches, refusals
+bench-fair: setup servers ## measure look-ups and downloads under load: fairness, batches, slow sources, killed fetchers
 	@$(BIN)/python -m benchmarks.fair $(ARGS)
 
 .PHONY: bench-policies

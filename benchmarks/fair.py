@@ -1,10 +1,12 @@
-"""Look-ups under load: a cold page, many clients, a flood of unknown ids, a hanging squid, a new object.
+"""Look-ups and downloads under load: a cold page, many clients, a flood of unknown ids, full slots, slow sources.
 
-    make bench-fair                          # about two minutes
+    make bench-fair                          # about five minutes
     make bench-fair ARGS="--seconds 60"      # the flood for a minute
+    make bench-fair ARGS="--only lookups"    # or downloads
 
-Two API workers, Redis and RabbitMQ as real processes, in front of the demo squid. Requests are HEADs: what is measured
-is the look-up alone. Figures are counts and ratios within one run. Exit code 1: a goal was missed.
+Look-ups: two API workers, Redis and RabbitMQ as real processes, in front of the demo squid. Requests are HEADs: what is
+measured is the look-up alone. Downloads: see `fair_downloads.py`. Figures are counts and ratios within one run. Exit
+code 1: a goal was missed.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ import time
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import percentile
+from benchmarks import fair_downloads
+from benchmarks.figures import GoalRow, percentile
 from benchmarks.node import Node, RunningService
 from benchmarks.processes import OwnProcess
 from tests.end_to_end.client import Answer, get
@@ -33,16 +35,6 @@ OBJECTS = 5000
 WORKERS = 2
 CLIENTS, CLIENT_OBJECTS = 120, 1500
 STRANGERS, NEW_OBJECTS = 200, 23
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One line of the table."""
-
-    case: str
-    result: str
-    goal: str
-    met: bool
 
 
 class Bench:
@@ -91,12 +83,12 @@ def statuses(answers: Sequence[Answer]) -> str:
     return ", ".join(f"{sum(answer.status == status for answer in answers)} x {status}" for status in found)
 
 
-async def cold_page(bench: Bench, _seconds: float) -> Row:
+async def cold_page(bench: Bench, _seconds: float) -> GoalRow:
     await bench.begin(latency=0.6)
     answers = await asyncio.gather(*(bench.head(object_id, "203.0.113.1") for object_id in bench.take(100)))
     queries, slowest = len(await bench.queries()), max(answer.took for answer in answers)
     served = all(answer.status == 200 for answer in answers)
-    return Row(
+    return GoalRow(
         "100 cold thumbnails, squid 0.6 s",
         f"{statuses(answers)}; slowest {slowest:.2f} s; {queries} queries",
         f"100 x 200, none above 2.5 s, at most {5 * WORKERS} queries (5 for each worker)",
@@ -104,7 +96,7 @@ async def cold_page(bench: Bench, _seconds: float) -> Row:
     )
 
 
-async def many_clients(bench: Bench, _seconds: float) -> Row:
+async def many_clients(bench: Bench, _seconds: float) -> GoalRow:
     await bench.begin(latency=0.3)
     wanted = bench.take(CLIENT_OBJECTS)
 
@@ -116,7 +108,7 @@ async def many_clients(bench: Bench, _seconds: float) -> Row:
     queries = await bench.queries()
     asked = sum(len(object_ids_of(query)) for query in queries)
     used = sum(answer.status == 200 for answer in answers)
-    return Row(
+    return GoalRow(
         f"{CLIENTS} clients, {CLIENT_OBJECTS} objects, squid 0.3 s",
         f"{statuses(answers)}; {asked} objects asked for in {len(queries)} queries; {used / asked:.0%} used",
         "at least 95 % of the answers used",
@@ -124,7 +116,7 @@ async def many_clients(bench: Bench, _seconds: float) -> Row:
     )
 
 
-async def flood(bench: Bench, seconds: float) -> Row:
+async def flood(bench: Bench, seconds: float) -> GoalRow:
     await bench.begin(latency=0.05)
     quiet = [(await bench.head(object_id, "203.0.113.7")).took for object_id in bench.take(NEW_OBJECTS)]
     await bench.begin(latency=0.05)
@@ -148,7 +140,7 @@ async def flood(bench: Bench, seconds: float) -> Row:
     starts = sorted(query["started_at"] for query in await bench.queries())
     densest = max(sum(1 for other in starts if start <= other < start + 1) for start in starts)
     p95, quiet_p95 = percentile([answer.took for answer in answers], 0.95), percentile(quiet, 0.95)
-    return Row(
+    return GoalRow(
         f"{STRANGERS} connections of unknown ids for {seconds:g} s",
         f"new objects: {statuses(answers)}; p95 {p95 / quiet_p95:.1f} x the quiet one ({p95:.2f} s);"
         f" {sent} requests of strangers; at most {densest} queries in a second",
@@ -157,11 +149,11 @@ async def flood(bench: Bench, seconds: float) -> Row:
     )
 
 
-async def hanging(bench: Bench, _seconds: float) -> Row:
+async def hanging(bench: Bench, _seconds: float) -> GoalRow:
     await bench.begin(hang=True)
     answers = await asyncio.gather(*(bench.head(object_id, "203.0.113.1") for object_id in bench.take(50)))
     slowest = max(answer.took for answer in answers)
-    return Row(
+    return GoalRow(
         "a hanging squid, 50 new objects",
         f"{statuses(answers)}; slowest {slowest:.2f} s",
         "503 within 1.5 s",
@@ -169,7 +161,7 @@ async def hanging(bench: Bench, _seconds: float) -> Row:
     )
 
 
-async def new_object(bench: Bench, _seconds: float) -> Row:
+async def new_object(bench: Bench, _seconds: float) -> GoalRow:
     (object_id,) = bench.take(1)
     await bench.begin(missing_objects=[object_id])
     first = await bench.head(object_id, "203.0.113.1")
@@ -179,7 +171,7 @@ async def new_object(bench: Bench, _seconds: float) -> Row:
     while (answer := await bench.head(object_id, "203.0.113.1")).status == 404:  # noqa: ASYNC110 — as a client polls
         await asyncio.sleep(0.2)
     took = time.monotonic() - known_at
-    return Row(
+    return GoalRow(
         "an object that is known 1 s after its 404",
         f"{first.status}, then {answer.status} after {took:.1f} s",
         "200 within 5 s",
@@ -190,7 +182,7 @@ async def new_object(bench: Bench, _seconds: float) -> Row:
 CASES: tuple[Callable[[Bench, float], Any], ...] = (cold_page, many_clients, flood, new_object, hanging)
 
 
-def run(seconds: float) -> list[Row]:
+def run(seconds: float) -> list[GoalRow]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fair-")))
         port = free_port()
@@ -212,7 +204,7 @@ def run(seconds: float) -> list[Row]:
         node.start_servers()
         bench = Bench(node.start("api"), f"http://127.0.0.1:{port}")
 
-        async def measure() -> list[Row]:
+        async def measure() -> list[GoalRow]:
             return [await case(bench, seconds) for case in CASES]
 
         return asyncio.run(measure())
@@ -221,7 +213,10 @@ def run(seconds: float) -> list[Row]:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.fair", description=__doc__.partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=20.0, help="of the flood (default: %(default)g)")
-    rows = run(parser.parse_args().seconds)
+    parser.add_argument("--only", choices=("lookups", "downloads"), help="one half (default: both)")
+    options = parser.parse_args()
+    rows = [] if options.only == "downloads" else run(options.seconds)
+    rows += [] if options.only == "lookups" else asyncio.run(fair_downloads.measure())
     print("| case | result | goal | met |", "|---|---|---|---|", sep="\n")
     for row in rows:
         print(f"| {row.case} | {row.result} | {row.goal} | {'yes' if row.met else 'NO'} |")

@@ -48,6 +48,16 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(len(values) * share) - 1)]
 
 
+@dataclass(frozen=True, slots=True)
+class GoalRow:
+    """One measured case with its goal, as a row of a table."""
+
+    case: str
+    result: str
+    goal: str
+    met: bool
+
+
 def rotated(items: Sequence[Item], number: int) -> Sequence[Item]:
     """Another one is first in each round."""
     turn = number % len(items)

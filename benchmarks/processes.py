@@ -75,6 +75,14 @@ class OwnProcess:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(_STOP_SECONDS)
 
+    def kill(self) -> None:
+        """SIGKILL to the process and its children."""
+        if self._process is not None:
+            process, self._process = self._process, None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(_STOP_SECONDS)
+
     def log_text(self) -> str:
         """All that it has written so far."""
         return self._log.read_text(errors="replace")

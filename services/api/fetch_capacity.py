@@ -123,8 +123,8 @@ class FetchCapacity:
 
     @property
     def not_consumed(self) -> bool:
-        """Whether several jobs in a row did not begin in time, although slots were free."""
-        return self._vain_in_a_row >= _MAX_VAIN_IN_A_ROW
+        """Whether requests do not wait because jobs did not begin in time, although slots seemed to be free."""
+        return self._is_suspect
 
     def vain_reason(
         self, object_id: ObjectId, sources: Sequence[str] = (), *, waits: bool = False

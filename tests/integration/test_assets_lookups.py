@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.status import UsageReader
-from distributor_node.shared.domain.objects import Assignment
+from distributor_node.shared.adapters.state_common import StateTimeouts
+from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.domain.objects import Assignment, ObjectId
 from distributor_node.shared.observability.probe_server import Readiness
 from tests.integration.assets_harness import KIB, AssetsHarness, assets_harness
+from tests.servers.redis_server import RedisServer
 
 
 async def readiness(node: AssetsHarness) -> Readiness:
@@ -37,6 +41,33 @@ async def test_a_refused_lookup_is_503_and_makes_the_node_degraded(tmp_path: Pat
         ready = await readiness(node)
         assert ready.problems == ()
         assert "look-ups: some are refused, too many wait for the catalog" in ready.degraded
+
+
+async def test_jobs_that_no_fetcher_takes_make_the_node_degraded(tmp_path: Path) -> None:
+    async with assets_harness(tmp_path, first_byte_wait=0.2) as node:
+        await node.context.fetch_capacity.refresh()  # a fetcher seems to be alive, with free slots
+        node.add("1", KIB)
+        assert not (await readiness(node)).degraded
+        await asyncio.sleep(0.1)  # its heartbeat is older than the request
+        assert (await node.get("1")).headers["x-data-source"] == "external"
+        assert (await readiness(node)).degraded == ("job queue: not consumed",)
+        node.context.fetch_capacity.record_begun(ObjectId("1"))
+        assert not (await readiness(node)).degraded
+
+
+@pytest.mark.servers
+async def test_a_redis_that_became_a_read_only_replica_makes_the_node_degraded(
+    tmp_path: Path, own_redis: RedisServer
+) -> None:
+    store = RedisStateStore(own_redis.url, "test:", 10**6, StateTimeouts(operation_timeout=5.0))
+    async with assets_harness(tmp_path / "node", store=store) as node:
+        assert not (await readiness(node)).degraded
+        assert await own_redis.command("REPLICAOF", "127.0.0.1", "1") == "+OK"
+        ready = await readiness(node)
+        assert ready.problems == ()
+        assert [text for text in ready.degraded if "writes are refused" in text]
+        assert await own_redis.command("REPLICAOF", "NO", "ONE") == "+OK"
+        assert not (await readiness(node)).degraded
 
 
 async def test_an_unreachable_catalog_is_no_refusal(tmp_path: Path) -> None:
