@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distributor_node.services.demo.faults import Fault
+from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import generated_object
 from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
@@ -39,6 +40,25 @@ async def stack(tmp_path: Path, redis_url: str, amqp_url: str, node: StorageNode
         resources.callback(made.kill_all)
         made.write_manifest(node.objects.values(), [node.object_url("")])
         yield made
+
+
+async def test_a_slow_first_source_keeps_no_object_out(stack: Stack, node: StorageNode) -> None:
+    """At its rate an object takes minutes, and its slots would be full. The second source has them all."""
+    node.faults.add(Fault(bytes_per_second=9_000), Match(endpoint="files", method="GET"))
+    objects = [generated_object(film, FILM) for film in FILMS]
+    async with StorageNode(objects).run() as second:
+        stack.write_manifest(objects, [node.object_url(""), second.object_url("")])
+        await stack.up(fetchers=2, workers=2)
+        asking = [asyncio.create_task(get(stack.url(film), timeout=90)) for film in FILMS]
+        for film in FILMS:
+            await stack.until_hit(film)
+        assert [(answer.status, len(answer.body)) for answer in await asyncio.gather(*asking)] == [
+            (200, FILM)
+        ] * len(FILMS)
+        # One that is outpaced is replaced at the same byte.
+        for film in FILMS:
+            assert len(node.requests.of(film, "GET")) <= 1 + len(second.requests.of(film, "GET"))
+        assert sum(len(node.requests.of(film, "GET")) for film in FILMS) > 0
 
 
 async def test_held_jobs_are_shared_between_fetchers_and_survive_their_kill(
