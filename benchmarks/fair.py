@@ -27,6 +27,8 @@ from benchmarks import fair_downloads
 from benchmarks.figures import GoalRow, percentile
 from benchmarks.node import Node, RunningService
 from benchmarks.processes import OwnProcess
+from distributor_node.shared.adapters.volume.known_ids import NAME as KNOWN_IDS
+from distributor_node.shared.adapters.volume.known_ids import POLL_INTERVAL
 from tests.end_to_end.client import Answer, get
 from tests.servers.redis_server import free_port
 
@@ -35,6 +37,7 @@ OBJECTS = 5000
 WORKERS = 2
 CLIENTS, CLIENT_OBJECTS = 120, 1500
 STRANGERS, NEW_OBJECTS = 200, 23
+STRANGERS_RATE = 400.0  # requests a second at most, so that what is measured is the queue and not this client
 
 
 class Bench:
@@ -122,6 +125,7 @@ async def flood(bench: Bench, seconds: float) -> GoalRow:
     await bench.begin(latency=0.05)
     over = asyncio.Event()
     sent = 0
+    pause = STRANGERS / STRANGERS_RATE
 
     async def stranger(number: int) -> None:
         nonlocal sent
@@ -129,6 +133,7 @@ async def flood(bench: Bench, seconds: float) -> GoalRow:
             sent += 1
             with suppress(OSError, TimeoutError):
                 await bench.head(str(10**12 + number * 10**6 + sent), "198.51.100.9")
+            await asyncio.sleep(pause)
 
     strangers = [asyncio.create_task(stranger(number)) for number in range(STRANGERS)]
     answers = []
@@ -202,9 +207,14 @@ def run(seconds: float) -> list[GoalRow]:
         )
         stack.callback(node.close)
         node.start_servers()
+        node.start("evictor")
         bench = Bench(node.start("api"), f"http://127.0.0.1:{port}")
 
         async def measure() -> list[GoalRow]:
+            # The evictor reads the squid's list, and each API process what it has written.
+            while not (node.volume / KNOWN_IDS).exists():  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(POLL_INTERVAL + 1)
             return [await case(bench, seconds) for case in CASES]
 
         return asyncio.run(measure())

@@ -245,10 +245,22 @@ async def test_an_id_that_the_catalog_cannot_have_costs_no_query(
 def test_the_rate_holds_in_every_second(rate: int) -> None:
     limit, now, sent = RateLimit(rate), 100.0, list[float]()
     while len(sent) < 5 * rate + 5:
-        now = max(now, limit.next_at)
+        now = max(now, limit.next_at(reserved=len(sent) % 3 == 0))
         limit.spend(now)
         sent.append(now)
     assert all(sent[start + rate] >= sent[start] + 1 for start in range(len(sent) - rate))
+
+
+@pytest.mark.parametrize("rate", [5, 10, 20, 100])
+def test_one_query_is_reserved_for_objects_that_were_seen_before(rate: int) -> None:
+    limit, now = RateLimit(rate), 100.0
+    for _ in range(3 * rate):
+        now = max(now, limit.next_at(reserved=False))
+        limit.spend(now)
+    assert limit.next_at(reserved=False) > now
+    assert limit.next_at(reserved=True) < limit.next_at(reserved=False)
+    if rate >= 10:
+        assert limit.next_at(reserved=True) <= now + 1e-6
 
 
 async def test_what_the_list_has_named_goes_before_made_up_ids(

@@ -53,6 +53,11 @@ class LookupQueue:
     def __contains__(self, object_id: ObjectId) -> bool:
         return object_id in self._waiting
 
+    @property
+    def has_seen(self) -> bool:
+        """Whether an object that was seen before waits."""
+        return bool(self._seen)
+
     def oldest_at(self) -> float | None:
         """When the look-up that has waited longest was queued. None: the queue is empty."""
         for lookup in self._waiting.values():
@@ -218,7 +223,7 @@ class LookupBatcher:
         loop = asyncio.get_running_loop()
         while not self._closed and len(self._queue) and len(self._tasks) < self._limits.max_in_flight:
             now = loop.time()
-            due = max(self._gathered_at(), self._rate.next_at)
+            due = max(self._gathered_at(), self._rate.next_at(reserved=self._queue.has_seen))
             if due > now:
                 self._timer = loop.call_at(due, self._schedule)
                 break
@@ -280,16 +285,24 @@ class LookupBatcher:
 
 
 class RateLimit:
-    """A token bucket: at most `rate` a second, of which a quarter at once."""
+    """A token bucket: at most `rate` a second, of which a quarter at once.
+
+    One token is reserved for queries with objects that were seen before, so that these do not wait for the next token
+    while others use all of them.
+    """
 
     def __init__(self, rate: float) -> None:
         # A burst and a second of the steady rate together are no more than `rate`.
         self._burst = max(1.0, rate * _BURST_SECONDS)
         self._interval = 1.0 / max(rate - self._burst, rate / 2)
+        self._reserve = min(1.0, self._burst - 1.0)
         self._spent_until = 0.0
-        self.next_at = 0.0  # the earliest time of the next query, on the clock of `spend`
+
+    def next_at(self, *, reserved: bool) -> float:
+        """The earliest time of the next query, on the clock of `spend`. `reserved`: it may take the reserved token."""
+        free = self._burst - 1.0 - (0.0 if reserved else self._reserve)
+        return self._spent_until - free * self._interval
 
     def spend(self, now: float) -> None:
         """Note that a query is sent at `now`."""
         self._spent_until = max(now, self._spent_until) + self._interval
-        self.next_at = self._spent_until - (self._burst - 1.0) * self._interval
