@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from distributor_node.services.demo.faults import Fault, Match
-from distributor_node.services.demo.objects import GeneratedContent, origin_object
+from distributor_node.services.demo.objects import DemoObject, GeneratedContent, origin_object
 from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import Answer, exchange
 from tests.end_to_end.stack import Stack
 
-SIZES = (60_000, 60_000, 90_000, 200_000)
+SIZES = (60_000, 60_000, 60_000, 200_000)
 CONTROLS = ("max-age=0", "max-age=1", "max-age=1, stale-while-revalidate=1", "no-cache", "no-store", None)
 FAULTS = (
     Fault(cut_after=30_000),
@@ -43,6 +43,15 @@ class ChangingOrigin:
 
     def change(self, object_id: str) -> None:
         """Replace an object, or bring it into being."""
+        self.node.objects[object_id] = self._new_version(object_id)
+
+    def change_while_it_breaks_off(self, object_id: str) -> None:
+        """Have the next response cut in the middle, and the object replaced as that response begins."""
+        self.node.replacements[object_id] = self._new_version(object_id)
+        fault = Fault(cut_after=30_000, replaces_object=True, chunked=self.rng.random() < 0.3)
+        self.node.faults.add(fault, Match(object_id=object_id, method="GET", ranged=False, first=1))
+
+    def _new_version(self, object_id: str) -> DemoObject:
         known = self.versions.setdefault(object_id, [])
         number = len(known)
         size = self.rng.choice(SIZES)
@@ -51,7 +60,7 @@ class ChangingOrigin:
         known.append(Content(data, etag))
         modified = self.rng.choice((None, 1_000_000_000 + number))
         control = self.rng.choice(CONTROLS)
-        self.node.objects[object_id] = origin_object(object_id, data, etag, modified, cache_control=control)
+        return origin_object(object_id, data, etag, modified, cache_control=control)
 
     def disturb(self) -> None:
         """Make some of the next responses faulty, or lead elsewhere."""
@@ -97,6 +106,7 @@ class Reader:
     async def step(self) -> str | None:
         """Make one request; what is wrong with its answer."""
         object_id = self.rng.choice(list(self.origin.versions))
+        self._change_at_times(object_id)
         headers: dict[str, str] = {}
         requested = None
         if self.rng.random() < 0.5:
@@ -117,6 +127,13 @@ class Reader:
         if answer.status == 206 and headers.get("If-Range", etag) != etag:
             problem = f"206 {etag} for If-Range {headers['If-Range']}"
         return None if problem is None else f"{object_id} {headers}: {problem}"
+
+    def _change_at_times(self, object_id: str) -> None:
+        chance = self.rng.random()
+        if chance < 0.05:
+            self.origin.change(object_id)
+        elif chance < 0.15:
+            self.origin.change_while_it_breaks_off(object_id)
 
     async def _get(self, object_id: str, headers: dict[str, str]) -> Answer | None:
         lines = [f"GET /api/v1/assets/{object_id} HTTP/1.1", "Host: node"]
