@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks.other_policies import S3Fifo, Sieve
 from benchmarks.traces import Parameters, Trace
+from distributor_node.services.replay.comparison import S3Fifo, Sieve
 from distributor_node.services.replay.report import render_chart
 from distributor_node.services.replay.scenarios import CacheSize, Result, Setting
 from distributor_node.shared.domain.admission import SecondHitAdmission
-from distributor_node.shared.domain.eviction import EvictionPolicy
+from distributor_node.shared.domain.eviction import EvictionPolicy, MissCost
 from distributor_node.shared.domain.eviction.simulator import Outcome, Rules, Simulation
 
 RESULTS = Path(__file__).parent / "results"
@@ -31,10 +31,10 @@ SETTINGS = (
     Setting("sieve"),
     Setting("s3-fifo"),
     Setting("lru-sp"),
-    Setting("gdsf", CLASSIC),
-    Setting("gdsf", 64 * MIB),
-    Setting("gdsf", 64 * MIB, second_view_above=8 * MIB),
-    Setting("gdsf", 0),
+    Setting("gdsf", MissCost(fixed=CLASSIC)),
+    Setting("gdsf", MissCost(fixed=64 * MIB)),
+    Setting("gdsf", MissCost(fixed=64 * MIB), second_view_above=8 * MIB),
+    Setting("gdsf", MissCost(fixed=0)),
 )
 SHARES = (0.01, 0.05, 0.10, 0.25)
 

@@ -27,7 +27,13 @@ from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_redis import RedisStateStore
 from distributor_node.shared.adapters.volume import Volume
-from distributor_node.shared.domain.eviction import POLICY_NAMES, EvictionPolicy, PolicyEntry, make_policy
+from distributor_node.shared.domain.eviction import (
+    POLICY_NAMES,
+    EvictionPolicy,
+    PolicyEntry,
+    PriorityBasis,
+    make_policy,
+)
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import IndexEntry
 from distributor_node.shared.runtime.process import mmap_large_blocks
@@ -52,7 +58,7 @@ def as_index_entry(entry: PolicyEntry) -> IndexEntry:
 def filled(name: str, count: int) -> EvictionPolicy:
     """One object after the other, as a new leader does."""
     policy = make_policy(name)
-    policy.restore((), 0.0)
+    policy.restore((), PriorityBasis())
     for entry in entries(count, 0, Random(1), EPOCH):
         policy.add(entry)
     return policy

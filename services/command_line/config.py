@@ -16,13 +16,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError
+from distributor_node.shared.domain.eviction import MissCost
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.observability.logging import redact_text
 from distributor_node.shared.settings import Settings
 from distributor_node.shared.settings.environment import variable_of
 from distributor_node.shared.settings.model import StateStoreSettings
 from distributor_node.shared.settings.names import group_of
-from distributor_node.shared.settings.sizes import format_size
+from distributor_node.shared.settings.sizes import format_miss_cost, format_size
 
 _HEAD = """\
 # Configuration
@@ -91,6 +92,8 @@ def default_text(field: FieldInfo) -> str:
         value = f"{value:g}" if value < 1e6 else str(int(value))
     elif isinstance(value, int):
         value = format_size(value)
+    elif isinstance(value, MissCost):
+        value = format_miss_cost(value)
     elif isinstance(value, tuple):
         value = "[" + ", ".join(f"{item:g}" for item in value) + "]"
     return str(value)

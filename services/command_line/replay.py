@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distributor_node.shared.domain.errors import ConfigurationError
-from distributor_node.shared.domain.eviction import POLICY_NAMES
+from distributor_node.shared.domain.eviction import POLICY_NAMES, MissCost
 
 if TYPE_CHECKING:
     from distributor_node.services.replay.run import OwnNode
 
 _SIZES = ["1%", "5%", "10%", "25%"]
 _POLICIES: list[str] = list(POLICY_NAMES)
-_MISS_COSTS = ["64M"]
+_MISS_COSTS = ["auto"]
 _SECOND_VIEWS = ["8M"]
 
 Logs = Annotated[
@@ -37,7 +37,8 @@ Policies = Annotated[
 MissCosts = Annotated[
     list[str],
     typer.Option(
-        "--miss-cost", help="c0 of gdsf to try: cost of a miss besides its bytes, in bytes; repeatable."
+        "--miss-cost",
+        help="c0 of gdsf to try: cost of a miss besides its bytes: auto, 30x (the mean of a view), or 64M; repeatable.",
     ),
 ]
 SecondViews = Annotated[
@@ -88,7 +89,7 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
             f"policy: expected {', '.join(POLICY_NAMES)}, got {', '.join(sorted(unknown))}"
         )
     thresholds = [] if second_view_above == ["off"] else _sizes("second-view-above", second_view_above)
-    settings = settings_to_try(policy, _sizes("miss-cost", miss_cost), thresholds)
+    settings = settings_to_try(policy, _miss_costs(miss_cost), thresholds)
     own = _own_node(config) if config is not None else None
     request = ReplayRequest(logs, size, settings, sizes, sample, picture, own)
     print(run_replay(request, Console(stderr=True)), end="")
@@ -110,6 +111,15 @@ def _own_node(config: Path) -> OwnNode:
     )
     cost = evictor.cost_per_miss if evictor.policy == "gdsf" else None
     return OwnNode(Setting(evictor.policy, cost, admission.above_size), storage.limit, rules)
+
+
+def _miss_costs(texts: list[str]) -> list[MissCost]:
+    from distributor_node.shared.settings.sizes import parse_miss_cost
+
+    try:
+        return [parse_miss_cost(text) for text in texts]
+    except ValueError as error:
+        raise ConfigurationError(f"miss-cost: {error}") from error
 
 
 def _sizes(option: str, texts: list[str]) -> list[int]:

@@ -17,7 +17,8 @@ import structlog
 from distributor_node.shared.adapters.volume import FoundObject, Volume
 from distributor_node.shared.domain.admission import ViewCoalescer
 from distributor_node.shared.domain.errors import VolumeError
-from distributor_node.shared.domain.eviction import EvictionPolicy, PolicyEntry
+from distributor_node.shared.domain.eviction import EvictionPolicy, Gdsf, PolicyEntry, PriorityBasis
+from distributor_node.shared.domain.eviction.policy import NO_BASIS
 from distributor_node.shared.domain.objects import CompactIdSet, ObjectId
 from distributor_node.shared.observability.metrics import REFETCHED_AFTER_EVICTION
 from distributor_node.shared.ports.state_store import (
@@ -27,6 +28,7 @@ from distributor_node.shared.ports.state_store import (
     PolicyState,
     StateStore,
     Term,
+    with_views,
 )
 from distributor_node.shared.runtime.threads import run_blocking
 
@@ -58,6 +60,8 @@ class EvictionIndex:
         self.ghosts = GhostList(clock)
         self._previous = make_policy()  # from before the store was lost
         self._position = self._saved_position = ""  # in the access log
+        # Of the store, until all priorities are translated there
+        self._former_basis: PriorityBasis | None = None
         self._dirty: set[ObjectId] = set()  # changed since the last save
         self._changed: set[ObjectId] = set()  # announced, perhaps complete now
         self._views = ViewCoalescer()
@@ -71,11 +75,31 @@ class EvictionIndex:
             state = await self._state.load_policy_state()
             if len(self.policy):
                 self._previous = self.policy
+            basis = state.basis
+            if basis == NO_BASIS and len(self.policy):
+                basis = self.policy.basis  # the store was emptied
+            if self.policy.name == Gdsf.name:
+                basis = await with_views(self._state, basis)
             self.policy = self._make_policy()
-            self.policy.restore((), state.inflation)
+            self.policy.restore((), basis)
             await self._compare()
+            self.policy.end_restore()
             self._position = self._saved_position = state.position
             self._dirty.clear()
+            self._former_basis = None
+            current = self.policy.basis
+            if (
+                current.policy == Gdsf.name
+                and len(self.policy)
+                and ((basis.policy, basis.miss_cost) != (current.policy, current.miss_cost))
+            ):
+                # Priorities were given by another version, policy or c0: write the translated ones
+                self._former_basis = state.basis
+                self._dirty.update(self.policy.ids())
+                logger.info(
+                    "order_recomputed", policy=current.policy, former_policy=basis.policy or None,
+                    objects=len(self.policy), miss_cost=current.miss_cost, inflation=current.inflation,
+                )  # fmt: skip
         await self._apply_accesses()
 
     async def resync(self) -> CompactIdSet:
@@ -137,9 +161,18 @@ class EvictionIndex:
 
     def with_priorities(self, entries: Sequence[PolicyEntry]) -> Sequence[PolicyEntry]:
         """The entries with the priorities that the policy would give them now, for the store."""
+        self._learn_mean(entries)
         scale = self._make_policy()
-        scale.restore(entries, self.policy.inflation)
+        scale.restore(entries, self.policy.basis)
         return [scale.get(entry.object_id) or entry for entry in entries]
+
+    def _learn_mean(self, entries: Sequence[PolicyEntry]) -> None:
+        """Let c0 follow the first objects that are adopted, if no view is known: the store is new, or was emptied."""
+        basis = self.policy.basis
+        if self.policy.name == Gdsf.name and entries and not basis.views:
+            basis = basis.counting((entry.size, entry.frequency) for entry in entries)
+            self.policy.restore(list(self.policy.dump()), basis)
+            self.policy.end_restore()
 
     def removed(self, object_id: ObjectId, *, evicted: bool = False) -> None:
         """Forget an object that is no longer in the store."""
@@ -172,14 +205,15 @@ class EvictionIndex:
         self._changed.clear()
         if changed:
             now = self._clock()
-            for found in await run_blocking(self._find, changed):
+            # In the order of time, because c0 moves with each view
+            for found in sorted(await run_blocking(self._find, changed), key=_changed_at):
                 if found.object_id not in self.policy and found.object_id not in self.evicting:
-                    self.add(
-                        PolicyEntry(found.object_id, found.size, 1, _quantize(min(found.changed_at, now)))
-                    )
+                    # It was fetched for a view: further ranges of that player are no second one
+                    begins_view = self._views.begins_view(found.object_id, found.changed_at)
+                    self._touch(found.object_id)
+                    stored_at = _quantize(min(found.changed_at, now))
+                    self.policy.store(found.object_id, found.size, stored_at, begins_view=begins_view)
                     self._dirty.add(found.object_id)  # the store knows no priority yet
-                    # It was fetched for a view, its first one: further ranges of that player are no second view
-                    self._views.begins_view(found.object_id, found.changed_at)
                     self.ghosts.hit(found.object_id)
 
     async def _apply_accesses(self) -> None:
@@ -226,7 +260,8 @@ class EvictionIndex:
 
     async def save(self, term: Term) -> None:
         """Write what has changed. The position is written with the last batch: after a crash between two batches some
-        accesses may be counted twice, but none are lost."""
+        accesses may be counted twice, but none are lost. So is the basis of translated priorities: after such a crash
+        some are translated twice, and lose what they had of L."""
         await self._apply_accesses()
         changed, self._dirty = list(self._dirty), set()
         written = 0
@@ -235,12 +270,11 @@ class EvictionIndex:
                 batch = changed[written : written + _SAVE_BATCH]
                 last = written + len(batch) >= len(changed)
                 position = self._position if last else self._saved_position
-                await self._state.save_policy(
-                    term, self._entries_of(batch), PolicyState(self.policy.inflation, position)
-                )
+                basis = self.policy.basis if last or self._former_basis is None else self._former_basis
+                await self._state.save_policy(term, self._entries_of(batch), PolicyState(basis, position))
                 written += len(batch)
                 if last:
-                    self._saved_position = position
+                    self._saved_position, self._former_basis = position, None
                     return
         finally:
             self._dirty.update(changed[written:])
@@ -263,6 +297,10 @@ def _as_stored(entry: IndexEntry) -> PolicyEntry:
 def _quantize(seconds: float) -> float:
     """Round down to the store's resolution, so that the order is the same after a restart."""
     return seconds // ACCESS_TIME_RESOLUTION * ACCESS_TIME_RESOLUTION
+
+
+def _changed_at(found: FoundObject) -> tuple[float, str]:
+    return found.changed_at, found.object_id
 
 
 def _last_at(access: Access) -> float:

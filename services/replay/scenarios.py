@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from distributor_node.shared.domain.admission import SecondHitAdmission
 from distributor_node.shared.domain.errors import ConfigurationError
-from distributor_node.shared.domain.eviction import EvictionPolicy, make_policy
+from distributor_node.shared.domain.eviction import AUTO_COST, EvictionPolicy, MissCost, make_policy
 from distributor_node.shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, Simulation
 from distributor_node.shared.domain.space import Watermarks, watermarks_for
-from distributor_node.shared.settings.sizes import format_size, parse_size
+from distributor_node.shared.settings.sizes import format_miss_cost, format_size, parse_size
 
 _PROGRESS_INTERVAL = 20_000  # requests
 _WINDOW = 7 * 24 * 3600.0  # seconds
@@ -40,19 +40,17 @@ class Setting:
     """A policy with its parameters."""
 
     policy: str
-    miss_cost: int | None = None  # c0 in bytes; None: the policy has none
+    cost: MissCost | None = None  # c0; None: the policy has none
     second_view_above: int | None = None  # bytes; None: off
 
     @property
     def name(self) -> str:
-        cost = "" if self.miss_cost is None else f" c0={format_size(self.miss_cost)}"
+        cost = "" if self.cost is None else f" c0={format_miss_cost(self.cost)}"
         above = self.second_view_above
         return f"{self.policy}{cost}" + ("" if above is None else f", second view above {format_size(above)}")
 
     def make_policy(self) -> EvictionPolicy:
-        return (
-            make_policy(self.policy) if self.miss_cost is None else make_policy(self.policy, self.miss_cost)
-        )
+        return make_policy(self.policy, AUTO_COST if self.cost is None else self.cost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +71,12 @@ class Result:
 
 
 def settings_to_try(
-    policies: Iterable[str], miss_costs: Sequence[int], second_view_above: Sequence[int]
+    policies: Iterable[str], miss_costs: Sequence[MissCost], second_view_above: Sequence[int]
 ) -> list[Setting]:
     """Return each policy without admission, gdsf with each c0, and its first c0 with each admission threshold."""
     settings: list[Setting] = []
     for policy in dict.fromkeys(policies):
-        costs: Sequence[int | None] = miss_costs if policy == "gdsf" else [None]
+        costs: Sequence[MissCost | None] = miss_costs if policy == "gdsf" else [None]
         settings += [Setting(policy, cost) for cost in costs]
         settings += [Setting(policy, costs[0], above) for above in second_view_above if policy == "gdsf"]
     return settings

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from distributor_node.shared.domain.eviction.policy import NO_BASIS, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import (
     OperatorState,
@@ -209,7 +210,7 @@ class Term:
 class PolicyState:
     """What the policy keeps in addition to its entries."""
 
-    inflation: float = 0.0  # priority of the last victim
+    basis: PriorityBasis = NO_BASIS  # without a policy name: written by a version that knew L alone
     position: str = ""  # how far the access log has been applied; opaque; "" is the beginning
 
 
@@ -561,3 +562,11 @@ class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
 
         Yields one SETTINGS_CHANGED after every connect and reconnect, because some may have been missed.
         """
+
+
+async def with_views(state: StateStore, basis: PriorityBasis) -> PriorityBasis:
+    """The basis; the views of the complete objects if no leader has counted any yet. Reads the whole index then."""
+    if not basis.views:
+        async for batch in state.entries():
+            basis = basis.counting((entry.size, entry.frequency) for entry in batch)
+    return basis

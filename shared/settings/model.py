@@ -17,13 +17,13 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, SecretStr, field_validator, model_validator
 
 from distributor_node.shared.domain.errors import ConfigurationError, InvalidInput
-from distributor_node.shared.domain.eviction import DEFAULT_MISS_COST, PolicyName
+from distributor_node.shared.domain.eviction import AUTO_COST, PolicyName
 from distributor_node.shared.domain.http_caching import CachingRules
 from distributor_node.shared.domain.jobs import CLAIM_SECONDS
 from distributor_node.shared.domain.objects import Assignment, parse_bucket_id
 from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
 from distributor_node.shared.domain.urls import names_host
-from distributor_node.shared.settings.sizes import Size, format_size
+from distributor_node.shared.settings.sizes import MissCostSetting, Size, format_size
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -328,8 +328,9 @@ class EvictorSettings(SettingsGroup):
     policy: PolicyName = "gdsf"
     """How victims are chosen: `gdsf` by views and size, `lru-sp` as the network's existing node does, `lru` by the
     last access alone. It may be changed at a restart. See docs/eviction.md."""
-    cost_per_miss: Size = Field(default=DEFAULT_MISS_COST)
-    """For `gdsf`: cost of a miss besides its bytes, in bytes. A higher value keeps small objects, a lower one large."""
+    cost_per_miss: MissCostSetting = AUTO_COST
+    """For `gdsf`: cost of a miss besides its bytes: a multiple of the mean bytes of a view, such as `30x`, or bytes,
+    such as `64M`. `auto` is `20x`. A higher value keeps small objects, a lower one large."""
     min_idle: float = Field(default=120.0, ge=1, le=24 * 3600)
     """Seconds since the last access (or the fetch) of an object before it may be evicted to make room."""
     leadership: Seconds = 10.0

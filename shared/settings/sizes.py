@@ -1,4 +1,4 @@
-"""Sizes with units: 500G, 1.5 TiB, 64MB, 1024."""
+"""Sizes with units: 500G, 1.5 TiB, 64MB, 1024; and the cost of a miss, which may follow the traffic: auto, 30x, 64M."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from typing import Annotated
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
+
+from distributor_node.shared.domain.eviction.gdsf import AUTO_COST, MissCost
 
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgtp]?)(i?b?)\s*\Z", re.IGNORECASE)
 _MAX_SIZE = 4096 * 1024**5
@@ -51,4 +53,49 @@ Size = Annotated[
     BeforeValidator(parse_size),
     PlainSerializer(format_size, return_type=str),
     WithJsonSchema(_SCHEMA, mode="validation"),
+]
+
+
+_FACTOR = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*x\s*\Z", re.IGNORECASE)
+_MAX_FACTOR = 1_000_000.0
+
+
+def parse_miss_cost(value: object) -> MissCost:
+    """`auto`, a multiple of the mean bytes of a view such as `30x`, or a size. Raises ValueError."""
+    if isinstance(value, MissCost):
+        return value
+    if isinstance(value, str):
+        if value.strip().lower() == "auto":
+            return AUTO_COST
+        match = _FACTOR.match(value)
+        if match is not None:
+            if float(match[1]) > _MAX_FACTOR:
+                raise ValueError(f"expected a factor from 0x to {_MAX_FACTOR:.0f}x, got {value!r}")
+            return MissCost(factor=float(match[1]))
+    try:
+        return MissCost(fixed=parse_size(value))
+    except ValueError as error:
+        raise ValueError(f"expected auto, a factor such as 30x, or a size: {error}") from error
+
+
+def format_miss_cost(cost: MissCost) -> str:
+    """What `parse_miss_cost` reads back."""
+    if cost.fixed is not None:
+        return format_size(cost.fixed)
+    return "auto" if cost == AUTO_COST else f"{cost.factor!r}x".replace(".0x", "x")
+
+
+MissCostSetting = Annotated[
+    MissCost,
+    BeforeValidator(parse_miss_cost),
+    PlainSerializer(format_miss_cost, return_type=str),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                *_SCHEMA["anyOf"],
+                {"type": "string", "pattern": r"^\s*([aA][uU][tT][oO]|[0-9]+(\.[0-9]+)?\s*[xX])\s*$"},
+            ]
+        },
+        mode="validation",
+    ),
 ]

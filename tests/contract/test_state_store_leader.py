@@ -6,6 +6,7 @@ import asyncio
 import time
 from dataclasses import replace
 
+from distributor_node.shared.domain.eviction import PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import (
@@ -71,7 +72,9 @@ class TestLeadership:
         before = await harness.dump()
         assert await harness.store.recount(old) == 0
         await harness.store.set_reconciled(old)
-        await harness.store.save_policy(old, [IndexEntry(ONE, 100, 9, 9.0)], PolicyState(9.0, ""))
+        await harness.store.save_policy(
+            old, [IndexEntry(ONE, 100, 9, 9.0)], PolicyState(PriorityBasis(9.0), "")
+        )
         await harness.store.resign(old)
         assert await harness.dump() == before
 
@@ -285,7 +288,7 @@ class TestPolicy:
         await harness.stored(TWO, 100)
         await harness.store.begin_eviction(term, TWO, 0)
         changed = [IndexEntry(known, 5, 3, 1234.25, 0.1) for known in (ONE, TWO, THREE)]
-        await harness.store.save_policy(term, changed, PolicyState(0.1, ""))
+        await harness.store.save_policy(term, changed, PolicyState(PriorityBasis(0.1), ""))
         kept = {entry.object_id: entry async for batch in harness.store.entries() for entry in batch}
         assert set(kept) == {ONE, TWO}
         for entry in kept.values():

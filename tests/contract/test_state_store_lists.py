@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
+from distributor_node.shared.domain.eviction import PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import (
@@ -16,6 +17,8 @@ from distributor_node.shared.ports.state_store import (
     Topic,
 )
 from tests.contract.state_harness import ONE, TWO, Harness
+
+BASIS = PriorityBasis(1.5, "gdsf", 12_345.75, views=7.5, viewed_bytes=1 / 3)
 
 
 class TestSpaceRequests:
@@ -90,8 +93,8 @@ class TestAccessLog:
         for number in range(4):
             await harness.store.record_accesses([Access(ONE, number, 1.0)])
             positions.append((await harness.store.read_accesses(positions[-1], 1))[0])
-        await harness.store.save_policy(term, [], PolicyState(1.5, positions[3]))
-        assert await harness.store.load_policy_state() == PolicyState(1.5, positions[3])
+        await harness.store.save_policy(term, [], PolicyState(BASIS, positions[3]))
+        assert await harness.store.load_policy_state() == PolicyState(BASIS, positions[3])
         _, left = await harness.store.read_accesses("", 10)
         assert [access.views for access in left] == [2, 3]
         _, left = await harness.store.read_accesses(positions[3], 10)

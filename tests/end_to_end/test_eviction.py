@@ -45,6 +45,8 @@ async def test_a_video_being_watched_outlives_a_flood_of_thumbnails(
     harness.publish([video, *thumbnails])
     harness.stack.environment["DISTRIBUTOR_STORAGE__LIMIT"] = "40M"
     harness.stack.environment["DISTRIBUTOR_EVICTOR__MIN_IDLE"] = min_idle
+    # One that follows the traffic begins with the video's own size, and keeps the first thumbnails for long
+    harness.stack.environment["DISTRIBUTOR_EVICTOR__COST_PER_MISS"] = "64M"
     await harness.stack.up()
     await get(harness.stack.url("1"))
     await harness.stack.until_hit("1")

@@ -177,7 +177,7 @@ async def test_a_replay_of_the_nodes_own_log_agrees_with_its_metrics(harness: Ha
     limit = sum(sizes.values()) * 45 // 100
     settings = {
         "storage": {"limit": limit},
-        "evictor": {"min_idle": MIN_IDLE, "interval": 0.1, "cost_per_miss": "320K"},
+        "evictor": {"min_idle": MIN_IDLE, "interval": 0.1, "cost_per_miss": "auto"},
         "log": {"hits": True},
     }
     harness.stack.config.write_text(yaml.safe_dump(settings))

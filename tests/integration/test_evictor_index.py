@@ -15,7 +15,7 @@ from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable
-from distributor_node.shared.domain.eviction import make_policy
+from distributor_node.shared.domain.eviction import MissCost, PolicyEntry, PriorityBasis, make_policy
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import Access, Granted, IndexEntry, PolicyState, Term
 from tests.integration.evictor_harness import body_of, record_of
@@ -155,3 +155,113 @@ async def test_policy_data_seen_before_the_store_had_the_entry_is_written_later(
     known = index.policy.get(new)
     assert known is not None
     assert stored.priority == known.priority > 0
+
+
+LONG_AGO = NOW - 30 * 86_400
+HALF_OF_L = 40_000.0
+
+
+async def stored_by_the_former_version(state: FailingStore, position: str = "") -> list[ObjectId]:
+    """Priorities under c0 = 64 MiB with L = 80,000: a third of the objects was stored before L rose, a third at half of
+    it, a third lately. Returns the order in which they would have gone."""
+    term = await term_of(state)
+    entries, priorities = [], dict[ObjectId, float]()
+    for number, object_id in enumerate(IDS):
+        level, views, at = [(0.0, 1, LONG_AGO), (HALF_OF_L, 1, NOW - 7200), (80_000.0, 1, NOW - 3600)][
+            number % 3
+        ]
+        priorities[object_id] = level + views * (64 * 2**20 + 1000) / 1000
+        entries.append(IndexEntry(object_id, 1000, views, at + number, priorities[object_id]))
+    await state.save_policy(term, entries, PolicyState(PriorityBasis(80_000.0), position))
+    return sorted(IDS, key=lambda object_id: (priorities[object_id], IDS.index(object_id)))
+
+
+async def test_a_store_of_the_former_version_is_taken_over_and_its_order_made_again(
+    state: FailingStore, volume: Volume
+) -> None:
+    await state.record_accesses([Access(IDS[0], 1, NOW - 10)])
+    expected = await stored_by_the_former_version(state)
+    first = await leader(state, volume, "gdsf")
+    assert first.policy.basis.miss_cost == pytest.approx(20_000, rel=0.001), "the mean of what is stored"
+    assert len(first.policy) == COUNT
+    assert order(first) == [*expected[1:], IDS[0]], "and its log is read on"
+    newcomer = first.policy.inflation + 21 / 2
+    assert first.policy.inflation == pytest.approx(80_000 * 20_000 / (64 * 2**20), rel=0.001)
+    fresh = [entry.priority for entry in first.policy.dump() if NOW - 3600 <= entry.last_access < NOW - 60]
+    assert max(fresh) == pytest.approx(newcomer, rel=0.02), (
+        "what was viewed last is worth as much as a newcomer"
+    )
+
+    await first.save(await term_of(state))
+    second = await leader(state, volume, "gdsf")
+    assert list(second.policy.dump()) == list(first.policy.dump())
+    assert second.policy.basis == first.policy.basis
+    state.batches = 0
+    third = await leader(state, volume, "gdsf")
+    with pytest.raises(StateStoreUnavailable):
+        await third.save(await term_of(state))
+    assert not third._dirty, "nothing is left to translate"
+
+
+async def test_a_leader_that_dies_while_it_translates_loses_no_object(
+    state: FailingStore, volume: Volume
+) -> None:
+    await stored_by_the_former_version(state)
+    killed = await leader(state, volume, "gdsf")
+    state.batches = 1
+    with pytest.raises(StateStoreUnavailable):
+        await killed.save(await term_of(state))
+    state.batches = COUNT
+    successor = await leader(state, volume, "gdsf")
+    assert successor.policy.basis == killed.policy.basis
+    assert views(successor) == views(killed)
+    untouched = {entry.object_id: entry for entry in successor.policy.dump()}
+    same = [entry for entry in killed.policy.dump() if untouched[entry.object_id] == entry]
+    assert len(same) >= COUNT - AT_ONCE, "those that were written are translated twice, the others once"
+    await successor.save(await term_of(state))
+    third = await leader(state, volume, "gdsf")
+    assert list(third.policy.dump()) == list(successor.policy.dump())
+
+
+async def test_a_changed_cost_is_translated_and_a_moved_mean_survives_a_restart(
+    state: FailingStore, volume: Volume
+) -> None:
+    index, term = await leader(state, volume, "gdsf"), await term_of(state)
+    await view_all(state)
+    await index.refresh()
+    for victim in index.policy.victims(1, NOW):
+        index.removed(victim.object_id, evicted=True)
+    index.policy.store(ObjectId("large"), 10**9, NOW)
+    moved = index.policy.basis
+    assert moved.miss_cost > 10 * 20_000
+    await index.save(term)
+    assert (await leader(state, volume, "gdsf")).policy.basis == moved
+    fixed = EvictionIndex(state, volume, lambda: make_policy("gdsf", MissCost(fixed=20_000)))
+    await fixed.load()
+    assert fixed.policy.inflation == pytest.approx(moved.inflation * 20_000 / moved.miss_cost)
+    assert (fixed.policy.basis.views, len(fixed.policy)) == (moved.views, COUNT)
+
+
+async def test_an_emptied_store_costs_neither_l_nor_the_mean(volume: Volume, state: FailingStore) -> None:
+    index = await leader(state, volume, "gdsf")
+    await view_all(state)
+    await index.refresh()
+    for victim in index.policy.victims(1, NOW):
+        index.removed(victim.object_id, evicted=True)
+    before, known = index.policy.basis, index.policy.get(BY_ACCESS[-1])
+    assert known is not None
+    index._state = FailingStore(2**40, StateTimeouts(), time.time)
+    await index._state.open()
+    await index.load()
+    assert index.policy.basis == before
+    assert index.known_entry(known.object_id) == known
+    assert list(index.with_priorities([known])) == [known]
+
+
+async def test_in_a_new_store_c0_follows_what_is_adopted(volume: Volume) -> None:
+    store = FailingStore(2**40, StateTimeouts(), time.time)
+    await store.open()
+    index = await leader(store, volume, "gdsf")
+    [adopted] = index.with_priorities([PolicyEntry(ObjectId("a"), 1000, 2, NOW)])
+    assert adopted.priority == 2 * 21
+    assert index.policy.basis.miss_cost == 20_000

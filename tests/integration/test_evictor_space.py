@@ -280,7 +280,7 @@ async def test_evictions_are_measured_and_refetches_noticed(harness: EvictorHarn
 
 async def test_one_event_per_pass_says_what_was_evicted_and_why(harness: EvictorHarness) -> None:
     with capture_logs() as logs:
-        async with harness.evictor():
+        async with harness.evictor(cost_per_miss="64M"):
             await eventually(harness.reconciled)
             await harness.store(*[f"o{number}" for number in range(8)], age=36_000)
             large = SIZE + 5000
@@ -312,7 +312,7 @@ async def test_one_event_per_pass_says_what_was_evicted_and_why(harness: Evictor
         assert {name: removal[name] for name in victim} == victim
         assert victim["reason"] == "high_watermark"
         assert (victim["views"], victim["inflation"]) == (1, 0.0)
-        assert victim["priority"] == pytest.approx((64 * 1024**2 + victim["size"]) / victim["size"])
+        assert victim["priority"] == pytest.approx((64 * 1024**2 + victim["size"]) / victim["size"] / 2)
     assert largest[0]["idle_seconds"] == pytest.approx(40_000, abs=60)
     assert largest[0]["size"] == large
 

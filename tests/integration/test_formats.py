@@ -23,10 +23,11 @@ from distributor_node.shared.adapters.volume.operator_state_file import (
 )
 from distributor_node.shared.adapters.volume.records import encode_record
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.eviction import PriorityBasis
 from distributor_node.shared.domain.formats import FORMAT
 from distributor_node.shared.domain.objects import Assignment, ContentHash, ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
-from distributor_node.shared.ports.state_store import Access, FetchPhase, Granted, IndexEntry
+from distributor_node.shared.ports.state_store import Access, FetchPhase, Granted, IndexEntry, PolicyState
 
 LIMIT = 10_000_000_000
 ENTRY = IndexEntry(
@@ -239,6 +240,28 @@ def test_records_are_written_as_releases_without_a_format_number_read_them() -> 
         assert {name: type(written[name]) for name in before} == {name: type(before[name]) for name in before}
         if record.content_hash is not None:
             assert {name: written[name] for name in before} == before
+
+
+@pytest.mark.servers
+async def test_the_policys_state_of_the_version_before_is_read_and_what_it_wrote_since_is_believed(
+    store: RedisStateStore, server: Redis, redis_prefix: str
+) -> None:
+    policy = f"{redis_prefix}policy"
+    await server.hset(policy, mapping={"inflation": "17.25", "position": "5-0"})
+    assert await store.load_policy_state() == PolicyState(PriorityBasis(17.25), "5-0")
+    term = await store.lead("test", 60)
+    assert term is not None
+    written = PolicyState(PriorityBasis(18.1, "gdsf", 20_000.5, 3.0, 3000.1), "6-0")
+    await store.save_policy(term, [], written)
+    assert await store.load_policy_state() == written
+    assert (await server.hmget(policy, "inflation", "position")) == [b"18.1", b"6-0"], (
+        "the version before reads these"
+    )
+    await server.hset(policy, mapping={"inflation": "18.1", "position": "7-0"})
+    assert await store.load_policy_state() == PolicyState(PriorityBasis(18.1, "", 0.0, 3.0, 3000.1), "7-0")
+    for damaged in ("{", "[]", '{"policy": "gdsf"}', '{"written_with": [18.1, "7-0"], "miss_cost": -1}'):
+        await server.hset(policy, "basis", damaged)
+        assert await store.load_policy_state() == PolicyState(PriorityBasis(18.1), "7-0")
 
 
 def test_files_without_a_format_number_are_read(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from random import Random
 
 import pytest
 
-from benchmarks.other_policies import S3Fifo, Sieve
 from benchmarks.policies import SETTINGS, policy_of
+from distributor_node.services.replay.comparison import S3Fifo, Sieve
 from distributor_node.services.replay.scenarios import Setting
 from distributor_node.shared.domain.eviction import EvictionPolicy, PolicyEntry
 from distributor_node.shared.domain.objects import ObjectId

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from random import Random
 
@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributor_node.shared.domain.eviction import EvictionPolicy, Gdsf, Lru, LruSp, PolicyEntry
+from distributor_node.shared.domain.eviction import EvictionPolicy, Gdsf, Lru, LruSp, MissCost, PolicyEntry
 from distributor_node.shared.domain.objects import ObjectId
 from tests.unit.textbook_policies import Textbook, TextbookGdsf, TextbookLru, TextbookLruSp
 
@@ -19,9 +19,10 @@ MIB = 1024**2
 POLICIES: dict[str, tuple[Callable[[], EvictionPolicy], Callable[[], Textbook]]] = {
     "lru": (Lru, TextbookLru),
     "lru-sp": (LruSp, TextbookLruSp),
-    "gdsf, bytes count": (partial(Gdsf, 0), partial(TextbookGdsf, miss_cost=0)),
-    "gdsf": (Gdsf, partial(TextbookGdsf, miss_cost=64 * MIB)),
-    "gdsf, misses count": (partial(Gdsf, 2**60), partial(TextbookGdsf, miss_cost=2**60)),
+    "gdsf": (Gdsf, partial(TextbookGdsf, factor=20.0)),
+    "gdsf, 30x": (partial(Gdsf, MissCost(30.0)), partial(TextbookGdsf, miss_cost=96.0 * MIB, factor=30.0)),
+    "gdsf, bytes count": (partial(Gdsf, MissCost(fixed=0)), partial(TextbookGdsf, miss_cost=0.0)),
+    "gdsf, misses count": (partial(Gdsf, MissCost(fixed=2**60)), partial(TextbookGdsf, miss_cost=2.0**60)),
 }
 
 # Few ids, sizes and times: ties, replaced entries and late reports are what goes wrong.
@@ -38,6 +39,13 @@ class Added:
     object_id: ObjectId
     size: int
     frequency: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    object_id: ObjectId
+    size: int
+    begins_view: bool
 
 
 @dataclass(frozen=True)
@@ -68,10 +76,14 @@ class Restored:
 
 
 added = st.builds(Added, ids, sizes, st.sampled_from([1, 1, 1, 2, 3, 7, 1000]))
+stored = st.builds(Stored, ids, sizes, st.booleans())
 actions = st.one_of(
     added,
-    added,
-    st.builds(Accessed, ids, st.sampled_from([0, 1, 1, 2, 5]), st.sampled_from([0.0, 0.0, 2.0, 100.0])),
+    stored,
+    stored,
+    st.builds(
+        Accessed, ids, st.sampled_from([0, 1, 1, 2, 5, 30_000]), st.sampled_from([0.0, 0.0, 2.0, 100.0])
+    ),
     st.builds(Removed, ids, st.booleans()),
     st.builds(
         Chosen,
@@ -100,6 +112,9 @@ def test_same_victims_as_the_textbook(name: str, trace: list[tuple[float, object
                 entry = PolicyEntry(object_id, size, frequency, now)
                 policy.add(entry)
                 textbook.add(entry)
+            case Stored(object_id, size, begins_view):
+                policy.store(object_id, size, now, begins_view=begins_view)
+                textbook.store(object_id, size, now, begins_view=begins_view)
             case Accessed(object_id, views, late):
                 policy.access(object_id, views, now - late)
                 textbook.access(object_id, views, now - late)
@@ -110,9 +125,10 @@ def test_same_victims_as_the_textbook(name: str, trace: list[tuple[float, object
                 choose(policy, textbook, action, now)
             case Restored(twice):
                 entries = list(policy.dump())
-                textbook = restored_textbook(textbook, make_textbook)
-                inflation, policy = policy.inflation, make()
-                policy.restore(reversed(entries * 2 if twice else entries), inflation)
+                textbook = restored_textbook(textbook)
+                basis, policy = policy.basis, make()
+                policy.restore(reversed(entries * 2 if twice else entries), basis)
+                policy.end_restore()
         assert len(policy) == len(textbook.entries)
     whole_order = Chosen(2**60, -1e9, frozenset(), 1000, evict=False)
     choose(policy, textbook, whole_order, now)
@@ -129,16 +145,16 @@ def test_same_victims_among_hundreds(name: str, seed: int) -> None:
     make, make_textbook = POLICIES[name]
     policy, textbook = make(), make_textbook()
     random, now = Random(seed), 1_700_000_000.0
-    for _ in range(3000):
+    for _ in range(4000):
         now += random.choice([0.0, 1.0, 20.0])
-        object_id = ObjectId(str(random.randrange(600)))
+        object_id = ObjectId(str(random.randrange(1500)))
         if object_id in policy:
             policy.access(object_id, 1, now)
             textbook.access(object_id, 1, now)
         else:
-            entry = PolicyEntry(object_id, int(20_000 * 10 ** random.uniform(0, 5)), 1, now)
-            policy.add(entry)
-            textbook.add(entry)
+            size, begins_view = int(20_000 * 10 ** random.uniform(0, 5)), random.random() < 0.8
+            policy.store(object_id, size, now, begins_view=begins_view)
+            textbook.store(object_id, size, now, begins_view=begins_view)
         if random.random() < 0.03:
             choose(policy, textbook, Chosen(2**60, 120.0, frozenset(), 10, evict=True), now)
     choose(policy, textbook, Chosen(2**60, 0.0, frozenset(), 1000, evict=False), now)
@@ -165,7 +181,8 @@ def figures(policy: EvictionPolicy) -> dict[ObjectId, tuple[int, int, float, flo
     }
 
 
-def restored_textbook(textbook: Textbook, make_textbook: Callable[[], Textbook]) -> Textbook:
-    fresh = make_textbook()
-    fresh.inflation, fresh.entries = textbook.inflation, textbook.entries
-    return fresh
+def restored_textbook(textbook: Textbook) -> Textbook:
+    """Only what was evicted is forgotten."""
+    if isinstance(textbook, TextbookGdsf):
+        return replace(textbook, cells=256, evicted={})
+    return textbook

@@ -11,9 +11,12 @@ from distributor_node.shared.domain.eviction import (
     Gdsf,
     Lru,
     LruSp,
+    MissCost,
     PolicyEntry,
+    PriorityBasis,
     make_policy,
 )
+from distributor_node.shared.domain.eviction.gdsf import EvictedViews
 from distributor_node.shared.domain.eviction.lru_sp import cost_of, group_of
 from distributor_node.shared.domain.objects import ObjectId
 
@@ -66,7 +69,7 @@ def test_lru_sp_ties_go_to_the_later_group() -> None:
 
 @pytest.mark.parametrize(("miss_cost", "first"), [(0, "thumbnail"), (64 * MIB, "video"), (2**50, "video")])
 def test_c0_decides_between_misses_and_bytes(miss_cost: int, first: str) -> None:
-    policy = Gdsf(miss_cost)
+    policy = Gdsf(MissCost(fixed=miss_cost))
     policy.add(THUMBNAIL)
     policy.add(VIDEO)
     policy.access(VIDEO.object_id, 40, NOW)
@@ -90,24 +93,119 @@ def test_gdsf_ages_by_its_victims() -> None:
 @pytest.mark.parametrize("former", POLICY_NAMES)
 @pytest.mark.parametrize("latter", POLICY_NAMES)
 def test_a_change_of_policy_keeps_every_object(former: str, latter: str) -> None:
-    old, new = make_policy(former), make_policy(latter, 2**30)
+    old, new = make_policy(former), make_policy(latter, MissCost(fixed=2**30))
     old.add(VIDEO)
     old.remove(VIDEO.object_id, evicted=True)
     old.add(THUMBNAIL)
     old.add(VIDEO)
-    new.restore(old.dump(), old.inflation)
+    new.restore(old.dump(), old.basis)
     assert sorted(order(new)) == ["thumbnail", "video"]
 
 
-def test_gdsf_clamps_priorities_of_other_policies() -> None:
-    policy = Gdsf(0)  # worth is the frequency
-    entries = [
-        PolicyEntry(ObjectId(name), KIB, 2, NOW, priority)
-        for name, priority in [("none", 0.0), ("low", 0.5), ("own", 3.25), ("high", 1e12)]
-    ]
-    policy.restore(entries, 5.0)
-    priorities = {entry.object_id: entry.priority for entry in policy.dump()}
-    assert priorities == {"none": 7.0, "low": 2.0, "own": 3.25, "high": 7.0}
+SMALL = 2**10  # bytes; with a c0 of 2^20 one view is worth 1025
+FORMER = PriorityBasis(inflation=64_000.0)  # as versions wrote it that had c0 = 64 MiB and w(1) = 1
+
+
+def translated(basis: PriorityBasis, cost: MissCost, priority: float, views: int = 2) -> float:
+    policy = Gdsf(cost)
+    policy.restore([PolicyEntry(ObjectId("a"), SMALL, views, NOW, priority)], basis)
+    return policy.victims(1, NOW)[0].priority
+
+
+@pytest.mark.parametrize(
+    ("priority", "level"),
+    [(0.0, 1000.0), (2 * 65_537.0, 0.0), (2 * 65_537.0 + 32_000.0, 500.0), (1e12, 1000.0), (5.0, 0.0)],
+    ids=["none", "never aged", "half of L", "another policy's", "less than possible"],
+)
+def test_priorities_of_an_earlier_version_keep_their_share_of_inflation(
+    priority: float, level: float
+) -> None:
+    """c0 was 64 MiB and is 1 MiB now: all that came from L shrinks to a 64th."""
+    basis = FORMER.counting([(2**20 // 20 + 1, 1)])
+    cost = MissCost(factor=2**20 / (2**20 // 20 + 1))
+    assert translated(basis, cost, priority) == pytest.approx(level + 2 * 1025.0)
+
+
+def test_an_earlier_version_with_a_cost_of_its_own_is_translated_by_that_cost() -> None:
+    priority = 3 * 1025.0 + 7.0
+    assert translated(PriorityBasis(9.0), MissCost(fixed=2**20), priority, 3) == pytest.approx(priority)
+
+
+@pytest.mark.parametrize("cost", [MissCost(factor=20), MissCost(factor=30), MissCost(fixed=2**22)])
+def test_a_change_of_cost_scales_what_came_from_inflation(cost: MissCost) -> None:
+    basis = PriorityBasis(640.0, "gdsf", 20 * 1024.0, views=10.0, viewed_bytes=10_240.0)
+    now = cost.by_mean(1024.0)
+    expected = 64.0 * now / (20 * 1024) + 2 * (now + SMALL) / SMALL
+    assert translated(basis, cost, 64.0 + 2 * 21.0) == pytest.approx(expected)
+
+
+def test_priorities_given_while_c0_was_higher_are_taken_as_they_are() -> None:
+    basis = PriorityBasis(1.0, "gdsf", 20 * 1024.0, views=10.0, viewed_bytes=10_240.0)
+    assert translated(basis, MissCost(), 5_000.0) == 5_000.0
+
+
+def test_c0_follows_the_mean_of_the_views_and_lowers_no_priority() -> None:
+    policy = Gdsf()
+    policy.store(ObjectId("a"), 1000, NOW)
+    assert policy.basis.miss_cost == 20_000
+    first = policy.get(ObjectId("a"))
+    assert first is not None
+    assert first.priority == 21 / 2
+    policy.store(ObjectId("b"), 3000, NOW)
+    assert policy.basis.miss_cost == 40_000
+    policy.access(ObjectId("b"), 2, NOW)
+    assert policy.basis.miss_cost == 20 * 10_000 / 4
+    for _ in range(2000):
+        policy.access(ObjectId("b"), 1, NOW)
+    assert policy.basis.miss_cost > 59_000
+    policy.access(ObjectId("a"), 20_000, NOW)
+    assert policy.basis.miss_cost < 25_000
+    assert policy.get(ObjectId("a")) == PolicyEntry(
+        ObjectId("a"), 1000, 20_001, NOW, 20_001 * (policy.basis.miss_cost + 1000) / 1000
+    )
+
+
+def test_old_views_count_less_and_less() -> None:
+    policy = Gdsf()
+    policy.store(ObjectId("a"), 1000, NOW)
+    policy.store(ObjectId("b"), 100_000, NOW)
+    for _ in range(40_000):
+        policy.access(ObjectId("a"), 1, NOW)
+        assert policy.basis.views < 32 * 2 + 20_000
+    before = policy.basis.miss_cost
+    for _ in range(40_000):
+        policy.access(ObjectId("b"), 1, NOW)
+    assert before == pytest.approx(20_000, rel=0.01)
+    assert policy.basis.miss_cost > 20 * 85_000, "of the last views most were of b"
+
+
+def test_an_object_that_comes_back_has_its_views() -> None:
+    policy = Gdsf()
+    for begins_view, views in ((True, 8), (False, 7)):
+        policy.add(PolicyEntry(ObjectId("a"), 1000, 7, NOW))
+        policy.remove(ObjectId("a"), evicted=True)
+        policy.store(ObjectId("a"), 1000, NOW, begins_view=begins_view)
+        entry = policy.get(ObjectId("a"))
+        assert entry is not None
+        assert entry.frequency == views
+        policy.remove(ObjectId("a"))
+        policy.store(ObjectId("a"), 1000, NOW, begins_view=begins_view)
+        entry = policy.get(ObjectId("a"))
+        assert entry is not None
+        assert entry.frequency == 1, "removed for another reason than room: it starts again"
+
+
+def test_the_memory_of_the_evicted_has_cells_for_half_of_the_objects() -> None:
+    evicted = EvictedViews()
+    for number in range(100_000):
+        evicted.put(ObjectId(str(number)), 300, residents=20_000)
+    assert 20_000 / 2 <= evicted.cells < 20_000
+    known = [evicted.take(ObjectId(str(number))) for number in range(100_000)]
+    assert set(known) == {0, 255}
+    assert sum(map(bool, known)) == evicted.cells, "every cell is used"
+    recent = known[-evicted.cells // 2 :]
+    assert sum(map(bool, recent)) > 0.9 * len(recent), "those evicted last are known"
+    assert not any(evicted.take(ObjectId(str(number))) for number in range(100_000)), "each is taken once"
 
 
 def test_a_later_lru_access_reported_early_keeps_its_place() -> None:

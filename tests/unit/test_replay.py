@@ -33,6 +33,7 @@ from distributor_node.services.replay.scenarios import (
     try_setting,
 )
 from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.eviction import AUTO_COST, MissCost
 from distributor_node.shared.domain.eviction.simulator import Outcome, Rules
 from distributor_node.shared.domain.objects import ObjectId
 
@@ -254,8 +255,19 @@ def test_cache_sizes_and_settings() -> None:
     assert [size.limit for size in parse_cache_sizes(["2G", "5%", "1%"], 10_000)] == [100, 500, 2 * 1024**3]
     with pytest.raises(ConfigurationError):
         parse_cache_sizes(["much"], 10_000)
-    names = [setting.name for setting in settings_to_try(["lru", "gdsf"], [2**20, 2**26], [2**23])]
-    assert names == ["lru", "gdsf c0=1M", "gdsf c0=64M", "gdsf c0=1M, second view above 8M"]
+    names = [
+        setting.name
+        for setting in settings_to_try(
+            ["lru", "gdsf"], [AUTO_COST, MissCost(30.0), MissCost(fixed=2**26)], [2**23]
+        )
+    ]
+    assert names == [
+        "lru",
+        "gdsf c0=auto",
+        "gdsf c0=30x",
+        "gdsf c0=64M",
+        "gdsf c0=auto, second view above 8M",
+    ]
 
 
 def test_the_recommendation_prefers_fewer_bytes_from_sources_among_equals() -> None:
@@ -292,7 +304,7 @@ def test_a_sample_gives_nearly_the_same_as_everything() -> None:
         if int(request.object_id) % 2:
             sampled.add(line)
     limit = whole.footprint // 10  # less is a single video
-    setting = Setting("gdsf", 2**26)
+    setting = Setting("gdsf", AUTO_COST)
     everything = try_setting(whole.requests(), setting, Rules.of(limit), lambda _: None)
     half = try_setting(sampled.requests(), setting, Rules.of(limit // 2), lambda _: None)
     assert half.object_hit_ratio == pytest.approx(everything.object_hit_ratio, abs=0.03)
@@ -315,7 +327,7 @@ def test_the_whole_command(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "300 requests for 30 objects" in done.output
     assert "By the log's own account, 89.7% of requests were hits." in done.output
-    assert "| 1M | gdsf c0=64M | 0.900 |" in done.output
+    assert "| 1M | gdsf c0=auto | 0.900 |" in done.output
     assert done.output.splitlines()[-1].startswith("With 200%") or done.output.splitlines()[-1].startswith(
         "With 1M"
     )

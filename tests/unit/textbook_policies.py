@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
@@ -26,6 +27,9 @@ class Textbook:
 
     def add(self, entry: PolicyEntry) -> None:
         self.entries[entry.object_id] = replace(entry, priority=self.inflation + self.worth(entry))
+
+    def store(self, object_id: ObjectId, size: int, now: float, *, begins_view: bool) -> None:
+        self.add(PolicyEntry(object_id, size, 1, now))
 
     def access(self, object_id: ObjectId, views: int, now: float) -> None:
         if object_id in self.entries:
@@ -62,10 +66,58 @@ class TextbookLru(Textbook):
 
 @dataclass
 class TextbookGdsf(Textbook):
-    miss_cost: int = 0
+    """`factor`: c0 is so many times the mean of a view; None: it stays as it is."""
+
+    miss_cost: float = 64.0 * 1024**2
+    factor: float | None = None
+    views: float = 0.0
+    viewed_bytes: float = 0.0
+    cells: int = 256
+    evicted: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    """For each row of the memory its (hash, views), the last victim first."""
 
     def worth(self, entry: PolicyEntry) -> float:
-        return entry.frequency * (self.miss_cost + max(1, entry.size)) / max(1, entry.size)
+        counted = {1: 0.5}.get(entry.frequency, entry.frequency)
+        return counted * (self.miss_cost + max(1, entry.size)) / max(1, entry.size)
+
+    def store(self, object_id: ObjectId, size: int, now: float, *, begins_view: bool) -> None:
+        views, row = 0, self.row(object_id)
+        for known in [known for known in row if known[0] == self.hash(object_id)][:1]:
+            row.remove(known)
+            views = known[1]
+        if begins_view:
+            self.count(size, 1)
+        self.add(PolicyEntry(object_id, size, max(1, views + begins_view), now))
+
+    def access(self, object_id: ObjectId, views: int, now: float) -> None:
+        if object_id in self.entries and views:
+            self.count(self.entries[object_id].size, views)
+        super().access(object_id, views, now)
+
+    def remove(self, object_id: ObjectId, *, evicted: bool) -> None:
+        gone = self.entries.get(object_id)
+        if gone is not None and evicted:
+            if len(self.entries) > 2 * self.cells:
+                self.cells, self.evicted = self.cells * 2, {}
+            row = self.row(object_id)
+            row.insert(0, (self.hash(object_id), min(gone.frequency, 255)))
+            del row[8:]
+        super().remove(object_id, evicted=evicted)
+
+    def count(self, size: int, views: int) -> None:
+        self.views += views
+        self.viewed_bytes += views * size
+        if self.views >= 2 * (16 * len(self.entries) + 10_000):
+            self.views, self.viewed_bytes = self.views / 2, self.viewed_bytes / 2
+        if self.factor is not None:
+            self.miss_cost = self.factor * (self.viewed_bytes / self.views)
+
+    def hash(self, object_id: ObjectId) -> int:
+        return zlib.crc32(object_id.encode())
+
+    def row(self, object_id: ObjectId) -> list[tuple[int, int]]:
+        mixed = self.hash(object_id) * 2_654_435_761 % 2**32
+        return self.evicted.setdefault(mixed * (self.cells // 8) // 2**32, [])
 
 
 class TextbookLruSp(Textbook):

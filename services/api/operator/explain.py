@@ -11,10 +11,10 @@ from typing import Any, Literal
 from distributor_node.services.api.operator.commands import fetch_as_json
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import VolumeError
-from distributor_node.shared.domain.eviction import PolicyEntry
+from distributor_node.shared.domain.eviction import Gdsf, PolicyEntry
 from distributor_node.shared.domain.eviction.position import Position, position_of
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
-from distributor_node.shared.ports.state_store import IndexEntry, ObjectStatus, StateStore
+from distributor_node.shared.ports.state_store import IndexEntry, ObjectStatus, StateStore, with_views
 from distributor_node.shared.settings.model import EvictorSettings
 
 StoredState = Literal["stored", "leaving", "missing", "unindexed", "failed", "absent"]
@@ -39,12 +39,14 @@ class ObjectExplainer:
         status = await self._state.find(object_id)
         entry = await self._state.entry(object_id)
         pinned = await self._state.pinned()
-        inflation = (await self._state.load_policy_state()).inflation
         on_volume = await asyncio.to_thread(self._look_at_volume, object_id)
         position = None
         if entry is not None and not entry.evicting:
-            policy, miss_cost = self._evictor.policy, self._evictor.cost_per_miss
-            position = position_of(policy, miss_cost, _as_policy_entry(entry), inflation, self._clock())
+            policy, cost = self._evictor.policy, self._evictor.cost_per_miss
+            basis = (await self._state.load_policy_state()).basis
+            if policy == Gdsf.name and cost.fixed is None:
+                basis = await with_views(self._state, basis)
+            position = position_of(policy, cost, _as_policy_entry(entry), basis, self._clock())
         if position is not None and object_id not in pinned:
             await self._find_place(position, pinned)
             before: dict[str, int | None] = {
@@ -62,7 +64,7 @@ class ObjectExplainer:
             "lastAccess": None if entry is None else round(entry.last_access, 3),
             "policy": self._evictor.policy,
             "priority": None if position is None else position.priority,
-            "inflation": None if position is None or position.priority is None else inflation,
+            "inflation": None if position is None else position.inflation,
             **before,
             "pinned": object_id in pinned,
             "sending": on_volume.sending,

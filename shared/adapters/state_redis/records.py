@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distributor_node.shared.domain.eviction.policy import PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import (
     ACCESS_TIME_RESOLUTION,
@@ -19,6 +20,7 @@ from distributor_node.shared.ports.state_store import (
     FetchPhase,
     IndexEntry,
     ObjectStatus,
+    PolicyState,
     ServerStats,
     Topic,
     WorkerReport,
@@ -37,7 +39,7 @@ class Keys:
                       kept its keys), cursor (of the search for answers that are not in catalog:answers)
     wishes    HASH    object id → requested bytes and their expiry
     leader    STRING  "token holder", expires
-    policy    HASH    inflation, position
+    policy    HASH    inflation, position, basis (JSON, see pack_basis)
     accesses  STREAM  batches of accesses, bounded
     failure:… STRING  reason and cause (see pack_failure), one per object, expires
     orders    HASH    version, orders (JSON): the operator state
@@ -197,6 +199,48 @@ def read_accesses(packed: bytes) -> list[Access]:
         ]
     except (ValueError, TypeError, RecursionError):
         return []
+
+
+def pack_basis(state: PolicyState) -> str:
+    """JSON. The state's L and position are in it too: a version that knows no basis changes only the originals."""
+    basis = state.basis
+    return json.dumps(
+        {
+            "policy": basis.policy,
+            "miss_cost": basis.miss_cost,
+            "views": basis.views,
+            "viewed_bytes": basis.viewed_bytes,
+            "written_with": [basis.inflation, state.position],
+        }
+    )
+
+
+def read_policy_state(inflation: bytes | None, position: bytes | None, packed: bytes | None) -> PolicyState:
+    """ValueError if L or the position cannot be read."""
+    level, at = _finite(float(inflation or 0)), (position or b"").decode("ascii")
+    return PolicyState(_read_basis(level, at, packed or b""), at)
+
+
+def _read_basis(level: float, position: str, packed: bytes) -> PriorityBasis:
+    """L alone if there is no more, or no more that can be read."""
+    try:
+        fields = json.loads(packed)
+        own = fields["written_with"] == [level, position]
+        return PriorityBasis(
+            inflation=level,
+            policy=str(fields["policy"]) if own else "",
+            miss_cost=_finite(float(fields["miss_cost"])) if own else 0.0,
+            views=_finite(float(fields["views"])),
+            viewed_bytes=_finite(float(fields["viewed_bytes"])),
+        )
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return PriorityBasis(level)
+
+
+def _finite(number: float) -> float:
+    if not 0 <= number < float("inf"):
+        raise ValueError(f"expected a finite number of at least 0, got {number}")
+    return number
 
 
 def pack_worker(report: WorkerReport) -> bytes:

@@ -17,12 +17,14 @@ from distributor_node.shared.adapters.state_redis.connection import RedisConnect
 from distributor_node.shared.adapters.state_redis.records import (
     pack_accesses,
     pack_announcement,
+    pack_basis,
     pack_failure,
     pack_worker,
     read_accesses,
     read_entry,
     read_fetch,
     read_object_status,
+    read_policy_state,
     read_server_stats,
     read_worker,
 )
@@ -347,19 +349,20 @@ class RedisStateStore:
         return None if packed is None else read_entry(object_id.encode(), packed)
 
     async def load_policy_state(self) -> PolicyState:
-        found = await self._connection.command("HMGET", self._connection.keys.policy, "inflation", "position")
-        inflation, position = found
+        fields = ("inflation", "position", "basis")
+        found = await self._connection.command("HMGET", self._connection.keys.policy, *fields)
         try:
-            return PolicyState(float(inflation or 0), (position or b"").decode("ascii"))
-        except ValueError:
-            logger.error("policy_state_dropped")
-            return PolicyState(0.0, "")
+            return read_policy_state(*found)
+        except ValueError as error:
+            logger.error("policy_state_dropped", reason=str(error))
+            return PolicyState()
 
     async def save_policy(self, term: Term, entries: Sequence[IndexEntry], state: PolicyState) -> None:
         values: list[str | int | float] = []
         for entry in entries:
             values += (entry.object_id, entry.frequency, entry.last_access, entry.priority)
-        await self._run_as_leader("save_policy", term, "", state.inflation, state.position, *values)
+        kept = (state.basis.inflation, state.position, pack_basis(state))
+        await self._run_as_leader("save_policy", term, "", *kept, *values)
 
     async def _run_as_leader(
         self, script: str, term: Term, object_id: ObjectId | str = "", *arguments: str | int | float

@@ -5,20 +5,22 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from distributor_node.shared.domain.errors import ConfigurationError
-from distributor_node.shared.domain.eviction.gdsf import DEFAULT_MISS_COST, Gdsf
+from distributor_node.shared.domain.eviction.gdsf import AUTO_COST, Gdsf, MissCost
 from distributor_node.shared.domain.eviction.lru_sp import LruSp
 from distributor_node.shared.domain.eviction.packed import Lru
-from distributor_node.shared.domain.eviction.policy import EvictionPolicy, PolicyEntry
+from distributor_node.shared.domain.eviction.policy import EvictionPolicy, PolicyEntry, PriorityBasis
 
 __all__ = [
-    "DEFAULT_MISS_COST",
+    "AUTO_COST",
     "POLICY_NAMES",
     "EvictionPolicy",
     "Gdsf",
     "Lru",
     "LruSp",
+    "MissCost",
     "PolicyEntry",
     "PolicyName",
+    "PriorityBasis",
     "make_policy",
 ]
 
@@ -26,11 +28,11 @@ PolicyName = Literal["gdsf", "lru-sp", "lru"]
 POLICY_NAMES: tuple[PolicyName, ...] = get_args(PolicyName)
 
 
-def make_policy(name: str, miss_cost: int = DEFAULT_MISS_COST) -> EvictionPolicy:
-    """A fresh policy. `miss_cost` (c0, bytes) concerns gdsf alone. Raises ConfigurationError for an unknown name."""
+def make_policy(name: str, cost: MissCost = AUTO_COST) -> EvictionPolicy:
+    """A fresh policy. `cost` concerns gdsf alone. Raises ConfigurationError for an unknown name."""
     match name:
         case "gdsf":
-            return Gdsf(miss_cost)
+            return Gdsf(cost)
         case "lru-sp":
             return LruSp()
         case "lru":

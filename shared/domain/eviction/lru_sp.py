@@ -17,7 +17,7 @@ from contextlib import ExitStack, closing
 
 from distributor_node.shared.domain.eviction.lazy_heap import LazyHeap
 from distributor_node.shared.domain.eviction.packed import PackedPolicy
-from distributor_node.shared.domain.eviction.policy import PolicyEntry
+from distributor_node.shared.domain.eviction.policy import PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 
 GROUPS = 24
@@ -49,8 +49,8 @@ class LruSp(PackedPolicy):
 
     name = "lru-sp"
 
-    def _clear(self, inflation: float) -> None:
-        super()._clear(inflation)
+    def _clear(self, basis: PriorityBasis) -> None:
+        super()._clear(basis)
         self._groups = [LazyHeap(self._records) for _ in range(GROUPS)]
         self._group_of = array("B")
 

@@ -11,7 +11,7 @@ from contextlib import closing
 from typing import ClassVar, cast
 
 from distributor_node.shared.domain.eviction.lazy_heap import LazyHeap, PackedRecords
-from distributor_node.shared.domain.eviction.policy import PolicyEntry
+from distributor_node.shared.domain.eviction.policy import NO_BASIS, PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 
@@ -31,7 +31,7 @@ class PackedPolicy:
     _heap: LazyHeap
 
     def __init__(self) -> None:
-        self._clear(0.0)
+        self._clear(NO_BASIS)
 
     def __len__(self) -> int:
         return len(self._records.slots)
@@ -50,6 +50,14 @@ class PackedPolicy:
     def dump(self) -> Iterator[PolicyEntry]:
         """Priorities are 0.0 where the policy has none."""
         return map(self._records.entry, self._records.slots.values())
+
+    @property
+    def basis(self) -> PriorityBasis:
+        return PriorityBasis(policy=self.name)
+
+    def store(self, object_id: ObjectId, size: int, now: float, *, begins_view: bool = True) -> None:
+        """The first view counts, even if it was counted before."""
+        self.add(PolicyEntry(object_id, size, 1, now))
 
     def add(self, entry: PolicyEntry) -> None:
         self.remove(entry.object_id)
@@ -91,13 +99,16 @@ class PackedPolicy:
                 wanted -= footprint(records.sizes[slot])
         return chosen
 
-    def restore(self, entries: Iterable[PolicyEntry], inflation: float) -> None:
+    def restore(self, entries: Iterable[PolicyEntry], basis: PriorityBasis) -> None:
         """Takes one entry at a time: a generator saves the memory of a list. The last of several entries with the same
         id counts."""
-        self._clear(inflation)
+        self._clear(basis)
         for entry in entries:
             self._insert(entry)
         self._fill_heaps()
+
+    def end_restore(self) -> None:
+        """Without priorities there is nothing to translate."""
 
     # What subclasses override
 
@@ -112,7 +123,7 @@ class PackedPolicy:
     def _age(self, slot: int) -> None:
         """Age by an object that is being evicted; for policies with priorities."""
 
-    def _clear(self, inflation: float) -> None:
+    def _clear(self, basis: PriorityBasis) -> None:
         self._records = PackedRecords(with_priorities=self.has_priorities)
         self._heap = LazyHeap(self._records)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from distributor_node.shared.domain.objects import ObjectId
@@ -20,6 +20,30 @@ class PolicyEntry:
     priority: float = 0.0  # the policy's own; 0.0: none
 
 
+@dataclass(frozen=True, slots=True)
+class PriorityBasis:
+    """What stored priorities rest on, beside the objects' own fields. It is kept with them."""
+
+    inflation: float = 0.0  # L
+    policy: str = ""  # that gave the priorities; "": not known
+    miss_cost: float = 0.0  # c0 in bytes, as it was last
+    # Running sums, from which c0 follows
+    views: float = 0.0
+    viewed_bytes: float = 0.0
+
+    def counting(self, viewed: Iterable[tuple[int, int]]) -> PriorityBasis:
+        """With the views of more objects, each given as its size and number of views."""
+        counted = [(max(1, views), size) for size, views in viewed]
+        return replace(
+            self,
+            views=self.views + sum(views for views, _ in counted),
+            viewed_bytes=self.viewed_bytes + sum(views * size for views, size in counted),
+        )
+
+
+NO_BASIS = PriorityBasis()
+
+
 class EvictionPolicy(Protocol):
     """All times are arguments, in POSIX seconds. Calls for objects that the policy does not hold do nothing."""
 
@@ -31,6 +55,10 @@ class EvictionPolicy(Protocol):
     def inflation(self) -> float:
         """L: the highest priority of all victims, for policies that age by it; 0.0 for the others."""
 
+    @property
+    def basis(self) -> PriorityBasis:
+        """As of now, for `restore`."""
+
     def __len__(self) -> int: ...
 
     def __contains__(self, object_id: object) -> bool: ...
@@ -38,8 +66,11 @@ class EvictionPolicy(Protocol):
     def get(self, object_id: ObjectId) -> PolicyEntry | None:
         """The entry as of now."""
 
+    def store(self, object_id: ObjectId, size: int, now: float, *, begins_view: bool = True) -> None:
+        """An object that was fetched for a view. `begins_view`: False if that view was counted before."""
+
     def add(self, entry: PolicyEntry) -> None:
-        """A new object, last accessed at `entry.last_access`; replaces an entry of the same id."""
+        """An object whose views are known, last accessed at `entry.last_access`; replaces an entry of the same id."""
 
     def access(self, object_id: ObjectId, views: int, now: float) -> None:
         """Count `views` more views, the last one at `now`. A late report never makes an entry older."""
@@ -68,5 +99,9 @@ class EvictionPolicy(Protocol):
     def dump(self) -> Iterator[PolicyEntry]:
         """All entries, in any order. The policy must not change during the iteration."""
 
-    def restore(self, entries: Iterable[PolicyEntry], inflation: float) -> None:
-        """Start again with the entries of a `dump`: the same victims follow."""
+    def restore(self, entries: Iterable[PolicyEntry], basis: PriorityBasis) -> None:
+        """Start again with the entries of a `dump` and the `basis` of the same time: the same victims follow. More of
+        these entries may be added until `end_restore`."""
+
+    def end_restore(self) -> None:
+        """From now on priorities of entries that are added are of this policy and its own basis."""

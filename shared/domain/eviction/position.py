@@ -10,23 +10,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import replace
 
-from distributor_node.shared.domain.eviction.gdsf import (
-    Gdsf,
-    bounded_priority,
-    priority_above_inflation,
-)
+from distributor_node.shared.domain.eviction.gdsf import Gdsf, MissCost, StoredPriorities
 from distributor_node.shared.domain.eviction.lru_sp import GROUPS, LruSp, cost_of, group_of
-from distributor_node.shared.domain.eviction.policy import PolicyEntry
+from distributor_node.shared.domain.eviction.policy import PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.space import footprint
 
 _Place = tuple[float, float, str]  # (priority, last access, id): the order within one heap of a policy
 
 
-def position_of(policy: str, miss_cost: int, target: PolicyEntry, inflation: float, now: float) -> Position:
-    """The place of `target` under the policy of this name, at POSIX time `now`. `miss_cost` and `inflation` (L)
+def position_of(
+    policy: str, cost: MissCost, target: PolicyEntry, basis: PriorityBasis, now: float
+) -> Position:
+    """The place of `target` under the policy of this name, at POSIX time `now`. `cost` and `basis` (of the index)
     concern gdsf alone."""
     if policy == Gdsf.name:
-        return GdsfPosition(target, inflation, miss_cost)
+        return GdsfPosition(target, StoredPriorities(basis, cost))
     if policy == LruSp.name:
         return LruSpPosition(target, now)
     return LruPosition(target)
@@ -41,6 +39,8 @@ class Position(ABC):
     passes = 1
     priority: float | None = None
     """Of the target; None where the policy has no priorities."""
+    inflation: float | None = None
+    """L, for policies with priorities."""
 
     def __init__(self, target: PolicyEntry) -> None:
         self.target = target
@@ -70,11 +70,11 @@ class LruPosition(Position):
 
 
 class GdsfPosition(Position):
-    """By priority. The index may hold none for a new object, or one of another policy: see `bounded_priority`."""
+    """By priority. The index may hold none for a new object, or those of another policy: see `StoredPriorities`."""
 
-    def __init__(self, target: PolicyEntry, inflation: float, miss_cost: int) -> None:
+    def __init__(self, target: PolicyEntry, stored: StoredPriorities) -> None:
         super().__init__(target)
-        self._inflation, self._miss_cost = inflation, miss_cost
+        self._stored, self.inflation = stored, stored.inflation
         self.priority = self._priority_of(target)
         self._target_place = _place(replace(target, priority=self.priority))
 
@@ -82,8 +82,7 @@ class GdsfPosition(Position):
         return (self._priority_of(entry), entry.last_access, entry.object_id) < self._target_place
 
     def _priority_of(self, entry: PolicyEntry) -> float:
-        above = priority_above_inflation(entry.size, max(1, entry.frequency), self._miss_cost)
-        return bounded_priority(entry.priority, above, self._inflation)
+        return self._stored.priority(entry.size, max(1, entry.frequency), entry.priority)
 
 
 class LruSpPosition(Position):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from distributor_node.shared.domain.admission import SecondHitAdmission, ViewCoalescer
-from distributor_node.shared.domain.eviction.policy import EvictionPolicy, PolicyEntry
+from distributor_node.shared.domain.eviction.policy import EvictionPolicy
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
 
@@ -108,21 +108,21 @@ class Simulation:
             if held:
                 self._policy.access(object_id, int(begins_view), at)
             else:
-                self._miss(request)
+                self._miss(request, begins_view=begins_view)
         if not held or (joined is not None and self._fetched_at[object_id] >= joined):
             return False  # if it joined a fetch, the bytes were counted with that
         outcome.hits += 1
         outcome.bytes_hit += sent
         return True
 
-    def _miss(self, request: Request) -> None:
+    def _miss(self, request: Request, *, begins_view: bool) -> None:
         at, object_id, size, sent, *_ = request
         outcome = self.outcome
         if not self._admitted(object_id, size, at) or not self._make_room(footprint(size), at):
             outcome.proxied += 1
             outcome.bytes_from_sources += sent
             return
-        self._policy.add(PolicyEntry(object_id, size, 1, at))
+        self._policy.store(object_id, size, at, begins_view=begins_view)
         self._fetched_at[object_id] = at
         self._used += footprint(size)
         outcome.bytes_from_sources += size

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
--- ARGV: term, inflation, position, then per entry: object id, frequency, last access, priority
+-- ARGV: term, inflation, position, basis (see pack_basis), then per entry: object id, frequency, last access, priority
 if not in_office(ARGV[4]) then return end
-for index = 7, #ARGV, 4 do
+for index = 8, #ARGV, 4 do
   local object = read_object(ARGV[index])
   if object then
     object.frequency, object.last_access, object.priority =
@@ -9,5 +9,5 @@ for index = 7, #ARGV, 4 do
     write_object(ARGV[index], object)
   end
 end
-redis.call('HSET', policy, 'inflation', ARGV[5], 'position', ARGV[6])
+redis.call('HSET', policy, 'inflation', ARGV[5], 'position', ARGV[6], 'basis', ARGV[7])
 if ARGV[6] ~= '' then redis.call('XTRIM', accesses, 'MINID', ARGV[6]) end

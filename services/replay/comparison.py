@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from distributor_node.shared.domain.eviction import PolicyEntry
+from distributor_node.shared.domain.eviction import PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 
@@ -45,12 +45,22 @@ class _Queues(ABC):
     def dump(self) -> Iterator[PolicyEntry]:
         return iter(self._entries.values())
 
+    @property
+    def basis(self) -> PriorityBasis:
+        return PriorityBasis()
+
+    def store(self, object_id: ObjectId, size: int, now: float, *, begins_view: bool = True) -> None:
+        self.add(PolicyEntry(object_id, size, 1, now))
+
     @abstractmethod
     def add(self, entry: PolicyEntry) -> None: ...
 
-    def restore(self, entries: Iterable[PolicyEntry], inflation: float) -> None:
+    def restore(self, entries: Iterable[PolicyEntry], basis: PriorityBasis) -> None:
         for entry in entries:
             self.add(entry)
+
+    def end_restore(self) -> None:  # noqa: B027 - nothing is translated, in no subclass
+        pass
 
     def victims(
         self,
@@ -117,7 +127,8 @@ class Sieve(_Queues):
         while hand in self._visited:
             self._visited.remove(hand)
             hand = self._newer[hand] or self._oldest
-        assert hand is not None
+        if hand is None:
+            raise LookupError("no object to evict")
         self._hand = hand
         return self._entries[hand]
 
