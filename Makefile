@@ -146,6 +146,7 @@ bench-fair: setup servers ## measure look-ups and downloads under load: fairness
 
 .PHONY: bench-policies
 bench-policies: setup servers ## compare eviction policies on generated traces, and measure them with 10^6 objects
+	@$(BIN)/python -m benchmarks.policy_families
 	@$(BIN)/python -m benchmarks.policies $(ARGS)
 	@$(BIN)/python -m benchmarks.policy_scale
 

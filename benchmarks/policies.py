@@ -15,38 +15,26 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from benchmarks.traces import Parameters, Trace
-from distributor_node.services.replay.comparison import S3Fifo, Sieve
 from distributor_node.services.replay.report import render_chart
 from distributor_node.services.replay.scenarios import CacheSize, Result, Setting
 from distributor_node.shared.domain.admission import SecondHitAdmission
-from distributor_node.shared.domain.eviction import EvictionPolicy, MissCost
+from distributor_node.shared.domain.eviction import AUTO_COST, MissCost
 from distributor_node.shared.domain.eviction.simulator import Outcome, Rules, Simulation
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 1024**2
-CLASSIC = 2**50
-"""So large a c0 that misses alone count: GDSF as it was published."""
 SETTINGS = (
     Setting("lru"),
     Setting("sieve"),
     Setting("s3-fifo"),
     Setting("lru-sp"),
-    Setting("gdsf", MissCost(fixed=CLASSIC)),
-    Setting("gdsf", MissCost(fixed=64 * MIB)),
-    Setting("gdsf", MissCost(fixed=64 * MIB), second_view_above=8 * MIB),
+    Setting("gdsf-1998"),
+    Setting("gdsf-64m"),
+    Setting("gdsf", AUTO_COST),
+    Setting("gdsf", AUTO_COST, second_view_above=8 * MIB),
     Setting("gdsf", MissCost(fixed=0)),
 )
 SHARES = (0.01, 0.05, 0.10, 0.25)
-
-
-def policy_of(setting: Setting, limit: int) -> EvictionPolicy:
-    """Ours, or one of the others that stand beside them."""
-    match setting.policy:
-        case "sieve":
-            return Sieve()
-        case "s3-fifo":
-            return S3Fifo(limit)
-    return setting.make_policy()
 
 
 def run_seed(parameters: Parameters, share: float, ranges: bool) -> tuple[str, list[Outcome]]:
@@ -57,7 +45,7 @@ def run_seed(parameters: Parameters, share: float, ranges: bool) -> tuple[str, l
     for setting in SETTINGS:
         above = setting.second_view_above
         admission = None if above is None else SecondHitAdmission(above)
-        simulation = Simulation(policy_of(setting, limit), Rules.of(limit, 0.99, 1.0), admission)
+        simulation = Simulation(setting.make_policy(limit), Rules.of(limit, 0.99, 1.0), admission)
         for request in trace.requests() if ranges else trace.views():
             simulation.process(request)
         outcomes.append(simulation.outcome)
@@ -116,7 +104,7 @@ def main() -> None:
         of_share = done[number * len(arguments.seeds) : (number + 1) * len(arguments.seeds)]
         for place, setting in enumerate(SETTINGS):
             outcomes = [outcomes[place] for _, outcomes in of_share]
-            name = setting.name.replace("c0=1P", "classic")
+            name = setting.name
             lines.append(summary(name, share, outcomes))
             results.append(Result(setting, CacheSize(max(1, int(share * 1e9)), f"{share:.0%}"), outcomes[0]))
     text = "\n".join([*lines, ""])

@@ -12,8 +12,8 @@ import csv
 import math
 import sys
 from array import array
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from random import Random
 from statistics import NormalDist
@@ -24,6 +24,9 @@ from distributor_node.shared.domain.objects import ObjectId
 KB, MB, GB = 10**3, 10**6, 10**9
 START = 1_700_000_000.0
 DAY = 86_400.0
+LOOPS = 6
+"""How often a crawler asks for all objects."""
+A_PRIME = 7919
 GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
@@ -61,6 +64,24 @@ KINDS = (
 )
 
 
+IMAGES = (Kind("image", 1.0, 22 * KB, 1.1, 1 * KB, 4 * MB, 12.0, 0.08),)
+"""Mean 40 KB."""
+SEGMENTS = (Kind("segment", 1.0, 60 * KB, 1.8, 2 * KB, 12 * MB, 8.0, 0.08),)
+"""Parts of videos: mean 0.3 MB, the largest hundredth above 4 MB."""
+DOWNLOADS = (Kind("download", 1.0, 200 * KB, 1.9, 1 * KB, 500 * MB, 6.0, 0.15),)
+"""Mean about 1 MB, a few very large."""
+MIXED = (
+    Kind("image", 0.55, 22 * KB, 1.1, 1 * KB, 4 * MB, 12.0, 0.08),
+    Kind("segment", 0.40, 60 * KB, 1.8, 2 * KB, 12 * MB, 8.0, 0.08),
+    Kind("download", 0.05, 200 * KB, 1.9, 1 * KB, 500 * MB, 6.0, 0.15),
+)
+
+
+def flooded(kinds: tuple[Kind, ...]) -> tuple[Kind, ...]:
+    """With 40 % of the views for objects that are never asked for again."""
+    return tuple(replace(kind, strays=0.4) for kind in kinds)
+
+
 @dataclass(frozen=True)
 class Parameters:
     """How people view.
@@ -82,6 +103,26 @@ class Parameters:
     watched: float = 0.6
     range_bytes: int = 4 * MB
     bitrate: int = 500 * KB
+    holds: float | None = None  # days that one object has a place in the order of popularity; None: for ever
+    loop: float = 0.0  # share of views by a crawler that asks for one object after the other, over and over
+
+
+FAMILIES: Mapping[str, Parameters] = {
+    "ours": Parameters(),
+    "ours, drift": Parameters(holds=1.0),
+    "images": Parameters(kinds=IMAGES),
+    "images, drift": Parameters(kinds=IMAGES, holds=1.0),
+    "images, flood": Parameters(kinds=flooded(IMAGES)),
+    "segments": Parameters(kinds=SEGMENTS),
+    "segments, drift": Parameters(kinds=SEGMENTS, holds=1.0),
+    "segments, flood": Parameters(kinds=flooded(SEGMENTS)),
+    "downloads": Parameters(kinds=DOWNLOADS),
+    "downloads, drift": Parameters(kinds=DOWNLOADS, holds=1.0),
+    "mixed": Parameters(kinds=MIXED),
+    "mixed, drift": Parameters(kinds=MIXED, holds=0.5),
+    "mixed, loop": Parameters(kinds=MIXED, loop=0.3),
+}
+"""Traces by name. `holds`: popularity moves; an object stays where it is in the order for so many days."""
 
 
 class Trace:
@@ -113,13 +154,26 @@ class Trace:
         weights = list(accumulate(rank**-parameters.zipf for rank in range(1, ranked + 1)))
         drawn = random.choices(range(first, first + ranked), cum_weights=weights, k=views - strays)
         published = [random.random() for _ in range(ranked)]
+        phases = [random.random() for _ in range(ranked)] if parameters.holds is not None else []
         duration = parameters.days * DAY
         for number in [*drawn, *range(first + ranked, first + ranked + strays)]:
             part = random.random()
             if number < first + ranked and random.random() < parameters.fresh:
                 age = random.expovariate(parameters.days / parameters.fresh_days)
                 part = (published[number - first] + age) % 1.0
+            if number < first + ranked:
+                number = first + self._moved(number - first, ranked, part, phases, random)  # noqa: PLW2901
             yield START + part * duration, number
+
+    def _moved(self, rank: int, ranked: int, part: float, phases: list[float], random: Random) -> int:
+        """The object that is asked for at this part of the time, in place of that of the same rank."""
+        parameters = self.parameters
+        if parameters.loop and random.random() < parameters.loop:
+            return int(part * LOOPS * ranked) % ranked
+        if parameters.holds is None:
+            return rank
+        held = int(part * parameters.days / parameters.holds + phases[rank])
+        return (rank + held * A_PRIME) % ranked
 
     def views(self) -> Iterator[Request]:
         """One request for each view, for the whole object."""

@@ -48,6 +48,13 @@ SecondViews = Annotated[
         help="Size above which objects are cached on their second view, or 'off'; repeatable.",
     ),
 ]
+Compared = Annotated[
+    str,
+    typer.Option(
+        "--compare",
+        help="Other policies to try: sieve, s3-fifo, arc, w-tinylfu, gdsf-1998, gdsf-64m; separated by commas.",
+    ),
+]
 SizesFile = Annotated[
     Path | None, typer.Option("--sizes", metavar="MANIFEST", help="Manifest with the sizes of the objects.")
 ]
@@ -75,13 +82,14 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
     sample: Sample = 1.0,
     picture: Picture = None,
     config: ConfigFile = None,
+    compare: Compared = "",
 ) -> None:
     """Try policies, cache sizes and settings on your own access logs."""
     from rich.console import Console
 
     from distributor_node.services.replay.run import ReplayRequest
     from distributor_node.services.replay.run import replay as run_replay
-    from distributor_node.services.replay.scenarios import settings_to_try
+    from distributor_node.services.replay.scenarios import Setting, settings_to_try
 
     unknown = set(policy) - set(POLICY_NAMES)
     if unknown:
@@ -90,6 +98,7 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
         )
     thresholds = [] if second_view_above == ["off"] else _sizes("second-view-above", second_view_above)
     settings = settings_to_try(policy, _miss_costs(miss_cost), thresholds)
+    settings += [Setting(name) for name in _compared(compare)]
     own = _own_node(config) if config is not None else None
     request = ReplayRequest(logs, size, settings, sizes, sample, picture, own)
     print(run_replay(request, Console(stderr=True)), end="")
@@ -111,6 +120,16 @@ def _own_node(config: Path) -> OwnNode:
     )
     cost = evictor.cost_per_miss if evictor.policy == "gdsf" else None
     return OwnNode(Setting(evictor.policy, cost, admission.above_size), storage.limit, rules)
+
+
+def _compared(text: str) -> list[str]:
+    from distributor_node.services.replay.comparison import OTHER_POLICIES
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in OTHER_POLICIES]
+    if unknown:
+        raise ConfigurationError(f"compare: expected {', '.join(OTHER_POLICIES)}, got {', '.join(unknown)}")
+    return list(dict.fromkeys(names))
 
 
 def _miss_costs(texts: list[str]) -> list[MissCost]:

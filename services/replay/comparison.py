@@ -1,18 +1,20 @@
-"""SIEVE and S3-FIFO as they were published, to stand beside ours in the table; the node does not have them.
+"""Policies as they were published, to stand beside ours in a replay and in the benchmark; the node does not have them.
 
-Both only know queues: no sizes, no times. So `min_idle` means nothing to them, and `victims` names one at a time and
+They know queues, no times. So `min_idle` means nothing to them (but to GDSF), and `victims` names one at a time and
 changes their state on the way, which is all that the simulator asks for.
 Sources: Zhang et al., "SIEVE is simpler than LRU", NSDI 2024; Yang et al., "FIFO queues are all you need for cache
-eviction", SOSP 2023.
+eviction", SOSP 2023; Megiddo, Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003; Einziger et al.,
+"TinyLFU: a highly efficient cache admission policy", ACM TOS 2017; GDSF: see shared/domain/eviction/gdsf.py.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
-from distributor_node.shared.domain.eviction import PolicyEntry, PriorityBasis
+from distributor_node.shared.domain.eviction import EvictionPolicy, PolicyEntry, PriorityBasis
+from distributor_node.shared.domain.eviction.packed import PackedPolicy
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 
@@ -193,3 +195,173 @@ class S3Fifo(_Queues):
                     return self._entries[object_id]
                 self._counts[object_id] -= 1
                 self._main.move_to_end(object_id)
+
+
+class Arc(_Queues):
+    """ARC, with bytes in place of pages: a queue for objects seen once and one for those seen again, each with ghosts.
+    A hit among the ghosts moves the share of the first queue."""
+
+    name = "arc"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit, self._target = limit, 0.0
+        self._once, self._again = _ByteQueue(), _ByteQueue()
+        self._once_ghosts, self._again_ghosts = _ByteQueue(), _ByteQueue()
+
+    def add(self, entry: PolicyEntry) -> None:
+        object_id, size = entry.object_id, footprint(entry.size)
+        self.remove(object_id)
+        self._entries[object_id] = entry
+        once, again = self._once_ghosts.bytes, self._again_ghosts.bytes
+        if self._once_ghosts.pop(object_id):
+            self._target = min(self._limit, self._target + size * max(1.0, again / max(1, once)))
+            self._again.append(object_id, size)
+        elif self._again_ghosts.pop(object_id):
+            self._target = max(0.0, self._target - size * max(1.0, once / max(1, again)))
+            self._again.append(object_id, size)
+        else:
+            self._once.append(object_id, size)
+
+    def access(self, object_id: ObjectId, views: int, now: float) -> None:
+        if object_id in self._entries:
+            size = self._once.pop(object_id) or self._again.pop(object_id)
+            self._again.append(object_id, size)
+
+    def remove(self, object_id: ObjectId, *, evicted: bool = False) -> None:
+        if self._entries.pop(object_id, None) is None:
+            return
+        for queue, ghosts in ((self._once, self._once_ghosts), (self._again, self._again_ghosts)):
+            size = queue.pop(object_id)
+            if size and evicted:
+                ghosts.append(object_id, size)
+        while self._once_ghosts.ids and self._once.bytes + self._once_ghosts.bytes > self._limit:
+            self._once_ghosts.pop(self._once_ghosts.oldest())
+        while self._again_ghosts.ids and self._again.bytes + self._again_ghosts.bytes > 2 * self._limit:
+            self._again_ghosts.pop(self._again_ghosts.oldest())
+
+    def _next_victim(self) -> PolicyEntry:
+        from_once = bool(self._once.ids) and (self._once.bytes > self._target or not self._again.ids)
+        return self._entries[(self._once if from_once else self._again).oldest()]
+
+
+class TinyLfu(_Queues):
+    """W-TinyLFU: a window of 1 % of the bytes, then a segmented LRU. The oldest of the window enters it only in
+    place of an object that was requested less often, by a count of all requests that is halved from time to time."""
+
+    name = "w-tinylfu"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._window_limit, self._main_limit = limit // 100, limit - limit // 100
+        self._protected_limit = self._main_limit * 8 // 10
+        self._window, self._probation, self._protected = _ByteQueue(), _ByteQueue(), _ByteQueue()
+        self._counts: dict[ObjectId, int] = {}
+        self._counted = 0
+
+    def add(self, entry: PolicyEntry) -> None:
+        self.remove(entry.object_id)
+        self._entries[entry.object_id] = entry
+        self._count(entry.object_id)
+        self._window.append(entry.object_id, footprint(entry.size))
+        window = self._window
+        while window.bytes > self._window_limit and self._main_bytes() < self._main_limit:
+            oldest = self._window.oldest()
+            self._probation.append(oldest, self._window.pop(oldest))
+
+    def access(self, object_id: ObjectId, views: int, now: float) -> None:
+        if object_id not in self._entries:
+            return
+        self._count(object_id)
+        if size := self._window.pop(object_id):
+            self._window.append(object_id, size)
+            return
+        self._protected.append(object_id, self._probation.pop(object_id) or self._protected.pop(object_id))
+        while self._protected.bytes > self._protected_limit:
+            oldest = self._protected.oldest()
+            self._probation.append(oldest, self._protected.pop(oldest))
+
+    def remove(self, object_id: ObjectId, *, evicted: bool = False) -> None:
+        if self._entries.pop(object_id, None) is not None:
+            for queue in (self._window, self._probation, self._protected):
+                queue.pop(object_id)
+
+    def _main_bytes(self) -> int:
+        return self._probation.bytes + self._protected.bytes
+
+    def _count(self, object_id: ObjectId) -> None:
+        self._counts[object_id] = min(15, self._counts.get(object_id, 0) + 1)
+        self._counted += 1
+        if self._counted >= 10 * len(self._entries) + 1000:
+            self._counts = {known: count // 2 for known, count in self._counts.items() if count > 1}
+            self._counted //= 2
+
+    def _next_victim(self) -> PolicyEntry:
+        while True:
+            main = next((queue for queue in (self._probation, self._protected) if queue.ids), None)
+            if main is None:
+                return self._entries[self._window.oldest()]
+            victim = main.oldest()
+            if self._window.bytes <= self._window_limit:
+                return self._entries[victim]
+            candidate = self._window.oldest()
+            if self._counts.get(candidate, 0) <= self._counts.get(victim, 0):
+                return self._entries[candidate]
+            self._probation.append(candidate, self._window.pop(candidate))
+            return self._entries[victim]
+
+
+class _ByteQueue:
+    """Ids in the order of their arrival, with the sum of their bytes."""
+
+    def __init__(self) -> None:
+        self.ids: OrderedDict[ObjectId, int] = OrderedDict()
+        self.bytes = 0
+
+    def append(self, object_id: ObjectId, size: int) -> None:
+        self.ids[object_id] = size
+        self.bytes += size
+
+    def pop(self, object_id: ObjectId) -> int:
+        """Its bytes; 0 if it is not here."""
+        size = self.ids.pop(object_id, 0)
+        self.bytes -= size
+        return size
+
+    def oldest(self) -> ObjectId:
+        return next(iter(self.ids))
+
+
+class PublishedGdsf(PackedPolicy):
+    """GDSF as it was published: w(views) = views, a fixed c0, and no memory. 64 MiB is what the node had."""
+
+    name = "gdsf-1998"
+    has_priorities = True
+
+    def __init__(self, miss_cost: int) -> None:
+        self._miss_cost = miss_cost
+        super().__init__()
+
+    def access(self, object_id: ObjectId, views: int, now: float) -> None:
+        slot = self._records.slots.get(object_id)
+        if slot is not None:
+            self._records.count_access(slot, views, now)
+            self._records.priorities[slot] = max(self._records.priorities[slot], self._key(slot, 0.0))
+
+    def _key(self, slot: int, known: float) -> float:
+        size = max(1, self._records.sizes[slot])
+        return self.inflation + self._records.frequencies[slot] * (self._miss_cost + size) / size
+
+    def _age(self, slot: int) -> None:
+        self.inflation = max(self.inflation, self._records.priorities[slot])
+
+
+OTHER_POLICIES: Mapping[str, Callable[[int], EvictionPolicy]] = {
+    "sieve": lambda limit: Sieve(),
+    "s3-fifo": S3Fifo,
+    "arc": Arc,
+    "w-tinylfu": TinyLfu,
+    "gdsf-1998": lambda limit: PublishedGdsf(2**50),
+    "gdsf-64m": lambda limit: PublishedGdsf(64 * 2**20),
+}
+"""By name: policies that the node does not have. The argument is the size of the cache in bytes."""

@@ -6,7 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from xml.sax.saxutils import escape
 
+from distributor_node.services.replay.comparison import OTHER_POLICIES
 from distributor_node.services.replay.scenarios import Result, Setting
+from distributor_node.shared.domain.eviction import AUTO_COST
 from distributor_node.shared.domain.eviction.simulator import Outcome
 from distributor_node.shared.settings.sizes import format_size
 
@@ -59,12 +61,31 @@ def describe_own(own: Result) -> str:
     )
 
 
+def describe_gap(results: Sequence[Result]) -> str:
+    """Return one sentence: how far the policy that a node has by default is behind the best of each column, at the
+    largest size. Empty if it was not tried, or nothing beside it."""
+    limit = max((result.size.limit for result in results), default=0)
+    at_size = [result for result in results if result.size.limit == limit]
+    own = next((result for result in at_size if result.setting == Setting("gdsf", AUTO_COST)), None)
+    if own is None or len(at_size) == 1:
+        return ""
+    objects = max(at_size, key=lambda result: result.outcome.object_hit_ratio)
+    by_bytes = max(at_size, key=lambda result: result.outcome.byte_hit_ratio)
+    object_gap = objects.outcome.object_hit_ratio - own.outcome.object_hit_ratio
+    byte_gap = by_bytes.outcome.byte_hit_ratio - own.outcome.byte_hit_ratio
+    return (
+        f"{own.setting.name} is {100 * object_gap:.1f} points behind the best object hit ratio ({objects.setting.name})"
+        f" and {100 * byte_gap:.1f} points behind the best byte hit ratio ({by_bytes.setting.name})."
+    )
+
+
 def recommend(results: Sequence[Result]) -> str:
     """Return one sentence that recommends a setting for the largest cache tried.
 
     Of the settings within one percentage point of the best object hit ratio, those within one point of the fewest
     bytes from sources; of these, the one that writes the fewest bytes.
     """
+    results = [result for result in results if result.setting.policy not in OTHER_POLICIES]
     if not results or not results[0].outcome.requests:
         return "There were no requests to compare the settings by."
     limit = max(result.size.limit for result in results)

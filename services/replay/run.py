@@ -10,7 +10,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from distributor_node.services.replay.access_logs import LinesRead, Recording, read_logs, read_sizes
-from distributor_node.services.replay.report import describe_own, recommend, render_chart, render_table
+from distributor_node.services.replay.report import (
+    describe_gap,
+    describe_own,
+    recommend,
+    render_chart,
+    render_table,
+)
 from distributor_node.services.replay.scenarios import (
     CacheSize,
     NodeRules,
@@ -65,7 +71,8 @@ def replay(request: ReplayRequest, progress_to: Console) -> str:
             render_chart(results, f"Replay of {len(recording)} requests"), encoding="utf-8"
         )
     about = [*_about(recording, counts), *([describe_own(own)] if own is not None else [])]
-    return "\n".join([*about, "", render_table(results), "", recommend(results), ""])
+    conclusion = [sentence for sentence in (describe_gap(results), recommend(results)) if sentence]
+    return "\n".join([*about, "", render_table(results), "", *conclusion, ""])
 
 
 def _check_picture(path: Path) -> None:

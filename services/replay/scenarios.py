@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from distributor_node.services.replay.comparison import OTHER_POLICIES
 from distributor_node.shared.domain.admission import SecondHitAdmission
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction import AUTO_COST, EvictionPolicy, MissCost, make_policy
@@ -49,7 +50,10 @@ class Setting:
         above = self.second_view_above
         return f"{self.policy}{cost}" + ("" if above is None else f", second view above {format_size(above)}")
 
-    def make_policy(self) -> EvictionPolicy:
+    def make_policy(self, limit: int) -> EvictionPolicy:
+        """`limit`: bytes of the cache, which some of the policies that the node does not have need to know."""
+        if self.policy in OTHER_POLICIES:
+            return OTHER_POLICIES[self.policy](limit)
         return make_policy(self.policy, AUTO_COST if self.cost is None else self.cost)
 
 
@@ -109,7 +113,7 @@ def try_setting(
     """Simulate all requests. `tick`: called with the number of requests since its last call."""
     above = setting.second_view_above
     admission = None if above is None else SecondHitAdmission(above, admission_window)
-    simulation = Simulation(setting.make_policy(), rules, admission)
+    simulation = Simulation(setting.make_policy(rules.limit), rules, admission)
     seen = 0
     for request in requests:
         simulation.process(request)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import pytest
 
-from benchmarks.policies import SETTINGS, policy_of
-from distributor_node.services.replay.comparison import S3Fifo, Sieve
+from benchmarks.policy_families import run_family, summary
+from benchmarks.traces import FAMILIES, Trace
+from distributor_node.services.replay.comparison import OTHER_POLICIES, Arc, S3Fifo, Sieve, TinyLfu
 from distributor_node.services.replay.scenarios import Setting
 from distributor_node.shared.domain.eviction import EvictionPolicy, PolicyEntry
 from distributor_node.shared.domain.objects import ObjectId
@@ -56,9 +59,11 @@ def test_s3_fifo_evicts_one_hit_objects_and_recognises_ghosts() -> None:
     assert evict(policy, 2) == "be"
 
 
-@pytest.mark.parametrize("setting", SETTINGS[:3], ids=lambda setting: setting.name)
+@pytest.mark.parametrize(
+    "setting", [Setting(name) for name in ("lru", *OTHER_POLICIES)], ids=lambda setting: setting.name
+)
 def test_columns_return_what_was_stored(setting: Setting) -> None:
-    policy, random, held = policy_of(setting, 100 * footprint(SIZE)), Random(1), set[ObjectId]()
+    policy, random, held = setting.make_policy(100 * footprint(SIZE)), Random(1), set[ObjectId]()
     for _ in range(5000):
         object_id = ObjectId(str(random.randrange(300)))
         if object_id in policy:
@@ -71,3 +76,45 @@ def test_columns_return_what_was_stored(setting: Setting) -> None:
             policy.remove(victim.object_id, evicted=True)
             held.remove(victim.object_id)
         assert set(policy.ids()) == held
+
+
+def test_arc_adapts_to_hits_among_its_ghosts() -> None:
+    policy = Arc(4 * footprint(SIZE))
+    add(policy, *"abcd")
+    policy.access(ObjectId("a"), 1, NOW)
+    assert evict(policy, 2) == "bc", "of those seen once the oldest, and a was seen twice"
+    add(policy, "b")  # a ghost: those seen once get more room, so a goes before d
+    assert evict(policy, 1) == "a"
+    assert set(policy.ids()) == {"b", "d"}
+
+
+def test_tiny_lfu_keeps_what_is_requested_more_often() -> None:
+    policy = TinyLfu(100 * footprint(SIZE))
+    add(policy, *map(str, range(100)))
+    for name in map(str, range(99)):
+        policy.access(ObjectId(name), 1, NOW)
+    add(policy, "new")
+    assert evict(policy, 1) == "99", "the oldest of the window was requested as often as few"
+    add(policy, "0", "newer")
+    assert evict(policy, 1) == "1", "0 was asked for more often"
+
+
+@pytest.mark.parametrize("family", ["images, drift", "mixed, loop"])
+def test_a_family_is_what_its_parameters_say(family: str) -> None:
+    parameters = replace(FAMILIES[family], views=20_000)
+    trace, still = Trace(parameters), Trace(replace(parameters, holds=None, loop=0.0))
+    assert len(trace.objects) == len(still.objects) == 20_000
+    assert trace.ids == still.ids
+    half = len(trace.objects) // 2
+    popular = [
+        {number for number, _ in Counter(trace.objects[part]).most_common(20)}
+        for part in (slice(half), slice(half, None))
+    ]
+    if parameters.holds is not None:
+        assert len(popular[0] & popular[1]) < 5, "other objects are popular a week later"
+
+
+def test_the_nodes_policy_is_near_the_best_in_both_columns() -> None:
+    cells = [run_family(family, 20_000, 0.1) for family in ("ours", "images")]
+    assert all(cell.within for cell in cells), [cell.line() for cell in cells]
+    assert summary(cells).startswith("2 of 2 cells (100%)")

@@ -322,16 +322,38 @@ def test_the_whole_command(tmp_path: Path) -> None:
     ]
     log.write_text("\n".join(lines), encoding="utf-8")
     done = CliRunner().invoke(
-        app, ["replay", str(log), "--size", "200%", "--size", "1M", "--picture", str(picture)]
+        app,
+        [
+            "replay",
+            str(log),
+            "--size",
+            "200%",
+            "--size",
+            "1M",
+            "--picture",
+            str(picture),
+            "--compare",
+            "sieve,arc",
+        ],
     )
     assert done.exit_code == 0, done.output
     assert "300 requests for 30 objects" in done.output
     assert "By the log's own account, 89.7% of requests were hits." in done.output
     assert "| 1M | gdsf c0=auto | 0.900 |" in done.output
+    assert "| 1M | sieve | 0.900 |" in done.output
+    assert "gdsf c0=auto is 0.0 points behind the best object hit ratio (" in done.output
     assert done.output.splitlines()[-1].startswith("With 200%") or done.output.splitlines()[-1].startswith(
         "With 1M"
     )
     assert ET.parse(picture).getroot().tag.endswith("svg")
+
+
+def test_unknown_policies_to_compare_are_named(tmp_path: Path) -> None:
+    log = tmp_path / "access.csv"
+    log.write_text(f"{AT},1,1000\n")
+    done = CliRunner().invoke(app, ["replay", str(log), "--compare", "sieve,clock"])
+    assert isinstance(done.exception, ConfigurationError)
+    assert "got clock" in str(done.exception)
 
 
 @pytest.mark.parametrize(
