@@ -17,7 +17,7 @@ import structlog
 
 from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.node_import import NodeImport
-from distributor_node.shared.adapters.volume import FoundObject, UnknownFile, Volume
+from distributor_node.shared.adapters.volume import FileState, FoundObject, UnknownFile, Volume
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.media_types import SNIFF_BYTES
 from distributor_node.shared.domain.objects import (
@@ -231,9 +231,11 @@ class Scrub:
         if descriptor is None:
             return
         try:
-            record = await run_blocking(self._volume.read_record, found.object_id)
-            if record is None:
+            stored = await run_blocking(self._volume.read_stored, found.object_id)
+            if stored is None:
                 return  # it is no hit; `Repair` handles it
+            record, known = stored
+            seen = FileState.of(os.fstat(descriptor))
             fault = await self._fault_of(descriptor, record)
             # The fault says nothing of the current file if this one was evicted or replaced while it was read
             current = os.fstat(descriptor).st_nlink > 0
@@ -241,6 +243,9 @@ class Scrub:
             os.close(descriptor)
         if fault is None:
             SCRUBBED_OBJECTS.labels("ok").inc()
+            if record.content_hash is not None and not (known and known.is_kept_by(seen, can_verify=True)):
+                # Written by the version before, or its file has changed since, and is right
+                await run_blocking(self._volume.write_record, record, seen)
         elif current and await run_blocking(self._volume.read_record, found.object_id) == record:
             SCRUBBED_OBJECTS.labels("corrupt").inc()
             logger.error("object_corrupt", object_id=found.object_id, reason=fault, bytes=found.size)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from distributor_node.shared.adapters.volume import Removal, RemovalState, Volume
+from distributor_node.shared.adapters.volume import FileState, Removal, RemovalState, Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.jobs import Ack, DeadLetter, FetchJob, JobOutcome, Requeue, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES
@@ -89,6 +89,7 @@ class Admission:
         self._disk = disk
         self._rules = rules
         self._worker = worker
+        self._hashing: set[ObjectId] = set()
 
     async def admit(
         self, media_object: MediaObject, *, warming: bool = False, claim: int = 0
@@ -124,6 +125,8 @@ class Admission:
                 result = await self._state.begin(object_id, size, self._worker, claim)
                 if isinstance(result, Granted):
                     return Admitted(result.lease, requested_at)
+                if isinstance(result, AlreadyStored) and object_id in self._hashing:
+                    return Requeue("its file is being verified")
                 if isinstance(result, AlreadyStored) and not invalid_removed:
                     invalid_removed = True
                     if await self._restore_record(media_object):
@@ -176,18 +179,27 @@ class Admission:
         return Ack("already_cached")
 
     async def _restore_record(self, wanted: MediaObject) -> bool:
-        """Write the record of a complete file that has none, if size and hash are those of the catalog.
+        """Write the record of a complete file that has none, or has changed since, if size and hash are the catalog's.
 
-        The record was lost, or the file was copied from another node and its record is not written yet.
+        The record was lost, or the file was copied from another node and its record is not written yet. Or the times
+        or the inode of the file are not those of its record.
         """
+        self._hashing.add(wanted.object_id)
+        try:
+            return await self._verify_file(wanted)
+        finally:
+            self._hashing.discard(wanted.object_id)
+
+    async def _verify_file(self, wanted: MediaObject) -> bool:
         opened: list[UnrecordedFile] = []  # filled in the thread, so that a cancellation leaves no open file
         try:
             await self._disk.run(_open_unrecorded, self._volume, wanted, opened)
             for file in opened:
                 if not await self._matches_hash(file.descriptor, wanted.content_hash):
                     return False
-                record = record_for_file(wanted, file.size, file.head, min(file.changed_at, time.time()))
-                await self._disk.run(self._volume.write_record, record)
+                changed_at = min(file.state.modified_ns / 1e9, time.time())
+                record = file.record or record_for_file(wanted, file.state.size, file.head, changed_at)
+                await self._disk.run(self._volume.write_record, record, file.state)
             return bool(opened)
         finally:
             for file in opened:
@@ -231,28 +243,32 @@ async def _wait_for_event(events: AsyncIterator[Announcement], object_id: Object
 
 @dataclass(frozen=True, slots=True)
 class UnrecordedFile:
-    """A complete file without a record."""
+    """A complete file without a record, or that is not as its record says."""
 
     descriptor: int  # open
-    size: int
-    changed_at: float
+    state: FileState  # before it is hashed
     head: bytes  # the first bytes
+    record: StoredRecord | None
 
 
 def _open_unrecorded(volume: Volume, wanted: MediaObject, opened: list[UnrecordedFile]) -> None:
-    """Open the file if it has the expected size and no record, and append it to `opened`. Blocking."""
-    found = volume.find_object(wanted.object_id)
-    if found is None or found.size != wanted.size or volume.read_record(wanted.object_id):
+    """Open the file if it has the expected size and can be verified, and append it to `opened`. Blocking."""
+    record = volume.read_record(wanted.object_id)
+    if record is not None and (wanted.content_hash is None or record.content_hash != wanted.content_hash):
         return
     descriptor = volume.open_raw(wanted.object_id)
     if descriptor is None:
         return
     try:
+        state = FileState.of(os.fstat(descriptor))
         head = os.pread(descriptor, SNIFF_BYTES, 0)
     except OSError as error:
         os.close(descriptor)
         raise VolumeError(f"cannot read {wanted.object_id}: {error.strerror}") from error
-    opened.append(UnrecordedFile(descriptor, found.size, found.changed_at, head))
+    if state.size != wanted.size:
+        os.close(descriptor)
+        return
+    opened.append(UnrecordedFile(descriptor, state, head, record))
 
 
 class JobChecker:

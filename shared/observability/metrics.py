@@ -295,6 +295,10 @@ FOREIGN_OPENED = Counter(
     "Names of objects, records and partial files that were no regular files when they were opened: a link, a FIFO, "
     "a directory. Each counts as missing.",
 )
+FILES_CHANGED = Counter(
+    "distributor_changed_files_total",
+    "Times that an object's file was not as it was verified. It is a miss until it has been hashed again.",
+)
 VOLUME_READ_ERRORS = Counter(
     "distributor_volume_read_errors_total",
     "Reads of the volume that the disk failed. The object was proxied.",

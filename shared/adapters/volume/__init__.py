@@ -25,6 +25,7 @@ from distributor_node.shared.adapters.volume.partial import (
     PartialReader,
     PartialState,
 )
+from distributor_node.shared.adapters.volume.records import FileState
 from distributor_node.shared.adapters.volume.scan import (
     FoundObject,
     FoundPartial,
@@ -36,6 +37,7 @@ from distributor_node.shared.adapters.volume.volume import Volume
 
 __all__ = [
     "FileIdentity",
+    "FileState",
     "FoundObject",
     "FoundPartial",
     "OpenObject",

@@ -24,12 +24,13 @@ from distributor_node.shared.adapters.volume.records import unlink_if_exists
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
-FileIdentity = tuple[int, int, int, int]
-"""Device, inode, size, modification time: another file under the same name differs in one of them."""
+FileIdentity = tuple[int, int, int, int, int]
+"""Device, inode, size, times of modification and change: another file under the same name, and other bytes in the same
+file, differ in one of them."""
 
 
 def identity_of(seen: os.stat_result) -> FileIdentity:
-    return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns)
+    return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
 
 
 @dataclass(slots=True)
@@ -174,7 +175,7 @@ class Removal:
         with map_os_errors(f"move {self._object_id} to {TRASH}/"):
             objects = self._directories.descriptor(f"{OBJECTS}/{shard(self._object_id)}")
             trash = self._directories.descriptor(TRASH)
-            seen = _stat(self._object_id, objects)
+            seen = stat_or_none(self._object_id, objects)
             if expected is not None and seen is not None and identity_of(seen)[:2] != expected[:2]:
                 raise VolumeError(f"move {self._object_id} to {TRASH}/: another file has its name now")
             os.rename(self._object_id, self._trash_name(objects, trash), src_dir_fd=objects, dst_dir_fd=trash)
@@ -182,9 +183,9 @@ class Removal:
 
     def _trash_name(self, objects: int, trash: int) -> str:
         """Never that of a file that is there: its bytes count while it is sent, and are found by its name."""
-        if _stat(self._object_id, trash) is None:
+        if stat_or_none(self._object_id, trash) is None:
             return self._object_id
-        seen = _stat(self._object_id, objects)
+        seen = stat_or_none(self._object_id, objects)
         return self._object_id if seen is None else f"{self._object_id},{seen.st_ino}"
 
     def _unlink_record(self) -> None:
@@ -199,7 +200,7 @@ class Removal:
             self._descriptor = -1
 
 
-def _stat(name: str, directory: int) -> os.stat_result | None:
+def stat_or_none(name: str, directory: int) -> os.stat_result | None:
     try:
         return os.stat(name, dir_fd=directory, follow_symlinks=False)
     except FileNotFoundError:

@@ -21,9 +21,11 @@ from distributor_node.shared.adapters.volume.layout import (
     shard,
 )
 from distributor_node.shared.adapters.volume.records import (
+    FileState,
     atomic_write,
     encode_record,
     overwrite,
+    seal_record,
     unlink_if_exists,
 )
 from distributor_node.shared.domain.errors import VolumeError, VolumeFull
@@ -232,7 +234,8 @@ class PartialFile:
         with map_os_errors(f"publish {object_id}"):
             os.fsync(self._descriptor)
             records = self._directories.create_shard(f"{RECORDS}/{number}")
-            atomic_write(object_id, encode_record(record), records)
+            state = replace(FileState.of(os.fstat(self._descriptor)), changed_ns=0)
+            atomic_write(object_id, encode_record(record, state), records)
             os.fsync(records)
             objects = self._directories.create_shard(f"{OBJECTS}/{number}")
             try:
@@ -244,6 +247,9 @@ class PartialFile:
             # It is an object now. Senders may lock it while we wait for the disk; removals still may not.
             with suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            # Not synced: without its change time, the file is known by inode, size and modification time.
+            with suppress(OSError):
+                seal_record(record, FileState.of(os.fstat(self._descriptor)), records)
             os.fsync(objects)
             unlink_if_exists(self._sidecar_name, self._incoming)
 

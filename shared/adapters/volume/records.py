@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,54 @@ _SECONDS = "POSIX seconds of the years 1 to 9999"
 _NEW_SUFFIX = ",new"  # of drafts: a comma is in no object id
 
 
-def encode_record(record: StoredRecord) -> bytes:
-    """UTF-8 JSON of at most RECORD_BYTES. Raises InvalidInput if it would be longer without the object's name."""
+# Records written by the version before have no state of their file. Versions before ignore the field.
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What the file system says of an object's file: other bytes in it change at least one of these."""
+
+    inode: int
+    size: int
+    modified_ns: int
+    changed_ns: int = (
+        0  # 0: not known; the rename that publishes the file sets it, after the record is written
+    )
+
+    @classmethod
+    def of(cls, seen: os.stat_result) -> FileState:
+        return cls(seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+
+    def is_kept_by(self, now: FileState, *, can_verify: bool) -> bool:
+        """Whether the file seems to have the bytes that it had.
+
+        Not `can_verify`: there is no hash to tell whether it has. Then a new inode or change time is no reason to drop
+        it: copying a volume, or a change of owner or mode, makes these.
+        """
+        if (self.size, self.modified_ns) != (now.size, now.modified_ns):
+            return False
+        return not can_verify or (self.inode == now.inode and self.changed_ns in (0, now.changed_ns))
+
+    def __str__(self) -> str:
+        """Of the same length whether or not the change time is known, so that it can be filled in."""
+        return f"{self.inode} {self.size} {self.modified_ns} {self.changed_ns:019d}"
+
+    @classmethod
+    def parse(cls, text: object) -> FileState | None:
+        """Read what `str` wrote. None: there is none, or it is malformed."""
+        match = _FILE_STATE.fullmatch(text) if isinstance(text, str) else None
+        return None if match is None else cls(*map(int, match.groups()))
+
+
+_FILE_STATE = re.compile(r"([0-9]{1,20}) ([0-9]{1,19}) (-?[0-9]{1,20}) ([0-9]{19,20})", re.ASCII)
+
+
+def encode_record(record: StoredRecord, file: FileState | None = None) -> bytes:
+    """UTF-8 JSON of at most RECORD_BYTES. `file`: the state of the object's file.
+
+    The object's name, and then the state of its file, are left out where it would be longer. Raises InvalidInput if
+    that is not enough.
+    """
     fields = {
         "version": RECORD_VERSION,
         "object_id": record.object_id,
@@ -38,9 +86,12 @@ def encode_record(record: StoredRecord) -> bytes:
         **encode_freshness(record.freshness),
         **({"growing": True} if record.growing else {}),
     }
-    body = _to_json(fields if record.name is None else {**fields, "name": record.name})
+    state = {} if file is None else {"file": str(file)}
+    body = _to_json({**fields, **state} if record.name is None else {**fields, **state, "name": record.name})
     if len(body) > RECORD_BYTES and record.name is not None:
-        body = _to_json(fields)  # the object is saved under its id
+        body = _to_json({**fields, **state})  # the object is saved under its id
+    if len(body) > RECORD_BYTES:
+        body = _to_json(fields)
     if len(body) > RECORD_BYTES:
         raise InvalidInput(
             f"record of {record.object_id}: expected at most {RECORD_BYTES} bytes, got {len(body)}"
@@ -54,6 +105,11 @@ def _to_json(fields: dict[str, Any]) -> bytes:
 
 def decode_record(body: bytes) -> StoredRecord:
     """Raises InvalidInput for anything that `encode_record` could not have written."""
+    return decode_stored(body)[0]
+
+
+def decode_stored(body: bytes) -> tuple[StoredRecord, FileState | None]:
+    """As `decode_record`, with the state that the object's file had. None: the version before wrote the record."""
     try:
         fields: Any = json.loads(body)
         if not isinstance(fields, dict) or fields.get("version") != RECORD_VERSION:
@@ -75,7 +131,7 @@ def decode_record(body: bytes) -> StoredRecord:
         if not isinstance(name, str | None):
             raise InvalidInput(f"record: name: expected a string or null, got {repr(name)[:40]}")
         content_hash = ContentHash.parse(fields["hash"]) if fields["hash"] is not None else None
-        return StoredRecord(
+        record = StoredRecord(
             object_id=ObjectId.parse(fields["object_id"]),
             size=size,
             etag=fields["etag"] if content_hash is not None else None,
@@ -86,6 +142,7 @@ def decode_record(body: bytes) -> StoredRecord:
             freshness=decode_freshness(fields),
             growing=fields.get("growing") is True,
         ).with_validators(_read_validators(fields, content_hash))
+        return record, FileState.parse(fields.get("file"))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidInput(f"record: unreadable: {type(error).__name__}") from error
 
@@ -171,6 +228,17 @@ def overwrite(name: str, body: bytes, directory: int) -> None:
         os.ftruncate(descriptor, len(body))
     finally:
         os.close(descriptor)
+
+
+def seal_record(record: StoredRecord, file: FileState, directory: int) -> None:
+    """Fill in the change time of the object's file in its record, in place. Raises OSError.
+
+    A record that another process has replaced stays as it is. A torn write, or a power cut, leaves another time there
+    at worst: then the file is hashed again.
+    """
+    known, sealed = encode_record(record, replace(file, changed_ns=0)), encode_record(record, file)
+    if known != sealed and read_capped(record.object_id, directory) == known:
+        overwrite(record.object_id, sealed, directory)
 
 
 def unlink_if_exists(name: str, directory: int) -> None:

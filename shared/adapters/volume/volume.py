@@ -10,6 +10,7 @@ import stat
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -38,21 +39,24 @@ from distributor_node.shared.adapters.volume.objects import (
     Removal,
     has_shared_lock,
     identity_of,
+    stat_or_none,
     unlink_trashed,
 )
 from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader
 from distributor_node.shared.adapters.volume.records import (
+    FileState,
     atomic_write,
-    decode_record,
+    decode_stored,
     encode_record,
     read_capped,
+    seal_record,
     unlink_if_exists,
 )
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.formats import FORMAT, check_format
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.observability.logging import OncePerKey
-from distributor_node.shared.observability.metrics import VOLUME_READ_ERRORS
+from distributor_node.shared.observability.metrics import FILES_CHANGED, VOLUME_READ_ERRORS
 
 _OPEN_NOT_OWNED = os.O_RDONLY | PLAIN
 _OPEN = _OPEN_NOT_OWNED | os.O_NOATIME
@@ -75,9 +79,9 @@ class Volume:
         self.root = root
         self._accel_redirect = accel_redirect
         self._directories = Directories(root)
-        self._records: OrderedDict[str, tuple[tuple[int, int, int], StoredRecord]] = OrderedDict()
+        self._records: OrderedDict[str, tuple[FileState, StoredRecord]] = OrderedDict()
         self._record_cache = record_cache
-        self._read_errors = OncePerKey()
+        self._read_errors, self._changed = OncePerKey(), OncePerKey()
 
     def prepare(self) -> None:
         """Create the directories. Raises VolumeError, with the reason, if the volume cannot be written."""
@@ -150,9 +154,10 @@ class Volume:
     # Complete objects
 
     def open_object(self, object_id: ObjectId) -> OpenObject | None:
-        """The complete object. None if it is missing, or does not match its record (truncated, a link, no record).
+        """The complete object. None if it is missing, or does not match its record (truncated, a link, no record), or
+        its file has changed since its bytes were verified.
 
-        On None the caller requests a fetch, and the fetcher replaces whatever is there.
+        On None the caller requests a fetch. The fetcher hashes a changed file again, and replaces whatever is wrong.
         """
         directory = f"{OBJECTS}/{shard(object_id)}"
         try:
@@ -180,17 +185,32 @@ class Volume:
             return None
         if seen.st_nlink == 0:
             return None
-        identity = (seen.st_ino, seen.st_size, seen.st_mtime_ns)
+        identity = FileState.of(seen)
         known = self._records.get(object_id)
         if known is not None and known[0] == identity:
             return known[1]
-        record = self.read_record(object_id)
-        if record is None or record.size != seen.st_size:
+        record = self._unchanged_record(object_id, identity)
+        if record is None:
             return None
         self._records[object_id] = (identity, record)
         if len(self._records) > self._record_cache:
             self._records.popitem(last=False)
         return record
+
+    def _unchanged_record(self, object_id: ObjectId, now: FileState) -> StoredRecord | None:
+        """The record, if it says that the file has the bytes that were verified."""
+        found = self.read_stored(object_id)
+        for _ in range(2):  # the first read may have met the write of `seal_record`
+            if found is None or found[0].size != now.size:
+                return None
+            record, known = found
+            if known is None or known.is_kept_by(now, can_verify=record.content_hash is not None):
+                return record
+            found = self.read_stored(object_id)
+        FILES_CHANGED.inc()
+        if self._changed.is_due(object_id):
+            logger.warning("object_file_changed", object_id=object_id, found=str(now))
+        return None
 
     def complete_record(self, object_id: ObjectId) -> StoredRecord | None:
         """The record of a complete object, or None where `open_object` returns None."""
@@ -210,13 +230,18 @@ class Volume:
 
     def read_record(self, object_id: ObjectId) -> StoredRecord | None:
         """The record of an object, or None if there is none or it is invalid."""
+        found = self.read_stored(object_id)
+        return None if found is None else found[0]
+
+    def read_stored(self, object_id: ObjectId) -> tuple[StoredRecord, FileState | None] | None:
+        """As `read_record`, with the state of the object's file when its bytes were verified, if it is known."""
         place = f"{RECORDS}/{shard(object_id)}"
         try:
             body = read_capped(object_id, self._directories.descriptor(place))
         except OSError as error:
             self._require_missing(f"{place}/{object_id}", error)
             return None
-        return _readable(body, object_id)
+        return _stored(body, object_id)
 
     def _require_missing(self, path: str, error: OSError) -> None:
         """Raise VolumeError unless there is no file of this name, or something else than a plain file."""
@@ -248,23 +273,36 @@ class Volume:
             self._require_missing(f"{place}/{object_id}", error)
             return None
 
-    def write_record(self, record: StoredRecord) -> None:
-        """Write the record of a complete object that has none."""
-        with map_os_errors(f"write the record of {record.object_id}"):
-            folder = self._directories.create_shard(f"{RECORDS}/{shard(record.object_id)}")
-            atomic_write(record.object_id, encode_record(record), folder)
-            self._mark_rewritten(record.object_id)
+    def write_record(self, record: StoredRecord, verified: FileState | None = None) -> None:
+        """Write or replace the record of a complete object. `verified`: the state of its file before it was hashed.
 
-    def _mark_rewritten(self, object_id: ObjectId) -> None:
-        """Change the identity of the object's file, because records are cached by that, in every process."""
-        folder = self._directories.existing(f"{OBJECTS}/{shard(object_id)}")
-        try:
-            if folder is not None:
-                seen = os.stat(object_id, dir_fd=folder, follow_symlinks=False)
-                times = (seen.st_atime_ns, seen.st_mtime_ns + 1000)
-                os.utime(object_id, ns=times, dir_fd=folder, follow_symlinks=False)
-        except (FileNotFoundError, PermissionError):
-            return
+        The identity of the object's file changes, because records are cached by that, in every process.
+        Raises VolumeError if the file is not as it was verified.
+        """
+        object_id = record.object_id
+        with map_os_errors(f"write the record of {object_id}"):
+            records = self._directories.create_shard(f"{RECORDS}/{shard(object_id)}")
+            objects = self._directories.existing(f"{OBJECTS}/{shard(object_id)}")
+            seen = None if objects is None else stat_or_none(object_id, objects)
+            if verified is not None and (seen is None or FileState.of(seen) != verified):
+                raise VolumeError(f"{object_id}: its file has changed while it was verified")
+            if seen is None or objects is None:
+                atomic_write(object_id, encode_record(record), records)
+                return
+            marked = FileState(seen.st_ino, seen.st_size, seen.st_mtime_ns + 1000)
+            # The record first: with the new identity, another process must not find and keep the old record.
+            atomic_write(object_id, encode_record(record, marked), records)
+            with suppress(FileNotFoundError, PermissionError):
+                times = (seen.st_atime_ns, marked.modified_ns)
+                os.utime(object_id, ns=times, dir_fd=objects, follow_symlinks=False)
+            now = stat_or_none(object_id, objects)
+            if now is None or (now.st_ino, now.st_size) != (marked.inode, marked.size):
+                return  # it was replaced, and its new file has its own record
+            if now.st_mtime_ns == marked.modified_ns:
+                seal_record(record, FileState.of(now), records)
+            elif now.st_mtime_ns == seen.st_mtime_ns or abs(now.st_mtime_ns - marked.modified_ns) < 2 * 10**9:
+                # It belongs to another user, or the file system keeps coarser times
+                atomic_write(object_id, encode_record(record, FileState.of(now)), records)
 
     # Partial files
 
@@ -286,7 +324,8 @@ class Volume:
         except OSError as error:
             self._require_missing(f"{INCOMING}/{name}", error)
             return None
-        return _readable(body, object_id)
+        found = _stored(body, object_id)
+        return None if found is None else found[0]
 
     def open_partial_for_writing(self, expected: StoredRecord, *, write_sidecar: bool = True) -> PartialFile:
         """Create the partial file of an object, or take over an abandoned one.
@@ -373,11 +412,11 @@ class Volume:
             yield from scan.scan_unrecorded(self._directories)
 
 
-def _readable(body: bytes | None, object_id: ObjectId) -> StoredRecord | None:
+def _stored(body: bytes | None, object_id: ObjectId) -> tuple[StoredRecord, FileState | None] | None:
     if body is None:
         return None
     try:
-        record = decode_record(body)
+        found = decode_stored(body)
     except InvalidInput:
         return None
-    return record if record.object_id == object_id else None
+    return found if found[0].object_id == object_id else None
