@@ -30,6 +30,7 @@ from distributor_node.shared.runtime.threads import run_blocking
 from distributor_node.shared.settings.model import EvictorSettings
 
 REFRESH_INTERVAL, SAVE_INTERVAL, SWEEP_INTERVAL = 1.0, 5.0, 10.0  # seconds
+USAGE_CHECK_INTERVAL = 60.0  # seconds
 _COMPLETE_BATCH = 100
 _MAX_FREED = 10_000  # objects to look at again in one sweep; reconciliation finds the others
 _MIN_RESYNC_INTERVAL = 5.0  # seconds between two comparisons of all entries on suspicion
@@ -109,6 +110,7 @@ class LeaderTasks:
             ("make room", self._evict, self._space_event),
             ("keep index", self._keep_index, None),
             ("reconcile", self._reconcile, self._reconcile_event),
+            ("check usage", self._check_usage, None),
             ("sweep", self._sweep, None),
             ("repair", self._repair, self._repair_event),
             ("check assignment", self._check_assignment, self._assignment_event),
@@ -173,6 +175,8 @@ class LeaderTasks:
         await self._parts.remover.complete_all(self._term, _COMPLETE_BATCH)
         await self._parts.remover.settle_trash(self._term)
         usage = await self._state.usage()
+        if await self._parts.reconciliation.usage_check.watch(self._term, usage):
+            usage = await self._state.usage()
         if usage.reconciled:
             device_free = await run_blocking(self._parts.volume.free_bytes)
             await self._parts.eviction.run(self._term, usage, device_free)
@@ -224,6 +228,12 @@ class LeaderTasks:
         if self._count_mismatch(usage) > usage.objects // 100:
             self._needs_resync = True
         return 0.0
+
+    async def _check_usage(self) -> float:
+        if not self._reconciled:
+            return REFRESH_INTERVAL
+        await self._parts.reconciliation.usage_check.run_slowly(self._term)
+        return USAGE_CHECK_INTERVAL
 
     async def _repair(self) -> float:
         try:

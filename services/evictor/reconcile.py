@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.shared.adapters.volume import UnknownFile, UnreadableFile, Volume
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import CompactIdSet, ObjectId
-from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.domain.space import Usage, footprint
 from distributor_node.shared.observability.metrics import (
     RECONCILE_TIME,
     RECONCILED,
@@ -68,12 +69,12 @@ class Reconciliation:
     ) -> None:
         self._state, self._volume, self._index = state, volume, index
         self._remover, self._adoption, self._reaper = remover, adoption, reaper
-        self._usage = UsageCheck(state)
+        self.usage_check = UsageCheck(state)
 
     async def run(self, term: Term) -> bool:
         """True if the index matches the volume now. VolumeError if the volume cannot be read."""
         started_at, findings = time.monotonic(), Findings()
-        await self._usage.check_maxmemory_policy()
+        await self.usage_check.check_maxmemory_policy()
         await run_blocking(self._volume.check)
         known = await self._index.resync()
         await self._remover.complete_all(term, len(self._index.evicting))
@@ -86,7 +87,7 @@ class Reconciliation:
         swept = await self._reaper.sweep(term)
         findings.foreign_count += swept.foreign
         findings.unreadable += swept.unreadable
-        await self._usage.run(term)
+        await self.usage_check.run(term)
         if not findings.unreadable:
             await self._state.set_reconciled(term)
             self._index.forget_previous()
@@ -195,36 +196,76 @@ class Reconciliation:
         )
 
 
-# The store's sums are compared with what they are sums of. They can differ when one key is lost and another kept.
+# The store's sums are compared with what they are sums of. They can differ when one key is lost and another kept, or
+# when an operator changes them.
+#
+#     each pass of the evictor   the sum has changed by more than moved since the pass before: two numbers
+#     each minute                the sum is compared with all entries, read a batch at a time with rests in between
+#
+# A difference is repaired at once, and counted. Until then the limit does not hold.
 
 _RECOUNT_THRESHOLD = 20_000
 """Up to so many entries are recounted at once: the store needs some 20 ms for them."""
+
+_MAX_REST = 1.0  # seconds
+_REST_SHARE = 9.0
+"""Rests between two batches of entries, as a multiple of the time that a batch takes: a tenth of one core at most."""
 
 NOEVICTION = "noeviction"
 
 
 class UsageCheck:
-    """Corrects the store's sums of used and reserved bytes, at the end of a reconciliation."""
+    """Corrects the store's sums of used and reserved bytes."""
 
     def __init__(self, state: StateStore) -> None:
         self._state = state
+        self._last: Usage | None = None
 
-    async def run(self, term: Term) -> None:
-        """Make used and reserved bytes the sums of the entries and of the fetches."""
-        drift = await self._state.recount(term, entries=await self._may_be_wrong())
+    async def run(self, term: Term, *, rest_share: float = 0.0) -> bool:
+        """Make used and reserved bytes the sums of the entries and of the fetches. Returns whether they were not.
+
+        `rest_share`: how long to rest between two batches of entries, as a multiple of the time that a batch takes.
+        """
+        entries = await self._may_be_wrong(rest_share)
+        return await self._recount(term, entries=entries)
+
+    async def run_slowly(self, term: Term) -> bool:
+        """As `run`, beside other work."""
+        return await self.run(term, rest_share=_REST_SHARE)
+
+    async def watch(self, term: Term, usage: Usage) -> bool:
+        """Correct the sums if they have changed by more than moved since the last call. Returns whether they were so.
+
+        This finds at once whatever changes the sum and nothing else.
+        """
+        last, self._last = self._last, usage
+        if last is None or not usage.reconciled or not last.reconciled:
+            return False
+        moved = usage.churn - last.churn
+        changed = abs((usage.used - usage.leaving) - (last.used - last.leaving))
+        if moved >= 0 and changed <= moved:
+            return False
+        return await self._recount(term, entries=True)
+
+    async def _recount(self, term: Term, *, entries: bool) -> bool:
+        drift = await self._state.recount(term, entries=entries)
         if drift:
+            self._last = None
             RECONCILED.labels("recounted").inc()
             logger.warning("usage_recounted", wrong_bytes=drift)
+        return drift > 0
 
-    async def _may_be_wrong(self) -> bool:
+    async def _may_be_wrong(self, rest_share: float) -> bool:
         """Add up all entries while they come and go. Bytes that moved during the scan may or may not be in the sum, so
         only a larger difference proves that the store's sum is wrong. A smaller one is found in a quieter hour."""
         before = await self._state.usage()
         if before.objects <= _RECOUNT_THRESHOLD:
             return True
-        counted = 0
+        counted, began_at = 0, time.monotonic()
         async for batch in self._state.entries():
             counted += sum(footprint(entry.size) for entry in batch)
+            await asyncio.sleep(min(_MAX_REST, (time.monotonic() - began_at) * rest_share))
+            began_at = time.monotonic()
         after = await self._state.usage()
         moved = after.churn - before.churn
         return moved < 0 or abs(after.used - after.leaving - counted) > moved
