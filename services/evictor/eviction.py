@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,15 @@ from distributor_node.shared.adapters.volume import Removal, RemovalState, Trash
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import PolicyEntry
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import EvictionReason, Usage, Watermarks, footprint, missing_for
+from distributor_node.shared.domain.space import (
+    FILES_PER_OBJECT,
+    DeviceSpace,
+    EvictionReason,
+    Usage,
+    Watermarks,
+    footprint,
+    missing_for,
+)
 from distributor_node.shared.observability.metrics import (
     EVICTED_BYTES,
     EVICTED_OBJECT_IDLE,
@@ -70,18 +79,39 @@ class Eviction:
         self.pinned: frozenset[ObjectId] = frozenset()
         self.blocked = False
         """Whether the last pass could not free enough."""
+        self.blocked_by_inodes = False
 
-    async def run(self, term: Term, usage: Usage, device_free: int) -> None:
-        """One pass: evict what `usage` requires. Usage is read again after each batch.
+    async def run(self, term: Term, usage: Usage, device: DeviceSpace) -> None:
+        """One pass: evict what `usage` requires, and what the device has too few inodes for. Usage is read again after
+        each batch.
 
-        `device_free`: free bytes of the device, measured just before. The bytes of victims are added to it instead of
-        measuring again: a device that frees them late must not cost more objects than were requested.
+        `device`: measured just before. The bytes of victims are added to it instead of measuring again: a device that
+        frees them late must not cost more objects than were requested.
         """
         report = PassReport(self._index.policy.name)
         try:
-            await self._evict_until_enough(term, usage, device_free, report)
+            freed = await self._evict_for_inodes(term, device.objects_to_evict(), report)
+            if freed:
+                usage = await self._state.usage()
+            await self._evict_until_enough(term, usage, device.free_bytes + freed, report)
         finally:
             report.publish()
+
+    async def _evict_for_inodes(self, term: Term, objects: int, report: PassReport) -> int:
+        """Evict so many objects, whatever their sizes. Returns the bytes freed."""
+        freed, until = 0, report.evicted + objects
+        while (missing := until - report.evicted) > 0:
+            await self._index.refresh()
+            victims = self._select(sys.maxsize, EvictionReason.DEVICE_INODES, min(missing, _EVICTION_BATCH))
+            if not victims:
+                EVICTION_BLOCKED.inc()
+                if not self.blocked_by_inodes:
+                    logger.warning("eviction_blocked", missing_inodes=missing * FILES_PER_OBJECT)
+                self.blocked_by_inodes = True
+                return freed
+            freed += await self._evict(term, victims, report)
+        self.blocked_by_inodes = False
+        return freed
 
     async def _evict_until_enough(
         self, term: Term, usage: Usage, device_free: int, report: PassReport
@@ -106,7 +136,9 @@ class Eviction:
             device_free += await self._evict(term, victims, report)
             usage = await self._state.usage()
 
-    def _select(self, needed: int, reason: EvictionReason) -> Sequence[Victim]:
+    def _select(
+        self, needed: int, reason: EvictionReason, at_most: int = _EVICTION_BATCH
+    ) -> Sequence[Victim]:
         now = time.monotonic()
         self._spared_until = {
             object_id: until for object_id, until in self._spared_until.items() if until > now
@@ -117,7 +149,7 @@ class Eviction:
             now,
             min_idle=self._rules.min_idle,
             spared=self._spared_until.keys() | self.pinned,
-            at_most=_EVICTION_BATCH,
+            at_most=at_most,
         )
         return [Victim(entry, now - entry.last_access, policy.inflation, reason) for entry in chosen]
 
@@ -175,7 +207,7 @@ class PassReport:
 
     def __init__(self, policy: str) -> None:
         self._policy = policy
-        self._evicted = self._deferred = self._skipped = self._bytes = 0
+        self.evicted = self._deferred = self._skipped = self._bytes = 0
         self._max_idle = 0.0
         self._largest: list[
             tuple[int, int, Victim]
@@ -187,25 +219,25 @@ class PassReport:
         elif outcome is not RemovalOutcome.REMOVED:
             self._skipped += 1
         else:
-            self._evicted += 1
+            self.evicted += 1
             self._bytes += footprint(victim.entry.size)
             self._max_idle = max(self._max_idle, victim.idle)
             EVICTED_OBJECT_IDLE.observe(victim.idle)
             EVICTED_OBJECT_SIZE.observe(victim.entry.size)
-            heapq.heappush(self._largest, (victim.entry.size, self._evicted, victim))
+            heapq.heappush(self._largest, (victim.entry.size, self.evicted, victim))
             if len(self._largest) > _MAX_LOGGED_VICTIMS:
                 heapq.heappop(self._largest)
 
     def publish(self) -> None:
         """Set the gauge and log the pass, if it has evicted anything."""
-        if not self._evicted:
+        if not self.evicted:
             return
         if self._max_idle:
             LAST_EVICTION_MAX_IDLE.set(self._max_idle)
         logger.info(
             "object_evicted",
             policy=self._policy,
-            evicted=self._evicted,
+            evicted=self.evicted,
             bytes=self._bytes,
             deferred=self._deferred,
             skipped=self._skipped,

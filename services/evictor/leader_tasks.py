@@ -24,6 +24,7 @@ from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, DistributorError, StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import Usage
+from distributor_node.shared.observability.metrics import DEVICE_FREE_INODES, DEVICE_INODES
 from distributor_node.shared.ports.state_store import StateStore, Term, Topic
 from distributor_node.shared.runtime.operator_state import POLL_INTERVAL
 from distributor_node.shared.runtime.threads import run_blocking
@@ -178,8 +179,11 @@ class LeaderTasks:
         if await self._parts.reconciliation.usage_check.watch(self._term, usage):
             usage = await self._state.usage()
         if usage.reconciled:
-            device_free = await run_blocking(self._parts.volume.free_bytes)
-            await self._parts.eviction.run(self._term, usage, device_free)
+            device = await run_blocking(self._parts.volume.device_space)
+            if device.files is not None and device.free_files is not None:
+                DEVICE_FREE_INODES.set(device.free_files)
+                DEVICE_INODES.set(device.files)
+            await self._parts.eviction.run(self._term, usage, device)
             self._needs_resync = self._needs_resync or (
                 self._parts.eviction.blocked and self._count_mismatch(usage) > 0
             )

@@ -43,6 +43,7 @@ class EvictionReason(StrEnum):
     HIGH_WATERMARK = "high_watermark"
     SPACE_REQUESTED = "space_requested"
     DEVICE_FULL = "device_full"
+    DEVICE_INODES = "device_inodes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,30 @@ def missing_for(usage: Usage, wanted: int, device_free: int) -> int:
     """Bytes that have to be freed before the `wanted` bytes fit, below the limit and on the device. The device may have
     fewer free bytes than the limit says."""
     return max(0, wanted - min(usage.free, device_free))
+
+
+FILES_PER_OBJECT = 2
+"""An object's file and its record."""
+
+_MIN_FREE_FILES, _MAX_FREE_FILES = 32, 1000
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpace:
+    """What is free on the device behind the volume. It may be less than the storage limit allows."""
+
+    free_bytes: int
+    free_files: int | None = None  # inodes; None: the file system makes them as needed
+    files: int | None = None  # all inodes, used and free
+
+    def objects_to_evict(self) -> int:
+        """Objects to evict so that new files can be made: below 2 % of all inodes (32 to 1,000) until twice that is free."""
+        if self.free_files is None or self.files is None:
+            return 0
+        reserve = max(_MIN_FREE_FILES, min(self.files // 50, _MAX_FREE_FILES))
+        if self.free_files >= reserve:
+            return 0
+        return -(-(2 * reserve - self.free_files) // FILES_PER_OBJECT)
 
 
 _TYPICAL_HEADROOM = 8 * 64 * 1024**2

@@ -189,6 +189,12 @@ STORAGE_HIGH_WATERMARK = ReportedGauge(
     "distributor_storage_high_watermark_bytes", "Used and reserved bytes above which the evictor makes room."
 )
 STORAGE_OBJECTS = ReportedGauge("distributor_storage_objects", "Complete objects on the volume.")
+DEVICE_FREE_INODES = ReportedGauge(
+    "distributor_device_free_inodes", "Files that can still be made on the device of the volume."
+)
+DEVICE_INODES = ReportedGauge(
+    "distributor_device_inodes", "Files that the device of the volume can hold, used and free."
+)
 QUEUE_JOBS = Gauge(
     "distributor_queue_jobs",
     "Jobs on the queue by state: ready, delayed, dead.",

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import VolumeFull
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.domain.space import DeviceSpace, footprint
 from distributor_node.shared.ports.state_store import Access, Granted
 from tests.counters import counted
 from tests.integration.evictor_harness import (
@@ -113,18 +113,55 @@ async def test_room_is_made_on_a_device_smaller_than_the_limit(small_device: Pat
         partial.discard()
         await harness.state.release(lease)
         await harness.state.request_space(ObjectId("new"), SIZE, 60.0)
-        await eventually(lambda: harness.volume.free_bytes() >= footprint(SIZE))
+        await eventually(lambda: harness.volume.device_space().free_bytes >= footprint(SIZE))
         partial = harness.volume.open_partial_for_writing(record_of("new", body_of("new")))
         partial.check_free_space()
         partial.close()
         assert len(await harness.entries()) == 5, "no more than was asked for"
 
 
+async def test_inodes_are_a_second_limit(tmp_path: Path) -> None:
+    """Objects much smaller than the limit, on a device that can hold some forty of them: each takes two inodes, and the
+    shards take some."""
+    root = tmp_path / "volume"
+    root.mkdir()
+    with small_file_system(root, "8m,nr_inodes=160"):
+        async with evictor_harness(tmp_path) as harness, harness.evictor():
+            await eventually(harness.reconciled)
+            body = b"x" * 100
+
+            def has_inodes() -> bool:
+                return (harness.volume.device_space().free_files or 0) >= 10
+
+            for number in range(100):
+                await eventually(has_inodes)
+                lease = await harness.begin_fetch(f"o{number}", len(body))
+                harness.put_file(f"o{number}", body)
+                assert await harness.state.commit(lease, time.time())
+            assert await harness.used() < LIMIT // 2, "bytes were no reason to evict"
+            assert harness.has("o99"), "the oldest go first"
+            assert not harness.has("o0")
+            await eventually(harness.matches_volume)
+        assert counted("distributor_device_inodes") == 160
+
+
+async def test_a_fetch_without_inodes_is_refused_before_a_file_is_made(tmp_path: Path) -> None:
+    root = tmp_path / "volume"
+    root.mkdir()
+    with small_file_system(root, "8m,nr_inodes=10"):
+        volume = Volume(root)
+        volume.prepare()
+        with pytest.raises(VolumeFull, match="no inodes for new: expected 6 free, got"):
+            volume.open_partial_for_writing(record_of("new", body_of("new")))
+        assert not list((root / "incoming").iterdir())
+        volume.close()
+
+
 class SlowDevice(Volume):
     """A device that never gives back what was removed."""
 
-    def free_bytes(self) -> int:
-        return SIZE
+    def device_space(self) -> DeviceSpace:
+        return DeviceSpace(SIZE)
 
 
 async def test_a_device_that_frees_nothing_evicts_no_more_than_requested(tmp_path: Path) -> None:

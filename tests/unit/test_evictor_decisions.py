@@ -15,7 +15,7 @@ from distributor_node.services.evictor.integrity import Verdict, judge_size
 from distributor_node.services.evictor.leader_election import MAX_BACKOFF, MIN_BACKOFF, run_periodically
 from distributor_node.shared.domain.errors import ConfigurationError, StateStoreUnavailable
 from distributor_node.shared.domain.objects import CompactIdSet, MediaObject, ObjectId
-from distributor_node.shared.domain.space import EvictionReason, Usage, Watermarks
+from distributor_node.shared.domain.space import DeviceSpace, EvictionReason, Usage, Watermarks
 from distributor_node.shared.runtime.threads import run_blocking
 from distributor_node.shared.waiting import Backoff
 
@@ -56,6 +56,23 @@ def test_the_larger_demand_is_the_reason_to_evict(
     marks = Watermarks(low=50, high=90)
     assert marks.to_evict(usage, wanted, device_free) > 0
     assert marks.reason_to_evict(usage, wanted, device_free) is reason
+
+
+@pytest.mark.parametrize(
+    ("files", "free", "objects"),
+    [
+        (None, None, 0),  # made as needed
+        (100_000, 1000, 0),
+        (100_000, 999, 501),
+        (100_000, 0, 1000),
+        (10_000_000, 1000, 0),
+        (5000, 99, 51),
+        (160, 32, 0),
+        (160, 31, 17),
+    ],
+)
+def test_objects_to_evict_for_inodes(files: int | None, free: int | None, objects: int) -> None:
+    assert DeviceSpace(0, free, files).objects_to_evict() == objects
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.version import Validators
 
 _UNVERIFIED_MODE, _VERIFIED_MODE = 0o640, 0o644
+_FILES_OF_A_FETCH = 6
+"""The partial file, its sidecar, the record, a draft of one of these, and two shards that may have to be made."""
+
 _MAX_REPLACED = 100
 """Times that one open finds another file than it has just opened. More is no race with another writer."""
 
@@ -68,6 +71,7 @@ class PartialFile:
             self._incoming = os.dup(self._directories.descriptor(INCOMING))
             try:
                 self._check_target()
+                self._check_free_files()
                 self._descriptor = self._open_locked(os.O_CREAT)
                 if not write_sidecar:
                     return
@@ -103,6 +107,14 @@ class PartialFile:
                 raise
             self.close()
             return False
+
+    def _check_free_files(self) -> None:
+        """Raise VolumeFull if the device has too few inodes for the files of a fetch, before any of them is made."""
+        device = os.fstatvfs(self._incoming)
+        if device.f_files and device.f_favail < _FILES_OF_A_FETCH:
+            raise VolumeFull(
+                f"no inodes for {self.record.object_id}: expected {_FILES_OF_A_FETCH} free, got {device.f_favail}"
+            )
 
     def _check_target(self) -> None:
         """Raise VolumeError for a directory at the object's place: the file could not be published after the download.

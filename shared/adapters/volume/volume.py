@@ -55,6 +55,7 @@ from distributor_node.shared.adapters.volume.records import (
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.formats import FORMAT, check_format
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.domain.space import DeviceSpace
 from distributor_node.shared.observability.logging import OncePerKey
 from distributor_node.shared.observability.metrics import FILES_CHANGED, VOLUME_READ_ERRORS
 
@@ -135,11 +136,13 @@ class Volume:
         if not self._directories.revalidate():
             raise VolumeError(f"the volume {self.root} is missing")
 
-    def free_bytes(self) -> int:
-        """Bytes that are free on the device behind the volume. The storage limit does not matter here."""
+    def device_space(self) -> DeviceSpace:
+        """What is free on the device behind the volume. The storage limit does not matter here."""
         with map_os_errors(f"read the free space of {self.root}"):
             device = os.fstatvfs(self._directories.root())
-        return device.f_bavail * device.f_frsize
+        free = device.f_bavail * device.f_frsize
+        # Without a number of inodes (btrfs, for example) they are made as needed
+        return DeviceSpace(free, device.f_favail, device.f_files) if device.f_files else DeviceSpace(free)
 
     def close(self) -> None:
         """Close the open directories. They open again when needed."""
