@@ -19,10 +19,9 @@ import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import structlog
@@ -31,7 +30,11 @@ from pydantic import SecretStr
 from distributor_node.services.api.listen import ListenAddress, bind
 from distributor_node.services.api.worker_probes import WorkerProbes
 from distributor_node.shared.domain.errors import ConfigurationError
-from distributor_node.shared.observability.multiprocess import forget_process, prepare_multiprocess
+from distributor_node.shared.observability.multiprocess import (
+    forget_process,
+    owned_directory,
+    prepare_multiprocess,
+)
 from distributor_node.shared.observability.probe_server import ProbeServer
 from distributor_node.shared.runtime.run_service import CLEAN, MISCONFIGURED, ServiceScope, run_service
 from distributor_node.shared.runtime.systemd import (
@@ -64,8 +67,13 @@ logger = structlog.get_logger()
 
 def run_supervisor(settings: Settings) -> int:
     """Run `public_api.workers` workers until a signal. Returns the exit code, 0 if all of them ended cleanly."""
-    prepare_multiprocess(settings.metrics.multiprocess_dir)
+    with ExitStack() as resources:
+        directory = settings.metrics.multiprocess_dir
+        prepare_multiprocess(directory or resources.enter_context(owned_directory("distributor-metrics-")))
+        return _run(settings)
 
+
+def _run(settings: Settings) -> int:
     async def main(scope: ServiceScope) -> None:
         await supervise(scope, settings)
 
@@ -89,7 +97,7 @@ async def supervise(scope: ServiceScope, settings: Settings) -> None:
     async with AsyncExitStack() as resources:
         listener = activated_socket(PUBLIC_SOCKET)
         port, operator_port = await _reserve_ports(settings, stop_requested, resources, listener)
-        directory = Path(resources.enter_context(TemporaryDirectory(prefix="distributor-probes-")))
+        directory = resources.enter_context(owned_directory("distributor-probes-"))
         paths = [directory / str(number) for number in range(1, settings.public_api.workers + 1)]
         workers = [
             Worker(

@@ -8,30 +8,74 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _ENDED = "ended"  # in place of a process id
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
-def prepare_multiprocess(directory: Path | None) -> Path:
-    """Turn multiprocess mode on, with files in `directory` (default: a new temporary one). Old files are removed.
+def prepare_multiprocess(directory: Path) -> None:
+    """Turn multiprocess mode on, with files in `directory`. Old files are removed.
 
     Raises RuntimeError if prometheus-client is already imported, OSError if the directory cannot be used.
     """
     if "prometheus_client" in sys.modules:
         raise RuntimeError("multiprocess mode must be prepared before prometheus_client is imported")
-    if directory is None:
-        directory = Path(tempfile.mkdtemp(prefix="distributor-metrics-"))
     directory.mkdir(parents=True, exist_ok=True)
     for left_behind in directory.glob("*.db"):
         left_behind.unlink(missing_ok=True)
     os.environ[VARIABLE] = str(directory)
-    return directory
+
+
+# Temporary directories with an owner: the process that holds an exclusive flock on them, which ends with the process.
+
+_OWNED = ".owned"  # a file in it, made after the lock was taken
+_MAX_ABANDONED = 1000
+
+
+@contextmanager
+def owned_directory(prefix: str) -> Iterator[Path]:
+    """A temporary directory. The end of the block removes it, or the next start does if this process is killed.
+
+    Raises OSError if it cannot be made.
+    """
+    _remove_abandoned(prefix)
+    path = Path(tempfile.mkdtemp(prefix=prefix))
+    lock = os.open(path, _DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (path / _OWNED).touch()
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_abandoned(prefix: str) -> None:
+    """Remove directories of this user whose owner is dead.
+
+    Those without the file `.owned` stay: their owner is about to take the lock, or a version before made them.
+    """
+    for path in islice(Path(tempfile.gettempdir()).glob(f"{prefix}*"), _MAX_ABANDONED):
+        try:
+            descriptor = os.open(path, _DIRECTORY)
+        except OSError:
+            continue  # it is gone, no directory, or another user's
+        try:
+            if os.fstat(descriptor).st_uid == os.geteuid() and (path / _OWNED).is_file():
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+        except BlockingIOError:
+            continue  # its owner is alive
+        finally:
+            os.close(descriptor)
 
 
 def forget_process(process_id: int) -> None:

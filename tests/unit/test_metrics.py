@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,45 @@ def test_multiprocess_mode_cannot_come_too_late() -> None:
         [sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=30
     )
     assert "must be prepared before" in done.stderr
+
+
+OWNER = """
+import sys, time
+from distributor_node.shared.observability.multiprocess import owned_directory
+with owned_directory("distributor-test-") as directory:
+    (directory / "counter_1.db").write_text("")
+    print(directory, flush=True)
+    sys.stdin.read()
+"""
+
+
+def start_owner(temporary: Path) -> tuple[subprocess.Popen[str], Path]:
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    assert owner.stdout is not None
+    return owner, Path(owner.stdout.readline().strip())
+
+
+def test_the_directory_of_a_killed_process_is_removed_by_the_next_start(tmp_path: Path) -> None:
+    foreign = tmp_path / "distributor-test-of-another-version"
+    foreign.mkdir()
+    killed, abandoned = start_owner(tmp_path)
+    alive, kept = start_owner(tmp_path)
+    killed.kill()
+    killed.communicate()
+    assert abandoned.is_dir()
+    third, another = start_owner(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([foreign, kept, another])
+    assert (kept / "counter_1.db").exists()
+    for owner in (alive, third):
+        owner.communicate("end")
+        assert owner.returncode == 0
+    assert list(tmp_path.iterdir()) == [foreign]
 
 
 def test_counters_used_by_alerts_are_precreated() -> None:
