@@ -89,7 +89,7 @@ class DeviceSpace:
     files: int | None = None  # all inodes, used and free
 
     def objects_to_evict(self) -> int:
-        """Objects to evict so that new files can be made: below 2 % of all inodes (32 to 1,000) until twice that is free."""
+        """Objects to evict so that files can be made: below 2 % of all inodes (32 to 1,000), up to twice that."""
         if self.free_files is None or self.files is None:
             return 0
         reserve = max(_MIN_FREE_FILES, min(self.files // 50, _MAX_FREE_FILES))

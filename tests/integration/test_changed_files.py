@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
+from distributor_node.services.api.fast_path.object_cache import REVALIDATE_SECONDS
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.adapters.volume.records import RECORD_VERSION, FileState, decode_stored
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.jobs import Ack, JobOutcome, Requeue
 from distributor_node.shared.domain.objects import StoredRecord
 from tests.counters import counted
+from tests.integration.assets_harness import assets_harness
 from tests.integration.fetcher_harness import OBJECT_ID, Harness, fetcher_harness, hash_of
 
 DATA = bytes(range(256)) * 1000
@@ -126,11 +130,16 @@ def test_a_hit_needs_no_additional_call(volume: Volume, monkeypatch: pytest.Monk
     publish(volume)
     assert volume.complete_record(OBJECT_ID) is not None
     calls: list[str] = []
+
+    def count(name: str, real: Callable[..., Any]) -> None:
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(os, name, counting)
+
     for name in ("open", "fstat", "stat", "pread", "read"):
-        real = getattr(os, name)
-        monkeypatch.setattr(
-            os, name, lambda *a, _real=real, _name=name, **k: (calls.append(_name), _real(*a, **k))[1]
-        )
+        count(name, getattr(os, name))
     found = volume.open_object(OBJECT_ID)
     monkeypatch.undo()
     assert found is not None
@@ -194,3 +203,20 @@ async def test_two_jobs_of_one_worker_hash_the_file_once(tmp_path: Path) -> None
         worker._admission._hashing.add(OBJECT_ID)
         assert await worker.handle(job) == Requeue("its file is being verified")
         assert path_of(harness.volume).read_bytes() == DATA
+
+
+@pytest.mark.parametrize("size", [10_000, 200_000], ids=["in memory", "by sendfile"])
+async def test_a_client_gets_the_right_bytes(tmp_path: Path, size: int) -> None:
+    """Also where the object is open, or its bytes are in memory, since it was requested before."""
+    async with assets_harness(tmp_path, first_byte_wait=0.3) as harness:
+        data = harness.add("1", size)
+        path = harness.store("1")
+        for _ in range(3):
+            answer = await harness.get("1")
+            assert (answer.body, answer.headers["x-cache"]) == (data, "hit")
+        overwrite(path)
+        await asyncio.sleep(1.5 * REVALIDATE_SECONDS)
+        answer = await harness.get("1")
+        assert (answer.status, answer.body) == (200, data)
+        assert answer.headers["x-cache"] != "hit"
+        assert await harness.has_job(), "its fetch hashes the file"

@@ -12,6 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.adapters.volume.layout import SHARDS
 from distributor_node.shared.domain.errors import VolumeFull
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import DeviceSpace, footprint
@@ -121,11 +122,13 @@ async def test_room_is_made_on_a_device_smaller_than_the_limit(small_device: Pat
 
 
 async def test_inodes_are_a_second_limit(tmp_path: Path) -> None:
-    """Objects much smaller than the limit, on a device that can hold some forty of them: each takes two inodes, and the
-    shards take some."""
-    root = tmp_path / "volume"
+    """Objects much smaller than the limit, on a device with inodes for fifty of them: each takes two."""
+    root, inodes = tmp_path / "volume", 5 + 2 * 256 + 100
     root.mkdir()
-    with small_file_system(root, "8m,nr_inodes=160"):
+    with small_file_system(root, f"8m,nr_inodes={inodes}"):
+        for place in ("objects", "records"):
+            for number in SHARDS:
+                (root / place / number).mkdir(parents=True)
         async with evictor_harness(tmp_path) as harness, harness.evictor():
             await eventually(harness.reconciled)
             body = b"x" * 100
@@ -133,16 +136,16 @@ async def test_inodes_are_a_second_limit(tmp_path: Path) -> None:
             def has_inodes() -> bool:
                 return (harness.volume.device_space().free_files or 0) >= 10
 
-            for number in range(100):
+            for serial in range(100):
                 await eventually(has_inodes)
-                lease = await harness.begin_fetch(f"o{number}", len(body))
-                harness.put_file(f"o{number}", body)
+                lease = await harness.begin_fetch(f"o{serial}", len(body))
+                harness.put_file(f"o{serial}", body)
                 assert await harness.state.commit(lease, time.time())
             assert await harness.used() < LIMIT // 2, "bytes were no reason to evict"
             assert harness.has("o99"), "the oldest go first"
             assert not harness.has("o0")
             await eventually(harness.matches_volume)
-        assert counted("distributor_device_inodes") == 160
+        assert counted("distributor_device_inodes") == inodes
 
 
 async def test_a_fetch_without_inodes_is_refused_before_a_file_is_made(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ UNITS = (
     "_info",
     "_objects",
     "_files",
+    "_inodes",
     "_jobs",
     "_saving",
     "_clients",

@@ -259,11 +259,11 @@ class PartialFile:
             # It is an object now. Senders may lock it while we wait for the disk; removals still may not.
             with suppress(OSError):
                 fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            os.fsync(objects)
+            unlink_if_exists(self._sidecar_name, self._incoming)
             # Not synced: without its change time, the file is known by inode, size and modification time.
             with suppress(OSError):
                 seal_record(record, FileState.of(os.fstat(self._descriptor)), records)
-            os.fsync(objects)
-            unlink_if_exists(self._sidecar_name, self._incoming)
 
     def discard(self) -> None:
         """Remove the partial file and close it. Its bytes are free when this returns.

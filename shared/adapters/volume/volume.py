@@ -80,7 +80,7 @@ class Volume:
         self.root = root
         self._accel_redirect = accel_redirect
         self._directories = Directories(root)
-        self._records: OrderedDict[str, tuple[FileState, StoredRecord]] = OrderedDict()
+        self._records: OrderedDict[str, tuple[tuple[int, int, int, int], StoredRecord]] = OrderedDict()
         self._record_cache = record_cache
         self._read_errors, self._changed = OncePerKey(), OncePerKey()
 
@@ -188,11 +188,11 @@ class Volume:
             return None
         if seen.st_nlink == 0:
             return None
-        identity = FileState.of(seen)
+        identity = (seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
         known = self._records.get(object_id)
         if known is not None and known[0] == identity:
             return known[1]
-        record = self._unchanged_record(object_id, identity)
+        record = self._unchanged_record(object_id, FileState(*identity))
         if record is None:
             return None
         self._records[object_id] = (identity, record)
