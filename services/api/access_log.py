@@ -21,7 +21,7 @@ from time import localtime, strftime
 import structlog
 from sanic import Request
 
-from distributor_node.services.api.client_address import ClientAddresses
+from distributor_node.services.api.clients import ClientAddresses
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.runtime.threads import run_blocking
 from distributor_node.shared.waiting import wait_event

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from distributor_node.services.api.accesses import AccessCounter, Viewers
-from distributor_node.services.api.client_address import ClientAddresses
+from distributor_node.services.api.clients import ClientAddresses, SlowClients
 from distributor_node.services.api.fetch_capacity import FetchCapacity, FetchEvents
-from distributor_node.services.api.slow_clients import SlowClients
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.objects import Assignment
 from distributor_node.shared.ports.catalog import Catalog

@@ -20,9 +20,9 @@ from sanic.response import BaseHTTPResponse
 from sanic.server import HttpProtocol
 
 from distributor_node.services.api.access_log import AccessLog
+from distributor_node.services.api.clients import SlowClients, bytes_acknowledged
 from distributor_node.services.api.headers import date_now
 from distributor_node.services.api.request_log import count_and_log, request_record
-from distributor_node.services.api.slow_clients import SlowClients, bytes_acknowledged
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES
 
 RESPONSE_START_TIMEOUT = 60.0

@@ -13,7 +13,7 @@ import structlog
 from distributor_node.services.api.access_log import AccessLog
 from distributor_node.services.api.accesses import AccessCounter, Viewers
 from distributor_node.services.api.assets.handler import AssetHandler
-from distributor_node.services.api.client_address import ClientAddresses
+from distributor_node.services.api.clients import ClientAddresses, SlowClients
 from distributor_node.services.api.context import ApiContext, CurrentAssignment
 from distributor_node.services.api.fast_path.handler import build_fast_path
 from distributor_node.services.api.fast_path.protocol import FastPathProtocol
@@ -23,7 +23,6 @@ from distributor_node.services.api.listen import ListenAddress
 from distributor_node.services.api.operator.app import operator_api
 from distributor_node.services.api.sanic_app import build_app, unregister_application
 from distributor_node.services.api.server import PublicServer
-from distributor_node.services.api.slow_clients import SlowClients
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError

@@ -27,6 +27,7 @@ from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.shared.adapters.sources.client import Expected, SourceResponse
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import PartialFile, Volume
+from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Comparison
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     DistributorError,
@@ -47,7 +48,6 @@ from distributor_node.shared.domain.http_caching import (
 from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
 from distributor_node.shared.domain.objects import Hasher, MediaObject, StoredRecord, source_name
-from distributor_node.shared.domain.version import NO_VALIDATORS, Comparison
 from distributor_node.shared.observability.metrics import (
     DOWNLOADS_IN_PROGRESS,
     PHASE,

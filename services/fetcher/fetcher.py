@@ -23,6 +23,7 @@ from distributor_node.shared.adapters.sources.client import SourceAnswer
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.state_common import QUEUED_SECONDS
 from distributor_node.shared.adapters.volume import Volume
+from distributor_node.shared.domain.conditionals import Validators
 from distributor_node.shared.domain.errors import (
     ConfigurationError,
     JobQueueUnavailable,
@@ -51,7 +52,6 @@ from distributor_node.shared.domain.jobs import (
 )
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState
-from distributor_node.shared.domain.version import Validators
 from distributor_node.shared.observability.metrics import FETCHES, PHASE
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.job_queue import JobQueue

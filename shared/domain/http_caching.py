@@ -14,9 +14,8 @@ from dataclasses import dataclass, replace
 from email.utils import formatdate
 from enum import Enum, auto
 
-from distributor_node.shared.domain.conditionals import parse_http_date
+from distributor_node.shared.domain.conditionals import Validators, parse_http_date
 from distributor_node.shared.domain.errors import InvalidInput
-from distributor_node.shared.domain.version import Validators
 
 MAX_DELTA = 2**31 - 1
 """Seconds. Greater numbers count as this one (RFC 9111 section 1.2.2)."""

@@ -14,11 +14,17 @@ from urllib.parse import quote, unquote_to_bytes, urlsplit
 import base58
 from blake3 import blake3
 
-from distributor_node.shared.domain.conditionals import is_http_date, parse_http_date
+from distributor_node.shared.domain.conditionals import (
+    NO_VALIDATORS,
+    Validators,
+    Version,
+    etag_or_none,
+    is_http_date,
+    parse_http_date,
+)
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.http_caching import Freshness
 from distributor_node.shared.domain.media_types import detect_media_type, media_type_or_none
-from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, Version, etag_or_none
 
 _OBJECT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._~-]{0,127}\Z", re.ASCII)
 _BUCKET_ID = re.compile(r"[0-9]{1,20}:[0-9]{1,20}\Z", re.ASCII)

@@ -11,9 +11,9 @@ from distributor_node.services.demo.objects import bytes_object
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, CacheLimits
 from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
+from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Validators
 from distributor_node.shared.domain.errors import CatalogUnavailable, ConfigurationError, ObjectUnavailable
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.version import NO_VALIDATORS, Validators
 
 ONE = ObjectId("1")
 HEAD, GET = Match(method="HEAD"), Match(method="GET")

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import pytest
 
 from distributor_node.shared.adapters.state_redis.caches import RedisSharedCatalogCache
+from distributor_node.shared.domain.conditionals import Validators
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
-from distributor_node.shared.domain.version import Validators
 from distributor_node.shared.ports.catalog import CacheLookup, SharedCatalogCache
 
 ONE, TWO = ObjectId("1"), ObjectId("2")

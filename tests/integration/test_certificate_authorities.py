@@ -18,12 +18,12 @@ from distributor_node.shared.adapters.sources.client import Expected, SourceClie
 from distributor_node.shared.adapters.sources.connections import SourceLimits
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_redis import RedisStateStore
+from distributor_node.shared.domain.conditionals import Version
 from distributor_node.shared.domain.errors import (
     CatalogUnavailable,
     SourceError,
     StateStoreUnavailable,
 )
-from distributor_node.shared.domain.version import Version
 from tests.servers.rabbitmq_server import RabbitServer
 from tests.servers.redis_server import RedisServer, free_port
 from tests.waiting import eventually

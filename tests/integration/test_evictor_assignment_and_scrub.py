@@ -17,8 +17,7 @@ from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.integrity import Scrub
 from distributor_node.shared.adapters.volume import FoundObject
-from distributor_node.shared.adapters.volume.layout import SHARDS, shard
-from distributor_node.shared.adapters.volume.records import encode_record
+from distributor_node.shared.adapters.volume.layout import SHARDS, encode_record, shard
 from distributor_node.shared.domain.eviction import make_policy
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint

@@ -15,9 +15,9 @@ from distributor_node.shared.adapters.catalogs.joystream.endpoint import STATUS,
 from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
 from distributor_node.shared.adapters.sources.client import Expected
+from distributor_node.shared.domain.conditionals import Version
 from distributor_node.shared.domain.errors import CatalogUnavailable, SourceWrong
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.version import Version
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"

@@ -15,7 +15,7 @@ from distributor_node.services.demo.objects import GeneratedContent, bytes_objec
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits, SourceObservation
 from distributor_node.shared.adapters.sources.client import Expected
-from distributor_node.shared.domain.conditionals import ByteRange
+from distributor_node.shared.domain.conditionals import ByteRange, Version
 from distributor_node.shared.domain.errors import (
     InvalidInput,
     SourceError,
@@ -24,7 +24,6 @@ from distributor_node.shared.domain.errors import (
     SourceUnreachable,
     SourceWrong,
 )
-from distributor_node.shared.domain.version import Version
 from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 3_000_000

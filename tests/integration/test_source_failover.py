@@ -19,6 +19,7 @@ from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
 from distributor_node.shared.adapters.sources.client import SourceObservation
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
+from distributor_node.shared.domain.conditionals import Validators
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     SourceRefused,
@@ -27,7 +28,6 @@ from distributor_node.shared.domain.errors import (
     SourceWrong,
 )
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
-from distributor_node.shared.domain.version import Validators
 from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 100_000

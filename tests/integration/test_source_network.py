@@ -19,9 +19,8 @@ from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits
 from distributor_node.shared.adapters.sources.client import Expected
 from distributor_node.shared.adapters.sources.network import connect, reload_certificates
-from distributor_node.shared.domain.conditionals import ByteRange
+from distributor_node.shared.domain.conditionals import ByteRange, Version
 from distributor_node.shared.domain.errors import SourceTooSlow, SourceUnreachable
-from distributor_node.shared.domain.version import Version
 from tests.servers.unresponsive_server import unresponsive_server
 
 SIZE = 12_000_000

@@ -33,7 +33,7 @@ from distributor_node.shared.domain.objects import (
     Assignment, ContentHash, DistributionBucket, MediaObject, ObjectId, StoredRecord
 )
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
-from distributor_node.shared.domain.version import Validators
+from distributor_node.shared.domain.conditionals import Validators
 from distributor_node.shared.ports.state_store import Granted, IndexEntry
 
 mode, url, prefix, folder = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])

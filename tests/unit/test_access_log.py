@@ -11,7 +11,7 @@ import pytest
 
 from distributor_node.services.api import access_log as module
 from distributor_node.services.api.access_log import AccessLog
-from distributor_node.services.api.client_address import ClientAddresses
+from distributor_node.services.api.clients import ClientAddresses
 
 COMBINED = re.compile(
     r'(?P<client>\S+) - - \[\d\d/[A-Z][a-z]{2}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "(?P<line>[^"]*)" '

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distributor_node.services.api.client_address import ClientAddresses
+from distributor_node.services.api.clients import ClientAddresses
 
 PROXIES = ("10.0.0.0/8", "192.0.2.1", "2001:db8:ffff::/48")
 

@@ -10,6 +10,7 @@ from email.utils import formatdate
 
 import pytest
 
+from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Validators
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.http_caching import (
     MAX_DELTA,
@@ -27,7 +28,6 @@ from distributor_node.shared.domain.http_caching import (
     validate,
     why_not_stored,
 )
-from distributor_node.shared.domain.version import NO_VALIDATORS, Validators
 
 NOW = 1_700_000_000
 RULES = CachingRules(default_ttl=60, max_ttl=100_000, stale_while_revalidate=10, stale_if_error=3600)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from distributor_node.shared.adapters.state_common import read_description, write_description
+from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Validators
 from distributor_node.shared.domain.errors import InvalidInput, InvalidJob
 from distributor_node.shared.domain.jobs import (
     Ack,
@@ -21,7 +22,6 @@ from distributor_node.shared.domain.jobs import (
     encode_job,
 )
 from distributor_node.shared.domain.objects import ContentHash, DistributionBucket, MediaObject, ObjectId
-from distributor_node.shared.domain.version import NO_VALIDATORS, Validators
 
 PLAN = RetryPlan((5.0, 30.0))
 

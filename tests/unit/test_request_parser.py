@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distributor_node.services.api.fast_path.request_parser import RequestParser
+from distributor_node.services.api.fast_path.handler import RequestParser
 from distributor_node.shared.domain.conditionals import Conditions
 
 _LINE = b"GET /api/v1/assets/7 HTTP/1.1\r\n"

@@ -9,8 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from distributor_node.services.api import slow_clients
-from distributor_node.services.api.slow_clients import WINDOW, SlowClients
+from distributor_node.services.api import clients as clients_module
+from distributor_node.services.api.clients import WINDOW, SlowClients
 from distributor_node.shared.ports.state_store import StateStore
 from tests.waiting import eventually
 
@@ -101,7 +101,7 @@ class Usage:
 async def test_clients_of_cached_objects_are_ended_while_space_is_scarce(
     scarce: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(slow_clients, "SPACE_INTERVAL", 0.01)
+    monkeypatch.setattr(clients_module, "SPACE_INTERVAL", 0.01)
     clients, state = SlowClients(RATE), Usage()
     cached = [Client(float(number)) for number in range(1, 4)]
     quick, proxied = Client(2000), Client(0)

@@ -15,7 +15,7 @@ from distributor_node.shared.adapters.sources.client import (
     validate_response,
 )
 from distributor_node.shared.adapters.sources.connections import SourceLimits
-from distributor_node.shared.domain.conditionals import ByteRange
+from distributor_node.shared.domain.conditionals import NO_VALIDATORS, ByteRange, Validators, Version
 from distributor_node.shared.domain.errors import (
     ConfigurationError,
     SourceError,
@@ -24,7 +24,6 @@ from distributor_node.shared.domain.errors import (
     VersionChanged,
 )
 from distributor_node.shared.domain.objects import ContentHash
-from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, Version
 
 RANGE = ByteRange(10, 19)
 V1, V2, WEAK = Validators('"v1"', 1000), Validators('"v2"', 1000), Validators('W/"v1"', 1000)

@@ -27,11 +27,11 @@ from distributor_node.services.api.headers import (
 )
 from distributor_node.shared.adapters.catalogs.joystream.answers import read_object
 from distributor_node.shared.adapters.state_common import read_description, write_description
-from distributor_node.shared.adapters.volume.records import decode_record, encode_record
+from distributor_node.shared.adapters.volume.layout import decode_record, encode_record
+from distributor_node.shared.domain.conditionals import Validators
 from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput, InvalidJob
 from distributor_node.shared.domain.jobs import FetchJob, decode_job, encode_job
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
-from distributor_node.shared.domain.version import Validators
 from distributor_node.shared.observability.logging import configure_logging
 
 HASH = ContentHash("blake3", bytes(32))

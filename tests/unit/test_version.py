@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from distributor_node.shared.adapters.volume.records import decode_record, encode_record
+from distributor_node.shared.adapters.volume.layout import decode_record, encode_record
+from distributor_node.shared.domain.conditionals import Comparison, Validators, Version
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import RECORD_BYTES
-from distributor_node.shared.domain.version import Comparison, Validators, Version
 
 HASH = ContentHash("sha256", bytes(32))
 OTHER = ContentHash("sha256", bytes(31) + b"x")

@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from enum import Enum, auto
 
 from distributor_node.shared.domain.conditionals import (
+    NO_VALIDATORS,
     ByteRange,
     Conditions,
     Unsatisfiable,
+    Validators,
     Verdict,
+    Version,
     evaluate,
     parse_range,
     range_applies,
@@ -22,7 +25,6 @@ from distributor_node.shared.domain.objects import (
     StoredRecord,
     entity_tag,
 )
-from distributor_node.shared.domain.version import NO_VALIDATORS, Validators, Version
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase, ObjectStatus
 
 UNVERIFIED_TAIL_BYTES = 64 * 1024

@@ -12,7 +12,7 @@ from typing import Any
 import structlog
 from sanic import Request
 
-from distributor_node.services.api.client_address import client_of_request
+from distributor_node.services.api.clients import client_of_request
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, RETRY_SOON, HttpError
 from distributor_node.services.api.request_log import phase

@@ -27,9 +27,9 @@ from distributor_node.services.api.assets.response import (
 from distributor_node.services.api.fetch_capacity import FetchEvents
 from distributor_node.services.api.headers import CacheOutcome, content_head
 from distributor_node.shared.adapters.volume import OpenObject, PartialReader, Volume
+from distributor_node.shared.domain.conditionals import Comparison
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
-from distributor_node.shared.domain.version import Comparison
 from distributor_node.shared.ports.state_store import StateStore
 from distributor_node.shared.waiting import background
 

@@ -40,11 +40,10 @@ from distributor_node.services.api.headers import (
 )
 from distributor_node.shared.adapters.volume import OpenObject
 from distributor_node.shared.domain.admission import SecondHitAdmission
-from distributor_node.shared.domain.conditionals import Conditions
+from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Conditions
 from distributor_node.shared.domain.errors import StateStoreUnavailable, TooManyOpenFiles, VolumeError
 from distributor_node.shared.domain.http_caching import CacheControl
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
-from distributor_node.shared.domain.version import NO_VALIDATORS
 from distributor_node.shared.observability.metrics import ADMISSION_REJECTED
 from distributor_node.shared.ports.state_store import (
     Failure,

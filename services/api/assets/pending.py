@@ -32,9 +32,9 @@ from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import AbortResponse, HttpError
 from distributor_node.services.api.headers import BYPASS, CacheOutcome, content_head
 from distributor_node.shared.adapters.volume import OpenObject, PartialReader
+from distributor_node.shared.domain.conditionals import Comparison
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import MediaObject
-from distributor_node.shared.domain.version import Comparison
 from distributor_node.shared.observability.metrics import STALLED_FETCHES_BRIDGED, VAIN_WAITS
 from distributor_node.shared.waiting import background
 

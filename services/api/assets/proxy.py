@@ -15,7 +15,7 @@ import structlog
 
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES, Representation, Span
 from distributor_node.services.api.assets.response import ResponseWriter
-from distributor_node.services.api.client_address import client_of_request
+from distributor_node.services.api.clients import client_of_request
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
 from distributor_node.services.api.headers import CacheOutcome, content_head

@@ -9,7 +9,7 @@ import httpx
 
 from distributor_node.shared.adapters.catalogs.documents import map_catalog_errors
 from distributor_node.shared.adapters.sources.connections import Connections, SourceLimits
-from distributor_node.shared.domain.conditionals import ByteRange, parse_content_range
+from distributor_node.shared.domain.conditionals import ByteRange, Validators, parse_content_range
 from distributor_node.shared.domain.errors import (
     CatalogUnavailable,
     ConfigurationError,
@@ -23,7 +23,6 @@ from distributor_node.shared.domain.http_caching import why_not_stored
 from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import Assignment, MediaObject, ObjectId
 from distributor_node.shared.domain.urls import parse_source_url, url_origin
-from distributor_node.shared.domain.version import Validators
 from distributor_node.shared.ports.catalog import CatalogStatus, LookupAnswers
 
 _PLACEHOLDER = "{id}"

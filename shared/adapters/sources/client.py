@@ -14,7 +14,15 @@ import httpx
 
 from distributor_node.shared.adapters.sources.connections import Connections, SourceLimits, map_http_errors
 from distributor_node.shared.adapters.sources.network import SourceStream
-from distributor_node.shared.domain.conditionals import ByteRange, parse_content_range
+from distributor_node.shared.domain.conditionals import (
+    NO_VALIDATORS,
+    UNKNOWN_VERSION,
+    ByteRange,
+    Comparison,
+    Validators,
+    Version,
+    parse_content_range,
+)
 from distributor_node.shared.domain.errors import (
     InvalidInput,
     SourceEncoded,
@@ -28,13 +36,6 @@ from distributor_node.shared.domain.errors import (
 from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import source_name
 from distributor_node.shared.domain.urls import parse_source_url
-from distributor_node.shared.domain.version import (
-    NO_VALIDATORS,
-    UNKNOWN_VERSION,
-    Comparison,
-    Validators,
-    Version,
-)
 
 MAX_SKIP = 8 * 1024 * 1024
 """If a source ignores ranges, at most so many bytes are read and skipped to reach the range."""

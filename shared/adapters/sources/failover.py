@@ -18,7 +18,7 @@ from distributor_node.shared.adapters.sources.client import (
     SourceResponse,
 )
 from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
-from distributor_node.shared.domain.conditionals import ByteRange
+from distributor_node.shared.domain.conditionals import ByteRange, Version
 from distributor_node.shared.domain.errors import (
     AllSourcesFailed,
     NotStorable,
@@ -33,7 +33,6 @@ from distributor_node.shared.domain.errors import (
 )
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, source_name
 from distributor_node.shared.domain.source_order import RateSampler
-from distributor_node.shared.domain.version import Version
 
 OnSource = Callable[[str, SourceResponse], None]
 """Called for each source, with its URL, after its response has begun and before its first byte is yielded."""

@@ -19,8 +19,8 @@ from distributor_node.shared.adapters.volume.layout import (
     map_os_errors,
     open_plain,
     shard,
+    unlink_if_exists,
 )
-from distributor_node.shared.adapters.volume.records import unlink_if_exists
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 

@@ -15,23 +15,21 @@ from distributor_node.shared.adapters.volume.layout import (
     PART_SUFFIX,
     RECORDS,
     Directories,
-    ForeignFile,
-    map_os_errors,
-    open_plain,
-    shard,
-)
-from distributor_node.shared.adapters.volume.records import (
     FileState,
+    ForeignFile,
     atomic_write,
     encode_record,
+    map_os_errors,
+    open_plain,
     overwrite,
     seal_record,
+    shard,
     unlink_if_exists,
 )
+from distributor_node.shared.domain.conditionals import Validators
 from distributor_node.shared.domain.errors import VolumeError, VolumeFull
 from distributor_node.shared.domain.http_caching import Freshness
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
-from distributor_node.shared.domain.version import Validators
 
 _UNVERIFIED_MODE, _VERIFIED_MODE = 0o640, 0o644
 _FILES_OF_A_FETCH = 6
