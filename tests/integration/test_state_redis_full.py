@@ -176,3 +176,25 @@ async def test_the_access_log_is_bounded_in_bytes(store: RedisStateStore, client
         await store.record_accesses(batch)
     assert (await client.memory_usage("node:accesses") or 0) < 17 * 1024 * 1024
     assert await client.xlen("node:accesses") >= 30
+
+
+@pytest.mark.parametrize("first", ["claim", "renew", "evict", "lead"])
+async def test_each_call_works_by_itself_on_a_full_server(
+    store: RedisStateStore, client: Redis, first: str
+) -> None:
+    """It does not depend on the room that another call has made."""
+    term, lease = await has_work(store)
+    await store.resign(term)
+    new_term = None if first == "lead" else await store.lead("evictor-2", 600)
+    await fill(client)
+    match first:
+        case "claim":
+            assert (await store.claim(THREE, "api-1")).won
+        case "renew":
+            assert await store.renew(lease)
+        case "lead":
+            assert await store.lead("evictor-2", 600) is not None
+        case _:
+            assert new_term is not None
+            assert await store.begin_eviction(new_term, ONE, 0.0)
+            assert await store.finish_eviction(new_term, ONE) > 0
