@@ -99,7 +99,7 @@ def summary(cells: Sequence[Cell]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--views", type=int, default=200_000)
+    parser.add_argument("--views", type=int, default=100_000)
     parser.add_argument("--families", nargs="+", choices=list(FAMILIES), default=list(FAMILIES))
     parser.add_argument("--processes", type=int, default=1)
     arguments = parser.parse_args()

@@ -67,7 +67,7 @@ KINDS = (
 IMAGES = (Kind("image", 1.0, 22 * KB, 1.1, 1 * KB, 4 * MB, 12.0, 0.08),)
 """Mean 40 KB."""
 SEGMENTS = (Kind("segment", 1.0, 60 * KB, 1.8, 2 * KB, 12 * MB, 8.0, 0.08),)
-"""Parts of videos: mean 0.3 MB, the largest hundredth above 4 MB."""
+"""Parts of videos: mean 0.3 MB, the largest hundredth from about 4 MB on."""
 DOWNLOADS = (Kind("download", 1.0, 200 * KB, 1.9, 1 * KB, 500 * MB, 6.0, 0.15),)
 """Mean about 1 MB, a few very large."""
 MIXED = (
