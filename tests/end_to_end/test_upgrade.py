@@ -124,3 +124,29 @@ async def test_up_and_down_between_two_versions(harness: Harness, former: Path) 
     logs = stack.logs()
     for complaint in ("Traceback", "index_records_dropped", "object_damaged"):
         assert complaint not in logs
+
+
+@pytest.mark.slow
+@pytest.mark.servers
+@pytest.mark.skipif(FORMER is None, reason="needs git and the history of this checkout")
+@pytest.mark.parametrize("older", ["api", "fetcher", "evictor"])
+async def test_two_versions_work_side_by_side(harness: Harness, former: Path, older: str) -> None:
+    """During a rolling update jobs, claims and records of one version are another's."""
+    stack, source = harness.stack, harness.first
+    objects = [generated_object(str(number), 3 * MIB) for number in range(1, 4)]
+    harness.publish(objects)
+    for kind in ("evictor", "fetcher", "api"):
+        stack.release = former if kind == older else None
+        stack.add(kind)
+    await stack.ready()
+    for item in objects:
+        first = await get(stack.url(item.object_id))
+        assert_whole(first, item)
+        assert (first.headers["x-cache"], first.headers["x-data-source"]) == ("miss", "local")
+        await stack.until_hit(item.object_id)
+        assert_whole(await get(stack.url(item.object_id)), item)
+        assert len(source.requests.of(item.object_id, "GET")) == 1
+    assert (await stack.status())["objectsInCache"] == len(objects)
+    for process in stack.running():
+        assert await process.stop() == 0, process.tail()
+    assert "Traceback" not in stack.logs()
