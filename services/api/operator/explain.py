@@ -124,6 +124,8 @@ def _state_of(entry: IndexEntry | None, status: ObjectStatus, on_volume: OnVolum
         return status.fetch.phase.value
     if on_volume.size is not None:
         return "unindexed"
+    if on_volume.sending:  # a purge has dropped its entry, so that it can be fetched again
+        return "leaving"
     return "failed" if status.failure is not None else "absent"
 
 
