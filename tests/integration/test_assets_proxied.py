@@ -338,12 +338,10 @@ async def test_refusals(harness: AssetsHarness) -> None:
         "a%00b",
         "..",
         ".",
-        "a/b",
         "%2e%2e",
         "x" * 5000,
         "a%0d%0ab",
         "%ff",
-        "1;2",
         "",
     ],
 )

@@ -33,7 +33,10 @@ from distributor_node.shared.domain.objects import (
     Assignment, ContentHash, DistributionBucket, MediaObject, ObjectId, StoredRecord
 )
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
-from distributor_node.shared.domain.conditionals import Validators
+try:
+    from distributor_node.shared.domain.conditionals import Validators
+except ImportError:  # where the former version has it
+    from distributor_node.shared.domain.version import Validators
 from distributor_node.shared.ports.state_store import Granted, IndexEntry
 
 mode, url, prefix, folder = sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4])
