@@ -386,12 +386,14 @@ class ObjectRemover:
         # Before the store is asked: see `Removal.rename_to_trash`
         expected = await run_blocking(self._volume.identity_of, object_id)
         outcome = await self.evict(term, object_id, ANY_IDLE, reason, even_pinned=True)
-        if outcome is not RemovalOutcome.IN_USE:
+        if outcome is RemovalOutcome.IN_USE:
+            if not await self._state.begin_eviction(term, object_id, ANY_IDLE, even_pinned=True):
+                return RemovalOutcome.REFUSED
+            self._reasons[object_id] = reason
+            self._index.mark_deferred(object_id)
+        elif outcome is not RemovalOutcome.DEFERRED:
             return outcome
-        if not await self._state.begin_eviction(term, object_id, ANY_IDLE, even_pinned=True):
-            return RemovalOutcome.REFUSED
-        self._reasons[object_id] = reason
-        self._index.mark_deferred(object_id)
+        # DEFERRED: only the file of an earlier purge was unlinked; the one in `objects/` is in use
         # Not while the files in `leaving/` are counted: this one is counted by its entry, and then with them.
         async with self._settling:
             try:

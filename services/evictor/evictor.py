@@ -142,5 +142,5 @@ def _make_node_import(
     if storage.import_assets is None:
         return None, None
     import_source = ImportSource(storage.path, storage.import_assets)
-    node_import = NodeImport(import_source, storage.import_cache_state)
+    node_import = NodeImport(state, import_source, storage.import_cache_state)
     return node_import, ImportCopier(state, volume, catalog, import_source, node_import)

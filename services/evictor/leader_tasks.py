@@ -231,6 +231,8 @@ class LeaderTasks:
         # Announcements get lost. A small difference is due to objects that are being stored or removed now
         if self._count_mismatch(usage) > usage.objects // 100:
             self._needs_resync = True
+        if self._parts.node_import is not None and await self._parts.node_import.has_importable():
+            self._reconcile_event.set()  # it imports them, and counts them at once
         return 0.0
 
     async def _check_usage(self) -> float:

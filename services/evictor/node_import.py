@@ -33,6 +33,7 @@ from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import (
     Access,
     AlreadyStored,
+    FetchPhase,
     Granted,
     Lease,
     NeverFits,
@@ -49,18 +50,25 @@ logger = structlog.get_logger()
 class NodeImport:
     """Moves files into the volume, and tells how the old node used them."""
 
-    def __init__(self, import_source: ImportSource, cache_state: Path | None) -> None:
+    def __init__(self, state: StateStore, import_source: ImportSource, cache_state: Path | None) -> None:
         """`cache_state`: the old node's state file, or its directory; None: without it."""
+        self._store = state
         self._import_source = import_source
         self._cache_state = cache_state
         self._state = CacheState()
         self._state_read = False
         self.needs_copy = False
         """Whether `link_files` found files on another file system."""
+        self.deferred = set[ObjectId]()
+        """Objects that were under a lease when `link_files` came to them."""
 
     async def link_files(self) -> None:
-        """Move the files that can be moved. Safe to repeat, and to be killed in. If the directory cannot be read, the
-        node works without it."""
+        """Move the files that can be moved; those of objects that are being fetched wait for another call. Safe to
+        repeat, and to be killed in. If the directory cannot be read, the node works without it.
+
+        StateStoreUnavailable ends it early.
+        """
+        self.deferred.clear()
         try:
             pending = await run_blocking(self._has_pending)
         except VolumeError as error:
@@ -77,10 +85,15 @@ class NodeImport:
         results = Counter[ImportResult]()
         scan = self._import_source.pending()
         while chunk := await next_chunk(scan, _IMPORT_BATCH):
-            results.update(await run_blocking(self._import_batch, chunk))
+            # A file beside the partial file of a live lease would count only once that lease has ended
+            leased = await self._leased()
+            self.deferred.update(leased.intersection(one.object_id for one in chunk))
+            free = [one for one in chunk if one.object_id not in leased]
+            results.update(await run_blocking(self._import_batch, free))
             if results[ImportResult.OTHER_DEVICE]:
                 break
-        self.needs_copy = results[ImportResult.OTHER_DEVICE] > 0
+        if results:  # otherwise all of them wait
+            self.needs_copy = results[ImportResult.OTHER_DEVICE] > 0
         RECONCILED.labels("imported").inc(results[ImportResult.MOVED])
         logger.info(
             "import_files_moved",
@@ -88,9 +101,21 @@ class NodeImport:
             moved=results[ImportResult.MOVED],
             there=results[ImportResult.EXISTS],
             excluded=results[ImportResult.EXCLUDED],
+            deferred=len(self.deferred),
             failed=results[ImportResult.FAILED],
             to_copy=self.needs_copy,
         )
+
+    async def has_importable(self) -> bool:
+        """Whether `link_files` has left files for fetches that have all ended since: it is worth a call."""
+        if self.needs_copy or not self.deferred:  # the copier has leases itself, and takes all that is left
+            return False
+        return self.deferred.isdisjoint(await self._leased())
+
+    async def _leased(self) -> set[ObjectId]:
+        """Objects under a live lease, also that of a worker that has died."""
+        fetches = await self._store.fetches()
+        return {fetch.object_id for fetch in fetches if fetch.phase is FetchPhase.FETCHING}
 
     def usage_of(self, found: FoundObject) -> PolicyEntry | None:
         """Views and last access on the old node; None: it does not know the object."""
@@ -112,7 +137,7 @@ class NodeImport:
 
     async def finish(self) -> None:
         """Call it when all moved files have been adopted and compared with the catalog."""
-        if not self.needs_copy:
+        if not self.needs_copy and not self.deferred:
             self._state = CacheState()
         if not await run_blocking(self._import_source.is_done):
             await run_blocking(self._import_source.mark, done=True)
@@ -150,7 +175,7 @@ class NodeImport:
 
 _COPY_CHUNK = 4 * 1024**2  # bytes
 _LEASE_RENEW_INTERVAL = 2.0  # seconds
-_NO_SPACE_RETRY_INTERVAL = 600.0  # seconds
+_RETRY_INTERVAL = 600.0  # seconds
 _WORKER = "takeover"
 
 
@@ -174,7 +199,7 @@ class ImportCopier:
         CatalogUnavailable and StateStoreUnavailable end it early.
         """
         if not self._node_import.needs_copy:
-            return None
+            return _RETRY_INTERVAL if self._node_import.deferred else None
         pending = await run_blocking(self._most_used_first)
         copied = 0
         for one in pending:
@@ -188,7 +213,7 @@ class ImportCopier:
             begun = await self._state.begin(one.object_id, one.size, _WORKER)
             if isinstance(begun, NoSpace):
                 logger.info("import_paused_no_space", copied=copied, left=len(pending) - copied)
-                return _NO_SPACE_RETRY_INTERVAL
+                return _RETRY_INTERVAL
             if isinstance(begun, Granted | AlreadyStored):
                 try:
                     copied += await self._import_admitted(known, one, begun)

@@ -150,7 +150,7 @@ class Leader:
         volume = node.volume
         self.index = EvictionIndex(self.store, volume, partial(make_policy, "lru-sp"), lambda: node.now)
         self.remover = ObjectRemover(self.store, volume, self.index)
-        self.node_import = NodeImport(ImportSource(volume.root, node.old_node), None)
+        self.node_import = NodeImport(self.store, ImportSource(volume.root, node.old_node), None)
         adoption = Adoption(self.store, volume, self.index, self.node_import)
         self.reaper = PartialReaper(self.store, volume, adoption, keep=3600, space_wait=10)
         self.reconciliation = Reconciliation(

@@ -1,12 +1,15 @@
-"""Objects of an existing node on another file system: copied, verified, the most used first, within the limit."""
+"""Objects of an existing node. On another file system they are copied, verified, the most used first, within the limit.
+On the same one they are moved, but not beside the partial file of a live lease."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,12 +19,20 @@ from distributor_node.services.evictor.node_import import ImportCopier, NodeImpo
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import Volume
-from distributor_node.shared.adapters.volume.intake import ImportSource
+from distributor_node.shared.adapters.volume.intake import DONE, ImportSource
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import Lease
-from tests.integration.evictor_harness import SIZE, ListedCatalog, body_of, media_object
+from tests.integration.evictor_harness import (
+    SIZE,
+    EvictorHarness,
+    ListedCatalog,
+    body_of,
+    evictor_harness,
+    media_object,
+)
+from tests.waiting import eventually
 
 MEMORY = Path("/dev/shm")
 NAMES = ("1", "2", "3", "4")
@@ -85,7 +96,7 @@ async def harness(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterat
     assert term is not None
     await state.set_reconciled(term)
     import_source = ImportSource(volume.root, assets)
-    node_import = NodeImport(import_source, assets)
+    node_import = NodeImport(state, import_source, assets)
     copier = ImportCopier(state, volume, catalog, import_source, node_import)
     yield Harness(assets, state, volume, catalog, node_import, copier)
     shutil.rmtree(assets)
@@ -148,3 +159,54 @@ async def test_an_object_stored_but_not_committed_is_not_copied_twice(harness: H
     assert all(harness.is_hit(name) for name in NAMES)
     usage = await harness.state.usage()
     assert (usage.used, usage.reserved) == (4 * footprint(SIZE), 0)
+
+
+# On the same file system
+
+
+@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
+async def node(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EvictorHarness]:
+    redis = None
+    if request.param == "redis":
+        redis = (request.getfixturevalue("redis_url"), request.getfixturevalue("redis_prefix"))
+    async with evictor_harness(tmp_path, redis) as made:
+        yield made
+
+
+async def test_a_file_waits_for_the_end_of_the_lease_of_its_object(
+    node: EvictorHarness, tmp_path: Path
+) -> None:
+    async with node.evictor():
+        await eventually(node.reconciled)
+    lease = await node.begin_fetch("1")
+    node.leave_partial("1", SIZE)
+    assets = tmp_path / "old"
+    assets.mkdir()
+    for name in ("1", "2"):
+        (assets / name).write_bytes(body_of(name))
+        node.catalog.objects[ObjectId(name)] = media_object(name, body_of(name))
+
+    async def keep() -> None:
+        while True:
+            assert await node.state.renew(lease)
+            await asyncio.sleep(0.05)
+
+    async def both_count() -> bool:
+        return len(await node.entries()) == 2 and await node.fetch_of("1") is None
+
+    settings = node.settings(partial_keep=1.0)  # and as often it is looked whether the lease has ended
+    storage = settings.storage.model_copy(update={"import_assets": assets})
+    kept = asyncio.create_task(keep())
+    async with node.evictor_of(settings.model_copy(update={"storage": storage})):
+        await eventually((node.root / DONE).exists)
+        assert not kept.done()
+        assert [path.name for path in assets.iterdir()] == ["1"]
+        assert not node.has("1")
+        assert await node.matches_volume()
+        kept.cancel()  # the worker has died
+        with suppress(asyncio.CancelledError):
+            await kept
+        await eventually(both_count)
+        assert not list(assets.iterdir())
+        assert await node.matches_volume()
+    assert node.path_of("1").read_bytes() == body_of("1")

@@ -14,14 +14,17 @@ from pathlib import Path
 import pytest
 
 from distributor_node.services.evictor import operator_state
+from distributor_node.services.evictor.eviction import ObjectRemover, RemovalOutcome
+from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.operator_state import OperatorStateBackup
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
-from distributor_node.shared.adapters.volume import intake
+from distributor_node.shared.adapters.volume import OpenObject, intake
 from distributor_node.shared.adapters.volume.operator_state_file import (
     operator_state_lock,
     read_operator_state,
     write_operator_state,
 )
+from distributor_node.shared.domain.eviction import Lru
 from distributor_node.shared.domain.objects import Assignment, ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
 from distributor_node.shared.ports.state_store import IndexEntry
@@ -76,6 +79,30 @@ async def test_a_purged_object_in_transfer_is_sent_completely(harness: EvictorHa
             return await harness.used() == 0
 
         await eventually(freed)
+
+
+async def test_a_purge_hides_the_object_also_while_the_file_of_an_earlier_purge_remains(
+    harness: EvictorHarness,
+) -> None:
+    term = await harness.term()
+    await harness.state.set_reconciled(term)
+    index = EvictionIndex(harness.state, harness.volume, Lru)
+    remover, readers = ObjectRemover(harness.state, harness.volume, index), list[OpenObject]()
+    for _ in range(2):
+        await harness.store("one")
+        reader = harness.volume.open_object(ONE)
+        assert reader is not None
+        assert reader.lock_shared()
+        for former in readers:
+            former.close()  # its file is still in `leaving/`
+        assert await remover.purge(term, ONE, "purged") is RemovalOutcome.DEFERRED
+        assert harness.volume.open_object(ONE) is None
+        assert reader.read(0, SIZE) == body_of("one")
+        readers.append(reader)
+    assert await harness.matches_volume()
+    readers[-1].close()
+    await remover.settle_trash(term)
+    assert await harness.used() == 0
 
 
 async def test_a_purge_waits_for_the_fetch_under_way(harness: EvictorHarness) -> None:

@@ -54,7 +54,7 @@ async def test_the_list_of_an_import_is_that_of_the_current_assignment(
         known.object_id, known.size, known.content_hash, buckets=(DistributionBucket("0:2"),)
     )
     assignment = Assignment(frozenset({"0:1"}))
-    node_import = NodeImport(ImportSource(harness.root, tmp_path), None)
+    node_import = NodeImport(harness.state, ImportSource(harness.root, tmp_path), None)
     repair = Repair(harness.volume, harness.catalog, remover_of(harness), lambda: assignment, node_import)
     assignment = Assignment(frozenset({"0:2"}))
     await repair.run(await harness.term())
