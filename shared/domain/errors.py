@@ -147,6 +147,10 @@ class SourceWrong(SourceError):
     reason = "invalid_response"
 
 
+class SourceIgnoresRange(SourceWrong):
+    """The source sends the object from its first byte on, and the range begins too far from there."""
+
+
 class VersionChanged(SourceWrong):
     """The source sends another version of the object than the one expected. `of_size`: its size differs."""
 
@@ -191,6 +195,13 @@ class AllSourcesFailed(SourceError):
     def too_slow(self) -> bool:
         """Whether every source failed because it was too slow."""
         return bool(self.errors) and all(isinstance(error, SourceTooSlow) for error in self.errors.values())
+
+    @property
+    def ranges_ignored(self) -> bool:
+        """Whether every source ignored a range that begins too far from the first byte."""
+        return bool(self.errors) and all(
+            isinstance(error, SourceIgnoresRange) for error in self.errors.values()
+        )
 
     @property
     def contradicts_catalog(self) -> bool:

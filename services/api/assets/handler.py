@@ -299,7 +299,7 @@ class MissHandler:
     async def _proxy(self, pending: PendingRequest, failure: Failure | None) -> None:
         """Respond from a source. A success may refute the failure of the object's fetch."""
         verified = await self._pending_responder.proxy(pending)
-        if failure is not None and pending.span.length != 0:
+        if failure is not None and verified is not None and pending.span.length != 0:
             self._starter.refute(pending.representation.object_id, failure, verified=verified)
 
     async def _find(self, object_id: ObjectId) -> ObjectStatus | None:

@@ -94,8 +94,11 @@ class PendingResponder:
         if not response.started:
             await self.proxy(replace(pending, outcome=BYPASS) if publish_failed.is_set() else pending)
 
-    async def proxy(self, pending: PendingRequest) -> bool:
-        """Respond from a source. Returns whether all bytes of the object were read and verified."""
+    async def proxy(self, pending: PendingRequest) -> bool | None:
+        """Respond from a source. Returns whether all bytes of the object were read and verified.
+
+        None: the bytes were in memory, and no source was asked.
+        """
         return await self._proxy.respond(await self._proxied_response(pending))
 
     async def _try_streaming(self, pending: PendingRequest, publish_failed: asyncio.Event) -> None:

@@ -11,9 +11,14 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
-import structlog
-
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES, Representation, Span
+from distributor_node.services.api.assets.passages import (
+    NoCorrectSource,
+    Passage,
+    Passages,
+    is_small,
+    report_corruption,
+)
 from distributor_node.services.api.assets.response import ResponseWriter
 from distributor_node.services.api.clients import client_of_request
 from distributor_node.services.api.context import ApiContext
@@ -31,14 +36,12 @@ from distributor_node.shared.domain.http_caching import (
     passed_cache_control,
     why_not_stored,
 )
-from distributor_node.shared.domain.objects import ContentHash, Hasher, MediaObject, source_name
-from distributor_node.shared.observability.metrics import PROXIED_IN_PROGRESS, SOURCE_FAILURES, source_label
+from distributor_node.shared.domain.objects import ContentHash, Hasher, MediaObject
+from distributor_node.shared.observability.metrics import PROXIED_IN_PROGRESS
 from distributor_node.shared.waiting import background, wait_event
 
 _HASH_CHUNK = 1024 * 1024
 _SOURCE_FAILED = "source_failed"
-
-logger = structlog.get_logger()
 
 
 class OutdatedDescription(Exception):
@@ -140,29 +143,64 @@ class Proxy:
     def __init__(self, context: ApiContext) -> None:
         settings = context.settings.public_api
         self._failover_reader = context.failover_reader
+        self.passages = Passages(context.failover_reader)
         self._slow_clients, self._addresses = context.slow_clients, context.client_addresses
         self._free_slots = settings.max_proxied
         self._first_byte_wait = settings.proxied_first_byte_wait
         self._max_prefix = min(settings.far_range_distance, MAX_SKIP)
 
-    async def respond(self, proxied: ProxiedResponse) -> bool:
+    async def respond(self, proxied: ProxiedResponse) -> bool | None:
         """Respond from a source. The first byte must come within `proxied_first_byte_wait`, over all sources.
 
-        Returns whether all bytes of the object were read and verified.
+        Returns whether all bytes of the object were read and verified; None if no source was asked.
 
         Raises HttpError 502, 503 (too many proxied responses) or 504 while nothing has been sent, AbortResponse later.
         """
         with self._slot(proxied, started=False):
             try:
                 async with asyncio.timeout(self._first_byte_wait) as proxied.deadline:
+                    if is_small(proxied.media_object, proxied.span):
+                        return await self._respond_small(proxied)
                     return await self._respond_verified(proxied)
             except TimeoutError as error:
                 if proxied.deadline is None or not proxied.deadline.expired():
                     raise
                 raise _too_slow() from error
 
+    async def _respond_small(self, proxied: ProxiedResponse) -> bool | None:
+        """Respond to a small range from a passage, which others may share."""
+        media_object, span = proxied.media_object, proxied.span
+        kept = self.passages.find(media_object, span)
+        if kept is not None:
+            await self._send_passage(proxied, kept)
+            return None
+        if self.passages.is_out_of_reach(media_object, span):
+            raise HttpError(502, "No source could deliver the object", "sources_failed")
+        sources = _in_order(proxied)
+        try:
+            if self._is_verified(media_object, span):
+                passage = await self.passages.read_tail(media_object, sources)
+            else:
+                passage = await self.passages.read_range(media_object, sources, span)
+        except AllSourcesFailed as error:
+            if error.ranges_ignored:
+                self.passages.note_ranges_ignored(media_object)
+            raise _failure(error, proxied) from error
+        except NoCorrectSource as error:
+            raise _no_correct_source() from error
+        if passage is None or not passage.covers(span):
+            return await self._respond_verified(proxied)
+        await self._send_passage(proxied, passage)
+        return passage.verified
+
+    async def _send_passage(self, proxied: ProxiedResponse, passage: Passage) -> None:
+        proxied.representation = proxied.representation.with_validators(passage.validators)
+        proxied.media_type = passage.media_type
+        await proxied.emit((passage.bytes_of(proxied.span),))
+        await proxied.finish()
+
     async def _respond_verified(self, proxied: ProxiedResponse) -> bool:
-        sources = sorted(proxied.media_object.sources, key=lambda url: url != proxied.preferred)
+        sources = _in_order(proxied)
         while True:
             buffer = self._verifying_buffer(proxied.media_object, proxied.span)
             first = proxied.span.first if buffer is None else 0
@@ -171,7 +209,7 @@ class Proxy:
             # Nothing has been sent yet: another source may hold the correct bytes.
             sources = [url for url in sources if url not in proxied.contributors]
             if not sources or not proxied.contributors:
-                raise HttpError(502, "Every source sent bytes that do not match the hash", "sources_failed")
+                raise _no_correct_source()
             proxied.contributors = set()
 
     def _verifying_buffer(self, media_object: MediaObject, span: Span) -> VerifyingBuffer | None:
@@ -179,9 +217,12 @@ class Proxy:
 
         Inner ranges, and ranges that begin far into the object, are passed on unverified and marked short-lived.
         """
-        if media_object.content_hash is None or not span.reaches_end or span.first > self._max_prefix:
+        if media_object.content_hash is None or not self._is_verified(media_object, span):
             return None
         return VerifyingBuffer(media_object.content_hash, media_object.size, first=span.first)
+
+    def _is_verified(self, media_object: MediaObject, span: Span) -> bool:
+        return media_object.content_hash is not None and span.reaches_end and span.first <= self._max_prefix
 
     async def resume(self, proxied: ProxiedResponse, reader: PartialReader) -> None:
         """Complete a response from a source after the fetch of its partial file has ended.
@@ -281,13 +322,7 @@ class Proxy:
                     proxied.contributors.add(chunk.source)
                     await proxied.emit(buffer.feed(chunk.data) if buffer else (chunk.data,))
         except AllSourcesFailed as error:
-            failure = _source_failure(error, proxied.response)
-            encoded = error.encoding is not None and proxied.media_object.size is not None
-            if isinstance(failure, HttpError) and (error.contradicts_catalog or encoded):
-                raise OutdatedDescription(
-                    proxied.media_object, failure, of_size=encoded or error.contradicts_size
-                ) from error
-            raise failure from error
+            raise _failure(error, proxied) from error
         if buffer is not None:
             if not buffer.verify():
                 self._report_corruption(proxied, resumed=buffer.resumed)
@@ -299,19 +334,8 @@ class Proxy:
         return True
 
     def _report_corruption(self, proxied: ProxiedResponse, *, resumed: bool) -> None:
-        logger.warning(
-            "proxied_bytes_corrupt",
-            object_id=proxied.media_object.object_id,
-            sources=sorted(source_name(url) for url in proxied.contributors),
-            resumed=resumed,
-        )
-        if resumed:
-            return  # the corrupt bytes may be those on disk
-        # With several contributors the corrupt one is unknown.
-        corrupted = proxied.media_object.object_id if len(proxied.contributors) == 1 else None
-        for url in proxied.contributors:
-            SOURCE_FAILURES.labels(source=source_label(url), reason="invalid_response").inc()
-            self._failover_reader.report_corrupt(url, corrupted)
+        object_id = proxied.media_object.object_id
+        report_corruption(self._failover_reader, object_id, proxied.contributors, resumed=resumed)
 
     @contextmanager
     def _slot(self, proxied: ProxiedResponse, *, started: bool) -> Iterator[None]:
@@ -377,6 +401,22 @@ async def _take_until(chunks: AsyncGenerator[Chunk], stop: asyncio.Event) -> Asy
 
 async def _next_chunk(chunks: AsyncGenerator[Chunk]) -> Chunk | None:
     return await anext(chunks, None)
+
+
+def _in_order(proxied: ProxiedResponse) -> list[str]:
+    return sorted(proxied.media_object.sources, key=lambda url: url != proxied.preferred)
+
+
+def _no_correct_source() -> HttpError:
+    return HttpError(502, "Every source sent bytes that do not match the hash", "sources_failed")
+
+
+def _failure(error: AllSourcesFailed, proxied: ProxiedResponse) -> Exception:
+    failure = _source_failure(error, proxied.response)
+    encoded = error.encoding is not None and proxied.media_object.size is not None
+    if isinstance(failure, HttpError) and (error.contradicts_catalog or encoded):
+        return OutdatedDescription(proxied.media_object, failure, of_size=encoded or error.contradicts_size)
+    return failure
 
 
 def _source_failure(error: AllSourcesFailed, response: ResponseWriter) -> HttpError | AbortResponse:

@@ -27,6 +27,7 @@ from distributor_node.shared.domain.errors import (
     InvalidInput,
     SourceEncoded,
     SourceError,
+    SourceIgnoresRange,
     SourceRefused,
     SourceTooSlow,
     SourceUnreachable,
@@ -37,8 +38,11 @@ from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import source_name
 from distributor_node.shared.domain.urls import parse_source_url
 
-MAX_SKIP = 8 * 1024 * 1024
+MAX_SKIP = 6 * 1024 * 1024
 """If a source ignores ranges, at most so many bytes are read and skipped to reach the range."""
+
+MAX_WIDENED = MAX_SKIP + 64 * 1024
+"""If a source ignores a small range, at most so many bytes are read instead of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,8 @@ class Expected:
     """The response must prove to be of this version, because its bytes follow other bytes of it."""
     encodings: frozenset[str] = frozenset()
     """Content codings in which the whole object is accepted, from a source that sends it in no other way."""
+    may_widen: bool = False
+    """If the source ignores the range, its bytes from the first one on are taken: MAX_WIDENED at most."""
 
 
 def validate_response(
@@ -103,7 +109,11 @@ def validate_response(
     total = expected_size if expected_size is not None else body_length
     if byte_range is None:
         return BodyPlan(200, 0, total, total, media_type, validators)
-    return replace(_plan_skip(byte_range, total, media_type), validators=validators)
+    plan = _plan_skip(byte_range, total, media_type)
+    if expected.may_widen and total is not None:
+        length = min(total, MAX_WIDENED)
+        plan = BodyPlan(200, 0, length, total, media_type, to_the_end=length == total)
+    return replace(plan, validators=validators)
 
 
 def _check_version(validators: Validators, expected: Expected) -> None:
@@ -146,7 +156,7 @@ def _plan_range(
 
 def _plan_skip(requested: ByteRange, total: int | None, media_type: str | None) -> BodyPlan:
     if requested.first > MAX_SKIP:
-        raise SourceWrong(
+        raise SourceIgnoresRange(
             f"range ignored: it begins at {requested.first}, and at most {MAX_SKIP} bytes are skipped"
         )
     if total is not None and requested.first >= total:

@@ -137,6 +137,7 @@ class FailoverReader:
             self._health.record_first_byte(url, self._clock() - asked_at)
             if on_source is not None:
                 on_source(url, response)
+            span.widen(response)
             waiting_since = self._clock()
             async for data in response.chunks:
                 rate = sampler.add(self._clock() - waiting_since, len(data))
@@ -210,6 +211,14 @@ class _Span:
         if self.position == 0 and to_the_end:
             return None
         return ByteRange(self.position, _OPEN_END if self._last is None else self._last)
+
+    def widen(self, response: SourceResponse) -> None:
+        """Take all bytes of a first response that has more of them than were asked for (`Expected.may_widen`)."""
+        if self._begun or not self._first_expected.may_widen or response.length is None:
+            return
+        self.position = min(self.position, response.first)
+        if self._last is not None:
+            self._last = max(self._last, response.first + response.length - 1)
 
     def begin(self, response: SourceResponse) -> None:
         """Note that bytes arrive. The first response decides what is not known of version and size."""

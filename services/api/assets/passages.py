@@ -1,0 +1,299 @@
+"""Passages of proxied objects: short parts that are read once for many small ranges, and kept briefly in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+import structlog
+
+from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES, Span
+from distributor_node.shared.adapters.sources import SourceResponse
+from distributor_node.shared.adapters.sources.client import MAX_SKIP, Expected
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Validators
+from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, source_name
+from distributor_node.shared.observability.metrics import SOURCE_FAILURES, source_label
+from distributor_node.shared.waiting import cancel_and_wait
+
+MAX_SMALL_RANGE = UNVERIFIED_TAIL_BYTES
+"""The longest range that is answered from a passage, in bytes."""
+
+_MAX_BYTES = 16 * 1024 * 1024
+_KEEP_SECONDS = 20.0
+_EXPIRY_MARGIN = 0.1
+_MAX_IGNORED = 1000
+
+logger = structlog.get_logger()
+
+
+class NoCorrectSource(Exception):
+    """Every source that could deliver the object sent bytes that do not match its hash."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Bytes of one object from `first` on."""
+
+    first: int
+    data: bytes | bytearray
+    media_type: str | None  # as the source stated it
+    validators: Validators
+    verified: bool  # the whole object was read, and has the hash
+
+    def covers(self, span: Span) -> bool:
+        """Whether all bytes of the span are here."""
+        return span.last is not None and self.first <= span.first and span.last < self.first + len(self.data)
+
+    def bytes_of(self, span: Span) -> bytes:
+        """Return a copy of the span's bytes."""
+        begin = span.first - self.first
+        return bytes(memoryview(self.data)[begin : begin + (span.length or 0)])
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """The version of an object, and where the passage begins and ends (exclusive)."""
+
+    object_id: ObjectId
+    content_hash: ContentHash
+    size: int
+    first: int
+    end: int
+    is_tail: bool
+
+
+@dataclass(slots=True)
+class _Reading:
+    length: int  # bytes of the passage
+    task: asyncio.Task[Passage]
+    waiting: int = 0
+
+
+@dataclass(slots=True)
+class _Received:
+    """What one pass over the sources has brought."""
+
+    first: int
+    contributors: set[str] = field(default_factory=set)
+    data: bytearray = field(default_factory=bytearray)
+    media_type: str | None = None
+    validators: Validators = NO_VALIDATORS
+
+
+class _NoRoom(Exception):
+    """A source ignored the range, and there is no room for what it sends instead."""
+
+
+def is_small(media_object: MediaObject, span: Span) -> bool:
+    """Whether a range may be answered from a passage: it is short, and a hash and a size tell which bytes are right."""
+    known = media_object.content_hash is not None and media_object.size is not None
+    return known and span.partial and 0 < (span.length or 0) <= MAX_SMALL_RANGE
+
+
+class Passages:
+    """Reads passages, each once for all who wait for it, and keeps them. One per process, used by one event loop."""
+
+    def __init__(
+        self,
+        reader: FailoverReader,
+        max_bytes: int = _MAX_BYTES,
+        keep_seconds: float = _KEEP_SECONDS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`max_bytes`: of all passages that are kept or being read. `clock`: in seconds."""
+        self._reader = reader
+        self._max_bytes = max_bytes
+        self._keep_seconds = keep_seconds
+        self._clock = clock
+        self._kept: dict[
+            _Key, tuple[Passage, float]
+        ] = {}  # with the time when it expires, the next one first
+        self._readings: dict[_Key, _Reading] = {}
+        self._ignored: OrderedDict[MediaObject, float] = OrderedDict()  # until when its sources count as such
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of the passages that are kept, and of those being read when they are complete."""
+        kept = sum(len(passage.data) for passage, _ in self._kept.values())
+        return kept + sum(reading.length for reading in self._readings.values())
+
+    def find(self, media_object: MediaObject, span: Span) -> Passage | None:
+        """Return a kept passage of this version of the object that covers the span."""
+        self._expire()
+        version = (media_object.object_id, media_object.content_hash, media_object.size)
+        for key, (passage, _) in self._kept.items():
+            if (key.object_id, key.content_hash, key.size) != version or not passage.covers(span):
+                continue
+            if passage.verified or not span.reaches_end:
+                return passage
+        return None
+
+    def note_ranges_ignored(self, media_object: MediaObject) -> None:
+        """Remember that no source sends a range of this object that begins beyond MAX_SKIP."""
+        self._ignored[media_object] = self._clock() + self._keep_seconds
+        self._ignored.move_to_end(media_object)
+        if len(self._ignored) > _MAX_IGNORED:
+            self._ignored.popitem(last=False)
+
+    def is_out_of_reach(self, media_object: MediaObject, span: Span) -> bool:
+        """Whether all sources have lately ignored such a range. Asking again would fill their buffers for nothing."""
+        return span.first > MAX_SKIP and self._ignored.get(media_object, 0.0) > self._clock()
+
+    async def read_tail(self, media_object: MediaObject, sources: Sequence[str]) -> Passage | None:
+        """Read and verify the whole object. Returns its last MAX_SMALL_RANGE bytes, None if there is no room."""
+        return await self._read_once(media_object, sources)
+
+    async def read_range(
+        self, media_object: MediaObject, sources: Sequence[str], span: Span
+    ) -> Passage | None:
+        """Read the span. It is not kept, unless a source ignores the range: then what it sends is kept instead.
+
+        That is verified if it is the whole object. None: there is no room.
+        """
+        return await self._read_once(media_object, sources, span)
+
+    async def _read_once(
+        self, media_object: MediaObject, sources: Sequence[str], span: Span | None = None
+    ) -> Passage | None:
+        """Read a passage, or wait for the reading of an equal one. Without `span` it is the tail.
+
+        Raises AllSourcesFailed, and NoCorrectSource.
+        """
+        content_hash, size = media_object.content_hash, media_object.size
+        if content_hash is None or size is None:
+            return None
+        first, end = max(0, size - MAX_SMALL_RANGE), size
+        if span is not None:
+            first, end = span.first, span.first + (span.length or 0)
+        key = _Key(media_object.object_id, content_hash, size, first, end, is_tail=span is None)
+        reading = self._readings.get(key)
+        if reading is None:
+            if not self._make_room(end - first):
+                return None
+            work = self._read(key, media_object, sources)
+            reading = self._readings[key] = _Reading(end - first, asyncio.create_task(work, name="passage"))
+        task = reading.task
+        reading.waiting += 1
+        try:
+            await asyncio.wait({task})
+            return task.result()
+        except _NoRoom:
+            return None
+        finally:
+            reading.waiting -= 1
+            if not reading.waiting and not task.done():
+                # A request that comes now must not wait for a task that is being cancelled.
+                self._forget_reading(key, reading)
+                await cancel_and_wait(task)
+
+    async def _read(self, key: _Key, media_object: MediaObject, sources: Sequence[str]) -> Passage:
+        reading = self._readings[key]
+        try:
+            passage = await self._read_correct(key, reading, media_object, sources)
+        finally:
+            self._forget_reading(key, reading)
+        if key.is_tail or passage.verified or len(passage.data) > key.end - key.first:
+            self._kept.pop(key, None)
+            self._kept[key] = (passage, self._clock() + self._keep_seconds)
+            asyncio.get_running_loop().call_later(self._keep_seconds + _EXPIRY_MARGIN, self._expire)
+        return passage
+
+    def _forget_reading(self, key: _Key, reading: _Reading) -> None:
+        if self._readings.get(key) is reading:
+            del self._readings[key]
+
+    async def _read_correct(
+        self, key: _Key, reading: _Reading, media_object: MediaObject, sources: Sequence[str]
+    ) -> Passage:
+        """Read from the first source whose bytes have the object's hash, as far as all of them are read."""
+        left = list(sources)
+        while True:
+            received = _Received(key.first)
+            verifiable = await self._receive(key, reading, media_object, left, received)
+            if verifiable is not False:
+                return Passage(
+                    received.first,
+                    received.data,
+                    received.media_type,
+                    received.validators,
+                    verified=verifiable is True,
+                )
+            report_corruption(self._reader, key.object_id, received.contributors)
+            left = [url for url in left if url not in received.contributors]
+            if not left or not received.contributors:
+                raise NoCorrectSource
+
+    async def _receive(
+        self,
+        key: _Key,
+        reading: _Reading,
+        media_object: MediaObject,
+        sources: Sequence[str],
+        received: _Received,
+    ) -> bool | None:
+        """Read once. Returns whether the bytes are right, None if they are not the whole object."""
+        hasher, begin, end = key.content_hash.hasher(), 0 if key.is_tail else key.first, key.first
+
+        def on_source(_: str, response: SourceResponse) -> None:
+            nonlocal begin
+            if received.contributors:
+                return
+            received.media_type, received.validators = response.media_type, response.validators
+            length = response.length or 0
+            if not key.is_tail and length > key.end - key.first:
+                if not self._make_room(length - reading.length):
+                    raise _NoRoom
+                reading.length = max(reading.length, length)
+                begin = received.first = response.first
+
+        expected = Expected(may_widen=not key.is_tail)
+        async with aclosing(
+            self._reader.stream(media_object, begin, key.end - 1, sources, on_source, expected=expected)
+        ) as chunks:
+            async for chunk in chunks:
+                received.contributors.add(chunk.source)
+                hasher.update(chunk.data)
+                received.data += memoryview(chunk.data)[max(0, received.first - chunk.offset) :]
+                end = chunk.offset + len(chunk.data)
+        return hasher.digest() == key.content_hash.digest if (begin, end) == (0, key.size) else None
+
+    def _expire(self) -> None:
+        now = self._clock()
+        while self._kept:
+            key = next(iter(self._kept))
+            if self._kept[key][1] > now:
+                return
+            del self._kept[key]
+
+    def _make_room(self, length: int) -> bool:
+        """Drop the oldest passages until `length` bytes fit. Returns False if those being read leave no room."""
+        self._expire()
+        while self.bytes_held + length > self._max_bytes:
+            if not self._kept:
+                return False
+            del self._kept[next(iter(self._kept))]
+        return True
+
+
+def report_corruption(
+    reader: FailoverReader, object_id: ObjectId, contributors: set[str], *, resumed: bool = False
+) -> None:
+    """Log wrong bytes, and record them of the sources that sent them. `resumed`: some of the bytes were on disk."""
+    logger.warning(
+        "proxied_bytes_corrupt",
+        object_id=object_id,
+        sources=sorted(source_name(url) for url in contributors),
+        resumed=resumed,
+    )
+    if resumed:
+        return  # the corrupt bytes may be those on disk
+    # With several contributors the corrupt one is unknown.
+    corrupted = object_id if len(contributors) == 1 else None
+    for url in contributors:
+        SOURCE_FAILURES.labels(source=source_label(url), reason="invalid_response").inc()
+        reader.report_corrupt(url, corrupted)
