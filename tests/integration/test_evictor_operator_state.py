@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from distributor_node.services.evictor import operator_state
-from distributor_node.services.evictor.eviction import ObjectRemover, RemovalOutcome
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.operator_state import OperatorStateBackup
+from distributor_node.services.evictor.removal import ObjectRemover, RemovalOutcome
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import OpenObject, intake
 from distributor_node.shared.adapters.volume.operator_state_file import (

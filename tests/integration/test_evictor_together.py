@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from distributor_node.services.evictor.eviction import ObjectRemover, RemovalOutcome
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.leader_election import LeaderElection
+from distributor_node.services.evictor.removal import ObjectRemover, RemovalOutcome
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import RemovalState

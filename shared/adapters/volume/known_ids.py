@@ -20,12 +20,8 @@ from pathlib import Path
 
 import structlog
 
-from distributor_node.shared.adapters.volume.layout import (
-    atomic_write,
-    map_os_errors,
-    read_capped,
-    sync_directory,
-)
+from distributor_node.shared.adapters.volume.layout import map_os_errors, sync_directory
+from distributor_node.shared.adapters.volume.records import atomic_write, read_capped
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.waiting import cancel_and_wait

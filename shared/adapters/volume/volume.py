@@ -26,17 +26,11 @@ from distributor_node.shared.adapters.volume.layout import (
     RECORDS,
     TRASH,
     Directories,
-    FileState,
     ForeignFile,
     as_volume_error,
-    atomic_write,
-    decode_stored,
-    encode_record,
     map_os_errors,
     object_path,
     open_plain,
-    read_capped,
-    seal_record,
     shard,
     unlink_if_exists,
 )
@@ -50,6 +44,14 @@ from distributor_node.shared.adapters.volume.objects import (
     unlink_trashed,
 )
 from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader
+from distributor_node.shared.adapters.volume.records import (
+    FileState,
+    atomic_write,
+    decode_stored,
+    encode_record,
+    read_capped,
+    seal_record,
+)
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.formats import FORMAT, check_format
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
