@@ -16,6 +16,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
 
 import structlog
@@ -52,7 +53,10 @@ class KnownIdsDraft:
 
     def write(self, root: Path) -> None:
         """Replace the file atomically. VolumeError if that fails. Blocking: call from a worker thread."""
-        hashes = _little_endian(array("Q", sorted(set(self._hashes))))
+        distinct = (
+            value for value, _ in groupby(sorted(self._hashes))
+        )  # a set would hold all of them once more
+        hashes = _little_endian(array("Q", distinct))
         with map_os_errors(f"write {NAME}"):
             for draft in root.glob(f"{NAME},*"):  # of a writer that was killed
                 draft.unlink(missing_ok=True)
