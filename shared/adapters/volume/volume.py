@@ -363,6 +363,11 @@ class Volume:
         partial = PartialFile(self._directories, expected)
         return partial if partial.open_verified() else None
 
+    def discard_partial(self, object_id: ObjectId, size: int) -> None:
+        """Remove a partial file and its sidecar. Raises PartialHeld if its writer is alive."""
+        record = StoredRecord(object_id, size, '""', None, "application/octet-stream", 0)
+        self.open_partial_for_writing(record, write_sidecar=False).discard()
+
     # Removing
 
     def removal(self, object_id: ObjectId) -> Removal:
