@@ -172,7 +172,7 @@ async def test_passages_of_tiny_objects_are_bounded_in_number(harness: AssetsHar
     async with SourceClient(SourceLimits()) as client:
         passages = Passages(FailoverReader(client, SourceHealthRegistry()), 3 * MAX_SMALL_RANGE)
         span = Span(9, 9, 10, partial=True)
-        names = [f"tiny-{number}" for number in range(10)]
+        names = [str(number) for number in range(100, 110)]
         for name in names:
             harness.add(name, 10)
             known = harness.catalog.objects[name]
