@@ -48,6 +48,7 @@ from distributor_node.shared.domain.http_caching import (
 from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
 from distributor_node.shared.domain.objects import Hasher, MediaObject, StoredRecord, source_name
+from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import (
     DOWNLOADS_IN_PROGRESS,
     PHASE,
@@ -165,7 +166,8 @@ class FetchRunner:
     async def _commit(self, lease: Lease) -> JobOutcome:
         """Record the published object. If that fails, the next attempt or reconciliation records it."""
         try:
-            committed = await self._state.commit(lease, time.time())
+            with tracing.span("commit"):
+                committed = await self._state.commit(lease, time.time())
         except StateStoreUnavailable as error:
             return Retry(f"stored, but not committed: {error}")
         return Ack("fetched" if committed else "fetched_to_be_adopted")
@@ -342,10 +344,11 @@ class _PartialFetch:
 
     async def _publish(self, partial: PartialFile) -> None:
         """Write the record and rename the file into place."""
-        head = await self._disk.run(partial.read, 0, SNIFF_BYTES)
-        media_type = detect_media_type(self._object.media_type, head)
-        record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
-        await self._disk.run(partial.publish, record)
+        with tracing.span("publication"):
+            head = await self._disk.run(partial.read, 0, SNIFF_BYTES)
+            media_type = detect_media_type(self._object.media_type, head)
+            record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
+            await self._disk.run(partial.publish, record)
 
     @property
     def is_verified(self) -> bool:
@@ -429,6 +432,7 @@ class _Download:
         self._renewer = task.renewer
         self._slot = task.slot
         self._total: int | None = None  # the length, as the source states it
+        self._span = tracing.current_span()  # threads do not know it
 
     async def run(self) -> None:
         """Read the missing bytes. On return, size and hash are correct and the file is marked as verified.
@@ -591,9 +595,11 @@ class _Download:
     def _verify(self, hasher: Hasher | None) -> bool:
         """Compare the hash of the complete file. If correct, responses may send the last bytes. Blocking."""
         expected = self._object.content_hash
-        if hasher is not None and expected is not None and hasher.digest() != expected.digest:
-            return False
-        self._partial.mark_verified()
+        with tracing.span("verification", parent=self._span) as span:
+            if hasher is not None and expected is not None and hasher.digest() != expected.digest:
+                span.fail("the bytes are not those of the content hash")
+                return False
+            self._partial.mark_verified()
         return True
 
     def _report_corruption(self, contributors: set[str], *, resumed: bool) -> None:
