@@ -1,11 +1,11 @@
-"""One trace from a request to the commit of its fetch, over real servers and separate processes, as a collector gets it."""
+"""One trace from a request to the commit of its fetch, over real servers and processes, as a collector gets it."""
 
 from __future__ import annotations
 
 import asyncio
 import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -27,11 +27,11 @@ def collector() -> Iterator[Collector]:
 
 
 @pytest.fixture
-async def traced(harness: Harness, collector: Collector) -> AsyncIterator[Harness]:
+async def traced(harness: Harness, collector: Collector) -> Harness:
     harness.publish([generated_object("1", 2 * MIB), generated_object("2", 1000)])
     harness.stack.environment |= collector.environment()
     await harness.stack.up()
-    yield harness
+    return harness
 
 
 @pytest.mark.servers

@@ -69,7 +69,7 @@ async def test_metrics_with_exemplars_are_for_those_that_accept_them(service: Se
         answer = await client.get(url, headers=accepts)
         assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
         assert answer.text.endswith("# EOF\n")
-        families = list(text_string_to_metric_families(answer.text))
+        families = list(text_string_to_metric_families(answer.text))  # type: ignore[no-untyped-call]
         assert "distributor_requests" in {family.name for family in families}
         plain = [
             await client.get(url),
