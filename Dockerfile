@@ -3,11 +3,13 @@
 FROM python:3.12-slim AS build
 WORKDIR /build
 RUN python3 -m venv /opt/distributor
-COPY requirements/runtime.txt requirements/runtime.hashed.txt requirements/
+# `tracing` instead of `runtime`: with the packages that send traces to an OpenTelemetry collector.
+ARG REQUIREMENTS=runtime
+COPY requirements/$REQUIREMENTS.txt requirements/$REQUIREMENTS.hashed.txt requirements/
 # An index of your own may serve wheels that it has built itself: then the pins are installed without hashes.
 RUN set -- /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --only-binary :all: --no-deps; \
-    "$@" --require-hashes --requirement requirements/runtime.hashed.txt \
-    || { echo "the index serves other files than those of runtime.hashed.txt: installing without hashes" >&2; "$@" --requirement requirements/runtime.txt; }
+    "$@" --require-hashes --requirement "requirements/$REQUIREMENTS.hashed.txt" \
+    || { echo "the index serves other files than those of $REQUIREMENTS.hashed.txt: installing without hashes" >&2; "$@" --requirement "requirements/$REQUIREMENTS.txt"; }
 COPY pyproject.toml README.md LICENSE ./
 COPY shared shared
 COPY services services

@@ -50,8 +50,9 @@ servers: ## find redis-server and rabbitmq-server, or install them (for the test
 .PHONY: lock
 lock: setup ## update the pins in requirements/ from pyproject.toml
 	@$(LOCK) --upgrade pyproject.toml --output-file requirements/runtime.txt
-	@$(LOCK) --upgrade --extra development --constraints requirements/runtime.txt pyproject.toml --output-file requirements/development.txt
-	@$(LOCK) --no-deps --no-annotate --generate-hashes requirements/runtime.txt --output-file requirements/runtime.hashed.txt
+	@$(LOCK) --upgrade --extra tracing --constraints requirements/runtime.txt pyproject.toml --output-file requirements/tracing.txt
+	@$(LOCK) --upgrade --extra development --constraints requirements/tracing.txt pyproject.toml --output-file requirements/development.txt
+	@for pins in runtime tracing; do $(LOCK) --no-deps --no-annotate --generate-hashes requirements/$$pins.txt --output-file requirements/$$pins.hashed.txt; done
 
 ## running
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 from benchmarks.dataset import KIB, Group
 from benchmarks.figures import Case
 from benchmarks.load import RequestSpec
-from benchmarks.peers import AGING, OURS
+from benchmarks.peers import AGING, OURS, TRACED
 
 RANGE_BYTES = 64 * KIB
 _RANGES = 4000
@@ -34,7 +34,8 @@ class HitCase:
     """Requests for cached objects of one group, over `connections` kept-alive connections.
 
     `workers`: one and two workers side by side, the load on all CPUs; without it servers and load have a CPU each.
-    `aging`: our node with fresh objects of an HTTP origin beside our node with immutable ones.
+    `aging`: our node with fresh objects of an HTTP origin beside our node with immutable ones. `traced`: our node that
+    traces every request beside our node that traces none.
     """
 
     name: str
@@ -44,12 +45,19 @@ class HitCase:
     connections: int = 64
     workers: bool = False
     aging: bool = False
+    traced: bool = False
     headline: str = "requests_per_second"
     higher_is_better: bool = True
 
     @property
     def case(self) -> Case:
-        subject = f"{OURS}, 2 workers" if self.workers else AGING if self.aging else OURS
+        subject = OURS
+        for applies, name in (
+            (self.workers, f"{OURS}, 2 workers"),
+            (self.aging, AGING),
+            (self.traced, TRACED),
+        ):
+            subject = name if applies else subject
         return Case(self.name, self.title, self.headline, subject, self.higher_is_better)
 
 
@@ -89,6 +97,7 @@ HIT_CASES = (
         headline="megabytes_per_second",
     ),
     HitCase("origin-4k", "random 4 KiB objects: of an HTTP origin, and immutable ones", "4k", aging=True),
+    HitCase("traced-4k", "random 4 KiB objects, every request traced", "4k", traced=True),
     HitCase("two-workers", "64 KiB objects, two workers against one, all CPUs", "64k", workers=True),
 )
 

@@ -17,6 +17,7 @@ from tests.servers.redis_server import free_port
 
 OURS, CACHE, STATIC, VARNISH = "ours", "nginx proxy_cache", "nginx static", "varnish"
 AGING = f"{OURS}, HTTP origin"
+TRACED = f"{OURS}, traced"
 
 
 class Peer(Protocol):

@@ -23,15 +23,34 @@ from benchmarks.misses import (
 )
 from benchmarks.node import Node
 from benchmarks.origin import Origin
-from benchmarks.peers import AGING, CACHE, OURS, NginxCache, NginxStatic, Ours, Peer, Varnish, varnish_program
+from benchmarks.peers import (
+    AGING,
+    CACHE,
+    OURS,
+    TRACED,
+    NginxCache,
+    NginxStatic,
+    Ours,
+    Peer,
+    Varnish,
+    varnish_program,
+)
 from benchmarks.report import Report
 from benchmarks.throughput import FETCH_CASES, FetchBench, new_each_round
+from benchmarks.tracing import (
+    TRACED_MISSES,
+    new_for_traced_misses,
+    settings_for,
+    start_collector,
+    traced_misses,
+)
 
 HARNESS_CASES = tuple(case.name for case in HIT_CASES if not case.workers)
 """Those in which nginx can play our part."""
-CASE_NAMES = (*(case.name for case in HIT_CASES), *MISS_CASES, *FETCH_CASES)
+CASE_NAMES = (*(case.name for case in HIT_CASES), *MISS_CASES, TRACED_MISSES.name, *FETCH_CASES)
 _NEW_GROUPS = {
     "miss-64k": "new-64k",
+    TRACED_MISSES.name: "new-64k",
     "miss-64m": "new-64m",
     "crowd": "new-1m",
     "fetch": "new-1g",
@@ -65,6 +84,7 @@ class Options:
         taken = {
             "miss-64k": NEW_EACH_SAMPLE * (self.samples + 1),
             "miss-64m": NEW_EACH_SAMPLE * (self.samples + 1),
+            TRACED_MISSES.name: new_for_traced_misses(self.rounds),
             "crowd": NEW_EACH_BURST * self.rounds,
             **{name: new_each_round(name) * self.fetch_rounds for name in FETCH_CASES},
         }
@@ -103,10 +123,11 @@ class Run:
             peers = self._peers(environment)
             self._start(peers, self._held, resources)
             for case in self._hits:
-                if not case.workers and not case.aging:
+                if not (case.workers or case.aging or case.traced):
                     self._measure_hits(case, peers)
             self._measure_pairs(environment)
             self._measure_aging(environment)
+            self._measure_traced(environment)
             for peer in peers:
                 pin(peer.pids, frozenset(os.sched_getaffinity(0)))
             self._measure_misses(environment, only_comparable(peers))
@@ -191,6 +212,35 @@ class Run:
                 pair: list[Peer] = [Ours(node, 1, AGING), Ours(environment.node, 1, OURS)]
                 self._start(pair, [self._groups[case.group]], resources)
                 self._measure_hits(case, pair)
+
+    def _measure_traced(self, environment: Environment) -> None:
+        """Ours with every request traced, on a volume and with a fetcher of its own, and ours without."""
+        hits = [case for case in self._hits if case.traced]
+        misses = TRACED_MISSES.name in self._options.cases
+        if not (hits or misses) or self._options.check_harness:
+            return
+        folder = environment.folder / "traced"
+        folder.mkdir()
+        with ExitStack() as resources:
+            collector, port = start_collector(folder)
+            resources.callback(collector.stop)
+            node = environment.node.beside(folder, **settings_for(port))
+            resources.callback(node.close)
+            held = [self._groups[case.group] for case in hits]
+            fill_volume(node.volume, held)
+            pair: list[Peer] = [Ours(node, 1, TRACED), Ours(environment.node, 1, OURS)]
+            self._start(pair, held, resources)
+            for case in hits:
+                self._measure_hits(case, pair)
+            if misses:
+                for peer in pair:
+                    pin(peer.pids, frozenset(os.sched_getaffinity(0)))
+                node.start("evictor")
+                fetchers = [node.start("fetcher"), environment.node.start("fetcher")]
+                unused = self._unused[_NEW_GROUPS[TRACED_MISSES.name]]
+                self._record(TRACED_MISSES, traced_misses(pair, unused, self._options.rounds))
+                for fetcher in fetchers:
+                    fetcher.stop()
 
     def _measure_misses(self, environment: Environment, peers: Sequence[Peer]) -> None:
         chosen = [case for name, case in MISS_CASES.items() if name in self._options.cases]

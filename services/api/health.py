@@ -28,7 +28,8 @@ from distributor_node.shared.observability.metrics import (
     STORAGE_OBJECTS,
     STORAGE_RESERVED,
     STORAGE_USED,
-    render_metrics,
+    Render,
+    render_in_thread,
 )
 from distributor_node.shared.observability.probe_server import Readiness
 
@@ -123,14 +124,14 @@ class HealthChecks:
             return f"{name}: unavailable"
         return f"{name}: {found}" if isinstance(found, str) else None
 
-    async def metrics(self) -> tuple[bytes, str]:
+    async def metrics(self, render: Render = render_in_thread) -> tuple[bytes, str]:
         """Return the metrics of this process, or of all workers in multiprocess mode, and their media type."""
         await asyncio.gather(
             self._update_usage(),
             self._check("state store", self._update_state_store),
             self._check("job queue", self._update_queue),
         )
-        return await asyncio.to_thread(render_metrics)
+        return await render()
 
     async def _update_usage(self) -> None:
         usage = await self._usage.read()

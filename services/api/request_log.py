@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -15,6 +15,7 @@ import structlog
 from sanic import Request
 
 from distributor_node.services.api.headers import CacheResult
+from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import (
     PHASE,
     REQUESTS,
@@ -23,6 +24,7 @@ from distributor_node.shared.observability.metrics import (
     add_observations,
     bounds_of,
     method_label,
+    set_exemplar,
 )
 
 _MAX_REQUEST_ID = 128
@@ -83,6 +85,27 @@ def is_request_id(offered: str) -> bool:
     return 0 < len(offered) <= _MAX_REQUEST_ID and _REQUEST_ID_CHARACTERS.issuperset(offered)
 
 
+# Spans of requests. Names and attributes are those of OpenTelemetry's conventions for HTTP; our own begin with
+# `distributor.`.
+
+ASSET_ROUTE = "/api/v1/assets/<object_id>"
+
+
+def asset_span(method: str) -> tuple[str, tracing.Kind]:
+    """Return the name and the kind of the span of a request for an object."""
+    return f"{method} {ASSET_ROUTE}", "server"
+
+
+def asset_attributes(method: str, object_id: str, request_id: str) -> tracing.Attributes:
+    """Return what is known of a request for an object before its response."""
+    return {
+        "http.request.method": method,
+        "http.route": ASSET_ROUTE,
+        "distributor.object_id": object_id,
+        "distributor.request_id": request_id,
+    }
+
+
 def precreate_counters() -> None:
     """Create the counters at 0: `increase()` misses the first sample of a new series."""
     for status in ("200", "206", "304"):
@@ -128,15 +151,19 @@ def log_request(
 
 def observe_first_byte(request: Request, result: CacheResult) -> None:
     """Observe the time to first byte. Call it right before the first byte is sent."""
-    TIME_TO_FIRST_BYTE.labels(cache=result).observe(perf_counter() - request_record(request).started)
+    span = tracing.current_span()
+    span.event("first_byte")
+    seconds = perf_counter() - request_record(request).started
+    TIME_TO_FIRST_BYTE.labels(cache=result).observe(seconds, span.exemplar)
 
 
 @contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Measure the block as one phase: catalog, claim or publish. Failures are measured too."""
+def phase(name: str, kind: tracing.Kind = "internal") -> Iterator[tracing.Span]:
+    """Measure the block as one phase and span: catalog, claim or publish. Failures are measured too."""
     started = perf_counter()
     try:
-        yield
+        with tracing.span(name, kind) as span:
+            yield span
     finally:
         PHASE.labels(phase=name).observe(perf_counter() - started)
 
@@ -172,6 +199,10 @@ class BufferedHitMetrics:
         if not self._due:
             self._due = True
             asyncio.get_running_loop().call_later(_FLUSH_SECONDS, self.flush)
+
+    def set_exemplar(self, seconds: float, exemplar: Mapping[str, str]) -> None:
+        """Name the trace of a response whose time to first byte was `seconds`."""
+        set_exemplar(self._first_bytes, seconds, exemplar)
 
     def flush(self) -> None:
         """Update the Prometheus metrics."""

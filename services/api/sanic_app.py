@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from collections.abc import Mapping
+from http import HTTPStatus
 from importlib.resources import files
 from itertools import count
 from typing import Any, Protocol
@@ -36,7 +38,13 @@ from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, HttpError
 from distributor_node.services.api.headers import ASSET, CACHE_ERROR, CROSS_ORIGIN, preflight_headers
 from distributor_node.services.api.protocol import ApiHttp
-from distributor_node.services.api.request_log import precreate_counters, request_record
+from distributor_node.services.api.request_log import (
+    ASSET_ROUTE,
+    asset_attributes,
+    asset_span,
+    precreate_counters,
+    request_record,
+)
 from distributor_node.services.api.status import SquidStatusPoller, StatusReporter, UsageReader
 from distributor_node.shared.domain.errors import (
     CatalogUnavailable,
@@ -45,6 +53,7 @@ from distributor_node.shared.domain.errors import (
     TooManyOpenFiles,
 )
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 from distributor_node.shared.settings.model import PublicApi
 
@@ -327,6 +336,47 @@ class AssetResponder(Protocol):
     async def handle(self, request: Request, object_id: ObjectId) -> None: ...
 
 
+class TracedAssets:
+    """Responds as another AssetResponder does, in a span whose parent is the request's traceparent."""
+
+    def __init__(self, assets: AssetResponder) -> None:
+        self._assets = assets
+
+    async def handle(self, request: Request, object_id: ObjectId) -> None:
+        record = request_record(request)
+        offered = request.headers.getall("traceparent", ())
+        failure: Exception | None = None
+        with tracing.span(
+            *asset_span(request.method),
+            parent=offered[0]
+            if len(offered) == 1
+            else "",  # of several none counts (section 3.2 of the standard)
+            started=time.time() - (time.perf_counter() - record.started),
+            attributes=asset_attributes(request.method, object_id, record.request_id),
+        ) as span:
+            if span.trace_id:
+                structlog.contextvars.bind_contextvars(trace_id=span.trace_id)
+            try:
+                await self._assets.handle(request, object_id)
+            except Exception as error:  # noqa: BLE001  raised after the span: a 404 is no failure of the server
+                failure = error
+            response = getattr(request.stream, "response", None)
+            if response is not None:
+                span.set("http.response.status_code", response.status)
+                span.set("http.response.body.size", record.sent or 0)
+                span.set("distributor.cache", response.headers.get("X-Cache"))
+                span.set("distributor.data_source", response.headers.get("X-Data-Source"))
+            if isinstance(failure, AbortResponse):
+                span.fail(failure.reason)
+            elif failure is not None:
+                error_response = as_http_error(request, failure)
+                span.set("http.response.status_code", error_response.status)
+                if error_response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                    span.fail(error_response.message)
+        if failure is not None:
+            raise failure
+
+
 def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
     """Build the public API. Opens nothing: serve it with a PublicServer, and run `ctx.squid_status` beside it."""
     application = make_application(context.settings.public_api)
@@ -344,7 +394,7 @@ def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
 
 def _add_assets(application: ApiApplication, assets: AssetResponder, has_queries: bool) -> None:
     """`has_queries`: whether the query of a request is a part of the id."""
-    path = "/api/v1/assets/<object_id>"
+    path = ASSET_ROUTE
 
     async def read(request: Request, object_id: str) -> None:
         record = request_record(request)

@@ -6,6 +6,7 @@ import asyncio
 import socket
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -21,12 +22,19 @@ from distributor_node.services.api.fetch_capacity import FetchCapacity, FetchEve
 from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.listen import ListenAddress
 from distributor_node.services.api.operator.app import operator_api
-from distributor_node.services.api.sanic_app import build_app, unregister_application
+from distributor_node.services.api.sanic_app import TracedAssets, build_app, unregister_application
 from distributor_node.services.api.server import PublicServer
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
-from distributor_node.shared.observability.metrics import describe_build
+from distributor_node.shared.observability import tracing
+from distributor_node.shared.observability.metrics import (
+    Render,
+    describe_build,
+    has_exemplars,
+    render_in_thread,
+    render_openmetrics,
+)
 from distributor_node.shared.observability.probe_server import Probes, ProbeServer
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.job_queue import JobQueue
@@ -38,6 +46,7 @@ from distributor_node.shared.runtime.factories import (
     build_source_client,
     build_source_stats_sync,
     build_state_store,
+    build_tracing,
     build_volume,
     reloads_of,
 )
@@ -93,6 +102,7 @@ async def run_api(
     `probe_path`, `listener`: see `serve_api`. Returns whether an operator has shut the node down.
     """
     resources = scope.resources
+    await resources.enter_async_context(build_tracing(settings, "api"))
     volume = build_volume(settings)
     resources.callback(volume.close)
     try:
@@ -137,7 +147,8 @@ async def serve_api(
     """
     settings = context.settings
     assets = AssetHandler(context)
-    application = build_app(context, assets)
+    traced = tracing.installed_tracer() is not None
+    application = build_app(context, TracedAssets(assets) if traced else assets)
     application.ctx.slow_clients = context.slow_clients
     application.ctx.log_requests, application.ctx.log_hits = settings.log.access == "json", settings.log.hits
     application.ctx.client_of = context.client_addresses.address_of if settings.log.client_address else None
@@ -156,15 +167,19 @@ async def serve_api(
     controller = OperatorStateController(context, server, drain)
     health = HealthChecks(context, application.ctx.usage, lambda: server.is_open)
 
-    async def metrics() -> tuple[bytes, str]:
+    async def metrics(render: Render = render_in_thread) -> tuple[bytes, str]:
         if fast_path is not None:
             fast_path.hit_metrics.flush()
-        return await health.metrics()
+        return await health.metrics(render)
 
     probe_server = ProbeServer(
         settings.metrics.host,
         settings.metrics.port_of(service),
-        Probes(health.readiness, metrics),
+        Probes(
+            health.readiness,
+            metrics,
+            openmetrics=partial(metrics, render_openmetrics) if traced and has_exemplars() else None,
+        ),
         path=probe_path,
     )
     resources = AsyncExitStack()

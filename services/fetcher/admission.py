@@ -28,6 +28,7 @@ from distributor_node.shared.domain.objects import (
     record_for_file,
 )
 from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.observability import tracing
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.state_store import (
     AlreadyStored,
@@ -112,7 +113,7 @@ class Admission:
         self, media_object: MediaObject, size: int, claim: int, *, warming: bool
     ) -> Admitted | JobOutcome:
         """Ask for the lease until it is granted or the job has waited long enough."""
-        object_id = media_object.object_id
+        object_id, trace = media_object.object_id, tracing.current_span().traceparent
         wait = AdmissionWait(self._rules.space_wait, self._rules.lease)
         space_requested = invalid_removed = False
         async with AsyncExitStack() as stack:
@@ -122,7 +123,7 @@ class Admission:
                 if record is not None:
                     return await self._reindex(record)
                 requested_at = boot_time()
-                result = await self._state.begin(object_id, size, self._worker, claim)
+                result = await self._state.begin(object_id, size, self._worker, claim, trace)
                 if isinstance(result, Granted):
                     return Admitted(result.lease, requested_at)
                 if isinstance(result, AlreadyStored) and object_id in self._hashing:

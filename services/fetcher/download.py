@@ -34,6 +34,7 @@ from distributor_node.shared.domain.http_caching import (
 )
 from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import Hasher, MediaObject, source_name
+from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import PHASE, SOURCE_FAILURES, WRITTEN_BYTES, source_label
 from distributor_node.shared.ports.state_store import Announcement, StateStore, Topic
 from distributor_node.shared.runtime.threads import BlockingPool, hash_through, wait_uncancellable
@@ -109,6 +110,7 @@ class Download:
         self._renewer = task.renewer
         self._slot = task.slot
         self._total: int | None = None  # the length, as the source states it
+        self._span = tracing.current_span()  # threads do not know it
 
     async def run(self) -> None:
         """Read the missing bytes. On return, size and hash are correct and the file is marked as verified.
@@ -271,9 +273,11 @@ class Download:
     def _verify(self, hasher: Hasher | None) -> bool:
         """Compare the hash of the complete file. If correct, responses may send the last bytes. Blocking."""
         expected = self._object.content_hash
-        if hasher is not None and expected is not None and hasher.digest() != expected.digest:
-            return False
-        self._partial.mark_verified()
+        with tracing.span("verification", parent=self._span) as span:
+            if hasher is not None and expected is not None and hasher.digest() != expected.digest:
+                span.fail("the bytes are not those of the content hash")
+                return False
+            self._partial.mark_verified()
         return True
 
     def _report_corruption(self, contributors: set[str], *, resumed: bool) -> None:

@@ -42,6 +42,7 @@ from distributor_node.shared.domain.errors import (
 from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
 from distributor_node.shared.domain.objects import MediaObject, StoredRecord
+from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE
 from distributor_node.shared.ports.state_store import FailureCause, Lease, StateStore
 from distributor_node.shared.runtime.threads import BlockingPool, hash_through
@@ -129,7 +130,8 @@ class FetchRunner:
     async def _commit(self, lease: Lease) -> JobOutcome:
         """Record the published object. If that fails, the next attempt or reconciliation records it."""
         try:
-            committed = await self._state.commit(lease, time.time())
+            with tracing.span("commit"):
+                committed = await self._state.commit(lease, time.time())
         except StateStoreUnavailable as error:
             return Retry(f"stored, but not committed: {error}")
         return Ack("fetched" if committed else "fetched_to_be_adopted")
@@ -297,10 +299,11 @@ class _PartialFetch:
 
     async def _publish(self, partial: PartialFile) -> None:
         """Write the record and rename the file into place."""
-        head = await self._disk.run(partial.read, 0, SNIFF_BYTES)
-        media_type = detect_media_type(self._object.media_type, head)
-        record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
-        await self._disk.run(partial.publish, record)
+        with tracing.span("publication"):
+            head = await self._disk.run(partial.read, 0, SNIFF_BYTES)
+            media_type = detect_media_type(self._object.media_type, head)
+            record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
+            await self._disk.run(partial.publish, record)
 
     @property
     def is_verified(self) -> bool:

@@ -53,6 +53,7 @@ from distributor_node.shared.domain.jobs import (
 )
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState
+from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import FETCHES, PHASE
 from distributor_node.shared.ports.catalog import Catalog
 from distributor_node.shared.ports.job_queue import JobQueue
@@ -141,7 +142,8 @@ class Fetcher:
                 self._consuming = True
                 limits = self._slot_limits
                 logger.info("fetcher_started", worker=self.name, concurrency=limits.total)
-                await self._queue.consume(self._handle, limits.held, self._dead_letter_handler.handle)
+                handle = self._handle if tracing.installed_tracer() is None else self._handle_traced
+                await self._queue.consume(handle, limits.held, self._dead_letter_handler.handle)
         finally:
             self._consuming = False
             await self._disk.close()
@@ -160,6 +162,31 @@ class Fetcher:
                 return await self._worker.handle(checked, slot) if isinstance(slot, Slot) else slot
         except asyncio.CancelledError:
             return Nack()
+
+    async def _handle_traced(self, job: FetchJob) -> JobOutcome:
+        """As `_handle`, in a span of the trace of the request that published the job."""
+        with (
+            tracing.span(
+                "fetch" if job.revalidates is None else "revalidation",
+                "consumer",
+                parent=job.trace,
+                attributes={
+                    "distributor.object_id": job.object_id,
+                    "distributor.request_id": job.request_id,
+                    "distributor.attempt": job.attempt,
+                    "distributor.size": job.media_object.size,
+                },
+            ) as span,
+            bound_contextvars(**({"trace_id": span.trace_id} if span.trace_id else {})),
+        ):
+            if job.attempt == 1:
+                with tracing.span("queue_wait", started=job.published_at):
+                    pass  # it ends now
+            outcome = await self._handle(job)
+            span.set("distributor.outcome", outcome_label(outcome))
+            if isinstance(outcome, Retry | DeadLetter):
+                span.fail(outcome.reason)
+            return outcome
 
     async def _revalidate(self, job: FetchJob) -> JobOutcome:
         """A job without a live claim is outdated: the next request for the stale object publishes another one."""
@@ -230,9 +257,10 @@ class Worker:
     async def _fetch(self, job: FetchJob, slot: Slot | None) -> JobOutcome:
         outcome: JobOutcome
         try:
-            admitted = await self._admission.admit(
-                job.media_object, warming=job.low_priority, claim=job.claim
-            )
+            with tracing.span("lease", current=False):
+                admitted = await self._admission.admit(
+                    job.media_object, warming=job.low_priority, claim=job.claim
+                )
             if isinstance(admitted, Admitted):
                 record_failure = partial(self._failure_recorder.record, job)
                 return await self._fetch_runner.run(

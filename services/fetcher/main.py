@@ -12,6 +12,7 @@ from distributor_node.shared.runtime.factories import (
     build_source_client,
     build_source_stats_sync,
     build_state_store,
+    build_tracing,
     build_volume,
     reloads_of,
 )
@@ -35,6 +36,7 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
     describe_build(VERSION, "fetcher")
     retain_freed_memory()
     resources = scope.resources
+    await resources.enter_async_context(build_tracing(settings, "fetcher"))
     volume = build_volume(settings)
     resources.callback(volume.close)
     state, queue, catalog = build_state_store(settings), build_job_queue(settings), build_catalog(settings)

@@ -21,6 +21,7 @@ from distributor_node.shared.runtime.factories import (
     build_source_client,
     build_source_stats_sync,
     build_state_store,
+    build_tracing,
     build_volume,
     reloads_of,
 )
@@ -54,6 +55,7 @@ async def run_standalone(
     settings.check_for("standalone")
     listener = activated_socket(PUBLIC_SOCKET)
     resources = scope.resources
+    await resources.enter_async_context(build_tracing(settings, "standalone"))
     volume = build_volume(settings)
     resources.callback(volume.close)
     try:

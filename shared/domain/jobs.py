@@ -29,6 +29,8 @@ class FetchJob:
     revalidates: float | None = None
     """Do not fetch, but ask the origin whether the stored object is still current: the one that was last checked at
     this POSIX time (0: unknown)."""
+    trace: str = ""
+    """Traceparent of the span that published the job (W3C Trace Context, section 3.2); empty: there is none."""
 
     @property
     def object_id(self) -> ObjectId:
@@ -53,7 +55,7 @@ _OBJECT_FIELDS = MediaObjectCodec(
 
 
 def encode_job(job: FetchJob) -> bytes:
-    """Return the message body, UTF-8 JSON. Attempt and request id are in message headers instead."""
+    """Return the message body, UTF-8 JSON. Attempt, request id and trace are in message headers instead."""
     return json.dumps(
         {
             "version": JOB_VERSION,
@@ -66,7 +68,7 @@ def encode_job(job: FetchJob) -> bytes:
     ).encode()
 
 
-def decode_job(body: bytes, *, attempt: int, request_id: str) -> FetchJob:
+def decode_job(body: bytes, *, attempt: int, request_id: str, trace: str = "") -> FetchJob:
     """Read a message body. Raises InvalidJob, with the reason, for any body that `encode_job` cannot write."""
     try:
         fields = json.loads(body)
@@ -94,6 +96,7 @@ def decode_job(body: bytes, *, attempt: int, request_id: str) -> FetchJob:
             claim=claim,
             low_priority=bool(fields.get("low_priority", False)),
             revalidates=None if revalidates is None else float(revalidates),
+            trace=trace,
         )
     except InvalidJob:
         raise

@@ -32,6 +32,7 @@ _LIBRARY_LEVELS: Mapping[str, int] = {
     "asyncio": logging.WARNING,
     "httpcore": logging.WARNING,
     "httpx": logging.WARNING,
+    "opentelemetry.exporter": logging.CRITICAL,  # it repeats for each batch what the tracer logs once
     "sanic.access": logging.WARNING,
 }
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import os
 import platform
-from collections.abc import Iterable, Sequence
+import time
+from bisect import bisect_left
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Literal
 from urllib.parse import urlsplit
@@ -25,6 +27,8 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.samples import Exemplar
 
 from distributor_node.shared.observability.multiprocess import VARIABLE, files_locked
 
@@ -86,6 +90,14 @@ ADMISSION_REJECTED = Counter(
 DROPPED_ACCESSES = Counter(
     "distributor_dropped_accesses_total",
     "Accesses dropped because they could not be flushed to the state store.",
+)
+
+# Traces (API and fetcher), where tracing is on
+TRACE_SPANS = Counter(
+    "distributor_trace_spans_total",
+    "Spans by what became of them: sent, failed (the collector did not take them), over_limit (hits beyond the number "
+    "that is recorded in a second).",
+    ["result"],
 )
 
 # Phases of one GET (API and fetcher)
@@ -379,6 +391,10 @@ def describe_build(version: str, service: Literal["api", "fetcher", "evictor", "
     BUILD.labels(version=version, python=platform.python_version(), service=service).set(1)
 
 
+Render = Callable[[], Awaitable[tuple[bytes, str]]]
+"""Returns the metrics and their media type, without holding up the event loop."""
+
+
 async def render_in_thread() -> tuple[bytes, str]:
     """`render_metrics`, without holding up the event loop."""
     return await asyncio.to_thread(render_metrics)
@@ -392,6 +408,19 @@ def render_metrics() -> tuple[bytes, str]:
     MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     with files_locked():
         return generate_latest(registry), CONTENT_TYPE_PLAIN_0_0_4
+
+
+async def render_openmetrics() -> tuple[bytes, str]:
+    """Return the metrics of this process with their exemplars, as OpenMetrics 1.0, and its media type.
+
+    Not in multiprocess mode: the files of prometheus-client keep no exemplars.
+    """
+    return await asyncio.to_thread(openmetrics.generate_latest, REGISTRY), openmetrics.CONTENT_TYPE_LATEST
+
+
+def has_exemplars() -> bool:
+    """Whether observations keep exemplars. They do not in multiprocess mode."""
+    return VARIABLE not in os.environ
 
 
 # Histogram observations that were counted elsewhere, added in one call.
@@ -412,3 +441,9 @@ def add_observations(histogram: Histogram, counts: Sequence[int], total: float) 
     for bucket, count in zip(histogram._buckets, counts, strict=True):
         if count:
             bucket.inc(count)
+
+
+def set_exemplar(histogram: Histogram, value: float, labels: Mapping[str, str]) -> None:
+    """Set the exemplar of the bucket of `value`, which was counted elsewhere."""
+    bucket = histogram._buckets[bisect_left(bounds_of(histogram), value)]
+    bucket.set_exemplar(Exemplar(dict(labels), value, time.time()))

@@ -38,6 +38,8 @@ class Probes:
     """The metrics and their media type."""
     liveness: Callable[[], Awaitable[Sequence[str]]] | None = None
     """What is wrong with other processes that this one answers for. Default: nothing, since it answers."""
+    openmetrics: Callable[[], Awaitable[tuple[bytes, str]]] | None = None
+    """The metrics with exemplars, for a scraper that accepts OpenMetrics. Default: it gets the usual ones."""
 
 
 def ready_without(problems: Callable[[], Awaitable[Sequence[str]]]) -> Callable[[], Awaitable[Readiness]]:
@@ -51,6 +53,7 @@ def ready_without(problems: Callable[[], Awaitable[Sequence[str]]]) -> Callable[
 
 _MAX_HEAD = 8 * 1024  # bytes
 _TIMEOUT = 5.0  # seconds for one request
+_OPENMETRICS = b"application/openmetrics-text"
 _MAX_CONNECTIONS = 64
 
 logger = structlog.get_logger()
@@ -124,13 +127,14 @@ class ProbeServer:
         path = rest.partition(b" ")[0].partition(b"?")[0]
         if method not in {b"GET", b"HEAD"}:
             return _response(405, "text/plain", b"GET only\n", extra="Allow: GET, HEAD\r\n")
-        status, media_type, body = await self._resource(path)
+        status, media_type, body = await self._resource(path, openmetrics=_OPENMETRICS in head.lower())
         return _response(status, media_type, body, with_body=method == b"GET")
 
-    async def _resource(self, path: bytes) -> tuple[int, str, bytes]:
+    async def _resource(self, path: bytes, *, openmetrics: bool) -> tuple[int, str, bytes]:
         try:
             if path == b"/metrics":
-                body, media_type = await self._probes.metrics()
+                metrics = (openmetrics and self._probes.openmetrics) or self._probes.metrics
+                body, media_type = await metrics()
                 return 200, media_type, body
             if path == b"/healthz":
                 return await self._liveness()

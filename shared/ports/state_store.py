@@ -54,6 +54,7 @@ class Fetch:
     source: str | None  # URL in use, if the worker reported one
     lease_left: float  # seconds until the lease, claim or queue mark expires; 0 if PARKED
     age: float  # seconds in this phase
+    trace: str = ""  # traceparent of the span that claimed or fetches it; empty: it is not traced
 
 
 class FailureCause(StrEnum):
@@ -472,8 +473,8 @@ class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
     async def find(self, object_id: ObjectId) -> ObjectStatus:
         """Read only, without side effects."""
 
-    async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
-        """Win the right to publish the job, until the claim expires.
+    async def claim(self, object_id: ObjectId, claimant: str, trace: str = "") -> Claim:
+        """Win the right to publish the job, until the claim expires. `trace`: a traceparent, which others may link to.
 
         Refused while a fetch is CLAIMED, QUEUED or FETCHING, or a failure is remembered. A PARKED fetch or an expired
         claim can be claimed again. A parked fetch keeps its reservation. An expired queue mark is prolonged instead,
@@ -498,8 +499,11 @@ class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
 
     # Fetching
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str, claim: int = 0) -> BeginResult:
+    async def begin(
+        self, object_id: ObjectId, size: int, worker: str, claim: int = 0, trace: str = ""
+    ) -> BeginResult:
         """Take the lease and reserve `footprint(size)` bytes in one step. `claim`: its serial, if a job carries one.
+        `trace`: a traceparent, which replaces that of the claim.
 
         Never granted if used + reserved would exceed the limit. The reservation of a PARKED fetch or an expired lease
         is taken over. It grows to `size` if that is larger and fits. It never shrinks, because the larger file of

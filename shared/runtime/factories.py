@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -41,14 +42,21 @@ from distributor_node.shared.observability.metrics import (
     SOURCE_REQUESTS,
     source_label,
 )
+from distributor_node.shared.observability.tracing import tracing
 from distributor_node.shared.ports.catalog import Catalog, SharedCatalogCache
 from distributor_node.shared.ports.job_queue import JobQueue
 from distributor_node.shared.ports.source_stats import SharedSourceStats
 from distributor_node.shared.ports.state_store import StateStore
+from distributor_node.shared.runtime.process import VERSION, process_name
 from distributor_node.shared.settings.model import Settings
 
 MEMORY = "memory://"
 _Value = TypeVar("_Value")
+
+
+def build_tracing(settings: Settings, service: str) -> AbstractAsyncContextManager[None]:
+    """The first to be opened and the last to be closed, so that it sends the spans of all others."""
+    return tracing(settings.tracing.enabled, service, version=VERSION, instance=process_name())
 
 
 def build_volume(settings: Settings) -> Volume:

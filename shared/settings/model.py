@@ -408,6 +408,16 @@ class LogSettings(SettingsGroup):
     `public_api.trusted_proxies`. Off by default, because addresses are personal data."""
 
 
+class TracingSettings(SettingsGroup):
+    """Traces for an OpenTelemetry collector, of requests and the fetches that they cause. Needs the extra `tracing`.
+
+    The rest is set by the variables that OpenTelemetry defines, such as OTEL_EXPORTER_OTLP_ENDPOINT and
+    OTEL_TRACES_SAMPLER."""
+
+    enabled: bool = False
+    """Record spans and send them."""
+
+
 class Settings(SettingsGroup):
     """All settings, as they are given; `load_settings` reads them from file and environment."""
 
@@ -436,6 +446,7 @@ class Settings(SettingsGroup):
     admission: AdmissionSettings = AdmissionSettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
+    tracing: TracingSettings = TracingSettings()
 
     @property
     def file(self) -> Path | None:

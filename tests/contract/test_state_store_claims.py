@@ -55,6 +55,41 @@ class TestFind:
         assert 0.01 < fetch.age < 5
 
 
+class TestTrace:
+    async def test_is_that_of_the_claim_then_of_the_fetch(self, harness: Harness) -> None:
+        await harness.reconciled()
+        assert (await harness.store.claim(ONE, "api-1", "of-the-claim")).won
+
+        async def trace() -> str:
+            fetch = (await harness.other.find(ONE)).fetch
+            assert fetch is not None
+            return fetch.trace
+
+        assert await trace() == "of-the-claim"
+        refused = await harness.other.claim(ONE, "api-2", "of-another")
+        assert refused.status.fetch is not None
+        assert refused.status.fetch.trace == "of-the-claim"
+        await harness.store.mark_queued(ONE, "api-1")
+        assert await trace() == "of-the-claim"
+        granted = await harness.store.begin(ONE, 10, "worker-1", 0, "of-the-fetch")
+        assert isinstance(granted, Granted)
+        assert await trace() == "of-the-fetch"
+        await harness.store.renew(granted.lease, "http://source/")
+        assert await trace() == "of-the-fetch"
+
+    async def test_of_the_claim_stays_where_the_fetch_has_none(self, harness: Harness) -> None:
+        await harness.reconciled()
+        await harness.store.claim(ONE, "api-1", "of-the-claim")
+        await harness.store.begin(ONE, 10, "worker-1")
+        fetch = (await harness.store.find(ONE)).fetch
+        assert fetch is not None
+        assert fetch.trace == "of-the-claim"
+        await harness.store.claim(TWO, "api-1")
+        fetch = (await harness.store.find(TWO)).fetch
+        assert fetch is not None
+        assert fetch.trace == ""
+
+
 class TestClaim:
     async def test_fifty_at_once_have_one_winner(self, harness: Harness) -> None:
         stores = [harness.store, harness.other] * 25

@@ -31,9 +31,11 @@ class UnreachableStore(MemoryStateStore):
         if not self.reachable:
             raise StateStoreUnavailable("unreachable")
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str, claim: int = 0) -> BeginResult:
+    async def begin(
+        self, object_id: ObjectId, size: int, worker: str, claim: int = 0, trace: str = ""
+    ) -> BeginResult:
         self._check()
-        return await super().begin(object_id, size, worker, claim)
+        return await super().begin(object_id, size, worker, claim, trace)
 
     async def renew(self, lease: Lease, source: str | None = None) -> bool:
         self._check()

@@ -28,11 +28,11 @@ class UnreachableStore(MemoryStateStore):
         super().__init__(LIMIT, StateTimeouts(), time.time)
         self.claims = self.reports = 0
 
-    async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
+    async def claim(self, object_id: ObjectId, claimant: str, trace: str = "") -> Claim:
         if self.claims:
             self.claims -= 1
             raise StateStoreUnavailable("away")
-        return await super().claim(object_id, claimant)
+        return await super().claim(object_id, claimant, trace)
 
     async def lease_warming(
         self, holder: str, seconds: float, progress: Warming | None = None

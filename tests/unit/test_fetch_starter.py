@@ -21,8 +21,8 @@ WANTED = MediaObject(ObjectId("1"), 10)
 class SlowStore(MemoryStateStore):
     """Takes a moment, as one over a network does."""
 
-    async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
-        claim = await super().claim(object_id, claimant)
+    async def claim(self, object_id: ObjectId, claimant: str, trace: str = "") -> Claim:
+        claim = await super().claim(object_id, claimant, trace)
         await asyncio.sleep(0.02)
         return claim
 

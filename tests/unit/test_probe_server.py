@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import httpx
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.observability import probe_server
-from distributor_node.shared.observability.metrics import render_in_thread
+from distributor_node.shared.observability.metrics import render_in_thread, render_openmetrics
 from distributor_node.shared.observability.probe_server import Probes, ProbeServer, Readiness
 
 
@@ -53,6 +55,27 @@ async def test_metrics(client: httpx.AsyncClient) -> None:
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert "distributor_downloads_in_progress" in answer.text
+
+
+async def test_metrics_with_exemplars_are_for_those_that_accept_them(service: Service) -> None:
+    probes = replace(service.probes, openmetrics=render_openmetrics)
+    accepts = {"Accept": "application/openmetrics-text;version=1.0.0;q=0.75,text/plain;version=0.0.4;q=0.5"}
+    async with (
+        ProbeServer("127.0.0.1", 0, probes) as with_exemplars,
+        ProbeServer("127.0.0.1", 0, service.probes) as without,
+        httpx.AsyncClient() as client,
+    ):
+        url = f"http://127.0.0.1:{with_exemplars.port}/metrics"
+        answer = await client.get(url, headers=accepts)
+        assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
+        assert answer.text.endswith("# EOF\n")
+        families = list(text_string_to_metric_families(answer.text))  # type: ignore[no-untyped-call]
+        assert "distributor_requests" in {family.name for family in families}
+        plain = [
+            await client.get(url),
+            await client.get(f"http://127.0.0.1:{without.port}/metrics", headers=accepts),
+        ]
+    assert all(answer.headers["content-type"].startswith("text/plain") for answer in plain)
 
 
 async def test_health(client: httpx.AsyncClient) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -153,8 +154,8 @@ class FetchStarter:
         object_id = media_object.object_id
         try:
             try:
-                with phase("claim"):
-                    claim = await self._state.claim(object_id, self._claimant)
+                with phase("claim") as span:
+                    claim = await self._state.claim(object_id, self._claimant, span.traceparent)
             except StateStoreUnavailable as error:
                 self._log_state_error("claim", request_id, error)
                 return
@@ -178,8 +179,8 @@ class FetchStarter:
     async def _publish(self, job: FetchJob, start: PendingStart) -> None:
         published = False
         try:
-            with phase("publish"):
-                await self._queue.publish(job)
+            with phase("publish", "producer") as span:
+                await self._queue.publish(replace(job, trace=span.traceparent) if span.traceparent else job)
             published = True
         except JobQueueUnavailable as error:
             logger.warning(

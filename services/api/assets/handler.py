@@ -44,6 +44,7 @@ from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Condition
 from distributor_node.shared.domain.errors import StateStoreUnavailable, TooManyOpenFiles, VolumeError
 from distributor_node.shared.domain.http_caching import CacheControl
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import ADMISSION_REJECTED
 from distributor_node.shared.ports.state_store import (
     Failure,
@@ -324,6 +325,7 @@ class MissHandler:
         if isinstance(span, ResponseHead):
             await response.send_head(span)
             return
+        tracing.current_span().link(fetch.trace)
         self._context.accesses.record_request(object_id)
         begun = fetch.phase is FetchPhase.FETCHING
         if begun:
@@ -363,6 +365,7 @@ class MissHandler:
         else:
             fetch = claim.status.fetch
             source = fetch.source if fetch is not None else None
+            tracing.current_span().link(fetch.trace if fetch is not None else "")
             await self._pending_responder.respond(replace(pending, outcome=PENDING, source=source))
 
     def _open_complete(self, object_id: ObjectId) -> OpenObject | None:

@@ -20,13 +20,17 @@ from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.fast_path.object_cache import MAX_OPEN_FILES, CachedObject, OpenObjectCache
 from distributor_node.services.api.headers import end_of_head
 from distributor_node.services.api.request_log import (
+    ASSET_ROUTE,
     BufferedHitMetrics,
     ClientOf,
     RequestRecord,
+    asset_attributes,
+    asset_span,
     is_request_id,
     log_request,
 )
 from distributor_node.shared.domain.conditionals import ByteRange, Conditions, Unsatisfiable, parse_range
+from distributor_node.shared.observability import tracing
 from distributor_node.shared.runtime.process import descriptor_limit
 
 _GET, _HEAD, _VERSION = b"GET /api/v1/assets/", b"HEAD /api/v1/assets/", b" HTTP/1.1"
@@ -286,7 +290,7 @@ class FastPath:
             record = RequestRecord(
                 prepared.request_id.decode(),
                 "HEAD" if prepared.request.is_head else "GET",
-                "/api/v1/assets/<object_id>",
+                ASSET_ROUTE,
                 prepared.cached.object_id,
                 prepared.started,
                 size=prepared.cached.size,
@@ -318,6 +322,46 @@ class FastPath:
         self.objects.close()
 
 
+_TRACEPARENT = re.compile(rb"\r\ntraceparent:[ \t]*([0-9a-f-]+)[ \t]*\r\n", re.IGNORECASE)
+
+
+class TracedFastPath(FastPath):
+    """Records a span of each response as well. Chosen where tracing is on, so that others pay nothing.
+
+    A request with two traceparents is not of the fast path, since no field is that is given twice.
+    """
+
+    def record(
+        self,
+        prepared: PreparedResponse,
+        sent: int,
+        seconds: float,
+        abort_reason: str | None = None,
+        peer: str = "",
+    ) -> None:
+        super().record(prepared, sent, seconds, abort_reason, peer)
+        tracer = tracing.installed_tracer()
+        if tracer is None:
+            return
+        method = "HEAD" if prepared.request.is_head else "GET"
+
+        def attributes() -> tracing.Attributes:
+            return {
+                **asset_attributes(method, prepared.cached.object_id, prepared.request_id.decode()),
+                "http.response.status_code": prepared.status,
+                "http.response.body.size": sent,
+                "distributor.cache": "hit",
+                "distributor.data_source": "local" if prepared.length else None,
+                "distributor.cut": abort_reason,
+            }
+
+        offered = _TRACEPARENT.search(prepared.received)
+        parent = "" if offered is None else offered[1].decode()
+        span = tracer.record(*asset_span(method), parent, perf_counter() - prepared.started, attributes)
+        if span is not None and sent and span.exemplar is not None:
+            self.hit_metrics.set_exemplar(seconds, span.exemplar)
+
+
 def _select_range(
     request: ParsedRequest, cached: CachedObject
 ) -> tuple[int, int] | Span | Unsatisfiable | PreconditionResult:
@@ -342,7 +386,7 @@ _FD_SHARE = 4
 
 
 def build_fast_path(context: ApiContext, access_log: AccessLog | None = None) -> FastPath | None:
-    """Build the fast path, or return None if it is turned off.
+    """Build the fast path, or return None if it is turned off. Whether it traces is decided here.
 
     Run `objects.run` in a task, and call `close` after the last connection.
     """
@@ -357,7 +401,8 @@ def build_fast_path(context: ApiContext, access_log: AccessLog | None = None) ->
         http_caching=settings.caching_rules is not None,
     )
     as_events = settings.log.access == "json"
-    return FastPath(
+    kind = FastPath if tracing.installed_tracer() is None else TracedFastPath
+    return kind(
         objects,
         context.accesses,
         log_hits=as_events and settings.log.hits,

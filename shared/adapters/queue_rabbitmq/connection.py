@@ -182,11 +182,12 @@ def _milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
 
-# Jobs as messages: the body is JSON. Attempt, request id and reason are in our own headers.
+# Jobs as messages: the body is JSON. Attempt, request id and reason are in our own headers, the trace is in W3C's.
 
 ATTEMPT_HEADER = "x-distributor-attempt"
 REQUEST_ID_HEADER = "x-distributor-request-id"
 REASON_HEADER = "x-distributor-reason"
+TRACE_HEADER = "traceparent"
 
 _MAX_TEXT = 200
 _MAX_ATTEMPT = 1_000_000
@@ -196,7 +197,11 @@ def to_message(job: FetchJob) -> Message:
     """Encode a job as a persistent message."""
     return Message(
         encode_job(job),
-        headers={ATTEMPT_HEADER: job.attempt, REQUEST_ID_HEADER: job.request_id},
+        headers={
+            ATTEMPT_HEADER: job.attempt,
+            REQUEST_ID_HEADER: job.request_id,
+            **({TRACE_HEADER: job.trace} if job.trace else {}),
+        },
         content_type="application/json",
         delivery_mode=DeliveryMode.PERSISTENT,
         priority=LOW if job.low_priority else HIGH,
@@ -215,7 +220,13 @@ def to_job(message: AbstractIncomingMessage) -> FetchJob:
     request_id = message.headers.get(REQUEST_ID_HEADER, "")
     if not isinstance(request_id, str):
         raise InvalidJob(f"{REQUEST_ID_HEADER}: expected a string, got {str(request_id)[:40]!r}")
-    return decode_job(message.body, attempt=attempt, request_id=request_id)
+    trace = message.headers.get(TRACE_HEADER)
+    return decode_job(
+        message.body,
+        attempt=attempt,
+        request_id=request_id,
+        trace=trace[:_MAX_TEXT] if isinstance(trace, str) else "",
+    )
 
 
 def to_dead_letter(message: AbstractIncomingMessage, reason: str) -> Message:

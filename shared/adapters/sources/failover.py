@@ -33,6 +33,7 @@ from distributor_node.shared.domain.errors import (
 )
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, source_name
 from distributor_node.shared.domain.source_order import RateSampler
+from distributor_node.shared.observability import tracing
 
 OnSource = Callable[[str, SourceResponse], None]
 """Called for each source, with its URL, after its response has begun and before its first byte is yielded."""
@@ -133,27 +134,33 @@ class FailoverReader:
         """Yield from one source. Raises SourceOutpaced if one of the `others` is expected to be much faster."""
         sampler = RateSampler()
         asked_at = self._clock()
-        async with self._client.get(url, span.byte_range, span.expected) as response:
-            self._health.record_first_byte(url, self._clock() - asked_at)
-            if on_source is not None:
-                on_source(url, response)
-            span.widen(response)
-            waiting_since = self._clock()
-            async for data in response.chunks:
-                rate = sampler.add(self._clock() - waiting_since, len(data))
-                span.begin(response)
-                offset, span.position = span.position, span.position + len(data)
-                yield Chunk(url, offset, data)
-                if rate is not None:
-                    self._health.record_rate(url, rate)
-                    best_other, _ = self._health.best_rate(others)
-                    if sampler.is_outpaced(rate, best_other, span.left):
-                        raise SourceOutpaced(
-                            f"{rate:.0f} bytes a second, {best_other:.0f} expected of another"
-                        )
-                waiting_since = self._clock()
-            if sampler.mean is not None:
-                self._health.record_rate(url, sampler.mean)
+        with tracing.span(
+            "source_request", "client", current=False, attributes=_attributes(url, span)
+        ) as traced:
+            async with self._client.get(url, span.byte_range, span.expected) as response:
+                traced.set("http.response.status_code", response.status)
+                self._health.record_first_byte(url, self._clock() - asked_at)
+                if on_source is not None:
+                    on_source(url, response)
+                span.widen(response)
+                began_at, waiting_since = span.position, self._clock()
+                async for data in response.chunks:
+                    rate = sampler.add(self._clock() - waiting_since, len(data))
+                    if span.position == began_at:
+                        traced.event("first_byte")
+                    span.begin(response)
+                    offset, span.position = span.position, span.position + len(data)
+                    yield Chunk(url, offset, data)
+                    if rate is not None:
+                        self._health.record_rate(url, rate)
+                        best_other, _ = self._health.best_rate(others)
+                        if sampler.is_outpaced(rate, best_other, span.left):
+                            raise SourceOutpaced(
+                                f"{rate:.0f} bytes a second, {best_other:.0f} expected of another"
+                            )
+                    waiting_since = self._clock()
+                if sampler.mean is not None:
+                    self._health.record_rate(url, sampler.mean)
 
     def _record_failure(self, url: str, error: SourceError, span: _Span) -> None:
         logger.info(
@@ -167,6 +174,14 @@ class FailoverReader:
         changed = isinstance(error, VersionChanged | SourceEncoded) and not hashed
         if type(error) is not SourceError and not missing and not changed:
             self._health.record_failure(url)
+
+
+def _attributes(url: str, span: _Span) -> tracing.Attributes:
+    return {
+        "http.request.method": "GET",
+        "server.address": source_name(url),
+        "distributor.first_byte": span.position,
+    }
 
 
 class _Span:

@@ -79,7 +79,7 @@ class MemoryStateStore:
     async def find(self, object_id: ObjectId) -> ObjectStatus:
         return self._tables.object_status(object_id)
 
-    async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
+    async def claim(self, object_id: ObjectId, claimant: str, trace: str = "") -> Claim:
         tables = self._tables
         object_status = tables.object_status(object_id)
         parked = object_status.fetch is not None and object_status.fetch.phase is FetchPhase.PARKED
@@ -102,6 +102,7 @@ class MemoryStateStore:
             duration=tables.timeouts.claim_seconds,
             job=serial,
             held=tables.rows[object_id].held if parked else 0,
+            trace=trace,
         )
         return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=serial)
 
@@ -146,7 +147,9 @@ class MemoryStateStore:
 
     # Fetching
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str, claim: int = 0) -> BeginResult:
+    async def begin(
+        self, object_id: ObjectId, size: int, worker: str, claim: int = 0, trace: str = ""
+    ) -> BeginResult:
         tables = self._tables
         entry, row, now = tables.objects.get(object_id), tables.row(object_id), tables.clock()
         if entry:
@@ -179,6 +182,7 @@ class MemoryStateStore:
             duration=duration,
             job=claim,
             held=held if held > size else 0,
+            trace=trace or (row.trace if row else ""),
         )
         tables.reserved += more
         tables.space_requests.pop(object_id, None)

@@ -47,6 +47,7 @@ class FetchRow:
     duration: float = 0.0  # seconds from writing to `ends`
     job: int = 0  # serial of the claim whose job is carried out; 0: there is none
     held: int = 0  # bytes of the object that the reservation covers, if that is more than `size`
+    trace: str = ""  # see Fetch
 
     @property
     def held_size(self) -> int:
@@ -193,6 +194,7 @@ class Tables:
             source=row.source,
             lease_left=0.0 if parked else row.ends - now,
             age=max(0.0, now - since),
+            trace=row.trace,
         )
 
     def object_status(self, object_id: ObjectId) -> ObjectStatus:

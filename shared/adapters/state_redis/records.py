@@ -154,7 +154,7 @@ def read_entry(object_id: bytes, packed: bytes) -> IndexEntry | None:
 
 
 def read_fetch(object_id: ObjectId, shown: Sequence[Any]) -> Fetch:
-    phase, size, worker, source, left, age = shown
+    phase, size, worker, source, left, age, trace = shown
     return Fetch(
         object_id=object_id,
         phase=FetchPhase(phase.decode()),
@@ -163,6 +163,7 @@ def read_fetch(object_id: ObjectId, shown: Sequence[Any]) -> Fetch:
         source=source.decode() or None,
         lease_left=left / 1000,
         age=age / 1000,
+        trace=trace.decode(),
     )
 
 

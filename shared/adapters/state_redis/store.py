@@ -118,10 +118,11 @@ class RedisStateStore:
     async def find(self, object_id: ObjectId) -> ObjectStatus:
         return read_object_status(object_id, await self._connection.run("find", object_id))
 
-    async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
+    async def claim(self, object_id: ObjectId, claimant: str, trace: str = "") -> Claim:
         times = self._timeouts
         seconds = (times.claim_seconds, times.queued_seconds, times.lost_job_seconds)
-        reply = await self._connection.run("claim", object_id, claimant, *map(milliseconds, seconds))
+        durations = map(milliseconds, seconds)
+        reply = await self._connection.run("claim", object_id, claimant, *durations, trace)
         if isinstance(reply, int):
             return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=reply)
         return Claim(won=False, status=read_object_status(object_id, reply))
@@ -146,10 +147,12 @@ class RedisStateStore:
 
     # Fetching
 
-    async def begin(self, object_id: ObjectId, size: int, worker: str, claim: int = 0) -> BeginResult:
+    async def begin(
+        self, object_id: ObjectId, size: int, worker: str, claim: int = 0, trace: str = ""
+    ) -> BeginResult:
         lease = milliseconds(self._timeouts.lease_seconds)
         answer, *values = await self._connection.run(
-            "begin", object_id, size, worker, lease, self._limit, claim
+            "begin", object_id, size, worker, lease, self._limit, claim, trace
         )
         match answer:
             case b"granted":

@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
--- ARGV: size, worker, lease in milliseconds, limit, serial of the claim (0: none). Returns the name of the result and its
--- numbers. A reservation never shrinks here: the larger file of before may still be on the volume.
+-- ARGV: size, worker, lease in milliseconds, limit, serial of the claim (0: none), trace. Returns the name of the result
+-- and its numbers. A reservation never shrinks here: the larger file of before may still be on the volume.
 local size, worker, limit = tonumber(ARGV[4]), ARGV[5], tonumber(ARGV[7])
 local object = read_object(object_id)
 if object and object.state == EVICTING then return {'held', 0} end
@@ -25,7 +25,8 @@ if more > 0 and missing > 0 then return {'no_space', missing} end
 local token = next_serial()
 add('reserved', more)
 write_fetch({phase = 'fetching', reserved = true, size = size, token = token, ends = now + tonumber(ARGV[6]),
-             since = now, worker = worker, source = '', held = held > size and held or nil, job = job})
+             since = now, worker = worker, source = '', held = held > size and held or nil, job = job,
+             trace = ARGV[9] ~= '' and ARGV[9] or fetch and fetch.trace})
 redis.call('HDEL', wishes, object_id)
 announce('fetch_changed')
 return {'granted', token, resumed and 1 or 0, held - size}

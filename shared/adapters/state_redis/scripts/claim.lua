@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- ARGV: claimant, milliseconds of the claim, milliseconds of a queue mark, milliseconds until an unfinished job counts as
--- lost. Returns the serial of the claim, or the status of the object that refuses it.
+-- lost, trace. Returns the serial of the claim, or the status of the object that refuses it.
 if relieve() > OVERFULL then return OUT_OF_MEMORY end
 kept_since()
 local fetch = read_fetch()
@@ -17,5 +17,5 @@ local parked = fetch and fetch.standing == 'parked'
 local serial = next_serial()
 write_fetch({phase = 'claimed', reserved = parked or false, size = parked and fetch.size or 0, token = 0,
              ends = now + tonumber(ARGV[5]), since = now, worker = ARGV[4], source = '',
-             held = parked and fetch.held or nil, job = serial})
+             held = parked and fetch.held or nil, job = serial, trace = ARGV[8]})
 return serial

@@ -81,15 +81,15 @@ end
 -- `phase` is what was written. `standing` is the phase now: nil if it expired without a reservation. `lasts`: the
 -- milliseconds from writing to `ends`. A fetch that ends later than that from now was written before the clock was set
 -- back. `held`: bytes of the object that the reservation covers where that is more than `size`, because the object was
--- larger before; nil otherwise. `job`: serial of the claim whose job is carried out, 0 if there is none. `written`: when
--- the phase was written. Nil if it cannot be read
+-- larger before; nil otherwise. `job`: serial of the claim whose job is carried out, 0 if there is none. `trace`: see
+-- Fetch; versions before it neither write nor keep it. `written`: when the phase was written. Nil if it cannot be read
 local function unpack_fetch(packed)
   local readable, fields = pcall(cmsgpack.unpack, packed)
   if not readable or type(fields) ~= 'table' or type(fields[5]) ~= 'number' then return nil end
-  local phase, reserved, size, token, ends, since, worker, source, lasts, held, job = unpack(fields)
+  local phase, reserved, size, token, ends, since, worker, source, lasts, held, job, trace = unpack(fields)
   local fetch = {phase = phase, reserved = reserved, size = size, token = token, ends = ends, since = since,
                  worker = worker, source = source, lasts = lasts, held = held ~= 0 and held or nil,
-                 job = job or 0, written = since, standing = phase}
+                 job = job or 0, trace = trace or '', written = since, standing = phase}
   if lasts and ends > now + lasts then fetch.ends, fetch.outdated = now + lasts, true end
   if phase ~= 'parked' and ends <= now then
     fetch.standing = reserved and 'parked' or nil
@@ -101,7 +101,7 @@ end
 local function write_fetch(fetch, id)
   redis.call('HSET', fetches, id or object_id, cmsgpack.pack({fetch.phase, fetch.reserved, fetch.size, fetch.token,
     fetch.ends, fetch.since, fetch.worker, fetch.source, math.max(0, fetch.lasts or fetch.ends - now), fetch.held or 0,
-    fetch.job or 0}))
+    fetch.job or 0, fetch.trace or ''}))
 end
 
 local function peek_fetch(id)
@@ -129,10 +129,10 @@ local function read_leased(token, worker)
   end
 end
 
--- What Python reads as Fetch: phase, size, worker, source, milliseconds left, milliseconds in this phase
+-- What Python reads as Fetch: phase, size, worker, source, milliseconds left, milliseconds in this phase, trace
 local function shown(fetch)
   local left = fetch.standing == 'parked' and 0 or fetch.ends - now
-  return {fetch.standing, fetch.size, fetch.worker, fetch.source, left, math.max(0, now - fetch.since)}
+  return {fetch.standing, fetch.size, fetch.worker, fetch.source, left, math.max(0, now - fetch.since), fetch.trace}
 end
 
 -- What Python reads as ObjectStatus: the fetch or false, the reason of the failure or false, milliseconds until it
