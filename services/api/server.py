@@ -1,10 +1,13 @@
-"""A server for one application: opens its port, drains it on close, and can be opened again in the same process."""
+"""A server for one application: opens its port, accepts, drains on close, and can be opened again in the process."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +24,6 @@ from distributor_node.services.api.graceful_shutdown import (
     wait_until_flushed,
 )
 from distributor_node.services.api.listen import (
-    AcceptLoop,
     ListenAddress,
     bind,
     listen_unless_listening,
@@ -29,9 +31,13 @@ from distributor_node.services.api.listen import (
 )
 from distributor_node.services.api.protocol import PublicProtocol
 from distributor_node.services.api.sanic_app import ApiApplication, prepare_start
+from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.runtime.process import descriptor_ceiling
 
 BACKLOG = 1024
+EMFILE_BACKOFF = 0.5
+"""Seconds without accepting after the system had no descriptor or memory left for one more connection."""
+
 _ABORT_GRACE = 1.0
 
 logger = structlog.get_logger()
@@ -195,6 +201,113 @@ class Connections(set[PublicProtocol]):
         except TimeoutError:
             return False
         return True
+
+
+class AcceptLoop:
+    """Accepts every queued connection in one turn of the event loop.
+
+    The loop's own server accepts one connection per turn, and each turn also serves all connected clients. When a
+    thousand clients connect at once, the last of them would wait for a thousand turns, which takes seconds.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        make_protocol: Callable[[], asyncio.BaseProtocol],
+        backlog: int,
+        ceiling: int | None = None,
+    ) -> None:
+        """Start to listen on `listener`, a bound, non-blocking socket, unless it listens already. `close` closes it.
+
+        `ceiling`: the number of open descriptors at which accepting pauses. What is above it is for the work that
+        accepted connections ask for: files, and connections to sources.
+        """
+        self._ceiling = ceiling
+        self._pause_log = OutageLog(logger, down="accepting_paused", up="accepting_resumed")
+        self._loop = asyncio.get_running_loop()
+        self.listener = listener
+        self.accepted_count = 0  # connections since the start
+        self._make_protocol = make_protocol
+        self._backlog = backlog
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._resume_timer: asyncio.TimerHandle | None = None
+        listen_unless_listening(listener, backlog)
+        self._start()
+
+    def close(self) -> None:
+        """Stop listening. Accepted connections stay open."""
+        if self._resume_timer is not None:
+            self._resume_timer.cancel()
+        if self.listener.fileno() >= 0:
+            self._loop.remove_reader(self.listener.fileno())
+            self.listener.close()
+
+    async def wait_connected(self) -> None:
+        """Wait until every accepted connection has its protocol, a few turns of the loop later."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _start(self) -> None:
+        self._resume_timer = None
+        if not self._has_room():
+            self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
+            return
+        self._pause_log.succeeded()
+        self._loop.add_reader(self.listener.fileno(), self._accept)
+
+    def accept_queued(self) -> None:
+        """Accept the connections that are queued now."""
+        self._accept()
+
+    def _accept(self) -> None:
+        """Accept what is queued, at most `backlog` connections, so that other callbacks get their turn."""
+        for _ in range(self._backlog):
+            try:
+                connection, _ = self.listener.accept()
+            except (BlockingIOError, InterruptedError):
+                return
+            except ConnectionError:
+                continue  # the client left before it was accepted
+            except OSError as error:
+                # The connection stays queued and the socket readable: without a pause the loop would spin.
+                if (
+                    error.errno != errno.EINVAL
+                ):  # another worker has stopped the inherited socket: soon, so do we
+                    logger.error("accept_failed", reason=error.strerror)
+                self._pause()
+                return
+            self.accepted_count += 1
+            connection.setblocking(False)
+            task = self._loop.create_task(self._connect(connection))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            # The kernel gives the lowest free number, so at least as many descriptors are open.
+            if self._ceiling is not None and connection.fileno() >= self._ceiling:
+                self._pause_log.failed(f"{self._ceiling} descriptors are open; the rest is for work")
+                self._pause()
+                return
+
+    def _pause(self) -> None:
+        self._loop.remove_reader(self.listener.fileno())
+        if self._resume_timer is not None:
+            self._resume_timer.cancel()
+        self._resume_timer = self._loop.call_later(EMFILE_BACKOFF, self._start)
+
+    def _has_room(self) -> bool:
+        if self._ceiling is None:
+            return True
+        try:
+            number = os.dup(self.listener.fileno())
+        except OSError:
+            return False
+        os.close(number)
+        return number < self._ceiling
+
+    async def _connect(self, connection: socket.socket) -> None:
+        try:
+            await self._loop.connect_accepted_socket(self._make_protocol, connection)
+        except OSError:
+            connection.close()  # the client has left already
 
 
 def create_accepting_server(

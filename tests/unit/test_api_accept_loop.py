@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-import distributor_node.services.api.listen as listener_module
-from distributor_node.services.api.listen import AcceptLoop, ListenAddress, bind
+import distributor_node.services.api.server as server_module
+from distributor_node.services.api.listen import ListenAddress, bind
+from distributor_node.services.api.server import AcceptLoop
 
 CROWD = 200
 
@@ -90,7 +91,7 @@ async def test_after_close_new_clients_are_refused_and_accepted_ones_stay(
 async def test_without_descriptors_the_loop_backs_off_and_the_client_is_accepted_later(
     listen: Callable[[socket.socket], AcceptLoop], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener_module, "EMFILE_BACKOFF", 0.05)
+    monkeypatch.setattr(server_module, "EMFILE_BACKOFF", 0.05)
     monkeypatch.setattr(FullTable, "failures", 1)
     bound = bind(ListenAddress("127.0.0.1", 0))
     listener = FullTable(bound.family, bound.type, bound.proto, fileno=bound.detach())
