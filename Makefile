@@ -48,10 +48,10 @@ servers: ## find redis-server and rabbitmq-server, or install them (for the test
 	@deploy/servers/find-or-install.sh
 
 .PHONY: lock
-lock: setup ## update the pins in requirements/ from pyproject.toml
+lock: setup ## update the pins in requirements/, and their hashes, from pyproject.toml
 	@$(LOCK) --upgrade pyproject.toml --output-file requirements/runtime.txt
 	@$(LOCK) --upgrade --extra development --constraints requirements/runtime.txt pyproject.toml --output-file requirements/development.txt
-	@$(LOCK) --no-deps --no-annotate --generate-hashes requirements/runtime.txt --output-file requirements/runtime.hashed.txt
+	@for pins in runtime development; do $(LOCK) --no-deps --no-annotate --generate-hashes requirements/$$pins.txt --output-file requirements/$$pins.hashed.txt; done
 
 ## running
 
