@@ -104,7 +104,7 @@ class Run:
         # Each round has a node of its own.
         for case in (case for name, case in HOSTILE_CASES.items() if name in self._options.cases):
             rounds = min(self._options.rounds, _MAX_HOSTILE_ROUNDS)
-            self._record(case, measure_hostile(case, rounds, self._options.seconds, folder))
+            self._record(case, measure_hostile(case, rounds, folder))
 
     def _run_with_peers(self, folder: Path) -> None:
         with ExitStack() as resources:

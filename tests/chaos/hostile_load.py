@@ -26,10 +26,11 @@ Begin = Callable[[ExitStack], None]
 HIT = generated_object("1", 20_000)
 LARGE = generated_object("2", 16 * MIB)
 TINY, INTERIM = generated_object("8", 600_000), generated_object("9", 600_000)
+ROOT = Path(__file__).parents[2]
 PAUSE = 0.004
 """Seconds between two hits."""
 
-SOURCE = """
+SOURCE = """# Object 8 in chunks of one byte, all others as interim responses for ever.
 import socket, sys, threading
 head = b"HTTP/1.1 200 OK\\r\\nContent-Type: video/mp4\\r\\nTransfer-Encoding: chunked\\r\\n\\r\\n"
 def serve(connection):
@@ -47,35 +48,41 @@ def serve(connection):
     finally:
         connection.close()
 listener = socket.create_server(("127.0.0.1", 0))
-print(listener.getsockname()[1], flush=True)
+print(f"http://127.0.0.1:{listener.getsockname()[1]}/files/", flush=True)
 while True:
     threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
 """
 
 
 @asynccontextmanager
-async def hostile_source() -> AsyncIterator[str]:
-    """A source in a process of its own: object 8 in chunks of one byte, all others as interim responses for ever."""
+async def _source(*arguments: str) -> AsyncIterator[str]:
+    """A source in a process of its own, which must not delay what is measured. Yields the base URL of its files."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", SOURCE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        sys.executable, *arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     try:
         assert process.stdout is not None
-        yield f"http://127.0.0.1:{int(await process.stdout.readline())}/files/"
+        yield (await process.stdout.readline()).decode().strip()
     finally:
         process.kill()
         await process.wait()
+
+
+async def _serve() -> None:
+    async with StorageNode([HIT, LARGE]).run() as node:
+        sys.stdout.write(f"{node.api_url}/files/\n")
+        sys.stdout.flush()
+        await asyncio.Event().wait()
 
 
 @asynccontextmanager
 async def node_beside_hostile_source(folder: Path) -> AsyncIterator[Stack]:
     """A standalone node with as few descriptors as it accepts. It has HIT; LARGE is too large for its cache."""
     async with AsyncExitStack() as resources:
-        source = await resources.enter_async_context(StorageNode([HIT, LARGE]).run())
-        hostile = await resources.enter_async_context(hostile_source())
+        own = await resources.enter_async_context(_source("-m", "tests.chaos.hostile_load"))
+        hostile = await resources.enter_async_context(_source("-c", SOURCE))
         stack = Stack(folder, "memory://", "memory://", "hostile")
         resources.callback(stack.kill_all)
-        own = f"{source.api_url}/files/"
         objects = [_entry(HIT, own), _entry(LARGE, own), _entry(TINY, hostile), _entry(INTERIM, hostile)]
         stack.manifest.write_text(json.dumps({"version": 1, "objects": objects}))
         node = stack.add(
@@ -176,3 +183,7 @@ def _entry(item: DemoObject, base: str) -> dict[str, object]:
         "hash": content_hash(item.content),
         "urls": [base + item.object_id],
     }
+
+
+if __name__ == "__main__":
+    asyncio.run(_serve())
