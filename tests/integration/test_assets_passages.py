@@ -117,15 +117,21 @@ async def test_a_tail_and_an_inner_range_at_once(harness: AssetsHarness, asked_f
     assert source_bytes(harness) < 1.5 * SIZE
 
 
-async def test_tails_of_many_objects_are_kept_longer_than_the_objects(harness: AssetsHarness) -> None:
-    names = [str(number) for number in range(2, 12)]
-    for name in names:
+async def test_tails_are_kept_longer_than_whole_objects(harness: AssetsHarness) -> None:
+    """1. Two tails leave two whole objects. 2. Three more whole objects need their room. 3. Both tails are still kept."""
+    tails, inner = ("2", "3"), ("4", "5", "6")
+    for name in (*tails, *inner):
         harness.add(name, SIZE)
-    for _ in range(2):
-        for name in names:
-            answer = await harness.get(name, {"Range": "bytes=-1"})
-            assert (answer.status, answer.body) == (206, harness.data[name][-1:])
-    assert requests(harness) == len(names)
+    for node in (harness.node, harness.second):
+        node.faults.add(Fault(ignore_range=True))
+    for name, asked, first in [
+        *((name, "bytes=-1", SIZE - 1) for name in tails),
+        *((name, "bytes=1000-1000", 1000) for name in inner),
+        *((name, "bytes=-1", SIZE - 1) for name in tails),
+    ]:
+        answer = await harness.get(name, {"Range": asked})
+        assert (answer.status, answer.body) == (206, harness.data[name][first : first + 1])
+    assert requests(harness) == len(tails) + len(inner)
 
 
 async def test_wrong_bytes_are_neither_kept_nor_sent(harness: AssetsHarness) -> None:
