@@ -118,7 +118,7 @@ async def test_a_tail_and_an_inner_range_at_once(harness: AssetsHarness, asked_f
 
 
 async def test_tails_are_kept_longer_than_whole_objects(harness: AssetsHarness) -> None:
-    """1. Two tails leave two whole objects. 2. Three more whole objects need their room. 3. Both tails are still kept."""
+    """1. Two tails leave two whole objects. 2. Three more objects need their room. 3. Both tails are still kept."""
     tails, inner = ("2", "3"), ("4", "5", "6")
     for name in (*tails, *inner):
         harness.add(name, SIZE)
