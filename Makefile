@@ -48,11 +48,11 @@ servers: ## find redis-server and rabbitmq-server, or install them (for the test
 	@deploy/servers/find-or-install.sh
 
 .PHONY: lock
-lock: setup ## update the pins in requirements/ from pyproject.toml
+lock: setup ## update the pins in requirements/, and their hashes, from pyproject.toml
 	@$(LOCK) --upgrade pyproject.toml --output-file requirements/runtime.txt
 	@$(LOCK) --upgrade --extra tracing --constraints requirements/runtime.txt pyproject.toml --output-file requirements/tracing.txt
 	@$(LOCK) --upgrade --extra development --constraints requirements/tracing.txt pyproject.toml --output-file requirements/development.txt
-	@for pins in runtime tracing; do $(LOCK) --no-deps --no-annotate --generate-hashes requirements/$$pins.txt --output-file requirements/$$pins.hashed.txt; done
+	@for pins in runtime tracing development; do $(LOCK) --no-deps --no-annotate --generate-hashes requirements/$$pins.txt --output-file requirements/$$pins.hashed.txt; done
 
 ## running
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from benchmarks.figures import Measurement, figure_of, ratio_of
+from benchmarks.hostile import HOSTILE_CASES, LOADED, QUIET
 from benchmarks.misses import DIRECT
 from benchmarks.peers import AGING, CACHE, OURS, TRACED
 from benchmarks.throughput import CURL, ONE_FETCHER, THREE_FETCHERS
@@ -74,6 +75,10 @@ GOALS = (
     Goal("miss-64m", "miss of 64 MiB, total", "total_ms", 1.15, at_least=False, peer=DIRECT),
     Goal("fetch", "1 GiB by one fetcher", BYTES, 0.5, subject=ONE_FETCHER, peer=CURL),
     Goal("fetch-three", "three objects by three fetchers", BYTES, 1.6, subject=THREE_FETCHERS, peer=ONE_FETCHER),
+    *(
+        Goal(case.name, case.title, P99, 3.0, at_least=False, subject=LOADED, peer=QUIET)
+        for case in HOSTILE_CASES.values()
+    ),
     _alone("scale-store", "Redis for each cached object", "redis_bytes_per_object", 300, MILLION),
     _alone("scale-evictor", "10^6 objects: reconcile", "adopting_reconcile_s", 120, MILLION),
     _alone("scale-evictor", "10^6 objects: evictor's peak memory", "rss_peak_mb", 500, MILLION),

@@ -26,6 +26,7 @@ _HEADINGS = {
     "median_client_ms": "median client ms",
     "last_client_ms": "last client ms",
     "source_requests": "requests at source",
+    "slowest_ms": "slowest ms",
     "cpu_s_per_gb": "CPU s/GB",
 }
 

@@ -13,6 +13,7 @@ from benchmarks.cases import HIT_CASES, HitCase
 from benchmarks.dataset import Group, aging_record_of, fill_volume, groups, write_manifest
 from benchmarks.figures import Case, Measurement
 from benchmarks.hits import Conditions, measure_case, warm
+from benchmarks.hostile import HOSTILE_CASES, measure_hostile
 from benchmarks.misses import (
     MISS_CASES,
     NEW_EACH_BURST,
@@ -47,7 +48,13 @@ from benchmarks.tracing import (
 
 HARNESS_CASES = tuple(case.name for case in HIT_CASES if not case.workers)
 """Those in which nginx can play our part."""
-CASE_NAMES = (*(case.name for case in HIT_CASES), *MISS_CASES, TRACED_MISSES.name, *FETCH_CASES)
+CASE_NAMES = (
+    *(case.name for case in HIT_CASES),
+    *MISS_CASES,
+    TRACED_MISSES.name,
+    *FETCH_CASES,
+    *HOSTILE_CASES,
+)
 _NEW_GROUPS = {
     "miss-64k": "new-64k",
     TRACED_MISSES.name: "new-64k",
@@ -56,7 +63,7 @@ _NEW_GROUPS = {
     "fetch": "new-1g",
     "fetch-three": "new-1g",
 }
-_MAX_FETCH_ROUNDS = 5
+_MAX_FETCH_ROUNDS, _MAX_HOSTILE_ROUNDS = 5, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +125,14 @@ class Run:
 
     def run(self, folder: Path) -> None:
         """Measure in this (empty) folder; whatever happens, nothing is left running."""
+        if set(self._options.cases) - HOSTILE_CASES.keys():
+            self._run_with_peers(folder)
+        # Each round has a node of its own.
+        for case in (case for name, case in HOSTILE_CASES.items() if name in self._options.cases):
+            rounds = min(self._options.rounds, _MAX_HOSTILE_ROUNDS)
+            self._record(case, measure_hostile(case, rounds, folder))
+
+    def _run_with_peers(self, folder: Path) -> None:
         with ExitStack() as resources:
             environment = self._start_environment(folder, resources)
             peers = self._peers(environment)

@@ -139,7 +139,10 @@ async def test_a_fixed_list_of_headers_would_stop_that_player(
         ("10?download=caf%C3%A9%20%E2%98%80.mp4", "café ☀.mp4"),
         ("10?download=..%2F..%2Fevil.mp4", "_.._evil.mp4"),
         ("11?download", "Sunrise ☀.mp4"),
-        ("12", "12.svg"),  # a document, which is never opened in the node's origin
+        # Documents, which are never opened in the node's origin
+        ("12", "12.svg"),
+        ("13", "13.html"),
+        ("14", "14.pdf"),
     ],
 )
 async def test_the_name_that_a_browser_suggests(
@@ -147,7 +150,100 @@ async def test_the_name_that_a_browser_suggests(
 ) -> None:
     put(node, "10", b"\0" * 5000, "video/mp4")
     put(node, "11", b"\0" * 5000, "video/mp4", name="Sunrise ☀")
-    put(node, "12", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image/svg+xml")
+    put(node, "12", SVG, "image/svg+xml")
+    put(node, "13", ACTIVE_PAGE, "text/html")
+    put(node, "14", b"%PDF-1.4\n%%EOF\n", "application/pdf")
     url = f"http://127.0.0.1:{node.port}/api/v1/assets/{path}"
     assert (await get(url)).status == 200
     assert await browser.suggested_name(url, tmp_path) == name
+
+
+MEDIA = Path(__file__).parents[2] / "deploy" / "demo" / "media"
+TELL = b"parent.postMessage('ran', '*')"
+SVG = b"<svg xmlns='http://www.w3.org/2000/svg' width='40' height='30'><script>" + TELL + b"</script></svg>"
+ACTIVE_PAGE = b"<!doctype html><title>active</title><script>" + TELL + b"</script>"
+LOADED = """(async () => {
+  const element = document.createElement(%(tag)r);
+  const loaded = new Promise(resolve => {
+    for (const name of ["load", "loadedmetadata", "error"]) element.addEventListener(name, () => resolve(name));
+  });
+  element.src = %(url)r;
+  document.body.append(element);
+  return [await loaded, (element.naturalWidth ?? element.videoWidth ?? element.duration) > 0];
+})()"""
+
+
+async def open_site(browser: Browser, origin: str) -> None:
+    await browser.call("Page.navigate", url=f"{origin}/")
+    ready = f"location.origin === {origin!r} && document.readyState === 'complete'"
+    await eventually(lambda: browser.evaluate(ready), pause=0.1, what="the page")
+
+
+@pytest.mark.parametrize(
+    ("tag", "name", "media_type", "event"),
+    [
+        ("img", "4-lighthouse.svg", "image/svg+xml", "load"),
+        ("img", "1-sunrise.png", "image/png", "load"),
+        ("video", "7-dive.webm", "video/webm", "loadedmetadata"),
+        ("audio", "8-arpeggio.ogg", "audio/ogg", "loadedmetadata"),
+    ],
+)
+async def test_objects_are_parts_of_a_page_although_they_are_attachments(
+    node: AssetsHarness, browser: Browser, tag: str, name: str, media_type: str, event: str
+) -> None:
+    """A browser ignores Content-Disposition for what a page shows in such an element."""
+    put(node, "20", (MEDIA / name).read_bytes(), media_type)
+    url = f"http://127.0.0.1:{node.port}/api/v1/assets/20?download"
+    assert (await get(url)).headers["content-disposition"].startswith("attachment")
+    async with site() as origin:
+        await open_site(browser, origin)
+        assert await browser.evaluate(LOADED % {"tag": tag, "url": url}) == [event, True]
+
+
+FRAMED = """(() => {
+  window.ran = [];
+  addEventListener("message", event => ran.push(event.data));
+  for (const url of %(urls)r) {
+    for (const [tag, property] of [["iframe", "src"], ["object", "data"], ["embed", "src"]]) {
+      const element = document.createElement(tag);
+      element[property] = url;
+      document.body.append(element);
+    }
+  }
+  const control = document.createElement("iframe");
+  control.srcdoc = "<script>parent.postMessage('control', '*')</script>";
+  document.body.append(control);
+})()"""
+
+
+@pytest.mark.parametrize("sandboxed", [True, False])
+async def test_a_page_cannot_frame_an_active_document_of_the_node(
+    node: AssetsHarness, browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sandboxed: bool
+) -> None:
+    """Each is saved or dropped, and no script runs: by the attachment alone, even without the sandbox."""
+    if not sandboxed:
+        unprotected = {
+            name: value for name, value in headers.ASSET_CONTENT.items() if name != "Content-Security-Policy"
+        }
+        monkeypatch.setattr(headers, "ASSET_CONTENT", unprotected)
+    put(node, "21", ACTIVE_PAGE, "text/html")
+    put(node, "22", SVG, "image/svg+xml")
+    urls = [f"http://127.0.0.1:{node.port}/api/v1/assets/{name}" for name in ("21", "22")]
+    policies = [(await get(url)).headers.get("content-security-policy") for url in urls]
+    assert [policy is not None for policy in policies] == [sandboxed, sandboxed]
+    await browser.call(
+        "Browser.setDownloadBehavior", of_page=False, behavior="allow", downloadPath=str(tmp_path), eventsEnabled=True
+    )  # fmt: skip
+    async with site() as origin:
+        await open_site(browser, origin)
+        browser.events.clear()
+        await browser.evaluate(FRAMED % {"urls": urls})
+
+        def saved() -> set[str]:
+            begun = [told for method, told in browser.events if method == "Browser.downloadWillBegin"]
+            return {told["suggestedFilename"] for told in begun}
+
+        await eventually(lambda: saved() >= {"21.html", "22.svg"}, what="the downloads")
+        await eventually(lambda: browser.evaluate("ran.length > 0"), pause=0.1, what="the control")
+        await asyncio.sleep(0.5)
+        assert await browser.evaluate("ran") == ["control"]

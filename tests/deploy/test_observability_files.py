@@ -214,7 +214,10 @@ def test_grafana_asks_the_source_that_was_chosen_which_is_the_stack_s_at_first()
 )
 @pytest.mark.timeout(180)
 def test_promtool_agrees() -> None:
-    for arguments in (["check", "config", "prometheus.yml"], ["test", "rules", "tests/alerts.yml"]):
+    for arguments in (
+        ["check", "config", "prometheus.yml"],
+        ["test", "rules", "tests/alerts.yml", "tests/health.yml"],
+    ):
         done = subprocess.run(
             ["promtool", *arguments], cwd=PROMETHEUS, check=False, capture_output=True, text=True, timeout=150
         )

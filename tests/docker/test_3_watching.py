@@ -40,7 +40,8 @@ def test_every_target_is_up_and_every_fetcher_is_one(harness: Harness) -> None:
 
 def test_configuration_and_rules_as_promtool_sees_them(harness: Harness) -> None:
     harness.stack.exec("prometheus", "promtool", "check", "config", "/etc/prometheus/prometheus.yml")
-    harness.stack.exec("prometheus", "promtool", "test", "rules", "/etc/prometheus/tests/alerts.yml")
+    for name in ("alerts.yml", "health.yml"):
+        harness.stack.exec("prometheus", "promtool", "test", "rules", f"/etc/prometheus/tests/{name}")
 
 
 def test_the_rules_are_loaded_and_none_fails(harness: Harness) -> None:

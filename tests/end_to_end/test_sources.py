@@ -20,8 +20,8 @@ from tests.end_to_end.stack import Stack
 from tests.end_to_end.test_one_get import assert_whole
 from tests.waiting import eventually
 
-pytestmark = pytest.mark.alone
-
+SLOW, MIDDLING, SLOWED = 1.0, 0.4, 2.0
+"""Seconds to the first byte: far enough from each other, and from nothing, for a busy machine."""
 PROBE_SECONDS = 1.0
 SHARE_SECONDS = 0.2
 SIZE = 50_000
@@ -80,8 +80,8 @@ async def harness(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterato
     async with AsyncExitStack() as running:
         slow, middling, quick = [await running.enter_async_context(StorageNode([]).run()) for _ in range(3)]
         made = Harness(stack, slow, middling, quick)
-        made.slow.faults.add(Fault(latency_before_headers=0.3))
-        made.middling.faults.add(Fault(latency_before_headers=0.1))
+        made.slow.faults.add(Fault(latency_before_headers=SLOW))
+        made.middling.faults.add(Fault(latency_before_headers=MIDDLING))
         made.publish()
         try:
             yield made
@@ -94,7 +94,7 @@ async def test_the_fastest_is_used_first_until_it_slows_down(harness: Harness) -
     await harness.until_order(harness.quick, harness.middling, harness.slow)
     await asyncio.sleep(2 * SHARE_SECONDS)  # the fetcher hears of it at its next exchange
     assert await harness.fetch(1) is harness.quick
-    harness.quick.faults.add(Fault(latency_before_headers=1.5))
+    harness.quick.faults.add(Fault(latency_before_headers=SLOWED))
     await harness.until_order(harness.middling)
     await asyncio.sleep(2 * SHARE_SECONDS)
     assert await harness.fetch(2) is harness.middling

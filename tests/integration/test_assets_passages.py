@@ -87,6 +87,53 @@ async def test_inner_ranges_of_a_source_that_ignores_ranges(harness: AssetsHarne
     assert source_bytes(harness) <= ANSWERS * MAX_BYTES_PER_ANSWER
 
 
+async def test_tails_and_inner_ranges_of_a_source_that_ignores_ranges(harness: AssetsHarness) -> None:
+    data = harness.data["1"]
+    for node in (harness.node, harness.second):
+        node.faults.add(Fault(ignore_range=True))
+    for number in range(ANSWERS // 2):
+        first = 1_000_000 + number * 20_000
+        for asked, expected in (("-1", data[-1:]), (f"{first}-{first}", data[first : first + 1])):
+            answer = await harness.get("1", {"Range": f"bytes={asked}"})
+            assert (answer.status, answer.body) == (206, expected)
+    assert source_bytes(harness) <= ANSWERS * MAX_BYTES_PER_ANSWER
+    assert requests(harness) == 1
+
+
+@pytest.mark.parametrize("asked_first", ["-1", "2000000-2000000"])
+async def test_a_tail_and_an_inner_range_at_once(harness: AssetsHarness, asked_first: str) -> None:
+    """The second request joins the reading of the first; a source shows only by its answer that it ignores ranges."""
+    data = harness.data["1"]
+    harness.second.faults.add(Fault(status=404))
+    harness.node.faults.add(Fault(ignore_range=True, bytes_per_second=4_000_000))
+    expected = {"-1": data[-1:], "2000000-2000000": data[2_000_000:2_000_001]}
+    running = {asked_first: asyncio.create_task(harness.get("1", {"Range": f"bytes={asked_first}"}))}
+    await harness.node.requests.wait_for(lambda log: len(log) == 1 and log[0].bytes_sent > 0)
+    for asked in expected.keys() - running.keys():
+        running[asked] = asyncio.create_task(harness.get("1", {"Range": f"bytes={asked}"}))
+    for asked, task in running.items():
+        answer = await task
+        assert (answer.status, answer.body) == (206, expected[asked])
+    assert source_bytes(harness) < 1.5 * SIZE
+
+
+async def test_tails_are_kept_longer_than_whole_objects(harness: AssetsHarness) -> None:
+    """1. Two tails leave two whole objects. 2. Three more objects need their room. 3. Both tails are still kept."""
+    tails, inner = ("2", "3"), ("4", "5", "6")
+    for name in (*tails, *inner):
+        harness.add(name, SIZE)
+    for node in (harness.node, harness.second):
+        node.faults.add(Fault(ignore_range=True))
+    for name, asked, first in [
+        *((name, "bytes=-1", SIZE - 1) for name in tails),
+        *((name, "bytes=1000-1000", 1000) for name in inner),
+        *((name, "bytes=-1", SIZE - 1) for name in tails),
+    ]:
+        answer = await harness.get(name, {"Range": asked})
+        assert (answer.status, answer.body) == (206, harness.data[name][first : first + 1])
+    assert requests(harness) == len(tails) + len(inner)
+
+
 async def test_wrong_bytes_are_neither_kept_nor_sent(harness: AssetsHarness) -> None:
     for node in (harness.node, harness.second):
         node.faults.add(Fault(flip_byte_at=10))

@@ -8,6 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +22,13 @@ from distributor_node.shared.adapters.volume import Volume, layout
 from distributor_node.shared.domain.errors import TooManyOpenFiles
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.runtime.process import MIN_DESCRIPTORS
-from tests.chaos.watchers import open_descriptors
+from tests.chaos.watchers import open_descriptors, process_tree
 from tests.end_to_end.client import Answer, get, read_answer
 from tests.end_to_end.conftest import Harness
 from tests.end_to_end.stack import ServiceProcess, Stack
 from tests.waiting import eventually
 
+MAX_AT_REST = 60
 SMALL = 40_000  # bytes: too large for the memory of the fast path
 
 
@@ -91,6 +93,49 @@ def test_directories_that_are_not_used_are_closed(tmp_path: Path, monkeypatch: p
     directories.close()
 
 
+OBJECTS = [generated_object(str(number), SMALL) for number in range(1, 9)]
+
+
+async def fetch_and_hit(harness: Harness) -> None:
+    """Objects in as many directories as there are objects, each fetched, then asked for again."""
+    for item in OBJECTS:
+        assert_whole(await get(harness.stack.url(item.object_id)), item, "miss")
+    for item in OBJECTS:
+        await harness.stack.until_hit(item.object_id)
+        assert_whole(await get(harness.stack.url(item.object_id)), item, "hit")
+    assert len({file.parent for file in harness.stack.volume.glob("objects/*/*")}) > 5
+
+
+async def until_few_at_rest(stack: Stack) -> None:
+    """In every process. A file stays open for a second or two after a hit, a directory for half a minute."""
+
+    def counts() -> dict[str, int]:
+        running = [(service.name, service.process) for service in stack.running()]
+        return {
+            f"{name} {pid}": open_descriptors(pid)
+            for name, process in running
+            if process is not None
+            for pid in process_tree(process.pid)
+        }
+
+    await eventually(lambda: max(counts().values()) < MAX_AT_REST, 20, what=f"few descriptors: {counts()}")
+
+
+async def test_a_node_at_rest_holds_few_descriptors(alone: Harness) -> None:
+    alone.publish(OBJECTS)
+    await alone.stack.add("standalone").healthy()
+    await fetch_and_hit(alone)
+    await until_few_at_rest(alone.stack)
+
+
+@pytest.mark.servers
+async def test_all_processes_of_a_deployment_at_rest_hold_few_descriptors(deployment: Harness) -> None:
+    deployment.publish(OBJECTS)
+    await deployment.stack.up(fetchers=1, workers=2)
+    await fetch_and_hit(deployment)
+    await until_few_at_rest(deployment.stack)
+
+
 @pytest.mark.parametrize("service", ["standalone", "api", "fetcher", "evictor"])
 def test_a_limit_that_is_too_low_is_refused_with_the_number(tmp_path: Path, service: str) -> None:
     (tmp_path / "manifest.yaml").write_text("version: 1\nobjects: []\n")
@@ -114,6 +159,16 @@ def test_a_limit_that_is_too_low_is_refused_with_the_number(tmp_path: Path, serv
 
 
 COMMAND = "distributor_node.services.command_line"
+
+
+@pytest.fixture
+async def deployment(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[Harness]:
+    stack = Stack(tmp_path, redis_url, amqp_url, f"descriptors-{uuid.uuid4().hex[:8]}")
+    async with StorageNode([]).run() as first, StorageNode([]).run() as second:
+        try:
+            yield Harness(stack, first, second)
+        finally:
+            stack.kill_all()
 
 
 @pytest.fixture

@@ -217,7 +217,7 @@ def conversations(draw: st.DrawFn) -> list[bytes]:
 
 
 @pytest.mark.timeout(900)
-@settings(max_examples=2000, deadline=None, suppress_health_check=[*HealthCheck])
+@settings(max_examples=800, deadline=None, suppress_health_check=[*HealthCheck])
 @given(conversation=conversations(), object_id=st.sampled_from([*SIZES]))
 def test_both_paths_respond_alike(nodes: NodePair, conversation: list[bytes], object_id: str) -> None:
     _compare(nodes, conversation, object_id)

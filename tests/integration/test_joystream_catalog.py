@@ -249,12 +249,11 @@ PARTIAL = {
 
 
 @pytest.mark.parametrize("fault", PARTIAL)
-async def test_an_incomplete_list_always_raises(
-    squid: TestSquid, catalog: JoystreamCatalog, fault: str
-) -> None:
+async def test_an_incomplete_list_always_raises(squid: TestSquid, fault: str) -> None:
     squid.faults = PARTIAL[fault]
-    with pytest.raises(CatalogUnavailable):
-        await listed(catalog, OURS)
+    async with opened(squid, replace(LIMITS, list_timeout=2.0)) as catalog:
+        with pytest.raises(CatalogUnavailable):
+            await listed(catalog, OURS)
 
 
 @pytest.mark.parametrize("page", [1, 2, 3, 4, 5])

@@ -1,4 +1,4 @@
-"""A bag of 100,000 objects is listed within bounded memory."""
+"""A long bag is listed within bounded memory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-COUNT, FIRST = 100_000, 1_000_000
+COUNT, FIRST = 30_000, 1_000_000
 MIB = 1024 * 1024
+MAX_GROWN = 30 * MIB
+"""Read in one page, the list takes 43 MB; in pages it takes 15, ids included."""
 
 LIST = """
 import asyncio, json, resource, sys
@@ -53,7 +55,7 @@ def squid_url(tmp_path: Path) -> Iterator[str]:
         squid.stdout.close()
 
 
-def test_100_000_objects_in_one_bag(squid_url: str) -> None:
+def test_a_bag_of_many_objects_is_read_in_pages(squid_url: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIST, squid_url, str(FIRST)],
         capture_output=True,
@@ -65,4 +67,4 @@ def test_100_000_objects_in_one_bag(squid_url: str) -> None:
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["listed"] == COUNT
     assert found["largest"] <= 5000
-    assert found["grown"] < 100 * MIB
+    assert found["grown"] < MAX_GROWN

@@ -36,8 +36,9 @@ async def reconciled(harness: EvictorHarness) -> None:
 
 @pytest.mark.parametrize("policy", POLICY_NAMES)
 async def test_the_evictor_takes_the_objects_that_stand_before_the_others(
-    harness: EvictorHarness, policy: str
+    harness: EvictorHarness, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("distributor_node.services.evictor.leader_tasks.SAVE_INTERVAL", 0.3)
     names = [f"o{number}" for number in range(8)]
     async with harness.evictor(policy=policy):
         await eventually(harness.reconciled)

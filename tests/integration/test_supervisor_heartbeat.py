@@ -51,15 +51,17 @@ async def test_silence_is_noticed_and_the_stack_of_the_loop_is_read() -> None:
             await process.wait()
 
 
-async def test_a_worker_that_beats_is_never_silent() -> None:
+async def test_a_worker_that_beats_is_never_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    interval = HEARTBEAT_INTERVAL / 5
+    monkeypatch.setattr("distributor_node.services.api.supervisor.HEARTBEAT_INTERVAL", interval)
     async with HeartbeatReader() as heartbeat:
-        waiting = asyncio.create_task(heartbeat.wait_silent(4 * HEARTBEAT_INTERVAL))
+        waiting = asyncio.create_task(heartbeat.wait_silent(4 * interval))
         for _ in range(10):
             os.write(heartbeat.write_end, b".")
-            await asyncio.sleep(HEARTBEAT_INTERVAL)
+            await asyncio.sleep(interval)
         assert not waiting.done()
         heartbeat.close_write_end()  # the worker has ended: its exit code says so
-        await asyncio.wait({waiting}, timeout=5 * HEARTBEAT_INTERVAL)
+        await asyncio.wait({waiting}, timeout=5 * interval)
         assert not waiting.done()
         waiting.cancel()
 

@@ -239,9 +239,10 @@ def test_an_index_with_other_files_is_used_without_hashes(install: Any) -> None:
     assert done.stderr.count("installing without hashes") == 1
 
 
-def test_each_pin_has_hashes() -> None:
-    hashed = (ROOT / "requirements/runtime.hashed.txt").read_text().replace("\\\n", " ").splitlines()
-    pins = [line for line in (ROOT / "requirements/runtime.txt").read_text().splitlines() if "==" in line]
+@pytest.mark.parametrize("name", ["runtime", "development"])
+def test_each_pin_has_hashes(name: str) -> None:
+    hashed = (ROOT / f"requirements/{name}.hashed.txt").read_text().replace("\\\n", " ").splitlines()
+    pins = [line for line in (ROOT / f"requirements/{name}.txt").read_text().splitlines() if "==" in line]
     assert [line.partition(" --hash")[0].split()[0] for line in hashed] == [pin.split()[0] for pin in pins]
     assert all("--hash=sha256:" in line for line in hashed)
 

@@ -97,14 +97,16 @@ async def test_reads_cause_no_polls_and_need_none() -> None:
 
 async def test_polls_are_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distributor_node.services.api.status.POLL_INTERVAL", 0.01)
+    clock = Clock()
     async with (
         TestSquid([]).run() as squid,
         TestChain(head=777).run() as chain,
-        running_poller(squid.url, chain.url, Clock()) as poller,
+        running_poller(squid.url, chain.url, clock) as poller,
         background(poller.run(), "polls"),
     ):
         await eventually(lambda: len(squid.requests) > 3)
         squid.faults, chain.head = SquidFaults(hang=True), 778
+        clock.ahead += 60  # what the chain has said is kept for some seconds
 
         async def chain_goes_on() -> bool:
             return (await poller.read()).chain_head == 778

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
@@ -54,6 +54,11 @@ class Passage:
         begin = span.first - self.first
         return bytes(memoryview(self.data)[begin : begin + (span.length or 0)])
 
+    def tail(self) -> Passage:
+        """Return the last MAX_SMALL_RANGE bytes of it."""
+        dropped = max(0, len(self.data) - MAX_SMALL_RANGE)
+        return replace(self, first=self.first + dropped, data=bytes(self.data[dropped:]))
+
 
 @dataclass(frozen=True, slots=True)
 class _Key:
@@ -66,12 +71,20 @@ class _Key:
     end: int
     is_tail: bool
 
+    def is_of_same_version(self, other: _Key) -> bool:
+        return (self.object_id, self.content_hash, self.size) == (
+            other.object_id,
+            other.content_hash,
+            other.size,
+        )
+
 
 @dataclass(slots=True)
 class _Reading:
     length: int  # bytes of the passage
     task: asyncio.Task[Passage]
     waiting: int = 0
+    is_whole: bool = False  # the passage will be the whole object
 
 
 @dataclass(slots=True)
@@ -87,6 +100,10 @@ class _Received:
 
 class _NoRoom(Exception):
     """A source ignored the range, and there is no room for what it sends instead."""
+
+
+class _WholeIsBeingRead(Exception):
+    """A source ignored the range, and another reading brings the whole object."""
 
 
 def is_small(media_object: MediaObject, span: Span) -> bool:
@@ -146,7 +163,11 @@ class Passages:
         return span.first > MAX_SKIP and self._ignored.get(media_object, 0.0) > self._clock()
 
     async def read_tail(self, media_object: MediaObject, sources: Sequence[str]) -> Passage | None:
-        """Read and verify the whole object. Returns its last MAX_SMALL_RANGE bytes, None if there is no room."""
+        """Read and verify the whole object. Returns its last MAX_SMALL_RANGE bytes, None if there is no room.
+
+        The whole object is kept while there is room to spare: a source that ignores ranges would send it again for the
+        next range.
+        """
         return await self._read_once(media_object, sources)
 
     async def read_range(
@@ -172,24 +193,39 @@ class Passages:
         if span is not None:
             first, end = span.first, span.first + (span.length or 0)
         key = _Key(media_object.object_id, content_hash, size, first, end, is_tail=span is None)
-        reading = self._readings.get(key)
+        reading = self._readings.get(key) or (self._reading_of_whole(key) if span is None else None)
         if reading is None:
             if not self._make_room(_room_of(end - first)):
                 return None
             work = self._read(key, media_object, sources)
             reading = self._readings[key] = _Reading(end - first, asyncio.create_task(work, name="passage"))
+        try:
+            return await self._result(reading)
+        except _NoRoom:
+            return None
+        except _WholeIsBeingRead:
+            whole = self._reading_of_whole(key)
+            return None if whole is None else await self._result(whole)
+
+    def _reading_of_whole(self, key: _Key) -> _Reading | None:
+        """Return a reading that brings all bytes of this version of the object."""
+        for other, reading in self._readings.items():
+            if reading.is_whole and other.is_of_same_version(key):
+                return reading
+        return None
+
+    async def _result(self, reading: _Reading) -> Passage:
+        """Wait for a reading. It is cancelled when the last one that waits for it leaves."""
         task = reading.task
         reading.waiting += 1
         try:
             await asyncio.wait({task})
             return task.result()
-        except _NoRoom:
-            return None
         finally:
             reading.waiting -= 1
             if not reading.waiting and not task.done():
                 # A request that comes now must not wait for a task that is being cancelled.
-                self._forget_reading(key, reading)
+                self._forget_reading(reading)
                 await cancel_and_wait(task)
 
     async def _read(self, key: _Key, media_object: MediaObject, sources: Sequence[str]) -> Passage:
@@ -197,16 +233,15 @@ class Passages:
         try:
             passage = await self._read_correct(key, reading, media_object, sources)
         finally:
-            self._forget_reading(key, reading)
+            self._forget_reading(reading)
         if key.is_tail or passage.verified or len(passage.data) > key.end - key.first:
             self._kept.pop(key, None)
             self._kept[key] = (passage, self._clock() + self._keep_seconds)
             asyncio.get_running_loop().call_later(self._keep_seconds + _EXPIRY_MARGIN, self._expire)
         return passage
 
-    def _forget_reading(self, key: _Key, reading: _Reading) -> None:
-        if self._readings.get(key) is reading:
-            del self._readings[key]
+    def _forget_reading(self, reading: _Reading) -> None:
+        self._readings = {key: other for key, other in self._readings.items() if other is not reading}
 
     async def _read_correct(
         self, key: _Key, reading: _Reading, media_object: MediaObject, sources: Sequence[str]
@@ -246,10 +281,16 @@ class Passages:
                 return
             received.media_type, received.validators = response.media_type, response.validators
             length = response.length or 0
-            if not key.is_tail and length > key.end - key.first:
+            if key.is_tail:
+                if self.bytes_held - _room_of(reading.length) + _room_of(key.size) <= self._max_bytes // 2:
+                    reading.length, reading.is_whole, received.first = key.size, True, 0
+            elif length > key.end - key.first:
+                if self._reading_of_whole(key) not in (None, reading):
+                    raise _WholeIsBeingRead
                 if not self._make_room(_room_of(length) - _room_of(reading.length)):
                     raise _NoRoom
                 reading.length = max(reading.length, length)
+                reading.is_whole = length == key.size
                 begin = received.first = response.first
 
         expected = Expected(may_widen=not key.is_tail)
@@ -272,8 +313,16 @@ class Passages:
             del self._kept[key]
 
     def _make_room(self, room: int) -> bool:
-        """Drop the oldest passages until `room` bytes are free. Returns False if those being read leave no room."""
+        """Drop the oldest passages until `room` bytes are free. Returns False if those being read leave no room.
+
+        Of whole objects, their tails are kept longer.
+        """
         self._expire()
+        for key, (passage, expires) in self._kept.items():
+            if self.bytes_held + room <= self._max_bytes:
+                return True
+            if passage.verified and len(passage.data) > MAX_SMALL_RANGE:
+                self._kept[key] = (passage.tail(), expires)
         while self.bytes_held + room > self._max_bytes:
             if not self._kept:
                 return False
