@@ -282,18 +282,16 @@ class Node(RuleBasedStateMachine):
         self.runner.run(purge())
 
     @rule(
-        files=st.dictionaries(ids, st.tuples(st.sampled_from(SIZES), st.booleans()), max_size=3),
-        fetched=st.none() | ids,
+        files=st.dictionaries(ids, st.tuples(st.sampled_from(SIZES), st.booleans()), min_size=1, max_size=3),
+        fetched=st.booleans(),
         again=st.booleans(),
     )
-    def import_files(
-        self, files: Mapping[ObjectId, tuple[int, bool]], fetched: ObjectId | None, again: bool
-    ) -> None:
-        """As at the start of a term, if there is room: the import itself asks for none.
+    def import_files(self, files: Mapping[ObjectId, tuple[int, bool]], fetched: bool, again: bool) -> None:
+        """As at the start of a term. There must be room: the import itself asks for none, so objects are evicted.
 
-        `files`: sizes, which need not be those of the catalog, and whether the object is purged before. `fetched`: its
-        fetch begins when the files are in their places and not yet in the index. `again`: what was imported is
-        evicted, and another term begins.
+        `files`: sizes, which need not be those of the catalog, and whether the object is purged before. `fetched`: the
+        fetch of the first begins when the files are in their places and not yet in the index. `again`: what was
+        imported is evicted, and another term begins.
         """
         for object_id, (size, purged) in files.items():
             path = Path(self.old_node / object_id)
@@ -303,10 +301,16 @@ class Node(RuleBasedStateMachine):
                 self.purge(object_id)
 
         async def import_files() -> None:
-            term, usage = await self._term(), await self.state.usage()
+            term = await self._term()
+            await self.acting.work("reconcile", ObjectId("1"), term)
             pending = sum(footprint(path.stat().st_size) for path in self.old_node.iterdir())
-            if usage.reconciled and usage.free >= pending + footprint(max(SIZES)):
-                self.fetched_in_between = fetched
+            needed = pending + footprint(max(SIZES))
+            for entry in list(self.acting.index.policy.dump()):
+                if (await self.state.usage()).free < needed:
+                    await self.acting.work("evict", entry.object_id, term)
+            usage = await self.state.usage()
+            if usage.reconciled and usage.free >= needed:
+                self.fetched_in_between = min(files) if fetched else None
                 await self.acting.node_import.link_files(partial(self.acting.reconciliation.recheck, term))
                 self.fetched_in_between = None
                 await self.acting.work("reconcile", ObjectId("1"), term)
@@ -462,7 +466,8 @@ class Node(RuleBasedStateMachine):
         self.resume_leader()
 
         async def rest() -> None:
-            for _ in range(40):
+            jobs = (await self.queue.depth()).ready
+            for _ in range(40 + (1 + len(RETRIES.delays)) * jobs):
                 await self._pass(100)
                 term = await self._term()
                 await self.acting.work("reconcile", ObjectId("1"), term)

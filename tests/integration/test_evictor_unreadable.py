@@ -20,6 +20,7 @@ from distributor_node.shared.adapters.volume import (
     UnreadableFile,
     Volume,
 )
+from distributor_node.shared.adapters.volume.layout import shard
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
@@ -162,24 +163,23 @@ async def test_an_unreadable_partial_file_does_not_keep_the_room_of_others(
     assert harness.root.joinpath("incoming", "bad.part").exists()
 
 
-async def test_an_unreadable_object_is_no_obstacle_to_scrub_sweep_and_purge(
+async def test_an_unreadable_object_is_no_obstacle_to_scrub_and_sweep(
     harness: EvictorHarness, unreadable: Unreadable
 ) -> None:
     names = [f"o{number}" for number in range(5)]
     async with harness.evictor():
         await eventually(harness.reconciled)
-        await harness.store("o0", "o1", "o2", "purged")
+        await harness.store("o0", "o1", "o2")
         for name in names[:3]:
             harness.path_of(name).write_bytes(b"?" * SIZE)
         for name in ("p0", "p1", "p2"):
             harness.leave_partial(name, 1000)
             os.utime(harness.root / "incoming" / f"{name}.part", (1, 1))
-    unreadable.bad = ObjectId("o1")
-    await harness.state.request_purges([ObjectId("purged")])
+    first = min(names[:3], key=lambda name: shard(ObjectId(name)))  # as the scrub comes to them
+    unreadable.bad = ObjectId(first)
     async with harness.evictor(scrub_rate=1_000_000_000, partial_keep=0.2):
         await eventually(lambda: not harness.root.joinpath("incoming", "p2.part").exists())
-        await eventually(lambda: list(harness.root.glob("objects/*/o*")) == [harness.path_of("o1")])
-        await eventually(lambda: not harness.has("purged"))
+        await eventually(lambda: list(harness.root.glob("objects/*/o*")) == [harness.path_of(first)])
     unreadable.bad = ObjectId("p1")
     harness.leave_partial("p1", 1000)
     harness.leave_partial("p3", 1000)
@@ -187,6 +187,22 @@ async def test_an_unreadable_object_is_no_obstacle_to_scrub_sweep_and_purge(
         os.utime(harness.root / "incoming" / f"{name}.part", (1, 1))
     async with harness.evictor(partial_keep=0.2):
         await eventually(lambda: not harness.root.joinpath("incoming", "p3.part").exists())
+
+
+async def test_an_unreadable_object_delays_no_other_purge(
+    harness: EvictorHarness, unreadable: Unreadable
+) -> None:
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.store("good")
+        lease = await harness.begin_fetch("bad")
+        harness.leave_partial("bad", 1000)
+        await harness.state.park(lease)
+    unreadable.bad = ObjectId("bad")
+    await harness.state.request_purges([unreadable.bad, ObjectId("good")])
+    async with harness.evictor():
+        await eventually(lambda: not harness.has("good"))
+    assert [request.object_id for request in await harness.state.pending_purges(9)] == ["bad"]
 
 
 class UnreadableParts(Volume):

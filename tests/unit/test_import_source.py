@@ -193,6 +193,19 @@ def test_a_purged_object_is_not_imported(root: Path) -> None:
     assert (root / ".import-excluded").read_text() == "1\n"
 
 
+def test_an_exclusion_is_on_disk_when_it_returns(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut must not let a purged object be imported."""
+    synced, sync = set[Path](), os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    ImportSource(root, root).exclude(ONE)
+    assert {root, root / ".import-excluded"} <= synced
+
+
 def test_a_line_that_was_cut_is_written_again(root: Path) -> None:
     (root / ".import-excluded").write_text("7\n12")  # killed while it wrote 1234
     import_source = ImportSource(root, root)
