@@ -130,3 +130,23 @@ async def test_a_late_job_that_may_wait_is_not_published_again(waiting_jobs: boo
     assert first is not None
     assert second is not None
     assert (first.won, second.won) == (False, False)
+
+
+async def test_one_look_tells_of_all_late_jobs() -> None:
+    """A mark that runs out is prolonged by a minute: who looks too late waits for another one."""
+    now, objects = time.time(), [MediaObject(ObjectId(str(number)), 10) for number in range(20)]
+    state = MemoryStateStore(1000, StateTimeouts(), lambda: now)
+    queue, lost = MemoryJobQueue(RetryPlan()), MemoryJobQueue(RetryPlan())
+    await queue.open()
+    await lost.open()
+    starter = FetchStarter(state, lost, "api-1", lambda _: False)
+    for wanted in objects:
+        await starter.start(wanted, "r-1")
+    await starter.close()
+    now += LATE + 1
+    other = FetchStarter(state, queue, "api-2", lambda _: False)
+    for _ in range(2):
+        answers = await asyncio.gather(*(other.start(wanted, "r-2") for wanted in objects))
+        await other.close()
+    assert all(claim is not None and claim.won for claim, _ in answers)
+    assert (await queue.depth()).ready == len(objects)

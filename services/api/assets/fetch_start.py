@@ -109,6 +109,7 @@ class FetchStarter:
         self._refuted_at: OrderedDict[ObjectId, float] = OrderedDict()
         # In monotonic seconds. Jobs published before this that have not begun were lost, and the next look for others
         self._lost_before = self._next_look_at = -inf
+        self._looking = asyncio.Lock()
 
     async def start(
         self, media_object: MediaObject, request_id: str, revalidates: float | None = None
@@ -193,24 +194,31 @@ class FetchStarter:
         """
         if fetch is None or fetch.phase is not FetchPhase.QUEUED:
             return
-        now = time.monotonic()
-        if now - fetch.age > self._lost_before:
-            if fetch.age < LATE or now < self._next_look_at:
-                return
-            self._next_look_at = now + LOST_JOB_INTERVAL
-            try:
-                depth = await self._queue.depth()
-                if depth.ready or depth.delayed or any(one.waiting for one in await self._state.workers()):
-                    return
-            except (JobQueueUnavailable, StateStoreUnavailable) as error:
-                logger.info("lost_job_not_told", object_id=fetch.object_id, reason=str(error))
-                return
-            self._lost_before = now - LATE
+        published_at = time.monotonic() - fetch.age
+        async with self._looking:  # many are late together, and one look tells of all of them
+            if published_at > self._lost_before and fetch.age >= LATE:
+                await self._look_for_lost(fetch)
+        if published_at > self._lost_before:
+            return
         logger.warning("job_lost", object_id=fetch.object_id, request_id=request_id, age=round(fetch.age, 1))
         try:
             await self._state.release_claim(fetch.object_id, fetch.worker)
         except StateStoreUnavailable as error:
             self._log_state_error("release_claim", request_id, error)
+
+    async def _look_for_lost(self, fetch: Fetch) -> None:
+        now = time.monotonic()
+        if now < self._next_look_at:
+            return
+        self._next_look_at = now + LOST_JOB_INTERVAL
+        try:
+            depth = await self._queue.depth()
+            if depth.ready or depth.delayed or any(one.waiting for one in await self._state.workers()):
+                return
+        except (JobQueueUnavailable, StateStoreUnavailable) as error:
+            logger.info("lost_job_not_told", object_id=fetch.object_id, reason=str(error))
+            return
+        self._lost_before, self._next_look_at = now - LATE, -inf  # others were lost with it
 
     async def _publish(self, job: FetchJob, start: PendingStart) -> None:
         published = False
