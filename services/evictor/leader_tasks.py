@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
@@ -214,7 +215,7 @@ class LeaderTasks:
     async def _reconcile(self) -> float:
         await self._restore_operator_state()
         if self._parts.node_import is not None:
-            await self._parts.node_import.link_files()
+            await self._parts.node_import.link_files(partial(self._parts.reconciliation.recheck, self._term))
         self._reconciled = await self._parts.reconciliation.run(self._term)
         if self._reconciled:
             self._failed_reconciliations = 0

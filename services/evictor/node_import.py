@@ -12,11 +12,12 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -43,6 +44,9 @@ from distributor_node.shared.runtime.threads import next_chunk, run_blocking
 
 _IMPORT_BATCH = 500
 
+Adopt = Callable[[Sequence[ObjectId]], Awaitable[Iterable[ObjectId]]]
+Result = TypeVar("Result")
+
 logger = structlog.get_logger()
 
 
@@ -61,10 +65,11 @@ class NodeImport:
         self.deferred = set[ObjectId]()
         """Objects that were under a lease when `link_files` came to them."""
 
-    async def link_files(self) -> None:
+    async def link_files(self, adopt: Adopt) -> None:
         """Move the files that can be moved; those of objects that are being fetched wait for another call. Safe to
         repeat, and to be killed in. If the directory cannot be read, the node works without it.
 
+        `adopt`: enters files of `objects/` into the index, and returns those that the store has refused.
         StateStoreUnavailable ends it early.
         """
         self.deferred.clear()
@@ -77,18 +82,32 @@ class NodeImport:
             return
         await self._read_state_once()
         if pending:
-            await self._link_all()
+            await self._link_all(adopt)
 
-    async def _link_all(self) -> None:
+    async def _link_all(self, adopt: Adopt) -> None:
         await run_blocking(self._import_source.mark, done=False)
         results = Counter[ImportResult]()
         scan = self._import_source.pending()
         while chunk := await next_chunk(scan, _IMPORT_BATCH):
             # A file beside the partial file of a live lease would count only once that lease has ended
             leased = await self._leased()
-            self.deferred.update(leased.intersection(one.object_id for one in chunk))
-            free = [one for one in chunk if one.object_id not in leased]
-            results.update(await run_blocking(self._import_batch, free))
+            sizes = {one.object_id: one.size for one in chunk}
+            await self._take_back(
+                leased.intersection(sizes), leased, sizes
+            )  # a killed process may have placed them
+            placing = [object_id for object_id in sizes if object_id not in leased]
+            batch = await run_blocking(self._place_batch, placing)
+            moved = [
+                object_id
+                for object_id, result in zip(placing, batch, strict=True)
+                if result is ImportResult.MOVED
+            ]
+            # Race: 1. we read the leases; 2. a fetch begins; 3. we place its object's file. Then the store refuses it
+            refused = set(await adopt(moved)) if moved else set()
+            counted = await self._take_back(refused, await self._leased(), sizes) if refused else []
+            done = [object_id for object_id in moved if object_id not in refused]
+            await run_blocking(self._remove_batch, [*done, *counted])
+            results.update(batch)
             if results[ImportResult.OTHER_DEVICE]:
                 break
         if results:  # otherwise all of them wait
@@ -156,15 +175,42 @@ class NodeImport:
         self._import_source.close()  # directories may have been replaced since the last call
         return bool(list(islice(self._import_source.pending(), 1)))
 
-    def _import_batch(self, pending: Sequence[PendingFile]) -> list[ImportResult]:
-        return [self._import_one(one.object_id) for one in pending]
+    async def _take_back(
+        self, refused: AbstractSet[ObjectId], leased: AbstractSet[ObjectId], sizes: Mapping[ObjectId, int]
+    ) -> Sequence[ObjectId]:
+        """Free the places of files that would not count there; those of objects under a lease wait for another call.
 
-    def _import_one(self, object_id: ObjectId) -> ImportResult:
+        Returns the objects with an entry that counts the file. Without entry and lease, the next look at the volume
+        counts it: this term may be over, and the next leader may have found it.
+        """
+        counted = []
+        for object_id in refused:
+            entry = await self._store.entry(object_id)
+            if entry is not None and entry.size == sizes[object_id]:
+                counted.append(object_id)
+            elif entry is not None or object_id in leased:
+                await run_blocking(self._attempt, self._import_source.take_back, object_id)
+            if object_id in leased:
+                self.deferred.add(object_id)
+        return counted
+
+    def _place_batch(self, object_ids: Sequence[ObjectId]) -> list[ImportResult]:
+        return [
+            self._attempt(self._import_source.place, object_id) or ImportResult.FAILED
+            for object_id in object_ids
+        ]
+
+    def _remove_batch(self, object_ids: Sequence[ObjectId]) -> None:
+        for object_id in object_ids:
+            self._attempt(self._import_source.remove, object_id)
+
+    def _attempt(self, step: Callable[[ObjectId], Result], object_id: ObjectId) -> Result | None:
+        """One step of one import, which must not stop the others. None: it has failed."""
         try:
-            return self._import_source.import_file(object_id)
+            return step(object_id)
         except VolumeError as error:
             logger.error("import_move_failed", object_id=object_id, reason=str(error))
-            return ImportResult.FAILED
+            return None
 
 
 # Objects on another file system are copied one after the other, within the storage limit.

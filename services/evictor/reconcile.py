@@ -96,17 +96,21 @@ class Reconciliation:
         self._report(findings, time.monotonic() - started_at)
         return not findings.unreadable
 
-    async def recheck(self, term: Term, object_ids: Sequence[ObjectId]) -> None:
+    async def recheck(self, term: Term, object_ids: Sequence[ObjectId]) -> Sequence[ObjectId]:
         """Look again at objects whose bytes were released. A file that is still there must count again: its entry was
-        dropped because the file was damaged, and the fetch that was to replace it has failed."""
-        findings = Findings()
+        dropped because the file was damaged, and the fetch that was to replace it has failed.
+
+        Returns the objects that were not entered into the index.
+        """
+        findings, refused = Findings(), list[ObjectId]()
         for start in range(0, len(object_ids), _SCAN_BATCH):
             batch = object_ids[start : start + _SCAN_BATCH]
             inspections = await self._adoption.inspect(batch)
             for object_id, seen in zip(batch, inspections, strict=True):
                 if seen is None:
                     self._index.removed(object_id)
-            await self._adopt_files(term, batch, inspections, findings)
+            refused += await self._adopt_files(term, batch, inspections, findings)
+        return refused
 
     async def _adopt_unknown(self, term: Term, known: CompactIdSet, findings: Findings) -> None:
         scan = self._volume.scan_objects()
@@ -129,7 +133,9 @@ class Reconciliation:
         object_ids: Sequence[ObjectId],
         inspections: Sequence[SeenFile | VolumeError | None],
         findings: Findings,
-    ) -> None:
+    ) -> Sequence[ObjectId]:
+        """Returns the objects that were not adopted."""
+        taken = set[ObjectId]()
         for object_id, inspection in zip(object_ids, inspections, strict=True):
             if isinstance(inspection, VolumeError):
                 findings.add_unreadable(object_id, inspection)
@@ -140,11 +146,14 @@ class Reconciliation:
             if isinstance(outcome, VolumeError):
                 findings.add_unreadable(object_id, outcome)
                 continue
-            findings.adopted += outcome is not AdoptionResult.NOT_ADOPTED
+            if outcome is not AdoptionResult.NOT_ADOPTED:
+                findings.adopted += 1
+                taken.add(object_id)
             if outcome is AdoptionResult.DAMAGED:
                 # It is in the index, so no worker can store a good file under the name while this one is removed
                 logger.warning("object_damaged", object_id=object_id)
                 await self._remover.purge(term, object_id, "damaged")
+        return [object_id for object_id in object_ids if object_id not in taken]
 
     async def _check_entries(self, term: Term, known: CompactIdSet, findings: Findings) -> None:
         """Drop entries without a file, and purge files of another size than their entry.

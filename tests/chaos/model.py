@@ -7,195 +7,52 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import errno
 import os
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from inspect import iscoroutinefunction
-from pathlib import Path, PosixPath
+from pathlib import Path
 from typing import Any, cast
 from unittest.mock import patch
 
-from blake3 import blake3
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from distributor_node.services.evictor.adoption import Adoption, PartialReaper
-from distributor_node.services.evictor.index import EvictionIndex
-from distributor_node.services.evictor.node_import import NodeImport
-from distributor_node.services.evictor.operator_state import Purger
-from distributor_node.services.evictor.reconcile import Reconciliation
-from distributor_node.services.evictor.removal import ObjectRemover
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
-from distributor_node.shared.adapters.sources.failover import Chunk, FailoverReader
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.state_memory.tables import Tables
 from distributor_node.shared.adapters.volume import OpenObject, PartialFile, PartialReader, Volume
-from distributor_node.shared.adapters.volume.intake import ImportSource
-from distributor_node.shared.domain.errors import AllSourcesFailed, StateStoreUnavailable, VolumeFull
-from distributor_node.shared.domain.eviction import make_policy
-from distributor_node.shared.domain.jobs import FetchJob, JobOutcome, Nack, RetryPlan
-from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeFull
+from distributor_node.shared.domain.jobs import FetchJob, JobOutcome, Nack
+from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import Access, StateStore, Term
 from distributor_node.shared.runtime.threads import BlockingPool
-
-IDS = ("1", "2", "3", "4")
-SIZES = (1000, 2500, 5000, 9000)
-LIMIT = 24_000
-RETRIES = RetryPlan((0.0, 0.0, 0.0))
-DEATHS = ("die_after_begin", "die_in_mid_body", "die_before_publish", "die_before_commit")
-PLANS = ("finish", *DEATHS, "stop", "wrong_bytes", "sources_fail", "full_at_publication")
-SNAPSHOTS = 4
-"""Steps that the store may lose at once."""
-
-STAYING = ("3", "4")
-"""Files of the other node whose names cannot be removed."""
+from tests.chaos.model_parts import (
+    IDS,
+    LIMIT,
+    MAX_SHARE,
+    PLANS,
+    RETRIES,
+    SIZES,
+    SNAPSHOTS,
+    Killed,
+    Leader,
+    ScriptedSource,
+    StayingNames,
+    StoreOf,
+    body_of,
+    media_object,
+)
 
 ids = st.sampled_from(IDS).map(ObjectId)
-
-
-def body_of(object_id: str, size: int) -> bytes:
-    return (f"{object_id}:{size} " * size)[:size].encode()
-
-
-def media_object(object_id: ObjectId, size: int) -> MediaObject:
-    content_hash = ContentHash("blake3", blake3(body_of(object_id, size)).digest())
-    return MediaObject(object_id, size, content_hash, "text/plain", sources=("http://source/1",))
-
-
-class Killed(BaseException):
-    """`kill -9`: nothing that the process would still have done is done. The kernel closes its files."""
-
-
-class StoreOf:
-    """The store as one process sees it: `hook` runs before and after each call."""
-
-    def __init__(self, node: Node, hook: Callable[[str, bool], Coroutine[Any, Any, None]]) -> None:
-        self._node, self._hook = node, hook
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._node.state, name)
-        if not iscoroutinefunction(found):
-            return found
-
-        async def call(*args: Any, **kwargs: Any) -> Any:
-            await self._hook(name, False)
-            result = await getattr(self._node.state, name)(*args, **kwargs)
-            await self._hook(name, True)
-            return result
-
-        return call
-
-
-class ScriptedSource(FailoverReader):
-    """Sends a share of the object, and then does what the plan says."""
-
-    def __init__(self) -> None:
-        self.plan, self.share = "finish", 1.0
-
-    async def stream(
-        self, media_object: MediaObject, first: int, last: int | None, *_: object, **__: object
-    ) -> AsyncGenerator[Chunk]:
-        assert last is None
-        body = body_of(media_object.object_id, media_object.size or 0)
-        if self.plan == "wrong_bytes":
-            body = b"!" * len(body)
-        middle = first + int((len(body) - first) * self.share)
-        if middle > first:
-            yield Chunk("http://source/1", first, body[first:middle])
-        await asyncio.sleep(0)
-        match self.plan:
-            case "die_in_mid_body":
-                raise Killed
-            case "sources_fail":
-                raise AllSourcesFailed({})
-            case "stop":
-                task = asyncio.current_task()
-                assert task is not None
-                task.cancel()
-                await asyncio.sleep(1)
-        if middle < len(body):
-            yield Chunk("http://source/1", middle, body[middle:])
-
-    def report_corrupt(self, url: str, object_id: ObjectId | None) -> None: ...
-
-
-class StayingNames(PosixPath):
-    """A directory in which some names cannot be removed, as on a read-only mount."""
-
-    def unlink(self, missing_ok: bool = False) -> None:
-        if self.name in STAYING:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        super().unlink(missing_ok)
-
-
-class Leader:
-    """One evictor process. It can be stopped between two steps, as by SIGSTOP, and goes on where it was."""
-
-    def __init__(self, node: Node, holder: str) -> None:
-        self.holder, self._node = holder, node
-        self.steps_left = -1  # until it stops; -1: it does not
-        self.stopped, self._resumed = asyncio.Event(), asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-        self.store = cast("StateStore", StoreOf(node, self._step))
-        volume = node.volume
-        self.index = EvictionIndex(self.store, volume, partial(make_policy, "lru-sp"), lambda: node.now)
-        self.remover = ObjectRemover(self.store, volume, self.index)
-        self.node_import = NodeImport(self.store, ImportSource(volume.root, node.old_node), None)
-        adoption = Adoption(self.store, volume, self.index, self.node_import)
-        self.reaper = PartialReaper(self.store, volume, adoption, keep=3600, space_wait=10)
-        self.reconciliation = Reconciliation(
-            self.store, volume, self.index, self.remover, adoption, self.reaper
-        )
-        self.purger = Purger(self.store, volume, self.remover, self.reaper, self.node_import)
-
-    async def _step(self, _: str, __: bool) -> None:
-        if self.steps_left == 0:
-            self.stopped.set()
-            await self._resumed.wait()
-        elif self.steps_left > 0:
-            self.steps_left -= 1
-
-    async def run(self, work: Coroutine[Any, Any, None], steps: int) -> bool:
-        """Whether it has been stopped, after so many steps."""
-        self.steps_left = steps
-        self.stopped, self._resumed = asyncio.Event(), asyncio.Event()
-        self.task, stopped = asyncio.create_task(work), asyncio.create_task(self.stopped.wait())
-        await asyncio.wait({self.task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        stopped.cancel()
-        self.steps_left = -1 if self.task.done() else 0
-        if self.task.done():
-            await self.task
-        return not self.task.done()
-
-    async def resume(self) -> None:
-        self.steps_left = -1
-        self._resumed.set()
-        if self.task is not None:
-            await self.task
-
-    async def work(self, kind: str, object_id: ObjectId, term: Term) -> None:
-        match kind:
-            case "evict":
-                await self.remover.evict(term, object_id, 0.0, "room")
-            case "purge":
-                await self.remover.purge(term, object_id, "purged")
-            case "settle":
-                await self.remover.complete_all(term, 100)
-                await self.remover.settle_trash(term)
-            case "sweep":
-                await self.reaper.sweep(term)
-            case _:
-                await self.reconciliation.run(term)
 
 
 class Node(RuleBasedStateMachine):
@@ -215,10 +72,11 @@ class Node(RuleBasedStateMachine):
         self.old_node.mkdir()
         self.now = time.time()
         self.sizes = dict.fromkeys(IDS, SIZES[1])  # as the catalog has it
-        self.full = False
+        self.full = 0.0  # see fill_store
         self.snapshots: list[Any] = []
         self.readers: list[OpenObject | PartialReader] = []
         self.purged: set[ObjectId] = set()  # and neither fetched nor requested since
+        self.fetched_in_between: ObjectId | None = None
         self.source, self.dies_before, self.dies_after = ScriptedSource(), "", ""
         self.runner.run(self._start())
         self.reconcile()
@@ -275,8 +133,8 @@ class Node(RuleBasedStateMachine):
         self.state._tables = tables = copy.deepcopy(snapshot)
         tables.reconciled = False  # the server was restarted
 
-    async def _set_full(self, full: bool) -> None:
-        """In memory nothing is ever full; then only the access log is missing."""
+    async def _set_full(self, share: float) -> None:
+        """`share` of the server's memory that is in use, 0: it has room. In memory nothing is ever full."""
 
     async def _pass(self, seconds: float) -> None:
         self.now += seconds
@@ -297,17 +155,27 @@ class Node(RuleBasedStateMachine):
     @rule(object_id=ids, dies=st.booleans())
     def request(self, object_id: ObjectId, dies: bool) -> None:
         """A miss; `dies`: the API process is killed between claim and publishing."""
+        self.runner.run(self._ask(object_id, dies))
 
-        async def ask() -> None:
-            if self.volume.complete_record(object_id) is not None:
-                return
+    async def _ask(self, object_id: ObjectId, dies: bool = False) -> None:
+        if self.volume.complete_record(object_id) is not None:
+            return
+        try:
             claim = await self.state.claim(object_id, "api")
-            if claim.won and not dies:
-                known = media_object(object_id, self.sizes[object_id])
-                await self.queue.publish(FetchJob(known, "", self.now, claim=claim.serial))
-                await self.state.mark_queued(object_id, "api")
+        except StateStoreUnavailable:
+            assert self.full > MAX_SHARE, "a server that is just full takes claims"
+            return
+        if claim.won and not dies:
+            known = media_object(object_id, self.sizes[object_id])
+            await self.queue.publish(FetchJob(known, "", self.now, claim=claim.serial))
+            await self.state.mark_queued(object_id, "api")
 
-        self.runner.run(ask())
+    async def fetch_in_between(self) -> None:
+        """The fetch of `import_files`, whose worker dies."""
+        object_id, self.fetched_in_between = self.fetched_in_between, None
+        if object_id is not None:
+            await self._ask(object_id)
+            await self._one_job("die_in_mid_body", 0.5)
 
     @rule(object_id=ids, plan=st.sampled_from(PLANS), share=st.floats(0, 1))
     def request_and_work(self, object_id: ObjectId, plan: str, share: float) -> None:
@@ -414,14 +282,16 @@ class Node(RuleBasedStateMachine):
         self.runner.run(purge())
 
     @rule(
-        files=st.dictionaries(ids, st.tuples(st.sampled_from(SIZES), st.booleans()), max_size=3),
+        files=st.dictionaries(ids, st.tuples(st.sampled_from(SIZES), st.booleans()), min_size=1, max_size=3),
+        fetched=st.booleans(),
         again=st.booleans(),
     )
-    def import_files(self, files: Mapping[ObjectId, tuple[int, bool]], again: bool) -> None:
-        """As at the start of a term, if there is room: the import itself asks for none.
+    def import_files(self, files: Mapping[ObjectId, tuple[int, bool]], fetched: bool, again: bool) -> None:
+        """As at the start of a term. There must be room: the import itself asks for none, so objects are evicted.
 
-        `files`: sizes, which need not be those of the catalog, and whether the object is purged before. `again`: what
-        was imported is evicted, and another term begins.
+        `files`: sizes, which need not be those of the catalog, and whether the object is purged before. `fetched`: the
+        fetch of the first begins when the files are in their places and not yet in the index. `again`: what was
+        imported is evicted, and another term begins.
         """
         for object_id, (size, purged) in files.items():
             path = Path(self.old_node / object_id)
@@ -431,10 +301,18 @@ class Node(RuleBasedStateMachine):
                 self.purge(object_id)
 
         async def import_files() -> None:
-            term, usage = await self._term(), await self.state.usage()
+            term = await self._term()
+            await self.acting.work("reconcile", ObjectId("1"), term)
             pending = sum(footprint(path.stat().st_size) for path in self.old_node.iterdir())
-            if usage.reconciled and usage.free >= pending:
-                await self.acting.node_import.link_files()
+            needed = pending + footprint(max(SIZES))
+            for entry in list(self.acting.index.policy.dump()):
+                if (await self.state.usage()).free < needed:
+                    await self.acting.work("evict", entry.object_id, term)
+            usage = await self.state.usage()
+            if usage.reconciled and usage.free >= needed:
+                self.fetched_in_between = min(files) if fetched else None
+                await self.acting.node_import.link_files(partial(self.acting.reconciliation.recheck, term))
+                self.fetched_in_between = None
                 await self.acting.work("reconcile", ObjectId("1"), term)
 
         self.runner.run(import_files())
@@ -506,16 +384,19 @@ class Node(RuleBasedStateMachine):
             self.runner.run(self._restore(kept[-1]))
             self.snapshots = kept
 
-    @rule()
-    def fill_store(self) -> None:
-        """The store refuses to hold more: what frees and ends things works all the same."""
-        self.full = True
-        self.runner.run(self._set_full(True))
+    @rule(share=st.sampled_from((1.0, 2.0)))
+    def fill_store(self, share: float) -> None:
+        """The store refuses to hold more: what holds, frees and ends things works all the same.
+
+        2.0: its index alone is larger than its memory, because an operator has taken memory away.
+        """
+        self.full = share
+        self.runner.run(self._set_full(share))
 
     @rule()
     def make_room_in_store(self) -> None:
-        self.full = False
-        self.runner.run(self._set_full(False))
+        self.full = 0.0
+        self.runner.run(self._set_full(0.0))
 
     @rule(seconds=st.sampled_from([1.0, 20.0, 100.0, 3600.0, -3600.0]))
     def advance_clock(self, seconds: float) -> None:
@@ -585,7 +466,8 @@ class Node(RuleBasedStateMachine):
         self.resume_leader()
 
         async def rest() -> None:
-            for _ in range(40):
+            jobs = (await self.queue.depth()).ready
+            for _ in range(40 + (1 + len(RETRIES.delays)) * jobs):
                 await self._pass(100)
                 term = await self._term()
                 await self.acting.work("reconcile", ObjectId("1"), term)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, seed, settings
@@ -16,6 +18,7 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.chaos.figures import record_result
 from tests.chaos.model import Node
+from tests.chaos.model_redis import ModelServer, RedisNode
 
 BATCH = 50
 """Examples of one seed, so that a failure is found again within minutes."""
@@ -54,3 +57,24 @@ def test_store_queue_and_volume_stay_consistent() -> None:
 @pytest.mark.timeout(7200)
 def test_store_queue_and_volume_stay_consistent_for_longer() -> None:
     run_model(Node, EXAMPLES, 60, FIRST_SEED)
+
+
+@pytest.fixture
+def redis_machine(tmp_path: Path) -> Iterator[type[RedisNode]]:
+    if not ModelServer.is_installed():
+        pytest.exit("these tests need redis-server on PATH: apt-get install redis-server", returncode=4)
+    server = ModelServer(tmp_path)
+    server.start()
+    yield type("RedisNode", (RedisNode,), {"server": server})
+    server.kill()
+
+
+@pytest.mark.timeout(120)
+def test_redis_queue_and_volume_stay_consistent(redis_machine: type[RedisNode]) -> None:
+    run_model(redis_machine, 6, 30, FIRST_SEED)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(7200)
+def test_redis_queue_and_volume_stay_consistent_for_longer(redis_machine: type[RedisNode]) -> None:
+    run_model(redis_machine, EXAMPLES, 60, FIRST_SEED)

@@ -98,7 +98,9 @@ async def run_scenario(chaos: ChaosHarness, fault: FaultInjector, seconds: float
     await under_way
     await cache_all(chaos, AFTER[:1])
     resumed = time.monotonic() - over
-    everything = await cache_all(chaos, OBJECTS)
+    everything = await cache_all(
+        chaos, OBJECTS, 240.0
+    )  # jobs of a deleted queue must be late before others follow
     rest = await wait_until_settled(chaos, OBJECTS)
     downloads = completed_downloads(chaos)
     assert set(downloads) == {item.object_id for item in OBJECTS}

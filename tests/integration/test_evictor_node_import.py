@@ -4,14 +4,16 @@ On the same one they are moved, but not beside the partial file of a live lease.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,9 +21,9 @@ from distributor_node.services.evictor.node_import import ImportCopier, NodeImpo
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import Volume
-from distributor_node.shared.adapters.volume.intake import DONE, ImportSource
-from distributor_node.shared.domain.errors import StateStoreUnavailable
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.adapters.volume.intake import DONE, ImportResult, ImportSource
+from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import Lease
 from tests.integration.evictor_harness import (
@@ -36,6 +38,11 @@ from tests.waiting import eventually
 
 MEMORY = Path("/dev/shm")
 NAMES = ("1", "2", "3", "4")
+
+
+async def take_all(_: Sequence[ObjectId]) -> Sequence[ObjectId]:
+    """An index that refuses nothing."""
+    return ()
 
 
 class Silent(MemoryStateStore):
@@ -104,7 +111,7 @@ async def harness(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterat
 
 
 async def test_all_are_copied_verified_and_counted(harness: Harness) -> None:
-    await harness.node_import.link_files()
+    await harness.node_import.link_files(take_all)
     assert harness.node_import.needs_copy
     assert await harness.copier.run() is None
     assert all(harness.is_hit(name) for name in NAMES)
@@ -116,7 +123,7 @@ async def test_all_are_copied_verified_and_counted(harness: Harness) -> None:
 
 @pytest.mark.parametrize("harness", [2], indirect=True)
 async def test_an_object_that_finds_no_room_stays_where_it_is(harness: Harness) -> None:
-    await harness.node_import.link_files()
+    await harness.node_import.link_files(take_all)
     assert await harness.copier.run() is not None, "worth trying again"
     assert harness.left() == ["1", "2"], "the most used came first"
     usage = await harness.state.usage()
@@ -127,7 +134,7 @@ async def test_corrupt_and_unknown_ones_are_left(harness: Harness) -> None:
     (harness.assets / "2").write_bytes(body_of("2")[:-1] + b"!")
     (harness.assets / "3").write_bytes(b"cut short")
     del harness.catalog.objects[ObjectId("4")]
-    await harness.node_import.link_files()
+    await harness.node_import.link_files(take_all)
     await harness.copier.run()
     assert harness.is_hit("1")
     assert harness.left() == ["2", "3", "4"]
@@ -136,7 +143,7 @@ async def test_corrupt_and_unknown_ones_are_left(harness: Harness) -> None:
 
 
 async def test_a_second_run_copies_nothing_twice(harness: Harness) -> None:
-    await harness.node_import.link_files()
+    await harness.node_import.link_files(take_all)
     await harness.copier.run()
     (harness.assets / "1").write_bytes(body_of("1"))
     assert await harness.copier.run() is None
@@ -145,7 +152,7 @@ async def test_a_second_run_copies_nothing_twice(harness: Harness) -> None:
 
 
 async def test_an_object_stored_but_not_committed_is_not_copied_twice(harness: Harness) -> None:
-    await harness.node_import.link_files()
+    await harness.node_import.link_files(take_all)
     harness.state.commits = 1
     with pytest.raises(StateStoreUnavailable):
         await harness.copier.run()
@@ -161,6 +168,24 @@ async def test_an_object_stored_but_not_committed_is_not_copied_twice(harness: H
     assert (usage.used, usage.reserved) == (4 * footprint(SIZE), 0)
 
 
+async def test_an_unreadable_object_keeps_no_others_from_being_copied(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the most used, so that it comes first."""
+    complete = harness.volume.complete_record
+
+    def fail(object_id: ObjectId) -> StoredRecord | None:
+        if object_id == "4":
+            raise VolumeError("stat 4: Input/output error")
+        return complete(object_id)
+
+    await harness.node_import.link_files(take_all)
+    monkeypatch.setattr(harness.volume, "complete_record", fail)
+    assert await harness.copier.run() is None
+    assert harness.left() == ["4"]
+    assert (await harness.state.usage()).objects == 3
+
+
 # On the same file system
 
 
@@ -171,6 +196,26 @@ async def node(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[
         redis = (request.getfixturevalue("redis_url"), request.getfixturevalue("redis_prefix"))
     async with evictor_harness(tmp_path, redis) as made:
         yield made
+
+
+async def test_an_unreadable_file_keeps_no_others_from_being_moved(
+    node: EvictorHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets = tmp_path / "old"
+    assets.mkdir()
+    for name in ("1", "2", "3"):
+        (assets / name).write_bytes(body_of(name))
+    link = os.link
+
+    def fail(source: Path, *arguments: Any, **options: Any) -> None:
+        if Path(source).name == "2":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        link(source, *arguments, **options)
+
+    monkeypatch.setattr(os, "link", fail)
+    await NodeImport(node.state, ImportSource(node.root, assets), None).link_files(take_all)
+    assert [path.name for path in assets.iterdir()] == ["2"]
+    assert sorted(path.name for path in node.root.glob("objects/*/*")) == ["1", "3"]
 
 
 async def test_a_file_waits_for_the_end_of_the_lease_of_its_object(
@@ -208,5 +253,52 @@ async def test_a_file_waits_for_the_end_of_the_lease_of_its_object(
             await kept
         await eventually(both_count)
         assert not list(assets.iterdir())
+        assert await node.matches_volume()
+    assert node.path_of("1").read_bytes() == body_of("1")
+
+
+async def test_a_fetch_that_begins_while_a_file_is_placed_keeps_it_out(
+    node: EvictorHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1. The import reads the leases. 2. A fetch begins. 3. The import places the file of its object.
+
+    It would not count beside the partial file of a live lease.
+    """
+    async with node.evictor():
+        await eventually(node.reconciled)
+    assets = tmp_path / "old"
+    assets.mkdir()
+    for name in ("1", "2"):
+        (assets / name).write_bytes(body_of(name))
+    place, leases, loop = ImportSource.place, list[Lease](), asyncio.get_running_loop()
+
+    def place_late(import_source: ImportSource, object_id: ObjectId) -> ImportResult:
+        if object_id == "1" and not leases:
+            begun = asyncio.run_coroutine_threadsafe(node.begin_fetch("1"), loop)
+            leases.append(begun.result(30))
+            node.leave_partial("1", SIZE)
+        return place(import_source, object_id)
+
+    async def keep() -> None:
+        while True:
+            await asyncio.sleep(0.05)
+            for lease in leases:
+                assert await node.state.renew(lease)
+
+    monkeypatch.setattr(ImportSource, "place", place_late)
+    settings = node.settings(partial_keep=1.0)
+    storage = settings.storage.model_copy(update={"import_assets": assets})
+    kept = asyncio.create_task(keep())
+    async with node.evictor_of(settings.model_copy(update={"storage": storage})):
+        await eventually((node.root / DONE).exists)
+        assert leases
+        assert not kept.done()
+        assert [path.name for path in assets.iterdir()] == ["1"]
+        assert not node.has("1")
+        assert await node.matches_volume()
+        kept.cancel()  # the worker has died
+        with suppress(asyncio.CancelledError):
+            await kept
+        await eventually(lambda: not list(assets.iterdir()))
         assert await node.matches_volume()
     assert node.path_of("1").read_bytes() == body_of("1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from distributor_node.services.evictor.operator_state import OperatorStateBackup
 from distributor_node.services.evictor.removal import ObjectRemover, RemovalOutcome
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import OpenObject, intake
+from distributor_node.shared.adapters.volume.layout import shard
 from distributor_node.shared.adapters.volume.operator_state_file import (
     operator_state_lock,
     read_operator_state,
@@ -26,7 +28,7 @@ from distributor_node.shared.adapters.volume.operator_state_file import (
 from distributor_node.shared.domain.eviction import Lru
 from distributor_node.shared.domain.objects import Assignment, ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
-from distributor_node.shared.ports.state_store import IndexEntry
+from distributor_node.shared.ports.state_store import IndexEntry, PurgeRequest, Term
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from tests.integration.evictor_harness import SIZE, EvictorHarness, body_of, evictor_harness, media_object
 from tests.waiting import eventually
@@ -49,6 +51,32 @@ async def test_purged_objects_go_pinned_or_not(harness: EvictorHarness) -> None:
         assert not harness.has("two")
         assert set(await harness.entries()) == {"three"}
         assert await harness.matches_volume()
+
+
+async def test_a_purge_is_on_disk_before_it_is_completed(
+    harness: EvictorHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut must not bring the object back after the operator was told that it is gone."""
+    events: list[str] = []
+    sync, complete = os.fsync, harness.state.complete_purge
+
+    def note(descriptor: int) -> None:
+        events.append(str(Path(f"/proc/self/fd/{descriptor}").readlink().relative_to(harness.root)))
+        sync(descriptor)
+
+    async def note_completed(term: Term, request: PurgeRequest) -> None:
+        events.append("completed")
+        await complete(term, request)
+
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.store("one")
+        monkeypatch.setattr(os, "fsync", note)
+        monkeypatch.setattr(harness.state, "complete_purge", note_completed)
+        await harness.state.request_purges([ONE])
+        await eventually(lambda: no_purges_left(harness))
+    before = events[: events.index("completed")]
+    assert {f"objects/{shard(ONE)}", f"records/{shard(ONE)}", "leaving"} <= set(before)
 
 
 async def test_a_purged_object_in_transfer_is_sent_completely(harness: EvictorHarness) -> None:

@@ -14,15 +14,19 @@ from structlog.testing import capture_logs
 from distributor_node.shared.adapters.volume import (
     FoundObject,
     FoundPartial,
+    Removal,
+    RemovalState,
     UnknownFile,
     UnreadableFile,
     Volume,
 )
+from distributor_node.shared.adapters.volume.layout import shard
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import Access
 from tests.integration.evictor_harness import (
+    LIMIT,
     SIZE,
     EvictorHarness,
     body_of,
@@ -46,10 +50,23 @@ class BadSector(Volume):
         return os.open(path, os.O_WRONLY)
 
 
+class UnremovableFile(Removal):
+    """The removal of an object that the disk fails to open."""
+
+    def begin(self) -> RemovalState:
+        raise VolumeError("open: Input/output error")
+
+
 class Unreadable(Volume):
     """A volume whose disk tells nothing of one object, as with EIO."""
 
     bad = ObjectId("none")
+
+    def removal(self, object_id: ObjectId) -> Removal:
+        removal = super().removal(object_id)
+        if object_id == self.bad:
+            removal.__class__ = UnremovableFile
+        return removal
 
     def find_object(self, object_id: ObjectId) -> FoundObject | None:
         self._fail(object_id)
@@ -91,26 +108,69 @@ async def test_an_unreadable_object_in_the_access_log_stops_nothing(
             return (await harness.entries())["good"].frequency == 42
 
         await eventually(applied)
+        await harness.store(*(f"o{number}" for number in range(9)), age=1800)  # above the high watermark
+
+        async def evicted() -> bool:
+            return await harness.used() <= LIMIT // 2
+
+        await eventually(evicted)
 
 
-async def test_an_unreadable_object_is_no_obstacle_to_scrub_sweep_and_purge(
+async def test_an_unreadable_victim_does_not_stop_eviction(
+    harness: EvictorHarness, unreadable: Unreadable
+) -> None:
+    """It is the first in the order of eviction."""
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.store("bad", *(f"o{number}" for number in range(8)), age=36_000)
+    unreadable.bad = ObjectId("bad")
+    async with harness.evictor():
+        await harness.state.request_space(ObjectId("wanted"), 4 * SIZE, 60.0)
+
+        async def evicted() -> bool:
+            return await harness.used() <= LIMIT - 4 * footprint(SIZE)
+
+        await eventually(evicted)
+    assert "bad" in await harness.entries()
+    assert list(harness.root.glob("objects/*/bad"))
+
+
+async def test_an_unreadable_partial_file_does_not_keep_the_room_of_others(
+    harness: EvictorHarness, unreadable: Unreadable
+) -> None:
+    """It is the first that is given up for an object that asks for room."""
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+    for name in ("bad", "other"):
+        lease = await harness.begin_fetch(name, 4 * SIZE)
+        harness.leave_partial(name, 1000, 4 * SIZE)
+        await harness.state.park(lease)
+    unreadable.bad = ObjectId("bad")
+    settings = harness.settings()
+    hurried = settings.fetch.model_copy(update={"space_wait": 0.1})  # parked fetches are given up after this
+    async with harness.evictor_of(settings.model_copy(update={"fetch": hurried})):
+        await harness.state.request_space(ObjectId("wanted"), 4 * SIZE, 60.0)
+        await eventually(lambda: not harness.root.joinpath("incoming", "other.part").exists())
+    assert harness.root.joinpath("incoming", "bad.part").exists()
+
+
+async def test_an_unreadable_object_is_no_obstacle_to_scrub_and_sweep(
     harness: EvictorHarness, unreadable: Unreadable
 ) -> None:
     names = [f"o{number}" for number in range(5)]
     async with harness.evictor():
         await eventually(harness.reconciled)
-        await harness.store("o0", "o1", "o2", "purged")
+        await harness.store("o0", "o1", "o2")
         for name in names[:3]:
             harness.path_of(name).write_bytes(b"?" * SIZE)
         for name in ("p0", "p1", "p2"):
             harness.leave_partial(name, 1000)
             os.utime(harness.root / "incoming" / f"{name}.part", (1, 1))
-    unreadable.bad = ObjectId("o1")
-    await harness.state.request_purges([ObjectId("purged")])
+    first = min(names[:3], key=lambda name: shard(ObjectId(name)))  # as the scrub comes to them
+    unreadable.bad = ObjectId(first)
     async with harness.evictor(scrub_rate=1_000_000_000, partial_keep=0.2):
         await eventually(lambda: not harness.root.joinpath("incoming", "p2.part").exists())
-        await eventually(lambda: list(harness.root.glob("objects/*/o*")) == [harness.path_of("o1")])
-        await eventually(lambda: not harness.has("purged"))
+        await eventually(lambda: list(harness.root.glob("objects/*/o*")) == [harness.path_of(first)])
     unreadable.bad = ObjectId("p1")
     harness.leave_partial("p1", 1000)
     harness.leave_partial("p3", 1000)
@@ -118,6 +178,26 @@ async def test_an_unreadable_object_is_no_obstacle_to_scrub_sweep_and_purge(
         os.utime(harness.root / "incoming" / f"{name}.part", (1, 1))
     async with harness.evictor(partial_keep=0.2):
         await eventually(lambda: not harness.root.joinpath("incoming", "p3.part").exists())
+
+
+async def test_an_unreadable_object_delays_no_other_purge(
+    harness: EvictorHarness, unreadable: Unreadable
+) -> None:
+    async with harness.evictor():
+        await eventually(harness.reconciled)
+        await harness.store("good")
+        lease = await harness.begin_fetch("bad")
+        harness.leave_partial("bad", 1000)
+        await harness.state.park(lease)
+    unreadable.bad = ObjectId("bad")
+    await harness.state.request_purges([unreadable.bad, ObjectId("good")])
+
+    async def only_bad_is_left() -> bool:
+        return [request.object_id for request in await harness.state.pending_purges(9)] == ["bad"]
+
+    async with harness.evictor():
+        await eventually(only_bad_is_left)
+    assert not harness.has("good")
 
 
 class UnreadableParts(Volume):

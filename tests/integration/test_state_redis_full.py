@@ -200,3 +200,22 @@ async def test_each_call_works_by_itself_on_a_full_server(
             assert new_term is not None
             assert await store.begin_eviction(new_term, ONE, 0.0)
             assert await store.finish_eviction(new_term, ONE) > 0
+
+
+@pytest.mark.parametrize("call", ["claim", "begin", "lead"])
+async def test_each_of_these_calls_frees_room_first(store: RedisStateStore, client: Redis, call: str) -> None:
+    """So that a full server recovers although nothing else is called: no evictor leads, no worker lives."""
+    await has_work(store)
+    await fill(client)
+    for number in range(100):
+        if await memory_share(client) < 0.9:
+            break
+        match call:
+            case "claim":
+                await store.claim(ObjectId(f"claimed-{number}"), "api-1")
+            case "begin":
+                await store.begin(ObjectId(f"begun-{number}"), LIMIT // 2, "worker-2")
+            case _:
+                await store.lead("evictor-2", 600)
+    assert await memory_share(client) < 0.9
+    await store.record_accesses([Access(ONE, 1, 1.0)])

@@ -7,13 +7,13 @@ import time
 
 import pytest
 
-from distributor_node.services.api.assets.fetch_start import FetchStarter
+from distributor_node.services.api.assets.fetch_start import LATE, FetchStarter
 from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
-from distributor_node.shared.ports.state_store import Claim, FetchPhase
+from distributor_node.shared.ports.state_store import Claim, FetchPhase, WorkerReport
 
 WANTED = MediaObject(ObjectId("1"), 10)
 
@@ -94,3 +94,60 @@ async def test_a_claim_whose_job_cannot_be_published_is_released(state: SlowStor
     await asyncio.wait_for(start.publish_failed.wait(), 60)
     await starter.close()
     assert await phase(state) is None
+
+
+async def late_claims(waiting_jobs: bool, held_jobs: int) -> tuple[Claim | None, Claim | None]:
+    """1. A job is published. 2. It is lost, unless `waiting_jobs`; a fetcher holds others. 3. An object is asked for
+    twice when its job is late."""
+    now = time.time()
+    state = MemoryStateStore(1000, StateTimeouts(), lambda: now)
+    queue, lost = MemoryJobQueue(RetryPlan()), MemoryJobQueue(RetryPlan())
+    await queue.open()
+    await lost.open()
+    starter = FetchStarter(state, queue if waiting_jobs else lost, "api-1", lambda _: False)
+    await starter.start(WANTED, "r-1")
+    await starter.close()
+    now += LATE
+    await state.report_worker(WorkerReport("fetcher-1", 8, 8, held_jobs, 0.0), 3600)
+    other = FetchStarter(state, queue, "api-2", lambda _: False)
+    first, _ = await other.start(WANTED, "r-2")
+    await other.close()
+    second, _ = await other.start(WANTED, "r-3")
+    await other.close()
+    return first, second
+
+
+async def test_a_job_that_waits_nowhere_is_published_again() -> None:
+    first, second = await late_claims(waiting_jobs=False, held_jobs=0)
+    assert first is not None
+    assert second is not None
+    assert (first.won, second.won) == (False, True)
+
+
+@pytest.mark.parametrize(("waiting_jobs", "held_jobs"), [(True, 0), (False, 1)])
+async def test_a_late_job_that_may_wait_is_not_published_again(waiting_jobs: bool, held_jobs: int) -> None:
+    first, second = await late_claims(waiting_jobs, held_jobs)
+    assert first is not None
+    assert second is not None
+    assert (first.won, second.won) == (False, False)
+
+
+async def test_one_look_tells_of_all_late_jobs() -> None:
+    """A mark that runs out is prolonged by a minute: who looks too late waits for another one."""
+    now, objects = time.time(), [MediaObject(ObjectId(str(number)), 10) for number in range(20)]
+    state = MemoryStateStore(1000, StateTimeouts(), lambda: now)
+    queue, lost = MemoryJobQueue(RetryPlan()), MemoryJobQueue(RetryPlan())
+    await queue.open()
+    await lost.open()
+    starter = FetchStarter(state, lost, "api-1", lambda _: False)
+    for wanted in objects:
+        await starter.start(wanted, "r-1")
+    await starter.close()
+    now += LATE + 1
+    other = FetchStarter(state, queue, "api-2", lambda _: False)
+    await asyncio.gather(*(other.start(wanted, "r-2") for wanted in objects))
+    await other.close()
+    answers = await asyncio.gather(*(other.start(wanted, "r-3") for wanted in objects))
+    await other.close()
+    assert all(claim is not None and claim.won for claim, _ in answers)
+    assert (await queue.depth()).ready == len(objects)

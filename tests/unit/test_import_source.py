@@ -14,6 +14,7 @@ from distributor_node.shared.adapters.volume.intake import ImportResult, ImportS
 from distributor_node.shared.adapters.volume.layout import shard
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId
+from tests.bad_inode import fail_stat_of
 
 ONE = ObjectId("1")
 
@@ -27,7 +28,7 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def place(root: Path, object_id: str) -> Path:
+def place_of(root: Path, object_id: str) -> Path:
     folder = root / "objects" / shard(object_id)
     folder.mkdir(exist_ok=True)
     return folder / object_id
@@ -39,19 +40,31 @@ def test_a_file_is_moved_and_stays_the_same_file(root: Path) -> None:
     assert not list((root / "objects").iterdir()), "the shard is made by the import"
     import_source = ImportSource(root, root)
     assert [(found.object_id, found.size) for found in import_source.pending()] == [("1", 3)]
-    assert import_source.import_file(ONE) is ImportResult.MOVED
-    assert place(root, "1").stat().st_ino == inode
-    assert place(root, "1").stat().st_nlink == 1
+    assert import_source.place(ONE) is ImportResult.MOVED
+    import_source.remove(ONE)
+    assert place_of(root, "1").stat().st_ino == inode
+    assert place_of(root, "1").stat().st_nlink == 1
     assert not list(import_source.pending())
-    assert import_source.import_file(ONE) is ImportResult.MISSING
+    assert import_source.place(ONE) is ImportResult.MISSING
+    import_source.close()
+
+
+def test_a_file_whose_state_cannot_be_read_keeps_no_others_waiting(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("1", "2", "3"):
+        (root / name).write_bytes(b"theirs")
+    fail_stat_of("2", monkeypatch)
+    import_source = ImportSource(root, root)
+    assert sorted(found.object_id for found in import_source.pending()) == ["1", "3"]
     import_source.close()
 
 
 def test_existing_objects_stay(root: Path) -> None:
-    place(root, "1").write_bytes(b"ours")
+    place_of(root, "1").write_bytes(b"ours")
     (root / "1").write_bytes(b"theirs")
-    assert ImportSource(root, root).import_file(ONE) is ImportResult.EXISTS
-    assert place(root, "1").read_bytes() == b"ours"
+    assert ImportSource(root, root).place(ONE) is ImportResult.EXISTS
+    assert place_of(root, "1").read_bytes() == b"ours"
     assert not (root / "1").exists()
 
 
@@ -61,21 +74,40 @@ def test_existing_objects_stay_where_links_are_unsupported(
     def no_links(*_: object, **__: object) -> None:
         raise OSError(errno.EOPNOTSUPP, "no links here")
 
-    place(root, "1").write_bytes(b"ours")
+    place_of(root, "1").write_bytes(b"ours")
     (root / "1").write_bytes(b"theirs")
     import_source = ImportSource(root, root)
     monkeypatch.setattr(os, "link", no_links)
-    assert import_source.import_file(ONE) is ImportResult.EXISTS
-    assert place(root, "1").read_bytes() == b"ours"
+    assert import_source.place(ONE) is ImportResult.EXISTS
+    assert place_of(root, "1").read_bytes() == b"ours"
     import_source.close()
 
 
 def test_killed_between_the_two_names(root: Path) -> None:
     (root / "1").write_bytes(b"one")
-    os.link(root / "1", place(root, "1"))
-    assert ImportSource(root, root).import_file(ONE) is ImportResult.EXISTS
-    assert place(root, "1").read_bytes() == b"one"
-    assert place(root, "1").stat().st_nlink == 1
+    os.link(root / "1", place_of(root, "1"))
+    import_source = ImportSource(root, root)
+    assert import_source.place(ONE) is ImportResult.MOVED
+    import_source.remove(ONE)
+    assert place_of(root, "1").read_bytes() == b"one"
+    assert place_of(root, "1").stat().st_nlink == 1
+    import_source.close()
+
+
+def test_what_was_placed_is_taken_back_and_nothing_else(root: Path) -> None:
+    (root / "1").write_bytes(b"theirs")
+    import_source = ImportSource(root, root)
+    import_source.take_back(ONE)
+    assert import_source.place(ONE) is ImportResult.MOVED
+    import_source.take_back(ONE)
+    assert not place_of(root, "1").exists()
+    assert (root / "1").read_bytes() == b"theirs"
+    assert import_source.place(ONE) is ImportResult.MOVED
+    place_of(root, "1").unlink()
+    place_of(root, "1").write_bytes(b"ours")  # a fetch has published it
+    import_source.take_back(ONE)
+    assert place_of(root, "1").read_bytes() == b"ours"
+    import_source.close()
 
 
 def test_only_files_named_like_the_networks_objects(root: Path, tmp_path: Path) -> None:
@@ -97,7 +129,7 @@ def test_another_file_system_has_to_be_copied(root: Path) -> None:
     try:
         (assets / "1").write_bytes(b"one")
         import_source = ImportSource(root, assets)
-        assert import_source.import_file(ONE) is ImportResult.OTHER_DEVICE
+        assert import_source.place(ONE) is ImportResult.OTHER_DEVICE
         assert (assets / "1").exists()
         import_source.remove(ONE)
         assert not (assets / "1").exists()
@@ -141,23 +173,37 @@ def read_only_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_file_whose_name_stays_is_imported_once(root: Path, read_only_assets: Path) -> None:
     (read_only_assets / "1").write_bytes(b"one")
     import_source = ImportSource(root, read_only_assets)
-    assert import_source.import_file(ONE) is ImportResult.MOVED
-    place(root, "1").unlink()  # evicted
+    assert import_source.place(ONE) is ImportResult.MOVED
+    import_source.remove(ONE)
+    place_of(root, "1").unlink()  # evicted
     for again in (import_source, ImportSource(root, read_only_assets)):
         assert not list(again.pending())
-        assert again.import_file(ONE) is ImportResult.EXCLUDED
-    assert not place(root, "1").exists()
+        assert again.place(ONE) is ImportResult.EXCLUDED
+    assert not place_of(root, "1").exists()
 
 
 def test_a_purged_object_is_not_imported(root: Path) -> None:
     for name in ("1", "2"):
         (root / name).write_bytes(b"content")
     import_source, of_the_next_leader = ImportSource(root, root), ImportSource(root, root)
-    assert import_source.import_file(ObjectId("2")) is ImportResult.MOVED
+    assert import_source.place(ObjectId("2")) is ImportResult.MOVED
     of_the_next_leader.exclude(ONE)
     of_the_next_leader.exclude(ONE)
-    assert import_source.import_file(ONE) is ImportResult.EXCLUDED, "a former leader looks again, too"
+    assert import_source.place(ONE) is ImportResult.EXCLUDED, "a former leader looks again, too"
     assert (root / ".import-excluded").read_text() == "1\n"
+
+
+def test_an_exclusion_is_on_disk_when_it_returns(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut must not let a purged object be imported."""
+    synced, sync = set[Path](), os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    ImportSource(root, root).exclude(ONE)
+    assert {root, root / ".import-excluded"} <= synced
 
 
 def test_a_line_that_was_cut_is_written_again(root: Path) -> None:

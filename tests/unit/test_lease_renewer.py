@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import pytest
 
+from distributor_node.services.evictor.leader_election import LeaderElection
 from distributor_node.services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.ports.state_store import Granted, Lease
+from distributor_node.shared.ports.state_store import Granted, Lease, Term
 from distributor_node.shared.waiting import boot_time
 from tests.waiting import DEFAULT_LIMIT
 
@@ -158,3 +160,58 @@ async def test_the_bodys_own_error_is_raised() -> None:
     with pytest.raises(TimeoutError, match="mine"):
         async with renewer.running():
             raise TimeoutError("mine")
+
+
+@pytest.fixture
+def suspend(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Suspends the machine for so many seconds: its monotonic clock stands still, the clock since its boot goes on."""
+    read, slept = time.clock_gettime, [0.0]
+    monkeypatch.setattr(
+        time, "clock_gettime", lambda which: read(which) + (slept[0] if which == time.CLOCK_BOOTTIME else 0)
+    )
+
+    def add(seconds: float) -> None:
+        slept[0] += seconds
+
+    return add
+
+
+async def test_a_lease_expires_while_the_machine_is_suspended(suspend: Callable[[float], None]) -> None:
+    store = UnreachableStore()
+    renewer = await granted(store)
+    store.reachable = False
+    before = renewer.is_valid
+    suspend(TIMES.lease)
+    assert (before, renewer.is_valid) == (True, False)
+    with pytest.raises(LeaseLost):
+        await renewer.ensure_valid()
+
+
+async def test_a_term_ends_while_the_machine_is_suspended(suspend: Callable[[float], None]) -> None:
+    class Silent(MemoryStateStore):
+        terms = 0
+
+        async def lead(self, holder: str, seconds: float) -> Term | None:
+            self.terms += 1
+            if self.terms > 1:
+                raise StateStoreUnavailable("silent")
+            return await super().lead(holder, seconds)
+
+    led, ended = asyncio.Event(), asyncio.Event()
+
+    async def main(_: Term) -> None:
+        led.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    store = Silent(10**9, StateTimeouts(), time.time)
+    serving = asyncio.create_task(LeaderElection(store, "one", 3600, 0.05).serve(main))
+    async with asyncio.timeout(DEFAULT_LIMIT):
+        await led.wait()
+        suspend(3600)
+        await ended.wait()
+    serving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await serving

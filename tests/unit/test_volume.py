@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import fcntl
 import multiprocessing
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -33,6 +31,7 @@ from distributor_node.shared.adapters.volume import (
 from distributor_node.shared.adapters.volume.layout import shard
 from distributor_node.shared.domain.errors import VolumeError, VolumeFull
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
+from tests.bad_inode import fail_stat_of
 from tests.volume_size import bytes_on_volume
 from tests.waiting import eventually
 
@@ -570,25 +569,7 @@ def test_a_scan_goes_on_after_a_file_whose_state_cannot_be_read(
 ) -> None:
     for number in range(20):
         store(volume, ObjectId(str(number)))
-    scandir = os.scandir
-
-    class Entry:
-        """As of a disk with one bad inode."""
-
-        def __init__(self, entry: os.DirEntry[str]) -> None:
-            self._entry, self.name = entry, entry.name
-
-        def stat(self, *, follow_symlinks: bool) -> os.stat_result:
-            if self.name == "7":
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            return self._entry.stat(follow_symlinks=follow_symlinks)
-
-    @contextmanager
-    def failing(directory: int) -> Iterator[Iterator[Entry]]:
-        with scandir(directory) as entries:
-            yield (Entry(entry) for entry in entries)
-
-    monkeypatch.setattr(os, "scandir", failing)
+    fail_stat_of("7", monkeypatch)
     found = list(volume.scan_objects())
     assert len([file for file in found if isinstance(file, FoundObject)]) == 19
     [bad] = [file for file in found if isinstance(file, UnreadableFile)]

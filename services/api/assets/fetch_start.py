@@ -30,6 +30,8 @@ from distributor_node.shared.ports.state_store import (
     Claim,
     Failure,
     FailureCause,
+    Fetch,
+    FetchPhase,
     ObjectStatus,
     StateStore,
 )
@@ -37,6 +39,11 @@ from distributor_node.shared.ports.state_store import (
 REFUTATION_INTERVAL = 5.0
 """Seconds between two refutations for one object: a source may send ranges, and fail at the whole object again."""
 _MAX_REFUTED = 1_000
+
+LATE = 60.0
+"""Seconds from publishing after which a job that has not begun may be lost: its queue was deleted, or its broker."""
+LOST_JOB_INTERVAL = 5.0
+"""Seconds between two looks for lost jobs."""
 
 logger = structlog.get_logger()
 
@@ -101,6 +108,9 @@ class FetchStarter:
         self._claimant = claimant
         self._tasks: set[asyncio.Task[None]] = set()
         self._refuted_at: OrderedDict[ObjectId, float] = OrderedDict()
+        # In monotonic seconds. Jobs published before this that have not begun were lost, and the next look for others
+        self._lost_before = self._next_look_at = -inf
+        self._looking = asyncio.Lock()
 
     async def start(
         self, media_object: MediaObject, request_id: str, revalidates: float | None = None
@@ -167,7 +177,9 @@ class FetchStarter:
                 await self._update_claim(self._state.release_claim, object_id, request_id)
                 return
             start.claim.set_result(claim)
-            if claim.won:
+            if not claim.won:
+                await self._release_if_lost(claim.status.fetch, request_id)
+            else:
                 job = FetchJob(
                     media_object, request_id, time.time(), claim=claim.serial, revalidates=revalidates
                 )
@@ -175,6 +187,39 @@ class FetchStarter:
         finally:
             if not start.claim.done():
                 start.claim.set_result(None)
+
+    async def _release_if_lost(self, fetch: Fetch | None, request_id: str) -> None:
+        """Let the next request publish another job, if this one waits nowhere.
+
+        A heartbeat may be older than a delivery. Then there are two jobs: the one of the older claim ends at once.
+        """
+        if fetch is None or fetch.phase is not FetchPhase.QUEUED:
+            return
+        published_at = time.monotonic() - fetch.age
+        async with self._looking:  # many are late together, and one look tells of all of them
+            if published_at > self._lost_before and fetch.age >= LATE:
+                await self._look_for_lost(fetch)
+        if published_at > self._lost_before:
+            return
+        logger.warning("job_lost", object_id=fetch.object_id, request_id=request_id, age=round(fetch.age, 1))
+        try:
+            await self._state.release_claim(fetch.object_id, fetch.worker)
+        except StateStoreUnavailable as error:
+            self._log_state_error("release_claim", request_id, error)
+
+    async def _look_for_lost(self, fetch: Fetch) -> None:
+        now = time.monotonic()
+        if now < self._next_look_at:
+            return
+        self._next_look_at = now + LOST_JOB_INTERVAL
+        try:
+            depth = await self._queue.depth()
+            if depth.ready or depth.delayed or any(one.waiting for one in await self._state.workers()):
+                return
+        except (JobQueueUnavailable, StateStoreUnavailable) as error:
+            logger.info("lost_job_not_told", object_id=fetch.object_id, reason=str(error))
+            return
+        self._lost_before, self._next_look_at = now - LATE, -inf  # others were lost with it
 
     async def _publish(self, job: FetchJob, start: PendingStart) -> None:
         published = False

@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
@@ -84,7 +84,11 @@ class Script:
     """A complete script."""
 
     text: str
-    digest: str  # SHA-1 of the text, by which the server knows the script
+    digest: str = field(init=False)  # SHA-1 of the text, by which the server knows the script
+
+    def __post_init__(self) -> None:
+        digest = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+        object.__setattr__(self, "digest", digest)
 
 
 def load_scripts() -> dict[str, Script]:
@@ -95,8 +99,7 @@ def load_scripts() -> dict[str, Script]:
     for file in folder.iterdir():
         if file.name.endswith(".lua") and file.name != _PRELUDE:
             text = _with_prelude(prelude, file.read_text())
-            digest = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
-            scripts[file.name.removesuffix(".lua")] = Script(text, digest)
+            scripts[file.name.removesuffix(".lua")] = Script(text)
     return scripts
 
 

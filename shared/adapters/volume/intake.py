@@ -99,8 +99,11 @@ class ImportSource:
                 if stat.S_ISREG(seen.st_mode):
                     yield PendingFile(ObjectId(entry.name), seen.st_size, seen.st_mtime)
 
-    def import_file(self, object_id: ObjectId) -> ImportResult:
-        """Move one file into `objects/`. The caller writes its record, since it knows the hash."""
+    def place(self, object_id: ObjectId) -> ImportResult:
+        """Give one file its name in `objects/`. It keeps the name that it had until `remove`.
+
+        The caller writes its record, since it knows the hash.
+        """
         source = self.assets / object_id
         with map_os_errors(f"import {object_id}"), self._excluded.locked() as excluded:
             if object_id in excluded:
@@ -110,9 +113,32 @@ class ImportSource:
                 result = self._link(source, object_id, target)
             except FileNotFoundError:
                 return ImportResult.MISSING
-            if result is not ImportResult.OTHER_DEVICE:
+            if result is ImportResult.EXISTS and self._is_placed(object_id):
+                return ImportResult.MOVED  # by a process that ended before `remove`
+            if result is ImportResult.EXISTS:
                 self._unlink_source(object_id)
             return result
+
+    def take_back(self, object_id: ObjectId) -> None:
+        """Undo `place`, unless another file has the object's name by now.
+
+        Race: 1. we compare; 2. a fetch publishes its file; 3. we unlink that. Its entry counts it until the next
+        request finds it missing. Where hard links are unsupported there is no way back, and the file stays.
+        """
+        with map_os_errors(f"take back {object_id}"), self._excluded.locked():
+            if self._is_placed(object_id):
+                os.unlink(object_id, dir_fd=self._directories.descriptor(f"{OBJECTS}/{shard(object_id)}"))
+
+    def _is_placed(self, object_id: ObjectId) -> bool:
+        """Whether the file has both names."""
+        folder = self._directories.existing(f"{OBJECTS}/{shard(object_id)}")
+        try:
+            if folder is None:
+                return False
+            placed = os.stat(object_id, dir_fd=folder, follow_symlinks=False)
+            return os.path.samestat(placed, (self.assets / object_id).lstat())
+        except FileNotFoundError:
+            return False
 
     def _link(self, source: Path, name: str, target: int) -> ImportResult:
         """Link rather than rename where that is supported: a link never replaces an existing file."""
@@ -143,8 +169,8 @@ class ImportSource:
             self._excluded.append(object_id)
 
     def remove(self, object_id: ObjectId) -> None:
-        """Remove a file that has been copied."""
-        with map_os_errors(f"remove the copied {object_id}"), self._excluded.locked():
+        """Remove the old name of a file that has been copied, or placed."""
+        with map_os_errors(f"remove the imported {object_id}"), self._excluded.locked():
             self._unlink_source(object_id)
 
     def exclude(self, object_id: ObjectId) -> None:
