@@ -218,3 +218,38 @@ async def test_only_answers_that_are_used_again_are_kept_for_days(
         await door.look_up(ONE)
         await kept(redis_prefix + "2:", 0, 1)
     await client.aclose()
+
+
+async def test_look_ups_that_come_together_share_the_calls_of_redis(
+    squid: TestSquid, redis_url: str, redis_prefix: str
+) -> None:
+    client = Redis.from_url(redis_url)
+
+    async def scripts_run() -> int:
+        counts = await client.info("commandstats")
+        return sum(int(counts.get(f"cmdstat_{name}", {"calls": 0})["calls"]) for name in ("eval", "evalsha"))
+
+    async with processes(squid, redis_url, redis_prefix, 1) as [catalog]:
+        await catalog.look_up(ONE)
+        before = await scripts_run()
+        unknown = [ObjectId(str(10**9 + number)) for number in range(200)]
+        assert set(await asyncio.gather(*map(catalog.look_up, unknown))) == {None}
+    # Closed, it has shared all of them.
+    assert await scripts_run() - before <= 20
+    async with processes(squid, redis_url, redis_prefix, 1) as [catalog]:
+        squid.requests.clear()
+        assert set(await asyncio.gather(*map(catalog.look_up, unknown))) == {None}
+        assert list(squid.requests) == []
+    await client.aclose()
+
+
+async def test_what_was_answered_a_moment_ago_can_be_forgotten(
+    squid: TestSquid, redis_url: str, redis_prefix: str
+) -> None:
+    """Race: 1. a client is answered; 2. a source contradicts the answer; 3. the answer is shared."""
+    async with processes(squid, redis_url, redis_prefix, 1) as [catalog]:
+        answer = await catalog.look_up(ONE)
+        assert answer is not None
+        await catalog.forget(answer)
+        assert await catalog.look_up(ONE) == answer
+        assert squid.requests.count_for(ONE) == 2

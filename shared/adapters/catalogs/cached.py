@@ -516,22 +516,33 @@ class SharedCatalog:
         if not needed:
             keep = self._ttls.negative_retention
         self._new.append(NewAnswer(object_id, answer, fresh, max(fresh, keep)))
-        if self._putting is None or self._putting.done():
-            self._putting = asyncio.create_task(self._put_all(self._cache), name="catalog-cache-put")
+        if self._putting is None:
+            self._put_soon(self._cache)
+
+    def _put_soon(self, cache: SharedCatalogCache) -> None:
+        self._putting = asyncio.create_task(self._put_all(cache), name="catalog-cache-put")
 
     async def _put_all(self, cache: SharedCatalogCache) -> None:
-        while self._new:
+        try:
             await asyncio.sleep(_GATHER_ANSWERS)
-            new, self._new = self._new[:_MAX_ROUND_TRIP], self._new[_MAX_ROUND_TRIP:]
-            try:
-                await cache.put(new)
-            except StateStoreUnavailable as error:
-                self._outage.failed(error)
+            new, self._new = self._new, []
+            for at in range(0, len(new), _MAX_ROUND_TRIP):
+                await cache.put(new[at : at + _MAX_ROUND_TRIP])
+        except StateStoreUnavailable as error:
+            self._outage.failed(error)
+        finally:
+            self._putting = None
+            if self._new:
+                self._put_soon(cache)
 
     async def _all_put(self) -> None:
-        """Wait until the answers so far are in the shared cache: what is done to them next must find them there."""
-        if self._putting is not None:
-            await asyncio.wait({self._putting})
+        """Wait until the answers so far are in the shared cache: what is done to them next must find them there.
+
+        Those that came while others were on their way are in the next round, and later ones are not waited for.
+        """
+        for _ in range(2):
+            if self._putting is not None:
+                await asyncio.wait({self._putting})
 
     async def expire(self, outdated: MediaObject) -> None:
         """Make an answer stale; best effort."""
