@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -141,19 +142,25 @@ async def test_followers_go_on_when_every_fetcher_is_killed(stack: Stack, node: 
     for answer in await asyncio.gather(*watching):
         assert (answer.status, answer.complete, len(answer.body)) == (200, True, FILM)
         assert answer.headers["x-data-source"] == "local", "it began with what was fetched"
+        arrivals = [arrived for arrived, _ in answer.pieces]
+        assert max(later - earlier for earlier, later in pairwise(arrivals)) < 12, (
+            "the lease is not waited for"
+        )
 
 
 async def test_a_range_far_ahead_of_a_slow_fetch_is_proxied_and_a_near_one_is_not(
     stack: Stack, node: StorageNode
 ) -> None:
+    """In an hour the file would be there, and the range local."""
     node.faults.add(Fault(bytes_per_second=FILM // 16), FILES)
+    stack.environment["DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT"] = "3600"
     await stack.up(fetchers=2, workers=2)
-    film = FILMS[0]
+    film, ahead = FILMS[0], FILM * 3 // 4
     watching = asyncio.create_task(get(stack.url(film)))
     await stack.until_on_volume(FILM // 8)
     for _ in range(6):  # of either API process
         near = await get(stack.url(film), {"Range": "bytes=1000-1999"})
-        far = await get(stack.url(film), {"Range": f"bytes={FILM - 1000}-{FILM - 1}"})
+        far = await get(stack.url(film), {"Range": f"bytes={ahead}-{ahead + 999}"})
         assert [answer.status for answer in (near, far)] == [206, 206]
         assert [answer.headers["x-data-source"] for answer in (near, far)] == ["local", "external"]
     assert (await get(stack.url(film), method="HEAD")).headers["x-cache"] == "pending"
