@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 import pytest
+import structlog
 
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import DemoObject, bytes_object
@@ -30,6 +31,7 @@ VIEWERS = ("1", "2", "3")
 FILMS = tuple(str(number) for number in range(10, 18))
 FREE, WATCHED = ("20", "21", "22"), ("30", "31", "32")
 FILES = Match(endpoint="files", method="GET")
+logger = structlog.get_logger()
 PLAYER = """
 window.play = (url) => {
   const element = document.createElement("video"), told = {
@@ -114,9 +116,7 @@ async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[
         yield World(stack, source, browser, objects[0].size // SECONDS)
 
 
-async def test_viewers_of_a_killed_fetcher_hardly_wait(
-    world: World, record_property: Callable[[str, object], None]
-) -> None:
+async def test_viewers_of_a_killed_fetcher_hardly_wait(world: World) -> None:
     world.source.faults.add(Fault(bytes_per_second=world.rate * 3 // 2), FILES)
     for viewer in VIEWERS:
         await world.play(viewer)
@@ -128,14 +128,12 @@ async def test_viewers_of_a_killed_fetcher_hardly_wait(
     await eventually(lambda: world.have(SECONDS - 2, "played"), 120, pause=0.2, what="playback goes on")
     for viewer in VIEWERS:
         told = await world.told(viewer)
-        record_property(f"viewer_{viewer}", told)
+        logger.info("viewer", waits=told["waits"], longest=told["longest"])
         assert told["waits"] <= 1, told
         assert told["longest"] <= 3, told
 
 
-async def test_a_film_begins_while_others_hold_every_slot_of_its_source(
-    world: World, record_property: Callable[[str, object], None]
-) -> None:
+async def test_a_film_begins_while_others_hold_every_slot_of_its_source(world: World) -> None:
     world.source.faults.add(Fault(bytes_per_second=world.rate * 2), FILES)
     free = [await world.first_frame_after(object_id) for object_id in FREE]
     await asyncio.gather(*(get(world.stack.url(held), {"Range": "bytes=0-999"}) for held in FILMS))
@@ -145,6 +143,6 @@ async def test_a_film_begins_while_others_hold_every_slot_of_its_source(
 
     await eventually(full)
     watched = [await world.first_frame_after(object_id) for object_id in WATCHED]
-    record_property("first_frame_seconds", {"free": free, "full": watched})
+    logger.info("first_frames", free=free, full=watched)
     # With free slots it takes some tenths of a second: less than a second tells nothing on a busy machine.
     assert median(watched) <= max(2 * median(free), 1.0), (free, watched)
