@@ -118,6 +118,16 @@ class CacheLookup:
     owns_lock: bool  # True: this process asks the catalog, then calls `put` or `unlock`
 
 
+@dataclass(frozen=True, slots=True)
+class NewAnswer:
+    """An answer of the catalog to be cached. Times in seconds."""
+
+    object_id: ObjectId
+    answer: MediaObject | None  # None: the object does not exist
+    fresh: float
+    keep: float  # fresh or stale
+
+
 class SharedCatalogCache(Protocol):
     """One instance per process. Call `open` before use and `close` at the end.
 
@@ -133,14 +143,16 @@ class SharedCatalogCache(Protocol):
     async def get(self, object_id: ObjectId) -> CachedAnswer | None:
         """Read the cached answer without taking the lock."""
 
-    async def get_or_lock(self, object_id: ObjectId, owner: str, seconds: float) -> CacheLookup:
-        """Read the cached answer and, unless it is fresh, take the lock for `seconds` if it is free.
+    async def get_or_lock(
+        self, object_ids: Sequence[ObjectId], owner: str, seconds: float
+    ) -> Sequence[CacheLookup]:
+        """Read the cached answers in one round trip. Take the lock for `seconds` where none is fresh and it is free.
 
         Atomic: an answer that another process puts just before is seen, so that the new owner does not ask again.
         """
 
-    async def put(self, object_id: ObjectId, answer: MediaObject | None, fresh: float, keep: float) -> None:
-        """Store an answer, fresh for `fresh` seconds and kept for `keep`. Releases the lock, also another owner's."""
+    async def put(self, answers: Sequence[NewAnswer]) -> None:
+        """Store answers in one round trip. Releases their locks, also another owner's."""
 
     async def expire(self, outdated: MediaObject) -> None:
         """Make this answer stale, if it is the cached one. It is kept for outages."""

@@ -74,8 +74,9 @@ class PublicApi(SettingsGroup):
     """Processes that share the port. One per core is enough."""
     hang_timeout: Seconds = 10.0
     """Seconds without a heartbeat of a worker's event loop after which the supervisor kills and replaces it."""
-    first_byte_wait: Seconds = 2.8
-    """Seconds a miss waits for the first byte of its fetch before it is proxied to a source, and so begins within 3."""
+    first_byte_wait: Seconds = 2.5
+    """Seconds from its arrival until a miss that waits for the first byte of its fetch is proxied to a source, and so
+    begins within 3. It waits for at least 1, whatever time its look-up took."""
     proxied_first_byte_wait: Seconds = 10.0
     """Seconds for a proxied response to begin, all sources together; then 504. Players give up after 20."""
     send_stall_limit: Seconds = 120.0

@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import generated_object
 from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.services.fetcher.scheduler import VIEWED_NOW
 from tests.end_to_end.client import get
 from tests.end_to_end.stack import Stack
 from tests.waiting import eventually
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.servers
 FILMS = [str(number) for number in range(1, 10)]
 IMAGES = [str(number) for number in range(100, 130)]
 FILM, IMAGE = 2 * 1024 * 1024, 20_000
+FILES = Match(endpoint="files", method="GET")
 ONE_SLOT = {"DISTRIBUTOR_FETCH__CONCURRENCY": "1"}
 
 
@@ -106,3 +109,82 @@ async def test_held_jobs_are_shared_between_fetchers_and_survive_their_kill(
     await stack.add("fetcher").healthy()
     for object_id in (*FILMS, *IMAGES):
         await stack.until_hit(object_id)
+
+
+async def test_the_film_that_is_watched_is_fetched_before_those_that_were_left(
+    stack: Stack, node: StorageNode
+) -> None:
+    node.faults.add(Fault(bytes_per_second=FILM // 8), FILES)
+    stack.add("evictor")
+    for _ in range(2):
+        stack.add("fetcher", **ONE_SLOT)
+    stack.add("api", DISTRIBUTOR_PUBLIC_API__WORKERS="2")
+    await stack.ready()
+    *left, watched = FILMS
+    for film in left:
+        assert (await get(stack.url(film), {"Range": "bytes=0-99"})).status == 206
+    await asyncio.sleep(VIEWED_NOW)
+    answer = await get(stack.url(watched))
+    assert (answer.status, len(answer.body)) == (200, FILM)
+    await stack.until_hit(watched)
+    heads = [await get(stack.url(film), method="HEAD") for film in left]
+    # Two were running when it came, and two more may have ended beside it.
+    assert sum(head.headers["x-cache"] == "hit" for head in heads) <= 5
+
+
+async def test_followers_go_on_when_every_fetcher_is_killed(stack: Stack, node: StorageNode) -> None:
+    node.faults.add(Fault(bytes_per_second=FILM // 8), FILES)
+    await stack.up(fetchers=2, workers=2)
+    watching = [asyncio.create_task(get(stack.url(film))) for film in FILMS[:3] for _ in range(2)]
+    await stack.until_on_volume(FILM)
+    for fetcher in stack.of("fetcher"):
+        fetcher.kill()
+    for answer in await asyncio.gather(*watching):
+        assert (answer.status, answer.complete, len(answer.body)) == (200, True, FILM)
+        assert answer.headers["x-data-source"] == "local", "it began with what was fetched"
+        arrivals = [arrived for arrived, _ in answer.pieces]
+        assert max(later - earlier for earlier, later in pairwise(arrivals)) < 12, (
+            "the lease is not waited for"
+        )
+
+
+async def test_a_range_far_ahead_of_a_slow_fetch_is_proxied_and_a_near_one_is_not(
+    stack: Stack, node: StorageNode
+) -> None:
+    """In an hour the file would be there, and the range local."""
+    node.faults.add(Fault(bytes_per_second=FILM // 16), FILES)
+    stack.environment["DISTRIBUTOR_PUBLIC_API__FIRST_BYTE_WAIT"] = "3600"
+    await stack.up(fetchers=2, workers=2)
+    film, ahead = FILMS[0], FILM * 3 // 4
+    watching = asyncio.create_task(get(stack.url(film)))
+    await stack.until_on_volume(FILM // 8)
+    for _ in range(6):  # of either API process
+        near = await get(stack.url(film), {"Range": "bytes=1000-1999"})
+        far = await get(stack.url(film), {"Range": f"bytes={ahead}-{ahead + 999}"})
+        assert [answer.status for answer in (near, far)] == [206, 206]
+        assert [answer.headers["x-data-source"] for answer in (near, far)] == ["local", "external"]
+    assert (await get(stack.url(film), method="HEAD")).headers["x-cache"] == "pending"
+    assert (await watching).complete
+
+
+@pytest.mark.parametrize("fault", [Fault(status=503), Fault(flip_byte_at=5)], ids=["down", "wrong bytes"])
+async def test_a_failure_of_the_only_source_does_not_last(
+    stack: Stack, node: StorageNode, fault: Fault
+) -> None:
+    """It is remembered for a minute, or ten, unless a source shows that it is over."""
+    node.faults.add(fault, FILES)
+    await stack.up(fetchers=2, workers=2)
+    image = IMAGES[0]
+
+    async def failed() -> bool:
+        answer = await get(stack.url(image))
+        return answer.status >= 500 or not answer.complete
+
+    for _ in range(3):
+        assert await failed()
+    node.faults.clear()
+
+    async def is_hit() -> bool:
+        return (await get(stack.url(image))).headers.get("x-cache") == "hit"
+
+    await eventually(is_hit, 40, pause=0.5)

@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from redis.asyncio import Redis
 
 from distributor_node.services.demo.objects import generated_object
 from distributor_node.services.demo.squid import SquidFaults, TestSquid
@@ -38,6 +39,25 @@ class World:
 
     stack: Stack
     squid: TestSquid
+    redis_url: str
+
+    async def scripts_run(self) -> int:
+        """How many scripts Redis has run so far, for all processes."""
+        client = Redis.from_url(self.redis_url)
+        counts = await client.info("commandstats")
+        await client.aclose()
+        return int(counts.get("cmdstat_evalsha", {"calls": 0})["calls"])
+
+    async def ask_until(self, object_id: str, status: int) -> None:
+        """Ask again and again until both processes have answered so, as ten such answers in a row show."""
+        in_a_row = 0
+
+        async def all_agree() -> bool:
+            nonlocal in_a_row
+            in_a_row = in_a_row + 1 if (await self.ask(object_id, VIEWER)).status == status else 0
+            return in_a_row >= 10
+
+        await eventually(all_agree, pause=0.1)
 
     def queries(self) -> list[list[str]]:
         """What each look-up query has asked for, in order."""
@@ -63,7 +83,7 @@ async def world(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[
             "DISTRIBUTOR_PUBLIC_API__TRUSTED_PROXIES": '["127.0.0.1"]',
         }
         await stack.up(fetchers=2, workers=PROCESSES)
-        yield World(stack, squid)
+        yield World(stack, squid, redis_url)
 
 
 async def ask_at_once(port: int, object_ids: Sequence[str]) -> list[Answer]:
@@ -94,16 +114,19 @@ async def test_strangers_who_ask_for_unknown_ids_keep_no_one_out(world: World, a
     world.squid.faults = SquidFaults(latency=0.05)
     over = asyncio.Event()
     made_up = count(UNKNOWN)
+    answered = 0
 
     async def stranger(number: int) -> set[int]:
+        nonlocal answered
         statuses = set()
         while not over.is_set():
             answer = await world.ask(str(next(made_up)), f"198.51.100.{number % addresses}", method="HEAD")
             statuses.add(answer.status)
+            answered += 1
         return statuses
 
     loop = asyncio.get_running_loop()
-    began = loop.time()
+    began, scripts_before = loop.time(), await world.scripts_run()
     strangers = [asyncio.create_task(stranger(number)) for number in range(STRANGERS)]
     await world.squid.requests.wait_for(lambda _: len(world.queries()) > 2 * PROCESSES)
     answers, sent_before = [], []
@@ -113,13 +136,68 @@ async def test_strangers_who_ask_for_unknown_ids_keep_no_one_out(world: World, a
     over.set()
     statuses = set().union(*await asyncio.gather(*strangers))
     took = loop.time() - began
+    scripts = await world.scripts_run() - scripts_before
 
     assert [answer.status for answer in answers] == [200] * len(LATER)
     assert statuses <= {404, 503}
     assert len(world.queries()) <= RATE * (took + 1)
+    # A stranger has no round trip to Redis for itself. Heartbeats and polls of all processes are some 15 a second.
+    assert scripts < answered / 2 + 20 * took, (scripts, answered, took)
     positions = {object_id: at for at, query in enumerate(world.queries()) for object_id in query}
     overtaken_by = [
         positions[object_id] - before for object_id, before in zip(LATER, sent_before, strict=True)
     ]
     # The other process goes on sending at the same rate, and one query may be on its way.
     assert sum(overtaken_by) / len(LATER) <= 2 * PROCESSES, overtaken_by
+
+
+async def test_an_answer_is_kept_although_its_client_has_left(world: World) -> None:
+    world.squid.faults = SquidFaults(latency=1.0)
+    object_id = LATER[0]
+    leaving = asyncio.create_task(world.ask(object_id, VIEWER))
+    await eventually(lambda: [object_id] in world.queries(), what="the query is sent")
+    leaving.cancel()
+    await asyncio.wait({leaving})
+    # Whichever process answers them: they wait for the same query.
+    answers = await ask_at_once(world.stack.port, [object_id] * 10)
+    assert [answer.status for answer in answers] == [200] * 10
+    assert world.queries() == [[object_id]]
+
+
+async def test_ids_that_the_squid_cannot_have_cost_no_query(world: World) -> None:
+    for number in range(10 * PROCESSES):
+        assert (await world.ask(f"made-up-{number}", VIEWER)).status == 400
+    assert world.queries() == []
+
+
+async def test_an_object_that_was_unknown_is_found_by_every_process(world: World) -> None:
+    """While it is unknown, one query each five seconds or more is enough for both processes."""
+    object_id = LATER[0]
+    world.squid.faults = SquidFaults(missing_objects=(object_id,))
+    await world.ask_until(object_id, 404)
+    for _ in range(10 * PROCESSES):
+        assert (await world.ask(object_id, VIEWER, method="HEAD")).status == 404
+    world.squid.faults = SquidFaults()
+    await world.ask_until(object_id, 200)
+    assert len(world.queries()) <= 4
+
+
+async def test_a_crowded_queue_is_not_taken_for_an_outage_of_the_squid(world: World) -> None:
+    (api,) = world.stack.of("api")
+    await api.stop()
+    crowded = {"LOOKUP_WAIT": "1", "MAX_QUERY_RATE": "4", "MAX_IN_FLIGHT": "1"}
+    world.stack.environment |= {f"DISTRIBUTOR_CATALOG__{name}": value for name, value in crowded.items()}
+    api = world.stack.add("api", DISTRIBUTOR_PUBLIC_API__WORKERS=str(PROCESSES))
+    await api.healthy()
+    world.squid.faults = SquidFaults(latency=0.3)
+    crowd = await ask_at_once(world.stack.port, [str(UNKNOWN + number) for number in range(600)])
+    assert {answer.status for answer in crowd} == {404, 503}
+    refused = next(answer for answer in crowd if answer.status == 503)
+    assert refused.json()["type"] == "lookup_refused"
+    degraded = (await get(f"{api.health_url}/readyz")).json()["degraded"]
+    assert not any(reason.startswith("catalog") for reason in degraded), degraded
+    assert any("look-up" in reason for reason in degraded), degraded
+    asked = sum(len(query) for query in world.queries())
+    assert sum(answer.status == 404 for answer in crowd) >= 0.95 * asked, "what is asked is used"
+    for object_id in LATER[:4]:
+        assert (await world.ask(object_id, VIEWER)).status == 200

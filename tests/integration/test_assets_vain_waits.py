@@ -74,6 +74,22 @@ async def test_after_a_worker_was_killed_one_request_waits_and_a_hundred_do_not(
         assert counted() == {"waited": 1, "not_consumed": len(IDS), "not_begun": 1}
 
 
+async def test_the_time_of_the_look_up_counts_for_the_wait(tmp_path: Path) -> None:
+    """No fetch begins. The first request has waited for its look-up, the second has come later."""
+    async with assets_harness(tmp_path, first_byte_wait=3.0) as harness:
+        for object_id in ("1", "2"):
+            harness.add(object_id, 8 * KIB)
+        harness.catalog.delay = 1.5
+        first = asyncio.create_task(harness.get("1"))
+        await asyncio.sleep(0.75)
+        harness.catalog.delay = 0.0
+        second = asyncio.create_task(harness.get("2"))
+        await asyncio.wait({first, second}, return_when=asyncio.FIRST_COMPLETED)
+        assert (first.done(), second.done()) == (True, False)
+        for answer in (await first, await second):
+            assert answer.headers["x-data-source"] == "external"
+
+
 async def test_once_a_job_has_begun_requests_wait_again(tmp_path: Path) -> None:
     async with assets_harness(tmp_path, first_byte_wait=WAIT) as harness:
         await harness.context.fetch_capacity.refresh()

@@ -21,6 +21,7 @@ from distributor_node.shared.domain.objects import (
     MediaObject,
     ObjectId,
 )
+from distributor_node.shared.ports.catalog import NewAnswer
 from distributor_node.shared.ports.state_store import Access, Granted, Lease, Term
 from tests.servers.redis_server import RedisServer
 
@@ -120,11 +121,10 @@ async def test_catalog_answers_leave_room_for_the_index(
 ) -> None:
     _, lease = await has_work(store)
     pipeline_width = 500
-    for start in range(10, ANSWERS // 2, pipeline_width):
-        batch = range(start, min(ANSWERS // 2, start + pipeline_width))
-        await asyncio.gather(
-            *(cache.put(ObjectId(str(number)), answer_of(number), 3600, 7 * 24 * 3600) for number in batch)
-        )
+    for start in range(10, ANSWERS, pipeline_width):
+        batch = range(start, min(ANSWERS, start + pipeline_width))
+        answers = [NewAnswer(ObjectId(str(one)), answer_of(one), 3600, 7 * 24 * 3600) for one in batch]
+        await asyncio.gather(*(cache.put(answers[at : at + 50]) for at in range(0, len(answers), 50)))
     assert await memory_share(client) < 0.95
     await everything_works(store, lease)
     assert await client.zcard("node:catalog:answers") > 1000
@@ -166,7 +166,8 @@ async def test_answers_that_expire_first_are_dropped_first(small_redis: RedisSer
     cache = RedisSharedCatalogCache(small_redis.url, "node:", 5.0, "squid", max_answers=10)
     await cache.open()
     for number in range(20):
-        await cache.put(ObjectId(str(number)), answer_of(number), 10, 1000 if number < 5 else 100 + number)
+        keep = 1000 if number < 5 else 100 + number
+        await cache.put([NewAnswer(ObjectId(str(number)), answer_of(number), 10, keep)])
     kept = [number for number in range(20) if await cache.get(ObjectId(str(number))) is not None]
     assert kept == [*range(5), *range(15, 20)]
     await cache.close()

@@ -271,13 +271,19 @@ class MissHandler:
         *,
         by_proxy: bool,
     ) -> None:
+        partial, media_object = None if by_proxy else self._partial_representation(object_id), None
+        if partial is None:
+            # Whatever the state of its fetch is, the object has to be looked up, and unknown ids end here: a flood of
+            # them costs the state store nothing.
+            media_object = await look_up(self._context, response.request, object_id)
         status = None if by_proxy else await self._find(object_id)
         fetch = live_fetch(status) if status is not None else None
         draining = self._context.operator_state.current.draining
         if fetch is not None and (fetch.phase is FetchPhase.FETCHING or not draining):
-            await self._respond_pending(asset_request, object_id, response, fetch)
+            await self._respond_pending(asset_request, object_id, response, fetch, media_object)
             return
-        media_object = await look_up(self._context, response.request, object_id)
+        if media_object is None:
+            media_object = await look_up(self._context, response.request, object_id)
         representation = Representation.from_object(media_object)
         response.set_object_size(representation.size)
         span = select_span(asset_request, representation, MISS)
@@ -313,12 +319,19 @@ class MissHandler:
             return None
 
     async def _respond_pending(
-        self, asset_request: AssetRequest, object_id: ObjectId, response: ResponseWriter, fetch: Fetch
+        self,
+        asset_request: AssetRequest,
+        object_id: ObjectId,
+        response: ResponseWriter,
+        fetch: Fetch,
+        media_object: MediaObject | None,
     ) -> None:
-        media_object: MediaObject | None = None
+        """`media_object`: None if it was not looked up, because there was a partial file."""
         representation = self._partial_representation(object_id)
-        if representation is None:
-            media_object = await look_up(self._context, response.request, object_id)
+        if representation is not None:
+            media_object = None  # what the catalog says may be another version
+        else:
+            media_object = media_object or await look_up(self._context, response.request, object_id)
             representation = Representation.from_object(media_object)
         response.set_object_size(representation.size)
         span = select_span(asset_request, representation, PENDING)

@@ -47,6 +47,9 @@ _MAX_REPLACED = 10
 _MAX_BRIDGES = 5
 """Times that one response continues from a source because its fetch has stalled. Each hashes what was sent."""
 
+_SHORTEST_WAIT = 1.0
+"""Seconds that a request waits for the first byte of a fetch, however late it is when it begins to wait."""
+
 logger = structlog.get_logger()
 
 
@@ -109,8 +112,10 @@ class PendingResponder:
         streamer = self._streamer(pending)
         if is_far(span.first, streamer.on_disk(), settings.far_range_distance):
             return
-        began_at = monotonic()
-        deadline = began_at + settings.first_byte_wait
+        # Counted from the request's arrival: a slow look-up leaves less to wait for.
+        arrived_at = monotonic() - pending.response.request_age
+        shortest = min(settings.first_byte_wait, _SHORTEST_WAIT)
+        deadline = max(arrived_at + settings.first_byte_wait, monotonic() + shortest)
         give_up = self._give_up(pending, publish_failed)
         for _ in range(_MAX_REPLACED):
             found = await streamer.wait_for_first_byte(deadline, give_up)
@@ -139,7 +144,7 @@ class PendingResponder:
                 raise AbortResponse("object_gone")
         waited_in_vain = monotonic() >= deadline and not streamer.has_begun and not pending.begun
         if waited_in_vain and not publish_failed.is_set():
-            self._context.fetch_capacity.record_vain(pending.representation.object_id, began_at)
+            self._context.fetch_capacity.record_vain(pending.representation.object_id, arrived_at)
 
     def _give_up(self, pending: PendingRequest, publish_failed: asyncio.Event) -> Callable[[], bool]:
         """Return the check whether to wait no longer for the fetch to begin."""

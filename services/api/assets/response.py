@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http import HTTPStatus
+from time import perf_counter
 
 import structlog
 from sanic import HTTPResponse, Request
@@ -266,6 +267,11 @@ class ResponseWriter:
     @property
     def request_id(self) -> str:
         return request_record(self._request).request_id
+
+    @property
+    def request_age(self) -> float:
+        """Seconds since the request arrived."""
+        return perf_counter() - request_record(self._request).started
 
     @property
     def accepted_encodings(self) -> frozenset[str]:

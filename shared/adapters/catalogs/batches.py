@@ -125,6 +125,7 @@ _GATHER_PER_QUERY = (
 _MAX_GATHER = 0.25
 _FIRST_LATENCY = 0.1  # seconds; assumed until queries have been measured
 _LATENCY_WEIGHT = 0.3  # of the last query in the moving average
+_DELIVERED_AT_ONCE = 8  # answers
 _BURST_SECONDS = 0.25  # so many seconds' worth of queries may be sent at once
 
 logger = structlog.get_logger()
@@ -270,12 +271,28 @@ class LookupBatcher:
             # An object of which the server says nothing usable is no outage.
             if not self._closed and (answers is not None or not isinstance(failure, ObjectUnavailable)):
                 self._on_outcome(answers is not None)
-            for object_id, result in results.items():
+            await self._deliver(results, answers or {}, failure)
+
+    async def _deliver(
+        self, results: Mapping[ObjectId, _Result], answers: LookupAnswers, failure: CatalogUnavailable
+    ) -> None:
+        """Give the answers to those that wait: objects seen before first, then a few in each turn of the event loop.
+
+        Otherwise fifty responses are one piece of work, behind which every new request waits.
+        """
+        try:
+            for number, (object_id, result) in enumerate(results.items(), 1):
                 if result.done():
                     continue
-                if answers is not None and object_id in answers:
+                if object_id in answers:
                     result.set_result(answers[object_id])
                 else:
+                    result.set_exception(failure)
+                if number % _DELIVERED_AT_ONCE == 0:
+                    await asyncio.sleep(0)
+        finally:
+            for result in results.values():
+                if not result.done():
                     result.set_exception(failure)
 
     def _report(self, now: float) -> None:

@@ -349,9 +349,7 @@ class CachedCatalog:
         lifetime = self._lifetime_of(object_id, answer)
         self._store(object_id, answer, lifetime)
         needed = answer is not None and _is_available(answer) and self._assignment.covers(answer)
-        await self._shared.put(
-            object_id, answer, lifetime, needed=needed, used=single_flight.cached is not None
-        )
+        self._shared.put(object_id, answer, lifetime, needed=needed, used=single_flight.cached is not None)
         single_flight.owns_lock = False
         return answer
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -11,10 +12,12 @@ import structlog
 from distributor_node.shared.domain.errors import LookupRefused, StateStoreUnavailable
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.observability.logging import OutageLog
-from distributor_node.shared.ports.catalog import CachedAnswer, CacheLookup, SharedCatalogCache
+from distributor_node.shared.ports.catalog import CachedAnswer, CacheLookup, NewAnswer, SharedCatalogCache
 from distributor_node.shared.waiting import Backoff
 
 _FIRST_POLL, _MAX_POLL = 0.02, 0.25  # seconds between two looks at the shared cache
+_MAX_ROUND_TRIP = 100  # objects in one call of the shared cache
+_GATHER_ANSWERS = 0.01  # seconds that an answer waits for others to be shared with
 
 logger = structlog.get_logger()
 
@@ -39,6 +42,10 @@ class SharedCatalog:
         self._ttls = ttls
         self._owner = uuid.uuid4().hex
         self._outage = OutageLog(logger, down="catalog_cache_unavailable", up="catalog_cache_recovered")
+        self._asked: list[tuple[ObjectId, asyncio.Future[CacheLookup]]] = []
+        self._asking: asyncio.Task[None] | None = None
+        self._new: list[NewAnswer] = []
+        self._putting: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         if self._cache is not None:
@@ -46,12 +53,14 @@ class SharedCatalog:
 
     async def close(self) -> None:
         if self._cache is not None:
+            await self._all_put()
             await self._cache.close()
 
     async def get(self, object_id: ObjectId) -> CachedAnswer | None:
         """Read the cached answer without taking the lock."""
         if self._cache is None:
             return None
+        await self._all_put()
         try:
             cached = await self._cache.get(object_id)
         except StateStoreUnavailable as error:
@@ -63,18 +72,33 @@ class SharedCatalog:
     async def get_or_lock(self, object_id: ObjectId) -> CacheLookup:
         if self._cache is None:
             return CacheLookup(None, owns_lock=True)
-        try:
-            lookup = await self._cache.get_or_lock(object_id, self._owner, self._ttls.lock_ttl)
-        except StateStoreUnavailable as error:
-            self._outage.failed(error)
-            return CacheLookup(None, owns_lock=True)
-        self._outage.succeeded()
-        return lookup
+        result: asyncio.Future[CacheLookup] = asyncio.get_running_loop().create_future()
+        self._asked.append((object_id, result))
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask(self._cache), name="catalog-cache-get")
+        return await result
 
-    async def put(
+    async def _ask(self, cache: SharedCatalogCache) -> None:
+        """Ask for all objects that wait: one round trip at a time, so that what comes in between shares the next."""
+        while self._asked:
+            asked, self._asked = self._asked[:_MAX_ROUND_TRIP], self._asked[_MAX_ROUND_TRIP:]
+            found: Sequence[CacheLookup] = ()
+            try:
+                object_ids = [object_id for object_id, _ in asked]
+                found = await cache.get_or_lock(object_ids, self._owner, self._ttls.lock_ttl)
+                self._outage.succeeded()
+            except StateStoreUnavailable as error:
+                self._outage.failed(error)
+            finally:
+                found = found or [CacheLookup(None, owns_lock=True)] * len(asked)
+                for (_, result), lookup in zip(asked, found, strict=True):
+                    if not result.done():
+                        result.set_result(lookup)
+
+    def put(
         self, object_id: ObjectId, answer: MediaObject | None, fresh: float, *, needed: bool, used: bool
     ) -> None:
-        """Share an answer; best effort.
+        """Share an answer in a moment, together with others; best effort. No request waits for it.
 
         `fresh`: seconds of its time to live. `needed`: the object is served by this node. `used`: it was asked for
         before, so it is kept long. Only so are half a million objects that one client asks for once no burden.
@@ -84,15 +108,40 @@ class SharedCatalog:
         keep = self._ttls.positive_retention if used else self._ttls.unused_retention
         if not needed:
             keep = self._ttls.negative_retention
+        self._new.append(NewAnswer(object_id, answer, fresh, max(fresh, keep)))
+        if self._putting is None:
+            self._put_soon(self._cache)
+
+    def _put_soon(self, cache: SharedCatalogCache) -> None:
+        self._putting = asyncio.create_task(self._put_all(cache), name="catalog-cache-put")
+
+    async def _put_all(self, cache: SharedCatalogCache) -> None:
         try:
-            await self._cache.put(object_id, answer, fresh, max(fresh, keep))
+            await asyncio.sleep(_GATHER_ANSWERS)
+            new, self._new = self._new, []
+            for at in range(0, len(new), _MAX_ROUND_TRIP):
+                await cache.put(new[at : at + _MAX_ROUND_TRIP])
         except StateStoreUnavailable as error:
             self._outage.failed(error)
+        finally:
+            self._putting = None
+            if self._new:
+                self._put_soon(cache)
+
+    async def _all_put(self) -> None:
+        """Wait until the answers so far are in the shared cache: what is done to them next must find them there.
+
+        Those that came while others were on their way are in the next round, and later ones are not waited for.
+        """
+        for _ in range(2):
+            if self._putting is not None:
+                await asyncio.wait({self._putting})
 
     async def expire(self, outdated: MediaObject) -> None:
         """Make an answer stale; best effort."""
         if self._cache is None:
             return
+        await self._all_put()
         try:
             await self._cache.expire(outdated)
         except StateStoreUnavailable as error:

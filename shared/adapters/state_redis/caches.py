@@ -18,7 +18,7 @@ from distributor_node.shared.domain.source_order import (
     SourceHealth,
     SourceStatsDelta,
 )
-from distributor_node.shared.ports.catalog import CachedAnswer, CacheLookup
+from distributor_node.shared.ports.catalog import CachedAnswer, CacheLookup, NewAnswer
 from distributor_node.shared.ports.source_stats import (
     MAX_CORRUPTED_COPIES,
     MAX_SOURCES,
@@ -60,28 +60,36 @@ class RedisSharedCatalogCache:
         await self._connection.close()
 
     async def get(self, object_id: ObjectId) -> CachedAnswer | None:
-        packed, left = await self._run("catalog_recall", object_id)
+        packed, left = await self._run("catalog_recall", [object_id])
         return _read(object_id, packed, left)
 
-    async def get_or_lock(self, object_id: ObjectId, owner: str, seconds: float) -> CacheLookup:
-        packed, left, won = await self._run("catalog_consult", object_id, owner, milliseconds(seconds))
-        return CacheLookup(_read(object_id, packed, left), bool(won))
+    async def get_or_lock(
+        self, object_ids: Sequence[ObjectId], owner: str, seconds: float
+    ) -> Sequence[CacheLookup]:
+        found = await self._run("catalog_consult", object_ids, owner, milliseconds(seconds))
+        return [
+            CacheLookup(_read(object_id, packed, left), bool(won))
+            for object_id, (packed, left, won) in zip(object_ids, found, strict=True)
+        ]
 
-    async def put(self, object_id: ObjectId, answer: MediaObject | None, fresh: float, keep: float) -> None:
-        described = write_description(answer)
-        times = (milliseconds(fresh), milliseconds(keep))
-        await self._run("catalog_remember", object_id, described, *times, self._max_answers)
+    async def put(self, answers: Sequence[NewAnswer]) -> None:
+        given: list[bytes | int] = []
+        for new in answers:
+            given += (write_description(new.answer), milliseconds(new.fresh), milliseconds(new.keep))
+        object_ids = [new.object_id for new in answers]
+        await self._run("catalog_remember", object_ids, self._max_answers, *given)
 
     async def expire(self, outdated: MediaObject) -> None:
-        await self._run("catalog_expire", outdated.object_id, write_description(outdated))
+        await self._run("catalog_expire", [outdated.object_id], write_description(outdated))
 
     async def unlock(self, object_id: ObjectId, owner: str) -> None:
-        await self._run("catalog_give_up", object_id, owner)
+        await self._run("catalog_give_up", [object_id], owner)
 
-    async def _run(self, script: str, object_id: ObjectId, *arguments: str | bytes | int) -> Any:
-        shared = self._connection.keys.all_for(object_id)
-        keys = (*shared, f"{self._prefix}answer:{object_id}", f"{self._prefix}asking:{object_id}")
-        return await self._connection.run_on(script, keys, object_id, *arguments)
+    async def _run(self, script: str, object_ids: Sequence[ObjectId], *arguments: str | bytes | int) -> Any:
+        keys = list(self._connection.keys.all_for(""))
+        for object_id in object_ids:
+            keys += (f"{self._prefix}answer:{object_id}", f"{self._prefix}asking:{object_id}")
+        return await self._connection.run_on(script, tuple(keys), "", *arguments)
 
 
 def _read(object_id: ObjectId, packed: bytes | None, milliseconds_left: int) -> CachedAnswer | None:
