@@ -132,8 +132,12 @@ class Simulation:
         rules = self._rules
         if footprint(size) > rules.limit or (rules.largest is not None and size > rules.largest):
             return False
+        admission = self._admission
+        if admission is None or admission.admits_any(size):
+            return True
         pressure = self._used + footprint(size) > rules.watermarks.low
-        return self._admission is None or self._admission.admits(object_id, size, at, pressure=pressure)
+        mean = self._policy.basis.mean_view or self._used / max(1, len(self._policy))
+        return admission.admits(object_id, size, at, pressure=pressure, mean=mean)
 
     def _make_room(self, needed: int, now: float) -> bool:
         """Evict down to the watermarks if `needed` more bytes would pass them. Whether these bytes fit now."""
