@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.eviction.policy import NO_BASIS, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import (
@@ -91,6 +92,7 @@ class Claim:
     won: bool
     status: ObjectStatus  # if the claim was refused: why
     serial: int = 0  # of the claim that was won, for its job; rises with every claim
+    admitted: bool = True  # False: the object is to be proxied, because this is its first view
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,8 +474,13 @@ class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
     async def find(self, object_id: ObjectId) -> ObjectStatus:
         """Read only, without side effects."""
 
-    async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
+    async def claim(
+        self, object_id: ObjectId, claimant: str, admission: AdmissionQuestion | None = None
+    ) -> Claim:
         """Win the right to publish the job, until the claim expires.
+
+        `admission`: claim the object only if it is admitted, and remember the first view of a large one. The last
+        MAX_FIRST_VIEWS of all processes are remembered. A server that is nearly full forgets them.
 
         Refused while a fetch is CLAIMED, QUEUED or FETCHING, or a failure is remembered. A PARKED fetch or an expired
         claim can be claimed again. A parked fetch keeps its reservation. An expired queue mark is prolonged instead,

@@ -6,12 +6,19 @@ import asyncio
 
 import pytest
 
+from distributor_node.shared.adapters.state_memory import tables as memory_tables
+from distributor_node.shared.adapters.state_redis import store as redis_store
+from distributor_node.shared.domain.admission import AdmissionQuestion
+from distributor_node.shared.domain.eviction import PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import (
     FailureCause,
     FetchPhase,
     Granted,
+    ObjectStatus,
+    PolicyState,
+    StateStore,
 )
 from tests.contract.state_harness import ONE, THREE, TWO, Harness
 
@@ -138,6 +145,92 @@ class TestClaim:
         await brief.store.mark_queued(ONE, "api-1")
         await brief.until_phase(ONE, FetchPhase.PARKED)
         assert await brief.used_and_reserved() == (0, footprint(100))
+
+
+async def admitted(
+    store: StateStore, object_id: ObjectId, size: int, above: int | None = 1000, **changes: float
+) -> bool:
+    """Whether a claim is won. A won claim is released."""
+    low = int(changes.pop("low", 0))
+    question = AdmissionQuestion(size, above, low, **{"window": 60.0, "view_window": 0.2} | changes)
+    claim = await store.claim(object_id, "api-1", question)
+    assert claim.won == claim.admitted, "nothing else is in the way"
+    assert claim.status == ObjectStatus(None, None)
+    if claim.won:
+        await store.release_claim(object_id, "api-1")
+    else:
+        assert await store.find(object_id) == ObjectStatus(None, None), "nothing is claimed"
+    return claim.won
+
+
+class TestAdmission:
+    async def test_a_large_object_is_admitted_on_its_second_view_in_whatever_process(
+        self, harness: Harness
+    ) -> None:
+        await harness.reconciled()
+        await harness.stored(THREE, 5000)
+        assert await admitted(harness.store, ONE, 1000), "not large"
+        assert not await admitted(harness.store, ONE, 1001)
+        assert not await admitted(harness.other, ONE, 1001), "the same view"
+        assert not await admitted(harness.other, TWO, 1001)
+        await harness.advance_clock(0.25)
+        assert await admitted(harness.other, ONE, 1001)
+
+    async def test_with_room_left_every_object_is_admitted_and_its_first_view_remembered(
+        self, harness: Harness
+    ) -> None:
+        await harness.reconciled()
+        await harness.stored(THREE, 5000)
+        assert await admitted(harness.store, ONE, 1001, low=footprint(5000))
+        await harness.advance_clock(0.25)
+        assert await admitted(harness.store, ONE, 1001)
+        await harness.begin_fetch(TWO, 1)
+        assert not await admitted(harness.store, ObjectId("4"), 1001, low=footprint(5000)), (
+            "reserved bytes count"
+        )
+
+    async def test_a_first_view_is_forgotten_after_the_window(self, harness: Harness) -> None:
+        await harness.reconciled()
+        await harness.stored(THREE, 5000)
+        for _ in range(2):
+            assert not await admitted(harness.store, ONE, 1001, window=0.1, view_window=0.01)
+            await harness.advance_clock(0.15)
+
+    async def test_the_threshold_follows_the_mean_view(self, harness: Harness) -> None:
+        term = await harness.reconciled()
+        await harness.stored(THREE, 800_000)
+        above = 2 * 800_000
+        assert await admitted(harness.store, ONE, above, None), (
+            "no view is counted: the mean of what is stored"
+        )
+        assert not await admitted(harness.store, ONE, above + 1, None)
+        basis = PriorityBasis(0.0, "gdsf", 1.0, views=10.0, viewed_bytes=1e7)
+        await harness.store.save_policy(term, [], PolicyState(basis, ""))
+        assert await admitted(harness.store, TWO, 2_000_000, None)
+        assert not await admitted(harness.store, TWO, 2_000_001, None)
+        await harness.store.save_policy(
+            term, [], PolicyState(PriorityBasis(0.0, "gdsf", 1.0, 10.0, 10.0), "")
+        )
+        assert await admitted(harness.store, ObjectId("4"), 1024**2, None), "never below 1 MiB"
+        assert not await admitted(harness.store, ObjectId("4"), 1024**2 + 1, None)
+
+    async def test_the_memory_is_bounded(self, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+        for adapter in (redis_store, memory_tables):
+            monkeypatch.setattr(adapter, "MAX_FIRST_VIEWS", 3)
+        await harness.reconciled()
+        await harness.stored(THREE, 5000)
+        for number in range(5):
+            assert not await admitted(harness.store, ObjectId(f"n{number}"), 1001)
+            await harness.advance_clock(0.01)
+        await harness.advance_clock(0.25)
+        assert await admitted(harness.store, ObjectId("n2"), 1001)
+        assert not await admitted(harness.store, ObjectId("n0"), 1001)
+
+    async def test_what_is_in_the_way_comes_before_admission(self, harness: Harness) -> None:
+        await harness.store.record_failure(ONE, "unreachable", 60)
+        claim = await harness.store.claim(ONE, "api-1", AdmissionQuestion(1001, 1000, -1, 60.0))
+        assert claim.status.failure is not None
+        assert claim.admitted
 
 
 class TestMarkQueuedAndWithdraw:

@@ -11,6 +11,7 @@ from pathlib import Path
 from distributor_node.services.api.operator.warming import REPORT_INTERVAL, CacheWarmer
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import Warming, WarmingScope
@@ -28,7 +29,9 @@ class UnreachableStore(MemoryStateStore):
         super().__init__(LIMIT, StateTimeouts(), time.time)
         self.claims = self.reports = 0
 
-    async def claim(self, object_id: ObjectId, claimant: str) -> Claim:
+    async def claim(
+        self, object_id: ObjectId, claimant: str, admission: AdmissionQuestion | None = None
+    ) -> Claim:
         if self.claims:
             self.claims -= 1
             raise StateStoreUnavailable("away")
