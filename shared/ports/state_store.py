@@ -22,7 +22,7 @@ from enum import StrEnum
 from typing import Protocol
 
 from distributor_node.shared.domain.admission import AdmissionQuestion
-from distributor_node.shared.domain.eviction.policy import NO_BASIS, PriorityBasis
+from distributor_node.shared.domain.eviction.policy import NO_BASIS, PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import (
     OperatorState,
@@ -188,14 +188,12 @@ ACCESS_TIME_RESOLUTION = 1 / 2**16
 
 
 @dataclass(frozen=True, slots=True)
-class IndexEntry:
-    """What the index holds of a complete object: all that any eviction policy needs."""
+class IndexEntry(PolicyEntry):
+    """What the index holds of a complete object. It is a policy's entry as it is: a new leader adds a million of them.
 
-    object_id: ObjectId
-    size: int  # bytes
-    frequency: int  # views
-    last_access: float  # POSIX seconds, rounded to ACCESS_TIME_RESOLUTION
-    priority: float = 0.0  # the policy's own value, stored as it is
+    Accesses are rounded to ACCESS_TIME_RESOLUTION, priorities are stored as they are, and there may be no view yet.
+    """
+
     evicting: bool = False
     generation: int = 0  # changes whenever the entry stands for another file, or an eviction begins
 

@@ -341,9 +341,7 @@ async def test_a_directory_and_a_redis_of_the_version_before_are_taken_over_with
             )
             for name, (views, at, _) in stored.items()
         }
-        assert all(
-            harness.path_of(name).read_bytes() == name[:1].encode() * KEPT_SIZE for name in stored
-        )
+        assert all(harness.path_of(name).read_bytes() == name[:1].encode() * KEPT_SIZE for name in stored)
         order = sorted(taken_over, key=lambda name: (taken_over[name].priority, taken_over[name].last_access))
         assert order[: KEPT - 1] == former_order[1:], "and the one that was viewed since goes last"
         basis = (await harness.state.load_policy_state()).basis
