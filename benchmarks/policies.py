@@ -39,11 +39,10 @@ def run_seed(parameters: Parameters, share: float, ranges: bool) -> tuple[str, l
     """What the trace is like, and what each setting did with it."""
     trace = Trace(parameters)
     limit = int(trace.footprint * share)
+    rules = Rules.of(limit, 0.99, 1.0)
     outcomes = []
     for setting in SETTINGS:
-        simulation = Simulation(
-            setting.make_policy(limit), Rules.of(limit, 0.99, 1.0), setting.make_admission()
-        )
+        simulation = Simulation(setting.make_policy(limit), rules, setting.admission(rules))
         for request in trace.requests() if ranges else trace.views():
             simulation.process(request)
         outcomes.append(simulation.outcome)

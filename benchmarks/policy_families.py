@@ -80,11 +80,10 @@ def run_family(family: str, views: int, share: float, seed: int) -> Cell:
     """Views are of whole objects; eviction starts at the limit and goes down to 99 % of it."""
     trace = Trace(replace(FAMILIES[family], views=views, seed=seed))
     limit = int(trace.footprint * share)
+    rules = Rules.of(limit, 0.99, 1.0)
     outcomes = {}
     for setting in SETTINGS:
-        simulation = Simulation(
-            setting.make_policy(limit), Rules.of(limit, 0.99, 1.0), setting.make_admission()
-        )
+        simulation = Simulation(setting.make_policy(limit), rules, setting.admission(rules))
         for request in trace.views():
             simulation.process(request)
         outcomes[setting.policy] = simulation.outcome

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distributor_node.services.replay.comparison import OTHER_POLICIES
-from distributor_node.shared.domain.admission import SecondHitAdmission
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction import AUTO_COST, EvictionPolicy, MissCost, make_policy
 from distributor_node.shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, Simulation
@@ -53,10 +53,12 @@ class Setting:
             "" if above is None else f", second view above {format_admission_size(above)}"
         )
 
-    def make_admission(self, window: float = _WINDOW) -> SecondHitAdmission | None:
-        """`window`: seconds in which a second view has to follow the first."""
-        above = self.second_view_above
-        return None if above is None else SecondHitAdmission(None if above == "auto" else above, window)
+    def admission(self, rules: Rules, window: float = _WINDOW) -> AdmissionQuestion | None:
+        """What is asked about every object. `window`: seconds in which a second view has to follow the first."""
+        if self.second_view_above is None:
+            return None
+        above = None if self.second_view_above == "auto" else self.second_view_above
+        return AdmissionQuestion(0, above, rules.watermarks.low, window)
 
     def make_policy(self, limit: int) -> EvictionPolicy:
         """`limit`: bytes of the cache, which some of the policies that the node does not have need to know."""
@@ -121,7 +123,7 @@ def try_setting(
     admission_window: float = _WINDOW,
 ) -> Outcome:
     """Simulate all requests. `tick`: called with the number of requests since its last call."""
-    admission = setting.make_admission(admission_window)
+    admission = setting.admission(rules, admission_window)
     simulation = Simulation(setting.make_policy(rules.limit), rules, admission)
     seen = 0
     for request in requests:

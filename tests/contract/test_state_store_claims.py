@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from distributor_node.shared.adapters.state_memory import tables as memory_tables
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.state_redis import store as redis_store
-from distributor_node.shared.domain.admission import AdmissionQuestion
+from distributor_node.shared.domain.admission import AdmissionQuestion, SecondHitAdmission
 from distributor_node.shared.domain.eviction import PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
@@ -215,8 +215,9 @@ class TestAdmission:
         assert not await admitted(harness.store, ObjectId("4"), 1024**2 + 1, None)
 
     async def test_the_memory_is_bounded(self, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-        for adapter in (redis_store, memory_tables):
-            monkeypatch.setattr(adapter, "MAX_FIRST_VIEWS", 3)
+        monkeypatch.setattr(redis_store, "MAX_FIRST_VIEWS", 3)
+        if isinstance(harness.store, MemoryStateStore):
+            harness.store.tables.first_views = SecondHitAdmission(3)
         await harness.reconciled()
         await harness.stored(THREE, 5000)
         for number in range(5):

@@ -37,7 +37,7 @@ from distributor_node.services.api.headers import (
     ResponseHead,
 )
 from distributor_node.shared.adapters.volume import OpenObject
-from distributor_node.shared.domain.admission import MIN_AUTO_ABOVE, AdmissionQuestion
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Conditions
 from distributor_node.shared.domain.errors import StateStoreUnavailable, TooManyOpenFiles, VolumeError
 from distributor_node.shared.domain.http_caching import CacheControl
@@ -375,9 +375,10 @@ class MissHandler:
 def admission_question(settings: Settings, size: int | None) -> AdmissionQuestion | None:
     """What a claim asks about an object of `size` bytes. None: it is admitted (so are objects of unknown size)."""
     above = settings.admission.above_size
-    if above is None or size is None or size <= (MIN_AUTO_ABOVE if above == "auto" else above):
+    if above is None or size is None:
         return None
     low_watermark = settings.storage.watermarks.low
-    return AdmissionQuestion(
+    question = AdmissionQuestion(
         size, None if above == "auto" else above, low_watermark, settings.admission.window
     )
+    return None if question.settled else question

@@ -12,7 +12,7 @@ from distributor_node.shared.adapters.state_common import (
     AnnouncementQueue,
     StateTimeouts,
 )
-from distributor_node.shared.domain.admission import MAX_FIRST_VIEWS, AdmissionQuestion, auto_above
+from distributor_node.shared.domain.admission import AdmissionQuestion, SecondHitAdmission
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, Warming
 from distributor_node.shared.domain.space import footprint
@@ -92,7 +92,7 @@ class Tables:
     workers: dict[str, tuple[WorkerReport, float, float]] = field(default_factory=dict)
     """Report, when it was made, and seconds until it expires."""
     viewed: dict[ObjectId, float] = field(default_factory=dict)  # when they last had viewers, oldest first
-    first_views: dict[ObjectId, float] = field(default_factory=dict)  # of large objects, oldest first
+    first_views: SecondHitAdmission = field(default_factory=SecondHitAdmission)
     started_at: float = field(init=False)
     listeners: set[AnnouncementQueue] = field(default_factory=set)
 
@@ -121,19 +121,9 @@ class Tables:
         return self.term == term and self.clock() < self.term_ends
 
     def admits(self, object_id: ObjectId, question: AdmissionQuestion) -> bool:
-        """As the script of the claim decides it."""
-        above, mean = question.above, self.policy.basis.mean_view or self.used / max(1, len(self.objects))
-        if question.size <= (auto_above(mean) if above is None else above):
-            return True
-        pressure = self.used + self.leaving + self.reserved > question.low_watermark
-        now, first = self.clock(), self.first_views.get(object_id)
-        if first is None or not 0 <= now - first <= question.window:
-            self.first_views.pop(object_id, None)
-            self.first_views[object_id] = now
-            while len(self.first_views) > MAX_FIRST_VIEWS:
-                del self.first_views[next(iter(self.first_views))]
-            return not pressure
-        return not pressure or now - first >= question.view_window
+        mean = self.policy.basis.mean_view or self.used / max(1, len(self.objects))
+        taken = self.used + self.leaving + self.reserved
+        return self.first_views.admits(object_id, question, self.clock(), taken=taken, mean=mean)
 
     def row(self, object_id: ObjectId) -> FetchRow | None:
         """The fetch of an object.
