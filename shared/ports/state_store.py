@@ -478,7 +478,8 @@ class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
         """Win the right to publish the job, until the claim expires.
 
         `admission`: claim the object only if it is admitted, and remember the first view of a large one. The last
-        MAX_FIRST_VIEWS of all processes are remembered. A server that is nearly full forgets them.
+        MAX_FIRST_VIEWS of all processes are remembered. A PARKED fetch is admitted. A server that is nearly full
+        remembers none and admits all.
 
         Refused while a fetch is CLAIMED, QUEUED or FETCHING, or a failure is remembered. A PARKED fetch or an expired
         claim can be claimed again. A parked fetch keeps its reservation. An expired queue mark is prolonged instead,

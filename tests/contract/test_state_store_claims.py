@@ -227,6 +227,13 @@ class TestAdmission:
         assert await admitted(harness.store, ObjectId("n2"), 1001)
         assert not await admitted(harness.store, ObjectId("n0"), 1001)
 
+    async def test_a_fetch_that_was_begun_is_continued(self, harness: Harness) -> None:
+        await harness.reconciled()
+        await harness.stored(THREE, 5000)
+        await harness.store.park(await harness.begin_fetch(ONE, 2000))
+        claim = await harness.store.claim(ONE, "api-1", AdmissionQuestion(2000, 1000, 0, 60.0))
+        assert claim.won
+
     async def test_what_is_in_the_way_comes_before_admission(self, harness: Harness) -> None:
         await harness.store.record_failure(ONE, "unreachable", 60)
         claim = await harness.store.claim(ONE, "api-1", AdmissionQuestion(1001, 1000, -1, 60.0))

@@ -93,7 +93,7 @@ class MemoryStateStore:
             duration = tables.timeouts.queued_seconds
             tables.rows[object_id] = replace(row, ends=now + duration, duration=duration)
             return Claim(won=False, status=tables.object_status(object_id))
-        if admission is not None and not tables.admits(object_id, admission):
+        if admission is not None and not parked and not tables.admits(object_id, admission):
             return Claim(won=False, status=ObjectStatus(fetch=None, failure=None), admitted=False)
         serial = tables.next_serial()
         tables.rows[object_id] = FetchRow(

@@ -42,9 +42,12 @@ if fetch and job_waits(fetch, ARGV[7]) then
   write_fetch(fetch)
   return standing(fetch)
 end
-if share >= NEARLY_FULL then redis.call('UNLINK', first_views) end
-if ARGV[8] and not admitted(unpack(ARGV, 8)) then return 'not_admitted' end
 local parked = fetch and fetch.standing == 'parked'
+if share >= NEARLY_FULL then
+  redis.call('UNLINK', first_views)
+elseif ARGV[8] and not parked and not admitted(unpack(ARGV, 8)) then
+  return 'not_admitted'
+end
 local serial = next_serial()
 write_fetch({phase = 'claimed', reserved = parked or false, size = parked and fetch.size or 0, token = 0,
              ends = now + tonumber(ARGV[5]), since = now, worker = ARGV[4], source = '',
