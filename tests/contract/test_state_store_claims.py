@@ -199,7 +199,7 @@ class TestAdmission:
     async def test_the_threshold_follows_the_mean_view(self, harness: Harness) -> None:
         term = await harness.reconciled()
         await harness.stored(THREE, 800_000)
-        above = 2 * 800_000
+        above = 2 * footprint(800_000)
         assert await admitted(harness.store, ONE, above, None), (
             "no view is counted: the mean of what is stored"
         )
