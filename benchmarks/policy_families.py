@@ -114,7 +114,7 @@ def main() -> None:
     lines = [
         f"{arguments.views} views each, seed {arguments.seed}; caches in shares of all bytes seen.",
         "",
-        "| traces | cache | best objects | best bytes | 64 MiB | gdsf | behind the best | within |",
+        "| traces | cache | best objects | best bytes | 64 MiB | ours | behind the best | within |",
         "|---|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines))
