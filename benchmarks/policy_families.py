@@ -1,4 +1,4 @@
-"""How far the node's default is from the best of each column, on every family of traces: `python -m benchmarks.policy_families`.
+"""How far the node's default is from the best of each column, on every family: `python -m benchmarks.policy_families`.
 
 For each family and cache size: the best object hit ratio and the best byte hit ratio among the other
 policies, each with its policy, and how far the node's own is behind. A negative gap: it is ahead. Part of
