@@ -17,12 +17,10 @@ from pathlib import Path
 from benchmarks.traces import Parameters, Trace
 from distributor_node.services.replay.run import render_chart
 from distributor_node.services.replay.scenarios import CacheSize, Result, Setting
-from distributor_node.shared.domain.admission import SecondHitAdmission
 from distributor_node.shared.domain.eviction import AUTO_COST, MissCost
 from distributor_node.shared.domain.eviction.simulator import Outcome, Rules, Simulation
 
 RESULTS = Path(__file__).parent / "results"
-MIB = 1024**2
 SETTINGS = (
     Setting("lru"),
     Setting("sieve"),
@@ -31,7 +29,7 @@ SETTINGS = (
     Setting("gdsf-1998"),
     Setting("gdsf-64m"),
     Setting("gdsf", AUTO_COST),
-    Setting("gdsf", AUTO_COST, second_view_above=8 * MIB),
+    Setting("gdsf", AUTO_COST, second_view_above="auto"),
     Setting("gdsf", MissCost(fixed=0)),
 )
 SHARES = (0.01, 0.05, 0.10, 0.25)
@@ -41,11 +39,10 @@ def run_seed(parameters: Parameters, share: float, ranges: bool) -> tuple[str, l
     """What the trace is like, and what each setting did with it."""
     trace = Trace(parameters)
     limit = int(trace.footprint * share)
+    rules = Rules.of(limit, 0.99, 1.0)
     outcomes = []
     for setting in SETTINGS:
-        above = setting.second_view_above
-        admission = None if above is None else SecondHitAdmission(above)
-        simulation = Simulation(setting.make_policy(limit), Rules.of(limit, 0.99, 1.0), admission)
+        simulation = Simulation(setting.make_policy(limit), rules, setting.admission(rules))
         for request in trace.requests() if ranges else trace.views():
             simulation.process(request)
         outcomes.append(simulation.outcome)

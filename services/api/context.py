@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -62,4 +61,3 @@ class ApiContext:
     client_addresses: ClientAddresses = field(default_factory=lambda: ClientAddresses(()))
     slow_clients: SlowClients = field(default_factory=lambda: SlowClients(0))
     refused_lookups: RefusedLookups = field(default_factory=RefusedLookups)
-    clock: Callable[[], float] = time.time  # POSIX seconds, for admission

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 _SIZES = ["1%", "5%", "10%", "25%"]
 _POLICIES: list[str] = list(POLICY_NAMES)
 _MISS_COSTS = ["auto"]
-_SECOND_VIEWS = ["8M"]
+_SECOND_VIEWS = ["auto"]
 
 Logs = Annotated[
     list[Path],
     typer.Argument(
         metavar="LOG…",
-        help="Access logs: ours (JSON lines), Caddy's JSON, common or combined, CSV; gzip too.",
+        help="Access logs: ours (JSON lines), Caddy's JSON, common or combined, CSV; traces: libCacheSim's CSV and"
+        " oracleGeneral, webcachesim's; plain, gzip, bzip2 or xz.",
     ),
 ]
 Sizes = Annotated[
@@ -45,7 +46,7 @@ SecondViews = Annotated[
     list[str],
     typer.Option(
         "--second-view-above",
-        help="Size above which objects are cached on their second view, or 'off'; repeatable.",
+        help="Size above which objects are cached on their second view, 'auto' or 'off'; repeatable.",
     ),
 ]
 Compared = Annotated[
@@ -96,7 +97,7 @@ def replay(  # noqa: PLR0913, PLR0917 - an argument for each option of the comma
         raise ConfigurationError(
             f"policy: expected {', '.join(POLICY_NAMES)}, got {', '.join(sorted(unknown))}"
         )
-    thresholds = [] if second_view_above == ["off"] else _sizes("second-view-above", second_view_above)
+    thresholds = _admission_sizes(second_view_above)
     settings = settings_to_try(policy, _miss_costs(miss_cost), thresholds)
     settings += [Setting(name) for name in _compared(compare)]
     own = _own_node(config) if config is not None else None
@@ -130,6 +131,16 @@ def _compared(text: str) -> list[str]:
     if unknown:
         raise ConfigurationError(f"compare: expected {', '.join(OTHER_POLICIES)}, got {', '.join(unknown)}")
     return list(dict.fromkeys(names))
+
+
+def _admission_sizes(texts: list[str]) -> list[int | Literal["auto"]]:
+    from distributor_node.shared.settings.sizes import parse_admission_size
+
+    try:
+        found = [parse_admission_size(text) for text in texts]
+    except ValueError as error:
+        raise ConfigurationError(f"second-view-above: {error}") from error
+    return [above for above in found if above is not None]
 
 
 def _miss_costs(texts: list[str]) -> list[MissCost]:

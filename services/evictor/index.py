@@ -124,7 +124,7 @@ class EvictionIndex:
                         evicting[entry.object_id] = None
                         self.policy.remove(entry.object_id)
                     elif entry.object_id not in self.policy:
-                        self.policy.add(_as_stored(entry))
+                        self.policy.add(entry)
                 await asyncio.sleep(0)
             for start in range(0, len(held), _COMPARE_BATCH):
                 for object_id in held[start : start + _COMPARE_BATCH]:
@@ -286,12 +286,6 @@ class EvictionIndex:
             for entry in found
             if entry is not None
         ]
-
-
-def _as_stored(entry: IndexEntry) -> PolicyEntry:
-    return PolicyEntry(
-        entry.object_id, entry.size, max(1, entry.frequency), entry.last_access, entry.priority
-    )
 
 
 def _quantize(seconds: float) -> float:

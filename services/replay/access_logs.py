@@ -1,20 +1,23 @@
-"""Reads access logs, plain or gzip, into a recording of requests.
+"""Reads access logs and public traces, plain or compressed, into a recording of requests.
 
 The file has three parts: reading files, the recording, and parsing one line in any of the known formats.
 """
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import math
 import re
+import struct
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -43,6 +46,7 @@ class LinesRead:
     other: int = 0  # readable, but not a response with an object
     unreadable: int = 0
     not_sampled: int = 0
+    first_unreadable: str = ""  # file, line, and what was expected
 
 
 def read_logs(
@@ -52,28 +56,46 @@ def read_logs(
 
     `sample`: share of the objects to keep. A hash of the id decides, so that all requests for an object are kept or
     none. The cache must be smaller by the same share. `progress`: called with the bytes read since its last call.
+    Raises ConfigurationError for a file that cannot be read, and for a damaged record of a binary trace.
     """
     counts = LinesRead()
     for path in paths:
-        with _opened(path) as (raw, lines):
+        with _opened(path) as (raw, content):
             before = 0
-            for number, line in enumerate(lines):
+            records = (
+                _oracle_records(path, content) if _ORACLE in path.name.lower() else _lines(path, content)
+            )
+            for number, parsed in enumerate(records):
                 if number % _REPORT_INTERVAL == 0:
                     progress(raw.tell() - before)
                     before = raw.tell()
-                _add_line(line, recording, sample, counts)
+                _add(parsed, recording, sample, counts)
             progress(raw.tell() - before)
     return counts
 
 
-def _add_line(line: bytes, recording: Recording, sample: float, counts: LinesRead) -> None:
-    try:
-        parsed = parse_line(line.decode("utf-8", "replace"))
-    except Unreadable:
-        counts.unreadable += 1
-        return
+def _lines(path: Path, content: IO[bytes]) -> Iterator[LogLine | Unreadable | None]:
+    """None: a line about something else. An unreadable line says where it is."""
+    columns: Columns | None = None
+    for number, line in enumerate(iter(lambda: content.readline(_MAX_LINE), b""), 1):
+        text = line.decode("utf-8", "replace")
+        header = columns_of(text)
+        if header is not None:
+            columns = header
+            yield None
+            continue
+        try:
+            yield parse_line(text, columns)
+        except Unreadable as error:
+            yield Unreadable(f"{path}: line {number}: {error}")
+
+
+def _add(parsed: LogLine | Unreadable | None, recording: Recording, sample: float, counts: LinesRead) -> None:
     if parsed is None:
         counts.other += 1
+    elif isinstance(parsed, Unreadable):
+        counts.unreadable += 1
+        counts.first_unreadable = counts.first_unreadable or str(parsed)
     elif not _sampled(parsed.object_id, sample):
         counts.not_sampled += 1
     else:
@@ -89,15 +111,54 @@ def _sampled(object_id: ObjectId, sample: float) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[IO[bytes], Iterator[bytes]]]:
-    """Open a log: yields the file, for its position, and its lines. Gzip files are recognised by their content."""
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Open a log: yields the file, for its position, and its content. Compression is recognised by the first bytes."""
     try:
         with path.open("rb") as raw:
-            packed = raw.peek(2)[:2] == b"\x1f\x8b"
-            text: IO[bytes] = io.BufferedReader(gzip.GzipFile(fileobj=raw)) if packed else raw
-            yield raw, iter(lambda: text.readline(_MAX_LINE), b"")
-    except (OSError, EOFError, zlib.error) as error:
+            yield raw, _unpacked(path, raw)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ConfigurationError(f"{path}: cannot be read: {error}") from error
+
+
+def _unpacked(path: Path, raw: io.BufferedReader) -> IO[bytes]:
+    first = raw.peek(6)[:6]
+    if first[:2] == b"\x1f\x8b":
+        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
+    if first[:3] == b"BZh":
+        return bz2.BZ2File(raw)
+    if first == b"\xfd7zXZ\x00":
+        return lzma.LZMAFile(raw)
+    if first[:4] == b"\x28\xb5\x2f\xfd":
+        raise ConfigurationError(
+            f"{path}: expected a plain, gzip, bzip2 or xz file, got zstd: unpack it first"
+        )
+    return raw
+
+
+# libCacheSim's binary traces: time, id, size, and when the object is requested next, which is not needed
+
+_ORACLE = "oraclegeneral"  # in the names of such files
+_ORACLE_RECORD = struct.Struct("<IQIq")
+_RECORDS_AT_ONCE = 4096
+_NO_NEXT = -2  # or -1: it is not requested again
+
+
+def _oracle_records(path: Path, content: IO[bytes]) -> Iterator[LogLine]:
+    number = 0
+    while block := content.read(_RECORDS_AT_ONCE * _ORACLE_RECORD.size):
+        whole = len(block) // _ORACLE_RECORD.size * _ORACLE_RECORD.size
+        for at, key, size, following in _ORACLE_RECORD.iter_unpack(block[:whole]):
+            number += 1
+            if following < _NO_NEXT:
+                raise ConfigurationError(
+                    f"{path}: record {number}: next_access_vtime: expected {_NO_NEXT} or more, got {following}:"
+                    " not a trace in libCacheSim's oracleGeneral format?"
+                )
+            yield LogLine(float(at), ObjectId(str(key)), size, size=size)
+        if whole < len(block):
+            raise ConfigurationError(
+                f"{path}: record {number + 1}: expected {_ORACLE_RECORD.size} bytes, got {len(block) - whole}"
+            )
 
 
 def read_sizes(path: Path) -> dict[str, int]:
@@ -246,7 +307,9 @@ class _Fetches:
 # - our own: JSON with event `request_answered`;
 # - Caddy's JSON;
 # - the common and combined formats of nginx and others, `… [time] "GET /…/assets/<id> HTTP/1.1" status bytes …`;
-# - CSV, `time,id,size[,sent]`, with or without a header line; times in POSIX seconds or ISO 8601.
+# - CSV, `time,id,size[,sent]`, or with other columns that a header line names, as libCacheSim has them;
+# - `time id size`, as webcachesim has them, more columns are ignored;
+# times in POSIX seconds or ISO 8601.
 #
 # Only responses to GET requests for objects count (200, 206, 304). Other readable lines are ignored.
 
@@ -263,6 +326,10 @@ class Unreadable(Exception):
     """The line is in none of the known formats."""
 
 
+class _InvalidField(Exception):
+    """Says which field of the line, what was expected and what it has."""
+
+
 @dataclass(frozen=True, slots=True)
 class LogLine:
     """A response with an object, or a part of it."""
@@ -276,19 +343,24 @@ class LogLine:
     not_modified: bool = False  # whether the response was a 304
 
 
-def parse_line(line: str) -> LogLine | None:
-    """Parse one line. None: it is not a response with an object. Raises Unreadable."""
+def parse_line(line: str, columns: Columns | None = None) -> LogLine | None:
+    """Parse one line. `columns`: of CSV, from a header line. None: it is not a response with an object. Raises
+    Unreadable, which names the field where one is to blame."""
     line = line.strip()
     if not line:
         return None
     try:
-        parsed = _from_text(line)
+        parsed = _from_text(line, columns)
     except InvalidInput:
         return None  # an invalid object id: the response was 400
+    except _InvalidField as error:
+        if columns_of(line) is not None:
+            return None
+        raise Unreadable(str(error)) from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise Unreadable(line[:80]) from error
+        raise Unreadable(f"expected a known format, got {line[:80]!r}") from error
     if parsed is not None and not (is_size(parsed.sent) and (parsed.size is None or is_size(parsed.size))):
-        raise Unreadable(line[:80])
+        raise Unreadable(f"size: expected 0 to {_MAX_BYTES} bytes, got {line[:80]!r}")
     return parsed
 
 
@@ -297,11 +369,17 @@ def is_size(count: int) -> bool:
     return 0 <= count <= _MAX_BYTES
 
 
-def _from_text(line: str) -> LogLine | None:
+def _from_text(line: str, columns: Columns | None) -> LogLine | None:
     if line.startswith("{"):
         return _from_json(json.loads(line))
     common = _COMMON.match(line)
-    return _from_csv(line) if common is None else _from_common(common)
+    if common is not None:
+        return _from_common(common)
+    spaced = columns is None and "," not in line
+    fields = line.split() if spaced else [field.strip().strip('"') for field in line.split(",")]
+    if spaced:
+        return _from_columns(fields, _SPACED)
+    return _from_columns(fields, _UNNAMED if columns is None else columns)
 
 
 def _from_json(fields: Mapping[str, Any]) -> LogLine | None:
@@ -357,12 +435,59 @@ def _from_common(fields: re.Match[str]) -> LogLine | None:
     return LogLine(at, object_id, sent, whole=status == 200, not_modified=status == 304)
 
 
-def _from_csv(line: str) -> LogLine | None:
-    time, object_id, size, *more = (field.strip().strip('"') for field in line.split(","))
-    if (time, object_id) == ("time", "id"):
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Places of the columns of CSV, the first is 0."""
+
+    time: int
+    object_id: int
+    size: int
+    sent: int | None = None  # None: the whole object
+
+
+_UNNAMED, _SPACED = Columns(0, 1, 2, 3), Columns(0, 1, 2)
+_COLUMN_NAMES = {
+    "time": ("time", "timestamp", "ts", "real_time", "clock_time"),
+    "id": ("id", "obj_id", "object_id", "obj", "object", "key"),
+    "size": ("size", "obj_size", "object_size", "obj-size"),
+    "sent": ("sent", "bytes_sent"),
+}
+
+
+def columns_of(line: str) -> Columns | None:
+    """The columns that a header line of CSV names. None: it is no header line, or names no time, id or size."""
+    if line[:1].isdigit() or line[:1] == "{":
         return None
-    whole = int(size)
-    return LogLine(_seconds(time), ObjectId.parse(object_id), int(more[0]) if more else whole, size=whole)
+    names = [name.strip().strip('"').lower() for name in line.strip().lstrip("#").split(",")]
+    found = {
+        column: place
+        for column, known in _COLUMN_NAMES.items()
+        for place, name in enumerate(names)
+        if name in known
+    }
+    if not {"time", "id", "size"} <= found.keys():
+        return None
+    return Columns(found["time"], found["id"], found["size"], found.get("sent"))
+
+
+def _from_columns(fields: Sequence[str], columns: Columns) -> LogLine:
+    needed = max(columns.time, columns.object_id, columns.size) + 1
+    if len(fields) < needed:
+        raise _InvalidField(f"expected {needed} columns, got {len(fields)}")
+    try:
+        at = _seconds(fields[columns.time])
+    except ValueError as error:
+        raise _InvalidField(f"time: expected a number or ISO 8601, got {fields[columns.time]!r}") from error
+    size = _count("size", fields[columns.size])
+    given = columns.sent is not None and columns.sent < len(fields)
+    sent = _count("sent", fields[columns.sent or 0]) if given else size
+    return LogLine(at, ObjectId.parse(fields[columns.object_id]), sent, size=size)
+
+
+def _count(name: str, field: str) -> int:
+    if not field.isascii() or not field.isdigit():
+        raise _InvalidField(f"{name}: expected a number of bytes, got {field[:80]!r}")
+    return int(field)
 
 
 def _object_in(path: str) -> ObjectId | None:

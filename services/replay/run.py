@@ -120,6 +120,8 @@ def _about(recording: Recording, counts: LinesRead) -> list[str]:
         f" {recording.days:.1f} days; {counts.other} other lines, {counts.unreadable} unreadable"
         + (f", {counts.not_sampled} not in the sample." if counts.not_sampled else ".")
     ]
+    if counts.first_unreadable:
+        lines.append(f"The first unreadable line: {counts.first_unreadable}")
     if recording.guessed_sizes:
         lines.append(
             f"{recording.guessed_sizes} objects have only partial responses, so their sizes are lower bounds"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from distributor_node.services.replay.comparison import OTHER_POLICIES
-from distributor_node.shared.domain.admission import SecondHitAdmission
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction import AUTO_COST, EvictionPolicy, MissCost, make_policy
 from distributor_node.shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, Simulation
 from distributor_node.shared.domain.space import Watermarks, watermarks_for
-from distributor_node.shared.settings.sizes import format_miss_cost, format_size, parse_size
+from distributor_node.shared.settings.sizes import format_admission_size, format_miss_cost, parse_size
 
 _PROGRESS_INTERVAL = 20_000  # requests
 _WINDOW = 7 * 24 * 3600.0  # seconds
@@ -42,13 +43,22 @@ class Setting:
 
     policy: str
     cost: MissCost | None = None  # c0; None: the policy has none
-    second_view_above: int | None = None  # bytes; None: off
+    second_view_above: int | Literal["auto"] | None = None  # bytes; None: off
 
     @property
     def name(self) -> str:
         cost = "" if self.cost is None else f" c0={format_miss_cost(self.cost)}"
         above = self.second_view_above
-        return f"{self.policy}{cost}" + ("" if above is None else f", second view above {format_size(above)}")
+        return f"{self.policy}{cost}" + (
+            "" if above is None else f", second view above {format_admission_size(above)}"
+        )
+
+    def admission(self, rules: Rules, window: float = _WINDOW) -> AdmissionQuestion | None:
+        """What is asked about every object. `window`: seconds in which a second view has to follow the first."""
+        if self.second_view_above is None:
+            return None
+        above = None if self.second_view_above == "auto" else self.second_view_above
+        return AdmissionQuestion(0, above, rules.watermarks.low, window)
 
     def make_policy(self, limit: int) -> EvictionPolicy:
         """`limit`: bytes of the cache, which some of the policies that the node does not have need to know."""
@@ -75,7 +85,9 @@ class Result:
 
 
 def settings_to_try(
-    policies: Iterable[str], miss_costs: Sequence[MissCost], second_view_above: Sequence[int]
+    policies: Iterable[str],
+    miss_costs: Sequence[MissCost],
+    second_view_above: Sequence[int | Literal["auto"]],
 ) -> list[Setting]:
     """Return each policy without admission, gdsf with each c0, and its first c0 with each admission threshold."""
     settings: list[Setting] = []
@@ -111,8 +123,7 @@ def try_setting(
     admission_window: float = _WINDOW,
 ) -> Outcome:
     """Simulate all requests. `tick`: called with the number of requests since its last call."""
-    above = setting.second_view_above
-    admission = None if above is None else SecondHitAdmission(above, admission_window)
+    admission = setting.admission(rules, admission_window)
     simulation = Simulation(setting.make_policy(rules.limit), rules, admission)
     seen = 0
     for request in requests:

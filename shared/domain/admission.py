@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from distributor_node.shared.domain.objects import ObjectId
 
@@ -37,49 +38,61 @@ class ViewCoalescer:
 
 # Cache on second hit: large objects are fetched on their second view only. Half of all objects have no second one.
 
+MAX_FIRST_VIEWS = 100_000
+"""First views that are remembered; beyond that the oldest are forgotten."""
+MIN_AUTO_ABOVE = 1024**2
+"""Bytes. With `auto` all objects up to this size are admitted."""
+_AUTO_VIEWS = 2
+
+
+def auto_above(mean: float) -> float:
+    """The size in bytes above which `auto` asks for a second view. `mean`: bytes of a view."""
+    return max(MIN_AUTO_ABOVE, _AUTO_VIEWS * mean)
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionQuestion:
+    """Whether to fetch a missing object or only to proxy it."""
+
+    size: int  # bytes of the object
+    above: int | None  # bytes; larger objects need a second view. None: `auto_above` of the mean view
+    low_watermark: int  # bytes used and reserved; up to it every object is admitted
+    window: float = 7 * 24 * 3600.0  # seconds in which the second view has to follow the first
+    view_window: float = VIEW_WINDOW  # seconds that one view lasts
+
+    @property
+    def settled(self) -> bool:
+        """Whether the object is admitted whatever the mean view is."""
+        return self.size <= (MIN_AUTO_ABOVE if self.above is None else self.above)
+
 
 class SecondHitAdmission:
-    """Remembers first views in two generations: when the newer one is full or as old as the window, the older one is
-    dropped. So at least the last `max_entries / 2` first views within the window are known.
-    """
+    """Remembers the first views of large objects. claim.lua does the same for processes that share a server."""
 
-    def __init__(
-        self,
-        above: int,
-        window: float = 7 * 24 * 3600.0,
-        view_window: float = VIEW_WINDOW,
-        max_entries: int = 200_000,
-    ) -> None:
-        """`above`: objects of more bytes need a second view; `window`: seconds in which it has to follow the first;
-        `view_window`: seconds that one view lasts; `max_entries`: first views to remember, about 130 bytes each.
-        """
-        self._above = above
-        self._window = window
-        self._view_window = view_window
-        self._max_per_generation = max(1, max_entries // 2)
-        self._newer: dict[str, float] = {}
-        self._older: dict[str, float] = {}
-        self._rotated_at = float("-inf")
+    def __init__(self, max_entries: int = MAX_FIRST_VIEWS) -> None:
+        """`max_entries`: first views to remember, about 200 bytes each; beyond that the oldest are forgotten."""
+        self._max_entries = max_entries
+        self._first: OrderedDict[ObjectId, float] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._newer) + len(self._older)
+        return len(self._first)
 
-    def admits(self, object_id: ObjectId, size: int, now: float, *, pressure: bool) -> bool:
-        """Whether to fetch a missing object of `size` bytes for a request at `now` (seconds), or only to proxy it.
+    def admits(
+        self, object_id: ObjectId, question: AdmissionQuestion, now: float, *, taken: int, mean: float
+    ) -> bool:
+        """Whether to fetch the object for a request at `now` (seconds).
 
-        `pressure`: another object would have to be evicted for it. While there is room every object is admitted, and
-        first views are remembered all the same. Requests of the same view are no second view.
+        `taken`: bytes used and reserved. Up to the low watermark every object is admitted, and first views are
+        remembered all the same. Requests of the same view are no second view. `mean`: bytes of a view.
         """
-        if size <= self._above:
+        if question.size <= (auto_above(mean) if question.above is None else question.above):
             return True
-        first = self._newer.get(object_id, self._older.get(object_id))
-        if first is None or not 0 <= now - first <= self._window:
-            self._remember(object_id, now)
-            return not pressure
-        return not pressure or now - first >= self._view_window
-
-    def _remember(self, object_id: ObjectId, now: float) -> None:
-        if len(self._newer) >= self._max_per_generation or not 0 <= now - self._rotated_at <= self._window:
-            self._older, self._newer = self._newer, {}
-            self._rotated_at = now
-        self._newer[str(object_id)] = now
+        pressure = taken > question.low_watermark
+        first = self._first.get(object_id)
+        if first is not None and 0 <= now - first <= question.window:
+            return not pressure or now - first >= question.view_window
+        self._first[object_id] = now
+        self._first.move_to_end(object_id)
+        if len(self._first) > self._max_entries:
+            self._first.popitem(last=False)
+        return not pressure

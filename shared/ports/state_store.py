@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from distributor_node.shared.domain.eviction.policy import NO_BASIS, PriorityBasis
+from distributor_node.shared.domain.admission import AdmissionQuestion
+from distributor_node.shared.domain.eviction.policy import NO_BASIS, PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import (
     OperatorState,
@@ -92,6 +93,7 @@ class Claim:
     won: bool
     status: ObjectStatus  # if the claim was refused: why
     serial: int = 0  # of the claim that was won, for its job; rises with every claim
+    admitted: bool = True  # False: the object is to be proxied, because this is its first view
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,14 +189,12 @@ ACCESS_TIME_RESOLUTION = 1 / 2**16
 
 
 @dataclass(frozen=True, slots=True)
-class IndexEntry:
-    """What the index holds of a complete object: all that any eviction policy needs."""
+class IndexEntry(PolicyEntry):
+    """What the index holds of a complete object. It is a policy's entry as it is: a new leader adds a million of them.
 
-    object_id: ObjectId
-    size: int  # bytes
-    frequency: int  # views
-    last_access: float  # POSIX seconds, rounded to ACCESS_TIME_RESOLUTION
-    priority: float = 0.0  # the policy's own value, stored as it is
+    Accesses are rounded to ACCESS_TIME_RESOLUTION, priorities are stored as they are, and there may be no view yet.
+    """
+
     evicting: bool = False
     generation: int = 0  # changes whenever the entry stands for another file, or an eviction begins
 
@@ -473,8 +473,18 @@ class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
     async def find(self, object_id: ObjectId) -> ObjectStatus:
         """Read only, without side effects."""
 
-    async def claim(self, object_id: ObjectId, claimant: str, trace: str = "") -> Claim:
+    async def claim(
+        self,
+        object_id: ObjectId,
+        claimant: str,
+        admission: AdmissionQuestion | None = None,
+        trace: str = "",
+    ) -> Claim:
         """Win the right to publish the job, until the claim expires. `trace`: a traceparent, which others may link to.
+
+        `admission`: claim the object only if it is admitted, and remember the first view of a large one. The last
+        MAX_FIRST_VIEWS of all processes are remembered. A PARKED fetch is admitted. A server that is nearly full
+        remembers none and admits all.
 
         Refused while a fetch is CLAIMED, QUEUED or FETCHING, or a failure is remembered. A PARKED fetch or an expired
         claim can be claimed again. A parked fetch keeps its reservation. An expired queue mark is prolonged instead,

@@ -23,7 +23,7 @@ from distributor_node.shared.domain.jobs import CLAIM_SECONDS
 from distributor_node.shared.domain.objects import Assignment, parse_bucket_id
 from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
 from distributor_node.shared.domain.urls import names_host
-from distributor_node.shared.settings.sizes import MissCostSetting, Size, format_size
+from distributor_node.shared.settings.sizes import AdmissionSize, MissCostSetting, Size, format_size
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -362,8 +362,9 @@ class EvictorSettings(SettingsGroup):
 class AdmissionSettings(SettingsGroup):
     """Which objects are cached. These rules apply only while the cache is under pressure."""
 
-    above_size: Size | None = None
-    """Larger objects are fetched on their second view; the first one is proxied. Default: none are."""
+    above_size: AdmissionSize = "auto"
+    """Larger objects are fetched on their second view; the first one is proxied. `auto`: larger than twice the mean
+    bytes of a view, and than 1 MiB. `off`: none."""
     window: Seconds = 7 * 24 * 3600.0
     """Seconds within which the second view must follow the first."""
 

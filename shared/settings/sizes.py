@@ -1,9 +1,9 @@
-"""Sizes with units: 500G, 1.5 TiB, 64MB, 1024; and the cost of a miss, which may follow the traffic: auto, 30x, 64M."""
+"""Sizes with units: 500G, 1.5 TiB, 64MB, 1024; and two settings that may follow the traffic: auto, 30x, 64M."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, PlainSerializer, WithJsonSchema
 
@@ -53,6 +53,41 @@ Size = Annotated[
     BeforeValidator(parse_size),
     PlainSerializer(format_size, return_type=str),
     WithJsonSchema(_SCHEMA, mode="validation"),
+]
+
+
+def parse_admission_size(value: object) -> int | Literal["auto"] | None:
+    """`auto`, `off` (None; YAML reads it as false), or a size. Raises ValueError."""
+    if value is None or value is False:
+        return None
+    if isinstance(value, str) and value.strip().lower() in {"auto", "off"}:
+        return "auto" if value.strip().lower() == "auto" else None
+    try:
+        return parse_size(value)
+    except ValueError as error:
+        raise ValueError(f"expected auto, off or a size: {error}") from error
+
+
+def format_admission_size(size: int | Literal["auto"] | None) -> str:
+    """What `parse_admission_size` reads back."""
+    return "off" if size is None else size if size == "auto" else format_size(size)
+
+
+AdmissionSize = Annotated[
+    int | Literal["auto"] | None,
+    BeforeValidator(parse_admission_size),
+    PlainSerializer(format_admission_size, return_type=str),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                *_SCHEMA["anyOf"],
+                {"type": "string", "pattern": r"^\s*([aA][uU][tT][oO]|[oO][fF][fF])\s*$"},
+                {"const": False},
+                {"type": "null"},
+            ]
+        },
+        mode="validation",
+    ),
 ]
 
 

@@ -6,7 +6,6 @@ time of the server as a whole, in both directions, and no example waits.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import shutil
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from distributor_node.shared.adapters.state_redis import RedisStateStore, connec
 from distributor_node.shared.adapters.state_redis.caches import RedisSharedCatalogCache
 from distributor_node.shared.adapters.state_redis.connection import Script
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.ports.catalog import NewAnswer
 from tests.chaos.model import Node
 from tests.chaos.model_parts import LIMIT
 from tests.servers.redis_server import RedisServer
@@ -138,7 +138,7 @@ class RedisNode(Node):
             await self._set_maxmemory(0)
             return
         answers = (_answer(number) for number in range(ANSWERS))
-        await asyncio.gather(*(self.cache.put(one.object_id, one, 3600, 7 * 24 * 3600) for one in answers))
+        await self.cache.put([NewAnswer(one.object_id, one, 3600, 7 * 24 * 3600) for one in answers])
         used = (await self.client.info("memory"))["used_memory"]
         await self._set_maxmemory(round(used / share))
 

@@ -6,12 +6,19 @@ import asyncio
 
 import pytest
 
+from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.adapters.state_redis import store as redis_store
+from distributor_node.shared.domain.admission import AdmissionQuestion, SecondHitAdmission
+from distributor_node.shared.domain.eviction import PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import (
     FailureCause,
     FetchPhase,
     Granted,
+    ObjectStatus,
+    PolicyState,
+    StateStore,
 )
 from tests.contract.state_harness import ONE, THREE, TWO, Harness
 
@@ -58,7 +65,7 @@ class TestFind:
 class TestTrace:
     async def test_is_that_of_the_claim_then_of_the_fetch(self, harness: Harness) -> None:
         await harness.reconciled()
-        assert (await harness.store.claim(ONE, "api-1", "of-the-claim")).won
+        assert (await harness.store.claim(ONE, "api-1", trace="of-the-claim")).won
 
         async def trace() -> str:
             fetch = (await harness.other.find(ONE)).fetch
@@ -66,7 +73,7 @@ class TestTrace:
             return fetch.trace
 
         assert await trace() == "of-the-claim"
-        refused = await harness.other.claim(ONE, "api-2", "of-another")
+        refused = await harness.other.claim(ONE, "api-2", trace="of-another")
         assert refused.status.fetch is not None
         assert refused.status.fetch.trace == "of-the-claim"
         await harness.store.mark_queued(ONE, "api-1")
@@ -79,7 +86,7 @@ class TestTrace:
 
     async def test_of_the_claim_stays_where_the_fetch_has_none(self, harness: Harness) -> None:
         await harness.reconciled()
-        await harness.store.claim(ONE, "api-1", "of-the-claim")
+        await harness.store.claim(ONE, "api-1", trace="of-the-claim")
         await harness.store.begin(ONE, 10, "worker-1")
         fetch = (await harness.store.find(ONE)).fetch
         assert fetch is not None
@@ -173,6 +180,100 @@ class TestClaim:
         await brief.store.mark_queued(ONE, "api-1")
         await brief.until_phase(ONE, FetchPhase.PARKED)
         assert await brief.used_and_reserved() == (0, footprint(100))
+
+
+async def admitted(
+    store: StateStore, object_id: ObjectId, size: int, above: int | None = 1000, **changes: float
+) -> bool:
+    """Whether a claim is won. A won claim is released."""
+    low = int(changes.pop("low", 0))
+    question = AdmissionQuestion(size, above, low, **{"window": 60.0, "view_window": 0.2} | changes)
+    claim = await store.claim(object_id, "api-1", question)
+    assert claim.won == claim.admitted, "nothing else is in the way"
+    assert claim.status == ObjectStatus(None, None)
+    if claim.won:
+        await store.release_claim(object_id, "api-1")
+    else:
+        assert await store.find(object_id) == ObjectStatus(None, None), "nothing is claimed"
+    return claim.won
+
+
+class TestAdmission:
+    async def test_a_large_object_is_admitted_on_its_second_view_in_whatever_process(
+        self, harness: Harness
+    ) -> None:
+        await harness.reconciled()
+        await harness.stored(THREE, 5000)
+        assert await admitted(harness.store, ONE, 1000), "not large"
+        assert not await admitted(harness.store, ONE, 1001)
+        assert not await admitted(harness.other, ONE, 1001), "the same view"
+        assert not await admitted(harness.other, TWO, 1001)
+        await harness.advance_clock(0.25)
+        assert await admitted(harness.other, ONE, 1001)
+
+    async def test_with_room_left_every_object_is_admitted_and_its_first_view_remembered(
+        self, harness: Harness
+    ) -> None:
+        await harness.reconciled()
+        await harness.stored(THREE, 5000)
+        assert await admitted(harness.store, ONE, 1001, low=footprint(5000))
+        await harness.advance_clock(0.25)
+        assert await admitted(harness.store, ONE, 1001)
+        await harness.begin_fetch(TWO, 1)
+        assert not await admitted(harness.store, ObjectId("4"), 1001, low=footprint(5000)), (
+            "reserved bytes count"
+        )
+
+    async def test_a_first_view_is_forgotten_after_the_window(self, harness: Harness) -> None:
+        await harness.reconciled()
+        await harness.stored(THREE, 5000)
+        for _ in range(2):
+            assert not await admitted(harness.store, ONE, 1001, window=0.1, view_window=0.01)
+            await harness.advance_clock(0.15)
+
+    async def test_the_threshold_follows_the_mean_view(self, harness: Harness) -> None:
+        term = await harness.reconciled()
+        await harness.stored(THREE, 800_000)
+        above = 2 * footprint(800_000)
+        assert await admitted(harness.store, ONE, above, None), (
+            "no view is counted: the mean of what is stored"
+        )
+        assert not await admitted(harness.store, ONE, above + 1, None)
+        basis = PriorityBasis(0.0, "gdsf", 1.0, views=10.0, viewed_bytes=1e7)
+        await harness.store.save_policy(term, [], PolicyState(basis, ""))
+        assert await admitted(harness.store, TWO, 2_000_000, None)
+        assert not await admitted(harness.store, TWO, 2_000_001, None)
+        await harness.store.save_policy(
+            term, [], PolicyState(PriorityBasis(0.0, "gdsf", 1.0, 10.0, 10.0), "")
+        )
+        assert await admitted(harness.store, ObjectId("4"), 1024**2, None), "never below 1 MiB"
+        assert not await admitted(harness.store, ObjectId("4"), 1024**2 + 1, None)
+
+    async def test_the_memory_is_bounded(self, harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(redis_store, "MAX_FIRST_VIEWS", 3)
+        if isinstance(harness.store, MemoryStateStore):
+            harness.store.tables.first_views = SecondHitAdmission(3)
+        await harness.reconciled()
+        await harness.stored(THREE, 5000)
+        for number in range(5):
+            assert not await admitted(harness.store, ObjectId(f"n{number}"), 1001)
+            await harness.advance_clock(0.01)
+        await harness.advance_clock(0.25)
+        assert await admitted(harness.store, ObjectId("n2"), 1001)
+        assert not await admitted(harness.store, ObjectId("n0"), 1001)
+
+    async def test_a_fetch_that_was_begun_is_continued(self, harness: Harness) -> None:
+        await harness.reconciled()
+        await harness.stored(THREE, 5000)
+        await harness.store.park(await harness.begin_fetch(ONE, 2000))
+        claim = await harness.store.claim(ONE, "api-1", AdmissionQuestion(2000, 1000, 0, 60.0))
+        assert claim.won
+
+    async def test_what_is_in_the_way_comes_before_admission(self, harness: Harness) -> None:
+        await harness.store.record_failure(ONE, "unreachable", 60)
+        claim = await harness.store.claim(ONE, "api-1", AdmissionQuestion(1001, 1000, -1, 60.0))
+        assert claim.status.failure is not None
+        assert claim.admitted
 
 
 class TestMarkQueuedAndWithdraw:

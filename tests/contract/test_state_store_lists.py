@@ -18,7 +18,7 @@ from distributor_node.shared.ports.state_store import (
 )
 from tests.contract.state_harness import ONE, TWO, Harness
 
-BASIS = PriorityBasis(1.5, "gdsf", 12_345.75, views=7.5, viewed_bytes=1 / 3)
+BASIS = PriorityBasis(1.5, "gdsf", 12_345.75, views=7.5, viewed_bytes=1 / 3, exponent=0.7, first_weight=0.3)
 
 
 class TestSpaceRequests:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import FetchPhase, Granted, IndexEntry, Lease, StateStore, Term
@@ -74,9 +75,12 @@ class Together(RuleBasedStateMachine):
         by_store = {id(harness.store): lease for harness, lease in zip(self.harnesses, leases, strict=True)}
         return self.agreed(lambda store, _: verb(store, by_store[id(store)]))
 
-    @rule(object_id=_OBJECTS, name=_NAMES)
-    def claim(self, object_id: ObjectId, name: str) -> None:
-        self.both(lambda store, _: store.claim(object_id, name))
+    @rule(object_id=_OBJECTS, name=_NAMES, size=_SIZES, low=st.sampled_from([None, 0, LIMIT // 3]))
+    def claim(self, object_id: ObjectId, name: str, size: int, low: int | None) -> None:
+        """With a low watermark: large objects need a second view, which no object has within an hour."""
+        question = None if low is None else AdmissionQuestion(size, 20, low, view_window=3600.0)
+        first, second = self.both(lambda store, _: store.claim(object_id, name, question))
+        assert (first.won, first.admitted) == (second.won, second.admitted)
 
     @rule(object_id=_OBJECTS, name=_NAMES, queued=st.booleans())
     def mark_queued_or_withdraw(self, object_id: ObjectId, name: str, queued: bool) -> None:

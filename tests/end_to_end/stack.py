@@ -105,6 +105,8 @@ class Stack:
             "DISTRIBUTOR_CATALOG__MANIFEST": str(self.manifest),
             "DISTRIBUTOR_STORAGE__PATH": str(self.volume),
             "DISTRIBUTOR_STORAGE__LIMIT": "1G",
+            # Tests of a full cache expect that every first view is fetched; releases before `off` read this too
+            "DISTRIBUTOR_ADMISSION__ABOVE_SIZE": "1P",
             "DISTRIBUTOR_PUBLIC_API__HOST": "127.0.0.1",
             "DISTRIBUTOR_PUBLIC_API__PORT": str(self.port),
             "DISTRIBUTOR_METRICS__HOST": "127.0.0.1",

@@ -250,7 +250,7 @@ async def assets_harness(
     **public_api: Any,
 ) -> AsyncIterator[AssetsHarness]:
     """A running API. `state_down`: its Redis is not there; `queue_down`: its queue takes no job; `store`: another one
-    than usual; `workers`: fetchers that have reported, with 8 free slots each; `clock`: of views."""
+    than usual; `workers`: fetchers that have reported, with 8 free slots each; `clock`: of the usual store."""
     settings = Settings(
         metrics={"host": "127.0.0.1", "port": 0},
         catalog={"manifest": root / "unused.yaml"},
@@ -263,7 +263,7 @@ async def assets_harness(
         log={"hits": log_hits, "client_address": log_clients},
     )
     times = StateTimeouts(operation_timeout=0.3)
-    state: StateStore = store or MemoryStateStore(LIMIT, times, time.time)
+    state: StateStore = store or MemoryStateStore(LIMIT, times, clock)
     if state_down:
         state = RedisStateStore(f"unix://{root}/no-redis.sock", "test:", LIMIT, times)
     queue, catalog, volume = MemoryJobQueue(RetryPlan()), ListedCatalog(), Volume(settings.storage.path)
@@ -287,7 +287,6 @@ async def assets_harness(
         context = make_context(
             settings, volume, state, queue, catalog, FailoverReader(client, SourceHealthRegistry())
         )
-        context = replace(context, clock=clock)
         harness = AssetsHarness(context, catalog, nodes[0], nodes[1], queue)
         listening = asyncio.Event()
 

@@ -185,7 +185,7 @@ async def test_a_store_of_the_former_version_is_taken_over_and_its_order_made_ag
     assert first.policy.basis.miss_cost == pytest.approx(20_000, rel=0.001), "the mean of what is stored"
     assert len(first.policy) == COUNT
     assert order(first) == [*expected[1:], IDS[0]], "and its log is read on"
-    newcomer = first.policy.inflation + 21 / 2
+    newcomer = first.policy.inflation + 21 * 0.4
     assert first.policy.inflation == pytest.approx(80_000 * 20_000 / (64 * 2**20), rel=0.001)
     fresh = [entry.priority for entry in first.policy.dump() if NOW - 3600 <= entry.last_access < NOW - 60]
     assert max(fresh) == pytest.approx(newcomer, rel=0.02), (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import struct
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from distributor_node.shared.domain.formats import FORMAT
 from distributor_node.shared.domain.objects import Assignment, ContentHash, ObjectId, StoredRecord
 from distributor_node.shared.domain.operator_state import OperatorState, OperatorStateSnapshot
 from distributor_node.shared.ports.state_store import Access, FetchPhase, Granted, IndexEntry, PolicyState
+from tests.integration.evictor_harness import evictor_harness
+from tests.waiting import eventually
 
 LIMIT = 10_000_000_000
 ENTRY = IndexEntry(
@@ -251,17 +255,105 @@ async def test_the_policys_state_of_the_version_before_is_read_and_what_it_wrote
     assert await store.load_policy_state() == PolicyState(PriorityBasis(17.25), "5-0")
     term = await store.lead("test", 60)
     assert term is not None
-    written = PolicyState(PriorityBasis(18.1, "gdsf", 20_000.5, 3.0, 3000.1), "6-0")
+    written = PolicyState(PriorityBasis(18.1, "gdsf", 20_000.5, 3.0, 3000.1, 0.75, 0.3), "6-0")
     await store.save_policy(term, [], written)
     assert await store.load_policy_state() == written
     assert (await server.hmget(policy, "inflation", "position")) == [b"18.1", b"6-0"], (
         "the version before reads these"
     )
     await server.hset(policy, mapping={"inflation": "18.1", "position": "7-0"})
-    assert await store.load_policy_state() == PolicyState(PriorityBasis(18.1, "", 0.0, 3.0, 3000.1), "7-0")
+    assert await store.load_policy_state() == PolicyState(
+        PriorityBasis(18.1, "", 0.0, 3.0, 3000.1, 0.75, 0.3), "7-0"
+    )
+    without_weights = (
+        '{"policy": "gdsf", "miss_cost": 2.5, "views": 3, "viewed_bytes": 9, "written_with": [18.1, "7-0"]}'
+    )
+    await server.hset(policy, "basis", without_weights)
+    assert await store.load_policy_state() == PolicyState(
+        PriorityBasis(18.1, "gdsf", 2.5, 3.0, 9.0, exponent=1.0, first_weight=0.5), "7-0"
+    )
     for damaged in ("{", "[]", '{"policy": "gdsf"}', '{"written_with": [18.1, "7-0"], "miss_cost": -1}'):
         await server.hset(policy, "basis", damaged)
         assert await store.load_policy_state() == PolicyState(PriorityBasis(18.1), "7-0")
+
+
+FORMER_COST, FORMER_L = 64 * 2**20, 80_000.0
+"""c0 in bytes, and L, of the version whose gdsf had a fixed c0 and w(views) = views."""
+KEPT, KEPT_SIZE, KEPT_SINCE = 30, 4000, 1_760_000_000
+
+
+def former_record(name: str) -> bytes:
+    return (
+        f'{{"version":1,"object_id":"{name}","size":{KEPT_SIZE},"etag":"\\"{name}\\"","hash":null,'
+        f'"media_type":"image/png","stored_at":{KEPT_SINCE}}}'
+    ).encode()
+
+
+def former_entry(views: int, at: int, level: float) -> bytes:
+    """As in PACKED_ENTRY: views × 2, size, last access in 2^-16 seconds, priority, generation."""
+    priority = level + views * (FORMER_COST + KEPT_SIZE) / KEPT_SIZE
+    integers = ((views * 2, 4), (KEPT_SIZE, 6), (at * 65_536, 6))
+    packed = b"".join(number.to_bytes(length, "little") for number, length in integers)
+    return packed + struct.pack("<d", priority) + (1_764_000_000_123).to_bytes(6, "little")
+
+
+@pytest.mark.servers
+async def test_a_directory_and_a_redis_of_the_version_before_are_taken_over_without_loss(
+    tmp_path: Path, server: Redis, redis_url: str, redis_prefix: str
+) -> None:
+    """A third of the objects was viewed before L rose, a third at half of it, a third lately, and twice."""
+    stored = {
+        f"o{number:02}": (
+            1 + number % 3 // 2, KEPT_SINCE + 100 * (number % 3) + number, FORMER_L * (number % 3) / 2
+        )
+        for number in range(KEPT)
+    }  # fmt: skip
+    for name in stored:
+        for folder, content in (("objects", name[:1].encode() * KEPT_SIZE), ("records", former_record(name))):
+            path = tmp_path / "volume" / folder / object_path(ObjectId(name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    packed: Any = {name: former_entry(*fields) for name, fields in stored.items()}
+    await server.hset(f"{redis_prefix}objects", mapping=packed)
+    await server.hset(f"{redis_prefix}usage", mapping={"used": KEPT * (KEPT_SIZE + 1024), "serial": 9})
+    await server.hset(f"{redis_prefix}policy", mapping={"inflation": str(FORMER_L), "position": ""})
+    former_order = sorted(stored, key=lambda name: (stored[name][1:], name))
+    accessed = f'[["{former_order[0]}", 1, {KEPT_SINCE + 9000}.0]]'
+    await server.xadd(f"{redis_prefix}accesses", {"batch": accessed})
+
+    async with evictor_harness(tmp_path, (redis_url, redis_prefix)) as harness:
+
+        async def saved() -> bool:
+            return (await harness.state.load_policy_state()).basis.policy == "gdsf"
+
+        with capture_logs() as logs:
+            async with harness.evictor():
+                await eventually(harness.reconciled)
+                await eventually(saved, seconds=30)
+        assert [line["former_policy"] for line in logs if line["event"] == "order_recomputed"] == [None]
+        taken_over = await harness.entries()
+        assert {
+            name: (entry.size, entry.frequency, entry.last_access) for name, entry in taken_over.items()
+        } == {
+            name: (
+                KEPT_SIZE,
+                views + (name == former_order[0]),
+                KEPT_SINCE + 9000 if name == former_order[0] else at,
+            )
+            for name, (views, at, _) in stored.items()
+        }
+        assert all(harness.path_of(name).read_bytes() == name[:1].encode() * KEPT_SIZE for name in stored)
+        order = sorted(taken_over, key=lambda name: (taken_over[name].priority, taken_over[name].last_access))
+        assert order[: KEPT - 1] == former_order[1:], "and the one that was viewed since goes last"
+        basis = (await harness.state.load_policy_state()).basis
+        assert basis.miss_cost == pytest.approx(20 * KEPT_SIZE)
+        assert basis.inflation == pytest.approx(FORMER_L * 20 * KEPT_SIZE / FORMER_COST)
+        with capture_logs() as logs:
+            async with harness.evictor():
+                await eventually(harness.reconciled)
+                await asyncio.sleep(0.3)
+        assert not [line for line in logs if line["event"] == "order_recomputed"], "once is enough"
+        assert await harness.entries() == taken_over
 
 
 def test_files_without_a_format_number_are_read(tmp_path: Path) -> None:

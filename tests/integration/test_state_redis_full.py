@@ -14,6 +14,7 @@ from redis.exceptions import OutOfMemoryError
 from distributor_node.shared.adapters.state_common import StateTimeouts, write_description
 from distributor_node.shared.adapters.state_redis import RedisStateStore
 from distributor_node.shared.adapters.state_redis.caches import RedisSharedCatalogCache
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import (
     ContentHash,
@@ -115,7 +116,23 @@ async def everything_works(store: RedisStateStore, lease: Lease) -> None:
     assert (await store.usage()).reserved == 0
 
 
-@pytest.mark.parametrize("small_redis", [MAX_MEMORY // 2], indirect=True)
+async def test_first_views_make_room_and_every_object_is_admitted(
+    store: RedisStateStore, client: Redis
+) -> None:
+    await has_work(store)
+    question = AdmissionQuestion(2000, 1000, low_watermark=0)
+    assert not (await store.claim(THREE, "api-1", question)).admitted
+    assert await client.zcard("node:first_views") == 1
+    number = 0
+    while await memory_share(client) < 0.92:
+        await client.set(f"something else {number}", bytes(100_000))
+        number += 1
+    assert 0.9 < await memory_share(client) < 1
+    for object_id in (THREE, ObjectId("4")):
+        assert (await store.claim(object_id, "api-1", question)).won
+    assert not await client.exists("node:first_views")
+
+
 async def test_catalog_answers_leave_room_for_the_index(
     store: RedisStateStore, cache: RedisSharedCatalogCache, client: Redis
 ) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from distributor_node.services.api.operator.warming import REPORT_INTERVAL, CacheWarmer
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import Warming, WarmingScope
@@ -28,11 +29,17 @@ class UnreachableStore(MemoryStateStore):
         super().__init__(LIMIT, StateTimeouts(), time.time)
         self.claims = self.reports = 0
 
-    async def claim(self, object_id: ObjectId, claimant: str, trace: str = "") -> Claim:
+    async def claim(
+        self,
+        object_id: ObjectId,
+        claimant: str,
+        admission: AdmissionQuestion | None = None,
+        trace: str = "",
+    ) -> Claim:
         if self.claims:
             self.claims -= 1
             raise StateStoreUnavailable("away")
-        return await super().claim(object_id, claimant, trace)
+        return await super().claim(object_id, claimant, admission, trace)
 
     async def lease_warming(
         self, holder: str, seconds: float, progress: Warming | None = None

@@ -115,6 +115,6 @@ def test_a_family_is_what_its_parameters_say(family: str) -> None:
 
 
 def test_the_nodes_policy_is_near_the_best_in_both_columns() -> None:
-    cells = [run_family(family, 20_000, 0.1) for family in ("ours", "images")]
+    cells = [run_family(family, 20_000, 0.1, 1) for family in ("ours", "images")]
     assert all(cell.within for cell in cells), [cell.line() for cell in cells]
     assert summary(cells).startswith("2 of 2 cells (100%)")

@@ -11,6 +11,7 @@ from distributor_node.services.api.assets.fetch_start import LATE, FetchStarter
 from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.ports.state_store import Claim, FetchPhase, WorkerReport
@@ -21,8 +22,14 @@ WANTED = MediaObject(ObjectId("1"), 10)
 class SlowStore(MemoryStateStore):
     """Takes a moment, as one over a network does."""
 
-    async def claim(self, object_id: ObjectId, claimant: str, trace: str = "") -> Claim:
-        claim = await super().claim(object_id, claimant, trace)
+    async def claim(
+        self,
+        object_id: ObjectId,
+        claimant: str,
+        admission: AdmissionQuestion | None = None,
+        trace: str = "",
+    ) -> Claim:
+        claim = await super().claim(object_id, claimant, admission, trace)
         await asyncio.sleep(0.02)
         return claim
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from distributor_node.shared.domain.admission import SecondHitAdmission, ViewCoalescer
+from dataclasses import replace
+
+import pytest
+
+from distributor_node.shared.domain.admission import AdmissionQuestion, SecondHitAdmission, ViewCoalescer
 from distributor_node.shared.domain.eviction import Gdsf, Lru, PolicyEntry
 from distributor_node.shared.domain.eviction.simulator import Request, Rules, Simulation
 from distributor_node.shared.domain.objects import ObjectId
@@ -37,37 +41,57 @@ def test_the_oldest_views_are_forgotten_first() -> None:
     assert views.begins_view(ObjectId("a"), NOW + 1)
 
 
+ALL = AdmissionQuestion(9 * MIB, 0, low_watermark=1000, window=3600)
+"""Every object needs a second view within an hour."""
+FULL, ROOM = 1001, 1000
+
+
+def admits(
+    admission: SecondHitAdmission, name: str, at: float, taken: int = FULL, size: int = 9 * MIB
+) -> bool:
+    question = replace(ALL, size=size)
+    return admission.admits(ObjectId(name), question, NOW + at, taken=taken, mean=0.0)
+
+
 def test_large_objects_are_admitted_on_their_second_hit() -> None:
-    admission = SecondHitAdmission(8 * MIB, window=3600)
-    assert not admission.admits(VIDEO, 9 * MIB, NOW, pressure=True)
-    assert not admission.admits(VIDEO, 9 * MIB, NOW + 60, pressure=True), "the same view"
-    assert admission.admits(VIDEO, 9 * MIB, NOW + 400, pressure=True)
-    assert admission.admits(OTHER, 8 * MIB, NOW, pressure=True), "small ones at once"
+    admission = SecondHitAdmission()
+    assert not admits(admission, "video", 0)
+    assert not admits(admission, "video", 60), "the same view"
+    assert admits(admission, "video", 400)
+    assert admits(admission, "other", 0, size=0), "not large"
+
+
+@pytest.mark.parametrize(("mean", "above"), [(0.0, MIB), (MIB / 2, MIB), (3e6, 6_000_000)])
+def test_the_threshold_may_follow_the_mean_view(mean: float, above: int) -> None:
+    for size, admitted in ((above, True), (above + 1, False)):
+        question = replace(ALL, above=None, size=size)
+        assert SecondHitAdmission().admits(VIDEO, question, NOW, taken=FULL, mean=mean) == admitted
+        assert question.settled == (size <= MIB)
 
 
 def test_a_first_view_is_forgotten_after_the_window() -> None:
-    admission = SecondHitAdmission(0, window=3600)
-    assert not admission.admits(VIDEO, 1, NOW, pressure=True)
-    assert not admission.admits(VIDEO, 1, NOW + 3601, pressure=True), "a first view again"
-    assert admission.admits(VIDEO, 1, NOW + 7201, pressure=True)
+    admission = SecondHitAdmission()
+    assert not admits(admission, "video", 0)
+    assert not admits(admission, "video", 3601), "a first view again"
+    assert admits(admission, "video", 7201)
 
 
 def test_without_pressure_everything_is_admitted_and_first_views_are_remembered() -> None:
-    admission = SecondHitAdmission(0)
-    assert admission.admits(VIDEO, 1, NOW, pressure=False)
-    assert admission.admits(VIDEO, 1, NOW + 500, pressure=True)
+    admission = SecondHitAdmission()
+    assert admits(admission, "video", 0, ROOM)
+    assert admits(admission, "video", 500)
 
 
 def test_remembered_first_views_are_bounded_and_the_latest_kept() -> None:
-    admission = SecondHitAdmission(0, max_entries=100)
+    admission = SecondHitAdmission(max_entries=100)
     for number in range(1000):
-        admission.admits(ObjectId(str(number)), 1, NOW + number / 1000, pressure=True)
+        admits(admission, str(number), number / 1000)
         assert len(admission) <= 100
-    for number in range(950, 1000):
-        assert admission.admits(ObjectId(str(number)), 1, NOW + 400, pressure=True)
+    assert all(admits(admission, str(number), 400) for number in range(900, 1000))
+    assert not admits(admission, "899", 400)
 
 
-def simulation(limit: int, *, admission: SecondHitAdmission | None = None) -> Simulation:
+def simulation(limit: int, *, admission: AdmissionQuestion | None = None) -> Simulation:
     return Simulation(Lru(), Rules.of(limit, 1.0, 1.0), admission)
 
 
@@ -131,12 +155,12 @@ def test_a_304_is_no_view_and_fetches_nothing() -> None:
     assert VIDEO not in policy
     assert not trial.process(view(1, "video", MIB))
     assert trial.process(unchanged._replace(at=NOW + 1000))
-    assert policy.get(VIDEO) == PolicyEntry(VIDEO, MIB, 1, NOW + 1, 10.5)
+    assert policy.get(VIDEO) == PolicyEntry(VIDEO, MIB, 1, NOW + 1, 8.4)
     assert (trial.outcome.requests, trial.outcome.hits, trial.outcome.bytes_from_sources) == (3, 1, MIB)
 
 
 def test_admission_counts_only_when_the_cache_is_full() -> None:
-    trial = simulation(5 * MIB, admission=SecondHitAdmission(0))
+    trial = simulation(5 * MIB, admission=AdmissionQuestion(0, 0, 5 * MIB))
     for at, name in ((0, "a"), (1, "b"), (2000, "c"), (2001, "c"), (2400, "c")):
         trial.process(view(at, name, 2 * MIB))
     assert trial.outcome.proxied == 2

@@ -160,6 +160,28 @@ def test_same_victims_among_hundreds(name: str, seed: int) -> None:
     choose(policy, textbook, Chosen(2**60, 0.0, frozenset(), 1000, evict=False), now)
 
 
+@pytest.mark.parametrize("holds", [200, 100_000])
+def test_the_weights_of_views_move_as_in_the_textbook(holds: int) -> None:
+    """`holds`: for so many requests an object is as popular as it is."""
+    policy, textbook, random, now = Gdsf(), TextbookGdsf(factor=20.0), Random(3), 1_700_000_000.0
+    for number in range(12_000):
+        now += 1.0
+        rank = int(random.paretovariate(0.7)) + number // holds * 37
+        object_id, size = ObjectId(str(rank % 3000)), 1000 + rank % 7 * 500
+        if object_id in policy:
+            policy.access(object_id, 1, now)
+            textbook.access(object_id, 1, now)
+            continue
+        policy.store(object_id, size, now)
+        textbook.store(object_id, size, now, begins_view=True)
+        if len(policy) > 150:
+            choose(policy, textbook, Chosen(1, 0.0, frozenset(), 1, evict=True), now)
+    weights = policy.basis.exponent, policy.basis.first_weight
+    assert weights == (textbook.exponent, textbook.first)
+    assert policy.basis.miss_cost == textbook.miss_cost
+    assert (weights[0] < 0.8) == (holds == 200), "where popularity moves, many views are worth less"
+
+
 def choose(policy: EvictionPolicy, textbook: Textbook, action: Chosen, now: float) -> None:
     before = figures(policy)
     victims = policy.victims(
@@ -182,7 +204,10 @@ def figures(policy: EvictionPolicy) -> dict[ObjectId, tuple[int, int, float, flo
 
 
 def restored_textbook(textbook: Textbook) -> Textbook:
-    """Only what was evicted is forgotten."""
+    """Only what was evicted is forgotten, and how much of it came back."""
     if isinstance(textbook, TextbookGdsf):
-        return replace(textbook, cells=256, evicted={})
+        unknown = TextbookGdsf()
+        return replace(
+            textbook, cells=256, evicted={}, victims_seen=0, move_at=500, gone=unknown.gone, back=unknown.back
+        )
     return textbook

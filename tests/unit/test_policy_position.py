@@ -28,6 +28,7 @@ BASES = [
     PriorityBasis(2.5, "gdsf", 2.0**20),
     PriorityBasis(1e6, "gdsf", 2.0**18),
     PriorityBasis(1e6, "gdsf", 0.0),
+    PriorityBasis(1e6, "gdsf", 2.0**18, exponent=0.6, first_weight=0.2),
     PriorityBasis(0.0, "lru"),
 ]
 
@@ -85,4 +86,4 @@ def test_without_counted_views_the_mean_is_that_of_the_objects() -> None:
     entries = [PolicyEntry(ObjectId("a"), 1000, 3, NOW), PolicyEntry(ObjectId("b"), 5000, 1, NOW)]
     basis = PriorityBasis().counting((entry.size, entry.frequency) for entry in entries)
     position = position_of("gdsf", MissCost(), entries[1], basis, NOW)
-    assert position.priority == (20 * 2000 + 5000) / 5000 / 2
+    assert position.priority == 0.4 * (20 * 2000 + 5000) / 5000

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+import struct
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from xml.etree import ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -144,6 +149,95 @@ def test_a_size_too_large_for_any_disk_is_one_unreadable_line(tmp_path: Path) ->
     assert "2 unreadable" in done.output
 
 
+records = st.lists(
+    st.tuples(
+        st.integers(0, 2**32 - 1),
+        st.integers(0, 2**64 - 1),
+        st.integers(0, 2**32 - 1),
+        st.one_of(st.just(-1), st.integers(0, 2**63 - 1)),
+    ),
+    min_size=1,
+    max_size=50,
+)
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "plain": bytes,
+    "gzip": gzip.compress,
+    "bzip2": bz2.compress,
+    "xz": lzma.compress,
+}
+
+
+def recorded(name: str, content: bytes) -> list[tuple[float, str, int, int]]:
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        recording = Recording()
+        counts = read_logs([path], recording, 1.0, lambda _: None)
+    assert not counts.unreadable, counts.first_unreadable
+    return [(request.at, request.object_id, request.size, request.sent) for request in recording.requests()]
+
+
+@settings(deadline=None)
+@given(
+    trace=records, packed=st.sampled_from(sorted(PACKERS)), kind=st.sampled_from(["oracle", "csv", "spaces"])
+)
+def test_public_traces_come_back_as_they_were_written(
+    trace: list[tuple[int, int, int, int]], packed: str, kind: str
+) -> None:
+    trace.sort(key=lambda record: record[0])
+    sizes = {key: max(size for _, other, size, _ in trace if other == key) for _, key, _, _ in trace}
+    if kind == "oracle":
+        content = b"".join(struct.pack("<IQIq", *record) for record in trace)
+    elif kind == "csv":
+        lines = [f"{key},{following},{at},{size}" for at, key, size, following in trace]
+        content = "\n".join(["# obj_id,next_access_vtime,timestamp,obj_size", *lines]).encode()
+    else:
+        content = "\n".join(f"{at} {key} {size} {at % 7}" for at, key, size, _ in trace).encode()
+    name = "w1.oracleGeneral.bin" if kind == "oracle" else "trace.tr"
+    assert recorded(name, PACKERS[packed](content)) == [
+        (float(at), str(key), sizes[key], size) for at, key, size, _ in trace
+    ]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (struct.pack("<IQIq", 1, 2, 3, -1)[:-5], "record 3: expected 24 bytes, got 19"),
+        (struct.pack("<IQIq", 1, 2, 3, -99), "record 3: next_access_vtime: expected -2 or more, got -99"),
+    ],
+)
+def test_a_damaged_record_of_a_binary_trace_is_named(tmp_path: Path, damage: bytes, reason: str) -> None:
+    trace = tmp_path / "w1.oracleGeneral"
+    trace.write_bytes(struct.pack("<IQIq", 1, 2, 3, -1) * 2 + damage)
+    with pytest.raises(ConfigurationError, match=rf"w1\.oracleGeneral: {reason}"):
+        read_logs([trace], Recording(), 1.0, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("noon 7 100", "time: expected a number or ISO 8601, got 'noon'"),
+        ("5 7 many", "size: expected a number of bytes, got 'many'"),
+        ("5 7", "expected 3 columns, got 2"),
+        ("5,7,100,-3", "sent: expected a number of bytes, got '-3'"),
+    ],
+)
+def test_the_first_unreadable_line_is_reported_with_its_field(tmp_path: Path, line: str, reason: str) -> None:
+    trace = tmp_path / "trace.tr"
+    trace.write_text(f"1 7 100\n{line}\n6 7 x\n")
+    done = CliRunner().invoke(app, ["replay", str(trace), "--size", "1M"])
+    assert done.exit_code == 0, done.output
+    assert "2 unreadable" in done.output
+    assert f"trace.tr: line 2: {reason}" in done.output
+
+
+def test_zstd_is_named(tmp_path: Path) -> None:
+    trace = tmp_path / "w1.oracleGeneral.zst"
+    trace.write_bytes(b"\x28\xb5\x2f\xfd\x00\x00")
+    with pytest.raises(ConfigurationError, match=r"zst: expected .* file, got zstd"):
+        read_logs([trace], Recording(), 1.0, lambda _: None)
+
+
 @pytest.mark.parametrize("damage", ["cut", "overwritten"])
 def test_a_damaged_gzip_file_is_named(tmp_path: Path, damage: str) -> None:
     packed = bytearray(gzip.compress(("\n".join(f"{AT},{n},{n * 7919}" for n in range(5000))).encode()))
@@ -213,7 +307,10 @@ def test_the_nodes_own_settings_are_simulated_too(tmp_path: Path) -> None:
     options = ["--config", str(config), "--size", "1G", "--policy", "lru-sp"]
     done = CliRunner().invoke(app, ["replay", str(log), *options])
     assert done.exit_code == 0, done.output
-    assert "As configured (lru, 5M): 0.0% of requests and 0.0% of bytes are hits" in done.output
+    assert (
+        "As configured (lru, second view above auto, 5M): 0.0% of requests and 0.0% of bytes are hits"
+        in done.output
+    )
     assert "| 1G | lru-sp | 0.000 |" in done.output, "nor does a larger cache take what is too large"
     config.write_text(config.read_text().replace(", max_cached_item: 500K", ""))
     done = CliRunner().invoke(app, ["replay", str(log), *options])

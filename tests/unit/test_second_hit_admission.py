@@ -1,82 +1,50 @@
-"""Large objects are fetched on their second view, while the cache is under pressure."""
+"""What a claim asks about admission, by the settings. The answer: tests/contract/test_state_store_claims.py."""
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
-from distributor_node.services.api.assets.handler import AdmissionControl
-from distributor_node.shared.adapters.state_common import StateTimeouts
-from distributor_node.shared.adapters.state_memory import MemoryStateStore
-from distributor_node.shared.domain.errors import StateStoreUnavailable
-from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import Usage
-from distributor_node.shared.ports.state_store import IndexEntry
+import pytest
+
+from distributor_node.services.api.assets.handler import admission_question
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.settings.model import Settings
 
 LIMIT = 1_000_000
-ONE, TWO = ObjectId("one"), ObjectId("two")
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = time.time()
-
-    def __call__(self) -> float:
-        return self.now
+MIB = 1024**2
 
 
 def settings(**admission: Any) -> Settings:
     return Settings.model_validate(
         {
-            "storage": {"limit": LIMIT},
+            "storage": {"limit": LIMIT, "low_watermark": 0.5},
             "catalog": {"kind": "manifest", "manifest": "none.yaml"},
             "admission": admission,
         }
     )
 
 
-async def filled(used: int) -> MemoryStateStore:
-    state = MemoryStateStore(LIMIT, StateTimeouts(), time.time)
-    term = await state.lead("test", 60)
-    assert term is not None
-    await state.adopt(term, IndexEntry(ObjectId("there"), used, 1, 1.0))
-    return state
+@pytest.mark.parametrize(
+    ("above", "admitted", "asked"), [("auto", MIB, MIB + 1), ("64K", 65_536, 65_537), ("0", 0, 1)]
+)
+def test_only_for_large_objects_the_store_is_asked(above: str, admitted: int, asked: int) -> None:
+    chosen = settings(above_size=above, window=60)
+    assert admission_question(chosen, None) is None
+    assert admission_question(chosen, admitted) is None
+    size = None if above == "auto" else admitted
+    assert admission_question(chosen, asked) == AdmissionQuestion(asked, size, LIMIT // 2, 60)
 
 
-async def test_off_by_default() -> None:
-    admission = AdmissionControl(settings(), await filled(LIMIT))
-    assert await admission.admits(ONE, 10**12)
+@pytest.mark.parametrize("off", ["off", "OFF", None, False])
+def test_off_admits_everything(off: object) -> None:
+    assert admission_question(settings(above_size=off), 10**12) is None
 
 
-async def test_a_second_hit_admits_under_pressure() -> None:
-    clock = Clock()
-    admission = AdmissionControl(settings(above_size=1000, window=3600), await filled(LIMIT), clock)
-    assert await admission.admits(TWO, 1000)
-    assert await admission.admits(TWO, None)
-    assert not await admission.admits(ONE, 1001)
-    clock.now += 60
-    assert not await admission.admits(ONE, 1001)  # the same view
-    clock.now += 300
-    assert await admission.admits(ONE, 1001)
-    assert not await admission.admits(TWO, 1001)
-    clock.now += 4000
-    assert not await admission.admits(TWO, 1001)
+def test_by_default_the_threshold_follows_the_traffic() -> None:
+    assert settings().admission.above_size == "auto"
 
 
-async def test_with_room_left_everything_is_admitted() -> None:
-    clock = Clock()
-    admission = AdmissionControl(settings(above_size=1000), await filled(10_000), clock)
-    assert await admission.admits(ONE, 1001)
-
-
-class UnreachableStore(MemoryStateStore):
-    async def usage(self) -> Usage:
-        raise StateStoreUnavailable("away")
-
-
-async def test_with_unknown_usage_everything_is_admitted() -> None:
-    admission = AdmissionControl(
-        settings(above_size=1000), UnreachableStore(LIMIT, StateTimeouts(), time.time)
-    )
-    assert await admission.admits(ONE, 1001)
+@pytest.mark.parametrize("wrong", ["none", True, "1x", [1]])
+def test_other_values_are_refused(wrong: object) -> None:
+    with pytest.raises(ValueError, match=r"admission\.above_size\n.*expected auto, off or a size"):
+        settings(above_size=wrong)

@@ -72,12 +72,19 @@ class TextbookGdsf(Textbook):
     factor: float | None = None
     views: float = 0.0
     viewed_bytes: float = 0.0
+    exponent: float = 1.0
+    first: float = 0.4
+    victims_seen: int = 0
+    move_at: int = 500
+    gone: dict[int, float] = field(default_factory=lambda: dict.fromkeys((1, 2, 3), 1.0))
+    back: dict[int, float] = field(default_factory=lambda: dict.fromkeys((1, 2, 3), 0.1))
+    """Victims, and victims that came back, by views: one, two, more."""
     cells: int = 256
     evicted: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     """For each row of the memory its (hash, views), the last victim first."""
 
     def worth(self, entry: PolicyEntry) -> float:
-        counted = {1: 0.5}.get(entry.frequency, entry.frequency)
+        counted = self.first if entry.frequency == 1 else entry.frequency**self.exponent
         return counted * (self.miss_cost + max(1, entry.size)) / max(1, entry.size)
 
     def store(self, object_id: ObjectId, size: int, now: float, *, begins_view: bool) -> None:
@@ -85,6 +92,7 @@ class TextbookGdsf(Textbook):
         for known in [known for known in row if known[0] == self.hash(object_id)][:1]:
             row.remove(known)
             views = known[1]
+            self.back[min(views, 3)] += 1
         if begins_view:
             self.count(size, 1)
         self.add(PolicyEntry(object_id, size, max(1, views + begins_view), now))
@@ -97,11 +105,15 @@ class TextbookGdsf(Textbook):
     def remove(self, object_id: ObjectId, *, evicted: bool) -> None:
         gone = self.entries.get(object_id)
         if gone is not None and evicted:
-            if len(self.entries) > 2 * self.cells:
+            if len(self.entries) > 1.5 * self.cells:
                 self.cells, self.evicted = self.cells * 2, {}
             row = self.row(object_id)
             row.insert(0, (self.hash(object_id), min(gone.frequency, 255)))
             del row[8:]
+            self.gone[min(gone.frequency, 3)] += 1
+            self.victims_seen += 1
+            if self.victims_seen == self.move_at:
+                self.move_weights()
         super().remove(object_id, evicted=evicted)
 
     def count(self, size: int, views: int) -> None:
@@ -109,8 +121,24 @@ class TextbookGdsf(Textbook):
         self.viewed_bytes += views * size
         if self.views >= 2 * (16 * len(self.entries) + 10_000):
             self.views, self.viewed_bytes = self.views / 2, self.viewed_bytes / 2
-        if self.factor is not None:
-            self.miss_cost = self.factor * (self.viewed_bytes / self.views)
+        self.move_cost()
+
+    def move_cost(self) -> None:
+        if self.factor is not None and self.views:
+            self.miss_cost = self.factor * self.exponent**2 * (self.viewed_bytes / self.views)
+
+    def move_weights(self) -> None:
+        self.move_at += max(500, len(self.entries) // 4)
+        odds = {views: self.back[views] / self.gone[views] for views in (1, 2, 3)}
+        steps = {views: 0.2 * max(-1.0, min(1.0, math.log(odds[views] / odds[2]))) for views in (1, 3)}
+        if self.gone[2] > 5 and self.gone[3] > 5:
+            self.exponent = max(0.4, min(1.0, self.exponent + steps[3]))
+        if self.gone[2] > 5 and self.gone[1] > 5:
+            self.first = max(0.1, min(0.5, self.first * math.exp(steps[1])))
+        for views in (1, 2, 3):
+            self.gone[views] = self.gone[views] / 2 + 0.1
+            self.back[views] = self.back[views] / 2 + 0.01
+        self.move_cost()
 
     def hash(self, object_id: ObjectId) -> int:
         return zlib.crc32(object_id.encode())

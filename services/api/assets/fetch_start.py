@@ -17,6 +17,7 @@ from distributor_node.services.api.clients import client_of_request
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, RETRY_SOON, HttpError
 from distributor_node.services.api.request_log import phase
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.errors import (
     CatalogUnavailable,
     JobQueueUnavailable,
@@ -114,14 +115,19 @@ class FetchStarter:
         self._looking = asyncio.Lock()
 
     async def start(
-        self, media_object: MediaObject, request_id: str, revalidates: float | None = None
+        self,
+        media_object: MediaObject,
+        request_id: str,
+        revalidates: float | None = None,
+        admission: AdmissionQuestion | None = None,
     ) -> tuple[Claim | None, PendingStart]:
         """Claim the object. If the claim is won, publish its job in the background.
 
-        The claim is None if the state store is unavailable. `revalidates`: see FetchJob.
+        The claim is None if the state store is unavailable. `revalidates`: see FetchJob; `admission`: see
+        StateStore.claim.
         """
         start = PendingStart()
-        self._run(self._claim_and_publish(media_object, request_id, start, revalidates))
+        self._run(self._claim_and_publish(media_object, request_id, start, revalidates, admission))
         return await asyncio.shield(start.claim), start
 
     def refute(self, object_id: ObjectId, failure: Failure, *, verified: bool) -> None:
@@ -160,13 +166,18 @@ class FetchStarter:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _claim_and_publish(
-        self, media_object: MediaObject, request_id: str, start: PendingStart, revalidates: float | None
+        self,
+        media_object: MediaObject,
+        request_id: str,
+        start: PendingStart,
+        revalidates: float | None,
+        admission: AdmissionQuestion | None,
     ) -> None:
         object_id = media_object.object_id
         try:
             try:
                 with phase("claim") as span:
-                    claim = await self._state.claim(object_id, self._claimant, span.traceparent)
+                    claim = await self._state.claim(object_id, self._claimant, admission, span.traceparent)
             except StateStoreUnavailable as error:
                 self._log_state_error("claim", request_id, error)
                 return

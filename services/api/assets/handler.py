@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from enum import Enum, auto
@@ -39,7 +37,7 @@ from distributor_node.services.api.headers import (
     ResponseHead,
 )
 from distributor_node.shared.adapters.volume import OpenObject
-from distributor_node.shared.domain.admission import SecondHitAdmission
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Conditions
 from distributor_node.shared.domain.errors import StateStoreUnavailable, TooManyOpenFiles, VolumeError
 from distributor_node.shared.domain.http_caching import CacheControl
@@ -51,7 +49,6 @@ from distributor_node.shared.ports.state_store import (
     Fetch,
     FetchPhase,
     ObjectStatus,
-    StateStore,
 )
 from distributor_node.shared.runtime.process import process_name
 from distributor_node.shared.settings.model import Settings
@@ -86,8 +83,7 @@ class AssetHandler:
         self._revalidator = None
         if context.settings.caching_rules is not None:
             self._revalidator = Revalidator(context, self._starter)
-        admission = AdmissionControl(context.settings, context.state, context.clock)
-        self._miss_handler = MissHandler(context, self._hit_responder, self._starter, pending, admission)
+        self._miss_handler = MissHandler(context, self._hit_responder, self._starter, pending)
 
     async def handle(self, request: Request, object_id: ObjectId) -> None:
         """Respond to a GET or HEAD of an object. A hit needs nothing but the volume.
@@ -191,13 +187,11 @@ class MissHandler:
         hit_responder: HitResponder,
         starter: FetchStarter,
         pending_responder: PendingResponder,
-        admission: AdmissionControl,
     ) -> None:
         self._context = context
         self._hit_responder = hit_responder
         self._starter = starter
         self._pending_responder = pending_responder
-        self._admission = admission
 
     async def handle(
         self,
@@ -297,7 +291,6 @@ class MissHandler:
             or status.failure is not None
             or draining
             or not is_cacheable(media_object, max_size)
-            or not await self._admission.admits(object_id, media_object.size)
         ):
             await self._proxy(pending, status.failure if status is not None else None)
             return
@@ -370,7 +363,14 @@ class MissHandler:
                     self._context.volume.report_read_error(media_object.object_id, error)
             await self._pending_responder.proxy(pending)
             return
-        claim, start = await self._starter.start(media_object, pending.response.request_id)
+        admission = admission_question(self._context.settings, media_object.size)
+        claim, start = await self._starter.start(
+            media_object, pending.response.request_id, admission=admission
+        )
+        if claim is not None and not claim.admitted:
+            ADMISSION_REJECTED.inc()
+            await self._proxy(pending, None)
+            return
         if claim is None or (not claim.won and claim.status.failure is not None):
             await self._proxy(pending, claim.status.failure if claim is not None else None)
         elif claim.won:
@@ -388,51 +388,13 @@ class MissHandler:
             return None
 
 
-# Admission: under cache pressure a large object is fetched on its second request only (cache-on-second-hit).
-
-_USAGE_TTL = 2.0
-
-
-class AdmissionControl:
-    """Decides whether a missed object is fetched. Off unless `admission.above_size` is set.
-
-    Each process remembers only the requests that it has served itself. With several processes the second request for an
-    object may count as a first one.
-    """
-
-    def __init__(self, settings: Settings, state: StateStore, clock: Callable[[], float] = time.time) -> None:
-        """`clock`: POSIX time in seconds."""
-        admission = settings.admission
-        self._above = admission.above_size
-        self._policy = (
-            None
-            if admission.above_size is None
-            else SecondHitAdmission(admission.above_size, admission.window)
-        )
-        self._state, self._clock = state, clock
-        self._low_watermark = settings.storage.watermarks.low
-        self._pressure, self._checked_at = False, float("-inf")
-
-    async def admits(self, object_id: ObjectId, size: int | None) -> bool:
-        """Whether to fetch the object. Objects of unknown size are admitted."""
-        if self._policy is None or self._above is None or size is None or size <= self._above:
-            return True
-        now = self._clock()
-        admitted = self._policy.admits(object_id, size, now, pressure=await self._under_pressure(now))
-        if not admitted:
-            ADMISSION_REJECTED.inc()
-        return admitted
-
-    async def _under_pressure(self, now: float) -> bool:
-        """Whether usage is above the low watermark, so that the object would displace others.
-
-        False while the state store is unavailable.
-        """
-        if not 0 <= now - self._checked_at < _USAGE_TTL:
-            try:
-                usage = await self._state.usage()
-            except StateStoreUnavailable:
-                return False
-            self._pressure = usage.used + usage.reserved > self._low_watermark
-            self._checked_at = now
-        return self._pressure
+def admission_question(settings: Settings, size: int | None) -> AdmissionQuestion | None:
+    """What a claim asks about an object of `size` bytes. None: it is admitted (so are objects of unknown size)."""
+    above = settings.admission.above_size
+    if above is None or size is None:
+        return None
+    low_watermark = settings.storage.watermarks.low
+    question = AdmissionQuestion(
+        size, None if above == "auto" else above, low_watermark, settings.admission.window
+    )
+    return None if question.settled else question

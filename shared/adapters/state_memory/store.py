@@ -9,6 +9,7 @@ from itertools import islice
 
 from distributor_node.shared.adapters.state_common import AnnouncementQueue, StateTimeouts
 from distributor_node.shared.adapters.state_memory.tables import FetchRow, Tables
+from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import (
     OperatorState,
@@ -79,7 +80,13 @@ class MemoryStateStore:
     async def find(self, object_id: ObjectId) -> ObjectStatus:
         return self._tables.object_status(object_id)
 
-    async def claim(self, object_id: ObjectId, claimant: str, trace: str = "") -> Claim:
+    async def claim(
+        self,
+        object_id: ObjectId,
+        claimant: str,
+        admission: AdmissionQuestion | None = None,
+        trace: str = "",
+    ) -> Claim:
         tables = self._tables
         object_status = tables.object_status(object_id)
         parked = object_status.fetch is not None and object_status.fetch.phase is FetchPhase.PARKED
@@ -90,6 +97,8 @@ class MemoryStateStore:
             duration = tables.timeouts.queued_seconds
             tables.rows[object_id] = replace(row, ends=now + duration, duration=duration)
             return Claim(won=False, status=tables.object_status(object_id))
+        if admission is not None and not parked and not tables.admits(object_id, admission):
+            return Claim(won=False, status=ObjectStatus(fetch=None, failure=None), admitted=False)
         serial = tables.next_serial()
         tables.rows[object_id] = FetchRow(
             phase=FetchPhase.CLAIMED,

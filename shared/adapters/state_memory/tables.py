@@ -12,6 +12,7 @@ from distributor_node.shared.adapters.state_common import (
     AnnouncementQueue,
     StateTimeouts,
 )
+from distributor_node.shared.domain.admission import AdmissionQuestion, SecondHitAdmission
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, Warming
 from distributor_node.shared.domain.space import footprint
@@ -92,6 +93,7 @@ class Tables:
     workers: dict[str, tuple[WorkerReport, float, float]] = field(default_factory=dict)
     """Report, when it was made, and seconds until it expires."""
     viewed: dict[ObjectId, float] = field(default_factory=dict)  # when they last had viewers, oldest first
+    first_views: SecondHitAdmission = field(default_factory=SecondHitAdmission)
     started_at: float = field(init=False)
     listeners: set[AnnouncementQueue] = field(default_factory=set)
 
@@ -118,6 +120,11 @@ class Tables:
 
     def is_leader(self, term: Term) -> bool:
         return self.term == term and self.clock() < self.term_ends
+
+    def admits(self, object_id: ObjectId, question: AdmissionQuestion) -> bool:
+        mean = self.policy.basis.mean_view or self.used / max(1, len(self.objects))
+        taken = self.used + self.leaving + self.reserved
+        return self.first_views.admits(object_id, question, self.clock(), taken=taken, mean=mean)
 
     def row(self, object_id: ObjectId) -> FetchRow | None:
         """The fetch of an object.

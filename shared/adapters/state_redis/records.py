@@ -49,6 +49,8 @@ class Keys:
     ticket:…  STRING  a token id that was used, expires
     workers   HASH    worker → when it reported, milliseconds until that expires, its report (JSON)
     viewed    ZSET    objects by the time they last had viewers (POSIX milliseconds), bounded
+    first_views
+              ZSET    large objects by the time of their first view (POSIX milliseconds), bounded
     probe     STRING  nothing; written to learn whether the server accepts writes, expires
     catalog:… STRING  answers of the catalog and locks on asking it; see RedisSharedCatalogCache
     catalog:answers
@@ -115,6 +117,10 @@ class Keys:
     @property
     def viewed(self) -> str:
         return f"{self.prefix}viewed"
+
+    @property
+    def first_views(self) -> str:
+        return f"{self.prefix}first_views"
 
     def token_id(self, name: str) -> str:
         return f"{self.prefix}ticket:{name}"
@@ -211,6 +217,8 @@ def pack_basis(state: PolicyState) -> str:
             "miss_cost": basis.miss_cost,
             "views": basis.views,
             "viewed_bytes": basis.viewed_bytes,
+            "exponent": basis.exponent,
+            "first_weight": basis.first_weight,
             "written_with": [basis.inflation, state.position],
         }
     )
@@ -233,6 +241,9 @@ def _read_basis(level: float, position: str, packed: bytes) -> PriorityBasis:
             miss_cost=_finite(float(fields["miss_cost"])) if own else 0.0,
             views=_finite(float(fields["views"])),
             viewed_bytes=_finite(float(fields["viewed_bytes"])),
+            # The version before knew w(1) = 1/2 and w(views) = views
+            exponent=_finite(float(fields.get("exponent", 1.0))),
+            first_weight=_finite(float(fields.get("first_weight", 0.5))),
         )
     except (ValueError, KeyError, TypeError, RecursionError):
         return PriorityBasis(level)

@@ -28,6 +28,7 @@ from distributor_node.shared.adapters.state_redis.records import (
     read_server_stats,
     read_worker,
 )
+from distributor_node.shared.domain.admission import MAX_FIRST_VIEWS, AdmissionQuestion
 from distributor_node.shared.domain.errors import InvalidInput, StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import (
@@ -81,6 +82,18 @@ def milliseconds(seconds: float) -> int:
     return max(1, round(seconds * 1000))
 
 
+def pack_admission(question: AdmissionQuestion) -> tuple[int, ...]:
+    """The last arguments of the claim script."""
+    return (
+        question.size,
+        -1 if question.above is None else question.above,
+        question.low_watermark,
+        milliseconds(question.window),
+        milliseconds(question.view_window),
+        MAX_FIRST_VIEWS,
+    )
+
+
 class RedisStateStore:
     """See the port for each method."""
 
@@ -118,11 +131,27 @@ class RedisStateStore:
     async def find(self, object_id: ObjectId) -> ObjectStatus:
         return read_object_status(object_id, await self._connection.run("find", object_id))
 
-    async def claim(self, object_id: ObjectId, claimant: str, trace: str = "") -> Claim:
-        times = self._timeouts
+    async def claim(
+        self,
+        object_id: ObjectId,
+        claimant: str,
+        admission: AdmissionQuestion | None = None,
+        trace: str = "",
+    ) -> Claim:
+        times, keys = self._timeouts, self._connection.keys
         seconds = (times.claim_seconds, times.queued_seconds, times.lost_job_seconds)
-        durations = map(milliseconds, seconds)
-        reply = await self._connection.run("claim", object_id, claimant, *durations, trace)
+        given = () if admission is None else pack_admission(admission)
+        reply = await self._connection.run_on(
+            "claim",
+            (*keys.all_for(object_id), keys.first_views),
+            object_id,
+            claimant,
+            *map(milliseconds, seconds),
+            trace,
+            *given,
+        )
+        if reply == b"not_admitted":
+            return Claim(won=False, status=ObjectStatus(fetch=None, failure=None), admitted=False)
         if isinstance(reply, int):
             return Claim(won=True, status=ObjectStatus(fetch=None, failure=None), serial=reply)
         return Claim(won=False, status=read_object_status(object_id, reply))

@@ -60,12 +60,17 @@ class PackedRecords:
         return slot
 
     def _free_slot(self) -> int:
-        if self._free:
-            return self._free.pop()
-        self.ids.append("")
+        if not self._free:
+            self._grow()
+        return self._free.pop()
+
+    def _grow(self) -> None:
+        """Make many slots at once: one at a time takes a tenth of the time that a new leader needs."""
+        first, more = len(self.ids), min(max(16, len(self.ids) // 32), 4096)
+        self.ids.extend([""] * more)
         for column in self._columns:
-            column.append(0)
-        return len(self.ids) - 1
+            column.frombytes(bytes(more * column.itemsize))
+        self._free.extend(range(first + more - 1, first - 1, -1))
 
     def count_access(self, slot: int, views: int, now: float) -> int:
         """Count views up to `now`; returns the new number. A late report never makes the object older."""

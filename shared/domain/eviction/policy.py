@@ -30,6 +30,14 @@ class PriorityBasis:
     # Running sums, from which c0 follows
     views: float = 0.0
     viewed_bytes: float = 0.0
+    # What views weigh: see gdsf.ViewWeights
+    exponent: float = 1.0
+    first_weight: float = 0.4
+
+    @property
+    def mean_view(self) -> float:
+        """Bytes; 0.0 if no view was counted."""
+        return self.viewed_bytes / self.views if self.views else 0.0
 
     def counting(self, viewed: Iterable[tuple[int, int]]) -> PriorityBasis:
         """With the views of more objects, each given as its size and number of views."""

@@ -7,10 +7,10 @@ times differ: a fetch takes no time unless the request itself says that it joine
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from distributor_node.shared.domain.admission import SecondHitAdmission, ViewCoalescer
+from distributor_node.shared.domain.admission import AdmissionQuestion, SecondHitAdmission, ViewCoalescer
 from distributor_node.shared.domain.eviction.policy import EvictionPolicy
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
@@ -86,12 +86,13 @@ class Simulation:
     """One cache. Call `process` with each request, in the order of their times."""
 
     def __init__(
-        self, policy: EvictionPolicy, rules: Rules, admission: SecondHitAdmission | None = None
+        self, policy: EvictionPolicy, rules: Rules, admission: AdmissionQuestion | None = None
     ) -> None:
+        """`admission`: what is asked about every object, its size aside; None: all are admitted."""
         self.outcome = Outcome()
         self._policy = policy
         self._rules = rules
-        self._admission = admission
+        self._question, self._admission = admission, SecondHitAdmission()
         self._views = ViewCoalescer()
         self._used = 0
         self._fetched_at: dict[ObjectId, float] = {}
@@ -132,8 +133,14 @@ class Simulation:
         rules = self._rules
         if footprint(size) > rules.limit or (rules.largest is not None and size > rules.largest):
             return False
-        pressure = self._used + footprint(size) > rules.watermarks.low
-        return self._admission is None or self._admission.admits(object_id, size, at, pressure=pressure)
+        if self._question is None:
+            return True
+        question = replace(self._question, size=size)
+        if question.settled:
+            return True
+        taken = self._used + footprint(size)
+        mean = self._policy.basis.mean_view or self._used / max(1, len(self._policy))
+        return self._admission.admits(object_id, question, at, taken=taken, mean=mean)
 
     def _make_room(self, needed: int, now: float) -> bool:
         """Evict down to the watermarks if `needed` more bytes would pass them. Whether these bytes fit now."""
