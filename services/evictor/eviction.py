@@ -10,6 +10,7 @@ import asyncio
 import heapq
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -47,6 +48,7 @@ _EVICTION_BATCH = 128
 _IN_USE_COOLDOWN = 2.0  # seconds until a victim that was in use is tried again
 _FAILURE_COOLDOWN = 60.0  # the same, after the disk failed to remove it
 _MAX_LOGGED_VICTIMS = 5
+MAX_RECENT = 100  # removed objects that the node's page is told of
 _SPACE = "space"  # label of the metrics for everything that is evicted to make room
 
 logger = structlog.get_logger()
@@ -282,6 +284,8 @@ class ObjectRemover:
         # Of objects whose removal has begun and not finished
         self._settling = asyncio.Lock()
         self._reasons: dict[ObjectId, str | Victim] = {}
+        self.recent: deque[dict[str, Any]] = deque(maxlen=MAX_RECENT)
+        """What was removed last, and why; the newest last."""
 
     async def evict(
         self,
@@ -457,6 +461,7 @@ class ObjectRemover:
         EVICTIONS.labels(label).inc()
         EVICTED_BYTES.labels(label).inc(freed)
         fields = {"reason": label} if victim is None else victim.log_fields()
+        self.recent.append({"id": object_id, "at": round(time.time(), 3), "bytes": freed, **fields})
         logger.debug("object_removed", object_id=object_id, bytes=freed, **fields)
 
     async def complete_all(self, term: Term, at_most: int) -> int:
