@@ -198,9 +198,13 @@ async def serve_api(
                     name="watch-space",
                 ),
                 group.create_task(application.ctx.squid_status.run(), name="squid-status"),
+                *(
+                    group.create_task(work, name=name)
+                    for name, work in dashboard_works(
+                        context, application.ctx.usage, health, service, parts
+                    ).items()
+                ),
             ]
-            works = dashboard_works(context, application.ctx.usage, health, service, parts)
-            tasks += [group.create_task(work, name=name) for name, work in works.items()]
             if access_log is not None:
                 tasks.append(group.create_task(access_log.run(), name="access-log"))
             if fast_path is not None:
