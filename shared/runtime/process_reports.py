@@ -115,17 +115,20 @@ class ReportedProcess:
         return self.age > self.interval + LATE
 
 
-async def read_reports(store: ReportStore) -> Sequence[ReportedProcess]:
+async def read_reports(
+    store: ReportStore, clock: Callable[[], float] = time.time
+) -> Sequence[ReportedProcess]:
     """Return the reports of all processes. Those of another version that cannot be read are left out.
 
-    A process that was killed is left out as well once another one of its kind has started after it.
+    A process that was killed is left out as well once another one of its kind has started after it. `clock`: POSIX
+    seconds.
     """
     processes = [
         process
         for report in await store.process_reports()
         if (process := _read(report.process, report.content, report.age)) is not None
     ]
-    return _without_replaced(processes, time.time())
+    return _without_replaced(processes, clock())
 
 
 def _read(name: str, text: str, age: float) -> ReportedProcess | None:

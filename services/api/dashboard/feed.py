@@ -77,7 +77,7 @@ class Feed:
     async def _read_reports(self) -> bool:
         """Read what all processes report. Returns whether the state store has replied."""
         try:
-            self._processes = await read_reports(self._context.state)
+            self._processes = await read_reports(self._context.state, self._clock)
         except StateStoreUnavailable:
             return False
         for process in self._processes:

@@ -279,8 +279,9 @@ function sources(list) {
 
 const WIDTH = 360, HEIGHT = 100;
 
-function niceCeiling(value) {
+function niceCeiling(value, unit) {
   if (value <= 0) return 1;
+  if (unit === rate) return 2 ** Math.ceil(Math.log2(value * 0.999));
   const power = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= value * 0.999);
 }
@@ -288,7 +289,7 @@ function niceCeiling(value) {
 function chart(title, series, { step, count, unit, stacked = false }) {
   const length = Math.max(...series.map((one) => one.values.length), 0), offset = count - length;
   const sums = Array.from({ length }, (_, place) => stacked ? series.reduce((sum, one) => sum + (one.values[place] ?? 0), 0) : Math.max(...series.map((one) => one.values[place] ?? 0)));
-  const top = niceCeiling(Math.max(0, ...sums)), y = (value) => HEIGHT - (HEIGHT * value) / top, x = (place) => ((offset + place + 0.5) * WIDTH) / count;
+  const top = niceCeiling(Math.max(0, ...sums), unit), y = (value) => HEIGHT - (HEIGHT * value) / top, x = (place) => ((offset + place + 0.5) * WIDTH) / count;
   const shapes = [], below = new Array(length).fill(0);
   for (const one of series) {
     if (stacked) {
@@ -314,13 +315,18 @@ function chart(title, series, { step, count, unit, stacked = false }) {
   return make("figure", { class: "chart", style: null },
     make("div", { class: "head" }, make("h3", {}, title),
       make("ul", { class: "legend" }, series.map((one) => make("li", {}, make("span", { class: `swatch ${one.kind}` }), make("span", {}, `${one.name} `, make("b", {}, latest(one))))))),
-    make("div", { class: "plot", role: "img", ariaLabel: `${title} over the last hour, highest ${unit(Math.max(0, ...sums))}; last: ${series.map((one) => `${one.name} ${latest(one)}`).join(", ")}` },
+    make("div", { class: "plot", role: "img", ariaLabel: `${title} over the last ${duration(count * step)}, highest ${unit(Math.max(0, ...sums))}; last: ${series.map((one) => `${one.name} ${latest(one)}`).join(", ")}` },
       drawing("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true" }, ...shapes), make("span", { class: "top", ariaHidden: "true" }, unit(top))),
     make("div", { class: "axis", ariaHidden: "true" }, make("span", {}, `${duration(count * step)} ago`), make("span", {}, `${duration((count * step) / 2)} ago`), make("span", {}, "now")));
 }
 
+/** Of a node that has just been started, the axis shows as much time as there is to show, at least ten minutes. */
+function span(history) {
+  return [history.samples / 6, history.samples / 2].find((count) => history.hit.length <= count) ?? history.samples;
+}
+
 function charts(history) {
-  const each = (values) => values.map((value) => value / history.step), form = { step: history.step, count: history.samples };
+  const each = (values) => values.map((value) => value / history.step), form = { step: history.step, count: span(history) };
   const perSecond = (value) => `${value < 10 && value % 1 ? value.toFixed(1) : number(value)}/s`;
   return [
     chart("Requests", [{ name: "hit", kind: "hit", values: each(history.hit) }, { name: "pending", kind: "pending", values: each(history.pending) },
@@ -361,7 +367,8 @@ function update(snapshot) {
   const victims = victimsOf(volume, now);
   show("map", [volume.map, victims.map((one) => [one.id, one.at])], () => map(volume, victims));
   show("removed", [volume.removed, victims.length], () => removed(volume, now));
-  show("components", snapshot.components, () => snapshot.components.map((one) => line(one, now)));
+  const ticks = snapshot.components.some((one) => !one.ok) ? Math.floor(now) : 0;
+  show("components", [snapshot.components, ticks], () => snapshot.components.map((one) => line(one, now)));
   show("processes", [snapshot.processes, Math.floor(now / 10)], () => snapshot.processes.map((one) => line(one, now)));
   announce(snapshot.components);
   downloads(snapshot.downloads);
