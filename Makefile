@@ -122,7 +122,7 @@ test-chaos: setup ## kill, cut, fill and corrupt, and check what clients see (CH
 .PHONY: test-browser
 test-browser: setup ## a real browser against a node; installs Chromium where apt is allowed, and hls.js below build/
 	@deploy/servers/find-or-install.sh chromium npm
-	@npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix build/browser hls.js@1.7.4
+	@npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix build/browser hls.js@1.7.4 axe-core@4.14.1
 	@$(PYTEST) tests/browser $(ARGS)
 .PHONY: fuzz
 fuzz: setup ## mutated requests to both parsers and to nginx: all must find the same requests (ARGS="--mutations 5000 --seed 1")

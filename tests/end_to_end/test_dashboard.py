@@ -130,16 +130,16 @@ async def test_with_a_password_it_asks_for_it(tmp_path: Path) -> None:
         answer = await get(node.url("/"))
         assert answer.status == 401
         assert answer.headers["www-authenticate"].startswith("Basic ")
-        for pair, status in (
-            ("operator:wrong", 401),
-            (f"root:{PASSWORD}", 401),
-            (f"operator:{PASSWORD}", 200),
-        ):
-            encoded = base64.b64encode(pair.encode()).decode()
+
+        def signed(pair: str) -> dict[str, str]:
+            return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
+
+        right = f"operator:{PASSWORD}"
+        for pair, status in (("operator:wrong", 401), (f"root:{PASSWORD}", 401), (right, 200)):
             for path in ("/", "/snapshot.json", "/explain.json?id=1"):
-                answer = await get(node.url(path), {"Authorization": f"Basic {encoded}"})
+                answer = await get(node.url(path), signed(pair))
                 assert answer.status == status, (pair, path)
-        async with open_page(node.port, {"Authorization": f"Basic {encoded}"}) as page:
+        async with open_page(node.port, signed(right)) as page:
             await page.until(lambda snapshot: snapshot["node"]["id"], "a snapshot")
 
 

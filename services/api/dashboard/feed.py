@@ -24,7 +24,11 @@ from distributor_node.shared.domain.objects import ObjectId, source_name
 from distributor_node.shared.domain.source_order import rank
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase
 from distributor_node.shared.runtime.process import VERSION
-from distributor_node.shared.runtime.process_reports import ReportedProcess, read_reports
+from distributor_node.shared.runtime.process_reports import (
+    WATCHED_INTERVAL,
+    ReportedProcess,
+    read_reports,
+)
 from distributor_node.shared.waiting import cancel_and_wait
 
 MAX_DOWNLOADS, MAX_QUEUED, MAX_SOURCES, MAX_VIEWERS, MAX_PROCESSES = 40, 20, 50, 50, 100
@@ -100,7 +104,10 @@ class Feed:
     # The snapshot
 
     async def snapshot(self) -> dict[str, Any]:
-        """Everything but the history. What cannot be read is missing or as it was, and the components say why."""
+        """Everything but the history. What cannot be read is missing or as it was, and the components say why.
+
+        `complete`: all processes know that a page is open, and report what only they know.
+        """
         now = self._clock()
         store_replies = await self._read_reports()
         fetches = await self._fetches()
@@ -109,6 +116,7 @@ class Feed:
         settings = self._context.settings
         return {
             "at": round(now, 3),
+            "complete": all(one.interval <= WATCHED_INTERVAL for one in self._processes if not one.is_late),
             "node": {"id": settings.id, "version": VERSION, "environment": settings.environment},
             "totals": self._history.totals(),
             "volume": await self._volume(sum(size for size, _ in partial.values())),
