@@ -176,6 +176,16 @@ STALLED_FETCHES_BRIDGED = Counter(
     ["end"],
 )
 
+# The node's page (API)
+DASHBOARD_PAGES = Gauge(
+    "distributor_dashboard_pages", "Pages of the node that are open.", multiprocess_mode="livesum"
+)
+DASHBOARD_SNAPSHOT = Histogram(
+    "distributor_dashboard_snapshot_seconds",
+    "Time taken by one snapshot for the open pages, the waits for the state store included.",
+    buckets=_SHORT_BUCKETS,
+)
+
 # Redis itself, by its INFO command (API)
 STATE_STORE_MEMORY = ReportedGauge(
     "distributor_state_store_server_memory_bytes", "Memory that Redis uses for its data."

@@ -7,6 +7,8 @@ import base64
 import json
 import os
 import signal
+import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -203,6 +205,61 @@ async def test_served_and_fetched_are_counted(tmp_path: Path) -> None:
         assert (hour["hit"], hour["miss"], hour["fetched"]) == (8, 1, MIB)
         assert hour["local"] + hour["external"] == 9 * MIB
         await eventually(lambda: sum(page.last["history"]["hit"]) == 8, what="the history")
+
+
+async def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Run `distributor` to its end: exit code, standard output, standard error."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "distributor_node.services.command_line", *arguments,
+        env={**os.environ, "COLUMNS": "120", **environment}, stdout=PIPE, stderr=PIPE,
+    )  # fmt: skip
+    async with asyncio.timeout(120):
+        output, errors = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, output.decode(), errors.decode()
+
+
+async def test_the_terminal_shows_the_same(tmp_path: Path) -> None:
+    async with standalone(tmp_path, 1, 8 * MIB, DISTRIBUTOR_ID="[node]-7") as node:
+        node.source.faults.add(Fault(bytes_per_second=MIB), FILES)
+        viewer = await follow(node.stack.url("1"))
+        code, output, _ = await run("top", "--once", "--json", "--url", node.url(""))
+        snapshot = json.loads(output)
+        assert (code, snapshot["complete"], snapshot["node"]["id"]) == (0, True, "[node]-7")
+        [download] = snapshot["downloads"]
+        assert (download["id"], len(download["viewers"])) == ("1", 1)
+        code, output, _ = await run("top", "--once", DISTRIBUTOR_DASHBOARD__PORT=str(node.port))
+        assert code == 0
+        assert "[node]-7" in output
+        assert "everything works" in output
+        assert "Downloads: 1 running" in output
+        assert "●" in output.partition("Downloads: 1")[2]
+        await viewer
+
+
+async def test_status_ends_with_what_is_wrong(tmp_path: Path) -> None:
+    async with standalone(tmp_path, 1, 1000, DISTRIBUTOR_DASHBOARD__PASSWORD=PASSWORD) as node:
+        known = {"DISTRIBUTOR_DASHBOARD__PASSWORD": PASSWORD, "DISTRIBUTOR_DASHBOARD__PORT": str(node.port)}
+
+        async def is_ok() -> bool:
+            return (await run("status", **known))[0] == 0
+
+        await eventually(is_ok, pause=0.5, what="everything works")
+        _, output, _ = await run("status", **known)
+        assert "ok     Catalog (manifest): works" in output
+        assert not any(line.startswith("WRONG") for line in output.splitlines())
+        code, _, errors = await run("status", "--url", node.url(""))
+        assert (code, "asks for a password" in errors) == (3, True)
+        (tmp_path / "volume").rename(tmp_path / "elsewhere")
+
+        async def is_wrong() -> bool:
+            code, output, _ = await run("status", "--json", **known)
+            components = json.loads(output)["components"]
+            return code == 1 and not next(one["ok"] for one in components if one["name"] == "Volume")
+
+        await eventually(is_wrong, pause=0.5, what="the volume is gone")
+    code, _, errors = await run("status", **known)
+    assert (code, "cannot be read" in errors) == (3, True)
 
 
 @pytest.mark.servers

@@ -23,6 +23,7 @@ import structlog
 from distributor_node.services.api.dashboard.feed import Feed
 from distributor_node.shared.domain.errors import InvalidInput, StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.observability.metrics import DASHBOARD_PAGES, DASHBOARD_SNAPSHOT
 from distributor_node.shared.ports.state_store import ReportStore
 from distributor_node.shared.runtime.process_reports import WATCH_SECONDS
 from distributor_node.shared.settings.model import DashboardSettings
@@ -120,7 +121,9 @@ class DashboardServer:
                 await self._store.watch_reports(WATCH_SECONDS)
             except StateStoreUnavailable as error:
                 logger.debug("page_not_announced", reason=str(error))
-            self._send_all("snapshot", await self._feed.snapshot())
+            with DASHBOARD_SNAPSHOT.time():
+                snapshot = await self._feed.snapshot()
+            self._send_all("snapshot", snapshot)
             if self._feed.history_ends != history_ends:
                 history_ends = self._feed.history_ends
                 self._send_all("history", self._feed.history())
@@ -141,8 +144,9 @@ class DashboardServer:
         self._pages.add(writer)
         self._opened.set()
         try:
-            while await reader.read(1024):
-                continue
+            with DASHBOARD_PAGES.track_inprogress():
+                while await reader.read(1024):
+                    continue
         finally:
             self._pages.discard(writer)
 
