@@ -42,7 +42,7 @@ class TestRates:
 
 class TestDownloads:
     def test_switches_of_the_source(self) -> None:
-        progress = DownloadProgress()
+        progress, sources = DownloadProgress(), list[str]()
         for second, source in enumerate([None, "a:80", "a:80", "b:80", None, "b:80", "a:80"]):
             _, sources = progress.observe(ONE, 100 * second, source, now=second)
         assert sources == ["a:80", "b:80", "a:80"]
@@ -50,7 +50,7 @@ class TestDownloads:
         assert progress.observe(ONE, 0, "c:80", now=20) == (None, ["c:80"])
 
     def test_the_list_of_switches_is_bounded(self) -> None:
-        progress = DownloadProgress()
+        progress, sources = DownloadProgress(), list[str]()
         for second in range(100):
             _, sources = progress.observe(ONE, 0, f"{second}:80", now=second)
         assert len(sources) <= 20
@@ -115,8 +115,10 @@ class TestInWords:
     def test_another_removal_and_what_the_catalog_says(self) -> None:
         removed = {"reason": "not_assigned", "at": time.time(), "bytes": 1}
         assert in_words(explained(), removed, "The catalog says so.") == [
-            "It is not here, and is not being fetched.", "It was removed 0 s ago: not assigned.", "The catalog says so.",
-        ]  # fmt: skip
+            "It is not here, and is not being fetched.",
+            "It was removed 0 s ago: not assigned.",
+            "The catalog says so.",
+        ]
 
     @pytest.mark.parametrize(
         "state", ["leaving", "missing", "unindexed", "claimed", "queued", "parked", "failed", "absent"]
