@@ -10,7 +10,7 @@ from enum import StrEnum
 from benchmarks.dataset import KIB, Group
 from benchmarks.figures import Case
 from benchmarks.load import RequestSpec
-from benchmarks.peers import AGING, OURS
+from benchmarks.peers import AGING, OURS, WATCHED
 
 RANGE_BYTES = 64 * KIB
 _RANGES = 4000
@@ -35,6 +35,7 @@ class HitCase:
 
     `workers`: one and two workers side by side, the load on all CPUs; without it servers and load have a CPU each.
     `aging`: our node with fresh objects of an HTTP origin beside our node with immutable ones.
+    `pages`: our node with its page open in many browsers beside our node without its page.
     """
 
     name: str
@@ -44,12 +45,15 @@ class HitCase:
     connections: int = 64
     workers: bool = False
     aging: bool = False
+    pages: bool = False
     headline: str = "requests_per_second"
     higher_is_better: bool = True
 
     @property
     def case(self) -> Case:
-        subject = f"{OURS}, 2 workers" if self.workers else AGING if self.aging else OURS
+        subject = AGING if self.aging else WATCHED if self.pages else OURS
+        if self.workers:
+            subject = f"{OURS}, 2 workers"
         return Case(self.name, self.title, self.headline, subject, self.higher_is_better)
 
 
@@ -89,6 +93,12 @@ HIT_CASES = (
         headline="megabytes_per_second",
     ),
     HitCase("origin-4k", "random 4 KiB objects: of an HTTP origin, and immutable ones", "4k", aging=True),
+    HitCase(
+        "pages",
+        "random 4 KiB objects: with 20 pages of the node open, and without its page",
+        "4k",
+        pages=True,
+    ),
     HitCase("two-workers", "64 KiB objects, two workers against one, all CPUs", "64k", workers=True),
 )
 

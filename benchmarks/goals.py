@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from benchmarks.figures import Measurement, figure_of, ratio_of
 from benchmarks.misses import DIRECT
-from benchmarks.peers import AGING, CACHE, OURS
+from benchmarks.peers import AGING, CACHE, OURS, UNWATCHED, WATCHED
 from benchmarks.throughput import CURL, ONE_FETCHER, THREE_FETCHERS
 
 MILLION = "1,000,000 objects"
@@ -64,6 +64,7 @@ GOALS = (
     Goal("connections-1000", "1,000 connections, 64 KiB", P99, 2.0, at_least=False, peer=CACHE),
     _alone("connections-1000", "1,000 connections: memory of the worker", "rss_mb", 200, OURS),
     Goal("origin-4k", "fresh objects of an HTTP origin", RATE, 0.95, subject=AGING, peer=OURS),
+    Goal("pages", "hits with 20 pages of the node open", RATE, 0.97, subject=WATCHED, peer=UNWATCHED),
     Goal("two-workers", "two workers against one", RATE, 1.6, subject=f"{OURS}, 2 workers", peer=OURS),
     Goal(
         "miss-64k", "miss of 64 KiB, first byte", "first_byte_ms", 10.0,

@@ -23,7 +23,21 @@ from benchmarks.misses import (
 )
 from benchmarks.node import Node
 from benchmarks.origin import Origin
-from benchmarks.peers import AGING, CACHE, OURS, NginxCache, NginxStatic, Ours, Peer, Varnish, varnish_program
+from benchmarks.peers import (
+    AGING,
+    CACHE,
+    OURS,
+    PAGES,
+    UNWATCHED,
+    WATCHED,
+    NginxCache,
+    NginxStatic,
+    Ours,
+    Peer,
+    Varnish,
+    Watched,
+    varnish_program,
+)
 from benchmarks.report import Report
 from benchmarks.throughput import FETCH_CASES, FetchBench, new_each_round
 
@@ -103,10 +117,11 @@ class Run:
             peers = self._peers(environment)
             self._start(peers, self._held, resources)
             for case in self._hits:
-                if not case.workers and not case.aging:
+                if not case.workers and not case.aging and not case.pages:
                     self._measure_hits(case, peers)
             self._measure_pairs(environment)
             self._measure_aging(environment)
+            self._measure_pages(environment)
             for peer in peers:
                 pin(peer.pids, frozenset(os.sched_getaffinity(0)))
             self._measure_misses(environment, only_comparable(peers))
@@ -189,6 +204,19 @@ class Run:
                 resources.callback(node.close)
                 fill_volume(node.volume, [self._groups[case.group]], aging_record_of)
                 pair: list[Peer] = [Ours(node, 1, AGING), Ours(environment.node, 1, OURS)]
+                self._start(pair, [self._groups[case.group]], resources)
+                self._measure_hits(case, pair)
+
+    def _measure_pages(self, environment: Environment) -> None:
+        """Ours with its page open in many browsers, and without it."""
+        for case in self._hits:
+            if not case.pages or self._options.check_harness:
+                continue
+            pair: list[Peer] = [
+                Watched(environment.node, WATCHED, PAGES),
+                Watched(environment.node, UNWATCHED, 0),
+            ]
+            with ExitStack() as resources:
                 self._start(pair, [self._groups[case.group]], resources)
                 self._measure_hits(case, pair)
 

@@ -20,7 +20,7 @@ class TestRates:
         assert GrowthRates().observe("a", 100, now=10) is None
 
     def test_growth_over_the_last_seconds(self) -> None:
-        rates = GrowthRates()
+        rates, rate = GrowthRates(), None
         for second in range(20):
             rate = rates.observe("a", 1000 * second if second < 10 else 9000, now=second)
             if second == 9:

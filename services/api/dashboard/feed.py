@@ -337,11 +337,8 @@ class Feed:
         if late:
             lost = ", ".join(shown_name(process) for process in late)
             return "Fetchers", f"{workers} alive; not heard of any more: {lost}", ""
-        return (
-            "Fetchers",
-            None,
-            f"{workers} alive, {capacity.running or 0} downloads, {capacity.free} slots free",
-        )
+        slots = (capacity.running or 0) + capacity.free
+        return "Fetchers", None, f"{workers} alive, {capacity.running or 0} of {slots} slots busy"
 
     def _process(self, process: ReportedProcess, now: float) -> dict[str, Any]:
         return {

@@ -64,7 +64,7 @@ const PERIODS = { minute: ["Last minute", 60], hour: ["Last hour", 3600], day: [
 function total([name, counted]) {
   const [title, length] = PERIODS[name];
   const served = counted.local + counted.external, requests = counted.hit + counted.pending + counted.miss;
-  const part = counted.seconds < length && name !== "minute" ? `, of which ${duration(counted.seconds)} were seen` : "";
+  const part = counted.seconds < length && name !== "minute" ? ` (${duration(counted.seconds)} so far)` : "";
   const percent = (count) => `${(100 * count) / requests}%`;
   const said = requests
     ? [`Served `, make("strong", {}, bytes(served)), `, fetched `, make("strong", {}, bytes(counted.fetched)), `: `,
