@@ -261,10 +261,7 @@ def _volume(volume: Mapping[str, Any]) -> list[RenderableType]:
     bar = Text.assemble(
         ("█" * used, "blue"), ("▒" * reserved, "blue"), ("░" * max(0, _BAR_WIDTH - used - reserved), "dim")
     )
-    words = (
-        f"  {size(volume['used'])} in {volume['objects']} objects, {size(volume['reserved'])} reserved,"
-        f" limit {size(limit)}, watermarks {size(volume['low'])} and {size(volume['high'])}"
-    )
+    words = f"  {size(volume['used'])} in {volume['objects']} objects, {size(volume['reserved'])} reserved, of {size(limit)}"
     return [_heading("Volume"), bar.append(words, "default")]
 
 

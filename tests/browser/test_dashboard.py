@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.servers, pytest.mark.timeout(300)]
 BUILD = Path(__file__).parents[2] / "build"
 AXE = BUILD / "browser" / "node_modules" / "axe-core" / "axe.min.js"
 FILES = Match(endpoint="files", method="GET")
-FILM = "film-1"
+FILM = "7001"
 PICTURES = [generated_object(str(number), MIB // 2) for number in range(1, 120)]
 DOTS = """[...document.querySelectorAll("#downloads .viewer")].map((dot) => parseFloat(dot.style.left))"""
 

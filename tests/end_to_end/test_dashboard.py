@@ -188,6 +188,7 @@ async def test_an_eviction_appears_with_its_reason(tmp_path: Path) -> None:
         assert explained["words"][0] == "It is not here, and is not being fetched."
         assert removed["words"] in explained["words"][1]
         assert "The catalog knows it" in explained["words"][2]
+        await node.stack.until_hit("20")
         kept = (await get(node.url("/explain.json?id=20"))).json()
         assert kept["words"][0].startswith("It is on disk: 1.0 MiB, viewed once")
         unknown = (await get(node.url("/explain.json?id=999"))).json()

@@ -198,7 +198,6 @@ class Feed:
             "queue": {
                 "downloads": len(begun),
                 "waiting": len(waiting),
-                "inFetchers": self._context.fetch_capacity.waiting or 0,
                 "slotsBusy": self._context.fetch_capacity.running or 0,
                 "slotsFree": self._context.fetch_capacity.free,
                 "next": [

@@ -240,7 +240,7 @@ function downloads(list) {
 }
 
 function queue(found) {
-  at("queue-words").textContent = `${found.downloads} running, ${found.waiting + found.inFetchers} waiting, ${plural(found.slotsFree, "slot")} free`;
+  at("queue-words").textContent = `${found.downloads} running, ${found.waiting} waiting, ${plural(found.slotsFree, "slot")} free`;
   show("queue", found.next, () => found.next.length === 0 ? [] : [make("h3", {}, "Waiting for a slot"),
     make("ul", { class: "chips" }, found.next.map((one) => make("li", {}, make("span", { class: "mono" }, one.id), make("span", { class: "muted" }, ` ${duration(one.age)}${one.viewers ? `, ${plural(one.viewers, "viewer")}` : ""}`))))]);
 }
