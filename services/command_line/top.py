@@ -261,7 +261,8 @@ def _volume(volume: Mapping[str, Any]) -> list[RenderableType]:
     bar = Text.assemble(
         ("█" * used, "blue"), ("▒" * reserved, "blue"), ("░" * max(0, _BAR_WIDTH - used - reserved), "dim")
     )
-    words = f"  {size(volume['used'])} in {volume['objects']} objects, {size(volume['reserved'])} reserved, of {size(limit)}"
+    objects = f"{size(volume['used'])} in {volume['objects']} objects"
+    words = f"  {objects}, {size(volume['reserved'])} reserved, of {size(limit)}"
     return [_heading("Volume"), bar.append(words, "default")]
 
 

@@ -434,8 +434,8 @@ def counted_here() -> dict[str, Any]:
     requests      GETs of assets by cache result, and `error` for answers of 500 and above
     sent          bytes by source: local, external
     fetched       bytes received from sources
-    firstByte     observations in each bucket of FIRST_BYTE_BOUNDS, not cumulative
-    evictions     objects by reason; evictedBytes: of all reasons
+    first_byte    observations in each bucket of FIRST_BYTE_BOUNDS, not cumulative
+    evictions     objects by reason; evicted_bytes: of all reasons
     sources       by source: requests, bytes, failures by reason; the busiest MAX_REPORTED_SOURCES
     """
     requests = dict.fromkeys((*_RESULTS, "error"), 0.0)
@@ -455,9 +455,9 @@ def counted_here() -> dict[str, Any]:
         "requests": requests,
         "sent": {labels["source"]: value for labels, value in _samples(SENT_BYTES)},
         "fetched": sum(value for _, value in _samples(SOURCE_BYTES)),
-        "firstByte": _observations(TIME_TO_FIRST_BYTE),
+        "first_byte": _observations(TIME_TO_FIRST_BYTE),
         "evictions": {labels["reason"]: value for labels, value in _samples(EVICTIONS)},
-        "evictedBytes": sum(value for _, value in _samples(EVICTED_BYTES)),
+        "evicted_bytes": sum(value for _, value in _samples(EVICTED_BYTES)),
         "sources": {name: sources[name] for name in busiest},
     }
 

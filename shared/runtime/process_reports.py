@@ -14,9 +14,10 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import structlog
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.observability.logging import OutageLog
@@ -89,6 +90,9 @@ class ProcessReporter:
         except StateStoreUnavailable as error:
             self._outage.failed(error)
             return interval
+        except Exception:  # a mistake in a view must not end what is viewed
+            logger.exception("process_report_failed")
+            return interval
         self._outage.succeeded()
         if watched and not self._watched:
             self._woken.set()  # what the parts know is wanted now
@@ -96,23 +100,91 @@ class ProcessReporter:
         return interval
 
 
+# What a report says. All fields have defaults or are in every version's reports; unknown ones are ignored.
+
+
+class ReportPart(BaseModel):
+    """A part of a report, checked when it is read: another version may have written it."""
+
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
+
+
+class CountedSource(ReportPart):
+    """What one process has counted of one source."""
+
+    requests: float = 0
+    bytes: float = 0
+    failures: Mapping[str, float] = {}  # by reason
+
+
+class Counted(ReportPart):
+    """What one process has counted since it started; see `counted_here`."""
+
+    requests: Mapping[str, float] = {}
+    sent: Mapping[str, float] = {}
+    fetched: float = 0
+    first_byte: Sequence[float] = ()
+    evictions: Mapping[str, float] = {}
+    evicted_bytes: float = 0
+    sources: Mapping[str, CountedSource] = {}
+
+
+class RemovedObject(ReportPart):
+    """An object that the leading evictor has removed. Those evicted to make room have all fields."""
+
+    id: str
+    at: float  # POSIX seconds
+    bytes: float  # that were freed
+    reason: str
+    size: int | None = None
+    views: int | None = None
+    idle_seconds: float | None = None
+
+
+class VolumeMap(ReportPart):
+    """Objects and bytes by size class and idle time; see `EvictionIndex.size_and_idle_map`."""
+
+    sizes: Sequence[int]
+    idle: Sequence[float]
+    cells: Sequence[tuple[int, int]]
+
+    @model_validator(mode="after")
+    def _check_cells(self) -> Self:
+        expected = (len(self.sizes) + 1) * (len(self.idle) + 1)
+        if len(self.cells) != expected:
+            raise ValueError(f"cells: expected {expected}, got {len(self.cells)}")
+        return self
+
+
+class ReportContent(ReportPart):
+    """One report."""
+
+    kind: ProcessKind
+    host: str
+    process: int  # its id on that host
+    started: float  # POSIX seconds
+    interval: float  # seconds in which the next report is due
+    counted: Counted = Counted()
+    viewers: Mapping[
+        str, Sequence[tuple[int, int]]
+    ] = {}  # by object: number of the viewer, byte it has got to
+    leads: bool | None = None  # None: no evictor
+    removed: Sequence[RemovedObject] = ()  # the newest last
+    map: VolumeMap | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class ReportedProcess:
     """A process by its last report."""
 
     name: str
-    kind: ProcessKind
-    host: str
-    process: int  # its id on that host
-    started: float  # POSIX seconds
-    interval: float  # seconds in which its next report is due
     age: float  # seconds since the report
-    content: Mapping[str, Any]
+    content: ReportContent
 
     @property
     def is_late(self) -> bool:
         """Whether its next report should have come: it was killed, or hangs, or cannot reach the state store."""
-        return self.age > self.interval + LATE
+        return self.age > self.content.interval + LATE
 
 
 async def read_reports(
@@ -123,38 +195,22 @@ async def read_reports(
     A process that was killed is left out as well once another one of its kind has started after it. `clock`: POSIX
     seconds.
     """
-    processes = [
-        process
-        for report in await store.process_reports()
-        if (process := _read(report.process, report.content, report.age)) is not None
-    ]
+    processes = []
+    for report in await store.process_reports():
+        with suppress(ValidationError):
+            content = ReportContent.model_validate_json(report.content)
+            processes.append(ReportedProcess(report.process, report.age, content))
     return _without_replaced(processes, clock())
-
-
-def _read(name: str, text: str, age: float) -> ReportedProcess | None:
-    try:
-        content = json.loads(text)
-        return ReportedProcess(
-            name,
-            content["kind"],
-            str(content["host"]),
-            int(content["process"]),
-            float(content["started"]),
-            float(content["interval"]),
-            age,
-            content,
-        )
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def _without_replaced(processes: Sequence[ReportedProcess], now: float) -> Sequence[ReportedProcess]:
     """Leave out each late process for which another one of its kind has started since."""
     replaced: set[str] = set()
-    successors = sorted((one for one in processes if not one.is_late), key=lambda one: one.started)
+    successors = sorted((one for one in processes if not one.is_late), key=lambda one: one.content.started)
     for late in sorted((one for one in processes if one.is_late), key=lambda one: one.age):
+        ended = now - late.age - late.content.interval - LATE
         for successor in successors:
-            if successor.kind == late.kind and successor.started > now - late.age - late.interval - LATE:
+            if successor.content.kind == late.content.kind and successor.content.started > ended:
                 replaced.add(late.name)
                 successors.remove(successor)
                 break

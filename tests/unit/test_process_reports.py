@@ -75,8 +75,14 @@ async def test_a_report_that_cannot_be_read_is_left_out() -> None:
     clock = Clock()
     store = make_store(clock)
     await write(store, "a")
-    for name, text in (("b", "{"), ("c", "[]"), ("d", '{"kind": "api"}'), ("e", "null")):
-        await store.report_process(name, text, 60)
+    good: dict[str, Any] = {"kind": "api", "host": "h", "process": 7, "started": 0.0, "interval": 1.0}
+    odd: list[dict[str, Any]] = [
+        {"removed": 7}, {"viewers": [1]}, {"map": {"sizes": [1], "idle": [1], "cells": []}},
+        {"counted": {"fetched": "x"}}, {"started": float("nan")}, {"leads": "perhaps"},
+    ]  # fmt: skip
+    texts = ["{", "[]", "null", '{"kind": "api"}', *(json.dumps(good | part) for part in odd)]
+    for number, text in enumerate(texts):
+        await store.report_process(f"b{number}", text, 60)
     assert list(await states(store, clock)) == ["a"]
 
 
@@ -93,7 +99,7 @@ async def test_what_only_the_page_needs_is_reported_while_one_is_open() -> None:
     running = asyncio.create_task(reporter.run())
 
     async def reported() -> dict[str, Any]:
-        return dict((await read_reports(store))[0].content) if await read_reports(store) else {}
+        return json.loads(found[0].content) if (found := await store.process_reports()) else {}
 
     async def has_part() -> bool:
         return "part" in await reported()

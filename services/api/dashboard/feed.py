@@ -26,6 +26,7 @@ from distributor_node.shared.ports.state_store import Fetch, FetchPhase
 from distributor_node.shared.runtime.process import VERSION
 from distributor_node.shared.runtime.process_reports import (
     WATCHED_INTERVAL,
+    RemovedObject,
     ReportedProcess,
     read_reports,
 )
@@ -58,9 +59,7 @@ class Feed:
         self._clock = clock
         self._counters, self._history = CounterSum(), History()
         self._processes: Sequence[ReportedProcess] = ()
-        self._removed: OrderedDict[str, dict[str, Any]] = (
-            OrderedDict()
-        )  # by object, the last removed at the end
+        self._removed = OrderedDict[str, RemovedObject]()  # by object, the last removed at the end
         self._problems = ProblemTimes()
         self._downloads = DownloadProgress()
         self._source_rates = GrowthRates()
@@ -74,8 +73,12 @@ class Feed:
         """Take a sample of the history at intervals, until cancelled."""
         while True:
             now = self._clock()
-            if await self._read_reports():
-                self._history.add(self._counters.advance(self._processes, now), now)
+            try:
+                if await self._read_reports():
+                    self._history.add(self._counters.advance(self._processes, now), now)
+            except Exception:  # a mistake in a view must not end what is viewed
+                logger.exception("dashboard_sample_failed")
+
             await asyncio.sleep(STEP - (self._clock() - now) % STEP)
 
     async def _read_reports(self) -> bool:
@@ -85,9 +88,9 @@ class Feed:
         except StateStoreUnavailable:
             return False
         for process in self._processes:
-            for removed in process.content.get("removed", ()):
-                self._removed[removed["id"]] = removed
-                self._removed.move_to_end(removed["id"])
+            for removed in process.content.removed:
+                self._removed[removed.id] = removed
+                self._removed.move_to_end(removed.id)
         while len(self._removed) > MAX_REMOVED_KNOWN:
             self._removed.popitem(last=False)
         return True
@@ -116,7 +119,9 @@ class Feed:
         settings = self._context.settings
         return {
             "at": round(now, 3),
-            "complete": all(one.interval <= WATCHED_INTERVAL for one in self._processes if not one.is_late),
+            "complete": all(
+                one.content.interval <= WATCHED_INTERVAL for one in self._processes if not one.is_late
+            ),
             "node": {"id": settings.id, "version": VERSION, "environment": settings.environment},
             "totals": self._history.totals(),
             "volume": await self._volume(sum(size for size, _ in partial.values())),
@@ -163,7 +168,7 @@ class Feed:
 
     async def _volume(self, partial_bytes: int) -> dict[str, Any]:
         usage, watermarks = await self._usage.read(), self._context.settings.storage.watermarks
-        leader = next((one for one in self._processes if one.content.get("leads") and not one.is_late), None)
+        leader = next((one for one in self._processes if one.content.leads and not one.is_late), None)
         return {
             "limit": usage.limit,
             "used": usage.used,
@@ -173,9 +178,9 @@ class Feed:
             "objects": usage.objects,
             "low": watermarks.low,
             "high": watermarks.high,
-            "map": None if leader is None else leader.content.get("map"),
+            "map": None if leader is None or leader.content.map is None else leader.content.map.model_dump(),
             "removed": [
-                {"words": removal_reason(removed["reason"]), **removed}
+                {"words": removal_reason(removed.reason), **removed.model_dump(exclude_none=True)}
                 for removed in list(self._removed.values())[-MAX_REMOVED_SHOWN:]
             ],
         }
@@ -217,7 +222,7 @@ class Feed:
         for process in self._processes:
             if process.is_late:
                 continue
-            for object_id, positions in process.content.get("viewers", {}).items():
+            for object_id, positions in process.content.viewers.items():
                 viewers.setdefault(object_id, []).extend(
                     {"key": f"{process.name}-{serial}", "at": position} for serial, position in positions
                 )
@@ -277,11 +282,11 @@ class Feed:
     def _counted_of_sources(self) -> dict[str, dict[str, Any]]:
         total: dict[str, dict[str, Any]] = {}
         for process in self._processes:
-            for name, counted in process.content.get("counted", {}).get("sources", {}).items():
+            for name, counted in process.content.counted.sources.items():
                 source = total.setdefault(name, {"requests": 0, "bytes": 0, "failures": {}})
-                source["requests"] += counted.get("requests", 0)
-                source["bytes"] += counted.get("bytes", 0)
-                for reason, failures in counted.get("failures", {}).items():
+                source["requests"] += counted.requests
+                source["bytes"] += counted.bytes
+                for reason, failures in counted.failures.items():
                     source["failures"][reason] = source["failures"].get(reason, 0) + failures
         return total
 
@@ -313,8 +318,8 @@ class Feed:
         ]
 
     def _evictor(self, alive: Sequence[ReportedProcess], store_replies: bool) -> tuple[str, str | None, str]:
-        leaders = [process for process in alive if process.content.get("leads")]
-        standbys = sum(1 for process in alive if process.content.get("leads") is False)
+        leaders = [process for process in alive if process.content.leads]
+        standbys = sum(1 for process in alive if process.content.leads is False)
         if not store_replies:
             return "Evictor", "not known without the state store", ""
         if not leaders:
@@ -332,7 +337,9 @@ class Feed:
             return "Fetchers", "not known without the state store", ""
         if not workers:
             return "Fetchers", "none alive: misses are proxied, nothing new is cached", ""
-        late = [process for process in self._processes if process.kind == "fetcher" and process.is_late]
+        late = [
+            process for process in self._processes if process.content.kind == "fetcher" and process.is_late
+        ]
         if late:
             lost = ", ".join(shown_name(process) for process in late)
             return "Fetchers", f"{workers} alive; not heard of any more: {lost}", ""
@@ -342,10 +349,10 @@ class Feed:
     def _process(self, process: ReportedProcess, now: float) -> dict[str, Any]:
         return {
             "name": shown_name(process),
-            "kind": process.kind,
+            "kind": process.content.kind,
             "ok": not process.is_late,
             "words": "runs" if not process.is_late else "was killed, hangs, or cannot reach the state store",
-            "since": round(process.started if not process.is_late else now - process.age, 3),
+            "since": round(process.content.started if not process.is_late else now - process.age, 3),
         }
 
     # One object
@@ -353,7 +360,8 @@ class Feed:
     async def explain(self, object_id: ObjectId) -> dict[str, Any]:
         """Why it is here, or why not, in sentences and in fields. Raises StateStoreUnavailable."""
         explained = await self._explainer.explain(object_id)
-        removed = self._removed.get(object_id)
+        known = self._removed.get(object_id)
+        removed = None if known is None else known.model_dump(exclude_none=True)
         catalog = None
         if explained["state"] in ("absent", "failed"):
             catalog = await self._catalog_says(object_id)
@@ -439,7 +447,7 @@ class DownloadProgress:
 
 def shown_name(process: ReportedProcess) -> str:
     """Host and process id."""
-    return f"{process.host}:{process.process}"
+    return f"{process.content.host}:{process.content.process}"
 
 
 def _without_name(problem: str | None, name: str) -> str | None:

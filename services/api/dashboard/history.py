@@ -5,9 +5,8 @@ Every API process keeps it, so that another one can serve the page with the same
 
 from __future__ import annotations
 
-import math
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from distributor_node.shared.observability.metrics import FIRST_BYTE_BOUNDS
@@ -26,30 +25,17 @@ _MAX_PROCESSES = 1000
 
 
 def counted_by(process: ReportedProcess) -> list[float]:
-    """The process's counters in the order of a sample. What is missing or no number is 0: another version wrote it."""
-    counted = _mapping(process.content.get("counted"))
-    requests, sent = _mapping(counted.get("requests")), _mapping(counted.get("sent"))
-    evictions = _mapping(counted.get("evictions"))
-    buckets = counted.get("firstByte")
-    if not isinstance(buckets, list) or len(buckets) != _BUCKETS:
-        buckets = [0.0] * _BUCKETS
-    values = [
-        *(requests.get(name) for name in ("hit", "pending", "miss", "error")),
-        *(sent.get(name) for name in ("local", "external")),
-        counted.get("fetched"),
-        sum(_number(count) for count in evictions.values()),
-        counted.get("evictedBytes"),
+    """The process's counters in the order of a sample. What another version does not count is 0."""
+    counted = process.content.counted
+    buckets = counted.first_byte if len(counted.first_byte) == _BUCKETS else [0.0] * _BUCKETS
+    return [
+        *(counted.requests.get(name, 0.0) for name in ("hit", "pending", "miss", "error")),
+        *(counted.sent.get(name, 0.0) for name in ("local", "external")),
+        counted.fetched,
+        sum(counted.evictions.values()),
+        counted.evicted_bytes,
         *buckets,
     ]
-    return [_number(value) for value in values]
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
 class CounterSum:
@@ -69,7 +55,7 @@ class CounterSum:
         for process in processes[:_MAX_PROCESSES]:
             values = current[process.name] = counted_by(process)
             before = self._last.get(process.name)
-            if before is None and self._read_at is not None and process.started >= self._read_at:
+            if before is None and self._read_at is not None and process.content.started >= self._read_at:
                 before = [0.0] * WIDTH
             if before is not None:
                 for place, (value, earlier) in enumerate(zip(values, before, strict=True)):

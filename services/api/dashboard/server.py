@@ -118,16 +118,23 @@ class DashboardServer:
                 history_ends = -1.0
             self._on_open()
             try:
-                await self._store.watch_reports(WATCH_SECONDS)
-            except StateStoreUnavailable as error:
-                logger.debug("page_not_announced", reason=str(error))
-            with DASHBOARD_SNAPSHOT.time():
-                snapshot = await self._feed.snapshot()
-            self._send_all("snapshot", snapshot)
+                await self._announce()
+                with DASHBOARD_SNAPSHOT.time():
+                    snapshot = await self._feed.snapshot()
+                self._send_all("snapshot", snapshot)
+            except Exception:  # a mistake in a view must not end what is viewed
+                logger.exception("dashboard_snapshot_failed")
             if self._feed.history_ends != history_ends:
                 history_ends = self._feed.history_ends
                 self._send_all("history", self._feed.history())
             await asyncio.sleep(SNAPSHOT_INTERVAL)
+
+    async def _announce(self) -> None:
+        """Tell all processes that a page is open."""
+        try:
+            await self._store.watch_reports(WATCH_SECONDS)
+        except StateStoreUnavailable as error:
+            logger.debug("page_not_announced", reason=str(error))
 
     def _send_all(self, event: str, content: object) -> None:
         message = _event(event, content)

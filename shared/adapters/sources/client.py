@@ -248,8 +248,10 @@ class SourceClient:
         clock: Callable[[], float] = time.monotonic,
         count_bytes: BytesCounter = ignore_bytes,
     ) -> None:
-        """`observe`: called once for each request, when it ends. `clock`: in seconds. `count_bytes`: called while bodies
-        arrive."""
+        """`observe`: called once for each request, when it ends. `clock`: in seconds.
+
+        `count_bytes`: called while bodies arrive.
+        """
         self._limits = limits
         self._observe = observe
         self._count_bytes = count_bytes
