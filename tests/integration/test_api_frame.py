@@ -380,7 +380,7 @@ async def test_a_browser_is_told_what_this_address_is_and_nothing_of_the_node_s_
         status, head, body = split(await api.ask(request.encode()))
         node_id = api.context.settings.id
     assert status == 200
-    assert b"Content-Type: text/html; charset=utf-8" in head
+    assert b"\r\ncontent-type: text/html; charset=utf-8" in head.lower()
     assert b"Content-Security-Policy: default-src 'none'" in head
     assert b"Vary: Accept" in head
     assert body.count(b"<p>") == 1
@@ -399,5 +399,5 @@ async def test_programs_find_nothing_at_the_root(tmp_path: Path, method: str, ac
         status, head, body = split(await api.ask(request.encode()))
         _, _, elsewhere = split(await api.get("/nowhere"))
     assert (status, body) == (404, elsewhere)
-    assert b"Content-Type: application/json" in head
+    assert b"\r\ncontent-type: application/json" in head.lower()
     assert b"Cache-Control: no-store" in head
