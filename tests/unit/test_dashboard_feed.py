@@ -113,10 +113,10 @@ class TestInWords:
         assert reason.value not in sentence
 
     def test_another_removal_and_what_the_catalog_says(self) -> None:
-        removed = {"reason": "not_assigned", "at": time.time(), "bytes": 1}
+        removed = {"reason": "unassigned", "at": time.time(), "bytes": 1}
         assert in_words(explained(), removed, "The catalog says so.") == [
             "It is not here, and is not being fetched.",
-            "It was removed 0 s ago: not assigned.",
+            "It was removed 0 s ago: it is not assigned to this node any more.",
             "The catalog says so.",
         ]
 

@@ -165,24 +165,34 @@ def _state_in_words(explained: Mapping[str, Any]) -> str:
             return "It is not here, and is not being fetched."
 
 
-_REASONS: dict[str, str] = {
+_EVICTIONS: dict[str, str] = {
     EvictionReason.HIGH_WATERMARK: "the volume was above its high watermark",
     EvictionReason.SPACE_REQUESTED: "a fetch was waiting for space",
     EvictionReason.DEVICE_FULL: "the device behind the volume was full",
     EvictionReason.DEVICE_INODES: "the device behind the volume had too few inodes left",
 }
+_OTHER_REMOVALS = {
+    "purged": "an operator purged it",
+    "unassigned": "it is not assigned to this node any more",
+    "replaced": "another version has replaced it",
+    "corrupt": "its bytes were corrupt",
+    "damaged": "its file had another size than its record",
+    "mismatch": "its file was not what the catalog describes",
+    "unfinished": "a removal that an earlier evictor had begun was finished",
+}
+"""The labels of the metric `distributor_evictions_total`. Those that are missing are shown as they are."""
 
 
 def removal_reason(reason: str) -> str:
     """Return the reason of an eviction or another removal in words."""
-    return _REASONS.get(reason, reason.replace("_", " "))
+    return _EVICTIONS.get(reason) or _OTHER_REMOVALS.get(reason) or reason.replace("_", " ")
 
 
 def _removal_in_words(removed: Mapping[str, Any]) -> str:
     ago, reason = _duration(max(0.0, time.time() - removed["at"])), str(removed["reason"])
-    if reason not in _REASONS:
+    if reason not in _EVICTIONS:
         return f"It was removed {ago} ago: {removal_reason(reason)}."
-    idle, views = _duration(removed["idle_seconds"]), removed["views"]
+    idle, views = _duration(removed.get("idle_seconds", 0.0)), removed.get("views", 0)
     read = "once" if views == 1 else f"{views} times"
     return f"It was evicted {ago} ago: {removal_reason(reason)}. It had been viewed {read}, and not read for {idle}."
 
