@@ -53,7 +53,8 @@ class World:
         await self.until("document.querySelectorAll('#components li').length === 7", "the page")
 
     async def until(self, script: str, what: str) -> None:
-        await eventually(lambda: self.browser.evaluate(script), 90, pause=0.1, what=what)
+        """The script's value is true; an element is."""
+        await eventually(lambda: self.browser.evaluate(f"Boolean({script})"), 90, pause=0.1, what=what)
 
     async def text(self, selector: str) -> str:
         found: str = await self.browser.evaluate(f"document.querySelector({selector!r}).innerText")
