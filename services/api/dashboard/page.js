@@ -175,9 +175,8 @@ function line(one, now) {
 }
 
 let wrongBefore = null;
-/** Tell screen readers what has changed, and nothing else. */
-function announce(components) {
-  const wrong = components.filter((one) => !one.ok).map((one) => `${one.name}: ${one.words}`).join("; ");
+/** Tell screen readers what has changed, and nothing else: a page that is read out each second is of no use. */
+function announce(wrong) {
   if (wrongBefore !== null && wrong !== wrongBefore) at("changes").textContent = wrong || "Everything works again.";
   wrongBefore = wrong;
 }
@@ -358,7 +357,6 @@ at("search").addEventListener("submit", async (event) => {
 
 function update(snapshot) {
   const { node, totals, volume, at: now } = snapshot;
-  document.title = `${node.id} – distributor node`;
   at("node").textContent = node.id;
   at("version").textContent = `distributor node ${node.version}, ${node.environment}`;
   show("totals", totals, () => Object.entries(totals).map(total));
@@ -370,12 +368,13 @@ function update(snapshot) {
   const ticks = snapshot.components.some((one) => !one.ok) ? Math.floor(now) : 0;
   show("components", [snapshot.components, ticks], () => snapshot.components.map((one) => line(one, now)));
   show("processes", [snapshot.processes, Math.floor(now / 10)], () => snapshot.processes.map((one) => line(one, now)));
-  announce(snapshot.components);
   downloads(snapshot.downloads);
   queue(snapshot.queue);
   show("sources", snapshot.sources, () => sources(snapshot.sources));
-  const wrong = [...snapshot.components, ...snapshot.processes].filter((one) => !one.ok).length;
-  connection(wrong ? plural(wrong, "problem") : "everything works", wrong === 0);
+  const wrong = [...snapshot.components, ...snapshot.processes].filter((one) => !one.ok);
+  announce(wrong.map((one) => `${one.kind ?? ""} ${one.name}: ${one.words}`.trim()).join("; "));
+  connection(wrong.length ? plural(wrong.length, "problem") : "everything works", wrong.length === 0);
+  document.title = `${wrong.length ? `(${wrong.length}) ` : ""}${node.id} – distributor node`;
 }
 
 function connection(words, good) {
@@ -397,4 +396,5 @@ stream.addEventListener("history", (event) => {
 stream.addEventListener("error", () => {
   document.body.classList.add("stale");
   connection("not connected, trying again", false);
+  announce("The page is not connected to the node. It tries again.");
 });
