@@ -111,7 +111,7 @@ class Watched(Ours):
             "--parallel-max",
             "100",
         ]
-        process = subprocess.Popen([*command, *urls], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([*command, *urls], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             pin([process.pid], cpus)
             time.sleep(_PAGES_SETTLE)
