@@ -36,7 +36,7 @@ LATE = 3.0
 """Seconds after the interval at which a report that has not come means that its process does not run."""
 REPORT_TTL = 600.0
 """Seconds that the last report of a process that was killed is kept."""
-WATCH_SECONDS = 5.0
+WATCH_SECONDS = 10.0
 """Seconds for which one announcement that a page is open holds."""
 _WITHDRAWAL_TIMEOUT = 1.0
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import asyncio as aioredis
 
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import MIB, generated_object
@@ -344,6 +345,25 @@ async def reopened(port: int) -> AsyncIterator[Page]:
     await eventually(listens, what="another worker listens")
     async with open_page(port) as page:
         yield page
+
+
+@pytest.mark.servers
+async def test_without_the_page_nothing_listens_and_nothing_is_reported(harness: Harness) -> None:
+    port = free_port()
+    harness.publish([generated_object("1", 1000)])
+    environment = harness.stack.environment
+    environment |= {"DISTRIBUTOR_DASHBOARD__ENABLED": "false", "DISTRIBUTOR_DASHBOARD__PORT": str(port)}
+    await harness.stack.up()
+    await get(harness.stack.url("1"))
+    await harness.stack.until_hit("1")
+    with pytest.raises(ConnectionRefusedError):
+        await get(f"http://127.0.0.1:{port}/")
+    client = aioredis.Redis.from_url(environment["DISTRIBUTOR_STATE_STORE__URL"], protocol=2)
+    try:
+        assert await client.exists(f"{environment['DISTRIBUTOR_STATE_STORE__PREFIX']}reports") == 0
+        assert await client.exists(f"{environment['DISTRIBUTOR_STATE_STORE__PREFIX']}objects") == 1
+    finally:
+        await client.aclose()
 
 
 async def test_a_taken_port_does_not_keep_the_node_from_running(tmp_path: Path) -> None:

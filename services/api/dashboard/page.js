@@ -138,7 +138,7 @@ function map(volume, victims) {
       if (objects && !count) blocks.append(make("i", { class: `idle-${column} small` }));
       for (const victim of victims) {
         if (classOf(victim.size ?? victim.bytes, found.sizes) !== row || classOf(victim.idle_seconds ?? 0, found.idle) !== column) continue;
-        const block = make("i", { class: "victim" });
+        const block = make("i", { class: "victim", title: `${victim.id}: ${victim.words}` });
         block.style.animationDelay = `-${victim.shownFor}s`;
         blocks.append(block);
       }

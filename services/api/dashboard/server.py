@@ -11,6 +11,7 @@ import base64
 import hmac
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from http import HTTPStatus
@@ -30,7 +31,10 @@ from distributor_node.shared.settings.model import DashboardSettings
 from distributor_node.shared.waiting import background
 
 SNAPSHOT_INTERVAL = 1.0
-"""Seconds from the end of one snapshot to the next one."""
+"""Seconds from the end of one snapshot to the next one, if it took little time."""
+_MAX_SNAPSHOT_INTERVAL = 5.0
+_REST = 20
+"""Times as long as a snapshot kept the event loop busy until the next one, within these limits."""
 MAX_PAGES = 100
 _MAX_CONNECTIONS = 2 * MAX_PAGES
 _MAX_BUFFERED = 1024 * 1024
@@ -117,6 +121,7 @@ class DashboardServer:
                 await self._opened.wait()
                 history_ends = -1.0
             self._on_open()
+            started = time.thread_time()
             try:
                 await self._announce()
                 with DASHBOARD_SNAPSHOT.time():
@@ -127,7 +132,9 @@ class DashboardServer:
             if self._feed.history_ends != history_ends:
                 history_ends = self._feed.history_ends
                 self._send_all("history", self._feed.history())
-            await asyncio.sleep(SNAPSHOT_INTERVAL)
+            # Of a node with very long queues, or a busy one, the page shows less often: it must not be in the way.
+            busy = time.thread_time() - started
+            await asyncio.sleep(min(max(SNAPSHOT_INTERVAL, _REST * busy), _MAX_SNAPSHOT_INTERVAL))
 
     async def _announce(self) -> None:
         """Tell all processes that a page is open."""
