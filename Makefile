@@ -121,9 +121,9 @@ test-chaos: setup ## kill, cut, fill and corrupt, and check what clients see (CH
 	@$(PYTEST) tests/chaos --timeout 900 $(ARGS)
 
 .PHONY: test-browser
-test-browser: setup ## a real browser against a node; installs Chromium where apt is allowed, and hls.js below build/
+test-browser: setup ## a real browser against a node; installs Chromium where apt is allowed, hls.js and axe-core below build/
 	@deploy/servers/find-or-install.sh chromium npm
-	@npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix build/browser hls.js@1.7.4
+	@npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix build/browser hls.js@1.7.4 axe-core@4.14.1
 	@$(PYTEST) tests/browser $(ARGS)
 .PHONY: fuzz
 fuzz: setup ## mutated requests to both parsers and to nginx: all must find the same requests (ARGS="--mutations 5000 --seed 1")

@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from time import monotonic
+from typing import Any
 
 import structlog
 
@@ -135,6 +137,10 @@ class AccessRenewal:
 
 REPORT_INTERVAL = 2.0
 """Seconds between two reports: less than the time for which one counts as current."""
+MAX_POSITIONS = 200
+"""Viewers whose positions one process tells."""
+Position = Callable[[], int]
+"""Returns the first byte that a viewer has not got yet."""
 
 
 class Viewers:
@@ -143,21 +149,34 @@ class Viewers:
     def __init__(self, state: StateStore) -> None:
         self._state = state
         self._viewing: Counter[ObjectId] = Counter()
+        self._positions: dict[int, tuple[ObjectId, Position]] = {}
+        self._serial = count(1)
         self._left: dict[ObjectId, None] = {}  # since the last report
         self._outage = OutageLog(logger, down="viewers_not_reported", up="viewers_reported")
 
     @contextmanager
-    def viewing(self, object_id: ObjectId) -> Iterator[None]:
+    def viewing(self, object_id: ObjectId, position: Position) -> Iterator[None]:
         """A client reads the object, or waits for it, during the block."""
         self._viewing[object_id] += 1
+        serial = next(self._serial)
+        if len(self._positions) < MAX_POSITIONS:
+            self._positions[serial] = object_id, position
         try:
             yield
         finally:
+            self._positions.pop(serial, None)
             self._viewing[object_id] -= 1
             if not self._viewing[object_id]:
                 del self._viewing[object_id]
             if len(self._left) < MAX_VIEWED:
                 self._left[object_id] = None
+
+    async def positions(self) -> Mapping[str, Any]:
+        """Return who reads where, for the node's page: by object, a number of the viewer and the byte it has got to."""
+        viewers: dict[str, list[tuple[int, int]]] = {}
+        for serial, (object_id, position) in self._positions.items():
+            viewers.setdefault(object_id, []).append((serial, position()))
+        return {"viewers": viewers}
 
     async def run(self) -> None:
         """Report at intervals, until cancelled."""

@@ -78,7 +78,7 @@ class RawPathRouter(Router):
         """Return the route, its handler and the handler's arguments. Raises NotFound or MethodNotAllowed."""
         prefix = ASSETS if path.startswith(ASSETS) else _CACHE if path.startswith(_CACHE) else ""
         rest = path[len(prefix) :].removesuffix("/")
-        group = self._by_path().get(f"{prefix}<object_id>" if prefix else rest)
+        group = self._by_path().get(f"{prefix}<object_id>" if prefix else rest or "/")
         if group is None:
             raise NotFound("")
         route = group.get(method)
@@ -387,6 +387,7 @@ def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
     reporter = StatusReporter(context, usage, squid_status)
     _add_status(application, reporter)
     _add_health(application)
+    _add_front_page(application)
     application.ctx.fast_path = None
     application.ctx.usage, application.ctx.squid_status = usage, squid_status
     return application
@@ -445,6 +446,42 @@ def _add_health(application: ApiApplication) -> None:
         return _json({"status": "ok"})
 
     _add(application, "/healthz", healthz)
+
+
+_FRONT_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Distributor node</title>
+</head>
+<body>
+<p>This is the address of a distributor node: a server that keeps copies of media objects and sends them to players and
+browsers, each at <code>api/v1/assets/</code> and its id. How programs talk to it is described by its
+<a href="api/v1/openapi.json">API document</a> (OpenAPI).</p>
+</body>
+</html>
+"""
+
+
+def _add_front_page(application: ApiApplication) -> None:
+    """Tell a person what this address is. For programs there is nothing at `/`, whatever they ask it for."""
+    headers = {
+        "Cache-Control": "public, max-age=3600",
+        "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "Vary": "Accept",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+    async def front_page(request: Request) -> HTTPResponse:
+        request_record(request).path = "/"
+        if request.method not in _READ or "text/html" not in request.headers.get("accept", ""):
+            raise NotFound("")
+        return HTTPResponse(_FRONT_PAGE, 200, headers, "text/html; charset=utf-8")
+
+    methods = (*_READ, "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
+    application.add_route(front_page, "/", methods=methods, name="front_page")
 
 
 def _add(application: ApiApplication, path: str, handler: Any) -> None:

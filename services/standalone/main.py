@@ -91,7 +91,12 @@ async def run_standalone(
             services.create_task(fetcher.serve(), name="fetcher"),
         ]
         await serve_api(
-            context, scope.stop_requested, service="standalone", listener=listener, on_listening=on_listening
+            context,
+            scope.stop_requested,
+            service="standalone",
+            listener=listener,
+            on_listening=on_listening,
+            parts=[evictor.report],
         )
         for task in reversed(background):
             await cancel_and_wait(task)

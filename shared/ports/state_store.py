@@ -167,6 +167,15 @@ class WorkerReport:
     age: float = 0.0  # seconds since the report, as read from the store
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessReport:
+    """What one process reports of itself for the node's page."""
+
+    process: str
+    content: str  # JSON, written and read by shared/runtime/process_reports.py
+    age: float  # seconds since it was reported
+
+
 VIEWER_MEMORY = 600.0
 """Seconds that the store remembers when an object had viewers."""
 MAX_VIEWED = 10_000
@@ -390,6 +399,25 @@ class WorkerStore(Protocol):
         """Seconds since each object was last reported by `record_viewers`. None: not remembered."""
 
 
+class ReportStore(Protocol):
+    """What all processes report of themselves, for the node's page. Losing it loses nothing but a view."""
+
+    async def report_process(self, process: str, content: str, seconds: float) -> bool:
+        """Record a report, in place of the process's last one. It expires after `seconds`.
+
+        Returns whether a page is open, so that reports are wanted more often.
+        """
+
+    async def withdraw_process(self, process: str) -> None:
+        """The process ends in good order: drop its report."""
+
+    async def process_reports(self) -> Sequence[ProcessReport]:
+        """The reports of all processes, also of those that ended without withdrawing theirs, by name."""
+
+    async def watch_reports(self, seconds: float) -> None:
+        """A page is open, for so many seconds."""
+
+
 class OperatorStore(Protocol):
     """The operator's part of every state store: state that all processes apply, and work that one of them does.
 
@@ -451,7 +479,7 @@ class OperatorStore(Protocol):
         """
 
 
-class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
+class StateStore(WorkerStore, ReportStore, OperatorStore, EvictorStore, Protocol):
     """One instance per process. `open` it before use, `close` it at the end. See the module docstring."""
 
     async def open(self) -> None:

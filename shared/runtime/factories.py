@@ -171,7 +171,7 @@ def build_source_client(settings: Settings, max_connections: int) -> SourceClien
         follow_to_other_hosts=settings.catalog.kind != "origin" or settings.origin.follow_to_other_hosts,
         refuse_private=settings.catalog.refuses_private_sources,
     )
-    return SourceClient(limits, count_observation)
+    return SourceClient(limits, count_observation, count_bytes=count_source_bytes)
 
 
 def build_source_stats_sync(settings: Settings) -> SourceStatsSync:
@@ -204,7 +204,10 @@ def count_observation(observation: SourceObservation) -> None:
     SOURCE_REQUESTS.labels(source=source).inc()
     if observation.first_byte is not None:
         SOURCE_LATENCY.labels(source=source).observe(observation.first_byte)
-    if observation.received:
-        SOURCE_BYTES.labels(source=source).inc(observation.received)
     if observation.failure is not None:
         SOURCE_FAILURES.labels(source=source, reason=observation.failure).inc()
+
+
+def count_source_bytes(source: str, count: int) -> None:
+    """Count bytes from a source in the metrics."""
+    SOURCE_BYTES.labels(source=source_label(f"//{source}")).inc(count)

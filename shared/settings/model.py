@@ -389,6 +389,23 @@ class MetricsSettings(SettingsGroup):
         return METRICS_PORTS[service] if self.port is None else self.port
 
 
+class DashboardSettings(SettingsGroup):
+    """The node's page: what it does at the moment, to look at in a browser. It changes nothing."""
+
+    enabled: bool = True
+    """Serve the page, and take part in what it shows."""
+    host: str = "127.0.0.1"
+    """Address to listen on. The page is not encrypted, and without a password not authenticated."""
+    port: Port = 3336
+    """Port to listen on; 0 takes any free one. If another process holds it, the node runs without its page until the
+    port is free."""
+    user: str = Field(default="operator", min_length=1, max_length=64, pattern=r"^[^:\x00-\x1f\x7f]+$")
+    """The name to sign in with, if there is a password."""
+    password: SecretStr | None = Field(default=None, min_length=8)
+    """Ask for this password (HTTP basic authentication). Without one, the page answers only to names of this machine
+    and to addresses, so that no site in the browser can read it by a name of its own."""
+
+
 class LogSettings(SettingsGroup):
     """Logs, on standard error."""
 
@@ -447,6 +464,7 @@ class Settings(SettingsGroup):
     evictor: EvictorSettings = EvictorSettings()
     admission: AdmissionSettings = AdmissionSettings()
     metrics: MetricsSettings = MetricsSettings()
+    dashboard: DashboardSettings = DashboardSettings()
     log: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
 

@@ -105,3 +105,59 @@ class TestQueued:
         await harness.begin_fetch(ONE, 100)
         usage = await harness.other.usage()
         assert (usage.queued, usage.fetches) == (1, 1)
+
+
+async def contents(harness: Harness) -> dict[str, str]:
+    return {report.process: report.content for report in await harness.other.process_reports()}
+
+
+class TestReports:
+    async def test_another_process_reads_the_latest_of_each(self, harness: Harness) -> None:
+        assert await contents(harness) == {}
+        await harness.store.report_process("b", '{"kind": "fetcher"}', 60)
+        await harness.store.report_process("a", "{}", 60)
+        await harness.store.report_process("a", '{"text": "ä \\n"}', 60)
+        assert list((await contents(harness)).items()) == [
+            ("a", '{"text": "ä \\n"}'), ("b", '{"kind": "fetcher"}'),
+        ]  # fmt: skip
+
+    async def test_its_age_is_told(self, harness: Harness) -> None:
+        await harness.store.report_process("a", "{}", 60)
+
+        async def older() -> bool:
+            [report] = await harness.other.process_reports()
+            return 0.1 <= report.age < 60
+
+        await harness.until(older)
+
+    async def test_one_that_is_not_renewed_expires(self, harness: Harness) -> None:
+        await harness.store.report_process("a", "{}", 0.2)
+        await harness.store.report_process("b", "{}", 60)
+
+        async def only_the_second() -> bool:
+            return list(await contents(harness)) == ["b"]
+
+        await harness.until(only_the_second)
+
+    async def test_a_process_that_ends_withdraws_its_own(self, harness: Harness) -> None:
+        await harness.store.report_process("a", "{}", 60)
+        await harness.store.report_process("b", "{}", 60)
+        await harness.store.withdraw_process("a")
+        await harness.store.withdraw_process("c")
+        assert list(await contents(harness)) == ["b"]
+
+    async def test_processes_learn_that_a_page_is_open_until_it_is_not(self, harness: Harness) -> None:
+        assert not await harness.store.report_process("a", "{}", 60)
+        await harness.other.watch_reports(0.3)
+        assert await harness.store.report_process("a", "{}", 60)
+
+        async def unwatched() -> bool:
+            return not await harness.store.report_process("a", "{}", 60)
+
+        await harness.until(unwatched)
+
+    async def test_workers_and_reports_are_kept_apart(self, harness: Harness) -> None:
+        await harness.store.report_worker(FIRST, 60)
+        await harness.store.report_process("a", "{}", 60)
+        assert await reports(harness) == [FIRST]
+        assert list(await contents(harness)) == ["a"]

@@ -457,3 +457,22 @@ async def test_a_name_that_resolves_to_a_private_address_is_not_asked(node: Stor
             with pytest.raises(SourceUnreachable, match="private address"):
                 await read(client, f"http://{host}:{node.port}/api/v1/files/1")
     assert len(node.requests) == 0
+
+
+async def test_bytes_of_a_body_are_counted_while_it_arrives(node: StorageNode) -> None:
+    """A download of minutes must not be counted at its end alone."""
+    counted: list[tuple[str, int]] = []
+    before_the_end = 0
+    async with SourceClient(LIMITS, count_bytes=lambda *count: counted.append(count)) as client:
+        async with client.get(node.object_url("1"), None, Expected(Version(size=SIZE))) as answer:
+            async for _ in answer.chunks:
+                before_the_end = sum(count for _, count in counted)
+        assert before_the_end > SIZE // 2
+        assert sum(count for _, count in counted) == SIZE
+        assert {source for source, _ in counted} == {f"127.0.0.1:{node.port}"}
+        assert len(counted) < 20, "not once for each chunk"
+        counted.clear()
+        node.faults.add(Fault(cut_after=100_000))
+        with pytest.raises(SourceUnreachable):
+            await read(client, node.object_url("1"))
+    assert sum(count for _, count in counted) == 100_000

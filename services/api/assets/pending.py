@@ -83,7 +83,8 @@ class PendingResponder:
                 content_head(representation, pending.outcome, pending.span, "local"), b""
             )
             return
-        with self._context.viewers.viewing(representation.object_id):
+        first = pending.span.first
+        with self._context.viewers.viewing(representation.object_id, lambda: first + response.sent):
             await self._respond(pending, publish_failed or asyncio.Event())
 
     async def _respond(self, pending: PendingRequest, publish_failed: asyncio.Event) -> None:

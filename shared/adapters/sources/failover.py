@@ -59,7 +59,7 @@ class FailoverReader:
         self, client: SourceClient, health: SourceHealthRegistry, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._client = client
-        self._health = health
+        self.health = self._health = health
         self._clock = clock
 
     async def stream(

@@ -92,6 +92,8 @@ class Tables:
     token_ids: dict[str, float] = field(default_factory=dict)  # expiry
     workers: dict[str, tuple[WorkerReport, float, float]] = field(default_factory=dict)
     """Report, when it was made, and seconds until it expires."""
+    reports: dict[str, tuple[str, float, float]] = field(default_factory=dict)  # likewise, of each process
+    reports_watched_until: float = 0.0
     viewed: dict[ObjectId, float] = field(default_factory=dict)  # when they last had viewers, oldest first
     first_views: SecondHitAdmission = field(default_factory=SecondHitAdmission)
     started_at: float = field(init=False)

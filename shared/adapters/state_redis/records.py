@@ -48,6 +48,8 @@ class Keys:
     warming   HASH    serial, warming (JSON), state, holder, until (POSIX milliseconds)
     ticket:…  STRING  a token id that was used, expires
     workers   HASH    worker → when it reported, milliseconds until that expires, its report (JSON)
+    reports   HASH    process → as in workers: what it reports of itself (JSON)
+    watched   STRING  nothing; a page that shows the reports is open, expires
     viewed    ZSET    objects by the time they last had viewers (POSIX milliseconds), bounded
     first_views
               ZSET    large objects by the time of their first view (POSIX milliseconds), bounded
@@ -113,6 +115,14 @@ class Keys:
     @property
     def workers(self) -> str:
         return f"{self.prefix}workers"
+
+    @property
+    def reports(self) -> str:
+        return f"{self.prefix}reports"
+
+    @property
+    def reports_watched(self) -> str:
+        return f"{self.prefix}watched"
 
     @property
     def viewed(self) -> str:

@@ -61,6 +61,7 @@ from distributor_node.shared.ports.state_store import (
     NotReconciled,
     ObjectStatus,
     PolicyState,
+    ProcessReport,
     PurgeRequest,
     ServerStats,
     Superseded,
@@ -269,6 +270,27 @@ class RedisStateStore:
         keys, oldest = (self._connection.keys.viewed,), milliseconds(VIEWER_MEMORY)
         ages = await self._connection.run_on("last_viewed", keys, "", oldest, *object_ids)
         return [None if age < 0 else age / 1000 for age in ages]
+
+    # Reports of processes
+
+    async def report_process(self, process: str, content: str, seconds: float) -> bool:
+        keys = (self._connection.keys.reports, self._connection.keys.reports_watched)
+        arguments = (process, milliseconds(seconds), content)
+        return bool(await self._connection.run_on("report_process", keys, *arguments))
+
+    async def withdraw_process(self, process: str) -> None:
+        await self._connection.command("HDEL", self._connection.keys.reports, process)
+
+    async def process_reports(self) -> Sequence[ProcessReport]:
+        found = await self._connection.run_on("workers", (self._connection.keys.reports,), "")
+        return [
+            ProcessReport(name.decode(), content.decode(), age / 1000) for name, age, content in sorted(found)
+        ]
+
+    async def watch_reports(self, seconds: float) -> None:
+        await self._connection.command(
+            "SET", self._connection.keys.reports_watched, 1, "PX", milliseconds(seconds)
+        )
 
     # Eviction, reconciliation, policy: the leading evictor
 
