@@ -153,12 +153,12 @@ class Story:
             logger.warning("scene_failed", scene=self.scene, reason=repr(error))
             self.note = f"failed: {type(error).__name__}"
 
-    def set_paces(self, *first: Fault) -> None:
-        """Have the storage nodes send the film at PACE. `first`: the fault of the next answer with the whole film."""
+    def set_paces(self, *first: Fault, pace: int = PACE) -> None:
+        """Have the film sent at this pace. `first`: the fault of the next answer with the whole film."""
         film, faults = self.film.object_id, FaultRegistry()
         for fault in first:
             faults.add(fault, Match(object_id=film, method="GET", ranged=False, first=1))
-        faults.add(Fault(bytes_per_second=PACE), Match(object_id=film, method="GET"))
+        faults.add(Fault(bytes_per_second=pace), Match(object_id=film, method="GET"))
         for source in self.sources:
             source.faults = faults
 
@@ -167,7 +167,7 @@ class Story:
 
     async def _throttle(self) -> None:
         await self._forget()
-        self.set_paces(Fault(bytes_per_second=SLOW_PACE))
+        self.set_paces(pace=SLOW_PACE)
         await self._watch(FEW)
 
     async def _cut(self) -> None:
