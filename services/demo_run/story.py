@@ -34,7 +34,7 @@ MANY, FEW = 20, 5
 CORRUPT_MEMORY = 600.0
 """Seconds for which the node does not ask a storage node again for an object of which it had wrong bytes."""
 
-_KILL_AFTER, _FETCHER_PAUSE = 1.5, 3.0
+_KILL_AFTER, _FETCHER_PAUSE = 1.5, 1.0  # less than public_api.stalled_fetch_wait: nothing is bridged
 _FORGET_SECONDS = 30.0
 _RETRY_SECONDS = 0.5
 _MAX_CUTS = 10
