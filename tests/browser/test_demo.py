@@ -176,7 +176,11 @@ async def test_twenty_viewers_make_one_download_and_then_none(demo: Demo) -> Non
 async def test_a_throttled_source_is_one_slow_download_for_all(demo: Demo) -> None:
     await demo.press("throttle")
     await eventually(
-        lambda: demo.browser.evaluate("story.viewers.every((one) => one.position > 3e6)"), 60, pause=0.1
+        lambda: demo.browser.evaluate(
+            "story.viewers.length && story.viewers.every((one) => one.position > 3e6)"
+        ),
+        60,
+        pause=0.1,
     )
     told = await demo.story()
     (only,) = downloads(told)
@@ -251,7 +255,7 @@ async def test_the_page_fits_and_is_kept_as_pictures(demo: Demo) -> None:
         for scheme in ("light", "dark"):
             preference = {"name": "prefers-color-scheme", "value": scheme}
             await demo.browser.call("Emulation.setEmulatedMedia", features=[preference])
-            assert await demo.browser.evaluate("document.documentElement.scrollWidth") == width
+            assert await demo.browser.evaluate("document.documentElement.scrollWidth") <= width
             size = (await demo.browser.call("Page.getLayoutMetrics"))["cssContentSize"]
             clip = {"x": 0, "y": 0, "width": width, "height": size["height"], "scale": 1}
             shot = await demo.browser.call("Page.captureScreenshot", captureBeyondViewport=True, clip=clip)
