@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import structlog
 
+from distributor_node.services.demo.delivery import RequestRecord
 from distributor_node.services.demo.faults import Fault, FaultRegistry, Match
 from distributor_node.services.demo.manifest import content_hash
 from distributor_node.services.demo.objects import MIB, DemoObject
-from distributor_node.services.demo.request_log import RequestRecord
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.services.standalone.main import RunningNode
 from distributor_node.shared.domain.objects import ContentHash, ObjectId
