@@ -44,7 +44,7 @@ logger = structlog.get_logger()
 
 @dataclass(slots=True)
 class Viewer:
-    """Someone who loads the film from its beginning to its end, again if the answer was cut."""
+    """A client that loads the film from its beginning to its end, and again if the answer was cut."""
 
     position: int = 0  # bytes received of the current answer
     received: int = 0  # bytes of all answers

@@ -208,7 +208,9 @@ async def test_a_corrupt_byte_never_arrives_as_a_whole_film(demo: Demo) -> None:
     assert CORRUPT_AT < SIZE
     button = "document.querySelector('[data-scene=corrupt] button')"
     assert await demo.browser.evaluate(f"{button}.disabled")
-    assert "the node remembers who sent it" in await demo.browser.evaluate(f"{button}.innerText")
+    assert "the node remembers which storage node sent it" in await demo.browser.evaluate(
+        f"{button}.innerText"
+    )
 
 
 async def test_a_killed_fetcher_is_followed_by_one_that_goes_on(demo: Demo) -> None:
