@@ -354,10 +354,12 @@ class TracedAssets:
             started=time.time() - (time.perf_counter() - record.started),
             attributes=asset_attributes(request.method, object_id, record.request_id),
         ) as span:
-            if span.trace_id:
-                structlog.contextvars.bind_contextvars(trace_id=span.trace_id)
+            record.trace_id = span.trace_id or None
+            traced = {"trace_id": span.trace_id} if span.trace_id else {}
             try:
-                await self._assets.handle(request, object_id)
+                # Not longer than the request: the connection's task serves others after it.
+                with structlog.contextvars.bound_contextvars(**traced):
+                    await self._assets.handle(request, object_id)
             except Exception as error:  # noqa: BLE001  raised after the span: a 404 is no failure of the server
                 failure = error
             response = getattr(request.stream, "response", None)
