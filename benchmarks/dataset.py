@@ -13,13 +13,8 @@ from pathlib import Path
 from distributor_node.services.demo.manifest import content_hash
 from distributor_node.services.demo.objects import DemoObject, GeneratedContent
 from distributor_node.shared.adapters.volume import Volume
-from distributor_node.shared.adapters.volume.layout import (
-    DIRECTORY_MODE,
-    OBJECTS,
-    RECORDS,
-    encode_record,
-    shard,
-)
+from distributor_node.shared.adapters.volume.layout import DIRECTORY_MODE, OBJECTS, RECORDS, shard
+from distributor_node.shared.adapters.volume.records import encode_record
 from distributor_node.shared.domain.conditionals import Validators
 from distributor_node.shared.domain.http_caching import freshness_of
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag

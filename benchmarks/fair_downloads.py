@@ -35,7 +35,7 @@ FILM_RATE = 128 * KIB  # of each response: eight are a source of 1 MiB/s
 SLOW_FIRST, OTHERS, OBJECT = 20, 20, 2 * MIB
 VIEWERS, BITRATE, BUFFER = 3, 96 * KIB, 3.0  # films, bytes a second of playback, seconds before it begins
 IMAGES, IMAGE = 101, 32 * KIB
-_PATIENCE = 100.0  # seconds of a client
+_CLIENT_TIMEOUT = 100.0  # seconds of a client
 
 
 @dataclass(slots=True)
@@ -60,9 +60,11 @@ class World:
     async def get(self, object_id: str, first: int | None = None, last: int | None = None) -> Answer:
         headers = {} if first is None else {"Range": f"bytes={first}-{'' if last is None else last}"}
         try:
-            return await get(self.api.assets_url + object_id, headers, timeout=_PATIENCE, keep_body=False)
+            return await get(
+                self.api.assets_url + object_id, headers, timeout=_CLIENT_TIMEOUT, keep_body=False
+            )
         except TimeoutError:
-            return Answer(0, {}, b"", complete=False, first_byte_after=_PATIENCE, took=_PATIENCE)
+            return Answer(0, {}, b"", complete=False, first_byte_after=_CLIENT_TIMEOUT, took=_CLIENT_TIMEOUT)
 
     async def is_hit(self, object_id: str) -> bool:
         answer = await get(self.api.assets_url + object_id, method="HEAD")

@@ -53,7 +53,7 @@ def warm(peer: Peer, groups: Sequence[Group]) -> None:
 def measure_case(
     case: HitCase, group: Group, peers: Sequence[Peer], conditions: Conditions
 ) -> Iterator[Measurement]:
-    """Every peer once in each round; who is first changes from round to round."""
+    """Every peer once in each round; which one is first changes from round to round."""
     if case.kind is RequestKind.COLD:  # varnish serves from its own memory, which is never cold
         peers = [peer for peer in peers if peer.name != VARNISH]
     tags = {peer.name: _tags(peer, group) if case.kind is RequestKind.NOT_MODIFIED else {} for peer in peers}

@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from benchmarks.traces import Parameters, Trace
-from distributor_node.services.replay.report import render_chart
+from distributor_node.services.replay.run import render_chart
 from distributor_node.services.replay.scenarios import CacheSize, Result, Setting
 from distributor_node.shared.domain.admission import SecondHitAdmission
 from distributor_node.shared.domain.eviction import AUTO_COST, MissCost

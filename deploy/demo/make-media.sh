@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the media of the demo: every picture, sound and film is drawn by ffmpeg from formulas, so the files carry no
-# foreign rights. The results are committed; run this only to change them, then write the manifest anew, because
+# foreign rights. The results are committed; run this only to change them, then write the manifest again, because
 # another build of the encoders gives other bytes and so other hashes:
 #
 #   deploy/demo/make-media.sh

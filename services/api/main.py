@@ -21,11 +21,4 @@ def run(settings: Settings) -> int:
     async def main(scope: ServiceScope) -> None:
         await run_api(scope, settings, listener=activated_socket(PUBLIC_SOCKET))
 
-    return run_service(
-        main,
-        name="api",
-        node=settings.id,
-        shutdown_deadline=settings.shutdown_deadline,
-        log=settings.log,
-        settings_file=settings.file,
-    )
+    return run_service(main, name="api", settings=settings)

@@ -78,14 +78,7 @@ def _run(settings: Settings) -> int:
         await supervise(scope, settings)
 
     deadline = settings.shutdown_deadline + _SHUTDOWN_MARGIN
-    return run_service(
-        main,
-        name="api-supervisor",
-        node=settings.id,
-        shutdown_deadline=deadline,
-        log=settings.log,
-        settings_file=settings.file,
-    )
+    return run_service(main, name="api-supervisor", settings=settings, shutdown_deadline=deadline)
 
 
 async def supervise(scope: ServiceScope, settings: Settings) -> None:

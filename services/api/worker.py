@@ -70,14 +70,7 @@ def run_worker(settings: Settings, probe_path: Path, listener: int | None, heart
         async with background(send_heartbeat(heartbeat), "heartbeat"):
             shutdown_ordered = await run_api(scope, settings, probe_path=probe_path, listener=inherited)
 
-    code = run_service(
-        serve,
-        name="api",
-        node=settings.id,
-        shutdown_deadline=settings.shutdown_deadline,
-        log=settings.log,
-        settings_file=settings.file,
-    )
+    code = run_service(serve, name="api", settings=settings)
     return SHUTDOWN_ORDERED if code == CLEAN and shutdown_ordered else code
 
 

@@ -20,9 +20,8 @@ from distributor_node.shared.domain.eviction import MissCost
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.observability.logging import redact_text
 from distributor_node.shared.settings import Settings
-from distributor_node.shared.settings.environment import variable_of
+from distributor_node.shared.settings.load import group_of, variable_of
 from distributor_node.shared.settings.model import StateStoreSettings
-from distributor_node.shared.settings.names import group_of
 from distributor_node.shared.settings.sizes import format_miss_cost, format_size
 
 _HEAD = """\

@@ -113,9 +113,8 @@ def render_settings(chosen: Mapping[str, Any]) -> str:
 
     Raises ConfigurationError if the chosen ones are invalid.
     """
-    from distributor_node.shared.settings.load import check_settings
+    from distributor_node.shared.settings.load import check_settings, group_of
     from distributor_node.shared.settings.model import Settings
-    from distributor_node.shared.settings.names import group_of
 
     nested: dict[str, Any] = {}
     for path, value in chosen.items():

@@ -135,7 +135,7 @@ def import_config(
     """
     import os
 
-    from distributor_node.services.migration.import_config import import_configuration
+    from distributor_node.services.migration import import_configuration
 
     text, remarks = import_configuration(file, os.environ, accept_query_node=accept_query_node)
     print(text, end="")

@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import quote
+from typing import Annotated, Any
+from urllib.parse import quote, urlencode
 
 import typer
-
-if TYPE_CHECKING:
-    from distributor_node.services.command_line.operator_client import OperatorClient
 
 # Limits of one request: the token in its head contains the body too, and a head has at most 16 KiB.
 _IDS_BATCH = 200
 _MAX_BODY = 6000
 _POLL_INTERVAL = 0.5  # seconds between two queries of the progress
+_TIMEOUT = 60.0  # seconds, of one request
 
 app = typer.Typer(
     help="Control a running node through its operator API.\n\n"
@@ -55,8 +54,6 @@ def options(
 
 def _client(url: str | None, secret_file: Path | None, config: Path | None) -> OperatorClient:
     import os
-
-    from distributor_node.services.command_line.operator_client import OperatorClient
 
     secret, known_url = os.environ.get("DISTRIBUTOR_OPERATOR_API__SECRET", ""), "http://127.0.0.1:3335"
     if config is not None:
@@ -289,8 +286,6 @@ def _watch(client: OperatorClient) -> dict[str, Any]:
 def _run(context: typer.Context, ask: Callable[[OperatorClient], dict[str, Any] | None]) -> None:
     """Send a request and print its response. If the node rejects it, print the reason and exit with code 1."""
     client = context.obj()
-    from distributor_node.services.command_line.operator_client import OperatorError
-
     try:
         response = ask(client)
     except OperatorError as error:
@@ -300,3 +295,55 @@ def _run(context: typer.Context, ask: Callable[[OperatorClient], dict[str, Any] 
         raise typer.Exit(130) from None
     if response is not None:
         print(json.dumps(response))
+
+
+class OperatorError(Exception):
+    """The node rejected the request, or cannot be reached. The message says why."""
+
+
+class OperatorClient:
+    """`url`: of the operator API, such as http://127.0.0.1:3335."""
+
+    def __init__(self, url: str, secret: str) -> None:
+        self._url, self._secret = url.rstrip("/"), secret
+
+    def command(self, name: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Send a POST and return the JSON of the response. Raises OperatorError."""
+        return self._request("POST", f"/api/v1/{name}", {} if body is None else body)
+
+    def query(self, name: str, **parameters: str | int) -> dict[str, Any]:
+        """Send a GET and return the JSON of the response. Raises OperatorError."""
+        query_string = f"?{urlencode(parameters)}" if parameters else ""
+        return self._request("GET", f"/api/v1/{name}{query_string}", None)
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        import httpx
+        import jwt
+
+        claims = {
+            "iat": int(time.time()),
+            # Two equal requests within a second must not have the same token.
+            "jti": uuid.uuid4().hex,
+            "reqUrl": path,
+            "reqBody": {} if body is None else body,
+        }
+        headers = {"Authorization": f"bearer {jwt.encode(claims, self._secret, algorithm='HS256')}"}
+        content = None if body is None else json.dumps(body)
+        try:
+            response = httpx.request(
+                method, self._url + path, headers=headers, content=content, timeout=_TIMEOUT, trust_env=False
+            )
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise OperatorError(
+                f"{self._url} cannot be reached: {str(error) or type(error).__name__}"
+            ) from error
+        try:
+            result = response.json()
+        except ValueError as error:
+            raise OperatorError(
+                f"{self._url} is not an operator API: it responded {response.status_code} without JSON"
+            ) from error
+        if not response.is_success or not isinstance(result, dict):
+            message = result.get("message", "") if isinstance(result, dict) else ""
+            raise OperatorError(f"{response.status_code} {message}")
+        return result

@@ -33,11 +33,10 @@ from distributor_node.services.demo.answers import (
     handle_request,
     json_response,
 )
-from distributor_node.services.demo.delivery import ResponseSender
+from distributor_node.services.demo.delivery import RequestLog, RequestRecord, ResponseSender
 from distributor_node.services.demo.faults import Fault, FaultRegistry
 from distributor_node.services.demo.manifest import DEMO_DIRECTORY, write_manifest
 from distributor_node.services.demo.objects import BytesContent, DemoObject, demo_objects, held_by_node
-from distributor_node.services.demo.request_log import RequestLog, RequestRecord
 from distributor_node.services.demo.wire import ConnectionLost, HttpConnection, MalformedRequest, Request
 
 KEEP_ALIVE_SECONDS = 5.0

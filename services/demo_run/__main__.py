@@ -69,9 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
             lambda port: print(greeting(port, metrics_port, source_port, objects), flush=True),
         )
 
-    code = run_service(
-        serve, name="demo", node=settings.id, shutdown_deadline=settings.shutdown_deadline, log=settings.log
-    )
+    code = run_service(serve, name="demo", settings=settings)
     if code == 0:
         print("Stopped. The cached objects are kept for the next start.")
     return code

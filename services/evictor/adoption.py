@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -14,16 +14,11 @@ import structlog
 
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.node_import import NodeImport
-from distributor_node.services.evictor.partial_files import (
-    discard_partial_file,
-    expected_bytes,
-    partial_file_exists,
-    scan_partial_files,
-)
 from distributor_node.shared.adapters.volume import (
     FoundObject,
     FoundPartial,
     PartialHeld,
+    UnknownFile,
     UnreadableFile,
     Volume,
 )
@@ -141,7 +136,7 @@ class Adoption:
         if lease is None:
             return
         try:
-            await run_blocking(discard_partial_file, self._volume, object_id, lease.size)
+            await run_blocking(self._volume.discard_partial, object_id, lease.size)
         except PartialHeld:
             logger.info("partial_in_use", object_id=object_id)
         finally:
@@ -158,7 +153,7 @@ def _inspect(volume: Volume, object_id: ObjectId) -> SeenFile | None:
         logger.error("record_unreadable", object_id=object_id, reason=str(error))
         record = None
     valid = record is None or record.size == found.size
-    return SeenFile(found, valid, partial_file_exists(volume, object_id))
+    return SeenFile(found, valid, _partial_exists(volume, object_id))
 
 
 def _inspect_all(volume: Volume, object_ids: Sequence[ObjectId]) -> Sequence[SeenFile | VolumeError | None]:
@@ -172,9 +167,9 @@ def _inspect_all(volume: Volume, object_ids: Sequence[ObjectId]) -> Sequence[See
 
 
 def _size_to_reserve(volume: Volume, object_id: ObjectId, at_least: int) -> int | None:
-    if not partial_file_exists(volume, object_id):
+    if not _partial_exists(volume, object_id):
         return None
-    return expected_bytes(volume, object_id, at_least)
+    return _expected_bytes(volume, object_id, at_least)
 
 
 def _as_index_entry(entry: PolicyEntry) -> IndexEntry:
@@ -212,7 +207,7 @@ class PartialReaper:
 
     async def sweep(self, term: Term) -> SweepResult:
         """Account for unknown partial files, remove unusable and old ones, and end parked fetches without a file."""
-        found, others = await run_blocking(scan_partial_files, self._volume)
+        found, others = await run_blocking(_scan_partials, self._volume)
         unreadable = [file for file in others if isinstance(file, UnreadableFile)]
         for file in unreadable:
             logger.error("partial_unreadable", file=file.path, reason=file.reason)
@@ -307,9 +302,38 @@ class PartialReaper:
 def _remove(volume: Volume, lease: Lease, stored: FoundObject | None) -> bool:
     """Remove the partial file. False if its writer, although its lease had expired, has completed the object since
     `stored` was looked at: then the reservation accounts for the new file."""
-    discard_partial_file(volume, lease.object_id, lease.size)
+    volume.discard_partial(lease.object_id, lease.size)
     return volume.find_object(lease.object_id) == stored
 
 
 def _age(fetch: Fetch) -> float:
     return fetch.age
+
+
+# Partial files. All functions are blocking: call them from a worker thread.
+
+
+def _scan_partials(volume: Volume) -> tuple[Mapping[ObjectId, FoundPartial], Sequence[UnknownFile]]:
+    """All partial files by object, and the foreign and unreadable files among them."""
+    found: dict[ObjectId, FoundPartial] = {}
+    others: list[UnknownFile] = []
+    for seen in volume.scan_partials():
+        if isinstance(seen, FoundPartial):
+            found[seen.object_id] = seen
+        else:
+            others.append(seen)
+    return found, others
+
+
+def _partial_exists(volume: Volume, object_id: ObjectId) -> bool:
+    reader = volume.open_partial(object_id)
+    if reader is None:
+        return False
+    reader.close()
+    return True
+
+
+def _expected_bytes(volume: Volume, object_id: ObjectId, at_least: int) -> int:
+    """How large a partial file may grow: the size in its sidecar, but not less than `at_least`."""
+    sidecar = volume.partial_record(object_id)
+    return at_least if sidecar is None else max(at_least, sidecar.size)

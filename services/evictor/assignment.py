@@ -19,17 +19,12 @@ from pathlib import Path
 
 import structlog
 
-from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.removal import ObjectRemover
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.adapters.volume.known_ids import KnownIdsDraft
-from distributor_node.shared.adapters.volume.layout import (
-    MAX_ROOT_FILE_BYTES,
-    atomic_write,
-    map_os_errors,
-    read_capped,
-    sync_directory,
-)
+from distributor_node.shared.adapters.volume.layout import map_os_errors, sync_directory
+from distributor_node.shared.adapters.volume.records import MAX_ROOT_FILE_BYTES, atomic_write, read_capped
 from distributor_node.shared.domain.conditionals import Comparison
 from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput, VolumeError
 from distributor_node.shared.domain.formats import FORMAT, check_format

@@ -9,7 +9,7 @@ from typing import Any
 
 from distributor_node.services.evictor.adoption import Adoption, PartialReaper
 from distributor_node.services.evictor.assignment import AssignmentCheck, VersionCheck
-from distributor_node.services.evictor.eviction import Eviction, EvictionRules, ObjectRemover
+from distributor_node.services.evictor.eviction import Eviction, EvictionRules
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.integrity import Repair, Scrub
 from distributor_node.services.evictor.leader_election import LeaderElection, run_periodically
@@ -17,6 +17,7 @@ from distributor_node.services.evictor.leader_tasks import EvictorParts, LeaderT
 from distributor_node.services.evictor.node_import import ImportCopier, NodeImport
 from distributor_node.services.evictor.operator_state import OperatorStateBackup, Purger
 from distributor_node.services.evictor.reconcile import Reconciliation
+from distributor_node.services.evictor.removal import ObjectRemover
 from distributor_node.services.evictor.source_probes import SourceMonitor
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.adapters.volume.intake import ImportSource

@@ -15,8 +15,8 @@ from enum import StrEnum
 
 import structlog
 
-from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.node_import import NodeImport
+from distributor_node.services.evictor.removal import ObjectRemover
 from distributor_node.shared.adapters.volume import FileState, FoundObject, UnknownFile, Volume
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.media_types import SNIFF_BYTES

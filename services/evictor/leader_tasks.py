@@ -12,13 +12,14 @@ import structlog
 
 from distributor_node.services.evictor.adoption import PartialReaper
 from distributor_node.services.evictor.assignment import AssignmentCheck, VersionCheck
-from distributor_node.services.evictor.eviction import Eviction, ObjectRemover
+from distributor_node.services.evictor.eviction import Eviction
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.integrity import Repair, Scrub
 from distributor_node.services.evictor.leader_election import run_periodically
 from distributor_node.services.evictor.node_import import ImportCopier, NodeImport
 from distributor_node.services.evictor.operator_state import OperatorStateBackup, Purger
 from distributor_node.services.evictor.reconcile import Reconciliation
+from distributor_node.services.evictor.removal import ObjectRemover
 from distributor_node.services.evictor.source_probes import SourceMonitor
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import CatalogUnavailable, DistributorError, StateStoreUnavailable

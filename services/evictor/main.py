@@ -33,14 +33,7 @@ def run(settings: Settings) -> int:
     async def main(scope: ServiceScope) -> None:
         await run_evictor(scope, settings)
 
-    return run_service(
-        main,
-        name="evictor",
-        node=settings.id,
-        shutdown_deadline=settings.shutdown_deadline,
-        log=settings.log,
-        settings_file=settings.file,
-    )
+    return run_service(main, name="evictor", settings=settings)
 
 
 async def run_evictor(scope: ServiceScope, settings: Settings) -> None:

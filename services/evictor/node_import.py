@@ -20,7 +20,6 @@ from typing import Any
 
 import structlog
 
-from distributor_node.services.evictor.partial_files import discard_partial_file
 from distributor_node.shared.adapters.volume import FoundObject, PartialFile, Volume
 from distributor_node.shared.adapters.volume.intake import ImportResult, ImportSource, PendingFile
 from distributor_node.shared.adapters.volume.layout import open_plain
@@ -332,7 +331,7 @@ class ImportCopier:
         RECONCILED.labels("import_rejected").inc()
         if await self._state.renew(lease):
             try:
-                await run_blocking(discard_partial_file, self._volume, record.object_id, record.size)
+                await run_blocking(self._volume.discard_partial, record.object_id, record.size)
             except VolumeError as error:
                 logger.warning("partial_removal_failed", object_id=record.object_id, reason=str(error))
                 await self._state.park(lease)

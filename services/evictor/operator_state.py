@@ -9,8 +9,8 @@ from pathlib import Path
 import structlog
 
 from distributor_node.services.evictor.adoption import PartialReaper
-from distributor_node.services.evictor.eviction import ObjectRemover, RemovalOutcome
 from distributor_node.services.evictor.node_import import NodeImport
+from distributor_node.services.evictor.removal import ObjectRemover, RemovalOutcome
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.adapters.volume.operator_state_file import (
     operator_state_lock,

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import structlog
 
 from distributor_node.services.evictor.adoption import Adoption, AdoptionResult, PartialReaper, SeenFile
-from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.removal import ObjectRemover
 from distributor_node.shared.adapters.volume import UnknownFile, UnreadableFile, Volume
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import CompactIdSet, ObjectId

@@ -1,43 +1,30 @@
-"""One fetch under a lease, from opening the partial file to the end of the lease.
+"""Bytes from the sources into a partial file, written and hashed while more are received.
 
-1. Open the partial file, and keep its bytes if they can be proved to be the beginning of the same version.
-   A file that is complete and verified is hashed again and published.
-2. Read from the sources, write and hash.
-3. Verify size and hash; after corrupt bytes, read again from other sources.
-4. Publish: write the record, rename.
-5. Commit in the state store, which ends the lease.
-After a failure or a stop, the partial file is kept where the next attempt can resume it, and the lease is released.
+1. `Download.run` reads the missing bytes from one group of sources after the other, and verifies size and hash.
+2. `PartialWriter` writes and hashes each batch in a thread while the next is received.
+3. `groups_after_corruption` says which sources are tried after corrupt bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import structlog
 
-from distributor_node.services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
-from distributor_node.services.fetcher.partial_writer import PartialWriter
+from distributor_node.services.fetcher.lease import LeaseRenewer
 from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.shared.adapters.sources.client import Expected, SourceResponse
 from distributor_node.shared.adapters.sources.failover import FailoverReader
-from distributor_node.shared.adapters.volume import PartialFile, Volume
-from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Comparison
-from distributor_node.shared.domain.errors import (
-    AllSourcesFailed,
-    DistributorError,
-    NotStorable,
-    SourceError,
-    SourceWrong,
-    StateStoreUnavailable,
-    VolumeError,
-    VolumeFull,
-)
+from distributor_node.shared.adapters.volume import PartialFile
+from distributor_node.shared.domain.conditionals import NO_VALIDATORS
+from distributor_node.shared.domain.errors import AllSourcesFailed, NotStorable, SourceWrong, VolumeError
 from distributor_node.shared.domain.http_caching import (
     CachingRules,
     Freshness,
@@ -45,35 +32,32 @@ from distributor_node.shared.domain.http_caching import (
     is_useful,
     why_not_stored,
 )
-from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
-from distributor_node.shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
-from distributor_node.shared.domain.objects import Hasher, MediaObject, StoredRecord, source_name
-from distributor_node.shared.observability.metrics import (
-    DOWNLOADS_IN_PROGRESS,
-    PHASE,
-    SOURCE_FAILURES,
-    source_label,
-)
-from distributor_node.shared.ports.state_store import (
-    Announcement,
-    FailureCause,
-    Lease,
-    StateStore,
-    Topic,
-)
-from distributor_node.shared.runtime.threads import BlockingPool, hash_through
-from distributor_node.shared.waiting import Backoff
+from distributor_node.shared.domain.media_types import media_type_or_none
+from distributor_node.shared.domain.objects import Hasher, MediaObject, source_name
+from distributor_node.shared.observability.metrics import PHASE, SOURCE_FAILURES, WRITTEN_BYTES, source_label
+from distributor_node.shared.ports.state_store import Announcement, StateStore, Topic
+from distributor_node.shared.runtime.threads import BlockingPool, hash_through, wait_uncancellable
+from distributor_node.shared.waiting import Backoff, wait_event
 
-_SPACE_REQUEST_TTL = 60.0
-"""Seconds that the evictor remembers a request for space made after ENOSPC."""
-
-_REHASH_CHUNK = 4 * 1024 * 1024
+REHASH_CHUNK = 4 * 1024 * 1024
 
 _MAX_RESTARTS = 2
 """How often one job begins again at the first byte, because nothing proves that the rest is of the same version."""
 
-RecordFailure = Callable[[str, FailureCause, bool], Awaitable[None]]
-"""Called with the reason and the cause of a failed attempt, and whether it is the last one. Does not raise."""
+MAX_BATCH = 1024 * 1024
+"""Bytes that are written without waiting for more."""
+
+HIGH_WATER = 2 * MAX_BATCH
+"""Received and unwritten bytes at which `put` waits, and with it the source."""
+
+MAX_LATENCY = 0.05
+"""Seconds after which received bytes are written, however few: clients of a slow source wait for them."""
+
+_UNBATCHED_BYTES = 64 * 1024
+"""The first bytes of a stream, which are written at once."""
+
+_MIN_WRITE = 64 * 1024
+"""Mean bytes of a piece below which the pieces of a batch are joined. Joining copies, so larger ones are not."""
 
 logger = structlog.get_logger()
 
@@ -91,131 +75,8 @@ class AllSourcesCorrupt(SourceWrong):
     """Every source sent the whole object, and none sent the correct bytes."""
 
 
-class FetchRunner:
-    """Runs fetches for which a lease was granted. However a fetch ends, all bytes on the volume stay reserved."""
-
-    def __init__(
-        self,
-        state: StateStore,
-        volume: Volume,
-        failover_reader: FailoverReader,
-        disk: BlockingPool,
-        times: LeaseTimes,
-        limits: FetchLimits | None = None,
-    ) -> None:
-        self._state = state
-        self._volume = volume
-        self._failover_reader = failover_reader
-        self._disk = disk
-        self._times = times
-        self._limits = limits or FetchLimits()
-
-    async def run(
-        self,
-        media_object: MediaObject,
-        lease: Lease,
-        requested_at: float,
-        record_failure: RecordFailure,
-        slot: Slot | None = None,
-    ) -> JobOutcome:
-        """Fetch one object. When cancelled, keep the received bytes and release the lease.
-
-        `requested_at`: the boot time before the lease was requested. `slot`: see Worker.
-        """
-        renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
-        fetch = _PartialFetch(
-            self._state,
-            self._volume,
-            self._failover_reader,
-            self._disk,
-            _Task(media_object, renewer, slot),
-            self._limits,
-        )
-        with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
-            try:
-                async with renewer.running():
-                    await fetch.run()
-                return await self._commit(lease)
-            except LeaseLost as lost:
-                await record_failure(str(lost), FailureCause.OTHER, False)
-                return Retry(str(lost))
-            except (SourceError, VolumeError, StateStoreUnavailable) as error:
-                not_storable = _why_not_storable(media_object, error)
-                if not_storable is not None:
-                    # Before the lease is released. While this is remembered, requests are proxied.
-                    await record_failure(not_storable, FailureCause.OTHER, True)
-                    await fetch.discard()
-                    return Ack("not_storable")
-                if _is_outdated(media_object, error):
-                    # The request that finds no fetch looks the object up again, and starts another one.
-                    logger.info("fetch_outdated", reason=_describe(error))
-                    await fetch.discard()
-                    return Ack("outdated")
-                reason = _describe(error)
-                # Before the lease is released, because requests that wait for the release claim the object at once.
-                await record_failure(reason, _cause(error), False)
-                await self._abandon(fetch, lease, error)
-                return Retry(reason)
-            except asyncio.CancelledError:
-                await fetch.suspend()
-                raise
-            finally:
-                fetch.close()
-
-    async def _commit(self, lease: Lease) -> JobOutcome:
-        """Record the published object. If that fails, the next attempt or reconciliation records it."""
-        try:
-            committed = await self._state.commit(lease, time.time())
-        except StateStoreUnavailable as error:
-            return Retry(f"stored, but not committed: {error}")
-        return Ack("fetched" if committed else "fetched_to_be_adopted")
-
-    async def _abandon(self, fetch: _PartialFetch, lease: Lease, error: DistributorError) -> None:
-        """Keep the received bytes if another attempt can resume from them."""
-        full = isinstance(error, VolumeFull)
-        if full and fetch.is_verified:
-            await fetch.suspend()  # only its record is missing, and followers are sending it
-        elif full or isinstance(error, AllSourcesCorrupt):
-            await fetch.discard()
-        else:
-            await fetch.suspend()
-        if full:
-            await self._state.request_space(lease.object_id, lease.size, _SPACE_REQUEST_TTL)
-
-
-def _why_not_storable(media_object: MediaObject, error: DistributorError) -> str | None:
-    """Return why the object is not to be fetched again for a while, although its origin sends it."""
-    if isinstance(error, AllSourcesFailed) and media_object.content_hash is None:
-        refusal = error.not_storable
-        if error.encoding is not None:
-            return f"must not be stored: Content-Encoding: {error.encoding}"
-        return None if refusal is None else str(refusal)
-    return str(error) if isinstance(error, NotStorable) else None
-
-
-def _is_outdated(media_object: MediaObject, error: DistributorError) -> bool:
-    """Whether trying again is useless, because the job's description of the object is no longer true."""
-    hashed = media_object.content_hash is not None
-    return not hashed and isinstance(error, AllSourcesFailed) and error.contradicts_catalog
-
-
-def _describe(error: DistributorError) -> str:
-    match error:
-        case AllSourcesFailed():
-            return f"all sources failed: {str(error)[:500]}"
-        case VolumeFull():
-            return f"volume full: {error}"
-    return str(error)
-
-
-def _cause(error: DistributorError) -> FailureCause:
-    if isinstance(error, AllSourcesCorrupt):
-        return FailureCause.CORRUPT
-    return FailureCause.SOURCES if isinstance(error, SourceError) else FailureCause.OTHER
-
-
 @dataclass(frozen=True, slots=True)
-class _Task:
+class FetchTask:
     """What to fetch, under which lease, and the slot that counts the source in use."""
 
     media_object: MediaObject
@@ -223,188 +84,7 @@ class _Task:
     slot: Slot | None
 
 
-class _PartialFetch:
-    """The partial file of one fetch, from opening to publication or to the release of its lease."""
-
-    def __init__(
-        self,
-        state: StateStore,
-        volume: Volume,
-        failover_reader: FailoverReader,
-        disk: BlockingPool,
-        task: _Task,
-        limits: FetchLimits,
-    ) -> None:
-        self._state = state
-        self._limits = limits
-        self._task = task
-        self._volume = volume
-        self._failover_reader = failover_reader
-        self._disk = disk
-        self._object = task.media_object
-        self._lease = task.renewer.lease
-        self._partial: PartialFile | None = None
-
-    async def run(self) -> None:
-        """Open, download, verify and publish."""
-        if await self._publish_verified():
-            return
-        partial = await self._disk.run(self._open)
-        # After the index was rebuilt from the volume, it may not know this file. It must know it before the file
-        # grows. The renewal tells it, while the source is asked.
-        self._task.renewer.renew_soon()
-        await self._return_surplus()
-        download = _Download(
-            self._state,
-            self._failover_reader,
-            self._disk,
-            self._task,
-            partial,
-            self._limits,
-        )
-        if partial.size:
-            await download.announce()  # the bytes of an earlier attempt can be sent
-        await download.run()
-        await self._publish(partial)
-
-    async def _publish_verified(self) -> bool:
-        """Publish the file of a worker that died after it had verified all bytes. Followers may still be sending it."""
-        partial = await self._disk.run(self._open_verified)
-        if partial is None:
-            return False
-        expected = self._object.content_hash
-        if expected is not None:
-            hasher = expected.hasher()
-            await hash_through(self._disk.run, partial.read, hasher, chunk=_REHASH_CHUNK)
-            if hasher.digest() != expected.digest:
-                self.close()
-                return False
-        await self._return_surplus()
-        await self._publish(partial)
-        return True
-
-    def _open_verified(self) -> PartialFile | None:
-        """Blocking."""
-        expected = self._expected_record()
-        sidecar = self._volume.partial_record(self._object.object_id)
-        if sidecar is None or not _is_same_content(sidecar, expected):
-            return None
-        media_type = expected.media_type or sidecar.media_type
-        record = replace(expected, media_type=media_type, freshness=sidecar.freshness).with_validators(
-            sidecar.validators
-        )
-        self._partial = self._volume.open_verified_partial(record)
-        return self._partial
-
-    async def _return_surplus(self) -> None:
-        """Release what the larger file of an earlier attempt had reserved: `_open` has cut it."""
-        if not self._lease.surplus:
-            return
-        try:
-            await self._state.return_surplus(self._lease)
-        except StateStoreUnavailable as error:
-            logger.info("surplus_not_returned", reason=str(error))  # the end of the fetch releases it
-
-    def _open(self) -> PartialFile:
-        """Open the partial file, empty unless it is the beginning of the same content. Blocking."""
-        expected = self._expected_record()
-        sidecar = self._volume.partial_record(self._object.object_id)
-        if sidecar is None or not _is_same_content(sidecar, expected):
-            # Empty the file before the sidecar changes. After a crash, a new sidecar beside old bytes would be taken
-            # for one content.
-            self._partial = self._volume.open_partial_for_writing(expected, write_sidecar=False)
-            if self._partial.size:
-                self._partial.restart()
-            self.close()
-        else:
-            # The bytes on disk are of the sidecar's version. Whether it is still the source's, its response will tell.
-            expected = replace(expected, freshness=sidecar.freshness).with_validators(sidecar.validators)
-            if expected.media_type is None:
-                expected = replace(expected, media_type=sidecar.media_type)
-        self._partial = self._volume.open_partial_for_writing(expected)
-        if self._partial.size > expected.size:
-            self._partial.restart()
-        self._partial.check_free_space()
-        return self._partial
-
-    def _expected_record(self) -> StoredRecord:
-        wanted = self._object
-        return StoredRecord(
-            object_id=wanted.object_id,
-            size=self._lease.size,
-            etag=wanted.etag,
-            content_hash=wanted.content_hash,
-            media_type=media_type_or_none(wanted.media_type),
-            stored_at=int(time.time()),
-            name=wanted.name,
-            growing=wanted.size is None,
-        ).with_validators(wanted.validators)
-
-    async def _publish(self, partial: PartialFile) -> None:
-        """Write the record and rename the file into place."""
-        head = await self._disk.run(partial.read, 0, SNIFF_BYTES)
-        media_type = detect_media_type(self._object.media_type, head)
-        record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
-        await self._disk.run(partial.publish, record)
-
-    @property
-    def is_verified(self) -> bool:
-        """Whether all bytes are there and right."""
-        return self._partial is not None and self._partial.is_verified
-
-    async def suspend(self) -> None:
-        """Keep the received bytes for another attempt and release the lease.
-
-        Without bytes, or where no later response can be proved to continue them: as `discard`.
-        """
-        partial = self._partial
-        if partial is not None and not (
-            partial.size and partial.record.version.is_strong and not partial.record.growing
-        ):
-            await self.discard()
-            return
-        self.close()
-        await self._release_lease(keep_reservation=True)
-
-    async def discard(self) -> None:
-        """Delete the partial file, then release lease and reservation.
-
-        If the file cannot be deleted, or was not opened (it may hold bytes of an earlier attempt), it stays reserved.
-        """
-        keep_reservation = True
-        if self._partial is not None:
-            try:
-                await self._disk.run(self._partial.discard)
-                keep_reservation = False
-            except VolumeError as error:
-                logger.warning("partial_removal_failed", reason=str(error))
-            self._partial = None
-        await self._release_lease(keep_reservation=keep_reservation)
-
-    async def _release_lease(self, *, keep_reservation: bool) -> None:
-        try:
-            await (self._state.park(self._lease) if keep_reservation else self._state.release(self._lease))
-        except StateStoreUnavailable as error:
-            logger.warning("lease_release_failed", reason=str(error))  # it expires
-
-    def close(self) -> None:
-        """Close the file if it is open, which also unlocks it."""
-        if self._partial is not None:
-            self._partial.close()
-            self._partial = None
-
-
-def _is_same_content(sidecar: StoredRecord, expected: StoredRecord) -> bool:
-    """Whether the bytes beside the sidecar may be continued: they are of a version that a response can prove."""
-    if expected.growing or sidecar.growing:
-        return False
-    if expected.content_hash is not None or sidecar.content_hash is not None:
-        return (sidecar.size, sidecar.content_hash) == (expected.size, expected.content_hash)
-    differs = sidecar.version.compare(expected.version) is Comparison.DIFFERENT
-    return sidecar.version.is_strong and not differs
-
-
-class _Download:
+class Download:
     """Fills the partial file of one object with verified bytes.
 
     Space for an object of unknown length is reserved in steps, each before its bytes are written. Its length is known
@@ -416,7 +96,7 @@ class _Download:
         state: StateStore,
         failover_reader: FailoverReader,
         disk: BlockingPool,
-        task: _Task,
+        task: FetchTask,
         partial: PartialFile,
         limits: FetchLimits,
     ) -> None:
@@ -556,7 +236,7 @@ class _Download:
         """Feed the hasher with the bytes of an earlier attempt."""
         if hasher is None or not size:
             return
-        hashed = await hash_through(self._disk.run, self._partial.read, hasher, chunk=_REHASH_CHUNK)
+        hashed = await hash_through(self._disk.run, self._partial.read, hasher, chunk=REHASH_CHUNK)
         if hashed != size:
             raise VolumeError(
                 f"partial file of {self._object.object_id}: expected {size} bytes, read {hashed}"
@@ -605,6 +285,133 @@ class _Download:
         if len(contributors) == 1 and not resumed:
             (contributor,) = contributors
             self._failover_reader.report_corrupt(contributor, self._object.object_id)
+
+
+class PartialWriter:
+    """Writes one batch while the next is received. Memory is bounded by HIGH_WATER and the batch being written."""
+
+    def __init__(
+        self,
+        partial: PartialFile,
+        hasher: Hasher | None,
+        renewer: LeaseRenewer,
+        disk: BlockingPool,
+        on_first_bytes: Callable[[], Coroutine[Any, Any, None]],
+        on_complete: Callable[[], bool],
+        reserve: Callable[[int], Coroutine[Any, Any, None]] | None = None,
+    ) -> None:
+        """Callbacks:
+
+        - `on_first_bytes` is called once, when the first bytes are on disk and more are to come. It must not raise.
+        - `on_complete` is called in the thread that wrote the object's last byte, so that clients wait for one thread
+          switch instead of two. Its result is stored in `verified`. Not called while the length is unknown.
+        - `reserve` is called before bytes are written, with the size that the file will have.
+        """
+        self._partial = partial
+        self._hasher = hasher
+        self._renewer = renewer
+        self._disk = disk
+        self._on_first_bytes = on_first_bytes
+        self._on_complete = on_complete
+        self._reserve = reserve
+        self.verified: bool | None = (
+            None  # None: `on_complete` was not called, for nothing was missing at the start
+        )
+        self._pending: list[bytes] = []
+        self._pending_bytes = 0
+        self._received = 0
+        self._closed = False
+        self._notify_task: asyncio.Task[None] | None = None
+        self._has_data, self._batch_ready, self._has_room = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    @asynccontextmanager
+    async def writing(self, offset: int) -> AsyncIterator[None]:
+        """Within the block, `put` the bytes that follow `offset`.
+
+        When the block has ended, for any reason, all bytes given to `put` are on disk, unless the lease was lost or
+        the disk failed. Errors of the disk are raised here or by `put`.
+        """
+        writer = asyncio.create_task(self._write_batches(offset), name="partial-writer")
+        writer.add_done_callback(lambda _: self._has_room.set())
+        self._writer = writer
+        try:
+            yield
+        finally:
+            self._closed = True
+            self._has_data.set()
+            self._batch_ready.set()
+            try:
+                await wait_uncancellable(writer)
+            finally:
+                if self._notify_task is not None:
+                    await wait_uncancellable(self._notify_task)
+            failure = writer.exception()
+        if failure is not None:
+            raise failure
+
+    async def put(self, data: bytes) -> None:
+        """Hand over the next bytes. Waits while HIGH_WATER bytes are unwritten."""
+        self._pending.append(data)
+        self._pending_bytes += len(data)
+        self._received += len(data)
+        self._has_data.set()
+        if self._pending_bytes >= batch_size(self._received):
+            self._batch_ready.set()
+        while self._pending_bytes >= HIGH_WATER and not self._writer.done():
+            self._has_room.clear()
+            await self._has_room.wait()
+        if self._writer.done():
+            self._writer.result()
+
+    async def _write_batches(self, offset: int) -> None:
+        first = True
+        while await self._wait_for_batch():
+            batch, self._pending = self._pending, []
+            length, self._pending_bytes = self._pending_bytes, 0
+            self._has_data.clear()
+            self._batch_ready.clear()
+            self._has_room.set()
+            await self._renewer.ensure_valid()
+            if self._reserve is not None:
+                await self._reserve(offset + length)
+            await self._disk.run(self._write, offset, batch, length)
+            WRITTEN_BYTES.inc(length)
+            offset += length
+            if first and self.verified is None:
+                # In the background, so that writing goes on. Where all bytes are written, `on_complete` notifies.
+                self._notify_task = asyncio.create_task(self._on_first_bytes(), name="first-bytes")
+            first = False
+
+    async def _wait_for_batch(self) -> bool:
+        """Return True when a batch is to be written, False after the last one."""
+        while not self._pending:
+            if self._closed:
+                return False
+            await self._has_data.wait()
+            self._has_data.clear()
+        await wait_event(self._batch_ready, MAX_LATENCY)
+        return True
+
+    def _write(self, offset: int, batch: list[bytes], length: int) -> None:
+        """Blocking: call from a worker thread."""
+        if length < len(batch) * _MIN_WRITE:
+            batch = [b"".join(batch)]
+        for data in batch:
+            self._partial.write(offset, data)
+            offset += len(data)
+            if self._hasher is not None:
+                self._hasher.update(data)
+        if offset == self._partial.record.size and not self._partial.record.growing:
+            self.verified = self._on_complete()
+
+
+def batch_size(received: int) -> int:
+    """Return the bytes that make a batch, after `received` bytes of this stream.
+
+    Any number for the first 64 KiB, which clients wait for. Then a quarter of the received bytes, so that clients that
+    read the partial file are never far behind.
+    """
+    return 1 if received < _UNBATCHED_BYTES else min(received // 4, MAX_BATCH)
 
 
 SourceGroups = tuple[tuple[str, ...], ...]

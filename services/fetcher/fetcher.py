@@ -16,7 +16,8 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules, Admitted, JobChecker
-from distributor_node.services.fetcher.download import FetchLimits, FetchRunner
+from distributor_node.services.fetcher.download import FetchLimits
+from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.services.fetcher.scheduler import JobScheduler, Slot, SlotLimits
 from distributor_node.shared.adapters.sources.client import SourceAnswer
@@ -353,7 +354,7 @@ class Revalidator:
         await self._disk.run(self._rewrite, record, replace(record, freshness=freshness))
 
     def _rewrite(self, known: StoredRecord, refreshed: StoredRecord) -> None:
-        """Replace the record, unless the object has been removed or replaced meanwhile. Blocking."""
+        """Replace the record, unless the object has been removed or replaced since. Blocking."""
         file = self._volume.open_object(known.object_id)
         if file is None:
             return

@@ -29,14 +29,7 @@ def run(settings: Settings) -> int:
     async def main(scope: ServiceScope) -> None:
         await run_fetcher(scope, settings)
 
-    return run_service(
-        main,
-        name="fetcher",
-        node=settings.id,
-        shutdown_deadline=settings.shutdown_deadline,
-        log=settings.log,
-        settings_file=settings.file,
-    )
+    return run_service(main, name="fetcher", settings=settings)
 
 
 async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:

@@ -1,7 +1,7 @@
-"""Policies as they were published, to stand beside ours in a replay and in the benchmark; the node does not have them.
+"""Policies as they were published, to compare with the node's own in a replay and in the benchmark.
 
-They know queues, no times. So `min_idle` means nothing to them (but to GDSF), and `victims` names one at a time and
-changes their state on the way, which is all that the simulator asks for.
+The node does not use them. They have queues and no times, so all but GDSF ignore `min_idle`. `victims` returns one
+object at a time and changes the policy's state. The simulator needs no more.
 Sources: Zhang et al., "SIEVE is simpler than LRU", NSDI 2024; Yang et al., "FIFO queues are all you need for cache
 eviction", SOSP 2023; Megiddo, Modha, "ARC: a self-tuning, low overhead replacement cache", FAST 2003; Einziger et al.,
 "TinyLFU: a highly efficient cache admission policy", ACM TOS 2017; GDSF: see shared/domain/eviction/gdsf.py.
@@ -25,7 +25,7 @@ _MIN_COUNT = 2
 
 
 class _Queues(ABC):
-    """What both share: the entries, and one victim at a time."""
+    """Base of policies made of queues: it holds the entries, and names one victim at a time."""
 
     inflation = 0.0
 
@@ -80,7 +80,7 @@ class _Queues(ABC):
 
 
 class Sieve(_Queues):
-    """One queue; a hand goes from the oldest to the newest, spares who was visited, once, and stays where it is."""
+    """One queue. A hand goes from the oldest to the newest object, spares visited ones once, and stays where it is."""
 
     name = "sieve"
 
@@ -136,8 +136,12 @@ class Sieve(_Queues):
 
 
 class S3Fifo(_Queues):
-    """A small queue of a tenth of the bytes for newcomers, a main one for who was seen again there (or was thrown out
-    lately: the ghosts, as many as main has); who is counted in main goes round again."""
+    """Two queues: a small one with a tenth of the bytes for new objects, and a main one.
+
+    An object that was read again while in the small queue moves to the main one. An evicted one leaves a ghost: if it
+    returns while that is remembered, it goes to the main queue at once. There are as many ghosts as objects in main.
+    An object of the main queue that was read since its last turn gets another one.
+    """
 
     name = "s3-fifo"
 

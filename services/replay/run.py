@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from distributor_node.services.replay.access_logs import LinesRead, Recording, read_logs, read_sizes
-from distributor_node.services.replay.report import (
-    describe_gap,
-    describe_own,
-    recommend,
-    render_chart,
-    render_table,
-)
+from distributor_node.services.replay.comparison import OTHER_POLICIES
 from distributor_node.services.replay.scenarios import (
     CacheSize,
     NodeRules,
@@ -26,6 +22,8 @@ from distributor_node.services.replay.scenarios import (
     try_setting,
 )
 from distributor_node.shared.domain.errors import ConfigurationError
+from distributor_node.shared.domain.eviction import AUTO_COST
+from distributor_node.shared.domain.eviction.simulator import Outcome
 from distributor_node.shared.settings.sizes import format_size
 
 
@@ -130,3 +128,206 @@ def _about(recording: Recording, counts: LinesRead) -> list[str]:
     if recording.logged_hit_ratio is not None:
         lines.append(f"By the log's own account, {recording.logged_hit_ratio:.1%} of requests were hits.")
     return lines
+
+
+# The report: a Markdown table, a recommendation, and a chart (SVG)
+
+
+TOLERANCE = 0.01  # hit ratios that differ by less count as equal
+_GIB = 1024**3
+_COLUMNS = (
+    "cache",
+    "setting",
+    "object hit ratio",
+    "byte hit ratio",
+    "bytes from sources per byte served",
+    "bytes written per byte served",
+    "bytes written",
+    "evicted",
+)
+
+
+def render_table(results: Sequence[Result]) -> str:
+    lines = [f"| {' | '.join(_COLUMNS)} |", "|---|---|" + "---:|" * (len(_COLUMNS) - 2)]
+    for result in results:
+        outcome = result.outcome
+        ratios = (
+            outcome.object_hit_ratio,
+            outcome.byte_hit_ratio,
+            outcome.source_ratio,
+            outcome.write_ratio,
+        )
+        lines.append(
+            f"| {size_label(result)} | {result.setting.name} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)}"
+            f" | {outcome.bytes_written / _GIB:.1f} GiB | {outcome.evicted} |"
+        )
+    return "\n".join(lines)
+
+
+def size_label(result: Result) -> str:
+    """Return the cache size as requested, with its bytes if it was a percentage."""
+    size = result.size
+    return (
+        f"{size.label} ({size.limit / _GIB:.2f} GiB)" if size.label.endswith("%") else format_size(size.limit)
+    )
+
+
+def describe_own(own: Result) -> str:
+    """Return one sentence, which can be compared with the log and the node's metrics."""
+    outcome = own.outcome
+    return (
+        f"As configured ({own.setting.name}, {size_label(own)}): {outcome.object_hit_ratio:.1%} of requests and"
+        f" {outcome.byte_hit_ratio:.1%} of bytes are hits, and the sources give {outcome.source_ratio:.3f} bytes for"
+        f" each byte served."
+    )
+
+
+def describe_gap(results: Sequence[Result]) -> str:
+    """Return one sentence: how far the policy that a node has by default is behind the best of each column, at the
+    largest size. Empty if it was not tried, or nothing beside it."""
+    limit = max((result.size.limit for result in results), default=0)
+    at_size = [result for result in results if result.size.limit == limit]
+    own = next((result for result in at_size if result.setting == Setting("gdsf", AUTO_COST)), None)
+    if own is None or len(at_size) == 1:
+        return ""
+    objects = max(at_size, key=lambda result: result.outcome.object_hit_ratio)
+    by_bytes = max(at_size, key=lambda result: result.outcome.byte_hit_ratio)
+    object_gap = objects.outcome.object_hit_ratio - own.outcome.object_hit_ratio
+    byte_gap = by_bytes.outcome.byte_hit_ratio - own.outcome.byte_hit_ratio
+    return (
+        f"{own.setting.name} is {100 * object_gap:.1f} points behind the best object hit ratio ({objects.setting.name})"
+        f" and {100 * byte_gap:.1f} points behind the best byte hit ratio ({by_bytes.setting.name})."
+    )
+
+
+def recommend(results: Sequence[Result]) -> str:
+    """Return one sentence that recommends a setting for the largest cache tried.
+
+    Of the settings within one percentage point of the best object hit ratio, those within one point of the fewest
+    bytes from sources; of these, the one that writes the fewest bytes.
+    """
+    results = [result for result in results if result.setting.policy not in OTHER_POLICIES]
+    if not results or not results[0].outcome.requests:
+        return "There were no requests to compare the settings by."
+    limit = max(result.size.limit for result in results)
+    at_size = [result for result in results if result.size.limit == limit]
+    best_hits = max(result.outcome.object_hit_ratio for result in at_size)
+    good = [result for result in at_size if best_hits - result.outcome.object_hit_ratio <= TOLERANCE]
+    least = min(result.outcome.source_ratio for result in good)
+    good = [result for result in good if result.outcome.source_ratio - least <= TOLERANCE]
+    chosen = min(good, key=lambda result: (result.outcome.write_ratio, result.outcome.source_ratio))
+    outcome = chosen.outcome
+    return (
+        f"With {size_label(chosen)} choose {chosen.setting.name}: {outcome.object_hit_ratio:.1%} of requests and"
+        f" {outcome.byte_hit_ratio:.1%} of bytes are hits, and the sources give {outcome.source_ratio:.2f} bytes for"
+        f" each byte served{_compared(chosen, at_size)}{_smaller(chosen, results)}."
+    )
+
+
+def _compared(chosen: Result, at_size: Sequence[Result]) -> str:
+    worst = max(at_size, key=lambda result: result.outcome.source_ratio)
+    if worst.outcome.source_ratio - chosen.outcome.source_ratio <= TOLERANCE:
+        return ""
+    return f" ({worst.outcome.source_ratio:.2f} under {worst.setting.name})"
+
+
+def _smaller(chosen: Result, results: Sequence[Result]) -> str:
+    """Return a remark if a smaller cache has nearly the same hit ratios."""
+    same = [result for result in results if result.setting == chosen.setting]
+    enough = [
+        result
+        for result in same
+        if result.size.limit < chosen.size.limit
+        and chosen.outcome.byte_hit_ratio - result.outcome.byte_hit_ratio <= TOLERANCE
+        and chosen.outcome.object_hit_ratio - result.outcome.object_hit_ratio <= TOLERANCE
+    ]
+    if not enough:
+        return ""
+    return f"; {size_label(min(enough, key=lambda result: result.size.limit))} would be nearly as good"
+
+
+# The chart: four panels over the cache size, with a line for each setting.
+
+_WIDTH, _HEIGHT = 430, 270
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 16, 34, 40
+_LEGEND_LINE = 20
+# The colours of Okabe and Ito, which colour-blind readers can distinguish.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#a0a000")
+_PANELS: Sequence[tuple[str, Callable[[Outcome], float]]] = (
+    ("Object hit ratio", lambda outcome: outcome.object_hit_ratio),
+    ("Byte hit ratio", lambda outcome: outcome.byte_hit_ratio),
+    ("Bytes from sources per byte served", lambda outcome: outcome.source_ratio),
+    ("Bytes written per byte served", lambda outcome: outcome.write_ratio),
+)
+
+
+def render_chart(results: Sequence[Result], title: str) -> str:
+    """Return the whole SVG document."""
+    settings = list(dict.fromkeys(result.setting for result in results))
+    height = 40 + 2 * _HEIGHT + _LEGEND_LINE * len(settings) + 20
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {2 * _WIDTH} {height}" font-family="sans-serif">',
+        "<style>text { font-size: 12px } .title { font-size: 16px }</style>",
+        f'<rect width="{2 * _WIDTH}" height="{height}" fill="#ffffff"/>',
+        f'<text x="{_WIDTH}" y="24" text-anchor="middle" class="title">{escape(title)}</text>',
+    ]
+    for number, (name, metric) in enumerate(_PANELS):
+        x, y = (number % 2) * _WIDTH, 40 + (number // 2) * _HEIGHT
+        parts.append(f'<g transform="translate({x},{y})">')
+        parts += _panel(name, metric, results, settings)
+        parts.append("</g>")
+    for number, setting in enumerate(settings):
+        y = 40 + 2 * _HEIGHT + _LEGEND_LINE * (number + 1)
+        parts.append(f'<rect x="{_LEFT}" y="{y - 10}" width="24" height="4" fill="{_colour(number)}"/>')
+        parts.append(f'<text x="{_LEFT + 32}" y="{y - 4}">{escape(setting.name)}</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]
+
+
+def _panel(
+    name: str, metric: Callable[[Outcome], float], results: Sequence[Result], settings: Sequence[Setting]
+) -> list[str]:
+    y_max = _round_up(max(metric(result.outcome) for result in results))
+    limits = {result.size.limit: result.size.label for result in results}
+    low, high = math.log(min(limits)), math.log(max(limits))
+
+    def x(limit: int) -> float:
+        share = (math.log(limit) - low) / (high - low) if high > low else 0.5
+        return _LEFT + 10 + share * (_WIDTH - _LEFT - _RIGHT - 20)
+
+    def y(value: float) -> float:
+        return _HEIGHT - _BOTTOM - value / y_max * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = [f'<text x="{_LEFT}" y="{_TOP - 14}" font-weight="bold">{name}</text>']
+    for step in range(5):
+        value = y_max * step / 4
+        parts.append(
+            f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#dddddd"/>'
+        )
+        parts.append(f'<text x="{_LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for limit, label in limits.items():
+        parts.append(
+            f'<text x="{x(limit):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{escape(label)}</text>'
+        )
+    for number, setting in enumerate(settings):
+        points = [(x(r.size.limit), y(metric(r.outcome))) for r in results if r.setting == setting]
+        line = " ".join(f"{across:.1f},{down:.1f}" for across, down in points)
+        parts.append(
+            f'<polyline points="{line}" fill="none" stroke="{_colour(number)}" stroke-width="2" stroke-opacity="0.8"/>'
+        )
+        parts += [
+            f'<circle cx="{across:.1f}" cy="{down:.1f}" r="3.5" fill="{_colour(number)}"/>'
+            for across, down in points
+        ]
+    return parts
+
+
+def _round_up(value: float) -> float:
+    """Return a round number for the top of the axis: 1, or the next of 1, 2, 5 × a power of ten."""
+    if value <= 1:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= value)

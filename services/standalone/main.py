@@ -41,14 +41,7 @@ def run(settings: Settings) -> int:
     async def main(scope: ServiceScope) -> None:
         await run_standalone(scope, settings)
 
-    return run_service(
-        main,
-        name="standalone",
-        node=settings.id,
-        shutdown_deadline=settings.shutdown_deadline,
-        log=settings.log,
-        settings_file=settings.file,
-    )
+    return run_service(main, name="standalone", settings=settings)
 
 
 async def run_standalone(

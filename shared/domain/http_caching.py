@@ -106,7 +106,7 @@ class Use(Enum):
     """What to do with a stored object for one request."""
 
     FRESH = auto()  # serve it
-    STALE = auto()  # serve it, and ask the origin meanwhile
+    STALE = auto()  # serve it, and ask the origin at the same time
     REVALIDATE = auto()  # ask the origin first
     REFUSE = auto()  # 504: it is stale, and the client wants no request to the origin
 

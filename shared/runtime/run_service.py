@@ -20,7 +20,7 @@ from distributor_node.shared.observability.logging import change_log_level, conf
 from distributor_node.shared.runtime import systemd
 from distributor_node.shared.runtime.process import VERSION, raise_descriptor_limit
 from distributor_node.shared.settings.load import load_settings
-from distributor_node.shared.settings.model import LogSettings
+from distributor_node.shared.settings.model import Settings
 from distributor_node.shared.waiting import cancel_and_wait
 
 CLEAN, FAILED, MISCONFIGURED = 0, 1, 2  # exit codes
@@ -46,15 +46,11 @@ ServiceMain = Callable[[ServiceScope], Awaitable[None]]
 
 
 def run_service(
-    main: ServiceMain,
-    *,
-    name: str,
-    node: str,
-    shutdown_deadline: float,
-    log: LogSettings,
-    settings_file: Path | None = None,
+    main: ServiceMain, *, name: str, settings: Settings, shutdown_deadline: float | None = None
 ) -> int:
-    """Run `main` on uvloop until it returns, and return the exit code. `name` and `node` are on every line of the log.
+    """Run `main` on uvloop until it returns, and return the exit code. `name` is on every line of the log.
+
+    `shutdown_deadline`: seconds, by default those of the settings.
 
     Exit codes: 0 after a clean end, 1 after an error or a missed deadline, 2 after a ConfigurationError. How it stops:
 
@@ -63,11 +59,13 @@ def run_service(
     3. 5 s later a watchdog thread kills the process, in case the event loop or a thread is blocked. The watchdog also
        starts if main requests the stop, returns or fails by itself.
 
-    A second signal kills the process at once. SIGHUP reads the log level again, from `settings_file` and the
-    environment, and calls `ServiceScope.reloads`. SIGUSR1 and SIGUSR2 are logged, and have no other effect.
+    A second signal kills the process at once. SIGHUP reads the log level again, from the settings' file and
+    the environment, and calls `ServiceScope.reloads`. SIGUSR1 and SIGUSR2 are logged, and have no other effect.
     """
-    configure_logging(log.level, log.format, process={"service": name, "node": node, "version": VERSION})
-    run = _Run(main, name, shutdown_deadline, settings_file)
+    process = {"service": name, "node": settings.id, "version": VERSION}
+    configure_logging(settings.log.level, settings.log.format, process=process)
+    deadline = settings.shutdown_deadline if shutdown_deadline is None else shutdown_deadline
+    run = _Run(main, name, deadline, settings.file)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             return runner.run(run.run())

@@ -24,13 +24,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from distributor_node.services.evictor.adoption import Adoption, PartialReaper
-from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.node_import import NodeImport
 from distributor_node.services.evictor.operator_state import Purger
 from distributor_node.services.evictor.reconcile import Reconciliation
+from distributor_node.services.evictor.removal import ObjectRemover
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules
-from distributor_node.services.fetcher.download import FetchRunner
+from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.shared.adapters.queue_memory import MemoryJobQueue

@@ -12,7 +12,8 @@ from blake3 import blake3
 
 from distributor_node.services.demo.objects import DemoObject, bytes_object
 from distributor_node.shared.adapters.volume import Volume
-from distributor_node.shared.adapters.volume.layout import encode_record, shard
+from distributor_node.shared.adapters.volume.layout import shard
+from distributor_node.shared.adapters.volume.records import encode_record
 from distributor_node.shared.domain.objects import ContentHash, ObjectId, StoredRecord, entity_tag
 from tests.chaos.figures import record_result
 from tests.chaos.harness import ChaosHarness

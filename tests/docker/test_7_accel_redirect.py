@@ -18,7 +18,7 @@ pytestmark = pytest.mark.docker
 
 PREFIX = "/_volume/of-objects"
 """Any will do."""
-OFFER = {"X-Sendfile-Type": "X-Accel-Redirect"}
+ACCEL_REDIRECT = {"X-Sendfile-Type": "X-Accel-Redirect"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +37,7 @@ async def test_an_accel_redirect_hit_is_identical(
 
 async def test_the_edge_sends_it_and_the_api_counts_it(harness: Harness) -> None:
     await harness.cached(["64"])
-    offered = await get(harness.stack.url("64"), OFFER)
+    offered = await get(harness.stack.url("64"), ACCEL_REDIRECT)
     assert (offered.status, offered.body) == (200, b"")
     assert offered.headers["x-accel-redirect"].startswith(f"{PREFIX}/")
     before = _sent(harness)
@@ -68,7 +68,7 @@ async def test_no_header_comes_twice_and_the_internal_path_is_hidden(harness: Ha
 
 async def test_the_internal_locations_cannot_be_requested(harness: Harness) -> None:
     await harness.cached(["5"])
-    place = (await get(harness.stack.url("5"), OFFER)).headers["x-accel-redirect"]
+    place = (await get(harness.stack.url("5"), ACCEL_REDIRECT)).headers["x-accel-redirect"]
     base = harness.stack.edge_url("").removesuffix(harness.stack.settings["EDGE_PREFIX"])
     for path in (place, f"{harness.stack.settings['EDGE_PREFIX']}{place}", f"{place}/../../5"):
         assert (await get(base + path)).status == 404, path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,20 @@ class Harness:
 
 @pytest.fixture
 async def harness(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[Harness]:
-    stack = Stack(tmp_path, redis_url, amqp_url, f"e2e-{uuid.uuid4().hex[:8]}")
+    async with running(Stack(tmp_path, redis_url, amqp_url, f"e2e-{uuid.uuid4().hex[:8]}")) as made:
+        yield made
+
+
+@pytest.fixture
+async def alone(tmp_path: Path) -> AsyncIterator[Harness]:
+    """A stack without Redis and RabbitMQ. Tests add the one process themselves."""
+    async with running(Stack(tmp_path, "memory://", "memory://", "alone")) as made:
+        yield made
+
+
+@asynccontextmanager
+async def running(stack: Stack) -> AsyncIterator[Harness]:
+    """Two storage nodes for the stack. At the end all its processes are killed."""
     async with StorageNode([]).run() as first, StorageNode([]).run() as second:
         try:
             yield Harness(stack, first, second)

@@ -7,33 +7,28 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from distributor_node.services.demo.objects import MIB, generated_object
-from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
 from tests.end_to_end.operator_client import OperatorClient, refuses_connections
-from tests.end_to_end.stack import ServiceProcess, Stack
+from tests.end_to_end.stack import ServiceProcess
 from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
 from tests.waiting import eventually
 
 
 @pytest.fixture
-async def alone(tmp_path: Path) -> AsyncIterator[tuple[Harness, OperatorClient]]:
-    stack = Stack(tmp_path, "memory://", "memory://", "alone")
+def operated(alone: Harness) -> tuple[Harness, OperatorClient]:
+    """A standalone node to be, and the client of its operator API."""
     operator = OperatorClient(free_port())
-    stack.environment.update(operator.environment)
-    async with StorageNode([]).run() as first:
-        try:
-            yield Harness(stack, first, first), operator
-        finally:
-            stack.kill_all()
+    alone.stack.environment.update(operator.environment)
+    return alone, operator
 
 
 async def command(
@@ -84,8 +79,8 @@ async def again(node: ServiceProcess) -> None:
     await node.healthy()
 
 
-async def test_operator_state_survives_sigkill(alone: tuple[Harness, OperatorClient]) -> None:
-    harness, operator = alone
+async def test_operator_state_survives_sigkill(operated: tuple[Harness, OperatorClient]) -> None:
+    harness, operator = operated
     harness.publish([generated_object("1", 1000)])
     node = harness.stack.add("standalone")
     await node.healthy()
@@ -122,8 +117,8 @@ async def test_operator_state_survives_sigkill(alone: tuple[Harness, OperatorCli
     assert await asyncio.to_thread(node.process.wait, 60) == 0
 
 
-async def test_warm_with_a_progress_bar_then_list_and_purge(alone: tuple[Harness, OperatorClient]) -> None:
-    harness, operator = alone
+async def test_warm_with_a_progress_bar_then_list_and_purge(operated: tuple[Harness, OperatorClient]) -> None:
+    harness, operator = operated
     items = [generated_object(str(number), MIB) for number in range(1, 6)]
     harness.publish(items)
     await harness.stack.add("standalone").healthy()
@@ -159,8 +154,8 @@ async def test_warm_with_a_progress_bar_then_list_and_purge(alone: tuple[Harness
     assert (await command(operator, "downloads")).stdout == ""
 
 
-async def test_errors_are_reported_in_words(alone: tuple[Harness, OperatorClient], tmp_path: Path) -> None:
-    harness, operator = alone
+async def test_errors_are_reported_in_words(operated: tuple[Harness, OperatorClient], tmp_path: Path) -> None:
+    harness, operator = operated
     harness.publish([generated_object("1", 1000)])
     stopped = await command(operator, "orders")
     assert (stopped.returncode, stopped.stdout) == (1, "")

@@ -5,30 +5,16 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
-
-import pytest
 
 from distributor_node.services.demo.objects import MIB, generated_object
-from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
 from tests.end_to_end.stack import ServiceProcess, Stack
 from tests.waiting import eventually
 
 QUICK_CHECKS = {"DISTRIBUTOR_PUBLIC_API__REQUEST_TIMEOUT": "2"}
-
-
-@pytest.fixture
-async def alone(tmp_path: Path) -> AsyncIterator[Harness]:
-    stack = Stack(tmp_path, "memory://", "memory://", "slow")
-    async with StorageNode([]).run() as first, StorageNode([]).run() as second:
-        try:
-            yield Harness(stack, first, second)
-        finally:
-            stack.kill_all()
 
 
 def readers(stack: Stack, objects: Sequence[str], opened: ExitStack) -> list[socket.socket]:

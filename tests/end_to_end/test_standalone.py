@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
-from pathlib import Path
-
-import pytest
 
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import MIB, generated_object
-from distributor_node.services.demo.storage_node import StorageNode
 from tests.end_to_end.client import get
 from tests.end_to_end.conftest import Harness
-from tests.end_to_end.stack import Stack
-
-
-@pytest.fixture
-async def alone(tmp_path: Path) -> AsyncIterator[Harness]:
-    """A stack without Redis and RabbitMQ; tests add the one process themselves."""
-    stack = Stack(tmp_path, "memory://", "memory://", "alone")
-    async with StorageNode([]).run() as first, StorageNode([]).run() as second:
-        try:
-            yield Harness(stack, first, second)
-        finally:
-            stack.kill_all()
 
 
 async def test_cached_objects_are_hits_after_a_clean_stop(alone: Harness) -> None:

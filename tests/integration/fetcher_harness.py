@@ -11,7 +11,7 @@ from pathlib import Path
 from distributor_node.services.demo.objects import DemoObject, bytes_object
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules
-from distributor_node.services.fetcher.download import FetchRunner
+from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.shared.adapters.sources import SourceClient, SourceLimits

@@ -12,7 +12,7 @@ from tests.counters import counted
 from tests.integration.assets_harness import MIB, AssetsHarness, assets_harness
 from tests.waiting import eventually
 
-OFFER = {"X-Sendfile-Type": "X-Accel-Redirect"}
+ACCEL_REDIRECT = {"X-Sendfile-Type": "X-Accel-Redirect"}
 SIZE = 2 * MIB + 5
 
 
@@ -33,7 +33,7 @@ async def test_an_accel_redirect_offer_is_used_with_all_headers_but_the_bodys(ha
     plain = await harness.get("1")
     expected = before + SIZE
     await eventually(lambda: sent_locally() == expected)  # the fast path buffers its metrics
-    handed = await harness.get("1", OFFER)
+    handed = await harness.get("1", ACCEL_REDIRECT)
     assert (handed.status, handed.body, handed.headers["content-length"]) == (200, b"", "0")
     place = handed.headers["x-accel-redirect"]
     assert place.startswith("/_objects/")
@@ -47,7 +47,7 @@ async def test_an_accel_redirect_offer_is_used_with_all_headers_but_the_bodys(ha
 
 async def test_a_range_is_accel_redirected_as_a_range(harness: AssetsHarness) -> None:
     before = sent_locally()
-    handed = await harness.get("1", {**OFFER, "Range": "bytes=1000-1999"})
+    handed = await harness.get("1", {**ACCEL_REDIRECT, "Range": "bytes=1000-1999"})
     assert (handed.status, handed.body) == (206, b"")
     assert "x-accel-redirect" in handed.headers
     assert "content-range" not in handed.headers
@@ -59,13 +59,13 @@ async def test_a_range_is_accel_redirected_as_a_range(harness: AssetsHarness) ->
     [
         {},
         {"X-Sendfile-Type": "X-Sendfile"},
-        {**OFFER, "If-Match": "*"},
-        {**OFFER, "If-None-Match": '"other"'},
-        {**OFFER, "If-Modified-Since": "Thu, 01 Jan 1970 00:00:00 GMT"},
-        {**OFFER, "If-Range": '"other"', "Range": "bytes=0-9"},
-        {**OFFER, "Range": "bytes=0-1,5-6"},
-        {**OFFER, "Range": "bytes=9-3"},
-        {**OFFER, "Range": "lines=1-2"},
+        {**ACCEL_REDIRECT, "If-Match": "*"},
+        {**ACCEL_REDIRECT, "If-None-Match": '"other"'},
+        {**ACCEL_REDIRECT, "If-Modified-Since": "Thu, 01 Jan 1970 00:00:00 GMT"},
+        {**ACCEL_REDIRECT, "If-Range": '"other"', "Range": "bytes=0-9"},
+        {**ACCEL_REDIRECT, "Range": "bytes=0-1,5-6"},
+        {**ACCEL_REDIRECT, "Range": "bytes=9-3"},
+        {**ACCEL_REDIRECT, "Range": "lines=1-2"},
     ],
     ids=lambda headers: " ".join(headers) or "no offer",
 )
@@ -78,7 +78,7 @@ async def test_paths_nginx_might_interpret_differently_are_answered_here(
 
 
 async def test_head_is_answered_here(harness: AssetsHarness) -> None:
-    answer = await harness.get("1", OFFER, method="HEAD")
+    answer = await harness.get("1", ACCEL_REDIRECT, method="HEAD")
     assert answer.headers["content-length"] == str(SIZE)
     assert "x-accel-redirect" not in answer.headers
 
@@ -87,12 +87,12 @@ async def test_without_the_setting_an_offer_is_ignored(tmp_path: Path) -> None:
     async with assets_harness(tmp_path) as harness:
         harness.add("1", SIZE)
         harness.store("1")
-        answer = await harness.get("1", OFFER)
+        answer = await harness.get("1", ACCEL_REDIRECT)
     assert (answer.status, answer.body) == (200, harness.data["1"])
 
 
 async def test_an_uncached_object_is_never_accel_redirected(harness: AssetsHarness) -> None:
     harness.add("2", SIZE)
-    answer = await harness.get("2", OFFER)
+    answer = await harness.get("2", ACCEL_REDIRECT)
     assert (answer.status, answer.body) == (200, harness.data["2"])
     assert "x-accel-redirect" not in answer.headers

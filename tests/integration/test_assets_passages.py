@@ -167,6 +167,20 @@ async def test_passages_are_bounded_in_bytes_and_time(harness: AssetsHarness) ->
         assert passages.bytes_held == 0
 
 
+async def test_passages_of_tiny_objects_are_bounded_in_number(harness: AssetsHarness) -> None:
+    """Each counts as MAX_SMALL_RANGE bytes: what keeps it takes more memory than its own few bytes."""
+    async with SourceClient(SourceLimits()) as client:
+        passages = Passages(FailoverReader(client, SourceHealthRegistry()), 3 * MAX_SMALL_RANGE)
+        span = Span(9, 9, 10, partial=True)
+        names = [str(number) for number in range(100, 110)]
+        for name in names:
+            harness.add(name, 10)
+            known = harness.catalog.objects[name]
+            assert await passages.read_tail(known, known.sources) is not None
+        kept = [name for name in names if passages.find(harness.catalog.objects[name], span) is not None]
+        assert kept == names[-3:]
+
+
 async def test_a_failed_reading_holds_no_room(harness: AssetsHarness) -> None:
     async with SourceClient(SourceLimits()) as client:
         passages = Passages(FailoverReader(client, SourceHealthRegistry()))

@@ -242,7 +242,7 @@ async def test_too_many_proxied_answers(tmp_path: Path) -> None:
 
 
 async def test_a_remembered_failure_is_proxied(harness: AssetsHarness) -> None:
-    await harness.context.state.record_failure(ObjectId("1"), "hopeless", 60)
+    await harness.context.state.record_failure(ObjectId("1"), "dead-lettered", 60)
     answer = await harness.get("1")
     assert (answer.body, answer.headers["x-data-source"]) == (harness.data["1"], "external")
     assert await harness.jobs() == 0

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from distributor_node.services.api.fast_path.object_cache import REVALIDATE_SECONDS
 from distributor_node.shared.adapters.volume import Volume
-from distributor_node.shared.adapters.volume.layout import RECORD_VERSION, FileState, decode_stored
+from distributor_node.shared.adapters.volume.records import RECORD_VERSION, FileState, decode_stored
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.jobs import Ack, JobOutcome, Requeue
 from distributor_node.shared.domain.objects import StoredRecord

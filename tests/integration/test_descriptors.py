@@ -134,7 +134,7 @@ async def asked(connection: tuple[asyncio.StreamReader, asyncio.StreamWriter], o
 
 
 async def test_connections_leave_descriptors_for_work(alone: Harness) -> None:
-    """More connections than the process may have descriptors; cached objects and misses are asked for meanwhile."""
+    """More connections than the process may have descriptors, while cached objects and misses are asked for."""
     cached = [generated_object(str(number), SMALL) for number in range(1, 31)]
     missed = [generated_object(str(number), SMALL) for number in range(101, 121)]
     alone.publish([*cached, *missed])

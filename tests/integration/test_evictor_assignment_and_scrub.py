@@ -13,22 +13,17 @@ from pathlib import Path
 import pytest
 
 from distributor_node.services.evictor import integrity
-from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.integrity import Scrub
+from distributor_node.services.evictor.removal import ObjectRemover
 from distributor_node.shared.adapters.volume import FoundObject
-from distributor_node.shared.adapters.volume.layout import SHARDS, encode_record, shard
+from distributor_node.shared.adapters.volume.layout import SHARDS, shard
+from distributor_node.shared.adapters.volume.records import encode_record
 from distributor_node.shared.domain.eviction import make_policy
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
 from tests.counters import counted
-from tests.integration.evictor_harness import (
-    SIZE,
-    EvictorHarness,
-    body_of,
-    evictor_harness,
-    media_object,
-)
+from tests.integration.evictor_harness import SIZE, EvictorHarness, body_of, evictor_harness, media_object
 from tests.waiting import eventually
 
 NAMES = ["one", "two", "three", "four"]

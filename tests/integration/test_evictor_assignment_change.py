@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from distributor_node.services.evictor.assignment import AssignmentCheck
-from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import EvictionIndex
+from distributor_node.services.evictor.removal import ObjectRemover
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import Volume

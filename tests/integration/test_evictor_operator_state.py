@@ -5,8 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
-import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from distributor_node.services.evictor import operator_state
-from distributor_node.services.evictor.eviction import ObjectRemover, RemovalOutcome
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.operator_state import OperatorStateBackup
+from distributor_node.services.evictor.removal import ObjectRemover, RemovalOutcome
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import OpenObject, intake
 from distributor_node.shared.adapters.volume.operator_state_file import (
@@ -33,15 +32,6 @@ from tests.integration.evictor_harness import SIZE, EvictorHarness, body_of, evi
 from tests.waiting import eventually
 
 ONE, TWO, THREE = (ObjectId(name) for name in ("one", "two", "three"))
-
-
-@pytest.fixture(params=["memory", "redis"])
-async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EvictorHarness]:
-    redis = None
-    if request.param == "redis":
-        redis = (request.getfixturevalue("redis_url"), f"test-{uuid.uuid4().hex[:12]}:")
-    async with evictor_harness(tmp_path, redis) as made:
-        yield made
 
 
 async def no_purges_left(harness: EvictorHarness) -> bool:

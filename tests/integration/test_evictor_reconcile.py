@@ -6,7 +6,6 @@ import asyncio
 import fcntl
 import os
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -29,15 +28,6 @@ from tests.integration.evictor_harness import (
 )
 from tests.servers.redis_server import RedisServer
 from tests.waiting import eventually
-
-
-@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
-async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EvictorHarness]:
-    redis = None
-    if request.param == "redis":
-        redis = (request.getfixturevalue("redis_url"), request.getfixturevalue("redis_prefix"))
-    async with evictor_harness(tmp_path, redis) as made:
-        yield made
 
 
 async def test_an_empty_store_is_rebuilt_from_the_volume_without_the_catalog(harness: EvictorHarness) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from distributor_node.services.evictor.eviction import ObjectRemover
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.integrity import Repair
 from distributor_node.services.evictor.node_import import NodeImport
+from distributor_node.services.evictor.removal import ObjectRemover
 from distributor_node.shared.adapters.volume.intake import ImportSource
 from distributor_node.shared.domain.eviction import Lru
 from distributor_node.shared.domain.objects import Assignment, DistributionBucket, MediaObject, ObjectId

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,15 +30,6 @@ from tests.mounting import small_file_system
 from tests.waiting import eventually
 
 HIGH, LOW = 0.9 * LIMIT, 0.5 * LIMIT
-
-
-@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
-async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EvictorHarness]:
-    redis = None
-    if request.param == "redis":
-        redis = (request.getfixturevalue("redis_url"), request.getfixturevalue("redis_prefix"))
-    async with evictor_harness(tmp_path, redis) as made:
-        yield made
 
 
 async def test_nothing_goes_below_the_high_mark_and_down_to_the_low_one_above_it(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from distributor_node.services.evictor.eviction import ObjectRemover, RemovalOutcome
 from distributor_node.services.evictor.index import EvictionIndex
 from distributor_node.services.evictor.leader_election import LeaderElection
+from distributor_node.services.evictor.removal import ObjectRemover, RemovalOutcome
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.volume import RemovalState
@@ -33,15 +33,6 @@ from tests.volume_size import bytes_on_volume
 from tests.waiting import eventually
 
 ONE = ObjectId("one")
-
-
-@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
-async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EvictorHarness]:
-    redis = None
-    if request.param == "redis":
-        redis = (request.getfixturevalue("redis_url"), request.getfixturevalue("redis_prefix"))
-    async with evictor_harness(tmp_path, redis) as made:
-        yield made
 
 
 class Candidate:

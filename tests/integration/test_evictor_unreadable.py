@@ -32,15 +32,6 @@ from tests.integration.evictor_harness import (
 from tests.waiting import eventually
 
 
-@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
-async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EvictorHarness]:
-    redis = None
-    if request.param == "redis":
-        redis = (request.getfixturevalue("redis_url"), request.getfixturevalue("redis_prefix"))
-    async with evictor_harness(tmp_path, redis) as made:
-        yield made
-
-
 class BadSector(Volume):
     """A volume with one file that can be opened and not be read."""
 

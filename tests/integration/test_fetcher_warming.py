@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules
-from distributor_node.services.fetcher.download import FetchRunner
+from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import FailureRecorder, Worker
 from distributor_node.shared.domain.jobs import Ack, FetchJob
 from distributor_node.shared.domain.objects import ObjectId

@@ -16,11 +16,12 @@ from distributor_node.services.evictor.assignment import read_checked_assignment
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_redis import RedisStateStore
 from distributor_node.shared.adapters.volume import Volume
-from distributor_node.shared.adapters.volume.layout import encode_record, object_path
+from distributor_node.shared.adapters.volume.layout import object_path
 from distributor_node.shared.adapters.volume.operator_state_file import (
     read_operator_state,
     write_operator_state,
 )
+from distributor_node.shared.adapters.volume.records import encode_record
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.eviction import PriorityBasis
 from distributor_node.shared.domain.formats import FORMAT

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,19 +16,9 @@ from tests.integration.evictor_harness import (
     LIMIT,
     SIZE,
     EvictorHarness,
-    evictor_harness,
     record_of,
 )
 from tests.waiting import eventually
-
-
-@pytest.fixture(params=["memory", pytest.param("redis", marks=pytest.mark.servers)])
-async def harness(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[EvictorHarness]:
-    redis = None
-    if request.param == "redis":
-        redis = (request.getfixturevalue("redis_url"), request.getfixturevalue("redis_prefix"))
-    async with evictor_harness(tmp_path, redis) as made:
-        yield made
 
 
 def explainer_of(harness: EvictorHarness, policy: str = "gdsf") -> ObjectExplainer:

@@ -9,7 +9,7 @@ import pytest
 
 from distributor_node.shared.adapters.sources.health import SourceHealthRegistry, SourceProber
 
-AT_ONCE = 10
+CONCURRENCY = 10
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 
 
@@ -27,7 +27,7 @@ class CrowdedNode:
                 await reader.readuntil(b"\r\n\r\n")
                 self.in_flight += 1
                 self.max_in_flight = max(self.max_in_flight, self.in_flight)
-                if self.in_flight >= AT_ONCE:
+                if self.in_flight >= CONCURRENCY:
                     self.full.set()
                 await self.full.wait()
                 self.in_flight -= 1
@@ -47,9 +47,9 @@ async def node() -> AsyncIterator[CrowdedNode]:
 
 async def test_at_most_ten_probes_are_under_way(node: CrowdedNode) -> None:
     registry = SourceHealthRegistry()
-    prober = SourceProber(registry, timeout=5, concurrency=AT_ONCE)
+    prober = SourceProber(registry, timeout=5, concurrency=CONCURRENCY)
     await prober.open()
     await prober.probe_all([f"http://127.0.0.1:{node.port}/{number}/" for number in range(45)])
     await prober.close()
-    assert (node.answered, node.max_in_flight) == (45, AT_ONCE)
+    assert (node.answered, node.max_in_flight) == (45, CONCURRENCY)
     assert len(registry.health_of(f"127.0.0.1:{node.port}").first_bytes) == 10

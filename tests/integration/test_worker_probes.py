@@ -41,7 +41,7 @@ async def worker(resources: AsyncExitStack, path: Path, *problems: str, degraded
     )
 
 
-class Asked:
+class SupervisorProbes:
     """A supervisor's probe server over workers with these sockets."""
 
     def __init__(self, server: ProbeServer) -> None:
@@ -56,9 +56,9 @@ class Asked:
         return answer.status, report.get("problems", []), report.get("degraded", [])
 
 
-async def supervisor(resources: AsyncExitStack, *paths: Path) -> Asked:
+async def supervisor(resources: AsyncExitStack, *paths: Path) -> SupervisorProbes:
     probes = WorkerProbes(paths).probes()
-    return Asked(await resources.enter_async_context(ProbeServer("127.0.0.1", 0, probes)))
+    return SupervisorProbes(await resources.enter_async_context(ProbeServer("127.0.0.1", 0, probes)))
 
 
 async def test_all_workers_are_asked(tmp_path: Path, resources: AsyncExitStack) -> None:

@@ -143,7 +143,7 @@ def test_live_fetches(phase: FetchPhase | None, live: bool) -> None:
     fetch = Fetch(ObjectId("1"), phase, 1, "w", None, 1.0, 1.0) if phase else None
     assert (live_fetch(ObjectStatus(fetch, None)) is not None) is live
     assert may_resume(ObjectStatus(fetch, None)) is (phase is not None)
-    assert not may_resume(ObjectStatus(fetch, Failure("hopeless", 1.0)))
+    assert not may_resume(ObjectStatus(fetch, Failure("dead-lettered", 1.0)))
 
 
 @given(st.lists(st.binary(max_size=90)), st.integers(0, 100), st.booleans())

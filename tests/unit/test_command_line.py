@@ -22,8 +22,7 @@ from distributor_node.services.demo.squid import SquidFaults, TestSquid
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.runtime.process import VERSION
 from distributor_node.shared.settings import Settings, load_settings
-from distributor_node.shared.settings.load import check_settings
-from distributor_node.shared.settings.names import all_settings
+from distributor_node.shared.settings.load import all_settings, check_settings
 
 ROOT = Path(__file__).parents[2]
 

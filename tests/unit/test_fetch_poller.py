@@ -66,5 +66,5 @@ async def test_growth_revives_the_fetch(poller: FetchPoller, state: MemoryStateS
 
 
 async def test_a_failure_ends_the_fetch_immediately(poller: FetchPoller, state: MemoryStateStore) -> None:
-    await state.record_failure(OBJECT_ID, "hopeless", 60)
+    await state.record_failure(OBJECT_ID, "dead-lettered", 60)
     assert await check(poller, state)

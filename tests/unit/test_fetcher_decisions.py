@@ -7,9 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distributor_node.services.fetcher.admission import AdmissionWait
-from distributor_node.services.fetcher.download import SourceGroups, groups_after_corruption
+from distributor_node.services.fetcher.download import (
+    MAX_BATCH,
+    SourceGroups,
+    batch_size,
+    groups_after_corruption,
+)
 from distributor_node.services.fetcher.fetcher import outcome_label
-from distributor_node.services.fetcher.partial_writer import MAX_BATCH, batch_size
 from distributor_node.shared.domain.jobs import Ack, DeadLetter, JobOutcome, Nack, Requeue, Retry
 from distributor_node.shared.domain.media_types import detect_media_type
 from distributor_node.shared.ports.state_store import (

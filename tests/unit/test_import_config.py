@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from distributor_node.services.migration.import_config import import_configuration, read_yaml
+from distributor_node.services.migration import import_configuration, read_yaml
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.objects import Assignment
 from distributor_node.shared.settings import load_settings

@@ -23,7 +23,7 @@ from distributor_node.services.replay.access_logs import (
     read_logs,
     read_sizes,
 )
-from distributor_node.services.replay.report import recommend
+from distributor_node.services.replay.run import recommend
 from distributor_node.services.replay.scenarios import (
     CacheSize,
     Result,

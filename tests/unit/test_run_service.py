@@ -17,7 +17,7 @@ SCRIPT = """
 import asyncio, sys, time
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.runtime import ServiceScope, run_service
-from distributor_node.shared.settings.model import LogSettings
+from distributor_node.shared.settings.model import Settings
 
 async def main(scope):
     scope.resources.push_async_callback(closing)
@@ -27,7 +27,8 @@ async def main(scope):
 async def closing():
     print("closed", flush=True)
 
-sys.exit(run_service(main, name="sample", node="here", shutdown_deadline=0.3, log=LogSettings()))
+settings = Settings(id="here", shutdown_deadline=0.3, catalog={{"manifest": "objects.yaml"}})
+sys.exit(run_service(main, name="sample", settings=settings))
 """
 
 
@@ -155,8 +156,9 @@ scope.reloads.append(reload)
 await scope.stop_requested.wait()
 """
     script = SCRIPT.replace(
-        "log=LogSettings()", f'log=LogSettings(level="warning"), settings_file=Path({str(settings)!r})'
-    ).replace("import asyncio, sys, time", "import asyncio, sys, time\nfrom pathlib import Path")
+        'Settings(id="here", shutdown_deadline=0.3, catalog={{"manifest": "objects.yaml"}})',
+        f"load_settings(Path({str(settings)!r}))",
+    ).replace(".model import Settings", ".load import load_settings\nfrom pathlib import Path")
     with service(body, script) as process:
         assert process.stderr is not None
         settings.write_text("log: {level: nonsense}\n")

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.settings import Settings, load_settings
-from distributor_node.shared.settings.environment import read_environment, variable_of
-from distributor_node.shared.settings.names import all_settings
+from distributor_node.shared.settings.load import all_settings, read_environment, variable_of
 
 ROOT = Path(__file__).parents[2]
 AS_PERCENT = "state_store.url: expected redis://user:password@host:port/…, with / ? # @"

@@ -27,7 +27,7 @@ from distributor_node.services.api.headers import (
 )
 from distributor_node.shared.adapters.catalogs.joystream.answers import read_object
 from distributor_node.shared.adapters.state_common import read_description, write_description
-from distributor_node.shared.adapters.volume.layout import decode_record, encode_record
+from distributor_node.shared.adapters.volume.records import decode_record, encode_record
 from distributor_node.shared.domain.conditionals import Validators
 from distributor_node.shared.domain.errors import CatalogUnavailable, InvalidInput, InvalidJob
 from distributor_node.shared.domain.jobs import FetchJob, decode_job, encode_job

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from distributor_node.shared.adapters.volume.layout import decode_record, encode_record
+from distributor_node.shared.adapters.volume.records import decode_record, encode_record
 from distributor_node.shared.domain.conditionals import Comparison, Validators, Version
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, StoredRecord
 from distributor_node.shared.domain.space import RECORD_BYTES

@@ -105,7 +105,8 @@ class Passages:
         keep_seconds: float = _KEEP_SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`max_bytes`: of all passages that are kept or being read. `clock`: in seconds."""
+        """`max_bytes`: of all passages that are kept or being read, each counted as at least MAX_SMALL_RANGE. So the
+        number of tiny ones is bounded too. `clock`: in seconds."""
         self._reader = reader
         self._max_bytes = max_bytes
         self._keep_seconds = keep_seconds
@@ -118,9 +119,9 @@ class Passages:
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of the passages that are kept, and of those being read when they are complete."""
-        kept = sum(len(passage.data) for passage, _ in self._kept.values())
-        return kept + sum(reading.length for reading in self._readings.values())
+        """What counts against `max_bytes`: the passages that are kept, and those being read as if complete."""
+        kept = sum(_room_of(len(passage.data)) for passage, _ in self._kept.values())
+        return kept + sum(_room_of(reading.length) for reading in self._readings.values())
 
     def find(self, media_object: MediaObject, span: Span) -> Passage | None:
         """Return a kept passage of this version of the object that covers the span."""
@@ -173,7 +174,7 @@ class Passages:
         key = _Key(media_object.object_id, content_hash, size, first, end, is_tail=span is None)
         reading = self._readings.get(key)
         if reading is None:
-            if not self._make_room(end - first):
+            if not self._make_room(_room_of(end - first)):
                 return None
             work = self._read(key, media_object, sources)
             reading = self._readings[key] = _Reading(end - first, asyncio.create_task(work, name="passage"))
@@ -246,7 +247,7 @@ class Passages:
             received.media_type, received.validators = response.media_type, response.validators
             length = response.length or 0
             if not key.is_tail and length > key.end - key.first:
-                if not self._make_room(length - reading.length):
+                if not self._make_room(_room_of(length) - _room_of(reading.length)):
                     raise _NoRoom
                 reading.length = max(reading.length, length)
                 begin = received.first = response.first
@@ -270,14 +271,19 @@ class Passages:
                 return
             del self._kept[key]
 
-    def _make_room(self, length: int) -> bool:
-        """Drop the oldest passages until `length` bytes fit. Returns False if those being read leave no room."""
+    def _make_room(self, room: int) -> bool:
+        """Drop the oldest passages until `room` bytes are free. Returns False if those being read leave no room."""
         self._expire()
-        while self.bytes_held + length > self._max_bytes:
+        while self.bytes_held + room > self._max_bytes:
             if not self._kept:
                 return False
             del self._kept[next(iter(self._kept))]
         return True
+
+
+def _room_of(length: int) -> int:
+    """The bytes that a passage of `length` bytes counts as."""
+    return max(length, MAX_SMALL_RANGE)
 
 
 def report_corruption(

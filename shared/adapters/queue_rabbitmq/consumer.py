@@ -16,6 +16,7 @@ from distributor_node.shared.adapters.queue_outcomes import report_dead_letter, 
 from distributor_node.shared.adapters.queue_rabbitmq.connection import (
     BROKER_ERRORS,
     CLOSE_SECONDS,
+    Publisher,
     Session,
     Topology,
     open_session,
@@ -23,7 +24,6 @@ from distributor_node.shared.adapters.queue_rabbitmq.connection import (
     to_job,
     to_message,
 )
-from distributor_node.shared.adapters.queue_rabbitmq.publisher import Publisher
 from distributor_node.shared.domain.errors import InvalidJob, JobQueueUnavailable
 from distributor_node.shared.domain.jobs import Ack, DeadLetter, FetchJob, JobOutcome, Nack, Requeue, Retry
 from distributor_node.shared.observability.metrics import JOB_QUEUE_ERRORS

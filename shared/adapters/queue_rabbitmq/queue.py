@@ -10,13 +10,13 @@ from aio_pika.exceptions import ChannelNotFoundEntity
 from distributor_node.shared.adapters.queue_rabbitmq.connection import (
     BROKER_ERRORS,
     CONNECT_SECONDS,
+    Publisher,
     Session,
     Topology,
     open_session,
     to_message,
 )
 from distributor_node.shared.adapters.queue_rabbitmq.consumer import Consumer, Settler
-from distributor_node.shared.adapters.queue_rabbitmq.publisher import Publisher
 from distributor_node.shared.domain.errors import JobQueueUnavailable
 from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
 from distributor_node.shared.ports.job_queue import JobHandler, OnDeadLetter, QueueDepth

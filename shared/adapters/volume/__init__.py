@@ -18,7 +18,6 @@ Three facts are kept by the file system itself, so they hold across processes an
 All calls block, most of them briefly. Run fsync, scans and hashing in a worker thread.
 """
 
-from distributor_node.shared.adapters.volume.layout import FileState
 from distributor_node.shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, RemovalState
 from distributor_node.shared.adapters.volume.partial import (
     PartialFile,
@@ -26,6 +25,7 @@ from distributor_node.shared.adapters.volume.partial import (
     PartialReader,
     PartialState,
 )
+from distributor_node.shared.adapters.volume.records import FileState
 from distributor_node.shared.adapters.volume.scan import (
     FoundObject,
     FoundPartial,

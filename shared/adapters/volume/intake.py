@@ -19,11 +19,11 @@ import structlog
 from distributor_node.shared.adapters.volume.layout import (
     OBJECTS,
     Directories,
-    atomic_write,
     map_os_errors,
     open_plain,
     shard,
 )
+from distributor_node.shared.adapters.volume.records import atomic_write
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import CompactIdSet, ObjectId
 

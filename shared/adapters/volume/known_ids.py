@@ -16,16 +16,13 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
 
 import structlog
 
-from distributor_node.shared.adapters.volume.layout import (
-    atomic_write,
-    map_os_errors,
-    read_capped,
-    sync_directory,
-)
+from distributor_node.shared.adapters.volume.layout import map_os_errors, sync_directory
+from distributor_node.shared.adapters.volume.records import atomic_write, read_capped
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.waiting import cancel_and_wait
@@ -56,7 +53,10 @@ class KnownIdsDraft:
 
     def write(self, root: Path) -> None:
         """Replace the file atomically. VolumeError if that fails. Blocking: call from a worker thread."""
-        hashes = _little_endian(array("Q", sorted(set(self._hashes))))
+        distinct = (
+            value for value, _ in groupby(sorted(self._hashes))
+        )  # a set would hold all of them once more
+        hashes = _little_endian(array("Q", distinct))
         with map_os_errors(f"write {NAME}"):
             for draft in root.glob(f"{NAME},*"):  # of a writer that was killed
                 draft.unlink(missing_ok=True)

@@ -10,14 +10,8 @@ from pathlib import Path
 
 import structlog
 
-from distributor_node.shared.adapters.volume.layout import (
-    MAX_ROOT_FILE_BYTES,
-    atomic_write,
-    map_os_errors,
-    open_plain,
-    read_capped,
-    sync_directory,
-)
+from distributor_node.shared.adapters.volume.layout import map_os_errors, open_plain, sync_directory
+from distributor_node.shared.adapters.volume.records import MAX_ROOT_FILE_BYTES, atomic_write, read_capped
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.operator_state import (
     OperatorStateSnapshot,

@@ -15,16 +15,18 @@ from distributor_node.shared.adapters.volume.layout import (
     PART_SUFFIX,
     RECORDS,
     Directories,
-    FileState,
     ForeignFile,
-    atomic_write,
-    encode_record,
     map_os_errors,
     open_plain,
-    overwrite,
-    seal_record,
     shard,
     unlink_if_exists,
+)
+from distributor_node.shared.adapters.volume.records import (
+    FileState,
+    atomic_write,
+    encode_record,
+    overwrite,
+    seal_record,
 )
 from distributor_node.shared.domain.conditionals import Validators
 from distributor_node.shared.domain.errors import VolumeError, VolumeFull

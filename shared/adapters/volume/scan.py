@@ -17,10 +17,10 @@ from distributor_node.shared.adapters.volume.layout import (
     SHARDS,
     TRASH,
     Directories,
-    is_draft,
     shard,
     trashed_id,
 )
+from distributor_node.shared.adapters.volume.records import is_draft
 from distributor_node.shared.domain.errors import InvalidInput
 from distributor_node.shared.domain.objects import ObjectId
 

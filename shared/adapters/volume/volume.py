@@ -26,17 +26,11 @@ from distributor_node.shared.adapters.volume.layout import (
     RECORDS,
     TRASH,
     Directories,
-    FileState,
     ForeignFile,
     as_volume_error,
-    atomic_write,
-    decode_stored,
-    encode_record,
     map_os_errors,
     object_path,
     open_plain,
-    read_capped,
-    seal_record,
     shard,
     unlink_if_exists,
 )
@@ -50,6 +44,14 @@ from distributor_node.shared.adapters.volume.objects import (
     unlink_trashed,
 )
 from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader
+from distributor_node.shared.adapters.volume.records import (
+    FileState,
+    atomic_write,
+    decode_stored,
+    encode_record,
+    read_capped,
+    seal_record,
+)
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.formats import FORMAT, check_format
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
@@ -360,6 +362,11 @@ class Volume:
         """
         partial = PartialFile(self._directories, expected)
         return partial if partial.open_verified() else None
+
+    def discard_partial(self, object_id: ObjectId, size: int) -> None:
+        """Remove a partial file and its sidecar. Raises PartialHeld if its writer is alive."""
+        record = StoredRecord(object_id, size, '""', None, "application/octet-stream", 0)
+        self.open_partial_for_writing(record, write_sidecar=False).discard()
 
     # Removing
 

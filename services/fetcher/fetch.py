@@ -1,0 +1,359 @@
+"""One fetch under a lease, from opening the partial file to the end of the lease.
+
+1. Open the partial file, and keep its bytes if they can be proved to be the beginning of the same version.
+   A file that is complete and verified is hashed again and published.
+2. Read from the sources, write and hash.
+3. Verify size and hash; after corrupt bytes, read again from other sources.
+4. Publish: write the record, rename.
+5. Commit in the state store, which ends the lease.
+After a failure or a stop, the partial file is kept where the next attempt can resume it, and the lease is released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+
+import structlog
+
+from distributor_node.services.fetcher.download import (
+    REHASH_CHUNK,
+    AllSourcesCorrupt,
+    Download,
+    FetchLimits,
+    FetchTask,
+)
+from distributor_node.services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
+from distributor_node.services.fetcher.scheduler import Slot
+from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.volume import PartialFile, Volume
+from distributor_node.shared.domain.conditionals import Comparison
+from distributor_node.shared.domain.errors import (
+    AllSourcesFailed,
+    DistributorError,
+    NotStorable,
+    SourceError,
+    StateStoreUnavailable,
+    VolumeError,
+    VolumeFull,
+)
+from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
+from distributor_node.shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
+from distributor_node.shared.domain.objects import MediaObject, StoredRecord
+from distributor_node.shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE
+from distributor_node.shared.ports.state_store import FailureCause, Lease, StateStore
+from distributor_node.shared.runtime.threads import BlockingPool, hash_through
+
+_SPACE_REQUEST_TTL = 60.0
+"""Seconds that the evictor remembers a request for space made after ENOSPC."""
+
+RecordFailure = Callable[[str, FailureCause, bool], Awaitable[None]]
+"""Called with the reason and the cause of a failed attempt, and whether it is the last one. Does not raise."""
+
+logger = structlog.get_logger()
+
+
+class FetchRunner:
+    """Runs fetches for which a lease was granted. However a fetch ends, all bytes on the volume stay reserved."""
+
+    def __init__(
+        self,
+        state: StateStore,
+        volume: Volume,
+        failover_reader: FailoverReader,
+        disk: BlockingPool,
+        times: LeaseTimes,
+        limits: FetchLimits | None = None,
+    ) -> None:
+        self._state = state
+        self._volume = volume
+        self._failover_reader = failover_reader
+        self._disk = disk
+        self._times = times
+        self._limits = limits or FetchLimits()
+
+    async def run(
+        self,
+        media_object: MediaObject,
+        lease: Lease,
+        requested_at: float,
+        record_failure: RecordFailure,
+        slot: Slot | None = None,
+    ) -> JobOutcome:
+        """Fetch one object. When cancelled, keep the received bytes and release the lease.
+
+        `requested_at`: the boot time before the lease was requested. `slot`: see Worker.
+        """
+        renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
+        fetch = _PartialFetch(
+            self._state,
+            self._volume,
+            self._failover_reader,
+            self._disk,
+            FetchTask(media_object, renewer, slot),
+            self._limits,
+        )
+        with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
+            try:
+                async with renewer.running():
+                    await fetch.run()
+                return await self._commit(lease)
+            except LeaseLost as lost:
+                await record_failure(str(lost), FailureCause.OTHER, False)
+                return Retry(str(lost))
+            except (SourceError, VolumeError, StateStoreUnavailable) as error:
+                not_storable = _why_not_storable(media_object, error)
+                if not_storable is not None:
+                    # Before the lease is released. While this is remembered, requests are proxied.
+                    await record_failure(not_storable, FailureCause.OTHER, True)
+                    await fetch.discard()
+                    return Ack("not_storable")
+                if _is_outdated(media_object, error):
+                    # The request that finds no fetch looks the object up again, and starts another one.
+                    logger.info("fetch_outdated", reason=_describe(error))
+                    await fetch.discard()
+                    return Ack("outdated")
+                reason = _describe(error)
+                # Before the lease is released, because requests that wait for the release claim the object at once.
+                await record_failure(reason, _cause(error), False)
+                await self._abandon(fetch, lease, error)
+                return Retry(reason)
+            except asyncio.CancelledError:
+                await fetch.suspend()
+                raise
+            finally:
+                fetch.close()
+
+    async def _commit(self, lease: Lease) -> JobOutcome:
+        """Record the published object. If that fails, the next attempt or reconciliation records it."""
+        try:
+            committed = await self._state.commit(lease, time.time())
+        except StateStoreUnavailable as error:
+            return Retry(f"stored, but not committed: {error}")
+        return Ack("fetched" if committed else "fetched_to_be_adopted")
+
+    async def _abandon(self, fetch: _PartialFetch, lease: Lease, error: DistributorError) -> None:
+        """Keep the received bytes if another attempt can resume from them."""
+        full = isinstance(error, VolumeFull)
+        if full and fetch.is_verified:
+            await fetch.suspend()  # only its record is missing, and followers are sending it
+        elif full or isinstance(error, AllSourcesCorrupt):
+            await fetch.discard()
+        else:
+            await fetch.suspend()
+        if full:
+            await self._state.request_space(lease.object_id, lease.size, _SPACE_REQUEST_TTL)
+
+
+def _why_not_storable(media_object: MediaObject, error: DistributorError) -> str | None:
+    """Return why the object is not to be fetched again for a while, although its origin sends it."""
+    if isinstance(error, AllSourcesFailed) and media_object.content_hash is None:
+        refusal = error.not_storable
+        if error.encoding is not None:
+            return f"must not be stored: Content-Encoding: {error.encoding}"
+        return None if refusal is None else str(refusal)
+    return str(error) if isinstance(error, NotStorable) else None
+
+
+def _is_outdated(media_object: MediaObject, error: DistributorError) -> bool:
+    """Whether trying again is useless, because the job's description of the object is no longer true."""
+    hashed = media_object.content_hash is not None
+    return not hashed and isinstance(error, AllSourcesFailed) and error.contradicts_catalog
+
+
+def _describe(error: DistributorError) -> str:
+    match error:
+        case AllSourcesFailed():
+            return f"all sources failed: {str(error)[:500]}"
+        case VolumeFull():
+            return f"volume full: {error}"
+    return str(error)
+
+
+def _cause(error: DistributorError) -> FailureCause:
+    if isinstance(error, AllSourcesCorrupt):
+        return FailureCause.CORRUPT
+    return FailureCause.SOURCES if isinstance(error, SourceError) else FailureCause.OTHER
+
+
+class _PartialFetch:
+    """The partial file of one fetch, from opening to publication or to the release of its lease."""
+
+    def __init__(
+        self,
+        state: StateStore,
+        volume: Volume,
+        failover_reader: FailoverReader,
+        disk: BlockingPool,
+        task: FetchTask,
+        limits: FetchLimits,
+    ) -> None:
+        self._state = state
+        self._limits = limits
+        self._task = task
+        self._volume = volume
+        self._failover_reader = failover_reader
+        self._disk = disk
+        self._object = task.media_object
+        self._lease = task.renewer.lease
+        self._partial: PartialFile | None = None
+
+    async def run(self) -> None:
+        """Open, download, verify and publish."""
+        if await self._publish_verified():
+            return
+        partial = await self._disk.run(self._open)
+        # After the index was rebuilt from the volume, it may not know this file. It must know it before the file
+        # grows. The renewal tells it, while the source is asked.
+        self._task.renewer.renew_soon()
+        await self._return_surplus()
+        download = Download(
+            self._state,
+            self._failover_reader,
+            self._disk,
+            self._task,
+            partial,
+            self._limits,
+        )
+        if partial.size:
+            await download.announce()  # the bytes of an earlier attempt can be sent
+        await download.run()
+        await self._publish(partial)
+
+    async def _publish_verified(self) -> bool:
+        """Publish the file of a worker that died after it had verified all bytes. Followers may still be sending it."""
+        partial = await self._disk.run(self._open_verified)
+        if partial is None:
+            return False
+        expected = self._object.content_hash
+        if expected is not None:
+            hasher = expected.hasher()
+            await hash_through(self._disk.run, partial.read, hasher, chunk=REHASH_CHUNK)
+            if hasher.digest() != expected.digest:
+                self.close()
+                return False
+        await self._return_surplus()
+        await self._publish(partial)
+        return True
+
+    def _open_verified(self) -> PartialFile | None:
+        """Blocking."""
+        expected = self._expected_record()
+        sidecar = self._volume.partial_record(self._object.object_id)
+        if sidecar is None or not _is_same_content(sidecar, expected):
+            return None
+        media_type = expected.media_type or sidecar.media_type
+        record = replace(expected, media_type=media_type, freshness=sidecar.freshness).with_validators(
+            sidecar.validators
+        )
+        self._partial = self._volume.open_verified_partial(record)
+        return self._partial
+
+    async def _return_surplus(self) -> None:
+        """Release what the larger file of an earlier attempt had reserved: `_open` has cut it."""
+        if not self._lease.surplus:
+            return
+        try:
+            await self._state.return_surplus(self._lease)
+        except StateStoreUnavailable as error:
+            logger.info("surplus_not_returned", reason=str(error))  # the end of the fetch releases it
+
+    def _open(self) -> PartialFile:
+        """Open the partial file, empty unless it is the beginning of the same content. Blocking."""
+        expected = self._expected_record()
+        sidecar = self._volume.partial_record(self._object.object_id)
+        if sidecar is None or not _is_same_content(sidecar, expected):
+            # Empty the file before the sidecar changes. After a crash, a new sidecar beside old bytes would be taken
+            # for one content.
+            self._partial = self._volume.open_partial_for_writing(expected, write_sidecar=False)
+            if self._partial.size:
+                self._partial.restart()
+            self.close()
+        else:
+            # The bytes on disk are of the sidecar's version. Whether it is still the source's, its response will tell.
+            expected = replace(expected, freshness=sidecar.freshness).with_validators(sidecar.validators)
+            if expected.media_type is None:
+                expected = replace(expected, media_type=sidecar.media_type)
+        self._partial = self._volume.open_partial_for_writing(expected)
+        if self._partial.size > expected.size:
+            self._partial.restart()
+        self._partial.check_free_space()
+        return self._partial
+
+    def _expected_record(self) -> StoredRecord:
+        wanted = self._object
+        return StoredRecord(
+            object_id=wanted.object_id,
+            size=self._lease.size,
+            etag=wanted.etag,
+            content_hash=wanted.content_hash,
+            media_type=media_type_or_none(wanted.media_type),
+            stored_at=int(time.time()),
+            name=wanted.name,
+            growing=wanted.size is None,
+        ).with_validators(wanted.validators)
+
+    async def _publish(self, partial: PartialFile) -> None:
+        """Write the record and rename the file into place."""
+        head = await self._disk.run(partial.read, 0, SNIFF_BYTES)
+        media_type = detect_media_type(self._object.media_type, head)
+        record = replace(partial.record, media_type=media_type, stored_at=int(time.time()))
+        await self._disk.run(partial.publish, record)
+
+    @property
+    def is_verified(self) -> bool:
+        """Whether all bytes are there and right."""
+        return self._partial is not None and self._partial.is_verified
+
+    async def suspend(self) -> None:
+        """Keep the received bytes for another attempt and release the lease.
+
+        Without bytes, or where no later response can be proved to continue them: as `discard`.
+        """
+        partial = self._partial
+        if partial is not None and not (
+            partial.size and partial.record.version.is_strong and not partial.record.growing
+        ):
+            await self.discard()
+            return
+        self.close()
+        await self._release_lease(keep_reservation=True)
+
+    async def discard(self) -> None:
+        """Delete the partial file, then release lease and reservation.
+
+        If the file cannot be deleted, or was not opened (it may hold bytes of an earlier attempt), it stays reserved.
+        """
+        keep_reservation = True
+        if self._partial is not None:
+            try:
+                await self._disk.run(self._partial.discard)
+                keep_reservation = False
+            except VolumeError as error:
+                logger.warning("partial_removal_failed", reason=str(error))
+            self._partial = None
+        await self._release_lease(keep_reservation=keep_reservation)
+
+    async def _release_lease(self, *, keep_reservation: bool) -> None:
+        try:
+            await (self._state.park(self._lease) if keep_reservation else self._state.release(self._lease))
+        except StateStoreUnavailable as error:
+            logger.warning("lease_release_failed", reason=str(error))  # it expires
+
+    def close(self) -> None:
+        """Close the file if it is open, which also unlocks it."""
+        if self._partial is not None:
+            self._partial.close()
+            self._partial = None
+
+
+def _is_same_content(sidecar: StoredRecord, expected: StoredRecord) -> bool:
+    """Whether the bytes beside the sidecar may be continued: they are of a version that a response can prove."""
+    if expected.growing or sidecar.growing:
+        return False
+    if expected.content_hash is not None or sidecar.content_hash is not None:
+        return (sidecar.size, sidecar.content_hash) == (expected.size, expected.content_hash)
+    differs = sidecar.version.compare(expected.version) is Comparison.DIFFERENT
+    return sidecar.version.is_strong and not differs

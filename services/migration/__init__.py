@@ -1,1 +1,0 @@
-"""Migration from the network's existing node: converts its configuration."""
