@@ -171,8 +171,10 @@ class Viewers:
             if len(self._left) < MAX_VIEWED:
                 self._left[object_id] = None
 
-    async def positions(self) -> Mapping[str, Any]:
+    async def positions(self, watched: bool) -> Mapping[str, Any]:
         """Return who reads where, for the node's page: by object, a number of the viewer and the byte it has got to."""
+        if not watched:
+            return {}
         viewers: dict[str, list[tuple[int, int]]] = {}
         for serial, (object_id, position) in self._positions.items():
             viewers.setdefault(object_id, []).append((serial, position()))

@@ -83,15 +83,16 @@ class Evictor:
             found.append(str(error))
         return found
 
-    async def report(self) -> Mapping[str, Any]:
-        """What the node's page shows of this evictor: whether it leads, what it removed, and the map of the volume."""
+    async def report(self, watched: bool) -> Mapping[str, Any]:
+        """What the node's page shows of this evictor: whether it leads, what it removed, and the map of the volume.
+
+        `watched`: see ProcessReporter. What was removed is told in any case, because it is asked for afterwards.
+        """
         if not self._leads:
             return {"leads": False}
-        return {
-            "leads": True,
-            "removed": list(self._parts.remover.recent),
-            "map": await self._parts.index.size_and_idle_map(),
-        }
+        removed = list(self._parts.remover.recent)
+        counted = {"map": await self._parts.index.size_and_idle_map()} if watched else {}
+        return {"leads": True, "removed": removed, **counted}
 
     async def _lead(self, term: Term) -> None:
         self._leads = True

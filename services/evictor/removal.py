@@ -27,6 +27,7 @@ from distributor_node.shared.observability.metrics import EVICTED_BYTES, EVICTIO
 from distributor_node.shared.ports.state_store import StateStore, Term
 from distributor_node.shared.runtime.threads import run_blocking
 
+MAX_RECENT = 100  # removed objects that the node's page is told of
 _SPACE = "space"  # label of the metrics for everything that is evicted to make room
 
 ANY_IDLE = -1e12

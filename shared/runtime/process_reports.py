@@ -27,8 +27,9 @@ from distributor_node.shared.runtime.process import process_name
 from distributor_node.shared.waiting import wait_event
 
 ProcessKind = Literal["api", "fetcher", "evictor", "standalone"]
-Part = Callable[[], Awaitable[Mapping[str, Any]]]
-"""Returns fields of the report, as JSON; called only while a page is open."""
+Part = Callable[[bool], Awaitable[Mapping[str, Any]]]
+"""Returns fields of the report, as JSON. The argument: whether a page is open. Otherwise only what is small and is kept
+for a page that is opened later."""
 
 WATCHED_INTERVAL, UNWATCHED_INTERVAL = 1.0, 5.0
 """Seconds between two reports, while a page is open and while none is."""
@@ -82,9 +83,8 @@ class ProcessReporter:
             "counted": counted_here(),
         }
         try:
-            if self._watched:
-                for part in self._parts:
-                    content |= await part()
+            for part in self._parts:
+                content |= await part(self._watched)
             text = json.dumps(content, separators=(",", ":"))
             watched = await self._store.report_process(self.name, text, REPORT_TTL)
         except StateStoreUnavailable as error:

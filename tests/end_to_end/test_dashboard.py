@@ -196,6 +196,19 @@ async def test_an_eviction_appears_with_its_reason(tmp_path: Path) -> None:
         assert unknown["words"][-1] == "The catalog says that it does not exist."
 
 
+async def test_an_eviction_while_no_page_is_open_is_told_later(tmp_path: Path) -> None:
+    settings = {"DISTRIBUTOR_STORAGE__LIMIT": "10M", "DISTRIBUTOR_EVICTOR__MIN_IDLE": "1"}
+    async with standalone(tmp_path, 20, MIB, **settings) as node:
+        for number in range(1, 21):
+            await get(node.stack.url(str(number)))
+
+        async def is_told() -> bool:
+            answers = [(await get(node.url(f"/explain.json?id={number}"))).json() for number in range(1, 6)]
+            return any("It was evicted" in sentence for answer in answers for sentence in answer["words"])
+
+        await eventually(is_told, pause=0.5, what="an eviction in words")
+
+
 async def test_served_and_fetched_are_counted(tmp_path: Path) -> None:
     async with standalone(tmp_path, 1, MIB) as node, open_page(node.port) as page:
         await get(node.stack.url("1"))

@@ -384,7 +384,7 @@ async def test_a_leader_reports_what_it_has_removed_and_why(harness: EvictorHarn
         await harness.store(*(f"o{number}" for number in range(10)), age=3600)
 
         async def removed() -> dict[str, str]:
-            return {one["id"]: one["reason"] for one in (await evictor.report())["removed"]}
+            return {one["id"]: one["reason"] for one in (await evictor.report(watched=False))["removed"]}
 
         await eventually(removed)
         await harness.state.request_purges([ObjectId("o9")])
@@ -393,7 +393,7 @@ async def test_a_leader_reports_what_it_has_removed_and_why(harness: EvictorHarn
             return (await removed()).get("o9") == "purged"
 
         await eventually(purged)
-        report = await evictor.report()
+        report = await evictor.report(watched=True)
         assert report["leads"]
         assert (await removed())["o0"] == "high_watermark"
         assert report["removed"][0] | {"at": 0} == {

@@ -90,10 +90,10 @@ async def test_what_only_the_page_needs_is_reported_while_one_is_open() -> None:
     store = make_store(Clock())
     asked = 0
 
-    async def part() -> dict[str, Any]:
+    async def part(watched: bool) -> dict[str, Any]:
         nonlocal asked
         asked += 1
-        return {"part": asked}
+        return {"small": asked, **({"part": asked} if watched else {})}
 
     reporter = ProcessReporter(store, "fetcher", [part])
     running = asyncio.create_task(reporter.run())
@@ -105,7 +105,9 @@ async def test_what_only_the_page_needs_is_reported_while_one_is_open() -> None:
         return "part" in await reported()
 
     await eventually(reported)
-    assert (asked, (await reported())["interval"]) == (0, UNWATCHED_INTERVAL)
+    assert (asked, (await reported())["interval"]) == (1, UNWATCHED_INTERVAL)
+    assert (await reported()).keys() >= {"small", "counted"}
+    assert "part" not in await reported()
     await store.watch_reports(60)
     reporter.wake()
     await eventually(has_part)

@@ -222,6 +222,7 @@ class DashboardServer:
             return _response(200, media_type, body, with_body=with_body)
         if head.path == "/snapshot.json":
             self._on_open()
+            await self._announce()
             return await self._as_json(self._feed.snapshot, with_body=with_body)
         if head.path == "/history.json":
             return _json_response(200, self._feed.history(), with_body=with_body)
