@@ -16,6 +16,7 @@ from distributor_node.services.api.assets.passages import (
     NoCorrectSource,
     Passage,
     Passages,
+    is_shareable,
     is_small,
     report_corruption,
 )
@@ -161,6 +162,8 @@ class Proxy:
                 async with asyncio.timeout(self._first_byte_wait) as proxied.deadline:
                     if is_small(proxied.media_object, proxied.span):
                         return await self._respond_small(proxied)
+                    if self._may_share(proxied):
+                        return await self._respond_shared(proxied)
                     return await self._respond_verified(proxied)
             except TimeoutError as error:
                 if proxied.deadline is None or not proxied.deadline.expired():
@@ -193,6 +196,31 @@ class Proxy:
         await self._send_passage(proxied, passage)
         return passage.verified
 
+    def _may_share(self, proxied: ProxiedResponse) -> bool:
+        """Whether the range is passed on as it comes, so that other responses can follow the same bytes."""
+        media_object, span = proxied.media_object, proxied.span
+        return is_shareable(media_object, span) and not self._is_verified(media_object, span)
+
+    async def _respond_shared(self, proxied: ProxiedResponse) -> bool | None:
+        """Respond to a range of any length: equal and overlapping ones at the same time are read once."""
+        media_object, span = proxied.media_object, proxied.span
+        kept = self.passages.find(media_object, span)
+        if kept is not None:
+            await self._send_passage(proxied, kept)
+            return None
+        sources = _in_order(proxied)
+        parts = self.passages.follow(media_object, sources, span, proxied.on_source_response)
+        try:
+            async with aclosing(parts):
+                async for part in parts:
+                    await proxied.emit((part,))
+        except AllSourcesFailed as error:
+            raise _failure(error, proxied) from error
+        if proxied.response.sent < (span.length or 0):
+            return await self._respond_verified(proxied)  # without sharing: there is no room
+        await proxied.finish()
+        return False
+
     async def _send_passage(self, proxied: ProxiedResponse, passage: Passage) -> None:
         proxied.representation = proxied.representation.with_validators(passage.validators)
         proxied.media_type = passage.media_type
@@ -203,7 +231,7 @@ class Proxy:
         sources = _in_order(proxied)
         while True:
             buffer = self._verifying_buffer(proxied.media_object, proxied.span)
-            first = proxied.span.first if buffer is None else 0
+            first = proxied.position if buffer is None else 0
             if await self._attempt(proxied, sources, buffer, first):
                 return buffer is not None
             # Nothing has been sent yet: another source may hold the correct bytes.
