@@ -49,6 +49,7 @@ class Keys:
     ticket:…  STRING  a token id that was used, expires
     workers   HASH    worker → when it reported, milliseconds until that expires, its report (JSON)
     viewed    ZSET    objects by the time they last had viewers (POSIX milliseconds), bounded
+    wanted:…  ZSET    offsets of one object by the time that a viewer waited there, as `viewed`, bounded, expires
     probe     STRING  nothing; written to learn whether the server accepts writes, expires
     catalog:… STRING  answers of the catalog and locks on asking it; see RedisSharedCatalogCache
     catalog:answers
@@ -115,6 +116,9 @@ class Keys:
     @property
     def viewed(self) -> str:
         return f"{self.prefix}viewed"
+
+    def wanted(self, object_id: str) -> str:
+        return f"{self.prefix}wanted:{object_id}"
 
     def token_id(self, name: str) -> str:
         return f"{self.prefix}ticket:{name}"
