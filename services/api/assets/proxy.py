@@ -259,8 +259,8 @@ class Proxy:
         on failure.
         """
         with self._slot(proxied, started=True):
-            buffer = await self._resumed_buffer(proxied, reader)
-            await self._attempt(proxied, proxied.media_object.sources, buffer, proxied.position)
+            buffer, first = await self._resumed_buffer(proxied, reader)
+            await self._attempt(proxied, proxied.media_object.sources, buffer, first)
 
     @property
     def has_free_slot(self) -> bool:
@@ -278,10 +278,10 @@ class Proxy:
         """
         first = proxied.position
         with self._slot(proxied, started=True):
-            buffer = await self._resumed_buffer(proxied, reader)
+            buffer, begin = await self._resumed_buffer(proxied, reader)
             proxied.sent_hash = sha256()
             try:
-                await self._attempt(proxied, proxied.media_object.sources, buffer, first, caught_up)
+                await self._attempt(proxied, proxied.media_object.sources, buffer, begin, caught_up)
                 return True
             except _FileCaughtUp:
                 pass
@@ -301,19 +301,28 @@ class Proxy:
 
     async def _resumed_buffer(
         self, proxied: ProxiedResponse, reader: PartialReader
-    ) -> VerifyingBuffer | None:
-        """Return a buffer that has hashed the bytes on disk which were sent; None if the rest needs no verification."""
-        content_hash = proxied.media_object.content_hash
+    ) -> tuple[VerifyingBuffer | None, int]:
+        """Return a buffer that has hashed the bytes on disk which were sent, and the next byte to read.
+
+        No buffer, if the rest needs no verification. Where bytes in front of those that were sent are not on disk, a
+        range that begins far on is passed on as a far range is, and others are read from their first byte on.
+        """
+        content_hash, position = proxied.media_object.content_hash, proxied.position
         if content_hash is None or not proxied.span.reaches_end:
-            return None
+            return None, position
+        state = reader.state()
+        if state.extents is not None and state.size < position:
+            if proxied.span.first > self._max_prefix:
+                return None, position
+            return VerifyingBuffer(content_hash, proxied.media_object.size, first=position), 0
         buffer = VerifyingBuffer(content_hash, proxied.media_object.size)
         try:
-            await asyncio.to_thread(_hash_file, reader, proxied.position, buffer)
+            await asyncio.to_thread(_hash_file, reader, position, buffer)
         except (OSError, VolumeError) as error:
             raise AbortResponse("object_unreadable") from error
         if reader.state().unlinked:
             raise AbortResponse("object_gone")
-        return buffer
+        return buffer, position
 
     async def _attempt(
         self,
