@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -79,7 +80,11 @@ async def test_an_overlapping_range_follows_the_same_stream_and_goes_on_beyond_i
 async def test_a_client_that_stops_reading_holds_up_no_other(harness: AssetsHarness) -> None:
     """The other one is served to its end, and the bytes that the first still needs are read once more."""
     last = FIRST + 10 * MIB - 1
-    reader, writer = await harness.connect()
+    small = socket.socket()
+    small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    await asyncio.to_thread(small.connect, ("127.0.0.1", harness.port))
+    reader, writer = await asyncio.open_connection(sock=small, limit=64 * KIB)
+    harness.writers.append(writer)
     writer.write(f"GET /api/v1/assets/1 HTTP/1.1\r\nHost: a\r\nRange: bytes={FIRST}-{last}\r\n\r\n".encode())
     await reader.readuntil(b"\r\n\r\n")
     await asyncio.wait_for(get_range(harness, FIRST, last), 60)
