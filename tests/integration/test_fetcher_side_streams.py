@@ -272,6 +272,21 @@ async def test_a_source_that_ignores_ranges_is_read_in_order(harness: Harness, p
     assert sum(len(node.requests) for node in harness.nodes) <= 3
 
 
+async def test_no_extent_is_made_where_its_source_could_not_go_on_behind_it(tmp_path: Path) -> None:
+    """1. A source that ignores ranges skips to a side stream's first byte. 2. It is cut. 3. What is behind these bytes
+    is too far on to be skipped to."""
+    async with fetcher_harness(tmp_path / "volume", [DATA]) as harness:
+        faults = harness.nodes[0].faults
+        faults.add(Fault(ignore_range=True, bytes_per_second=RATE), Match(nth=1))
+        faults.add(Fault(ignore_range=True, cut_after=9 * MIB), Match(nth=2))
+        faults.add(Fault(ignore_range=True))
+        fetching = start(harness)
+        with viewers(harness, 5 * MIB):
+            assert await fetching == Ack("fetched")
+        assert harness.stored() == DATA
+        assert [record.range for record in harness.nodes[0].requests] == [None, f"bytes={5 * MIB}-{SIZE - 1}"]
+
+
 async def test_a_lost_lease_ends_all_streams(harness: Harness) -> None:
     fetching = start(harness)
     with viewers(harness, 4 * MIB, 8 * MIB):
