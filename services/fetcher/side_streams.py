@@ -222,7 +222,7 @@ class SideStreams:
 
     async def _steer(self, sources: Sequence[str]) -> None:
         wanted_at = time.monotonic()
-        while not self._ranges_ignored:
+        while True:
             now = time.monotonic()
             await asyncio.sleep(STEER_INTERVAL if now - wanted_at < _IDLE_AFTER else IDLE_STEER_INTERVAL)
             if not self.written.total or self._size - self.written.total < _MIN_MISSING:
@@ -258,6 +258,8 @@ class SideStreams:
         return True
 
     def _gaps(self, wanted: Sequence[int]) -> list[Extent]:
+        if self._ranges_ignored:
+            return []
         running = [*self._streams] if self._main is None else [*self._streams, self._main]
         read = Extents.of(
             *((extent.first, extent.end) for extent in self.written),

@@ -284,7 +284,8 @@ async def test_no_extent_is_made_where_its_source_could_not_go_on_behind_it(tmp_
         with viewers(harness, 5 * MIB):
             assert await fetching == Ack("fetched")
         assert harness.stored() == DATA
-        assert [record.range for record in harness.nodes[0].requests] == [None, f"bytes={5 * MIB}-{SIZE - 1}"]
+        ranges = [record.range for record in harness.nodes[0].requests]
+        assert ranges == [None, f"bytes={5 * MIB}-{SIZE - 1}"], ranges
 
 
 async def test_a_lost_lease_ends_all_streams(harness: Harness) -> None:
