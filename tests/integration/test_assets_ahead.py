@@ -107,10 +107,10 @@ async def test_a_cold_object_that_is_asked_for_in_pieces_is_read_once(harness: A
 
 async def test_the_end_of_an_object_comes_before_the_rest(tmp_path: Path) -> None:
     """As a player reads the index of an MP4. Its last bytes, which are not verified yet, are read twice."""
-    async with assets_harness(tmp_path, far_range_wait=2.0) as harness, fetcher(harness):
+    async with assets_harness(tmp_path, far_range_wait=4.0) as harness, fetcher(harness):
         harness.add("1", SIZE)
         for node in (harness.node, harness.second):
-            node.faults.add(Fault(bytes_per_second=2 * MIB))
+            node.faults.add(Fault(bytes_per_second=MIB))
         whole = await begin(harness)
         tail = await view(harness, SIZE - 500_000, SIZE - 1)
         assert tail.headers["x-data-source"] == "local"
