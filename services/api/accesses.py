@@ -1,4 +1,4 @@
-"""Tells the other services what clients ask for: accesses, and which objects have viewers now.
+"""Tells the other services what clients ask for: accesses, which objects have viewers now, and where these wait.
 
 Accesses are counted in process and written in batches, so that a hit costs no call.
 """
@@ -22,7 +22,8 @@ from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.observability.metrics import DROPPED_ACCESSES
-from distributor_node.shared.ports.state_store import MAX_VIEWED, Access, StateStore
+from distributor_node.shared.ports.state_store import MAX_VIEWED, MAX_WANTED, Access, StateStore
+from distributor_node.shared.waiting import background
 
 FLUSH_INTERVAL = 1.0
 MAX_PENDING = 10_000
@@ -142,6 +143,9 @@ MAX_POSITIONS = 200
 Position = Callable[[], int]
 """Returns the first byte that a viewer has not got yet."""
 
+_WANTED_PAUSE = 0.01  # seconds between two reports of positions: those that come in between go together
+_MAX_WANTING = 1_000  # objects in one of them
+
 
 class Viewers:
     """Objects that are requested while they are not cached. `run` is its task. No request waits for the state store."""
@@ -152,6 +156,8 @@ class Viewers:
         self._positions: dict[int, tuple[ObjectId, Position]] = {}
         self._serial = count(1)
         self._left: dict[ObjectId, None] = {}  # since the last report
+        self._wanted: dict[ObjectId, dict[int, None]] = {}  # not reported yet
+        self._has_wanted = asyncio.Event()
         self._outage = OutageLog(logger, down="viewers_not_reported", up="viewers_reported")
 
     @contextmanager
@@ -180,11 +186,32 @@ class Viewers:
             viewers.setdefault(object_id, []).append((serial, position()))
         return {"viewers": viewers}
 
+    def want(self, object_id: ObjectId, position: int) -> None:
+        """A client waits for the byte at `position`, which its fetch may bring first. Reported at once."""
+        if object_id in self._wanted or len(self._wanted) < _MAX_WANTING:
+            self._wanted.setdefault(object_id, {})[position] = None
+            self._has_wanted.set()
+
     async def run(self) -> None:
         """Report at intervals, until cancelled."""
+        async with background(self._report_wanted(), "wanted-positions"):
+            while True:
+                await asyncio.sleep(REPORT_INTERVAL)
+                await self.report()
+
+    async def _report_wanted(self) -> None:
         while True:
-            await asyncio.sleep(REPORT_INTERVAL)
-            await self.report()
+            await self._has_wanted.wait()
+            self._has_wanted.clear()
+            wanted, self._wanted = self._wanted, {}
+            for object_id, positions in wanted.items():
+                try:
+                    await self._state.record_wanted(object_id, list(positions)[-MAX_WANTED:])
+                except StateStoreUnavailable as error:
+                    # Clients that go on waiting say so again, or are served from a source.
+                    logger.debug("positions_not_reported", reason=str(error))
+                    break
+            await asyncio.sleep(_WANTED_PAUSE)
 
     async def report(self) -> None:
         """Report once. What could not be reported is dropped: the next report is as good."""

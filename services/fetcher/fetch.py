@@ -23,9 +23,8 @@ from distributor_node.services.fetcher.download import (
     AllSourcesCorrupt,
     Download,
     FetchLimits,
-    FetchTask,
 )
-from distributor_node.services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
+from distributor_node.services.fetcher.lease import FetchTask, LeaseLost, LeaseRenewer, LeaseTimes
 from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import PartialFile, Volume
@@ -219,7 +218,7 @@ class _PartialFetch:
             partial,
             self._limits,
         )
-        if partial.size:
+        if partial.total:
             await download.announce()  # the bytes of an earlier attempt can be sent
         await download.run()
         await self._publish(partial)
@@ -317,7 +316,7 @@ class _PartialFetch:
         """
         partial = self._partial
         if partial is not None and not (
-            partial.size and partial.record.version.is_strong and not partial.record.growing
+            partial.total and partial.record.version.is_strong and not partial.record.growing
         ):
             await self.discard()
             return

@@ -256,6 +256,16 @@ REVALIDATIONS = Counter(
 DOWNLOADS_IN_PROGRESS = Gauge(
     "distributor_downloads_in_progress", "Objects being downloaded.", multiprocess_mode="livesum"
 )
+SIDE_STREAMS_IN_PROGRESS = Gauge(
+    "distributor_side_streams_in_progress",
+    "Gaps in front of viewers that are being filled, beside downloads in order.",
+    multiprocess_mode="livesum",
+)
+SIDE_STREAMS = Counter(
+    "distributor_side_streams_total",
+    "Side streams that have ended, by end: done, failed, stopped.",
+    ["end"],
+)
 SOURCE_REQUESTS = Counter(
     "distributor_source_requests_total",
     "Requests to sources that have ended, successful or not, by source.",

@@ -181,6 +181,11 @@ VIEWER_MEMORY = 600.0
 MAX_VIEWED = 10_000
 """Objects of which it does; beyond that, those without viewers for longest are forgotten."""
 
+WANTED_MEMORY = 3.0
+"""Seconds that the store remembers at which byte of an object a viewer waits. One that waits on says so again."""
+MAX_WANTED = 64
+"""Positions of one object; beyond that, the oldest are forgotten."""
+
 # The index
 
 
@@ -397,6 +402,15 @@ class WorkerStore(Protocol):
 
     async def last_viewed(self, object_ids: Sequence[ObjectId]) -> Sequence[float | None]:
         """Seconds since each object was last reported by `record_viewers`. None: not remembered."""
+
+    async def record_wanted(self, object_id: ObjectId, positions: Sequence[int]) -> None:
+        """Viewers of an object that is being fetched wait for its bytes from these offsets on.
+
+        Remembered for WANTED_MEMORY seconds.
+        """
+
+    async def wanted_positions(self, object_ids: Sequence[ObjectId]) -> Sequence[Sequence[int]]:
+        """The offsets of each object that were last reported by `record_wanted`, in order."""
 
 
 class ReportStore(Protocol):

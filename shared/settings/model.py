@@ -95,10 +95,10 @@ class PublicApi(SettingsGroup):
     """Serve objects from their partial file while they are fetched. Turn this off if the volume is NFS shared by
     several hosts: pending requests are then proxied."""
     far_range_wait: Seconds = 0.5
-    """A range of a pending object is proxied if its first byte is expected later than in so many seconds, at the rate
-    at which the object was fetched lately."""
+    """Seconds that a range waits for its first byte if that is far ahead of a fetch, or expected later at its rate. The
+    fetch is asked to bring it first; then it is proxied, as the last 64 KiB and objects without a hash are at once."""
     far_range_distance: Size = Field(default=4 * 1024**2)
-    """It is proxied at any rate if it begins more than so many bytes after what is on disk."""
+    """A range is far ahead if it begins more than so many bytes after what is on disk."""
     stalled_fetch_wait: Seconds = 2.0
     """Seconds without a new byte of a fetch after which responses that follow it continue from a source, until the
     fetch has caught up."""
@@ -277,6 +277,8 @@ class FetchSettings(SettingsGroup):
     """Objects that one fetcher process downloads at once."""
     concurrency_per_source: int = Field(default=8, ge=1, le=256)
     """Of these, objects that it downloads from one source at once. Further jobs wait, or use other sources."""
+    side_streams: int = Field(default=32, ge=0, le=256)
+    """Gaps in front of viewers that a fetcher process fills at once beside its downloads. 0: far ranges are proxied."""
     connect_timeout: Seconds = 3.0
     """Seconds to connect to a source."""
     first_byte_timeout: Seconds = 5.0

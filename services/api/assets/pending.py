@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from time import monotonic
 
@@ -15,6 +16,7 @@ from distributor_node.services.api.assets.decision import (
     Representation,
     Span,
     is_far,
+    is_fetched_ahead,
 )
 from distributor_node.services.api.assets.fetch_start import look_up
 from distributor_node.services.api.assets.growing_file import (
@@ -111,7 +113,8 @@ class PendingResponder:
         if not settings.follow_growing_files:
             return
         streamer = self._streamer(pending)
-        if is_far(span.first, streamer.on_disk(), settings.far_range_distance):
+        far = is_far(span.first, streamer.on_disk(), settings.far_range_distance)
+        if far and streamer.want is None:
             return
         # Counted from the request's arrival: a slow look-up leaves less to wait for.
         arrived_at = monotonic() - pending.response.request_age
@@ -119,7 +122,7 @@ class PendingResponder:
         deadline = max(arrived_at + settings.first_byte_wait, monotonic() + shortest)
         give_up = self._give_up(pending, publish_failed)
         for _ in range(_MAX_REPLACED):
-            found = await streamer.wait_for_first_byte(deadline, give_up)
+            found = await streamer.wait_for_first_byte(deadline, give_up, far=far)
             if found is None:
                 break
             self._context.fetch_capacity.record_begun(pending.representation.object_id)
@@ -199,7 +202,8 @@ class PendingResponder:
         proxied = await self._proxied_response(pending)
         proxied.avoided = streamer.source or pending.source
         caught_up = asyncio.Event()
-        async with background(streamer.watch(pending.response, reader, caught_up), "catch-up"):
+        watch = streamer.watch(pending.response, reader, caught_up, proxied.position)
+        async with background(watch, "catch-up"):
             complete = await self._proxy.bridge(proxied, reader, caught_up, streamer.stall_timeout)
         STALLED_FETCHES_BRIDGED.labels(end="complete" if complete else "caught_up").inc()
         return complete
@@ -242,7 +246,7 @@ class PendingResponder:
     def _streamer(self, pending: PendingRequest) -> PartialFileStreamer:
         context, object_id = self._context, pending.representation.object_id
         poller = FetchPoller(object_id, context.state, context.fetch_events, self._rates)
-        return PartialFileStreamer(
+        streamer = PartialFileStreamer(
             context.volume,
             context.accesses,
             poller,
@@ -251,3 +255,12 @@ class PendingResponder:
             stall_timeout=context.settings.fetch.lease + _RESUME_GRACE,
             far_range_wait=context.settings.public_api.far_range_wait,
         )
+        settings = context.settings
+        known = pending.representation.content_hash is not None
+        if (
+            settings.fetch.side_streams
+            and known
+            and is_fetched_ahead(pending.span, settings.public_api.far_range_distance)
+        ):
+            streamer.want = partial(context.viewers.want, object_id)
+        return streamer

@@ -92,7 +92,7 @@ class ObjectExplainer:
             partial = self._volume.open_partial(object_id)
             partial_bytes = 0
             if partial is not None:
-                partial_bytes = partial.state().size
+                partial_bytes = partial.state().total
                 partial.close()
             return OnVolume(
                 size=None if found is None else found.size,

@@ -320,6 +320,13 @@ class MemoryStateStore:
         ages = [max(0.0, now - viewed[known]) if known in viewed else None for known in object_ids]
         return [age if age is not None and age < VIEWER_MEMORY else None for age in ages]
 
+    async def record_wanted(self, object_id: ObjectId, positions: Sequence[int]) -> None:
+        if positions:
+            self._tables.record_wanted(object_id, positions)
+
+    async def wanted_positions(self, object_ids: Sequence[ObjectId]) -> Sequence[Sequence[int]]:
+        return [self._tables.wanted_positions(object_id) for object_id in object_ids]
+
     # Reports of processes
 
     async def report_process(self, process: str, content: str, seconds: float) -> bool:

@@ -53,6 +53,7 @@ class Keys:
     viewed    ZSET    objects by the time they last had viewers (POSIX milliseconds), bounded
     first_views
               ZSET    large objects by the time of their first view (POSIX milliseconds), bounded
+    wanted:…  ZSET    offsets of one object by the time that a viewer waited there, as `viewed`, bounded, expires
     probe     STRING  nothing; written to learn whether the server accepts writes, expires
     catalog:… STRING  answers of the catalog and locks on asking it; see RedisSharedCatalogCache
     catalog:answers
@@ -131,6 +132,9 @@ class Keys:
     @property
     def first_views(self) -> str:
         return f"{self.prefix}first_views"
+
+    def wanted(self, object_id: str) -> str:
+        return f"{self.prefix}wanted:{object_id}"
 
     def token_id(self, name: str) -> str:
         return f"{self.prefix}ticket:{name}"
