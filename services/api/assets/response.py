@@ -190,6 +190,8 @@ class HitResponder:
         if length > CHUNK_BYTES and not file.lock_shared():
             # The evictor may delete the bytes at any moment, in the middle of the response.
             raise VolumeError(f"{representation.object_id} is being removed")
+        if length > CHUNK_BYTES:
+            await response.take_turn(CHUNK_BYTES)
         # Read before the head is sent, so that a failing disk still gives a proper error response.
         chunk = await self._read(file, span.first, min(CHUNK_BYTES, length))
         self._accesses.record_request(representation.object_id)
