@@ -1,10 +1,11 @@
-"""Bounded waiting in an event loop: events with a limit, exponential backoff, tasks that are cancelled and awaited."""
+"""Bounded waiting in an event loop: events with a limit, exponential backoff, shares of a turn, background tasks."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
@@ -53,6 +54,56 @@ class Backoff:
     async def wait(self) -> None:
         """Sleep for the next delay."""
         await asyncio.sleep(self.next_delay())
+
+
+TURN_BYTES = 256 * 1024
+"""Bytes of streamed bodies that one turn of the event loop handles. One read of a connection brings at most as many."""
+_LEAST_COST = 32 * 1024  # a small piece takes nearly as long as a large one
+
+
+class TurnBudget:
+    """Bounds the bytes of streamed bodies that one turn of the event loop handles, over all streams that share it.
+
+    Two hundred streams would otherwise each handle a piece in the same turn, and every other request would wait for all
+    of them. A single stream is not slowed: it gets its pieces from the loop one turn at a time in any case.
+    """
+
+    def __init__(self, turn_bytes: int = TURN_BYTES) -> None:
+        self._turn_bytes = self._left = turn_bytes
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._refilling = False
+
+    async def take(self, size: int) -> None:
+        """Wait until a turn has room for `size` bytes, in the order of the calls.
+
+        A piece larger than a turn has one for itself.
+        """
+        cost = min(max(size, _LEAST_COST), self._turn_bytes)
+        if not self._waiting and cost <= self._left:
+            self._spend(cost)
+            return
+        admitted = asyncio.get_running_loop().create_future()
+        self._waiting.append((admitted, cost))
+        await admitted
+
+    def _spend(self, cost: int) -> None:
+        self._left -= cost
+        if not self._refilling:
+            self._refilling = True
+            asyncio.get_running_loop().call_soon(self._refill)
+
+    def _refill(self) -> None:
+        """Begin a turn. Streams that were cancelled while they waited are passed over."""
+        self._refilling = False
+        self._left = self._turn_bytes
+        while self._waiting:
+            admitted, cost = self._waiting[0]
+            if not admitted.done():
+                if cost > self._left:
+                    break
+                self._spend(cost)
+                admitted.set_result(None)
+            self._waiting.popleft()
 
 
 async def cancel_and_wait(*tasks: asyncio.Task[Any]) -> None:

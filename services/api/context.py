@@ -16,6 +16,7 @@ from distributor_node.shared.ports.job_queue import JobQueue
 from distributor_node.shared.ports.state_store import StateStore
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.waiting import TurnBudget
 
 if TYPE_CHECKING:
     from distributor_node.shared.adapters.sources.failover import FailoverReader
@@ -61,3 +62,4 @@ class ApiContext:
     client_addresses: ClientAddresses = field(default_factory=lambda: ClientAddresses(()))
     slow_clients: SlowClients = field(default_factory=lambda: SlowClients(0))
     refused_lookups: RefusedLookups = field(default_factory=RefusedLookups)
+    turns: TurnBudget = field(default_factory=TurnBudget)  # of all bodies that are streamed piece by piece

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -221,11 +222,14 @@ async def test_all_sources_together_have_one_time_limit_for_the_first_byte(
 
 
 async def test_a_proxied_answer_that_has_begun_may_take_longer(tmp_path: Path) -> None:
-    async with assets_harness(tmp_path, first_byte_wait=0.05, proxied_first_byte_wait=0.3) as harness:
+    wait = 2.0
+    async with assets_harness(tmp_path, first_byte_wait=0.05, proxied_first_byte_wait=wait) as harness:
         data = harness.add("1", SIZE)
-        harness.node.faults.add(Fault(bytes_per_second=SIZE))
+        harness.node.faults.add(Fault(bytes_per_second=SIZE // 4))
+        began = time.monotonic()
         answer = await harness.get("1")
         assert (answer.status, answer.body) == (200, data)
+        assert time.monotonic() - began > wait  # it has gone on after the wait
 
 
 async def test_too_many_proxied_answers(tmp_path: Path) -> None:

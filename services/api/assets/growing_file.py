@@ -231,7 +231,9 @@ class PartialFileStreamer:
                     self._want(position)
                 await self._poller.wait(state.progress(position), prefix=state.size)
                 continue
-            chunk = await self._read(reader, position, min(CHUNK_BYTES, sendable - position))
+            length = min(CHUNK_BYTES, sendable - position)
+            await response.take_turn(length)
+            chunk = await self._read(reader, position, length)
             if not chunk:
                 return StreamEnd.FILE_REPLACED
             await self._send(response, chunk, outcome)

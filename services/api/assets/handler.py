@@ -72,6 +72,7 @@ class AssetHandler:
 
     def __init__(self, context: ApiContext) -> None:
         self._volume = context.volume
+        self._turns = context.turns
         self._hit_responder = HitResponder(
             context.accesses,
             AccelRedirect(context.settings.public_api.accel_redirect_prefix),
@@ -90,7 +91,7 @@ class AssetHandler:
 
         Raises HttpError if the response is an error.
         """
-        asset_request, response = _asset_request(request), ResponseWriter(request)
+        asset_request, response = _asset_request(request), ResponseWriter(request, self._turns)
         by_proxy = outdated = False
         try:
             hit = await self._try_hit(asset_request, object_id, response)

@@ -23,7 +23,7 @@ from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Validator
 from distributor_node.shared.domain.errors import AllSourcesFailed
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, source_name
 from distributor_node.shared.observability.metrics import SOURCE_FAILURES, source_label
-from distributor_node.shared.waiting import cancel_and_wait
+from distributor_node.shared.waiting import TurnBudget, cancel_and_wait
 
 MAX_SMALL_RANGE = UNVERIFIED_TAIL_BYTES
 """The longest range that is answered from a passage, in bytes."""
@@ -224,13 +224,15 @@ class Passages:
         max_bytes: int = _MAX_BYTES,
         keep_seconds: float = _KEEP_SECONDS,
         clock: Callable[[], float] = time.monotonic,
+        turns: TurnBudget | None = None,
     ) -> None:
         """`max_bytes`: of all passages that are kept or being read, each counted as at least MAX_SMALL_RANGE. So the
-        number of tiny ones is bounded too. `clock`: in seconds."""
+        number of tiny ones is bounded too. `clock`: in seconds. `turns`: of all bodies that are streamed."""
         self._reader = reader
         self._max_bytes = max_bytes
         self._keep_seconds = keep_seconds
         self._clock = clock
+        self._turns = turns or TurnBudget()
         self._kept: dict[
             _Key, tuple[Passage, float]
         ] = {}  # with the time when it expires, the next one first
@@ -401,6 +403,7 @@ class Passages:
             self._reader.stream(media_object, begin, key.end - 1, sources, on_source, expected=expected)
         ) as chunks:
             async for chunk in chunks:
+                await self._turns.take(len(chunk.data))
                 received.contributors.add(chunk.source)
                 hasher.update(chunk.data)
                 received.data += memoryview(chunk.data)[max(0, received.first - chunk.offset) :]

@@ -39,7 +39,7 @@ from distributor_node.shared.domain.http_caching import (
 )
 from distributor_node.shared.domain.objects import ContentHash, Hasher, MediaObject
 from distributor_node.shared.observability.metrics import PROXIED_IN_PROGRESS
-from distributor_node.shared.waiting import background, wait_event
+from distributor_node.shared.waiting import TURN_BYTES, background, wait_event
 
 _HASH_CHUNK = 1024 * 1024
 _SOURCE_FAILED = "source_failed"
@@ -144,7 +144,7 @@ class Proxy:
     def __init__(self, context: ApiContext) -> None:
         settings = context.settings.public_api
         self._failover_reader = context.failover_reader
-        self.passages = Passages(context.failover_reader)
+        self.passages = Passages(context.failover_reader, turns=context.turns)
         self._slow_clients, self._addresses = context.slow_clients, context.client_addresses
         self._free_slots = settings.max_proxied
         self._first_byte_wait = settings.proxied_first_byte_wait
@@ -340,6 +340,7 @@ class Proxy:
         version = proxied.representation.version
         wanted = replace(proxied.media_object, validators=version.validators)
         must_match = version.if_range is not None and proxied.span.partial
+        await proxied.response.take_turn(TURN_BYTES)  # a request to a source takes as long as a large chunk
         try:
             async with aclosing(
                 self._failover_reader.stream(
@@ -356,6 +357,7 @@ class Proxy:
                 )
             ) as chunks:
                 async for chunk in chunks if caught_up is None else _take_until(chunks, caught_up):
+                    await proxied.response.take_turn(len(chunk.data))
                     proxied.contributors.add(chunk.source)
                     await proxied.emit(buffer.feed(chunk.data) if buffer else (chunk.data,))
         except AllSourcesFailed as error:

@@ -6,8 +6,10 @@ import asyncio
 import errno
 import os
 import re
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from http import HTTPStatus
 from time import perf_counter
@@ -36,6 +38,7 @@ from distributor_node.shared.domain.conditionals import Conditions
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.observability.logging import OncePerKey
 from distributor_node.shared.observability.metrics import SENT_BYTES
+from distributor_node.shared.waiting import TurnBudget
 
 _PROBE_STRIDE = 64 * 1024
 _PROBE_BUFFER = (bytearray(1),)
@@ -187,6 +190,8 @@ class HitResponder:
         if length > CHUNK_BYTES and not file.lock_shared():
             # The evictor may delete the bytes at any moment, in the middle of the response.
             raise VolumeError(f"{representation.object_id} is being removed")
+        if length > CHUNK_BYTES:
+            await response.take_turn(CHUNK_BYTES)
         # Read before the head is sent, so that a failing disk still gives a proper error response.
         chunk = await self._read(file, span.first, min(CHUNK_BYTES, length))
         self._accesses.record_request(representation.object_id)
@@ -201,10 +206,10 @@ class HitResponder:
         renewal = AccessRenewal(self._accesses, file.record.object_id)
         while response.sent < length:
             renewal.touch_if_due()
+            piece = min(CHUNK_BYTES, length - response.sent)
+            await response.take_turn(piece)
             try:
-                chunk = await self._read(
-                    file, first + response.sent, min(CHUNK_BYTES, length - response.sent)
-                )
+                chunk = await self._read(file, first + response.sent, piece)
             except VolumeError as error:
                 raise AbortResponse("object_unreadable") from error
             await response.send(chunk, "local")
@@ -223,6 +228,12 @@ class HitResponder:
                 logger.error("object_truncated", object_id=object_id, size=file.record.size)
             raise VolumeError(f"{object_id} is truncated")
         return chunk
+
+
+UNSENT_LIMIT = 128 * 1024
+"""Bytes of a streamed body that wait in the kernel for a client whose window is full. Its buffer would take megabytes,
+read from a source for a client that may never want them. What is on its way to the client does not count, so the limit
+slows no client."""
 
 
 class _AssetResponse(HTTPResponse):
@@ -250,8 +261,10 @@ class ResponseWriter:
     The connection enforces how long a client may read nothing, and notices when the client leaves.
     """
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, turns: TurnBudget) -> None:
+        """`turns`: shared by all responses of the process that are sent chunk by chunk."""
         self._request = request
+        self._turns = turns
         self._response: HTTPResponse | None = None
         self.sent = 0  # bytes of the body sent so far by `start` and `send`
 
@@ -315,20 +328,35 @@ class ResponseWriter:
     async def start(self, head: ResponseHead, chunk: bytes | memoryview) -> None:
         """Send the head and the first chunk. The head states the body's length if it is known."""
         observe_first_byte(self._request, head.result)
+        self._limit_unsent(UNSENT_LIMIT)
         await self._write(await self._respond(head), chunk, head.source or "local")
 
+    async def take_turn(self, size: int) -> None:
+        """Wait for the turn in which the next chunk, of `size` bytes, may be got and sent.
+
+        For a client that takes everything at once nothing else waits, and other requests would starve.
+        """
+        await self._turns.take(size)
+
     async def send(self, chunk: bytes | memoryview, source: DataSource) -> None:
-        """Send a chunk once the client has taken those before."""
+        """Send a chunk once the client has taken those before. Call `take_turn` first."""
         if self._response is None:
             raise RuntimeError("send was called before start")
-        # For a client that takes everything at once nothing below waits, and other requests would starve.
-        await asyncio.sleep(0)
         await self._write(self._response, chunk, source)
 
     async def finish(self) -> None:
         """End the body."""
         if self._response is not None:
             await self._response.send(end_stream=True)
+            self._limit_unsent(0)
+
+    def _limit_unsent(self, limit: int) -> None:
+        """Limit what the kernel takes before it can send it to `limit` bytes. 0: to what its buffer holds."""
+        transport = self._request.transport
+        connection = None if transport is None else transport.get_extra_info("socket")
+        if connection is not None and connection.family != socket.AF_UNIX:
+            with suppress(OSError):  # the client has left
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)
 
     async def _respond(self, head: ResponseHead, body: bytes | memoryview | None = None) -> HTTPResponse:
         query, usual = self._request.query_string, head.headers.get("Content-Disposition")
