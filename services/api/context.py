@@ -19,6 +19,7 @@ from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.settings.model import Settings
 
 if TYPE_CHECKING:
+    from distributor_node.shared.adapters.peers import Peers
     from distributor_node.shared.adapters.sources.failover import FailoverReader
 
 
@@ -62,4 +63,5 @@ class ApiContext:
     client_addresses: ClientAddresses = field(default_factory=lambda: ClientAddresses(()))
     slow_clients: SlowClients = field(default_factory=lambda: SlowClients(0))
     refused_lookups: RefusedLookups = field(default_factory=RefusedLookups)
+    peers: Peers | None = None  # the other nodes of the fleet, if there is one
     clock: Callable[[], float] = time.time  # POSIX seconds, for admission

@@ -21,7 +21,7 @@ import structlog
 from distributor_node.services.fetcher.lease import LeaseRenewer
 from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.shared.adapters.sources.client import Expected, SourceResponse
-from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.failover import FailoverReader, Preference
 from distributor_node.shared.adapters.volume import PartialFile
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS
 from distributor_node.shared.domain.errors import AllSourcesFailed, NotStorable, SourceWrong, VolumeError
@@ -34,6 +34,7 @@ from distributor_node.shared.domain.http_caching import (
 )
 from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import Hasher, MediaObject, source_name
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability.metrics import PHASE, SOURCE_FAILURES, WRITTEN_BYTES, source_label
 from distributor_node.shared.ports.state_store import Announcement, StateStore, Topic
 from distributor_node.shared.runtime.threads import BlockingPool, hash_through, wait_uncancellable
@@ -82,6 +83,7 @@ class FetchTask:
     media_object: MediaObject
     renewer: LeaseRenewer
     slot: Slot | None
+    peer_use: PeerUse = PeerUse.FETCH
 
 
 class Download:
@@ -108,6 +110,7 @@ class Download:
         self._partial = partial
         self._renewer = task.renewer
         self._slot = task.slot
+        self._peer_use = task.peer_use
         self._total: int | None = None  # the length, as the source states it
 
     async def run(self) -> None:
@@ -138,6 +141,7 @@ class Download:
                     await self.announce()
                     return
                 self._report_corruption(contributors, resumed=resumed)
+                self._peer_use = PeerUse.NONE  # one of them may have sent the corrupt bytes
                 groups = groups_after_corruption(groups, contributors, resumed=resumed)
             await self._disk.run(self._partial.restart)
             await self.announce()
@@ -183,7 +187,7 @@ class Download:
             sources,
             self._on_source,
             expected=Expected(must_match=offset > 0),
-            preference=lambda url: url != first_choice,
+            preference=Preference(lambda url: url != first_choice, self._peer_use),
         )
         async with writer.writing(offset), aclosing(stream) as chunks:
             async for chunk in chunks:

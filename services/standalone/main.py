@@ -18,6 +18,7 @@ from distributor_node.shared.runtime.factories import (
     build_catalog,
     build_failover_reader,
     build_job_queue,
+    build_peers,
     build_source_client,
     build_source_stats_sync,
     build_state_store,
@@ -73,15 +74,25 @@ async def run_standalone(
     proxying = await resources.enter_async_context(
         build_source_client(settings, max_connections=settings.public_api.max_proxied)
     )
+    most = settings.fetch.concurrency + settings.public_api.max_proxied
+    peers = build_peers(settings, stats_sync.registry, max_connections=most)
+    if peers is not None:
+        await resources.enter_async_context(peers)
     describe_build(VERSION, "standalone")
     retain_freed_memory()
     scope.reloads.extend(reloads_of(catalog))
     fetcher = Fetcher(
-        settings, state, queue, volume, catalog, build_failover_reader(downloads, stats_sync.registry)
+        settings, state, queue, volume, catalog, build_failover_reader(downloads, stats_sync.registry, peers)
     )
     evictor = Evictor(settings, state, volume, catalog, monitor)
     context = make_context(
-        settings, volume, state, queue, catalog, build_failover_reader(proxying, stats_sync.registry)
+        settings,
+        volume,
+        state,
+        queue,
+        catalog,
+        build_failover_reader(proxying, stats_sync.registry, peers),
+        peers,
     )
     async with asyncio.TaskGroup() as services:
         background = [

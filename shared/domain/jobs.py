@@ -29,6 +29,7 @@ class FetchJob:
     revalidates: float | None = None
     """Do not fetch, but ask the origin whether the stored object is still current: the one that was last checked at
     this POSIX time (0: unknown)."""
+    for_peer: bool = False  # another node of the fleet asked: no third node is asked to fetch the object
 
     @property
     def object_id(self) -> ObjectId:
@@ -61,6 +62,7 @@ def encode_job(job: FetchJob) -> bytes:
             "published_at": job.published_at,
             "low_priority": job.low_priority,
             **({"claim": job.claim} if job.claim else {}),
+            **({"for_peer": True} if job.for_peer else {}),
             **({} if job.revalidates is None else {"revalidates": job.revalidates}),
         }
     ).encode()
@@ -93,6 +95,7 @@ def decode_job(body: bytes, *, attempt: int, request_id: str) -> FetchJob:
             attempt=attempt,
             claim=claim,
             low_priority=bool(fields.get("low_priority", False)),
+            for_peer=bool(fields.get("for_peer", False)),
             revalidates=None if revalidates is None else float(revalidates),
         )
     except InvalidJob:

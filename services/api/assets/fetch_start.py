@@ -102,14 +102,19 @@ class FetchStarter:
         self._refuted_at: OrderedDict[ObjectId, float] = OrderedDict()
 
     async def start(
-        self, media_object: MediaObject, request_id: str, revalidates: float | None = None
+        self,
+        media_object: MediaObject,
+        request_id: str,
+        revalidates: float | None = None,
+        *,
+        for_peer: bool = False,
     ) -> tuple[Claim | None, PendingStart]:
         """Claim the object. If the claim is won, publish its job in the background.
 
-        The claim is None if the state store is unavailable. `revalidates`: see FetchJob.
+        The claim is None if the state store is unavailable. `revalidates`, `for_peer`: see FetchJob.
         """
         start = PendingStart()
-        self._run(self._claim_and_publish(media_object, request_id, start, revalidates))
+        self._run(self._claim_and_publish(media_object, request_id, start, revalidates, for_peer))
         return await asyncio.shield(start.claim), start
 
     def refute(self, object_id: ObjectId, failure: Failure, *, verified: bool) -> None:
@@ -148,7 +153,12 @@ class FetchStarter:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _claim_and_publish(
-        self, media_object: MediaObject, request_id: str, start: PendingStart, revalidates: float | None
+        self,
+        media_object: MediaObject,
+        request_id: str,
+        start: PendingStart,
+        revalidates: float | None,
+        for_peer: bool,
     ) -> None:
         object_id = media_object.object_id
         try:
@@ -168,7 +178,12 @@ class FetchStarter:
             start.claim.set_result(claim)
             if claim.won:
                 job = FetchJob(
-                    media_object, request_id, time.time(), claim=claim.serial, revalidates=revalidates
+                    media_object,
+                    request_id,
+                    time.time(),
+                    claim=claim.serial,
+                    revalidates=revalidates,
+                    for_peer=for_peer,
                 )
                 await self._publish(job, start)
         finally:

@@ -33,6 +33,7 @@ from distributor_node.shared.adapters.volume import OpenObject
 from distributor_node.shared.adapters.volume.layout import object_path
 from distributor_node.shared.domain.conditionals import Conditions
 from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.peers import HopKind, PeerUse
 from distributor_node.shared.observability.logging import OncePerKey
 from distributor_node.shared.observability.metrics import SENT_BYTES
 
@@ -252,6 +253,7 @@ class ResponseWriter:
     def __init__(self, request: Request) -> None:
         self._request = request
         self._response: HTTPResponse | None = None
+        self.hop: HopKind | None = None  # who asks, if another node of the fleet does, or says so
         self.sent = 0  # bytes of the body sent so far by `start` and `send`
 
     @property
@@ -266,6 +268,11 @@ class ResponseWriter:
     @property
     def request_id(self) -> str:
         return request_record(self._request).request_id
+
+    @property
+    def peer_use(self) -> PeerUse:
+        """What is asked of peers for this request: one of a peer is not forwarded."""
+        return PeerUse.FETCH if self.hop is None else PeerUse.CACHED
 
     @property
     def accepted_encodings(self) -> frozenset[str]:
