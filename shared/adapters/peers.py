@@ -137,6 +137,10 @@ class Peers:
         """Whether this node is the object's home."""
         return self._ring.home(object_id) == self.own
 
+    def keeps_cold(self, object_id: ObjectId, size: int | None) -> bool:
+        """Whether this node keeps the object however rarely it is asked for. `size`: in bytes; None: unknown."""
+        return (size is not None and size <= self._rules.keep_below) or self.is_home(object_id)
+
     def keeps(self, object_id: ObjectId, size: int | None, views: float) -> bool:
         """Whether this node keeps the object, if it is missing here. Counts the request.
 

@@ -32,6 +32,9 @@ class PeerSettings(BaseModel):
     secret_file: Path | None = None
     """File with a secret that all nodes of the fleet share, at least 16 bytes. Requests between nodes are signed with
     it. Their clocks may differ by 60 seconds."""
+    operator_urls: tuple[str, ...] = ()
+    """URLs of the operator APIs of all nodes, for orders with `--fleet`. Default: the hosts of `urls`, with
+    `operator_api.port`. All nodes need the same operator secret."""
     weights: dict[str, _Weight] = {}
     """Weight by base URL; 1 for the others. Set them in proportion to the storage limits, where these differ."""
     keep_below: Size = Field(default=1024**2)
@@ -75,7 +78,7 @@ class PeerSettings(BaseModel):
             handover=self.handover,
         )
 
-    @field_validator("urls")
+    @field_validator("urls", "operator_urls")
     @classmethod
     def _check_urls(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(_base_url(url) for url in urls))

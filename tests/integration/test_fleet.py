@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -12,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
@@ -22,6 +27,7 @@ from distributor_node.shared.runtime.run_service import ServiceScope
 from distributor_node.shared.settings.model import Settings
 from tests.end_to_end.client import Answer, get
 from tests.end_to_end.stack import write_manifest
+from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
 from tests.waiting import eventually
 
@@ -39,6 +45,7 @@ class Fleet:
     bases: list[str]
     objects: list[DemoObject] = field(default_factory=list)
     stops: dict[str, Any] = field(default_factory=dict)
+    operators: dict[str, int] = field(default_factory=dict)  # ports of the operator APIs
 
     def publish(self, *objects: DemoObject) -> None:
         self.far.objects.update({item.object_id: item for item in objects})
@@ -47,12 +54,14 @@ class Fleet:
 
     async def start(self, base: str, members: Sequence[str] | None = None, **peers: Any) -> None:
         port = int(base.rpartition(":")[2])
+        operator = self.operators.setdefault(base, free_port())
         values = {"urls": members or self.bases, "own_url": base, "first_byte_wait": PATIENT, "keep_below": 0}
         settings = Settings(
             catalog={"kind": "manifest", "manifest": self.folder / "manifest.json"},
             storage={"path": self.folder / f"volume-{port}", "limit": "1G"},
             public_api={"host": "127.0.0.1", "port": port},
             metrics={"host": "127.0.0.1", "port": 0},
+            operator_api={"port": operator, "secret": SECRET},
             peers=values | peers,
             shutdown_deadline=2,
             log={"level": "error"},
@@ -303,6 +312,48 @@ async def test_a_strangers_hop_is_not_forwarded_and_makes_no_other_node_keep_the
     assert is_whole(await fleet.get(third, item.object_id), item)  # by a signed hop
     await eventually(lambda: fleet.stored(home, item.object_id))
     assert fleet.far_gets(item.object_id) == asked + 1
+
+
+async def order(fleet: Fleet, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """`distributor operator … --fleet`: its exit code, and what it prints of each node, by its base URL."""
+    config = fleet.folder / "node.yaml"
+    urls = {f"http://127.0.0.1:{fleet.operators[base]}": base for base in fleet.bases}
+    values = {"urls": fleet.bases, "own_url": fleet.bases[0], "operator_urls": list(urls)}
+    config.write_text(yaml.safe_dump({"catalog": {"manifest": "unused"}, "peers": values}))
+    module = [sys.executable, "-m", "distributor_node.services.command_line"]
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [*module, "operator", "--config", str(config), *arguments, "--fleet"],
+        env={**os.environ, "DISTRIBUTOR_OPERATOR_API__SECRET": SECRET},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    return done.returncode, {urls[line["node"]]: line for line in printed}
+
+
+async def test_orders_reach_all_nodes_and_say_what_became_of_each(fleet: Fleet) -> None:
+    items = [fleet.homed_at(base, 50_000) for base in fleet.bases]
+    fleet.publish(*items)
+    await start_all(fleet)
+    code, results = await order(fleet, "warm", "--all")
+    assert code == 0
+    # Each node has fetched what it keeps: no object is there twice.
+    assert {base: line["result"]["done"] for base, line in results.items()} == dict.fromkeys(fleet.bases, 1)
+    for base, item in zip(fleet.bases, items, strict=True):
+        assert [fleet.stored(each, item.object_id) for each in fleet.bases].count(True) == 1
+        assert fleet.stored(base, item.object_id)
+    code, results = await order(fleet, "purge", *(item.object_id for item in items))
+    assert (code, {line["result"]["purging"] for line in results.values()}) == (0, {3})
+    for base, item in zip(fleet.bases, items, strict=True):
+        await eventually(lambda base=base, item=item: not fleet.stored(base, item.object_id))  # type: ignore[misc]
+    await fleet.stop(fleet.bases[2])
+    code, results = await order(fleet, "pin", "1")
+    assert code == 1
+    assert [line.get("result", {}).get("changed") for line in results.values()] == [1, 1, None]
+    assert "cannot be reached" in results[fleet.bases[2]]["error"]
 
 
 @asynccontextmanager
