@@ -29,6 +29,7 @@ from tests.end_to_end.client import Answer, get
 from tests.end_to_end.stack import write_manifest
 from tests.servers.operator_token import SECRET
 from tests.servers.redis_server import free_port
+from tests.servers.tcp_relay import TcpRelay
 from tests.waiting import eventually
 
 PATIENT = 5.0
@@ -52,8 +53,11 @@ class Fleet:
         self.objects += objects
         write_manifest(self.folder / "manifest.json", self.objects, [f"{self.far.api_url}/files/"])
 
-    async def start(self, base: str, members: Sequence[str] | None = None, **peers: Any) -> None:
-        port = int(base.rpartition(":")[2])
+    async def start(
+        self, base: str, members: Sequence[str] | None = None, port: int | None = None, **peers: Any
+    ) -> None:
+        """`port`: where the node listens, if not at its base URL."""
+        port = port or int(base.rpartition(":")[2])
         operator = self.operators.setdefault(base, free_port())
         values = {"urls": members or self.bases, "own_url": base, "first_byte_wait": PATIENT, "keep_below": 0}
         settings = Settings(
@@ -287,6 +291,43 @@ async def test_nodes_that_take_each_other_for_the_home_do_not_wait_for_each_othe
         answers = await asyncio.gather(*(fleet.get(base, item.object_id) for base in (first, second) * 4))
         assert all(is_whole(answer, item) for answer in answers)
         assert max(answer.took for answer in answers) < PATIENT
+
+
+async def test_a_node_that_its_peers_cannot_reach_serves_and_they_do_without_it(fleet: Fleet) -> None:
+    """What is sent to it is lost, and its connections stay open. It reaches the others."""
+    relays, ports = [], [free_port() for _ in range(3)]
+    for port in ports:
+        relay = TcpRelay(port)
+        await fleet.stack.enter_async_context(relay.running())
+        relays.append(relay)
+    fleet.bases = [f"http://127.0.0.1:{relay.port}" for relay in relays]
+    items = [fleet.homed_at(fleet.bases[0], 2 * MIB, range(begin, 5000)) for begin in (1, 1000, 2000)]
+    fleet.publish(*items)
+    for base, port in zip(fleet.bases, ports, strict=True):
+        await fleet.start(base, port=port, first_byte_wait=1.0, probe_interval=0.3)
+    relays[0].unresponsive = True
+    direct = [f"http://127.0.0.1:{port}" for port in ports]
+    for base in direct[1:]:  # before the probes tell
+        answer = await fleet.get(base, items[0].object_id)
+        assert is_whole(answer, items[0])
+        assert answer.took < 10
+
+    async def without_it() -> bool:
+        pages = [(await get(f"{base}/api/v1/status")).json()["peers"]["alive"] for base in direct]
+        return [len(alive) for alive in pages] == [2, 1, 1]
+
+    await eventually(without_it)
+    answers = await asyncio.gather(*(fleet.get(base, items[1].object_id) for base in direct[1:] * 3))
+    assert all(is_whole(answer, items[1]) for answer in answers)
+    assert fleet.far_gets(items[1].object_id) == 1
+    assert is_whole(await fleet.get(direct[0], items[2].object_id), items[2])
+    relays[0].unresponsive = False
+
+    async def with_it() -> bool:
+        pages = [(await get(f"{base}/api/v1/status")).json()["peers"]["alive"] for base in direct]
+        return [len(alive) for alive in pages] == [2, 2, 2]
+
+    await eventually(with_it)
 
 
 async def test_a_hop_is_never_forwarded(fleet: Fleet) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +287,19 @@ def test_an_id_that_stands_for_a_path_is_asked_for_by_its_path() -> None:
     named = next(one for one in paths if not peers.is_home(one))
     assert peers.hops(named, PeerUse.FETCH)[0].url == f"{B}/api/v1/assets/{named.path}"
     assert not peers.hops(ObjectId.parse(str(named)), PeerUse.FETCH)
+
+
+async def test_each_address_of_a_name_is_a_node() -> None:
+    rules = FleetRules(own="http://127.0.0.1:3334", dns="localhost:3334")
+    peers = Peers(rules, SourceLimits(), lambda _: False)
+    await peers._resolve("localhost:3334")
+    assert peers.alive == peers.known <= {"http://[::1]:3334"}
+    peers = Peers(replace(rules, own="http://127.0.0.9:3334"), SourceLimits(), lambda _: False)
+    await peers._resolve("localhost:3334")
+    assert "http://127.0.0.1:3334" in peers.alive
+    before = peers.alive
+    await peers._resolve("no-such-name.invalid:3334")
+    assert peers.alive == before
 
 
 # Settings
