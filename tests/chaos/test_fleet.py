@@ -17,7 +17,8 @@ import pytest
 
 from distributor_node.services.demo.objects import generated_object
 from distributor_node.services.demo.storage_node import StorageNode
-from tests.end_to_end.test_fleet import KIB, Fleet, report
+from tests.end_to_end.fleet import KIB, Fleet, report
+from tests.end_to_end.stack import ServiceProcess
 
 pytestmark = pytest.mark.chaos
 
@@ -25,6 +26,19 @@ SECONDS = float(os.environ.get("FLEET_SOAK_SECONDS", "20"))
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
 LONGEST = 20.0
 """Seconds for an answer of a node that runs, whatever becomes of its peers: players give up after that."""
+
+
+async def disturb(process: ServiceProcess, chance: random.Random) -> None:
+    """Kill it and start it again, or freeze it for a while."""
+    if chance.random() < 0.5:
+        process.kill()
+        await asyncio.sleep(chance.uniform(0.0, 2.0))
+        process.start()
+        await process.healthy()
+    else:
+        process.send(signal.SIGSTOP)
+        await asyncio.sleep(chance.uniform(0.2, 3.0))
+        process.send(signal.SIGCONT)
 
 
 async def test_killed_and_frozen_nodes_cost_their_own_clients_alone(tmp_path: Path) -> None:
@@ -63,17 +77,8 @@ async def test_killed_and_frozen_nodes_cost_their_own_clients_alone(tmp_path: Pa
             while time.monotonic() < deadline and not any(task.done() for task in clients):
                 await asyncio.sleep(chance.uniform(0.5, 2.0))
                 number = chance.randrange(3)
-                (process,) = cells[number].processes
                 disturbed[number] = float("inf")
-                if chance.random() < 0.5:
-                    process.kill()
-                    await asyncio.sleep(chance.uniform(0.0, 2.0))
-                    process.start()
-                    await process.healthy()
-                else:
-                    process.send(signal.SIGSTOP)
-                    await asyncio.sleep(chance.uniform(0.2, 3.0))
-                    process.send(signal.SIGCONT)
+                await disturb(cells[number].processes[0], chance)
                 disturbed[number] = time.monotonic() + 1.0
             ended.set()
             await asyncio.gather(*clients)
