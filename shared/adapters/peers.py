@@ -33,7 +33,8 @@ from distributor_node.shared.observability.metrics import (
     PEER_BYTES,
     PEER_LATENCY,
     PEER_REQUESTS,
-    PEERS,
+    PEERS_ALIVE,
+    PEERS_NOT_ALIVE,
 )
 from distributor_node.shared.waiting import cancel_and_wait
 
@@ -134,8 +135,19 @@ class Peers:
         return self._ring.members - {self.own}
 
     def is_home(self, object_id: ObjectId) -> bool:
-        """Whether this node is the object's home."""
-        return self._ring.home(object_id) == self.own
+        """Whether this node is the object's home, or acts as one while that fails."""
+        return self._ranked(object_id)[0] == self.own
+
+    def _ranked(self, object_id: ObjectId) -> Sequence[str]:
+        """Return the live nodes in their order for the object, from the first one that has not failed lately.
+
+        So until the probes tell that a home is gone, the next in rank fetches its objects once for the fleet.
+        """
+        ranked = self._ring.ranked(object_id)
+        for rank, name in enumerate(ranked):
+            if name == self.own or not self._is_penalised(name):
+                return ranked[rank:]
+        return ranked
 
     def keeps_cold(self, object_id: ObjectId, size: int | None) -> bool:
         """Whether this node keeps the object however rarely it is asked for. `size`: in bytes; None: unknown."""
@@ -148,7 +160,7 @@ class Peers:
         """
         if size is not None and size <= self._rules.keep_below:
             return True
-        ranked = self._ring.ranked(object_id)
+        ranked = self._ranked(object_id)
         if ranked[0] == self.own:
             return True
         rank = ranked.index(self.own)
@@ -158,7 +170,7 @@ class Peers:
         """Return the requests to peers that come before the sources. None to peers that failed lately."""
         if object_id.is_digest and object_id.path == object_id:
             return ()  # read back from a record or a job: a peer cannot tell which path the digest stands for
-        ranked = self._ring.ranked(object_id)
+        ranked = self._ranked(object_id)
         path = f"{_ASSETS}{object_id.path}"
         hops = []
         for request in peer_requests(self.own, ranked, self._former_home(object_id, ranked), use):
@@ -202,8 +214,8 @@ class Peers:
 
     def _rebuild(self) -> None:
         members = {self.own, *(name for name, peer in self._liveness.items() if peer.live)}
-        PEERS.labels(state="known").set(len(self._liveness))
-        PEERS.labels(state="alive").set(len(members) - 1)
+        PEERS_ALIVE.set(len(members) - 1)
+        PEERS_NOT_ALIVE.set(len(self._liveness) - len(members) + 1)
         if members == self._ring.members:
             return
         joined, left = members - self._ring.members, self._ring.members - members

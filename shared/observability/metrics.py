@@ -54,12 +54,8 @@ class ReportedGauge:
 
 
 # Peers: other nodes of the fleet (API and fetcher)
-PEERS = Gauge(
-    "distributor_peers",
-    "Other nodes of the fleet by state: known, alive.",
-    ["state"],
-    multiprocess_mode="mostrecent",
-)
+PEERS_ALIVE = ReportedGauge("distributor_peers_alive", "Other nodes of the fleet that answer probes.")
+PEERS_NOT_ALIVE = ReportedGauge("distributor_peers_not_alive", "Other nodes of the fleet that do not.")
 PEER_REQUESTS = Counter(
     "distributor_peer_requests_total",
     "Requests to peers by result: hit, fetched (the peer had to fetch the object), absent, failed.",

@@ -347,6 +347,8 @@ async def test_a_server_that_says_nothing_is_given_up_early_and_asked_once(
 async def test_a_server_that_says_that_it_is_working_has_the_time_for_the_first_byte() -> None:
     """By an interim response (RFC 9110 section 15.2)."""
 
+    closed = asyncio.Event()
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
@@ -354,17 +356,22 @@ async def test_a_server_that_says_that_it_is_working_has_the_time_for_the_first_
         await asyncio.sleep(1.0)
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc")
         writer.close()
+        closed.set()
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/1"
     limits = replace(LIMITS, first_byte_timeout=30, first_data_timeout=0.3)
     async with server, SourceClient(limits) as client:
         assert await read(client, url, size=3) == b"abc"
-    async with SourceClient(replace(LIMITS, first_byte_timeout=0.5, first_data_timeout=0.3)) as client:
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        async with server:
-            with pytest.raises(SourceTooSlow):
-                await read(client, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/1", size=3)
+        await closed.wait()
+    closed.clear()
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/1"
+    limits = replace(LIMITS, first_byte_timeout=0.5, first_data_timeout=0.3)
+    async with server, SourceClient(limits) as client:
+        with pytest.raises(SourceTooSlow):
+            await read(client, url, size=3)
+        await closed.wait()
 
 
 async def test_a_reader_that_pauses_costs_the_source_nothing(node: StorageNode, client: SourceClient) -> None:

@@ -280,6 +280,16 @@ def test_a_peer_that_failed_lately_is_not_asked() -> None:
     assert not peers.hops(homed(D, A, D)[0], PeerUse.FETCH)
 
 
+def test_the_next_in_rank_acts_as_home_while_the_home_fails() -> None:
+    peers = fleet(now=[0.0], keep_below=0)
+    peers._set_members((A, B, D))
+    for own_next in homed(D, A, B, D)[:50]:
+        second = equal(A, B, D).ranked(own_next)[1]
+        assert peers.is_home(own_next) is peers.keeps(own_next, 10**9, 0.0) is (second == A)
+        fetching = [hop.url for hop in peers.hops(own_next, PeerUse.FETCH) if not hop.only_if_cached]
+        assert fetching == ([] if second == A else [f"{B}/api/v1/assets/{own_next}"])
+
+
 def test_an_id_that_stands_for_a_path_is_asked_for_by_its_path() -> None:
     peers = fleet(now=[0.0])
     peers._set_members((A, B))
