@@ -71,6 +71,16 @@ up: .env ## the whole stack with docker compose (ARGS="--profile demo" and the l
 down: .env ## stop the stack; volumes and their objects stay
 	@$(COMPOSE) --profile '*' down
 
+FLEET := $(COMPOSE) --project-directory . --file deploy/compose/fleet.yml
+
+.PHONY: up-fleet
+up-fleet: .env ## three nodes that act as one cache, behind the edge, with docker compose
+	@$(FLEET) $(ARGS) up --detach --build --wait
+
+.PHONY: down-fleet
+down-fleet: .env ## stop them; volumes and their objects stay
+	@$(FLEET) --profile '*' down
+
 .PHONY: logs
 logs: .env ## follow the stack's logs
 	@$(COMPOSE) --profile '*' logs --follow --tail 100

@@ -53,6 +53,7 @@ from distributor_node.shared.domain.errors import (
     TooManyOpenFiles,
 )
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.peers import HOP_HEADER
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 from distributor_node.shared.settings.model import PublicApi
@@ -426,7 +427,9 @@ def _query_of(request: Request) -> str:
 def _add_status(application: ApiApplication, reporter: StatusReporter) -> None:
     document = files("distributor_node.services.api").joinpath("openapi.json").read_bytes()
 
-    async def status(_request: Request) -> HTTPResponse:
+    async def status(request: Request) -> HTTPResponse:
+        if HOP_HEADER in request.headers:
+            request_record(request).logged = False  # a peer's probe, one each second
         return _json(await reporter.status())
 
     async def buckets(_request: Request) -> HTTPResponse:

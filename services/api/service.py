@@ -29,6 +29,7 @@ from distributor_node.services.api.operator.explain import ObjectExplainer
 from distributor_node.services.api.sanic_app import TracedAssets, build_app, unregister_application
 from distributor_node.services.api.server import PublicServer
 from distributor_node.services.api.status import UsageReader
+from distributor_node.shared.adapters.peers import Peers
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
@@ -48,6 +49,7 @@ from distributor_node.shared.runtime.factories import (
     build_catalog,
     build_failover_reader,
     build_job_queue,
+    build_peers,
     build_source_client,
     build_source_stats_sync,
     build_state_store,
@@ -75,6 +77,7 @@ def make_context(
     queue: JobQueue,
     catalog: Catalog,
     failover_reader: FailoverReader,
+    peers: Peers | None = None,
 ) -> ApiContext:
     """Build the context of the handlers. The ports must be open before the first request."""
     operator_state = OperatorStateWatcher(state, volume.root, settings.assignment)
@@ -93,6 +96,7 @@ def make_context(
         operator_state=operator_state,
         client_addresses=ClientAddresses(settings.public_api.trusted_proxies),
         slow_clients=SlowClients(settings.public_api.minimum_client_rate),
+        peers=peers,
     )
 
 
@@ -124,10 +128,12 @@ async def run_api(
     client = await resources.enter_async_context(
         build_source_client(settings, max_connections=settings.public_api.max_proxied)
     )
+    peers = build_peers(settings, stats_sync.registry, max_connections=settings.public_api.max_proxied)
+    if peers is not None:
+        await resources.enter_async_context(peers)
     describe_build(VERSION, "api")
-    context = make_context(
-        settings, volume, state, queue, catalog, build_failover_reader(client, stats_sync.registry)
-    )
+    failover_reader = build_failover_reader(client, stats_sync.registry, peers)
+    context = make_context(settings, volume, state, queue, catalog, failover_reader, peers)
     scope.reloads.extend(reloads_of(catalog))
     await serve_api(context, scope.stop_requested, probe_path=probe_path, listener=listener)
     return context.operator_state.shutting_down

@@ -27,7 +27,7 @@ from distributor_node.services.fetcher.side_streams import (
     SideStreams,
 )
 from distributor_node.shared.adapters.sources.client import Expected, SourceResponse
-from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.failover import FailoverReader, Preference
 from distributor_node.shared.adapters.volume import PartialFile
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS
 from distributor_node.shared.domain.errors import AllSourcesFailed, NotStorable, SourceWrong, VolumeError
@@ -40,6 +40,7 @@ from distributor_node.shared.domain.http_caching import (
 )
 from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import Hasher, source_name
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import PHASE, SOURCE_FAILURES, WRITTEN_BYTES, source_label
 from distributor_node.shared.ports.state_store import Announcement, StateStore, Topic
@@ -108,6 +109,7 @@ class Download:
         self._partial = partial
         self._renewer = task.renewer
         self._slot = task.slot
+        self._peer_use = task.peer_use
         self._total: int | None = None  # the length, as the source states it
         self._span = tracing.current_span()  # threads do not know it
         self._suspects: list[tuple[SentPart, bytes]] = []  # of attempts with a wrong hash; SHA-256 of each
@@ -141,6 +143,7 @@ class Download:
                     await self._blame_by_extent()
                     return
                 self._report_corruption(contributors, resumed=resumed)
+                self._peer_use = PeerUse.NONE  # one of them may have sent the corrupt bytes
                 groups = groups_after_corruption(groups, contributors, resumed=resumed)
             await self._disk.run(self._partial.restart)
             await self.announce()
@@ -266,7 +269,7 @@ class Download:
             sources,
             self._on_source,
             expected=Expected(must_match=offset > 0),
-            preference=lambda url: url != first_choice,
+            preference=Preference(lambda url: url != first_choice, self._peer_use),
         )
         async with writer.writing(offset), aclosing(stream) as chunks:
             async for chunk in chunks:

@@ -273,7 +273,12 @@ class Worker:
             if isinstance(admitted, Admitted):
                 record_failure = partial(self._failure_recorder.record, job)
                 return await self._fetch_runner.run(
-                    job.media_object, admitted.lease, admitted.requested_at, record_failure, slot
+                    job.media_object,
+                    admitted.lease,
+                    admitted.requested_at,
+                    record_failure,
+                    slot,
+                    for_peer=job.for_peer,
                 )
             outcome = admitted
         except (StateStoreUnavailable, VolumeError) as error:

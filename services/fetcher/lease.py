@@ -12,6 +12,7 @@ import structlog
 from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import MediaObject
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.ports.state_store import Lease, StateStore
 from distributor_node.shared.waiting import boot_time, cancel_and_wait, wait_event
 
@@ -170,3 +171,4 @@ class FetchTask:
     media_object: MediaObject
     renewer: LeaseRenewer
     slot: Slot | None
+    peer_use: PeerUse = PeerUse.FETCH

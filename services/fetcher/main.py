@@ -9,6 +9,7 @@ from distributor_node.shared.runtime.factories import (
     build_catalog,
     build_failover_reader,
     build_job_queue,
+    build_peers,
     build_source_client,
     build_source_stats_sync,
     build_state_store,
@@ -48,9 +49,11 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
         resources.push_async_callback(opened.close)
         await opened.open()
     scope.reloads.extend(reloads_of(catalog))
-    fetcher = Fetcher(
-        settings, state, queue, volume, catalog, build_failover_reader(client, stats_sync.registry)
-    )
+    peers = build_peers(settings, stats_sync.registry, max_connections=settings.fetch.concurrency)
+    if peers is not None:
+        await resources.enter_async_context(peers)
+    failover_reader = build_failover_reader(client, stats_sync.registry, peers)
+    fetcher = Fetcher(settings, state, queue, volume, catalog, failover_reader)
     await resources.enter_async_context(
         ProbeServer(
             settings.metrics.host,

@@ -23,7 +23,7 @@ import structlog
 
 from distributor_node.services.fetcher.lease import FetchTask, LeaseLost
 from distributor_node.shared.adapters.sources.client import SourceResponse
-from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.failover import FailoverReader, Preference
 from distributor_node.shared.adapters.volume import PartialFile
 from distributor_node.shared.domain.errors import AllSourcesFailed, StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.extents import BLOCK, Extent, Extents
@@ -149,6 +149,7 @@ class SideStreams:
         self._partial = partial
         self._size = partial.record.size
         self._object = task.media_object
+        self._preference = Preference(peers=task.peer_use)
         self._renewer = task.renewer
         self._slot = task.slot
         self._places = places
@@ -290,7 +291,9 @@ class SideStreams:
         end, outcome = self.limit(stream.first, stream, begun=False), "failed"
         writer = self._make_writer()
         writer.on_written = self.on_written
-        chunks = self._failover_reader.stream(self._object, stream.first, end - 1, sources, on_source)
+        chunks = self._failover_reader.stream(
+            self._object, stream.first, end - 1, sources, on_source, preference=self._preference
+        )
         SIDE_STREAMS_IN_PROGRESS.inc()
         try:
             async with aclosing(chunks), writer.writing(stream.first):

@@ -20,6 +20,7 @@ from distributor_node.shared.runtime.factories import (
     build_catalog,
     build_failover_reader,
     build_job_queue,
+    build_peers,
     build_source_client,
     build_source_stats_sync,
     build_state_store,
@@ -124,14 +125,24 @@ async def run_standalone(
     proxying = await resources.enter_async_context(
         build_source_client(settings, max_connections=settings.public_api.max_proxied)
     )
+    most = settings.fetch.concurrency + settings.public_api.max_proxied
+    peers = build_peers(settings, stats_sync.registry, max_connections=most)
+    if peers is not None:
+        await resources.enter_async_context(peers)
     describe_build(VERSION, "standalone")
     retain_freed_memory()
     scope.reloads.extend(reloads_of(catalog))
-    reader = build_failover_reader(downloads, stats_sync.registry)
+    reader = build_failover_reader(downloads, stats_sync.registry, peers)
     fetcher = ReplaceableFetcher(lambda: Fetcher(settings, state, queue, volume, catalog, reader))
     evictor = Evictor(settings, state, volume, catalog, monitor)
     context = make_context(
-        settings, volume, state, queue, catalog, build_failover_reader(proxying, stats_sync.registry)
+        settings,
+        volume,
+        state,
+        queue,
+        catalog,
+        build_failover_reader(proxying, stats_sync.registry, peers),
+        peers,
     )
     if on_running is not None:
         on_running(RunningNode(state, fetcher))

@@ -74,6 +74,26 @@ class ReportedGauge:
         self._gauge.set(value)
 
 
+# Peers: other nodes of the fleet (API and fetcher)
+PEERS_ALIVE = ReportedGauge("distributor_peers_alive", "Other nodes of the fleet that answer probes.")
+PEERS_NOT_ALIVE = ReportedGauge("distributor_peers_not_alive", "Other nodes of the fleet that do not.")
+PEER_REQUESTS = Counter(
+    "distributor_peer_requests_total",
+    "Requests to peers by result: hit, fetched (the peer had to fetch the object), absent, failed.",
+    ["result"],
+)
+PEER_BYTES = Counter("distributor_peer_bytes_total", "Bytes of objects received from peers.")
+PEER_LATENCY = Histogram(
+    "distributor_peer_latency_seconds",
+    "From the request to a peer to the head of its response.",
+    buckets=_SHORT_BUCKETS,
+)
+PEER_ASKED = Counter(
+    "distributor_peer_asked_total",
+    "Requests of other nodes that were no hits, by sender: peer, stranger (not signed as the fleet signs).",
+    ["sender"],
+)
+
 # Requests (API)
 REQUESTS = Counter(
     "distributor_requests_total",

@@ -13,6 +13,7 @@ from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, Cach
 from distributor_node.shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
 from distributor_node.shared.adapters.catalogs.manifest import ManifestCatalog
 from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
+from distributor_node.shared.adapters.peers import Peers
 from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
 from distributor_node.shared.adapters.sources.client import SourceClient, SourceObservation
@@ -194,8 +195,27 @@ def build_source_prober(settings: Settings, registry: SourceHealthRegistry) -> S
     return SourceProber(registry, sources.probe_timeout, sources.probes_at_once, refuse_private=refuse)
 
 
-def build_failover_reader(client: SourceClient, registry: SourceHealthRegistry) -> FailoverReader:
-    return FailoverReader(client, registry)
+def build_peers(settings: Settings, registry: SourceHealthRegistry, max_connections: int) -> Peers | None:
+    """Build one per process. None: the node is in no fleet."""
+    rules, fetch = settings.peers.rules, settings.fetch
+    if rules is None:
+        return None
+    limits = SourceLimits(
+        connect_timeout=rules.first_byte_wait,
+        first_data_timeout=rules.first_byte_wait,
+        first_byte_timeout=fetch.first_byte_timeout,
+        stall_timeout=fetch.stall_timeout,
+        minimum_rate=fetch.minimum_rate,
+        max_connections=max_connections,
+        follow_to_other_hosts=False,
+    )
+    return Peers(rules, limits, registry.is_penalised, settings.peers.secret_file)
+
+
+def build_failover_reader(
+    client: SourceClient, registry: SourceHealthRegistry, peers: Peers | None = None
+) -> FailoverReader:
+    return FailoverReader(client, registry, peers=peers)
 
 
 def count_observation(observation: SourceObservation) -> None:

@@ -23,6 +23,7 @@ from distributor_node.shared.domain.jobs import CLAIM_SECONDS
 from distributor_node.shared.domain.objects import Assignment, parse_bucket_id
 from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
 from distributor_node.shared.domain.urls import names_host
+from distributor_node.shared.settings.peers import PeerSettings
 from distributor_node.shared.settings.sizes import AdmissionSize, MissCostSetting, Size, format_size
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
@@ -461,6 +462,7 @@ class Settings(SettingsGroup):
     catalog: CatalogSettings = CatalogSettings()
     origin: OriginSettings = OriginSettings()
     sources: SourceSettings = SourceSettings()
+    peers: PeerSettings = PeerSettings()
     fetch: FetchSettings = FetchSettings()
     storage: StorageSettings = StorageSettings()
     evictor: EvictorSettings = EvictorSettings()

@@ -37,6 +37,7 @@ from distributor_node.shared.adapters.volume import OpenObject, PartialReader
 from distributor_node.shared.domain.conditionals import Comparison
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import MediaObject
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability.metrics import STALLED_FETCHES_BRIDGED, VAIN_WAITS
 from distributor_node.shared.waiting import background
 
@@ -201,6 +202,7 @@ class PendingResponder:
         logger.info("fetch_stalled_while_streaming", object_id=object_id, sent=pending.response.sent)
         proxied = await self._proxied_response(pending)
         proxied.avoided = streamer.source or pending.source
+        proxied.peer_use = PeerUse.NONE  # the fetch may be stalled because a peer's is
         caught_up = asyncio.Event()
         watch = streamer.watch(pending.response, reader, caught_up, proxied.position)
         async with background(watch, "catch-up"):
@@ -231,6 +233,7 @@ class PendingResponder:
             pending.outcome,
             pending.source,
             caching_rules=self._context.settings.caching_rules,
+            peer_use=pending.response.peer_use,
         )
 
     async def _look_up_matching(self, pending: PendingRequest) -> MediaObject:

@@ -27,7 +27,7 @@ from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, Htt
 from distributor_node.services.api.headers import CacheOutcome, content_head
 from distributor_node.shared.adapters.sources import SourceResponse
 from distributor_node.shared.adapters.sources.client import MAX_SKIP, Expected
-from distributor_node.shared.adapters.sources.failover import Chunk
+from distributor_node.shared.adapters.sources.failover import Chunk, Preference
 from distributor_node.shared.adapters.volume import PartialReader
 from distributor_node.shared.domain.errors import AllSourcesFailed, VolumeError
 from distributor_node.shared.domain.http_caching import (
@@ -38,6 +38,7 @@ from distributor_node.shared.domain.http_caching import (
     why_not_stored,
 )
 from distributor_node.shared.domain.objects import ContentHash, Hasher, MediaObject
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability.metrics import PROXIED_IN_PROGRESS
 from distributor_node.shared.waiting import TURN_BYTES, background, wait_event
 
@@ -74,6 +75,7 @@ class ProxiedResponse:
     avoided: str | None = None  # the source to try last
     sent_hash: Hasher | None = None  # of the bytes sent from sources, if they are to be compared
     caching_rules: CachingRules | None = None  # None: the source is not an HTTP origin
+    peer_use: PeerUse = PeerUse.FETCH  # what is asked of peers before the sources
     passed_headers: dict[str, str] = field(default_factory=dict)  # of a response that must not be stored
 
     def on_source_response(self, url: str, response: SourceResponse) -> None:
@@ -180,6 +182,8 @@ class Proxy:
         if self.passages.is_out_of_reach(media_object, span):
             raise HttpError(502, "No source could deliver the object", "sources_failed")
         sources = _in_order(proxied)
+        if proxied.peer_use is not PeerUse.FETCH:
+            return await self._respond_verified(proxied)  # a passage may be read on behalf of the asking peer
         try:
             if self._is_verified(media_object, span):
                 passage = await self.passages.read_tail(media_object, sources)
@@ -198,6 +202,8 @@ class Proxy:
 
     def _may_share(self, proxied: ProxiedResponse) -> bool:
         """Whether the range is passed on as it comes, so that other responses can follow the same bytes."""
+        if proxied.peer_use is not PeerUse.FETCH:
+            return False  # others may follow what is read on behalf of the asking peer
         media_object, span = proxied.media_object, proxied.span
         return is_shareable(media_object, span) and not self._is_verified(media_object, span)
 
@@ -235,6 +241,7 @@ class Proxy:
             if await self._attempt(proxied, sources, buffer, first):
                 return buffer is not None
             # Nothing has been sent yet: another source may hold the correct bytes.
+            proxied.peer_use = PeerUse.NONE
             sources = [url for url in sources if url not in proxied.contributors]
             if not sources or not proxied.contributors:
                 raise _no_correct_source()
@@ -353,7 +360,7 @@ class Proxy:
                         must_match=must_match or proxied.response.started,
                         encodings=proxied.accepted_encodings,
                     ),
-                    preference=lambda url: url == proxied.avoided,
+                    preference=Preference(lambda url: url == proxied.avoided, proxied.peer_use),
                 )
             ) as chunks:
                 async for chunk in chunks if caught_up is None else _take_until(chunks, caught_up):

@@ -274,12 +274,16 @@ class SourceClient:
 
     @asynccontextmanager
     async def get(
-        self, url: str, byte_range: ByteRange | None = None, expected: Expected = NOTHING_EXPECTED
+        self,
+        url: str,
+        byte_range: ByteRange | None = None,
+        expected: Expected = NOTHING_EXPECTED,
+        more: Mapping[str, str] | None = None,
     ) -> AsyncIterator[SourceResponse]:
         """Send one request to one source. It is repeated only if a reused connection turns out to be closed.
 
         Redirects are followed. Leaving the context discards what has not been read. `byte_range` must lie within the
-        expected size, because sources respond 500 to other ranges.
+        expected size, because sources respond 500 to other ranges. `more`: further headers of the request.
 
         Raises:
             InvalidInput: the range is not within the object.
@@ -293,7 +297,7 @@ class SourceClient:
             source_name(url),
         )
         try:
-            async with self._request(url, byte_range, expected.version, attempt) as response:
+            async with self._request(url, byte_range, expected.version, attempt, more) as response:
                 plan = validate_response(response.status_code, response.headers, byte_range, expected)
                 count = partial(self._count_bytes, source)
                 attempt.body = CheckedBody(response, plan, attempt.minimum_rate, self._clock, count)
