@@ -150,6 +150,11 @@ class _Stream:
     def is_followed(self) -> bool:
         return bool(self._followers)
 
+    @property
+    def is_read(self) -> bool:
+        """Whether all bytes of the range have arrived."""
+        return self.end >= self.key.end
+
     def whole(self) -> bytes | None:
         """Return all bytes of the range, if they were read and are kept."""
         whole = (self.kept_from, self.end) == (self.key.first, self.key.end)
@@ -432,7 +437,8 @@ class Passages:
                         position += len(part)
                         yield part
             finally:
-                if not stream.is_followed and stream.task is not None and not stream.task.done():
+                # A stream that has all its bytes only closes its response, and then they are kept for others.
+                if not (stream.is_followed or stream.is_read or stream.task is None or stream.task.done()):
                     # A request that comes now must not follow a task that is being cancelled.
                     self._forget_stream(stream)
                     await cancel_and_wait(stream.task)
