@@ -24,6 +24,10 @@ from tests.waiting import eventually
 START_SECONDS = 90.0
 
 
+_UNKNOWN_TO_FORMER = ("DISTRIBUTOR_DASHBOARD__PORT",)
+"""Settings that releases before this one refuse."""
+
+
 @dataclass(slots=True)
 class ServiceProcess:
     """One `distributor …` process; its log is in `log`."""
@@ -37,11 +41,15 @@ class ServiceProcess:
     process: subprocess.Popen[bytes] | None = field(default=None)
 
     def start(self) -> None:
-        of_release = {} if self.release is None else {"PYTHONPATH": str(self.release)}
+        environment = {**os.environ, **self.environment}
+        if self.release is not None:
+            environment["PYTHONPATH"] = str(self.release)
+            for name in _UNKNOWN_TO_FORMER:
+                environment.pop(name, None)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "distributor_node.services.command_line", *self.arguments],
-                env={**os.environ, **self.environment, **of_release},
+                env=environment,
                 cwd=self.release,
                 stdout=log,
                 stderr=log,

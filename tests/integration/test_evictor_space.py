@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.adapters.volume.layout import SHARDS
 from distributor_node.shared.domain.errors import VolumeFull
+from distributor_node.shared.domain.eviction.policy import NO_BASIS
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import DeviceSpace, footprint
 from distributor_node.shared.ports.state_store import Access, Granted
@@ -343,7 +344,9 @@ async def test_one_event_per_pass_says_what_was_evicted_and_why(harness: Evictor
         assert {name: removal[name] for name in victim} == victim
         assert victim["reason"] == "high_watermark"
         assert (victim["views"], victim["inflation"]) == (1, 0.0)
-        assert victim["priority"] == pytest.approx((64 * 1024**2 + victim["size"]) / victim["size"] / 2)
+        assert victim["priority"] == pytest.approx(
+            NO_BASIS.first_weight * (64 * 1024**2 + victim["size"]) / victim["size"]
+        )
     assert largest[0]["idle_seconds"] == pytest.approx(40_000, abs=60)
     assert largest[0]["size"] == large
 

@@ -9,6 +9,7 @@ import pytest
 
 from distributor_node.services.api.operator.explain import ObjectExplainer
 from distributor_node.shared.domain.eviction import POLICY_NAMES
+from distributor_node.shared.domain.eviction.policy import NO_BASIS
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import Access
@@ -79,7 +80,7 @@ async def test_fields_of_a_stored_object(harness: EvictorHarness) -> None:
         "views": 1,
         "lastAccess": pytest.approx(time.time() - 600, abs=30),
         "policy": "gdsf",
-        "priority": (20 * SIZE + SIZE) / SIZE / 2,
+        "priority": pytest.approx(NO_BASIS.first_weight * (20 * SIZE + SIZE) / SIZE),
         "inflation": 0.0,
         "bytesBefore": 0,
         "objectsBefore": 0,

@@ -96,7 +96,8 @@ async def read(volume, store):
         job = decode_job((folder / f"{one.object_id}.job").read_bytes(), attempt=1, request_id="r")
         answer = read_description((folder / f"{one.object_id}.answer").read_bytes())
         assert answer == one
-        found[str(one.object_id)] = [str(opened.record), str(job), str(answer)]
+        both = {field: str(getattr(job, field)) for field in ("media_object", "request_id", "published_at", "claim")}
+        found[str(one.object_id)] = [str(opened.record), both, str(answer)]
     found["half"] = [str(volume.partial_record(ObjectId("half"))), volume.open_partial(ObjectId("half")).state().size]
     snapshot = operator_state_file.read_operator_state(volume.root)
     found["operator"] = [snapshot.state.draining, sorted(snapshot.state.buckets), sorted(snapshot.pinned)]

@@ -28,6 +28,7 @@ UNITS = (
     "_jobs",
     "_saving",
     "_clients",
+    "_pages",
     "_commands",
     "_in_progress",
     "_leader",
