@@ -304,7 +304,7 @@ async def test_processes_of_two_machines_add_up_and_a_killed_fetcher_is_told(har
                 """More requests each time: what came before a history's first reading is not in it."""
                 for url in urls:
                     await get(url.replace("assets/1", "assets/2"))
-                return shown.last["snapshot"]["totals"]["hour"]["hit"] >= 20
+                return bool(shown.last["snapshot"]["totals"]["hour"]["hit"] >= 20)
 
             await eventually(has_hits_of_both, 90, pause=0.2, what="hits of both")
         harness.first.faults.add(Fault(bytes_per_second=MIB), FILES)
