@@ -18,6 +18,7 @@ import pytest
 from distributor_node.services.demo.objects import MIB
 from distributor_node.services.demo_run.story import CORRUPT_AT, CUT_AFTER, FEW, MANY
 from tests.browser.chromium import Browser, find_chromium, running_browser
+from tests.end_to_end.client import get
 from tests.servers.redis_server import free_port
 from tests.waiting import eventually
 
@@ -245,6 +246,15 @@ async def test_a_full_cache_stays_below_its_limit(demo: Demo) -> None:
     assert told["filled"] == 7 * 64 * MIB > limit
     assert limit / 2 < most <= limit
     assert "448 MiB of other objects have gone through the cache" in await demo.text("#sum")
+
+
+async def test_the_node_s_own_page_is_one_click_away(demo: Demo) -> None:
+    link = "document.querySelector('#dashboard a')"
+    await eventually(lambda: demo.browser.evaluate(f"{link}.offsetParent !== null"), 10, pause=0.1)
+    url = await demo.browser.evaluate(f"{link}.href")
+    answer = await get(url)
+    assert answer.status == 200
+    assert answer.headers["content-type"].startswith("text/html")
 
 
 async def test_the_page_fits_and_is_kept_as_pictures(demo: Demo) -> None:
