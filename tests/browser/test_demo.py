@@ -35,9 +35,10 @@ class Demo:
     node: str
 
     async def press(self, scene: str) -> None:
-        pressed = f"document.querySelector('[data-scene={scene}] button').click()"
-        await self.browser.evaluate(pressed)
-        await eventually(lambda: self.browser.evaluate(f"story.scene === '{scene}'"), pause=0.05)
+        before = (await self.story())["number"]
+        await self.browser.evaluate(f"document.querySelector('[data-scene={scene}] button').click()")
+        await eventually(lambda: self.browser.evaluate(f"story.number > {before}"), pause=0.05)
+        assert (await self.story())["scene"] == scene
 
     async def story(self) -> dict[str, Any]:
         told: dict[str, Any] = await self.browser.evaluate("story")
