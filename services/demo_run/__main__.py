@@ -6,6 +6,7 @@ import argparse
 import socket
 import subprocess
 import sys
+from collections.abc import Collection
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from distributor_node.shared.settings import Settings, load_settings
 from distributor_node.shared.settings.model import METRICS_PORTS
 
 HOST = "127.0.0.1"
-FIRST_PUBLIC_PORT, FIRST_SOURCE_PORT, FIRST_SQUID_PORT = 3334, 3390, 4352
+FIRST_PUBLIC_PORT, FIRST_DASHBOARD_PORT, FIRST_SOURCE_PORT, FIRST_SQUID_PORT = 3334, 3336, 3390, 4352
 WORKER = 7
 FILM = "10-minute.mp4"
 FILLERS = 6
@@ -64,8 +65,13 @@ def main(arguments: list[str] | None = None) -> int:
             bases = (f"http://{HOST}:{port}/api/v1/files/" for port in (source_port, mirror_port))
             write_manifest(manifest, objects, *bases)
             catalog = {"kind": "manifest", "manifest": str(manifest)}
+        port = free_port_from(options.port)
         settings = demo_settings(
-            folder, catalog, free_port_from(options.port), free_port_from(METRICS_PORTS["standalone"])
+            folder,
+            catalog,
+            port,
+            free_port_from(METRICS_PORTS["standalone"]),
+            free_port_from(FIRST_DASHBOARD_PORT, {port, source_port, mirror_port}),
         )
     except ConfigurationError as error:
         print(f"The demo cannot start:\n{error}", file=sys.stderr)
@@ -98,7 +104,9 @@ def main(arguments: list[str] | None = None) -> int:
             await run_standalone(
                 scope,
                 settings,
-                lambda port: print(greeting(port, metrics_port, source_port, objects), flush=True),
+                lambda port: print(
+                    greeting(port, metrics_port, source_port, dashboard_url(settings), objects), flush=True
+                ),
                 started,
             )
         finally:
@@ -112,8 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def dashboard_url(settings: Settings) -> str:
     """Return the URL of the node's own page, empty if it has none."""
-    dashboard = getattr(settings, "dashboard", None)
-    return f"http://{HOST}:{dashboard.port}/" if dashboard is not None and dashboard.enabled else ""
+    return f"http://{HOST}:{settings.dashboard.port}/" if settings.dashboard.enabled else ""
 
 
 def make_film(folder: Path) -> DemoObject:
@@ -154,7 +161,9 @@ async def run_squid(
     print(f"Demo squid (PUT /faults injects faults): {squid.url}")
 
 
-def demo_settings(folder: Path, catalog: dict[str, Any], port: int, metrics_port: int) -> Settings:
+def demo_settings(
+    folder: Path, catalog: dict[str, Any], port: int, metrics_port: int, dashboard_port: int
+) -> Settings:
     """Write the demo's settings to a file, and load it. The environment overrides them."""
     fields = {
         "id": "demo",
@@ -162,6 +171,7 @@ def demo_settings(folder: Path, catalog: dict[str, Any], port: int, metrics_port
         "buckets": ["0:1"],
         "public_api": {"host": HOST, "port": port},
         "metrics": {"host": HOST, "port": metrics_port},
+        "dashboard": {"host": HOST, "port": dashboard_port},
         "catalog": catalog,
         "storage": {"path": str(folder / "volume"), "limit": STORAGE_LIMIT},
         "evictor": {"min_idle": 5},
@@ -173,9 +183,11 @@ def demo_settings(folder: Path, catalog: dict[str, Any], port: int, metrics_port
     return load_settings(file)
 
 
-def free_port_from(first: int) -> int:
-    """Return the first free port from `first` on."""
+def free_port_from(first: int, chosen: Collection[int] = ()) -> int:
+    """Return the first free port from `first` on that is not `chosen` for something else."""
     for port in range(first, first + _MAX_PORTS_TRIED):
+        if port in chosen:
+            continue
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
@@ -186,7 +198,9 @@ def free_port_from(first: int) -> int:
     raise ConfigurationError(f"no free port from {first} to {first + _MAX_PORTS_TRIED - 1}")
 
 
-def greeting(port: int, metrics_port: int, source_port: int, objects: list[DemoObject]) -> str:
+def greeting(
+    port: int, metrics_port: int, source_port: int, dashboard: str, objects: list[DemoObject]
+) -> str:
     """Return the text printed at the start: URLs and commands to try."""
     node = f"http://{HOST}:{port}"
     ours = [item for item in objects if item.held and item.bucket == "0:1"]
@@ -200,6 +214,7 @@ def greeting(port: int, metrics_port: int, source_port: int, objects: list[DemoO
 The node is up: {node}   (Ctrl-C stops it)
 
   {"http://" + HOST + ":" + str(source_port) + "/":<45} demo page: 20 viewers, one download, faults
+  {dashboard or "(turned off)":<45} the node's own page
   {node + "/api/v1/status":<45} status of the node
   {f"http://{HOST}:{metrics_port}/metrics":<45} metrics for Prometheus
 

@@ -68,6 +68,7 @@ class Story:
     node: RunningNode | None = None  # None: it has not started yet
     viewers: list[Viewer] = field(default_factory=list)
     scene: str = ""
+    number: int = 0  # of the scene; rises with every one
     note: str = ""  # how far the scene is
     corrupted_at: float | None = None
     fetcher_stopped: bool = False
@@ -88,6 +89,7 @@ class Story:
         return {
             "film": {"id": self.film.object_id, "size": self.film.size, "name": self.film.name},
             "scene": self.scene,
+            "number": self.number,
             "note": self.note,
             "running": self._task is not None and not self._task.done(),
             "fetcher": "stopped" if self.fetcher_stopped else "running",
@@ -128,7 +130,7 @@ class Story:
         if work is None or self.node is None:
             return False
         before = self._task
-        self.scene, self.note = scene, ""
+        self.scene, self.number, self.note = scene, self.number + 1, ""
         self._task = asyncio.create_task(self._play(work, before), name=f"scene-{scene}")
         return True
 

@@ -18,6 +18,7 @@ import pytest
 from distributor_node.services.demo.objects import MIB
 from distributor_node.services.demo_run.story import CORRUPT_AT, CUT_AFTER, FEW, MANY
 from tests.browser.chromium import Browser, find_chromium, running_browser
+from tests.end_to_end.client import get
 from tests.servers.redis_server import free_port
 from tests.waiting import eventually
 
@@ -34,9 +35,10 @@ class Demo:
     node: str
 
     async def press(self, scene: str) -> None:
-        pressed = f"document.querySelector('[data-scene={scene}] button').click()"
-        await self.browser.evaluate(pressed)
-        await eventually(lambda: self.browser.evaluate(f"story.scene === '{scene}'"), pause=0.05)
+        before = (await self.story())["number"]
+        await self.browser.evaluate(f"document.querySelector('[data-scene={scene}] button').click()")
+        await eventually(lambda: self.browser.evaluate(f"story.number > {before}"), pause=0.05)
+        assert (await self.story())["scene"] == scene
 
     async def story(self) -> dict[str, Any]:
         told: dict[str, Any] = await self.browser.evaluate("story")
@@ -245,6 +247,15 @@ async def test_a_full_cache_stays_below_its_limit(demo: Demo) -> None:
     assert told["filled"] == 7 * 64 * MIB > limit
     assert limit / 2 < most <= limit
     assert "448 MiB of other objects have gone through the cache" in await demo.text("#sum")
+
+
+async def test_the_node_s_own_page_is_one_click_away(demo: Demo) -> None:
+    link = "document.querySelector('#dashboard a')"
+    await eventually(lambda: demo.browser.evaluate(f"{link}.offsetParent !== null"), 10, pause=0.1)
+    url = await demo.browser.evaluate(f"{link}.href")
+    answer = await get(url)
+    assert answer.status == 200
+    assert answer.headers["content-type"].startswith("text/html")
 
 
 async def test_the_page_fits_and_is_kept_as_pictures(demo: Demo) -> None:
