@@ -185,7 +185,10 @@ class SideStreams:
 
         `begun`: a stream that has read nothing yet does not count. It is overtaken.
         """
-        firsts = [extent.first for extent in self.written]
+        extents = self.written.extents
+        if not self._streams and (not extents or extents[-1].first < position):
+            return self._size  # the usual case, once for each chunk
+        firsts = [extent.first for extent in extents]
         firsts += [
             stream.first for stream in self._streams if stream is not own and (stream.sent or not begun)
         ]

@@ -21,6 +21,7 @@ from distributor_node.shared.domain.jobs import RetryPlan
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.runtime.threads import BlockingPool
 from distributor_node.shared.waiting import background
+from tests.counters import counted
 from tests.end_to_end.client import Answer
 from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness
 from tests.waiting import eventually
@@ -107,13 +108,22 @@ async def test_a_cold_object_that_is_asked_for_in_pieces_is_read_once(harness: A
 
 async def test_the_end_of_an_object_comes_before_the_rest(tmp_path: Path) -> None:
     """As a player reads the index of an MP4. Its last bytes, which are not verified yet, are read twice."""
-    async with assets_harness(tmp_path, far_range_wait=4.0) as harness, fetcher(harness):
+    bridged = counted("distributor_stalled_fetches_bridged_total", end="complete")
+    async with (
+        assets_harness(tmp_path, far_range_wait=4.0, stalled_fetch_wait=60.0) as harness,
+        fetcher(harness),
+    ):
         harness.add("1", SIZE)
         for node in (harness.node, harness.second):
             node.faults.add(Fault(bytes_per_second=MIB))
         whole = await begin(harness)
-        tail = await view(harness, SIZE - 500_000, SIZE - 1)
-        assert tail.headers["x-data-source"] == "local"
+        reader, writer = await harness.connect()
+        writer.write(b"GET /api/v1/assets/1 HTTP/1.1\r\nHost: a\r\nRange: bytes=-500000\r\n\r\n")
+        assert b"x-data-source: local" in (await reader.readuntil(b"\r\n\r\n")).lower()
+        assert await reader.readexactly(500_000) == harness.data["1"][-500_000:]
+        await eventually(
+            lambda: counted("distributor_stalled_fetches_bridged_total", end="complete") == bridged + 1
+        )
         last = await view(harness, SIZE - 1000, SIZE - 1)
         assert last.headers["x-data-source"] == "external"
         assert not whole.done()

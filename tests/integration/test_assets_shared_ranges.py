@@ -11,7 +11,7 @@ import pytest
 
 from distributor_node.services.api.assets.decision import Span
 from distributor_node.services.api.assets.passages import STREAM_WINDOW, Passages
-from distributor_node.services.demo.faults import Fault
+from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.shared.adapters.sources.client import SourceClient
 from distributor_node.shared.adapters.sources.connections import SourceLimits
 from distributor_node.shared.adapters.sources.failover import FailoverReader
@@ -82,6 +82,7 @@ async def test_an_overlapping_range_follows_the_same_stream_and_goes_on_beyond_i
 async def test_a_client_that_stops_reading_holds_up_no_other(harness: AssetsHarness) -> None:
     """The other one is served to its end, and the bytes that the first still needs are read once more."""
     last = FIRST + 10 * MIB - 1
+    harness.node.faults.add(Fault(bytes_per_second=2 * MIB), Match(first=1))
     small = socket.socket()
     small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     await asyncio.to_thread(small.connect, ("127.0.0.1", harness.port))
@@ -89,9 +90,10 @@ async def test_a_client_that_stops_reading_holds_up_no_other(harness: AssetsHarn
     harness.writers.append(writer)
     writer.write(f"GET /api/v1/assets/1 HTTP/1.1\r\nHost: a\r\nRange: bytes={FIRST}-{last}\r\n\r\n".encode())
     await reader.readuntil(b"\r\n\r\n")
-    await asyncio.wait_for(get_range(harness, FIRST, last), 60)
+    await asyncio.wait_for(get_range(harness, FIRST, last), 40)
     async with asyncio.timeout(60):
         assert await reader.readexactly(10 * MIB) == harness.data["1"][FIRST : last + 1]
+    assert len(requests(harness)) == 2  # both followed the first one
 
 
 async def test_a_client_that_leaves_takes_no_stream_from_others(harness: AssetsHarness) -> None:
