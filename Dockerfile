@@ -32,7 +32,7 @@ ENV PATH=/opt/distributor/bin:$PATH \
     HEALTH_URL=http://127.0.0.1:9463/healthz
 USER 10001:10001
 WORKDIR /
-EXPOSE 3334 9463 9464 9465
+EXPOSE 3334 3336 9463 9464 9465
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["python3", "-c", "import os, urllib.request; urllib.request.urlopen(os.environ['HEALTH_URL'], timeout=4)"]
 ENTRYPOINT ["distributor"]

@@ -71,6 +71,16 @@ up: .env ## the whole stack with docker compose (ARGS="--profile demo" and the l
 down: .env ## stop the stack; volumes and their objects stay
 	@$(COMPOSE) --profile '*' down
 
+FLEET := $(COMPOSE) --project-directory . --file deploy/compose/fleet.yml
+
+.PHONY: up-fleet
+up-fleet: .env ## three nodes that act as one cache, behind the edge, with docker compose
+	@$(FLEET) $(ARGS) up --detach --build --wait
+
+.PHONY: down-fleet
+down-fleet: .env ## stop them; volumes and their objects stay
+	@$(FLEET) --profile '*' down
+
 .PHONY: logs
 logs: .env ## follow the stack's logs
 	@$(COMPOSE) --profile '*' logs --follow --tail 100
@@ -121,9 +131,9 @@ test-chaos: setup ## kill, cut, fill and corrupt, and check what clients see (CH
 	@$(PYTEST) tests/chaos --timeout 900 $(ARGS)
 
 .PHONY: test-browser
-test-browser: setup ## a real browser against a node; installs Chromium where apt is allowed, and hls.js below build/
+test-browser: setup ## a real browser against a node; installs Chromium where apt is allowed, hls.js and axe-core below build/
 	@deploy/servers/find-or-install.sh chromium npm
-	@npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix build/browser hls.js@1.7.4
+	@npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix build/browser hls.js@1.7.4 axe-core@4.14.1
 	@$(PYTEST) tests/browser $(ARGS)
 .PHONY: fuzz
 fuzz: setup ## mutated requests to both parsers and to nginx: all must find the same requests (ARGS="--mutations 5000 --seed 1")

@@ -10,7 +10,7 @@ from enum import StrEnum
 from benchmarks.dataset import KIB, Group
 from benchmarks.figures import Case
 from benchmarks.load import RequestSpec
-from benchmarks.peers import AGING, OURS, TRACED
+from benchmarks.peers import AGING, OURS, TRACED, WATCHED
 
 RANGE_BYTES = 64 * KIB
 _RANGES = 4000
@@ -35,7 +35,8 @@ class HitCase:
 
     `workers`: one and two workers side by side, the load on all CPUs; without it servers and load have a CPU each.
     `aging`: our node with fresh objects of an HTTP origin beside our node with immutable ones. `traced`: our node that
-    traces every request beside our node that traces none.
+    traces every request beside our node that traces none. `pages`: our node with its page open in many browsers beside
+    our node without its page.
     """
 
     name: str
@@ -46,6 +47,7 @@ class HitCase:
     workers: bool = False
     aging: bool = False
     traced: bool = False
+    pages: bool = False
     headline: str = "requests_per_second"
     higher_is_better: bool = True
 
@@ -56,6 +58,7 @@ class HitCase:
             (self.workers, f"{OURS}, 2 workers"),
             (self.aging, AGING),
             (self.traced, TRACED),
+            (self.pages, WATCHED),
         ):
             subject = name if applies else subject
         return Case(self.name, self.title, self.headline, subject, self.higher_is_better)
@@ -98,6 +101,12 @@ HIT_CASES = (
     ),
     HitCase("origin-4k", "random 4 KiB objects: of an HTTP origin, and immutable ones", "4k", aging=True),
     HitCase("traced-4k", "random 4 KiB objects, every request traced", "4k", traced=True),
+    HitCase(
+        "pages",
+        "random 4 KiB objects: with 20 pages of the node open, and without its page",
+        "4k",
+        pages=True,
+    ),
     HitCase("two-workers", "64 KiB objects, two workers against one, all CPUs", "64k", workers=True),
 )
 

@@ -10,7 +10,7 @@ from enum import StrEnum
 from benchmarks.figures import Measurement, figure_of, ratio_of
 from benchmarks.hostile import HOSTILE_CASES, LOADED, QUIET
 from benchmarks.misses import DIRECT
-from benchmarks.peers import AGING, CACHE, OURS, TRACED
+from benchmarks.peers import AGING, CACHE, OURS, TRACED, UNWATCHED, WATCHED
 from benchmarks.throughput import CURL, ONE_FETCHER, THREE_FETCHERS
 
 MILLION = "1,000,000 objects"
@@ -67,6 +67,7 @@ GOALS = (
     Goal("origin-4k", "fresh objects of an HTTP origin", RATE, 0.95, subject=AGING, peer=OURS),
     Goal("traced-4k", "hits with every request traced", RATE, 0.8, subject=TRACED, peer=OURS),
     Goal("traced-miss", "misses with every request traced", "misses_per_second", 0.95, subject=TRACED, peer=OURS),
+    Goal("pages", "hits with 20 pages of the node open", RATE, 0.97, subject=WATCHED, peer=UNWATCHED),
     Goal("two-workers", "two workers against one", RATE, 1.6, subject=f"{OURS}, 2 workers", peer=OURS),
     Goal(
         "miss-64k", "miss of 64 KiB, first byte", "first_byte_ms", 10.0,

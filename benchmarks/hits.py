@@ -7,6 +7,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -19,7 +20,7 @@ from benchmarks.client import LoadStats, head_request, run_all
 from benchmarks.dataset import Group
 from benchmarks.figures import Measurement, percentile, rotated
 from benchmarks.load import Load, LoadResult, run_wrk
-from benchmarks.peers import VARNISH, Peer
+from benchmarks.peers import VARNISH, Peer, Watched
 
 _WARM_CONNECTIONS = 8
 
@@ -61,7 +62,8 @@ def measure_case(
             if not case.workers:
                 pin(peer.pids, conditions.server_cpus)
             try:
-                figures = _measure(case, group, peer, conditions, tags[peer.name], number)
+                with peer.measured(conditions.load_cpus) if isinstance(peer, Watched) else nullcontext():
+                    figures = _measure(case, group, peer, conditions, tags[peer.name], number)
             except RuntimeError as error:
                 raise RuntimeError(f"{peer.name}: {error}") from error
             yield Measurement(case.name, peer.name, number, figures)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+from benchmarks.accounting import pin
 from benchmarks.dataset import Group, file_on_volume
 from benchmarks.nginx import Nginx
 from benchmarks.node import Node, RunningService
@@ -18,6 +22,9 @@ from tests.servers.redis_server import free_port
 OURS, CACHE, STATIC, VARNISH = "ours", "nginx proxy_cache", "nginx static", "varnish"
 AGING = f"{OURS}, HTTP origin"
 TRACED = f"{OURS}, traced"
+WATCHED, UNWATCHED = f"{OURS}, 20 pages open", f"{OURS}, without its page"
+PAGES = 20
+_PAGES_SETTLE = 3.0  # seconds until all processes report each second
 
 
 class Peer(Protocol):
@@ -73,6 +80,48 @@ class Ours:
         if self._service is None:
             raise RuntimeError(f"{self.name} is not running")
         return self._service
+
+
+class Watched(Ours):
+    """Ours with PAGES pages of the node open while it is measured, or (`pages` 0) with its page turned off."""
+
+    def __init__(self, node: Node, name: str, pages: int) -> None:
+        super().__init__(node, 1, name)
+        self._pages, self._port = pages, free_port()
+
+    def start(self) -> None:
+        self._service = self._node.start(
+            "api",
+            DISTRIBUTOR_DASHBOARD__ENABLED=str(self._pages > 0),
+            DISTRIBUTOR_DASHBOARD__PORT=str(self._port),
+        )
+
+    @contextmanager
+    def measured(self, cpus: frozenset[int] | None) -> Iterator[None]:
+        """Open the pages on the CPUs of the load for the time of the block."""
+        if not self._pages:
+            yield
+            return
+        urls = [f"http://127.0.0.1:{self._port}/events"] * self._pages
+        command = [
+            "curl",
+            "--silent",
+            "--no-buffer",
+            "--parallel",
+            "--parallel-immediate",
+            "--parallel-max",
+            "100",
+        ]
+        process = subprocess.Popen([*command, *urls], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            pin([process.pid], cpus)
+            time.sleep(_PAGES_SETTLE)
+            yield
+            if process.poll() is not None:
+                raise RuntimeError(f"the pages were closed: curl ended with {process.returncode}")
+        finally:
+            process.kill()
+            process.wait()
 
 
 class NginxCache:

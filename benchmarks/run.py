@@ -28,12 +28,16 @@ from benchmarks.peers import (
     AGING,
     CACHE,
     OURS,
+    PAGES,
     TRACED,
+    UNWATCHED,
+    WATCHED,
     NginxCache,
     NginxStatic,
     Ours,
     Peer,
     Varnish,
+    Watched,
     varnish_program,
 )
 from benchmarks.report import Report
@@ -138,11 +142,12 @@ class Run:
             peers = self._peers(environment)
             self._start(peers, self._held, resources)
             for case in self._hits:
-                if not (case.workers or case.aging or case.traced):
+                if not (case.workers or case.aging or case.traced or case.pages):
                     self._measure_hits(case, peers)
             self._measure_pairs(environment)
             self._measure_aging(environment)
             self._measure_traced(environment)
+            self._measure_pages(environment)
             for peer in peers:
                 pin(peer.pids, frozenset(os.sched_getaffinity(0)))
             self._measure_misses(environment, only_comparable(peers))
@@ -256,6 +261,19 @@ class Run:
                 self._record(TRACED_MISSES, traced_misses(pair, unused, self._options.rounds))
                 for fetcher in fetchers:
                     fetcher.stop()
+
+    def _measure_pages(self, environment: Environment) -> None:
+        """Ours with its page open in many browsers, and without it."""
+        for case in self._hits:
+            if not case.pages or self._options.check_harness:
+                continue
+            pair: list[Peer] = [
+                Watched(environment.node, WATCHED, PAGES),
+                Watched(environment.node, UNWATCHED, 0),
+            ]
+            with ExitStack() as resources:
+                self._start(pair, [self._groups[case.group]], resources)
+                self._measure_hits(case, pair)
 
     def _measure_misses(self, environment: Environment, peers: Sequence[Peer]) -> None:
         chosen = [case for name, case in MISS_CASES.items() if name in self._options.cases]

@@ -10,7 +10,7 @@ from distributor_node.shared.adapters.volume.layout import TOP_DIRECTORIES
 
 
 def bytes_on_volume(root: Path) -> int:
-    """File sizes of all objects, records and partial files. Files may vanish at the same time."""
+    """File sizes of all objects, records and partial files, without the holes of these. Files may vanish."""
     return sum(_bytes_below(root / name) for name in TOP_DIRECTORIES)
 
 
@@ -25,5 +25,7 @@ def _bytes_below(folder: Path) -> int:
             if stat.S_ISDIR(seen.st_mode):
                 total += _bytes_below(Path(entry.path))
             elif stat.S_ISREG(seen.st_mode):
-                total += seen.st_size
+                total += (
+                    min(seen.st_size, seen.st_blocks * 512) if entry.name.endswith(".part") else seen.st_size
+                )
     return total

@@ -63,6 +63,40 @@ if [ "$proxy_protocol" = on ]; then
     header=proxy_protocol
 fi
 
+# Several nodes: one group, in which an object has a place of its own. A node that fails is left out, and the next in line
+# is asked in its place.
+EDGE_UPSTREAM_GROUP=""
+nodes=0
+servers=""
+for node in ${EDGE_UPSTREAMS:-}; do
+    case $node in
+    *[!A-Za-z0-9.:_-]* | *[!0-9]*:*[!0-9]* | :* | *: | *:*:*) refuse "EDGE_UPSTREAMS: expected HOST:PORT, got '$node'" ;;
+    *:*) ;;
+    *) refuse "EDGE_UPSTREAMS: expected HOST:PORT, got '$node'" ;;
+    esac
+    nodes=$((nodes + 1))
+    again=""
+    case $node in
+    # A name whose address may change: asked for again, where this nginx can do that.
+    *[A-Za-z]*) ! newer 1 27 3 || again=" resolve" ;;
+    esac
+    servers="$servers    server $node max_fails=2 fail_timeout=5s$again;
+"
+done
+case ${EDGE_BALANCE:-hash} in
+hash) balance='hash $edge_object consistent;' ;;
+least_conn) balance="least_conn;" ;;
+*) refuse "EDGE_BALANCE: expected hash or least_conn, got '$EDGE_BALANCE'" ;;
+esac
+if [ "$nodes" -gt 0 ]; then
+    [ -z "${EDGE_SENDFILE_TYPE:-}" ] || refuse "EDGE_UPSTREAMS: cannot be set together with ACCEL_REDIRECT_PREFIX, since the nodes' volumes are not here"
+    EDGE_UPSTREAM_GROUP="upstream nodes {
+    zone nodes 256k;
+    $balance
+$servers}"
+fi
+export EDGE_UPSTREAM_GROUP
+
 # Listeners: IPv6 where the kernel has it; TLS where there is a certificate, unless a file in the directory brings its own.
 listen="backlog=1024"
 [ "$proxy_protocol" = off ] || listen="$listen proxy_protocol"
@@ -140,7 +174,10 @@ export EDGE_LISTENERS EDGE_REAL_IP EDGE_SCHEMES EDGE_REDIRECTS EDGE_HSTS_VALUES 
 
 # Nothing but these: nginx's own variables look the same.
 names=$(grep -o '\${EDGE_[A-Z_]*}' "$HERE/distributor.conf.template" | sort -u)
-envsubst "$names" <"$HERE/distributor.conf.template" >"$TARGET/distributor.conf"
+# Without EDGE_UPSTREAMS the name `api` is asked for its addresses again and again.
+api='http://$api:3334'
+[ "$nodes" = 0 ] || api=http://nodes
+envsubst "$names" <"$HERE/distributor.conf.template" | sed "s|http://[$]api:3334|$api|" >"$TARGET/distributor.conf"
 
 [ "${1:-}" != --render ] || exit 0
 exec nginx -g "daemon off; worker_processes $(number EDGE_WORKERS 2);"

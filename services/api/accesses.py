@@ -1,4 +1,4 @@
-"""Tells the other services what clients ask for: accesses, and which objects have viewers now.
+"""Tells the other services what clients ask for: accesses, which objects have viewers now, and where these wait.
 
 Accesses are counted in process and written in batches, so that a hit costs no call.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from time import monotonic
+from typing import Any
 
 import structlog
 
@@ -20,7 +22,8 @@ from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.observability.metrics import DROPPED_ACCESSES
-from distributor_node.shared.ports.state_store import MAX_VIEWED, Access, StateStore
+from distributor_node.shared.ports.state_store import MAX_VIEWED, MAX_WANTED, Access, StateStore
+from distributor_node.shared.waiting import background
 
 FLUSH_INTERVAL = 1.0
 MAX_PENDING = 10_000
@@ -135,6 +138,13 @@ class AccessRenewal:
 
 REPORT_INTERVAL = 2.0
 """Seconds between two reports: less than the time for which one counts as current."""
+MAX_POSITIONS = 200
+"""Viewers whose positions one process tells."""
+Position = Callable[[], int]
+"""Returns the first byte that a viewer has not got yet."""
+
+_WANTED_PAUSE = 0.01  # seconds between two reports of positions: those that come in between go together
+_MAX_WANTING = 1_000  # objects in one of them
 
 
 class Viewers:
@@ -143,27 +153,65 @@ class Viewers:
     def __init__(self, state: StateStore) -> None:
         self._state = state
         self._viewing: Counter[ObjectId] = Counter()
+        self._positions: dict[int, tuple[ObjectId, Position]] = {}
+        self._serial = count(1)
         self._left: dict[ObjectId, None] = {}  # since the last report
+        self._wanted: dict[ObjectId, dict[int, None]] = {}  # not reported yet
+        self._has_wanted = asyncio.Event()
         self._outage = OutageLog(logger, down="viewers_not_reported", up="viewers_reported")
 
     @contextmanager
-    def viewing(self, object_id: ObjectId) -> Iterator[None]:
+    def viewing(self, object_id: ObjectId, position: Position) -> Iterator[None]:
         """A client reads the object, or waits for it, during the block."""
         self._viewing[object_id] += 1
+        serial = next(self._serial)
+        if len(self._positions) < MAX_POSITIONS:
+            self._positions[serial] = object_id, position
         try:
             yield
         finally:
+            self._positions.pop(serial, None)
             self._viewing[object_id] -= 1
             if not self._viewing[object_id]:
                 del self._viewing[object_id]
             if len(self._left) < MAX_VIEWED:
                 self._left[object_id] = None
 
+    async def positions(self, watched: bool) -> Mapping[str, Any]:
+        """Return who reads where, for the node's page: by object, a number of the viewer and the byte it has got to."""
+        if not watched:
+            return {}
+        viewers: dict[str, list[tuple[int, int]]] = {}
+        for serial, (object_id, position) in self._positions.items():
+            viewers.setdefault(object_id, []).append((serial, position()))
+        return {"viewers": viewers}
+
+    def want(self, object_id: ObjectId, position: int) -> None:
+        """A client waits for the byte at `position`, which its fetch may bring first. Reported at once."""
+        if object_id in self._wanted or len(self._wanted) < _MAX_WANTING:
+            self._wanted.setdefault(object_id, {})[position] = None
+            self._has_wanted.set()
+
     async def run(self) -> None:
         """Report at intervals, until cancelled."""
+        async with background(self._report_wanted(), "wanted-positions"):
+            while True:
+                await asyncio.sleep(REPORT_INTERVAL)
+                await self.report()
+
+    async def _report_wanted(self) -> None:
         while True:
-            await asyncio.sleep(REPORT_INTERVAL)
-            await self.report()
+            await self._has_wanted.wait()
+            self._has_wanted.clear()
+            wanted, self._wanted = self._wanted, {}
+            for object_id, positions in wanted.items():
+                try:
+                    await self._state.record_wanted(object_id, list(positions)[-MAX_WANTED:])
+                except StateStoreUnavailable as error:
+                    # Clients that go on waiting say so again, or are served from a source.
+                    logger.debug("positions_not_reported", reason=str(error))
+                    break
+            await asyncio.sleep(_WANTED_PAUSE)
 
     async def report(self) -> None:
         """Report once. What could not be reported is dropped: the next report is as good."""

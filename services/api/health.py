@@ -54,19 +54,30 @@ class HealthChecks:
 
     async def readiness(self) -> Readiness:
         """Check public port, volume, state store, job queue, catalog and import."""
-        context = self._context
-        volume, *others = await asyncio.gather(
+        dependencies = await self.dependencies()
+        unfinished_import = await asyncio.to_thread(self._check_import)
+        problems = (dependencies.pop("public port"), dependencies.pop("volume"), unfinished_import)
+        degraded = (*dependencies.values(), self._check_workers(), self._check_lookups())
+        return Readiness(
+            problems=tuple(problem for problem in problems if problem),
+            degraded=tuple(missing for missing in degraded if missing),
+        )
+
+    async def dependencies(self) -> dict[str, str | None]:
+        """What is wrong with each thing that the node depends on, in words; None: nothing."""
+        volume, state_store, job_queue, catalog = await asyncio.gather(
             self._check("volume", self._check_volume),
             self._check("state store", self._check_state_store),
-            self._check("job queue", context.queue.ping),
+            self._check("job queue", self._context.queue.ping),
             self._check("catalog", self._check_catalog),
         )
-        others.append(self._check_workers())
-        unfinished_import = await asyncio.to_thread(self._check_import)
-        return Readiness(
-            problems=tuple(problem for problem in (self._check_port(), volume, unfinished_import) if problem),
-            degraded=tuple(missing for missing in (*others, self._check_lookups()) if missing),
-        )
+        return {
+            "public port": self._check_port(),
+            "volume": volume,
+            "state store": state_store,
+            "job queue": job_queue,
+            "catalog": catalog,
+        }
 
     def _check_port(self) -> str | None:
         if self._context.operator_state.current.stopped:

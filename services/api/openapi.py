@@ -350,13 +350,23 @@ def _age(figure: str) -> Json:
     }
 
 
+_BASE_URLS: Json = {"type": "array", "items": {"type": "string", "format": "uri"}}
+
 SCHEMAS: Json = {
     "ErrorResponse": {
         **record(optional=["type"], type=_TEXT, message=_TEXT),
         "additionalProperties": False,
     },
     "StatusResponse": record(
-        optional=["downloadsQueued", "workersAlive", "version", "workerId", "nodeEnv", "queryNodeStatus"],
+        optional=[
+            "downloadsQueued",
+            "workersAlive",
+            "version",
+            "workerId",
+            "nodeEnv",
+            "queryNodeStatus",
+            "peers",
+        ],
         id=_TEXT,
         objectsInCache=count(),
         storageLimit=count(),
@@ -376,6 +386,10 @@ SCHEMAS: Json = {
             age=_age("blocksProcessed"),
             chainHeadAge=_age("chainHead"),
         ),
+        peers={
+            **record(alive=_BASE_URLS, known=_BASE_URLS),
+            "description": "Only in a fleet: the other nodes that are alive, and all others.",
+        },
     ),
     "BucketsResponse": {
         "oneOf": [

@@ -52,6 +52,13 @@ def end_chunked_head_response(request: Request) -> None:
         http.stage = Stage.IDLE
 
 
+async def send_processing(request: Request) -> None:
+    """Tell the client that its request is being worked on, before the response begins (102, RFC 2518 section 10.1)."""
+    http = request.stream
+    if isinstance(http, ApiHttp) and http.stage is Stage.HANDLER and request.version == "1.1":
+        await http.protocol.send(b"HTTP/1.1 102 Processing\r\n\r\n")  # type: ignore[no-untyped-call]
+
+
 class ApiHttp(Http):
     """The requests and responses of one connection: adds the request id, and keeps the record of each request."""
 

@@ -53,6 +53,7 @@ class RequestRecord:
     logged: bool = True  # as an event; otherwise an access log or nothing has it
     log_hits: bool = False  # hits are logged, too
     client: str | None = None  # its address, if addresses are logged
+    trace_id: str | None = None  # of its trace, if one is recorded
 
 
 def request_record(request: Request) -> RequestRecord:
@@ -129,6 +130,7 @@ def log_request(
 ) -> None:
     """Log one request."""
     client = {} if record.client is None else {"client": record.client}
+    trace = {} if record.trace_id is None else {"trace_id": record.trace_id}
     logger.info(
         "request_answered",
         request_id=record.request_id,
@@ -143,6 +145,7 @@ def log_request(
         source=source,
         cut=record.abort_reason,
         **client,
+        **trace,
     )
 
 

@@ -53,6 +53,7 @@ from distributor_node.shared.domain.errors import (
     TooManyOpenFiles,
 )
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.peers import HOP_HEADER
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 from distributor_node.shared.settings.model import PublicApi
@@ -78,7 +79,7 @@ class RawPathRouter(Router):
         """Return the route, its handler and the handler's arguments. Raises NotFound or MethodNotAllowed."""
         prefix = ASSETS if path.startswith(ASSETS) else _CACHE if path.startswith(_CACHE) else ""
         rest = path[len(prefix) :].removesuffix("/")
-        group = self._by_path().get(f"{prefix}<object_id>" if prefix else rest)
+        group = self._by_path().get(f"{prefix}<object_id>" if prefix else rest or "/")
         if group is None:
             raise NotFound("")
         route = group.get(method)
@@ -354,10 +355,12 @@ class TracedAssets:
             started=time.time() - (time.perf_counter() - record.started),
             attributes=asset_attributes(request.method, object_id, record.request_id),
         ) as span:
-            if span.trace_id:
-                structlog.contextvars.bind_contextvars(trace_id=span.trace_id)
+            record.trace_id = span.trace_id or None
+            traced = {"trace_id": span.trace_id} if span.trace_id else {}
             try:
-                await self._assets.handle(request, object_id)
+                # Not longer than the request: the connection's task serves others after it.
+                with structlog.contextvars.bound_contextvars(**traced):
+                    await self._assets.handle(request, object_id)
             except Exception as error:  # noqa: BLE001  raised after the span: a 404 is no failure of the server
                 failure = error
             response = getattr(request.stream, "response", None)
@@ -387,6 +390,7 @@ def build_app(context: ApiContext, assets: AssetResponder) -> ApiApplication:
     reporter = StatusReporter(context, usage, squid_status)
     _add_status(application, reporter)
     _add_health(application)
+    _add_front_page(application)
     application.ctx.fast_path = None
     application.ctx.usage, application.ctx.squid_status = usage, squid_status
     return application
@@ -423,7 +427,9 @@ def _query_of(request: Request) -> str:
 def _add_status(application: ApiApplication, reporter: StatusReporter) -> None:
     document = files("distributor_node.services.api").joinpath("openapi.json").read_bytes()
 
-    async def status(_request: Request) -> HTTPResponse:
+    async def status(request: Request) -> HTTPResponse:
+        if HOP_HEADER in request.headers:
+            request_record(request).logged = False  # a peer's probe, one each second
         return _json(await reporter.status())
 
     async def buckets(_request: Request) -> HTTPResponse:
@@ -445,6 +451,42 @@ def _add_health(application: ApiApplication) -> None:
         return _json({"status": "ok"})
 
     _add(application, "/healthz", healthz)
+
+
+_FRONT_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Distributor node</title>
+</head>
+<body>
+<p>This is the address of a distributor node: a server that keeps copies of media objects and sends them to players and
+browsers, each at <code>api/v1/assets/</code> and its id. How programs talk to it is described by its
+<a href="api/v1/openapi.json">API document</a> (OpenAPI).</p>
+</body>
+</html>
+"""
+
+
+def _add_front_page(application: ApiApplication) -> None:
+    """Tell a person what this address is. For programs there is nothing at `/`, whatever they ask it for."""
+    headers = {
+        "Cache-Control": "public, max-age=3600",
+        "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        "Vary": "Accept",
+        "X-Content-Type-Options": "nosniff",
+    }
+
+    async def front_page(request: Request) -> HTTPResponse:
+        request_record(request).path = "/"
+        if request.method not in _READ or "text/html" not in request.headers.get("accept", ""):
+            raise NotFound("")
+        return HTTPResponse(_FRONT_PAGE, 200, headers, "text/html; charset=utf-8")
+
+    methods = (*_READ, "OPTIONS", "POST", "PUT", "PATCH", "DELETE")
+    application.add_route(front_page, "/", methods=methods, name="front_page")
 
 
 def _add(application: ApiApplication, path: str, handler: Any) -> None:

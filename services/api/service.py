@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import structlog
 
@@ -16,14 +17,19 @@ from distributor_node.services.api.accesses import AccessCounter, Viewers
 from distributor_node.services.api.assets.handler import AssetHandler
 from distributor_node.services.api.clients import ClientAddresses, SlowClients
 from distributor_node.services.api.context import ApiContext, CurrentAssignment
+from distributor_node.services.api.dashboard.feed import Feed
+from distributor_node.services.api.dashboard.server import DashboardServer
 from distributor_node.services.api.fast_path.handler import build_fast_path
 from distributor_node.services.api.fast_path.protocol import FastPathProtocol
 from distributor_node.services.api.fetch_capacity import FetchCapacity, FetchEvents
 from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.listen import ListenAddress
 from distributor_node.services.api.operator.app import operator_api
+from distributor_node.services.api.operator.explain import ObjectExplainer
 from distributor_node.services.api.sanic_app import TracedAssets, build_app, unregister_application
 from distributor_node.services.api.server import PublicServer
+from distributor_node.services.api.status import UsageReader
+from distributor_node.shared.adapters.peers import Peers
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import Volume
 from distributor_node.shared.domain.errors import ConfigurationError, VolumeError
@@ -43,6 +49,7 @@ from distributor_node.shared.runtime.factories import (
     build_catalog,
     build_failover_reader,
     build_job_queue,
+    build_peers,
     build_source_client,
     build_source_stats_sync,
     build_state_store,
@@ -52,6 +59,7 @@ from distributor_node.shared.runtime.factories import (
 )
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
 from distributor_node.shared.runtime.process import VERSION, process_name
+from distributor_node.shared.runtime.process_reports import Part, ProcessKind, ProcessReporter
 from distributor_node.shared.runtime.run_service import ServiceScope
 from distributor_node.shared.runtime.systemd import READY, notify
 from distributor_node.shared.settings.model import Settings
@@ -69,6 +77,7 @@ def make_context(
     queue: JobQueue,
     catalog: Catalog,
     failover_reader: FailoverReader,
+    peers: Peers | None = None,
 ) -> ApiContext:
     """Build the context of the handlers. The ports must be open before the first request."""
     operator_state = OperatorStateWatcher(state, volume.root, settings.assignment)
@@ -87,6 +96,7 @@ def make_context(
         operator_state=operator_state,
         client_addresses=ClientAddresses(settings.public_api.trusted_proxies),
         slow_clients=SlowClients(settings.public_api.minimum_client_rate),
+        peers=peers,
     )
 
 
@@ -118,10 +128,12 @@ async def run_api(
     client = await resources.enter_async_context(
         build_source_client(settings, max_connections=settings.public_api.max_proxied)
     )
+    peers = build_peers(settings, stats_sync.registry, max_connections=settings.public_api.max_proxied)
+    if peers is not None:
+        await resources.enter_async_context(peers)
     describe_build(VERSION, "api")
-    context = make_context(
-        settings, volume, state, queue, catalog, build_failover_reader(client, stats_sync.registry)
-    )
+    failover_reader = build_failover_reader(client, stats_sync.registry, peers)
+    context = make_context(settings, volume, state, queue, catalog, failover_reader, peers)
     scope.reloads.extend(reloads_of(catalog))
     await serve_api(context, scope.stop_requested, probe_path=probe_path, listener=listener)
     return context.operator_state.shutting_down
@@ -131,10 +143,11 @@ async def serve_api(
     context: ApiContext,
     stop_requested: asyncio.Event,
     *,
-    service: str = "api",
+    service: Literal["api", "standalone"] = "api",
     probe_path: Path | None = None,
     listener: socket.socket | None = None,
     on_listening: Callable[[int], None] | None = None,
+    parts: Sequence[Part] = (),
 ) -> None:
     """Serve until `stop_requested`, then let responses finish within the shutdown deadline, less the time for closing.
 
@@ -142,8 +155,8 @@ async def serve_api(
     that shares the public port with others and whose supervisor answers for all.
     `listener`: the public port, if systemd has opened it.
 
-    `on_listening` is called with the port, unless an operator has stopped the public API. Raises ConfigurationError if
-    a port is unavailable.
+    `on_listening` is called with the port, unless an operator has stopped the public API. `parts`: what other services
+    in this process report for the node's page. Raises ConfigurationError if a port is unavailable.
     """
     settings = context.settings
     assets = AssetHandler(context)
@@ -206,6 +219,12 @@ async def serve_api(
                     name="watch-space",
                 ),
                 group.create_task(application.ctx.squid_status.run(), name="squid-status"),
+                *(
+                    group.create_task(work, name=name)
+                    for name, work in dashboard_works(
+                        context, application.ctx.usage, health, service, parts
+                    ).items()
+                ),
             ]
             if access_log is not None:
                 tasks.append(group.create_task(access_log.run(), name="access-log"))
@@ -227,6 +246,24 @@ async def serve_api(
         await assets.close()
         await application.ctx.usage.close()
         unregister_application(application)
+
+
+def dashboard_works(
+    context: ApiContext,
+    usage: UsageReader,
+    health: HealthChecks,
+    kind: ProcessKind,
+    parts: Sequence[Part],
+) -> dict[str, Coroutine[Any, Any, None]]:
+    """Return what runs for the node's page, by name: reports, history, and the server where the port is free."""
+    settings = context.settings
+    if not settings.dashboard.enabled:
+        return {}
+    reporter = ProcessReporter(context.state, kind, [context.viewers.positions, *parts])
+    explainer = ObjectExplainer(context.state, context.volume, settings.evictor)
+    feed = Feed(context, usage, health, explainer)
+    server = DashboardServer(settings.dashboard, feed, context.state, reporter.wake)
+    return {"report-process": reporter.run(), "dashboard-history": feed.run(), "dashboard": server.run()}
 
 
 # Operator state in one API process: the assignment, the open or closed public port, the shutdown.

@@ -110,6 +110,9 @@ class StatusReporter:
             "nodeEnv": settings.environment,
             "queryNodeStatus": await self._squid_status_fields(),
         }
+        peers = self._context.peers
+        if peers is not None:
+            fields["peers"] = {"alive": sorted(peers.alive), "known": sorted(peers.known)}
         worker_id = self._context.assignment.current.worker_id
         if worker_id is not None:
             fields["workerId"] = worker_id

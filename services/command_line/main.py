@@ -15,6 +15,7 @@ import typer
 from distributor_node.services.command_line.init import init
 from distributor_node.services.command_line.operator import app as operator_app
 from distributor_node.services.command_line.replay import replay
+from distributor_node.services.command_line.top import status, top
 from distributor_node.shared.domain.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ app.add_typer(config_app, name="config")
 app.add_typer(operator_app, name="operator")
 app.command()(replay)
 app.command("init")(init)
+app.command("top")(top)
+app.command("status")(status)
 
 
 def _print_version(wanted: bool) -> None:

@@ -9,11 +9,15 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
-from urllib.parse import quote, urlencode
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote, urlencode, urlsplit
 
 import typer
 
+if TYPE_CHECKING:
+    from distributor_node.shared.settings.peers import PeerSettings
+
+_CONFIG = "distributor.config"
 # Limits of one request: the token in its head contains the body too, and a head has at most 16 KiB.
 _IDS_BATCH = 200
 _MAX_BODY = 6000
@@ -31,6 +35,10 @@ Ids = Annotated[
     list[str] | None, typer.Argument(metavar="ID…", help="Object ids; `-` reads them from standard input.")
 ]
 All = Annotated[bool, typer.Option("--all", help="All objects.")]
+Fleet = Annotated[
+    bool,
+    typer.Option("--fleet", help="At all nodes of the fleet (needs --config), with a result for each."),
+]
 
 
 @app.callback()
@@ -50,6 +58,46 @@ def options(
 ) -> None:
     """Set the node's URL and secret."""
     context.obj = lambda: _client(url, secret_file, config)
+    context.meta[_CONFIG] = config
+
+
+def _fleet_clients(context: typer.Context) -> list[OperatorClient]:
+    """One client for each node of the fleet that the settings name."""
+    from distributor_node.shared.settings import load_settings
+
+    config: Path | None = context.meta.get(_CONFIG)
+    if config is None:
+        raise typer.BadParameter("--fleet: expected --config with the settings of one node of the fleet")
+    settings = load_settings(config)
+    urls = settings.peers.operator_urls or tuple(
+        f"http://{_host_of(url)}:{settings.operator_api.port}" for url in _members(settings.peers)
+    )
+    if not urls:
+        raise typer.BadParameter(f"--fleet: expected peers.urls or peers.dns in {config}")
+    client: OperatorClient = context.obj()
+    return [client.at(url) for url in urls]
+
+
+def _members(peers: PeerSettings) -> list[str]:
+    """The base URLs of all nodes."""
+    import socket
+
+    if peers.dns is None:
+        return list(peers.urls)
+    host, _, port = peers.dns.rpartition(":")
+    try:
+        found = {str(entry[4][0]) for entry in socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)}
+    except OSError as error:
+        raise typer.BadParameter(f"peers.dns: {host} cannot be resolved: {error.strerror}") from error
+    return [
+        f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+        for address in sorted(found)
+    ]
+
+
+def _host_of(url: str) -> str:
+    host = urlsplit(url).hostname or ""
+    return f"[{host}]" if ":" in host else host
 
 
 def _client(url: str | None, secret_file: Path | None, config: Path | None) -> OperatorClient:
@@ -121,24 +169,24 @@ def drain(
 
 
 @app.command()
-def purge(context: typer.Context, ids: Ids = None, all_objects: All = False) -> None:
+def purge(context: typer.Context, ids: Ids = None, all_objects: All = False, fleet: Fleet = False) -> None:
     """Remove objects, including pinned ones. Responses under way are completed."""
     if all_objects and not ids:
-        _run(context, lambda client: client.command("purge", {"all": True}))
+        _run(context, lambda client: client.command("purge", {"all": True}), fleet=fleet)
     else:
-        _for_ids(context, "purge", ids, all_objects)
+        _for_ids(context, "purge", ids, all_objects, fleet=fleet)
 
 
 @app.command()
-def pin(context: typer.Context, ids: Ids = None) -> None:
+def pin(context: typer.Context, ids: Ids = None, fleet: Fleet = False) -> None:
     """Never evict these objects."""
-    _for_ids(context, "pin", ids)
+    _for_ids(context, "pin", ids, fleet=fleet)
 
 
 @app.command()
-def unpin(context: typer.Context, ids: Ids = None) -> None:
+def unpin(context: typer.Context, ids: Ids = None, fleet: Fleet = False) -> None:
     """Let these objects be evicted again."""
-    _for_ids(context, "unpin", ids)
+    _for_ids(context, "unpin", ids, fleet=fleet)
 
 
 @app.command()
@@ -148,6 +196,7 @@ def warm(
     bucket: Annotated[str | None, typer.Option(help="All objects of one bucket, such as 0:1.")] = None,
     all_objects: All = False,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Show the progress until the end.")] = True,
+    fleet: Fleet = False,
 ) -> None:
     """Fetch objects before they are requested, while there is space. Ctrl-C ends only the progress display."""
     scopes: list[dict[str, Any]] = []
@@ -170,7 +219,7 @@ def warm(
                 progress = _watch(client)
         return progress
 
-    _run(context, execute)
+    _run(context, execute, fleet=fleet)
 
 
 @app.command("warming")
@@ -223,22 +272,31 @@ def orders(context: typer.Context) -> None:
     _run(context, lambda client: client.query("orders"))
 
 
-def _for_ids(context: typer.Context, name: str, ids: Sequence[str] | None, all_objects: bool = False) -> None:
+def _for_ids(
+    context: typer.Context,
+    name: str,
+    ids: Sequence[str] | None,
+    all_objects: bool = False,
+    *,
+    fleet: bool = False,
+) -> None:
     if not ids or all_objects:
         raise typer.BadParameter(
             "expected object ids" + (", or --all without ids" if name == "purge" else "")
         )
 
+    batches = list(_batches(ids)) if fleet else _batches(ids)
+
     def execute(client: OperatorClient) -> dict[str, Any]:
         response: dict[str, Any] = {}
-        for batch in _batches(ids):
+        for batch in batches:
             result = client.command(name, {"ids": batch})
             for key in result.keys() & {"changed", "purging"}:
                 result[key] += response.get(key, 0)
             response = result
         return response
 
-    _run(context, execute)
+    _run(context, execute, fleet=fleet)
 
 
 def _batches(ids: Sequence[str]) -> Iterator[list[str]]:
@@ -283,8 +341,16 @@ def _watch(client: OperatorClient) -> dict[str, Any]:
             time.sleep(_POLL_INTERVAL)
 
 
-def _run(context: typer.Context, ask: Callable[[OperatorClient], dict[str, Any] | None]) -> None:
-    """Send a request and print its response. If the node rejects it, print the reason and exit with code 1."""
+def _run(
+    context: typer.Context, ask: Callable[[OperatorClient], dict[str, Any] | None], *, fleet: bool = False
+) -> None:
+    """Send a request and print its response. If the node rejects it, print the reason and exit with code 1.
+
+    `fleet`: send it to all nodes. Prints a line for each, and exits with code 1 if any of them has failed.
+    """
+    if fleet:
+        _run_at_all(_fleet_clients(context), ask)
+        return
     client = context.obj()
     try:
         response = ask(client)
@@ -297,6 +363,22 @@ def _run(context: typer.Context, ask: Callable[[OperatorClient], dict[str, Any] 
         print(json.dumps(response))
 
 
+def _run_at_all(
+    clients: Sequence[OperatorClient], ask: Callable[[OperatorClient], dict[str, Any] | None]
+) -> None:
+    failed = False
+    for client in clients:
+        try:
+            print(json.dumps({"node": client.url, "result": ask(client)}))
+        except OperatorError as error:
+            failed = True
+            print(json.dumps({"node": client.url, "error": str(error)}))
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+    if failed:
+        raise typer.Exit(1)
+
+
 class OperatorError(Exception):
     """The node rejected the request, or cannot be reached. The message says why."""
 
@@ -305,7 +387,11 @@ class OperatorClient:
     """`url`: of the operator API, such as http://127.0.0.1:3335."""
 
     def __init__(self, url: str, secret: str) -> None:
-        self._url, self._secret = url.rstrip("/"), secret
+        self.url, self._secret = url.rstrip("/"), secret
+
+    def at(self, url: str) -> OperatorClient:
+        """Return a client of another node with the same secret."""
+        return OperatorClient(url, self._secret)
 
     def command(self, name: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Send a POST and return the JSON of the response. Raises OperatorError."""
@@ -331,17 +417,17 @@ class OperatorClient:
         content = None if body is None else json.dumps(body)
         try:
             response = httpx.request(
-                method, self._url + path, headers=headers, content=content, timeout=_TIMEOUT, trust_env=False
+                method, self.url + path, headers=headers, content=content, timeout=_TIMEOUT, trust_env=False
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise OperatorError(
-                f"{self._url} cannot be reached: {str(error) or type(error).__name__}"
+                f"{self.url} cannot be reached: {str(error) or type(error).__name__}"
             ) from error
         try:
             result = response.json()
         except ValueError as error:
             raise OperatorError(
-                f"{self._url} is not an operator API: it responded {response.status_code} without JSON"
+                f"{self.url} is not an operator API: it responded {response.status_code} without JSON"
             ) from error
         if not response.is_success or not isinstance(result, dict):
             message = result.get("message", "") if isinstance(result, dict) else ""

@@ -33,13 +33,13 @@ def content_hash(content: Content) -> str:
     return base58.b58encode(_BLAKE3_256 + hasher.digest()).decode("ascii")
 
 
-def manifest_text(objects: Iterable[DemoObject], base_url: str) -> str:
-    """Return the manifest as YAML. An object's URL is the base followed by its id."""
-    base = base_url if base_url.endswith("/") else base_url + "/"
+def manifest_text(objects: Iterable[DemoObject], *base_urls: str) -> str:
+    """Return the manifest as YAML. The URLs of an object are the bases, each followed by its id."""
+    bases = ", ".join(f'"{base.rstrip("/")}/"' for base in base_urls)
     lines = [
         "# Written by `python -m distributor_node.services.demo.manifest`.",
         "version: 1",
-        f'base_urls: ["{base}"]',
+        f"base_urls: [{bases}]",
         "objects:",
     ]
     for item in objects:
@@ -58,11 +58,11 @@ def known_hash(item: DemoObject) -> str:
     return known or content_hash(item.content)
 
 
-def write_manifest(target: Path, objects: Iterable[DemoObject], base_url: str) -> None:
+def write_manifest(target: Path, objects: Iterable[DemoObject], *base_urls: str) -> None:
     """Write the manifest atomically. Raises OSError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(target.name + ".new")
-    draft.write_text(manifest_text(objects, base_url), encoding="utf-8")
+    draft.write_text(manifest_text(objects, *base_urls), encoding="utf-8")
     draft.replace(target)
 
 

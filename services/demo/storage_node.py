@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import structlog
 import uvloop
@@ -196,17 +196,34 @@ class StorageNode:
 # Beside its API, the node serves the faults, the request log and the demo page.
 
 
+class StoryTeller(Protocol):
+    """What the page shows and does with one film, where the demo runs the distributor node, too."""
+
+    def document(self) -> dict[str, Any]:
+        """Return the document `/story.json`."""
+
+    def begin(self, scene: str) -> bool:
+        """Begin a scene. False: there is none of this name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The demo page."""
+    """The demo page, and the files beside it."""
 
     page: Path  # its file
     node_url: str  # of the distributor node from which it loads all media
     objects: tuple[DemoObject, ...]
+    dashboard_url: str = ""  # of the node's own page; empty: there is none
+    story: StoryTeller | None = None
 
     def description(self) -> dict[str, Any]:
         """Return the document `/demo.json`: the node, and every object of the manifest with the id of its subtitles."""
-        return {"node_url": self.node_url.rstrip("/"), "objects": list(_described(self.objects))}
+        return {
+            "node_url": self.node_url.rstrip("/"),
+            "dashboard_url": self.dashboard_url,
+            "has_story": self.story is not None,
+            "objects": list(_described(self.objects)),
+        }
 
 
 def _described(objects: Iterable[DemoObject]) -> Iterable[dict[str, Any]]:
@@ -234,11 +251,31 @@ def handle_control(
         return _faults(request, faults)
     if request.path == "/requests":
         return _requests(request, log)
-    if site is not None and request.path in ("/", "/index.html", "/demo.json"):
+    if site is None:
+        return None
+    if site.story is not None and request.path.startswith("/story/"):
+        # PUT, which a page of another origin cannot send without a preflight, and none is answered.
+        if request.method != "PUT":
+            return error_response(405, "method_not_allowed", "PUT")
+        if not site.story.begin(request.path.removeprefix("/story/")):
+            return error_response(404, "no_such_scene", "no such scene, or the node has not started")
+        return json_response(200, site.story.document())
+    if request.path in ("/", "/index.html", "/demo.json", "/worker.js", "/story.json"):
         if request.method not in ("GET", "HEAD"):
             return error_response(405, "method_not_allowed", "GET or HEAD")
-        return json_response(200, site.description()) if request.path == "/demo.json" else _page(site)
+        return _read(request.path, site)
     return None
+
+
+def _read(path: str, site: Site) -> Response:
+    match path:
+        case "/demo.json":
+            return json_response(200, site.description())
+        case "/story.json":
+            return Response(404) if site.story is None else json_response(200, site.story.document())
+        case "/worker.js":
+            return _file(site.page.with_name("worker.js"), "text/javascript")
+    return _file(site.page, "text/html")
 
 
 def _faults(request: Request, faults: FaultRegistry) -> Response:
@@ -260,10 +297,10 @@ def _requests(request: Request, log: RequestLog) -> Response:
     return json_response(200, log.to_json())
 
 
-def _page(site: Site) -> Response:
-    html = site.page.read_bytes()
-    headers = (("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-cache"))
-    return Response(200, headers, BytesContent(html), 0, len(html))
+def _file(path: Path, media_type: str) -> Response:
+    text = path.read_bytes()
+    headers = (("Content-Type", f"{media_type}; charset=utf-8"), ("Cache-Control", "no-cache"))
+    return Response(200, headers, BytesContent(text), 0, len(text))
 
 
 # The command `python -m distributor_node.services.demo.storage_node`.

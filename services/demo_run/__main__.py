@@ -1,9 +1,10 @@
-"""`make run`: a standalone node and a demo storage node on this machine, with URLs to try."""
+"""`make run`: a standalone node and two demo storage nodes on this machine, with a page and URLs to try."""
 
 from __future__ import annotations
 
 import argparse
 import socket
+import subprocess
 import sys
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -12,9 +13,16 @@ from typing import Any
 import yaml
 
 from distributor_node.services.demo.manifest import DEMO_DIRECTORY, write_manifest
-from distributor_node.services.demo.objects import DemoObject, demo_objects
+from distributor_node.services.demo.objects import (
+    MIB,
+    DemoObject,
+    GeneratedContent,
+    demo_objects,
+    media_objects,
+)
 from distributor_node.services.demo.storage_node import Site, StorageNode
-from distributor_node.services.standalone.main import run_standalone
+from distributor_node.services.demo_run.story import Story
+from distributor_node.services.standalone.main import RunningNode, run_standalone
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.runtime.run_service import MISCONFIGURED, ServiceScope, run_service
 from distributor_node.shared.settings import Settings, load_settings
@@ -23,6 +31,10 @@ from distributor_node.shared.settings.model import METRICS_PORTS
 HOST = "127.0.0.1"
 FIRST_PUBLIC_PORT, FIRST_SOURCE_PORT, FIRST_SQUID_PORT = 3334, 3390, 4352
 WORKER = 7
+FILM = "10-minute.mp4"
+FILLERS = 6
+"""Objects of 64 MiB which, with the one that the demo has anyway, do not fit into the cache together."""
+STORAGE_LIMIT = "400M"
 _MAX_PORTS_TRIED = 200
 
 
@@ -33,8 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     squid_port = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        source_port = free_port_from(FIRST_SOURCE_PORT)
-        objects = demo_objects(DEMO_DIRECTORY / "media")
+        source_port = free_port_from(options.storage_node_port)
+        mirror_port = free_port_from(source_port + 1)
+        film = make_film(folder / "film")
+        fillers = filling_objects()
+        objects = [*demo_objects(DEMO_DIRECTORY / "media"), film, *fillers]
         if options.catalog == "joystream":
             squid_port = free_port_from(FIRST_SQUID_PORT)
             squid = f"http://{HOST}:{squid_port}"
@@ -46,7 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
             }
         else:
             manifest = folder / "manifest.yaml"
-            write_manifest(manifest, objects, f"http://{HOST}:{source_port}/api/v1/files/")
+            bases = (f"http://{HOST}:{port}/api/v1/files/" for port in (source_port, mirror_port))
+            write_manifest(manifest, objects, *bases)
             catalog = {"kind": "manifest", "manifest": str(manifest)}
         settings = demo_settings(
             folder, catalog, free_port_from(options.port), free_port_from(METRICS_PORTS["standalone"])
@@ -57,17 +73,36 @@ def main(arguments: list[str] | None = None) -> int:
 
     async def serve(scope: ServiceScope) -> None:
         node_url = f"http://{HOST}:{settings.public_api.port}"
-        site = Site(DEMO_DIRECTORY / "page" / "index.html", node_url, tuple(objects))
-        source = StorageNode(objects, site=site)
-        await scope.resources.enter_async_context(source.run(HOST, source_port))
-        if squid_port:
-            await run_squid(scope.resources, objects, source.url, squid_port)
-        metrics_port = settings.metrics.port_of("standalone")
-        await run_standalone(
-            scope,
-            settings,
-            lambda port: print(greeting(port, metrics_port, source_port, objects), flush=True),
+        mirror = StorageNode(objects)
+        sources = [mirror]
+        story = Story(
+            film, sources, [*fillers, *(item for item in objects if item.object_id == "64")], node_url
         )
+        shown = tuple(item for item in objects if item not in fillers and item is not film)
+        site = Site(
+            DEMO_DIRECTORY / "page" / "index.html", node_url, shown, dashboard_url(settings), story=story
+        )
+        source = StorageNode(objects, site=site)
+        sources.insert(0, source)
+        for node, port in ((source, source_port), (mirror, mirror_port)):
+            await scope.resources.enter_async_context(node.run(HOST, port))
+        story.set_paces()
+        if squid_port:
+            await run_squid(scope.resources, objects, [source.url, mirror.url], squid_port)
+        metrics_port = settings.metrics.port_of("standalone")
+
+        def started(node: RunningNode) -> None:
+            story.node = node
+
+        try:
+            await run_standalone(
+                scope,
+                settings,
+                lambda port: print(greeting(port, metrics_port, source_port, objects), flush=True),
+                started,
+            )
+        finally:
+            await story.close()
 
     code = run_service(serve, name="demo", settings=settings)
     if code == 0:
@@ -75,13 +110,46 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-async def run_squid(resources: AsyncExitStack, objects: list[DemoObject], endpoint: str, port: int) -> None:
+def dashboard_url(settings: Settings) -> str:
+    """Return the URL of the node's own page, empty if it has none."""
+    dashboard = getattr(settings, "dashboard", None)
+    return f"http://{HOST}:{dashboard.port}/" if dashboard is not None and dashboard.enabled else ""
+
+
+def make_film(folder: Path) -> DemoObject:
+    """Return the film of the story, which is made at the first start. Raises ConfigurationError if that fails."""
+    path = folder / FILM
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = subprocess.run(  # noqa: S603  a script of this repository
+            [sys.executable, DEMO_DIRECTORY / "make_film.py", path],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if made.returncode:
+            raise ConfigurationError(f"make_film.py: {made.stderr.strip()[-500:]}")
+    (film,) = media_objects(folder)
+    return film
+
+
+def filling_objects() -> list[DemoObject]:
+    """Return the objects that fill the cache."""
+    return [
+        DemoObject(str(number), GeneratedContent(number, 64 * MIB), name=f"64 MiB generated, {number - 70}")
+        for number in range(71, 71 + FILLERS)
+    ]
+
+
+async def run_squid(
+    resources: AsyncExitStack, objects: list[DemoObject], endpoints: list[str], port: int
+) -> None:
     """Start a squid with the demo's objects. Raises ConfigurationError if its GraphQL library is not installed."""
     try:
         from distributor_node.services.demo.squid import TestSquid  # noqa: PLC0415
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"the demo's squid needs {error.name}: `make setup` installs it") from error
-    squid = TestSquid(objects, [endpoint], workers={WORKER: ["0:1"]}, bags_per_bucket=2)
+    squid = TestSquid(objects, endpoints, workers={WORKER: ["0:1"]}, bags_per_bucket=2)
     await resources.enter_async_context(squid.run(HOST, port))
     print(f"Demo squid (PUT /faults injects faults): {squid.url}")
 
@@ -95,7 +163,8 @@ def demo_settings(folder: Path, catalog: dict[str, Any], port: int, metrics_port
         "public_api": {"host": HOST, "port": port},
         "metrics": {"host": HOST, "port": metrics_port},
         "catalog": catalog,
-        "storage": {"path": str(folder / "volume"), "limit": "4G"},
+        "storage": {"path": str(folder / "volume"), "limit": STORAGE_LIMIT},
+        "evictor": {"min_idle": 5},
         "shutdown_deadline": 10,
         "log": {"level": "warning", "format": "console"},
     }
@@ -130,7 +199,7 @@ def greeting(port: int, metrics_port: int, source_port: int, objects: list[DemoO
     return f"""
 The node is up: {node}   (Ctrl-C stops it)
 
-  {"http://" + HOST + ":" + str(source_port) + "/":<45} demo page: pictures, video and subtitles through the node
+  {"http://" + HOST + ":" + str(source_port) + "/":<45} demo page: 20 viewers, one download, faults
   {node + "/api/v1/status":<45} status of the node
   {f"http://{HOST}:{metrics_port}/metrics":<45} metrics for Prometheus
 
@@ -147,6 +216,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="make run", description="A standalone node with demo objects.")
     parser.add_argument(
         "--port", type=int, default=FIRST_PUBLIC_PORT, help="public port; if it is in use, the next free one"
+    )
+    parser.add_argument(
+        "--storage-node-port",
+        type=int,
+        default=FIRST_SOURCE_PORT,
+        help="port of the demo page and the first storage node; if it is in use, the next free one",
     )
     parser.add_argument(
         "--catalog",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from distributor_node.services.evictor.adoption import Adoption, PartialReaper
 from distributor_node.services.evictor.assignment import AssignmentCheck, VersionCheck
@@ -55,6 +56,7 @@ class Evictor:
         self._settings, self._state, self._volume = settings.evictor, state, volume
         self._high_watermark = settings.storage.watermarks.high
         self._parts = _make_parts(settings, state, volume, catalog, sources)
+        self._leads = False
         self._election = LeaderElection(
             state,
             holder=process_name(),
@@ -81,8 +83,23 @@ class Evictor:
             found.append(str(error))
         return found
 
+    async def report(self, watched: bool) -> Mapping[str, Any]:
+        """What the node's page shows of this evictor: whether it leads, what it removed, and the map of the volume.
+
+        `watched`: see ProcessReporter. What was removed is told in any case, because it is asked for afterwards.
+        """
+        if not self._leads:
+            return {"leads": False}
+        removed = list(self._parts.remover.recent)
+        counted = {"map": await self._parts.index.size_and_idle_map()} if watched else {}
+        return {"leads": True, "removed": removed, **counted}
+
     async def _lead(self, term: Term) -> None:
-        await LeaderTasks(term, self._state, self._parts, self._settings, self._election.renew_now).run()
+        self._leads = True
+        try:
+            await LeaderTasks(term, self._state, self._parts, self._settings, self._election.renew_now).run()
+        finally:
+            self._leads = False
 
     async def _report_usage(self) -> float:
         """Set the usage gauges. Standbys do so too: the gauges of a former leader must not show old values."""

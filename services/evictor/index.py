@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import structlog
 
@@ -38,6 +40,10 @@ _READ_BATCHES = 200  # of the access log, at a time
 _SAVE_BATCH = 1000
 _MAX_CHANGED = 10_000
 _COMPARE_BATCH = 1000
+SIZE_BOUNDS = tuple(2**exponent for exponent in (16, 20, 22, 24, 26, 28, 30))  # bytes: 64 KiB to 1 GiB
+IDLE_BOUNDS = (10.0, 60.0, 600.0, 3600.0, 6 * 3600.0, 86400.0, 7 * 86400.0)  # seconds
+_MAP_BATCH = 500  # less than a millisecond
+_MAP_PAUSE = 20  # times as long as the count has taken
 
 
 class EvictionIndex:
@@ -67,6 +73,8 @@ class EvictionIndex:
         self._views = ViewCoalescer()
         # Objects that come or go while all entries are read; what is read of them may be older. None: no reading
         self._touched: set[ObjectId] | None = None
+        self._map: dict[str, Any] = {}
+        self._map_due = 0.0  # monotonic seconds
         self._loading = asyncio.Lock()
 
     async def load(self) -> None:
@@ -101,6 +109,33 @@ class EvictionIndex:
                     objects=len(self.policy), miss_cost=current.miss_cost, inflation=current.inflation,
                 )  # fmt: skip
         await self._apply_accesses()
+
+    async def size_and_idle_map(self) -> dict[str, Any]:
+        """Count objects and bytes by size class and idle time, for the node's page.
+
+        `cells`: by size class, then by idle class, objects and bytes. A class holds what is below its bound, the last
+        one the rest. Many objects are counted again only after a while, so that counting takes a small part of the
+        time.
+        """
+        if time.monotonic() < self._map_due:
+            return self._map
+        started, now, policy = time.monotonic(), self._clock(), self.policy
+        columns = len(IDLE_BOUNDS) + 1
+        cells = [[0, 0] for _ in range((len(SIZE_BOUNDS) + 1) * columns)]
+        for number, object_id in enumerate(policy.ids(), start=1):
+            entry = policy.get(object_id)
+            if entry is not None:
+                idle = now - entry.last_access
+                cell = cells[
+                    bisect_right(SIZE_BOUNDS, entry.size) * columns + bisect_right(IDLE_BOUNDS, idle)
+                ]
+                cell[0] += 1
+                cell[1] += entry.size
+            if number % _MAP_BATCH == 0:
+                await asyncio.sleep(0)
+        self._map = {"sizes": SIZE_BOUNDS, "idle": IDLE_BOUNDS, "cells": cells}
+        self._map_due = time.monotonic() + _MAP_PAUSE * (time.monotonic() - started)
+        return self._map
 
     async def resync(self) -> CompactIdSet:
         """Compare with the store's entries; our own newer fields stay. Returns the ids that the store knows.

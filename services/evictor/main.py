@@ -20,9 +20,11 @@ from distributor_node.shared.runtime.factories import (
     reloads_of,
 )
 from distributor_node.shared.runtime.process import VERSION, mmap_large_blocks
+from distributor_node.shared.runtime.process_reports import ProcessReporter
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
 from distributor_node.shared.runtime.systemd import READY, notify
 from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.waiting import background
 
 
 def run(settings: Settings) -> int:
@@ -60,6 +62,9 @@ async def run_evictor(scope: ServiceScope, settings: Settings) -> None:
             Probes(ready_without(evictor.problems), render_in_thread),
         )
     )
+    if settings.dashboard.enabled:
+        reporter = ProcessReporter(state, "evictor", [evictor.report])
+        await resources.enter_async_context(background(reporter.run(), "report-process"))
     notify(READY)
     await run_until(scope.stop_requested, evictor.serve(), "evictor")
 

@@ -8,6 +8,8 @@ the name from being used again, and its successor finds the file in use.
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,10 +27,13 @@ from distributor_node.shared.observability.metrics import EVICTED_BYTES, EVICTIO
 from distributor_node.shared.ports.state_store import StateStore, Term
 from distributor_node.shared.runtime.threads import run_blocking
 
+MAX_RECENT = 100  # removed objects that the node's page is told of
 _SPACE = "space"  # label of the metrics for everything that is evicted to make room
 
 ANY_IDLE = -1e12
 """Minimum idle time of an object that has to be removed however recently it was read."""
+
+MAX_RECENT = 100  # removed objects that the node's page is told of
 
 logger = structlog.get_logger()
 
@@ -82,6 +87,8 @@ class ObjectRemover:
         # Of objects whose removal has begun and not finished
         self._settling = asyncio.Lock()
         self._reasons: dict[ObjectId, str | Victim] = {}
+        self.recent: deque[dict[str, Any]] = deque(maxlen=MAX_RECENT)
+        """What was removed last, and why; the newest last."""
 
     async def evict(
         self,
@@ -257,6 +264,7 @@ class ObjectRemover:
         EVICTIONS.labels(label).inc()
         EVICTED_BYTES.labels(label).inc(freed)
         fields = {"reason": label} if victim is None else victim.log_fields()
+        self.recent.append({"id": object_id, "at": round(time.time(), 3), "bytes": freed, **fields})
         logger.debug("object_removed", object_id=object_id, bytes=freed, **fields)
 
     async def complete_all(self, term: Term, at_most: int) -> int:

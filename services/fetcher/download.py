@@ -12,16 +12,22 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import structlog
 
-from distributor_node.services.fetcher.lease import LeaseRenewer
-from distributor_node.services.fetcher.scheduler import Slot
+from distributor_node.services.fetcher.lease import FetchTask, LeaseRenewer
+from distributor_node.services.fetcher.side_streams import (
+    MIN_SIZE,
+    SentPart,
+    SideStreamPlaces,
+    SideStreams,
+)
 from distributor_node.shared.adapters.sources.client import Expected, SourceResponse
-from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.failover import FailoverReader, Preference
 from distributor_node.shared.adapters.volume import PartialFile
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS
 from distributor_node.shared.domain.errors import AllSourcesFailed, NotStorable, SourceWrong, VolumeError
@@ -33,7 +39,8 @@ from distributor_node.shared.domain.http_caching import (
     why_not_stored,
 )
 from distributor_node.shared.domain.media_types import media_type_or_none
-from distributor_node.shared.domain.objects import Hasher, MediaObject, source_name
+from distributor_node.shared.domain.objects import Hasher, source_name
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import PHASE, SOURCE_FAILURES, WRITTEN_BYTES, source_label
 from distributor_node.shared.ports.state_store import Announcement, StateStore, Topic
@@ -70,19 +77,11 @@ class FetchLimits:
     largest_size: int = 2**63 - 1  # bytes of the largest object that is cached
     space_wait: float = 10.0  # seconds to wait for space for more bytes of an object of unknown length
     caching_rules: CachingRules | None = None  # if the objects are those of an HTTP origin
+    side_streams: SideStreamPlaces = field(default_factory=lambda: SideStreamPlaces(0))
 
 
 class AllSourcesCorrupt(SourceWrong):
     """Every source sent the whole object, and none sent the correct bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class FetchTask:
-    """What to fetch, under which lease, and the slot that counts the source in use."""
-
-    media_object: MediaObject
-    renewer: LeaseRenewer
-    slot: Slot | None
 
 
 class Download:
@@ -105,12 +104,15 @@ class Download:
         self._limits = limits
         self._failover_reader = failover_reader
         self._disk = disk
+        self._task = task
         self._object = task.media_object
         self._partial = partial
         self._renewer = task.renewer
         self._slot = task.slot
+        self._peer_use = task.peer_use
         self._total: int | None = None  # the length, as the source states it
         self._span = tracing.current_span()  # threads do not know it
+        self._suspects: list[tuple[SentPart, bytes]] = []  # of attempts with a wrong hash; SHA-256 of each
 
     async def run(self) -> None:
         """Read the missing bytes. On return, size and hash are correct and the file is marked as verified.
@@ -125,7 +127,7 @@ class Download:
         restarts = 0
         while groups:
             contributors: set[str] = set()
-            resumed = self._partial.size > 0
+            resumed = self._partial.total > 0
             try:
                 verified = await self._read_from(groups[0], contributors)
             except AllSourcesFailed as error:
@@ -138,8 +140,10 @@ class Download:
             else:
                 if verified:
                     await self.announce()
+                    await self._blame_by_extent()
                     return
                 self._report_corruption(contributors, resumed=resumed)
+                self._peer_use = PeerUse.NONE  # one of them may have sent the corrupt bytes
                 groups = groups_after_corruption(groups, contributors, resumed=resumed)
             await self._disk.run(self._partial.restart)
             await self.announce()
@@ -165,12 +169,91 @@ class Download:
         expected = self._object.content_hash
         hasher = expected.hasher() if expected is not None else None
         offset = self._partial.size
-        await self._hash_existing_bytes(hasher, offset)
-        verify = partial(self._verify, hasher)
-        reserve = self._reserve if self._object.size is None else None
-        writer = PartialWriter(
-            self._partial, hasher, self._renewer, self._disk, self.announce, verify, reserve
+        await self._hash_from_disk(hasher, 0, offset)
+        if self._may_have_side_streams():
+            return await self._read_all_extents(sources, contributors, hasher, offset)
+        verified, _ = await self._read_in_order(sources, contributors, hasher, offset)
+        if self._partial.record.growing:
+            await self._end_growth()
+        if self._partial.size != self._partial.record.size:
+            return False
+        return await self._disk.run(self._verify, hasher) if verified is None else verified
+
+    def _may_have_side_streams(self) -> bool:
+        if self._partial.is_sparse:
+            return True  # an earlier attempt had some
+        known = self._object.content_hash is not None and self._object.size is not None
+        return known and self._limits.side_streams.most > 0 and self._partial.record.size >= MIN_SIZE
+
+    async def _read_all_extents(
+        self, sources: Sequence[str], contributors: set[str], hasher: Hasher | None, position: int
+    ) -> bool:
+        """Read in order, and skip what side streams have read. That is hashed from the disk."""
+        side = SideStreams(
+            self._state,
+            self._failover_reader,
+            self._disk,
+            self._task,
+            self._partial,
+            self._limits.side_streams,
+            lambda: PartialWriter(self._partial, None, self._renewer, self._disk),
         )
+        size, verified = self._partial.record.size, None
+        async with side.running(sources):
+            try:
+                while position < size and verified is None:
+                    verified, position = await self._read_in_order(
+                        sources, contributors, hasher, position, side
+                    )
+                    end = await side.prefix()
+                    await self._hash_from_disk(hasher, position, end)
+                    position = end
+            finally:
+                contributors.update(side.contributors)
+        correct = await self._disk.run(self._verify, hasher) if verified is None else verified
+        if not correct:
+            for part in side.parts:
+                self._suspects.append((part, await self._digest_of(part)))
+        return correct
+
+    async def _digest_of(self, part: SentPart) -> bytes:
+        hasher = sha256()
+        await self._hash_from_disk(hasher, part.first, part.end)
+        return hasher.digest()
+
+    async def _blame_by_extent(self) -> None:
+        """Compare what sources sent in attempts that failed with the right bytes, which are on disk now."""
+        corrupt: dict[str, list[str]] = {}
+        for part, digest in self._suspects:
+            if await self._digest_of(part) != digest:
+                corrupt.setdefault(part.source, []).append(f"{part.first}-{part.end - 1}")
+        for url, extents in corrupt.items():
+            logger.warning("source_corrupt", source=source_name(url), extents=extents)
+            self._failover_reader.report_corrupt(url, self._object.object_id)
+
+    async def _read_in_order(
+        self,
+        sources: Sequence[str],
+        contributors: set[str],
+        hasher: Hasher | None,
+        offset: int,
+        side: SideStreams | None = None,
+    ) -> tuple[bool | None, int]:
+        """Read from `offset` on, to the end or to where an extent of a side stream begins.
+
+        Returns whether all bytes are correct, None if they were not verified, and the end of what was read.
+        """
+        writer = PartialWriter(
+            self._partial,
+            hasher,
+            self._renewer,
+            self._disk,
+            self.announce,
+            partial(self._verify, hasher),
+            self._reserve if self._object.size is None else None,
+        )
+        if side is not None:
+            writer.on_written = side.on_written
         began_at = time.monotonic()
         first_choice = None if self._slot is None else self._slot.url
         # From the beginning, any version that a source has now is as good as the one that the catalog has seen. All
@@ -178,26 +261,33 @@ class Download:
         wanted = replace(
             self._object, validators=self._partial.record.validators if offset else NO_VALIDATORS
         )
+        limit = self._partial.record.size if side is None else side.limit(offset, begun=False)
         stream = self._failover_reader.stream(
             wanted,
             offset,
-            None,
+            None if limit == self._partial.record.size else limit - 1,
             sources,
             self._on_source,
             expected=Expected(must_match=offset > 0),
-            preference=lambda url: url != first_choice,
+            preference=Preference(lambda url: url != first_choice, self._peer_use),
         )
         async with writer.writing(offset), aclosing(stream) as chunks:
             async for chunk in chunks:
                 if not contributors:
                     PHASE.labels("source_first_byte").observe(time.monotonic() - began_at)
                 contributors.add(chunk.source)
-                await writer.put(chunk.data)
-        if self._partial.record.growing:
-            await self._end_growth()
-        if self._partial.size != self._partial.record.size:
-            return False
-        return await self._disk.run(verify) if writer.verified is None else writer.verified
+                if side is None:
+                    await writer.put(chunk.data)
+                    continue
+                meets = side.limit(offset)
+                data = chunk.data[: meets - offset]
+                side.on_read(chunk.source, len(data))
+                offset += len(data)
+                if data:
+                    await writer.put(data)
+                if offset == meets < limit:
+                    break
+        return writer.verified, offset
 
     async def _reserve(self, end: int) -> None:
         """Make sure that `end` bytes of an object of unknown length are reserved. Called before they are written.
@@ -234,14 +324,18 @@ class Download:
         self._partial.set_size(size, growing=False)
         await self._disk.run(self._partial.write_sidecar)
 
-    async def _hash_existing_bytes(self, hasher: Hasher | None, size: int) -> None:
-        """Feed the hasher with the bytes of an earlier attempt."""
-        if hasher is None or not size:
+    async def _hash_from_disk(self, hasher: Hasher | None, first: int, end: int) -> None:
+        """Feed the hasher with bytes `first` to `end` (exclusive), which others have written."""
+        if hasher is None or first >= end:
             return
-        hashed = await hash_through(self._disk.run, self._partial.read, hasher, chunk=REHASH_CHUNK)
-        if hashed != size:
+
+        def read(offset: int, length: int) -> bytes:
+            return self._partial.read(first + offset, min(length, end - first - offset))
+
+        hashed = await hash_through(self._disk.run, read, hasher, chunk=REHASH_CHUNK)
+        if hashed != end - first:
             raise VolumeError(
-                f"partial file of {self._object.object_id}: expected {size} bytes, read {hashed}"
+                f"partial file of {self._object.object_id}: expected {end - first} bytes, read {hashed}"
             )
 
     def _on_source(self, url: str, response: SourceResponse) -> None:
@@ -300,8 +394,8 @@ class PartialWriter:
         hasher: Hasher | None,
         renewer: LeaseRenewer,
         disk: BlockingPool,
-        on_first_bytes: Callable[[], Coroutine[Any, Any, None]],
-        on_complete: Callable[[], bool],
+        on_first_bytes: Callable[[], Coroutine[Any, Any, None]] | None = None,
+        on_complete: Callable[[], bool] | None = None,
         reserve: Callable[[int], Coroutine[Any, Any, None]] | None = None,
     ) -> None:
         """Callbacks:
@@ -310,6 +404,7 @@ class PartialWriter:
         - `on_complete` is called in the thread that wrote the object's last byte, so that clients wait for one thread
           switch instead of two. Its result is stored in `verified`. Not called while the length is unknown.
         - `reserve` is called before bytes are written, with the size that the file will have.
+        - `on_written`, an attribute, is called after bytes were written, with the first one and their end.
         """
         self._partial = partial
         self._hasher = hasher
@@ -318,6 +413,7 @@ class PartialWriter:
         self._on_first_bytes = on_first_bytes
         self._on_complete = on_complete
         self._reserve = reserve
+        self.on_written: Callable[[int, int], None] | None = None
         self.verified: bool | None = (
             None  # None: `on_complete` was not called, for nothing was missing at the start
         )
@@ -380,8 +476,10 @@ class PartialWriter:
                 await self._reserve(offset + length)
             await self._disk.run(self._write, offset, batch, length)
             WRITTEN_BYTES.inc(length)
+            if self.on_written is not None:
+                self.on_written(offset, offset + length)
             offset += length
-            if first and self.verified is None:
+            if first and self.verified is None and self._on_first_bytes is not None:
                 # In the background, so that writing goes on. Where all bytes are written, `on_complete` notifies.
                 self._notify_task = asyncio.create_task(self._on_first_bytes(), name="first-bytes")
             first = False
@@ -405,7 +503,8 @@ class PartialWriter:
             offset += len(data)
             if self._hasher is not None:
                 self._hasher.update(data)
-        if offset == self._partial.record.size and not self._partial.record.growing:
+        complete = offset == self._partial.record.size and not self._partial.record.growing
+        if complete and self._on_complete is not None:
             self.verified = self._on_complete()
 
 

@@ -23,9 +23,8 @@ from distributor_node.services.fetcher.download import (
     AllSourcesCorrupt,
     Download,
     FetchLimits,
-    FetchTask,
 )
-from distributor_node.services.fetcher.lease import LeaseLost, LeaseRenewer, LeaseTimes
+from distributor_node.services.fetcher.lease import FetchTask, LeaseLost, LeaseRenewer, LeaseTimes
 from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.volume import PartialFile, Volume
@@ -42,6 +41,7 @@ from distributor_node.shared.domain.errors import (
 from distributor_node.shared.domain.jobs import Ack, JobOutcome, Retry
 from distributor_node.shared.domain.media_types import SNIFF_BYTES, detect_media_type, media_type_or_none
 from distributor_node.shared.domain.objects import MediaObject, StoredRecord
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import DOWNLOADS_IN_PROGRESS, PHASE
 from distributor_node.shared.ports.state_store import FailureCause, Lease, StateStore
@@ -82,10 +82,12 @@ class FetchRunner:
         requested_at: float,
         record_failure: RecordFailure,
         slot: Slot | None = None,
+        *,
+        for_peer: bool = False,
     ) -> JobOutcome:
         """Fetch one object. When cancelled, keep the received bytes and release the lease.
 
-        `requested_at`: the boot time before the lease was requested. `slot`: see Worker.
+        `requested_at`: the boot time before the lease was requested. `slot`: see Worker. `for_peer`: see FetchJob.
         """
         renewer = LeaseRenewer(self._state, lease, self._times, requested_at)
         fetch = _PartialFetch(
@@ -93,7 +95,7 @@ class FetchRunner:
             self._volume,
             self._failover_reader,
             self._disk,
-            FetchTask(media_object, renewer, slot),
+            FetchTask(media_object, renewer, slot, PeerUse.CACHED if for_peer else PeerUse.FETCH),
             self._limits,
         )
         with DOWNLOADS_IN_PROGRESS.track_inprogress(), PHASE.labels("download").time():
@@ -219,7 +221,7 @@ class _PartialFetch:
             partial,
             self._limits,
         )
-        if partial.size:
+        if partial.total:
             await download.announce()  # the bytes of an earlier attempt can be sent
         await download.run()
         await self._publish(partial)
@@ -317,7 +319,7 @@ class _PartialFetch:
         """
         partial = self._partial
         if partial is not None and not (
-            partial.size and partial.record.version.is_strong and not partial.record.growing
+            partial.total and partial.record.version.is_strong and not partial.record.growing
         ):
             await self.discard()
             return

@@ -20,6 +20,7 @@ from distributor_node.services.fetcher.download import FetchLimits
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.lease import LeaseTimes
 from distributor_node.services.fetcher.scheduler import JobScheduler, Slot, SlotLimits
+from distributor_node.services.fetcher.side_streams import SideStreamPlaces
 from distributor_node.shared.adapters.sources.client import SourceAnswer
 from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.state_common import QUEUED_SECONDS
@@ -101,7 +102,10 @@ class Fetcher:
             storage.largest_cached_size, fetch.space_wait, fetch.lease, storage.watermarks.low
         )
         times = LeaseTimes(fetch.lease, fetch.lease_renewal)
-        limits = FetchLimits(storage.largest_cached_size, fetch.space_wait, settings.caching_rules)
+        self._side_streams = SideStreamPlaces(fetch.side_streams)
+        limits = FetchLimits(
+            storage.largest_cached_size, fetch.space_wait, settings.caching_rules, self._side_streams
+        )
         self._worker = Worker(
             Admission(state, volume, self._disk, rules, self.name),
             FetchRunner(state, volume, failover_reader, self._disk, times, limits),
@@ -131,6 +135,11 @@ class Fetcher:
         """
         try:
             await self._disk.run(self._volume.prepare)
+            if self._side_streams.most and not await self._disk.run(self._volume.has_holes):
+                logger.warning(
+                    "partial_files_not_sparse", reason="storage.path: expected holes to take no space"
+                )
+                self._side_streams.most = 0
         except VolumeError as error:
             raise ConfigurationError(f"storage.path: {error}") from error
         await self._operator_state.load()
@@ -264,7 +273,12 @@ class Worker:
             if isinstance(admitted, Admitted):
                 record_failure = partial(self._failure_recorder.record, job)
                 return await self._fetch_runner.run(
-                    job.media_object, admitted.lease, admitted.requested_at, record_failure, slot
+                    job.media_object,
+                    admitted.lease,
+                    admitted.requested_at,
+                    record_failure,
+                    slot,
+                    for_peer=job.for_peer,
                 )
             outcome = admitted
         except (StateStoreUnavailable, VolumeError) as error:

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 import structlog
 
+from distributor_node.services.fetcher.scheduler import Slot
 from distributor_node.shared.domain.errors import StateStoreUnavailable
+from distributor_node.shared.domain.objects import MediaObject
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.ports.state_store import Lease, StateStore
 from distributor_node.shared.waiting import boot_time, cancel_and_wait, wait_event
 
@@ -159,3 +162,13 @@ class LeaseRenewer:
         if renewal is not None:
             renewal.cancel()
             await asyncio.gather(renewal, return_exceptions=True)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchTask:
+    """What to fetch, under which lease, and the slot that counts the source in use."""
+
+    media_object: MediaObject
+    renewer: LeaseRenewer
+    slot: Slot | None
+    peer_use: PeerUse = PeerUse.FETCH

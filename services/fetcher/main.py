@@ -9,6 +9,7 @@ from distributor_node.shared.runtime.factories import (
     build_catalog,
     build_failover_reader,
     build_job_queue,
+    build_peers,
     build_source_client,
     build_source_stats_sync,
     build_state_store,
@@ -17,9 +18,11 @@ from distributor_node.shared.runtime.factories import (
     reloads_of,
 )
 from distributor_node.shared.runtime.process import VERSION, retain_freed_memory
+from distributor_node.shared.runtime.process_reports import ProcessReporter
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service, run_until
 from distributor_node.shared.runtime.systemd import READY, notify
 from distributor_node.shared.settings.model import Settings
+from distributor_node.shared.waiting import background
 
 
 def run(settings: Settings) -> int:
@@ -46,9 +49,11 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
         resources.push_async_callback(opened.close)
         await opened.open()
     scope.reloads.extend(reloads_of(catalog))
-    fetcher = Fetcher(
-        settings, state, queue, volume, catalog, build_failover_reader(client, stats_sync.registry)
-    )
+    peers = build_peers(settings, stats_sync.registry, max_connections=settings.fetch.concurrency)
+    if peers is not None:
+        await resources.enter_async_context(peers)
+    failover_reader = build_failover_reader(client, stats_sync.registry, peers)
+    fetcher = Fetcher(settings, state, queue, volume, catalog, failover_reader)
     await resources.enter_async_context(
         ProbeServer(
             settings.metrics.host,
@@ -56,5 +61,8 @@ async def run_fetcher(scope: ServiceScope, settings: Settings) -> None:
             Probes(ready_without(fetcher.problems), render_in_thread),
         )
     )
+    if settings.dashboard.enabled:
+        reporter = ProcessReporter(state, "fetcher")
+        await resources.enter_async_context(background(reporter.run(), "report-process"))
     notify(READY)
     await run_until(scope.stop_requested, fetcher.serve(), "fetcher")

@@ -79,6 +79,10 @@ class Slot:
         self.url = url
         self._count(url, 1)
 
+    def beside(self) -> Slot:
+        """Return a slot for another stream of the same download. It counts for its source, and waits for nothing."""
+        return Slot(self._counts, None)
+
     def release(self) -> None:
         self._count(self.url, -1)
         self.url = None

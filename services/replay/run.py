@@ -185,11 +185,13 @@ def describe_own(own: Result) -> str:
 
 
 def describe_gap(results: Sequence[Result]) -> str:
-    """Return one sentence: how far the policy that a node has by default is behind the best of each column, at the
-    largest size. Empty if it was not tried, or nothing beside it."""
+    """Return one sentence: how far what a node has by default is behind the best of each column, at the largest size;
+    without admission if that was not tried. Empty if neither was tried, or nothing beside it."""
     limit = max((result.size.limit for result in results), default=0)
     at_size = [result for result in results if result.size.limit == limit]
-    own = next((result for result in at_size if result.setting == Setting("gdsf", AUTO_COST)), None)
+    defaults = (Setting("gdsf", AUTO_COST, "auto"), Setting("gdsf", AUTO_COST))
+    tried = {result.setting: result for result in at_size}
+    own = next((tried[setting] for setting in defaults if setting in tried), None)
     if own is None or len(at_size) == 1:
         return ""
     objects = max(at_size, key=lambda result: result.outcome.object_hit_ratio)

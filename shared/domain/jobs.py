@@ -31,6 +31,7 @@ class FetchJob:
     this POSIX time (0: unknown)."""
     trace: str = ""
     """Traceparent of the span that published the job (W3C Trace Context, section 3.2); empty: there is none."""
+    for_peer: bool = False  # another node of the fleet asked: no third node is asked to fetch the object
 
     @property
     def object_id(self) -> ObjectId:
@@ -63,6 +64,7 @@ def encode_job(job: FetchJob) -> bytes:
             "published_at": job.published_at,
             "low_priority": job.low_priority,
             **({"claim": job.claim} if job.claim else {}),
+            **({"for_peer": True} if job.for_peer else {}),
             **({} if job.revalidates is None else {"revalidates": job.revalidates}),
         }
     ).encode()
@@ -95,6 +97,7 @@ def decode_job(body: bytes, *, attempt: int, request_id: str, trace: str = "") -
             attempt=attempt,
             claim=claim,
             low_priority=bool(fields.get("low_priority", False)),
+            for_peer=bool(fields.get("for_peer", False)),
             revalidates=None if revalidates is None else float(revalidates),
             trace=trace,
         )

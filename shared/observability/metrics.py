@@ -12,8 +12,10 @@ import platform
 import time
 from bisect import bisect_left
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from heapq import nlargest
 from itertools import islice
-from typing import Literal
+from math import inf
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from prometheus_client import (
@@ -36,7 +38,22 @@ from distributor_node.shared.observability.multiprocess import VARIABLE, files_l
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 MAX_SOURCES = 200
-_SHORT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20)
+FIRST_BYTE_BOUNDS = _SHORT_BUCKETS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    5,
+    10,
+    20,
+)
 _LONG_BUCKETS = (0.001, 0.005, 0.025, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600)
 
 
@@ -56,6 +73,26 @@ class ReportedGauge:
             self._gauge = Gauge(self._name, self._documentation, multiprocess_mode="mostrecent")
         self._gauge.set(value)
 
+
+# Peers: other nodes of the fleet (API and fetcher)
+PEERS_ALIVE = ReportedGauge("distributor_peers_alive", "Other nodes of the fleet that answer probes.")
+PEERS_NOT_ALIVE = ReportedGauge("distributor_peers_not_alive", "Other nodes of the fleet that do not.")
+PEER_REQUESTS = Counter(
+    "distributor_peer_requests_total",
+    "Requests to peers by result: hit, fetched (the peer had to fetch the object), absent, failed.",
+    ["result"],
+)
+PEER_BYTES = Counter("distributor_peer_bytes_total", "Bytes of objects received from peers.")
+PEER_LATENCY = Histogram(
+    "distributor_peer_latency_seconds",
+    "From the request to a peer to the head of its response.",
+    buckets=_SHORT_BUCKETS,
+)
+PEER_ASKED = Counter(
+    "distributor_peer_asked_total",
+    "Requests of other nodes that were no hits, by sender: peer, stranger (not signed as the fleet signs).",
+    ["sender"],
+)
 
 # Requests (API)
 REQUESTS = Counter(
@@ -170,6 +207,16 @@ STALLED_FETCHES_BRIDGED = Counter(
     ["end"],
 )
 
+# The node's page (API)
+DASHBOARD_PAGES = Gauge(
+    "distributor_dashboard_pages", "Pages of the node that are open.", multiprocess_mode="livesum"
+)
+DASHBOARD_SNAPSHOT = Histogram(
+    "distributor_dashboard_snapshot_seconds",
+    "Time taken by one snapshot for the open pages, the waits for the state store included.",
+    buckets=_SHORT_BUCKETS,
+)
+
 # Redis itself, by its INFO command (API)
 STATE_STORE_MEMORY = ReportedGauge(
     "distributor_state_store_server_memory_bytes", "Memory that Redis uses for its data."
@@ -228,6 +275,16 @@ REVALIDATIONS = Counter(
 )
 DOWNLOADS_IN_PROGRESS = Gauge(
     "distributor_downloads_in_progress", "Objects being downloaded.", multiprocess_mode="livesum"
+)
+SIDE_STREAMS_IN_PROGRESS = Gauge(
+    "distributor_side_streams_in_progress",
+    "Gaps in front of viewers that are being filled, beside downloads in order.",
+    multiprocess_mode="livesum",
+)
+SIDE_STREAMS = Counter(
+    "distributor_side_streams_total",
+    "Side streams that have ended, by end: done, failed, stopped.",
+    ["end"],
 )
 SOURCE_REQUESTS = Counter(
     "distributor_source_requests_total",
@@ -421,6 +478,65 @@ async def render_openmetrics() -> tuple[bytes, str]:
 def has_exemplars() -> bool:
     """Whether observations keep exemplars. They do not in multiprocess mode."""
     return VARIABLE not in os.environ
+
+
+# What one process has counted, for the node's page: plain numbers, which add up over processes.
+
+_RESULTS = ("hit", "pending", "miss")
+MAX_REPORTED_SOURCES = 50
+
+
+def counted_here() -> dict[str, Any]:
+    """Return counters of this process alone, as JSON: also of one worker among several.
+
+    requests      GETs of assets by cache result, and `error` for answers of 500 and above
+    sent          bytes by source: local, external
+    fetched       bytes received from sources
+    first_byte    observations in each bucket of FIRST_BYTE_BOUNDS, not cumulative
+    evictions     objects by reason; evicted_bytes: of all reasons
+    sources       by source: requests, bytes, failures by reason; the busiest MAX_REPORTED_SOURCES
+    """
+    requests = dict.fromkeys((*_RESULTS, "error"), 0.0)
+    for labels, value in _samples(REQUESTS):
+        if labels["status"] >= "500":
+            requests["error"] += value
+        elif labels["method"] == "GET" and labels["cache"] in _RESULTS:
+            requests[labels["cache"]] += value
+    sources: dict[str, dict[str, Any]] = {}
+    for counter, name in ((SOURCE_REQUESTS, "requests"), (SOURCE_BYTES, "bytes")):
+        for labels, value in _samples(counter):
+            sources.setdefault(labels["source"], {"failures": {}})[name] = value
+    for labels, value in _samples(SOURCE_FAILURES):
+        sources.setdefault(labels["source"], {"failures": {}})["failures"][labels["reason"]] = value
+    busiest = nlargest(MAX_REPORTED_SOURCES, sources, key=lambda name: sources[name].get("requests", 0))
+    return {
+        "requests": requests,
+        "sent": {labels["source"]: value for labels, value in _samples(SENT_BYTES)},
+        "fetched": sum(value for _, value in _samples(SOURCE_BYTES)),
+        "first_byte": _observations(TIME_TO_FIRST_BYTE),
+        "evictions": {labels["reason"]: value for labels, value in _samples(EVICTIONS)},
+        "evicted_bytes": sum(value for _, value in _samples(EVICTED_BYTES)),
+        "sources": {name: sources[name] for name in busiest},
+    }
+
+
+def _samples(counter: Counter) -> Iterable[tuple[dict[str, str], float]]:
+    for family in counter.collect():
+        for sample in family.samples:
+            if sample.name.endswith("_total"):
+                yield sample.labels, sample.value
+
+
+def _observations(histogram: Histogram) -> list[float]:
+    """Observations in each bucket, of all label values together."""
+    counts = [0.0] * (len(FIRST_BYTE_BOUNDS) + 1)
+    for family in histogram.collect():
+        for sample in family.samples:
+            if sample.name.endswith("_bucket"):
+                bound = float(sample.labels["le"])
+                place = bisect_left(FIRST_BYTE_BOUNDS, bound) if bound < inf else len(FIRST_BYTE_BOUNDS)
+                counts[place] += sample.value
+    return [count - (counts[place - 1] if place else 0.0) for place, count in enumerate(counts)]
 
 
 # Histogram observations that were counted elsewhere, added in one call.

@@ -104,7 +104,7 @@ class Tracer(Protocol):
     ) -> Span | None:
         """Record a span that ends now, `seconds` after it began, if its trace is sampled.
 
-        For the hit path: `attributes` is called only for what is recorded, and no more than a number per second is.
+        `attributes` is called only for what is recorded.
         """
 
     async def close(self) -> None:

@@ -167,10 +167,24 @@ class WorkerReport:
     age: float = 0.0  # seconds since the report, as read from the store
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessReport:
+    """What one process reports of itself for the node's page."""
+
+    process: str
+    content: str  # JSON, written and read by shared/runtime/process_reports.py
+    age: float  # seconds since it was reported
+
+
 VIEWER_MEMORY = 600.0
 """Seconds that the store remembers when an object had viewers."""
 MAX_VIEWED = 10_000
 """Objects of which it does; beyond that, those without viewers for longest are forgotten."""
+
+WANTED_MEMORY = 3.0
+"""Seconds that the store remembers at which byte of an object a viewer waits. One that waits on says so again."""
+MAX_WANTED = 64
+"""Positions of one object; beyond that, the oldest are forgotten."""
 
 # The index
 
@@ -389,6 +403,34 @@ class WorkerStore(Protocol):
     async def last_viewed(self, object_ids: Sequence[ObjectId]) -> Sequence[float | None]:
         """Seconds since each object was last reported by `record_viewers`. None: not remembered."""
 
+    async def record_wanted(self, object_id: ObjectId, positions: Sequence[int]) -> None:
+        """Viewers of an object that is being fetched wait for its bytes from these offsets on.
+
+        Remembered for WANTED_MEMORY seconds.
+        """
+
+    async def wanted_positions(self, object_ids: Sequence[ObjectId]) -> Sequence[Sequence[int]]:
+        """The offsets of each object that were last reported by `record_wanted`, in order."""
+
+
+class ReportStore(Protocol):
+    """What all processes report of themselves, for the node's page. Losing it loses nothing but a view."""
+
+    async def report_process(self, process: str, content: str, seconds: float) -> bool:
+        """Record a report, in place of the process's last one. It expires after `seconds`.
+
+        Returns whether a page is open, so that reports are wanted more often.
+        """
+
+    async def withdraw_process(self, process: str) -> None:
+        """The process ends in good order: drop its report."""
+
+    async def process_reports(self) -> Sequence[ProcessReport]:
+        """The reports of all processes, also of those that ended without withdrawing theirs, by name."""
+
+    async def watch_reports(self, seconds: float) -> None:
+        """A page is open, for so many seconds."""
+
 
 class OperatorStore(Protocol):
     """The operator's part of every state store: state that all processes apply, and work that one of them does.
@@ -451,7 +493,7 @@ class OperatorStore(Protocol):
         """
 
 
-class StateStore(WorkerStore, OperatorStore, EvictorStore, Protocol):
+class StateStore(WorkerStore, ReportStore, OperatorStore, EvictorStore, Protocol):
     """One instance per process. `open` it before use, `close` it at the end. See the module docstring."""
 
     async def open(self) -> None:

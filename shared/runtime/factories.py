@@ -13,6 +13,7 @@ from distributor_node.shared.adapters.catalogs.cached import CachedCatalog, Cach
 from distributor_node.shared.adapters.catalogs.joystream import ChainHead, JoystreamCatalog, SquidLimits
 from distributor_node.shared.adapters.catalogs.manifest import ManifestCatalog
 from distributor_node.shared.adapters.catalogs.origin import OriginCatalog
+from distributor_node.shared.adapters.peers import Peers
 from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
 from distributor_node.shared.adapters.queue_rabbitmq import RabbitJobQueue
 from distributor_node.shared.adapters.sources.client import SourceClient, SourceObservation
@@ -171,7 +172,7 @@ def build_source_client(settings: Settings, max_connections: int) -> SourceClien
         follow_to_other_hosts=settings.catalog.kind != "origin" or settings.origin.follow_to_other_hosts,
         refuse_private=settings.catalog.refuses_private_sources,
     )
-    return SourceClient(limits, count_observation)
+    return SourceClient(limits, count_observation, count_bytes=count_source_bytes)
 
 
 def build_source_stats_sync(settings: Settings) -> SourceStatsSync:
@@ -194,8 +195,27 @@ def build_source_prober(settings: Settings, registry: SourceHealthRegistry) -> S
     return SourceProber(registry, sources.probe_timeout, sources.probes_at_once, refuse_private=refuse)
 
 
-def build_failover_reader(client: SourceClient, registry: SourceHealthRegistry) -> FailoverReader:
-    return FailoverReader(client, registry)
+def build_peers(settings: Settings, registry: SourceHealthRegistry, max_connections: int) -> Peers | None:
+    """Build one per process. None: the node is in no fleet."""
+    rules, fetch = settings.peers.rules, settings.fetch
+    if rules is None:
+        return None
+    limits = SourceLimits(
+        connect_timeout=rules.first_byte_wait,
+        first_data_timeout=rules.first_byte_wait,
+        first_byte_timeout=fetch.first_byte_timeout,
+        stall_timeout=fetch.stall_timeout,
+        minimum_rate=fetch.minimum_rate,
+        max_connections=max_connections,
+        follow_to_other_hosts=False,
+    )
+    return Peers(rules, limits, registry.is_penalised, settings.peers.secret_file)
+
+
+def build_failover_reader(
+    client: SourceClient, registry: SourceHealthRegistry, peers: Peers | None = None
+) -> FailoverReader:
+    return FailoverReader(client, registry, peers=peers)
 
 
 def count_observation(observation: SourceObservation) -> None:
@@ -204,7 +224,10 @@ def count_observation(observation: SourceObservation) -> None:
     SOURCE_REQUESTS.labels(source=source).inc()
     if observation.first_byte is not None:
         SOURCE_LATENCY.labels(source=source).observe(observation.first_byte)
-    if observation.received:
-        SOURCE_BYTES.labels(source=source).inc(observation.received)
     if observation.failure is not None:
         SOURCE_FAILURES.labels(source=source, reason=observation.failure).inc()
+
+
+def count_source_bytes(source: str, count: int) -> None:
+    """Count bytes from a source in the metrics."""
+    SOURCE_BYTES.labels(source=source_label(f"//{source}")).inc(count)

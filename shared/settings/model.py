@@ -23,6 +23,7 @@ from distributor_node.shared.domain.jobs import CLAIM_SECONDS
 from distributor_node.shared.domain.objects import Assignment, parse_bucket_id
 from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
 from distributor_node.shared.domain.urls import names_host
+from distributor_node.shared.settings.peers import PeerSettings
 from distributor_node.shared.settings.sizes import AdmissionSize, MissCostSetting, Size, format_size
 
 Seconds = Annotated[float, Field(gt=0, le=7 * 24 * 3600)]
@@ -95,10 +96,10 @@ class PublicApi(SettingsGroup):
     """Serve objects from their partial file while they are fetched. Turn this off if the volume is NFS shared by
     several hosts: pending requests are then proxied."""
     far_range_wait: Seconds = 0.5
-    """A range of a pending object is proxied if its first byte is expected later than in so many seconds, at the rate
-    at which the object was fetched lately."""
+    """Seconds that a range waits for its first byte if that is far ahead of a fetch, or expected later at its rate. The
+    fetch is asked to bring it first; then it is proxied, as the last 64 KiB and objects without a hash are at once."""
     far_range_distance: Size = Field(default=4 * 1024**2)
-    """It is proxied at any rate if it begins more than so many bytes after what is on disk."""
+    """A range is far ahead if it begins more than so many bytes after what is on disk."""
     stalled_fetch_wait: Seconds = 2.0
     """Seconds without a new byte of a fetch after which responses that follow it continue from a source, until the
     fetch has caught up."""
@@ -277,6 +278,8 @@ class FetchSettings(SettingsGroup):
     """Objects that one fetcher process downloads at once."""
     concurrency_per_source: int = Field(default=8, ge=1, le=256)
     """Of these, objects that it downloads from one source at once. Further jobs wait, or use other sources."""
+    side_streams: int = Field(default=32, ge=0, le=256)
+    """Gaps in front of viewers that a fetcher process fills at once beside its downloads. 0: far ranges are proxied."""
     connect_timeout: Seconds = 3.0
     """Seconds to connect to a source."""
     first_byte_timeout: Seconds = 5.0
@@ -389,6 +392,23 @@ class MetricsSettings(SettingsGroup):
         return METRICS_PORTS[service] if self.port is None else self.port
 
 
+class DashboardSettings(SettingsGroup):
+    """The node's page: what it does at the moment, to look at in a browser. It changes nothing."""
+
+    enabled: bool = True
+    """Serve the page, and take part in what it shows."""
+    host: str = "127.0.0.1"
+    """Address to listen on. The page is not encrypted, and without a password not authenticated."""
+    port: Port = 3336
+    """Port to listen on; 0 takes any free one. If another process holds it, the node runs without its page until the
+    port is free."""
+    user: str = Field(default="operator", min_length=1, max_length=64, pattern=r"^[^:\x00-\x1f\x7f]+$")
+    """The name to sign in with, if there is a password."""
+    password: SecretStr | None = Field(default=None, min_length=8)
+    """Ask for this password (HTTP basic authentication). Without one, the page answers only to names of this machine
+    and to addresses, so that no site in the browser can read it by a name of its own."""
+
+
 class LogSettings(SettingsGroup):
     """Logs, on standard error."""
 
@@ -442,11 +462,13 @@ class Settings(SettingsGroup):
     catalog: CatalogSettings = CatalogSettings()
     origin: OriginSettings = OriginSettings()
     sources: SourceSettings = SourceSettings()
+    peers: PeerSettings = PeerSettings()
     fetch: FetchSettings = FetchSettings()
     storage: StorageSettings = StorageSettings()
     evictor: EvictorSettings = EvictorSettings()
     admission: AdmissionSettings = AdmissionSettings()
     metrics: MetricsSettings = MetricsSettings()
+    dashboard: DashboardSettings = DashboardSettings()
     log: LogSettings = LogSettings()
     tracing: TracingSettings = TracingSettings()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import itertools
 import json
 import os
@@ -69,6 +70,47 @@ class Browser:
         self._session = attached["sessionId"]
         await self.call("Page.enable")
         return self
+
+    async def watch_page(self) -> None:
+        """From now on `console_errors` and `requested_urls` tell what the page does."""
+        for domain in ("Runtime", "Log", "Network"):
+            await self.call(f"{domain}.enable")
+
+    def console_errors(self) -> list[str]:
+        """Errors and warnings on the page's console, uncaught exceptions, and blocked requests."""
+        return [
+            json.dumps(parameters)
+            for method, parameters in self.events
+            if method == "Runtime.exceptionThrown"
+            or (method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"))
+            or (method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"))
+        ]
+
+    def requested_urls(self) -> list[str]:
+        return [
+            parameters["request"]["url"]
+            for method, parameters in self.events
+            if method == "Network.requestWillBeSent"
+        ]
+
+    async def screenshot(self, path: Path, width: int, scheme: str) -> None:
+        """Save the whole page as PNG. `width`: of the window, in pixels. `scheme`: light or dark."""
+        await self.set_window(width, scheme)
+        size = (await self.call("Page.getLayoutMetrics"))["cssContentSize"]
+        clip = {"x": 0, "y": 0, "width": width, "height": size["height"], "scale": 1}
+        shot = await self.call("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(base64.b64decode(shot["data"]))
+
+    async def set_window(self, width: int, scheme: str = "light", *, reduced_motion: bool = False) -> None:
+        await self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500
+        )  # fmt: skip
+        features = [
+            {"name": "prefers-color-scheme", "value": scheme},
+            {"name": "prefers-reduced-motion", "value": "reduce" if reduced_motion else "no-preference"},
+        ]
+        await self.call("Emulation.setEmulatedMedia", features=features)
 
     async def evaluate(self, script: str) -> Any:
         """Return the value of an expression in the page, awaited if it is a promise."""

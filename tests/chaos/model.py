@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -30,6 +30,7 @@ from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.state_memory.tables import Tables
 from distributor_node.shared.adapters.volume import OpenObject, PartialFile, PartialReader, Volume
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeFull
+from distributor_node.shared.domain.extents import BLOCK
 from distributor_node.shared.domain.jobs import FetchJob, JobOutcome, Nack
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.space import footprint
@@ -250,6 +251,38 @@ class Node(RuleBasedStateMachine):
             except Killed:
                 return Nack()  # the broker delivers it again; the lease is left to run out
 
+    @rule(
+        object_id=ids, block=st.integers(0, 2), named=st.booleans(), torn=st.booleans(), unread=st.booleans()
+    )
+    def leave_a_sparse_file(
+        self, object_id: ObjectId, block: int, named: bool, torn: bool, unread: bool
+    ) -> None:
+        """A fetcher with side streams was killed: its partial file has a hole, and perhaps more than it has named.
+
+        `named`: a block behind the hole. `torn`: wrong bytes, which were never named. `unread`: its sidecar is lost.
+        """
+        record, reader = self.volume.partial_record(object_id), self.volume.open_partial(object_id)
+        if record is None or reader is None:
+            return
+        with closing(reader):
+            if reader.state().verified:
+                return
+        partial_file = self.volume.open_partial_for_writing(record)
+        body, first = body_of(object_id, record.size), block * BLOCK
+        written = partial_file.extents
+        if not partial_file.is_sparse:
+            partial_file.make_sparse(written.prefix)
+        if named and first < record.size:
+            partial_file.write(first, body[first : first + BLOCK])
+            written = written.adding(first, min(first + BLOCK, record.size))
+        partial_file.name_extents(written)
+        missing = written.gap_at(0, record.size)
+        if torn and missing is not None:
+            partial_file.write(missing.first, b"?" * missing.length)
+        partial_file.close()
+        if unread:
+            (self.volume.root / "incoming" / f"{object_id}.json").write_bytes(b"{")
+
     @rule(object_id=ids)
     def evict(self, object_id: ObjectId) -> None:
         async def evict() -> None:
@@ -432,6 +465,25 @@ class Node(RuleBasedStateMachine):
             assert path.read_bytes() == body_of(path.name, size)
             record = self.volume.read_record(ObjectId(path.name))
             assert record is None or self.volume.complete_record(ObjectId(path.name)) in (None, record)
+
+    @invariant()
+    def what_a_follower_may_read_is_right(self) -> None:
+        """Of a partial file, unless its source has sent something else."""
+        for path in self.volume.root.glob("incoming/*.part"):
+            object_id = ObjectId(path.stem)
+            record, reader = self.volume.partial_record(object_id), self.volume.open_partial(object_id)
+            if reader is None:
+                continue
+            with closing(reader):
+                state = reader.state()
+                if record is None or state.extents is None:
+                    continue
+                for extent in state.extents:
+                    data = reader.read(extent.first, extent.length)
+                    assert data in (
+                        body_of(object_id, record.size)[extent.first : extent.end],
+                        b"!" * len(data),
+                    )
 
     @invariant()
     def what_was_purged_stays_away(self) -> None:

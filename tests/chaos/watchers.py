@@ -26,8 +26,13 @@ def inodes_on_volume(volume: Path) -> dict[int, int]:
                 except OSError:
                     continue
                 if stat.S_ISREG(seen.st_mode):
-                    found[seen.st_ino] = seen.st_size
+                    found[seen.st_ino] = bytes_of(seen) if entry.endswith(".part") else seen.st_size
     return found
+
+
+def bytes_of(partial: os.stat_result) -> int:
+    """The bytes of a partial file, without its holes."""
+    return min(partial.st_size, partial.st_blocks * 512)
 
 
 def unlinked_but_open(volume: Path, processes: Iterable[int]) -> dict[int, int]:
@@ -72,7 +77,7 @@ def scan_volume(volume: Path, processes: Iterable[int]) -> VolumeScan:
         if not stat.S_ISREG(seen.st_mode):
             continue
         if path.parent.name == "incoming":
-            found.partials[path.stem] = seen.st_size
+            found.partials[path.stem] = bytes_of(seen)
         elif path.parent.name == "leaving":
             found.leaving[path.name] = seen.st_size
         elif path.parent.name == f"{zlib.crc32(path.name.encode()) % 256:02x}":  # others are foreign files

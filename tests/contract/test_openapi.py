@@ -27,6 +27,7 @@ async def test_every_route_is_described_and_every_description_is_a_route(tmp_pat
             (public_path(route).replace("<object_id>", "{objectId}"), method.lower())
             for route in application.router.routes
             for method in route.methods
+            if public_path(route) != "/"  # for people alone: programs get a 404 there
         }
         unregister_application(application)
     described = {

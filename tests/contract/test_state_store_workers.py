@@ -93,6 +93,49 @@ class TestViewers:
         assert None not in await harness.store.last_viewed(others[-1000:])
 
 
+class TestWanted:
+    async def test_an_object_that_nothing_waits_for_has_no_positions(self, harness: Harness) -> None:
+        assert [list(found) for found in await harness.store.wanted_positions([ONE, TWO])] == [[], []]
+        assert list(await harness.store.wanted_positions([])) == []
+
+    async def test_another_process_reads_those_of_each_object_in_the_order_asked(
+        self, harness: Harness
+    ) -> None:
+        await harness.store.record_wanted(ONE, [5_000_000_000_000, 7])
+        await harness.other.record_wanted(ONE, [70, 7])
+        await harness.store.record_wanted(TWO, [0])
+        found = await harness.other.wanted_positions([TWO, THREE, ONE])
+        assert [list(positions) for positions in found] == [[0], [], [7, 70, 5_000_000_000_000]]
+
+    async def test_any_number_of_objects_can_be_asked_for(self, harness: Harness) -> None:
+        await harness.store.record_wanted(THREE, [3])
+        found = await harness.store.wanted_positions([ONE] * 30 + [THREE])
+        assert [list(positions) for positions in found] == [[]] * 30 + [[3]]
+
+    async def test_they_are_forgotten_soon_unless_they_are_wanted_again(self, harness: Harness) -> None:
+        await harness.store.record_wanted(ONE, [1, 2])
+        await harness.advance_clock(state_store.WANTED_MEMORY * 0.7)
+        await harness.store.record_wanted(ONE, [2])
+        await harness.advance_clock(state_store.WANTED_MEMORY * 0.5)
+        assert [list(found) for found in await harness.store.wanted_positions([ONE])] == [[2]]
+        await harness.advance_clock(state_store.WANTED_MEMORY)
+        assert [list(found) for found in await harness.store.wanted_positions([ONE])] == [[]]
+
+    async def test_the_latest_ones_of_an_object_are_remembered(self, harness: Harness) -> None:
+        await harness.store.record_wanted(TWO, [9])
+        await harness.store.record_wanted(ONE, [1])
+        await harness.advance_clock(0.05)
+        await harness.store.record_wanted(ONE, range(1000, 1000 + state_store.MAX_WANTED))
+        found = await harness.store.wanted_positions([ONE, TWO])
+        assert list(found[0]) == list(range(1000, 1000 + state_store.MAX_WANTED))
+        assert list(found[1]) == [9]
+
+    async def test_no_position_does_nothing(self, harness: Harness) -> None:
+        before = await harness.dump()
+        await harness.store.record_wanted(ONE, [])
+        assert await harness.dump() == before
+
+
 class TestQueued:
     async def test_usage_counts_jobs_that_have_not_begun(self, harness: Harness) -> None:
         await harness.reconciled()
@@ -105,3 +148,59 @@ class TestQueued:
         await harness.begin_fetch(ONE, 100)
         usage = await harness.other.usage()
         assert (usage.queued, usage.fetches) == (1, 1)
+
+
+async def contents(harness: Harness) -> dict[str, str]:
+    return {report.process: report.content for report in await harness.other.process_reports()}
+
+
+class TestReports:
+    async def test_another_process_reads_the_latest_of_each(self, harness: Harness) -> None:
+        assert await contents(harness) == {}
+        await harness.store.report_process("b", '{"kind": "fetcher"}', 60)
+        await harness.store.report_process("a", "{}", 60)
+        await harness.store.report_process("a", '{"text": "ä \\n"}', 60)
+        assert list((await contents(harness)).items()) == [
+            ("a", '{"text": "ä \\n"}'), ("b", '{"kind": "fetcher"}'),
+        ]  # fmt: skip
+
+    async def test_its_age_is_told(self, harness: Harness) -> None:
+        await harness.store.report_process("a", "{}", 60)
+
+        async def older() -> bool:
+            [report] = await harness.other.process_reports()
+            return 0.1 <= report.age < 60
+
+        await harness.until(older)
+
+    async def test_one_that_is_not_renewed_expires(self, harness: Harness) -> None:
+        await harness.store.report_process("a", "{}", 0.2)
+        await harness.store.report_process("b", "{}", 60)
+
+        async def only_the_second() -> bool:
+            return list(await contents(harness)) == ["b"]
+
+        await harness.until(only_the_second)
+
+    async def test_a_process_that_ends_withdraws_its_own(self, harness: Harness) -> None:
+        await harness.store.report_process("a", "{}", 60)
+        await harness.store.report_process("b", "{}", 60)
+        await harness.store.withdraw_process("a")
+        await harness.store.withdraw_process("c")
+        assert list(await contents(harness)) == ["b"]
+
+    async def test_processes_learn_that_a_page_is_open_until_it_is_not(self, harness: Harness) -> None:
+        assert not await harness.store.report_process("a", "{}", 60)
+        await harness.other.watch_reports(0.3)
+        assert await harness.store.report_process("a", "{}", 60)
+
+        async def unwatched() -> bool:
+            return not await harness.store.report_process("a", "{}", 60)
+
+        await harness.until(unwatched)
+
+    async def test_workers_and_reports_are_kept_apart(self, harness: Harness) -> None:
+        await harness.store.report_worker(FIRST, 60)
+        await harness.store.report_process("a", "{}", 60)
+        assert await reports(harness) == [FIRST]
+        assert list(await contents(harness)) == ["a"]

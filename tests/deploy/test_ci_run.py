@@ -66,6 +66,20 @@ def test_a_machine_where_no_engine_starts_passes(machine: Machine) -> None:
     assert "skipped: make test-docker (no Docker engine" in said
 
 
+def test_a_browser_is_used_where_there_is_one(machine: Machine) -> None:
+    assert "skipped: make test-browser (no browser" in machine.run()[1]
+    machine.has("checkout/deploy/servers/find-or-install.sh", 'echo "looked for $*"')
+    code, said = machine.run()
+    assert code == 0
+    assert "looked for chromium npm" in said
+    assert "made test-browser" in said
+    machine.has("bin/make", 'test "$1" != test-browser')
+    code, said = machine.run()
+    assert code != 0
+    assert "FAILED: make test-browser" in said
+    assert "skipped: make test-browser (SKIP" in machine.run(SKIP_BROWSER="1")[1]
+
+
 def test_an_engine_without_images_is_a_failure(machine: Machine) -> None:
     machine.has("bin/docker", "exit 0")
     machine.has_image_builder("exit 1")

@@ -284,3 +284,10 @@ def test_every_file_of_rabbitmq_s_is_used() -> None:
     folder = ROOT / "deploy" / "rabbitmq"
     mounted = {mount["source"] for mount in mounts("rabbitmq").values()}
     assert {f"./deploy/rabbitmq/{path.name}" for path in folder.iterdir()} <= mounted
+
+
+def test_the_node_s_page_is_for_this_machine_alone() -> None:
+    assert "127.0.0.1:${DASHBOARD_PORT:-3336}:3336" in SERVICES["api"]["ports"]
+    assert all(
+        ":3336" not in str(service.get("ports")) for name, service in SERVICES.items() if name != "api"
+    )

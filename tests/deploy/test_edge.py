@@ -6,11 +6,23 @@ import asyncio
 import ssl
 import subprocess
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from tests.deploy.edge_server import EDGE, START, Edge, edge, make_certificate, needs_nginx, render
+from tests.deploy.edge_server import (
+    EDGE,
+    START,
+    Edge,
+    ScriptedApi,
+    edge,
+    make_certificate,
+    needs_nginx,
+    render,
+)
+from tests.docker.compose import free_ports
 
 ASSET = "/api/v1/assets/1"
 
@@ -240,3 +252,90 @@ def test_start_sh_is_plain_sh() -> None:
     assert START.read_text().startswith("#!/bin/sh\n")
     subprocess.run(["sh", "-n", START], check=True)
     assert START.stat().st_mode & 0o111 or sys.platform == "win32"
+
+
+@asynccontextmanager
+async def several(folder: Path, balance: str = "hash") -> AsyncIterator[tuple[Edge, list[ScriptedApi]]]:
+    """An edge in front of three nodes."""
+    nodes = [ScriptedApi(port) for port in free_ports(3)]
+    for node in nodes:
+        node.body = str(node.port).encode()
+        await node.listen()
+    upstreams = " ".join(f"127.0.0.1:{node.port}" for node in nodes)
+    try:
+        async with edge(folder, EDGE_UPSTREAMS=upstreams, EDGE_BALANCE=balance) as one:
+            yield one, nodes
+    finally:
+        for node in nodes:
+            await node.close()
+
+
+@needs_nginx
+async def test_an_object_has_its_node_whatever_the_query(tmp_path: Path) -> None:
+    async with several(tmp_path) as (one, nodes):
+        for number in range(60):
+            paths = (
+                f"/api/v1/assets/{number}",
+                f"/api/v1/assets/{number}?download",
+                f"/api/v1/assets/{number}/",
+            )
+            answers = {(await ask(one, path))[2] for path in (*paths, *paths)}
+            assert len(answers) == 1
+        shares = [len(node.heads) for node in nodes]
+        assert sum(shares) == 360
+        assert min(shares) >= 50
+
+
+@needs_nginx
+async def test_the_next_node_in_line_is_asked_if_one_fails_and_the_others_keep_their_objects(
+    tmp_path: Path,
+) -> None:
+    async with several(tmp_path) as (one, nodes):
+        paths = [f"/api/v1/assets/{number}" for number in range(40)]
+        before = {path: (await ask(one, path))[2] for path in paths}
+        await nodes[0].close()
+        for path, owner in before.items():
+            status, _, body = await ask(one, path)
+            assert status == 200
+            assert body == owner or owner == nodes[0].body
+            assert body != nodes[0].body
+
+
+@needs_nginx
+async def test_a_node_that_closes_without_an_answer_is_replaced_by_the_next_one(tmp_path: Path) -> None:
+    async with several(tmp_path) as (one, nodes):
+        for node in nodes:
+            node.script = ["close"]
+        status, _, _ = await ask(one)
+        assert status == 503  # asked twice, which is the most
+        assert sum(len(node.heads) for node in nodes) == 2
+        assert (await ask(one, "/api/v1/assets/2"))[0] == 200
+
+
+@needs_nginx
+async def test_the_least_busy_node_can_be_asked_instead(tmp_path: Path) -> None:
+    async with several(tmp_path, "least_conn") as (one, nodes):
+        for _ in range(30):
+            assert (await ask(one))[0] == 200
+        assert min(len(node.heads) for node in nodes) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"EDGE_UPSTREAMS": "cell-a"}, "EDGE_UPSTREAMS: expected HOST:PORT, got 'cell-a'"),
+        ({"EDGE_UPSTREAMS": "cell-a:port"}, "EDGE_UPSTREAMS: expected HOST:PORT, got 'cell-a:port'"),
+        ({"EDGE_UPSTREAMS": "a:1;"}, "EDGE_UPSTREAMS: expected HOST:PORT, got 'a:1;'"),
+        (
+            {"EDGE_UPSTREAMS": "a:1", "EDGE_BALANCE": "random"},
+            "EDGE_BALANCE: expected hash or least_conn, got 'random'",
+        ),
+        ({"EDGE_UPSTREAMS": "a:1", "EDGE_SENDFILE_TYPE": "X-Accel-Redirect"}, "ACCEL_REDIRECT_PREFIX"),
+    ],
+)
+def test_upstreams_that_cannot_work_are_refused(
+    tmp_path: Path, settings: dict[str, str], message: str
+) -> None:
+    done = render(tmp_path, settings)
+    assert done.returncode == 2
+    assert message in done.stderr

@@ -14,7 +14,15 @@ from distributor_node.shared.settings.model import METRICS_PORTS
 from tests.waiting import poll
 
 ROOT = Path(__file__).parents[2]
-PORTS = ("API_PORT", "DEMO_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT", "EDGE_PORT", "EDGE_TLS_PORT")
+PORTS = (
+    "API_PORT",
+    "DASHBOARD_PORT",
+    "DEMO_PORT",
+    "PROMETHEUS_PORT",
+    "GRAFANA_PORT",
+    "EDGE_PORT",
+    "EDGE_TLS_PORT",
+)
 NODE = ("api", "fetcher", "evictor")
 
 

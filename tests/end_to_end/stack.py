@@ -110,6 +110,7 @@ class Stack:
             "DISTRIBUTOR_PUBLIC_API__HOST": "127.0.0.1",
             "DISTRIBUTOR_PUBLIC_API__PORT": str(self.port),
             "DISTRIBUTOR_METRICS__HOST": "127.0.0.1",
+            "DISTRIBUTOR_DASHBOARD__PORT": "0",
         }
 
     def url(self, object_id: str) -> str:

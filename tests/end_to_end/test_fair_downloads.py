@@ -167,24 +167,23 @@ async def test_a_range_far_ahead_of_a_slow_fetch_is_proxied_and_a_near_one_is_no
     assert (await watching).complete
 
 
-@pytest.mark.parametrize("fault", [Fault(status=503), Fault(flip_byte_at=5)], ids=["down", "wrong bytes"])
-async def test_a_failure_of_the_only_source_does_not_last(
-    stack: Stack, node: StorageNode, fault: Fault
-) -> None:
-    """It is remembered for a minute, or ten, unless a source shows that it is over."""
-    node.faults.add(fault, FILES)
+async def test_a_proxied_success_ends_the_failure_of_the_only_source(stack: Stack, node: StorageNode) -> None:
+    """The failure is remembered for a minute or more, and the job has a delay of seconds."""
+    node.faults.add(Fault(status=503), FILES)
     await stack.up(fetchers=2, workers=2)
     image = IMAGES[0]
 
-    async def failed() -> bool:
-        answer = await get(stack.url(image))
-        return answer.status >= 500 or not answer.complete
-
-    for _ in range(3):
-        assert await failed()
+    assert (await get(stack.url(image))).status >= 500
+    await eventually(lambda: "job_ended" in stack.logs(), what="its fetch fails")
     node.faults.clear()
+    proxied = 0
 
     async def is_hit() -> bool:
-        return (await get(stack.url(image))).headers.get("x-cache") == "hit"
+        nonlocal proxied
+        answer = await get(stack.url(image))
+        assert answer.status == 200
+        proxied += answer.headers["x-data-source"] == "external"
+        return answer.headers["x-cache"] == "hit"
 
-    await eventually(is_hit, 40, pause=0.5)
+    await eventually(is_hit, pause=0.25)
+    assert proxied <= 4

@@ -253,6 +253,7 @@ async def assets_harness(
     than usual; `workers`: fetchers that have reported, with 8 free slots each; `clock`: of the usual store."""
     settings = Settings(
         metrics={"host": "127.0.0.1", "port": 0},
+        dashboard={"enabled": False},
         catalog={"manifest": root / "unused.yaml"},
         storage={"path": root / "volume", "limit": LIMIT},
         public_api={"host": "127.0.0.1", "port": 0, "first_byte_wait": 0.5} | public_api,

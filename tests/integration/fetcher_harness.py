@@ -11,6 +11,7 @@ from pathlib import Path
 from distributor_node.services.demo.objects import DemoObject, bytes_object
 from distributor_node.services.demo.storage_node import StorageNode
 from distributor_node.services.fetcher.admission import Admission, AdmissionRules
+from distributor_node.services.fetcher.download import FetchLimits
 from distributor_node.services.fetcher.fetch import FetchRunner
 from distributor_node.services.fetcher.fetcher import DeadLetterHandler, FailureRecorder, Worker
 from distributor_node.services.fetcher.lease import LeaseTimes
@@ -50,13 +51,13 @@ class Harness:
     def sources(self) -> tuple[str, ...]:
         return tuple(node.object_url(OBJECT_ID) for node in self.nodes)
 
-    def worker(self) -> Worker:
+    def worker(self, limits: FetchLimits | None = None) -> Worker:
         name = f"worker-{len(self.names)}"
         self.names.append(name)
         rules = AdmissionRules(LIMIT // 2, self.space_wait, self.times.lease)
         return Worker(
             Admission(self.state, self.volume, self.disk, rules, name),
-            FetchRunner(self.state, self.volume, self.failover_reader, self.disk, self.times),
+            FetchRunner(self.state, self.volume, self.failover_reader, self.disk, self.times, limits),
             FailureRecorder(self.state, RETRIES, failure_memory=60.0),
         )
 

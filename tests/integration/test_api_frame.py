@@ -367,3 +367,37 @@ async def test_readiness_tells_why_the_public_port_is_closed(tmp_path: Path) -> 
 async def test_the_public_port_tells_nothing_about_the_inside(tmp_path: Path, path: str) -> None:
     async with running_api(tmp_path, FakeAssets()) as api:
         assert split(await api.get(path))[0] == 404
+
+
+@pytest.mark.parametrize(
+    "accept", ["text/html", "text/html,application/xhtml+xml,application/xml;q=0.9,image/avif,*/*;q=0.8"]
+)
+async def test_a_browser_is_told_what_this_address_is_and_nothing_of_the_node_s_state(
+    tmp_path: Path, accept: str
+) -> None:
+    async with running_api(tmp_path, FakeAssets()) as api:
+        request = f"GET / HTTP/1.1\r\nHost: a\r\nAccept: {accept}\r\nConnection: close\r\n\r\n"
+        status, head, body = split(await api.ask(request.encode()))
+        node_id = api.context.settings.id
+    assert status == 200
+    assert b"\r\ncontent-type: text/html; charset=utf-8" in head.lower()
+    assert b"Content-Security-Policy: default-src 'none'" in head
+    assert b"Vary: Accept" in head
+    assert body.count(b"<p>") == 1
+    assert b'href="api/v1/openapi.json"' in body
+    assert node_id.encode() not in body
+    assert VERSION.encode() not in body
+
+
+@pytest.mark.parametrize(
+    ("method", "accept"), [("GET", "*/*"), ("GET", "application/json"), ("GET", None), ("POST", "text/html")]
+)
+async def test_programs_find_nothing_at_the_root(tmp_path: Path, method: str, accept: str | None) -> None:
+    accepted = "" if accept is None else f"Accept: {accept}\r\n"
+    async with running_api(tmp_path, FakeAssets()) as api:
+        request = f"{method} / HTTP/1.1\r\nHost: a\r\n{accepted}Connection: close\r\n\r\n"
+        status, head, body = split(await api.ask(request.encode()))
+        _, _, elsewhere = split(await api.get("/nowhere"))
+    assert (status, body) == (404, elsewhere)
+    assert b"\r\ncontent-type: application/json" in head.lower()
+    assert b"Cache-Control: no-store" in head

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
@@ -395,3 +396,45 @@ async def test_the_page_and_its_description() -> None:
         assert (await client.get("/api/v1/files/901")).status_code == 404
         film = (await client.get("/api/v1/files/5")).content
         assert film == (DEMO_DIRECTORY / "media" / "5-day.mp4").read_bytes()
+
+
+class OneScene:
+    """A story with one scene."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+
+    def document(self) -> dict[str, Any]:
+        return {"begun": self.begun}
+
+    def begin(self, scene: str) -> bool:
+        if scene == "cut":
+            self.begun.append(scene)
+        return scene == "cut"
+
+
+async def test_the_page_s_files_and_its_story() -> None:
+    story = OneScene()
+    page = DEMO_DIRECTORY / "page" / "index.html"
+    told = Site(page, "http://127.0.0.1:1", (), "http://127.0.0.1:2/", story)
+    async with StorageNode([], site=told).run() as node, httpx.AsyncClient(base_url=node.url) as client:
+        worker = await client.get("/worker.js")
+        assert worker.headers["content-type"] == "text/javascript; charset=utf-8"
+        assert worker.content == page.with_name("worker.js").read_bytes()
+        described = (await client.get("/demo.json")).json()
+        assert (described["has_story"], described["dashboard_url"]) == (True, "http://127.0.0.1:2/")
+        # A page of another origin can POST, but not PUT.
+        answers = [
+            await client.post("/story/cut"),
+            await client.put("/story/none"),
+            await client.get("/story/cut"),
+        ]
+        assert [answer.status_code for answer in answers] == [405, 404, 405]
+        assert story.begun == []
+        assert (await client.put("/story/cut")).json() == {"begun": ["cut"]}
+        assert (await client.get("/story.json")).json() == {"begun": ["cut"]}
+    untold = Site(page, "http://127.0.0.1:1", ())
+    async with StorageNode([], site=untold).run() as node, httpx.AsyncClient(base_url=node.url) as client:
+        assert not (await client.get("/demo.json")).json()["has_story"]
+        assert (await client.get("/story.json")).status_code == 404
+        assert (await client.put("/story/cut")).status_code in (404, 405)

@@ -19,6 +19,7 @@ from distributor_node.shared.domain.eviction import MissCost, PolicyEntry, Prior
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.ports.state_store import Access, Granted, IndexEntry, PolicyState, Term
 from tests.integration.evictor_harness import body_of, record_of
+from tests.waiting import eventually
 
 COUNT, AT_ONCE = 2500, 1000
 NOW = time.time()
@@ -265,3 +266,35 @@ async def test_in_a_new_store_c0_follows_what_is_adopted(volume: Volume) -> None
     [adopted] = index.with_priorities([PolicyEntry(ObjectId("a"), 1000, 2, NOW)])
     assert adopted.priority == 2 * 21
     assert index.policy.basis.miss_cost == 20_000
+
+
+async def test_the_map_counts_objects_by_size_and_idle_time(state: FailingStore, volume: Volume) -> None:
+    term = await term_of(state)
+    sizes = {"small": 100, "edge": 2**20, "large": 2**31}
+    entries = [
+        IndexEntry(ObjectId(f"{name}-{age}"), size, 1, time.time() - age)
+        for name, size in sizes.items()
+        for age in (1, 100, 10**7)
+    ]
+    await state.adopt_many(term, entries)
+    index = await leader(state, volume, "gdsf")
+    found = await index.size_and_idle_map()
+    columns = len(found["idle"]) + 1
+    filled = {divmod(place, columns): tuple(cell) for place, cell in enumerate(found["cells"]) if cell[0]}
+    last = (len(found["sizes"]), columns - 1)
+    assert filled == {
+        (0, 0): (1, 100), (0, 2): (1, 100), (0, 4): (COUNT, COUNT * 1000), (0, last[1]): (1, 100),
+        (2, 0): (1, 2**20), (2, 2): (1, 2**20), (2, last[1]): (1, 2**20),
+        (last[0], 0): (1, 2**31), (last[0], 2): (1, 2**31), last: (1, 2**31),
+    }  # fmt: skip
+
+
+async def test_a_map_that_took_long_stands_for_a_while(state: FailingStore, volume: Volume) -> None:
+    index = await leader(state, volume, "lru")
+    first = await index.size_and_idle_map()
+    assert await index.size_and_idle_map() is first
+
+    async def other() -> bool:
+        return await index.size_and_idle_map() is not first
+
+    await eventually(other)

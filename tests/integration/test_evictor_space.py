@@ -376,3 +376,27 @@ async def test_a_pass_that_evicts_nothing_logs_no_event(harness: EvictorHarness)
     assert [event for event in logs if event["event"] == "object_evicted"] == []
     [removal] = [event for event in logs if event["event"] == "object_removed"]
     assert removal["reason"] == "purged"
+
+
+async def test_a_leader_reports_what_it_has_removed_and_why(harness: EvictorHarness) -> None:
+    async with harness.evictor() as evictor:
+        await eventually(harness.reconciled)
+        await harness.store(*(f"o{number}" for number in range(10)), age=3600)
+
+        async def removed() -> dict[str, str]:
+            return {one["id"]: one["reason"] for one in (await evictor.report(watched=False))["removed"]}
+
+        await eventually(removed)
+        await harness.state.request_purges([ObjectId("o9")])
+
+        async def purged() -> bool:
+            return (await removed()).get("o9") == "purged"
+
+        await eventually(purged)
+        report = await evictor.report(watched=True)
+        assert report["leads"]
+        assert (await removed())["o0"] == "high_watermark"
+        assert report["removed"][0] | {"at": 0} == {
+            "id": "o0", "at": 0, "bytes": footprint(SIZE), "size": SIZE, "views": 1, "reason": "high_watermark",
+        } | {name: report["removed"][0][name] for name in ("idle_seconds", "priority", "inflation")}  # fmt: skip
+        assert sum(objects for objects, _ in report["map"]["cells"]) == len(await harness.entries())

@@ -329,6 +329,51 @@ async def test_the_limit_for_the_first_byte_is_not_one_for_the_rest(node: Storag
         assert await read(client, node.object_url("1")) == DATA
 
 
+async def test_a_server_that_says_nothing_is_given_up_early_and_asked_once(
+    node: StorageNode, seen: list[SourceObservation]
+) -> None:
+    async with SourceClient(
+        replace(LIMITS, first_byte_timeout=30, first_data_timeout=0.3), seen.append
+    ) as client:
+        assert await read(client, node.object_url("1")) == DATA
+        assert await read(client, node.object_url("2"), size=0) == b""  # leaves a connection to be reused
+        node.faults.add(Fault(hang_before_headers=True))
+        async with asyncio.timeout(10):
+            with pytest.raises(SourceUnreachable, match=r"no bytes within 0\.3 s"):
+                await read(client, node.object_url("1"))
+    assert len(node.requests.of("1")) == 2
+
+
+async def test_a_server_that_says_that_it_is_working_has_the_time_for_the_first_byte() -> None:
+    """By an interim response (RFC 9110 section 15.2)."""
+
+    closed = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 102 Processing\r\n\r\n")
+        await writer.drain()
+        await asyncio.sleep(1.0)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc")
+        writer.close()
+        closed.set()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/1"
+    limits = replace(LIMITS, first_byte_timeout=30, first_data_timeout=0.3)
+    async with server, SourceClient(limits) as client:
+        assert await read(client, url, size=3) == b"abc"
+        await closed.wait()
+    closed.clear()
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/1"
+    limits = replace(LIMITS, first_byte_timeout=0.5, first_data_timeout=0.3)
+    async with server, SourceClient(limits) as client:
+        with pytest.raises(SourceTooSlow):
+            await read(client, url, size=3)
+        await closed.wait()
+
+
 async def test_a_reader_that_pauses_costs_the_source_nothing(node: StorageNode, client: SourceClient) -> None:
     received = bytearray()
     async with client.get(node.object_url("1"), None, Expected(Version(size=SIZE))) as answer:
@@ -457,3 +502,22 @@ async def test_a_name_that_resolves_to_a_private_address_is_not_asked(node: Stor
             with pytest.raises(SourceUnreachable, match="private address"):
                 await read(client, f"http://{host}:{node.port}/api/v1/files/1")
     assert len(node.requests) == 0
+
+
+async def test_bytes_of_a_body_are_counted_while_it_arrives(node: StorageNode) -> None:
+    """A download of minutes must not be counted at its end alone."""
+    counted: list[tuple[str, int]] = []
+    before_the_end = 0
+    async with SourceClient(LIMITS, count_bytes=lambda *count: counted.append(count)) as client:
+        async with client.get(node.object_url("1"), None, Expected(Version(size=SIZE))) as answer:
+            async for _ in answer.chunks:
+                before_the_end = sum(count for _, count in counted)
+        assert before_the_end > SIZE // 2
+        assert sum(count for _, count in counted) == SIZE
+        assert {source for source, _ in counted} == {f"127.0.0.1:{node.port}"}
+        assert len(counted) < 20, "not once for each chunk"
+        counted.clear()
+        node.faults.add(Fault(cut_after=100_000))
+        with pytest.raises(SourceUnreachable):
+            await read(client, node.object_url("1"))
+    assert sum(count for _, count in counted) == 100_000

@@ -16,6 +16,7 @@ from distributor_node.services.api.assets.decision import (
     Span,
     is_cacheable,
     is_far,
+    is_fetched_ahead,
     live_fetch,
     may_resume,
     select_range,
@@ -25,6 +26,8 @@ from distributor_node.services.api.assets.proxy import VerifyingBuffer
 from distributor_node.shared.domain.conditionals import Conditions, Unsatisfiable
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId
 from distributor_node.shared.ports.state_store import Failure, Fetch, FetchPhase, ObjectStatus
+
+MIB = 1024 * 1024
 
 SIZE = 1_000_000
 ETAG = '"abc"'
@@ -192,3 +195,20 @@ def test_a_verifying_buffer_rejects_other_bytes() -> None:
     buffer.feed(b"wrong")
     assert not buffer.verify()
     assert buffer.resumed
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "size", "expected"),
+    [
+        (40 * MIB, 41 * MIB, 64 * MIB, True),
+        (MIB, 2 * MIB, 64 * MIB, True),  # near, and perhaps far at the rate of the fetch
+        (40 * MIB, 64 * MIB - 1, 64 * MIB, True),
+        (MIB, 64 * MIB - 1, 64 * MIB, False),  # it is verified from its first byte
+        (64 * MIB - UNVERIFIED_TAIL_BYTES, 64 * MIB - 1, 64 * MIB, False),
+        (64 * MIB - UNVERIFIED_TAIL_BYTES - 1, 64 * MIB - 1, 64 * MIB, True),
+        (2 * MIB, 3 * MIB - 2, 3 * MIB, False),  # it is fetched soon
+    ],
+)
+def test_what_is_fetched_ahead(first: int, last: int, size: int, expected: bool) -> None:
+    assert is_fetched_ahead(Span(first, last, size, partial=True), far_distance=4 * MIB) is expected
+    assert not is_fetched_ahead(Span(0, None, None), far_distance=4 * MIB)

@@ -438,7 +438,9 @@ def test_the_whole_command(tmp_path: Path) -> None:
     assert "By the log's own account, 89.7% of requests were hits." in done.output
     assert "| 1M | gdsf c0=auto | 0.900 |" in done.output
     assert "| 1M | sieve | 0.900 |" in done.output
-    assert "gdsf c0=auto is 0.0 points behind the best object hit ratio (" in done.output
+    assert (
+        "gdsf c0=auto, second view above auto is 0.0 points behind the best object hit ratio (" in done.output
+    )
     assert done.output.splitlines()[-1].startswith("With 200%") or done.output.splitlines()[-1].startswith(
         "With 1M"
     )

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from prometheus_client import REGISTRY
 
+from distributor_node.services.api.fast_path.handler import SpanLimit
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.tracing import NO_SPAN, parse_traceparent
@@ -199,7 +201,7 @@ async def test_the_parent_decides_whether_a_trace_is_sampled(collector: Collecto
     assert [span.name for span in collector.spans] == ["after"]
 
 
-async def test_recorded_spans_are_sampled_by_the_standards_variables_and_bounded(
+async def test_recorded_spans_are_sampled_by_the_standards_variables(
     collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_traceidratio")
@@ -232,12 +234,26 @@ async def test_recorded_spans_are_sampled_by_the_standards_variables_and_bounded
     assert all(0.49e9 < span.end - span.start < 0.6e9 for span in hits)
 
 
-async def test_of_many_hits_in_a_second_only_some_are_recorded(collector: Collector) -> None:
-    from distributor_node.shared.observability.opentelemetry_tracer import MAX_HITS_PER_SECOND
+def test_spans_of_hits_are_limited_for_each_second() -> None:
+    limit = SpanLimit(per_second=3)
 
-    async with tracing.tracing(True, "api", version="1", instance="here"):
-        tracer = tracing.installed_tracer()
-        assert tracer is not None
-        recorded = [tracer.record("hit", "server", "", 0.0, dict) for _ in range(5 * MAX_HITS_PER_SECOND)]
-    # The second may end in between, but not five times.
-    assert MAX_HITS_PER_SECOND <= sum(span is not None for span in recorded) < 5 * MAX_HITS_PER_SECOND
+    def recorded(start: float, count: int) -> int:
+        admitted = 0
+        for number in range(count):
+            if limit.admits(start + number / 1000):
+                admitted += 1
+                limit.count()
+        return admitted
+
+    before = refused()
+    assert recorded(100.0, 10) == 3
+    assert recorded(100.9, 10) == 0
+    assert recorded(101.5, 2) == 2
+    # The count of one second is shown with the next.
+    assert refused() - before == 17
+    # What is not sampled does not count.
+    assert all(limit.admits(200.0 + number / 1000) for number in range(10))
+
+
+def refused() -> float:
+    return REGISTRY.get_sample_value("distributor_trace_spans_total", {"result": "over_limit"}) or 0.0

@@ -30,6 +30,9 @@ from distributor_node.shared.ports.state_store import Fetch, FetchPhase, ObjectS
 UNVERIFIED_TAIL_BYTES = 64 * 1024
 """The last bytes of an object, which no client gets before the hash of the whole object is verified."""
 
+MIN_FETCHED_AHEAD = 4 * 1024 * 1024
+"""Bytes of the smallest object of which a part is fetched before those in front of it."""
+
 _LIVE = (FetchPhase.CLAIMED, FetchPhase.QUEUED, FetchPhase.FETCHING)
 
 
@@ -219,6 +222,17 @@ def is_cacheable(media_object: MediaObject, largest_cached_size: int) -> bool:
 def is_far(first: int, on_disk: int, far_distance: int) -> bool:
     """Whether byte `first` is too far ahead to wait for, at any rate. Players request the end of an MP4 first."""
     return first > on_disk + far_distance
+
+
+def is_fetched_ahead(span: Span, far_distance: int) -> bool:
+    """Whether a fetch may be asked to fetch the span's first bytes before others.
+
+    Not for the last bytes of an object alone, which cannot be sent before all are verified. Nor for the rest of an
+    object from a near byte on, which is verified from its first byte, on disk or from a source.
+    """
+    if span.size is None or span.length is None or span.size < MIN_FETCHED_AHEAD:
+        return False
+    return not span.reaches_end or (span.first > far_distance and span.length > UNVERIFIED_TAIL_BYTES)
 
 
 def bytes_missing(span: Span, on_disk: int) -> int:

@@ -120,14 +120,16 @@ class FetchStarter:
         request_id: str,
         revalidates: float | None = None,
         admission: AdmissionQuestion | None = None,
+        *,
+        for_peer: bool = False,
     ) -> tuple[Claim | None, PendingStart]:
         """Claim the object. If the claim is won, publish its job in the background.
 
-        The claim is None if the state store is unavailable. `revalidates`: see FetchJob; `admission`: see
+        The claim is None if the state store is unavailable. `revalidates`, `for_peer`: see FetchJob; `admission`: see
         StateStore.claim.
         """
         start = PendingStart()
-        self._run(self._claim_and_publish(media_object, request_id, start, revalidates, admission))
+        self._run(self._claim_and_publish(media_object, request_id, start, revalidates, admission, for_peer))
         return await asyncio.shield(start.claim), start
 
     def refute(self, object_id: ObjectId, failure: Failure, *, verified: bool) -> None:
@@ -172,6 +174,7 @@ class FetchStarter:
         start: PendingStart,
         revalidates: float | None,
         admission: AdmissionQuestion | None,
+        for_peer: bool,
     ) -> None:
         object_id = media_object.object_id
         try:
@@ -193,7 +196,12 @@ class FetchStarter:
                 await self._release_if_lost(claim.status.fetch, request_id)
             else:
                 job = FetchJob(
-                    media_object, request_id, time.time(), claim=claim.serial, revalidates=revalidates
+                    media_object,
+                    request_id,
+                    time.time(),
+                    claim=claim.serial,
+                    revalidates=revalidates,
+                    for_peer=for_peer,
                 )
                 await self._publish(job, start)
         finally:

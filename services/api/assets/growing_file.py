@@ -1,4 +1,4 @@
-"""Follows the growing partial file of a fetch: its size is the progress, its mode says whether it is verified."""
+"""Follows the growing partial file of a fetch: what can be read of it, and whether it is verified."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from distributor_node.services.api.assets.response import (
 )
 from distributor_node.services.api.fetch_capacity import FetchEvents
 from distributor_node.services.api.headers import CacheOutcome, content_head
-from distributor_node.shared.adapters.volume import OpenObject, PartialReader, Volume
+from distributor_node.shared.adapters.volume import OpenObject, PartialReader, PartialState, Volume
 from distributor_node.shared.domain.conditionals import Comparison
 from distributor_node.shared.domain.errors import StateStoreUnavailable, VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
@@ -38,6 +38,9 @@ _CATCH_UP_LEAD = 256 * 1024
 
 MISMATCH_WAIT = 0.25
 """Seconds to wait for a file of another version to be replaced."""
+
+WANT_INTERVAL = 1.0
+"""Seconds after which a client that still waits for a byte says so again."""
 
 LOCK_RETRY_INTERVAL = 0.5
 """Seconds between attempts to lock a verified file against removal, if no event comes before. Less than any
@@ -81,24 +84,31 @@ class PartialFileStreamer:
         self._media_type: str | None = None
         self._far_range_wait = far_range_wait
         self.has_begun = False  # a partial file was seen
+        self.want: Callable[[int], None] | None = None
+        """Tells the fetch of an offset whose bytes are needed first; None: the fetch reads in order."""
+        self._wanted_at = -inf  # when it was last told
+        self._wanted_since: float | None = None
         self._mismatch_since: float | None = None
 
     async def wait_for_first_byte(
-        self, deadline: float, give_up: Callable[[], bool]
+        self, deadline: float, give_up: Callable[[], bool], *, far: bool = False
     ) -> OpenObject | PartialReader | None:
         """Wait for a file from which the span's first byte can be sent. The caller closes it.
 
         Returns None at `deadline` (monotonic seconds), when the fetch ends, or when `give_up` says so while there is no
-        partial file. Raises VolumeError if the disk fails.
+        partial file. `far`: the byte is wanted from the beginning. One that is wanted is waited for as long as
+        `far_range_wait`. Raises VolumeError if the disk fails.
         """
         reader: PartialReader | None = None
-        returned = False
+        returned, first = False, self._span.first
+        if far:
+            self._want_first()
         try:
             while True:
                 reader = self._close_if_gone(reader) or self._volume.open_partial(
                     self._representation.object_id
                 )
-                on_disk = 0
+                progress = prefix = 0
                 if reader is None:
                     # Partial first, then complete: a file that was renamed in between is seen here.
                     found = self._volume.open_object(self._representation.object_id)
@@ -106,8 +116,8 @@ class PartialFileStreamer:
                         return self._if_matching(found)
                 else:
                     state = reader.state()
-                    on_disk, self.has_begun = state.size, True
-                    ready = sendable_end(self._span, on_disk, verified=state.verified) > self._span.first
+                    progress, prefix, self.has_begun = state.progress(first), state.size, True
+                    ready = sendable_end(self._span, state.end_from(first), verified=state.verified) > first
                     # Looked at last: a file that was replaced has been unlinked before its sidecar was.
                     if (
                         ready
@@ -116,20 +126,35 @@ class PartialFileStreamer:
                     ):
                         returned = True
                         return reader
-                    if self._is_far_by_rate(on_disk):
-                        return None
+                    if self._is_far_by_rate(state):
+                        if self.want is None:
+                            return None
+                        self._want_first()
                 remaining = self._limit(deadline) - monotonic()
                 if remaining <= 0 or (reader is None and give_up()) or await self._poller.has_ended():
                     return None
-                await self._poller.wait(on_disk, remaining)
+                await self._poller.wait(progress, remaining, prefix=prefix)
         finally:
             if reader is not None and not returned:
                 reader.close()
 
+    def _want_first(self) -> None:
+        self._want(self._span.first)
+        self._wanted_since = self._wanted_since or monotonic()
+
+    def _want(self, position: int) -> None:
+        now = monotonic()
+        if self.want is not None and now - self._wanted_at >= WANT_INTERVAL:
+            self._wanted_at = now
+            self.want(position)
+
     def _limit(self, deadline: float) -> float:
         """A file of another version than expected may be about to be replaced, but that takes a worker no time."""
-        since = self._mismatch_since
-        return deadline if since is None else min(deadline, since + MISMATCH_WAIT)
+        if self._mismatch_since is not None:
+            deadline = min(deadline, self._mismatch_since + MISMATCH_WAIT)
+        if self._wanted_since is not None:
+            deadline = min(deadline, self._wanted_since + self._far_range_wait)
+        return deadline
 
     async def stream(
         self,
@@ -145,8 +170,11 @@ class PartialFileStreamer:
         async with background(self._lock_once_verified(reader), name="lock-once-verified"):
             return await self._stream(response, reader, outcome, max_stall)
 
-    async def watch(self, response: ResponseWriter, reader: PartialReader, caught_up: asyncio.Event) -> None:
-        """Set `caught_up` when the file can continue the response, which is being sent from elsewhere.
+    async def watch(
+        self, response: ResponseWriter, reader: PartialReader, caught_up: asyncio.Event, began: int
+    ) -> None:
+        """Set `caught_up` when the file can continue the response, which is being sent from elsewhere since the offset
+        `began`.
 
         Never, if the file was emptied in between: what was sent from it may be wrong.
         """
@@ -154,14 +182,14 @@ class PartialFileStreamer:
         end = span.first + (span.length or 0)
         while True:
             state, position = reader.state(), span.first + response.sent
-            if state.unlinked or state.size < last_size:
+            if state.unlinked or (state.extents is None and state.size < last_size):
                 return
             last_size = state.size
-            sendable = sendable_end(span, state.size, verified=state.verified)
+            sendable = sendable_end(span, state.end_from(began), verified=state.verified)
             if sendable > position and sendable >= min(position + _CATCH_UP_LEAD, end):
                 caught_up.set()
                 return
-            await self._poller.wait(state.size)
+            await self._poller.wait(state.progress(began), prefix=state.size)
 
     @property
     def source(self) -> str | None:
@@ -185,20 +213,23 @@ class PartialFileStreamer:
         while (position := span.first + response.sent) < end:
             state = reader.state()
             # A client that took long to read the last chunk must not make the fetch look dead.
-            self._poller.observe(state.size)
-            if state.unlinked or state.size < position:
+            self._poller.observe(state.progress(position), prefix=state.size)
+            if state.unlinked or (state.extents is None and state.size < position):
                 return StreamEnd.FILE_REPLACED
             if state.verified:
                 reader.lock_shared()
-            sendable = sendable_end(span, state.size, verified=state.verified)
+            available = state.end_from(position)
+            sendable = sendable_end(span, available, verified=state.verified)
             if sendable <= position:
                 if span.last is None and state.verified:
                     break  # that is its length
                 if self._poller.idle > self.stall_timeout or await self._poller.has_ended():
                     return StreamEnd.FETCH_ENDED
-                if response.started and self._poller.idle >= max_stall:
+                if response.started and self._poller.idle >= self._stall_limit(state, position, max_stall):
                     return StreamEnd.STALLED
-                await self._poller.wait(state.size)
+                if state.extents is not None and available == position:
+                    self._want(position)
+                await self._poller.wait(state.progress(position), prefix=state.size)
                 continue
             length = min(CHUNK_BYTES, sendable - position)
             await response.take_turn(length)
@@ -210,6 +241,17 @@ class PartialFileStreamer:
         self._accesses.touch(object_id)
         await response.finish()
         return StreamEnd.DONE
+
+    def _stall_limit(self, state: PartialState, position: int, max_stall: float) -> float:
+        """Return after how many seconds without a byte to send the response continues from a source.
+
+        Sooner for the last bytes of a range that began far on. They are there and not verified, and others in front of
+        the range are missing, so it may take as long as the whole fetch.
+        """
+        far = self.want is not None and state.extents is not None and state.size < position
+        if max_stall == inf or not far or state.end_from(position) != self._span.size:
+            return max_stall
+        return min(max_stall, self._far_range_wait)
 
     async def _send(self, response: ResponseWriter, chunk: memoryview, outcome: CacheOutcome) -> None:
         if response.started:
@@ -226,19 +268,21 @@ class PartialFileStreamer:
             object_id = self._representation.object_id
             raise VolumeError(f"read the partial file of {object_id}: {error.strerror}") from error
 
-    def _is_far_by_rate(self, on_disk: int) -> bool:
-        """Whether the first byte of a range ahead of the file is expected too late."""
-        self._poller.observe(on_disk)
-        missing = bytes_missing(self._span, on_disk)
-        return bool(missing and on_disk) and self._poller.expects_later(missing, self._far_range_wait)
+    def _is_far_by_rate(self, state: PartialState) -> bool:
+        """Whether the first byte of a range ahead of the file is expected too late, if it is not wanted."""
+        self._poller.observe(state.progress(self._span.first), prefix=state.size)
+        if state.extents is not None and self.want is not None:
+            return True
+        missing = bytes_missing(self._span, state.size)
+        return bool(missing and state.size) and self._poller.expects_later(missing, self._far_range_wait)
 
     def on_disk(self) -> int:
-        """Return the current size of the partial file in bytes, 0 if there is none."""
+        """Return where the bytes end that the partial file has up to the span's first byte. 0: there is no file."""
         reader = self._volume.open_partial(self._representation.object_id)
         if reader is None:
             return 0
         with closing(reader):
-            return reader.state().size
+            return reader.state().nearest_end(self._span.first)
 
     def _close_if_gone(self, reader: PartialReader | None) -> PartialReader | None:
         if reader is not None and reader.state().unlinked:
@@ -364,9 +408,10 @@ class FetchPoller:
         """Seconds since the file last grew."""
         return monotonic() - self._last_progress
 
-    def observe(self, size: int) -> None:
-        """Note the number of bytes on disk."""
-        self._rates.observe(self._object_id, size)
+    def observe(self, size: int, *, prefix: int | None = None) -> None:
+        """Note how many bytes there are of those that are waited for. `prefix`: those from the first one on, if that is
+        another number."""
+        self._rates.observe(self._object_id, size if prefix is None else prefix)
         if size != self._last_size:
             self._last_size, self._interval, self._last_progress = size, MIN_POLL_INTERVAL, monotonic()
             self._ended = False
@@ -375,9 +420,11 @@ class FetchPoller:
         """Whether so many more bytes are expected later than in `seconds`."""
         return self._rates.expects_later(self._object_id, more, seconds)
 
-    async def wait(self, size: int, max_seconds: float = MAX_IDLE_POLL_INTERVAL) -> None:
-        """Wait for the poll interval, or until an event of the fetch. `size`: bytes on disk now."""
-        self.observe(size)
+    async def wait(
+        self, size: int, max_seconds: float = MAX_IDLE_POLL_INTERVAL, *, prefix: int | None = None
+    ) -> None:
+        """Wait for the poll interval, or until an event of the fetch. `size`, `prefix`: see `observe`."""
+        self.observe(size, prefix=prefix)
         delay = max(0.001, min(self._interval, max_seconds))
         max_interval = min(MAX_IDLE_POLL_INTERVAL, max(MAX_POLL_INTERVAL, self.idle / 20))
         self._interval = min(self._interval * 1.5, max_interval)

@@ -36,14 +36,16 @@ from distributor_node.services.api.headers import (
     REVALIDATED,
     ResponseHead,
 )
+from distributor_node.services.api.protocol import send_processing
 from distributor_node.shared.adapters.volume import OpenObject
 from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Conditions
 from distributor_node.shared.domain.errors import StateStoreUnavailable, TooManyOpenFiles, VolumeError
 from distributor_node.shared.domain.http_caching import CacheControl
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.peers import HOP_AUTH_HEADER, HOP_HEADER
 from distributor_node.shared.observability import tracing
-from distributor_node.shared.observability.metrics import ADMISSION_REJECTED
+from distributor_node.shared.observability.metrics import ADMISSION_REJECTED, PEER_ASKED
 from distributor_node.shared.ports.state_store import (
     Failure,
     Fetch,
@@ -73,6 +75,7 @@ class AssetHandler:
     def __init__(self, context: ApiContext) -> None:
         self._volume = context.volume
         self._turns = context.turns
+        self._peers = context.peers
         self._hit_responder = HitResponder(
             context.accesses,
             AccelRedirect(context.settings.public_api.accel_redirect_prefix),
@@ -105,6 +108,10 @@ class AssetHandler:
             by_proxy = True
         if asset_request.only_if_cached:
             raise HttpError(504, "The object is not cached", "not_cached")
+        if self._peers is not None and HOP_HEADER in request.headers:
+            response.hop = self._peers.kind_of(object_id, _header(request, HOP_AUTH_HEADER))
+            PEER_ASKED.labels(sender=response.hop).inc()
+            await send_processing(request)
         try:
             await self._miss_handler.handle(asset_request, object_id, response, by_proxy=by_proxy)
         except HttpError as error:
@@ -274,6 +281,8 @@ class MissHandler:
         status = None if by_proxy else await self._find(object_id)
         fetch = live_fetch(status) if status is not None else None
         draining = self._context.operator_state.current.draining
+        if fetch is not None and self._may_depend_on_asker(response, object_id):
+            status = fetch = None
         if fetch is not None and (fetch.phase is FetchPhase.FETCHING or not draining):
             await self._respond_pending(asset_request, object_id, response, fetch, media_object)
             return
@@ -289,6 +298,7 @@ class MissHandler:
         max_size = self._context.settings.storage.largest_cached_size
         if (
             status is None
+            or not self._is_kept(pending)
             or status.failure is not None
             or draining
             or not is_cacheable(media_object, max_size)
@@ -296,6 +306,24 @@ class MissHandler:
             await self._proxy(pending, status.failure if status is not None else None)
             return
         await self._start_fetch(asset_request, pending, media_object)
+
+    def _is_kept(self, pending: PendingRequest) -> bool:
+        """Whether this node of the fleet is to keep the object. Without a fleet it keeps all."""
+        peers, object_id = self._context.peers, pending.representation.object_id
+        if peers is None or pending.response.hop == "peer":
+            return True
+        size, length = pending.representation.size, pending.span.length
+        share = 1.0 if not size or length is None else length / size
+        return peers.keeps(object_id, size, 0.0 if pending.response.hop else share)
+
+    def _may_depend_on_asker(self, response: ResponseWriter, object_id: ObjectId) -> bool:
+        """Whether the fetch in progress may read from the node that asks for the object.
+
+        Race: while two nodes know different members, each takes the other one for the home of an object, and asks it.
+        Both fetches would wait for each other.
+        """
+        peers = self._context.peers
+        return peers is not None and response.hop is not None and not peers.is_home(object_id)
 
     async def _proxy(self, pending: PendingRequest, failure: Failure | None) -> None:
         """Respond from a source. A success may refute the failure of the object's fetch."""
@@ -366,7 +394,10 @@ class MissHandler:
             return
         admission = admission_question(self._context.settings, media_object.size)
         claim, start = await self._starter.start(
-            media_object, pending.response.request_id, admission=admission
+            media_object,
+            pending.response.request_id,
+            admission=admission,
+            for_peer=pending.response.hop is not None,
         )
         if claim is not None and not claim.admitted:
             ADMISSION_REJECTED.inc()

@@ -1,11 +1,15 @@
-"""Passages of proxied objects: short parts that are read once for many small ranges, and kept briefly in memory."""
+"""Passages of proxied objects: parts that are read once for many ranges, and kept briefly in memory.
+
+A small range is answered from a passage when all of it is there. A longer range follows a stream, which other responses
+may follow too, and of which the last bytes are kept.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -14,14 +18,18 @@ import structlog
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES, Span
 from distributor_node.shared.adapters.sources import SourceResponse
 from distributor_node.shared.adapters.sources.client import MAX_SKIP, Expected
-from distributor_node.shared.adapters.sources.failover import FailoverReader
+from distributor_node.shared.adapters.sources.failover import FailoverReader, OnSource
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Validators
+from distributor_node.shared.domain.errors import AllSourcesFailed
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, source_name
 from distributor_node.shared.observability.metrics import SOURCE_FAILURES, source_label
 from distributor_node.shared.waiting import TurnBudget, cancel_and_wait
 
 MAX_SMALL_RANGE = UNVERIFIED_TAIL_BYTES
 """The longest range that is answered from a passage, in bytes."""
+
+STREAM_WINDOW = 1024 * 1024
+"""Bytes of a stream that are kept for the responses that follow it."""
 
 _MAX_BYTES = 16 * 1024 * 1024
 _KEEP_SECONDS = 20.0
@@ -106,10 +114,110 @@ class _WholeIsBeingRead(Exception):
     """A source ignored the range, and another reading brings the whole object."""
 
 
+def is_shareable(media_object: MediaObject, span: Span) -> bool:
+    """Whether responses to ranges of this version may share bytes: a hash and a size tell which version it is."""
+    known = media_object.content_hash is not None and media_object.size is not None
+    return known and span.partial and (span.length or 0) > 0
+
+
 def is_small(media_object: MediaObject, span: Span) -> bool:
     """Whether a range may be answered from a passage: it is short, and a hash and a size tell which bytes are right."""
-    known = media_object.content_hash is not None and media_object.size is not None
-    return known and span.partial and 0 < (span.length or 0) <= MAX_SMALL_RANGE
+    return is_shareable(media_object, span) and (span.length or 0) <= MAX_SMALL_RANGE
+
+
+class _Stream:
+    """A range that is being read, and the last STREAM_WINDOW bytes of it.
+
+    It is read at the pace of the fastest response that follows it. One that falls behind by more than the window finds
+    its next byte gone.
+    """
+
+    def __init__(self, key: _Key) -> None:
+        self.key = key
+        self.kept_from = self.end = key.first  # of the bytes kept
+        self.response: tuple[str, SourceResponse] | None = None  # the first one
+        self.task: asyncio.Task[None] | None = None
+        self._error: AllSourcesFailed | None = None
+        self._chunks: deque[bytes] = deque()
+        self._followers: dict[object, int] = {}  # with the position of the next byte that each needs
+        self._changed = asyncio.Event()
+
+    def has_reached(self, position: int) -> bool:
+        """Whether a response that needs the byte at `position` next can follow without waiting for others."""
+        return self._error is None and self.kept_from <= position <= self.end and position < self.key.end
+
+    @property
+    def is_followed(self) -> bool:
+        return bool(self._followers)
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all bytes of the range have arrived."""
+        return self.end >= self.key.end
+
+    def whole(self) -> bytes | None:
+        """Return all bytes of the range, if they were read and are kept."""
+        whole = (self.kept_from, self.end) == (self.key.first, self.key.end)
+        return b"".join(self._chunks) if whole else None
+
+    async def follow(self, position: int, last: int) -> AsyncGenerator[memoryview]:
+        """Yield the bytes from `position` to `last` that this range has. Ends early where the next one is gone.
+
+        Raises AllSourcesFailed.
+        """
+        follower = object()
+        self._followers[follower] = position
+        try:
+            while position <= last and position < self.key.end:
+                self._followers[follower] = position
+                self._notify()
+                while position >= self.end and self._error is None:
+                    await self._changed.wait()
+                if position >= self.end and self._error is not None:
+                    raise self._error
+                data = self._at(position)[: last + 1 - position]
+                if not data:
+                    return
+                position += len(data)
+                yield data
+        finally:
+            del self._followers[follower]
+            self._notify()
+
+    def _at(self, position: int) -> memoryview:
+        offset = self.kept_from
+        if position >= offset:
+            for chunk in self._chunks:
+                if position < offset + len(chunk):
+                    return memoryview(chunk)[position - offset :]
+                offset += len(chunk)
+        return memoryview(b"")
+
+    async def put(self, data: bytes) -> None:
+        """Add the next bytes. Waits while that takes bytes from a response, unless another one waits for more."""
+        while self._followers and self.end not in self._followers.values():
+            if self.end + len(data) - min(self._followers.values()) <= STREAM_WINDOW:
+                break
+            await self._changed.wait()
+        self._chunks.append(data)
+        self.end += len(data)
+        while self.end - self.kept_from - len(self._chunks[0]) >= STREAM_WINDOW:
+            self.kept_from += len(self._chunks.popleft())
+        self._notify()
+
+    def fail(self, error: AllSourcesFailed) -> None:
+        """End with an error, for those that have read all bytes before it."""
+        self._error = error
+        self._notify()
+
+    def end_early(self) -> None:
+        """No more bytes are read. Those that need more must not wait for them."""
+        if self.end < self.key.end and self._error is None:
+            self.fail(AllSourcesFailed({}))
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 class Passages:
@@ -134,12 +242,14 @@ class Passages:
             _Key, tuple[Passage, float]
         ] = {}  # with the time when it expires, the next one first
         self._readings: dict[_Key, _Reading] = {}
+        self._streams: list[_Stream] = []
         self._ignored: OrderedDict[MediaObject, float] = OrderedDict()  # until when its sources count as such
 
     @property
     def bytes_held(self) -> int:
-        """What counts against `max_bytes`: the passages that are kept, and those being read as if complete."""
+        """What counts against `max_bytes`: passages that are kept, those being read as if complete, and streams."""
         kept = sum(_room_of(len(passage.data)) for passage, _ in self._kept.values())
+        kept += len(self._streams) * STREAM_WINDOW
         return kept + sum(_room_of(reading.length) for reading in self._readings.values())
 
     def find(self, media_object: MediaObject, span: Span) -> Passage | None:
@@ -237,9 +347,7 @@ class Passages:
         finally:
             self._forget_reading(reading)
         if key.is_tail or passage.verified or len(passage.data) > key.end - key.first:
-            self._kept.pop(key, None)
-            self._kept[key] = (passage, self._clock() + self._keep_seconds)
-            asyncio.get_running_loop().call_later(self._keep_seconds + _EXPIRY_MARGIN, self._expire)
+            self._keep(key, passage)
         return passage
 
     def _forget_reading(self, reading: _Reading) -> None:
@@ -306,6 +414,85 @@ class Passages:
                 received.data += memoryview(chunk.data)[max(0, received.first - chunk.offset) :]
                 end = chunk.offset + len(chunk.data)
         return hasher.digest() == key.content_hash.digest if (begin, end) == (0, key.size) else None
+
+    async def follow(
+        self, media_object: MediaObject, sources: Sequence[str], span: Span, on_source: OnSource
+    ) -> AsyncGenerator[memoryview]:
+        """Yield the bytes of a range, from a stream that may serve other ranges too. Ends early if there is no room.
+
+        `on_source` is called before the first bytes. Raises AllSourcesFailed.
+        """
+        position, last = span.first, span.first + (span.length or 0) - 1
+        while position <= last:
+            stream = self._find_stream(media_object, position) or self._begin_stream(
+                media_object, sources, position, last
+            )
+            if stream is None:
+                return
+            try:
+                async with aclosing(stream.follow(position, last)) as parts:
+                    async for part in parts:
+                        if position == span.first and stream.response is not None:
+                            on_source(*stream.response)
+                        position += len(part)
+                        yield part
+            finally:
+                # A stream that has all its bytes only closes its response, and then they are kept for others.
+                if not (stream.is_followed or stream.is_read or stream.task is None or stream.task.done()):
+                    # A request that comes now must not follow a task that is being cancelled.
+                    self._forget_stream(stream)
+                    await cancel_and_wait(stream.task)
+
+    def _find_stream(self, media_object: MediaObject, position: int) -> _Stream | None:
+        version = (media_object.object_id, media_object.content_hash, media_object.size)
+        for stream in self._streams:
+            key = stream.key
+            if (key.object_id, key.content_hash, key.size) == version and stream.has_reached(position):
+                return stream
+        return None
+
+    def _begin_stream(
+        self, media_object: MediaObject, sources: Sequence[str], first: int, last: int
+    ) -> _Stream | None:
+        """None: there is no room, or nothing tells which bytes are right."""
+        content_hash, size = media_object.content_hash, media_object.size
+        if content_hash is None or size is None or not self._make_room(STREAM_WINDOW):
+            return None
+        stream = _Stream(_Key(media_object.object_id, content_hash, size, first, end=last + 1, is_tail=False))
+        self._streams.append(stream)
+        work = self._fill_stream(stream, media_object, sources)
+        stream.task = asyncio.create_task(work, name="shared-range")
+        return stream
+
+    async def _fill_stream(self, stream: _Stream, media_object: MediaObject, sources: Sequence[str]) -> None:
+        def on_source(url: str, response: SourceResponse) -> None:
+            stream.response = stream.response or (url, response)
+
+        key = stream.key
+        try:
+            async with aclosing(
+                self._reader.stream(media_object, key.first, key.end - 1, sources, on_source)
+            ) as chunks:
+                async for chunk in chunks:
+                    await stream.put(chunk.data)
+        except AllSourcesFailed as error:
+            stream.fail(error)
+        finally:
+            self._forget_stream(stream)
+            stream.end_early()
+        data = stream.whole()
+        if data is not None and stream.response is not None and key.end < key.size:
+            source = stream.response[1]
+            self._keep(key, Passage(key.first, data, source.media_type, source.validators, verified=False))
+
+    def _forget_stream(self, stream: _Stream) -> None:
+        if stream in self._streams:
+            self._streams.remove(stream)
+
+    def _keep(self, key: _Key, passage: Passage) -> None:
+        self._kept.pop(key, None)
+        self._kept[key] = (passage, self._clock() + self._keep_seconds)
+        asyncio.get_running_loop().call_later(self._keep_seconds + _EXPIRY_MARGIN, self._expire)
 
     def _expire(self) -> None:
         now = self._clock()

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from math import inf
 from time import monotonic
 
@@ -15,6 +16,7 @@ from distributor_node.services.api.assets.decision import (
     Representation,
     Span,
     is_far,
+    is_fetched_ahead,
 )
 from distributor_node.services.api.assets.fetch_start import look_up
 from distributor_node.services.api.assets.growing_file import (
@@ -35,6 +37,7 @@ from distributor_node.shared.adapters.volume import OpenObject, PartialReader
 from distributor_node.shared.domain.conditionals import Comparison
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import MediaObject
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability.metrics import STALLED_FETCHES_BRIDGED, VAIN_WAITS
 from distributor_node.shared.waiting import background
 
@@ -83,7 +86,8 @@ class PendingResponder:
                 content_head(representation, pending.outcome, pending.span, "local"), b""
             )
             return
-        with self._context.viewers.viewing(representation.object_id):
+        first = pending.span.first
+        with self._context.viewers.viewing(representation.object_id, lambda: first + response.sent):
             await self._respond(pending, publish_failed or asyncio.Event())
 
     async def _respond(self, pending: PendingRequest, publish_failed: asyncio.Event) -> None:
@@ -110,7 +114,8 @@ class PendingResponder:
         if not settings.follow_growing_files:
             return
         streamer = self._streamer(pending)
-        if is_far(span.first, streamer.on_disk(), settings.far_range_distance):
+        far = is_far(span.first, streamer.on_disk(), settings.far_range_distance)
+        if far and streamer.want is None:
             return
         # Counted from the request's arrival: a slow look-up leaves less to wait for.
         arrived_at = monotonic() - pending.response.request_age
@@ -118,7 +123,7 @@ class PendingResponder:
         deadline = max(arrived_at + settings.first_byte_wait, monotonic() + shortest)
         give_up = self._give_up(pending, publish_failed)
         for _ in range(_MAX_REPLACED):
-            found = await streamer.wait_for_first_byte(deadline, give_up)
+            found = await streamer.wait_for_first_byte(deadline, give_up, far=far)
             if found is None:
                 break
             self._context.fetch_capacity.record_begun(pending.representation.object_id)
@@ -197,8 +202,10 @@ class PendingResponder:
         logger.info("fetch_stalled_while_streaming", object_id=object_id, sent=pending.response.sent)
         proxied = await self._proxied_response(pending)
         proxied.avoided = streamer.source or pending.source
+        proxied.peer_use = PeerUse.NONE  # the fetch may be stalled because a peer's is
         caught_up = asyncio.Event()
-        async with background(streamer.watch(pending.response, reader, caught_up), "catch-up"):
+        watch = streamer.watch(pending.response, reader, caught_up, proxied.position)
+        async with background(watch, "catch-up"):
             complete = await self._proxy.bridge(proxied, reader, caught_up, streamer.stall_timeout)
         STALLED_FETCHES_BRIDGED.labels(end="complete" if complete else "caught_up").inc()
         return complete
@@ -226,6 +233,7 @@ class PendingResponder:
             pending.outcome,
             pending.source,
             caching_rules=self._context.settings.caching_rules,
+            peer_use=pending.response.peer_use,
         )
 
     async def _look_up_matching(self, pending: PendingRequest) -> MediaObject:
@@ -241,7 +249,7 @@ class PendingResponder:
     def _streamer(self, pending: PendingRequest) -> PartialFileStreamer:
         context, object_id = self._context, pending.representation.object_id
         poller = FetchPoller(object_id, context.state, context.fetch_events, self._rates)
-        return PartialFileStreamer(
+        streamer = PartialFileStreamer(
             context.volume,
             context.accesses,
             poller,
@@ -250,3 +258,12 @@ class PendingResponder:
             stall_timeout=context.settings.fetch.lease + _RESUME_GRACE,
             far_range_wait=context.settings.public_api.far_range_wait,
         )
+        settings = context.settings
+        known = pending.representation.content_hash is not None
+        if (
+            settings.fetch.side_streams
+            and known
+            and is_fetched_ahead(pending.span, settings.public_api.far_range_distance)
+        ):
+            streamer.want = partial(context.viewers.want, object_id)
+        return streamer

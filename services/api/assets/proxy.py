@@ -16,6 +16,7 @@ from distributor_node.services.api.assets.passages import (
     NoCorrectSource,
     Passage,
     Passages,
+    is_shareable,
     is_small,
     report_corruption,
 )
@@ -26,7 +27,7 @@ from distributor_node.services.api.errors import RETRY_LATER, AbortResponse, Htt
 from distributor_node.services.api.headers import CacheOutcome, content_head
 from distributor_node.shared.adapters.sources import SourceResponse
 from distributor_node.shared.adapters.sources.client import MAX_SKIP, Expected
-from distributor_node.shared.adapters.sources.failover import Chunk
+from distributor_node.shared.adapters.sources.failover import Chunk, Preference
 from distributor_node.shared.adapters.volume import PartialReader
 from distributor_node.shared.domain.errors import AllSourcesFailed, VolumeError
 from distributor_node.shared.domain.http_caching import (
@@ -37,6 +38,7 @@ from distributor_node.shared.domain.http_caching import (
     why_not_stored,
 )
 from distributor_node.shared.domain.objects import ContentHash, Hasher, MediaObject
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability.metrics import PROXIED_IN_PROGRESS
 from distributor_node.shared.waiting import TURN_BYTES, background, wait_event
 
@@ -73,6 +75,7 @@ class ProxiedResponse:
     avoided: str | None = None  # the source to try last
     sent_hash: Hasher | None = None  # of the bytes sent from sources, if they are to be compared
     caching_rules: CachingRules | None = None  # None: the source is not an HTTP origin
+    peer_use: PeerUse = PeerUse.FETCH  # what is asked of peers before the sources
     passed_headers: dict[str, str] = field(default_factory=dict)  # of a response that must not be stored
 
     def on_source_response(self, url: str, response: SourceResponse) -> None:
@@ -161,6 +164,8 @@ class Proxy:
                 async with asyncio.timeout(self._first_byte_wait) as proxied.deadline:
                     if is_small(proxied.media_object, proxied.span):
                         return await self._respond_small(proxied)
+                    if self._may_share(proxied):
+                        return await self._respond_shared(proxied)
                     return await self._respond_verified(proxied)
             except TimeoutError as error:
                 if proxied.deadline is None or not proxied.deadline.expired():
@@ -177,6 +182,8 @@ class Proxy:
         if self.passages.is_out_of_reach(media_object, span):
             raise HttpError(502, "No source could deliver the object", "sources_failed")
         sources = _in_order(proxied)
+        if proxied.peer_use is not PeerUse.FETCH:
+            return await self._respond_verified(proxied)  # a passage may be read on behalf of the asking peer
         try:
             if self._is_verified(media_object, span):
                 passage = await self.passages.read_tail(media_object, sources)
@@ -193,6 +200,33 @@ class Proxy:
         await self._send_passage(proxied, passage)
         return passage.verified
 
+    def _may_share(self, proxied: ProxiedResponse) -> bool:
+        """Whether the range is passed on as it comes, so that other responses can follow the same bytes."""
+        if proxied.peer_use is not PeerUse.FETCH:
+            return False  # others may follow what is read on behalf of the asking peer
+        media_object, span = proxied.media_object, proxied.span
+        return is_shareable(media_object, span) and not self._is_verified(media_object, span)
+
+    async def _respond_shared(self, proxied: ProxiedResponse) -> bool | None:
+        """Respond to a range of any length: equal and overlapping ones at the same time are read once."""
+        media_object, span = proxied.media_object, proxied.span
+        kept = self.passages.find(media_object, span)
+        if kept is not None:
+            await self._send_passage(proxied, kept)
+            return None
+        sources = _in_order(proxied)
+        parts = self.passages.follow(media_object, sources, span, proxied.on_source_response)
+        try:
+            async with aclosing(parts):
+                async for part in parts:
+                    await proxied.emit((part,))
+        except AllSourcesFailed as error:
+            raise _failure(error, proxied) from error
+        if proxied.response.sent < (span.length or 0):
+            return await self._respond_verified(proxied)  # without sharing: there is no room
+        await proxied.finish()
+        return False
+
     async def _send_passage(self, proxied: ProxiedResponse, passage: Passage) -> None:
         proxied.representation = proxied.representation.with_validators(passage.validators)
         proxied.media_type = passage.media_type
@@ -203,10 +237,11 @@ class Proxy:
         sources = _in_order(proxied)
         while True:
             buffer = self._verifying_buffer(proxied.media_object, proxied.span)
-            first = proxied.span.first if buffer is None else 0
+            first = proxied.position if buffer is None else 0
             if await self._attempt(proxied, sources, buffer, first):
                 return buffer is not None
             # Nothing has been sent yet: another source may hold the correct bytes.
+            proxied.peer_use = PeerUse.NONE
             sources = [url for url in sources if url not in proxied.contributors]
             if not sources or not proxied.contributors:
                 raise _no_correct_source()
@@ -231,8 +266,8 @@ class Proxy:
         on failure.
         """
         with self._slot(proxied, started=True):
-            buffer = await self._resumed_buffer(proxied, reader)
-            await self._attempt(proxied, proxied.media_object.sources, buffer, proxied.position)
+            buffer, first = await self._resumed_buffer(proxied, reader)
+            await self._attempt(proxied, proxied.media_object.sources, buffer, first)
 
     @property
     def has_free_slot(self) -> bool:
@@ -250,10 +285,10 @@ class Proxy:
         """
         first = proxied.position
         with self._slot(proxied, started=True):
-            buffer = await self._resumed_buffer(proxied, reader)
+            buffer, begin = await self._resumed_buffer(proxied, reader)
             proxied.sent_hash = sha256()
             try:
-                await self._attempt(proxied, proxied.media_object.sources, buffer, first, caught_up)
+                await self._attempt(proxied, proxied.media_object.sources, buffer, begin, caught_up)
                 return True
             except _FileCaughtUp:
                 pass
@@ -273,19 +308,28 @@ class Proxy:
 
     async def _resumed_buffer(
         self, proxied: ProxiedResponse, reader: PartialReader
-    ) -> VerifyingBuffer | None:
-        """Return a buffer that has hashed the bytes on disk which were sent; None if the rest needs no verification."""
-        content_hash = proxied.media_object.content_hash
+    ) -> tuple[VerifyingBuffer | None, int]:
+        """Return a buffer that has hashed the bytes on disk which were sent, and the next byte to read.
+
+        No buffer, if the rest needs no verification. Where bytes in front of those that were sent are not on disk, a
+        range that begins far on is passed on as a far range is, and others are read from their first byte on.
+        """
+        content_hash, position = proxied.media_object.content_hash, proxied.position
         if content_hash is None or not proxied.span.reaches_end:
-            return None
+            return None, position
+        state = reader.state()
+        if state.extents is not None and state.size < position:
+            if proxied.span.first > self._max_prefix:
+                return None, position
+            return VerifyingBuffer(content_hash, proxied.media_object.size, first=position), 0
         buffer = VerifyingBuffer(content_hash, proxied.media_object.size)
         try:
-            await asyncio.to_thread(_hash_file, reader, proxied.position, buffer)
+            await asyncio.to_thread(_hash_file, reader, position, buffer)
         except (OSError, VolumeError) as error:
             raise AbortResponse("object_unreadable") from error
         if reader.state().unlinked:
             raise AbortResponse("object_gone")
-        return buffer
+        return buffer, position
 
     async def _attempt(
         self,
@@ -316,7 +360,7 @@ class Proxy:
                         must_match=must_match or proxied.response.started,
                         encodings=proxied.accepted_encodings,
                     ),
-                    preference=lambda url: url == proxied.avoided,
+                    preference=Preference(lambda url: url == proxied.avoided, proxied.peer_use),
                 )
             ) as chunks:
                 async for chunk in chunks if caught_up is None else _take_until(chunks, caught_up):

@@ -36,6 +36,7 @@ from distributor_node.shared.adapters.volume import OpenObject
 from distributor_node.shared.adapters.volume.layout import object_path
 from distributor_node.shared.domain.conditionals import Conditions
 from distributor_node.shared.domain.errors import VolumeError
+from distributor_node.shared.domain.peers import HopKind, PeerUse
 from distributor_node.shared.observability.logging import OncePerKey
 from distributor_node.shared.observability.metrics import SENT_BYTES
 from distributor_node.shared.waiting import TurnBudget
@@ -266,6 +267,7 @@ class ResponseWriter:
         self._request = request
         self._turns = turns
         self._response: HTTPResponse | None = None
+        self.hop: HopKind | None = None  # who asks, if another node of the fleet does, or says so
         self.sent = 0  # bytes of the body sent so far by `start` and `send`
 
     @property
@@ -285,6 +287,11 @@ class ResponseWriter:
     def request_age(self) -> float:
         """Seconds since the request arrived."""
         return perf_counter() - request_record(self._request).started
+
+    @property
+    def peer_use(self) -> PeerUse:
+        """What is asked of peers for this request: one of a peer is not forwarded."""
+        return PeerUse.FETCH if self.hop is None else PeerUse.CACHED
 
     @property
     def accepted_encodings(self) -> frozenset[str]:
@@ -352,8 +359,7 @@ class ResponseWriter:
 
     def _limit_unsent(self, limit: int) -> None:
         """Limit what the kernel takes before it can send it to `limit` bytes. 0: to what its buffer holds."""
-        transport = self._request.transport
-        connection = None if transport is None else transport.get_extra_info("socket")
+        connection = self._request.transport.get_extra_info("socket")
         if connection is not None and connection.family != socket.AF_UNIX:
             with suppress(OSError):  # the client has left
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, limit)

@@ -217,7 +217,7 @@ class OperatorQueries:
             except VolumeError:
                 continue
             if reader is not None:
-                sizes[object_id] = reader.state().size
+                sizes[object_id] = reader.state().total
                 reader.close()
         return sizes
 

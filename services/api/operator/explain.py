@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import Gdsf, PolicyEntry
 from distributor_node.shared.domain.eviction.position import Position, position_of
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.domain.space import EvictionReason
 from distributor_node.shared.ports.state_store import IndexEntry, ObjectStatus, StateStore, with_views
 from distributor_node.shared.settings.model import EvictorSettings
 
@@ -91,7 +92,7 @@ class ObjectExplainer:
             partial = self._volume.open_partial(object_id)
             partial_bytes = 0
             if partial is not None:
-                partial_bytes = partial.state().size
+                partial_bytes = partial.state().total
                 partial.close()
             return OnVolume(
                 size=None if found is None else found.size,
@@ -101,6 +102,115 @@ class ObjectExplainer:
             )
         except VolumeError:
             return OnVolume(readable=False)
+
+
+def in_words(
+    explained: Mapping[str, Any], removed: Mapping[str, Any] | None, catalog: str | None
+) -> list[str]:
+    """Return the answer as sentences: whether the object is here and why, or why it is not.
+
+    `removed`: what the evictor has told of its last removal, if it is known. `catalog`: what the catalog says of an
+    object that is not here, in words; None: it was not asked.
+    """
+    sentences = [_state_in_words(explained)]
+    if explained["sending"]:
+        sentences.append("It is being sent, so it is not evicted now.")
+    if explained["pinned"]:
+        sentences.append("An operator has pinned it, so it is never evicted to make room.")
+    before = explained["objectsBefore"]
+    if before is not None:
+        size = _bytes(explained["bytesBefore"])
+        others = f"{before} objects ({size}) would be evicted before it."
+        sentences.append(others if before else "It would be the next to be evicted.")
+    if explained["failure"] is not None:
+        left = _duration(explained["failure"]["secondsLeft"])
+        sentences.append(
+            f"The last fetch failed: {explained['failure']['reason']}. It may be fetched again in {left}."
+        )
+    if removed is not None:
+        sentences.append(_removal_in_words(removed))
+    if catalog is not None:
+        sentences.append(catalog)
+    return sentences
+
+
+def _state_in_words(explained: Mapping[str, Any]) -> str:
+    match explained["state"]:
+        case "stored":
+            last = _duration(max(0.0, time.time() - explained["lastAccess"]))
+            times = "once" if explained["views"] == 1 else f"{explained['views']} times"
+            return f"It is on disk: {_bytes(explained['size'])}, viewed {times}, last read {last} ago."
+        case "leaving":
+            return (
+                "It is being removed: requests miss it, and its bytes count until its readers have finished."
+            )
+        case "missing":
+            return "The index has it, but its file is missing. The next reconciliation drops the entry."
+        case "unindexed":
+            return (
+                "Its file is on the volume, and is not in the index yet. The next reconciliation adopts it."
+            )
+        case "fetching":
+            fetch = explained["fetch"]
+            total = _bytes(fetch["size"]) if fetch["size"] else "an unknown size"
+            source = f" from {fetch['source']}" if fetch["source"] else ""
+            return f"It is being fetched{source}: {_bytes(fetch['bytes'])} of {total} are on disk."
+        case "claimed" | "queued":
+            return "Its fetch has been asked for and has not begun yet."
+        case "parked":
+            return "Its fetch was interrupted. What is on disk is kept, and the next attempt resumes there."
+        case "failed":
+            return "It is not here, and is not fetched at the moment."
+        case _:
+            return "It is not here, and is not being fetched."
+
+
+_EVICTIONS: dict[str, str] = {
+    EvictionReason.HIGH_WATERMARK: "the volume was above its high watermark",
+    EvictionReason.SPACE_REQUESTED: "a fetch was waiting for space",
+    EvictionReason.DEVICE_FULL: "the device behind the volume was full",
+    EvictionReason.DEVICE_INODES: "the device behind the volume had too few inodes left",
+}
+_OTHER_REMOVALS = {
+    "purged": "an operator purged it",
+    "unassigned": "it is not assigned to this node any more",
+    "replaced": "another version has replaced it",
+    "corrupt": "its bytes were corrupt",
+    "damaged": "its file had another size than its record",
+    "mismatch": "its file was not what the catalog describes",
+    "unfinished": "a removal that an earlier evictor had begun was finished",
+}
+"""The labels of the metric `distributor_evictions_total`. Those that are missing are shown as they are."""
+
+
+def removal_reason(reason: str) -> str:
+    """Return the reason of an eviction or another removal in words."""
+    return _EVICTIONS.get(reason) or _OTHER_REMOVALS.get(reason) or reason.replace("_", " ")
+
+
+def _removal_in_words(removed: Mapping[str, Any]) -> str:
+    ago, reason = _duration(max(0.0, time.time() - removed["at"])), str(removed["reason"])
+    if reason not in _EVICTIONS:
+        return f"It was removed {ago} ago: {removal_reason(reason)}."
+    idle, views = _duration(removed.get("idle_seconds", 0.0)), removed.get("views", 0)
+    read = "once" if views == 1 else f"{views} times"
+    return f"It was evicted {ago} ago: {removal_reason(reason)}. It had been viewed {read}, and not read for {idle}."
+
+
+def _bytes(count: float) -> str:
+    """As the node's page writes sizes."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 @dataclass(frozen=True, slots=True)

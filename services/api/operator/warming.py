@@ -130,11 +130,13 @@ class CacheWarmer:
     async def _plan(self, progress: _Progress) -> None:
         """Plan the fetches. Objects that are too large, cached already or without room are skipped.
 
+        In a fleet, of all objects or of a bucket each node fetches what it keeps. Objects that are named are fetched.
         A listing may lack sources and assignment. These are looked up before each fetch.
         """
         settings, usage = self._context.settings, await self._context.state.usage()
         room = settings.storage.watermarks.low - usage.used - usage.reserved
         largest = settings.storage.largest_cached_size
+        peers = self._context.peers if progress.now.scope.object_ids is None else None
         async for batch in self._list(progress.now.scope):
             for known in batch:
                 progress.count(total=1)
@@ -143,6 +145,7 @@ class CacheWarmer:
                     known is None
                     or size is None
                     or size > largest
+                    or (peers is not None and not peers.keeps_cold(known.object_id, size))
                     or footprint(size) > room
                     or await self._is_cached(known.object_id)
                 ):

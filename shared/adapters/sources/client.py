@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, Self
 
 import httpx
@@ -220,10 +221,18 @@ class SourceObservation:
 
 NOTHING_EXPECTED = Expected()
 Observer = Callable[[SourceObservation], None]
+BytesCounter = Callable[[str, int], None]
+"""Is told the source (host:port) and the number of bytes that have arrived from it since it was told last."""
+_COUNT_STEP = 256 * 1024
+"""Bytes of one body that are counted at once: a download of minutes must not be counted at its end alone."""
 
 
 def ignore(observation: SourceObservation) -> None:
     """Discard the observation."""
+
+
+def ignore_bytes(source: str, count: int) -> None:
+    """Discard the count."""
 
 
 class SourceClient:
@@ -237,10 +246,15 @@ class SourceClient:
         limits: SourceLimits,
         observe: Observer = ignore,
         clock: Callable[[], float] = time.monotonic,
+        count_bytes: BytesCounter = ignore_bytes,
     ) -> None:
-        """`observe`: called once for each request, when it ends. `clock`: in seconds."""
+        """`observe`: called once for each request, when it ends. `clock`: in seconds.
+
+        `count_bytes`: called while bodies arrive.
+        """
         self._limits = limits
         self._observe = observe
+        self._count_bytes = count_bytes
         self._clock = clock
         self._connections = Connections(limits)
 
@@ -260,12 +274,16 @@ class SourceClient:
 
     @asynccontextmanager
     async def get(
-        self, url: str, byte_range: ByteRange | None = None, expected: Expected = NOTHING_EXPECTED
+        self,
+        url: str,
+        byte_range: ByteRange | None = None,
+        expected: Expected = NOTHING_EXPECTED,
+        more: Mapping[str, str] | None = None,
     ) -> AsyncIterator[SourceResponse]:
         """Send one request to one source. It is repeated only if a reused connection turns out to be closed.
 
         Redirects are followed. Leaving the context discards what has not been read. `byte_range` must lie within the
-        expected size, because sources respond 500 to other ranges.
+        expected size, because sources respond 500 to other ranges. `more`: further headers of the request.
 
         Raises:
             InvalidInput: the range is not within the object.
@@ -274,11 +292,15 @@ class SourceClient:
         expected_size = expected.version.size
         if byte_range is not None and expected_size is not None and byte_range.last >= expected_size:
             raise InvalidInput(f"byte_range: expected a range within {expected_size} bytes, got {byte_range}")
-        attempt = _Attempt(MinimumRate(self._limits.stall_timeout, self._limits.minimum_bytes))
+        attempt, source = (
+            _Attempt(MinimumRate(self._limits.stall_timeout, self._limits.minimum_bytes)),
+            source_name(url),
+        )
         try:
-            async with self._request(url, byte_range, expected.version, attempt) as response:
+            async with self._request(url, byte_range, expected.version, attempt, more) as response:
                 plan = validate_response(response.status_code, response.headers, byte_range, expected)
-                attempt.body = CheckedBody(response, plan, attempt.minimum_rate, self._clock)
+                count = partial(self._count_bytes, source)
+                attempt.body = CheckedBody(response, plan, attempt.minimum_rate, self._clock, count)
                 async with aclosing(attempt.body.chunks()) as chunks:
                     yield SourceResponse(
                         plan.status,
@@ -296,7 +318,9 @@ class SourceClient:
             attempt.failure = error.reason
             raise
         finally:
-            self._observe(attempt.observation(source_name(url)))
+            if attempt.body is not None:
+                attempt.body.count_rest()
+            self._observe(attempt.observation(source))
 
     async def ask(self, url: str, headers: Mapping[str, str]) -> SourceAnswer:
         """Send a GET with these headers in addition, and discard its body. Redirects are followed.
@@ -365,13 +389,20 @@ class CheckedBody:
     """Reads one body. `received` counts all bytes that have arrived, including skipped ones."""
 
     def __init__(
-        self, response: httpx.Response, plan: BodyPlan, minimum_rate: MinimumRate, clock: Callable[[], float]
+        self,
+        response: httpx.Response,
+        plan: BodyPlan,
+        minimum_rate: MinimumRate,
+        clock: Callable[[], float],
+        count: Callable[[int], None],
     ) -> None:
-        """`clock`: in seconds. `minimum_rate`: is sent only the time spent waiting for the source."""
+        """`clock`: in seconds. `minimum_rate`: is sent only the time spent waiting for the source. `count`: is told how
+        many bytes have arrived."""
         self._raw = _raw_chunks(response)
         self._plan = plan
         self._minimum_rate = minimum_rate
         self._clock = clock
+        self._count, self._counted = count, 0
         self.received = 0
 
     async def chunks(self) -> AsyncGenerator[bytes]:
@@ -434,7 +465,15 @@ class CheckedBody:
         received = len(chunk) if chunk is not None else 0
         self._minimum_rate.record(self._clock() - started, received)
         self.received += received
+        if self.received - self._counted >= _COUNT_STEP:
+            self.count_rest()
         return chunk
+
+    def count_rest(self) -> None:
+        """Count what has arrived since the last time."""
+        if self.received > self._counted:
+            self._count(self.received - self._counted)
+            self._counted = self.received
 
 
 async def _raw_chunks(response: httpx.Response) -> AsyncGenerator[bytes]:

@@ -43,6 +43,7 @@ class SourceLimits:
 
     connect_timeout: float = 3.0  # for TCP, and again for TLS
     first_byte_timeout: float = 5.0  # from the request to the end of the response's headers
+    first_data_timeout: float | None = None  # to any bytes of a response, also of an interim one (1xx)
     stall_timeout: float = 10.0  # the window in which `minimum_rate` is measured
     minimum_rate: int = 8 * 1024  # bytes a second; a source below it is too slow
     max_connections: int = 200
@@ -82,7 +83,7 @@ def map_http_errors() -> Iterator[None]:
     except (httpx.HTTPError, httpx.InvalidURL, httpcore.ReadError, ssl.SSLError) as error:
         if isinstance(error, httpx.ConnectError) and _lacks_descriptors(error):
             raise TooManyOpenFiles("no descriptor is left for a connection to a source") from error
-        timed_out = isinstance(error, httpx.ConnectTimeout)
+        timed_out = isinstance(error, httpx.ConnectTimeout | httpx.ReadTimeout)
         raise SourceUnreachable(_describe(error), timed_out=timed_out) from error
 
 
@@ -191,7 +192,8 @@ class Connections:
         # It leaks the socket of a handshake that is cancelled from outside, so our limit on that is a last resort.
         progress = _Progress(self._limits.first_byte_timeout)
         connect = self._limits.connect_timeout
-        extensions: dict[str, Any] = {"timeout": {"connect": connect}, "trace": progress.trace}
+        timeouts = {"connect": connect, "read": self._limits.first_data_timeout}  # see SourceStream.read
+        extensions: dict[str, Any] = {"timeout": timeouts, "trace": progress.trace}
         try:
             with map_http_errors():
                 request = httpx.Request(method, url, headers=headers, extensions=extensions)
@@ -206,7 +208,7 @@ class Connections:
                 f"no connection within {2 * connect + 1.0:g} s", timed_out=True
             ) from error
         except SourceUnreachable as error:
-            if progress.sending and not progress.connecting:
+            if progress.sending and not progress.connecting and not error.timed_out:
                 raise _ReusedConnectionFailed(str(error)) from error
             raise
 

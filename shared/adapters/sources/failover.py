@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import structlog
 
+from distributor_node.shared.adapters.peers import Hop, Peers, count_hop
 from distributor_node.shared.adapters.sources.client import (
     NOTHING_EXPECTED,
     Expected,
@@ -32,6 +33,7 @@ from distributor_node.shared.domain.errors import (
     VersionChanged,
 )
 from distributor_node.shared.domain.objects import MediaObject, ObjectId, source_name
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.domain.source_order import RateSampler
 from distributor_node.shared.observability import tracing
 
@@ -52,14 +54,35 @@ class Chunk:
     data: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Which sources come first."""
+
+    last: Callable[[str], bool] | None = (
+        None  # of the URLs that are asked at all, those for which it is true come last
+    )
+    peers: PeerUse = PeerUse.FETCH  # what is asked of peers before all sources, in a fleet
+
+
+NO_PREFERENCE = Preference()
+
+
 class FailoverReader:
-    """Reads objects through one client, and records successes and failures of the sources."""
+    """Reads objects through one client, and records successes and failures of the sources.
+
+    In a fleet, peers are asked before the sources.
+    """
 
     def __init__(
-        self, client: SourceClient, health: SourceHealthRegistry, clock: Callable[[], float] = time.monotonic
+        self,
+        client: SourceClient,
+        health: SourceHealthRegistry,
+        clock: Callable[[], float] = time.monotonic,
+        peers: Peers | None = None,
     ) -> None:
         self._client = client
-        self._health = health
+        self._peers = peers
+        self.health = self._health = health
         self._clock = clock
 
     async def stream(
@@ -71,11 +94,9 @@ class FailoverReader:
         on_source: OnSource | None = None,
         *,
         expected: Expected = NOTHING_EXPECTED,
-        preference: Callable[[str], bool] | None = None,
+        preference: Preference = NO_PREFERENCE,
     ) -> AsyncGenerator[Chunk]:
         """Yield bytes `first` to `last` (inclusive; None: to the end) in order, without gap or overlap.
-
-        `preference`: of the URLs that are asked at all, those for which it is false come first.
 
         Close the generator (`contextlib.aclosing`) to stop early. Sources that sent corrupt bytes for this object are
         not asked. All bytes are of one version: of the object's, or else of the first response. Without a content hash,
@@ -88,12 +109,18 @@ class FailoverReader:
         """
         span = _Span(media_object.version, first, last, expected)
         ranked = self._health.best_first(sources, media_object.object_id)
-        rotation = _Rotation(ranked if preference is None else sorted(ranked, key=preference))
+        if preference.last is not None:
+            ranked = tuple(sorted(ranked, key=preference.last))
+        hops: Mapping[str, Hop] = {}
+        if self._peers is not None:
+            hops = self._hops(self._peers, media_object.object_id, preference.peers)
+        rotation = _Rotation(ranked, tuple(hops))
         while span.needs_request and (url := rotation.next_source()) is not None:
             began_at = span.position
             try:
                 others = rotation.others_than(url)
-                async with aclosing(self._from_one(url, span, others, on_source)) as chunks:
+                one = self._from_one(url, span, others, on_source, hops.get(url))
+                async with aclosing(one) as chunks:
                     async for chunk in chunks:
                         yield chunk
                 self._health.record_success(url)
@@ -103,11 +130,19 @@ class FailoverReader:
                 logger.info("source_outpaced", source=source_name(url), detail=str(error), at=span.position)
             except SourceError as error:
                 rotation.record_failure_of(url, error, sent_bytes=span.position > began_at)
-                self._record_failure(url, error, span)
+                if url in hops:
+                    self._record_failed_hop(hops[url], error, span)
+                else:
+                    self._record_failure(url, error, span)
                 if not span.can_continue:
                     break
         if span.needs_request:
             raise AllSourcesFailed(rotation.errors)
+
+    def _hops(self, peers: Peers, object_id: ObjectId, use: PeerUse) -> Mapping[str, Hop]:
+        """Return the requests to peers by URL, without peers that have sent corrupt bytes of the object."""
+        corrupted = self._health.has_corrupted
+        return {hop.url: hop for hop in peers.hops(object_id, use) if not corrupted(object_id, hop.url)}
 
     def worth_downloading_from(self, media_object: MediaObject) -> Sequence[str]:
         """Return the sources of the object that have not failed lately, best first; if all have, all of them."""
@@ -129,16 +164,31 @@ class FailoverReader:
             self._health.record_corrupted(object_id, url)
 
     async def _from_one(
-        self, url: str, span: _Span, others: Sequence[str], on_source: OnSource | None
+        self,
+        url: str,
+        span: _Span,
+        others: Sequence[str],
+        on_source: OnSource | None,
+        hop: Hop | None = None,
     ) -> AsyncGenerator[Chunk]:
-        """Yield from one source. Raises SourceOutpaced if one of the `others` is expected to be much faster."""
+        """Yield from one source, or from a peer by `hop`.
+
+        Raises SourceOutpaced if one of the `others` is expected to be much faster.
+        """
         sampler = RateSampler()
         asked_at = self._clock()
+        client, more = self._client, None
+        if hop is not None and self._peers is not None:
+            client, more = self._peers.client, hop.headers
+            # A peer may be slow because its source is. A source of unknown rate is no better.
+            others = [other for other in others if self._health.rate_of(other) is not None]
         with tracing.span(
             "source_request", "client", current=False, attributes=_attributes(url, span)
         ) as traced:
-            async with self._client.get(url, span.byte_range, span.expected) as response:
+            async with client.get(url, span.byte_range, span.expected, more) as response:
                 traced.set("http.response.status_code", response.status)
+                if hop is not None:
+                    count_hop("hit" if response.headers.get("X-Cache") == "hit" else "fetched")
                 self._health.record_first_byte(url, self._clock() - asked_at)
                 if on_source is not None:
                     on_source(url, response)
@@ -161,6 +211,21 @@ class FailoverReader:
                     waiting_since = self._clock()
                 if sampler.mean is not None:
                     self._health.record_rate(url, sampler.mean)
+
+    def _record_failed_hop(self, hop: Hop, error: SourceError, span: _Span) -> None:
+        """A peer is to blame for a lost connection and for wrong bytes, not for the failures of its own sources."""
+        absent = isinstance(error, SourceRefused)
+        count_hop("absent" if absent else "failed")
+        if not absent:
+            logger.info(
+                "peer_failed",
+                peer=source_name(hop.url),
+                reason=error.reason,
+                detail=str(error),
+                at=span.position,
+            )
+        if isinstance(error, SourceUnreachable | SourceWrong) and not isinstance(error, VersionChanged):
+            self._health.record_failure(hop.url)
 
     def _record_failure(self, url: str, error: SourceError, span: _Span) -> None:
         logger.info(
@@ -251,8 +316,10 @@ class _Span:
 class _Rotation:
     """Gives each source one turn. A source that may recover gets a second one, after all others have failed."""
 
-    def __init__(self, urls: Sequence[str]) -> None:
-        self._waiting = deque((url, 1) for url in urls)
+    def __init__(self, urls: Sequence[str], peers: Sequence[str] = ()) -> None:
+        """`peers`: have one turn, before the others, and do not count among the errors."""
+        self._peers = frozenset(peers)
+        self._waiting = deque((url, 1) for url in (*peers, *urls))
         self._round = 0
         self.errors: dict[str, SourceError] = {}
 
@@ -268,11 +335,15 @@ class _Rotation:
 
     def record_outpaced(self, url: str, error: SourceError, by: str | None) -> None:
         """The source gets a second turn if the others fail. `by`: the next one to ask."""
+        if url in self._peers:
+            return
         self.errors[url] = error
         self._waiting = deque(sorted(self._waiting, key=lambda turn: turn[0] != by))
         self._waiting.append((url, 2))
 
     def record_failure_of(self, url: str, error: SourceError, *, sent_bytes: bool) -> None:
+        if url in self._peers:
+            return
         self.errors[url] = error
         if self._round == 1 and _is_worth_retrying(error, sent_bytes=sent_bytes):
             self._waiting.append((url, 2))

@@ -207,6 +207,10 @@ class SourceHealthRegistry:
         for name, delta in newer.items():
             self._put(name, delta)
 
+    def has_corrupted(self, object_id: ObjectId, url: str) -> bool:
+        """Whether the source sent corrupt bytes of this object lately."""
+        return self._is_corrupted(object_id, url)
+
     def _is_corrupted(self, object_id: ObjectId, url: str) -> bool:
         return any(mark.ends > self.clock() for mark in self._marks(object_id, url))
 

@@ -161,18 +161,23 @@ class SourceStream(httpcore.AsyncNetworkStream):
         # The end of what has been read of an awaited head, in which its last line break may lie. None: no head is due.
         self._tail: bytes | None = None
         self._head = _HeadBounds()
+        self._unanswered = False  # nothing has come since the last request
         self.at_body = False
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Return up to `max_bytes`; empty at the end of the stream.
 
+        `timeout` applies to the first bytes after a request alone, be they of an interim response (RFC 9110 section
+        15.2): they show that the server works on it.
+
         Raises httpcore's ReadError for a broken connection, ReadTimeout after `timeout` seconds, and ExcessiveEvents.
         """
         try:
-            async with asyncio.timeout(timeout):
+            async with asyncio.timeout(timeout if self._unanswered else None):
                 data = await self.receive()
         except TimeoutError as error:
-            raise httpcore.ReadTimeout(str(error)) from error
+            raise httpcore.ReadTimeout(f"no bytes within {timeout:g} s") from error
+        self._unanswered = False
         length = min(max_bytes, self._head_length(data))
         if length < len(data):
             self.unread(data[length:])
@@ -211,6 +216,7 @@ class SourceStream(httpcore.AsyncNetworkStream):
         if buffer:
             self._protocol.send(buffer)
             self._tail, self.at_body = b"", False
+            self._unanswered = True
             self._head = _HeadBounds()
 
     async def aclose(self) -> None:

@@ -38,6 +38,7 @@ from distributor_node.shared.ports.state_store import (
     NotReconciled,
     ObjectStatus,
     PolicyState,
+    ProcessReport,
     PurgeRequest,
     Superseded,
     Term,
@@ -318,6 +319,36 @@ class MemoryStateStore:
         viewed, now = self._tables.viewed, self._tables.clock()
         ages = [max(0.0, now - viewed[known]) if known in viewed else None for known in object_ids]
         return [age if age is not None and age < VIEWER_MEMORY else None for age in ages]
+
+    async def record_wanted(self, object_id: ObjectId, positions: Sequence[int]) -> None:
+        if positions:
+            self._tables.record_wanted(object_id, positions)
+
+    async def wanted_positions(self, object_ids: Sequence[ObjectId]) -> Sequence[Sequence[int]]:
+        return [self._tables.wanted_positions(object_id) for object_id in object_ids]
+
+    # Reports of processes
+
+    async def report_process(self, process: str, content: str, seconds: float) -> bool:
+        tables, now = self._tables, self._tables.clock()
+        tables.reports[process] = (content, now, seconds)
+        return tables.reports_watched_until > now
+
+    async def withdraw_process(self, process: str) -> None:
+        self._tables.reports.pop(process, None)
+
+    async def process_reports(self) -> Sequence[ProcessReport]:
+        tables, now = self._tables, self._tables.clock()
+        tables.reports = {
+            name: known for name, known in tables.reports.items() if 0 <= now - known[1] < known[2]
+        }
+        return [
+            ProcessReport(name, content, now - at)
+            for name, (content, at, _) in sorted(tables.reports.items())
+        ]
+
+    async def watch_reports(self, seconds: float) -> None:
+        self._tables.reports_watched_until = self._tables.clock() + seconds
 
     # Eviction, reconciliation, policy: the leading evictor
 

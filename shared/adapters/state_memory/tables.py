@@ -17,6 +17,8 @@ from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, Warming
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.ports.state_store import (
+    MAX_WANTED,
+    WANTED_MEMORY,
     Access,
     Announcement,
     Failure,
@@ -92,13 +94,32 @@ class Tables:
     token_ids: dict[str, float] = field(default_factory=dict)  # expiry
     workers: dict[str, tuple[WorkerReport, float, float]] = field(default_factory=dict)
     """Report, when it was made, and seconds until it expires."""
+    reports: dict[str, tuple[str, float, float]] = field(default_factory=dict)  # likewise, of each process
+    reports_watched_until: float = 0.0
     viewed: dict[ObjectId, float] = field(default_factory=dict)  # when they last had viewers, oldest first
     first_views: SecondHitAdmission = field(default_factory=SecondHitAdmission)
+    wanted: dict[ObjectId, dict[int, float]] = field(default_factory=dict)  # offsets, oldest first
     started_at: float = field(init=False)
     listeners: set[AnnouncementQueue] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.started_at = self.clock()
+
+    def record_wanted(self, object_id: ObjectId, positions: Sequence[int]) -> None:
+        now, known = self.clock(), self.wanted.pop(object_id, {})
+        for position in positions:
+            known.pop(position, None)
+            known[position] = now
+        while len(known) > MAX_WANTED:
+            del known[next(iter(known))]
+        self.wanted[object_id] = known
+        oldest = next(iter(self.wanted))
+        if not self.wanted_positions(oldest):
+            del self.wanted[oldest]
+
+    def wanted_positions(self, object_id: ObjectId) -> Sequence[int]:
+        known, now = self.wanted.get(object_id, {}), self.clock()
+        return sorted(position for position, at in known.items() if now - at < WANTED_MEMORY)
 
     def next_serial(self) -> int:
         self.serial += 1

@@ -48,9 +48,12 @@ class Keys:
     warming   HASH    serial, warming (JSON), state, holder, until (POSIX milliseconds)
     ticket:…  STRING  a token id that was used, expires
     workers   HASH    worker → when it reported, milliseconds until that expires, its report (JSON)
+    reports   HASH    process → as in workers: what it reports of itself (JSON)
+    watched   STRING  nothing; a page that shows the reports is open, expires
     viewed    ZSET    objects by the time they last had viewers (POSIX milliseconds), bounded
     first_views
               ZSET    large objects by the time of their first view (POSIX milliseconds), bounded
+    wanted:…  ZSET    offsets of one object by the time that a viewer waited there, as `viewed`, bounded, expires
     probe     STRING  nothing; written to learn whether the server accepts writes, expires
     catalog:… STRING  answers of the catalog and locks on asking it; see RedisSharedCatalogCache
     catalog:answers
@@ -115,12 +118,23 @@ class Keys:
         return f"{self.prefix}workers"
 
     @property
+    def reports(self) -> str:
+        return f"{self.prefix}reports"
+
+    @property
+    def reports_watched(self) -> str:
+        return f"{self.prefix}watched"
+
+    @property
     def viewed(self) -> str:
         return f"{self.prefix}viewed"
 
     @property
     def first_views(self) -> str:
         return f"{self.prefix}first_views"
+
+    def wanted(self, object_id: str) -> str:
+        return f"{self.prefix}wanted:{object_id}"
 
     def token_id(self, name: str) -> str:
         return f"{self.prefix}ticket:{name}"

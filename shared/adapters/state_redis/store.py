@@ -44,7 +44,9 @@ from distributor_node.shared.domain.operator_state import (
 from distributor_node.shared.domain.space import Usage
 from distributor_node.shared.ports.state_store import (
     MAX_VIEWED,
+    MAX_WANTED,
     VIEWER_MEMORY,
+    WANTED_MEMORY,
     Access,
     AlreadyStored,
     Announcement,
@@ -61,6 +63,7 @@ from distributor_node.shared.ports.state_store import (
     NotReconciled,
     ObjectStatus,
     PolicyState,
+    ProcessReport,
     PurgeRequest,
     ServerStats,
     Superseded,
@@ -75,6 +78,7 @@ NEARLY_FULL = 0.9
 """Share of maxmemory, as in records.lua, from which the server drops what only saves time."""
 
 _ENTRIES_BATCH = 1000
+_WANTED_BATCH = 8  # objects: fewer keys than the scripts have that compare formats, see records.lua
 
 
 def milliseconds(seconds: float) -> int:
@@ -269,6 +273,44 @@ class RedisStateStore:
         keys, oldest = (self._connection.keys.viewed,), milliseconds(VIEWER_MEMORY)
         ages = await self._connection.run_on("last_viewed", keys, "", oldest, *object_ids)
         return [None if age < 0 else age / 1000 for age in ages]
+
+    async def record_wanted(self, object_id: ObjectId, positions: Sequence[int]) -> None:
+        if positions:
+            keys, memory = (self._connection.keys.wanted(object_id),), milliseconds(WANTED_MEMORY)
+            newest = positions[-MAX_WANTED:]
+            await self._connection.run_on("record_wanted", keys, object_id, memory, MAX_WANTED, *newest)
+
+    async def wanted_positions(self, object_ids: Sequence[ObjectId]) -> Sequence[Sequence[int]]:
+        found: list[Sequence[int]] = []
+        for start in range(0, len(object_ids), _WANTED_BATCH):
+            keys = tuple(map(self._connection.keys.wanted, object_ids[start : start + _WANTED_BATCH]))
+            memory = milliseconds(WANTED_MEMORY)
+            found += [
+                sorted(map(int, positions))
+                for positions in await self._connection.run_on("wanted_positions", keys, "", memory)
+            ]
+        return found
+
+    # Reports of processes
+
+    async def report_process(self, process: str, content: str, seconds: float) -> bool:
+        keys = (self._connection.keys.reports, self._connection.keys.reports_watched)
+        arguments = (process, milliseconds(seconds), content)
+        return bool(await self._connection.run_on("report_process", keys, *arguments))
+
+    async def withdraw_process(self, process: str) -> None:
+        await self._connection.command("HDEL", self._connection.keys.reports, process)
+
+    async def process_reports(self) -> Sequence[ProcessReport]:
+        found = await self._connection.run_on("workers", (self._connection.keys.reports,), "")
+        return [
+            ProcessReport(name.decode(), content.decode(), age / 1000) for name, age, content in sorted(found)
+        ]
+
+    async def watch_reports(self, seconds: float) -> None:
+        await self._connection.command(
+            "SET", self._connection.keys.reports_watched, 1, "PX", milliseconds(seconds)
+        )
 
     # Eviction, reconciliation, policy: the leading evictor
 

@@ -1,10 +1,19 @@
-"""Partial downloads: one writer and many followers of each, in any number of processes."""
+"""Partial downloads: one writer and many followers of each, in any number of processes.
+
+A partial file is the beginning of its object, and its size says how much of it is there. Before bytes beyond the first
+gap are written, it is marked as sparse. From then on its size says nothing: the extents in its sidecar do.
+
+1. The writer syncs what it has written, names it in the sidecar, syncs that, and marks the file.
+2. Only then it writes beyond the first gap. Without a mark, the size that was read before is right.
+3. Each new version of the sidecar names only bytes that were synced before. What it does not name is fetched again.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import os
 import stat
+import threading
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -24,18 +33,27 @@ from distributor_node.shared.adapters.volume.layout import (
 from distributor_node.shared.adapters.volume.records import (
     FileState,
     atomic_write,
+    decode_extents,
+    encode_extents,
     encode_record,
     overwrite,
+    read_capped,
     seal_record,
 )
 from distributor_node.shared.domain.conditionals import Validators
-from distributor_node.shared.domain.errors import VolumeError, VolumeFull
+from distributor_node.shared.domain.errors import InvalidInput, VolumeError, VolumeFull
+from distributor_node.shared.domain.extents import MAX_EXTENTS, Extents
 from distributor_node.shared.domain.http_caching import Freshness
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
 _UNVERIFIED_MODE, _VERIFIED_MODE = 0o640, 0o644
+_SPARSE = stat.S_IXUSR
+"""The mode bit of a sparse file that is not verified yet."""
+
 _FILES_OF_A_FETCH = 6
 """The partial file, its sidecar, the record, a draft of one of these, and two shards that may have to be made."""
+
+_PROBED = 1024 * 1024  # bytes of the hole that is tried out
 
 _MAX_REPLACED = 100
 """Times that one open finds another file than it has just opened. More is no race with another writer."""
@@ -59,6 +77,8 @@ class PartialFile:
         self._sidecar_name = record.object_id + INCOMING_RECORD_SUFFIX
         self._descriptor = -1
         self._sidecar_stale = False
+        self._lock = threading.Lock()  # of sidecar and mode: several threads write a sparse file
+        self._extents: Extents | None = None  # None: the file is not sparse
 
     def open(self, *, write_sidecar: bool) -> None:
         """Create the file or take over an abandoned one, and write its sidecar if `write_sidecar`.
@@ -75,10 +95,14 @@ class PartialFile:
                 self._descriptor = self._open_locked(os.O_CREAT)
                 if not write_sidecar:
                     return
+                seen = os.fstat(self._descriptor)
+                if seen.st_mode & _SPARSE:
+                    self._extents = self._read_extents(seen.st_ino)
                 # Before the first byte, so that a process that finds the partial file knows how large it may grow.
                 # Not synced, because a client waits. If a power cut tears or loses the sidecar, the partial file is
                 # not resumed.
-                atomic_write(self._sidecar_name, encode_record(self.record), self._incoming, durable=False)
+                durable = self._extents is not None
+                atomic_write(self._sidecar_name, self._encoded(), self._incoming, durable=durable)
             except BaseException:
                 self.close()
                 raise
@@ -140,7 +164,7 @@ class PartialFile:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _same_file(descriptor, self._name, self._incoming):
-                    os.fchmod(descriptor, _UNVERIFIED_MODE)
+                    os.fchmod(descriptor, _UNVERIFIED_MODE | (os.fstat(descriptor).st_mode & _SPARSE))
                     return descriptor
             except BlockingIOError:
                 os.close(descriptor)
@@ -153,10 +177,71 @@ class PartialFile:
             os.close(descriptor)  # the file was replaced between opening and locking: open the new one
         raise VolumeError(f"the partial file of {self.record.object_id} is replaced again and again")
 
+    def _read_extents(self, inode: int) -> Extents:
+        """What an earlier writer has named. Nothing, if its sidecar cannot be read or is that of another file."""
+        body = read_capped(self._sidecar_name, self._incoming)
+        found = None if body is None else decode_extents(body, inode, self.record.size)
+        return found or Extents()
+
     @property
     def size(self) -> int:
-        """Bytes on disk now."""
-        return os.fstat(self._descriptor).st_size
+        """Bytes that are there from the first one on. Of a sparse file, those that its sidecar names."""
+        return os.fstat(self._descriptor).st_size if self._extents is None else self._extents.prefix
+
+    @property
+    def extents(self) -> Extents:
+        """All that is there, likewise."""
+        return Extents.of((0, self.size)) if self._extents is None else self._extents
+
+    @property
+    def total(self) -> int:
+        """Bytes that are there, likewise."""
+        return self.size if self._extents is None else self._extents.total
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether bytes beyond the first gap may be written."""
+        return self._extents is not None
+
+    def make_sparse(self, written: int) -> None:
+        """Let bytes beyond the first gap be written. `written`: bytes from the first one on. Blocking, as it syncs."""
+        with map_os_errors(f"make the partial file of {self.record.object_id} sparse"):
+            self._name_extents(Extents.of((0, written)))
+            os.fsync(self._incoming)
+            with self._lock:
+                # Race: 1. this begins; 2. the main stream writes the last byte, and another thread verifies all.
+                if not self.is_verified:
+                    os.fchmod(self._descriptor, _UNVERIFIED_MODE | _SPARSE)
+
+    def name_extents(self, written: Extents) -> None:
+        """Let followers, and the next writer, believe what is `written`. Blocking, as it syncs."""
+        with map_os_errors(f"name the extents of {self.record.object_id}"):
+            self._name_extents(written)
+
+    def _name_extents(self, written: Extents) -> None:
+        os.fdatasync(self._descriptor)
+        with self._lock:
+            before, self._extents = self._extents, written.in_blocks(self.record.size)
+            try:
+                atomic_write(self._sidecar_name, self._encoded(), self._incoming)
+            except BaseException:
+                self._extents = before
+                raise
+            self._sidecar_stale = False
+
+    def _encoded(self) -> bytes:
+        """The sidecar. Of a sparse file, with as many extents as there is room for."""
+        if self._extents is None:
+            return encode_record(self.record)
+        inode, at_most = os.fstat(self._descriptor).st_ino, MAX_EXTENTS
+        while True:
+            self._extents = self._extents.in_blocks(self.record.size, at_most)
+            try:
+                return encode_record(self.record, extents=encode_extents(self._extents, inode))
+            except InvalidInput:
+                if not at_most:
+                    raise
+            at_most = min(at_most - 1, len(self._extents) - 1)
 
     @property
     def is_verified(self) -> bool:
@@ -167,7 +252,7 @@ class PartialFile:
         """Raise VolumeFull if the device has no room for the rest, before any response has begun."""
         with map_os_errors(f"read the free space for {self.record.object_id}"):
             device = os.fstatvfs(self._descriptor)
-        missing = self.record.size - self.size - device.f_bavail * device.f_frsize
+        missing = self.record.size - self.total - device.f_bavail * device.f_frsize
         if missing > 0:
             raise VolumeFull(f"no space for {self.record.object_id}: {missing} more free bytes needed")
 
@@ -190,9 +275,17 @@ class PartialFile:
     def write_sidecar(self) -> None:
         """Write what has been recorded. Needed only if no byte follows."""
         with map_os_errors(f"write the sidecar of {self.record.object_id}"):
-            if self._sidecar_stale:
+            self._update_sidecar()
+
+    def _update_sidecar(self) -> None:
+        if not self._sidecar_stale:
+            return
+        with self._lock:
+            if self._extents is None:
                 overwrite(self._sidecar_name, encode_record(self.record), self._incoming)
-                self._sidecar_stale = False
+            else:
+                atomic_write(self._sidecar_name, self._encoded(), self._incoming)
+            self._sidecar_stale = False
 
     def _update_record(self, record: StoredRecord) -> None:
         if record != self.record:
@@ -202,9 +295,7 @@ class PartialFile:
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data` at `offset`. Raises VolumeFull if the device is full."""
         with map_os_errors(f"write the partial file of {self.record.object_id}"):
-            if self._sidecar_stale:
-                overwrite(self._sidecar_name, encode_record(self.record), self._incoming)
-                self._sidecar_stale = False
+            self._update_sidecar()
             view = memoryview(data)
             while view:
                 written = os.pwrite(self._descriptor, view, offset)
@@ -221,6 +312,7 @@ class PartialFile:
             os.ftruncate(self._descriptor, 0)
             old, self._descriptor = self._descriptor, self._open_locked(os.O_CREAT | os.O_EXCL)
             os.close(old)
+            self._extents = None  # the sidecar's are those of the old file
 
     def mark_verified(self) -> None:
         """Let followers send the last bytes: the hash (or the size) is correct.
@@ -235,7 +327,8 @@ class PartialFile:
                 raise PartialHeld(
                     f"the partial file of {self.record.object_id} was locked by another writer"
                 ) from None
-            os.fchmod(self._descriptor, _VERIFIED_MODE)
+            with self._lock:
+                os.fchmod(self._descriptor, _VERIFIED_MODE)
 
     def publish(self, record: StoredRecord) -> None:
         """Make it a complete object: sync it, write its record, rename it, sync the directories.
@@ -310,18 +403,38 @@ def _same_file(descriptor: int, name: str, directory: int) -> bool:
 class PartialState:
     """What a follower sees of a partial file."""
 
-    size: int  # bytes that can be read
+    size: int  # bytes that can be read from the first one on
     verified: bool  # the whole file is there and correct
     unlinked: bool  # it was discarded or restarted
+    extents: Extents | None = None  # of a sparse file: all that can be read
+
+    def end_from(self, position: int) -> int:
+        """Return the end (exclusive) of the bytes from `position` on that can be read. `position` itself: none can."""
+        return max(position, self.size) if self.extents is None else self.extents.end_at(position)
+
+    def nearest_end(self, position: int) -> int:
+        """Return where the bytes end that begin at or before `position`: how far a stream has come towards it."""
+        return self.size if self.extents is None else self.extents.nearest_end(position)
+
+    def progress(self, position: int) -> int:
+        """Return what grows when bytes arrive that a response at `position` waits for."""
+        return self.size if self.extents is None else self.extents.end_at(position)
+
+    @property
+    def total(self) -> int:
+        """Bytes that can be read."""
+        return self.size if self.extents is None else self.extents.total
 
 
 class PartialReader:
     """A partial file opened by a follower. It stays readable when the object becomes complete, being the same file."""
 
-    def __init__(self, object_id: ObjectId, descriptor: int) -> None:
+    def __init__(self, object_id: ObjectId, descriptor: int, directories: Directories) -> None:
         self.object_id = object_id
         self._descriptor = descriptor
+        self._directories = directories
         self._locked = False
+        self._extents = Extents()  # as far as they were ever named: while the file is linked they only grow
 
     @property
     def descriptor(self) -> int:
@@ -330,10 +443,28 @@ class PartialReader:
 
     def state(self) -> PartialState:
         seen = os.fstat(self._descriptor)
+        if not seen.st_mode & _SPARSE:
+            # The kernel reads mode and size one after the other: without a mark now, the size was right.
+            now = os.fstat(self._descriptor)
+            seen = now if now.st_mode & _SPARSE else seen
         verified = bool(seen.st_mode & stat.S_IROTH)
-        return PartialState(
-            size=seen.st_size, verified=verified, unlinked=seen.st_nlink == 0 and not verified
-        )
+        unlinked = seen.st_nlink == 0 and not verified
+        if not seen.st_mode & _SPARSE:
+            return PartialState(size=seen.st_size, verified=verified, unlinked=unlinked)
+        self._update_extents(seen)
+        return PartialState(self._extents.prefix, verified, unlinked, self._extents)
+
+    def _update_extents(self, seen: os.stat_result) -> None:
+        """Read what is named now. A sidecar that is gone, or that of another file, changes nothing."""
+        name = self.object_id + INCOMING_RECORD_SUFFIX
+        try:
+            body = read_capped(name, self._directories.descriptor(INCOMING))
+        except OSError:
+            return
+        # Without a size the file's own does: no extent ends beyond it.
+        found = None if body is None else decode_extents(body, seen.st_ino, seen.st_size)
+        if found is not None:
+            self._extents = found
 
     def read(self, offset: int, length: int) -> bytes:
         return os.pread(self._descriptor, length, offset)
@@ -352,3 +483,16 @@ class PartialReader:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def has_holes(directory: int) -> bool:
+    """Whether a file that was written far on takes no space before that. Raises OSError."""
+    name = f".hole-probe-{os.getpid()}"
+    descriptor = open_plain(name, os.O_RDWR | os.O_CREAT, directory, 0o600)
+    try:
+        os.pwrite(descriptor, b"x", _PROBED)
+        os.fsync(descriptor)  # some file systems take space only then
+        return os.fstat(descriptor).st_blocks * 512 < _PROBED
+    finally:
+        os.close(descriptor)
+        unlink_if_exists(name, directory)

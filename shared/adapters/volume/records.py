@@ -14,6 +14,7 @@ from typing import Any
 from distributor_node.shared.adapters.volume.layout import open_plain
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Validators, etag_or_none, is_http_date
 from distributor_node.shared.domain.errors import InvalidInput
+from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.http_caching import decode_freshness, encode_freshness
 from distributor_node.shared.domain.media_types import media_type_or_none
 from distributor_node.shared.domain.objects import MAX_SIZE, ContentHash, ObjectId, StoredRecord
@@ -67,8 +68,8 @@ class FileState:
 _FILE_STATE = re.compile(r"([0-9]{1,20}) ([0-9]{1,19}) (-?[0-9]{1,20}) ([0-9]{19,20})", re.ASCII)
 
 
-def encode_record(record: StoredRecord, file: FileState | None = None) -> bytes:
-    """UTF-8 JSON of at most RECORD_BYTES. `file`: the state of the object's file.
+def encode_record(record: StoredRecord, file: FileState | None = None, extents: str | None = None) -> bytes:
+    """UTF-8 JSON of at most RECORD_BYTES. `file`: the state of the object's file. `extents`: of a sparse partial file.
 
     The object's name, and then the state of its file, are left out where it would be longer. Raises InvalidInput if
     that is not enough.
@@ -84,6 +85,7 @@ def encode_record(record: StoredRecord, file: FileState | None = None) -> bytes:
         "last_modified": record.validators.last_modified,
         **encode_freshness(record.freshness),
         **({"growing": True} if record.growing else {}),
+        **({} if extents is None else {"extents": extents}),
     }
     state = {} if file is None else {"file": str(file)}
     body = _to_json({**fields, **state} if record.name is None else {**fields, **state, "name": record.name})
@@ -144,6 +146,21 @@ def decode_stored(body: bytes) -> tuple[StoredRecord, FileState | None]:
         return record, FileState.parse(fields.get("file"))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InvalidInput(f"record: unreadable: {type(error).__name__}") from error
+
+
+def encode_extents(extents: Extents, inode: int) -> str:
+    """The text for `encode_record`. `inode`: of the file that has these bytes."""
+    return f"{inode}:{extents.encode()}"
+
+
+def decode_extents(body: bytes, inode: int, size: int) -> Extents | None:
+    """What the sidecar of a sparse partial file says is there. None: it says nothing of the file with this inode."""
+    try:
+        fields: Any = json.loads(body)
+        named, _, text = fields["extents"].partition(":")
+        return Extents.decode(text, size) if named == str(inode) else None
+    except (InvalidInput, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
 
 
 def _is_media_type(value: object) -> bool:

@@ -43,7 +43,7 @@ from distributor_node.shared.adapters.volume.objects import (
     stat_or_none,
     unlink_trashed,
 )
-from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader
+from distributor_node.shared.adapters.volume.partial import PartialFile, PartialReader, has_holes
 from distributor_node.shared.adapters.volume.records import (
     FileState,
     atomic_write,
@@ -95,6 +95,11 @@ class Volume:
             if read_capped(_FORMAT_FILE, self._directories.root()) is None:
                 text = json.dumps({"format": FORMAT}) + "\n"
                 atomic_write(_FORMAT_FILE, text.encode(), self._directories.root())
+
+    def has_holes(self) -> bool:
+        """Whether the file system takes no space for bytes that were not written: partial files may be sparse then."""
+        with map_os_errors(f"try out a sparse file on the volume {self.root}"):
+            return has_holes(self._directories.root())
 
     def _check_format(self) -> None:
         """Raise VolumeError if another version has written the volume in a format that this one does not read."""
@@ -317,7 +322,7 @@ class Volume:
         except OSError as error:
             self._require_missing(f"{INCOMING}/{name}", error)
             return None
-        return PartialReader(object_id, descriptor)
+        return PartialReader(object_id, descriptor, self._directories)
 
     def partial_record(self, object_id: ObjectId) -> StoredRecord | None:
         """The sidecar of a partial file: the record it is going to have. None if there is no valid sidecar."""

@@ -1,0 +1,211 @@
+"""How a fleet of nodes caches, by simulation: `python -m benchmarks.fleet [--views N] [--nodes 1,4,…]`.
+
+The traffic is that of `benchmarks.traces`; each view arrives at a node by chance. Nodes decide as the node does: ring,
+hot objects and eviction are its own code. The sum of the limits is the same for every number of nodes. Columns:
+
+- source: bytes from far sources per byte sent to clients
+- hit: share of the requests that no far source was needed for
+- between: bytes between nodes per byte sent to clients
+- busiest: bytes that the busiest node sent, to clients and other nodes, as a multiple of the mean
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from random import Random
+
+from benchmarks.traces import DAY, MB, START, Parameters, Trace
+from distributor_node.shared.domain.eviction import make_policy
+from distributor_node.shared.domain.eviction.simulator import Request, Rules, Simulation
+from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.peers import FleetRules, HotObjects, Ring
+
+NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+HOT = ObjectId("hot")
+"""With `hot`: an object of 20 MB that is asked for as often as all others together."""
+_RULES = FleetRules(own="")
+DENSITY = 100.0
+"""A view of the trace stands for so many: views are counted as if they came that much faster."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fleet. `mode`: `apart` (no peers), `home` (every object at its home alone) or `fleet` (as the node does)."""
+
+    nodes: int
+    mode: str
+    views: int
+    share: float = 0.05  # the sum of the limits, of the bytes of all objects
+    event: str = ""  # "", fail, join, drift, hot
+
+
+@dataclass
+class Counts:
+    """Sums of bytes and requests."""
+
+    requests: int = 0
+    hits: int = 0
+    sent: int = 0
+    from_sources: int = 0
+    between: int = 0
+
+
+class Node:
+    """The cache of one node, and what it has sent."""
+
+    def __init__(self, limit: int) -> None:
+        self._policy = make_policy("gdsf")
+        self._cache = Simulation(self._policy, Rules.of(limit))
+        self.hot = HotObjects(_RULES.hot_views, _RULES.hot_half_life * DENSITY)
+        self.sent = 0
+
+    def has(self, object_id: ObjectId) -> bool:
+        return object_id in self._policy
+
+    def serve(self, request: Request) -> int:
+        """Send the object; returns the bytes that this node had to get for it."""
+        before = self._cache.outcome.bytes_from_sources
+        self._cache.process(request)
+        self.sent += request.sent
+        return self._cache.outcome.bytes_from_sources - before
+
+
+class Fleet:
+    """The nodes by name, those alive in the ring."""
+
+    def __init__(self, case: Case, total: int) -> None:
+        self._case, self._limit = case, max(1, total // case.nodes)
+        self.nodes = {f"http://node-{number}": Node(self._limit) for number in range(case.nodes)}
+        self.counts = Counts()
+        self.rebuild(self.nodes)
+
+    def rebuild(self, names: Sequence[str] | dict[str, Node]) -> None:
+        self.alive = list(names)
+        self.ring = Ring(dict.fromkeys(self.alive, 1.0))
+        self._former: Ring | None = getattr(self, "_current", None)
+        self._current = self.ring
+        self._ranked: dict[ObjectId, tuple[str, ...]] = {}
+
+    def add(self) -> None:
+        self.nodes[f"http://node-{len(self.nodes)}"] = Node(self._limit)
+        self.rebuild([*self.alive, f"http://node-{len(self.nodes) - 1}"])
+
+    def ask(self, request: Request, name: str) -> None:
+        """One client's request at one node."""
+        counts, node = self.counts, self.nodes[name]
+        counts.requests += 1
+        counts.sent += request.sent
+        before = counts.from_sources
+        if self._case.mode == "apart":
+            counts.from_sources += node.serve(request)
+        else:
+            self._ask_fleet(request, name, node)
+        counts.hits += counts.from_sources == before
+
+    def _ask_fleet(self, request: Request, name: str, node: Node) -> None:
+        object_id = request.object_id
+        ranked = self._ranked.get(object_id)
+        if ranked is None:
+            ranked = self._ranked[object_id] = self.ring.ranked(object_id)
+        home = ranked[0]
+        if name == home or node.has(object_id):
+            self._fetch(request, name, node)
+            return
+        kept = self._case.mode == "fleet" and (
+            request.size <= _RULES.keep_below
+            or node.hot.count(object_id, request.size, 1.0, ranked.index(name), len(ranked), request.at)
+        )
+        missing = node.serve(request) if kept else request.sent
+        if not kept:
+            node.sent += request.sent
+        self.counts.between += missing
+        self._fetch(request._replace(sent=missing), home, self.nodes[home])
+
+    def _fetch(self, request: Request, name: str, node: Node) -> None:
+        """Serve from this node; what it lacks comes from the former home if that has it, else from a source."""
+        had = node.has(request.object_id)
+        missing = node.serve(request)
+        if missing and not had and self._former is not None:
+            former = self._former.home(request.object_id)
+            if former != name and former in self.alive and self.nodes[former].has(request.object_id):
+                self.nodes[former].sent += missing
+                self.counts.between += missing
+                return
+        self.counts.from_sources += missing
+
+
+def run(case: Case) -> tuple[Case, Counts, float]:
+    """Returns the counts of the second half of the trace, and the busiest node's multiple of the mean."""
+    parameters = Parameters(views=case.views, holds=1.0 if case.event == "drift" else None)
+    trace = Trace(parameters)
+    fleet = Fleet(case, int(trace.footprint * case.share))
+    random = Random(7)
+    middle = START + parameters.days * DAY / 2
+    counted = False
+    for request in trace.views():
+        if not counted and request.at >= middle:
+            counted = True
+            fleet.counts = Counts()
+            for node in fleet.nodes.values():
+                node.sent = 0
+            if case.event == "fail":
+                fleet.rebuild(fleet.alive[1:])
+            elif case.event == "join":
+                fleet.add()
+        fleet.ask(request, random.choice(fleet.alive))
+        if case.event == "hot":
+            hot = Request(request.at, HOT, 20 * MB, 20 * MB)
+            fleet.ask(hot, random.choice(fleet.alive))
+    sent = [fleet.nodes[name].sent for name in fleet.alive]
+    return case, fleet.counts, max(sent) * len(sent) / max(1, sum(sent))
+
+
+def line(case: Case, counts: Counts, busiest: float) -> str:
+    """One row of a Markdown table."""
+    sent = max(1, counts.sent)
+    return (
+        f"| {case.nodes} | {case.mode} | {case.event or '–'} | {counts.from_sources / sent:.3f} |"
+        f" {counts.hits / max(1, counts.requests):.3f} | {counts.between / sent:.3f} | {busiest:.2f} |"
+    )
+
+
+def cases(nodes: Sequence[int], views: int) -> list[Case]:
+    """Every number of nodes in every mode; events for fleets of 4 and 32."""
+    plain = [
+        Case(count, mode, views)
+        for count in nodes
+        for mode in ("apart", "home", "fleet")
+        if count > 1 or mode == "apart"
+    ]
+    events = [
+        replace(Case(count, mode, views), event=event)
+        for count in (4, 32)
+        if count in nodes
+        for event in ("fail", "join", "drift", "hot")
+        for mode in ("home", "fleet")
+    ]
+    return plain + events
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--views", type=int, default=200_000)
+    parser.add_argument("--nodes", default=",".join(map(str, NODES)))
+    parser.add_argument("--processes", type=int, default=1)
+    arguments = parser.parse_args()
+    chosen = [int(count) for count in arguments.nodes.split(",")]
+    print("| nodes | mode | event | source | hit | between | busiest |\n|---|---|---|---|---|---|---|")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.processes, mp_context=context) as pool:
+        for result in pool.map(run, cases(chosen, arguments.views)):
+            print(line(*result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

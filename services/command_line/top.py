@@ -1,0 +1,374 @@
+"""`distributor top` and `distributor status`: what the node's page shows, in a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import httpx
+    from rich.console import RenderableType
+    from rich.table import Table
+
+_TIMEOUT = 15.0  # seconds without an event; there is one each second
+_COMPLETE_WAIT = 10.0
+_RETRY_INTERVAL = 1.0
+_BAR_WIDTH = 40
+_MAX_ROWS = 12
+UNHEALTHY, UNREACHABLE = 1, 3
+"""Exit codes: something does not work; the page cannot be read."""
+
+Url = Annotated[
+    str | None,
+    typer.Option(help="URL of the node's page. [default: http://127.0.0.1:3336, or as in the settings]"),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="The node's settings file, for the page's port and password."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+
+
+class PageUnreachable(Exception):
+    """The message says why."""
+
+
+def top(
+    url: Url = None,
+    config: Config = None,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print it once, when all processes have reported, and exit.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the node does at the moment, until Ctrl-C. It reads the node's page, and changes nothing.
+
+    With `dashboard.password` set, the password is read from DISTRIBUTOR_DASHBOARD__PASSWORD or the settings file.
+    """
+    page = Page.of(url, config)
+    try:
+        if once:
+            snapshot = page.complete_snapshot()
+            _print(snapshot, as_json=as_json)
+        elif as_json:
+            for snapshot in page.snapshots():
+                print(json.dumps(snapshot), flush=True)
+        else:
+            _follow(page)
+    except PageUnreachable as error:
+        print(f"distributor: {error}", file=sys.stderr)
+        sys.exit(UNREACHABLE)
+    except (KeyboardInterrupt, BrokenPipeError):
+        return
+
+
+def status(url: Url = None, config: Config = None, as_json: AsJson = False) -> None:
+    """Print whether everything works, and what does not. Exit code 1 if something does not, 3 if the node is silent."""
+    try:
+        snapshot = Page.of(url, config).snapshot()
+    except PageUnreachable as error:
+        print(f"distributor: {error}", file=sys.stderr)
+        sys.exit(UNREACHABLE)
+    lines = [*snapshot["components"], *snapshot["processes"]]
+    if as_json:
+        print(json.dumps({"ok": all(line["ok"] for line in lines), "components": snapshot["components"],
+                          "processes": snapshot["processes"]}))  # fmt: skip
+    else:
+        for line in lines:
+            name = f"{line['kind']} {line['name']}" if "kind" in line else line["name"]
+            print(
+                f"{'ok   ' if line['ok'] else 'WRONG'}  {name}: {line['words']}{_since(line, snapshot['at'])}"
+            )
+    sys.exit(0 if all(line["ok"] for line in lines) else UNHEALTHY)
+
+
+def _since(line: Mapping[str, Any], now: float) -> str:
+    return "" if line["since"] is None else f", for {duration(max(0.0, now - line['since']))}"
+
+
+class Page:
+    """The node's page, read by a program."""
+
+    def __init__(self, url: str, user: str, password: str | None) -> None:
+        self._url, self._auth = url.rstrip("/"), None if password is None else (user, password)
+
+    @classmethod
+    def of(cls, url: str | None, config: Path | None) -> Page:
+        """Where the settings say that it is, unless `url` does."""
+        from distributor_node.shared.settings.model import DashboardSettings
+
+        settings = DashboardSettings()
+        if config is not None:
+            from distributor_node.shared.settings import load_settings
+
+            settings = load_settings(config).dashboard
+        environment = os.environ
+        host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104
+        port = environment.get("DISTRIBUTOR_DASHBOARD__PORT", settings.port)
+        password = environment.get("DISTRIBUTOR_DASHBOARD__PASSWORD")
+        if password is None and settings.password is not None:
+            password = settings.password.get_secret_value()
+        user = environment.get("DISTRIBUTOR_DASHBOARD__USER", settings.user)
+        return cls(url or f"http://{f'[{host}]' if ':' in host else host}:{port}", user, password)
+
+    def snapshot(self) -> dict[str, Any]:
+        """One snapshot, at once. Raises PageUnreachable."""
+        with self._get("/snapshot.json") as response:
+            response.read()
+            found: dict[str, Any] = response.json()
+            return found
+
+    def snapshots(self) -> Iterator[dict[str, Any]]:
+        """A snapshot each second. Raises PageUnreachable when they end."""
+        with self._get("/events") as response:
+            event = ""
+            for line in response.iter_lines():
+                name, _, value = line.partition(": ")
+                if name == "event":
+                    event = value
+                elif name == "data" and event == "snapshot":
+                    yield json.loads(value)
+        raise PageUnreachable(f"{self._url} has ended the stream")
+
+    def complete_snapshot(self) -> dict[str, Any]:
+        """The first snapshot for which all processes report what only they know, or the one after ten seconds."""
+        deadline = time.monotonic() + _COMPLETE_WAIT
+        for number, snapshot in enumerate(self.snapshots()):
+            # Rates need two snapshots.
+            if (number and snapshot["complete"]) or time.monotonic() > deadline:
+                return snapshot
+        raise PageUnreachable(f"{self._url} has ended the stream")
+
+    @contextmanager
+    def _get(self, path: str) -> Iterator[httpx.Response]:
+        import httpx
+
+        try:
+            with httpx.stream(
+                "GET", self._url + path, auth=self._auth, timeout=_TIMEOUT, trust_env=False
+            ) as response:
+                if response.status_code == httpx.codes.UNAUTHORIZED:
+                    raise PageUnreachable(
+                        f"{self._url} asks for a password: set DISTRIBUTOR_DASHBOARD__PASSWORD"
+                    )
+                if not response.is_success:
+                    raise PageUnreachable(
+                        f"{self._url} is not the page of a node: it answered {response.status_code}"
+                    )
+                yield response
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise PageUnreachable(
+                f"{self._url} cannot be read: {str(error) or type(error).__name__}"
+            ) from error
+
+
+def _print(snapshot: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(snapshot, indent=2))
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(screen(snapshot))
+
+
+def _follow(page: Page) -> None:
+    """Draw each snapshot over the last one. A node that is restarted is waited for once it was there."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    first = next(iter(page.snapshots()))
+    console = Console(highlight=False)
+    with Live(
+        screen(first), console=console, screen=True, auto_refresh=False, vertical_overflow="crop"
+    ) as live:
+        while True:
+            try:
+                for snapshot in page.snapshots():
+                    live.update(screen(snapshot), refresh=True)
+            except PageUnreachable as error:
+                live.update(Text(f"{error}; trying again", style="red"), refresh=True)
+                time.sleep(_RETRY_INTERVAL)
+
+
+# The screen
+
+
+def screen(snapshot: Mapping[str, Any]) -> RenderableType:
+    """Lay the snapshot out. All texts of it are shown as they are, without markup."""
+    from rich.console import Group
+    from rich.padding import Padding
+
+    sections = [
+        *_head(snapshot),
+        *_volume(snapshot["volume"]),
+        *_downloads(snapshot["downloads"], snapshot["queue"]),
+        *_sources(snapshot["sources"]),
+        *_removed(snapshot["volume"]["removed"], snapshot["at"]),
+    ]
+    return Padding(Group(*sections), (0, 1))
+
+
+def _head(snapshot: Mapping[str, Any]) -> list[RenderableType]:
+    from rich.table import Table
+    from rich.text import Text
+
+    node, lines = snapshot["node"], [*snapshot["components"], *snapshot["processes"]]
+    wrong = [line for line in lines if not line["ok"]]
+    state = Text(f"{len(wrong)} wrong", "bold red") if wrong else Text("everything works", "green")
+    title = Table.grid(expand=True)
+    title.add_column()
+    title.add_column(justify="right")
+    name = Text.assemble(
+        (node["id"], "bold"), (f"  distributor node {node['version']}, {node['environment']}", "dim")
+    )
+    title.add_row(name, state)
+    shown: list[RenderableType] = [title]
+    for period, said in snapshot["totals"].items():
+        shown.append(Text.assemble((f"last {period:<7}", "dim"), _sentence(said)))
+    shown.append(Text(""))
+    working = [line["name"] for line in snapshot["components"] if line["ok"]]
+    shown.append(Text.assemble(("● ", "green"), " · ".join(working)))
+    for line in wrong:
+        words = (
+            f"{line.get('kind', '')} {line['name']}: {line['words']}{_since(line, snapshot['at'])}".strip()
+        )
+        shown.append(Text.assemble(("■ ", "red"), (words, "red")))
+    return shown
+
+
+def _sentence(said: Mapping[str, float]) -> str:
+    requests = said["hit"] + said["pending"] + said["miss"]
+    if not requests:
+        return "no requests"
+    served = size(said["local"] + said["external"])
+    return f"served {served}, fetched {size(said['fetched'])}: {said['hit']:.0f} of {requests:.0f} requests from disk"
+
+
+def _volume(volume: Mapping[str, Any]) -> list[RenderableType]:
+    from rich.text import Text
+
+    limit = max(1, volume["limit"])
+    used, reserved = (round(_BAR_WIDTH * volume[name] / limit) for name in ("used", "reserved"))
+    bar = Text.assemble(
+        ("█" * used, "blue"), ("▒" * reserved, "blue"), ("░" * max(0, _BAR_WIDTH - used - reserved), "dim")
+    )
+    objects = f"{size(volume['used'])} in {volume['objects']} objects"
+    words = f"  {objects}, {size(volume['reserved'])} reserved, of {size(limit)}"
+    return [_heading("Volume"), bar.append(words, "default")]
+
+
+def _downloads(downloads: Sequence[Mapping[str, Any]], queue: Mapping[str, Any]) -> list[RenderableType]:
+    from rich.text import Text
+
+    heading = _heading(f"Downloads: {queue['downloads']} running, {queue['waiting']} waiting")
+    if not downloads:
+        return [heading, Text("none", "dim")]
+    table = _table("object", "progress", "on disk", "rate", "left", "viewers", "source")
+    for one in downloads[:_MAX_ROWS]:
+        left = "" if one["secondsLeft"] is None else duration(one["secondsLeft"])
+        switched = f" (after {', '.join(one['sources'][:-1])})" if one["sources"][:-1] else ""
+        table.add_row(
+            Text(one["id"]),
+            progress(one),
+            f"{size(on_disk(one))} of {size(one['size']) if one['size'] else '?'}",
+            "" if one["rate"] is None else f"{size(one['rate'])}/s",
+            left,
+            str(len(one["viewers"]) + one["moreViewers"]),
+            Text((one["source"] or "none") + switched),
+        )
+    return [heading, table]
+
+
+def on_disk(download: Mapping[str, Any]) -> int:
+    """Bytes of all extents."""
+    return sum(end - first for first, end in download["extents"])
+
+
+def progress(download: Mapping[str, Any], width: int = 24) -> Any:
+    """A bar of the extents, with a dot where viewers are."""
+    from rich.text import Text
+
+    total = download["size"] or max((end for _, end in download["extents"]), default=1)
+    cells = ["░"] * width
+    for first, end in download["extents"]:
+        for place in range(width * first // total, min(width, -(-width * end // total))):
+            cells[place] = "█"
+    for viewer in download["viewers"]:
+        cells[min(width - 1, width * viewer["at"] // total)] = "●"
+    text = Text()
+    for cell in cells:
+        text.append(cell, {"█": "blue", "●": "bold yellow"}.get(cell, "dim"))
+    return text
+
+
+def _sources(sources: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    from rich.text import Text
+
+    if not sources:
+        return []
+    table = _table("rank", "source", "state", "first byte", "received", "failures")
+    for one in sources[:_MAX_ROWS]:
+        if one["penaltyLeft"] > 0:
+            state = Text(f"asked last for {duration(one['penaltyLeft'])}", "red")
+        else:
+            state = Text("answers", "green")
+        first_bytes = one["firstBytes"]
+        mean = f"{1000 * sum(first_bytes) / len(first_bytes):.0f} ms" if first_bytes else ""
+        failures = ", ".join(f"{count:.0f} {reason}" for reason, count in one["failures"].items() if count)
+        table.add_row(
+            str(one["rank"]), Text(one["name"]), state, mean, size(one["bytes"]), Text(failures or "none")
+        )
+    return [_heading("Sources"), table]
+
+
+def _removed(removed: Sequence[Mapping[str, Any]], now: float) -> list[RenderableType]:
+    from rich.text import Text
+
+    if not removed:
+        return []
+    table = _table("removed", "object", "size", "reason")
+    for one in reversed(removed[-5:]):
+        ago = f"{duration(max(0.0, now - one['at']))} ago"
+        table.add_row(ago, Text(one["id"]), size(one.get("size", one["bytes"])), Text(one["words"]))
+    return [_heading("Removed last"), table]
+
+
+def _heading(words: str) -> RenderableType:
+    from rich.text import Text
+
+    return Text(f"\n{words}", "bold")
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=True, overflow="ellipsis")
+    return table
+
+
+def size(count: float) -> str:
+    """As the page writes it."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def duration(seconds: float) -> str:
+    """As the page writes it."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,170 @@
+"""A fleet of cells as real processes: each cell is an API, a fetcher and an evictor around a volume of its own.
+
+The cells share one Redis and one RabbitMQ, and have prefixes of their own there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+
+from distributor_node.services.demo.objects import MIB, generated_object
+from distributor_node.services.demo.storage_node import StorageNode
+from tests.end_to_end.fleet import KIB, Fleet, report
+from tests.waiting import eventually
+
+
+@pytest.fixture
+async def fleet(tmp_path: Path, redis_url: str, amqp_url: str) -> AsyncIterator[Fleet]:
+    async with StorageNode([]).run() as far:
+        made = Fleet(tmp_path, (redis_url, amqp_url), far)
+        try:
+            yield made
+        finally:
+            for cell in made.cells:
+                cell.kill_all()
+
+
+async def test_150_first_requests_at_three_cells_are_one_download(fleet: Fleet) -> None:
+    fleet.publish([generated_object("1", 64 * MIB)])
+    await fleet.up(3)
+    answers = await asyncio.gather(*(fleet.ask(number, "1") for number in range(3) for _ in range(50)))
+    assert answers == [True] * 150
+    assert len(fleet.far.requests.of("1", "GET")) == 1
+
+
+async def browse(fleet: Fleet, cells: int, ids: Sequence[str]) -> None:
+    """Ask for the objects in this order, sixteen at a time, at cells by chance."""
+    chance, waiting = random.Random(5), iter(ids)
+
+    async def client() -> None:
+        for object_id in waiting:
+            assert await fleet.ask(chance.randrange(cells), object_id)
+
+    await asyncio.gather(*(client() for _ in range(16)))
+
+
+def zipf(ids: Sequence[str], count: int) -> list[str]:
+    weights = list(accumulate(1 / (rank + 1) ** 0.9 for rank in range(len(ids))))
+    return random.Random(3).choices(ids, cum_weights=weights, k=count)
+
+
+async def test_a_fleet_needs_no_more_of_the_source_than_one_node_with_all_the_space(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    objects = [generated_object(str(number), 60 * KIB + number % 7 * 40 * KIB) for number in range(1500)]
+    fleet.publish(objects)
+    ids, limit = zipf([item.object_id for item in objects], 10_000), 120 * MIB
+    await fleet.up(3, limit // 3)
+    await browse(fleet, 3, ids)
+    together = fleet.far_bytes()
+    for cell in fleet.cells:
+        cell.kill_all()
+    begun = len(fleet.far.requests)
+    (tmp_path / "alone").mkdir()
+    alone = Fleet(tmp_path / "alone", fleet.servers, fleet.far)
+    try:
+        alone.publish(objects)
+        await alone.up(1, limit)
+        await browse(alone, 1, ids)
+    finally:
+        for cell in alone.cells:
+            cell.kill_all()
+    single = fleet.far_bytes(begun)
+    report(f"far bytes: {together} by three cells, {single} by one node, {together / single:.3f}")
+    assert together <= 1.05 * single
+
+
+async def test_a_killed_cell_costs_nothing_but_the_connections_to_it(fleet: Fleet) -> None:
+    objects = [generated_object(str(number), 300 * KIB) for number in range(120)]
+    fleet.publish(objects)
+    await fleet.up(3, DISTRIBUTOR_PEERS__PROBE_INTERVAL="0.5")
+    ids = [item.object_id for item in objects]
+    await browse(fleet, 3, ids)
+    for number in range(3):
+        await eventually(
+            lambda number=number: fleet.stored(number) >= {one for one in ids if fleet.home(one) == number}  # type: ignore[misc]
+        )
+    victim, begun = fleet.cells[0], len(fleet.far.requests)
+    failed: Counter[int] = Counter()
+    ended = asyncio.Event()
+
+    async def client(number: int) -> None:
+        chance = random.Random(number)
+        while not ended.is_set():
+            if not await fleet.ask(number, chance.choice(ids)):
+                failed[number] += 1
+                await asyncio.sleep(0.02)
+
+    clients = [asyncio.create_task(client(number)) for number in (0, 1, 1, 2, 2)]
+    await asyncio.sleep(1)
+    for process in victim.processes:
+        process.kill()
+    await asyncio.sleep(2)
+    for process in victim.processes:
+        process.start()
+    await victim.ready()
+    back = len(fleet.far.requests)
+    await asyncio.sleep(4)
+    ended.set()
+    await asyncio.gather(*clients)
+    assert failed[0] > 0
+    assert failed[1] == failed[2] == 0
+    own = sum(item.size for item in objects if fleet.home(item.object_id) == 0)
+    away, after = fleet.far_bytes(begun) - fleet.far_bytes(back), fleet.far_bytes(back)
+    report(f"of {own} bytes homed at the killed cell, from the source: {away} while away, {after} after")
+    assert after <= 0.05 * own
+    await eventually(lambda: fleet.ask(0, ids[0]))
+
+
+async def test_a_fourth_cell_moves_its_share_and_takes_it_from_the_others(fleet: Fleet) -> None:
+    objects = [generated_object(str(number), 100 * KIB) for number in range(300)]
+    fleet.publish(objects)
+    await fleet.up(3, DISTRIBUTOR_PEERS__HOT_VIEWS="1000")
+    ids = [item.object_id for item in objects]
+    await browse(fleet, 3, ids)
+    for number in range(3):
+        await eventually(
+            lambda number=number: fleet.stored(number) == {one for one in ids if fleet.home(one) == number}  # type: ignore[misc]
+        )
+    fourth, begun = fleet.new_cell(1 << 30), len(fleet.far.requests)
+    fleet.join(fleet.cells, DISTRIBUTOR_PEERS__HOT_VIEWS="1000")
+    await fourth.up()
+    for cell in fleet.cells[:3]:  # one after the other, as a rolling restart does
+        for process in cell.processes:
+            process.environment = {**process.environment, **cell.environment}
+            await process.stop()
+            process.start()
+        await cell.ready()
+    await browse(fleet, 4, ids)
+    moved = {one for one in ids if fleet.home(one) == 3}
+    await eventually(lambda: fleet.stored(3) >= moved)
+    from_far = fleet.far_bytes(begun)
+    total = sum(item.size for item in objects)
+    moved_bytes = sum(item.size for item in objects if item.object_id in moved)
+    report(
+        f"moved: {moved_bytes / total:.3f} of all bytes, of which from the source: {from_far / moved_bytes:.3f}"
+    )
+    assert moved_bytes <= 0.3 * total
+    assert fleet.stored(3) == moved
+    assert from_far <= 0.05 * moved_bytes
+
+
+async def test_a_hot_object_does_not_make_its_home_busier_than_the_others(fleet: Fleet) -> None:
+    objects = [generated_object(str(number), 200 * KIB) for number in range(200)]
+    fleet.publish(objects)
+    await fleet.up(3)
+    ids = [item.object_id for item in objects]
+    await browse(fleet, 3, ids)
+    before = await fleet.sent()
+    chance = random.Random(9)
+    await browse(fleet, 3, [ids[0] if chance.random() < 10 / 11 else chance.choice(ids) for _ in range(3000)])
+    sent = [after - earlier for after, earlier in zip(await fleet.sent(), before, strict=True)]
+    report(f"busiest: {max(sent) * 3 / sum(sent):.2f} of the mean")
+    assert max(sent) * 3 <= 1.4 * sum(sent)

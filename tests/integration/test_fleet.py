@@ -1,0 +1,473 @@
+"""Three standalone nodes in one process that act as one cache, and peers that are scripted storage nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from distributor_node.services.demo.faults import Fault, Match
+from distributor_node.services.demo.objects import MIB, DemoObject, generated_object
+from distributor_node.services.demo.storage_node import StorageNode
+from distributor_node.services.standalone.main import run_standalone
+from distributor_node.shared.domain.peers import Ring
+from distributor_node.shared.runtime.run_service import ServiceScope
+from distributor_node.shared.settings.model import Settings
+from tests.end_to_end.client import Answer, get
+from tests.end_to_end.stack import write_manifest
+from tests.servers.operator_token import SECRET
+from tests.servers.redis_server import free_port
+from tests.servers.tcp_relay import TcpRelay
+from tests.waiting import eventually
+
+PATIENT = 5.0
+"""Seconds to wait for a peer's first byte: the machine of the tests may be busy."""
+
+
+@dataclass(slots=True)
+class Fleet:
+    """Nodes that share a manifest and one far source."""
+
+    folder: Path
+    far: StorageNode
+    stack: AsyncExitStack
+    bases: list[str]
+    objects: list[DemoObject] = field(default_factory=list)
+    stops: dict[str, Any] = field(default_factory=dict)
+    operators: dict[str, int] = field(default_factory=dict)  # ports of the operator APIs
+
+    def publish(self, *objects: DemoObject) -> None:
+        self.far.objects.update({item.object_id: item for item in objects})
+        self.objects += objects
+        write_manifest(self.folder / "manifest.json", self.objects, [f"{self.far.api_url}/files/"])
+
+    async def start(
+        self, base: str, members: Sequence[str] | None = None, port: int | None = None, **peers: Any
+    ) -> None:
+        """`port`: where the node listens, if not at its base URL."""
+        port = port or int(base.rpartition(":")[2])
+        operator = self.operators.setdefault(base, free_port())
+        values = {"urls": members or self.bases, "own_url": base, "first_byte_wait": PATIENT, "keep_below": 0}
+        settings = Settings(
+            catalog={"kind": "manifest", "manifest": self.folder / "manifest.json"},
+            storage={"path": self.folder / f"volume-{port}", "limit": "1G"},
+            public_api={"host": "127.0.0.1", "port": port},
+            metrics={"host": "127.0.0.1", "port": 0},
+            operator_api={"port": operator, "secret": SECRET},
+            peers=values | peers,
+            shutdown_deadline=2,
+            log={"level": "error"},
+        )
+        stop, listening = asyncio.Event(), asyncio.Event()
+        resources = await self.stack.enter_async_context(AsyncExitStack())
+
+        async def serve() -> None:
+            async with resources:
+                await run_standalone(ServiceScope(stop, resources), settings, lambda _: listening.set())
+
+        task = asyncio.create_task(serve())
+
+        async def end() -> None:
+            stop.set()
+            await task
+
+        self.stops[base] = end
+        waiting = asyncio.create_task(listening.wait())
+        await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        assert listening.is_set(), task.exception()
+
+    async def stop(self, base: str) -> None:
+        if base in self.stops:
+            await self.stops.pop(base)()
+
+    def in_order(self, object_id: str) -> Sequence[str]:
+        """The nodes, its home first."""
+        return Ring(dict.fromkeys(self.bases, 1.0)).ranked(object_id)
+
+    def homed_at(self, base: str, size: int, ids: Iterable[int] = range(1, 1000)) -> DemoObject:
+        """An object whose home this node is."""
+        return next(
+            generated_object(str(number), size) for number in ids if self.in_order(str(number))[0] == base
+        )
+
+    async def get(self, base: str, object_id: str, **headers: str) -> Answer:
+        return await get(f"{base}/api/v1/assets/{object_id}", headers)
+
+    async def hop(self, base: str, object_id: str, **headers: str) -> tuple[int, bytes]:
+        """Ask as a peer does, by a client that takes interim responses. Returns status and body."""
+        async with httpx.AsyncClient() as client:
+            answer = await client.get(
+                f"{base}/api/v1/assets/{object_id}", headers={"X-Distributor-Hop": "1", **headers}
+            )
+            return answer.status_code, answer.content
+
+    def stored(self, base: str, object_id: str) -> bool:
+        volume = self.folder / f"volume-{base.rpartition(':')[2]}"
+        return any(volume.glob(f"objects/*/{object_id}"))
+
+    def far_gets(self, object_id: str) -> int:
+        return len(self.far.requests.of(object_id, "GET"))
+
+
+@pytest.fixture
+async def fleet(tmp_path: Path) -> AsyncIterator[Fleet]:
+    """Three nodes, not started."""
+    async with AsyncExitStack() as stack:
+        far = await stack.enter_async_context(StorageNode([]).run())
+        made = Fleet(tmp_path, far, stack, [f"http://127.0.0.1:{free_port()}" for _ in range(3)])
+        made.publish()
+        try:
+            yield made
+        finally:
+            for base in list(made.stops):
+                await made.stop(base)
+
+
+async def start_all(fleet: Fleet, **peers: Any) -> None:
+    for base in fleet.bases:
+        await fleet.start(base, **peers)
+
+
+def is_whole(answer: Answer, item: DemoObject) -> bool:
+    expected = hashlib.sha256(item.content.read(0, item.size)).digest()
+    right = hashlib.sha256(answer.body).digest() == expected
+    return answer.status == 200 and answer.complete and right
+
+
+async def test_first_requests_at_all_nodes_are_one_download(fleet: Fleet) -> None:
+    """The far source is slower to begin than a peer's time for its first byte: the home says that it is fetching."""
+    item = generated_object("1", 6 * MIB)
+    fleet.publish(item)
+    fleet.far.faults.add(Fault(latency_before_headers=1.0))
+    await start_all(fleet, first_byte_wait=0.7)
+    answers = await asyncio.gather(*(fleet.get(base, "1") for base in fleet.bases for _ in range(8)))
+    assert all(is_whole(answer, item) for answer in answers)
+    assert fleet.far_gets("1") == 1
+
+
+async def test_a_large_object_is_kept_by_its_home_alone_until_it_is_hot(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 3 * MIB)
+    fleet.publish(item)
+    await start_all(fleet, hot_views=2.5)
+    home, other, third = fleet.in_order(item.object_id)
+    first = await fleet.get(other, item.object_id)
+    assert is_whole(first, item)
+    assert first.headers["x-data-source"] == "external"
+    await eventually(lambda: fleet.stored(home, item.object_id))
+    assert is_whole(await fleet.get(other, item.object_id), item)
+    assert not fleet.stored(other, item.object_id)
+    assert is_whole(await fleet.get(other, item.object_id), item)  # the third view
+    await eventually(lambda: fleet.stored(other, item.object_id))
+    assert not fleet.stored(third, item.object_id)
+    assert fleet.far_gets(item.object_id) == 1
+
+
+async def test_a_small_object_is_kept_by_each_node_that_serves_it(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 300_000)
+    fleet.publish(item)
+    await start_all(fleet, keep_below=MIB)
+    for base in fleet.bases[1:]:
+        assert is_whole(await fleet.get(base, item.object_id), item)
+    for base in fleet.bases:
+        await eventually(lambda base=base: fleet.stored(base, item.object_id))  # type: ignore[misc]
+    assert fleet.far_gets(item.object_id) == 1
+
+
+async def test_ranges_of_an_object_that_is_passed_on(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 9 * MIB)
+    fleet.publish(item)
+    await start_all(fleet, hot_views=1000)
+    assert is_whole(await fleet.get(fleet.bases[0], item.object_id), item)
+    await eventually(lambda: fleet.stored(fleet.bases[0], item.object_id))
+    for first, last in ((0, 0), (5, 99_999), (4 * MIB, 9 * MIB - 1), (9 * MIB - 70_000, 9 * MIB - 1)):
+        answer = await fleet.get(fleet.bases[1], item.object_id, Range=f"bytes={first}-{last}")
+        assert (answer.status, answer.complete) == (206, True)
+        assert answer.body == item.content.read(first, last - first + 1)
+        assert answer.headers["content-range"] == f"bytes {first}-{last}/{item.size}"
+    assert fleet.far_gets(item.object_id) == 1
+
+
+async def test_without_its_home_an_object_comes_from_a_second_home_or_the_source(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 2 * MIB)
+    kept = fleet.homed_at(fleet.bases[0], 2 * MIB, range(1000, 2000))
+    fleet.publish(item, kept)
+    await start_all(fleet, hot_views=1, probe_interval=3600)
+    home, second, third = fleet.in_order(kept.object_id)
+    assert is_whole(await fleet.get(second, kept.object_id), kept)
+    await eventually(lambda: fleet.stored(second, kept.object_id))
+    await fleet.stop(home)
+    assert is_whole(await fleet.get(third, kept.object_id), kept)
+    assert fleet.far_gets(kept.object_id) == 1
+    assert is_whole(await fleet.get(fleet.in_order(item.object_id)[1], item.object_id), item)
+    assert fleet.far_gets(item.object_id) == 1
+
+
+async def test_probes_move_the_objects_of_a_lost_node_to_one_new_home_and_back(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 2 * MIB)
+    fleet.publish(item)
+    home, second, third = fleet.in_order(item.object_id)
+    await fleet.start(second, probe_interval=0.2)
+    await fleet.start(third, probe_interval=0.2)
+
+    async def alive(base: str) -> list[str]:
+        status = (await get(f"{base}/api/v1/status")).json()
+        assert len(status["peers"]["known"]) == 2
+        return list(status["peers"]["alive"])
+
+    async def without_home() -> bool:
+        return await alive(second) == [third] and await alive(third) == [second]
+
+    await eventually(without_home)
+    answers = await asyncio.gather(*(fleet.get(base, item.object_id) for base in (second, third) * 3))
+    assert all(is_whole(answer, item) for answer in answers)
+    assert fleet.far_gets(item.object_id) == 1
+    await eventually(lambda: fleet.stored(second, item.object_id))
+    await fleet.start(home, probe_interval=0.2)
+
+    async def with_home() -> bool:
+        return len(await alive(second)) == len(await alive(third)) == 2
+
+    await eventually(with_home)
+    assert is_whole(await fleet.get(home, item.object_id), item)
+    await eventually(lambda: fleet.stored(home, item.object_id))
+    assert (
+        fleet.far_gets(item.object_id) == 1
+    )  # the second in rank was asked for what it had fetched meanwhile
+
+
+async def test_a_new_node_takes_its_objects_from_those_that_had_them(fleet: Fleet) -> None:
+    old, new = fleet.bases[:2], fleet.bases[2]
+    moved = [
+        generated_object(str(number), 200_000)
+        for number in range(60)
+        if fleet.in_order(str(number))[0] == new
+    ]
+    fleet.publish(*moved)
+    for base in old:
+        await fleet.start(base, old)
+    for item in moved:
+        await asyncio.gather(*(fleet.get(base, item.object_id) for base in old))
+        await eventually(lambda item=item: any(fleet.stored(base, item.object_id) for base in old))  # type: ignore[misc]
+    for base in old:
+        await fleet.stop(base)
+    await start_all(fleet)
+    for item in moved:
+        # One of them has it still. The other asks the new node, which asks the one that has it.
+        answers = [await fleet.get(base, item.object_id) for base in old]
+        assert all(is_whole(answer, item) for answer in answers)
+        assert sorted(answer.headers["x-cache"] for answer in answers) == ["hit", "miss"]
+        await eventually(lambda item=item: fleet.stored(new, item.object_id))  # type: ignore[misc]
+    assert sum(fleet.far_gets(item.object_id) for item in moved) == len(moved)
+
+
+async def test_nodes_that_take_each_other_for_the_home_do_not_wait_for_each_other(fleet: Fleet) -> None:
+    """Each lists itself and the other under an address of its own: they disagree about the home of many objects."""
+    first, second = fleet.bases[:2]
+    relays = {base: base.replace("127.0.0.1", "localhost") for base in (first, second)}
+    views = {first: (first, relays[second]), second: (second, relays[first])}
+    mutual = [
+        generated_object(str(number), MIB)
+        for number in range(400)
+        if all(Ring(dict.fromkeys(view, 1.0)).home(str(number)) != own for own, view in views.items())
+    ][:8]
+    assert len(mutual) == 8
+    fleet.publish(*mutual)
+    fleet.far.faults.add(Fault(latency_before_headers=0.3))
+    for base, view in views.items():
+        await fleet.start(base, view, hot_views=1, probe_interval=3600)
+    for item in mutual:
+        answers = await asyncio.gather(*(fleet.get(base, item.object_id) for base in (first, second) * 4))
+        assert all(is_whole(answer, item) for answer in answers)
+        assert max(answer.took for answer in answers) < PATIENT
+
+
+async def test_a_node_that_its_peers_cannot_reach_serves_and_they_do_without_it(fleet: Fleet) -> None:
+    """What is sent to it is lost, and its connections stay open. It reaches the others."""
+    relays, ports = [], [free_port() for _ in range(3)]
+    for port in ports:
+        relay = TcpRelay(port)
+        await fleet.stack.enter_async_context(relay.running())
+        relays.append(relay)
+    fleet.bases = [f"http://127.0.0.1:{relay.port}" for relay in relays]
+    items = [fleet.homed_at(fleet.bases[0], 2 * MIB, range(begin, 5000)) for begin in (1, 1000, 2000)]
+    fleet.publish(*items)
+    for base, port in zip(fleet.bases, ports, strict=True):
+        await fleet.start(base, port=port, first_byte_wait=1.0, probe_interval=0.3)
+    relays[0].unresponsive = True
+    direct = [f"http://127.0.0.1:{port}" for port in ports]
+    for base in direct[1:]:  # before the probes tell
+        answer = await fleet.get(base, items[0].object_id)
+        assert is_whole(answer, items[0])
+        assert answer.took < 10
+
+    async def without_it() -> bool:
+        pages = [(await get(f"{base}/api/v1/status")).json()["peers"]["alive"] for base in direct]
+        return [len(alive) for alive in pages] == [2, 1, 1]
+
+    await eventually(without_it)
+    answers = await asyncio.gather(*(fleet.get(base, items[1].object_id) for base in direct[1:] * 3))
+    assert all(is_whole(answer, items[1]) for answer in answers)
+    assert fleet.far_gets(items[1].object_id) == 1
+    assert is_whole(await fleet.get(direct[0], items[2].object_id), items[2])
+    relays[0].unresponsive = False
+
+    async def with_it() -> bool:
+        pages = [(await get(f"{base}/api/v1/status")).json()["peers"]["alive"] for base in direct]
+        return [len(alive) for alive in pages] == [2, 2, 2]
+
+    await eventually(with_it)
+
+
+async def test_a_hop_is_never_forwarded(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 2 * MIB)
+    fleet.publish(item)
+    await start_all(fleet)
+    home, second, _ = fleet.in_order(item.object_id)
+    assert await fleet.hop(second, item.object_id) == (200, item.content.read(0, item.size))
+    await eventually(lambda: fleet.stored(second, item.object_id))  # as it was asked to
+    assert not fleet.stored(home, item.object_id)
+
+
+async def test_a_strangers_hop_is_not_forwarded_and_makes_no_other_node_keep_the_object(fleet: Fleet) -> None:
+    item = fleet.homed_at(fleet.bases[0], 2 * MIB)
+    fleet.publish(item)
+    secret = fleet.folder / "secret"
+    secret.write_text("the-secret-of-the-fleet\n")
+    await start_all(fleet, secret_file=secret)
+    home, second, third = fleet.in_order(item.object_id)
+    for _ in range(6):
+        answer = await fleet.hop(second, item.object_id, **{"X-Distributor-Hop-Auth": "1:x"})
+        assert answer == (200, item.content.read(0, item.size))
+    assert not fleet.stored(second, item.object_id)
+    assert not fleet.stored(home, item.object_id)
+    asked = fleet.far_gets(item.object_id)
+    assert is_whole(await fleet.get(third, item.object_id), item)  # by a signed hop
+    await eventually(lambda: fleet.stored(home, item.object_id))
+    assert fleet.far_gets(item.object_id) == asked + 1
+
+
+async def order(fleet: Fleet, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """`distributor operator … --fleet`: its exit code, and what it prints of each node, by its base URL."""
+    config = fleet.folder / "node.yaml"
+    urls = {f"http://127.0.0.1:{fleet.operators[base]}": base for base in fleet.bases}
+    values = {"urls": fleet.bases, "own_url": fleet.bases[0], "operator_urls": list(urls)}
+    config.write_text(yaml.safe_dump({"catalog": {"manifest": "unused"}, "peers": values}))
+    module = [sys.executable, "-m", "distributor_node.services.command_line"]
+    done = await asyncio.to_thread(
+        subprocess.run,
+        [*module, "operator", "--config", str(config), *arguments, "--fleet"],
+        env={**os.environ, "DISTRIBUTOR_OPERATOR_API__SECRET": SECRET},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    printed = [json.loads(line) for line in done.stdout.splitlines()]
+    return done.returncode, {urls[line["node"]]: line for line in printed}
+
+
+async def test_orders_reach_all_nodes_and_say_what_became_of_each(fleet: Fleet) -> None:
+    items = [fleet.homed_at(base, 50_000) for base in fleet.bases]
+    fleet.publish(*items)
+    await start_all(fleet)
+    code, results = await order(fleet, "warm", "--all")
+    assert code == 0
+    # Each node has fetched what it keeps: no object is there twice.
+    assert {base: line["result"]["done"] for base, line in results.items()} == dict.fromkeys(fleet.bases, 1)
+    for base, item in zip(fleet.bases, items, strict=True):
+        assert [fleet.stored(each, item.object_id) for each in fleet.bases].count(True) == 1
+        assert fleet.stored(base, item.object_id)
+    code, results = await order(fleet, "purge", *(item.object_id for item in items))
+    assert (code, {line["result"]["purging"] for line in results.values()}) == (0, {3})
+    for base, item in zip(fleet.bases, items, strict=True):
+        await eventually(lambda base=base, item=item: not fleet.stored(base, item.object_id))  # type: ignore[misc]
+    await fleet.stop(fleet.bases[2])
+    code, results = await order(fleet, "pin", "1")
+    assert code == 1
+    assert [line.get("result", {}).get("changed") for line in results.values()] == [1, 1, None]
+    assert "cannot be reached" in results[fleet.bases[2]]["error"]
+
+
+@asynccontextmanager
+async def as_peer(node: StorageNode) -> AsyncIterator[str]:
+    """The base URL of a server that has what the storage node has, with its faults, under the paths of a peer."""
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while piece := await reader.read(1 << 16):
+                writer.write(piece.replace(b" /api/v1/assets/", b" /api/v1/files/", 1))
+                await writer.drain()
+        writer.close()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", node.port)
+        with suppress(asyncio.CancelledError):
+            await asyncio.gather(pipe(reader, back), pipe(there, writer))
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def beside_a_liar(fleet: Fleet, lie: Fault, hot_views: float) -> tuple[StorageNode, DemoObject]:
+    """Start the first node with a scripted peer, which is the home of the object that is returned."""
+    liar = await fleet.stack.enter_async_context(StorageNode([]).run())
+    honest, lying = fleet.bases[0], await fleet.stack.enter_async_context(as_peer(liar))
+    fleet.bases = [honest, lying]
+    item = fleet.homed_at(lying, 2 * MIB)
+    fleet.publish(item)
+    liar.objects.update({item.object_id: item})
+    liar.faults.add(lie, Match(endpoint="files"))
+    await fleet.start(honest, first_byte_wait=1.0, hot_views=hot_views, probe_interval=3600)
+    return liar, item
+
+
+@pytest.mark.parametrize("hot_views", [1, 1000], ids=["kept", "passed on"])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        Fault(endless_body=True, omit_content_length=True),
+        Fault(content_length_delta=7, body_delta=7),
+        Fault(omit_content_length=True, body_delta=-7),
+        Fault(cut_after=700_000),
+        Fault(hang_after=700_000),
+        Fault(hang_before_headers=True),
+        Fault(status=500),
+        Fault(status=404),
+        Fault(redirect_to="http://127.0.0.1:1/"),
+        Fault(gzip=True),
+    ],
+    ids=lambda lie: ",".join(name for name in lie.__slots__ if getattr(lie, name) != getattr(Fault(), name)),
+)
+async def test_a_lying_peer_costs_no_client_its_object(fleet: Fleet, lie: Fault, hot_views: int) -> None:
+    liar, item = await beside_a_liar(fleet, lie, hot_views)
+    answer = await fleet.get(fleet.bases[0], item.object_id)
+    assert is_whole(answer, item)
+    assert len(liar.requests) > 0
+
+
+@pytest.mark.parametrize("hot_views", [1, 1000], ids=["kept", "passed on"])
+@pytest.mark.parametrize("position", [10, 1_500_000])
+async def test_wrong_bytes_of_a_peer_are_never_a_complete_answer(
+    fleet: Fleet, position: int, hot_views: int
+) -> None:
+    """As with any source, all but the last bytes may have been sent before the hash tells: the answer is cut."""
+    liar, item = await beside_a_liar(fleet, Fault(flip_byte_at=position), hot_views)
+    answer = await fleet.get(fleet.bases[0], item.object_id)
+    assert is_whole(answer, item) or not answer.complete
+    asked = len(liar.requests)
+    assert asked > 0
+    assert is_whole(await fleet.get(fleet.bases[0], item.object_id), item)
+    assert len(liar.requests) == asked  # not asked for this object again
