@@ -23,7 +23,7 @@ from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Validator
 from distributor_node.shared.domain.errors import AllSourcesFailed
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, source_name
 from distributor_node.shared.observability.metrics import SOURCE_FAILURES, source_label
-from distributor_node.shared.waiting import TurnBudget, cancel_and_wait
+from distributor_node.shared.waiting import TURN_BYTES, TurnBudget, cancel_and_wait
 
 MAX_SMALL_RANGE = UNVERIFIED_TAIL_BYTES
 """The longest range that is answered from a passage, in bytes."""
@@ -470,6 +470,7 @@ class Passages:
 
         key = stream.key
         try:
+            await self._turns.take(TURN_BYTES)  # as for every request to a source
             async with aclosing(
                 self._reader.stream(media_object, key.first, key.end - 1, sources, on_source)
             ) as chunks:

@@ -219,6 +219,7 @@ class Proxy:
         try:
             async with aclosing(parts):
                 async for part in parts:
+                    await proxied.response.take_turn(len(part))
                     await proxied.emit((part,))
         except AllSourcesFailed as error:
             raise _failure(error, proxied) from error
