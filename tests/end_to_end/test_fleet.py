@@ -142,6 +142,8 @@ async def test_a_fourth_cell_moves_its_share_and_takes_it_from_the_others(fleet:
             await process.stop()
             process.start()
         await cell.ready()
+    for object_id in ids:  # of cells that have an object still, nothing moves
+        assert await fleet.ask(3, object_id)
     await browse(fleet, 4, ids)
     moved = {one for one in ids if fleet.home(one) == 3}
     await eventually(lambda: fleet.stored(3) >= moved)
