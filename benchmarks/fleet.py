@@ -28,8 +28,9 @@ NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 HOT = ObjectId("hot")
 """With `hot`: an object of 20 MB that is asked for as often as all others together."""
 _RULES = FleetRules(own="")
-DENSITY = 100.0
-"""A view of the trace stands for so many: views are counted as if they came that much faster."""
+RATE = 1000.0
+"""Views a second of all nodes together, for which an object is hot or not. The trace has fewer, over days: each of its
+views stands for many."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class Counts:
 class Node:
     """The cache of one node, and what it has sent."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, half_life: float) -> None:
         self._policy = make_policy("gdsf")
         self._cache = Simulation(self._policy, Rules.of(limit))
-        self.hot = HotObjects(_RULES.hot_views, _RULES.hot_half_life * DENSITY)
+        self.hot = HotObjects(_RULES.hot_views, half_life)
         self.sent = 0
 
     def has(self, object_id: ObjectId) -> bool:
@@ -77,9 +78,13 @@ class Node:
 class Fleet:
     """The nodes by name, those alive in the ring."""
 
-    def __init__(self, case: Case, total: int) -> None:
+    def __init__(self, case: Case, total: int, seconds: float) -> None:
+        """`total`: bytes of all limits together. `seconds`: length of the trace."""
         self._case, self._limit = case, max(1, total // case.nodes)
-        self.nodes = {f"http://node-{number}": Node(self._limit) for number in range(case.nodes)}
+        self._half_life = _RULES.hot_half_life * RATE * seconds / case.views
+        self.nodes = {
+            f"http://node-{number}": Node(self._limit, self._half_life) for number in range(case.nodes)
+        }
         self.counts = Counts()
         self.rebuild(self.nodes)
 
@@ -91,7 +96,7 @@ class Fleet:
         self._ranked: dict[ObjectId, tuple[str, ...]] = {}
 
     def add(self) -> None:
-        self.nodes[f"http://node-{len(self.nodes)}"] = Node(self._limit)
+        self.nodes[f"http://node-{len(self.nodes)}"] = Node(self._limit, self._half_life)
         self.rebuild([*self.alive, f"http://node-{len(self.nodes) - 1}"])
 
     def ask(self, request: Request, name: str) -> None:
@@ -142,7 +147,7 @@ def run(case: Case) -> tuple[Case, Counts, float]:
     """Returns the counts of the second half of the trace, and the busiest node's multiple of the mean."""
     parameters = Parameters(views=case.views, holds=1.0 if case.event == "drift" else None)
     trace = Trace(parameters)
-    fleet = Fleet(case, int(trace.footprint * case.share))
+    fleet = Fleet(case, int(trace.footprint * case.share), parameters.days * DAY)
     random = Random(7)
     middle = START + parameters.days * DAY / 2
     counted = False
