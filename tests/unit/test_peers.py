@@ -280,6 +280,14 @@ def test_a_peer_that_failed_lately_is_not_asked() -> None:
     assert not peers.hops(homed(D, A, D)[0], PeerUse.FETCH)
 
 
+def test_a_second_home_that_failed_lately_is_not_asked_either() -> None:
+    peers = fleet(now=[0.0])
+    peers._set_members((A, B, D))
+    ring = equal(A, B, D)
+    item = next(ObjectId.parse(one) for one in OBJECTS if ring.ranked(one) == (B, D, A))
+    assert [hop.url for hop in peers.hops(item, PeerUse.FETCH)] == [f"{B}/api/v1/assets/{item}"]
+
+
 def test_the_next_in_rank_acts_as_home_while_the_home_fails() -> None:
     peers = fleet(now=[0.0], keep_below=0)
     peers._set_members((A, B, D))
