@@ -6,7 +6,7 @@ import asyncio
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -255,9 +255,11 @@ def test_start_sh_is_plain_sh() -> None:
 
 
 @asynccontextmanager
-async def several(folder: Path, balance: str = "hash") -> AsyncIterator[tuple[Edge, list[ScriptedApi]]]:
-    """An edge in front of three nodes."""
-    nodes = [ScriptedApi(port) for port in free_ports(3)]
+async def several(
+    folder: Path, balance: str = "hash", ports: Sequence[int] = ()
+) -> AsyncIterator[tuple[Edge, list[ScriptedApi]]]:
+    """An edge in front of three nodes, or of one at each of these ports."""
+    nodes = [ScriptedApi(port) for port in ports or free_ports(3)]
     for node in nodes:
         node.body = str(node.port).encode()
         await node.listen()
@@ -299,6 +301,20 @@ async def test_the_next_node_in_line_is_asked_if_one_fails_and_the_others_keep_t
             assert status == 200
             assert body == owner or owner == nodes[0].body
             assert body != nodes[0].body
+
+
+@needs_nginx
+async def test_one_node_more_takes_objects_and_moves_no_others(tmp_path: Path) -> None:
+    ports, owners = free_ports(3), list[dict[str, bytes]]()
+    for count in (2, 3):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        async with several(folder, ports=ports[:count]) as (one, _):
+            paths = [f"/api/v1/assets/{number}" for number in range(60)]
+            owners.append({path: (await ask(one, path))[2] for path in paths})
+    before, after = owners
+    moved = [path for path in before if after[path] != before[path]]
+    assert {after[path] for path in moved} == {str(ports[2]).encode()}
 
 
 @needs_nginx
