@@ -17,9 +17,9 @@ from typing import Any
 
 import structlog
 
-from distributor_node.shared.domain.admission import ViewCoalescer
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import ViewCoalescer
 from distributor_node.shared.observability.logging import OutageLog
 from distributor_node.shared.observability.metrics import DROPPED_ACCESSES
 from distributor_node.shared.ports.state_store import MAX_VIEWED, MAX_WANTED, Access, StateStore

@@ -17,11 +17,11 @@ from typing import Any
 import structlog
 
 from distributor_node.shared.adapters.volume import FoundObject, Volume
-from distributor_node.shared.domain.admission import ViewCoalescer
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import EvictionPolicy, Gdsf, PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.eviction.policy import NO_BASIS
 from distributor_node.shared.domain.objects import CompactIdSet, ObjectId
+from distributor_node.shared.domain.space import ViewCoalescer
 from distributor_node.shared.observability.metrics import REFETCHED_AFTER_EVICTION
 from distributor_node.shared.ports.state_store import (
     ACCESS_TIME_RESOLUTION,

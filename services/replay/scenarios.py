@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distributor_node.services.replay.comparison import OTHER_POLICIES
-from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.errors import ConfigurationError
 from distributor_node.shared.domain.eviction import AUTO_COST, EvictionPolicy, MissCost, make_policy
 from distributor_node.shared.domain.eviction.simulator import MIN_IDLE, Outcome, Request, Rules, Simulation
-from distributor_node.shared.domain.space import Watermarks, watermarks_for
+from distributor_node.shared.domain.space import AdmissionQuestion, Watermarks, watermarks_for
 from distributor_node.shared.settings.sizes import format_admission_size, format_miss_cost, parse_size
 
 _PROGRESS_INTERVAL = 20_000  # requests

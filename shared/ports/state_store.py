@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.eviction.policy import NO_BASIS, PolicyEntry, PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import (
@@ -30,7 +29,7 @@ from distributor_node.shared.domain.operator_state import (
     Warming,
     WarmingScope,
 )
-from distributor_node.shared.domain.space import Usage
+from distributor_node.shared.domain.space import AdmissionQuestion, Usage
 
 # Fetches
 

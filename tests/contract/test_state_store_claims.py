@@ -8,10 +8,9 @@ import pytest
 
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
 from distributor_node.shared.adapters.state_redis import store as redis_store
-from distributor_node.shared.domain.admission import AdmissionQuestion, SecondHitAdmission
 from distributor_node.shared.domain.eviction import PriorityBasis
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.domain.space import AdmissionQuestion, SecondHitAdmission, footprint
 from distributor_node.shared.ports.state_store import (
     FailureCause,
     FetchPhase,

@@ -15,9 +15,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.domain.space import AdmissionQuestion, footprint
 from distributor_node.shared.ports.state_store import FetchPhase, Granted, IndexEntry, Lease, StateStore, Term
 from tests.contract.state_harness import LONG, Harness, memory_harness, redis_harness
 

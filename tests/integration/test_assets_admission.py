@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from distributor_node.shared.domain.admission import VIEW_WINDOW
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import VIEW_WINDOW
 from distributor_node.shared.ports.state_store import IndexEntry
 from tests.counters import counted
 from tests.integration.assets_harness import LIMIT, MIB, AssetsHarness, assets_harness

@@ -14,7 +14,6 @@ from redis.exceptions import OutOfMemoryError
 from distributor_node.shared.adapters.state_common import StateTimeouts, write_description
 from distributor_node.shared.adapters.state_redis import RedisStateStore
 from distributor_node.shared.adapters.state_redis.caches import RedisSharedCatalogCache
-from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import (
     ContentHash,
@@ -22,6 +21,7 @@ from distributor_node.shared.domain.objects import (
     MediaObject,
     ObjectId,
 )
+from distributor_node.shared.domain.space import AdmissionQuestion
 from distributor_node.shared.ports.catalog import NewAnswer
 from distributor_node.shared.ports.state_store import Access, Granted, Lease, Term
 from tests.servers.redis_server import RedisServer

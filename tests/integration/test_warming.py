@@ -11,10 +11,10 @@ from pathlib import Path
 from distributor_node.services.api.operator.warming import REPORT_INTERVAL, CacheWarmer
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
-from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import Warming, WarmingScope
+from distributor_node.shared.domain.space import AdmissionQuestion
 from distributor_node.shared.ports.state_store import Claim
 from tests.integration.assets_harness import LIMIT, AssetsHarness, assets_harness
 from tests.waiting import eventually

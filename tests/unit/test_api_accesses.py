@@ -11,9 +11,9 @@ from distributor_node.services.api.accesses import AccessCounter
 from distributor_node.services.api.fetch_capacity import FetchEvents
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
-from distributor_node.shared.domain.admission import VIEW_WINDOW
 from distributor_node.shared.domain.errors import StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.space import VIEW_WINDOW
 from distributor_node.shared.ports.state_store import Access, Announcement, Topic
 from tests.counters import counted
 

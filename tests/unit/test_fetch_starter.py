@@ -11,9 +11,9 @@ from distributor_node.services.api.assets.fetch_start import LATE, FetchStarter
 from distributor_node.shared.adapters.queue_memory import MemoryJobQueue
 from distributor_node.shared.adapters.state_common import StateTimeouts
 from distributor_node.shared.adapters.state_memory import MemoryStateStore
-from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.jobs import FetchJob, RetryPlan
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.space import AdmissionQuestion
 from distributor_node.shared.ports.state_store import Claim, FetchPhase, WorkerReport
 
 WANTED = MediaObject(ObjectId("1"), 10)

@@ -6,11 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from distributor_node.shared.domain.admission import AdmissionQuestion, SecondHitAdmission, ViewCoalescer
 from distributor_node.shared.domain.eviction import Gdsf, Lru, PolicyEntry
 from distributor_node.shared.domain.eviction.simulator import Request, Rules, Simulation
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.domain.space import (
+    AdmissionQuestion,
+    SecondHitAdmission,
+    ViewCoalescer,
+    footprint,
+)
 
 MIB = 1024**2
 VIDEO, OTHER = ObjectId("video"), ObjectId("other")

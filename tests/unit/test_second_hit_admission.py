@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from distributor_node.services.api.assets.handler import admission_question
-from distributor_node.shared.domain.admission import AdmissionQuestion
+from distributor_node.shared.domain.space import AdmissionQuestion
 from distributor_node.shared.settings.model import Settings
 
 LIMIT = 1_000_000

@@ -17,7 +17,6 @@ from distributor_node.services.api.clients import client_of_request
 from distributor_node.services.api.context import ApiContext
 from distributor_node.services.api.errors import RETRY_LATER, RETRY_SOON, HttpError
 from distributor_node.services.api.request_log import phase
-from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.errors import (
     CatalogUnavailable,
     JobQueueUnavailable,
@@ -26,6 +25,7 @@ from distributor_node.shared.domain.errors import (
 )
 from distributor_node.shared.domain.jobs import FetchJob
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
+from distributor_node.shared.domain.space import AdmissionQuestion
 from distributor_node.shared.ports.job_queue import JobQueue
 from distributor_node.shared.ports.state_store import (
     Claim,

@@ -38,12 +38,12 @@ from distributor_node.services.api.headers import (
 )
 from distributor_node.services.api.protocol import send_processing
 from distributor_node.shared.adapters.volume import OpenObject
-from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Conditions
 from distributor_node.shared.domain.errors import StateStoreUnavailable, TooManyOpenFiles, VolumeError
 from distributor_node.shared.domain.http_caching import CacheControl
 from distributor_node.shared.domain.objects import MediaObject, ObjectId
 from distributor_node.shared.domain.peers import HOP_AUTH_HEADER, HOP_HEADER
+from distributor_node.shared.domain.space import AdmissionQuestion
 from distributor_node.shared.observability import tracing
 from distributor_node.shared.observability.metrics import ADMISSION_REJECTED, PEER_ASKED
 from distributor_node.shared.ports.state_store import (

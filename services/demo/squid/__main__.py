@@ -14,7 +14,7 @@ import uvloop
 
 from distributor_node.services.demo.manifest import DEMO_DIRECTORY
 from distributor_node.services.demo.objects import demo_objects, generated_object
-from distributor_node.services.demo.squid.faults import SquidFaults
+from distributor_node.services.demo.squid.resolvers import SquidFaults
 from distributor_node.services.demo.squid.sdl import BIGINT_WORKER
 from distributor_node.services.demo.squid.server import TestChain, TestSquid
 

@@ -25,8 +25,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from distributor_node.services.demo.objects import DemoObject
 from distributor_node.services.demo.squid.data import SquidData, StorageBucket, make_squid_data
-from distributor_node.services.demo.squid.faults import SquidFaults
-from distributor_node.services.demo.squid.resolvers import Root
+from distributor_node.services.demo.squid.resolvers import Root, SquidFaults
 from distributor_node.services.demo.squid.sdl import schema_of
 from distributor_node.services.demo.wire import ConnectionLost, HttpConnection, MalformedRequest, Request
 from distributor_node.shared.waiting import cancel_and_wait

@@ -9,7 +9,6 @@ from itertools import islice
 
 from distributor_node.shared.adapters.state_common import AnnouncementQueue, StateTimeouts
 from distributor_node.shared.adapters.state_memory.tables import FetchRow, Tables
-from distributor_node.shared.domain.admission import AdmissionQuestion
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import (
     OperatorState,
@@ -17,7 +16,7 @@ from distributor_node.shared.domain.operator_state import (
     Warming,
     WarmingScope,
 )
-from distributor_node.shared.domain.space import Usage, footprint
+from distributor_node.shared.domain.space import AdmissionQuestion, Usage, footprint
 from distributor_node.shared.ports.state_store import (
     MAX_VIEWED,
     VIEWER_MEMORY,

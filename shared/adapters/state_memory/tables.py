@@ -12,10 +12,9 @@ from distributor_node.shared.adapters.state_common import (
     AnnouncementQueue,
     StateTimeouts,
 )
-from distributor_node.shared.domain.admission import AdmissionQuestion, SecondHitAdmission
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import OperatorState, Warming
-from distributor_node.shared.domain.space import footprint
+from distributor_node.shared.domain.space import AdmissionQuestion, SecondHitAdmission, footprint
 from distributor_node.shared.ports.state_store import (
     MAX_WANTED,
     WANTED_MEMORY,

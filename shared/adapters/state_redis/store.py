@@ -28,7 +28,6 @@ from distributor_node.shared.adapters.state_redis.records import (
     read_server_stats,
     read_worker,
 )
-from distributor_node.shared.domain.admission import MAX_FIRST_VIEWS, AdmissionQuestion
 from distributor_node.shared.domain.errors import InvalidInput, StateStoreUnavailable
 from distributor_node.shared.domain.objects import ObjectId
 from distributor_node.shared.domain.operator_state import (
@@ -41,7 +40,7 @@ from distributor_node.shared.domain.operator_state import (
     encode_operator_state,
     encode_warming,
 )
-from distributor_node.shared.domain.space import Usage
+from distributor_node.shared.domain.space import MAX_FIRST_VIEWS, AdmissionQuestion, Usage
 from distributor_node.shared.ports.state_store import (
     MAX_VIEWED,
     MAX_WANTED,

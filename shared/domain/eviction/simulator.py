@@ -10,10 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from distributor_node.shared.domain.admission import AdmissionQuestion, SecondHitAdmission, ViewCoalescer
 from distributor_node.shared.domain.eviction.policy import EvictionPolicy
 from distributor_node.shared.domain.objects import ObjectId
-from distributor_node.shared.domain.space import Watermarks, footprint, watermarks_for
+from distributor_node.shared.domain.space import (
+    AdmissionQuestion,
+    SecondHitAdmission,
+    ViewCoalescer,
+    Watermarks,
+    footprint,
+    watermarks_for,
+)
 
 MIN_IDLE = 120.0
 """Seconds. A player's pause between two ranges is shorter."""
