@@ -19,7 +19,9 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, suppress
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +47,14 @@ QUIET_PAUSE = (
 class Bench:
     """A node and its squid. `ids` are known to the squid, each used once."""
 
-    def __init__(self, api: RunningService, squid_url: str, stranger_rate: float) -> None:
-        """`stranger_rate`: requests a second of all strangers together at most; 0: as fast as they can."""
+    def __init__(
+        self, api: RunningService, squid_url: str, stranger_rate: float, viewer: ProcessPoolExecutor
+    ) -> None:
+        """`stranger_rate`: requests a second of all strangers together at most; 0: as fast as they can.
+
+        `viewer`: the process that asks for new objects. In that of the strangers, its answers would wait for theirs.
+        """
+        self._viewer = viewer
         self.stranger_pause = STRANGERS / stranger_rate if stranger_rate else 0.0
         self._api = api
         self._squid_url = squid_url
@@ -57,8 +65,12 @@ class Bench:
 
     async def head(self, object_id: str, client: str) -> Answer:
         """Ask once, in the name of a client."""
-        url = self._api.assets_url + object_id
-        return await get(url, {"X-Forwarded-For": client}, method="HEAD", timeout=30)
+        return await head(self._api.assets_url + object_id, client)
+
+    async def ask_one_by_one(self, count: int, pause: float) -> list[Answer]:
+        """Ask for new objects from another process, with a pause in seconds before each."""
+        urls = [self._api.assets_url + object_id for object_id in self.take(count)]
+        return await asyncio.get_running_loop().run_in_executor(self._viewer, view, urls, pause)
 
     async def squid(self, method: str, path: str, body: Any = None) -> Any:
         def send() -> Any:
@@ -78,6 +90,23 @@ class Bench:
         """The look-ups that the squid has received."""
         seen = (await self.squid("GET", "/requests"))["requests"]
         return [query for query in seen if query["operation"] in ("DataObject", "DataObjects")]
+
+
+async def head(url: str, client: str) -> Answer:
+    return await get(url, {"X-Forwarded-For": client}, method="HEAD", timeout=30)
+
+
+def view(urls: Sequence[str], pause: float) -> list[Answer]:
+    """Ask once for each, in the name of one client, with a pause in seconds before each."""
+
+    async def ask() -> list[Answer]:
+        answers = []
+        for url in urls:
+            await asyncio.sleep(pause)
+            answers.append(await head(url, "203.0.113.7"))
+        return answers
+
+    return asyncio.run(ask())
 
 
 def object_ids_of(query: dict[str, Any]) -> list[str]:
@@ -126,7 +155,7 @@ async def many_clients(bench: Bench, _seconds: float) -> GoalRow:
 async def flood(bench: Bench, seconds: float) -> GoalRow:
     """Half of the quiet requests come before the flood, half after it: other work on the machine is in both."""
     await bench.begin(latency=0.05)
-    quiet = await ask_one_by_one(bench, NEW_OBJECTS // 2, QUIET_PAUSE)
+    quiet = await bench.ask_one_by_one(NEW_OBJECTS // 2, QUIET_PAUSE)
     await bench.begin(latency=0.05)
     over = asyncio.Event()
     sent = 0
@@ -141,12 +170,12 @@ async def flood(bench: Bench, seconds: float) -> GoalRow:
 
     strangers = [asyncio.create_task(stranger(number)) for number in range(STRANGERS)]
     await asyncio.sleep(QUIET_PAUSE)
-    answers = await ask_one_by_one(bench, NEW_OBJECTS, seconds / NEW_OBJECTS)
+    answers = await bench.ask_one_by_one(NEW_OBJECTS, seconds / NEW_OBJECTS)
     over.set()
     await asyncio.gather(*strangers)
     starts = sorted(query["started_at"] for query in await bench.queries())
     densest = max(sum(1 for other in starts if start <= other < start + 1) for start in starts)
-    quiet += await ask_one_by_one(bench, NEW_OBJECTS - len(quiet), QUIET_PAUSE)
+    quiet += await bench.ask_one_by_one(NEW_OBJECTS - len(quiet), QUIET_PAUSE)
     p95, quiet_p95 = (percentile([answer.took for answer in some], 0.95) for some in (answers, quiet))
     return GoalRow(
         f"{STRANGERS} connections of unknown ids for {seconds:g} s",
@@ -155,15 +184,6 @@ async def flood(bench: Bench, seconds: float) -> GoalRow:
         f"{NEW_OBJECTS} x 200, p95 at most 3 x the quiet one, at most 20 queries a second",
         all(answer.status == 200 for answer in answers) and p95 <= 3 * quiet_p95 and densest <= 20,
     )
-
-
-async def ask_one_by_one(bench: Bench, count: int, pause: float) -> list[Answer]:
-    """Ask for new objects in the name of a client of its own, with a pause in seconds before each."""
-    answers = []
-    for object_id in bench.take(count):
-        await asyncio.sleep(pause)
-        answers.append(await bench.head(object_id, "203.0.113.7"))
-    return answers
 
 
 async def hanging(bench: Bench, _seconds: float) -> GoalRow:
@@ -220,7 +240,8 @@ def run(seconds: float, stranger_rate: float) -> list[GoalRow]:
         stack.callback(node.close)
         node.start_servers()
         node.start("evictor")
-        bench = Bench(node.start("api"), f"http://127.0.0.1:{port}", stranger_rate)
+        viewer = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn")))
+        bench = Bench(node.start("api"), f"http://127.0.0.1:{port}", stranger_rate, viewer)
 
         async def measure() -> list[GoalRow]:
             # The evictor reads the squid's list, and each API process what it has written.

@@ -58,7 +58,11 @@ from distributor_node.shared.runtime.factories import (
     reloads_of,
 )
 from distributor_node.shared.runtime.operator_state import OperatorStateWatcher
-from distributor_node.shared.runtime.process import VERSION, process_name
+from distributor_node.shared.runtime.process import (
+    VERSION,
+    exempt_startup_from_collection,
+    process_name,
+)
 from distributor_node.shared.runtime.process_reports import Part, ProcessKind, ProcessReporter
 from distributor_node.shared.runtime.run_service import ServiceScope
 from distributor_node.shared.runtime.systemd import READY, notify
@@ -135,6 +139,7 @@ async def run_api(
     failover_reader = build_failover_reader(client, stats_sync.registry, peers)
     context = make_context(settings, volume, state, queue, catalog, failover_reader, peers)
     scope.reloads.extend(reloads_of(catalog))
+    exempt_startup_from_collection()
     await serve_api(context, scope.stop_requested, probe_path=probe_path, listener=listener)
     return context.operator_state.shutting_down
 

@@ -28,7 +28,11 @@ from distributor_node.shared.runtime.factories import (
     build_volume,
     reloads_of,
 )
-from distributor_node.shared.runtime.process import VERSION, retain_freed_memory
+from distributor_node.shared.runtime.process import (
+    VERSION,
+    exempt_startup_from_collection,
+    retain_freed_memory,
+)
 from distributor_node.shared.runtime.run_service import ServiceScope, run_service
 from distributor_node.shared.runtime.systemd import PUBLIC_SOCKET, activated_socket
 from distributor_node.shared.waiting import cancel_and_wait
@@ -144,6 +148,7 @@ async def run_standalone(
         build_failover_reader(proxying, stats_sync.registry, peers),
         peers,
     )
+    exempt_startup_from_collection()
     if on_running is not None:
         on_running(RunningNode(state, fetcher))
     async with asyncio.TaskGroup() as services:

@@ -52,6 +52,9 @@ from distributor_node.shared.runtime.process import VERSION, process_name
 from distributor_node.shared.settings.model import Settings
 
 MEMORY = "memory://"
+_MAX_UNSEEN_RATE = 200.0
+"""Objects a second, per process, that are looked up though neither the list nor an earlier answer has named them. Each
+takes half a millisecond of CPU: more of them would keep others waiting for the event loop."""
 _Value = TypeVar("_Value")
 
 
@@ -98,7 +101,11 @@ def build_catalog(settings: Settings) -> Catalog:
         unaccepted_ttl=catalog.unaccepted_ttl,
     )
     if catalog.kind == "joystream":
-        limits = replace(limits, max_rate=catalog.max_query_rate / settings.public_api.workers)
+        limits = replace(
+            limits,
+            max_rate=catalog.max_query_rate / settings.public_api.workers,
+            max_unseen_rate=_MAX_UNSEEN_RATE,
+        )
         return CachedCatalog(
             _build_joystream(settings),
             limits,

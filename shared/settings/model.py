@@ -191,7 +191,7 @@ class CatalogSettings(SettingsGroup):
     """Seconds to wait for the response to one of them."""
     timeout: Seconds = 5.0
     """Seconds that one query may take. Its answer is kept even if the clients have left."""
-    lookup_wait: Seconds = 1.3
+    lookup_wait: Seconds = 1.2
     """Seconds that a request waits for its look-up, in the queue and for the answer; half of it more while the catalog
     answers others. After that, it gets 503. Players try the next URL after 2."""
     max_in_flight: int = Field(default=16, ge=1)

@@ -187,3 +187,31 @@ async def test_a_proxied_success_ends_the_failure_of_the_only_source(stack: Stac
 
     await eventually(is_hit, pause=0.25)
     assert proxied <= 4
+
+
+async def test_wrong_bytes_of_the_only_source_are_asked_for_again_after_a_backoff(
+    stack: Stack, node: StorageNode
+) -> None:
+    """Not at once, not by each request, and not after ten minutes: 5 s, 10 s, and so on, for all processes."""
+    image = IMAGES[0]
+    node.faults.add(Fault(flip_byte_at=100), FILES)
+    await stack.up(fetchers=2, workers=2)
+    refused = 0
+
+    async def asked_again() -> bool:
+        """Several times, and not only by the first requests to each process."""
+        nonlocal refused
+        answer = await get(stack.url(image))
+        assert answer.status >= 500 or not answer.complete
+        refused += 1
+        asked = [record.started_at for record in node.requests.of(image, "GET")]
+        return refused >= 40 and asked[-1] - asked[0] > 7
+
+    await eventually(asked_again, pause=0.25)
+    assert len(node.requests.of(image, "GET")) <= refused / 2
+    node.faults.clear()
+
+    async def is_hit() -> bool:
+        return (await get(stack.url(image))).headers.get("x-cache") == "hit"
+
+    await eventually(is_hit, pause=0.25)

@@ -278,3 +278,46 @@ async def test_what_the_list_has_named_goes_before_made_up_ids(
     await asyncio.gather(first, *waiting)
     assert set(ids(1, 3)) <= set(inner.batches[1])
     await catalog.close()
+
+
+@pytest.fixture
+async def paced(inner: ScriptedCatalog, tmp_path: Path) -> AsyncIterator[CachedCatalog]:
+    """A catalog that is asked for a batch of ten unseen objects, and then for none in ten seconds. 1 to 3 are known."""
+    draft = KnownIdsDraft()
+    draft.update(ids(1, 3))
+    draft.write(tmp_path)
+    limits = replace(LIMITS, max_in_flight=4, wait=5, max_unseen_rate=1)
+    catalog = CachedCatalog(inner, limits, Clock(), known_ids=KnownIds(tmp_path))
+    await catalog.open()
+    yield catalog
+    await catalog.close()
+
+
+async def test_unseen_ids_wait_for_their_turn_and_known_ones_are_asked_for_alone(
+    paced: CachedCatalog, inner: ScriptedCatalog
+) -> None:
+    strangers = [ask(paced, object_id, "stranger") for object_id in ids(1000, 20)]
+    assert await strangers[0] is None
+    for object_id in ids(1, 3):
+        assert await paced.look_up(object_id, "viewer") is not None
+    assert [len(batch) for batch in inner.batches] == [10, 1, 1, 1]
+    assert inner.batches[1:] == [["1"], ["2"], ["3"]]
+    assert sum(not stranger.done() for stranger in strangers) == 10
+    await paced.close()
+    await asyncio.gather(*strangers, return_exceptions=True)
+
+
+async def test_unseen_ids_that_cannot_have_their_turn_in_time_are_refused_at_once(
+    paced: CachedCatalog, inner: ScriptedCatalog
+) -> None:
+    """Five could be sent within the wait. At least a batch may wait, and one for each query under way."""
+    strangers = [ask(paced, object_id, "stranger") for object_id in ids(1000, 40)]
+    assert await strangers[0] is None
+    await asyncio.sleep(0.05)
+    refusals = [await refused(stranger) for stranger in strangers if stranger.done() and stranger.exception()]
+    assert refusals == ["queue_full"] * len(refusals)
+    assert len(refusals) == 40 - 10 - 14
+    assert sum(not stranger.done() for stranger in strangers) == 14
+    assert len(inner.batches) == 1
+    await paced.close()
+    await asyncio.gather(*strangers, return_exceptions=True)

@@ -10,6 +10,7 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 
 import structlog
 
@@ -46,6 +47,7 @@ class LookupQueue:
         # Of objects seen before, and of others: the clients in the order of their last look-up, with their objects.
         self._seen: _Clients = OrderedDict()
         self._unseen: _Clients = OrderedDict()
+        self.unseen = 0  # objects that were not seen before
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -69,6 +71,7 @@ class LookupQueue:
         lookup = self._waiting.get(object_id)
         if lookup is None:
             lookup = self._waiting[object_id] = QueuedLookup(object_id, seen_before, now)
+            self.unseen += not seen_before
         lookup.clients[client] = None
         clients = self._clients_of(lookup)
         clients.setdefault(client, {})[object_id] = None
@@ -79,6 +82,7 @@ class LookupQueue:
         lookup = self._waiting.pop(object_id, None)
         if lookup is None:
             return False
+        self.unseen -= not lookup.seen_before
         clients = self._clients_of(lookup)
         for client in lookup.clients:
             objects = clients[client]
@@ -87,10 +91,10 @@ class LookupQueue:
                 del clients[client]
         return True
 
-    def take(self, count: int) -> list[QueuedLookup]:
-        """Take the next look-ups out, at most `count`."""
+    def take(self, count: int, *, seen_only: bool = False) -> list[QueuedLookup]:
+        """Take the next look-ups out, at most `count`; with `seen_only`, none of objects that were not seen before."""
         taken: list[QueuedLookup] = []
-        for clients in (self._seen, self._unseen):
+        for clients in (self._seen,) if seen_only else (self._seen, self._unseen):
             while clients and len(taken) < count:
                 for client in list(reversed(clients)):
                     # An object that was just taken for another client may have been this client's last one.
@@ -141,6 +145,7 @@ class BatchLimits:
     max_rate: float  # queries a second
     timeout: float  # of one query
     wait: float  # of a client: what cannot be sent within this time is refused at once
+    max_unseen_rate: float = inf  # objects a second that were not seen before
 
 
 class LookupBatcher:
@@ -158,6 +163,7 @@ class LookupBatcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._rate = RateLimit(limits.max_rate)
+        self._unseen_at = 0.0  # when the next objects that were not seen before may be asked for
         self._latency = _FIRST_LATENCY
         self._closed = False
 
@@ -175,11 +181,8 @@ class LookupBatcher:
         self._results[object_id] = result
         for client in clients:
             self._queue.add(object_id, client, loop.time(), seen_before=seen_before)
-        while len(self._queue) > self._capacity():
-            dropped = self._queue.drop()
-            if dropped is not None:
-                message = f"more than {self._capacity()} look-ups wait for the catalog"
-                self._results.pop(dropped).set_exception(LookupRefused(message, "queue_full"))
+        self._drop(self._capacity(), len(self._queue))
+        self._drop(self._capacity(self._limits.max_unseen_rate), self._queue.unseen)
         self._schedule()
         return await result
 
@@ -210,11 +213,22 @@ class LookupBatcher:
                 result.set_exception(CatalogUnavailable("the catalog is being closed"))
         self._results.clear()
 
-    def _capacity(self) -> int:
-        """How many look-ups may wait: those that can be sent within `wait` at the rate of late, and one round."""
+    def _drop(self, capacity: int, waiting: int) -> None:
+        """Refuse look-ups until no more than `capacity` of `waiting` are left."""
+        for _ in range(waiting - capacity):
+            dropped = self._queue.drop()
+            if dropped is not None:
+                message = f"more than {capacity} look-ups wait for the catalog"
+                self._results.pop(dropped).set_exception(LookupRefused(message, "queue_full"))
+
+    def _capacity(self, max_objects: float = inf) -> int:
+        """How many look-ups may wait: those that can be sent within `wait` at the rate of late, and one round.
+
+        `max_objects`: of these may be sent in a second.
+        """
         limits, batch_size = self._limits, self._catalog.batch_size
-        rate = min(limits.max_rate, limits.max_in_flight / self._latency)
-        return limits.max_in_flight + max(batch_size, int(rate * batch_size * limits.wait))
+        objects = batch_size * min(limits.max_rate, limits.max_in_flight / self._latency)
+        return limits.max_in_flight + max(batch_size, int(min(objects, max_objects) * limits.wait))
 
     def _schedule(self) -> None:
         """Send the next query now, or set the timer for when it may be sent."""
@@ -224,13 +238,17 @@ class LookupBatcher:
         loop = asyncio.get_running_loop()
         while not self._closed and len(self._queue) and len(self._tasks) < self._limits.max_in_flight:
             now = loop.time()
-            due = max(self._gathered_at(), self._rate.next_at(reserved=self._queue.has_seen))
+            has_seen = self._queue.has_seen
+            due = max(self._gathered_at(), self._rate.next_at(reserved=has_seen))
+            due = due if has_seen else max(due, self._unseen_at)
             if due > now:
                 self._timer = loop.call_at(due, self._schedule)
                 break
             self._rate.spend(now)
-            batch = [lookup.object_id for lookup in self._queue.take(self._catalog.batch_size)]
-            results = {object_id: self._results.pop(object_id) for object_id in batch}
+            batch = self._queue.take(self._catalog.batch_size, seen_only=now < self._unseen_at)
+            unseen = sum(not lookup.seen_before for lookup in batch)
+            self._unseen_at = max(now, self._unseen_at) + unseen / self._limits.max_unseen_rate
+            results = {lookup.object_id: self._results.pop(lookup.object_id) for lookup in batch}
             task = asyncio.create_task(self._query(results), name="catalog-query")
             self._tasks.add(task)
             task.add_done_callback(self._query_done)

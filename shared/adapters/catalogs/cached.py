@@ -47,6 +47,7 @@ class CacheLimits:
     wait: float  # of one client for one answer
     query_timeout: float = 5.0  # of one query, which goes on when its clients have left
     max_rate: float = math.inf  # queries a second
+    max_unseen_rate: float = math.inf  # objects a second that this node has not known before
     unaccepted_ttl: float = 3.0  # for "not accepted yet", which soon changes
     max_negative_ttl: float = 60.0  # up to which `negative_ttl` doubles
     max_entries: int = 100_000
@@ -115,7 +116,9 @@ class CachedCatalog:
         self._entries: OrderedDict[ObjectId, _Entry] = OrderedDict()
         self._lookups: dict[ObjectId, _Lookup] = {}  # that new clients join
         self._tasks: set[asyncio.Task[MediaObject | None]] = set()  # of these and of overdue ones
-        batch_limits = BatchLimits(limits.max_in_flight, limits.max_rate, limits.query_timeout, limits.wait)
+        batch_limits = BatchLimits(
+            limits.max_in_flight, limits.max_rate, limits.query_timeout, limits.wait, limits.max_unseen_rate
+        )
         self._batcher = LookupBatcher(inner, batch_limits, self._note_outcome)
         self._down_until = float("-inf")
         self._answered_at = float("-inf")  # monotonic seconds
