@@ -47,6 +47,7 @@ class Fleet:
     objects: list[DemoObject] = field(default_factory=list)
     stops: dict[str, Any] = field(default_factory=dict)
     operators: dict[str, int] = field(default_factory=dict)  # ports of the operator APIs
+    waits: dict[str, dict[str, float]] = field(default_factory=dict)  # settings of other groups than `peers`
 
     def publish(self, *objects: DemoObject) -> None:
         self.far.objects.update({item.object_id: item for item in objects})
@@ -63,7 +64,8 @@ class Fleet:
         settings = Settings(
             catalog={"kind": "manifest", "manifest": self.folder / "manifest.json"},
             storage={"path": self.folder / f"volume-{port}", "limit": "1G"},
-            public_api={"host": "127.0.0.1", "port": port},
+            public_api={"host": "127.0.0.1", "port": port, **self.waits.get("public_api", {})},
+            fetch=self.waits.get("fetch", {}),
             metrics={"host": "127.0.0.1", "port": 0},
             operator_api={"port": operator, "secret": SECRET},
             peers=values | peers,
@@ -203,7 +205,7 @@ async def test_without_its_home_an_object_comes_from_a_second_home_or_the_source
     item = fleet.homed_at(fleet.bases[0], 2 * MIB)
     kept = fleet.homed_at(fleet.bases[0], 2 * MIB, range(1000, 2000))
     fleet.publish(item, kept)
-    await start_all(fleet, hot_views=1, probe_interval=3600)
+    await start_all(fleet, hot_views=1, probe_interval=3600, handover=0)
     home, second, third = fleet.in_order(kept.object_id)
     assert is_whole(await fleet.get(second, kept.object_id), kept)
     await eventually(lambda: fleet.stored(second, kept.object_id))
@@ -284,6 +286,12 @@ async def test_nodes_that_take_each_other_for_the_home_do_not_wait_for_each_othe
     ][:8]
     assert len(mutual) == 8
     fleet.publish(*mutual)
+    # Longer than the test accepts: that a fetch is given up for its silence must not be what ends the wait.
+    long = 4 * PATIENT
+    fleet.waits = {
+        "public_api": {"first_byte_wait": long, "proxied_first_byte_wait": long},
+        "fetch": {"first_byte_timeout": long},
+    }
     fleet.far.faults.add(Fault(latency_before_headers=0.3))
     for base, view in views.items():
         await fleet.start(base, view, hot_views=1, probe_interval=3600)
@@ -469,5 +477,6 @@ async def test_wrong_bytes_of_a_peer_are_never_a_complete_answer(
     assert is_whole(answer, item) or not answer.complete
     asked = len(liar.requests)
     assert asked > 0
+    await asyncio.sleep(2.5)  # it ranks behind the others for two seconds, whatever it is asked for
     assert is_whole(await fleet.get(fleet.bases[0], item.object_id), item)
     assert len(liar.requests) == asked  # not asked for this object again
