@@ -26,6 +26,7 @@ from distributor_node.services.api.assets.decision import select_range
 from distributor_node.shared.adapters.volume import RemovalState
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.objects import ObjectId
+from tests.compiled import needs_source
 from tests.counters import counted
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
 from tests.waiting import eventually
@@ -134,6 +135,7 @@ async def test_requests_sent_ahead_are_answered_after_a_long_body(harness: Asset
     assert (await read_answer(reader))[1] == harness.data["1"]
 
 
+@needs_source
 async def test_a_repeated_condition_is_evaluated_once_for_each_object(
     harness: AssetsHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -344,6 +346,7 @@ async def test_a_failing_disk_closes_the_connection(
     assert after == [before[0] + 1, before[1]]
 
 
+@needs_source
 async def test_an_unexpected_error_ends_the_connection(
     harness: AssetsHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,6 +27,7 @@ from distributor_node.services.api.headers import HIT, TAIL, as_block, content_h
 from distributor_node.shared.adapters.volume import RemovalState, Volume
 from distributor_node.shared.domain.http_caching import Freshness
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from tests.compiled import needs_source
 from tests.counters import counted
 from tests.volume_size import bytes_on_volume
 from tests.waiting import eventually
@@ -463,6 +464,7 @@ async def test_another_volume_at_the_path_is_noticed(watched: Harness) -> None:
     assert watched.bytes_of("1") is None
 
 
+@needs_source
 async def test_a_send_that_waited_for_the_disk_has_the_page_cache_asked_again(
     watched: Harness, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from distributor_node.services.api.assets.decision import Representation
 from distributor_node.services.api.assets.response import is_cached, read_cached
 from distributor_node.services.api.headers import TAIL, PrebuiltHeaders, aging_tail
 from distributor_node.shared.adapters.volume import ChangeWatch, FileIdentity, OpenObject, Volume
+from distributor_node.shared.domain.conditionals import Conditions
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.observability.metrics import SEND_BLOCKED
@@ -54,7 +55,7 @@ class CachedObject:
     must be looked at again, `acquired_until` its bytes may be sent without another `OpenObjectCache.acquire`, `used_at`
     some were last sent (or it was opened), `counted_at` its access was last counted, `resident_until` it counts as
     lying in the page cache, `idle_limit` (a duration) it stays open unused. `sends` go on at this moment.
-    `not_modified_for`: header fields of a request that were answered 304, compared by identity."""
+    `not_modified_for`: conditions that were answered 304, compared by identity."""
 
     object_id: ObjectId
     representation: Representation
@@ -69,7 +70,7 @@ class CachedObject:
     counted_at: float = -10.0
     resident_until: float = 0.0
     idle_limit: float = IDLE_SECONDS
-    not_modified_for: object = None
+    not_modified_for: Conditions | None = None
     sends: int = 0
     locked: bool = False
     dropped: bool = False
