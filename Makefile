@@ -10,6 +10,9 @@ ENVIRONMENT := .venv
 BIN := $(ENVIRONMENT)/bin
 export PATH := $(PATH):/usr/sbin:/usr/lib/rabbitmq/bin
 
+COMPILED_TESTS := tests/unit/test_compiled.py tests/unit/test_request_parser.py tests/unit/test_conditionals.py tests/unit/test_ranges.py \
+	tests/unit/test_asset_decision.py tests/integration/test_object_cache.py tests/integration/test_fast_path.py \
+	tests/integration/test_fast_path_equivalence.py tests/integration/test_changed_files.py tests/integration/test_fuzz.py
 SOURCES := services shared tests deploy $(wildcard benchmarks)
 PYTEST := $(BIN)/python -m pytest
 # One process more than CPUs, since most tests wait for something.
@@ -135,6 +138,19 @@ test-browser: setup ## a real browser against a node; installs Chromium where ap
 	@deploy/servers/find-or-install.sh chromium npm
 	@npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix build/browser hls.js@1.7.4 axe-core@4.14.1
 	@$(PYTEST) tests/browser $(ARGS)
+COMPILED := build/compiled
+.PHONY: compile
+compile: setup ## compile the fast path with mypyc, in a copy of the sources: run it with PYTHONPATH=build/compiled
+	@rm -rf $(COMPILED) && mkdir -p $(COMPILED)
+	@git ls-files -z pyproject.toml services shared distributor_node tests benchmarks deploy docs | xargs -0 cp --parents -P -t $(COMPILED)
+	@cp -rL $(COMPILED)/distributor_node $(COMPILED)/package && rm -r $(COMPILED)/distributor_node && mv $(COMPILED)/package $(COMPILED)/distributor_node
+	@$(BIN)/python deploy/release/compile_fast_path.py $(COMPILED)
+
+# The compiled copy, not the code that is installed: its folder comes first.
+.PHONY: test-compiled
+test-compiled: compile ## the tests of the fast path, against its compiled modules
+	@cd $(COMPILED) && PYTHONPATH=$(CURDIR)/$(COMPILED) $(abspath $(BIN))/python -m pytest -p no:cacheprovider $(COMPILED_TESTS) $(ARGS)
+
 .PHONY: fuzz
 fuzz: setup ## mutated requests to both parsers and to nginx: all must find the same requests (ARGS="--mutations 5000 --seed 1")
 	@$(BIN)/python -m tests.fuzz $(ARGS)
@@ -146,6 +162,10 @@ soak: setup servers ## traffic with random kills and cuts, 10 minutes (ARGS="--m
 .PHONY: bench
 bench: setup servers ## measure hits, misses and fetches beside nginx
 	@$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: bench-compare
+bench-compare: setup ## measure hits of this tree beside those of BASE (a commit, or a folder with the package), interleaved
+	@$(BIN)/python -m benchmarks.compare $(BASE) $(ARGS)
 
 .PHONY: bench-scale
 bench-scale: setup servers ## measure what 10^4 to 10^6 objects cost

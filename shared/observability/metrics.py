@@ -117,6 +117,12 @@ TIME_TO_FIRST_BYTE = Histogram(
     ["cache"],
     buckets=_SHORT_BUCKETS,
 )
+SEND_BLOCKED = Histogram(
+    "distributor_blocked_send_seconds",
+    "Time that the first send of a hit kept all connections of its process waiting, where it was more than 20 ms: its "
+    "bytes were not in memory, or the process waited for the CPU.",
+    buckets=_SHORT_BUCKETS,
+)
 ABORTED_RESPONSES = Counter(
     "distributor_aborted_responses_total", "Responses aborted before their last byte, by reason.", ["reason"]
 )

@@ -22,9 +22,11 @@ from typing import Any
 import pytest
 
 import distributor_node.services.api.fast_path.handler as building
+from distributor_node.services.api.assets.decision import select_range
 from distributor_node.shared.adapters.volume import RemovalState
 from distributor_node.shared.domain.conditionals import parse_http_date
 from distributor_node.shared.domain.objects import ObjectId
+from tests.compiled import needs_source
 from tests.counters import counted
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
 from tests.waiting import eventually
@@ -131,6 +133,29 @@ async def test_requests_sent_ahead_are_answered_after_a_long_body(harness: Asset
     assert b"ok" in (await read_answer(reader))[1]
     writer.write(ask("1"))
     assert (await read_answer(reader))[1] == harness.data["1"]
+
+
+@needs_source
+async def test_a_repeated_condition_is_evaluated_once_for_each_object(
+    harness: AssetsHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    etag = (await harness.get("1")).headers["etag"]
+    evaluated: list[object] = []
+
+    def select(*arguments: Any) -> Any:
+        evaluated.append(arguments)
+        return select_range(*arguments)
+
+    monkeypatch.setattr(building, "select_range", select)
+    for _ in range(5):
+        assert (await harness.get("1", {"If-None-Match": etag})).status == 304
+    assert len(evaluated) == 1
+    for more in ({"Range": "bytes=5-9"}, {"Range": "bytes=90000-"}):
+        assert (await harness.get("1", {"If-None-Match": etag, **more})).status == 304
+    assert len(evaluated) == 1, "preconditions come first"
+    for _ in range(2):
+        assert (await harness.get("2", {"If-None-Match": etag})).status == 200
+    assert len(evaluated) == 3, "another object's answer is its own"
 
 
 @pytest.mark.parametrize("cold", [False, True])
@@ -321,6 +346,7 @@ async def test_a_failing_disk_closes_the_connection(
     assert after == [before[0] + 1, before[1]]
 
 
+@needs_source
 async def test_an_unexpected_error_ends_the_connection(
     harness: AssetsHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distributor_node.services.api.fast_path.handler import FastPath
+from tests.compiled import needs_source
 from tests.integration.assets_harness import KIB, STORED_AT, assets_harness
 
 SIZES = {"1": 10, "2": 10_000, "3": 64 * KIB, "4": 700 * KIB, "5": 1, "6": 0}
@@ -223,6 +224,7 @@ def test_both_paths_respond_alike(nodes: NodePair, conversation: list[bytes], ob
     _compare(nodes, conversation, object_id)
 
 
+@needs_source
 def test_the_fast_path_is_used(nodes: NodePair) -> None:
     """Else the test above compares nothing."""
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterator
+import resource
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from time import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +16,10 @@ from distributor_node.services.api.assets.decision import Span
 from distributor_node.services.api.fast_path.object_cache import (
     IDLE_SECONDS,
     MAX_IN_MEMORY,
+    RESIDENT_SECONDS,
     REVALIDATE_SECONDS,
+    WATCHED_IDLE_SECONDS,
+    WATCHED_SECONDS,
     CachedObject,
     OpenObjectCache,
 )
@@ -21,7 +27,10 @@ from distributor_node.services.api.headers import HIT, TAIL, as_block, content_h
 from distributor_node.shared.adapters.volume import RemovalState, Volume
 from distributor_node.shared.domain.http_caching import Freshness
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from tests.compiled import needs_source
+from tests.counters import counted
 from tests.volume_size import bytes_on_volume
+from tests.waiting import eventually
 
 SMALL, LARGE = 1000, MAX_IN_MEMORY + 1
 LATER = REVALIDATE_SECONDS + 0.01
@@ -258,3 +267,229 @@ async def test_a_stale_object_is_left_to_sanic(tmp_path: Path, freshness: Freshn
     assert harness.now >= cached.tail_until
     assert not cached.renew_tail(harness.now)
     harness.cache.close()
+
+
+# Where the kernel tells of changes
+
+
+@pytest.fixture
+async def watched(harness: Harness) -> AsyncIterator[Harness]:
+    harness.cache.start_watch()
+    harness.store("0", b"a")
+    watch = harness.volume.watch_changes()
+    covered = watch is not None and watch.covers("0")
+    if watch is not None:
+        watch.close()
+    if not covered:
+        pytest.skip(f"the file system of {harness.volume.root} is not one of those that are watched")
+    yield harness
+    harness.cache.stop_watch()
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The objects whose file was looked at."""
+    seen: list[str] = []
+    real = Volume.identity_of
+
+    def look(volume: Volume, object_id: ObjectId) -> object:
+        seen.append(object_id)
+        return real(volume, object_id)
+
+    monkeypatch.setattr(Volume, "identity_of", look)
+    return seen
+
+
+def path_of(harness: Harness, object_id: str = "1") -> Path:
+    (path,) = harness.volume.root.glob(f"objects/*/{object_id}")
+    return path
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+async def test_a_watched_object_is_looked_at_every_few_seconds(
+    watched: Harness, looks: list[str], size: int
+) -> None:
+    watched.store("1", b"a" * size)
+    began = watched.now
+    while watched.now < began + 2 * WATCHED_SECONDS:
+        assert watched.bytes_of("1") == b"a" * size
+        watched.now += LATER
+        await asyncio.sleep(0)
+    assert 1 <= len(looks) <= 3
+
+
+def overwrite(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.write(b"x")
+
+
+def replace_file(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(path.read_bytes())
+    other.rename(path)
+
+
+@pytest.mark.parametrize("size", [SMALL, LARGE])
+@pytest.mark.parametrize(
+    "change",
+    [
+        overwrite,
+        replace_file,
+        Path.unlink,
+        lambda path: os.truncate(path, 5),
+        lambda path: os.truncate(path, 100_000),
+        lambda path: os.utime(path, ns=(0, 0)),
+        lambda path: path.chmod(0o600),
+        lambda path: path.rename(path.with_name("away")),
+        lambda path: path.parent.rename(path.parent.with_name("away")),
+    ],
+    ids=[
+        "overwritten",
+        "replaced",
+        "unlinked",
+        "cut",
+        "grown",
+        "times",
+        "mode",
+        "renamed",
+        "directory renamed",
+    ],
+)
+async def test_a_change_of_a_watched_file_is_noticed_at_once(
+    watched: Harness, size: int, change: Callable[[Path], None]
+) -> None:
+    """The test's clock stands still: without the kernel's word the object would be served for WATCHED_SECONDS."""
+    watched.store("1", b"a" * size)
+    for _ in range(3):
+        watched.acquire("1")
+        watched.now += LATER
+    first = watched.acquire("1")
+    assert first is not None
+    path = path_of(watched)
+    change(path)
+
+    def noticed() -> bool:
+        found = watched.cache.get(b"1", watched.now)
+        return found is not first or first.fresh_until <= watched.now + REVALIDATE_SECONDS
+
+    if path.parent.exists():
+        await eventually(noticed, 10)
+    else:  # its open directory still leads to the file: looked at again, as it was
+        before = first.fresh_until
+        watched.now += LATER
+        await eventually(
+            lambda: watched.cache.get(b"1", watched.now) is None or first.fresh_until > before, 10
+        )
+
+
+async def test_a_removed_file_is_closed_at_once(watched: Harness) -> None:
+    watched.store("1", b"a" * LARGE)
+    assert watched.bytes_of("1") is not None
+    watched.volume.removal(ObjectId("1")).rename_to_trash()
+    await eventually(lambda: watched.remove("1") is RemovalState.READY, 10)
+    assert not list(watched.volume.root.glob("leaving/*"))
+
+
+async def test_an_attempt_to_remove_a_watched_object_closes_it_when_it_is_idle(watched: Harness) -> None:
+    watched.store("1", b"a" * LARGE)
+    assert watched.bytes_of("1") is not None
+    watched.now += IDLE_SECONDS + 0.01
+    await watched.cache.sweep()
+    assert watched.remove("1") is RemovalState.IN_USE, "it stays open for its next use"
+    await eventually(lambda: watched.remove("1") is RemovalState.READY, 10)
+
+
+async def test_an_attempt_to_remove_an_object_in_use_closes_it_a_second_after_its_last_use(
+    watched: Harness,
+) -> None:
+    watched.store("1", b"a" * LARGE)
+    assert watched.bytes_of("1") is not None
+    found = watched.cache.get(b"1", watched.now)
+    assert found is not None
+    assert watched.remove("1") is RemovalState.IN_USE
+    await eventually(lambda: found.idle_limit == IDLE_SECONDS, 10)
+    assert watched.remove("1") is RemovalState.IN_USE
+    watched.now += IDLE_SECONDS + 0.01
+    await watched.cache.sweep()
+    assert watched.remove("1") is RemovalState.READY
+
+
+async def test_a_watched_object_is_closed_after_some_seconds(watched: Harness) -> None:
+    watched.store("1", b"a" * LARGE)
+    assert watched.bytes_of("1") is not None
+    watched.now += WATCHED_IDLE_SECONDS - 0.1
+    await watched.cache.sweep()
+    found = watched.cache.get(b"1", watched.now)
+    assert found is not None
+    assert found.locked
+    watched.now += 0.2
+    await watched.cache.sweep()
+    assert found.dropped
+
+
+async def test_a_file_with_two_names_is_looked_at_as_often_as_before(
+    watched: Harness, looks: list[str]
+) -> None:
+    """The kernel does not tell of a change through a name in another directory."""
+    watched.store("1", b"a" * LARGE)
+    os.link(path_of(watched), watched.volume.root / "another")
+    assert watched.bytes_of("1") is not None
+    for _ in range(5):
+        watched.now += LATER
+        watched.bytes_of("1")
+    assert len(looks) == 5
+
+
+async def test_where_nothing_is_watched_objects_are_looked_at_as_before(
+    watched: Harness, looks: list[str]
+) -> None:
+    """Also those that were watched until now."""
+    watched.store("1", b"a" * LARGE)
+    assert watched.bytes_of("1") is not None
+    watched.cache.stop_watch()
+    for _ in range(5):
+        watched.bytes_of("1")
+        watched.now += LATER
+    assert len(looks) == 5
+
+
+async def test_another_volume_at_the_path_is_noticed(watched: Harness) -> None:
+    watched.store("1", b"a" * LARGE)
+    assert watched.bytes_of("1") is not None
+    root = watched.volume.root
+    root.rename(root.with_name("away"))
+    Volume(root).prepare()
+    watched.volume.check()
+    await watched.cache.sweep()
+    assert watched.bytes_of("1") is None
+
+
+@needs_source
+async def test_a_send_that_waited_for_the_disk_has_the_page_cache_asked_again(
+    watched: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = 7
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_inblock=blocks))
+    watched.store("1", b"a" * LARGE)
+    found = watched.acquire("1")
+    assert found is not None
+    cache = watched.cache
+    assert cache.resident_seconds == RESIDENT_SECONDS
+    assert found.is_resident(0, LARGE, watched.now, cache.resident_seconds)
+    assert watched.now + REVALIDATE_SECONDS < found.resident_until
+    before = counted("distributor_blocked_send_seconds_count")
+    cache._blocks_read = blocks
+    for _ in range(2):
+        cache.note_blocked(0.5, watched.now)
+    assert cache.resident_seconds == RESIDENT_SECONDS, "the process waited for the CPU"
+    before += 2
+    blocks += 1
+    cache.note_blocked(0.5, watched.now)
+    assert counted("distributor_blocked_send_seconds_count") == before + 1
+    assert watched.now >= found.resident_until
+    assert cache.resident_seconds == REVALIDATE_SECONDS
+    await cache.sweep()
+    assert cache.resident_seconds == REVALIDATE_SECONDS
+    watched.now += 11
+    await cache.sweep()
+    assert cache.resident_seconds == RESIDENT_SECONDS

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 
+from benchmarks import history
 from benchmarks.__main__ import options_of, parse
 from benchmarks.cases import HIT_CASES, RANGE_BYTES, RequestKind, requests_for
 from benchmarks.chart import bar_chart
+from benchmarks.compare import check_out
 from benchmarks.dataset import Group, fill_volume, groups, hash_of, record_of
 from benchmarks.figures import Case, Measurement, medians, percentile, ratio, rotated
+from benchmarks.machine import mitigations, python_build
 from benchmarks.report import Report, case_table, number, write_results
 from benchmarks.run import CASE_NAMES
 from benchmarks.tracing import new_for_traced_misses
@@ -137,3 +141,38 @@ def test_a_filled_volume_is_one_that_fetches_have_filled(tmp_path: Path) -> None
 def test_groups_survive_the_command_line() -> None:
     for group in groups(quick=False, new={"new-1g": 50}).values():
         assert Group.from_text(group.to_text()) == group
+
+
+def test_a_line_of_the_history_has_ratios_and_the_machine_but_no_figures(tmp_path: Path) -> None:
+    both = measured("this", 10, 40, 90) + measured("base", 10, 20, 30)
+    file = tmp_path / "history.jsonl"
+    for _ in range(2):
+        history.add(
+            {"CPU": "a", "memory": "b"}, "main", both, [("requests_per_second", "this", "base")], file
+        )
+    lines = [json.loads(text) for text in file.read_text().splitlines()]
+    assert len(lines) == 2
+    assert lines[0]["ratios"] == {"hit": {"requests_per_second, this to base": [2.0, 1.0, 3.0]}}
+    assert (lines[0]["machine"], lines[0]["base"]) == ({"CPU": "a"}, "main")
+    assert re.fullmatch(r"[0-9a-f]+(-dirty)?|.*-g[0-9a-f]+(-dirty)?|v?[\d.]+(-dirty)?", lines[0]["commit"])
+
+
+def test_mitigations_are_those_of_this_cpu(tmp_path: Path) -> None:
+    for name, state in (
+        ("meltdown", "Not affected"),
+        ("spectre_v2", "Mitigation: Retpolines; IBPB: conditional"),
+        ("mds", "Vulnerable"),
+    ):
+        (tmp_path / name).write_text(state + "\n")
+    assert mitigations(tmp_path) == "mds: Vulnerable, spectre_v2: Retpolines"
+    assert mitigations(tmp_path / "none") == "none"
+
+
+def test_the_build_of_python_is_named() -> None:
+    assert re.fullmatch(r".+, (no )?PGO, (no )?LTO", python_build())
+
+
+def test_a_commit_is_checked_out_for_the_comparison(tmp_path: Path) -> None:
+    code = check_out("HEAD", tmp_path)
+    assert (code / "distributor_node/services/api/main.py").is_file()
+    assert (code / "shared").is_dir()

@@ -231,7 +231,10 @@ class FastPath:
         fields, headers, size = request.fields, cached.headers, cached.size
         status, first, length = 200, 0, 0 if request.is_head else size
         head = headers.head if request.is_head else headers.whole
-        if request.range_header is not None or not fields.unconditional:
+        if fields.conditions is cached.not_modified_for:
+            # Clients repeat their conditions, and preconditions come before the range (RFC 9110 section 13.2.2).
+            status, head, length = 304, headers.not_modified, 0
+        elif request.range_header is not None or not fields.unconditional:
             span = _select_range(request, cached)
             if isinstance(span, tuple):
                 first, last = span
@@ -243,6 +246,7 @@ class FastPath:
                     status, head = 206, headers.for_range(first, first + length - 1, size)
             elif span is PreconditionResult.NOT_MODIFIED:
                 status, head, length = 304, headers.not_modified, 0
+                cached.not_modified_for = fields.conditions
             else:
                 return None
         if length:

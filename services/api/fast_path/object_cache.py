@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -12,14 +13,29 @@ from time import monotonic, time
 from distributor_node.services.api.assets.decision import Representation
 from distributor_node.services.api.assets.response import is_cached, read_cached
 from distributor_node.services.api.headers import TAIL, PrebuiltHeaders, aging_tail
-from distributor_node.shared.adapters.volume import FileIdentity, OpenObject, Volume
+from distributor_node.shared.adapters.volume import ChangeWatch, FileIdentity, OpenObject, Volume
+from distributor_node.shared.domain.conditionals import Conditions
 from distributor_node.shared.domain.errors import InvalidInput, VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
+from distributor_node.shared.observability.metrics import SEND_BLOCKED
 
 REVALIDATE_SECONDS = 0.2
-"""Seconds for which an object is served without checking its path on the volume again."""
+"""Seconds for which an object is served without checking its path on the volume again, where the kernel does not tell
+of its changes."""
+WATCHED_SECONDS = 5.0
+"""The same, where the kernel tells. It says nothing of writes through a shared mapping or another hard link."""
 IDLE_SECONDS = 1.0
-"""Seconds for which an unused object is kept open."""
+"""Seconds for which an unused object is kept open after a process has tried to remove it, or may have."""
+WATCHED_IDLE_SECONDS = 10.0
+"""Seconds for which an unused object is kept open where the kernel tells of every attempt to remove it."""
+RESIDENT_SECONDS = 5.0
+"""Seconds for which a small object that was found in the page cache counts as lying there."""
+BLOCKED_SECONDS = 0.02
+"""A send that takes longer has waited for the disk, or the process for the CPU."""
+_ASK_AGAIN_SECONDS = 10.0
+"""Seconds after a send that waited for the disk in which the page cache is asked every REVALIDATE_SECONDS."""
+_TOUCH_SECONDS = 1.0
+"""Seconds in which further uses of an object do not make it one of those used last."""
 MAX_IN_MEMORY = 16 * 1024
 """Bytes. Larger objects are faster by sendfile, which copies nothing to user space."""
 MAX_OPEN_FILES = 2048
@@ -38,7 +54,8 @@ class CachedObject:
     """One object. `file` is None where `body` is in memory. Times are monotonic seconds: `fresh_until` its name
     must be looked at again, `acquired_until` its bytes may be sent without another `OpenObjectCache.acquire`, `used_at`
     some were last sent (or it was opened), `counted_at` its access was last counted, `resident_until` it counts as
-    lying in the page cache. `sends` go on at this moment."""
+    lying in the page cache, `idle_limit` (a duration) it stays open unused. `sends` go on at this moment.
+    `not_modified_for`: conditions that were answered 304, compared by identity."""
 
     object_id: ObjectId
     representation: Representation
@@ -52,6 +69,8 @@ class CachedObject:
     used_at: float = 0.0
     counted_at: float = -10.0
     resident_until: float = 0.0
+    idle_limit: float = IDLE_SECONDS
+    not_modified_for: Conditions | None = None
     sends: int = 0
     locked: bool = False
     dropped: bool = False
@@ -76,21 +95,22 @@ class CachedObject:
         """The descriptor of the open file, or -1."""
         return self.file.descriptor if self.file is not None else -1
 
-    def is_resident(self, first: int, length: int, now: float, *, first_resident: bool = False) -> bool:
+    def is_resident(
+        self, first: int, length: int, now: float, lasting: float, *, first_resident: bool = False
+    ) -> bool:
         """Whether these bytes are in the page cache, so that sending them does not block.
 
-        `first_resident`: the first byte is known to be. Small objects are probed as a whole, at most every
-        REVALIDATE_SECONDS.
+        `first_resident`: the first byte is known to be. Small objects are probed as a whole, and count as lying there
+        for `lasting` seconds, until `resident_until`.
         """
-        if now < self.resident_until:
-            return True
         if self.size > _WHOLE_PROBE_LIMIT:
             return is_cached(
                 self.descriptor, first, min(length, _WHOLE_PROBE_LIMIT), first_resident=first_resident
             )
         if not is_cached(self.descriptor, 0, self.size):
             return False
-        self.resident_until = now + REVALIDATE_SECONDS
+        # For the shorter time where nothing is watched: a network file system, whose reads the kernel does not count.
+        self.resident_until = now + (lasting if self.idle_limit > IDLE_SECONDS else REVALIDATE_SECONDS)
         return True
 
     def lock_shared(self) -> bool:
@@ -134,12 +154,17 @@ class _Memory:
         return False
 
 
+def _blocks_read() -> int:
+    """Blocks that this thread has had read from a disk."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
+
+
 class OpenObjectCache:
     """Open objects and bodies in memory, by object id as bytes. `run` closes what is idle.
 
-    `acquire` locks an open file against removal. Eviction renames the file. The cache notices within REVALIDATE_SECONDS
-    and closes its descriptor, which ends the lock. Bodies in memory need no lock. HEAD and 304 send no bytes and do not
-    acquire the object.
+    `acquire` locks an open file against removal. Eviction renames the file. The cache notices at once where the kernel
+    tells (`run` watches the volume) and otherwise within REVALIDATE_SECONDS, and closes its descriptor, which ends the
+    lock. Bodies in memory need no lock. HEAD and 304 send no bytes and do not acquire the object.
     """
 
     def __init__(
@@ -162,6 +187,11 @@ class OpenObjectCache:
         self._in_memory: OrderedDict[bytes, CachedObject] = OrderedDict()
         self._headers: OrderedDict[StoredRecord, tuple[Representation, PrebuiltHeaders]] = OrderedDict()
         self._next_memory_sweep = 0.0
+        self._watch: ChangeWatch | None = None
+        self._replacements = volume.replacements
+        self._asking_until = 0.0
+        self._blocks_read = _blocks_read()
+        self.resident_seconds = RESIDENT_SECONDS  # for `CachedObject.is_resident`
 
     def get(self, key: bytes, now: float) -> CachedObject | None:
         """Return the object if it is complete on the volume, else None. `acquire` it before sending its bytes."""
@@ -182,9 +212,12 @@ class OpenObjectCache:
                 self.drop(key)
                 return None
             self._open.move_to_end(key)
-            if cached.size <= MAX_IN_MEMORY and self._memory.seen_before(key):
+            if cached.size <= MAX_IN_MEMORY:
+                if not self._memory.seen_before(key):
+                    cached.acquired_until = min(cached.fresh_until, self._clock() + REVALIDATE_SECONDS)
+                    return cached
                 cached = self._load_into_memory(key, cached)
-        cached.acquired_until = cached.fresh_until
+        cached.acquired_until = min(cached.fresh_until, self._clock() + _TOUCH_SECONDS)
         return cached
 
     def drop(self, key: bytes) -> None:
@@ -199,15 +232,23 @@ class OpenObjectCache:
                 cached.close()
 
     def _revalidate(self, key: bytes, cached: CachedObject, now: float) -> bool:
+        watched = self._watch is not None and self._watch.covers(cached.object_id)
         if self._volume.identity_of(cached.object_id) != cached.identity:
             self.drop(key)
             return False
-        cached.fresh_until = now + REVALIDATE_SECONDS
+        self._set_fresh(cached, now, watched)
         return True
+
+    def _set_fresh(self, cached: CachedObject, now: float, watched: bool) -> None:
+        """`watched`: since before the file was looked at. A file with more names may be changed through another one."""
+        watched = watched and cached.identity[5] == 1
+        cached.fresh_until = now + (WATCHED_SECONDS if watched else REVALIDATE_SECONDS)
+        cached.idle_limit = WATCHED_IDLE_SECONDS if watched else IDLE_SECONDS
 
     def _add(self, key: bytes, now: float) -> CachedObject | None:
         try:
             object_id = ObjectId.parse(key.decode("ascii"))
+            watched = self._watch is not None and self._watch.covers(object_id)
             file = None if object_id.is_digest else self._volume.open_object(object_id)
         except (InvalidInput, UnicodeDecodeError, VolumeError):
             return None
@@ -217,7 +258,8 @@ class OpenObjectCache:
         if cached is None:
             file.close()
             return None
-        cached.fresh_until, cached.used_at = now + REVALIDATE_SECONDS, now
+        cached.used_at = now
+        self._set_fresh(cached, now, watched)
         self._open[key] = cached
         while len(self._open) > self._max_open_files:
             self.drop(next(iter(self._open)))
@@ -265,14 +307,75 @@ class OpenObjectCache:
             self.drop(next(iter(self._in_memory)))
         return in_memory
 
+    # Changes that the kernel tells of
+
+    def start_watch(self) -> None:
+        """Have the running loop call `notice_changes`. `stop_watch` ends it."""
+        self.stop_watch()
+        self._replacements = self._volume.replacements
+        self._watch = self._volume.watch_changes()
+        if self._watch is not None:
+            asyncio.get_running_loop().add_reader(self._watch.descriptor, self.notice_changes)
+
+    def stop_watch(self) -> None:
+        """From now on objects are looked at every REVALIDATE_SECONDS, each of them at its next request."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            asyncio.get_running_loop().remove_reader(watch.descriptor)
+            watch.close()
+        for table in (self._open, self._in_memory):
+            for cached in table.values():
+                cached.fresh_until, cached.idle_limit = 0.0, IDLE_SECONDS
+
+    def notice_changes(self) -> None:
+        """Drop what is not as it was, and close what is idle and stands in the way of a removal."""
+        watch = self._watch
+        names = set() if watch is None else watch.read()
+        if names is None:
+            self.start_watch()
+            return
+        now = self._clock()
+        for name in names:
+            key = name.encode("utf-8", "surrogateescape")
+            cached = self._open.get(key) or self._in_memory.get(key)
+            if cached is None:
+                continue
+            cached.fresh_until = 0.0
+            if self._revalidate(key, cached, now):
+                cached.idle_limit = IDLE_SECONDS
+                if cached.body is None:
+                    self._close_if_idle(key, cached, now)
+
+    def note_blocked(self, seconds: float, now: float) -> None:
+        """A send took `seconds`, more than BLOCKED_SECONDS. If the loop's thread has read from the disk since the last
+        one, ask the page cache more often for a while.
+        """
+        SEND_BLOCKED.observe(seconds)
+        blocks, self._blocks_read = self._blocks_read, _blocks_read()
+        if blocks == self._blocks_read:
+            return
+        self._asking_until = now + _ASK_AGAIN_SECONDS
+        if self.resident_seconds != REVALIDATE_SECONDS:
+            self.resident_seconds = REVALIDATE_SECONDS
+            for cached in self._open.values():
+                cached.resident_until = min(cached.resident_until, now)
+
     async def run(self) -> None:
-        """Sweep until cancelled."""
-        while True:
-            await asyncio.sleep(IDLE_SECONDS / 4)
-            await self.sweep()
+        """Watch the volume and sweep, until cancelled."""
+        self.start_watch()
+        try:
+            while True:
+                await asyncio.sleep(IDLE_SECONDS / 4)
+                await self.sweep()
+        finally:
+            self.stop_watch()
 
     async def sweep(self) -> None:
         """Close idle objects, and drop bodies of removed objects. Yields to the loop every _SWEEP_BATCH objects."""
+        if self._watch is not None and self._volume.replacements != self._replacements:
+            self.start_watch()
+        if self.resident_seconds != RESIDENT_SECONDS and self._clock() >= self._asking_until:
+            self.resident_seconds = RESIDENT_SECONDS
         await self._sweep(self._open, self._close_if_idle)
         if self._clock() >= self._next_memory_sweep:
             # Rarely: these take no space on the volume, and are revalidated before they are served.
@@ -292,7 +395,7 @@ class OpenObjectCache:
             await asyncio.sleep(0)
 
     def _close_if_idle(self, key: bytes, cached: CachedObject, now: float) -> None:
-        if not cached.sends and now - cached.used_at > IDLE_SECONDS:
+        if not cached.sends and now - cached.used_at > cached.idle_limit:
             self.drop(key)
 
     def _drop_if_replaced(self, key: bytes, cached: CachedObject, now: float) -> None:

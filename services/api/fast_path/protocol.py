@@ -17,13 +17,14 @@ import structlog
 from distributor_node.services.api.accesses import AccessCounter, AccessRenewal
 from distributor_node.services.api.assets.response import is_cached, peek_cached, read_chunk
 from distributor_node.services.api.fast_path.handler import FastPath, PreparedResponse
-from distributor_node.services.api.fast_path.object_cache import CachedObject
+from distributor_node.services.api.fast_path.object_cache import BLOCKED_SECONDS, CachedObject
 from distributor_node.services.api.protocol import ApiHttp, PublicProtocol, peer_of
 from distributor_node.shared.observability.metrics import ABORTED_RESPONSES, REQUESTS_IN_PROGRESS
 
 _MAX_BUFFERED = 64 * 1024
 """Bytes that a client may send ahead during a long response. Reading is paused beyond that."""
 _PAGE_SIZE = 4096
+_NOTHING = memoryview(b"")
 
 logger = structlog.get_logger()
 
@@ -108,8 +109,16 @@ class FastPathProtocol(PublicProtocol):
         cached, head, length, sent = prepared.cached, prepared.head, prepared.length, 0
         # An unaligned sendfile needs one page more per segment and costs about 50 % more CPU. Send the bytes up to the
         # page boundary with the head, then sendfile from there. If they are not in memory, send everything unaligned.
-        unaligned = peek_cached(cached.descriptor, prepared.first, min(-prepared.first % _PAGE_SIZE, length))
-        if not cached.is_resident(prepared.first, length, self._time, first_resident=bool(unaligned)):
+        before_page = -prepared.first % _PAGE_SIZE
+        unaligned = (
+            peek_cached(cached.descriptor, prepared.first, min(before_page, length))
+            if before_page
+            else _NOTHING
+        )
+        objects = fast_path.objects
+        if self._time >= cached.resident_until and not cached.is_resident(
+            prepared.first, length, self._time, objects.resident_seconds, first_resident=bool(unaligned)
+        ):
             sender = FileSender(cached, prepared.first, length, fast_path.accesses)
             self._start_transfer(
                 _Transfer(fast_path, prepared, sender, data), sender.send_from_disk(self._connection(), head)
@@ -132,8 +141,11 @@ class FastPathProtocol(PublicProtocol):
         except (OSError, TruncatedFile) as error:
             fast_path.record(prepared, 0, 0.0, self._abort_on_error(error), self._peer)
             return
+        seconds = perf_counter() - prepared.started
+        if seconds > BLOCKED_SECONDS:
+            objects.note_blocked(seconds, self._time)
         if sent == length:
-            fast_path.record(prepared, length, perf_counter() - prepared.started, peer=self._peer)
+            fast_path.record(prepared, length, seconds, peer=self._peer)
         else:
             sender = FileSender(cached, prepared.first, length, fast_path.accesses, sent)
             self._start_transfer(

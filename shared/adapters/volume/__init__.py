@@ -18,6 +18,7 @@ Three facts are kept by the file system itself, so they hold across processes an
 All calls block, most of them briefly. Run fsync, scans and hashing in a worker thread.
 """
 
+from distributor_node.shared.adapters.volume.changes import ChangeWatch
 from distributor_node.shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, RemovalState
 from distributor_node.shared.adapters.volume.partial import (
     PartialFile,
@@ -36,6 +37,7 @@ from distributor_node.shared.adapters.volume.scan import (
 from distributor_node.shared.adapters.volume.volume import Volume
 
 __all__ = [
+    "ChangeWatch",
     "FileIdentity",
     "FileState",
     "FoundObject",

@@ -24,13 +24,13 @@ from distributor_node.shared.adapters.volume.layout import (
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
-FileIdentity = tuple[int, int, int, int, int]
-"""Device, inode, size, times of modification and change: another file under the same name, and other bytes in the same
-file, differ in one of them."""
+FileIdentity = tuple[int, int, int, int, int, int]
+"""Device, inode, size, times of modification and change, number of names: another file under the same name, and other
+bytes in the same file, differ in one of them."""
 
 
 def identity_of(seen: os.stat_result) -> FileIdentity:
-    return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns)
+    return (seen.st_dev, seen.st_ino, seen.st_size, seen.st_mtime_ns, seen.st_ctime_ns, seen.st_nlink)
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 import structlog
 
 from distributor_node.shared.adapters.volume import scan
+from distributor_node.shared.adapters.volume.changes import ChangeWatch
 from distributor_node.shared.adapters.volume.layout import (
     FOREIGN_ERRORS,
     INCOMING,
@@ -234,6 +235,14 @@ class Volume:
             folder = self._directories.descriptor(f"{OBJECTS}/{shard(object_id)}")
             return identity_of(os.stat(object_id, dir_fd=folder, follow_symlinks=False))
         except OSError:
+            return None
+
+    def watch_changes(self) -> ChangeWatch | None:
+        """A watch of the files under `objects/`. None: the kernel offers none. The caller closes it."""
+        try:
+            return ChangeWatch(self._directories)
+        except (OSError, AttributeError) as error:
+            logger.warning("volume_not_watched", reason=str(error))
             return None
 
     def read_record(self, object_id: ObjectId) -> StoredRecord | None:
