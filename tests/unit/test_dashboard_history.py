@@ -24,7 +24,7 @@ from distributor_node.shared.runtime.process_reports import Counted, ReportConte
 BUCKETS = len(FIRST_BYTE_BOUNDS) + 1
 
 
-def process(name: str, hits: float = 0, *, started: float = 0.0, **counted: Any) -> ReportedProcess:
+def process(name: str, hits: float = 0, *, started: float = -1000.0, **counted: Any) -> ReportedProcess:
     content = ReportContent(
         kind="api", host="host", process=1, started=started, interval=1.0,
         counted=Counted(**{"requests": {"hit": hits}, **counted}),
@@ -46,8 +46,13 @@ class TestCounters:
     def test_a_process_that_has_started_since_counts_from_zero(self) -> None:
         counters = CounterSum()
         counters.advance([process("a", 100)], now=10)
-        later = [process("a", 100), process("b", 9, started=15), process("old", 50, started=5)]
-        assert counters.advance(later, now=20)[0] == 9
+        later = [
+            process("a", 100),
+            process("b", 9, started=15),
+            process("late", 3, started=5),
+            process("old", 50, started=-5),
+        ]
+        assert counters.advance(later, now=20)[0] == 9 + 3
 
     def test_a_report_that_is_missing_once_does_not_count_twice(self) -> None:
         counters = CounterSum()

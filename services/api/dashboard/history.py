@@ -48,14 +48,16 @@ class CounterSum:
     def advance(self, processes: Sequence[ReportedProcess], now: float) -> list[float]:
         """Return the growth of each counter since the last call. `now`: POSIX seconds.
 
-        At the first call there is nothing to compare with. A process that has started since the last one counts from 0.
+        A process that is seen for the first time counts from 0 if it has started since the last reading, or within STEP
+        before it, since its first report may have come too late for that. Of others it is not known when they counted.
         """
+        started_lately = (now if self._read_at is None else self._read_at) - STEP
         growth = [0.0] * WIDTH
         current: dict[str, list[float]] = {}
         for process in processes[:_MAX_PROCESSES]:
             values = current[process.name] = counted_by(process)
             before = self._last.get(process.name)
-            if before is None and self._read_at is not None and process.content.started >= self._read_at:
+            if before is None and process.content.started >= started_lately:
                 before = [0.0] * WIDTH
             if before is not None:
                 for place, (value, earlier) in enumerate(zip(values, before, strict=True)):
