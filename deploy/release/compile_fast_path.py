@@ -25,7 +25,6 @@ MODULES = (
     "services/api/fast_path/protocol.py",
     "services/api/headers.py",
     "services/api/request_log.py",
-    "shared/adapters/volume/changes.py",
     "shared/domain/conditionals.py",
 )
 

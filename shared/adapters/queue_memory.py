@@ -8,15 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
+from distributor_node.shared.adapters.queue_outcomes import report_dead_letter, run_handler
 from distributor_node.shared.domain.errors import JobQueueUnavailable
 from distributor_node.shared.domain.jobs import Ack, DeadLetter, FetchJob, Nack, Requeue, Retry, RetryPlan
-from distributor_node.shared.ports.job_queue import (
-    JobHandler,
-    OnDeadLetter,
-    QueueDepth,
-    report_dead_letter,
-    run_handler,
-)
+from distributor_node.shared.ports.job_queue import JobHandler, OnDeadLetter, QueueDepth
 
 _MAX_DEAD_LETTERS = 1000
 

@@ -12,6 +12,7 @@ import structlog
 from aio_pika import Message
 from aio_pika.abc import AbstractIncomingMessage
 
+from distributor_node.shared.adapters.queue_outcomes import report_dead_letter, run_handler
 from distributor_node.shared.adapters.queue_rabbitmq.connection import (
     BROKER_ERRORS,
     CLOSE_SECONDS,
@@ -26,7 +27,7 @@ from distributor_node.shared.adapters.queue_rabbitmq.connection import (
 from distributor_node.shared.domain.errors import InvalidJob, JobQueueUnavailable
 from distributor_node.shared.domain.jobs import Ack, DeadLetter, FetchJob, JobOutcome, Nack, Requeue, Retry
 from distributor_node.shared.observability.metrics import JOB_QUEUE_ERRORS
-from distributor_node.shared.ports.job_queue import JobHandler, OnDeadLetter, report_dead_letter, run_handler
+from distributor_node.shared.ports.job_queue import JobHandler, OnDeadLetter
 from distributor_node.shared.waiting import Backoff, background, wait_event
 
 logger = structlog.get_logger()

@@ -18,8 +18,13 @@ Three facts are kept by the file system itself, so they hold across processes an
 All calls block, most of them briefly. Run fsync, scans and hashing in a worker thread.
 """
 
-from distributor_node.shared.adapters.volume.changes import ChangeWatch
-from distributor_node.shared.adapters.volume.objects import FileIdentity, OpenObject, Removal, RemovalState
+from distributor_node.shared.adapters.volume.objects import (
+    ChangeWatch,
+    FileIdentity,
+    OpenObject,
+    Removal,
+    RemovalState,
+)
 from distributor_node.shared.adapters.volume.partial import (
     PartialFile,
     PartialHeld,

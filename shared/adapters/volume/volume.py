@@ -16,7 +16,6 @@ from pathlib import Path
 import structlog
 
 from distributor_node.shared.adapters.volume import scan
-from distributor_node.shared.adapters.volume.changes import ChangeWatch
 from distributor_node.shared.adapters.volume.layout import (
     FOREIGN_ERRORS,
     INCOMING,
@@ -36,6 +35,7 @@ from distributor_node.shared.adapters.volume.layout import (
     unlink_if_exists,
 )
 from distributor_node.shared.adapters.volume.objects import (
+    ChangeWatch,
     FileIdentity,
     OpenObject,
     Removal,
