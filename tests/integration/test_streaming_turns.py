@@ -130,7 +130,9 @@ async def test_streams_get_their_turns_in_order_and_a_cancelled_one_takes_none()
         await asyncio.sleep(0)
         streams[1].cancel()
         await asyncio.wait(streams)
-    assert order == list("aacdacdcd"), "the first one asks for its second turn before the others have asked at all"
+    assert order == list("aacdacdcd"), (
+        "the first one asks for its second turn before the others have asked at all"
+    )
     assert taken.most == TURN_BYTES
 
 
