@@ -79,7 +79,9 @@ def _document(file: Path) -> Any:
     """Try JSON first: valid JSON may be invalid YAML, which has no tabs."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
         raise ConfigurationError(f"{file} cannot be read: {error}") from error
     try:
         return json.loads(text)

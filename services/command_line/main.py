@@ -201,7 +201,14 @@ def _load(config: Path | None, service: Service | None = None, origin: str | Non
     environment = dict(os.environ)
     if origin is not None:
         environment |= {"DISTRIBUTOR_CATALOG__KIND": "origin", "DISTRIBUTOR_CATALOG__ORIGIN": origin}
-    settings = load_settings(config, environment)
+    try:
+        settings = load_settings(config, environment)
+    except ConfigurationError as error:
+        if config is not None or any(name.startswith("DISTRIBUTOR_") for name in environment):
+            raise
+        raise ConfigurationError(
+            f"{error}\nNo settings were given: name a settings file with --config; `distributor init` writes one"
+        ) from error
     if service is not None:
         settings.check_for(service)
     return settings
@@ -214,7 +221,7 @@ def main() -> None:
     except ConfigurationError as error:
         from distributor_node.shared.runtime.run_service import MISCONFIGURED
 
-        print(f"distributor: invalid settings:\n{error}", file=sys.stderr)
+        print(f"distributor: invalid settings or arguments:\n{error}", file=sys.stderr)
         sys.exit(MISCONFIGURED)
 
 

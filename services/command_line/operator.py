@@ -6,6 +6,7 @@ import json
 import sys
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote, urlencode, urlsplit
 
 import typer
+
+from distributor_node.services.command_line.failures import in_words
 
 if TYPE_CHECKING:
     from distributor_node.shared.settings.peers import PeerSettings
@@ -116,6 +119,10 @@ def _client(url: str | None, secret_file: Path | None, config: Path | None) -> O
             secret = secret_file.read_text(encoding="utf-8").strip()
         except OSError as error:
             raise typer.BadParameter(f"{secret_file} cannot be read: {error.strerror}") from error
+    if not secret and config is not None:
+        raise typer.BadParameter(
+            f"no secret: {config} has no operator_api.secret, so this node takes no orders"
+        )
     if not secret:
         raise typer.BadParameter(
             "no secret: set DISTRIBUTOR_OPERATOR_API__SECRET, or use --secret-file or --config"
@@ -413,16 +420,18 @@ class OperatorClient:
             "reqUrl": path,
             "reqBody": {} if body is None else body,
         }
-        headers = {"Authorization": f"bearer {jwt.encode(claims, self._secret, algorithm='HS256')}"}
+        with warnings.catch_warnings():
+            # The node takes secrets of 16 characters, the library recommends 32.
+            warnings.simplefilter("ignore", jwt.warnings.InsecureKeyLengthWarning)
+            token = jwt.encode(claims, self._secret, algorithm="HS256")
+        headers = {"Authorization": f"bearer {token}"}
         content = None if body is None else json.dumps(body)
         try:
             response = httpx.request(
                 method, self.url + path, headers=headers, content=content, timeout=_TIMEOUT, trust_env=False
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise OperatorError(
-                f"{self.url} cannot be reached: {str(error) or type(error).__name__}"
-            ) from error
+            raise OperatorError(f"{self.url} cannot be reached: {in_words(error)}") from error
         try:
             result = response.json()
         except ValueError as error:

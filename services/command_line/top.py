@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distributor_node.services.command_line.failures import in_words
+
 if TYPE_CHECKING:
     import httpx
     from rich.console import RenderableType
@@ -164,10 +166,12 @@ class Page:
                         f"{self._url} is not the page of a node: it answered {response.status_code}"
                     )
                 yield response
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        except httpx.ConnectError as error:
             raise PageUnreachable(
-                f"{self._url} cannot be read: {str(error) or type(error).__name__}"
+                f"{self._url} cannot be read: {in_words(error)}. Does the node run? --url or --config says where"
             ) from error
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+            raise PageUnreachable(f"{self._url} cannot be read: {in_words(error)}") from error
 
 
 def _print(snapshot: Mapping[str, Any], *, as_json: bool) -> None:

@@ -85,7 +85,7 @@ def _read(request: ReplayRequest, recording: Recording, progress: Progress) -> L
     try:
         total = sum(path.stat().st_size for path in request.logs)
     except OSError as error:
-        raise ConfigurationError(f"log: {error}") from error
+        raise ConfigurationError(f"{error.filename}: cannot be read: {error.strerror}") from error
     task = progress.add_task("reading", total=total)
     return read_logs(request.logs, recording, request.sample, lambda read: progress.advance(task, read))
 
