@@ -190,8 +190,13 @@ async def test_an_eviction_appears_with_its_reason(tmp_path: Path) -> None:
         assert removed["words"] in explained["words"][1]
         assert "The catalog knows it" in explained["words"][2]
         await node.stack.until_hit("20")
-        kept = (await get(node.url("/explain.json?id=20"))).json()
-        assert kept["words"][0].startswith("It is on disk: 1.0 MiB, viewed once")
+
+        async def is_kept() -> bool:
+            """Once its fetch is committed: it is a hit a moment before that."""
+            kept = (await get(node.url("/explain.json?id=20"))).json()
+            return str(kept["words"][0]).startswith("It is on disk: 1.0 MiB, viewed once")
+
+        await eventually(is_kept, what="the last one is on disk")
         unknown = (await get(node.url("/explain.json?id=999"))).json()
         assert unknown["words"][-1] == "The catalog says that it does not exist."
 
