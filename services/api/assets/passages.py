@@ -243,13 +243,14 @@ class Passages:
         ] = {}  # with the time when it expires, the next one first
         self._readings: dict[_Key, _Reading] = {}
         self._streams: list[_Stream] = []
+        self._ended: list[_Stream] = []  # of which responses have not taken all bytes yet
         self._ignored: OrderedDict[MediaObject, float] = OrderedDict()  # until when its sources count as such
 
     @property
     def bytes_held(self) -> int:
         """What counts against `max_bytes`: passages that are kept, those being read as if complete, and streams."""
         kept = sum(_room_of(len(passage.data)) for passage, _ in self._kept.values())
-        kept += len(self._streams) * STREAM_WINDOW
+        kept += (len(self._streams) + len(self._ended)) * STREAM_WINDOW
         return kept + sum(_room_of(reading.length) for reading in self._readings.values())
 
     def find(self, media_object: MediaObject, span: Span) -> Passage | None:
@@ -437,6 +438,8 @@ class Passages:
                         position += len(part)
                         yield part
             finally:
+                if stream in self._ended and not stream.is_followed:
+                    self._ended.remove(stream)
                 # A stream that has all its bytes only closes its response, and then they are kept for others.
                 if not (stream.is_followed or stream.is_read or stream.task is None or stream.task.done()):
                     # A request that comes now must not follow a task that is being cancelled.
@@ -481,10 +484,13 @@ class Passages:
         finally:
             self._forget_stream(stream)
             stream.end_early()
+            if stream.is_followed:
+                self._ended.append(stream)
         data = stream.whole()
         if data is not None and stream.response is not None and key.end < key.size:
             source = stream.response[1]
             self._keep(key, Passage(key.first, data, source.media_type, source.validators, verified=False))
+            self._make_room(0)
 
     def _forget_stream(self, stream: _Stream) -> None:
         if stream in self._streams:
