@@ -243,7 +243,8 @@ class Proxy:
                 return buffer is not None
             # Nothing has been sent yet: another source may hold the correct bytes.
             proxied.peer_use = PeerUse.NONE
-            sources = [url for url in sources if url not in proxied.contributors]
+            if proxied.contributors <= set(sources):  # else a peer may have sent the wrong bytes
+                sources = [url for url in sources if url not in proxied.contributors]
             if not sources or not proxied.contributors:
                 raise _no_correct_source()
             proxied.contributors = set()
