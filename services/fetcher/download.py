@@ -193,7 +193,7 @@ class Download:
             self._state,
             self._failover_reader,
             self._disk,
-            self._task,
+            replace(self._task, peer_use=self._peer_use),
             self._partial,
             self._limits.side_streams,
             lambda: PartialWriter(self._partial, None, self._renewer, self._disk),

@@ -120,9 +120,7 @@ def gaps_to_fill(
         gap = there.gap_at(position, size) if 0 <= position < size else None
         if gap is None or gap.first - position > MAX_AHEAD:
             continue
-        first = gap.first
-        while first > gap.first // BLOCK * BLOCK and not there.contains(first - 1, first):
-            first -= 1
+        first = max(gap.first // BLOCK * BLOCK, there.nearest_end(gap.first))
         distance = gap.first - position
         if first not in filled and (first not in found or distance < found[first][0]):
             found[first] = distance, Extent(first, gap.end)
@@ -330,9 +328,15 @@ class SideStreams:
             self._notify()
 
     def _is_overtaken(self, stream: _Stream) -> bool:
-        """Whether another stream has read what this one was about to begin with."""
+        """Whether another stream, which may have ended, has read what this one was about to begin with.
+
+        It must not write then: these bytes may have been hashed.
+        """
+        if stream.sent:
+            return False
         others = [*self._streams] if self._main is None else [*self._streams, self._main]
-        return not stream.sent and any(other.first <= stream.first < other.position for other in others)
+        read = any(other.first <= stream.first < other.position for other in others)
+        return read or self.written.contains(stream.first, stream.first + 1)
 
     def _note_failure(self, position: int) -> None:
         self._failed[position] = time.monotonic()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distributor_node.services.api.assets.decision import Span
-from distributor_node.services.api.assets.passages import MAX_SMALL_RANGE, Passages
+from distributor_node.services.api.assets.passages import MAX_SMALL_RANGE, STREAM_WINDOW, Passages
 from distributor_node.services.demo.faults import Fault
 from distributor_node.shared.adapters.sources.client import MAX_SKIP, SourceClient
 from distributor_node.shared.adapters.sources.connections import SourceLimits
@@ -17,6 +17,7 @@ from distributor_node.shared.adapters.sources.failover import FailoverReader
 from distributor_node.shared.adapters.sources.health import SourceHealthRegistry
 from distributor_node.shared.domain.errors import AllSourcesFailed
 from tests.integration.assets_harness import KIB, AssetsHarness, assets_harness
+from tests.waiting import eventually
 
 SIZE = 3_900_000
 ANSWERS = 100
@@ -237,3 +238,21 @@ async def test_a_failed_reading_holds_no_room(harness: AssetsHarness) -> None:
         with pytest.raises(AllSourcesFailed):
             await passages.read_tail(known, known.sources)
         assert passages.bytes_held == 0
+
+
+async def test_ranges_that_were_read_for_paused_clients_take_room(harness: AssetsHarness) -> None:
+    """Their bytes are kept until the last client has got them, however long that takes."""
+    media_object = harness.catalog.objects["1"]
+    passages = Passages(harness.context.failover_reader, max_bytes=2 * STREAM_WINDOW)
+    followed, length = [], 600_000
+    for first in range(0, 6 * length, length):
+        span = Span(first, first + length - 1, SIZE, partial=True)
+        parts = passages.follow(media_object, media_object.sources, span, lambda *_: None)
+        if await anext(parts, None) is not None:
+            followed.append(parts)
+        await eventually(lambda: not passages._streams)
+    assert len(followed) == 2
+    assert passages.bytes_held <= 2 * STREAM_WINDOW
+    for parts in followed:
+        await parts.aclose()
+    assert passages.bytes_held <= 2 * length  # what is kept for others

@@ -12,6 +12,7 @@ import pytest
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES
 from distributor_node.services.demo.faults import Fault
 from distributor_node.shared.adapters.volume import RemovalState
+from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.objects import ObjectId
 from tests.end_to_end.client import Answer, read_answer
 from tests.integration.assets_harness import KIB, MIB, AssetsHarness, assets_harness
@@ -327,3 +328,29 @@ async def test_the_source_of_the_fetch_is_tried_first(harness: AssetsHarness) ->
     assert answer.body == harness.data["1"][-10:]
     assert (len(harness.node.requests), len(harness.second.requests)) == (0, 1)
     await fetch.complete()
+
+
+@pytest.mark.parametrize("first", [0, 100_000])
+async def test_a_sparse_file_with_wrong_bytes_that_were_sent_never_completes(
+    harness: AssetsHarness, first: int
+) -> None:
+    """What is missing in front of them keeps the bytes on disk from being hashed in order."""
+    fetch = await harness.begin("1", written=0)
+    data = bytearray(harness.data["1"])
+    data[200_000] ^= 1
+    fetch.data = bytes(data)
+    fetch.write_to(700_000)
+    client = await ask(harness, "1", f"Range: bytes={first}-\r\n" if first else "")
+    await client.read_head()
+    body = await client.take(700_000 - first)
+    assert body == fetch.data[first:700_000]
+    if first:
+        fetch.partial.make_sparse(40_960)
+        fetch.partial.name_extents(Extents.of((0, 40_960), (98_304, 700_000)))
+    else:
+        fetch.partial.make_sparse(700_000)  # names whole blocks: less than was sent
+    fetch.partial.close()
+    await harness.context.state.record_failure(fetch.lease.object_id, "given up", 60)
+    await harness.context.state.park(fetch.lease)
+    body += await client.rest()
+    assert len(body) < SIZE - first

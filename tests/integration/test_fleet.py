@@ -480,3 +480,21 @@ async def test_wrong_bytes_of_a_peer_are_never_a_complete_answer(
     await asyncio.sleep(2.5)  # it ranks behind the others for two seconds, whatever it is asked for
     assert is_whole(await fleet.get(fleet.bases[0], item.object_id), item)
     assert len(liar.requests) == asked  # not asked for this object again
+
+
+@pytest.mark.parametrize("asked", ["bytes=-100", None])
+async def test_a_source_is_not_blamed_for_what_a_peer_sent_before_it(fleet: Fleet, asked: str | None) -> None:
+    """1. A peer sends wrong bytes and is cut. 2. The only source continues. 3. The hash is wrong."""
+    size = 2 * MIB if asked else 60_000
+    liar = await fleet.stack.enter_async_context(StorageNode([]).run())
+    honest, lying = fleet.bases[0], await fleet.stack.enter_async_context(as_peer(liar))
+    fleet.bases = [honest, lying]
+    item = fleet.homed_at(lying, size)
+    fleet.publish(item)
+    liar.objects.update({item.object_id: item})
+    liar.faults.add(Fault(flip_byte_at=10, cut_after=50_000), Match(endpoint="files"))
+    await fleet.start(honest, first_byte_wait=1.0, hot_views=1000, probe_interval=3600)
+    answer = await fleet.get(honest, item.object_id, **({"Range": asked} if asked else {}))
+    assert (answer.status, answer.complete) == (206 if asked else 200, True)
+    assert item.content.read(0, size).endswith(answer.body)
+    assert len(liar.requests) == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from time import process_time
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -62,3 +64,12 @@ def test_no_byte_is_asked_for_twice(
         assert gap.first not in filling
     found = gaps_to_fill(wanted, there, filling, SIZE, 99)
     assert len({gap.first for gap in found}) == len(found)
+
+
+def test_many_viewers_of_many_extents_cost_no_turn_of_the_event_loop() -> None:
+    mib = 1024 * 1024
+    there = Extents.of((0, mib), *((number * 10 * mib, number * 10 * mib + mib) for number in range(1, 40)))
+    wanted = [number * 3 * mib + 5 * mib + BLOCK - 1 for number in range(64)]
+    began_at = process_time()
+    assert len(gaps_to_fill(wanted, there, [], 4096 * mib, 8)) == 8
+    assert process_time() - began_at < 0.05

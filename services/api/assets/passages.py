@@ -18,10 +18,16 @@ import structlog
 from distributor_node.services.api.assets.decision import UNVERIFIED_TAIL_BYTES, Span
 from distributor_node.shared.adapters.sources import SourceResponse
 from distributor_node.shared.adapters.sources.client import MAX_SKIP, Expected
-from distributor_node.shared.adapters.sources.failover import FailoverReader, OnSource
+from distributor_node.shared.adapters.sources.failover import (
+    NO_PREFERENCE,
+    FailoverReader,
+    OnSource,
+    Preference,
+)
 from distributor_node.shared.domain.conditionals import NO_VALIDATORS, Validators
 from distributor_node.shared.domain.errors import AllSourcesFailed
 from distributor_node.shared.domain.objects import ContentHash, MediaObject, ObjectId, source_name
+from distributor_node.shared.domain.peers import PeerUse
 from distributor_node.shared.observability.metrics import SOURCE_FAILURES, source_label
 from distributor_node.shared.waiting import TURN_BYTES, TurnBudget, cancel_and_wait
 
@@ -243,13 +249,14 @@ class Passages:
         ] = {}  # with the time when it expires, the next one first
         self._readings: dict[_Key, _Reading] = {}
         self._streams: list[_Stream] = []
+        self._ended: list[_Stream] = []  # of which responses have not taken all bytes yet
         self._ignored: OrderedDict[MediaObject, float] = OrderedDict()  # until when its sources count as such
 
     @property
     def bytes_held(self) -> int:
         """What counts against `max_bytes`: passages that are kept, those being read as if complete, and streams."""
         kept = sum(_room_of(len(passage.data)) for passage, _ in self._kept.values())
-        kept += len(self._streams) * STREAM_WINDOW
+        kept += (len(self._streams) + len(self._ended)) * STREAM_WINDOW
         return kept + sum(_room_of(reading.length) for reading in self._readings.values())
 
     def find(self, media_object: MediaObject, span: Span) -> Passage | None:
@@ -357,10 +364,10 @@ class Passages:
         self, key: _Key, reading: _Reading, media_object: MediaObject, sources: Sequence[str]
     ) -> Passage:
         """Read from the first source whose bytes have the object's hash, as far as all of them are read."""
-        left = list(sources)
+        left, preference = list(sources), NO_PREFERENCE
         while True:
             received = _Received(key.first)
-            verifiable = await self._receive(key, reading, media_object, left, received)
+            verifiable = await self._receive(key, reading, media_object, left, received, preference)
             if verifiable is not False:
                 return Passage(
                     received.first,
@@ -370,7 +377,9 @@ class Passages:
                     verified=verifiable is True,
                 )
             report_corruption(self._reader, key.object_id, received.contributors)
-            left = [url for url in left if url not in received.contributors]
+            preference = Preference(peers=PeerUse.NONE)
+            if received.contributors <= set(left):  # else a peer may have sent the wrong bytes
+                left = [url for url in left if url not in received.contributors]
             if not left or not received.contributors:
                 raise NoCorrectSource
 
@@ -381,6 +390,7 @@ class Passages:
         media_object: MediaObject,
         sources: Sequence[str],
         received: _Received,
+        preference: Preference,
     ) -> bool | None:
         """Read once. Returns whether the bytes are right, None if they are not the whole object."""
         hasher, begin, end = key.content_hash.hasher(), 0 if key.is_tail else key.first, key.first
@@ -405,7 +415,15 @@ class Passages:
 
         expected = Expected(may_widen=not key.is_tail)
         async with aclosing(
-            self._reader.stream(media_object, begin, key.end - 1, sources, on_source, expected=expected)
+            self._reader.stream(
+                media_object,
+                begin,
+                key.end - 1,
+                sources,
+                on_source,
+                expected=expected,
+                preference=preference,
+            )
         ) as chunks:
             async for chunk in chunks:
                 await self._turns.take(len(chunk.data))
@@ -437,6 +455,8 @@ class Passages:
                         position += len(part)
                         yield part
             finally:
+                if stream in self._ended and not stream.is_followed:
+                    self._ended.remove(stream)
                 # A stream that has all its bytes only closes its response, and then they are kept for others.
                 if not (stream.is_followed or stream.is_read or stream.task is None or stream.task.done()):
                     # A request that comes now must not follow a task that is being cancelled.
@@ -481,10 +501,13 @@ class Passages:
         finally:
             self._forget_stream(stream)
             stream.end_early()
+            if stream.is_followed:
+                self._ended.append(stream)
         data = stream.whole()
         if data is not None and stream.response is not None and key.end < key.size:
             source = stream.response[1]
             self._keep(key, Passage(key.first, data, source.media_type, source.validators, verified=False))
+            self._make_room(0)
 
     def _forget_stream(self, stream: _Stream) -> None:
         if stream in self._streams:

@@ -243,7 +243,8 @@ class Proxy:
                 return buffer is not None
             # Nothing has been sent yet: another source may hold the correct bytes.
             proxied.peer_use = PeerUse.NONE
-            sources = [url for url in sources if url not in proxied.contributors]
+            if proxied.contributors <= set(sources):  # else a peer may have sent the wrong bytes
+                sources = [url for url in sources if url not in proxied.contributors]
             if not sources or not proxied.contributors:
                 raise _no_correct_source()
             proxied.contributors = set()
@@ -313,24 +314,28 @@ class Proxy:
         """Return a buffer that has hashed the bytes on disk which were sent, and the next byte to read.
 
         No buffer, if the rest needs no verification. Where bytes in front of those that were sent are not on disk, a
-        range that begins far on is passed on as a far range is, and others are read from their first byte on.
+        range that begins far on is passed on as a far range is. Others are read from the object's first byte on, and
+        what was sent is compared with that.
         """
         content_hash, position = proxied.media_object.content_hash, proxied.position
         if content_hash is None or not proxied.span.reaches_end:
             return None, position
-        state = reader.state()
-        if state.extents is not None and state.size < position:
-            if proxied.span.first > self._max_prefix:
-                return None, position
-            return VerifyingBuffer(content_hash, proxied.media_object.size, first=position), 0
-        buffer = VerifyingBuffer(content_hash, proxied.media_object.size)
+        state, size, first = reader.state(), proxied.media_object.size, proxied.span.first
+        has_gap = state.extents is not None and state.size < position
+        if has_gap and first > self._max_prefix:
+            return None, position
         try:
-            await asyncio.to_thread(_hash_file, reader, position, buffer)
+            if has_gap:
+                sent = await asyncio.to_thread(_hash_range, reader, first, position)
+                buffer = VerifyingBuffer(content_hash, size, first=position, sent=(first, sent))
+            else:
+                buffer = VerifyingBuffer(content_hash, size)
+                await asyncio.to_thread(_hash_file, reader, position, buffer)
         except (OSError, VolumeError) as error:
             raise AbortResponse("object_unreadable") from error
         if reader.state().unlinked:
             raise AbortResponse("object_gone")
-        return buffer, position
+        return buffer, 0 if has_gap else position
 
     async def _attempt(
         self,
@@ -494,17 +499,23 @@ class VerifyingBuffer:
         size: int | None,
         tail_bytes: int = UNVERIFIED_TAIL_BYTES,
         first: int = 0,
+        sent: tuple[int, bytes] | None = None,
     ) -> None:
         """`size`: of the object in bytes. While it is None, any byte may be among the last `tail_bytes`.
 
-        `first`: bytes before this offset are hashed but not returned.
+        `first`: bytes before this offset are hashed but not returned. `sent`: the client has got bytes from this offset
+        to `first` from elsewhere, with this SHA-256.
         """
         self._expected = content_hash.digest
         self._hasher = content_hash.hasher()
         self._size = size
         self._tail_bytes = tail_bytes
         self._first = first
-        self.resumed = False  # part of the bytes came from elsewhere, so a mismatch does not blame the source
+        self._sent_first = first if sent is None else sent[0]
+        self._sent_digest = None if sent is None else sent[1]
+        self._sent_hasher = sha256()
+        self.resumed = sent is not None
+        """Part of the bytes came from elsewhere, so a mismatch does not blame the source."""
         self._chunks: deque[memoryview] = deque()
         self._received = self._released = 0
 
@@ -519,6 +530,8 @@ class VerifyingBuffer:
         """Hash the next bytes. Returns the bytes that may be sent now."""
         self._hasher.update(data)
         dropped = min(len(data), max(0, self._first - self._received))
+        if self._sent_digest is not None:
+            self._sent_hasher.update(memoryview(data)[max(0, self._sent_first - self._received) : dropped])
         self._received += len(data)
         self._released += dropped
         if dropped < len(data):
@@ -528,6 +541,8 @@ class VerifyingBuffer:
 
     def verify(self) -> bool:
         """Whether all bytes so far have the object's hash. If so, send what `drain` returns."""
+        if self._sent_digest not in (None, self._sent_hasher.digest()):
+            return False
         return self._hasher.digest() == self._expected
 
     def drain(self) -> list[memoryview]:
