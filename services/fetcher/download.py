@@ -112,6 +112,7 @@ class Download:
         self._peer_use = task.peer_use
         self._total: int | None = None  # the length, as the source states it
         self._span = tracing.current_span()  # threads do not know it
+        self._blamed: set[str] = set()  # sources of wrong bytes, each reported once
         self._suspects: list[tuple[SentPart, bytes]] = []  # of attempts with a wrong hash; SHA-256 of each
 
     async def run(self) -> None:
@@ -229,6 +230,11 @@ class Download:
                 corrupt.setdefault(part.source, []).append(f"{part.first}-{part.end - 1}")
         for url, extents in corrupt.items():
             logger.warning("source_corrupt", source=source_name(url), extents=extents)
+            self._blame(url)
+
+    def _blame(self, url: str) -> None:
+        if url not in self._blamed:
+            self._blamed.add(url)
             self._failover_reader.report_corrupt(url, self._object.object_id)
 
     async def _read_in_order(
@@ -382,7 +388,7 @@ class Download:
             SOURCE_FAILURES.labels(source_label(url), SourceWrong.reason).inc()
         if len(contributors) == 1 and not resumed:
             (contributor,) = contributors
-            self._failover_reader.report_corrupt(contributor, self._object.object_id)
+            self._blame(contributor)
 
 
 class PartialWriter:

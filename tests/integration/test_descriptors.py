@@ -93,7 +93,7 @@ def test_directories_that_are_not_used_are_closed(tmp_path: Path, monkeypatch: p
     directories.close()
 
 
-OBJECTS = [generated_object(str(number), SMALL) for number in range(1, 9)]
+OBJECTS = [generated_object(str(number), SMALL) for number in range(1, 5)]
 
 
 async def fetch_and_hit(harness: Harness) -> None:
@@ -103,11 +103,11 @@ async def fetch_and_hit(harness: Harness) -> None:
     for item in OBJECTS:
         await harness.stack.until_hit(item.object_id)
         assert_whole(await get(harness.stack.url(item.object_id)), item, "hit")
-    assert len({file.parent for file in harness.stack.volume.glob("objects/*/*")}) > 5
+    assert len({file.parent for file in harness.stack.volume.glob("objects/*/*")}) > 2
 
 
 async def until_few_at_rest(stack: Stack) -> None:
-    """In every process. A file stays open for some ten seconds after a hit, a directory for half a minute."""
+    """In every process. A file stays open for some ten seconds after a hit, a directory for up to two minutes."""
 
     def counts() -> dict[str, int]:
         running = [(service.name, service.process) for service in stack.running()]
@@ -118,7 +118,7 @@ async def until_few_at_rest(stack: Stack) -> None:
             for pid in process_tree(process.pid)
         }
 
-    await eventually(lambda: max(counts().values()) < MAX_AT_REST, 90, what=f"few descriptors: {counts()}")
+    await eventually(lambda: max(counts().values()) < MAX_AT_REST, 200, what=f"few descriptors: {counts()}")
 
 
 async def test_a_node_at_rest_holds_few_descriptors(alone: Harness) -> None:

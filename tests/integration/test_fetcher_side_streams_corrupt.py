@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from distributor_node.services.demo.faults import Fault, Match
 from distributor_node.shared.adapters.peers import Hop
 from distributor_node.shared.adapters.sources import SourceClient
@@ -57,3 +59,22 @@ async def test_after_wrong_bytes_side_streams_ask_no_peer(tmp_path: Path) -> Non
                 assert await fetching == Ack("fetched")
         assert harness.stored() == DATA
         assert len([record for record in peer.requests if record.range is not None]) == 1
+
+
+async def test_a_source_of_wrong_bytes_is_blamed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the hash of its attempt, and not again when the right bytes are there to compare with."""
+    async with fetcher_harness(tmp_path / "volume", [DATA, DATA]) as harness:
+        harness.nodes[0].faults.add(Fault(flip_byte_at=MIB))
+        reader, blamed = harness.failover_reader, list[str]()
+        report = reader.report_corrupt
+
+        def note(url: str, object_id: ObjectId | None) -> None:
+            blamed.append(url)
+            report(url, object_id)
+
+        monkeypatch.setattr(reader, "report_corrupt", note)
+        assert await start(harness) == Ack("fetched")
+        assert harness.stored() == DATA
+        assert blamed == [harness.sources[0]]
