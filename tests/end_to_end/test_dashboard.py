@@ -146,6 +146,21 @@ async def test_with_a_password_it_asks_for_it(tmp_path: Path) -> None:
             await page.until(lambda snapshot: snapshot["node"]["id"], "a snapshot")
 
 
+async def test_a_viewer_who_jumps_ahead_makes_a_second_extent(tmp_path: Path) -> None:
+    async with standalone(tmp_path, 1, 24 * MIB) as node, open_page(node.port) as page:
+        node.source.faults.add(Fault(bytes_per_second=MIB), FILES)
+        first = await follow(node.stack.url("1"))
+        await page.until(lambda now: any(one["extents"] for one in now["downloads"]), "a download")
+        ahead = asyncio.create_task(get(node.stack.url("1"), {"Range": f"bytes={16 * MIB}-{18 * MIB}"}))
+        now = await page.until(
+            lambda now: any(len(one["extents"]) > 1 for one in now["downloads"]), "two extents"
+        )
+        (_, end), (begin, _) = now["downloads"][0]["extents"][:2]
+        assert end < begin <= 16 * MIB
+        assert (await ahead).status == 206
+        first.cancel()
+
+
 async def test_a_throttled_download_with_its_viewers(tmp_path: Path) -> None:
     async with standalone(tmp_path, 1, 8 * MIB) as node, open_page(node.port) as page:
         node.source.faults.add(Fault(bytes_per_second=MIB), FILES)

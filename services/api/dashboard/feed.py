@@ -20,6 +20,7 @@ from distributor_node.services.api.health import HealthChecks
 from distributor_node.services.api.operator.explain import ObjectExplainer, in_words, removal_reason
 from distributor_node.services.api.status import UsageReader
 from distributor_node.shared.domain.errors import CatalogUnavailable, StateStoreUnavailable, VolumeError
+from distributor_node.shared.domain.extents import Extents
 from distributor_node.shared.domain.objects import ObjectId, source_name
 from distributor_node.shared.domain.source_order import rank
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase
@@ -124,7 +125,7 @@ class Feed:
             ),
             "node": {"id": settings.id, "version": VERSION, "environment": settings.environment},
             "totals": self._history.totals(),
-            "volume": await self._volume(sum(size for size, _ in partial.values())),
+            "volume": await self._volume(sum(extents.total for extents, _ in partial.values())),
             **self._downloads_as_json(fetches, partial, now),
             "sources": self._sources(now),
             "components": self._components(store_replies, now),
@@ -152,15 +153,15 @@ class Feed:
         if self._checking is not None:
             await cancel_and_wait(self._checking)
 
-    def _partial_files(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, tuple[int, bool]]:
-        """Bytes on disk of each, and whether they are verified. Blocking."""
+    def _partial_files(self, object_ids: Sequence[ObjectId]) -> dict[ObjectId, tuple[Extents, bool]]:
+        """The extents on disk of each, and whether they are verified. Blocking."""
         found = {}
         for object_id in object_ids[: 10 * MAX_DOWNLOADS]:
             try:
                 reader = self._context.volume.open_partial(object_id)
                 if reader is not None:
                     state = reader.state()
-                    found[object_id] = state.size, state.verified
+                    found[object_id] = state.extents or Extents.of((0, state.size)), state.verified
                     reader.close()
             except VolumeError:
                 continue
@@ -186,7 +187,7 @@ class Feed:
         }
 
     def _downloads_as_json(
-        self, fetches: Sequence[Fetch] | None, partial: Mapping[ObjectId, tuple[int, bool]], now: float
+        self, fetches: Sequence[Fetch] | None, partial: Mapping[ObjectId, tuple[Extents, bool]], now: float
     ) -> dict[str, Any]:
         viewers = self._viewers()
         fetches = fetches or ()
@@ -197,7 +198,7 @@ class Feed:
         self._downloads.keep({fetch.object_id for fetch in begun})
         return {
             "downloads": [
-                self._download(fetch, *partial.get(fetch.object_id, (0, False)), viewers, now)
+                self._download(fetch, *partial.get(fetch.object_id, (Extents(), False)), viewers, now)
                 for fetch in begun[:MAX_DOWNLOADS]
             ],
             "queue": {
@@ -231,20 +232,20 @@ class Feed:
     def _download(
         self,
         fetch: Fetch,
-        on_disk: int,
+        extents: Extents,
         verified: bool,
         viewers: Mapping[str, list[dict[str, Any]]],
         now: float,
     ) -> dict[str, Any]:
         source = None if fetch.source is None else source_name(fetch.source)
-        rate, sources = self._downloads.observe(fetch.object_id, on_disk, source, now)
-        left = max(0, fetch.size - on_disk)
+        rate, sources = self._downloads.observe(fetch.object_id, extents.total, source, now)
+        left = max(0, fetch.size - extents.total)
         watching = viewers.get(fetch.object_id, [])
         return {
             "id": fetch.object_id,
             "phase": fetch.phase.value,
             "size": fetch.size,
-            "extents": [[0, on_disk]] if on_disk else [],
+            "extents": [[extent.first, extent.end] for extent in extents],
             "heldBack": None if verified or not fetch.size else max(0, fetch.size - UNVERIFIED_TAIL_BYTES),
             "source": source,
             "sources": sources,
