@@ -33,7 +33,9 @@ class FleetStack(ComposeStack):
 
     def stored(self, cell: str) -> set[str]:
         """The objects on one cell's volume."""
-        return set(self.exec(cell, "sh", "-c", "cd /var/lib/distributor/objects && ls -1 *").split())
+        return set(
+            self.exec(cell, "sh", "-c", "find /var/lib/distributor/objects -type f -printf '%f\\n'").split()
+        )
 
 
 @pytest.fixture(scope="module")
