@@ -404,7 +404,10 @@ _PRECREATED: dict[str, dict[Counter, tuple[str, ...]]] = {
         STALLED_FETCHES_BRIDGED: ("caught_up", "complete"),
         REVALIDATIONS: ("refreshed", "removed", "outdated", "failed"),
     },
-    "fetcher": {FETCHES: ("does_not_exist", "not_served", "not_uploaded")},
+    "fetcher": {
+        FETCHES: ("does_not_exist", "not_served", "not_uploaded"),
+        SIDE_STREAMS: ("done", "failed", "stopped"),
+    },
     "evictor": {
         EVICTIONS: ("space",),
         RECONCILED: ("adopted", "dropped_record"),

@@ -112,9 +112,12 @@ async def open_page(harness: Harness) -> AsyncIterator[None]:
         while await reader.read(65536):
             pass
 
-    async with background(read(), "page"):
-        yield
-    writer.close()
+    try:
+        async with background(read(), "page"):
+            yield
+    finally:
+        writer.close()
+        await writer.wait_closed()
 
 
 async def test_every_query_of_the_dashboard_returns_data(harness: Harness) -> None:
