@@ -246,7 +246,7 @@ async def test_probes_move_the_objects_of_a_lost_node_to_one_new_home_and_back(f
     await eventually(lambda: fleet.stored(home, item.object_id))
     assert (
         fleet.far_gets(item.object_id) == 1
-    )  # the second in rank was asked for what it had fetched meanwhile
+    )  # the second in rank was asked for what it had fetched while the first was away
 
 
 async def test_a_new_node_takes_its_objects_from_those_that_had_them(fleet: Fleet) -> None:
