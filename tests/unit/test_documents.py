@@ -144,6 +144,7 @@ def test_the_table_of_responses_has_the_headers_that_are_sent() -> None:
         ("pending", headers.cache_control("pending")),
         ("miss", headers.cache_control("miss")),
         ("", headers.CACHE_ERROR),
+        ("as above", headers.CACHE_ERROR),
     }
 
 
