@@ -107,7 +107,7 @@ async def fetch_and_hit(harness: Harness) -> None:
 
 
 async def until_few_at_rest(stack: Stack) -> None:
-    """In every process. A file stays open for some ten seconds after a hit, a directory for up to two minutes."""
+    """In every process. A file stays open for a second or two after a hit, a directory for up to two minutes."""
 
     def counts() -> dict[str, int]:
         running = [(service.name, service.process) for service in stack.running()]

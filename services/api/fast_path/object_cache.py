@@ -26,7 +26,7 @@ WATCHED_SECONDS = 5.0
 """The same, where the kernel tells. It says nothing of writes through a shared mapping or another hard link."""
 IDLE_SECONDS = 1.0
 """Seconds for which an unused object is kept open after a process has tried to remove it, or may have."""
-WATCHED_IDLE_SECONDS = 10.0
+WATCHED_IDLE_SECONDS = 1.5
 """Seconds for which an unused object is kept open where the kernel tells of every attempt to remove it."""
 RESIDENT_SECONDS = 5.0
 """Seconds for which a small object that was found in the page cache counts as lying there."""
