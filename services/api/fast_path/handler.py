@@ -440,6 +440,7 @@ def build_fast_path(context: ApiContext, access_log: AccessLog | None = None) ->
         settings.public_api.memory_cache,
         max_open_files,
         http_caching=settings.caching_rules is not None,
+        min_idle=settings.evictor.min_idle,
     )
     as_events = settings.log.access == "json"
     kind = FastPath if tracing.installed_tracer() is None else TracedFastPath

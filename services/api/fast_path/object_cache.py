@@ -26,8 +26,9 @@ WATCHED_SECONDS = 5.0
 """The same, where the kernel tells. It says nothing of writes through a shared mapping or another hard link."""
 IDLE_SECONDS = 1.0
 """Seconds for which an unused object is kept open after a process has tried to remove it, or may have."""
-WATCHED_IDLE_SECONDS = 1.5
-"""Seconds for which an unused object is kept open where the kernel tells of every attempt to remove it."""
+WATCHED_IDLE_SECONDS = 10.0
+"""Seconds for which an unused object is kept open where the kernel tells of every attempt to remove it; less where
+eviction may choose an object that was used not much longer ago."""
 RESIDENT_SECONDS = 5.0
 """Seconds for which a small object that was found in the page cache counts as lying there."""
 BLOCKED_SECONDS = 0.02
@@ -175,9 +176,12 @@ class OpenObjectCache:
         clock: Callable[[], float] = monotonic,
         *,
         http_caching: bool = False,
+        min_idle: float = inf,
     ) -> None:
         """`memory`: limit in bytes for bodies in memory. `clock`: monotonic seconds. `http_caching`: the objects are
-        those of an HTTP origin, and may become stale."""
+        those of an HTTP origin, and may become stale. `min_idle`: seconds since its last access after which an object
+        may be evicted."""
+        self._watched_idle = max(IDLE_SECONDS, min(WATCHED_IDLE_SECONDS, min_idle / 4))
         self._http_caching = http_caching
         self._volume = volume
         self._memory = _Memory(memory)
@@ -243,7 +247,7 @@ class OpenObjectCache:
         """`watched`: since before the file was looked at. A file with more names may be changed through another one."""
         watched = watched and cached.identity[5] == 1
         cached.fresh_until = now + (WATCHED_SECONDS if watched else REVALIDATE_SECONDS)
-        cached.idle_limit = WATCHED_IDLE_SECONDS if watched else IDLE_SECONDS
+        cached.idle_limit = self._watched_idle if watched else IDLE_SECONDS
 
     def _add(self, key: bytes, now: float) -> CachedObject | None:
         try:
