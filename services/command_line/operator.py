@@ -15,7 +15,7 @@ from urllib.parse import quote, urlencode, urlsplit
 
 import typer
 
-from distributor_node.services.command_line.failures import in_words
+from distributor_node.shared.domain.errors import in_words
 
 if TYPE_CHECKING:
     from distributor_node.shared.settings.peers import PeerSettings

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distributor_node.services.command_line.failures import in_words
+from distributor_node.shared.domain.errors import in_words
 
 if TYPE_CHECKING:
     import httpx

@@ -40,6 +40,7 @@ from distributor_node.shared.waiting import cancel_and_wait
 
 _ASSETS = "/api/v1/assets/"
 _MIN_PROBE_TIMEOUT = 1.0
+_RESOLVE_TIMEOUT = 5.0  # seconds; the start waits for it
 _PROBES_AT_ONCE = 32
 _MIN_SECRET = 16  # bytes
 
@@ -233,9 +234,10 @@ class Peers:
         """Take over the addresses of the name. If it cannot be resolved, the members stay as they are."""
         host, _, port = dns.rpartition(":")
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+            async with asyncio.timeout(_RESOLVE_TIMEOUT):
+                found = await asyncio.get_running_loop().getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
         except (OSError, OverflowError, UnicodeError) as error:
-            logger.warning("peers_not_resolved", name=host, reason=str(error))
+            logger.warning("peers_not_resolved", name=host, reason=str(error) or "no answer in time")
             return
         addresses = sorted({str(entry[4][0]) for entry in found})
         names = [

@@ -30,6 +30,7 @@ The second column says where the fault is, the third whether it is worth retryin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 
@@ -228,3 +229,8 @@ class AllSourcesFailed(SourceError):
     def contradicts_size(self) -> bool:
         """Whether the object has another size than the catalog says."""
         return any(isinstance(error, VersionChanged) and error.of_size for error in self.errors.values())
+
+
+def in_words(error: Exception) -> str:
+    """What went wrong, without the number that the operating system has for it."""
+    return re.sub(r"^\[Errno -?[0-9]+\] ", "", str(error)) or type(error).__name__

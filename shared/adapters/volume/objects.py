@@ -33,8 +33,8 @@ from distributor_node.shared.adapters.volume.layout import (
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 
-# linux/magic.h. On these, whoever changes a file does it through this kernel. Network, FUSE and overlay file systems
-# change without an event.
+# linux/magic.h. On these, every change of a file goes through this kernel. Files on network, FUSE and overlay file
+# systems can change without an event.
 _LOCAL_FILE_SYSTEMS = frozenset(
     (
         0xEF53,  # ext2, ext3, ext4
