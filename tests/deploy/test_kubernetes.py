@@ -67,7 +67,7 @@ CUSTOM: dict[str, tuple[str, Any]] = {
     ),
     "PodMonitor": (
         "monitoring.coreos.com/v1",
-        {"jobLabel": str, "selector": _LABELS, "podMetricsEndpoints": _ENDPOINTS},
+        {"jobLabel?": str, "selector": _LABELS, "podMetricsEndpoints": _ENDPOINTS},
     ),
     "PrometheusRule": (
         "monitoring.coreos.com/v1",

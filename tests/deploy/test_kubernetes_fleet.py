@@ -111,6 +111,21 @@ def test_selectors_select_the_cells() -> None:
     assert policy["spec"]["podSelector"]["matchLabels"] == labels
 
 
+def test_prometheus_takes_each_cell_for_a_node_and_each_container_for_a_job() -> None:
+    monitors = yaml.safe_load_all((FOLDER.parent / "monitoring" / "monitors.yaml").read_text())
+    (monitor,) = [one["spec"] for one in monitors if one["metadata"]["name"] == "distributor-cells"]
+    assert monitor["selector"]["matchLabels"] == CELLS["spec"]["selector"]["matchLabels"]
+    assert [one["port"] for one in monitor["podMetricsEndpoints"]] == [
+        f"metrics-{name}" for name in CONTAINERS
+    ]
+    for endpoint in monitor["podMetricsEndpoints"]:
+        # The alert rules know the jobs api, fetcher and evictor: the names of the containers.
+        assert {one["targetLabel"]: one["sourceLabels"] for one in endpoint["relabelings"]} == {
+            "job": ["__meta_kubernetes_pod_container_name"],
+            "node": ["__meta_kubernetes_pod_name"],
+        }
+
+
 @pytest.mark.skipif(shutil.which("kubectl") is None, reason="no kubectl here")
 def test_kustomize_renders_it() -> None:
     done = subprocess.run(
