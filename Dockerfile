@@ -14,17 +14,35 @@ COPY pyproject.toml README.md LICENSE ./
 COPY shared shared
 COPY services services
 COPY distributor_node distributor_node
-# The root file system is read-only at run time, so the byte code is made here; pip is of no use there.
 RUN /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --no-compile --no-deps . \
-    && /opt/distributor/bin/pip check \
-    && /opt/distributor/bin/pip uninstall --quiet --yes pip \
+    && /opt/distributor/bin/pip check
+
+# The modules that every hit runs through, as extension modules. What compiles them stays in this stage. Everything works
+# without them: `--build-arg COMPILE=no` needs no Debian package.
+FROM build AS compile
+ARG COMPILE=yes
+COPY requirements/compile.txt requirements/compile.hashed.txt requirements/
+COPY deploy/release/compile_fast_path.py ./
+RUN mkdir /extensions && [ "$COMPILE" = no ] || { \
+        apt-get update -qq \
+        && apt-get install -qq --yes --no-install-recommends gcc libc6-dev >/dev/null \
+        && set -- /opt/distributor/bin/pip install --no-cache-dir --disable-pip-version-check --only-binary :all: --no-deps \
+        && { "$@" --require-hashes --requirement requirements/compile.hashed.txt || "$@" --requirement requirements/compile.txt; } \
+        && mkdir sources && cp -rL distributor_node pyproject.toml sources \
+        && /opt/distributor/bin/python compile_fast_path.py sources \
+        && cd sources && find . -name '*.so' -exec strip {} + -exec cp --parents -t /extensions {} +; }
+
+FROM build AS install
+COPY --from=compile /extensions /opt/distributor/lib/python3.12/site-packages
+# The root file system is read-only at run time, so the byte code is made here; pip is of no use there.
+RUN /opt/distributor/bin/pip uninstall --quiet --yes pip \
     && python3 -m compileall -q /opt/distributor/lib
 
 FROM python:3.12-slim AS runtime
 RUN groupadd --gid 10001 distributor \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin distributor \
     && install --directory --owner 10001 --group 10001 --mode 0750 /var/lib/distributor
-COPY --from=build /opt/distributor /opt/distributor
+COPY --from=install /opt/distributor /opt/distributor
 ENV PATH=/opt/distributor/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

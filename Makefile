@@ -55,7 +55,8 @@ lock: setup ## update the pins in requirements/, and their hashes, from pyprojec
 	@$(LOCK) --upgrade pyproject.toml --output-file requirements/runtime.txt
 	@$(LOCK) --upgrade --extra tracing --constraints requirements/runtime.txt pyproject.toml --output-file requirements/tracing.txt
 	@$(LOCK) --upgrade --extra development --constraints requirements/tracing.txt pyproject.toml --output-file requirements/development.txt
-	@for pins in runtime tracing development; do $(LOCK) --no-deps --no-annotate --generate-hashes requirements/$$pins.txt --output-file requirements/$$pins.hashed.txt; done
+	@$(LOCK) --upgrade --constraints requirements/development.txt requirements/compile.in --output-file requirements/compile.txt
+	@for pins in runtime tracing development compile; do $(LOCK) --no-deps --no-annotate --generate-hashes requirements/$$pins.txt --output-file requirements/$$pins.hashed.txt; done
 
 ## running
 

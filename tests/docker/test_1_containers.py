@@ -101,6 +101,13 @@ def test_the_image_is_lean_and_as_large_as_the_readme_says(harness: Harness) -> 
     assert int(in_all[1]) - int(in_all[2]) == int(stated[1])
 
 
+def test_the_fast_path_is_compiled(harness: Harness) -> None:
+    code = "import {0} as module; print(module.__file__)"
+    for module in ("services.api.fast_path.protocol", "shared.domain.conditionals"):
+        file = harness.stack.exec("api", "python3", "-c", code.format(f"distributor_node.{module}"))
+        assert file.strip().endswith(".so")
+
+
 def test_redis_keeps_a_log_and_no_snapshots(harness: Harness) -> None:
     asked = (
         'REDISCLI_AUTH="$REDIS_PASSWORD" redis-cli -h 127.0.0.1 config get save appendonly maxmemory-policy'

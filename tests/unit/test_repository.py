@@ -239,7 +239,7 @@ def test_an_index_with_other_files_is_used_without_hashes(install: Any) -> None:
     assert done.stderr.count("installing without hashes") == 1
 
 
-@pytest.mark.parametrize("name", ["runtime", "tracing", "development"])
+@pytest.mark.parametrize("name", ["runtime", "tracing", "development", "compile"])
 def test_each_pin_has_hashes(name: str) -> None:
     hashed = (ROOT / f"requirements/{name}.hashed.txt").read_text().replace("\\\n", " ").splitlines()
     pins = [line for line in (ROOT / f"requirements/{name}.txt").read_text().splitlines() if "==" in line]
