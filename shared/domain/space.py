@@ -37,6 +37,10 @@ class Usage:
     leaving: int = 0  # of `used`: removed objects that are still being sent, and that no entry stands for
     queued: int = field(default=0, compare=False)
     """Fetches whose job is published and has not begun."""
+    parked: int = field(default=0, compare=False)
+    """Partial objects that no worker fetches."""
+    parked_bytes: int = field(default=0, compare=False)
+    """Of `reserved`: what these keep."""
 
     @property
     def free(self) -> int:

@@ -135,7 +135,7 @@ class Leader:
         self.remover = ObjectRemover(self.store, volume, self.index)
         self.node_import = NodeImport(self.store, ImportSource(volume.root, node.old_node), None)
         adoption = Adoption(self.store, volume, self.index, self.node_import)
-        self.reaper = PartialReaper(self.store, volume, adoption, keep=3600, space_wait=10)
+        self.reaper = PartialReaper(self.store, volume, adoption, self.index, keep=3600, space_wait=10)
         self.reconciliation = Reconciliation(
             self.store, volume, self.index, self.remover, adoption, self.reaper
         )
