@@ -210,9 +210,9 @@ class PartialReaper:
     4. `begin` claims the rest in one step before a byte is written. Without room the fetch stays as it is, and the
        object is proxied.
 
-    Killed before 3, the lease expires with the reservation as it was. A worker that gives up its fetch does 2 and 3 under
-    its own lease. A removal does 1, locks the file, removes it and releases the reservation: killed before its last
-    step, it leaves a parked fetch without a file, whose reservation the next sweep releases.
+    Killed before 3, the lease expires with the reservation as it was. A worker that gives up its fetch does 2 and 3
+    under its own lease. A removal does 1, locks the file, removes it and releases the reservation: killed before its
+    last step, it leaves a parked fetch without a file, whose reservation the next sweep releases.
     """
 
     def __init__(
@@ -306,8 +306,8 @@ class PartialReaper:
     async def free(self, term: Term, wanted: int) -> int:
         """Discard parked fetches, longest parked first, until `wanted` bytes are free. Returns the bytes freed.
 
-        For passes that find no other victim: those that were viewed a short time ago go, too. Fetches that were parked a
-        short time ago stay: their jobs are on the way to another worker.
+        For passes that find no other victim: those that were viewed a short time ago go, too. Fetches that were parked
+        a short time ago stay: their jobs are on the way to another worker.
         """
         if wanted <= 0:
             return 0
@@ -340,8 +340,8 @@ class PartialReaper:
         parked = fetch is not None and fetch.phase is FetchPhase.PARKED
         too_large = fetch is not None and parked and partial.size > fetch.size
         if fetch is None or too_large or (not parked and (lost or not fetch.is_shrunk)):
-            # A claim may have a reservation already; the store adds none twice. One with less than the whole: its worker
-            # claims the rest, unless the store has lost that
+            # A claim may have a reservation already; the store adds none twice. Of one with less than the whole the
+            # worker claims the rest, unless the store has lost that
             await self._adoption.adopt_partial(term, object_id, partial.size)
         sidecar = await run_blocking(self._volume.partial_record, object_id)
         if sidecar is None or partial.size > sidecar.size or too_large:

@@ -43,6 +43,11 @@ class Usage:
     """Of `reserved`: what these keep."""
 
     @property
+    def parked_size(self) -> int:
+        """`parked_bytes` without the records."""
+        return max(0, self.parked_bytes - self.parked * RECORD_BYTES)
+
+    @property
     def free(self) -> int:
         return self.limit - self.used - self.reserved
 

@@ -595,9 +595,10 @@ class StateStore(WorkerStore, ReportStore, OperatorStore, EvictorStore, Protocol
     async def commit(self, lease: Lease, stored_at: float) -> bool:
         """The object is complete: reserved bytes become used, the object enters the index, its failure is dropped.
 
-        The entry has the views that were saved of the partial object, at least one. Its last access is `stored_at` (POSIX seconds), but not later than the store's now.
-        False: the lease was lost and nothing is changed; the next worker or reconciliation adopts the file. An expired
-        lease can still be committed if no other process has taken it.
+        The entry has the views that were saved of the partial object, at least one. Its last access is `stored_at`
+        (POSIX seconds), but not later than the store's now. False: the lease was lost and nothing is changed; the next
+        worker or reconciliation adopts the file. An expired lease can still be committed if no other process has taken
+        it.
         """
 
     async def park(self, lease: Lease, held: int | None = None) -> None:

@@ -254,7 +254,8 @@ async def test_a_parked_fetch_is_discarded_when_nothing_else_is_evictable(harnes
         assert harness.volume.open_partial(ObjectId("half")) is None
 
 
-# Partial objects among stored ones: `film` holds about as many bytes as each of eight objects, and room for one is missing
+# Partial objects among stored ones: `film` holds about as many bytes as each of eight objects, and room for one is
+# missing.
 
 FILM, HELD = ObjectId("film"), SIZE - 2000
 NAMES = [f"o{number}" for number in range(8)]

@@ -404,16 +404,16 @@ class PartialFile:
         self._descriptor = self._incoming = -1
 
 
-# Followers of a file that is not verified hold a lock of their own kind, an open file description lock. It is apart from
-# the writer's lock (flock), so that the file can be resumed while they read it. A removal that spares them takes the
-# opposite one:
+# Followers of a file that is not verified hold a lock of their own kind, an open file description lock. It is apart
+# from the writer's lock (flock), so that the file can be resumed while they read it. A removal that spares them takes
+# the opposite one:
 #
 # 1. A follower opens the file; 2. a removal locks it; 3. the follower finds it locked, and no partial file.
-# 1. A removal locks the file; 2. a follower opens it; 3. it is unlinked and unlocked; 4. the follower locks it, and finds
-#    it unlinked.
+# 1. A removal locks the file; 2. a follower opens it; 3. it is unlinked and unlocked; 4. the follower locks it, and
+#    finds it unlinked.
 #
-# A network file system may keep both kinds as one. There the writer's lock would keep all followers away, so no such lock
-# is taken (see `locks_are_apart`).
+# A network file system may keep both kinds as one. There the writer's lock would keep all followers away, so no such
+# lock is taken (see `locks_are_apart`).
 
 _FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, first byte, length (0: all), process (0)
 
