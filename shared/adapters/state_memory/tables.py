@@ -190,9 +190,10 @@ class Tables:
         """`held`: see StateStore.park. Returns whether bytes were released."""
         now = self.clock()
         parked = replace(row, phase=FetchPhase.PARKED, ends=now, since=now, duration=0.0)
-        if row.reserved and held is not None and held < row.held_size:
-            whole = row.whole or row.size
-            parked = replace(parked, size=held, held=0, whole=whole if whole > held else 0)
+        if row.reserved and held is not None and held < row.size:
+            parked = replace(parked, size=held, held=0, whole=row.whole or row.size)
+        elif row.reserved and held is not None and held < row.held_size:
+            parked = replace(parked, held=held)
         self.rows[object_id] = parked
         self.reserved -= row.reservation - parked.reservation
         return parked.reservation < row.reservation

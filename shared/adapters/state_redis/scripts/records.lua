@@ -163,11 +163,12 @@ end
 local function park(fetch, held)
   local before = reservation(fetch)
   fetch.phase, fetch.ends, fetch.since, fetch.lasts = 'parked', now, now, 0
-  if fetch.reserved and held and held < held_size(fetch) then
-    local whole = fetch.whole or fetch.size
-    fetch.size, fetch.held, fetch.whole = held, nil, whole > held and whole or nil
-    add('reserved', reservation(fetch) - before)
+  if fetch.reserved and held and held < fetch.size then
+    fetch.size, fetch.held, fetch.whole = held, nil, fetch.whole or fetch.size
+  elseif fetch.reserved and held and held < held_size(fetch) then
+    fetch.held = held
   end
+  if reservation(fetch) < before then add('reserved', reservation(fetch) - before) end
   write_fetch(fetch)
   return reservation(fetch) < before
 end
