@@ -26,7 +26,7 @@ from distributor_node.shared.adapters.volume import (
 )
 from distributor_node.shared.domain.errors import VolumeError
 from distributor_node.shared.domain.eviction import PolicyEntry
-from distributor_node.shared.domain.objects import ObjectId
+from distributor_node.shared.domain.objects import ObjectId, StoredRecord
 from distributor_node.shared.domain.space import footprint
 from distributor_node.shared.observability.metrics import PARTIAL_HELD, RECONCILED
 from distributor_node.shared.ports.state_store import Fetch, FetchPhase, IndexEntry, Lease, StateStore, Term
@@ -187,6 +187,9 @@ def _as_index_entry(entry: PolicyEntry) -> IndexEntry:
 _RESUME_FRACTION = 0.8
 """Share of the time that a worker waits for space: its request is still in force then."""
 
+_KEEP_UNPROVED = 600.0
+"""Seconds that a partial file is kept which no response can be proved to continue: the next fetch begins again."""
+
 _VIEWER_GRACE = 6.0
 """Seconds after which a client that was reported is gone. API processes report every two seconds."""
 
@@ -229,7 +232,7 @@ class PartialReaper:
         self._state, self._volume, self._adoption, self._keep = state, volume, adoption, keep
         self._index = index
         self._resume_grace = _RESUME_FRACTION * space_wait
-        self._changed_at: dict[ObjectId, float] = {}  # when partial files last grew, as of the last sweep
+        self._found: Mapping[ObjectId, FoundPartial] = {}  # as of the last sweep
 
     async def sweep(self, term: Term, *, measure: bool = False) -> SweepResult:
         """Account for unknown partial files, remove unusable and old ones, and end parked fetches without a file.
@@ -239,6 +242,7 @@ class PartialReaper:
         """
         lost = measure and not (await self._state.usage()).reconciled
         found, others = await run_blocking(_scan_partials, self._volume)
+        self._found = found
         unreadable = [file for file in others if isinstance(file, UnreadableFile)]
         for file in unreadable:
             logger.error("partial_unreadable", file=file.path, reason=file.reason)
@@ -257,7 +261,6 @@ class PartialReaper:
                     await self._reap(term, fetch.object_id, "left_no_file")
                 except VolumeError as error:
                     logger.error("partial_unreadable", object_id=fetch.object_id, reason=str(error))
-        self._changed_at = {partial.object_id: partial.changed_at for partial in found.values()}
         parked = await self._refresh_order()
         PARTIAL_HELD.set(sum(found[one.object_id].held for one in parked if one.object_id in found))
         return result
@@ -279,20 +282,19 @@ class PartialReaper:
         another worker.
         """
         parked = [fetch for fetch in await self._state.fetches() if fetch.phase is FetchPhase.PARKED]
-        self._index.set_partials(
-            [
-                fetch
-                if fetch.last_access
-                else replace(fetch, last_access=self._changed_at.get(fetch.object_id, 0.0))
-                for fetch in parked
-                if fetch.is_shrunk or fetch.age >= self._min_age
-            ]
-        )
+        self._index.set_partials([self._with_access(fetch) for fetch in parked if self._is_left(fetch)])
         return parked
 
-    @property
-    def _min_age(self) -> float:
-        return min(self._resume_grace, self._keep)
+    def _with_access(self, fetch: Fetch) -> Fetch:
+        """The fetch; with the time when its file last grew as its last access, if none was saved."""
+        found = self._found.get(fetch.object_id)
+        if fetch.last_access or found is None:
+            return fetch
+        return replace(fetch, last_access=min(found.changed_at, time.time()))
+
+    def _is_left(self, fetch: Fetch) -> bool:
+        """Whether no worker is expected to resume a parked fetch soon."""
+        return fetch.is_shrunk or fetch.age >= min(self._resume_grace, self._keep)
 
     async def evict(self, term: Term, object_id: ObjectId) -> RemovalOutcome:
         """End the fetch of a partial object that the policy has chosen, unless a worker or a client has it in use."""
@@ -314,7 +316,7 @@ class PartialReaper:
         parked = [
             fetch
             for fetch in await self._state.fetches()
-            if fetch.phase is FetchPhase.PARKED and fetch.age >= self._min_age
+            if fetch.phase is FetchPhase.PARKED and self._is_left(fetch)
         ]
         freed = 0
         for fetch in sorted(parked, key=_age, reverse=True):
@@ -346,7 +348,7 @@ class PartialReaper:
         sidecar = await run_blocking(self._volume.partial_record, object_id)
         if sidecar is None or partial.size > sidecar.size or too_large:
             await self._reap(term, object_id, "unusable")
-        elif self._unused_for(partial, fetch) > self._keep:
+        elif self._unused_for(partial, fetch) > (self._keep if _is_resumable(sidecar) else _KEEP_UNPROVED):
             await self._reap(term, object_id, "abandoned", unless_read=True)
         elif fetch is None or self._may_shrink(fetch) or (measure and fetch.is_shrunk):
             await self._shrink(term, object_id)
@@ -359,8 +361,11 @@ class PartialReaper:
         return min(unused, now - last_access) if last_access else unused
 
     def _may_shrink(self, fetch: Fetch) -> bool:
-        """Whether a fetch has more reserved than its file may need, for longer than the next worker takes."""
-        return fetch.phase is FetchPhase.PARKED and not fetch.is_shrunk and fetch.age >= self._resume_grace
+        """Whether a fetch has more reserved than its file takes, for longer than the next worker needs to resume it."""
+        if fetch.phase is not FetchPhase.PARKED or fetch.is_shrunk or fetch.age < self._resume_grace:
+            return False
+        found = self._found.get(fetch.object_id)
+        return found is None or footprint(found.held) < fetch.reserved
 
     async def _shrink(self, term: Term, object_id: ObjectId) -> None:
         """Reserve what the file of a parked fetch holds, as the class describes it."""
@@ -419,6 +424,10 @@ def _remove(volume: Volume, lease: Lease, stored: FoundObject | None, unless_rea
     `stored` was looked at: then the reservation accounts for the new file."""
     volume.discard_partial(lease.object_id, lease.size, unless_read=unless_read)
     return volume.find_object(lease.object_id) == stored
+
+
+def _is_resumable(sidecar: StoredRecord) -> bool:
+    return sidecar.version.is_strong and not sidecar.growing
 
 
 def _age(fetch: Fetch) -> float:

@@ -76,6 +76,7 @@ class EvictionIndex:
         self._changed: set[ObjectId] = set()  # announced, perhaps complete now
         self._views = ViewCoalescer()
         self._partials: set[ObjectId] = set()  # of the objects in the policy
+        self._translated = False  # the priorities in the store were given by another version, policy or c0
         # Views and last access of objects that are neither complete nor parked, those viewed last
         self._unstored: OrderedDict[ObjectId, tuple[int, float]] = OrderedDict()
         # Objects that come or go while all entries are read; what is read of them may be older. None: no reading
@@ -104,7 +105,7 @@ class EvictionIndex:
             self.policy.end_restore()
             self._position = self._saved_position = state.position
             self._dirty.clear()
-            self._former_basis = None
+            self._former_basis, self._translated = None, False
             current = self.policy.basis
             if (
                 current.policy == Gdsf.name
@@ -112,7 +113,7 @@ class EvictionIndex:
                 and ((basis.policy, basis.miss_cost) != (current.policy, current.miss_cost))
             ):
                 # Priorities were given by another version, policy or c0: write the translated ones
-                self._former_basis = state.basis
+                self._former_basis, self._translated = state.basis, True
                 self._dirty.update(self.policy.ids())
                 logger.info(
                     "order_recomputed", policy=current.policy, former_policy=basis.policy or None,
@@ -219,7 +220,7 @@ class EvictionIndex:
             if known is not None:
                 self._remember_views(object_id)
             # What was saved of the priority holds as long as nothing has changed since
-            priority = 0.0 if object_id in self._unstored else fetch.priority
+            priority = 0.0 if self._translated or object_id in self._unstored else fetch.priority
             views, last_access = self._unstored.pop(object_id, (0, 0.0))
             last_access = max(last_access, fetch.last_access) or self._clock() - fetch.age
             views = max(1, views, fetch.views)
